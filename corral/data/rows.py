@@ -1,0 +1,185 @@
+"""One side's examples on disk: written row by row, read back by number.
+
+Token ids and masks are memory-mapped `.npy` arrays, the records JSONL beside them with the place of each line, so that
+reading one example touches its own bytes only. This module does not know why an example is here, nor in which side.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from corral.data.mixture import order
+from corral.messages import Conversation, Record, record_to_json
+from corral.template import Encoded
+
+Ints: TypeAlias = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One prepared row.
+
+    Args:
+        key: sha256 of its content.
+        source: the label of the source it came from.
+        index: its row number there.
+        sequences: its token sequences: one for a conversation.
+        record: the whole row, also where its sequences are truncated.
+    """
+
+    key: str
+    source: str
+    index: int
+    sequences: tuple[Encoded, ...]
+    record: Record
+
+
+class Rows(Sequence[Example]):
+    """The examples of one side, read from disk when they are asked for. In a shuffled order that depends on their
+    content and the seed alone, so the first n are a fair sample.
+
+    Attributes:
+        lengths: [examples] tokens of each example, all its sequences together.
+        trained_tokens: [examples] tokens of each that count in the loss: trained, and not the first of a sequence.
+        truncated: [examples] whether it was cut at the longest allowed length.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._order = _load(folder, "order")
+        self._ids = _load(folder, "ids")
+        self._trained = _load(folder, "trained")
+        self._sequences = _load(folder, "sequences")
+        self._examples = _load(folder, "examples")
+        self._records = _load(folder, "records")
+        self.trained_tokens: Ints = np.asarray(_load(folder, "trained_tokens"))[self._order]
+        self.truncated: NDArray[np.bool_] = np.asarray(_load(folder, "truncated"))[self._order]
+        bounds = self._sequences[self._examples]
+        self.lengths: Ints = np.diff(bounds)[self._order]
+        size = (folder / "records.jsonl").stat().st_size
+        if not (bounds[-1] == len(self._ids) == len(self._trained) and self._records[-1] == size):
+            raise ValueError(f"{folder.name}: the arrays do not fit each other")
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = int(self._order[index])
+        first, last = self._examples[place], self._examples[place + 1]
+        start, end = int(self._records[place]), int(self._records[place + 1])
+        with (self._folder / "records.jsonl").open("rb") as file:
+            file.seek(start)
+            row: dict[str, Any] = json.loads(file.read(end - start))
+        sequences = tuple(self._sequence(i) for i in range(first, last))
+        return Example(row["key"], row["source"], row["index"], sequences, Conversation.from_json(row))
+
+    def _sequence(self, number: int) -> Encoded:
+        part = slice(int(self._sequences[number]), int(self._sequences[number + 1]))
+        return Encoded(tuple(self._ids[part].tolist()), tuple(self._trained[part].tolist()))
+
+
+class RowsWriter:
+    """Writes one side's files in the order in which rows come; their order in use is an array of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.keys: list[str] = []
+        self._folder = folder
+        self._ids = _Array(folder / "ids.npy", np.dtype("<u4"))
+        self._trained = _Array(folder / "trained.npy", np.dtype("?"))
+        self._records = (folder / "records.jsonl").open("wb")
+        self._sequence_ends = [0]
+        self._example_ends = [0]
+        self._record_ends = [0]
+        self._trained_tokens: list[int] = []
+        self._truncated: list[bool] = []
+
+    def __enter__(self) -> RowsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ids.file.close()
+        self._trained.file.close()
+        self._records.close()
+
+    def add(self, example: Example, *, truncated: bool) -> None:
+        """Write one example; `truncated` says whether its sequences are."""
+        for s in example.sequences:
+            self._ids.append(s.ids)
+            self._trained.append(s.trained)
+            self._sequence_ends.append(self._sequence_ends[-1] + len(s.ids))
+        self._example_ends.append(self._example_ends[-1] + len(example.sequences))
+        place = {"key": example.key, "source": example.source, "index": example.index}
+        line = json_line(place | record_to_json(example.record)).encode()
+        self._records.write(line)
+        self._record_ends.append(self._record_ends[-1] + len(line))
+        self._trained_tokens.append(sum(sum(s.trained[1:]) for s in example.sequences))
+        self._truncated.append(truncated)
+        self.keys.append(example.key)
+
+    def finish(self, seed: int) -> None:
+        """Write what is known only at the end."""
+        self._ids.finish()
+        self._trained.finish()
+        self._records.flush()
+        places = np.dtype("<i8")
+        for name, values, dtype in (
+            ("sequences", self._sequence_ends, places),
+            ("examples", self._example_ends, places),
+            ("records", self._record_ends, places),
+            ("trained_tokens", self._trained_tokens, places),
+            ("truncated", self._truncated, np.dtype("?")),
+            ("order", order(self.keys, seed), places),
+        ):
+            array = _Array(self._folder / f"{name}.npy", dtype)
+            with array.file:
+                array.append(values)
+                array.finish()
+
+
+class _Array:
+    """A one-dimensional `.npy` file that grows. (`numpy.save` reports a full disk without its error number.)"""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self.file = path.open("wb")
+        self._dtype = dtype
+        self._count = 0
+        self._header()
+
+    def append(self, values: Sequence[int] | Sequence[bool]) -> None:
+        self.file.write(np.asarray(values, self._dtype).tobytes())
+        self._count += len(values)
+
+    def finish(self) -> None:
+        self.file.seek(0)
+        self._header()
+        self.file.flush()
+
+    def _header(self) -> None:
+        # numpy leaves room in it for the first dimension to grow to any number of digits.
+        description = np.lib.format.dtype_to_descr(self._dtype)
+        header = {"descr": description, "fortran_order": False, "shape": (self._count,)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+
+def _load(folder: Path, name: str) -> NDArray[Any]:
+    return np.load(folder / f"{name}.npy", mmap_mode="r")
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """A row as a line of JSON."""
+    # ASCII, as a row may hold half a surrogate pair, which is no UTF-8.
+    return json.dumps(row, separators=(",", ":")) + "\n"

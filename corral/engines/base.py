@@ -1,0 +1,227 @@
+"""The protocol between what asks for text and what computes it: token ids in, token ids out.
+
+An engine knows no text, no template and no conversation. It takes the ids of one prompt and a Sampling, and yields
+Deltas: new ids of one of the n choices. It says in `features` what it can do; what it cannot do it refuses with RequestError
+before any work, never by doing something else. `tests/engines/conformance.py` states the protocol as tests that every
+engine passes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Literal, Self, TypeAlias
+
+from corral.errors import EngineClosedError, EngineError, RequestError
+
+Finish: TypeAlias = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How completions of one prompt are drawn."""
+
+    max_tokens: int = 256
+    """The most tokens per choice."""
+    n: int = 1
+    """Choices drawn from one prompt; the prompt is computed once for all of them."""
+    temperature: float = 0.0
+    """0 takes the most likely token at each step."""
+    top_p: float = 1.0
+    """Draw from the smallest set of tokens whose probability reaches this; 1 draws from all."""
+    top_k: int = 0
+    """Draw from this many most likely tokens; 0 draws from all."""
+    seed: int | None = None
+    """The same seed gives the same ids, alone or in a batch; None draws anew each time."""
+    stop_ids: tuple[int, ...] = ()
+    """A choice ends when it draws one of these. The stop id is not part of the completion."""
+    logprobs: bool = False
+    """Whether Deltas carry the log-probability of each id under the model (before temperature and top-p)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What an engine can do."""
+
+    max_length: int
+    """Most tokens of prompt and completion together."""
+    vocabulary: int
+    """Ids are in range(vocabulary)."""
+    logprobs: bool
+    """Whether Sampling.logprobs may be asked for."""
+    score: bool
+    """Whether `score` works."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New ids of one choice. The last Delta of a choice carries `finish`, perhaps with no ids."""
+
+    choice: int
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...] | None = None
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One finished choice, without its stop id."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...] | None
+    finish: Finish
+
+
+@dataclass(slots=True)
+class _Open:
+    ids: list[int] = field(default_factory=list[int])
+    logprobs: list[float] | None = None
+    finish: Finish | None = None
+
+
+class Generation:
+    """A request under way: an async iterator of Deltas, which may be cancelled whole or by choice.
+
+    The asking side iterates (once) or awaits `completions()`; where that ends early (a break, an error, a cancelled
+    task), the choices still open are cancelled. The engine's side calls `push` and `fail`, from any thread.
+    """
+
+    def __init__(self, prompt_tokens: int, n: int, on_cancel: Callable[[int | None], None]) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.n = n
+        self._on_cancel = on_cancel
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Delta | EngineError] = asyncio.Queue()
+        self._unfinished = set(range(n))
+
+    def push(self, delta: Delta) -> None:
+        """Engine's side: hand over new ids. Thread-safe; quietly dropped when the asking loop is gone."""
+        self._put(delta)
+
+    def fail(self, error: EngineError) -> None:
+        """Engine's side: end the request with an error, which the asking side's iteration raises. Thread-safe."""
+        self._put(error)
+
+    def _put(self, item: Delta | EngineError) -> None:
+        # A closed loop has nobody left to read, and it may close at any moment; the engine's thread must not die of it.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+
+    def cancel(self, choice: int | None = None) -> None:
+        """Stop one choice, or all. Each stopped choice still gets a last Delta with finish "cancelled"."""
+        self._on_cancel(choice)
+
+    async def __aiter__(self) -> AsyncGenerator[Delta, None]:
+        try:
+            while self._unfinished:
+                item = await self._queue.get()
+                if isinstance(item, EngineError):
+                    self._unfinished.clear()
+                    raise item
+                if item.finish is not None:
+                    self._unfinished.discard(item.choice)
+                yield item
+        finally:
+            if self._unfinished:
+                self.cancel()
+
+    async def completions(self) -> list[Completion]:
+        """Wait for all choices; cancels them if the waiting task is cancelled.
+
+        Returns: n Completions, in the order of their choice index.
+        """
+        choices = [_Open() for _ in range(self.n)]
+        async for delta in self:
+            choice = choices[delta.choice]
+            choice.ids.extend(delta.ids)
+            if delta.logprobs is not None:
+                choice.logprobs = [*(choice.logprobs or []), *delta.logprobs]
+            choice.finish = delta.finish or choice.finish
+        return [
+            Completion(tuple(c.ids), None if c.logprobs is None else tuple(c.logprobs), c.finish or "cancelled")
+            for c in choices
+        ]
+
+
+class Engine(ABC):
+    """A loaded model that completes and scores token ids. Safe to share between tasks; close it when done."""
+
+    name: str
+    features: Features
+
+    @abstractmethod
+    def submit(self, ids: Sequence[int], sampling: Sampling) -> Generation:
+        """Ask for completions of a prompt. Returns at once; must be called in a running event loop.
+
+        Raises:
+            RequestError: the engine cannot do this (too long, id outside the vocabulary, feature it lacks).
+            EngineClosedError: the engine was closed.
+        """
+
+    @abstractmethod
+    async def score(self, ids: Sequence[int], start: int = 1) -> list[float]:
+        """Log-probabilities (natural log) of ids[start:], each given all ids before it; len(ids) − start values.
+
+        Raises:
+            RequestError: `features.score` is false, start < 1 (nothing precedes the first id), or ids too long.
+            EngineClosedError: the engine was closed.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Stop; requests under way fail with EngineClosedError. Closing twice is allowed."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def check(self, ids: Sequence[int], sampling: Sampling) -> None:
+        """Refuse what no engine can do, or this one does not; for implementations of `submit`. Raises: RequestError."""
+        limit = self.features.max_length
+        faults = (
+            (sampling.n < 1, f"n = {sampling.n}: at least one choice is needed"),
+            (sampling.max_tokens < 1, f"max_tokens = {sampling.max_tokens}: at least one token is needed"),
+            (not 0 <= sampling.temperature < float("inf"), f"temperature = {sampling.temperature}: must be 0 or more"),
+            (not 0 < sampling.top_p <= 1, f"top_p = {sampling.top_p}: must be over 0 and at most 1"),
+            (sampling.top_k < 0, f"top_k = {sampling.top_k}: must be 0 (off) or more"),
+            (sampling.logprobs and not self.features.logprobs, f"engine {self.name!r} gives no log-probabilities"),
+        )
+        for is_fault, what in faults:
+            if is_fault:
+                raise RequestError(what)
+        self._check_ids(ids)
+        if len(ids) + sampling.max_tokens > limit:
+            raise RequestError(
+                f"{len(ids)} prompt + {sampling.max_tokens} new tokens exceed the {limit} of engine {self.name!r}",
+                hint="shorten the prompt or lower max_tokens",
+            )
+
+    def check_score(self, ids: Sequence[int], start: int) -> None:
+        """The same for implementations of `score`. Raises: RequestError."""
+        if not self.features.score:
+            raise RequestError(f"engine {self.name!r} cannot score given ids")
+        if not 1 <= start <= len(ids):
+            raise RequestError(f"start = {start}: must be from 1 to the number of ids ({len(ids)})")
+        self._check_ids(ids)
+        if len(ids) > self.features.max_length:
+            raise RequestError(f"{len(ids)} ids exceed the {self.features.max_length} of engine {self.name!r}")
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        if not ids:
+            raise RequestError("the prompt has no tokens")
+        worst = max(ids) if min(ids) >= 0 else min(ids)
+        if not 0 <= worst < self.features.vocabulary:
+            raise RequestError(f"token id {worst} is outside the vocabulary of {self.features.vocabulary}")
+
+
+def closed(engine: Engine) -> EngineClosedError:
+    """The error for a request to an engine that was closed."""
+    return EngineClosedError(f"engine {engine.name!r} is closed", hint="load the engine again")

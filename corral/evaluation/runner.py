@@ -1,0 +1,114 @@
+"""Answers and log-probabilities of one variant on held-out rows, kept as they come.
+
+Each row is written to a JSONL file as soon as it is done, so an interrupted evaluation goes on where it was. This module
+does not know which variants there are or how rows are scored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from corral.answerer import Answerer
+from corral.engines.base import Sampling
+from corral.messages import Conversation
+
+AT_ONCE = 64  # rows handed to the engine together; it batches as it sees fit
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A held-out row: its id and a conversation that ends with the reference answer."""
+
+    id: str
+    conversation: Conversation
+
+
+class RowFile:
+    """A JSONL file of finished rows, keyed by variant and id; a half-written last line is dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[tuple[str, str], dict[str, Any]] = {}
+        if path.exists():
+            data = path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            if whole != data:
+                path.write_bytes(whole)
+            for line in whole.splitlines():
+                row: dict[str, Any] = json.loads(line)
+                self.rows[row["variant"], row["id"]] = row
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep a finished row."""
+        self.rows[row["variant"], row["id"]] = row
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def of(self, variant: str) -> Mapping[str, dict[str, Any]]:
+        """Finished rows of one variant, by id."""
+        return {id_: row for (name, id_), row in self.rows.items() if name == variant}
+
+
+async def score_items(
+    answerer: Answerer, variant: str, items: Sequence[Item], into: RowFile, on_done: Callable[[int], None]
+) -> None:
+    """Add `{"variant", "id", "nll", "tokens"}` for each item not yet in the file."""
+
+    async def one(item: Item) -> None:
+        score = await answerer.score(item.conversation)
+        into.add({"variant": variant, "id": item.id, "nll": score.nll, "tokens": score.tokens})
+        on_done(len(into.of(variant)))
+
+    await _each(items, variant, into, one)
+
+
+async def answer_items(
+    answerer: Answerer,
+    variant: str,
+    items: Sequence[Item],
+    sampling: Sampling,
+    into: RowFile,
+    on_done: Callable[[int], None],
+) -> None:
+    """Add `{"variant", "id", "prompt", "reference", "answer", "finish", "tokens", "seconds"}` for each item not yet in."""
+
+    async def one(item: Item) -> None:
+        began = time.perf_counter()
+        prompt, reference = item.conversation.split_answer()
+        answer = await answerer.answer(prompt, sampling)
+        (completion,) = answer.completions
+        into.add(
+            {
+                "variant": variant,
+                "id": item.id,
+                "prompt": prompt.to_json()["messages"],
+                "reference": reference,
+                "answer": answer.text,
+                "finish": completion.finish,
+                "tokens": len(completion.ids),
+                "seconds": round(time.perf_counter() - began, 3),
+            }
+        )
+        on_done(len(into.of(variant)))
+
+    await _each(items, variant, into, one)
+
+
+async def _each(items: Sequence[Item], variant: str, into: RowFile, work: Callable[[Item], Any]) -> None:
+    done = into.of(variant)
+    limit = asyncio.Semaphore(AT_ONCE)
+
+    async def limited(item: Item) -> None:
+        async with limit:
+            await work(item)
+
+    async with asyncio.TaskGroup() as group:
+        for item in items:
+            if item.id not in done:
+                group.create_task(limited(item))

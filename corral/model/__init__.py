@@ -1,0 +1,1 @@
+"""Loading, adapting, computing and merging models."""

@@ -1,0 +1,372 @@
+"""GGUF files: checked before anything else reads them, and turned into a plain safetensors folder.
+
+A GGUF file is a header, key-value metadata, a table of tensors and their data. Readers that trust its counts, lengths and
+offsets can be led outside the file (CVE-2026-7482 is one such reader), so `read_header` checks each against the file's size
+first. The layout is that of the specification, version 2 and 3, little-endian.
+
+`convert_to_folder` also refuses what transformers' converter would drop without a word (rope scaling, experts), and
+rebuilds the splitting rule that it does not know, so that token ids are those the model was trained with.
+
+This module knows nothing about the cache, assets or licences, and does not write GGUF files.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from corral.errors import ModelError
+from corral.storage import write_json
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_MAX_DIMENSIONS = 4
+_STRING, _ARRAY, _BOOL = 8, 9, 7
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_MIN_TENSOR_ENTRY = 8 + 1 + 4 + 8 + 4 + 8  # name length, name, dimension count, one dimension, type, offset
+_MIN_FIELD = 8 + 1 + 4 + 1
+_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+_SPACE = "\u2581"
+_SPLITS = ("smollm", "gpt-2", *_LLAMA3_NAMES)
+
+CONVERSION = 1
+"""Raised whenever `convert_to_folder` would write other bytes for the same file, so that what is cached is made anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """One entry of the tensor table: `shape` in GGUF order (fastest first), `offset` and `size` in bytes in the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    """Metadata by key (arrays as lists), and the tensors, all of which lie inside the file and do not overlap."""
+
+    version: int
+    metadata: dict[str, Any]
+    tensors: tuple[GgufTensor, ...]
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Reads and checks everything but the tensors' data.
+
+    Raises:
+        ModelError: the file cannot be read, is no GGUF file, is truncated, or states a count, length, type or offset that
+            does not fit; it names the value and the byte where it stands.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _Reader(path, file).header()
+    except OSError as error:
+        raise ModelError(f"cannot read the GGUF file: {error.strerror or error}", where=str(path)) from error
+
+
+class _Reader:
+    """Reads little-endian values and never past the end of the file."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path = path
+        self.file = file
+        self.size = file.seek(0, 2)
+        self.at = file.seek(0)
+
+    def fail(self, what: str, at: int | None = None) -> ModelError:
+        return ModelError(
+            f"not a valid GGUF file: {what}",
+            where=f"{self.path}, byte {self.at if at is None else at} of {self.size}",
+            hint="download it again, and compare its sha256 with the publisher's",
+        )
+
+    def take(self, count: int, what: str) -> bytes:
+        if count > self.size - self.at:
+            raise self.fail(f"{what} needs {count} bytes, {self.size - self.at} are left (truncated?)")
+        data = self.file.read(count)
+        if len(data) != count:
+            raise self.fail(f"{what} could not be read whole")
+        self.at += count
+        return data
+
+    def number(self, code: str, what: str) -> int:
+        return int(struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}"), what))[0])
+
+    def count(self, what: str, unit: int) -> int:
+        """A count of things that take at least `unit` bytes each."""
+        start = self.at
+        value = self.number("Q", what)
+        if value * unit > self.size - self.at:
+            raise self.fail(f"{what} is {value}, more than the rest of the file can hold", start)
+        return value
+
+    def string(self, what: str) -> str:
+        length = self.count(f"length of {what}", 1)
+        start = self.at
+        try:
+            return self.take(length, what).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.fail(f"{what} is not UTF-8: {error.reason}", start + error.start) from error
+
+    def value(self, kind: int, what: str) -> Any:
+        if kind == _STRING:
+            return self.string(what)
+        if kind == _ARRAY:
+            return self.array(what)
+        if kind not in _SCALARS:
+            raise self.fail(f"{what} has unknown type {kind}")
+        if kind == _BOOL:
+            return self.number("B", what) != 0
+        return struct.unpack(f"<{_SCALARS[kind]}", self.take(struct.calcsize(f"<{_SCALARS[kind]}"), what))[0]
+
+    def array(self, what: str) -> list[Any]:
+        kind = self.number("I", f"element type of {what}")
+        if kind == _STRING:
+            return [self.string(f"{what}[{i}]") for i in range(self.count(f"length of {what}", 8))]
+        if kind not in _SCALARS:  # nested arrays included: nothing writes them, and their depth has no bound
+            raise self.fail(f"{what} is an array of unknown type {kind}")
+        width = struct.calcsize(f"<{_SCALARS[kind]}")
+        length = self.count(f"length of {what}", width)
+        return list(struct.unpack(f"<{length}{_SCALARS[kind]}", self.take(length * width, what)))
+
+    def header(self) -> GgufHeader:
+        if (magic := self.take(4, "the magic number")) != _MAGIC:
+            raise self.fail(f"it starts with {magic!r}, not {_MAGIC!r}", 0)
+        version = self.number("I", "the version")
+        if version not in _VERSIONS:
+            big = " (big-endian)" if int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS else ""
+            raise self.fail(f"version {version}{big} is not one of {_VERSIONS}", 4)
+        tensor_count = self.count("the tensor count", _MIN_TENSOR_ENTRY)
+        field_count = self.count("the metadata count", _MIN_FIELD)
+        metadata: dict[str, Any] = {}
+        for index in range(field_count):
+            start = self.at
+            key = self.string(f"key {index}")
+            if not key or key in metadata:
+                raise self.fail(f"key {index} is {key!r}: empty or there twice", start)
+            metadata[key] = self.value(self.number("I", f"type of {key}"), key)
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
+            raise self.fail(f"general.alignment is {alignment!r}, not a power of two of at least 8")
+        entries = [self.tensor(index) for index in range(tensor_count)]
+        start = -(-self.at // alignment) * alignment
+        return GgufHeader(version, metadata, self.placed(entries, start, alignment))
+
+    def tensor(self, index: int) -> GgufTensor:
+        """One entry; its offset is still relative to the data."""
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        start = self.at
+        name = self.string(f"name of tensor {index}")
+        dimensions = self.number("I", f"dimension count of tensor {name!r}")
+        if not 1 <= dimensions <= _MAX_DIMENSIONS:
+            raise self.fail(f"tensor {name!r} has {dimensions} dimensions, not 1 to {_MAX_DIMENSIONS}", start)
+        shape = tuple(self.number("Q", f"dimension {d} of tensor {name!r}") for d in range(dimensions))
+        kind = self.number("I", f"type of tensor {name!r}")
+        offset = self.number("Q", f"offset of tensor {name!r}")
+        try:
+            quantization = GGMLQuantizationType(kind)
+        except ValueError as error:
+            raise self.fail(f"tensor {name!r} has unknown type {kind}", start) from error
+        block, width = GGML_QUANT_SIZES[quantization]
+        elements = prod(shape)  # Python's integers do not overflow, which is what the attack on other readers needs
+        if elements == 0 or shape[0] % block:
+            raise self.fail(f"tensor {name!r} has shape {shape}, which type {quantization.name} cannot have", start)
+        return GgufTensor(name, shape, quantization.name, offset, elements // block * width)
+
+    def placed(self, entries: list[GgufTensor], start: int, alignment: int) -> tuple[GgufTensor, ...]:
+        """The tensors with offsets in the file, once none leaves it, overlaps another or shares its name."""
+        names: set[str] = set()
+        placed: list[GgufTensor] = []
+        for entry in entries:
+            end = start + entry.offset + entry.size
+            if entry.offset % alignment or end > self.size:
+                raise self.fail(
+                    f"tensor {entry.name!r} lies at offset {entry.offset} with {entry.size} bytes, ending at byte {end} "
+                    f"(truncated, or not aligned to {alignment})"
+                )
+            if entry.name in names:
+                raise self.fail(f"tensor {entry.name!r} is there twice")
+            names.add(entry.name)
+            placed.append(GgufTensor(entry.name, entry.shape, entry.type, start + entry.offset, entry.size))
+        ordered = sorted(placed, key=lambda tensor: tensor.offset)
+        for before, after in pairwise(ordered):
+            if before.offset + before.size > after.offset:
+                raise self.fail(f"tensors {before.name!r} and {after.name!r} overlap", after.offset)
+        return tuple(placed)
+
+
+def convert_to_folder(path: Path, folder: Path) -> None:
+    """Writes the model of a GGUF file as a Hugging Face folder: float32 safetensors, tokenizer, template, stop ids.
+
+    Args:
+        path: a GGUF file of the llama architecture; checked with `read_header` first.
+        folder: an existing, empty directory (`storage.new_directory` makes it atomic).
+
+    Raises:
+        ModelError: the file is damaged, or states something the folder could not say.
+    """
+    header = read_header(path)
+    _refuse_unconvertible(path, header)
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    try:
+        with redirect_stderr(StringIO()):  # the converter draws a progress bar that no setting turns off
+            tokenizer = _tokenizer(path, header.metadata)
+            model, info = cast(
+                "tuple[Any, dict[str, Any]]",
+                AutoModelForCausalLM.from_pretrained(
+                    str(path.parent),
+                    gguf_file=path.name,
+                    local_files_only=True,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                ),
+            )
+    except (ValueError, KeyError, RuntimeError, TypeError, IndexError, AttributeError) as error:
+        raise ModelError(f"transformers cannot convert this GGUF file: {error}", where=str(path)) from error
+    wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "mismatched_keys") if info.get(kind)}
+    if wrong:
+        raise ModelError(f"the GGUF file lacks weights of its architecture: {wrong}", where=str(path))
+    # The weights are plain float32 now; while these two say otherwise, saving raises.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    metadata = header.metadata
+    stops = [metadata[key] for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in metadata]
+    model.config.bos_token_id = metadata.get("tokenizer.ggml.bos_token_id")
+    model.config.eos_token_id = stops[0] if len(set(stops)) == 1 else (list(dict.fromkeys(stops)) or None)
+    model.config.pad_token_id = metadata.get("tokenizer.ggml.padding_token_id")
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config.pop("_model_name_or_path", None)  # the file's free-text name, which readers take for a path
+    write_json(folder / "config.json", config)
+    _verify(folder, header)
+
+
+def _refuse_unconvertible(path: Path, header: GgufHeader) -> None:
+    metadata = header.metadata
+    other = "use the model's safetensors folder instead"
+    checks: list[tuple[str, Callable[[Any], bool], str]] = [
+        ("general.architecture", lambda v: v == "llama", "corral reads GGUF files of the llama architecture only"),
+        ("llama.expert_count", lambda v: v in (None, 0), "a mixture of experts is not a Llama model"),
+        ("llama.rope.scaling.type", lambda v: v in (None, "none"), "its rope scaling would be lost in conversion"),
+        ("tokenizer.ggml.model", lambda v: v in ("gpt2", "llama"), "this kind of tokenizer is not known"),
+    ]
+    if metadata.get("tokenizer.ggml.model") == "gpt2":
+        known = f"it must be one of {', '.join(_SPLITS)}: with another rule the token ids would be wrong"
+        checks.append(("tokenizer.ggml.pre", lambda v: v in _SPLITS, known))
+    for key, good, reason in checks:
+        value = metadata.get(key)
+        if not good(value):
+            raise ModelError(f"cannot use this GGUF file: {key} is {value!r}; {reason}", where=str(path), hint=other)
+    if any(tensor.name == "rope_freqs.weight" for tensor in header.tensors):
+        # Llama 3.1 and later: transformers' converter skips the tensor and the model goes silently wrong.
+        raise ModelError(
+            "cannot use this GGUF file: it holds rope_freqs.weight (Llama-3.1 rope scaling), which would be lost",
+            where=str(path),
+            hint=other,
+        )
+    embedding = next((tensor for tensor in header.tensors if tensor.name == "token_embd.weight"), None)
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if embedding is None or not isinstance(tokens, list) or embedding.shape[-1] < len(cast("list[Any]", tokens)):
+        found = "none" if embedding is None else f"of shape {embedding.shape}"
+        raise ModelError(
+            f"cannot use this GGUF file: token embeddings {found}, and a vocabulary of "
+            f"{len(cast('list[Any]', tokens)) if isinstance(tokens, list) else 'no'} tokens",
+            where=str(path),
+            hint=other,
+        )
+    for key in ("bos", "eos", "eot", "padding", "unknown"):
+        value = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if value is not None and not (isinstance(value, int) and 0 <= value < len(cast("list[Any]", tokens))):
+            raise ModelError(f"tokenizer.ggml.{key}_token_id is {value!r}, outside the vocabulary", where=str(path))
+
+
+def _tokenizer(path: Path, metadata: dict[str, Any]) -> Any:
+    """The tokenizer as the file means it: transformers' conversion, less what it adds and plus what it leaves out."""
+    from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    converted: Any = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+    tokens = cast("list[str]", metadata["tokenizer.ggml.tokens"])
+    state = json.loads(converted.backend_tokenizer.to_str())
+    # Its default unknown token is made a new one, beyond the embeddings, where the file has none of that name.
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < len(tokens)]
+    if state["model"].get("unk_token") not in tokens:
+        state["model"]["unk_token"] = None
+    split = metadata.get("tokenizer.ggml.pre")
+    if metadata["tokenizer.ggml.model"] == "gpt2" and split in _LLAMA3_NAMES:
+        state["model"]["ignore_merges"] = True  # a word that is a token is that token, whatever the merges say
+    backend: Any = Tokenizer.from_str(json.dumps(state))
+    if metadata["tokenizer.ggml.model"] == "llama":
+        # SentencePiece puts its space before every text, also one that starts with spaces; theirs leaves those out.
+        steps: list[Any] = [normalizers.Replace(" ", _SPACE)]
+        if metadata.get("tokenizer.ggml.add_space_prefix", True):
+            steps.insert(0, normalizers.Prepend(_SPACE))
+        backend.normalizer = normalizers.Sequence(steps)
+        backend.pre_tokenizer = None
+    elif split == "smollm":
+        # Digits stand alone; without this, white space before a digit is cut in another way.
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    named = {
+        f"{name}_token": AddedToken(tokens[metadata[f"tokenizer.ggml.{key}_token_id"]], normalized=False, special=True)
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown"))
+        if f"tokenizer.ggml.{key}_token_id" in metadata
+    }
+    starts = metadata["tokenizer.ggml.model"] == "llama" or split in _LLAMA3_NAMES  # llama.cpp's default without a flag
+    ends = [
+        (str(named[f"{name}_token"].content), int(metadata[f"tokenizer.ggml.{name}_token_id"]))
+        if f"{name}_token" in named and metadata.get(f"tokenizer.ggml.add_{name}_token", default)
+        else None
+        for name, default in (("bos", starts), ("eos", False))
+    ]
+    (first, last) = ([end[0]] if end else [] for end in ends)
+    backend.post_processor = processors.TemplateProcessing(
+        single=[*first, "$A", *last],
+        pair=[*first, "$A", *last, *(f"{token}:1" for token in first), "$B:1", *(f"{token}:1" for token in last)],
+        special_tokens=[end for end in ends if end],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=metadata.get("tokenizer.chat_template"),
+        model_max_length=metadata.get("llama.context_length"),
+        **named,
+    )
+
+
+def _verify(folder: Path, header: GgufHeader) -> None:
+    """Reads the folder back: what was written is what the GGUF file said. A difference is our fault, hence the asserts."""
+    from safetensors import safe_open
+    from transformers import AutoConfig, PreTrainedTokenizerFast
+
+    config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    metadata = header.metadata
+    tokens = cast("list[str]", metadata["tokenizer.ggml.tokens"])
+    assert config.architectures == ["LlamaForCausalLM"], config.architectures
+    assert len(tokenizer) == len(tokens), (len(tokenizer), len(tokens))
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        stated = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        assert stated is None or getattr(tokenizer, f"{name}_token_id") == stated, (name, stated)
+    written = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            written += len(file.keys())
+    assert written == len(header.tensors), (written, len(header.tensors))

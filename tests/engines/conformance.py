@@ -1,0 +1,424 @@
+"""The engine protocol as tests: what every engine must do, whatever computes its tokens.
+
+A test file subclasses `EngineConformance` and gives it a `subject`. What an engine says in its features that it cannot do is
+not asked of it, except that it must refuse. Nothing here knows how an engine works inside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import pytest
+
+from corral.engines.base import Completion, Delta, Engine, Finish, Generation, Sampling
+from corral.errors import EngineClosedError, EngineError, RequestError
+
+T = TypeVar("T")
+
+GREEDY = Sampling(max_tokens=12)
+DRAWN = Sampling(max_tokens=12, temperature=1.0, seed=7)
+
+
+@dataclass(frozen=True)
+class Failing:
+    """An engine that breaks on one prompt, and works on the subject's."""
+
+    make: Callable[[], AbstractAsyncContextManager[Engine]]
+    prompt: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Subject:
+    make: Callable[[], AbstractAsyncContextManager[Engine]]
+    """Opens a fresh engine that can compute 1,000 tokens of one prompt, on the way not so fast that nobody can cancel."""
+    prompts: Sequence[Sequence[int]]
+    """At least four, of plainly different lengths, one of them a single id."""
+    failing: Failing | None = None
+    tolerance: float = 1e-3
+    """Between log-probabilities that are the same in theory."""
+
+
+def long_run(n: int = 1) -> Sampling:
+    return Sampling(max_tokens=1000, n=n, temperature=1.0, seed=1)
+
+
+async def deltas_of(generation: Generation) -> list[Delta]:
+    return [delta async for delta in generation]
+
+
+async def complete(engine: Engine, ids: Sequence[int], sampling: Sampling) -> list[Completion]:
+    return await engine.submit(ids, sampling).completions()
+
+
+def finishes(deltas: Sequence[Delta]) -> dict[int, list[Finish]]:
+    found: dict[int, list[Finish]] = {}
+    for delta in deltas:
+        assert delta.choice not in found or not found[delta.choice], f"choice {delta.choice} went on after its end"
+        found.setdefault(delta.choice, []).extend([delta.finish] if delta.finish else [])
+    return found
+
+
+def differ_in(completions: Sequence[Completion]) -> int:
+    return len({completion.ids for completion in completions})
+
+
+class EngineConformance:
+    """Subclass as `Test…` and define the fixture `subject`."""
+
+    @pytest.fixture
+    def subject(self) -> Subject:
+        raise NotImplementedError("a subclass says which engine is tested")
+
+    @pytest.fixture
+    def run(self, subject: Subject) -> Callable[[Callable[[Engine], Awaitable[T]]], T]:
+        """Run `test(engine)` with a fresh engine in a fresh event loop."""
+
+        async def opened(test: Callable[[Engine], Awaitable[T]]) -> T:
+            async with subject.make() as engine:
+                return await test(engine)
+
+        return lambda test: asyncio.run(opened(test))
+
+    # What a completion is
+
+    def test_each_of_n_choices_finishes_exactly_once_and_nothing_follows(self, run: Any, subject: Subject) -> None:
+        async def test(engine: Engine) -> list[Delta]:
+            return await deltas_of(engine.submit(subject.prompts[0], replace(DRAWN, n=5)))
+
+        ended = finishes(run(test))
+        assert sorted(ended) == [0, 1, 2, 3, 4]
+        assert all(len(each) == 1 for each in ended.values())
+
+    @pytest.mark.parametrize("max_tokens", [1, 2, 9])
+    def test_max_tokens_ends_with_length_after_exactly_that_many(
+        self, run: Any, subject: Subject, max_tokens: int
+    ) -> None:
+        async def test(engine: Engine) -> list[Completion]:
+            return await complete(engine, subject.prompts[1], replace(DRAWN, n=3, max_tokens=max_tokens))
+
+        for completion in run(test):
+            assert completion.finish == "length"
+            assert len(completion.ids) == max_tokens
+
+    def test_a_stop_id_ends_its_choice_and_is_left_out(self, run: Any, subject: Subject) -> None:
+        async def test(engine: Engine) -> tuple[list[Completion], list[Completion], int]:
+            sampling = replace(DRAWN, n=2, max_tokens=20)
+            free = await complete(engine, subject.prompts[2], sampling)
+            stop = free[0].ids[5]
+            return free, await complete(engine, subject.prompts[2], replace(sampling, stop_ids=(stop,))), stop
+
+        free, stopped, stop = run(test)
+        for whole, cut in zip(free, stopped, strict=True):
+            assert cut.finish == ("stop" if stop in whole.ids else "length")
+            assert cut.ids == (whole.ids[: whole.ids.index(stop)] if stop in whole.ids else whole.ids)
+
+    def test_a_stop_id_at_once_leaves_an_empty_completion(self, run: Any, subject: Subject) -> None:
+        async def test(engine: Engine) -> list[Completion]:
+            (free,) = await complete(engine, subject.prompts[0], GREEDY)
+            logprobs = engine.features.logprobs
+            return await complete(
+                engine, subject.prompts[0], replace(GREEDY, stop_ids=(free.ids[0],), logprobs=logprobs)
+            )
+
+        (empty,) = run(test)
+        assert (empty.ids, empty.finish) == ((), "stop")
+        assert empty.logprobs in ((), None)
+
+    def test_streamed_deltas_put_together_are_the_completions(self, run: Any, subject: Subject) -> None:
+        async def test(engine: Engine) -> tuple[list[Delta], list[Completion]]:
+            sampling = replace(DRAWN, n=3, logprobs=engine.features.logprobs)
+            generation = engine.submit(subject.prompts[1], sampling)
+            assert generation.prompt_tokens == len(subject.prompts[1])
+            return await deltas_of(generation), await complete(engine, subject.prompts[1], sampling)
+
+        deltas, completions = run(test)
+        for choice, completion in enumerate(completions):
+            own = [delta for delta in deltas if delta.choice == choice]
+            assert tuple(id_ for delta in own for id_ in delta.ids) == completion.ids
+            if completion.logprobs is not None:
+                streamed = [value for delta in own for value in delta.logprobs or ()]
+                assert streamed == pytest.approx(completion.logprobs, abs=subject.tolerance)
+
+    # How it is drawn
+
+    def test_greedy_gives_the_same_ids_every_time_alone_and_among_others(self, run: Any, subject: Subject) -> None:
+        async def test(engine: Engine) -> tuple[list[list[Completion]], list[list[Completion]]]:
+            alone = [await complete(engine, prompt, GREEDY) for prompt in subject.prompts]
+            return alone, await asyncio.gather(*(complete(engine, prompt, GREEDY) for prompt in subject.prompts))
+
+        alone, together = run(test)
+        assert alone == list(together)
+
+    def test_a_seed_gives_the_same_ids_alone_and_among_others(self, run: Any, subject: Subject) -> None:
+        samplings = [replace(DRAWN, n=2), replace(DRAWN, top_p=0.8), replace(DRAWN, top_k=20, temperature=0.5), GREEDY]
+
+        async def test(engine: Engine) -> tuple[list[list[Completion]], list[list[Completion]]]:
+            work = list(zip(subject.prompts, samplings, strict=False))
+            alone = [await complete(engine, *each) for each in work]
+            return alone, await asyncio.gather(*(complete(engine, *each) for each in work))
+
+        alone, together = run(test)
+        assert alone == list(together)
+
+    def test_another_seed_another_choice_or_no_seed_gives_other_ids(self, run: Any, subject: Subject) -> None:
+        async def test(engine: Engine) -> list[Completion]:
+            samplings = [replace(DRAWN, n=2), replace(DRAWN, seed=8), *[replace(DRAWN, seed=None)] * 2]
+            done = await asyncio.gather(*(complete(engine, subject.prompts[0], each) for each in samplings))
+            return [completion for completions in done for completion in completions]
+
+        completions = run(test)
+        assert differ_in(completions) == len(completions) == 5
+
+    # Log-probabilities
+
+    def test_logprobs_come_when_asked_for_and_only_then(self, run: Any, subject: Subject) -> None:
+        async def test(engine: Engine) -> None:
+            (without,) = await complete(engine, subject.prompts[0], DRAWN)
+            assert without.logprobs is None
+            if engine.features.logprobs:
+                for completion in await complete(engine, subject.prompts[0], replace(DRAWN, n=2, logprobs=True)):
+                    assert completion.logprobs is not None
+                    assert len(completion.logprobs) == len(completion.ids)
+                    assert all(value <= 0 for value in completion.logprobs)
+            else:
+                with pytest.raises(RequestError):
+                    engine.submit(subject.prompts[0], replace(DRAWN, logprobs=True))
+
+        run(test)
+
+    @pytest.mark.parametrize(
+        "sampling", [GREEDY, replace(DRAWN, n=2, temperature=0.6, top_p=0.9)], ids=["greedy", "drawn"]
+    )
+    def test_logprobs_of_a_completion_are_its_scores(self, run: Any, subject: Subject, sampling: Sampling) -> None:
+        async def test(engine: Engine) -> None:
+            if not (engine.features.logprobs and engine.features.score):
+                pytest.skip("the engine gives log-probabilities in one way at most")
+            for prompt in subject.prompts:
+                for completion in await complete(engine, prompt, replace(sampling, logprobs=True)):
+                    scores = await engine.score([*prompt, *completion.ids], len(prompt))
+                    assert scores == pytest.approx(completion.logprobs, abs=subject.tolerance)
+
+        run(test)
+
+    def test_scores_are_as_many_as_asked_for_and_the_same_together(self, run: Any, subject: Subject) -> None:
+        longest = max(subject.prompts, key=len)
+
+        async def test(engine: Engine) -> None:
+            if not engine.features.score:
+                with pytest.raises(RequestError):
+                    await engine.score(longest)
+                return
+            whole = await engine.score(longest)
+            assert len(whole) == len(longest) - 1
+            together = await asyncio.gather(*(engine.score(longest, start) for start in range(1, len(longest) + 1)))
+            for start, scores in enumerate(together, start=1):
+                assert scores == pytest.approx(whole[start - 1 :], abs=subject.tolerance)
+
+        run(test)
+
+    # Cancelling
+
+    def test_cancelling_one_choice_leaves_the_others(self, run: Any, subject: Subject) -> None:
+        async def test(engine: Engine) -> dict[int, list[Finish]]:
+            generation = engine.submit(subject.prompts[0], long_run(n=3))
+            deltas: list[Delta] = []
+            async for delta in generation:
+                if not deltas:
+                    generation.cancel(1)
+                deltas.append(delta)
+            return finishes(deltas)
+
+        assert run(test) == {0: ["length"], 1: ["cancelled"], 2: ["length"]}
+
+    def test_cancelling_all_ends_every_choice_before_its_time(self, run: Any, subject: Subject) -> None:
+        async def test(engine: Engine) -> tuple[list[Completion], list[Completion]]:
+            generation = engine.submit(subject.prompts[0], long_run(n=3))
+            asyncio.get_running_loop().call_soon(generation.cancel)
+            at_once = await generation.completions()
+            generation = engine.submit(subject.prompts[0], long_run(n=3))
+            asyncio.get_running_loop().call_later(0.02, generation.cancel)
+            return at_once, await generation.completions()
+
+        for completions in run(test):
+            for completion in completions:
+                assert completion.finish == "cancelled"
+                assert len(completion.ids) < 1000
+
+    def test_cancelling_what_has_ended_or_never_was_does_nothing(self, run: Any, subject: Subject) -> None:
+        async def test(engine: Engine) -> None:
+            generation = engine.submit(subject.prompts[0], GREEDY)
+            generation.cancel(5)
+            (completion,) = await generation.completions()
+            assert completion.finish == "length"
+            generation.cancel()
+            generation.cancel(0)
+            assert await complete(engine, subject.prompts[0], GREEDY) == [completion]
+
+        run(test)
+
+    def test_cancelling_the_task_that_asks_frees_its_work(self, run: Any, subject: Subject) -> None:
+        async def test(engine: Engine) -> None:
+            generation = engine.submit(subject.prompts[0], long_run(n=2))
+            task = asyncio.create_task(generation.completions())
+            await asyncio.sleep(0.02)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            rest = await deltas_of(generation)
+            assert [delta.finish for delta in rest if delta.finish] == ["cancelled"] * 2
+            (completion,) = await complete(engine, subject.prompts[0], GREEDY)
+            assert completion.finish == "length"
+
+        run(test)
+
+    def test_leaving_a_stream_early_frees_its_work(self, run: Any, subject: Subject) -> None:
+        async def test(engine: Engine) -> None:
+            generation = engine.submit(subject.prompts[0], long_run(n=2))
+            async for _ in generation:
+                break
+            rest = await deltas_of(generation)
+            assert [delta.finish for delta in rest if delta.finish] == ["cancelled"] * 2
+
+        run(test)
+
+    # Refusing, failing, closing
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"n": 0},
+            {"max_tokens": 0},
+            {"temperature": -0.1},
+            {"temperature": float("inf")},
+            {"temperature": float("nan")},
+            {"top_p": 0.0},
+            {"top_p": 1.1},
+            {"top_p": float("nan")},
+            {"top_k": -1},
+            {"max_tokens": 10**9},
+        ],
+        ids=str,
+    )
+    def test_impossible_sampling_is_refused_before_any_work(
+        self, run: Any, subject: Subject, change: dict[str, Any]
+    ) -> None:
+        async def test(engine: Engine) -> None:
+            with pytest.raises(RequestError) as caught:
+                engine.submit(subject.prompts[0], replace(DRAWN, **change))
+            (value,) = change.values()
+            assert str(value) in str(caught.value)
+
+        run(test)
+
+    def test_impossible_ids_are_refused_before_any_work(self, run: Any, subject: Subject) -> None:
+        async def test(engine: Engine) -> None:
+            too_long = [*subject.prompts[0], *[1] * engine.features.max_length]
+            for ids in ([], [engine.features.vocabulary], [1, -1], too_long):
+                with pytest.raises(RequestError):
+                    engine.submit(ids, GREEDY)
+                with pytest.raises(RequestError):
+                    await engine.score(ids)
+            for start in (0, -1, 4):
+                with pytest.raises(RequestError):
+                    await engine.score([1, 2, 3], start)
+
+        run(test)
+
+    def test_prompt_and_completion_may_fill_the_context_but_not_exceed_it(self, run: Any, subject: Subject) -> None:
+        async def test(engine: Engine) -> None:
+            room = 3
+            ids = [subject.prompts[0][0]] * (engine.features.max_length - room)
+            with pytest.raises(RequestError, match=str(engine.features.max_length)):
+                engine.submit(ids, replace(GREEDY, max_tokens=room + 1))
+            (completion,) = await complete(engine, ids, replace(GREEDY, max_tokens=room))
+            assert len(completion.ids) == room
+
+        run(test)
+
+    def test_an_error_reaches_its_request_and_the_engine_goes_on(self, subject: Subject) -> None:
+        failing = subject.failing
+        if failing is None:
+            pytest.skip("this engine cannot be made to fail on one prompt")
+
+        async def test() -> None:
+            async with failing.make() as engine:
+                before = [await complete(engine, prompt, GREEDY) for prompt in subject.prompts]
+                with pytest.raises(EngineError):
+                    await complete(engine, failing.prompt, replace(GREEDY, n=3))
+                mixed = [complete(engine, prompt, GREEDY) for prompt in (*subject.prompts, failing.prompt)]
+                *others, failed = await asyncio.gather(*mixed, return_exceptions=True)
+                assert isinstance(failed, EngineError)
+                assert others == before
+                assert [await complete(engine, prompt, GREEDY) for prompt in subject.prompts] == before
+
+        asyncio.run(test())
+
+    def test_closing_fails_what_is_under_way_and_closing_again_is_allowed(self, run: Any, subject: Subject) -> None:
+        async def test(engine: Engine) -> None:
+            tasks = [asyncio.create_task(complete(engine, prompt, long_run(n=2))) for prompt in subject.prompts]
+            longest = max(subject.prompts, key=len)
+            scores = [asyncio.create_task(engine.score(longest)) for _ in range(20 if engine.features.score else 0)]
+            await asyncio.sleep(0.02)
+            await asyncio.gather(engine.close(), engine.close())
+            for result in await asyncio.gather(*tasks, return_exceptions=True):
+                assert isinstance(result, EngineClosedError)
+            for result in await asyncio.gather(*scores, return_exceptions=True):
+                assert isinstance(result, list | EngineClosedError)
+            await engine.close()
+
+        run(test)
+
+    def test_a_closed_engine_refuses(self, run: Any, subject: Subject) -> None:
+        async def test(engine: Engine) -> None:
+            await engine.close()
+            with pytest.raises(EngineClosedError):
+                engine.submit(subject.prompts[0], GREEDY)
+            if engine.features.score:
+                with pytest.raises(EngineClosedError):
+                    await engine.score(max(subject.prompts, key=len))
+
+        run(test)
+
+    # Many at once, and many loops
+
+    def test_32_requests_at_once_are_all_answered_as_alone(self, run: Any, subject: Subject) -> None:
+        async def test(engine: Engine) -> None:
+            work = [(subject.prompts[i % 4], replace(DRAWN, n=1 + i % 3, max_tokens=1 + i, seed=i)) for i in range(32)]
+            together = await asyncio.gather(*(complete(engine, *each) for each in work))
+            for (_, sampling), completions in zip(work, together, strict=True):
+                assert [len(completion.ids) for completion in completions] == [sampling.max_tokens] * sampling.n
+            for i in (0, 13, 31):
+                assert await complete(engine, *work[i]) == together[i]
+
+        run(test)
+
+    def test_one_engine_serves_several_event_loops_one_after_another_and_side_by_side(self, subject: Subject) -> None:
+        engine = asyncio.run(_enter(subject.make()))
+        prompt = subject.prompts[1]
+
+        async def leave_behind() -> None:
+            engine.submit(prompt, long_run(n=2))
+            await asyncio.sleep(0)
+
+        first = asyncio.run(complete(engine, prompt, DRAWN))
+        asyncio.run(leave_behind())
+        answers: list[list[Completion]] = []
+        threads = [
+            threading.Thread(target=lambda: answers.append(asyncio.run(complete(engine, prompt, DRAWN))))
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert answers == [first] * 4
+        asyncio.run(engine.close())
+
+
+def _enter(opened: AbstractAsyncContextManager[Engine]) -> Coroutine[Any, Any, Engine]:
+    return opened.__aenter__()

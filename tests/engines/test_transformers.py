@@ -1,0 +1,381 @@
+from __future__ import annotations
+
+import asyncio
+import functools
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conformance import DRAWN, GREEDY, EngineConformance, Failing, Subject, complete
+from peft import LoraConfig, get_peft_model
+from tiny import CONTEXT, VOCABULARY, tiny_llama
+from transformers import LlamaForCausalLM
+
+from corral.engines.base import Completion, Sampling
+from corral.engines.transformers import TransformersEngine
+from corral.errors import EngineClosedError, EngineError, RequestError
+
+PROMPTS = ([3], [4, 5, 6], list(range(10, 30)), list(range(30, 130)))
+POISON = 200
+
+
+@functools.cache
+def model() -> LlamaForCausalLM:
+    return tiny_llama()
+
+
+def generated(of: Any, prompt: Sequence[int], count: int) -> list[int]:
+    """What transformers' own generate gives, greedily."""
+    ids = torch.tensor([prompt])
+    options: dict[str, Any] = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return of.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+
+
+def complete_all(
+    engine: TransformersEngine, prompts: Sequence[Sequence[int]], sampling: Sampling
+) -> list[list[Completion]]:
+    async def together() -> list[list[Completion]]:
+        async with engine:
+            return list(await asyncio.gather(*(complete(engine, prompt, sampling) for prompt in prompts)))
+
+    return asyncio.run(together())
+
+
+def not_a_number() -> LlamaForCausalLM:
+    """A model that answers a prompt with POISON in it by NaN, and never draws POISON itself."""
+    poisoned = tiny_llama()
+    with torch.no_grad():
+        poisoned.get_input_embeddings().weight[POISON] = float("nan")
+
+    def never(module: Any, args: Any, logits: torch.Tensor) -> torch.Tensor:
+        logits[..., POISON] = float("-inf")
+        return logits
+
+    poisoned.lm_head.register_forward_hook(never)
+    return poisoned
+
+
+class TestTransformersEngine(EngineConformance):
+    @pytest.fixture(params=[128, 3], ids="max_batch={}".format)
+    def subject(self, request: pytest.FixtureRequest) -> Subject:
+        return Subject(
+            make=lambda: TransformersEngine(model(), max_batch=request.param),
+            prompts=PROMPTS,
+            failing=Failing(lambda: TransformersEngine(not_a_number(), max_batch=request.param), [5, POISON, 6]),
+        )
+
+
+def test_greedy_equals_generate_for_prompts_of_every_length_in_one_batch() -> None:
+    prompts = [list(range(1, 1 + length)) for length in (1, 2, 3, 7, 20, 64, 65, 150)]
+    answers = complete_all(TransformersEngine(model()), prompts, replace(GREEDY, max_tokens=80))
+    for prompt, (completion,) in zip(prompts, answers, strict=True):
+        assert list(completion.ids) == generated(model(), prompt, 80)
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[::-1]], ids=["short first", "long first"])
+def test_requests_that_join_a_running_batch_are_answered_as_alone(prompts: Sequence[Sequence[int]]) -> None:
+    async def test() -> list[Completion]:
+        async with TransformersEngine(model()) as engine:
+            tasks: list[asyncio.Task[list[Completion]]] = []
+            for i, prompt in enumerate(prompts):
+                sampling = replace(GREEDY, max_tokens=60 if i % 2 else 15)
+                generation = engine.submit(prompt, sampling)
+                arrived = asyncio.Event()
+
+                async def read(generation: Any = generation, arrived: asyncio.Event = arrived) -> list[Completion]:
+                    ids: list[int] = []
+                    async for delta in generation:
+                        ids.extend(delta.ids)
+                        if len(ids) > 4:
+                            arrived.set()
+                    return [Completion(tuple(ids), None, "length")]
+
+                tasks.append(asyncio.create_task(read()))
+                await arrived.wait()
+            return [completion for completions in await asyncio.gather(*tasks) for completion in completions]
+
+    for i, (prompt, completion) in enumerate(zip(prompts, asyncio.run(test()), strict=True)):
+        assert list(completion.ids) == generated(model(), prompt, 60 if i % 2 else 15)
+
+
+def exact(prompt: Sequence[int], sampling: Sampling) -> torch.Tensor:
+    """The distribution of the first id, by transformers' own logits processors."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        logits: Any = model()(ids).logits[:, -1]
+    logits = TemperatureLogitsWarper(sampling.temperature)(ids, logits)
+    if sampling.top_k:
+        logits = TopKLogitsWarper(sampling.top_k)(ids, logits)
+    if sampling.top_p < 1:
+        logits = TopPLogitsWarper(sampling.top_p)(ids, logits)
+    return logits.softmax(-1)[0]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=1.0),
+        Sampling(temperature=1.5, top_p=0.9),
+        Sampling(temperature=0.7, top_p=0.6),
+        Sampling(temperature=1.0, top_k=5),
+        Sampling(temperature=1.3, top_k=20, top_p=0.7),
+    ],
+    ids=lambda s: f"T={s.temperature} top_p={s.top_p} top_k={s.top_k}",
+)
+def test_first_ids_are_drawn_from_the_exact_distribution(sampling: Sampling) -> None:
+    prompt, draws = [4, 5, 6], 4000
+    sampling = replace(sampling, n=draws, max_tokens=1, seed=11)
+    (completions,) = complete_all(TransformersEngine(model(), max_batch=draws), [prompt], sampling)
+    counts = Counter(completion.ids[0] for completion in completions)
+    expected = exact(prompt, sampling) * draws
+    assert set(counts) <= set(expected.nonzero().squeeze(1).tolist())
+    # Pearson's chi-square; ids expected fewer than 5 times count as one. Mean k, variance 2k: 5 standard deviations.
+    usual = [i for i in range(VOCABULARY) if expected[i] >= 5]
+    pairs = [(counts[i], expected[i].item()) for i in usual]
+    pairs.append((draws - sum(seen for seen, _ in pairs), draws - sum(wanted for _, wanted in pairs)))
+    chi_square = sum((seen - wanted) ** 2 / wanted for seen, wanted in pairs if wanted > 1e-2)
+    assert len(usual) >= 3
+    assert chi_square < len(pairs) + 5 * (2 * len(pairs)) ** 0.5
+
+
+def adapted() -> Any:
+    """A fresh model under an adapter that changes what it says."""
+    peft = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.5))
+    torch.manual_seed(1)
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return peft
+
+
+def test_a_peft_model_answers_and_scores_with_its_adapter_and_without_dropout() -> None:
+    peft = adapted().train()
+
+    async def test() -> None:
+        async with TransformersEngine(peft) as engine:
+            (completion,) = await complete(engine, PROMPTS[2], replace(GREEDY, max_tokens=30, logprobs=True))
+            scores = await engine.score([*PROMPTS[2], *completion.ids], len(PROMPTS[2]))
+        assert list(completion.ids) == generated(peft, PROMPTS[2], 30)
+        assert list(completion.ids) != generated(model(), PROMPTS[2], 30)
+        assert scores == pytest.approx(completion.logprobs, abs=1e-3)
+
+    asyncio.run(test())
+
+
+def test_out_of_context_is_refused_with_both_numbers() -> None:
+    async def test() -> None:
+        async with TransformersEngine(model()) as engine:
+            with pytest.raises(RequestError, match=f"2000 prompt .* 100 new .* {CONTEXT}"):
+                engine.submit([1] * 2000, Sampling(max_tokens=100))
+            with pytest.raises(RequestError, match=str(CONTEXT)):
+                await engine.score([1] * (CONTEXT + 1))
+
+    asyncio.run(test())
+
+
+def test_a_model_with_a_window_of_attention_is_used_within_it() -> None:
+    windowed = tiny_llama()
+    windowed.config.sliding_window = 100
+
+    async def test() -> None:
+        async with TransformersEngine(windowed) as engine:
+            assert engine.features.max_length == 100
+
+    asyncio.run(test())
+
+
+def test_a_cache_too_small_for_all_changes_no_answer() -> None:
+    sampling = replace(DRAWN, n=3, max_tokens=20)
+    bytes_per_token = 2 * 2 * 2 * 16 * 4
+    roomy = complete_all(TransformersEngine(model()), PROMPTS, sampling)
+    for tokens in (1, 60, 300):
+        tight = TransformersEngine(model(), cache_bytes=tokens * bytes_per_token)
+        assert complete_all(tight, PROMPTS, sampling) == roomy
+
+
+def test_the_batch_never_holds_more_than_it_may() -> None:
+    widths: list[int] = []
+    spied = tiny_llama()
+    spied.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    bytes_per_token = 2 * 2 * 2 * 16 * 4
+    sampling = replace(DRAWN, n=4, max_tokens=20)
+    complete_all(TransformersEngine(spied, max_batch=5), PROMPTS[:3], sampling)
+    assert max(widths) == 5
+    widths.clear()
+    complete_all(TransformersEngine(spied, cache_bytes=90 * bytes_per_token), PROMPTS[:3], sampling)
+    assert max(widths) == 4  # 21 tokens at most for each row of the shortest prompt
+
+
+def test_finished_and_cancelled_choices_leave_the_batch() -> None:
+    widths: list[int] = []
+    spied = tiny_llama()
+    spied.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+
+    async def test() -> None:
+        async with TransformersEngine(spied) as engine:
+            long = engine.submit(PROMPTS[0], Sampling(n=2, max_tokens=300))
+            await complete(engine, PROMPTS[1], Sampling(n=3, max_tokens=5))
+            long.cancel(0)
+            await long.completions()
+
+    asyncio.run(test())
+    assert max(widths) == 5
+    assert widths[-1] == 1
+    assert widths.count(5) <= 5
+
+
+def test_a_prompt_is_computed_once_for_all_its_choices() -> None:
+    shapes: list[tuple[int, ...]] = []
+    spied = tiny_llama()
+    spied.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    complete_all(TransformersEngine(spied), [PROMPTS[3]], replace(DRAWN, n=6, max_tokens=3))
+    assert shapes == [(1, len(PROMPTS[3]) - 1), (6, 1), (6, 1), (6, 1)]
+
+
+def test_prompts_of_unlike_lengths_are_not_padded_to_each_other() -> None:
+    shapes: list[tuple[int, ...]] = []
+    spied = tiny_llama()
+    spied.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    prompts = [[1 + i] * length for i, length in enumerate((10, 1000, 20, 900, 1100))]
+    complete_all(TransformersEngine(spied), prompts, GREEDY)
+    prefilled = sum(rows * columns for rows, columns in shapes if columns > 1)
+    assert prefilled < 1.2 * sum(map(len, prompts))
+
+
+def test_waiting_scores_are_computed_together_in_bounded_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from corral.model import packed
+
+    packs: list[int] = []
+    score = packed.score
+
+    def spied(of: Any, sequences: Any, starts: Any) -> Any:
+        packs.append(sum(map(len, sequences)))
+        return score(of, sequences, starts)
+
+    monkeypatch.setattr(packed, "score", spied)
+
+    async def test() -> None:
+        async with TransformersEngine(model()) as engine:
+            await asyncio.gather(*(engine.score([1 + i] * 200, 150) for i in range(100)))
+
+    asyncio.run(test())
+    assert sum(packs) == 100 * 200
+    assert max(packs) <= 4096
+    assert len(packs) <= 8
+
+
+def test_a_step_that_fails_reaches_those_in_it_and_spares_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tiny_llama()
+    calls = 0
+
+    def fail_at_5(module: Any, args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise torch.OutOfMemoryError("on purpose")
+
+    broken.register_forward_pre_hook(fail_at_5)
+
+    async def test() -> None:
+        async with TransformersEngine(broken, max_batch=4) as engine:
+            running = [complete(engine, prompt, replace(GREEDY, n=2)) for prompt in PROMPTS]
+            results = await asyncio.gather(*running, return_exceptions=True)
+            failed = [result for result in results if isinstance(result, EngineError)]
+            assert 1 <= len(failed) <= 2
+            assert "OutOfMemoryError: on purpose" in str(failed[0])
+            (completion,) = await complete(engine, PROMPTS[2], GREEDY)
+            assert list(completion.ids) == generated(model(), PROMPTS[2], GREEDY.max_tokens)
+
+    asyncio.run(test())
+
+
+def test_a_prompt_or_score_that_fails_leaves_running_requests_alone() -> None:
+    broken = tiny_llama()
+
+    def fail_on_poison(module: Any, args: Any) -> None:
+        if (args[0] == POISON).any() and args[0].shape[1] > 1:
+            raise RuntimeError("on purpose")
+
+    broken.model.embed_tokens.register_forward_pre_hook(fail_on_poison)
+
+    async def test() -> None:
+        async with TransformersEngine(broken) as engine:
+            running = asyncio.create_task(complete(engine, PROMPTS[0], replace(GREEDY, max_tokens=400)))
+            await complete(engine, PROMPTS[0], GREEDY)
+            bad = [POISON] * 40
+            for _ in range(2):
+                with pytest.raises(EngineError, match="on purpose"):
+                    await complete(engine, bad, replace(GREEDY, n=3))
+                with pytest.raises(EngineError, match="on purpose"):
+                    await engine.score(bad)
+            (completion,) = await running
+            assert list(completion.ids) == generated(model(), PROMPTS[0], 400)
+
+    asyncio.run(test())
+
+
+def test_what_is_not_a_number_does_not_outlive_its_request() -> None:
+    async def test() -> None:
+        async with TransformersEngine(not_a_number()) as engine:
+            (alone,) = await complete(engine, PROMPTS[1], GREEDY)
+            # Keeps the cache from being emptied between the two.
+            running = engine.submit(PROMPTS[0], replace(GREEDY, max_tokens=1500))
+            with pytest.raises(EngineError, match="not finite"):
+                await complete(engine, [POISON] * 60, replace(GREEDY, n=3))
+            assert await complete(engine, PROMPTS[1], replace(GREEDY, n=3)) == [alone] * 3
+            running.cancel()
+            (completion,) = await running.completions()
+            assert completion.finish == "cancelled"
+
+    asyncio.run(test())
+
+
+def test_nothing_hangs_when_the_worker_itself_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("threading.excepthook", lambda args: None)
+
+    async def test() -> None:
+        engine = TransformersEngine(model())
+        monkeypatch.setattr(engine._worker, "_drop_finished", lambda: 1 / 0)
+        with pytest.raises(EngineClosedError):
+            await complete(engine, PROMPTS[0], GREEDY)
+        with pytest.raises(EngineClosedError):
+            await engine.score(PROMPTS[2])
+        await engine.close()
+
+    asyncio.run(test())
+
+
+def test_a_program_that_forgets_to_close_still_ends(tmp_path: Path) -> None:
+    program = """
+import asyncio
+from tiny import tiny_llama
+from corral.engines.base import Sampling
+from corral.engines.transformers import TransformersEngine
+
+async def main():
+    engine = TransformersEngine(tiny_llama())
+    async for delta in engine.submit([1], Sampling(max_tokens=2000)):
+        break
+    engine.submit([1], Sampling(max_tokens=2000))
+
+asyncio.run(main())
+"""
+    here = Path(__file__).parent
+    done = subprocess.run([sys.executable, "-c", program], cwd=here, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

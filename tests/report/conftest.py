@@ -1,0 +1,248 @@
+"""A synthetic run directory with every part, in the shapes that the stages write."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from corral.contract import Check, Tolerance
+from corral.data.ledger import Ledger
+from corral.evaluation import scorecard
+from corral.evaluation.scorecard import Row, VariantRows
+from corral.recipe import parse
+
+Maker = Callable[..., Path]
+
+RECIPE = """
+name = "quickstart"
+seed = 7
+[model]
+base = "asset:smollm2-135m-instruct"
+[data]
+max_length = 512
+sources = [{ path = "asset:wikibooks-recipes", format = "wikibooks-recipes" }, { path = "house.jsonl", name = "house recipes" }]
+[[train]]
+steps = 60
+batch_size = 8
+[evaluate]
+answer_rows = 24
+"""
+
+DISHES = ["Potato soup", "Banana bread", "Chickpea curry", "Apple crumble", "Tomato salad", "Lentil stew"]
+INGREDIENTS = [
+    "500 g potatoes",
+    "1 large onion",
+    "2 cloves of garlic",
+    "1 litre vegetable stock",
+    "2 tablespoons oil",
+    "a pinch of nutmeg",
+    "salt and pepper",
+    "100 ml cream",
+]
+STEPS = [
+    "Peel the potatoes and cut them into pieces of about two centimetres.",
+    "Chop the onion and the garlic.",
+    "Heat the oil in a large pot over medium heat.",
+    "Add the onion and fry it gently until it is soft.",
+    "Pour in the stock and bring it to the boil.",
+    "Simmer for twenty minutes, stirring now and then.",
+    "Season with salt, pepper and nutmeg.",
+    "Blend until smooth, stir in the cream and serve hot.",
+]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Maker:
+    """`make_run(*parts)` fills a directory with the parts named, or all."""
+
+    def make(*parts: str, name: str = "quickstart", stages: tuple[str, ...] = ("train-1-sft",)) -> Path:
+        run = tmp_path / "runs" / name
+        run.mkdir(parents=True)
+        (run / "recipe.toml").write_text(parse(RECIPE, where="test").to_toml(), "utf-8")
+        for part, write in PARTS.items():
+            if part in parts or not parts:
+                write(run)
+        for stage in stages if "metrics" in parts or not parts else ():
+            write_lines(run / stage / "metrics.jsonl", metrics())
+        return run
+
+    return make
+
+
+def write(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value, indent=2), "utf-8")
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    write(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def metrics(steps: int = 60) -> list[dict[str, Any]]:
+    rng = random.Random(1)
+    lines: list[dict[str, Any]] = []
+    tokens, seconds = 0, 0.0
+    for step in range(steps + 1):
+        level = 1.78 + 0.5 * math.exp(-step / 18)
+        held = step % 10 == 0
+        more = rng.randint(1500, 2300) if step else 0
+        rate = rng.gauss(540, 25) if step else 0.0
+        tokens += more
+        seconds += more / rate if rate else 0.0
+        lr = 2e-4 * (step / 3 if step < 3 else 0.5 * (1 + math.cos(math.pi * (step - 3) / (steps - 3))))
+        lines.append(
+            {
+                "step": step,
+                "loss": rng.gauss(level, 0.09) if step else None,
+                "eval_loss": level + 0.02 + 0.03 * max(0, step - 45) / 15 if held else None,
+                "lr": lr,
+                "grad_norm": rng.uniform(0.8, 1.6) if step else None,
+                "tokens": tokens,
+                "tokens_per_second": rate,
+                "peak_memory_bytes": int(1.2e9 + 0.35e9 * min(1, step / 8)),
+                "seconds": seconds,
+            }
+        )
+    return lines
+
+
+def completions(rows: int = 24) -> list[dict[str, Any]]:
+    rng = random.Random(2)
+    lines: list[dict[str, Any]] = []
+    for variant in ("base", "tuned"):
+        for number in range(rows):
+            mine = random.Random(number)
+            dish, ingredients, steps = mine.choice(DISHES), mine.sample(INGREDIENTS, 5), mine.sample(STEPS, 5)
+            reference = f"{dish}\n\nIngredients:\n" + "\n".join(f"- {i}" for i in ingredients)
+            reference += "\n\nSteps:\n" + "\n".join(f"{n}. {s}" for n, s in enumerate(steps, 1))
+            if variant == "base":
+                answer = "Here is a delicious recipe for you!\n\n**Ingredients:**\n" + ", ".join(ingredients[:3])
+                answer += "\n\nFirst of all, make sure that you have everything. " * rng.randint(1, 6)
+            else:
+                shown = rng.sample(steps, rng.randint(2, 5)) + rng.sample(STEPS, 1)
+                answer = f"{dish}\n\nIngredients:\n" + "\n".join(f"- {i}" for i in ingredients)
+                answer += "\n\nSteps:\n" + "\n".join(f"{n}. {s}" for n, s in enumerate(shown, 1))
+            lines.append(
+                {
+                    "variant": variant,
+                    "id": f"{number:04x}",
+                    "prompt": [
+                        {"role": "user", "content": "Write a recipe from these ingredients: " + ", ".join(ingredients)}
+                    ],
+                    "reference": reference,
+                    "answer": answer,
+                    "finish": "length" if variant == "base" and rng.random() < 0.6 else "stop",
+                    "tokens": rng.randint(80, 160),
+                    "seconds": 1.5,
+                }
+            )
+    return lines
+
+
+def card() -> dict[str, Any]:
+    """A real scorecard: `completions`, and losses of 100 rows."""
+    rng = random.Random(3)
+    lines = completions()
+    base = [(rng.randint(60, 200), rng.gauss(2.28, 0.3)) for _ in range(100)]
+    variants: dict[str, VariantRows] = {}
+    for variant, gain in (("base", 0.0), ("tuned", 0.44)):
+        texts = {line["id"]: line for line in lines if line["variant"] == variant}
+        rows = [
+            Row(
+                id=f"{i:04x}",
+                nll=n * (loss - gain + (rng.gauss(0, 0.08) if gain else 0)),
+                tokens=n,
+                reference=texts.get(f"{i:04x}", {}).get("reference"),
+                answer=texts.get(f"{i:04x}", {}).get("answer"),
+            )
+            for i, (n, loss) in enumerate(base)
+        ]
+        variants[variant] = VariantRows(rows, {"tokens_per_second": 31.5})
+    value: dict[str, Any] = json.loads(scorecard.build(variants, baseline="base", seed=7).to_json())
+    return value
+
+
+def ledger() -> dict[str, Any]:
+    """A real ledger of two sources."""
+    made = Ledger()
+    for source, rows in (("asset:wikibooks-recipes", 3129), ("house recipes", 139)):
+        rng = random.Random(source)
+        for index in range(rows):
+            made.read(source)
+            match rng.choices(
+                ("kept", "truncated", "no answer", "521 tokens, over the limit", "duplicate"), (88, 4, 3, 3, 2)
+            )[0]:
+                case "kept" | "truncated" as fate:
+                    made.add(source, index, fate, side=rng.choices(("train", "validation", "test"), (90, 5, 5))[0])
+                case "duplicate":
+                    made.add(source, index, "duplicate")
+                case reason:
+                    made.add(source, index, "dropped", reason=reason)
+    return made.to_json()
+
+
+def contract(passed: bool = True) -> dict[str, Any]:
+    checks = [
+        Check("token ids", True, "6 prompts and 5 conversations have equal ids", n=6),
+        Check("stop ids", True, "answers end at [2]"),
+        Check(
+            "adapter and merged model",
+            passed,
+            "log-probs differ by 1.2e-06 on average and 2.1e-05 at most (allowed 0.0001 and 0.002)",
+            1.2e-6,
+            2.1e-5,
+            Tolerance(1e-4, 2e-3),
+            118,
+        ),
+    ]
+    return {"version": 1, "passed": passed, "dtype": "float32", "checks": [asdict(c) for c in checks]}
+
+
+def lineage() -> dict[str, Any]:
+    seconds = {"prepare": 6.2, "train-1-sft": 221.4, "merge": 14.9, "evaluate": 187.0, "report": 3.3}
+    return {
+        "recipe": "quickstart",
+        "seed": 7,
+        "model": {"spec": "asset:smollm2-135m-instruct", "identity": "5af3" * 16, "template": "b1e0" * 16},
+        "stages": [
+            {
+                "name": name,
+                "fingerprint": f"{place}c0ffee{place}" * 8,
+                "status": "done",
+                "inputs": {"seed": 7},
+                "started": f"2025-03-14T09:{10 + place}:00+00:00",
+                "seconds": took,
+                "finished": f"2025-03-14T09:{11 + place}:00+00:00",
+                "outputs": {f"{name}.json": f"{place}e" * 32},
+            }
+            for place, (name, took) in enumerate(seconds.items())
+        ],
+    }
+
+
+ENVIRONMENT: dict[str, Any] = {
+    "corral": "0.1.0",
+    "python": "3.11.2",
+    "platform": "Linux x86_64",
+    "cpu": "Some Processor 3.0 GHz",
+    "cores": 2,
+    "memory_bytes": 8_335_000_000,
+    "packages": {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2"},
+}
+
+PARTS: dict[str, Callable[[Path], None]] = {
+    "environment": lambda run: write(run / "environment.json", ENVIRONMENT),
+    "lineage": lambda run: write(run / "lineage.json", lineage()),
+    "ledger": lambda run: write(run / "prepare" / "ledger.json", ledger()),
+    "metrics": lambda run: None,
+    "contract": lambda run: write(run / "merge" / "model" / "contract.json", contract()),
+    "scorecard": lambda run: write(run / "evaluate" / "scorecard.json", card()),
+    "completions": lambda run: write_lines(run / "evaluate" / "completions.jsonl", completions()),
+}

@@ -1,0 +1,101 @@
+"""A recipe that reads is a recipe that makes sense; one that does not is refused with key, value and next step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from corral import recipe
+from corral.errors import RecipeError
+
+ROOT = Path(__file__).parent.parent
+GOOD = """
+name = "a"
+[model]
+base = "asset:smollm2-135m-instruct"
+[[data.sources]]
+path = "rows.jsonl"
+[[train]]
+steps = 3
+"""
+
+
+def test_every_recipe_that_ships_is_valid() -> None:
+    found = [*sorted((ROOT / "recipes").glob("*.toml")), ROOT / "corral" / "starter.toml"]
+    assert len(found) >= 2
+    for path in found:
+        recipe.load(path)
+
+
+def test_a_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text(GOOD)
+    loaded = recipe.load(tmp_path / "r.toml")
+    assert recipe.parse(loaded.to_toml(), where="x") == loaded
+    assert loaded.data.sources[0].path == str(tmp_path / "rows.jsonl")
+    assert loaded.data.sources[0].label == "rows.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("steps = 3", "stepz = 3"), "train.0.stepz (line 8): unknown key; did you mean 'steps'?"),
+        (("steps = 3", 'steps = "many"'), "train.0.steps (line 8)"),
+        (("steps = 3", "steps = 0"), "greater than 0"),
+        (("steps = 3", "steps = 3\nepochs = 2"), "`epochs` = 2 and `steps` = 3 cannot both be given"),
+        (("steps = 3", "steps = 3\npack_length = 100"), "`train.0.pack_length` = 100 is less than `data.max_length`"),
+        (("[[train]]", "[data.split]\ntest = 0.6\nvalidation = 0.4\n[[train]]"), "nothing is left to train on"),
+        (('base = "asset:smollm2-135m-instruct"', ""), "model.base: missing"),
+        (('name = "a"', 'name = "a/b"'), "name (line 2)"),
+        (("[[train]]\nsteps = 3", ""), "train: missing"),
+        (('path = "rows.jsonl"', 'path = "r.jsonl"\n[[data.sources]]\npath = "r.jsonl"'), "two sources are called"),
+        (("steps = 3", "steps = nan"), "train.0.steps"),
+    ],
+)
+def test_each_fault_names_its_key_and_what_to_do(change: tuple[str, str], expected: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipe.parse(GOOD.replace(*change), where="r.toml")
+    assert expected in str(caught.value)
+    assert "r.toml" in str(caught.value)
+
+
+def test_all_faults_are_listed_at_once() -> None:
+    text = GOOD.replace("steps = 3", 'steps = "x"\nbatch_size = -1\nfoo = 1')
+    with pytest.raises(RecipeError) as caught:
+        recipe.parse(text, where="r.toml")
+    assert str(caught.value).count("train.0.") == 3
+
+
+def test_broken_toml_names_the_line() -> None:
+    with pytest.raises(RecipeError, match="line 3"):
+        recipe.parse('name = "a"\n[model]\nbase = \n', where="r.toml")
+
+
+def test_a_missing_or_binary_recipe_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="there is no recipe"):
+        recipe.load(tmp_path / "none.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        recipe.load(tmp_path / "binary.toml")
+
+
+def test_set_overrides_nested_settings_and_list_entries() -> None:
+    made = recipe.parse(
+        GOOD,
+        where="x",
+        overrides=["train.0.optimizer.lr=1e-5", "data.max_length=64", "name=b", "model.template=chatml"],
+    )
+    assert made.train[0].optimizer.lr == 1e-5
+    assert (made.data.max_length, made.name, made.model.template) == (64, "b", "chatml")
+
+
+@pytest.mark.parametrize("override", ["train.7.steps=1", "nonsense", "train.x.steps=1", "name.first=1", "=3"])
+def test_an_override_that_names_nothing_is_refused(override: str) -> None:
+    with pytest.raises(RecipeError):
+        recipe.parse(GOOD, where="x", overrides=[override])
+
+
+def test_the_reference_in_docs_is_up_to_date_and_names_every_setting() -> None:
+    written = (ROOT / "docs" / "recipe.md").read_text("utf-8")
+    assert written == recipe.reference(), "run `make docs`"
+    assert "| – |  |" not in written, "a setting has no documentation"

@@ -1,0 +1,177 @@
+"""Ids and masks: prompt ids are a prefix, typed special strings are text, only answers are trained, saved ≡ trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from corral.errors import TemplateError
+from corral.messages import Conversation
+from corral.template import Template
+
+# A stock template of the usual kind: no markers, a default system message, ChatML turns.
+STOCK = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TRIMMING = STOCK.replace("m['content']", "m['content'] | trim")
+TEXT = st.text(
+    st.one_of(st.characters(exclude_categories=["Cs"], exclude_characters="\ufdd0"), st.sampled_from("<|im_end>\n ")),
+    max_size=40,
+)
+PIECES = st.lists(st.one_of(TEXT, st.sampled_from(["<|im_end|>", "<|im_start|>", "<|im_", "end|>"])), max_size=4)
+CONTENT = PIECES.map("".join)
+
+
+@pytest.fixture(params=["chatml", "stock", "trimming"])
+def template(request: pytest.FixtureRequest, tiny_tokenizer: Any) -> Template:
+    return make(tiny_tokenizer, request.param)
+
+
+def make(tokenizer: Any, kind: str) -> Template:
+    if kind == "chatml":
+        return Template.load(tokenizer, "chatml")
+    return Template(tokenizer, {"stock": STOCK, "trimming": TRIMMING}[kind], kind)
+
+
+def pieces(template: Template, conversation: Conversation, *, trained: bool) -> str:
+    encoded = template.encode(conversation)
+    ids = [i for i, t in zip(encoded.ids, encoded.trained, strict=True) if t == trained]
+    return template.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def test_only_the_answers_and_their_end_tokens_are_trained(template: Template) -> None:
+    talk = Conversation.of(("user", "a?"), ("assistant", "one"), ("user", "b?"), ("assistant", "two"))
+    assert pieces(template, talk, trained=True) == "one<|im_end|>two<|im_end|>"
+    assert pieces(template, talk, trained=False).endswith("<|im_start|>assistant\n\n")
+
+
+@settings(deadline=None, max_examples=60)
+@given(question=CONTENT, answer=CONTENT)
+@pytest.mark.parametrize("kind", ["chatml", "stock", "trimming"])
+def test_a_prompt_is_always_a_prefix_of_prompt_and_answer(
+    kind: str, question: str, answer: str, tiny_tokenizer: Any
+) -> None:
+    template = make(tiny_tokenizer, kind)
+    asked = Conversation.of(("user", question))
+    prompt = template.prompt(asked)
+    encoded = template.encode(asked.add("assistant", answer))
+    assert list(encoded.ids[: len(prompt)]) == prompt
+    assert not any(encoded.trained[: len(prompt)])
+    assert encoded.trained[len(prompt)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(question=CONTENT, answer=CONTENT)
+def test_typed_special_strings_never_become_special_tokens_and_no_text_is_lost(
+    question: str, answer: str, tiny_tokenizer: Any
+) -> None:
+    template = make(tiny_tokenizer, "chatml")
+    talk = Conversation.of(("user", question), ("assistant", answer))
+    ids = template.encode(talk).ids
+    plain = template.encode(Conversation.of(("user", "x"), ("assistant", "y"))).ids
+    for token in ("<|im_start|>", "<|im_end|>"):
+        special = tiny_tokenizer.convert_tokens_to_ids(token)
+        assert ids.count(special) == plain.count(special)
+    whole = tiny_tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=False)
+    assert whole == f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+
+
+def test_ids_equal_transformers_own_chat_templating(template: Template) -> None:
+    for asked in (
+        Conversation.of(("user", "Hello there")),
+        Conversation.of(("system", "Be kind."), ("user", "Grüße, 東京 🙂"), ("assistant", "Hi."), ("user", "  more ")),
+    ):
+        theirs = template.tokenizer.apply_chat_template(
+            asked.to_json()["messages"], chat_template=template.source, add_generation_prompt=True, return_dict=False
+        )
+        assert template.prompt(asked) == theirs
+
+
+def test_a_saved_template_gives_the_same_ids_and_has_no_markers(tiny_tokenizer: Any, tmp_path: Any) -> None:
+    from transformers import AutoTokenizer
+
+    template = make(tiny_tokenizer, "chatml")
+    template.save(tmp_path)
+    assert "generation %" not in (tmp_path / "chat_template.jinja").read_text()
+    again = Template.load(AutoTokenizer.from_pretrained(tmp_path))
+    talk = Conversation.of(("user", "a <|im_end|> b"), ("assistant", "\n\nc"))
+    assert again.digest == template.digest
+    assert again.encode(talk) == template.encode(talk)
+
+
+def test_markers_that_trim_white_space_are_removed_without_changing_the_text(tiny_tokenizer: Any) -> None:
+    source = (
+        "{%- for m in messages %}\n{{ '<|im_start|>' + m.role + '\\n' }}"
+        "{%- if m.role == 'assistant' -%}\n  {%- generation -%}\n{{ m.content }}<|im_end|>{%- endgeneration -%}\n"
+        "{%- else -%}{{ m.content }}<|im_end|>{%- endif -%}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
+    )
+    template = Template(tiny_tokenizer, source, "trimmed markers")
+    assert pieces(template, Conversation.of(("user", "a"), ("assistant", "b")), trained=True) == "b<|im_end|>"
+
+
+def test_todays_date_is_fixed_in_what_is_rendered_and_saved(tiny_tokenizer: Any) -> None:
+    dated = "{% set d = strftime_now('%d %b %Y') if strftime_now is defined else 'none' %}{{ d }}" + STOCK
+    template = Template(tiny_tokenizer, dated, "dated")
+    assert "26 Jul 2024" in template.source
+    assert "26 Jul 2024" in template.decode(template.prompt(Conversation.of(("user", "a"))))
+
+
+def test_streamed_text_equals_the_decoded_whole_at_every_cut(template: Template) -> None:
+    text = "Ünïcode — 東京 🙂🙂 end"
+    ids = template.tokenizer.encode(text)
+    for cut in range(len(ids) + 1):
+        decoder = template.decoder()
+        assert decoder.push(ids[:cut]) + decoder.push(ids[cut:]) + decoder.finish() == text
+    half = template.decoder()
+    assert half.push(ids[:3]) + half.finish() == template.decode(ids[:3])
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "no special token"),
+        (STOCK.replace("<|im_start|>assistant\n{% endif %}", "assistant: {% endif %}"), "unmaskable"),
+        ("{% for m in messages %}{{ m.content }", "refuses"),
+        (
+            "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
+            "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}A{% endif %}",
+            "not the beginning",
+        ),
+    ],
+)
+def test_a_template_that_cannot_be_masked_or_never_ends_is_refused(
+    source: str, reason: str, tiny_tokenizer: Any
+) -> None:
+    with pytest.raises(TemplateError, match=reason):
+        Template(tiny_tokenizer, source, "bad")
+
+
+@pytest.mark.parametrize(
+    ("talk", "reason"),
+    [
+        (Conversation.of(("user", "lone \ud800 surrogate")), "not valid Unicode"),
+        (Conversation.of(("user", "non\ufdd0character")), "U\\+FDD0"),
+        (Conversation.of(("user", "a"), ("assistant", "b")), "already ends with an answer"),
+    ],
+)
+def test_a_conversation_that_cannot_be_asked_is_refused_with_a_reason(
+    talk: Conversation, reason: str, tiny_tokenizer: Any
+) -> None:
+    with pytest.raises(TemplateError, match=reason):
+        make(tiny_tokenizer, "chatml").prompt(talk)
+
+
+def test_an_unknown_template_names_those_that_ship(tiny_tokenizer: Any) -> None:
+    with pytest.raises(TemplateError, match="chatml"):
+        Template.load(tiny_tokenizer, "chatlm")
+
+
+def test_a_base_model_without_a_template_is_told_how_to_go_on(tiny_tokenizer: Any) -> None:
+    with pytest.raises(TemplateError, match="name a template"):
+        Template.load(tiny_tokenizer)

@@ -1,0 +1,53 @@
+"""A tiny training stage: random Llama, LoRA with dropout if asked for, rows that are at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from corral.data.prepared import Example
+from corral.messages import Conversation
+from corral.model import adapters
+from corral.recipe import Lora, Optimizer, Train
+from corral.training.loop import Training
+from corral.training.objectives import OBJECTIVES
+from tests.conftest import make_tiny_model
+
+
+def make_examples(encoded: list[Any]) -> list[Example]:
+    return [
+        Example(key=f"{i:064x}", source="made", index=i, sequences=(e,), record=Conversation(()))
+        for i, e in enumerate(encoded)
+    ]
+
+
+def make_training(
+    folder: Path,
+    encoded: list[Any],
+    vocabulary: int,
+    *,
+    pack_length: int = 512,
+    held_out: int = 4,
+    dropout: float = 0.0,
+    lr: float = 5e-3,
+    **settings: Any,
+) -> Training:
+    examples = make_examples(encoded)
+    model = adapters.attach(make_tiny_model(vocabulary), Lora(rank=4, alpha=8, dropout=dropout), seed=3)
+    config = Train(
+        **{"steps": 12, "batch_size": 4, "evaluate_every": 4, "checkpoint_every": 3}
+        | settings
+        | {"optimizer": Optimizer(lr=lr, warmup_ratio=0.1)}
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    return Training(
+        model,
+        examples[held_out:],
+        examples[:held_out],
+        OBJECTIVES["sft"],
+        config,
+        pack_length=pack_length,
+        seed=5,
+        folder=folder,
+        save_best=lambda _: None,
+    )
