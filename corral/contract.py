@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from corral.engines.base import Engine
-from corral.errors import ContractError
+from corral.errors import ContractError, TemplateError
 from corral.messages import Conversation
 from corral.storage import sha256_file, write_json
 from corral.template import Template
@@ -116,9 +116,12 @@ def check_token_ids(template: Template, folder: Path) -> Check:
     """Whether a saved model folder gives the same ids: read by corral, and by transformers' own chat templating."""
     from transformers import AutoTokenizer
 
-    saved: Any = AutoTokenizer.from_pretrained(folder)
-    again = Template.load(saved)
     name = "token ids"
+    saved: Any = AutoTokenizer.from_pretrained(folder)
+    try:
+        again = Template.load(saved)
+    except TemplateError as error:
+        return Check(name, False, f"the saved template cannot be used: {error.what}")
     if again.digest != template.digest:
         return Check(name, False, "the saved template or its special tokens are not those the model was trained with")
     turns = 0

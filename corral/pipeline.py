@@ -36,7 +36,8 @@ def steps(work: Work) -> list[Step]:
     device, dtype = work.placement
 
     def prepare_inputs(_: Mapping[str, str]) -> dict[str, Any]:
-        data = recipe.data.model_dump(mode="json")
+        # What is in a file counts, not where it lies: a run may be moved with its data.
+        data = recipe.data.model_dump(mode="json", exclude={"sources": {"__all__": {"path"}}})
         return {"data": data, "files": _file_hashes(recipe), "template": work.template.digest, "seed": seed}
 
     def train_step(number: int) -> Step:

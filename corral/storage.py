@@ -28,6 +28,7 @@ from corral.errors import CorralError, StorageError
 _TEMPORARY = ".corral-tmp-"
 _REPLACED = ".corral-old-"
 _CHUNK = 2**20
+_TORCH_CANNOT_WRITE = ("iostream error", "PytorchStreamWriter failed", "unexpected pos")  # torch.save drops the reason
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -57,7 +58,7 @@ def storage_errors(path: Path, *, needed: int | None = None) -> Generator[None]:
         raise _translate(error, path, needed) from error
     except Exception as error:
         # torch and safetensors report a full disk as RuntimeError or their own class: look for the cause beneath.
-        cause = _os_error_beneath(error)
+        cause = _os_error_beneath(error, path)
         if cause is None:
             raise
         raise _translate(cause, path, needed) from error
@@ -124,7 +125,7 @@ def new_directory(final: Path, *, needed: int | None = None) -> Generator[Path]:
         except CorralError:
             raise
         except Exception as error:
-            cause = _os_error_beneath(error)
+            cause = _os_error_beneath(error, temporary)
             if cause is None or not _about_writing(cause, temporary):
                 raise
             raise _translate(cause, final, needed) from error
@@ -291,7 +292,7 @@ def _about_writing(error: OSError, temporary: Path) -> bool:
     return isinstance(error.filename, str) and error.filename.startswith(str(temporary))
 
 
-def _os_error_beneath(error: BaseException) -> OSError | None:
+def _os_error_beneath(error: BaseException, path: Path) -> OSError | None:
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError):
@@ -302,6 +303,9 @@ def _os_error_beneath(error: BaseException) -> OSError | None:
     for number in _NO_ROOM:
         if f"os error {number})" in text or os.strerror(number) in text:
             return OSError(number, os.strerror(number))
+    if any(words in text for words in _TORCH_CANNOT_WRITE):
+        number = errno.ENOSPC if (_free(path) or 0) < 16 * _CHUNK else errno.EFBIG
+        return OSError(number, os.strerror(number))
     return None
 
 

@@ -1,4 +1,7 @@
-"""Progress on a terminal: a live line with bar, rate and time left; plain lines now and then where there is no terminal."""
+"""Progress on a terminal: a live line with bar and time left; plain lines now and then where there is no terminal.
+
+Knows nothing about the work it tells of.
+"""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def make_tiny_model(vocabulary: int, **changes: Any) -> Any:
         "initializer_range": 0.2,
         "bos_token_id": 1,
         "eos_token_id": 2,
-        "pad_token_id": 2,
+        "pad_token_id": 0,  # its embedding starts as zeros, which is what an untrained token looks like
     }
     return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
 

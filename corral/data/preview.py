@@ -249,7 +249,7 @@ pre { font: 13px/1.75 ui-monospace, monospace; white-space: pre-wrap; overflow-w
 .context { color: var(--faint); } .dropped { color: var(--faint); }
 .trained { color: var(--trained); background: var(--trained-on); }
 .cut { color: var(--cut); background: var(--cut-on); text-decoration: line-through; }
-.special { font-weight: 600; outline: 1px solid currentColor; outline-offset: -1px; }
+.special { font-weight: 600; outline: 1px solid currentColor; padding-bottom: 1px; }
 </style>
 </head>
 <body>"""

@@ -21,6 +21,7 @@ from io import StringIO
 from itertools import pairwise
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, cast
 
 from corral.errors import ModelError
@@ -223,13 +224,17 @@ def convert_to_folder(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     try:
-        with redirect_stderr(StringIO()):  # the converter draws a progress bar that no setting turns off
-            tokenizer = _tokenizer(path, header.metadata)
+        # Alone in a folder, as files beside it (a config, an adapter, a template) would be read too. The converter draws a
+        # progress bar that no setting turns off.
+        with TemporaryDirectory() as alone, redirect_stderr(StringIO()):
+            link = Path(alone) / "model.gguf"
+            link.symlink_to(path.absolute())
+            tokenizer = _tokenizer(link, header.metadata)
             model, info = cast(
                 "tuple[Any, dict[str, Any]]",
                 AutoModelForCausalLM.from_pretrained(
-                    str(path.parent),
-                    gguf_file=path.name,
+                    alone,
+                    gguf_file=link.name,
                     local_files_only=True,
                     dtype=torch.float32,
                     output_loading_info=True,
@@ -255,7 +260,7 @@ def convert_to_folder(path: Path, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text("utf-8"))
     config.pop("_model_name_or_path", None)  # the file's free-text name, which readers take for a path
     write_json(folder / "config.json", config)
-    _verify(folder, header)
+    _verify(path, folder, header)
 
 
 def _refuse_unconvertible(path: Path, header: GgufHeader) -> None:
@@ -351,22 +356,27 @@ def _tokenizer(path: Path, metadata: dict[str, Any]) -> Any:
     )
 
 
-def _verify(folder: Path, header: GgufHeader) -> None:
-    """Reads the folder back: what was written is what the GGUF file said. A difference is our fault, hence the asserts."""
+def _verify(path: Path, folder: Path, header: GgufHeader) -> None:
+    """Reads the folder back: what was written is what the GGUF file said."""
     from safetensors import safe_open
     from transformers import AutoConfig, PreTrainedTokenizerFast
 
     config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     metadata = header.metadata
-    tokens = cast("list[str]", metadata["tokenizer.ggml.tokens"])
-    assert config.architectures == ["LlamaForCausalLM"], config.architectures
-    assert len(tokenizer) == len(tokens), (len(tokenizer), len(tokens))
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        stated = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        assert stated is None or getattr(tokenizer, f"{name}_token_id") == stated, (name, stated)
     written = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            written += len(file.keys())
-    assert written == len(header.tensors), (written, len(header.tensors))
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            written += len(weights.keys())
+    pairs: list[tuple[str, Any, Any]] = [
+        ("architecture", ["LlamaForCausalLM"], config.architectures),
+        ("number of tensors", len(header.tensors), written),
+        ("number of tokens", len(metadata["tokenizer.ggml.tokens"]), len(tokenizer)),
+    ]
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        pairs.append(
+            (f"{name} id", metadata.get(f"tokenizer.ggml.{key}_token_id"), getattr(tokenizer, f"{name}_token_id"))
+        )
+    for what, stated, found in pairs:
+        if stated != found:
+            raise ModelError(f"the GGUF file states {what} {stated}, its conversion has {found}", where=str(path))

@@ -9,6 +9,7 @@ This module knows nothing about adapters, quantisation, templates or training.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -216,7 +217,9 @@ def quiet() -> Generator[None]:
     logging.disable_progress_bar()
     disable_progress_bars()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of peft calling what transformers renamed
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:

@@ -223,7 +223,7 @@ def _others(others: Sequence[Score], main: Difference) -> str:
         labels = [s.label for s in others for d in s.differences if (d.a, d.b, d.outcome) == (main.a, main.b, outcome)]
         if labels:
             parts.append(f"{word} on {listing(labels)}" if outcome != "undecided" else f"{word} by {listing(labels)}")
-    return f"Also {'; '.join(parts)}." if parts else ""
+    return f"Other metrics: {'; '.join(parts)}." if parts else ""
 
 
 def _in_sentence(label: str) -> str:

@@ -224,7 +224,7 @@ def _fate_number(fate: str) -> int:
 def _example_texts(examples: Any) -> list[str]:
     listed = cast(list[Any], examples) if isinstance(examples, list) else []
     if listed and all(isinstance(example, int) for example in listed):
-        return [f"row {wording.listing([str(example) for example in listed])}"]
+        return [f"row {wording.listing([str(example) for example in listed[:_EXAMPLES]])}"]
     return [wording.shortened(_plain(example), 160) for example in listed[:_EXAMPLES]]
 
 

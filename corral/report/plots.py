@@ -113,13 +113,15 @@ def _loss_axes(axes: Axes, training: Training, look: Look) -> None:
     steps, values = series(training.metrics, "loss")
     held_steps, held = series(training.metrics, "eval_loss")
     span = _span(values)
+    long_enough = len(values) >= 2 * span
     if values:
-        axes.plot(
-            steps, values, color=look.blue, alpha=0.55 if look.dark else 0.4, linewidth=0.9, label="training, each step"
+        thin: dict[str, Any] = (
+            {"alpha": 0.55 if look.dark else 0.4, "linewidth": 0.9} if long_enough else {"linewidth": 1.6}
         )
-        axes.plot(
-            steps, smoothed(values, span), color=look.blue, linewidth=1.8, label=f"training, smoothed over {span} steps"
-        )
+        axes.plot(steps, values, color=look.blue, label="training, each step", **thin)
+    if long_enough:
+        line = smoothed(values, span)
+        axes.plot(steps, line, color=look.blue, linewidth=1.8, label=f"training, smoothed over {span} steps")
     if held:
         axes.plot(
             held_steps,
@@ -147,7 +149,7 @@ def _loss_axes(axes: Axes, training: Training, look: Look) -> None:
                 ha=side,
                 path_effects=[withStroke(linewidth=3, foreground=look.ground)],
             )
-    axes.set_xlabel("optimizer step")
+    _step_axis(axes)
     objective = training.settings.get("objective", training.name.rpartition("-")[2])
     axes.set_ylabel("loss (nats per token)" if objective == "sft" else "loss")
     axes.margins(x=0.02, y=0.14)
@@ -163,7 +165,7 @@ def learning_rate(trainings: Sequence[Training], look: Look) -> bytes:
             axes.plot(*_after_start(training, "lr"), color=look.blue, linewidth=1.8)
             axes.set_ylim(bottom=0)
             axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
-            axes.set_xlabel("optimizer step")
+            _step_axis(axes)
             axes.set_ylabel("learning rate")
 
     return _picture(draw, look, height=2.9 * len(trainings))
@@ -176,17 +178,19 @@ def throughput(trainings: Sequence[Training], look: Look) -> bytes:
         grid = figure.subplots(2 * len(trainings), 1, squeeze=False)[:, 0]
         for number, training in enumerate(trainings):
             speed, memory = grid[2 * number], grid[2 * number + 1]
+            speed.sharex(memory)
             steps, rates = _after_start(training, "tokens_per_second")
             speed.plot(steps, rates, ".", color=look.blue, markersize=3.5)
             speed.plot(steps, smoothed(rates, _span(rates)), color=look.blue, linewidth=1.6)
             speed.set_ylabel("tokens/s")
-            steps, held = series(training.metrics, "peak_memory_bytes")
-            memory.plot(steps, [value / 1e9 for value in held], color=look.green, linewidth=1.8)
+            steps, peaks = series(training.metrics, "peak_memory_bytes")
+            held = [value / 1e9 for value in peaks]
+            memory.plot(steps, held, color=look.green, linewidth=1.8)
             memory.set_ylabel("peak memory (GB)")
-            memory.set_xlabel("optimizer step")
-            for axes in (speed, memory):
-                axes.set_ylim(0, 1.12 * axes.dataLim.ymax if axes.dataLim.ymax > 0 else 1)
-                axes.set_xlim(0, max(*memory.get_xlim(), *speed.get_xlim()))
+            _step_axis(memory)
+            for axes, values in ((speed, rates), (memory, held)):
+                axes.set_ylim(0, 1.12 * max(values, default=0) or 1)
+            memory.set_xlim(left=0)
             speed.tick_params(labelbottom=False)
             if len(trainings) > 1:
                 _title(speed, shortened(training.name, 40))
@@ -285,6 +289,13 @@ def _strip(axes: Axes, lines: int) -> None:
     axes.margins(x=0.1)
     axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(4))
+
+
+def _step_axis(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _title(axes: Axes, text: str) -> None:

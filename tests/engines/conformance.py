@@ -223,6 +223,27 @@ class EngineConformance:
 
     # Cancelling
 
+    def test_cancelling_scores_that_wait_leaves_the_others(self, run: Any, subject: Subject) -> None:
+        longest = max(subject.prompts, key=len)
+
+        async def test(engine: Engine) -> None:
+            if not engine.features.score:
+                pytest.skip("the engine does not score")
+            alone = await engine.score(longest)
+            tasks = [asyncio.create_task(engine.score(longest)) for _ in range(200)]
+            await asyncio.sleep(0)
+            for task in tasks[1::2]:
+                task.cancel()
+            for i, result in enumerate(await asyncio.gather(*tasks, return_exceptions=True)):
+                assert (
+                    isinstance(result, asyncio.CancelledError)
+                    if i % 2
+                    else result == pytest.approx(alone, abs=subject.tolerance)
+                )
+            assert await engine.score(longest) == pytest.approx(alone, abs=subject.tolerance)
+
+        run(test)
+
     def test_cancelling_one_choice_leaves_the_others(self, run: Any, subject: Subject) -> None:
         async def test(engine: Engine) -> dict[int, list[Finish]]:
             generation = engine.submit(subject.prompts[0], long_run(n=3))

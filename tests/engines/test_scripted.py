@@ -7,11 +7,11 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import pytest
-from conformance import DRAWN, GREEDY, EngineConformance, Failing, Subject, complete, deltas_of
 
 from corral.engines.base import Features, Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.errors import EngineError, RequestError
+from tests.engines.conformance import DRAWN, GREEDY, EngineConformance, Failing, Subject, complete, deltas_of
 
 PROMPTS = ([3], [4, 5], [6, 7, 8, 9], [1] * 30)
 

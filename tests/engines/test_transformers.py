@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import DRAWN, GREEDY, EngineConformance, Failing, Subject, complete
 from peft import LoraConfig, get_peft_model
-from tiny import CONTEXT, VOCABULARY, tiny_llama
 from transformers import LlamaForCausalLM
 
 from corral.engines.base import Completion, Sampling
 from corral.engines.transformers import TransformersEngine
 from corral.errors import EngineClosedError, EngineError, RequestError
+from tests.engines.conformance import DRAWN, GREEDY, EngineConformance, Failing, Subject, complete
+from tests.engines.tiny import CONTEXT, VOCABULARY, tiny_llama
 
 PROMPTS = ([3], [4, 5, 6], list(range(10, 30)), list(range(30, 130)))
 POISON = 200
@@ -334,8 +334,8 @@ def test_what_is_not_a_number_does_not_outlive_its_request() -> None:
     async def test() -> None:
         async with TransformersEngine(not_a_number()) as engine:
             (alone,) = await complete(engine, PROMPTS[1], GREEDY)
-            # Keeps the cache from being emptied between the two.
-            running = engine.submit(PROMPTS[0], replace(GREEDY, max_tokens=1500))
+            # Keeps the cache from being emptied between the two, and all columns in view.
+            running = engine.submit(PROMPTS[3], replace(GREEDY, max_tokens=1500))
             with pytest.raises(EngineError, match="not finite"):
                 await complete(engine, [POISON] * 60, replace(GREEDY, n=3))
             assert await complete(engine, PROMPTS[1], replace(GREEDY, n=3)) == [alone] * 3
@@ -361,10 +361,10 @@ def test_nothing_hangs_when_the_worker_itself_dies(monkeypatch: pytest.MonkeyPat
     asyncio.run(test())
 
 
-def test_a_program_that_forgets_to_close_still_ends(tmp_path: Path) -> None:
+def test_a_program_that_forgets_to_close_still_ends() -> None:
     program = """
 import asyncio
-from tiny import tiny_llama
+from tests.engines.tiny import tiny_llama
 from corral.engines.base import Sampling
 from corral.engines.transformers import TransformersEngine
 
@@ -376,6 +376,6 @@ async def main():
 
 asyncio.run(main())
 """
-    here = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", program], cwd=here, capture_output=True, text=True, check=False)
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -21,6 +21,7 @@ STEPS, BATCH, LR = 6, 4, 2e-3
 def ours(encoded: list[Any], vocabulary: int, folder: Path) -> tuple[list[float], list[float], dict[str, Any]]:
     model = adapters.attach(make_tiny_model(vocabulary), Lora(rank=4, alpha=8), seed=1)
     config = Train(steps=STEPS, batch_size=BATCH, optimizer=Optimizer(lr=LR, schedule="constant", warmup_ratio=0))
+    folder.mkdir()
     training = Training(
         model,
         make_examples(encoded),

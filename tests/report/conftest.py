@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,12 @@ seed = 7
 base = "asset:smollm2-135m-instruct"
 [data]
 max_length = 512
-sources = [{ path = "asset:wikibooks-recipes", format = "wikibooks-recipes" }, { path = "house.jsonl", name = "house recipes" }]
+[[data.sources]]
+path = "asset:wikibooks-recipes"
+format = "wikibooks-recipes"
+[[data.sources]]
+path = "house.jsonl"
+name = "house recipes"
 [[train]]
 steps = 60
 batch_size = 8
@@ -63,17 +69,20 @@ def make_run(tmp_path: Path) -> Maker:
     """`make_run(*parts)` fills a directory with the parts named, or all."""
 
     def make(*parts: str, name: str = "quickstart", stages: tuple[str, ...] = ("train-1-sft",)) -> Path:
-        run = tmp_path / "runs" / name
-        run.mkdir(parents=True)
-        (run / "recipe.toml").write_text(parse(RECIPE, where="test").to_toml(), "utf-8")
-        for part, write in PARTS.items():
-            if part in parts or not parts:
-                write(run)
-        for stage in stages if "metrics" in parts or not parts else ():
-            write_lines(run / stage / "metrics.jsonl", metrics())
-        return run
+        return fill(tmp_path / "runs" / name, parts or tuple(PARTS), stages)
 
     return make
+
+
+def fill(run: Path, parts: tuple[str, ...], stages: tuple[str, ...] = ("train-1-sft",)) -> Path:
+    run.mkdir(parents=True)
+    (run / "recipe.toml").write_text(parse(RECIPE, where="test").to_toml(), "utf-8")
+    for part, write_part in PARTS.items():
+        if part in parts:
+            write_part(run)
+    for stage in stages if "metrics" in parts else ():
+        write_lines(run / stage / "metrics.jsonl", metrics())
+    return run
 
 
 def write(path: Path, value: Any) -> None:
@@ -147,7 +156,13 @@ def completions(rows: int = 24) -> list[dict[str, Any]]:
 
 
 def card() -> dict[str, Any]:
-    """A real scorecard: `completions`, and losses of 100 rows."""
+    """A real scorecard, a new copy each time: of `completions`, and of losses of 100 rows."""
+    value: dict[str, Any] = json.loads(_card())
+    return value
+
+
+@lru_cache(maxsize=1)
+def _card() -> str:
     rng = random.Random(3)
     lines = completions()
     base = [(rng.randint(60, 200), rng.gauss(2.28, 0.3)) for _ in range(100)]
@@ -165,8 +180,7 @@ def card() -> dict[str, Any]:
             for i, (n, loss) in enumerate(base)
         ]
         variants[variant] = VariantRows(rows, {"tokens_per_second": 31.5})
-    value: dict[str, Any] = json.loads(scorecard.build(variants, baseline="base", seed=7).to_json())
-    return value
+    return scorecard.build(variants, baseline="base", seed=7).to_json()
 
 
 def ledger() -> dict[str, Any]:
@@ -241,7 +255,7 @@ PARTS: dict[str, Callable[[Path], None]] = {
     "environment": lambda run: write(run / "environment.json", ENVIRONMENT),
     "lineage": lambda run: write(run / "lineage.json", lineage()),
     "ledger": lambda run: write(run / "prepare" / "ledger.json", ledger()),
-    "metrics": lambda run: None,
+    "metrics": lambda run: None,  # by `fill`, for each stage
     "contract": lambda run: write(run / "merge" / "model" / "contract.json", contract()),
     "scorecard": lambda run: write(run / "evaluate" / "scorecard.json", card()),
     "completions": lambda run: write_lines(run / "evaluate" / "completions.jsonl", completions()),

@@ -1,0 +1,54 @@
+"""A template on the tiny tokenizer, and functions that write rows and prepare them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from corral.data.prepared import Prepared, prepare
+from corral.recipe import Data, Source, Split
+from corral.template import Template
+
+
+def chat(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def chats(count: int, start: int = 0) -> list[dict[str, Any]]:
+    return [chat(f"What is {i} plus {i}?", f"It is {2 * i}." + " Yes." * (i % 5)) for i in range(start, start + count)]
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def source(path: Path, **settings: Any) -> Source:
+    return Source(path=str(path), **{"name": path.stem} | settings)
+
+
+@pytest.fixture(scope="session")
+def template(tiny_tokenizer: Any) -> Template:
+    return Template.load(tiny_tokenizer, "chatml")
+
+
+@pytest.fixture
+def prepared(template: Template, tmp_path: Path) -> Callable[..., Prepared]:
+    """`prepared(source, …, split=…, seed=…, into=…)`: prepare the sources in a new folder."""
+    made = 0
+
+    def make(
+        *sources: Source, split: Split | None = None, seed: int = 0, into: Path | None = None, **settings: Any
+    ) -> Prepared:
+        nonlocal made
+        made += 1
+        folder = into or tmp_path / f"prepare-{made}"
+        folder.mkdir(exist_ok=True)
+        split = split or Split(validation=0.2, test=0.2)
+        return prepare(Data(sources=sources, split=split, **settings), template, folder, seed)
+
+    return make

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import pytest
+
+from corral.data.ledger import OTHER, Ledger, summary
+
+
+def filled() -> Ledger:
+    ledger = Ledger()
+    for _ in range(12):
+        ledger.read("a")
+    ledger.add("a", 1, "kept", side="train")
+    ledger.add("a", 2, "kept", side="test")
+    ledger.add("a", 3, "truncated", side="train")
+    ledger.add("a", 4, "duplicate")
+    ledger.add("a", 5, "not sampled")
+    for index in range(6, 12):
+        ledger.add("a", index, "dropped", "no answer")
+    ledger.add("a", 12, "dropped", "empty")
+    return ledger
+
+
+def test_the_json_form_counts_rows_by_source_fate_side_and_reason() -> None:
+    fates = {"kept": 2, "truncated": 1, "dropped": 7, "duplicate": 1, "not sampled": 1}
+    assert filled().to_json() == {
+        "rows": 12,
+        "fates": fates,
+        "sources": {
+            "a": {
+                "rows": 12,
+                "fates": fates,
+                "sides": {"train": 2, "validation": 0, "test": 1},
+                "reasons": {
+                    "no answer": {"count": 6, "examples": [6, 7, 8, 9, 10]},
+                    "empty": {"count": 1, "examples": [12]},
+                },
+            }
+        },
+    }
+
+
+def test_a_row_without_a_fate_or_with_two_is_found() -> None:
+    ledger = filled()
+    ledger.read("a")
+    with pytest.raises(AssertionError, match="13 rows were read, 12 have a fate"):
+        ledger.to_json()
+    ledger.add("a", 13, "duplicate")
+    ledger.check()
+    ledger.add("a", 13, "duplicate")
+    with pytest.raises(AssertionError, match="13 rows were read, 14 have a fate"):
+        ledger.to_json()
+
+
+def test_a_fate_without_what_belongs_to_it_is_refused() -> None:
+    for wrong in (
+        lambda: Ledger().add("a", 1, "dropped"),
+        lambda: Ledger().add("a", 1, "kept"),
+        lambda: Ledger().add("a", 1, "duplicate", side="train"),
+        lambda: Ledger().add("a", 1, "kept", "why", "train"),
+    ):
+        with pytest.raises(AssertionError):
+            wrong()
+
+
+def test_add_says_which_rows_became_examples() -> None:
+    ledger = Ledger()
+    assert [ledger.add("a", i, "dropped", "why") for i in range(7)] == [True] * 5 + [False] * 2
+    assert ledger.add("a", 8, "kept", side="train") is False
+
+
+def test_junk_with_a_reason_for_each_row_does_not_make_the_ledger_grow_without_end() -> None:
+    ledger = Ledger()
+    for index in range(5000):
+        ledger.read("a")
+        ledger.add("a", index, "dropped", f"role is {index}")
+    reasons = ledger.to_json()["sources"]["a"]["reasons"]
+    assert len(reasons) == 101
+    assert reasons[OTHER]["count"] == 4900
+
+
+def test_the_summary_has_a_line_for_each_source_and_reason() -> None:
+    assert summary(filled().to_json()).splitlines() == [
+        "12 rows: 2 kept, 1 truncated, 7 dropped, 1 duplicate, 1 not sampled",
+        "  a: 12 rows: 2 kept, 1 truncated, 7 dropped, 1 duplicate, 1 not sampled",
+        "    sides: 2 train, 1 test",
+        "    dropped: 6 × no answer (rows 6, 7, 8, 9, 10 …)",
+        "    dropped: 1 × empty (row 12)",
+    ]

