@@ -15,8 +15,9 @@ from corral import stages
 from corral.interrupts import Interrupts
 from corral.progress import Progress
 from corral.recipe import Recipe
-from corral.run import Run, Stage
+from corral.run import Run, Stage, environment
 from corral.stages import Work
+from corral.storage import write_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,8 @@ def execute(recipe: Recipe, out: Path, progress: Progress, *, until: str | None 
     interrupts = Interrupts(lambda: progress.say("stopping after this step; once more to stop at once"))
     with Run.open(out, recipe) as run, interrupts:
         work = Work(run, recipe, progress, interrupts)
+        device, dtype = work.placement
+        write_json(out / "environment.json", environment() | {"device": device, "dtype": dtype})
         pipeline = steps(work)
         done: dict[str, str] = {}
         for step in pipeline:

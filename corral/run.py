@@ -95,7 +95,6 @@ class Run:
         path.mkdir(parents=True, exist_ok=True)
         with _locked(path):
             write_atomic(recipe_path, recipe.to_toml())
-            write_json(path / "environment.json", environment())
             yield cls(path)
 
     def stage(self, name: str, inputs: Mapping[str, Any]) -> Stage:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -127,6 +128,26 @@ def test_a_new_directory_supersedes_the_old_one_whole(tmp_path: Path) -> None:
         with new_directory(final) as folder:
             (folder / name).write_text(name)
     assert names(final) == ["two"]
+    assert names(tmp_path) == ["model"]
+
+
+def test_the_old_directory_is_put_back_when_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final = tmp_path / "model"
+    with new_directory(final) as folder:
+        (folder / "weights").write_text("old")
+    rename = os.rename
+
+    def failing(source: Path, target: Path) -> None:
+        if source.name.startswith(".corral-tmp-"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(StorageError, match="Input/output error"), new_directory(final):
+        pass
+    assert (final / "weights").read_text() == "old"
     assert names(tmp_path) == ["model"]
 
 

@@ -91,7 +91,8 @@ def _check_order(turns: list[Message]) -> None:
 def wikibooks_recipes(value: dict[str, Any]) -> Conversation:
     """A Wikibooks Cookbook entry (title, ingredients[], steps[]) → "write a recipe from these ingredients", the recipe.
 
-    Wiki markup is taken out; the answer always has the same form: title, ingredients, numbered steps.
+    Wiki markup is taken out; the answer always has the same form: title, numbered steps. The ingredients are not said
+    again: copying them would teach nothing, and hide in the loss what is learnt.
 
     Raises:
         FormatError: fewer than 3 ingredients or 2 steps, no title, or markup that cannot be taken out.
@@ -109,7 +110,7 @@ def wikibooks_recipes(value: dict[str, Any]) -> Conversation:
     numbered = "\n".join(f"{number}. {line}" for number, line in enumerate(steps, start=1))
     return Conversation.of(
         ("user", f"Write a recipe with these ingredients:\n{listed}"),
-        ("assistant", f"# {title}\n\n## Ingredients\n{listed}\n\n## Steps\n{numbered}"),
+        ("assistant", f"# {title}\n\n{numbered}"),
     )
 
 

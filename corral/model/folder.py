@@ -59,6 +59,12 @@ def check_folder(folder: Path) -> None:
     Raises:
         ModelError: it says which file, what is wrong with it, and what to do.
     """
+    if (folder / "adapter_config.json").is_file():  # transformers would load the adapter too, without a word
+        raise ModelError(
+            "the folder holds an adapter (adapter_config.json), not a model alone",
+            where=str(folder),
+            hint="name its base model, or merge the adapter into it first",
+        )
     config = _read_json(folder / "config.json")
     for name, value in (
         ("config.json", config),

@@ -57,7 +57,8 @@ def _hub_error(error: Exception, repo: str, revision: str | None) -> ModelError 
     endpoint = constants.ENDPOINT
     page = f"{endpoint}/{repo}"
     token = "make a token there, then set HF_TOKEN or run `hf auth login`"
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    # A refusal other than 401 comes wrapped in "not in the local cache".
+    status = next((s for s in map(_status, (error, error.__cause__)) if s is not None), None)
     if isinstance(error, errors.GatedRepoError) or status == 403:
         return ModelError(
             f"hub:{repo} is gated: its licence must be accepted first (HTTP {status})",
@@ -76,15 +77,23 @@ def _hub_error(error: Exception, repo: str, revision: str | None) -> ModelError 
         )
     if isinstance(error, errors.HFValidationError):
         return ModelError(f"{repo!r} is not a hub id: {error}", hint="write hub:OWNER/NAME")
+    if status is not None:
+        return ModelError(f"the model hub answered HTTP {status} for {repo}", where=page, hint="try again later")
     if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)) or _is_network(error):
         return ModelError(
             f"hub:{repo} is not in the local cache, and the model hub cannot be reached",
             where=endpoint,
             hint="check the network and HF_ENDPOINT (HF_HUB_OFFLINE must not be set), or use an asset: or a local folder",
         )
-    if status is not None:
-        return ModelError(f"the model hub answered HTTP {status} for {repo}", where=page, hint="try again later")
+    if isinstance(error, errors.EntryNotFoundError):
+        return ModelError(
+            f"hub:{repo} holds no file of a model", where=page, hint="choose a repository with safetensors"
+        )
     return None
+
+
+def _status(error: BaseException | None) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _is_network(error: Exception) -> bool:

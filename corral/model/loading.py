@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
-from corral.assets import CATALOGUE, fetch
+from corral.assets import CATALOGUE, fetch, find_asset
 from corral.errors import ModelError
 from corral.model import gguf, hub
 from corral.model.folder import check_folder, file_hashes, identity, licence_texts
@@ -111,6 +111,7 @@ def load_model(
     folder = source.folder if isinstance(source, ModelSource) else source
     check_folder(folder)
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
 
     try:
@@ -127,7 +128,7 @@ def load_model(
                     output_loading_info=True,
                 ),
             )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ModelError(f"transformers cannot load the model: {error}", where=str(folder)) from error
     except RuntimeError as error:
         if "size mismatch" not in str(error) and "mismatched" not in str(error):
@@ -239,11 +240,12 @@ def _names(keys: Any) -> list[str]:
 
 
 def _from_asset(name: str, offline: bool, say: Callable[[str], None]) -> tuple[Path, str, list[Path]]:
-    fetched = fetch(name, offline=offline, progress=say)
-    asset = fetched.asset
+    asset = find_asset(name)
     if asset.kind != "model":
+        kind = "data" if asset.kind == "data" else f"a {asset.kind}"
         models = ", ".join(f"asset:{other.name}" for other in CATALOGUE if other.kind == "model")
-        raise ModelError(f"asset:{name} is a {asset.kind}, not a model", hint=f"models: {models}")
+        raise ModelError(f"asset:{name} is {kind}, not a model", hint=f"models: {models}")
+    fetched = fetch(name, offline=offline, progress=say)
     if fetched.fetched:
         say(fetched.licence_text)
     licences = list(fetched.licence_files)

@@ -85,7 +85,7 @@ def test_a_recipe_is_asked_for_by_its_ingredients_and_answered_in_a_fixed_form()
         ("user", "Write a recipe with these ingredients:\n- bread\n- butter\n- salt"),
         (
             "assistant",
-            "# Toast\n\n## Ingredients\n- bread\n- butter\n- salt\n\n## Steps\n1. Toast the bread.\n2. Butter it.",
+            "# Toast\n\n1. Toast the bread.\n2. Butter it.",
         ),
     )
 
@@ -128,7 +128,7 @@ def test_wiki_markup_is_taken_out_of_an_ingredient(raw: str, clean: str) -> None
 
 
 def test_the_wikibooks_asset_gives_about_2960_recipes_of_one_form() -> None:
-    form = re.compile(r"# [^\n]+\n\n## Ingredients\n(- [^\n]+\n){3,}\n## Steps\n(\d+\. [^\n]+(\n|$)){2,}")
+    form = re.compile(r"# [^\n]+\n\n(\d+\. [^\n]+(\n|$)){2,}")
     made = 0
     for row in read(Source(path="asset:wikibooks-recipes")):
         assert row.value is not None

@@ -47,7 +47,7 @@ def test_a_last_line_cut_short_is_a_fault(tmp_path: Path) -> None:
 
 
 def test_blank_lines_are_skipped_and_row_numbers_are_line_numbers(tmp_path: Path) -> None:
-    path = written(tmp_path / "a.jsonl", '\n{"a": 1}\n   \r\n\n{"a": 2}\r\n\n')
+    path = written(tmp_path / "a.jsonl", '\n{"a": 1}\n   \r\n\n \t{"a": 2} \r\n\n')
     assert [(row.index, row.value) for row in rows_of(path)] == [(2, {"a": 1}), (5, {"a": 2})]
 
 
@@ -58,7 +58,7 @@ def test_a_byte_order_mark_is_tolerated(tmp_path: Path, name: str) -> None:
 
 
 def test_line_separators_inside_a_string_do_not_end_a_line(tmp_path: Path) -> None:
-    path = written(tmp_path / "a.jsonl", '{"a": "x\u2028y\u0085z\u000b"}\n'.replace("\u000b", ""))
+    path = written(tmp_path / "a.jsonl", '{"a": "x\u2028y\u0085z"}\n')
     assert [row.value for row in rows_of(path)] == [{"a": "x\u2028y\u0085z"}]
 
 

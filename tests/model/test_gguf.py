@@ -15,11 +15,11 @@ from gguf import GGUFReader, GGUFWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from corral.assets import fetch
+from corral.assets import clear_cache, fetch, list_cache
 from corral.errors import ModelError
 from corral.model.gguf import convert_to_folder, read_header
 from corral.model.loading import load_model, load_tokenizer, quiet, resolve
-from corral.storage import tree_hashes
+from corral.storage import sha256_file, tree_hashes
 from tests.conftest import make_tiny_model
 
 TEXTS = [
@@ -344,9 +344,21 @@ def test_a_llama_3_tokenizer_survives_conversion(tmp_path: Path) -> None:
     )
     tokenizer = load_tokenizer(converted(path))
     assert len(tokenizer) == 8002
+    assert json.loads(tokenizer.backend_tokenizer.to_str())["model"]["ignore_merges"], "as Meta's does"
     for text in TEXTS:
         ids = original.encode(text, add_special_tokens=False).ids
         assert tokenizer(text)["input_ids"] == [8000, *ids], text
+
+
+def test_smollm_files_cut_digits_one_by_one(tiny_tokenizer: Any, model: Any, tmp_path: Path) -> None:
+    backend = tiny_tokenizer.backend_tokenizer
+    path = write(
+        tmp_path / "smollm.gguf",
+        lambda w: add_model(w, model),
+        lambda w: byte_level_tokenizer(w, backend, 3, "smollm", 1, 2),
+    )
+    rule = load_tokenizer(converted(path)).backend_tokenizer.pre_tokenizer
+    assert [piece for piece, _ in rule.pre_tokenize_str("a \n12 g")] == ["a", "ĠĊ", "1", "2", "Ġg"]
 
 
 def test_the_starter_model_has_the_ids_and_splits_of_its_publisher() -> None:
@@ -439,3 +451,39 @@ def test_files_that_lie_beside_the_gguf_file_play_no_part(
     apart.mkdir()
     alone = converted(Path(shutil.copy(path, apart)))
     assert tree_hashes(converted(path)) == tree_hashes(alone)
+
+
+def test_a_local_gguf_file_is_converted_once_and_again_when_its_content_changes(
+    write_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CORRAL_CACHE", str(tmp_path / "cache"))
+    path = write_tiny(tmp_path / "mine.gguf")
+    told: list[str] = []
+    first = resolve(str(path), progress=told.append)
+    assert resolve(str(path), progress=told.append) == first
+    assert told == ["converting mine.gguf to safetensors, once"]
+    assert first.revision == sha256_file(path)
+    assert [entry.name for entry in list_cache()] == ["mine"]
+    path.unlink()
+    write_tiny(path, lambda w: w.add_eot_token_id(0))
+    second = resolve(str(path))
+    assert second.folder != first.folder
+    assert second.identity != first.identity
+    weights = second.folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ModelError, match="cut short") as caught:
+        resolve(str(path))
+    assert "corral cache clear" in (caught.value.hint or "")
+    clear_cache(["mine"])
+    assert resolve(str(path)).identity == second.identity
+
+
+def test_a_conversion_that_fails_leaves_nothing_in_the_cache(
+    write_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CORRAL_CACHE", str(tmp_path / "cache"))
+    path = write_tiny(tmp_path / "bad.gguf", lambda w: w.add_expert_count(8))
+    with pytest.raises(ModelError, match="expert_count"):
+        resolve(str(path))
+    assert list_cache() == []
+    assert [place.name for place in (tmp_path / "cache" / "models").iterdir() if place.is_dir()] == []

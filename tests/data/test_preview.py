@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from corral.data.prepared import Prepared
+from corral.data.preview import Piece, pick, pieces, to_html, to_terminal
+from corral.errors import TemplateError
+from corral.messages import Conversation
+from corral.template import Template
+from tests.data.conftest import chat, chats, source, write_rows
+
+Prepare = Callable[..., Prepared]
+
+
+def pieces_of(template: Template, conversation: Conversation, kept: int = 10**6) -> list[Piece]:
+    return list(pieces(template.encode(conversation), kept, template, frozenset(template.special_ids)))
+
+
+@given(st.text(min_size=1, max_size=40), st.text(min_size=1, max_size=40))
+def test_the_pieces_are_the_text_token_by_token_also_where_a_character_spans_several(
+    template: Template, question: str, answer: str
+) -> None:
+    conversation = Conversation.of(("user", question), ("assistant", answer))
+    try:
+        encoded = template.encode(conversation)
+    except TemplateError:
+        return
+    shown = pieces_of(template, conversation)
+    text = "".join(piece.text for piece in shown)
+    assert text == f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+    assert sum(piece.tokens for piece in shown) == len(encoded.ids)
+    trained = "".join(piece.text for piece in shown if piece.kind == "trained")
+    assert trained == f"{answer}<|im_end|>"
+
+
+def test_a_character_of_several_tokens_is_one_piece(template: Template) -> None:
+    shown = pieces_of(template, Conversation.of(("user", "a"), ("assistant", "鯨x")))
+    (whale,) = (piece for piece in shown if "鯨" in piece.text)
+    assert whale == Piece("鯨", "trained", special=False, tokens=3)
+
+
+def test_a_special_string_typed_by_a_user_is_not_shown_as_special(template: Template) -> None:
+    shown = pieces_of(template, Conversation.of(("user", "say <|im_end|> now"), ("assistant", "no")))
+    assert sum(piece.special for piece in shown) == 4
+    assert "say <|im_end|> now" in "".join(piece.text for piece in shown if not piece.special)
+
+
+def test_tokens_past_the_limit_are_cut_and_a_character_cut_through_is_cut(template: Template) -> None:
+    conversation = Conversation.of(("user", "a"), ("assistant", "鯨鯨"))
+    encoded = template.encode(conversation)
+    start = encoded.trained.index(True)
+    shown = pieces_of(template, conversation, kept=start + 4)
+    assert [(p.text, p.kind) for p in shown if p.kind != "context"] == [
+        ("鯨", "trained"),
+        ("鯨", "cut"),
+        ("<|im_end|>", "cut"),
+        ("\n", "cut"),
+    ]
+
+
+@pytest.fixture
+def mixed(prepared: Prepare, tmp_path: Path) -> Prepared:
+    rows = [
+        *chats(40),
+        *[chat(f"Long {i}?", "yes " * 120) for i in range(12)],
+        chat("<script>alert(1)</script> & \x1b[31m \u202e", "<b>bold</b>"),
+        {"messages": [{"role": "user", "content": "<i>unanswered</i> \x1b]0;x\x07"}]},
+        {"messages": [{"role": "<u>", "content": "x"}]},
+    ]
+    return prepared(source(write_rows(tmp_path / "a.jsonl", rows)), max_length=100, overlong="truncate")
+
+
+def test_rows_of_each_side_and_fate_are_picked(mixed: Prepared, template: Template) -> None:
+    shown = pick(mixed, template, rows=2)
+    for side in ("train", "validation", "test"):
+        for fate in ("kept", "truncated"):
+            wanted = min(2, int((mixed.side(side).truncated == (fate == "truncated")).sum()))
+            assert sum((row.side, row.fate) == (side, fate) for row in shown) == wanted > 0
+    for row in shown:
+        assert row.tokens["trained"] > 0
+        assert (row.tokens["cut"] > 0) == (row.fate == "truncated")
+        if row.fate == "truncated":
+            assert row.tokens["trained"] + row.tokens["context"] == 100
+
+
+def test_the_terminal_shows_the_ledger_a_legend_and_rows_in_colour(mixed: Prepared, template: Template) -> None:
+    out = io.StringIO()
+    text = to_terminal(mixed, template, rows=2)
+    Console(file=out, force_terminal=True, color_system="256", width=200).print(text)
+    page = out.getvalue()
+    assert page.startswith("55 rows: 41 kept, 12 truncated, 2 dropped")
+    assert "cut off: longer than allowed" in page
+    assert "\x1b[32m" in page
+    assert "dropped · a row 54 · no answer: the last message is from the user" in page
+    assert re.search(r"train · a row \d+ · truncated · \d+ context tokens, \d+ trained, \d+ cut off", page)
+
+
+def test_control_characters_in_rows_reach_neither_terminal_nor_page(mixed: Prepared, template: Template) -> None:
+    terminal, page = to_terminal(mixed, template, rows=60).plain, to_html(mixed, template, rows=60)
+    for text in (terminal, page):
+        assert "⟨U+001B⟩" in text
+        assert "⟨U+202E⟩" in text
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", text)
+
+
+class Checker(HTMLParser):
+    """Collects the tags of a page and holds that each is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_fetches_nothing_and_escapes_what_rows_hold(mixed: Prepared, template: Template) -> None:
+    page = to_html(mixed, template, rows=60)
+    checker = Checker()
+    checker.feed(page)
+    assert checker.open == []
+    names = {tag for tag, _ in checker.tags}
+    assert not names & {"script", "b", "i", "u", "img", "link", "a"}
+    assert not any({"src", "href", "style", "onclick"} & attributes.keys() for _, attributes in checker.tags)
+    assert "http" not in page
+    assert "prefers-color-scheme: dark" in page
+    classes = {name for _, attributes in checker.tags for name in (attributes.get("class") or "").split()}
+    assert {"trained", "context", "cut", "special", "dropped"} <= classes
+    # Here a token is one character, alone in its span.
+    assert "&lt;</span>" in page
+    assert "&amp;</span>" in page
+    assert "<</span>" not in page
+    assert "&</span>" not in page
+    assert "&lt;i&gt;unanswered&lt;/i&gt;" in page
+    assert "messages.0.role is &#x27;&lt;u&gt;&#x27;" in page
+    assert sum(tag == "pre" for tag, _ in checker.tags) == 53 + 2
+
+
+def test_the_page_says_when_a_side_has_no_rows(prepared: Prepare, template: Template, tmp_path: Path) -> None:
+    from corral.recipe import Split
+
+    only = prepared(source(write_rows(tmp_path / "a.jsonl", chats(5))), split=Split(validation=0, test=0))
+    assert to_html(only, template).count("<p>no rows</p>") == 2
+    assert "dropped ·" not in to_terminal(only, template).plain
