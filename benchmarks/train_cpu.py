@@ -23,7 +23,7 @@ from typing import Any
 import claims
 
 ROWS_PER_STEP = 8
-PACK = 1024
+PACK = 1024  # of TRL's packed form
 LR = 2e-4
 
 
@@ -48,6 +48,7 @@ def prepared(folder: Path, rows: int) -> Any:
 def side_corral(steps: int) -> dict[str, Any]:
     from corral.model import adapters, loading
     from corral.recipe import Lora, Optimizer, Train
+    from corral.stages import PACK_LENGTHS
     from corral.training.loop import Training
     from corral.training.objectives import OBJECTIVES
 
@@ -67,7 +68,7 @@ def side_corral(steps: int) -> dict[str, Any]:
             [],
             OBJECTIVES["sft"],
             config,
-            pack_length=PACK,
+            pack_length=PACK_LENGTHS["cpu"],
             seed=0,
             folder=folder,
             save_best=lambda _: None,

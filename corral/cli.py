@@ -90,7 +90,9 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
     recipe = _recipe(args)
     progress = TerminalProgress()
     progress.start("Preparing rows", None)
-    template = Template.load(load_tokenizer(resolve(recipe.model.base, progress=progress.say).folder), recipe.model.template)
+    template = Template.load(
+        load_tokenizer(resolve(recipe.model.base, progress=progress.say).folder), recipe.model.template
+    )
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare(recipe.data, template, Path(folder), recipe.seed, progress)
         progress.stop()

@@ -133,8 +133,8 @@ class Train(_Section):
     batch_size: Positive = 8
     """Examples per optimizer step, over all devices. Each trained token weighs the same."""
     pack_length: Positive | None = None
-    """Most tokens in one forward pass, into which examples are packed, isolated from each other; by default the larger
-    of 2048 and `data.max_length`. It changes memory and speed, never the result."""
+    """Most tokens in one forward pass, into which examples are packed, isolated from each other. By default
+    the larger of `data.max_length` and 8192 on a GPU or 512 on a CPU. It changes memory and speed, never the result."""
     evaluate_every: Positive = 20
     """Steps between evaluations on the validation rows. The adapter with the lowest held-out loss is the result."""
     evaluate_rows: Positive = 64

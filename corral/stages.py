@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from corral.training.loop import Metrics
 
 
+# A GPU wants long passes to be busy; a CPU is as fast with short ones, which need less memory.
+PACK_LENGTHS = {"cuda": 8192, "cpu": 512}
+
+
 @dataclass
 class Work:
     """What stages share: the run, its recipe, where to tell of progress, and the base model, loaded when first needed."""
@@ -124,7 +128,7 @@ def _fit(work: Work, stage: Stage, config: Train, base: Path) -> None:
         [validation[i] for i in range(min(len(validation), config.evaluate_rows))],
         OBJECTIVES[config.objective],
         config,
-        pack_length=config.pack_length or max(2048, work.recipe.data.max_length),
+        pack_length=config.pack_length or max(PACK_LENGTHS[device], work.recipe.data.max_length),
         seed=work.recipe.seed,
         folder=stage.path,
         save_best=lambda _: save_adapter("adapter"),

@@ -64,7 +64,9 @@ class TerminalProgress(Progress):
             left = ""
             if self._total and 0 < done < self._total:
                 left = f", about {(now - self._began) / done * (self._total - done):.0f} s left"
-            self._console.print(f"  {self._title}: {done}{of}{left}{', ' + note if note else ''}", markup=False, soft_wrap=True)
+            self._console.print(
+                f"  {self._title}: {done}{of}{left}{', ' + note if note else ''}", markup=False, soft_wrap=True
+            )
 
     def stop(self) -> None:
         """The work ends; what it took is kept where the live line was."""

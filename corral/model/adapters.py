@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corral.errors import ModelError
+from corral.model.fused import fuse
 from corral.model.loading import quiet
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def attach(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
-    """Freeze a model and put fresh adapters on it; their first weights depend on the seed alone.
+    """Freeze a model and put fresh adapters on it, ready to train; their first weights depend on the seed alone.
 
     Raises:
         ModelError: no layer of the model has one of the target names.
@@ -48,6 +49,7 @@ def attach(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
     torch.manual_seed(seed)
     with quiet():
         adapted: Any = get_peft_model(model, config)
+    fuse(adapted)
     return adapted
 
 

@@ -114,6 +114,8 @@ def load_model(
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
 
+    from corral.model.gemm import accelerate
+
     try:
         with quiet():
             model, info = cast(
@@ -143,6 +145,7 @@ def load_model(
             where=str(folder),
             hint="config.json and the safetensors files must be of the same model: fetch or merge it again",
         )
+    accelerate(model)
     return cast("PreTrainedModel", cast("Any", model).to(device).eval())
 
 

@@ -20,6 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from corral.model.gemm import times_transposed
+
 ATTENTION = "corral_packed"
 _CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
 
@@ -117,12 +119,16 @@ class _TokenLogProbs(torch.autograd.Function):
         for h, t, out, at in zip(
             hidden.split(rows), targets.split(rows), logprobs.split(rows), range(0, len(hidden), rows), strict=False
         ):
-            logits = (h @ weight.T).float()
-            norm = logits.logsumexp(dim=-1)
-            out.copy_(logits.gather(1, t[:, None]).squeeze(1) - norm)
+            logits = times_transposed(h, weight).float()
+            highest = logits.amax(dim=-1, keepdim=True)
+            at_target = logits.gather(1, t[:, None])
+            # One pass of exponentials serves the norm and the gradient.
+            exponentials = logits.sub_(highest).exp_()
+            total = exponentials.sum(dim=-1, keepdim=True)
+            out.copy_((at_target - highest - total.log()).squeeze(1))
             if slopes is not None:
-                probabilities = logits.sub_(norm[:, None]).exp_().to(weight.dtype)
-                torch.sub(weight[t], probabilities @ weight, out=slopes[at : at + rows])
+                mean_row = times_transposed(exponentials.to(weight.dtype), weight.T).div_(total)
+                torch.sub(weight[t], mean_row, out=slopes[at : at + rows])
         ctx.save_for_backward(slopes, *((hidden, weight, targets) if want_weight else ()))
         ctx.rows = rows
         return logprobs

@@ -11,7 +11,7 @@ import pytest
 
 from tests.e2e.conftest import corral, write_rows
 
-NOT_UTF8 = '{"messages": []}\n'.encode() + b'{"messages": "\xe9"}\n'
+NOT_UTF8 = b'{"messages": []}\n' + b'{"messages": "\xe9"}\n'
 NO_ANSWER = '{"messages": [{"role": "user", "content": "a?"}]}\n' * 3
 
 

@@ -1,0 +1,79 @@
+"""Matrix products on a CPU through oneDNN.
+
+torch sends float32 products on x86 to MKL, which on AMD processors leaves out their AVX-512 units; oneDNN, which torch
+carries as well, uses them: 440 against 200 GFLOP/s measured on two Zen 5 cores, and as fast on others. Everything else
+(GPUs, other types, other processors) goes the usual way.
+
+Knows nothing about what is multiplied, and nothing about training but that a frozen weight needs no gradient.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@cache
+def _available() -> bool:
+    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        # The operator is torch's own, but no public name: hold it to its meaning before relying on it.
+        x, weight = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
+        return torch.equal(_onednn(x, weight), x @ weight.T)
+    except (RuntimeError, AttributeError, TypeError):
+        return False
+
+
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    product: Any = torch.ops.mkldnn._linear_pointwise  # pyright: ignore[reportPrivateUsage]
+    return product(x, weight, None, "none", [], "")
+
+
+def times_transposed(x: Tensor, weight: Tensor) -> Tensor:
+    """x weightᵀ, not differentiable on the fast path: for use under no_grad and inside autograd functions.
+
+    Args:
+        x: [..., in].
+        weight: [out, in], contiguous or the transpose of something contiguous.
+
+    Returns: [..., out].
+    """
+    if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() and _available():
+        return _onednn(x, weight)
+    return x @ weight.T
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """x Wᵀ for a frozen W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return times_transposed(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return times_transposed(gradients[0].contiguous(), weight.T), None
+
+
+def accelerate(model: nn.Module) -> None:
+    """Send the products of a model's plain linear layers this way, wherever their weights are not being trained."""
+    for module in model.modules():
+        if type(module) is nn.Linear and module.bias is None:
+            module.forward = partial(_linear, module)
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    weight = layer.weight
+    fits = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    if not fits or (weight.requires_grad and torch.is_grad_enabled()):
+        return F.linear(x, weight)
+    result: Any = _FrozenLinear.apply(x, weight)
+    return result
