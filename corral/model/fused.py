@@ -66,7 +66,8 @@ def fuse(model: nn.Module) -> None:
     from peft.tuners.lora import Linear as LoraLayer
     from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-    for module in model.modules():
+    modules: Any = model.modules()
+    for module in modules:
         if isinstance(module, LoraLayer) and _is_plain(module):
             module.forward = partial(_lora_forward, module)
         elif isinstance(module, LlamaMLP) and isinstance(module.act_fn, nn.SiLU | _silu_types()):
@@ -82,7 +83,7 @@ def _silu_types() -> type[nn.Module]:
 
 
 def _is_plain(layer: Any) -> bool:
-    base = layer.get_base_layer()
+    base: Any = layer.get_base_layer()
     (name,) = layer.active_adapters if len(layer.active_adapters) == 1 else (None,)
     return (
         name is not None

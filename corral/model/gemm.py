@@ -65,7 +65,8 @@ class _FrozenLinear(torch.autograd.Function):
 
 def accelerate(model: nn.Module) -> None:
     """Send the products of a model's plain linear layers this way, wherever their weights are not being trained."""
-    for module in model.modules():
+    modules: Any = model.modules()
+    for module in modules:
         if type(module) is nn.Linear and module.bias is None:
             module.forward = partial(_linear, module)
 

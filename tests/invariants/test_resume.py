@@ -71,7 +71,8 @@ def test_stopped_on_request_and_resumed(step: int, job: Path, uninterrupted: Pat
 
 def kill_when(condition: Callable[[Path], bool], job: Path, folder: Path) -> bool:
     """Start the job in a process, kill it once the condition holds; whether it was killed before its end."""
-    code = f"from tests.invariants.test_resume import work; from pathlib import Path; work(Path({str(job)!r}), Path({str(folder)!r}))"
+    code = "from tests.invariants.test_resume import work; from pathlib import Path; "
+    code += f"work(Path({str(job)!r}), Path({str(folder)!r}))"
     worker = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
     while worker.poll() is None and not condition(folder):
         time.sleep(0.001)
