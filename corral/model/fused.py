@@ -13,14 +13,13 @@ quantised layers, other activations, norms in low precision.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from corral.model.gemm import times_transposed
+from corral.model.gemm import is_plain_linear, replace_forward, times_transposed
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -66,14 +65,13 @@ def fuse(model: nn.Module) -> None:
     from peft.tuners.lora import Linear as LoraLayer
     from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-    modules: Any = model.modules()
-    for module in modules:
+    for module in model.modules():
         if isinstance(module, LoraLayer) and _is_plain(module):
-            module.forward = partial(_lora_forward, module)
+            replace_forward(module, _lora_forward)
         elif isinstance(module, LlamaMLP) and isinstance(module.act_fn, nn.SiLU | _silu_types()):
-            module.forward = partial(_mlp_forward, module)
+            replace_forward(module, _mlp_forward)
         elif isinstance(module, LlamaRMSNorm) and module.weight.dtype == torch.float32:
-            module.forward = partial(_norm_forward, module)
+            replace_forward(module, _norm_forward)
 
 
 def _silu_types() -> type[nn.Module]:
@@ -83,12 +81,11 @@ def _silu_types() -> type[nn.Module]:
 
 
 def _is_plain(layer: Any) -> bool:
-    base: Any = layer.get_base_layer()
+    base = layer.get_base_layer()
     (name,) = layer.active_adapters if len(layer.active_adapters) == 1 else (None,)
     return (
         name is not None
-        and type(base) is nn.Linear
-        and base.bias is None
+        and is_plain_linear(base)
         and isinstance(layer.lora_dropout[name], nn.Identity)
         and not layer.use_dora[name]
         and layer.lora_A[name].weight.dtype == base.weight.dtype

@@ -10,8 +10,9 @@ Knows nothing about what is multiplied, and nothing about training but that a fr
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -65,10 +66,19 @@ class _FrozenLinear(torch.autograd.Function):
 
 def accelerate(model: nn.Module) -> None:
     """Send the products of a model's plain linear layers this way, wherever their weights are not being trained."""
-    modules: Any = model.modules()
-    for module in modules:
-        if type(module) is nn.Linear and module.bias is None:
-            module.forward = partial(_linear, module)
+    for module in model.modules():
+        if is_plain_linear(module):
+            replace_forward(module, _linear)
+
+
+def is_plain_linear(module: Any) -> bool:
+    """Whether a layer is torch's own linear layer (not a quantised or adapted one), without a bias."""
+    return type(module) is nn.Linear and cast("Any", module).bias is None
+
+
+def replace_forward(module: Any, forward: Callable[..., Tensor]) -> None:
+    """Make `forward(module, …)` what the module computes."""
+    module.forward = partial(forward, module)
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
