@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Without an NVIDIA GPU a CPU build of torch is wanted. TORCH_INDEX names a package index to take it from.
+# A machine without a GPU is better served by a CPU build of torch; TORCH_INDEX names a package index to take it from.
 TORCH_INDEX ?=
 
 .PHONY: demo test test-full lint docs bench clean

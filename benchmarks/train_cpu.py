@@ -172,12 +172,11 @@ def main() -> int:
     ours = sides["corral"]
     speed = ours["tokens_per_second"] / max(s["tokens_per_second"] for s in theirs)
     memory = ours["peak_memory_bytes"] / min(s["peak_memory_bytes"] for s in theirs)
-    # The trainer logs losses to four digits; the sides start from other random adapters, whose effect at first is 0.
-    gap = abs(ours["losses"][0] - sides["trl"]["losses"][0])
+    gap = max(abs(a - b) for a, b in zip(ours["losses"], sides["trl"]["losses"], strict=True))
     found = [
         claims.Claim("train_speed_vs_trl", speed, "×", 1.7),
         claims.Claim("train_memory_vs_trl", memory, "×", 0.5, "<="),
-        claims.Claim("train_first_loss_gap", gap, "nats", 1e-3, "<="),
+        claims.Claim("train_loss_gap", gap, "nats", 1e-3, "<="),
     ]
     packages = ["torch", "transformers", "peft", "trl", "accelerate"]
     return claims.report(found, sides, packages, args.json)

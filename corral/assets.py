@@ -259,7 +259,7 @@ def fetch(name: str, *, offline: bool = False, progress: Progress | None = None,
         raise AssetError(
             f"asset {name!r} is not in the cache, and downloading is off",
             where=str(asset.directory),
-            hint=f"run `corral assets fetch {name}` once with a network",
+            hint=f"run `corral assets --fetch {name}` once with a network",
         )
     with locked(asset.directory.parent / f"{asset.directory.name}.lock"):
         if asset.directory.is_dir():  # another process fetched it while this one waited

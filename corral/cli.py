@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -29,10 +32,10 @@ def _recipe(args: argparse.Namespace) -> Any:
     return load(args.recipe, args.set)
 
 
-def _execute(recipe: Any, out: Path, args: argparse.Namespace, until: str | None = None) -> dict[str, Any]:
+def _execute(recipe: Any, out: Path, args: argparse.Namespace, only: Sequence[str] | None = None) -> dict[str, Any]:
     from corral.pipeline import execute
 
-    outcome = execute(recipe, out, TerminalProgress(), until=until)
+    outcome = execute(recipe, out, TerminalProgress(), only=only)
     skipped = [name for name, what in outcome.items() if what == "skipped"]
     if skipped and not args.json:
         print(f"already done: {', '.join(skipped)}", file=sys.stderr)
@@ -56,7 +59,8 @@ def init(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError("this file exists", where=str(path), hint="name another one: `corral init NAME.toml`")
     from corral.storage import write_atomic
 
-    write_atomic(path, STARTER.read_text("utf-8").replace('name = "starter"', f'name = "{path.stem}"'))
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-") or "starter"
+    write_atomic(path, STARTER.read_text("utf-8").replace('name = "starter"', f'name = "{name}"'))
     if not args.json:
         print(f"wrote {path}; point its [[data.sources]] at your rows, then: corral run {path}")
     return {"recipe": str(path)}
@@ -94,8 +98,10 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
         load_tokenizer(resolve(recipe.model.base, progress=progress.say).folder), recipe.model.template
     )
     with tempfile.TemporaryDirectory() as folder:
-        prepared = prepare(recipe.data, template, Path(folder), recipe.seed, progress)
-        progress.stop()
+        try:
+            prepared = prepare(recipe.data, template, Path(folder), recipe.seed, progress)
+        finally:
+            progress.stop()
         if args.html:
             write_atomic(Path(args.html), preview.to_html(prepared, template, rows=args.rows))
         ledger: dict[str, Any] = json.loads((Path(folder) / "ledger.json").read_text("utf-8"))
@@ -119,7 +125,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
                 f"{override!r} is not about evaluation", where="--set", hint="use `corral run RECIPE --set …` instead"
             )
     recipe = parse(text, where=str(out / "recipe.toml"), overrides=args.set)
-    _execute(recipe, out, args, until="evaluate")
+    _execute(recipe, out, args, only=("evaluate", "report"))
     if not args.json:
         _print_scorecard(out)
     return json.loads((out / "evaluate" / "scorecard.json").read_text("utf-8"))
@@ -281,11 +287,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         missing = MissingExtraError(f"the package {error.name!r} is not installed", hint="pip install corral")
         return _fail(missing, args)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        return 128 + getattr(stop, "signal", signal.SIGINT)
     except BrokenPipeError:
-        sys.stderr.close()
+        # Whoever read the output has left; Python would complain once more when it closes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         if args.debug:

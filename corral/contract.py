@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,10 +88,25 @@ class Check:
 def probes(template: Template, conversations: Sequence[Conversation] = PROBES) -> list[Probe]:
     """The probe set through a template; scored are the tokens from the first trained one on."""
     made: list[Probe] = []
-    for conversation in conversations:
+    for conversation in accepted(template, conversations):
         encoded = template.encode(conversation)
         made.append(Probe(encoded.ids, max(1, encoded.trained.index(True))))
     return made
+
+
+def accepted(template: Template, conversations: Sequence[Conversation] = PROBES) -> list[Conversation]:
+    """The conversations that a template takes: some know no system message, or one turn only. Raises: TemplateError."""
+    taken: list[Conversation] = []
+    refusal: TemplateError | None = None
+    for conversation in conversations:
+        try:
+            template.encode(conversation)
+            taken.append(conversation)
+        except TemplateError as error:
+            refusal = error
+    if refusal is not None and not taken:
+        raise refusal
+    return taken
 
 
 async def measure(engine: Engine, probe_set: Sequence[Probe]) -> list[list[float]]:
@@ -125,7 +141,8 @@ def check_token_ids(template: Template, folder: Path) -> Check:
     if again.digest != template.digest:
         return Check(name, False, "the saved template or its special tokens are not those the model was trained with")
     turns = 0
-    for conversation in PROBES:
+    conversations = accepted(template)
+    for conversation in conversations:
         if again.encode(conversation) != template.encode(conversation):
             return Check(name, False, f"the saved tokenizer gives other ids for {conversation.messages[0].content!r}")
         for end, message in enumerate(conversation.messages):
@@ -138,7 +155,7 @@ def check_token_ids(template: Template, folder: Path) -> Check:
             if list(theirs) != template.prompt(asked):
                 return Check(name, False, f"transformers gives other ids for {asked.messages[-1].content!r}")
             turns += 1
-    return Check(name, True, f"{turns} prompts and {len(PROBES)} conversations have equal ids", n=turns)
+    return Check(name, True, f"{turns} prompts and {len(conversations)} conversations have equal ids", n=turns)
 
 
 def check_stop_ids(template: Template, folder: Path) -> Check:
@@ -168,13 +185,17 @@ def write(
         "dtype": dtype,
         "weights": weights,
         "template": {"sha256": template.digest, "stop_ids": list(template.stop_ids)},
-        "checks": [asdict(c) for c in checks],
+        "checks": [{key: _finite(value) for key, value in asdict(c).items()} for c in checks],
         "probes": [
-            {"ids": list(p.ids), "start": p.start, "logprobs": list(values)}
+            {"ids": list(p.ids), "start": p.start, "logprobs": [v if math.isfinite(v) else None for v in values]}
             for p, values in zip(probe_set, logprobs, strict=True)
         ],
     }
     write_json(folder / FILE, value)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def enforce(checks: Sequence[Check], *, where: Path) -> None:

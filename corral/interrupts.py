@@ -10,6 +10,14 @@ from types import FrameType
 from typing import Self
 
 
+class Stopped(KeyboardInterrupt):
+    """Work was stopped by a signal, in good order; the same command goes on from there."""
+
+    def __init__(self, number: int | None) -> None:
+        super().__init__()
+        self.signal = number or signal.SIGINT
+
+
 class Interrupts:
     """While entered, SIGINT and SIGTERM raise KeyboardInterrupt; inside `gently` the first one only asks to stop.
 

@@ -6,13 +6,14 @@ Knows nothing about what a stage does (stages) or how progress is shown.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from corral import stages
-from corral.interrupts import Interrupts
+from corral.errors import DataError, RunError
+from corral.interrupts import Interrupts, Stopped
 from corral.progress import Progress
 from corral.recipe import Recipe
 from corral.run import Run, Stage, environment
@@ -39,7 +40,7 @@ def steps(work: Work) -> list[Step]:
     def prepare_inputs(_: Mapping[str, str]) -> dict[str, Any]:
         # What is in a file counts, not where it lies: a run may be moved with its data.
         data = recipe.data.model_dump(mode="json", exclude={"sources": {"__all__": {"path"}}})
-        return {"data": data, "files": _file_hashes(recipe), "template": work.template.digest, "seed": seed}
+        return {"data": data, "files": _file_hashes(recipe), "template": work.template.fingerprint, "seed": seed}
 
     def train_step(number: int) -> Step:
         config = recipe.train[number - 1]
@@ -72,40 +73,53 @@ def steps(work: Work) -> list[Step]:
     ]
 
 
-def execute(recipe: Recipe, out: Path, progress: Progress, *, until: str | None = None) -> dict[str, str]:
+def execute(recipe: Recipe, out: Path, progress: Progress, *, only: Collection[str] | None = None) -> dict[str, str]:
     """Fill a run directory.
 
     Args:
-        until: stop after this stage; by default after the last.
+        only: stages that may be done now; another one that is not done yet is an error. By default all may.
 
     Returns: for each stage `done` (now) or `skipped` (was done).
 
     Raises:
         CorralError: as the stages say; what was done before is kept.
-        KeyboardInterrupt: stopped on request; calling again goes on from there.
+        RunError: a stage outside `only` is not done.
+        Stopped: by a signal; calling again goes on from there.
     """
-    outcome: dict[str, str] = {}
     interrupts = Interrupts(lambda: progress.say("stopping after this step; once more to stop at once"))
     with Run.open(out, recipe) as run, interrupts:
-        work = Work(run, recipe, progress, interrupts)
+        try:
+            return _stages(Work(run, recipe, progress, interrupts), only)
+        except KeyboardInterrupt:
+            raise Stopped(interrupts.signal) from None
+        finally:
+            progress.stop()
+
+
+def _stages(work: Work, only: Collection[str] | None) -> dict[str, str]:
+    run = work.run
+    outcome: dict[str, str] = {}
+    done: dict[str, str] = {}
+    for step in steps(work):
+        may = only is None or step.name in only
+        stage = run.stage(step.name, step.inputs(done), claim=may)
+        done[step.name] = stage.fingerprint
+        outcome[step.name] = "skipped" if stage.done else "done"
+        if stage.done:
+            continue
+        if not may:
+            raise RunError(
+                f"the stage {step.name!r} of this run is not done for these settings and this machine",
+                where=str(run.path),
+                hint="`corral run RECIPE` does what is missing",
+            )
         device, dtype = work.placement
-        write_json(out / "environment.json", environment() | {"device": device, "dtype": dtype})
-        pipeline = steps(work)
-        done: dict[str, str] = {}
-        for step in pipeline:
-            stage = run.stage(step.name, step.inputs(done))
-            done[step.name] = stage.fingerprint
-            if stage.done:
-                outcome[step.name] = "skipped"
-            else:
-                _execute(step, work, stage)
-                outcome[step.name] = "done"
-            names = [s.name for s in pipeline]
-            model = {"spec": recipe.model.base, "identity": work.base.identity, "template": work.template.digest}
-            run.write_lineage(names, {"recipe": recipe.name, "seed": recipe.seed, "model": model})
-            if step.name == until:
-                break
-        progress.stop()
+        write_json(run.path / "environment.json", environment() | {"device": device, "dtype": dtype})
+        _execute(step, work, stage)
+        base = work.base
+        model = {"spec": work.recipe.model.base, "identity": base.identity, "template": work.template.digest}
+        # Stages not reached yet may stand for older settings: they are named when they are done again.
+        run.write_lineage(list(done), {"recipe": work.recipe.name, "seed": work.recipe.seed, "model": model})
     return outcome
 
 
@@ -132,5 +146,11 @@ def _file_hashes(recipe: Recipe) -> dict[str, str]:
         if source.path.startswith("asset:"):
             hashes[source.label] = find_asset(source.path.removeprefix("asset:")).wheel_sha256
         else:
-            hashes[source.label] = sha256_file(require_file(source))
+            path = require_file(source)
+            try:
+                hashes[source.label] = sha256_file(path)
+            except OSError as error:
+                raise DataError(
+                    f"the file cannot be read: {error.strerror}", where=str(path), hint="check its permissions"
+                ) from None
     return hashes

@@ -62,7 +62,7 @@ class Split(_Section):
 
     validation: Fraction = 0.05
     """Share of rows for evaluation while training."""
-    test: Fraction = 0.05
+    test: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of rows for `evaluate`; never seen in training."""
 
     @model_validator(mode="after")
@@ -248,7 +248,7 @@ def parse(text: str, *, where: str, base: Path | None = None, overrides: Iterabl
 
 def _absolute(recipe: Recipe, base: Path) -> Recipe:
     def resolve(spec: str, is_path: bool) -> str:
-        return str((base / spec).resolve()) if is_path else spec
+        return str((base / Path(spec).expanduser()).resolve()) if is_path else spec
 
     def is_file(spec: str) -> bool:
         return not spec.startswith(("asset:", "hub:")) and not Path(spec).is_absolute()
@@ -261,7 +261,10 @@ def _absolute(recipe: Recipe, base: Path) -> Recipe:
         update={
             "model": model.model_copy(
                 update={
-                    "base": resolve(model.base, is_file(model.base)),
+                    # What is no path here may be a hub id without its prefix: the loader's error then says so.
+                    "base": resolve(
+                        model.base, is_file(model.base) and (base / Path(model.base).expanduser()).exists()
+                    ),
                     "template": resolve(model.template, is_file(model.template) and model.template.endswith(".jinja")),
                 }
             ),

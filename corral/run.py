@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import platform
-import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,7 +25,7 @@ from typing import Any
 import corral
 from corral.errors import RunError
 from corral.recipe import Recipe, parse
-from corral.storage import tree_hashes, write_atomic, write_json
+from corral.storage import remove_tree, storage_errors, tree_hashes, write_atomic, write_json
 
 _PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "rapidfuzz", "sacrebleu")
 
@@ -80,7 +79,8 @@ class Run:
             RunError: another process is writing it, or the directory holds something else or another recipe's run.
         """
         recipe_path = path / "recipe.toml"
-        if path.is_file() or (path.is_dir() and any(path.iterdir()) and not recipe_path.exists()):
+        foreign = path.is_dir() and not recipe_path.exists() and not all(_ours(p) for p in path.iterdir())
+        if path.is_file() or foreign:
             raise RunError(
                 "the output directory exists and is not a run",
                 where=str(path),
@@ -92,33 +92,46 @@ class Run:
                 where=str(path),
                 hint="give another directory with --out",
             )
-        path.mkdir(parents=True, exist_ok=True)
+        with storage_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
         with _locked(path):
             write_atomic(recipe_path, recipe.to_toml())
             yield cls(path)
 
-    def stage(self, name: str, inputs: Mapping[str, Any]) -> Stage:
+    def stage(self, name: str, inputs: Mapping[str, Any], *, claim: bool = True) -> Stage:
         """Claim a stage's directory for these inputs: done, half done, or empty.
 
         Args:
             inputs: everything the stage depends on, as JSON values; earlier stages by their fingerprints.
+            claim: whether to make room for it; otherwise only look.
         """
         text = json.dumps({"corral": corral.__version__, "stage": name, **inputs}, sort_keys=True)
         fingerprint = hashlib.sha256(text.encode()).hexdigest()
         path = self.path / name
         found = _read_stage(path)
-        if found is not None and found.get("fingerprint") != fingerprint:
+        if not claim:
+            done = found is not None and found.get("fingerprint") == fingerprint and _is_done(path, found)
+            return Stage(name, path, fingerprint, done)
+        if found is not None and _is_damaged(path, found):
+            # What was done and is no longer whole cannot be taken up in the middle: it is done anew.
+            self._supersede(name, "damaged")
+            found = None
+        elif found is not None and found.get("fingerprint") != fingerprint:
             self._supersede(name, str(found.get("fingerprint", "unknown")))
-            kept = self.path / "superseded" / f"{name}-{fingerprint[:12]}"
-            if kept.exists():
-                kept.rename(path)
+            found = None
+        kept = self.path / "superseded" / f"{name}-{fingerprint[:12]}"
+        if found is None and kept.exists():
+            remove_tree(path)
+            kept.rename(path)
             found = _read_stage(path)
-        if found is None:
-            path.mkdir(parents=True, exist_ok=True)
+        if found is None or _is_damaged(path, found):
+            remove_tree(path)
+            with storage_errors(path):
+                path.mkdir(parents=True)
             record = {"name": name, "fingerprint": fingerprint, "status": "running", "inputs": dict(inputs)}
             write_json(path / "stage.json", {**record, "started": _now()})
             return Stage(name, path, fingerprint, done=False)
-        return Stage(name, path, fingerprint, done=found["status"] == "done" and _whole(path, found))
+        return Stage(name, path, fingerprint, _is_done(path, found))
 
     def finish(self, stage: Stage, seconds: float) -> None:
         """Record a stage as done, with the sha256 of every file it made."""
@@ -143,8 +156,16 @@ class Run:
 
     def _supersede(self, name: str, fingerprint: str) -> None:
         target = self.path / "superseded" / f"{name}-{fingerprint[:12]}"
-        target.parent.mkdir(exist_ok=True)
-        (self.path / name).rename(target)
+        with storage_errors(target):
+            target.parent.mkdir(exist_ok=True)
+            # A copy made for the same inputs before this one holds nothing that this one does not.
+            remove_tree(target)
+            (self.path / name).rename(target)
+
+
+def _ours(path: Path) -> bool:
+    """Whether a file is what an opening of this run, cut short, leaves."""
+    return path.name == ".lock" or path.name.startswith(".corral-")
 
 
 def _read_stage(path: Path) -> dict[str, Any] | None:
@@ -154,7 +175,15 @@ def _read_stage(path: Path) -> dict[str, Any] | None:
         return None
     except ValueError:
         # Cut short by a crash of the machine: what else is there cannot be trusted to belong to any fingerprint.
-        return {"fingerprint": f"damaged-{time.time_ns()}", "status": "running"}
+        return {"fingerprint": "damaged", "status": "running"}
+
+
+def _is_done(path: Path, record: Mapping[str, Any]) -> bool:
+    return record["status"] == "done" and _whole(path, record)
+
+
+def _is_damaged(path: Path, record: Mapping[str, Any]) -> bool:
+    return record["status"] == "done" and not _whole(path, record)
 
 
 def _whole(path: Path, record: Mapping[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from corral.interrupts import Interrupts
 from corral.progress import Progress
 from corral.recipe import Recipe, Train
 from corral.run import Run, Stage
-from corral.storage import link_or_copy_tree, new_directory, write_atomic, write_json
+from corral.storage import link_or_copy_tree, new_directory, remove_tree, write_atomic, write_json
 
 if TYPE_CHECKING:
     from corral.data.prepared import Prepared
@@ -50,9 +50,10 @@ class Work:
         from corral.model.loading import resolve
 
         self.progress.start(f"Fetching {self.recipe.model.base}", None)
-        source = resolve(self.recipe.model.base, progress=self.progress.say)
-        self.progress.stop()
-        return source
+        try:
+            return resolve(self.recipe.model.base, progress=self.progress.say)
+        finally:
+            self.progress.stop()
 
     @cached_property
     def template(self) -> Template:
@@ -119,7 +120,7 @@ def _fit(work: Work, stage: Stage, config: Train, base: Path) -> None:
 
     def save_adapter(name: str) -> None:
         with new_directory(stage.path / name) as folder:
-            adapters.save(adapted, folder, base=work.recipe.model.base)
+            adapters.save(adapted, folder, base=work.recipe.model.base if base == work.base.folder else str(base))
 
     validation = work.prepared.validation
     training = Training(
@@ -138,6 +139,8 @@ def _fit(work: Work, stage: Stage, config: Train, base: Path) -> None:
         outcome = training.run(
             on_step=lambda m: _tell(work.progress, m), should_stop=should_stop, warn=work.progress.say
         )
+        if should_stop():  # asked for in the last step
+            raise KeyboardInterrupt
     save_adapter("last")
     if outcome.best_loss is None:
         save_adapter("adapter")
@@ -217,6 +220,7 @@ def merge(work: Work, stage: Stage) -> None:
     ]
     contract.write(candidate, work.template, probe_set, merged, checks, dtype=dtype)
     contract.enforce(checks, where=candidate)
+    remove_tree(stage.path / "model")  # what a stop between promoting and recording left
     candidate.rename(stage.path / "model")
     for check in checks:
         work.progress.say(f"contract, {check.name}: {check.detail}")

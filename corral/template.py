@@ -112,10 +112,16 @@ class Template:
         ids = {token: self._id(token) for token in self._control}
         return hashlib.sha256(json.dumps([self.source, ids], sort_keys=True).encode()).hexdigest()
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of everything that decides ids and mask: `digest`, the markers and the whole tokenizer."""
+        parts = [self.digest, self._marked, self._backend.to_str()]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
     @property
     def special_ids(self) -> tuple[int, ...]:
         """Ids of the special tokens this template writes, ascending."""
-        written = {i for probe in _PROBES for i in self.encode(probe).ids if i in self._control_ids}
+        written = {i for i in self.encode(_PROBES[0]).ids if i in self._control_ids}
         return tuple(sorted(written | set(self.stop_ids)))
 
     def prompt(self, conversation: Conversation) -> list[int]:
@@ -164,7 +170,18 @@ class Template:
         """Hold the module's promises on probe conversations; returns the stop ids."""
         ends: set[int] = set()
         for probe in _PROBES:
-            encoded = self.encode(probe)
+            try:
+                encoded = self.encode(probe)
+            except TemplateError:
+                if not ends:
+                    raise
+                continue  # a template for single turns
+            if True not in encoded.trained:
+                raise TemplateError(
+                    "the template's generation markers enclose no answer",
+                    where=self.name,
+                    hint="put {% generation %} before the assistant's content and {% endgeneration %} after its end token",
+                )
             prompt = self.prompt(probe.split_answer()[0])
             last = max(i for i, t in enumerate(encoded.trained) if t)
             ends.add(encoded.ids[last])

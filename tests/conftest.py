@@ -1,4 +1,4 @@
-"""Fixtures that more than one folder of tests uses: a tiny tokenizer, a tiny random Llama, and one real trained run."""
+"""Fixtures that more than one folder of tests uses: a tiny tokenizer, a tiny random Llama, rows."""
 
 from __future__ import annotations
 

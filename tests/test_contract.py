@@ -86,6 +86,23 @@ def test_another_tokenizer_is_caught(folder: Path, template: Template) -> None:
     assert not contract.check_token_ids(template, folder).passed
 
 
+def test_a_template_that_knows_no_system_message_can_be_held_to_a_contract(tiny_tokenizer: Any) -> None:
+    source = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert len(contract.probes(Template(tiny_tokenizer, source, "no system"))) == len(contract.PROBES) - 1
+
+
+def test_a_contract_that_measured_nan_is_written_and_fails(folder: Path, template: Template) -> None:
+    probe_set = contract.probes(template)
+    values = [[float("nan")] * (len(p.ids) - p.start) for p in probe_set]
+    check = contract.compare_logprobs("nan", values, values, FLOAT32)
+    contract.write(folder, template, probe_set, values, [check], dtype="float32")
+    assert not json.loads((folder / contract.FILE).read_text())["passed"]
+
+
 @pytest.mark.parametrize("saved", [{}, {"eos_token_id": 0}, {"eos_token_id": [0, 1]}])
 def test_a_missing_end_token_is_caught(saved: dict[str, Any], folder: Path, template: Template) -> None:
     (folder / "generation_config.json").write_text(json.dumps(saved))

@@ -139,6 +139,10 @@ def test_streamed_text_equals_the_decoded_whole_at_every_cut(template: Template)
         (STOCK.replace("<|im_start|>assistant\n{% endif %}", "assistant: {% endif %}"), "unmaskable"),
         ("{% for m in messages %}{{ m.content }", "refuses"),
         (
+            STOCK.replace("{{ m['content'] }}", "{% generation %}{% endgeneration %}{{ m['content'] }}"),
+            "enclose no answer",
+        ),
+        (
             "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
             "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}A{% endif %}",
             "not the beginning",

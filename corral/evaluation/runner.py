@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from typing import Any
 
 from corral.answerer import Answerer
 from corral.engines.base import Sampling
+from corral.errors import CorralError
 from corral.messages import Conversation
+from corral.storage import storage_errors
 
 AT_ONCE = 64  # rows handed to the engine together; it batches as it sees fit
 
@@ -30,25 +33,29 @@ class Item:
 
 
 class RowFile:
-    """A JSONL file of finished rows, keyed by variant and id; a half-written last line is dropped."""
+    """A JSONL file of finished rows, keyed by variant and id; a half-written last line does not count."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: dict[tuple[str, str], dict[str, Any]] = {}
+        self._whole_bytes: int | None = None
         if path.exists():
             data = path.read_bytes()
             whole = data[: data.rfind(b"\n") + 1]
-            if whole != data:
-                path.write_bytes(whole)
+            self._whole_bytes = len(whole) if whole != data else None
             for line in whole.splitlines():
                 row: dict[str, Any] = json.loads(line)
                 self.rows[row["variant"], row["id"]] = row
 
     def add(self, row: dict[str, Any]) -> None:
         """Keep a finished row."""
+        with storage_errors(self.path):
+            if self._whole_bytes is not None:
+                os.truncate(self.path, self._whole_bytes)
+                self._whole_bytes = None
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.rows[row["variant"], row["id"]] = row
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def of(self, variant: str) -> Mapping[str, dict[str, Any]]:
         """Finished rows of one variant, by id."""
@@ -108,7 +115,16 @@ async def _each(items: Sequence[Item], variant: str, into: RowFile, work: Callab
         async with limit:
             await work(item)
 
-    async with asyncio.TaskGroup() as group:
-        for item in items:
-            if item.id not in done:
-                group.create_task(limited(item))
+    try:
+        async with asyncio.TaskGroup() as group:
+            for item in items:
+                if item.id not in done:
+                    group.create_task(limited(item))
+    except* CorralError as errors:
+        # Many rows fail alike; one error is what a person can read.
+        raise _first(errors) from None
+
+
+def _first(errors: BaseExceptionGroup[CorralError]) -> CorralError:
+    error = errors.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error

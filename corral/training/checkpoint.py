@@ -80,7 +80,9 @@ def restore(
 
 def _all(folder: Path) -> list[Path]:
     """Checkpoints, newest first."""
-    return sorted((p for p in folder.glob("step-*") if _NAME.fullmatch(p.name)), key=lambda p: p.name, reverse=True)
+    return sorted(
+        (p for p in folder.glob("step-*") if _NAME.fullmatch(p.name)), key=lambda p: int(p.name[5:]), reverse=True
+    )
 
 
 def _fault(path: Path) -> str | None:
@@ -121,5 +123,5 @@ def _read(path: Path, parameters: dict[str, nn.Parameter], optimizer: Optimizer)
             for key, value in moments.items():
                 owner, _, kind = key.rpartition("|")
                 if owner == name:
-                    state[kind] = value.to(parameter.device) if kind != "step" else value
+                    state[kind] = value.to(parameter.device)
     return State(**json.loads((path / "state.json").read_text("utf-8")))

@@ -28,7 +28,7 @@ from corral.data.packing import packs
 from corral.data.prepared import Example
 from corral.errors import TrainingError
 from corral.model.packed import target_logprobs
-from corral.storage import write_atomic
+from corral.storage import storage_errors, write_atomic
 from corral.training import checkpoint, optimizers
 from corral.training.checkpoint import State
 from corral.training.objectives import Objective
@@ -148,10 +148,16 @@ class Training:
         return Outcome(state.step, state.best_step, state.best_loss, state.tokens, state.seconds)
 
     def evaluate(self) -> float:
-        """Loss per unit on the held-out examples."""
+        """Loss per unit on the held-out examples. Raises: TrainingError (it is not a finite number)."""
         self.model.eval()
         with torch.no_grad():
             total = sum(loss.item() for loss, _ in self._losses(list(self.held_out)))
+        if not math.isfinite(total):
+            raise TrainingError(
+                f"the held-out loss is {total:g}",
+                where=str(self.folder),
+                hint="lower train.optimizer.lr; checkpoints before it are kept",
+            )
         return total / sum(self.objective.units(e) for e in self.held_out)
 
     def _begin(self, state: State, on_step: Callable[[Metrics], None]) -> State:
@@ -213,7 +219,8 @@ class Training:
         return replace(state, best_step=state.step, best_loss=loss)
 
     def _log(self, metrics: Metrics) -> None:
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        path = self.folder / "metrics.jsonl"
+        with storage_errors(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(metrics)) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import shutil
 from collections.abc import Callable
@@ -57,8 +58,6 @@ def test_each_fault_is_one_clear_error(case: str, workspace: Callable[[], Path])
 
 
 def test_a_line_broken_in_the_middle_is_one_lost_row_in_the_ledger(workspace: Callable[[], Path]) -> None:
-    import json
-
     folder = workspace()
     lines = (folder / "rows.jsonl").read_text().splitlines()
     lines[40] = lines[40][:30]
@@ -102,7 +101,8 @@ def test_all_checkpoints_damaged_is_said_and_touches_nothing(workspace: Callable
     folder = workspace()
     assert corral("run", folder / "r.toml", "--out", folder / "run").returncode == 0
     stage = folder / "run/train-1-sft"
-    (stage / "outcome.json").unlink()
+    record = json.loads((stage / "stage.json").read_text())
+    (stage / "stage.json").write_text(json.dumps(record | {"status": "running"}))
     for checkpoint in (stage / "checkpoints").glob("step-*"):
         (checkpoint / "adapter.safetensors").write_bytes(b"x")
     done = corral("run", folder / "r.toml", "--out", folder / "run")

@@ -156,6 +156,44 @@ def test_merged_equals_adapter_on_held_out_rows(finished: Path, tiny_folder: Pat
         assert a == pytest.approx(b, abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["train-1-sft/adapter/adapter_model.safetensors", "merge/model/config.json"])
+def test_a_done_stage_that_lost_a_file_is_done_anew(name: str, finished: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "copy"))
+    (folder / "run" / name).unlink()
+    assert rerun(folder)[name.split("/")[0]] == "done"
+    assert (folder / "run" / name).is_file()
+    assert set(rerun(folder).values()) == {"skipped"}
+
+
+def test_a_stop_between_promoting_a_model_and_recording_it_is_made_good(finished: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "copy"))
+    path = folder / "run/merge/stage.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "running"}))
+    assert rerun(folder)["merge"] == "done"
+
+
+def test_sigterm_stops_with_143(workspace: Callable[[], Path]) -> None:
+    folder = workspace()
+    command = [sys.executable, "-m", "corral.cli", "run", str(folder / "r.toml"), "--out", str(folder / "run")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (folder / "run/train-1-sft/metrics.jsonl").exists():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 143
+
+
+def test_the_quickstart_runs_on_the_real_model(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent.parent
+    short = ("train.0.steps=2", "train.0.evaluate_rows=2", "evaluate.loss_rows=4", "evaluate.answer_rows=2")
+    sets = [part for s in (*short, "evaluate.generate.max_tokens=16") for part in ("--set", s)]
+    done = corral("run", root / "recipes/quickstart.toml", "--out", tmp_path / "run", "--json", *sets)
+    assert set(stages(done).values()) == {"done"}
+    ledger = json.loads((tmp_path / "run/prepare/ledger.json").read_text())
+    assert ledger["rows"] == 3129 == sum(ledger["fates"].values())
+    loss = json.loads((tmp_path / "run/evaluate/scorecard.json").read_text())["variants"]["base"]["metrics"]["loss"]
+    assert 1.5 < loss["mean"] < 3.5, "the base model must know English"
+
+
 def test_a_broken_contract_stops_the_run_with_4_and_promotes_nothing(
     workspace: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

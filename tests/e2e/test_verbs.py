@@ -71,6 +71,28 @@ def test_evaluate_again_with_other_settings(finished: Path, tmp_path: Path) -> N
     assert json.loads(done.stdout)["variants"]["tuned"]["metrics"]["loss"]["n"] == 4
     refused = corral("evaluate", run, "--set", "train.0.steps=1")
     assert refused.returncode == 2
+    impossible = corral("evaluate", run, "--set", "evaluate.generate.max_tokens=9000")
+    assert impossible.returncode == 2, impossible.stderr
+    assert "9000" in impossible.stderr
+    (run / "merge/model/config.json").unlink()
+    unfinished = corral("evaluate", run)
+    assert unfinished.returncode == 2
+    assert "'merge'" in unfinished.stderr
+
+
+def test_a_package_that_is_not_installed_is_named_with_exit_code_3(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sys
+
+    from corral import cli
+
+    run = Path(shutil.copytree(finished / "run", tmp_path / "run"))
+    for name in [n for n in sys.modules if n.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(["report", str(run)]) == 3
+    assert "'matplotlib" in capsys.readouterr().err
 
 
 def test_compare_sets_two_runs_side_by_side(finished: Path, tmp_path: Path) -> None:

@@ -38,6 +38,16 @@ def ours(encoded: list[Any], vocabulary: int, folder: Path) -> tuple[list[float]
     return [m.loss for m in log], [m.grad_norm for m in log], dict(training.parameters)
 
 
+def plain_peft(vocabulary: int) -> Any:
+    """The same adapter with the same first weights, computed by PEFT and transformers alone."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM")
+    model = make_tiny_model(vocabulary)
+    torch.manual_seed(1)
+    return get_peft_model(model, lora)
+
+
 def theirs(
     encoded: list[Any], vocabulary: int, tokenizer: Any, folder: Path
 ) -> tuple[list[float], list[float], dict[str, Any]]:
@@ -54,7 +64,7 @@ def theirs(
             super().log(logs, *args, **kwargs)
 
     trainer = Exact(
-        model=adapters.attach(make_tiny_model(vocabulary), Lora(rank=4, alpha=8), seed=1),
+        model=plain_peft(vocabulary),
         args=SFTConfig(
             output_dir=str(folder),
             max_steps=STEPS,
