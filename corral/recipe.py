@@ -62,7 +62,7 @@ class Split(_Section):
 
     validation: Fraction = 0.05
     """Share of rows for evaluation while training."""
-    test: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    test: Fraction = 0.05
     """Share of rows for `evaluate`; never seen in training."""
 
     @model_validator(mode="after")
@@ -186,6 +186,12 @@ class Recipe(_Section):
     train: Annotated[tuple[Train, ...], Field(min_length=1)]
     """One `[[train]]` table for each training stage."""
     evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _rows_to_test_on(self) -> Self:
+        if self.data.split.test == 0:
+            raise ValueError("`data.split.test` is 0: there would be nothing to compare base and tuned model on")
+        return self
 
     @model_validator(mode="after")
     def _packs_hold_examples(self) -> Self:

@@ -50,6 +50,7 @@ def test_a_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
         (("[[train]]\nsteps = 3", ""), "train: missing"),
         (('path = "rows.jsonl"', 'path = "r.jsonl"\n[[data.sources]]\npath = "r.jsonl"'), "two sources are called"),
         (("steps = 3", "steps = nan"), "train.0.steps"),
+        (("[[train]]", "[data.split]\ntest = 0\n[[train]]"), "`data.split.test` is 0"),
     ],
 )
 def test_each_fault_names_its_key_and_what_to_do(change: tuple[str, str], expected: str) -> None:
