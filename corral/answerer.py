@@ -1,7 +1,7 @@
 """Conversation in, answer out: template and engine composed once, for evaluation, chat, batch and serving alike.
 
-The Answerer is async; `blocking` gives the same to code that is not. It does not know how ids become text (template), how
-ids are computed (engine), or what answers are for.
+The Answerer is async; `blocking` gives the same to code that is not. Text is cut at stop strings here, since an engine
+knows ids only. It does not know how ids become text (template), how ids are computed (engine), or what answers are for.
 """
 
 from __future__ import annotations
@@ -10,15 +10,28 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import AsyncIterator, Coroutine, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from corral.engines.base import Completion, Engine, Finish, Sampling
+from corral.decoding import StreamDecoder
+from corral.engines.base import Completion, Delta, Engine, Finish, Generation, Sampling
+from corral.errors import RequestError
 from corral.messages import Conversation
 from corral.template import Template
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One drawn token of a text."""
+
+    id: int
+    data: bytes
+    """What it adds to the text, perhaps part of a character; empty for a special token."""
+    logprob: float
+    """Natural log of its probability under the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +40,10 @@ class Answer:
 
     texts: tuple[str, ...]
     completions: tuple[Completion, ...]
+    """The ids that were drawn; with a stop string, up to the one that completed it, which the text leaves out."""
     prompt_tokens: int
+    tokens: tuple[tuple[Token, ...], ...] = ()
+    """With `Sampling.logprobs`, for each choice the tokens that its text begins with, in part or whole."""
 
     @property
     def text(self) -> str:
@@ -42,6 +58,8 @@ class TextDelta:
     choice: int
     text: str
     finish: Finish | None = None
+    tokens: tuple[Token, ...] = ()
+    """With `Sampling.logprobs`, the tokens that begin in this text. Joined over a stream: `Answer.tokens`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,33 +83,40 @@ class Answerer:
         self.template = template
         self.sampling = sampling or Sampling()
 
-    async def answer(self, conversation: Conversation, sampling: Sampling | None = None) -> Answer:
-        """Complete a conversation that ends with the user.
+    def begin(self, ids: Sequence[int], sampling: Sampling | None = None, stop: Sequence[str] = ()) -> TextStream:
+        """Ask for completions of a rendered prompt. Returns at once; must be called in a running event loop.
+
+        Args:
+            ids: of the prompt, from `template.prompt`.
+            stop: strings that end a choice and are not part of its text. Of several, the one complete first counts, and
+                of those complete at once the longest.
+
+        Raises:
+            EngineError: the engine refuses (too long, or a feature it lacks), or is closed.
+        """
+        if "" in stop:
+            raise RequestError("a stop string is empty", hint="leave it out")
+        sampling = self._sampling(sampling)
+        return TextStream(self.engine.submit(ids, sampling), self.template, sampling, stop)
+
+    async def answer(
+        self, conversation: Conversation, sampling: Sampling | None = None, stop: Sequence[str] = ()
+    ) -> Answer:
+        """Complete a conversation that ends with the user; `stop` as in `begin`.
 
         Raises:
             TemplateError: the template refuses the conversation.
             EngineError: the engine refuses or fails.
         """
-        ids = self.template.prompt(conversation)
-        completions = await self.engine.submit(ids, self._sampling(sampling)).completions()
-        texts = tuple(self.template.decode(c.ids) for c in completions)
-        return Answer(texts, tuple(completions), len(ids))
+        return await self.begin(self.template.prompt(conversation), sampling, stop).whole()
 
-    async def stream(self, conversation: Conversation, sampling: Sampling | None = None) -> AsyncIterator[TextDelta]:
+    async def stream(
+        self, conversation: Conversation, sampling: Sampling | None = None, stop: Sequence[str] = ()
+    ) -> AsyncIterator[TextDelta]:
         """The same as text arrives. Leaving the iteration early cancels the work. Raises: as `answer`."""
-        sampling = self._sampling(sampling)
-        generation = self.engine.submit(self.template.prompt(conversation), sampling)
-        decoders = [self.template.decoder() for _ in range(sampling.n)]
-        try:
-            async for delta in generation:
-                decoder = decoders[delta.choice]
-                text = decoder.push(delta.ids)
-                if delta.finish is not None:
-                    text += decoder.finish()
-                if text or delta.finish:
-                    yield TextDelta(delta.choice, text, delta.finish)
-        finally:
-            generation.cancel()
+        async with contextlib.aclosing(aiter(self.begin(self.template.prompt(conversation), sampling, stop))) as deltas:
+            async for delta in deltas:
+                yield delta
 
     async def score(self, conversation: Conversation) -> Score:
         """How likely the model finds the answers of a conversation. Raises: as `answer`."""
@@ -104,6 +129,143 @@ class Answerer:
     def _sampling(self, sampling: Sampling | None) -> Sampling:
         sampling = sampling or self.sampling
         return replace(sampling, stop_ids=tuple(dict.fromkeys((*sampling.stop_ids, *self.template.stop_ids))))
+
+
+class TextStream:
+    """An answer under way, made by `Answerer.begin`: iterate over it (once), or await `whole`.
+
+    Where that ends early (a break, an error, a cancelled task), the work is cancelled.
+    """
+
+    def __init__(self, generation: Generation, template: Template, sampling: Sampling, stop: Sequence[str]) -> None:
+        self._generation = generation
+        self._choices = [_Choice(i, template, sampling.logprobs, stop) for i in range(sampling.n)]
+        self.prompt_tokens = generation.prompt_tokens
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens drawn so far for all choices, without stop ids; of a choice that a stop string ended, up to that one."""
+        return sum(len(choice.ids) for choice in self._choices)
+
+    async def __aiter__(self) -> AsyncGenerator[TextDelta, None]:
+        async with contextlib.aclosing(aiter(self._generation)) as deltas:
+            async for delta in deltas:
+                choice = self._choices[delta.choice]
+                if choice.finish is not None:
+                    continue  # drawn before the engine heard of the stop string
+                new = choice.take(delta)
+                if choice.finish is not None and delta.finish is None:
+                    self._generation.cancel(delta.choice)
+                if new.text or new.finish:
+                    yield new
+                if all(c.finish is not None for c in self._choices):
+                    return
+
+    async def whole(self) -> Answer:
+        """Wait for all choices. Raises: EngineError."""
+        texts = [""] * len(self._choices)
+        tokens: list[list[Token]] = [[] for _ in self._choices]
+        async with contextlib.aclosing(aiter(self)) as deltas:
+            async for delta in deltas:
+                texts[delta.choice] += delta.text
+                tokens[delta.choice] += delta.tokens
+        return Answer(
+            tuple(texts),
+            tuple(c.completion() for c in self._choices),
+            self.prompt_tokens,
+            tuple(map(tuple, tokens)) if any(c.wants_tokens for c in self._choices) else (),
+        )
+
+    def cancel(self) -> None:
+        """Stop the work, also where the iteration never began."""
+        self._generation.cancel()
+
+
+class _Choice:
+    """One choice on its way from ids to text."""
+
+    def __init__(self, index: int, template: Template, wants_tokens: bool, stop: Sequence[str]) -> None:
+        self.wants_tokens = wants_tokens
+        self.ids: list[int] = []
+        self.logprobs: list[float] | None = [] if wants_tokens else None
+        self.finish: Finish | None = None
+        self._index = index
+        self._bytes = template.token_bytes
+        self._decoder = StreamDecoder(self._bytes)
+        self._cutter = StopCutter(stop)
+        self._decoded = 0
+        """Characters, with those that are held back."""
+        self._given = 0
+        """Characters in the deltas so far."""
+        self._waiting: list[tuple[int, Token]] = []
+        """Tokens that no delta carried yet, and the character each begins at."""
+
+    def take(self, delta: Delta) -> TextDelta:
+        """The text that new ids complete."""
+        text = ""
+        logprobs = delta.logprobs or ()
+        for place, id_ in enumerate(delta.ids):
+            self.ids.append(id_)
+            if self.logprobs is not None:
+                self.logprobs.append(logprobs[place])
+                self._waiting.append((self._decoded, Token(id_, self._bytes[id_], logprobs[place])))
+            text += self._new(self._decoder.push((id_,)))
+            if self._cutter.stopped:
+                break
+        if delta.finish is not None and not self._cutter.stopped:
+            text += self._new(self._decoder.finish())
+        self.finish = "stop" if self._cutter.stopped else delta.finish
+        is_end = self.finish is not None and not self._cutter.stopped
+        if is_end:
+            text += self._cutter.rest()
+        self._given += len(text)
+        count = sum(is_end or start < self._given for start, _ in self._waiting)
+        tokens = tuple(token for _, token in self._waiting[:count])
+        del self._waiting[:count]
+        return TextDelta(self._index, text, self.finish, tokens)
+
+    def completion(self) -> Completion:
+        """All that was drawn."""
+        return Completion(
+            tuple(self.ids), None if self.logprobs is None else tuple(self.logprobs), self.finish or "cancelled"
+        )
+
+    def _new(self, text: str) -> str:
+        self._decoded += len(text)
+        return self._cutter.push(text)
+
+
+class StopCutter:
+    """Text that arrives in pieces, cut at the first stop string: the one complete first, of several the longest.
+
+    What could still become a stop string is held back. The pieces given, joined, do not depend on how the text arrived.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """New text that is certainly before any stop string."""
+        if not self._stop or self.stopped:
+            return "" if self.stopped else text
+        text = self._held + text
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)[1]]
+        # No stop string is in the text, so one that is under way began within its own length of the end.
+        longest = max(map(len, self._stop)) - 1
+        starts = range(max(0, len(text) - longest), len(text))
+        keep = next((at for at in starts if any(stop.startswith(text[at:]) for stop in self._stop)), len(text))
+        self._held = text[keep:]
+        return text[:keep]
+
+    def rest(self) -> str:
+        """What was held back, once the text has ended."""
+        held, self._held = self._held, ""
+        return held
 
 
 class Blocking:
@@ -124,21 +286,23 @@ class Blocking:
             future.cancel()
             raise
 
-    def answer(self, conversation: Conversation, sampling: Sampling | None = None) -> Answer:
+    def answer(self, conversation: Conversation, sampling: Sampling | None = None, stop: Sequence[str] = ()) -> Answer:
         """See `Answerer.answer`."""
-        return self.run(self.answerer.answer(conversation, sampling))
+        return self.run(self.answerer.answer(conversation, sampling, stop))
 
     def score(self, conversation: Conversation) -> Score:
         """See `Answerer.score`."""
         return self.run(self.answerer.score(conversation))
 
-    def stream(self, conversation: Conversation, sampling: Sampling | None = None) -> Iterator[TextDelta]:
+    def stream(
+        self, conversation: Conversation, sampling: Sampling | None = None, stop: Sequence[str] = ()
+    ) -> Iterator[TextDelta]:
         """See `Answerer.stream`."""
         items: queue.SimpleQueue[TextDelta | BaseException | None] = queue.SimpleQueue()
 
         async def pump() -> None:
             try:
-                async with contextlib.aclosing(self.answerer.stream(conversation, sampling)) as deltas:  # pyright: ignore[reportArgumentType]
+                async with contextlib.aclosing(self.answerer.stream(conversation, sampling, stop)) as deltas:  # pyright: ignore[reportArgumentType]
                     async for delta in deltas:
                         items.put(delta)
                 items.put(None)

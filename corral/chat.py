@@ -1,42 +1,27 @@
-"""A conversation in the terminal with a local model. Knows nothing about runs but where their model is."""
+"""A conversation in the terminal with a local model. Knows nothing about where models come from and how they run."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-from corral.answerer import Answerer, blocking
+from corral.answerer import blocking
 from corral.engines.base import Sampling
-from corral.engines.load import load_engine
+from corral.engines.load import Name
 from corral.errors import CorralError
 from corral.messages import Conversation
-from corral.template import Template
+from corral.opening import open_model
 
 ENDS = frozenset({"exit", "quit"})
 
 
-def model_folder(spec: str) -> Path:
-    """The model folder of a run directory, or of any model spec. Raises: RunError, ModelError, AssetError."""
-    from corral.model.loading import resolve
-    from corral.run import Run
-
-    if (Path(spec) / "recipe.toml").is_file():
-        return Run(Path(spec)).merged_model
-    return resolve(spec).folder
-
-
-def chat(spec: str, *, system: str | None, max_tokens: int, temperature: float, top_p: float) -> None:
+def chat(
+    spec: str, *, system: str | None, max_tokens: int, temperature: float, top_p: float, engine: Name | None
+) -> None:
     """Read lines, stream answers, keep the conversation; `exit`, `quit` or the end of input ends it."""
-    from corral.model.loading import load_tokenizer
-    from corral.model.placement import placement
-
-    folder = model_folder(spec)
-    template = Template.load(load_tokenizer(folder))
     print("loading …", file=sys.stderr)
-    device, dtype = placement()
-    engine = load_engine("transformers", folder, dtype=dtype, device=device)
+    opened = open_model(spec, engine, Sampling(max_tokens, temperature=temperature, top_p=top_p))
     start = Conversation.of(("system", system)) if system else Conversation(())
-    with blocking(Answerer(engine, template, Sampling(max_tokens, temperature=temperature, top_p=top_p))) as face:
+    with blocking(opened.answerer) as face:
         print("say something; `exit` or `quit` ends", file=sys.stderr)
         conversation = start
         while (line := _read()) is not None:

@@ -25,6 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from corral.decoding import StreamDecoder, TokenBytes
 from corral.errors import TemplateError
 from corral.messages import Conversation
 
@@ -155,7 +156,12 @@ class Template:
 
     def decoder(self) -> StreamDecoder:
         """A decoder for one stream of ids."""
-        return StreamDecoder(self)
+        return StreamDecoder(self.token_bytes)
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """What each id adds to a text."""
+        return TokenBytes(self._backend)
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer with the saved form of this template into a model folder."""
@@ -307,31 +313,6 @@ class Template:
         found = self._backend.token_to_id(token)
         assert found is not None, f"{token} is an added token without an id"
         return found
-
-
-class StreamDecoder:
-    """Ids of one stream → text, piece by piece; holds back bytes that are not yet a whole character."""
-
-    def __init__(self, template: Template) -> None:
-        from tokenizers.decoders import DecodeStream
-
-        self._template = template
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._ids: list[int] = []
-        self._emitted = ""
-
-    def push(self, ids: Sequence[int]) -> str:
-        """New text that these ids complete."""
-        self._ids.extend(ids)
-        backend = self._template.tokenizer.backend_tokenizer
-        text = "".join(self._stream.step(backend, i) or "" for i in ids)
-        self._emitted += text
-        return text
-
-    def finish(self) -> str:
-        """The rest, where the stream ended inside a character."""
-        whole = self._template.decode(self._ids)
-        return whole[len(self._emitted) :] if whole.startswith(self._emitted) else ""
 
 
 def _fix_date(source: str) -> str:

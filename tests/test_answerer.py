@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from corral.answerer import Answerer, blocking
-from corral.engines.base import Sampling
+from corral.answerer import Answer, Answerer, TextDelta, blocking
+from corral.decoding import TokenBytes
+from corral.engines.base import Generation, Sampling
+from corral.engines.scripted import ScriptedEngine
 from corral.engines.transformers import TransformersEngine
 from corral.errors import EngineError, TemplateError
 from corral.messages import Conversation
@@ -75,3 +81,117 @@ def test_errors_of_template_and_engine_reach_the_caller(answerer: Answerer) -> N
             face.answer(ASKED, Sampling(max_tokens=10**6))
         with pytest.raises(EngineError, match="exceed"):
             list(face.stream(ASKED, Sampling(max_tokens=10**6)))
+
+
+def cut(text: str, stops: list[str]) -> tuple[str, int]:
+    """(text before the stop string complete first, where that one ends); what the Answerer promises, on the whole text."""
+    found = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]
+    return (text[: min(found)[1]], min(found)[0]) if found else (text, -1)
+
+
+def ids_of(tokenizer: Any, text: str, *, by_byte: bool) -> list[int]:
+    if not by_byte:
+        return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    pieces = TokenBytes(tokenizer.backend_tokenizer)
+    of_byte = {pieces[i]: i for i in range(len(tokenizer)) if len(pieces[i]) == 1}
+    return [of_byte[bytes([b])] for b in text.encode()]
+
+
+def ask(answerer: Answerer, sampling: Sampling, stops: list[str]) -> tuple[Answer, list[TextDelta]]:
+    async def work() -> tuple[Answer, list[TextDelta]]:
+        return await answerer.answer(ASKED, sampling, stops), [d async for d in answerer.stream(ASKED, sampling, stops)]
+
+    return asyncio.run(work())
+
+
+WORDS = st.text(st.sampled_from("ab \né🙂"), max_size=24)
+STOPS = st.lists(st.text(st.sampled_from("ab \né🙂"), min_size=1, max_size=5), max_size=4)
+
+
+@given(text=WORDS, stops=STOPS, chunk=st.integers(1, 7), by_byte=st.booleans(), logprobs=st.booleans())
+@example(text="a🙂b", stops=["🙂b", "a🙂c"], chunk=1, by_byte=True, logprobs=True)
+@example(text="abab", stops=["bab", "abab", "ba\n"], chunk=3, by_byte=False, logprobs=True)
+def test_streaming_in_any_chunks_is_the_whole_text_cut_at_the_first_stop_string(
+    text: str, stops: list[str], chunk: int, by_byte: bool, logprobs: bool, tiny_tokenizer: Any
+) -> None:
+    template = Template.load(tiny_tokenizer, "chatml")
+    ids = ids_of(tiny_tokenizer, text, by_byte=by_byte)
+    engine = ScriptedEngine(ids, chunk=chunk)
+    answer, deltas = ask(Answerer(engine, template), Sampling(max_tokens=500, n=2, logprobs=logprobs), stops)
+    expected, end = cut(text, stops)
+    assert answer.texts == (expected, expected)
+    for choice, completion in enumerate(answer.completions):
+        mine = [d for d in deltas if d.choice == choice]
+        assert "".join(d.text for d in mine) == expected
+        assert [d.finish for d in mine if d.finish] == ["stop"] == [mine[-1].finish]
+        # Of the ids, those that completed the stop string are the last; of the tokens, those that begin in the text.
+        sizes = list(accumulate((len(template.token_bytes[i]) for i in ids), initial=0))
+        used = next(i for i, size in enumerate(sizes) if size >= len(text[:end].encode())) if end >= 0 else len(ids)
+        assert completion.ids == tuple(ids[:used])
+        assert completion.logprobs == ((-0.5,) * used if logprobs else None)
+        tokens = [token for d in mine for token in d.tokens]
+        if logprobs:
+            begins = [len(text.encode()[:size].decode(errors="ignore")) for size in sizes[:used]]
+            assert [t.id for t in tokens] == [i for i, at in zip(ids, begins, strict=False) if at < len(expected)]
+            assert tuple(tokens) == answer.tokens[choice]
+            assert b"".join(t.data for t in tokens).decode(errors="ignore").startswith(expected)
+        else:
+            assert tokens == []
+            assert answer.tokens == ()
+
+
+@given(text=WORDS, stops=STOPS, chunk=st.integers(1, 7))
+def test_text_that_may_become_a_stop_string_is_held_back_and_no_more(
+    text: str, stops: list[str], chunk: int, tiny_tokenizer: Any
+) -> None:
+    """After each id, what has been given is the text so far but for its longest end that begins a stop string."""
+    from corral.answerer import StopCutter
+
+    cutter = StopCutter(stops)
+    given_text = ""
+    for at in range(0, len(text), chunk):
+        given_text += cutter.push(text[at : at + chunk])
+        if cutter.stopped:
+            break
+        so_far = text[: at + chunk]
+        held = next((i for i in range(len(so_far)) if any(s.startswith(so_far[i:]) for s in stops)), len(so_far))
+        assert given_text == so_far[:held]
+    assert given_text + cutter.rest() == cut(text, stops)[0]
+
+
+def test_a_stop_string_cancels_its_choice_in_the_engine_while_others_go_on(tiny_tokenizer: Any) -> None:
+    texts = {0: "one END" + " more" * 50, 1: "two" + " more" * 50}
+    cancelled: list[int | None] = []
+
+    class Watched(ScriptedEngine):
+        def submit(self, ids: Any, sampling: Sampling) -> Generation:
+            generation = super().submit(ids, sampling)
+            cancel = generation.cancel
+            generation.cancel = lambda choice=None: (cancelled.append(choice), cancel(choice))[1]  # type: ignore[method-assign]
+            return generation
+
+    engine = Watched(lambda ids, sampling, choice: ids_of(tiny_tokenizer, texts[choice], by_byte=True))
+    answerer = Answerer(engine, Template.load(tiny_tokenizer, "chatml"))
+
+    async def work() -> None:
+        stream = answerer.begin([1, 2, 3], Sampling(max_tokens=100, n=2), ["END"])
+        answer = await stream.whole()
+        assert answer.texts == ("one ", texts[1][:100])
+        assert [c.finish for c in answer.completions] == ["stop", "length"]
+        assert (stream.prompt_tokens, stream.completion_tokens) == (3, len("one END") + 100)
+
+    asyncio.run(work())
+    assert cancelled[0] == 0
+
+
+def test_special_tokens_and_half_characters_carry_their_log_probs(tiny_tokenizer: Any) -> None:
+    half = ids_of(tiny_tokenizer, "🙂", by_byte=True)[:2]
+    engine = ScriptedEngine([0, *half])  # 0 is a special token, and none that ends an answer
+    answer, _ = ask(Answerer(engine, Template.load(tiny_tokenizer, "chatml")), Sampling(logprobs=True), [])
+    assert answer.text == "\ufffd"
+    assert [t.data for t in answer.tokens[0]] == [b"", b"\xf0", b"\x9f"]
+
+
+def test_an_empty_stop_string_is_refused(answerer: Answerer) -> None:
+    with blocking(answerer) as face, pytest.raises(EngineError, match="empty"):
+        face.answer(ASKED, stop=[""])

@@ -14,7 +14,7 @@ from corral.cli import parser
 from tests.e2e.conftest import corral
 
 ROOT = Path(__file__).parent.parent.parent
-VERBS = ("init", "run", "inspect", "evaluate", "compare", "report", "chat", "assets", "cache")
+VERBS = ("init", "run", "inspect", "evaluate", "compare", "report", "chat", "serve", "assets", "cache")
 
 
 @pytest.mark.parametrize("verb", VERBS)

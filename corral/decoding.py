@@ -1,0 +1,98 @@
+"""Token ids → bytes → text, as they come: what each id adds, and whole characters only.
+
+Every id stands for bytes, of which a character may need those of several ids. Working on bytes makes the text the same
+however the ids are cut into pieces, also where a model draws bytes that are no UTF-8 (each such run becomes one U+FFFD, as
+Unicode recommends). It knows the tokenizers of the Llama family, byte-level and SentencePiece, and takes an id of any
+other for what it decodes to alone. It does not know templates, stop strings or who reads the text.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SPACE = "\u2581"  # SentencePiece's mark for a space
+
+
+class TokenBytes:
+    """What bytes each id of a tokenizer adds to the text; special tokens and unknown ids add none."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self._backend = backend
+        decoder: Any = backend.decoder
+        state: dict[str, Any] = json.loads(decoder.__getstate__()) if decoder else {}
+        parts: dict[str, dict[str, Any]] = {part["type"]: part for part in state.get("decoders", [state]) if part}
+        self._of_text = self._alone
+        if "ByteLevel" in parts:
+            self._of_text = _byte_level
+        elif {"ByteFallback", "Metaspace"} & parts.keys():
+            self._of_text = _sentence_piece
+        self.drops_first_space = (
+            "Strip" in parts or parts.get("Metaspace", {}).get("prepend_scheme", "never") != "never"
+        )
+        """Whether a text loses the space that SentencePiece puts before it."""
+        added: dict[int, Any] = backend.get_added_tokens_decoder()
+        self._known: dict[int, bytes] = {id_: b"" for id_, token in added.items() if token.special}
+
+    def __getitem__(self, id_: int) -> bytes:
+        """The bytes of one id."""
+        known = self._known.get(id_)
+        if known is None:
+            token = self._backend.id_to_token(id_)
+            known = self._known[id_] = b"" if token is None else self._of_text(token)
+        return known
+
+    def _alone(self, token: str) -> bytes:
+        id_ = self._backend.token_to_id(token)
+        return b"" if id_ is None else self._backend.decode([id_]).encode()
+
+
+class StreamDecoder:
+    """Ids of one stream → text, piece by piece; holds back bytes that are not yet a whole character."""
+
+    def __init__(self, token_bytes: TokenBytes) -> None:
+        self._bytes = token_bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._drops_space = token_bytes.drops_first_space
+
+    def push(self, ids: Sequence[int]) -> str:
+        """New text that these ids complete."""
+        return self._without_first_space(self._utf8.decode(b"".join(self._bytes[id_] for id_ in ids)))
+
+    def finish(self) -> str:
+        """The rest, where the stream ended inside a character."""
+        return self._without_first_space(self._utf8.decode(b"", True))
+
+    def _without_first_space(self, text: str) -> str:
+        if self._drops_space and text:
+            self._drops_space = False
+            return text.removeprefix(" ")
+        return text
+
+
+def _byte_level(token: str) -> bytes:
+    # An added token may hold characters that stand for no byte: it is written as it is.
+    found = [_BYTE_OF.get(character) for character in token]
+    return token.encode() if None in found else bytes(b for b in found if b is not None)
+
+
+def _sentence_piece(token: str) -> bytes:
+    byte = _BYTE.fullmatch(token)
+    return bytes([int(byte[1], 16)]) if byte else token.replace(_SPACE, " ").encode()
+
+
+def _printable_bytes() -> dict[str, int]:
+    """GPT-2's one printable character for each byte: itself where it can be seen, else the next free one from U+0100."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    unseen = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + place): byte for place, byte in enumerate(unseen)}
+
+
+_BYTE_OF = _printable_bytes()

@@ -1,0 +1,22 @@
+"""Optional packages: imported, or refused with the name of the extra that brings them. Knows no package."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from corral.errors import MissingExtraError
+
+
+def require(module: str, extra: str) -> Any:
+    """Import a module of an optional package.
+
+    Raises:
+        MissingExtraError: it, or something it needs, is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"the package {error.name!r} is not installed", hint=f'pip install "corral[{extra}]"'
+        ) from None

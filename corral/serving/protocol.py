@@ -1,0 +1,289 @@
+"""OpenAI's chat protocol as types: what a request may hold, what answers look like, what a refusal says.
+
+A field that would change the answer and is not supported is refused by name, and so is a field nobody knows; what clients
+send by habit and changes nothing is accepted. The types hold what can be judged from the request alone: they do not know
+the model, its context, or the limits of a server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from corral.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one request may ask of the server."""
+
+    body_bytes: int = 2**20
+    n: int = 16
+    """Choices of one prompt."""
+    stop_characters: int = 256
+    """Length of one stop string."""
+    default_tokens: int = 4096
+    """The most tokens of an answer whose request does not say how many it wants; the context may set fewer."""
+
+
+class Refused(InputError):
+    """A request that is answered with an error.
+
+    Args:
+        status: the HTTP status.
+        what: the fault, for the person who reads it.
+        param: the field it is about.
+        code: what programs know it by.
+    """
+
+    def __init__(self, status: int, what: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(what, where=param)
+        self.status = status
+        self.code = code
+
+    def body(self) -> ErrorBody:
+        """The form it is sent in."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return ErrorBody(error=ErrorDetail(message=self.what, type=kind, param=self.where, code=self.code))
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is not a success, and the last event of a stream that broke."""
+
+    error: ErrorDetail
+
+
+def _only(*harmless: object) -> AfterValidator:
+    """Accepts values that change nothing, and refuses a field that would have to be supported otherwise."""
+
+    def check(value: object) -> object:
+        if value not in harmless:
+            shown = " or ".join("null" if v is None else repr(v).replace("'", '"') for v in harmless)
+            raise PydanticCustomError(
+                "unsupported", "is not supported by this server: leave it out (or {shown})", {"shown": shown}
+            )
+        return value
+
+    return AfterValidator(check)
+
+
+_Nothing: TypeAlias = Annotated[Any, _only(None)]
+_Empty: TypeAlias = Annotated[Any, _only(None, [], {})]
+_Zero: TypeAlias = Annotated[Any, _only(None, 0)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class TextPart(_Body):
+    """A part of a message; text is the only kind."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Body):
+    """One message. `developer` is another name for `system`. Parts are joined as they are, with nothing between them."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    # What an answer's message holds, for those who send it back as they got it.
+    refusal: _Nothing = None
+    annotations: _Empty = None
+    audio: _Nothing = None
+    name: _Nothing = None
+    tool_calls: _Empty = None
+    function_call: _Nothing = None
+
+    @property
+    def text(self) -> str:
+        """The content as one string."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class StreamOptions(_Body):
+    """How a stream is sent."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Annotated[Any, _only(None, False)] = None
+
+
+class ChatRequest(_Body):
+    """`POST /v1/chat/completions`. `top_k` is an extension."""
+
+    model: str
+    messages: list[ChatMessage] = Field(min_length=1)
+    n: int | None = Field(None, ge=1)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: _Zero = None
+
+    # Sent by habit; they concern the account, not the answer.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    service_tier: str | None = None
+    parallel_tool_calls: bool | None = None
+    store: Annotated[Any, _only(None, False)] = None
+
+    # Would change the answer, save for the values that do not.
+    presence_penalty: _Zero = None
+    frequency_penalty: _Zero = None
+    logit_bias: _Empty = None
+    tools: _Empty = None
+    tool_choice: Annotated[Any, _only(None, "none", "auto")] = None
+    functions: _Empty = None
+    function_call: Annotated[Any, _only(None, "none", "auto")] = None
+    response_format: Annotated[Any, _only(None, {"type": "text"})] = None
+    modalities: Annotated[Any, _only(None, ["text"])] = None
+    audio: _Nothing = None
+    prediction: _Nothing = None
+    moderation: _Nothing = None
+    reasoning_effort: Annotated[Any, _only(None, "none")] = None
+    verbosity: _Nothing = None
+    web_search_options: _Nothing = None
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop strings."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+_FIELDS = {name for model in (ChatRequest, ChatMessage, TextPart, StreamOptions) for name in model.model_fields}
+
+
+def refusal(faults: Sequence[Any]) -> Refused:
+    """What pydantic found wrong with a request → a 400 that names the field."""
+    # Of a union, pydantic lists the faults of each alternative: the deepest is of the one that was meant.
+    fault = max(faults, key=lambda each: len(each["loc"]))
+    if fault["type"] == "json_invalid":
+        return Refused(400, "the body is not valid JSON")
+    place: list[Any] = list(fault["loc"])[1:]
+    if not place:
+        return Refused(400, f"the body must be a JSON object, sent as application/json: {fault['msg']}")
+    is_unknown = fault["type"] == "extra_forbidden"
+    named = [p for p in place[:-1] if isinstance(p, int) or p in _FIELDS]
+    if is_unknown or isinstance(place[-1], int) or place[-1] in _FIELDS:
+        named.append(place[-1])
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in named).lstrip(".")
+    if is_unknown:
+        return Refused(400, f"{param!r} is not a field this server knows", param=param, code="unknown_parameter")
+    if fault["type"] == "unsupported":
+        return Refused(400, f"{param!r} {fault['msg']}", param=param, code="unsupported_parameter")
+    return Refused(400, f"{param!r}: {fault['msg']}", param=param)
+
+
+class Message(BaseModel):
+    """The assistant's message in an answer."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class TokenLogprob(BaseModel):
+    """A drawn token. `bytes` are what it adds to the text; null for a special token, which adds none."""
+
+    token: str
+    bytes: list[int] | None
+    logprob: float
+    top_logprobs: list[Any] = []
+
+
+class Logprobs(BaseModel):
+    """The tokens of a text."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class Choice(BaseModel):
+    """One answer."""
+
+    index: int
+    message: Message
+    logprobs: Logprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class Usage(BaseModel):
+    """Tokens: the prompt's once, and those drawn for all choices (a stop token is not counted)."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ChatCompletion(BaseModel):
+    """A whole answer."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    system_fingerprint: str | None
+    choices: list[Choice]
+    usage: Usage
+
+
+class ChunkChoice(BaseModel):
+    """New text of one choice."""
+
+    index: int
+    delta: dict[str, str]
+    logprobs: Logprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class Chunk(BaseModel):
+    """One event of a stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    system_fingerprint: str | None
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+
+
+class Model(BaseModel):
+    """An entry of `/v1/models`. `max_model_len` is an extension: most tokens of prompt and answer together."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "corral"
+    max_model_len: int
+
+
+class Models(BaseModel):
+    """`/v1/models`."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]

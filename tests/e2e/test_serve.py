@@ -1,0 +1,163 @@
+"""`corral serve` as a user runs it: what the documentation shows works, and it ends as it should."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from corral.cli import parser
+from corral.engines.base import Sampling
+from corral.messages import Conversation
+from corral.opening import open_model
+from tests.e2e.conftest import corral
+
+ROOT = Path(__file__).parent.parent.parent
+DOCS = (ROOT / "docs/serving.md").read_text("utf-8")
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+@contextlib.contextmanager
+def serving(*args: object) -> Generator[tuple[str, subprocess.Popen[str]]]:
+    """Start it on a free port; yields what it printed up to its address, and the process."""
+    command = [sys.executable, "-m", "corral.cli", "serve", *map(str, args), "--port", "0", "--engine", "transformers"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr
+        said = ""
+        while "try: curl" not in said:
+            line = process.stderr.readline()
+            assert line, f"it ended before it served: {said}"
+            said += line
+        yield said, process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def address(said: str) -> str:
+    found = re.search(r"at (http://127\.0\.0\.1:\d+)/v1", said)
+    assert found, said
+    return found[1]
+
+
+def curl(command: str, url: str) -> Any:
+    """What `curl` would send, sent."""
+    words = shlex.split(command.replace("http://127.0.0.1:8000", url))
+    options = dict(zip(words[2::2], words[3::2], strict=True))
+    headers = dict([options["-H"].split(": ")]) if "-H" in options else {}
+    data = options["-d"].encode() if "-d" in options else None
+    with urllib.request.urlopen(urllib.request.Request(words[1], data, headers)) as answer:
+        return json.load(answer)
+
+
+@pytest.fixture(scope="module")
+def quickstart(finished: Path) -> Generator[str]:
+    """The address of a server of the finished run, under the name that the documentation uses."""
+    with serving(finished / "run", "--name", "quickstart") as (said, _):
+        yield address(said)
+
+
+def test_every_request_in_the_documentation_works(quickstart: str) -> None:
+    commands = re.findall(r"^curl .*$", DOCS, re.M)
+    assert len(commands) == 2
+    for command in [*commands, *re.findall(r"^curl .*$", README, re.M)]:
+        answer = curl(command, quickstart)
+        assert answer.get("status") == "ok" or answer["choices"][0]["finish_reason"] in ("stop", "length")
+
+
+def test_the_python_in_the_documentation_works(quickstart: str) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", DOCS, re.S)
+    script = code.replace("http://127.0.0.1:8000", quickstart)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^2 (stop|length) ", done.stdout, re.M)
+
+
+def test_every_serve_command_in_the_documentation_parses() -> None:
+    commands = re.findall(r"^corral serve .*$", DOCS, re.M)
+    assert commands
+    for command in commands:
+        assert parser().parse_args(shlex.split(command)[1:]).verb == "serve"
+
+
+def test_the_served_text_is_the_answerers_for_the_same_seed(quickstart: str, finished: Path) -> None:
+    asked = [f"What is {i} plus {i}?" for i in range(4)]
+    with openai.OpenAI(base_url=f"{quickstart}/v1", api_key="none", max_retries=0) as client:
+        served = [
+            client.chat.completions.create(
+                model="quickstart", messages=[{"role": "user", "content": text}], seed=7, n=2, max_tokens=24
+            )
+            for text in asked
+        ]
+
+    async def work() -> list[tuple[str, ...]]:
+        opened = open_model(str(finished / "run"), "transformers")
+        async with opened.answerer.engine:
+            sampling = Sampling(24, 2, temperature=1.0, seed=7)
+            answers = [await opened.answerer.answer(Conversation.of(("user", text)), sampling) for text in asked]
+        assert {answer.system_fingerprint for answer in served} == {f"fp_{opened.fingerprint}"}
+        return [answer.texts for answer in answers]
+
+    assert [tuple(c.message.content for c in answer.choices) for answer in served] == asyncio.run(work())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_lets_answers_finish_and_ends_with_its_exit_code(
+    number: signal.Signals, code: int, tiny_folder: Path
+) -> None:
+    with serving(tiny_folder) as (said, process):
+        command = re.search(r"try: (curl .*)", said)
+        assert command
+        assert curl(command[1], "")["model"] == tiny_folder.name
+        client = openai.OpenAI(base_url=f"{address(said)}/v1", api_key="none", max_retries=0)
+        stream = client.chat.completions.create(
+            model=tiny_folder.name, messages=[{"role": "user", "content": "Hi"}], seed=1, max_tokens=40, stream=True
+        )
+        chunks = [next(iter(stream))]
+        process.send_signal(number)
+        chunks += list(stream)
+        assert chunks[-1].choices[0].finish_reason
+        out, error = process.communicate(timeout=60)
+        assert process.returncode == code, error
+        assert "Traceback" not in error
+        assert out == ""
+        client.close()
+
+
+@pytest.mark.parametrize(
+    ("args", "part"),
+    [
+        (("nowhere",), "nowhere"),
+        (("nowhere", "--host", "0.0.0.0"), "--insecure"),
+        (("nowhere", "--port", "99999"), "not a port"),
+        (("nowhere", "--port", "http"), "--port"),
+        (("nowhere", "--engine", "warp"), "warp"),
+    ],
+)
+def test_what_cannot_be_served_is_one_clear_error(args: tuple[str, ...], part: str) -> None:
+    done = corral("serve", *args)
+    assert done.returncode == 2, done.stderr
+    assert part in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_in_use_is_one_clear_error(tiny_folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = corral("serve", tiny_folder, "--port", taken.getsockname()[1])
+    assert done.returncode == 2
+    assert "in use" in done.stderr
+    assert "next:" in done.stderr

@@ -1,0 +1,96 @@
+"""Real servers on loopback sockets, over the scripted engine and over a tiny model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import socket
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from corral.answerer import Answerer
+from corral.engines.base import Sampling
+from corral.engines.scripted import ScriptedEngine
+from corral.engines.transformers import TransformersEngine
+from corral.model.loading import load_model, load_tokenizer
+from corral.serving.completions import Served
+from corral.serving.server import http_server
+from corral.template import Template
+
+
+@contextlib.contextmanager
+def running(served: Served, hosts: Sequence[str] = ()) -> Generator[str]:
+    """Serve in a thread; yields the address."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = http_server(served, hosts)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+class Endless:
+    """An engine that counts on for ever, and how far it came: what is cancelled comes no further."""
+
+    def __init__(self, delay_seconds: float = 0.01) -> None:
+        self.drawn = 0
+        self.began = threading.Event()
+        self.engine = ScriptedEngine(self._reply, delay_seconds=delay_seconds)
+
+    def _reply(self, ids: Sequence[int], sampling: Sampling, choice: int) -> Iterator[int]:
+        for id_ in itertools.cycle(range(40, 60)):
+            self.drawn += 1
+            if self.drawn > 3:
+                self.began.set()
+            yield id_
+
+
+@pytest.fixture(scope="session")
+def tiny_template(tiny_folder: Path) -> Template:
+    return Template.load(load_tokenizer(tiny_folder))
+
+
+@pytest.fixture
+def says(tiny_template: Template) -> Callable[..., Served]:
+    """`says("text")`: a model that answers this to everything."""
+
+    def make(text: str, **engine: Any) -> Served:
+        ids = tiny_template.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        return Served(Answerer(ScriptedEngine(ids, **engine), tiny_template), "scripted", fingerprint="fp_1")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_served(tiny_folder: Path, tiny_template: Template) -> Generator[Served]:
+    """The tiny model on the transformers engine."""
+    engine = TransformersEngine(load_model(tiny_folder))
+    yield Served(Answerer(engine, tiny_template), "tiny")
+    asyncio.run(engine.close())
+
+
+@pytest.fixture(scope="session")
+def tiny_url(tiny_served: Served) -> Generator[str]:
+    """Its address."""
+    with running(tiny_served) as url:
+        yield url
+
+
+def client_of(url: str, **options: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, **options)
+
+
+@pytest.fixture
+def client(tiny_url: str) -> Generator[openai.OpenAI]:
+    """OpenAI's client of the tiny model."""
+    with client_of(tiny_url) as made:
+        yield made
