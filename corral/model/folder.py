@@ -25,6 +25,7 @@ _IDENTITY = (
     "generation_config.json",
     "*.safetensors",
     "*.safetensors.index.json",
+    "openvino_model.*",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -91,7 +92,7 @@ def check_folder(folder: Path) -> None:
             where=str(folder / "config.json"),
             hint="use the repository or folder with the original weights",
         )
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         _check_safetensors(path)
 
 
@@ -131,7 +132,8 @@ def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, A
     return cast("dict[str, Any]", value)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in order. Raises: ModelError: none, or one that the index names is missing."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards = _read_json(index).get("weight_map")

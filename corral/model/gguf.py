@@ -4,8 +4,9 @@ A GGUF file is a header, key-value metadata, a table of tensors and their data. 
 offsets can be led outside the file (CVE-2026-7482 is one such reader), so `read_header` checks each against the file's size
 first. The layout is that of the specification, version 2 and 3, little-endian.
 
-`convert_to_folder` also refuses what transformers' converter would drop without a word (rope scaling, experts), and
-rebuilds the splitting rule that it does not know, so that token ids are those the model was trained with.
+`convert_to_folder` also refuses what transformers' converter would drop without a word (experts, rope scaling whose rule
+cannot be proved), and rebuilds the splitting rule that it does not know, so that token ids are those the model was trained
+with.
 
 This module knows nothing about the cache, assets or licences, and does not write GGUF files.
 """
@@ -24,7 +25,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, cast
 
-from corral.errors import ModelError
+from corral.errors import CorralError, ModelError
+from corral.model.gguf_shapes import ROPE_DIVISORS, shape_fault
+from corral.model.rope import llama3_parameters
 from corral.storage import write_json
 
 _MAGIC = b"GGUF"
@@ -33,12 +36,16 @@ _MAX_DIMENSIONS = 4
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _MIN_TENSOR_ENTRY = 8 + 1 + 4 + 8 + 4 + 8  # name length, name, dimension count, one dimension, type, offset
+# Far more than any vocabulary: a sparse file of any size is easily made, and what is read of it must fit into memory.
+_MOST_ENTRIES = 2**24
+_LONGEST_TEXT = 2**26
 _MIN_FIELD = 8 + 1 + 4 + 1
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 _SPACE = "\u2581"
+_USER_DEFINED = 4  # a token type
 _SPLITS = ("smollm", "gpt-2", *_LLAMA3_NAMES)
 
-CONVERSION = 1
+CONVERSION = 2
 """Raised whenever `convert_to_folder` would write other bytes for the same file, so that what is cached is made anew."""
 
 
@@ -110,6 +117,8 @@ class _Reader:
         value = self.number("Q", what)
         if value * unit > self.size - self.at:
             raise self.fail(f"{what} is {value}, more than the rest of the file can hold", start)
+        if value > (_LONGEST_TEXT if unit == 1 else _MOST_ENTRIES):
+            raise self.fail(f"{what} is {value}, more than any model has", start)
         return value
 
     def string(self, what: str) -> str:
@@ -139,6 +148,8 @@ class _Reader:
             raise self.fail(f"{what} is an array of unknown type {kind}")
         width = struct.calcsize(f"<{_SCALARS[kind]}")
         length = self.count(f"length of {what}", width)
+        if length > _MOST_ENTRIES:
+            raise self.fail(f"{what} has {length} elements, more than any model has")
         return list(struct.unpack(f"<{length}{_SCALARS[kind]}", self.take(length * width, what)))
 
     def header(self) -> GgufHeader:
@@ -219,29 +230,41 @@ def convert_to_folder(path: Path, folder: Path) -> None:
         ModelError: the file is damaged, or states something the folder could not say.
     """
     header = read_header(path)
-    _refuse_unconvertible(path, header)
+    try:
+        _refuse_unconvertible(path, header)
+        _convert(path, folder, header)
+        _verify(path, folder, header)
+    except (CorralError, OSError):
+        raise
+    except Exception as error:  # what a damaged value can raise in three libraries has no common class
+        raise ModelError(
+            f"cannot convert this GGUF file: {type(error).__name__}: {error}",
+            where=str(path),
+            hint="download it again, and compare its sha256 with the publisher's",
+        ) from error
+
+
+def _convert(path: Path, folder: Path, header: GgufHeader) -> None:
+    rope = _rope(path, header)
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    try:
-        # Alone in a folder, as files beside it (a config, an adapter, a template) would be read too. The converter draws a
-        # progress bar that no setting turns off.
-        with TemporaryDirectory() as alone, redirect_stderr(StringIO()):
-            link = Path(alone) / "model.gguf"
-            link.symlink_to(path.absolute())
-            tokenizer = _tokenizer(link, header.metadata)
-            model, info = cast(
-                "tuple[Any, dict[str, Any]]",
-                AutoModelForCausalLM.from_pretrained(
-                    alone,
-                    gguf_file=link.name,
-                    local_files_only=True,
-                    dtype=torch.float32,
-                    output_loading_info=True,
-                ),
-            )
-    except (ValueError, KeyError, RuntimeError, TypeError, IndexError, AttributeError) as error:
-        raise ModelError(f"transformers cannot convert this GGUF file: {error}", where=str(path)) from error
+    # Alone in a folder, as files beside it (a config, an adapter, a template) would be read too. The converter draws a
+    # progress bar that no setting turns off.
+    with TemporaryDirectory() as alone, redirect_stderr(StringIO()):
+        link = Path(alone) / "model.gguf"
+        link.symlink_to(path.absolute())
+        tokenizer = _tokenizer(link, header.metadata)
+        model, info = cast(
+            "tuple[Any, dict[str, Any]]",
+            AutoModelForCausalLM.from_pretrained(
+                alone,
+                gguf_file=link.name,
+                local_files_only=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+            ),
+        )
     wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "mismatched_keys") if info.get(kind)}
     if wrong:
         raise ModelError(f"the GGUF file lacks weights of its architecture: {wrong}", where=str(path))
@@ -250,7 +273,9 @@ def convert_to_folder(path: Path, folder: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     metadata = header.metadata
-    stops = [metadata[key] for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in metadata]
+    model.config.rope_parameters = rope
+    ends = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+    stops = [metadata[key] for key in ends if key in metadata]
     model.config.bos_token_id = metadata.get("tokenizer.ggml.bos_token_id")
     model.config.eos_token_id = stops[0] if len(set(stops)) == 1 else (list(dict.fromkeys(stops)) or None)
     model.config.pad_token_id = metadata.get("tokenizer.ggml.padding_token_id")
@@ -260,7 +285,6 @@ def convert_to_folder(path: Path, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text("utf-8"))
     config.pop("_model_name_or_path", None)  # the file's free-text name, which readers take for a path
     write_json(folder / "config.json", config)
-    _verify(path, folder, header)
 
 
 def _refuse_unconvertible(path: Path, header: GgufHeader) -> None:
@@ -269,7 +293,7 @@ def _refuse_unconvertible(path: Path, header: GgufHeader) -> None:
     checks: list[tuple[str, Callable[[Any], bool], str]] = [
         ("general.architecture", lambda v: v == "llama", "corral reads GGUF files of the llama architecture only"),
         ("llama.expert_count", lambda v: v in (None, 0), "a mixture of experts is not a Llama model"),
-        ("llama.rope.scaling.type", lambda v: v in (None, "none"), "its rope scaling would be lost in conversion"),
+        ("llama.rope.scaling.type", lambda v: v in (None, "none", "linear"), "this rope scaling is not known here"),
         ("tokenizer.ggml.model", lambda v: v in ("gpt2", "llama"), "this kind of tokenizer is not known"),
     ]
     if metadata.get("tokenizer.ggml.model") == "gpt2":
@@ -279,13 +303,9 @@ def _refuse_unconvertible(path: Path, header: GgufHeader) -> None:
         value = metadata.get(key)
         if not good(value):
             raise ModelError(f"cannot use this GGUF file: {key} is {value!r}; {reason}", where=str(path), hint=other)
-    if any(tensor.name == "rope_freqs.weight" for tensor in header.tensors):
-        # Llama 3.1 and later: transformers' converter skips the tensor and the model goes silently wrong.
-        raise ModelError(
-            "cannot use this GGUF file: it holds rope_freqs.weight (Llama-3.1 rope scaling), which would be lost",
-            where=str(path),
-            hint=other,
-        )
+    fault = shape_fault(metadata, {tensor.name: tensor.shape for tensor in header.tensors})
+    if fault is not None:
+        raise ModelError(f"cannot use this GGUF file: {fault}", where=str(path), hint=other)
     embedding = next((tensor for tensor in header.tensors if tensor.name == "token_embd.weight"), None)
     tokens = metadata.get("tokenizer.ggml.tokens")
     if embedding is None or not isinstance(tokens, list) or embedding.shape[-1] < len(cast("list[Any]", tokens)):
@@ -296,10 +316,38 @@ def _refuse_unconvertible(path: Path, header: GgufHeader) -> None:
             where=str(path),
             hint=other,
         )
-    for key in ("bos", "eos", "eot", "padding", "unknown"):
+    for key in ("bos", "eos", "eot", "eom", "padding", "unknown"):
         value = metadata.get(f"tokenizer.ggml.{key}_token_id")
         if value is not None and not (isinstance(value, int) and 0 <= value < len(cast("list[Any]", tokens))):
             raise ModelError(f"tokenizer.ggml.{key}_token_id is {value!r}, outside the vocabulary", where=str(path))
+
+
+def _rope(path: Path, header: GgufHeader) -> dict[str, Any]:
+    """The file's rotary embedding as transformers' `rope_parameters`, which its converter reads the base of only."""
+    import numpy as np
+
+    metadata = header.metadata
+    theta = float(metadata.get("llama.rope.freq_base", 10000.0))
+    tensor = next((tensor for tensor in header.tensors if tensor.name == ROPE_DIVISORS), None)
+    linear = metadata.get("llama.rope.scaling.type") == "linear"
+    factor = metadata.get("llama.rope.scaling.factor")
+    rule: dict[str, Any] | None = None
+    if tensor is None and not linear:
+        rule = {"rope_type": "default", "rope_theta": theta}
+    elif tensor is None and isinstance(factor, float) and factor >= 1:
+        rule = {"rope_type": "linear", "rope_theta": theta, "factor": factor}
+    elif tensor is not None and not linear and tensor.type == "F32":
+        with open(path, "rb") as file:
+            file.seek(tensor.offset)
+            rule = llama3_parameters(np.frombuffer(file.read(tensor.size), "<f4"), theta)
+    if rule is None:
+        found = f"rope scaling by a factor of {factor}" if tensor is None else f"{ROPE_DIVISORS} ({tensor.type})"
+        raise ModelError(
+            f"cannot use this GGUF file: it holds {found}, and no rule of Llama 3.1 or linear scaling was proved to make it",
+            where=str(path),
+            hint="use the model's safetensors folder instead",
+        )
+    return rule
 
 
 def _tokenizer(path: Path, metadata: dict[str, Any]) -> Any:
@@ -312,6 +360,16 @@ def _tokenizer(path: Path, metadata: dict[str, Any]) -> Any:
     state = json.loads(converted.backend_tokenizer.to_str())
     # Its default unknown token is made a new one, beyond the embeddings, where the file has none of that name.
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < len(tokens)]
+    # And the tokens that are matched in text without being special are left to merging.
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    known = {token["id"] for token in state["added_tokens"]}
+    types = enumerate(metadata.get("tokenizer.ggml.token_type", [])[: len(tokens)])
+    own = [token for token, kind in types if kind == _USER_DEFINED and token not in known]
+    state["added_tokens"] += [{"id": token, "content": tokens[token], **flags} for token in own]
+    vocab: dict[str, int] = state["model"]["vocab"]
+    kept = {text: token for text, token in vocab.items() if token not in own}  # theirs write a space in another way
+    state["model"]["vocab"] = kept | {tokens[token]: token for token in own}
+    state["added_tokens"].sort(key=lambda token: token["id"])
     if state["model"].get("unk_token") not in tokens:
         state["model"]["unk_token"] = None
     split = metadata.get("tokenizer.ggml.pre")
@@ -370,7 +428,7 @@ def _verify(path: Path, folder: Path, header: GgufHeader) -> None:
             written += len(weights.keys())
     pairs: list[tuple[str, Any, Any]] = [
         ("architecture", ["LlamaForCausalLM"], config.architectures),
-        ("number of tensors", len(header.tensors), written),
+        ("number of tensors", sum(tensor.name != ROPE_DIVISORS for tensor in header.tensors), written),
         ("number of tokens", len(metadata["tokenizer.ggml.tokens"]), len(tokenizer)),
     ]
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -253,6 +255,31 @@ def test_a_handmade_header_without_a_fault_is_read(tmp_path: Path) -> None:
     assert [(t.name, t.size) for t in header.tensors] == [("a", 32), ("b", 32)]
 
 
+def test_a_sparse_file_of_any_size_cannot_make_us_allocate_what_it_states(tmp_path: Path) -> None:
+    path = tmp_path / "sparse.gguf"
+    many, long = 2**34, 2**35
+    heads = {
+        "length of a is": field("a", 9, struct.pack("<IQ", 8, many)),
+        "a has": field("a", 9, struct.pack("<IQ", 0, 2**25)),
+        f"length of a is {long}": field("a", 8, struct.pack("<Q", long)),
+    }
+    tracemalloc.start()
+    for words, part in heads.items():
+        path.write_bytes(handmade([part], []))
+        os.truncate(path, 2**38)
+        with pytest.raises(ModelError, match=words) as caught:
+            read_header(path)
+        assert "more than any model has" in caught.value.what
+    counts = struct.pack("<IQQ", 3, many, 0), struct.pack("<IQQ", 3, 0, many)
+    for count in counts:
+        path.write_bytes(b"GGUF" + count)
+        os.truncate(path, 2**40)
+        with pytest.raises(ModelError, match="more than any model has"):
+            read_header(path)
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
 def test_a_missing_file_is_a_model_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot read the GGUF file"):
         read_header(tmp_path / "none.gguf")
@@ -377,18 +404,56 @@ def test_the_starter_model_has_the_ids_and_splits_of_its_publisher() -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[GGUFWriter], None], str]] = {
-    "Llama-3.1 rope factors": (
-        lambda w: w.add_tensor("rope_freqs.weight", np.ones(8, np.float32)),
-        "rope_freqs.weight",
+    "rope divisors that no rule of Llama 3.1 makes": (
+        lambda w: w.add_tensor("rope_freqs.weight", np.linspace(1, 8, 8, dtype=np.float32)),
+        "rope_freqs.weight (F32), and no rule",
     ),
+    "rope divisors for another dimension": (
+        lambda w: w.add_tensor("rope_freqs.weight", np.ones(4, np.float32)),
+        "rope_freqs.weight has shape (4,), not (8,)",
+    ),
+    "linear scaling without a factor": (
+        lambda w: w.add_string("llama.rope.scaling.type", "linear"),
+        "rope scaling by a factor of None",
+    ),
+    "more layers than tensors": (lambda w: w.add_block_count(2**31), "block_count is 2147483648, with 21 tensors"),
+    "a vocabulary larger than its embeddings": (lambda w: w.add_vocab_size(2**31), "vocab_size is 2147483648"),
+    "a width that is not the weights'": (lambda w: w.add_feed_forward_length(64), "(64, 64)"),
+    "a count that is a text": (lambda w: w.add_string("llama.attention.head_count", "4"), "head_count is '4'"),
     "rope scaling": (lambda w: w.add_string("llama.rope.scaling.type", "yarn"), "rope.scaling.type is 'yarn'"),
     "a mixture of experts": (lambda w: w.add_expert_count(8), "expert_count is 8"),
     "a stop id outside the vocabulary": (lambda w: w.add_eot_token_id(10**6), "eot_token_id is 1000000"),
     "a tensor that no Llama has": (
         lambda w: w.add_tensor("blk.0.surprise.weight", np.ones(8, np.float32)),
-        "number of tensors",
+        "no Llama has such a tensor",
     ),
 }
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0, 1), value=st.binary(min_size=1, max_size=3), in_table=st.booleans())
+def test_any_change_to_the_header_is_converted_or_a_model_error(
+    tiny_gguf: Path, tmp_path: Path, place: float, value: bytes, in_table: bool
+) -> None:
+    data = bytearray(tiny_gguf.read_bytes())
+    words = data.index(b"tokenizer.ggml.tokens")
+    after = data.index(b"tokenizer.ggml.bos_token_id")
+    start = min(tensor.offset for tensor in read_header(tiny_gguf).tensors)
+    first, last = (after, start) if in_table else (0, words)
+    at = first + int(place * (last - first - len(value)))
+    data[at : at + len(value)] = value
+    path = tmp_path / "changed.gguf"
+    path.write_bytes(data)
+    folder = tmp_path / "changed"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        with quiet():
+            convert_to_folder(path, folder)
+    except ModelError as error:
+        assert str(path) in (error.where or "")  # noqa: PT017 - not raised is good too
+    else:
+        assert (folder / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("fault", REFUSED)
@@ -434,7 +499,7 @@ def test_a_missing_weight_is_refused_where_random_numbers_would_take_its_place(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj"):
+    with pytest.raises(ModelError, match=r"it lacks blk\.1\.ffn_up\.weight"):
         converted(tmp_path / "lossy.gguf")
 
 

@@ -1,0 +1,327 @@
+"""A tokenizer → the `tokenizer.ggml.*` metadata with which llama.cpp gives the same ids, or the reason why none does.
+
+llama.cpp knows splitting rules by name and cannot be told new ones, so each part of `tokenizer.json` is recognised by what it
+says, never by the model's name, and what has no equal there is refused. Two families are written: byte-level BPE (GPT-2,
+SmolLM, Llama 3) and SentencePiece-like BPE (Llama 1 and 2).
+
+Where llama.cpp and corral differ, the chat decides: corral adds no BOS token that a template does not write, and never an
+EOS token after a prompt, so neither does the file of a model with a chat template.
+
+This module knows nothing about weights, and does not write files. It cannot see how a program other than llama.cpp reads
+the metadata; text that spells a special token is split by corral and becomes that token in llama.cpp.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from corral.errors import ModelError
+from corral.model.loading import load_tokenizer, quiet
+from corral.template import Template
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+_SPACE = "\u2581"
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\b")
+_STOPS = ("eos", "eot", "eom")
+
+
+@dataclass(frozen=True, slots=True)
+class GgufVocabulary:
+    """Everything a GGUF file says about a tokenizer.
+
+    Args:
+        model: llama.cpp's name of the algorithm.
+        pre: its name of the splitting rule.
+        tokens: text by id, as many as there are embedding rows.
+        types: kind by id.
+        scores: by id, for `llama`; empty for `gpt2`.
+        merges: in order, for `gpt2`; empty for `llama`.
+        add_space_prefix: for `llama`: whether text at the start and after a special token gets a space before it.
+        add_bos: whether llama.cpp puts the BOS token before a text (a template's own is not doubled).
+        add_eos: whether it puts the EOS token after a text.
+        ids: of special tokens: bos, eos, eot, eom, unknown, padding; what there is.
+        chat_template: Jinja2 without `{% generation %}` markers.
+    """
+
+    model: str
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    scores: list[float]
+    merges: list[str]
+    add_space_prefix: bool | None
+    add_bos: bool
+    add_eos: bool
+    ids: dict[str, int]
+    chat_template: str | None
+
+
+def vocabulary(folder: Path, rows: int) -> GgufVocabulary:
+    """The tokenizer of a model folder in GGUF's terms.
+
+    Args:
+        folder: with `tokenizer.json`, `tokenizer_config.json` and `generation_config.json`.
+        rows: of the embedding; ids without a token are filled with unused ones.
+
+    Raises:
+        ModelError: it cannot be read, or llama.cpp would give other ids.
+        TemplateError: its chat template has markers and cannot be used.
+    """
+    tokenizer: Any = load_tokenizer(folder)
+    state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    refuse = _Refusal(folder)
+    _check_model(state, refuse)
+    tokens, types = _tokens(state, rows, refuse)
+    bos = tokenizer.bos_token_id
+    chat, opens_with_bos = _chat(tokenizer, refuse)
+    add_bos, add_eos = _ends(tokenizer)
+    special = {"bos": bos, "unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}
+    ids = {name: int(token) for name, token in special.items() if token is not None}
+    ids |= dict(zip(_STOPS, stop_ids(folder, tokenizer), strict=False))
+    pre, scores, merges, space = "default", list[float](), list[str](), None
+    if _is_sentencepiece(state):
+        scores = _scores(state, tokens, types, refuse)
+        space = _space_prefix(state, chat is not None and opens_with_bos, refuse)
+        types = [BYTE if _BYTE.fullmatch(t) and kind == NORMAL else kind for t, kind in zip(tokens, types, strict=True)]
+        if (unknown := ids.get("unknown")) is not None:
+            types[unknown] = UNKNOWN
+    else:
+        pre = _splitting_rule(state, refuse)
+        merges = [" ".join(pair) for pair in _pairs(state)]
+    return GgufVocabulary(
+        model="llama" if scores else "gpt2",
+        pre=pre,
+        tokens=tokens,
+        types=types,
+        scores=scores,
+        merges=merges,
+        add_space_prefix=space,
+        add_bos=add_bos and (chat is None or opens_with_bos),
+        add_eos=add_eos and chat is None,
+        ids=ids,
+        chat_template=chat,
+    )
+
+
+def stop_ids(folder: Path, tokenizer: Any) -> list[int]:
+    """The ids that end an answer, the tokenizer's own EOS first: at most the three that llama.cpp reads.
+
+    Raises:
+        ModelError: there is none, or a fourth.
+    """
+    stated: Any = None
+    for name in ("generation_config.json", "config.json"):
+        if stated is None and (folder / name).is_file():
+            stated = cast("dict[str, Any]", json.loads((folder / name).read_text("utf-8"))).get("eos_token_id")
+    eos: Any = tokenizer.eos_token_id
+    found: list[int] = [stated] if isinstance(stated, int) else list(cast("Sequence[int]", stated or ()))
+    found = sorted(set(found) or ({int(eos)} if eos is not None else set()), key=lambda token: (token != eos, token))
+    if not 1 <= len(found) <= len(_STOPS):
+        raise ModelError(
+            f"generation_config.json names {len(found)} tokens that end an answer; a GGUF file holds 1 to {len(_STOPS)}",
+            where=str(folder),
+            hint="name in eos_token_id the tokens that the chat template ends an answer with",
+        )
+    return found
+
+
+class _Refusal:
+    """Makes the errors of this module."""
+
+    def __init__(self, folder: Path) -> None:
+        self.where = str(folder / "tokenizer.json")
+
+    def __call__(self, what: str) -> ModelError:
+        return ModelError(
+            f"llama.cpp has no tokenizer that gives the same ids: {what}",
+            where=self.where,
+            hint="use the model folder itself, or a base model with the tokenizer of Llama 2, Llama 3, GPT-2 or SmolLM",
+        )
+
+
+def _check_model(state: dict[str, Any], refuse: _Refusal) -> None:
+    model = state["model"]
+    if model.get("type") != "BPE":
+        raise refuse(f"its model is {model.get('type')!r}, not BPE")
+    odd = {key: model[key] for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)}
+    if odd:
+        raise refuse(f"its model has {odd}")
+    for token in state["added_tokens"]:
+        flags = [flag for flag in ("lstrip", "rstrip", "single_word") if token[flag]]
+        if flags:
+            raise refuse(f"its token {token['content']!r} is matched with {', '.join(flags)}")
+
+
+def _is_sentencepiece(state: dict[str, Any]) -> bool:
+    return bool(state["model"].get("byte_fallback"))
+
+
+def _pairs(state: dict[str, Any]) -> list[tuple[str, str]]:
+    merges: list[Any] = state["model"]["merges"]
+    return [cast("tuple[str, str]", tuple(m.split(" ", 1) if isinstance(m, str) else m)) for m in merges]
+
+
+def _tokens(state: dict[str, Any], rows: int, refuse: _Refusal) -> tuple[list[str], list[int]]:
+    vocab: dict[str, int] = state["model"]["vocab"]
+    by_id = {token: (text, NORMAL) for text, token in vocab.items()}
+    for added in state["added_tokens"]:
+        by_id[added["id"]] = (added["content"], CONTROL if added["special"] else USER_DEFINED)
+    if max(by_id) >= rows:
+        raise ModelError(
+            f"the tokenizer has an id {max(by_id)}, the embedding {rows} rows",
+            where=refuse.where,
+            hint="use the tokenizer that the model was trained with",
+        )
+    filled = [by_id.get(i, (f"[PAD{i}]", UNUSED)) for i in range(rows)]
+    texts = [text for text, _ in filled]
+    if len(set(texts)) != len(texts):
+        twice = next(text for text in texts if texts.count(text) > 1)
+        raise refuse(f"{twice!r} is there under two ids")
+    return texts, [kind for _, kind in filled]
+
+
+def _splitting_rule(state: dict[str, Any], refuse: _Refusal) -> str:
+    if state["normalizer"] is not None:
+        raise refuse(f"it changes the text first ({state['normalizer'].get('type')})")
+    rule: dict[str, Any] = state["pre_tokenizer"] or {}
+    parts: list[dict[str, Any]] = rule.get("pretokenizers", [rule])
+    kinds = [part.get("type") for part in parts]
+    levels = [part for part in parts if part.get("type") == "ByteLevel"]
+    known = len(levels) == 1 and not levels[0]["add_prefix_space"]
+    own_regex = known and levels[0].get("use_regex", True)
+    ignores = bool(state["model"].get("ignore_merges"))
+    if known and own_regex and kinds == ["ByteLevel"]:
+        name = "gpt-2"
+    elif known and own_regex and kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"]:
+        name = "smollm"
+    elif known and not own_regex and kinds == ["Split", "ByteLevel"] and _is_llama3_split(parts[0]):
+        name = "llama-bpe"
+    else:
+        raise refuse(f"it splits text by {json.dumps(rule, ensure_ascii=False)[:300]}")
+    # llama.cpp takes a word that is a token for that token in Llama 3 only, and always there.
+    if ignores != (name == "llama-bpe") and not _merges_suffice(state):
+        raise refuse(f"ignore_merges is {ignores}, and some of its tokens cannot be merged from smaller ones")
+    missing = 256 - sum(token in state["model"]["vocab"] for token in _byte_characters())
+    if missing and state["model"].get("unk_token") is not None:
+        raise refuse(f"{missing} bytes have no token of their own and become {state['model']['unk_token']!r}")
+    return name
+
+
+def _is_llama3_split(part: dict[str, Any]) -> bool:
+    return part["pattern"] == {"Regex": _LLAMA3_SPLIT} and part["behavior"] == "Isolated" and not part["invert"]
+
+
+def _byte_characters() -> list[str]:
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return ByteLevel.alphabet()
+
+
+def _merges_suffice(state: dict[str, Any]) -> bool:
+    """Whether merging alone makes each token: then it is the same whether or not merges are ignored for whole words."""
+    from tokenizers import Tokenizer, models
+
+    added = {token["id"] for token in state["added_tokens"]}
+    vocab: dict[str, int] = state["model"]["vocab"]
+    merging = Tokenizer(models.BPE(vocab=vocab, merges=_pairs(state)))
+    texts = [text for text, token in vocab.items() if token not in added]
+    return all(len(made.ids) == 1 for made in merging.encode_batch(texts, add_special_tokens=False))
+
+
+def _scores(state: dict[str, Any], tokens: list[str], types: list[int], refuse: _Refusal) -> list[float]:
+    """A score per token that makes llama.cpp merge in the order of the merge list.
+
+    llama.cpp joins any two neighbours that make a token, best score first, the left one where two are equal; a merge list
+    names the pairs. The two agree if the list names every pair, token by token.
+    """
+    if not state["model"].get("fuse_unk") and state["model"].get("unk_token") is None:
+        raise refuse("it has no unknown token")
+    missing = [i for i in range(256) if f"<0x{i:02X}>" not in state["model"]["vocab"]]
+    if missing:
+        raise refuse(f"it has no token for the byte <0x{missing[0]:02X}>")
+    order: dict[str, int] = {}
+    pairs = _pairs(state)
+    for left, right in pairs:
+        if order.setdefault(left + right, len(order)) != len(order) - 1:
+            raise refuse(f"the merges that make {left + right!r} do not follow one another")
+    listed, vocab = set(pairs), set(tokens)
+    for token, kind in zip(tokens, types, strict=True):
+        if kind == NORMAL and not _BYTE.fullmatch(token):
+            for cut in range(1, len(token)):
+                pair = (token[:cut], token[cut:])
+                if pair[0] in vocab and pair[1] in vocab and pair not in listed:
+                    raise refuse(f"{token!r} could be made from {pair[0]!r} and {pair[1]!r}, which no merge says")
+    lowest = float(-len(order))
+    return [
+        -float(order[token]) if token in order else (lowest if kind == NORMAL and not _BYTE.fullmatch(token) else 0.0)
+        for token, kind in zip(tokens, types, strict=True)
+    ]
+
+
+def _space_prefix(state: dict[str, Any], chat_opens_with_bos: bool, refuse: _Refusal) -> bool:
+    normal: Any = state["normalizer"]
+    before: Any = state["pre_tokenizer"]
+    steps: list[dict[str, Any]] = [] if normal is None else normal.get("normalizers", [normal])
+    replaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    if before is None:
+        if steps == [{"type": "Prepend", "prepend": _SPACE}, replaces]:
+            return True
+        if steps == [replaces]:
+            return False
+    elif normal is None and before.get("type") == "Metaspace":
+        # "first" puts a space before the first text only, and a chat begins with the BOS token: so nowhere in a chat.
+        nowhere = ("never", "first") if chat_opens_with_bos else ("never",)
+        if before["replacement"] == _SPACE and not before["split"] and before["prepend_scheme"] in nowhere:
+            return False
+    raise refuse(
+        f"it prepares text by {json.dumps({'normalizer': normal, 'pre_tokenizer': before}, ensure_ascii=False)[:300]}"
+    )
+
+
+def _chat(tokenizer: Any, refuse: _Refusal) -> tuple[str | None, bool]:
+    """The template without markers, and whether what it renders begins with the BOS token."""
+    source: Any = tokenizer.chat_template
+    if source is None:
+        return None, False
+    if not isinstance(source, str):
+        raise ModelError(
+            "the tokenizer has several chat templates",
+            where=refuse.where,
+            hint="keep one in chat_template.jinja: a GGUF file holds one",
+        )
+    if _GENERATION.search(source):
+        source = Template.load(tokenizer).source
+    from jinja2 import TemplateError as JinjaError
+
+    try:
+        with quiet():
+            text: str = tokenizer.apply_chat_template(
+                [{"role": "user", "content": "x"}], chat_template=source, tokenize=False, add_generation_prompt=True
+            )
+    except (JinjaError, TypeError, KeyError, ValueError) as error:
+        raise ModelError(
+            f"the chat template cannot be rendered: {error}",
+            where=str(Path(refuse.where).with_name("chat_template.jinja")),
+            hint="choose another template in the recipe (model.template)",
+        ) from error
+    bos: Any = tokenizer.bos_token
+    return source, bool(bos) and text.startswith(bos)
+
+
+def _ends(tokenizer: Any) -> tuple[bool, bool]:
+    """Whether the tokenizer puts the BOS token before a text, and the EOS token after it."""
+    inner = tokenizer("x", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("x", add_special_tokens=True)["input_ids"]
+    extra = len(whole) - len(inner)
+    first = extra > 0 and whole[0] == tokenizer.bos_token_id and whole[:1] != inner[:1]
+    return first, extra > int(first) and whole[-1] == tokenizer.eos_token_id

@@ -1,0 +1,100 @@
+"""Rotary position embeddings as GGUF files state them: Llama-3.1's scaling as one divisor per frequency, and back.
+
+transformers keeps the rule (`rope_type: llama3` with four numbers), a GGUF file what the rule gives: `rope_freqs.weight`, by
+which llama.cpp divides each frequency. One direction is arithmetic; the other is solved for and then proved by computing
+the divisors again.
+
+This module knows nothing about files, other kinds of scaling, or how attention uses the frequencies.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_AGREE = 2e-6
+"""Largest relative difference of two divisors that count as equal: a few roundings of float32."""
+
+
+def llama3_divisors(config: Any) -> NDArray[np.float32]:
+    """What each rotary frequency is divided by, by transformers' own rule.
+
+    Args:
+        config: a LlamaConfig whose `rope_parameters` are of type llama3.
+
+    Returns:
+        float32 [head_dim / 2], slowest frequency last.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    plain, _ = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
+    return (plain / scaled).float().numpy()
+
+
+def llama3_parameters(divisors: NDArray[np.float32], theta: float) -> dict[str, Any] | None:
+    """The rule that gives these divisors, as transformers' `rope_parameters`; None if none is found that proves equal.
+
+    The rule has one degree of freedom that changes nothing (both frequency factors and the original length times any
+    number), so the published low factor, 1, stands for all.
+
+    Args:
+        divisors: [head_dim / 2], of a `rope_freqs.weight`.
+        theta: base of the frequencies.
+    """
+    import numpy as np
+    from transformers import LlamaConfig
+
+    values = divisors.astype(np.float64)
+    if not (np.isfinite(values).all() and (values >= 1 - _AGREE).all()) or values.ndim != 1:
+        return None
+    if np.allclose(values, 1, rtol=_AGREE):
+        return {"rope_type": "default", "rope_theta": theta}
+    dimension = 2 * len(values)
+    wavelengths = 2 * math.pi * theta ** (np.arange(0, dimension, 2) / dimension)
+    for factor, high, original in _candidates(values, wavelengths):
+        rule = {
+            "rope_type": "llama3",
+            "rope_theta": theta,
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": high,
+            "original_max_position_embeddings": original,
+        }
+        config = LlamaConfig(
+            hidden_size=dimension,
+            num_attention_heads=1,
+            head_dim=dimension,
+            rope_parameters=rule,
+            # Only a bound here: transformers asks that the original length is not longer.
+            max_position_embeddings=max(original, 1) * 2,
+        )
+        if np.allclose(llama3_divisors(config), values, rtol=_AGREE, atol=0):
+            return rule
+    return None
+
+
+def _candidates(values: NDArray[np.float64], wavelengths: NDArray[np.float64]) -> list[tuple[float, float, int]]:
+    """(factor, high_freq_factor, original length), the published ones first."""
+    import numpy as np
+
+    factor = float(f"{values.max():.6g}")  # the largest divisor, unless all frequencies are faster than the blend
+    found = [(factor, 4.0, 8192)]
+    blended = (values > 1 + 1e-4) & (values < factor * (1 - 1e-4))
+    if not blended.any() or factor <= 1:
+        return found
+    # Within the blend 1/divisor = (1 - s)/factor + s, and s = (original/wavelength - low) / (high - low).
+    share = (1 / values[blended] - 1 / factor) / (1 - 1 / factor)
+    lengths = wavelengths[blended]
+    found += [(factor, 4.0, round(length * (3 * s + 1))) for length, s in zip(lengths, share, strict=True)]
+    if len(lengths) > 1:
+        slope, intercept = np.polyfit(1 / lengths, share, 1)
+        if intercept < 0 < slope:
+            high = 1 - 1 / intercept
+            found += [(factor, float(f"{high:.{digits}g}"), round(-slope / intercept)) for digits in (3, 6)]
+    return found
