@@ -23,17 +23,18 @@ lint: $(STAMP)
 	$(BIN)/pyright
 
 docs: $(STAMP)
-	$(BIN)/python -m corral.recipe > docs/recipe.md
+	$(BIN)/python -m corral.reference > docs/recipe.md
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/rouge.py --json benchmarks/results/rouge.json
 	$(BIN)/python benchmarks/train_cpu.py --json benchmarks/results/train_cpu.json
+	$(BIN)/python benchmarks/generate_cpu.py --json benchmarks/results/generate_cpu.json
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'corral needs Python 3.11 or newer; try: make PYTHON=python3.11 ...')"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,openvino]"
 	touch $@
 
 clean:

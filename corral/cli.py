@@ -23,6 +23,7 @@ from corral.terminal import TerminalProgress
 
 Command = Callable[[argparse.Namespace], dict[str, Any] | None]
 
+DEFAULT_TYPES = {"gguf": "q8_0", "openvino": "int8"}
 STARTER = Path(__file__).parent / "starter.toml"
 
 
@@ -40,6 +41,68 @@ def _execute(recipe: Any, out: Path, args: argparse.Namespace, only: Sequence[st
     if skipped and not args.json:
         print(f"already done: {', '.join(skipped)}", file=sys.stderr)
     return {"run": str(out), "stages": outcome}
+
+
+def export(args: argparse.Namespace) -> dict[str, Any]:
+    """Write a run's model in another form: GGUF or OpenVINO, with a contract that proves it."""
+    from corral.export import export as export_form
+    from corral.forms import TYPES, Form
+    from corral.run import Run
+
+    if args.type and not args.to:
+        raise InputError(f"--type {args.type} is given, but not of what", hint=f"add --to {' or --to '.join(TYPES)}")
+    form = Form(args.to, args.type or DEFAULT_TYPES[args.to]) if args.to else None
+    path = Path(args.model)
+    if (path / "recipe.toml").is_file():
+        recipe = Run(path).recipe
+        if form is not None:
+            recipe = recipe.with_export(form.to, form.type)
+        _execute(recipe, path, args, only=("export", "report"))
+        from corral.stages import forms
+
+        places = [str(each.place(path / "export")) for each in forms(recipe)]
+        if not places:
+            raise InputError("this run's recipe asks for no other form", where=args.model, hint="add --to gguf")
+    else:
+        from corral.model.loading import resolve
+
+        if form is None or not args.out:
+            raise InputError(f"{args.model!r} is no run", hint="for a model, say --to FORM and --out DIRECTORY")
+        progress = TerminalProgress()
+        try:
+            places = [
+                str(export_form(resolve(args.model, progress=progress.say).folder, Path(args.out), form, progress))
+            ]
+        finally:
+            progress.stop()
+    if not args.json:
+        for place in places:
+            print(f"export  {place}")
+    return {"exported": places}
+
+
+def verify(args: argparse.Namespace) -> dict[str, Any]:
+    """Hold a model against the contract that travels with it."""
+    import asyncio
+    from dataclasses import asdict
+
+    from corral import contract
+    from corral.opening import contract_of, open_model
+
+    record = contract_of(args.model)
+    found = contract.read(record)
+    opened = open_model(args.model, args.engine)
+
+    async def checked() -> list[contract.Check]:
+        async with opened.answerer.engine as engine:
+            return await contract.verify(record, engine, opened.answerer.template)
+
+    checks = asyncio.run(checked())
+    if not args.json:
+        for check in checks:
+            print(f"{'holds ' if check.passed else 'BROKEN'}  {check.name}: {check.detail}")
+    contract.enforce(checks, where=record)
+    return {"model": str(record.parent), "form": found["form"], "checks": [asdict(check) for check in checks]}
 
 
 def _print_scorecard(out: Path) -> Any:
@@ -168,7 +231,21 @@ def chat(args: argparse.Namespace) -> None:
     """Talk with a run's model, in the terminal."""
     from corral.chat import chat as talk
 
-    talk(args.model, system=args.system, max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p)
+    talk(
+        args.model,
+        system=args.system,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        engine=args.engine,
+    )
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Serve a run's model over HTTP, in the OpenAI protocol."""
+    from corral.serving.server import serve as listen
+
+    listen(args.model, host=args.host, port=args.port, engine=args.engine, name=args.name, insecure=args.insecure)
 
 
 def assets(args: argparse.Namespace) -> dict[str, Any]:
@@ -217,6 +294,9 @@ def _size(n: int) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
+    from corral.engines.load import ENGINES
+    from corral.forms import TYPES
+
     root = argparse.ArgumentParser(
         prog="corral",
         description="From your data to a served model with one recipe file, proved at each step.",
@@ -258,12 +338,32 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("b", help="another; differences are a − b")
     sub = verb("report", report, "corral report runs/quickstart")
     sub.add_argument("run", help="a run directory")
+    sub = verb("export", export, "corral export runs/quickstart --to gguf --type q8_0")
+    sub.add_argument("model", help="a run directory; or a model folder, asset:NAME or hub:OWNER/NAME with --out")
+    sub.add_argument("--to", choices=TYPES, help="the form (default: those the recipe names)")
+    kinds = "; ".join(f"{to}: {', '.join(types)}" for to, types in TYPES.items())
+    sub.add_argument("--type", help=f"of the weights; {kinds} (default: q8_0 or int8)")
+    sub.add_argument("--out", help="where to write, for a model that is no run (a run has its own place: RUN/export)")
+    sub = verb("verify", verify, "corral verify runs/quickstart --engine openvino")
+    best = "what computes the answers (default: the best one for this machine)"
+    sub.add_argument("model", help="a run directory, a folder with a contract.json, or an exported .gguf file")
+    sub.add_argument("--engine", choices=ENGINES, help=best)
     sub = verb("chat", chat, "corral chat runs/quickstart", as_json=False)
     sub.add_argument("model", help="a run directory, a model folder, asset:NAME or hub:OWNER/NAME")
     sub.add_argument("--system", help="a system message")
     sub.add_argument("--max-tokens", type=int, default=512, help="most tokens of an answer (default: 512)")
     sub.add_argument("--temperature", type=float, default=0.7, help="0 takes the most likely token (default: 0.7)")
     sub.add_argument("--top-p", type=float, default=0.9, help="draw from this much probability (default: 0.9)")
+    sub.add_argument("--engine", choices=ENGINES, help=best)
+    sub = verb("serve", serve, "corral serve runs/quickstart --port 8000", as_json=False)
+    sub.add_argument("model", help="a run directory, a model folder, asset:NAME or hub:OWNER/NAME")
+    sub.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1, this machine)")
+    sub.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes any that is free")
+    sub.add_argument("--engine", choices=ENGINES, help=best)
+    sub.add_argument("--name", help="what clients call the model (default: the run's name)")
+    sub.add_argument(
+        "--insecure", action="store_true", help="allow addresses other machines reach; there are no keys yet"
+    )
     sub = verb("assets", assets, "corral assets --fetch smollm2-135m-instruct")
     sub.add_argument("--fetch", nargs="+", metavar="NAME", help="fetch these into the cache")
     sub = verb("cache", cache, "corral cache clear wikibooks-recipes")

@@ -59,6 +59,11 @@ def steps(work: Work) -> list[Step]:
 
         return Step(stages.stage_name(recipe, number), inputs, lambda w, s: stages.train(w, s, number))
 
+    export_step = Step(
+        "export",
+        lambda done: {"merge": done["merge"], "export": recipe.export.model_dump(mode="json")},
+        stages.export,
+    )
     trained = stages.stage_name(recipe, len(recipe.train))
     return [
         Step("prepare", prepare_inputs, stages.prepare),
@@ -66,9 +71,14 @@ def steps(work: Work) -> list[Step]:
         Step("merge", lambda done: {"trained": done[trained]}, stages.merge),
         Step(
             "evaluate",
-            lambda done: {"merge": done["merge"], "evaluate": recipe.evaluate.model_dump(mode="json"), "seed": seed},
+            lambda done: {
+                "merge": done["merge"],
+                "evaluate": recipe.evaluate.model_dump(mode="json") | {"engine": stages.engine_name(work)},
+                "seed": seed,
+            },
             stages.evaluate,
         ),
+        *([export_step] if stages.forms(recipe) else []),
         Step("report", lambda done: {**done, "name": recipe.name}, stages.report),
     ]
 
@@ -114,7 +124,10 @@ def _stages(work: Work, only: Collection[str] | None) -> dict[str, str]:
                 hint="`corral run RECIPE` does what is missing",
             )
         device, dtype = work.placement
-        write_json(run.path / "environment.json", environment() | {"device": device, "dtype": dtype})
+        write_json(
+            run.path / "environment.json",
+            environment() | {"device": device, "dtype": dtype, "engine": stages.engine_name(work)},
+        )
         _execute(step, work, stage)
         base = work.base
         model = {"spec": work.recipe.model.base, "identity": base.identity, "template": work.template.digest}

@@ -1,8 +1,8 @@
 """The recipe: one frozen, validated TOML file that says everything a run needs.
 
-Every setting is declared once, here, and documented where it stands; `docs/recipe.md` is generated from these classes.
-What cannot be combined cannot be written, or is refused with both keys named. This module does not know how anything is
-done: it checks that a recipe makes sense by itself, never that its files exist.
+Every setting is declared once, here, and documented where it stands; `reference` makes `docs/recipe.md` of it. What cannot
+be combined cannot be written, or is refused with both keys named. This module does not know how anything is done: it checks
+that a recipe makes sense by itself, never that its files exist.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from corral.errors import RecipeError
+from corral.forms import GgufType, OpenVinoType, Target
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -165,13 +166,28 @@ class Generate(_Section):
 class Evaluate(_Section):
     """Comparison of the base with the tuned model on test rows."""
 
-    engine: Literal["transformers"] = "transformers"
-    """What computes answers and log-probabilities."""
+    engine: Literal["auto", "transformers", "openvino"] = "auto"
+    """What computes answers and log-probabilities. `auto`: openvino on a CPU where it is installed (the extra `openvino`;
+    several times faster), else transformers."""
     loss_rows: Positive = 200
     """Most test rows for the held-out loss."""
     answer_rows: Positive = 50
     """Most test rows for which answers are generated and scored (ROUGE, BLEU)."""
     generate: Generate = Generate()
+
+
+class Export(_Section):
+    """Other forms of the merged model, each with a contract that proves it. `corral export` adds more."""
+
+    gguf: tuple[GgufType, ...] = ()
+    """Types of GGUF files, for llama.cpp and Ollama."""
+    openvino: tuple[OpenVinoType, ...] = ()
+    """Types of OpenVINO folders, for fast answers on a CPU."""
+
+    @field_validator("gguf", "openvino")
+    @classmethod
+    def _once(cls, types: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(types))
 
 
 class Recipe(_Section):
@@ -186,6 +202,7 @@ class Recipe(_Section):
     train: Annotated[tuple[Train, ...], Field(min_length=1)]
     """One `[[train]]` table for each training stage."""
     evaluate: Evaluate = Evaluate()
+    export: Export = Export()
 
     @model_validator(mode="after")
     def _rows_to_test_on(self) -> Self:
@@ -202,6 +219,12 @@ class Recipe(_Section):
                     f"{self.data.max_length}: an example would not fit in a pack"
                 )
         return self
+
+    def with_export(self, to: Target, kind: str) -> Recipe:
+        """This recipe with one more form to export."""
+        raw = self.model_dump(mode="json", exclude_none=True)
+        raw["export"][to] = [*raw["export"][to], kind]
+        return Recipe.model_validate(raw)
 
     def to_toml(self) -> str:
         """The resolved recipe: every setting written out, reads back as an equal recipe."""
@@ -335,78 +358,15 @@ def _keys_at(loc: tuple[str | int, ...]) -> list[str]:
     section: type[BaseModel] | None = Recipe
     for part in loc:
         if isinstance(part, str) and section is not None:
-            section = _section_type(section.model_fields[part].annotation) if part in section.model_fields else None
+            section = section_type(section.model_fields[part].annotation) if part in section.model_fields else None
     return list(section.model_fields) if section is not None else []
 
 
-def _section_type(annotation: Any) -> type[BaseModel] | None:
+def section_type(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field's type holds, perhaps in a list."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for arg in get_args(annotation):
-        if (found := _section_type(arg)) is not None:
+        if (found := section_type(arg)) is not None:
             return found
     return None
-
-
-def reference() -> str:
-    """`docs/recipe.md`: every setting with its type, default and meaning, from the declarations above."""
-    lines = [
-        "# Recipe reference",
-        "",
-        "Generated from `corral/recipe.py` by `python -m corral.recipe`; do not edit. Unknown keys are refused.",
-        "`--set a.b=c` overrides any setting; entries of a list are named by number, from 0: `--set train.0.steps=20`.",
-    ]
-    for path, section in _sections(Recipe, ""):
-        title = path or "Top level"
-        lines += ["", f"## {title}", "", " ".join((section.__doc__ or "").split()), ""]
-        rows = [
-            (name, field) for name, field in section.model_fields.items() if _section_type(field.annotation) is None
-        ]
-        if rows:
-            lines += ["| setting | type | default | meaning |", "|---|---|---|---|"]
-        for name, field in rows:
-            kind = _type_name(field.annotation, field.metadata).replace("|", "\\|")
-            default = "required" if field.is_required() else _toml(field.default)
-            meaning = " ".join((field.description or "").split()).replace("|", "\\|")
-            lines.append(f"| `{name}` | {kind} | {default} | {meaning} |")
-    return "\n".join(lines) + "\n"
-
-
-def _sections(section: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseModel]]]:
-    yield (f"[{path}]" if path and not path.endswith("]") else path), section
-    for name, field in section.model_fields.items():
-        inner = _section_type(field.annotation)
-        if inner is not None:
-            child = f"{path.strip('[]')}.{name}" if path else name
-            many = not isinstance(field.annotation, type)
-            yield from _sections(inner, f"[[{child}]]" if many else child)
-
-
-def _toml(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, tuple):
-        return "`[" + ", ".join(f'"{v}"' for v in value) + "]`"  # pyright: ignore[reportUnknownVariableType]
-    return f"`{value!r}`".replace("'", '"')
-
-
-def _type_name(annotation: Any, metadata: list[Any]) -> str:
-    if args := get_args(annotation):
-        if all(isinstance(a, str) for a in args):
-            return " | ".join(f'"{a}"' for a in args)
-        names = [_type_name(a, metadata) for a in args if a not in (type(None), Ellipsis)]
-        if getattr(annotation, "__origin__", None) is tuple:
-            return f"list of {names[0]}"
-        return names[0] if names else str(annotation)
-    bounds = [
-        f"{sign} {getattr(m, attribute):g}"
-        for m in metadata
-        for attribute, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"))
-        if getattr(m, attribute, None) is not None
-    ]
-    names = {int: "integer", float: "number", str: "string", bool: "boolean"}
-    return " ".join([names.get(annotation, str(annotation)), ", ".join(bounds)]).strip()
-
-
-if __name__ == "__main__":
-    print(reference(), end="")

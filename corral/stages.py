@@ -23,8 +23,10 @@ from corral.storage import link_or_copy_tree, new_directory, remove_tree, write_
 
 if TYPE_CHECKING:
     from corral.data.prepared import Prepared
+    from corral.engines.load import Name
     from corral.evaluation.runner import Item, RowFile
     from corral.evaluation.scorecard import VariantRows
+    from corral.forms import Form
     from corral.model.loading import DType, ModelSource
     from corral.template import Template
     from corral.training.loop import Metrics
@@ -218,7 +220,8 @@ def merge(work: Work, stage: Stage) -> None:
         contract.check_stop_ids(work.template, candidate),
         contract.compare_logprobs("adapter and merged model", trained, merged, contract.TOLERANCES[dtype]),
     ]
-    contract.write(candidate, work.template, probe_set, merged, checks, dtype=dtype)
+    weights = sorted(candidate.glob("*.safetensors"))
+    contract.write(candidate / contract.FILE, work.template, probe_set, merged, checks, form=dtype, files=weights)
     contract.enforce(checks, where=candidate)
     remove_tree(stage.path / "model")  # what a stop between promoting and recording left
     candidate.rename(stage.path / "model")
@@ -266,7 +269,7 @@ def _evaluate_variant(
         work.progress.start(f"Evaluating {name}: loading", None)
         # The tuned model is asked through the template in its own folder, as its users will ask it.
         template = work.template if name == "base" else Template.load(load_tokenizer(folder))
-        answerer = Answerer(load_engine(config.engine, folder, dtype=dtype, device=device), template)
+        answerer = Answerer(load_engine(engine_name(work), folder, dtype=dtype, device=device), template)
         sampling = Sampling(seed=work.recipe.seed, **config.generate.model_dump())
         with blocking(answerer) as face:
             work.progress.start(f"Evaluating {name}: held-out loss", len(to_score))
@@ -282,6 +285,32 @@ def _evaluate_variant(
                 write_json(seconds_file, seconds)
     tokens = sum(row["tokens"] for row in answers.of(name).values())
     return {"answer_tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds if seconds else 0.0}
+
+
+def export(work: Work, stage: Stage) -> None:
+    """The recipe's other forms of the merged model, each with its contract."""
+    from corral.export import export as export_form
+
+    for form in forms(work.recipe):
+        for old in sorted((work.run.path / "superseded").glob("export-*")):
+            form.take_over(old, stage.path)
+        export_form(work.run.merged_model, stage.path, form, work.progress)
+
+
+def forms(recipe: Recipe) -> list[Form]:
+    """The forms that a recipe asks for."""
+    from corral.forms import Form
+
+    wanted = recipe.export
+    return [*(Form("gguf", kind) for kind in wanted.gguf), *(Form("openvino", kind) for kind in wanted.openvino)]
+
+
+def engine_name(work: Work) -> Name:
+    """What evaluates: the recipe's engine, with `auto` resolved on this machine."""
+    from corral.engines.load import default_engine
+
+    asked = work.recipe.evaluate.engine
+    return default_engine(work.placement[0]) if asked == "auto" else asked
 
 
 def variant_rows(folder: Path, name: str, info: dict[str, float] | None = None) -> VariantRows:

@@ -13,7 +13,7 @@ import torch
 
 from corral import contract
 from corral.engines.transformers import TransformersEngine
-from corral.errors import ContractError
+from corral.errors import ContractError, ModelError
 from corral.model.loading import load_model, load_tokenizer
 from corral.template import Template
 
@@ -99,7 +99,7 @@ def test_a_contract_that_measured_nan_is_written_and_fails(folder: Path, templat
     probe_set = contract.probes(template)
     values = [[float("nan")] * (len(p.ids) - p.start) for p in probe_set]
     check = contract.compare_logprobs("nan", values, values, FLOAT32)
-    contract.write(folder, template, probe_set, values, [check], dtype="float32")
+    contract.write(folder / contract.FILE, template, probe_set, values, [check], form="float32", files=[])
     assert not json.loads((folder / contract.FILE).read_text())["passed"]
 
 
@@ -109,16 +109,78 @@ def test_a_missing_end_token_is_caught(saved: dict[str, Any], folder: Path, temp
     assert not contract.check_stop_ids(template, folder).passed
 
 
-def test_a_written_contract_is_enough_to_check_the_folder_again(folder: Path, template: Template) -> None:
-    model = load_model(folder)
-    probe_set = contract.probes(template)
-    values = measured(model, template)
+@pytest.fixture
+def record(folder: Path, template: Template) -> Path:
+    """The folder's contract, just written."""
+    values = measured(load_model(folder), template)
     check = contract.compare_logprobs("again", values, values, FLOAT32)
-    contract.write(folder, template, probe_set, values, [check], dtype="float32")
-    record = json.loads((folder / contract.FILE).read_text())
-    assert record["passed"]
-    assert record["version"] == contract.VERSION
-    kept = [contract.Probe(tuple(p["ids"]), p["start"]) for p in record["probes"]]
-    assert kept == probe_set
-    again = measured(load_model(folder), template)
-    assert contract.compare_logprobs("kept", [p["logprobs"] for p in record["probes"]], again, FLOAT32).passed
+    path = folder / contract.FILE
+    probe_set = contract.probes(template)
+    files = [folder / "model.safetensors"]
+    contract.write(path, template, probe_set, values, [check], form="float32", files=files)
+    return path
+
+
+def verified(record: Path, model: Any, template: Template) -> dict[str, bool]:
+    async def work() -> list[contract.Check]:
+        async with TransformersEngine(model) as engine:
+            return await contract.verify(record, engine, template)
+
+    return {check.name: check.passed for check in asyncio.run(work())}
+
+
+def test_a_written_contract_is_enough_to_check_the_folder_again(record: Path, template: Template) -> None:
+    assert contract.read(record)["passed"]
+    holds = verified(record, load_model(record.parent), template)
+    assert holds == {"weights": True, "template": True, "engine transformers": True}
+
+
+def test_a_model_that_drifted_from_its_contract_is_caught(record: Path, template: Template) -> None:
+    model = load_model(record.parent)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.05)  # pyright: ignore[reportAttributeAccessIssue]
+    assert verified(record, model, template)["engine transformers"] is False
+
+
+def test_changed_weights_and_another_template_are_caught_by_name(record: Path, template: Template) -> None:
+    weights = record.parent / "model.safetensors"
+    model = load_model(record.parent)
+    weights.write_bytes(weights.read_bytes() + b" ")
+    other = Template.load(load_tokenizer(record.parent), "chatml")
+    other = Template(other.tokenizer, other.source + "{# changed #}", "other")
+    holds = verified(record, model, other)
+    assert holds["weights"] is False
+    assert holds["template"] is False
+    weights.unlink()
+    assert verified(record, model, template)["weights"] is False
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"version": 1}'])
+def test_no_contract_or_an_unreadable_one_is_an_error_that_names_it(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / contract.FILE).write_text(content)
+    with pytest.raises(ModelError, match="contract") as caught:
+        contract.read(tmp_path / contract.FILE)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_greedy_answer_carries_the_log_probabilities_that_scoring_gives_it(
+    tiny_folder: Path, template: Template
+) -> None:
+    async def work() -> tuple[list[list[float]], list[list[float]]]:
+        async with TransformersEngine(load_model(tiny_folder)) as engine:
+            answers = await contract.complete(engine, contract.probes(template), tokens=12)
+            return [values for _, values in answers], await contract.measure(engine, [probe for probe, _ in answers])
+
+    given, scored = asyncio.run(work())
+    assert sum(map(len, given)) > 12
+    assert contract.compare_logprobs("answers", given, scored, FLOAT32).passed
+
+
+@pytest.mark.parametrize(
+    ("shift", "passes"), [(-0.5, True), (0.0, True), (0.09, True), (0.2, False), (float("nan"), False)]
+)
+def test_a_loss_may_rise_by_what_is_allowed_and_fall_by_anything(shift: float, passes: bool) -> None:
+    full = [[-1.0, -2.0], [-3.0]]
+    worse = [[value - shift for value in values] for values in full]
+    assert contract.compare_losses("as served", worse, full, 0.1).passed is passes

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from corral import recipe
+from corral import recipe, reference
 from corral.errors import RecipeError
 
 ROOT = Path(__file__).parent.parent
@@ -98,5 +98,5 @@ def test_an_override_that_names_nothing_is_refused(override: str) -> None:
 
 def test_the_reference_in_docs_is_up_to_date_and_names_every_setting() -> None:
     written = (ROOT / "docs" / "recipe.md").read_text("utf-8")
-    assert written == recipe.reference(), "run `make docs`"
+    assert written == reference.reference(), "run `make docs`"
     assert "| – |  |" not in written, "a setting has no documentation"

@@ -106,6 +106,7 @@ def facts(record: Record) -> list[tuple[str, str]]:
         ("Data", _data_fact(record, wording.listing(sources))),
         *((_training_label(record, t), _training_fact(t)) for t in record.trainings),
         ("Speed and memory", "; ".join(s for t in record.trainings if (s := _speed_fact(t)))),
+        ("Answers", _answers_fact(record)),
         ("Time", _time_fact(record.lineage)),
         ("Machine", _machine_fact(record.environment)),
         ("Seed", str(recipe.get("seed", ""))),
@@ -148,6 +149,18 @@ def _speed_fact(training: Training) -> str:
     speed = f"{wording.count(tokens[-1] / seconds[-1])} tokens/s" if tokens and seconds and seconds[-1] > 0 else ""
     peak = f"{wording.size(max(memory))} at the peak" if memory and max(memory) > 0 else ""
     return ", ".join(part for part in (speed, peak) if part)
+
+
+def _answers_fact(record: Record) -> str:
+    parts: list[str] = []
+    for name, variant in table(record.scorecard.get("variants")).items():
+        info = table(table(variant).get("info"))
+        tokens, seconds = finite(info.get("answer_tokens")), finite(info.get("seconds"))
+        if tokens and seconds:
+            rate = f"{wording.count(tokens / seconds)} tokens/s"
+            parts.append(f"{name}: {wording.count(tokens)} tokens in {wording.duration(seconds)}, {rate}")
+    engine = record.environment.get("engine")
+    return "; ".join(parts) + (f" ({engine} engine)" if parts and engine else "")
 
 
 def _time_fact(lineage: Table) -> str:
@@ -233,7 +246,7 @@ def contract(contract: Table) -> dict[str, Any]:
     checks = rows(contract.get("checks"))
     columns = [key for key in dict.fromkeys(k for c in checks for k in c) if key not in ("name", "passed")]
     columns = [key for key in columns if any(c.get(key) not in (None, 0, "") for c in checks)]
-    return {"passed": contract.get("passed"), "checks": checks, "columns": columns, "dtype": contract.get("dtype")}
+    return {"passed": contract.get("passed"), "checks": checks, "columns": columns, "form": contract.get("form")}
 
 
 def stages(lineage: Table) -> list[dict[str, Any]]:

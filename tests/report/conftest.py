@@ -216,7 +216,7 @@ def contract(passed: bool = True) -> dict[str, Any]:
             118,
         ),
     ]
-    return {"version": 1, "passed": passed, "dtype": "float32", "checks": [asdict(c) for c in checks]}
+    return {"version": 2, "passed": passed, "form": "float32", "checks": [asdict(c) for c in checks]}
 
 
 def lineage() -> dict[str, Any]:

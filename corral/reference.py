@@ -1,0 +1,75 @@
+"""`docs/recipe.md`: every setting with its type, default and meaning, from the recipe's own declarations.
+
+Knows nothing about any one setting. `python -m corral.reference` prints the page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from corral.recipe import Recipe, section_type
+
+
+def reference() -> str:
+    """The page, as Markdown."""
+    lines = [
+        "# Recipe reference",
+        "",
+        "Generated from `corral/recipe.py` by `python -m corral.reference`; do not edit. Unknown keys are refused.",
+        "`--set a.b=c` overrides any setting; entries of a list are named by number, from 0: `--set train.0.steps=20`.",
+    ]
+    for path, section in _sections(Recipe, ""):
+        title = path or "Top level"
+        lines += ["", f"## {title}", "", " ".join((section.__doc__ or "").split()), ""]
+        rows = [(name, field) for name, field in section.model_fields.items() if section_type(field.annotation) is None]
+        if rows:
+            lines += ["| setting | type | default | meaning |", "|---|---|---|---|"]
+        for name, field in rows:
+            kind = _type_name(field.annotation, field.metadata).replace("|", "\\|")
+            default = "required" if field.is_required() else _toml(field.default)
+            meaning = " ".join((field.description or "").split()).replace("|", "\\|")
+            lines.append(f"| `{name}` | {kind} | {default} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def _sections(section: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseModel]]]:
+    yield (f"[{path}]" if path and not path.endswith("]") else path), section
+    for name, field in section.model_fields.items():
+        inner = section_type(field.annotation)
+        if inner is not None:
+            child = f"{path.strip('[]')}.{name}" if path else name
+            many = not isinstance(field.annotation, type)
+            yield from _sections(inner, f"[[{child}]]" if many else child)
+
+
+def _toml(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, tuple):
+        return "`[" + ", ".join(f'"{v}"' for v in value) + "]`"  # pyright: ignore[reportUnknownVariableType]
+    return f"`{value!r}`".replace("'", '"')
+
+
+def _type_name(annotation: Any, metadata: list[Any]) -> str:
+    if args := get_args(annotation):
+        if all(isinstance(a, str) for a in args):
+            return " | ".join(f'"{a}"' for a in args)
+        names = [_type_name(a, metadata) for a in args if a not in (type(None), Ellipsis)]
+        if getattr(annotation, "__origin__", None) is tuple:
+            return f"list of {names[0]}"
+        return names[0] if names else str(annotation)
+    bounds = [
+        f"{sign} {getattr(m, attribute):g}"
+        for m in metadata
+        for attribute, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"))
+        if getattr(m, attribute, None) is not None
+    ]
+    names = {int: "integer", float: "number", str: "string", bool: "boolean"}
+    return " ".join([names.get(annotation, str(annotation)), ", ".join(bounds)]).strip()
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
