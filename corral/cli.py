@@ -138,7 +138,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         _print_scorecard(out)
         print(f"model   {out / 'merge' / 'model'}")
         print(f"report  {out / 'report' / 'index.html'}")
+        for place in sorted((out / "export").glob("*.gguf")) + sorted((out / "export").glob("openvino-*")):
+            print(f"export  {place}")
         print(f"chat    corral chat {out}")
+        print(f"serve   corral serve {out}")
     return result
 
 

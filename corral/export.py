@@ -154,7 +154,7 @@ def _make_gguf(folder: Path, candidate: Path, form: Form, template: Template, pr
     from corral.engines.transformers import TransformersEngine
     from corral.model import gguf, gguf_export
     from corral.model.folder import licence_texts
-    from corral.model.loading import load_model
+    from corral.model.loading import load_model, quiet
 
     kind = cast("GgufType", form.type)
     with new_directory(candidate) as new:
@@ -166,7 +166,8 @@ def _make_gguf(folder: Path, candidate: Path, form: Form, template: Template, pr
     path = form.place(candidate)
     types = {tensor.name: tensor.type for tensor in gguf.read_header(path).tensors}
     with tempfile.TemporaryDirectory(dir=candidate.parent, prefix=".corral-") as back:
-        gguf.convert_to_folder(path, Path(back))
+        with quiet():
+            gguf.convert_to_folder(path, Path(back))
         yield _Made(
             files=[path],
             speaks=Path(back),
