@@ -85,6 +85,7 @@ def render(record: Record, scores: Sequence[Score], pictures: Mapping[str, Pictu
         examples=examples,
         answers=_answer_figures(record.completions),
         contract=contract(record.contract),
+        exports=[contract(form) for form in record.exports],
         stages=stages(record.lineage),
         trainings=[(training, _flat(training.settings)) for training in record.trainings],
         packages=table(record.environment.get("packages")),

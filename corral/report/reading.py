@@ -37,6 +37,7 @@ class Record:
         path: the directory, as it was named.
         recipe_text, recipe: recipe.toml as text and as a table.
         completions: lines of evaluate/completions.jsonl.
+        exports: contracts of the forms in export/, by file name.
         promoted: whether merge/model is there.
         notes: what could not be read, a sentence each.
     """
@@ -49,6 +50,7 @@ class Record:
     ledger: Table
     trainings: Sequence[Training]
     contract: Table
+    exports: Sequence[Table]
     scorecard: Table
     completions: Sequence[Table]
     promoted: bool
@@ -83,6 +85,12 @@ def series(metrics: Sequence[Table], key: str) -> tuple[list[float], list[float]
     return [step for step, _ in whole], [value for _, value in whole]
 
 
+def _exports(run: Path, notes: list[str]) -> list[Table]:
+    found = [*run.glob("export/*.contract.json"), *run.glob("export/*/contract.json")]
+    contracts = [_json(run, str(path.relative_to(run)), notes) for path in sorted(found)]
+    return [contract for contract in contracts if contract]
+
+
 def read(run: Path) -> Record:
     """Read a run directory.
 
@@ -114,6 +122,7 @@ def read(run: Path) -> Record:
         ledger=_json(run, "prepare/ledger.json", notes),
         trainings=_trainings(run, recipe, notes),
         contract=_json(run, f"merge/{'model' if promoted else 'candidate'}/contract.json", notes),
+        exports=_exports(run, notes),
         scorecard=_json(run, "evaluate/scorecard.json", notes),
         completions=_json_lines(run, "evaluate/completions.jsonl", notes),
         promoted=promoted,

@@ -14,7 +14,20 @@ from corral.cli import parser
 from tests.e2e.conftest import corral
 
 ROOT = Path(__file__).parent.parent.parent
-VERBS = ("init", "run", "inspect", "evaluate", "compare", "report", "chat", "serve", "assets", "cache")
+VERBS = (
+    "init",
+    "run",
+    "inspect",
+    "evaluate",
+    "compare",
+    "report",
+    "export",
+    "verify",
+    "chat",
+    "serve",
+    "assets",
+    "cache",
+)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -26,18 +39,27 @@ def test_each_verb_has_help_with_an_example_that_parses(verb: str) -> None:
     assert parser().parse_args(shlex.split(example[1])).verb == verb
 
 
-def test_every_corral_command_in_the_readme_parses() -> None:
-    text = (ROOT / "README.md").read_text("utf-8")
-    blocks = re.findall(r"```\n(.*?)```", text, re.S)
-    commands = [
-        line.split("#")[0].removeprefix(".venv/bin/").strip()
-        for block in blocks
-        for line in block.splitlines()
-        if re.match(r"(\.venv/bin/)?corral ", line)
-    ]
-    assert len(commands) == 5
+def commands_in(text: str) -> list[str]:
+    """Commands in blocks, and in running text where nothing in them stands for several."""
+    blocks = re.findall(r"```\w*\n(.*?)```", text, re.S)
+    lines = [line.split("#")[0].removeprefix(".venv/bin/").strip() for block in blocks for line in block.splitlines()]
+    running = re.findall(r"`(corral [a-z]+ [^`|]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    return [command for command in (*lines, *(" ".join(c.split()) for c in running)) if command.startswith("corral ")]
+
+
+@pytest.mark.parametrize(
+    ("page", "count"), [("README.md", 9), ("docs/export.md", 3), ("docs/serving.md", 1), ("docs/architecture.md", 0)]
+)
+def test_every_corral_command_in_the_documentation_parses(page: str, count: int) -> None:
+    commands = commands_in((ROOT / page).read_text("utf-8"))
+    assert len(commands) == count, commands
     for command in commands:
-        parser().parse_args(shlex.split(command)[1:])
+        verb = parser().parse_args(shlex.split(command.removeprefix("corral "))).verb
+        assert verb in VERBS
+
+
+def test_every_make_command_in_the_readme_is_a_target() -> None:
+    blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
     makes = {line.split()[1] for block in blocks for line in block.splitlines() if line.startswith("make ")}
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     assert makes == {"demo", "test"} <= targets

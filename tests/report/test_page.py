@@ -250,3 +250,15 @@ def test_an_answer_keeps_its_lines_and_says_how_it_ended(make_run: Maker) -> Non
     assert "one\n\n  two" in page.text
     assert "cut off at 160 tokens" in page.words
     assert "said nothing" in page.words
+
+
+def test_each_exported_form_is_shown_with_what_its_contract_says(make_run: Maker) -> None:
+    run = make_run()
+    checks = [{"name": "as served", "passed": True, "detail": "loss 1.9 against 1.8"}]
+    write(run / "export" / "model-q8_0.contract.json", {"form": "gguf q8_0", "passed": True, "checks": checks})
+    bad = [{"name": "weights", "passed": False, "detail": "differ by 7"}]
+    write(run / "export" / "openvino-int4" / "contract.json", {"form": "openvino int4", "passed": False, "checks": bad})
+    page = page_of(run)
+    assert "gguf q8_0: ✓ passed" in page.words
+    assert "openvino int4: ✗ failed" in page.words
+    assert "differ by 7" in page.words
