@@ -210,10 +210,10 @@ class FetchedAsset:
 
 @dataclass(frozen=True, slots=True)
 class CacheEntry:
-    """Something in the cache: an asset, or a model converted from one or from a file."""
+    """Something in the cache: an asset, a model converted from one or from a file, or a model's OpenVINO form."""
 
     name: str
-    kind: Literal["asset", "model"]
+    kind: Literal["asset", "model", "openvino"]
     path: Path
     size: int
 
@@ -302,7 +302,8 @@ def _silent(_: str) -> None:
 
 def _cache_entries() -> Iterator[CacheEntry]:
     names = {asset.directory.name: asset.name for asset in CATALOGUE}
-    kinds: tuple[tuple[Literal["asset", "model"], str], ...] = (("asset", "assets"), ("model", "models"))
+    kinds: tuple[tuple[Literal["asset", "model", "openvino"], str], ...]
+    kinds = (("asset", "assets"), ("model", "models"), ("openvino", "openvino"))
     for kind, folder in kinds:
         place = cache_root() / folder
         for path in sorted(place.iterdir()) if place.is_dir() else ():

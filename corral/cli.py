@@ -24,6 +24,7 @@ from corral.terminal import TerminalProgress
 Command = Callable[[argparse.Namespace], dict[str, Any] | None]
 
 DEFAULT_TYPES = {"gguf": "q8_0", "openvino": "int8"}
+_MODELS = "a run directory, a model or exported folder, a .gguf file, asset:NAME or hub:OWNER/NAME"
 STARTER = Path(__file__).parent / "starter.toml"
 
 
@@ -54,6 +55,8 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
     form = Form(args.to, args.type or DEFAULT_TYPES[args.to]) if args.to else None
     path = Path(args.model)
     if (path / "recipe.toml").is_file():
+        if args.out:
+            raise InputError(f"--out {args.out} is given for a run", hint=f"a run has its own place: {path / 'export'}")
         recipe = Run(path).recipe
         if form is not None:
             recipe = recipe.with_export(form.to, form.type)
@@ -66,13 +69,12 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
     else:
         from corral.model.loading import resolve
 
-        if form is None or not args.out:
-            raise InputError(f"{args.model!r} is no run", hint="for a model, say --to FORM and --out DIRECTORY")
         progress = TerminalProgress()
         try:
-            places = [
-                str(export_form(resolve(args.model, progress=progress.say).folder, Path(args.out), form, progress))
-            ]
+            folder = resolve(args.model, progress=progress.say).folder
+            if form is None or not args.out:
+                raise InputError(f"{args.model!r} is no run", hint="for a model, say --to FORM and --out DIRECTORY")
+            places = [str(export_form(folder, Path(args.out), form, progress))]
         finally:
             progress.stop()
     if not args.json:
@@ -87,20 +89,26 @@ def verify(args: argparse.Namespace) -> dict[str, Any]:
     from dataclasses import asdict
 
     from corral import contract
-    from corral.opening import contract_of, open_model
+    from corral.model.loading import load_tokenizer
+    from corral.opening import contract_of, model_folder, open_model
+    from corral.template import Template
 
-    record = contract_of(args.model)
+    folder, record = model_folder(args.model), contract_of(args.model)
     found = contract.read(record)
-    opened = open_model(args.model, args.engine)
+    template = Template.load(load_tokenizer(folder))
+    checks = contract.unchanged(record, template)
+    if all(check.passed for check in checks):
+        checks += [contract.check_token_ids(template, folder), contract.check_stop_ids(template, folder)]
+        engine = open_model(args.model, args.engine).answerer.engine
 
-    async def checked() -> list[contract.Check]:
-        async with opened.answerer.engine as engine:
-            return await contract.verify(record, engine, opened.answerer.template)
+        async def measured() -> contract.Check:
+            async with engine:
+                return await contract.verify(record, engine)
 
-    checks = asyncio.run(checked())
+        checks.append(asyncio.run(measured()))
     if not args.json:
         for check in checks:
-            print(f"{'holds ' if check.passed else 'BROKEN'}  {check.name}: {check.detail}")
+            print(f"{'holds ' if check.passed else 'BROKEN'}  {check.name}: {check.detail}", flush=True)
     contract.enforce(checks, where=record)
     return {"model": str(record.parent), "form": found["form"], "checks": [asdict(check) for check in checks]}
 
@@ -130,9 +138,13 @@ def init(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Run a recipe: prepare, train, merge, evaluate, report."""
+    """Run a recipe: prepare, train, merge, evaluate, export, report."""
+    from corral.run import Run
+
     recipe = _recipe(args)
     out = Path(args.out or Path("runs") / recipe.name)
+    if (out / "recipe.toml").is_file():
+        recipe = recipe.with_exports(Run(out).recipe.export)  # what `corral export` added stays
     result = _execute(recipe, out, args)
     if not args.json:
         _print_scorecard(out)
@@ -295,6 +307,16 @@ def _size(n: int) -> str:
     return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.0f} kB"
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+_positive.__name__ = "positive integer"  # what argparse calls it in an error
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     from corral.engines.load import ENGINES
@@ -352,14 +374,14 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("model", help="a run directory, a folder with a contract.json, or an exported .gguf file")
     sub.add_argument("--engine", choices=ENGINES, help=best)
     sub = verb("chat", chat, "corral chat runs/quickstart", as_json=False)
-    sub.add_argument("model", help="a run directory, a model folder, asset:NAME or hub:OWNER/NAME")
+    sub.add_argument("model", help=_MODELS)
     sub.add_argument("--system", help="a system message")
-    sub.add_argument("--max-tokens", type=int, default=512, help="most tokens of an answer (default: 512)")
+    sub.add_argument("--max-tokens", type=_positive, default=512, help="most tokens of an answer (default: 512)")
     sub.add_argument("--temperature", type=float, default=0.7, help="0 takes the most likely token (default: 0.7)")
     sub.add_argument("--top-p", type=float, default=0.9, help="draw from this much probability (default: 0.9)")
     sub.add_argument("--engine", choices=ENGINES, help=best)
     sub = verb("serve", serve, "corral serve runs/quickstart --port 8000", as_json=False)
-    sub.add_argument("model", help="a run directory, a model folder, asset:NAME or hub:OWNER/NAME")
+    sub.add_argument("model", help=_MODELS)
     sub.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1, this machine)")
     sub.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes any that is free")
     sub.add_argument("--engine", choices=ENGINES, help=best)
@@ -391,7 +413,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         missing = MissingExtraError(f"the package {error.name!r} is not installed", hint="pip install corral")
         return _fail(missing, args)
     except KeyboardInterrupt as stop:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        resumes = args.verb in ("run", "evaluate", "export")
+        print("\nstopped" + ("; the same command goes on from here" if resumes else ""), file=sys.stderr)
         return 128 + getattr(stop, "signal", signal.SIGINT)
     except BrokenPipeError:
         # Whoever read the output has left; Python would complain once more when it closes it.

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from corral.engines.base import Engine, Sampling
-from corral.errors import ContractError, ModelError, TemplateError
+from corral.errors import ContractError, EngineError, ModelError, TemplateError
 from corral.forms import CONTRACT
 from corral.messages import Conversation
-from corral.storage import sha256_file, write_json
+from corral.model.folder import file_hashes
+from corral.storage import write_json
 from corral.template import Template
 
 VERSION = 2
@@ -219,14 +220,14 @@ def write(
         record: the file to write.
         logprobs: what this form gives the probes, as it is served.
         form: what the weights are stored as: a dtype, or the name of an exported form.
-        files: those that hold the weights; they lie beside the record.
+        files: what the form is made of (weights, config, tokenizer, template); they lie beside the record.
         source: the weights this form was made from, `{file: sha256}`.
     """
     value = {
         "version": VERSION,
         "passed": all(c.passed for c in checks),
         "form": form,
-        "weights": {path.name: sha256_file(path) for path in files},
+        "files": file_hashes(record.parent, files),
         "source": dict(source or {}),
         "template": {"sha256": template.digest, "stop_ids": list(template.stop_ids)},
         "checks": [{key: _finite(value) for key, value in asdict(c).items()} for c in checks],
@@ -236,6 +237,13 @@ def write(
         ],
     }
     write_json(record, value)
+
+
+def files_of(folder: Path) -> list[Path]:
+    """What a model folder is made of, as far as answers depend on it."""
+    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    found = [folder / name for name in names if (folder / name).is_file()]
+    return [*found, *sorted(folder.glob("*.safetensors")), *sorted(folder.glob("openvino_model.*"))]
 
 
 def read(record: Path) -> dict[str, Any]:
@@ -252,29 +260,53 @@ def read(record: Path) -> dict[str, Any]:
         raise ModelError(
             f"the contract is not of version {VERSION}", where=str(record), hint="merge or export the model again"
         )
-    return cast("dict[str, Any]", value)
+    contract = cast("dict[str, Any]", value)
+    shapes = {"passed": bool, "form": str, "files": dict, "source": dict, "template": dict, "probes": list}
+    for key, kind in shapes.items():
+        if not isinstance(contract.get(key), kind):
+            raise ModelError(
+                f"the contract is damaged: {key!r} is missing or wrong",
+                where=str(record),
+                hint="merge or export the model again",
+            )
+    return contract
 
 
-async def verify(record: Path, engine: Engine, template: Template) -> list[Check]:
-    """Hold a model, as it is now and in this engine, against its contract. Raises: ModelError, as `read`."""
+def unchanged(record: Path, template: Template) -> list[Check]:
+    """Whether a model's files and template are those its contract was written for; nothing is computed.
+
+    Hashes are remembered by size and time of change, so that only the first look reads gigabytes.
+
+    Raises: ModelError, as `read`.
+    """
     contract = read(record)
-    changed = [
-        name
-        for name, digest in contract["weights"].items()
-        if not (record.parent / name).is_file() or sha256_file(record.parent / name) != digest
-    ]
-    same = template.digest == contract["template"]["sha256"]
-    checks = [
-        Check("weights", not changed, f"changed or missing: {', '.join(changed)}" if changed else "as recorded"),
+    files: dict[str, str] = contract["files"]
+    there = [record.parent / name for name in files if (record.parent / name).is_file()]
+    found = file_hashes(record.parent, there)
+    changed = [name for name, digest in files.items() if found.get(name) != digest]
+    same = template.digest == contract["template"].get("sha256")
+    return [
+        Check("files", not changed, f"changed or missing: {', '.join(changed)}" if changed else "as recorded"),
         Check("template", same, "as recorded" if same else "another template, or other special tokens, than recorded"),
     ]
-    probe_set = [Probe(tuple(p["ids"]), p["start"]) for p in contract["probes"]]
-    recorded = [[math.nan if v is None else v for v in p["logprobs"]] for p in contract["probes"]]
-    measured = await measure(engine, probe_set)
+
+
+async def verify(record: Path, engine: Engine) -> Check:
+    """Hold what a model gives its probes, now and in this engine, against its contract. Raises: ModelError, as `read`."""
+    contract = read(record)
+    name = f"engine {engine.name}"
+    try:
+        probe_set = [Probe(tuple(p["ids"]), p["start"]) for p in contract["probes"]]
+        recorded = [[math.nan if v is None else v for v in p["logprobs"]] for p in contract["probes"]]
+        measured = await measure(engine, probe_set)
+    except EngineError as error:
+        return Check(name, False, f"the probes cannot be computed: {error.what}")
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"the contract is damaged: {error!r}", where=str(record)) from None
     tolerance = TOLERANCES.get(contract["form"].rpartition(" ")[2], ACROSS_ENGINES)
     if tolerance.mean < ACROSS_ENGINES.mean:
         tolerance = ACROSS_ENGINES  # who wrote the contract may have been another engine
-    return [*checks, compare_logprobs(f"engine {engine.name}", measured, recorded, tolerance)]
+    return compare_logprobs(name, measured, recorded, tolerance)
 
 
 def _finite(value: Any) -> Any:

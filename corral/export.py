@@ -89,7 +89,7 @@ def _is_current(record: Path, source: dict[str, str], template: Template) -> boo
         found = contract.read(record)
     except ModelError:
         return False
-    whole = all((record.parent / name).is_file() for name in found["weights"])
+    whole = all((record.parent / name).is_file() for name in found["files"])
     return whole and found["passed"] and found["source"] == source and found["template"]["sha256"] == template.digest
 
 
@@ -110,7 +110,7 @@ class _Made:
     """A candidate, and what it takes to prove it."""
 
     files: list[Path]
-    """Those that hold the weights."""
+    """What the form is made of."""
     speaks: Path
     """A folder whose tokenizer, template and generation config are what the form says of itself."""
     restored: Callable[[str, Any], Any]
@@ -139,9 +139,8 @@ def _make_openvino(
         unlike = openvino.write_tokenizer(template, new)
     if unlike:
         progress.say(f"OpenVINO's own tokenizer is left out, as it gives other ids for {unlike!r}")
-    model = candidate / openvino.MODEL
     yield _Made(
-        files=[model, model.with_suffix(".bin")],
+        files=contract.files_of(candidate),
         speaks=candidate,
         restored=lambda name, weight: openvino.restored(name, weight, precision),
         exact=lambda: OpenVinoEngine(candidate, exact=True),

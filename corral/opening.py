@@ -9,6 +9,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from corral import contract
 from corral.answerer import Answerer
 from corral.engines.base import Sampling
 from corral.engines.load import Name, default_engine, load_engine
@@ -42,6 +43,8 @@ def model_folder(spec: str) -> Path:
 def contract_of(spec: str) -> Path:
     """Where the contract of a run's model, a model folder or an exported form stands, if it has one. Raises: as above."""
     path = Path(spec)
+    if path.suffix == ".gguf":
+        model_folder(spec)
     return path.with_suffix(".contract.json") if path.suffix == ".gguf" else model_folder(spec) / CONTRACT
 
 
@@ -52,8 +55,11 @@ def open_model(spec: str, engine: Name | None = None, sampling: Sampling | None 
         engine: one of `engines.load.ENGINES`; None takes the one meant for the device.
         sampling: the Answerer's default.
 
+    A model that carries a contract is held to it as far as that takes no computing: `contract.unchanged`.
+
     Raises:
         RunError, ModelError, AssetError: there is no such model, or it cannot be loaded.
+        ContractError: its files or its template are not those its contract was written for.
         TemplateError: its tokenizer has no chat template that can be used.
         MissingExtraError: the engine is not installed.
     """
@@ -63,9 +69,13 @@ def open_model(spec: str, engine: Name | None = None, sampling: Sampling | None 
 
     folder = model_folder(spec)
     template = Template.load(load_tokenizer(folder))
-    device, dtype = placement()
-    if engine is None:
-        engine = "openvino" if (folder / OPENVINO).is_file() else default_engine(device)
+    record = contract_of(spec)
+    if record.is_file():
+        contract.enforce(contract.unchanged(record, template), where=record)
+    if engine is None and (folder / OPENVINO).is_file():
+        engine = "openvino"
+    device, dtype = placement("cpu" if engine == "openvino" else "auto")
+    engine = engine or default_engine(device)
     loaded = load_engine(engine, folder, dtype=dtype, device=device)
     made_of = f"{identity(folder)} {template.digest} {loaded.name}"
     fingerprint = hashlib.sha256(made_of.encode()).hexdigest()[:12]

@@ -18,7 +18,7 @@ from corral.progress import Progress
 from corral.recipe import Recipe
 from corral.run import Run, Stage, environment
 from corral.stages import Work
-from corral.storage import write_json
+from corral.storage import write_atomic, write_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +97,17 @@ def execute(recipe: Recipe, out: Path, progress: Progress, *, only: Collection[s
         Stopped: by a signal; calling again goes on from there.
     """
     interrupts = Interrupts(lambda: progress.say("stopping after this step; once more to stop at once"))
+    path = out / "recipe.toml"
+    before = path.read_text("utf-8") if only is not None and path.is_file() else None
     with Run.open(out, recipe) as run, interrupts:
         try:
             return _stages(Work(run, recipe, progress, interrupts), only)
-        except KeyboardInterrupt:
-            raise Stopped(interrupts.signal) from None
+        except BaseException as error:
+            if before is not None:  # what was asked for in addition did not come about
+                write_atomic(path, before)
+            if isinstance(error, KeyboardInterrupt):
+                raise Stopped(interrupts.signal) from None
+            raise
         finally:
             progress.stop()
 
@@ -123,6 +129,7 @@ def _stages(work: Work, only: Collection[str] | None) -> dict[str, str]:
                 where=str(run.path),
                 hint="`corral run RECIPE` does what is missing",
             )
+        stages.require_extras(work)
         device, dtype = work.placement
         write_json(
             run.path / "environment.json",

@@ -220,11 +220,14 @@ class Recipe(_Section):
                 )
         return self
 
+    def with_exports(self, others: Export) -> Recipe:
+        """This recipe with the forms of another one too."""
+        export = Export(gguf=(*self.export.gguf, *others.gguf), openvino=(*self.export.openvino, *others.openvino))
+        return self.model_copy(update={"export": export})
+
     def with_export(self, to: Target, kind: str) -> Recipe:
         """This recipe with one more form to export."""
-        raw = self.model_dump(mode="json", exclude_none=True)
-        raw["export"][to] = [*raw["export"][to], kind]
-        return Recipe.model_validate(raw)
+        return self.with_exports(Export.model_validate({to: [kind]}))
 
     def to_toml(self) -> str:
         """The resolved recipe: every setting written out, reads back as an equal recipe."""

@@ -5,6 +5,7 @@ Knows nothing about order, fingerprints or what is done already (pipeline), nor 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import time
@@ -220,8 +221,8 @@ def merge(work: Work, stage: Stage) -> None:
         contract.check_stop_ids(work.template, candidate),
         contract.compare_logprobs("adapter and merged model", trained, merged, contract.TOLERANCES[dtype]),
     ]
-    weights = sorted(candidate.glob("*.safetensors"))
-    contract.write(candidate / contract.FILE, work.template, probe_set, merged, checks, form=dtype, files=weights)
+    files = contract.files_of(candidate)
+    contract.write(candidate / contract.FILE, work.template, probe_set, merged, checks, form=dtype, files=files)
     contract.enforce(checks, where=candidate)
     remove_tree(stage.path / "model")  # what a stop between promoting and recording left
     candidate.rename(stage.path / "model")
@@ -310,7 +311,25 @@ def engine_name(work: Work) -> Name:
     from corral.engines.load import default_engine
 
     asked = work.recipe.evaluate.engine
-    return default_engine(work.placement[0]) if asked == "auto" else asked
+    device = work.placement[0]
+    if asked != "auto":
+        return asked
+    # What a run was evaluated with stays, so that a machine with other packages does not call its figures stale.
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        record = json.loads((work.run.path / "evaluate" / "stage.json").read_text("utf-8"))
+        before: Name = record["inputs"]["evaluate"]["engine"]
+        if record["status"] == "done" and (before != "openvino" or device == "cpu"):
+            return before
+    return default_engine(device)
+
+
+def require_extras(work: Work) -> None:
+    """Refuse now what would be missing after hours of training. Raises: MissingExtraError."""
+    from corral.extras import require
+
+    if engine_name(work) == "openvino" or work.recipe.export.openvino:
+        require("openvino_genai", "openvino")
+        require("openvino_tokenizers", "openvino")
 
 
 def variant_rows(folder: Path, name: str, info: dict[str, float] | None = None) -> VariantRows:

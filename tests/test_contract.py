@@ -116,46 +116,58 @@ def record(folder: Path, template: Template) -> Path:
     check = contract.compare_logprobs("again", values, values, FLOAT32)
     path = folder / contract.FILE
     probe_set = contract.probes(template)
-    files = [folder / "model.safetensors"]
+    files = contract.files_of(folder)
     contract.write(path, template, probe_set, values, [check], form="float32", files=files)
     return path
 
 
-def verified(record: Path, model: Any, template: Template) -> dict[str, bool]:
-    async def work() -> list[contract.Check]:
+def verified(record: Path, model: Any) -> contract.Check:
+    async def work() -> contract.Check:
         async with TransformersEngine(model) as engine:
-            return await contract.verify(record, engine, template)
+            return await contract.verify(record, engine)
 
-    return {check.name: check.passed for check in asyncio.run(work())}
+    return asyncio.run(work())
+
+
+def holds(record: Path, template: Template) -> dict[str, bool]:
+    return {check.name: check.passed for check in contract.unchanged(record, template)}
 
 
 def test_a_written_contract_is_enough_to_check_the_folder_again(record: Path, template: Template) -> None:
     assert contract.read(record)["passed"]
-    holds = verified(record, load_model(record.parent), template)
-    assert holds == {"weights": True, "template": True, "engine transformers": True}
+    assert holds(record, template) == {"files": True, "template": True}
+    assert verified(record, load_model(record.parent)).passed
 
 
 def test_a_model_that_drifted_from_its_contract_is_caught(record: Path, template: Template) -> None:
     model = load_model(record.parent)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(1.05)  # pyright: ignore[reportAttributeAccessIssue]
-    assert verified(record, model, template)["engine transformers"] is False
+    assert not verified(record, model).passed
 
 
-def test_changed_weights_and_another_template_are_caught_by_name(record: Path, template: Template) -> None:
-    weights = record.parent / "model.safetensors"
+@pytest.mark.parametrize("name", ["model.safetensors", "generation_config.json", "tokenizer.json", "config.json"])
+def test_a_changed_or_missing_file_is_caught(record: Path, template: Template, name: str) -> None:
+    path = record.parent / name
+    path.write_bytes(path.read_bytes() + b" ")
+    assert holds(record, template)["files"] is False
+    path.unlink()
+    assert holds(record, template)["files"] is False
+
+
+def test_another_template_is_caught_without_computing(record: Path, template: Template) -> None:
+    other = Template(template.tokenizer, template.source + "{# changed #}", "other")
+    assert holds(record, other) == {"files": True, "template": False}
+
+
+def test_an_engine_that_fails_on_the_probes_is_a_broken_check(record: Path) -> None:
     model = load_model(record.parent)
-    weights.write_bytes(weights.read_bytes() + b" ")
-    other = Template.load(load_tokenizer(record.parent), "chatml")
-    other = Template(other.tokenizer, other.source + "{# changed #}", "other")
-    holds = verified(record, model, other)
-    assert holds["weights"] is False
-    assert holds["template"] is False
-    weights.unlink()
-    assert verified(record, model, template)["weights"] is False
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))  # pyright: ignore[reportAttributeAccessIssue]
+    assert not verified(record, model).passed
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"version": 1}'])
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"version": 1}', '{"version": 2}'])
 def test_no_contract_or_an_unreadable_one_is_an_error_that_names_it(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / contract.FILE).write_text(content)

@@ -36,7 +36,8 @@ class Sampling:
     top_k: int = 0
     """Draw from this many most likely tokens; 0 draws from all."""
     seed: int | None = None
-    """The same seed gives the same ids, alone or in a batch; None draws anew each time."""
+    """The same seed gives the same ids, alone or in a batch, where weights and products are float32; with coarser ones,
+    rounding depends on what else is in the batch, and may turn a draw. None draws anew each time."""
     stop_ids: tuple[int, ...] = ()
     """A choice ends when it draws one of these. The stop id is not part of the completion."""
     logprobs: bool = False
@@ -152,6 +153,11 @@ class Engine(ABC):
 
     name: str
     features: Features
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can compute, as far as it knows without trying."""
+        return True
 
     @abstractmethod
     def submit(self, ids: Sequence[int], sampling: Sampling) -> Generation:

@@ -26,6 +26,7 @@ from corral.engines.base import Delta, Engine, Features, Generation, Sampling, c
 from corral.engines.openvino_child import BLOCK
 from corral.errors import EngineError, ModelError
 from corral.extras import require
+from corral.forms import OpenVinoType
 
 if TYPE_CHECKING:
     from corral.model.loading import DType
@@ -69,17 +70,16 @@ class OpenVinoEngine(Engine):
         require("openvino_genai", "openvino")
         if dtype not in _HINTS:
             raise ModelError(f"the openvino engine does not compute in {dtype}", hint="use float32 or bfloat16")
-        from corral.model.openvino import MODEL, cached
-
         self.name = name
-        form = folder if (folder / MODEL).is_file() else cached(folder, "f32" if dtype == "float32" else "f16")
+        self._folder = folder
+        self._precision: OpenVinoType = "f32" if dtype == "float32" else "f16"
+        form = self._form()
         cache = _Cache.fitting(form, 4 if dtype == "float32" else 2)
         properties = {"INFERENCE_PRECISION_HINT": _HINTS[dtype], "KV_CACHE_PRECISION": _HINTS[dtype]}
         if exact:
             properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
         self.features = Features(max_length=cache.longest, vocabulary=cache.vocabulary, logprobs=True, score=True)
         self._settings = {
-            "folder": str(form),
             "properties": properties,
             "blocks": cache.blocks,
             "score_blocks": cache.score_blocks,
@@ -88,7 +88,14 @@ class OpenVinoEngine(Engine):
         self._asked: dict[int, _Asked] = {}
         self._next = 0
         self._closed = False
+        self._able = True
         self._child: _Child | None = self._start(wait=True)
+
+    @property
+    def ready(self) -> bool:
+        """False when the child could not be started, until one could."""
+        child = self._child
+        return not self._closed and (self._able or (child is not None and child.ready))
 
     def submit(self, ids: Sequence[int], sampling: Sampling) -> Generation:
         """See Engine."""
@@ -96,10 +103,11 @@ class OpenVinoEngine(Engine):
         self.check(ids, sampling)
         with self._lock:
             self._refuse_closed()  # another thread may have closed it meanwhile
+            child = self._alive()
             request = self._new_id()
             generation = Generation(len(ids), sampling.n, lambda choice: self._cancel(request, choice))
             self._asked[request] = _Asked(generation, set(range(sampling.n)))
-            self._send(["submit", request, [*map(int, ids)], asdict(sampling), _seeds(sampling)])
+            child.send(["submit", request, [*map(int, ids)], asdict(sampling), _seeds(sampling)])
         return generation
 
     async def score(self, ids: Sequence[int], start: int = 1) -> list[float]:
@@ -112,9 +120,10 @@ class OpenVinoEngine(Engine):
         future: asyncio.Future[list[float]] = loop.create_future()
         with self._lock:
             self._refuse_closed()
+            child = self._alive()
             request = self._new_id()
             self._asked[request] = _Asked(None, set(), future, loop)
-            self._send(["score", request, [*map(int, ids)]])
+            child.send(["score", request, [*map(int, ids)]])
         try:
             return (await future)[start:]
         finally:
@@ -139,13 +148,23 @@ class OpenVinoEngine(Engine):
         self._next += 1
         return self._next
 
+    def _form(self) -> Path:
+        from corral.model.openvino import MODEL, cached
+
+        return self._folder if (self._folder / MODEL).is_file() else cached(self._folder, self._precision)
+
     def _start(self, *, wait: bool) -> _Child:
-        return _Child(self._settings, self._events, self._died, wait=wait)
+        # The form anew: the cache may have dropped it since.
+        return _Child({**self._settings, "folder": str(self._form())}, self._events, self._died, wait=wait)
+
+    def _alive(self) -> _Child:
+        """With the lock held: the child, started anew if it died. Raises: ModelError (the model is gone)."""
+        if self._child is None:
+            self._child = self._start(wait=False)
+        return self._child
 
     def _send(self, command: list[Any]) -> None:
-        """With the lock held; starts a child where there is none."""
-        if self._child is None and not self._closed:
-            self._child = self._start(wait=False)
+        """With the lock held, to a child that lives."""
         if self._child is not None:
             self._child.send(command)
 
@@ -194,6 +213,7 @@ class OpenVinoEngine(Engine):
             if self._child is not child:
                 return
             self._child = None
+            self._able = child.ready
             self._fail_all(
                 EngineError(f"the process of engine {self.name!r} ended: {why}", hint="ask again: it is started anew")
             )
@@ -220,7 +240,9 @@ class _Child:
         )
         self._out: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._stopping = False
-        if wait and not self._first_line():
+        self.ready = wait and self._first_line()
+        """Whether it has loaded the model."""
+        if wait and not self.ready:
             why = self._end()
             cast("IO[bytes]", self.process.stdin).close()
             raise ModelError(f"OpenVINO cannot load the model: {why}", where=settings["folder"])
@@ -255,6 +277,7 @@ class _Child:
     def _read(self, events: Any, died: Any) -> None:
         for line in cast("IO[bytes]", self.process.stdout):
             if line.endswith(b"\n"):
+                self.ready = True
                 events([event for event in json.loads(line) if event[0] != "ready"])
         why = self._end()
         self._out.put(None)

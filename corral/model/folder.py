@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from corral.errors import ModelError, StorageError
+from corral.forms import OPENVINO
 from corral.storage import cache_root, sha256_file, write_json
 
 MODEL_TYPES = frozenset({"llama"})
@@ -146,6 +147,12 @@ def weight_files(folder: Path) -> list[Path]:
     single = folder / "model.safetensors"
     if single.is_file():
         return [single]
+    if (folder / OPENVINO).is_file():
+        raise ModelError(
+            "this is a model in OpenVINO's form, which only the openvino engine computes",
+            where=str(folder),
+            hint="leave out --engine, or name the model it was made from",
+        )
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         raise ModelError(

@@ -86,6 +86,8 @@ def build_app(served: Served, *, hosts: Collection[str] = ()) -> FastAPI:
         with faults():
             # Only the engine knows whether it takes work, and says so when it is given some.
             engine.submit([0], Sampling(max_tokens=1)).cancel()
+        if not engine.ready:
+            raise Refused(503, "the engine of this server cannot be started", code="engine_unavailable")
         return _json(Health(model=served.name, engine=engine.name))
 
     return app

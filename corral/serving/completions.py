@@ -7,6 +7,7 @@ how events are sent, or that there are routes.
 from __future__ import annotations
 
 import contextlib
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Generator, Sequence
@@ -33,6 +34,8 @@ from corral.serving.protocol import (
 )
 
 _DONE = "[DONE]"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,4 +251,5 @@ def faults() -> Generator[None]:
     except EngineClosedError as error:
         raise Refused(503, "the engine of this server is closed", code="engine_unavailable") from error
     except CorralError as error:
+        _log.error("the engine failed: %s", error.what)
         raise Refused(500, "the engine failed on this request", code="engine_failed") from error

@@ -40,14 +40,21 @@ def test_a_form_is_added_to_the_run_its_recipe_and_its_report_and_earlier_forms_
     for place in (run, *places):
         held = corral("verify", place)
         assert held.returncode == 0, held.stderr
-        assert held.stdout.count("holds") == 3
+        assert held.stdout.count("holds") == 5
 
     damaged = places[1] / "openvino_model.bin"
     damaged.write_bytes(damaged.read_bytes()[:-64] + bytes(64))
     broken = corral("verify", places[1])
     assert broken.returncode == 4
-    assert "BROKEN  weights" in broken.stdout
+    assert "BROKEN  files: changed or missing: openvino_model.bin" in broken.stdout
     assert "contract broken" in broken.stderr
+    for verb in ("serve", "chat"):
+        refused = corral(verb, places[1])
+        assert refused.returncode == 4
+        assert "openvino_model.bin" in refused.stderr
+    assert corral("verify", run, "--engine", "openvino").returncode == 0
+    (run / "merge" / "model" / "generation_config.json").write_text("{}")
+    assert corral("verify", run).returncode == 4
 
 
 def test_a_model_that_is_no_run_is_exported_to_where_the_user_says(finished: Path, tmp_path: Path) -> None:
@@ -86,3 +93,29 @@ def test_a_model_without_a_contract_cannot_be_verified(tiny_folder: Path) -> Non
     done = corral("verify", tiny_folder)
     assert done.returncode == 2
     assert "no contract" in done.stderr
+
+
+def test_a_form_that_fails_leaves_the_recipe_as_it_was(run: Path) -> None:
+    before = (run / "recipe.toml").read_text()
+    (run / "export").write_text("in the way")
+    done = corral("export", run, "--to", "gguf", "--type", "f16")
+    assert done.returncode != 0
+    assert (run / "recipe.toml").read_text() == before
+
+
+def test_running_the_recipe_again_keeps_a_form_that_was_added(run: Path, finished: Path) -> None:
+    assert corral("export", run, "--to", "gguf", "--type", "f16").returncode == 0
+    again = corral("run", finished / "r.toml", "--out", run)
+    assert again.returncode == 0, again.stderr
+    assert (run / "export" / "model-f16.gguf").is_file()
+    assert "export" in again.stderr.partition("already done: ")[2]
+
+
+def test_an_openvino_form_cannot_be_given_to_transformers_and_an_out_is_refused_for_a_run(run: Path) -> None:
+    assert corral("export", run, "--to", "openvino", "--type", "f32").returncode == 0
+    wrong = corral("verify", run / "export" / "openvino-f32", "--engine", "transformers")
+    assert wrong.returncode == 2
+    assert "OpenVINO's form" in wrong.stderr
+    out = corral("export", run, "--to", "gguf", "--out", run / "elsewhere")
+    assert out.returncode == 2
+    assert "--out" in out.stderr
