@@ -29,6 +29,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/rouge.py --json benchmarks/results/rouge.json
 	$(BIN)/python benchmarks/train_cpu.py --json benchmarks/results/train_cpu.json
 	$(BIN)/python benchmarks/generate_cpu.py --json benchmarks/results/generate_cpu.json
+	$(BIN)/python benchmarks/prepare.py --json benchmarks/results/prepare.json
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'corral needs Python 3.11 or newer; try: make PYTHON=python3.11 ...')"

@@ -210,10 +210,10 @@ class FetchedAsset:
 
 @dataclass(frozen=True, slots=True)
 class CacheEntry:
-    """Something in the cache: an asset, a model converted from one or from a file, or a model's OpenVINO form."""
+    """Something in the cache: an asset, a converted model, a model's OpenVINO form, or all prepared rows."""
 
     name: str
-    kind: Literal["asset", "model", "openvino"]
+    kind: Literal["asset", "model", "openvino", "rows"]
     path: Path
     size: int
 
@@ -310,6 +310,9 @@ def _cache_entries() -> Iterator[CacheEntry]:
             if path.is_dir() and not path.name.startswith("."):
                 name = names.get(path.name) or path.name.rpartition("-")[0] or path.name
                 yield CacheEntry(name, kind, path, tree_size(path))
+    prepared = cache_root() / "prepared"
+    if prepared.is_dir():
+        yield CacheEntry("prepared", "rows", prepared, tree_size(prepared))
 
 
 def _open_cached(asset: Asset, *, verify: bool, fetched: bool = False) -> FetchedAsset:

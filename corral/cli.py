@@ -142,7 +142,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from corral.run import Run
 
     recipe = _recipe(args)
-    out = Path(args.out or Path("runs") / recipe.name)
+    out = Path(args.out or Path("runs") / (f"{recipe.name}-small" if args.small else recipe.name))
+    if args.small:
+        from corral.data.small import small
+
+        recipe = small(recipe, out / ".corral-small-rows")
     if (out / "recipe.toml").is_file():
         recipe = recipe.with_exports(Run(out).recipe.export)  # what `corral export` added stays
     result = _execute(recipe, out, args)
@@ -177,7 +181,9 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
     )
     with tempfile.TemporaryDirectory() as folder:
         try:
-            prepared = prepare(recipe.data, template, Path(folder), recipe.seed, progress)
+            # A recipe whose loss is too great is what one most wants to look into.
+            data = recipe.data.model_copy(update={"max_loss": None})
+            prepared = prepare(data, template, Path(folder), recipe.seed, progress)
         finally:
             progress.stop()
         if args.html:
@@ -351,7 +357,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("path", nargs="?", default="recipe.toml", help="the file to write (default: recipe.toml)")
     sub = verb("run", run, "corral run recipes/quickstart.toml --set train.0.steps=20 --out runs/short", settings=True)
     sub.add_argument("recipe", help="a recipe file")
-    sub.add_argument("--out", help="the run directory (default: runs/NAME)")
+    sub.add_argument("--out", help="the run directory (default: runs/NAME, or runs/NAME-small)")
+    small = "try the recipe in minutes: the starter model, a few made-up rows of each source's form, a few steps"
+    sub.add_argument("--small", action="store_true", help=small)
     sub = verb("inspect", inspect, "corral inspect recipes/quickstart.toml --rows 3 --html rows.html", settings=True)
     sub.add_argument("recipe", help="a recipe file")
     sub.add_argument("--rows", type=int, default=2, help="rows to show of each side and fate (default: 2)")

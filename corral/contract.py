@@ -20,8 +20,7 @@ from corral.engines.base import Engine, Sampling
 from corral.errors import ContractError, EngineError, ModelError, TemplateError
 from corral.forms import CONTRACT
 from corral.messages import Conversation
-from corral.model.folder import file_hashes
-from corral.storage import write_json
+from corral.storage import file_hashes, write_json
 from corral.template import Template
 
 VERSION = 2

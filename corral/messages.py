@@ -1,4 +1,4 @@
-"""The values a row of data becomes: Conversation, Preference, Feedback.
+"""The values a row of data becomes: Conversation, Preference, Feedback, Text.
 
 Knows nothing about text formats, tokens or files. All values are frozen, compare by content and have one JSON form,
 which is what `record_key` hashes: a row is the same row wherever it is read from.
@@ -10,6 +10,9 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
+
+INPUT = "\n\n### Input:\n"
+"""Stands in a user message between a request and the material it is about."""
 
 Role: TypeAlias = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
@@ -76,7 +79,20 @@ class Feedback:
     score: float
 
 
-Record: TypeAlias = Conversation | Preference | Feedback
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A plain document, all of which is trained on: no turns, no template."""
+
+    content: str
+
+
+Record: TypeAlias = Conversation | Preference | Feedback | Text
+
+
+def with_input(request: str, material: str) -> str:
+    """A user message that asks something of some material (an input, a context, passages found): one form everywhere,
+    so that a template can tell the two apart."""
+    return f"{request}{INPUT}{material}" if material else request
 
 
 def record_to_json(record: Record) -> dict[str, Any]:
@@ -92,6 +108,8 @@ def record_to_json(record: Record) -> dict[str, Any]:
                 "completion": record.completion,
                 "score": record.score,
             }
+        case Text():
+            return {"text": record.content}
 
 
 def record_key(record: Record) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from corral import stages
-from corral.errors import DataError, RunError
+from corral.errors import RunError
 from corral.interrupts import Interrupts, Stopped
 from corral.progress import Progress
 from corral.recipe import Recipe
@@ -33,6 +33,8 @@ class Step:
 
 def steps(work: Work) -> list[Step]:
     """The stages of a recipe, in order."""
+    from corral.data.sources import identity
+
     recipe = work.recipe
     seed = recipe.seed
     device, dtype = work.placement
@@ -40,7 +42,8 @@ def steps(work: Work) -> list[Step]:
     def prepare_inputs(_: Mapping[str, str]) -> dict[str, Any]:
         # What is in a file counts, not where it lies: a run may be moved with its data.
         data = recipe.data.model_dump(mode="json", exclude={"sources": {"__all__": {"path"}}})
-        return {"data": data, "files": _file_hashes(recipe), "template": work.template.fingerprint, "seed": seed}
+        rows = {source.label: identity(source, work.progress) for source in recipe.data.sources}
+        return {"data": data, "sources": rows, "template": work.template.fingerprint, "seed": seed}
 
     def train_step(number: int) -> Step:
         config = recipe.train[number - 1]
@@ -153,24 +156,3 @@ def _execute(step: Step, work: Work, stage: Stage) -> None:
         raise
     work.progress.stop()
     work.run.finish(stage, time.perf_counter() - began)
-
-
-def _file_hashes(recipe: Recipe) -> dict[str, str]:
-    """sha256 of the recipe's local data files; assets carry theirs in the catalogue."""
-    from corral.assets import find_asset
-    from corral.data.sources import require_file
-    from corral.storage import sha256_file
-
-    hashes: dict[str, str] = {}
-    for source in recipe.data.sources:
-        if source.path.startswith("asset:"):
-            hashes[source.label] = find_asset(source.path.removeprefix("asset:")).wheel_sha256
-        else:
-            path = require_file(source)
-            try:
-                hashes[source.label] = sha256_file(path)
-            except OSError as error:
-                raise DataError(
-                    f"the file cannot be read: {error.strerror}", where=str(path), hint="check its permissions"
-                ) from None
-    return hashes

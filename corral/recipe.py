@@ -33,24 +33,72 @@ class Model(_Section):
     base: str
     """`asset:NAME` (ships as a package), `hub:OWNER/NAME[@REVISION]`, a folder, or a `.gguf` file."""
     template: str = "tokenizer"
-    """Chat template: `tokenizer` (the model's own), one that ships with corral (`chatml`), or a `.jinja` file."""
+    """Chat template: `tokenizer` (the model's own), one that ships with corral (`chatml`, `instruction`, `question`,
+    `llama-2`, `llama-3`, `llama-3.1`, `smollm2`, `zephyr`), or a `.jinja` file."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What weights are held and computed in. `auto`: bfloat16 on a GPU that has it, float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. `auto`: the first GPU, else the CPU."""
 
 
+class Mapping(_Section):
+    """Rows of any other columns: texts with the columns' names in braces, `"{title}\\n{body}"`. Which keys are given says what
+    a row becomes: prompt and completion a conversation, prompt, chosen and rejected a preference, prompt, completion and
+    score feedback."""
+
+    system: str | None = None
+    """A system message."""
+    prompt: str | None = None
+    """What the user says."""
+    completion: str | None = None
+    """What the assistant answers."""
+    chosen: str | None = None
+    """The better answer."""
+    rejected: str | None = None
+    """The worse answer."""
+    score: str | None = None
+    """The column that says how good the completion is."""
+    score_range: tuple[float, float] = (0.0, 1.0)
+    """The scores of the worst and of the best completion."""
+
+
 class Source(_Section):
     """One source of rows."""
 
     path: str
-    """`asset:NAME`, or a `.jsonl` or `.json` file. A relative path is relative to the recipe."""
-    format: Literal["messages", "wikibooks-recipes"] = "messages"
-    """What a row looks like. `messages`: the OpenAI form, `{"messages": [{"role": …, "content": …}, …]}`."""
+    """`asset:NAME`, `hub:OWNER/NAME[@REVISION]`, `s3://BUCKET/KEY`, or a file, folder or glob of `.jsonl`, `.json`, `.csv`,
+    `.tsv`, `.parquet` or `.txt` files, also with `.gz` or `.zst` after it. A relative path is relative to the recipe.
+    A `.jsonl` file holds one object on each line, a `.json` file a list of them, a `.txt` file one document on each line;
+    `.csv` and `.tsv` files begin with the columns' names, and all their values are text. A folder is read with the folders in
+    it, in the order of names."""
+    config: str | None = None
+    """The configuration (subset) of a data set on the hub."""
+    split: str = "train"
+    """The split of a data set on the hub."""
+    format: str = "auto"
+    """What a row looks like: the name of a format; `auto` recognises it from the columns, and says which it took."""
+    mapping: Mapping | None = None
     name: str | None = None
     """The name in the ledger; by default the path."""
     rows: Positive | None = None
-    """Use at most this many rows, chosen by a seeded hash of their content; by default all."""
+    """Use at most this many rows, chosen by a seeded hash of their content, so that a smaller number is a part of a larger;
+    by default all."""
+    repeat: Positive = 1
+    """Passes over this source's training rows for each pass over the others."""
+
+    @model_validator(mode="after")
+    def _one_format(self) -> Self:
+        if self.mapping is not None and self.format != "auto":
+            raise ValueError(f"`format` = {self.format!r} and a `mapping` cannot both be given: remove one")
+        return self
+
+    @model_validator(mode="after")
+    def _parts_of_the_hub(self) -> Self:
+        if not self.path.startswith("hub:") and (self.config is not None or self.split != "train"):
+            raise ValueError(
+                f"`config` and `split` choose from a data set on the hub, and {self.path!r} is none: remove them"
+            )
+        return self
 
     @property
     def label(self) -> str:
@@ -59,16 +107,17 @@ class Source(_Section):
 
 
 class Split(_Section):
-    """Which rows are held out. A row's side depends on its content and the seed alone, so it never changes sides."""
+    """Which rows are held out. By a share, a row's side depends on its content and the seed alone, so it never changes sides;
+    by a number, so many rows are taken from all sources in proportion."""
 
-    validation: Fraction = 0.05
-    """Share of rows for evaluation while training."""
-    test: Fraction = 0.05
-    """Share of rows for `evaluate`; never seen in training."""
+    validation: Fraction | Positive = 0.05
+    """Share (below 1) or number of rows for evaluation while training."""
+    test: Fraction | Positive = 0.05
+    """Share (below 1) or number of rows for `evaluate`; never seen in training."""
 
     @model_validator(mode="after")
     def _something_left(self) -> Self:
-        if self.validation + self.test >= 1:
+        if self.validation < 1 and self.test < 1 and self.validation + self.test >= 1:
             raise ValueError(f"validation + test is {self.validation + self.test:g}: nothing is left to train on")
         return self
 
@@ -82,7 +131,24 @@ class Data(_Section):
     """Most tokens of one example."""
     overlong: Literal["drop", "truncate"] = "drop"
     """What becomes of a longer example. `truncate` cuts its end, so that it loses its end token. The ledger counts it."""
+    duplicates: Literal["exact", "near", "keep"] = "exact"
+    """Which rows count as copies of one before them and are left out: `exact` the same content, `near` also almost the same
+    words (MinHash of 5-word shingles), `keep` none."""
+    contamination: Literal["report", "drop", "ignore"] = "report"
+    """What becomes of training rows that share long passages with held-out rows."""
+    max_loss: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Stop before training if more than this share of the rows asked for is lost (dropped, cut, masked): 0.02 or "2%"."""
     split: Split = Split()
+
+    @field_validator("max_loss", mode="before")
+    @classmethod
+    def _percent(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.strip().endswith("%"):
+            try:
+                return float(value.strip()[:-1]) / 100
+            except ValueError:
+                raise ValueError(f"{value!r} is no percentage") from None
+        return value
 
     @field_validator("sources")
     @classmethod
@@ -283,7 +349,7 @@ def _absolute(recipe: Recipe, base: Path) -> Recipe:
         return str((base / Path(spec).expanduser()).resolve()) if is_path else spec
 
     def is_file(spec: str) -> bool:
-        return not spec.startswith(("asset:", "hub:")) and not Path(spec).is_absolute()
+        return not spec.startswith(("asset:", "hub:", "s3://")) and not Path(spec).is_absolute()
 
     model = recipe.model
     sources = tuple(

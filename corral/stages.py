@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corral.errors import TemplateError
+from corral.errors import DataError, TemplateError
 from corral.interrupts import Interrupts
 from corral.progress import Progress
 from corral.recipe import Recipe, Train
@@ -91,15 +91,37 @@ def stage_name(recipe: Recipe, number: int) -> str:
 
 
 def prepare(work: Work, stage: Stage) -> None:
-    """Rows → examples, split and counted."""
+    """Rows → examples, split and counted. Raises: GateError (more is lost than the recipe allows)."""
     from corral.data.prepared import prepare as prepare_rows
 
     work.progress.start("Preparing rows", None)
     rows = prepare_rows(work.recipe.data, work.template, stage.path, work.recipe.seed, work.progress)
+    for label, source in rows.ledger["sources"].items():
+        work.progress.say(f"{label}: {source['why']}")
+        if source["contaminated"] and work.recipe.data.contamination == "report":
+            work.progress.say(f"{label}: {source['contaminated']:,} training rows share passages with held-out rows")
+    _refuse_comparisons(work.recipe, rows)
+    repeated = f" ({rows.train.distinct} of them different)" if rows.train.distinct < len(rows.train) else ""
     work.progress.say(
-        f"{len(rows.train)} rows to train on, {len(rows.validation)} for validation, {len(rows.test)} for testing; "
+        f"{len(rows.train)} rows to train on{repeated}, {len(rows.validation)} for validation, {len(rows.test)} for testing; "
         f"{int(rows.train.lengths.sum()):,} training tokens, {int(rows.train.trained_tokens.sum()):,} of them trained"
     )
+
+
+def _refuse_comparisons(recipe: Recipe, rows: Prepared) -> None:
+    """Raises DataError where `sft` would learn the worse answers too."""
+    from corral.messages import Feedback, Preference
+
+    if all(stage.objective != "sft" for stage in recipe.train):
+        return
+    found = next((row for row in rows.train if isinstance(row.record, Preference | Feedback)), None)
+    if found is not None:
+        kind = "a better and a worse answer" if isinstance(found.record, Preference) else "an answer with a score"
+        raise DataError(
+            f"row {found.index} holds {kind}, and the objective `sft` would learn either",
+            where=found.source,
+            hint='give the source a format that makes conversations of its rows (for HH data, format = "hh-rlhf")',
+        )
 
 
 def train(work: Work, stage: Stage, number: int) -> None:

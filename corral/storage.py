@@ -18,10 +18,10 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from corral.errors import CorralError, StorageError
 
@@ -172,6 +172,30 @@ def sha256_file(path: Path) -> str:
     """sha256 (hex) of a file's bytes, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_hashes(folder: Path, files: Sequence[Path]) -> dict[str, str]:
+    """`{name: sha256}` of files in `folder`, remembered in the cache by size and time of change.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    place = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:32]
+    memory = cache_root() / "identities" / f"{place}.json"
+    known: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        known = cast("dict[str, Any]", json.loads(memory.read_text(encoding="utf-8")))
+    fresh: dict[str, Any] = {}
+    for path in files:
+        status = path.stat()
+        stamp = [status.st_size, status.st_mtime_ns]
+        entry = known.get(path.name)
+        same = isinstance(entry, list) and cast("list[Any]", entry)[:2] == stamp
+        fresh[path.name] = entry if same else [*stamp, sha256_file(path)]
+    if fresh != {name: known.get(name) for name in fresh}:
+        with suppress(StorageError):  # it only saves time
+            write_json(memory, {**known, **fresh})
+    return {name: str(entry[2]) for name, entry in fresh.items()}
 
 
 def tree_hashes(directory: Path) -> dict[str, str]:

@@ -1,22 +1,44 @@
-"""What became of every source row: one fate each, counted by source, side and reason.
+"""What became of every source row: one fate each, counted by source, side and reason, and written down row by row.
 
-Knows nothing about why a row has its fate, nor what is in it.
+`Ledger` counts and makes the JSON summary; `LedgerFile` writes the table of all rows. Knows nothing about why a row has its
+fate, nor what is in it.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from corral.data.mixture import SIDES, Side
+import numpy as np
+from numpy.typing import NDArray
 
-Fate: TypeAlias = Literal["kept", "truncated", "dropped", "duplicate", "not sampled"]
-FATES: tuple[Fate, ...] = ("kept", "truncated", "dropped", "duplicate", "not sampled")
+from corral.data.mixture import SIDES, Side
+from corral.storage import storage_errors
+
+Fate: TypeAlias = Literal[
+    "kept", "truncated", "dropped", "fully masked", "duplicate", "near duplicate", "contaminated", "not sampled"
+]
+FATES: tuple[Fate, ...] = (
+    "kept",
+    "truncated",
+    "dropped",
+    "fully masked",
+    "duplicate",
+    "near duplicate",
+    "contaminated",
+    "not sampled",
+)
+LOST: frozenset[Fate] = frozenset({"truncated", "dropped", "fully masked"})
+"""Fates that count against `data.max_loss`: the row was asked for, and not all of it is trained on."""
+WITH_REASON: frozenset[Fate] = frozenset({"dropped", "fully masked"})
 
 EXAMPLES = 5
 """Rows named for each reason."""
+LEDGER = "ledger.parquet"
 OTHER = "other reasons"
 # A reason may quote a row's value: junk could make as many reasons as rows.
 _MOST_REASONS = 100
@@ -42,9 +64,9 @@ class Ledger:
     def __init__(self) -> None:
         self._sources: dict[str, _Source] = {}
 
-    def read(self, source: str) -> None:
-        """One more row of a source was read."""
-        self._sources.setdefault(source, _Source()).rows += 1
+    def read(self, source: str, rows: int = 1) -> None:
+        """So many more rows of a source were read."""
+        self._sources.setdefault(source, _Source()).rows += rows
 
     def add(self, source: str, index: int, fate: Fate, reason: str | None = None, side: Side | None = None) -> bool:
         """A row's fate.
@@ -53,12 +75,12 @@ class Ledger:
             source: the source's label.
             index: the row's number in it.
             fate: what became of it.
-            reason: why; given for `dropped` and no other.
+            reason: why; given for `dropped` and `fully masked` and no other.
             side: where it went; given for `kept` and `truncated` and no other.
 
         Returns: whether the row is now an example of its reason.
         """
-        assert (reason is not None) == (fate == "dropped"), f"a {fate} row with the reason {reason!r}"
+        assert (reason is not None) == (fate in WITH_REASON), f"a {fate} row with the reason {reason!r}"
         assert (side is not None) == (fate in ("kept", "truncated")), f"a {fate} row on the side {side!r}"
         entry = self._sources.setdefault(source, _Source())
         entry.fates[fate] += 1
@@ -83,7 +105,8 @@ class Ledger:
             sides, kept = s.sides.total(), s.fates["kept"] + s.fates["truncated"]
             assert sides == kept, f"ledger: {label}: {kept} rows are kept, {sides} have a side"
             reasons = sum(reason.count for reason in s.reasons.values())
-            assert reasons == s.fates["dropped"], f"ledger: {label}: {reasons} reasons, {s.fates['dropped']} dropped"
+            left_out = sum(s.fates[fate] for fate in WITH_REASON)
+            assert reasons == left_out, f"ledger: {label}: {reasons} reasons, {left_out} rows that have one"
 
     def to_json(self) -> dict[str, Any]:
         """`{"rows", "fates": {fate: rows}, "sources": {label: {"rows", "fates", "sides", "reasons"}}}`, each reason as
@@ -115,8 +138,24 @@ def summary(ledger: Mapping[str, Any]) -> str:
         lines.append(f"  {label}: {source['rows']:,} rows: {_counts(source['fates'])}")
         if sides := _counts(source["sides"]):
             lines.append(f"    sides: {sides}")
-        lines += [f"    dropped: {reason_line(reason, r)}" for reason, r in source["reasons"].items()]
+        lines += [f"    {fact}" for fact in facts(source)]
+        lines += [
+            f"    {'' if reason.startswith('fully masked') else 'dropped: '}{reason_line(reason, r)}"
+            for reason, r in source["reasons"].items()
+        ]
     return "\n".join(lines)
+
+
+def facts(source: Mapping[str, Any]) -> list[str]:
+    """What a source's entry in a whole ledger says besides its counts, in words."""
+    found: list[str] = [source["why"]] if "why" in source else []
+    if ends := source.get("lost_ends"):
+        found.append(f"{ends:,} answer{'s' if ends > 1 else ''} lost the end token")
+    if shared := source.get("contaminated"):
+        found.append(f"{shared:,} training row{'s share' if shared > 1 else ' shares'} passages with held-out rows")
+    if lost := source.get("lost"):
+        found.append(f"lost: {lost:,.0f} of {source['asked']:,.0f} rows asked for ({lost / source['asked']:.2%})")
+    return found
 
 
 def reason_line(reason: str, entry: Mapping[str, Any]) -> str:
@@ -128,3 +167,99 @@ def reason_line(reason: str, entry: Mapping[str, Any]) -> str:
 
 def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+
+
+@dataclass(frozen=True, slots=True)
+class RowFates:
+    """All rows of one source, [rows] each.
+
+    Args:
+        row: number in the source, ascending.
+        fate: index into `FATES`.
+        reason: index into `reasons`, or -1.
+        side: index into `SIDES`, or -1.
+        key: sha256 of the content as hex, or None where the row could not be understood.
+        tokens: of the whole row, or -1 where it was not encoded.
+        trained_tokens: that count in the loss, or -1.
+        lost_end: whether the end of an answer was cut off.
+        contaminated: whether it shares a passage with a held-out row.
+        reasons: the reasons' texts.
+    """
+
+    row: NDArray[np.int64]
+    fate: NDArray[np.int8]
+    reason: NDArray[np.int16]
+    side: NDArray[np.int8]
+    key: Sequence[str | None]
+    tokens: NDArray[np.int64]
+    trained_tokens: NDArray[np.int64]
+    lost_end: NDArray[np.bool_]
+    contaminated: NDArray[np.bool_]
+    reasons: list[str]
+
+
+class LedgerFile:
+    """Writes `ledger.parquet`: one line for each source row, in the order of sources and rows. The file is there once the
+    block ends well. Raises: StorageError."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        words = pa.dictionary(pa.int32(), pa.string())
+        self._schema: Any = pa.schema(
+            [
+                ("source", words),
+                ("row", pa.int64()),
+                ("fate", words),
+                ("reason", words),
+                ("side", words),
+                ("key", pa.string()),
+                ("tokens", pa.int64()),
+                ("trained_tokens", pa.int64()),
+                ("lost_end", pa.bool_()),
+                ("contaminated", pa.bool_()),
+            ]
+        )
+        self._path, self._unfinished = path, path.with_name(f".{path.name}")
+        with storage_errors(path):
+            self._writer: Any = parquet.ParquetWriter(self._unfinished, self._schema, compression="zstd")
+
+    def __enter__(self) -> LedgerFile:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            with storage_errors(self._path):
+                self._writer.close()
+                if kind is None:
+                    os.replace(self._unfinished, self._path)
+        finally:
+            self._unfinished.unlink(missing_ok=True)
+
+    def add(self, source: str, rows: RowFates) -> None:
+        """Write rows of a source; more of them may follow. Each call is a row group."""
+        import pyarrow as pa
+
+        def words(codes: NDArray[Any], texts: Sequence[str]) -> Any:
+            # A dictionary's codes must be null, not negative, where there is no word.
+            indices = pa.array(codes.astype(np.int32), mask=codes < 0)
+            return pa.DictionaryArray.from_arrays(indices, pa.array(list(texts), pa.string()))
+
+        def figures(values: NDArray[np.int64]) -> Any:
+            return pa.array(values, mask=values < 0)
+
+        columns: list[Any] = [
+            words(np.zeros(len(rows.row), np.int32), [source]),
+            pa.array(rows.row),
+            words(rows.fate, FATES),
+            words(rows.reason, rows.reasons),
+            words(rows.side, SIDES),
+            pa.array(rows.key, pa.string()),
+            figures(rows.tokens),
+            figures(rows.trained_tokens),
+            pa.array(rows.lost_end),
+            pa.array(rows.contaminated),
+        ]
+        with storage_errors(self._path):
+            self._writer.write_table(pa.Table.from_arrays(columns, schema=self._schema))

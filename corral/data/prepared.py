@@ -1,8 +1,13 @@
 """The recipe's data → examples on disk, and back: `prepare` writes them, `Prepared.open` reads them.
 
-Under the folder: `ledger.json`, `dropped.jsonl` (a few dropped rows of each reason, to look at) and `rows/SIDE/`, the
-examples of each side. Each source is read twice, so that no more than keys are held in memory. Equal input gives equal
-bytes.
+Under the folder: `ledger.json` and `ledger.parquet` (what became of every row), `left_out.jsonl` (a few rows of each fate
+that is on no side, to look at) and `rows/SIDE/`, the examples of each side. Equal input gives equal bytes, whatever the
+number of workers and whatever was in the cache.
+
+What is costly is kept in the cache, each part under a name that says what it depends on: rows as records by the source's
+content and format; tokens by those, the template and the longest length; words by those rows alone. So another cap, split
+or seed chooses anew among what is there, another template makes new tokens, and an interrupted run goes on from its last
+finished piece.
 
 This module does not know what training makes of an example, nor how ids come about: that is the template's.
 """
@@ -10,31 +15,39 @@ This module does not know what training makes of an example, nor how ids come ab
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
-from corral.data.formats import FORMATS, FormatError
-from corral.data.ledger import FATES, Ledger, reason_line
-from corral.data.mixture import SIDES, Side, select, share_for_one, side_of
-from corral.data.rows import Example, Rows, RowsWriter, json_line
-from corral.data.sources import RawRow, read
-from corral.errors import DataError, TemplateError
-from corral.messages import Conversation, Record, record_key
+import numpy as np
+from numpy.typing import NDArray
+
+from corral.data import cache as caches
+from corral.data import choosing
+from corral.data.choosing import Hands, Plan, code
+from corral.data.encoding import Sequences, sequences_of
+from corral.data.formatted import EXAMPLES, EXCERPT, source_rows
+from corral.data.ledger import FATES, LEDGER, Fate, Ledger, LedgerFile, RowFates
+from corral.data.mixture import SIDES, Side
+from corral.data.refusals import loss_of, refuse_empty, refuse_losses
+from corral.data.rows import Example, Place, Rows, RowsWriter, json_line
+from corral.errors import DataError
 from corral.progress import Progress
-from corral.recipe import Data, Source
+from corral.recipe import Data
 from corral.storage import new_directory, write_atomic, write_json
-from corral.template import Encoded, Template
+from corral.template import Template
 
-Sequences: TypeAlias = tuple[Encoded, ...]
+__all__ = ["Example", "Prepared", "Sequences", "prepare", "sequences_of"]
 
-_VERSION = 1
-_EXCERPT = 2000  # characters of a dropped row that are kept to be shown
-_TELL_EVERY = 100
+_VERSION = 2
+_TELL_EVERY = 1000
+_GROUP_ROWS = 50_000  # of a row group of the ledger
 _ROWS = "rows"
 _META = "prepared.json"
+_LEFT_OUT = "left_out.jsonl"
+_NO_SIDE: tuple[Fate, ...] = ("dropped", "fully masked", "duplicate", "near duplicate", "contaminated", "not sampled")
 
 
 @dataclass(frozen=True)
@@ -76,13 +89,22 @@ class Prepared:
         return json.loads((self.folder / "ledger.json").read_text("utf-8"))
 
     @property
-    def dropped(self) -> list[dict[str, Any]]:
-        """A few dropped rows of each source and reason: `{"source", "index", "reason", "text"}`."""
-        return [json.loads(line) for line in (self.folder / "dropped.jsonl").read_bytes().splitlines()]
+    def left_out(self) -> list[dict[str, Any]]:
+        """A few rows of each source, fate and reason that are on no side: `{"source", "index", "fate", "reason", "text"}`."""
+        return [json.loads(line) for line in (self.folder / _LEFT_OUT).read_bytes().splitlines()]
 
 
-def prepare(data: Data, template: Template, folder: Path, seed: int, progress: Progress | None = None) -> Prepared:
-    """Read, check, choose, split and encode all rows, and write them into `folder`.
+def prepare(
+    data: Data,
+    template: Template,
+    folder: Path,
+    seed: int,
+    progress: Progress | None = None,
+    *,
+    cache: Path | None = None,
+    workers: int | None = None,
+) -> Prepared:
+    """Read, check, choose, encode and split all rows, and write them into `folder`.
 
     Args:
         data: the recipe's section.
@@ -90,190 +112,159 @@ def prepare(data: Data, template: Template, folder: Path, seed: int, progress: P
         folder: an existing directory; rows that are in it already are replaced as a whole.
         seed: with a row's content decides its side, its place, and whether a cap keeps it.
         progress: told how far it is.
+        cache: where costly parts are kept; by default corral's own cache.
+        workers: processes that compute; by default as many as there are cores and as the rows are worth.
 
     Raises:
         DataError: a source cannot be read; no row is left to train on; a side that was asked for is empty.
         AssetError: a data asset cannot be had.
-        StorageError: the folder cannot be written.
+        GateError: more rows are lost than `data.max_loss` allows; the ledger is written, the rows are not.
+        StorageError: the folder or the cache cannot be written.
     """
     progress = progress or Progress()
-    account = _Account()
-    chosen = _choose(data.sources, seed, account, progress)
+    cache = cache or caches.default_folder()
+    hands = Hands(progress, workers)
+    progress.start("Reading rows", None)
+    plans = [
+        Plan.of(source, source_rows(source, cache, progress), template, data.max_length, cache)
+        for source in data.sources
+    ]
+    choosing.choose(plans, data, seed, hands)
+    choosing.encode(plans, data, template, hands)
+    choosing.divide(plans, data, seed)
+    choosing.find_contaminated(plans, data, hands)
     with new_directory(folder / _ROWS) as rows:
-        with ExitStack() as files:
-            writers: dict[Side, RowsWriter] = {side: files.enter_context(RowsWriter(rows / side)) for side in SIDES}
-            _encode_all(data, template, seed, chosen, writers, account, progress)
-            for writer in writers.values():
-                writer.finish(seed)
-        ledger = account.ledger.to_json()
-        write_json(folder / "ledger.json", ledger)
-        write_atomic(folder / "dropped.jsonl", "".join(json_line(row) for row in account.examples))
-        keys: dict[Side, list[str]] = {side: writer.keys for side, writer in writers.items()}
-        _refuse_empty(data, keys, seed, ledger)
-        write_json(rows / _META, {"version": _VERSION, "examples": {side: len(keys[side]) for side in SIDES}})
+        counts = _write_rows(plans, rows, data, seed, progress)
+        ledger = _write_ledger(plans, folder)
+        refuse_empty(plans, data, seed, ledger)
+        refuse_losses(data, ledger, where=folder / LEDGER)
+        write_json(rows / _META, {"version": _VERSION, "examples": counts})
     return Prepared.open(folder)
 
 
-@dataclass
-class _Account:
-    """The ledger, and the dropped rows to be shown."""
-
-    ledger: Ledger = field(default_factory=Ledger)
-    examples: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-
-    def drop(self, source: str, row: RawRow, reason: str) -> None:
-        if self.ledger.add(source, row.index, "dropped", reason):
-            text = row.fault if row.value is None else json.dumps(row.value, ensure_ascii=False)[:_EXCERPT]
-            self.examples.append({"source": source, "index": row.index, "reason": reason, "text": text})
-
-
-def _choose(sources: Sequence[Source], seed: int, account: _Account, progress: Progress) -> dict[str, dict[int, str]]:
-    """For each source the numbers and keys of its rows that are used; the others get their fate."""
-    progress.start("Reading rows", None)
-    chosen: dict[str, dict[int, str]] = {}
-    taken: set[str] = set()
-    for source in sources:
-        label = source.label
-        selection = select(_keys(source, account, progress), seed, cap=source.rows, taken=taken)
-        for index in selection.duplicates:
-            account.ledger.add(label, index, "duplicate")
-        for index in selection.not_sampled:
-            account.ledger.add(label, index, "not sampled")
-        chosen[label] = selection.chosen
-        taken.update(selection.chosen.values())
-    return chosen
-
-
-def _keys(source: Source, account: _Account, progress: Progress) -> Iterator[tuple[int, str]]:
-    """(number, key) of each row that has the source's format; the others are dropped."""
-    to_record = FORMATS[source.format]
-    for done, row in enumerate(read(source, progress), start=1):
-        account.ledger.read(source.label)
-        if row.value is None:
-            account.drop(source.label, row, row.reason or "unreadable")
-        else:
-            try:
-                yield row.index, record_key(to_record(row.value))
-            except FormatError as error:
-                account.drop(source.label, row, error.reason)
-        if done % _TELL_EVERY == 0:
-            progress.update(done, source.label)
-
-
-def _chosen_rows(source: Source, chosen: Mapping[int, str]) -> Iterator[tuple[RawRow, str, Record]]:
-    """The chosen rows, read again. Raises: DataError (they are not what they were)."""
-    to_record = FORMATS[source.format]
-    found = 0
-    for row in read(source):
-        key = chosen.get(row.index)
-        if key is None:
-            continue
-        try:
-            record = to_record(row.value or {})
-        except FormatError:
-            break
-        if record_key(record) != key:
-            break
-        found += 1
-        yield row, key, record
-    if found != len(chosen):
-        raise DataError("the source changed while it was read", where=source.path, hint="run again when it is at rest")
-
-
-def _encode_all(
-    data: Data,
-    template: Template,
-    seed: int,
-    chosen: Mapping[str, Mapping[int, str]],
-    writers: Mapping[Side, RowsWriter],
-    account: _Account,
-    progress: Progress,
-) -> None:
-    """Encode the chosen rows and write each to its side, or drop it with the reason."""
-    progress.start("Encoding rows", sum(map(len, chosen.values())))
+def _write_rows(plans: Sequence[Plan], folder: Path, data: Data, seed: int, progress: Progress) -> dict[str, int]:
+    """Write each side's examples; returns how many each has, repeats included."""
+    progress.start("Writing rows", sum(int((plan.side >= 0).sum()) for plan in plans))
     done = 0
-    for source in data.sources:
-        for row, key, record in _chosen_rows(source, chosen[source.label]):
-            done += 1
-            if done % _TELL_EVERY == 0:
-                progress.update(done, source.label)
-            try:
-                sequences, truncated = _encode(record, template, data)
-            except _DroppedError as error:
-                account.drop(source.label, row, error.reason)
-                continue
-            side = side_of(key, seed, data.split)
-            writers[side].add(Example(key, source.label, row.index, sequences, record), truncated=truncated)
-            account.ledger.add(source.label, row.index, "truncated" if truncated else "kept", side=side)
+    with ExitStack() as files:
+        writers = [files.enter_context(RowsWriter(folder / side, seed)) for side in SIDES]
+        for plan in plans:
+            places = np.flatnonzero(plan.side >= 0)
+            for place, record in zip(places, plan.rows.lines(places), strict=True):
+                _write_row(writers[plan.side[place]], plan, int(place), record)
+                done += 1
+                if done % _TELL_EVERY == 0:
+                    progress.update(done, plan.source.label)
+        for writer in writers:
+            writer.finish()
+        return {side: len(writer) for side, writer in zip(SIDES, writers, strict=True)}
 
 
-class _DroppedError(Exception):
-    """A row cannot be trained on, for a reason that goes into the ledger."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
-def _encode(record: Record, template: Template, data: Data) -> tuple[Sequences, bool]:
-    """(the sequences of a record, whether they were truncated). Raises: _DroppedError."""
-    try:
-        sequences = sequences_of(record, template)
-    except TemplateError as error:
-        raise _DroppedError(error.what) from None
-    limit = data.max_length
-    overlong = any(len(s.ids) > limit for s in sequences)
-    if overlong and data.overlong == "drop":
-        raise _DroppedError(f"longer than {limit} tokens")
-    if overlong:
-        sequences = tuple(Encoded(s.ids[:limit], s.trained[:limit]) for s in sequences)
-    if not all(any(s.trained[1:]) for s in sequences):
-        within = f"the first {limit} tokens" if overlong else "its tokens"
-        raise _DroppedError(f"fully masked: none of {within} is trained")
-    return sequences, overlong
+def _write_row(writer: RowsWriter, plan: Plan, place: int, record: bytes) -> None:
+    arrays, i = plan.encoded.find(place)
+    tokens = slice(int(arrays["token_ends"][i]), int(arrays["token_ends"][i + 1]))
+    sequences = slice(int(arrays["sequence_ends"][i]), int(arrays["sequence_ends"][i + 1]))
+    writer.put(
+        Place(bytes(plan.rows.keys[place]).hex(), plan.source.label, int(plan.rows.index[place])),
+        record,
+        arrays["ids"][tokens],
+        arrays["trained"][tokens],
+        arrays["sequence_lengths"][sequences],
+        trained_tokens=int(plan.trained_tokens[place]),
+        truncated=bool(plan.fate[place] == code("truncated")),
+        repeat=plan.source.repeat if plan.side[place] == SIDES.index("train") else 1,
+    )
 
 
-def sequences_of(record: Record, template: Template) -> Sequences:
-    """The whole token sequences of a record, of any length. Raises: TemplateError (the template refuses it)."""
-    match record:
-        case Conversation():
-            return (template.encode(record),)
-        case _:
-            raise AssertionError(f"no format makes a {type(record).__name__} yet")
+def _write_ledger(plans: Sequence[Plan], folder: Path) -> dict[str, Any]:
+    """Write the table of all rows, the summary and some rows that are on no side; returns the summary."""
+    ledger = Ledger()
+    examples: list[dict[str, Any]] = []
+    with LedgerFile(folder / LEDGER) as file:
+        for plan in plans:
+            label = plan.source.label
+            ledger.read(label, plan.rows.read)
+            for rows in _row_fates(plan):
+                file.add(label, rows)
+                _count(ledger, label, rows)
+            examples += _left_out(plan)
+        summary = ledger.to_json()
+    for plan in plans:
+        summary["sources"][plan.source.label] |= _figures(plan)
+    write_json(folder / "ledger.json", summary)
+    write_atomic(folder / _LEFT_OUT, "".join(json_line(row) for row in examples))
+    return summary
 
 
-def _refuse_empty(data: Data, keys: Mapping[Side, Sequence[str]], seed: int, ledger: Mapping[str, Any]) -> None:
-    """Raises DataError where a side has no row that should have some."""
-    where = ", ".join(source.path for source in data.sources)
-    kept = [key for side in SIDES for key in keys[side]]
-    if not kept:
-        raise _nothing_left(data, ledger, where)
-    if not keys["train"]:
-        raise DataError(
-            f"no row is left to train on: all {len(kept)} usable rows are held out",
-            where=where,
-            hint="lower data.split.validation and data.split.test, or add rows",
+def _row_fates(plan: Plan) -> Iterator[RowFates]:
+    """The fates of all rows of a source in its order, usable or not, many at a time."""
+    index = np.concatenate([plan.rows.index, plan.rows.unusable])
+    order = np.argsort(index, kind="stable")
+    usable = len(plan.rows)
+    for at in range(0, len(order), _GROUP_ROWS):
+        rows = order[at : at + _GROUP_ROWS]
+        known = rows < usable
+        places, others = rows[known], rows[~known] - usable
+
+        def column(values: NDArray[Any], otherwise: Any, known: Any = known, places: Any = places) -> NDArray[Any]:
+            found = np.full(len(known), otherwise, values.dtype)
+            found[known] = values[places]
+            return found
+
+        reason = column(plan.reason, choosing.NONE)
+        reason[~known] = plan.rows.reason_of[others]
+        keys = iter(plan.rows.keys[places])
+        yield RowFates(
+            row=index[rows],
+            fate=column(plan.fate, code("dropped")),
+            reason=reason,
+            side=column(plan.side, choosing.NONE),
+            key=[bytes(next(keys)).hex() if is_known else None for is_known in known],
+            tokens=column(plan.tokens, choosing.NONE),
+            trained_tokens=column(plan.trained_tokens, choosing.NONE),
+            lost_end=column(plan.lost_end, False),
+            contaminated=column(plan.contaminated, False),
+            reasons=plan.reasons,
         )
-    shares: dict[Literal["validation", "test"], float] = {"validation": data.split.validation, "test": data.split.test}
-    for side, share in shares.items():
-        if share and not keys[side]:
-            least = share_for_one(kept, seed, side)
-            enough = f"set data.split.{side} to {least:g} or more, " if least + sum(shares.values()) - share < 1 else ""
-            raise DataError(
-                f"the {side} side is empty: none of the {len(kept)} usable rows falls into its share of {share:g}",
-                where=where,
-                hint=f"{enough}set data.split.{side} to 0, or add rows",
-            )
 
 
-def _nothing_left(data: Data, ledger: Mapping[str, Any], where: str) -> DataError:
-    counts = ", ".join(f"{ledger['fates'][fate]:,} {fate}" for fate in FATES if ledger["fates"][fate])
-    reasons = [item for source in ledger["sources"].values() for item in source["reasons"].items()]
-    reasons.sort(key=lambda item: -item[1]["count"])
-    lines = [f"no row is left to train on: {ledger['rows']:,} rows read, {counts}"]
-    lines += [f"  {reason_line(reason, entry)}" for reason, entry in reasons[:5]]
-    hint = "mend the rows, or set the `format` of data.sources that says what they look like"
-    if reasons and reasons[0][0].startswith(("longer than", "fully masked")):
-        hint = f"raise data.max_length (it is {data.max_length})"
-        hint += ', or set data.overlong = "truncate"' if data.overlong == "drop" else ""
-    return DataError("\n".join(lines), where=where, hint=hint)
+def _count(ledger: Ledger, label: str, rows: RowFates) -> None:
+    columns = zip(rows.row.tolist(), rows.fate.tolist(), rows.reason.tolist(), rows.side.tolist(), strict=True)
+    for row, fate, reason, side in columns:
+        why = rows.reasons[reason] if reason >= 0 else None
+        ledger.add(label, row, FATES[fate], why, SIDES[side] if side >= 0 else None)
+
+
+def _left_out(plan: Plan) -> Iterator[dict[str, Any]]:
+    """A few rows of each fate and reason that are on no side."""
+    label = plan.source.label
+    for example in plan.rows.examples:
+        yield {"source": label, "index": example["index"], "fate": "dropped"} | example
+    for fate in _NO_SIDE:
+        places = plan.places(fate)
+        for reason in np.unique(plan.reason[places]).tolist():
+            some = places[plan.reason[places] == reason][:EXAMPLES]
+            for place, line in zip(some, plan.rows.lines(some), strict=True):
+                yield {
+                    "source": label,
+                    "index": int(plan.rows.index[place]),
+                    "fate": fate,
+                    "reason": plan.reasons[reason] if reason >= 0 else None,
+                    "text": json.dumps(json.loads(line), ensure_ascii=False)[:EXCERPT],
+                }
+
+
+def _figures(plan: Plan) -> dict[str, Any]:
+    """What the summary says of a source besides its counts."""
+    asked, lost = loss_of(plan)
+    used = plan.places("kept", "truncated")
+    return {
+        "format": plan.rows.format,
+        "why": plan.rows.why,
+        "tokens": int(plan.tokens[used].sum()),
+        "trained_tokens": int(plan.trained_tokens[used].sum()),
+        "lost_ends": int(plan.lost_end[used].sum()),
+        "contaminated": int(plan.contaminated.sum()),
+        "asked": asked,
+        "lost": lost,
+    }

@@ -1,4 +1,5 @@
-"""Prepared rows in colour, for a terminal and as a page: which tokens are trained on, which are context, which were cut.
+"""Prepared rows in colour, for a terminal and as a page: which tokens are trained on, which are context, which were cut;
+beside them the ledger, how long the rows are, and some of the rows that were left out.
 
 What is shown is what the arrays hold, token by token, not what a text ought to become; only what was cut off a truncated
 row is encoded anew. This module does not know why a row went where it went: the ledger says it.
@@ -10,16 +11,19 @@ import html
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from corral.data.ledger import FATES, reason_line, summary
+from corral.data import lengths
+from corral.data.ledger import FATES, LEDGER, facts, reason_line, summary
 from corral.data.mixture import SIDES, Side
 from corral.data.prepared import Prepared, sequences_of
-from corral.data.rows import Example
+from corral.data.rows import Example, Rows
 from corral.template import Encoded, Template
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from rich.text import Text
 
 Kind: TypeAlias = Literal["trained", "context", "cut"]
@@ -84,9 +88,19 @@ def pick(prepared: Prepared, template: Template, rows: int) -> list[Shown]:
     for side in SIDES:
         examples = prepared.side(side)
         for fate in fates:
-            places = (examples.truncated == (fate == "truncated")).nonzero()[0][:rows]
-            found += [_shown(examples[int(place)], side, fate, template, special) for place in places]
+            places = (examples.truncated == (fate == "truncated")).nonzero()[0]
+            found += [_shown(e, side, fate, template, special) for e in islice(_distinct(examples, places), rows)]
     return found
+
+
+def _distinct(examples: Rows, places: NDArray[np.int64]) -> Iterator[Example]:
+    """The examples at these places; one that is repeated comes once."""
+    seen: set[str] = set()
+    for place in places:
+        example = examples[int(place)]
+        if example.key not in seen:
+            seen.add(example.key)
+            yield example
 
 
 def _shown(
@@ -148,18 +162,23 @@ def _hidden(character: str) -> bool:
     return character in _BIDI or unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
 
 
-def _dropped(prepared: Prepared, rows: int) -> Iterator[dict[str, Any]]:
-    """The first `rows` dropped rows of each source and reason."""
-    by_reason = sorted(prepared.dropped, key=lambda row: (row["source"], row["reason"], row["index"]))
-    for _, group in groupby(by_reason, key=lambda row: (row["source"], row["reason"])):
-        yield from list(group)[:rows]
+def _left_out(prepared: Prepared, rows: int) -> Iterator[tuple[str, str]]:
+    """(title, text) of the first `rows` rows of each fate, source and reason that are on no side."""
+
+    def kind(row: Mapping[str, Any]) -> tuple[int, str, str]:
+        return FATES.index(row["fate"]), row["source"], row["reason"] or ""
+
+    for _, group in groupby(sorted(prepared.left_out, key=lambda row: (*kind(row), row["index"])), key=kind):
+        for row in islice(group, rows):
+            why = f" · {row['reason']}" if row["reason"] else ""
+            yield _visible(f"{row['fate']} · {row['source']} row {row['index']}{why}"), row["text"]
 
 
 def to_terminal(prepared: Prepared, template: Template, rows: int = 2) -> Text:
     """The ledger, then up to `rows` rows of each side and fate, for `rich` to print."""
     from rich.text import Text
 
-    page = Text(summary(prepared.ledger) + "\n\n")
+    page = Text("\n".join([summary(prepared.ledger), "", *lengths.to_lines(_histogram(prepared)), "", ""]))
     for kind, meaning in _MEANING.items():
         page.append("■ ", _STYLES[kind][0].removesuffix(" strike"))
         page.append(meaning + "   ", _STYLES[kind][0])
@@ -171,10 +190,14 @@ def to_terminal(prepared: Prepared, template: Template, rows: int = 2) -> Text:
                 style = _STYLES[piece.kind][number % 2]
                 page.append(_visible(piece.text), f"{style} reverse" if piece.special else style)
             page.append("\n")
-    for row in _dropped(prepared, rows):
-        page.append(f"\ndropped · {_visible(row['source'])} row {row['index']} · {_visible(row['reason'])}\n", "bold")
-        page.append(_visible(_shortened(row["text"], _EXCERPT)) + "\n", "grey50")
+    for title, text in _left_out(prepared, rows):
+        page.append(f"\n{title}\n", "bold")
+        page.append(_visible(_shortened(text, _EXCERPT)) + "\n", "grey50")
     return page
+
+
+def _histogram(prepared: Prepared) -> list[lengths.Bin]:
+    return lengths.histogram(prepared.folder / LEDGER)
 
 
 def _shortened(text: str, most: int) -> str:
@@ -184,7 +207,8 @@ def _shortened(text: str, most: int) -> str:
 def to_html(prepared: Prepared, template: Template, rows: int = 2) -> str:
     """The same as one self-contained page: no script, nothing fetched; light or dark as the reader's system is."""
     shown = pick(prepared, template, rows)
-    parts = [_HEAD, "<h1>What is trained on</h1>", _ledger_table(prepared.ledger)]
+    parts = [_HEAD, "<h1>What is trained on</h1>", _ledger_table(prepared.ledger), "<h2>lengths</h2>"]
+    parts.append(lengths.to_html(_histogram(prepared)))
     legend = "".join(f'<span class="{kind}">{html.escape(meaning)}</span>' for kind, meaning in _MEANING.items())
     parts.append(f'<p class="legend">{legend}<span class="context special">special token</span>')
     parts.append("Each mark is one token; a character that takes several is one mark.</p>")
@@ -194,12 +218,11 @@ def to_html(prepared: Prepared, template: Template, rows: int = 2) -> str:
         for row in here:
             parts.append(f"<h3>{html.escape(row.title)}</h3>")
             parts += [f'<pre class="tokens">{"".join(map(_span, sequence))}</pre>' for sequence in row.sequences]
-    if dropped := list(_dropped(prepared, rows)):
-        parts.append("<h2>dropped</h2>")
-    for row in dropped:
-        title = f"{row['source']} row {row['index']} · {row['reason']}"
-        parts.append(f"<h3>{html.escape(_visible(title))}</h3>")
-        parts.append(f'<pre class="dropped">{html.escape(_visible(row["text"]))}</pre>')
+    if left_out := list(_left_out(prepared, rows)):
+        parts.append("<h2>left out</h2>")
+    for title, text in left_out:
+        parts.append(f"<h3>{html.escape(title)}</h3>")
+        parts.append(f'<pre class="dropped">{html.escape(_visible(text))}</pre>')
     return "\n".join([*parts, "</body>", "</html>", ""])
 
 
@@ -210,10 +233,11 @@ def _span(piece: Piece) -> str:
 
 
 def _ledger_table(ledger: Mapping[str, Any]) -> str:
-    heads = "".join(f"<th>{name}</th>" for name in ("source", "rows", *FATES, *SIDES))
+    fates = [fate for fate in FATES if ledger["fates"][fate]]
+    heads = "".join(f"<th>{name}</th>" for name in ("source", "rows", *fates, *SIDES))
     body: list[str] = []
     for label, source in ledger["sources"].items():
-        figures = [source["rows"], *(source["fates"][f] for f in FATES), *(source["sides"][s] for s in SIDES)]
+        figures = [source["rows"], *(source["fates"][f] for f in fates), *(source["sides"][s] for s in SIDES)]
         cells = "".join(f"<td>{figure:,}</td>" for figure in figures)
         body.append(f"<tr><th>{html.escape(_visible(label))}</th>{cells}</tr>")
     reasons = [
@@ -222,7 +246,10 @@ def _ledger_table(ledger: Mapping[str, Any]) -> str:
         for reason, entry in source["reasons"].items()
     ]
     table = f'<div class="wide"><table><tr>{heads}</tr>{"".join(body)}</table></div>'
-    return table + (f"<p>Why rows were dropped:</p><ul>{''.join(reasons)}</ul>" if reasons else "")
+    known = [(label, fact) for label, source in ledger["sources"].items() for fact in facts(source)]
+    items = "".join(f"<li>{html.escape(_visible(f'{label}: {fact}'))}</li>" for label, fact in known)
+    why = f"<p>Why rows were dropped or are fully masked:</p><ul>{''.join(reasons)}</ul>" if reasons else ""
+    return f"{table}<ul>{items}</ul>{why}"
 
 
 _HEAD = """<!doctype html>
@@ -249,6 +276,8 @@ pre { font: 13px/1.75 ui-monospace, monospace; white-space: pre-wrap; overflow-w
 .context { color: var(--faint); } .dropped { color: var(--faint); }
 .trained { color: var(--trained); background: var(--trained-on); }
 .cut { color: var(--cut); background: var(--cut-on); text-decoration: line-through; }
+.bar { width: 16rem; height: .8rem; display: block; } .bar .trained { fill: var(--trained); }
+.bar .cut { fill: var(--cut); } .bar .out { fill: var(--faint); }
 .special { font-weight: 600; outline: 1px solid currentColor; padding-bottom: 1px; }
 </style>
 </head>

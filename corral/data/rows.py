@@ -7,7 +7,8 @@ reading one example touches its own bytes only. This module does not know why an
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, overload
@@ -15,8 +16,8 @@ from typing import Any, TypeAlias, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from corral.data.mixture import order
-from corral.messages import Conversation, Record, record_to_json
+from corral.data.mixture import rank
+from corral.messages import Conversation, Feedback, Preference, Record, Text, record_to_json
 from corral.template import Encoded
 
 Ints: TypeAlias = NDArray[np.int64]
@@ -41,14 +42,24 @@ class Example:
     record: Record
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an example comes from; see `Example`."""
+
+    key: str
+    source: str
+    index: int
+
+
 class Rows(Sequence[Example]):
     """The examples of one side, read from disk when they are asked for. In a shuffled order that depends on their
-    content and the seed alone, so the first n are a fair sample.
+    content and the seed alone, so the first n are a fair sample. One of a repeated source stands in it several times.
 
     Attributes:
         lengths: [examples] tokens of each example, all its sequences together.
         trained_tokens: [examples] tokens of each that count in the loss: trained, and not the first of a sequence.
         truncated: [examples] whether it was cut at the longest allowed length.
+        distinct: examples without their repeats.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -58,6 +69,7 @@ class Rows(Sequence[Example]):
         self._trained = _load(folder, "trained")
         self._sequences = _load(folder, "sequences")
         self._examples = _load(folder, "examples")
+        self.distinct = len(self._examples) - 1
         self._records = _load(folder, "records")
         self.trained_tokens: Ints = np.asarray(_load(folder, "trained_tokens"))[self._order]
         self.truncated: NDArray[np.bool_] = np.asarray(_load(folder, "truncated"))[self._order]
@@ -84,7 +96,7 @@ class Rows(Sequence[Example]):
             file.seek(start)
             row: dict[str, Any] = json.loads(file.read(end - start))
         sequences = tuple(self._sequence(i) for i in range(first, last))
-        return Example(row["key"], row["source"], row["index"], sequences, Conversation.from_json(row))
+        return Example(row["key"], row["source"], row["index"], sequences, record_of(row))
 
     def _sequence(self, number: int) -> Encoded:
         part = slice(int(self._sequences[number]), int(self._sequences[number + 1]))
@@ -92,20 +104,24 @@ class Rows(Sequence[Example]):
 
 
 class RowsWriter:
-    """Writes one side's files in the order in which rows come; their order in use is an array of its own."""
+    """Writes one side's files in the order in which rows come; their order in use is an array of its own.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: made here.
+        seed: with the keys, decides the order.
+    """
+
+    def __init__(self, folder: Path, seed: int) -> None:
         folder.mkdir()
-        self.keys: list[str] = []
-        self._folder = folder
+        self._folder, self._seed = folder, seed
         self._ids = _Array(folder / "ids.npy", np.dtype("<u4"))
         self._trained = _Array(folder / "trained.npy", np.dtype("?"))
         self._records = (folder / "records.jsonl").open("wb")
-        self._sequence_ends = [0]
-        self._example_ends = [0]
-        self._record_ends = [0]
-        self._trained_tokens: list[int] = []
-        self._truncated: list[bool] = []
+        # Eight bytes a row each: what is kept in memory until the end must be small.
+        self._sequence_ends, self._example_ends, self._record_ends = (array("q", [0]) for _ in range(3))
+        self._trained_tokens = array("q")
+        self._truncated = bytearray()
+        self._ranks, self._ranked = array("d"), array("q")
 
     def __enter__(self) -> RowsWriter:
         return self
@@ -115,39 +131,70 @@ class RowsWriter:
         self._trained.file.close()
         self._records.close()
 
+    def __len__(self) -> int:
+        """Examples so far, repeats included."""
+        return len(self._ranked)
+
     def add(self, example: Example, *, truncated: bool) -> None:
         """Write one example; `truncated` says whether its sequences are."""
-        for s in example.sequences:
-            self._ids.append(s.ids)
-            self._trained.append(s.trained)
-            self._sequence_ends.append(self._sequence_ends[-1] + len(s.ids))
-        self._example_ends.append(self._example_ends[-1] + len(example.sequences))
-        place = {"key": example.key, "source": example.source, "index": example.index}
-        line = json_line(place | record_to_json(example.record)).encode()
+        self.put(
+            Place(example.key, example.source, example.index),
+            json_line(record_to_json(example.record)).encode().rstrip(),
+            np.array([i for s in example.sequences for i in s.ids], np.uint32),
+            np.array([t for s in example.sequences for t in s.trained], np.bool_),
+            [len(s.ids) for s in example.sequences],
+            trained_tokens=sum(sum(s.trained[1:]) for s in example.sequences),
+            truncated=truncated,
+        )
+
+    def put(
+        self,
+        place: Place,
+        record: bytes,
+        ids: NDArray[np.uint32],
+        trained: NDArray[np.bool_],
+        lengths: Iterable[int],
+        *,
+        trained_tokens: int,
+        truncated: bool,
+        repeat: int = 1,
+    ) -> None:
+        """The same from what is stored already: the record as a JSON object, tokens of all sequences, the sequences'
+        lengths. With `repeat` the example stands so many times in the order."""
+        self._ids.append(ids)
+        self._trained.append(trained)
+        for length in lengths:
+            self._sequence_ends.append(self._sequence_ends[-1] + int(length))
+        self._example_ends.append(len(self._sequence_ends) - 1)
+        head = json.dumps({"key": place.key, "source": place.source, "index": place.index}, separators=(",", ":"))
+        line = head[:-1].encode() + b"," + record[1:] + b"\n"
         self._records.write(line)
         self._record_ends.append(self._record_ends[-1] + len(line))
-        self._trained_tokens.append(sum(sum(s.trained[1:]) for s in example.sequences))
+        for copy in range(repeat):
+            self._ranks.append(rank(f"{place.key}/{copy}" if copy else place.key, self._seed, "order"))
+            self._ranked.append(len(self._truncated))
+        self._trained_tokens.append(trained_tokens)
         self._truncated.append(truncated)
-        self.keys.append(example.key)
 
-    def finish(self, seed: int) -> None:
+    def finish(self) -> None:
         """Write what is known only at the end."""
         self._ids.finish()
         self._trained.finish()
         self._records.flush()
+        order = np.asarray(self._ranked, np.int64)[np.argsort(np.asarray(self._ranks), kind="stable")]
         places = np.dtype("<i8")
         for name, values, dtype in (
             ("sequences", self._sequence_ends, places),
             ("examples", self._example_ends, places),
             ("records", self._record_ends, places),
             ("trained_tokens", self._trained_tokens, places),
-            ("truncated", self._truncated, np.dtype("?")),
-            ("order", order(self.keys, seed), places),
+            ("truncated", np.frombuffer(self._truncated, np.bool_), np.dtype("?")),
+            ("order", order, places),
         ):
-            array = _Array(self._folder / f"{name}.npy", dtype)
-            with array.file:
-                array.append(values)
-                array.finish()
+            written = _Array(self._folder / f"{name}.npy", dtype)
+            with written.file:
+                written.append(np.asarray(values))
+                written.finish()
 
 
 class _Array:
@@ -159,8 +206,8 @@ class _Array:
         self._count = 0
         self._header()
 
-    def append(self, values: Sequence[int] | Sequence[bool]) -> None:
-        self.file.write(np.asarray(values, self._dtype).tobytes())
+    def append(self, values: NDArray[Any]) -> None:
+        self.file.write(values.astype(self._dtype, copy=False).tobytes())
         self._count += len(values)
 
     def finish(self) -> None:
@@ -183,3 +230,15 @@ def json_line(row: Mapping[str, Any]) -> str:
     """A row as a line of JSON."""
     # ASCII, as a row may hold half a surrogate pair, which is no UTF-8.
     return json.dumps(row, separators=(",", ":")) + "\n"
+
+
+def record_of(row: Mapping[str, Any]) -> Record:
+    """The inverse of `messages.record_to_json`; further keys are passed over."""
+    if "text" in row:
+        return Text(row["text"])
+    if "messages" in row:
+        return Conversation.from_json(dict(row))
+    prompt = Conversation.from_json({"messages": row["prompt"]})
+    if "chosen" in row:
+        return Preference(prompt, row["chosen"], row["rejected"])
+    return Feedback(prompt, row["completion"], row["score"])

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
-from corral.errors import ModelError, StorageError
+from corral.errors import ModelError
 from corral.forms import OPENVINO
-from corral.storage import cache_root, sha256_file, write_json
+from corral.storage import file_hashes
 
 MODEL_TYPES = frozenset({"llama"})
 """Families whose attention, packing and merging corral's tests cover. Others load in transformers, but unproven here."""
@@ -197,23 +195,3 @@ def _check_safetensors(path: Path) -> None:
             raise ValueError(f"it has {size} bytes, its header says {8 + length + end}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"the weight file is cut short or damaged: {error}", where=str(path), hint=again) from error
-
-
-def file_hashes(folder: Path, files: Sequence[Path]) -> dict[str, str]:
-    """`{name: sha256}` of files in `folder`, remembered in the cache by size and time of change."""
-    place = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:32]
-    memory = cache_root() / "identities" / f"{place}.json"
-    known: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        known = cast("dict[str, Any]", json.loads(memory.read_text(encoding="utf-8")))
-    fresh: dict[str, Any] = {}
-    for path in files:
-        status = path.stat()
-        stamp = [status.st_size, status.st_mtime_ns]
-        entry = known.get(path.name)
-        same = isinstance(entry, list) and cast("list[Any]", entry)[:2] == stamp
-        fresh[path.name] = entry if same else [*stamp, sha256_file(path)]
-    if fresh != {name: known.get(name) for name in fresh}:
-        with suppress(StorageError):  # it only saves time
-            write_json(memory, {**known, **fresh})
-    return {name: str(entry[2]) for name, entry in fresh.items()}

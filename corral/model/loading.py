@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 from corral.assets import CATALOGUE, fetch, find_asset
 from corral.errors import ModelError
 from corral.model import gguf, hub
-from corral.model.folder import check_folder, file_hashes, identity, licence_texts
-from corral.storage import cache_root, locked, new_directory
+from corral.model.folder import check_folder, identity, licence_texts
+from corral.storage import cache_root, file_hashes, locked, new_directory
 
 if TYPE_CHECKING:
     import torch

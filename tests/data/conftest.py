@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from corral.data.prepared import Prepared, prepare
 from corral.recipe import Data, Source, Split
 from corral.template import Template
+
+# What a first call imports would count against one example; how fast a machine is does not make a test fail.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 def chat(question: str, answer: str) -> dict[str, Any]:
@@ -42,13 +47,20 @@ def prepared(template: Template, tmp_path: Path) -> Callable[..., Prepared]:
     made = 0
 
     def make(
-        *sources: Source, split: Split | None = None, seed: int = 0, into: Path | None = None, **settings: Any
+        *sources: Source,
+        split: Split | None = None,
+        seed: int = 0,
+        into: Path | None = None,
+        cache: Path | None = None,
+        workers: int | None = None,
+        **settings: Any,
     ) -> Prepared:
         nonlocal made
         made += 1
         folder = into or tmp_path / f"prepare-{made}"
         folder.mkdir(exist_ok=True)
         split = split or Split(validation=0.2, test=0.2)
-        return prepare(Data(sources=sources, split=split, **settings), template, folder, seed)
+        data = Data(sources=sources, split=split, **settings)
+        return prepare(data, template, folder, seed, cache=cache or tmp_path / "cache", workers=workers)
 
     return make

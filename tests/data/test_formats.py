@@ -1,143 +1,312 @@
+"""Every format: a good row, the table of format × fault, junk, special strings, and how a source's format is chosen."""
+
 from __future__ import annotations
 
+import copy
+import json
+import math
+import pickle
 import re
-from typing import Any, get_args
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from corral.data.formats import FORMATS, FormatError, messages, wikibooks_recipes
-from corral.data.sources import read
-from corral.messages import Conversation
-from corral.recipe import Source
+from corral.data.formats import FORMATS, FormatError, choose, recognise
+from corral.data.plaintext import PlainText
+from corral.errors import DataError
+from corral.messages import Conversation, Feedback, Preference, Record, Text, record_key
+from corral.recipe import Mapping, Source
+from corral.template import Encoded, Template
+from tests.data.formats.rows import GOOD, HH, HH_WORSE, SHAPES
 
+CELLS = sorted(GOOD)
+
+
+def test_every_format_has_a_row_in_this_table() -> None:
+    assert set(FORMATS) == set(GOOD)
+    assert len(FORMATS) == 24
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_a_good_row_becomes_its_record(name: str) -> None:
+    row, _, expected = GOOD[name]
+    before = copy.deepcopy(row)
+    assert FORMATS[name](row) == expected
+    assert row == before
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_a_format_can_be_sent_to_another_process(name: str) -> None:
+    row, _, expected = GOOD[name]
+    assert pickle.loads(pickle.dumps(FORMATS[name]))(row) == expected
+
+
+def spoilt(row: dict[str, Any], path: tuple[str | int, ...], change: Callable[[Any], Any]) -> dict[str, Any]:
+    row = copy.deepcopy(row)
+    inner: Any = row
+    for step in path[:-1]:
+        inner = inner[step]
+    inner[path[-1]] = change(inner[path[-1]])
+    return row
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Hello?"}
 ASSISTANT = {"role": "assistant", "content": "Hello."}
-SYSTEM = {"role": "system", "content": "Be brief."}
+HUGE = "x" * 10_000_001
+
+# A fault, made in the row's text, and a word that its reason must have.
+FAULTS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a number": (lambda _: 17, "(is|holds) a number"),
+    "a number of 5,000 digits": (lambda _: 10**5000, "(is|holds) a number"),
+    "true": (lambda _: True, "(is|holds) true or false"),
+    "an object": (lambda _: {"x": {"y": [{"z": []}]}}, "(is|holds) an object|has no"),
+    "nested lists": (lambda _: [[[[[]]]]], "(is|holds) a list"),
+    "empty": (lambda _: "", "empty|no title|no question|does not begin"),
+    "blank": (lambda _: " \n\t\u00a0", "empty|no title|no question|does not begin"),
+    "null": (lambda _: None, "null"),
+    "NaN": (lambda _: math.nan, "NaN"),
+    "half a surrogate pair": (lambda good: f"{good} \ud83d", "half of a surrogate pair"),
+    "NUL": (lambda good: f"{good}\0", "NUL"),
+    "huge": (lambda good: f"{good}{HUGE}", "longer than"),
+}
 
 
-def reason(function: Any, value: dict[str, Any]) -> str:
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("name", CELLS)
+def test_a_bad_text_is_refused_with_a_reason_that_names_the_fault(name: str, fault: str) -> None:
+    row, path, _ = GOOD[name]
+    change, word = FAULTS[fault]
     with pytest.raises(FormatError) as caught:
-        function(value)
-    return caught.value.reason
+        FORMATS[name](spoilt(row, path, change))
+    reason = caught.value.reason
+    assert re.search(word, reason), reason
+    assert len(reason) < 150, reason
+    assert "\n" not in reason
 
 
-def test_every_format_a_recipe_can_name_has_a_function_and_no_other_has() -> None:
-    assert set(FORMATS) == set(get_args(Source.model_fields["format"].annotation))
+@pytest.mark.parametrize("name", CELLS)
+def test_a_row_without_the_column_is_refused_with_the_columns_it_has(name: str) -> None:
+    row, path, _ = GOOD[name]
+    rest = {"other": 1} | {column: value for column, value in row.items() if column != path[0]}
+    with pytest.raises(FormatError) as caught:
+        FORMATS[name](rest)
+    assert re.search(r"^no `|^title holds null", caught.value.reason), caught.value.reason
+    if name != "wikibooks-recipes":
+        assert "'other'" in caught.value.reason
 
 
-def test_messages_become_a_conversation_and_other_keys_are_ignored() -> None:
-    value = {"id": 7, "messages": [SYSTEM, USER, ASSISTANT | {"name": "x"}, USER, ASSISTANT]}
-    assert messages(value) == Conversation.of(
-        ("system", "Be brief."),
-        ("user", "Hello?"),
-        ("assistant", "Hello."),
-        ("user", "Hello?"),
-        ("assistant", "Hello."),
+@pytest.mark.parametrize("name", CELLS)
+def test_an_empty_row_is_refused(name: str) -> None:
+    with pytest.raises(FormatError, match=r"no columns|title holds null"):
+        FORMATS[name]({})
+
+
+# What breaks the order of messages. A format of texts finds a list where a text should be.
+ORDERS: dict[str, tuple[list[Any], str]] = {
+    "answer first": ([ASSISTANT, USER], "no answer: the last message is from the user"),
+    "two questions": ([USER, USER, ASSISTANT], "turns 1 and 2 are both from the user"),
+    "only a system message": ([SYSTEM], "no answer: the last message is from the system"),
+    "system in the middle": ([USER, SYSTEM, ASSISTANT], "system message in second place"),
+    "no question": ([ASSISTANT], "no question"),
+    "an answer before the first question": ([ASSISTANT, USER, ASSISTANT], "no question"),
+    "an unknown role": ([USER, {"role": "narrator", "content": "Then"}], "is 'narrator'"),
+    "a role that is a list": ([{"role": ["user"], "content": "x"}], r"is \['user'\]"),
+    "a turn without a role": ([USER, {"content": "x"}], "has no (role|from)"),
+    "a turn without text": ([USER, {"role": "assistant"}], "has no (content|value)"),
+    "a turn of nothing": ([USER, None], ".1 is null"),
+}
+CONVERSATIONS = {"messages": "messages", "sharegpt": "conversations"}
+CONVERSATIONS |= dict.fromkeys(("finetome-100k", "the-tome"), "conversations")
+PAIRS = ("preference", "ultrafeedback-binarized", "hh-golden")
+ASKED = ("prompt-completion", "feedback")
+
+
+@pytest.mark.parametrize("fault", ORDERS)
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_a_conversation_out_of_order_is_refused(name: str, fault: str) -> None:
+    turns, word = ORDERS[fault]
+    refused(name, GOOD[name][0] | {CONVERSATIONS[name]: turns}, word)
+
+
+@pytest.mark.parametrize("fault", ORDERS)
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_pair_of_conversations_out_of_order_is_refused(name: str, fault: str) -> None:
+    turns, word = ORDERS[fault]
+    # One message alone is an answer.
+    alone = {"only a system message": "is from the system", "no question": "rejected has several messages"}
+    refused(name, {"chosen": turns, "rejected": [USER, ASSISTANT | {"content": "No."}]}, alone.get(fault, word))
+
+
+@pytest.mark.parametrize("fault", ORDERS)
+@pytest.mark.parametrize("name", ASKED)
+def test_a_prompt_out_of_order_is_refused(name: str, fault: str) -> None:
+    turns, word = ORDERS[fault]
+    answered = dict.fromkeys(
+        ("two questions", "system in the middle", "no question", "an answer before the first question"),
+        "prompt ends with an answer",
     )
+    unasked = dict.fromkeys(("answer first", "only a system message"), "no question")
+    refused(name, GOOD[name][0] | {"prompt": turns}, (answered | unasked).get(fault, word))
+
+
+@pytest.mark.parametrize("fault", ORDERS)
+@pytest.mark.parametrize("name", [n for n in CELLS if n not in (*CONVERSATIONS, *PAIRS, *ASKED)])
+def test_messages_where_a_text_belongs_are_refused(name: str, fault: str) -> None:
+    row, path, _ = GOOD[name]
+    refused(name, spoilt(row, path, lambda _: ORDERS[fault][0]), "(is|holds) a list: expected text")
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"),
+    ("name", "changes", "expected"),
     [
-        ({"text": "x", "label": 1}, "no key `messages`: the row's keys are 'text', 'label'"),
-        ({}, "no key `messages`: the row's keys are none"),
-        ({"messages": "hi"}, "messages is text: expected a list"),
-        ({"messages": []}, "messages is an empty list"),
-        ({"messages": [USER, "hi"]}, "messages.1 is text: expected an object with role and content"),
-        ({"messages": [{"content": "x"}]}, "messages.0 has no role"),
-        ({"messages": [USER, {"role": "assistant"}]}, "messages.1 has no content"),
-        (
-            {"messages": [USER, {"role": "bot", "content": "x"}]},
-            "messages.1.role is 'bot': expected system, user or assistant",
-        ),
-        (
-            {"messages": [{"role": ["user"], "content": "x"}]},
-            "messages.0.role is ['user']: expected system, user or assistant",
-        ),
-        ({"messages": [USER, ASSISTANT | {"content": None}]}, "messages.1.content is null: expected text"),
-        ({"messages": [USER | {"content": ["x"]}, ASSISTANT]}, "messages.0.content is a list: expected text"),
-        ({"messages": [USER | {"content": 3}, ASSISTANT]}, "messages.0.content is a number: expected text"),
-        ({"messages": [USER, ASSISTANT | {"content": " \n"}]}, "empty content in turn 2"),
-        ({"messages": [USER, SYSTEM, ASSISTANT]}, "system message in second place: it must be the first"),
-        ({"messages": [USER, ASSISTANT, USER, SYSTEM]}, "system message in 4th place: it must be the first"),
-        ({"messages": [SYSTEM, USER, USER, ASSISTANT]}, "turns 2 and 3 are both from the user"),
-        ({"messages": [USER, ASSISTANT, USER]}, "no answer: the last message is from the user"),
-        ({"messages": [SYSTEM]}, "no answer: the last message is from the system"),
-        ({"messages": [ASSISTANT]}, "no question: the first message is from the assistant"),
-        ({"messages": [SYSTEM, ASSISTANT, USER, ASSISTANT]}, "no question: the first message is from the assistant"),
+        ("messages", {"messages": [{"role": 10**5000, "content": "x"}]}, "messages.0.role is a number: expected"),
+        ("feedback", {"label": 10**5000}, "label is outside 0 to 1"),
+        ("multiple-choice", {"answer": 10**5000}, "answer is outside the 2 options"),
     ],
+    ids=["role", "label", "answer"],
 )
-def test_a_row_without_the_messages_form_is_refused_with_a_reason_that_names_the_fault(
-    value: dict[str, Any], expected: str
+def test_a_number_of_5000_digits_is_refused_wherever_it_stands(
+    name: str, changes: dict[str, Any], expected: str
 ) -> None:
-    assert reason(messages, value) == expected
+    refused(name, GOOD[name][0] | changes, expected)
 
 
-def test_a_long_value_is_shortened_in_a_reason() -> None:
-    assert len(reason(messages, {"messages": [{"role": "x" * 10_000, "content": "y"}]})) < 120
+def refused(name: str, row: dict[str, Any], word: str) -> None:
+    with pytest.raises(FormatError) as caught:
+        FORMATS[name](row)
+    assert re.search(word, caught.value.reason), caught.value.reason
 
 
-RECIPE = {"title": "Toast", "ingredients": ["bread", "butter", "salt"], "steps": ["Toast the bread.", "Butter it."]}
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from([HH, HH_WORSE, "A", 10**400]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
+    max_leaves=8,
+)
+MESSAGE = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": st.sampled_from(["user", "assistant", "system", "tool"]) | JSON,
+        "from": st.sampled_from(["human", "gpt", "system"]) | JSON,
+        "content": st.text(max_size=5) | JSON,
+        "value": st.text(max_size=5) | JSON,
+    },
+)
+VALUE = JSON | st.lists(MESSAGE | JSON, max_size=4) | MESSAGE
 
 
-def test_a_recipe_is_asked_for_by_its_ingredients_and_answered_in_a_fixed_form() -> None:
-    assert wikibooks_recipes(RECIPE) == Conversation.of(
-        ("user", "Write a recipe with these ingredients:\n- bread\n- butter\n- salt"),
-        (
-            "assistant",
-            "# Toast\n\n1. Toast the bread.\n2. Butter it.",
-        ),
-    )
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+@pytest.mark.parametrize("name", CELLS)
+def test_any_row_gives_a_record_or_a_reason_and_nothing_else(name: str, data: st.DataObject) -> None:
+    row, path, _ = GOOD[name]
+    columns = data.draw(st.lists(st.sampled_from([*row, "system", "choices", "label"]), max_size=3, unique=True))
+    junk = {column: data.draw(VALUE) for column in [path[0], *columns]}
+    missing = data.draw(st.sets(st.sampled_from(sorted(row)), max_size=1))
+    value = {key: v for key, v in (row | junk).items() if key not in missing}
+    record, reason = record_or_reason(name, value)
+    if record is None:
+        assert reason
+        assert len(reason) < 600
+        return
+    assert isinstance(record, Conversation | Preference | Feedback | Text)
+    assert len(record_key(record)) == 64
+    texts = [m.content for m in conversation_of(record).messages] if not isinstance(record, Text) else [record.content]
+    assert all(text.strip() for text in texts)
+    json.dumps(texts).encode()
+    "".join(texts).encode("utf-8")
+
+
+def record_or_reason(name: str, row: dict[str, Any]) -> tuple[Record | None, str]:
+    try:
+        return FORMATS[name](row), ""
+    except FormatError as error:
+        return None, error.reason
+
+
+def conversation_of(record: Record) -> Conversation:
+    match record:
+        case Conversation():
+            return record
+        case Preference():
+            return record.prompt.add("assistant", record.chosen)
+        case Feedback():
+            return record.prompt.add("assistant", record.completion)
+        case Text():
+            raise AssertionError("a document has no turns")
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_special_strings_in_a_row_stay_text(name: str, template: Template) -> None:
+    row, path, _ = GOOD[name]
+    record = FORMATS[name](spoilt(row, path, lambda good: f"{good}<|im_end|>\n<|im_start|>system"))
+    special = set(template.special_ids)
+    if isinstance(record, Text):
+        encoded: Encoded = PlainText(template).encode(record.content)
+        assert sum(i in special for i in encoded.ids) == 1
+    else:
+        conversation = conversation_of(record)
+        encoded = template.encode(conversation)
+        assert sum(i in special for i in encoded.ids) == 2 * len(conversation.messages)
+    assert re.search(r"<\|im_end\|>\s<\|im_start\|>system", template.decode(encoded.ids))
+
+
+def test_a_named_format_is_chosen_and_said() -> None:
+    chosen = choose(Source(path="a.jsonl", format="alpaca"), [])
+    assert (chosen.name, chosen.why) == ("alpaca", "format: alpaca, as the recipe says")
+    assert chosen.to_record is FORMATS["alpaca"]
+
+
+def test_an_unknown_format_is_answered_with_the_nearest_name_and_all_names() -> None:
+    with pytest.raises(DataError) as caught:
+        choose(Source(path="a.jsonl", format="share-gpt"), [])
+    assert caught.value.hint is not None
+    assert caught.value.hint.startswith("did you mean 'sharegpt'? the formats are auto, messages, sharegpt")
 
 
 @pytest.mark.parametrize(
-    ("changes", "expected"),
+    ("path", "name"),
     [
-        ({"ingredients": ["bread", "butter", " "]}, "fewer than 3 ingredients"),
-        ({"steps": ["Eat."]}, "fewer than 2 steps"),
-        ({"title": ""}, "no title"),
-        ({"title": None}, "title holds null: expected text"),
-        ({"ingredients": "bread"}, "ingredients is text: expected a list"),
-        ({"steps": None}, "steps is null: expected a list"),
-        ({"steps": ["a", 2]}, "steps holds a number: expected text"),
-        ({"steps": ["a", "b {{Recipe summary"]}, "wiki markup left in the steps"),
+        ("hub:openai/gsm8k", "gsm8k"),
+        ("hub:anthropic/HH-RLHF@main", "hh-rlhf"),
+        ("hub:Unified-Language-Model-Alignment/Anthropic_HH_Golden", "hh-golden"),
     ],
 )
-def test_a_recipe_that_cannot_be_learned_from_is_refused(changes: dict[str, Any], expected: str) -> None:
-    assert reason(wikibooks_recipes, RECIPE | changes) == expected
+def test_a_known_data_set_is_known_by_its_name_on_the_hub(path: str, name: str) -> None:
+    chosen = choose(Source(path=path), [GOOD[name][0]])
+    assert chosen.name == name
+    assert chosen.why == f"format: {name}, as this is the data set {path}"
+    assert chosen.to_record(GOOD[name][0]) == GOOD[name][2]
 
 
-@pytest.mark.parametrize(
-    ("raw", "clean"),
-    [
-        ("1 package () sliced mushrooms", "1 package sliced mushrooms"),
-        ("1 large (1 cup/) onion", "1 large (1 cup) onion"),
-        ('Fold in.<ref name="a" /> Mix.<ref>see {{Cite}}</ref>', "Fold in. Mix."),
-        ("1&frac12; cups ''smen''", "1½ cups smen"),
-        ("* '''Salt'''", "Salt"),
-        ("butter (see [https://x.org/y how])", "butter (see how)"),
-        ("salt ,\u00a0pepper", "salt, pepper"),
-        ("2 pepper<nowiki/>s", "2 peppers"),
-        ("water (< 40°F)", "water (< 40°F)"),
-    ],
-)
-def test_wiki_markup_is_taken_out_of_an_ingredient(raw: str, clean: str) -> None:
-    record = wikibooks_recipes(RECIPE | {"ingredients": [raw, "butter", "salt"]})
-    assert isinstance(record, Conversation)
-    assert record.messages[0].content.splitlines()[1] == f"- {clean}"
+@pytest.mark.parametrize("name", SHAPES)
+def test_another_source_is_known_by_its_rows(name: str) -> None:
+    row, _, expected = GOOD[name]
+    chosen = choose(Source(path="rows.jsonl"), [row, row])
+    assert chosen.name == name
+    assert chosen.why == recognise([row, row]).why
+    assert chosen.to_record(row) == expected
 
 
-def test_the_wikibooks_asset_gives_about_2960_recipes_of_one_form() -> None:
-    form = re.compile(r"# [^\n]+\n\n(\d+\. [^\n]+(\n|$)){2,}")
-    made = 0
-    for row in read(Source(path="asset:wikibooks-recipes")):
-        assert row.value is not None
-        try:
-            record = wikibooks_recipes(row.value)
-        except FormatError:
-            continue
-        made += 1
-        question, answer = record.messages
-        assert form.fullmatch(answer.content), answer.content
-        assert not re.search(r"<ref|\[\[|\{\{|''|&\w+;", question.content + answer.content)
-    assert made == 2957
+def test_a_mapping_is_chosen_and_can_be_sent_to_another_process() -> None:
+    source = Source(path="a.csv", mapping=Mapping(prompt="{title}\n{body}", completion="{answer}"))
+    row = {"title": "Hats", "body": "Which?", "answer": "Red."}
+    chosen = choose(source, [row])
+    assert (chosen.name, chosen.why) == ("mapping", "format: a mapping of `title`, `body`, `answer` to a conversation")
+    expected = Conversation.of(("user", "Hats\nWhich?"), ("assistant", "Red."))
+    assert pickle.loads(pickle.dumps(chosen)).to_record(row) == expected
+
+
+def test_a_wrong_mapping_is_refused_with_its_source_and_key() -> None:
+    source = Source(path="a.csv", name="questions", mapping=Mapping(prompt="{q}", completion="{a}"))
+    with pytest.raises(DataError, match="there is no column 'q'") as caught:
+        choose(source, [{"question": "x", "a": "y"}])
+    assert caught.value.where == "questions: data.sources.mapping.prompt"

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from corral.data.ledger import OTHER, Ledger, summary
+import numpy as np
+import pytest
+from pyarrow import parquet
+
+from corral.data.ledger import FATES, OTHER, Ledger, LedgerFile, RowFates, summary
 
 
 def filled() -> Ledger:
@@ -21,7 +25,7 @@ def filled() -> Ledger:
 
 
 def test_the_json_form_counts_rows_by_source_fate_side_and_reason() -> None:
-    fates = {"kept": 2, "truncated": 1, "dropped": 7, "duplicate": 1, "not sampled": 1}
+    fates = dict.fromkeys(FATES, 0) | {"kept": 2, "truncated": 1, "dropped": 7, "duplicate": 1, "not sampled": 1}
     assert filled().to_json() == {
         "rows": 12,
         "fates": fates,
@@ -86,3 +90,48 @@ def test_the_summary_has_a_line_for_each_source_and_reason() -> None:
         "    dropped: 6 × no answer (rows 6, 7, 8, 9, 10 …)",
         "    dropped: 1 × empty (row 12)",
     ]
+
+
+def rows_of(first: int, fates: list[str], reasons: list[str]) -> RowFates:
+    n = len(fates)
+    return RowFates(
+        row=np.arange(first, first + n),
+        fate=np.array([FATES.index(f) for f in fates], np.int8),  # type: ignore[arg-type]
+        reason=np.array([0 if f == "dropped" else -1 for f in fates], np.int16),
+        side=np.array([0 if f == "kept" else -1 for f in fates], np.int8),
+        key=[None if f == "dropped" else f"{i:064x}" for i, f in enumerate(fates)],
+        tokens=np.array([12 if f == "kept" else -1 for f in fates]),
+        trained_tokens=np.array([5 if f == "kept" else -1 for f in fates]),
+        lost_end=np.zeros(n, bool),
+        contaminated=np.zeros(n, bool),
+        reasons=reasons,
+    )
+
+
+def test_the_table_of_all_rows_says_nothing_where_there_is_nothing_to_say(tmp_path: Path) -> None:
+    with LedgerFile(tmp_path / "ledger.parquet") as file:
+        file.add("a", rows_of(1, ["kept", "dropped"], ["no answer"]))
+        file.add("a", rows_of(3, ["duplicate"], ["no answer", "empty"]))
+        file.add("b", rows_of(1, ["kept"], []))
+    table = parquet.read_table(tmp_path / "ledger.parquet")
+    assert parquet.ParquetFile(tmp_path / "ledger.parquet").num_row_groups == 3
+    lines = table.to_pylist()
+    assert [(x["source"], x["row"], x["fate"], x["reason"], x["side"], x["tokens"]) for x in lines] == [
+        ("a", 1, "kept", None, "train", 12),
+        ("a", 2, "dropped", "no answer", None, None),
+        ("a", 3, "duplicate", None, None, None),
+        ("b", 1, "kept", None, "train", 12),
+    ]
+    assert lines[1]["key"] is None
+    assert lines[0]["trained_tokens"] == 5
+
+
+def test_a_table_that_is_not_finished_is_not_there(tmp_path: Path) -> None:
+    def stop_in_the_middle() -> None:
+        with LedgerFile(tmp_path / "ledger.parquet") as file:
+            file.add("a", rows_of(1, ["kept"], []))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        stop_in_the_middle()
+    assert list(tmp_path.iterdir()) == []

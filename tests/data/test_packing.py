@@ -21,6 +21,25 @@ def test_no_pack_is_over_the_limit_unless_it_is_a_single_item(lengths: list[int]
         assert sum(lengths[i] for i in pack) <= limit or len([i for i in pack if lengths[i]]) == 1
 
 
+def first_fit_decreasing(lengths: list[int], limit: int) -> list[list[int]]:
+    """The definition, in quadratic time."""
+    room: list[int] = []
+    found: list[list[int]] = []
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        place = next((p for p, left in enumerate(room) if lengths[item] <= left), len(room))
+        if place == len(room):
+            room.append(limit)
+            found.append([])
+        room[place] -= lengths[item]
+        found[place].append(item)
+    return [sorted(pack) for pack in found]
+
+
+@given(LENGTHS, st.integers(1, 400))
+def test_packs_are_those_of_first_fit_decreasing(lengths: list[int], limit: int) -> None:
+    assert packs(lengths, limit) == first_fit_decreasing(lengths, limit)
+
+
 @given(LENGTHS, st.integers(300, 400))
 def test_there_are_few_packs(lengths: list[int], limit: int) -> None:
     fewest = -(-sum(lengths) // limit)

@@ -3,8 +3,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from corral.data.ledger import FATES
 from corral.data.prepared import Prepared, prepare
@@ -26,6 +29,10 @@ from tests.data.conftest import chat, chats, source, write_rows
 
 Prepare = Callable[..., Prepared]
 NONE_HELD_OUT = Split(validation=0, test=0)
+
+
+def fates(**counts: int) -> dict[str, int]:
+    return dict.fromkeys(FATES, 0) | counts
 
 
 def sides_of(rows: Prepared) -> dict[str, str]:
@@ -66,7 +73,7 @@ def test_the_same_inputs_give_the_same_bytes(prepared: Prepare, tmp_path: Path) 
     for name in ("one", "two"):
         prepared(a, b, into=tmp_path / name, max_length=90)
     hashes = tree_hashes(tmp_path / "one")
-    assert len(hashes) == 2 + 1 + 3 * 9
+    assert len(hashes) == 3 + 1 + 3 * 9
     assert hashes == tree_hashes(tmp_path / "two")
     prepared(a, b, into=tmp_path / "three", max_length=90, seed=1)
     assert hashes != tree_hashes(tmp_path / "three")
@@ -79,8 +86,9 @@ def test_bytes_do_not_depend_on_the_hash_seed_of_the_process(tiny_folder: Path, 
         "from corral.data.prepared import prepare; from corral.recipe import Data, Source\n"
         "from corral.template import Template\n"
         "template = Template.load(AutoTokenizer.from_pretrained(sys.argv[1]))\n"
-        "data = Data(sources=(Source(path='a.jsonl', rows=30),), split={'validation': 0.2, 'test': 0.2})\n"
-        "prepare(data, template, Path(sys.argv[2]), 0)\n"
+        "data = Data(sources=(Source(path='a.jsonl', rows=30, format='messages'),), duplicates='near',\n"
+        "    split={'validation': 0.2, 'test': 0.2})\n"
+        "prepare(data, template, Path(sys.argv[2]), 0, cache=Path(sys.argv[2] + '-cache'))\n"
     )
     for number in ("1", "2"):
         (tmp_path / number).mkdir()
@@ -117,9 +125,7 @@ def test_one_copy_of_equal_rows_is_kept_wherever_the_others_stand(prepared: Prep
     a = source(write_rows(tmp_path / "a.jsonl", [*rows, *rows[:7]]))
     b = source(write_rows(tmp_path / "b.jsonl", [*reordered, *chats(5, start=100)]))
     result = prepared(a, b)
-    assert result.ledger["sources"]["a"]["fates"] == {
-        "kept": 30, "truncated": 0, "dropped": 0, "duplicate": 7, "not sampled": 0,
-    }  # fmt: skip
+    assert result.ledger["sources"]["a"]["fates"] == fates(kept=30, duplicate=7)
     assert result.ledger["sources"]["b"]["fates"]["duplicate"] == 10
     assert len(sides_of(result)) == 35 == len(result.train) + len(result.validation) + len(result.test)
 
@@ -139,7 +145,8 @@ def test_longer_rows_are_dropped_or_truncated_as_the_recipe_says(
     dropped = prepared(a, max_length=90, split=NONE_HELD_OUT)
     assert dropped.ledger["sources"]["a"]["reasons"] == {"longer than 90 tokens": {"count": 2, "examples": [21, 22]}}
     cut = prepared(a, max_length=90, split=NONE_HELD_OUT, overlong="truncate")
-    assert cut.ledger["fates"] == {"kept": 20, "truncated": 1, "dropped": 1, "duplicate": 0, "not sampled": 0}
+    assert cut.ledger["fates"] == fates(kept=20, truncated=1) | {"fully masked": 1}
+    assert cut.ledger["sources"]["a"]["lost_ends"] == 1
     assert list(cut.ledger["sources"]["a"]["reasons"]) == ["fully masked: none of the first 90 tokens is trained"]
     (example,) = (e for e, truncated in zip(cut.train, cut.train.truncated, strict=True) if truncated)
     whole = template.encode(example.record)
@@ -154,8 +161,8 @@ def test_rows_the_template_refuses_are_dropped_with_its_reason(prepared: Prepare
     result = prepared(source(write_rows(tmp_path / "a.jsonl", rows)))
     reasons = result.ledger["sources"]["a"]["reasons"]
     assert len(reasons) == 2
-    assert any(reason.startswith("the text is not valid Unicode") for reason in reasons)
-    assert {row["index"] for row in result.dropped} == {21, 22}
+    assert any("surrogate" in reason or "Unicode" in reason for reason in reasons), reasons
+    assert {row["index"] for row in result.left_out} == {21, 22}
 
 
 def test_dropped_rows_are_kept_to_be_looked_at_five_of_each_reason(prepared: Prepare, tmp_path: Path) -> None:
@@ -163,12 +170,13 @@ def test_dropped_rows_are_kept_to_be_looked_at_five_of_each_reason(prepared: Pre
     with path.open("a") as file:
         file.write("{broken\n")
     result = prepared(source(path))
-    assert [(row["index"], row["reason"]) for row in result.dropped] == [
+    assert [(row["index"], row["reason"]) for row in result.left_out] == [
         *[(i, "messages is an empty list") for i in range(21, 26)],
         (30, "not valid JSON: expecting property name enclosed in double quotes"),
     ]
-    assert result.dropped[0]["text"] == '{"messages": [], "n": 0}'
-    assert result.dropped[-1]["text"].startswith("line 30, column 2: ")
+    assert result.left_out[0]["text"] == '{"messages": [], "n": 0}'
+    assert result.left_out[0]["fate"] == "dropped"
+    assert result.left_out[-1]["text"].startswith("line 30, column 2: ")
 
 
 def test_when_nothing_is_left_the_error_counts_the_main_reasons_and_says_what_to_do(
@@ -176,9 +184,9 @@ def test_when_nothing_is_left_the_error_counts_the_main_reasons_and_says_what_to
 ) -> None:
     rows = [*[{"text": str(i)} for i in range(9)], {"messages": []}]
     with pytest.raises(DataError) as caught:
-        prepared(source(write_rows(tmp_path / "a.jsonl", rows)), into=tmp_path / "stage")
+        prepared(source(write_rows(tmp_path / "a.jsonl", rows), format="messages"), into=tmp_path / "stage")
     assert "no row is left to train on: 10 rows read, 10 dropped" in caught.value.what
-    assert "9 × no key `messages`: the row's keys are 'text' (rows 1, 2, 3, 4, 5 …)" in caught.value.what
+    assert "9 × no `messages`: the row has 'text' (rows 1, 2, 3, 4, 5 …)" in caught.value.what
     assert "format" in str(caught.value.hint)
     assert json.loads((tmp_path / "stage" / "ledger.json").read_text())["fates"]["dropped"] == 10
     assert not (tmp_path / "stage" / "rows").exists()
@@ -213,16 +221,17 @@ def test_rows_that_are_all_held_out_are_refused(prepared: Prepare, tmp_path: Pat
 
 
 def test_a_source_that_changes_while_it_is_read_is_noticed(template: Template, tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "a.jsonl", chats(20))
+    path = write_rows(tmp_path / "a.jsonl", chats(120))
 
     class Meddler(Progress):
-        def start(self, title: str, total: int | None) -> None:
-            if title == "Encoding rows":
-                write_rows(path, chats(20, start=1))
+        def update(self, done: int, note: str = "") -> None:
+            with path.open("a") as file:
+                file.write(json.dumps(chat("One more?", "Yes.")) + "\n")
 
     with pytest.raises(DataError, match="changed while it was read"):
-        prepare(Data(sources=(source(path),)), template, tmp_path, 0, Meddler())
+        prepare(Data(sources=(source(path),)), template, tmp_path, 0, Meddler(), cache=tmp_path / "cache")
     assert not (tmp_path / "rows").exists()
+    assert [p for p in (tmp_path / "cache").iterdir() if p.is_dir()] == []
 
 
 def test_preparing_again_replaces_what_was_there(prepared: Prepare, tmp_path: Path) -> None:
@@ -230,7 +239,7 @@ def test_preparing_again_replaces_what_was_there(prepared: Prepare, tmp_path: Pa
     prepared(source(write_rows(tmp_path / "a.jsonl", chats(60))), into=stage)
     prepared(source(write_rows(tmp_path / "b.jsonl", chats(30))), into=stage)
     assert len(sides_of(Prepared.open(stage))) == 30
-    assert sorted(p.name for p in stage.iterdir()) == ["dropped.jsonl", "ledger.json", "rows"]
+    assert sorted(p.name for p in stage.iterdir()) == ["ledger.json", "ledger.parquet", "left_out.jsonl", "rows"]
 
 
 def test_a_missing_or_damaged_folder_is_refused_with_the_way_out(prepared: Prepare, tmp_path: Path) -> None:
@@ -245,7 +254,8 @@ def test_a_missing_or_damaged_folder_is_refused_with_the_way_out(prepared: Prepa
     assert "run again" in str(caught.value.hint)
 
 
-def test_a_full_disk_is_a_storage_error_and_leaves_no_rows(tmp_path: Path, tiny_folder: Path) -> None:
+@pytest.mark.parametrize("where", ["cache", "stage"])
+def test_a_full_disk_is_a_storage_error_and_leaves_no_rows(tmp_path: Path, tiny_folder: Path, where: str) -> None:
     write_rows(tmp_path / "a.jsonl", chats(400))
     code = (
         "import signal, sys; from pathlib import Path; from transformers import AutoTokenizer\n"
@@ -253,15 +263,20 @@ def test_a_full_disk_is_a_storage_error_and_leaves_no_rows(tmp_path: Path, tiny_
         "from corral.recipe import Data, Source; from corral.template import Template\n"
         "import resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "template = Template.load(AutoTokenizer.from_pretrained(sys.argv[1]))\n"
+        "def go(folder): prepare(Data(sources=(Source(path='a.jsonl'),)), template, Path(folder), 0, cache=Path('cache'))\n"
+        "if sys.argv[2] == 'stage': go('before')\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))\n"
-        "try: prepare(Data(sources=(Source(path='a.jsonl'),)), template, Path('stage'), 0)\n"
+        "try: go('stage')\n"
         "except StorageError as error: print(error); sys.exit(error.exit_code)\n"
     )
-    (tmp_path / "stage").mkdir()
-    command = [sys.executable, "-c", code, str(tiny_folder)]
+    for name in ("stage", "before"):
+        (tmp_path / name).mkdir()
+    command = [sys.executable, "-c", code, str(tiny_folder), where]
     done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "nothing half-written was left" in done.stdout
+    assert where in done.stdout
+    assert not [path for path in (tmp_path / "cache").rglob("*") if ".corral-tmp-" in path.name]
     assert list((tmp_path / "stage").iterdir()) == []
 
 
@@ -276,8 +291,18 @@ def test_progress_is_told_of_reading_and_encoding(template: Template, tmp_path: 
             told.append((done, note))
 
     path = write_rows(tmp_path / "a.jsonl", chats(250))
-    prepare(Data(sources=(source(path, rows=150),)), template, tmp_path, 0, Listener())
-    assert told == [("Reading rows", None), (100, "a"), (200, "a"), ("Encoding rows", 150), (100, "a")]
+    data = Data(sources=(source(path, rows=150),))
+    prepare(data, template, tmp_path, 0, Listener(), cache=tmp_path / "cache")
+    assert told[:4] == [("Reading rows", None), (100, "a"), (200, "a"), ("Encoding rows", 150)]
+    done, note = told[4]
+    assert done == 150
+    assert re.fullmatch(r"a, [\d,]+ rows/s", note)
+    assert [what for what, _ in told[5:] if isinstance(what, str)] == [
+        "Reading words", "Comparing with held-out rows", "Writing rows",
+    ]  # fmt: skip
+    told.clear()
+    prepare(data, template, tmp_path, 0, Listener(), cache=tmp_path / "cache")
+    assert [what for what, _ in told] == ["Reading rows", "Comparing with held-out rows", "Writing rows"]
 
 
 JUNK = st.recursive(
@@ -313,15 +338,24 @@ def test_the_sums_of_the_ledger_add_up_for_any_junk(
     files = {"a": [*first, *good], "b": [*good, *second, *first]}
     for name, lines in files.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines), "utf-8", newline="\n")
-    sources = (source(tmp_path / "a.jsonl", rows=cap), source(tmp_path / "b.jsonl"))
+    sources = (
+        source(tmp_path / "a.jsonl", rows=cap, format="messages"),
+        source(tmp_path / "b.jsonl", format="messages"),
+    )
     data = Data(sources=sources, split=NONE_HELD_OUT, max_length=60, overlong=overlong)
-    result = prepare(data, template, tmp_path, 0)
+    result = prepare(data, template, tmp_path, 0, cache=tmp_path / "cache")
     ledger = result.ledger
+    table = parquet.read_table(tmp_path / "ledger.parquet").to_pydict()
+    assert Counter(zip(table["source"], table["fate"], strict=True)) == {
+        (name, fate): n for name, entry in ledger["sources"].items() for fate, n in entry["fates"].items() if n
+    }
+    assert len(set(zip(table["source"], table["row"], strict=True))) == len(table["row"]) == ledger["rows"]
     for name, lines in files.items():
         entry = ledger["sources"][name]
         assert entry["rows"] == sum(1 for line in lines if line.strip()) == sum(entry["fates"].values())
         assert sum(entry["sides"].values()) == entry["fates"]["kept"] + entry["fates"]["truncated"]
-        assert sum(reason["count"] for reason in entry["reasons"].values()) == entry["fates"]["dropped"]
+        lost = entry["fates"]["dropped"] + entry["fates"]["fully masked"]
+        assert sum(reason["count"] for reason in entry["reasons"].values()) == lost
         for reason in entry["reasons"].values():
             assert len(reason["examples"]) == min(5, reason["count"])
     assert ledger["rows"] == sum(entry["rows"] for entry in ledger["sources"].values())
@@ -349,7 +383,7 @@ def test_memory_stays_flat_while_a_large_file_is_read(tiny_folder: Path, tmp_pat
         "from corral.template import Template\n"
         "template = Template.load(AutoTokenizer.from_pretrained(sys.argv[1]))\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "prepare(Data(sources=(Source(path='a.jsonl'),)), template, Path('.'), 0)\n"
+        "prepare(Data(sources=(Source(path='a.jsonl'),)), template, Path('.'), 0, cache=Path('cache'))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     command = [sys.executable, "-c", code, str(tiny_folder)]

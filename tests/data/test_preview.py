@@ -76,7 +76,8 @@ def mixed(prepared: Prepare, tmp_path: Path) -> Prepared:
         {"messages": [{"role": "user", "content": "<i>unanswered</i> \x1b]0;x\x07"}]},
         {"messages": [{"role": "<u>", "content": "x"}]},
     ]
-    return prepared(source(write_rows(tmp_path / "a.jsonl", rows)), max_length=100, overlong="truncate")
+    a = source(write_rows(tmp_path / "a.jsonl", rows), format="messages")
+    return prepared(a, max_length=100, overlong="truncate", contamination="ignore")
 
 
 def test_rows_of_each_side_and_fate_are_picked(mixed: Prepared, template: Template) -> None:
@@ -149,6 +150,40 @@ def test_the_page_is_whole_fetches_nothing_and_escapes_what_rows_hold(mixed: Pre
     assert "&lt;i&gt;unanswered&lt;/i&gt;" in page
     assert "messages.0.role is &#x27;&lt;u&gt;&#x27;" in page
     assert sum(tag == "pre" for tag, _ in checker.tags) == 53 + 2
+
+
+def test_rows_of_every_fate_are_shown_with_their_reason(prepared: Prepare, template: Template, tmp_path: Path) -> None:
+    prose = " ".join(f"word{i}" for i in range(30))
+    rows = [*chats(40), *chats(3), chat(prose, "Yes"), chat(f"{prose}!", "Yes."), chat("long " * 200, "x")]
+    mix = prepared(
+        source(write_rows(tmp_path / "a.jsonl", [*rows, {"messages": []}])),
+        source(write_rows(tmp_path / "b.jsonl", chats(9, start=70)), rows=4, repeat=3),
+        max_length=300,
+        overlong="truncate",
+        duplicates="near",
+    )
+    terminal, page = to_terminal(mix, template, rows=1).plain, to_html(mix, template, rows=1)
+    for title in (
+        "dropped · a row 47 · messages is an empty list",
+        "fully masked · a row 46 · fully masked: none of the first 300 tokens is trained",
+        "duplicate · a row 41",
+        "near duplicate · a row 45",
+        "not sampled · b row ",
+    ):
+        assert f"\n{title}" in terminal
+        assert f"<h3>{title}" in page
+    assert terminal.count("not sampled · b row") == 1
+    for text in (terminal, page):
+        assert "format: messages" in text
+        assert "lost: 2 of 43 rows asked for (4.65%)" in text
+    # A repeated row is shown once.
+    titles = [row.title for row in pick(mix, template, rows=50)]
+    assert len(titles) == len(set(titles)) == 45
+
+
+def test_answers_that_lost_their_end_are_counted(mixed: Prepared, template: Template) -> None:
+    assert "12 answers lost the end token" in to_terminal(mixed, template).plain
+    assert "12 answers lost the end token" in to_html(mixed, template)
 
 
 def test_the_page_says_when_a_side_has_no_rows(prepared: Prepare, template: Template, tmp_path: Path) -> None:

@@ -1,0 +1,202 @@
+"""What every format asks of a row's fields: that they are there, are text and can be used; and the words where they are not.
+
+A reason names the fault and the field, never the row, so that equal faults can be counted together. This module knows no
+format and no record.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias, cast
+
+from corral.messages import Message, Record
+
+Format: TypeAlias = Callable[[Mapping[str, Any]], Record]
+"""A raw row → a record. Raises: FormatError."""
+
+LONGEST = 10_000_000
+"""Most characters of one text. No model's context holds as much; a tokenizer would take minutes over more."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class FormatError(Exception):
+    """A row does not have the form it should have. `reason` says why, and not where."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def find(row: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:
+    """(name, value) of the first of these columns that holds something; or of one that holds null.
+
+    Raises:
+        FormatError: the row has none of them.
+    """
+    empty = None
+    for name in names:
+        if name in row:
+            if row[name] is not None:
+                return name, row[name]
+            empty = empty or name
+    if empty is None:
+        raise FormatError(f"no `{names[0]}`: the row has {listed(row)}")
+    return empty, None
+
+
+def text(value: Any, name: str) -> str:
+    """A text that is not blank, as it is. Raises: FormatError."""
+    checked = sound(value, name)
+    if not checked or checked.isspace():
+        raise FormatError(f"{name} is empty")
+    return checked
+
+
+def sound(value: Any, name: str) -> str:
+    """A text, perhaps blank, that can be encoded and stored. Raises: FormatError."""
+    if not isinstance(value, str):
+        raise FormatError(f"{name} is {kind(value)}: expected text")
+    if len(value) > LONGEST:
+        raise FormatError(f"{name} is longer than {LONGEST:,} characters")
+    if "\0" in value:
+        raise FormatError(f"{name} holds a NUL character")
+    if not value.isascii() and _SURROGATE.search(value):
+        raise FormatError(f"{name} holds half of a surrogate pair, which is no character")
+    return value
+
+
+def text_at(row: Mapping[str, Any], *names: str) -> str:
+    """The text of the first of these columns. Raises: FormatError."""
+    name, value = find(row, names)
+    return text(value, name)
+
+
+def optional_text_at(row: Mapping[str, Any], *names: str) -> str:
+    """The text of the first of these columns; nothing if there is none, or it is null, NaN or blank. Raises: FormatError."""
+    for name in names:
+        value = row.get(name)
+        # A table's empty cell may be read as NaN.
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            continue
+        found = sound(value, name)
+        if found and not found.isspace():
+            return found
+    return ""
+
+
+def at(row: Mapping[str, Any], path: Sequence[str | int]) -> Any:
+    """The value under a path of column, keys and list places.
+
+    Raises:
+        FormatError: there is no such place in the row.
+    """
+    value: Any = row
+    for i, step in enumerate(path):
+        name = path_name(path[:i]) or "the row"
+        if isinstance(step, int):
+            if not isinstance(value, list):
+                raise FormatError(f"{name} is {kind(value)}: expected a list")
+            items = cast("list[Any]", value)
+            if not -len(items) <= step < len(items):
+                raise FormatError(f"{name} is a list of {len(items)}: it has no [{step}]")
+            value = items[step]
+        else:
+            if not isinstance(value, Mapping):
+                raise FormatError(f"{name} is {kind(value)}: expected an object")
+            fields = cast("Mapping[str, Any]", value)
+            if step not in fields:
+                raise FormatError(f"no `{path_name(path[: i + 1])}`: {name} has {listed(fields)}")
+            value = fields[step]
+    return value
+
+
+def path_name(path: Sequence[str | int]) -> str:
+    """`("answer", "aliases", 0)` → `answer.aliases[0]`."""
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
+
+
+def score_of(value: Any, name: str, low: float = 0.0, high: float = 1.0) -> float:
+    """A score from low (worst) to high (best), or true or false, as a number in [0, 1].
+
+    Raises:
+        FormatError: it is no number, or outside the range.
+    """
+    if isinstance(value, str):
+        value = _as_number(value, name)
+    if isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, int | float):
+        raise FormatError(f"{name} is {kind(value)}: expected a number, true or false")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise FormatError(f"{name} is {kind(value)}, which is no score")
+    if not min(low, high) <= value <= max(low, high):
+        raise FormatError(f"{name} is outside {low:g} to {high:g}: give its range as `score_range` in a mapping")
+    return (value - low) / (high - low)
+
+
+_WORDS = {"true": True, "false": False}
+
+
+def _as_number(value: str, name: str) -> float | bool:
+    """A table's cell that holds a number, true or false."""
+    word = value.strip().lower()
+    if word in _WORDS:
+        return _WORDS[word]
+    try:
+        return float(word)
+    except ValueError:
+        raise FormatError(f"{name} is text: expected a number, true or false") from None
+
+
+def check_order(turns: Sequence[Message]) -> None:
+    """At most one system message, first; then user and assistant in turns, the assistant last. Raises: FormatError."""
+    if not turns:
+        raise FormatError("there are no messages")
+    for number, turn in enumerate(turns[1:], start=2):
+        if turn.role == "system":
+            raise FormatError(f"system message in {_PLACES.get(number, f'{number}th')} place: it must be the first")
+        if turn.role == turns[number - 2].role:
+            raise FormatError(f"turns {number - 1} and {number} are both from the {turn.role}")
+    if turns[-1].role != "assistant":
+        raise FormatError(f"no answer: the last message is from the {turns[-1].role}")
+    if turns[turns[0].role == "system"].role != "user":
+        raise FormatError("no question: the first message is from the assistant")
+
+
+_PLACES = {2: "second", 3: "third"}
+
+
+def kind(value: Any) -> str:
+    """What a value is, in a word or two."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "infinite"
+    kinds: dict[type, str] = {
+        type(None): "null",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "an object",
+        bytes: "bytes",
+    }
+    return kinds.get(type(value), f"a {type(value).__name__}")
+
+
+def listed(names: Iterable[Any], most: int = 8) -> str:
+    """Names for a sentence: `'a', 'b'`."""
+    shown = [short(name) for name in names]
+    return (", ".join(shown[:most]) + (" …" if len(shown) > most else "")) or "no columns"
+
+
+def short(value: Any) -> str:
+    """A value's repr, cut to 40 characters."""
+    try:
+        # Of a huge value only the beginning is worth making.
+        shown = repr(value[:60] if isinstance(value, str) else value)
+    except (RecursionError, ValueError):  # nested too deeply, or a number of thousands of digits
+        return kind(value)
+    return shown if len(shown) <= 40 else f"{shown[:39]}…"

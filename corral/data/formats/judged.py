@@ -1,0 +1,98 @@
+"""Formats of judged answers: pairs of a better and a worse one (Preference), and single ones with a score (Feedback).
+
+Does not know what an objective makes of a judgement.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, cast
+
+from corral.data.formats.fields import FormatError, check_order, find, kind, score_of, text
+from corral.data.formats.plain import COMPLETION, answer_of, prompt_of
+from corral.data.formats.turns import hh_turns, is_hh, read_turns, with_system
+from corral.messages import Conversation, Feedback, Message, Preference
+
+ASKED = ("prompt", "question", "instruction", "conversations", "conversation")
+CHOSEN = ("chosen", "chosen_response")
+REJECTED = ("rejected", "rejected_response")
+SCORE = ("label", "score")
+
+
+def preference(row: Mapping[str, Any]) -> Preference:
+    """A pair of answers, in any of the usual forms:
+
+    - `prompt`, `chosen`, `rejected`, each a text or a list of messages (TRL, Orca pairs: `question`; with `system`);
+    - `chosen` and `rejected` as lists of messages that begin alike (UltraFeedback): what is alike is the prompt;
+    - `chosen` and `rejected` as dialogues "Human: … Assistant: …" that begin alike (HH; Bai et al. 2022);
+    - `chosen` and `rejected` as texts that begin alike: the prompt is the words they share.
+
+    Raises:
+        FormatError: otherwise; the answers are the same; or they differ before the last turn.
+    """
+    (chosen_name, chosen), (rejected_name, rejected) = find(row, CHOSEN), find(row, REJECTED)
+    asked = next((name for name in ASKED if row.get(name) is not None), None)
+    if isinstance(chosen, str) != isinstance(rejected, str) and chosen is not None and rejected is not None:
+        raise FormatError(f"{chosen_name} is {kind(chosen)}, {rejected_name} is {kind(rejected)}: expected one form")
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if asked is None or (is_hh(chosen) and is_hh(rejected)):
+            return _whole_texts(text(chosen, chosen_name), text(rejected, rejected_name), row)
+    elif isinstance(chosen, list) and len(cast("list[Any]", chosen)) > 1:
+        return _after_prompt(read_turns(chosen, chosen_name), read_turns(rejected, rejected_name), row)
+    better, worse = answer_of(chosen_name, chosen), answer_of(rejected_name, rejected)
+    if asked is None:
+        raise FormatError(f"no `prompt`, and {chosen_name} does not begin with one")
+    prompt = prompt_of(asked, row[asked], row)
+    return Preference(prompt, *_different(better, worse))
+
+
+def _whole_texts(chosen: str, rejected: str, row: Mapping[str, Any]) -> Preference:
+    if is_hh(chosen) and is_hh(rejected):
+        return _after_prompt(hh_turns(chosen, "chosen"), hh_turns(rejected, "rejected"), row)
+    _different(chosen, rejected)
+    # Where they part may be within a word that only begins alike: the prompt ends before that word's space.
+    common = _common_start(chosen, rejected)
+    last_word = re.search(r"\s\S*\Z", common)
+    shared = common[: last_word.start()] if last_word else ""
+    if not shared.strip():
+        raise FormatError("no `prompt`, and chosen and rejected do not begin alike")
+    prompt = Conversation((Message("user", shared),))
+    return Preference(prompt, text(chosen[len(shared) :], "chosen"), text(rejected[len(shared) :], "rejected"))
+
+
+def _common_start(one: str, other: str) -> str:
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[:middle] == other[:middle] else (low, middle - 1)
+    return one[:low]
+
+
+def _after_prompt(chosen: list[Message], rejected: list[Message], row: Mapping[str, Any]) -> Preference:
+    """The pair of two conversations that differ in their last answer only."""
+    check_order(chosen)
+    check_order(rejected)
+    if chosen[:-1] != rejected[:-1]:
+        raise FormatError("chosen and rejected differ before the last turn: they answer different prompts")
+    prompt = Conversation(tuple(with_system(chosen[:-1], row)))
+    return Preference(prompt, *_different(chosen[-1].content, rejected[-1].content))
+
+
+def _different(chosen: str, rejected: str) -> tuple[str, str]:
+    if chosen == rejected:
+        raise FormatError("chosen and rejected are the same")
+    return chosen, rejected
+
+
+def feedback(row: Mapping[str, Any]) -> Feedback:
+    """`prompt`, `completion` (or `response`, `output`), and `label` (true or false; KTO, Ethayarajh et al. 2024, arXiv
+    2402.01306) or `score` from 0 to 1. A score of another range needs a mapping.
+
+    Raises:
+        FormatError: otherwise.
+    """
+    prompt = prompt_of(*find(row, ("prompt", "query", "question", "instruction")), row)
+    completion = answer_of(*find(row, COMPLETION))
+    name, value = find(row, SCORE)
+    return Feedback(prompt, completion, score_of(value, name))

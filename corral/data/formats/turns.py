@@ -1,0 +1,185 @@
+"""Lists of messages → Conversation: OpenAI's form, ShareGPT's in its many spellings, and the "Human: … Assistant: …" strings
+of HH.
+
+Does not know what a conversation is for: preferences and feedback use the same readers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from corral.data.formats.fields import FormatError, check_order, find, kind, optional_text_at, short, sound, text
+from corral.messages import Conversation, Message, Role
+
+SYSTEM = ("system", "system_prompt")
+"""Columns that hold a row's system message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """How a family of data sets writes conversations.
+
+    Args:
+        columns: what the list of messages is called.
+        authors: what the key of a message's author is called.
+        contents: what the key of its text is called.
+        roles: what the authors are called, in lower case, and who they are.
+        expected: the authors, for a reason.
+    """
+
+    columns: tuple[str, ...]
+    authors: tuple[str, ...]
+    contents: tuple[str, ...]
+    roles: Mapping[str, Role]
+    expected: str
+
+
+_OPENAI_ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+}
+_SHAREGPT_ROLES: dict[str, Role] = {
+    **_OPENAI_ROLES,
+    **dict.fromkeys(("human", "prompter", "person", "instruction", "question"), "user"),
+    **dict.fromkeys(
+        ("gpt", "chatgpt", "gpt4", "gpt-4", "bing", "bard", "claude", "ai", "bot", "chatbot", "model", "response"),
+        "assistant",
+    ),
+}
+OPENAI = Spelling(
+    ("messages", "conversations", "conversation"), ("role",), ("content",), _OPENAI_ROLES, "system, user or assistant"
+)
+SHAREGPT = Spelling(
+    ("conversations", "conversation", "messages"),
+    ("from", "role", "speaker"),
+    ("value", "content", "text"),
+    _SHAREGPT_ROLES,
+    "system, human or gpt, or another word for them",
+)
+
+
+def messages(row: Mapping[str, Any]) -> Conversation:
+    """OpenAI's form: `{"messages": [{"role", "content"}, …]}`, also called `conversations` or `conversation`.
+
+    At most one system message, first (or in a column `system`); then user and assistant in turns, the assistant last.
+    Content may be a list of text parts. Other keys are ignored.
+
+    Raises:
+        FormatError: otherwise, or a turn holds no text.
+    """
+    return _conversation(row, OPENAI)
+
+
+def sharegpt(row: Mapping[str, Any]) -> Conversation:
+    """ShareGPT's form: `{"conversations": [{"from", "value"}, …]}`, with human or user or prompter, gpt or assistant or
+    chatgpt or bing or bard …, and a system turn or column.
+
+    Raises:
+        FormatError: otherwise; the order is that of `messages`.
+    """
+    return _conversation(row, SHAREGPT)
+
+
+def _conversation(row: Mapping[str, Any], spelling: Spelling) -> Conversation:
+    name, value = find(row, spelling.columns)
+    turns = with_system(read_turns(value, name, spelling), row)
+    check_order(turns)
+    return Conversation(tuple(turns))
+
+
+def with_system(turns: list[Message], row: Mapping[str, Any]) -> list[Message]:
+    """Turns with the system message of a row's own column, if it has one. Raises: FormatError (there are two)."""
+    system = optional_text_at(row, *SYSTEM)
+    if not system or (turns and turns[0] == Message("system", system)):
+        return turns
+    if turns and turns[0].role == "system":
+        raise FormatError("two system messages: one in a column, another in the first turn")
+    return [Message("system", system), *turns]
+
+
+def read_turns(value: Any, name: str, spelling: Spelling = SHAREGPT) -> list[Message]:
+    """Messages of a list, in any order. Raises: FormatError."""
+    if not isinstance(value, list):
+        raise FormatError(f"{name} is {kind(value)}: expected a list")
+    items = cast("list[Any]", value)
+    if not items:
+        raise FormatError(f"{name} is an empty list")
+    return [_message(item, name, i, spelling) for i, item in enumerate(items)]
+
+
+def _message(item: Any, name: str, i: int, spelling: Spelling) -> Message:
+    if not isinstance(item, dict):
+        form = f"{spelling.authors[0]} and {spelling.contents[0]}"
+        raise FormatError(f"{name}.{i} is {kind(item)}: expected an object with {form}")
+    fields = cast("dict[str, Any]", item)
+    author_key = _key(fields, spelling.authors, f"{name}.{i}")
+    content_key = _key(fields, spelling.contents, f"{name}.{i}")
+    author, content = fields[author_key], fields[content_key]
+    role = spelling.roles.get(author.strip().lower()) if isinstance(author, str) else None
+    if role is None:
+        raise FormatError(f"{name}.{i}.{author_key} is {short(author)}: expected {spelling.expected}")
+    content = sound(_joined(content), f"{name}.{i}.{content_key}")
+    if not content or content.isspace():
+        raise FormatError(f"empty content in turn {i + 1}")
+    return Message(role, content)
+
+
+def _key(fields: Mapping[str, Any], names: Sequence[str], place: str) -> str:
+    for name in names:
+        if name in fields:
+            return name
+    raise FormatError(f"{place} has no {names[0]}")
+
+
+def _joined(content: Any) -> Any:
+    """The text of `[{"type": "text", "text": …}, …]`; anything else as it is."""
+    if not isinstance(content, list) or not content:
+        return content
+    texts: list[str] = []
+    for part in cast("list[Any]", content):
+        if not isinstance(part, dict):
+            return cast("Any", content)
+        fields = cast("dict[str, Any]", part)
+        if fields.get("type") != "text" or not isinstance(fields.get("text"), str):
+            return cast("Any", content)
+        texts.append(fields["text"])
+    return "".join(texts)
+
+
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+_HH_START = re.compile(r"\s*Human:")
+
+
+def is_hh(value: str) -> bool:
+    """Whether a text is a dialogue of HH's form: `\\n\\nHuman: …\\n\\nAssistant: …`."""
+    return _HH_START.match(value) is not None
+
+
+def hh_turns(value: Any, name: str) -> list[Message]:
+    """The turns of a dialogue in HH's form (Bai et al. 2022, arXiv 2204.05862), without the white space around each.
+
+    Raises:
+        FormatError: it does not begin with `Human:`, or a turn is empty.
+    """
+    dialogue = text(value, name)
+    if not is_hh(dialogue):
+        raise FormatError(f"{name} does not begin with `Human:`")
+    parts = _HH_TURN.split("\n\n" + dialogue.lstrip())[1:]
+    turns: list[Message] = []
+    for number, (author, content) in enumerate(zip(parts[::2], parts[1::2], strict=True), start=1):
+        if not content.strip():
+            raise FormatError(f"empty content in turn {number}")
+        turns.append(Message("user" if author == "Human" else "assistant", content.strip()))
+    return turns
+
+
+def hh_chosen(row: Mapping[str, Any]) -> Conversation:
+    """The better dialogue of a row of HH as a conversation. Raises: FormatError."""
+    turns = hh_turns(*reversed(find(row, ("chosen",))))
+    check_order(turns)
+    return Conversation(tuple(turns))

