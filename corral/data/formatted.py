@@ -159,6 +159,12 @@ def _write(source: Source, folder: Path, progress: Progress) -> None:
     keys, index, ends, unusable = bytearray(), array("q"), array("q", [0]), _Unusable()
     rows = sources.read(source, progress)
     first = list(islice(rows, _LOOK_AT))
+    if first and all(row.value is None for row in first) and source.format == "auto" and source.mapping is None:
+        raise DataError(
+            f"none of the first {len(first)} rows can be read: {first[0].fault}",
+            where=source.label,
+            hint="mend the file; broken rows among good ones are left out and counted",
+        )
     chosen = formats.choose(source, [row.value for row in first if row.value is not None])
     with (folder / "records.jsonl").open("wb") as file:
         for done, row in enumerate(chain(first, rows), start=1):

@@ -24,9 +24,9 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 from corral.engines.base import Delta, Engine, Features, Generation, Sampling, closed
 from corral.engines.openvino_child import BLOCK
-from corral.errors import EngineError, ModelError
+from corral.errors import CorralError, EngineError, ModelError
 from corral.extras import require
-from corral.forms import OpenVinoType
+from corral.forms import OPENVINO, OpenVinoType
 
 if TYPE_CHECKING:
     from corral.model.loading import DType
@@ -72,6 +72,7 @@ class OpenVinoEngine(Engine):
             raise ModelError(f"the openvino engine does not compute in {dtype}", hint="use float32 or bfloat16")
         self.name = name
         self._folder = folder
+        self._is_form = (folder / OPENVINO).is_file()
         self._precision: OpenVinoType = "f32" if dtype == "float32" else "f16"
         form = self._form()
         cache = _Cache.fitting(form, 4 if dtype == "float32" else 2)
@@ -149,18 +150,21 @@ class OpenVinoEngine(Engine):
         return self._next
 
     def _form(self) -> Path:
-        from corral.model.openvino import MODEL, cached
+        from corral.model.openvino import cached
 
-        return self._folder if (self._folder / MODEL).is_file() else cached(self._folder, self._precision)
+        return self._folder if self._is_form else cached(self._folder, self._precision)
 
     def _start(self, *, wait: bool) -> _Child:
         # The form anew: the cache may have dropped it since.
         return _Child({**self._settings, "folder": str(self._form())}, self._events, self._died, wait=wait)
 
     def _alive(self) -> _Child:
-        """With the lock held: the child, started anew if it died. Raises: ModelError (the model is gone)."""
+        """With the lock held: the child, started anew if it died. Raises: EngineError (the model is gone)."""
         if self._child is None:
-            self._child = self._start(wait=False)
+            try:
+                self._child = self._start(wait=False)
+            except CorralError as error:
+                raise EngineError(f"engine {self.name!r} cannot be started again: {error.what}") from error
         return self._child
 
     def _send(self, command: list[Any]) -> None:

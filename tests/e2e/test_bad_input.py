@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.conftest import corral, write_rows
 
-NOT_UTF8 = b'{"messages": []}\n' + b'{"messages": "\xe9"}\n'
+NOT_UTF8 = b'{"messages": "\xe9"}\n' * 3
 NO_ANSWER = '{"messages": [{"role": "user", "content": "a?"}]}\n' * 3
 
 
@@ -35,7 +35,7 @@ CASES: dict[str, tuple[Callable[[Path], object], int, list[str]]] = {
     "missing data": (lambda f: (f / "rows.jsonl").rename(f / "row.jsonl"), 2, ["rows.jsonl", "row.jsonl"]),
     "empty data": (rows(""), 2, ["rows.jsonl", "empty"]),
     "binary data": (rows(b"\x00\x01\x02" * 50), 2, ["rows.jsonl"]),
-    "not utf-8": (rows(NOT_UTF8), 2, ["rows.jsonl", "UTF-8", "line 2"]),
+    "not utf-8": (rows(NOT_UTF8), 2, ["rows.jsonl", "UTF-8", "line 1"]),
     "no answers": (rows(NO_ANSWER), 2, ["no answer"]),
     "all over the limit": (edit("max_length = 128", "max_length = 16"), 2, ["16 tokens"]),
     "unknown layer": (edit("rank = 4", 'rank = 4\ntargets = ["qproj"]'), 2, ["'qproj'", "q_proj"]),

@@ -48,7 +48,8 @@ def commands_in(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("page", "count"), [("README.md", 9), ("docs/export.md", 3), ("docs/serving.md", 1), ("docs/architecture.md", 0)]
+    ("page", "count"),
+    [("README.md", 9), ("docs/export.md", 3), ("docs/serving.md", 1), ("docs/data.md", 1), ("docs/architecture.md", 0)],
 )
 def test_every_corral_command_in_the_documentation_parses(page: str, count: int) -> None:
     commands = commands_in((ROOT / page).read_text("utf-8"))
