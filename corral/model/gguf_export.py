@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from corral.errors import ModelError
 from corral.forms import GgufType
-from corral.model.folder import check_folder, licence_texts
+from corral.model.folder import check_folder, licence_texts, weight_files
 from corral.model.gguf_tokenizer import GgufVocabulary, vocabulary
 from corral.model.modelfile import modelfile
 from corral.model.rope import llama3_divisors
@@ -176,10 +176,8 @@ def _weights(folder: Path, config: Any, stack: ExitStack) -> list[_Weight]:
     """Every tensor of the file in its order. Raises: ModelError (one is missing, unknown, or of another shape)."""
     from safetensors import safe_open
 
-    index = folder / "model.safetensors.index.json"
-    files = sorted(folder.glob("model-*.safetensors")) if index.is_file() else [folder / "model.safetensors"]
     found: dict[str, Any] = {}
-    for file in files:
+    for file in weight_files(folder):
         opened: Any = stack.enter_context(safe_open(file, "pt"))
         found |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
     head_dim = config.head_dim
