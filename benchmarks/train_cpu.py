@@ -32,17 +32,16 @@ def prepared(folder: Path, rows: int) -> Any:
     from corral.data.prepared import prepare
     from corral.model.loading import load_tokenizer, resolve
     from corral.progress import Progress
-    from corral.recipe import Data, Source
+    from corral.recipe import Data, Source, Train
     from corral.template import Template
-    from corral.training.loop import batch_indices
+    from corral.training.order import Order
 
     base = resolve("asset:smollm2-135m-instruct").folder
     template = Template.load(load_tokenizer(base))
     data = Data(sources=(Source(path="asset:wikibooks-recipes", format="wikibooks-recipes"),), max_length=512)
     train = prepare(data, template, folder, 0, Progress()).train
-    steps = range(1, rows // ROWS_PER_STEP + 1)
-    order = [i for step in steps for i in batch_indices(step, ROWS_PER_STEP, len(train), 0)]
-    return base, template.tokenizer, train, [train[i] for i in order]
+    order = Order(Train(steps=rows // ROWS_PER_STEP, batch_size=ROWS_PER_STEP), train.lengths.tolist(), 0)
+    return base, template.tokenizer, train, [train[i] for step in range(1, order.steps + 1) for i in order.batch(step)]
 
 
 def side_corral(steps: int) -> dict[str, Any]:

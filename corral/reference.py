@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from corral.recipe import Recipe, section_type
 
@@ -48,6 +49,8 @@ def _sections(section: type[BaseModel], path: str) -> Iterator[tuple[str, type[B
 def _toml(value: Any) -> str:
     if value is None:
         return "–"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
     if isinstance(value, tuple):
         return "`[" + ", ".join(f'"{v}"' for v in value) + "]`"  # pyright: ignore[reportUnknownVariableType]
     return f"`{value!r}`".replace("'", '"')
@@ -57,10 +60,13 @@ def _type_name(annotation: Any, metadata: list[Any]) -> str:
     if args := get_args(annotation):
         if all(isinstance(a, str) for a in args):
             return " | ".join(f'"{a}"' for a in args)
-        names = [_type_name(a, metadata) for a in args if a not in (type(None), Ellipsis)]
+        # Bounds within a union stand beside the type they are of.
+        inner = [m for a in args if isinstance(a, FieldInfo) for m in a.metadata] or metadata
+        shown = [a for a in args if a not in (type(None), Ellipsis) and not isinstance(a, FieldInfo)]
+        names = [_type_name(a, inner) for a in shown]
         if getattr(annotation, "__origin__", None) is tuple:
             return f"list of {names[0]}"
-        return names[0] if names else str(annotation)
+        return " | ".join(dict.fromkeys(names)) if names else str(annotation)
     bounds = [
         f"{sign} {getattr(m, attribute):g}"
         for m in metadata

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from corral.forms import Form
     from corral.model.loading import DType, ModelSource
     from corral.template import Template
-    from corral.training.loop import Metrics
+    from corral.training.metrics import Metrics
 
 
 # A GPU wants long passes to be busy; a CPU is as fast with short ones, which need less memory.

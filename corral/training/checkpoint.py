@@ -36,6 +36,8 @@ class State:
     """Time spent in steps so far."""
     best_step: int
     best_loss: float | None
+    worse: int
+    """Evaluations in a row since then."""
 
 
 def save(

@@ -9,56 +9,32 @@ The loop knows nothing about text, templates, recipes as files, or where its out
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from corral.data.packing import packs
-from corral.data.prepared import Example
+from corral.data.rows import Example, Rows
 from corral.errors import TrainingError
 from corral.model.packed import target_logprobs
-from corral.storage import storage_errors, write_atomic
-from corral.training import checkpoint, optimizers
+from corral.training import checkpoint, metrics, optimizers
 from corral.training.checkpoint import State
+from corral.training.metrics import Metrics
 from corral.training.objectives import Objective
+from corral.training.order import Order
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
 
     from corral.recipe import Train
-
-
-@dataclass(frozen=True, slots=True)
-class Metrics:
-    """One line of metrics.jsonl."""
-
-    step: int
-    loss: float | None
-    """Mean over the step's units; null at step 0, which only evaluates."""
-    eval_loss: float | None
-    """Held-out loss after this step, where it was evaluated."""
-    lr: float
-    grad_norm: float | None
-    """Before clipping."""
-    tokens: int
-    """Tokens computed so far, context included."""
-    tokens_per_second: float
-    """In this step, evaluation and checkpoints left out."""
-    peak_memory_bytes: int
-    seconds: float
-    """Spent in steps so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +79,9 @@ class Training:
         self.model, self.examples, self.held_out = model, examples, held_out
         self.objective, self.config = objective, config
         self.pack_length, self.seed, self.folder, self.save_best = pack_length, seed, folder, save_best
-        self.total_steps = total_steps(config, len(examples))
+        lengths = examples.lengths.tolist() if isinstance(examples, Rows) else [_length(e) for e in examples]
+        self.order = Order(config, lengths, seed)
+        self.total_steps = self.order.steps
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = optimizers.build(self.parameters.values(), config.optimizer)
 
@@ -128,24 +106,28 @@ class Training:
         """
         checkpoints = self.folder / "checkpoints"
         resumed = checkpoint.restore(checkpoints, self.parameters, self.optimizer, warn=warn)
-        state = resumed or State(step=0, tokens=0, seconds=0.0, best_step=0, best_loss=None)
-        self._truncate_metrics(state)
+        state = resumed or State(step=0, tokens=0, seconds=0.0, best_step=0, best_loss=None, worse=0)
+        metrics.forget_after(self.folder, state.step)
         if resumed is None:
             state = self._begin(state, on_step)
-        while state.step < self.total_steps:
-            state, metrics = self._step(state)
-            last = state.step == self.total_steps
-            if self.held_out and (last or state.step % self.config.evaluate_every == 0):
-                metrics = replace(metrics, eval_loss=self.evaluate())
-                state = self._keep_best(state, metrics.eval_loss)
-            self._log(metrics)
-            on_step(metrics)
+        while not self._is_last(state):
+            state, line = self._step(state)
+            if self.held_out and (state.step == self.total_steps or state.step % self.config.evaluate_every == 0):
+                line = replace(line, eval_loss=self.evaluate())
+                state = self._keep_best(state, line.eval_loss)
+            metrics.append(self.folder, line)
+            on_step(line)
+            last = self._is_last(state)
             stop = not last and should_stop()
             if last or stop or state.step % self.config.checkpoint_every == 0:
                 checkpoint.save(checkpoints, self.parameters, self.optimizer, state)
             if stop:
                 raise KeyboardInterrupt
         return Outcome(state.step, state.best_step, state.best_loss, state.tokens, state.seconds)
+
+    def _is_last(self, state: State) -> bool:
+        patience = self.config.early_stopping
+        return state.step == self.total_steps or (patience is not None and state.worse >= patience)
 
     def evaluate(self) -> float:
         """Loss per unit on the held-out examples. Raises: TrainingError (it is not a finite number)."""
@@ -164,18 +146,16 @@ class Training:
         if not self.held_out:
             return state
         loss = self.evaluate()
-        metrics = Metrics(0, None, loss, 0.0, None, 0, 0.0, _peak_memory(self.model), 0.0)
-        self._log(metrics)
-        on_step(metrics)
+        line = Metrics(0, None, loss, 0.0, None, 0, 0.0, _peak_memory(self.model), 0.0)
+        metrics.append(self.folder, line)
+        on_step(line)
         return self._keep_best(state, loss)
 
     def _step(self, state: State) -> tuple[State, Metrics]:
         step = state.step + 1
         began = time.perf_counter()
         torch.manual_seed((self.seed << 32) + step)
-        batch = [self.examples[i] for i in batch_indices(step, self.config.batch_size, len(self.examples), self.seed)]
-        if step == self.total_steps and self.config.steps is None:
-            batch = batch[: self._rows_in_last_step()]
+        batch = [self.examples[i] for i in self.order.batch(step)]
         units = sum(self.objective.units(e) for e in batch)
         lr = optimizers.learning_rate(self.config.optimizer, step, self.total_steps)
         for group in self.optimizer.param_groups:
@@ -199,7 +179,7 @@ class Training:
 
     def _losses(self, batch: list[Example]) -> Iterator[tuple[Tensor, int]]:
         """(loss summed over units, tokens computed) of each forward pass that the batch is packed into."""
-        lengths = [sum(len(s.ids) for s in e.sequences) for e in batch]
+        lengths = [_length(e) for e in batch]
         for pack in packs(lengths, self.pack_length):
             examples = [batch[i] for i in pack]
             sequences = [s for e in examples for s in e.sequences]
@@ -208,37 +188,13 @@ class Training:
             grouped = [[next(flat) for _ in e.sequences] for e in examples]
             yield self.objective.loss(examples, grouped), sum(lengths[i] for i in pack)
 
-    def _rows_in_last_step(self) -> int:
-        wanted = math.ceil(len(self.examples) * (self.config.epochs or 1))
-        return wanted - (self.total_steps - 1) * self.config.batch_size
-
     def _keep_best(self, state: State, loss: float | None) -> State:
-        if loss is None or (state.best_loss is not None and loss >= state.best_loss):
+        if loss is None:
             return state
+        if state.best_loss is not None and loss >= state.best_loss:
+            return replace(state, worse=state.worse + 1)
         self.save_best(state.step)
-        return replace(state, best_step=state.step, best_loss=loss)
-
-    def _log(self, metrics: Metrics) -> None:
-        path = self.folder / "metrics.jsonl"
-        with storage_errors(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(metrics)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _truncate_metrics(self, state: State) -> None:
-        """Drop lines of steps that will be done again, and a half-written last one."""
-        path = self.folder / "metrics.jsonl"
-        if not path.exists():
-            return
-        kept: list[str] = []
-        for line in path.read_text("utf-8", errors="replace").splitlines():
-            try:
-                value: Any = json.loads(line)
-            except ValueError:
-                break
-            if state.step and value["step"] <= state.step:
-                kept.append(line + "\n")
-        write_atomic(path, "".join(kept))
+        return replace(state, best_step=state.step, best_loss=loss, worse=0)
 
     def _not_finite(self, step: int, loss: float, norm: float, batch: list[Example]) -> TrainingError:
         rows = ", ".join(f"{e.source} row {e.index}" for e in batch)
@@ -249,20 +205,8 @@ class Training:
         )
 
 
-def total_steps(config: Train, examples: int) -> int:
-    """Optimizer steps of a stage."""
-    return config.steps or math.ceil(math.ceil(examples * (config.epochs or 1)) / config.batch_size)
-
-
-def batch_indices(step: int, batch_size: int, examples: int, seed: int) -> list[int]:
-    """Which examples step `step` (from 1) takes: batch_size in a row from the endless series of seeded permutations."""
-    places = range((step - 1) * batch_size, step * batch_size)
-    return [int(_permutation(place // examples, examples, seed)[place % examples]) for place in places]
-
-
-@lru_cache(maxsize=4)
-def _permutation(epoch: int, examples: int, seed: int) -> np.ndarray[Any, Any]:
-    return np.random.default_rng([seed, epoch]).permutation(examples)
+def _length(example: Example) -> int:
+    return sum(len(sequence.ids) for sequence in example.sequences)
 
 
 def _peak_memory(model: PeftModel) -> int:

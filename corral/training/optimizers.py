@@ -26,7 +26,8 @@ def learning_rate(config: Optimizer, step: int, total: int) -> float:
     Args:
         step: from 1 to `total`. Warm-up rises in equal parts from the first step; the rate never is 0 while steps remain.
     """
-    warmup = math.ceil(config.warmup_ratio * total)
+    ratio = 0.03 if config.warmup_ratio is None else config.warmup_ratio
+    warmup = math.ceil(ratio * total) if config.warmup_steps is None else config.warmup_steps
     if step <= warmup:
         return config.lr * step / (warmup + 1)
     if config.schedule == "constant":

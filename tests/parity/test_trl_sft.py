@@ -10,8 +10,9 @@ import torch
 
 from corral.model import adapters
 from corral.recipe import Lora, Optimizer, Train
-from corral.training.loop import Training, batch_indices
+from corral.training.loop import Training
 from corral.training.objectives import OBJECTIVES
+from corral.training.order import Order
 from tests.conftest import make_tiny_model
 from tests.training.tiny import make_examples
 
@@ -54,7 +55,8 @@ def theirs(
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    order = [i for step in range(1, STEPS + 1) for i in batch_indices(step, BATCH, len(encoded), 0)]
+    steps = Order(Train(steps=STEPS, batch_size=BATCH), [1] * len(encoded), 0)
+    order = [i for step in range(1, STEPS + 1) for i in steps.batch(step)]
     rows = [{"input_ids": list(encoded[i].ids), "completion_mask": [int(t) for t in encoded[i].trained]} for i in order]
     log: list[dict[str, float]] = []
 

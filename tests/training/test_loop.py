@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from corral.errors import TrainingError
-from corral.training.loop import batch_indices
 
 
 def weights(training: Any) -> dict[str, torch.Tensor]:
@@ -38,14 +37,6 @@ def test_one_pack_of_eight_equals_eight_packs_of_one(training: Callable[..., Any
     single.run()
     for name, expected in weights(whole).items():
         torch.testing.assert_close(weights(single)[name], expected, rtol=1e-3, atol=1e-4)
-
-
-def test_every_example_comes_once_an_epoch_and_a_step_depends_on_nothing_else() -> None:
-    places = [i for step in range(1, 11) for i in batch_indices(step, 7, 35, 9)]
-    assert sorted(places[:35]) == sorted(places[35:70]) == list(range(35))
-    assert places[:35] != places[35:70]
-    assert batch_indices(4, 7, 35, 9) == places[21:28]
-    assert batch_indices(4, 7, 35, 10) != places[21:28]
 
 
 def test_an_epoch_that_does_not_divide_ends_with_a_smaller_batch(training: Callable[..., Any], tmp_path: Path) -> None:
