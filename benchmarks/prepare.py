@@ -1,12 +1,13 @@
 """Preparing R1's mix at its full size: 88,031 rows from ten sources, tokenised, masked and packed at 512 tokens.
 
-The rows have the true columns of the ten data sets and lengths like theirs; their words are drawn from the tokenizer's own
-vocabulary (seeded; frequent ones more often), as the data sets themselves cannot be shipped. Seven are written as JSON
-lines, three as parquet; those that R1 caps at 10,000 rows hold a tenth more. Preparation is what `corral run` does, with
-nothing in its cache: read, format, hash, remove copies, choose, tokenise, mask, split, compare with the held-out rows, write,
-then pack the training rows. It is measured again with 300,000 rows of the same kinds. Memory is the largest sum over all
-processes at one time (pages that processes share counted once). Beside it TRL prepares the same rows with the same template
-and tokenizer: the files loaded and formatted with `datasets`, then SFTTrainer's own preparation, packed, as it comes.
+The rows have the true columns of the ten data sets and lengths like theirs, as the data sets themselves cannot be shipped;
+their words are pieces of a book of recipes (seeded), so that numbers, punctuation and rare words are as in real text.
+Seven are written as JSON lines, three as parquet; those that R1 caps at 10,000 rows hold a tenth more. Preparation is what
+`corral run` does, with nothing in its cache: read, format, hash, remove copies, choose, tokenise, mask, split, compare with
+the held-out rows, write, then pack the training rows. It is measured again with 300,000 rows of the same kinds. Memory is
+the largest sum over all processes at one time (pages that processes share counted once). Beside it TRL prepares the same
+rows with the same template and tokenizer: the files loaded and formatted with `datasets`, then SFTTrainer's own preparation,
+packed, as it comes.
 
     python benchmarks/prepare.py [--json FILE] [--rows 88031] [--without-trl]
 """
@@ -30,6 +31,8 @@ import numpy as np
 ROWS, MANY = 88_031, 300_000
 LENGTH = 512
 TOKENIZER = "asset:smollm2-135m-instruct"
+TEXT = "wikibooks-recipes"
+PIECE = 12  # words that stay together: less than counts as a passage shared with a held-out row
 TEMPLATE = "instruction"
 # Rows of each source in R1; a number that is no cap is all there are.
 SOURCES = {
@@ -53,20 +56,19 @@ class Speaker:
 
     def __init__(self, words: list[str], seed: int) -> None:
         self._rng = np.random.default_rng(seed)
-        self._words = np.array(words, object)
-        weights = 1 / (np.arange(len(words)) + 10.0)
-        self._cumulative = np.cumsum(weights / weights.sum())
-        self._pool: list[str] = []
+        self._words = words
+        self._starts: list[int] = []
 
     def say(self, words: float, spread: float = 0.6) -> str:
         return " ".join(self.take(max(1, int(words * np.exp(spread * self._rng.standard_normal() - spread**2 / 2)))))
 
     def take(self, count: int) -> list[str]:
-        if len(self._pool) < count:
-            places = np.searchsorted(self._cumulative, self._rng.random(max(500_000, count)))
-            self._pool = self._words[np.minimum(places, len(self._words) - 1)].tolist()
-        taken = self._pool[-count:]
-        del self._pool[-count:]
+        taken: list[str] = []
+        while len(taken) < count:
+            if not self._starts:
+                self._starts = self._rng.integers(len(self._words) - PIECE, size=100_000).tolist()
+            start = self._starts.pop()
+            taken += self._words[start : start + min(PIECE, count - len(taken))]
         return taken
 
     def draw(self, below: int) -> int:
@@ -191,13 +193,15 @@ def write_sources(folder: Path, rows: int, words: list[str]) -> None:
                 file.writelines(json.dumps(row) + "\n" for row in made)
 
 
-def vocabulary() -> list[str]:
-    """Words of the tokenizer, frequent ones first, and every fourth joined with another, as words are that it splits."""
-    from corral.model.loading import load_tokenizer, resolve
+def running_text() -> list[str]:
+    """The words of a book of recipes as they stand, with their numbers, punctuation and capitals."""
+    from corral.assets import fetch
 
-    by_id = sorted(load_tokenizer(resolve(TOKENIZER).folder).get_vocab().items(), key=lambda item: item[1])
-    plain = [token[1:] for token, _ in by_id if token.startswith("Ġ") and token[1:].isalpha() and token.isprintable()]
-    return [word + plain[-i] if i % 4 == 3 else word for i, word in enumerate(plain[:20_000])]
+    recipes: dict[str, dict[str, Any]] = json.loads(fetch(TEXT).files[0].read_text("utf-8"))
+    texts = [
+        text for recipe in recipes.values() for text in (recipe["title"], *recipe["ingredients"], *recipe["steps"])
+    ]
+    return [word for text in texts for word in text.split()]
 
 
 def sources_of(folder: Path, rows: int) -> list[Any]:
@@ -342,7 +346,7 @@ def main() -> int:
         return 0
     many = round(args.rows * MANY / ROWS)
     with tempfile.TemporaryDirectory() as name:
-        words = vocabulary()
+        words = running_text()
         for rows in (args.rows, many):
             write_sources(Path(name) / str(rows), rows, words)
         one = measured("corral", Path(name) / str(args.rows), args.rows)

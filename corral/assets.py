@@ -20,6 +20,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -290,7 +291,9 @@ def clear_cache(names: Iterable[str] | None = None) -> list[str]:
                 raise AssetError(f"{name!r} is not in the cache", where=str(cache_root()), hint=f"it holds: {held}")
         entries = [entry for entry in entries if entry.name in wanted]
     for entry in entries:
-        remove_tree(entry.path)
+        # Prepared rows may be in use by a run: it is waited for.
+        with locked(entry.path.with_name("prepared.lock")) if entry.kind == "rows" else nullcontext():
+            remove_tree(entry.path)
     if names is None:
         remove_tree(cache_root() / "identities")
     return list(dict.fromkeys(entry.name for entry in entries))

@@ -31,7 +31,8 @@ class Model(_Section):
     """The model to start from."""
 
     base: str
-    """`asset:NAME` (ships as a package), `hub:OWNER/NAME[@REVISION]`, a folder, or a `.gguf` file."""
+    """`asset:NAME` (ships as a package), `hub:OWNER/NAME[@REVISION]`, a folder, or a `.gguf` file. A folder may also hold
+    Llama 2 or 3 as Meta publishes it (`params.json`, `consolidated.*.pth`, `tokenizer.model`), which is converted once."""
     template: str = "tokenizer"
     """Chat template: `tokenizer` (the model's own), one that ships with corral (`chatml`, `instruction`, `question`,
     `llama-2`, `llama-3`, `llama-3.1`, `smollm2`, `zephyr`), or a `.jinja` file."""
@@ -44,7 +45,8 @@ class Model(_Section):
 class Mapping(_Section):
     """Rows of any other columns: texts with the columns' names in braces, `"{title}\\n{body}"`. Which keys are given says what
     a row becomes: prompt and completion a conversation, prompt, chosen and rejected a preference, prompt, completion and
-    score feedback."""
+    score feedback; messages a conversation as it stands in the rows. A null in a row is no text; a text that comes out blank
+    makes its row unusable."""
 
     system: str | None = None
     """A system message."""
@@ -58,8 +60,18 @@ class Mapping(_Section):
     """The worse answer."""
     score: str | None = None
     """The column that says how good the completion is."""
-    score_range: tuple[float, float] = (0.0, 1.0)
-    """The scores of the worst and of the best completion."""
+    score_range: tuple[float, float] | None = None
+    """The scores of the worst and of the best completion. By default 0 to 1, or -1 and 1; rows with other scores are refused
+    until it is given. It may be given alone, for rows that are feedback by their columns."""
+    messages: str | None = None
+    """The column that holds a list of messages, or the JSON text of one; instead of prompt and completion."""
+    role: str | None = None
+    """With `messages`: the key of a message that says who wrote it; by default `from`, `role`, `speaker` or `author`."""
+    content: str | None = None
+    """With `messages`: the key of a message's text; by default `value`, `content` or `text`."""
+    roles: dict[str, Literal["system", "user", "assistant"]] | None = None
+    """With `messages`: who the rows' words for authors are, beside the usual ones: `{ caller = "user", desk = "assistant" }`.
+    """
 
 
 class Source(_Section):
@@ -85,6 +97,11 @@ class Source(_Section):
     by default all."""
     repeat: Positive = 1
     """Passes over this source's training rows for each pass over the others."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """This source's part of the training examples, in proportion to the other sources' weights: 3 and 1 are three quarters and
+    one quarter. Every source has one, or none. The mixture is as large as it can be with each row standing in it `repeat`
+    times: the source that is exhausted first gives all its training rows; of the others those of lowest hash are taken, so
+    that a smaller part is held in a larger, and the rest is `not sampled`. Held-out rows are not weighed."""
 
     @model_validator(mode="after")
     def _one_format(self) -> Self:
@@ -107,8 +124,11 @@ class Source(_Section):
 
 
 class Split(_Section):
-    """Which rows are held out. By a share, a row's side depends on its content and the seed alone, so it never changes sides;
-    by a number, so many rows are taken from all sources in proportion."""
+    """Which rows are held out: the same part of each source, exact to the row (largest remainders). Of each source the rows of
+    lowest hash (of content and seed) are the test side, those of highest the validation side: if a side takes more of them, it
+    holds those it held before, and their order does not matter. As sides are exact, rows at their borders may change sides
+    when rows are added or removed, or a cap or filter changes; the others stay. Compare runs on the same data and seed. Rows
+    of equal content are all on one side, even if that is then too large."""
 
     validation: Fraction | Positive = 0.05
     """Share (below 1) or number of rows for evaluation while training."""
@@ -157,6 +177,16 @@ class Data(_Section):
         for label in labels:
             if labels.count(label) > 1:
                 raise ValueError(f"two sources are called {label!r}: give one of them another `name`")
+        return sources
+
+    @field_validator("sources")
+    @classmethod
+    def _all_weighted_or_none(cls, sources: tuple[Source, ...]) -> tuple[Source, ...]:
+        weighted, others = ([s.label for s in sources if (s.weight is None) is none] for none in (False, True))
+        if weighted and others:
+            raise ValueError(
+                f"{weighted[0]!r} has a `weight` and {others[0]!r} has none: give every source one, or remove it"
+            )
         return sources
 
 
@@ -239,6 +269,10 @@ class Train(_Section):
     the larger of `data.max_length` and 8192 on a GPU or 512 on a CPU. It changes memory and speed, never the result."""
     group_by_length: bool = False
     """Put examples of about the same length into the same step."""
+    sharding: Literal["none", "full"] = "none"
+    """With several processes (`torchrun`), what each one holds. `none`: the whole model. `full`: its part of every weight,
+    gradient and moment, and whole layers only while they compute (FSDP2), for models that do not fit on one device. It
+    changes memory and speed, never the result."""
     gradient_checkpointing: bool = False
     """Keep each layer's input only and compute the rest again for the gradient: less memory, about a third slower."""
     evaluate_every: Positive = 20
@@ -267,6 +301,16 @@ class Train(_Section):
             )
         if self.method == "full" and self.lora != Lora():
             raise ValueError('`method` = "full" has no adapter: remove `lora`')
+        if self.sharding == "full" and self.quantization != "none":
+            raise ValueError(
+                f'`sharding` = "full" cuts weights into parts, and `quantization` = "{self.quantization}" packs them: '
+                "remove one"
+            )
+        if self.sharding == "full" and self.optimizer.kind != "adamw":
+            raise ValueError(
+                f'`sharding` = "full" cuts moments into parts, and `optimizer.kind` = "{self.optimizer.kind}" packs them: '
+                'use "adamw"'
+            )
         if self.quantization == "none" and self.merge != "dequantised":
             raise ValueError(f'`merge` = "{self.merge}" chooses between quantised and full weights: set `quantization`')
         if self.quantization != "int8" and self.int8_threshold != 6.0:
@@ -323,9 +367,9 @@ class Recipe(_Section):
     data: Data
     train: Annotated[tuple[Train, ...], Field(min_length=1)]
     """One `[[train]]` table for each training stage."""
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
-    """Where metrics go besides `metrics.jsonl` and the report; the extra `trackers`. TensorBoard's files are kept in the
-    stage's folder."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Where metrics go besides `metrics.jsonl` and the report; the extra `trackers`. TensorBoard's files are in the stage's
+    folder (`tensorboard --logdir RUN`); the others are set up by their own environment variables."""
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
 

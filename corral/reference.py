@@ -60,6 +60,8 @@ def _type_name(annotation: Any, metadata: list[Any]) -> str:
     if args := get_args(annotation):
         if all(isinstance(a, str) for a in args):
             return " | ".join(f'"{a}"' for a in args)
+        if getattr(annotation, "__origin__", None) is dict:
+            return f"table of {_type_name(args[1], metadata)}"
         # Bounds within a union stand beside the type they are of.
         inner = [m for a in args if isinstance(a, FieldInfo) for m in a.metadata] or metadata
         shown = [a for a in args if a not in (type(None), Ellipsis) and not isinstance(a, FieldInfo)]

@@ -175,7 +175,7 @@ def sha256_file(path: Path) -> str:
 
 
 def file_hashes(folder: Path, files: Sequence[Path]) -> dict[str, str]:
-    """`{name: sha256}` of files in `folder`, remembered in the cache by size and time of change.
+    """`{name: sha256}` of files in `folder`, remembered in the cache by size, number and times of change.
 
     Raises:
         OSError: a file cannot be read.
@@ -188,14 +188,15 @@ def file_hashes(folder: Path, files: Sequence[Path]) -> dict[str, str]:
     fresh: dict[str, Any] = {}
     for path in files:
         status = path.stat()
-        stamp = [status.st_size, status.st_mtime_ns]
+        # The time of writing can be set back (tar, rsync -t); that of the change of the entry cannot.
+        stamp = [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
         entry = known.get(path.name)
-        same = isinstance(entry, list) and cast("list[Any]", entry)[:2] == stamp
+        same = isinstance(entry, list) and cast("list[Any]", entry)[:-1] == stamp
         fresh[path.name] = entry if same else [*stamp, sha256_file(path)]
     if fresh != {name: known.get(name) for name in fresh}:
         with suppress(StorageError):  # it only saves time
             write_json(memory, {**known, **fresh})
-    return {name: str(entry[2]) for name, entry in fresh.items()}
+    return {name: str(entry[-1]) for name, entry in fresh.items()}
 
 
 def tree_hashes(directory: Path) -> dict[str, str]:

@@ -1,8 +1,12 @@
-"""Fixtures that more than one folder of tests uses: a tiny tokenizer, a tiny random Llama, rows."""
+"""What more than one folder of tests uses: a tiny tokenizer, a tiny random Llama, rows, a web server on this machine."""
 
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +97,30 @@ def encoded_rows(tiny_tokenizer: Any) -> list[Any]:
             template.encode(Conversation.of(("user", question), ("assistant", f"It is {2 * i}. " * (1 + i % 4))))
         )
     return rows
+
+
+class Request(BaseHTTPRequestHandler):
+    """A request to a web server on this machine: a test says what to answer. Nothing is written to a log."""
+
+    def answer(self, status: int, headers: Mapping[str, str], body: bytes = b"{}") -> None:
+        """The whole answer, without its body if only the head is asked for."""
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        pass
+
+
+@contextmanager
+def web_server(answers: type[Request]) -> Generator[str]:
+    """The address of a web server, on this machine while the block runs."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()

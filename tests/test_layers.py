@@ -14,7 +14,7 @@ LAYERS = {
     2: ["engines", "data", "model"],
     3: ["answerer", "opening", "contract", "evaluation", "export", "training"],
     4: ["stages", "pipeline", "report", "chat", "serving", "terminal"],
-    5: ["cli"],
+    5: ["cli", "__main__"],
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 

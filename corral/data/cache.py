@@ -2,12 +2,13 @@
 
 `Chunks` is a folder of files with a few hundred rows each. Rows may be computed in any order, by any number of processes
 and over several runs: what is there is never computed again, so an interrupted run goes on from its finished chunks, and
-the order in which they came about shows nowhere. `each` spreads work over processes. This module does not know what is
-computed, nor what rows are.
+the order in which they came about shows nowhere. `in_use` keeps the whole within bounds, and what is at work in it. `each`
+spreads work over processes. This module does not know what is computed, nor what rows are.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -19,10 +20,10 @@ import threading
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -31,8 +32,8 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from corral.errors import CorralError
-from corral.storage import cache_root, storage_errors
+from corral.errors import CorralError, StorageError
+from corral.storage import cache_root, remove_tree, storage_errors, tree_size
 
 Ints: TypeAlias = NDArray[np.int64]
 Arrays: TypeAlias = dict[str, NDArray[Any]]
@@ -40,6 +41,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 CHUNK_ROWS = 500
+MOST_BYTES = 20 * 10**9
+"""What the cache holds at most, unless one preparation alone needs more."""
 _OPEN_CHUNKS = 24  # a chunk of tokens is about 1 MB
 _DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
@@ -53,6 +56,59 @@ def name_of(kind: str, *parts: Any) -> str:
     """A folder's name that stands for `kind` and everything in `parts` (JSON values)."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
     return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+
+
+@contextmanager
+def in_use(cache: Path) -> Generator[set[Path]]:
+    """Holds the cache while the block runs: no other process removes anything from it. Yields a set, empty, for the folders
+    in it that the block uses.
+
+    Afterwards the folders used longest ago are removed until the others fit into `MOST_BYTES`, never those just used; if
+    other processes hold the cache, that is left to the last of them. Raises: StorageError.
+    """
+    used: set[Path] = set()
+    try:
+        with _lock(cache, fcntl.LOCK_SH):
+            try:
+                yield used
+            finally:
+                with suppress(OSError):  # not all need have been made
+                    for folder in filter(Path.is_dir, used):
+                        os.utime(folder)
+    finally:
+        with suppress(StorageError):  # others hold it, or it cannot be written: it only saves room
+            _trim(cache, used)
+
+
+def _trim(cache: Path, used: set[Path]) -> None:
+    with _lock(cache, fcntl.LOCK_EX | fcntl.LOCK_NB), storage_errors(cache):
+        folders = [path for path in cache.iterdir() if path.is_dir()]
+        abandoned = {path for path in folders if path.name.startswith(".")}  # by killed writers: the lock is ours
+        for path in (*abandoned, *cache.glob("*/.corral-tmp-*")):
+            remove_tree(path)
+        size = 0
+        kept = (path for path in folders if path not in abandoned)
+        for folder in sorted(kept, key=lambda path: (path in used, path.stat().st_mtime_ns), reverse=True):
+            size += tree_size(folder)
+            if size > MOST_BYTES and folder not in used:
+                remove_tree(folder)
+                (cache / f".{folder.name}.lock").unlink(missing_ok=True)
+
+
+@contextmanager
+def _lock(cache: Path, kind: int) -> Generator[None]:
+    """Raises: StorageError, also where another process has the lock and `kind` does not wait for it."""
+    with storage_errors(cache):
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the cache, so that it outlives clearing: `assets.clear_cache` takes it too.
+        handle = os.open(cache.with_name(f"{cache.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        with storage_errors(cache):
+            fcntl.flock(handle, kind)
+        yield
+    finally:
+        fcntl.flock(handle, fcntl.LOCK_UN)  # a worker that was forked may still have the handle
+        os.close(handle)
 
 
 @lru_cache

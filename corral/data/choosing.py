@@ -1,4 +1,5 @@
-"""What becomes of each row: chosen, encoded, judged, put on a side, checked against the held-out rows, in this order.
+"""What becomes of each row: chosen, encoded, judged, put on a side, checked against the held-out rows, and weighed
+against other sources, in this order.
 
 A `Plan` holds the fates of one source's rows as they become known; the functions here take the plans of all sources and
 fill them in. What is costly is computed by several processes and kept in the cache. This module does not write examples
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import corral.template
-from corral.data import encoding, likeness, mixture
+from corral.data import encoding, likeness, mixture, plaintext
 from corral.data.cache import Chunks, code_of, cores, each, name_of, split
 from corral.data.formatted import SourceRows
 from corral.data.ledger import FATES, Fate
@@ -54,6 +55,7 @@ class Plan:
         trained_tokens: that count in the loss, after any cut; -1 where it was not encoded.
         lost_end: whether the end of an answer was cut off.
         contaminated: whether it is to be trained on and shares a passage with a held-out row.
+        weighed_out: whether it could be trained on and is beyond what its source's weight takes.
     """
 
     source: Source
@@ -71,12 +73,12 @@ class Plan:
         self.side = np.full(n, NONE, np.int8)
         self.tokens = np.full(n, NONE, np.int64)
         self.trained_tokens = np.full(n, NONE, np.int64)
-        self.lost_end, self.contaminated = np.zeros(n, bool), np.zeros(n, bool)
+        self.lost_end, self.contaminated, self.weighed_out = (np.zeros(n, bool) for _ in range(3))
 
     @classmethod
     def of(cls, source: Source, rows: SourceRows, template: Template, limit: int, cache: Path) -> Plan:
         """A plan in which every fate is open."""
-        templates = code_of(Path(corral.template.__file__).parent, Path(encoding.__file__))
+        templates = code_of(Path(corral.template.__file__).parent, Path(encoding.__file__), Path(plaintext.__file__))
         parts = (rows.identity, template.fingerprint, limit, templates, version("tokenizers"))
         likely = (rows.identity, code_of(Path(likeness.__file__)))
         return cls(
@@ -86,6 +88,12 @@ class Plan:
             Chunks(cache / name_of("words", likeness.VERSION, *likely)),
             Chunks(cache / name_of("bands", likeness.VERSION, *likely)),
         )
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where in the cache its rows and what is computed of them lie; not all need be there."""
+        computed = (self.encoded.folder, self.words.folder, self.bands.folder)
+        return computed[0].parent / self.rows.identity, *computed
 
     def places(self, *fates: Fate) -> Ints:
         """Places of the rows with one of these fates, ascending; of those whose fate is open if none is named."""
@@ -156,7 +164,7 @@ def choose(plans: Sequence[Plan], data: Data, seed: int, hands: Hands) -> None:
     for plan, start, end in zip(plans, starts[:-1], starts[1:], strict=True):
         here = slice(int(start), int(end))
         chosen, copies = mixture.choose(plan.rows.keys, groups[here], taken, seed, plan.source.rows)
-        plan.settle(~chosen & ~copies, "not sampled")
+        plan.settle(~chosen & ~copies, "not sampled", f"beyond the cap of {plan.source.rows} rows")
         # A copy that is no exact copy of any row before it can only be a near one.
         exact = equal[here] != np.arange(here.start, here.stop)
         plan.settle(copies & exact, "duplicate")
@@ -234,3 +242,18 @@ def find_contaminated(plans: Sequence[Plan], data: Data, hands: Hands) -> None:
         if data.contamination == "drop":
             plan.settle(here[flags], "contaminated")
             plan.side[here[flags]] = NONE
+
+
+def weigh(plans: Sequence[Plan], seed: int) -> None:
+    """Where sources have weights, the training rows beyond a source's part of the mixture are taken out."""
+    weights = [plan.source.weight for plan in plans if plan.source.weight is not None]
+    if not weights:
+        return
+    train = [np.flatnonzero(plan.side == SIDES.index("train")) for plan in plans]
+    used = mixture.weighted([len(rows) for rows in train], weights, [plan.source.repeat for plan in plans])
+    for plan, rows, number, weight in zip(plans, train, used, weights, strict=True):
+        beyond = rows[~mixture.sample(plan.rows.keys[rows], number, seed)]
+        why = f"beyond the weight {weight:g} of {sum(weights):g}, which takes {number:,} of {len(rows):,} training rows"
+        plan.settle(beyond, "not sampled", why)
+        plan.side[beyond] = NONE
+        plan.weighed_out[beyond] = True

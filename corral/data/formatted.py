@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from corral.data import formats, sources
 from corral.data.cache import code_of, name_of
-from corral.data.formats import FormatError
+from corral.data.formats import ContradictionError, FormatError
+from corral.data.ledger import OTHER, kind_of
 from corral.data.rows import json_line, record_of
 from corral.data.sources import RawRow
 from corral.errors import DataError
@@ -34,12 +35,11 @@ Ints: TypeAlias = NDArray[np.int64]
 
 VERSION = 1
 EXAMPLES = 5
-"""Rows of each reason that are kept to be shown."""
+"""Rows of each kind of reason that are kept to be shown."""
 EXCERPT = 2000
 """Characters of such a row."""
-OTHER = "other reasons"
 # A reason may quote a row's value: junk could make as many reasons as rows.
-_MOST_REASONS = 100
+_MOST_REASONS = 10_000
 _LOOK_AT = 50  # rows by which a format is recognised
 _TELL_EVERY = 100
 _META = "meta.json"
@@ -140,7 +140,7 @@ class _Unusable:
     index: array[int] = field(default_factory=lambda: array("q"))
     reason_of: array[int] = field(default_factory=lambda: array("h"))
     numbers: dict[str, int] = field(default_factory=dict[str, int])
-    shown: Counter[int] = field(default_factory=Counter[int])
+    shown: Counter[str] = field(default_factory=Counter[str])
     examples: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
     def add(self, row: RawRow, reason: str) -> None:
@@ -149,8 +149,9 @@ class _Unusable:
         number = self.numbers.setdefault(reason, len(self.numbers))
         self.index.append(row.index)
         self.reason_of.append(number)
-        if self.shown[number] < EXAMPLES:
-            self.shown[number] += 1
+        kind = kind_of(reason)
+        if self.shown[kind] < EXAMPLES:
+            self.shown[kind] += 1
             text = row.fault if row.value is None else json.dumps(row.value, ensure_ascii=False, default=str)
             self.examples.append({"index": row.index, "reason": reason, "text": (text or "")[:EXCERPT]})
 
@@ -178,6 +179,9 @@ def _write(source: Source, folder: Path, progress: Progress) -> None:
                     file.write(line)
                     ends.append(ends[-1] + len(line))
                     index.append(row.index)
+                except ContradictionError as error:
+                    # What was kept before it was read on an assumption that is wrong.
+                    raise DataError(f"{row.place}: {error.reason}", where=source.label, hint=error.hint) from None
                 except FormatError as error:
                     unusable.add(row, error.reason)
             if done % _TELL_EVERY == 0:

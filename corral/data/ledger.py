@@ -7,6 +7,7 @@ fate, nor what is in it.
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,18 +35,28 @@ FATES: tuple[Fate, ...] = (
 )
 LOST: frozenset[Fate] = frozenset({"truncated", "dropped", "fully masked"})
 """Fates that count against `data.max_loss`: the row was asked for, and not all of it is trained on."""
-WITH_REASON: frozenset[Fate] = frozenset({"dropped", "fully masked"})
+WITH_REASON: frozenset[Fate] = frozenset({"dropped", "fully masked", "not sampled"})
 
 EXAMPLES = 5
-"""Rows named for each reason."""
+"""Rows named for each kind of reason."""
 LEDGER = "ledger.parquet"
 OTHER = "other reasons"
-# A reason may quote a row's value: junk could make as many reasons as rows.
-_MOST_REASONS = 100
+_MOST_KINDS = (
+    100  # a format's code states fewer; whatever else a row may bring does not make the ledger grow without end
+)
+_OF_A_ROW = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\b\d[\d,.]*")
+
+
+def kind_of(reason: str) -> str:
+    """A reason without what it quotes of its row, values and numbers: rows are counted by this, and keep the reason itself."""
+    return _OF_A_ROW.sub("…", reason)
 
 
 @dataclass(slots=True)
 class _Reason:
+    fate: Fate
+    text: str
+    """The reason itself; its kind once rows differ in it."""
     count: int = 0
     examples: list[int] = field(default_factory=list[int])
 
@@ -56,6 +67,7 @@ class _Source:
     fates: Counter[Fate] = field(default_factory=Counter[Fate])
     sides: Counter[Side] = field(default_factory=Counter[Side])
     reasons: dict[str, _Reason] = field(default_factory=dict[str, _Reason])
+    """By kind."""
 
 
 class Ledger:
@@ -75,10 +87,10 @@ class Ledger:
             source: the source's label.
             index: the row's number in it.
             fate: what became of it.
-            reason: why; given for `dropped` and `fully masked` and no other.
+            reason: why; given for the fates in `WITH_REASON` and no other.
             side: where it went; given for `kept` and `truncated` and no other.
 
-        Returns: whether the row is now an example of its reason.
+        Returns: whether the row is now an example of its kind of reason.
         """
         assert (reason is not None) == (fate in WITH_REASON), f"a {fate} row with the reason {reason!r}"
         assert (side is not None) == (fate in ("kept", "truncated")), f"a {fate} row on the side {side!r}"
@@ -88,10 +100,13 @@ class Ledger:
             entry.sides[side] += 1
         if reason is None:
             return False
-        if reason not in entry.reasons and len(entry.reasons) >= _MOST_REASONS:
-            reason = OTHER
-        counted = entry.reasons.setdefault(reason, _Reason())
+        kind = kind_of(reason)
+        if fate == "dropped" and kind not in entry.reasons and len(entry.reasons) >= _MOST_KINDS:
+            kind = reason = OTHER
+        counted = entry.reasons.setdefault(kind, _Reason(fate, reason))
         counted.count += 1
+        if counted.text != reason:
+            counted.text = kind
         if len(counted.examples) < EXAMPLES:
             counted.examples.append(index)
             return True
@@ -110,7 +125,8 @@ class Ledger:
 
     def to_json(self) -> dict[str, Any]:
         """`{"rows", "fates": {fate: rows}, "sources": {label: {"rows", "fates", "sides", "reasons"}}}`, each reason as
-        `{"count", "examples": [row numbers, the first 5]}`, most frequent first. Raises: AssertionError, as `check`."""
+        `{"fate", "count", "examples": [row numbers, the first 5]}`, most frequent first. Raises: AssertionError, as `check`.
+        """
         self.check()
         totals = sum((s.fates for s in self._sources.values()), Counter[Fate]())
         return {
@@ -122,8 +138,8 @@ class Ledger:
                     "fates": {fate: s.fates[fate] for fate in FATES},
                     "sides": {side: s.sides[side] for side in SIDES},
                     "reasons": {
-                        reason: {"count": r.count, "examples": r.examples}
-                        for reason, r in sorted(s.reasons.items(), key=lambda item: (-item[1].count, item[0]))
+                        r.text: {"fate": r.fate, "count": r.count, "examples": r.examples}
+                        for r in sorted(s.reasons.values(), key=lambda r: (-r.count, r.text))
                     },
                 }
                 for label, s in self._sources.items()
@@ -140,7 +156,7 @@ def summary(ledger: Mapping[str, Any]) -> str:
             lines.append(f"    sides: {sides}")
         lines += [f"    {fact}" for fact in facts(source)]
         lines += [
-            f"    {'' if reason.startswith('fully masked') else 'dropped: '}{reason_line(reason, r)}"
+            f"    {'' if reason.startswith(r['fate']) else r['fate'] + ': '}{reason_line(reason, r)}"
             for reason, r in source["reasons"].items()
         ]
     return "\n".join(lines)
@@ -149,6 +165,8 @@ def summary(ledger: Mapping[str, Any]) -> str:
 def facts(source: Mapping[str, Any]) -> list[str]:
     """What a source's entry in a whole ledger says besides its counts, in words."""
     found: list[str] = [source["why"]] if "why" in source else []
+    if source.get("training_share", 1) < 1:
+        found.append(f"{source['training_share']:.1%} of the training examples ({source['training_examples']:,})")
     if ends := source.get("lost_ends"):
         found.append(f"{ends:,} answer{'s' if ends > 1 else ''} lost the end token")
     if shared := source.get("contaminated"):

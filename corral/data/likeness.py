@@ -30,13 +30,15 @@ Words: TypeAlias = NDArray[np.uint32]
 Block: TypeAlias = tuple[Words, Ints, Ints]
 """(words of many rows, [rows + 1] where each row's words begin, [rows] how many of them are the prompt's)."""
 
-VERSION = 1
+VERSION = 2
 SHINGLE = 5
 RESEMBLANCE = 0.8
 BANDS, BAND_ROWS = 16, 8
+_MEMBERS = 32  # rows of one bucket that a new one is compared with; unlike rows seldom share a bucket
 PASSAGE = 13
 FREQUENT = 10
-"""A passage that stands in more training rows than this is a phrase of the form, as in GPT-3's appendix C, and counts not."""
+"""A passage that stands in more training rows than this, and in several held-out ones, is a phrase of the form, as in GPT-3's
+appendix C, and does not count. A whole prompt always does."""
 
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
 # Odd, so that multiplying by it loses nothing: 2^64 divided by the golden ratio.
@@ -155,83 +157,94 @@ def _shingle_sets(words: Words, ends: Ints, some: Ints) -> tuple[Hashes, Ints]:
 
 
 def near_groups(signatures: Hashes, groups: Ints, words: Callable[[int], Words]) -> Ints:
-    """Join groups of equal rows whose rows resemble each other.
+    """Join rows to a row before them that they resemble and that stands for itself: likeness is not passed on, so whatever
+    is left out resembles what is kept.
 
     Args:
         signatures: `bands` of each row. [rows, BANDS]
         groups: for each row the first row that equals it. [rows]
         words: gives the words of a row.
 
-    Returns: for each row the first row of its group, where rows that resemble one row count as one group. [rows]
+    Returns: for each row the row that stands for it: itself, or the first one that it resembles. [rows]
     """
     parents = groups.copy()
-
-    def root(row: int) -> int:
-        while parents[row] != row:
-            parents[row] = parents[parents[row]]
-            row = int(parents[row])
-        return row
-
     firsts = np.flatnonzero((groups == np.arange(len(groups))) & signatures.any(axis=1))
-    for one, other in _candidates(signatures[firsts]):
-        a, b = sorted((root(int(firsts[one])), root(int(firsts[other]))))
-        if a != b and resemblance(words(int(firsts[one])), words(int(firsts[other]))) >= RESEMBLANCE:
-            parents[b] = a
-    return np.fromiter((root(int(row)) for row in range(len(groups))), np.int64, len(groups))
+    buckets = _buckets(signatures[firsts])
+    kept: dict[int, list[int]] = {}
+    for place in np.flatnonzero((buckets >= 0).any(axis=1)).tolist():
+        row, here = int(firsts[place]), [bucket for bucket in buckets[place].tolist() if bucket >= 0]
+        candidates = sorted({other for bucket in here for other in kept.get(bucket, ())})
+        mine = words(row)
+        like = next((other for other in candidates if resemblance(words(other), mine) >= RESEMBLANCE), None)
+        if like is not None:
+            parents[row] = like
+            continue
+        for bucket in here:
+            members = kept.setdefault(bucket, [])
+            if len(members) < _MEMBERS:
+                members.append(row)
+    return parents[groups]
 
 
-def _candidates(signatures: Hashes) -> Iterator[tuple[int, int]]:
-    """Pairs that share a band, each once, in order: the first row of each bucket with each other one."""
-    pairs: list[NDArray[np.int64]] = [np.zeros((0, 2), np.int64)]
+def _buckets(signatures: Hashes) -> Ints:
+    """A number for each band of each row, equal where the band's hashes are; -1 where no other row shares it. [rows, BANDS]"""
+    found = np.full(signatures.shape, -1, np.int64)
+    start = 0
     for band in range(BANDS):
-        by_hash = np.argsort(signatures[:, band], kind="stable")
-        ordered = signatures[by_hash, band]
-        begins = np.ones(len(ordered), bool)
-        begins[1:] = ordered[1:] != ordered[:-1]
-        first = by_hash[np.maximum.accumulate(np.where(begins, np.arange(len(ordered)), 0))]
-        pairs.append(np.stack([first[~begins], by_hash[~begins]], axis=1))
-    for one, other in np.unique(np.concatenate(pairs), axis=0):
-        yield int(one), int(other)
+        _, which, counts = np.unique(signatures[:, band], return_inverse=True, return_counts=True)
+        shared = counts[which] > 1
+        found[shared, band] = which[shared] + start
+        start += len(counts)
+    return found
 
 
-def _passages(block: Block) -> tuple[Hashes, Ints]:
-    """(hashes of what marks a row, the row of each): its runs of 13 words, and its whole prompt where that is shorter."""
+def _passages(block: Block) -> tuple[Hashes, Ints, Hashes, Ints]:
+    """(hashes of what marks a row, the row of each): its whole prompt, then its runs of 13 words."""
     words, ends, prompts = block
     lengths = np.diff(ends)
     grams = _grams(words, PASSAGE)
     row_of = np.repeat(np.arange(len(lengths)), lengths)[: len(grams)]
     # A run that begins in a row must end in it.
     inside = np.arange(len(grams)) + PASSAGE <= ends[1:][row_of]
-    short = np.flatnonzero((prompts > 0) & (prompts < PASSAGE))
-    whole = [_grams(words[ends[row] : ends[row] + prompts[row]], int(prompts[row])) for row in short]
+    asked = np.flatnonzero(prompts > 0)
+    whole = [_grams(words[ends[row] : ends[row] + prompts[row]], int(prompts[row])) for row in asked]
     # A prompt equals a whole prompt only: the same words within a longer text are no copy of it.
     marked = _mixed(np.concatenate([np.zeros(0, np.uint64), *whole]) + _FACTOR)
-    return np.concatenate([grams[inside], marked]), np.concatenate([row_of[inside], short])
+    return marked, asked, grams[inside], row_of[inside]
 
 
 def contaminated(held_out: Iterable[Block], training: Iterable[Block]) -> NDArray[np.bool_]:
     """For each training row whether it shares a passage with a held-out row. [training rows]
 
-    A passage is 13 words in a row, or a whole prompt of fewer; one that stands in more than `FREQUENT` training rows does not
-    count.
+    A passage is a whole prompt, or 13 words in a row that are no phrase of the form (`FREQUENT`).
     """
     nothing = np.zeros(0, np.uint64)
-    wanted = np.unique(np.concatenate([nothing, *(np.unique(_passages(block)[0]) for block in held_out)]))
-    filter_ = _Filter(wanted)
+    prompts, runs = [nothing], [nothing]
+    for block in held_out:
+        marked, _, grams, row_of = _passages(block)
+        prompts.append(marked)
+        pairs = np.unique(np.stack([grams, row_of.astype(np.uint64)], axis=1), axis=0)
+        runs.append(pairs[:, 0])
+    wanted, held_out_rows = np.unique(np.concatenate(runs), return_counts=True)
+    in_prompts, in_runs = _Filter(np.unique(np.concatenate(prompts))), _Filter(wanted)
     counts = np.zeros(len(wanted), np.int64)
-    rows, which = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    rows, which, found = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, bool)]
     total = 0
     for block in training:
-        hashes, row_of = _passages(block)
-        places, here = filter_.find(hashes)
-        pairs = np.unique(np.stack([row_of[here], places], axis=1), axis=0)
+        marked, asked, grams, row_of = _passages(block)
+        here = np.zeros(len(block[2]), bool)
+        here[asked[in_prompts.find(marked)[1]]] = True
+        found.append(here)
+        places, at = in_runs.find(grams)
+        pairs = np.unique(np.stack([row_of[at], places], axis=1), axis=0)
         np.add.at(counts, pairs[:, 1], 1)
         rows.append(pairs[:, 0] + total)
         which.append(pairs[:, 1])
-        total += len(block[2])
-    found = np.zeros(total, bool)
-    found[np.concatenate(rows)[counts[np.concatenate(which)] <= FREQUENT]] = True
-    return found
+        total += len(here)
+    result = np.concatenate(found)
+    of_the_form = (counts > FREQUENT) & (held_out_rows > 1)
+    result[np.concatenate(rows)[~of_the_form[np.concatenate(which)]]] = True
+    return result
 
 
 class _Filter:

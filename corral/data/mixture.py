@@ -1,15 +1,17 @@
 """Which rows are used and on which side: decided by hashes of the seed and a row's content, by nothing else.
 
-So a row split off by a share never changes side, whatever else is in the mix; a smaller cap keeps a part of what a larger
-one keeps; and neither the order of files nor the number of workers matters. This module sees keys only: not rows, formats
-or tokens.
+So what is taken of a source, be it by a cap, a weight or a split, is held in any larger part; rows that come or go move only
+rows at its border; and neither the order of files nor the number of workers matters. This module sees keys only: not rows,
+formats or tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Sequence
+from fractions import Fraction
+from math import floor
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,38 +73,60 @@ def choose(keys: Keys, groups: Ints, taken: Bools, seed: int, cap: int | None) -
     copies = ~chosen
     if cap is not None and chosen.sum() > cap:
         places = chosen.nonzero()[0]
-        kept = np.argsort(ranks(keys[places], seed, "sample"), kind="stable")[:cap]
         chosen = np.zeros(len(keys), bool)
-        chosen[places[kept]] = True
+        chosen[places[sample(keys[places], cap, seed)]] = True
     taken[groups[chosen]] = True
     return chosen, copies
+
+
+def sample(keys: Keys, number: int, seed: int) -> Bools:
+    """The `number` rows of lowest rank: each is among those of any larger number. [rows]"""
+    kept = np.zeros(len(keys), bool)
+    kept[np.argsort(ranks(keys, seed, "sample"), kind="stable")[:number]] = True
+    return kept
+
+
+def weighted(rows: Sequence[int], weights: Sequence[float], repeats: Sequence[int]) -> list[int]:
+    """How many rows of each source make the largest mixture whose parts are as the weights.
+
+    Args:
+        rows: of each source that could be used.
+        weights: of each source, above 0; only their proportions matter.
+        repeats: how often each used row of a source stands in the mixture.
+
+    Returns: rows of each source, to the nearest; all of them for the source that is exhausted first.
+    """
+    # As written, not as a float holds them: 0.1 is a tenth.
+    exact = [Fraction(str(weight)) for weight in weights]
+    size = min(n * repeat / weight for n, weight, repeat in zip(rows, exact, repeats, strict=True))
+    half = Fraction(1, 2)
+    return [floor(size * weight / repeat + half) for weight, repeat in zip(exact, repeats, strict=True)]
 
 
 def sides(sources: Sequence[Keys], seed: int, split: Split) -> list[NDArray[np.int8]]:
     """The side of each row of each source, as an index into `SIDES`.
 
-    A share takes the rows whose rank is below it (test) or as far from the other end (validation), so that neither moves
-    the other's rows. A number is divided over the sources in proportion to their rows (largest remainders), and takes the
-    rows of lowest or highest rank in each. Rows of equal content are always on one side, even if a number is then exceeded.
+    A share of all rows, to the nearest row, or a number of them is divided over the sources in proportion to their rows
+    (largest remainders). Of each source the test side takes the rows of lowest rank, the validation side those of highest,
+    so that neither moves the other's rows. Rows of equal content are all on one side, the one furthest from training, even
+    if it then has more rows than it should.
     """
-    places = [ranks(keys, seed, "split") for keys in sources]
-    found = [np.zeros(len(p), np.int8) for p in places]
-    counts = [len(p) for p in places]
-    quotas = {
-        side: proportional(int(n), counts) if n >= 1 else None
-        for side, n in ((_TEST, split.test), (_VALIDATION, split.validation))
-    }
-    for number, (place, side) in enumerate(zip(places, found, strict=True)):
-        ascending = np.argsort(place, kind="stable")
-        test, validation = quotas[_TEST], quotas[_VALIDATION]
-        if validation is None:
-            side[place >= 1 - split.validation] = _VALIDATION
-        else:
-            side[ascending[len(ascending) - validation[number] :]] = _VALIDATION
-        side[place < split.test if test is None else ascending[: test[number]]] = _TEST
-    if any(quota is not None for quota in quotas.values()):
-        _join_copies(sources, found)
+    counts = [len(keys) for keys in sources]
+    test = proportional(rows_of(split.test, sum(counts)), counts)
+    room = [count - taken for count, taken in zip(counts, test, strict=True)]
+    validation = proportional(rows_of(split.validation, sum(counts)), counts, room)
+    found = [np.full(count, _TRAIN, np.int8) for count in counts]
+    for keys, side, lowest, highest in zip(sources, found, test, validation, strict=True):
+        ascending = np.argsort(ranks(keys, seed, "split"), kind="stable")
+        side[ascending[:lowest]] = _TEST
+        side[ascending[len(ascending) - highest :]] = _VALIDATION
+    _join_copies(sources, found)
     return found
+
+
+def rows_of(part: float, whole: int) -> int:
+    """Rows that a share (below 1) of `whole` rows is, to the nearest, a half upwards; a number is itself."""
+    return int(part) if part >= 1 else floor(Fraction(str(part)) * whole + Fraction(1, 2))
 
 
 def _join_copies(sources: Sequence[Keys], found: Sequence[NDArray[np.int8]]) -> None:
@@ -117,21 +141,22 @@ def _join_copies(sources: Sequence[Keys], found: Sequence[NDArray[np.int8]]) -> 
         at += len(side)
 
 
-def proportional(number: int, counts: Sequence[int]) -> list[int]:
-    """`number` divided in proportion to `counts`, by largest remainders; never more than there are."""
-    whole = sum(counts)
-    number = min(number, whole)
+def proportional(number: int, counts: Sequence[int], room: Sequence[int] | None = None) -> list[int]:
+    """`number` divided in proportion to `counts`, by largest remainders; nowhere more than there is `room`, by default
+    `counts`: what has none in one place goes to the others."""
+    room = counts if room is None else room
+    whole, number = sum(counts), min(number, sum(room))
     if not whole:
         return [0] * len(counts)
     shares = [divmod(number * count, whole) for count in counts]
+    parts = [min(share, free) for (share, _), free in zip(shares, room, strict=True)]
     by_remainder = sorted(range(len(counts)), key=lambda i: (-shares[i][1], i))
-    extra = set(by_remainder[: number - sum(share for share, _ in shares)])
-    return [share + (i in extra) for i, (share, _) in enumerate(shares)]
+    while (left := number - sum(parts)) > 0:
+        for i in [i for i in by_remainder if parts[i] < room[i]][:left]:
+            parts[i] += 1
+    return parts
 
 
-def share_for_one(split_ranks: Iterable[float] | NDArray[Any], side: Literal["validation", "test"]) -> float:
-    """The smallest share, in steps of 0.01, with which at least one of the rows of these split ranks falls on a side."""
-    places = [float(place) for place in split_ranks]
-    nearest = min(places, default=1.0) if side == "test" else 1 - max(places, default=0.0)
-    # The row's place itself is outside a half-open share: the next step holds it.
-    return (int(nearest * 100) + 1) / 100
+def share_for_one(rows: int) -> float:
+    """The smallest share, in steps of 0.01, that is at least one of so many rows."""
+    return -(-50 // rows) / 100

@@ -5,9 +5,9 @@ that is on no side, to look at) and `rows/SIDE/`, the examples of each side. Equ
 number of workers and whatever was in the cache.
 
 What is costly is kept in the cache, each part under a name that says what it depends on: rows as records by the source's
-content and format; tokens by those, the template and the longest length; words by those rows alone. So another cap, split
-or seed chooses anew among what is there, another template makes new tokens, and an interrupted run goes on from its last
-finished piece.
+content and format; tokens by those, the template and the longest length; words by those rows alone. So another cap, split,
+weight or seed chooses anew among what is there, another template makes new tokens, and an interrupted run goes on from its
+last finished piece.
 
 This module does not know what training makes of an example, nor how ids come about: that is the template's.
 """
@@ -110,7 +110,7 @@ def prepare(
         data: the recipe's section.
         template: makes ids and masks.
         folder: an existing directory; rows that are in it already are replaced as a whole.
-        seed: with a row's content decides its side, its place, and whether a cap keeps it.
+        seed: with a row's content decides its side, its place, and whether a cap or a weight keeps it.
         progress: told how far it is.
         cache: where costly parts are kept; by default corral's own cache.
         workers: processes that compute; by default as many as there are cores and as the rows are worth.
@@ -124,21 +124,24 @@ def prepare(
     progress = progress or Progress()
     cache = cache or caches.default_folder()
     hands = Hands(progress, workers)
-    progress.start("Reading rows", None)
-    plans = [
-        Plan.of(source, source_rows(source, cache, progress), template, data.max_length, cache)
-        for source in data.sources
-    ]
-    choosing.choose(plans, data, seed, hands)
-    choosing.encode(plans, data, template, hands)
-    choosing.divide(plans, data, seed)
-    choosing.find_contaminated(plans, data, hands)
-    with new_directory(folder / _ROWS) as rows:
-        counts = _write_rows(plans, rows, data, seed, progress)
-        ledger = _write_ledger(plans, folder)
-        refuse_empty(plans, data, seed, ledger)
-        refuse_losses(data, ledger, where=folder / LEDGER)
-        write_json(rows / _META, {"version": _VERSION, "examples": counts})
+    with caches.in_use(cache) as used:
+        progress.start("Reading rows", None)
+        plans = [
+            Plan.of(source, source_rows(source, cache, progress), template, data.max_length, cache)
+            for source in data.sources
+        ]
+        used.update(folder for plan in plans for folder in plan.folders)
+        choosing.choose(plans, data, seed, hands)
+        choosing.encode(plans, data, template, hands)
+        choosing.divide(plans, data, seed)
+        choosing.find_contaminated(plans, data, hands)
+        choosing.weigh(plans, seed)
+        with new_directory(folder / _ROWS) as rows:
+            counts = _write_rows(plans, rows, data, seed, progress)
+            ledger = _write_ledger(plans, folder)
+            refuse_empty(plans, data, ledger)
+            refuse_losses(data, ledger, where=folder / LEDGER)
+            write_json(rows / _META, {"version": _VERSION, "examples": counts})
     return Prepared.open(folder)
 
 
@@ -189,8 +192,11 @@ def _write_ledger(plans: Sequence[Plan], folder: Path) -> dict[str, Any]:
                 _count(ledger, label, rows)
             examples += _left_out(plan)
         summary = ledger.to_json()
-    for plan in plans:
-        summary["sources"][plan.source.label] |= _figures(plan)
+    trained = [int((plan.side == SIDES.index("train")).sum()) * plan.source.repeat for plan in plans]
+    for plan, count in zip(plans, trained, strict=True):
+        share = round(count / max(1, sum(trained)), 6)
+        mixed = {"training_examples": count, "training_share": share}
+        summary["sources"][plan.source.label] |= _figures(plan) | mixed
     write_json(folder / "ledger.json", summary)
     write_atomic(folder / _LEFT_OUT, "".join(json_line(row) for row in examples))
     return summary

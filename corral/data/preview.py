@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import html
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -30,7 +30,7 @@ Kind: TypeAlias = Literal["trained", "context", "cut"]
 
 _MEANING: dict[Kind, str] = {
     "trained": "trained on",
-    "context": "context, not trained on",
+    "context": "context only",
     "cut": "cut off: longer than allowed",
 }
 # Neighbouring tokens alternate between the two, so that their borders can be seen.
@@ -181,7 +181,8 @@ def to_terminal(prepared: Prepared, template: Template, rows: int = 2) -> Text:
     page = Text("\n".join([summary(prepared.ledger), "", *lengths.to_lines(_histogram(prepared)), "", ""]))
     for kind, meaning in _MEANING.items():
         page.append("■ ", _STYLES[kind][0].removesuffix(" strike"))
-        page.append(meaning + "   ", _STYLES[kind][0])
+        page.append(meaning, _STYLES[kind][0])
+        page.append("  ")
     page.append(" special token \n", "reverse")
     for shown in pick(prepared, template, rows):
         page.append(f"\n{shown.side} · {shown.title}\n", "bold")
@@ -189,7 +190,8 @@ def to_terminal(prepared: Prepared, template: Template, rows: int = 2) -> Text:
             for number, piece in enumerate(sequence):
                 style = _STYLES[piece.kind][number % 2]
                 page.append(_visible(piece.text), f"{style} reverse" if piece.special else style)
-            page.append("\n")
+            if not page.plain.endswith("\n"):
+                page.append("\n")
     for title, text in _left_out(prepared, rows):
         page.append(f"\n{title}\n", "bold")
         page.append(_visible(_shortened(text, _EXCERPT)) + "\n", "grey50")
@@ -207,11 +209,11 @@ def _shortened(text: str, most: int) -> str:
 def to_html(prepared: Prepared, template: Template, rows: int = 2) -> str:
     """The same as one self-contained page: no script, nothing fetched; light or dark as the reader's system is."""
     shown = pick(prepared, template, rows)
-    parts = [_HEAD, "<h1>What is trained on</h1>", _ledger_table(prepared.ledger), "<h2>lengths</h2>"]
-    parts.append(lengths.to_html(_histogram(prepared)))
-    legend = "".join(f'<span class="{kind}">{html.escape(meaning)}</span>' for kind, meaning in _MEANING.items())
-    parts.append(f'<p class="legend">{legend}<span class="context special">special token</span>')
-    parts.append("Each mark is one token; a character that takes several is one mark.</p>")
+    parts = [_HEAD, "<h1>What is trained on</h1>", _ledger_table(prepared.ledger), *_reasons(prepared.ledger)]
+    parts += ["<h2>lengths</h2>", f'<div class="lengths">{lengths.to_html(_histogram(prepared))}</div>']
+    legend = " ".join(f'<span class="{kind}">{html.escape(meaning)}</span>' for kind, meaning in _MEANING.items())
+    parts.append(f'<p class="legend">{legend} <span class="context special">special token</span>')
+    parts.append("Thin lines divide tokens.</p>")
     for side in SIDES:
         here = [row for row in shown if row.side == side]
         parts.append(f"<h2>{side}</h2>" if here else f"<h2>{side}</h2><p>no rows</p>")
@@ -234,22 +236,37 @@ def _span(piece: Piece) -> str:
 
 def _ledger_table(ledger: Mapping[str, Any]) -> str:
     fates = [fate for fate in FATES if ledger["fates"][fate]]
-    heads = "".join(f"<th>{name}</th>" for name in ("source", "rows", *fates, *SIDES))
-    body: list[str] = []
-    for label, source in ledger["sources"].items():
-        figures = [source["rows"], *(source["fates"][f] for f in fates), *(source["sides"][s] for s in SIDES)]
-        cells = "".join(f"<td>{figure:,}</td>" for figure in figures)
-        body.append(f"<tr><th>{html.escape(_visible(label))}</th>{cells}</tr>")
-    reasons = [
-        f"<li>{html.escape(_visible(f'{label}: {reason_line(reason, entry)}'))}</li>"
-        for label, source in ledger["sources"].items()
-        for reason, entry in source["reasons"].items()
+    heads = "".join(f"<th>{name}</th>" for name in ("source", "rows", *fates))
+    heads += "".join(f'<th class="side">{side}</th>' for side in SIDES)
+    body = [
+        _ledger_row(label, [s["rows"], *(s["fates"][f] for f in fates)], [s["sides"][side] for side in SIDES])
+        for label, s in ledger["sources"].items()
     ]
-    table = f'<div class="wide"><table><tr>{heads}</tr>{"".join(body)}</table></div>'
-    known = [(label, fact) for label, source in ledger["sources"].items() for fact in facts(source)]
-    items = "".join(f"<li>{html.escape(_visible(f'{label}: {fact}'))}</li>" for label, fact in known)
-    why = f"<p>Why rows were dropped or are fully masked:</p><ul>{''.join(reasons)}</ul>" if reasons else ""
-    return f"{table}<ul>{items}</ul>{why}"
+    if len(body) > 1:
+        on_sides = [sum(s["sides"][side] for s in ledger["sources"].values()) for side in SIDES]
+        body.append(_ledger_row("all", [ledger["rows"], *(ledger["fates"][f] for f in fates)], on_sides))
+    return f'<div class="wide"><table class="ledger"><tr>{heads}</tr>{"".join(body)}</table></div>'
+
+
+def _ledger_row(label: str, figures: Sequence[int], on_sides: Sequence[int]) -> str:
+    cells = [*((figure, "count") for figure in figures), *((figure, "side") for figure in on_sides)]
+    written = "".join(f'<td class="{kind if figure else kind + " none"}">{figure:,}</td>' for figure, kind in cells)
+    return f"<tr><th>{html.escape(_visible(label))}</th>{written}</tr>"
+
+
+def _reasons(ledger: Mapping[str, Any]) -> Iterator[str]:
+    """What is known of each source, and why rows of it were left out."""
+    for label, source in ledger["sources"].items():
+        yield f"<h3>{html.escape(_visible(label))}</h3>"
+        yield _items(facts(source))
+        if source["reasons"]:
+            yield "<p>Why rows were left out:</p>"
+            yield _items([reason_line(reason, entry) for reason, entry in source["reasons"].items()])
+
+
+def _items(lines: Sequence[str]) -> str:
+    items = "".join(f"<li>{html.escape(_visible(line))}</li>" for line in lines)
+    return f"<ul>{items}</ul>" if items else ""
 
 
 _HEAD = """<!doctype html>
@@ -260,25 +277,35 @@ _HEAD = """<!doctype html>
 <title>corral inspect</title>
 <style>
 :root { color-scheme: light dark; --text: #1d2127; --page: #fff; --faint: #6a7280; --line: #d9dde3; --box: #f6f7f9;
-  --trained: #0b6b2f; --trained-on: #d9f5e1; --cut: #b3201c; --cut-on: #fde4e2; }
+  --trained: #0b6b2f; --trained-on: #d9f5e1; --cut: #b3201c; --cut-on: #fde4e2; --cut-line: #d98a86; }
 @media (prefers-color-scheme: dark) { :root { --text: #e4e7ec; --page: #15181d; --faint: #98a1ae; --line: #333a44;
-  --box: #1c2027; --trained: #7fe3a0; --trained-on: #12381f; --cut: #ff9a94; --cut-on: #471a18; } }
+  --box: #1c2027; --trained: #7fe3a0; --trained-on: #12381f; --cut: #ff9a94; --cut-on: #471a18;
+  --cut-line: #a8524c; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 62rem;
   margin: 2rem auto; padding: 0 1rem; }
-h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); } h3 { font-size: 1rem; margin: 1.5rem 0 .4rem; }
+h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 1.5rem 0 .4rem; overflow-wrap: anywhere; } ul { margin: .3rem 0; } p { margin: .6rem 0; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; font-weight: normal; }
 th:first-child { text-align: left; } tr:first-child th { color: var(--faint); }
+.ledger { width: 100%; } .ledger td, .ledger th { padding: .25rem .4rem; }
+.ledger tr:first-child th { font-size: .8rem; line-height: 1.2; vertical-align: bottom; }
+.ledger th:first-child { min-width: 9rem; overflow-wrap: anywhere; } .ledger .none { color: var(--faint); }
+.ledger .side { background: var(--box); }
+.lengths th { white-space: nowrap; }
+.lengths tr:first-child th:nth-child(2) { color: var(--trained); }
+.lengths tr:first-child th:nth-child(3) { color: var(--cut); }
 pre { font: 13px/1.75 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; background: var(--box);
   border: 1px solid var(--line); border-radius: 6px; padding: .7rem .9rem; margin: 0; }
 .tokens span, .legend span { box-shadow: inset 1px 0 var(--line); border-radius: 2px; }
-.legend span { padding: .15rem .5rem; margin-right: .6rem; }
-.context { color: var(--faint); } .dropped { color: var(--faint); }
+.legend { position: sticky; top: 0; background: var(--page); padding: .5rem 0; font-size: .9rem; line-height: 2; }
+.legend span { padding: .15rem .5rem; margin-right: .3rem; white-space: nowrap; }
+.context { color: var(--faint); }
 .trained { color: var(--trained); background: var(--trained-on); }
-.cut { color: var(--cut); background: var(--cut-on); text-decoration: line-through; }
+.cut { color: var(--cut); background: var(--cut-on); text-decoration: line-through 1px var(--cut-line); }
 .bar { width: 16rem; height: .8rem; display: block; } .bar .trained { fill: var(--trained); }
 .bar .cut { fill: var(--cut); } .bar .out { fill: var(--faint); }
-.special { font-weight: 600; outline: 1px solid currentColor; padding-bottom: 1px; }
+.special { font-weight: 600; outline: 1px solid currentColor; outline-offset: -1px; padding: 0 2px 1px; }
 </style>
 </head>
 <body>"""

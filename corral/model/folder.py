@@ -162,7 +162,7 @@ def weight_files(folder: Path) -> list[Path]:
     raise ModelError(
         "there are no safetensors weights (model.safetensors, or an index and its parts)",
         where=str(folder),
-        hint="use a model that publishes safetensors; pickle checkpoints (.bin, .pth) are not read",
+        hint="use a model that publishes safetensors; of pickles only Meta's own checkpoints are read (consolidated.*.pth)",
     )
 
 

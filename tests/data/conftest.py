@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from corral.data.choosing import Plan
+from corral.data.formatted import source_rows
 from corral.data.prepared import Prepared, prepare
+from corral.progress import Progress
 from corral.recipe import Data, Source, Split
 from corral.template import Template
 
@@ -62,5 +65,16 @@ def prepared(template: Template, tmp_path: Path) -> Callable[..., Prepared]:
         split = split or Split(validation=0.2, test=0.2)
         data = Data(sources=sources, split=split, **settings)
         return prepare(data, template, folder, seed, cache=cache or tmp_path / "cache", workers=workers)
+
+    return make
+
+
+@pytest.fixture
+def planned(template: Template, tmp_path: Path) -> Callable[..., list[Plan]]:
+    """`planned(source, …, max_length=…)`: the sources are read, and every fate is open."""
+
+    def make(*sources: Source, max_length: int = 1024) -> list[Plan]:
+        cache = tmp_path / "cache"
+        return [Plan.of(s, source_rows(s, cache, Progress()), template, max_length, cache) for s in sources]
 
     return make

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corral.data.cache import Chunks, each, name_of, split
+from corral.data import cache as caches
+from corral.data.cache import Chunks, each, in_use, name_of, split
 from corral.errors import CorralError, DataError
 
 
@@ -50,12 +51,12 @@ def test_more_files_than_are_kept_open_are_all_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-30], lambda b: b"", lambda b: b"x" * len(b)])
-def test_a_damaged_file_counts_as_missing_and_the_others_stay(tmp_path: Path, damage: object) -> None:
+def test_a_damaged_file_counts_as_missing_and_the_others_stay(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     chunks = Chunks(tmp_path)
     for places in (np.arange(10), np.arange(10, 20)):
         chunks.put(places, squares(places))
     path = next(p for p in tmp_path.iterdir() if 3 in np.load(p)["places"])
-    path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
+    path.write_bytes(damage(path.read_bytes()))
     chunks.refresh()
     assert chunks.missing(np.arange(20)).tolist() == list(range(10))
     assert not path.exists()
@@ -72,6 +73,109 @@ def test_pieces_cover_all_places_in_order() -> None:
     assert [len(p) for p in pieces] == [500, 500, 500]
     assert np.concatenate(pieces).tolist() == places.tolist()
     assert split(places[:0]) == []
+
+
+def put_folder(cache: Path, name: str, size: int, used: int) -> Path:
+    """A folder of so many bytes that was used so many seconds after the first."""
+    folder = cache / name
+    folder.mkdir(parents=True)
+    (folder / "data").write_bytes(bytes(size))
+    os.utime(folder, (1e9 + used, 1e9 + used))
+    return folder
+
+
+def folders(cache: Path) -> set[str]:
+    return {path.name for path in cache.iterdir() if path.is_dir()}
+
+
+@pytest.fixture
+def small_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Room for 100 bytes; it holds 90: `rows-a`, `rows-b` and `rows-c`, used in this order."""
+    monkeypatch.setattr(caches, "MOST_BYTES", 100)
+    for used, name in enumerate("abc"):
+        put_folder(tmp_path / "cache", f"rows-{name}", 30, used)
+        (tmp_path / "cache" / f".rows-{name}.lock").touch()
+    return tmp_path / "cache"
+
+
+def test_what_was_used_longest_ago_goes_when_there_is_too_much(small_cache: Path) -> None:
+    with in_use(small_cache) as used:
+        used.add(small_cache / "rows-a")
+    assert folders(small_cache) == {"rows-a", "rows-b", "rows-c"}
+    with in_use(small_cache) as used:
+        used.update({put_folder(small_cache, "rows-d", 30, 9), small_cache / "never-made"})
+        assert len(folders(small_cache)) == 4
+    assert folders(small_cache) == {"rows-a", "rows-c", "rows-d"}
+    assert not (small_cache / ".rows-b.lock").exists()
+    assert (small_cache / ".rows-a.lock").exists()
+
+
+def test_what_was_just_used_stays_however_large_also_when_it_ends_badly(small_cache: Path) -> None:
+    def stop_in_the_middle() -> None:
+        with in_use(small_cache) as used:
+            used.update({put_folder(small_cache, "rows-d", 200, 0), small_cache / "rows-b"})
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        stop_in_the_middle()
+    assert folders(small_cache) == {"rows-b", "rows-d"}
+
+
+def test_what_killed_writers_left_is_removed(small_cache: Path) -> None:
+    put_folder(small_cache, ".corral-tmp-rows-x.12345678", 1, 20)
+    (small_cache / "rows-c" / ".corral-tmp-abc").touch()
+    with in_use(small_cache):
+        assert len(folders(small_cache)) == 4
+    assert folders(small_cache) == {"rows-a", "rows-b", "rows-c"}
+    assert [path.name for path in (small_cache / "rows-c").iterdir()] == ["data"]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from corral.data.cache import in_use
+with in_use(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def holder(cache: Path) -> subprocess.Popen[str]:
+    """Another process, once it holds the cache; it lets go when its input ends."""
+    command = [sys.executable, "-c", HOLD, str(cache)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_nothing_is_removed_while_another_process_holds_the_cache(small_cache: Path) -> None:
+    put_folder(small_cache, "rows-d", 30, 9)
+    with holder(small_cache) as other:
+        with in_use(small_cache):
+            pass
+        assert folders(small_cache) == {"rows-a", "rows-b", "rows-c", "rows-d"}
+        other.kill()
+    with in_use(small_cache):
+        pass
+    assert folders(small_cache) == {"rows-b", "rows-c", "rows-d"}
+
+
+def test_clearing_waits_for_whoever_holds_the_cache(small_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CORRAL_CACHE", str(small_cache.parent))
+    small_cache = small_cache.rename(small_cache.with_name("prepared"))
+    clear = [sys.executable, "-c", "from corral.assets import clear_cache; print(clear_cache(['prepared']))"]
+    with holder(small_cache) as other:
+        clearing = subprocess.Popen(clear, stdout=subprocess.PIPE, text=True)
+        with pytest.raises(subprocess.TimeoutExpired):
+            clearing.wait(3)
+        assert len(folders(small_cache)) == 3
+        other.communicate("\n")
+    assert clearing.communicate()[0] == "['prepared']\n"
+    assert not small_cache.exists()
+    with in_use(small_cache):
+        put_folder(small_cache, "rows-a", 1, 0)
+    assert folders(small_cache) == {"rows-a"}
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])

@@ -292,7 +292,7 @@ def test_another_source_is_known_by_its_rows(name: str) -> None:
     row, _, expected = GOOD[name]
     chosen = choose(Source(path="rows.jsonl"), [row, row])
     assert chosen.name == name
-    assert chosen.why == recognise([row, row]).why
+    assert chosen.why.partition("; answers are counted")[0] == recognise([row, row]).why
     assert chosen.to_record(row) == expected
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corral.data.formatted import OTHER, SourceRows, source_rows
+from corral.data.formatted import EXAMPLES, SourceRows, source_rows
 from corral.errors import DataError
 from corral.messages import Conversation, record_key, record_to_json
 from corral.progress import Progress
@@ -50,14 +50,13 @@ def test_a_second_look_reads_the_cache_and_not_the_source(tmp_path: Path) -> Non
     assert (np.asarray(again.keys) == np.asarray(first.keys)).all()
 
 
-def test_junk_with_a_reason_for_each_row_does_not_make_the_reasons_grow_without_end(tmp_path: Path) -> None:
+def test_every_row_keeps_its_own_reason_and_each_kind_is_shown_a_few_times(tmp_path: Path) -> None:
     rows = [chat("a", "b"), *({"messages": [{"role": f"r{i}", "content": "x"}]} for i in range(400))]
     found = rows_of(write_rows(tmp_path / "a.jsonl", rows), format="messages")
-    assert len(found.reasons) <= 101
     assert len(found.unusable) == 400
-    if len(found.reasons) == 101:
-        assert found.reasons[-1] == OTHER
-    assert len(found.examples) <= 5 * 101
+    assert [found.reasons[number] for number in found.reason_of] == found.reasons
+    assert all(f"'r{i}'" in reason for i, reason in enumerate(found.reasons))
+    assert len(found.examples) == EXAMPLES
 
 
 def test_rows_of_which_nothing_is_known_are_refused_with_their_columns(tmp_path: Path) -> None:

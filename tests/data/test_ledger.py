@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 
-from corral.data.ledger import FATES, OTHER, Ledger, LedgerFile, RowFates, summary
+from corral.data.ledger import FATES, OTHER, Fate, Ledger, LedgerFile, RowFates, summary
 
 
 def filled() -> Ledger:
@@ -17,7 +17,7 @@ def filled() -> Ledger:
     ledger.add("a", 2, "kept", side="test")
     ledger.add("a", 3, "truncated", side="train")
     ledger.add("a", 4, "duplicate")
-    ledger.add("a", 5, "not sampled")
+    ledger.add("a", 5, "not sampled", "beyond the cap")
     for index in range(6, 12):
         ledger.add("a", index, "dropped", "no answer")
     ledger.add("a", 12, "dropped", "empty")
@@ -35,8 +35,9 @@ def test_the_json_form_counts_rows_by_source_fate_side_and_reason() -> None:
                 "fates": fates,
                 "sides": {"train": 2, "validation": 0, "test": 1},
                 "reasons": {
-                    "no answer": {"count": 6, "examples": [6, 7, 8, 9, 10]},
-                    "empty": {"count": 1, "examples": [12]},
+                    "no answer": {"fate": "dropped", "count": 6, "examples": [6, 7, 8, 9, 10]},
+                    "beyond the cap": {"fate": "not sampled", "count": 1, "examples": [5]},
+                    "empty": {"fate": "dropped", "count": 1, "examples": [12]},
                 },
             }
         },
@@ -58,6 +59,7 @@ def test_a_row_without_a_fate_or_with_two_is_found() -> None:
 def test_a_fate_without_what_belongs_to_it_is_refused() -> None:
     for wrong in (
         lambda: Ledger().add("a", 1, "dropped"),
+        lambda: Ledger().add("a", 1, "not sampled"),
         lambda: Ledger().add("a", 1, "kept"),
         lambda: Ledger().add("a", 1, "duplicate", side="train"),
         lambda: Ledger().add("a", 1, "kept", "why", "train"),
@@ -72,14 +74,29 @@ def test_add_says_which_rows_became_examples() -> None:
     assert ledger.add("a", 8, "kept", side="train") is False
 
 
-def test_junk_with_a_reason_for_each_row_does_not_make_the_ledger_grow_without_end() -> None:
+def test_reasons_are_counted_by_kind_and_named_in_full_where_rows_agree() -> None:
     ledger = Ledger()
     for index in range(5000):
         ledger.read("a")
-        ledger.add("a", index, "dropped", f"role is {index}")
+        ledger.add("a", index, "dropped", f"role is 'r{index}'" if index % 2 else "longer than 512 tokens")
     reasons = ledger.to_json()["sources"]["a"]["reasons"]
-    assert len(reasons) == 101
-    assert reasons[OTHER]["count"] == 4900
+    assert reasons == {
+        "longer than 512 tokens": {"fate": "dropped", "count": 2500, "examples": [0, 2, 4, 6, 8]},
+        "role is …": {"fate": "dropped", "count": 2500, "examples": [1, 3, 5, 7, 9]},
+    }
+
+
+def test_junk_with_a_kind_for_each_row_does_not_make_the_ledger_grow_without_end() -> None:
+    ledger = Ledger()
+    for index in range(5000):
+        ledger.read("a")
+        ledger.add("a", index, "dropped", f"reason {'a' * index}")
+    ledger.read("a")
+    ledger.add("a", 5000, "not sampled", "beyond the cap")
+    reasons = ledger.to_json()["sources"]["a"]["reasons"]
+    assert len(reasons) == 102
+    assert reasons[OTHER] == {"fate": "dropped", "count": 4900, "examples": [100, 101, 102, 103, 104]}
+    assert reasons["beyond the cap"]["count"] == 1
 
 
 def test_the_summary_has_a_line_for_each_source_and_reason() -> None:
@@ -88,15 +105,16 @@ def test_the_summary_has_a_line_for_each_source_and_reason() -> None:
         "  a: 12 rows: 2 kept, 1 truncated, 7 dropped, 1 duplicate, 1 not sampled",
         "    sides: 2 train, 1 test",
         "    dropped: 6 × no answer (rows 6, 7, 8, 9, 10 …)",
+        "    not sampled: 1 × beyond the cap (row 5)",
         "    dropped: 1 × empty (row 12)",
     ]
 
 
-def rows_of(first: int, fates: list[str], reasons: list[str]) -> RowFates:
+def rows_of(first: int, fates: list[Fate], reasons: list[str]) -> RowFates:
     n = len(fates)
     return RowFates(
         row=np.arange(first, first + n),
-        fate=np.array([FATES.index(f) for f in fates], np.int8),  # type: ignore[arg-type]
+        fate=np.array([FATES.index(f) for f in fates], np.int8),
         reason=np.array([0 if f == "dropped" else -1 for f in fates], np.int16),
         side=np.array([0 if f == "kept" else -1 for f in fates], np.int8),
         key=[None if f == "dropped" else f"{i:064x}" for i, f in enumerate(fates)],

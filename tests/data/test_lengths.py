@@ -9,19 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corral.data.ledger import FATES, LedgerFile, RowFates
+from corral.data.ledger import FATES, Fate, LedgerFile, RowFates
 from corral.data.lengths import Bin, histogram, to_html, to_lines
 from corral.data.prepared import Prepared
 from tests.data.conftest import chat, chats, source, write_rows
 
 
-def written(path: Path, groups: list[list[tuple[str, int]]]) -> Path:
+def written(path: Path, groups: list[list[tuple[Fate, int]]]) -> Path:
     """A ledger's table with a row group for each list of (fate, tokens)."""
     with LedgerFile(path) as file:
         for rows in groups:
             n = len(rows)
             nothing, no = np.full(n, -1), np.zeros(n, bool)
-            fates = np.array([FATES.index(fate) for fate, _ in rows], np.int8)  # type: ignore[arg-type]
+            fates = np.array([FATES.index(fate) for fate, _ in rows], np.int8)
             tokens = np.array([t for _, t in rows], np.int64)
             side, reason = nothing.astype(np.int8), nothing.astype(np.int16)
             file.add("a", RowFates(np.arange(n), fates, reason, side, [None] * n, tokens, nothing, no, no, []))
@@ -30,7 +30,7 @@ def written(path: Path, groups: list[list[tuple[str, int]]]) -> Path:
 
 @given(st.lists(st.lists(st.tuples(st.sampled_from(FATES), st.integers(-1, 5000)), max_size=20), max_size=3))
 def test_every_encoded_row_is_in_the_bin_that_holds_its_length(
-    tmp_path_factory: pytest.TempPathFactory, groups: list[list[tuple[str, int]]]
+    tmp_path_factory: pytest.TempPathFactory, groups: list[list[tuple[Fate, int]]]
 ) -> None:
     bins = histogram(written(tmp_path_factory.mktemp("ledger") / "ledger.parquet", groups))
     lengths = [t for rows in groups for _, t in rows if t > 0]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from corral.data.likeness import (
     FREQUENT,
+    RESEMBLANCE,
     Block,
     Words,
     bands,
@@ -128,10 +129,37 @@ def test_a_short_prompt_is_shared_as_a_whole_whatever_the_answer() -> None:
     assert contaminated(held_out, training).tolist() == [True, False, False]
 
 
-def test_a_passage_of_many_training_rows_is_a_phrase_of_the_form() -> None:
-    form = "Below is an instruction that describes a task write a response that completes the request"
-    held_out = [block((f"{form} {' '.join(prose(0))}", "x"))]
-    few = [block(*((f"{form} {' '.join(prose(seed))}", "x") for seed in range(1, FREQUENT + 1)))]
-    many = [block(*((f"{form} {' '.join(prose(seed))}", "x") for seed in range(1, FREQUENT + 2)))]
-    assert contaminated(held_out, few).all()
-    assert not contaminated(held_out, many).any()
+FORM = "Below is an instruction that describes a task write a response that completes the request"
+
+
+def with_form(*seeds: int) -> list[Block]:
+    return [block(*((f"{FORM} {' '.join(prose(seed))}", "x") for seed in seeds))]
+
+
+def test_a_passage_of_many_rows_on_both_sides_is_a_phrase_of_the_form() -> None:
+    few, many = range(1, FREQUENT + 1), range(1, FREQUENT + 2)
+    assert contaminated(with_form(50, 51), with_form(*few)).all()
+    assert not contaminated(with_form(50, 51), with_form(*many)).any()
+    assert contaminated(with_form(50), with_form(*many)).all()
+
+
+def test_a_whole_prompt_counts_however_often_it_stands() -> None:
+    prompt = " ".join(prose(3, 30))
+    held_out = [block((prompt, "an answer"), (prompt, "another answer"))]
+    training = [block(*((prompt, " ".join(prose(seed))) for seed in range(5 * FREQUENT)))]
+    assert contaminated(held_out, training).all()
+
+
+def test_what_is_left_out_as_near_resembles_what_is_kept() -> None:
+    """A chain of rows, each like the one before it, whose ends have nothing in common."""
+    text = prose(4, 400)
+    chain = [" ".join(text[5 * i : 5 * i + 100]) for i in range(40)]
+    rows = [Conversation.of(("user", "q"), ("assistant", answer)) for answer in chain]
+    found = word_rows(rows)
+    of = [found["words"][a:b] for a, b in pairwise(found["word_ends"])]
+    signatures = bands(found["words"], found["word_ends"])
+    groups = near_groups(signatures, np.arange(len(rows)), lambda row: of[row])
+    kept = sorted(set(groups.tolist()))
+    assert 2 < len(kept) < len(rows)
+    assert all(groups[row] == row for row in kept)
+    assert all(resemblance(of[row], of[groups[row]]) >= RESEMBLANCE for row in range(len(rows)))

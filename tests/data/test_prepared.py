@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from corral.data.ledger import FATES
+from corral.data.ledger import FATES, WITH_REASON
 from corral.data.prepared import Prepared, prepare
 from corral.errors import DataError
 from corral.messages import Conversation, record_key
@@ -97,15 +97,26 @@ def test_bytes_do_not_depend_on_the_hash_seed_of_the_process(tiny_folder: Path, 
     assert tree_hashes(tmp_path / "1") == tree_hashes(tmp_path / "2")
 
 
-def test_no_row_changes_side_when_sources_are_added_moved_or_capped(prepared: Prepare, tmp_path: Path) -> None:
+def test_no_row_changes_side_when_other_sources_are_added_or_moved(prepared: Prepare, tmp_path: Path) -> None:
     a = source(write_rows(tmp_path / "a.jsonl", chats(80)))
-    b = source(write_rows(tmp_path / "b.jsonl", chats(80, start=60)))
+    b = source(write_rows(tmp_path / "b.jsonl", chats(60, start=80)))
     alone = sides_of(prepared(a))
-    assert len(alone) == 80
-    for mix in ((a, b), (b, a), (b, a.model_copy(update={"rows": 50}))):
+    assert Counter(alone.values()) == {"train": 48, "validation": 16, "test": 16}
+    for mix in ((a, b), (b, a)):
         mixed = sides_of(prepared(*mix))
-        assert len(mixed) > 80
-        assert all(alone[key] == side for key, side in mixed.items() if key in alone)
+        assert Counter(mixed.values()) == {"train": 84, "validation": 28, "test": 28}
+        assert alone.items() < mixed.items()
+
+
+def test_rows_that_come_or_go_and_caps_change_the_sides_of_few_rows(prepared: Prepare, tmp_path: Path) -> None:
+    a = source(write_rows(tmp_path / "a.jsonl", chats(200)))
+    whole = sides_of(prepared(a, split=Split(validation=0.1, test=0.1)))
+    for fewer in (a.model_copy(update={"rows": 150}), source(write_rows(tmp_path / "b.jsonl", chats(190, start=10)))):
+        sides = sides_of(prepared(fewer, split=Split(validation=0.1, test=0.1)))
+        assert Counter(sides.values())["test"] == len(sides) // 10
+        moved = [(whole[key], side) for key, side in sides.items() if whole[key] != side]
+        assert len(moved) <= 10
+        assert all("train" in pair for pair in moved)
 
 
 def test_training_order_does_not_depend_on_the_order_of_sources_or_rows(prepared: Prepare, tmp_path: Path) -> None:
@@ -114,7 +125,8 @@ def test_training_order_does_not_depend_on_the_order_of_sources_or_rows(prepared
     b = source(write_rows(tmp_path / "b.jsonl", rows[30:]))
     shuffled = random.Random(3).sample(rows, len(rows))
     c = source(write_rows(tmp_path / "c.jsonl", shuffled))
-    keys = [[e.key for e in result.train] for result in (prepared(a, b), prepared(b, a), prepared(c))]
+    mixes = ((a, b), (b, a), (c,))
+    keys = [[e.key for e in prepared(*mix, split=NONE_HELD_OUT).train] for mix in mixes]
     assert keys[0] == keys[1] == keys[2]
     assert [e.index for e in prepared(a).train] != sorted(e.index for e in prepared(a).train)
 
@@ -143,7 +155,9 @@ def test_longer_rows_are_dropped_or_truncated_as_the_recipe_says(
     rows = [*chats(20), chat("Long?", "yes " * 200), chat("long " * 200, "Yes.")]
     a = source(write_rows(tmp_path / "a.jsonl", rows))
     dropped = prepared(a, max_length=90, split=NONE_HELD_OUT)
-    assert dropped.ledger["sources"]["a"]["reasons"] == {"longer than 90 tokens": {"count": 2, "examples": [21, 22]}}
+    assert dropped.ledger["sources"]["a"]["reasons"] == {
+        "longer than 90 tokens": {"fate": "dropped", "count": 2, "examples": [21, 22]}
+    }
     cut = prepared(a, max_length=90, split=NONE_HELD_OUT, overlong="truncate")
     assert cut.ledger["fates"] == fates(kept=20, truncated=1) | {"fully masked": 1}
     assert cut.ledger["sources"]["a"]["lost_ends"] == 1
@@ -328,19 +342,25 @@ LINE = st.one_of(
 @given(
     st.lists(LINE, max_size=20),
     st.lists(LINE, max_size=10),
-    st.sampled_from([None, 3]),
+    st.sampled_from([(None, None), (3, None), (None, 2.5)]),
     st.sampled_from(["drop", "truncate"]),
 )
 def test_the_sums_of_the_ledger_add_up_for_any_junk(
-    template: Template, tmp_path: Path, first: list[str], second: list[str], cap: int | None, overlong: Any
+    template: Template,
+    tmp_path: Path,
+    first: list[str],
+    second: list[str],
+    chosen: tuple[int | None, float | None],
+    overlong: Any,
 ) -> None:
+    cap, weight = chosen
     good = [json.dumps(row) for row in chats(2)]
-    files = {"a": [*first, *good], "b": [*good, *second, *first]}
+    files = {"a": [*first, *good], "b": [*good, *second, *first, json.dumps(chats(1, start=50)[0])]}
     for name, lines in files.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines), "utf-8", newline="\n")
     sources = (
-        source(tmp_path / "a.jsonl", rows=cap, format="messages"),
-        source(tmp_path / "b.jsonl", format="messages"),
+        source(tmp_path / "a.jsonl", rows=cap, format="messages", weight=weight),
+        source(tmp_path / "b.jsonl", format="messages", weight=weight and 1),
     )
     data = Data(sources=sources, split=NONE_HELD_OUT, max_length=60, overlong=overlong)
     result = prepare(data, template, tmp_path, 0, cache=tmp_path / "cache")
@@ -354,8 +374,9 @@ def test_the_sums_of_the_ledger_add_up_for_any_junk(
         entry = ledger["sources"][name]
         assert entry["rows"] == sum(1 for line in lines if line.strip()) == sum(entry["fates"].values())
         assert sum(entry["sides"].values()) == entry["fates"]["kept"] + entry["fates"]["truncated"]
-        lost = entry["fates"]["dropped"] + entry["fates"]["fully masked"]
-        assert sum(reason["count"] for reason in entry["reasons"].values()) == lost
+        for fate in WITH_REASON:
+            counts = [reason["count"] for reason in entry["reasons"].values() if reason["fate"] == fate]
+            assert sum(counts) == entry["fates"][fate]
         for reason in entry["reasons"].values():
             assert len(reason["examples"]) == min(5, reason["count"])
     assert ledger["rows"] == sum(entry["rows"] for entry in ledger["sources"].values())

@@ -92,6 +92,75 @@ def test_a_repeated_source_stands_several_times_in_training_and_once_in_the_othe
     assert set(firsts) == {e.key for e in once.train}
 
 
+def test_weights_make_the_largest_mixture_with_these_parts_and_the_rest_is_not_sampled(
+    prepared: Prepare, tmp_path: Path
+) -> None:
+    a = source(write_rows(tmp_path / "a.jsonl", [*chats(100), chats(1)[0], {"messages": []}]), weight=1)
+    b = source(write_rows(tmp_path / "b.jsonl", chats(100, start=200)), weight=3)
+    into = tmp_path / "mixed"
+    mixed = prepared(a, b, into=into)
+    assert Counter(e.source for e in mixed.train) == {"a": 20, "b": 60}
+    assert fates_of(mixed) == {"kept": 60, "dropped": 1, "duplicate": 1, "not sampled": 40}
+    assert fates_of(mixed, "b") == {"kept": 100}
+    why = "beyond the weight 1 of 4, which takes 20 of 60 training rows"
+    assert mixed.ledger["sources"]["a"]["reasons"][why]["count"] == 40
+    left = [row for row in table(into) if row["fate"] == "not sampled"]
+    assert {(row["source"], row["reason"], row["side"]) for row in left} == {("a", why, None)}
+    shares = [mixed.ledger["sources"][name]["training_share"] for name in "ab"]
+    assert shares == [0.25, 0.75]
+    # The rows held out are those of the same sources without weights, and the mixture is a part of theirs.
+    plain = prepared(*(s.model_copy(update={"weight": None}) for s in (a, b)))
+    for side in ("validation", "test"):
+        assert [e.key for e in mixed.side(side)] == [e.key for e in plain.side(side)]
+    assert {e.key for e in mixed.train} < {e.key for e in plain.train}
+    assert "training_share" in plain.ledger["sources"]["a"]
+
+
+def test_a_smaller_weight_keeps_a_part_of_what_a_larger_one_keeps(prepared: Prepare, tmp_path: Path) -> None:
+    a = source(write_rows(tmp_path / "a.jsonl", chats(60)))
+    b = source(write_rows(tmp_path / "b.jsonl", chats(60, start=100)))
+    kept: list[set[str]] = []
+    for weight in (0.1, 0.25, 0.5, 1):
+        weighted = (source.model_copy(update={"weight": w}) for source, w in ((a, weight), (b, 1)))
+        mixed = prepared(*weighted, split=NONE_HELD_OUT)
+        kept.append({e.key for e in mixed.train if e.source == "a"})
+    assert [len(keys) for keys in kept] == [6, 15, 30, 60]
+    assert kept[0] < kept[1] < kept[2] < kept[3]
+
+
+def test_a_repeated_source_goes_further_in_a_mixture(prepared: Prepare, tmp_path: Path) -> None:
+    a = source(write_rows(tmp_path / "a.jsonl", chats(60)), weight=3)
+    b = source(write_rows(tmp_path / "b.jsonl", chats(10, start=100)), weight=1, repeat=2)
+    mixed = prepared(a, b, split=NONE_HELD_OUT)
+    assert Counter(e.source for e in mixed.train) == {"a": 60, "b": 20}
+    assert set(Counter(e.key for e in mixed.train if e.source == "b").values()) == {2}
+    once = prepared(a, b.model_copy(update={"repeat": 1}), split=NONE_HELD_OUT)
+    assert Counter(e.source for e in once.train) == {"a": 30, "b": 10}
+
+
+def test_a_weight_is_no_loss_and_does_not_hide_one(prepared: Prepare, tmp_path: Path) -> None:
+    a = source(write_rows(tmp_path / "a.jsonl", [*chats(90), *[{"messages": []}] * 10]), weight=1)
+    b = source(write_rows(tmp_path / "b.jsonl", chats(90, start=100)), weight=9)
+    mixed = prepared(a, b, split=NONE_HELD_OUT, max_loss=0.06)
+    entry = mixed.ledger["sources"]["a"]
+    assert (entry["asked"], entry["lost"], entry["sides"]["train"]) == (100, 10, 10)
+    with pytest.raises(GateError) as caught:
+        prepared(a, b, split=NONE_HELD_OUT, max_loss=0.05)
+    assert "10 × messages is an empty list" in caught.value.what
+    assert "beyond the weight" not in caught.value.what
+
+
+def test_a_weight_of_a_source_without_rows_to_train_on_is_refused(prepared: Prepare, tmp_path: Path) -> None:
+    a = source(write_rows(tmp_path / "a.jsonl", chats(20)), weight=1)
+    b = source(write_rows(tmp_path / "b.jsonl", chats(20)), weight=2)
+    with pytest.raises(DataError, match="'b' has the weight 2 and no row to train on") as caught:
+        prepared(a, b, into=tmp_path / "stage")
+    assert "remove this source, or every `weight`" in str(caught.value.hint)
+    assert {row["fate"] for row in table(tmp_path / "stage") if row["source"] == "b"} == {"duplicate"}
+    with pytest.raises(DataError, match="no row is left to train on: 1 rows read, 1 dropped"):
+        prepared(source(write_rows(tmp_path / "c.jsonl", [{"messages": []}]), format="messages", weight=1))
+
+
 def test_training_rows_that_share_passages_with_held_out_rows_are_reported_or_dropped(
     prepared: Prepare, tmp_path: Path
 ) -> None:

@@ -173,12 +173,29 @@ def test_rows_of_every_fate_are_shown_with_their_reason(prepared: Prepare, templ
         assert f"\n{title}" in terminal
         assert f"<h3>{title}" in page
     assert terminal.count("not sampled · b row") == 1
+    assert "\n    not sampled: 5 × beyond the cap of 4 rows (rows " in terminal
+    assert "<p>Why rows were left out:</p>" in page
     for text in (terminal, page):
+        assert re.search(r"not sampled · b row \d · beyond the cap of 4 rows", text)
         assert "format: messages" in text
         assert "lost: 2 of 43 rows asked for (4.65%)" in text
     # A repeated row is shown once.
     titles = [row.title for row in pick(mix, template, rows=50)]
     assert len(titles) == len(set(titles)) == 45
+
+
+def test_the_parts_of_a_mixture_are_shown(prepared: Prepare, template: Template, tmp_path: Path) -> None:
+    a, b = (source(write_rows(tmp_path / f"{n}.jsonl", chats(40, start=s)), weight=w) for n, s, w in MIXED)
+    mix = prepared(a, b, split={"validation": 0, "test": 0})
+    terminal, page = to_terminal(mix, template).plain, to_html(mix, template)
+    for text in (terminal, page):
+        assert "75.5% of the training examples (40)" in text
+        assert "24.5% of the training examples (13)" in text
+        assert "27 × beyond the weight 1 of 4, which takes 13 of 40 training rows (rows " in text
+        assert re.search(r"not sampled · b row \d+ · beyond the weight 1 of 4", text)
+
+
+MIXED = (("a", 0, 3), ("b", 100, 1))
 
 
 def test_answers_that_lost_their_end_are_counted(mixed: Prepared, template: Template) -> None:
@@ -192,3 +209,25 @@ def test_the_page_says_when_a_side_has_no_rows(prepared: Prepare, template: Temp
     only = prepared(source(write_rows(tmp_path / "a.jsonl", chats(5))), split=Split(validation=0, test=0))
     assert to_html(only, template).count("<p>no rows</p>") == 2
     assert "dropped ·" not in to_terminal(only, template).plain
+
+
+def test_the_page_counts_each_source_by_fate_and_side_and_all_together(
+    prepared: Prepare, template: Template, tmp_path: Path
+) -> None:
+    rows = [*chats(20), *chats(3), {"messages": []}]
+    mix = prepared(
+        source(write_rows(tmp_path / "a.jsonl", rows)),
+        source(write_rows(tmp_path / "b.jsonl", chats(12, start=70)), rows=10),
+        split={"validation": 4, "test": 2},
+    )
+    page = to_html(mix, template)
+    cell = re.compile(r"<t[dh][^>]*>([^<]*)</t[dh]>")
+    (table,) = re.findall('<table class="ledger">(.*?)</table>', page)
+    heads, a, b, total = [cell.findall(row) for row in table.split("</tr>")[:-1]]
+    assert heads == ["source", "rows", "kept", "dropped", "duplicate", "not sampled", "train", "validation", "test"]
+    assert [a[:6], b[:6]] == [["a", "24", "20", "1", "3", "0"], ["b", "12", "10", "0", "0", "2"]]
+    assert total == ["all", "36", "30", "1", "3", "2", "24", "4", "2"]
+    # One source needs no sum of itself.
+    alone = to_html(prepared(source(tmp_path / "a.jsonl")), template)
+    assert "<th>a</th>" in alone
+    assert "<th>all</th>" not in alone

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -81,11 +82,11 @@ def test_a_file_cut_short_is_refused(tmp_path: Path, name: str) -> None:
 
 @given(st.lists(st.integers(0, 1000), unique=True, max_size=40), st.randoms())
 def test_the_order_of_rows_does_not_depend_on_the_order_they_come_in(
-    tmp_path_factory: pytest.TempPathFactory, numbers: list[int], random: object
+    tmp_path_factory: pytest.TempPathFactory, numbers: list[int], random: Random
 ) -> None:
     examples = [example(i, Encoded((i, 7), (False, True))) for i in numbers]
     first = written(tmp_path_factory.mktemp("rows") / "side", examples, seed=3)
-    random.shuffle(examples)  # type: ignore[attr-defined]
+    random.shuffle(examples)
     assert list(first) == list(written(tmp_path_factory.mktemp("rows") / "side", examples, seed=3))
 
 

@@ -7,20 +7,19 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from corral import storage
 from corral.assets import fetch
 from corral.errors import AssetError, ModelError
 from corral.model.folder import identity
 from corral.model.loading import load_model, load_tokenizer, quiet, resolve, untrained_special_tokens
-from tests.conftest import make_tiny_model
+from tests.conftest import Request, make_tiny_model, web_server
 
 
 @pytest.fixture
@@ -92,14 +91,18 @@ def test_equal_content_has_one_identity_wherever_it_lies_and_any_change_another(
     assert identity(folder) == first
 
 
-def test_the_second_identity_reads_no_weights(folder: Path) -> None:
+def test_the_second_identity_reads_no_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = identity(folder)
+    monkeypatch.delattr(storage, "sha256_file")
+    assert identity(folder) == first
+
+
+def test_weights_changed_with_their_time_set_back_have_another_identity(folder: Path) -> None:
     first = identity(folder)
     path = folder / "model.safetensors"
     status = path.stat()
     path.write_bytes(bytes(status.st_size))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert identity(folder) == first, "size and time are as before: this is the trade for a fast start"
-    os.utime(path)
     assert identity(folder) != first
 
 
@@ -317,48 +320,34 @@ def hub(tiny_folder: Path) -> Iterator[tuple[str, list[str]]]:
         "broken": (503, {}),
     }
 
-    class Handler(BaseHTTPRequestHandler):
-        def answer(self, status: int, body: bytes, **headers: str) -> None:
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(body)), **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
+    class Hub(Request):
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
             owner = path.removeprefix("/api/models").split("/")[1]
             if owner in refusals:
                 status, headers = refusals[owner]
-                return self.answer(status, b"{}", **headers)
+                return self.answer(status, headers)
             kind = {"Content-Type": "application/json"}
             if path == "/api/models/good/model/revision/main":
                 siblings = [{"rfilename": name} for name in files]
                 info = {"id": "good/model", "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
-                return self.answer(200, json.dumps(info).encode(), **kind)
+                return self.answer(200, kind, json.dumps(info).encode())
             if path.startswith("/api/models/good/model/revision/"):
-                return self.answer(404, b"{}", **{"X-Error-Code": "RevisionNotFound"})
+                return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
             if path == f"/api/models/good/model/tree/{COMMIT}":
                 tree = [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in files.items()]
-                return self.answer(200, json.dumps(tree).encode(), **kind)
+                return self.answer(200, kind, json.dumps(tree).encode())
             name = path.removeprefix(f"/good/model/resolve/{COMMIT}/")
             if name not in files:
-                return self.answer(404, b"", **{"X-Error-Code": "EntryNotFound"})
+                return self.answer(404, {"X-Error-Code": "EntryNotFound"}, b"")
             given.append(name)
             etag = f'"{hashlib.sha1(files[name]).hexdigest()}"'
-            return self.answer(200, files[name], **{"ETag": etag, "X-Repo-Commit": COMMIT})
+            return self.answer(200, {"ETag": etag, "X-Repo-Commit": COMMIT}, files[name])
 
         do_HEAD = do_GET
 
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", given
-    server.shutdown()
-    server.server_close()
+    with web_server(Hub) as address:
+        yield address, given
 
 
 def ask_hub(endpoint: str, place: Path, *specs: str, offline: bool = False) -> list[dict[str, Any]]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from corral.data.formats.choices import multiple_choice
-from corral.data.formats.fields import Format, FormatError
-from corral.data.formats.judged import feedback, preference
-from corral.data.formats.mapping import compile_mapping
+from corral.data.formats.choices import counting_of, multiple_choice
+from corral.data.formats.fields import ContradictionError, Format, FormatError
+from corral.data.formats.judged import feedback, feedback_scale, preference
+from corral.data.formats.mapping import compile_mapping, only_a_scale, stated_scale
 from corral.data.formats.named import NAMED, on_hub
 from corral.data.formats.plain import alpaca, plain_text, prompt_completion, question_answer
 from corral.data.formats.recognise import Recognised, recognise
@@ -23,7 +24,7 @@ from corral.data.formats.turns import messages, sharegpt
 from corral.errors import DataError
 from corral.recipe import Source
 
-__all__ = ["FORMATS", "Chosen", "Format", "FormatError", "Recognised", "choose", "recognise"]
+__all__ = ["FORMATS", "Chosen", "ContradictionError", "Format", "FormatError", "Recognised", "choose", "recognise"]
 
 FORMATS: dict[str, Format] = {
     "messages": messages,
@@ -57,17 +58,26 @@ class Chosen:
 def choose(source: Source, rows: Sequence[Mapping[str, Any]]) -> Chosen:
     """The format of a source: its mapping, the format it names, the data set it is, or what its rows look like.
 
+    What a row alone does not say (the scale of scores, from where options are counted) is decided here, for all rows.
+
     Args:
         source: the recipe's section.
         rows: its first rows that could be read.
 
     Raises:
-        DataError: the name, the mapping or the rows' columns make no format.
+        DataError: the name, the mapping or the rows' columns make no format, or the rows do not say how they are meant.
     """
-    if source.mapping is not None:
-        mapped = compile_mapping(source.mapping, rows, f"{source.label}: data.sources.mapping")
-        columns = dict.fromkeys(f"`{path[0]}`" for pattern in mapped.patterns for path in pattern.paths)
-        return Chosen("mapping", mapped, f"format: a mapping of {', '.join(columns)} to {mapped.makes}")
+    if source.mapping is None or only_a_scale(source.mapping):
+        name, why = _named(source, rows)
+        to_record, said = _settled(name, source, rows)
+        return Chosen(name, to_record, why + said)
+    mapped, said = compile_mapping(source.mapping, rows, f"{source.label}: data.sources.mapping")
+    columns = dict.fromkeys(f"`{path[0]}`" for path in mapped.paths)
+    return Chosen("mapping", mapped, f"format: a mapping of {', '.join(columns)} to {mapped.makes}{said}")
+
+
+def _named(source: Source, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """(the name of the format, a sentence on how it is known). Raises: DataError."""
     if source.format != "auto":
         if source.format not in FORMATS:
             close = difflib.get_close_matches(source.format, FORMATS, n=1)
@@ -77,9 +87,30 @@ def choose(source: Source, rows: Sequence[Mapping[str, Any]]) -> Chosen:
                 where=f"data.sources: {source.label}",
                 hint=f"{guess}the formats are auto, {', '.join(FORMATS)}",
             )
-        return Chosen(source.format, FORMATS[source.format], f"format: {source.format}, as the recipe says")
+        return source.format, f"format: {source.format}, as the recipe says"
     known = on_hub(source.path)
     if known is not None:
-        return Chosen(known, FORMATS[known], f"format: {known}, as this is the data set {source.path}")
+        return known, f"format: {known}, as this is the data set {source.path}"
     recognised = recognise(rows, where=source.label)
-    return Chosen(recognised.name, FORMATS[recognised.name], recognised.why)
+    return recognised.name, recognised.why
+
+
+def _settled(name: str, source: Source, rows: Sequence[Mapping[str, Any]]) -> tuple[Format, str]:
+    """(what reads the rows, what to say of how they are meant). Raises: DataError (the rows do not say it)."""
+    read = FORMATS[name]
+    stated = None if source.mapping is None else stated_scale(source.mapping)
+    if stated is not None and read is not feedback:
+        raise DataError(
+            f"`score_range` is of feedback, and the rows are read as {name}",
+            where=f"{source.label}: data.sources.mapping",
+            hint="give prompt, completion and score in the mapping too",
+        )
+    if stated is not None:
+        return partial(feedback, scale=stated), f"; scores from {stated.low:g} to {stated.high:g}, as the recipe says"
+    if read is feedback:
+        scale, said = feedback_scale(rows, source.label)
+        return partial(feedback, scale=scale), said
+    if read is multiple_choice:
+        counting, said = counting_of(rows, source.label)
+        return partial(multiple_choice, counting=counting), said
+    return read, ""

@@ -30,6 +30,19 @@ class FormatError(Exception):
         self.reason = reason
 
 
+class ContradictionError(FormatError):
+    """A row shows that what was taken to be true of its whole source is not: no row of it can be relied on.
+
+    Args:
+        reason: as of any FormatError.
+        hint: what the user can do.
+    """
+
+    def __init__(self, reason: str, hint: str) -> None:
+        super().__init__(reason)
+        self.hint = hint
+
+
 def find(row: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:
     """(name, value) of the first of these columns that holds something; or of one that holds null.
 
@@ -116,39 +129,6 @@ def at(row: Mapping[str, Any], path: Sequence[str | int]) -> Any:
 def path_name(path: Sequence[str | int]) -> str:
     """`("answer", "aliases", 0)` → `answer.aliases[0]`."""
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
-
-
-def score_of(value: Any, name: str, low: float = 0.0, high: float = 1.0) -> float:
-    """A score from low (worst) to high (best), or true or false, as a number in [0, 1].
-
-    Raises:
-        FormatError: it is no number, or outside the range.
-    """
-    if isinstance(value, str):
-        value = _as_number(value, name)
-    if isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, int | float):
-        raise FormatError(f"{name} is {kind(value)}: expected a number, true or false")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise FormatError(f"{name} is {kind(value)}, which is no score")
-    if not min(low, high) <= value <= max(low, high):
-        raise FormatError(f"{name} is outside {low:g} to {high:g}: give its range as `score_range` in a mapping")
-    return (value - low) / (high - low)
-
-
-_WORDS = {"true": True, "false": False}
-
-
-def _as_number(value: str, name: str) -> float | bool:
-    """A table's cell that holds a number, true or false."""
-    word = value.strip().lower()
-    if word in _WORDS:
-        return _WORDS[word]
-    try:
-        return float(word)
-    except ValueError:
-        raise FormatError(f"{name} is text: expected a number, true or false") from None
 
 
 def check_order(turns: Sequence[Message]) -> None:

@@ -6,15 +6,17 @@ Does not know what an objective makes of a judgement.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from corral.data.formats.fields import FormatError, check_order, find, kind, score_of, text
+from corral.data.formats.fields import FormatError, check_order, find, kind, text
 from corral.data.formats.plain import COMPLETION, answer_of, prompt_of
-from corral.data.formats.turns import hh_turns, is_hh, read_turns, with_system
+from corral.data.formats.scores import Scale, scale_of
+from corral.data.formats.turns import hh_turns, is_hh, read_turns, unpacked, with_system
 from corral.messages import Conversation, Feedback, Message, Preference
 
 ASKED = ("prompt", "question", "instruction", "conversations", "conversation")
+JUDGED = ("prompt", "query", "question", "instruction")
 CHOSEN = ("chosen", "chosen_response")
 REJECTED = ("rejected", "rejected_response")
 SCORE = ("label", "score")
@@ -32,14 +34,16 @@ def preference(row: Mapping[str, Any]) -> Preference:
         FormatError: otherwise; the answers are the same; or they differ before the last turn.
     """
     (chosen_name, chosen), (rejected_name, rejected) = find(row, CHOSEN), find(row, REJECTED)
-    asked = next((name for name in ASKED if row.get(name) is not None), None)
+    chosen, rejected = unpacked(chosen), unpacked(rejected)
     if isinstance(chosen, str) != isinstance(rejected, str) and chosen is not None and rejected is not None:
         raise FormatError(f"{chosen_name} is {kind(chosen)}, {rejected_name} is {kind(rejected)}: expected one form")
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if asked is None or (is_hh(chosen) and is_hh(rejected)):
-            return _whole_texts(text(chosen, chosen_name), text(rejected, rejected_name), row)
-    elif isinstance(chosen, list) and len(cast("list[Any]", chosen)) > 1:
+    if isinstance(chosen, list) and len(cast("list[Any]", chosen)) > 1:
         return _after_prompt(read_turns(chosen, chosen_name), read_turns(rejected, rejected_name), row)
+    if is_hh(chosen) and is_hh(rejected):
+        return _after_prompt(hh_turns(chosen, "chosen"), hh_turns(rejected, "rejected"), row)
+    asked = next((name for name in ASKED if row.get(name) is not None), None)
+    if asked is None and isinstance(chosen, str) and isinstance(rejected, str):
+        return _parted(text(chosen, chosen_name), text(rejected, rejected_name), row)
     better, worse = answer_of(chosen_name, chosen), answer_of(rejected_name, rejected)
     if asked is None:
         raise FormatError(f"no `prompt`, and {chosen_name} does not begin with one")
@@ -47,9 +51,8 @@ def preference(row: Mapping[str, Any]) -> Preference:
     return Preference(prompt, *_different(better, worse))
 
 
-def _whole_texts(chosen: str, rejected: str, row: Mapping[str, Any]) -> Preference:
-    if is_hh(chosen) and is_hh(rejected):
-        return _after_prompt(hh_turns(chosen, "chosen"), hh_turns(rejected, "rejected"), row)
+def _parted(chosen: str, rejected: str, row: Mapping[str, Any]) -> Preference:
+    """The pair of two texts, each with the prompt in it."""
     _different(chosen, rejected)
     # Where they part may be within a word that only begins alike: the prompt ends before that word's space.
     common = _common_start(chosen, rejected)
@@ -57,7 +60,7 @@ def _whole_texts(chosen: str, rejected: str, row: Mapping[str, Any]) -> Preferen
     shared = common[: last_word.start()] if last_word else ""
     if not shared.strip():
         raise FormatError("no `prompt`, and chosen and rejected do not begin alike")
-    prompt = Conversation((Message("user", shared),))
+    prompt = Conversation(tuple(with_system([Message("user", shared)], row)))
     return Preference(prompt, text(chosen[len(shared) :], "chosen"), text(rejected[len(shared) :], "rejected"))
 
 
@@ -85,14 +88,29 @@ def _different(chosen: str, rejected: str) -> tuple[str, str]:
     return chosen, rejected
 
 
-def feedback(row: Mapping[str, Any]) -> Feedback:
-    """`prompt`, `completion` (or `response`, `output`), and `label` (true or false; KTO, Ethayarajh et al. 2024, arXiv
-    2402.01306) or `score` from 0 to 1. A score of another range needs a mapping.
+def feedback(row: Mapping[str, Any], scale: Scale | None = None) -> Feedback:
+    """`prompt`, `completion` (or `response`, `output`), and `label` (true or false, in their words too; KTO, Ethayarajh et al.
+    2024, arXiv 2402.01306) or `score`.
+
+    Args:
+        row: the row.
+        scale: of the scores; by default 0 to 1.
 
     Raises:
-        FormatError: otherwise.
+        ContradictionError: the score is outside a scale that nobody stated.
+        FormatError: the row has another form.
     """
-    prompt = prompt_of(*find(row, ("prompt", "query", "question", "instruction")), row)
+    prompt = prompt_of(*find(row, JUDGED), row)
     completion = answer_of(*find(row, COMPLETION))
     name, value = find(row, SCORE)
-    return Feedback(prompt, completion, score_of(value, name))
+    return Feedback(prompt, completion, (scale or Scale()).score(value, name))
+
+
+def feedback_scale(rows: Sequence[Mapping[str, Any]], where: str) -> tuple[Scale, str]:
+    """(the scale of a source's judgements, what to say of it), told from its first rows. Raises: DataError."""
+    found = [find(row, SCORE) for row in rows if not set(SCORE).isdisjoint(row)]
+    name = next((name for name, value in found if value is not None), SCORE[0])
+    plain = next((form for form in ("prompt", "query", "instruction") if any(form in row for row in rows)), None)
+    named = {"prompt": "prompt-completion", "query": "prompt-completion", "instruction": "alpaca"}.get(plain or "")
+    otherwise = f'; or train on every answer, whatever its `{name}`: format = "{named}"' if named else ""
+    return scale_of([value for _, value in found], name, where, otherwise)

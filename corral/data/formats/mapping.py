@@ -1,7 +1,8 @@
 """A recipe's mapping: texts with columns' names in braces → a function from rows to records.
 
 `{title}` is a column, `{answer.value}` a key of an object, `{choices[0]}` a place in a list, `{{` and `}}` braces. Nothing
-is evaluated: a placeholder can only look things up in a row. This module does not know where rows come from.
+is evaluated: a placeholder can only look things up in a row. A null in a text is nothing, as an empty cell is; a text that
+comes out blank is a fault. This module does not know where rows come from.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
-from corral.data.formats.fields import FormatError, at, kind, listed, path_name, score_of, sound
+from corral.data.formats.fields import FormatError, at, check_order, kind, listed, path_name, sound
+from corral.data.formats.scores import Scale, scale_of
+from corral.data.formats.turns import SHAREGPT, Spelling, read_turns
 from corral.errors import DataError
 from corral.messages import Conversation, Feedback, Message, Preference
 from corral.recipe import Mapping as MappingSettings
@@ -70,7 +73,7 @@ class Pattern:
         return tuple(part for part in self.parts if isinstance(part, tuple))
 
     def fill(self, row: Mapping[str, Any]) -> str:
-        """The text with a row's values in it. Raises: FormatError (a value is missing, null, no text, or all is blank)."""
+        """The text with a row's values in it. Raises: FormatError (a value is missing or no text, or all is blank)."""
         filled = "".join(part if isinstance(part, str) else _shown(row, part) for part in self.parts)
         if not filled.strip():
             raise FormatError(f"{self.name} is empty")
@@ -107,6 +110,8 @@ def _value(row: Mapping[str, Any], path: Path) -> Any:
 def _shown(row: Mapping[str, Any], path: Path) -> str:
     name = path_name(path)
     value = _value(row, path)
+    if value is None:
+        return ""
     if isinstance(value, str):
         return sound(value, name)
     if isinstance(value, bool):
@@ -123,20 +128,25 @@ def _shown(row: Mapping[str, Any], path: Path) -> str:
 class Mapped:
     """A mapping, ready for rows: what it makes depends on which keys the recipe gives."""
 
-    prompt: Pattern
+    prompt: Pattern | None = None
     system: Pattern | None = None
     completion: Pattern | None = None
     chosen: Pattern | None = None
     rejected: Pattern | None = None
     score: Path | None = None
-    score_range: tuple[float, float] = (0.0, 1.0)
+    scale: Scale = field(default_factory=Scale)
+    messages: Path | None = None
+    spelling: Spelling = SHAREGPT
 
     def __call__(self, row: Mapping[str, Any]) -> Conversation | Preference | Feedback:
         """The record of a row. Raises: FormatError."""
-        turns = [Message("user", self.prompt.fill(row))]
-        if self.system is not None:
-            turns.insert(0, Message("system", self.system.fill(row)))
-        prompt = Conversation(tuple(turns))
+        turns = [] if self.system is None else [Message("system", self.system.fill(row))]
+        if self.messages is not None:
+            turns += read_turns(_value(row, self.messages), path_name(self.messages), self.spelling)
+            check_order(turns)
+            return Conversation(tuple(turns))
+        assert self.prompt is not None, "compile_mapping makes no mapping without messages or a prompt"
+        prompt = Conversation((*turns, Message("user", self.prompt.fill(row))))
         if self.chosen is not None and self.rejected is not None:
             chosen, rejected = self.chosen.fill(row), self.rejected.fill(row)
             if chosen == rejected:
@@ -147,7 +157,7 @@ class Mapped:
         if self.score is None:
             return prompt.add("assistant", completion)
         value = _value(row, self.score)
-        return Feedback(prompt, completion, score_of(value, path_name(self.score), *self.score_range))
+        return Feedback(prompt, completion, self.scale.score(value, path_name(self.score)))
 
     @property
     def makes(self) -> str:
@@ -162,9 +172,17 @@ class Mapped:
         given = (self.system, self.prompt, self.completion, self.chosen, self.rejected)
         return tuple(pattern for pattern in given if pattern is not None)
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All places in a row that it looks at."""
+        alone = (self.messages, self.score)
+        return (*(p for pattern in self.patterns for p in pattern.paths), *(p for p in alone if p is not None))
 
-def compile_mapping(settings: MappingSettings, rows: Sequence[Mapping[str, Any]], where: str = _WHERE) -> Mapped:
-    """A recipe's mapping, checked against the first rows.
+
+def compile_mapping(
+    settings: MappingSettings, rows: Sequence[Mapping[str, Any]], where: str = _WHERE
+) -> tuple[Mapped, str]:
+    """(a recipe's mapping, checked against the first rows; what to say of its scores).
 
     Args:
         settings: the recipe's table.
@@ -172,17 +190,19 @@ def compile_mapping(settings: MappingSettings, rows: Sequence[Mapping[str, Any]]
         where: the table, for errors.
 
     Raises:
-        DataError: a text cannot be parsed; the keys given make no record; or a column is in none of the rows.
+        DataError: a text cannot be parsed; the keys given make no record; a column is in none of the rows; or the scale of
+            the scores cannot be told.
     """
-    given = settings.model_dump(exclude={"score_range"}, exclude_none=True)
-    _check_keys(set(given), where)
-    low, high = settings.score_range
-    if not (math.isfinite(low) and math.isfinite(high) and low != high):
-        raise DataError(f"the range {low:g} to {high:g} has no width", where=f"{where}.score_range", hint="e.g. [1, 5]")
-    score = given.pop("score", None)
-    patterns = {name: Pattern.parse(name, source, where) for name, source in given.items()}
-    path = None if score is None else _score_path(score, where)
-    mapped = Mapped(**patterns, score=path, score_range=(low, high))
+    given = settings.model_dump(exclude={"score_range", "role", "content", "roles"}, exclude_none=True)
+    _check_keys(settings, where)
+    stated = stated_scale(settings, where)
+    score, column = (given.pop(name, None) for name in ("score", "messages"))
+    patterns: dict[str, Any] = {name: Pattern.parse(name, source, where) for name, source in given.items()}
+    path, messages = (
+        None if source is None else _one_column(name, source, where)
+        for name, source in (("score", score), ("messages", column))
+    )
+    mapped = Mapped(**patterns, score=path, messages=messages, spelling=_spelling(settings))
     for pattern in mapped.patterns:
         if not pattern.paths and pattern.name != "system":
             raise DataError(
@@ -191,29 +211,83 @@ def compile_mapping(settings: MappingSettings, rows: Sequence[Mapping[str, Any]]
                 hint=f"put a column's name in braces; the columns are {_columns(rows)}",
             )
         _check_columns(pattern.paths, rows, f"{where}.{pattern.name}")
-    if path is not None:
-        _check_columns((path,), rows, f"{where}.score")
-    return mapped
+    for name, alone in (("score", path), ("messages", messages)):
+        if alone is not None:
+            _check_columns((alone,), rows, f"{where}.{name}")
+    if stated is not None or path is None:
+        return replace(mapped, scale=stated or Scale()), ""
+    scale, said = scale_of(_found(rows, path), path_name(path), f"{where}.score")
+    return replace(mapped, scale=scale), said
 
 
-def _check_keys(given: set[str], where: str) -> None:
-    for keys in ({"prompt", "completion"}, {"prompt", "completion", "score"}, {"prompt", "chosen", "rejected"}):
-        if given - {"system"} == keys:
-            return
-    shown = ", ".join(sorted(given)) or "nothing"
-    raise DataError(
-        f"a mapping of {shown} makes no record",
-        where=where,
-        hint="give prompt and completion; or prompt, completion and score; or prompt, chosen and rejected; "
-        "and system with any of them",
+def stated_scale(settings: MappingSettings, where: str = _WHERE) -> Scale | None:
+    """The scale of scores that a mapping states, if it does. Raises: DataError (it is none)."""
+    if settings.score_range is None:
+        return None
+    low, high = settings.score_range
+    if not (math.isfinite(low) and math.isfinite(high) and low != high):
+        raise DataError(f"the range {low:g} to {high:g} has no width", where=f"{where}.score_range", hint="e.g. [1, 5]")
+    return Scale(low, high, stated=True)
+
+
+def only_a_scale(settings: MappingSettings) -> bool:
+    """Whether a mapping says nothing but the scale of scores: the rest is left to the format of the rows."""
+    return set(settings.model_dump(exclude_none=True)) == {"score_range"}
+
+
+def _spelling(settings: MappingSettings) -> Spelling:
+    """How messages are written: the usual ways, and what the mapping says."""
+    roles = {name.strip().lower(): role for name, role in (settings.roles or {}).items()}
+    return replace(
+        SHAREGPT,
+        authors=(settings.role,) if settings.role else SHAREGPT.authors,
+        contents=(settings.content,) if settings.content else SHAREGPT.contents,
+        roles={**SHAREGPT.roles, **roles},
+        expected="system, user or assistant, another word for them, or one of the mapping's `roles`",
     )
 
 
-def _score_path(source: str, where: str) -> Path:
-    """The column of a score, with or without braces."""
-    pattern = Pattern.parse("score", source if "{" in source or "}" in source else f"{{{source}}}", where)
+def _found(rows: Iterable[Mapping[str, Any]], path: Path) -> Iterator[Any]:
+    for row in rows:
+        try:
+            yield _value(row, path)
+        except FormatError:
+            continue
+
+
+_RECORDS = (
+    {"messages"},
+    {"prompt", "completion"},
+    {"prompt", "completion", "score"},
+    {"prompt", "chosen", "rejected"},
+)
+
+
+def _check_keys(settings: MappingSettings, where: str) -> None:
+    given = set(settings.model_dump(exclude_none=True))
+    keys = given - {"system", "score_range", "role", "content", "roles"}
+    if keys not in _RECORDS:
+        raise DataError(
+            f"a mapping of {', '.join(sorted(given - {'score_range'})) or 'nothing'} makes no record",
+            where=where,
+            hint="give prompt and completion; or prompt, completion and score; or prompt, chosen and rejected; or messages; "
+            "and system with any of them",
+        )
+    for key, needs in (("role", "messages"), ("content", "messages"), ("roles", "messages"), ("score_range", "score")):
+        if key in given and needs not in keys:
+            raise DataError(
+                f"`{key}` says nothing without `{needs}`", where=f"{where}.{key}", hint="remove it, or give both"
+            )
+
+
+def _one_column(name: str, source: str, where: str) -> Path:
+    """The column of a score or of messages, with or without braces."""
+    pattern = Pattern.parse(name, source if "{" in source or "}" in source else f"{{{source}}}", where)
     if len(pattern.parts) != 1 or not pattern.paths:
-        raise DataError(f"{_short(source)} is not one column", where=f"{where}.score", hint='e.g. score = "{rating}"')
+        example = {"score": "rating", "messages": "dialogue"}[name]
+        raise DataError(
+            f"{_short(source)} is not one column", where=f"{where}.{name}", hint=f'e.g. {name} = "{{{example}}}"'
+        )
     return pattern.paths[0]
 
 

@@ -6,10 +6,10 @@ Does not know data sets by name: those are in `named`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from corral.data.formats.fields import FormatError, check_order, find, optional_text_at, text, text_at
-from corral.data.formats.turns import SYSTEM, hh_turns, read_turns
+from corral.data.formats.turns import SYSTEM, hh_turns, read_turns, unpacked
 from corral.messages import Conversation, Message, Text, with_input
 
 PROMPT = ("prompt", "query", "input")
@@ -62,6 +62,7 @@ def prompt_of(name: str, value: Any, row: Mapping[str, Any]) -> Conversation:
     Raises:
         FormatError: it is something else.
     """
+    value = unpacked(value)
     if isinstance(value, list):
         turns = read_turns(value, name)
     elif isinstance(value, str) and value.startswith("\n\nHuman:"):
@@ -79,11 +80,10 @@ def prompt_of(name: str, value: Any, row: Mapping[str, Any]) -> Conversation:
 
 def answer_of(name: str, value: Any) -> str:
     """An answer: a text, or one message of the assistant, alone or in a list. Raises: FormatError."""
-    if isinstance(value, str):
-        return text(value, name)
+    value = unpacked(value)
     if value is None or not isinstance(value, list | dict):
         return text(value, name)
-    turns = read_turns([value] if isinstance(value, dict) else value, name)
+    turns = read_turns(cast("Any", [value] if isinstance(value, dict) else value), name)
     if len(turns) > 1:
         raise FormatError(f"{name} has several messages: expected one answer")
     if turns[0].role != "assistant":

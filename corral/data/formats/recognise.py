@@ -1,7 +1,8 @@
 """The first rows of a source → the name of their format, and why, in words.
 
-Decided from the columns and the kinds of their values; what could be two things is refused. This module does not know what
-the formats make of a row.
+Decided from the columns and the kinds of their values; what could be two things is refused. Which columns are used is not
+claimed but seen: the format reads the rows, and what it looks at is noted. This module does not know what the formats make
+of a row.
 """
 
 from __future__ import annotations
@@ -10,12 +11,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
-from corral.data.formats.choices import ANSWER, CHOICES, FIRST_COLUMNS
-from corral.data.formats.fields import FormatError, kind
-from corral.data.formats.judged import ASKED, CHOSEN, REJECTED, SCORE
+from corral.data.formats.choices import ANSWER, CHOICES, FIRST_COLUMNS, multiple_choice
+from corral.data.formats.fields import Format, FormatError, kind, short
+from corral.data.formats.judged import ASKED, CHOSEN, JUDGED, REJECTED, SCORE, feedback, preference
 from corral.data.formats.named import NAMED, Named
-from corral.data.formats.plain import COMPLETION, PROMPT, TEXT
-from corral.data.formats.turns import OPENAI, SHAREGPT
+from corral.data.formats.plain import (
+    COMPLETION,
+    PROMPT,
+    TEXT,
+    alpaca,
+    plain_text,
+    prompt_completion,
+    question_answer,
+)
+from corral.data.formats.scores import is_judgement
+from corral.data.formats.turns import ALONE, OPENAI, SHAREGPT, all_objects, messages, sharegpt, unpacked, uses_tools
 from corral.errors import DataError
 
 Test: TypeAlias = Callable[[Any], bool]
@@ -26,15 +36,20 @@ def _is_text(value: Any) -> bool:
 
 
 def _objects(value: Any) -> list[dict[str, Any]]:
-    """The objects of a list that holds nothing else."""
-    items = cast("list[Any]", value) if isinstance(value, list) else []
-    return cast("list[dict[str, Any]]", items) if items and all(isinstance(item, dict) for item in items) else []
+    """The objects of a list, or of its JSON, that holds nothing else."""
+    items = unpacked(value)
+    return cast("list[dict[str, Any]]", items) if isinstance(items, list) and all_objects(cast("Any", items)) else []
 
 
 def _is_openai(value: Any) -> bool:
     items = _objects(value)
-    keyed = all("role" in item and "content" in item for item in items)
-    return bool(items) and keyed and all(str(item["role"]).strip().lower() in OPENAI.roles for item in items)
+    return bool(items) and all(
+        "role" in item
+        and (
+            uses_tools(item, item["role"]) or ("content" in item and str(item["role"]).strip().lower() in OPENAI.roles)
+        )
+        for item in items
+    )
 
 
 def _is_turns(value: Any) -> bool:
@@ -54,16 +69,6 @@ def _is_said(value: Any) -> bool:
 
 def _is_answer(value: Any) -> bool:
     return isinstance(value, str | dict) or _is_turns(value)
-
-
-def _is_score(value: Any) -> bool:
-    if isinstance(value, str):
-        try:
-            float(value)
-        except ValueError:
-            return value.strip().lower() in ("true", "false")
-        return True
-    return isinstance(value, bool | int | float)
 
 
 def _is_choices(value: Any) -> bool:
@@ -89,11 +94,13 @@ class _Shape:
 
     Args:
         name: the format.
+        read: what reads its rows.
         needs: columns it must have.
         may: columns that, where they hold something, must fit too.
     """
 
     name: str
+    read: Format
     needs: tuple[_Slot, ...]
     may: tuple[_Slot, ...] = ()
 
@@ -115,38 +122,46 @@ class _Shape:
 
 
 _FROM_VALUE = "with `from` and `value`, in one of their spellings"
+_CONVERSATIONS = tuple(name for name in OPENAI.columns if name not in ALONE)
+_QUESTION = _Slot(("question",), _is_text)
 _SHAPES = (
-    _Shape("messages", (_Slot(OPENAI.columns, _is_openai, "with `role` and `content`"),)),
-    _Shape("sharegpt", (_Slot(SHAREGPT.columns, _is_sharegpt, _FROM_VALUE),)),
+    _Shape("messages", messages, (_Slot(_CONVERSATIONS, _is_openai, "with `role` and `content`"),)),
+    _Shape("sharegpt", sharegpt, (_Slot(_CONVERSATIONS, _is_sharegpt, _FROM_VALUE),)),
     _Shape(
         "alpaca",
+        alpaca,
         (_Slot(("instruction",), _is_text), _Slot(("output",), _is_text)),
         (_Slot(("input",), _is_text),),
     ),
-    _Shape("prompt-completion", (_Slot(PROMPT, _is_said), _Slot(COMPLETION, _is_answer))),
+    _Shape("prompt-completion", prompt_completion, (_Slot(PROMPT, _is_said), _Slot(COMPLETION, _is_answer))),
     _Shape(
         "question-answer",
-        (_Slot(("question",), _is_text), _Slot(("answer",), _is_text)),
+        question_answer,
+        (_QUESTION, _Slot(("answer",), _is_text)),
         (_Slot(("context",), _is_text),),
     ),
-    _Shape("preference", (_Slot(CHOSEN, _is_answer), _Slot(REJECTED, _is_answer)), (_Slot(ASKED, _is_said),)),
+    _Shape(
+        "preference",
+        preference,
+        (_Slot(CHOSEN, _is_answer), _Slot(REJECTED, _is_answer)),
+        (_Slot(ASKED, _is_said),),
+    ),
     _Shape(
         "feedback",
-        (
-            _Slot(("prompt", "query", "question", "instruction"), _is_said),
-            _Slot(COMPLETION, _is_answer),
-            _Slot(SCORE, _is_score),
-        ),
+        feedback,
+        (_Slot(JUDGED, _is_said), _Slot(COMPLETION, _is_answer), _Slot(SCORE, is_judgement)),
     ),
     _Shape(
         "multiple-choice",
-        (_Slot(("question",), _is_text), _Slot(CHOICES, _is_choices), _Slot(ANSWER, _is_scalar)),
+        multiple_choice,
+        (_QUESTION, _Slot(CHOICES, _is_choices), _Slot(ANSWER, _is_scalar)),
     ),
     *(
         _Shape(
             "multiple-choice",
+            multiple_choice,
             (
-                _Slot(("question",), _is_text),
+                _QUESTION,
                 _Slot((first,), _is_text),
                 _Slot((f"{first[:-1]}{chr(ord(first[-1]) + 1)}",), _is_text),
                 _Slot(ANSWER, _is_scalar),
@@ -155,8 +170,13 @@ _SHAPES = (
         for first in FIRST_COLUMNS
     ),
 )
+# Names that mean other things where there is more to a row.
+_LAST = (
+    _Shape("messages", messages, (_Slot(ALONE, _is_openai, "with `role` and `content`"),)),
+    _Shape("sharegpt", sharegpt, (_Slot(ALONE, _is_sharegpt, _FROM_VALUE),)),
+)
 # Many data sets keep the rendered row in `text` beside its parts, so it counts only where there are no such parts.
-_PLAIN = _Shape("text", (_Slot(TEXT, _is_text),))
+_PLAIN = _Shape("text", plain_text, (_Slot(TEXT, _is_text),))
 _PARTS = {name for shape in _SHAPES for slot in shape.needs if slot.names not in (SCORE, ANSWER) for name in slot.names}
 
 
@@ -180,10 +200,10 @@ def recognise(rows: Sequence[Mapping[str, Any]], where: str = "data.sources") ->
     """
     if not rows:
         raise DataError("there is no row to tell the format from", where=where, hint="name it with `format`")
-    fitting = [(shape, columns) for shape in _SHAPES if (columns := _columns_used(shape, rows))]
-    fitting = [(s, c) for s, c in fitting if not any(set(c) < set(other) for _, other in fitting)]
+    fitting = _fitting(_SHAPES, rows) or (_fitting(_LAST, rows) if _PARTS.isdisjoint(_names(rows)) else [])
     names = list(dict.fromkeys(shape.name for shape, _ in fitting))
     if len(names) == 1:
+        _check_unjudged(names[0], rows, where)
         return _stated(*fitting[0], rows)
     if len(names) > 1:
         found = "; or ".join(f"{shape.name}, by {_quoted(columns)}" for shape, columns in fitting)
@@ -196,6 +216,27 @@ def recognise(rows: Sequence[Mapping[str, Any]], where: str = "data.sources") ->
     if plain and _PARTS.isdisjoint(_names(rows)):
         return _stated(_PLAIN, plain, rows)
     raise _unknown(rows, where, plain)
+
+
+def _fitting(shapes: Sequence[_Shape], rows: Sequence[Mapping[str, Any]]) -> list[tuple[_Shape, tuple[str, ...]]]:
+    """The formats that the rows have, with the columns that show it; not those that see a part of what another sees."""
+    found = [(shape, columns) for shape in shapes if (columns := _columns_used(shape, rows))]
+    return [(shape, columns) for shape, columns in found if not any(set(columns) < set(more) for _, more in found)]
+
+
+def _check_unjudged(name: str, rows: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Raises: DataError (answers have a judgement that cannot be read: bad ones would be trained like good ones)."""
+    if name not in ("prompt-completion", "alpaca"):
+        return
+    for row in rows:
+        for column in SCORE:
+            if row.get(column) is not None and not is_judgement(row[column]):
+                raise DataError(
+                    f"`{column}` may say how good an answer is, but {short(row[column])} is no judgement that can be read",
+                    where=where,
+                    hint="write true or false, or a number; or train on every answer, whatever it says: "
+                    f'format = "{name}"',
+                )
 
 
 def _named(rows: Sequence[Mapping[str, Any]]) -> Recognised | None:
@@ -223,10 +264,46 @@ def _columns_used(shape: _Shape, rows: Sequence[Mapping[str, Any]]) -> tuple[str
     return tuple(dict.fromkeys(name for columns in used for name in columns)) if 2 * len(used) >= len(rows) else None
 
 
+class _Noted(dict[str, Any]):
+    """A row that notes which of its columns are looked at."""
+
+    def __init__(self, row: Mapping[str, Any]) -> None:
+        super().__init__(row)
+        self.seen: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        return self._noted(name, super().__getitem__(name))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self._noted(name, super().get(name, default))
+
+    def _noted(self, name: str, value: Any) -> Any:
+        if value is not None:
+            self.seen.add(name)
+        return value
+
+
+def _columns_read(shape: _Shape, rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The columns that a format looks at in these rows."""
+    seen: set[str] = set()
+    for row in rows:
+        noted = _Noted(row)
+        try:
+            shape.read(noted)
+        except FormatError:
+            continue  # It may have looked for what another row has.
+        seen |= noted.seen
+    return seen
+
+
 def _stated(shape: _Shape, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Recognised:
+    seen = _columns_read(shape, rows)
+    read = [name for name in dict.fromkeys((*columns, *_names(rows))) if name in seen] or list(columns)
     words = next((slot.words for slot in shape.needs if slot.words), "")
-    why = f"format: {shape.name}, as the rows have {_quoted(columns)}{f' {words}' if words else ''}"
-    unused = [name for name in _names(rows) if name not in columns]
+    # What is said in words is said of the first column.
+    shown = f"{_quoted(read[:1])} {words}{', and ' if read[1:] else ''}{_quoted(read[1:])}" if words else _quoted(read)
+    why = f"format: {shape.name}, as the rows have {shown}"
+    unused = [name for name in _names(rows) if name not in read]
     if unused:
         why += f"; not used: {_quoted(unused)}"
     return Recognised(shape.name, why)
@@ -237,12 +314,16 @@ def _unknown(rows: Sequence[Mapping[str, Any]], where: str, plain: Sequence[str]
     close = _close(rows)
     near = f"close: {'; '.join(close)}. " if close else ""
     near += f'format = "text" would train {_quoted(plain)} as it is. ' if plain else ""
-    usable = [name for name in names if name.isprintable() and not set(name) & set("{}[]\"'")] or ["question", "answer"]
+    texts = [name for name in names if any(_is_text(row.get(name)) and row[name].strip() for row in rows)]
+    usable = [name for name in texts if name.isprintable() and not set(name) & set("{}[]\"'")]
+    mapped = f'mapping = {{ prompt = "{{{usable[0]}}}", completion = "{{{usable[-1]}}}" }}' if len(usable) > 1 else ""
+    way = f"Name a format, or say what becomes of the columns: {mapped}" if mapped else "Name a format"
+    if len(usable) == 1 and not plain:
+        way += f"; to train {_quoted(usable)} as a document, call it `text`"
     return DataError(
         f"the rows are of no known format: their columns are {_quoted(names) or 'none'}",
         where=where,
-        hint=f"{near}Name a format, or say what becomes of the columns: "
-        f'mapping = {{ prompt = "{{{usable[0]}}}", completion = "{{{usable[-1]}}}" }}',
+        hint=f"{near}{way}",
     )
 
 

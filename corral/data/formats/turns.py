@@ -6,6 +6,7 @@ Does not know what a conversation is for: preferences and feedback use the same 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Spelling:
         contents: what the key of its text is called.
         roles: what the authors are called, in lower case, and who they are.
         expected: the authors, for a reason.
+        models: whether a model's own name (`gpt-4o`) is an author too: the assistant.
     """
 
     columns: tuple[str, ...]
@@ -35,8 +37,19 @@ class Spelling:
     contents: tuple[str, ...]
     roles: Mapping[str, Role]
     expected: str
+    models: bool = False
+
+    def role(self, author: Any) -> Role | None:
+        """Who an author is."""
+        if not isinstance(author, str):
+            return None
+        name = author.strip().lower()
+        return self.roles.get(name) or ("assistant" if self.models and _MODEL.fullmatch(name) else None)
 
 
+_MODEL = re.compile(
+    r"(chatgpt|gpt|claude|gemini|gemma|bard|palm|llama|mistral|mixtral|vicuna|qwen|deepseek|command-r|phi)([\d\W].*)?"
+)
 _OPENAI_ROLES: dict[str, Role] = {
     "system": "system",
     "developer": "system",
@@ -45,32 +58,43 @@ _OPENAI_ROLES: dict[str, Role] = {
 }
 _SHAREGPT_ROLES: dict[str, Role] = {
     **_OPENAI_ROLES,
-    **dict.fromkeys(("human", "prompter", "person", "instruction", "question"), "user"),
+    **dict.fromkeys(("human", "prompter", "person", "instruction", "question", "input", "customer"), "user"),
     **dict.fromkeys(
-        ("gpt", "chatgpt", "gpt4", "gpt-4", "bing", "bard", "claude", "ai", "bot", "chatbot", "model", "response"),
+        ("bing", "ai", "bot", "chatbot", "model", "llm", "agent", "response", "output"),
         "assistant",
     ),
 }
+_TOOLS = frozenset(("tool", "tools", "function", "ipython", "observation")) | {
+    f"{what}{mark}{part}" for what in ("tool", "function") for mark in "_- " for part in ("call", "calls", "response")
+}
+ALONE = ("items", "history")
+"""What a list of messages is called where no other column holds one: beside others these hold something else."""
+_OTHERS = ("dialogue", "dialog", "turns", "chat", *ALONE)
 OPENAI = Spelling(
-    ("messages", "conversations", "conversation"), ("role",), ("content",), _OPENAI_ROLES, "system, user or assistant"
+    ("messages", "conversations", "conversation", *_OTHERS),
+    ("role",),
+    ("content",),
+    _OPENAI_ROLES,
+    "system, user or assistant",
 )
 SHAREGPT = Spelling(
-    ("conversations", "conversation", "messages"),
-    ("from", "role", "speaker"),
+    ("conversations", "conversation", "messages", *_OTHERS),
+    ("from", "role", "speaker", "author"),
     ("value", "content", "text"),
     _SHAREGPT_ROLES,
     "system, human or gpt, or another word for them",
+    models=True,
 )
 
 
 def messages(row: Mapping[str, Any]) -> Conversation:
-    """OpenAI's form: `{"messages": [{"role", "content"}, …]}`, also called `conversations` or `conversation`.
+    """OpenAI's form: `{"messages": [{"role", "content"}, …]}`, also called `conversations`, `dialogue`, `turns`, `chat` ….
 
     At most one system message, first (or in a column `system`); then user and assistant in turns, the assistant last.
-    Content may be a list of text parts. Other keys are ignored.
+    The list may be JSON text; content may be a list of text parts. Other keys are ignored.
 
     Raises:
-        FormatError: otherwise, or a turn holds no text.
+        FormatError: otherwise, a turn holds no text, or tools are called.
     """
     return _conversation(row, OPENAI)
 
@@ -86,7 +110,9 @@ def sharegpt(row: Mapping[str, Any]) -> Conversation:
 
 
 def _conversation(row: Mapping[str, Any], spelling: Spelling) -> Conversation:
-    name, value = find(row, spelling.columns)
+    # A column of one of the names may hold something else, such as the number of turns.
+    name = next((name for name in spelling.columns if isinstance(unpacked(row.get(name)), list)), None)
+    name, value = find(row, spelling.columns if name is None else (name,))
     turns = with_system(read_turns(value, name, spelling), row)
     check_order(turns)
     return Conversation(tuple(turns))
@@ -103,7 +129,10 @@ def with_system(turns: list[Message], row: Mapping[str, Any]) -> list[Message]:
 
 
 def read_turns(value: Any, name: str, spelling: Spelling = SHAREGPT) -> list[Message]:
-    """Messages of a list, in any order. Raises: FormatError."""
+    """Messages of a list, which may be JSON text, in any order. Raises: FormatError."""
+    value = unpacked(value)
+    if isinstance(value, str) and value.startswith("["):
+        raise FormatError(f"{name} is text that is no JSON list of messages")
     if not isinstance(value, list):
         raise FormatError(f"{name} is {kind(value)}: expected a list")
     items = cast("list[Any]", value)
@@ -112,15 +141,40 @@ def read_turns(value: Any, name: str, spelling: Spelling = SHAREGPT) -> list[Mes
     return [_message(item, name, i, spelling) for i, item in enumerate(items)]
 
 
+def unpacked(value: Any) -> Any:
+    """The list of objects whose JSON a text is, as a table's cell may hold it; anything else as it is."""
+    if not isinstance(value, str) or not value.startswith("[") or not value.rstrip().endswith("]"):
+        return value
+    try:
+        items: Any = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return items if isinstance(items, list) and all_objects(cast("list[Any]", items)) else value
+
+
+def all_objects(items: list[Any]) -> bool:
+    """Whether there are items, and all of them are objects."""
+    return bool(items) and all(isinstance(item, dict) for item in items)
+
+
+def uses_tools(fields: Mapping[str, Any], author: Any) -> bool:
+    """Whether a message calls a tool, or is from one."""
+    from_tool = isinstance(author, str) and author.strip().lower() in _TOOLS
+    return from_tool or bool(fields.get("tool_calls")) or bool(fields.get("function_call"))
+
+
 def _message(item: Any, name: str, i: int, spelling: Spelling) -> Message:
     if not isinstance(item, dict):
         form = f"{spelling.authors[0]} and {spelling.contents[0]}"
         raise FormatError(f"{name}.{i} is {kind(item)}: expected an object with {form}")
     fields = cast("dict[str, Any]", item)
     author_key = _key(fields, spelling.authors, f"{name}.{i}")
+    author = fields[author_key]
+    if uses_tools(fields, author):
+        raise FormatError("tools are called in the conversation: it is left out whole")
     content_key = _key(fields, spelling.contents, f"{name}.{i}")
-    author, content = fields[author_key], fields[content_key]
-    role = spelling.roles.get(author.strip().lower()) if isinstance(author, str) else None
+    content = fields[content_key]
+    role = spelling.role(author)
     if role is None:
         raise FormatError(f"{name}.{i}.{author_key} is {short(author)}: expected {spelling.expected}")
     content = sound(_joined(content), f"{name}.{i}.{content_key}")
@@ -155,9 +209,9 @@ _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_START = re.compile(r"\s*Human:")
 
 
-def is_hh(value: str) -> bool:
-    """Whether a text is a dialogue of HH's form: `\\n\\nHuman: …\\n\\nAssistant: …`."""
-    return _HH_START.match(value) is not None
+def is_hh(value: Any) -> bool:
+    """Whether a value is a dialogue of HH's form: `\\n\\nHuman: …\\n\\nAssistant: …`."""
+    return isinstance(value, str) and _HH_START.match(value) is not None
 
 
 def hh_turns(value: Any, name: str) -> list[Message]:

@@ -44,11 +44,11 @@ def read(source: Source, progress: Progress | None = None) -> Iterator[RawRow]:
     """The rows of a source, in its order: files by name, rows as they stand in them.
 
     What must be fetched is fetched by this call; `progress` is told the licence of a fresh asset, the commit of a data set
-    on the hub, and what in a folder is no rows.
+    on the hub, what in a folder is no rows, and which of several files hold none.
 
     Raises:
-        DataError: now: a file is missing, empty or of an unknown kind, or a service refuses it. While reading: a file is
-            no text, damaged, or without rows.
+        DataError: now: a file is missing or of an unknown kind, all are empty, or a service refuses it. While reading: a
+            file is no text, or damaged, or there is no row in any of them.
         AssetError: the asset cannot be had.
         MissingExtraError: S3 needs a package that is not installed.
         StorageError: what is fetched cannot be written.
@@ -56,7 +56,7 @@ def read(source: Source, progress: Progress | None = None) -> Iterator[RawRow]:
     progress = progress or Progress()
     if source.path.startswith("asset:"):
         return _asset(source.path.removeprefix("asset:"), progress)
-    return _rows(_files(source, progress), _READERS)
+    return _rows(_files(source, progress), progress)
 
 
 def identity(source: Source, progress: Progress | None = None) -> str:
@@ -81,18 +81,24 @@ def _files(source: Source, progress: Progress) -> list[File]:
     return local_files(source.path, progress.say)
 
 
-def _rows(files: list[File], readers: dict[str, Callable[[File], Iterator[RawRow]]]) -> Iterator[RawRow]:
+def _rows(files: list[File], progress: Progress) -> Iterator[RawRow]:
+    """The rows of files, one after another. Raises: DataError (none of them holds a row)."""
     before = 0
     for file in files:
         last = 0
-        for row in _file_rows(file, readers[file.kind]):
+        for row in _file_rows(file, _READERS[file.kind]):
             last = row.index
             yield row if len(files) == 1 else row.within(file.name, before)
+        if not last and len(files) > 1:
+            progress.say(f"{file.where}: the file holds no rows")
         before += last
+    if not before:
+        what = "the file holds no rows" if len(files) == 1 else f"none of the {len(files)} files holds a row"
+        raise DataError(what, where=files[0].where, hint="write rows into it, or leave it out")
 
 
 def _file_rows(file: File, reader: Callable[[File], Iterator[RawRow]]) -> Iterator[RawRow]:
-    """The rows of a file. Raises: DataError (it holds none, is damaged or cut short; it says after how many rows)."""
+    """The rows of a file. Raises: DataError (it is damaged or cut short; it says after how many rows)."""
     count = 0
     try:
         for row in reader(file):
@@ -106,8 +112,6 @@ def _file_rows(file: File, reader: Callable[[File], Iterator[RawRow]]) -> Iterat
             where=file.where,
             hint="fetch or write it again",
         ) from error
-    if not count:
-        raise DataError("the file holds no rows", where=file.where, hint="write rows into it, or leave it out")
 
 
 def _asset(name: str, progress: Progress) -> Iterator[RawRow]:

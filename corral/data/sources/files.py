@@ -1,7 +1,8 @@
 """A file of rows, wherever it lies: its kind by its name, its bytes unpacked, and what the first of them give away.
 
-Knows three things about content only: gzip, zstd, and the first bytes of files that are not what their name says. It does
-not know what a row is, nor how the kinds are read.
+Knows three things about content only: gzip, zstd, and the first bytes of files that are not what their name says. Whether a
+file is packed is seen from its first bytes, whatever its name says. It does not know what a row is, nor how the kinds are
+read.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ LONGEST = 64 * 2**20
 """Bytes of the longest line, and characters of the longest row of a list: no row that fits a model's context comes near it,
 and a file without line breaks must not fill the memory."""
 
+_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
 _FOREIGN = {
-    b"\x1f\x8b": "packed with gzip: its name should end in .gz",
-    b"\x28\xb5\x2f\xfd": "packed with zstd: its name should end in .zst",
+    b"\x1f\x8b": "packed twice, the second time with gzip",
+    b"\x28\xb5\x2f\xfd": "packed twice, the second time with zstd",
     b"PK\x03\x04": "a zip archive (or a spreadsheet): unpack it, or save it as .csv",
     b"PAR1": "a parquet file: its name should end in .parquet",
     b"ARRO": "an Arrow file: save it as parquet",
@@ -47,7 +49,7 @@ class File:
         name: below the source's folder, or its own name if the source is this file alone.
         where: the whole path or address, for errors.
         kind: one of KINDS.
-        packed: one of PACKED, or empty.
+        packed: one of PACKED, or empty, by its name.
         start: opens its bytes as they lie there. Raises: OSError.
         digest: what its content depends on. Raises: OSError.
         path: of the file, if it lies on this machine.
@@ -64,21 +66,20 @@ class File:
     @contextmanager
     def bytes(self) -> Generator[io.BufferedReader[Any]]:
         """Its content, unpacked. Raises: OSError, EOFError and zlib.error where it is cut short or damaged."""
-        with self.start() as raw:
-            if self.packed == ".gz":
-                with io.BufferedReader(gzip.GzipFile(fileobj=raw, mode="rb")) as stream:
+        with self.start() as raw, _buffered(raw) as lying:
+            # What is packed by its name alone is damaged.
+            packed = _packed(lying.peek(4)) or self.packed
+            if packed == ".gz":
+                with io.BufferedReader(gzip.GzipFile(fileobj=lying, mode="rb")) as stream:
                     yield stream
-            elif self.packed == ".zst":
+            elif packed == ".zst":
                 import pyarrow
 
-                packed: Any = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
-                with io.BufferedReader(packed) as stream:
+                unpacked: Any = pyarrow.CompressedInputStream(pyarrow.PythonFile(lying, mode="r"), "zstd")
+                with io.BufferedReader(unpacked) as stream:
                     yield stream
-            elif isinstance(raw, io.BufferedReader):
-                yield cast("io.BufferedReader[Any]", raw)
             else:
-                with io.BufferedReader(cast("io.RawIOBase", raw)) as stream:
-                    yield stream
+                yield lying
 
     @contextmanager
     def on_disk(self) -> Generator[Path]:
@@ -88,9 +89,12 @@ class File:
             StorageError: there is no room for the temporary one.
             OSError, EOFError, zlib.error: it is cut short or damaged.
         """
-        if self.path is not None and not self.packed:
-            yield self.path
-            return
+        if self.path is not None:
+            with self.start() as raw:
+                packed = _packed(raw.read(4))
+            if not packed:
+                yield self.path
+                return
         with self.bytes() as stream, tempfile.NamedTemporaryFile(prefix="corral-") as whole:
             while content := stream.read(2**20):
                 with storage_errors(Path(whole.name)):
@@ -107,18 +111,32 @@ class File:
         """
         with self.bytes() as stream:
             head = stream.peek(4)[:4]
+            for magic, what in _FOREIGN.items():
+                if head.startswith(magic):
+                    raise DataError(f"the file is {what}", where=self.where, hint="rename, unpack or convert it")
             if head.startswith(_WIDE) or b"\0" in head[:4]:
                 raise DataError(
                     "the file is not UTF-8 text: it looks like UTF-16 or binary data",
                     where=self.where,
                     hint="save it again as UTF-8; `iconv -f utf-16 -t utf-8` converts it",
                 )
-            for magic, what in _FOREIGN.items():
-                if head.startswith(magic):
-                    raise DataError(f"the file is {what}", where=self.where, hint="rename, unpack or convert it")
             mark = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
             stream.read(mark)
             yield stream, mark
+
+
+@contextmanager
+def _buffered(raw: IO[bytes]) -> Generator[io.BufferedReader[Any]]:
+    if isinstance(raw, io.BufferedReader):
+        yield cast("io.BufferedReader[Any]", raw)
+    else:
+        with io.BufferedReader(cast("io.RawIOBase", raw)) as stream:
+            yield stream
+
+
+def _packed(head: bytes) -> str:
+    """How content that begins so is packed."""
+    return next((ending for magic, ending in _MAGIC.items() if head.startswith(magic)), "")
 
 
 def kind_of(name: str) -> tuple[str, str] | None:

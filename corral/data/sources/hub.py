@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -95,18 +95,13 @@ def _ask(repo: str, revision: str | None, config: str | None, split: str) -> _Fo
     import datasets
     from huggingface_hub import HfApi
 
-    try:
+    with _in_words(lambda error: _hub_error(error, repo, revision) or _builder_error(error, repo, config)):
         commit = HfApi().dataset_info(repo, revision=revision, timeout=_TIMEOUT).sha or ""
         if revision == _PARQUET_BRANCH:
             pattern = {split: f"{config or '*'}/{split}/*.parquet"}
             builder = datasets.load_dataset_builder(repo, revision=commit, data_files=pattern)
         else:
             builder = datasets.load_dataset_builder(repo, config, revision=commit)
-    except Exception as error:
-        translated = _hub_error(error, repo, revision) or _builder_error(error, repo, config)
-        if translated is None:
-            raise
-        raise translated from error
     settings: Any = builder.config
     _refuse_settings(settings, repo)
     splits: dict[str, list[str]] = {str(name): list(files) for name, files in (settings.data_files or {}).items()}
@@ -138,16 +133,24 @@ def _refuse_settings(settings: Any, repo: str) -> None:
 
 
 def _download(repo: str, commit: str, name: str) -> Path:
-    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
-    try:
+    with _in_words(lambda error: _hub_error(error, repo, commit)):
         return Path(hf_hub_download(repo, name, repo_type="dataset", revision=commit))
-    except Exception as error:
-        translated = _hub_error(error, repo, commit)
-        if translated is None:
-            with storage_errors(Path(constants.HF_HUB_CACHE)):
+
+
+@contextmanager
+def _in_words(translate: Callable[[Exception], DataError | None]) -> Generator[None]:
+    """Raises what `translate` makes of an error inside; an OSError of which it makes nothing is about the library's cache."""
+    from huggingface_hub import constants
+
+    with storage_errors(Path(constants.HF_HUB_CACHE)):
+        try:
+            yield
+        except Exception as error:
+            if (translated := translate(error)) is None:
                 raise
-        raise translated from error
+            raise translated from error
 
 
 class _UnreachableError(DataError):

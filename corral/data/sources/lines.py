@@ -16,6 +16,8 @@ from corral.data.sources.strict_json import Decoder, cannot_hold, explain, skip_
 
 Fault: TypeAlias = tuple[str, str]
 """(reason, detail of the place)."""
+NOT_UTF8 = "not UTF-8 text; `iconv -f latin1 -t utf-8` converts a Western European file"
+NUL = "a NUL byte, which no text holds"
 
 
 def lines(file: File) -> Iterator[tuple[int, str, Fault | None]]:
@@ -40,10 +42,10 @@ def lines(file: File) -> Iterator[tuple[int, str, Fault | None]]:
                     text = content.decode()
                 except UnicodeDecodeError as error:
                     at = f", byte {offset + error.start} (0x{content[error.start]:02x})"
-                    fault = ("not UTF-8 text; `iconv -f latin1 -t utf-8` converts a Western European file", at)
+                    fault = (NOT_UTF8, at)
                     text = content.decode(errors="replace")
                 if fault is None and (at := content.find(b"\0")) >= 0:
-                    fault = ("a NUL byte, which no text holds", f", byte {offset + at}")
+                    fault = (NUL, f", byte {offset + at}")
             yield number, text, fault
             offset += size
 

@@ -21,10 +21,10 @@ _CLOCK_TICK = 2 * 10**9  # nanoseconds: the coarsest disks tell times of change 
 
 
 def local_files(spec: str, say: Callable[[str], None]) -> list[File]:
-    """The files of a path. `say` is told what in a folder is no rows.
+    """The files of a path. `say` is told what in a folder is no rows, and which of several files are empty.
 
     Raises:
-        DataError: there are none, one is empty, or of no kind that can be read.
+        DataError: there are none, all are empty, or one is of no kind that can be read.
     """
     path = Path(spec)
     try:
@@ -37,9 +37,17 @@ def local_files(spec: str, say: Callable[[str], None]) -> list[File]:
             found = _matches(path)
         else:
             raise DataError(f"there is no file {path.name!r}", where=spec, hint=_did_you_mean(path))
-        return [_file(name, file) for name, file in found]
+        files = [local_file(name, file, *require_kind(file.name, str(file))) for name, file in found]
+        full = [file for file, (_, lying) in zip(files, found, strict=True) if lying.stat().st_size]
     except OSError as error:
         raise _unreadable(error, path) from None
+    if not full:
+        what = "the file is empty" if len(files) == 1 else f"all {len(files)} files are empty"
+        raise DataError(what, where=files[0].where, hint="write rows into it, or leave it out")
+    for file in files:
+        if file not in full:
+            say(f"{file.where}: the file is empty")
+    return full
 
 
 def open_local(path: Path) -> IO[bytes]:
@@ -53,13 +61,6 @@ def open_local(path: Path) -> IO[bytes]:
 def local_file(name: str, path: Path, kind: str, packed: str = "") -> File:
     """One file, of a stated kind."""
     return File(name, str(path), kind, packed, partial(open_local, path), partial(_sha256, path), path)
-
-
-def _file(name: str, path: Path) -> File:
-    kind, packed = require_kind(path.name, str(path))
-    if path.stat().st_size == 0:
-        raise DataError("the file is empty", where=str(path), hint="write rows into it, or leave it out")
-    return local_file(name, path, kind, packed)
 
 
 def _sha256(path: Path) -> str:

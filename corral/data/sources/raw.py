@@ -36,11 +36,11 @@ def faulty(index: int, place: str, reason: str, detail: str = "") -> RawRow:
     return RawRow(index, None, f"{place}{detail}: {reason}", reason, place)
 
 
-def checked(index: int, place: str, value: Any, reason: str | None) -> RawRow:
-    """A row if `value` is an object and there is no reason against it."""
+def checked(index: int, place: str, value: Any, reason: str | None, detail: str = "") -> RawRow:
+    """A row if `value` is an object and there is no reason against it; `detail` as for `faulty`."""
     if reason is None and not isinstance(value, dict):
         kinds = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
         reason = f"the row is {kinds.get(type(value), 'a number')}, where an object is expected"
     if reason is not None:
-        return faulty(index, place, reason)
+        return faulty(index, place, reason, detail)
     return RawRow(index, cast("dict[str, Any]", value), place=place)

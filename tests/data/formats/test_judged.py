@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -101,6 +102,13 @@ def test_what_is_no_pair_is_refused(row: dict[str, Any], expected: str) -> None:
         ({"score": 0.25}, 0.25),
         ({"score": " 0.25"}, 0.25),
         ({"label": None, "score": 1}, 1.0),
+        ({"label": "yes"}, 1.0),
+        ({"label": "No"}, 0.0),
+        ({"label": " good "}, 1.0),
+        ({"label": "bad"}, 0.0),
+        ({"label": "thumbs_up"}, 1.0),
+        ({"label": "Thumbs-Down"}, 0.0),
+        ({"label": "\U0001f44d"}, 1.0),
     ],
 )
 def test_a_label_or_a_score_is_a_number_from_0_to_1(judged: dict[str, Any], score: float) -> None:
@@ -117,9 +125,23 @@ def test_a_label_or_a_score_is_a_number_from_0_to_1(judged: dict[str, Any], scor
         ({"score": float("inf")}, "score is infinite, which is no score"),
         ({"score": "nan"}, "score is NaN, which is no score"),
         ({"score": 7}, "score is outside 0 to 1: give its range as `score_range` in a mapping"),
-        ({"label": "good"}, "label is text: expected a number, true or false"),
+        ({"score": "1_0"}, "score is text: expected a number, true or false"),
+        ({"label": "meh"}, "label is text: expected a number, true or false"),
         ({"label": [1]}, "label is a list: expected a number, true or false"),
     ],
 )
 def test_a_judgement_that_is_none_is_refused(judged: dict[str, Any], expected: str) -> None:
     assert reason(feedback, {"prompt": "Hello?", "completion": "Hello."} | judged) == expected
+
+
+@pytest.mark.parametrize("system", ["system", "system_prompt"])
+def test_texts_that_share_the_prompt_keep_their_system_message(system: str) -> None:
+    record = preference({system: "S", "chosen": "The sky is green.", "rejected": "The sky is grey."})
+    assert record.prompt == Conversation.of(("system", "S"), ("user", "The sky is"))
+
+
+def test_lists_of_messages_may_be_json_text_as_in_a_table() -> None:
+    assert preference({"chosen": json.dumps([USER, GOOD]), "rejected": json.dumps([USER, BAD])}) == PAIR
+    row = {"prompt": json.dumps([USER]), "completion": json.dumps([GOOD]), "label": "yes"}
+    assert feedback(row) == Feedback(PROMPT, "Hello.", 1.0)
+    assert feedback(row | {"completion": "[1, 2]"}).completion == "[1, 2]"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from corral.data.formats import FORMATS, FormatError
 from corral.data.formats.recognise import recognise
 from corral.errors import DataError
 from tests.data.formats.rows import GOOD, SAID, SHAPES, TURNS
@@ -96,7 +98,7 @@ def test_rows_of_no_format_are_answered_with_their_columns_what_is_close_and_a_m
     assert error.what == "the rows are of no known format: their columns are `instruction`, `reply`, `why`"
     assert error.hint is not None
     assert error.hint.startswith("close: alpaca (needs `output`)")
-    assert error.hint.endswith('mapping = { prompt = "{instruction}", completion = "{why}" }')
+    assert error.hint.endswith('mapping = { prompt = "{instruction}", completion = "{reply}" }')
 
 
 def test_no_rows_at_all_are_refused() -> None:
@@ -150,3 +152,76 @@ def test_a_rendered_text_beside_parts_of_a_row_is_not_taken_for_the_row() -> Non
     error = refusal([{"instruction": "x", "reply": "y", "text": "x y"}])
     assert 'format = "text" would train `text` as it is' in str(error.hint)
     assert recognise([{"text": "x", "score": 0.5, "label": 1, "url": "u"}]).name == "text"
+
+
+SYSTEM = {"system": "Be brief.", "id": 7, "history": [["a", "b"]]}
+CHOICE = {"question": "Which?", "A": "w", "B": "x", "C": "y", "D": "z", "answer": "D"}
+ROWS = [
+    *(row for row, _, _ in SHAPES.values()),
+    CHOICE,
+    {"chosen": "The sky is green.", "rejected": "The sky is grey."},
+    {"prompt": "p", "chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": "No."}]},
+    {"prompt": "p", "response": "r", "completion": None},
+    {"conversation": "c-1", "messages": TURNS},
+    {"items": TURNS},
+    {"prompt": [TURNS[0]], "completion": "c", "score": None, "label": "yes"},
+]
+
+
+@pytest.mark.parametrize("extra", [{}, SYSTEM, {"system": None, "system_prompt": "S"}])
+@pytest.mark.parametrize("row", ROWS)
+def test_what_is_said_to_be_used_is_what_changes_the_record(row: dict[str, Any], extra: dict[str, Any]) -> None:
+    row = row | {name: value for name, value in extra.items() if name not in row}
+    if row.keys() & {"items"}:
+        row = {name: row[name] for name in row if name != "history"}
+    found = recognise([row] * 3)
+    _, _, unused = found.why.partition("; not used: ")
+    unused = set(re.findall("`([^`]*)`", unused))
+    assert unused == {name for name in row if name not in _used(found.name, row)}
+
+
+def _used(name: str, row: dict[str, Any]) -> set[str]:
+    """The columns without which, or with something else in which, the record is another one or none."""
+
+    def read(changed: dict[str, Any]) -> Any:
+        try:
+            return FORMATS[name](changed)
+        except FormatError as error:
+            return error.reason
+
+    whole = read(row)
+    return {column for column, value in row.items() if value is not None and read(row | {column: 77}) != whole}
+
+
+@pytest.mark.parametrize("answer", ["yes", "maybe", "3 stars", [1]])
+@pytest.mark.parametrize(("prompt", "completion"), [("prompt", "completion"), ("instruction", "output")])
+@pytest.mark.parametrize("column", ["label", "score"])
+def test_judged_answers_are_never_taken_for_good_ones(prompt: str, completion: str, column: str, answer: Any) -> None:
+    rows = [{prompt: "p", completion: "c", column: answer}, {prompt: "p", completion: "d", column: answer}]
+    if answer == "yes":
+        assert recognise(rows).name == "feedback"
+    else:
+        error = refusal(rows)
+        assert error.what.startswith(f"`{column}` may say how good an answer is, but ")
+        assert str(error.hint).endswith('format = "prompt-completion"' if prompt == "prompt" else 'format = "alpaca"')
+    assert recognise([row | {column: None} for row in rows]).name in ("prompt-completion", "alpaca")
+
+
+def test_a_history_or_items_count_as_the_conversation_only_where_they_are_alone() -> None:
+    assert recognise([{"history": TURNS, "id": 3}]).name == "messages"
+    assert recognise([{"items": SAID}]).name == "sharegpt"
+    both = recognise([{"prompt": "p", "completion": "c", "history": TURNS}])
+    assert both.why.endswith("`prompt`, `completion`; not used: `history`")
+
+
+@pytest.mark.parametrize(
+    ("row", "ending"),
+    [
+        ({"reply": "x"}, "Name a format; to train `reply` as a document, call it `text`"),
+        ({"reply": "x", "stars": 3, "parts": [1]}, "to train `reply` as a document, call it `text`"),
+        ({"stars": 3}, "Name a format"),
+        ({"q": "x", "stars": 3, "a": "y"}, 'mapping = { prompt = "{q}", completion = "{a}" }'),
+    ],
+)
+def test_a_mapping_is_suggested_of_two_columns_that_hold_texts_or_not_at_all(row: dict[str, Any], ending: str) -> None:
+    assert str(refusal([row]).hint).endswith(ending)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -68,7 +69,10 @@ def test_a_long_value_is_shortened_in_a_reason() -> None:
     assert len(reason(messages, {"messages": [{"role": "x" * 10_000, "content": "y"}]})) < 120
 
 
-@pytest.mark.parametrize("column", ["messages", "conversations", "conversation"])
+@pytest.mark.parametrize(
+    "column",
+    ["messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat", "items", "history"],
+)
 def test_the_list_may_have_any_of_its_names(column: str) -> None:
     assert messages({column: [USER, ASSISTANT]}) == Conversation.of(("user", "Hello?"), ("assistant", "Hello."))
 
@@ -83,9 +87,17 @@ def test_content_may_be_a_list_of_text_parts_and_nothing_else() -> None:
     )
 
 
-@pytest.mark.parametrize("user", ["human", "user", "prompter", "Human", "USER "])
-@pytest.mark.parametrize("assistant", ["gpt", "assistant", "chatgpt", "bing", "bard", "GPT", "model"])
-@pytest.mark.parametrize(("author", "content"), [("from", "value"), ("role", "content"), ("speaker", "text")])
+@pytest.mark.parametrize("user", ["human", "user", "prompter", "Human", "USER ", "input", "customer"])
+@pytest.mark.parametrize(
+    "assistant",
+    [
+        *("gpt", "assistant", "chatgpt", "bing", "bard", "GPT", "model", "output", "agent", "llm"),
+        *("gpt-3.5-turbo", "gpt4", "GPT-4o", "claude-3-opus", "Llama 3"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("author", "content"), [("from", "value"), ("role", "content"), ("speaker", "text"), ("author", "value")]
+)
 def test_sharegpt_is_read_in_every_spelling(user: str, assistant: str, author: str, content: str) -> None:
     row = {
         "id": "a_0",
@@ -115,9 +127,22 @@ def test_a_system_column_comes_first_and_is_not_said_twice(function: Any) -> Non
     assert reason(function, {"messages": turns, "system": 3}) == "system is a number: expected text"
 
 
-def test_a_tool_call_is_refused_by_its_role() -> None:
-    turns = [{"from": "human", "value": "Weather?"}, {"from": "function_call", "value": "{}"}]
-    assert reason(sharegpt, {"conversations": turns}).startswith("conversations.1.from is 'function_call': expected")
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"from": "function_call", "value": "{}"},
+        {"role": "tool", "content": "22"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]},
+        {"role": "assistant", "tool_calls": [{"id": 1}]},
+    ],
+)
+def test_a_conversation_in_which_tools_are_called_is_left_out_whole_and_the_reason_says_so(
+    call: dict[str, Any],
+) -> None:
+    turns = [{"role": "user", "content": "Weather?"}, call, {"role": "assistant", "content": "Fine."}]
+    for function in (messages, sharegpt):
+        if "from" not in call or function is sharegpt:
+            assert reason(function, {"messages": turns}) == "tools are called in the conversation: it is left out whole"
 
 
 def test_a_null_list_beside_a_good_one_is_passed_over() -> None:
@@ -146,3 +171,18 @@ def test_a_dialogue_of_hh_is_split_at_its_speakers() -> None:
 )
 def test_a_dialogue_that_is_none_is_refused(chosen: Any, expected: str) -> None:
     assert reason(hh_chosen, {"chosen": chosen}) == expected
+
+
+def test_the_list_may_be_json_text_and_its_column_is_the_one_that_holds_one() -> None:
+    expected = Conversation.of(("user", "Hello?"), ("assistant", "Hello."))
+    turns = [USER, ASSISTANT]
+    for function in (messages, sharegpt):
+        assert function({"messages": json.dumps(turns)}) == expected
+        assert function({"conversation": "c-17", "turns": 2, "chat": turns, "history": [[1]]}) == expected
+    assert reason(messages, {"messages": "[{'role': 'user'}]"}) == "messages is text that is no JSON list of messages"
+    assert reason(messages, {"messages": "Hello"}) == "messages is text: expected a list"
+
+
+def test_a_word_that_begins_like_a_models_name_is_no_author() -> None:
+    turns = [{"from": "human", "value": "Hi"}, {"from": "philosopher", "value": "Hm."}]
+    assert "is 'philosopher'" in reason(sharegpt, {"conversations": turns})

@@ -10,16 +10,16 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+from tests.conftest import Request, web_server
 
 COMMIT = hashlib.sha1(b"a commit").hexdigest()
 CONVERTED = hashlib.sha1(b"the hub's conversion").hexdigest()
@@ -93,25 +93,19 @@ REFUSALS = {
 }
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(Request):
     """Answers as the hub does: about a data set, its files, and with their content."""
 
-    def answer(self, status: int, body: bytes = b"{}", **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+    asked: ClassVar[list[str]] = []
 
     def do_GET(self) -> None:
-        self.server.asked.append(f"{self.command} {self.path}")  # type: ignore[attr-defined]
+        self.asked.append(f"{self.command} {self.path}")
         path = unquote(urlsplit(self.path).path)
         api = path.startswith("/api/datasets/")
         owner, name, *rest = path.removeprefix("/api").removeprefix("/datasets/").split("/")
         if owner in REFUSALS:
             status, headers = REFUSALS[owner]
-            return self.answer(status, **headers)
+            return self.answer(status, headers)
         repo = f"{owner}/{name}"
         what, rest = (rest[0], rest[1:]) if rest else ("revision", ["main"])
         joined = "/".join(rest)
@@ -120,7 +114,7 @@ class Hub(BaseHTTPRequestHandler):
         revision = COMMIT if rest[0] == "main" else rest[0]
         files = {COMMIT: FILES.get(repo), CONVERTED: BRANCH}.get(revision)
         if files is None:
-            return self.answer(404, **{"X-Error-Code": "RevisionNotFound"})
+            return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
         inside = "/".join(rest[1:])
         if api and what == "revision":
             siblings = [{"rfilename": name} for name in files]
@@ -133,14 +127,14 @@ class Hub(BaseHTTPRequestHandler):
             wanted = json.loads(content)["paths"] if content.startswith("{") else parse_qs(content)["paths"]
             return self.send([entry for entry in self.entries(files) if entry["path"] in wanted])
         if what != "resolve" or inside not in files:
-            return self.answer(404, b"", **{"X-Error-Code": "EntryNotFound"})
+            return self.answer(404, {"X-Error-Code": "EntryNotFound"}, b"")
         etag = f'"{hashlib.sha1(files[inside]).hexdigest()}"'
-        return self.answer(200, files[inside], **{"ETag": etag, "X-Repo-Commit": revision})
+        return self.answer(200, {"ETag": etag, "X-Repo-Commit": revision}, files[inside])
 
     do_HEAD = do_POST = do_GET
 
     def send(self, value: Any) -> None:
-        self.answer(200, json.dumps(value).encode(), **{"Content-Type": "application/json"})
+        self.answer(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
 
     @staticmethod
     def entries(files: dict[str, bytes]) -> list[dict[str, Any]]:
@@ -153,19 +147,12 @@ class Hub(BaseHTTPRequestHandler):
             found[name] = {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
         return list(found.values())
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        pass
-
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[tuple[str, list[str]]]:
     """The address of a server that plays the hub, and what it was asked."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.asked = []  # type: ignore[attr-defined]
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", server.asked  # type: ignore[attr-defined]
-    server.shutdown()
-    server.server_close()
+    with web_server(Hub) as address:
+        yield address, Hub.asked
 
 
 def ask(endpoint: str, place: Path, *sources: dict[str, str], offline: bool = False) -> list[dict[str, Any]]:

@@ -25,56 +25,128 @@ def test_a_fault_in_one_row_of_a_list_leaves_the_others(tmp_path: Path) -> None:
     assert (rows[5].index, rows[5].place) == (6, "row 6")
 
 
+CHAT = [{"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}]} for i in range(3)]
+ONE, TWO, THREE = (json.dumps(row) for row in CHAT)
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 2**18])
 @pytest.mark.parametrize(
-    ("text", "place"),
+    ("text", "good", "fault"),
     [
-        ('[{"a": 1},\n {"a" 2}]', "line 2, column 7, in row 2"),
-        ('[{"a": 1}\n {"a": 2}]', "line 2, column 2, in row 1"),
-        ('[{"a": 1}, {"a": 2}', "line 1, column 20, in row 2"),
-        ('[{"a": 1}]\n[]', "line 2, column 1, in the file's end"),
-        ("[\n1,\n]", "line 3, column 1, in row 2"),
-        ('[{"a": 1}, {"a": "b}]', "line 1, column 18, in row 2"),
-        ('[{"a": 1}, {"a": "\\x"}]', "line 1, column 19, in row 2"),
-        ('[{"a": 1}, {"a": tru}]', "line 1, column 18, in row 2"),
+        ('[{"a": 1},\n {"a" 2}, {"a": 3}]', [1, 3], "row 2, line 2, column 7: not valid JSON: expecting ':'"),
+        ('[{"a": 1},\n {"a": }, {"a": 3}]', [1, 3], "row 2, line 2, column 8: not valid JSON: expecting value"),
+        ('[{"a": }, {"a": 2}, {"a": 3}]', [2, 3], "row 1, line 1, column 8: not valid JSON: expecting value"),
+        ('[{"a": 1}, {"a": 2, {"a": 3}]', [1, 3], "row 2, line 1, column 21: not valid JSON"),
+        ('[{"a": 1}, {"a": "b}, {"a": 3}, {"a": 4}]', [1, 3, 4], "row 2, line 1, column 25: not valid JSON"),
+        ('[{"a": 1}, {"a": "b"c", "d": 2}, {"a": 3}]', [1, 3], "row 2, line 1, column 21: not valid JSON"),
+        ('[{"a": 1}, {"a": "\\x"}, {"a": 3}]', [1, 3], "row 2, line 1, column 19: not valid JSON: invalid \\escape"),
+        ('[{"a": 1}, {"a": tru}, {"a": 3}]', [1, 3], "row 2, line 1, column 18: not valid JSON"),
+        ('[{"a": 1}, tru, {"a": 3}]', [1, 3], "row 2, line 1, column 12: not valid JSON"),
+        ('[{"a": 1}, and {"a": 3}]', [1, 3], "row 2, line 1, column 12: not valid JSON"),
+        ('[{"a": 1}}, {"a": 3}]', [1, 3], "row 2, line 1, column 10: not valid JSON"),
+        ('[{"a": 1},, {"a": 3}]', [1, 3], "row 2, line 1, column 11: not valid JSON"),
+        ('[{"a": 1}, {"a": "x\0y"}, {"a": 3}]', [1, 3], "row 2, line 1, column 20: a NUL byte"),
+        ('[{"a": 1}, {"a": 2}', [1, 2], "row 3, line 1, column 20: the list is not closed: the file is cut short"),
+        ('[{"a": 1}, {"a": 2', [1], "row 2, line 1, column 19: not valid JSON"),
+        ('[{"a": 1}]\n[{"a": 2}]', [1, 2], "row 2, line 2, column 1: text follows the end of the list"),
+        ('[{"a": 1}], {"a": 2}]', [1, 2], "row 2, line 1, column 11: text follows the end of the list"),
+        ('[{"a": 1}] {"a": 2}]', [1, 2], "row 2, line 1, column 12: text follows the end of the list"),
+        ('[{"a": 1}] the end', [1], "row 2, line 1, column 12: text follows the end of the list"),
+        ('[{"a": 1}, {"a": 9' + "9" * 5000 + '}, {"a": 3}]', [1, 3], "row 2: an integer has too many digits"),
+        ('[{"a": 1}, ' + "[" * 20_000 + "]" * 20_000 + ', {"a": 3}]', [1, 3], "row 2: nested too deeply"),
     ],
 )
-def test_a_broken_list_is_refused_with_line_and_column(
-    tmp_path: Path, text: str, place: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+def test_a_broken_row_of_a_list_costs_itself_and_is_named_with_line_and_column(
+    tmp_path: Path, text: str, good: list[int], fault: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(json_list, "_CHUNK", chunk)
-    error = refusal(written(tmp_path / "a.json", text))
-    assert place in error.what
-    assert error.where == str(tmp_path / "a.json")
+    rows = rows_of(written(tmp_path / "a.json", text))
+    assert [row.value["a"] for row in rows if row.value] == good
+    (bad,) = [row.fault for row in rows if row.fault]
+    assert bad.startswith(fault)
+    assert [row.index for row in rows] == list(range(1, len(good) + 2))
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1} {"a": 2}]', '[{"a": 1}, {"a": 2},]', '[{"a": 1},\n\n{"a": 2}\n]\n'])
+def test_a_comma_too_few_or_too_many_costs_no_row(tmp_path: Path, text: str) -> None:
+    assert values_of(written(tmp_path / "a.json", text)) == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize("indent", [None, 0, 2])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"content": "q1"', '"content": '),
+        ('"content": "q1"', '"content": "q"1"'),
+        ('"content": "q1"', '"content": "q1'),
+        ('"content": "q1"', '"content": "q1", "x": "a\nb"'),
+        ('"role": "user", ', '"role: "user", '),
+    ],
+)
+def test_a_message_within_a_broken_row_is_not_taken_for_a_row(
+    tmp_path: Path, indent: int | None, old: str, new: str
+) -> None:
+    text = json.dumps(CHAT, indent=indent).replace('"user",\n', '"user", ')
+    broken = text.replace(old, new, 2 if '"role"' in old else 1)
+    if '"role"' in old and indent is not None:
+        broken = text.replace('"content": "q1"', "content: q1")
+    rows = rows_of(
+        written(tmp_path / "a.json", broken if '"role"' not in old else broken.replace('"role: ', '"role": ', 1))
+    )
+    assert [row.value for row in rows] == [CHAT[0], None, CHAT[2]]
+
+
+def test_many_broken_rows_on_one_line_are_counted_one_by_one(tmp_path: Path) -> None:
+    texts = [f'{{"q": "say {i}", "a": "it is {i}"}}' for i in range(3000)]
+    for i in range(5, 3000, 7):
+        texts[i] = texts[i].replace('"a": "', '"a": "the "' if i % 2 else '"a": ')
+    rows = rows_of(written(tmp_path / "a.json", f"[{', '.join(texts)}]"))
+    assert len(rows) == 3000
+    assert [row.index - 1 for row in rows if row.value is None] == list(range(5, 3000, 7))
+
+
+def test_bytes_of_another_encoding_cost_their_row(tmp_path: Path) -> None:
+    content = b'[{"a": "Gr\xfc\xdfe"}, {"a": "two"},\n{"\xe4": "x", "a": 3}, {"a": "\xc3\xbc"}, {"a": "\xc3'
+    rows = rows_of(written(tmp_path / "a.json", content))
+    assert [row.value for row in rows] == [None, {"a": "two"}, None, {"a": "ü"}, None]
+    reasons = [str(row.fault) for row in rows if row.fault]
+    assert reasons[0].startswith("row 1, line 1, column 11: not UTF-8 text; `iconv")
+    assert reasons[1].startswith("row 3, line 2, column 3: not UTF-8 text; `iconv")
 
 
 def test_the_place_of_a_fault_is_right_far_behind_the_start_too(tmp_path: Path) -> None:
     row = json.dumps({"text": "word " * 50})
     one_line = "[" + ", ".join([row] * 5000)
-    error = refusal(written(tmp_path / "a.json", f"{one_line}, {{]"))
-    assert f"line 1, column {len(one_line) + 4}, in row 5001" in error.what
+    *rows, broken, last = rows_of(written(tmp_path / "a.json", f"{one_line}, {{, {row}]"))
+    assert f"row 5001, line 1, column {len(one_line) + 4}: " in str(broken.fault)
+    assert (len(rows), last.value) == (5000, json.loads(row))
     lines = "[\n" + ",\n".join([row] * 5000)
-    error = refusal(written(tmp_path / "b.json", lines.encode() + b',\n{"a": "\xe9"}]'))
-    assert f"byte {len(lines) + 9} (line 5002) is 0xe9" in error.what
+    *rows, broken = rows_of(written(tmp_path / "b.json", lines.encode() + b',\n{"a": "\xe9"}]'))
+    assert "row 5001, line 5002, column 8: not UTF-8" in str(broken.fault)
+    assert len(rows) == 5000
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (" \n ", "holds no list"),
+        (" \n ", "holds no rows"),
         ("[]", "holds no rows"),
         ("[ ]", "holds no rows"),
         ('{"data": []}', "holds an object, where a list"),
         ('{"data": [\n{"a": 1}]}', "holds an object, where a list"),
         ("17", "holds no list"),
-        (b'[{"a":\n"\x00"}]', "byte 8 (line 2) is 0x00"),
-        (b'[{"a": 1},\n{"b": "\xc3"}]', "byte 18 (line 2) is 0xc3"),
-        (b'[{"a": "\xc3', "byte 8 (line 1) is 0xc3"),
-        ("[" + "[" * 100_000, "row 1: nested too deeply"),
     ],
 )
 def test_an_unusable_json_file_is_refused(tmp_path: Path, content: str | bytes, says: str) -> None:
     assert says in refusal(written(tmp_path / "a.json", content)).what
+
+
+def test_a_row_that_would_fill_the_memory_costs_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_list, "LONGEST", 2**21)
+    long = "x" * 2**23
+    rows = rows_of(written(tmp_path / "a.json", f'[{{"a": 1}}, {{"a": "{long}"}}, {{"a": 3}}]'))
+    assert [row.value for row in rows] == [{"a": 1}, None, {"a": 3}]
+    assert "the row is longer than 2 MiB" in str(rows[1].fault)
 
 
 def test_a_json_file_of_objects_on_lines_is_read_as_what_it_is(tmp_path: Path) -> None:

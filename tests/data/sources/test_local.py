@@ -115,10 +115,47 @@ def test_what_in_a_folder_is_no_rows_is_said_and_several_kinds_are_refused(tmp_p
     assert "'.md' is no kind" in refusal(tmp_path / "*").what
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n"])
-def test_an_empty_file_in_a_folder_is_named(tmp_path: Path, content: bytes) -> None:
-    written(tmp_path / "a.jsonl", "{}")
-    assert refusal(written(tmp_path / "b.jsonl", content).parent).where == str(tmp_path / "b.jsonl")
+@pytest.mark.parametrize(
+    ("kind", "blank", "what"),
+    [
+        (".jsonl", "", "the file is empty"),
+        (".jsonl", "\n\n", "the file holds no rows"),
+        (".json", " ", "the file holds no rows"),
+        (".json", "[]", "the file holds no rows"),
+        (".csv", "t\n", "the file holds no rows"),
+        (".parquet", "", "the file is empty"),
+    ],
+)
+def test_a_file_without_rows_beside_others_is_said_and_does_not_stop_them(
+    tmp_path: Path, kind: str, blank: str, what: str
+) -> None:
+    said: list[str] = []
+
+    class Listener(Progress):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    written(tmp_path / f"a{kind}", CONTENT[kind])
+    written(tmp_path / f"c{kind}", CONTENT[kind])
+    path = written(tmp_path / f"b{kind}", blank)
+    rows = list(read(Source(path=str(tmp_path)), Listener()))
+    assert [(row.index, row.value) for row in rows] == [(1, {"t": "one"}), (2, {"t": "one"})]
+    assert said == [f"{path}: {what}"]
+    for name in "ac":
+        (tmp_path / f"{name}{kind}").write_bytes(path.read_bytes())
+    assert refusal(tmp_path).what in ("all 3 files are empty", "none of the 3 files holds a row")
+
+
+@pytest.mark.parametrize("kind", CONTENT)
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_a_packed_file_under_a_plain_name_is_read(tmp_path: Path, kind: str, ending: str) -> None:
+    path = written(tmp_path / f"a{kind}", packed(CONTENT[kind], ending))
+    assert values_of(path) == values_of(written(tmp_path / f"b{kind}", CONTENT[kind]))
+
+
+def test_a_file_packed_twice_is_told_so_and_not_taken_for_utf_16(tmp_path: Path) -> None:
+    twice = gzip.compress(gzip.compress(CONTENT[".jsonl"]))
+    assert "packed twice" in refusal(written(tmp_path / "a.jsonl.gz", twice)).what
 
 
 @pytest.mark.parametrize(

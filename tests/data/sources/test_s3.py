@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from corral.data.prepared import Prepared
 from corral.data.sources import identity
 from corral.recipe import Source
+from tests.data.conftest import chats
 from tests.data.sources.conftest import refusal, rows_of, values_of
 
 pytest.importorskip("s3fs", reason="the extra s3 is not installed")
@@ -86,6 +89,21 @@ def test_identity_is_of_content_and_names_below_the_prefix(bucket: Any) -> None:
     assert of("s3://rows/p") != before
 
 
+def test_rows_are_prepared_from_a_bucket_by_several_processes_and_kept(
+    bucket: Any, prepared: Callable[..., Prepared]
+) -> None:
+    for name, start in (("a", 0), ("b", 60)):
+        lines = "".join(json.dumps(row) + "\n" for row in chats(60, start))
+        bucket.pipe(f"rows/set/{name}.jsonl.gz", gzip.compress(lines.encode()))
+    rows = Source(path="s3://rows/set", name="rows")
+    first = prepared(rows, workers=2)
+    assert first.ledger["fates"]["kept"] == 120
+    bucket.pipe("rows/set/b.jsonl.gz", gzip.compress(b"{broken\n" + lines.encode()))
+    again = prepared(rows, workers=2)
+    assert (again.ledger["fates"]["kept"], again.ledger["fates"]["dropped"]) == (120, 1)
+    assert again.left_out[0]["text"].startswith("b.jsonl.gz, line 1, column 2")
+
+
 def test_each_refusal_says_what_to_do(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket.pipe("rows/empty.jsonl", b"")
     bucket.pipe("rows/a.xlsx", b"PK")
@@ -100,6 +118,7 @@ def test_each_refusal_says_what_to_do(bucket: Any, monkeypatch: pytest.MonkeyPat
     assert "damaged or cut short" in cut.what
     assert cut.where == "s3://rows/cut.jsonl.gz"
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # the client would wait between five
     gone = refusal("s3://rows/a.jsonl")
     assert "the S3 service cannot be used" in gone.what
     assert "AWS_ENDPOINT_URL" in str(gone.hint)
