@@ -15,11 +15,14 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import corral
-from corral.errors import CorralError, InputError, MissingExtraError, RecipeError
+from corral.errors import CorralError, GateError, InputError, MissingExtraError, RecipeError
 from corral.terminal import TerminalProgress
+
+if TYPE_CHECKING:
+    from corral.training.distributed import World
 
 Command = Callable[[argparse.Namespace], dict[str, Any] | None]
 
@@ -34,10 +37,10 @@ def _recipe(args: argparse.Namespace) -> Any:
     return load(args.recipe, args.set)
 
 
-def _execute(recipe: Any, out: Path, args: argparse.Namespace, only: Sequence[str] | None = None) -> dict[str, Any]:
+def _execute(recipe: Any, out: Path, args: argparse.Namespace, **how: Any) -> dict[str, Any]:
     from corral.pipeline import execute
 
-    outcome = execute(recipe, out, TerminalProgress(), only=only)
+    outcome = execute(recipe, out, TerminalProgress(), **how)
     skipped = [name for name, what in outcome.items() if what == "skipped"]
     if skipped and not args.json:
         print(f"already done: {', '.join(skipped)}", file=sys.stderr)
@@ -137,8 +140,21 @@ def init(args: argparse.Namespace) -> dict[str, Any]:
     return {"recipe": str(path)}
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
     """Run a recipe: prepare, train, merge, evaluate, export, report."""
+    from corral.training.distributed import join
+
+    with join() as world:
+        if world.is_main:
+            return _run(args, world)
+        from corral.pipeline import follow
+
+        follow(world)
+        args.json = False  # the first process prints the result
+        return None
+
+
+def _run(args: argparse.Namespace, world: World) -> dict[str, Any]:
     from corral.run import Run
 
     recipe = _recipe(args)
@@ -149,7 +165,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         recipe = small(recipe, out / ".corral-small-rows")
     if (out / "recipe.toml").is_file():
         recipe = recipe.with_exports(Run(out).recipe.export)  # what `corral export` added stays
-    result = _execute(recipe, out, args)
+    result = _execute(recipe, out, args, world=world, profile=args.profile)
     if not args.json:
         _print_scorecard(out)
         print(f"model   {out / 'merge' / 'model'}")
@@ -161,6 +177,40 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def plan(args: argparse.Namespace) -> dict[str, Any]:
+    """Before training: measure what a recipe needs here, or estimate it for another device."""
+    import tempfile
+
+    from rich.console import Console
+
+    from corral.interrupts import Interrupts, Stopped
+    from corral.preflight.plan import render
+    from corral.preflight.planning import plan as find_out
+
+    recipe = _recipe(args)
+    out = Path(args.out or Path("runs") / (f"{recipe.name}-small" if args.small else recipe.name))
+    interrupts, progress = Interrupts(), TerminalProgress()
+    with interrupts, tempfile.TemporaryDirectory() as rows:
+        try:
+            if args.small:
+                from corral.data.small import small
+
+                recipe = small(recipe, Path(rows))
+            found = find_out(recipe, out, progress, device=args.device)
+        except KeyboardInterrupt:
+            raise Stopped(interrupts.signal) from None
+        finally:
+            progress.stop()
+    result = found.to_json()
+    if not args.json:
+        Console().print(render(found))
+    if found.verdict == "does not fit":
+        if args.json:
+            print(json.dumps(result, ensure_ascii=False))
+        raise GateError("this recipe does not fit", where=found.reasons[0], hint="make the changes that the plan lists")
+    return result
+
+
 def inspect(args: argparse.Namespace) -> dict[str, Any]:
     """Show what a recipe trains on: rows in colour, and the ledger."""
     import tempfile
@@ -169,6 +219,7 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
 
     from corral.data import preview
     from corral.data.prepared import prepare
+    from corral.data.refusals import refuse_losses
     from corral.model.loading import load_tokenizer, resolve
     from corral.storage import write_atomic
     from corral.template import Template
@@ -191,9 +242,16 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
         ledger: dict[str, Any] = json.loads((Path(folder) / "ledger.json").read_text("utf-8"))
         if not args.json:
             Console().print(preview.to_terminal(prepared, template, rows=args.rows))
+    refused = None
+    try:
+        refuse_losses(recipe.data, ledger, where=Path(args.recipe))
+    except GateError as error:
+        refused = str(error)
+        if not args.json:
+            print(f"`corral run` stops before training: {refused}")
     if args.html and not args.json:
         print(f"page    {args.html}")
-    return {"ledger": ledger, "html": args.html}
+    return {"ledger": ledger, "html": args.html, "refused": refused}
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -360,6 +418,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", help="the run directory (default: runs/NAME, or runs/NAME-small)")
     small = "try the recipe in minutes: the starter model, a few made-up rows of each source's form, a few steps"
     sub.add_argument("--small", action="store_true", help=small)
+    profile = "record where the time of some training steps goes: a table here, a trace in the stage's folder"
+    sub.add_argument("--profile", action="store_true", help=profile)
+    sub = verb("plan", plan, "corral plan recipes/quickstart.toml --device t4", settings=True)
+    sub.add_argument("recipe", help="a recipe file")
+    sub.add_argument(
+        "--device", choices=("t4", "24g", "a100-80g", "h100", "h200"), help="estimate for this device instead"
+    )
+    sub.add_argument("--out", help="where the run is going to be (default: as for run)")
+    sub.add_argument("--small", action="store_true", help="of the recipe's small form")
     sub = verb("inspect", inspect, "corral inspect recipes/quickstart.toml --rows 3 --html rows.html", settings=True)
     sub.add_argument("recipe", help="a recipe file")
     sub.add_argument("--rows", type=int, default=2, help="rows to show of each side and fate (default: 2)")

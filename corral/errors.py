@@ -14,6 +14,7 @@
     ├── GateError                  4   a stage ran, and what it made must not be promoted
     │   └── ContractError              two models or engines that must agree do not
     ├── TrainingError              1   training cannot go on (loss is not a number …)
+    │   └── PeerError               another process of the same run has ended
     └── EngineError                1   an engine failed while it worked
         ├── RequestError           2   this engine cannot do what was asked of it
         └── EngineClosedError          the engine was shut down, or its process died
@@ -109,6 +110,10 @@ class ContractError(GateError):
 
 class TrainingError(CorralError):
     """Training cannot go on."""
+
+
+class PeerError(TrainingError):
+    """Another process of the same run has ended."""
 
 
 class EngineError(CorralError):

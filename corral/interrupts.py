@@ -1,11 +1,18 @@
-"""Ctrl-C and SIGTERM, turned into an orderly stop where one is possible. Knows nothing about what is being stopped."""
+"""Ctrl-C, SIGTERM and a closed terminal, turned into an orderly stop where one is possible.
+
+Knows nothing about what is being stopped. Signals are the main thread's affair: it learns of them between two of its
+instructions, and a call that takes long is not cut short. Child processes get a terminal's signals themselves.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
+import termios
 import threading
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Self
 
@@ -19,7 +26,10 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interrupts:
-    """While entered, SIGINT and SIGTERM raise KeyboardInterrupt; inside `gently` the first one only asks to stop.
+    """While entered, SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt; inside `gently` the first one only asks to stop.
+
+    SIGHUP, which a closed terminal or a lost connection sends, stops as the others do, so that a checkpoint is written; under
+    `nohup`, where it is ignored, it stays ignored.
 
     Args:
         on_request: called when a gentle stop is first asked for.
@@ -44,18 +54,37 @@ class Interrupts:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
+        if number == signal.SIGHUP:
+            _let_go_of_closed_terminal()
         if self._gentle and not self._asked:
             self._asked = True
-            self._on_request()
+            # It tells the user: not worth failing for where nobody listens, or where the signal came in the middle of telling.
+            with suppress(OSError, RuntimeError):
+                self._on_request()
             return
         raise KeyboardInterrupt
 
     def __enter__(self) -> Self:
         # Python delivers signals to the main thread only; elsewhere the caller's handlers stand.
         if threading.current_thread() is threading.main_thread():
-            self._before = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            self._before = {n: signal.signal(n, self._handle) for n in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+
+
+def _let_go_of_closed_terminal() -> None:
+    """Send to nowhere what would be written to a terminal that is no longer there: each write would be an error."""
+    for stream in (1, 2):
+        try:
+            termios.tcgetattr(stream)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream)
+                os.close(nowhere)

@@ -1,5 +1,7 @@
 """Which stages a recipe needs, in order: skip what is done, resume what was interrupted, redo what changed.
 
+Of several processes the first goes through them; the others follow it into those that train.
+
 Knows nothing about what a stage does (stages) or how progress is shown.
 """
 
@@ -7,18 +9,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from corral import stages
-from corral.errors import RunError
+from corral.errors import RunError, StorageError
 from corral.interrupts import Interrupts, Stopped
 from corral.progress import Progress
 from corral.recipe import Recipe
 from corral.run import Run, Stage, environment
 from corral.stages import Work
 from corral.storage import write_atomic, write_json
+from corral.training.distributed import World
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,8 @@ class Step:
     inputs: Callable[[Mapping[str, str]], dict[str, Any]]
     """Fingerprints of earlier stages → everything this one depends on."""
     body: Callable[[Work, Stage], None]
+    training: int = 0
+    """Number of the training stage, from 1, which all processes take part in; 0 for other stages."""
 
 
 def steps(work: Work) -> list[Step]:
@@ -51,7 +57,8 @@ def steps(work: Work) -> list[Step]:
 
         def inputs(done: Mapping[str, str]) -> dict[str, Any]:
             return {
-                "train": config.model_dump(mode="json"),
+                # How many processes hold what part of it changes no result: a run may go on with others.
+                "train": config.model_dump(mode="json", exclude={"sharding"}),
                 "base": work.base.identity,
                 "dtype": dtype,
                 "device": device,
@@ -60,7 +67,7 @@ def steps(work: Work) -> list[Step]:
                 "before": done[before],
             }
 
-        return Step(stages.stage_name(recipe, number), inputs, lambda w, s: stages.train(w, s, number))
+        return Step(stages.stage_name(recipe, number), inputs, lambda w, s: stages.train(w, s, number), number)
 
     export_step = Step(
         "export",
@@ -86,10 +93,20 @@ def steps(work: Work) -> list[Step]:
     ]
 
 
-def execute(recipe: Recipe, out: Path, progress: Progress, *, only: Collection[str] | None = None) -> dict[str, str]:
+def execute(
+    recipe: Recipe,
+    out: Path,
+    progress: Progress,
+    *,
+    only: Collection[str] | None = None,
+    world: World | None = None,
+    profile: bool = False,
+) -> dict[str, str]:
     """Fill a run directory.
 
     Args:
+        world: the processes that train together; this is the first, and the others `follow`.
+        profile: record where the time of some training steps goes.
         only: stages that may be done now; another one that is not done yet is an error. By default all may.
 
     Returns: for each stage `done` (now) or `skipped` (was done).
@@ -104,7 +121,7 @@ def execute(recipe: Recipe, out: Path, progress: Progress, *, only: Collection[s
     before = path.read_text("utf-8") if only is not None and path.is_file() else None
     with Run.open(out, recipe) as run, interrupts:
         try:
-            return _stages(Work(run, recipe, progress, interrupts), only)
+            return _stages(Work(run, recipe, progress, interrupts, world or World(), profile), only)
         except BaseException as error:
             if before is not None:  # what was asked for in addition did not come about
                 write_atomic(path, before)
@@ -113,6 +130,30 @@ def execute(recipe: Recipe, out: Path, progress: Progress, *, only: Collection[s
             raise
         finally:
             progress.stop()
+
+
+def follow(world: World) -> None:
+    """Take part in what the first process trains, in the run directory that it names, until it says that it has ended.
+
+    Raises:
+        CorralError: a stage's own.
+        PeerError: another process has ended.
+        Stopped: by a signal here, or on request of any process.
+        SystemExit: the first process has failed elsewhere, with its exit code.
+    """
+    interrupts = Interrupts()
+    with interrupts:
+        try:
+            while "end" not in (message := world.hear()):
+                run = Run(Path(message["run"]))
+                work = Work(run, run.recipe, Progress(), interrupts, world)
+                stage = Stage(message["stage"], run.path / message["stage"], message["fingerprint"], done=False)
+                with world.together():
+                    stages.train(work, stage, message["number"])
+        except KeyboardInterrupt:
+            raise Stopped(interrupts.signal) from None
+    if message["end"]:
+        raise SystemExit(message["end"])
 
 
 def _stages(work: Work, only: Collection[str] | None) -> dict[str, str]:
@@ -148,11 +189,16 @@ def _stages(work: Work, only: Collection[str] | None) -> dict[str, str]:
 
 def _execute(step: Step, work: Work, stage: Stage) -> None:
     began = time.perf_counter()
+    if step.training:
+        run = str(work.run.path.resolve())
+        work.world.tell({"stage": stage.name, "number": step.training, "fingerprint": stage.fingerprint, "run": run})
     try:
-        step.body(work, stage)
+        with work.world.together():
+            step.body(work, stage)
     except BaseException:
         work.progress.stop()
-        work.run.interrupted(stage, time.perf_counter() - began)
+        with suppress(StorageError):  # on a full disk the first error is the one to tell
+            work.run.interrupted(stage, time.perf_counter() - began)
         raise
     work.progress.stop()
     work.run.finish(stage, time.perf_counter() - began)

@@ -25,7 +25,7 @@ from typing import Any
 import corral
 from corral.errors import RunError
 from corral.recipe import Recipe, parse
-from corral.storage import remove_tree, storage_errors, tree_hashes, write_atomic, write_json
+from corral.storage import clear_leftovers, remove_tree, storage_errors, tree_hashes, write_atomic, write_json
 
 _PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "rapidfuzz", "sacrebleu")
 
@@ -131,7 +131,9 @@ class Run:
             record = {"name": name, "fingerprint": fingerprint, "status": "running", "inputs": dict(inputs)}
             write_json(path / "stage.json", {**record, "started": _now()})
             return Stage(name, path, fingerprint, done=False)
-        return Stage(name, path, fingerprint, _is_done(path, found))
+        if not (done := _is_done(path, found)):
+            clear_leftovers(path)
+        return Stage(name, path, fingerprint, done)
 
     def finish(self, stage: Stage, seconds: float) -> None:
         """Record a stage as done, with the sha256 of every file it made."""

@@ -9,18 +9,20 @@ import contextlib
 import gc
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corral.errors import DataError, TemplateError
+from corral.errors import DataError
 from corral.interrupts import Interrupts
+from corral.model.placement import PACK_LENGTHS
 from corral.progress import Progress
-from corral.recipe import Recipe, Train
+from corral.recipe import Recipe
 from corral.run import Run, Stage
 from corral.storage import link_or_copy_tree, new_directory, remove_tree, write_atomic, write_json
+from corral.training.distributed import World
 
 if TYPE_CHECKING:
     from corral.data.prepared import Prepared
@@ -31,10 +33,7 @@ if TYPE_CHECKING:
     from corral.model.loading import DType, ModelSource
     from corral.template import Template
     from corral.training.metrics import Metrics
-
-
-# A GPU wants long passes to be busy; a CPU is as fast with short ones, which need less memory.
-PACK_LENGTHS = {"cuda": 8192, "cpu": 512}
+    from corral.training.weights import Measure, Start
 
 
 @dataclass
@@ -46,6 +45,10 @@ class Work:
     progress: Progress
     interrupts: Interrupts
     """How a stage learns that it should stop at the next good moment."""
+    world: World = field(default_factory=World)
+    """The processes that train together; everything else is done by the first of them."""
+    profile: bool = False
+    """Whether to record where the time of some training steps goes."""
 
     @cached_property
     def base(self) -> ModelSource:
@@ -98,6 +101,11 @@ def prepare(work: Work, stage: Stage) -> None:
     rows = prepare_rows(work.recipe.data, work.template, stage.path, work.recipe.seed, work.progress)
     for label, source in rows.ledger["sources"].items():
         work.progress.say(f"{label}: {source['why']}")
+        if source["lost"]:
+            lost, asked = source["lost"], source["asked"]
+            work.progress.say(
+                f"{label}: {lost:,.0f} of {asked:,.0f} rows are lost ({lost / asked:.2%}); the ledger says why"
+            )
         if source["contaminated"] and work.recipe.data.contamination == "report":
             work.progress.say(f"{label}: {source['contaminated']:,} training rows share passages with held-out rows")
     _refuse_comparisons(work.recipe, rows)
@@ -125,56 +133,123 @@ def _refuse_comparisons(recipe: Recipe, rows: Prepared) -> None:
 
 
 def train(work: Work, stage: Stage, number: int) -> None:
-    """Fine-tune an adapter, and merge it into the model it was trained on."""
-    config = work.recipe.train[number - 1]
-    base = work.base_of(number)
-    _fit(work, stage, config, base)
+    """Fine-tune an adapter and merge it into the model it was trained on, or fine-tune the whole model."""
+    start = _start(work, number)
+    _fit(work, stage, start)
     gc.collect()
-    _merge(work, stage, base)
+    if start.config.method == "lora" and work.world.is_main:
+        from corral.training import weights
+
+        work.progress.start("Merging the adapter", None)
+        licences = work.base.licence_files
+        weights.merge(start, stage.path, work.template, _measure(work, start), licences=licences, say=work.progress.say)
 
 
-def _fit(work: Work, stage: Stage, config: Train, base: Path) -> None:
-    from corral.model import adapters, loading
+def _start(work: Work, number: int) -> Start:
+    from corral.training.weights import Start
+
+    return Start(work.base_of(number), work.recipe.train[number - 1], *work.placement)
+
+
+def _measure(work: Work, start: Start) -> Measure:
+    """The rows that a training stage is evaluated on, and packs of the length it uses."""
+    from corral.training.weights import Measure
+
+    validation, config = work.prepared.validation, start.config
+    rows = [validation[i] for i in range(min(len(validation), config.evaluate_rows))]
+    return Measure(rows, config.pack_length or max(PACK_LENGTHS[start.device], work.recipe.data.max_length))
+
+
+def _fit(work: Work, stage: Stage, start: Start) -> None:
+    from corral import contract
+    from corral.model import adapters
+    from corral.training import optimizers, weights
     from corral.training.loop import Training
     from corral.training.objectives import OBJECTIVES
 
-    device, dtype = work.placement
-    model = loading.load_model(base, dtype=dtype, device=device)
-    _refuse_untrained(model, work.template)
-    adapted = adapters.attach(model, config.lora, seed=work.recipe.seed)
+    config, measure = start.config, _measure(work, start)
+    lora = config.method == "lora"
+    # What is to be sharded may fit on no device as a whole: it goes there part by part.
+    sharded = config.sharding == "full" and work.world.size > 1
+    model = weights.load(replace(start, device="cpu") if sharded else start)
+    if lora:
+        weights.refuse_untrained(model, work.template)
+    trained: Any = weights.trainable(model, start, seed=work.recipe.seed)
+    probe_set = contract.probes(work.template)
 
-    def save_adapter(name: str) -> None:
-        with new_directory(stage.path / name) as folder:
-            adapters.save(adapted, folder, base=work.recipe.model.base if base == work.base.folder else str(base))
+    def save(name: str) -> None:
+        values = training.weights()  # all processes give their parts, one writes
+        if lora and work.world.is_main:
+            with new_directory(stage.path / name) as folder:
+                base = work.recipe.model.base if start.folder == work.base.folder else str(start.folder)
+                adapters.save(trained, folder, base=base, weights=values)
+        elif not lora and name == weights.ADAPTER:  # a checkpoint holds the last weights
+            scores = training.score([p.ids for p in probe_set], [p.start for p in probe_set])
+            if work.world.is_main:
+                weights.save_whole(trained, values, scores, start, stage.path, work.template, work.base.licence_files)
 
-    validation = work.prepared.validation
     training = Training(
-        adapted,
+        trained,
         work.prepared.train,
-        [validation[i] for i in range(min(len(validation), config.evaluate_rows))],
+        measure.rows,
         OBJECTIVES[config.objective],
         config,
-        pack_length=config.pack_length or max(PACK_LENGTHS[device], work.recipe.data.max_length),
+        pack_length=measure.pack_length,
         seed=work.recipe.seed,
         folder=stage.path,
-        save_best=lambda _: save_adapter("adapter"),
+        save_best=lambda _: save(weights.ADAPTER),
+        world=work.world,
+        device=start.device,
     )
-    work.progress.start(f"Training ({config.objective}, LoRA r {config.lora.rank})", training.total_steps)
-    with work.interrupts.gently() as should_stop:
-        outcome = training.run(
-            on_step=lambda m: _tell(work.progress, m), should_stop=should_stop, warn=work.progress.say
-        )
-        if should_stop():  # asked for in the last step
+    what = f"LoRA r {config.lora.rank}" if lora else "all weights"
+    work.progress.start(f"Training ({config.objective}, {what})", training.total_steps)
+    if said := optimizers.shortfall(config.optimizer, start.device):
+        work.progress.say(said)
+    with work.interrupts.gently() as should_stop, _listeners(work, stage, start) as on_step:
+        outcome = training.run(on_step=on_step, should_stop=should_stop, warn=work.progress.say)
+        if work.world.any(should_stop()):  # asked for in the last step
             raise KeyboardInterrupt
-    save_adapter("last")
+    save("last")
     if outcome.best_loss is None:
-        save_adapter("adapter")
+        save(weights.ADAPTER)
+    if not work.world.is_main:
+        return
     write_json(stage.path / "outcome.json", {field: getattr(outcome, field) for field in outcome.__slots__})
     held_out = "" if outcome.best_loss is None else f"; best held-out loss {outcome.best_loss:.4f}"
     work.progress.say(
         f"{outcome.steps} steps, {outcome.tokens:,} tokens at {outcome.tokens / outcome.seconds:.0f} tokens/s{held_out}"
         + (f" at step {outcome.best_step}" if held_out else "")
     )
+
+
+@contextlib.contextmanager
+def _listeners(work: Work, stage: Stage, start: Start) -> Generator[Callable[[Metrics], None]]:
+    """Who is told of each step: the screen, the recipe's trackers, the profiler if one is asked for."""
+    from corral.training.profile import Profile
+    from corral.training.trackers import Trackers
+
+    trackers = Trackers(
+        work.recipe.trackers if work.world.is_main else (),
+        stage.path,
+        work.recipe.name,
+        start.config.model_dump(mode="json"),
+        work.progress.say,
+    )
+    with contextlib.ExitStack() as stack:
+        stack.callback(trackers.finish)
+        profile = None
+        if work.profile and work.world.is_main:
+            profile = stack.enter_context(
+                Profile(stage.path / "profile", work.progress.say, cuda=start.device.startswith("cuda"))
+            )
+
+        def on_step(metrics: Metrics) -> None:
+            _tell(work.progress, metrics)
+            trackers.log(metrics)
+            if profile is not None and metrics.step:
+                profile.step()
+
+        yield on_step
 
 
 def _tell(progress: Progress, metrics: Metrics) -> None:
@@ -185,66 +260,30 @@ def _tell(progress: Progress, metrics: Metrics) -> None:
     progress.update(metrics.step, ", ".join(parts))
 
 
-def _refuse_untrained(model: Any, template: Template) -> None:
-    from corral.model.loading import untrained_special_tokens
-
-    untrained = untrained_special_tokens(model, template.special_ids)
-    if untrained:
-        names = ", ".join(template.tokenizer.convert_ids_to_tokens(untrained))
-        raise TemplateError(
-            f"the template writes special tokens this model was never trained on: {names}",
-            where="model.template",
-            hint="use a template made of trained tokens, or start from an instruct model; adapters do not train embeddings",
-        )
-
-
-def _merge(work: Work, stage: Stage, base: Path) -> None:
-    from corral.model import adapters, loading, merging
-
-    device, dtype = work.placement
-    work.progress.start("Merging the adapter", None)
-    adapted = adapters.load(loading.load_model(base, dtype=dtype, device=device), stage.path / "adapter")
-    with new_directory(stage.path / "merged") as folder:
-        merging.merge_to_folder(adapted, work.template, folder, licences=work.base.licence_files)
-
-
 def merge(work: Work, stage: Stage) -> None:
-    """Promote the last merged model, if the contract between it and base plus adapter holds.
+    """Promote the last trained model, if the contract between it and what was trained holds.
 
     Raises:
         ContractError: it does not; the model stays in `candidate`.
     """
-    import asyncio
-
     from corral import contract
-    from corral.engines.transformers import TransformersEngine
-    from corral.model import adapters, loading
+    from corral.training import weights
 
     number = len(work.recipe.train)
-    device, dtype = work.placement
+    start, trained = _start(work, number), work.run.path / stage_name(work.recipe, number)
     candidate = stage.path / "candidate"
     with new_directory(candidate) as folder:
-        link_or_copy_tree(work.run.path / stage_name(work.recipe, number) / "merged", folder)
+        link_or_copy_tree(trained / weights.MERGED, folder)
     probe_set = contract.probes(work.template)
-
-    async def measure(model: Any) -> list[list[float]]:
-        async with TransformersEngine(model) as engine:
-            return await contract.measure(engine, probe_set)
-
     work.progress.start("Measuring the contract", None)
-    adapter = work.run.path / stage_name(work.recipe, number) / "adapter"
-    adapted = adapters.load(loading.load_model(work.base_of(number), dtype=dtype, device=device), adapter)
-    trained = asyncio.run(measure(adapted))
-    del adapted
-    gc.collect()
-    merged = asyncio.run(measure(loading.load_model(candidate, dtype=dtype, device=device)))
+    measured, found = weights.checks(start, trained, candidate, probe_set, _measure(work, start))
     checks = [
         contract.check_token_ids(work.template, candidate),
         contract.check_stop_ids(work.template, candidate),
-        contract.compare_logprobs("adapter and merged model", trained, merged, contract.TOLERANCES[dtype]),
+        *found,
     ]
     files = contract.files_of(candidate)
-    contract.write(candidate / contract.FILE, work.template, probe_set, merged, checks, form=dtype, files=files)
+    contract.write(candidate / contract.FILE, work.template, probe_set, measured, checks, form=start.dtype, files=files)
     contract.enforce(checks, where=candidate)
     remove_tree(stage.path / "model")  # what a stop between promoting and recording left
     candidate.rename(stage.path / "model")
@@ -352,6 +391,14 @@ def require_extras(work: Work) -> None:
     if engine_name(work) == "openvino" or work.recipe.export.openvino:
         require("openvino_genai", "openvino")
         require("openvino_tokenizers", "openvino")
+    for name in work.recipe.trackers:
+        require(name, "trackers")
+    if any(stage.optimizer.kind != "adamw" for stage in work.recipe.train):
+        require("bitsandbytes", "quant")
+    if any(stage.quantization != "none" for stage in work.recipe.train):
+        from corral.model.quantised import bitsandbytes
+
+        bitsandbytes()
 
 
 def variant_rows(folder: Path, name: str, info: dict[str, float] | None = None) -> VariantRows:

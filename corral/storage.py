@@ -88,6 +88,12 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         _sync_directory(path.parent)
 
 
+def clear_leftovers(directory: Path) -> None:
+    """Removes what killed writers left below `directory`, which nobody else may be writing to."""
+    for left in sorted(directory.rglob(f"{_TEMPORARY}*"), reverse=True):
+        remove_tree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """`write_atomic` of `value` as indented JSON. NaN and infinity are refused: no strict reader would take them back.
 
@@ -343,7 +349,7 @@ def _translate(error: OSError, path: Path, needed: int | None) -> StorageError:
             return StorageError(
                 f"the disk is full: {room}{need}",
                 where=str(path),
-                hint="free some space, or choose another place; nothing half-written was left",
+                hint="free some space and give the same command again, or choose another place; nothing half-written was left",
             )
         case errno.EFBIG:
             need = f" of {_size(needed)}" if needed else ""

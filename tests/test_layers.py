@@ -12,7 +12,7 @@ LAYERS = {
     0: ["errors", "extras", "messages", "progress", "interrupts"],
     1: ["storage", "forms", "assets", "decoding", "template", "recipe", "reference", "run"],
     2: ["engines", "data", "model"],
-    3: ["answerer", "opening", "contract", "evaluation", "export", "training"],
+    3: ["answerer", "opening", "contract", "evaluation", "export", "training", "preflight"],
     4: ["stages", "pipeline", "report", "chat", "serving", "terminal"],
     5: ["cli", "__main__"],
 }

@@ -49,6 +49,11 @@ def test_a_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
         (('name = "a"', 'name = "a/b"'), "name (line 2)"),
         (("[[train]]\nsteps = 3", ""), "train: missing"),
         (('path = "rows.jsonl"', 'path = "r.jsonl"\n[[data.sources]]\npath = "r.jsonl"'), "two sources are called"),
+        (
+            ('path = "rows.jsonl"', 'path = "r.jsonl"\nweight = 2\n[[data.sources]]\npath = "s.jsonl"'),
+            "'r.jsonl' has a `weight` and 's.jsonl' has none: give every source one, or remove it",
+        ),
+        (('path = "rows.jsonl"', 'path = "rows.jsonl"\nweight = 0'), "data.sources.0.weight (line 7)"),
         (("steps = 3", "steps = nan"), "train.0.steps"),
         (("[[train]]", "[data.split]\ntest = 0\n[[train]]"), "`data.split.test` is 0"),
     ],

@@ -47,10 +47,14 @@ def test_what_is_superseded_is_kept_and_comes_back_with_its_inputs(recipe: Recip
 
 def test_an_unfinished_stage_is_taken_up_where_it_was(recipe: Recipe, tmp_path: Path) -> None:
     with Run.open(tmp_path, recipe) as run:
-        (run.stage("one", {"a": 1}).path / "half").write_text("x")
+        stage = run.stage("one", {"a": 1})
+        (stage.path / "half").write_text("x")
+        (stage.path / ".corral-tmp-file").write_text("what a killed writer left")
+        (stage.path / "deep" / ".corral-tmp-folder").mkdir(parents=True)
         again = run.stage("one", {"a": 1})
         assert not again.done
         assert (again.path / "half").exists()
+        assert not list(again.path.rglob(".corral-*"))
 
 
 @pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: p.write_text("longer than it was")])

@@ -3,22 +3,24 @@
 What is computed stays what transformers and PEFT compute, to rounding (`tests/model/test_fused.py`); what is saved for the
 backward pass, and how often memory is gone through, shrinks:
 
-- a LoRA layer forms W + s·BA once a pass (the cost of r tokens) and multiplies once, instead of through two branches;
-- SwiGLU keeps its two inputs only;
-- RMSNorm is torch's own.
+- a pack's whole decoder layer goes through `decoder`, on a CPU in float32, and through `gpu` on a GPU;
+- elsewhere, a LoRA layer forms W + s·BA once a pass (the cost of r tokens) and multiplies once, instead of through two
+  branches; SwiGLU keeps its two inputs only; RMSNorm is torch's own.
 
 Knows nothing about training. It leaves alone what it does not know to be equal: LoRA with dropout, layers with a bias,
-quantised layers, other activations, norms in low precision.
+other activations, norms in low precision; quantised layers are computed as `quantised` says.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from corral.model import decoder, gpu, quantised
 from corral.model.gemm import is_plain_linear, replace_forward, times_transposed
 
 
@@ -61,35 +63,52 @@ class _SwiGlu(torch.autograd.Function):
 
 
 def fuse(model: nn.Module) -> None:
-    """Replace the forwards of a PEFT model's LoRA layers, MLPs and norms, where equality is known."""
+    """Replace the forwards of a PEFT model's layers and their parts, where equality is known."""
     from peft.tuners.lora import Linear as LoraLayer
-    from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+    from peft.tuners.lora import LoraLayer as LoraLayerOfAnyKind
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
     for module in model.modules():
-        if isinstance(module, LoraLayer) and _is_plain(module):
+        if isinstance(module, LlamaDecoderLayer):
+            replace_forward(module, _layer_forward)
+        elif isinstance(module, LoraLayer) and _is_plain(module):
             replace_forward(module, _lora_forward)
-        elif isinstance(module, LlamaMLP) and isinstance(module.act_fn, nn.SiLU | _silu_types()):
+        elif isinstance(module, LoraLayer) and gpu.is_low_precision(module):
+            replace_forward(module, gpu.lora_forward)
+        elif isinstance(module, LoraLayerOfAnyKind):
+            quantised.fuse_adapter(module)
+        elif isinstance(module, LlamaMLP) and decoder.is_silu(module.act_fn):
             replace_forward(module, _mlp_forward)
-        elif isinstance(module, LlamaRMSNorm) and module.weight.dtype == torch.float32:
+        elif isinstance(module, LlamaRMSNorm) and (module.weight.is_cuda or module.weight.dtype == torch.float32):
             replace_forward(module, _norm_forward)
-
-
-def _silu_types() -> type[nn.Module]:
-    from transformers.activations import ACT2FN
-
-    return type(ACT2FN["silu"])
 
 
 def _is_plain(layer: Any) -> bool:
     base = layer.get_base_layer()
-    (name,) = layer.active_adapters if len(layer.active_adapters) == 1 else (None,)
     return (
-        name is not None
+        decoder.is_exact(layer)
         and is_plain_linear(base)
-        and isinstance(layer.lora_dropout[name], nn.Identity)
-        and not layer.use_dora[name]
-        and layer.lora_A[name].weight.dtype == base.weight.dtype
+        and layer.lora_A[layer.active_adapters[0]].weight.dtype == base.weight.dtype
     )
+
+
+def _layer_forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    # transformers gives these names; `lengths` is there when a pack is computed.
+    lengths, rotation = kwargs.get("lengths"), kwargs.get("position_embeddings")
+    if kwargs.get("ends") is not None and lengths is not None and rotation is not None:
+        found = gpu.layer_forward(layer, hidden_states, rotation, lengths, kwargs["ends"])
+        if found is not None:
+            return found
+    fits = hidden_states.device.type == "cpu" and hidden_states.dtype == torch.float32 and len(hidden_states) == 1
+    if not fits or lengths is None or rotation is None or args or kwargs.get("past_key_values") is not None:
+        return type(layer).forward(layer, hidden_states, *args, **kwargs)
+    parts = decoder.parts(layer)
+    if parts is None:
+        return type(layer).forward(layer, hidden_states, **kwargs)
+    forward = partial(decoder.forward, parts, rotation=rotation, lengths=lengths)
+    if layer.gradient_checkpointing and layer.training:
+        return layer._gradient_checkpointing_func(forward, hidden_states)
+    return forward(hidden_states)
 
 
 def _lora_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+STEP = 32  # numbers of rows are rounded up to multiples of it, see `fill`
+
 
 @cache
 def _available() -> bool:
@@ -26,9 +28,17 @@ def _available() -> bool:
     try:
         # The operator is torch's own, but no public name: hold it to its meaning before relying on it.
         x, weight = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
-        return torch.equal(_onednn(x, weight), x @ weight.T)
+        plus = torch.ones(2, 4)
+        product = x @ weight.T
+        return torch.equal(_onednn(x, weight), product) and torch.equal(_onednn_plus(x, weight, plus), product + plus)
     except (RuntimeError, AttributeError, TypeError):
         return False
+
+
+def fill(rows: int) -> int:
+    """How many rows of nothing a product should have added: oneDNN makes a program for each number of rows, some 0.5 MB and
+    1 ms each, and keeps it, so there should be few numbers."""
+    return -rows % STEP if _available() else 0
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
@@ -36,18 +46,25 @@ def _onednn(x: Tensor, weight: Tensor) -> Tensor:
     return product(x, weight, None, "none", [], "")
 
 
-def times_transposed(x: Tensor, weight: Tensor) -> Tensor:
-    """x weightᵀ, not differentiable on the fast path: for use under no_grad and inside autograd functions.
+def _onednn_plus(x: Tensor, weight: Tensor, plus: Tensor) -> Tensor:
+    product: Any = torch.ops.mkldnn._linear_pointwise.binary  # pyright: ignore[reportPrivateUsage]
+    return product(x, plus, weight, None, "add")
+
+
+def times_transposed(x: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
+    """x weightᵀ + plus, not differentiable on the fast path: for use under no_grad and inside autograd functions.
 
     Args:
         x: [..., in].
         weight: [out, in], contiguous or the transpose of something contiguous.
+        plus: [..., out], contiguous; nothing is added without it.
 
     Returns: [..., out].
     """
     if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() and _available():
-        return _onednn(x, weight)
-    return x @ weight.T
+        return _onednn(x, weight) if plus is None else _onednn_plus(x, weight, plus)
+    product = x @ weight.T
+    return product if plus is None else product.add_(plus)
 
 
 class _FrozenLinear(torch.autograd.Function):

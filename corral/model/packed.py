@@ -2,14 +2,14 @@
 
 A pack is sequences laid end to end in one row. Attention runs within each sequence alone and positions start anew, so
 the result for a sequence is what it would be by itself (to rounding); no padding is computed, and no square over the
-whole pack. The head runs in chunks over the wanted positions: no [tokens, vocabulary] tensor exists.
+whole pack. The head runs in chunks over the vocabulary, for the wanted positions: no [tokens, vocabulary] tensor exists.
 
 This module knows nothing about losses, optimizers, templates or rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -20,10 +20,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from corral.model import gemm, gpu
+from corral.model.attention import packed_attention
 from corral.model.gemm import times_transposed
 
 ATTENTION = "corral_packed"
-_CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
+_CHUNK_ELEMENTS = 2**21  # logits held at once: 8 MiB in float32
 
 
 def _packed_attention(
@@ -35,34 +37,24 @@ def _packed_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     lengths: Sequence[int] | None = None,
+    ends: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention within each of `lengths`; without `lengths`, transformers' own. Shapes as transformers has them."""
     if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    if query.is_cuda:
-        return _varlen_attention(query, key, value, scaling, lengths), None
+    if ends is not None and not dropout:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
+        return gpu.attend(q, k, v, scale, lengths, ends)[None], None
+    if query.device.type == "cpu" and query.dtype == torch.float32 and not dropout:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return packed_attention(query, key, value, scale, lengths), None
     parts = [
         F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True)
         for q, k, v in zip(*(t.split(list(lengths), dim=2) for t in (query, key, value)), strict=True)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
-
-
-def _varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, lengths: Sequence[int]
-) -> Tensor:
-    """The same through torch's variable-length kernel, on a GPU. Returns [1, tokens, heads, head size]."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    ends = torch.tensor([0, *lengths], device=query.device).cumsum(0).to(torch.int32)
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
-    longest = max(lengths)
-    out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0))
-    return out.unsqueeze(0)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 AttentionInterface.register(ATTENTION, _packed_attention)
@@ -80,16 +72,24 @@ def hidden_states(model: nn.Module, sequences: Sequence[Sequence[int]]) -> Tenso
     if causal.config._attn_implementation != ATTENTION:  # pyright: ignore[reportPrivateUsage]
         causal.set_attn_implementation(ATTENTION)
     lengths = [len(s) for s in sequences]
+    total = sum(lengths)
     device = causal.device
-    ids = torch.tensor([i for s in sequences for i in s], device=device).unsqueeze(0)
-    positions = torch.cat([torch.arange(n) for n in lengths]).to(device).unsqueeze(0)
+    fill = gemm.fill(total) if device.type == "cpu" else 0
+    lengths[-1] += fill  # comes after all that is asked for, so nothing sees it
+    ids = gpu.sent(torch.tensor([i for s in sequences for i in s] + [0] * fill), device).unsqueeze(0)
+    positions = gpu.sent(torch.cat([torch.arange(n) for n in lengths]), device).unsqueeze(0)
     backbone: Any = causal.base_model
     # The 4-d mask is not read: it only keeps transformers from building a [tokens, tokens] one.
     ignored = torch.zeros(1, 1, 1, 1, device=device)
     output = backbone(
-        input_ids=ids, attention_mask=ignored, position_ids=positions, use_cache=False, lengths=tuple(lengths)
+        input_ids=ids,
+        attention_mask=ignored,
+        position_ids=positions,
+        use_cache=False,
+        lengths=tuple(lengths),
+        ends=gpu.ends_of(lengths, device),
     )
-    return output.last_hidden_state[0]
+    return output.last_hidden_state[0, :total]
 
 
 def _causal_model(model: nn.Module) -> PreTrainedModel:
@@ -107,31 +107,37 @@ class _TokenLogProbs(torch.autograd.Function):
     """log softmax(h Wᵀ)[target] for each row, without keeping logits.
 
     Its gradient by h is W[target] − softmax(h Wᵀ) W, a vector per row that any later weighting only scales. So it is
-    formed in the forward pass, where the probabilities are at hand, and backward costs a multiplication.
+    formed in the forward pass, where the probabilities are at hand, and backward costs a multiplication. The vocabulary is
+    gone through in parts, with sums that are scaled to the highest logit so far (Milakov and Gimelshein 2018, arXiv
+    1805.02867).
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        rows = max(1, _CHUNK_ELEMENTS // weight.shape[0])
         want_hidden, want_weight = ctx.needs_input_grad[:2]
-        logprobs = torch.empty(len(hidden), device=hidden.device, dtype=torch.float32)
-        slopes = torch.empty_like(hidden) if want_hidden else None
-        for h, t, out, at in zip(
-            hidden.split(rows), targets.split(rows), logprobs.split(rows), range(0, len(hidden), rows), strict=False
-        ):
-            logits = times_transposed(h, weight).float()
-            highest = logits.amax(dim=-1, keepdim=True)
-            at_target = logits.gather(1, t[:, None])
-            # One pass of exponentials serves the norm and the gradient.
-            exponentials = logits.sub_(highest).exp_()
-            total = exponentials.sum(dim=-1, keepdim=True)
-            out.copy_((at_target - highest - total.log()).squeeze(1))
-            if slopes is not None:
-                mean_row = times_transposed(exponentials.to(weight.dtype), weight.T).div_(total)
-                torch.sub(weight[t], mean_row, out=slopes[at : at + rows])
-        ctx.save_for_backward(slopes, *((hidden, weight, targets) if want_weight else ()))
-        ctx.rows = rows
-        return logprobs
+        fill = gemm.fill(len(hidden)) if hidden.device.type == "cpu" else 0
+        rows = F.pad(hidden, (0, 0, 0, fill)) if fill else hidden
+        highest = torch.full((len(rows), 1), -torch.inf, device=rows.device)
+        total, summed = torch.zeros_like(highest), torch.zeros(rows.shape, device=rows.device) if want_hidden else None
+        at_target = torch.empty(len(hidden), device=rows.device)
+        for start, part in _parts(weight, len(rows)):
+            logits = times_transposed(rows, part).float()
+            column = targets - start
+            inside = (column >= 0) & (column < len(part))
+            found = logits[: len(hidden)].gather(1, column.clamp(0, len(part) - 1)[:, None]).squeeze(1)
+            at_target = torch.where(inside, found, at_target)
+            higher = torch.maximum(highest, logits.amax(dim=-1, keepdim=True))
+            shrink, highest = (highest - higher).exp_(), higher
+            exponentials = logits.sub_(higher).exp_()
+            total.mul_(shrink).add_(exponentials.sum(dim=-1, keepdim=True))
+            if summed is not None:
+                summed.mul_(shrink).add_(times_transposed(exponentials.to(weight.dtype), part.T))
+        normaliser = (highest + total.log())[: len(hidden)]
+        slopes = None
+        if summed is not None:
+            slopes = (weight[targets] - summed.div_(total)[: len(hidden)]).to(hidden.dtype)
+        ctx.save_for_backward(slopes, *((hidden, weight, targets, normaliser) if want_weight else ()))
+        return at_target - normaliser.squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -140,14 +146,22 @@ class _TokenLogProbs(torch.autograd.Function):
         of_hidden = None if slopes is None else slopes * gradient[:, None].to(slopes.dtype)
         of_weight = None
         if rest:
-            hidden, weight, targets = rest
-            of_weight = torch.zeros_like(weight)
-            for h, t, g in zip(*(x.split(ctx.rows) for x in (hidden, targets, gradient)), strict=True):
-                probabilities = (h @ weight.T).float().softmax(dim=-1)
-                scaled = probabilities.mul_(-g[:, None])
-                scaled[torch.arange(len(t), device=t.device), t] += g
-                of_weight.addmm_(scaled.to(h.dtype).T, h)
+            hidden, weight, targets, normaliser = rest
+            of_weight = torch.empty_like(weight)
+            for start, part in _parts(weight, len(hidden)):
+                probabilities = (hidden @ part.T).float().sub_(normaliser).exp_()
+                scaled = probabilities.mul_(-gradient[:, None]).to(hidden.dtype)
+                of_weight[start : start + len(part)] = scaled.T @ hidden
+            of_weight.index_add_(0, targets, hidden * gradient[:, None].to(hidden.dtype))
         return of_hidden, of_weight, None
+
+
+def _parts(weight: Tensor, rows: int) -> Generator[tuple[int, Tensor]]:
+    """(start, rows from there) of what is multiplied at a time, so that `_CHUNK_ELEMENTS` hold the logits of `rows` rows."""
+    columns = max(1, _CHUNK_ELEMENTS // max(1, rows))
+    columns -= columns % 64 if columns > 64 else 0  # whole blocks for the products
+    for start in range(0, len(weight), columns):
+        yield start, weight[start : start + columns]
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -160,6 +174,8 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
     Returns: [n].
     """
+    if hidden.is_cuda:
+        return gpu.token_logprobs(hidden, weight, targets)
     result: Any = _TokenLogProbs.apply(hidden, weight, targets)
     return result
 
@@ -182,8 +198,8 @@ def target_logprobs(
         starts.append(starts[-1] + len(sequence))
     flat = torch.tensor([start + p - 1 for (start, _), ps in zip(pairwise(starts), positions, strict=True) for p in ps])
     targets = torch.tensor([s[p] for s, ps in zip(sequences, positions, strict=True) for p in ps])
-    picked = hidden.index_select(0, flat.to(hidden.device))
-    logprobs = token_logprobs(picked, head_weight(model), targets.to(hidden.device))
+    picked = hidden.index_select(0, gpu.sent(flat, hidden.device))
+    logprobs = token_logprobs(picked, head_weight(model), gpu.sent(targets, hidden.device))
     return logprobs.split([len(ps) for ps in positions])
 
 

@@ -9,6 +9,10 @@ from corral.errors import ModelError
 if TYPE_CHECKING:
     from corral.model.loading import DType
 
+# A GPU wants long passes to be busy; a CPU is as fast with short ones, which need less memory.
+PACK_LENGTHS = {"cuda": 8192, "cpu": 512}
+"""Most tokens of a forward pass, unless a recipe says otherwise or has longer examples."""
+
 
 def placement(
     device: Literal["auto", "cpu", "cuda"] = "auto", dtype: DType | Literal["auto"] = "auto"

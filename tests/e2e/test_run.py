@@ -200,14 +200,14 @@ def test_a_broken_contract_stops_the_run_with_4_and_promotes_nothing(
     from corral import cli
     from corral.model import merging
 
-    honest = merging.merge_to_folder
+    honest = merging.merged
 
-    def faulty(model: Any, *args: Any, **kwargs: Any) -> None:
+    def faulty(model: Any) -> Any:
         with torch.no_grad():
             model.get_base_model().model.layers[0].mlp.down_proj.weight.mul_(1.1)
-        honest(model, *args, **kwargs)
+        return honest(model)
 
-    monkeypatch.setattr(merging, "merge_to_folder", faulty)
+    monkeypatch.setattr(merging, "merged", faulty)
     folder = workspace()
     assert cli.main(["run", str(folder / "r.toml"), "--out", str(folder / "run")]) == 4
     assert not (folder / "run/merge/model").exists()

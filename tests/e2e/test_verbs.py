@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent.parent
 VERBS = (
     "init",
     "run",
+    "plan",
     "inspect",
     "evaluate",
     "compare",
@@ -40,16 +41,25 @@ def test_each_verb_has_help_with_an_example_that_parses(verb: str) -> None:
 
 
 def commands_in(text: str) -> list[str]:
-    """Commands in blocks, and in running text where nothing in them stands for several."""
-    blocks = re.findall(r"```\w*\n(.*?)```", text, re.S)
+    """Commands in blocks, torchrun's too, and in running text where nothing in them stands for several."""
+    blocks = re.findall(r"```\w*\n(.*?)```", text.replace("\\\n", " "), re.S)
     lines = [line.split("#")[0].removeprefix(".venv/bin/").strip() for block in blocks for line in block.splitlines()]
+    lines = [re.sub(r"^.*torchrun .*? -m corral ", "corral ", line) for line in lines]
     running = re.findall(r"`(corral [a-z]+ [^`|]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
     return [command for command in (*lines, *(" ".join(c.split()) for c in running)) if command.startswith("corral ")]
 
 
 @pytest.mark.parametrize(
     ("page", "count"),
-    [("README.md", 9), ("docs/export.md", 3), ("docs/serving.md", 1), ("docs/data.md", 1), ("docs/architecture.md", 0)],
+    [
+        ("README.md", 10),
+        ("docs/export.md", 3),
+        ("docs/serving.md", 1),
+        ("docs/data.md", 1),
+        ("docs/scale.md", 4),
+        ("docs/training.md", 3),
+        ("docs/architecture.md", 0),
+    ],
 )
 def test_every_corral_command_in_the_documentation_parses(page: str, count: int) -> None:
     commands = commands_in((ROOT / page).read_text("utf-8"))
@@ -85,6 +95,29 @@ def test_inspect_shows_rows_in_the_terminal_and_as_a_page(finished: Path, tmp_pa
     assert done.returncode == 0, done.stderr
     assert "What is" in done.stdout
     assert "What is" in re.sub(r"<[^>]+>", "", page.read_text("utf-8"))
+
+
+def test_a_plan_that_does_not_fit_names_what_to_change_and_has_exit_code_4(
+    finished: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    large = tmp_path / "large"  # an 8B model's sizes, without its weights
+    shutil.copytree(tiny_folder, large, ignore=shutil.ignore_patterns("*.safetensors"))
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    config = json.loads((large / "config.json").read_text()) | sizes | {"num_key_value_heads": 8, "head_dim": 128}
+    (large / "config.json").write_text(json.dumps(config | {"vocab_size": 128256}))
+    arguments = ("plan", finished / "r.toml", "--set", f"model.base={large}", "--device", "t4")
+    refused = corral(*arguments, cwd=tmp_path)
+    assert refused.returncode == 4, refused.stderr
+    assert "--set train.0.quantization=nf4" in refused.stdout
+    assert "does not fit" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    done = corral(*arguments, "--set", "train.0.quantization=nf4", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["verdict"] == "fits"
+    assert [path.name for path in tmp_path.iterdir()] == ["large"]
+    unknown = corral("plan", finished / "r.toml", "--device", "abacus")
+    assert unknown.returncode == 2
+    assert "abacus" in unknown.stderr
 
 
 def test_evaluate_again_with_other_settings(finished: Path, tmp_path: Path) -> None:

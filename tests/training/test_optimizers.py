@@ -1,11 +1,16 @@
-"""Learning rates."""
+"""Optimizers and learning rates."""
 
 from __future__ import annotations
 
-import pytest
+import sys
+from typing import Any
 
+import pytest
+import torch
+
+from corral.errors import MissingExtraError
 from corral.recipe import Optimizer
-from corral.training.optimizers import learning_rate
+from corral.training.optimizers import build, learning_rate, shortfall
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -24,3 +29,50 @@ def test_cosine_and_linear_are_halfway_down_in_the_middle() -> None:
         config = Optimizer(lr=2.0, schedule=schedule, warmup_ratio=0)  # pyright: ignore[reportArgumentType]
         assert learning_rate(config, 1, 100) == 2.0
         assert learning_rate(config, 51, 100) == pytest.approx(1.0)
+
+
+def test_warm_up_in_steps_may_outlast_the_training() -> None:
+    config = Optimizer(lr=1.0, warmup_steps=50)
+    rates = [learning_rate(config, step, 40) for step in range(1, 41)]
+    assert rates == [step / 51 for step in range(1, 41)]
+
+
+def trained(kind: str, steps: int = 30) -> Any:
+    """A matrix after some steps towards a target, and the optimizer."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(128, 64))
+    target = torch.randn(128, 64)
+    config = Optimizer(kind=kind, lr=1e-2, weight_decay=0.1)  # pyright: ignore[reportArgumentType]
+    optimizer = build([weight], config)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (weight - target).square().mean().backward()
+        optimizer.step()
+    return weight.detach(), optimizer
+
+
+def test_paged_32_bit_adamw_is_adamw() -> None:
+    torch.testing.assert_close(trained("paged_adamw_32bit")[0], trained("adamw")[0], rtol=1e-5, atol=1e-6)
+
+
+def test_that_nothing_is_paged_without_a_gpu_is_known() -> None:
+    paged, plain = Optimizer(kind="paged_adamw_32bit"), Optimizer(kind="adamw_8bit")
+    assert "nothing is paged" in (shortfall(paged, "cpu") or "")
+    assert shortfall(paged, "cuda:0") is None
+    assert shortfall(plain, "cpu") is None
+
+
+@pytest.mark.parametrize("kind", ["adamw_8bit", "paged_adamw_8bit"])
+def test_8_bit_adamw_keeps_its_moments_in_bytes_and_stays_near_adamw(kind: str) -> None:
+    weight, optimizer = trained(kind)
+    (state,) = optimizer.state.values()
+    assert state["state1"].dtype == state["state2"].dtype == torch.uint8
+    exact, start = trained("adamw")[0], trained("adamw", steps=0)[0]
+    assert (weight - exact).norm() < 0.05 * (exact - start).norm()
+
+
+def test_without_bitsandbytes_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(MissingExtraError, match="bitsandbytes") as refused:
+        trained("adamw_8bit")
+    assert "corral[quant]" in str(refused.value.hint)

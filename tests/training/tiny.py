@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from corral.data.prepared import Example
 from corral.messages import Conversation
 from corral.model import adapters
 from corral.recipe import Lora, Optimizer, Train
+from corral.training.distributed import World
 from corral.training.loop import Training
 from corral.training.objectives import OBJECTIVES
 from tests.conftest import make_tiny_model
@@ -30,10 +33,16 @@ def make_training(
     held_out: int = 4,
     dropout: float = 0.0,
     lr: float = 5e-3,
+    dtype: torch.dtype = torch.float32,
+    world: World | None = None,
     **settings: Any,
 ) -> Training:
     examples = make_examples(encoded)
-    model = adapters.attach(make_tiny_model(vocabulary), Lora(rank=4, alpha=8, dropout=dropout), seed=3)
+    model: Any = make_tiny_model(vocabulary).to(dtype)
+    if settings.get("method") == "full":
+        model.requires_grad_(True)
+    else:
+        model = adapters.attach(model, Lora(rank=4, alpha=8, dropout=dropout), seed=3)
     config = Train(
         **{"steps": 12, "batch_size": 4, "evaluate_every": 4, "checkpoint_every": 3}
         | settings
@@ -50,4 +59,5 @@ def make_training(
         seed=5,
         folder=folder,
         save_best=lambda _: None,
+        world=world,
     )

@@ -1,0 +1,1 @@
+"""What a recipe needs before it is run: measured on this machine, estimated for another."""

@@ -1,0 +1,351 @@
+"""What a training stage would need on some machine, by arithmetic: memory by part, and tokens a second.
+
+From the model's `config.json`, the stage's settings and the longest pack alone. Each formula counts what corral's own forward
+passes keep (`model.decoder`, `model.fused`, `model.packed`); tests hold them against what is measured, and `preflight` says
+how far they are off on the machine at hand.
+
+Figures of devices are their makers' data sheets: dense tensor-core rates, never the doubled ones for sparse weights. Shares
+of that rate which training reaches (MFU, counting 4 FLOP a weight and token for an adapter, 6 for all weights) are assumptions
+from published runs: Llama-3.1-8B LoRA on H100 at 40.6 % (NeMo AutoModel), Llama-3.2-3B LoRA on A100 at 34 % and in 4 bits at
+33 % (torchtune).
+
+Knows nothing about rows, processes or how anything is measured, and needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from corral.errors import ModelError, RecipeError
+
+if TYPE_CHECKING:
+    from corral.model.loading import DType
+    from corral.recipe import Train
+
+GB = 10**9
+_GIB = 2**30
+_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+_LOGITS = 2**21  # held at once: `model.packed`
+_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, the 8-bit scale of its block of 64, the scale of 256 scales
+_STARTING = (
+    1e-3  # seconds that a layer's kernels take to start, forward and backward: what small models wait for on a GPU
+)
+MOMENTS: Mapping[str, float] = {
+    "adamw": 8.0,
+    "adamw_8bit": 2.0 + 8 / 256,  # blocks of 256 with a float32 scale, two moments
+    "paged_adamw_8bit": 2.0 + 8 / 256,
+    "paged_adamw_32bit": 8.0,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A machine to train on.
+
+    Args:
+        memory: bytes that training can have.
+        flops: FLOP/s of matrix products in 16 bits, as its data sheet says or as it was measured; `flops32` in float32.
+        bandwidth: of its memory, bytes/s.
+        mfu: the share of `flops` that training is assumed to reach.
+        process: bytes that are taken before a model is there: a CUDA context, or Python with its packages.
+        besides: bytes that come with the first steps: kernels and their buffers, threads, the tokenizer.
+        spread: what the allocator wastes, as a share of what comes and goes.
+        half: the 16-bit type it computes in.
+        source: where the figures are from.
+    """
+
+    name: str
+    kind: Literal["cuda", "cpu"]
+    memory: int
+    flops: float
+    flops32: float
+    bandwidth: float
+    mfu: float
+    process: int
+    besides: int
+    spread: float
+    half: DType
+    source: str
+
+    def dtype(self, wanted: str) -> DType:
+        """What a recipe's `model.dtype` means on it. Raises: RecipeError (it has no such type)."""
+        if wanted == "auto":
+            return "float32" if self.kind == "cpu" else self.half
+        if wanted == "bfloat16" and self.half == "float16":
+            raise RecipeError(
+                f"a {self.name} does not compute in bfloat16", where="model.dtype", hint='use "auto" or "float16"'
+            )
+        return "bfloat16" if wanted == "bfloat16" else "float16" if wanted == "float16" else "float32"
+
+
+def _gpu(
+    name: str,
+    gib: float,
+    tera: float,
+    tera32: float,
+    bandwidth: float,
+    mfu: float,
+    source: str,
+    half: DType = "bfloat16",
+) -> Device:
+    rates = tera * 1e12, tera32 * 1e12, bandwidth * 1e9
+    return Device(name, "cuda", int(gib * _GIB), *rates, mfu, int(0.6 * GB), int(0.2 * GB), 0.08, half, source)
+
+
+# Memory is what a driver of today leaves of the nominal size, as torch tells it.
+DEVICES: Mapping[str, Device] = {
+    "t4": _gpu("T4", 14.6, 65, 8.1, 320, 0.25, "NVIDIA T4 data sheet; MFU assumed, no published run", "float16"),
+    "24g": _gpu("24 GB card", 23.5, 71, 35.6, 936, 0.35, "GeForce RTX 3090 (GA102 whitepaper); newer ones are faster"),
+    "a100-80g": _gpu("A100 80 GB", 79.1, 312, 19.5, 2039, 0.34, "NVIDIA A100 SXM data sheet; MFU of torchtune's runs"),
+    "h100": _gpu("H100", 79.1, 989, 67, 3350, 0.38, "NVIDIA H100 SXM data sheet; MFU below NeMo's 40.6 %"),
+    "h200": _gpu("H200", 139.8, 989, 67, 4800, 0.38, "NVIDIA H200 SXM data sheet; MFU below NeMo's 40.6 % on H100"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes of a Llama-family model."""
+
+    layers: int
+    hidden: int
+    inner: int
+    heads: int
+    key_heads: int
+    head_size: int
+    vocabulary: int
+    tied: bool
+
+    @classmethod
+    def of(cls, folder: Path) -> Shape:
+        """From a model folder's config.json. Raises: ModelError (there is none, or a size is missing)."""
+        path = folder / "config.json"
+        try:
+            config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+            hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+            return cls(
+                layers=int(config["num_hidden_layers"]),
+                hidden=hidden,
+                inner=int(config["intermediate_size"]),
+                heads=heads,
+                key_heads=int(config.get("num_key_value_heads") or heads),
+                head_size=int(config.get("head_dim") or hidden // heads),
+                vocabulary=int(config["vocab_size"]),
+                tied=bool(config.get("tie_word_embeddings", False)),
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"the model's sizes cannot be read: {type(error).__name__}: {error}",
+                where=str(path),
+                hint="give a Llama-family model whose config.json is whole",
+            ) from None
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of a layer's linear layers."""
+        queries, keys = self.heads * self.head_size, self.key_heads * self.head_size
+        return {
+            "q_proj": (queries, self.hidden),
+            "k_proj": (keys, self.hidden),
+            "v_proj": (keys, self.hidden),
+            "o_proj": (self.hidden, queries),
+            "gate_proj": (self.inner, self.hidden),
+            "up_proj": (self.inner, self.hidden),
+            "down_proj": (self.hidden, self.inner),
+        }
+
+    @property
+    def in_layers(self) -> int:
+        """Weights of all linear layers but the output layer."""
+        return self.layers * sum(out * into for out, into in self.linears.values())
+
+    @property
+    def outside(self) -> int:
+        """Weights of embeddings, output layer and norms."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2) + (2 * self.layers + 1) * self.hidden
+
+    @property
+    def weights(self) -> int:
+        """All weights."""
+        return self.in_layers + self.outside
+
+    def trained(self, train: Train) -> int:
+        """Weights that a stage trains."""
+        if train.method == "full":
+            return self.weights
+        rank, targets = train.lora.rank, self.targets(train)
+        sizes = (self.linears[name] for name in targets)
+        return self.layers * sum(rank * (out + into) + (out if train.lora.dora else 0) for out, into in sizes)
+
+    def targets(self, train: Train) -> list[str]:
+        """The linear layers of a layer that get an adapter."""
+        if train.method == "full":
+            return []
+        named = train.lora.targets
+        return [name for name in self.linears if named == "all-linear" or name in named]
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """One forward pass: its tokens, and for how many of them the output layer computes.
+
+    Args:
+        context: how many tokens a token sees on average.
+    """
+
+    tokens: int
+    trained: int
+    context: float
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Bytes at the peak of a step, by what they are for."""
+
+    process: int
+    """Taken before a model is there."""
+    weights: int
+    """Of the model and its adapters."""
+    optimizer: int
+    """Gradients and the optimizer's moments."""
+    activations: int
+    """Kept by the layers for the backward pass."""
+    head: int
+    """Logits of a chunk, and what the output layer keeps."""
+    rest: int
+    """What layers use while they compute, and what the allocator holds back."""
+
+    @property
+    def held(self) -> int:
+        """What is there between steps too."""
+        return self.process + self.weights + self.optimizer
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(getattr(self, each.name) for each in fields(self))
+
+
+def memory(shape: Shape, train: Train, pack: Pack, device: Device, dtype: DType) -> Parts:
+    """Memory at the peak of a step.
+
+    Args:
+        pack: the longest one.
+        dtype: what the model is held in; a model that is trained as a whole is held in float32 and computed in this.
+    """
+    full = train.method == "full"
+    trained = shape.trained(train)
+    own, computed = (4, _computed(train, dtype)) if full else (_BYTES[dtype], _BYTES[dtype])
+    adapters = 0 if full else trained * 4
+    weights = int(shape.in_layers * _held(train, own) + shape.outside * own) + adapters
+    a_layer = _kept_by_a_layer(shape, train, device, computed) * pack.tokens
+    activations = a_layer * shape.layers
+    inside = (
+        _used_by_a_layer(shape, computed) * pack.tokens + 2 * max(o * i for o, i in shape.linears.values()) * computed
+    )
+    if train.gradient_checkpointing:
+        activations = shape.layers * shape.hidden * (4 if full else computed) * pack.tokens
+        inside += a_layer
+    activations += (8 if full else 4) * shape.hidden * pack.tokens  # the last norm's input
+    if full and computed == 2:  # weights are rounded for each product, and kept until its backward pass
+        activations += shape.in_layers * 2
+    optimizer = int(trained * (4 + MOMENTS[train.optimizer.kind]))
+    # Two parts of the logits, in float32 and rounded; states, their sums and their gradients.
+    wide = 4 if full else computed
+    logits = min(_LOGITS, pack.trained * shape.vocabulary)
+    head = logits * (8 if wide == 4 else 10) + pack.trained * shape.hidden * (8 + 2 * wide)
+    if full:
+        head += shape.vocabulary * shape.hidden * 4
+    rest = device.besides + inside + int(device.spread * (activations + head + inside))
+    if device.kind == "cpu" and train.quantization != "none":  # what reading the full weights leaves in the allocator
+        rest += shape.in_layers * own // 2
+    return Parts(device.process, weights, optimizer, int(activations), head, rest)
+
+
+def _computed(train: Train, dtype: DType) -> int:
+    return 2 if dtype == "bfloat16" else 4
+
+
+def _held(train: Train, own: int) -> float:
+    """Bytes of a weight in a linear layer."""
+    return {"none": float(own), "nf4": _NF4_BYTES, "int8": 1.0}[train.quantization]
+
+
+def _kept_by_a_layer(shape: Shape, train: Train, device: Device, size: int) -> int:
+    """Bytes a token that a layer keeps for the backward pass."""
+    hidden, inner = shape.hidden, shape.inner
+    queries, keys = shape.heads * shape.head_size, shape.key_heads * shape.head_size
+    targets = shape.targets(train)
+    if _in_two_halves(train, device, size):
+        # Input, queries, keys, values and what attention gave; input and the two inputs of SwiGLU; two norms' factors.
+        attended = queries if "o_proj" in targets else 0
+        return 4 * (2 * hidden + queries + 2 * keys + attended + 2 * inner + 2)
+    kept = 2 * (4 * hidden + 4)  # norms keep their input in float32
+    if device.kind == "cuda":
+        kept += 4 * queries * size  # keys and values repeated for each query head, and the result
+    else:
+        kept += (queries + 2 * keys) * size + (0 if size == 4 else 2 * queries * size)
+    kept += 2 * inner * size
+    if train.method == "full":
+        kept += (2 * hidden + queries + inner) * size  # what goes into the products
+        # Norms keep their result for their weight's gradient; where it computes in 16 bits, SwiGLU is not fused.
+        return kept + 2 * hidden * size + (0 if size == 4 else inner * size)
+    return kept + _kept_by_adapters(shape, train, device, size)
+
+
+def _kept_by_adapters(shape: Shape, train: Train, device: Device, size: int) -> int:
+    targets, rank = shape.targets(train), train.lora.rank
+    into = {name: shape.linears[name][1] for name in targets}
+    if train.lora.dropout == 0 and not train.lora.dora and size == 4:
+        shared = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+        firsts = {shared.get(name, name): count for name, count in into.items()}
+        return 4 * sum(firsts.values())
+    # PEFT's own branches: each brings its input to float32 for itself, and with dropout keeps a mask too.
+    copies = sum(into.values()) * (4 + (3 if train.lora.dropout else 0)) + 4 * rank * len(targets)
+    if train.lora.dora:
+        copies += sum(8 * shape.linears[name][0] for name in targets)
+    return copies
+
+
+def _in_two_halves(train: Train, device: Device, size: int) -> bool:
+    """Whether `model.decoder` computes the layers."""
+    exact = train.lora.dropout == 0 and not train.lora.dora
+    return device.kind == "cpu" and size == 4 and train.method == "lora" and train.quantization != "int8" and exact
+
+
+def _used_by_a_layer(shape: Shape, size: int) -> int:
+    """Bytes a token that a layer uses while its backward pass is computed: four rows as wide as the MLP, four as the model."""
+    return 4 * (shape.inner + shape.hidden) * size
+
+
+def tokens_per_second(shape: Shape, train: Train, pack: Pack, device: Device, dtype: DType) -> float:
+    """Tokens that are trained on in a second, optimizer left out.
+
+    Args:
+        pack: a typical one.
+    """
+    full = train.method == "full"
+    # Forward, gradient by the input, gradient by the weight; the first once more where it is computed again.
+    passes = 2 + (1 if full else 0) + (1 if train.gradient_checkpointing else 0)
+    products = 2 * passes * shape.in_layers
+    if not full:
+        products += 6 * shape.trained(train)
+    attention = (
+        2 * 2 * shape.layers * shape.heads * shape.head_size * pack.context * (3.5 + train.gradient_checkpointing)
+    )
+    head = 2 * shape.vocabulary * shape.hidden * (3 if full else 2) * pack.trained / pack.tokens
+    low = _computed(train, dtype) == 2 if full else _BYTES[dtype] == 2
+    seconds = (products + attention + head) / ((device.flops if low else device.flops32) * device.mfu)
+    if train.quantization != "none":  # weights are restored for each product: read, and written in full
+        moved = shape.in_layers * (_held(train, 4) + 2 * _BYTES[dtype])
+        seconds += passes * moved / device.bandwidth / pack.tokens
+    starting = shape.layers * _STARTING / pack.tokens if device.kind == "cuda" else 0.0
+    return 1 / (seconds + starting)
+
+
+def optimizer_seconds(shape: Shape, train: Train, device: Device) -> float:
+    """Of a step: gradients, moments and weights go through memory once each way."""
+    return shape.trained(train) * (12 + 2 * MOMENTS[train.optimizer.kind]) / device.bandwidth

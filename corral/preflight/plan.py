@@ -1,0 +1,259 @@
+"""What a plan says: for each training stage the memory, time and space it needs, and whether that is there.
+
+Holds figures and shows them in a terminal; knows nothing about how they come about.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from corral.preflight.estimate import Parts
+from corral.preflight.remedies import Remedy
+from corral.preflight.workload import Workload
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+    from corral.recipe import Train
+
+Verdict: TypeAlias = Literal["fits", "does not fit", "undecided"]
+
+_WORDS = {
+    "process": "the process itself",
+    "weights": "weights",
+    "optimizer": "gradients and optimizer",
+    "activations": "activations kept for the backward pass",
+    "head": "output layer and its logits",
+    "rest": "everything else",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a stage needs.
+
+    Args:
+        parts: memory at the peak of a step.
+        peak: their sum, or the measured peak.
+        tokens_per_second: trained on, optimizer left out.
+        seconds: of the whole stage: steps, evaluations, checkpoints.
+        checkpoint: bytes of one checkpoint.
+    """
+
+    parts: Parts
+    peak: int
+    tokens_per_second: float
+    seconds: float
+    checkpoint: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """What a trial found.
+
+    Args:
+        figures: what the stage needs; None if the trial did not come to its end.
+        failure: why it did not.
+        out_of_memory: whether that was for lack of memory; None if that is not known.
+        resumed: whether the step after `kill -9` gave the same bits; None where it was not come to.
+        raw: all figures of the two processes.
+    """
+
+    figures: Figures | None
+    failure: str = ""
+    out_of_memory: bool | None = None
+    resumed: bool | None = None
+    raw: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One training stage.
+
+    Args:
+        number: from 1.
+        trained: number of weights that are trained.
+        work: what it computes.
+        estimated: for the device that is asked about.
+        tried: here; None if it was not.
+        here: the estimate for this machine, to hold against `tried`.
+        verdict: whether its memory suffices, with `reason`.
+        remedies: what to change if it does not.
+    """
+
+    number: int
+    train: Train
+    trained: int
+    work: Workload
+    estimated: Figures | None
+    tried: Tried | None
+    here: Figures | None
+    verdict: Verdict
+    reason: str
+    remedies: list[Remedy]
+
+    @property
+    def needed(self) -> Figures | None:
+        """What counts: measured where it was, unless another device is asked about."""
+        return self.estimated or (self.tried and self.tried.figures) or self.here
+
+    @property
+    def off(self) -> dict[str, float] | None:
+        """By what share the estimate for this machine is above (+) or below (−) what was measured."""
+        if self.here is None or self.tried is None or self.tried.figures is None:
+            return None
+        measured = self.tried.figures
+        return {
+            "memory": self.here.peak / measured.peak - 1,
+            "tokens_per_second": self.here.tokens_per_second / measured.tokens_per_second - 1,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A recipe's training stages on a machine.
+
+    Args:
+        device: its name; `estimated` if it is another one than this.
+        memory: bytes that training can have there, and what sets that.
+        disk: bytes that the run will take, by what for; None for another machine.
+        disk_free: at the run's place.
+        verdict: of memory, disk and resuming together, with `reasons`.
+    """
+
+    recipe: str
+    base: str
+    weights: int
+    device: str
+    dtype: str
+    estimated: bool
+    source: str
+    memory: int
+    memory_why: str
+    stages: list[StagePlan]
+    disk: dict[str, int]
+    disk_free: int
+    disk_place: str
+    verdict: Verdict
+    reasons: list[str]
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for programs."""
+        stages = [
+            asdict(replace(stage, train=None))  # pyright: ignore[reportArgumentType]
+            | {"train": stage.train.model_dump(mode="json"), "estimate_off": stage.off}
+            for stage in self.stages
+        ]
+        return json.loads(json.dumps(asdict(replace(self, stages=[])) | {"stages": stages}))
+
+
+def render(plan: Plan) -> Group:
+    """A plan as a person reads it in a terminal, 100 columns wide."""
+    from rich.console import Group
+    from rich.text import Text
+
+    where = f"an estimate for {plan.device}: {plan.source}" if plan.estimated else f"measured here ({plan.device})"
+    lines: list[Any] = [f"{plan.recipe}: {plan.base}, {_count(plan.weights)} weights, {plan.dtype}", where]
+    for stage in plan.stages:
+        lines += ["", *_stage(plan, stage)]
+    if not plan.estimated:
+        lines += ["", *_disk(plan)]
+    lines += ["", *(f"note: {note}" for note in plan.notes)]
+    colour = {"fits": "green", "does not fit": "red", "undecided": "yellow"}[plan.verdict]
+    lines.append(Text(f"verdict: {plan.verdict}", style=f"bold {colour}"))
+    lines += [f"  {reason}" for reason in plan.reasons]
+    return Group(*(Text(line) if isinstance(line, str) else line for line in lines))
+
+
+def _stage(plan: Plan, stage: StagePlan) -> list[Any]:
+    train, work = stage.train, stage.work
+    quantised = "" if train.quantization == "none" else f", base in {train.quantization}"
+    what = "all weights" if train.method == "full" else f"LoRA r {train.lora.rank}{quantised}"
+    lines: list[Any] = [
+        f"stage {stage.number}: {train.objective}, {what}, {_count(stage.trained)} weights trained",
+        f"{work.steps:,} steps of {train.batch_size} rows, {work.tokens:,} tokens; the longest pack has "
+        f"{work.longest.tokens:,}, {work.longest.trained:,} of them trained",
+        _memory(plan, stage),
+    ]
+    figures = stage.needed
+    if figures is not None:
+        evaluated = f"{work.evaluations} evaluations and {work.checkpoints} checkpoints"
+        lines.append(
+            f"time: {_duration(figures.seconds)} for the stage, at {figures.tokens_per_second:,.0f} tokens/s, with {evaluated}"
+        )
+    if stage.tried is not None and stage.tried.resumed is not None:
+        same = "the same bits as before" if stage.tried.resumed else "other bits than before"
+        lines.append(f"kill -9 and resume: the next step gave {same}")
+    if stage.off is not None:
+        memory, rate = (stage.off[key] for key in ("memory", "tokens_per_second"))
+        lines.append(f"the same estimate for this machine is off by {memory:+.0%} in memory, {rate:+.0%} in tokens/s")
+    if stage.verdict != "fits" and not (stage.tried and stage.tried.figures is None and not stage.tried.out_of_memory):
+        lines += _remedies(stage)
+    return lines
+
+
+def _memory(plan: Plan, stage: StagePlan) -> Table:
+    from rich.table import Table
+
+    table = Table("memory at the peak of a step", box=None, pad_edge=False)
+    columns: list[tuple[str, Parts, int]] = []
+    if stage.tried is not None and stage.tried.figures is not None:
+        columns.append(("measured here", stage.tried.figures.parts, stage.tried.figures.peak))
+    if stage.here is not None:
+        columns.append(("estimate for here", stage.here.parts, stage.here.peak))
+    if stage.estimated is not None:
+        columns.insert(0, (f"estimate for {plan.device}", stage.estimated.parts, stage.estimated.peak))
+    for title, _, _ in columns:
+        table.add_column(title, justify="right")
+    for field in fields(Parts):
+        table.add_row(f"  {_WORDS[field.name]}", *(_size(getattr(parts, field.name)) for _, parts, _ in columns))
+    table.add_row("  together", *(_size(peak) for _, _, peak in columns))
+    table.add_row(f"  there is ({plan.memory_why})", _size(plan.memory))
+    return table
+
+
+def _remedies(stage: StagePlan) -> list[Any]:
+    from rich.table import Table
+
+    if not stage.remedies:
+        return ["nothing in the recipe would change that much: take a smaller model or a larger machine"]
+    table = Table("", "change, after those above it", "predicted", "what it costs", box=None, pad_edge=False)
+    for remedy in stage.remedies:
+        settings = " ".join(f"--set {setting}" for setting in remedy.settings)
+        table.add_row("→" if remedy.fits else "", settings, _size(remedy.memory), remedy.cost)
+    last = "all of these together are not enough: take a smaller model or a larger machine"
+    return ["what to change, in the order of what it costs:", table, *([] if stage.remedies[-1].fits else [last])]
+
+
+def _disk(plan: Plan) -> list[Any]:
+    from rich.table import Table
+
+    table = Table("disk", box=None, pad_edge=False)
+    table.add_column("at most", justify="right")
+    for name, size in plan.disk.items():
+        table.add_row(f"  {name}", _size(size))
+    table.add_row("  together", _size(sum(plan.disk.values())))
+    table.add_row(f"  free at {plan.disk_place}", _size(plan.disk_free))
+    return [table]
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _count(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    hours = round(minutes / 60)
+    return f"{hours} h" if hours < 72 else f"{hours / 24:.1f} days"

@@ -1,0 +1,267 @@
+"""A few real steps of a training stage in a process of their own, measured; and the last of them again after a `kill -9`.
+
+The child says over a pipe what it is at, so that its end, however it comes, can be told from where it was. It runs the loop
+that a run uses, on rows chosen for it, in a folder that is thrown away. If its memory grows past what there is, it ends
+itself, before the machine runs out.
+
+Knows nothing about recipes' files, verdicts or terminals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from corral.errors import CorralError
+from corral.preflight import footprint
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+    from corral.training.loop import Training
+    from corral.training.metrics import Metrics
+    from corral.training.weights import Start
+
+HEAVY, TYPICAL = 1, 2
+"""The steps of a trial: the longest packs, then common ones. A checkpoint is written between them."""
+_LOOK_EVERY = 0.02  # seconds between looks at memory
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a trial does.
+
+    Args:
+        start: the model and the stage's settings.
+        base: the model's name, for the adapter's record.
+        template: the recipe's chat template.
+        prepared: the prepared rows.
+        heavy: rows of the first step, which make the longest packs.
+        typical: rows of the second.
+        held_out: validation rows that are evaluated on before.
+        pack_length: most tokens in a forward pass.
+        seed: the recipe's.
+        folder: where the trial writes.
+        limit: bytes of memory at which it gives up; None for a GPU, which refuses by itself.
+    """
+
+    start: Start
+    base: str
+    template: str
+    prepared: Path
+    heavy: tuple[int, ...]
+    typical: tuple[int, ...]
+    held_out: tuple[int, ...]
+    pack_length: int
+    seed: int
+    folder: Path
+    limit: int | None
+
+
+def begin(job: Job, pipe: Connection, resume: bool) -> None:
+    """The child: `("phase", text)` as it goes, then `("result", figures)`, `("memory", text)` or `("error", error)`.
+
+    Without `resume` it kills itself after its result, when the last step has no checkpoint yet.
+    """
+    output = os.open(job.folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    with contextlib.suppress(OSError):  # should memory end after all, the kernel takes this process first
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    lock = threading.Lock()
+
+    def send(kind: str, value: Any) -> None:
+        with lock:
+            pipe.send((kind, value))
+
+    if job.limit is not None:
+        threading.Thread(target=_give_up_at, args=(job.limit, send), daemon=True).start()
+    try:
+        _Trial(job, send, resume).run()
+    except CorralError as error:
+        send("error", error)
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if not isinstance(error, MemoryError) and not any(words in text.lower() for words in _NO_MEMORY):
+            raise
+        send("memory", text.splitlines()[0] if text else "no memory was left")
+
+
+def _give_up_at(limit: int, send: Callable[[str, Any], None]) -> None:
+    while (used := footprint.resident()) < limit:
+        time.sleep(_LOOK_EVERY)
+    send("memory", f"it had grown to {used / 1e9:.2f} GB")
+    os._exit(1)
+
+
+class _Trial:
+    def __init__(self, job: Job, send: Callable[[str, Any], None], resume: bool) -> None:
+        self._job, self._send, self._resume = job, send, resume
+        self._found: dict[str, Any] = {}
+        self._at = self._optimizer_at = 0.0
+
+    def run(self) -> None:
+        """Ends this process."""
+        self._phase("Loading the model again, after kill -9" if self._resume else "Loading the model")
+        self._memory = footprint.Memory(self._job.start.device)
+        self._found["process"] = self._memory.before
+        began = time.perf_counter()
+        self._training = self._build()
+        self._found |= {"load_seconds": time.perf_counter() - began, "load_peak": self._memory.peak()}
+        self._memory.reset()
+        optimizer = self._training.optimizer
+        optimizer.register_step_pre_hook(self._before_optimizer)
+        optimizer.register_step_post_hook(self._after_optimizer)
+        self._phase(
+            "Going on from the checkpoint"
+            if self._resume
+            else "Evaluating"
+            if self._job.held_out
+            else "Training on the longest rows"
+        )
+        self._at = time.perf_counter()
+        self._training.run(on_step=self._on_step, should_stop=self._should_stop)
+
+    def _phase(self, text: str) -> None:
+        self._send("phase", text)
+
+    def _build(self) -> Training:
+        from corral import contract
+        from corral.data.prepared import Prepared
+        from corral.model.loading import load_tokenizer
+        from corral.template import Template
+        from corral.training import weights
+        from corral.training.loop import Training
+        from corral.training.objectives import OBJECTIVES
+        from corral.training.order import Order
+
+        job, start = self._job, self._job.start
+        rows = Prepared.open(job.prepared)
+        template = Template.load(load_tokenizer(start.folder), job.template)
+        probes = contract.probes(template)
+        model = weights.load(start)
+        if start.config.method == "lora":
+            weights.refuse_untrained(model, template)
+        trained: Any = weights.trainable(model, start, seed=job.seed)
+        config = start.config.model_copy(update={"checkpoint_every": 1, "evaluate_every": 10**9})
+
+        class Chosen(Order):
+            """The stage's own order, but for its first two steps."""
+
+            def batch(self, step: int) -> list[int]:
+                return list(job.heavy if step == HEAVY else job.typical)
+
+        def save(_: int) -> None:
+            began = time.perf_counter()
+            if start.config.method == "full":
+                scores = training.score([p.ids for p in probes], [p.start for p in probes])
+                weights.save_whole(trained, training.weights(), scores, start, job.folder, template, [])
+            else:
+                from corral.model import adapters
+                from corral.storage import new_directory
+
+                with new_directory(job.folder / weights.ADAPTER) as folder:
+                    adapters.save(trained, folder, base=job.base)
+            self._found["save_seconds"] = time.perf_counter() - began
+
+        training = Training(
+            trained,
+            rows.train,
+            [rows.validation[i] for i in job.held_out],
+            OBJECTIVES[config.objective],
+            config,
+            pack_length=job.pack_length,
+            seed=job.seed,
+            folder=job.folder,
+            save_best=save,
+        )
+        training.order = Chosen(config, rows.train.lengths.tolist(), job.seed)
+        training.total_steps = max(TYPICAL + 1, training.total_steps)  # the stage's last step would evaluate
+        return training
+
+    def _measure_parts(self) -> None:
+        """What parts take on the longest pack."""
+        import torch
+
+        from corral.data.packing import packs
+
+        self._phase("Measuring the longest pack")
+        training, start = self._training, self._job.start
+        examples = [training.examples[i] for i in self._job.heavy]
+        lengths = [sum(len(s.ids) for s in e.sequences) for e in examples]
+        longest = max(packs(lengths, self._job.pack_length), key=lambda pack: sum(lengths[i] for i in pack))
+        model: Any = training.model
+        training.optimizer.zero_grad(set_to_none=True)
+        sequences = [s for i in longest for s in examples[i].sequences]
+        positions = [[i for i, trained in enumerate(s.trained) if trained and i] for s in sequences]
+        dtype = torch.float32 if start.config.method == "full" else getattr(torch, start.dtype)
+        self._found |= {
+            "weights": footprint.weights_bytes(model),
+            "parameters": sum(p.numel() for p in training.parameters.values()),
+            "gemm": footprint.gemm_rate(start.device, dtype),
+            **footprint.of_a_pass(model, [s.ids for s in sequences], positions),
+        }
+
+    def _before_optimizer(self, *_: Any) -> None:
+        gradients = [p.grad for p in self._training.parameters.values() if p.grad is not None]
+        self._found["gradients"] = sum(g.nbytes for g in gradients)
+        footprint.wait(self._job.start.device)
+        self._optimizer_at = time.perf_counter()
+
+    def _after_optimizer(self, *_: Any) -> None:
+        footprint.wait(self._job.start.device)
+        self._found["optimizer_seconds"] = time.perf_counter() - self._optimizer_at
+        self._found["moments"] = footprint.tensor_bytes(self._training.optimizer.state.values())
+
+    def _on_step(self, line: Metrics) -> None:
+        now, found = time.perf_counter(), self._found
+        if line.step == 0:
+            found["evaluate_seconds"] = now - self._at
+            self._phase("Training on the longest rows")
+        elif line.step == HEAVY:
+            found |= {"heavy_seconds": line.seconds, "heavy_peak": self._memory.peak()}
+            self._at = now
+        else:
+            step = line.seconds - found.get("heavy_seconds", line.seconds)
+            found |= {"typical_rate": line.tokens_per_second, "checkpoint_seconds": now - self._at - step}
+            surplus = footprint.unused_mapping(self._training.model) if self._job.start.device == "cpu" else 0
+            found |= {"peak": self._memory.peak() - surplus, "loss": line.loss, "digest": _digest(self._training)}
+            folder = self._job.folder / "checkpoints" / f"step-{HEAVY:06d}"
+            found["checkpoint_bytes"] = sum(f.stat().st_size for f in folder.iterdir())
+            if not self._resume:  # last, as it leaves memory behind that a run has no use for
+                self._measure_parts()
+            self._send("result", found)
+            if not self._resume:
+                os.kill(os.getpid(), signal.SIGKILL)
+            os._exit(0)
+
+    def _should_stop(self) -> bool:
+        """Asked between a step and its checkpoint."""
+        self._phase("Writing a checkpoint, then training on typical rows")
+        return False
+
+
+def _digest(training: Training) -> str:
+    """sha256 of what is trained and of the optimizer's state."""
+    import torch
+
+    found = hashlib.sha256()
+    for name, parameter in training.parameters.items():
+        found.update(name.encode())
+        state: dict[str, Any] = training.optimizer.state[parameter]
+        for value in (parameter, *(state[key] for key in sorted(state))):
+            if isinstance(value, torch.Tensor):
+                plain = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                found.update(plain.numpy().data)
+            else:
+                found.update(repr(value).encode())
+    return found.hexdigest()

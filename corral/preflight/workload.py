@@ -1,0 +1,150 @@
+"""What a training stage has to compute: its steps and tokens, its longest pack, and a few rows that stand for them.
+
+From the rows' lengths and the order alone; knows nothing about models, time or memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from corral.data.packing import packs
+from corral.model.placement import PACK_LENGTHS
+from corral.preflight.estimate import Pack
+from corral.training.order import Order
+
+if TYPE_CHECKING:
+    from corral.data.prepared import Prepared
+    from corral.data.rows import Rows
+    from corral.recipe import Train
+
+_LOOKED_AT = 20_000  # steps whose packs are made
+_HEAVY_PACKS = 2  # the second pass of a step has the first one's gradients beside it
+_TYPICAL_PACKS = 4
+_EVALUATED_PACKS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What a stage has to compute.
+
+    Args:
+        steps: optimizer steps.
+        tokens: of all steps together, context included.
+        rows: different and repeated rows to train on.
+        heavy: rows that make the longest packs of any step.
+        longest: the longest pack.
+        typical: rows of some packs of a step of middling size.
+        common: what a pack is on average.
+        evaluations: on the validation rows, the one before the first step included.
+        evaluated: tokens of each.
+        held_out: some of those rows.
+        held_out_tokens: of these.
+        checkpoints: how many are written.
+        pack_length: most tokens in a forward pass.
+        exact: whether every step was looked at.
+    """
+
+    steps: int
+    tokens: int
+    rows: int
+    heavy: tuple[int, ...]
+    longest: Pack
+    typical: tuple[int, ...]
+    common: Pack
+    evaluations: int
+    evaluated: int
+    held_out: tuple[int, ...]
+    held_out_tokens: int
+    checkpoints: int
+    pack_length: int
+    exact: bool
+
+    @classmethod
+    def of(cls, train: Train, prepared: Prepared, max_length: int, seed: int, kind: str) -> Workload:
+        """Of a stage over prepared rows.
+
+        Args:
+            max_length: `data.max_length`.
+            kind: `cuda` or `cpu`, for the default length of packs.
+        """
+        rows = prepared.train
+        limit = train.pack_length or max(PACK_LENGTHS[kind], max_length)
+        order = Order(train, rows.lengths.tolist(), seed)
+        every = math.ceil(order.steps / _LOOKED_AT)
+        batches = [order.batch(step) for step in range(1, order.steps + 1, every)]
+        sizes = [int(rows.lengths[batch].sum()) for batch in batches]
+        heavy = _heaviest(batches, sizes, rows, limit)
+        typical = batches[sorted(range(len(sizes)), key=sizes.__getitem__)[len(sizes) // 2]]
+        held_out = prepared.validation.lengths[: train.evaluate_rows].tolist()
+        some = _spread(packs(held_out, limit), _EVALUATED_PACKS)
+        tokens = sum(sizes) if every == 1 else round(sum(sizes) / len(sizes) * order.steps)
+        evaluations = 1 + math.ceil(order.steps / train.evaluate_every) if held_out else 0
+        return cls(
+            steps=order.steps,
+            tokens=tokens,
+            rows=len(rows),
+            heavy=tuple(i for pack in heavy for i in pack),
+            longest=_pack(rows, heavy[0]),
+            typical=tuple(i for pack in _spread(_packs(rows, typical, limit), _TYPICAL_PACKS) for i in pack),
+            common=_mean(rows, _packs(rows, typical, limit)),
+            evaluations=evaluations,
+            evaluated=sum(held_out),
+            held_out=tuple(i for pack in some for i in pack),
+            held_out_tokens=sum(held_out[i] for pack in some for i in pack),
+            checkpoints=math.ceil(order.steps / train.checkpoint_every),
+            pack_length=limit,
+            exact=every == 1,
+        )
+
+    def limited(self, length: int) -> Pack:
+        """The longest pack if packs were made no longer than this."""
+        if self.longest.tokens <= length:
+            return self.longest
+        part = length / self.longest.tokens
+        return Pack(length, math.ceil(self.longest.trained * part), min(self.longest.context, length / 2))
+
+
+def _packs(rows: Rows, batch: Sequence[int], limit: int) -> list[list[int]]:
+    return [[batch[i] for i in pack] for pack in packs([int(rows.lengths[i]) for i in batch], limit)]
+
+
+def _heaviest(batches: Sequence[list[int]], sizes: Sequence[int], rows: Rows, limit: int) -> list[list[int]]:
+    """The longest pack of all, and the next longest of the same step."""
+
+    def weight(pack: Sequence[int]) -> tuple[int, int]:
+        return int(rows.lengths[pack].sum()), int(rows.trained_tokens[pack].sum())
+
+    best: list[list[int]] = []
+    most = (0, 0)
+    for batch, size in zip(batches, sizes, strict=True):
+        if size < most[0]:
+            continue
+        if size <= limit and size == most[0] and int(rows.trained_tokens[batch].sum()) <= most[1]:
+            continue
+        found = sorted(_packs(rows, batch, limit), key=weight, reverse=True)
+        if weight(found[0]) > most:
+            best, most = found[:_HEAVY_PACKS], weight(found[0])
+    return best
+
+
+def _spread(items: Sequence[list[int]], count: int) -> list[list[int]]:
+    """At most so many of them, from first to last."""
+    if len(items) <= count:
+        return list(items)
+    return [items[i * (len(items) - 1) // (count - 1)] for i in range(count)]
+
+
+def _pack(rows: Rows, pack: Sequence[int]) -> Pack:
+    lengths = rows.lengths[pack]
+    context = float((lengths**2).sum() / 2 / lengths.sum())
+    return Pack(int(lengths.sum()), int(rows.trained_tokens[pack].sum()), context)
+
+
+def _mean(rows: Rows, found: Sequence[Sequence[int]]) -> Pack:
+    each = [_pack(rows, pack) for pack in found]
+    tokens = sum(p.tokens for p in each)
+    context = sum(p.context * p.tokens for p in each) / tokens
+    return Pack(round(tokens / len(each)), round(sum(p.trained for p in each) / len(each)), context)

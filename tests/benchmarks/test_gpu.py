@@ -1,0 +1,50 @@
+"""The benchmark for a GPU runs where there is none, in small, and claims nothing then."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The benchmark as a module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("gpu")
+
+
+def test_without_a_gpu_all_sides_run_and_every_claim_is_not_run(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--quick", "--json", str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("3b long", "3b mix", "8b long"):
+        assert {f"{name} {side}:" in done.stdout for side in ("corral", "plain")} == {True}
+    claims = json.loads(out.read_text("utf-8"))["claims"]
+    assert {"mfu_3b", "tokens_per_second_8b"} <= {claim["name"] for claim in claims}
+    assert {(claim["value"], claim["met"]) for claim in claims} == {(None, "not run")}
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("3b", 3_212_749_824), ("8b", 8_030_261_248)])
+def test_the_models_have_the_published_sizes(name: str, parameters: int, gpu: Any) -> None:
+    model = gpu.base_model(gpu.SHAPES[name], "meta", "bfloat16")
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_the_mix_has_rows_of_every_length_up_to_512_with_answers_trained(gpu: Any) -> None:
+    rows = gpu.mix(2000, 1000)
+    lengths = [len(ids) for ids, _ in rows]
+    assert max(lengths) == 512
+    assert min(lengths) < 60
+    assert 150 < sum(lengths) / len(lengths) < 260  # the prepared mix has 174 tokens a row
+    assert all(any(marks) and not all(marks) and len(marks) == len(ids) for ids, marks in rows)

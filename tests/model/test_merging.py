@@ -1,0 +1,116 @@
+"""Merged ≡ adapter, for each way in which weights are held; what is written stands by itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from corral.contract import TOLERANCES, compare_logprobs
+from corral.errors import ModelError
+from corral.model import adapters, merging, packed, quantised
+from corral.model.loading import load_model, load_tokenizer
+from corral.model.quantised import Quantization
+from corral.recipe import Lora
+from corral.template import Template
+from tests.conftest import make_tiny_model
+
+SEQUENCES = [list(range(5 * i, 5 * i + 40)) for i in range(6)]
+DType = Literal["float32", "bfloat16"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small-weights")
+    make_tiny_model(300, initializer_range=0.1).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    def make(lora: Lora) -> Path:
+        path = tmp_path_factory.mktemp("adapter")
+        model = adapters.attach(make_tiny_model(300, initializer_range=0.1), lora, seed=3)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+        adapters.save(model, path, base="tiny")
+        return path
+
+    return make
+
+
+def logprobs(model: Any) -> list[list[float]]:
+    return packed.score(model.eval(), SEQUENCES, [1] * len(SEQUENCES))
+
+
+def merged(folder: Path, adapter: Path, dtype: DType, quantization: Quantization | None) -> Any:
+    model = load_model(folder, dtype=dtype, quantization=quantization)
+    if quantization is not None:
+        quantised.restore(model, getattr(torch, dtype))
+    return merging.merged(adapters.load(model, adapter))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", [None, Quantization("nf4")], ids=["plain", "nf4"])
+@pytest.mark.parametrize(
+    "lora",
+    [Lora(targets="all-linear"), Lora(rslora=True, alpha=4), Lora(dora=True)],
+    ids=["lora", "rslora", "dora"],
+)
+def test_the_merged_model_is_the_adapted_one(
+    lora: Lora, kind: Quantization | None, dtype: DType, folder: Path, adapter: Any
+) -> None:
+    path = adapter(lora)
+    adapted = logprobs(adapters.load(load_model(folder, dtype=dtype, quantization=kind), path))
+    base = logprobs(load_model(folder, dtype=dtype, quantization=kind))
+    found = logprobs(merged(folder, path, dtype, kind))
+    tolerance = TOLERANCES[dtype]
+    assert not compare_logprobs("changed", base, found, tolerance).passed
+    assert compare_logprobs("merged", adapted, found, tolerance).passed
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_int8_model_merges_into_its_restored_weights_and_stays_close_to_what_was_trained(
+    dtype: DType, folder: Path, adapter: Any
+) -> None:
+    path, int8 = adapter(Lora(targets="all-linear")), Quantization("int8")
+    restored = load_model(folder, dtype=dtype, quantization=int8)
+    quantised.restore(restored, getattr(torch, dtype))
+    found = logprobs(merged(folder, path, dtype, int8))
+    assert compare_logprobs("restored", logprobs(adapters.load(restored, path)), found, TOLERANCES[dtype]).passed
+    trained = logprobs(adapters.load(load_model(folder, dtype=dtype, quantization=int8), path))
+    gap = compare_logprobs("trained", trained, found, TOLERANCES["int8"])
+    assert gap.passed
+    assert gap.mean is not None
+    assert gap.mean > 1e-4, "inputs are rounded too"
+
+
+def test_an_update_that_is_not_a_number_is_refused(folder: Path, adapter: Any) -> None:
+    model = adapters.load(load_model(folder), adapter(Lora()))
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_A" in n).fill_(float("nan"))
+    with pytest.raises(ModelError, match="cannot be merged"):
+        merging.merged(model)
+
+
+def test_a_whole_model_is_written_in_another_dtype_and_read_back(tiny_folder: Path, tmp_path: Path) -> None:
+    model: Any = load_model(tiny_folder)
+    template = Template.load(load_tokenizer(tiny_folder))
+    weights = dict(model.named_parameters())
+    merging.save_model(model, template, tmp_path, licences=(), weights=weights, dtype=torch.bfloat16)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    written = load_file(tmp_path / "model.safetensors")
+    assert {w.dtype for w in written.values()} == {torch.bfloat16}
+    again: Any = load_model(tmp_path, dtype="bfloat16")
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, weights[name].to(torch.bfloat16)), name
+    assert model.dtype == torch.float32
+    stop = json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"]
+    assert stop == list(template.stop_ids)

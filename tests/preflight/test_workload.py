@@ -1,0 +1,62 @@
+"""What a stage has to compute, from rows made here."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from corral.data.packing import packs
+from corral.data.rows import Rows, RowsWriter
+from corral.preflight.workload import Workload
+from corral.recipe import Train
+from corral.training.order import Order
+from tests.training.tiny import make_examples
+
+
+@pytest.fixture(scope="module")
+def prepared(encoded_rows: list[Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    sides = {}
+    for name, rows in (("train", encoded_rows[4:]), ("validation", encoded_rows[:4])):
+        folder = tmp_path_factory.mktemp("rows") / name
+        with RowsWriter(folder, 3) as writer:
+            for example in make_examples(rows):
+                writer.add(example, truncated=False)
+            writer.finish()
+        sides[name] = Rows(folder)
+    return SimpleNamespace(**sides)
+
+
+def test_steps_tokens_and_the_longest_pack_are_those_of_the_order(prepared: Any) -> None:
+    train = Train(steps=11, batch_size=3, evaluate_every=4, checkpoint_every=5, pack_length=128)
+    work = Workload.of(train, prepared, 128, 9, "cpu")
+    lengths = prepared.train.lengths
+    order = Order(train, lengths.tolist(), 9)
+    batches = [order.batch(step) for step in range(1, 12)]
+    assert work.steps == 11
+    assert work.tokens == sum(int(lengths[b].sum()) for b in batches)
+    every_pack = [[b[i] for i in pack] for b in batches for pack in packs([int(lengths[i]) for i in b], 128)]
+    assert work.longest.tokens == max(int(lengths[p].sum()) for p in every_pack)
+    assert set(work.heavy) <= set(range(len(lengths)))
+    again = packs([int(lengths[i]) for i in work.heavy], 128)
+    assert max(sum(int(lengths[work.heavy[i]]) for i in pack) for pack in again) == work.longest.tokens
+    assert (work.evaluations, work.checkpoints) == (
+        1 + 3,
+        3,
+    )  # before the first step, after 4, 8 and the last; 5, 10, 11
+    assert work.evaluated == int(prepared.validation.lengths.sum())
+
+
+def test_packs_made_shorter_are_no_longer_than_asked(prepared: Any) -> None:
+    work = Workload.of(Train(steps=2, batch_size=8), prepared, 128, 1, "cpu")
+    assert work.limited(10**6) == work.longest
+    assert work.limited(50).tokens == 50
+    assert work.limited(50).trained <= 50
+
+
+def test_a_gpu_gets_longer_packs_by_default(prepared: Any) -> None:
+    train = Train(steps=1, batch_size=16)
+    assert Workload.of(train, prepared, 128, 1, "cuda").pack_length == 8192
+    assert Workload.of(train, prepared, 128, 1, "cpu").pack_length == 512
+    assert Workload.of(train, prepared, 1024, 1, "cpu").pack_length == 1024
