@@ -57,7 +57,7 @@ def prepared(folder: Path, rows: int) -> Any:
 
 def side_corral(steps: int, *, nf4: bool = False) -> dict[str, Any]:
     from corral.model import adapters, loading
-    from corral.model.placement import PACK_LENGTHS
+    from corral.model.placement import pack_length
     from corral.model.quantised import Quantization
     from corral.recipe import Lora, Optimizer, Train
     from corral.training.loop import Training
@@ -81,7 +81,7 @@ def side_corral(steps: int, *, nf4: bool = False) -> dict[str, Any]:
             [],
             OBJECTIVES["sft"],
             config,
-            pack_length=PACK_LENGTHS["cpu"],
+            pack_length=pack_length(None, 512, "cpu"),
             seed=0,
             folder=folder,
             save_best=lambda _: None,

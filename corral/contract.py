@@ -58,14 +58,16 @@ class Tolerance:
 
 TOLERANCES = {
     "float32": Tolerance(mean=1e-4, largest=2e-3),
-    "bfloat16": Tolerance(mean=0.03, largest=0.5),
-    "float16": Tolerance(mean=0.005, largest=0.1),
+    "bfloat16": Tolerance(mean=0.08, largest=1.0),
+    "float16": Tolerance(mean=0.01, largest=0.125),
     "int8": Tolerance(mean=0.1, largest=1.5),
     "int4": Tolerance(mean=0.2, largest=3.0),
 }
 """By the less exact dtype of the two; int8 and int4 round activations too, differently on each kind of processor. Measured on
-SmolLM2-135M, saving in bfloat16 moves them by 0.015 on average and 0.16 at most, and float32 arithmetic in another order by
-under 1e-5 on average."""
+SmolLM2-135M: float32 arithmetic in another order moves them by under 1e-5 on average. bfloat16 arithmetic rounds every
+activation, so that any two ways of computing one model differ: an adapter and its merged model by 0.042 to 0.054 on average
+and 0.53 at most, as much as computing in bfloat16 instead of float32 does (0.046 and 0.5). float16 rounds to an eighth of
+that."""
 
 ACROSS_ENGINES = Tolerance(mean=5e-4, largest=5e-3)
 """Between two programs that compute the same weights in float32; 9e-5 and 3e-4 measured on SmolLM2-135M, transformers against

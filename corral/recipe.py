@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -266,7 +266,8 @@ class Train(_Section):
     """Examples per optimizer step, over all devices. Each trained token weighs the same."""
     pack_length: Positive | None = None
     """Most tokens in one forward pass, into which examples are packed, isolated from each other. By default
-    the larger of `data.max_length` and 8192 on a GPU or 512 on a CPU. It changes memory and speed, never the result."""
+    the larger of `data.max_length` and 8192 on a GPU or 512 on a CPU. It changes memory and speed, not the
+    result (but for `int8`, where an outlier counts for its whole pass)."""
     group_by_length: bool = False
     """Put examples of about the same length into the same step."""
     sharding: Literal["none", "full"] = "none"
@@ -413,6 +414,9 @@ class Recipe(_Section):
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
 
+_UNION_MEMBER = re.compile(r"(tuple|literal|list|dict)\[|constrained-|(int|float|str|bool)$")
+
+
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read and validate a recipe.
 
@@ -448,7 +452,7 @@ def parse(text: str, *, where: str, base: Path | None = None, overrides: Iterabl
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        faults = [_explain(e, text) for e in error.errors()]
+        faults = _faults(error.errors(), text)
         raise RecipeError(
             "\n".join(faults), where=where, hint="`docs/recipe.md` lists every setting with its type and meaning"
         ) from None
@@ -505,9 +509,29 @@ def _override(raw: dict[str, Any], override: str) -> None:
         ) from None
 
 
+def _faults(errors: Sequence[Any], text: str) -> list[str]:
+    """A sentence for each fault, without those that only follow from one within them."""
+    places = [_place(error) for error in errors]
+    own = [
+        error
+        for error, place in zip(errors, places, strict=True)
+        if not any(len(other) > len(place) and other[: len(place)] == place for other in places)
+    ]
+    found: dict[tuple[str | int, ...], list[str]] = {}
+    for error in own:
+        found.setdefault(_place(error), []).append(_explain(error, text))
+    # What may be of several kinds has a fault for each of them.
+    return [first + "".join(f"; or {other.partition(': ')[2]}" for other in rest) for first, *rest in found.values()]
+
+
+def _place(error: Any) -> tuple[str | int, ...]:
+    """Where a fault is, without the names that pydantic gives to the members of a union."""
+    return tuple(part for part in error["loc"] if isinstance(part, int) or not _UNION_MEMBER.match(part))
+
+
 def _explain(error: Any, text: str) -> str:
     """One fault as a sentence that names the key's path, the value and, where it can be found, the line."""
-    loc: tuple[str | int, ...] = error["loc"]
+    loc = _place(error)
     path = ".".join(str(part) for part in loc) or "the recipe"
     line = _line_of(loc, text)
     at = f"{path} (line {line})" if line else path
@@ -521,6 +545,8 @@ def _explain(error: Any, text: str) -> str:
     if error["type"] == "value_error":
         return f"{at}: {error['ctx']['error']}"
     given = error["input"]
+    if error["type"] == "tuple_type":
+        return f"{at}: a list is needed here, in brackets: {[given]!r}".replace("'", '"')
     shown = "" if isinstance(given, dict | list | tuple) else f" (given: {given!r})"
     return f"{at}: {error['msg']}{shown}"
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from corral.errors import DataError
 from corral.interrupts import Interrupts
-from corral.model.placement import PACK_LENGTHS
+from corral.model.placement import pack_length
 from corral.progress import Progress
 from corral.recipe import Recipe
 from corral.run import Run, Stage
@@ -157,7 +157,7 @@ def _measure(work: Work, start: Start) -> Measure:
 
     validation, config = work.prepared.validation, start.config
     rows = [validation[i] for i in range(min(len(validation), config.evaluate_rows))]
-    return Measure(rows, config.pack_length or max(PACK_LENGTHS[start.device], work.recipe.data.max_length))
+    return Measure(rows, pack_length(config.pack_length, work.recipe.data.max_length, start.device))
 
 
 def _fit(work: Work, stage: Stage, start: Start) -> None:

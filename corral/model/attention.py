@@ -100,7 +100,7 @@ def _sequence(tensor: Tensor, start: int, length: int) -> Tensor:
     """One sequence's part of [key heads, tokens, …], filled up with zeros: as keys they come later than all others and are
     seen by none, as queries they get no gradient."""
     part = tensor.narrow(1, start, length)
-    fill = gemm.fill(length)
+    fill = gemm.fill(length, 32)
     return F.pad(part, (*(0, 0) * (tensor.dim() - 2), 0, fill)) if fill else part
 
 

@@ -18,8 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-STEP = 32  # numbers of rows are rounded up to multiples of it, see `fill`
-
 
 @cache
 def _available() -> bool:
@@ -35,10 +33,10 @@ def _available() -> bool:
         return False
 
 
-def fill(rows: int) -> int:
-    """How many rows of nothing a product should have added: oneDNN makes a program for each number of rows, some 0.5 MB and
-    1 ms each, and keeps it, so there should be few numbers."""
-    return -rows % STEP if _available() else 0
+def fill(rows: int, step: int) -> int:
+    """How many rows of nothing a product should have added, to a multiple of `step`: oneDNN makes a program for each number
+    of rows, of some 0.6 MB and in 1 ms, and keeps it, so there should be few numbers."""
+    return -rows % step if _available() else 0
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def hidden_states(model: nn.Module, sequences: Sequence[Sequence[int]]) -> Tenso
     lengths = [len(s) for s in sequences]
     total = sum(lengths)
     device = causal.device
-    fill = gemm.fill(total) if device.type == "cpu" else 0
+    fill = gemm.fill(total, 64) if device.type == "cpu" else 0
     lengths[-1] += fill  # comes after all that is asked for, so nothing sees it
     ids = gpu.sent(torch.tensor([i for s in sequences for i in s] + [0] * fill), device).unsqueeze(0)
     positions = gpu.sent(torch.cat([torch.arange(n) for n in lengths]), device).unsqueeze(0)
@@ -115,7 +115,7 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         want_hidden, want_weight = ctx.needs_input_grad[:2]
-        fill = gemm.fill(len(hidden)) if hidden.device.type == "cpu" else 0
+        fill = gemm.fill(len(hidden), 64) if hidden.device.type == "cpu" else 0
         rows = F.pad(hidden, (0, 0, 0, fill)) if fill else hidden
         highest = torch.full((len(rows), 1), -torch.inf, device=rows.device)
         total, summed = torch.zeros_like(highest), torch.zeros(rows.shape, device=rows.device) if want_hidden else None
@@ -158,8 +158,7 @@ class _TokenLogProbs(torch.autograd.Function):
 
 def _parts(weight: Tensor, rows: int) -> Generator[tuple[int, Tensor]]:
     """(start, rows from there) of what is multiplied at a time, so that `_CHUNK_ELEMENTS` hold the logits of `rows` rows."""
-    columns = max(1, _CHUNK_ELEMENTS // max(1, rows))
-    columns -= columns % 64 if columns > 64 else 0  # whole blocks for the products
+    columns = 1 << max(1, _CHUNK_ELEMENTS // max(1, rows)).bit_length() - 1  # few sizes, as `gemm.fill` says
     for start in range(0, len(weight), columns):
         yield start, weight[start : start + columns]
 

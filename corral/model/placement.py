@@ -10,8 +10,18 @@ if TYPE_CHECKING:
     from corral.model.loading import DType
 
 # A GPU wants long passes to be busy; a CPU is as fast with short ones, which need less memory.
-PACK_LENGTHS = {"cuda": 8192, "cpu": 512}
-"""Most tokens of a forward pass, unless a recipe says otherwise or has longer examples."""
+_PACK_LENGTHS = {"cuda": 8192, "cpu": 512}
+
+
+def pack_length(asked: int | None, longest: int, device: str) -> int:
+    """Most tokens of one forward pass in training.
+
+    Args:
+        asked: by the recipe, if it does.
+        longest: most tokens of an example.
+        device: as torch names it.
+    """
+    return asked or max(_PACK_LENGTHS[device.partition(":")[0]], longest)
 
 
 def placement(

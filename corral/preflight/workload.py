@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from corral.data.packing import packs
-from corral.model.placement import PACK_LENGTHS
+from corral.model.placement import pack_length
 from corral.preflight.estimate import Pack
 from corral.training.order import Order
 
@@ -71,7 +71,7 @@ class Workload:
             kind: `cuda` or `cpu`, for the default length of packs.
         """
         rows = prepared.train
-        limit = train.pack_length or max(PACK_LENGTHS[kind], max_length)
+        limit = pack_length(train.pack_length, max_length, kind)
         order = Order(train, rows.lengths.tolist(), seed)
         every = math.ceil(order.steps / _LOOKED_AT)
         batches = [order.batch(step) for step in range(1, order.steps + 1, every)]

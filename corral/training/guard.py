@@ -1,8 +1,9 @@
 """When training must stop because it has gone wrong, and which rows to look at.
 
-Two faults are known. A loss or gradient norm that is not a finite number stops at once. A loss that has exploded stops after
-ten steps: see `Watch`. Everything here is plain arithmetic on numbers that it is given. It does not know the model, nor how a
-row's loss is computed, nor what a loss means: nothing here depends on the objective.
+Three faults are known. A loss or gradient norm that is not a finite number stops at once. A loss that has exploded stops
+after ten steps: see `Watch`; so does a gradient that is exactly zero, as that of a model whose outputs are saturated.
+Everything here is plain arithmetic on numbers that it is given. It does not know the model, nor how a row's loss is computed,
+nor what a loss means: nothing here depends on the objective.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from corral.data.rows import Example
 
 PATIENCE = 10
-"""Steps in a row above the bound until training stops."""
+"""Steps in a row above the bound, or without a gradient, until training stops."""
 _WINDOW = 100
 _MARGIN, _EARLY_MARGIN = 1.0, 2.0
 _WIDTHS = 1.5
@@ -52,16 +53,19 @@ class Watch:
     level: float | None = None
     """None until two hundred steps are older than the last ten."""
     width: float = 0.0
+    still: int = 0
+    """Steps in a row whose gradient was exactly zero."""
 
-    def after(self, loss: float) -> Watch:
-        """With the (finite) loss of one more step."""
+    def after(self, loss: float, norm: float) -> Watch:
+        """With the (finite) loss and gradient norm of one more step."""
+        still = self.still + 1 if norm == 0 else 0
         recent = (*self.recent, loss)[-(2 * _WINDOW + PATIENCE) :]
         before = recent[:-PATIENCE]
         if len(before) < 2 * _WINDOW:
-            return Watch(recent)
+            return Watch(recent, still=still)
         level, width = _shape(before[_WINDOW:])
         lower = self.level is None or level < self.level
-        return Watch(recent, level, width) if lower else Watch(recent, self.level, self.width)
+        return Watch(recent, level, width, still) if lower else Watch(recent, self.level, self.width, still)
 
     @property
     def bound(self) -> float:
@@ -129,6 +133,13 @@ def check(step: int, loss: float, norm: float, watch: Watch, batch: Sequence[Exa
             hint=_hint(step),
         )
 
+    if watch.still >= PATIENCE:
+        raise TrainingError(
+            f"step {step}: nothing is learnt any more: for {PATIENCE} steps the gradient was exactly zero (loss {loss:.4g})",
+            where=_rows("the batch", batch, alone),
+            hint=_hint(step),
+        )
+
 
 def check_held_out(loss: float, rows: Sequence[Example], alone: Alone) -> None:
     """Raises TrainingError if the held-out loss is not a finite number."""
@@ -138,11 +149,11 @@ def check_held_out(loss: float, rows: Sequence[Example], alone: Alone) -> None:
 
 
 def _hint(step: int | None) -> str:
-    before = "" if step is None else f" before step {step}"
+    before = " before" if step is None else f" before step {step}"
     return (
         "lower `optimizer.lr` of this stage (it then starts anew, and what it has so far is set aside, to come back with the "
-        "old settings), or look at these rows with `corral inspect`, and mend them or leave them out. Checkpoints and weights"
-        f"{before} are kept; the same recipe would go on from them and come to the same step again"
+        "old settings), or look at these rows with `corral inspect`, and mend them or leave them out. What checkpoints and "
+        f"weights there are from{before} are kept; the same recipe would go on from them and come to the same step again"
     )
 
 

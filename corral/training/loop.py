@@ -200,7 +200,7 @@ class Training:
             group["lr"] = lr
         loss, norm = self._gradients(batch, state.scale)
         overflow = state.scale > 1 and math.isfinite(loss) and not math.isfinite(norm)
-        watch = state.watch.after(loss)
+        watch = state.watch.after(loss, norm)
         if not overflow:
             guard.check(step, loss, norm, watch, batch, self._alone)
             self.optimizer.step()

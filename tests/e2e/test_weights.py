@@ -17,7 +17,8 @@ ADAPTED = "[train.lora]\nrank = 4\n"
 FORMS = {
     "nf4": (ADAPTED, 'quantization = "nf4"\nmerge = "best"\n' + ADAPTED, ["choice of the merge"]),
     "int8": (ADAPTED, 'quantization = "int8"\n' + ADAPTED, ["held-out loss, merged and int8"]),
-    "full": (ADAPTED, 'method = "full"\n', []),
+    "full": (ADAPTED, 'method = "full"\n', ["trained and saved model"]),
+    "full, bfloat16": (ADAPTED, 'method = "full"\n', ["trained and saved model", "loss, saved model and training"]),
 }
 
 
@@ -25,8 +26,13 @@ def run(folder: Path, form: str) -> int:
     old, new, _ = FORMS[form]
     assert old in RECIPE
     recipe = folder / "r.toml"
-    recipe.write_text(recipe.read_text().replace(old, new).replace("answer_rows = 6", QUICK))
+    text = recipe.read_text().replace(old, new).replace("answer_rows = 6", QUICK)
+    recipe.write_text(text.replace("[model]", f'[model]\ndtype = "{dtype(form)}"'))
     return cli.main(["run", str(recipe), "--out", str(folder / "run")])
+
+
+def dtype(form: str) -> str:
+    return form.partition(", ")[2] or "float32"
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -36,7 +42,7 @@ def test_a_recipe_runs_from_rows_to_a_model_with_a_contract(
     folder = workspace()
     assert run(folder, form) == 0, capsys.readouterr()
     record = json.loads((folder / "run/merge/model/contract.json").read_text())
-    first = "trained and saved model" if form == "full" else "adapter and merged model"
+    first = "trained and saved weights" if form.startswith("full") else "adapter and merged model"
     assert record["passed"]
     assert [c["name"] for c in record["checks"]][2:] == [first, *FORMS[form][2]]
     told = capsys.readouterr().err
@@ -44,7 +50,7 @@ def test_a_recipe_runs_from_rows_to_a_model_with_a_contract(
         assert check["detail"] in " ".join(told.split())
     config = json.loads((folder / "run/merge/model/config.json").read_text())
     assert "quantization_config" not in config
-    assert config["dtype"] == "float32"
+    assert config["dtype"] == dtype(form)
     scores = json.loads((folder / "run/evaluate/scorecard.json").read_text())["variants"]
     assert scores["tuned"]["metrics"]["loss"]["mean"] < scores["base"]["metrics"]["loss"]["mean"] - 0.5
 

@@ -232,12 +232,12 @@ def test_while_the_loss_is_in_doubt_checkpoints_from_before_stay(tmp_path: Path)
     weight, optimizer = made("adamw")
     watch = Watch()
     for loss in [1.0] * 220:
-        watch = watch.after(loss)
+        watch = watch.after(loss, 1.0)
     for number in range(121, 130):
-        watch = watch.after(9.0 if number > 124 else 1.0)
+        watch = watch.after(9.0 if number > 124 else 1.0, 1.0)
         checkpoint.save(tmp_path, {"w": weight}, optimizer, State(number, 0, 0.0, 0, None, 0, watch))
     assert sorted(int(p.name[5:]) for p in tmp_path.iterdir()) == [123, 124, 125, 126, 127, 128, 129]
-    checkpoint.save(tmp_path, {"w": weight}, optimizer, State(130, 0, 0.0, 0, None, 0, watch.after(1.0)))
+    checkpoint.save(tmp_path, {"w": weight}, optimizer, State(130, 0, 0.0, 0, None, 0, watch.after(1.0, 1.0)))
     assert sorted(int(p.name[5:]) for p in tmp_path.iterdir()) == [129, 130]
 
 

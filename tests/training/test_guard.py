@@ -25,7 +25,7 @@ def stops_at(losses: Any) -> int | None:
     """The step (from 1) at which it stops."""
     watch = Watch()
     for step, loss in enumerate(losses, start=1):
-        watch = watch.after(float(loss))
+        watch = watch.after(float(loss), 1.0)
         if watch.exploded:
             return step
     return None
@@ -87,7 +87,7 @@ def test_a_run_that_has_come_apart_is_stopped(name: str) -> None:
 def test_the_watch_is_a_value_that_survives_a_checkpoint() -> None:
     watch = Watch()
     for loss in ILL["apart after a while"][0][:705]:
-        watch = watch.after(float(loss))
+        watch = watch.after(float(loss), 1.0)
     fields = json.loads(json.dumps({"recent": watch.recent, "level": watch.level, "width": watch.width}))
     assert Watch(tuple(fields.pop("recent")), **fields) == watch
     assert watch.above == 5
@@ -131,7 +131,7 @@ def test_where_every_row_is_at_fault_or_none_by_itself_that_is_said(batch: list[
 def test_of_an_exploded_loss_the_worst_rows_come_first_and_not_all_are_listed(encoded_rows: list[Any]) -> None:
     watch = Watch()
     for loss in [1.0] * 300 + [9.0] * PATIENCE:
-        watch = watch.after(loss)
+        watch = watch.after(loss, 1.0)
     rows = make_examples(encoded_rows)[:20]
     with pytest.raises(TrainingError) as stopped:
         check(310, 9.0, 1.0, watch, rows, lambda e: (float(e.index), 1.0))
@@ -145,7 +145,7 @@ def test_a_finite_step_that_is_within_bounds_goes_on(batch: list[Example]) -> No
     def never(_: Example) -> tuple[float, float]:
         raise AssertionError("rows are computed again only when there is a fault")
 
-    check(1, 5.0, 100.0, Watch().after(5.0), batch, never)
+    check(1, 5.0, 100.0, Watch().after(5.0, 100.0), batch, never)
     check_held_out(3.0, batch, never)
 
 
@@ -200,3 +200,13 @@ def test_real_runs_at_low_and_high_rates_are_left_alone(
     lr: float, training: Callable[..., Any], tmp_path: Path
 ) -> None:
     assert training(tmp_path, steps=60, lr=lr, batch_size=1).run().steps == 60
+
+
+def test_a_model_whose_gradient_is_gone_is_not_trained_to_the_end(batch: list[Example]) -> None:
+    watch = Watch()
+    for _ in range(PATIENCE - 1):
+        watch = watch.after(5.99, 0.0)
+        check(1, 5.99, 0.0, watch, batch, lambda _: (5.99, 0.0))
+    check(1, 5.99, 0.1, watch.after(5.99, 0.1), batch, lambda _: (5.99, 0.1))
+    with pytest.raises(TrainingError, match="nothing is learnt any more"):
+        check(1, 5.99, 0.0, watch.after(5.99, 0.0), batch, lambda _: (5.99, 0.0))

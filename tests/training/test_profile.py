@@ -28,6 +28,13 @@ def test_the_counted_steps_are_traced_and_the_dearest_operations_named(tmp_path:
     assert sum(event.get("name") == "aten::mm" for event in events) == ACTIVE
 
 
-def test_fewer_steps_than_it_counts_give_what_there_is(tmp_path: Path) -> None:
+def test_what_is_there_of_fewer_steps_is_told_as_that(tmp_path: Path) -> None:
     said = steps(tmp_path / "profile", WAIT + WARM_UP + 1)
-    assert (tmp_path / "profile" / "trace.json").is_file() == bool(said)
+    assert "processor time of 1 step, by operation" in said[0]
+    assert any(line.endswith(" aten::mm") and " 1 ×" in line for line in said[1:])
+
+
+def test_too_few_steps_to_profile_are_said(tmp_path: Path) -> None:
+    said = steps(tmp_path / "profile", WAIT + WARM_UP)
+    assert said == ["nothing is profiled: the first 2 steps are not counted, and there were 2"]
+    assert not (tmp_path / "profile").exists()

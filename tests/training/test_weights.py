@@ -6,10 +6,11 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from corral import contract
 from corral.data.rows import Example
@@ -17,6 +18,7 @@ from corral.messages import Conversation
 from corral.model import adapters, merging
 from corral.model.loading import load_model, load_tokenizer
 from corral.recipe import Lora, Optimizer, Train
+from corral.storage import write_json
 from corral.template import Encoded, Template
 from corral.training import weights
 from corral.training.loop import Training
@@ -195,11 +197,57 @@ def test_a_whole_model_is_trained_resumed_and_saved_as_it_is(
         assert torch.equal(resumed.weights()[name], value), name
         assert not torch.equal(begun[name], value), f"{name} was not trained"
 
-    probe_set = contract.probes(template)
-    scores = resumed.score([p.ids for p in probe_set], [p.start for p in probe_set])
-    weights.save_whole(resumed.model, resumed.weights(), scores, start, tmp_path, template, ())
+    save_whole(resumed, start, tmp_path, template)
     measure = Measure(rows[:4], 128)
-    assert checks(start, tmp_path, template, measure)["trained and saved model"].passed
+    found = checks(start, tmp_path, template, measure)
+    assert list(found) == ["trained and saved weights", "trained and saved model"]
+    assert all(check.passed for check in found.values()), found
     shutil.rmtree(tmp_path / weights.MERGED)
     shutil.copytree(tiny_folder, tmp_path / weights.MERGED)
-    assert not checks(start, tmp_path, template, measure)["trained and saved model"].passed
+    assert not any(check.passed for check in checks(start, tmp_path, template, measure).values())
+
+
+def save_whole(training: Any, start: Start, stage: Path, template: Template) -> None:
+    probe_set = contract.probes(template)
+    scores = training.score([p.ids for p in probe_set], [p.start for p in probe_set])
+    weights.save_whole(training.model, training.weights(), scores, start, stage, template, ())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_whole_model_written_in_16_bits_is_the_trained_one_rounded_and_no_other(
+    dtype: Literal["bfloat16", "float16"],
+    tiny_folder: Path,
+    template: Template,
+    encoded_rows: list[Any],
+    tmp_path: Path,
+) -> None:
+    config = Train(method="full", steps=4, batch_size=4, optimizer=Optimizer(lr=1e-3))
+    start, rows = Start(tiny_folder, config, "cpu", dtype), make_examples(encoded_rows)
+    save_whole(train_whole(start, tmp_path, rows), start, tmp_path, template)
+    measure = Measure(rows[:4], 128)
+    found = checks(start, tmp_path, template, measure)
+    assert len(found) == 3
+    assert all(check.passed for check in found.values()), found
+
+    file = tmp_path / weights.MERGED / "model.safetensors"
+    written = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    one_off = written[name].clone()
+    one_off[0, 0] = torch.nextafter(one_off[0, 0], torch.tensor(9.0, dtype=one_off.dtype))
+    save_file(written | {name: one_off}, file, metadata={"format": "pt"})
+    found = checks(start, tmp_path, template, measure)
+    assert not found["trained and saved weights"].passed
+    assert name in found["trained and saved weights"].detail
+
+    save_file(written | {name: written[name].flip(0).contiguous()}, file, metadata={"format": "pt"})
+    found = checks(start, tmp_path, template, measure)
+    assert not found["trained and saved weights"].passed
+    assert not found["trained and saved model"].passed
+
+    save_file(written, file, metadata={"format": "pt"})
+    settings = json.loads((tmp_path / weights.MERGED / "config.json").read_text())
+    settings["rms_norm_eps"] = 0.5
+    write_json(tmp_path / weights.MERGED / "config.json", settings)
+    found = checks(start, tmp_path, template, measure)
+    assert found["trained and saved weights"].passed
+    assert not found["trained and saved model"].passed
