@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM := .venv-vllm
 # A machine without a GPU is better served by a CPU build of torch; TORCH_INDEX names a package index to take it from.
 TORCH_INDEX ?=
 
-.PHONY: demo test test-full lint docs bench clean
+.PHONY: demo test test-full test-vllm lint docs bench clean
 
 demo: $(STAMP)
 	$(BIN)/corral run recipes/quickstart.toml
@@ -16,6 +17,17 @@ test: $(STAMP)
 
 test-full: $(STAMP)
 	$(BIN)/python -m pytest
+
+# vLLM wants other versions than the rest of the tests, so it has an environment of its own, with the build for CPUs. Its
+# requirements are left aside (--no-deps): all that text needs is in constraints-vllm.txt, without torchvision and the like.
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/engines/test_vllm.py
+
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt --editable .
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -27,9 +39,11 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/rouge.py --json benchmarks/results/rouge.json
+	$(BIN)/python benchmarks/vote.py --json benchmarks/results/vote.json
 	$(BIN)/python benchmarks/train_cpu.py --json benchmarks/results/train_cpu.json
 	$(BIN)/python benchmarks/generate_cpu.py --json benchmarks/results/generate_cpu.json
 	$(BIN)/python benchmarks/prepare.py --json benchmarks/results/prepare.json
+	$(BIN)/python benchmarks/batch.py --json benchmarks/results/batch.json
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'corral needs Python 3.11 or newer; try: make PYTHON=python3.11 ...')"
@@ -39,4 +53,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info

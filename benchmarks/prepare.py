@@ -257,7 +257,7 @@ def side_trl(folder: Path, rows: int) -> dict[str, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    from corral.data.formats import FORMATS
+    from corral.data.formats import choose
     from corral.model.loading import load_tokenizer, resolve
 
     disable_progress_bars()
@@ -272,7 +272,7 @@ def side_trl(folder: Path, rows: int) -> dict[str, Any]:
             kind = "parquet" if source.path.endswith(".parquet") else "json"
             loaded = load_dataset(kind, data_files=source.path, split="train", cache_dir=f"{out}/cache")
             chosen = loaded.shuffle(seed=1).select(range(min(source.rows, len(loaded))))
-            to_record = FORMATS[source.format]
+            to_record = choose(source, loaded.select(range(min(1000, len(loaded)))).to_list()).to_record
             parts.append(chosen.map(lambda row, f=to_record: f(row).to_json(), remove_columns=chosen.column_names))
         formatted = time.perf_counter()
         config = SFTConfig(

@@ -9,12 +9,12 @@ the end of the last; memory is the peak resident size of the process.
   against. `train_loss_gap` is the largest difference of a step's loss from TRL's unpacked form.
 - `qlora_speed_vs_trl`: both with the base in NF4 with double quantisation, through bitsandbytes; TRL packed, its faster
   form, for half the steps.
-- `train_linearity_8x`: seconds per token of a run over 8 times the rows of another.
+- `train_linearity_8x`: seconds per token of a run over 8 times the rows of another, which runs before and after it.
 - `train_share_of_gemm_limit`: the time that the arithmetic of corral's steps would take if it were all done at the rate of
-  the model's matrix products (corral's own product, the model's weights in turn, as in a pass of 512 tokens; the best of
-  several rounds), as a share of the time that the steps took. Counted is what a step needs for the tokens and positions
-  that it computes (`needed_flops`), not what the program does besides: no scores of attention formed twice, no rows that
-  fill up, no W + BA.
+  the model's matrix products (corral's own product, the model's weights in turn, as in a pass of 512 tokens; the mean of
+  many rounds before and after), as a share of the time that the steps took. Counted is what a step needs for the tokens and
+  positions that it computes (`needed_flops`), not what the program does besides: no scores of attention formed twice, no
+  rows that fill up, no W + BA.
 
     python benchmarks/train_cpu.py [--steps 9] [--json FILE]
 """
@@ -36,6 +36,7 @@ import claims
 ROWS_PER_STEP = 8
 PACK = 1024  # of TRL's packed form
 LR = 2e-4
+WARM_UP = 2  # rounds of products that are not counted
 
 
 def prepared(folder: Path, rows: int) -> Any:
@@ -133,14 +134,15 @@ def side_gemm(steps: int) -> dict[str, Any]:
     rates: list[float] = []
     with torch.no_grad():
         inputs = {(n, size): torch.randn(n, size) for weight, n in products for size in weight.shape}
-        for _ in range(max(3, steps)):
+        for _ in range(WARM_UP + max(3, 2 * steps)):
             began = time.perf_counter()
             for weight, n in products:
                 times_transposed(inputs[n, weight.shape[1]], weight)
             for weight, n in reversed(products):
                 times_transposed(inputs[n, weight.shape[0]], weight.T)
             rates.append(sum(4 * n * weight.numel() for weight, n in products) / (time.perf_counter() - began))
-    return {"flops_per_second": max(rates), "rates": rates}
+    sustained = rates[WARM_UP:]
+    return {"flops_per_second": len(sustained) / sum(1 / rate for rate in sustained), "rates": rates}
 
 
 def side_trl(steps: int, *, packed: bool, nf4: bool = False) -> dict[str, Any]:
@@ -217,12 +219,14 @@ def side_trl(steps: int, *, packed: bool, nf4: bool = False) -> dict[str, Any]:
 SIDES: dict[str, Callable[[int], dict[str, Any]]] = {
     "trl": lambda steps: side_trl(steps, packed=False),
     "trl-packed": lambda steps: side_trl(steps, packed=True),
-    "corral": side_corral,
     "gemm": side_gemm,
+    "corral": side_corral,
+    "gemm-again": side_gemm,
     "trl-nf4": lambda steps: side_trl(max(2, steps // 2), packed=True, nf4=True),
     "corral-nf4": lambda steps: side_corral(max(2, steps // 2), nf4=True),
     "corral-1x": lambda steps: side_corral(max(2, steps // 2)),
     "corral-8x": lambda steps: side_corral(8 * max(2, steps // 2)),
+    "corral-1x-again": lambda steps: side_corral(max(2, steps // 2)),
 }
 
 
@@ -234,10 +238,10 @@ def measure(side: str, steps: int) -> dict[str, Any]:
     memory = result["peak_memory_bytes"] / 1e9
     if "losses" in result:
         print(
-            f"{side:<11} {result['tokens_per_second']:7.1f} tokens/s  {memory:5.2f} GB  losses {result['losses'][:4]}"
+            f"{side:<15} {result['tokens_per_second']:7.1f} tokens/s  {memory:5.2f} GB  losses {result['losses'][:4]}"
         )
     else:
-        print(f"{side:<11} {result['flops_per_second'] / 1e9:7.1f} GFLOP/s")
+        print(f"{side:<15} {result['flops_per_second'] / 1e9:7.1f} GFLOP/s")
     sys.stdout.flush()
     return result
 
@@ -264,14 +268,16 @@ def found(sides: dict[str, dict[str, Any]]) -> list[claims.Claim]:
     ours = sides["corral"]
     memory = ours["peak_memory_bytes"] / min(s["peak_memory_bytes"] for s in theirs)
     gap = max(abs(a - b) for a, b in zip(ours["losses"], sides["trl"]["losses"], strict=True))
-    share = ours["needed_flops"] / sides["gemm"]["flops_per_second"] / ours["seconds"]
+    rate = (sides["gemm"]["flops_per_second"] + sides["gemm-again"]["flops_per_second"]) / 2
+    share = ours["needed_flops"] / rate / ours["seconds"]
+    once = (speeds["corral-1x"] + speeds["corral-1x-again"]) / 2
     return [
         claims.Claim("train_speed_vs_trl", speeds["corral"] / max(speeds["trl"], speeds["trl-packed"]), "×", 2.2),
         claims.Claim("train_memory_vs_trl", memory, "×", 0.4, "<="),
         claims.Claim("train_loss_gap", gap, "nats", 1e-3, "<="),
         claims.Claim("train_share_of_gemm_limit", share, "of the limit", 0.65),
         claims.Claim("qlora_speed_vs_trl", speeds["corral-nf4"] / speeds["trl-nf4"], "×", 2),
-        claims.Claim("train_linearity_8x", speeds["corral-1x"] / speeds["corral-8x"], "×", 1.1, "<="),
+        claims.Claim("train_linearity_8x", once / speeds["corral-8x"], "×", 1.1, "<="),
     ]
 
 

@@ -1,7 +1,9 @@
-"""Conversation in, answer out: template and engine composed once, for evaluation, chat, batch and serving alike.
+"""Conversation in, answer out: prompting, template, engine and consensus composed once, for evaluation, chat, batch and
+serving alike.
 
 The Answerer is async; `blocking` gives the same to code that is not. Text is cut at stop strings here, since an engine
-knows ids only. It does not know how ids become text (template), how ids are computed (engine), or what answers are for.
+knows ids only. It does not know how ids become text (template), how ids are computed (engine), how examples are chosen
+(prompting), how votes are counted (consensus), or what answers are for.
 """
 
 from __future__ import annotations
@@ -14,10 +16,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator,
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from corral.decoding import StreamDecoder
+from corral import extraction
+from corral.consensus import Candidate, Consensus, Vote
+from corral.decoding import StopCutter, StreamDecoder
 from corral.engines.base import Completion, Delta, Engine, Finish, Generation, Sampling
 from corral.errors import RequestError
 from corral.messages import Conversation
+from corral.prompting import Prompting, after
 from corral.template import Template
 
 T = TypeVar("T")
@@ -44,11 +49,23 @@ class Answer:
     prompt_tokens: int
     tokens: tuple[tuple[Token, ...], ...] = ()
     """With `Sampling.logprobs`, for each choice the tokens that its text begins with, in part or whole."""
+    vote: Vote | None = None
+    """With consensus, how the choice was made; choices that were not needed have the finish "cancelled"."""
+
+    @property
+    def chosen(self) -> int:
+        """The place of the choice that is the answer: the vote's winner, else the first."""
+        return self.vote.winner if self.vote else 0
 
     @property
     def text(self) -> str:
-        """The first choice."""
-        return self.texts[0]
+        """The answer."""
+        return self.texts[self.chosen]
+
+    @property
+    def result(self) -> str:
+        """What the answer comes to: what follows its last `Answer:` or the like, else its text."""
+        return extraction.final(self.text) or self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +77,8 @@ class TextDelta:
     finish: Finish | None = None
     tokens: tuple[Token, ...] = ()
     """With `Sampling.logprobs`, the tokens that begin in this text. Joined over a stream: `Answer.tokens`."""
+    vote: Vote | None = None
+    """With consensus, how the choice was made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +91,45 @@ class Score:
 
 
 class Answerer:
-    """A template over an engine.
+    """A template over an engine, with a way to ask and a way to choose.
 
     Args:
         sampling: the default; the template's stop ids are added to it.
+        prompting: what is shown before a question.
+        consensus: with it, `answer` and `stream` draw several answers in one request and give the one that wins the vote;
+            it takes the place of a sampling's n, temperature and top_p.
     """
 
-    def __init__(self, engine: Engine, template: Template, sampling: Sampling | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        template: Template,
+        sampling: Sampling | None = None,
+        *,
+        prompting: Prompting | None = None,
+        consensus: Consensus | None = None,
+    ) -> None:
         self.engine = engine
         self.template = template
         self.sampling = sampling or Sampling()
+        self.prompting = prompting
+        self.consensus = consensus
+
+    async def prompt(self, conversation: Conversation, sampling: Sampling | None = None) -> list[int]:
+        """The ids that a conversation is asked with: examples and all, as many as leave room for the answer.
+
+        Raises:
+            TemplateError: the template refuses the conversation.
+            AssetError: the model that finds similar examples cannot be had.
+        """
+        if self.prompting is None:
+            return self.template.prompt(conversation)
+        room = self.engine.features.max_length - (sampling or self.sampling).max_tokens
+        for shots in await self._shots(conversation):
+            ids = self.template.prompt(self.prompting.asked(conversation, shots))
+            if len(ids) <= room:
+                return ids
+        return self.template.prompt(self.prompting.asked(conversation, ()))
 
     def begin(self, ids: Sequence[int], sampling: Sampling | None = None, stop: Sequence[str] = ()) -> TextStream:
         """Ask for completions of a rendered prompt. Returns at once; must be called in a running event loop.
@@ -102,29 +150,73 @@ class Answerer:
     async def answer(
         self, conversation: Conversation, sampling: Sampling | None = None, stop: Sequence[str] = ()
     ) -> Answer:
-        """Complete a conversation that ends with the user; `stop` as in `begin`.
+        """Answer a conversation that ends with the user; `stop` as in `begin`.
 
         Raises:
             TemplateError: the template refuses the conversation.
             EngineError: the engine refuses or fails.
+            AssetError: a model for embeddings cannot be had.
         """
-        return await self.begin(self.template.prompt(conversation), sampling, stop).whole()
+        ids = await self.prompt(conversation, sampling)
+        if self.consensus is None:
+            return await self.begin(ids, sampling, stop).whole()
+        return await self.begin(ids, self.several(sampling), stop).decided(self.consensus)
 
     async def stream(
         self, conversation: Conversation, sampling: Sampling | None = None, stop: Sequence[str] = ()
     ) -> AsyncIterator[TextDelta]:
-        """The same as text arrives. Leaving the iteration early cancels the work. Raises: as `answer`."""
-        async with contextlib.aclosing(aiter(self.begin(self.template.prompt(conversation), sampling, stop))) as deltas:
+        """The same as text arrives; with consensus, the winner once it is known. Leaving the iteration early cancels the work.
+
+        Raises: as `answer`.
+        """
+        if self.consensus is not None:
+            answer = await self.answer(conversation, sampling, stop)
+            tokens = answer.tokens[answer.chosen] if answer.tokens else ()
+            finish = answer.completions[answer.chosen].finish
+            yield TextDelta(answer.chosen, answer.text, finish, tokens, answer.vote)
+            return
+        ids = await self.prompt(conversation, sampling)
+        async with contextlib.aclosing(aiter(self.begin(ids, sampling, stop))) as deltas:
             async for delta in deltas:
                 yield delta
 
     async def score(self, conversation: Conversation) -> Score:
-        """How likely the model finds the answers of a conversation. Raises: as `answer`."""
+        """How likely the model finds the answers of a conversation, after the examples of `prompting` if there is one.
+
+        Raises: as `answer`.
+        """
         encoded = self.template.encode(conversation)
         start = max(1, encoded.trained.index(True))
+        roles = [message.role for message in conversation.messages]
+        head = Conversation(conversation.messages[: roles.index("assistant")])
+        for shots in await self._shots(conversation):
+            longer = self.template.encode(after(shots, conversation))
+            if len(longer.ids) <= self.engine.features.max_length:
+                # The answers of examples are trained tokens too, but not what is asked about.
+                encoded, start = longer, len(self.template.prompt(after(shots, head)))
+                break
         logprobs = await self.engine.score(encoded.ids, start)
         trained = encoded.trained[start:]
         return Score(-sum(p for p, t in zip(logprobs, trained, strict=True) if t), sum(trained))
+
+    def several(self, sampling: Sampling | None = None) -> Sampling:
+        """How the answers to be voted on are drawn, otherwise like `sampling`. There must be a consensus."""
+        assert self.consensus is not None
+        return replace(
+            sampling or self.sampling,
+            n=self.consensus.n,
+            temperature=self.consensus.temperature,
+            top_p=self.consensus.top_p,
+            logprobs=self.engine.features.logprobs,  # they break ties
+        )
+
+    async def _shots(self, conversation: Conversation) -> list[list[Conversation]]:
+        """The examples for a conversation, then fewer and fewer, the most useful ones longest."""
+        if self.prompting is None:
+            return []
+        # Finding similar ones is computing, which must not hold up those whose answers are on their way.
+        shots = await asyncio.to_thread(self.prompting.shots, conversation)
+        return [shots[left_out:] for left_out in range(len(shots))]
 
     def _sampling(self, sampling: Sampling | None) -> Sampling:
         sampling = sampling or self.sampling
@@ -169,16 +261,37 @@ class TextStream:
             async for delta in deltas:
                 texts[delta.choice] += delta.text
                 tokens[delta.choice] += delta.tokens
+        return self._answer(texts, tokens)
+
+    async def decided(self, consensus: Consensus) -> Answer:
+        """Wait until a vote among the choices is decided; those not needed are cancelled. Raises: EngineError."""
+        ballot = consensus.ballot(len(self._choices))
+        texts = [""] * len(self._choices)
+        tokens: list[list[Token]] = [[] for _ in self._choices]
+        async with contextlib.aclosing(aiter(self)) as deltas:
+            async for delta in deltas:
+                texts[delta.choice] += delta.text
+                tokens[delta.choice] += delta.tokens
+                if delta.finish is not None:
+                    logprobs = self._choices[delta.choice].logprobs
+                    mean = sum(logprobs) / len(logprobs) if logprobs else None
+                    ballot.add(delta.choice, Candidate(texts[delta.choice], mean))
+                    if ballot.decided:
+                        break
+        # A vote by embeddings computes.
+        return replace(self._answer(texts, tokens), vote=await asyncio.to_thread(ballot.vote))
+
+    def cancel(self) -> None:
+        """Stop the work, also where the iteration never began."""
+        self._generation.cancel()
+
+    def _answer(self, texts: Sequence[str], tokens: Sequence[Sequence[Token]]) -> Answer:
         return Answer(
             tuple(texts),
             tuple(c.completion() for c in self._choices),
             self.prompt_tokens,
             tuple(map(tuple, tokens)) if any(c.wants_tokens for c in self._choices) else (),
         )
-
-    def cancel(self) -> None:
-        """Stop the work, also where the iteration never began."""
-        self._generation.cancel()
 
 
 class _Choice:
@@ -233,39 +346,6 @@ class _Choice:
     def _new(self, text: str) -> str:
         self._decoded += len(text)
         return self._cutter.push(text)
-
-
-class StopCutter:
-    """Text that arrives in pieces, cut at the first stop string: the one complete first, of several the longest.
-
-    What could still become a stop string is held back. The pieces given, joined, do not depend on how the text arrived.
-    """
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = tuple(stop)
-        self._held = ""
-        self.stopped = False
-
-    def push(self, text: str) -> str:
-        """New text that is certainly before any stop string."""
-        if not self._stop or self.stopped:
-            return "" if self.stopped else text
-        text = self._held + text
-        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
-        # No stop string is in the text, so one that is under way began within its own length of the end.
-        longest = max(map(len, self._stop)) - 1
-        starts = range(max(0, len(text) - longest), len(text))
-        keep = next((at for at in starts if any(stop.startswith(text[at:]) for stop in self._stop)), len(text))
-        self._held = text[keep:]
-        return text[:keep]
-
-    def rest(self) -> str:
-        """What was held back, once the text has ended."""
-        held, self._held = self._held, ""
-        return held
 
 
 class Blocking:

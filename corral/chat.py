@@ -5,23 +5,23 @@ from __future__ import annotations
 import sys
 
 from corral.answerer import blocking
-from corral.engines.base import Sampling
-from corral.engines.load import Name
+from corral.asking import Settings
+from corral.consensus import Vote
 from corral.errors import CorralError
 from corral.messages import Conversation
-from corral.opening import open_model
 
 ENDS = frozenset({"exit", "quit"})
 
 
-def chat(
-    spec: str, *, system: str | None, max_tokens: int, temperature: float, top_p: float, engine: Name | None
-) -> None:
-    """Read lines, stream answers, keep the conversation; `exit`, `quit` or the end of input ends it."""
+def chat(settings: Settings, *, system: str | None) -> None:
+    """Read lines, stream answers, keep the conversation; `exit`, `quit` or the end of input ends it.
+
+    Raises: as `Settings.open`.
+    """
     print("loading …", file=sys.stderr)
-    opened = open_model(spec, engine, Sampling(max_tokens, temperature=temperature, top_p=top_p))
+    answerer = settings.open()
     start = Conversation.of(("system", system)) if system else Conversation(())
-    with blocking(opened.answerer) as face:
+    with blocking(answerer) as face:
         print("say something; `exit` or `quit` ends", file=sys.stderr)
         conversation = start
         while (line := _read()) is not None:
@@ -33,6 +33,8 @@ def chat(
                 for delta in face.stream(asked):
                     answer += delta.text
                     print(delta.text, end="", flush=True)
+                    if delta.vote is not None:
+                        _tell(delta.vote)
             except KeyboardInterrupt:
                 print(" …", end="")
             except CorralError as error:
@@ -41,6 +43,12 @@ def chat(
                 continue
             print()
             conversation = asked.add("assistant", answer) if answer else conversation
+
+
+def _tell(vote: Vote) -> None:
+    score = vote.scores[vote.winner] or 0.0
+    heard = len(vote.scores) - vote.cancelled
+    print(f" [answer {vote.winner + 1}: {vote.method} {score:.2f} among {heard}]", end="", file=sys.stderr, flush=True)
 
 
 def _read() -> str | None:

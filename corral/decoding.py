@@ -96,3 +96,36 @@ def _printable_bytes() -> dict[str, int]:
 
 
 _BYTE_OF = _printable_bytes()
+
+
+class StopCutter:
+    """Text that arrives in pieces, cut at the first stop string: the one complete first, of several the longest.
+
+    What could still become a stop string is held back. The pieces given, joined, do not depend on how the text arrived.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """New text that is certainly before any stop string."""
+        if not self._stop or self.stopped:
+            return "" if self.stopped else text
+        text = self._held + text
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)[1]]
+        # No stop string is in the text, so one that is under way began within its own length of the end.
+        longest = max(map(len, self._stop)) - 1
+        starts = range(max(0, len(text) - longest), len(text))
+        keep = next((at for at in starts if any(stop.startswith(text[at:]) for stop in self._stop)), len(text))
+        self._held = text[keep:]
+        return text[:keep]
+
+    def rest(self) -> str:
+        """What was held back, once the text has ended."""
+        held, self._held = self._held, ""
+        return held

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from corral import stages
+from corral import evaluating, stages
 from corral.errors import RunError, StorageError
 from corral.interrupts import Interrupts, Stopped
 from corral.progress import Progress
@@ -71,24 +71,19 @@ def steps(work: Work) -> list[Step]:
 
     export_step = Step(
         "export",
-        lambda done: {"merge": done["merge"], "export": recipe.export.model_dump(mode="json")},
+        lambda done: {"merge": done["merge"], "export": [str(form) for form in stages.forms(recipe)]},
         stages.export,
     )
+    evaluate_step = Step("evaluate", lambda done: evaluating.inputs(work, done), evaluating.evaluate)
+    after_merge = [evaluate_step, *([export_step] if stages.forms(recipe) else [])]
+    if evaluating.wants_forms(work):
+        after_merge.reverse()
     trained = stages.stage_name(recipe, len(recipe.train))
     return [
         Step("prepare", prepare_inputs, stages.prepare),
         *(train_step(number) for number in range(1, len(recipe.train) + 1)),
         Step("merge", lambda done: {"trained": done[trained]}, stages.merge),
-        Step(
-            "evaluate",
-            lambda done: {
-                "merge": done["merge"],
-                "evaluate": recipe.evaluate.model_dump(mode="json") | {"engine": stages.engine_name(work)},
-                "seed": seed,
-            },
-            stages.evaluate,
-        ),
-        *([export_step] if stages.forms(recipe) else []),
+        *after_merge,
         Step("report", lambda done: {**done, "name": recipe.name}, stages.report),
     ]
 
@@ -173,11 +168,11 @@ def _stages(work: Work, only: Collection[str] | None) -> dict[str, str]:
                 where=str(run.path),
                 hint="`corral run RECIPE` does what is missing",
             )
-        stages.require_extras(work)
+        _require_extras(work)
         device, dtype = work.placement
         write_json(
             run.path / "environment.json",
-            environment() | {"device": device, "dtype": dtype, "engine": stages.engine_name(work)},
+            environment() | {"device": device, "dtype": dtype, "engine": evaluating.engine_name(work)},
         )
         _execute(step, work, stage)
         base = work.base
@@ -185,6 +180,24 @@ def _stages(work: Work, only: Collection[str] | None) -> dict[str, str]:
         # Stages not reached yet may stand for older settings: they are named when they are done again.
         run.write_lineage(list(done), {"recipe": work.recipe.name, "seed": work.recipe.seed, "model": model})
     return outcome
+
+
+def _require_extras(work: Work) -> None:
+    """Refuse now what would be missing after hours of training. Raises: MissingExtraError."""
+    from corral.extras import require
+
+    engines = {evaluating.engine_name(work), *(variant.engine for variant in work.recipe.evaluate.variants)}
+    if "openvino" in engines or any(form.to == "openvino" for form in stages.forms(work.recipe)):
+        require("openvino_genai", "openvino")
+        require("openvino_tokenizers", "openvino")
+    for name in work.recipe.trackers:
+        require(name, "trackers")
+    if any(stage.optimizer.kind != "adamw" for stage in work.recipe.train):
+        require("bitsandbytes", "quant")
+    if any(stage.quantization != "none" for stage in work.recipe.train):
+        from corral.model.quantised import bitsandbytes
+
+        bitsandbytes()
 
 
 def _execute(step: Step, work: Work, stage: Stage) -> None:

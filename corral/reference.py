@@ -6,7 +6,7 @@ Knows nothing about any one setting. `python -m corral.reference` prints the pag
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -19,11 +19,25 @@ def reference() -> str:
     lines = [
         "# Recipe reference",
         "",
-        "Generated from `corral/recipe.py` by `python -m corral.reference`; do not edit. Unknown keys are refused.",
+        "Generated from `corral/recipe/` by `python -m corral.reference`; do not edit. Unknown keys are refused.",
         "`--set a.b=c` overrides any setting; entries of a list are named by number, from 0: `--set train.0.steps=20`.",
     ]
-    for path, section in _sections(Recipe, ""):
+    repeated: list[str] = []
+    shown: dict[type[BaseModel], str] = {}
+    for path, section, meaning in _sections(Recipe, ""):
         title = path or "Top level"
+        if section in shown:
+            # What stands within it is shown there too.
+            if not any(path.strip("[]").startswith(f"{p.strip('[]')}.") for p in repeated):
+                repeated.append(path)
+                lines += [
+                    "",
+                    f"## {title}",
+                    "",
+                    " ".join(f"{meaning} The settings are those of `{shown[section]}`.".split()),
+                ]
+            continue
+        shown[section] = title
         lines += ["", f"## {title}", "", " ".join((section.__doc__ or "").split()), ""]
         rows = [(name, field) for name, field in section.model_fields.items() if section_type(field.annotation) is None]
         if rows:
@@ -36,14 +50,15 @@ def reference() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _sections(section: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseModel]]]:
-    yield (f"[{path}]" if path and not path.endswith("]") else path), section
+def _sections(section: type[BaseModel], path: str, meaning: str = "") -> Iterator[tuple[str, type[BaseModel], str]]:
+    """Every section with its path and what the setting that holds it is for."""
+    yield (f"[{path}]" if path and not path.endswith("]") else path), section, meaning
     for name, field in section.model_fields.items():
         inner = section_type(field.annotation)
         if inner is not None:
             child = f"{path.strip('[]')}.{name}" if path else name
-            many = not isinstance(field.annotation, type)
-            yield from _sections(inner, f"[[{child}]]" if many else child)
+            many = get_origin(field.annotation) is tuple
+            yield from _sections(inner, f"[[{child}]]" if many else child, field.description or "")
 
 
 def _toml(value: Any) -> str:

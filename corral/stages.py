@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
-import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,14 +19,11 @@ from corral.model.placement import pack_length
 from corral.progress import Progress
 from corral.recipe import Recipe
 from corral.run import Run, Stage
-from corral.storage import link_or_copy_tree, new_directory, remove_tree, write_atomic, write_json
+from corral.storage import link_or_copy_tree, new_directory, remove_tree, write_json
 from corral.training.distributed import World
 
 if TYPE_CHECKING:
     from corral.data.prepared import Prepared
-    from corral.engines.load import Name
-    from corral.evaluation.runner import Item, RowFile
-    from corral.evaluation.scorecard import VariantRows
     from corral.forms import Form
     from corral.model.loading import DType, ModelSource
     from corral.template import Template
@@ -291,64 +286,6 @@ def merge(work: Work, stage: Stage) -> None:
         work.progress.say(f"contract, {check.name}: {check.detail}")
 
 
-def evaluate(work: Work, stage: Stage) -> None:
-    """Base against tuned on test rows: losses, answers, scorecard."""
-    from corral.evaluation import scorecard
-    from corral.evaluation.runner import Item, RowFile
-    from corral.messages import Conversation
-
-    config = work.recipe.evaluate
-    test = work.prepared.test
-    examples = [test[i] for i in range(min(len(test), max(config.loss_rows, config.answer_rows)))]
-    items = [Item(e.key, e.record) for e in examples if isinstance(e.record, Conversation)]
-    losses, answers = RowFile(stage.path / "losses.jsonl"), RowFile(stage.path / "completions.jsonl")
-    variants = {"base": work.base.folder, "tuned": work.run.merged_model}
-    rows: dict[str, VariantRows] = {}
-    for name, folder in variants.items():
-        info = _evaluate_variant(work, stage, name, folder, items, losses, answers)
-        rows[name] = variant_rows(stage.path, name, info)
-    card = scorecard.build(rows, baseline="base", seed=work.recipe.seed)
-    write_atomic(stage.path / "scorecard.json", card.to_json())
-
-
-def _evaluate_variant(
-    work: Work, stage: Stage, name: str, folder: Path, items: Sequence[Item], losses: RowFile, answers: RowFile
-) -> dict[str, float]:
-    """Fill in a variant's missing rows. Returns figures about its generation, kept across interruptions."""
-    from corral.answerer import Answerer, blocking
-    from corral.engines.base import Sampling
-    from corral.engines.load import load_engine
-    from corral.evaluation.runner import answer_items, score_items
-    from corral.model.loading import load_tokenizer
-    from corral.template import Template
-
-    config = work.recipe.evaluate
-    to_score, to_answer = items[: config.loss_rows], items[: config.answer_rows]
-    seconds_file = stage.path / f"seconds-{name}.json"
-    seconds: float = json.loads(seconds_file.read_text("utf-8")) if seconds_file.exists() else 0.0
-    if len(losses.of(name)) < len(to_score) or len(answers.of(name)) < len(to_answer):
-        device, dtype = work.placement
-        work.progress.start(f"Evaluating {name}: loading", None)
-        # The tuned model is asked through the template in its own folder, as its users will ask it.
-        template = work.template if name == "base" else Template.load(load_tokenizer(folder))
-        answerer = Answerer(load_engine(engine_name(work), folder, dtype=dtype, device=device), template)
-        sampling = Sampling(seed=work.recipe.seed, **config.generate.model_dump())
-        with blocking(answerer) as face:
-            work.progress.start(f"Evaluating {name}: held-out loss", len(to_score))
-            face.run(score_items(answerer, name, to_score, losses, lambda done: work.progress.update(done)))
-            work.progress.start(f"Evaluating {name}: answers", len(to_answer))
-            began = time.perf_counter()
-            try:
-                face.run(
-                    answer_items(answerer, name, to_answer, sampling, answers, lambda done: work.progress.update(done))
-                )
-            finally:
-                seconds += time.perf_counter() - began
-                write_json(seconds_file, seconds)
-    tokens = sum(row["tokens"] for row in answers.of(name).values())
-    return {"answer_tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds if seconds else 0.0}
-
-
 def export(work: Work, stage: Stage) -> None:
     """The recipe's other forms of the merged model, each with its contract."""
     from corral.export import export as export_form
@@ -360,59 +297,12 @@ def export(work: Work, stage: Stage) -> None:
 
 
 def forms(recipe: Recipe) -> list[Form]:
-    """The forms that a recipe asks for."""
+    """The forms that a recipe asks for, also to evaluate them."""
     from corral.forms import Form
 
     wanted = recipe.export
-    return [*(Form("gguf", kind) for kind in wanted.gguf), *(Form("openvino", kind) for kind in wanted.openvino)]
-
-
-def engine_name(work: Work) -> Name:
-    """What evaluates: the recipe's engine, with `auto` resolved on this machine."""
-    from corral.engines.load import default_engine
-
-    asked = work.recipe.evaluate.engine
-    device = work.placement[0]
-    if asked != "auto":
-        return asked
-    # What a run was evaluated with stays, so that a machine with other packages does not call its figures stale.
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        record = json.loads((work.run.path / "evaluate" / "stage.json").read_text("utf-8"))
-        before: Name = record["inputs"]["evaluate"]["engine"]
-        if record["status"] == "done" and (before != "openvino" or device == "cpu"):
-            return before
-    return default_engine(device)
-
-
-def require_extras(work: Work) -> None:
-    """Refuse now what would be missing after hours of training. Raises: MissingExtraError."""
-    from corral.extras import require
-
-    if engine_name(work) == "openvino" or work.recipe.export.openvino:
-        require("openvino_genai", "openvino")
-        require("openvino_tokenizers", "openvino")
-    for name in work.recipe.trackers:
-        require(name, "trackers")
-    if any(stage.optimizer.kind != "adamw" for stage in work.recipe.train):
-        require("bitsandbytes", "quant")
-    if any(stage.quantization != "none" for stage in work.recipe.train):
-        from corral.model.quantised import bitsandbytes
-
-        bitsandbytes()
-
-
-def variant_rows(folder: Path, name: str, info: dict[str, float] | None = None) -> VariantRows:
-    """A variant's rows from the files of an evaluate stage."""
-    from corral.evaluation.runner import RowFile
-    from corral.evaluation.scorecard import Row, VariantRows
-
-    losses = RowFile(folder / "losses.jsonl").of(name)
-    answers = RowFile(folder / "completions.jsonl").of(name)
-    rows: list[Row] = []
-    for id_ in sorted(losses.keys() | answers.keys()):
-        loss, answer = losses.get(id_, {}), answers.get(id_, {})
-        rows.append(Row(id_, loss.get("nll"), loss.get("tokens"), answer.get("reference"), answer.get("answer")))
-    return VariantRows(rows, info or {})
+    named = [*(Form("gguf", kind) for kind in wanted.gguf), *(Form("openvino", kind) for kind in wanted.openvino)]
+    return list(dict.fromkeys([*named, *(v.form for v in recipe.evaluate.variants if v.form is not None)]))
 
 
 def report(work: Work, stage: Stage) -> None:

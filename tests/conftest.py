@@ -99,6 +99,15 @@ def encoded_rows(tiny_tokenizer: Any) -> list[Any]:
     return rows
 
 
+@pytest.fixture(scope="session")
+def template(tiny_folder: Path) -> Any:
+    """The tiny model's template."""
+    from corral.model.loading import load_tokenizer
+    from corral.template import Template
+
+    return Template.load(load_tokenizer(tiny_folder))
+
+
 class Request(BaseHTTPRequestHandler):
     """A request to a web server on this machine: a test says what to answer. Nothing is written to a log."""
 
@@ -119,7 +128,7 @@ class Request(BaseHTTPRequestHandler):
 def web_server(answers: type[Request]) -> Generator[str]:
     """The address of a web server, on this machine while the block runs."""
     with ThreadingHTTPServer(("127.0.0.1", 0), answers) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         try:
             yield f"http://127.0.0.1:{server.server_port}"
         finally:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from corral.answerer import Answer, Answerer, TextDelta, blocking
-from corral.decoding import TokenBytes
+from corral.consensus import Consensus
+from corral.decoding import StopCutter, TokenBytes
 from corral.engines.base import Generation, Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.engines.transformers import TransformersEngine
@@ -20,6 +23,7 @@ from corral.errors import EngineError, TemplateError
 from corral.messages import Conversation
 from corral.model.loading import load_model, load_tokenizer
 from corral.model.packed import score
+from corral.prompting import Prompting, after
 from corral.template import Template
 
 ASKED = Conversation.of(("user", "What is two plus two?"))
@@ -145,8 +149,6 @@ def test_text_that_may_become_a_stop_string_is_held_back_and_no_more(
     text: str, stops: list[str], chunk: int, tiny_tokenizer: Any
 ) -> None:
     """After each id, what has been given is the text so far but for its longest end that begins a stop string."""
-    from corral.answerer import StopCutter
-
     cutter = StopCutter(stops)
     given_text = ""
     for at in range(0, len(text), chunk):
@@ -195,3 +197,84 @@ def test_special_tokens_and_half_characters_carry_their_log_probs(tiny_tokenizer
 def test_an_empty_stop_string_is_refused(answerer: Answerer) -> None:
     with blocking(answerer) as face, pytest.raises(EngineError, match="empty"):
         face.answer(ASKED, stop=[""])
+
+
+def spoken(template: Template, *texts: str) -> ScriptedEngine:
+    """An engine whose choices say these texts, one each."""
+    return ScriptedEngine(lambda ids, sampling, choice: template.tokenizer.encode(texts[choice % len(texts)]))
+
+
+def test_with_consensus_the_winner_is_the_answer_and_all_choices_are_told(template: Template) -> None:
+    seen: list[Sampling] = []
+    texts = ("It is 5", "It makes 18", "I say 18", "18", "maybe 4")
+
+    def reply(ids: Sequence[int], sampling: Sampling, choice: int) -> list[int]:
+        seen.append(sampling)
+        return template.tokenizer.encode(texts[choice])
+
+    answerer = Answerer(ScriptedEngine(reply), template, consensus=Consensus("majority", 5, stop="never"))
+    with blocking(answerer) as face:
+        answer = face.answer(ASKED, Sampling(max_tokens=30, seed=3))
+        streamed = list(face.stream(ASKED, Sampling(max_tokens=30, seed=3)))
+    assert {(s.n, s.temperature, s.top_p, s.max_tokens, s.seed) for s in seen} == {(5, 0.7, 0.9, 30, 3)}
+    assert answer.texts == texts
+    assert answer.vote is not None
+    assert answer.vote.results == ("5", "18", "18", "18", "4")
+    assert answer.text == texts[answer.vote.winner] == "It makes 18"
+    assert [d.text for d in streamed] == ["It makes 18"]
+    assert streamed[0].finish == "stop"
+
+
+def test_choices_that_cannot_change_the_vote_are_cancelled_and_the_engine_is_freed(template: Template) -> None:
+    long = "a very long story " * 40
+    engine = spoken(template, "18", "18", "18", long, long)
+    with blocking(Answerer(engine, template, consensus=Consensus("majority", 5))) as face:
+        answer = face.answer(ASKED, Sampling(max_tokens=500))
+        assert answer.vote is not None
+        assert (answer.vote.cancelled, answer.text) == (2, "18")
+        assert [c.finish for c in answer.completions] == ["stop"] * 3 + ["cancelled"] * 2
+        assert answer.vote.scores[3:] == (None, None)
+        face.run(asyncio.sleep(0))
+        assert not engine._open, "work goes on for nobody"  # pyright: ignore[reportPrivateUsage]
+
+
+def test_a_choice_ended_by_a_stop_string_votes_with_what_is_before_it(template: Template) -> None:
+    engine = spoken(template, "18 END 4", "18 END 5", "7 END 18")
+    with blocking(Answerer(engine, template, consensus=Consensus("majority", 3, stop="never"))) as face:
+        answer = face.answer(ASKED, Sampling(max_tokens=50), stop=["END"])
+    assert answer.vote is not None
+    assert answer.vote.results == ("18", "18", "7")
+
+
+def test_examples_are_shown_as_far_as_the_context_has_room_for_them(tiny_folder: Path, template: Template) -> None:
+    shots = [Conversation.of(("user", f"question {i}?"), ("assistant", "an answer " * 20)) for i in range(3)]
+    prompting = Prompting(shots, 3)
+    one = len(template.prompt(after(shots[:1], ASKED)))
+    features = replace(ScriptedEngine([5]).features, max_length=one + 50 + 10)
+    answerer = Answerer(ScriptedEngine([5], features=features), template, prompting=prompting)
+    with blocking(answerer) as face:
+        roomy = face.answer(ASKED, Sampling(max_tokens=10))
+        narrow = face.answer(ASKED, Sampling(max_tokens=100))
+    assert abs(roomy.prompt_tokens - one) < 10, "one example, and not the two that there is no room for"
+    assert narrow.prompt_tokens == len(template.prompt(ASKED))
+
+
+def test_a_score_after_examples_is_of_the_asked_answer_alone(tiny_folder: Path, answerer: Answerer) -> None:
+    template = answerer.template
+    shots = [Conversation.of(("user", "What is one plus one?"), ("assistant", "Two."))]
+    talk = ASKED.add("assistant", "Four.")
+    with blocking(Answerer(answerer.engine, template, prompting=Prompting(shots, 1, reasoning=True))) as face:
+        found = face.score(talk)
+    whole = template.encode(Conversation((*shots[0].messages, *talk.messages)))
+    start = len(template.prompt(Conversation((*shots[0].messages, *ASKED.messages))))
+    (expected,) = score(load_model(tiny_folder), [whole.ids], [start])
+    trained = [p for p, t in zip(expected, whole.trained[start:], strict=True) if t]
+    assert found.tokens == len(trained) == sum(template.encode(talk).trained)
+    assert found.nll == pytest.approx(-sum(trained), rel=1e-4)
+
+
+def test_a_result_is_what_follows_the_marker(template: Template) -> None:
+    with blocking(Answerer(spoken(template, "2 + 2.\nAnswer: 4", "four"), template)) as face:
+        answer = face.answer(ASKED, Sampling(max_tokens=50, n=2))
+    assert answer.result == "4"
+    assert replace(answer, texts=("four",)).result == "four"

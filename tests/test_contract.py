@@ -14,7 +14,7 @@ import torch
 from corral import contract
 from corral.engines.transformers import TransformersEngine
 from corral.errors import ContractError, ModelError
-from corral.model.loading import load_model, load_tokenizer
+from corral.model.loading import load_model
 from corral.template import Template
 
 FLOAT32 = contract.TOLERANCES["float32"]
@@ -26,11 +26,6 @@ def measured(model: Any, template: Template) -> list[list[float]]:
             return await contract.measure(engine, contract.probes(template))
 
     return asyncio.run(work())
-
-
-@pytest.fixture
-def template(tiny_folder: Path) -> Template:
-    return Template.load(load_tokenizer(tiny_folder))
 
 
 @pytest.fixture

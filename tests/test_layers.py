@@ -10,10 +10,21 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LAYERS = {
     0: ["errors", "extras", "messages", "progress", "interrupts"],
-    1: ["storage", "forms", "assets", "decoding", "template", "recipe", "reference", "run"],
-    2: ["engines", "data", "model"],
-    3: ["answerer", "opening", "contract", "evaluation", "export", "training", "preflight"],
-    4: ["stages", "pipeline", "report", "chat", "serving", "terminal"],
+    1: ["rouge", "extraction", "storage", "forms", "assets", "decoding", "template", "recipe", "reference", "run"],
+    2: ["consensus", "prompting", "embedding", "engines", "data", "model"],
+    3: [
+        "answerer",
+        "batch",
+        "asking",
+        "composing",
+        "opening",
+        "contract",
+        "evaluation",
+        "export",
+        "training",
+        "preflight",
+    ],
+    4: ["stages", "evaluating", "pipeline", "report", "chat", "serving", "terminal"],
     5: ["cli", "__main__"],
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}

@@ -11,7 +11,7 @@ import pytest
 from corral.errors import RunError
 from corral.recipe import Recipe, parse
 from corral.run import Run, environment
-from tests.test_recipe import GOOD
+from tests.recipe.test_recipe import GOOD
 
 
 @pytest.fixture

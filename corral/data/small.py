@@ -20,6 +20,7 @@ STARTER = "asset:smollm2-135m-instruct"
 ROWS = 12
 """Rows made for each source."""
 
+_TOKENS = 8  # of an answer
 _HELD_OUT = 2
 _STEPS = 2
 
@@ -58,6 +59,7 @@ def small(recipe: Recipe, folder: Path) -> Recipe:
             "model": recipe.model.model_copy(update={"base": STARTER}),
             "data": _small_data(recipe.data, sources),
             "train": tuple(_small_train(stage) for stage in recipe.train),
+            "answer": recipe.answer.model_copy(update={"max_tokens": _TOKENS}),
             "evaluate": _small_evaluate(recipe.evaluate),
         }
     )
@@ -99,8 +101,13 @@ def _small_train(stage: Train) -> Train:
 
 
 def _small_evaluate(evaluate: Evaluate) -> Evaluate:
-    generate = evaluate.generate.model_copy(update={"max_tokens": 8})
-    return evaluate.model_copy(update={"loss_rows": _HELD_OUT, "answer_rows": _HELD_OUT, "generate": generate})
+    return evaluate.model_copy(
+        update={
+            "loss_rows": _HELD_OUT,
+            "answer_rows": _HELD_OUT,
+            "tasks": tuple(task.model_copy(update={"rows": _HELD_OUT}) for task in evaluate.tasks),
+        }
+    )
 
 
 def _alpaca(i: int) -> _Row:

@@ -4,39 +4,59 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from corral.engines.base import Engine
 from corral.errors import ModelError
+from corral.model.folder import check_fit
 
 if TYPE_CHECKING:
     from corral.model.loading import DType
 
-Name: TypeAlias = Literal["transformers", "openvino"]
-ENGINES: tuple[Name, ...] = get_args(Name)
+Local: TypeAlias = Literal["transformers", "openvino", "vllm"]
+"""Engines that compute a model folder on this machine."""
+Name: TypeAlias = Local | Literal["remote"]
+LOCAL: tuple[Local, ...] = get_args(Local)
+ENGINES: tuple[Name, ...] = (*LOCAL, "remote")
 
 
-def default_engine(device: str) -> Name:
-    """The fastest engine for a device that is installed."""
-    return "openvino" if device == "cpu" and find_spec("openvino_genai") else "transformers"
+def default_engine(device: str, *, adapter: bool = False) -> Local:
+    """The fastest engine for a device that is installed, and that can compute an adapter apart from its model if asked."""
+    if device == "cpu":
+        return "openvino" if not adapter and find_spec("openvino_genai") else "transformers"
+    return "vllm" if find_spec("vllm") else "transformers"
 
 
-def load_engine(name: Name, folder: Path, *, dtype: DType, device: str) -> Engine:
+def load_engine(name: Local, folder: Path, *, dtype: DType, device: str, adapter: Path | None = None) -> Engine:
     """Load a model folder into the engine of that name.
 
     Args:
         dtype: `float32`, `bfloat16` or `float16`.
         device: `cpu` or `cuda`.
+        adapter: folder of a PEFT LoRA adapter of that model, which is not merged into it.
 
     Raises:
-        ModelError: the folder holds no model that can be loaded, or the engine does not compute on that device.
+        ModelError: the folder holds no model that can be loaded, the adapter does not fit it, or the engine does not compute
+            on that device, or adapters.
         MissingExtraError: the engine's packages are not installed.
     """
+    if adapter is not None and name != "openvino":
+        check_fit(adapter, folder)
+    if name == "vllm":
+        from corral.engines.vllm import VllmEngine
+
+        return VllmEngine(folder, dtype=dtype, device=device, adapter=adapter)
     if name == "openvino":
         if device != "cpu":
             raise ModelError(
                 f"the openvino engine computes on the CPU, not on {device!r}",
                 hint='use engine = "transformers", or device = "cpu"',
+            )
+        if adapter is not None:
+            raise ModelError(
+                "the openvino engine computes no adapters apart from their model",
+                where=str(adapter),
+                hint="use the transformers engine, or name the merged model (a run keeps it beside the adapter, in merged)",
             )
         from corral.engines.openvino import OpenVinoEngine
 
@@ -44,4 +64,9 @@ def load_engine(name: Name, folder: Path, *, dtype: DType, device: str) -> Engin
     from corral.engines.transformers import TransformersEngine
     from corral.model.loading import load_model
 
-    return TransformersEngine(load_model(folder, dtype=dtype, device=device), name=name)
+    model: Any = load_model(folder, dtype=dtype, device=device)
+    if adapter is not None:
+        from corral.model import adapters
+
+        model = adapters.load(model, adapter)
+    return TransformersEngine(model, name=name)

@@ -15,12 +15,15 @@ from corral.errors import ModelError
 from corral.forms import OPENVINO
 from corral.storage import file_hashes
 
+ADAPTER = "adapter_config.json"
+"""What makes a folder a PEFT adapter."""
 MODEL_TYPES = frozenset({"llama"})
 """Families whose attention, packing and merging corral's tests cover. Others load in transformers, but unproven here."""
 
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")
 _IDENTITY = (
     "config.json",
+    ADAPTER,
     "generation_config.json",
     "*.safetensors",
     "*.safetensors.index.json",
@@ -59,9 +62,9 @@ def check_folder(folder: Path) -> None:
     Raises:
         ModelError: it says which file, what is wrong with it, and what to do.
     """
-    if (folder / "adapter_config.json").is_file():  # transformers would load the adapter too, without a word
+    if (folder / ADAPTER).is_file():  # transformers would load the adapter too, without a word
         raise ModelError(
-            "the folder holds an adapter (adapter_config.json), not a model alone",
+            f"the folder holds an adapter ({ADAPTER}), not a model alone",
             where=str(folder),
             hint="name its base model, or merge the adapter into it first",
         )
@@ -95,8 +98,72 @@ def check_folder(folder: Path) -> None:
         _check_safetensors(path)
 
 
+def check_adapter(folder: Path) -> str:
+    """Makes sure that a PEFT adapter can be loaded, as `check_folder` does of a model.
+
+    Returns: the model it belongs to, as its config names it.
+
+    Raises:
+        ModelError: its config or its weights cannot be used, or it is no LoRA.
+    """
+    config = _read_json(folder / ADAPTER)
+    where = str(folder / ADAPTER)
+    if config.get("peft_type") != "LORA":
+        raise ModelError(
+            f"the adapter's peft_type is {config.get('peft_type')!r}; corral loads LoRA adapters",
+            where=where,
+            hint="merge it with the program that made it, and name the merged model",
+        )
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ModelError(
+            "the adapter does not say which model it belongs to (base_model_name_or_path)",
+            where=where,
+            hint="write the model's name or folder there",
+        )
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise ModelError(
+            "the adapter has no adapter_model.safetensors, and corral reads no other weights", where=str(folder)
+        )
+    _check_safetensors(weights)
+    return base
+
+
+def check_fit(adapter: Path, folder: Path) -> None:
+    """Makes sure that a LoRA adapter's matrices are of the sizes of a model's weights.
+
+    PEFT skips layers that are not there, and vLLM puts a small matrix into the corner of a large one, both without a word.
+
+    Raises:
+        ModelError: it names the layer.
+    """
+    weights = {name: shape for path in weight_files(folder) for name, shape in _shapes(path).items()}
+    hint = "name the model that it was trained on as base_model_name_or_path in its adapter_config.json"
+    for key, shape in _shapes(adapter / "adapter_model.safetensors").items():
+        layer, _, part = key.removeprefix("base_model.model.").partition(".lora_")
+        weight = weights.get(f"{layer}.weight")
+        if weight is None:
+            raise ModelError(
+                f"the adapter does not fit the model: {folder} has no layer {layer!r}", where=str(adapter), hint=hint
+            )
+        if (part == "A.weight" and shape[1] != weight[1]) or (part == "B.weight" and shape[0] != weight[0]):
+            raise ModelError(
+                f"the adapter does not fit the model: its {key} is {shape}, the model's weight {weight}",
+                where=str(adapter),
+                hint=hint,
+            )
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    """Of the tensors in a file that `_check_safetensors` found whole."""
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+
+
 def identity(folder: Path) -> str:
-    """sha256 over the names and contents of a model folder's weights, config and tokenizer.
+    """sha256 over the names and contents of a model's or an adapter's weights, config and tokenizer.
 
     Hashes of files are remembered by size and time of change, so that only the first call reads gigabytes.
     """

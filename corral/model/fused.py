@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from corral.model import decoder, gpu, quantised
-from corral.model.gemm import is_plain_linear, replace_forward, times_transposed
+from corral.model.gemm import is_plain_linear, lora_gradients, replace_forward, times_transposed
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x (W + s·BA)ᵀ for a frozen W. Gradients of A and B need only products with r rows."""
+    """x (W + s·BA)ᵀ for a frozen W."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -36,13 +36,8 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None]:
         x, weight, a, b = ctx.saved_tensors
-        gradient = gradients[0].flatten(0, -2)
-        rows = x.flatten(0, -2)
-        of_x = None
-        if ctx.needs_input_grad[0]:
-            of_x = times_transposed(gradient, torch.addmm(weight, b, a, alpha=ctx.scale).T).view_as(x)
-        of_a = ((gradient @ b).T @ rows).mul_(ctx.scale)
-        of_b = (gradient.T @ (rows @ a.T)).mul_(ctx.scale)
+        weights = (lambda: torch.addmm(weight, b, a, alpha=ctx.scale)) if ctx.needs_input_grad[0] else None
+        of_x, of_a, of_b = lora_gradients(gradients[0], x, a, b, ctx.scale, weights)
         return of_x, None, of_a, of_b, None
 
 

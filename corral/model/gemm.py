@@ -103,3 +103,21 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
         return F.linear(x, weight)
     result: Any = _FrozenLinear.apply(x, weight)
     return result
+
+
+def lora_gradients(
+    gradient: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, weight: Callable[[], Tensor] | None
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of x (W + s·BA)ᵀ by x, A and B; those of A and B need only products with r rows.
+
+    Args:
+        gradient: of the result, [..., out].
+        x: [..., in].
+        a, b: [r, in] and [out, r].
+        weight: gives W + s·BA, [out, in]; None where x needs no gradient.
+    """
+    rows, of_rows = x.flatten(0, -2), gradient.flatten(0, -2)
+    of_x = None if weight is None else times_transposed(of_rows.contiguous(), weight().T).view_as(x)
+    of_a = ((of_rows @ b).T @ rows).mul_(scale)
+    of_b = (of_rows.T @ (rows @ a.T)).mul_(scale)
+    return of_x, of_a, of_b

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from corral.extras import require
-from corral.model.gemm import accelerate, replace_forward, times_transposed
+from corral.model.gemm import accelerate, lora_gradients, replace_forward, times_transposed
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -152,14 +152,8 @@ class _Nf4LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
         x, a, b = ctx.saved_tensors
-        gradient = gradients[0].flatten(0, -2)
-        rows = x.flatten(0, -2)
-        of_x = None
-        if ctx.needs_input_grad[0]:
-            weight = restored(ctx.layer).addmm_(b, a, alpha=ctx.scale)
-            of_x = times_transposed(gradient.contiguous(), weight.T).view_as(x)
-        of_a = ((gradient @ b).T @ rows).mul_(ctx.scale)
-        of_b = (gradient.T @ (rows @ a.T)).mul_(ctx.scale)
+        weights = (lambda: restored(ctx.layer).addmm_(b, a, alpha=ctx.scale)) if ctx.needs_input_grad[0] else None
+        of_x, of_a, of_b = lora_gradients(gradients[0], x, a, b, ctx.scale, weights)
         return of_x, of_a, of_b, None, None
 
 

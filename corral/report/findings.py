@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from corral.evaluation.metrics import Rouge
-from corral.evaluation.scorecard import METRICS, SIGNIFICANT
+from corral.evaluation import scoring
+from corral.evaluation.scorecard import SIGNIFICANT
 from corral.report.reading import Record, Table, finite, rows, series, table
 from corral.report.wording import JOIN, count, listing, number, p_value, signed
+from corral.rouge import Rouge
 
 Outcome = Literal["better", "worse", "different", "undecided"]
 Tone = Literal["better", "worse", "undecided", "pending"]
@@ -96,18 +97,20 @@ class Example:
 
 
 def scores(scorecard: Table) -> list[Score]:
-    """The scorecard by metric: those corral knows in its own order, then others by name."""
+    """The scorecard by metric: those corral knows in its own order, task by task, then others by name."""
     variants = {name: table(table(v).get("metrics")) for name, v in table(scorecard.get("variants")).items()}
     comparisons = rows(scorecard.get("comparisons"))
     found = {metric for metrics in variants.values() for metric in metrics}
     found |= {str(c.get("metric")) for c in comparisons}
-    ordered = [*(m for m in METRICS if m in found), *sorted(found - METRICS.keys())]
-    made = [_score(metric, variants, [c for c in comparisons if c.get("metric") == metric]) for metric in ordered]
+    made = [
+        _score(metric, variants, [c for c in comparisons if c.get("metric") == metric])
+        for metric in scoring.ordered(found)
+    ]
     return [score for score in made if score.values or score.differences]
 
 
 def _score(metric: str, variants: Mapping[str, Table], comparisons: Sequence[Table]) -> Score:
-    known = METRICS.get(metric)
+    known = scoring.metric(metric)
     better = known.better if known else next((str(c["better"]) for c in comparisons if c.get("better")), None)
     values = [value for name, metrics in variants.items() if (value := _value(name, table(metrics.get(metric))))]
     largest = max((abs(value.mean) for value in values), default=0.0)

@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 from corral.data.ledger import FATES
+from corral.evaluation.scorecard import cost_rows
 from corral.report import findings, wording
 from corral.report.findings import Score
 from corral.report.reading import Record, Table, Training, finite, rows, series, table
@@ -77,6 +78,7 @@ def render(record: Record, scores: Sequence[Score], pictures: Mapping[str, Pictu
         scores=scores,
         pairs=len({(d.a, d.b) for score in scores for d in score.differences}),
         comparison_name=_comparison_name(scores),
+        costs=_costs(record),
         adjusted=any(d.adjusted for score in scores for d in score.differences),
         pictures=pictures,
         facts=facts(record),
@@ -303,6 +305,15 @@ def _answer_figures(completions: Sequence[Table]) -> list[tuple[str, int, float 
 def _comparison_name(scores: Sequence[Score]) -> str:
     """`tuned − base`, of every pair that was compared."""
     return wording.listing(list(dict.fromkeys(f"{d.a} − {d.b}" for score in scores for d in score.differences)))
+
+
+def _costs(record: Record) -> list[tuple[str, ...]]:
+    """What each variant's answers cost, header first."""
+    infos: dict[str, dict[str, float]] = {}
+    for name, variant in table(record.scorecard.get("variants")).items():
+        info = table(table(variant).get("info"))
+        infos[name] = {key: figure for key, value in info.items() if (figure := finite(value)) is not None}
+    return cost_rows(infos)
 
 
 def _flat(value: Table, prefix: str = "") -> list[tuple[str, str]]:

@@ -251,8 +251,9 @@ def _values(axes: Axes, score: Score, rows: Mapping[str, int], names: Sequence[s
     arrow = {"lower": " ↓", "higher": " ↑"}.get(score.better or "", "")
     wide = look.width == "wide"
     unit = f" ({score.unit})" if score.unit and wide else ""
-    hint = f"  {score.better} is better" if score.better and wide else ""
-    _title(axes, shortened(score.label, 24) + unit + arrow + hint)
+    # The name of a task's metric leaves no room for it.
+    hint = f"  {score.better} is better" if score.better and wide and len(score.label) <= 24 else ""
+    _title(axes, shortened(score.label, 34) + unit + arrow + hint)
     _strip(axes, len(rows))
 
 

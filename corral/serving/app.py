@@ -13,7 +13,7 @@ import json
 import logging
 import re
 from collections.abc import AsyncGenerator, Collection, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -23,7 +23,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from corral.engines.base import Sampling
 from corral.serving.completions import Asked, Served, faults
-from corral.serving.protocol import ChatRequest, Model, Models, Refused, refusal
+from corral.serving.legacy import AskedText, TextPrompts
+from corral.serving.legacy_protocol import CompletionRequest
+from corral.serving.protocol import Ask, ChatRequest, Model, Models, Refused, refusal
 
 T = TypeVar("T")
 
@@ -57,18 +59,15 @@ def build_app(served: Served, *, hosts: Collection[str] = ()) -> FastAPI:
     app.add_middleware(BodyLimit, most=served.limits.body_bytes)
     _handle_errors(app)
     model = Model(id=served.name, created=served.created, max_model_len=served.context)
+    texts = TextPrompts(served.answerer.template)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
-        asked = Asked(served, body)
-        if body.stream:
-            return Events(asked)
-        try:
-            return _json(await while_connected(request.receive, asked.whole()))
-        except ClientGone:
-            return Response(status_code=499)  # nobody reads it
-        finally:
-            asked.cancel()
+        return await _answered(Asked(served, body), body, request)
+
+    @app.post("/v1/completions")
+    async def complete(body: CompletionRequest, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        return await _answered(AskedText(served, texts, body), body, request)
 
     @app.get("/v1/models")
     async def models() -> Response:  # pyright: ignore[reportUnusedFunction]
@@ -93,6 +92,33 @@ def build_app(served: Served, *, hosts: Collection[str] = ()) -> FastAPI:
     return app
 
 
+class Work(Protocol):
+    """A request under way, on whichever route."""
+
+    def whole(self) -> Coroutine[Any, Any, BaseModel]:
+        """The answer."""
+        ...
+
+    def events(self) -> AsyncGenerator[str, None]:
+        """The data of each event of a stream."""
+        ...
+
+    def cancel(self) -> None:
+        """Stop the work."""
+        ...
+
+
+async def _answered(work: Work, body: Ask, request: Request) -> Response:
+    if body.stream:
+        return Events(work)
+    try:
+        return _json(await while_connected(request.receive, work.whole()))
+    except ClientGone:
+        return Response(status_code=499)  # nobody reads it
+    finally:
+        work.cancel()
+
+
 class Health(BaseModel):
     """`/health`: the process answers, and its engine takes work."""
 
@@ -106,10 +132,10 @@ class Events(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, work: Work) -> None:
         super().__init__(headers={"cache-control": "no-cache"})
         del self.headers["content-length"]
-        self._asked = asked
+        self._work = work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
@@ -117,7 +143,7 @@ class Events(Response):
             with contextlib.suppress(ClientGone):
                 await while_connected(receive, self._send(send))
         finally:
-            self._asked.cancel()
+            self._work.cancel()
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -128,7 +154,7 @@ class Events(Response):
 
     async def _events(self) -> AsyncGenerator[str, None]:
         try:
-            async with contextlib.aclosing(self._asked.events()) as events:
+            async with contextlib.aclosing(self._work.events()) as events:
                 async for data in events:
                     yield data
         except Exception as error:

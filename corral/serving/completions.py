@@ -19,6 +19,7 @@ from corral.engines.base import Finish, Sampling
 from corral.errors import CorralError, EngineClosedError, RequestError, TemplateError
 from corral.messages import Conversation
 from corral.serving.protocol import (
+    Ask,
     ChatCompletion,
     ChatMessage,
     ChatRequest,
@@ -33,7 +34,8 @@ from corral.serving.protocol import (
     Usage,
 )
 
-_DONE = "[DONE]"
+DONE = "[DONE]"
+"""The data of the event that ends a stream."""
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +92,7 @@ class Asked:
                     index=i,
                     message=Message(content=text),
                     logprobs=None if of_text is None else self._logprobs(of_text),
-                    finish_reason=_finish(completion.finish),
+                    finish_reason=finish_reason(completion.finish),
                 )
                 for i, (text, completion, of_text) in enumerate(
                     zip(answer.texts, answer.completions, tokens, strict=True)
@@ -109,19 +111,15 @@ class Asked:
                     async for delta in deltas:
                         for choice in self._choices(delta):
                             yield self._chunk(choice)
-            if self._wants_usage:
+            if self._request.wants_usage:
                 yield self._chunk(usage=self._usage())
-            yield _DONE
+            yield DONE
         except Refused as refused:
             yield refused.body().model_dump_json()
 
     def cancel(self) -> None:
         """Stop the work; harmless once it has ended."""
         self._stream.cancel()
-
-    @property
-    def _wants_usage(self) -> bool:
-        return self._request.stream_options is not None and bool(self._request.stream_options.include_usage)
 
     def _choices(self, delta: TextDelta) -> list[ChunkChoice]:
         found: list[ChunkChoice] = []
@@ -130,8 +128,8 @@ class Asked:
             text = {"content": delta.text}
             found.append(ChunkChoice(index=delta.choice, delta=text, logprobs=logprobs, finish_reason=None))
         if delta.finish is not None:
-            finish = _finish(delta.finish)
-            found.append(ChunkChoice(index=delta.choice, delta={}, logprobs=None, finish_reason=finish))
+            reason = finish_reason(delta.finish)
+            found.append(ChunkChoice(index=delta.choice, delta={}, logprobs=None, finish_reason=reason))
         return found
 
     def _chunk(self, *choices: ChunkChoice, usage: Usage | None = None) -> str:
@@ -144,7 +142,7 @@ class Asked:
             usage=usage,
         )
         # OpenAI sends `usage` (null in all chunks but the last) only to those who asked for it.
-        return chunk.model_dump_json(exclude=None if self._wants_usage else {"usage"})
+        return chunk.model_dump_json(exclude=None if self._request.wants_usage else {"usage"})
 
     def _usage(self) -> Usage:
         prompt, completion = self._stream.prompt_tokens, self._stream.completion_tokens
@@ -168,10 +166,10 @@ _FIRST = {"role": "assistant", "content": ""}
 
 
 def _begin(served: Served, request: ChatRequest) -> TextStream:
-    if request.model != served.name:
-        what = f"the model {request.model!r} does not exist: this server has {served.name!r}"
-        raise Refused(404, what, param="model", code="model_not_found")
-    _check(served, request)
+    check(served, request, most_stops=4)
+    if None not in (request.max_tokens, request.max_completion_tokens):
+        what = "'max_tokens': set either it or 'max_completion_tokens'"
+        raise Refused(400, what, param="max_tokens")
     conversation = _conversation(request.messages)
     try:
         ids = served.answerer.template.prompt(conversation)
@@ -181,20 +179,21 @@ def _begin(served: Served, request: ChatRequest) -> TextStream:
     return served.answerer.begin(ids, _sampling(served, request, len(ids)), stops)
 
 
-def _check(served: Served, request: ChatRequest) -> None:
-    """Hold the limits. Raises: Refused."""
+def check(served: Served, request: Ask, *, most_stops: int) -> None:
+    """Hold what is asked against the model and the limits. Raises: Refused."""
+    if request.model != served.name:
+        what = f"the model {request.model!r} does not exist: this server has {served.name!r}"
+        raise Refused(404, what, param="model", code="model_not_found")
     limits = served.limits
     lengths = [len(stop) for stop in request.stops]
-    tokens = (request.max_tokens, request.max_completion_tokens)
     can_logprobs = served.answerer.engine.features.logprobs
-    stops = f"at most 4 strings of 1 to {limits.stop_characters} characters"
+    stops = f"at most {most_stops} strings of 1 to {limits.stop_characters} characters"
     rules = (
         ((request.n or 1) > limits.n, "n", f"at most {limits.n} choices are served"),
-        (len(lengths) > 4, "stop", stops),
+        (len(lengths) > most_stops, "stop", stops),
         (any(not 1 <= length <= limits.stop_characters for length in lengths), "stop", stops),
-        (None not in tokens, "max_tokens", "set either it or 'max_completion_tokens'"),
         (request.stream_options is not None and not request.stream, "stream_options", "needs 'stream': true"),
-        (bool(request.logprobs) and not can_logprobs, "logprobs", "the engine of this server gives none"),
+        (request.wants_logprobs and not can_logprobs, "logprobs", "the engine of this server gives none"),
     )
     for is_broken, param, what in rules:
         if is_broken:
@@ -217,23 +216,35 @@ def _conversation(messages: Sequence[ChatMessage]) -> Conversation:
 def _sampling(served: Served, request: ChatRequest, prompt_tokens: int) -> Sampling:
     """OpenAI's defaults; as many tokens as the context leaves. Raises: Refused (the context is too small)."""
     wanted = request.max_completion_tokens or request.max_tokens
+    left = room(served, prompt_tokens, wanted, param="messages")
+    return sampling(request, wanted or min(left, served.limits.default_tokens))
+
+
+def room(served: Served, prompt_tokens: int, wanted: int | None, *, param: str) -> int:
+    """Tokens that a prompt leaves for its answer. Raises: Refused (fewer than wanted, or none)."""
     left = served.context - prompt_tokens
-    if (wanted or 1) > left:
+    if (1 if wanted is None else wanted) > left:
         asked = f" and {wanted} were asked for" if wanted else ", which leaves none for an answer"
-        what = f"the context of this model is {served.context} tokens: the messages take {prompt_tokens}{asked}"
-        raise Refused(400, what, param="messages", code="context_length_exceeded")
+        what = f"the context of this model is {served.context} tokens: {param!r} takes {prompt_tokens}{asked}"
+        raise Refused(400, what, param=param, code="context_length_exceeded")
+    return left
+
+
+def sampling(request: Ask, max_tokens: int) -> Sampling:
+    """How a request wants its answers drawn, with OpenAI's defaults."""
     return Sampling(
-        max_tokens=wanted or min(left, served.limits.default_tokens),
+        max_tokens=max_tokens,
         n=request.n or 1,
         temperature=1.0 if request.temperature is None else request.temperature,
         top_p=1.0 if request.top_p is None else request.top_p,
         top_k=request.top_k or 0,
         seed=request.seed,
-        logprobs=bool(request.logprobs),
+        logprobs=request.wants_logprobs,
     )
 
 
-def _finish(finish: Finish) -> Literal["stop", "length"]:
+def finish_reason(finish: Finish) -> Literal["stop", "length"]:
+    """The reason as OpenAI names it. Raises: Refused (the engine cancelled the answer)."""
     if finish == "cancelled":
         raise Refused(503, "the answer was cut off by the engine", code="engine_unavailable")
     return finish

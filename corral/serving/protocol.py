@@ -1,4 +1,4 @@
-"""OpenAI's chat protocol as types: what a request may hold, what answers look like, what a refusal says.
+"""OpenAI's chat protocol as types, and what its other routes share: requests, answers, what a refusal says.
 
 A field that would change the answer and is not supported is refused by name, and so is a field nobody knows; what clients
 send by habit and changes nothing is accepted. The types hold what can be judged from the request alone: they do not know
@@ -24,6 +24,8 @@ class Limits:
     body_bytes: int = 2**20
     n: int = 16
     """Choices of one prompt."""
+    prompts: int = 64
+    """Prompts of one request, where a request may hold several."""
     stop_characters: int = 256
     """Length of one stop string."""
     default_tokens: int = 4096
@@ -66,7 +68,7 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-def _only(*harmless: object) -> AfterValidator:
+def only(*harmless: object) -> AfterValidator:
     """Accepts values that change nothing, and refuses a field that would have to be supported otherwise."""
 
     def check(value: object) -> object:
@@ -80,34 +82,36 @@ def _only(*harmless: object) -> AfterValidator:
     return AfterValidator(check)
 
 
-_Nothing: TypeAlias = Annotated[Any, _only(None)]
-_Empty: TypeAlias = Annotated[Any, _only(None, [], {})]
-_Zero: TypeAlias = Annotated[Any, _only(None, 0)]
+Nothing: TypeAlias = Annotated[Any, only(None)]
+Empty: TypeAlias = Annotated[Any, only(None, [], {})]
+Zero: TypeAlias = Annotated[Any, only(None, 0)]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """Base of all that a request may hold."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class TextPart(_Body):
+class TextPart(Body):
     """A part of a message; text is the only kind."""
 
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(_Body):
+class ChatMessage(Body):
     """One message. `developer` is another name for `system`. Parts are joined as they are, with nothing between them."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     # What an answer's message holds, for those who send it back as they got it.
-    refusal: _Nothing = None
-    annotations: _Empty = None
-    audio: _Nothing = None
-    name: _Nothing = None
-    tool_calls: _Empty = None
-    function_call: _Nothing = None
+    refusal: Nothing = None
+    annotations: Empty = None
+    audio: Nothing = None
+    name: Nothing = None
+    tool_calls: Empty = None
+    function_call: Nothing = None
 
     @property
     def text(self) -> str:
@@ -115,18 +119,17 @@ class ChatMessage(_Body):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """How a stream is sent."""
 
     include_usage: bool | None = None
-    include_obfuscation: Annotated[Any, _only(None, False)] = None
+    include_obfuscation: Annotated[Any, only(None, False)] = None
 
 
-class ChatRequest(_Body):
-    """`POST /v1/chat/completions`. `top_k` is an extension."""
+class Ask(Body):
+    """What every request for text may hold. `top_k` is an extension."""
 
     model: str
-    messages: list[ChatMessage] = Field(min_length=1)
     n: int | None = Field(None, ge=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -135,13 +138,41 @@ class ChatRequest(_Body):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
+
+    # Sent by habit.
+    user: str | None = None
+
+    # Would change the answer, save for the values that do not.
+    presence_penalty: Zero = None
+    frequency_penalty: Zero = None
+    logit_bias: Empty = None
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop strings."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the answer tells log-probabilities."""
+        return False
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class ChatRequest(Ask):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: _Zero = None
+    top_logprobs: Zero = None
 
     # Sent by habit; they concern the account, not the answer.
-    user: str | None = None
     metadata: dict[str, Any] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -149,32 +180,25 @@ class ChatRequest(_Body):
     prompt_cache_options: dict[str, Any] | None = None
     service_tier: str | None = None
     parallel_tool_calls: bool | None = None
-    store: Annotated[Any, _only(None, False)] = None
+    store: Annotated[Any, only(None, False)] = None
 
     # Would change the answer, save for the values that do not.
-    presence_penalty: _Zero = None
-    frequency_penalty: _Zero = None
-    logit_bias: _Empty = None
-    tools: _Empty = None
-    tool_choice: Annotated[Any, _only(None, "none", "auto")] = None
-    functions: _Empty = None
-    function_call: Annotated[Any, _only(None, "none", "auto")] = None
-    response_format: Annotated[Any, _only(None, {"type": "text"})] = None
-    modalities: Annotated[Any, _only(None, ["text"])] = None
-    audio: _Nothing = None
-    prediction: _Nothing = None
-    moderation: _Nothing = None
-    reasoning_effort: Annotated[Any, _only(None, "none")] = None
-    verbosity: _Nothing = None
-    web_search_options: _Nothing = None
+    tools: Empty = None
+    tool_choice: Annotated[Any, only(None, "none", "auto")] = None
+    functions: Empty = None
+    function_call: Annotated[Any, only(None, "none", "auto")] = None
+    response_format: Annotated[Any, only(None, {"type": "text"})] = None
+    modalities: Annotated[Any, only(None, ["text"])] = None
+    audio: Nothing = None
+    prediction: Nothing = None
+    moderation: Nothing = None
+    reasoning_effort: Annotated[Any, only(None, "none")] = None
+    verbosity: Nothing = None
+    web_search_options: Nothing = None
 
     @property
-    def stops(self) -> list[str]:
-        """The stop strings."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
-
-
-_FIELDS = {name for model in (ChatRequest, ChatMessage, TextPart, StreamOptions) for name in model.model_fields}
+    def wants_logprobs(self) -> bool:  # noqa: D102 (see Ask)
+        return bool(self.logprobs)
 
 
 def refusal(faults: Sequence[Any]) -> Refused:
@@ -187,8 +211,9 @@ def refusal(faults: Sequence[Any]) -> Refused:
     if not place:
         return Refused(400, f"the body must be a JSON object, sent as application/json: {fault['msg']}")
     is_unknown = fault["type"] == "extra_forbidden"
-    named = [p for p in place[:-1] if isinstance(p, int) or p in _FIELDS]
-    if is_unknown or isinstance(place[-1], int) or place[-1] in _FIELDS:
+    fields = _fields(Body)
+    named = [p for p in place[:-1] if isinstance(p, int) or p in fields]
+    if is_unknown or isinstance(place[-1], int) or place[-1] in fields:
         named.append(place[-1])
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in named).lstrip(".")
     if is_unknown:
@@ -196,6 +221,11 @@ def refusal(faults: Sequence[Any]) -> Refused:
     if fault["type"] == "unsupported":
         return Refused(400, f"{param!r} {fault['msg']}", param=param, code="unsupported_parameter")
     return Refused(400, f"{param!r}: {fault['msg']}", param=param)
+
+
+def _fields(body: type[Body]) -> set[str]:
+    """The names of all fields that a request may hold."""
+    return set(body.model_fields).union(*map(_fields, body.__subclasses__()))
 
 
 class Message(BaseModel):

@@ -79,7 +79,7 @@ def test_only_model_sources_and_sizes_differ(tmp_path: Path) -> None:
         *("data.split.validation", "data.split.test"),
         *("train.0.epochs", "train.0.steps", "train.0.batch_size", "train.0.evaluate_every", "train.0.evaluate_rows"),
         "train.0.checkpoint_every",
-        *("evaluate.loss_rows", "evaluate.answer_rows", "evaluate.generate.max_tokens"),
+        *("evaluate.loss_rows", "evaluate.answer_rows", "answer.max_tokens"),
     }
     lines = (tmp_path / "rows" / "1.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [MADE["alpaca"](i) for i in range(ROWS)]

@@ -36,14 +36,14 @@ lr = 5e-3
 [evaluate]
 loss_rows = 12
 answer_rows = 6
-[evaluate.generate]
+[answer]
 max_tokens = 12
 """
 
 
 def corral(*args: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user does."""
-    command = [sys.executable, "-m", "corral.cli", *map(str, args)]
+    command = [sys.executable, "-m", "corral", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
 
 

@@ -98,7 +98,7 @@ def test_ctrl_c_and_the_same_command_again_ends_where_an_uninterrupted_run_does(
     workspace: Callable[[], Path], finished: Path
 ) -> None:
     folder = workspace()
-    command = [sys.executable, "-m", "corral.cli", "run", str(folder / "r.toml"), "--out", str(folder / "run")]
+    command = [sys.executable, "-m", "corral", "run", str(folder / "r.toml"), "--out", str(folder / "run")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     log = folder / "run/train-1-sft/metrics.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 3):
@@ -174,7 +174,7 @@ def test_a_stop_between_promoting_a_model_and_recording_it_is_made_good(finished
 
 def test_sigterm_stops_with_143(workspace: Callable[[], Path]) -> None:
     folder = workspace()
-    command = [sys.executable, "-m", "corral.cli", "run", str(folder / "r.toml"), "--out", str(folder / "run")]
+    command = [sys.executable, "-m", "corral", "run", str(folder / "r.toml"), "--out", str(folder / "run")]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     while process.poll() is None and not (folder / "run/train-1-sft/metrics.jsonl").exists():
         time.sleep(0.002)
@@ -185,7 +185,7 @@ def test_sigterm_stops_with_143(workspace: Callable[[], Path]) -> None:
 def test_the_quickstart_runs_on_the_real_model(tmp_path: Path) -> None:
     root = Path(__file__).parent.parent.parent
     short = ("train.0.steps=2", "train.0.evaluate_rows=2", "evaluate.loss_rows=4", "evaluate.answer_rows=2")
-    sets = [part for s in (*short, "evaluate.generate.max_tokens=16") for part in ("--set", s)]
+    sets = [part for s in (*short, "answer.max_tokens=16") for part in ("--set", s)]
     done = corral("run", root / "recipes/quickstart.toml", "--out", tmp_path / "run", "--json", *sets)
     assert set(stages(done).values()) == {"done"}
     ledger = json.loads((tmp_path / "run/prepare/ledger.json").read_text())

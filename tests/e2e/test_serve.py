@@ -33,7 +33,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 @contextlib.contextmanager
 def serving(*args: object) -> Generator[tuple[str, subprocess.Popen[str]]]:
     """Start it on a free port; yields what it printed up to its address, and the process."""
-    command = [sys.executable, "-m", "corral.cli", "serve", *map(str, args), "--port", "0", "--engine", "transformers"]
+    command = [sys.executable, "-m", "corral", "serve", *map(str, args), "--port", "0", "--engine", "transformers"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stderr

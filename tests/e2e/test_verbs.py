@@ -25,6 +25,7 @@ VERBS = (
     "export",
     "verify",
     "chat",
+    "batch",
     "serve",
     "assets",
     "cache",
@@ -58,6 +59,8 @@ def commands_in(text: str) -> list[str]:
         ("docs/data.md", 1),
         ("docs/scale.md", 4),
         ("docs/training.md", 3),
+        ("docs/evaluation.md", 4),
+        ("docs/batch.md", 4),
         ("docs/architecture.md", 0),
     ],
 )
@@ -127,7 +130,7 @@ def test_evaluate_again_with_other_settings(finished: Path, tmp_path: Path) -> N
     assert json.loads(done.stdout)["variants"]["tuned"]["metrics"]["loss"]["n"] == 4
     refused = corral("evaluate", run, "--set", "train.0.steps=1")
     assert refused.returncode == 2
-    impossible = corral("evaluate", run, "--set", "evaluate.generate.max_tokens=9000")
+    impossible = corral("evaluate", run, "--set", "answer.max_tokens=9000")
     assert impossible.returncode == 2, impossible.stderr
     assert "9000" in impossible.stderr
     (run / "merge/model/config.json").unlink()

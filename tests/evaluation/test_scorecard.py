@@ -9,19 +9,11 @@ import pytest
 from rich.console import Console
 
 from corral.errors import InputError
-from corral.evaluation.metrics import Rouge, bleu, bleu_statistics
-from corral.evaluation.scorecard import (
-    METRICS,
-    Row,
-    Scorecard,
-    VariantRows,
-    build,
-    compare,
-    render,
-    score_rows,
-    table_rows,
-)
+from corral.evaluation.bleu import bleu, bleu_statistics
+from corral.evaluation.scorecard import Scorecard, build, compare, cost_rows, render, table_rows
+from corral.evaluation.scoring import Row, VariantRows, score_rows
 from corral.evaluation.statistics import holm
+from corral.rouge import Rouge
 
 SAMPLE = "boil the rice in salted water then drain it and stir in butter peas and two beaten eggs until set"
 WORDS = SAMPLE.split()
@@ -64,7 +56,7 @@ def test_the_file_has_the_names_that_others_read(card: Scorecard) -> None:
     content = json.loads(card.to_json())
     assert set(content["variants"]) == {"base", "tuned"}
     for variant in content["variants"].values():
-        assert set(variant["metrics"]) == set(METRICS)
+        assert set(variant["metrics"]) == {"loss", "rouge1", "rouge2", "rougeL", "bleu"}
         assert all({"mean", "se", "n"} <= set(value) for value in variant["metrics"].values())
     assert len(content["comparisons"]) == 5
     for comparison in content["comparisons"]:
@@ -152,8 +144,8 @@ def test_loss_is_over_rows_with_a_loss_and_text_metrics_over_rows_with_an_answer
 
 def test_an_empty_answer_counts_as_a_bad_one_and_a_missing_answer_does_not_count() -> None:
     scores = score_rows("v", [Row("a", reference="x y", answer=""), Row("b", reference="x y"), Row("c", answer="x")])
-    assert scores.text_ids == ("a",)
-    assert scores.rouge.tolist() == [[0.0, 0.0, 0.0]]
+    found = {name: (column.ids, column.measure.value) for name, column in scores.items()}
+    assert found == dict.fromkeys(("rouge1", "rouge2", "rougeL", "bleu"), (("a",), 0.0))
 
 
 def test_a_metric_without_rows_is_absent_and_not_compared() -> None:
@@ -244,3 +236,92 @@ def test_the_table_fits_a_terminal_of_80_columns(card: Scorecard) -> None:
     assert all(label in printed for label in ("Held-out loss ↓", "ROUGE-L ↑", "BLEU ↑"))
     assert max(len(line) for line in printed.splitlines()) <= 80
     assert len(printed.strip().splitlines()) <= 15
+
+
+def answered(right: float, *, seed: int, count: int = 60) -> list[Row]:
+    """Rows of a task, each right with that probability; which are hard depends on their number only."""
+    made = random.Random(seed)
+    return [
+        Row(f"q-{n:02}", right={"accuracy": made.random() < right, "logprob": n % 3 == 0, "logprob_byte": n % 2 == 0})
+        for n in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def several() -> Scorecard:
+    """Four variants with rows of their own, of a task of choices and of one of texts."""
+    asked = {"base": 0.3, "tuned": 0.5, "shots": 0.9, "int8": 0.5}
+    info = {"answers": 40.0, "prompt_tokens": 400.0, "answer_tokens": 200.0, "seconds": 8.0, "answers_per_second": 5.0}
+    variants = {
+        name: VariantRows(
+            rows(right, seed=i)
+            if name != "shots"
+            else [replace(r, nll=None, tokens=None) for r in rows(right, seed=i)],
+            info | {f"mmlu/{key}": value for key, value in info.items()},
+            {"mmlu": answered(right, seed=i), "xsum": rows(right, seed=10 + i, count=20)},
+        )
+        for i, (name, right) in enumerate(asked.items())
+    }
+    return build(variants, baseline="base", against={"shots": "tuned", "int8": "tuned"}, seed=3)
+
+
+def test_each_variant_is_compared_with_the_one_it_belongs_beside(several: Scorecard) -> None:
+    pairs = {(c.a, c.b) for c in several.comparisons}
+    assert pairs == {("tuned", "base"), ("shots", "tuned"), ("int8", "tuned")}
+    assert all(c.metric != "loss" for c in several.comparisons if c.a == "shots")
+    with pytest.raises(InputError, match="no variant is called 'nobody'"):
+        build({"base": VariantRows([]), "tuned": VariantRows([])}, baseline="base", against={"tuned": "nobody"})
+
+
+def test_accuracy_is_the_share_of_right_answers_with_its_standard_error(several: Scorecard) -> None:
+    for name, seed, right in (("base", 0, 0.3), ("shots", 2, 0.9)):
+        hits = [row.right["accuracy"] for row in answered(right, seed=seed)]
+        share = sum(hits) / 60
+        value = several.variants[name].metrics["mmlu/accuracy"]
+        assert (value.mean, value.n) == (pytest.approx(share), 60)
+        assert value.se == pytest.approx((share * (1 - share) / 59) ** 0.5)
+    (compared,) = [c for c in several.comparisons if (c.a, c.metric) == ("shots", "mmlu/accuracy")]
+    assert compared.winner == "shots"
+    (same,) = [c for c in several.comparisons if (c.a, c.metric) == ("int8", "mmlu/logprob")]
+    assert (same.difference, same.winner) == (0.0, None)
+
+
+def test_metrics_stand_with_the_runs_own_first_then_task_by_task(several: Scorecard) -> None:
+    assert list(several.variants["base"].metrics) == [
+        *("loss", "rouge1", "rouge2", "rougeL", "bleu"),
+        *("mmlu/accuracy", "mmlu/logprob", "mmlu/logprob_byte"),
+        *("xsum/loss", "xsum/rouge1", "xsum/rouge2", "xsum/rougeL", "xsum/bleu"),
+    ]
+    assert Scorecard.from_json(several.to_json()) == several
+
+
+def test_where_variants_have_different_counterparts_each_line_names_its_own(several: Scorecard) -> None:
+    header, *lines = table_rows(several)
+    assert header[4] == "difference"
+    differences = {(line[1], line[4].rpartition(" vs ")[2]) for line in lines if line[4]}
+    assert differences == {("tuned", "base"), ("shots", "tuned"), ("int8", "tuned")}
+    assert any(line[0] == "mmlu: accuracy ↑" for line in lines)
+
+
+def test_costs_are_set_side_by_side_for_each_set_of_rows(several: Scorecard, card: Scorecard) -> None:
+    _, *lines = cost_rows({name: variant.info for name, variant in several.variants.items()})
+    assert lines[0] == ("test rows", "base", "40", "10.0", "5.0", "8.0", "5.00")
+    assert [line[:2] for line in lines if line[0]] == [("test rows", "base"), ("mmlu", "base")]
+    assert len(lines) == 8
+    assert len(cost_rows({name: variant.info for name, variant in card.variants.items()})) == 1, (
+        "a card without such figures has none to show"
+    )
+
+
+def test_the_best_of_several_references_counts_and_there_is_no_bleu() -> None:
+    made = [Row("a", reference="nothing alike", answer="eggs and peas", others=("eggs and peas", "rice"))]
+    columns = score_rows("v", made)
+    assert columns.keys() == {"rouge1", "rouge2", "rougeL"}
+    assert columns["rougeL"].measure.value == 1.0
+
+
+def test_rows_of_a_task_that_differ_are_named_with_the_task() -> None:
+    one = VariantRows([], {}, {"mmlu": answered(0.5, seed=1)})
+    other = VariantRows([], {}, {"mmlu": answered(0.5, seed=1)[1:]})
+    with pytest.raises(InputError, match="the rows of mmlu with answers are not the same: only in tuned: q-00"):
+        build({"base": other, "tuned": one}, baseline="base")

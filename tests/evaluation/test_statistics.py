@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from corral.errors import InputError
-from corral.evaluation.metrics import bleu
+from corral.evaluation.bleu import bleu
 from corral.evaluation.statistics import Measure, compare, estimate, holm
 
 Floats = NDArray[np.float64]

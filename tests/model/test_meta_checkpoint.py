@@ -238,7 +238,7 @@ def test_a_recipe_with_such_a_base_runs_to_the_end(tmp_path: Path) -> None:
         'name = "tiny"\n[model]\nbase = "llama"\ntemplate = "llama-3.1"\n[data]\nmax_length = 256\n'
         '[[data.sources]]\npath = "rows.jsonl"\n[data.split]\nvalidation = 0.2\ntest = 0.2\n'
         "[[train]]\nsteps = 2\nbatch_size = 2\n[train.lora]\nrank = 2\n"
-        "[evaluate]\nloss_rows = 2\nanswer_rows = 1\n[evaluate.generate]\nmax_tokens = 2\n"
+        "[evaluate]\nloss_rows = 2\nanswer_rows = 1\n[answer]\nmax_tokens = 2\n"
     )
     done = corral("run", tmp_path / "r.toml", "--out", tmp_path / "run", "--json")
     assert done.returncode == 0, done.stderr

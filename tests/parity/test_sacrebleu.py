@@ -13,7 +13,7 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.significance import PairedTest
 
 from corral.evaluation import statistics
-from corral.evaluation.metrics import bleu, bleu_signature, bleu_statistics
+from corral.evaluation.bleu import bleu, bleu_signature, bleu_statistics
 from corral.evaluation.statistics import Measure
 
 SAMPLE = "mix the flour, sugar and 2.5 eggs; bake (at 180 °C) for half an hour until it's golden. Süß 東京"

@@ -16,7 +16,7 @@ import pytest
 from corral.contract import Check, Tolerance
 from corral.data.ledger import Ledger
 from corral.evaluation import scorecard
-from corral.evaluation.scorecard import Row, VariantRows
+from corral.evaluation.scoring import Row, VariantRows
 from corral.recipe import parse
 
 Maker = Callable[..., Path]

@@ -79,6 +79,7 @@ def poison(training: Any) -> bool:
     return False
 
 
+NF4: dict[str, Any] = {**SETTINGS, "quantization": "nf4", "optimizer": "adamw_8bit"}
 SHARDED = {**SETTINGS, "sharding": "full"}
 SCENES: dict[str, Scene] = {
     "none": plain(**SETTINGS),
@@ -87,6 +88,7 @@ SCENES: dict[str, Scene] = {
     "all weights, none": plain(**FULL),
     "all weights, full": plain(**FULL, sharding="full"),
     "one row a step": plain(**SHARDED, batch_size=1),
+    "nf4": plain(**NF4),
     "dropout": plain(**SETTINGS, dropout=0.2),
     "dropout, stopped": stopped({**SETTINGS, "dropout": 0.2}, **SETTINGS, dropout=0.2),
     "none, then full": stopped(SHARDED, **SETTINGS),
@@ -168,7 +170,7 @@ def alone(encoded_rows: list[Any], tiny_tokenizer: Any, tmp_path_factory: pytest
     def make(place: Path, **settings: Any) -> Any:
         return make_training(place, encoded_rows, len(tiny_tokenizer), **settings)
 
-    for name in ("none", "all weights, none", "one row a step", "early"):
+    for name in ("none", "all weights, none", "one row a step", "nf4", "early"):
         training = make(folder / name, **scenes_settings(name))
         training.passes_made = []
         keep(training, folder / name)
@@ -182,6 +184,7 @@ def scenes_settings(name: str) -> dict[str, Any]:
         "none": SETTINGS,
         "all weights, none": FULL,
         "one row a step": {**SETTINGS, "batch_size": 1},
+        "nf4": NF4,
         "early": {**SETTINGS, "steps": 12, "lr": 2.0, "evaluate_every": 1, "early_stopping": 2},
     }[name]
 
@@ -233,6 +236,10 @@ def test_so_they_do_when_all_weights_are_trained(name: str, two: Path, alone: Pa
 
 def test_a_process_without_rows_in_a_step_changes_nothing(two: Path, alone: Path) -> None:
     assert_alike(two / "one row a step", alone / "one row a step")
+
+
+def test_so_they_do_on_quantised_weights_with_moments_in_8_bits(two: Path, alone: Path) -> None:
+    assert_alike(two / "nf4", alone / "nf4")
 
 
 def test_passes_are_unequal_and_made_equal_only_where_layers_are_sharded(two: Path) -> None:

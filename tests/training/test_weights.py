@@ -16,7 +16,7 @@ from corral import contract
 from corral.data.rows import Example
 from corral.messages import Conversation
 from corral.model import adapters, merging
-from corral.model.loading import load_model, load_tokenizer
+from corral.model.loading import load_model
 from corral.recipe import Lora, Optimizer, Train
 from corral.storage import write_json
 from corral.template import Encoded, Template
@@ -32,11 +32,6 @@ HOLDINGS = {
     "nf4": Train(lora=LORA, quantization="nf4"),
     "int8": Train(lora=LORA, quantization="int8"),
 }
-
-
-@pytest.fixture(scope="module")
-def template(tiny_folder: Path) -> Template:
-    return Template.load(load_tokenizer(tiny_folder))
 
 
 @pytest.fixture

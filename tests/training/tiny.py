@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_file
 
 from corral.data.prepared import Example
 from corral.messages import Conversation
@@ -24,6 +26,19 @@ def make_examples(encoded: list[Any]) -> list[Example]:
     ]
 
 
+def quantise(model: Any) -> Any:
+    """The same model as it is loaded in NF4."""
+    from corral.model.loading import load_model
+    from corral.model.quantised import Quantization
+
+    with tempfile.TemporaryDirectory() as folder:
+        # `save_pretrained` writes in the first of several processes only.
+        model.config.save_pretrained(folder)
+        weights = {name: value.clone() for name, value in model.named_parameters()}
+        save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        return load_model(Path(folder), quantization=Quantization("nf4"))
+
+
 def make_training(
     folder: Path,
     encoded: list[Any],
@@ -33,12 +48,15 @@ def make_training(
     held_out: int = 4,
     dropout: float = 0.0,
     lr: float = 5e-3,
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw",
     dtype: torch.dtype = torch.float32,
     world: World | None = None,
     **settings: Any,
 ) -> Training:
     examples = make_examples(encoded)
     model: Any = make_tiny_model(vocabulary).to(dtype)
+    if settings.get("quantization") == "nf4":
+        model = quantise(model)
     if settings.get("method") == "full":
         model.requires_grad_(True)
     else:
@@ -46,7 +64,7 @@ def make_training(
     config = Train(
         **{"steps": 12, "batch_size": 4, "evaluate_every": 4, "checkpoint_every": 3}
         | settings
-        | {"optimizer": Optimizer(lr=lr, warmup_ratio=0.1)}
+        | {"optimizer": Optimizer(kind=optimizer, lr=lr, warmup_ratio=0.1)}
     )
     folder.mkdir(parents=True, exist_ok=True)
     return Training(

@@ -9,7 +9,7 @@ import pytest
 from corral import recipe, reference
 from corral.errors import RecipeError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 GOOD = """
 name = "a"
 [model]

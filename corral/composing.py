@@ -1,0 +1,89 @@
+"""From the recipe's `[answer]` to an Answerer: examples are read, embeddings and votes are set up.
+
+What has to be loaded is loaded when it is first used. It does not know how examples are chosen or votes are counted, nor what
+the answers are for.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+
+from corral.answerer import Answerer
+from corral.consensus import Consensus
+from corral.embedding import Embedder
+from corral.engines.base import Engine, Sampling
+from corral.errors import DataError
+from corral.messages import Conversation, Record
+from corral.progress import Progress
+from corral.prompting import POOL, Prompting
+from corral.recipe import Answer, Source
+from corral.run import Run
+from corral.template import Template
+
+
+def compose(
+    engine: Engine,
+    template: Template,
+    settings: Answer,
+    *,
+    examples: Callable[[], Sequence[Conversation]],
+    seed: int | None,
+) -> Answerer:
+    """An Answerer that asks and chooses as `[answer]` says.
+
+    Args:
+        examples: gives answered conversations for few-shot prompting where the settings name no source of them; only called
+            then.
+        seed: of all sampling, and of the choice of examples; None draws anew each time.
+
+    Raises:
+        DataError: there are no examples to show.
+        AssetError: a source of examples cannot be had.
+    """
+    embedder = Embedder()
+    shots, consensus = settings.shots, settings.consensus
+    prompting = None
+    if shots.count or settings.reasoning:
+        known = () if not shots.count else examples() if shots.source is None else examples_in(shots.source)
+        prompting = Prompting(
+            known, shots.count, shots.choose, reasoning=settings.reasoning, embed=embedder, seed=seed or 0
+        )
+        if shots.count and not prompting.examples:
+            raise DataError(
+                "there are no examples of one question and one answer to show",
+                where="answer.shots" if shots.source is None else shots.source.label,
+                hint="name rows with [answer.shots.source], or set answer.shots.count to 0",
+            )
+    vote = None
+    if consensus.method != "none":
+        vote = Consensus(
+            consensus.method, consensus.n, consensus.temperature, consensus.top_p, consensus.stop, embedder
+        )
+    sampling = Sampling(settings.max_tokens, temperature=settings.temperature, top_p=settings.top_p, seed=seed)
+    return Answerer(engine, template, sampling, prompting=prompting, consensus=vote)
+
+
+def training_examples(run: Run, seed: int) -> list[Conversation]:
+    """Some of the rows that a run trained on, for few-shot prompting. Raises: DataError (it has prepared none)."""
+    from corral.data.prepared import Prepared
+
+    rows = Prepared.open(run.path / "prepare").train
+    drawn = random.Random(seed).sample(range(len(rows)), min(len(rows), 2 * POOL))
+    return _conversations(rows[i].record for i in sorted(drawn))
+
+
+def examples_in(source: Source) -> list[Conversation]:
+    """The conversations of a source's first rows. Raises: DataError, AssetError, StorageError."""
+    import numpy as np
+
+    from corral.data import cache
+    from corral.data.formatted import source_rows
+
+    rows = source_rows(source, cache.default_folder(), Progress())
+    most = min(len(rows), source.rows or 2 * POOL)
+    return _conversations(rows.records(np.arange(most)))
+
+
+def _conversations(records: Iterable[Record]) -> list[Conversation]:
+    return [record for record in records if isinstance(record, Conversation)]

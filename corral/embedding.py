@@ -1,0 +1,69 @@
+"""Sentence embeddings: texts → vectors of length 1 whose product is how alike they are in meaning.
+
+The model is all-MiniLM-L6-v2 (an asset; Reimers & Gurevych 2019, arXiv 1908.10084), computed by transformers on the CPU. It
+does not know what the vectors are for.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ASSET = "all-minilm-l6-v2"
+LONGEST = 256
+"""Tokens of a text that are read; the model was trained on no longer ones."""
+_BATCH = 32
+
+
+class Embedder:
+    """Loads with the first text. Safe to call from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loaded: tuple[Any, Any] | None = None
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """[n, 384] vectors of length 1, in the order of the n texts.
+
+        Raises:
+            AssetError: the model cannot be had.
+        """
+        import torch
+
+        with self._lock:
+            tokenizer, model = self._loaded = self._loaded or _load()
+            vectors = np.empty((len(texts), model.config.hidden_size))
+            # Texts of about one length together, so that little is filled up.
+            order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+            for start in range(0, len(order), _BATCH):
+                places = order[start : start + _BATCH]
+                batch = tokenizer(
+                    [texts[i] for i in places], padding=True, truncation=True, max_length=LONGEST, return_tensors="pt"
+                )
+                with torch.inference_mode():
+                    hidden = model(**batch).last_hidden_state
+                weights = batch["attention_mask"].unsqueeze(-1)
+                mean = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+                vectors[places] = torch.nn.functional.normalize(mean, dim=-1).numpy()
+        return vectors
+
+
+def _load() -> tuple[Any, Any]:
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
+
+    from corral.assets import fetch
+
+    folder = fetch(ASSET).path
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype="float32")
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True), model.eval()
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,373 @@
+"""vLLM: the engine for GPUs, with its scheduler, paged cache and kernels, behind the same protocol.
+
+vLLM computes in processes of its own and is asked through an event loop of its own, in a thread, so that this engine serves
+any number of the callers' loops. A request for n choices is n requests to vLLM, which computes their common prompt once (its
+prefix cache): so it does with n itself, but its choice 1 of seed 7 would be choice 0 of seed 8, and no choice could be
+cancelled alone.
+
+What vLLM cannot do: temperatures over 0 and under 0.01 (refused; it would take 0.01 without a word), DoRA adapters (refused),
+computing again after its processes died (`ready` is false then), noticing logits that are not finite. It knows no text here:
+no tokenizer is loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import itertools
+import json
+import os
+import random
+import secrets
+import signal
+import threading
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
+
+from corral.engines.base import Delta, Engine, Features, Generation, Sampling, closed
+from corral.errors import EngineError, ModelError, RequestError
+from corral.extras import require
+from corral.model.folder import check_folder
+
+if TYPE_CHECKING:
+    from corral.model.loading import DType
+
+T = TypeVar("T")
+
+_COLDEST = 0.01
+_CPU_CACHE_BYTES = 2 * 2**30
+_ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "VLLM_NO_USAGE_STATS": "1",  # it would tell its makers about the machine and the model
+}
+
+
+class VllmEngine(Engine):
+    """A Llama folder in vLLM, with an adapter on it or without.
+
+    Where memory does not hold the keys and values of the model's whole context, `features.max_length` is what it holds.
+
+    Args:
+        folder: of the model.
+        dtype: to compute in; keys and values are kept in it too.
+        device: `cuda`, or `cpu` with a build of vLLM for CPUs.
+        adapter: folder of a PEFT LoRA adapter of that model, which stays apart from its weights.
+
+    Raises:
+        MissingExtraError: vLLM is not installed.
+        ModelError: the folder holds no model that vLLM can load, the adapter is of a kind it cannot apply, or this build of
+            vLLM is for another device.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: DType = "bfloat16",
+        device: str = "cuda",
+        adapter: Path | None = None,
+        name: str = "vllm",
+    ) -> None:
+        for variable, value in _ENVIRONMENT.items():
+            os.environ.setdefault(variable, value)
+        check_folder(folder)
+        require("vllm", "vllm")
+        self.name = name
+        self._lock = threading.Lock()
+        self._closed = False
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._numbers = itertools.count()
+        self._llm: Any = None
+        self._lora: Any = None
+        settings = _settings(folder, dtype, device) | (_lora_settings(adapter) if adapter is not None else {})
+        started: Future[None] = Future()
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._live(settings, adapter, started)), name=f"corral-{name}", daemon=True
+        )
+        self._thread.start()
+        try:
+            started.result()
+        except Exception as error:
+            raise ModelError(
+                f"vLLM cannot load the model: {type(error).__name__}: {error}",
+                where=str(adapter or folder),
+                hint="what it said is above; with VLLM_LOGGING_LEVEL=INFO it says more",
+            ) from error
+        config = self._llm.model_config
+        self.features = Features(
+            max_length=config.max_model_len, vocabulary=config.get_vocab_size(), logprobs=True, score=True
+        )
+        atexit.register(self._end)
+
+    @property
+    def ready(self) -> bool:
+        """False once vLLM's processes have died."""
+        return not self._closed and self._alive()
+
+    def submit(self, ids: Sequence[int], sampling: Sampling) -> Generation:
+        """See Engine."""
+        self.check(ids, sampling)
+        if 0 < sampling.temperature < _COLDEST:
+            raise RequestError(
+                f"temperature = {sampling.temperature}: engine {self.name!r} draws at {_COLDEST} or more",
+                hint="take 0 for the most likely token",
+            )
+        request: _Request
+
+        def cancel(choice: int | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the engine has ended, and so has the request
+                self._loop.call_soon_threadsafe(request.cancel, choice)
+
+        request = _Request([*map(int, ids)], sampling, Generation(len(ids), sampling.n, cancel))
+        with self._lock:
+            self._refuse_closed()
+            self._loop.call_soon_threadsafe(self._begin, request)
+        return request.generation
+
+    async def score(self, ids: Sequence[int], start: int = 1) -> list[float]:
+        """See Engine."""
+        self.check_score(ids, start)
+        with self._lock:
+            self._refuse_closed()
+            scores = asyncio.run_coroutine_threadsafe(self._score([*map(int, ids)]), self._loop)
+        return (await asyncio.wrap_future(scores))[start - 1 :]
+
+    async def close(self) -> None:
+        """See Engine."""
+        await asyncio.to_thread(self._end)
+        atexit.unregister(self._end)
+
+    def _end(self) -> None:
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise closed(self)
+
+    # What follows runs in the engine's own thread and loop.
+
+    async def _live(self, settings: dict[str, Any], adapter: Path | None, started: Future[None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        try:
+            self._llm = _start(settings)
+            if adapter is not None:
+                from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+
+                self._lora = LoRARequest(adapter.name or "adapter", 1, str(adapter.absolute()))
+                await self._llm.add_lora(self._lora)
+        except BaseException as error:
+            self._shut_down()
+            started.set_exception(error)
+            return
+        started.set_result(None)
+        await self._stop.wait()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._shut_down()
+
+    def _shut_down(self) -> None:
+        llm, self._llm = self._llm, None  # it must not live on until the interpreter takes apart what it needs to end
+        if llm is not None:
+            llm.shutdown()
+
+    def _alive(self) -> bool:
+        llm = self._llm
+        return llm is not None and not llm.errored
+
+    def _keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """A task that closing cancels; the loop itself would forget it."""
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _begin(self, request: _Request) -> None:
+        for choice in range(request.sampling.n):
+            request.tasks[choice] = self._keep(self._draw(request, choice))
+
+    async def _draw(self, request: _Request, choice: int) -> None:
+        """Hand over the ids of one choice as they come."""
+        sampling = request.sampling
+        try:
+            params = _params(
+                max_tokens=sampling.max_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                seed=None if sampling.seed is None else random.Random(f"{sampling.seed}:{choice}").getrandbits(63),
+                stop_token_ids=[*sampling.stop_ids],
+                logprobs=0 if sampling.logprobs else None,
+            )
+            async with contextlib.aclosing(self._generate(request.ids, params)) as outputs:
+                async for output in outputs:
+                    request.take(choice, output.outputs[0])
+        except asyncio.CancelledError:
+            if self._closed:
+                request.fail(closed(self))
+            raise
+        except Exception as error:
+            request.fail(self._failure(error))
+
+    async def _score(self, ids: list[int]) -> list[float]:
+        """Log-probabilities of ids[1:]."""
+        work = self._keep(self._scored(ids))
+        try:
+            return await work
+        except asyncio.CancelledError:
+            self._refuse_closed()
+            work.cancel()
+            raise
+
+    async def _scored(self, ids: list[int]) -> list[float]:
+        *prompt, last = ids
+        if not prompt:
+            return []
+        # vLLM wants room to draw one more, so the last id is not part of the prompt but a candidate for what follows it.
+        params = _params(max_tokens=1, temperature=0, prompt_logprobs=0, logprobs=1, logprob_token_ids=[last])
+        scores: list[float] = []
+        try:
+            async with contextlib.aclosing(self._generate(prompt, params)) as outputs:
+                async for output in outputs:
+                    places = (output.prompt_logprobs or [])[1:]
+                    scores += [place[id_].logprob for id_, place in zip(prompt[1:], places, strict=True)]
+                    scores.append(output.outputs[0].logprobs[0][last].logprob)
+        except Exception as error:
+            raise self._failure(error) from None
+        return scores
+
+    def _generate(self, ids: list[int], params: Any) -> Any:
+        from vllm.inputs import tokens_input  # pyright: ignore[reportMissingImports]
+
+        self._refuse_closed()
+        return self._llm.generate(tokens_input(ids), params, str(next(self._numbers)), lora_request=self._lora)
+
+    def _failure(self, error: Exception) -> EngineError:
+        if isinstance(error, EngineError):
+            return error
+        if not self._alive():
+            return EngineError(f"the processes of engine {self.name!r} have ended", hint="load the engine again")
+        cause = error.__cause__ or error
+        return EngineError(f"engine {self.name!r}: {type(cause).__name__}: {cause}")
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    ids: list[int]
+    sampling: Sampling
+    generation: Generation
+    tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict[int, "asyncio.Task[None]"])
+    """Of the choices that have not ended."""
+
+    def cancel(self, choice: int | None) -> None:
+        for each in [c for c in sorted(self.tasks) if choice in (None, c)]:
+            self.tasks.pop(each).cancel()
+            self.generation.push(Delta(each, (), None, "cancelled"))
+
+    def fail(self, error: EngineError) -> None:
+        if self.tasks:
+            self.generation.fail(error)
+        while self.tasks:
+            self.tasks.popitem()[1].cancel()
+
+    def take(self, choice: int, new: Any) -> None:
+        """New ids of a choice, as vLLM puts them."""
+        if new.finish_reason not in (None, "stop", "length"):
+            raise EngineError(f"vLLM ended the request: {new.finish_reason}")
+        ids = [*new.token_ids]
+        if new.finish_reason == "stop":
+            ids = ids[:-1]  # the stop id
+        logprobs = None
+        if self.sampling.logprobs:
+            places = (new.logprobs or [])[: len(ids)]
+            logprobs = tuple(place[id_].logprob for id_, place in zip(ids, places, strict=True))
+        if new.finish_reason:
+            del self.tasks[choice]
+        self.generation.push(Delta(choice, tuple(ids), logprobs, new.finish_reason))
+
+
+def _start(settings: dict[str, Any]) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
+    from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
+
+    # Ctrl-C in a terminal reaches every process. It is for ours to decide what becomes of answers under way, so those that
+    # this thread starts have SIGINT blocked; starting the resource tracker would let it through again.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
+
+
+def _settings(folder: Path, dtype: DType, device: str) -> dict[str, Any]:
+    from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
+
+    if current_platform.device_type != device.partition(":")[0]:
+        raise ModelError(
+            f"this build of vLLM computes on {current_platform.device_type!r}, not on {device!r}",
+            hint='install the build for that device, or use engine = "transformers"',
+        )
+    settings: dict[str, Any] = {
+        "model": str(folder),
+        "skip_tokenizer_init": True,
+        "load_format": "safetensors",
+        "generation_config": "vllm",  # not the model's own ideas of sampling
+        "dtype": dtype,
+        "max_model_len": -1,  # as long as model and memory allow
+        "logprobs_mode": "raw_logprobs",
+        "enable_prefix_caching": True,
+        "seed": secrets.randbits(31),  # of draws without one
+        "disable_log_stats": True,
+    }
+    if current_platform.device_type == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()  # of what was trained in this process before
+        free, total = torch.cuda.mem_get_info()
+        settings["gpu_memory_utilization"] = (
+            0.9 * free / total
+        )  # it counts in shares of the whole, and refuses more than is free
+    if current_platform.device_type == "cpu":
+        import psutil
+
+        settings["kv_cache_memory_bytes"] = int(min(_CPU_CACHE_BYTES, psutil.virtual_memory().available / 4))
+        settings["enforce_eager"] = True  # compiling takes minutes; who wants speed on a CPU takes openvino
+    return settings
+
+
+def _lora_settings(adapter: Path) -> dict[str, Any]:
+    from vllm.config.lora import MaxLoRARanks  # pyright: ignore[reportMissingImports]
+
+    try:
+        config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+        needed = max(config["r"], *(config.get("rank_pattern") or {}).values(), 1)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"adapter_config.json cannot be read: {error!r}", where=str(adapter)) from error
+    merge = "merge it into its base model, and name the merged model"
+    if config.get("use_dora"):
+        raise ModelError("vLLM does not compute DoRA adapters", where=str(adapter), hint=merge)
+    ranks = [rank for rank in get_args(MaxLoRARanks) if rank >= needed]
+    if not ranks:
+        raise ModelError(f"vLLM computes no adapters of rank {needed}", where=str(adapter), hint=merge)
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": min(ranks)}
+
+
+def _params(**changes: Any) -> Any:
+    from vllm.sampling_params import RequestOutputKind, SamplingParams  # pyright: ignore[reportMissingImports]
+
+    return SamplingParams(
+        n=1,
+        ignore_eos=True,  # a choice ends at the stop ids that were asked for
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+        **changes,
+    )

@@ -1,0 +1,66 @@
+"""`[answer]`: how answers are asked for, drawn and chosen. Knows nothing about how a model is run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from corral.recipe.data import Source
+from corral.recipe.section import Positive, Section
+
+
+class Consensus(Section):
+    """Several answers are drawn and the one that agrees best with the others is given (self-consistency: Wang et al. 2022,
+    arXiv 2203.11171)."""
+
+    method: Literal["none", "rouge-l", "cosine", "majority", "rouge-l+math"] = "none"
+    """What agreement is. `rouge-l`: mean ROUGE-L F with the others. `cosine`: mean cosine of sentence embeddings.
+    `majority`: most votes over the answers' results (a number, a choice). `rouge-l+math`: that where most of them have a
+    number, else `rouge-l`. `none`: one answer is drawn."""
+    n: Annotated[int, Field(ge=2)] = 5
+    """Answers drawn."""
+    temperature: Annotated[float, Field(gt=0)] = 0.7
+    """In place of `answer.temperature`."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """In place of `answer.top_p`."""
+    stop: Literal["never", "lossless", "adaptive"] = "lossless"
+    """When the rest is cancelled. `lossless`: once they cannot change the choice. `adaptive`: also once a lead in
+    `majority` is 95 % certain (Aggarwal et al. 2023, arXiv 2305.11860)."""
+
+
+class Shots(Section):
+    """Solved examples that are shown before the question (few-shot prompting)."""
+
+    count: Annotated[int, Field(ge=0)] = 0
+    """How many; fewer where the context has no room for them."""
+    choose: Literal["static", "similar"] = "static"
+    """`static`: the same for every question, drawn by `seed`. `similar`: those whose questions are most like it, by sentence
+    embeddings."""
+    source: Source | None = None
+    """Where they come from; by default the training rows of the run."""
+
+
+class Answer(Section):
+    """How answers are asked for, drawn and chosen: in evaluation, `corral batch`, `corral chat` and the server."""
+
+    max_tokens: Positive = 256
+    """Most new tokens of an answer."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 takes the most likely token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the most likely tokens that reach this probability together."""
+    reasoning: bool = False
+    """Ask for the steps before the result (chain of thought: Wei et al. 2022, arXiv 2201.11903); the result is what follows
+    the last `Answer:`."""
+    shots: Shots = Shots()
+    consensus: Consensus = Consensus()
+
+    @model_validator(mode="after")
+    def _agreement_on_what(self) -> Self:
+        if self.consensus.stop == "adaptive" and self.consensus.method not in ("majority", "rouge-l+math"):
+            raise ValueError(
+                f'`consensus.stop` = "adaptive" counts votes, and `consensus.method` = "{self.consensus.method}" has none: '
+                'use "majority" or "rouge-l+math"'
+            )
+        return self

@@ -1,0 +1,138 @@
+"""`[[train]]`: how a stage trains. Knows nothing about the loop that does."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from corral.recipe.section import Fraction, Positive, Section
+
+
+class Lora(Section):
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on linear layers; the base stays frozen."""
+
+    rank: Positive = 16
+    """Rank r of the update."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """The update is scaled by alpha / rank."""
+    dropout: Fraction = 0.0
+    """Dropout on the adapter's input."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all-linear"] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    )
+    """Names of the linear layers that get an adapter; `"all-linear"`: every one but the output layer."""
+    rslora: bool = False
+    """Scale by alpha / √rank (Kalajdzievski 2023, arXiv 2312.03732), so that high ranks learn as fast as low ones."""
+    dora: bool = False
+    """Learn the size and the direction of the weights apart (DoRA: Liu et al. 2024, arXiv 2402.09353)."""
+
+
+class Optimizer(Section):
+    """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) and its learning-rate schedule."""
+
+    kind: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
+    """`adamw`: torch's, fused. `adamw_8bit` keeps its moments in 8 bits (Dettmers et al. 2021, arXiv 2110.02861); the paged
+    ones move them to the host's memory when the GPU's runs short. These are the extra `quant`; without a GPU nothing is
+    paged."""
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    """Highest learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls from `lr` to 0 after warm-up."""
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of all steps in which the rate rises from 0; 0.03 if `warmup_steps` is not given either."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps in which the rate rises from 0; instead of `warmup_ratio`."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest gradient norm; larger gradients are scaled down."""
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Self:
+        if self.warmup_ratio is not None and self.warmup_steps is not None:
+            raise ValueError(
+                f"`warmup_ratio` = {self.warmup_ratio:g} and `warmup_steps` = {self.warmup_steps} cannot both be given: "
+                "remove one"
+            )
+        return self
+
+
+class Train(Section):
+    """One training stage. Stages run in order, each from the merged model of the one before."""
+
+    objective: Literal["sft"] = "sft"
+    """What to minimise. `sft`: the negative log-likelihood of the answers."""
+    method: Literal["lora", "full"] = "lora"
+    """What is trained: an adapter on the frozen model, or all weights of the model itself."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """In what the frozen weights under the adapter are held. `nf4`: 4 bits, their scales quantised again (QLoRA: Dettmers et
+    al. 2023, arXiv 2305.14314). `int8`: 8 bits, outliers apart (LLM.int8: Dettmers et al. 2022, arXiv 2208.07339). Both are
+    the extra `quant`, on a GPU or a CPU. `none`: `model.dtype`."""
+    int8_threshold: Annotated[float, Field(ge=0)] = 6.0
+    """With `int8`: inputs larger than this are multiplied unquantised; 0 quantises all."""
+    merge: Literal["dequantised", "best"] = "dequantised"
+    """With quantised weights: what the adapter is merged into. `dequantised`: the weights it was trained on. `best`: these or
+    the model's full-precision weights, whichever gives the lower loss on the validation rows."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training rows; 1 if `steps` is not given either."""
+    steps: Positive | None = None
+    """Optimizer steps; instead of `epochs`."""
+    batch_size: Positive = 8
+    """Examples per optimizer step, over all devices. Each trained token weighs the same."""
+    pack_length: Positive | None = None
+    """Most tokens in one forward pass, into which examples are packed, isolated from each other. By default
+    the larger of `data.max_length` and 8192 on a GPU or 512 on a CPU. It changes memory and speed, not the
+    result (but for `int8`, where an outlier counts for its whole pass)."""
+    group_by_length: bool = False
+    """Put examples of about the same length into the same step."""
+    sharding: Literal["none", "full"] = "none"
+    """With several processes (`torchrun`), what each one holds. `none`: the whole model. `full`: its part of every weight,
+    gradient and moment, and whole layers only while they compute (FSDP2), for models that do not fit on one device. It
+    changes memory and speed, never the result."""
+    gradient_checkpointing: bool = False
+    """Keep each layer's input only and compute the rest again for the gradient: less memory, about a third slower."""
+    evaluate_every: Positive = 20
+    """Steps between evaluations on the validation rows. The weights with the lowest held-out loss are the result."""
+    evaluate_rows: Positive = 64
+    """Most validation rows used for it."""
+    early_stopping: Positive | None = None
+    """End the stage after so many evaluations in a row without a lower held-out loss; by default never."""
+    checkpoint_every: Positive = 20
+    """Steps between checkpoints; an interrupted run also leaves one."""
+    lora: Lora = Lora()
+    optimizer: Optimizer = Optimizer()
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError(f"`epochs` = {self.epochs:g} and `steps` = {self.steps} cannot both be given: remove one")
+        return self
+
+    @model_validator(mode="after")
+    def _what_fits_together(self) -> Self:
+        if self.method == "full" and self.quantization != "none":
+            raise ValueError(
+                f'`method` = "full" trains the weights themselves, and `quantization` = "{self.quantization}" freezes them: '
+                "remove one"
+            )
+        if self.method == "full" and self.lora != Lora():
+            raise ValueError('`method` = "full" has no adapter: remove `lora`')
+        if self.sharding == "full" and self.quantization != "none":
+            raise ValueError(
+                f'`sharding` = "full" cuts weights into parts, and `quantization` = "{self.quantization}" packs them: '
+                "remove one"
+            )
+        if self.sharding == "full" and self.optimizer.kind != "adamw":
+            raise ValueError(
+                f'`sharding` = "full" cuts moments into parts, and `optimizer.kind` = "{self.optimizer.kind}" packs them: '
+                'use "adamw"'
+            )
+        if self.quantization == "none" and self.merge != "dequantised":
+            raise ValueError(f'`merge` = "{self.merge}" chooses between quantised and full weights: set `quantization`')
+        if self.quantization != "int8" and self.int8_threshold != 6.0:
+            raise ValueError(f'`int8_threshold` = {self.int8_threshold:g} says nothing without `quantization` = "int8"')
+        return self

@@ -1,0 +1,359 @@
+"""Between OpenAI's older protocol and an engine: text or ids → their continuation, as ids and as text.
+
+It goes by ids: every id an engine draws is sent on at once, with its log-probability and the text it completes. No template is
+applied. It does not know HTTP: who is connected, how events are sent, or that there are routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from corral.answerer import StopCutter
+from corral.engines.base import Delta, Finish, Generation
+from corral.errors import TemplateError
+from corral.serving.completions import DONE, Served, check, faults, finish_reason, room, sampling
+from corral.serving.legacy_protocol import CompletionRequest, TextChoice, TextCompletion, TextLogprobs
+from corral.serving.likelihood import Likelihood, likelihoods
+from corral.serving.protocol import Refused, Usage
+from corral.template import Template
+from corral.template.tokenising import PieceTokenizer
+
+_DEFAULT_TOKENS = 16  # OpenAI's
+_MOST_STOPS = 16  # tasks of lm-eval have more than OpenAI's four
+_IMPOSSIBLE = -9999.0  # JSON has no infinity; vLLM's number
+
+
+class TextPrompts:
+    """Text → ids, as the tokenizer begins a text (with BOS where it has one), and without special tokens elsewhere.
+
+    A special token's name in the text is text here, as in a message of a chat. Who means the token gives its id.
+    """
+
+    def __init__(self, template: Template) -> None:
+        self._template = template
+
+    def ids(self, text: str, *, begin: bool = True) -> list[int]:
+        """The ids of a text; `begin` puts before them what the tokenizer puts before every text. Raises: TemplateError."""
+        ids = self._tokens.ids([(self._tokens.escape(text), False)])[0]
+        return [*self._beginning, *ids] if begin else [*ids]
+
+    @cached_property
+    def _tokens(self) -> PieceTokenizer:
+        return PieceTokenizer(self._template.tokenizer, self._template.source)
+
+    @cached_property
+    def _beginning(self) -> list[int]:
+        encoded = self._template.tokenizer.backend_tokenizer.encode("a", add_special_tokens=True)
+        return encoded.ids[: encoded.special_tokens_mask.index(0)]
+
+
+class AskedText:
+    """A request under way: its text as it comes (`events`) or at its end (`whole`).
+
+    Raises:
+        Refused: the request cannot be answered.
+    """
+
+    def __init__(self, served: Served, texts: TextPrompts, request: CompletionRequest) -> None:
+        self._served = served
+        self._request = request
+        self._id = f"cmpl-{secrets.token_hex(12)}"
+        self._created = int(time.time())
+        _check(served, request)
+        self._prompts = [_ids(served, texts, request, prompt) for prompt in request.prompt]
+        stop_ids = () if request.ignore_eos else served.answerer.template.stop_ids
+        stop_ids = tuple(dict.fromkeys((*(request.stop_token_ids or ()), *stop_ids)))
+        # Whoever asks what the one next token is, as lm-eval does, counts on being told, also where it ends the text.
+        self._ends = stop_ids if request.wants_logprobs and request.max_tokens == 1 else ()
+        self._generations: list[Generation] = []
+        with faults():
+            self._submit(() if self._ends else stop_ids)
+        n = request.n or 1
+        stops = list(dict.fromkeys(request.stops))
+        self._choices = [
+            _Choice(place * n + i, served, request, ids, self._ends, stops)
+            for place, ids in enumerate(self._prompts)
+            for i in range(n)
+        ]
+
+    async def whole(self) -> TextCompletion:
+        """The answer. Raises: Refused (the engine failed)."""
+        joined: dict[int, TextChoice] = {}
+        with faults():
+            async with contextlib.aclosing(self._pieces()) as pieces:
+                async for piece in pieces:
+                    if piece.index in joined:
+                        _extend(joined[piece.index], piece)
+                    else:
+                        joined[piece.index] = piece
+        return self._completion([joined[i] for i in sorted(joined)], self._usage())
+
+    async def events(self) -> AsyncGenerator[str, None]:
+        """The data of each event, as JSON, and "[DONE]". A fault is the last event, with nothing after it."""
+        # OpenAI sends `usage` (null in all chunks but the last) only to those who asked for it.
+        hidden = None if self._request.wants_usage else {"usage"}
+        try:
+            with faults():
+                async with contextlib.aclosing(self._pieces()) as pieces:
+                    async for piece in pieces:
+                        yield self._completion([piece]).model_dump_json(exclude=hidden)
+            if self._request.wants_usage:
+                yield self._completion([], self._usage()).model_dump_json()
+            yield DONE
+        except Refused as refused:
+            yield refused.body().model_dump_json()
+
+    def cancel(self) -> None:
+        """Stop the work; harmless once it has ended."""
+        for generation in self._generations:
+            generation.cancel()
+
+    def _submit(self, stop_ids: tuple[int, ...]) -> None:
+        request, engine = self._request, self._served.answerer.engine
+        for ids in self._prompts:
+            if request.echo and request.wants_logprobs:
+                engine.check_score(ids, 1)
+        if request.max_tokens == 0:
+            return
+        try:
+            for ids in self._prompts:
+                left = room(self._served, len(ids), request.max_tokens, param="prompt")
+                drawn = sampling(request, request.max_tokens or min(left, _DEFAULT_TOKENS))
+                self._generations.append(engine.submit(ids, replace(drawn, stop_ids=stop_ids)))
+        except BaseException:
+            self.cancel()
+            raise
+
+    async def _pieces(self) -> AsyncGenerator[TextChoice, None]:
+        """What is sent of each choice, in order; the choices of several prompts as they come."""
+        queue: asyncio.Queue[TextChoice | BaseException | None] = asyncio.Queue()
+
+        async def pump(work: Coroutine[Any, Any, None]) -> None:
+            try:
+                await work
+                queue.put_nowait(None)
+            except BaseException as error:
+                queue.put_nowait(error)
+
+        tasks = [asyncio.create_task(pump(self._prompt(i, queue))) for i in range(len(self._prompts))]
+        left = len(tasks)
+        try:
+            while left:
+                item = await queue.get()
+                if isinstance(item, BaseException):
+                    raise item
+                if item is None:
+                    left -= 1
+                else:
+                    yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _prompt(self, place: int, queue: asyncio.Queue[Any]) -> None:
+        """All of one prompt's choices."""
+        request, n = self._request, self._request.n or 1
+        choices = self._choices[place * n : (place + 1) * n]
+        if request.echo or request.return_token_ids:
+            known = await self._likelihoods(self._prompts[place]) if request.echo else []
+            for choice in choices:
+                queue.put_nowait(choice.head(request.prompt[place], self._prompts[place], known))
+        if not self._generations:
+            return
+        generation = self._generations[place]
+        async with contextlib.aclosing(aiter(generation)) as deltas:
+            async for delta in deltas:
+                choice = choices[delta.choice]
+                if choice.finish is not None:
+                    continue  # drawn before the engine heard of the stop string
+                piece = choice.take(delta)
+                if choice.finish is not None and delta.finish is None:
+                    generation.cancel(delta.choice)
+                queue.put_nowait(piece)
+                if all(each.finish is not None for each in choices):
+                    return
+
+    async def _likelihoods(self, ids: Sequence[int]) -> list[Likelihood | None]:
+        """One for each id of a prompt; None for the first."""
+        request = self._request
+        if request.logprobs is None:
+            return []
+        found = await likelihoods(self._served.answerer.engine, ids, best=request.logprobs > 0)
+        return [None, *found]
+
+    def _usage(self) -> Usage:
+        prompt, completion = sum(map(len, self._prompts)), sum(choice.drawn for choice in self._choices)
+        return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+
+    def _completion(self, choices: list[TextChoice], usage: Usage | None = None) -> TextCompletion:
+        return TextCompletion(
+            id=self._id,
+            created=self._created,
+            model=self._served.name,
+            system_fingerprint=self._served.fingerprint,
+            choices=choices,
+            usage=usage,
+        )
+
+
+class _Choice:
+    """One continuation on its way from ids to text."""
+
+    def __init__(
+        self,
+        index: int,
+        served: Served,
+        request: CompletionRequest,
+        prompt: Sequence[int],
+        ends: Sequence[int],
+        stops: Sequence[str],
+    ) -> None:
+        self.finish: Finish | None = None
+        self.drawn = 0
+        """Tokens, without one that ended the text."""
+        self._index = index
+        self._request = request
+        self._ends = ends
+        self._template = served.answerer.template
+        self._cutter = StopCutter(stops)
+        # The text goes on from the prompt's: within a character, perhaps, and with the space that would begin a text.
+        self._decoder = self._template.decoder()
+        if not request.echo:
+            self._decoder.push(prompt)
+        self._at = 0
+        """Characters so far, as `text_offset` counts them."""
+
+    def head(self, prompt: str | list[int], ids: Sequence[int], known: Sequence[Likelihood | None]) -> TextChoice:
+        """The prompt's part: its text and log-probabilities, where they are asked for, and its ids."""
+        text = ""
+        shown = TextLogprobs()
+        if self._request.echo:
+            for place, id_ in enumerate(ids):
+                if known:
+                    self._add(shown, id_, known[place])
+                new = self._decoder.push((id_,))
+                self._at += len(new)
+                text += new
+        ends_here = self._request.max_tokens == 0
+        with_ids = self._request.return_token_ids
+        return TextChoice(
+            index=self._index,
+            text=prompt if self._request.echo and isinstance(prompt, str) else text,
+            logprobs=self._shown(shown),
+            finish_reason="length" if ends_here else None,
+            token_ids=[] if with_ids else None,
+            prompt_token_ids=list(ids) if with_ids else None,
+        )
+
+    def take(self, delta: Delta) -> TextChoice:
+        """What new ids add. Raises: Refused (the engine cut the choice off)."""
+        text = ""
+        shown = TextLogprobs()
+        ids: list[int] = []
+        self.finish = delta.finish
+        for place, id_ in enumerate(delta.ids):
+            ids.append(id_)
+            if delta.logprobs is not None:
+                logprob = delta.logprobs[place]
+                best = (id_, logprob) if self._request.temperature == 0 else None
+                self._add(shown, id_, Likelihood(logprob, best))
+            if id_ in self._ends:
+                self.finish = "stop"
+                break
+            self.drawn += 1
+            new = self._decoder.push((id_,))
+            self._at += len(new)
+            text += self._cutter.push(new)
+            if self._cutter.stopped:
+                break
+        if self.finish is not None and not self._cutter.stopped:
+            text += self._cutter.push(self._decoder.finish())
+            text += self._cutter.rest()
+        if self._cutter.stopped:
+            self.finish = "stop"
+        return TextChoice(
+            index=self._index,
+            text=text,
+            logprobs=self._shown(shown),
+            finish_reason=None if self.finish is None else finish_reason(self.finish),
+            token_ids=ids if self._request.return_token_ids else None,
+        )
+
+    def _shown(self, logprobs: TextLogprobs) -> TextLogprobs | None:
+        return logprobs if self._request.wants_logprobs else None
+
+    def _add(self, shown: TextLogprobs, id_: int, known: Likelihood | None) -> None:
+        name = self._name(id_)
+        logprob = None if known is None else max(known.logprob, _IMPOSSIBLE)
+        shown.tokens.append(name)
+        shown.token_logprobs.append(logprob)
+        shown.text_offset.append(self._at)
+        if not self._request.logprobs:
+            return
+        best = None
+        if known is not None and known.best is not None and logprob is not None:
+            # Two ids may have one name: what is the greatest here is the greatest of all.
+            best = {name: logprob}
+            other = self._name(known.best[0])
+            best[other] = max(best.get(other, _IMPOSSIBLE), known.best[1])
+        shown.top_logprobs = [*(shown.top_logprobs or ()), best]
+
+    def _name(self, id_: int) -> str:
+        data = self._template.token_bytes[id_]
+        if not data:
+            return self._template.tokenizer.backend_tokenizer.id_to_token(id_) or f"token_id:{id_}"
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _extend(choice: TextChoice, piece: TextChoice) -> None:
+    choice.text += piece.text
+    choice.finish_reason = piece.finish_reason
+    if choice.token_ids is not None:
+        choice.token_ids += piece.token_ids or ()
+    if choice.logprobs is not None and piece.logprobs is not None:
+        choice.logprobs.tokens += piece.logprobs.tokens
+        choice.logprobs.token_logprobs += piece.logprobs.token_logprobs
+        choice.logprobs.text_offset += piece.logprobs.text_offset
+        if piece.logprobs.top_logprobs is not None:
+            choice.logprobs.top_logprobs = (choice.logprobs.top_logprobs or []) + piece.logprobs.top_logprobs
+
+
+def _check(served: Served, request: CompletionRequest) -> None:
+    """Hold the request against the model and the limits. Raises: Refused."""
+    check(served, request, most_stops=_MOST_STOPS)
+    most = served.limits.prompts
+    can_score = served.answerer.engine.features.score
+    scores = bool(request.echo) and request.wants_logprobs
+    best = "0 or 1: the most likely token is all that is told beside the token itself"
+    rules = (
+        (len(request.prompt) > most, "prompt", f"at most {most} prompts are served"),
+        ((request.logprobs or 0) > 1, "logprobs", best),
+        (request.max_tokens == 0 and not request.echo, "max_tokens", "0 leaves nothing to answer without 'echo': true"),
+        (scores and not can_score, "logprobs", "the engine of this server tells none of a prompt"),
+    )
+    for is_broken, param, what in rules:
+        if is_broken:
+            raise Refused(400, f"{param!r}: {what}", param=param)
+
+
+def _ids(served: Served, texts: TextPrompts, request: CompletionRequest, prompt: str | list[int]) -> list[int]:
+    try:
+        ids = prompt if isinstance(prompt, list) else texts.ids(prompt, begin=request.add_special_tokens is not False)
+    except TemplateError as error:
+        raise Refused(400, f"'prompt': {error.what}", param="prompt") from error
+    vocabulary = served.answerer.engine.features.vocabulary
+    if not ids or min(ids) < 0 or max(ids) >= vocabulary:
+        what = f"'prompt': it must have tokens, with ids from 0 to {vocabulary - 1}"
+        raise Refused(400, what, param="prompt")
+    return ids

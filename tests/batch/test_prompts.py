@@ -1,0 +1,106 @@
+"""Rows as prompts: what may be asked, and why the rest may not."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from corral.batch.prompts import Prompt, Prompts
+from corral.errors import DataError
+from corral.messages import Conversation
+from corral.progress import Progress
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+USER = {"role": "user", "content": "Hi?"}
+ASSISTANT = {"role": "assistant", "content": "Hello."}
+
+
+def prompts(path: Path, *rows: Any) -> list[Prompt]:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return list(Prompts(str(path), Progress()))
+
+
+def test_a_row_asks_with_a_prompt_or_with_messages(tmp_path: Path) -> None:
+    found = prompts(
+        tmp_path / "p.jsonl",
+        {"prompt": "Hi?"},
+        "",
+        {"messages": [SYSTEM, USER, ASSISTANT, USER], "prompt": None},
+        {"prompt": '[{"role": "user", "content": "Hi?"}]', "topic": 3},
+    )
+    assert [prompt.index for prompt in found] == [0, 1, 2]
+    assert [prompt.conversation for prompt in found] == [
+        Conversation.of(("user", "Hi?")),
+        Conversation.of(("system", "Be brief."), ("user", "Hi?"), ("assistant", "Hello."), ("user", "Hi?")),
+        Conversation.of(("user", '[{"role": "user", "content": "Hi?"}]')),
+    ]
+    assert not any(prompt.fault or prompt.given for prompt in found)
+
+
+@pytest.mark.parametrize("value", ["a", "", "ü東", 0, 7, -1.5, True, None])
+def test_any_scalar_is_an_id_and_is_carried_over(value: Any, tmp_path: Path) -> None:
+    (found,) = prompts(tmp_path / "p.jsonl", {"prompt": "Hi?", "id": value})
+    assert found.given == {"id": value}
+    assert found.bad("no") == {"index": 0, "id": value, "error": "no"}
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "no JSON": ("{", "not valid JSON"),
+    "no object": ("[1]", "a list"),
+    "a number that is none": ('{"prompt": "a", "id": NaN}', "NaN"),
+    "nothing asked": ({"text": "Hi?"}, "no `prompt`"),
+    "an empty prompt": ({"prompt": " "}, "prompt is empty"),
+    "no text": ({"prompt": 3}, "prompt is a number"),
+    "two questions": ({"prompt": "Hi?", "messages": [USER]}, "both"),
+    "no messages": ({"messages": []}, "empty list"),
+    "an unknown role": ({"messages": [{"role": "narrator", "content": "x"}]}, "narrator"),
+    "the assistant last": ({"messages": [USER, ASSISTANT]}, "last must be from the user"),
+    "two in a row": ({"messages": [USER, USER]}, "both from the user"),
+    "the system last": ({"messages": [USER, SYSTEM]}, "last must be from the user"),
+    "an id that is a list": ({"prompt": "Hi?", "id": [1]}, "id is a list"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_row_that_asks_nothing_has_a_fault_that_names_its_line(case: str, tmp_path: Path) -> None:
+    row, reason = BAD[case]
+    before, found, after = prompts(tmp_path / "p.jsonl", {"prompt": "a"}, row, {"prompt": "b"})
+    assert found.conversation is None
+    assert found.fault is not None
+    assert reason in found.fault
+    assert "line 2" in found.fault
+    assert before.fault is after.fault is None
+    assert (before.index, after.index) == (0, 2)
+
+
+def test_the_id_of_a_bad_row_is_kept(tmp_path: Path) -> None:
+    (found,) = prompts(tmp_path / "p.jsonl", {"prompt": "", "id": 9})
+    assert found.given == {"id": 9}
+
+
+def test_a_survey_counts_and_names_what_is_ignored_once(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "topic": 1, "id": 0}, {"prompt": ""}, "x", {"prompt": "b", "topic": 2, "level": 3}]
+    prompts(tmp_path / "p.jsonl", *rows)
+    survey = Prompts(str(tmp_path / "p.jsonl"), Progress()).survey(most=1)
+    assert (survey.rows, survey.bad, list(survey.ignored)) == (4, 2, ["topic", "level"])
+    assert survey.faults == ["line 2: prompt is empty"]
+
+
+def test_packed_files_and_tables_are_read_as_data_is(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "p.jsonl.gz", "wt") as file:
+        file.write('{"prompt": "Hi?"}\n')
+    (tmp_path / "p.csv").write_text("id,prompt\n1,Hi?\n")
+    for name in ("p.jsonl.gz", "p.csv"):
+        (found,) = Prompts(str(tmp_path / name), Progress())
+        assert found.conversation == Conversation.of(("user", "Hi?"))
+
+
+def test_a_file_that_is_cut_short_is_an_error_while_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"prompt": "Hi?"}\n' * 50_000)[:-50])
+    with pytest.raises(DataError, match="damaged or cut short"):
+        Prompts(str(path), Progress()).survey()

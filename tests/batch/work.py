@@ -1,0 +1,156 @@
+"""Batches with a scripted engine, here and in processes that are killed: the engine writes down what it is asked.
+
+An answer depends on the prompt, the seed and the choice, so that equal outputs mean equal questions and equal seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from corral.answerer import Answerer
+from corral.batch import Outcome, answer_file
+from corral.batch.answering import answer_here
+from corral.batch.journal import Journal
+from corral.consensus import Consensus
+from corral.engines.base import Sampling
+from corral.engines.scripted import ScriptedEngine
+from corral.interrupts import Stopped
+from corral.model.loading import load_tokenizer
+from corral.progress import Progress
+from corral.template import Template
+
+MADE_OF: dict[str, Any] = {"model": "scripted"}
+
+
+def write_prompts(path: Path, rows: Iterable[Mapping[str, Any] | str]) -> Path:
+    """A `.jsonl` file of rows; of lines that are given as they are."""
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def asked(number: int) -> str:
+    return f"What is {number} plus {number}?"
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A file of prompts, where its answers go, and the engine's: a folder with a tokenizer, and what it writes down."""
+
+    prompts: Path
+    out: Path
+    tokenizer: Path
+    calls: Path
+    consensus: Consensus | None = None
+    delay_seconds: float = 0.0
+
+    @property
+    def journal(self) -> Path:
+        return self.out.with_name(f"{self.out.name}.partial")
+
+    def open(self) -> Answerer:
+        template = Template.load(load_tokenizer(self.tokenizer))
+
+        def reply(ids: Sequence[int], sampling: Sampling, choice: int) -> list[int]:
+            with self.calls.open("a") as file:
+                file.write(json.dumps(list(ids)) + "\n")
+            word = f"{sampling.seed} {choice // 2} {len(ids)}"
+            return template.tokenizer.encode(word, add_special_tokens=False)
+
+        engine = ScriptedEngine(reply, chunk=64, delay_seconds=self.delay_seconds)
+        return Answerer(engine, template, Sampling(64), consensus=self.consensus)
+
+    def run(self, made_of: Mapping[str, Any] = MADE_OF, progress: Progress | None = None) -> Outcome:
+        choices = self.consensus.n if self.consensus else 1
+        answering = partial(answer_here, self.open, choices, 7)
+        return answer_file(str(self.prompts), self.out, made_of, answering, progress or Progress())
+
+    def called(self) -> list[str]:
+        """What was asked since the last call, as text."""
+        if not self.calls.exists():
+            return []
+        lines = read(self.calls)
+        self.calls.unlink()
+        tokenizer = load_tokenizer(self.tokenizer)
+        return [tokenizer.decode(ids) for ids in lines]  # type: ignore[arg-type]
+
+
+Dying = Callable[[], None]
+
+
+def _half_a_line(nth: int) -> None:
+    original = Journal._write
+    count = 0
+
+    def write(self: Journal, line: bytes) -> None:
+        nonlocal count
+        count += 1
+        if count == nth:
+            self._file.write(line[: len(line) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(self, line)
+
+    Journal._write = write  # type: ignore[method-assign]
+
+
+def _before(owner: Any, name: str, nth: int = 1) -> None:
+    original = getattr(owner, name)
+    count = 0
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, watched)
+
+
+INSTANTS: dict[str, Dying] = {
+    "while the journal is begun": partial(_half_a_line, 1),
+    "while the first row is written": partial(_half_a_line, 2),
+    "while a row is written": partial(_half_a_line, 100),
+    "before a row is written": partial(_before, Journal, "add", 150),
+    "while the output is put in order": partial(_before, os, "fsync"),
+    "before the record is there": partial(_before, os, "replace", 1),
+    "before the output is there": partial(_before, os, "replace", 2),
+    "before the journal is removed": partial(_before, os, "unlink", 1),
+}
+
+
+def _run(batch: Batch, instant: str | None) -> None:
+    if instant is not None:
+        INSTANTS[instant]()
+    try:
+        batch.run()
+    except Stopped as stop:
+        os._exit(128 + stop.signal)
+    os._exit(0)
+
+
+def process(batch: Batch, instant: str | None = None) -> Any:
+    """A process that works on the batch, and kills itself at the instant."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.invariants.preload"])
+    started = context.Process(target=_run, args=(batch, instant))
+    started.start()
+    return started
+
+
+def wait_for_rows(batch: Batch, rows: int) -> None:
+    """Until so many are finished."""
+    while not batch.journal.exists() or batch.journal.read_bytes().count(b"\n") <= rows:
+        time.sleep(0.005)

@@ -1,0 +1,132 @@
+"""`corral batch` as a user runs it: killed, repeated, refused; and what the documentation shows."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from corral.cli import main, parser
+from tests.e2e.conftest import corral
+
+DOCS = (Path(__file__).parent.parent.parent / "docs/batch.md").read_text("utf-8")
+ENGINE = ("--engine", "transformers")
+
+
+def prompts(folder: Path, rows: int = 12) -> Path:
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"id": i, "prompt": f"What is {i} plus {i}?"}) + "\n" for i in range(rows)))
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def test_a_run_answers_with_its_recipes_settings_and_others_where_they_are_given(
+    finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "a.jsonl"
+    done = corral("batch", finished / "run", prompts(tmp_path), "--out", out, *ENGINE, "--max-tokens", 8, "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["figures"]["rows"] == said["answered"] == 12
+    rows = read(out)
+    assert [row["id"] for row in rows] == list(range(12))
+    assert all(row["tokens"] <= 8 for row in rows)
+    voted = ("--consensus", "rouge-l", "--n", 3, "--shots", 1, "--max-tokens", 8)
+    done = corral("batch", finished / "run", tmp_path / "prompts.jsonl", "--out", tmp_path / "v.jsonl", *ENGINE, *voted)
+    assert done.returncode == 0, done.stderr
+    assert "12 rows" in done.stdout
+    for plain, row in zip(rows, read(tmp_path / "v.jsonl"), strict=True):
+        assert len(row["candidates"]) == len(row["votes"]) == 3
+        assert row["answer"] == row["candidates"][row["winner"]]
+        assert row["prompt_tokens"] > plain["prompt_tokens"], "the example counts"
+
+
+def test_killed_and_repeated_it_ends_with_what_it_would_have_ended_with(tiny_folder: Path, tmp_path: Path) -> None:
+    path = prompts(tmp_path, 700)
+    # Drawn at random, a row in some hundreds differs by rounding when others are computed beside it: greedily, none here.
+    common = (*ENGINE, "--max-tokens", 24, "--temperature", 0)
+    whole = corral("batch", tiny_folder, path, "--out", tmp_path / "whole.jsonl", *common)
+    assert whole.returncode == 0, whole.stderr
+    command = [sys.executable, "-m", "corral", "batch", tiny_folder, path, "--out", tmp_path / "a.jsonl", *common]
+    journal = tmp_path / "a.jsonl.partial"
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        running = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
+        before = journal.read_bytes().count(b"\n") if journal.exists() else 1
+        while not journal.exists() or journal.read_bytes().count(b"\n") <= before:
+            assert running.poll() is None
+            time.sleep(0.01)
+        running.send_signal(number)
+        _, error = running.communicate()
+        assert running.returncode in (-number, 128 + number), error
+        if number == signal.SIGTERM:
+            assert "the same command goes on" in error
+    done = corral(*command[3:])
+    assert done.returncode == 0, done.stderr
+    assert "rows are done already" in done.stderr
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    again = corral(*command[3:])
+    assert again.returncode == 0
+    assert "already done" in again.stdout
+    other = corral(*command[3:], "--seed", 5)
+    assert other.returncode == 2
+    assert "seed = 0 there, 5 here" in other.stderr
+
+
+CASES: dict[str, tuple[str, tuple[object, ...], list[str]]] = {
+    "no prompts": ("", (), ["prompts.jsonl", "empty"]),
+    "no JSON": ("Hi?\n", (), ["not valid JSON", "line 1"]),
+    "all too long": (json.dumps({"prompt": "word " * 3000}), (), ["only row is bad", "exceed"]),
+    "no such engine": ('{"prompt": "a"}\n', ("--engine", "warp"), ["warp"]),
+    "nothing to vote on": ('{"prompt": "a"}\n', ("--n", 3), ["--consensus"]),
+    "an output that is a folder": ('{"prompt": "a"}\n', ("--out", "/"), ["/"]),
+    "two that compute": ('{"prompt": "a"}\n', ("--ray", "--url", "http://127.0.0.1:1/v1"), ["--ray"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_cannot_be_answered_is_one_clear_error_and_leaves_nothing(
+    case: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, options, expected = CASES[case]
+    (tmp_path / "prompts.jsonl").write_text(text)
+    how = options if "--ray" in options else (*ENGINE, *options)
+    command = ("batch", tiny_folder, tmp_path / "prompts.jsonl", "--out", tmp_path / "a.jsonl", *how)
+    try:
+        code = main([*map(str, command)])
+    except SystemExit as end:
+        code = end.code
+    said = capsys.readouterr()
+    assert code == 2, said.err
+    assert said.out == ""
+    for part in expected:
+        assert part in said.err
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+def test_every_command_and_row_in_the_documentation_is_true(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "run", tmp_path / "runs/quickstart")
+    (rows,) = re.findall(r"```json\n(\{\"id\".*?)```", DOCS, re.S)
+    (tmp_path / "prompts.jsonl").write_text(rows)
+    commands = re.findall(r"^corral batch .*$", DOCS, re.M)
+    assert len(commands) == 4
+    for command in commands:
+        words = shlex.split(command)[1:]
+        assert parser().parse_args(words).verb == "batch"
+        if not {"--ray", "--url"} & set(words):
+            done = corral(*words, *ENGINE, "--max-tokens", 8, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr
+    shown = [json.loads(line) for line in re.findall(r"^\{\"index\".*\}$", DOCS, re.M)]
+    made = [*read(tmp_path / "answers.jsonl"), *read(tmp_path / "voted.jsonl")[:1]]
+    assert [row.keys() for row in shown] == [row.keys() for row in made]

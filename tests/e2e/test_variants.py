@@ -1,0 +1,95 @@
+"""Variants and public questions in a run's evaluation, and variants of runs side by side."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from corral import cli
+
+SHOTS = '{name = "shots", answer = {shots = {count = 1}}}'
+TASK = '[{name = "commonsense_qa", rows = 3, max_tokens = 4}]'
+
+
+def evaluate(capsys: pytest.CaptureFixture[str], run: Path, *settings: str) -> dict[str, Any]:
+    """The scorecard that `corral evaluate` prints."""
+    arguments = [part for setting in settings for part in ("--set", setting)]
+    assert cli.main(["evaluate", str(run), "--json", *arguments]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+def lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines(keepends=True)
+
+
+def test_a_variant_and_a_task_are_added_without_doing_the_others_again(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(finished / "run", tmp_path / "run"))
+    before = {name: lines(run / "evaluate" / name) for name in ("losses.jsonl", "completions.jsonl", "seconds.jsonl")}
+    card = evaluate(capsys, run, f"evaluate.variants=[{SHOTS}]", f"evaluate.tasks={TASK}")
+    assert list(card["variants"]) == ["base", "tuned", "shots"]
+    assert {(c["a"], c["b"]) for c in card["comparisons"]} == {("tuned", "base"), ("shots", "tuned")}
+    assert all(lines(run / "evaluate" / name)[: len(of_name)] == of_name for name, of_name in before.items())
+    assert lines(run / "evaluate" / "losses.jsonl") == before["losses.jsonl"]
+    added = [
+        json.loads(line) for line in lines(run / "evaluate" / "completions.jsonl")[len(before["completions.jsonl"]) :]
+    ]
+    assert {row["variant"] for row in added} == {"shots"}
+    for name, variant in card["variants"].items():
+        assert ("loss" in variant["metrics"]) == (name != "shots")
+        assert variant["metrics"]["rougeL"]["n"] == 6
+        assert variant["metrics"]["commonsense_qa/accuracy"]["n"] == 3
+        assert variant["metrics"]["commonsense_qa/logprob"]["n"] == 3
+        assert variant["info"]["answers_per_second"] > 0
+    tuned, shots = (card["variants"][name]["info"] for name in ("tuned", "shots"))
+    assert shots["prompt_tokens"] > tuned["prompt_tokens"]
+    assert shots["commonsense_qa/prompt_tokens"] > tuned["commonsense_qa/prompt_tokens"]
+    page = (run / "report" / "index.html").read_text("utf-8")
+    assert "commonsense_qa: accuracy" in page
+    assert "shots" in page
+
+    both = [f"{run}:shots", str(run)]
+    assert cli.main(["compare", *both, "--json"]) == 0
+    compared = json.loads(capsys.readouterr().out)
+    assert compared["baseline"] == str(run)
+    of_card = {c["metric"]: c["difference"] for c in card["comparisons"] if c["a"] == "shots"}
+    assert {c["metric"]: c["difference"] for c in compared["comparisons"]} == of_card
+    assert cli.main(["compare", f"{run}:nobody", str(run)]) == 2
+    assert "base, tuned, shots" in capsys.readouterr().err
+    assert cli.main(["compare", f"{run}:tuned", str(run)]) == 2
+
+
+def test_a_changed_variant_is_redone_and_settings_elsewhere_are_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(finished / "run", tmp_path / "run"))
+    card = evaluate(capsys, run, "answer.max_tokens=3")
+    assert card["variants"]["tuned"]["metrics"]["loss"]["n"] == 12
+    answers = [json.loads(line) for line in lines(run / "evaluate" / "completions.jsonl")]
+    assert len(answers) == 12
+    assert all(row["tokens"] <= 3 for row in answers)
+    assert lines(run / "evaluate" / "losses.jsonl") == lines(finished / "run" / "evaluate" / "losses.jsonl")
+    assert cli.main(["evaluate", str(run), "--set", "model.base=x"]) == 2
+    assert "neither evaluation nor answers" in capsys.readouterr().err
+
+
+@pytest.mark.full
+def test_an_exported_form_is_a_variant_and_is_exported_first(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(finished / "run", tmp_path / "run"))
+    forms = '[{name = "int8", model = "openvino-int8"}, {name = "q8", model = "gguf-q8_0", engine = "transformers"}]'
+    card = evaluate(capsys, run, f"evaluate.variants={forms}")
+    assert (run / "export" / "openvino-int8" / "contract.json").is_file()
+    assert (run / "export" / "model-q8_0.gguf").is_file()
+    loss = {name: variant["metrics"]["loss"]["mean"] for name, variant in card["variants"].items()}
+    assert loss["int8"] == pytest.approx(loss["tuned"], abs=0.1)
+    assert loss["q8"] == pytest.approx(loss["tuned"], abs=0.02)
+    assert loss["int8"] != loss["q8"] != loss["tuned"]
+    assert cli.main(["export", str(run), "--to", "gguf", "--type", "f16"]) == 0
+    assert (run / "evaluate" / "scorecard.json").is_file(), "another form leaves the evaluation as it is"

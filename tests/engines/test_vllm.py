@@ -1,0 +1,275 @@
+"""vLLM holds the engine protocol, computes what transformers computes, and adapters as their merged models.
+
+A start takes a minute (vLLM imports itself in three processes), so tests share engines where they leave them as they were.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` makes an environment that has it")
+
+import psutil
+import torch
+
+from corral import contract
+from corral.engines.base import Completion, Engine, Sampling
+from corral.engines.load import load_engine
+from corral.engines.vllm import VllmEngine
+from corral.errors import EngineError, ModelError, RequestError
+from corral.opening import open_model
+from tests.conftest import make_tiny_model
+from tests.engines.conformance import DRAWN, GREEDY, EngineConformance, Subject, complete, long_run
+from tests.engines.test_transformers import PROMPTS, generated
+
+T = TypeVar("T")
+
+pytestmark = pytest.mark.full
+
+DEVICE: str = import_module("vllm.platforms").current_platform.device_type
+CONTEXT, VOCABULARY = 2048, 256
+
+
+@cache
+def model() -> Any:
+    """With heads of 32: vLLM has no kernels for smaller ones."""
+    return make_tiny_model(
+        VOCABULARY, hidden_size=128, max_position_embeddings=CONTEXT, initializer_range=0.15, pad_token_id=None
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    model().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared(folder: Path) -> Iterator[VllmEngine]:
+    """One engine for tests that leave it as they found it."""
+    engine = VllmEngine(folder, dtype="float32", device=DEVICE)
+    yield engine
+    asyncio.run(engine.close())
+
+
+@pytest.fixture(scope="module")
+def adapter(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of that model, on every layer, that plainly changes it."""
+    from corral.model import adapters
+    from corral.model.loading import load_model
+    from corral.recipe import Lora
+
+    adapted = adapters.attach(load_model(folder), Lora(rank=5, alpha=7, targets="all-linear"), seed=1)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.2)
+    made = tmp_path_factory.mktemp("adapter")
+    adapters.save(adapted, made, base=str(folder))
+    return made
+
+
+@pytest.fixture(scope="module")
+def adapted(folder: Path, adapter: Path) -> Iterator[Engine]:
+    engine = load_engine("vllm", folder, dtype="float32", device=DEVICE, adapter=adapter)
+    yield engine
+    asyncio.run(engine.close())
+
+
+class TestConformance(EngineConformance):
+    @pytest.fixture
+    def subject(self, request: pytest.FixtureRequest, folder: Path) -> Subject:
+        name = request.node.originalname
+        if "clos" in name or "several_event_loops" in name:  # these close it
+            return Subject(lambda: VllmEngine(folder, dtype="float32", device=DEVICE), PROMPTS)
+        engine = request.getfixturevalue("shared")
+        return Subject(lambda: contextlib.nullcontext(engine), PROMPTS)
+
+
+def scores(of: Any, ids: Sequence[int]) -> list[float]:
+    """What transformers says of ids[1:]."""
+    with torch.no_grad():
+        logprobs = of(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    return logprobs.gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1).tolist()
+
+
+def ids_of(length: int) -> list[int]:
+    return torch.randint(0, VOCABULARY, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+def on(engine: Engine, work: Callable[[Engine], Awaitable[T]]) -> T:
+    async def test() -> T:
+        return await work(engine)
+
+    return asyncio.run(test())
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Polls for as long as it takes: a test that would wait for ever fails by never ending."""
+    while not condition():
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("length", [1, 16, 17, 128, 129, 700])
+def test_greedy_ids_and_their_logprobs_are_those_of_transformers_the_second_time_too(
+    shared: VllmEngine, length: int
+) -> None:
+    prompt = ids_of(length)
+
+    async def twice(engine: Engine) -> list[list[Completion]]:
+        return [await complete(engine, prompt, replace(GREEDY, n=2, max_tokens=40, logprobs=True)) for _ in range(2)]
+
+    expected = generated(model(), prompt, 40)
+    for completion in (each for completions in on(shared, twice) for each in completions):
+        assert list(completion.ids) == expected
+        assert completion.logprobs == pytest.approx(scores(model(), [*prompt, *expected])[length - 1 :], abs=1e-3)
+
+
+def test_scores_are_those_of_transformers_up_to_the_whole_context_and_beside_draws(shared: VllmEngine) -> None:
+    texts = [ids_of(length) for length in (2, 3, 300, CONTEXT)]
+
+    async def work(engine: Engine) -> list[list[float]]:
+        drawing = [engine.submit(text[:2], replace(DRAWN, n=3, logprobs=True, max_tokens=60)) for text in texts]
+        found = await asyncio.gather(*(engine.score(text) for text in texts))
+        for generation in drawing:
+            assert all(len(done.logprobs or ()) == 60 for done in await generation.completions())
+        return found
+
+    for text, found in zip(texts, on(shared, work), strict=True):
+        assert found == pytest.approx(scores(model(), text), abs=1e-3)
+
+
+def test_a_choice_does_not_repeat_in_the_next_seed(shared: VllmEngine) -> None:
+    async def work(engine: Engine) -> list[list[Completion]]:
+        return [await complete(engine, PROMPTS[2], replace(DRAWN, n=2, seed=seed)) for seed in (7, 8)]
+
+    seven, eight = on(shared, work)
+    assert seven[1].ids != eight[0].ids
+
+
+def test_a_temperature_that_vllm_would_raise_is_refused(shared: VllmEngine) -> None:
+    async def work(engine: Engine) -> None:
+        with pytest.raises(RequestError, match=r"0\.005"):
+            engine.submit(PROMPTS[0], replace(DRAWN, temperature=0.005))
+
+    on(shared, work)
+
+
+def test_ctrl_c_reaches_its_processes_and_leaves_what_they_do_to_us(shared: VllmEngine) -> None:
+    own = psutil.Process().children(recursive=True)
+    assert len(own) >= 2
+
+    async def work(engine: Engine) -> list[Completion]:
+        generation = engine.submit(PROMPTS[1], replace(long_run(n=2), max_tokens=300))
+        deltas = aiter(generation)
+        await anext(deltas)
+        for process in own:
+            os.kill(process.pid, signal.SIGINT)
+        lengths = [0, 0]
+        async for delta in deltas:
+            lengths[delta.choice] += len(delta.ids)
+        assert sum(lengths) >= 590
+        return await complete(engine, PROMPTS[1], GREEDY)
+
+    assert on(shared, work)[0].finish == "length"
+    assert shared.ready
+
+
+def test_an_adapter_on_its_base_computes_as_their_merged_model(adapted: Engine, folder: Path, adapter: Path) -> None:
+    from corral.model import adapters, merging
+    from corral.model.loading import load_model
+
+    merged = merging.merged(adapters.load(load_model(folder), adapter))
+
+    async def work(engine: Engine) -> list[tuple[Completion, list[float]]]:
+        sampling = replace(GREEDY, max_tokens=40, logprobs=True)
+        done = [(await complete(engine, prompt, sampling))[0] for prompt in PROMPTS]
+        return [(each, await engine.score([*p, *each.ids])) for p, each in zip(PROMPTS, done, strict=True)]
+
+    for prompt, (completion, found) in zip(PROMPTS, on(adapted, work), strict=True):
+        expected = generated(merged, prompt, 40)
+        assert list(completion.ids) == expected != generated(model(), prompt, 40)
+        assert found == pytest.approx(scores(merged, [*prompt, *expected]), abs=1e-3)
+        assert completion.logprobs == pytest.approx(found[len(prompt) - 1 :], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"), [({"r": 4, "use_dora": True}, "DoRA"), ({"r": 513}, "513"), ({}, "adapter_config")]
+)
+def test_an_adapter_that_vllm_cannot_compute_is_refused_before_it_starts(
+    folder: Path, tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=message):
+        VllmEngine(folder, dtype="float32", device=DEVICE, adapter=tmp_path)
+
+
+def test_another_device_than_that_of_this_build_is_refused(folder: Path) -> None:
+    other = "cuda" if DEVICE == "cpu" else "cpu"
+    with pytest.raises(ModelError, match=f"'{other}'") as caught:
+        load_engine("vllm", folder, dtype="float32", device=other)
+    assert "transformers" in (caught.value.hint or "")
+
+
+def test_a_model_that_vllm_does_not_take_is_an_error_of_the_model(folder: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"rope_parameters": {"rope_type": "nonsense"}}))
+    with pytest.raises(ModelError, match="vLLM cannot load") as caught:
+        VllmEngine(broken, dtype="float32", device=DEVICE)
+    assert caught.value.where == str(broken)
+
+
+def _computes(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in " ".join(process.cmdline())
+    return False
+
+
+def test_smollm2_computes_as_in_transformers_to_the_tolerance_between_engines() -> None:
+    async def measured(name: Any) -> list[list[float]]:
+        opened = open_model("asset:smollm2-135m-instruct", name)
+        async with opened.answerer.engine as engine:
+            sets = contract.probes(opened.answerer.template)
+            return [await engine.score(probe.ids, probe.start) for probe in sets]
+
+    check = contract.compare_logprobs(
+        "vllm", asyncio.run(measured("vllm")), asyncio.run(measured("transformers")), contract.ACROSS_ENGINES
+    )
+    print(check.detail)
+    assert check.passed, check.detail
+
+
+# Last: it kills the engine it is given.
+def test_where_its_processes_die_requests_fail_and_it_says_that_it_is_not_ready(adapted: Engine) -> None:
+    async def work(engine: Engine) -> None:
+        generation = engine.submit(PROMPTS[1], long_run(n=2))
+        deltas = aiter(generation)
+        await anext(deltas)
+        workers = [p for p in psutil.Process().children(recursive=True) if not p.children() and _computes(p)]
+        for process in workers:
+            process.kill()
+        with pytest.raises(EngineError):
+            async for _ in deltas:
+                pass
+        await asyncio.to_thread(wait_for, lambda: not engine.ready)
+        with pytest.raises(EngineError, match="load the engine again"):
+            await complete(engine, PROMPTS[1], Sampling(max_tokens=2))
+        await engine.close()
+
+    on(adapted, work)

@@ -1,0 +1,112 @@
+"""How a model is asked: the recipe's `[answer]`, and what the command line says otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from corral.asking import Settings, with_changes
+from corral.cli import parser
+from corral.errors import RecipeError, RunError
+from corral.recipe.answer import Answer, Consensus, Shots
+
+RECIPE = """
+name = "mine"
+seed = 11
+[model]
+base = "asset:smollm2-135m-instruct"
+[[data.sources]]
+path = "rows.jsonl"
+[[train]]
+steps = 1
+[answer]
+max_tokens = 33
+{consensus}
+"""
+
+
+def run(folder: Path, consensus: str = "") -> str:
+    (folder / "recipe.toml").write_text(RECIPE.format(consensus=consensus))
+    return str(folder)
+
+
+def test_a_runs_recipe_says_how_answers_are_drawn_and_a_model_has_the_defaults(tmp_path: Path) -> None:
+    assert with_changes(run(tmp_path), {}) == (Answer(max_tokens=33), 11)
+    assert with_changes("asset:smollm2-135m-instruct", {}) == (Answer(), 0)
+
+
+CHANGES: dict[str, tuple[dict[str, Any], Answer]] = {
+    "how it is drawn": (
+        {"max_tokens": 5, "temperature": 0.4, "top_p": 0.6},
+        Answer(max_tokens=5, temperature=0.4, top_p=0.6),
+    ),
+    "a vote": (
+        {"consensus": "rouge-l", "n": 7, "temperature": 0.4, "top_p": 0.6},
+        Answer(max_tokens=33, consensus=Consensus(method="rouge-l", n=7, temperature=0.4, top_p=0.6)),
+    ),
+    "examples": ({"shots": 3}, Answer(max_tokens=33, shots=Shots(count=3))),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_the_command_line_overrides(case: str, tmp_path: Path) -> None:
+    changes, expected = CHANGES[case]
+    assert with_changes(run(tmp_path), changes) == (expected, 11)
+    assert with_changes(run(tmp_path), changes | {"seed": 5}) == (expected, 5)
+
+
+def test_a_vote_of_the_recipe_can_be_left_out_or_have_another_number(tmp_path: Path) -> None:
+    mine = run(tmp_path, '[answer.consensus]\nmethod = "majority"\nn = 9')
+    assert with_changes(mine, {"n": 3})[0].consensus == Consensus(method="majority", n=3)
+    answer, seed = with_changes(mine, {"consensus": "none", "temperature": 0.5})
+    assert (answer.temperature, answer.consensus.method) == (0.5, "none")
+    assert [Settings(mine, a, seed).choices for a in (answer, with_changes(mine, {})[0])] == [1, 9]
+
+
+IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
+    "many answers and no vote": ({"n": 5}, "nothing chooses"),
+    "a vote of one": ({"consensus": "rouge-l", "n": 1}, "answer.consensus.n"),
+    "a vote among equals": ({"consensus": "rouge-l", "temperature": 0.0}, "answer.consensus.temperature"),
+    "a temperature below 0": ({"temperature": -1.0}, "answer.temperature"),
+    "more than all probability": ({"top_p": 1.5}, "1.5"),
+    "fewer than no examples": ({"shots": -1}, "answer.shots.count"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_what_cannot_be_is_refused(case: str) -> None:
+    changes, expected = IMPOSSIBLE[case]
+    with pytest.raises(RecipeError) as refused:
+        with_changes("asset:smollm2-135m-instruct", changes)
+    assert expected in refused.value.what
+    assert refused.value.hint
+
+
+def test_the_same_model_settings_and_engine_make_the_same_and_others_another(tiny_folder: Path) -> None:
+    made = Settings(str(tiny_folder), Answer(), 0).made_of()
+    assert Settings(str(tiny_folder), Answer(), 0).made_of() == made
+    remote = Settings(str(tiny_folder), Answer(), 0, None, ("http://127.0.0.1:1/v1",))
+    others = [
+        Settings(str(tiny_folder), Answer(max_tokens=9), 0),
+        Settings(str(tiny_folder), Answer(), 1),
+        Settings(str(tiny_folder), Answer(), 0, "transformers"),
+        remote,
+    ]
+    assert all(other.made_of() != made for other in others)
+    elsewhere = Settings(str(tiny_folder), Answer(), 0, None, ("http://127.0.0.1:2/v1",))
+    assert elsewhere.made_of() == remote.made_of(), "a server may move"
+
+
+def test_examples_of_a_model_that_is_no_run_must_be_named(tiny_folder: Path) -> None:
+    with pytest.raises(RunError):
+        Settings(str(tiny_folder), Answer(shots=Shots(count=2)), 0, "transformers").open()
+
+
+def test_the_command_line_knows_every_way_to_vote() -> None:
+    methods = get_args(Consensus.model_fields["method"].annotation)
+    for method in methods:
+        assert parser().parse_args(["batch", "m", "p", "--out", "o", "--consensus", method]).consensus == method
+    with pytest.raises(SystemExit):
+        parser().parse_args(["batch", "m", "p", "--out", "o", "--consensus", "coin"])
