@@ -12,11 +12,15 @@ TORCH_INDEX ?=
 demo: $(STAMP)
 	$(BIN)/corral run recipes/quickstart.toml
 
+# Two tests at a time, each on one core: most of a test is starting processes, which a second core does not speed up.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not full"
+	$(TESTS) -m "not full"
 
 test-full: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[ray]"
+	$(TESTS)
 
 # vLLM wants other versions than the rest of the tests, so it has an environment of its own, with the build for CPUs. Its
 # requirements are left aside (--no-deps): all that text needs is in constraints-vllm.txt, without torchvision and the like.
@@ -44,6 +48,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/generate_cpu.py --json benchmarks/results/generate_cpu.json
 	$(BIN)/python benchmarks/prepare.py --json benchmarks/results/prepare.json
 	$(BIN)/python benchmarks/batch.py --json benchmarks/results/batch.json
+	$(BIN)/python benchmarks/findings.py --run runs/quickstart
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'corral needs Python 3.11 or newer; try: make PYTHON=python3.11 ...')"

@@ -9,7 +9,6 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,7 @@ from corral.storage import (
     write_atomic,
     write_json,
 )
+from tests.conftest import unprivileged
 
 SMALL = 100_000  # bytes a limited process may write to one file
 
@@ -36,19 +36,6 @@ def run_python(code: str, *arguments: object, limit: int | None = None) -> subpr
     preface = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n" if limit else ""
     command = [sys.executable, "-c", preface + code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-@contextmanager
-def unprivileged() -> Iterator[None]:
-    """Root may write anywhere: be somebody else for a while."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 @pytest.fixture
@@ -284,7 +271,7 @@ except StorageError as error:
 def test_a_forbidden_place_is_one_error_that_names_it(tmp_path: Path) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)
-    with unprivileged():
+    with unprivileged(closed):
         with pytest.raises(StorageError, match="permission denied") as caught:
             write_atomic(closed / "file", "x")
         with pytest.raises(StorageError, match="permission denied"), new_directory(closed / "model"):

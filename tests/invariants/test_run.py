@@ -47,7 +47,7 @@ INSTANTS = {
     "between the old adapter and the new": Instant("rename", ".corral-tmp-adapter", nth=1),
     "before training is recorded": Instant("replace", "train-1-sft/stage.json"),
     "between promoting the model and recording it": Instant("replace", "merge/stage.json"),
-    "while it evaluates": Instant("replace", "seconds-tuned"),
+    "while it evaluates": Instant("add", "tuned", nth=3),
 }
 
 
@@ -75,7 +75,7 @@ STOPS = {
     "prepare": Instant("replace", "prepare/.corral-tmp-ledger.json", signal=signal.SIGTERM),
     "train-1-sft": Instant("backward", nth=3, signal=signal.SIGHUP),
     "merge": Instant("replace", "contract.json", signal=signal.SIGINT),
-    "evaluate": Instant("replace", "seconds-base", signal=signal.SIGTERM),
+    "evaluate": Instant("add", "base", nth=3, signal=signal.SIGTERM),
     "report": Instant("replace", "loss.png", signal=signal.SIGTERM),
 }
 

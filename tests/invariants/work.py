@@ -23,6 +23,7 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
+from corral.evaluation.runner import RowFile
 from corral.model import adapters, loading
 from corral.model.quantised import Quantization
 from corral.recipe import Lora, Optimizer, Train
@@ -155,6 +156,7 @@ def die_at(instant: Instant) -> None:
         "replace": (os, "replace"),
         "fsync": (os, "fsync"),
         "append": (metrics, "append"),
+        "add": (RowFile, "add"),
         "save_file": (safetensors.torch, "save_file"),
     }[instant.call]
     original = getattr(owner, name)
@@ -168,8 +170,8 @@ def die_at(instant: Instant) -> None:
             if instant.signal != signal.SIGKILL:
                 os.kill(os.getpid(), instant.signal)
                 return original(*args, **kwargs)
-            if instant.call == "append":
-                with (args[0] / metrics.FILE).open("a") as file:
+            if instant.call in ("append", "add"):
+                with (args[0] / metrics.FILE if instant.call == "append" else args[0].path).open("a") as file:
                     file.write('{"step": 1, "lo')
             if instant.call == "save_file":
                 original(*args, **kwargs)

@@ -6,8 +6,7 @@ import os
 import random
 import resource
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from corral.recipe import Optimizer
 from corral.training import checkpoint, optimizers
 from corral.training.checkpoint import State
 from corral.training.guard import Watch
+from tests.conftest import unprivileged
 
 
 def newest(folder: Path) -> Path:
@@ -77,28 +77,13 @@ def test_a_damaged_checkpoint_is_said_and_an_older_one_taken(
     assert kept == ["step-000009", "step-000012"], "a damaged one is not among those that are kept"
 
 
-@contextmanager
-def unprivileged() -> Iterator[None]:
-    """Root may read anything: be somebody else for a while."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
 def test_a_checkpoint_that_may_not_be_read_is_passed_over(tmp_path: Path) -> None:
     weight, optimizer = made("adamw")
     for step in (1, 2):
         checkpoint.save(tmp_path, {"w": weight}, optimizer, state(step))
     (tmp_path / "step-000002" / "optimizer.safetensors").chmod(0)
-    for path in (tmp_path, *tmp_path.parents[:2]):
-        path.chmod(path.stat().st_mode | 0o055)
     told: list[str] = []
-    with unprivileged():
+    with unprivileged(tmp_path):
         found = checkpoint.restore(tmp_path, {"w": weight}, optimizer, warn=told.append)
     assert found is not None
     assert found.step == 1
