@@ -27,7 +27,6 @@ VERBS = (
     "chat",
     "batch",
     "serve",
-    "keys",
     "assets",
     "cache",
 )
