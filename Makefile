@@ -48,6 +48,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/generate_cpu.py --json benchmarks/results/generate_cpu.json
 	$(BIN)/python benchmarks/prepare.py --json benchmarks/results/prepare.json
 	$(BIN)/python benchmarks/batch.py --json benchmarks/results/batch.json
+	$(BIN)/python benchmarks/serve.py --json benchmarks/results/serve.json
 	$(BIN)/python benchmarks/findings.py --run runs/quickstart
 
 $(STAMP): pyproject.toml constraints.txt

@@ -42,15 +42,15 @@ def base_folder() -> Path:
 
 
 def questions(count: int) -> list[dict[str, Any]]:
-    """The first test rows of the quickstart recipe, without their answers, as `{"messages": …}`."""
+    """The first rows of the quickstart recipe, without their answers, as `{"messages": …}`."""
     from corral.data.prepared import prepare
     from corral.progress import Progress
     from corral.recipe import Data, Source
 
     data = Data(sources=(Source(path="asset:wikibooks-recipes", format="wikibooks-recipes"),), max_length=512)
     with tempfile.TemporaryDirectory() as name:
-        test = prepare(data, template(), Path(name), 7, Progress()).test
-        return [test[i].record.split_answer()[0].to_json() for i in range(count)]
+        rows = prepare(data, template(), Path(name), 7, Progress()).train
+        return [rows[i].record.split_answer()[0].to_json() for i in range(count)]
 
 
 def template() -> Any:

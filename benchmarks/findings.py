@@ -247,8 +247,9 @@ async def _draw(
         async with limit:
             prompt, _ = item.conversation.split_answer()
             answer = await answerer.answer(prompt, sampling)
+            # An answer without tokens has no mean, which is not the best there could be.
             pairs = [
-                (text, sum(done.logprobs or ()) / max(1, len(done.ids)))
+                (text, sum(done.logprobs) / len(done.logprobs) if done.logprobs else None)
                 for text, done in zip(answer.texts, answer.completions, strict=True)
             ]
             into.add(maker, item.id, candidates=pairs)

@@ -96,7 +96,7 @@ def sentence(comparison: Comparison) -> str:
         figures += f", interval {comparison.low:+.{digits}f} to {comparison.high:+.{digits}f}"
     p = f"p = {comparison.p_holm:.3f}" if comparison.p_holm >= 0.001 else "p < 0.001"
     pair = f"**{comparison.a}** and **{comparison.b}**"
-    if comparison.difference == 0 and comparison.mde == 0:
+    if comparison.is_same:
         most = 1 - 0.05 ** (1 / comparison.n)
         return (
             f"{pair} came out the same in each of {comparison.n} rows by {label}; of such rows at most {most:.0%} differ, at "

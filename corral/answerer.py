@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -376,7 +376,7 @@ class Blocking:
 
     def stream(
         self, conversation: Conversation, sampling: Sampling | None = None, stop: Sequence[str] = ()
-    ) -> Iterator[TextDelta]:
+    ) -> Generator[TextDelta, None, None]:
         """See `Answerer.stream`."""
         items: queue.SimpleQueue[TextDelta | BaseException | None] = queue.SimpleQueue()
 

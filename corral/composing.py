@@ -6,6 +6,7 @@ the answers are for.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterable, Sequence
 
@@ -18,6 +19,7 @@ from corral.messages import Conversation, Record
 from corral.progress import Progress
 from corral.prompting import POOL, Prompting
 from corral.recipe import Answer, Source
+from corral.recipe.answer import Shots
 from corral.run import Run
 from corral.template import Template
 
@@ -29,6 +31,7 @@ def compose(
     *,
     examples: Callable[[], Sequence[Conversation]],
     seed: int | None,
+    embed: Embedder | None = None,
 ) -> Answerer:
     """An Answerer that asks and chooses as `[answer]` says.
 
@@ -36,12 +39,13 @@ def compose(
         examples: gives answered conversations for few-shot prompting where the settings name no source of them; only called
             then.
         seed: of all sampling, and of the choice of examples; None draws anew each time.
+        embed: texts → vectors, where they are needed; by default one of its own.
 
     Raises:
         DataError: there are no examples to show.
         AssetError: a source of examples cannot be had.
     """
-    embedder = Embedder()
+    embedder = embed or Embedder()
     shots, consensus = settings.shots, settings.consensus
     prompting = None
     if shots.count or settings.reasoning:
@@ -71,6 +75,31 @@ def training_examples(run: Run, seed: int) -> list[Conversation]:
     rows = Prepared.open(run.path / "prepare").train
     drawn = random.Random(seed).sample(range(len(rows)), min(len(rows), 2 * POOL))
     return _conversations(rows[i].record for i in sorted(drawn))
+
+
+def examples_identity(shots: Shots) -> str:
+    """What the examples of a source depend on besides the settings, as a hash; empty where no source's are shown.
+
+    Raises: DataError, AssetError.
+    """
+    if not shots.count or shots.source is None:
+        return ""
+    from corral.data.sources import identity
+
+    return identity(shots.source)
+
+
+def training_identity(run: Run) -> str:
+    """The same for `training_examples`. Raises: DataError (the run has prepared none)."""
+    path = run.path / "prepare" / "stage.json"
+    try:
+        return json.loads(path.read_text("utf-8"))["fingerprint"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"the run has no prepared rows to show as examples: {error!r}",
+            where=str(path),
+            hint="finish the run, or name rows with [answer.shots.source]",
+        ) from None
 
 
 def examples_in(source: Source) -> list[Conversation]:

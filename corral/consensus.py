@@ -38,7 +38,7 @@ class Candidate:
 
     text: str
     logprob: float | None = None
-    """Mean natural log-probability of its tokens: breaks ties. Where one candidate has none, none counts."""
+    """Mean natural log-probability of its tokens: breaks ties. One that has none comes last among its equals."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ class Ballot:
         For a majority that is a lead greater than their number. For agreement, k answers of n say the same words and
         k − 1 ≥ 4·(n − k − 1): with d = 1 − F, 2d/(1 + d) is a metric (Steinhaus' transform of the edit distance without
         substitution), so an answer at distance d from the k agrees with each of the others by at most 4d/(1 + 3d)
-        more than they do, and less by d with each of the k. For cosine all but one must say the same.
+        more than they do, and less by d with each of the k. For cosine all but one must be the same text.
         `adaptive`: also where the first result leads the second with a probability of 95 % (a Beta posterior over the two:
         Aggarwal et al. 2023, arXiv 2305.11860).
         """
@@ -152,7 +152,7 @@ class Ballot:
             told = dict(zip(group, self._agreement(group), strict=True))
             second = [told.get(p, 0.0) for p in places]
         logprobs = [self._candidates[p].logprob for p in places]
-        third = [0.0 if None in logprobs or value is None else value for value in logprobs]
+        third = [-math.inf if value is None else value for value in logprobs]
         ranked = [
             # The last bits of a mean depend on the order of its terms.
             (round(s, 12), round(t, 12), u, -p)
@@ -185,8 +185,11 @@ class Ballot:
 
     def _agreement_decided(self, against: float) -> bool:
         """Whether so many say the same that `against` times the others could not outweigh them."""
-        said = self._consensus.rouge.encode([c.text for c in self._candidates.values()])
-        groups = Counter(words.tobytes() for words in said if words)
+        texts = [c.text for c in self._candidates.values() if c.text.strip()]
+        if self._consensus.method == "cosine":
+            groups = Counter(text.encode() for text in texts)
+        else:
+            groups = Counter(words.tobytes() for words in self._consensus.rouge.encode(texts) if words)
         same = max(groups.values(), default=0)
         others = self._n - same - 1
         return same >= 2 and (others <= 0 or same - 1 >= against * others)
@@ -199,7 +202,8 @@ class Ballot:
         if self._consensus.method == "cosine":
             assert self._consensus.embed is not None
             vectors = self._consensus.embed(texts)
-            matrix = vectors @ vectors.T
+            says = np.array([bool(text.strip()) for text in texts])
+            matrix = vectors @ vectors.T * np.outer(says, says)
         else:
             matrix = self._consensus.rouge.agreement(texts)
         np.fill_diagonal(matrix, 0.0)

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 ASSET = "all-minilm-l6-v2"
 LONGEST = 256
 """Tokens of a text that are read; the model was trained on no longer ones."""
+SIZE = 384
+"""Numbers of a vector."""
 _BATCH = 32
 
 
@@ -35,7 +37,7 @@ class Embedder:
         import torch
 
         with self._lock:
-            tokenizer, model = self._loaded = self._loaded or _load()
+            tokenizer, model = self._ready()
             vectors = np.empty((len(texts), model.config.hidden_size))
             # Texts of about one length together, so that little is filled up.
             order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -50,6 +52,16 @@ class Embedder:
                 mean = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
                 vectors[places] = torch.nn.functional.normalize(mean, dim=-1).numpy()
         return vectors
+
+    def tokens(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text has, with the two around it; `LONGEST` of them are read. Raises: AssetError."""
+        with self._lock:
+            tokenizer, _ = self._ready()
+            return [len(ids) for ids in tokenizer([*texts], verbose=False)["input_ids"]]
+
+    def _ready(self) -> tuple[Any, Any]:
+        self._loaded = self._loaded or _load()
+        return self._loaded
 
 
 def _load() -> tuple[Any, Any]:

@@ -10,6 +10,7 @@
     │   ├── CheckpointError            no checkpoint can be resumed from
     │   └── RunError                   a run directory is in use, or holds something else
     ├── StorageError               2   the disk is full, or a path cannot be written
+    ├── DatabaseError              2   a server's database cannot be opened, reached or written
     ├── MissingExtraError          3   an optional dependency is not installed
     ├── GateError                  4   a stage ran, and what it made must not be promoted
     │   └── ContractError              two models or engines that must agree do not
@@ -17,6 +18,7 @@
     │   └── PeerError               another process of the same run has ended
     └── EngineError                1   an engine failed while it worked
         ├── RequestError           2   this engine cannot do what was asked of it
+        ├── EngineUnavailableError     the engine cannot compute now, and may again later
         └── EngineClosedError          the engine was shut down, or its process died
 
 The number is the exit code of the command line. Every error carries what is wrong (naming the value), `where` it was
@@ -92,6 +94,12 @@ class StorageError(CorralError):
     exit_code = 2
 
 
+class DatabaseError(CorralError):
+    """A server's database cannot be opened, reached or written."""
+
+    exit_code = 2
+
+
 class MissingExtraError(CorralError):
     """An optional dependency is not installed."""
 
@@ -124,6 +132,10 @@ class RequestError(EngineError):
     """This engine cannot do what was asked of it."""
 
     exit_code = 2
+
+
+class EngineUnavailableError(EngineError):
+    """The engine cannot compute now, and may again later."""
 
 
 class EngineClosedError(EngineError):

@@ -71,6 +71,7 @@ def evaluate(work: Work, stage: Stage) -> None:
 
 def _subjects(work: Work) -> dict[_Model, list[Subject]]:
     """The variants, model by model, so that each is loaded once."""
+    from corral.composing import examples_identity
     from corral.evaluation.measuring import Subject
 
     recipe, default = work.recipe, engine_name(work)
@@ -82,7 +83,10 @@ def _subjects(work: Work) -> dict[_Model, list[Subject]]:
     subjects: dict[_Model, list[Subject]] = {}
     for name, model, settings in ways:
         of_model = subjects.setdefault(model, [])
-        of_model.append(Subject(name, _identity(work, model), settings, recipe.seed, loss=not of_model))
+        examples = examples_identity(settings.shots)
+        of_model.append(
+            Subject(name, _identity(work, model), settings, recipe.seed, loss=not of_model, examples=examples)
+        )
     return subjects
 
 
@@ -180,13 +184,18 @@ def named_variant(spec: str) -> tuple[Path, str]:
 
 def inputs(work: Work, done: Mapping[str, str]) -> dict[str, object]:
     """What the stage depends on, from the fingerprints of the stages before it."""
+    from corral.composing import examples_identity
+
     recipe = work.recipe
-    return {
+    every = [recipe.answer, *(variant.settings(recipe.answer) for variant in recipe.evaluate.variants)]
+    examples = [examples_identity(settings.shots) for settings in every]
+    found: dict[str, object] = {
         "merge": done["merge"],
         "evaluate": recipe.evaluate.model_dump(mode="json") | {"engine": engine_name(work)},
         "answer": recipe.answer.model_dump(mode="json"),
         "seed": recipe.seed,
     }
+    return found | {"examples": examples} if any(examples) else found
 
 
 def wants_forms(work: Work) -> bool:

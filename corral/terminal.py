@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import sys
 import time
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from typing import TYPE_CHECKING
 
 from corral.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
 
 _QUIET_SECONDS = 15.0  # between lines where there is no terminal
 
@@ -21,6 +22,8 @@ class TerminalProgress(Progress):
     """Draws on standard error."""
 
     def __init__(self) -> None:
+        from rich.console import Console
+
         self._console = Console(stderr=True, highlight=False)
         self._live = sys.stderr.isatty()
         self._bar: Bar | None = None
@@ -39,7 +42,21 @@ class TerminalProgress(Progress):
         if not self._live:
             self._console.print(title, markup=False)
             return
-        self._bar = Bar(
+        self._bar = self._drawn()
+        self._task = self._bar.add_task(title, total=total, note="")
+        self._bar.start()
+
+    def _drawn(self) -> Bar:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        return Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -49,8 +66,6 @@ class TerminalProgress(Progress):
             console=self._console,
             transient=True,
         )
-        self._task = self._bar.add_task(title, total=total, note="")
-        self._bar.start()
 
     def update(self, done: int, note: str = "") -> None:
         """So many parts are done."""

@@ -17,6 +17,13 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+
+@pytest.fixture(scope="session", autouse=True)
+def own_data(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keys and conversations of whoever runs the tests are none of theirs."""
+    os.environ["XDG_DATA_HOME"] = str(tmp_path_factory.mktemp("data"))
+
+
 CORPUS = [
     "The quick brown fox jumps over the lazy dog.",
     "user assistant system What is two plus two? Four. Five? No.",
@@ -142,9 +149,9 @@ class Request(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def web_server(answers: type[Request]) -> Generator[str]:
-    """The address of a web server, on this machine while the block runs."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), answers) as server:
+def web_server(answers: type[Request], port: int = 0) -> Generator[str]:
+    """The address of a web server, on this machine while the block runs; at any free port unless one is given."""
+    with ThreadingHTTPServer(("127.0.0.1", port), answers) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         try:
             yield f"http://127.0.0.1:{server.server_port}"

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 
-from corral.asking import Settings, with_changes
+from corral.asking import Settings, run_of, with_changes
 from corral.cli import parser
 from corral.errors import RecipeError, RunError
 from corral.recipe.answer import Answer, Consensus, Shots
@@ -65,6 +65,13 @@ def test_a_vote_of_the_recipe_can_be_left_out_or_have_another_number(tmp_path: P
     assert [Settings(mine, a, seed).choices for a in (answer, with_changes(mine, {})[0])] == [1, 9]
 
 
+def test_another_way_to_vote_or_none_leaves_an_adaptive_stop_of_the_recipe_behind(tmp_path: Path) -> None:
+    mine = run(tmp_path, '[answer.consensus]\nmethod = "majority"\nstop = "adaptive"')
+    assert with_changes(mine, {"n": 3})[0].consensus.stop == "adaptive"
+    assert with_changes(mine, {"consensus": "rouge-l"})[0].consensus == Consensus(method="rouge-l")
+    assert with_changes(mine, {"consensus": "none"})[0].consensus.method == "none"
+
+
 IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     "many answers and no vote": ({"n": 5}, "nothing chooses"),
     "a vote of one": ({"consensus": "rouge-l", "n": 1}, "answer.consensus.n"),
@@ -97,6 +104,55 @@ def test_the_same_model_settings_and_engine_make_the_same_and_others_another(tin
     assert all(other.made_of() != made for other in others)
     elsewhere = Settings(str(tiny_folder), Answer(), 0, None, ("http://127.0.0.1:2/v1",))
     assert elsewhere.made_of() == remote.made_of(), "a server may move"
+
+
+def test_the_engine_that_computes_is_told_and_another_one_or_another_corral_is_not_the_same(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(str(tiny_folder), Answer(), 0)
+
+    def made(engine: str, device: str = "cpu") -> dict[str, Any]:
+        def default(_: str, *, adapter: bool = False) -> str:
+            return engine
+
+        monkeypatch.setattr("corral.opening.default_engine", default)
+        dtype = "float32" if device == "cpu" else "bfloat16"
+        monkeypatch.setattr("corral.model.placement.placement", lambda *_: (device, dtype))
+        return settings.made_of()
+
+    before = made("transformers")
+    assert (before["engine"], before["dtype"]) == ("transformers", "float32")
+    assert made("openvino") != before, "OpenVINO was installed on the way"
+    assert made("transformers", "cuda") != before, "it goes on where there is a GPU"
+    assert made("transformers") == before
+    monkeypatch.setattr("corral.__version__", "0.0.0")
+    assert made("transformers") != before
+
+
+def test_other_rows_of_a_source_of_examples_are_not_the_same(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    shown = Answer.model_validate({"shots": {"count": 2, "source": {"path": str(rows)}}})
+    unused = Answer.model_validate({"shots": {"source": {"path": str(rows)}}})
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    before, without = (Settings(str(tiny_folder), answer, 0).made_of() for answer in (shown, unused))
+    rows.write_text('{"prompt": "a", "completion": "c"}\n')
+    assert Settings(str(tiny_folder), shown, 0).made_of() != before
+    assert Settings(str(tiny_folder), unused, 0).made_of() == without
+
+
+def test_an_adapter_belongs_to_the_run_it_lies_in(tmp_path: Path) -> None:
+    mine = run(tmp_path)
+    adapter = tmp_path / "train-1-sft" / "adapter"
+    adapter.mkdir(parents=True)
+    assert run_of(str(adapter)) is None, "a folder of a run that is no adapter"
+    (adapter / "adapter_config.json").write_text("{}")
+    found = run_of(str(adapter))
+    assert found is not None
+    assert (found.path, found.recipe.seed) == (Path(mine), 11)
+    assert with_changes(str(adapter), {}) == with_changes(mine, {})
+    alone = tmp_path.parent / f"{tmp_path.name}-adapter"
+    adapter.rename(alone)
+    assert with_changes(str(alone), {}) == (Answer(), 0)
 
 
 def test_examples_of_a_model_that_is_no_run_must_be_named(tiny_folder: Path) -> None:

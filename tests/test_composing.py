@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from corral.answerer import Answerer, blocking
-from corral.composing import compose
+from corral.composing import compose, examples_identity, training_identity
 from corral.engines.base import Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.errors import DataError
 from corral.messages import Conversation
 from corral.recipe import Answer
+from corral.recipe.answer import Shots
+from corral.run import Run
 from corral.template import Template
 
 ASKED = Conversation.of(("user", "How many legs has a cat?"))
@@ -46,6 +49,26 @@ def test_examples_come_from_the_run_or_from_a_source_of_their_own(template: Temp
     assert shown == template.prompt(Conversation((*EXAMPLE.messages, *ASKED.messages)))
     with pytest.raises(DataError, match="no examples"):
         make(template, Answer.model_validate({"shots": {"count": 2}}))
+
+
+def test_where_examples_come_from_is_known_by_its_rows(tmp_path: Path) -> None:
+    def shots(**changes: Any) -> Shots:
+        return Shots.model_validate({"count": 2, "source": {"path": str(tmp_path / "rows.jsonl")}} | changes)
+
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    before = examples_identity(shots())
+    assert before
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "c"}\n')
+    assert examples_identity(shots()) not in ("", before)
+    assert examples_identity(shots(count=0)) == examples_identity(shots(source=None)) == ""
+
+    (tmp_path / "recipe.toml").write_text("")
+    run = Run(tmp_path)
+    with pytest.raises(DataError, match="no prepared rows"):
+        training_identity(run)
+    (tmp_path / "prepare").mkdir()
+    (tmp_path / "prepare" / "stage.json").write_text('{"fingerprint": "abc"}')
+    assert training_identity(run) == "abc"
 
 
 def test_consensus_takes_the_place_of_the_sampling(template: Template) -> None:

@@ -55,6 +55,20 @@ def test_cosine_takes_the_answer_that_means_most_what_the_others_do() -> None:
         Consensus("cosine")
 
 
+def test_empty_answers_do_not_agree_with_each_other() -> None:
+    texts = ("", "", " ", "abc", "abc abd")
+    for method in ("cosine", "rouge-l"):
+        vote = votes(method, *texts).vote([Candidate(t) for t in texts])
+        assert vote.scores[:3] == (0.0, 0.0, 0.0)
+        assert vote.winner == 3
+
+
+def test_an_answer_without_log_probabilities_comes_last_among_its_equals() -> None:
+    assert chosen("majority", "1", "it is 1", "", logprobs=[-2.0, -0.5, None]) == 1
+    assert chosen("majority", "1", "it is 1", "1.0", logprobs=[None, -0.5, -3.0]) == 1
+    assert chosen("majority", "1", "it is 1", "1.0") == 0
+
+
 def test_a_majority_counts_results_and_drops_what_has_none() -> None:
     texts = ("who knows", "6 * 3 = 18", "Answer: 18.0", "I say 17", "Answer: 17")
     vote = votes("majority", *texts[:4]).vote([Candidate(t) for t in texts[:4]])
@@ -150,6 +164,9 @@ def test_when_a_vote_is_decided() -> None:
     assert after("rouge-l", "lossless", "a b", "A b.", "a b", "a b!")
     assert not after("rouge-l", "lossless", "a b", "a b", "a b")
     assert not after("rouge-l", "lossless", "", "", "", "")
+    assert after("cosine", "lossless", *["The cat runs."] * 4)
+    assert not after("cosine", "lossless", *["The cat runs."] * 3, "the cats run")
+    assert not after("cosine", "lossless", "", "", "", "")
     assert after("rouge-l+math", "lossless", "1", "it is 1", "1 it is")
     assert not after("rouge-l+math", "lossless", "a", "a", "a", "1")
 

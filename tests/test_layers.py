@@ -10,13 +10,26 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LAYERS = {
     0: ["errors", "extras", "messages", "progress", "interrupts"],
-    1: ["rouge", "extraction", "storage", "forms", "assets", "decoding", "template", "recipe", "reference", "run"],
+    1: [
+        "rouge",
+        "extraction",
+        "storage",
+        "forms",
+        "assets",
+        "decoding",
+        "template",
+        "recipe",
+        "reference",
+        "run",
+        "wire",
+    ],
     2: ["consensus", "prompting", "embedding", "engines", "data", "model"],
     3: [
         "answerer",
         "batch",
         "asking",
         "composing",
+        "votes",
         "opening",
         "contract",
         "evaluation",
@@ -24,7 +37,7 @@ LAYERS = {
         "training",
         "preflight",
     ],
-    4: ["stages", "evaluating", "pipeline", "report", "chat", "serving", "terminal"],
+    4: ["stages", "evaluating", "pipeline", "report", "chat", "client", "serving", "terminal"],
     5: ["cli", "__main__"],
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}

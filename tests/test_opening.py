@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -193,23 +192,19 @@ def test_urls_and_the_remote_engine_come_together(tiny_folder: Path, engine: Any
 
 
 def test_an_endpoint_answers_for_a_model_of_which_only_template_and_vocabulary_are_read(tiny_folder: Path) -> None:
-    from corral.serving.completions import Served
-    from corral.serving.server import http_server
+    from corral.serving.answering import Served
+    from tests.serving.conftest import running
 
-    async def work() -> None:
-        there = open_model(str(tiny_folder), "transformers")
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            server = http_server(Served(there.answerer, "tiny"))
-            serving = asyncio.create_task(server.serve(sockets=[listener]))
-            url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-            here = await asyncio.to_thread(open_model, str(tiny_folder), None, Sampling(max_tokens=8), urls=[url])
+    there = open_model(str(tiny_folder), "transformers")
+    with running(Served(there.answerer, "tiny")) as url:
+        here = open_model(str(tiny_folder), sampling=Sampling(max_tokens=8), urls=[f"{url}/v1"])
+
+        async def work() -> None:
             async with here.answerer.engine:
                 assert here.answerer.engine.name == "remote"
                 expected = await there.answerer.answer(ASKED, Sampling(max_tokens=8))
                 assert (await here.answerer.answer(ASKED)).completions == expected.completions
-            server.should_exit = True
-            await serving
-        await there.answerer.engine.close()
-        assert here.fingerprint != there.fingerprint
+            await there.answerer.engine.close()
 
-    asyncio.run(work())
+        asyncio.run(work())
+    assert here.fingerprint != there.fingerprint

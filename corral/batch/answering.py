@@ -1,7 +1,8 @@
 """Prompts → finished rows through an Answerer on this machine, as many at once as keep its engine full.
 
 A row that the engine cannot do is a bad row. Where the engine fails, the rows that were under way are asked again one by
-one: which of them is to blame cannot be seen while they share it. It does not know where rows come from or go to.
+one (which of them is to blame cannot be seen while they share it), and a plain question tells a row that breaks the engine
+from an engine that is broken. It does not know where rows come from or go to.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ from corral.answerer import Answer, Answerer
 from corral.batch.prompts import Prompt
 from corral.errors import CorralError, EngineError, RequestError, TemplateError
 from corral.interrupts import Interrupts, Stopped
+from corral.messages import Conversation
+from corral.votes import vote_fields
 
 Keep: TypeAlias = Callable[[Mapping[str, Any]], None]
 """Takes a finished row."""
 
 COMPLETIONS = 320
 """Asked of an engine at once: OpenVINO computes up to 256 together, and a quarter more are ready when some end."""
-_FAILURES = 3
-"""Rows that fail alone, one after another, until it is the engine that is taken to be broken."""
+_ATTEMPTS = 2
+"""How often a row may break the engine alone until it is a bad row."""
+_PLAIN = Prompt(-1, {}, Conversation.of(("user", "Hello")))
+"""What any engine that works can answer."""
 
 
 def at_once(choices: int) -> int:
@@ -54,12 +59,68 @@ def finished(prompt: Prompt, answer: Answer) -> dict[str, Any]:
     }
     if answer.result != answer.text:
         row["result"] = answer.result
-    if answer.vote is not None:
-        row["candidates"] = list(answer.texts)
-        row["finishes"] = [completion.finish for completion in answer.completions]
-        row["votes"] = list(answer.vote.scores)
-        row["winner"] = answer.vote.winner
-    return row
+    return row | vote_fields(answer)
+
+
+class Rows:
+    """Prompts → finished rows through one Answerer, many at once, on one event loop; bad rows are told from a broken engine.
+
+    A row that fails beside others is asked again when nobody else is, twice if need be. It is bad if it fails each time while
+    the engine answers a plain question, asked in the same way, after each.
+    """
+
+    def __init__(self, answerer: Answerer, seed: int) -> None:
+        self._answerer = answerer
+        self._seed = seed
+        self._together = 0
+        """Rows under way beside each other."""
+        self._suspects = 0
+        """Rows that wait to be asked alone, or are; nothing new begins beside them."""
+        self._none_together, self._no_suspects = asyncio.Event(), asyncio.Event()
+        self._alone = asyncio.Lock()
+
+    async def of(self, prompt: Prompt) -> dict[str, Any]:
+        """The finished row of a prompt, perhaps a bad one. Raises: EngineError (the engine is broken)."""
+        while self._suspects:
+            await self._no_suspects.wait()
+        self._together += 1
+        self._none_together.clear()
+        try:
+            return await answer_row(self._answerer, prompt, self._seed)
+        except EngineError:
+            self._suspects += 1
+            self._no_suspects.clear()
+        finally:
+            self._together -= 1
+            if not self._together:
+                self._none_together.set()
+        try:
+            async with self._alone:
+                await self._none_together.wait()
+                return await self._suspect(prompt)
+        finally:
+            self._suspects -= 1
+            if not self._suspects:
+                self._no_suspects.set()
+
+    async def _suspect(self, prompt: Prompt) -> dict[str, Any]:
+        reason = ""
+        for _ in range(_ATTEMPTS):
+            try:
+                return await answer_row(self._answerer, prompt, self._seed)
+            except EngineError as error:
+                await self._must_work(error)
+                reason = error.what
+        return prompt.bad(reason)
+
+    async def _must_work(self, failure: EngineError) -> None:
+        """Raises: the failure, unless the engine works."""
+        try:
+            plain = await answer_row(self._answerer, _PLAIN, self._seed)
+        except EngineError:
+            raise failure from None
+        if "error" in plain:
+            raise failure
 
 
 def answer_here(
@@ -89,17 +150,12 @@ def answer_here(
 
 class _Work:
     def __init__(self, answerer: Answerer, seed: int, prompts: Iterator[Prompt], keep: Keep) -> None:
-        self._answerer = answerer
-        self._seed = seed
+        self._engine = answerer.engine
+        self._rows = Rows(answerer, seed)
         self._prompts = prompts
         self._keep = keep
         self._task: asyncio.Task[Any] | None = None
         self._stopped = False
-        self._more = True
-        self._suspects: list[Prompt] = []
-        """Under way when the engine failed."""
-        self._failed: list[tuple[Prompt, EngineError]] = []
-        """Failed alone, and no row has been answered since."""
 
     def stop(self) -> None:
         """Cancel the work; on its loop."""
@@ -112,51 +168,18 @@ class _Work:
         self._task = asyncio.current_task()
         if self._stopped:
             raise asyncio.CancelledError
-        async with self._answerer.engine:
+        async with self._engine:
             try:
-                while self._more:
-                    async with asyncio.TaskGroup() as group:
-                        for _ in range(at_once):
-                            group.create_task(self._lane())
-                    suspects, self._suspects = self._suspects, []
-                    for prompt in suspects:
-                        await self._alone(prompt)
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(at_once):
+                        group.create_task(self._lane())
             except* CorralError as errors:
                 # Many fail alike; one error is what a person can read.
                 raise _first(errors) from None
-        if self._failed:
-            raise self._failed[-1][1]
 
     async def _lane(self) -> None:
-        while not self._suspects:
-            prompt = next(self._prompts, None)
-            if prompt is None:
-                self._more = False
-                return
-            try:
-                row = await answer_row(self._answerer, prompt, self._seed)
-            except EngineError:
-                self._suspects.append(prompt)
-                return
-            self._done(row)
-
-    async def _alone(self, prompt: Prompt) -> None:
-        try:
-            row = await answer_row(self._answerer, prompt, self._seed)
-        except EngineError as error:
-            self._failed.append((prompt, error))
-            if len(self._failed) == _FAILURES:
-                raise
-            return
-        self._done(row)
-
-    def _done(self, row: Mapping[str, Any]) -> None:
-        # The engine works, so what failed alone before is to blame itself.
-        if "error" not in row:
-            for prompt, error in self._failed:
-                self._keep(prompt.bad(error.what))
-            self._failed.clear()
-        self._keep(row)
+        for prompt in self._prompts:
+            self._keep(await self._rows.of(prompt))
 
 
 def _first(errors: BaseExceptionGroup[CorralError]) -> CorralError:

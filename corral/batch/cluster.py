@@ -17,7 +17,7 @@ from itertools import islice
 from typing import Any
 
 from corral.answerer import Answerer, Blocking
-from corral.batch.answering import Keep, answer_row, at_once
+from corral.batch.answering import Keep, Rows, at_once
 from corral.batch.prompts import Prompt
 from corral.errors import CorralError, EngineError, InputError
 from corral.extras import require
@@ -25,7 +25,6 @@ from corral.messages import Conversation
 
 TOGETHER = 16
 """Prompts that are given out together, and whose rows come back together."""
-_ATTEMPTS = 3
 
 
 class Worker:
@@ -33,24 +32,15 @@ class Worker:
 
     def __init__(self, open_answerer: Callable[[], Answerer], seed: int) -> None:
         self._face = Blocking(open_answerer())
-        self._seed = seed
+        self._rows = Rows(self._face.answerer, seed)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
-        """`{"row": [prompt, …]}` → `{"row": [finished row, …]}`, each as JSON. Raises: EngineError."""
+        """`{"row": [prompt, …]}` → `{"row": [finished row, …]}`, each as JSON. Raises: EngineError (the engine is broken)."""
         prompts = [_unpacked(text) for text in batch["row"].to_pylist()]
-        return {"row": [json.dumps(row) for row in self._face.run(self._rows(prompts))]}
+        return {"row": [json.dumps(row) for row in self._face.run(self._answered(prompts))]}
 
-    async def _rows(self, prompts: list[Prompt]) -> list[dict[str, Any]]:
-        return await asyncio.gather(*map(self._row, prompts))
-
-    async def _row(self, prompt: Prompt) -> dict[str, Any]:
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                return await answer_row(self._face.answerer, prompt, self._seed)
-            except EngineError:
-                if attempt == _ATTEMPTS:
-                    raise
-        raise AssertionError
+    async def _answered(self, prompts: list[Prompt]) -> list[dict[str, Any]]:
+        return await asyncio.gather(*map(self._rows.of, prompts))
 
 
 def answer_on_ray(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import corral
-from corral.cli import caches, models, runs
+from corral.cli import caches, models, runs, serving
 from corral.errors import CorralError, MissingExtraError
 
 Command = Callable[[argparse.Namespace], dict[str, Any] | None]
@@ -70,7 +70,8 @@ def parser() -> argparse.ArgumentParser:
 
     def asking(sub: Any, **defaults: float) -> None:
         def own(name: str) -> str:
-            return f"(default: {defaults[name]:g})" if name in defaults else "(default: the run's recipe, [answer])"
+            other = f", else {defaults[name]:g}" if name in defaults else ""
+            return f"(default: the run's recipe, [answer]{other})"
 
         sub.add_argument("--consensus", choices=_METHODS, help=f"draw several answers and vote {own('consensus')}")
         sub.add_argument("--n", type=_positive, help=f"how many are drawn for a vote {own('n')}")
@@ -82,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
         )
         for name, kind, what in figures:
             flag = f"--{name.replace('_', '-')}"
-            sub.add_argument(flag, type=kind, default=defaults.get(name), help=f"{what} {own(name)}")
+            sub.add_argument(flag, type=kind, help=f"{what} {own(name)}")
         sub.add_argument("--engine", choices=ENGINES, help=best)
         url = "let this endpoint, which serves the model, compute; may be given again"
         sub.add_argument("--url", action="append", default=[], help=url)
@@ -128,9 +129,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("model", help="a run directory, a folder with a contract.json, or an exported .gguf file")
     sub.add_argument("--engine", choices=ENGINES, help=best)
     sub = verb("chat", models.chat, "corral chat runs/quickstart", as_json=False)
-    sub.add_argument("model", help=_MODELS)
+    sub.add_argument("model", nargs="?", help=f"{_MODELS}; without it --url names a server to talk with")
     sub.add_argument("--system", help="a system message")
-    asking(sub, max_tokens=512, temperature=0.7, top_p=0.9)
+    asking(sub, **models.CHAT)
+    there = sub.add_argument_group("without MODEL", "any OpenAI-compatible server answers, as it sees fit unless told")
+    there.add_argument("--host", help="of the server, in place of --url")
+    there.add_argument("--port", type=int, help="of the server, in place of --url (default: 8000)")
+    there.add_argument("--model", dest="named", metavar="NAME", help="its name there (default: the only one)")
+    key = "its key (default: CORRAL_API_KEY, else OPENAI_API_KEY, of the environment, where others cannot see it)"
+    there.add_argument("--key", help=key)
     sub = verb("batch", models.batch, "corral batch runs/quickstart prompts.jsonl --out answers.jsonl")
     sub.add_argument("model", help=_MODELS)
     sub.add_argument("prompts", help="a .jsonl file: a `prompt` or `messages` in each row, and an `id` if you like")
@@ -139,15 +146,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, help="of all draws (default: the recipe's)")
     ray = "spread it over the Ray cluster at this address (default: the one this machine belongs to, or a new one here)"
     sub.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help=ray)
-    sub = verb("serve", models.serve, "corral serve runs/quickstart --port 8000", as_json=False)
-    sub.add_argument("model", help=_MODELS)
-    sub.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1, this machine)")
-    sub.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes any that is free")
-    sub.add_argument("--engine", choices=ENGINES, help=best)
-    sub.add_argument("--name", help="what clients call the model (default: the run's name)")
-    sub.add_argument(
-        "--insecure", action="store_true", help="allow addresses other machines reach; there are no keys yet"
-    )
+    sub = verb("serve", serving.serve, "corral serve runs/quickstart --port 8000", as_json=False)
+    serving.add_serve(sub, models=_MODELS, engines=ENGINES, positive=_positive)
+    sub = verb("keys", serving.keys, "corral keys add alice --tokens-per-day 100000")
+    serving.add_keys(sub, positive=_positive)
     sub = verb("assets", caches.assets, "corral assets --fetch smollm2-135m-instruct")
     sub.add_argument("--fetch", nargs="+", metavar="NAME", help="fetch these into the cache")
     sub = verb("cache", caches.cache, "corral cache clear wikibooks-recipes")

@@ -1,8 +1,10 @@
-"""The verbs about models: export, verify, chat, batch, serve. Knows nothing that the modules it calls should know."""
+"""The verbs about models: export, verify, chat, batch. Knows nothing that the modules it calls should know."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +14,13 @@ from corral.terminal import TerminalProgress
 
 if TYPE_CHECKING:
     from corral.batch import Outcome
+    from corral.chat import Local
+    from corral.client import Server
     from corral.recipe import Answer
 
 DEFAULT_TYPES = {"gguf": "q8_0", "openvino": "int8"}
+CHAT: dict[str, float] = {"max_tokens": 512, "temperature": 0.7, "top_p": 0.9}
+"""How a model that is no run is talked with, unless the command line says otherwise."""
 
 
 def export(args: argparse.Namespace) -> dict[str, Any]:
@@ -87,11 +93,62 @@ def verify(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def chat(args: argparse.Namespace) -> None:
-    """Talk with a run's model, in the terminal."""
-    from corral.asking import Settings
+    """Talk in the terminal with a run's model, or with any OpenAI-compatible server."""
+    from contextlib import closing
+
     from corral.chat import chat as talk
 
-    talk(Settings(args.model, _answer(args)[0], None, args.engine, tuple(args.url)), system=args.system)
+    with closing(_server(args) if args.model is None else _local(args)) as talker:
+        talk(talker, system=args.system)
+
+
+def _local(args: argparse.Namespace) -> Local:
+    from corral.asking import Settings, run_of
+    from corral.chat import Local
+
+    for name, flag in (("host", "--host"), ("port", "--port"), ("named", "--model"), ("key", "--key")):
+        if getattr(args, name) is not None:
+            raise InputError(
+                f"{flag} is about a server, and {args.model!r} is a model of this machine",
+                hint="leave it out, or leave out the model to talk with the server",
+            )
+    # A run is asked as its recipe says, here as everywhere.
+    answer, _ = _answer(args, {} if run_of(args.model) else CHAT)
+    return Local(Settings(args.model, answer, None, args.engine, tuple(args.url)))
+
+
+def _server(args: argparse.Namespace) -> Server:
+    import os
+
+    from corral.client import Server
+
+    for name in ("engine", "shots"):
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name} is for a model of this machine", hint="name one: corral chat MODEL")
+    urls = [*args.url]
+    if args.host or args.port:
+        host = args.host or "127.0.0.1"
+        urls.append(f"http://{f'[{host}]' if ':' in host else host}:{args.port or 8000}/v1")
+    if len(urls) != 1:
+        what = "nothing says whom to talk with" if not urls else f"{len(urls)} servers are named"
+        raise InputError(
+            what, hint="name a model (corral chat MODEL) or one server (corral chat --url http://HOST:PORT/v1)"
+        )
+    options = {name: value for name in CHAT if (value := getattr(args, name)) is not None}
+    if args.n is not None and args.consensus in (None, "none"):
+        raise InputError("--n says how many are voted on", hint="add --consensus, e.g. rouge-l")
+    if args.consensus is not None:
+        options["consensus"] = _vote(args)
+    key = args.key or os.environ.get("CORRAL_API_KEY") or os.environ.get("OPENAI_API_KEY")
+    server = Server(urls[0], model=args.named, key=key, options=options)
+    print(f"talking with {server.model} at {server.url}", file=sys.stderr)
+    return server
+
+
+def _vote(args: argparse.Namespace) -> dict[str, Any] | None:
+    if args.consensus == "none":
+        return None
+    return {"method": args.consensus} | ({} if args.n is None else {"n": args.n})
 
 
 def batch(args: argparse.Namespace) -> dict[str, Any]:
@@ -121,12 +178,13 @@ def batch(args: argparse.Namespace) -> dict[str, Any]:
     return asdict(outcome) | {"out": str(outcome.out)}
 
 
-def _answer(args: argparse.Namespace) -> tuple[Answer, int]:
+def _answer(args: argparse.Namespace, defaults: Mapping[str, float] | None = None) -> tuple[Answer, int]:
     """How the model is to be asked, and the recipe's seed, from what the command line gives."""
     from corral.asking import with_changes
 
     names = ("max_tokens", "temperature", "top_p", "consensus", "n", "shots", "seed")
-    return with_changes(args.model, {name: value for name in names if (value := getattr(args, name, None)) is not None})
+    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    return with_changes(args.model, dict(defaults or {}) | given)
 
 
 def _say(outcome: Outcome) -> None:
@@ -143,10 +201,3 @@ def _say(outcome: Outcome) -> None:
         print(f"bad      {fault}")
     if figures.bad > len(figures.faults):
         print(f"         and {figures.bad - len(figures.faults):,} more")
-
-
-def serve(args: argparse.Namespace) -> None:
-    """Serve a run's model over HTTP, in the OpenAI protocol."""
-    from corral.serving.server import serve as listen
-
-    listen(args.model, host=args.host, port=args.port, engine=args.engine, name=args.name, insecure=args.insecure)

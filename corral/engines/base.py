@@ -166,6 +166,7 @@ class Engine(ABC):
         Raises:
             RequestError: the engine cannot do this (too long, id outside the vocabulary, feature it lacks).
             EngineClosedError: the engine was closed.
+            EngineUnavailableError: it cannot compute now; perhaps this comes later, from the generation.
         """
 
     @abstractmethod

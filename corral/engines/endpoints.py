@@ -1,16 +1,16 @@
 """Requests to one of several URLs that serve the same model: which to ask, when to ask again, what an error says.
 
-A URL that fails is left alone for a while, longer each time, and asked again; meanwhile the others are. It knows HTTP and
-OpenAI's form of errors and of `/v1/models`. It does not know completions, tokens, or when an answer may be asked for twice.
+A URL that fails is left alone for a while, longer each time, and is back once it lists its models again; meanwhile the others
+are asked. It knows HTTP and OpenAI's form of errors and of `/v1/models`. It does not know completions, tokens, or when an
+answer may be asked for twice.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -20,13 +20,13 @@ import httpx2
 from pydantic import BaseModel, ValidationError
 
 from corral import __version__
-from corral.errors import EngineError, InputError, ModelError, RequestError
+from corral.errors import EngineError, EngineUnavailableError, InputError, ModelError, RequestError
+from corral.wire import KEY_VARIABLE, api_url, bearer, said, short
 
 T = TypeVar("T")
 
-KEY_VARIABLE = "CORRAL_API_KEY"
-
 _CONNECT_SECONDS = 10.0
+_PROBE_SECONDS = 10.0  # a list of models is no work
 _LONGEST_REST = 300.0  # an endpoint that asks for more patience than this is taken at its word: it cannot serve now
 _KEEP_ALIVE_SECONDS = 2.0  # uvicorn closes idle connections after 5: a request on one it just closed would fail
 _TRANSIENT = (408, 429, 502, 503, 504)
@@ -59,13 +59,16 @@ class Endpoint:
     """On the monotonic clock."""
     fault: str = ""
     """The last one."""
+    probe: asyncio.Task[None] | None = None
+    """What waits for it to come back; None while it may be asked."""
 
 
 class ListedModel(BaseModel):
-    """An entry of `/v1/models`; servers of the vLLM kind tell the context."""
+    """An entry of `/v1/models`; servers of the vLLM kind tell the context, corral's own what a model is for."""
 
     id: str
     max_model_len: int | None = None
+    task: str = "chat"
 
 
 class _Listed(BaseModel):
@@ -82,6 +85,7 @@ class Endpoints:
         timeout_seconds: the longest silence of an endpoint that has a request.
         retries: how often a request waits for an endpoint when all of them rest.
         backoff_seconds: the first such wait; it doubles each time.
+        check_seconds: how often URLs that nobody asks are looked at; None looks only at those that failed.
 
     Raises:
         InputError: a URL cannot be used.
@@ -96,28 +100,37 @@ class Endpoints:
         timeout_seconds: float,
         retries: int,
         backoff_seconds: float,
+        check_seconds: float | None = None,
     ) -> None:
         if not urls:
             raise InputError("no URL of an endpoint is given", hint="give one, such as http://127.0.0.1:8000/v1")
-        self._endpoints = [Endpoint(url) for url in dict.fromkeys(map(_api_url, urls))]
+        self._endpoints = [Endpoint(url) for url in dict.fromkeys(map(api_url, urls))]
         self._key = key
         self._retries = retries
         self._backoff = backoff_seconds
+        self._check_seconds = check_seconds
+        self._model: str | None = None
+        self._back = asyncio.Event()
+        """Set while a URL may be asked."""
+        self._tasks: set[asyncio.Task[None]] = set()
         self._room = asyncio.Semaphore(concurrency)
-        headers = {"user-agent": f"corral/{__version__}"} | ({"authorization": f"Bearer {key}"} if key else {})
-        try:
-            self._client = httpx2.AsyncClient(
-                headers=headers,
-                timeout=httpx2.Timeout(timeout_seconds, connect=_CONNECT_SECONDS, pool=None),
-                limits=httpx2.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE_SECONDS),
-            )
-        except UnicodeEncodeError:
-            raise InputError("the key holds characters that no key has", hint=f"look at {KEY_VARIABLE}") from None
+        self._client = httpx2.AsyncClient(
+            headers={"user-agent": f"corral/{__version__}"}
+            | bearer(key, *(endpoint.url for endpoint in self._endpoints)),
+            timeout=httpx2.Timeout(timeout_seconds, connect=_CONNECT_SECONDS, pool=None),
+            limits=httpx2.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE_SECONDS),
+        )
 
     @property
-    def rested(self) -> bool:
+    def ready(self) -> bool:
         """Whether any endpoint may be asked now."""
-        return any(endpoint.rests_until <= time.monotonic() for endpoint in self._endpoints)
+        return any(endpoint.probe is None for endpoint in self._endpoints)
+
+    async def watch(self, model: str) -> None:
+        """From now on an endpoint must have that model to be asked again after a failure."""
+        self._model = model
+        if self._check_seconds is not None:
+            self._keep(self._check(self._check_seconds))
 
     async def models(self) -> list[tuple[str, list[ListedModel]]]:
         """(URL, its models) of each endpoint that answers, each asked once.
@@ -185,7 +198,7 @@ class Endpoints:
                             where=endpoint.url,
                             hint="ask again; with a seed, or at temperature 0, an answer is taken up where it broke off",
                         ) from None
-                    if tries > self._retries * len(self._endpoints):
+                    if tries >= (self._retries + 1) * len(self._endpoints):
                         raise self._gave_up() from None
                     continue
                 finally:
@@ -195,31 +208,81 @@ class Endpoints:
 
     async def close(self) -> None:
         """Close all connections."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._client.aclose()
 
     def _least_busy(self) -> Endpoint | None:
-        now = time.monotonic()
-        rested = [endpoint for endpoint in self._endpoints if endpoint.rests_until <= now]
-        return min(rested, key=lambda endpoint: endpoint.under_way, default=None)
+        up = [endpoint for endpoint in self._endpoints if endpoint.probe is None]
+        return min(up, key=lambda endpoint: endpoint.under_way, default=None)
 
-    def _rest(self, endpoint: Endpoint, lost: Lost) -> None:
-        backoff = self._backoff * 2 ** min(endpoint.failures, 5)
+    def _rest(self, endpoint: Endpoint, lost: Lost, *, again: bool = False) -> None:
+        """Leave an endpoint alone for a while; then it has to show that it is back. `again`: it has not shown it."""
+        # Many requests that it fails with are one failure.
+        counts = again or endpoint.probe is None
+        backoff = self._backoff * 2 ** min(endpoint.failures, 5) if counts else 0.0
         rest = backoff if lost.retry_after is None else max(self._backoff, lost.retry_after)
         endpoint.rests_until = max(endpoint.rests_until, time.monotonic() + rest)
-        endpoint.failures += 1
-        endpoint.fault = self._without_key(lost.what)
+        endpoint.failures += counts
+        endpoint.fault = short(lost.what, self._key)
+        if endpoint.probe is None:
+            endpoint.probe = self._keep(self._return_of(endpoint))
+        if not self.ready:
+            self._back.clear()
+
+    async def _return_of(self, endpoint: Endpoint) -> None:
+        """Wait until an endpoint that failed lists its model."""
+        while (left := endpoint.rests_until - time.monotonic()) > 0 or await self._fails(endpoint):
+            await asyncio.sleep(max(left, 0.0))
+        endpoint.probe = None
+        self._back.set()
+
+    async def _fails(self, endpoint: Endpoint) -> bool:
+        """Ask an endpoint for its models; one that does not list what is needed rests."""
+        try:
+            async with asyncio.timeout(_PROBE_SECONDS):
+                listed = await self._models_of(endpoint)
+            if self._model is None or any(model.id == self._model for model in listed):
+                return False
+            lost = Lost(f"has no model {self._model!r}")
+        except Lost as fault:
+            lost = fault
+        except TimeoutError:
+            lost = Lost(f"does not list its models within {_PROBE_SECONDS:.0f} s")
+        except EngineError as error:
+            lost = Lost(error.what)
+        self._rest(endpoint, lost, again=endpoint.probe is not None)
+        return True
+
+    async def _check(self, seconds: float) -> None:
+        """See now and then whether the endpoints that may be asked are still there."""
+        while True:
+            await asyncio.sleep(seconds)
+            await asyncio.gather(*(self._fails(endpoint) for endpoint in self._endpoints if endpoint.probe is None))
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task that ends when the connections are closed."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _wait(self, waits: int) -> None:
-        """Until an endpoint may be asked again. Raises: EngineError (it is not worth it)."""
+        """Until an endpoint may be asked again. Raises: EngineUnavailableError (it is not worth it)."""
         left = min(endpoint.rests_until for endpoint in self._endpoints) - time.monotonic()
         if waits == self._retries or left > _LONGEST_REST:
             raise self._gave_up(f", and asks to be left alone for {left:.0f} s" if left > _LONGEST_REST else "")
+        pause = self._backoff * 2**waits / 2
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(left, 0.0) + pause):
+                await self._back.wait()
         # Not all at the same moment: those who wait would be too many again.
-        await asyncio.sleep(max(left, 0.0) + self._backoff * 2**waits * random.uniform(0.0, 0.5))
+        await asyncio.sleep(pause * random.random())
 
-    def _gave_up(self, more: str = "") -> EngineError:
+    def _gave_up(self, more: str = "") -> EngineUnavailableError:
         tried = "; ".join(f"{endpoint.url} {endpoint.fault}" for endpoint in self._endpoints if endpoint.fault)
-        return EngineError(
+        return EngineUnavailableError(
             f"no endpoint answers: {tried}{more}", hint="see whether the server runs, or give more URLs or retries"
         )
 
@@ -239,19 +302,22 @@ class Endpoints:
                     )
                 return await use(response)
         except (httpx2.SSEError, httpx2.DecodingError, ValidationError) as error:
-            what = self._without_key(f"the endpoint's answer cannot be read: {_short(str(error))}")
+            # Without the input, which pydantic cuts anywhere.
+            told = error.errors(include_input=False)[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            what = f"the endpoint's answer cannot be read: {short(told, self._key)}"
             raise EngineError(what, where=endpoint.url, hint=_NOT_OPENAI) from None
         except httpx2.ConnectTimeout:
             raise Lost(f"does not answer within {_CONNECT_SECONDS:.0f} s") from None
         except httpx2.TimeoutException:
             raise Lost("fell silent") from None
         except httpx2.ConnectError as error:
-            raise Lost(f"cannot be reached ({_short(str(error) or type(error).__name__)})") from None
+            raise Lost(f"cannot be reached ({short(str(error) or type(error).__name__, self._key)})") from None
         except httpx2.TransportError as error:
-            raise Lost(f"closed the connection ({_short(str(error) or type(error).__name__)})") from None
+            raise Lost(f"closed the connection ({short(str(error) or type(error).__name__, self._key)})") from None
         except EngineError as error:
-            error.where = error.where or endpoint.url
-            raise
+            # It may tell what the endpoint said amid an answer.
+            where = error.where or endpoint.url
+            raise type(error)(short(error.what, self._key), where=where, hint=error.hint) from None
 
     async def _models_of(self, endpoint: Endpoint) -> list[ListedModel]:
         async def read(response: httpx2.Response) -> list[ListedModel]:
@@ -261,37 +327,20 @@ class Endpoints:
 
     def _refusal(self, endpoint: Endpoint, response: httpx2.Response, path: str, text: str) -> Exception:
         status = response.status_code
-        said = self._without_key(_message(text))
-        what = f"answered {status}" + (f": {said}" if said else "")
+        words = said(text, self._key)
+        what = f"answered {status}" + (f": {words}" if words else "")
         if status in _TRANSIENT:
             return Lost(what, _retry_after(response.headers.get("retry-after")))
         if status in (401, 403):
             hint = f"put the key of this endpoint into {KEY_VARIABLE}" + (", the one there is wrong" * bool(self._key))
             return EngineError(f"the endpoint {what}", where=endpoint.url, hint=hint)
         if status in (400, 413, 422):
-            hint = "shorten the prompt or lower max_tokens" if "context" in said else None
+            hint = "shorten the prompt or lower max_tokens" if "context" in words else None
             return RequestError(f"the endpoint {what}", where=endpoint.url, hint=hint)
         if path == "/models":
             return EngineError(f"the endpoint {what}", where=endpoint.url + path, hint=_NOT_OPENAI)
         hint = f"see which models it has: {endpoint.url}/models" if status == 404 else "its log may say more"
         return EngineError(f"the endpoint {what}", where=endpoint.url, hint=hint)
-
-    def _without_key(self, text: str) -> str:
-        return text.replace(self._key, "***") if self._key else text
-
-
-def _api_url(given: str) -> str:
-    """The URL with its `/v1`, and nothing that must not be shown. Raises: InputError."""
-    try:
-        url = httpx2.URL(given.strip())
-    except httpx2.InvalidURL as error:
-        raise InputError(f"{given!r} is not a URL: {error}", hint="give one such as http://127.0.0.1:8000/v1") from None
-    if url.userinfo or url.query:
-        what = "a URL of an endpoint may hold no password and no query"
-        raise InputError(what, where=url.host, hint=f"put the key into {KEY_VARIABLE}")
-    if url.scheme not in ("http", "https") or not url.host:
-        raise InputError(f"{given!r} is no http or https URL", hint="give one such as http://127.0.0.1:8000/v1")
-    return str(url.copy_with(path=url.path.rstrip("/") or "/v1", fragment=None))
 
 
 async def _beginning(response: httpx2.Response) -> bytes:
@@ -302,21 +351,6 @@ async def _beginning(response: httpx2.Response) -> bytes:
         if len(data) > 2**16:
             break
     return data[: 2**16]
-
-
-def _message(text: str) -> str:
-    """What the body of an error says, in OpenAI's form or in those that stand in for it."""
-    found: Any = None
-    with suppress(ValueError):
-        found = json.loads(text)
-    for name in ("error", "message", "detail"):
-        found = found.get(name, found) if isinstance(found, dict) else found
-    return _short(found if isinstance(found, str) else text)
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 300 else line[:297] + "…"
 
 
 def _retry_after(value: str | None) -> float | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from corral.engines.base import Engine
 from corral.errors import ModelError
@@ -40,33 +42,62 @@ def load_engine(name: Local, folder: Path, *, dtype: DType, device: str, adapter
             on that device, or adapters.
         MissingExtraError: the engine's packages are not installed.
     """
-    if adapter is not None and name != "openvino":
+    return load_engines(name, folder, dtype=dtype, device=device, adapters=[adapter])[0]
+
+
+def load_engines(
+    name: Local, folder: Path, *, dtype: DType, device: str, adapters: Sequence[Path | None]
+) -> list[Engine]:
+    """The same for several adapters of a model, whose weights are loaded once: one engine for each.
+
+    Args:
+        adapters: all different; None is the model without an adapter.
+
+    Raises: as `load_engine`.
+    """
+    if name == "openvino":
+        return [_openvino(folder, dtype, device, adapters)]
+    folders = [adapter for adapter in adapters if adapter is not None]
+    for adapter in folders:
         check_fit(adapter, folder)
     if name == "vllm":
         from corral.engines.vllm import VllmEngine
 
-        return VllmEngine(folder, dtype=dtype, device=device, adapter=adapter)
-    if name == "openvino":
-        if device != "cpu":
-            raise ModelError(
-                f"the openvino engine computes on the CPU, not on {device!r}",
-                hint='use engine = "transformers", or device = "cpu"',
-            )
+        engine = VllmEngine(folder, dtype=dtype, device=device, adapters=folders)
+        return [engine.on(adapter) for adapter in adapters]
+    from corral.engines.transformers import TransformersEngine, free_bytes
+    from corral.model.loading import load_model
+
+    model = load_model(folder, dtype=dtype, device=device)
+    if not folders:
+        return [TransformersEngine(model, name=name)]
+    from corral.model.adapters import load
+
+    adapted = load(model, *folders)
+    if len(adapters) == 1:
+        return [TransformersEngine(adapted, name=name)]
+    from corral.engines.turns import Turns
+
+    turns = Turns(adapted)
+    names = dict(zip(folders, adapted.peft_config, strict=True))
+    share = free_bytes(model.device) // len(adapters)
+    of = [None if adapter is None else names[adapter] for adapter in adapters]
+    return [TransformersEngine(adapted, name=name, cache_bytes=share, turn=partial(turns.of, each)) for each in of]
+
+
+def _openvino(folder: Path, dtype: DType, device: str, adapters: Sequence[Path | None]) -> Engine:
+    if device != "cpu":
+        raise ModelError(
+            f"the openvino engine computes on the CPU, not on {device!r}",
+            hint='use engine = "transformers", or device = "cpu"',
+        )
+    for adapter in adapters:
         if adapter is not None:
             raise ModelError(
                 "the openvino engine computes no adapters apart from their model",
                 where=str(adapter),
                 hint="use the transformers engine, or name the merged model (a run keeps it beside the adapter, in merged)",
             )
-        from corral.engines.openvino import OpenVinoEngine
+    from corral.engines.openvino import OpenVinoEngine
 
-        return OpenVinoEngine(folder, dtype=dtype)
-    from corral.engines.transformers import TransformersEngine
-    from corral.model.loading import load_model
-
-    model: Any = load_model(folder, dtype=dtype, device=device)
-    if adapter is not None:
-        from corral.model import adapters
-
-        model = adapters.load(model, adapter)
-    return TransformersEngine(model, name=name)
+    return OpenVinoEngine(folder, dtype=dtype)

@@ -17,11 +17,13 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import httpx2
-from pydantic import BaseModel
 
+from corral.engines.abilities import Abilities, abilities
 from corral.engines.base import Delta, Engine, Features, Finish, Generation, Sampling, closed
-from corral.engines.endpoints import KEY_VARIABLE, Endpoints, ListedModel, Lost
-from corral.errors import EngineError, InputError, ModelError
+from corral.engines.endpoints import Endpoints, ListedModel, Lost
+from corral.engines.events import Event, NewTokens
+from corral.errors import EngineError, EngineUnavailableError, InputError, ModelError
+from corral.wire import KEY_VARIABLE
 
 T = TypeVar("T")
 
@@ -29,7 +31,6 @@ _log = logging.getLogger(__name__)
 
 _DONE = "[DONE]"
 _LONGEST_EVENT = 2**24  # bytes: the first one may repeat the ids of a long prompt
-_PASSING = ("engine_unavailable", "503", "429")  # codes of errors amid a stream that another try may not meet
 _NO_IDS = "give `ids_of`, which makes ids of its text, or use a server that returns ids (corral serve, vLLM)"
 
 
@@ -37,30 +38,35 @@ class RemoteEngine(Engine):
     """Completes and scores at one or several endpoints that serve the same model.
 
     Requests go to the endpoint with the fewest under way. One that cannot be reached, or answers 429 or 503, is left
-    alone for a while (for as long as its Retry-After says) and its requests are asked elsewhere, or again. So is a request
-    whose answer breaks off, if each of its unfinished choices has not begun, or must come out the same (a seed, or
-    temperature 0): then what came is compared with what comes, and only the rest is passed on.
+    alone for a while (for as long as its Retry-After says), then looked at until it lists the model, and its requests are
+    asked elsewhere, or again. So is a request whose answer breaks off, if each of its unfinished choices has not begun, or
+    must come out the same (a seed, or temperature 0): then what came is compared with what comes, and only the rest is
+    passed on.
 
     Args:
         urls: of the API, such as `http://127.0.0.1:8000/v1`.
         model: its name there; None takes the only one that is listed.
         vocabulary: ids are in range(vocabulary); the tokenizer must be the model's.
-        max_length: most tokens of prompt and completion; None takes `max_model_len` of the endpoint's list.
+        max_length: most tokens of prompt and completion; an endpoint whose list tells a shorter `max_model_len` has that.
+            None: what the list tells.
         key: None takes the environment variable CORRAL_API_KEY, or none if it is not set. Never shown.
         ids_of: text → ids, for servers that give no ids back. What is drawn is then known only as text: an answer comes
             whole, ends where the server ends it, is tokenised anew (other ids may make the same text), and has no
             log-probabilities. Without it such a server's answers are refused.
+        try_out: ask for one token, to see what there is besides text: `ids_of` is used only where no ids are given, and
+            `features` says whether there are log-probabilities. Without it a server is taken to give all of it, or only text
+            if there is `ids_of`.
         concurrency: requests under way at once, over all URLs.
         retries: how often a request waits because all endpoints rest; the first time about `backoff_seconds`, then
-            twice as long each time.
+            twice as long each time. 0 waits for none, and `submit` then refuses while all of them rest.
         timeout_seconds: the longest silence of an endpoint that has a request; the first token may take that long.
+        check_seconds: how often endpoints that nobody asks are looked at, so that `ready` tells of those that have gone; None
+            looks only at those that failed.
         name: what errors and records call this engine.
-
-    Whether the endpoint can tell log-probabilities is not known before it is asked: one that cannot refuses.
 
     Raises:
         InputError: a URL cannot be used, or the endpoint does not tell the model's context and `max_length` is not given.
-        ModelError: no endpoint answers, the key is refused, or the model is not there.
+        ModelError: no endpoint answers, the key is refused, the model is not there, or what was tried out does not suffice.
     """
 
     def __init__(
@@ -72,14 +78,17 @@ class RemoteEngine(Engine):
         max_length: int | None = None,
         key: str | None = None,
         ids_of: Callable[[str], Sequence[int]] | None = None,
+        try_out: bool = False,
         concurrency: int = 64,
         retries: int = 8,
         backoff_seconds: float = 1.0,
         timeout_seconds: float = 600.0,
+        check_seconds: float | None = None,
         name: str = "remote",
     ) -> None:
         self.name = name
         self._ids_of = ids_of
+        self._patient = retries > 0
         self._endpoints = Endpoints(
             urls,
             key=key or os.environ.get(KEY_VARIABLE) or None,
@@ -87,6 +96,7 @@ class RemoteEngine(Engine):
             timeout_seconds=timeout_seconds,
             retries=retries,
             backoff_seconds=backoff_seconds,
+            check_seconds=check_seconds,
         )
         self._tasks: set[asyncio.Task[Any]] = set()
         self._open: set[_Request] = set()
@@ -101,19 +111,27 @@ class RemoteEngine(Engine):
             listed = self._hand_over(self._endpoints.models()).result()
             found = _the_model(listed, model)
             self.model = found[0].id
-            length = max_length or _shortest(found)
+            length = _shortest(found, max_length)
+            told = ids_of is None
+            can = Abilities(told, told, told)
+            if try_out:
+                can = self._hand_over(abilities(self._endpoints, self.model)).result()
+                self._ids_of = _way_without_ids(can, ids_of, listed[0][0])
+            self._hand_over(self._endpoints.watch(self.model)).result()
         except BaseException:
             self._end()
             raise
-        self.features = Features(length, vocabulary, logprobs=ids_of is None, score=ids_of is None)
+        self.features = Features(length, vocabulary, can.logprobs, can.score)
 
     @property
     def ready(self) -> bool:
-        """Whether an endpoint is not resting after a failure."""
-        return self._endpoints.rested
+        """Whether an endpoint may be asked: those that failed may not, until they list the model again."""
+        return self._endpoints.ready
 
     def submit(self, ids: Sequence[int], sampling: Sampling) -> Generation:  # noqa: D102 (the protocol says it)
         self.check(ids, sampling)
+        if not (self._patient or self.ready):
+            raise EngineUnavailableError(f"no endpoint of engine {self.name!r} answers", hint="ask again later")
         request = _Request(tuple(map(int, ids)), sampling, self._ids_of)
 
         def cancel(choice: int | None) -> None:
@@ -192,7 +210,7 @@ class RemoteEngine(Engine):
         body: dict[str, Any] = {"model": self.model, "prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 0}
 
         async def read(response: httpx2.Response) -> list[float]:
-            answer = _Event.model_validate_json(await response.aread())
+            answer = Event.model_validate_json(await response.aread())
             given = answer.choices[0].logprobs.token_logprobs if answer.choices and answer.choices[0].logprobs else []
             values = [value for value in given[start : len(ids)] if value is not None]
             if len(given) not in (len(ids), len(ids) + 1) or len(values) != len(ids) - start:
@@ -266,7 +284,7 @@ class _Request:
         async for event in httpx2.EventSource(response, _LONGEST_EVENT):
             if event.data == _DONE:
                 break
-            chunk = _Event.model_validate_json(event.data)
+            chunk = Event.model_validate_json(event.data)
             if chunk.error is not None:
                 raise chunk.error.as_exception()
             for choice in chunk.choices:
@@ -278,12 +296,12 @@ class _Request:
         if self.open:
             raise Lost("ended its answer too early")
 
-    def _take(self, new: _NewTokens) -> None:
+    def _take(self, new: NewTokens) -> None:
         if not 0 <= new.index < self._sampling.n:
             raise EngineError(f"the endpoint answers with a choice {new.index}, and {self._sampling.n} were asked for")
         if new.index not in self.open:
             return
-        finish = _finish(new.finish_reason)
+        finish = new.finish
         if self._ids_of is not None:
             self._texts[new.index] += new.text
             if finish is None:
@@ -318,7 +336,7 @@ class _Request:
             raise EngineError(f"the endpoint gives more than the {self._sampling.max_tokens} tokens asked for")
         return ids[len(known) :]
 
-    def _logprobs_of(self, new: _NewTokens, count: int) -> list[float] | None:
+    def _logprobs_of(self, new: NewTokens, count: int) -> list[float] | None:
         if not self._sampling.logprobs:
             return None
         given = (new.logprobs.token_logprobs if new.logprobs else []) if count else []
@@ -336,48 +354,11 @@ class _Request:
         self.generation.push(Delta(choice, tuple(ids), None if logprobs is None else tuple(logprobs), finish))
 
 
-class _Logprobs(BaseModel):
-    token_logprobs: list[float | None] = []
-
-
-class _NewTokens(BaseModel):
-    """A choice of a chunk, or of a whole answer."""
-
-    index: int = 0
-    text: str = ""
-    token_ids: list[int] | None = None
-    logprobs: _Logprobs | None = None
-    finish_reason: str | None = None
-
-
-class _Fault(BaseModel):
-    message: str = "no reason is given"
-    code: str | int | None = None
-
-    def as_exception(self) -> Exception:
-        what = f"the endpoint failed amid an answer: {self.message}"
-        return Lost(what) if str(self.code) in _PASSING else EngineError(what)
-
-
-class _Event(BaseModel):
-    """A chunk of a stream, a whole answer, or an error in their place."""
-
-    choices: list[_NewTokens] = []
-    error: _Fault | None = None
-
-
-def _finish(reason: str | None) -> Finish | None:
-    if reason in ("stop", "length", None):
-        return reason
-    if reason == "abort":  # vLLM, when it shuts down
-        raise Lost("broke off its answer")
-    raise EngineError(f"the endpoint ended a choice with the reason {reason!r}")
-
-
 def _the_model(listed: Sequence[tuple[str, Sequence[ListedModel]]], name: str | None) -> list[ListedModel]:
     """The model as each endpoint lists it. Raises: ModelError."""
     found: list[ListedModel] = []
-    for url, models in listed:
+    for url, all_models in listed:
+        models = [model for model in all_models if model.task == "chat"]
         names = ", ".join(model.id for model in models) or "none"
         if name is None and len(models) != 1:
             raise ModelError(f"the endpoint has several models, or none: {names}", where=url, hint="name one of them")
@@ -392,9 +373,21 @@ def _the_model(listed: Sequence[tuple[str, Sequence[ListedModel]]], name: str | 
     return found
 
 
-def _shortest(models: Sequence[ListedModel]) -> int:
-    """The context that all endpoints have. Raises: InputError (one does not tell it)."""
-    lengths = [model.max_model_len for model in models if model.max_model_len]
+def _shortest(models: Sequence[ListedModel], known: int | None) -> int:
+    """The context that all endpoints have. Raises: InputError (nobody tells it)."""
+    lengths = [length for model in models if (length := model.max_model_len or known)]
     if len(lengths) != len(models):
         raise InputError("an endpoint does not tell the model's context", hint="give max_length, in tokens")
-    return min(lengths)
+    return min(lengths if known is None else [*lengths, known])
+
+
+def _way_without_ids(
+    can: Abilities, ids_of: Callable[[str], Sequence[int]] | None, url: str
+) -> Callable[[str], Sequence[int]] | None:
+    """What makes ids of text, if that is needed. Raises: ModelError (it is, and there is nothing)."""
+    if can.ids:
+        return None
+    if ids_of is None:
+        raise ModelError("the endpoint gives back text and no token ids", where=url, hint=_NO_IDS)
+    _log.warning("%s gives no token ids: its text is tokenised here, and there are no log-probabilities", url)
+    return ids_of

@@ -6,6 +6,7 @@ prefix cache): so it does with n itself, but its choice 1 of seed 7 would be cho
 cancelled alone.
 
 What vLLM cannot do: temperatures over 0 and under 0.01 (refused; it would take 0.01 without a word), DoRA adapters (refused),
+scoring with adapters on a CPU (refused; beside another request its kernels there end its processes),
 computing again after its processes died (`ready` is false then), noticing logits that are not finite. It knows no text here:
 no tokenizer is loaded.
 """
@@ -16,10 +17,8 @@ import asyncio
 import atexit
 import contextlib
 import itertools
-import json
 import os
 import random
-import secrets
 import signal
 import threading
 from collections.abc import Coroutine, Sequence
@@ -27,9 +26,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from corral.engines.base import Delta, Engine, Features, Generation, Sampling, closed
+from corral.engines.vllm_settings import lora_settings, model_settings, params
 from corral.errors import EngineError, ModelError, RequestError
 from corral.extras import require
 from corral.model.folder import check_folder
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _COLDEST = 0.01
-_CPU_CACHE_BYTES = 2 * 2**30
 _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
@@ -49,7 +48,7 @@ _ENVIRONMENT = {
 
 
 class VllmEngine(Engine):
-    """A Llama folder in vLLM, with an adapter on it or without.
+    """A Llama folder in vLLM. By itself it computes with the first of its adapters, if it has any; see `on`.
 
     Where memory does not hold the keys and values of the model's whole context, `features.max_length` is what it holds.
 
@@ -57,11 +56,11 @@ class VllmEngine(Engine):
         folder: of the model.
         dtype: to compute in; keys and values are kept in it too.
         device: `cuda`, or `cpu` with a build of vLLM for CPUs.
-        adapter: folder of a PEFT LoRA adapter of that model, which stays apart from its weights.
+        adapters: folders of PEFT LoRA adapters of that model, which stay apart from its weights.
 
     Raises:
         MissingExtraError: vLLM is not installed.
-        ModelError: the folder holds no model that vLLM can load, the adapter is of a kind it cannot apply, or this build of
+        ModelError: the folder holds no model that vLLM can load, an adapter is of a kind it cannot apply, or this build of
             vLLM is for another device.
     """
 
@@ -71,7 +70,7 @@ class VllmEngine(Engine):
         *,
         dtype: DType = "bfloat16",
         device: str = "cuda",
-        adapter: Path | None = None,
+        adapters: Sequence[Path] = (),
         name: str = "vllm",
     ) -> None:
         for variable, value in _ENVIRONMENT.items():
@@ -84,11 +83,12 @@ class VllmEngine(Engine):
         self._tasks: set[asyncio.Task[Any]] = set()
         self._numbers = itertools.count()
         self._llm: Any = None
-        self._lora: Any = None
-        settings = _settings(folder, dtype, device) | (_lora_settings(adapter) if adapter is not None else {})
+        self._loras: dict[Path, Any] = {}
+        self._adapter = adapters[0] if adapters else None
+        settings = model_settings(folder, dtype, device) | (lora_settings(adapters) if adapters else {})
         started: Future[None] = Future()
         self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._live(settings, adapter, started)), name=f"corral-{name}", daemon=True
+            target=lambda: asyncio.run(self._live(settings, adapters, started)), name=f"corral-{name}", daemon=True
         )
         self._thread.start()
         try:
@@ -96,12 +96,15 @@ class VllmEngine(Engine):
         except Exception as error:
             raise ModelError(
                 f"vLLM cannot load the model: {type(error).__name__}: {error}",
-                where=str(adapter or folder),
+                where=str(self._adapter or folder),
                 hint="what it said is above; with VLLM_LOGGING_LEVEL=INFO it says more",
             ) from error
         config = self._llm.model_config
         self.features = Features(
-            max_length=config.max_model_len, vocabulary=config.get_vocab_size(), logprobs=True, score=True
+            max_length=config.max_model_len,
+            vocabulary=config.get_vocab_size(),
+            logprobs=True,
+            score=not adapters or device != "cpu",
         )
         atexit.register(self._end)
 
@@ -110,8 +113,16 @@ class VllmEngine(Engine):
         """False once vLLM's processes have died."""
         return not self._closed and self._alive()
 
+    def on(self, adapter: Path | None) -> Engine:
+        """This engine with one of its adapters, or with none. Closing one of them closes all."""
+        return self if adapter == self._adapter else _Adapted(self, adapter)
+
     def submit(self, ids: Sequence[int], sampling: Sampling) -> Generation:
         """See Engine."""
+        return self.submit_to(self._adapter, ids, sampling)
+
+    def submit_to(self, adapter: Path | None, ids: Sequence[int], sampling: Sampling) -> Generation:
+        """`submit` to the model with that adapter."""
         self.check(ids, sampling)
         if 0 < sampling.temperature < _COLDEST:
             raise RequestError(
@@ -124,7 +135,7 @@ class VllmEngine(Engine):
             with contextlib.suppress(RuntimeError):  # the engine has ended, and so has the request
                 self._loop.call_soon_threadsafe(request.cancel, choice)
 
-        request = _Request([*map(int, ids)], sampling, Generation(len(ids), sampling.n, cancel))
+        request = _Request([*map(int, ids)], sampling, Generation(len(ids), sampling.n, cancel), adapter)
         with self._lock:
             self._refuse_closed()
             self._loop.call_soon_threadsafe(self._begin, request)
@@ -132,10 +143,14 @@ class VllmEngine(Engine):
 
     async def score(self, ids: Sequence[int], start: int = 1) -> list[float]:
         """See Engine."""
+        return await self.score_with(self._adapter, ids, start)
+
+    async def score_with(self, adapter: Path | None, ids: Sequence[int], start: int) -> list[float]:
+        """`score` of the model with that adapter."""
         self.check_score(ids, start)
         with self._lock:
             self._refuse_closed()
-            scores = asyncio.run_coroutine_threadsafe(self._score([*map(int, ids)]), self._loop)
+            scores = asyncio.run_coroutine_threadsafe(self._score([*map(int, ids)], adapter), self._loop)
         return (await asyncio.wrap_future(scores))[start - 1 :]
 
     async def close(self) -> None:
@@ -156,16 +171,17 @@ class VllmEngine(Engine):
 
     # What follows runs in the engine's own thread and loop.
 
-    async def _live(self, settings: dict[str, Any], adapter: Path | None, started: Future[None]) -> None:
+    async def _live(self, settings: dict[str, Any], adapters: Sequence[Path], started: Future[None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         try:
             self._llm = _start(settings)
-            if adapter is not None:
+            for number, adapter in enumerate(adapters, start=1):
                 from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
-                self._lora = LoRARequest(adapter.name or "adapter", 1, str(adapter.absolute()))
-                await self._llm.add_lora(self._lora)
+                # Two adapters in folders of one name are two.
+                self._loras[adapter] = LoRARequest(f"{number}-{adapter.name}", number, str(adapter.absolute()))
+                await self._llm.add_lora(self._loras[adapter])
         except BaseException as error:
             self._shut_down()
             started.set_exception(error)
@@ -201,7 +217,7 @@ class VllmEngine(Engine):
         """Hand over the ids of one choice as they come."""
         sampling = request.sampling
         try:
-            params = _params(
+            sampled = params(
                 max_tokens=sampling.max_tokens,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
@@ -210,7 +226,7 @@ class VllmEngine(Engine):
                 stop_token_ids=[*sampling.stop_ids],
                 logprobs=0 if sampling.logprobs else None,
             )
-            async with contextlib.aclosing(self._generate(request.ids, params)) as outputs:
+            async with contextlib.aclosing(self._generate(request.ids, sampled, request.adapter)) as outputs:
                 async for output in outputs:
                     request.take(choice, output.outputs[0])
         except asyncio.CancelledError:
@@ -220,9 +236,9 @@ class VllmEngine(Engine):
         except Exception as error:
             request.fail(self._failure(error))
 
-    async def _score(self, ids: list[int]) -> list[float]:
+    async def _score(self, ids: list[int], adapter: Path | None) -> list[float]:
         """Log-probabilities of ids[1:]."""
-        work = self._keep(self._scored(ids))
+        work = self._keep(self._scored(ids, adapter))
         try:
             return await work
         except asyncio.CancelledError:
@@ -230,15 +246,15 @@ class VllmEngine(Engine):
             work.cancel()
             raise
 
-    async def _scored(self, ids: list[int]) -> list[float]:
+    async def _scored(self, ids: list[int], adapter: Path | None) -> list[float]:
         *prompt, last = ids
         if not prompt:
             return []
         # vLLM wants room to draw one more, so the last id is not part of the prompt but a candidate for what follows it.
-        params = _params(max_tokens=1, temperature=0, prompt_logprobs=0, logprobs=1, logprob_token_ids=[last])
+        scored = params(max_tokens=1, temperature=0, prompt_logprobs=0, logprobs=1, logprob_token_ids=[last])
         scores: list[float] = []
         try:
-            async with contextlib.aclosing(self._generate(prompt, params)) as outputs:
+            async with contextlib.aclosing(self._generate(prompt, scored, adapter)) as outputs:
                 async for output in outputs:
                     places = (output.prompt_logprobs or [])[1:]
                     scores += [place[id_].logprob for id_, place in zip(prompt[1:], places, strict=True)]
@@ -247,11 +263,12 @@ class VllmEngine(Engine):
             raise self._failure(error) from None
         return scores
 
-    def _generate(self, ids: list[int], params: Any) -> Any:
+    def _generate(self, ids: list[int], params: Any, adapter: Path | None) -> Any:
         from vllm.inputs import tokens_input  # pyright: ignore[reportMissingImports]
 
         self._refuse_closed()
-        return self._llm.generate(tokens_input(ids), params, str(next(self._numbers)), lora_request=self._lora)
+        lora = None if adapter is None else self._loras[adapter]
+        return self._llm.generate(tokens_input(ids), params, str(next(self._numbers)), lora_request=lora)
 
     def _failure(self, error: Exception) -> EngineError:
         if isinstance(error, EngineError):
@@ -262,11 +279,35 @@ class VllmEngine(Engine):
         return EngineError(f"engine {self.name!r}: {type(cause).__name__}: {cause}")
 
 
+class _Adapted(Engine):
+    """An engine with another of its adapters than the first."""
+
+    def __init__(self, engine: VllmEngine, adapter: Path | None) -> None:
+        self.name = engine.name
+        self.features = engine.features
+        self._engine = engine
+        self._adapter = adapter
+
+    @property
+    def ready(self) -> bool:
+        return self._engine.ready
+
+    def submit(self, ids: Sequence[int], sampling: Sampling) -> Generation:
+        return self._engine.submit_to(self._adapter, ids, sampling)
+
+    async def score(self, ids: Sequence[int], start: int = 1) -> list[float]:
+        return await self._engine.score_with(self._adapter, ids, start)
+
+    async def close(self) -> None:
+        await self._engine.close()
+
+
 @dataclass(slots=True, eq=False)
 class _Request:
     ids: list[int]
     sampling: Sampling
     generation: Generation
+    adapter: Path | None
     tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict[int, "asyncio.Task[None]"])
     """Of the choices that have not ended."""
 
@@ -306,68 +347,3 @@ def _start(settings: dict[str, Any]) -> Any:
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
-
-
-def _settings(folder: Path, dtype: DType, device: str) -> dict[str, Any]:
-    from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
-
-    if current_platform.device_type != device.partition(":")[0]:
-        raise ModelError(
-            f"this build of vLLM computes on {current_platform.device_type!r}, not on {device!r}",
-            hint='install the build for that device, or use engine = "transformers"',
-        )
-    settings: dict[str, Any] = {
-        "model": str(folder),
-        "skip_tokenizer_init": True,
-        "load_format": "safetensors",
-        "generation_config": "vllm",  # not the model's own ideas of sampling
-        "dtype": dtype,
-        "max_model_len": -1,  # as long as model and memory allow
-        "logprobs_mode": "raw_logprobs",
-        "enable_prefix_caching": True,
-        "seed": secrets.randbits(31),  # of draws without one
-        "disable_log_stats": True,
-    }
-    if current_platform.device_type == "cuda":
-        import torch
-
-        torch.cuda.empty_cache()  # of what was trained in this process before
-        free, total = torch.cuda.mem_get_info()
-        settings["gpu_memory_utilization"] = (
-            0.9 * free / total
-        )  # it counts in shares of the whole, and refuses more than is free
-    if current_platform.device_type == "cpu":
-        import psutil
-
-        settings["kv_cache_memory_bytes"] = int(min(_CPU_CACHE_BYTES, psutil.virtual_memory().available / 4))
-        settings["enforce_eager"] = True  # compiling takes minutes; who wants speed on a CPU takes openvino
-    return settings
-
-
-def _lora_settings(adapter: Path) -> dict[str, Any]:
-    from vllm.config.lora import MaxLoRARanks  # pyright: ignore[reportMissingImports]
-
-    try:
-        config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
-        needed = max(config["r"], *(config.get("rank_pattern") or {}).values(), 1)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"adapter_config.json cannot be read: {error!r}", where=str(adapter)) from error
-    merge = "merge it into its base model, and name the merged model"
-    if config.get("use_dora"):
-        raise ModelError("vLLM does not compute DoRA adapters", where=str(adapter), hint=merge)
-    ranks = [rank for rank in get_args(MaxLoRARanks) if rank >= needed]
-    if not ranks:
-        raise ModelError(f"vLLM computes no adapters of rank {needed}", where=str(adapter), hint=merge)
-    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": min(ranks)}
-
-
-def _params(**changes: Any) -> Any:
-    from vllm.sampling_params import RequestOutputKind, SamplingParams  # pyright: ignore[reportMissingImports]
-
-    return SamplingParams(
-        n=1,
-        ignore_eos=True,  # a choice ends at the stop ids that were asked for
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-        **changes,
-    )

@@ -6,6 +6,7 @@ anew, the others are not. Knows nothing about runs, recipes as a whole or where 
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import time
@@ -17,6 +18,7 @@ from typing import Any
 import corral
 from corral.answerer import Answerer
 from corral.composing import compose
+from corral.embedding import Embedder
 from corral.engines.base import Engine
 from corral.evaluation import tasks
 from corral.evaluation.questions import Question
@@ -42,6 +44,7 @@ class Subject:
         seed: of all sampling, and of the choice of examples.
         loss: whether its held-out loss is to be measured: that of a variant that is only asked in another way is its
             model's.
+        examples: hash of the rows of `settings.shots.source`, if examples are taken of them.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Subject:
     settings: Answer
     seed: int
     loss: bool = True
+    examples: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,9 +89,13 @@ class Measurements:
 
     Files: `losses.jsonl`, `completions.jsonl`, `tasks/NAME.jsonl` (answers), `tasks/NAME.options.jsonl` (log-probabilities of
     the options), and `seconds.jsonl` (time spent on answers).
+
+    Attributes:
+        embed: finds similar examples and votes by meaning, for all variants.
     """
 
     folder: Path
+    embed: Embedder = field(default_factory=Embedder)
     _files: dict[str, RowFile] = field(default_factory=dict[str, RowFile])
 
     def file(self, name: str) -> RowFile:
@@ -127,7 +135,7 @@ class Measurements:
             await score_items(plain, losses.maker, material.to_score, self.file(losses.file), progress.update)
         if material.to_answer:
             progress.start(f"Evaluating {subject.name}: answers", len(material.to_answer))
-            answerer = _answerer(subject, engine, template, subject.settings, material.examples)
+            answerer = self._answerer(subject, engine, template, subject.settings, material.examples)
             await self._answers(answerer, answers, material.to_answer, progress)
         for task in material.tasks:
             for part in [part for part in of_tasks if part.file.startswith(f"tasks/{task.name}.")]:
@@ -143,15 +151,32 @@ class Measurements:
             def examples() -> Sequence[Conversation]:
                 return task.examples(reasoning=settings.reasoning)
 
-            answerer = _answerer(subject, engine, template, settings, examples)
+            answerer = self._answerer(subject, engine, template, settings, examples)
             await self._answers(answerer, part, items_of(task), progress)
         else:
-            answerer = _answerer(subject, engine, template, settings, lambda: task.examples_of_options)
+            answerer = self._answerer(subject, engine, template, settings, lambda: task.examples_of_options)
             await score_options(answerer, part.maker, task.questions, self.file(part.file), progress.update)
+
+    def _answerer(
+        self,
+        subject: Subject,
+        engine: Engine,
+        template: Template,
+        settings: Answer,
+        examples: Callable[[], Sequence[Conversation]],
+    ) -> Answerer:
+        return compose(engine, template, settings, examples=examples, seed=subject.seed, embed=self.embed)
 
     async def _answers(self, answerer: Answerer, part: _Part, items: Sequence[Item], progress: Progress) -> None:
         into, seconds = self.file(part.file), self.file(SECONDS)
         before = len(into.of(part.maker))
+        missing = next((item for item in items if item.id not in into.of(part.maker)), None)
+        if missing is None:
+            return
+        # What is loaded and computed once is no part of what an answer takes.
+        await answerer.prompt(missing.conversation.split_answer()[0])
+        if answerer.consensus is not None and answerer.consensus.method == "cosine":
+            await asyncio.to_thread(self.embed, [""])
         began = time.perf_counter()
         try:
             await answer_items(answerer, part.maker, items, into, progress.update)
@@ -184,7 +209,8 @@ class Measurements:
         return tasks.rows(answers, options)
 
     def _info(self, name: str, variant: str) -> dict[str, float]:
-        """What the answers in a file took: tokens (of examples and of all candidates too) and seconds.
+        """What the answers in a file took: tokens (of examples and of all candidates too) and seconds; of votes also the
+        candidates, and how many of them were not needed.
 
         Where some were made by a process that was killed, or others were made with them, their part of the time is that of
         the rest.
@@ -195,6 +221,7 @@ class Measurements:
         timed = self.file(SECONDS).of_variant(variant).get(name)
         seconds: float = timed["seconds"] / timed["answers"] * len(rows) if timed else 0.0
         tokens = sum(row["tokens"] for row in rows)
+        finishes = [finish for row in rows for finish in row.get("finishes", ())]
         return {
             "answers": len(rows),
             "prompt_tokens": sum(row["prompt_tokens"] for row in rows),
@@ -202,7 +229,7 @@ class Measurements:
             "seconds": seconds,
             "tokens_per_second": tokens / seconds if seconds else 0.0,
             "answers_per_second": len(rows) / seconds if seconds else 0.0,
-        }
+        } | ({"candidates": len(finishes), "cancelled": finishes.count("cancelled")} if finishes else {})
 
 
 def items_of(task: Task) -> list[Item]:
@@ -215,16 +242,6 @@ def items_of(task: Task) -> list[Item]:
         return Item(question.id, question.example, judged)
 
     return [item(question) for question in task.questions]
-
-
-def _answerer(
-    subject: Subject,
-    engine: Engine,
-    template: Template,
-    settings: Answer,
-    examples: Callable[[], Sequence[Conversation]],
-) -> Answerer:
-    return compose(engine, template, settings, examples=examples, seed=subject.seed)
 
 
 def _parts(subject: Subject, material: Material) -> list[_Part]:
@@ -255,14 +272,18 @@ def _answers_of(task: Task) -> str:
 
 
 def _of_task(settings: Answer, task: Task) -> Answer:
-    return settings if task.max_tokens is None else settings.model_copy(update={"max_tokens": task.max_tokens})
+    """How a task is asked: with examples of its own, whatever the others are shown."""
+    changes: dict[str, Any] = {} if task.max_tokens is None else {"max_tokens": task.max_tokens}
+    if settings.shots.source is not None:
+        changes["shots"] = settings.shots.model_copy(update={"source": None})
+    return settings.model_copy(update=changes)
 
 
 def _maker(subject: Subject, what: str, settings: Answer | None = None, examples: str = "") -> Maker:
     depends: list[Any] = [corral.__version__, subject.model, what]
     if settings is not None:
         depends += [settings.model_dump(mode="json"), subject.seed]
-        if settings.shots.count and settings.shots.source is None:
-            depends.append(examples)
+        if settings.shots.count:
+            depends.append(examples if settings.shots.source is None else subject.examples)
     digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
     return Maker(subject.name, digest[:16])

@@ -20,6 +20,7 @@ from corral.errors import CorralError
 from corral.evaluation.questions import Question
 from corral.messages import Conversation
 from corral.storage import storage_errors
+from corral.votes import vote_fields
 
 AT_ONCE = 64  # rows handed to the engine together; it batches as it sees fit
 
@@ -120,7 +121,7 @@ async def answer_items(
     answerer: Answerer, maker: Maker, items: Sequence[Item], into: RowFile, on_done: Callable[[int], None]
 ) -> None:
     """Add an answer for each item not yet in: `prompt`, `reference`, `answer`, `finish`, `tokens` (of all candidates),
-    `prompt_tokens` (with examples), `candidates` drawn, `seconds`, and what the item's judge says."""
+    `prompt_tokens` (with examples), `seconds`, of a vote what `vote_fields` tells, and what the item's judge says."""
 
     async def one(item: Item) -> None:
         began = time.perf_counter()
@@ -135,8 +136,8 @@ async def answer_items(
             finish=answer.completions[answer.chosen].finish,
             tokens=sum(len(completion.ids) for completion in answer.completions),
             prompt_tokens=answer.prompt_tokens,
-            candidates=len(answer.completions),
             seconds=round(time.perf_counter() - began, 3),
+            **vote_fields(answer),
             **(item.judge(answer.text) if item.judge else {}),
         )
         on_done(len(into.of(maker)))

@@ -44,7 +44,7 @@ class Comparison(_Record):
     """Two variants on one metric over the same n rows; `difference` = a − b, with its 95 % interval.
 
     `p` is for this metric alone; `p_holm` is adjusted for all metrics of this pair (Holm). `mde`: the smallest true difference
-    that so many rows show with 80 % power.
+    that so many rows show with 80 % power after that; None where nothing tells, as where no row differs.
     """
 
     a: str
@@ -60,11 +60,25 @@ class Comparison(_Record):
     better: Direction
 
     @property
+    def is_same(self) -> bool:
+        """Whether no row differs."""
+        return self.difference == 0 and not self.mde and self.low == 0 == self.high
+
+    @property
     def winner(self) -> str | None:
         """The variant that is better on this metric, or None when the data do not tell (p_holm ≥ 0.05)."""
         if self.p_holm >= SIGNIFICANT or not self.difference:
             return None
         return self.a if (self.difference < 0) == (self.better == "lower") else self.b
+
+
+class Unpaired(_Record):
+    """Metrics that only one of two variants was measured by, so that they were not compared."""
+
+    a: str
+    b: str
+    only_a: list[str]
+    only_b: list[str]
 
 
 class Variant(_Record):
@@ -83,6 +97,7 @@ class Scorecard(_Record):
         baseline: the name of the variant that is compared with none.
         seed: of resampling and randomisation.
         signatures: how the text metrics were computed.
+        unpaired: what could not be compared, pair by pair.
     """
 
     variants: dict[str, Variant]
@@ -90,6 +105,7 @@ class Scorecard(_Record):
     baseline: str
     seed: int
     signatures: dict[str, str]
+    unpaired: list[Unpaired] = Field(default_factory=list[Unpaired])
 
     def to_json(self) -> str:
         """Indented JSON, closed by a newline."""
@@ -121,7 +137,9 @@ def compare(a: RowScores, b: RowScores, *, names: tuple[str, str], seed: int) ->
     metrics = [name for name in a if name in b]
     for name in metrics:
         _check_paired(name, a, b, names)
-    results = [statistics.compare(a[name].measure, b[name].measure, seed=seed) for name in metrics]
+    results = [
+        statistics.compare(a[name].measure, b[name].measure, seed=seed, metrics=len(metrics)) for name in metrics
+    ]
     adjusted = statistics.holm([result.p for result in results])
     return [
         Comparison(
@@ -174,7 +192,13 @@ def build(
         baseline=baseline,
         seed=seed,
         signatures={"rouge": rouge_signature(), "bleu": bleu_signature()},
+        unpaired=[pair for name, other in pairs.items() if (pair := _unpaired(name, other, scores))],
     )
+
+
+def _unpaired(a: str, b: str, scores: Mapping[str, RowScores]) -> Unpaired | None:
+    only_a, only_b = ([name for name in scores[one] if name not in scores[other]] for one, other in ((a, b), (b, a)))
+    return Unpaired(a=a, b=b, only_a=only_a, only_b=only_b) if only_a or only_b else None
 
 
 def table_rows(card: Scorecard) -> list[tuple[str, ...]]:
@@ -199,42 +223,54 @@ def table_rows(card: Scorecard) -> list[tuple[str, ...]]:
     return rows
 
 
-COSTS = ("answers", "prompt_tokens", "answer_tokens", "seconds", "answers_per_second")
+COSTS = (
+    *("answers", "prompt_tokens", "answer_tokens", "seconds", "answers_per_second"),
+    *("candidates", "cancelled"),
+)
 """Figures about a variant's run that are set side by side, of its own rows and, as `TASK/NAME`, of each task's."""
 
 
 def cost_rows(infos: Mapping[str, Mapping[str, float]]) -> list[tuple[str, ...]]:
-    """What answers cost, header first: a line per set of rows and variant that has figures; tokens are per answer.
+    """What answers cost, header first: a line per set of rows and variant that has figures; tokens are per answer. Where there
+    was a vote, also the share of its candidates that was not needed.
 
     Args:
         infos: `Variant.info` by the variant's name.
     """
+    voted = any(key.rpartition("/")[2] == "candidates" for info in infos.values() for key in info)
     rows: list[tuple[str, ...]] = [
-        ("rows", "variant", "answers", "prompt tokens", "answer tokens", "seconds", "answers/s")
+        ("rows", "variant", "answers", "prompt tokens", "answer tokens", "seconds", "answers/s", "saved")[: 7 + voted]
     ]
     for task in dict.fromkeys(key.rpartition("/")[0] for info in infos.values() for key in info):
         label = task or "test rows"
         for name, info in infos.items():
-            answers, prompt, answer, seconds, rate = (
+            answers, prompt, answer, seconds, rate, candidates, cancelled = (
                 info.get(f"{task}/{cost}" if task else cost, 0.0) for cost in COSTS
             )
             if answers:
                 each = (f"{answers:.0f}", f"{prompt / answers:.1f}", f"{answer / answers:.1f}")
-                rows.append((label, name, *each, f"{seconds:.1f}", f"{rate:.2f}"))
+                saved = f"{cancelled / candidates:.0%}" if candidates else ""
+                rows.append((label, name, *each, f"{seconds:.1f}", f"{rate:.2f}", saved)[: 7 + voted])
                 label = ""
     return rows
 
 
 def render(card: Scorecard) -> Table:
     """`table_rows` as a table for a terminal, 80 columns wide with names of usual length."""
-    return _table(table_rows(card), f"p: Holm over metrics; better ✓ or worse ✗ at {SIGNIFICANT}")
+    caption = [f"p: Holm over metrics; better ✓ or worse ✗ at {SIGNIFICANT}"]
+    for pair in card.unpaired:
+        for name, metrics in ((pair.a, pair.only_a), (pair.b, pair.only_b)):
+            if metrics:
+                labels = listed([(known_metric(metric) or UNKNOWN).label or metric for metric in metrics], len(metrics))
+                caption.append(f"{pair.a} and {pair.b}, not compared: only {name} has {labels}")
+    return _table(table_rows(card), "\n".join(caption))
 
 
 def render_costs(card: Scorecard) -> Table:
     """`cost_rows` as a table for a terminal."""
     return _table(
         cost_rows({name: variant.info for name, variant in card.variants.items()}),
-        "tokens: mean of an answer, examples and all candidates counted",
+        "tokens: mean of an answer, examples and all candidates counted; saved: candidates that a vote did not need",
     )
 
 

@@ -89,7 +89,8 @@ class Difference:
         low, high: 95 % interval of the difference; None where one row cannot tell.
         p: two-sided, that a and b are interchangeable row by row.
         se: standard error of the difference, or None.
-        mde: smallest true difference that n such rows show with 80 % power at the 5 % level, or None.
+        mde: smallest true difference that n such rows show with 80 % power at the 5 % level, which is shared among the
+            metrics that are looked at together; None where nothing tells: one row, or no spread (no row differs).
         n: rows.
     """
 
@@ -124,7 +125,7 @@ def estimate(measure: Measure, *, seed: int, trials: int = TRIALS) -> Estimate:
     return Estimate(value, float(scores.std(ddof=1)), low, high, n)
 
 
-def compare(a: Measure, b: Measure, *, seed: int, trials: int = TRIALS) -> Difference:
+def compare(a: Measure, b: Measure, *, seed: int, trials: int = TRIALS, metrics: int = 1) -> Difference:
     """Compares two variants of one metric whose rows are the same, in the same order.
 
     The interval is the percentile interval of `trials` paired bootstrap resamples (Koehn, 2004). p comes from `trials`
@@ -132,6 +133,10 @@ def compare(a: Measure, b: Measure, *, seed: int, trials: int = TRIALS) -> Diffe
     which for a mean flips the sign of those rows' differences; p = (c + 1) / (trials + 1), where c counts the rounds
     whose difference is at least as large. The standard error is the linearised one of the paired difference, or the
     bootstrap's for a corpus score.
+
+    Args:
+        metrics: how many are looked at together, and adjusted by `holm`. The smallest of their p must be below 5 % divided by
+            their number, so the `mde` is for that level (Bonferroni's); the others have an easier time.
 
     Raises:
         InputError: there are no rows, or not the same number on both sides.
@@ -148,7 +153,10 @@ def compare(a: Measure, b: Measure, *, seed: int, trials: int = TRIALS) -> Diffe
     )
     low, high = _interval(differences)
     se = _standard_error(_influence(a) - _influence(b)) if a.linear and b.linear else float(differences.std(ddof=1))
-    return Difference(difference, low, high, p, se, (_Z + _Z_POWER) * se, n)
+    # Rows that differ by the same have no spread but what rounding leaves, and tell of no smaller difference.
+    has_spread = se > 1e-9 * max(abs(a.value), abs(b.value))
+    mde = (NormalDist().inv_cdf(1 - (1 - LEVEL) / (2 * metrics)) + _Z_POWER) * se if has_spread else None
+    return Difference(difference, low, high, p, se, mde, n)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -133,13 +133,24 @@ def save(model: PeftModel, folder: Path, *, base: str, weights: Mapping[str, tor
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card is a form with nothing filled in
 
 
-def load(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """The model with an adapter from a folder on it, in eval mode. Raises: ModelError."""
+def load(model: PreTrainedModel, *folders: Path) -> PeftModel:
+    """The model with adapters from folders on it, the first one switched on, in eval mode.
+
+    In its `peft_config` the first is called "default"; they stand there in the order given.
+
+    Raises:
+        ModelError: a folder holds no adapter.
+    """
     with quiet():
         from peft import PeftModel
 
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise ModelError("there is no adapter here", where=str(folder), hint="give a folder that PEFT or corral wrote")
+    for folder in folders:
+        if not (folder / "adapter_model.safetensors").is_file():
+            hint = "give a folder that PEFT or corral wrote"
+            raise ModelError("there is no adapter here", where=str(folder), hint=hint)
+    first, *others = folders
     with quiet():
-        adapted: Any = PeftModel.from_pretrained(model, str(folder))
+        adapted: Any = PeftModel.from_pretrained(model, str(first))
+        for number, folder in enumerate(others, start=2):
+            adapted.load_adapter(str(folder), f"adapter-{number}")
     return adapted.eval()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from corral.recipe.data import Source
 from corral.recipe.section import Positive, Section
+
+AGREEING = ("rouge-l", "cosine")
+"""The ways to vote that count no votes, so that an adaptive stop means nothing to them."""
 
 
 class Consensus(Section):
@@ -38,7 +41,7 @@ class Shots(Section):
     """`static`: the same for every question, drawn by `seed`. `similar`: those whose questions are most like it, by sentence
     embeddings."""
     source: Source | None = None
-    """Where they come from; by default the training rows of the run."""
+    """Where they come from; by default the training rows of the run. Public questions are shown others of their set."""
 
 
 class Answer(Section):
@@ -58,9 +61,30 @@ class Answer(Section):
 
     @model_validator(mode="after")
     def _agreement_on_what(self) -> Self:
-        if self.consensus.stop == "adaptive" and self.consensus.method not in ("majority", "rouge-l+math"):
+        if self.consensus.stop == "adaptive" and self.consensus.method in AGREEING:
             raise ValueError(
                 f'`consensus.stop` = "adaptive" counts votes, and `consensus.method` = "{self.consensus.method}" has none: '
                 'use "majority" or "rouge-l+math"'
             )
         return self
+
+    def changed(self, changes: dict[str, Any]) -> Answer:
+        """These settings with others in their place, some or all of them. Raises: ValidationError (they do not go together).
+
+        An adaptive stop, where another way to vote is asked for and no stop, is left to the default.
+        """
+        settings = _changed(self.model_dump(mode="json"), changes)
+        asked: dict[str, Any] = changes.get("consensus", {})
+        if "stop" not in asked and asked.get("method") in AGREEING:
+            del settings["consensus"]["stop"]
+        return Answer.model_validate(settings)
+
+
+def _changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Settings with others in their place; a source of rows is replaced as a whole."""
+    inner = {
+        key: _changed(settings[key], value)
+        for key, value in changes.items()
+        if isinstance(value, dict) and isinstance(settings[key], dict) and key != "source"
+    }
+    return settings | changes | inner

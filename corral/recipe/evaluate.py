@@ -71,17 +71,7 @@ class Variant(Section):
 
     def settings(self, answer: Answer) -> Answer:
         """`[answer]` with what this variant changes. Raises: ValidationError (they do not go together)."""
-        return Answer.model_validate(_changed(answer.model_dump(mode="json"), self._what_is_given(self.answer)))
-
-
-def _changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Settings with others in their place; a source of rows is replaced as a whole."""
-    inner = {
-        key: _changed(settings[key], value)
-        for key, value in changes.items()
-        if isinstance(value, dict) and isinstance(settings[key], dict) and key != "source"
-    }
-    return settings | changes | inner
+        return answer.changed(self._what_is_given(self.answer))
 
 
 class Task(Section):

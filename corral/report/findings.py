@@ -36,7 +36,7 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """a − b on one metric. `p` is Holm's where it was adjusted (`adjusted`)."""
+    """a − b on one metric. `p` is Holm's where it was adjusted (`adjusted`); `mde` is None where nothing tells."""
 
     a: str
     b: str
@@ -48,6 +48,11 @@ class Difference:
     mde: float | None
     n: int | None
     outcome: Outcome
+
+    @property
+    def is_same(self) -> bool:
+        """Whether no row differs, so that nothing tells what difference would have shown."""
+        return self.difference == 0 and self.mde is None and self.low == 0 == self.high
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +159,7 @@ def _difference(comparison: Table, better: str | None) -> Difference | None:
         high=high,
         p=p,
         adjusted=holm is not None,
-        mde=finite(comparison.get("mde")),
+        mde=finite(comparison.get("mde")) or None,
         n=_whole(comparison.get("n")),
         outcome=outcome,
     )
@@ -210,7 +215,13 @@ def _compared(compared: Sequence[Score]) -> Verdict:
         facts.append(p_value(main.p))
     on = f" on {count(main.n)} row{'s' * (main.n != 1)}" if main.n is not None else ""
     details = [_others(compared[1:], main)]
-    if main.outcome == "undecided" and main.mde is not None:
+    if main.is_same and main.n:
+        # As many as would all have been alike by chance once in twenty times.
+        most = 1 - 0.05 ** (1 / main.n)
+        details.insert(
+            0, f"They came out the same in every row; of such rows at most {most:.0%} differ, at the 95{JOIN}% level."
+        )
+    elif main.outcome == "undecided" and main.mde is not None:
         details.insert(
             0, f"A true difference of {number(main.mde, first.digits)} would have shown with 80{JOIN}% power."
         )

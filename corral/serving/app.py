@@ -1,254 +1,195 @@
-"""Routes: HTTP ↔ completions. Built from what it serves; holds no settings of its own and nothing global.
+"""Routes: HTTP ↔ work. Built from what it serves and the door in front of it; holds no settings of its own and nothing global.
 
-A client that goes away stops the work it asked for, whether its answer is streamed or not. Every answer that is no success
-has OpenAI's shape. Prompts are neither logged nor kept. It does not know sockets, signals or how the engine came to be; and
-there are no keys, queue, quotas or conversations here yet.
+A route for work makes it and hands it to the door, which knows when to begin and when to stop. Every answer that is no success
+has OpenAI's shape. Prompts are neither logged nor kept. It does not know sockets, signals, how the engines came to be, or who
+may ask.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import json
-import logging
-import re
-from collections.abc import AsyncGenerator, Collection, Coroutine
-from typing import Any, Protocol, TypeVar
+import time
+from collections.abc import Collection, Sequence
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.middleware.cors import CORSMiddleware
 
-from corral.engines.base import Sampling
-from corral.serving.completions import Asked, Served, faults
-from corral.serving.legacy import AskedText, TextPrompts
+import corral
+from corral.engines.base import Engine, Sampling
+from corral.errors import DatabaseError
+from corral.serving.admission import Busy
+from corral.serving.answering import faults
+from corral.serving.completions import asked
+from corral.serving.door import Door
+from corral.serving.guard import Envelope, Guard
+from corral.serving.legacy import asked_text
 from corral.serving.legacy_protocol import CompletionRequest
-from corral.serving.protocol import Ask, ChatRequest, Model, Models, Refused, refusal
-
-T = TypeVar("T")
-
-_log = logging.getLogger(__name__)
+from corral.serving.metrics import CONTENT_TYPE
+from corral.serving.models import Models
+from corral.serving.protocol import ChatRequest, ModelList, Refused, refusal
+from corral.serving.replies import error_reply, json_reply
 
 _WORDS = {404: "there is no such route", 405: "this route has no such method"}
+_LOOK_SECONDS = 1.0  # anybody may ask whether the engines take work: they are not asked more often than this
 
 
-def build_app(served: Served, *, hosts: Collection[str] = ()) -> FastAPI:
-    """The server as an ASGI application. The engine stays the caller's to close.
+def build_app(
+    models: Models,
+    door: Door,
+    *,
+    routers: Sequence[APIRouter] = (),
+    hosts: Collection[str] = (),
+    cors: Sequence[str] = (),
+) -> FastAPI:
+    """The server as an ASGI application. The engines and the door stay the caller's to close.
 
     Args:
-        served: the model, as clients see it.
-        hosts: names by which the server may be called; others are refused, which keeps a page in a browser from reaching a
-            local server through a name of its own (DNS rebinding). None given: any name.
+        models: what is served.
+        door: what all work goes through.
+        routers: further routes.
+        hosts: names by which the server may be called (see `Guard`). None given: any name.
+        cors: origins whose pages may ask, as `https://host`. None given: none.
     """
-
-    def known_host(request: Request) -> None:
-        name = re.sub(r":\d*$", "", request.headers.get("host", "")).strip("[]").lower()
-        if hosts and name not in hosts:
-            raise Refused(403, f"this server does not answer to the name {name!r}", code="unknown_host")
-
-    # No pages of documentation: they would load scripts from elsewhere.
+    # No pages of documentation: they would load scripts from elsewhere. The document itself is for programs.
     app = FastAPI(
+        title="corral",
+        version=corral.__version__,
         docs_url=None,
         redoc_url=None,
-        openapi_url=None,
+        openapi_url="/openapi.json",
         redirect_slashes=False,
-        dependencies=[Depends(known_host)],
     )
-    app.add_middleware(BodyLimit, most=served.limits.body_bytes)
+    body_bytes = max(served.limits.body_bytes for served in models.all())
+    # The last one added is the first to meet a request.
+    app.add_middleware(Guard, door=door, body_bytes=body_bytes, hosts=hosts)
+    if cors:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=cors,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    app.add_middleware(Envelope, door=door)
     _handle_errors(app)
-    model = Model(id=served.name, created=served.created, max_model_len=served.context)
-    texts = TextPrompts(served.answerer.template)
-
-    @app.post("/v1/chat/completions")
-    async def chat(body: ChatRequest, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
-        return await _answered(Asked(served, body), body, request)
-
-    @app.post("/v1/completions")
-    async def complete(body: CompletionRequest, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
-        return await _answered(AskedText(served, texts, body), body, request)
-
-    @app.get("/v1/models")
-    async def models() -> Response:  # pyright: ignore[reportUnusedFunction]
-        return _json(Models(data=[model]))
-
-    @app.get("/v1/models/{name:path}")
-    async def one_model(name: str) -> Response:  # pyright: ignore[reportUnusedFunction]
-        if name != served.name:
-            raise Refused(404, f"the model {name!r} does not exist", param="model", code="model_not_found")
-        return _json(model)
-
-    @app.get("/health")
-    async def health() -> Response:  # pyright: ignore[reportUnusedFunction]
-        engine = served.answerer.engine
-        with faults():
-            # Only the engine knows whether it takes work, and says so when it is given some.
-            engine.submit([0], Sampling(max_tokens=1)).cancel()
-        if not engine.ready:
-            raise Refused(503, "the engine of this server cannot be started", code="engine_unavailable")
-        return _json(Health(model=served.name, engine=engine.name))
-
+    app.include_router(_work(models, door))
+    app.include_router(_state(models, door))
+    for router in routers:
+        app.include_router(router)
     return app
 
 
-class Work(Protocol):
-    """A request under way, on whichever route."""
+def _work(models: Models, door: Door) -> APIRouter:
+    """Chat and completions, and what there is to ask."""
+    router = APIRouter(prefix="/v1")
 
-    def whole(self) -> Coroutine[Any, Any, BaseModel]:
-        """The answer."""
-        ...
+    @router.post("/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        served = models.find(body.model)
+        return await door.answer(request, lambda: asked(served, body), stream=bool(body.stream), model=served.name)
 
-    def events(self) -> AsyncGenerator[str, None]:
-        """The data of each event of a stream."""
-        ...
+    @router.post("/completions")
+    async def complete(body: CompletionRequest, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        served = models.find(body.model)
+        return await door.answer(request, lambda: asked_text(served, body), stream=bool(body.stream), model=served.name)
 
-    def cancel(self) -> None:
-        """Stop the work."""
-        ...
+    @router.get("/models")
+    async def listed() -> Response:  # pyright: ignore[reportUnusedFunction]
+        return json_reply(ModelList(data=models.listed()))
 
+    @router.get("/models/{name:path}")
+    async def one(name: str) -> Response:  # pyright: ignore[reportUnusedFunction]
+        for model in models.listed():
+            if model.id == name:
+                return json_reply(model)
+        raise Refused(404, f"the model {name!r} does not exist", param="model", code="model_not_found")
 
-async def _answered(work: Work, body: Ask, request: Request) -> Response:
-    if body.stream:
-        return Events(work)
-    try:
-        return _json(await while_connected(request.receive, work.whole()))
-    except ClientGone:
-        return Response(status_code=499)  # nobody reads it
-    finally:
-        work.cancel()
+    return router
 
 
 class Health(BaseModel):
-    """`/health`: the process answers, and its engine takes work."""
+    """`/health`, and `/health/ready`. They are open, so they tell nothing else."""
 
-    status: str = "ok"
-    model: str
-    engine: str
+    status: str
 
 
-class Events(Response):
-    """A stream of server-sent events; it is cancelled when the client goes."""
+def _state(models: Models, door: Door) -> APIRouter:
+    """How the server is."""
+    router = APIRouter()
+    readiness = _Readiness(models)
 
-    media_type = "text/event-stream"
+    @router.get("/health")
+    async def alive() -> Response:  # pyright: ignore[reportUnusedFunction]
+        return json_reply(Health(status="ok"))
 
-    def __init__(self, work: Work) -> None:
-        super().__init__(headers={"cache-control": "no-cache"})
-        del self.headers["content-length"]
-        self._work = work
+    @router.get("/health/ready")
+    async def ready() -> Response:  # pyright: ignore[reportUnusedFunction]
+        if door.is_closing:
+            raise Busy(503, "this server is ending", retry_seconds=5, code="shutting_down")
+        readiness.check()
+        return json_reply(Health(status="ready"))
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events."""
-        try:
-            with contextlib.suppress(ClientGone):
-                await while_connected(receive, self._send(send))
-        finally:
-            self._work.cancel()
+    @router.get("/metrics")
+    async def metrics() -> Response:  # pyright: ignore[reportUnusedFunction]
+        return Response(door.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
-    async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with contextlib.aclosing(self._events()) as events:
-            async for data in events:
-                await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _events(self) -> AsyncGenerator[str, None]:
-        try:
-            async with contextlib.aclosing(self._work.events()) as events:
-                async for data in events:
-                    yield data
-        except Exception as error:
-            _log.error("a stream broke", exc_info=error)
-            yield _FAULT.body().model_dump_json()
+    return router
 
 
-class BodyLimit:
-    """Refuses a body of more than `most` bytes: by its header where that says so, else once as many have come."""
+class _Readiness:
+    """Whether the engines take work, asked at most once a second."""
 
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self._app = app
-        self._most = most
+    def __init__(self, models: Models) -> None:
+        self._models = models
+        self._looked = float("-inf")
+        self._fault: Refused | None = None
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, counting what it sends."""
-        too_large = Refused(413, f"the body is larger than the {self._most} bytes this server takes")
-        length = dict(scope.get("headers", ())).get(b"content-length", b"0")
-        if int(length) > self._most:
-            await _error(too_large)(scope, receive, send)
-            return
-        come = 0
+    def check(self) -> None:
+        """Raises: Refused (503)."""
+        now = time.monotonic()
+        if now - self._looked > _LOOK_SECONDS:
+            self._looked = now
+            try:
+                self._look()
+                self._fault = None
+            except Refused as fault:
+                self._fault = fault
+        if self._fault is not None:
+            raise self._fault
 
-        async def counted() -> Message:
-            nonlocal come
-            message = await receive()
-            come += len(message.get("body", b""))
-            if come > self._most:
-                raise HTTPException(413, too_large.what)
-            return message
-
-        await self._app(scope, counted, send)
-
-
-class ClientGone(Exception):
-    """The client closed its connection."""
-
-
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client goes. The request's body must have been read.
-
-    Raises:
-        ClientGone: it went before the work was done.
-    """
-    task = asyncio.create_task(work)
-    gone = asyncio.create_task(_disconnected(receive))
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGone
-    finally:
-        task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-_FAULT = Refused(500, "this is a fault in the server, not in the request", code="internal_error")
+    def _look(self) -> None:
+        engines: dict[int, Engine] = {id(each.answerer.engine): each.answerer.engine for each in self._models.all()}
+        for engine in engines.values():
+            with faults():
+                # Only the engine knows whether it takes work, and says so when it is given some.
+                engine.submit([0], Sampling(max_tokens=1)).cancel()
+        if not self._models.ready:
+            raise Refused(503, "an engine of this server cannot compute", code="engine_unavailable")
 
 
 def _handle_errors(app: FastAPI) -> None:
-    """Give every error OpenAI's shape."""
+    """Give every error OpenAI's shape; what is none of these is a fault of ours (see `Envelope`)."""
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, Refused)
-        return _error(error)
+        return error_reply(error)
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return _error(refusal(error.errors()))
+        return error_reply(refusal(error.errors()))
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         what = _WORDS.get(error.status_code, str(error.detail))
-        return _error(Refused(error.status_code, what), dict(error.headers or {}))
+        return error_reply(Refused(error.status_code, what), error.headers)
 
-    async def fault(request: Request, error: Exception) -> Response:
-        return _error(_FAULT)
+    async def no_database(request: Request, error: Exception) -> Response:
+        what = "the database of this server cannot be reached"
+        return error_reply(Refused(503, what, code="database_unavailable", retry_seconds=1))
 
     app.add_exception_handler(Refused, refused)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(Exception, fault)
-
-
-def _error(refused: Refused, headers: dict[str, str] | None = None) -> Response:
-    return _json(refused.body(), refused.status, headers)
-
-
-def _json(body: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    # Written as ASCII, since an error may quote half a character of the request.
-    return Response(json.dumps(body.model_dump()), status, headers, "application/json")
+    app.add_exception_handler(DatabaseError, no_database)

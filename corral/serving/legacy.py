@@ -12,62 +12,44 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 from corral.answerer import StopCutter
 from corral.engines.base import Delta, Finish, Generation
 from corral.errors import TemplateError
-from corral.serving.completions import DONE, Served, check, faults, finish_reason, room, sampling
+from corral.serving.answering import Served, check, check_length, faults, finish_reason, room, sampling, usage
+from corral.serving.completions import DONE
+from corral.serving.door import Event
 from corral.serving.legacy_protocol import CompletionRequest, TextChoice, TextCompletion, TextLogprobs
 from corral.serving.likelihood import Likelihood, likelihoods
 from corral.serving.protocol import Refused, Usage
-from corral.template import Template
-from corral.template.tokenising import PieceTokenizer
 
 _DEFAULT_TOKENS = 16  # OpenAI's
 _MOST_STOPS = 16  # tasks of lm-eval have more than OpenAI's four
 _IMPOSSIBLE = -9999.0  # JSON has no infinity; vLLM's number
 
 
-class TextPrompts:
-    """Text → ids, as the tokenizer begins a text (with BOS where it has one), and without special tokens elsewhere.
-
-    A special token's name in the text is text here, as in a message of a chat. Who means the token gives its id.
-    """
-
-    def __init__(self, template: Template) -> None:
-        self._template = template
-
-    def ids(self, text: str, *, begin: bool = True) -> list[int]:
-        """The ids of a text; `begin` puts before them what the tokenizer puts before every text. Raises: TemplateError."""
-        ids = self._tokens.ids([(self._tokens.escape(text), False)])[0]
-        return [*self._beginning, *ids] if begin else [*ids]
-
-    @cached_property
-    def _tokens(self) -> PieceTokenizer:
-        return PieceTokenizer(self._template.tokenizer, self._template.source)
-
-    @cached_property
-    def _beginning(self) -> list[int]:
-        encoded = self._template.tokenizer.backend_tokenizer.encode("a", add_special_tokens=True)
-        return encoded.ids[: encoded.special_tokens_mask.index(0)]
+async def asked_text(served: Served, request: CompletionRequest) -> AskedText:
+    """Ask a model for what a request wants. Raises: Refused (it cannot be answered)."""
+    return AskedText(served, request)
 
 
 class AskedText:
     """A request under way: its text as it comes (`events`) or at its end (`whole`).
 
+    The model's prompting and vote do not apply.
+
     Raises:
         Refused: the request cannot be answered.
     """
 
-    def __init__(self, served: Served, texts: TextPrompts, request: CompletionRequest) -> None:
+    def __init__(self, served: Served, request: CompletionRequest) -> None:
         self._served = served
         self._request = request
         self._id = f"cmpl-{secrets.token_hex(12)}"
         self._created = int(time.time())
         _check(served, request)
-        self._prompts = [_ids(served, texts, request, prompt) for prompt in request.prompt]
+        self._prompts = [_ids(served, request, prompt) for prompt in request.prompt]
         stop_ids = () if request.ignore_eos else served.answerer.template.stop_ids
         stop_ids = tuple(dict.fromkeys((*(request.stop_token_ids or ()), *stop_ids)))
         # Whoever asks what the one next token is, as lm-eval does, counts on being told, also where it ends the text.
@@ -93,9 +75,9 @@ class AskedText:
                         _extend(joined[piece.index], piece)
                     else:
                         joined[piece.index] = piece
-        return self._completion([joined[i] for i in sorted(joined)], self._usage())
+        return self._completion([joined[i] for i in sorted(joined)], self.usage)
 
-    async def events(self) -> AsyncGenerator[str, None]:
+    async def events(self) -> AsyncGenerator[Event, None]:
         """The data of each event, as JSON, and "[DONE]". A fault is the last event, with nothing after it."""
         # OpenAI sends `usage` (null in all chunks but the last) only to those who asked for it.
         hidden = None if self._request.wants_usage else {"usage"}
@@ -103,12 +85,17 @@ class AskedText:
             with faults():
                 async with contextlib.aclosing(self._pieces()) as pieces:
                     async for piece in pieces:
-                        yield self._completion([piece]).model_dump_json(exclude=hidden)
+                        yield Event(self._completion([piece]).model_dump_json(exclude=hidden))
             if self._request.wants_usage:
-                yield self._completion([], self._usage()).model_dump_json()
+                yield Event(self._completion([], self.usage).model_dump_json())
             yield DONE
         except Refused as refused:
-            yield refused.body().model_dump_json()
+            yield Event(refused.body().model_dump_json())
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far, of all prompts and choices."""
+        return usage(sum(map(len, self._prompts)), sum(choice.drawn for choice in self._choices))
 
     def cancel(self) -> None:
         """Stop the work; harmless once it has ended."""
@@ -118,6 +105,7 @@ class AskedText:
     def _submit(self, stop_ids: tuple[int, ...]) -> None:
         request, engine = self._request, self._served.answerer.engine
         for ids in self._prompts:
+            room(self._served, len(ids), request.max_tokens, param="prompt")
             if request.echo and request.wants_logprobs:
                 engine.check_score(ids, 1)
         if request.max_tokens == 0:
@@ -188,10 +176,6 @@ class AskedText:
             return []
         found = await likelihoods(self._served.answerer.engine, ids, best=request.logprobs > 0)
         return [None, *found]
-
-    def _usage(self) -> Usage:
-        prompt, completion = sum(map(len, self._prompts)), sum(choice.drawn for choice in self._choices)
-        return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
     def _completion(self, choices: list[TextChoice], usage: Usage | None = None) -> TextCompletion:
         return TextCompletion(
@@ -332,6 +316,7 @@ def _extend(choice: TextChoice, piece: TextChoice) -> None:
 def _check(served: Served, request: CompletionRequest) -> None:
     """Hold the request against the model and the limits. Raises: Refused."""
     check(served, request, most_stops=_MOST_STOPS)
+    check_length(served, request.max_tokens)
     most = served.limits.prompts
     can_score = served.answerer.engine.features.score
     scores = bool(request.echo) and request.wants_logprobs
@@ -347,9 +332,10 @@ def _check(served: Served, request: CompletionRequest) -> None:
             raise Refused(400, f"{param!r}: {what}", param=param)
 
 
-def _ids(served: Served, texts: TextPrompts, request: CompletionRequest, prompt: str | list[int]) -> list[int]:
+def _ids(served: Served, request: CompletionRequest, prompt: str | list[int]) -> list[int]:
+    begins = request.add_special_tokens is not False
     try:
-        ids = prompt if isinstance(prompt, list) else texts.ids(prompt, begin=request.add_special_tokens is not False)
+        ids = prompt if isinstance(prompt, list) else served.texts.ids(prompt, begin=begins)
     except TemplateError as error:
         raise Refused(400, f"'prompt': {error.what}", param="prompt") from error
     vocabulary = served.answerer.engine.features.vocabulary

@@ -29,7 +29,9 @@ def _prompts(value: Any) -> list[str | list[int]]:
     raise PydanticCustomError("prompt", "must be text, a list of texts, a list of token ids, or a list of such lists")
 
 
-Prompts: TypeAlias = Annotated[Any, PlainValidator(_prompts)]
+# As the OpenAPI document tells it.
+_Form: TypeAlias = str | list[str] | list[int] | list[list[int]]
+Prompts: TypeAlias = Annotated[Any, PlainValidator(_prompts, json_schema_input_type=_Form)]
 
 
 class CompletionRequest(Ask):

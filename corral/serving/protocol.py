@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from corral.consensus import Method, Stop
 from corral.errors import InputError
 
 
@@ -26,8 +27,14 @@ class Limits:
     """Choices of one prompt."""
     prompts: int = 64
     """Prompts of one request, where a request may hold several."""
+    inputs: int = 1024
+    """Texts of one request that are embedded."""
     stop_characters: int = 256
     """Length of one stop string."""
+    prompt_tokens: int = 32768
+    """Tokens of one prompt, with all that is shown before the question."""
+    max_tokens: int = 8192
+    """The most tokens of one choice that may be asked for."""
     default_tokens: int = 4096
     """The most tokens of an answer whose request does not say how many it wants; the context may set fewer."""
 
@@ -40,12 +47,22 @@ class Refused(InputError):
         what: the fault, for the person who reads it.
         param: the field it is about.
         code: what programs know it by.
+        retry_seconds: after how long the same request may fare better.
     """
 
-    def __init__(self, status: int, what: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        what: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_seconds: int | None = None,
+    ) -> None:
         super().__init__(what, where=param)
         self.status = status
         self.code = code
+        self.retry_seconds = retry_seconds
 
     def body(self) -> ErrorBody:
         """The form it is sent in."""
@@ -68,6 +85,16 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
+@dataclass(frozen=True)
+class _Only(AfterValidator):
+    """A check that the OpenAPI document tells."""
+
+    harmless: tuple[object, ...] = ()
+
+    def __get_pydantic_json_schema__(self, _: object, __: object) -> dict[str, Any]:
+        return {"enum": [*self.harmless]}
+
+
 def only(*harmless: object) -> AfterValidator:
     """Accepts values that change nothing, and refuses a field that would have to be supported otherwise."""
 
@@ -79,7 +106,7 @@ def only(*harmless: object) -> AfterValidator:
             )
         return value
 
-    return AfterValidator(check)
+    return _Only(check, harmless)
 
 
 Nothing: TypeAlias = Annotated[Any, only(None)]
@@ -163,7 +190,33 @@ class Ask(Body):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
-class ChatRequest(Ask):
+class ConsensusWish(Body):
+    """That several answers are drawn and the one is given that agrees best with the others."""
+
+    method: Method
+    n: int = Field(5, ge=2)
+    """Answers drawn."""
+    stop: Stop = "lossless"
+    """When the rest is cancelled: `never`, `lossless` (once they cannot change the choice), or `adaptive` (also at a lead that
+    is 95 % certain; of votes only)."""
+
+    @model_validator(mode="after")
+    def _votes(self) -> Self:
+        if self.stop == "adaptive" and self.method not in ("majority", "rouge-l+math"):
+            raise PydanticCustomError("adaptive", "'stop': \"adaptive\" counts votes, and this method has none")
+        return self
+
+
+class AskConversation(Ask):
+    """What every request may hold that is about a conversation. `consensus` is an extension.
+
+    Left out, the answer is chosen as the server was told; null turns that off.
+    """
+
+    consensus: ConsensusWish | None = None
+
+
+class ChatRequest(AskConversation):
     """`POST /v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1)
@@ -262,11 +315,39 @@ class Choice(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens: the prompt's once, and those drawn for all choices (a stop token is not counted)."""
+    """Tokens: the prompt's once, with the examples shown before the question, and those drawn for all choices or candidates (a
+    stop token is not counted)."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+
+
+class CandidateShown(BaseModel):
+    """One of the answers that were voted on."""
+
+    text: str
+    finish_reason: Literal["stop", "length", "cancelled"]
+    """`cancelled`: it was not needed, and is as far as it came."""
+    score: float | None
+    """Mean agreement with the others, or the share of the votes; null if it was not needed."""
+    result: str | None
+    """What was counted, where votes were."""
+
+
+class VoteShown(BaseModel):
+    """How the answer was chosen."""
+
+    method: Method
+    winner: int
+    """Its place among the candidates."""
+    candidates: list[CandidateShown]
+    cancelled: int
+    """Candidates that were not needed."""
+
+
+def _is_none(value: object) -> bool:
+    return value is None
 
 
 class ChatCompletion(BaseModel):
@@ -279,6 +360,8 @@ class ChatCompletion(BaseModel):
     system_fingerprint: str | None
     choices: list[Choice]
     usage: Usage
+    consensus: VoteShown | None = Field(None, exclude_if=_is_none)
+    """Where the answer was chosen from several; an extension."""
 
 
 class ChunkChoice(BaseModel):
@@ -300,19 +383,22 @@ class Chunk(BaseModel):
     system_fingerprint: str | None
     choices: list[ChunkChoice]
     usage: Usage | None = None
+    consensus: VoteShown | None = Field(None, exclude_if=_is_none)
+    """In the chunk that ends the answer, where it was chosen from several; an extension."""
 
 
 class Model(BaseModel):
-    """An entry of `/v1/models`. `max_model_len` is an extension: most tokens of prompt and answer together."""
+    """An entry of `/v1/models`. Extensions: `max_model_len`, most tokens of prompt and answer together, and `task`."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "corral"
     max_model_len: int
+    task: Literal["chat", "embeddings"] = "chat"
 
 
-class Models(BaseModel):
+class ModelList(BaseModel):
     """`/v1/models`."""
 
     object: Literal["list"] = "list"

@@ -1,79 +1,141 @@
-"""The process of `corral serve`: an address, a loaded model, and an orderly end. Knows nothing about requests."""
+"""The process of `corral serve`: an address, a database, loaded models, and an orderly end. Knows nothing about requests."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import ipaddress
+import re
 import shlex
 import signal
 import socket
 import sys
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Generator, Sequence
+from dataclasses import dataclass
 
 import uvicorn
+from fastapi import APIRouter, FastAPI
 
 from corral.engines.load import Name
 from corral.errors import InputError
 from corral.interrupts import Interrupts, Stopped
-from corral.opening import open_model
+from corral.serving import embeddings, responses
 from corral.serving.app import build_app
-from corral.serving.completions import Served
+from corral.serving.connections import connection_type
+from corral.serving.conversations import Conversations
+from corral.serving.database import Database
+from corral.serving.door import Bounds, Door
+from corral.serving.keys import Keys
+from corral.serving.models import Models, open_served
 
-_GRACE_SECONDS = 10  # for answers under way when the server is told to end
+_GRACE_SECONDS = 25.0  # for answers under way when the server is told to end; under the 30 that Kubernetes gives
+_LAST_SECONDS = 2  # for what is not work, after that
+_ORIGIN = re.compile(r"https?://[^/\s*?#@]+")
 
 
-def serve(spec: str, *, host: str, port: int, engine: Name | None, name: str | None, insecure: bool) -> None:
-    """Serve a model until SIGINT or SIGTERM; a second SIGINT does not wait for answers under way.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a server listens, and to whom."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 takes any free one."""
+    insecure: bool = False
+    """Allow addresses that other machines reach, though there are no keys, and any name for this machine."""
+    cors: Sequence[str] = ()
+    """Origins whose pages may ask."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a server serves; see `open_served`."""
+
+    specs: Sequence[str]
+    engine: Name | None = None
+    urls: Sequence[str] = ()
+    name: str | None = None
+    embeddings: bool = False
+
+
+def serve(wanted: Wanted, place: Place, bounds: Bounds, database: str | None) -> None:
+    """Serve models until SIGINT or SIGTERM; a second one does not wait for answers under way.
 
     Args:
-        spec: a run directory, or any model spec.
-        host: the address to listen on.
-        port: 0 takes any free port.
-        engine: one of `engines.load.ENGINES`; None takes the one meant for the device.
-        name: what clients call the model; None takes the run's, folder's, asset's or hub's name.
-        insecure: allow addresses that other machines reach, though there are no keys.
+        bounds: what requests may take.
+        database: the URL of the database with keys and conversations; None: there are neither.
 
     Raises:
-        InputError: the address cannot be used.
-        RunError, ModelError, AssetError, TemplateError, MissingExtraError: see `open_model`.
+        InputError: the address cannot be used, or a model cannot be found or loaded.
+        DatabaseError: the database cannot be used.
+        TemplateError, MissingExtraError: see `open_served`.
         Stopped: a signal ended it, in good order.
     """
+    _check_origins(place.cors)
     with Interrupts() as interrupts:
         try:
             # The address first: to say that it is taken should not wait for a model to load.
-            with contextlib.closing(_bind(host, port, insecure)) as listener:
+            with contextlib.closing(_bind(place)) as listener, _opened(database) as opened:
+                has_keys = opened is not None and any(key.works for key in Keys(opened).all())
+                _check_reach(place, listener, has_keys)
                 print("loading …", file=sys.stderr)
-                opened = open_model(spec, engine)
-                served = Served(opened.answerer, name or opened.name, fingerprint=f"fp_{opened.fingerprint}")
-                number = asyncio.run(_run(served, listener, any_name=insecure))
+                models = open_served(
+                    wanted.specs,
+                    engine=wanted.engine,
+                    urls=wanted.urls,
+                    name=wanted.name,
+                    embeddings=wanted.embeddings,
+                )
+                number = asyncio.run(_run(models, place, listener, bounds, opened, has_keys=has_keys))
         except KeyboardInterrupt:
             raise Stopped(interrupts.signal) from None
     raise Stopped(number)
 
 
-async def _run(served: Served, listener: socket.socket, *, any_name: bool) -> int | None:
+async def _run(
+    models: Models,
+    place: Place,
+    listener: socket.socket,
+    bounds: Bounds,
+    database: Database | None,
+    *,
+    has_keys: bool,
+) -> int | None:
     """Serve until told to end. Returns: the signal that told so."""
     address, port = listener.getsockname()[:2]
-    hosts = () if any_name else ("localhost", "127.0.0.1", "::1", str(address))
-    server = http_server(served, hosts)
+    door = Door(bounds, None if database is None else Keys(database))
+    # A page in a browser cannot know a key; where there may be none, it must not come by a name of its own.
+    hosts = ("localhost", "127.0.0.1", "::1", str(address)) if _is_local(str(address)) and not place.insecure else ()
+    app = build_app(models, door, routers=_routers(models, door, database), hosts=hosts, cors=place.cors)
+    server = http_server(app, door)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.stop, number)
-    listener.listen(128)  # from here on clients may connect, so what is printed is true
-    _announce(served, f"http://{f'[{address}]' if ':' in address else address}:{port}")
+    listener.listen(1024)  # from here on clients may connect, so what is printed is true
+    _announce(models, f"http://{f'[{address}]' if ':' in address else address}:{port}", has_keys=has_keys)
     try:
         await server.serve(sockets=[listener])
     finally:
-        await served.answerer.engine.close()
+        await models.close()
+        await door.close()
     return server.stopped_by
 
 
-def http_server(served: Served, hosts: Collection[str] = ()) -> Server:
-    """What answers HTTP, on the sockets given to its `serve`; `hosts` as in `build_app`."""
+def _routers(models: Models, door: Door, database: Database | None) -> list[APIRouter]:
+    """The routes that only some servers have."""
+    routers: list[APIRouter] = []
+    if database is not None:
+        routers.append(responses.routes(models, Conversations(database), door))
+    if models.embed is not None:
+        routers.append(embeddings.routes(models, door))
+    return routers
+
+
+def http_server(app: FastAPI, door: Door) -> Server:
+    """What answers HTTP, on the sockets given to its `serve`."""
     config = uvicorn.Config(
-        build_app(served, hosts=hosts),
-        http="h11",
+        app,
+        http=connection_type(door.bounds),
+        h11_max_incomplete_event_size=door.bounds.header_bytes,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -81,20 +143,46 @@ def http_server(served: Served, hosts: Collection[str] = ()) -> Server:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        timeout_graceful_shutdown=_GRACE_SECONDS,
+        timeout_graceful_shutdown=_LAST_SECONDS,
     )
-    return Server(config)
+    return Server(config, door)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which leaves signals to corral: it would raise them again before the engine is closed."""
+    """uvicorn's server, which leaves signals to corral: it would raise them again before the engines are closed.
+
+    Args:
+        door: is closed to new work when the server is told to stop.
+    """
 
     stopped_by: int | None = None
+    grace_seconds = _GRACE_SECONDS
+
+    def __init__(self, config: uvicorn.Config, door: Door) -> None:
+        super().__init__(config)
+        self._door = door
+        self._draining: asyncio.Task[None] | None = None
 
     def stop(self, number: int) -> None:
-        """Take no more requests and end; told again by SIGINT, end without waiting for those under way."""
+        """End once the work under way is done; told again, end at once.
+
+        Until then the server still listens: it refuses work, and its readiness tells those who watch it.
+        """
         self.stopped_by = self.stopped_by or number
-        self.handle_exit(number, None)
+        self._door.is_closing = True
+        if self._draining is None:
+            self._draining = asyncio.get_running_loop().create_task(self._drain())
+            return
+        self.should_exit = self.force_exit = True
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+    async def _drain(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.grace_seconds):
+                while self._door.places.inside or self._door.places.waiting:
+                    await asyncio.sleep(0.05)
+        self.should_exit = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
@@ -102,35 +190,66 @@ class Server(uvicorn.Server):
         yield
 
 
-def _announce(served: Served, url: str) -> None:
-    body = f'{{"model": "{served.name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+def _announce(models: Models, url: str, *, has_keys: bool) -> None:
+    names = [served.name for served in models.all()]
+    engines = dict.fromkeys(served.answerer.engine.name for served in models.all())
+    body = f'{{"model": "{names[0]}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+    key = ' -H "authorization: Bearer $CORRAL_API_KEY"' if has_keys else ""
     print(
-        f"serving {served.name} with {served.answerer.engine.name} at {url}/v1 (Ctrl-C ends)\n"
-        f"try: curl {url}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(body)}",
+        f"serving {', '.join(names)} with {', '.join(engines)} at {url}/v1 (Ctrl-C ends)\n"
+        f"try: curl {url}/v1/chat/completions -H 'content-type: application/json'{key} -d {shlex.quote(body)}",
         file=sys.stderr,
         flush=True,
     )
 
 
-def _bind(host: str, port: int, insecure: bool) -> socket.socket:
-    """A socket at an address that this machine has and may use. Raises: InputError."""
-    where = f"--host {host} --port {port}"
-    if not 0 <= port <= 65535:
+@contextlib.contextmanager
+def _opened(url: str | None) -> Generator[Database | None]:
+    """Raises: DatabaseError."""
+    if url is None:
+        yield None
+        return
+    with contextlib.closing(Database(url)) as database:
+        yield database
+
+
+def _check_origins(origins: Collection[str]) -> None:
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise InputError(
+                f"{origin!r} is not the origin of a page",
+                where="--cors",
+                hint="give scheme, host and port if there is one: https://chat.example.org",
+            )
+
+
+def _check_reach(place: Place, listener: socket.socket, has_keys: bool) -> None:
+    """Raises: InputError (anybody on the network could ask)."""
+    if not (place.insecure or has_keys or _is_local(str(listener.getsockname()[0]))):
         raise InputError(
-            f"{port} is not a port", where=where, hint="use one from 1 to 65535, or 0 for any that is free"
+            f"{place.host} can be reached from other machines, and there are no keys",
+            where=f"--host {place.host} --port {place.port}",
+            hint="make one with `corral keys add NAME`, or accept that anybody may ask with --insecure",
+        )
+
+
+def _is_local(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def _bind(place: Place) -> socket.socket:
+    """A socket at an address that this machine has; nobody can connect yet. Raises: InputError."""
+    where = f"--host {place.host} --port {place.port}"
+    if not 0 <= place.port <= 65535:
+        raise InputError(
+            f"{place.port} is not a port", where=where, hint="use one from 1 to 65535, or 0 for any that is free"
         )
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, _, _, address = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError):
         raise InputError(
-            f"{host!r} is not an address of this machine", where=where, hint="leave out --host, or try 127.0.0.1"
+            f"{place.host!r} is not an address of this machine", where=where, hint="leave out --host, or try 127.0.0.1"
         ) from None
-    if not (insecure or ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback):
-        raise InputError(
-            f"{host} can be reached from other machines, and this server has no keys yet (they are planned)",
-            where=where,
-            hint="leave out --host and use a tunnel, or accept that anybody may ask with --insecure",
-        )
     listener = socket.socket(family, kind)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

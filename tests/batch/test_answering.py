@@ -76,6 +76,7 @@ def test_candidates_that_are_not_needed_are_ended_and_said_to_be(template: Templ
     found = row(answerer, prompt(0))
     assert found["finishes"] == ["stop", "stop", "cancelled"]
     assert found["result"] == "4"
+    assert found["results"] == ["4", "4", None]
 
 
 def test_draws_differ_from_row_to_row_and_are_the_same_for_the_same_seed(template: Template) -> None:
@@ -159,6 +160,59 @@ def test_a_row_that_breaks_the_engine_is_bad_and_those_beside_it_are_answered(te
     assert sorted(found) == list(range(120))
     assert {index for index, done in found.items() if "error" in done} == {3, 50}
     assert found[3]["error"] == "the process ended"
+
+
+@pytest.mark.parametrize("breaking", [{39}, {37, 38, 39}, {0, 1, 2, 3}, set(range(40))])
+@pytest.mark.parametrize("choices", [1, 20, 320])
+def test_rows_that_break_the_engine_are_bad_wherever_they_stand(
+    template: Template, breaking: set[int], choices: int
+) -> None:
+    found: dict[int, dict[str, Any]] = {}
+    prompts = iter([prompt(i, "break it" if i in breaking else "Hi?") for i in range(40)])
+    engine = failing(template, lambda text: "break it" in text)
+    answer_here(engine, choices, 0, prompts, lambda row: found.update({row["index"]: row}))
+    assert sorted(found) == list(range(40))
+    assert {index for index, row in found.items() if "error" in row} == breaking
+
+
+@pytest.mark.parametrize("times", [1, 2, 3, 4])
+def test_a_row_is_bad_only_if_it_breaks_the_engine_beside_others_and_twice_alone(
+    template: Template, times: int
+) -> None:
+    failed = 0
+
+    def fails(text: str) -> bool:
+        nonlocal failed
+        failed += "break it" in text
+        return "break it" in text and failed <= times
+
+    kept: list[Any] = []
+    answer_here(failing(template, fails), 1, 0, iter([prompt(0, "break it"), prompt(1)]), kept.append)
+    assert {row["index"]: "error" in row for row in kept} == {0: times > 2, 1: False}
+    assert failed == min(times + 1, 3)
+
+
+def test_a_row_that_may_break_the_engine_is_asked_when_nobody_else_is(template: Template) -> None:
+    beside: list[int] = []
+
+    class Watched(ScriptedEngine):
+        def submit(self, ids: Sequence[int], sampling: Sampling) -> Any:
+            given = super().submit(ids, sampling)
+            if "break it" in template.tokenizer.decode(list(ids)):
+                beside.append(len(self._open))
+            return given
+
+    def reply(asked: Sequence[int], _: Sampling, __: int) -> list[int]:
+        if "break it" in template.tokenizer.decode(list(asked)):
+            raise RuntimeError("broken")
+        return [5, 6, 7]
+
+    prompts = iter([prompt(i, "break it" if i in (3, 30) else "Hi?") for i in range(60)])
+    kept: list[Any] = []
+    answer_here(lambda: Answerer(Watched(reply, delay_seconds=0.001), template), 20, 0, prompts, kept.append)
+    assert len(kept) == 60
+    assert sorted(beside)[:4] == [1, 1, 1, 1]
+    assert sorted(beside)[4] > 1
 
 
 def test_an_engine_that_fails_whatever_is_asked_stops_the_work(template: Template) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Any
 import pytest
 
 from corral.batch import answer_file
-from corral.batch.cluster import answer_on_ray
+from corral.batch.cluster import Worker, _packed, answer_on_ray
+from corral.batch.prompts import Prompts
 from corral.errors import EngineError, InputError, MissingExtraError
 from corral.progress import Progress
-from tests.batch.work import MADE_OF, Batch, read, wait_for_rows
+from tests.batch.work import MADE_OF, Batch, asked, read, wait_for_rows
 
 ROWS = 400
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="the extra `ray` is not installed")
@@ -54,6 +56,37 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(MissingExtraError, match="ray") as missing:
         answer_on_ray(None, lambda: None, 1, 0, iter([]), print)  # type: ignore[arg-type, return-value]
     assert "corral[ray]" in str(missing.value.hint)
+
+
+def test_a_worker_tells_a_row_that_breaks_its_engine_from_an_engine_that_is_broken(make: Callable[..., Batch]) -> None:
+    import pyarrow as pa
+
+    rows = [{"prompt": "Break it." if i == 7 else asked(i)} for i in range(16)]
+    batch = make(rows, breaks_at="Break it.")
+    given = pa.table({"row": [_packed(prompt) for prompt in Prompts(str(batch.prompts), Progress())]})
+    worker = Worker(batch.open, 7)
+    found = [json.loads(row) for row in worker({"row": given["row"]})["row"]]
+    assert [row["index"] for row in found] == list(range(16))
+    assert [row["index"] for row in found if "error" in row] == [7]
+    with pytest.raises(EngineError, match="broken"):
+        Worker(replace(batch, breaks_at="").open, 7)({"row": given["row"]})
+
+
+@pytest.mark.full
+@needs_ray
+def test_rows_that_break_an_engine_are_bad_and_all_others_are_answered(
+    cluster: str, make: Callable[..., Batch], tmp_path: Path
+) -> None:
+    breaking = {3, 50, 98, 99}
+    rows = [{"prompt": "Break it." if i in breaking else asked(i)} for i in range(100)]
+    batch = make(rows, breaks_at="Break it.")
+    answering = partial(answer_on_ray, cluster, batch.open, 1, 7)
+    outcome = answer_file(str(batch.prompts), batch.out, MADE_OF, answering, Progress())
+    assert (outcome.figures.rows, outcome.figures.bad) == (100, 4)
+    assert {row["index"] for row in read(batch.out) if "error" in row} == breaking
+    here = replace(batch, out=tmp_path / "here.jsonl")
+    here.run()
+    assert here.out.read_bytes() == batch.out.read_bytes()
 
 
 @pytest.mark.full

@@ -23,6 +23,7 @@ from corral.batch.journal import Journal
 from corral.consensus import Consensus
 from corral.engines.base import Sampling
 from corral.engines.scripted import ScriptedEngine
+from corral.errors import EngineError
 from corral.interrupts import Stopped
 from corral.model.loading import load_tokenizer
 from corral.progress import Progress
@@ -55,6 +56,8 @@ class Batch:
     calls: Path
     consensus: Consensus | None = None
     delay_seconds: float = 0.0
+    breaks_at: str | None = None
+    """What a prompt contains that the engine fails at, with all that is under way."""
 
     @property
     def journal(self) -> Path:
@@ -66,6 +69,9 @@ class Batch:
         def reply(ids: Sequence[int], sampling: Sampling, choice: int) -> list[int]:
             with self.calls.open("a") as file:
                 file.write(json.dumps(list(ids)) + "\n")
+            if self.breaks_at is not None and self.breaks_at in template.tokenizer.decode(list(ids)):
+                for request in list(engine._open):
+                    request.generation.fail(EngineError("the engine is broken"))
             word = f"{sampling.seed} {choice // 2} {len(ids)}"
             return template.tokenizer.encode(word, add_special_tokens=False)
 

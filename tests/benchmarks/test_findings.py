@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import random
 from pathlib import Path
@@ -9,8 +10,15 @@ from typing import Any
 
 import pytest
 
+from corral.answerer import Answerer
+from corral.engines.base import Sampling
+from corral.engines.scripted import ScriptedEngine
+from corral.evaluation.runner import Item, Maker, RowFile
 from corral.evaluation.scorecard import Comparison, Scorecard, build
 from corral.evaluation.scoring import Row, VariantRows
+from corral.messages import Conversation
+from corral.progress import Progress
+from corral.template import Template
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 
@@ -40,14 +48,14 @@ def card(*shares: float, names: tuple[str, ...] = ("one", "two", "three")) -> Sc
     return build(variants, baseline=names[0], seed=0)
 
 
-def comparison(difference: float, p: float, mde: float | None = 0.05) -> Comparison:
+def comparison(difference: float, p: float, mde: float | None = 0.05, spread: float = 0.03) -> Comparison:
     return Comparison(
         a="new",
         b="old",
         metric="arithmetic/accuracy",
         difference=difference,
-        low=difference - 0.03,
-        high=difference + 0.03,
+        low=difference - spread,
+        high=difference + spread,
         p=p,
         n=300,
         p_holm=p,
@@ -77,9 +85,26 @@ def test_a_sentence_says_what_its_figures_say(page: Any, difference: float, p: f
 
 
 def test_variants_that_never_differ_are_not_said_to_be_equal_everywhere(page: Any) -> None:
-    said = page.sentence(comparison(0.0, 1.0, mde=0.0))
+    said = page.sentence(comparison(0.0, 1.0, mde=None, spread=0.0))
     assert "came out the same in each of 300 rows" in said
     assert "at most 1% differ" in said
+
+
+def test_an_answer_without_tokens_has_no_mean_log_probability(
+    template: Template, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    findings = importlib.import_module("findings")
+    file, maker = RowFile(tmp_path / "votes.jsonl"), Maker("arithmetic", "made")
+    item = Item("a", Conversation.of(("user", "now"), ("assistant", "x")))
+    sampling = Sampling(8, n=2, logprobs=True)
+
+    async def draw() -> None:
+        async with ScriptedEngine(lambda _, __, choice: [65, 66] if choice else []) as engine:
+            await findings._draw(Answerer(engine, template), maker, [item], sampling, file, Progress())
+
+    asyncio.run(draw())
+    assert [mean for _, mean in file.of(maker)["a"]["candidates"]] == [None, -0.5]
 
 
 def test_the_page_tells_every_comparison_once_with_machine_versions_and_seed(page: Any) -> None:

@@ -57,9 +57,9 @@ def address(said: str) -> str:
 def curl(command: str, url: str) -> Any:
     """What `curl` would send, sent."""
     words = shlex.split(command.replace("http://127.0.0.1:8000", url))
-    options = dict(zip(words[2::2], words[3::2], strict=True))
-    headers = dict([options["-H"].split(": ")]) if "-H" in options else {}
-    data = options["-d"].encode() if "-d" in options else None
+    options = list(zip(words[2::2], words[3::2], strict=True))
+    headers = dict(value.split(": ") for name, value in options if name == "-H")
+    data = next((value.encode() for name, value in options if name == "-d"), None)
     with urllib.request.urlopen(urllib.request.Request(words[1], data, headers)) as answer:
         return json.load(answer)
 
@@ -67,24 +67,31 @@ def curl(command: str, url: str) -> Any:
 @pytest.fixture(scope="module")
 def quickstart(finished: Path) -> Generator[str]:
     """The address of a server of the finished run, under the name that the documentation uses."""
-    with serving(finished / "run", "--name", "quickstart") as (said, _):
+    with serving(finished / "run", "--name", "quickstart", "--embeddings") as (said, _):
         yield address(said)
 
 
 def test_every_request_in_the_documentation_works(quickstart: str) -> None:
     commands = re.findall(r"^curl .*$", DOCS, re.M)
-    assert len(commands) == 2
+    assert len(commands) == 4
     for command in [*commands, *re.findall(r"^curl .*$", README, re.M)]:
         answer = curl(command, quickstart)
-        assert answer.get("status") == "ok" or answer["choices"][0]["finish_reason"] in ("stop", "length")
+        is_list = answer.get("object") == "list" and answer["data"]
+        assert is_list or answer.get("status") == "ok" or answer["choices"][0]["finish_reason"] in ("stop", "length")
+        assert ("consensus" in command) == ("consensus" in answer)
 
 
 def test_the_python_in_the_documentation_works(quickstart: str) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", DOCS, re.S)
-    script = code.replace("http://127.0.0.1:8000", quickstart)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"^2 (stop|length) ", done.stdout, re.M)
+    said = []
+    for code in re.findall(r"```python\n(.*?)```", DOCS, re.S):
+        script = code.replace("http://127.0.0.1:8000", quickstart)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    completions, conversations, embeddings = said
+    assert re.search(r"^2 (stop|length) ", completions, re.M)
+    assert re.findall(r"^(user|assistant) ", conversations, re.M)[:2] == ["user", "assistant"]
+    assert re.fullmatch(r"2 384 \d+\n", embeddings)
 
 
 def test_every_serve_command_in_the_documentation_parses() -> None:

@@ -78,6 +78,34 @@ def test_a_changed_variant_is_redone_and_settings_elsewhere_are_refused(
     assert "neither evaluation nor answers" in capsys.readouterr().err
 
 
+def test_other_rows_in_a_source_of_examples_are_noticed(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(finished / "run", tmp_path / "run"))
+    rows = tmp_path / "examples.jsonl"
+    variant = f'{{name = "shown", answer = {{shots = {{count = 2, source = {{path = "{rows}"}}}}}}}}'
+
+    def shown(completion: str) -> dict[str, Any]:
+        rows.write_text("".join(json.dumps({"prompt": f"{n}?", "completion": completion}) + "\n" for n in range(4)))
+        return evaluate(capsys, run, f"evaluate.variants=[{variant}]")["variants"]["shown"]["info"]
+
+    few, many = shown("so"), shown("so it is, and " * 5)
+    assert many["prompt_tokens"] > few["prompt_tokens"]
+
+
+def test_an_adapter_in_a_run_is_asked_as_its_run_is(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "How long does rice take?"}\n')
+    asked = {"plain": [], "shown": ["--shots", "2"]}
+    for name, options in asked.items():
+        arguments = ["batch", str(finished / "run" / "train-1-sft" / "adapter"), str(prompts)]
+        assert cli.main([*arguments, "--out", str(tmp_path / name), *options]) == 0, capsys.readouterr().err
+    plain, shown = (json.loads((tmp_path / name).read_text("utf-8"))["prompt_tokens"] for name in asked)
+    assert shown > plain + 10
+
+
 @pytest.mark.full
 def test_an_exported_form_is_a_variant_and_is_exported_first(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -27,6 +27,7 @@ VERBS = (
     "chat",
     "batch",
     "serve",
+    "keys",
     "assets",
     "cache",
 )

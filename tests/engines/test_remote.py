@@ -22,10 +22,11 @@ from corral.engines.base import Completion, Engine, Features, Sampling
 from corral.engines.remote import RemoteEngine
 from corral.engines.scripted import ScriptedEngine
 from corral.engines.transformers import TransformersEngine
-from corral.errors import EngineError, InputError, ModelError, RequestError
+from corral.errors import EngineError, EngineUnavailableError, InputError, ModelError, RequestError
 from corral.model.loading import load_tokenizer
-from corral.serving.completions import Served
+from corral.serving.answering import Served
 from corral.template import Template
+from corral.wire import said
 from tests.conftest import Request, web_server
 from tests.engines.conformance import DRAWN, GREEDY, EngineConformance, Failing, Subject, complete, deltas_of
 from tests.engines.test_scripted import PROMPTS, babble, breaking
@@ -461,7 +462,10 @@ from pathlib import Path
 from corral.answerer import Answerer
 from corral.engines.scripted import ScriptedEngine
 from corral.model.loading import load_tokenizer
-from corral.serving.completions import Served
+from corral.serving.answering import Served
+from corral.serving.app import build_app
+from corral.serving.door import Door
+from corral.serving.models import Models
 from corral.serving.server import http_server
 from corral.template import Template
 from tests.engines.test_scripted import babble
@@ -470,7 +474,9 @@ listener = socket.create_server(("127.0.0.1", 0))
 template = Template.load(load_tokenizer(Path(sys.argv[1])))
 served = Served(Answerer(ScriptedEngine(babble, delay_seconds=0.01), template), "m")
 print(listener.getsockname()[1], flush=True)
-asyncio.run(http_server(served).serve(sockets=[listener]))
+door = Door()
+server = http_server(build_app(Models([served]), door), door)
+asyncio.run(server.serve(sockets=[listener]))
 """
 
 
@@ -545,3 +551,215 @@ def test_the_example_in_the_documentation_works(template: Template) -> None:
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"(\(\d+(, \d+)* ?.*\) \w+\n)+.*\n", done.stdout), done.stdout
+
+
+# Endpoints that go and come
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until, "it never came to be"
+        time.sleep(0.01)
+
+
+def test_one_that_failed_is_asked_for_its_models_and_for_answers_only_once_it_lists_them() -> None:
+    listed = flaky(refusing(503), models=[{"id": "m", "max_model_len": 8192}])
+    with web_server(listed) as url, web_server(flaky(well)) as other:
+        engine = remote(url, other)
+        listed.models = [{"id": "another", "max_model_len": 8192}]
+
+        async def test() -> None:
+            async with engine:
+                for _ in range(8):
+                    await complete(engine, [1], DRAWN)
+                assert len(listed.asked) == 1
+                await asyncio.to_thread(wait_for, lambda: len(listed.keys) >= 4)
+                assert len(listed.asked) == 1, "it does not list the model"
+                listed.completion = well  # type: ignore[method-assign]
+                listed.models = [{"id": "m", "max_model_len": 8192}]
+                while len(listed.asked) < 2:
+                    await asyncio.gather(*(complete(engine, [1], DRAWN) for _ in range(2)))
+
+        asyncio.run(test())
+
+
+def test_those_that_nobody_asks_are_looked_at_where_that_is_wanted() -> None:
+    # A connection for each request: one that is kept would outlive the server.
+    answers = flaky(well, protocol_version="HTTP/1.0")
+    with web_server(answers) as url:
+        engine = remote(url, check_seconds=0.05)
+        lazy = remote(url)
+        assert engine.ready
+    wait_for(lambda: not engine.ready)
+    assert lazy.ready, "it has not noticed"
+    with web_server(answers, int(url.rpartition(":")[2])):
+        wait_for(lambda: engine.ready)
+        assert ask(engine)[0].ids == (7, 8, 9)
+        assert ask(lazy)[0].ids == (7, 8, 9)
+
+
+def test_without_patience_a_request_is_refused_while_all_rest_and_each_endpoint_is_tried_once() -> None:
+    first, second = flaky(refusing(503)), flaky(refusing(429))
+    with web_server(first) as url, web_server(second) as other:
+
+        async def test() -> None:
+            async with remote(url, other, retries=0, backoff_seconds=60) as engine:
+                with pytest.raises(EngineUnavailableError, match=r"503.*429"):
+                    await complete(engine, [1], DRAWN)
+                assert not engine.ready
+                with pytest.raises(EngineUnavailableError):
+                    engine.submit([1], DRAWN)
+
+        asyncio.run(test())
+    assert (len(first.asked), len(second.asked)) == (1, 1)
+
+
+def test_a_model_that_only_embeds_is_not_the_one_that_is_meant() -> None:
+    models = [{"id": "m", "max_model_len": 8192}, {"id": "e", "max_model_len": 256, "task": "embeddings"}]
+    with web_server(flaky(well, models=models)) as url:
+        engine = remote(url)
+        assert (engine.model, engine.features.max_length) == ("m", 8192)
+        asyncio.run(engine.close())
+
+
+# What an endpoint can do, found out
+
+
+def tried(**known: Any) -> Callable[[Flaky], None]:
+    """A server that knows these fields besides the usual ones, and refuses others as OpenAI's does."""
+    usual = {"model", "prompt", "stream", "max_tokens", "n", "temperature", "top_p", "seed"}
+
+    def answer(self: Flaky) -> None:
+        body = self.asked[-1]
+        if foreign := set(body) - usual - set(known):
+            refusing(400, f"unknown parameter {min(foreign)}")(self)
+            return
+        choice: dict[str, Any] = {"text": "bc", "finish_reason": "length"}
+        if "return_token_ids" in body:
+            choice["token_ids"] = [98, 99][: body["max_tokens"]]
+        if "logprobs" in body:
+            told = [None, -1.0] if body.get("echo") else []
+            choice["logprobs"] = {"token_logprobs": [*told, *[-0.5] * len(choice["token_ids"])]}
+        if body.get("stream"):
+            self.events({"choices": [choice | {"index": i} for i in range(body["n"])]})
+        else:
+            self.answer(200, {}, json.dumps({"choices": [choice]}).encode())
+
+    return answer
+
+
+IDS: dict[str, Any] = dict.fromkeys(
+    ("return_token_ids", "ignore_eos", "stop_token_ids", "top_k", "min_p", "repetition_penalty")
+)
+ABLE: dict[str, tuple[Callable[[Flaky], None], tuple[bool, bool], int]] = {
+    "all of it": (tried(**IDS, logprobs=0, echo=True), (True, True), 1),
+    "log-probs of what it draws": (tried(**IDS, logprobs=0), (True, False), 2),
+    "ids": (tried(**IDS), (False, False), 3),
+    "text": (tried(), (False, False), 4),
+}
+
+
+@pytest.mark.parametrize("case", ABLE)
+def test_what_a_server_gives_besides_text_is_found_out_once_and_answers_come_in_every_case(case: str) -> None:
+    answer, (logprobs, score), asked = ABLE[case]
+    answers = flaky(answer)
+    with web_server(answers) as url:
+        engine = remote(url, try_out=True, ids_of=lambda text: [ord(c) for c in text])
+        assert (engine.features.logprobs, engine.features.score) == (logprobs, score)
+        assert len(answers.asked) == asked
+        assert {body["max_tokens"] for body in answers.asked} == {1}, "it costs a token"
+        (done,) = ask(engine, sampling=Sampling(max_tokens=2, seed=1))
+    assert (done.ids, done.finish) == ((98, 99), "length")
+
+
+def test_corrals_own_server_is_found_able_to_do_all_of_it(tiny: str) -> None:
+    engine = remote(tiny, vocabulary=VOCABULARY, try_out=True)
+    assert engine.features == Features(CONTEXT, VOCABULARY, logprobs=True, score=True)
+    asyncio.run(engine.close())
+
+
+def test_what_gives_no_ids_and_what_takes_none_is_said_at_once() -> None:
+    with web_server(flaky(tried())) as url, pytest.raises(ModelError, match="no token ids") as caught:
+        remote(url, try_out=True)
+    assert "ids_of" in str(caught.value)
+    for status in (404, 400):
+        refuses = flaky(refusing(status, "no such thing"))
+        with web_server(refuses) as url, pytest.raises(ModelError, match="no such thing") as caught:
+            remote(url, try_out=True)
+        assert "/v1/completions" in str(caught.value.hint)
+    with web_server(flaky(refusing(503))) as url:
+        busy = remote(url, try_out=True, retries=0)
+        assert busy.features.logprobs, "it is too busy to say"
+        asyncio.run(busy.close())
+
+
+def test_a_context_that_is_known_is_that_of_endpoints_that_tell_none_and_the_most_of_others() -> None:
+    untold, long = flaky(well, models=[{"id": "m"}]), flaky(well)
+    with web_server(untold) as url, web_server(long) as other:
+        for known in (77, 9000):
+            engine = remote(url, other, max_length=known)
+            assert engine.features.max_length == min(known, 8192)
+            asyncio.run(engine.close())
+
+
+def test_a_vote_among_the_answers_of_a_server_without_log_probs_is_held(tiny_folder: Path) -> None:
+    from corral.composing import compose
+    from corral.messages import Conversation
+    from corral.opening import reach_model
+    from corral.recipe import Answer, Consensus
+
+    with web_server(flaky(tried(), models=[{"id": "m"}])) as url:
+        opened = reach_model(str(tiny_folder), [url])
+        assert opened.answerer.engine.features.max_length == 512, "as its config tells"
+        settings = Answer(consensus=Consensus(method="rouge-l", n=2))
+        plain = opened.answerer
+        answerer = compose(plain.engine, plain.template, settings, examples=list, seed=1)
+
+        async def test() -> str:
+            async with plain.engine:
+                return (await answerer.answer(Conversation.of(("user", "hi")))).text
+
+        assert asyncio.run(test()) == "bc"
+
+
+# The key
+
+
+@pytest.mark.parametrize("pad", [0, 270, 283])
+def test_nothing_of_the_key_is_shown_wherever_the_endpoint_says_it(pad: int) -> None:
+    words = "x" * pad + " no such key: sesame-and-more-1"
+    amid = flaky(lambda self: self.events({"error": {"message": words, "code": 500}}))
+    refused = flaky(refusing(400, words))
+    passing = flaky(refusing(503, words))
+    for answers in (amid, refused, passing):
+        with web_server(answers) as url, pytest.raises(EngineError) as caught:
+            ask(remote(url, key="sesame-and-more-1", retries=0))
+        assert "sesame" not in str(caught.value) + repr(caught.value)
+    assert "ses" not in said(json.dumps({"error": {"message": words}}), "sesame-and-more-1")
+
+
+def test_a_server_that_sends_requests_elsewhere_is_refused_and_the_key_does_not_follow() -> None:
+    elsewhere = flaky(well)
+    with web_server(elsewhere) as other:
+        redirects: Any = lambda self: self.answer(307, {"location": f"{other}{self.path}"})  # noqa: E731
+        with web_server(flaky(redirects)) as url, pytest.raises(EngineError, match="307"):
+            ask(remote(url, key="sesame"))
+        with web_server(flaky(well, do_GET=redirects)) as url, pytest.raises(ModelError, match="307"):
+            remote(url, key="sesame")
+    assert (elsewhere.keys, elsewhere.asked) == ([], [])
+
+
+def test_who_gets_the_key_is_said_where_it_may_not_be_meant(caplog: pytest.LogCaptureFixture) -> None:
+    from corral.wire import bearer
+
+    bearer("sesame", "http://127.0.0.1:1/v1", "http://127.0.0.1:2/v1")
+    bearer("sesame", "https://a.example/v1")
+    bearer("sesame", "http://localhost:1/v1", "http://localhost:2/v1")
+    bearer(None, "http://a.example/v1", "http://b.example/v1")
+    assert not caplog.records
+    bearer("sesame", "https://a.example/v1", "https://b.example/v1")
+    assert "a.example, b.example" in caplog.text
+    bearer("sesame", "http://c.example/v1")
+    assert "c.example unencrypted" in caplog.text
+    assert "sesame" not in caplog.text

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import LlamaForCausalLM
 
 from corral.engines.base import Completion, Sampling
 from corral.engines.transformers import TransformersEngine
+from corral.engines.turns import Turns
 from corral.errors import EngineClosedError, EngineError, RequestError
 from tests.engines.conformance import DRAWN, GREEDY, EngineConformance, Failing, Subject, complete
 from tests.engines.tiny import CONTEXT, VOCABULARY, tiny_llama
@@ -47,6 +49,25 @@ def complete_all(
     return asyncio.run(together())
 
 
+@functools.cache
+def two_adapters() -> Any:
+    """That model with two adapters that change it."""
+    lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    made: Any = get_peft_model(tiny_llama(), lora)
+    made.add_adapter("other", lora)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, weight in made.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    return made
+
+
+@functools.cache
+def turns() -> Turns:
+    return Turns(two_adapters())
+
+
 def not_a_number() -> LlamaForCausalLM:
     """A model that answers a prompt with POISON in it by NaN, and never draws POISON itself."""
     poisoned = tiny_llama()
@@ -68,6 +89,16 @@ class TestTransformersEngine(EngineConformance):
             make=lambda: TransformersEngine(model(), max_batch=request.param),
             prompts=PROMPTS,
             failing=Failing(lambda: TransformersEngine(not_a_number(), max_batch=request.param), [5, POISON, 6]),
+        )
+
+
+class TestUnderAnAdapter(EngineConformance):
+    """One of two adapters that take turns on one model."""
+
+    @pytest.fixture
+    def subject(self) -> Subject:
+        return Subject(
+            make=lambda: TransformersEngine(two_adapters(), turn=partial(turns().of, "other")), prompts=PROMPTS
         )
 
 

@@ -2,17 +2,22 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from corral.embedding import Embedder
 from corral.engines.base import Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.errors import EngineError
+from corral.evaluation import measuring
 from corral.evaluation.measuring import Material, Measurements, Subject
 from corral.evaluation.questions import Question
 from corral.evaluation.runner import Item
@@ -191,3 +196,81 @@ def test_other_examples_are_other_answers_only_where_examples_are_shown(template
     new.take_over(tmp_path / "old", every, other)
     engine = measure(tmp_path / "new", template, *every, of=other)
     assert engine.asked == 5
+
+
+def test_other_rows_of_a_source_are_other_answers_and_a_task_keeps_examples_of_its_own(
+    template: Template, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{n}? " * 40, "completion": str(n)}) + "\n" for n in range(9)))
+    named = Answer.model_validate({"max_tokens": 6, "shots": {"count": 2, "source": {"path": str(rows)}}})
+    before = [subject("own", SHOTS), subject("named", named, examples="before")]
+    measure(tmp_path / "old", template, *before)
+    of = {
+        (name, row["variant"]): row["prompt_tokens"]
+        for name in ("completions.jsonl", "tasks/mmlu.jsonl")
+        for row in map(json.loads, contents(tmp_path / "old")[name].splitlines())
+    }
+    assert of["completions.jsonl", "named"] > 2 * of["completions.jsonl", "own"]
+    assert of["tasks/mmlu.jsonl", "named"] == of["tasks/mmlu.jsonl", "own"]
+    after = [subject("own", SHOTS), subject("named", named, examples="after")]
+    new = Measurements(tmp_path / "new")
+    new.take_over(tmp_path / "old", after, material())
+    engine = measure(tmp_path / "new", template, *after)
+    assert (engine.asked, engine.scored) == (5, 0)
+
+
+class Watched(Embedder):
+    """Vectors without a meaning; writes down how many texts it is given."""
+
+    def __init__(self, events: list[str]) -> None:
+        super().__init__()
+        self._events = events
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        self._events.append(f"embeds {len(texts)}")
+        return np.ones((len(texts), 4)) / 2
+
+
+def test_what_is_loaded_and_embedded_once_is_no_part_of_the_time(
+    template: Template, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    clock = itertools.count()
+
+    def tell() -> float:
+        events.append("looks at the clock")
+        return float(next(clock))
+
+    monkeypatch.setattr(measuring.time, "perf_counter", tell)
+    similar = Answer.model_validate({"shots": {"count": 2, "choose": "similar"}})
+    vote = Answer.model_validate({"consensus": {"method": "cosine", "n": 2, "stop": "never"}})
+    into = Measurements(tmp_path, Watched(events))
+
+    async def go() -> None:
+        async with Engine(template) as engine:
+            for name, settings in (("similar", similar), ("vote", vote)):
+                for _ in range(2):
+                    events.clear()
+                    await into.measure(subject(name, settings), engine, template, material(), Progress())
+                    told[name].append(list(events))
+
+    told: dict[str, list[list[str]]] = {"similar": [], "vote": []}
+    asyncio.run(go())
+    (similar_once, similar_again), (vote_once, vote_again) = told.values()
+    assert similar_once[:3] == [f"embeds {len(EXAMPLES)}", "embeds 1", "looks at the clock"]
+    # Of the rows, and of the two ways to ask a task.
+    assert sum(event in ("embeds 8", "embeds 10") for event in similar_once) == 3
+    assert vote_once[:2] == ["embeds 1", "looks at the clock"]
+    assert similar_again == vote_again == [], "what is there is neither loaded for nor timed"
+
+
+def test_a_vote_tells_how_many_candidates_it_did_not_need(template: Template, tmp_path: Path) -> None:
+    vote = Answer.model_validate({"max_tokens": 6, "consensus": {"method": "rouge-l", "n": 5, "stop": "lossless"}})
+    measure(tmp_path, template, subject("plain"), subject("vote", vote))
+    rows = [json.loads(line) for line in contents(tmp_path)["completions.jsonl"].splitlines()]
+    finishes = [finish for row in rows for finish in row.get("finishes", [])]
+    info = Measurements(tmp_path).rows_of("vote").info
+    assert (info["candidates"], info["cancelled"]) == (25, finishes.count("cancelled"))
+    assert info["mmlu/candidates"] == 20
+    assert "candidates" not in Measurements(tmp_path).rows_of("plain").info

@@ -106,7 +106,10 @@ def test_all_candidates_and_examples_are_counted_and_the_judge_is_asked(template
 
     plain = asyncio.run(go())
     shown = asyncio.run(go(prompting=Prompting([example], 1), consensus=Consensus("rouge-l", n=3, stop="never")))
-    assert (plain["tokens"], plain["candidates"], shown["tokens"], shown["candidates"]) == (3, 1, 9, 3)
+    assert (plain["tokens"], shown["tokens"]) == (3, 9)
+    assert shown["candidates"] == [shown["answer"]] * 3
+    assert (shown["finishes"], shown["votes"], shown["winner"]) == (["stop"] * 3, [1.0] * 3, 0)
+    assert "candidates" not in plain
     more = len(template.prompt(Conversation((*example.messages, *item.conversation.messages[:1]))))
     assert (plain["prompt_tokens"], shown["prompt_tokens"]) == (
         len(template.prompt(Conversation.of(("user", "now")))),

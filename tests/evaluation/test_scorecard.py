@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from corral.errors import InputError
+from corral.evaluation import statistics
 from corral.evaluation.bleu import bleu, bleu_statistics
 from corral.evaluation.scorecard import Scorecard, build, compare, cost_rows, render, table_rows
 from corral.evaluation.scoring import Row, VariantRows, score_rows
@@ -112,6 +113,18 @@ def test_identical_variants_differ_by_nothing_and_nobody_wins() -> None:
     for comparison in card.comparisons:
         assert (comparison.difference, comparison.low, comparison.high) == (0.0, 0.0, 0.0)
         assert (comparison.p, comparison.p_holm, comparison.winner) == (1.0, 1.0, None)
+        assert comparison.mde is None
+        assert comparison.is_same
+
+
+def test_what_the_data_could_have_shown_is_what_would_have_won_among_all_metrics() -> None:
+    a, b = score_rows("a", rows(0.52, seed=1)), score_rows("b", rows(0.5, seed=2))
+    together = compare(a, b, names=("a", "b"), seed=0)
+    (alone,) = compare({"loss": a["loss"]}, b, names=("a", "b"), seed=0)
+    assert together[0].mde == statistics.compare(a["loss"].measure, b["loss"].measure, seed=0, metrics=5).mde
+    assert not together[0].is_same
+    assert alone.mde is not None
+    assert (together[0].mde or 0) > 1.1 * alone.mde
 
 
 def test_the_order_of_rows_changes_nothing() -> None:
@@ -156,6 +169,25 @@ def test_a_metric_without_rows_is_absent_and_not_compared() -> None:
     nothing = build({"base": VariantRows([])}, baseline="base")
     assert nothing.variants["base"].metrics == {}
     assert nothing.comparisons == []
+
+
+def test_metrics_that_only_one_side_has_are_named(several: Scorecard, card: Scorecard) -> None:
+    loss_only = [replace(row, answer=None) for row in rows(0.4, seed=1)]
+    of_task = VariantRows(loss_only, {}, {"mmlu": answered(0.5, seed=1)})
+    made = build({"a": VariantRows(rows(0.4, seed=1)), "b": of_task}, baseline="a")
+    (pair,) = made.unpaired
+    assert (pair.a, pair.only_a) == ("b", ["mmlu/accuracy", "mmlu/logprob", "mmlu/logprob_byte"])
+    assert (pair.b, pair.only_b) == ("a", ["rouge1", "rouge2", "rougeL", "bleu"])
+    assert Scorecard.from_json(made.to_json()) == made
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(render(made))
+    printed = " ".join(console.export_text().split())
+    assert "b and a, not compared: only b has mmlu: accuracy, mmlu: by log-prob, mmlu: by log-prob/byte" in printed
+    assert "b and a, not compared: only a has ROUGE-1, ROUGE-2, ROUGE-L, BLEU" in printed
+    assert [(each.a, each.b, each.only_a, each.only_b) for each in several.unpaired] == [
+        ("shots", "tuned", [], ["loss"])
+    ]
+    assert card.unpaired == []
 
 
 def test_one_row_gives_figures_without_uncertainty_and_a_valid_file() -> None:
@@ -311,6 +343,15 @@ def test_costs_are_set_side_by_side_for_each_set_of_rows(several: Scorecard, car
     assert len(cost_rows({name: variant.info for name, variant in card.variants.items()})) == 1, (
         "a card without such figures has none to show"
     )
+
+
+def test_what_a_vote_saved_stands_beside_what_it_cost(several: Scorecard) -> None:
+    infos = {name: dict(variant.info) for name, variant in several.variants.items()}
+    infos["shots"] |= {"mmlu/candidates": 200.0, "mmlu/cancelled": 50.0}
+    header, *lines = cost_rows(infos)
+    assert header[-1] == "saved"
+    assert {len(line) for line in lines} == {len(header)}
+    assert [line[-1] for line in lines] == ["", "", "", "", "", "", "25%", ""]
 
 
 def test_the_best_of_several_references_counts_and_there_is_no_bleu() -> None:

@@ -100,16 +100,17 @@ def test_p_is_uniform_when_there_is_no_difference(kind: str) -> None:
     assert distance < 1.63 / math.sqrt(rounds)
 
 
-@pytest.mark.parametrize("kind", ["mean", "ratio"])
-def test_the_minimum_detectable_effect_is_seen_four_times_in_five(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "metrics"), [("mean", 1), ("ratio", 1), ("mean", 5)])
+def test_the_minimum_detectable_effect_is_seen_four_times_in_five(kind: str, metrics: int) -> None:
     rounds = 250
     seen = 0
     for seed in range(rounds):
         a, b = measure(kind, 80, seed=1000 + seed), measure(kind, 80, seed=9000 + seed)
-        mde = compare(a, b, seed=seed, trials=2).mde
+        mde = compare(a, b, seed=seed, trials=2, metrics=metrics).mde
         assert mde is not None
         shifted = Measure.ratio(a.statistics[:, 0] + mde * a.statistics[:, 1], a.statistics[:, 1])
-        seen += compare(shifted, b, seed=seed, trials=400).p < 0.05
+        # The smallest p of several that are looked at together counts below 5 % divided by their number.
+        seen += compare(shifted, b, seed=seed, trials=400 * metrics).p < 0.05 / metrics
     assert 0.72 <= seen / rounds <= 0.88
 
 
@@ -137,7 +138,12 @@ def test_a_variant_against_itself_differs_by_nothing(kind: str) -> None:
     result = compare(one, one, seed=0)
     assert (result.difference, result.low, result.high, result.p) == (0.0, 0.0, 0.0, 1.0)
     assert result.se == 0.0
-    assert result.mde == 0.0
+    assert result.mde is None, "rows that do not differ say nothing of what would have shown"
+
+
+def test_rows_that_all_differ_by_the_same_tell_of_no_smaller_difference() -> None:
+    one = np.random.default_rng(0).normal(1, 1, 50)
+    assert compare(Measure.mean(one + 0.1), Measure.mean(one), seed=0).mde is None
 
 
 @settings(max_examples=25, deadline=None)

@@ -78,11 +78,18 @@ def test_what_cannot_be_is_refused_by_name(variants: list[str], said: str) -> No
 
 
 def test_a_change_that_does_not_go_with_answer_is_refused_with_both() -> None:
-    adaptive = '[answer.consensus]\nmethod = "majority"\nstop = "adaptive"\n'
+    cosine = '[answer.consensus]\nmethod = "cosine"\n'
     with pytest.raises(
         RecipeError, match=r"`evaluate.variants.0.answer` with `\[answer\]`: `consensus.stop` = \"adaptive\""
     ):
-        recipe('name = "a"\nanswer = { consensus = { method = "cosine" } }', more=adaptive)
+        recipe('name = "a"\nanswer = { consensus = { stop = "adaptive" } }', more=cosine)
+
+
+def test_another_way_to_vote_leaves_an_adaptive_stop_behind() -> None:
+    adaptive = '[answer.consensus]\nmethod = "majority"\nstop = "adaptive"\nn = 7\n'
+    found = recipe('name = "a"\nanswer = { consensus = { method = "cosine" } }', more=adaptive)
+    asked = found.evaluate.variants[0].settings(found.answer).consensus
+    assert (asked.method, asked.stop, asked.n) == ("cosine", "lossless", 7)
 
 
 def test_a_task_may_be_named_once() -> None:

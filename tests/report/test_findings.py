@@ -69,6 +69,14 @@ def test_a_difference_that_could_be_chance_is_not_called_one(make_run: Maker) ->
     ]
 
 
+@pytest.mark.parametrize("mde", [None, 0.0])
+def test_variants_that_never_differ_are_not_said_to_have_shown_everything(make_run: Maker, mde: float | None) -> None:
+    found = verdict(make_run, scorecard(difference=0.0, low=0.0, high=0.0, p=1.0, mde=mde))
+    assert [d.replace(JOIN, " ") for d in found.details] == [
+        "They came out the same in every row; of such rows at most 3% differ, at the 95 % level."
+    ]
+
+
 def test_the_adjusted_p_value_decides(make_run: Maker) -> None:
     found = verdict(make_run, scorecard(p=0.03, p_holm=0.09))
     assert found.tone == "undecided"

@@ -110,6 +110,21 @@ SHAPE = {
 }
 
 
+def test_variants_that_never_differ_are_said_to_be_the_same_and_a_vote_tells_what_it_saved(make_run: Maker) -> None:
+    run = make_run()
+    value = card()
+    same = {"difference": 0.0, "low": 0.0, "high": 0.0, "p": 1.0, "p_holm": 1.0, "mde": None}
+    value["comparisons"] = [comparison | same for comparison in value["comparisons"]]
+    value["variants"]["tuned"]["info"] |= {"answers": 4, "candidates": 20, "cancelled": 5}
+    write(run / "evaluate" / "scorecard.json", value)
+    words = page_of(run).words
+    in_the_verdict = 1
+    assert words.count("the same in every row") == len(value["comparisons"]) + in_the_verdict
+    assert "could see 0" not in words
+    assert "25%" in words
+    assert "candidates that a vote did not need" in words
+
+
 def test_nothing_that_came_from_the_run_becomes_markup(make_run: Maker) -> None:
     run = make_run("nothing else", name="run <img src=x onerror=alert(4)>")
     name = json.dumps(PAYLOAD)

@@ -19,20 +19,38 @@ from corral.engines.base import Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.engines.transformers import TransformersEngine
 from corral.model.loading import load_model, load_tokenizer
-from corral.serving.completions import Served
-from corral.serving.server import http_server
+from corral.serving.answering import Served
+from corral.serving.app import build_app
+from corral.serving.door import Door
+from corral.serving.models import Models
+from corral.serving.server import Server, http_server
 from corral.template import Template
 
 
 @contextlib.contextmanager
-def running(served: Served, hosts: Sequence[str] = ()) -> Generator[str]:
-    """Serve in a thread; yields the address."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = http_server(served, hosts)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+def running(
+    served: Served | Models, hosts: Sequence[str] = (), door: Door | None = None, *, port: int = 0, **app: Any
+) -> Generator[str]:
+    """Serve in a thread; yields the address. `app`: what `build_app` takes besides."""
+    models = served if isinstance(served, Models) else Models([served])
+    with serving(models, door or Door(), port=port, hosts=hosts, **app) as (url, _):
+        yield url
+
+
+@contextlib.contextmanager
+def serving(models: Models, door: Door, port: int = 0, **app: Any) -> Generator[tuple[str, Server]]:
+    """The same; yields the server as well."""
+    listener = socket.create_server(("127.0.0.1", port), backlog=1024)
+    server = http_server(build_app(models, door, **app), door)
+
+    async def work() -> None:
+        await server.serve(sockets=[listener])
+        await door.close()
+
+    thread = threading.Thread(target=lambda: asyncio.run(work()))
     thread.start()
     try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", server
     finally:
         server.should_exit = True
         thread.join()
@@ -85,8 +103,8 @@ def tiny_url(tiny_served: Served) -> Generator[str]:
         yield url
 
 
-def client_of(url: str, **options: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, **options)
+def client_of(url: str, *, api_key: str = "none", **options: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=api_key, max_retries=0, **options)
 
 
 @pytest.fixture

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import logging
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +20,8 @@ import pytest
 from corral.answerer import Answerer
 from corral.engines.scripted import ScriptedEngine
 from corral.errors import EngineClosedError
-from corral.serving.completions import Served
+from corral.serving.answering import Served
+from corral.serving.door import Bounds, Door
 from corral.serving.protocol import Limits
 from corral.template import Template
 from tests.serving.conftest import Endless, client_of, running
@@ -35,6 +39,16 @@ def call(url: str, method: str, path: str, body: Any = None, headers: Any = JSON
     text = answer.read()
     connection.close()
     return answer.status, json.loads(text), answer.headers
+
+
+def wait_for(is_so: Callable[[], bool], seconds: float = 20) -> bool:
+    """Whether it comes to be so."""
+    end = time.monotonic() + seconds
+    while not is_so():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 @pytest.fixture
@@ -215,29 +229,161 @@ def test_a_fault_of_ours_is_500_without_a_traceback(
         del served.answerer.template.prompt
     assert status == 500
     assert answer["error"]["code"] == "internal_error"
-    assert "NoneType" not in json.dumps(answer)
-    assert "NoneType" in caplog.text, "the log has it"
+    assert "TypeError" not in json.dumps(answer)
+    assert "TypeError" in caplog.text, "the log has it"
+    assert "answerer.py" in caplog.text
     assert "my diary" not in caplog.text
 
 
-def test_health_names_model_and_engine_and_ends_with_the_engine(says: Callable[..., Served]) -> None:
+def test_a_fault_that_quotes_the_prompt_is_logged_without_its_words(
+    says: Callable[..., Served], caplog: pytest.LogCaptureFixture
+) -> None:
+    def quote(*_: Any) -> Any:
+        raise ValueError("cannot do my diary")
+
+    served = says("Hello")
+    served.answerer.template.prompt = quote  # type: ignore[method-assign]
+    try:
+        with running(served) as url:
+            body = json.dumps({"model": "scripted", "messages": [{"role": "user", "content": "my diary"}]})
+            assert call(url, "POST", CHAT, body)[0] == 500
+    finally:
+        del served.answerer.template.prompt
+    assert "ValueError" in caplog.text
+    assert "diary" not in caplog.text
+
+
+def test_liveness_is_the_process_and_readiness_the_engine(says: Callable[..., Served]) -> None:
     served = says("Hello")
     with running(served) as url:
-        assert call(url, "GET", "/health")[:2] == (200, {"status": "ok", "model": "scripted", "engine": "scripted"})
+        assert call(url, "GET", "/health")[:2] == (200, {"status": "ok"})
+        assert call(url, "GET", "/health/ready")[:2] == (200, {"status": "ready"})
         asyncio.run(served.answerer.engine.close())
-        status, answer, _ = call(url, "GET", "/health")
-        assert (status, answer["error"]["code"]) == (503, "engine_unavailable")
+        assert wait_for(lambda: call(url, "GET", "/health/ready")[0] == 503), "it is looked at once a second"
+        assert call(url, "GET", "/health/ready")[1]["error"]["code"] == "engine_unavailable"
+        assert call(url, "GET", "/health")[0] == 200
         assert call(url, "POST", CHAT, json.dumps({"model": "scripted", "messages": ASKED}))[0] == 503
         assert call(url, "GET", "/v1/models")[0] == 200
 
 
-def test_prompts_are_not_logged(says: Callable[..., Served], caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(0)
-    with running(says("an answer")) as url:
-        for stream in (False, True):
-            body = {"model": "scripted", "stream": stream, "messages": [{"role": "user", "content": "my diary"}]}
+def test_every_answer_has_a_number_of_its_own(url: str) -> None:
+    asked = json.dumps({"model": "scripted", "messages": ASKED})
+    answers = [call(url, *of)[2]["x-request-id"] for of in (("GET", "/health"), ("GET", "/no"), ("POST", CHAT, asked))]
+    assert all(number.startswith("req_") for number in answers)
+    assert len(set(answers)) == 3
+
+
+def test_only_pages_from_an_allowed_origin_may_ask(says: Callable[..., Served]) -> None:
+    allowed, asks = "https://chat.example.org", {"access-control-request-method": "POST"}
+    with running(says("Hello"), cors=[allowed]) as url:
+        for origin in (allowed, "https://evil.example"):
             connection = http.client.HTTPConnection(urlsplit(url).netloc)
-            connection.request("POST", CHAT, json.dumps(body), JSON)
-            connection.getresponse().read()
+            connection.request("OPTIONS", CHAT, headers={**asks, "origin": origin})
+            answer = connection.getresponse()
+            is_allowed = origin == allowed
+            assert (answer.status == 200) == is_allowed
+            assert answer.headers["access-control-allow-origin"] == (origin if is_allowed else None)
+            assert answer.headers["x-request-id"]
             connection.close()
+            seen = call(url, "GET", "/v1/models", headers={"origin": origin})[2]["access-control-allow-origin"]
+            assert seen == (origin if is_allowed else None)
+    with running(says("Hello")) as url:
+        assert call(url, "GET", "/v1/models", headers={"origin": allowed})[2]["access-control-allow-origin"] is None
+
+
+def test_a_head_over_the_limit_is_refused_in_openais_shape(says: Callable[..., Served]) -> None:
+    with running(says("Hello"), door=Door(Bounds(header_bytes=2000))) as url:
+        assert call(url, "GET", "/v1/models", headers={"x-a": "a" * 1000})[0] == 200
+        for size in (2000, 200_000):  # the one comes in a piece, the other is cut short
+            status, answer, _ = call(url, "GET", "/v1/models", headers={"x-a": "a" * size})
+            assert status == 431
+            assert "2000" in answer["error"]["message"]
+        assert call(url, "GET", f"/v1/models/{'a' * 2000}")[0] == 431
+
+
+def test_what_is_no_http_is_refused_in_openais_shape(url: str) -> None:
+    place = urlsplit(url)
+    with socket.create_connection((str(place.hostname), place.port or 0)) as raw:
+        raw.sendall(b"HELO there\r\n\r\n")
+        answer = raw.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert b"x-request-id: req_" in answer
+    assert set(json.loads(answer.partition(b"\r\n\r\n")[2])["error"]) == {"message", "type", "param", "code"}
+
+
+def test_prompts_are_not_logged(says: Callable[..., Served], caplog: pytest.LogCaptureFixture) -> None:
+    """At the lowest level of every logger, asked well and badly, on every route for text."""
+    loggers = [logging.getLogger(name) for name in ("", "uvicorn.error", "uvicorn.access", "asyncio", "corral")]
+    levels = [logger.level for logger in loggers]
+    bodies: list[tuple[str, Any]] = [
+        (CHAT, {"messages": [{"role": "user", "content": "my diary"}]}),
+        (CHAT, {"messages": [{"role": "user", "content": "my diary"}], "stream": True}),
+        (CHAT, {"messages": [{"role": "my diary", "content": "my diary"}]}),
+        (CHAT, {"messages": [{"role": "user", "content": "my diary"}], "max_tokens": 10**9}),
+        ("/v1/completions", {"prompt": "my diary"}),
+        ("/v1/completions", {"prompt": "my diary", "my diary": 1}),
+        ("/my diary?my diary", {}),
+    ]
+    try:
+        with running(says("an answer")) as url:
+            for logger in loggers:
+                logger.setLevel(1)
+            logging.getLogger("corral").debug("a line that is logged")
+            for path, body in bodies:
+                connection = http.client.HTTPConnection(urlsplit(url).netloc)
+                connection.request("POST", path.replace(" ", "%20"), json.dumps({"model": "scripted", **body}), JSON)
+                connection.getresponse().read()
+                connection.close()
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    assert "a line that is logged" in caplog.text
     assert "diary" not in caplog.text
+
+
+# What other servers let a client choose, each with what it was good for.
+CHOICES: dict[str, Any] = {
+    "a template": {"chat_template": "{{ ''.__class__ }}"},
+    "arguments of a template": {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
+    "an adapter by its path": {"lora_path": "/etc"},
+    "a picture by its address": {
+        "messages": [
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}]}
+        ]
+    },
+    "a file by its address": {
+        "messages": [{"role": "user", "content": [{"type": "file", "file": {"file_id": "file:///etc/passwd"}}]}]
+    },
+    "pickled embeddings": {"prompt_embeds": "gASVAAAA"},
+    "a processor": {"logits_processors": ["os.system"]},
+    "a grammar": {"guided_regex": "(a+)+$"},
+    "a salt": {"cache_salt": "x"},
+    "a model by its path": {"model": "../../../../etc"},
+    "a model by its address": {"model": "https://example.org/model"},
+}
+
+
+WATCHED: list[str] = []
+_is_watching = threading.Event()
+
+
+def _watch(name: str, args: tuple[Any, ...]) -> None:
+    if _is_watching.is_set() and name in ("open", "socket.connect", "socket.getaddrinfo", "os.listdir"):
+        WATCHED.append(str(args))
+
+
+sys.addaudithook(_watch)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_no_path_template_or_address_of_a_client_is_followed(choice: str, url: str) -> None:
+    body = {"model": "scripted", "messages": ASKED} | CHOICES[choice]
+    WATCHED.clear()
+    _is_watching.set()
+    try:
+        status, answer, _ = call(url, "POST", CHAT, json.dumps(body))
+    finally:
+        _is_watching.clear()
+    assert status == (404 if "model" in CHOICES[choice] else 400), answer
+    assert WATCHED, "the call itself connects"
+    assert not [seen for seen in WATCHED if any(name in seen for name in ("/etc", "169.254", "example.org"))]

@@ -14,7 +14,7 @@ from corral.answerer import Answerer
 from corral.engines.base import Features, Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.messages import Conversation
-from corral.serving.completions import Served
+from corral.serving.answering import Served
 from corral.template import Template
 from tests.serving.conftest import client_of, running
 

@@ -19,9 +19,9 @@ import pytest
 from corral.answerer import Answerer
 from corral.engines.base import Completion, Features, Sampling
 from corral.engines.scripted import ScriptedEngine
-from corral.serving.completions import Served
-from corral.serving.legacy import TextPrompts
+from corral.serving.answering import Served
 from corral.serving.legacy_protocol import CompletionRequest
+from corral.serving.texts import TextPrompts
 from corral.template import Template
 from tests.serving.conftest import Endless, client_of, running
 

@@ -14,7 +14,7 @@ from corral.engines.base import Features, Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.errors import EngineError
 from corral.model.loading import load_model
-from corral.serving.completions import Served
+from corral.serving.answering import Served
 from corral.serving.likelihood import likelihoods
 
 IDS = [1, 88, 12, 300, 45, 45, 45, 7, 210, 33, 160, 5, 91]

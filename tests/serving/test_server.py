@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
+import signal
 import socket
 import threading
 import time
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from corral.answerer import Answerer
+from corral.engines.scripted import ScriptedEngine
 from corral.errors import InputError
-from corral.serving.completions import Served
-from corral.serving.server import http_server, serve
+from corral.serving.answering import Served
+from corral.serving.database import Database
+from corral.serving.door import Bounds, Door
+from corral.serving.keys import Keys
+from corral.serving.models import Models
+from corral.serving.server import Place, Server, Wanted, serve
 from corral.template import Template
-from tests.serving.conftest import Endless
+from tests.serving.conftest import Endless, serving
+from tests.serving.test_app import ASKED, CHAT, call, wait_for
 
 
 def refused(host: str = "127.0.0.1", port: int = 0, *, insecure: bool = False) -> InputError:
     """The address is tried before the model: a name that is no model shows that nothing was loaded."""
     with pytest.raises(InputError) as caught:
-        serve("nowhere", host=host, port=port, engine=None, name=None, insecure=insecure)
+        serve(Wanted(["nowhere"]), Place(host, port, insecure), Bounds(), None)
     return caught.value
 
 
@@ -57,22 +69,111 @@ def test_loopback_addresses_are_taken() -> None:
         assert "nowhere" in refused(host).what
 
 
+def test_a_key_opens_an_address_that_others_reach_and_a_revoked_one_does_not(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'a.db'}"
+
+    def fault() -> str:
+        with pytest.raises(InputError) as caught:
+            serve(Wanted(["nowhere"]), Place("0.0.0.0", 0), Bounds(), url)
+        return caught.value.what
+
+    assert "there are no keys" in fault()
+    with contextlib.closing(Database(url)) as database:
+        Keys(database).add("alice")
+    assert "nowhere" in fault(), "the address was taken: the model is what is missing"
+    with contextlib.closing(Database(url)) as database:
+        Keys(database).revoke("alice")
+    assert "there are no keys" in fault()
+
+
+@pytest.mark.parametrize("origin", ["*", "example.org", "https://*.example.org", "https://a.example/page", "null"])
+def test_what_is_no_origin_of_one_page_is_refused(origin: str) -> None:
+    with pytest.raises(InputError, match="origin"):
+        serve(Wanted(["nowhere"]), Place(port=0, cors=[origin]), Bounds(), None)
+
+
+class Stream:
+    """A stream that was begun, read by hand."""
+
+    def __init__(self, url: str) -> None:
+        self._connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
+        body = {"model": "m", "stream": True, "messages": [{"role": "user", "content": "count"}]}
+        self._connection.request("POST", CHAT, json.dumps(body), {"content-type": "application/json"})
+        self.answer = self._connection.getresponse()
+
+    def rest(self) -> str:
+        try:
+            return self.answer.read().decode()
+        except (http.client.HTTPException, OSError):
+            return "cut off"
+        finally:
+            self._connection.close()
+
+
+@contextlib.contextmanager
+def of(served: Served) -> Generator[tuple[str, Server, Callable[[], None]]]:
+    """A running server, and what sends it a signal."""
+    with serving(Models([served]), Door()) as (url, server):
+        loops: list[asyncio.AbstractEventLoop] = []
+        drained = server.on_tick
+
+        async def on_tick(counter: int) -> bool:
+            loops[:] = [asyncio.get_running_loop()]
+            return await drained(counter)
+
+        server.on_tick = on_tick  # type: ignore[method-assign]
+        assert wait_for(lambda: bool(loops))
+        yield url, server, lambda: loops[0].call_soon_threadsafe(server.stop, signal.SIGTERM) and None
+
+
+def test_told_to_end_it_finishes_streams_and_takes_no_new_work(tiny_template: Template) -> None:
+    gate = threading.Event()
+
+    def reply(ids: Any, sampling: Any, choice: int) -> Iterator[int]:
+        yield 40
+        while not gate.is_set():
+            yield 41
+        yield 42
+
+    served = Served(Answerer(ScriptedEngine(reply, delay_seconds=0.01), tiny_template), "m")
+    with of(served) as (url, server, stop):
+        stream = Stream(url)
+        assert call(url, "GET", "/health/ready")[0] == 200
+        stop()
+        assert wait_for(lambda: call(url, "GET", "/health/ready")[0] == 503)
+        assert call(url, "GET", "/health")[0] == 200
+        status, answer, headers = call(url, "POST", CHAT, json.dumps({"model": "m", "messages": ASKED}))
+        assert (status, answer["error"]["code"]) == (503, "shutting_down")
+        assert int(headers["retry-after"]) > 0
+        assert not server.should_exit
+        gate.set()
+        assert stream.rest().endswith("data: [DONE]\n\n")
+        assert wait_for(lambda: server.should_exit)
+
+
+def test_told_twice_it_ends_at_once(tiny_template: Template) -> None:
+    endless = Endless()
+    with of(Served(Answerer(endless.engine, tiny_template), "m")) as (url, server, stop):
+        stream = Stream(url)
+        stop()
+        assert wait_for(lambda: call(url, "GET", "/health/ready")[0] == 503)
+        stop()
+        assert stream.rest() == "cut off"
+        assert server.force_exit
+    then = endless.drawn
+    time.sleep(0.1)
+    assert endless.drawn == then
+
+
 def test_answers_that_do_not_end_are_cancelled_after_the_grace(tiny_template: Template) -> None:
     endless = Endless()
-    server = http_server(Served(Answerer(endless.engine, tiny_template), "m"))
-    assert server.config.timeout_graceful_shutdown
-    server.config.timeout_graceful_shutdown = 1
-    listener = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
-    thread.start()
-    connection = http.client.HTTPConnection("127.0.0.1", listener.getsockname()[1])
-    body = {"model": "m", "stream": True, "messages": [{"role": "user", "content": "count"}]}
-    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
-    assert endless.began.wait(30)
-    server.should_exit = True
-    thread.join(30)
-    connection.close()
-    assert not thread.is_alive()
+    with of(Served(Answerer(endless.engine, tiny_template), "m")) as (url, server, stop):
+        server.grace_seconds = 0.3
+        server.config.timeout_graceful_shutdown = 1
+        stream = Stream(url)
+        assert endless.began.wait(30)
+        stop()
+        assert stream.rest() == "cut off"
     then = endless.drawn
     time.sleep(0.1)
     assert endless.drawn == then

@@ -1,0 +1,97 @@
+"""A load of HTTP requests from one process, at the price of few: sockets and as much of HTTP/1.1 as corral's server speaks.
+
+An HTTP library would take more of the machine than the server that is measured beside it. It knows no benchmark.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came of a request.
+
+    Attributes:
+        status: of HTTP; 0 where the connection broke.
+        body: the body, or what came of it.
+        began: when it was to be sent, in seconds of the monotonic clock.
+        seconds: from then to the last byte.
+        retry: whether it says when to ask again.
+    """
+
+    status: int
+    body: bytes
+    began: float
+    seconds: float
+    retry: bool = False
+
+
+class Client:
+    """Requests for chat completions, over connections that are kept and used again."""
+
+    def __init__(self, port: int, key: str | None = None) -> None:
+        self._port = port
+        self._key = f"authorization: Bearer {key}\r\n" if key else ""
+        self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def ask(self, body: dict[str, Any], due: float | None = None) -> Reply:
+        """One request, whole or as a stream, to its end; `due`: when it should have been sent."""
+        began = time.perf_counter() if due is None else due
+        content = json.dumps(body).encode()
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:{self._port}\r\ncontent-type: application/json\r\n"
+            f"{self._key}content-length: {len(content)}\r\n\r\n"
+        )
+        try:
+            reader, writer = self._free.pop() if self._free else await self._connected()
+            writer.write(head.encode() + content)
+            status, headers = _head(await reader.readuntil(b"\r\n\r\n"))
+            parts = [part async for part in _body(reader, headers)]
+        except (OSError, EOFError, asyncio.IncompleteReadError) as error:
+            return Reply(0, repr(error).encode(), began, time.perf_counter() - began)
+        if headers.get("connection") == "close":
+            writer.close()
+        else:
+            self._free.append((reader, writer))
+        return Reply(status, b"".join(parts), began, time.perf_counter() - began, "retry-after" in headers)
+
+    async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection("127.0.0.1", self._port, limit=2**20)
+
+    def close(self) -> None:
+        """Close what is kept."""
+        for _, writer in self._free:
+            writer.close()
+
+
+def _head(data: bytes) -> tuple[int, dict[str, str]]:
+    first, *lines = data.decode("latin-1").split("\r\n")
+    pairs = (line.partition(":") for line in lines if line)
+    return int(first.split()[1]), {name.strip().lower(): value.strip().lower() for name, _, value in pairs}
+
+
+async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> AsyncGenerator[bytes, None]:
+    if headers.get("transfer-encoding") != "chunked":
+        yield await reader.readexactly(int(headers.get("content-length", "0")))
+        return
+    while size := int(await reader.readline(), 16):
+        yield (await reader.readexactly(size + 2))[:-2]
+    await reader.readline()
+
+
+async def open_loop(rate: float, seconds: float, one: Callable[[float], Awaitable[Reply]]) -> list[Reply]:
+    """Begin `rate` requests a second, whether earlier ones have ended or not, and wait for all."""
+    tasks: list[asyncio.Task[Reply]] = []
+    start = time.perf_counter()
+    for i in range(int(rate * seconds)):
+        due = start + i / rate
+        if (early := due - time.perf_counter()) > 0:
+            await asyncio.sleep(early)
+        tasks.append(asyncio.ensure_future(one(due)))
+    return await asyncio.gather(*tasks)

@@ -1,0 +1,76 @@
+"""Clients that are slow to ask and slow to read, on raw sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from corral.answerer import Answerer
+from corral.serving.answering import Served
+from corral.serving.door import Bounds, Door
+from corral.serving.models import Models
+from corral.template import Template
+from tests.serving.conftest import Endless, serving
+from tests.serving.test_app import ASKED, CHAT, call, wait_for
+
+
+def test_a_head_or_a_body_that_does_not_come_is_not_waited_for(says: Callable[..., Served]) -> None:
+    door = Door(Bounds(header_seconds=0.4, body_seconds=0.4))
+    with serving(Models([says("Hello")]), door) as (url, _):
+        place = (str(urlsplit(url).hostname), urlsplit(url).port or 0)
+        head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n"
+        for sent, answered in (("", b""), ("POST / HT", b""), (head, b""), (head + "\r\n{", b"HTTP/1.1 408")):
+            with socket.create_connection(place, timeout=30) as raw:
+                raw.sendall(sent.encode())
+                try:
+                    got = raw.makefile("rb").read()
+                except ConnectionResetError:
+                    got = b""
+                assert got.startswith(answered), got
+                assert bool(got) == bool(answered)
+        # A second head on a connection that was good is no better.
+        with socket.create_connection(place, timeout=30) as raw:
+            raw.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert raw.recv(9) == b"HTTP/1.1 "
+            raw.sendall(b"GET /hea")
+            with contextlib.suppress(ConnectionResetError):
+                while raw.recv(4096):
+                    pass
+
+
+def test_a_client_that_does_not_read_is_not_waited_for(tiny_template: Template) -> None:
+    endless = Endless(delay_seconds=0)
+    door = Door(Bounds(stalled_seconds=0.5))
+    with serving(Models([Served(Answerer(endless.engine, tiny_template), "m")]), door) as (url, _):
+        place = urlsplit(url)
+        body = json.dumps({"model": "m", "stream": True, "messages": ASKED, "n": 16, "max_tokens": 8000}).encode()
+        head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        with socket.socket() as raw:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            raw.connect((str(place.hostname), place.port or 0))
+            raw.sendall(head.encode() + b"\r\n" + body)
+            assert wait_for(lambda: door.places.inside == 1)
+            assert wait_for(lambda: door.places.inside == 0)
+
+
+def test_a_body_that_nobody_wanted_is_not_taken_for_ever(says: Callable[..., Served]) -> None:
+    door = Door(Bounds(header_seconds=0.4))
+    with serving(Models([says("Hello")]), door) as (url, _):
+        place = (str(urlsplit(url).hostname), urlsplit(url).port or 0)
+        with socket.create_connection(place, timeout=30) as raw:
+            raw.sendall(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999\r\n\r\n".encode())
+            assert raw.recv(12) == b"HTTP/1.1 413"
+            with contextlib.suppress(OSError):
+                for _ in range(10**6):
+                    raw.sendall(b" " * 2**16)
+                raise AssertionError("it took 64 GB")
+        assert call(url, "GET", "/health")[0] == 200
+
+
+def test_a_large_body_that_is_refused_at_once_still_gets_its_answer(says: Callable[..., Served]) -> None:
+    with serving(Models([says("Hello")]), Door()) as (url, _):
+        for path, status in (("/nowhere", 404), ("/v1/models", 405)):
+            assert call(url, "POST", path, b" " * 900_000)[0] == status

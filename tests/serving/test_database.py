@@ -1,0 +1,314 @@
+"""A server's database: for its owner alone, brought up to date without loss, opened by several at once, refused clearly."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import create_engine, inspect, make_url, text
+
+from corral.errors import DatabaseError, MissingExtraError
+from corral.serving import keys, records
+from corral.serving.database import VERSIONS, Base, Database, configuration, default_url
+from corral.serving.records import ConversationRow
+from tests.conftest import unprivileged
+from tests.serving.postgres import PostgreSQL, postgresql
+
+TABLES = {records.ConversationRow.__tablename__, keys.KeyRow.__tablename__}
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'server.db'}"
+
+
+@pytest.fixture(scope="module")
+def server() -> Generator[PostgreSQL]:
+    with postgresql() as started:
+        yield started
+
+
+def faults_of(url: str) -> DatabaseError:
+    with pytest.raises(DatabaseError) as caught:
+        Database(url)
+    return caught.value
+
+
+def differences(url: str) -> list[Any]:
+    """Between what the migrations make and what the code declares."""
+    with create_engine(make_url(url)).connect() as connection:
+        assert set(inspect(connection).get_table_names()) > TABLES
+        return compare_metadata(MigrationContext.configure(connection, opts={"version_table": VERSIONS}), Base.metadata)
+
+
+def conversation(owner: str = "k", number: int = 0) -> ConversationRow:
+    return ConversationRow(id=f"conv_{number:032x}", owner=owner, created_at=1, labels={})
+
+
+def test_a_new_file_and_its_folder_are_for_its_owner_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    database = Database(f"sqlite:///{folder / 'server.db'}")
+    with database.session() as session:
+        session.add(conversation())
+    files = sorted(folder.iterdir())
+    assert len(files) == 3, "the file, its log, and the log's index"
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+    assert folder.stat().st_mode & 0o777 == 0o700
+    database.close()
+
+
+def test_the_default_is_a_file_among_the_users_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    Database(default_url()).close()
+    assert (tmp_path / "data" / "corral" / "server.db").is_file()
+    monkeypatch.setenv("XDG_DATA_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_url() == f"sqlite:///{tmp_path}/.local/share/corral/server.db"
+
+
+def test_what_the_migrations_make_is_what_the_code_declares(url: str) -> None:
+    Database(url).close()
+    assert differences(url) == []
+
+
+def at_first_revision(url: str) -> None:
+    """A database as the first version made it, with a conversation."""
+    engine = create_engine(make_url(url))
+    with engine.begin() as connection:
+        command.upgrade(configuration(connection), "0001")
+        for statement in (
+            "INSERT INTO conversations (number, id, owner, created_at, metadata, items, bytes)"
+            " VALUES (7, 'conv_1', 'k', 1, '{\"title\": \"é\"}', 2, 5)",
+            "INSERT INTO responses (number, id, owner, conversation, created_at, body)"
+            " VALUES (8, 'resp_1', 'k', 7, 1, '{\"status\": \"completed\"}')",
+            "INSERT INTO items (number, id, conversation, response, is_output, role, status, texts, bytes) VALUES"
+            " (9, 'msg_1', 7, 8, false, 'user', 'completed', '[\"Hi\"]', 2),"
+            " (10, 'msg_2', 7, 8, true, 'assistant', 'completed', '[\"Oh!\"]', 3)",
+        ):
+            connection.exec_driver_sql(statement)
+    engine.dispose()
+
+
+def rows_of(url: str) -> dict[str, list[Any]]:
+    engine = create_engine(make_url(url))
+    with engine.connect() as connection:
+        found = {
+            table: [tuple(map(str, row)) for row in connection.execute(text(f"SELECT * FROM {table} ORDER BY number"))]
+            for table in ("conversations", "responses", "items")
+        }
+    engine.dispose()
+    return found
+
+
+def test_a_database_of_the_first_version_is_brought_up_to_date_without_loss(url: str) -> None:
+    at_first_revision(url)
+    before = rows_of(url)
+    database = Database(url)
+    assert rows_of(url) == before
+    assert [len(rows) for rows in before.values()] == [1, 1, 2]
+    with database.reading() as session:
+        assert session.scalars(text("SELECT id FROM conversations")).all() == ["conv_1"]
+        assert session.execute(text("SELECT COUNT(*) FROM keys")).scalar() == 0
+    database.close()
+    Database(url).close()
+    assert rows_of(url) == before, "opened again, nothing is done twice"
+
+
+def test_a_database_that_a_newer_version_made_is_refused_and_not_touched(url: str) -> None:
+    Database(url).close()
+    with contextlib.closing(sqlite3.connect(make_url(url).database or "")) as connection, connection:
+        connection.execute(f"UPDATE {VERSIONS} SET version_num = '9999'")
+    error = faults_of(url)
+    assert "newer" in error.what
+    assert "9999" in error.what
+    assert error.where
+    assert "server.db" in error.where
+    assert error.hint
+    with contextlib.closing(sqlite3.connect(make_url(url).database or "")) as connection:
+        assert connection.execute(f"SELECT version_num FROM {VERSIONS}").fetchall() == [("9999",)]
+
+
+def open_in_processes(url: str, count: int, go: Path) -> list[str]:
+    """What processes say that all open a database as soon as there is a file `go`."""
+    code = (
+        "import sys, time, pathlib\n"
+        "from corral.serving.database import Database\n"
+        "print('ready', flush=True)\n"
+        "while not pathlib.Path(sys.argv[2]).exists(): time.sleep(0.001)\n"
+        "Database(sys.argv[1])\n"
+    )
+    command = [sys.executable, "-c", code, url, str(go)]
+    children = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(count)
+    ]
+    for child in children:
+        assert child.stdout
+        assert child.stdout.readline() == "ready\n"
+    go.touch()
+    return [child.communicate()[1] for child in children]
+
+
+def test_processes_that_open_a_new_database_at_once_wait_for_each_other(url: str, tmp_path: Path) -> None:
+    assert open_in_processes(url, 4, tmp_path / "go") == [""] * 4
+    assert differences(url) == []
+
+
+BAD: dict[str, tuple[str, str]] = {
+    "no URL": ("not a url: secret", "not the URL"),
+    "a port that is none": ("postgresql://me:secret@localhost:port/db", "not the URL"),
+    "another kind": ("mysql://me:secret@localhost/db", "'mysql'"),
+    "in memory": ("sqlite://", "is a file"),
+    "in memory, by name": ("sqlite:///:memory:", "is a file"),
+    "with more behind": ("sqlite:///a.db?mode=secret", "is a file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_no_url_of_a_database_is_refused_without_its_password(case: str) -> None:
+    url, words = BAD[case]
+    error = faults_of(url)
+    assert words in error.what
+    assert error.hint
+    assert "postgresql://" in error.hint
+    assert "secret" not in str(error)
+
+
+def test_a_file_that_is_no_database_and_a_folder_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("these are notes, and no database at all. " * 100)
+    (tmp_path / "folder").mkdir()
+    for name in ("notes.txt", "folder"):
+        error = faults_of(f"sqlite:///{tmp_path / name}")
+        assert "database" in error.what
+        assert name in str(error.where)
+    assert (tmp_path / "notes.txt").read_text().startswith("these are notes")
+
+
+def test_a_folder_that_may_not_be_written_is_said(tmp_path: Path) -> None:
+    with unprivileged(tmp_path):
+        error = faults_of(f"sqlite:///{tmp_path / 'new' / 'server.db'}")
+    assert "ermission" in error.what
+    assert "written" in str(error.hint)
+
+
+def test_a_server_that_is_not_there_is_said_without_the_password() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    # The second password is a word that the driver says by chance.
+    for url in (f"postgresql://me:secret@{address}/db", f"postgresql://{address}/db?user=me&password=failed"):
+        error = faults_of(url)
+        assert "refused" in error.what
+        assert f"{address}/db" in str(error.where)
+        assert "secret" not in str(error)
+        assert "failed" not in str(error) or "secret" in url
+
+
+def test_a_missing_driver_names_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(MissingExtraError, match="psycopg") as caught:
+        Database("postgresql://localhost/db")
+    assert caught.value.hint == 'pip install "corral[postgres]"'
+
+
+def test_a_transaction_is_all_or_nothing(url: str) -> None:
+    database = Database(url)
+
+    def fail() -> None:
+        with database.session() as session:
+            session.add(conversation())
+            session.flush()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    with database.session() as session:
+        assert session.query(ConversationRow).count() == 0
+    database.close()
+
+
+def test_writers_wait_for_each_other_and_readers_for_nobody(url: str) -> None:
+    database = Database(url)
+    with database.session() as session:
+        session.add(conversation())
+
+    def count() -> None:
+        for _ in range(25):
+            with database.session() as session:
+                row = session.query(ConversationRow).one()
+                row.items += 1
+
+    threads = [threading.Thread(target=count) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with database.session() as writer:
+        writer.query(ConversationRow).one().items += 1
+        writer.flush()
+        with database.reading() as reader:
+            assert reader.query(ConversationRow).one().items == 75, "what was committed, at once"
+    database.close()
+
+
+def test_a_full_disk_is_an_error_that_says_so(url: str) -> None:
+    database = Database(url)
+
+    def fill() -> None:
+        with database.session() as session:
+            session.execute(text("PRAGMA max_page_count = 1"))
+            session.add_all(conversation(number=number) for number in range(2000))
+
+    with pytest.raises(DatabaseError, match="full"):
+        fill()
+    with database.reading() as session:
+        assert session.query(ConversationRow).count() == 0
+    database.close()
+
+
+@pytest.mark.full
+def test_postgresql_is_migrated_as_a_file_is(server: PostgreSQL, tmp_path: Path) -> None:
+    url = server.new_database()
+    assert open_in_processes(url, 4, tmp_path / "go") == [""] * 4
+    assert differences(url) == []
+    old = server.new_database()
+    at_first_revision(old)
+    before = rows_of(old)
+    Database(old).close()
+    assert rows_of(old) == before
+    assert [len(rows) for rows in before.values()] == [1, 1, 2]
+
+
+@pytest.mark.full
+def test_postgresql_refuses_without_telling_the_password(server: PostgreSQL) -> None:
+    url = make_url(server.new_database())
+    wrong = url.set(password="not-this-one").render_as_string(hide_password=False)
+    assert "password" in faults_of(wrong).what
+    assert "not-this-one" not in str(faults_of(wrong))
+    nowhere = url.set(database="nowhere").render_as_string(hide_password=False)
+    assert "nowhere" in faults_of(nowhere).what
+    assert str(url.password) not in str(faults_of(nowhere))
+
+
+@pytest.mark.full
+def test_a_postgresql_that_was_started_anew_is_used_again(server: PostgreSQL) -> None:
+    database = Database(server.new_database())
+    with database.session() as session:
+        session.add(conversation())
+    server.stop()
+    with pytest.raises(DatabaseError) as caught, database.reading() as session:
+        session.query(ConversationRow).count()
+    assert server.password not in str(caught.value)
+    server.start()
+    with database.reading() as session:
+        assert session.query(ConversationRow).count() == 1
+    database.close()

@@ -1,0 +1,92 @@
+"""`/v1/embeddings` as OpenAI's client meets it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Generator
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+
+from corral.embedding import Embedder
+from corral.serving.answering import Served
+from corral.serving.door import Door
+from corral.serving.embeddings import routes
+from corral.serving.models import Models
+from tests.serving.conftest import client_of, running
+
+TEXTS = ["Boil the eggs for six minutes.", "Eggs are cooked in hot water.", "The court refused the appeal."]
+MODEL = "all-minilm-l6-v2"
+
+
+@pytest.fixture(scope="module")
+def embedder() -> Embedder:
+    return Embedder()
+
+
+@pytest.fixture(scope="module")
+def embedding(tiny_served: Served, embedder: Embedder) -> Generator[openai.OpenAI]:
+    models, door = Models([tiny_served], embedder), Door()
+    with running(models, door=door, routers=[routes(models, door)]) as url, client_of(url) as client:
+        yield client
+
+
+def test_vectors_are_the_embedders_in_the_order_of_the_texts(embedding: openai.OpenAI, embedder: Embedder) -> None:
+    expected = embedder(TEXTS)
+    for form in ("float", "base64", None):  # the client asks for base64 by itself, and reads it
+        options: Any = {} if form is None else {"encoding_format": form}
+        answer = embedding.embeddings.create(model=MODEL, input=TEXTS, **options)
+        assert [each.index for each in answer.data] == [0, 1, 2]
+        given: list[Any] = [each.embedding for each in answer.data]
+        if form == "base64":
+            given = [np.frombuffer(base64.b64decode(each), "<f4") for each in given]
+        np.testing.assert_allclose(np.array(given), expected, atol=1e-6)
+    (near, far) = (expected[0] @ other for other in expected[1:])
+    assert near > far + 0.2
+
+
+def test_one_text_is_taken_alone_and_usage_counts_its_tokens(embedding: openai.OpenAI, embedder: Embedder) -> None:
+    answer = embedding.embeddings.create(model=MODEL, input=TEXTS[0], dimensions=384, user="me")
+    assert len(answer.data) == 1
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens == embedder.tokens(TEXTS[:1])[0] > 5
+    assert (answer.model, answer.object) == (MODEL, "list")
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"input": ["fine", ""]}, "input[1]"),
+        ({"input": ""}, "input"),
+        ({"input": []}, "input"),
+        ({"input": ["a"] * 1025}, "input"),
+        ({"input": ["fine", "word " * 300]}, "input[1]"),
+        ({"input": [[1, 2, 3]]}, "input[0]"),
+        ({"dimensions": 100}, "dimensions"),
+        ({"encoding_format": "int8"}, "encoding_format"),
+        ({"extra_body": {"path": "/etc/passwd"}}, "path"),
+    ],
+)
+def test_what_cannot_be_embedded_is_refused_by_name(changes: Any, param: str, embedding: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        embedding.embeddings.create(**({"model": MODEL, "input": TEXTS} | changes))
+    assert caught.value.param == param
+
+
+def test_a_model_that_talks_does_not_embed_and_one_that_embeds_does_not_talk(embedding: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError):
+        embedding.embeddings.create(model="tiny", input=TEXTS)
+    with pytest.raises(openai.NotFoundError):
+        embedding.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "hi"}])
+
+
+def test_it_is_listed_where_it_is_offered_and_elsewhere_there_is_no_such_route(
+    embedding: openai.OpenAI, client: openai.OpenAI
+) -> None:
+    listed = {model.id: (model.model_extra or {})["task"] for model in embedding.models.list()}
+    assert listed == {"tiny": "chat", MODEL: "embeddings"}
+    assert embedding.models.retrieve(MODEL).id == MODEL
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    with pytest.raises(openai.NotFoundError):
+        client.embeddings.create(model=MODEL, input=TEXTS)

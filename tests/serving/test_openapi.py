@@ -1,0 +1,108 @@
+"""The server against its own OpenAPI document: what has that form, and what nearly has it, is answered, never with a fault.
+
+Cases are drawn by schemathesis from the document, the same each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
+
+from corral.answerer import Answerer
+from corral.engines.scripted import ScriptedEngine
+from corral.serving import responses
+from corral.serving.answering import Served
+from corral.serving.conversations import Conversations
+from corral.serving.database import Database
+from corral.serving.door import Bounds, Door
+from corral.serving.keys import Keys
+from corral.serving.models import Models
+from corral.template import Template
+from tests.serving.conftest import serving
+from tests.serving.test_app import call
+
+_MODES = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
+_HANGS_SECONDS = 60  # far over the server's own bound
+
+
+@pytest.fixture
+def server(tiny_template: Template, tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """The address of a server with every route, and what opens it."""
+    models = Models([Served(Answerer(ScriptedEngine([40] * 3), tiny_template), "m")])
+    with contextlib.closing(Database(f"sqlite:///{tmp_path / 'a.db'}")) as database:
+        _, secret = Keys(database).add("alice")
+        door = Door(Bounds(max_seconds=20), Keys(database))
+        routers = [responses.routes(models, Conversations(database), door)]
+        with serving(models, door, routers=routers) as (url, _):
+            yield url, {"authorization": f"Bearer {secret}"}
+
+
+def check(answer: Any) -> None:
+    """What every answer is."""
+    assert answer.headers["x-request-id"]
+    if answer.status_code >= 500:
+        assert answer.status_code == 503, answer.text
+        assert int(answer.headers["retry-after"]) >= 1
+    if answer.status_code >= 400:
+        error = answer.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["message"]
+
+
+@pytest.mark.parametrize("cases", [500, pytest.param(10_000, marks=pytest.mark.full)])
+def test_what_has_the_form_of_a_request_is_answered_and_never_with_a_fault(
+    cases: int, server: tuple[str, dict[str, str]]
+) -> None:
+    url, key = server
+    schema = schemathesis.openapi.from_url(f"{url}/openapi.json", headers=key)
+    operations: list[Any] = [found.ok() for found in schema.get_all_operations()]  # pyright: ignore[reportAttributeAccessIssue]
+    assert len(operations) > 15
+    statuses: Counter[int] = Counter()
+    # What takes no body has no wrong form, and fewer good ones.
+    kinds = [(each, mode) for each in operations for mode in _MODES if each.body or mode is GenerationMode.POSITIVE]
+    shares = [10 if each.body else 3 if each.path_parameters or each.query else 1 for each, _ in kinds]
+    for (operation, mode), share in zip(kinds, shares, strict=True):
+        _try(operation, mode, 3 + cases * share // sum(shares), key, statuses)
+    assert sum(statuses.values()) >= cases
+    assert statuses[200] > cases / 20, statuses
+    assert statuses[400] > cases / 20, statuses
+
+
+def _try(operation: Any, mode: GenerationMode, examples: int, key: dict[str, str], statuses: Counter[int]) -> None:
+    @settings(
+        max_examples=examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType]
+    )
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def one(case: Any) -> None:
+        if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
+            case.body["model"] = "m"  # else nearly all of them would end at a model that is not there
+        answer = case.call(headers=key, timeout=_HANGS_SECONDS)
+        statuses[answer.status_code] += 1
+        check(answer)
+
+    one()
+
+
+def test_the_document_is_behind_the_door_and_no_page_loads_scripts(server: tuple[str, dict[str, str]]) -> None:
+    url, key = server
+    assert call(url, "GET", "/openapi.json")[0] == 401
+    status, document, _ = call(url, "GET", "/openapi.json", headers=key)
+    assert status == 200
+    assert "/v1/chat/completions" in document["paths"]
+    for path in ("/docs", "/redoc", "/docs/oauth2-redirect"):
+        assert call(url, "GET", path, headers=key)[0] == 404
+    assert "http" not in json.dumps(document["paths"])
