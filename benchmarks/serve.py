@@ -1,8 +1,8 @@
 """The server beside what it stands on: the engine alone, and `corral batch`; many streams; ten times too many requests.
 
-`overhead`: a scripted engine (20 tokens in 0.2 s) answers 100 requests a second, sent when they are due, beside 64 open streams
-of 20 tokens a second; the same load first on the engine itself, in a process of its own. The claim is the difference of the
-medians, seen by a client. The server has a database and a key, as one that others reach.
+`overhead`: a scripted engine (20 tokens in 0.2 s) answers 100 requests a second, sent when they are due, beside 64 open
+streams of 20 tokens a second; the same load first on the engine itself, in a process of its own. The claim is the difference
+of the medians, seen by a client. The server has a database and a key, as one that others reach.
 
 `streams`: 256 clients stream at the same time; an error is any answer that is not whole.
 
