@@ -144,7 +144,7 @@ class _Chat:
                     answer += piece.text
                     print(piece.text.translate(_CONTROL), end="", flush=True)
                     if piece.note:
-                        print(f" {piece.note}", end="", file=sys.stderr, flush=True)
+                        print(f" {piece.note.translate(_CONTROL)}", end="", file=sys.stderr, flush=True)
         except KeyboardInterrupt:
             print(" …", end="")
         except CorralError as error:
@@ -192,6 +192,7 @@ def _with_system(conversation: Conversation, text: str) -> Conversation:
 
 
 def _tell(text: str) -> None:
+    text = text.translate(_CONTROL)
     print(f"corral: {text}" if "\n" not in text else text, file=sys.stderr, flush=True)
 
 

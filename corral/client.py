@@ -149,7 +149,7 @@ def _note(vote: dict[str, Any]) -> str:
     """How corral's server chose the answer. Raises: ValueError."""
     try:
         scores = tuple(each["score"] for each in _list(vote["candidates"]))
-        return how_chosen(str(vote["method"]), int(vote["winner"]), scores, int(vote["cancelled"]))
+        return how_chosen(short(str(vote["method"])), int(vote["winner"]), scores, int(vote["cancelled"]))
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"a vote that is none: {error!r}") from None
 

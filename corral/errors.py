@@ -125,7 +125,26 @@ class PeerError(TrainingError):
 
 
 class EngineError(CorralError):
-    """An engine failed while it worked."""
+    """An engine failed while it worked.
+
+    Args:
+        what, where, hint: see CorralError.
+        status: what an endpoint answered, where one did.
+        retry_seconds: after how long it wants to be asked again, where it says so.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        hint: str | None = None,
+        status: int | None = None,
+        retry_seconds: float | None = None,
+    ) -> None:
+        super().__init__(what, where=where, hint=hint)
+        self.status = status
+        self.retry_seconds = retry_seconds
 
 
 class RequestError(EngineError):

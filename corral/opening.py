@@ -163,6 +163,7 @@ def reach_model(
     sampling: Sampling | None = None,
     *,
     model: str | None = None,
+    concurrency: int = 64,
     retries: int = 8,
     check_seconds: float | None = None,
 ) -> Opened:
@@ -170,7 +171,7 @@ def reach_model(
 
     Args:
         model: its name there; None takes the only one they have.
-        retries, check_seconds: as in `RemoteEngine`.
+        concurrency, retries, check_seconds: as in `RemoteEngine`.
 
     Raises: as `open_model`.
     """
@@ -191,6 +192,7 @@ def reach_model(
         max_length=length,
         ids_of=lambda text: encode(text, add_special_tokens=False).ids,
         try_out=True,
+        concurrency=concurrency,
         retries=retries,
         check_seconds=check_seconds,
     )

@@ -64,9 +64,10 @@ def said(text: str, key: str | None = None) -> str:
 
 
 def short(text: str, key: str | None = None) -> str:
-    """One line of it, with nothing of the key."""
+    """One line of it, with nothing of the key, and nothing that steers a terminal."""
+    shown = "".join(c for c in text if c.isprintable() or c.isspace())
     # Before it is cut: what is left of a key is not the key any more.
-    line = " ".join((text.replace(key, "***") if key else text).split())
+    line = " ".join((shown.replace(key, "***") if key else shown).split())
     return line if len(line) <= 300 else line[:297] + "…"
 
 

@@ -169,6 +169,21 @@ def test_what_comes_from_elsewhere_does_not_steer_the_terminal(
     assert echo.told[1] == ("assistant", "1: a\x1b]0;title\x07\x9b2Jb\tc"), "the conversation keeps what was said"
 
 
+def test_errors_and_notes_from_elsewhere_do_not_steer_it_either(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Steering(Echo):
+        def stream(self, conversation: Conversation) -> Generator[Piece, None, None]:
+            yield Piece("So", "[\x1b[2Jone of three]")
+            raise EngineError("\x1b]0;title\x07busy", hint="\x9b2Jwait")
+
+    talk(Steering(), "Hello\n", monkeypatch)
+    said = capsys.readouterr()
+    assert "[[2Jone of three]" in said.err
+    assert "corral: ]0;titlebusy; 2Jwait" in said.err
+    assert not {"\x1b", "\x07", "\x9b"} & set(said.err + said.out)
+
+
 RECIPE = """
 name = "mine"
 [model]

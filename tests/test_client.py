@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -202,31 +203,76 @@ def test_a_wrong_key_is_said_and_not_shown_even_if_the_server_shows_it(status: i
         assert "sesame" not in str(caught.value) + repr(caught.value)
 
 
+def test_errors_votes_and_names_from_elsewhere_do_not_steer_the_terminal_either(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steering = "\x1b]0;title\x07\x1b[2J\x9b2J\u202e"
+    vote = {"method": f"{steering}rouge-l", "winner": 0, "candidates": [{"score": 1.0}], "cancelled": 0}
+    name = f"{steering}other"
+    answers = other(
+        lambda self: (
+            self.events(delta("So", "stop") | {"consensus": vote})
+            if len(self.asked) == 1
+            else self.answer(400, {}, json.dumps({"error": {"message": f"{steering}too long"}}).encode())
+        ),
+        do_GET=lambda self: self.answer(200, {}, json.dumps({"data": [{"id": name}]}).encode()),
+    )
+    with web_server(answers) as url:
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nagain\n"))
+        assert main(["chat", "--url", url]) == 0
+        told = capsys.readouterr().err
+        assert answers.asked[0]["model"] == name
+        two = json.dumps({"data": [{"id": name}] * 2}).encode()
+        several = other(well, do_GET=lambda self: self.answer(200, {}, two))
+        with web_server(several) as second:
+            assert main(["chat", "--url", second]) == 2
+        told += capsys.readouterr().err
+    for part in ("talking with ", "rouge-l 1.00 among 1]", "too long", "the server has 2 models"):
+        assert part in told
+    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(told)
+
+
 # From the command line
 
 
 def test_the_key_comes_from_the_option_or_the_environment(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import io
-
     answers = other(well)
     monkeypatch.delenv("CORRAL_API_KEY", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "of openai")
     with web_server(answers) as url:
-        for key, options in (("of openai", []), ("of corral", []), ("given", ["--key", "given"])):
-            if key != "given":
-                monkeypatch.setenv(f"{key[3:].upper()}_API_KEY", key)
+        for key, options in ((None, []), ("of corral", []), ("given", ["--key", "given"])):
+            if key == "of corral":
+                monkeypatch.setenv("CORRAL_API_KEY", key)
             monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
             assert main(["chat", "--url", url, *options]) == 0
-    assert answers.keys == [f"Bearer {key}" for key in ("of openai", "of corral", "given") for _ in range(2)]
+    assert answers.keys == [None, None, "Bearer of corral", "Bearer of corral", "Bearer given", "Bearer given"]
     assert capsys.readouterr().out.splitlines().count("Well, thanks.") == 3
+
+
+def test_openais_key_goes_to_openai_and_to_nobody_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sent: list[tuple[str | None, str]] = []
+
+    def bearer(key: str | None, url: str) -> dict[str, str]:
+        sent.append((key, url))
+        return {}
+
+    monkeypatch.setattr("corral.client.bearer", bearer)
+    monkeypatch.setenv("OPENAI_API_KEY", "of openai")
+    monkeypatch.delenv("CORRAL_API_KEY", raising=False)
+    elsewhere = "http://api.openai.com", "https://api.openai.com.example/v1", "https://example.com/api.openai.com/v1"
+    for url in ("https://api.openai.com", "https://API.openai.com:443/v1/", *elsewhere):
+        monkeypatch.setattr("sys.stdin", io.StringIO(""))
+        assert main(["chat", "--url", url, "--model", "m"]) == 0, "nothing is asked"
+    assert [key for key, _ in sent] == ["of openai"] * 2 + [None] * 3
 
 
 def test_host_and_port_are_another_way_to_say_the_url_and_options_are_sent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import io
-
     answers = other(well)
     with web_server(answers) as url:
         port = url.rpartition(":")[2]

@@ -136,7 +136,7 @@ def parser() -> argparse.ArgumentParser:
     there.add_argument("--host", help="of the server, in place of --url")
     there.add_argument("--port", type=int, help="of the server, in place of --url (default: 8000)")
     there.add_argument("--model", dest="named", metavar="NAME", help="its name there (default: the only one)")
-    key = "its key (default: CORRAL_API_KEY, else OPENAI_API_KEY, of the environment, where others cannot see it)"
+    key = "its key (default: CORRAL_API_KEY of the environment, where others cannot see it; for OpenAI also OPENAI_API_KEY)"
     there.add_argument("--key", help=key)
     sub = verb("batch", models.batch, "corral batch runs/quickstart prompts.jsonl --out answers.jsonl")
     sub.add_argument("model", help=_MODELS)

@@ -121,6 +121,7 @@ def _server(args: argparse.Namespace) -> Server:
     import os
 
     from corral.client import Server
+    from corral.wire import KEY_VARIABLE, api_url, short
 
     for name in ("engine", "shots"):
         if getattr(args, name) is not None:
@@ -139,9 +140,12 @@ def _server(args: argparse.Namespace) -> Server:
         raise InputError("--n says how many are voted on", hint="add --consensus, e.g. rouge-l")
     if args.consensus is not None:
         options["consensus"] = _vote(args)
-    key = args.key or os.environ.get("CORRAL_API_KEY") or os.environ.get("OPENAI_API_KEY")
-    server = Server(urls[0], model=args.named, key=key, options=options)
-    print(f"talking with {server.model} at {server.url}", file=sys.stderr)
+    url = api_url(urls[0])
+    key = args.key or os.environ.get(KEY_VARIABLE)
+    if not key and url.startswith("https://api.openai.com/"):
+        key = os.environ.get("OPENAI_API_KEY")
+    server = Server(url, model=args.named, key=key, options=options)
+    print(f"talking with {short(server.model)} at {server.url}", file=sys.stderr)
     return server
 
 

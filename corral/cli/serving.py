@@ -118,6 +118,9 @@ def _add(held: Any, args: argparse.Namespace) -> dict[str, Any]:
             file=sys.stderr,
         )
         print(secret)
+        if len(held.all()) == 1:
+            what = "from now on a server with this database lets nobody in without a key; what was begun without one,"
+            print(f"{what} conversations and responses, belongs to no key and cannot be read any more", file=sys.stderr)
     return {"name": key.name, "id": key.id, "key": secret}
 
 

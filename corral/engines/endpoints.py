@@ -1,8 +1,9 @@
 """Requests to one of several URLs that serve the same model: which to ask, when to ask again, what an error says.
 
-A URL that fails is left alone for a while, longer each time, and is back once it lists its models again; meanwhile the others
-are asked. It knows HTTP and OpenAI's form of errors and of `/v1/models`. It does not know completions, tokens, or when an
-answer may be asked for twice.
+A URL that cannot be reached, or fails several times in a row, is left alone for a while, longer each time, and is back once it
+lists its models again; meanwhile the others are asked. One that is busy is asked again, when it says, by those it sent away.
+It knows HTTP and OpenAI's form of errors and of `/v1/models`. It does not know completions, tokens, or when an answer may be
+asked for twice.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -28,8 +29,11 @@ T = TypeVar("T")
 _CONNECT_SECONDS = 10.0
 _PROBE_SECONDS = 10.0  # a list of models is no work
 _LONGEST_REST = 300.0  # an endpoint that asks for more patience than this is taken at its word: it cannot serve now
+_LONGEST_TOLD = 1e9  # of what a Retry-After says
+_FAULTS_IN_A_ROW = 3  # of requests, after which an endpoint that still answers is taken to be ill
 _KEEP_ALIVE_SECONDS = 2.0  # uvicorn closes idle connections after 5: a request on one it just closed would fail
-_TRANSIENT = (408, 429, 502, 503, 504)
+_BUSY = (429, 503, 504)  # of transient ones, those that are about one request
+_TRANSIENT = (*_BUSY, 408, 502)
 _NOT_OPENAI = "is this the address of an OpenAI-compatible server? It usually ends in /v1"
 
 
@@ -39,12 +43,22 @@ class Lost(Exception):
     Args:
         what: the reason.
         retry_after: how many seconds the endpoint asks to be left alone.
+        status: what it answered, if it did.
     """
 
-    def __init__(self, what: str, retry_after: float | None = None) -> None:
+    def __init__(self, what: str, retry_after: float | None = None, status: int | None = None) -> None:
         super().__init__(what)
         self.what = what
         self.retry_after = retry_after
+        self.status = status
+
+
+class Busy(Lost):
+    """The endpoint does not take this request now; that says nothing about the next one."""
+
+
+class Gone(Lost):
+    """There is no connection to the endpoint."""
 
 
 @dataclass(slots=True)
@@ -53,12 +67,16 @@ class Endpoint:
 
     url: str
     under_way: int = 0
-    failures: int = 0
+    faults: int = 0
+    """Requests in a row that failed, not counting those that it was too busy for."""
+    rests: int = 0
     """In a row."""
     rests_until: float = 0.0
     """On the monotonic clock."""
     fault: str = ""
-    """The last one."""
+    """What was last wrong."""
+    status: int | None = None
+    """What it answered then, if it did."""
     probe: asyncio.Task[None] | None = None
     """What waits for it to come back; None while it may be asked."""
 
@@ -179,31 +197,32 @@ class Endpoints:
             EngineError: it cannot be reached, refuses the key, does not have the model, or answers nonsense.
         """
         async with self._room:
-            waits = tries = 0
+            waits = 0
+            refused: dict[str, float] = {}  # of URLs that did not take it: from when on they may be asked again
             while True:
-                endpoint = self._least_busy()
+                endpoint = self._least_busy(refused)
                 if endpoint is None:
-                    await self._wait(waits)
+                    await self._wait(waits, refused)
                     waits += 1
+                    refused = {url: moment for url, moment in refused.items() if moment > time.monotonic()}
                     continue
                 endpoint.under_way += 1
-                tries += 1
                 try:
                     result = await self._once(endpoint, "POST", path, body, use)
                 except Lost as lost:
-                    self._rest(endpoint, lost)
+                    self._failed(endpoint, lost)
                     if not may_repeat():
                         raise EngineError(
                             f"the endpoint was lost amid an answer ({endpoint.fault}), which it would not give again",
                             where=endpoint.url,
                             hint="ask again; with a seed, or at temperature 0, an answer is taken up where it broke off",
+                            status=lost.status,
                         ) from None
-                    if tries >= (self._retries + 1) * len(self._endpoints):
-                        raise self._gave_up() from None
+                    refused[endpoint.url] = time.monotonic() + (lost.retry_after or 0.0)
                     continue
                 finally:
                     endpoint.under_way -= 1
-                endpoint.failures = 0
+                endpoint.faults = endpoint.rests = 0
                 return result
 
     async def close(self) -> None:
@@ -213,19 +232,32 @@ class Endpoints:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._client.aclose()
 
-    def _least_busy(self) -> Endpoint | None:
-        up = [endpoint for endpoint in self._endpoints if endpoint.probe is None]
+    def _least_busy(self, refused: Collection[str]) -> Endpoint | None:
+        """Of those that may be asked, and did not refuse the request."""
+        up = [each for each in self._endpoints if each.probe is None and each.url not in refused]
         return min(up, key=lambda endpoint: endpoint.under_way, default=None)
+
+    def _failed(self, endpoint: Endpoint, lost: Lost) -> None:
+        """A request failed. That may be the request's own affair: others are asked for there, unless that looks hopeless."""
+        endpoint.fault, endpoint.status = short(lost.what, self._key), lost.status
+        if isinstance(lost, Busy):
+            return
+        endpoint.faults += 1
+        if isinstance(lost, Gone) or endpoint.faults >= _FAULTS_IN_A_ROW:
+            self._rest(endpoint, lost)
 
     def _rest(self, endpoint: Endpoint, lost: Lost, *, again: bool = False) -> None:
         """Leave an endpoint alone for a while; then it has to show that it is back. `again`: it has not shown it."""
         # Many requests that it fails with are one failure.
         counts = again or endpoint.probe is None
-        backoff = self._backoff * 2 ** min(endpoint.failures, 5) if counts else 0.0
+        backoff = self._backoff * 2 ** min(endpoint.rests, 5) if counts else 0.0
         rest = backoff if lost.retry_after is None else max(self._backoff, lost.retry_after)
+        if not any(other.probe is None for other in self._endpoints if other is not endpoint):
+            # Nobody else can be asked: it is looked at now, and then as often as may be.
+            rest = min(rest, self._backoff) if again else 0.0
         endpoint.rests_until = max(endpoint.rests_until, time.monotonic() + rest)
-        endpoint.failures += counts
-        endpoint.fault = short(lost.what, self._key)
+        endpoint.rests += counts
+        endpoint.fault, endpoint.status = short(lost.what, self._key), lost.status
         if endpoint.probe is None:
             endpoint.probe = self._keep(self._return_of(endpoint))
         if not self.ready:
@@ -268,22 +300,32 @@ class Endpoints:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _wait(self, waits: int) -> None:
-        """Until an endpoint may be asked again. Raises: EngineUnavailableError (it is not worth it)."""
-        left = min(endpoint.rests_until for endpoint in self._endpoints) - time.monotonic()
+    async def _wait(self, waits: int, refused: Mapping[str, float]) -> None:
+        """Until an endpoint may be asked for that request. Raises: EngineUnavailableError (it is not worth it)."""
+        moments = (max(each.rests_until, refused.get(each.url, 0.0)) for each in self._endpoints)
+        left = max(0.0, min(moments) - time.monotonic())
         if waits == self._retries or left > _LONGEST_REST:
-            raise self._gave_up(f", and asks to be left alone for {left:.0f} s" if left > _LONGEST_REST else "")
-        pause = self._backoff * 2**waits / 2
-        with suppress(TimeoutError):
-            async with asyncio.timeout(max(left, 0.0) + pause):
-                await self._back.wait()
+            raise self._gave_up(left)
+        pause = self._backoff * 2**waits
+        if self.ready:
+            await asyncio.sleep(left + pause)
+        else:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left + pause):
+                    await self._back.wait()
         # Not all at the same moment: those who wait would be too many again.
-        await asyncio.sleep(pause * random.random())
+        await asyncio.sleep(pause / 2 * random.random())
 
-    def _gave_up(self, more: str = "") -> EngineUnavailableError:
-        tried = "; ".join(f"{endpoint.url} {endpoint.fault}" for endpoint in self._endpoints if endpoint.fault)
+    def _gave_up(self, left: float) -> EngineUnavailableError:
+        failed = [endpoint for endpoint in self._endpoints if endpoint.fault]
+        tried = "; ".join(f"{endpoint.url} {endpoint.fault}" for endpoint in failed)
+        more = f", and asks to be left alone for {left:.0f} s" if left > _LONGEST_REST else ""
         return EngineUnavailableError(
-            f"no endpoint answers: {tried}{more}", hint="see whether the server runs, or give more URLs or retries"
+            f"no endpoint answers: {tried}{more}",
+            where=", ".join(endpoint.url for endpoint in failed),
+            hint="see whether the server runs, or give more URLs or retries",
+            status=next((endpoint.status for endpoint in failed if endpoint.status), None),
+            retry_seconds=left or None,
         )
 
     async def _once(
@@ -307,17 +349,17 @@ class Endpoints:
             what = f"the endpoint's answer cannot be read: {short(told, self._key)}"
             raise EngineError(what, where=endpoint.url, hint=_NOT_OPENAI) from None
         except httpx2.ConnectTimeout:
-            raise Lost(f"does not answer within {_CONNECT_SECONDS:.0f} s") from None
+            raise Gone(f"does not answer within {_CONNECT_SECONDS:.0f} s") from None
         except httpx2.TimeoutException:
             raise Lost("fell silent") from None
         except httpx2.ConnectError as error:
-            raise Lost(f"cannot be reached ({short(str(error) or type(error).__name__, self._key)})") from None
+            raise Gone(f"cannot be reached ({short(str(error) or type(error).__name__, self._key)})") from None
         except httpx2.TransportError as error:
             raise Lost(f"closed the connection ({short(str(error) or type(error).__name__, self._key)})") from None
         except EngineError as error:
             # It may tell what the endpoint said amid an answer.
             where = error.where or endpoint.url
-            raise type(error)(short(error.what, self._key), where=where, hint=error.hint) from None
+            raise type(error)(short(error.what, self._key), where=where, hint=error.hint, status=error.status) from None
 
     async def _models_of(self, endpoint: Endpoint) -> list[ListedModel]:
         async def read(response: httpx2.Response) -> list[ListedModel]:
@@ -330,17 +372,18 @@ class Endpoints:
         words = said(text, self._key)
         what = f"answered {status}" + (f": {words}" if words else "")
         if status in _TRANSIENT:
-            return Lost(what, _retry_after(response.headers.get("retry-after")))
+            kind = Busy if status in _BUSY else Lost
+            return kind(what, _retry_after(response.headers.get("retry-after")), status)
         if status in (401, 403):
             hint = f"put the key of this endpoint into {KEY_VARIABLE}" + (", the one there is wrong" * bool(self._key))
-            return EngineError(f"the endpoint {what}", where=endpoint.url, hint=hint)
+            return EngineError(f"the endpoint {what}", where=endpoint.url, hint=hint, status=status)
         if status in (400, 413, 422):
             hint = "shorten the prompt or lower max_tokens" if "context" in words else None
-            return RequestError(f"the endpoint {what}", where=endpoint.url, hint=hint)
+            return RequestError(f"the endpoint {what}", where=endpoint.url, hint=hint, status=status)
         if path == "/models":
-            return EngineError(f"the endpoint {what}", where=endpoint.url + path, hint=_NOT_OPENAI)
+            return EngineError(f"the endpoint {what}", where=endpoint.url + path, hint=_NOT_OPENAI, status=status)
         hint = f"see which models it has: {endpoint.url}/models" if status == 404 else "its log may say more"
-        return EngineError(f"the endpoint {what}", where=endpoint.url, hint=hint)
+        return EngineError(f"the endpoint {what}", where=endpoint.url, hint=hint, status=status)
 
 
 async def _beginning(response: httpx2.Response) -> bytes:
@@ -358,7 +401,7 @@ def _retry_after(value: str | None) -> float | None:
     if value is None:
         return None
     with suppress(ValueError):
-        return max(0.0, float(value))
+        return min(max(0.0, float(value)), _LONGEST_TOLD)
     with suppress(ValueError):
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     return None

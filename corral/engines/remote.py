@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import threading
+import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ from corral.engines.base import Delta, Engine, Features, Finish, Generation, Sam
 from corral.engines.endpoints import Endpoints, ListedModel, Lost
 from corral.engines.events import Event, NewTokens
 from corral.errors import EngineError, EngineUnavailableError, InputError, ModelError
-from corral.wire import KEY_VARIABLE
+from corral.wire import KEY_VARIABLE, short
 
 T = TypeVar("T")
 
@@ -37,11 +38,11 @@ _NO_IDS = "give `ids_of`, which makes ids of its text, or use a server that retu
 class RemoteEngine(Engine):
     """Completes and scores at one or several endpoints that serve the same model.
 
-    Requests go to the endpoint with the fewest under way. One that cannot be reached, or answers 429 or 503, is left
-    alone for a while (for as long as its Retry-After says), then looked at until it lists the model, and its requests are
-    asked elsewhere, or again. So is a request whose answer breaks off, if each of its unfinished choices has not begun, or
-    must come out the same (a seed, or temperature 0): then what came is compared with what comes, and only the rest is
-    passed on.
+    Requests go to the endpoint with the fewest under way. What one refuses with 429, 503 or 504 is asked elsewhere, or there
+    again after as long as its Retry-After says; that does not concern other requests. One that cannot be reached, or fails
+    three times in a row, is left alone for a while, then looked at until it lists the model. A request whose answer breaks off
+    is asked again, if each of its unfinished choices has not begun, or must come out the same (a seed, or temperature 0): then
+    what came is compared with what comes, and only the rest is passed on.
 
     Args:
         urls: of the API, such as `http://127.0.0.1:8000/v1`.
@@ -57,7 +58,7 @@ class RemoteEngine(Engine):
             `features` says whether there are log-probabilities. Without it a server is taken to give all of it, or only text
             if there is `ids_of`.
         concurrency: requests under way at once, over all URLs.
-        retries: how often a request waits because all endpoints rest; the first time about `backoff_seconds`, then
+        retries: how often a request waits because no endpoint takes it; the first time about `backoff_seconds`, then
             twice as long each time. 0 waits for none, and `submit` then refuses while all of them rest.
         timeout_seconds: the longest silence of an endpoint that has a request; the first token may take that long.
         check_seconds: how often endpoints that nobody asks are looked at, so that `ready` tells of those that have gone; None
@@ -199,7 +200,9 @@ class RemoteEngine(Engine):
         except EngineError as error:
             request.generation.fail(error)
         except Exception as error:
-            _log.error("engine %r failed", self.name, exc_info=error)
+            place = traceback.extract_tb(error.__traceback__)[-1]  # its words may quote what was asked or answered
+            kind = type(error).__name__
+            _log.error("engine %r failed: %s at %s:%d", self.name, kind, place.filename, place.lineno)
             request.generation.fail(EngineError(f"engine {self.name!r}: {error!r}"))
         finally:
             self._open.discard(request)
@@ -359,7 +362,7 @@ def _the_model(listed: Sequence[tuple[str, Sequence[ListedModel]]], name: str | 
     found: list[ListedModel] = []
     for url, all_models in listed:
         models = [model for model in all_models if model.task == "chat"]
-        names = ", ".join(model.id for model in models) or "none"
+        names = short(", ".join(model.id for model in models)) or "none"
         if name is None and len(models) != 1:
             raise ModelError(f"the endpoint has several models, or none: {names}", where=url, hint="name one of them")
         wanted = models[0].id if name is None else name

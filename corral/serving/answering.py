@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Generator
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,14 @@ from typing import Literal
 from corral.answerer import Answer, Answerer, TextDelta, TextStream
 from corral.consensus import Consensus, Embed
 from corral.engines.base import Finish, Sampling
-from corral.errors import CorralError, EngineClosedError, EngineUnavailableError, RequestError, TemplateError
+from corral.errors import (
+    CorralError,
+    EngineClosedError,
+    EngineError,
+    EngineUnavailableError,
+    RequestError,
+    TemplateError,
+)
 from corral.messages import Conversation
 from corral.serving.protocol import (
     Ask,
@@ -253,9 +261,16 @@ def finish_reason(finish: Finish) -> Literal["stop", "length"]:
     return finish
 
 
-def _unavailable() -> Refused:
+def _unavailable(retry_seconds: float | None) -> Refused:
     what = "nothing computes this model just now"
-    return Refused(503, what, code="engine_unavailable", retry_seconds=_LATER_SECONDS)
+    later = _LATER_SECONDS if retry_seconds is None else max(1, math.ceil(retry_seconds))
+    return Refused(503, what, code="engine_unavailable", retry_seconds=later)
+
+
+def _kind(error: CorralError) -> str:
+    """What may be logged of an error: what an endpoint says may quote the prompt."""
+    status = f" {error.status}" if isinstance(error, EngineError) and error.status else ""
+    return f"{type(error).__name__}{status}" + (f" at {error.where}" if error.where else "")
 
 
 @contextlib.contextmanager
@@ -268,10 +283,10 @@ def faults() -> Generator[None]:
     except RequestError as error:
         raise Refused(400, error.what) from error
     except EngineUnavailableError as error:
-        _log.warning("%s", error.what)
-        raise _unavailable() from error
+        _log.warning("no engine computes: %s", _kind(error))
+        raise _unavailable(error.retry_seconds) from error
     except EngineClosedError as error:
         raise Refused(503, "the engine of this server is closed", code="engine_unavailable") from error
     except CorralError as error:
-        _log.error("the engine failed: %s", error.what)
+        _log.error("the engine failed: %s", _kind(error))
         raise Refused(500, "the engine failed on this request", code="engine_failed") from error

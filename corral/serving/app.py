@@ -60,6 +60,7 @@ def build_app(
         redoc_url=None,
         openapi_url="/openapi.json",
         redirect_slashes=False,
+        strict_content_type=True,  # a page elsewhere can send a body without its type unasked, but not one of JSON
     )
     body_bytes = max(served.limits.body_bytes for served in models.all())
     # The last one added is the first to meet a request.

@@ -1,26 +1,29 @@
 """Who asks, as a running server knows it: keys read from the database every second or so, and what each may still use.
 
-What is used is counted here and added to the database with the next reading, so that no request waits for a write and no token
+What is used is counted here and added to the database every second or so, so that no request waits for a write and no token
 costs one; a server that is killed loses the count of a second. It does not know what a request is for, or what it waits for.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from corral.errors import DatabaseError
 from corral.serving.admission import Busy
 from corral.serving.keys import Key, Keys, Quota, Used, key_id, today
 from corral.serving.protocol import Refused, Usage
+from corral.serving.replies import trace
 
 _FRESH_SECONDS = 1.0
+_PATIENT_SECONDS = 1.0  # for which a request waits to hear anew what is known already
 _STALE_SECONDS = 30.0  # for which a database that cannot be reached is forgiven; then nobody is let in on old knowledge
 _log = logging.getLogger(__name__)
 
@@ -48,14 +51,10 @@ class Counts(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """What the database said."""
+class _Known(NamedTuple):
+    """What the database said of keys."""
 
     keys: Mapping[str, Key]
-    used: Mapping[str, Used]
-    """Of the day."""
-    day: str
     at: float
     """When, on the monotonic clock."""
 
@@ -71,10 +70,17 @@ class Callers:
         self._keys = keys
         self._known: _Known | None = None
         self._tried = float("-inf")
-        self._syncing: asyncio.Task[None] | None = None
+        self.is_locked = False
+        """Whether nobody comes in without a key even if there is none: once there was one, and where the server says so."""
+        self._reading: asyncio.Task[None] | None = None
+        self._settling: asyncio.Task[None] | None = None
+        self._awaited: Sequence[asyncio.Task[None]] = ()
+        """What the last reading began."""
         self._later: asyncio.TimerHandle | None = None
         self._pending: dict[str, dict[str, Used]] = {}
         """Day → key → used, not in the database yet."""
+        self._used: tuple[str, Mapping[str, Used]] = ("", {})
+        """(a day, what keys used on it as the database said)"""
         self._held: Counter[str] = Counter()
         """Requests of a key that are under way or wait."""
         self._working: defaultdict[str, dict[int, Counts]] = defaultdict(dict)
@@ -90,7 +96,7 @@ class Callers:
         if self._keys is None:
             return ANYBODY
         known = await self._fresh()
-        if not known.keys:
+        if not known.keys and not self.is_locked:
             return ANYBODY
         scheme, _, secret = (authorization or "").partition(" ")
         if scheme.lower() != "bearer":
@@ -157,9 +163,8 @@ class Callers:
         """What a key used today, as far as this server knows."""
         day = today()
         used = self._pending.get(day, {}).get(key, Used())
-        if self._known is not None and self._known.day == day:
-            used = used.plus(self._known.used.get(key, Used()))
-        return used
+        known_day, known = self._used
+        return used.plus(known.get(key, Used())) if known_day == day else used
 
     async def close(self) -> None:
         """Write down what was used. A database that cannot be reached is logged."""
@@ -167,7 +172,7 @@ class Callers:
             self._later.cancel()
         for _ in range(2):  # what is written just now may have been taken before the last request ended
             if self._keys is not None and self._pending:
-                await self._sync()
+                await asyncio.wait([self._settle()])
 
     def _tokens(self, key: str) -> int:
         """Used today, with those of what is under way."""
@@ -183,43 +188,70 @@ class Callers:
             self._later = asyncio.get_running_loop().call_later(_FRESH_SECONDS, self._write)
 
     async def _fresh(self) -> _Known:
+        """What is known, read anew if it has to be. A database that is slow to answer delays nobody for long.
+
+        Raises:
+            Refused: 503: what is known is too old.
+        """
         now, known = time.monotonic(), self._known
-        is_due = self._syncing is not None or now - self._tried >= _FRESH_SECONDS
+        is_due = self._reading is not None or now - self._tried >= _FRESH_SECONDS
         if is_due and (known is None or now - known.at >= _FRESH_SECONDS):
-            await self._sync()
+            awaited = self._read_anew()
+            patience = None
+            if known is not None and now - known.at <= _STALE_SECONDS:
+                patience = max(0.0, self._tried + _PATIENT_SECONDS - now)
+            # Who waits may go: that does not end what is waited for.
+            await asyncio.wait(awaited, timeout=patience)
         known = self._known
         if known is None or time.monotonic() - known.at > _STALE_SECONDS:
             what = "the database of this server cannot be reached"
             raise Refused(503, what, code="database_unavailable", retry_seconds=1)
         return known
 
+    def _read_anew(self) -> Sequence[asyncio.Task[None]]:
+        if self._reading is None:
+            self._tried = time.monotonic()
+            self._reading = asyncio.create_task(self._read())
+            # One that still waits for the database is not waited for again.
+            self._awaited = (self._reading, *([] if self._settling else [self._settle()]))
+        return self._awaited
+
+    def _settle(self) -> asyncio.Task[None]:
+        """Apart from the keys: a database that is full, or that another program has locked, can be read all the same."""
+        if self._settling is None:
+            self._settling = asyncio.create_task(self._exchange())
+        return self._settling
+
     def _write(self) -> None:
         self._later = None
-        self._start()
+        self._settle()
 
-    async def _sync(self) -> None:
-        # Shielded: who waits for it may go, and others wait too.
-        await asyncio.shield(self._start())
-
-    def _start(self) -> asyncio.Task[None]:
-        if self._syncing is None:
-            self._syncing = asyncio.create_task(self._exchange())
-        return self._syncing
+    async def _read(self) -> None:
+        """Learn which keys there are."""
+        assert self._keys is not None
+        at = time.monotonic()
+        try:
+            with _logged():
+                keys = await asyncio.to_thread(self._keys.all)
+                self._known = _Known({key.id: key for key in keys}, at)
+                self.is_locked = self.is_locked or bool(keys)
+        finally:
+            self._reading = None
 
     async def _exchange(self) -> None:
-        """Write what was used, read what is known."""
+        """Write what was used, read what all servers used; what cannot be written is kept for the next time."""
         assert self._keys is not None
-        self._tried = time.monotonic()
         try:
-            for day, used in list(self._pending.items()):
-                counted = dict(used)
-                await asyncio.to_thread(self._keys.count, day, counted)
-                self._subtract(day, counted)
-            self._known = await asyncio.to_thread(self._read, self._keys)
-        except DatabaseError as error:
-            _log.error("%s", error.what)
+            with _logged():
+                for day, used in list(self._pending.items()):
+                    counted = dict(used)
+                    await asyncio.to_thread(self._keys.count, day, counted)
+                    self._subtract(day, counted)
+            with _logged():
+                day = today()
+                self._used = (day, await asyncio.to_thread(self._keys.used, day))
         finally:
-            self._syncing = None
+            self._settling = None
 
     def _subtract(self, day: str, counted: Mapping[str, Used]) -> None:
         """Take what was written from what is pending, and keep it in what is known until that is read anew."""
@@ -230,15 +262,21 @@ class Callers:
                 of_day[key] = left
         if not of_day:
             del self._pending[day]
-        known = self._known
-        if known is not None and known.day == day:
-            both = {**known.used, **{key: known.used.get(key, Used()).plus(used) for key, used in counted.items()}}
-            self._known = _Known(known.keys, both, day, known.at)
+        known_day, known = self._used
+        if known_day == day:
+            both = {key: known.get(key, Used()).plus(used) for key, used in counted.items()}
+            self._used = (day, {**known, **both})
 
-    @staticmethod
-    def _read(keys: Keys) -> _Known:
-        at, day = time.monotonic(), today()
-        return _Known({key.id: key for key in keys.all()}, keys.used(day), day, at)
+
+@contextlib.contextmanager
+def _logged() -> Generator[None]:
+    """What the database fails in is logged; what is known stays, and grows old."""
+    try:
+        yield
+    except DatabaseError as error:
+        _log.error("%s", error.what)
+    except Exception as error:
+        _log.error("the database failed: %s", trace(error))
 
 
 class Window:

@@ -15,8 +15,19 @@ from sqlalchemy.orm import Session
 
 from corral.serving.database import Database
 from corral.serving.protocol import Refused
-from corral.serving.records import Caps, ConversationRow, Item, ItemRow, Page, is_id, missing, new_id, page_of
-from corral.serving.turns import Turns, add, check_free, owned
+from corral.serving.records import (
+    Caps,
+    ConversationRow,
+    Item,
+    ItemRow,
+    Page,
+    ResponseRow,
+    is_id,
+    missing,
+    new_id,
+    page_of,
+)
+from corral.serving.turns import Turns, add, check_free, forget, owned
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +93,10 @@ class Conversations:
     def delete(self, owner: str, id_: str) -> None:
         """Delete it with its items and the responses made for it. Raises: Refused (404)."""
         with self._database.session() as session:
-            session.delete(owned(session, owner, id_, to_write=True))
+            row = owned(session, owner, id_, to_write=True)
+            # First the responses: what they alone hold would be left without a place.
+            forget(session, select(ResponseRow.number).where(ResponseRow.conversation == row.number))
+            session.delete(row)
 
     def export(self, owner: str, id_: str) -> tuple[Stored, list[Item]]:
         """(a conversation, all its items in order). Raises: Refused (404)."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import AsyncGenerator, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
@@ -21,6 +22,8 @@ from corral.serving.answering import usage
 from corral.serving.door import Door, Event
 from corral.serving.models import Models
 from corral.serving.protocol import Body, Limits, Refused, Usage, only
+
+T = TypeVar("T")
 
 _AT_ONCE = 32  # texts: a client that goes away, or whose time is up, waits for no more than these
 
@@ -68,26 +71,38 @@ def routes(models: Models, door: Door) -> APIRouter:
     embed = models.embed
     assert embed is not None
     (limits, *_) = (served.limits for served in models.all())
-    # One at a time computes anyway; those who wait must not hold the threads that others need.
-    turn = asyncio.Lock()
+    turns = InTurn()
 
     @router.post("/v1/embeddings")
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         if body.model != ASSET:
             what = f"the model {body.model!r} gives no embeddings: here {ASSET!r} does"
             raise Refused(404, what, param="model", code="model_not_found")
-        return await door.answer(request, lambda: _asked(embed, turn, body, limits), stream=False, model=ASSET)
+        return await door.answer(request, lambda: _asked(embed, turns, body, limits), stream=False, model=ASSET)
 
     return router
 
 
-async def _asked(embed: Embedder, turn: asyncio.Lock, body: EmbeddingRequest, limits: Limits) -> AskedVectors:
+class InTurn:
+    """Computes one thing at a time, in a thread of its own, so that those who wait do not hold the threads that others need.
+
+    What is cancelled while it waits is never computed; what is being computed is computed to its end, and only then the next.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "embeddings")
+
+    async def take(self, compute: Callable[[Sequence[str]], T], texts: Sequence[str]) -> T:
+        """What `compute` makes of these texts. Raises: what it raises."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, compute, texts)
+
+
+async def _asked(embed: Embedder, turns: InTurn, body: EmbeddingRequest, limits: Limits) -> AskedVectors:
     """Raises: Refused (there is nothing to embed, or too much)."""
     texts = [body.input] if isinstance(body.input, str) else body.input
     if not 1 <= len(texts) <= limits.inputs:
         raise Refused(400, f"'input': from 1 to {limits.inputs} texts are embedded at once", param="input")
-    async with turn:
-        counts = await asyncio.to_thread(embed.tokens, texts)
+    counts = await turns.take(embed.tokens, texts)
     for place, (text, count) in enumerate(zip(texts, counts, strict=True)):
         param = "input" if isinstance(body.input, str) else f"input[{place}]"
         if not text:
@@ -95,7 +110,7 @@ async def _asked(embed: Embedder, turn: asyncio.Lock, body: EmbeddingRequest, li
         if count > LONGEST:
             what = f"{param!r}: this model reads {LONGEST} tokens, and the text has {count}"
             raise Refused(400, what, param=param, code="context_length_exceeded")
-    return AskedVectors(embed, turn, texts, sum(counts), body.encoding_format or "float")
+    return AskedVectors(embed, turns, texts, sum(counts), body.encoding_format or "float")
 
 
 class AskedVectors:
@@ -104,13 +119,13 @@ class AskedVectors:
     def __init__(
         self,
         embed: Embedder,
-        turn: asyncio.Lock,
+        turns: InTurn,
         texts: Sequence[str],
         tokens: int,
         form: Literal["float", "base64"],
     ) -> None:
         self._embed = embed
-        self._turn = turn
+        self._turns = turns
         self._texts = texts
         self._form = form
         self.usage: Usage = usage(tokens, 0)
@@ -120,8 +135,7 @@ class AskedVectors:
         """The answer."""
         vectors: list[NDArray[np.float64]] = []
         for start in range(0, len(self._texts), _AT_ONCE):
-            async with self._turn:
-                vectors += [*await asyncio.to_thread(self._embed, self._texts[start : start + _AT_ONCE])]
+            vectors += [*await self._turns.take(self._embed, self._texts[start : start + _AT_ONCE])]
         told = [
             vector.tolist()
             if self._form == "float"

@@ -26,7 +26,7 @@ from corral.errors import InputError
 from corral.serving.database import Base, Database
 
 _KEY = re.compile(r"corral_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
-_NAME = re.compile(r"[\w][\w.@+-]{0,63}")
+_NAME = re.compile(r"(?![0-9a-f]{12}\Z)[^\W_][\w.@+-]{0,63}")  # none that could be the id of another key
 
 
 class KeyRow(Base):
@@ -142,7 +142,7 @@ class Keys:
         if not _NAME.fullmatch(name):
             raise InputError(
                 f"{name!r} cannot be the name of a key",
-                hint="use up to 64 letters, digits and . _ - @ +, beginning with a letter or digit",
+                hint="use up to 64 letters, digits and . _ - @ +, beginning with a letter or digit; not 12 hex digits",
             )
         quota = quota or Quota()
         id_ = secrets.token_hex(6)

@@ -77,6 +77,7 @@ def open_served(
     name: str | None = None,
     limits: Limits | None = None,
     embeddings: bool = False,
+    at_once: int = 128,
 ) -> Models:
     """Load what a server is to serve.
 
@@ -88,6 +89,7 @@ def open_served(
         name: of the one model, if there is one.
         limits: of each request.
         embeddings: load what embeds, for clients that ask for it.
+        at_once: how many requests of clients are worked on at a time: so many have room at each URL.
 
     Raises:
         InputError: two models have one name, a name is given for several, or URLs without the remote engine.
@@ -103,7 +105,7 @@ def open_served(
             raise InputError(
                 f"two models are called {each!r}", where=", ".join(specs), hint="write NAME=MODEL for each"
             )
-    opened = _reached(named, urls) if urls else open_models([spec for _, spec in named], local)
+    opened = _reached(named, urls, at_once) if urls else open_models([spec for _, spec in named], local)
     embed = Embedder()
     limits = limits or Limits()
     served = [_served(*of, each, limits, embed) for of, each in zip(named, opened, strict=True)]
@@ -121,11 +123,12 @@ def _named(text: str, name: str | None) -> tuple[str, str]:
     return name or found["name"], found["spec"]
 
 
-def _reached(named: Sequence[tuple[str, str]], urls: Sequence[str]) -> list[Opened]:
-    # A request that no replica takes is told so at once; who asked knows better whether to wait.
-    patience: Any = {"retries": 0, "check_seconds": _CHECK_SECONDS}
+def _reached(named: Sequence[tuple[str, str]], urls: Sequence[str], at_once: int) -> list[Opened]:
+    # A request that no replica takes is told so at once; who asked knows better whether to wait. Those let in are not made to
+    # wait once more, where turns would not go round the keys.
+    settings: Any = {"retries": 0, "check_seconds": _CHECK_SECONDS, "concurrency": at_once * len(urls)}
     several = len(named) > 1
-    return [reach_model(spec, urls, model=name if several else None, **patience) for name, spec in named]
+    return [reach_model(spec, urls, model=name if several else None, **settings) for name, spec in named]
 
 
 def _served(name: str, spec: str, opened: Opened, limits: Limits, embed: Embedder) -> Served:

@@ -139,6 +139,8 @@ class ChatMessage(Body):
     name: Nothing = None
     tool_calls: Empty = None
     function_call: Nothing = None
+    # What some clients put beside the role, as for a part or an item.
+    type: Annotated[Any, only(None, "text", "message")] = None
 
     @property
     def text(self) -> str:

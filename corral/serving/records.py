@@ -21,12 +21,18 @@ from corral.serving.protocol import Refused
 Role: TypeAlias = Literal["system", "developer", "user", "assistant"]
 ItemStatus: TypeAlias = Literal["completed", "incomplete"]
 
+ROW_BYTES = 256
+"""What a row is taken to need besides what it says: many empty texts are not nothing."""
+
 
 class ConversationRow(Base):
     """A conversation. `items` and `bytes` count what it holds."""
 
     __tablename__ = "conversations"
-    __table_args__ = (Index(None, "owner", "number"),)
+    __table_args__ = (
+        Index(None, "owner", "number"),
+        Index(None, "owner", "items", "bytes"),  # all that is summed up of an owner, without reading the rows
+    )
 
     number: Mapped[int] = mapped_column(Number, primary_key=True)
     id: Mapped[str] = mapped_column(String(64), unique=True)
@@ -44,6 +50,7 @@ class ResponseRow(Base):
     """A response without its items. `body` is as it is shown, save for what its items say."""
 
     __tablename__ = "responses"
+    __table_args__ = (Index(None, "owner", "number", "bytes"),)
 
     number: Mapped[int] = mapped_column(Number, primary_key=True)
     id: Mapped[str] = mapped_column(String(64), unique=True)
@@ -56,6 +63,8 @@ class ResponseRow(Base):
     until: Mapped[float | None] = mapped_column(Double)
     """While it is being made: when its maker, if it has not said that it lives, is taken for dead. In seconds since 1970."""
     body: Mapped[dict[str, Any]] = mapped_column(JSON)
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    """Of its body, and of the items that it alone holds, each with `ROW_BYTES`."""
 
 
 class ItemRow(Base):
@@ -89,6 +98,12 @@ class Caps:
     """Of their texts in UTF-8. The answer that crosses it is still stored."""
     conversations: int = 10_000
     """Of one owner."""
+    total: int = 2**30
+    """Bytes of all conversations of one owner, each and each of its items with `ROW_BYTES`."""
+    responses: int = 10_000
+    """Of one owner; the oldest give way to new ones."""
+    responses_bytes: int = 2**28
+    """Of all responses of one owner, with what their bodies say; the oldest give way."""
     days: int = 30
     """After which a response that is in no conversation is deleted."""
 
@@ -135,6 +150,11 @@ class Item:
             texts=list(self.texts),
             bytes=self.bytes,
         )
+
+
+def bytes_of(items: Sequence[Item]) -> int:
+    """What items take of an owner's share."""
+    return sum(item.bytes + ROW_BYTES for item in items)
 
 
 @dataclass(frozen=True, slots=True)

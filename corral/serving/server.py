@@ -84,6 +84,7 @@ def serve(wanted: Wanted, place: Place, bounds: Bounds, database: str | None) ->
                     urls=wanted.urls,
                     name=wanted.name,
                     embeddings=wanted.embeddings,
+                    at_once=bounds.at_once,
                 )
                 number = asyncio.run(_run(models, place, listener, bounds, opened, has_keys=has_keys))
         except KeyboardInterrupt:
@@ -102,7 +103,7 @@ async def _run(
 ) -> int | None:
     """Serve until told to end. Returns: the signal that told so."""
     address, port = listener.getsockname()[:2]
-    door = Door(bounds, None if database is None else Keys(database))
+    door = door_at(str(address), place, bounds, database, has_keys=has_keys)
     # A page in a browser cannot know a key; where there may be none, it must not come by a name of its own.
     hosts = ("localhost", "127.0.0.1", "::1", str(address)) if _is_local(str(address)) and not place.insecure else ()
     app = build_app(models, door, routers=_routers(models, door, database), hosts=hosts, cors=place.cors)
@@ -118,6 +119,17 @@ async def _run(
         await models.close()
         await door.close()
     return server.stopped_by
+
+
+def door_at(address: str, place: Place, bounds: Bounds, database: Database | None, *, has_keys: bool) -> Door:
+    """What stands between an address and the engines.
+
+    A server that may listen there only because there are keys lets nobody in when they are gone, as from a database that was
+    emptied or put back.
+    """
+    door = Door(bounds, None if database is None else Keys(database))
+    door.callers.is_locked = has_keys or not (place.insecure or _is_local(address))
+    return door
 
 
 def _routers(models: Models, door: Door, database: Database | None) -> list[APIRouter]:

@@ -10,23 +10,26 @@ clocks must agree within a few seconds.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, delete, func, literal, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, delete, func, literal, or_, select, update
 from sqlalchemy.orm import Session, aliased
 
 from corral.serving.database import Database
 from corral.serving.protocol import Refused
 from corral.serving.records import (
+    ROW_BYTES,
     Caps,
     ConversationRow,
     Item,
     ItemRow,
     Page,
     ResponseRow,
+    bytes_of,
     is_id,
     missing,
     page_of,
@@ -102,9 +105,12 @@ class Turns:
                 conversation = owned(session, turn.owner, turn.conversation, to_write=True, param="conversation")
                 check_free(conversation)
                 check_caps(conversation.items, conversation.bytes, turn.inputs, self._caps)
+                check_total(session, turn.owner, turn.inputs, self._caps)
                 conversation.turn, conversation.turn_until = turn.id, self._until
             before = self._before(session, turn)
             if turn.stored:
+                size = _size(body, () if conversation else turn.inputs)
+                self._make_room(session, turn.owner, size)
                 row = ResponseRow(
                     id=turn.id,
                     owner=turn.owner,
@@ -113,6 +119,7 @@ class Turns:
                     created_at=int(time.time()),
                     until=self._until,
                     body=body,
+                    bytes=size,
                 )
                 session.add(row)
             return before
@@ -153,14 +160,15 @@ class Turns:
                     raise _held(conversation)
                 conversation.turn = conversation.turn_until = None
             row = session.scalar(select(ResponseRow).where(ResponseRow.id == turn.id))
-            if row is not None:
-                row.body, row.until = body, None
             holder = conversation if kept else None
-            if holder is None and row is None:
-                return
             said = [(item, False) for item in turn.inputs]
             if output is not None:
                 said.append((output, True))
+            if row is not None:
+                row.body, row.until = body, None
+                row.bytes = _size(body, () if holder else [item for item, _ in said])
+            elif holder is None:
+                return
             for item, is_output in said:
                 _write(session, item, holder, response=row.number if row else None, is_output=is_output)
 
@@ -184,8 +192,7 @@ class Turns:
         """Delete a response; what it says stays in its conversation, if it has one. Raises: Refused (404)."""
         with self._database.session() as session:
             row = _response(session, owner, id_)
-            session.execute(delete(ItemRow).where(ItemRow.response == row.number, ItemRow.conversation.is_(None)))
-            session.delete(row)
+            forget(session, select(ResponseRow.number).where(ResponseRow.number == row.number))
 
     @property
     def _until(self) -> float:
@@ -198,6 +205,8 @@ class Turns:
         elif turn.previous is not None:
             query = select(ItemRow).where(self._chain(session, turn.owner, turn.previous))
         else:
+            if turn.leaves_a_trace:
+                check_caps(0, 0, turn.inputs, self._caps)
             return []
         items = [Item.of(row) for row in session.scalars(query.order_by(ItemRow.number).limit(self._caps.items + 1))]
         check_caps(len(items), sum(item.bytes for item in items), turn.inputs, self._caps)
@@ -235,9 +244,23 @@ class Turns:
         if time.monotonic() - self._swept < _SWEEP_SECONDS and self._swept:
             return
         self._swept = time.monotonic()
-        old = (ResponseRow.conversation.is_(None), ResponseRow.created_at < time.time() - self._caps.days * _DAY)
-        session.execute(delete(ItemRow).where(ItemRow.response.in_(select(ResponseRow.number).where(*old))))
-        session.execute(delete(ResponseRow).where(*old))
+        is_old = ResponseRow.created_at < time.time() - self._caps.days * _DAY
+        forget(session, select(ResponseRow.number).where(ResponseRow.conversation.is_(None), is_old))
+
+    def _make_room(self, session: Session, owner: str, size: int) -> None:
+        """Forget the oldest responses of an owner until one more has room. Raises: Refused (it alone is too large)."""
+        if size > self._caps.responses_bytes:
+            raise Refused(
+                400, f"a response takes at most {self._caps.responses_bytes} bytes", code="response_too_large"
+            )
+        mine = ResponseRow.owner == owner
+        while True:
+            count, held = session.execute(select(func.count(), func.sum(ResponseRow.bytes)).where(mine)).one()
+            if count < self._caps.responses and (held or 0) + size <= self._caps.responses_bytes:
+                return
+            # Some more than need be, so that not every turn has to.
+            oldest = select(ResponseRow.number).where(mine).order_by(ResponseRow.number).limit(1 + count // 10)
+            forget(session, oldest)
 
 
 def owned(
@@ -264,11 +287,32 @@ def check_caps(items: int, size: int, new: Sequence[Item], caps: Caps) -> None:
         raise Refused(400, what, code="conversation_full")
 
 
+def check_total(session: Session, owner: str, new: Sequence[Item], caps: Caps) -> None:
+    """Raises: Refused (with the new ones there would be too much in all conversations of this owner together)."""
+    sums = select(func.count(), func.sum(ConversationRow.items), func.sum(ConversationRow.bytes))
+    count, items, size = session.execute(sums.where(ConversationRow.owner == owner)).one()
+    if (size or 0) + (count + (items or 0)) * ROW_BYTES + bytes_of(new) > caps.total:
+        what = f"conversations hold at most {caps.total} bytes together: delete some"
+        raise Refused(400, what, code="storage_full")
+
+
 def add(session: Session, row: ConversationRow, items: Sequence[Item], caps: Caps) -> None:
     """Add items to a conversation. Raises: Refused (over a cap)."""
     check_caps(row.items, row.bytes, items, caps)
+    check_total(session, row.owner, items, caps)
     for item in items:
         _write(session, item, row, response=None, is_output=False)
+
+
+def _size(body: dict[str, Any], items: Sequence[Item]) -> int:
+    """What a response takes of its owner's share."""
+    return len(json.dumps(body)) + ROW_BYTES + bytes_of(items)
+
+
+def forget(session: Session, responses: Select[int]) -> None:
+    """Delete responses by their numbers; what they say stays in their conversations."""
+    session.execute(delete(ItemRow).where(ItemRow.response.in_(responses), ItemRow.conversation.is_(None)))
+    session.execute(delete(ResponseRow).where(ResponseRow.number.in_(responses)))
 
 
 def _write(

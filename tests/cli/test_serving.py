@@ -47,6 +47,14 @@ def test_a_key_is_made_shown_once_listed_and_taken_back(url: str, capsys: pytest
     assert row["revoked"]
 
 
+def test_the_first_key_says_what_it_ends(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    told: list[str] = []
+    for args in (["add", "alice"], ["add", "bob"], ["revoke", "bob"], ["add", "bob"]):
+        assert main(["keys", *args, "--database", url]) == 0
+        told.append(capsys.readouterr().err)
+    assert ["begun without one" in words for words in told] == [True, False, False, False]
+
+
 @pytest.mark.parametrize(
     ("args", "part"),
     [

@@ -532,16 +532,18 @@ def test_cancelling_frees_the_servers_work_also_of_a_choice_that_nobody_waits_fo
 
 
 def test_ready_tells_whether_an_endpoint_may_be_asked() -> None:
-    with web_server(flaky(refusing(503, **{"retry-after": "3600"}))) as url:
+    with web_server(flaky(well, protocol_version="HTTP/1.0")) as url:
+        engine = remote(url, retries=0, backoff_seconds=3600)
+        assert engine.ready
 
-        async def test() -> None:
-            async with remote(url) as engine:
-                assert engine.ready
-                with pytest.raises(EngineError):
-                    await complete(engine, [1], DRAWN)
-                assert not engine.ready
+    async def test() -> None:
+        async with engine:
+            with pytest.raises(EngineError):
+                await complete(engine, [1], DRAWN)
+            await asyncio.sleep(0.1)
+            assert not engine.ready
 
-        asyncio.run(test())
+    asyncio.run(test())
 
 
 def test_the_example_in_the_documentation_works(template: Template) -> None:
@@ -563,8 +565,8 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_one_that_failed_is_asked_for_its_models_and_for_answers_only_once_it_lists_them() -> None:
-    listed = flaky(refusing(503), models=[{"id": "m", "max_model_len": 8192}])
+def test_one_that_failed_several_times_is_asked_for_answers_only_once_it_lists_the_model() -> None:
+    listed = flaky(Flaky.finish, models=[{"id": "m", "max_model_len": 8192}])
     with web_server(listed) as url, web_server(flaky(well)) as other:
         engine = remote(url, other)
         listed.models = [{"id": "another", "max_model_len": 8192}]
@@ -573,15 +575,65 @@ def test_one_that_failed_is_asked_for_its_models_and_for_answers_only_once_it_li
             async with engine:
                 for _ in range(8):
                     await complete(engine, [1], DRAWN)
-                assert len(listed.asked) == 1
+                assert len(listed.asked) == 3
                 await asyncio.to_thread(wait_for, lambda: len(listed.keys) >= 4)
-                assert len(listed.asked) == 1, "it does not list the model"
+                assert len(listed.asked) == 3, "it does not list the model"
                 listed.completion = well  # type: ignore[method-assign]
                 listed.models = [{"id": "m", "max_model_len": 8192}]
-                while len(listed.asked) < 2:
+                while len(listed.asked) < 4:
                     await asyncio.gather(*(complete(engine, [1], DRAWN) for _ in range(2)))
 
         asyncio.run(test())
+
+
+@pytest.mark.parametrize("retries", [0, 3])
+def test_what_one_endpoint_is_too_busy_for_is_asked_of_another_and_others_are_still_asked_there(retries: int) -> None:
+    busy = flaky(once(refusing(503, **{"retry-after": "3600"})))
+    with web_server(busy) as url, web_server(flaky(well)) as other:
+
+        async def test() -> None:
+            async with remote(url, other, retries=retries, backoff_seconds=60) as engine:
+                for _ in range(5):
+                    assert (await complete(engine, [1], DRAWN))[0].ids == (7, 8, 9)
+
+        asyncio.run(test())
+    assert len(busy.asked) == 5
+
+
+@pytest.mark.parametrize("fault", ["busy", "reset"])
+def test_a_fault_of_one_request_is_none_of_the_next_ones(fault: str) -> None:
+    first = Flaky.finish if fault == "reset" else refusing(503, "full", **{"retry-after": "20"})
+    answers = flaky(once(first))
+    with web_server(answers) as url:
+
+        async def test() -> None:
+            async with remote(url, retries=0, backoff_seconds=60) as engine:
+                with pytest.raises(EngineUnavailableError) as caught:
+                    await complete(engine, [1], DRAWN)
+                told = (caught.value.status, round(caught.value.retry_seconds or 0))
+                assert told == ((503, 20) if fault == "busy" else (None, 0))
+                assert url in str(caught.value.where)
+                assert engine.ready
+                assert (await complete(engine, [1], DRAWN))[0].ids == (7, 8, 9)
+
+        asyncio.run(test())
+    assert len(answers.asked) == 2
+
+
+def test_the_last_endpoint_rests_no_longer_than_it_takes_to_see_that_it_is_there() -> None:
+    answers = flaky(lambda self: (Flaky.finish if len(self.asked) <= 3 else well)(self))
+    with web_server(answers) as url:
+
+        async def test() -> None:
+            async with remote(url, retries=0, backoff_seconds=3600) as engine:
+                for _ in range(3):
+                    with pytest.raises(EngineUnavailableError):
+                        await complete(engine, [1], DRAWN)
+                await asyncio.to_thread(wait_for, lambda: engine.ready)
+                assert (await complete(engine, [1], DRAWN))[0].ids == (7, 8, 9)
+
+        asyncio.run(test())
+    assert len(answers.keys) == 2, "it was asked for its models once more"
 
 
 def test_those_that_nobody_asks_are_looked_at_where_that_is_wanted() -> None:
@@ -599,7 +651,7 @@ def test_those_that_nobody_asks_are_looked_at_where_that_is_wanted() -> None:
         assert ask(lazy)[0].ids == (7, 8, 9)
 
 
-def test_without_patience_a_request_is_refused_while_all_rest_and_each_endpoint_is_tried_once() -> None:
+def test_without_patience_each_endpoint_is_tried_once_and_a_request_is_refused_while_all_rest() -> None:
     first, second = flaky(refusing(503)), flaky(refusing(429))
     with web_server(first) as url, web_server(second) as other:
 
@@ -607,12 +659,31 @@ def test_without_patience_a_request_is_refused_while_all_rest_and_each_endpoint_
             async with remote(url, other, retries=0, backoff_seconds=60) as engine:
                 with pytest.raises(EngineUnavailableError, match=r"503.*429"):
                     await complete(engine, [1], DRAWN)
-                assert not engine.ready
-                with pytest.raises(EngineUnavailableError):
-                    engine.submit([1], DRAWN)
+                assert engine.ready
 
         asyncio.run(test())
     assert (len(first.asked), len(second.asked)) == (1, 1)
+    with web_server(flaky(well, protocol_version="HTTP/1.0")) as url:
+        engine = remote(url, retries=0, check_seconds=0.05)
+    wait_for(lambda: not engine.ready)
+
+    async def refused() -> None:
+        async with engine:
+            with pytest.raises(EngineUnavailableError):
+                engine.submit([1], DRAWN)
+
+    asyncio.run(refused())
+
+
+def test_a_fault_of_ours_is_logged_without_what_was_answered(caplog: pytest.LogCaptureFixture) -> None:
+    def ids_of(text: str) -> list[int]:
+        raise ValueError(f"cannot make ids of {text}")
+
+    diary = {"choices": [{"index": 0, "text": "my diary", "finish_reason": "stop"}]}
+    with web_server(flaky(lambda self: self.events(diary))) as url, pytest.raises(EngineError):
+        ask(remote(url, ids_of=ids_of))
+    assert re.search(r"ValueError at .*test_remote\.py:\d+", caplog.text)
+    assert "diary" not in caplog.text
 
 
 def test_a_model_that_only_embeds_is_not_the_one_that_is_meant() -> None:

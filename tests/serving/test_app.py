@@ -57,11 +57,14 @@ def url(says: Callable[..., Served]) -> Iterator[str]:
         yield address
 
 
+GOOD = json.dumps({"model": "scripted", "messages": ASKED})
+
 CASES: dict[str, tuple[str, str, Any, Any, int]] = {
     "not JSON": ("POST", CHAT, b"{", JSON, 400),
     "no body": ("POST", CHAT, None, JSON, 400),
     "no object": ("POST", CHAT, b"[1]", JSON, 400),
-    "a form, as any page could send it": ("POST", CHAT, b'{"model": "scripted"}', {"content-type": "text/plain"}, 400),
+    "a form, as any page could send it": ("POST", CHAT, GOOD, {"content-type": "text/plain"}, 400),
+    "a body without a type, as any page could send it": ("POST", CHAT, GOOD, {}, 400),
     "nested too deep": ("POST", CHAT, b"[" * 100_000, JSON, 400),
     "half a character": ("POST", CHAT, b'{"model": "\\ud800", "messages": []}', JSON, 400),
     "half a character as a key": ("POST", CHAT, b'{"\\ud800": 1}', JSON, 400),
@@ -82,6 +85,10 @@ def test_every_error_has_openais_shape(case: str, url: str) -> None:
     assert set(answer["error"]) == {"message", "type", "param", "code"}
     assert answer["error"]["type"] == "invalid_request_error"
     assert answer["error"]["message"]
+
+
+def test_the_body_of_those_cases_is_good_when_it_is_sent_as_json(url: str) -> None:
+    assert call(url, "POST", CHAT, GOOD)[0] == 200
 
 
 def test_half_a_character_in_a_name_is_quoted_not_choked_on(url: str) -> None:

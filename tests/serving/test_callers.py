@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
@@ -104,6 +105,7 @@ def test_a_server_that_was_idle_lets_nobody_in_on_old_knowledge(keys: Keys, monk
         await callers.identify(f"Bearer {secret}")
         keys.revoke("alice")
         monkeypatch.setattr(module, "_FRESH_SECONDS", 0.0)
+        monkeypatch.setattr(module, "_PATIENT_SECONDS", 60.0)
         found = await asyncio.gather(*(callers.identify(f"Bearer {secret}") for _ in range(5)), return_exceptions=True)
         assert all(isinstance(each, Refused) and each.status == 401 for each in found), found
 
@@ -141,6 +143,7 @@ def test_a_database_that_is_away_is_forgiven_for_a_while_and_then_nobody_comes_i
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(module, "_PATIENT_SECONDS", 60.0)
     with contextlib.closing(Database(f"sqlite:///{tmp_path / 'a.db'}")) as database:
         keys = Away(database)
         key, secret = keys.add("alice")
@@ -165,10 +168,127 @@ def test_a_database_that_is_away_is_forgiven_for_a_while_and_then_nobody_comes_i
         run(work)
 
 
+class Unwritable(Keys):
+    """A database that can be read, and where nothing can be written until it is mended."""
+
+    def __init__(self, database: Database, fault: Exception | None) -> None:
+        super().__init__(database)
+        self.mended = threading.Event()
+        self._fault = fault
+        self.tried = 0
+
+    def count(self, day: str, used: Mapping[str, Used]) -> None:
+        self.tried += 1
+        if self._fault is None:
+            assert self.mended.wait(60), "as a file that another program has locked"
+        elif not self.mended.is_set():
+            raise self._fault
+        super().count(day, used)
+
+
+@pytest.mark.parametrize("fault", [DatabaseError("the disk is full"), KeyError("a fault of ours"), None])
+def test_while_nothing_can_be_written_keys_are_read_and_nothing_used_is_lost(
+    fault: Exception | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_FRESH_SECONDS", 0.0)
+    with contextlib.closing(Database(f"sqlite:///{tmp_path / 'a.db'}")) as database:
+        keys = Unwritable(database, fault)
+        alice, secret = keys.add("alice")
+
+        async def work() -> None:
+            callers = Callers(keys)
+            caller = await callers.identify(f"Bearer {secret}")
+            use(callers, caller, Counted(usage(1, 2)))
+            while not keys.tried:
+                assert await callers.identify(f"Bearer {secret}") == caller
+            monkeypatch.setattr(module, "_STALE_SECONDS", 1.0)
+            since = time.monotonic()
+            while time.monotonic() < since + 1.5:
+                assert await callers.identify(f"Bearer {secret}") == caller
+                await asyncio.sleep(0.01)
+            keys.revoke("alice")
+            while (await asyncio.gather(callers.identify(f"Bearer {secret}"), return_exceptions=True))[0] == caller:
+                await asyncio.sleep(0.01)
+            assert "revoked" in (await refusal(callers, f"Bearer {secret}")).what
+            assert callers.used_today(caller.key) == Used(1, 1, 2)
+            keys.mended.set()
+            await callers.close()
+            assert keys.used(today()) == {alice.id: Used(1, 1, 2)}
+
+        try:
+            run(work)
+        finally:
+            keys.mended.set()
+
+
+def test_the_door_stays_locked_when_the_database_is_emptied(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(module, "_PATIENT_SECONDS", 60.0)
+    _, secret = keys.add("alice")
+
+    async def work() -> None:
+        callers = Callers(keys)
+        await callers.identify(f"Bearer {secret}")
+        monkeypatch.setattr(keys, "all", list[Key])
+        for header in (None, f"Bearer {secret}"):
+            assert (await refusal(callers, header)).status == 401
+        assert await Callers(keys).identify(None) == ANYBODY
+        told = Callers(keys)
+        told.is_locked = True
+        assert (await refusal(told, None)).status == 401
+
+    run(work)
+
+
+class Silent(Keys):
+    """A database that takes questions and does not answer, while `silent`."""
+
+    silent = False
+
+    def __init__(self, database: Database) -> None:
+        super().__init__(database)
+        self.over = threading.Event()
+
+    def all(self) -> list[Key]:
+        if self.silent:
+            self.over.wait(60)
+        return super().all()
+
+
+def test_a_database_that_is_silent_delays_nobody_whom_the_server_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_FRESH_SECONDS", 0.0)
+    with contextlib.closing(Database(f"sqlite:///{tmp_path / 'a.db'}")) as database:
+        keys = Silent(database)
+        _, secret = keys.add("alice")
+
+        async def work() -> None:
+            callers = Callers(keys)
+            caller = await callers.identify(f"Bearer {secret}")
+            keys.silent = True
+            monkeypatch.setattr(module, "_PATIENT_SECONDS", 0.1)
+            async with asyncio.timeout(20):  # else it would wait for ever
+                for _ in range(50):
+                    assert await callers.identify(f"Bearer {secret}") == caller
+            keys.silent = False
+            keys.revoke("alice")
+            keys.over.set()
+            monkeypatch.setattr(module, "_PATIENT_SECONDS", 60.0)
+            await asyncio.sleep(0.1)
+            assert "revoked" in (await refusal(callers, f"Bearer {secret}")).what
+
+        try:
+            run(work)
+        finally:
+            keys.over.set()
+
+
 def test_tokens_of_a_day_are_counted_with_those_under_way_and_by_all_servers(
     keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(module, "_PATIENT_SECONDS", 60.0)
     _, secret = keys.add("alice", Quota(tokens_per_day=100))
 
     async def work() -> None:

@@ -185,6 +185,10 @@ HABITS: Any = {
 def test_what_clients_send_by_habit_changes_nothing(client: openai.OpenAI) -> None:
     answers = [client.chat.completions.create(**SETTINGS, **extra) for extra in ({}, HABITS)]
     assert answers[0].choices == answers[1].choices
+    typed: Any = [[{"type": kind, **ASKED[0]}] for kind in ("text", "message")]
+    for messages in typed:
+        said = client.chat.completions.create(**(SETTINGS | {"messages": messages}))
+        assert said.choices == answers[0].choices, "as lm-eval and those who keep items send it"
 
 
 CHANGES: Any = {
@@ -240,6 +244,7 @@ MESSAGES: Any = {
     ],
     "messages[1].tool_calls": [*ASKED, {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}, *ASKED],
     "messages[0].name": [{"role": "user", "content": "hi", "name": "Bob"}],
+    "messages[0].type": [{"role": "user", "content": "hi", "type": "function_call"}],
     "messages[0].content": [{"role": "user", "content": 5}],
 }
 

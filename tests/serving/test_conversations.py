@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from corral.serving.conversations import Conversations
 from corral.serving.database import Database
 from corral.serving.protocol import Refused
-from corral.serving.records import Caps, Item, Page, ResponseRow, new_id
+from corral.serving.records import Caps, Item, ItemRow, Page, ResponseRow, new_id
 from corral.serving.turns import Turn
 from tests.serving.postgres import PostgreSQL, postgresql
 
@@ -175,6 +177,76 @@ def test_caps_hold_and_what_was_deleted_makes_room(database: Database) -> None:
     assert len(store.all("b", Page())[0]) == 1, "what is refused leaves nothing behind"
 
 
+def rows(database: Database) -> list[int]:
+    """How many conversations, responses and items there are."""
+    with database.reading() as session:
+        tables = ("conversations", "responses", "items")
+        return [session.execute(text(f"SELECT COUNT(*) FROM {table}")).scalar() or 0 for table in tables]
+
+
+def test_the_oldest_responses_of_an_owner_give_way_to_new_ones(database: Database) -> None:
+    store = Conversations(database, Caps(responses=5))
+    theirs = turn("theirs", owner="b")
+    answer(store, theirs)
+    mine = [turn(str(i)) for i in range(12)]
+    for each in mine:
+        answer(store, each)
+    assert rows(database) == [0, 6, 12]
+    for each in mine[:7]:
+        assert status_of(lambda each=each: store.turns.response("a", each.id)) == 404
+    for each in mine[7:]:
+        assert [*texts(store.turns.inputs("a", each.id, Page())[0]), "Yes."] == [
+            *texts(each.inputs),
+            *texts(store.turns.response("a", each.id).outputs),
+        ]
+    assert store.turns.response("b", theirs.id)
+
+
+@pytest.mark.parametrize("place", ["alone", "in a conversation"])
+def test_bytes_of_responses_are_bounded_with_all_that_their_bodies_say(place: str, database: Database) -> None:
+    store = Conversations(database, Caps(responses_bytes=50_000))
+    where: dict[str, Any] = {} if place == "alone" else {"conversation": store.create("a", {}).id}
+    body = {"instructions": "é" * 1000, "metadata": {"a": "b" * 500}}
+    last = ""
+    for _ in range(30):
+        each = turn("x" * 1000, **where)
+        store.turns.begin(each, body)
+        store.turns.end(each, body, Item.new("assistant", ["y" * 1000]), kept=True)
+        last = each.id
+    with database.reading() as session:
+        held = session.query(ResponseRow).all()
+        items = session.query(ItemRow).where(ItemRow.conversation.is_(None)).all()
+        kept = sum(len(json.dumps(row.body)) for row in held) + sum(item.bytes for item in items)
+    assert 20_000 < kept < 50_000 + 2000, "the answer that crosses it is still stored"
+    assert texts(store.turns.response("a", last).outputs) == ["y" * 1000]
+    if where:
+        assert len(whole(store, where["conversation"])) == 60, "what they say stays in their conversation"
+    before = rows(database)
+    assert status_of(lambda: store.turns.begin(turn("x"), {"instructions": "x" * 60_000})) == 400
+    assert rows(database) == before, "what is refused makes no room"
+
+
+def test_one_question_alone_is_bounded_too(database: Database) -> None:
+    store = Conversations(database, Caps(items=2, bytes=20))
+    for inputs in (said("1", "2", "3"), said("x" * 21)):
+        question = Turn(new_id("resp"), "a", tuple(inputs), stored=True)
+        assert status_of(lambda question=question: store.turns.begin(question, {})) == 400
+    assert rows(database) == [0, 0, 0]
+
+
+def test_all_conversations_of_an_owner_are_bounded_together_down_to_empty_messages(database: Database) -> None:
+    store = Conversations(database, Caps(total=10_000))
+    first = store.create("a", {}, said(*["x" * 1000] * 3))
+    second = store.create("a", {}, said(*[""] * 15))
+    assert status_of(lambda: store.create("a", {}, said("x" * 2000))) == 400
+    assert status_of(lambda: store.add("a", second.id, said("x" * 2000))) == 400
+    assert status_of(lambda: store.turns.begin(turn("x" * 2000, conversation=first.id), {})) == 400
+    assert status_of(lambda: store.add("a", second.id, said(*[""] * 10))) == 400
+    assert store.create("b", {}, said("x" * 2000))
+    store.delete("a", first.id)
+    assert answer(store, turn("x" * 2000, conversation=second.id)) == [""] * 15
+
+
 def test_caps_hold_for_chains_of_responses_too(database: Database) -> None:
     store = Conversations(database, Caps(items=4))
     first = turn("1")
@@ -188,12 +260,13 @@ def test_a_deleted_conversation_is_gone_with_its_items_and_responses(store: Conv
     made = store.create("a", {}, said("Hi", "Hello"))
     mine = turn("more", conversation=made.id)
     answer(store, mine)
+    failed = turn("failed", conversation=made.id)
+    store.turns.begin(failed, {})
+    store.turns.end(failed, {}, None, kept=False)
     store.delete("a", made.id)
     assert status_of(lambda: store.get("a", made.id)) == 404
     assert status_of(lambda: store.turns.response("a", mine.id)) == 404
-    with database.reading() as session:
-        for table in ("conversations", "responses", "items"):
-            assert session.connection().exec_driver_sql(f"SELECT COUNT(*) FROM {table}").scalar() == 0
+    assert rows(database) == [0, 0, 0]
 
 
 def test_a_deleted_response_takes_its_text_along_save_for_what_a_conversation_holds(store: Conversations) -> None:

@@ -21,7 +21,7 @@ from sqlalchemy import create_engine, inspect, make_url, text
 from corral.errors import DatabaseError, MissingExtraError
 from corral.serving import keys, records
 from corral.serving.database import VERSIONS, Base, Database, configuration, default_url
-from corral.serving.records import ConversationRow
+from corral.serving.records import ROW_BYTES, ConversationRow
 from tests.conftest import unprivileged
 from tests.serving.postgres import PostgreSQL, postgresql
 
@@ -94,18 +94,29 @@ def at_first_revision(url: str) -> None:
             " VALUES (8, 'resp_1', 'k', 7, 1, '{\"status\": \"completed\"}')",
             "INSERT INTO items (number, id, conversation, response, is_output, role, status, texts, bytes) VALUES"
             " (9, 'msg_1', 7, 8, false, 'user', 'completed', '[\"Hi\"]', 2),"
-            " (10, 'msg_2', 7, 8, true, 'assistant', 'completed', '[\"Oh!\"]', 3)",
+            " (10, 'msg_2', 7, 8, true, 'assistant', 'completed', '[\"Oh!\"]', 3),"
+            " (11, 'msg_3', NULL, 8, true, 'assistant', 'incomplete', '[\"But\"]', 3)",
         ):
             connection.exec_driver_sql(statement)
     engine.dispose()
+
+
+COLUMNS = {
+    "conversations": "number, id, owner, created_at, metadata, items, bytes, turn, turn_until",
+    "responses": "number, id, owner, conversation, previous, created_at, until, body",
+    "items": "number, id, conversation, response, is_output, role, status, texts, bytes",
+}
+"""Of the first version."""
 
 
 def rows_of(url: str) -> dict[str, list[Any]]:
     engine = create_engine(make_url(url))
     with engine.connect() as connection:
         found = {
-            table: [tuple(map(str, row)) for row in connection.execute(text(f"SELECT * FROM {table} ORDER BY number"))]
-            for table in ("conversations", "responses", "items")
+            table: [
+                tuple(map(str, row)) for row in connection.execute(text(f"SELECT {columns} FROM {table} ORDER BY 1"))
+            ]
+            for table, columns in COLUMNS.items()
         }
     engine.dispose()
     return found
@@ -116,10 +127,12 @@ def test_a_database_of_the_first_version_is_brought_up_to_date_without_loss(url:
     before = rows_of(url)
     database = Database(url)
     assert rows_of(url) == before
-    assert [len(rows) for rows in before.values()] == [1, 1, 2]
+    assert [len(rows) for rows in before.values()] == [1, 1, 3]
     with database.reading() as session:
         assert session.scalars(text("SELECT id FROM conversations")).all() == ["conv_1"]
         assert session.execute(text("SELECT COUNT(*) FROM keys")).scalar() == 0
+        size = session.execute(text("SELECT bytes FROM responses")).scalar()
+        assert size == len('{"status": "completed"}') + 3 + 2 * ROW_BYTES, "its body, and what is in no conversation"
     database.close()
     Database(url).close()
     assert rows_of(url) == before, "opened again, nothing is done twice"
@@ -285,7 +298,7 @@ def test_postgresql_is_migrated_as_a_file_is(server: PostgreSQL, tmp_path: Path)
     before = rows_of(old)
     Database(old).close()
     assert rows_of(old) == before
-    assert [len(rows) for rows in before.values()] == [1, 1, 2]
+    assert [len(rows) for rows in before.values()] == [1, 1, 3]
 
 
 @pytest.mark.full

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Generator
+import contextlib
+import threading
+from collections.abc import Generator, Sequence
 from typing import Any
 
+import httpx2
 import numpy as np
 import openai
 import pytest
+from numpy.typing import NDArray
 
 from corral.embedding import Embedder
 from corral.serving.answering import Served
@@ -16,6 +20,7 @@ from corral.serving.door import Door
 from corral.serving.embeddings import routes
 from corral.serving.models import Models
 from tests.serving.conftest import client_of, running
+from tests.serving.test_app import wait_for
 
 TEXTS = ["Boil the eggs for six minutes.", "Eggs are cooked in hot water.", "The court refused the appeal."]
 MODEL = "all-minilm-l6-v2"
@@ -90,3 +95,42 @@ def test_it_is_listed_where_it_is_offered_and_elsewhere_there_is_no_such_route(
     assert [model.id for model in client.models.list()] == ["tiny"]
     with pytest.raises(openai.NotFoundError):
         client.embeddings.create(model=MODEL, input=TEXTS)
+
+
+class Slow(Embedder):
+    """Computes nothing until it is let, and counts what is computed at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.running = self.most = 0
+
+    @contextlib.contextmanager
+    def _counted(self) -> Generator[None]:
+        self.running += 1
+        self.most = max(self.most, self.running)
+        yield
+        self.running -= 1
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        with self._counted():
+            assert self.gate.wait(60)
+            return np.ones((len(texts), 384))
+
+    def tokens(self, texts: Sequence[str]) -> list[int]:
+        with self._counted():
+            return [1] * len(texts)
+
+
+def test_what_nobody_waits_for_any_more_leaves_the_next_its_turn_and_others_their_threads(tiny_served: Served) -> None:
+    slow, door = Slow(), Door()
+    models = Models([tiny_served], slow)
+    with running(models, door=door, routers=[routes(models, door)]) as url:
+        for _ in range(5):
+            with pytest.raises(httpx2.TimeoutException):
+                httpx2.post(f"{url}/v1/embeddings", json={"model": MODEL, "input": "Hi"}, timeout=0.3)
+            assert wait_for(lambda: door.places.inside == 0)
+        assert slow.most == 1, "the thread ends what it computes, and begins nothing beside it"
+        slow.gate.set()
+        assert httpx2.post(f"{url}/v1/embeddings", json={"model": MODEL, "input": "Hi"}, timeout=60).status_code == 200
+    assert slow.most == 1

@@ -101,10 +101,15 @@ def test_an_expired_key_works_no_more(keys: Keys) -> None:
     assert keys.add("future", expires=int(time.time()) + 60)[0].works
 
 
-@pytest.mark.parametrize("name", ["", " ", "a b", "-a", "a" * 65, "a\n", "a/b", "<b>"])
+@pytest.mark.parametrize("name", ["", " ", "a b", "-a", "_a", "a" * 65, "a\n", "a/b", "<b>", "0123456789ab"])
 def test_a_name_that_is_none_is_refused(name: str, keys: Keys) -> None:
     with pytest.raises(InputError, match="cannot be the name"):
         keys.add(name)
+
+
+def test_names_that_only_look_like_ids_are_names(keys: Keys) -> None:
+    for name in ("0123456789a", "0123456789abc", "0123456789aB", "0123456789ag", "Ärzte"):
+        assert keys.add(name)[0].name == name
 
 
 def test_what_is_used_adds_up_by_key_and_day(keys: Keys) -> None:

@@ -25,7 +25,7 @@ from corral.serving.database import Database
 from corral.serving.door import Bounds, Door
 from corral.serving.keys import Keys
 from corral.serving.models import Models
-from corral.serving.server import Place, Server, Wanted, serve
+from corral.serving.server import Place, Server, Wanted, door_at, serve
 from corral.template import Template
 from tests.serving.conftest import Endless, serving
 from tests.serving.test_app import ASKED, CHAT, call, wait_for
@@ -84,6 +84,27 @@ def test_a_key_opens_an_address_that_others_reach_and_a_revoked_one_does_not(tmp
     with contextlib.closing(Database(url)) as database:
         Keys(database).revoke("alice")
     assert "there are no keys" in fault()
+
+
+@pytest.mark.parametrize(
+    ("address", "insecure", "has_keys", "status"),
+    [
+        ("0.0.0.0", False, True, 401),
+        ("0.0.0.0", True, True, 401),
+        ("127.0.0.1", False, True, 401),
+        ("127.0.0.1", False, False, 200),
+        ("0.0.0.0", True, False, 200),
+        ("::", False, False, 401),
+    ],
+)
+def test_a_server_that_began_with_keys_lets_nobody_in_when_they_are_gone(
+    address: str, insecure: bool, has_keys: bool, status: int, tmp_path: Path, says: Callable[..., Served]
+) -> None:
+    """The keys were gone before the first request came; the listener of the test is a local one all the same."""
+    with contextlib.closing(Database(f"sqlite:///{tmp_path / 'a.db'}")) as empty:
+        door = door_at(address, Place(address, insecure=insecure), Bounds(), empty, has_keys=has_keys)
+        with serving(Models([says("Hello")]), door) as (url, _):
+            assert call(url, "GET", "/v1/models")[0] == status
 
 
 @pytest.mark.parametrize("origin", ["*", "example.org", "https://*.example.org", "https://a.example/page", "null"])
