@@ -58,7 +58,7 @@ class Local:
     """A model that is loaded here, or that endpoints compute. Raises: as `Settings.open`."""
 
     def __init__(self, settings: Settings) -> None:
-        from corral.answerer import Blocking
+        from corral.blocking import Blocking
 
         print("loading …", file=sys.stderr)
         self._face = Blocking(settings.open())

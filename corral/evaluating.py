@@ -128,7 +128,8 @@ def _measure(
     work: Work, model: _Model, subjects: Sequence[Subject], measurements: Measurements, material: Material
 ) -> None:
     """Fill in what is missing of variants of one model."""
-    from corral.answerer import Answerer, blocking
+    from corral.answerer import Answerer
+    from corral.blocking import blocking
     from corral.engines.load import load_engine
     from corral.model.loading import load_tokenizer
     from corral.model.placement import placement

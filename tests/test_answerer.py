@@ -13,7 +13,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from corral.answerer import Answer, Answerer, TextDelta, blocking
+from corral.answerer import Answer, Answerer, TextDelta
+from corral.blocking import blocking
 from corral.consensus import Consensus
 from corral.decoding import StopCutter, TokenBytes
 from corral.engines.base import Generation, Sampling

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from corral.answerer import Answerer, blocking
+from corral.answerer import Answerer
+from corral.blocking import blocking
 from corral.composing import compose, examples_identity, training_identity
 from corral.engines.base import Sampling
 from corral.engines.scripted import ScriptedEngine

@@ -26,6 +26,7 @@ LAYERS = {
     2: ["consensus", "prompting", "embedding", "engines", "data", "model"],
     3: [
         "answerer",
+        "blocking",
         "batch",
         "asking",
         "composing",

@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-from corral.answerer import Answerer, Blocking
+from corral.answerer import Answerer
 from corral.batch.answering import Keep, Rows, at_once
 from corral.batch.prompts import Prompt
+from corral.blocking import Blocking
 from corral.errors import CorralError, EngineError, InputError
 from corral.extras import require
 from corral.messages import Conversation

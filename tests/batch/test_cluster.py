@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from corral.answerer import Answerer
 from corral.batch import answer_file
 from corral.batch.cluster import Worker, _packed, answer_on_ray
 from corral.batch.prompts import Prompts
@@ -51,10 +53,14 @@ def cluster() -> Generator[str]:
     made.shutdown()
 
 
+def nothing() -> Answerer:
+    raise AssertionError("nothing is opened")
+
+
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match="ray") as missing:
-        answer_on_ray(None, lambda: None, 1, 0, iter([]), print)  # type: ignore[arg-type, return-value]
+        answer_on_ray(None, nothing, 1, 0, iter(()), lambda _: None)
     assert "corral[ray]" in str(missing.value.hint)
 
 

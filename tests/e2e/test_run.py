@@ -118,7 +118,8 @@ def test_ctrl_c_and_the_same_command_again_ends_where_an_uninterrupted_run_does(
 def test_the_merged_model_is_a_plain_folder_that_transformers_loads_and_that_stops(finished: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from corral.answerer import Answerer, blocking
+    from corral.answerer import Answerer
+    from corral.blocking import blocking
     from corral.engines.base import Sampling
     from corral.engines.load import load_engine
     from corral.messages import Conversation
