@@ -1,0 +1,121 @@
+"""Endpoints that misbehave, as a test says, on loopback sockets; and the remote engine that asks them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from corral.engines.base import Completion, Engine, Sampling
+from corral.engines.remote import RemoteEngine
+from tests.conftest import Request
+from tests.engines.conformance import DRAWN, complete
+
+VOCABULARY_OF_SCRIPTED = 2**20
+
+
+def remote(*urls: str, vocabulary: int = VOCABULARY_OF_SCRIPTED, **options: Any) -> RemoteEngine:
+    """As a user makes it, but less patient."""
+    given: Any = {"model": None, "backoff_seconds": 0.05, "retries": 3} | options
+    return RemoteEngine([f"{url}/v1" for url in urls], vocabulary=vocabulary, **given)
+
+
+def ask(engine: Engine, ids: Sequence[int] = (1, 2), sampling: Sampling = DRAWN) -> list[Completion]:
+    async def work() -> list[Completion]:
+        async with engine:
+            return await complete(engine, ids, sampling)
+
+    return asyncio.run(work())
+
+
+class Flaky(Request):
+    """An endpoint with the model `m`, which does to a completion what a test says."""
+
+    protocol_version = "HTTP/1.1"
+    asked: list[Any]
+    keys: list[str | None]
+    models: list[dict[str, Any]]
+
+    def do_GET(self) -> None:
+        self.keys.append(self.headers["authorization"])
+        self.answer(200, {}, json.dumps({"data": self.models}).encode())
+
+    def do_POST(self) -> None:
+        self.asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        self.completion()
+
+    def completion(self) -> None:
+        raise NotImplementedError
+
+    def events(self, *events: Any, end: bytes = b"data: [DONE]\n\n") -> None:
+        data = b"".join(f"data: {json.dumps(event)}\n\n".encode() for event in events) + end
+        self.answer(200, {"content-type": "text/event-stream"}, data)
+
+
+def flaky(completion: Callable[[Any], None], **attributes: Any) -> type[Flaky]:
+    base: dict[str, Any] = {"asked": [], "keys": [], "models": [{"id": "m", "max_model_len": 8192}]}
+    return type("Made", (Flaky,), base | attributes | {"completion": completion})
+
+
+def piece(*ids: int, index: int = 0, finish: str | None = None, **more: Any) -> dict[str, Any]:
+    return {"choices": [{"index": index, "text": "x", "token_ids": list(ids), "finish_reason": finish} | more]}
+
+
+def well(self: Flaky) -> None:
+    self.events(piece(7, 8), piece(9, finish="length"))
+
+
+def once(first: Callable[[Flaky], None], then: Callable[[Flaky], None] = well) -> Callable[[Flaky], None]:
+    return lambda self: (first if len(self.asked) == 1 else then)(self)
+
+
+def refusing(status: int, message: str = "no", **headers: str) -> Callable[[Flaky], None]:
+    return lambda self: self.answer(status, headers, json.dumps({"error": {"message": message}}).encode())
+
+
+def cut_off(self: Flaky) -> None:
+    """Part of an answer, and the end of the connection where more was announced."""
+    self.send_response(200)
+    self.send_header("content-type", "text/event-stream")
+    self.send_header("content-length", "100000")
+    self.end_headers()
+    self.wfile.write(f"data: {json.dumps(piece(7, 8))}\n\n".encode())
+    self.close_connection = True
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until, "it never came to be"
+        time.sleep(0.01)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
+def tried(**known: Any) -> Callable[[Flaky], None]:
+    """A server that knows these fields besides the usual ones, and refuses others as OpenAI's does."""
+    usual = {"model", "prompt", "stream", "max_tokens", "n", "temperature", "top_p", "seed"}
+
+    def answer(self: Flaky) -> None:
+        body = self.asked[-1]
+        if foreign := set(body) - usual - set(known):
+            refusing(400, f"unknown parameter {min(foreign)}")(self)
+            return
+        choice: dict[str, Any] = {"text": "bc", "finish_reason": "length"}
+        if "return_token_ids" in body:
+            choice["token_ids"] = [98, 99][: body["max_tokens"]]
+        if "logprobs" in body:
+            told = [None, -1.0] if body.get("echo") else []
+            choice["logprobs"] = {"token_logprobs": [*told, *[-0.5] * len(choice["token_ids"])]}
+        if body.get("stream"):
+            self.events({"choices": [choice | {"index": i} for i in range(body["n"])]})
+        else:
+            self.answer(200, {}, json.dumps({"choices": [choice]}).encode())
+
+    return answer
