@@ -205,7 +205,7 @@ def test_a_request_whose_time_is_up_ends_with_504_and_its_work_stops(waits: bool
         assert (status, answer["error"]["code"]) == (504, "deadline_exceeded")
         if waits:
             holder.join()
-        assert (door.places.inside, door.places.waiting) == (0, 0)
+        assert wait_for(lambda: (door.places.inside, door.places.waiting) == (0, 0))
         then = endless.drawn
         time.sleep(0.2)
         assert endless.drawn == then
@@ -221,7 +221,7 @@ def test_a_stream_whose_time_is_up_ends_with_the_error(tiny_template: Template) 
         assert len(events) > 5
         assert json.loads(events[-1])["error"]["code"] == "deadline_exceeded"
         assert "[DONE]" not in text
-        assert b'outcome="late"} 1.0' in door.metrics.text()
+        assert wait_for(lambda: b'outcome="late"} 1.0' in door.metrics.text())
         then = endless.drawn
         time.sleep(0.2)
         assert endless.drawn == then
