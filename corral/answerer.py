@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from corral import extraction
 from corral.consensus import Candidate, Consensus, Vote
@@ -21,6 +23,13 @@ from corral.errors import RequestError
 from corral.messages import Conversation
 from corral.prompting import Prompting, after
 from corral.template import Template
+
+T = TypeVar("T")
+
+# What takes longer than the way to a thread and back: about a millisecond of rendering.
+_LONG_CHARACTERS = 4000
+_CHARACTERS_OF_A_TURN = 50  # that take as long as the turn itself
+_THREADS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +118,8 @@ class Answerer:
         self.sampling = sampling or Sampling()
         self.prompting = prompting
         self.consensus = consensus
+        # Its own: whatever else needs a thread is not to wait for long prompts. None is started before the first of them.
+        self._threads = ThreadPoolExecutor(_THREADS, "corral-prompts")
 
     async def prompt(self, conversation: Conversation, sampling: Sampling | None = None) -> list[int]:
         """The ids that a conversation is asked with: examples and all, as many as leave room for the answer.
@@ -118,13 +129,24 @@ class Answerer:
             AssetError: the model that finds similar examples cannot be had.
         """
         if self.prompting is None:
-            return self.template.prompt(conversation)
+            return await self._rendered(conversation)
         room = self.engine.features.max_length - (sampling or self.sampling).max_tokens
         for shots in await self._shots(conversation):
-            ids = self.template.prompt(self.prompting.asked(conversation, shots))
+            ids = await self._rendered(self.prompting.asked(conversation, shots))
             if len(ids) <= room:
                 return ids
-        return self.template.prompt(self.prompting.asked(conversation, ()))
+        return await self._rendered(self.prompting.asked(conversation, ()))
+
+    async def aside(self, characters: int, call: Callable[..., T], *arguments: Any) -> T:
+        """What a call returns that reads so many characters; a long one is made in a thread, as it would hold up those whose
+        answers are on their way."""
+        if characters <= _LONG_CHARACTERS:
+            return call(*arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
+
+    async def _rendered(self, conversation: Conversation) -> list[int]:
+        characters = conversation.characters + _CHARACTERS_OF_A_TURN * len(conversation.messages)
+        return await self.aside(characters, self.template.prompt, conversation)
 
     def begin(self, ids: Sequence[int], sampling: Sampling | None = None, stop: Sequence[str] = ()) -> TextStream:
         """Ask for completions of a rendered prompt. Returns at once; must be called in a running event loop.

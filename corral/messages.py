@@ -42,8 +42,13 @@ class Conversation:
         """Whether the last turn is the assistant's."""
         return bool(self.messages) and self.messages[-1].role == "assistant"
 
+    @property
+    def characters(self) -> int:
+        """Of all contents together."""
+        return sum(len(message.content) for message in self.messages)
+
     def add(self, role: Role, content: str) -> Conversation:
-        """The same conversation with one more turn."""
+        """The same conversation with one more turn. It copies: many turns at once are `of`."""
         return replace(self, messages=(*self.messages, Message(role, content)))
 
     def split_answer(self) -> tuple[Conversation, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -21,7 +22,7 @@ from corral.engines.base import Generation, Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.engines.transformers import TransformersEngine
 from corral.errors import EngineError, TemplateError
-from corral.messages import Conversation
+from corral.messages import Conversation, Role
 from corral.model.loading import load_model, load_tokenizer
 from corral.model.packed import score
 from corral.prompting import Prompting, after
@@ -258,6 +259,51 @@ def test_examples_are_shown_as_far_as_the_context_has_room_for_them(tiny_folder:
         narrow = face.answer(ASKED, Sampling(max_tokens=100))
     assert abs(roomy.prompt_tokens - one) < 10, "one example, and not the two that there is no room for"
     assert narrow.prompt_tokens == len(template.prompt(ASKED))
+
+
+SHOTS = [Conversation.of(("user", f"question {i}?"), ("assistant", "an answer")) for i in range(3)]
+TURNS: list[tuple[Role, str]] = [("user", ""), ("assistant", "")] * 60
+LONG = {
+    "text": (Conversation.of(("user", "word " * 1000)), None),
+    "turns": (Conversation.of(*TURNS, ("user", "")), None),
+    "examples": (Conversation.of(("user", "word " * 1000)), Prompting(SHOTS, 2)),
+}
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_a_long_prompt_is_rendered_while_the_loop_goes_on(
+    case: str, template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversation, prompting = LONG[case]
+    answerer = Answerer(ScriptedEngine([5]), template, prompting=prompting)
+    may_go_on = threading.Event()
+    render = template.prompt
+
+    def held(conversation: Conversation) -> list[int]:
+        assert may_go_on.wait(10), "the loop stood still"
+        return render(conversation)
+
+    async def ask() -> list[int]:
+        asyncio.get_running_loop().call_later(0.01, may_go_on.set)
+        return await answerer.prompt(conversation)
+
+    expected = asyncio.run(answerer.prompt(conversation))
+    monkeypatch.setattr(template, "prompt", held)
+    assert asyncio.run(ask()) == expected
+
+
+def test_a_short_prompt_is_not_worth_a_thread(template: Template, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+    render = template.prompt
+
+    def seen(conversation: Conversation) -> list[int]:
+        threads.append(threading.current_thread())
+        return render(conversation)
+
+    monkeypatch.setattr(template, "prompt", seen)
+    answerer = Answerer(ScriptedEngine([5]), template)
+    assert asyncio.run(answerer.prompt(ASKED)) == render(ASKED)
+    assert threads == [threading.current_thread()]
 
 
 def test_a_score_after_examples_is_of_the_asked_answer_alone(tiny_folder: Path, answerer: Answerer) -> None:

@@ -129,6 +129,7 @@ async def begin(
     """
     check(served, ask, most_stops=_MOST_STOPS)
     check_length(served, max_tokens)
+    check_size(served, conversation, param=param)
     consensus = _consensus(served, ask)
     answerer = served.answerer
     with faults():
@@ -219,6 +220,26 @@ def check_length(served: Served, wanted: int | None) -> None:
     """Hold the length of the answer that is asked for against the limits. Raises: Refused."""
     most = served.limits.max_tokens
     _refuse_if_broken((((wanted or 0) > most, "max_tokens", f"at most {most} tokens are drawn for one choice"),))
+
+
+def check_size(served: Served, conversation: Conversation, *, param: str) -> None:
+    """Hold a conversation against the limits before it is made a prompt, which takes longer. Raises: Refused."""
+    check_messages(served, len(conversation.messages), param=param)
+    check_characters(served, conversation.characters, param=param)
+
+
+def check_messages(served: Served, count: int, *, param: str) -> None:
+    """Raises: Refused (there are more than the limit)."""
+    most = served.limits.messages
+    _refuse_if_broken(((count > most, param, f"at most {most} messages are served, and there are {count}"),))
+
+
+def check_characters(served: Served, count: int, *, param: str) -> None:
+    """Raises: Refused (a prompt has more than the limit)."""
+    most = served.limits.prompt_characters
+    if count > most:
+        what = f"{param!r}: at most {most} characters of a prompt are served, and it has {count}"
+        raise Refused(400, what, param=param, code="context_length_exceeded")
 
 
 def _refuse_if_broken(rules: tuple[tuple[bool, str, str], ...]) -> None:

@@ -9,10 +9,9 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
-from typing import Literal
 
 from corral.answerer import Answer, TextDelta, Token
-from corral.messages import Conversation
+from corral.messages import Conversation, Role
 from corral.serving.answering import Answering, Served, begin, finish_reason
 from corral.serving.door import Event
 from corral.serving.protocol import (
@@ -143,13 +142,13 @@ class Asked:
 
 
 def _conversation(messages: Sequence[ChatMessage]) -> Conversation:
-    conversation = Conversation(())
+    turns: list[tuple[Role, str]] = []
     for i, message in enumerate(messages):
-        role: Literal["system", "user", "assistant"] = "system" if message.role == "developer" else message.role
+        role: Role = "system" if message.role == "developer" else message.role
         if role == "system" and i > 0:
             param = f"messages[{i}].role"
             raise Refused(400, f"{param!r}: there is one system message at most, and it comes first", param=param)
-        conversation = conversation.add(role, message.text)
+        turns.append((role, message.text))
     if messages[-1].role != "user":
         raise Refused(400, "'messages': the last one must be the user's", param="messages")
-    return conversation
+    return Conversation.of(*turns)

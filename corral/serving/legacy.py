@@ -17,11 +17,21 @@ from typing import Any
 from corral.answerer import StopCutter
 from corral.engines.base import Delta, Finish, Generation
 from corral.errors import TemplateError
-from corral.serving.answering import Served, check, check_length, faults, finish_reason, room, sampling, usage
+from corral.serving.answering import (
+    Served,
+    check,
+    check_characters,
+    check_length,
+    faults,
+    finish_reason,
+    room,
+    sampling,
+    usage,
+)
 from corral.serving.completions import DONE
 from corral.serving.door import Event
 from corral.serving.legacy_protocol import CompletionRequest, TextChoice, TextCompletion, TextLogprobs
-from corral.serving.likelihood import Likelihood, likelihoods
+from corral.serving.likelihood import Likelihood, Steps, likelihoods
 from corral.serving.protocol import Refused, Usage
 
 _DEFAULT_TOKENS = 16  # OpenAI's
@@ -31,25 +41,32 @@ _IMPOSSIBLE = -9999.0  # JSON has no infinity; vLLM's number
 
 async def asked_text(served: Served, request: CompletionRequest) -> AskedText:
     """Ask a model for what a request wants. Raises: Refused (it cannot be answered)."""
-    return AskedText(served, request)
+    _check(served, request)
+    lengths = [len(prompt) for prompt in request.prompt if isinstance(prompt, str)]
+    check_characters(served, max(lengths, default=0), param="prompt")
+    return AskedText(served, request, await served.answerer.aside(sum(lengths), _prompts, served, request))
 
 
 class AskedText:
-    """A request under way: its text as it comes (`events`) or at its end (`whole`).
+    """A request under way, made by `asked_text`: its text as it comes (`events`) or at its end (`whole`).
 
     The model's prompting and vote do not apply.
 
+    Args:
+        request: held against the model and the limits, save for its tokens.
+        prompts: its prompts as ids.
+
     Raises:
-        Refused: the request cannot be answered.
+        Refused: it wants too many tokens, or the engine takes no work.
     """
 
-    def __init__(self, served: Served, request: CompletionRequest) -> None:
+    def __init__(self, served: Served, request: CompletionRequest, prompts: Sequence[list[int]]) -> None:
         self._served = served
         self._request = request
         self._id = f"cmpl-{secrets.token_hex(12)}"
         self._created = int(time.time())
-        _check(served, request)
-        self._prompts = [_ids(served, request, prompt) for prompt in request.prompt]
+        self._prompts = prompts
+        self._steps = Steps(served.answerer.engine)
         stop_ids = () if request.ignore_eos else served.answerer.template.stop_ids
         stop_ids = tuple(dict.fromkeys((*(request.stop_token_ids or ()), *stop_ids)))
         # Whoever asks what the one next token is, as lm-eval does, counts on being told, also where it ends the text.
@@ -94,8 +111,8 @@ class AskedText:
 
     @property
     def usage(self) -> Usage:
-        """Tokens so far, of all prompts and choices."""
-        return usage(sum(map(len, self._prompts)), sum(choice.drawn for choice in self._choices))
+        """Tokens so far, of all prompts and choices; the most likely tokens of prompts count as what it took to draw them."""
+        return usage(sum(map(len, self._prompts)) + self._steps.tokens, sum(choice.drawn for choice in self._choices))
 
     def cancel(self) -> None:
         """Stop the work; harmless once it has ended."""
@@ -104,20 +121,34 @@ class AskedText:
 
     def _submit(self, stop_ids: tuple[int, ...]) -> None:
         request, engine = self._request, self._served.answerer.engine
+        lengths: list[int] = []
         for ids in self._prompts:
-            room(self._served, len(ids), request.max_tokens, param="prompt")
+            left = room(self._served, len(ids), request.max_tokens, param="prompt")
+            default = min(left, _DEFAULT_TOKENS, self._served.limits.max_tokens)
+            lengths.append(default if request.max_tokens is None else request.max_tokens)
             if request.echo and request.wants_logprobs:
                 engine.check_score(ids, 1)
+        self._check_tokens(sum(lengths))
         if request.max_tokens == 0:
             return
         try:
-            for ids in self._prompts:
-                left = room(self._served, len(ids), request.max_tokens, param="prompt")
-                drawn = sampling(request, request.max_tokens or min(left, _DEFAULT_TOKENS))
+            for ids, length in zip(self._prompts, lengths, strict=True):
+                drawn = sampling(request, length)
                 self._generations.append(engine.submit(ids, replace(drawn, stop_ids=stop_ids)))
         except BaseException:
             self.cancel()
             raise
+
+    def _check_tokens(self, answers: int) -> None:
+        """Hold what the whole request may come to against the limit; `answers`: with one for each prompt. Raises: Refused."""
+        n, most = self._request.n or 1, self._served.limits.tokens
+        told = n if self._request.echo else 1
+        tokens = told * sum(map(len, self._prompts)) + n * answers
+        if tokens > most:
+            what = (
+                f"'prompt': at most {most} tokens are served in one request, and prompts and answers may have {tokens}"
+            )
+            raise Refused(400, what, param="prompt")
 
     async def _pieces(self) -> AsyncGenerator[TextChoice, None]:
         """What is sent of each choice, in order; the choices of several prompts as they come."""
@@ -154,6 +185,7 @@ class AskedText:
             known = await self._likelihoods(self._prompts[place]) if request.echo else []
             for choice in choices:
                 queue.put_nowait(choice.head(request.prompt[place], self._prompts[place], known))
+                await asyncio.sleep(0)  # a long prompt takes a while to tell, and others wait
         if not self._generations:
             return
         generation = self._generations[place]
@@ -174,7 +206,8 @@ class AskedText:
         request = self._request
         if request.logprobs is None:
             return []
-        found = await likelihoods(self._served.answerer.engine, ids, best=request.logprobs > 0)
+        steps = self._steps if request.logprobs > 0 else None
+        found = await likelihoods(self._served.answerer.engine, ids, steps)
         return [None, *found]
 
     def _completion(self, choices: list[TextChoice], usage: Usage | None = None) -> TextCompletion:
@@ -288,7 +321,9 @@ class _Choice:
             best = {name: logprob}
             other = self._name(known.best[0])
             best[other] = max(best.get(other, _IMPOSSIBLE), known.best[1])
-        shown.top_logprobs = [*(shown.top_logprobs or ()), best]
+        if shown.top_logprobs is None:
+            shown.top_logprobs = []
+        shown.top_logprobs.append(best)
 
     def _name(self, id_: int) -> str:
         data = self._template.token_bytes[id_]
@@ -317,12 +352,13 @@ def _check(served: Served, request: CompletionRequest) -> None:
     """Hold the request against the model and the limits. Raises: Refused."""
     check(served, request, most_stops=_MOST_STOPS)
     check_length(served, request.max_tokens)
-    most = served.limits.prompts
+    most, choices = served.limits.prompts, served.limits.choices
     can_score = served.answerer.engine.features.score
     scores = bool(request.echo) and request.wants_logprobs
     best = "0 or 1: the most likely token is all that is told beside the token itself"
     rules = (
         (len(request.prompt) > most, "prompt", f"at most {most} prompts are served"),
+        (len(request.prompt) * (request.n or 1) > choices, "n", f"at most {choices} choices of all prompts are served"),
         ((request.logprobs or 0) > 1, "logprobs", best),
         (request.max_tokens == 0 and not request.echo, "max_tokens", "0 leaves nothing to answer without 'echo': true"),
         (scores and not can_score, "logprobs", "the engine of this server tells none of a prompt"),
@@ -330,6 +366,11 @@ def _check(served: Served, request: CompletionRequest) -> None:
     for is_broken, param, what in rules:
         if is_broken:
             raise Refused(400, f"{param!r}: {what}", param=param)
+
+
+def _prompts(served: Served, request: CompletionRequest) -> list[list[int]]:
+    """All prompts as ids. Raises: Refused."""
+    return [_ids(served, request, prompt) for prompt in request.prompt]
 
 
 def _ids(served: Served, request: CompletionRequest, prompt: str | list[int]) -> list[int]:

@@ -30,32 +30,53 @@ class Likelihood:
     """The most likely token in its place, and its log-probability; None where that was not asked for."""
 
 
-async def likelihoods(engine: Engine, ids: Sequence[int], *, best: bool) -> list[Likelihood]:
+class Steps:
+    """Greedy steps, of whatever texts, so many at a time."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.tokens = 0
+        """What they took so far: tokens of their prompts, and one drawn by each."""
+        self._engine = engine
+        self._places = asyncio.Semaphore(_STEPS_AT_ONCE)
+
+    async def after(self, ids: Sequence[int], count: int) -> tuple[int, float]:
+        """The most likely id after the first `count`, and its log-probability. Raises: EngineError."""
+        async with self._places:
+            self.tokens += count + 1
+            (drawn,) = await self._engine.submit(ids[:count], _STEP).completions()
+        assert drawn.logprobs
+        return drawn.ids[0], drawn.logprobs[0]
+
+
+async def likelihoods(engine: Engine, ids: Sequence[int], steps: Steps | None = None) -> list[Likelihood]:
     """Score ids[1:].
+
+    Args:
+        steps: draw the most likely tokens. None: they are not told.
 
     Returns: len(ids) − 1 of them.
 
     Raises:
-        EngineError: the engine fails, cannot score, or (for `best`) gives no log-probabilities.
+        EngineError: the engine fails, cannot score, or (with `steps`) gives no log-probabilities.
     """
     scores = await engine.score(ids)
-    if not best:
+    if steps is None:
         return [Likelihood(score, None) for score in scores]
-    at_once = asyncio.Semaphore(_STEPS_AT_ONCE)
+    found = [Likelihood(score, (id_, score)) for id_, score in zip(ids[1:], scores, strict=True)]
+    uncertain = [place for place, score in enumerate(scores, start=1) if score <= _CERTAIN]
+    left = iter(uncertain)
 
-    async def of(place: int, score: float) -> Likelihood:
-        if score > _CERTAIN:
-            return Likelihood(score, (ids[place], score))
-        async with at_once:
-            (drawn,) = await engine.submit(ids[:place], _STEP).completions()
-        assert drawn.logprobs
-        is_given = drawn.ids[0] == ids[place]
-        return Likelihood(score, (drawn.ids[0], score if is_given else drawn.logprobs[0]))
+    async def work() -> None:
+        for place in left:  # which all who work share
+            best, logprob = await steps.after(ids, place)
+            if best != ids[place]:
+                found[place - 1] = Likelihood(scores[place - 1], (best, logprob))
 
-    tasks = [asyncio.create_task(of(place, score)) for place, score in enumerate(scores, start=1)]
+    tasks = [asyncio.create_task(work()) for _ in uncertain[:_STEPS_AT_ONCE]]
     try:
-        return await asyncio.gather(*tasks)
+        await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()  # those left where one failed, or nobody waits any more
         await asyncio.gather(*tasks, return_exceptions=True)
+    return found

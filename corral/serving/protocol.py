@@ -27,16 +27,28 @@ class Limits:
     """Choices of one prompt."""
     prompts: int = 64
     """Prompts of one request, where a request may hold several."""
+    choices: int = 64
+    """Choices of all its prompts."""
     inputs: int = 1024
     """Texts of one request that are embedded."""
     stop_characters: int = 256
     """Length of one stop string."""
+    messages: int = 2048
+    """Of one prompt, with those that were stored before."""
+    prompt_characters: int = 2**18
+    """Characters of one prompt as it came, which are counted before its tokens are."""
     prompt_tokens: int = 32768
     """Tokens of one prompt, with all that is shown before the question."""
     max_tokens: int = 8192
     """The most tokens of one choice that may be asked for."""
     default_tokens: int = 4096
     """The most tokens of an answer whose request does not say how many it wants; the context may set fewer."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one request, of all its prompts and of the answers they may get: what one prompt may come to with `n`
+        choices."""
+        return self.prompt_tokens + self.n * self.max_tokens
 
 
 class Refused(InputError):

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from corral.engines.base import Finish
 from corral.errors import DatabaseError, TemplateError
 from corral.messages import Conversation
-from corral.serving.answering import Answering, Served, begin, faults, finish_reason, room
+from corral.serving.answering import Answering, Served, begin, check_messages, check_size, faults, finish_reason, room
 from corral.serving.door import Event
 from corral.serving.protocol import Refused, Usage
 from corral.serving.records import Item, new_id
@@ -51,6 +51,8 @@ async def responding(served: Served, turns: Turns, owner: str, request: Response
     if None not in (request.conversation, request.previous_response_id):
         what = "'previous_response_id': a response goes on from it or from 'conversation', not from both"
         raise Refused(400, what, param="previous_response_id")
+    if isinstance(request.input, list):
+        check_messages(served, len(request.input), param="input")
     is_stored = request.store is not False
     turn = Turn(new_id("resp"), owner, request.items, is_stored, request.conversation_id, request.previous_response_id)
     shown = ResponseShown.begun(turn.id, int(time.time()), served.name, request)
@@ -264,6 +266,10 @@ async def _fitting(served: Served, conversation: Conversation, wanted: int | Non
 
 
 async def _fits(served: Served, conversation: Conversation, wanted: int | None) -> bool:
+    try:
+        check_size(served, conversation, param="input")
+    except Refused:
+        return False
     with faults():
         try:
             ids = await served.answerer.prompt(conversation)

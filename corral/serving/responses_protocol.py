@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field
 
 from corral.messages import Conversation
+from corral.messages import Role as PlainRole
 from corral.serving.conversations import Stored
 from corral.serving.protocol import AskConversation, Body, Empty, Nothing, Refused, Usage, VoteShown, Zero, only
 from corral.serving.records import Item, Page, Role
@@ -351,19 +352,19 @@ class ResponseShown(BaseModel):
 
 def conversation_of(instructions: str | None, items: Sequence[Item]) -> Conversation:
     """What a model is asked with. Raises: Refused (it does not end with the user, or a system message is not the first)."""
-    conversation = Conversation(())
+    turns: list[tuple[PlainRole, str]] = []
     if instructions:
-        conversation = conversation.add("system", instructions)
+        turns.append(("system", instructions))
     for item in items:
         role = _plain(item.role)
-        if role == "system" and conversation.messages:
+        if role == "system" and turns:
             what = "there is one system message at most, and it comes first; 'instructions' are one too"
             raise Refused(400, f"'input': {what}", param="input")
-        conversation = conversation.add(role, item.text)
-    if not conversation.messages or conversation.messages[-1].role != "user":
+        turns.append((role, item.text))
+    if not turns or turns[-1][0] != "user":
         raise Refused(400, "'input': the last message must be the user's", param="input")
-    return conversation
+    return Conversation.of(*turns)
 
 
-def _plain(role: Role) -> Literal["system", "user", "assistant"]:
+def _plain(role: Role) -> PlainRole:
     return "system" if role == "developer" else role

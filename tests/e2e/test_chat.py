@@ -60,8 +60,8 @@ class Terminal:
         return before
 
     def stop_line(self, until: str) -> None:
-        """Ctrl-C at the prompt until it is told of: Python looks for signals before it waits for a key, so that one which comes
-        between the two is seen at the next key only."""
+        """Ctrl-C at the prompt until it is told of: one that comes between Python's look for signals and its wait for a key is
+        seen with the next key only."""
         for _ in range(10):
             self.press(CTRL_C)
             if select.select([self._ours], [], [], 3)[0]:

@@ -267,6 +267,21 @@ def test_a_prompt_that_leaves_no_room_is_context_length_exceeded(
     assert "512" in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("messages", "told"),
+    [
+        ([{"role": "user", "content": ""}] * 30_000, ["2048 messages", "30000"]),
+        ([{"role": "user", "content": "word " * 60_000}], ["262144 characters", "300000"]),
+        ([{"role": "user", "content": "word " * 30_000}] * 2, ["262144 characters", "300000"]),
+    ],
+)
+def test_more_than_is_served_is_refused_by_what_it_is_made_of(messages: Any, told: list[str], tiny_url: str) -> None:
+    with client_of(tiny_url) as client, pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**(SETTINGS | {"messages": messages}))
+    assert caught.value.param == "messages"
+    assert [words for words in told if words not in caught.value.message] == []
+
+
 def test_text_the_template_refuses_is_a_bad_request_on_messages(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**(SETTINGS | {"messages": [{"role": "user", "content": "a\ufdd0b"}]}))

@@ -8,6 +8,7 @@ import inspect
 import itertools
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +21,9 @@ from corral.answerer import Answerer
 from corral.engines.base import Completion, Features, Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.serving.answering import Served
-from corral.serving.legacy_protocol import CompletionRequest
+from corral.serving.legacy import asked_text
+from corral.serving.legacy_protocol import CompletionRequest, TextCompletion
+from corral.serving.protocol import Limits
 from corral.serving.texts import TextPrompts
 from corral.template import Template
 from tests.serving.conftest import Endless, client_of, running
@@ -351,6 +354,75 @@ def test_an_unknown_model_field_or_too_many_prompts_and_a_prompt_that_fills_the_
 def test_ids_by_the_hundred_thousand_are_refused_at_once(tiny_url: str) -> None:
     status, answer = post(tiny_url, SETTINGS | {"prompt": [7] * 300_000})
     assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+
+
+SMALL = Limits(prompt_tokens=10, n=2, max_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("limits", "body", "param"),
+    [
+        (Limits(), {"prompt": ["a"] * 4, "n": 16}, None),
+        (Limits(), {"prompt": ["a"] * 5, "n": 13}, "n"),
+        (Limits(), {"prompt": ["a"] * 64}, None),
+        (Limits(), {"prompt": ["a"] * 64, "n": 2}, "n"),
+        (SMALL, {"prompt": [50] * 10, "max_tokens": 5, "n": 2}, None),
+        (SMALL, {"prompt": [[50] * 5] * 2, "max_tokens": 5}, None),
+        (SMALL, {"prompt": [[50] * 6] * 2, "max_tokens": 5}, "prompt"),
+        (SMALL, {"prompt": [[50] * 2] * 2}, None),
+        (SMALL, {"prompt": [[50] * 3] * 3}, "prompt"),
+        (SMALL, {"prompt": [[50] * 10] * 2, "max_tokens": 0, "echo": True, "logprobs": 1}, None),
+        (SMALL, {"prompt": [[50] * 10] * 3, "max_tokens": 0, "echo": True, "logprobs": 1}, "prompt"),
+        (SMALL, {"prompt": [50] * 10, "max_tokens": 1, "n": 2, "echo": True}, "prompt"),
+        (Limits(prompt_characters=20), {"prompt": ["a" * 20, "a"]}, None),
+        (Limits(prompt_characters=20), {"prompt": ["a", "a" * 21]}, "prompt"),
+    ],
+)
+def test_choices_and_tokens_of_all_prompts_and_characters_of_each_are_bounded(
+    limits: Limits, body: Any, param: str | None, tiny_template: Template
+) -> None:
+    asked: list[int] = []
+
+    def reply(ids: Sequence[int], sampling: Sampling, choice: int) -> list[int]:
+        asked.append(choice)
+        return [50]
+
+    with running(Served(Answerer(ScriptedEngine(reply), tiny_template), "m", limits)) as url:
+        status, answer = post(url, {"model": "m"} | body)
+    if param is None:
+        assert status == 200, answer
+    else:
+        assert (status, answer["error"]["param"]) == (400, param), answer
+        assert not asked
+
+
+def test_what_it_takes_to_find_the_most_likely_tokens_of_a_prompt_is_counted(tiny_template: Template) -> None:
+    served = Served(Answerer(ScriptedEngine([50], logprob=-5.0), tiny_template), "m")
+    body = {"model": "m", "prompt": [[50] * 9] * 8, "max_tokens": 0, "echo": True}
+    with running(served) as url:
+        used = [post(url, body | {"logprobs": logprobs})[1]["usage"] for logprobs in (0, 1)]
+    steps = sum(length + 1 for length in range(1, 9))
+    assert [(each["prompt_tokens"], each["completion_tokens"]) for each in used] == [(72, 0), (72 + 8 * steps, 0)]
+
+
+def test_the_texts_of_a_long_request_are_tokenised_while_the_loop_goes_on(
+    tiny_template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = Served(Answerer(ScriptedEngine([50]), tiny_template), "m")
+    may_go_on = threading.Event()
+    ids = served.texts.ids
+
+    def held(text: str, *, begin: bool = True) -> list[int]:
+        assert may_go_on.wait(10), "the loop stood still"
+        return ids(text, begin=begin)
+
+    async def work() -> TextCompletion:
+        asyncio.get_running_loop().call_later(0.01, may_go_on.set)
+        request = CompletionRequest(model="m", prompt=["word " * 500] * 2, return_token_ids=True)
+        return await (await asked_text(served, request)).whole()
+
+    monkeypatch.setattr(served.texts, "ids", held)
+    assert [choice.prompt_token_ids for choice in asyncio.run(work()).choices] == [ids("word " * 500)] * 2
 
 
 def test_every_parameter_of_openais_client_is_known_to_the_protocol() -> None:

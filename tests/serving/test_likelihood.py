@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from corral.engines.scripted import ScriptedEngine
 from corral.errors import EngineError
 from corral.model.loading import load_model
 from corral.serving.answering import Served
-from corral.serving.likelihood import likelihoods
+from corral.serving.likelihood import Steps, likelihoods
 
 IDS = [1, 88, 12, 300, 45, 45, 45, 7, 210, 33, 160, 5, 91]
 
@@ -45,7 +46,8 @@ def test_the_most_likely_token_of_each_place_is_the_models(
         "the model": greedy_from(tiny_served, [1], 20),
         "both": [*greedy_from(tiny_served, IDS[:4], 6), *IDS[4:]],
     }[written_by]
-    found = asyncio.run(likelihoods(tiny_served.answerer.engine, ids, best=True))
+    engine = tiny_served.answerer.engine
+    found = asyncio.run(likelihoods(engine, ids, Steps(engine)))
     for one, given, (logprob, best, of_best) in zip(found, ids[1:], truth(tiny_folder, ids), strict=True):
         assert one.logprob == pytest.approx(logprob, abs=1e-4)
         assert one.best is not None
@@ -59,7 +61,7 @@ def test_the_most_likely_token_of_each_place_is_the_models(
 def test_without_the_most_likely_nothing_is_drawn(tiny_served: Served) -> None:
     drawn: list[int] = []
     engine = ScriptedEngine(lambda ids, sampling, choice: drawn, logprob=-3.0)
-    found = asyncio.run(likelihoods(engine, IDS, best=False))
+    found = asyncio.run(likelihoods(engine, IDS))
     assert [(one.logprob, one.best) for one in found] == [(-3.0, None)] * (len(IDS) - 1)
 
 
@@ -72,8 +74,11 @@ def test_a_token_with_more_than_half_of_the_probability_needs_no_step() -> None:
 
     for logprob, steps in ((-0.5, []), (-0.69, [1, 2, 3])):
         asked.clear()
-        found = asyncio.run(likelihoods(ScriptedEngine(reply, logprob=logprob), [5, 6, 9, 9], best=True))
+        engine = ScriptedEngine(reply, logprob=logprob)
+        taken = Steps(engine)
+        found = asyncio.run(likelihoods(engine, [5, 6, 9, 9], taken))
         assert sorted(asked) == steps
+        assert taken.tokens == sum(steps) + len(steps), "what they read, and a token drawn by each"
         assert [one.best[0] for one in found if one.best] == ([6, 9, 9] if not steps else [9, 9, 9])
 
 
@@ -87,5 +92,34 @@ def test_where_one_step_fails_the_others_are_stopped() -> None:
     features = Features(max_length=500, vocabulary=400, logprobs=True, score=True)
     engine = ScriptedEngine(reply, features=features, logprob=-3.0)
     with pytest.raises(EngineError, match="on purpose"):
-        asyncio.run(likelihoods(engine, [5] * 400, best=True))
+        asyncio.run(likelihoods(engine, [5] * 400, Steps(engine)))
     assert next(began) < 399
+
+
+class Stuck(ScriptedEngine):
+    """Scores at once, and never comes to the end of anything else."""
+
+    async def score(self, ids: Sequence[int], start: int = 1) -> list[float]:
+        return [-3.0] * (len(ids) - start)
+
+
+def test_texts_that_share_their_steps_take_so_many_at_a_time_together() -> None:
+    asked: list[int] = []
+
+    def reply(ids: Sequence[int], sampling: Sampling, choice: int) -> list[int]:
+        asked.append(len(ids))
+        return [9]
+
+    async def work() -> None:
+        engine = Stuck(reply, delay_seconds=3600)
+        steps = Steps(engine)
+        working = [asyncio.create_task(likelihoods(engine, [5] * 400, steps)) for _ in range(8)]
+        await asyncio.sleep(0.1)
+        assert len(asked) == 32
+        assert steps.tokens == sum(asked) + 32
+        for task in working:
+            task.cancel()
+        await asyncio.gather(*working, return_exceptions=True)
+        assert len(asked) == 32, "none goes on for nobody"
+
+    asyncio.run(work())

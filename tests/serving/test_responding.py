@@ -7,6 +7,7 @@ import http.client
 import json
 import time
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +21,7 @@ from corral.engines.scripted import ScriptedEngine
 from corral.serving.answering import Served
 from corral.serving.conversations import Conversations
 from corral.serving.database import Database
+from corral.serving.protocol import Limits, Refused
 from corral.serving.records import Page
 from corral.serving.responding import responding
 from corral.serving.responses_protocol import ResponsesRequest
@@ -184,6 +186,36 @@ def test_a_long_conversation_is_refused_or_loses_its_beginning_if_that_is_wished
         with pytest.raises(openai.BadRequestError) as caught:
             client.responses.create(**(ask | {"input": "long " * 200}), truncation="auto")
         assert caught.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    ("limits", "told"), [(Limits(messages=6), "6 messages"), (Limits(prompt_characters=60), "60 characters")], ids=str
+)
+def test_what_was_stored_counts_as_what_is_sent_and_gives_way_if_that_is_wished(
+    limits: Limits, told: str, database: str, tiny_template: Template
+) -> None:
+    served = replace(echo(tiny_template), limits=limits)
+    with stateful(served, database) as url, client_of(url) as client:
+        items: Any = []
+        for i in range(9):
+            items += [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i}"}]
+        conversation = client.conversations.create(items=items)
+        ask: Any = ASK | {"input": "The last one", "conversation": conversation.id}
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.responses.create(**ask)
+        assert (caught.value.param, told in caught.value.message) == ("input", True)
+        made = client.responses.create(**ask, truncation="auto")
+        assert made.output_text == prompt("question 7", "answer 7", "question 8", "answer 8", "The last one")
+
+
+def test_more_messages_than_are_served_are_refused_before_any_is_stored(
+    opened: Database, tiny_template: Template
+) -> None:
+    request = ResponsesRequest.model_validate({"model": "echo", "input": [{"role": "user", "content": ""}] * 30_000})
+    with pytest.raises(Refused, match="2048 messages"):
+        asyncio.run(responding(echo(tiny_template), Conversations(opened).turns, "a", request))
+    with opened.reading() as session:
+        assert session.scalar(text("SELECT count(*) FROM responses")) == 0
 
 
 def test_a_second_turn_of_a_conversation_waits_for_nobody_and_is_refused(
