@@ -135,7 +135,6 @@ def test_the_only_model_that_talks_is_taken_and_of_several_one_must_be_named(tem
 
 
 def test_closing_an_answer_frees_the_servers_work(template: Template) -> None:
-    import time
 
     endless = Endless()
     with running(Served(Answerer(endless.engine, template), "m")) as url:
@@ -143,10 +142,7 @@ def test_closing_an_answer_frees_the_servers_work(template: Template) -> None:
         answer = server.stream(ASKED)
         next(answer)
         answer.close()
-        time.sleep(0.5)
-        then = endless.drawn
-        time.sleep(0.2)
-        assert endless.drawn == then
+        assert endless.ends(within=0.5)
         server.close()
 
 

@@ -21,6 +21,7 @@ from corral.engines.base import Engine, Sampling
 from corral.errors import DatabaseError
 from corral.serving.admission import Busy
 from corral.serving.answering import faults
+from corral.serving.chat_protocol import ChatRequest
 from corral.serving.completions import asked
 from corral.serving.door import Door
 from corral.serving.guard import Envelope, Guard
@@ -28,7 +29,7 @@ from corral.serving.legacy import asked_text
 from corral.serving.legacy_protocol import CompletionRequest
 from corral.serving.metrics import CONTENT_TYPE
 from corral.serving.models import Models
-from corral.serving.protocol import ChatRequest, ModelList, Refused, refusal
+from corral.serving.protocol import ModelList, Refused, refusal
 from corral.serving.replies import error_reply, json_reply
 
 _WORDS = {404: "there is no such route", 405: "this route has no such method"}

@@ -13,8 +13,7 @@ from collections.abc import AsyncGenerator, Sequence
 from corral.answerer import Answer, TextDelta, Token
 from corral.messages import Conversation, Role
 from corral.serving.answering import Answering, Served, begin, finish_reason
-from corral.serving.door import Event
-from corral.serving.protocol import (
+from corral.serving.chat_protocol import (
     ChatCompletion,
     ChatMessage,
     ChatRequest,
@@ -23,11 +22,10 @@ from corral.serving.protocol import (
     ChunkChoice,
     Logprobs,
     Message,
-    Refused,
     TokenLogprob,
-    Usage,
-    VoteShown,
 )
+from corral.serving.door import Event
+from corral.serving.protocol import Refused, Usage, VoteShown
 
 DONE = Event("[DONE]")
 """The event that ends a stream."""

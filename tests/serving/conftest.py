@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import openai
 import pytest
@@ -21,10 +24,12 @@ from corral.engines.transformers import TransformersEngine
 from corral.model.loading import load_model, load_tokenizer
 from corral.serving.answering import Served
 from corral.serving.app import build_app
+from corral.serving.database import Database
 from corral.serving.door import Door
 from corral.serving.models import Models
 from corral.serving.server import Server, http_server
 from corral.template import Template
+from tests.serving.postgres import PostgreSQL, postgresql
 
 
 @contextlib.contextmanager
@@ -64,12 +69,49 @@ class Endless:
         self.began = threading.Event()
         self.engine = ScriptedEngine(self._reply, delay_seconds=delay_seconds)
 
+    def ends(self, within: float = 1) -> bool:
+        """Whether it comes no further after so many seconds."""
+        time.sleep(within)
+        then = self.drawn
+        time.sleep(0.2)
+        return self.drawn == then
+
     def _reply(self, ids: Sequence[int], sampling: Sampling, choice: int) -> Iterator[int]:
         for id_ in itertools.cycle(range(40, 60)):
             self.drawn += 1
             if self.drawn > 3:
                 self.began.set()
             yield id_
+
+
+def ask_and_leave(url: str, path: str, body: Any, when: threading.Event) -> None:
+    """Send a request, and close the connection at that moment, before the answer ended."""
+    place, data = urlsplit(url), json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+    with socket.create_connection((str(place.hostname), place.port or 0)) as raw:
+        raw.sendall(head.encode() + data)
+        assert when.wait(30)
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Generator[PostgreSQL]:
+    with postgresql() as started:
+        yield started
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.full)])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Of a database that nobody used yet."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'server.db'}"
+    server: PostgreSQL = request.getfixturevalue("postgres")
+    return server.new_database()
+
+
+@pytest.fixture
+def database(database_url: str) -> Generator[Database]:
+    with contextlib.closing(Database(database_url)) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from corral.serving.answering import Served
 from corral.serving.door import Bounds, Door
 from corral.serving.protocol import Limits
 from corral.template import Template
-from tests.serving.conftest import Endless, client_of, running
+from tests.serving.conftest import Endless, ask_and_leave, client_of, running
 
 ASKED: Any = [{"role": "user", "content": "Hello"}]
 CHAT = "/v1/chat/completions"
@@ -131,19 +131,10 @@ def test_a_page_that_gave_the_server_a_name_of_its_own_is_refused(says: Callable
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_stops_the_work(stream: bool, tiny_template: Template) -> None:
     endless = Endless()
-    body = json.dumps({"model": "m", "messages": ASKED, "stream": stream, "n": 2}).encode()
+    body = {"model": "m", "messages": ASKED, "stream": stream, "n": 2}
     with running(Served(Answerer(endless.engine, tiny_template), "m")) as url:
-        place = urlsplit(url)
-        with socket.create_connection((str(place.hostname), place.port or 0)) as raw:
-            head = (
-                f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-            )
-            raw.sendall(head.encode() + b"\r\n" + body)
-            assert endless.began.wait(30)
-        time.sleep(1)
-        then = endless.drawn
-        time.sleep(0.2)
-        assert endless.drawn == then, "the engine still works for nobody"
+        ask_and_leave(url, CHAT, body, endless.began)
+        assert endless.ends(), "the engine still works for nobody"
         assert call(url, "GET", "/health")[0] == 200
 
 
@@ -154,10 +145,7 @@ def test_openais_client_leaving_a_stream_stops_the_work(tiny_template: Template)
             for _ in stream:
                 if endless.began.is_set():
                     break
-        time.sleep(1)
-        then = endless.drawn
-        time.sleep(0.2)
-        assert endless.drawn == then
+        assert endless.ends()
 
 
 def test_a_client_that_goes_away_before_the_first_token_stops_the_work(tiny_template: Template) -> None:

@@ -226,7 +226,7 @@ def test_what_would_change_the_answer_and_is_not_supported_is_refused_by_name(
 def test_every_parameter_of_openais_client_is_known_to_the_protocol() -> None:
     import inspect
 
-    from corral.serving.protocol import ChatRequest
+    from corral.serving.chat_protocol import ChatRequest
 
     client = openai.OpenAI(api_key="none")
     known = set(inspect.signature(client.chat.completions.create).parameters)

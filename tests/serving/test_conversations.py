@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -17,27 +16,6 @@ from corral.serving.database import Database
 from corral.serving.protocol import Refused
 from corral.serving.records import Caps, Item, ItemRow, Page, ResponseRow, new_id
 from corral.serving.turns import Turn
-from tests.serving.postgres import PostgreSQL, postgresql
-
-
-@pytest.fixture(scope="module")
-def server() -> Generator[PostgreSQL]:
-    with postgresql() as started:
-        yield started
-
-
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.full)])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'server.db'}"
-    return request.getfixturevalue("server").new_database()
-
-
-@pytest.fixture
-def database(url: str) -> Generator[Database]:
-    opened = Database(url)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture
@@ -75,12 +53,12 @@ def status_of(call: Callable[[], object]) -> int:
     return caught.value.status
 
 
-def test_what_was_stored_is_there_after_the_database_was_opened_anew(url: str) -> None:
+def test_what_was_stored_is_there_after_the_database_was_opened_anew(database_url: str) -> None:
     odd = "a zero byte \0, a 漢, and half a character \ud800"
-    first = Database(url)
+    first = Database(database_url)
     made = Conversations(first).create("a", {"title": "Böse"}, [Item.new("user", ["one", odd])])
     first.close()
-    second = Database(url)
+    second = Database(database_url)
     stored, items = Conversations(second).export("a", made.id)
     second.close()
     assert (stored, items[0].texts) == (made, ("one", odd))

@@ -8,7 +8,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from corral.serving import keys, records
 from corral.serving.database import VERSIONS, Base, Database, configuration, default_url
 from corral.serving.records import ROW_BYTES, ConversationRow
 from tests.conftest import unprivileged
-from tests.serving.postgres import PostgreSQL, postgresql
+from tests.serving.postgres import PostgreSQL
 
 TABLES = {records.ConversationRow.__tablename__, keys.KeyRow.__tablename__}
 
@@ -31,12 +30,6 @@ TABLES = {records.ConversationRow.__tablename__, keys.KeyRow.__tablename__}
 @pytest.fixture
 def url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'server.db'}"
-
-
-@pytest.fixture(scope="module")
-def server() -> Generator[PostgreSQL]:
-    with postgresql() as started:
-        yield started
 
 
 def faults_of(url: str) -> DatabaseError:
@@ -289,11 +282,11 @@ def test_a_full_disk_is_an_error_that_says_so(url: str) -> None:
 
 
 @pytest.mark.full
-def test_postgresql_is_migrated_as_a_file_is(server: PostgreSQL, tmp_path: Path) -> None:
-    url = server.new_database()
+def test_postgresql_is_migrated_as_a_file_is(postgres: PostgreSQL, tmp_path: Path) -> None:
+    url = postgres.new_database()
     assert open_in_processes(url, 4, tmp_path / "go") == [""] * 4
     assert differences(url) == []
-    old = server.new_database()
+    old = postgres.new_database()
     at_first_revision(old)
     before = rows_of(old)
     Database(old).close()
@@ -302,8 +295,8 @@ def test_postgresql_is_migrated_as_a_file_is(server: PostgreSQL, tmp_path: Path)
 
 
 @pytest.mark.full
-def test_postgresql_refuses_without_telling_the_password(server: PostgreSQL) -> None:
-    url = make_url(server.new_database())
+def test_postgresql_refuses_without_telling_the_password(postgres: PostgreSQL) -> None:
+    url = make_url(postgres.new_database())
     wrong = url.set(password="not-this-one").render_as_string(hide_password=False)
     assert "password" in faults_of(wrong).what
     assert "not-this-one" not in str(faults_of(wrong))
@@ -313,15 +306,15 @@ def test_postgresql_refuses_without_telling_the_password(server: PostgreSQL) -> 
 
 
 @pytest.mark.full
-def test_a_postgresql_that_was_started_anew_is_used_again(server: PostgreSQL) -> None:
-    database = Database(server.new_database())
+def test_a_postgresql_that_was_started_anew_is_used_again(postgres: PostgreSQL) -> None:
+    database = Database(postgres.new_database())
     with database.session() as session:
         session.add(conversation())
-    server.stop()
+    postgres.stop()
     with pytest.raises(DatabaseError) as caught, database.reading() as session:
         session.query(ConversationRow).count()
-    assert server.password not in str(caught.value)
-    server.start()
+    assert postgres.password not in str(caught.value)
+    postgres.start()
     with database.reading() as session:
         assert session.query(ConversationRow).count() == 1
     database.close()

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -206,9 +205,7 @@ def test_a_request_whose_time_is_up_ends_with_504_and_its_work_stops(waits: bool
         if waits:
             holder.join()
         assert wait_for(lambda: (door.places.inside, door.places.waiting) == (0, 0))
-        then = endless.drawn
-        time.sleep(0.2)
-        assert endless.drawn == then
+        assert endless.ends(within=0)
 
 
 def test_a_stream_whose_time_is_up_ends_with_the_error(tiny_template: Template) -> None:
@@ -222,9 +219,7 @@ def test_a_stream_whose_time_is_up_ends_with_the_error(tiny_template: Template) 
         assert json.loads(events[-1])["error"]["code"] == "deadline_exceeded"
         assert "[DONE]" not in text
         assert wait_for(lambda: b'outcome="late"} 1.0' in door.metrics.text())
-        then = endless.drawn
-        time.sleep(0.2)
-        assert endless.drawn == then
+        assert endless.ends(within=0)
 
 
 def test_who_goes_while_waiting_gives_up_the_place(tiny_template: Template) -> None:

@@ -6,12 +6,10 @@ import contextlib
 import http.client
 import json
 import socket
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
-import pytest
 from fastapi.routing import APIRoute
 from starlette.routing import Route
 
@@ -25,12 +23,6 @@ from corral.serving.keys import Keys
 from corral.serving.models import Models
 from tests.serving.conftest import client_of, running, serving
 from tests.serving.test_app import ASKED, CHAT, JSON, call, wait_for
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    with contextlib.closing(Database(f"sqlite:///{tmp_path / 'a.db'}")) as made:
-        yield made
 
 
 def routes_of(app: Any) -> list[tuple[str, str]]:

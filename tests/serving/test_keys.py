@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,27 +12,6 @@ import pytest
 from corral.errors import InputError
 from corral.serving.database import Database
 from corral.serving.keys import Keys, Quota, Used, digest, key_id
-from tests.serving.postgres import PostgreSQL, postgresql
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[PostgreSQL]:
-    with postgresql() as started:
-        yield started
-
-
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.full)])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'a.db'}"
-    server: PostgreSQL = request.getfixturevalue("server")
-    return server.new_database()
-
-
-@pytest.fixture
-def database(url: str) -> Iterator[Database]:
-    with contextlib.closing(Database(url)) as made:
-        yield made
 
 
 @pytest.fixture
@@ -122,8 +100,8 @@ def test_what_is_used_adds_up_by_key_and_day(keys: Keys) -> None:
     assert keys.used("2026-01-03") == {}
 
 
-def test_two_servers_that_count_at_the_same_time_lose_nothing(url: str) -> None:
-    with contextlib.closing(Database(url)) as one, contextlib.closing(Database(url)) as other:
+def test_two_servers_that_count_at_the_same_time_lose_nothing(database_url: str) -> None:
+    with contextlib.closing(Database(database_url)) as one, contextlib.closing(Database(database_url)) as other:
         ids = [Keys(one).add(name)[0].id for name in ("alice", "bob")]
 
         def count(database: Database) -> None:

@@ -7,7 +7,6 @@ import http.client
 import inspect
 import itertools
 import json
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from corral.serving.legacy_protocol import CompletionRequest, TextCompletion
 from corral.serving.protocol import Limits
 from corral.serving.texts import TextPrompts
 from corral.template import Template
-from tests.serving.conftest import Endless, client_of, running
+from tests.serving.conftest import Endless, ask_and_leave, client_of, running
 
 TEXT = "What is two plus two? Ünïcode"
 SETTINGS: Any = {"model": "tiny", "prompt": TEXT, "seed": 5, "max_tokens": 16}
@@ -282,19 +281,10 @@ def test_a_drawn_tokens_rival_is_not_made_up(tiny_url: str) -> None:
 @pytest.mark.parametrize("extra", [{}, {"stream": True}, {"n": 2, "prompt": ["a", "b", "c"]}], ids=str)
 def test_a_client_that_goes_away_stops_the_work(extra: Any, tiny_template: Template) -> None:
     endless = Endless()
-    body = json.dumps({"model": "m", "prompt": "count", "max_tokens": 4000} | extra).encode()
+    body = {"model": "m", "prompt": "count", "max_tokens": 4000} | extra
     with running(Served(Answerer(endless.engine, tiny_template), "m")) as url:
-        place = urlsplit(url)
-        with socket.create_connection((str(place.hostname), place.port or 0)) as raw:
-            head = (
-                f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-            )
-            raw.sendall(head.encode() + b"\r\n" + body)
-            assert endless.began.wait(30)
-        time.sleep(1)
-        then = endless.drawn
-        time.sleep(0.2)
-        assert endless.drawn == then, "the engine still works for nobody"
+        ask_and_leave(url, PATH, body, endless.began)
+        assert endless.ends(), "the engine still works for nobody"
 
 
 def test_a_client_that_goes_away_while_its_prompt_is_scored_stops_the_steps(tiny_template: Template) -> None:

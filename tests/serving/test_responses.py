@@ -15,18 +15,13 @@ from corral.serving.door import Door
 from corral.serving.keys import Keys
 from corral.template import Template
 from tests.serving.conftest import client_of
-from tests.serving.postgres import postgresql
+from tests.serving.postgres import PostgreSQL
 from tests.serving.stateful import ASK, echo, process, prompt, said, stateful
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'server.db'}"
-
-
-@pytest.fixture
-def client(database: str, tiny_template: Template) -> Generator[openai.OpenAI]:
-    with stateful(echo(tiny_template), database) as url, client_of(url) as made:
+def client(database_url: str, tiny_template: Template) -> Generator[openai.OpenAI]:
+    with stateful(echo(tiny_template), database_url) as url, client_of(url) as made:
         yield made
 
 
@@ -266,11 +261,12 @@ def test_the_async_client_and_many_conversations_at_once(client: openai.OpenAI) 
         assert second == prompt(f"{who}, 0", first, f"{who}, 1")
 
 
-def test_with_keys_each_sees_its_own_and_the_rest_is_as_if_it_were_not(database: str, tiny_template: Template) -> None:
-    opened = Database(database)
-    keys = Keys(opened)
+def test_with_keys_each_sees_its_own_and_the_rest_is_as_if_it_were_not(
+    database: Database, tiny_template: Template
+) -> None:
+    keys = Keys(database)
     secrets = [keys.add(name)[1] for name in ("ann", "bob")]
-    with stateful(echo(tiny_template), opened, door=Door(keys=keys)) as url:
+    with stateful(echo(tiny_template), database, door=Door(keys=keys)) as url:
         ann, bob = (openai.OpenAI(base_url=f"{url}/v1", api_key=secret, max_retries=0) for secret in secrets)
         conversation = ann.conversations.create(items=[{"role": "user", "content": "secret"}])
         item = ann.conversations.items.list(conversation.id).data[0].id
@@ -311,9 +307,9 @@ def test_with_keys_each_sees_its_own_and_the_rest_is_as_if_it_were_not(database:
 
 
 def test_a_server_killed_amid_a_stream_has_lost_nothing_it_acknowledged(
-    database: str, tiny_folder: Path, tiny_template: Template
+    database_url: str, tiny_folder: Path, tiny_template: Template
 ) -> None:
-    with process(tiny_folder, database, delay=0.02, lease=1) as (url, child), client_of(url) as client:
+    with process(tiny_folder, database_url, delay=0.02, lease=1) as (url, child), client_of(url) as client:
         conversation = client.conversations.create(metadata={"title": "kept"})
         first = client.responses.create(**ASK, input="First", conversation=conversation.id)
         stream = iter(client.responses.create(**ASK, input="Second", conversation=conversation.id, stream=True))
@@ -324,7 +320,7 @@ def test_a_server_killed_amid_a_stream_has_lost_nothing_it_acknowledged(
         child.kill()
         with pytest.raises(openai.APIConnectionError):
             list(stream)
-    with stateful(echo(tiny_template), database, lease_seconds=1) as url, client_of(url) as client:
+    with stateful(echo(tiny_template), database_url, lease_seconds=1) as url, client_of(url) as client:
         assert client.conversations.retrieve(conversation.id) == conversation
         assert client.responses.retrieve(first.id) == first
         before = [("user", "completed", "First"), ("assistant", "completed", first.output_text)]
@@ -339,38 +335,39 @@ def test_a_server_killed_amid_a_stream_has_lost_nothing_it_acknowledged(
 
 
 @pytest.mark.full
-def test_two_servers_share_conversations_in_postgresql(tiny_folder: Path, tiny_template: Template) -> None:
-    with postgresql() as server:
-        url = server.new_database()
-        with (
-            process(tiny_folder, url, delay=0.02, lease=2) as (left_url, left),
-            process(tiny_folder, url, delay=0.02, lease=2) as (right_url, _),
-            client_of(left_url) as one,
-            client_of(right_url) as other,
-        ):
-            conversation = one.conversations.create(metadata={"title": "shared \0"})
-            first = one.responses.create(**ASK, input="First", conversation=conversation.id)
-            second = other.responses.create(**ASK, input="Second", conversation=conversation.id)
-            assert second.output_text == prompt("First", first.output_text, "Second")
-            assert one.conversations.retrieve(conversation.id).metadata == {"title": "shared \0"}
-            chained = other.responses.create(**ASK, input="Aside", previous_response_id=first.id)
-            assert chained.output_text == prompt("First", first.output_text, "Aside")
-            before = said(one, conversation.id)
-            assert said(other, conversation.id) == before
-            stream = iter(one.responses.create(**ASK, input="Third", conversation=conversation.id, stream=True))
-            next(stream)
-            with pytest.raises(openai.ConflictError):
-                other.responses.create(**ASK, input="Third too", conversation=conversation.id)
-            left.kill()
-            with pytest.raises(openai.APIConnectionError):
-                list(stream)
-            patient = other.with_options(max_retries=6)
-            last = patient.responses.create(**ASK, input="Fourth", conversation=conversation.id)
-            assert "Third" not in last.output_text
-            assert said(other, conversation.id)[: len(before)] == before
-            server.stop()
-            with pytest.raises(openai.InternalServerError) as caught:
-                other.conversations.retrieve(conversation.id)
-            assert (caught.value.status_code, caught.value.code) == (503, "database_unavailable")
-            server.start()
-            assert other.conversations.retrieve(conversation.id).id == conversation.id
+def test_two_servers_share_conversations_in_postgresql(
+    postgres: PostgreSQL, tiny_folder: Path, tiny_template: Template
+) -> None:
+    url = postgres.new_database()
+    with (
+        process(tiny_folder, url, delay=0.02, lease=2) as (left_url, left),
+        process(tiny_folder, url, delay=0.02, lease=2) as (right_url, _),
+        client_of(left_url) as one,
+        client_of(right_url) as other,
+    ):
+        conversation = one.conversations.create(metadata={"title": "shared \0"})
+        first = one.responses.create(**ASK, input="First", conversation=conversation.id)
+        second = other.responses.create(**ASK, input="Second", conversation=conversation.id)
+        assert second.output_text == prompt("First", first.output_text, "Second")
+        assert one.conversations.retrieve(conversation.id).metadata == {"title": "shared \0"}
+        chained = other.responses.create(**ASK, input="Aside", previous_response_id=first.id)
+        assert chained.output_text == prompt("First", first.output_text, "Aside")
+        before = said(one, conversation.id)
+        assert said(other, conversation.id) == before
+        stream = iter(one.responses.create(**ASK, input="Third", conversation=conversation.id, stream=True))
+        next(stream)
+        with pytest.raises(openai.ConflictError):
+            other.responses.create(**ASK, input="Third too", conversation=conversation.id)
+        left.kill()
+        with pytest.raises(openai.APIConnectionError):
+            list(stream)
+        patient = other.with_options(max_retries=6)
+        last = patient.responses.create(**ASK, input="Fourth", conversation=conversation.id)
+        assert "Third" not in last.output_text
+        assert said(other, conversation.id)[: len(before)] == before
+        postgres.stop()
+        with pytest.raises(openai.InternalServerError) as caught:
+            other.conversations.retrieve(conversation.id)
+        assert (caught.value.status_code, caught.value.code) == (503, "database_unavailable")
+        postgres.start()
+        assert other.conversations.retrieve(conversation.id).id == conversation.id

@@ -9,7 +9,6 @@ import json
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -181,9 +180,7 @@ def test_told_twice_it_ends_at_once(tiny_template: Template) -> None:
         stop()
         assert stream.rest() == "cut off"
         assert server.force_exit
-    then = endless.drawn
-    time.sleep(0.1)
-    assert endless.drawn == then
+    assert endless.ends(within=0)
 
 
 def test_answers_that_do_not_end_are_cancelled_after_the_grace(tiny_template: Template) -> None:
@@ -195,6 +192,4 @@ def test_answers_that_do_not_end_are_cancelled_after_the_grace(tiny_template: Te
         assert endless.began.wait(30)
         stop()
         assert stream.rest() == "cut off"
-    then = endless.drawn
-    time.sleep(0.1)
-    assert endless.drawn == then
+    assert endless.ends(within=0)
