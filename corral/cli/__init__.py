@@ -18,6 +18,7 @@ from typing import Any
 
 import corral
 from corral.cli import caches, models, runs, serving
+from corral.engines.base import TALK
 from corral.errors import CorralError, MissingExtraError
 
 Command = Callable[[argparse.Namespace], dict[str, Any] | None]
@@ -131,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
     sub = verb("chat", models.chat, "corral chat runs/quickstart", as_json=False)
     sub.add_argument("model", nargs="?", help=f"{_MODELS}; without it --url names a server to talk with")
     sub.add_argument("--system", help="a system message")
-    asking(sub, **models.CHAT)
+    asking(sub, **TALK)
     there = sub.add_argument_group("without MODEL", "any OpenAI-compatible server answers, as it sees fit unless told")
     there.add_argument("--host", help="of the server, in place of --url")
     there.add_argument("--port", type=int, help="of the server, in place of --url (default: 8000)")

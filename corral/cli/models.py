@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corral.cli.runs import execute
+from corral.engines.base import TALK
 from corral.errors import InputError
 from corral.terminal import TerminalProgress
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from corral.recipe import Answer
 
 DEFAULT_TYPES = {"gguf": "q8_0", "openvino": "int8"}
-CHAT: dict[str, float] = {"max_tokens": 512, "temperature": 0.7, "top_p": 0.9}
-"""How a model that is no run is talked with, unless the command line says otherwise."""
 
 
 def export(args: argparse.Namespace) -> dict[str, Any]:
@@ -113,7 +112,7 @@ def _local(args: argparse.Namespace) -> Local:
                 hint="leave it out, or leave out the model to talk with the server",
             )
     # A run is asked as its recipe says, here as everywhere.
-    answer, _ = _answer(args, {} if run_of(args.model) else CHAT)
+    answer, _ = _answer(args, {} if run_of(args.model) else TALK)
     return Local(Settings(args.model, answer, None, args.engine, tuple(args.url)))
 
 
@@ -135,7 +134,7 @@ def _server(args: argparse.Namespace) -> Server:
         raise InputError(
             what, hint="name a model (corral chat MODEL) or one server (corral chat --url http://HOST:PORT/v1)"
         )
-    options = {name: value for name in CHAT if (value := getattr(args, name)) is not None}
+    options = {name: value for name in TALK if (value := getattr(args, name)) is not None}
     if args.n is not None and args.consensus in (None, "none"):
         raise InputError("--n says how many are voted on", hint="add --consensus, e.g. rouge-l")
     if args.consensus is not None:

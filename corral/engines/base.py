@@ -44,6 +44,10 @@ class Sampling:
     """Whether Deltas carry the log-probability of each id under the model (before temperature and top-p)."""
 
 
+TALK = {"max_tokens": 512, "temperature": 0.7, "top_p": 0.9}
+"""How a model is talked with, and answers clients, where nobody says how: it belongs to no run."""
+
+
 @dataclass(frozen=True, slots=True)
 class Features:
     """What an engine can do."""

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Generator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from corral.answerer import Answer, Answerer, TextDelta, TextStream
 from corral.consensus import Consensus, Embed
@@ -140,17 +140,11 @@ async def begin(
         except TemplateError as error:
             raise Refused(400, error.what, param=param) from error
         left = room(served, len(ids), max_tokens, param=param)
-        drawn = sampling(ask, max_tokens or min(left, served.limits.default_tokens, served.limits.max_tokens))
+        length = max_tokens or min(left, served.limits.default_tokens, served.limits.max_tokens)
+        drawn = sampling(ask, length, usual(served, ask))
         if consensus is not None:
             # Log-probabilities break ties.
-            tells = answerer.engine.features.logprobs
-            drawn = replace(
-                drawn,
-                n=consensus.n,
-                temperature=consensus.temperature if ask.temperature is None else ask.temperature,
-                top_p=consensus.top_p if ask.top_p is None else ask.top_p,
-                logprobs=tells,
-            )
+            drawn = replace(drawn, n=consensus.n, logprobs=answerer.engine.features.logprobs)
         return Answering(answerer.begin(ids, drawn, list(dict.fromkeys(ask.stops))), consensus)
 
 
@@ -262,13 +256,33 @@ def room(served: Served, prompt_tokens: int, wanted: int | None, *, param: str) 
     return left
 
 
-def sampling(request: Ask, max_tokens: int) -> Sampling:
-    """How a request wants its answers drawn, with OpenAI's defaults."""
+class Odds(NamedTuple):
+    """How likely tokens are drawn. The defaults are OpenAI's."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+_OPENAIS = Odds()
+
+
+def usual(served: Served, ask: AskConversation) -> Odds:
+    """How a model's answers are drawn where a request does not say: as it was evaluated. Raises: Refused (as `begin`)."""
+    consensus = _consensus(served, ask)
+    if consensus is not None:
+        return Odds(consensus.temperature, consensus.top_p)
+    own = served.answerer.sampling
+    # Several answers of a model that takes the most likely token each time would be one.
+    return Odds(own.temperature, own.top_p) if own.temperature or (ask.n or 1) == 1 else _OPENAIS
+
+
+def sampling(request: Ask, max_tokens: int, usually: Odds = _OPENAIS) -> Sampling:
+    """How a request wants its answers drawn, or how they usually are."""
     return Sampling(
         max_tokens=max_tokens,
         n=request.n or 1,
-        temperature=1.0 if request.temperature is None else request.temperature,
-        top_p=1.0 if request.top_p is None else request.top_p,
+        temperature=usually.temperature if request.temperature is None else request.temperature,
+        top_p=usually.top_p if request.top_p is None else request.top_p,
         top_k=request.top_k or 0,
         seed=request.seed,
         logprobs=request.wants_logprobs,

@@ -14,8 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from corral.asking import Settings, with_changes
+from corral.asking import Settings, run_of, with_changes
 from corral.embedding import ASSET, LONGEST, Embedder
+from corral.engines.base import TALK
 from corral.engines.load import Name
 from corral.errors import InputError
 from corral.opening import Opened, local_engine, open_models, reach_model, short_name
@@ -132,8 +133,7 @@ def _reached(named: Sequence[tuple[str, str]], urls: Sequence[str], at_once: int
 
 
 def _served(name: str, spec: str, opened: Opened, limits: Limits, embed: Embedder) -> Served:
-    answer, seed = with_changes(spec, {})
-    # The seed chooses the examples that are shown; how answers are drawn is for each request to say.
+    answer, seed = with_changes(spec, {} if run_of(spec) else TALK)
     answerer = Settings(spec, answer, seed).over(opened.answerer, embed)
     fingerprint = opened.fingerprint
     if answerer.prompting or answerer.consensus:

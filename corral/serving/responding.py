@@ -20,7 +20,18 @@ from pydantic import BaseModel
 from corral.engines.base import Finish
 from corral.errors import DatabaseError, TemplateError
 from corral.messages import Conversation
-from corral.serving.answering import Answering, Served, begin, check_messages, check_size, faults, finish_reason, room
+from corral.serving.answering import (
+    Answering,
+    Served,
+    begin,
+    check_messages,
+    check_size,
+    faults,
+    finish_reason,
+    room,
+    sampling,
+    usual,
+)
 from corral.serving.door import Event
 from corral.serving.protocol import Refused, Usage
 from corral.serving.records import Item, new_id
@@ -55,7 +66,8 @@ async def responding(served: Served, turns: Turns, owner: str, request: Response
         check_messages(served, len(request.input), param="input")
     is_stored = request.store is not False
     turn = Turn(new_id("resp"), owner, request.items, is_stored, request.conversation_id, request.previous_response_id)
-    shown = ResponseShown.begun(turn.id, int(time.time()), served.name, request)
+    drawn = sampling(request, 0, usual(served, request))
+    shown = ResponseShown.begun(turn.id, int(time.time()), served.name, request, drawn)
     hold = Hold(turns, turn)
     before = await hold.take(shown)
     try:

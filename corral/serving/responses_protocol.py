@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from corral.engines.base import Sampling
 from corral.messages import Conversation
 from corral.messages import Role as PlainRole
 from corral.serving.conversations import Stored
@@ -316,8 +317,8 @@ class ResponseShown(BaseModel):
     top_logprobs: Literal[0] = 0
 
     @classmethod
-    def begun(cls, id_: str, created: int, model: str, request: ResponsesRequest) -> ResponseShown:
-        """One that is being made."""
+    def begun(cls, id_: str, created: int, model: str, request: ResponsesRequest, drawn: Sampling) -> ResponseShown:
+        """One that is being made, of tokens drawn so."""
         conversation = request.conversation_id
         return cls(
             id=id_,
@@ -328,8 +329,8 @@ class ResponseShown(BaseModel):
             instructions=request.instructions,
             max_output_tokens=request.max_output_tokens,
             metadata=request.metadata or {},
-            temperature=1.0 if request.temperature is None else request.temperature,
-            top_p=1.0 if request.top_p is None else request.top_p,
+            temperature=drawn.temperature,
+            top_p=drawn.top_p,
             truncation=request.truncation or "disabled",
             store=request.store is not False,
             user=request.user,

@@ -63,7 +63,7 @@ def test_a_vote_gives_its_winner_as_the_one_choice_and_shows_every_candidate(tin
     assert vote_of(answer) == {"method": "majority", "winner": 0, "candidates": candidates, "cancelled": 0}
     assert answer.usage
     assert answer.usage.completion_tokens == sum(len(tiny_template.tokenizer.tokenize(text)) for text in SAID)
-    assert [(s.n, s.temperature, s.top_p) for s in said.asked] == [(3, 0.7, 0.9), (1, 1.0, 1.0)]
+    assert [(s.n, s.temperature, s.top_p) for s in said.asked] == [(3, 0.7, 0.9), (1, 0.0, 1.0)]
     assert "consensus" not in (plain.model_extra or {})
 
 
@@ -114,7 +114,7 @@ def test_the_servers_own_vote_holds_unless_a_request_says_otherwise(tiny_templat
     methods = [(answer.model_extra or {}).get("consensus", {}).get("method") for answer in answers]
     assert methods == ["majority", "majority", "rouge-l", None, None, None]
     drawn = [(s.n, s.temperature, s.top_p) for s in said.asked]
-    assert drawn == [(3, 0.6, 0.8), (3, 0.9, 0.5), (2, 0.6, 0.8), (1, 1, 1), (2, 1, 1), (1, 0, 1)]
+    assert drawn == [(3, 0.6, 0.8), (3, 0.9, 0.5), (2, 0.6, 0.8), (1, 0, 1), (2, 1, 1), (1, 0, 1)]
 
 
 WISHES: Any = {

@@ -20,7 +20,7 @@ from tests.serving.conftest import client_of, running
 
 ASKED: Any = [{"role": "user", "content": "What is two plus two?"}]
 CONVERSATION = Conversation.of(("user", "What is two plus two?"))
-SETTINGS: Any = {"model": "tiny", "messages": ASKED, "seed": 5, "max_tokens": 16}
+SETTINGS: Any = {"model": "tiny", "messages": ASKED, "seed": 5, "max_tokens": 16, "temperature": 1.0}
 
 
 def whole(served: Served, sampling: Sampling, conversation: Conversation = CONVERSATION) -> Any:
@@ -39,7 +39,8 @@ def joined(stream: Any) -> tuple[dict[int, str], dict[int, str]]:
 
 
 def test_an_answer_is_the_answerers_own_for_the_same_seed(client: openai.OpenAI, tiny_served: Served) -> None:
-    answer = client.chat.completions.create(**SETTINGS, n=3, temperature=0.8, top_p=0.9, extra_body={"top_k": 40})
+    drawn: Any = SETTINGS | {"temperature": 0.8, "top_p": 0.9}
+    answer = client.chat.completions.create(**drawn, n=3, extra_body={"top_k": 40})
     expected = whole(tiny_served, Sampling(16, 3, temperature=0.8, top_p=0.9, top_k=40, seed=5))
     assert tuple(c.message.content for c in answer.choices) == expected.texts
     assert [c.index for c in answer.choices] == [0, 1, 2]
@@ -52,7 +53,7 @@ def test_an_answer_is_the_answerers_own_for_the_same_seed(client: openai.OpenAI,
 
 
 @pytest.mark.parametrize(("context", "most"), [(500, None), (9000, 4096)])
-def test_the_defaults_are_openais_and_as_many_tokens_as_the_context_leaves(
+def test_as_many_tokens_as_the_context_leaves_are_drawn_unless_a_request_says(
     context: int, most: int | None, tiny_template: Template
 ) -> None:
     asked: list[Sampling] = []
@@ -67,8 +68,37 @@ def test_the_defaults_are_openais_and_as_many_tokens_as_the_context_leaves(
         answer = client.chat.completions.create(model="m", messages=ASKED, n=None, stop=None, temperature=None)
     assert answer.usage
     left = most or context - answer.usage.prompt_tokens
-    assert asked == [Sampling(left, temperature=1.0, stop_ids=tiny_template.stop_ids)]
+    assert asked == [Sampling(left, stop_ids=tiny_template.stop_ids)]
     assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("stop", 3)
+
+
+USUAL = Sampling(512, temperature=0.3, top_p=0.8)
+
+
+@pytest.mark.parametrize(
+    ("own", "request_", "expected"),
+    [
+        (USUAL, {}, (0.3, 0.8)),
+        (USUAL, {"n": 2}, (0.3, 0.8)),
+        (USUAL, {"temperature": 0.0}, (0.0, 0.8)),
+        (USUAL, {"temperature": 1.5, "top_p": 0.5}, (1.5, 0.5)),
+        (Sampling(), {}, (0.0, 1.0)),
+        (Sampling(), {"n": 2}, (1.0, 1.0)),
+    ],
+    ids=str,
+)
+def test_answers_are_drawn_as_the_model_was_evaluated_unless_a_request_says(
+    own: Sampling, request_: dict[str, Any], expected: tuple[float, float], tiny_template: Template
+) -> None:
+    asked: list[Sampling] = []
+
+    def reply(ids: Sequence[int], sampling: Sampling, choice: int) -> list[int]:
+        asked.append(sampling)
+        return [50]
+
+    with running(Served(Answerer(ScriptedEngine(reply), tiny_template, own), "m")) as url, client_of(url) as client:
+        client.chat.completions.create(model="m", messages=ASKED, **request_)
+    assert {(sampling.temperature, sampling.top_p) for sampling in asked} == {expected}
 
 
 def test_a_stream_is_the_whole_answer_in_pieces_and_tells_its_usage_when_asked(client: openai.OpenAI) -> None:

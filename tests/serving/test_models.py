@@ -39,6 +39,7 @@ path = "rows.jsonl"
 steps = 1
 [answer]
 max_tokens = 33
+temperature = 0.2
 reasoning = true
 [answer.shots]
 count = 2
@@ -141,6 +142,8 @@ def test_a_run_is_asked_as_its_recipe_says(tiny_folder: Path, tmp_path: Path) ->
     assert isinstance(answerer.consensus, Consensus)
     assert (answerer.consensus.method, answerer.consensus.n, answerer.sampling.max_tokens) == ("majority", 4, 33)
     assert (plain.answerer.prompting, plain.answerer.consensus) == (None, None)
+    drawn = [(each.answerer.sampling.temperature, each.answerer.sampling.top_p) for each in (mine, plain)]
+    assert drawn == [(0.2, 1.0), (0.7, 0.9)], "where there is no recipe, as in a conversation at the terminal"
     assert mine.fingerprint != plain.fingerprint, "other examples, another answer"
     closed(models)
 
@@ -249,7 +252,14 @@ def test_replicas_that_die_are_left_out_and_come_back_and_without_any_the_server
     tiny_served: Served, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("corral.serving.models._CHECK_SECONDS", 0.1)
-    asked: Any = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "seed": 1}
+    asked: Any = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "Hi"}],
+        "max_tokens": 8,
+        "seed": 1,
+        "temperature": 1,
+        "top_p": 1,
+    }
 
     def ask(client: openai.OpenAI) -> str:
         return str(client.chat.completions.create(**asked).choices[0].message.content)
