@@ -19,7 +19,7 @@ test: $(STAMP)
 	$(TESTS) -m "not full"
 
 test-full: $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[ray]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[full]"
 	$(TESTS)
 
 # vLLM wants other versions than the rest of the tests, so it has an environment of its own, with the build for CPUs. Its

@@ -29,6 +29,8 @@ exit, quit    end (so does Ctrl-D); Ctrl-C stops an answer"""
 _LINES_KEPT = 1000
 # What comes from elsewhere must not steer the terminal.
 _CONTROL = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10})
+# Halves of characters, that no terminal and no server can be sent: JSON may hold them; bytes that are no UTF-8 become such.
+_HALVES = dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
 
 
 class Piece(NamedTuple):
@@ -94,7 +96,7 @@ def chat(talker: Talker, *, system: str | None) -> None:
 class _Chat:
     def __init__(self, talker: Talker, system: str | None) -> None:
         self._talker = talker
-        self._conversation = Conversation.of(("system", system)) if system else Conversation(())
+        self._conversation = _with_system(Conversation(()), (system or "").translate(_HALVES))
         self._asked: tuple[Conversation, str] | None = None
         """The last question, and the conversation before it."""
         self._saved: set[Path] = set()
@@ -110,7 +112,7 @@ class _Chat:
         is_terminal = sys.stdin.isatty()
         while True:
             try:
-                line = input("> ") if is_terminal else input()
+                line = (input("> ") if is_terminal else input()).translate(_HALVES)
                 if line.strip().lower() in ENDS:
                     return
                 self._take(line)
@@ -141,8 +143,9 @@ class _Chat:
         try:
             with contextlib.closing(self._talker.stream(asked)) as pieces:
                 for piece in pieces:
-                    answer += piece.text
-                    print(piece.text.translate(_CONTROL), end="", flush=True)
+                    text = piece.text.translate(_HALVES)
+                    answer += text
+                    print(text.translate(_CONTROL), end="", flush=True)
                     if piece.note:
                         print(f" {piece.note.translate(_CONTROL)}", end="", file=sys.stderr, flush=True)
         except KeyboardInterrupt:

@@ -101,7 +101,7 @@ class Server:
                 if response.status_code != 200:
                     raise self._refusal(response)
                 yield response
-        except (httpx2.SSEError, httpx2.DecodingError, ValueError) as error:
+        except (httpx2.SSEError, httpx2.DecodingError, ValueError, RecursionError) as error:
             what = f"the server's answer cannot be read: {short(str(error), self._key)}"
             raise EngineError(what, hint=_NOT_OPENAI) from None
         except httpx2.TimeoutException:
@@ -150,7 +150,7 @@ def _note(vote: dict[str, Any]) -> str:
     try:
         scores = tuple(each["score"] for each in _list(vote["candidates"]))
         return how_chosen(short(str(vote["method"])), int(vote["winner"]), scores, int(vote["cancelled"]))
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError, OverflowError) as error:
         raise ValueError(f"a vote that is none: {error!r}") from None
 
 

@@ -199,6 +199,28 @@ def test_a_wrong_key_is_said_and_not_shown_even_if_the_server_shows_it(status: i
         assert "sesame" not in str(caught.value) + repr(caught.value)
 
 
+def test_whatever_a_server_or_a_person_sends_costs_no_more_than_a_turn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vote = {"method": "rouge-l", "winner": float("inf"), "candidates": [{"score": 1.0}], "cancelled": 0}
+    sent: list[Callable[[Other], None]] = [
+        lambda self: self.events(delta("half \ud800 a character", "stop")),
+        lambda self: self.answer(200, {"content-type": "text/event-stream"}, b"data: " + b"[" * 10**5 + b"\n\n"),
+        lambda self: self.events(delta("So", "stop") | {"consensus": vote}),
+        well,
+    ]
+    answers = other(lambda self: sent[len(self.asked) - 1](self))
+    with web_server(answers) as url:
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nbyte \udcff\nagain\nlast\n"))
+        assert main(["chat", "--url", url]) == 0
+    shown = capsys.readouterr()
+    assert "half \ufffd a character" in shown.out
+    assert shown.err.count("the server's answer cannot be read") == 2
+    said_before = [message["content"] for message in answers.asked[-1]["messages"]]
+    assert said_before == ["Hello", "half \ufffd a character", "last"], "what was said is still known"
+    assert answers.asked[1]["messages"][-1]["content"] == "byte \ufffd"
+
+
 def test_errors_votes_and_names_from_elsewhere_do_not_steer_the_terminal_either(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 A URL that cannot be reached, or fails several times in a row, is left alone for a while, longer each time, and is back once it
 lists its models again; meanwhile the others are asked. One that is busy is asked again, when it says, by those it sent away.
+What one answers with an error is asked of the others: only if one of them answers, the error was a failure of the first.
 It knows HTTP and OpenAI's form of errors and of `/v1/models`. It does not know completions, tokens, or when an answer may be
 asked for twice.
 """
@@ -9,56 +10,29 @@ asked for twice.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 import httpx2
 from pydantic import BaseModel, ValidationError
 
 from corral import __version__
+from corral.engines.refusals import NOT_OPENAI, Busy, Gone, Lost, refusal
 from corral.errors import EngineError, EngineUnavailableError, InputError, ModelError, RequestError
-from corral.wire import KEY_VARIABLE, api_url, bearer, said, short
+from corral.wire import api_url, bearer, short
 
 T = TypeVar("T")
 
 _CONNECT_SECONDS = 10.0
 _PROBE_SECONDS = 10.0  # a list of models is no work
 _LONGEST_REST = 300.0  # an endpoint that asks for more patience than this is taken at its word: it cannot serve now
-_LONGEST_TOLD = 1e9  # of what a Retry-After says
 _FAULTS_IN_A_ROW = 3  # of requests, after which an endpoint that still answers is taken to be ill
 _KEEP_ALIVE_SECONDS = 2.0  # uvicorn closes idle connections after 5: a request on one it just closed would fail
-_BUSY = (429, 503, 504)  # of transient ones, those that are about one request
-_TRANSIENT = (*_BUSY, 408, 502)
-_NOT_OPENAI = "is this the address of an OpenAI-compatible server? It usually ends in /v1"
-
-
-class Lost(Exception):
-    """One try failed for a reason that may pass.
-
-    Args:
-        what: the reason.
-        retry_after: how many seconds the endpoint asks to be left alone.
-        status: what it answered, if it did.
-    """
-
-    def __init__(self, what: str, retry_after: float | None = None, status: int | None = None) -> None:
-        super().__init__(what)
-        self.what = what
-        self.retry_after = retry_after
-        self.status = status
-
-
-class Busy(Lost):
-    """The endpoint does not take this request now; that says nothing about the next one."""
-
-
-class Gone(Lost):
-    """There is no connection to the endpoint."""
 
 
 @dataclass(slots=True)
@@ -199,9 +173,12 @@ class Endpoints:
         async with self._room:
             waits = 0
             refused: dict[str, float] = {}  # of URLs that did not take it: from when on they may be asked again
+            errors: list[tuple[Endpoint, EngineError]] = []
             while True:
                 endpoint = self._least_busy(refused)
                 if endpoint is None:
+                    if errors:
+                        raise errors[0][1]
                     await self._wait(waits, refused)
                     waits += 1
                     refused = {url: moment for url, moment in refused.items() if moment > time.monotonic()}
@@ -220,9 +197,19 @@ class Endpoints:
                         ) from None
                     refused[endpoint.url] = time.monotonic() + (lost.retry_after or 0.0)
                     continue
+                except RequestError:
+                    raise
+                except EngineError as error:
+                    if not may_repeat():
+                        raise
+                    errors.append((endpoint, error))
+                    refused[endpoint.url] = math.inf
+                    continue
                 finally:
                     endpoint.under_way -= 1
                 endpoint.faults = endpoint.rests = 0
+                for other, error in errors:
+                    self._failed(other, Lost(error.what, status=error.status))
                 return result
 
     async def close(self) -> None:
@@ -339,15 +326,13 @@ class Endpoints:
         try:
             async with self._client.stream(method, endpoint.url + path, json=body) as response:
                 if response.status_code != 200:
-                    raise self._refusal(
-                        endpoint, response, path, (await _beginning(response)).decode("utf-8", "replace")
-                    )
+                    raise await refusal(endpoint.url, path, response, self._key)
                 return await use(response)
         except (httpx2.SSEError, httpx2.DecodingError, ValidationError) as error:
             # Without the input, which pydantic cuts anywhere.
             told = error.errors(include_input=False)[0]["msg"] if isinstance(error, ValidationError) else str(error)
             what = f"the endpoint's answer cannot be read: {short(told, self._key)}"
-            raise EngineError(what, where=endpoint.url, hint=_NOT_OPENAI) from None
+            raise EngineError(what, where=endpoint.url, hint=NOT_OPENAI) from None
         except httpx2.ConnectTimeout:
             raise Gone(f"does not answer within {_CONNECT_SECONDS:.0f} s") from None
         except httpx2.TimeoutException:
@@ -366,42 +351,3 @@ class Endpoints:
             return _Listed.model_validate_json(await response.aread()).data
 
         return await self._once(endpoint, "GET", "/models", None, read)
-
-    def _refusal(self, endpoint: Endpoint, response: httpx2.Response, path: str, text: str) -> Exception:
-        status = response.status_code
-        words = said(text, self._key)
-        what = f"answered {status}" + (f": {words}" if words else "")
-        if status in _TRANSIENT:
-            kind = Busy if status in _BUSY else Lost
-            return kind(what, _retry_after(response.headers.get("retry-after")), status)
-        if status in (401, 403):
-            hint = f"put the key of this endpoint into {KEY_VARIABLE}" + (", the one there is wrong" * bool(self._key))
-            return EngineError(f"the endpoint {what}", where=endpoint.url, hint=hint, status=status)
-        if status in (400, 413, 422):
-            hint = "shorten the prompt or lower max_tokens" if "context" in words else None
-            return RequestError(f"the endpoint {what}", where=endpoint.url, hint=hint, status=status)
-        if path == "/models":
-            return EngineError(f"the endpoint {what}", where=endpoint.url + path, hint=_NOT_OPENAI, status=status)
-        hint = f"see which models it has: {endpoint.url}/models" if status == 404 else "its log may say more"
-        return EngineError(f"the endpoint {what}", where=endpoint.url, hint=hint, status=status)
-
-
-async def _beginning(response: httpx2.Response) -> bytes:
-    """The first part of a body that may be of any length."""
-    data = b""
-    async for chunk in response.aiter_bytes():
-        data += chunk
-        if len(data) > 2**16:
-            break
-    return data[: 2**16]
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds, from a number or a date; None where neither is given."""
-    if value is None:
-        return None
-    with suppress(ValueError):
-        return min(max(0.0, float(value)), _LONGEST_TOLD)
-    with suppress(ValueError):
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pydantic import BaseModel
 
 from corral.engines.base import Finish
-from corral.engines.endpoints import Lost
+from corral.engines.refusals import Lost
 from corral.errors import EngineError
 
 _PASSING = ("engine_unavailable", "503", "429")  # codes of errors amid a stream that another try may not meet

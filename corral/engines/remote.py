@@ -21,8 +21,9 @@ import httpx2
 
 from corral.engines.abilities import Abilities, abilities
 from corral.engines.base import Delta, Engine, Features, Finish, Generation, Sampling, closed
-from corral.engines.endpoints import Endpoints, ListedModel, Lost
+from corral.engines.endpoints import Endpoints, ListedModel
 from corral.engines.events import Event, NewTokens
+from corral.engines.refusals import Lost
 from corral.errors import EngineError, EngineUnavailableError, InputError, ModelError
 from corral.wire import KEY_VARIABLE, short
 

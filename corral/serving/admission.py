@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
+from typing import NamedTuple
 
 from corral.serving.protocol import Refused
 
@@ -31,31 +32,45 @@ class Busy(Refused):
         super().__init__(status, what, code=code, retry_seconds=max(1, math.ceil(retry_seconds)))
 
 
+class Place(NamedTuple):
+    """A place inside."""
+
+    key: str
+    began: float
+    """When it was taken, on the monotonic clock."""
+
+
 class Places:
     """Room for `at_once` requests inside, and `waiting` outside.
 
-    Turns go round the keys that wait, one request each. Where all places outside are taken, whoever has fewer there than the
-    key with the most takes the place of that key's newest: one key's thousand requests keep nobody else out.
+    A place goes to the key that has the fewest inside, of several to each in turn, one request each; some are only for keys
+    that have none inside, so that one key's long requests keep nobody waiting. Where all places outside are taken, whoever
+    has fewer there than the key with the most takes the place of that key's newest: one key's thousand requests keep nobody
+    else out.
 
     Args:
         at_once: the most inside; at least 1.
         waiting: the most that wait; 0 refuses whatever finds no place inside.
+        reserved: of `at_once`, for keys that have none inside; less than that.
     """
 
-    def __init__(self, at_once: int, waiting: int) -> None:
-        assert at_once >= 1
+    def __init__(self, at_once: int, waiting: int, reserved: int = 0) -> None:
+        assert at_once > reserved >= 0
         assert waiting >= 0
         self.at_once = at_once
         self.most_waiting = waiting
+        self.reserved = reserved
         self.inside = 0
         self.waiting = 0
-        self._queues: OrderedDict[str, deque[asyncio.Future[float]]] = OrderedDict()
+        self._inside: Counter[str] = Counter()
+        """Of each key."""
+        self._queues: OrderedDict[str, deque[asyncio.Future[Place]]] = OrderedDict()
         self._mean = 0.0
         """Seconds that requests were inside, the latest weighing most; 0 before any has ended."""
         self._began = 0.0
         """When those inside began, summed."""
 
-    async def take(self, key: str) -> float:
+    async def take(self, key: str) -> Place:
         """Wait for a place inside.
 
         Returns: what `give_back` wants to have back, which must be called.
@@ -63,11 +78,12 @@ class Places:
         Raises:
             Busy: there is no place to wait (503), or it went to somebody with fewer requests.
         """
-        if self.inside < self.at_once and not self.waiting:
-            return self._enter()
+        # Nobody waits who might enter.
+        if self._may_enter(key):
+            return self._enter(key)
         if self.waiting >= self.most_waiting:
             self._make_room(key)
-        turn: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        turn: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
         self._queues.setdefault(key, deque()).append(turn)
         self.waiting += 1
         try:
@@ -80,14 +96,19 @@ class Places:
                 self._left(key)
             raise
 
-    def give_back(self, began: float) -> None:
-        """Leave the inside. `began` is what `take` returned."""
-        seconds = time.monotonic() - began
+    def give_back(self, place: Place) -> None:
+        """Leave the inside. `place` is what `take` returned."""
+        seconds = time.monotonic() - place.began
         self._mean = seconds if not self._mean else (1 - _WEIGHT) * self._mean + _WEIGHT * seconds
         self.inside -= 1
-        self._began = self._began - began if self.inside else 0.0
-        while self.waiting and self.inside < self.at_once:
-            self._admit()
+        self._began = self._began - place.began if self.inside else 0.0
+        self._inside[place.key] -= 1
+        if not self._inside[place.key]:
+            del self._inside[place.key]
+        while (
+            key := min(filter(self._may_enter, self._queues), key=self._inside.__getitem__, default=None)
+        ) is not None:
+            self._admit(key)
 
     @property
     def seconds_each(self) -> float:
@@ -99,21 +120,25 @@ class Places:
         """How long `ahead` requests take to get inside."""
         return min(_LONGEST_WAIT, max(1.0, self.seconds_each * ahead / self.at_once))
 
-    def _enter(self) -> float:
-        now = time.monotonic()
-        self.inside += 1
-        self._began += now
-        return now
+    def _may_enter(self, key: str) -> bool:
+        return self.inside < self.at_once - (self.reserved if self._inside[key] else 0)
 
-    def _admit(self) -> None:
-        key, queue = next(iter(self._queues.items()))
+    def _enter(self, key: str) -> Place:
+        place = Place(key, time.monotonic())
+        self.inside += 1
+        self._inside[key] += 1
+        self._began += place.began
+        return place
+
+    def _admit(self, key: str) -> None:
+        queue = self._queues[key]
         self._queues.move_to_end(key)
         turn = queue.popleft()
         self.waiting -= 1
         if not queue:
             del self._queues[key]
         if not turn.done():  # else it was cancelled, and is not yet aware of it
-            turn.set_result(self._enter())
+            turn.set_result(self._enter(key))
 
     def _make_room(self, key: str) -> None:
         """Send the newest of the longest queue away. Raises: Busy (none is longer than the key's own would be)."""

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from fastapi import Request, Response
 from pydantic import BaseModel
 
-from corral.serving.admission import Busy, Places
+from corral.serving.admission import Busy, Place, Places
 from corral.serving.callers import Caller, Callers
 from corral.serving.keys import Keys
 from corral.serving.metrics import Metrics
@@ -94,7 +94,9 @@ class Door:
     def __init__(self, bounds: Bounds | None = None, keys: Keys | None = None) -> None:
         self.bounds = bounds or Bounds()
         self.callers = Callers(keys)
-        self.places = Places(self.bounds.at_once, self.bounds.waiting)
+        # Where there are no keys, all who ask are one.
+        reserved = 0 if keys is None or self.bounds.at_once == 1 else max(1, self.bounds.at_once // 8)
+        self.places = Places(self.bounds.at_once, self.bounds.waiting, reserved)
         self.metrics = Metrics(self.places)
         self.is_closing = False
         """Whether new work is refused, so that what is under way may end."""
@@ -167,7 +169,7 @@ class _Visit:
         self._caller = caller
         self._model = model
         self._came = time.perf_counter()
-        self._place: float | None = None
+        self._place: Place | None = None
         self._work: Work | None = None
         self._has_failed = False
 

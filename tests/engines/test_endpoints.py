@@ -259,6 +259,47 @@ def test_a_fault_of_one_request_is_none_of_the_next_ones(fault: str) -> None:
     assert len(answers.asked) == 2
 
 
+ERRORS: dict[str, Callable[[Flaky], None]] = {
+    "500": refusing(500),
+    "no such model": refusing(404),
+    "a page": lambda self: self.answer(200, {"content-type": "text/html"}, b"<html>"),
+    "an error event": lambda self: self.events({"error": {"message": "no", "code": 500}}),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_one_that_answers_errors_beside_one_that_works_costs_no_request_and_is_left_alone(case: str) -> None:
+    broken = flaky(ERRORS[case])
+    with web_server(broken) as url, web_server(flaky(well)) as other:
+
+        async def test() -> None:
+            async with remote(url, other, retries=0, backoff_seconds=60) as engine:
+                for _ in range(10):
+                    assert (await complete(engine, [1], DRAWN))[0].ids == (7, 8, 9)
+
+        asyncio.run(test())
+    assert len(broken.asked) == 3
+
+
+def test_a_request_that_no_endpoint_can_answer_is_none_of_their_faults() -> None:
+    def poisoned(self: Flaky) -> None:
+        (refusing(500) if self.asked[-1]["prompt"] == [0] else well)(self)
+
+    first, second = flaky(poisoned), flaky(poisoned)
+    with web_server(first) as url, web_server(second) as other:
+
+        async def test() -> None:
+            async with remote(url, other, retries=3, backoff_seconds=60) as engine:
+                for _ in range(5):
+                    with pytest.raises(EngineError, match="answered 500"):
+                        await complete(engine, [0], DRAWN)
+                together = [complete(engine, [1], DRAWN) for _ in range(10)]
+                assert all(found[0].ids == (7, 8, 9) for found in await asyncio.gather(*together))
+
+        asyncio.run(test())
+    assert min(len(each.asked) for each in (first, second)) > 5, "both are still asked"
+
+
 def test_the_last_endpoint_rests_no_longer_than_it_takes_to_see_that_it_is_there() -> None:
     answers = flaky(lambda self: (Flaky.finish if len(self.asked) <= 3 else well)(self))
     with web_server(answers) as url:

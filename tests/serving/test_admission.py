@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from corral.serving.admission import Busy, Places
+from corral.serving.admission import Busy, Place, Places
 
 
 def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -23,7 +23,7 @@ class Crowd:
         self.places = places
         self.entered: list[str] = []
         self.refused: list[tuple[str, Busy]] = []
-        self.inside: list[float] = []
+        self.inside: list[Place] = []
 
     async def come(self, *keys: str) -> list[asyncio.Task[None]]:
         tasks = [asyncio.create_task(self.one(key)) for key in keys]
@@ -46,12 +46,12 @@ class Crowd:
 
     async def one(self, key: str) -> None:
         try:
-            began = await self.places.take(key)
+            place = await self.places.take(key)
         except Busy as busy:
             self.refused.append((key, busy))
             return
         self.entered.append(key)
-        self.inside.append(began)
+        self.inside.append(place)
 
 
 def test_as_many_areinside_and_wait_as_there_are_places_and_the_next_is_refused() -> None:
@@ -73,6 +73,34 @@ def test_turns_go_round_the_keys_that_wait() -> None:
         await crowd.come(*"aaaaaa", *"bb", *"ccc")
         await crowd.leave_all()
         assert "".join(crowd.entered) == "a" + "abc" + "abc" + "ac" + "aa"
+
+    run(work)
+
+
+def test_a_key_that_has_none_inside_need_not_wait_for_another_keys_long_requests() -> None:
+    async def work() -> None:
+        crowd = Crowd(Places(4, 100, reserved=1))
+        await crowd.come(*"aaaaaa")
+        assert (crowd.entered, crowd.places.waiting) == (["a"] * 3, 3)
+        await crowd.come(*"bb")
+        assert (crowd.entered[3:], crowd.places.waiting) == (["b"], 4), "its first enters at once, its second waits"
+        await crowd.come("c")
+        await crowd.leave()
+        assert crowd.entered[4:] == ["c"], "and takes no turn from those who have none inside"
+        await crowd.leave_all()
+        assert (len(crowd.entered), crowd.places.inside, crowd.places.waiting) == (9, 0, 0)
+
+    run(work)
+
+
+def test_the_fewer_a_key_has_inside_the_sooner_is_its_turn() -> None:
+    async def work() -> None:
+        crowd = Crowd(Places(4, 100))
+        await crowd.come(*"aaab")
+        await crowd.come(*"aabb")
+        await crowd.leave()
+        await crowd.leave()
+        assert crowd.entered[4:] == ["b", "a"], "1 of b's beside 2 of a's, and then 2 beside 1"
 
     run(work)
 
@@ -133,11 +161,12 @@ def test_a_place_that_is_given_to_one_who_gives_up_in_that_moment_goes_to_the_ne
     run(work)
 
 
+@pytest.mark.parametrize("reserved", [0, 1])
 @pytest.mark.parametrize("seed", range(5))
-def test_whatever_happens_its_counts_are_right(seed: int) -> None:
+def test_whatever_happens_its_counts_are_right(seed: int, reserved: int) -> None:
     async def work() -> None:
         draw = random.Random(seed)
-        crowd = Crowd(Places(3, 5))
+        crowd = Crowd(Places(3, 5, reserved))
         tasks: list[asyncio.Task[None]] = []
         for _ in range(300):
             match draw.randrange(4):
@@ -153,7 +182,7 @@ def test_whatever_happens_its_counts_are_right(seed: int) -> None:
                 await crowd.settle()
                 assert crowd.places.inside == len(crowd.inside) <= 3
                 assert crowd.places.waiting <= 5
-                assert crowd.places.waiting == 0 or crowd.places.inside == 3
+                assert crowd.places.waiting == 0 or crowd.places.inside >= 3 - reserved
         await crowd.settle()
         await crowd.leave_all()
         assert (crowd.places.inside, crowd.places.waiting) == (0, 0)
