@@ -109,8 +109,20 @@ class Callers:
             raise _unknown(f"this key {'has expired' if key.revoked is None else 'was revoked'}")
         return Caller(key.id, key.name, key.quota)
 
+    def came(self, caller: Caller) -> None:
+        """Count a request of any kind against those that its key may send in a minute. Raises: Busy (429)."""
+        most = caller.quota.requests_per_minute
+        if most is None:
+            return
+        window = self._windows.setdefault(caller.key, Window())
+        wait = window.seconds_until(most)
+        if wait > 0:
+            what = f"this key may send {most} requests a minute"
+            raise Busy(429, what, retry_seconds=wait, code="rate_limit_exceeded")
+        window.add()
+
     def admit(self, caller: Caller, seconds_each: float = 0.0) -> None:
-        """Count a request against what its key may use; every return needs a `left`.
+        """Hold a request for work against what its key may use; every return needs a `left`.
 
         Tokens may be overdrawn by what is under way when they run out.
 
@@ -128,13 +140,6 @@ class Callers:
         if quota.tokens_per_day is not None and self._tokens(caller.key) >= quota.tokens_per_day:
             what = f"this key's {quota.tokens_per_day} tokens for today are used up"
             raise Busy(429, what, retry_seconds=_until_tomorrow(), code="insufficient_quota")
-        if quota.requests_per_minute is not None:
-            window = self._windows.setdefault(caller.key, Window())
-            wait = window.seconds_until(quota.requests_per_minute)
-            if wait > 0:
-                what = f"this key may send {quota.requests_per_minute} requests a minute"
-                raise Busy(429, what, retry_seconds=wait, code="rate_limit_exceeded")
-            window.add()
         self._held[caller.key] += 1
 
     def turned_away(self, caller: Caller) -> None:

@@ -1,6 +1,6 @@
 """OpenAI's chat protocol as types: requests and answers.
 
-They hold what can be judged from the request alone: they do not know the model, its context, or the limits of a server.
+As in `protocol`, they hold what can be judged from the request alone.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from corral.serving.protocol import AskConversation, Body, Empty, Nothing, Usage, VoteShown, Zero, only
+from corral.serving.protocol import USUAL, AskConversation, Body, Empty, Ignored, Nothing, Usage, VoteShown, Zero, only
 
 
 class TextPart(Body):
@@ -23,7 +23,7 @@ class ChatMessage(Body):
     """One message. `developer` is another name for `system`. Parts are joined as they are, with nothing between them."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(max_length=USUAL.parts, fail_fast=True)]
     # What an answer's message holds, for those who send it back as they got it.
     refusal: Nothing = None
     annotations: Empty = None
@@ -43,18 +43,18 @@ class ChatMessage(Body):
 class ChatRequest(AskConversation):
     """`POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=USUAL.messages, fail_fast=True)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: Zero = None
 
     # Sent by habit; they concern the account, not the answer.
-    metadata: dict[str, Any] | None = None
+    metadata: Ignored = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
-    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_options: Ignored = None
     service_tier: str | None = None
     parallel_tool_calls: bool | None = None
     store: Annotated[Any, only(None, False)] = None

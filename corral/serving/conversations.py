@@ -26,6 +26,7 @@ from corral.serving.records import (
     missing,
     new_id,
     page_of,
+    some_of,
 )
 from corral.serving.turns import Turns, add, check_free, forget, owned
 
@@ -99,10 +100,15 @@ class Conversations:
             session.delete(row)
 
     def export(self, owner: str, id_: str) -> tuple[Stored, list[Item]]:
-        """(a conversation, all its items in order). Raises: Refused (404)."""
+        """(a conversation, all its items in order). Raises: Refused (404; 400: it has far more than is stored nowadays)."""
         with self._database.reading() as session:
             row = owned(session, owner, id_)
-            return Stored.of(row), [Item.of(item) for item in session.scalars(_of(row).order_by(ItemRow.number))]
+            # Twice, since the answer that crosses the cap is still stored.
+            items, has_more = some_of(session, _of(row).order_by(ItemRow.number), 2 * self.caps.bytes)
+            if has_more:
+                what = "this conversation is too large to be given at once: read its items page by page"
+                raise Refused(400, what, code="conversation_too_large")
+            return Stored.of(row), [Item.of(item) for item in items]
 
     def add(self, owner: str, id_: str, items: Sequence[Item]) -> None:
         """Add items at the end. Raises: Refused (404; 409 while an answer is being made; over a cap)."""

@@ -15,13 +15,13 @@ from typing import Annotated, Any, Literal, TypeVar
 import numpy as np
 from fastapi import APIRouter, Request, Response
 from numpy.typing import NDArray
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from corral.embedding import ASSET, LONGEST, SIZE, Embedder
 from corral.serving.answering import usage
 from corral.serving.door import Door, Event
 from corral.serving.models import Models
-from corral.serving.protocol import Body, Limits, Refused, Usage, only
+from corral.serving.protocol import USUAL, Body, Limits, Refused, Usage, only
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ _AT_ONCE = 32  # texts: a client that goes away, or whose time is up, waits for 
 class EmbeddingRequest(Body):
     """`POST /v1/embeddings`."""
 
-    input: str | list[str]
+    input: str | Annotated[list[str], Field(max_length=USUAL.inputs, fail_fast=True)]
     model: str
     encoding_format: Literal["float", "base64"] | None = None
     """`base64`: of little-endian 32-bit floats."""

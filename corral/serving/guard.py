@@ -92,6 +92,8 @@ class Guard:
                 caller = await self._door.callers.identify(headers.get("authorization"))
                 scope.setdefault("state", {})["caller"] = caller
                 self._check_room(caller, headers)
+                if scope["path"].startswith("/v1/"):
+                    self._door.callers.came(caller)
         except Refused as refused:
             challenge = {"www-authenticate": "Bearer"} if refused.status == 401 else None
             await error_reply(refused, challenge)(scope, receive, send)

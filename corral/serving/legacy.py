@@ -31,11 +31,11 @@ from corral.serving.answering import (
 from corral.serving.completions import DONE
 from corral.serving.door import Event
 from corral.serving.legacy_protocol import CompletionRequest, TextChoice, TextCompletion, TextLogprobs
-from corral.serving.likelihood import Likelihood, Steps, likelihoods
-from corral.serving.protocol import Refused, Usage
+from corral.serving.likelihood import Likelihood, Steps, likelihoods, worst
+from corral.serving.protocol import MAX_STOPS, Refused, Usage
 
 _DEFAULT_TOKENS = 16  # OpenAI's
-_MOST_STOPS = 16  # tasks of lm-eval have more than OpenAI's four
+_CHARACTERS_OF_A_TOKEN = 4  # about what it takes to tell one
 _IMPOSSIBLE = -9999.0  # JSON has no infinity; vLLM's number
 
 
@@ -149,6 +149,15 @@ class AskedText:
                 f"'prompt': at most {most} tokens are served in one request, and prompts and answers may have {tokens}"
             )
             raise Refused(400, what, param="prompt")
+        if not (self._request.echo and self._request.logprobs):
+            return
+        steps, most = sum(worst(len(ids)) for ids in self._prompts), self._served.limits.step_tokens
+        if steps > most:
+            what = (
+                f"'logprobs': to find the most likely tokens of these prompts may take {steps} tokens, and at most {most} are "
+                "served in one request: send fewer or shorter prompts, or 'logprobs': 0, which costs one pass"
+            )
+            raise Refused(400, what, param="logprobs")
 
     async def _pieces(self) -> AsyncGenerator[TextChoice, None]:
         """What is sent of each choice, in order; the choices of several prompts as they come."""
@@ -183,9 +192,12 @@ class AskedText:
         choices = self._choices[place * n : (place + 1) * n]
         if request.echo or request.return_token_ids:
             known = await self._likelihoods(self._prompts[place]) if request.echo else []
+            ids = self._prompts[place]
+            size = _CHARACTERS_OF_A_TOKEN * len(ids)
             for choice in choices:
-                queue.put_nowait(choice.head(request.prompt[place], self._prompts[place], known))
-                await asyncio.sleep(0)  # a long prompt takes a while to tell, and others wait
+                head = await self._served.answerer.aside(size, choice.head, request.prompt[place], ids, known)
+                queue.put_nowait(head)
+                await asyncio.sleep(0)  # one that is short is told here, and others wait
         if not self._generations:
             return
         generation = self._generations[place]
@@ -350,7 +362,7 @@ def _extend(choice: TextChoice, piece: TextChoice) -> None:
 
 def _check(served: Served, request: CompletionRequest) -> None:
     """Hold the request against the model and the limits. Raises: Refused."""
-    check(served, request, most_stops=_MOST_STOPS)
+    check(served, request, most_stops=MAX_STOPS)
     check_length(served, request.max_tokens)
     most, choices = served.limits.prompts, served.limits.choices
     can_score = served.answerer.engine.features.score

@@ -1,7 +1,7 @@
 """OpenAI's older protocol, text or token ids in and their continuation out, as types.
 
-vLLM's extensions that make it exact for programs are part of it: ids in the answer, and what ends one. The types hold what can
-be judged from the request alone: they do not know the model, its context, or the limits of a server.
+vLLM's extensions that make it exact for programs are part of it: ids in the answer, and what ends one. As in `protocol`, the
+types hold what can be judged from the request alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
-from corral.serving.protocol import Ask, Nothing, Usage, Zero, only
+from corral.serving.protocol import MAX_ID, USUAL, Ask, Nothing, Usage, Zero, only
 
 MAX_STOP_IDS = 128
 
@@ -24,6 +24,8 @@ def _prompts(value: Any) -> list[str | list[int]]:
     kinds: set[type] = set(map(type, value)) if isinstance(value, list) else set()
     if kinds == {int}:
         return [value]
+    if kinds in ({str}, {list}) and len(value) > USUAL.prompts:
+        raise PydanticCustomError("too_long", "at most {most} prompts are served", {"most": USUAL.prompts})
     if kinds == {str} or (kinds == {list} and all(set(map(type, ids)) == {int} for ids in value)):
         return value
     raise PydanticCustomError("prompt", "must be text, a list of texts, a list of token ids, or a list of such lists")
@@ -45,7 +47,9 @@ class CompletionRequest(Ask):
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0)
     return_token_ids: bool | None = None
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=MAX_STOP_IDS)
+    stop_token_ids: list[Annotated[int, Field(ge=0, lt=MAX_ID)]] | None = Field(
+        None, max_length=MAX_STOP_IDS, fail_fast=True
+    )
     ignore_eos: bool | None = None
     add_special_tokens: bool | None = None
 

@@ -48,6 +48,11 @@ class Steps:
         return drawn.ids[0], drawn.logprobs[0]
 
 
+def worst(length: int) -> int:
+    """Tokens that the steps of a text of so many may read, where each of its own is unlikely."""
+    return length**2 // 2
+
+
 async def likelihoods(engine: Engine, ids: Sequence[int], steps: Steps | None = None) -> list[Likelihood]:
     """Score ids[1:].
 

@@ -1,15 +1,16 @@
 """What the routes of OpenAI's protocols share, as types: the limits, a refusal, the fields of every request, usage and votes.
 
 A field that would change the answer and is not supported is refused by name, and so is a field nobody knows; what clients
-send by habit and changes nothing is accepted. The types hold what can be judged from the request alone: they do not know
-the model, its context, or the limits of a server.
+send by habit and changes nothing is accepted. The types hold what can be judged from the request alone, in a time that a
+wrong request cannot stretch: of a long list the first wrong entry is told, and of many unknown fields one. They do not know
+the model, its context, or the limits of a server that has others than the usual ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -35,6 +36,8 @@ class Limits:
     """Length of one stop string."""
     messages: int = 2048
     """Of one prompt, with those that were stored before."""
+    parts: int = 1024
+    """Parts of one message."""
     prompt_characters: int = 2**18
     """Characters of one prompt as it came, which are counted before its tokens are."""
     prompt_tokens: int = 32768
@@ -43,12 +46,24 @@ class Limits:
     """The most tokens of one choice that may be asked for."""
     default_tokens: int = 4096
     """The most tokens of an answer whose request does not say how many it wants; the context may set fewer."""
+    step_tokens: int = 2**25
+    """Tokens of one request that may have to be read again to find the most likely ones of its prompts: half the square of the
+    length of each, which one prompt of 8192 comes to."""
 
     @property
     def tokens(self) -> int:
         """Tokens of one request, of all its prompts and of the answers they may get: what one prompt may come to with `n`
         choices."""
         return self.prompt_tokens + self.n * self.max_tokens
+
+
+USUAL = Limits()
+"""To which the types hold lists before they look at the entries."""
+MAX_STOPS = 16
+"""Stop strings of a request of `/v1/completions`: tasks of lm-eval have more than OpenAI's four, which other routes take."""
+MAX_ID = 2**31
+"""Over every id of a token, and every count of them: engines compute with numbers of a fixed size."""
+_MOST_SHOWN = 1000
 
 
 class Refused(InputError):
@@ -79,7 +94,14 @@ class Refused(InputError):
     def body(self) -> ErrorBody:
         """The form it is sent in."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return ErrorBody(error=ErrorDetail(message=self.what, type=kind, param=self.where, code=self.code))
+        param = None if self.where is None else _short(self.where)
+        return ErrorBody(error=ErrorDetail(message=_short(self.what), type=kind, param=param, code=self.code))
+
+
+def _short(text: str) -> str:
+    """A text that may quote what a client sent, without the middle where it is long."""
+    half = _MOST_SHOWN // 2
+    return text if len(text) <= _MOST_SHOWN else f"{text[:half]} … {text[-half:]}"
 
 
 class ErrorDetail(BaseModel):
@@ -124,12 +146,25 @@ def only(*harmless: object) -> AfterValidator:
 Nothing: TypeAlias = Annotated[Any, only(None)]
 Empty: TypeAlias = Annotated[Any, only(None, [], {})]
 Zero: TypeAlias = Annotated[Any, only(None, 0)]
+Ignored: TypeAlias = dict[Any, Any] | None
+"""An object whose fields change nothing."""
 
 
 class Body(BaseModel):
     """Base of all that a request may hold."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, data: Any) -> Any:
+        """Leave one unknown field of many: it is refused all the same, and the others are not looked at."""
+        fields = cls.model_fields
+        if not isinstance(data, dict) or len(cast(dict[str, Any], data)) <= len(fields):
+            return cast(Any, data)
+        sent = cast(dict[str, Any], data)
+        unknown = next(name for name in sent if name not in fields)
+        return {name: value for name, value in sent.items() if name in fields or name is unknown}
 
 
 class StreamOptions(Body):
@@ -146,11 +181,11 @@ class Ask(Body):
     n: int | None = Field(None, ge=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0)
+    top_k: int | None = Field(None, ge=0, lt=MAX_ID)
 
     # Sent by habit.
     user: str | None = None
@@ -204,8 +239,9 @@ class AskConversation(Ask):
 
 def refusal(faults: Sequence[Any]) -> Refused:
     """What pydantic found wrong with a request → a 400 that names the field."""
-    # Of a union, pydantic lists the faults of each alternative: the deepest is of the one that was meant.
-    fault = max(faults, key=lambda each: len(each["loc"]))
+    # Of a union, pydantic lists the faults of each alternative: the deepest is of the one that was meant; where all are as
+    # deep, the one that is about more than the type.
+    fault = max(faults, key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")))
     if fault["type"] == "json_invalid":
         return Refused(400, "the body is not valid JSON")
     place: list[Any] = list(fault["loc"])[1:]

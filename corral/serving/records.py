@@ -23,6 +23,10 @@ ItemStatus: TypeAlias = Literal["completed", "incomplete"]
 
 ROW_BYTES = 256
 """What a row is taken to need besides what it says: many empty texts are not nothing."""
+PART_BYTES = 64
+"""The same for each part of a message after the first."""
+_PAGE_BYTES = 2**20
+_ROWS_AT_A_TIME = 10
 
 
 class ConversationRow(Base):
@@ -95,7 +99,8 @@ class Caps:
     items: int = 2000
     """Of one conversation, or of the responses that one goes back to."""
     bytes: int = 2**22
-    """Of their texts in UTF-8. The answer that crosses it is still stored."""
+    """Of their texts in UTF-8, each part of a message after its first with `PART_BYTES`. The answer that crosses it is still
+    stored."""
     conversations: int = 10_000
     """Of one owner."""
     total: int = 2**30
@@ -135,8 +140,9 @@ class Item:
 
     @property
     def bytes(self) -> int:
-        """Of its text in UTF-8."""
-        return sum(len(text.encode("utf-8", "surrogatepass")) for text in self.texts)
+        """Of its text in UTF-8, with what its parts are taken to need."""
+        parts = PART_BYTES * (len(self.texts) - 1) if self.texts else 0
+        return parts + sum(len(text.encode("utf-8", "surrogatepass")) for text in self.texts)
 
     def row(self, *, conversation: int | None, response: int | None, is_output: bool) -> ItemRow:
         """A row for it."""
@@ -171,7 +177,10 @@ Row = TypeVar("Row", ConversationRow, ItemRow)
 
 
 def page_of(session: Session, query: Select[Row], kind: type[Row], page: Page) -> tuple[list[Row], bool]:
-    """(rows, whether there are more in that direction). Raises: Refused (an id that is not in the list)."""
+    """(rows, whether there are more in that direction). Long ones fill a page before there are as many as were asked for.
+
+    Raises: Refused (an id that is not in the list).
+    """
     for param, at in (("after", page.after), ("before", page.before)):
         if at is None:
             continue
@@ -182,9 +191,27 @@ def page_of(session: Session, query: Select[Row], kind: type[Row], page: Page) -
         query = query.where(kind.number > number if is_later else kind.number < number)
     is_backwards = page.before is not None and page.after is None
     order = kind.number.asc() if page.ascending != is_backwards else kind.number.desc()
-    rows = list(session.scalars(query.order_by(order).limit(page.limit + 1)))
-    shown = rows[: page.limit]
-    return shown[::-1] if is_backwards else shown, len(rows) > page.limit
+    shown, has_more = some_of(session, query.order_by(order).limit(page.limit + 1), _PAGE_BYTES)
+    if len(shown) > page.limit:
+        shown, has_more = shown[: page.limit], True
+    return shown[::-1] if is_backwards else shown, has_more
+
+
+def some_of(session: Session, query: Select[Row], most_bytes: int) -> tuple[list[Row], bool]:
+    """(the first rows of a query, up to so many bytes and the one that crosses them, whether there are more).
+
+    What is read is counted, and not what was counted when it was stored: the rest is not read.
+    """
+    found: list[Row] = []
+    size = 0
+    rows = session.scalars(query.execution_options(yield_per=_ROWS_AT_A_TIME))
+    for row in rows:
+        if size > most_bytes:
+            rows.close()
+            return found, True
+        found.append(row)
+        size += Item.of(row).bytes if isinstance(row, ItemRow) else ROW_BYTES
+    return found, False
 
 
 def new_id(kind: Literal["conv", "resp", "msg"]) -> str:

@@ -6,9 +6,11 @@ an answer comes to be.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request, Response
+from pydantic import BaseModel
 
 from corral.serving.conversations import Conversations
 from corral.serving.door import Door
@@ -49,6 +51,11 @@ async def _plain(request: Request) -> None:
 Paged = Annotated[PageQuery, Query()]
 
 
+async def _told(call: Callable[[], BaseModel]) -> Response:
+    """What a call of the store comes to. It is shaped where it was read, in a thread: items may be long. Raises: Refused."""
+    return await stored(lambda: json_reply(call()))
+
+
 def _add_responses(router: APIRouter, models: Models, conversations: Conversations, door: Door) -> None:
     turns = conversations.turns
 
@@ -66,7 +73,7 @@ def _add_responses(router: APIRouter, models: Models, conversations: Conversatio
     @router.get("/responses/{response_id}", dependencies=[Depends(_plain)])
     async def response(response_id: str, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         caller = await door.caller(request)
-        return json_reply(ResponseShown.of(await stored(turns.response, caller.key, response_id)))
+        return await _told(lambda: ResponseShown.of(turns.response(caller.key, response_id)))
 
     @router.delete("/responses/{response_id}", dependencies=[Depends(_plain)])
     async def delete(response_id: str, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
@@ -77,8 +84,7 @@ def _add_responses(router: APIRouter, models: Models, conversations: Conversatio
     @router.get("/responses/{response_id}/input_items")
     async def inputs(response_id: str, page: Paged, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         caller = await door.caller(request)
-        items, has_more = await stored(turns.inputs, caller.key, response_id, page.page)
-        return json_reply(ListShown.of([ItemShown.of(item) for item in items], has_more=has_more))
+        return await _told(lambda: ListShown.of_items(*turns.inputs(caller.key, response_id, page.page)))
 
 
 def _add_conversations(router: APIRouter, conversations: Conversations, door: Door) -> None:
@@ -115,9 +121,9 @@ def _add_conversations(router: APIRouter, conversations: Conversations, door: Do
     @router.get("/conversations/{conversation_id}/export", dependencies=[Depends(_plain)])
     async def export(conversation_id: str, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         caller = await door.caller(request)
-        found, items = await stored(conversations.export, caller.key, conversation_id)
-        name = f'attachment; filename="{found.id}.json"'
-        return json_reply(ExportShown.of(found, items), headers={"content-disposition": name})
+        reply = await _told(lambda: ExportShown.of(*conversations.export(caller.key, conversation_id)))
+        reply.headers["content-disposition"] = f'attachment; filename="{conversation_id}.json"'
+        return reply
 
 
 def _add_items(router: APIRouter, conversations: Conversations, door: Door) -> None:
@@ -126,20 +132,23 @@ def _add_items(router: APIRouter, conversations: Conversations, door: Door) -> N
     @router.post(path, dependencies=[Depends(_plain)])
     async def add(conversation_id: str, body: CreateItems, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         caller = await door.caller(request)
-        items = [message.item for message in body.items]
-        await stored(conversations.add, caller.key, conversation_id, items)
-        return json_reply(ListShown.of([ItemShown.of(item) for item in items]))
+
+        def added() -> ListShown:
+            items = [message.item for message in body.items]
+            conversations.add(caller.key, conversation_id, items)
+            return ListShown.of_items(items)
+
+        return await _told(added)
 
     @router.get(path)
     async def all_(conversation_id: str, page: Paged, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         caller = await door.caller(request)
-        items, has_more = await stored(conversations.items, caller.key, conversation_id, page.page)
-        return json_reply(ListShown.of([ItemShown.of(item) for item in items], has_more=has_more))
+        return await _told(lambda: ListShown.of_items(*conversations.items(caller.key, conversation_id, page.page)))
 
     @router.get(path + "/{item_id}", dependencies=[Depends(_plain)])
     async def one(conversation_id: str, item_id: str, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         caller = await door.caller(request)
-        return json_reply(ItemShown.of(await stored(conversations.item, caller.key, conversation_id, item_id)))
+        return await _told(lambda: ItemShown.of(conversations.item(caller.key, conversation_id, item_id)))
 
     @router.delete(path + "/{item_id}", dependencies=[Depends(_plain)])
     async def delete(conversation_id: str, item_id: str, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]

@@ -1,26 +1,51 @@
 """OpenAI's protocol for stored conversations and responses as types: what may be asked, and what is shown of what is stored.
 
 Text is the only kind of content, and messages the only kind of item. As in `protocol`, what would change the answer and is not
-supported is refused by name. It does not know the store, the model, or the limits of a server.
+supported is refused by name. It does not know the store, the model, or the limits of a server that has others than the usual.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from corral.engines.base import Sampling
 from corral.messages import Conversation
 from corral.messages import Role as PlainRole
 from corral.serving.conversations import Stored
-from corral.serving.protocol import AskConversation, Body, Empty, Nothing, Refused, Usage, VoteShown, Zero, only
+from corral.serving.protocol import (
+    USUAL,
+    AskConversation,
+    Body,
+    Empty,
+    Ignored,
+    Nothing,
+    Refused,
+    Usage,
+    VoteShown,
+    Zero,
+    only,
+)
 from corral.serving.records import Item, Page, Role
 from corral.serving.turns import StoredResponse
 
+_MOST_PAIRS = 16
+
+
+def _few_pairs(value: Any) -> Any:
+    """pydantic would look at all of them first, and list each that is wrong."""
+    if isinstance(value, dict) and len(cast(dict[str, Any], value)) > _MOST_PAIRS:
+        raise PydanticCustomError("too_long", "has more than {most} pairs", {"most": _MOST_PAIRS})
+    return cast(Any, value)
+
+
 Metadata: TypeAlias = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=_MOST_PAIRS),
+    BeforeValidator(_few_pairs),
 ]
 ResponseStatus: TypeAlias = Literal["in_progress", "completed", "incomplete", "failed", "cancelled"]
 
@@ -42,7 +67,7 @@ class InputMessage(Body):
 
     type: Literal["message"] = "message"
     role: Role
-    content: str | list[InputText]
+    content: str | Annotated[list[InputText], Field(max_length=USUAL.parts, fail_fast=True)]
     # What an item holds, for those who send it back as they got it.
     id: str | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
@@ -64,7 +89,7 @@ class ConversationId(Body):
 class ResponsesRequest(AskConversation):
     """`POST /v1/responses`. `consensus`, `stop`, `seed` and `top_k` are extensions."""
 
-    input: str | list[InputMessage] | None = None
+    input: str | Annotated[list[InputMessage], Field(max_length=USUAL.messages, fail_fast=True)] | None = None
     """May be left out where the conversation ends with the user."""
     instructions: str | None = None
     conversation: str | ConversationId | None = None
@@ -79,7 +104,7 @@ class ResponsesRequest(AskConversation):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
-    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_options: Ignored = None
     service_tier: str | None = None
     parallel_tool_calls: bool | None = None
     max_tool_calls: int | None = None
@@ -117,7 +142,7 @@ class CreateConversation(Body):
     """`POST /v1/conversations`."""
 
     metadata: Metadata | None = None
-    items: Annotated[list[InputMessage], Field(max_length=_MOST_ITEMS)] | None = None
+    items: Annotated[list[InputMessage], Field(max_length=_MOST_ITEMS, fail_fast=True)] | None = None
 
 
 class UpdateConversation(Body):
@@ -129,7 +154,7 @@ class UpdateConversation(Body):
 class CreateItems(Body):
     """`POST /v1/conversations/{id}/items`."""
 
-    items: list[InputMessage] = Field(min_length=1, max_length=_MOST_ITEMS)
+    items: list[InputMessage] = Field(min_length=1, max_length=_MOST_ITEMS, fail_fast=True)
 
 
 class PageQuery(Body):
@@ -208,6 +233,11 @@ class ListShown(BaseModel):
         """A page of these."""
         first, last = (data[0].id, data[-1].id) if data else (None, None)
         return cls(data=data, first_id=first, last_id=last, has_more=has_more)
+
+    @classmethod
+    def of_items(cls, items: Sequence[Item], has_more: bool = False) -> ListShown:
+        """A page of these."""
+        return cls.of([ItemShown.of(item) for item in items], has_more=has_more)
 
 
 class DeletedShown(BaseModel):

@@ -59,6 +59,12 @@ def url(says: Callable[..., Served]) -> Iterator[str]:
 
 GOOD = json.dumps({"model": "scripted", "messages": ASKED})
 
+
+def _with(field: str, value: bytes) -> bytes:
+    """A good body with a field besides."""
+    return GOOD.encode()[:-1] + f', "{field}": '.encode() + value + b"}"
+
+
 CASES: dict[str, tuple[str, str, Any, Any, int]] = {
     "not JSON": ("POST", CHAT, b"{", JSON, 400),
     "no body": ("POST", CHAT, None, JSON, 400),
@@ -66,6 +72,10 @@ CASES: dict[str, tuple[str, str, Any, Any, int]] = {
     "a form, as any page could send it": ("POST", CHAT, GOOD, {"content-type": "text/plain"}, 400),
     "a body without a type, as any page could send it": ("POST", CHAT, GOOD, {}, 400),
     "nested too deep": ("POST", CHAT, b"[" * 100_000, JSON, 400),
+    "nested as deep as can be read": ("POST", CHAT, _with("best_of", b"[" * 900 + b"]" * 900), JSON, 400),
+    "a whole number of a hundred thousand digits": ("POST", CHAT, _with("seed", b"1" * 100_000), JSON, 400),
+    "a fraction of a hundred thousand digits": ("POST", CHAT, _with("top_p", b"1." + b"1" * 100_000), JSON, 400),
+    "a power beyond all numbers": ("POST", CHAT, _with("temperature", b"1e999999"), JSON, 400),
     "half a character": ("POST", CHAT, b'{"model": "\\ud800", "messages": []}', JSON, 400),
     "half a character as a key": ("POST", CHAT, b'{"\\ud800": 1}', JSON, 400),
     "not a number": ("POST", CHAT, b'{"model": "scripted", "messages": [], "temperature": NaN}', JSON, 400),

@@ -342,6 +342,7 @@ def test_requests_at_once_and_a_minute_are_bounded_and_what_found_no_place_does_
 
     def retry(seconds_each: float = 0.0) -> int | None:
         try:
+            callers.came(caller)
             callers.admit(caller, seconds_each)
         except Busy as busy:
             return busy.retry_seconds if (busy.status, busy.code) == (429, "rate_limit_exceeded") else None
@@ -360,6 +361,7 @@ def test_requests_at_once_and_a_minute_are_bounded_and_what_found_no_place_does_
     assert retry() == 1, "three are under way"
     assert retry(seconds_each=30) == 10, "one of the three ends in that time"
     callers.left(caller, None)
+    clock[0] += 60
     assert retry() is None
 
 

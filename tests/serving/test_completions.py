@@ -300,7 +300,7 @@ def test_a_prompt_that_leaves_no_room_is_context_length_exceeded(
 @pytest.mark.parametrize(
     ("messages", "told"),
     [
-        ([{"role": "user", "content": ""}] * 30_000, ["2048 messages", "30000"]),
+        ([{"role": "user", "content": ""}] * 30_000, ["at most 2048", "30000"]),
         ([{"role": "user", "content": "word " * 60_000}], ["262144 characters", "300000"]),
         ([{"role": "user", "content": "word " * 30_000}] * 2, ["262144 characters", "300000"]),
     ],

@@ -8,9 +8,15 @@ import socket
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
+import pytest
+
 from corral.answerer import Answerer
+from corral.serving import connections
 from corral.serving.answering import Served
+from corral.serving.connections import connection_type
+from corral.serving.database import Database
 from corral.serving.door import Bounds, Door
+from corral.serving.keys import Keys
 from corral.serving.models import Models
 from corral.template import Template
 from tests.serving.conftest import Endless, serving
@@ -68,6 +74,79 @@ def test_a_body_that_nobody_wanted_is_not_taken_for_ever(says: Callable[..., Ser
                     raw.sendall(b" " * 2**16)
                 raise AssertionError("it took 64 GB")
         assert call(url, "GET", "/health")[0] == 200
+
+
+def test_of_a_body_that_nobody_wanted_so_much_is_taken(says: Callable[..., Served]) -> None:
+    with serving(Models([says("Hello")]), Door()) as (url, _):
+        place = (str(urlsplit(url).hostname), urlsplit(url).port or 0)
+        with socket.create_connection(place, timeout=30) as raw:
+            raw.sendall(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999\r\n\r\n".encode())
+            assert raw.recv(12) == b"HTTP/1.1 413"
+            sent = 0
+            with contextlib.suppress(OSError):
+                while sent < 2**27:
+                    raw.sendall(b" " * 2**16)
+                    sent += 2**16
+            assert sent < 2**25, "two MiB, and what the system holds on the way"
+
+
+def test_a_body_in_very_many_pieces_ends_the_connection_of_strangers_and_of_others(
+    says: Callable[..., Served], database: Database
+) -> None:
+    secret = Keys(database).add("alice")[1]
+    asked = json.dumps({"model": "scripted", "messages": ASKED})
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n"
+    with serving(Models([says("Hello")]), Door(keys=Keys(database))) as (url, _):
+        place = (str(urlsplit(url).hostname), urlsplit(url).port or 0)
+        for key in ("", f"authorization: Bearer {secret}\r\n"):
+            with socket.create_connection(place, timeout=30) as raw:
+                raw.sendall(f"{head}{key}\r\n".encode())
+                sent = 0
+                with contextlib.suppress(OSError):
+                    while sent < 10**6:
+                        raw.sendall(b"1\r\n \r\n" * 1000)
+                        sent += 1000
+                    raise AssertionError("it read a million pieces")
+        good = "".join(f"1\r\n{each}\r\n" for each in asked) + "0\r\n\r\n"
+        with socket.create_connection(place, timeout=30) as raw:
+            for _ in range(3):  # each request of a connection may have as many
+                pieces = "1\r\n \r\n" * 3000
+                raw.sendall(f"{head}authorization: Bearer {secret}\r\n\r\n{pieces}{good}".encode())
+                assert raw.recv(12) == b"HTTP/1.1 200"
+                while not raw.recv(65536).endswith(b"}"):
+                    pass
+
+
+def test_where_there_are_too_many_connections_the_one_that_waited_longest_gives_way(
+    says: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "_SPARE_CONNECTIONS", 0)
+    door = Door(Bounds(at_once=1, waiting=0))
+    most = door.bounds.under_way
+    with serving(Models([says("Hello")]), door) as (url, server), contextlib.ExitStack() as stack:
+        place = (str(urlsplit(url).hostname), urlsplit(url).port or 0)
+        idle = [stack.enter_context(socket.create_connection(place, timeout=30)) for _ in range(most)]
+        assert wait_for(lambda: len(server.server_state.connections) == most)
+        # One that asked and was answered waits for less long than those that never did.
+        idle[0].sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert idle[0].recv(12) == b"HTTP/1.1 200"
+        for _ in range(10):
+            assert call(url, "GET", "/health")[0] == 200
+        idle += [stack.enter_context(socket.create_connection(place, timeout=30)) for _ in range(10)]
+        assert call(url, "GET", "/health")[0] == 200
+        assert len(server.server_state.connections) <= most
+        with contextlib.suppress(ConnectionResetError):
+            assert idle[1].recv(1) == b""
+        for raw in (idle[0], idle[-1]):
+            raw.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                assert raw.recv(65536), "it is open"
+
+
+def test_connections_leave_a_quarter_of_the_files_that_a_process_may_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    for files, most in ((256, 192), (10**6, 704 + 256), (-1, 704 + 256)):
+        monkeypatch.setattr("corral.serving.connections.resource.getrlimit", lambda _, files=files: (files, files))
+        assert connection_type(Bounds()).most == most
 
 
 def test_a_large_body_that_is_refused_at_once_still_gets_its_answer(says: Callable[..., Served]) -> None:

@@ -19,7 +19,7 @@ from corral.serving.app import build_app
 from corral.serving.conversations import Conversations
 from corral.serving.database import Database
 from corral.serving.door import Bounds, Door
-from corral.serving.keys import Keys
+from corral.serving.keys import Keys, Quota
 from corral.serving.models import Models
 from tests.serving.conftest import client_of, running, serving
 from tests.serving.test_app import ASKED, CHAT, JSON, call, wait_for
@@ -120,6 +120,34 @@ def test_requests_of_any_kind_are_bounded_before_their_bodies_are_read(says: Cal
             assert int(headers["retry-after"]) >= 1
             assert call(url, "GET", "/health")[0] == 200
         assert wait_for(lambda: call(url, "GET", "/v1/models")[0] == 200)
+
+
+def test_requests_of_every_kind_count_among_those_of_a_minute_once_each(
+    says: Callable[..., Served], database: Database
+) -> None:
+    """Also those that are refused: whatever is sent costs something."""
+    keys = Keys(database)
+    models, door = Models([says("Hello")]), Door(keys=keys)
+    asked = json.dumps({"model": "scripted", "messages": ASKED})
+    kinds: list[tuple[str, str, str | None, int]] = [
+        ("POST", CHAT, asked, 200),
+        ("POST", CHAT, "{", 400),
+        ("POST", "/v1/conversations", "{}", 200),
+        ("GET", "/v1/conversations", None, 200),
+        ("GET", "/v1/models", None, 200),
+        ("GET", "/v1/nowhere", None, 404),
+    ]
+    secrets = [keys.add(f"key-{i}", Quota(requests_per_minute=3))[1] for i in range(len(kinds))]
+    with running(models, door=door, routers=[responses.routes(models, Conversations(database), door)]) as url:
+        for secret, (method, path, body, status) in zip(secrets, kinds, strict=True):
+            headers = {**JSON, "authorization": f"Bearer {secret}"}
+            for _ in range(3):
+                assert call(url, method, path, body, headers)[0] == status
+            for again in (path, "/v1/conversations"):
+                got, answer, sent = call(url, method, again, body, headers)
+                assert (got, answer["error"]["code"]) == (429, "rate_limit_exceeded")
+                assert 1 <= int(sent["retry-after"]) <= 60
+            assert call(url, "GET", "/openapi.json", headers=headers)[0] == 200
 
 
 def test_one_key_whose_bodies_do_not_come_leaves_room_for_others(

@@ -1,22 +1,28 @@
-"""The most likely tokens that a client is told are those of the model itself."""
+"""The most likely tokens that a client is told are those of the model itself, and what it takes to find them is bounded."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import torch
 
+from corral.answerer import Answerer
 from corral.engines.base import Features, Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.errors import EngineError
 from corral.model.loading import load_model
 from corral.serving.answering import Served
 from corral.serving.likelihood import Steps, likelihoods
+from corral.template import Template
+from tests.serving.conftest import client_of, running
+from tests.serving.test_legacy import TEXT, drawn, ids_of, post
 
 IDS = [1, 88, 12, 300, 45, 45, 45, 7, 210, 33, 160, 5, 91]
 
@@ -123,3 +129,67 @@ def test_texts_that_share_their_steps_take_so_many_at_a_time_together() -> None:
         assert len(asked) == 32, "none goes on for nobody"
 
     asyncio.run(work())
+
+
+def lm_eval_reads(answer: Any, context: int) -> tuple[float, bool]:
+    """A sum of log-probs and "greedy", read out of the answer in the places where lm-eval 0.4.13 reads them."""
+    logprobs = answer["choices"][0]["logprobs"]
+    values = logprobs["token_logprobs"][context:-1]
+    most = [max(each.values()) for each in logprobs["top_logprobs"][context:-1]]
+    return sum(values), values == most
+
+
+def test_lm_evals_log_likelihoods_are_right_also_where_the_model_would_end(tiny_url: str, tiny_served: Served) -> None:
+    engine, template = tiny_served.answerer.engine, tiny_served.answerer.template
+    context = ids_of(template, TEXT)
+    (greedy,) = drawn(tiny_served, context, Sampling(5))
+    for ids in ([*context, *greedy.ids], [*context, *greedy.ids[:3], 60, 61], [*context, 44]):
+        # As lm-eval asks: one token is drawn beside those scored, and left out by the place where it must stand.
+        body: Any = {"model": "tiny", "prompt": [ids], "temperature": 0, "max_tokens": 1, "logprobs": 1, "echo": True}
+        (own,) = drawn(tiny_served, context, Sampling(len(ids) - len(context)))
+        (after,) = drawn(tiny_served, ids, Sampling(1))
+        for ends in ([], list(after.ids)):
+            status, answer = post(tiny_url, body | {"seed": 1234, "stop_token_ids": ends})
+            assert status == 200, answer
+            assert answer["choices"][0]["finish_reason"] == ("stop" if ends else "length")
+            total, is_greedy = lm_eval_reads(answer, len(context))
+            assert total == pytest.approx(sum(asyncio.run(engine.score(ids, len(context)))), abs=1e-4)
+            assert is_greedy == (list(own.ids) == ids[len(context) :])
+
+
+def test_a_client_that_goes_away_while_its_prompt_is_scored_stops_the_steps(tiny_template: Template) -> None:
+    steps: list[int] = []
+
+    def reply(ids: Any, sampling: Sampling, choice: int) -> list[int]:
+        steps.append(len(ids))
+        return [50]
+
+    engine = ScriptedEngine(reply, delay_seconds=0.1, logprob=-5.0)
+    with running(Served(Answerer(engine, tiny_template), "m")) as url, client_of(url, timeout=0.5) as client:
+        with pytest.raises(openai.APITimeoutError):
+            client.completions.create(model="m", prompt=[50] * 2000, max_tokens=0, echo=True, logprobs=1)
+        time.sleep(1)
+        assert len(steps) < 1000
+
+
+def test_what_it_takes_to_find_the_most_likely_tokens_of_a_prompt_is_counted(tiny_template: Template) -> None:
+    served = Served(Answerer(ScriptedEngine([50], logprob=-5.0), tiny_template), "m")
+    body = {"model": "m", "prompt": [[50] * 9] * 8, "max_tokens": 0, "echo": True}
+    with running(served) as url:
+        used = [post(url, body | {"logprobs": logprobs})[1]["usage"] for logprobs in (0, 1)]
+    steps = sum(length + 1 for length in range(1, 9))
+    assert [(each["prompt_tokens"], each["completion_tokens"]) for each in used] == [(72, 0), (72 + 8 * steps, 0)]
+
+
+def test_one_prompt_of_eight_thousand_tokens_may_have_its_most_likely_tokens_found_and_more_may_not(
+    tiny_template: Template,
+) -> None:
+    features = Features(max_length=16384, vocabulary=400, logprobs=True, score=True)
+    served = Served(Answerer(ScriptedEngine([50], features=features, logprob=-0.1), tiny_template), "m")
+    body = {"model": "m", "max_tokens": 1, "echo": True, "logprobs": 1}  # as lm-eval asks
+    with running(served) as url:
+        assert post(url, body | {"prompt": [[50] * 8192]})[0] == 200
+        status, answer = post(url, body | {"prompt": [[50] * 8193]})
+        assert (status, answer["error"]["param"]) == (400, "logprobs")
+        assert "'logprobs': 0, which costs one pass" in answer["error"]["message"]
+        assert post(url, body | {"prompt": [[50] * 8193], "logprobs": 0})[0] == 200

@@ -8,18 +8,21 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
+from numpy.typing import NDArray
 from schemathesis import GenerationMode
 
 from corral.answerer import Answerer
+from corral.embedding import ASSET, SIZE, Embedder
 from corral.engines.scripted import ScriptedEngine
-from corral.serving import responses
+from corral.serving import embeddings, responses
 from corral.serving.answering import Served
 from corral.serving.conversations import Conversations
 from corral.serving.database import Database
@@ -34,14 +37,24 @@ _MODES = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
 _HANGS_SECONDS = 60  # far over the server's own bound
 
 
+class Same(Embedder):
+    """Finds the same in every text, without weights."""
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        return np.full((len(texts), SIZE), SIZE**-0.5)
+
+    def tokens(self, texts: Sequence[str]) -> list[int]:
+        return [len(text) for text in texts]
+
+
 @pytest.fixture
 def server(tiny_template: Template, tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """The address of a server with every route, and what opens it."""
-    models = Models([Served(Answerer(ScriptedEngine([40] * 3), tiny_template), "m")])
+    models = Models([Served(Answerer(ScriptedEngine([40] * 3), tiny_template), "m")], Same())
     with contextlib.closing(Database(f"sqlite:///{tmp_path / 'a.db'}")) as database:
         _, secret = Keys(database).add("alice")
         door = Door(Bounds(max_seconds=20), Keys(database))
-        routers = [responses.routes(models, Conversations(database), door)]
+        routers = [responses.routes(models, Conversations(database), door), embeddings.routes(models, door)]
         with serving(models, door, routers=routers) as (url, _):
             yield url, {"authorization": f"Bearer {secret}"}
 
@@ -67,17 +80,27 @@ def test_what_has_the_form_of_a_request_is_answered_and_never_with_a_fault(
     operations: list[Any] = [found.ok() for found in schema.get_all_operations()]  # pyright: ignore[reportAttributeAccessIssue]
     assert len(operations) > 15
     statuses: Counter[int] = Counter()
+    served: set[str] = set()
     # What takes no body has no wrong form, and fewer good ones.
     kinds = [(each, mode) for each in operations for mode in _MODES if each.body or mode is GenerationMode.POSITIVE]
     shares = [10 if each.body else 3 if each.path_parameters or each.query else 1 for each, _ in kinds]
     for (operation, mode), share in zip(kinds, shares, strict=True):
-        _try(operation, mode, 3 + cases * share // sum(shares), key, statuses)
+        _try(operation, mode, 3 + cases * share // sum(shares), key, statuses, served)
     assert sum(statuses.values()) >= cases
     assert statuses[200] > cases / 20, statuses
     assert statuses[400] > cases / 20, statuses
+    for path in ("chat/completions", "completions", "conversations", "embeddings"):
+        assert f"/v1/{path}" in served
 
 
-def _try(operation: Any, mode: GenerationMode, examples: int, key: dict[str, str], statuses: Counter[int]) -> None:
+def _try(
+    operation: Any,
+    mode: GenerationMode,
+    examples: int,
+    key: dict[str, str],
+    statuses: Counter[int],
+    served: set[str],
+) -> None:
     @settings(
         max_examples=examples,
         derandomize=True,
@@ -89,9 +112,12 @@ def _try(operation: Any, mode: GenerationMode, examples: int, key: dict[str, str
     @given(case=operation.as_strategy(generation_mode=mode))
     def one(case: Any) -> None:
         if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
-            case.body["model"] = "m"  # else nearly all of them would end at a model that is not there
+            # Else nearly all of them would end at a model that is not there.
+            case.body["model"] = ASSET if operation.path == "/v1/embeddings" else "m"
         answer = case.call(headers=key, timeout=_HANGS_SECONDS)
         statuses[answer.status_code] += 1
+        if answer.status_code == 200:
+            served.add(operation.path)
         check(answer)
 
     one()

@@ -198,9 +198,10 @@ def test_what_was_stored_counts_as_what_is_sent_and_gives_way_if_that_is_wished(
 def test_more_messages_than_are_served_are_refused_before_any_is_stored(
     database: Database, tiny_template: Template
 ) -> None:
-    request = ResponsesRequest.model_validate({"model": "echo", "input": [{"role": "user", "content": ""}] * 30_000})
-    with pytest.raises(Refused, match="2048 messages"):
-        asyncio.run(responding(echo(tiny_template), Conversations(database).turns, "a", request))
+    request = ResponsesRequest.model_validate({"model": "echo", "input": [{"role": "user", "content": ""}] * 21})
+    served = replace(echo(tiny_template), limits=Limits(messages=20))
+    with pytest.raises(Refused, match="20 messages"):
+        asyncio.run(responding(served, Conversations(database).turns, "a", request))
     with database.reading() as session:
         assert session.scalar(text("SELECT count(*) FROM responses")) == 0
 

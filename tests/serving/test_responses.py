@@ -221,6 +221,16 @@ def test_items_are_added_paged_read_and_deleted(client: openai.OpenAI) -> None:
     assert caught.value.param == "items"
 
 
+def test_a_message_has_so_many_parts_and_no_more(client: openai.OpenAI) -> None:
+    part: Any = {"type": "input_text", "text": ""}
+    conversation = client.conversations.create(items=[{"role": "user", "content": [part] * 1024}])
+    (item,) = client.conversations.items.list(conversation.id).data
+    assert len(item.content) == 1024  # type: ignore[union-attr]
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.conversations.items.create(conversation.id, items=[{"role": "user", "content": [part] * 1025}])
+    assert caught.value.param == "items[0].content"
+
+
 def test_parameters_of_an_address_are_held_and_unknown_ones_refused(client: openai.OpenAI) -> None:
     conversation = client.conversations.create()
     path = f"/conversations/{conversation.id}"

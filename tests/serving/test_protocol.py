@@ -1,0 +1,128 @@
+"""What the types of requests hold by themselves: a body that is wrong is judged as fast as one that is right."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from corral.serving.answering import Served
+from corral.serving.chat_protocol import ChatRequest
+from corral.serving.embeddings import EmbeddingRequest
+from corral.serving.legacy_protocol import CompletionRequest
+from corral.serving.protocol import Body, Refused, refusal
+from corral.serving.responses_protocol import CreateConversation, CreateItems, ResponsesRequest
+from tests.serving.conftest import running
+from tests.serving.test_app import ASKED, CHAT, call
+
+MANY = 30_000
+UNKNOWN = {f"a{i}": 1 for i in range(MANY)}
+HALVES = {f"\ud800{i}": "" for i in range(MANY)}
+USER = {"role": "user", "content": "x"}
+PART = {"type": "text", "text": ""}
+TEXT = {"model": "m", "prompt": "x"}
+
+# (kind, body, the field that is told, a word of why)
+WRONG: dict[str, tuple[type[Body], Any, str, str]] = {
+    "numbers for messages": (ChatRequest, {"model": "m", "messages": [1] * MANY}, "messages[0]", "valid dictionary"),
+    "empty messages": (ChatRequest, {"model": "m", "messages": [{}] * MANY}, "messages[0].role", "required"),
+    "too many messages": (ChatRequest, {"model": "m", "messages": [USER] * MANY}, "messages", "at most 2048"),
+    "numbers for parts": (
+        ChatRequest,
+        {"model": "m", "messages": [USER | {"content": [1] * MANY}]},
+        "messages[0].content[0]",
+        "valid dictionary",
+    ),
+    "empty parts in each of many messages": (
+        ChatRequest,
+        {"model": "m", "messages": [USER | {"content": [{}] * 1000}] * 2000},
+        "messages[0].content[0].type",
+        "required",
+    ),
+    "too many parts": (
+        ChatRequest,
+        {"model": "m", "messages": [USER | {"content": [PART] * MANY}]},
+        "messages[0].content",
+        "at most 1024",
+    ),
+    "numbers for stops": (ChatRequest, {"model": "m", "messages": ASKED, "stop": [1] * MANY}, "stop[0]", "string"),
+    "too many stops": (ChatRequest, {"model": "m", "messages": ASKED, "stop": ["a"] * MANY}, "stop", "at most 16"),
+    "unknown fields": (ChatRequest, {"model": "m", "messages": ASKED, **UNKNOWN}, "a0", "not a field"),
+    "unknown fields of a message": (
+        ChatRequest,
+        {"model": "m", "messages": [USER | UNKNOWN] * 2},
+        "messages[0].a0",
+        "not a field",
+    ),
+    "numbers for input": (ResponsesRequest, {"model": "m", "input": [1] * MANY}, "input[0]", "valid dictionary"),
+    "too much input": (ResponsesRequest, {"model": "m", "input": [USER] * MANY}, "input", "at most 2048"),
+    "wrong metadata": (ResponsesRequest, {"model": "m", "input": "x", "metadata": UNKNOWN}, "metadata", "16"),
+    "metadata of halves": (CreateConversation, {"metadata": HALVES}, "metadata", "16"),
+    "numbers for items": (CreateConversation, {"items": [1] * MANY}, "items[0]", "valid dictionary"),
+    "numbers for new items": (CreateItems, {"items": [1] * MANY}, "items[0]", "valid dictionary"),
+    "lists that are no prompts": (CompletionRequest, {"model": "m", "prompt": [[[]]] * MANY}, "prompt", "at most 64"),
+    "too many prompts": (CompletionRequest, {"model": "m", "prompt": ["a"] * MANY}, "prompt", "at most 64"),
+    "negative ids": (CompletionRequest, TEXT | {"stop_token_ids": [-1] * MANY}, "stop_token_ids[0]", "equal to 0"),
+    "numbers for texts": (EmbeddingRequest, {"model": "m", "input": [1] * MANY}, "input[0]", "valid string"),
+    "too many texts": (EmbeddingRequest, {"model": "m", "input": ["a"] * MANY}, "input", "at most 1024"),
+    "a number of 4000 digits": (CompletionRequest, TEXT | {"top_k": 10**4000}, "top_k", "less than"),
+    "an id of 4000 digits": (
+        CompletionRequest,
+        TEXT | {"stop_token_ids": [10**4000]},
+        "stop_token_ids[0]",
+        "less than",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_of_a_body_that_is_wrong_all_over_a_few_faults_are_found_and_the_first_is_told(case: str) -> None:
+    kind, body, param, why = WRONG[case]
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    assert caught.value.error_count() < 50
+    told = refusal([{**fault, "loc": ("body", *fault["loc"])} for fault in caught.value.errors()])
+    assert (told.status, told.where) == (400, param)
+    assert why in told.what
+    assert told.what.startswith(f"{param!r}")
+
+
+def test_the_largest_wrong_bodies_at_once_leave_the_server_awake(says: Callable[..., Served]) -> None:
+    body = f'{{"model": "scripted", "messages": [{",".join(["1"] * 520_000)}]}}'
+    statuses: list[int] = []
+    slowest = 0.0
+    with running(says("Hello")) as url:
+        threads = [threading.Thread(target=lambda: statuses.append(call(url, "POST", CHAT, body)[0])) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            began = time.monotonic()
+            assert call(url, "GET", "/health")[0] == 200
+            slowest = max(slowest, time.monotonic() - began)
+            time.sleep(0.02)
+    assert statuses == [400] * 4
+    assert slowest < 1
+
+
+def test_what_changes_nothing_may_hold_anything() -> None:
+    habits = {"metadata": UNKNOWN | HALVES, "prompt_cache_options": {"a": [None]}}
+    assert ChatRequest.model_validate({"model": "m", "messages": ASKED, **habits})
+
+
+def test_an_error_quotes_the_beginning_and_the_end_of_what_is_long(says: Callable[..., Served]) -> None:
+    long = "m" * 900_000
+    with running(says("Hello")) as url:
+        for changes, status in (({"model": long}, 404), ({long: 1}, 400)):
+            body = json.dumps({"model": "scripted", "messages": ASKED} | changes)
+            got, answer, _ = call(url, "POST", CHAT, body)
+            assert got == status
+            assert len(json.dumps(answer)) < 5000
+            assert "mmm … mmm" in answer["error"]["message"]
+        assert "not a field this server knows" in answer["error"]["message"]
+    short = Refused(400, "a" * 1000, param="p").body().error
+    assert (short.message, short.param) == ("a" * 1000, "p")
