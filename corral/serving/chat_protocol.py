@@ -1,6 +1,6 @@
 """OpenAI's chat protocol as types: requests and answers.
 
-As in `protocol`, they hold what can be judged from the request alone.
+As in `protocol`, they hold what can be judged from the request alone: they do not know the model or its context.
 """
 
 from __future__ import annotations
