@@ -80,6 +80,7 @@ class Turns:
     def __init__(self, database: Database, caps: Caps, *, lease_seconds: float) -> None:
         self.lease_seconds = lease_seconds
         self._database = database
+        self._signs = database.apart()  # of life: they must come though all other connections are waited for
         self._caps = caps
         self._swept = 0.0
 
@@ -128,7 +129,7 @@ class Turns:
         """Say that a turn is still being answered."""
         conversations = update(ConversationRow).where(ConversationRow.turn == turn.id)
         responses = update(ResponseRow).where(ResponseRow.id == turn.id, ResponseRow.until.is_not(None))
-        with self._database.session() as session:
+        with self._signs.session() as session:
             session.execute(conversations.values(turn_until=self._until))
             session.execute(responses.values(until=self._until))
 
