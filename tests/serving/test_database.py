@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,17 @@ def test_a_file_that_another_program_has_locked_is_an_error_and_can_be_read(
             with each.reading() as session:
                 assert session.query(ConversationRow).count() == 0
     database.close()
+
+
+def test_a_transaction_of_this_process_that_does_not_end_is_not_waited_for_for_ever(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_LOCK_SECONDS", 0.2)
+    with contextlib.closing(Database(url)) as database, database.session():
+        since = time.monotonic()
+        with pytest.raises(DatabaseError, match="locked"), database.session():
+            pass
+        assert time.monotonic() - since < 15
 
 
 def test_what_is_apart_has_connections_though_all_others_are_taken(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,19 +200,6 @@ def test_answers_that_do_not_end_are_cancelled_after_the_grace(tiny_template: Te
     assert endless.ends(within=0)
 
 
-class Unwritable(Keys):
-    """A database in which nothing can be written until it is mended."""
-
-    def __init__(self, database: Database) -> None:
-        super().__init__(database)
-        self.tried = threading.Event()
-        self.mended = threading.Event()
-
-    def count(self, day: str, used: Mapping[str, Used]) -> None:
-        self.tried.set()
-        assert self.mended.wait(60)
-
-
 @pytest.mark.parametrize("is_told_again", [False, True])
 def test_it_ends_though_what_was_used_cannot_be_written_and_logs_that(
     is_told_again: bool,
@@ -224,7 +211,16 @@ def test_it_ends_though_what_was_used_cannot_be_written_and_logs_that(
     """As `serve` runs it, with signals."""
     monkeypatch.setattr(module, "_LAST_SECONDS", 60 if is_told_again else 0.2)
     monkeypatch.setattr(module, "open_served", lambda *_, **__: Models([says("Hello")]))
-    monkeypatch.setattr(module, "Keys", Unwritable)
+    over, written = threading.Event(), threading.Event()
+
+    class Locked(Keys):
+        """Keys of a database in which nothing can be written for as long as a server might wait."""
+
+        def count(self, day: str, used: Mapping[str, Used]) -> None:
+            if not over.wait(20):
+                written.set()
+
+    monkeypatch.setattr(module, "Keys", Locked)
     urls: queue.Queue[str] = queue.Queue()
     monkeypatch.setattr(module, "_announce", lambda _, url, **__: urls.put(url))
     closing = threading.Event()
@@ -255,5 +251,7 @@ def test_it_ends_though_what_was_used_cannot_be_written_and_logs_that(
         with pytest.raises(Stopped) as caught:
             serve(Wanted(["m"]), Place(port=0), Bounds(), url)
         asking.result()
+    over.set()
+    assert not written.is_set(), "it waited"
     assert caught.value.signal == signal.SIGTERM
     assert f"key {key.id} used 1 requests" in caplog.text
