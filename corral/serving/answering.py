@@ -292,12 +292,11 @@ def sampling(request: Ask, max_tokens: int, usually: Odds = _OPENAIS) -> Samplin
 def finish_reason(finish: Finish) -> Literal["stop", "length"]:
     """The reason as OpenAI names it. Raises: Refused (the engine cancelled the answer)."""
     if finish == "cancelled":
-        raise Refused(503, "the answer was cut off by the engine", code="engine_unavailable")
+        raise _unavailable("the answer was cut off by the engine")
     return finish
 
 
-def _unavailable(retry_seconds: float | None) -> Refused:
-    what = "nothing computes this model just now"
+def _unavailable(what: str, retry_seconds: float | None = None) -> Refused:
     later = _LATER_SECONDS if retry_seconds is None else max(1, math.ceil(retry_seconds))
     return Refused(503, what, code="engine_unavailable", retry_seconds=later)
 
@@ -319,9 +318,9 @@ def faults() -> Generator[None]:
         raise Refused(400, error.what) from error
     except EngineUnavailableError as error:
         _log.warning("no engine computes: %s", _kind(error))
-        raise _unavailable(error.retry_seconds) from error
+        raise _unavailable("nothing computes this model just now", error.retry_seconds) from error
     except EngineClosedError as error:
-        raise Refused(503, "the engine of this server is closed", code="engine_unavailable") from error
+        raise _unavailable("the engine of this server is closed") from error
     except CorralError as error:
         _log.error("the engine failed: %s", _kind(error))
         raise Refused(500, "the engine failed on this request", code="engine_failed") from error

@@ -168,7 +168,8 @@ class _Readiness:
                 # Only the engine knows whether it takes work, and says so when it is given some.
                 engine.submit([0], Sampling(max_tokens=1)).cancel()
         if not self._models.ready:
-            raise Refused(503, "an engine of this server cannot compute", code="engine_unavailable")
+            what = "an engine of this server cannot compute"
+            raise Refused(503, what, code="engine_unavailable", retry_seconds=5)
 
 
 def _handle_errors(app: FastAPI) -> None:

@@ -18,12 +18,14 @@ from typing import NamedTuple, Protocol
 
 from corral.errors import DatabaseError
 from corral.serving.admission import Busy
+from corral.serving.database import beside
 from corral.serving.keys import Key, Keys, Quota, Used, key_id, today
 from corral.serving.protocol import Refused, Usage
 from corral.serving.replies import trace
 
 _FRESH_SECONDS = 1.0
 _PATIENT_SECONDS = 1.0  # for which a request waits to hear anew what is known already
+_READ_SECONDS = 5.0  # after which a reading is given up, and the next one made over another connection
 _STALE_SECONDS = 30.0  # for which a database that cannot be reached is forgiven; then nobody is let in on old knowledge
 _log = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ class Callers:
         self._reading: asyncio.Task[None] | None = None
         self._settling: asyncio.Task[None] | None = None
         self._awaited: Sequence[asyncio.Task[None]] = ()
-        """What the last reading began."""
+        """What began with the last reading, and itself."""
         self._later: asyncio.TimerHandle | None = None
         self._pending: dict[str, dict[str, Used]] = {}
         """Day → key → used, not in the database yet."""
@@ -172,12 +174,18 @@ class Callers:
         return used.plus(known.get(key, Used())) if known_day == day else used
 
     async def close(self) -> None:
-        """Write down what was used. A database that cannot be reached is logged."""
+        """Write down what was used. What cannot be written, or is not yet when this is cancelled, is logged."""
         if self._later is not None:
             self._later.cancel()
-        for _ in range(2):  # what is written just now may have been taken before the last request ended
-            if self._keys is not None and self._pending:
-                await asyncio.wait([self._settle()])
+        try:
+            for _ in range(2):  # what is written just now may have been taken before the last request ended
+                if self._keys is not None and self._pending:
+                    await asyncio.wait([self._settle()])
+        finally:
+            for day, of_day in self._pending.items():
+                for key, used in of_day.items():
+                    what = "not written: on %s key %s used %d requests, %d tokens of prompts and %d of answers"
+                    _log.error(what, day, key, *used)
 
     def _tokens(self, key: str) -> int:
         """Used today, with those of what is under way."""
@@ -201,25 +209,29 @@ class Callers:
         now, known = time.monotonic(), self._known
         is_due = self._reading is not None or now - self._tried >= _FRESH_SECONDS
         if is_due and (known is None or now - known.at >= _FRESH_SECONDS):
-            awaited = self._read_anew()
-            patience = None
-            if known is not None and now - known.at <= _STALE_SECONDS:
-                patience = max(0.0, self._tried + _PATIENT_SECONDS - now)
+            reading = self._read_anew()
             # Who waits may go: that does not end what is waited for.
-            await asyncio.wait(awaited, timeout=patience)
-        known = self._known
-        if known is None or time.monotonic() - known.at > _STALE_SECONDS:
+            await asyncio.wait(self._awaited, timeout=max(0.0, self._tried + _PATIENT_SECONDS - now))
+            if self._recent() is None:
+                await asyncio.wait([reading])  # which is given up in time
+        known = self._recent()
+        if known is None:
             what = "the database of this server cannot be reached"
             raise Refused(503, what, code="database_unavailable", retry_seconds=1)
         return known
 
-    def _read_anew(self) -> Sequence[asyncio.Task[None]]:
+    def _recent(self) -> _Known | None:
+        """What is known, if it may still be gone by."""
+        known = self._known
+        return None if known is None or time.monotonic() - known.at > _STALE_SECONDS else known
+
+    def _read_anew(self) -> asyncio.Task[None]:
         if self._reading is None:
             self._tried = time.monotonic()
             self._reading = asyncio.create_task(self._read())
-            # One that still waits for the database is not waited for again.
+            # A settling that still waits for the database is not waited for again.
             self._awaited = (self._reading, *([] if self._settling else [self._settle()]))
-        return self._awaited
+        return self._reading
 
     def _settle(self) -> asyncio.Task[None]:
         """Apart from the keys: a database that is full, or that another program has locked, can be read all the same."""
@@ -237,7 +249,7 @@ class Callers:
         at = time.monotonic()
         try:
             with _logged():
-                keys = await asyncio.to_thread(self._keys.all)
+                keys = await asyncio.wait_for(beside(self._keys.all), _READ_SECONDS)
                 self._known = _Known({key.id: key for key in keys}, at)
                 self.is_locked = self.is_locked or bool(keys)
         finally:
@@ -250,11 +262,11 @@ class Callers:
             with _logged():
                 for day, used in list(self._pending.items()):
                     counted = dict(used)
-                    await asyncio.to_thread(self._keys.count, day, counted)
+                    await beside(self._keys.count, day, counted)
                     self._subtract(day, counted)
             with _logged():
                 day = today()
-                self._used = (day, await asyncio.to_thread(self._keys.used, day))
+                self._used = (day, await beside(self._keys.used, day))
         finally:
             self._settling = None
 
@@ -280,6 +292,8 @@ def _logged() -> Generator[None]:
         yield
     except DatabaseError as error:
         _log.error("%s", error.what)
+    except TimeoutError:
+        _log.error("the database does not answer")
     except Exception as error:
         _log.error("the database failed: %s", trace(error))
 

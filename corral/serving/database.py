@@ -1,22 +1,28 @@
 """The database of a server: a SQLite file, or PostgreSQL by URL. Opened, brought up to date, used in short transactions.
 
 It does not know what is stored: tables are declared on `Base` by the modules that use them, and made by the files in
-`migrations/versions`. Calls block, so code that is async makes them in a thread.
+`migrations/versions`. Calls block, so code that is async makes them `beside` itself.
 
 SQLite gives a transaction that reads first and writes later no second chance when another wrote in between. So those that may
 write take the write lock when they begin (`BEGIN IMMEDIATE`) and wait for it; those that only read wait for nobody.
+
+Nothing waits for ever: a lock, a connection, a statement that takes longer than the seconds below is an error, and so is a
+PostgreSQL that is not heard of.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import copy
 import os
 import sqlite3
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from alembic import command
 from alembic.config import Config
@@ -49,7 +55,19 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 Number = BigInteger().with_variant(Integer, "sqlite")
 """The type of a primary key that counts up: SQLite counts only what it calls INTEGER."""
 
-_WAIT_SECONDS = 30
+T = TypeVar("T")
+
+_OPEN_SECONDS = 30  # to open a SQLite file, which others may be bringing up to date
+_LOCK_SECONDS = 5  # for what another transaction holds
+_STATEMENT_SECONDS = 20
+_CONNECTION = {
+    # Of libpq. What was sent and is not received for ten seconds, or a connection over which nothing comes, is lost.
+    "connect_timeout": "5",
+    "keepalives_idle": "5",
+    "keepalives_interval": "2",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "10000",
+}
 _LOCK = 0x636F7272616C  # "corral": PostgreSQL's advisory locks have numbers, one space for the whole database
 _FORMS = "sqlite:////path/of/a.db, or postgresql://user:password@host/name"
 
@@ -97,10 +115,15 @@ class Database:
             if self._path:
                 _make_file(self._path)
             self._migrate()
-        self._engine = self._made()
         self._writers = threading.Lock()
-        self._writing = sessionmaker(self._engine, expire_on_commit=False)
-        self._reading = sessionmaker(self._engine.execution_options(reading=True), expire_on_commit=False)
+        self._engines: list[Engine] = []
+        self._connect()
+
+    def apart(self) -> Database:
+        """The same database over connections of its own: who uses it waits for none that others hold. Closed with this one."""
+        other = copy.copy(self)
+        other._connect()
+        return other
 
     @contextlib.contextmanager
     def session(self) -> Generator[Session]:
@@ -120,7 +143,14 @@ class Database:
 
     def close(self) -> None:
         """Close all connections."""
-        self._engine.dispose()
+        for engine in self._engines:
+            engine.dispose()
+
+    def _connect(self) -> None:
+        engine = self._made(pool_timeout=_LOCK_SECONDS)
+        self._engines.append(engine)
+        self._writing = sessionmaker(engine, expire_on_commit=False)
+        self._reading = sessionmaker(engine.execution_options(reading=True), expire_on_commit=False)
 
     @contextlib.contextmanager
     def _alone(self) -> Generator[None]:
@@ -128,7 +158,7 @@ class Database:
         if not self._path:
             yield
             return
-        if not self._writers.acquire(timeout=_WAIT_SECONDS):
+        if not self._writers.acquire(timeout=_LOCK_SECONDS):
             raise DatabaseError("the database is locked", where=self.where, hint="another transaction does not end")
         try:
             yield
@@ -141,13 +171,18 @@ class Database:
 
     def _made(self, **options: Any) -> Engine:
         options["hide_parameters"] = True  # they are what people wrote, and errors are logged
+        is_to_change = "poolclass" in options
         if not self._path:
             # A server that was started anew has closed its connections: each is tried before it is used.
-            return create_engine(self._url, pool_pre_ping=True, **options)
-        engine = create_engine(self._url, connect_args={"timeout": _WAIT_SECONDS}, **options)
+            engine = create_engine(self._url, pool_pre_ping=True, **options)
+            if not is_to_change:
+                event.listen(engine, "connect", _in_bounded_time)
+            return engine
+        seconds = _OPEN_SECONDS if is_to_change else _LOCK_SECONDS
+        engine = create_engine(self._url, connect_args={"timeout": seconds}, **options)
         # While tables change, foreign keys are not followed: SQLite alters a table by making it anew, and dropping the old
         # one would take along what refers to it.
-        event.listen(engine, "connect", _changing_tables if options.get("poolclass") else _following_keys)
+        event.listen(engine, "connect", _changing_tables if is_to_change else _following_keys)
         event.listen(engine, "begin", _begin)
         return engine
 
@@ -193,6 +228,26 @@ class Database:
 _AWAY = (OperationalError, InterfaceError, PoolTimeoutError)
 
 
+async def beside(call: Callable[..., T], *arguments: Any) -> T:
+    """What a call returns that blocks, from a thread of its own.
+
+    So it waits for no other call, as it would for the threads of a pool when all of them wait for a database; and the process
+    can end without it.
+    """
+    done: Future[T] = Future()
+
+    def work() -> None:
+        if not done.set_running_or_notify_cancel():
+            return
+        try:
+            done.set_result(call(*arguments))
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=work, name="corral-database", daemon=True).start()
+    return await asyncio.wrap_future(done)
+
+
 def configuration(connection: Connection) -> Config:
     """Of alembic, for the migrations of corral over this connection, whose transaction they become part of."""
     config = Config()
@@ -216,9 +271,8 @@ def _parsed(url: str) -> URL:
             return parsed
         case "postgresql" | "postgres" | "postgresql+psycopg":
             require("psycopg", "postgres")
-            return parsed.set(drivername="postgresql+psycopg").update_query_dict(
-                {"connect_timeout": "10"} if "connect_timeout" not in parsed.query else {}
-            )
+            told = {name: value for name, value in _CONNECTION.items() if name not in parsed.query}
+            return parsed.set(drivername="postgresql+psycopg").update_query_dict(told)
         case other:
             raise DatabaseError(f"{other!r} is not a kind of database corral can use", hint=f"give {_FORMS}")
 
@@ -229,8 +283,8 @@ def _make_file(path: Path) -> None:
     # Only a new file is opened: closing one that SQLite has open in this process would drop its locks.
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-    with contextlib.closing(sqlite3.connect(path, timeout=_WAIT_SECONDS)) as connection:
-        deadline = time.monotonic() + _WAIT_SECONDS
+    with contextlib.closing(sqlite3.connect(path, timeout=_OPEN_SECONDS)) as connection:
+        deadline = time.monotonic() + _OPEN_SECONDS
         while True:
             try:
                 connection.execute("PRAGMA journal_mode = WAL")
@@ -240,6 +294,13 @@ def _make_file(path: Path) -> None:
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
                 time.sleep(0.02)
+
+
+def _in_bounded_time(connection: Any, record: object) -> None:
+    """Not as options of the connection, which poolers between here and PostgreSQL may refuse."""
+    connection.execute(f"SET lock_timeout = '{_LOCK_SECONDS}s'")
+    connection.execute(f"SET statement_timeout = '{_STATEMENT_SECONDS}s'")
+    connection.commit()
 
 
 def _changing_tables(connection: Any, record: object) -> None:

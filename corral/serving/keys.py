@@ -121,10 +121,10 @@ class Key:
 
 
 class Keys:
-    """The keys of a database. Its calls block."""
+    """The keys of a database. Its calls block, and wait for no connection that something else holds."""
 
     def __init__(self, database: Database) -> None:
-        self._database = database
+        self._database = database.apart()
 
     def add(self, name: str, quota: Quota | None = None, *, expires: int | None = None) -> tuple[Key, str]:
         """Make a key.

@@ -32,6 +32,7 @@ from corral.serving.answering import (
     sampling,
     usual,
 )
+from corral.serving.database import beside
 from corral.serving.door import Event
 from corral.serving.protocol import Refused, Usage
 from corral.serving.records import Item, new_id
@@ -50,6 +51,7 @@ from corral.serving.turns import Turn, Turns
 T = TypeVar("T")
 
 _BEATS = 4  # signs of life per lease
+_STORE_SECONDS = 30  # more than a database that answers takes to fail
 _log = logging.getLogger(__name__)
 
 
@@ -248,13 +250,15 @@ async def stored(call: Callable[..., T], *arguments: Any) -> T:
     """What a call of the store returns, from a thread; it is made to its end even if nobody waits for it.
 
     Raises:
-        Refused: what the call raises, or 503 where the database cannot be used.
+        Refused: what the call raises, or 503 where the database cannot be used, or does not answer.
     """
     try:
-        return await asyncio.shield(asyncio.create_task(asyncio.to_thread(call, *arguments)))
-    except DatabaseError as error:
-        _log.error("%s", error.what)
-        raise Refused(503, "the store of this server cannot be used just now", code="database_unavailable") from None
+        async with asyncio.timeout(_STORE_SECONDS):
+            return await asyncio.shield(asyncio.create_task(beside(call, *arguments)))
+    except (DatabaseError, TimeoutError) as error:
+        _log.error("%s", error.what if isinstance(error, DatabaseError) else "the database does not answer")
+        what = "the store of this server cannot be used just now"
+        raise Refused(503, what, code="database_unavailable", retry_seconds=1) from None
 
 
 async def _fitting(served: Served, conversation: Conversation, wanted: int | None) -> Conversation:

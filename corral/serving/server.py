@@ -29,7 +29,8 @@ from corral.serving.keys import Keys
 from corral.serving.models import Models, open_served
 
 _GRACE_SECONDS = 25.0  # for answers under way when the server is told to end; under the 30 that Kubernetes gives
-_LAST_SECONDS = 2  # for what is not work, after that
+_LAST_SECONDS = 2  # for what is not work, after that, and for the last counts
+_HURRIED_SECONDS = 0.2  # for the last counts, told twice: a database that works needs less
 _ORIGIN = re.compile(r"https?://[^/\s*?#@]+")
 
 
@@ -117,7 +118,7 @@ async def _run(
         await server.serve(sockets=[listener])
     finally:
         await models.close()
-        await door.close()
+        await server.close()
     return server.stopped_by
 
 
@@ -174,6 +175,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._door = door
         self._draining: asyncio.Task[None] | None = None
+        self._closing: asyncio.Timeout | None = None
 
     def stop(self, number: int) -> None:
         """End once the work under way is done; told again, end at once.
@@ -186,8 +188,17 @@ class Server(uvicorn.Server):
             self._draining = asyncio.get_running_loop().create_task(self._drain())
             return
         self.should_exit = self.force_exit = True
+        if self._closing is not None and not self._closing.expired():
+            self._closing.reschedule(asyncio.get_running_loop().time() + _HURRIED_SECONDS)
         for connection in list(self.server_state.connections):
             connection.transport.abort()
+
+    async def close(self) -> None:
+        """Close the door, which waits a moment for the database and no longer, and yet less when told to end again."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_HURRIED_SECONDS if self.force_exit else _LAST_SECONDS) as self._closing:
+                await self._door.close()
+        self._closing = None
 
     async def _drain(self) -> None:
         with contextlib.suppress(TimeoutError):

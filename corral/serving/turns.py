@@ -33,6 +33,7 @@ from corral.serving.records import (
     is_id,
     missing,
     page_of,
+    some_of,
 )
 
 _SWEEP_SECONDS = 3600
@@ -80,6 +81,7 @@ class Turns:
     def __init__(self, database: Database, caps: Caps, *, lease_seconds: float) -> None:
         self.lease_seconds = lease_seconds
         self._database = database
+        self._signs = database.apart()  # of life: they must come though all other connections are waited for
         self._caps = caps
         self._swept = 0.0
 
@@ -128,7 +130,7 @@ class Turns:
         """Say that a turn is still being answered."""
         conversations = update(ConversationRow).where(ConversationRow.turn == turn.id)
         responses = update(ResponseRow).where(ResponseRow.id == turn.id, ResponseRow.until.is_not(None))
-        with self._database.session() as session:
+        with self._signs.session() as session:
             session.execute(conversations.values(turn_until=self._until))
             session.execute(responses.values(until=self._until))
 
@@ -208,7 +210,8 @@ class Turns:
             if turn.leaves_a_trace:
                 check_caps(0, 0, turn.inputs, self._caps)
             return []
-        items = [Item.of(row) for row in session.scalars(query.order_by(ItemRow.number).limit(self._caps.items + 1))]
+        rows, _ = some_of(session, query.order_by(ItemRow.number).limit(self._caps.items + 1), self._caps.bytes)
+        items = [Item.of(row) for row in rows]
         check_caps(len(items), sum(item.bytes for item in items), turn.inputs, self._caps)
         return items
 

@@ -9,9 +9,11 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Generator
 from pathlib import Path
+from typing import Self
 
 import pytest
 from sqlalchemy import create_engine, text
@@ -84,6 +86,46 @@ class PostgreSQL:
 
     def _url(self, name: str) -> str:
         return f"postgresql+psycopg://corral:{self.password}@127.0.0.1:{self._port}/{name}"
+
+
+class Proxy:
+    """Connections to a port of this machine through another one, which can fall silent without being closed."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._sockets: list[socket.socket] = []
+        self._silent: set[int] = set()
+
+    def silence(self) -> None:
+        """From here on nothing comes through the connections there are. New ones work."""
+        self._silent.update(range(len(self._sockets)))
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in (self._listener, *self._sockets):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                ends = self._listener.accept()[0], socket.create_connection(("127.0.0.1", self._target))
+                number = len(self._sockets)
+                self._sockets += ends
+                for source, target in (ends, ends[::-1]):
+                    threading.Thread(target=self._pump, args=(number, source, target), daemon=True).start()
+
+    def _pump(self, number: int, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if number not in self._silent:
+                    target.sendall(data)
 
 
 @contextlib.contextmanager

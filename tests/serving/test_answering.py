@@ -18,10 +18,11 @@ from corral.engines.scripted import ScriptedEngine
 from corral.errors import EngineUnavailableError
 from corral.messages import Conversation
 from corral.prompting import STEPS, Prompting
-from corral.serving.answering import Served
-from corral.serving.protocol import Limits
+from corral.serving.answering import Served, finish_reason
+from corral.serving.protocol import Limits, Refused
 from corral.template import Template
 from tests.serving.conftest import client_of, running
+from tests.serving.test_app import CHAT, call
 
 ASKED: Any = [{"role": "user", "content": "What is two plus two?"}]
 SAID = ("The answer is 4.", "The answer is 5.", "The answer is 4.")
@@ -219,6 +220,33 @@ class Away(ScriptedEngine):
 
     def submit(self, ids: Sequence[int], sampling: Sampling) -> Generation:
         raise EngineUnavailableError("http://10.0.0.7:8000 cannot be reached")
+
+
+class Broken(ScriptedEngine):
+    """An engine that lost what it computes with."""
+
+    @property
+    def ready(self) -> bool:
+        return False
+
+
+def test_an_engine_that_is_closed_cut_off_or_broken_is_said_with_503_and_when_to_try_again(
+    tiny_template: Template,
+) -> None:
+    closed = ScriptedEngine([40])
+    asyncio.run(closed.close())
+    faults: list[tuple[int, dict[str, str]]] = []
+    for engine, method, path in ((closed, "POST", CHAT), (Broken([40]), "GET", "/health/ready")):
+        served = Served(Answerer(engine, tiny_template), "m")
+        with running(served) as url:
+            status, _, headers = call(url, method, path, json.dumps({"model": "m", "messages": ASKED}))
+            faults.append((status, headers))
+    for status, headers in faults:
+        assert status == 503
+        assert int(headers["retry-after"]) >= 1
+    with pytest.raises(Refused) as caught:
+        finish_reason("cancelled")
+    assert (caught.value.status, (caught.value.retry_seconds or 0) >= 1) == (503, True)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import create_engine, inspect, make_url, text
 
 from corral.errors import DatabaseError, MissingExtraError
+from corral.serving import database as module
 from corral.serving import keys, records
-from corral.serving.database import VERSIONS, Base, Database, configuration, default_url
+from corral.serving.database import VERSIONS, Base, Database, beside, configuration, default_url
 from corral.serving.records import ROW_BYTES, ConversationRow
 from tests.conftest import unprivileged
 from tests.serving.postgres import PostgreSQL
@@ -266,6 +269,75 @@ def test_writers_wait_for_each_other_and_readers_for_nobody(url: str) -> None:
     database.close()
 
 
+def test_a_file_that_another_program_has_locked_is_an_error_and_can_be_read(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_LOCK_SECONDS", 0.2)
+    database = Database(url)
+    with contextlib.closing(sqlite3.connect(make_url(url).database or "", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        for each in (database, database.apart()):
+            with pytest.raises(DatabaseError, match="locked"), each.session() as session:
+                session.execute(text("SELECT 1"))
+            with each.reading() as session:
+                assert session.query(ConversationRow).count() == 0
+    database.close()
+
+
+def test_a_transaction_of_this_process_that_does_not_end_is_not_waited_for_for_ever(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_LOCK_SECONDS", 0.2)
+    with contextlib.closing(Database(url)) as database, database.session():
+        since = time.monotonic()
+        with pytest.raises(DatabaseError, match="locked"), database.session():
+            pass
+        assert time.monotonic() - since < 15
+
+
+def test_what_is_apart_has_connections_though_all_others_are_taken(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LOCK_SECONDS", 0.2)
+    database = Database(url)
+    apart = database.apart()
+
+    def count(of: Database) -> int:
+        with of.reading() as session:
+            return session.query(ConversationRow).count()
+
+    with contextlib.ExitStack() as taken:
+        for _ in range(15):
+            taken.enter_context(database.reading()).execute(text("SELECT 1"))
+        with pytest.raises(DatabaseError):
+            count(database)
+        assert count(apart) == 0
+    assert count(database) == 0
+    database.close()
+
+
+def test_what_is_made_beside_waits_for_no_other_and_fails_as_it_would_here() -> None:
+    meet = threading.Barrier(40)
+
+    async def work() -> None:
+        async with asyncio.timeout(30):  # else they would wait for each other's threads
+            assert sorted(await asyncio.gather(*(beside(meet.wait) for _ in range(40)))) == list(range(40))
+        with pytest.raises(ZeroDivisionError):
+            await beside(divmod, 1, 0)
+
+    asyncio.run(work())
+
+
+def test_a_process_ends_though_a_call_hangs() -> None:
+    code = (
+        "import asyncio, threading\n"
+        "from corral.serving.database import beside\n"
+        "async def work():\n"
+        "    asyncio.create_task(beside(threading.Event().wait))\n"
+        "    await asyncio.sleep(0.1)\n"
+        "asyncio.run(work())\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 def test_a_full_disk_is_an_error_that_says_so(url: str) -> None:
     database = Database(url)
 
@@ -303,6 +375,21 @@ def test_postgresql_refuses_without_telling_the_password(postgres: PostgreSQL) -
     nowhere = url.set(database="nowhere").render_as_string(hide_password=False)
     assert "nowhere" in faults_of(nowhere).what
     assert str(url.password) not in str(faults_of(nowhere))
+
+
+@pytest.mark.full
+def test_a_connection_to_postgresql_waits_for_nothing_for_ever(postgres: PostgreSQL) -> None:
+    with contextlib.closing(Database(postgres.new_database() + "?tcp_user_timeout=7000")) as database:
+        with database.session() as session:
+            assert session.scalar(text("SHOW statement_timeout")) == "20s"
+            assert session.scalar(text("SHOW lock_timeout")) == "5s"
+            driver: Any = session.connection().connection.driver_connection
+            told = driver.info.get_parameters()
+            assert told["tcp_user_timeout"] == "7000", "what the URL says counts"
+            assert (told["connect_timeout"], told["keepalives_idle"]) == ("5", "5")
+            session.rollback()
+        with database.reading() as session:
+            assert session.scalar(text("SHOW statement_timeout")) == "20s"
 
 
 @pytest.mark.full

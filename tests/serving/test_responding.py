@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,13 +20,16 @@ from sqlalchemy import text
 
 from corral.answerer import Answerer
 from corral.engines.scripted import ScriptedEngine
+from corral.serving import database as database_module
+from corral.serving import responding as module
 from corral.serving.answering import Served
 from corral.serving.conversations import Conversations
 from corral.serving.database import Database
 from corral.serving.protocol import Limits, Refused
 from corral.serving.records import Page
-from corral.serving.responding import responding
+from corral.serving.responding import responding, stored
 from corral.serving.responses_protocol import ResponsesRequest
+from corral.serving.turns import Turn
 from corral.template import Template
 from tests.serving.conftest import Endless, client_of
 from tests.serving.stateful import ASK, echo, prompt, said, stateful
@@ -35,15 +41,25 @@ def client(database_url: str, tiny_template: Template) -> Generator[openai.OpenA
         yield made
 
 
-def test_a_turn_that_is_cancelled_while_it_is_begun_lets_go(database: Database, tiny_template: Template) -> None:
+@contextlib.contextmanager
+def locked(url: str) -> Generator[None]:
+    """Whoever writes waits, as for another program; reading goes on."""
+    with contextlib.closing(Database(url)) as other, other.session() as writer:
+        lock = "LOCK TABLE conversations, responses, items IN EXCLUSIVE MODE" if "postgresql" in url else "SELECT 1"
+        writer.execute(text(lock))  # a file is locked by whoever begins to write
+        yield
+
+
+def test_a_turn_that_is_cancelled_while_it_is_begun_lets_go(
+    database_url: str, database: Database, tiny_template: Template
+) -> None:
     store = Conversations(database)
     made = store.create("a", {})
     request = ResponsesRequest(model="echo", input="Hi", conversation=made.id)
 
     async def work() -> None:
         served = echo(tiny_template)
-        with database.session() as writer:
-            writer.execute(text("SELECT 1"))  # from here on all who may write wait for it
+        with locked(database_url):
             asking = asyncio.create_task(responding(served, store.turns, "a", request))
             await asyncio.sleep(0.2)
             asking.cancel()
@@ -56,6 +72,58 @@ def test_a_turn_that_is_cancelled_while_it_is_begun_lets_go(database: Database, 
 
     asyncio.run(work())
     assert len(store.items("a", made.id, Page())[0]) == 2
+
+
+def test_of_a_database_that_is_locked_it_is_said_with_503_and_when_to_try_again_and_it_can_be_read(
+    database_url: str, tiny_template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database_module, "_LOCK_SECONDS", 1)
+    with stateful(echo(tiny_template), database_url) as url, client_of(url) as client:
+        kept = client.conversations.create()
+        with locked(database_url), ThreadPoolExecutor(12) as threads:
+            asking = [threads.submit(client.conversations.create) for _ in range(12)]
+            asking += [threads.submit(client.responses.create, **ASK, input="Hi") for _ in range(4)]
+            assert client.conversations.retrieve(kept.id) == kept
+            faults = [each.exception() for each in asking]
+        for fault in faults:
+            assert isinstance(fault, openai.InternalServerError)
+            assert (fault.status_code, fault.code) == (503, "database_unavailable")
+            assert int(fault.response.headers["retry-after"]) >= 1
+        assert client.conversations.create().id
+
+
+def test_a_store_that_is_silent_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_STORE_SECONDS", 0.1)
+    over = threading.Event()
+
+    async def work() -> Refused:
+        with pytest.raises(Refused) as caught:
+            await stored(over.wait, 60)
+        assert not over.is_set()
+        return caught.value
+
+    try:
+        refused = asyncio.run(work())
+    finally:
+        over.set()
+    assert (refused.status, refused.code, refused.retry_seconds) == (503, "database_unavailable", 1)
+
+
+def test_signs_of_life_come_though_all_connections_are_taken(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Conversations(database, lease_seconds=1000)
+    made = store.create("a", {})
+    turn = Turn("resp_1", "a", (), stored=False, conversation=made.id)
+    store.turns.begin(turn, {})
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() + 900)
+    with contextlib.ExitStack() as taken:
+        for _ in range(15):
+            taken.enter_context(database.reading()).execute(text("SELECT 1"))
+        store.turns.renew(turn)
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() + 900)
+    with pytest.raises(Refused, match="being made"):
+        store.turns.begin(replace(turn, id="resp_2"), {})
 
 
 def test_work_that_nobody_waited_for_lets_go_when_it_is_cancelled(database: Database, tiny_template: Template) -> None:

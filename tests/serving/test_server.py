@@ -6,10 +6,13 @@ import asyncio
 import contextlib
 import http.client
 import json
+import os
+import queue
 import signal
 import socket
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,10 +22,12 @@ import pytest
 from corral.answerer import Answerer
 from corral.engines.scripted import ScriptedEngine
 from corral.errors import InputError
+from corral.interrupts import Stopped
+from corral.serving import server as module
 from corral.serving.answering import Served
 from corral.serving.database import Database
 from corral.serving.door import Bounds, Door
-from corral.serving.keys import Keys
+from corral.serving.keys import Keys, Used
 from corral.serving.models import Models
 from corral.serving.server import Place, Server, Wanted, door_at, serve
 from corral.template import Template
@@ -193,3 +198,60 @@ def test_answers_that_do_not_end_are_cancelled_after_the_grace(tiny_template: Te
         stop()
         assert stream.rest() == "cut off"
     assert endless.ends(within=0)
+
+
+@pytest.mark.parametrize("is_told_again", [False, True])
+def test_it_ends_though_what_was_used_cannot_be_written_and_logs_that(
+    is_told_again: bool,
+    tmp_path: Path,
+    says: Callable[..., Served],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As `serve` runs it, with signals."""
+    monkeypatch.setattr(module, "_LAST_SECONDS", 60 if is_told_again else 0.2)
+    monkeypatch.setattr(module, "open_served", lambda *_, **__: Models([says("Hello")]))
+    over, written = threading.Event(), threading.Event()
+
+    class Locked(Keys):
+        """Keys of a database in which nothing can be written for as long as a server might wait."""
+
+        def count(self, day: str, used: Mapping[str, Used]) -> None:
+            if not over.wait(20):
+                written.set()
+
+    monkeypatch.setattr(module, "Keys", Locked)
+    urls: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr(module, "_announce", lambda _, url, **__: urls.put(url))
+    closing = threading.Event()
+    close = Server.close
+
+    async def watched(server: Server) -> None:
+        asyncio.get_running_loop().call_later(0.1, closing.set)
+        await close(server)
+
+    monkeypatch.setattr(Server, "close", watched)
+    url = f"sqlite:///{tmp_path / 'a.db'}"
+    with contextlib.closing(Database(url)) as database:
+        key, secret = Keys(database).add("alice")
+
+    def ask_and_tell_to_end() -> None:
+        headers = {"content-type": "application/json", "authorization": f"Bearer {secret}"}
+        assert (
+            call(urls.get(timeout=30), "POST", CHAT, json.dumps({"model": "scripted", "messages": ASKED}), headers)[0]
+            == 200
+        )
+        os.kill(os.getpid(), signal.SIGTERM)
+        if is_told_again:
+            assert closing.wait(30)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with ThreadPoolExecutor(1) as threads:
+        asking = threads.submit(ask_and_tell_to_end)
+        with pytest.raises(Stopped) as caught:
+            serve(Wanted(["m"]), Place(port=0), Bounds(), url)
+        asking.result()
+    over.set()
+    assert not written.is_set(), "it waited"
+    assert caught.value.signal == signal.SIGTERM
+    assert f"key {key.id} used 1 requests" in caplog.text
