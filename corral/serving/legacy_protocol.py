@@ -1,7 +1,7 @@
 """OpenAI's older protocol, text or token ids in and their continuation out, as types.
 
 vLLM's extensions that make it exact for programs are part of it: ids in the answer, and what ends one. As in `protocol`, the
-types hold what can be judged from the request alone.
+types hold what can be judged from the request alone: they do not know the model or its context.
 """
 
 from __future__ import annotations
