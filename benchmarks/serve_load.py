@@ -12,6 +12,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+_KEPT_SECONDS = 2.0  # the server closes idle connections after 5
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -38,7 +40,7 @@ class Client:
     def __init__(self, port: int, key: str | None = None) -> None:
         self._port = port
         self._key = f"authorization: Bearer {key}\r\n" if key else ""
-        self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter, float]] = []
 
     async def ask(self, body: dict[str, Any], due: float | None = None) -> Reply:
         """One request, whole or as a stream, to its end; `due`: when it should have been sent."""
@@ -48,26 +50,38 @@ class Client:
             f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:{self._port}\r\ncontent-type: application/json\r\n"
             f"{self._key}content-length: {len(content)}\r\n\r\n"
         )
+        connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        keep = False
         try:
-            reader, writer = self._free.pop() if self._free else await self._connected()
+            connection = self._kept() or await self._connected()
+            reader, writer = connection
             writer.write(head.encode() + content)
             status, headers = _head(await reader.readuntil(b"\r\n\r\n"))
             parts = [part async for part in _body(reader, headers)]
+            keep = headers.get("connection") != "close"
         except (OSError, EOFError, asyncio.IncompleteReadError) as error:
             return Reply(0, repr(error).encode(), began, time.perf_counter() - began)
-        if headers.get("connection") == "close":
-            writer.close()
-        else:
-            self._free.append((reader, writer))
+        finally:
+            if connection is not None and keep:
+                self._free.append((*connection, time.monotonic()))
+            elif connection is not None:
+                connection[1].close()
         return Reply(status, b"".join(parts), began, time.perf_counter() - began, "retry-after" in headers)
+
+    def _kept(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+        """The connection that was used last; those that the server may be about to close are not used again."""
+        if self._free and self._free[-1][2] < time.monotonic() - _KEPT_SECONDS:
+            self.close()
+        return self._free.pop()[:2] if self._free else None
 
     async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_connection("127.0.0.1", self._port, limit=2**20)
 
     def close(self) -> None:
         """Close what is kept."""
-        for _, writer in self._free:
+        for _, writer, _ in self._free:
             writer.close()
+        self._free.clear()
 
 
 def _head(data: bytes) -> tuple[int, dict[str, str]]:

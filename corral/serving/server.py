@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import re
 import shlex
 import signal
@@ -143,8 +144,14 @@ def _routers(models: Models, door: Door, database: Database | None) -> list[APIR
     return routers
 
 
+def _is_fault(record: logging.LogRecord) -> bool:
+    """Whether a line of uvicorn's log is about one: answers that are cut off at the end are counted in a line of their own."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
+
+
 def http_server(app: FastAPI, door: Door) -> Server:
     """What answers HTTP, on the sockets given to its `serve`."""
+    logging.getLogger("uvicorn.error").addFilter(_is_fault)
     config = uvicorn.Config(
         app,
         http=connection_type(door.bounds),

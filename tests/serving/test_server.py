@@ -188,7 +188,9 @@ def test_told_twice_it_ends_at_once(tiny_template: Template) -> None:
     assert endless.ends(within=0)
 
 
-def test_answers_that_do_not_end_are_cancelled_after_the_grace(tiny_template: Template) -> None:
+def test_answers_that_do_not_end_are_cancelled_after_the_grace_and_are_no_faults(
+    tiny_template: Template, caplog: pytest.LogCaptureFixture
+) -> None:
     endless = Endless()
     with of(Served(Answerer(endless.engine, tiny_template), "m")) as (url, server, stop):
         server.grace_seconds = 0.3
@@ -198,6 +200,8 @@ def test_answers_that_do_not_end_are_cancelled_after_the_grace(tiny_template: Te
         stop()
         assert stream.rest() == "cut off"
     assert endless.ends(within=0)
+    assert "Cancel 1 running task" in caplog.text
+    assert "Traceback" not in caplog.text
 
 
 @pytest.mark.parametrize("is_told_again", [False, True])
