@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -13,13 +14,13 @@ import pytest
 from corral.answerer import Answerer
 from corral.serving import connections
 from corral.serving.answering import Served
-from corral.serving.connections import connection_type
+from corral.serving.connections import Connection, connection_type
 from corral.serving.database import Database
 from corral.serving.door import Bounds, Door
 from corral.serving.keys import Keys
 from corral.serving.models import Models
 from corral.template import Template
-from tests.serving.conftest import Endless, serving
+from tests.serving.conftest import Endless, running, serving
 from tests.serving.test_app import ASKED, CHAT, call, wait_for
 
 
@@ -45,6 +46,22 @@ def test_a_head_or_a_body_that_does_not_come_is_not_waited_for(says: Callable[..
             with contextlib.suppress(ConnectionResetError):
                 while raw.recv(4096):
                     pass
+
+
+def test_an_answers_body_does_not_wait_until_its_head_is_acknowledged(
+    says: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Connection.connection_made
+    found: list[int] = []
+
+    def seen(self: Connection, transport: asyncio.Transport) -> None:
+        made(self, transport)
+        found.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    monkeypatch.setattr(Connection, "connection_made", seen)
+    with running(says("Hello")) as url:
+        assert call(url, "GET", "/health")[0] == 200
+    assert found == [1]
 
 
 def test_a_client_that_does_not_read_is_not_waited_for(tiny_template: Template) -> None:
