@@ -56,7 +56,8 @@ def test_a_run_of_two_processes_is_killed_in_one_and_goes_on_to_what_one_process
     os.kill(second_process(started), signal.SIGKILL)
     _, error = started.communicate()
     assert started.returncode != 0
-    assert "corral: another process of this run has ended" in error
+    # Which of the two it learns first, that the other is gone or that torchrun ends it, is a matter of milliseconds.
+    assert re.search("corral: another process of this run has ended|stopped; the same command goes on from here", error)
     done = torchrun(folder, "--json", "--set", "train.0.sharding=full")
     out, error = done.communicate()
     assert done.returncode == 0, error
