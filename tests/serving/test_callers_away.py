@@ -104,9 +104,10 @@ def test_while_nothing_can_be_written_keys_are_read_and_nothing_used_is_lost(
             use(callers, caller, Counted(usage(1, 2)))
             while not keys.tried:
                 assert await callers.identify(f"Bearer {secret}") == caller
-            monkeypatch.setattr(module, "_STALE_SECONDS", 1.0)
+            # Far longer than a reading takes on a machine that does much else.
+            monkeypatch.setattr(module, "_STALE_SECONDS", 5.0)
             since = time.monotonic()
-            while time.monotonic() < since + 1.5:
+            while time.monotonic() < since + 5.5:
                 assert await callers.identify(f"Bearer {secret}") == caller
                 await asyncio.sleep(0.01)
             keys.revoke("alice")
@@ -137,8 +138,8 @@ def test_a_server_that_was_idle_waits_for_the_keys_and_not_for_what_is_to_be_wri
             monkeypatch.setattr(module, "_FRESH_SECONDS", 60.0)
             use(callers, caller, Counted(usage(1, 2)))
             monkeypatch.setattr(module, "_FRESH_SECONDS", 0.0)
-            monkeypatch.setattr(module, "_STALE_SECONDS", 2.0)
-            await asyncio.sleep(2.1)
+            monkeypatch.setattr(module, "_STALE_SECONDS", 5.0)
+            await asyncio.sleep(5.1)
             async with asyncio.timeout(20):  # else it would wait for what is never written
                 assert await callers.identify(f"Bearer {secret}") == caller
             assert keys.tried == 1
