@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -305,7 +306,7 @@ def precisions(bench: Bench, arithmetic: Task) -> tuple[Scorecard, dict[str, Any
             memory[name] = json.loads(known.read_text("utf-8"))
             continue
         with opened(places[name]) as session:
-            memory[name] = kept(known, bench.rows, lambda: probed(bench, session, arithmetic, places[name]))  # noqa: B023
+            memory[name] = kept(known, bench.rows, partial(probed, bench, session, arithmetic, places[name]))
             session.run(into.measure(subject, session.engine, bench.template, material, bench.progress))
     rows = {name: into.rows_of(name) for name in subjects}
     return scorecard.build(rows, baseline="float32", seed=SEED), memory

@@ -87,10 +87,10 @@ class Batch:
         """What was asked since the last call, as text."""
         if not self.calls.exists():
             return []
-        lines = read(self.calls)
+        lines: list[Any] = read(self.calls)
         self.calls.unlink()
         tokenizer = load_tokenizer(self.tokenizer)
-        return [tokenizer.decode(ids) for ids in lines]  # type: ignore[arg-type]
+        return [tokenizer.decode(ids) for ids in lines]
 
 
 Dying = Callable[[], None]

@@ -1,0 +1,226 @@
+"""Endpoints behind the server, as its models: those that die, are busy, come back, and what is logged of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from corral.engines.base import Engine, Sampling
+from corral.errors import InputError
+from corral.serving.answering import Served
+from corral.serving.models import Models, open_served
+from tests.conftest import Request, web_server
+from tests.engines.flaky import wait_for
+from tests.serving.conftest import client_of, running
+
+
+def test_replicas_that_die_are_left_out_and_come_back_and_without_any_the_server_says_so(
+    tiny_served: Served, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("corral.serving.models._CHECK_SECONDS", 0.1)
+    asked: Any = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "Hi"}],
+        "max_tokens": 8,
+        "seed": 1,
+        "temperature": 1,
+        "top_p": 1,
+    }
+
+    def ask(client: openai.OpenAI) -> str:
+        return str(client.chat.completions.create(**asked).choices[0].message.content)
+
+    with running(tiny_served) as first, client_of(first) as direct:
+        expected = ask(direct)
+        with running(tiny_served) as second:
+            models = open_served([f"tiny={tiny_folder}"], urls=[f"{first}/v1", f"{second}/v1"])
+        # The second is gone by now.
+        with running(models) as front, client_of(front) as client:
+            assert [ask(client) for _ in range(4)] == [expected] * 4, "nobody is sent to the one that died"
+            assert models.ready
+            port = int(second.rpartition(":")[2])
+            with running(tiny_served, port=port) as again:
+                assert again == second
+                wait_for(lambda: alive(models) == 2)
+            wait_for(lambda: alive(models) == 1)
+            assert ask(client) == expected
+    with running(models) as front, client_of(front) as client:
+        wait_for(lambda: not models.ready)
+        for stream in (False, True):
+            with pytest.raises(openai.InternalServerError) as caught:
+                client.chat.completions.create(**asked, stream=stream)
+            assert caught.value.status_code == 503
+            assert caught.value.response.headers["retry-after"]
+        with running(tiny_served, port=int(first.rpartition(":")[2])):
+            wait_for(lambda: models.ready)
+            assert ask(client) == expected
+    asyncio.run(models.close())
+
+
+def alive(models: Models) -> int:
+    """How many replicas may be asked."""
+    engine: Any = models.all()[0].answerer.engine
+    return sum(endpoint.probe is None for endpoint in engine._endpoints._endpoints)
+
+
+ONE_TOKEN: Any = {"choices": [{"index": 0, "text": "x", "token_ids": [50], "finish_reason": "stop"}]}
+
+
+class Replica(Request):
+    """A server that says one token, always; a test says what else becomes of a client's request."""
+
+    names: tuple[str, ...] = ("m",)
+
+    def do_GET(self) -> None:
+        models: list[Any] = [{"id": name, "max_model_len": 512} for name in self.names]
+        self.answer(200, {}, json.dumps({"data": [*models, {"id": "e", "task": "embeddings"}]}).encode())
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if body.get("stream"):
+            self.completion(body)
+        else:
+            self.answer(200, {}, json.dumps(ONE_TOKEN).encode())
+
+    def completion(self, body: Any) -> None:
+        self.well()
+
+    def well(self, event: Any = None) -> None:
+        data = f"data: {json.dumps(event or ONE_TOKEN)}\n\ndata: [DONE]\n\n".encode()
+        self.answer(200, {"content-type": "text/event-stream"}, data)
+
+
+def test_of_several_models_each_is_asked_for_by_its_name_there(tiny_folder: Path) -> None:
+    asked: list[str] = []
+
+    class Two(Replica):
+        names = ("cook", "poet")
+
+        def completion(self, body: Any) -> None:
+            asked.append(body["model"])
+            self.well()
+
+    with web_server(Two) as url:
+        models = open_served([f"cook={tiny_folder}", f"poet={tiny_folder}"], urls=[url])
+        engines: Sequence[Engine] = [models.find(name).answerer.engine for name in ("poet", "cook")]
+        for engine in engines:
+            asyncio.run(completed(engine))
+        asyncio.run(models.close())
+    assert asked == ["poet", "cook"]
+
+
+async def completed(engine: Engine) -> None:
+    await engine.submit([5], Sampling(4)).completions()
+
+
+ASKED_OVER_HTTP: Any = {"model": "m", "messages": [{"role": "user", "content": "my diary"}], "max_tokens": 4}
+
+
+@pytest.mark.parametrize("fault", ["busy", "reset"])
+def test_what_one_request_meets_at_the_only_replica_is_told_to_that_one_and_to_no_other(
+    fault: str, tiny_folder: Path
+) -> None:
+    first: list[Any] = []
+
+    class Once(Replica):
+        def completion(self, body: Any) -> None:
+            first.append(body)
+            if len(first) > 1:
+                self.well()
+            elif fault == "busy":
+                self.answer(503, {"retry-after": "20"}, b'{"error": {"message": "full"}}')
+            else:
+                self.finish()
+
+    with web_server(Once) as replica:
+        models = open_served([f"m={tiny_folder}"], urls=[replica])
+        with running(models) as front, client_of(front) as client:
+            with pytest.raises(openai.InternalServerError) as caught:
+                client.chat.completions.create(**ASKED_OVER_HTTP)
+            later = int(caught.value.response.headers["retry-after"])
+            assert caught.value.status_code == 503
+            assert later == 20 if fault == "busy" else 0 < later < 20
+            for _ in range(3):
+                assert client.chat.completions.create(**ASKED_OVER_HTTP).choices[0].finish_reason == "stop"
+        asyncio.run(models.close())
+
+
+def test_replicas_have_room_for_what_the_server_lets_in_and_no_more_comes_to_them(tiny_folder: Path) -> None:
+    inside: list[int] = []
+    may_end = threading.Event()
+
+    class Slow(Replica):
+        def completion(self, body: Any) -> None:
+            inside.append(1)
+            assert may_end.wait(30)
+            self.well()
+
+    async def asked(engine: Engine) -> None:
+        tasks = [asyncio.create_task(completed(engine)) for _ in range(5)]
+        await asyncio.to_thread(wait_for, lambda: len(inside) >= 4)
+        await asyncio.sleep(0.3)
+        assert len(inside) == 4, "two for each of two"
+        may_end.set()
+        await asyncio.gather(*tasks)
+
+    with web_server(Slow) as one, web_server(Slow) as other:
+        models = open_served([f"m={tiny_folder}"], urls=[one, other], at_once=2)
+        asyncio.run(asked(models.find("m").answerer.engine))
+        asyncio.run(models.close())
+
+
+def test_the_server_tells_how_many_requests_it_lets_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    from corral.serving import server
+    from corral.serving.door import Bounds
+
+    told: dict[str, Any] = {}
+
+    def enough(specs: Sequence[str], **options: Any) -> Models:
+        told.update(options)
+        raise InputError("enough")
+
+    monkeypatch.setattr(server, "open_served", enough)
+    with pytest.raises(InputError, match="enough"):
+        server.serve(server.Wanted(["m"]), server.Place(port=0), Bounds(at_once=7), None)
+    assert told["at_once"] == 7
+
+
+QUOTES: dict[str, Callable[[Any], None]] = {
+    "busy": lambda self: self.answer(503, {}, b'{"error": {"message": "no room for my diary"}}'),
+    "refused": lambda self: self.answer(400, {}, b'{"error": {"message": "what is my diary"}}'),
+    "failed": lambda self: self.answer(500, {}, b'{"error": {"message": "broken by my diary"}}'),
+    "failed amid": lambda self: self.well({"error": {"message": "broken by my diary", "code": 500}}),
+    "nonsense": lambda self: self.well({"choices": [{"index": 0, "finish_reason": "my diary"}]}),
+}
+
+
+@pytest.mark.parametrize("quote", QUOTES)
+def test_what_a_replica_says_of_a_prompt_is_not_logged(
+    quote: str, tiny_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Quoting(Replica):
+        def completion(self, body: Any) -> None:
+            QUOTES[quote](self)
+
+    with web_server(Quoting) as replica:
+        models = open_served([f"m={tiny_folder}"], urls=[replica])
+        with running(models) as front, client_of(front) as client, caplog.at_level(1):
+            for stream in (False, True):
+                with pytest.raises(openai.APIError):
+                    list(client.chat.completions.create(**ASKED_OVER_HTTP, stream=stream))
+        asyncio.run(models.close())
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("corral")]
+    # A request that cannot be answered is told to who asked, and to nobody else.
+    assert len(ours) == (0 if quote == "refused" else 2)
+    status = {"busy": " 503", "failed": " 500"}.get(quote, "")
+    assert all(re.fullmatch(rf".*: Engine\w*Error{status} at {replica}/v1", line) for line in ours), ours
+    others = [record.getMessage() for record in caplog.records if not record.name.startswith("openai")]
+    assert "diary" not in "\n".join(others)
