@@ -39,7 +39,7 @@ lint: $(STAMP)
 	$(BIN)/pyright
 
 docs: $(STAMP)
-	$(BIN)/python -m corral.reference > docs/recipe.md
+	$(BIN)/python -m corral.recipe.reference > docs/recipe.md
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/rouge.py --json benchmarks/results/rouge.json

@@ -43,7 +43,7 @@ def base_folder() -> Path:
 
 def questions(count: int) -> list[dict[str, Any]]:
     """The first rows of the quickstart recipe, without their answers, as `{"messages": …}`."""
-    from corral.data.prepared import prepare
+    from corral.data.prepare import prepare
     from corral.progress import Progress
     from corral.recipe import Data, Source
 
@@ -139,7 +139,7 @@ def side_raw(rows: list[dict[str, Any]], _: Any) -> dict[str, Any]:
     import openvino_genai as genai
 
     from corral.engines.openvino import OpenVinoEngine
-    from corral.model.openvino import cached
+    from corral.model.openvino_graph import cached
 
     asked, stops = rendered(rows)
     form = cached(base_folder(), "f32")
@@ -177,10 +177,10 @@ def cache_blocks(engine: Any, folder: Path) -> int:
 def side_corral(rows: list[dict[str, Any]], _: Any) -> dict[str, Any]:
     from functools import partial
 
-    from corral.answerer import Answerer
-    from corral.asking import Settings
+    from corral.answering.answerer import Answerer
+    from corral.answering.settings import Settings
     from corral.batch import answer_file
-    from corral.batch.answering import answer_here
+    from corral.batch.local_worker import answer_here
     from corral.progress import Progress
     from corral.recipe import Answer
 

@@ -29,29 +29,29 @@ from typing import Any
 from claims import machine
 from findings_page import Findings, write_page
 
-from corral.answerer import Answerer
-from corral.composing import compose, training_examples
-from corral.consensus import METHODS, Candidate, Consensus
-from corral.embedding import Embedder
+from corral.answering.answerer import Answerer
+from corral.answering.build import compose, training_examples
+from corral.answering.consensus import METHODS, Candidate, Consensus
+from corral.cli.terminal import TerminalProgress
 from corral.engines.base import Engine, Sampling
-from corral.engines.load import load_engine
+from corral.engines.embedding import Embedder
+from corral.engines.registry import load_engine
 from corral.evaluation import scorecard, tasks
-from corral.evaluation.measuring import Material, Measurements, Subject, items_of
-from corral.evaluation.runner import Item, Maker, RowFile
+from corral.evaluation.inference import Item, Maker, RowFile
+from corral.evaluation.measurements import Material, Measurements, Subject, items_of
 from corral.evaluation.scorecard import Scorecard
 from corral.evaluation.scoring import Row, VariantRows
 from corral.evaluation.tasks import Task
-from corral.export import export
-from corral.forms import Form
+from corral.export.export import export
+from corral.export_forms import Form
 from corral.messages import Conversation
 from corral.model.folder import identity
 from corral.model.loading import load_tokenizer, resolve
 from corral.progress import Progress
 from corral.recipe import Answer
-from corral.run import Run
+from corral.run.directory import Run
 from corral.storage import new_directory, remove_tree, write_atomic, write_json
 from corral.template import Template
-from corral.terminal import TerminalProgress
 
 MODEL = "asset:smollm2-135m-instruct"
 SEED = 1
@@ -340,7 +340,7 @@ def _peak_of_children() -> int:
 
 def own_rows(bench: Bench, path: Path) -> Scorecard:
     """A run's held-out rows, answered by its base and its tuned model, without and with examples from its training rows."""
-    from corral.data.prepared import Prepared
+    from corral.data.prepare import Prepared
 
     run = Run(path)
     test = Prepared.open(run.path / "prepare").test

@@ -38,7 +38,7 @@ def base_folder() -> Path:
 
 def prompts() -> list[list[int]]:
     """The first test rows of the quickstart recipe, rendered."""
-    from corral.data.prepared import prepare
+    from corral.data.prepare import prepare
     from corral.model.loading import load_tokenizer
     from corral.progress import Progress
     from corral.recipe import Data, Source
@@ -79,7 +79,7 @@ def side_raw(asked: list[list[int]]) -> dict[str, Any]:
     import openvino as ov
     import openvino_genai as genai
 
-    from corral.model.openvino import cached
+    from corral.model.openvino_graph import cached
 
     scheduler = genai.SchedulerConfig()
     scheduler.cache_size = 2
@@ -102,7 +102,7 @@ def side_corral(asked: list[list[int]], folder: Path | None = None) -> dict[str,
     import asyncio
 
     from corral.engines.base import Sampling
-    from corral.engines.load import load_engine
+    from corral.engines.registry import load_engine
 
     sampling = Sampling(max_tokens=TOKENS, n=SAMPLES, temperature=TEMPERATURE, top_p=TOP_P, seed=0)
 
@@ -123,9 +123,9 @@ def figures(tokens: int, began: float) -> dict[str, Any]:
 
 def exported(kind: str, out: Path) -> tuple[Path, dict[str, Any]]:
     """The base in another form, and what its contract says of it."""
-    from corral import contract
-    from corral.export import export
-    from corral.forms import Form
+    from corral.export import contract
+    from corral.export.export import export
+    from corral.export_forms import Form
     from corral.progress import Progress
 
     form = Form("openvino", kind)

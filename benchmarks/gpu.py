@@ -144,7 +144,7 @@ def plain_adapter(model: Any) -> Any:
 
 def side_corral(base: Any, batches: Sequence[Sequence[Row]], size: Sizes) -> dict[str, Any]:
     """corral's own loop over a fresh adapter."""
-    from corral.data.rows import Example
+    from corral.data.example_store import Example
     from corral.messages import Conversation
     from corral.model import adapters
     from corral.recipe import Lora
@@ -187,7 +187,7 @@ def settings(per_step: int, steps: int) -> Any:
 
 def order_of(rows: Sequence[Row], config: Any) -> list[int]:
     """In which order the loop draws rows: the place of each in what it is given."""
-    from corral.training.order import Order
+    from corral.training.sampler import Order
 
     order = Order(config, [1] * len(rows), 0)
     return [i for step in range(1, order.steps + 1) for i in order.batch(step)]
@@ -287,8 +287,8 @@ def correctness(device: str) -> dict[str, float]:
     """Gradients of a tiny model's adapter beside the plain path on the CPU in float32, relative, as one vector."""
     import torch
 
-    from corral.model.fused import fuse
-    from corral.model.packed import target_logprobs
+    from corral.model.cpu_fused import fuse
+    from corral.model.packed_forward import target_logprobs
 
     rows = [((row := documents(1, n, TINY["vocab_size"])[0])[0], row[1]) for n in (7, 130, 2, 64)]
 

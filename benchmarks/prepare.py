@@ -214,7 +214,7 @@ def sources_of(folder: Path, rows: int) -> list[Any]:
 
 def side_corral(folder: Path, rows: int) -> dict[str, Any]:
     from corral.data.packing import packs
-    from corral.data.prepared import prepare
+    from corral.data.prepare import prepare
     from corral.model.loading import load_tokenizer, resolve
     from corral.progress import Progress
     from corral.recipe import Data

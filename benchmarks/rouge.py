@@ -22,7 +22,7 @@ from typing import Any
 from claims import Claim, parser, report
 from rouge_score.rouge_scorer import RougeScorer
 
-from corral.rouge import Rouge
+from corral.metrics.rouge import Rouge
 
 WORDS = 300
 PAIRS = 1000

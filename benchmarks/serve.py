@@ -67,16 +67,16 @@ def serve(options: argparse.Namespace) -> None:
     import socket
     import threading
 
-    from corral.answerer import Answerer
-    from corral.opening import open_model
-    from corral.serving.answering import Served
+    from corral.answering.answerer import Answerer
+    from corral.answering.open_model import open_model
+    from corral.serving.admission import Bounds, Door
+    from corral.serving.api_keys import Keys
     from corral.serving.app import build_app
-    from corral.serving.conversations import Conversations
+    from corral.serving.conversation_store import Conversations
     from corral.serving.database import Database
-    from corral.serving.door import Bounds, Door
-    from corral.serving.keys import Keys
-    from corral.serving.models import Models
-    from corral.serving.responses import routes
+    from corral.serving.generation import Served
+    from corral.serving.responses_routes import routes
+    from corral.serving.served_models import Models
     from corral.serving.server import http_server
 
     if options.delay:

@@ -41,12 +41,12 @@ WARM_UP = 2  # rounds of products that are not counted
 
 def prepared(folder: Path, rows: int) -> Any:
     """(model folder, tokenizer, the first `rows` training examples in step order)."""
-    from corral.data.prepared import prepare
+    from corral.data.prepare import prepare
     from corral.model.loading import load_tokenizer, resolve
     from corral.progress import Progress
     from corral.recipe import Data, Source, Train
     from corral.template import Template
-    from corral.training.order import Order
+    from corral.training.sampler import Order
 
     base = resolve("asset:smollm2-135m-instruct").folder
     template = Template.load(load_tokenizer(base))
@@ -58,8 +58,8 @@ def prepared(folder: Path, rows: int) -> Any:
 
 def side_corral(steps: int, *, nf4: bool = False) -> dict[str, Any]:
     from corral.model import adapters, loading
-    from corral.model.placement import pack_length
-    from corral.model.quantised import Quantization
+    from corral.model.device import pack_length
+    from corral.model.quantisation import Quantization
     from corral.recipe import Lora, Optimizer, Train
     from corral.training.loop import Training
     from corral.training.objectives import OBJECTIVES
@@ -125,7 +125,7 @@ def side_gemm(steps: int) -> dict[str, Any]:
     """The rate of the model's products as a pass of 512 tokens, half of them trained, goes through them."""
     import torch
 
-    from corral.model.gemm import times_transposed
+    from corral.model.cpu_gemm import times_transposed
     from corral.model.loading import load_model, resolve
 
     model: Any = load_model(resolve("asset:smollm2-135m-instruct").folder, dtype="float32", device="cpu")

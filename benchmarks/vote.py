@@ -24,8 +24,8 @@ from typing import Any
 from claims import Claim, parser, report
 from rouge_score.rouge_scorer import RougeScorer
 
-from corral.consensus import Candidate, Consensus
-from corral.rouge import Rouge
+from corral.answering.consensus import Candidate, Consensus
+from corral.metrics.rouge import Rouge
 
 SETS = 27_500
 ANSWERS = 5

@@ -4,6 +4,6 @@
 with what, `running` puts them together. This package does not know how an answer comes about: that is the Answerer.
 """
 
-from corral.batch.running import Outcome, answer_file
+from corral.batch.answer_file import Outcome, answer_file
 
 __all__ = ["Outcome", "answer_file"]

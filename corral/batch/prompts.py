@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from corral.data.formats.chat_messages import OPENAI, read_turns
 from corral.data.formats.fields import FormatError, check_order, kind, text_at
-from corral.data.formats.turns import OPENAI, read_turns
 from corral.data.sources import identity, read
-from corral.data.sources.raw import RawRow
+from corral.data.sources.raw_row import RawRow
 from corral.messages import Conversation, Message
 from corral.progress import Progress
 from corral.recipe import Source

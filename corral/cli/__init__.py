@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import corral
-from corral.cli import caches, models, runs, serving
+from corral.cli import cache_commands, model_commands, run_commands, serve_commands
 from corral.engines.base import TALK
 from corral.errors import CorralError, MissingExtraError
 
@@ -39,8 +39,8 @@ _positive.__name__ = "positive integer"  # what argparse calls it in an error
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    from corral.engines.load import ENGINES
-    from corral.forms import TYPES
+    from corral.engines.registry import ENGINES
+    from corral.export_forms import TYPES
 
     root = argparse.ArgumentParser(
         prog="corral",
@@ -89,10 +89,13 @@ def parser() -> argparse.ArgumentParser:
         url = "let this endpoint, which serves the model, compute; may be given again"
         sub.add_argument("--url", action="append", default=[], help=url)
 
-    sub = verb("init", runs.init, "corral init my.toml")
+    sub = verb("init", run_commands.init, "corral init my.toml")
     sub.add_argument("path", nargs="?", default="recipe.toml", help="the file to write (default: recipe.toml)")
     sub = verb(
-        "run", runs.run, "corral run recipes/quickstart.toml --set train.0.steps=20 --out runs/short", settings=True
+        "run",
+        run_commands.run,
+        "corral run recipes/quickstart.toml --set train.0.steps=20 --out runs/short",
+        settings=True,
     )
     sub.add_argument("recipe", help="a recipe file")
     sub.add_argument("--out", help="the run directory (default: runs/NAME, or runs/NAME-small)")
@@ -100,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--small", action="store_true", help=small)
     profile = "record where the time of some training steps goes: a table here, a trace in the stage's folder"
     sub.add_argument("--profile", action="store_true", help=profile)
-    sub = verb("plan", runs.plan, "corral plan recipes/quickstart.toml --device t4", settings=True)
+    sub = verb("plan", run_commands.plan, "corral plan recipes/quickstart.toml --device t4", settings=True)
     sub.add_argument("recipe", help="a recipe file")
     sub.add_argument(
         "--device", choices=("t4", "24g", "a100-80g", "h100", "h200"), help="estimate for this device instead"
@@ -108,28 +111,33 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", help="where the run is going to be (default: as for run)")
     sub.add_argument("--small", action="store_true", help="of the recipe's small form")
     sub = verb(
-        "inspect", runs.inspect, "corral inspect recipes/quickstart.toml --rows 3 --html rows.html", settings=True
+        "inspect",
+        run_commands.inspect,
+        "corral inspect recipes/quickstart.toml --rows 3 --html rows.html",
+        settings=True,
     )
     sub.add_argument("recipe", help="a recipe file")
     sub.add_argument("--rows", type=int, default=2, help="rows to show of each side and fate (default: 2)")
     sub.add_argument("--html", metavar="FILE", help="write a page as well")
-    sub = verb("evaluate", runs.evaluate, "corral evaluate runs/quickstart --set evaluate.loss_rows=500", settings=True)
+    sub = verb(
+        "evaluate", run_commands.evaluate, "corral evaluate runs/quickstart --set evaluate.loss_rows=500", settings=True
+    )
     sub.add_argument("run", help="a run directory")
-    sub = verb("compare", runs.compare, "corral compare runs/short runs/quickstart")
+    sub = verb("compare", run_commands.compare, "corral compare runs/short runs/quickstart")
     sub.add_argument("a", help="a run directory, or RUN:VARIANT (default: its tuned model)")
     sub.add_argument("b", help="another; differences are a − b")
-    sub = verb("report", runs.report, "corral report runs/quickstart")
+    sub = verb("report", run_commands.report, "corral report runs/quickstart")
     sub.add_argument("run", help="a run directory")
-    sub = verb("export", models.export, "corral export runs/quickstart --to gguf --type q8_0")
+    sub = verb("export", model_commands.export, "corral export runs/quickstart --to gguf --type q8_0")
     sub.add_argument("model", help="a run directory; or a model folder, asset:NAME or hub:OWNER/NAME with --out")
     sub.add_argument("--to", choices=TYPES, help="the form (default: those the recipe names)")
     kinds = "; ".join(f"{to}: {', '.join(types)}" for to, types in TYPES.items())
     sub.add_argument("--type", help=f"of the weights; {kinds} (default: q8_0 or int8)")
     sub.add_argument("--out", help="where to write, for a model that is no run (a run has its own place: RUN/export)")
-    sub = verb("verify", models.verify, "corral verify runs/quickstart --engine openvino")
+    sub = verb("verify", model_commands.verify, "corral verify runs/quickstart --engine openvino")
     sub.add_argument("model", help="a run directory, a folder with a contract.json, or an exported .gguf file")
     sub.add_argument("--engine", choices=ENGINES, help=best)
-    sub = verb("chat", models.chat, "corral chat runs/quickstart", as_json=False)
+    sub = verb("chat", model_commands.chat, "corral chat runs/quickstart", as_json=False)
     sub.add_argument("model", nargs="?", help=f"{_MODELS}; without it --url names a server to talk with")
     sub.add_argument("--system", help="a system message")
     asking(sub, **TALK)
@@ -139,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
     there.add_argument("--model", dest="named", metavar="NAME", help="its name there (default: the only one)")
     key = "its key (default: CORRAL_API_KEY of the environment, where others cannot see it; for OpenAI also OPENAI_API_KEY)"
     there.add_argument("--key", help=key)
-    sub = verb("batch", models.batch, "corral batch runs/quickstart prompts.jsonl --out answers.jsonl")
+    sub = verb("batch", model_commands.batch, "corral batch runs/quickstart prompts.jsonl --out answers.jsonl")
     sub.add_argument("model", help=_MODELS)
     sub.add_argument("prompts", help="a .jsonl file: a `prompt` or `messages` in each row, and an `id` if you like")
     sub.add_argument("--out", required=True, help="the file to write: a row for each prompt, in the same order")
@@ -147,13 +155,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, help="of all draws (default: the recipe's)")
     ray = "spread it over the Ray cluster at this address (default: the one this machine belongs to, or a new one here)"
     sub.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help=ray)
-    sub = verb("serve", serving.serve, "corral serve runs/quickstart --port 8000", as_json=False)
-    serving.add_serve(sub, models=_MODELS, engines=ENGINES, positive=_positive)
-    sub = verb("keys", serving.keys, "corral keys add alice --tokens-per-day 100000")
-    serving.add_keys(sub, positive=_positive)
-    sub = verb("assets", caches.assets, "corral assets --fetch smollm2-135m-instruct")
+    sub = verb("serve", serve_commands.serve, "corral serve runs/quickstart --port 8000", as_json=False)
+    serve_commands.add_serve(sub, models=_MODELS, engines=ENGINES, positive=_positive)
+    sub = verb("keys", serve_commands.keys, "corral keys add alice --tokens-per-day 100000")
+    serve_commands.add_keys(sub, positive=_positive)
+    sub = verb("assets", cache_commands.assets, "corral assets --fetch smollm2-135m-instruct")
     sub.add_argument("--fetch", nargs="+", metavar="NAME", help="fetch these into the cache")
-    sub = verb("cache", caches.cache, "corral cache clear wikibooks-recipes")
+    sub = verb("cache", cache_commands.cache, "corral cache clear wikibooks-recipes")
     sub.add_argument("action", nargs="?", choices=["list", "clear"], default="list", help="default: list")
     sub.add_argument("names", nargs="*", help="what to clear (default: all)")
     return root

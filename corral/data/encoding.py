@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from corral.data.plaintext import PlainText, windows
+from corral.data.plain_text import PlainText, windows
 from corral.errors import TemplateError
 from corral.messages import Conversation, Feedback, Preference, Record, Text
 from corral.template import Encoded, Template

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from corral.data import lengths
+from corral.data import length_histogram
+from corral.data.example_store import Example, Rows
 from corral.data.ledger import FATES, LEDGER, facts, reason_line, summary
 from corral.data.mixture import SIDES, Side
-from corral.data.prepared import Prepared, sequences_of
-from corral.data.rows import Example, Rows
+from corral.data.prepare import Prepared, sequences_of
 from corral.template import Encoded, Template
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def to_terminal(prepared: Prepared, template: Template, rows: int = 2) -> Text:
     """The ledger, then up to `rows` rows of each side and fate, for `rich` to print."""
     from rich.text import Text
 
-    page = Text("\n".join([summary(prepared.ledger), "", *lengths.to_lines(_histogram(prepared)), "", ""]))
+    page = Text("\n".join([summary(prepared.ledger), "", *length_histogram.to_lines(_histogram(prepared)), "", ""]))
     for kind, meaning in _MEANING.items():
         page.append("■ ", _STYLES[kind][0].removesuffix(" strike"))
         page.append(meaning, _STYLES[kind][0])
@@ -198,8 +198,8 @@ def to_terminal(prepared: Prepared, template: Template, rows: int = 2) -> Text:
     return page
 
 
-def _histogram(prepared: Prepared) -> list[lengths.Bin]:
-    return lengths.histogram(prepared.folder / LEDGER)
+def _histogram(prepared: Prepared) -> list[length_histogram.Bin]:
+    return length_histogram.histogram(prepared.folder / LEDGER)
 
 
 def _shortened(text: str, most: int) -> str:
@@ -210,7 +210,7 @@ def to_html(prepared: Prepared, template: Template, rows: int = 2) -> str:
     """The same as one self-contained page: no script, nothing fetched; light or dark as the reader's system is."""
     shown = pick(prepared, template, rows)
     parts = [_HEAD, "<h1>What is trained on</h1>", _ledger_table(prepared.ledger), *_reasons(prepared.ledger)]
-    parts += ["<h2>lengths</h2>", f'<div class="lengths">{lengths.to_html(_histogram(prepared))}</div>']
+    parts += ["<h2>lengths</h2>", f'<div class="lengths">{length_histogram.to_html(_histogram(prepared))}</div>']
     legend = " ".join(f'<span class="{kind}">{html.escape(meaning)}</span>' for kind, meaning in _MEANING.items())
     parts.append(f'<p class="legend">{legend} <span class="context special">special token</span>')
     parts.append("Thin lines divide tokens.</p>")

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from corral.engines.base import Delta, Engine, Features, Generation, Sampling, closed
-from corral.engines.openvino_child import BLOCK
+from corral.engines.openvino_process import BLOCK
 from corral.errors import CorralError, EngineError, ModelError
+from corral.export_forms import OPENVINO, OpenVinoType
 from corral.extras import require
-from corral.forms import OPENVINO, OpenVinoType
 
 if TYPE_CHECKING:
     from corral.model.loading import DType
@@ -150,7 +150,7 @@ class OpenVinoEngine(Engine):
         return self._next
 
     def _form(self) -> Path:
-        from corral.model.openvino import cached
+        from corral.model.openvino_graph import cached
 
         return self._folder if self._is_form else cached(self._folder, self._precision)
 
@@ -238,7 +238,7 @@ class _Child:
     def __init__(self, settings: dict[str, Any], events: Any, died: Any, *, wait: bool) -> None:
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the child)
         # -P: a file `openvino.py` where the user stands must not be taken for the package.
-        command = [sys.executable, "-P", "-m", "corral.engines.openvino_child", json.dumps(settings)]
+        command = [sys.executable, "-P", "-m", "corral.engines.openvino_process", json.dumps(settings)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, env=_environment()
         )

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from corral.engines.base import Engine, Features, Generation, Sampling, closed
-from corral.engines.batching import Cancel, Request, Score, Worker
-from corral.engines.rows import bytes_per_token
-from corral.model import packed
+from corral.engines.continuous_batching import Cancel, Request, Score, Worker
+from corral.engines.kv_cache import bytes_per_token
+from corral.model import packed_forward
 
 _CPU_CACHE_BYTES = 2**31
 
@@ -52,7 +52,7 @@ class TransformersEngine(Engine):
         get_base_model: Any = getattr(model, "get_base_model", None)
         causal: Any = get_base_model() if get_base_model is not None else model
         model.eval()
-        causal.set_attn_implementation(packed.ATTENTION)
+        causal.set_attn_implementation(packed_forward.ATTENTION)
         context: int = causal.config.max_position_embeddings
         # Within its window, sliding attention is full attention.
         window: int | None = getattr(causal.config, "sliding_window", None)

@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from corral.errors import InputError
 from corral.evaluation import statistics
-from corral.evaluation.bleu import bleu_signature
 from corral.evaluation.scoring import Direction, Metric, RowScores, VariantRows, listed, ordered, score_variant
 from corral.evaluation.scoring import metric as known_metric
-from corral.rouge import Rouge, rouge_signature
+from corral.metrics.bleu import bleu_signature
+from corral.metrics.rouge import Rouge, rouge_signature
 
 if TYPE_CHECKING:
     from rich.table import Table

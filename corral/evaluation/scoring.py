@@ -14,9 +14,9 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from corral.errors import InputError
-from corral.evaluation.bleu import bleu, bleu_statistics
 from corral.evaluation.statistics import Measure
-from corral.rouge import Rouge
+from corral.metrics.bleu import bleu, bleu_statistics
+from corral.metrics.rouge import Rouge
 
 Direction = Literal["lower", "higher"]
 TEXT_METRICS = ("rouge1", "rouge2", "rougeL")

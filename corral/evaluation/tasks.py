@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from corral import extraction
-from corral.evaluation import questions
-from corral.evaluation.questions import LETTERS, Kind, Question
+from corral.evaluation import question_sets
+from corral.evaluation.question_sets import LETTERS, Kind, Question
 from corral.evaluation.scoring import Row
 from corral.messages import Conversation
+from corral.metrics import answer_extraction
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Task:
 
     @cached_property
     def _worked(self) -> Sequence[Conversation]:
-        return questions.worked_problems()
+        return question_sets.worked_problems()
 
     @property
     def examples_of_options(self) -> Sequence[Conversation]:
@@ -55,7 +55,7 @@ class Task:
 
 def load(name: str, rows: int, *, seed: int, max_tokens: int | None = None) -> Task:
     """A task by its name. Raises: AssetError, DataError."""
-    return draw(name, questions.read(name), rows, seed=seed, max_tokens=max_tokens)
+    return draw(name, question_sets.read(name), rows, seed=seed, max_tokens=max_tokens)
 
 
 def draw(name: str, every: Sequence[Question], rows: int, *, seed: int, max_tokens: int | None = None) -> Task:
@@ -65,17 +65,20 @@ def draw(name: str, every: Sequence[Question], rows: int, *, seed: int, max_toke
         return hashlib.sha256(f"{seed}:{question.id}".encode()).hexdigest()
 
     drawn = sorted(every, key=place)
-    return Task(name, questions.SETS[name].kind, drawn[:rows], drawn[rows:], max_tokens)
+    return Task(name, question_sets.SETS[name].kind, drawn[:rows], drawn[rows:], max_tokens)
 
 
 def judge(kind: Kind, question: Question, text: str) -> dict[str, Any]:
     """What a text answers: `result` (None where it gives none) and whether that is `right`; nothing for a task of texts."""
     match kind:
         case "number":
-            result = extraction.number(text)
-            return {"result": result, "right": result is not None and result == extraction.number(question.answer)}
+            result = answer_extraction.number(text)
+            return {
+                "result": result,
+                "right": result is not None and result == answer_extraction.number(question.answer),
+            }
         case "choice":
-            result = extraction.choice(text, question.options)
+            result = answer_extraction.choice(text, question.options)
             return {"result": result, "right": result == LETTERS[question.right_option]}
         case "text":
             return {}

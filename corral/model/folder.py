@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from corral.errors import ModelError
-from corral.forms import OPENVINO
+from corral.export_forms import OPENVINO
 from corral.storage import file_hashes
 
 ADAPTER = "adapter_config.json"

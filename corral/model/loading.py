@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from corral.assets import CATALOGUE, fetch, find_asset
 from corral.errors import ModelError
-from corral.model import gguf, hub, meta_checkpoint
+from corral.model import gguf_reader, hub, meta_checkpoint
 from corral.model.folder import check_folder, identity, licence_texts
 from corral.storage import cache_root, file_hashes, locked, new_directory
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from corral.model.quantised import Quantization
+    from corral.model.quantisation import Quantization
 
 DType: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
@@ -123,12 +123,12 @@ def load_model(
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
 
-    from corral.model import quantised
-    from corral.model.gemm import accelerate
+    from corral.model import quantisation
+    from corral.model.cpu_gemm import accelerate
 
     settings: dict[str, Any] = {}
     if quantization is not None:
-        settings["quantization_config"] = quantised.config(quantization, getattr(torch, dtype))
+        settings["quantization_config"] = quantisation.config(quantization, getattr(torch, dtype))
         settings["device_map"] = {"": device}
     try:
         with quiet():
@@ -164,7 +164,7 @@ def load_model(
     if quantization is None:
         cast("Any", model).to(device)
     else:
-        quantised.speed_up(model)
+        quantisation.speed_up(model)
     return model.eval()
 
 
@@ -282,12 +282,12 @@ def _from_gguf(path: Path, label: str, sha256: str, say: Callable[[str], None]) 
     """The folder made from a GGUF file of that hash, from the cache or made now."""
 
     def needed() -> int:
-        return 4 * sum(prod(tensor.shape) for tensor in gguf.read_header(path).tensors)
+        return 4 * sum(prod(tensor.shape) for tensor in gguf_reader.read_header(path).tensors)
 
     def write(folder: Path) -> None:
-        gguf.convert_to_folder(path, folder)
+        gguf_reader.convert_to_folder(path, folder)
 
-    return _converted(path.name, label, f"{sha256} {gguf.CONVERSION}", needed, write, say)
+    return _converted(path.name, label, f"{sha256} {gguf_reader.CONVERSION}", needed, write, say)
 
 
 def _from_meta(path: Path, say: Callable[[str], None]) -> tuple[Path, str]:

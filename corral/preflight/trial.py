@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corral.errors import CorralError
-from corral.preflight import footprint
+from corral.preflight import memory
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
     from corral.training.loop import Training
-    from corral.training.metrics import Metrics
-    from corral.training.weights import Start
+    from corral.training.step_metrics import Metrics
+    from corral.training.trained_model import Start
 
 HEAVY, TYPICAL = 1, 2
 """The steps of a trial: the longest packs, then common ones. A checkpoint is written between them."""
@@ -97,7 +97,7 @@ def begin(job: Job, pipe: Connection, resume: bool) -> None:
 
 
 def _give_up_at(limit: int, send: Callable[[str, Any], None]) -> None:
-    while (used := footprint.resident()) < limit:
+    while (used := memory.resident()) < limit:
         time.sleep(_LOOK_EVERY)
     send("memory", f"it had grown to {used / 1e9:.2f} GB")
     os._exit(1)
@@ -112,7 +112,7 @@ class _Trial:
     def run(self) -> None:
         """Ends this process."""
         self._phase("Loading the model again, after kill -9" if self._resume else "Loading the model")
-        self._memory = footprint.Memory(self._job.start.device)
+        self._memory = memory.Memory(self._job.start.device)
         self._found["process"] = self._memory.before
         began = time.perf_counter()
         self._training = self._build()
@@ -135,23 +135,23 @@ class _Trial:
         self._send("phase", text)
 
     def _build(self) -> Training:
-        from corral import contract
-        from corral.data.prepared import Prepared
+        from corral.data.prepare import Prepared
+        from corral.export import contract
         from corral.model.loading import load_tokenizer
         from corral.template import Template
-        from corral.training import weights
+        from corral.training import trained_model
         from corral.training.loop import Training
         from corral.training.objectives import OBJECTIVES
-        from corral.training.order import Order
+        from corral.training.sampler import Order
 
         job, start = self._job, self._job.start
         rows = Prepared.open(job.prepared)
         template = Template.load(load_tokenizer(start.folder), job.template)
         probes = contract.probes(template)
-        model = weights.load(start)
+        model = trained_model.load(start)
         if start.config.method == "lora":
-            weights.refuse_untrained(model, template)
-        trained: Any = weights.trainable(model, start, seed=job.seed)
+            trained_model.refuse_untrained(model, template)
+        trained: Any = trained_model.trainable(model, start, seed=job.seed)
         config = start.config.model_copy(update={"checkpoint_every": 1, "evaluate_every": 10**9})
 
         class Chosen(Order):
@@ -164,12 +164,12 @@ class _Trial:
             began = time.perf_counter()
             if start.config.method == "full":
                 scores = training.score([p.ids for p in probes], [p.start for p in probes])
-                weights.save_whole(trained, training.weights(), scores, start, job.folder, template, [])
+                trained_model.save_whole(trained, training.weights(), scores, start, job.folder, template, [])
             else:
                 from corral.model import adapters
                 from corral.storage import new_directory
 
-                with new_directory(job.folder / weights.ADAPTER) as folder:
+                with new_directory(job.folder / trained_model.ADAPTER) as folder:
                     adapters.save(trained, folder, base=job.base)
             self._found["save_seconds"] = time.perf_counter() - began
 
@@ -205,22 +205,22 @@ class _Trial:
         positions = [[i for i, trained in enumerate(s.trained) if trained and i] for s in sequences]
         dtype = torch.float32 if start.config.method == "full" else getattr(torch, start.dtype)
         self._found |= {
-            "weights": footprint.weights_bytes(model),
+            "weights": memory.weights_bytes(model),
             "parameters": sum(p.numel() for p in training.parameters.values()),
-            "gemm": footprint.gemm_rate(start.device, dtype),
-            **footprint.of_a_pass(model, [s.ids for s in sequences], positions),
+            "gemm": memory.gemm_rate(start.device, dtype),
+            **memory.of_a_pass(model, [s.ids for s in sequences], positions),
         }
 
     def _before_optimizer(self, *_: Any) -> None:
         gradients = [p.grad for p in self._training.parameters.values() if p.grad is not None]
         self._found["gradients"] = sum(g.nbytes for g in gradients)
-        footprint.wait(self._job.start.device)
+        memory.wait(self._job.start.device)
         self._optimizer_at = time.perf_counter()
 
     def _after_optimizer(self, *_: Any) -> None:
-        footprint.wait(self._job.start.device)
+        memory.wait(self._job.start.device)
         self._found["optimizer_seconds"] = time.perf_counter() - self._optimizer_at
-        self._found["moments"] = footprint.tensor_bytes(self._training.optimizer.state.values())
+        self._found["moments"] = memory.tensor_bytes(self._training.optimizer.state.values())
 
     def _on_step(self, line: Metrics) -> None:
         now, found = time.perf_counter(), self._found
@@ -233,7 +233,7 @@ class _Trial:
         else:
             step = line.seconds - found.get("heavy_seconds", line.seconds)
             found |= {"typical_rate": line.tokens_per_second, "checkpoint_seconds": now - self._at - step}
-            surplus = footprint.unused_mapping(self._training.model) if self._job.start.device == "cpu" else 0
+            surplus = memory.unused_mapping(self._training.model) if self._job.start.device == "cpu" else 0
             found |= {"peak": self._memory.peak() - surplus, "loss": line.loss, "digest": _digest(self._training)}
             folder = self._job.folder / "checkpoints" / f"step-{HEAVY:06d}"
             found["checkpoint_bytes"] = sum(f.stat().st_size for f in folder.iterdir())

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from corral.data.packing import packs
-from corral.model.placement import pack_length
+from corral.model.device import pack_length
 from corral.preflight.estimate import Pack
-from corral.training.order import Order
+from corral.training.sampler import Order
 
 if TYPE_CHECKING:
-    from corral.data.prepared import Prepared
-    from corral.data.rows import Rows
+    from corral.data.example_store import Rows
+    from corral.data.prepare import Prepared
     from corral.recipe import Train
 
 _LOOKED_AT = 20_000  # steps whose packs are made

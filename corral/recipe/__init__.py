@@ -8,10 +8,10 @@ anything is done: it checks that a recipe makes sense by itself, never that its 
 from corral.recipe.answer import Answer, Consensus, Shots
 from corral.recipe.data import Data, Mapping, Model, Source, Split
 from corral.recipe.evaluate import Evaluate, Task, Variant
-from corral.recipe.reading import load, parse
+from corral.recipe.parse import load, parse
+from corral.recipe.recipe import Export, Recipe
 from corral.recipe.section import section_type
 from corral.recipe.train import Lora, Optimizer, Train
-from corral.recipe.whole import Export, Recipe
 
 __all__ = [
     "Answer",

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
 
-from corral.forms import TYPES, Form
+from corral.export_forms import TYPES, Form
 from corral.recipe.answer import Answer
 from corral.recipe.section import Positive, Section
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from corral.report.findings import Score, variants
-from corral.report.reading import Training, series
-from corral.report.wording import shortened
+from corral.report.formatting import shortened
+from corral.report.run_record import Training, series
+from corral.report.verdict import Score, variants
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,164 +1,217 @@
-"""The one bounded queue before the engines: so many requests inside, so many waiting, and turns that go from key to key.
+"""Who may come in, how many at once, for how long, and what is counted of it.
 
-Over its bounds a request is refused at once, with an estimate of when it is worth asking again; nothing grows without end.
-It does not know what a request is, who stands behind a key, or what the key may use.
+Every request for work, on whichever route, goes through `Door.answer`: quota, queue, deadline, the client that goes, usage. It
+does not know what is asked or how it is answered: a request under way is Work to it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
+import contextlib
+import logging
 import time
-from collections import Counter, OrderedDict, deque
-from typing import NamedTuple
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from corral.serving.protocol import Refused
+from fastapi import Request, Response
+from pydantic import BaseModel
 
-_LONGEST_WAIT = 3600
-_WEIGHT = 0.1  # of the newest request in the mean of how long they take
+from corral.serving.api_keys import Keys
+from corral.serving.auth import Caller, Callers
+from corral.serving.http_responses import (
+    FAULT,
+    ClientGone,
+    Event,
+    EventStream,
+    Outcome,
+    json_reply,
+    trace,
+    while_connected,
+)
+from corral.serving.prometheus import Metrics
+from corral.serving.protocol import Refused, Usage
+from corral.serving.request_queue import Busy, Place, Places
 
+__all__ = ["Bounds", "Caller", "Door", "Event", "Work"]
 
-class Busy(Refused):
-    """A request that may be sent again, after so many seconds.
-
-    Args:
-        status: 429, where the caller's key is used up; 503, where the server is full.
-        what: the fault, for the person who reads it.
-        retry_seconds: what `Retry-After` says.
-        code: what programs know it by.
-    """
-
-    def __init__(self, status: int, what: str, *, retry_seconds: float, code: str) -> None:
-        super().__init__(status, what, code=code, retry_seconds=max(1, math.ceil(retry_seconds)))
-
-
-class Place(NamedTuple):
-    """A place inside."""
-
-    key: str
-    began: float
-    """When it was taken, on the monotonic clock."""
+_log = logging.getLogger(__name__)
 
 
-class Places:
-    """Room for `at_once` requests inside, and `waiting` outside.
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What all requests together, and one alone, may take of a server; what one may ask of a model is in Limits."""
 
-    A place goes to the key that has the fewest inside, of several to each in turn, one request each; some are only for keys
-    that have none inside, so that one key's long requests keep nobody waiting. Where all places outside are taken, whoever
-    has fewer there than the key with the most takes the place of that key's newest: one key's thousand requests keep nobody
-    else out.
-
-    Args:
-        at_once: the most inside; at least 1.
-        waiting: the most that wait; 0 refuses whatever finds no place inside.
-        reserved: of `at_once`, for keys that have none inside; less than that.
-    """
-
-    def __init__(self, at_once: int, waiting: int, reserved: int = 0) -> None:
-        assert at_once > reserved >= 0
-        assert waiting >= 0
-        self.at_once = at_once
-        self.most_waiting = waiting
-        self.reserved = reserved
-        self.inside = 0
-        self.waiting = 0
-        self._inside: Counter[str] = Counter()
-        """Of each key."""
-        self._queues: OrderedDict[str, deque[asyncio.Future[Place]]] = OrderedDict()
-        self._mean = 0.0
-        """Seconds that requests were inside, the latest weighing most; 0 before any has ended."""
-        self._began = 0.0
-        """When those inside began, summed."""
-
-    async def take(self, key: str) -> Place:
-        """Wait for a place inside.
-
-        Returns: what `give_back` wants to have back, which must be called.
-
-        Raises:
-            Busy: there is no place to wait (503), or it went to somebody with fewer requests.
-        """
-        # Nobody waits who might enter.
-        if self._may_enter(key):
-            return self._enter(key)
-        if self.waiting >= self.most_waiting:
-            self._make_room(key)
-        turn: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
-        self._queues.setdefault(key, deque()).append(turn)
-        self.waiting += 1
-        try:
-            return await turn
-        except BaseException:
-            if turn.done() and not turn.cancelled() and turn.exception() is None:
-                self.give_back(turn.result())  # it got its place as it gave up
-            elif turn in self._queues.get(key, ()):
-                self._queues[key].remove(turn)
-                self._left(key)
-            raise
-
-    def give_back(self, place: Place) -> None:
-        """Leave the inside. `place` is what `take` returned."""
-        seconds = time.monotonic() - place.began
-        self._mean = seconds if not self._mean else (1 - _WEIGHT) * self._mean + _WEIGHT * seconds
-        self.inside -= 1
-        self._began = self._began - place.began if self.inside else 0.0
-        self._inside[place.key] -= 1
-        if not self._inside[place.key]:
-            del self._inside[place.key]
-        while (
-            key := min(filter(self._may_enter, self._queues), key=self._inside.__getitem__, default=None)
-        ) is not None:
-            self._admit(key)
+    at_once: int = 128
+    """Requests that are worked on at the same time."""
+    waiting: int = 512
+    """Requests that wait for that."""
+    max_seconds: float = 600
+    """From when a request has come whole to the end of its answer."""
+    header_bytes: int = 16 * 2**10
+    """Request line and headers."""
+    header_seconds: float = 10
+    """For which a connection may take over request line and headers."""
+    body_seconds: float = 30
+    """For which a request may take over its body."""
+    stalled_seconds: float = 60
+    """For which a client may read nothing of what was sent."""
 
     @property
-    def seconds_each(self) -> float:
-        """How long a request is inside, going by how long requests take of late; 0 where nothing is known."""
-        age = time.monotonic() - self._began / self.inside if self.inside else 0.0
-        return max(self._mean, age)  # those inside take longer than they have taken so far
+    def under_way(self) -> int:
+        """Requests of any kind at the same time: those for work, and some for what takes no work."""
+        return self.at_once + self.waiting + 64
 
-    def wait_seconds(self, ahead: int) -> float:
-        """How long `ahead` requests take to get inside."""
-        return min(_LONGEST_WAIT, max(1.0, self.seconds_each * ahead / self.at_once))
 
-    def _may_enter(self, key: str) -> bool:
-        return self.inside < self.at_once - (self.reserved if self._inside[key] else 0)
+class Work(Protocol):
+    """A request under way, on whichever route."""
 
-    def _enter(self, key: str) -> Place:
-        place = Place(key, time.monotonic())
-        self.inside += 1
-        self._inside[key] += 1
-        self._began += place.began
-        return place
+    @property
+    def usage(self) -> Usage:
+        """The tokens of prompt and answer so far; read at any time, also while it works and after it was cancelled."""
+        ...
 
-    def _admit(self, key: str) -> None:
-        queue = self._queues[key]
-        self._queues.move_to_end(key)
-        turn = queue.popleft()
-        self.waiting -= 1
-        if not queue:
-            del self._queues[key]
-        if not turn.done():  # else it was cancelled, and is not yet aware of it
-            turn.set_result(self._enter(key))
+    def whole(self) -> Coroutine[Any, Any, BaseModel]:
+        """The answer."""
+        ...
 
-    def _make_room(self, key: str) -> None:
-        """Send the newest of the longest queue away. Raises: Busy (none is longer than the key's own would be)."""
-        own = len(self._queues.get(key, ()))
-        longest = max(self._queues, key=lambda each: len(self._queues[each]), default=key)
-        full = Busy(
-            503,
-            f"this server is full: {self.inside} requests are under way and {self.waiting} wait",
-            retry_seconds=self.wait_seconds(self.waiting + 1),
-            code="server_full",
-        )
-        if len(self._queues.get(longest, ())) <= own + 1:
-            raise full
-        turn = self._queues[longest].pop()
-        self._left(longest)
-        if not turn.done():
-            turn.set_exception(full)
+    def events(self) -> AsyncGenerator[Event, None]:
+        """The events of a stream."""
+        ...
 
-    def _left(self, key: str) -> None:
-        """One of a key's turns was taken out of its queue."""
-        self.waiting -= 1
-        if not self._queues[key]:
-            del self._queues[key]
+    def cancel(self) -> None:
+        """Stop the work; harmless once it has ended. Called once it is over, however it ended."""
+        ...
+
+
+class Door:
+    """The one way to the engines.
+
+    Args:
+        keys: where keys are kept; None: anybody may ask.
+    """
+
+    def __init__(self, bounds: Bounds | None = None, keys: Keys | None = None) -> None:
+        self.bounds = bounds or Bounds()
+        self.callers = Callers(keys)
+        # Where there are no keys, all who ask are one.
+        reserved = 0 if keys is None or self.bounds.at_once == 1 else max(1, self.bounds.at_once // 8)
+        self.places = Places(self.bounds.at_once, self.bounds.waiting, reserved)
+        self.metrics = Metrics(self.places)
+        self.is_closing = False
+        """Whether new work is refused, so that what is under way may end."""
+
+    async def caller(self, request: Request) -> Caller:
+        """Who asks; the guard in front of the routes found it out."""
+        return request.state.caller
+
+    async def answer(
+        self, request: Request, make: Callable[[], Awaitable[Work]], *, stream: bool, model: str
+    ) -> Response:
+        """Answer a request whose body was read, whole or as a stream.
+
+        Args:
+            make: begins the work; awaited once there is a place. It may raise Refused, and may be cancelled.
+            model: the name of a model that is served: never what a client wrote.
+
+        Raises:
+            Refused: 429: the key's quota; 503: no place, or the server ends; 504: its time was up; what `make` and the work
+                raise.
+        """
+        self._admit(request.state.caller)
+        visit = _Visit(self, request.state.caller, model)
+        limit = asyncio.timeout_at(visit.deadline)
+        outcome: Outcome = "failed"
+        response: Response | None = None
+        try:
+            async with limit:
+                work = await while_connected(request.receive, visit.enter(make))
+                if stream:
+                    response = EventStream(visit.events(work), visit.end, visit.deadline, _late())
+                    return response
+                answer = await while_connected(request.receive, work.whole())
+                outcome = "ended"
+                return json_reply(answer)
+        except ClientGone:
+            outcome = "gone"
+            return Response(status_code=499)  # nobody reads it
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            outcome = "late"
+            raise _late() from None
+        finally:
+            if response is None:
+                visit.end(outcome)
+
+    async def close(self) -> None:
+        """Write down what was used."""
+        await self.callers.close()
+
+    def _admit(self, caller: Caller) -> None:
+        """Raises: Busy."""
+        if self.is_closing:
+            what = "this server is ending, and takes no more requests"
+            raise Busy(503, what, retry_seconds=5, code="shutting_down")
+        self.callers.admit(caller, self.places.seconds_each)
+
+
+def _late() -> Refused:
+    return Refused(504, "the time that this server gives a request was up", code="deadline_exceeded")
+
+
+class _Visit:
+    """One request for work, from the queue to its end."""
+
+    def __init__(self, door: Door, caller: Caller, model: str) -> None:
+        self.deadline = asyncio.get_running_loop().time() + door.bounds.max_seconds
+        self._door = door
+        self._caller = caller
+        self._model = model
+        self._came = time.perf_counter()
+        self._place: Place | None = None
+        self._work: Work | None = None
+        self._has_failed = False
+
+    async def enter(self, make: Callable[[], Awaitable[Work]]) -> Work:
+        """Wait for a place, and begin. Raises: Refused."""
+        door = self._door
+        try:
+            self._place = await door.places.take(self._caller.key)
+        except Busy:
+            door.callers.turned_away(self._caller)
+            raise
+        door.metrics.entered(self._seconds)
+        self._work = work = await make()
+        door.callers.began(self._caller, work)
+        return work
+
+    async def events(self, work: Work) -> AsyncGenerator[Event, None]:
+        """The work's events; a fault of ours is the last one."""
+        has_begun = False
+        try:
+            async with contextlib.aclosing(work.events()) as events:
+                async for event in events:
+                    if not has_begun and work.usage.completion_tokens:
+                        has_begun = True
+                        self._door.metrics.began(self._model, self._seconds)
+                    yield event
+        except Exception as error:
+            self._has_failed = True
+            _log.error("a stream broke: %s", trace(error))
+            yield Event(FAULT.body().model_dump_json())
+
+    def end(self, outcome: Outcome) -> None:
+        """Leave: stop the work, count it, give the place back."""
+        door = self._door
+        if self._work is not None:
+            self._work.cancel()
+            outcome = "failed" if self._has_failed else outcome
+            door.metrics.ended(self._model, outcome, self._seconds, self._work.usage)
+        door.callers.left(self._caller, self._work)
+        if self._place is not None:
+            door.places.give_back(self._place)
+
+    @property
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._came

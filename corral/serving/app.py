@@ -19,18 +19,18 @@ from starlette.middleware.cors import CORSMiddleware
 import corral
 from corral.engines.base import Engine, Sampling
 from corral.errors import DatabaseError
-from corral.serving.admission import Busy
-from corral.serving.answering import faults
+from corral.serving.admission import Door
+from corral.serving.chat_handler import asked
 from corral.serving.chat_protocol import ChatRequest
-from corral.serving.completions import asked
-from corral.serving.door import Door
-from corral.serving.guard import Envelope, Guard
-from corral.serving.legacy import asked_text
-from corral.serving.legacy_protocol import CompletionRequest
-from corral.serving.metrics import CONTENT_TYPE
-from corral.serving.models import Models
+from corral.serving.completions_handler import asked_text
+from corral.serving.completions_protocol import CompletionRequest
+from corral.serving.generation import faults
+from corral.serving.http_responses import error_reply, json_reply
+from corral.serving.middleware import Envelope, Guard
+from corral.serving.prometheus import CONTENT_TYPE
 from corral.serving.protocol import ModelList, Refused, refusal
-from corral.serving.replies import error_reply, json_reply
+from corral.serving.request_queue import Busy
+from corral.serving.served_models import Models
 
 _WORDS = {404: "there is no such route", 405: "this route has no such method"}
 _LOOK_SECONDS = 1.0  # anybody may ask whether the engines take work: they are not asked more often than this

@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from corral.serving.door import Bounds
+from corral.serving.admission import Bounds
+from corral.serving.http_responses import request_number
 from corral.serving.protocol import Refused
-from corral.serving.replies import request_number
 
 _MOST_PIECES = 4096
 _UNWANTED_BYTES = 2**21  # twice the largest body: who sends that much in vain still hears why

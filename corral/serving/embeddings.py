@@ -17,11 +17,11 @@ from fastapi import APIRouter, Request, Response
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from corral.embedding import ASSET, LONGEST, SIZE, Embedder
-from corral.serving.answering import usage
-from corral.serving.door import Door, Event
-from corral.serving.models import Models
+from corral.engines.embedding import ASSET, LONGEST, SIZE, Embedder
+from corral.serving.admission import Door, Event
+from corral.serving.generation import usage
 from corral.serving.protocol import USUAL, Body, Limits, Refused, Usage, only
+from corral.serving.served_models import Models
 
 T = TypeVar("T")
 

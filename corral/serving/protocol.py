@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias, cast
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from corral.consensus import Method, Stop
+from corral.answering.consensus import Method, Stop
 from corral.errors import InputError
 
 

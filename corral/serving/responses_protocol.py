@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 from corral.engines.base import Sampling
 from corral.messages import Conversation
 from corral.messages import Role as PlainRole
-from corral.serving.conversations import Stored
+from corral.serving.conversation_store import Stored
 from corral.serving.protocol import (
     USUAL,
     AskConversation,
@@ -29,8 +29,8 @@ from corral.serving.protocol import (
     Zero,
     only,
 )
-from corral.serving.records import Item, Page, Role
-from corral.serving.turns import StoredResponse
+from corral.serving.response_store import StoredResponse
+from corral.serving.tables import Item, Page, Role
 
 _MOST_PAIRS = 16
 

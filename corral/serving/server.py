@@ -17,17 +17,17 @@ from dataclasses import dataclass
 import uvicorn
 from fastapi import APIRouter, FastAPI
 
-from corral.engines.load import Name
+from corral.engines.registry import Name
 from corral.errors import InputError
 from corral.interrupts import Interrupts, Stopped
-from corral.serving import embeddings, responses
+from corral.serving import embeddings, responses_routes
+from corral.serving.admission import Bounds, Door
+from corral.serving.api_keys import Keys
 from corral.serving.app import build_app
 from corral.serving.connections import connection_type
-from corral.serving.conversations import Conversations
+from corral.serving.conversation_store import Conversations
 from corral.serving.database import Database
-from corral.serving.door import Bounds, Door
-from corral.serving.keys import Keys
-from corral.serving.models import Models, open_served
+from corral.serving.served_models import Models, open_served
 
 _GRACE_SECONDS = 25.0  # for answers under way when the server is told to end; under the 30 that Kubernetes gives
 _LAST_SECONDS = 2  # for what is not work, after that, and for the last counts
@@ -138,7 +138,7 @@ def _routers(models: Models, door: Door, database: Database | None) -> list[APIR
     """The routes that only some servers have."""
     routers: list[APIRouter] = []
     if database is not None:
-        routers.append(responses.routes(models, Conversations(database), door))
+        routers.append(responses_routes.routes(models, Conversations(database), door))
     if models.embed is not None:
         routers.append(embeddings.routes(models, door))
     return routers

@@ -23,11 +23,11 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corral.decoding import StreamDecoder, TokenBytes
 from corral.errors import TemplateError
 from corral.messages import Conversation
+from corral.template.decoding import StreamDecoder, TokenBytes
 from corral.template.rendering import Messages, Pieces, Rendering
-from corral.template.tokenising import Marked, PieceTokenizer
+from corral.template.tokenization import Marked, PieceTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -304,7 +304,7 @@ class Template:
 
 def shipped() -> dict[str, str]:
     """The templates that ship with corral, by name: their Jinja2 text, with markers."""
-    files = (f for f in resources.files("corral.templates").iterdir() if f.name.endswith(".jinja"))
+    files = (f for f in resources.files("corral.template").joinpath("shipped").iterdir() if f.name.endswith(".jinja"))
     return {f.name.removesuffix(".jinja"): f.read_text("utf-8") for f in sorted(files, key=lambda f: f.name)}
 
 

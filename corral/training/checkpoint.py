@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from corral.errors import CheckpointError, StorageError
 from corral.storage import new_directory, remove_tree, sha256_file, write_json
-from corral.training.guard import Watch
+from corral.training.divergence import Watch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

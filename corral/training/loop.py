@@ -27,16 +27,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from corral.data.example_store import Example, Rows
 from corral.data.packing import packs
-from corral.data.rows import Example, Rows
 from corral.model.loading import quiet
-from corral.model.packed import target_logprobs
-from corral.training import guard, metrics, optimizers, sharding
+from corral.model.packed_forward import target_logprobs
+from corral.training import divergence, optimizers, sharding, step_metrics
 from corral.training.checkpoint import State
 from corral.training.distributed import World
-from corral.training.metrics import Metrics
 from corral.training.objectives import Objective
-from corral.training.order import Order
+from corral.training.sampler import Order
+from corral.training.step_metrics import Metrics
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -136,7 +136,7 @@ class Training:
         scale = _FIRST_SCALE if self._half else 1.0
         state = resumed or State(step=0, tokens=0, seconds=0.0, best_step=0, best_loss=None, worse=0, scale=scale)
         if self.world.is_main:
-            metrics.forget_after(self.folder, state.step)
+            step_metrics.forget_after(self.folder, state.step)
         if resumed is None and self.held_out:
             loss = self.evaluate()
             self._tell(Metrics(0, None, loss, 0.0, None, 0, 0.0, _peak_memory(self.model), 0.0), on_step)
@@ -172,7 +172,7 @@ class Training:
 
     def _tell(self, line: Metrics, on_step: Callable[[Metrics], None]) -> None:
         if self.world.is_main:
-            metrics.append(self.folder, line)
+            step_metrics.append(self.folder, line)
             on_step(line)
 
     def _is_last(self, state: State) -> bool:
@@ -187,7 +187,7 @@ class Training:
         if self._sharded is not None:
             self._sharded.release()
         total = self.world.sum(sum(torch.stack(losses).tolist()) if losses else 0.0)
-        guard.check_held_out(total, self.held_out, self._alone)
+        divergence.check_held_out(total, self.held_out, self._alone)
         return total / sum(self.objective.units(e) for e in self.held_out)
 
     def _step(self, state: State) -> tuple[State, Metrics]:
@@ -202,7 +202,7 @@ class Training:
         overflow = state.scale > 1 and math.isfinite(loss) and not math.isfinite(norm)
         watch = state.watch.after(loss, norm)
         if not overflow:
-            guard.check(step, loss, norm, watch, batch, self._alone)
+            divergence.check(step, loss, norm, watch, batch, self._alone)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         tokens, seconds = sum(_length(e) for e in batch), time.perf_counter() - began

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from corral.data.prepared import Example
+    from corral.data.prepare import Example
 
 
 class Objective(Protocol):

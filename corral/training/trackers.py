@@ -16,7 +16,7 @@ from corral.errors import TrainingError
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
-    from corral.training.metrics import Metrics
+    from corral.training.step_metrics import Metrics
 
 
 class Trackers:

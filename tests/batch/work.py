@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from corral.answerer import Answerer
+from corral.answering.answerer import Answerer
+from corral.answering.consensus import Consensus
 from corral.batch import Outcome, answer_file
-from corral.batch.answering import answer_here
 from corral.batch.journal import Journal
-from corral.consensus import Consensus
+from corral.batch.local_worker import answer_here
 from corral.engines.base import Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.errors import EngineError

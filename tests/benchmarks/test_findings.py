@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from corral.answerer import Answerer
+from corral.answering.answerer import Answerer
 from corral.engines.base import Sampling
 from corral.engines.scripted import ScriptedEngine
-from corral.evaluation.runner import Item, Maker, RowFile
+from corral.evaluation.inference import Item, Maker, RowFile
 from corral.evaluation.scorecard import Comparison, Scorecard, build
 from corral.evaluation.scoring import Row, VariantRows
 from corral.messages import Conversation

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from corral.data.choosing import Plan
-from corral.data.formatted import source_rows
-from corral.data.prepared import Prepared, prepare
+from corral.data.prepare import Prepared, prepare
+from corral.data.selection import Plan
+from corral.data.source_rows import source_rows
 from corral.progress import Progress
 from corral.recipe import Data, Source, Split
 from corral.template import Template

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from corral.data.formatted import SourceRows, source_rows
-from corral.data.prepared import Prepared, prepare
+from corral.data.prepare import Prepared, prepare
+from corral.data.source_rows import SourceRows, source_rows
 from corral.errors import DataError
 from corral.messages import Conversation, Feedback
 from corral.progress import Progress

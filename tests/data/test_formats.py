@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corral.data.formats import FORMATS, FormatError, choose, recognise
-from corral.data.plaintext import PlainText
+from corral.data.formats import FORMATS, FormatError, choose, recognition
+from corral.data.plain_text import PlainText
 from corral.errors import DataError
 from corral.messages import Conversation, Feedback, Preference, Record, Text, record_key
 from corral.recipe import Mapping, Source
@@ -292,7 +292,7 @@ def test_another_source_is_known_by_its_rows(name: str) -> None:
     row, _, expected = GOOD[name]
     chosen = choose(Source(path="rows.jsonl"), [row, row])
     assert chosen.name == name
-    assert chosen.why.partition("; answers are counted")[0] == recognise([row, row]).why
+    assert chosen.why.partition("; answers are counted")[0] == recognition([row, row]).why
     assert chosen.to_record(row) == expected
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pyarrow import parquet
 
-from corral.data.prepared import Prepared
+from corral.data.prepare import Prepared
 from corral.errors import DataError, GateError
 from corral.messages import Conversation
 from corral.recipe import Split

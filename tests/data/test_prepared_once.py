@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from corral.data import cache as caches
-from corral.data.prepared import Prepared, prepare
+from corral.data.prepare import Prepared, prepare
 from corral.errors import DataError
 from corral.progress import Progress
 from corral.recipe import Data, Split
@@ -180,7 +180,7 @@ def test_two_processes_may_prepare_the_same_rows_at_the_same_time(tiny_folder: P
     write_rows(tmp_path / "a.jsonl", chats(600))
     code = (
         "import sys; from pathlib import Path; from transformers import AutoTokenizer\n"
-        "from corral.data.prepared import prepare; from corral.recipe import Data, Source\n"
+        "from corral.data.prepare import prepare; from corral.recipe import Data, Source\n"
         "from corral.template import Template\n"
         "template = Template.load(AutoTokenizer.from_pretrained(sys.argv[1]))\n"
         "prepare(Data(sources=(Source(path='a.jsonl'),)), template, Path(sys.argv[2]), 0, cache=Path('cache'))\n"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from corral.data.prepared import Prepared
+from corral.data.prepare import Prepared
 from corral.data.preview import Piece, pick, pieces, to_html, to_terminal
 from corral.errors import TemplateError
 from corral.messages import Conversation

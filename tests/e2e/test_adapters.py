@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from corral.answering.open_model import open_model
 from corral.engines.base import Sampling
 from corral.messages import Conversation
-from corral.opening import open_model
 from tests.e2e.conftest import corral
 from tests.e2e.test_serve import address, serving
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from corral.answerer import Answerer
+from corral.answering.answerer import Answerer
 from corral.engines.base import Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.model.loading import load_tokenizer
-from corral.serving.answering import Served
+from corral.serving.generation import Served
 from corral.template import Template
 from tests.serving.conftest import running
 

@@ -15,7 +15,7 @@ from typing import Any
 import openai
 import pytest
 
-from corral.opening import open_model
+from corral.answering.open_model import open_model
 from tests.e2e.test_serve import address, serving
 
 pytestmark = [

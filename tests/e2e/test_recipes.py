@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from corral.data.prepared import prepare
-from corral.data.small import STARTER, small
+from corral.data.prepare import prepare
+from corral.data.small_form import STARTER, small
 from corral.recipe import Recipe, load
 from corral.template import Template
 from tests.template.real import tokenizer

@@ -118,10 +118,10 @@ def test_ctrl_c_and_the_same_command_again_ends_where_an_uninterrupted_run_does(
 def test_the_merged_model_is_a_plain_folder_that_transformers_loads_and_that_stops(finished: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from corral.answerer import Answerer
-    from corral.blocking import blocking
+    from corral.answering.answerer import Answerer
+    from corral.answering.sync import blocking
     from corral.engines.base import Sampling
-    from corral.engines.load import load_engine
+    from corral.engines.registry import load_engine
     from corral.messages import Conversation
     from corral.model.loading import load_tokenizer
     from corral.template import Template
@@ -144,10 +144,10 @@ def test_the_merged_model_is_a_plain_folder_that_transformers_loads_and_that_sto
 
 
 def test_merged_equals_adapter_on_held_out_rows(finished: Path, tiny_folder: Path) -> None:
-    from corral.data.prepared import Prepared
+    from corral.data.prepare import Prepared
     from corral.model import adapters
     from corral.model.loading import load_model
-    from corral.model.packed import score
+    from corral.model.packed_forward import score
 
     rows = Prepared.open(finished / "run/prepare").test
     ids = [rows[i].sequences[0].ids for i in range(6)]

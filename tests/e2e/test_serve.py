@@ -19,10 +19,10 @@ from typing import Any
 import openai
 import pytest
 
+from corral.answering.open_model import open_model
 from corral.cli import parser
 from corral.engines.base import Sampling
 from corral.messages import Conversation
-from corral.opening import open_model
 from tests.e2e.conftest import corral
 
 ROOT = Path(__file__).parent.parent.parent

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from corral.engines.base import Completion, Engine, Sampling
-from corral.engines.remote import RemoteEngine
+from corral.engines.remote.engine import RemoteEngine
 from tests.conftest import Request
 from tests.engines.conformance import DRAWN, complete
 

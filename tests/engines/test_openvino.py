@@ -18,12 +18,12 @@ import psutil
 import pytest
 import torch
 
-from corral.contract import TOLERANCES, compare_logprobs
 from corral.engines import openvino as engines
 from corral.engines.base import Completion, Delta, Engine, Generation, Sampling
 from corral.engines.openvino import OpenVinoEngine
 from corral.errors import EngineClosedError, EngineError, MissingExtraError, ModelError
-from corral.model.openvino import MODEL, write_model
+from corral.export.contract import TOLERANCES, compare_logprobs
+from corral.model.openvino_graph import MODEL, write_model
 from tests.engines.conformance import DRAWN, GREEDY, EngineConformance, Subject, complete, deltas_of, finishes, long_run
 from tests.engines.test_transformers import PROMPTS, generated, model
 from tests.engines.tiny import CONTEXT, VOCABULARY, tiny_llama

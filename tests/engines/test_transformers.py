@@ -17,8 +17,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from corral.engines.base import Completion, Sampling
+from corral.engines.shared_model import Turns
 from corral.engines.transformers import TransformersEngine
-from corral.engines.turns import Turns
 from corral.errors import EngineClosedError, EngineError, RequestError
 from tests.engines.conformance import DRAWN, GREEDY, EngineConformance, Failing, Subject, complete
 from tests.engines.tiny import CONTEXT, VOCABULARY, tiny_llama
@@ -290,16 +290,16 @@ def test_prompts_of_unlike_lengths_are_not_padded_to_each_other() -> None:
 
 
 def test_waiting_scores_are_computed_together_in_bounded_packs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from corral.model import packed
+    from corral.model import packed_forward
 
     packs: list[int] = []
-    score = packed.score
+    score = packed_forward.score
 
     def spied(of: Any, sequences: Any, starts: Any) -> Any:
         packs.append(sum(map(len, sequences)))
         return score(of, sequences, starts)
 
-    monkeypatch.setattr(packed, "score", spied)
+    monkeypatch.setattr(packed_forward, "score", spied)
 
     async def test() -> None:
         async with TransformersEngine(model()) as engine:

@@ -26,12 +26,12 @@ pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm`
 import psutil
 import torch
 
-from corral import contract
+from corral.answering.open_model import open_model
 from corral.engines.base import Completion, Engine, Sampling
-from corral.engines.load import load_engine, load_engines
+from corral.engines.registry import load_engine, load_engines
 from corral.engines.vllm import VllmEngine
 from corral.errors import EngineError, ModelError, RequestError
-from corral.opening import open_model
+from corral.export import contract
 from tests.conftest import make_tiny_model
 from tests.engines.conformance import DRAWN, GREEDY, EngineConformance, Subject, complete, long_run
 from tests.engines.test_transformers import PROMPTS, generated

@@ -10,11 +10,11 @@ from rich.console import Console
 
 from corral.errors import InputError
 from corral.evaluation import statistics
-from corral.evaluation.bleu import bleu, bleu_statistics
 from corral.evaluation.scorecard import Scorecard, build, compare, cost_rows, render, table_rows
 from corral.evaluation.scoring import Row, VariantRows, score_rows
 from corral.evaluation.statistics import holm
-from corral.rouge import Rouge
+from corral.metrics.bleu import bleu, bleu_statistics
+from corral.metrics.rouge import Rouge
 
 SAMPLE = "boil the rice in salted water then drain it and stir in butter peas and two beaten eggs until set"
 WORDS = SAMPLE.split()

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from corral.errors import InputError
-from corral.evaluation.bleu import bleu
 from corral.evaluation.statistics import Measure, compare, estimate, holm
+from corral.metrics.bleu import bleu
 
 Floats = NDArray[np.float64]
 

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from corral.evaluation import tasks
-from corral.evaluation.questions import Question
+from corral.evaluation.question_sets import Question
 from corral.evaluation.tasks import Task, draw
 
 PROBLEMS = [Question(f"What is {i} plus {i}?", str(2 * i), (str(2 * i),)) for i in range(50)]

@@ -10,5 +10,5 @@ import peft  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 import corral.cli
-import corral.pipeline  # noqa: F401
+import corral.pipeline.execution  # noqa: F401
 import tests.invariants.work  # noqa: F401

@@ -23,12 +23,12 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
-from corral.evaluation.runner import RowFile
+from corral.evaluation.inference import RowFile
 from corral.model import adapters, loading
-from corral.model.quantised import Quantization
+from corral.model.quantisation import Quantization
 from corral.recipe import Lora, Optimizer, Train
 from corral.storage import new_directory
-from corral.training import metrics
+from corral.training import step_metrics
 from corral.training.loop import Outcome, Training
 from corral.training.objectives import OBJECTIVES
 from tests.training.tiny import make_examples
@@ -155,7 +155,7 @@ def die_at(instant: Instant) -> None:
         "rename": (os, "rename"),
         "replace": (os, "replace"),
         "fsync": (os, "fsync"),
-        "append": (metrics, "append"),
+        "append": (step_metrics, "append"),
         "add": (RowFile, "add"),
         "save_file": (safetensors.torch, "save_file"),
     }[instant.call]
@@ -171,7 +171,7 @@ def die_at(instant: Instant) -> None:
                 os.kill(os.getpid(), instant.signal)
                 return original(*args, **kwargs)
             if instant.call in ("append", "add"):
-                with (args[0] / metrics.FILE if instant.call == "append" else args[0].path).open("a") as file:
+                with (args[0] / step_metrics.FILE if instant.call == "append" else args[0].path).open("a") as file:
                     file.write('{"step": 1, "lo')
             if instant.call == "save_file":
                 original(*args, **kwargs)

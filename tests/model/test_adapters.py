@@ -107,7 +107,7 @@ def test_of_a_whole_model_every_weight_is_trained_and_tied_ones_are_one() -> Non
 
 
 def test_a_whole_model_in_bfloat16_keeps_its_weights_and_gradients_in_float32() -> None:
-    from corral.model.packed import target_logprobs
+    from corral.model.packed_forward import target_logprobs
 
     def trained(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         model = adapters.whole(make_tiny_model(300, initializer_range=0.05), dtype)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from corral.contract import TOLERANCES, compare_logprobs
 from corral.errors import ModelError
-from corral.model import adapters, merging, packed, quantised
+from corral.export.contract import TOLERANCES, compare_logprobs
+from corral.model import adapters, merging, packed_forward, quantisation
 from corral.model.loading import load_model, load_tokenizer
-from corral.model.quantised import Quantization
+from corral.model.quantisation import Quantization
 from corral.recipe import Lora
 from corral.template import Template
 from tests.conftest import make_tiny_model
@@ -47,13 +47,13 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def logprobs(model: Any) -> list[list[float]]:
-    return packed.score(model.eval(), SEQUENCES, [1] * len(SEQUENCES))
+    return packed_forward.score(model.eval(), SEQUENCES, [1] * len(SEQUENCES))
 
 
 def merged(folder: Path, adapter: Path, dtype: DType, quantization: Quantization | None) -> Any:
     model = load_model(folder, dtype=dtype, quantization=quantization)
     if quantization is not None:
-        quantised.restore(model, getattr(torch, dtype))
+        quantisation.restore(model, getattr(torch, dtype))
     return merging.merged(adapters.load(model, adapter))
 
 
@@ -82,7 +82,7 @@ def test_an_int8_model_merges_into_its_restored_weights_and_stays_close_to_what_
 ) -> None:
     path, int8 = adapter(Lora(targets="all-linear")), Quantization("int8")
     restored = load_model(folder, dtype=dtype, quantization=int8)
-    quantised.restore(restored, getattr(torch, dtype))
+    quantisation.restore(restored, getattr(torch, dtype))
     found = logprobs(merged(folder, path, dtype, int8))
     assert compare_logprobs("restored", logprobs(adapters.load(restored, path)), found, TOLERANCES[dtype]).passed
     trained = logprobs(adapters.load(load_model(folder, dtype=dtype, quantization=int8), path))

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from corral.model import gpu, packed
-from corral.model.fused import fuse
+from corral.model import gpu_layers, packed_forward
+from corral.model.cpu_fused import fuse
 from tests.conftest import make_tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -42,7 +42,7 @@ def adapted(device: str, dtype: torch.dtype, *, fused: bool) -> Any:
 
 def losses_and_gradients(model: Any, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     model.zero_grad()
-    losses = torch.cat(packed.target_logprobs(model, sequences, [range(1, len(s)) for s in sequences]))
+    losses = torch.cat(packed_forward.target_logprobs(model, sequences, [range(1, len(s)) for s in sequences]))
     losses.sum().backward()
     gradients = [p.grad.float().cpu().flatten() for p in model.parameters() if p.requires_grad]
     return losses.detach().cpu(), torch.cat(gradients)
@@ -97,7 +97,7 @@ def test_in_bfloat16_they_are_as_near_as_those_of_plain_transformers_and_peft(ch
 def test_uncompiled_layers_are_as_near(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = plain(adapted("cpu", torch.float32, fused=False), rows())
     theirs = plain(adapted("cuda", torch.bfloat16, fused=False), rows())
-    monkeypatch.setattr(gpu, "compiles", lambda _: False)  # pyright: ignore[reportUnknownLambdaType]
+    monkeypatch.setattr(gpu_layers, "compiles", lambda _: False)  # pyright: ignore[reportUnknownLambdaType]
     found = losses_and_gradients(adapted("cuda", torch.bfloat16, fused=True), rows())
     for ours, plain_ones, expected in zip(found, theirs, exact, strict=True):
         assert gap(ours, expected) < 1.25 * gap(plain_ones, expected)
@@ -105,8 +105,8 @@ def test_uncompiled_layers_are_as_near(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_kernel_takes_grouped_heads_from_ampere_on() -> None:
     grouped = torch.cuda.get_device_capability() >= (8, 0)
-    assert gpu._kernel(0, torch.bfloat16, 128) == ("grouped" if grouped else None)  # pyright: ignore[reportPrivateUsage]
-    assert gpu._kernel(0, torch.float32, 128) is None  # pyright: ignore[reportPrivateUsage]
+    assert gpu_layers._kernel(0, torch.bfloat16, 128) == ("grouped" if grouped else None)  # pyright: ignore[reportPrivateUsage]
+    assert gpu_layers._kernel(0, torch.float32, 128) is None  # pyright: ignore[reportPrivateUsage]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -114,9 +114,9 @@ def test_attention_over_a_pack_is_that_of_each_sequence_alone(dtype: torch.dtype
     torch.manual_seed(0)
     q = torch.randn(203, 8, 64, device="cuda", dtype=dtype)
     k, v = (torch.randn(203, 2, 64, device="cuda", dtype=dtype) for _ in range(2))
-    ends = gpu.ends_of(LENGTHS, q.device)
+    ends = gpu_layers.ends_of(LENGTHS, q.device)
     assert ends is not None
-    found = gpu.attend(q, k, v, 0.125, LENGTHS, ends)
+    found = gpu_layers.attend(q, k, v, 0.125, LENGTHS, ends)
     wide = (t.float().repeat_interleave(8 // t.shape[1], 1).transpose(0, 1)[None].split(LENGTHS, 2) for t in (q, k, v))
     alone = [F.scaled_dot_product_attention(*three, is_causal=True, scale=0.125) for three in zip(*wide, strict=True)]
     assert gap(found.float(), torch.cat(alone, 2)[0].transpose(0, 1)) < (1e-5 if dtype == torch.float32 else 1e-2)
@@ -132,7 +132,7 @@ def test_one_program_serves_packs_of_all_lengths_and_nothing_waits_for_the_devic
     for lengths in ((9, 30), (400,), (3, 4, 5, 6, 90)):
         sequences = rows(lengths)
         with waiting_is_an_error():
-            found = packed.target_logprobs(model, sequences, [range(1, n) for n in lengths])
+            found = packed_forward.target_logprobs(model, sequences, [range(1, n) for n in lengths])
             torch.cat(found).sum().backward()
     assert counters["stats"]["unique_graphs"] == compiled
 
@@ -143,7 +143,7 @@ def test_the_head_gives_what_it_gives_on_the_cpu() -> None:
     results: list[tuple[Tensor, Tensor]] = []
     for device in ("cpu", "cuda"):
         h = hidden.to(device).requires_grad_()
-        found = packed.token_logprobs(h, weight.to(device), targets.to(device))
+        found = packed_forward.token_logprobs(h, weight.to(device), targets.to(device))
         found.square().sum().backward()
         assert h.grad is not None
         results.append((found.detach().cpu(), h.grad.cpu()))
@@ -153,7 +153,7 @@ def test_the_head_gives_what_it_gives_on_the_cpu() -> None:
 
 def test_training_gives_the_losses_of_the_cpu(tmp_path: Path) -> None:
     pytest.importorskip("pydantic")
-    from corral.data.rows import Example
+    from corral.data.example_store import Example
     from corral.messages import Conversation
     from corral.model import adapters
     from corral.recipe import Lora, Train

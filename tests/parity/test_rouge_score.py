@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rouge_score import tokenize
 from rouge_score.rouge_scorer import RougeScorer
 
-from corral.rouge import Rouge, ascii_words
+from corral.metrics.rouge import Rouge, ascii_words
 
 SAMPLE = """
 the a was wa gas run runs running runner relational flies dying news skies fully agreed feed hoping hopping generalizations

@@ -13,8 +13,8 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.significance import PairedTest
 
 from corral.evaluation import statistics
-from corral.evaluation.bleu import bleu, bleu_signature, bleu_statistics
 from corral.evaluation.statistics import Measure
+from corral.metrics.bleu import bleu, bleu_signature, bleu_statistics
 
 SAMPLE = "mix the flour, sugar and 2.5 eggs; bake (at 180 °C) for half an hour until it's golden. Süß 東京"
 WORDS = SAMPLE.split()

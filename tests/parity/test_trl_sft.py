@@ -12,7 +12,7 @@ from corral.model import adapters
 from corral.recipe import Lora, Optimizer, Train
 from corral.training.loop import Training
 from corral.training.objectives import OBJECTIVES
-from corral.training.order import Order
+from corral.training.sampler import Order
 from tests.conftest import make_tiny_model
 from tests.training.tiny import make_examples
 

@@ -10,8 +10,8 @@ import torch
 
 from corral.errors import ModelError, RecipeError
 from corral.model import adapters, loading
-from corral.model.quantised import Quantization
-from corral.preflight import estimate, footprint
+from corral.model.quantisation import Quantization
+from corral.preflight import estimate, memory
 from corral.preflight.estimate import DEVICES, Device, Pack, Shape
 from corral.recipe import Train
 from tests.conftest import make_tiny_model
@@ -58,13 +58,13 @@ def test_what_layers_keep_and_weights_take_is_as_estimated(name: str, folder: Pa
     trained = adapters.whole(model, compute) if full else adapters.attach(model, train.lora, seed=0)
     if train.gradient_checkpointing:
         trained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    measured = footprint.of_a_pass(trained, IDS, POSITIONS)
+    measured = memory.of_a_pass(trained, IDS, POSITIONS)
     shape = Shape.of(folder)
     parts = estimate.memory(shape, train, PACK, HERE, dtype)
     assert measured["pack_tokens"] == PACK.tokens
     assert parts.activations == pytest.approx(measured["activations"], rel=0.15)
     assert 0.7 < parts.head / measured["head"] < 3
-    assert parts.weights == pytest.approx(footprint.weights_bytes(trained), rel=0.02)
+    assert parts.weights == pytest.approx(memory.weights_bytes(trained), rel=0.02)
     assert shape.trained(train) == sum(p.numel() for p in trained.parameters() if p.requires_grad)
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from corral.data.example_store import Rows, RowsWriter
 from corral.data.packing import packs
-from corral.data.rows import Rows, RowsWriter
 from corral.preflight.workload import Workload
 from corral.recipe import Train
-from corral.training.order import Order
+from corral.training.sampler import Order
 from tests.training.tiny import make_examples
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from corral import recipe, reference
+from corral import recipe
 from corral.errors import RecipeError
+from corral.recipe import reference
 
 ROOT = Path(__file__).parent.parent.parent
 GOOD = """
@@ -22,7 +23,7 @@ steps = 3
 
 
 def test_every_recipe_that_ships_is_valid() -> None:
-    found = [*sorted((ROOT / "recipes").glob("*.toml")), ROOT / "corral" / "starter.toml"]
+    found = [*sorted((ROOT / "recipes").glob("*.toml")), ROOT / "corral" / "recipe" / "starter.toml"]
     assert len(found) >= 2
     for path in found:
         recipe.load(path)

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from corral.contract import Check, Tolerance
 from corral.data.ledger import Ledger
 from corral.evaluation import scorecard
 from corral.evaluation.scoring import Row, VariantRows
+from corral.export.contract import Check, Tolerance
 from corral.recipe import parse
 
 Maker = Callable[..., Path]

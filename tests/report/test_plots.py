@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from corral.report import findings, plots
+from corral.report import plots, verdict
 from corral.report.plots import Look
-from corral.report.reading import Training
+from corral.report.run_record import Training
 from tests.report.conftest import card, metrics
 
 LOOKS = [Look(width, dark) for width in ("wide", "half", "narrow") for dark in (False, True)]
@@ -34,7 +34,7 @@ def test_curves_need_no_run() -> None:
 
 @pytest.mark.parametrize("look", LOOKS, ids=str)
 def test_pictures_are_drawn_on_the_ground_they_are_for(look: Look) -> None:
-    trainings, scores = [Training("train-1-sft", metrics())], findings.scores(card())
+    trainings, scores = [Training("train-1-sft", metrics())], verdict.scores(card())
     for png in (*plots.curves(trainings, look).values(), plots.scorecard(scores, look)):
         image = opened(png)
         assert image.width == {"wide": 1720, "half": 840, "narrow": 700}[look.width]
@@ -68,14 +68,14 @@ def test_names_are_never_read_as_formulas() -> None:
     value["variants"][r"$\frac{1$"] = value["variants"].pop("tuned")
     for comparison in value["comparisons"]:
         comparison["a"] = r"$\frac{1$"
-    opened(plots.scorecard(findings.scores(value), Look()))
+    opened(plots.scorecard(verdict.scores(value), Look()))
     opened(plots.loss([Training(r"$\frac{1$", metrics()), Training("$^$", metrics())], Look()))
 
 
 def test_a_scorecard_is_drawn_for_variants_that_were_not_compared() -> None:
     value = card()
     value["comparisons"] = []
-    opened(plots.scorecard(findings.scores(value), Look()))
+    opened(plots.scorecard(verdict.scores(value), Look()))
 
 
 def test_smoothing_starts_at_the_first_value_and_keeps_a_constant() -> None:

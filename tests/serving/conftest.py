@@ -17,16 +17,16 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 
-from corral.answerer import Answerer
+from corral.answering.answerer import Answerer
 from corral.engines.base import Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.engines.transformers import TransformersEngine
 from corral.model.loading import load_model, load_tokenizer
-from corral.serving.answering import Served
+from corral.serving.admission import Door
 from corral.serving.app import build_app
 from corral.serving.database import Database
-from corral.serving.door import Door
-from corral.serving.models import Models
+from corral.serving.generation import Served
+from corral.serving.served_models import Models
 from corral.serving.server import Server, http_server
 from corral.template import Template
 from tests.serving.postgres import PostgreSQL, postgresql

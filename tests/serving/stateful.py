@@ -17,17 +17,17 @@ from typing import Any
 
 import openai
 
-from corral.answerer import Answerer
+from corral.answering.answerer import Answerer
 from corral.engines.base import Features, Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.model.loading import load_tokenizer
-from corral.serving.answering import Served
+from corral.serving.admission import Door
 from corral.serving.app import build_app
-from corral.serving.conversations import Conversations
+from corral.serving.conversation_store import Conversations
 from corral.serving.database import Database
-from corral.serving.door import Door
-from corral.serving.models import Models
-from corral.serving.responses import routes
+from corral.serving.generation import Served
+from corral.serving.responses_routes import routes
+from corral.serving.served_models import Models
 from corral.serving.server import http_server
 from corral.template import Template
 from tests.serving.conftest import running

@@ -1,220 +1,264 @@
-"""The queue alone: its bounds, whose turn it is, and what is said to those who are sent away."""
+"""All that a request for work passes, over real sockets: quota, queue, turns, time, and what is given back at the end."""
 
 from __future__ import annotations
 
 import asyncio
-import random
-from collections.abc import Callable, Coroutine
+import contextlib
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
-from corral.serving.admission import Busy, Place, Places
+from corral.answering.answerer import Answerer
+from corral.engines.base import Sampling
+from corral.engines.scripted import ScriptedEngine
+from corral.serving.admission import Bounds, Door
+from corral.serving.api_keys import Keys, Quota, today
+from corral.serving.database import Database
+from corral.serving.generation import Served
+from corral.template import Template
+from tests.serving.conftest import Endless, client_of, running
+from tests.serving.test_app import ASKED, CHAT, call, wait_for
+
+BODY = {"model": "m", "messages": ASKED}
 
 
-def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(work())
+@pytest.fixture
+def keys(tmp_path: Path) -> Iterator[Keys]:
+    with contextlib.closing(Database(f"sqlite:///{tmp_path / 'a.db'}")) as database:
+        yield Keys(database)
 
 
-class Crowd:
-    """Requests at a queue: who got in, in order, and who was sent away."""
-
-    def __init__(self, places: Places) -> None:
-        self.places = places
-        self.entered: list[str] = []
-        self.refused: list[tuple[str, Busy]] = []
-        self.inside: list[Place] = []
-
-    async def come(self, *keys: str) -> list[asyncio.Task[None]]:
-        tasks = [asyncio.create_task(self.one(key)) for key in keys]
-        await self.settle()
-        return tasks
-
-    async def leave(self) -> None:
-        """The one who is inside for longest goes."""
-        self.places.give_back(self.inside.pop(0))
-        await self.settle()
-
-    async def leave_all(self) -> None:
-        while self.inside:
-            await self.leave()
-
-    @staticmethod
-    async def settle() -> None:
-        for _ in range(5):
-            await asyncio.sleep(0)
-
-    async def one(self, key: str) -> None:
-        try:
-            place = await self.places.take(key)
-        except Busy as busy:
-            self.refused.append((key, busy))
-            return
-        self.entered.append(key)
-        self.inside.append(place)
+def bearer(secret: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {secret}", "content-type": "application/json"}
 
 
-def test_as_many_areinside_and_wait_as_there_are_places_and_the_next_is_refused() -> None:
-    async def work() -> None:
-        crowd = Crowd(Places(2, 3))
-        await crowd.come(*"aaaaaaa")
-        assert (crowd.places.inside, crowd.places.waiting, len(crowd.refused)) == (2, 3, 2)
-        assert all((busy.status, busy.code) == (503, "server_full") for _, busy in crowd.refused)
-        await crowd.leave_all()
-        assert len(crowd.entered) == 5
-        assert (crowd.places.inside, crowd.places.waiting) == (0, 0)
+class Gated:
+    """An engine that answers once it is let, and remembers who was served in which order (by the prompt's last word)."""
 
-    run(work)
+    def __init__(self, template: Template) -> None:
+        self.gate = threading.Event()
+        self.order: list[int] = []
+        self.engine = ScriptedEngine(self._reply, delay_seconds=0.002)
+        self.served = Served(Answerer(self.engine, template), "m")
 
-
-def test_turns_go_round_the_keys_that_wait() -> None:
-    async def work() -> None:
-        crowd = Crowd(Places(1, 100))
-        await crowd.come(*"aaaaaa", *"bb", *"ccc")
-        await crowd.leave_all()
-        assert "".join(crowd.entered) == "a" + "abc" + "abc" + "ac" + "aa"
-
-    run(work)
+    def _reply(self, ids: Sequence[int], sampling: Sampling, choice: int) -> Iterator[int]:
+        self.order.append(len(ids))
+        while not self.gate.is_set():
+            yield 40
+        yield 41
 
 
-def test_a_key_that_has_none_inside_need_not_wait_for_another_keys_long_requests() -> None:
-    async def work() -> None:
-        crowd = Crowd(Places(4, 100, reserved=1))
-        await crowd.come(*"aaaaaa")
-        assert (crowd.entered, crowd.places.waiting) == (["a"] * 3, 3)
-        await crowd.come(*"bb")
-        assert (crowd.entered[3:], crowd.places.waiting) == (["b"], 4), "its first enters at once, its second waits"
-        await crowd.come("c")
-        await crowd.leave()
-        assert crowd.entered[4:] == ["c"], "and takes no turn from those who have none inside"
-        await crowd.leave_all()
-        assert (len(crowd.entered), crowd.places.inside, crowd.places.waiting) == (9, 0, 0)
-
-    run(work)
+async def ask(client: httpx2.AsyncClient, headers: Any = None, **body: Any) -> httpx2.Response:
+    return await client.post(CHAT, json=BODY | body, headers=headers)
 
 
-def test_the_fewer_a_key_has_inside_the_sooner_is_its_turn() -> None:
-    async def work() -> None:
-        crowd = Crowd(Places(4, 100))
-        await crowd.come(*"aaab")
-        await crowd.come(*"aabb")
-        await crowd.leave()
-        await crowd.leave()
-        assert crowd.entered[4:] == ["b", "a"], "1 of b's beside 2 of a's, and then 2 beside 1"
+def test_a_full_server_says_when_to_come_back_and_serves_who_waits(tiny_template: Template) -> None:
+    gated, door = Gated(tiny_template), Door(Bounds(at_once=2, waiting=3))
+    with running(gated.served, door=door) as url:
 
-    run(work)
+        async def work() -> Counter[int]:
+            async with httpx2.AsyncClient(base_url=url, timeout=60) as client:
+                tasks = [asyncio.create_task(ask(client, max_tokens=4000)) for _ in range(9)]
+                while sum(task.done() for task in tasks) < 4:
+                    await asyncio.sleep(0.01)
+                assert (door.places.inside, door.places.waiting) == (2, 3)
+                for task in tasks:
+                    if task.done():
+                        answer = task.result()
+                        assert answer.json()["error"]["code"] == "server_full"
+                        assert int(answer.headers["retry-after"]) >= 1
+                gated.gate.set()
+                return Counter([(await task).status_code for task in tasks])
 
-
-def test_one_key_with_a_thousand_requests_keeps_nobody_out() -> None:
-    async def work() -> None:
-        crowd = Crowd(Places(4, 32))
-        await crowd.come(*(["flood"] * 1000))
-        before = len(crowd.refused)
-        assert before == 1000 - 36
-        await crowd.come(*"bcd")
-        assert [key for key, _ in crowd.refused[before:]] == ["flood"] * 3, "the newest of the longest queue makes room"
-        assert crowd.places.waiting == 32
-        for _ in range(4):
-            await crowd.leave()
-        assert sorted(crowd.entered[4:]) == ["b", "c", "d", "flood"], "the others wait for one turn, not for a thousand"
-        await crowd.come(*(["flood"] * 1000))
-        assert crowd.places.waiting == 32
-
-    run(work)
+        assert asyncio.run(work()) == {200: 5, 503: 4}
+    assert (door.places.inside, door.places.waiting) == (0, 0)
 
 
-def test_full_of_keys_with_one_request_each_it_refuses_another_key() -> None:
-    async def work() -> None:
-        crowd = Crowd(Places(1, 3))
-        await crowd.come(*"abcde")
-        assert [key for key, _ in crowd.refused] == ["e"]
+def test_ten_times_more_clients_than_places(tiny_template: Template, keys: Keys) -> None:
+    """Every answer is good, or says when to come back; the queue stays bounded; a flood gets no more than its turn."""
+    flood, calm = keys.add("flood")[1], keys.add("calm")[1]
+    served = Served(Answerer(ScriptedEngine([40] * 5, delay_seconds=0.002), tiny_template), "m")
+    door = Door(Bounds(at_once=4, waiting=12), keys)
+    deepest = 0
+    with running(served, door=door) as url:
+        loud: list[httpx2.Response] = []
+        quiet: list[httpx2.Response] = []
 
-    run(work)
+        async def one(client: httpx2.AsyncClient, secret: str, found: list[httpx2.Response]) -> None:
+            nonlocal deepest
+            found.append(await ask(client, bearer(secret), stream=len(found) % 3 == 0))
+            deepest = max(deepest, door.places.waiting)
+            if found[-1].status_code != 200:
+                await asyncio.sleep(0.02)
 
+        async def work() -> None:
+            limits = httpx2.Limits(max_connections=200, max_keepalive_connections=200)
+            async with httpx2.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
 
-def test_who_gives_up_leaves_no_trace() -> None:
-    async def work() -> None:
-        crowd = Crowd(Places(1, 10))
-        tasks = await crowd.come(*"abca")
-        tasks[1].cancel()
-        tasks[3].cancel()
-        await crowd.settle()
-        assert crowd.places.waiting == 1
-        await crowd.leave_all()
-        assert crowd.entered == ["a", "c"]
-        assert (crowd.places.inside, crowd.places.waiting) == (0, 0)
+                async def calm_one() -> None:
+                    for _ in range(6):
+                        await one(client, calm, quiet)
 
-    run(work)
+                async def loud_one() -> None:
+                    while len(quiet) < 12:
+                        await one(client, flood, loud)
 
+                await asyncio.gather(calm_one(), calm_one(), *(loud_one() for _ in range(38)))
 
-def test_a_place_that_is_given_to_one_who_gives_up_in_that_moment_goes_to_the_next() -> None:
-    async def work() -> None:
-        crowd = Crowd(Places(1, 10))
-        tasks = await crowd.come(*"abc")
-        crowd.places.give_back(crowd.inside.pop())  # b's turn is there, and b has not seen it
-        tasks[1].cancel()
-        await crowd.settle()
-        assert crowd.entered == ["a", "c"]
-        await crowd.leave_all()
-        assert (crowd.places.inside, crowd.places.waiting) == (0, 0)
-
-    run(work)
-
-
-@pytest.mark.parametrize("reserved", [0, 1])
-@pytest.mark.parametrize("seed", range(5))
-def test_whatever_happens_its_counts_are_right(seed: int, reserved: int) -> None:
-    async def work() -> None:
-        draw = random.Random(seed)
-        crowd = Crowd(Places(3, 5, reserved))
-        tasks: list[asyncio.Task[None]] = []
-        for _ in range(300):
-            match draw.randrange(4):
-                case 0 | 1:
-                    tasks += [asyncio.create_task(crowd.one(draw.choice("abc"))) for _ in range(draw.randrange(6))]
-                case 2:
-                    if tasks:
-                        draw.choice(tasks).cancel()
-                case _:
-                    if crowd.inside:
-                        crowd.places.give_back(crowd.inside.pop(draw.randrange(len(crowd.inside))))
-            if draw.random() < 0.5:
-                await crowd.settle()
-                assert crowd.places.inside == len(crowd.inside) <= 3
-                assert crowd.places.waiting <= 5
-                assert crowd.places.waiting == 0 or crowd.places.inside >= 3 - reserved
-        await crowd.settle()
-        await crowd.leave_all()
-        assert (crowd.places.inside, crowd.places.waiting) == (0, 0)
-
-    run(work)
+        asyncio.run(work())
+    for answer in [*loud, *quiet]:
+        assert answer.status_code in (200, 503), answer.text
+        assert answer.status_code == 200 or int(answer.headers["retry-after"]) >= 1
+        assert answer.status_code == 503 or "error" not in answer.text
+    assert any(answer.status_code == 503 for answer in loud), "it was an overload"
+    assert deepest <= 12
+    assert all(answer.status_code == 200 for answer in quiet), "who sends two at a time always finds a place"
+    assert (door.places.inside, door.places.waiting) == (0, 0)
 
 
-def test_what_it_says_of_the_wait_goes_by_how_long_requests_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [1000.0]
-    monkeypatch.setattr("corral.serving.admission.time.monotonic", lambda: clock[0])
+def test_one_key_with_many_requests_does_not_starve_another(tiny_template: Template, keys: Keys) -> None:
+    gated = Gated(tiny_template)
+    flood, calm = keys.add("flood")[1], keys.add("calm")[1]
+    door = Door(Bounds(at_once=1, waiting=200), keys)
+    with running(gated.served, door=door) as url:
 
-    async def work() -> None:
-        places = Places(2, 4)
-        assert places.wait_seconds(3) == 1, "nothing is known, and it says the least it can"
-        began = [await places.take("a") for _ in range(2)]
-        clock[0] += 30
-        assert places.wait_seconds(2) == pytest.approx(30), "none has ended, and they take 30 seconds at least"
-        for each in began:
-            places.give_back(each)
-        assert places.wait_seconds(4) == pytest.approx(60)
-        for _ in range(100):
-            each = await places.take("a")
-            clock[0] += 10
-            places.give_back(each)
-        assert places.wait_seconds(4) == pytest.approx(20, rel=0.01), "what happened lately counts"
-        assert places.wait_seconds(10**6) == 3600
+        async def work() -> list[int]:
+            limits = httpx2.Limits(max_connections=200)
+            async with httpx2.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+                long = [{"role": "user", "content": "Hello Hello Hello"}]
+                tasks = [asyncio.create_task(ask(client, bearer(flood), max_tokens=4000)) for _ in range(50)]
+                while door.places.waiting < 49:
+                    await asyncio.sleep(0.01)
+                tasks += [
+                    asyncio.create_task(ask(client, bearer(calm), max_tokens=4000, messages=long)) for _ in range(3)
+                ]
+                while door.places.waiting < 52:
+                    await asyncio.sleep(0.01)
+                gated.gate.set()
+                assert {(await task).status_code for task in tasks} == {200}
+            return gated.order
 
-    run(work)
+        order = asyncio.run(work())
+    places = [i for i, length in enumerate(order) if length == max(order)]
+    assert len(places) == 3
+    assert places[-1] <= 6, "one in turn with those of the flood"
 
 
-def test_retry_after_is_whole_seconds_and_never_none() -> None:
-    def of(seconds: float) -> int | None:
-        return Busy(429, "what", retry_seconds=seconds, code="code").retry_seconds
+def test_what_a_key_may_use_is_held_and_told_with_429(tiny_template: Template, keys: Keys) -> None:
+    served = Served(Answerer(ScriptedEngine([40] * 5), tiny_template), "m")
+    minute = keys.add("minute", Quota(requests_per_minute=3))[1]
+    day = keys.add("day", Quota(tokens_per_day=30))[1]
+    free = keys.add("free")[1]
+    asked = json.dumps(BODY)
+    with running(served, door=Door(keys=keys)) as url:
+        for secret, code, most_seconds in ((minute, "rate_limit_exceeded", 60), (day, "insufficient_quota", 86400)):
+            answers = [call(url, "POST", CHAT, asked, bearer(secret)) for _ in range(6)]
+            statuses = [status for status, _, _ in answers]
+            assert statuses[0] == 200
+            assert statuses[-1] == 429
+            assert statuses == sorted(statuses), "once used up it stays so"
+            assert answers[-1][1]["error"]["code"] == code
+            assert 1 <= int(answers[-1][2]["retry-after"]) <= most_seconds
+        assert call(url, "POST", CHAT, asked, bearer(free))[0] == 200
+        assert statuses.count(200) < 6
+    used = {key.name: keys.used(today()).get(key.id) for key in keys.all()}
+    assert used["minute"]
+    assert used["minute"].requests == 3, "those refused are not counted"
+    assert used["day"]
+    assert used["day"].tokens >= 30
 
-    assert [of(0), of(0.2), of(1), of(1.01)] == [1, 1, 1, 2]
+
+def test_requests_of_a_key_at_once_are_bounded(tiny_template: Template, keys: Keys) -> None:
+    gated = Gated(tiny_template)
+    secret = keys.add("alice", Quota(at_once=2))[1]
+    with running(gated.served, door=Door(keys=keys)) as url:
+
+        async def work() -> list[int]:
+            async with httpx2.AsyncClient(base_url=url, timeout=60) as client:
+                tasks = [asyncio.create_task(ask(client, bearer(secret), max_tokens=4000)) for _ in range(5)]
+                while sum(task.done() for task in tasks) < 3:
+                    await asyncio.sleep(0.01)
+                gated.gate.set()
+                return sorted([(await task).status_code for task in tasks])
+
+        assert asyncio.run(work()) == [200, 200, 429, 429, 429]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_request_whose_time_is_up_ends_with_504_and_its_work_stops(waits: bool, tiny_template: Template) -> None:
+    endless = Endless()
+    served = Served(Answerer(endless.engine, tiny_template), "m")
+    door = Door(Bounds(at_once=1, max_seconds=0.5))
+    with running(served, door=door) as url:
+        holder = threading.Thread(target=call, args=(url, "POST", CHAT, json.dumps(BODY)))
+        if waits:
+            holder.start()
+            assert wait_for(lambda: door.places.inside == 1)
+        status, answer, _ = call(url, "POST", CHAT, json.dumps(BODY))
+        assert (status, answer["error"]["code"]) == (504, "deadline_exceeded")
+        if waits:
+            holder.join()
+        assert wait_for(lambda: (door.places.inside, door.places.waiting) == (0, 0))
+        assert endless.ends(within=0)
+
+
+def test_a_stream_whose_time_is_up_ends_with_the_error(tiny_template: Template) -> None:
+    endless = Endless()
+    door = Door(Bounds(max_seconds=0.5))
+    with running(Served(Answerer(endless.engine, tiny_template), "m"), door=door) as url:
+        with httpx2.Client(base_url=url, timeout=60) as client:
+            text = client.post(CHAT, json=BODY | {"stream": True}).text
+        events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+        assert len(events) > 5
+        assert json.loads(events[-1])["error"]["code"] == "deadline_exceeded"
+        assert "[DONE]" not in text
+        assert wait_for(lambda: b'outcome="late"} 1.0' in door.metrics.text())
+        assert endless.ends(within=0)
+
+
+def test_who_goes_while_waiting_gives_up_the_place(tiny_template: Template) -> None:
+    gated, door = Gated(tiny_template), Door(Bounds(at_once=1, waiting=5))
+    with running(gated.served, door=door) as url, httpx2.Client(base_url=url, timeout=60) as client:
+        holder = threading.Thread(target=lambda: client.post(CHAT, json=BODY | {"max_tokens": 4000}))
+        holder.start()
+        assert wait_for(lambda: door.places.inside == 1)
+        with pytest.raises(httpx2.TimeoutException):
+            httpx2.post(url + CHAT, json=BODY, timeout=0.3)
+        assert wait_for(lambda: door.places.waiting == 0)
+        gated.gate.set()
+        holder.join()
+    assert len(gated.order) == 1, "it was never begun"
+
+
+def test_a_request_that_cannot_be_begun_gives_its_place_back(says: Callable[..., Served]) -> None:
+    door = Door(Bounds(at_once=1, waiting=0))
+    with running(says("Hello"), door=door) as url:
+        for _ in range(3):
+            body = json.dumps({"model": "scripted", "messages": ASKED, "n": 1000})
+            assert call(url, "POST", CHAT, body)[0] == 400
+        assert call(url, "POST", CHAT, json.dumps({"model": "scripted", "messages": ASKED}))[0] == 200
+
+
+def test_openais_client_comes_back_after_the_time_it_was_told(tiny_template: Template, keys: Keys) -> None:
+    """It retries 429 by itself, going by Retry-After."""
+    secret = keys.add("alice", Quota(at_once=1))[1]
+    served = Served(Answerer(ScriptedEngine([40] * 5, delay_seconds=0.05), tiny_template), "m")
+    with running(served, door=Door(keys=keys)) as url, client_of(url, api_key=secret) as client:
+        patient = client.with_options(max_retries=5)
+        found: list[Any] = []
+
+        def one() -> None:
+            found.append(patient.chat.completions.create(model="m", messages=ASKED))
+
+        threads = [threading.Thread(target=one) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(found) == 2

@@ -17,11 +17,11 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 
-from corral.answerer import Answerer
+from corral.answering.answerer import Answerer
 from corral.engines.scripted import ScriptedEngine
 from corral.errors import EngineClosedError
-from corral.serving.answering import Served
-from corral.serving.door import Bounds, Door
+from corral.serving.admission import Bounds, Door
+from corral.serving.generation import Served
 from corral.serving.protocol import Limits
 from corral.template import Template
 from tests.serving.conftest import Endless, ask_and_leave, client_of, running

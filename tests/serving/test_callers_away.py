@@ -14,11 +14,11 @@ import pytest
 from sqlalchemy import make_url, text
 
 from corral.errors import DatabaseError
-from corral.serving import callers as module
-from corral.serving.answering import usage
-from corral.serving.callers import Callers
+from corral.serving import auth as module
+from corral.serving.api_keys import Key, Keys, Used, today
+from corral.serving.auth import Callers
 from corral.serving.database import Database
-from corral.serving.keys import Key, Keys, Used, today
+from corral.serving.generation import usage
 from corral.serving.protocol import Refused
 from tests.serving.postgres import PostgreSQL, Proxy
 from tests.serving.test_callers import Counted, refusal, run, use

@@ -11,14 +11,14 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from corral.answerer import Answerer
+from corral.answering.answerer import Answerer
 from corral.serving import connections
-from corral.serving.answering import Served
+from corral.serving.admission import Bounds, Door
+from corral.serving.api_keys import Keys
 from corral.serving.connections import Connection, connection_type
 from corral.serving.database import Database
-from corral.serving.door import Bounds, Door
-from corral.serving.keys import Keys
-from corral.serving.models import Models
+from corral.serving.generation import Served
+from corral.serving.served_models import Models
 from corral.template import Template
 from tests.serving.conftest import Endless, running, serving
 from tests.serving.test_app import ASKED, CHAT, call, wait_for

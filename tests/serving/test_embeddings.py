@@ -14,11 +14,11 @@ import openai
 import pytest
 from numpy.typing import NDArray
 
-from corral.embedding import Embedder
-from corral.serving.answering import Served
-from corral.serving.door import Door
+from corral.engines.embedding import Embedder
+from corral.serving.admission import Door
 from corral.serving.embeddings import routes
-from corral.serving.models import Models
+from corral.serving.generation import Served
+from corral.serving.served_models import Models
 from tests.serving.conftest import client_of, running
 from tests.serving.test_app import wait_for
 

@@ -19,16 +19,16 @@ from hypothesis import HealthCheck, Phase, given, settings
 from numpy.typing import NDArray
 from schemathesis import GenerationMode
 
-from corral.answerer import Answerer
-from corral.embedding import ASSET, SIZE, Embedder
+from corral.answering.answerer import Answerer
+from corral.engines.embedding import ASSET, SIZE, Embedder
 from corral.engines.scripted import ScriptedEngine
-from corral.serving import embeddings, responses
-from corral.serving.answering import Served
-from corral.serving.conversations import Conversations
+from corral.serving import embeddings, responses_routes
+from corral.serving.admission import Bounds, Door
+from corral.serving.api_keys import Keys
+from corral.serving.conversation_store import Conversations
 from corral.serving.database import Database
-from corral.serving.door import Bounds, Door
-from corral.serving.keys import Keys
-from corral.serving.models import Models
+from corral.serving.generation import Served
+from corral.serving.served_models import Models
 from corral.template import Template
 from tests.serving.conftest import serving
 from tests.serving.test_app import call
@@ -54,7 +54,7 @@ def server(tiny_template: Template, tmp_path: Path) -> Iterator[tuple[str, dict[
     with contextlib.closing(Database(f"sqlite:///{tmp_path / 'a.db'}")) as database:
         _, secret = Keys(database).add("alice")
         door = Door(Bounds(max_seconds=20), Keys(database))
-        routers = [responses.routes(models, Conversations(database), door), embeddings.routes(models, door)]
+        routers = [responses_routes.routes(models, Conversations(database), door), embeddings.routes(models, door)]
         with serving(models, door, routers=routers) as (url, _):
             yield url, {"authorization": f"Bearer {secret}"}
 

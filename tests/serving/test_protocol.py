@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from corral.serving.answering import Served
 from corral.serving.chat_protocol import ChatRequest
+from corral.serving.completions_protocol import CompletionRequest
 from corral.serving.embeddings import EmbeddingRequest
-from corral.serving.legacy_protocol import CompletionRequest
+from corral.serving.generation import Served
 from corral.serving.protocol import Body, Refused, refusal
 from corral.serving.responses_protocol import CreateConversation, CreateItems, ResponsesRequest
 from tests.serving.conftest import running

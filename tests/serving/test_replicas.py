@@ -15,8 +15,8 @@ import pytest
 
 from corral.engines.base import Engine, Sampling
 from corral.errors import InputError
-from corral.serving.answering import Served
-from corral.serving.models import Models, open_served
+from corral.serving.generation import Served
+from corral.serving.served_models import Models, open_served
 from tests.conftest import Request, web_server
 from tests.engines.flaky import wait_for
 from tests.serving.conftest import client_of, running
@@ -25,7 +25,7 @@ from tests.serving.conftest import client_of, running
 def test_replicas_that_die_are_left_out_and_come_back_and_without_any_the_server_says_so(
     tiny_served: Served, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("corral.serving.models._CHECK_SECONDS", 0.1)
+    monkeypatch.setattr("corral.serving.served_models._CHECK_SECONDS", 0.1)
     asked: Any = {
         "model": "tiny",
         "messages": [{"role": "user", "content": "Hi"}],
@@ -179,7 +179,7 @@ def test_replicas_have_room_for_what_the_server_lets_in_and_no_more_comes_to_the
 
 def test_the_server_tells_how_many_requests_it_lets_in(monkeypatch: pytest.MonkeyPatch) -> None:
     from corral.serving import server
-    from corral.serving.door import Bounds
+    from corral.serving.admission import Bounds
 
     told: dict[str, Any] = {}
 

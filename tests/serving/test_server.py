@@ -19,16 +19,16 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from corral.answerer import Answerer
+from corral.answering.answerer import Answerer
 from corral.engines.scripted import ScriptedEngine
 from corral.errors import InputError
 from corral.interrupts import Stopped
 from corral.serving import server as module
-from corral.serving.answering import Served
+from corral.serving.admission import Bounds, Door
+from corral.serving.api_keys import Keys, Used
 from corral.serving.database import Database
-from corral.serving.door import Bounds, Door
-from corral.serving.keys import Keys, Used
-from corral.serving.models import Models
+from corral.serving.generation import Served
+from corral.serving.served_models import Models
 from corral.serving.server import Place, Server, Wanted, door_at, serve
 from corral.template import Template
 from tests.serving.conftest import Endless, serving

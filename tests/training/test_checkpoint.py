@@ -17,7 +17,7 @@ from corral.errors import CheckpointError, StorageError
 from corral.recipe import Optimizer
 from corral.training import checkpoint, optimizers
 from corral.training.checkpoint import State
-from corral.training.guard import Watch
+from corral.training.divergence import Watch
 from tests.conftest import unprivileged
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from corral.errors import TrainingError
-from corral.training.metrics import Metrics
+from corral.training.step_metrics import Metrics
 from corral.training.trackers import Trackers
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
-from corral.data.prepared import Example
+from corral.data.prepare import Example
 from corral.messages import Conversation
 from corral.model import adapters
 from corral.recipe import Lora, Optimizer, Train
@@ -29,7 +29,7 @@ def make_examples(encoded: list[Any]) -> list[Example]:
 def quantise(model: Any) -> Any:
     """The same model as it is loaded in NF4."""
     from corral.model.loading import load_model
-    from corral.model.quantised import Quantization
+    from corral.model.quantisation import Quantization
 
     with tempfile.TemporaryDirectory() as folder:
         # `save_pretrained` writes in the first of several processes only.

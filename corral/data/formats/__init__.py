@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from corral.data.formats.choices import counting_of, multiple_choice
+from corral.data.formats.chat_messages import messages, sharegpt
+from corral.data.formats.column_mapping import compile_mapping, only_a_scale, stated_scale
 from corral.data.formats.fields import ContradictionError, Format, FormatError
-from corral.data.formats.judged import feedback, feedback_scale, preference
-from corral.data.formats.mapping import compile_mapping, only_a_scale, stated_scale
-from corral.data.formats.named import NAMED, on_hub
-from corral.data.formats.plain import alpaca, plain_text, prompt_completion, question_answer
-from corral.data.formats.recognise import Recognised, recognise
-from corral.data.formats.turns import messages, sharegpt
+from corral.data.formats.multiple_choice import counting_of, multiple_choice
+from corral.data.formats.preferences import feedback, feedback_scale, preference
+from corral.data.formats.prompt_response import alpaca, plain_text, prompt_completion, question_answer
+from corral.data.formats.public_datasets import NAMED, on_hub
+from corral.data.formats.recognition import Recognised, recognise
 from corral.errors import DataError
 from corral.recipe import Source
 

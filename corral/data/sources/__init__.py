@@ -14,15 +14,15 @@ import zlib
 from collections.abc import Callable, Iterator
 
 from corral import assets
+from corral.data.sources.csv_files import read_table
 from corral.data.sources.files import File
-from corral.data.sources.hub import hub_files
-from corral.data.sources.json_list import read_json, read_json_values
-from corral.data.sources.lines import read_jsonl, read_txt
-from corral.data.sources.local import local_file, local_files
-from corral.data.sources.parquet import read_parquet
-from corral.data.sources.raw import RawRow
-from corral.data.sources.s3 import is_s3_error, s3_files
-from corral.data.sources.table import read_table
+from corral.data.sources.hub_datasets import hub_files
+from corral.data.sources.json_files import read_json, read_json_values
+from corral.data.sources.jsonl_and_text import read_jsonl, read_txt
+from corral.data.sources.local_files import local_file, local_files
+from corral.data.sources.parquet_files import read_parquet
+from corral.data.sources.raw_row import RawRow
+from corral.data.sources.s3_files import is_s3_error, s3_files
 from corral.errors import DataError
 from corral.progress import Progress
 from corral.recipe import Source

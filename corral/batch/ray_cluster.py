@@ -1,0 +1,183 @@
+"""Prompts → finished rows on a Ray cluster, with Ray Data: a pool of workers, each of which holds the model.
+
+Ray starts a worker that died anew and gives its prompts out again; finished rows come back to this process, which alone
+writes. A path to the model must mean the same on all machines. Knows nothing about files of prompts or of answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+from corral.answering.answerer import Answerer
+from corral.answering.sync import Blocking
+from corral.batch.local_worker import Keep, Rows, at_once
+from corral.batch.prompts import Prompt
+from corral.errors import CorralError, EngineError, InputError
+from corral.extras import require
+from corral.messages import Conversation
+
+TOGETHER = 16
+"""Prompts that are given out together, and whose rows come back together."""
+
+
+class Worker:
+    """One worker of the pool; Ray calls it from several threads at once."""
+
+    def __init__(self, open_answerer: Callable[[], Answerer], seed: int) -> None:
+        self._face = Blocking(open_answerer())
+        self._rows = Rows(self._face.answerer, seed)
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
+        """`{"row": [prompt, …]}` → `{"row": [finished row, …]}`, each as JSON. Raises: EngineError (the engine is broken)."""
+        prompts = [_unpacked(text) for text in batch["row"].to_pylist()]
+        return {"row": [json.dumps(row) for row in self._face.run(self._answered(prompts))]}
+
+    async def _answered(self, prompts: list[Prompt]) -> list[dict[str, Any]]:
+        return await asyncio.gather(*map(self._rows.of, prompts))
+
+
+def answer_on_ray(
+    address: str | None,
+    open_answerer: Callable[[], Answerer],
+    choices: int,
+    seed: int,
+    prompts: Iterator[Prompt],
+    keep: Keep,
+) -> None:
+    """Answer all prompts on a cluster.
+
+    Args:
+        address: of the cluster; None takes the one that this machine belongs to (or RAY_ADDRESS), else starts one here.
+        open_answerer: loads the model, in each worker; it is pickled.
+
+    Raises:
+        MissingExtraError: the extra `ray` is not installed.
+        InputError: there is no cluster at this address, or it has no machine that computes.
+        EngineError: a worker cannot load the model, or its engine fails.
+        KeyboardInterrupt: by a signal.
+    """
+    ray = require("ray", "ray")
+    data = require("ray.data", "ray")
+    with _connected(ray, address):
+        size, needs = _pool(ray.nodes())
+        blocks = list(_blocks(ray, prompts))
+        if not blocks:
+            return
+        calls = max(2, -(-at_once(choices) // TOGETHER))
+        rows = data.from_arrow_refs(blocks).map_batches(
+            Worker,
+            fn_constructor_args=(open_answerer, seed),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=data.ActorPoolStrategy(
+                size=min(size, len(blocks)),
+                max_tasks_in_flight_per_actor=calls + 2,
+                max_concurrent_calls_per_actor=calls,
+                enable_true_multi_threading=True,
+            ),
+            **needs,
+        )
+        del blocks
+        try:
+            for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
+                for text in batch["row"].to_pylist():
+                    keep(json.loads(text))
+        except (ray.exceptions.RayError, ray.data.exceptions.UserCodeException) as error:
+            raise _translated(error) from error
+
+
+@contextmanager
+def _connected(ray: Any, address: str | None) -> Generator[None]:
+    """A session of Ray, in which signals mean what they mean elsewhere. Raises: InputError."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    _reach(address or "")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address, log_to_driver=False, logging_level="warning")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise _no_cluster(error, address) from error
+    finally:
+        # Ray takes SIGTERM for itself.
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Ray itself waits minutes for a cluster that is not there. Raises: InputError."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or "/" in address:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(error, address) from None
+
+
+def _no_cluster(error: Exception, address: str | None) -> InputError:
+    return InputError(
+        f"no Ray cluster can be used: {error}",
+        where=address or "--ray",
+        hint="start one (`ray start --head`), or leave the address out",
+    )
+
+
+def _pool(nodes: list[dict[str, Any]]) -> tuple[int, dict[str, float]]:
+    """(workers, what each needs): one for each GPU; without GPUs one for each machine, of the smallest one's size.
+
+    Raises:
+        InputError: no machine computes.
+    """
+    found = [node["Resources"] for node in nodes if node["Alive"]]
+    gpus = sum(int(each.get("GPU", 0)) for each in found)
+    if gpus:
+        return gpus, {"num_gpus": 1}
+    cpus = [int(each["CPU"]) for each in found if each.get("CPU", 0) >= 1]
+    if not cpus:
+        raise InputError("the Ray cluster has no CPU and no GPU", where="--ray", hint="add a machine: `ray start`")
+    return sum(each // min(cpus) for each in cpus), {"num_cpus": min(cpus)}
+
+
+def _blocks(ray: Any, prompts: Iterator[Prompt]) -> Iterator[Any]:
+    """The prompts in Ray's store, which spills to the disk what does not fit in memory."""
+    import pyarrow as pa
+
+    while some := [_packed(prompt) for prompt in islice(prompts, TOGETHER)]:
+        yield ray.put(pa.table({"row": some}))
+
+
+def _packed(prompt: Prompt) -> str:
+    assert prompt.conversation is not None, "a faulty row is not asked"
+    return json.dumps([prompt.index, dict(prompt.given), prompt.conversation.to_json()])
+
+
+def _unpacked(text: str) -> Prompt:
+    index, given, conversation = json.loads(text)
+    return Prompt(index, given, Conversation.from_json(conversation))
+
+
+def _translated(error: BaseException) -> CorralError:
+    """corral's own error beneath Ray's, if there is one."""
+    seen: BaseException | None = error
+    while seen is not None:
+        own = getattr(seen, "cause", None)
+        for each in (seen, own):
+            if isinstance(each, CorralError):
+                return each
+        seen = seen.__cause__
+    last = str(error).strip().splitlines()
+    return EngineError(f"a worker on the Ray cluster failed: {last[-1] if last else type(error).__name__}")

@@ -1,0 +1,207 @@
+"""The verbs about models: export, verify, chat, batch. Knows nothing that the modules it calls should know."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from corral.cli.run_commands import execute
+from corral.cli.terminal import TerminalProgress
+from corral.engines.base import TALK
+from corral.errors import InputError
+
+if TYPE_CHECKING:
+    from corral.batch import Outcome
+    from corral.chat.client import Server
+    from corral.chat.repl import Local
+    from corral.recipe import Answer
+
+DEFAULT_TYPES = {"gguf": "q8_0", "openvino": "int8"}
+
+
+def export(args: argparse.Namespace) -> dict[str, Any]:
+    """Write a run's model in another form: GGUF or OpenVINO, with a contract that proves it."""
+    from corral.export.export import export as export_form
+    from corral.export_forms import TYPES, Form
+    from corral.run.directory import Run
+
+    if args.type and not args.to:
+        raise InputError(f"--type {args.type} is given, but not of what", hint=f"add --to {' or --to '.join(TYPES)}")
+    form = Form(args.to, args.type or DEFAULT_TYPES[args.to]) if args.to else None
+    path = Path(args.model)
+    if (path / "recipe.toml").is_file():
+        if args.out:
+            raise InputError(f"--out {args.out} is given for a run", hint=f"a run has its own place: {path / 'export'}")
+        recipe = Run(path).recipe
+        if form is not None:
+            recipe = recipe.with_export(form.to, form.type)
+        execute(recipe, path, args, only=("export", "report"))
+        from corral.pipeline.stages import forms
+
+        places = [str(each.place(path / "export")) for each in forms(recipe)]
+        if not places:
+            raise InputError("this run's recipe asks for no other form", where=args.model, hint="add --to gguf")
+    else:
+        from corral.model.loading import resolve
+
+        progress = TerminalProgress()
+        try:
+            folder = resolve(args.model, progress=progress.say).folder
+            if form is None or not args.out:
+                raise InputError(f"{args.model!r} is no run", hint="for a model, say --to FORM and --out DIRECTORY")
+            places = [str(export_form(folder, Path(args.out), form, progress))]
+        finally:
+            progress.stop()
+    if not args.json:
+        for place in places:
+            print(f"export  {place}")
+    return {"exported": places}
+
+
+def verify(args: argparse.Namespace) -> dict[str, Any]:
+    """Hold a model against the contract that travels with it."""
+    import asyncio
+    from dataclasses import asdict
+
+    from corral.answering.open_model import open_model
+    from corral.export import contract
+    from corral.model.loading import load_tokenizer
+    from corral.model.naming import contract_path, model_folder
+    from corral.template import Template
+
+    folder, record = model_folder(args.model), contract_path(args.model)
+    found = contract.read(record)
+    template = Template.load(load_tokenizer(folder))
+    checks = contract.unchanged(record, template)
+    if all(check.passed for check in checks):
+        checks += [contract.check_token_ids(template, folder), contract.check_stop_ids(template, folder)]
+        engine = open_model(args.model, args.engine).answerer.engine
+
+        async def measured() -> contract.Check:
+            async with engine:
+                return await contract.verify(record, engine)
+
+        checks.append(asyncio.run(measured()))
+    if not args.json:
+        for check in checks:
+            print(f"{'holds ' if check.passed else 'BROKEN'}  {check.name}: {check.detail}", flush=True)
+    contract.enforce(checks, where=record)
+    return {"model": str(record.parent), "form": found["form"], "checks": [asdict(check) for check in checks]}
+
+
+def chat(args: argparse.Namespace) -> None:
+    """Talk in the terminal with a run's model, or with any OpenAI-compatible server."""
+    from contextlib import closing
+
+    from corral.chat.repl import chat as talk
+
+    with closing(_server(args) if args.model is None else _local(args)) as talker:
+        talk(talker, system=args.system)
+
+
+def _local(args: argparse.Namespace) -> Local:
+    from corral.answering.settings import Settings, run_of
+    from corral.chat.repl import Local
+
+    for name, flag in (("host", "--host"), ("port", "--port"), ("named", "--model"), ("key", "--key")):
+        if getattr(args, name) is not None:
+            raise InputError(
+                f"{flag} is about a server, and {args.model!r} is a model of this machine",
+                hint="leave it out, or leave out the model to talk with the server",
+            )
+    # A run is asked as its recipe says, here as everywhere.
+    answer, _ = _answer(args, {} if run_of(args.model) else TALK)
+    return Local(Settings(args.model, answer, None, args.engine, tuple(args.url)))
+
+
+def _server(args: argparse.Namespace) -> Server:
+    import os
+
+    from corral.chat.client import Server
+    from corral.engines.remote.protocol import KEY_VARIABLE, api_url, short
+
+    for name in ("engine", "shots"):
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name} is for a model of this machine", hint="name one: corral chat MODEL")
+    urls = [*args.url]
+    if args.host or args.port:
+        host = args.host or "127.0.0.1"
+        urls.append(f"http://{f'[{host}]' if ':' in host else host}:{args.port or 8000}/v1")
+    if len(urls) != 1:
+        what = "nothing says whom to talk with" if not urls else f"{len(urls)} servers are named"
+        raise InputError(
+            what, hint="name a model (corral chat MODEL) or one server (corral chat --url http://HOST:PORT/v1)"
+        )
+    options = {name: value for name in TALK if (value := getattr(args, name)) is not None}
+    if args.n is not None and args.consensus in (None, "none"):
+        raise InputError("--n says how many are voted on", hint="add --consensus, e.g. rouge-l")
+    if args.consensus is not None:
+        options["consensus"] = _vote(args)
+    url = api_url(urls[0])
+    key = args.key or os.environ.get(KEY_VARIABLE)
+    if not key and url.startswith("https://api.openai.com/"):
+        key = os.environ.get("OPENAI_API_KEY")
+    server = Server(url, model=args.named, key=key, options=options)
+    print(f"talking with {short(server.model)} at {server.url}", file=sys.stderr)
+    return server
+
+
+def _vote(args: argparse.Namespace) -> dict[str, Any] | None:
+    if args.consensus == "none":
+        return None
+    return {"method": args.consensus} | ({} if args.n is None else {"n": args.n})
+
+
+def batch(args: argparse.Namespace) -> dict[str, Any]:
+    """Answer a file of prompts; killed or stopped, the same command goes on."""
+    from dataclasses import asdict
+    from functools import partial
+
+    from corral.answering.settings import Settings
+    from corral.batch import answer_file
+
+    if args.url and args.ray is not None:
+        raise InputError("--url and --ray say two things about what computes", hint="leave one out")
+    answer, seed = _answer(args)
+    settings = Settings(args.model, answer, seed, args.engine, tuple(args.url))
+    made_of = settings.made_of()
+    if args.ray is not None:
+        from corral.batch.ray_cluster import answer_on_ray
+
+        answering = partial(answer_on_ray, args.ray or None, settings.open, settings.choices, seed)
+    else:
+        from corral.batch.local_worker import answer_here
+
+        answering = partial(answer_here, settings.open, settings.choices, seed)
+    outcome = answer_file(args.prompts, Path(args.out), made_of, answering, TerminalProgress())
+    if not args.json:
+        _say(outcome)
+    return asdict(outcome) | {"out": str(outcome.out)}
+
+
+def _answer(args: argparse.Namespace, defaults: Mapping[str, float] | None = None) -> tuple[Answer, int]:
+    """How the model is to be asked, and the recipe's seed, from what the command line gives."""
+    from corral.answering.settings import with_changes
+
+    names = ("max_tokens", "temperature", "top_p", "consensus", "n", "shots", "seed")
+    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    return with_changes(args.model, dict(defaults or {}) | given)
+
+
+def _say(outcome: Outcome) -> None:
+    figures = outcome.figures
+    bad = f", {figures.bad:,} of them bad" if figures.bad else ""
+    print(f"answers  {outcome.out} ({figures.rows:,} rows{bad}; {figures.tokens:,} tokens)")
+    if outcome.answered:
+        speed = f"{outcome.prompts_per_second:.3g} prompts/s, {outcome.tokens_per_second:,.0f} tokens/s"
+        saved = f", {outcome.saved:.0%} of the candidates ended early" if outcome.saved else ""
+        print(f"speed    {speed}{saved}")
+    else:
+        print("already done: every row has its answer")
+    for fault in figures.faults:
+        print(f"bad      {fault}")
+    if figures.bad > len(figures.faults):
+        print(f"         and {figures.bad - len(figures.faults):,} more")

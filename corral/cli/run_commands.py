@@ -1,0 +1,224 @@
+"""The verbs about recipes and runs: parse, call, print. Knows nothing that the modules it calls should know."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from corral.cli.terminal import TerminalProgress
+from corral.errors import GateError, InputError, RecipeError
+
+if TYPE_CHECKING:
+    from corral.training.distributed import World
+
+STARTER = Path(__file__).parent.parent / "recipe" / "starter.toml"
+
+
+def _recipe(args: argparse.Namespace) -> Any:
+    from corral.recipe import load
+
+    return load(args.recipe, args.set)
+
+
+def execute(recipe: Any, out: Path, args: argparse.Namespace, **how: Any) -> dict[str, Any]:
+    """Run a recipe's stages, and say what was done already."""
+    from corral.pipeline import execution
+
+    outcome = execution.execute(recipe, out, TerminalProgress(), **how)
+    skipped = [name for name, what in outcome.items() if what == "skipped"]
+    if skipped and not args.json:
+        print(f"already done: {', '.join(skipped)}", file=sys.stderr)
+    return {"run": str(out), "stages": outcome}
+
+
+def _print_scorecard(out: Path) -> Any:
+    from rich.console import Console
+
+    from corral.evaluation import scorecard
+
+    card = scorecard.Scorecard.from_json((out / "evaluate" / "scorecard.json").read_text("utf-8"))
+    Console().print(scorecard.render(card))
+    if set(card.variants) > {"base", "tuned"} or any("/" in name for v in card.variants.values() for name in v.metrics):
+        Console().print(scorecard.render_costs(card))
+    return card
+
+
+def init(args: argparse.Namespace) -> dict[str, Any]:
+    """Write a recipe to start from."""
+    path = Path(args.path)
+    if path.exists():
+        raise InputError("this file exists", where=str(path), hint="name another one: `corral init NAME.toml`")
+    from corral.storage import write_atomic
+
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-") or "starter"
+    write_atomic(path, STARTER.read_text("utf-8").replace('name = "starter"', f'name = "{name}"'))
+    if not args.json:
+        print(f"wrote {path}; point its [[data.sources]] at your rows, then: corral run {path}")
+    return {"recipe": str(path)}
+
+
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Run a recipe: prepare, train, merge, evaluate, export, report."""
+    from corral.training.distributed import join
+
+    with join() as world:
+        if world.is_main:
+            return _run(args, world)
+        from corral.pipeline.execution import follow
+
+        follow(world)
+        args.json = False  # the first process prints the result
+        return None
+
+
+def _run(args: argparse.Namespace, world: World) -> dict[str, Any]:
+    from corral.run.directory import Run
+
+    recipe = _recipe(args)
+    out = Path(args.out or Path("runs") / (f"{recipe.name}-small" if args.small else recipe.name))
+    if args.small:
+        from corral.data.small_form import small
+
+        recipe = small(recipe, out / ".corral-small-rows")
+    if (out / "recipe.toml").is_file():
+        recipe = recipe.with_exports(Run(out).recipe.export)  # what `corral export` added stays
+    result = execute(recipe, out, args, world=world, profile=args.profile)
+    if not args.json:
+        _print_scorecard(out)
+        print(f"model   {out / 'merge' / 'model'}")
+        print(f"report  {out / 'report' / 'index.html'}")
+        for place in sorted((out / "export").glob("*.gguf")) + sorted((out / "export").glob("openvino-*")):
+            print(f"export  {place}")
+        print(f"chat    corral chat {out}")
+        print(f"serve   corral serve {out}")
+    return result
+
+
+def plan(args: argparse.Namespace) -> dict[str, Any]:
+    """Before training: measure what a recipe needs here, or estimate it for another device."""
+    import tempfile
+
+    from rich.console import Console
+
+    from corral.interrupts import Interrupts, Stopped
+    from corral.preflight.plan import render
+    from corral.preflight.planner import plan as find_out
+
+    recipe = _recipe(args)
+    out = Path(args.out or Path("runs") / (f"{recipe.name}-small" if args.small else recipe.name))
+    interrupts, progress = Interrupts(), TerminalProgress()
+    with interrupts, tempfile.TemporaryDirectory() as rows:
+        try:
+            if args.small:
+                from corral.data.small_form import small
+
+                recipe = small(recipe, Path(rows))
+            found = find_out(recipe, out, progress, device=args.device)
+        except KeyboardInterrupt:
+            raise Stopped(interrupts.signal) from None
+        finally:
+            progress.stop()
+    result = found.to_json()
+    if not args.json:
+        Console().print(render(found))
+    if found.verdict == "does not fit":
+        if args.json:
+            print(json.dumps(result, ensure_ascii=False))
+        raise GateError("this recipe does not fit", where=found.reasons[0], hint="make the changes that the plan lists")
+    return result
+
+
+def inspect(args: argparse.Namespace) -> dict[str, Any]:
+    """Show what a recipe trains on: rows in colour, and the ledger."""
+    import tempfile
+
+    from rich.console import Console
+
+    from corral.data import preview
+    from corral.data.loss_budget import refuse_losses
+    from corral.data.prepare import prepare
+    from corral.model.loading import load_tokenizer, resolve
+    from corral.storage import write_atomic
+    from corral.template import Template
+
+    recipe = _recipe(args)
+    progress = TerminalProgress()
+    progress.start("Preparing rows", None)
+    template = Template.load(
+        load_tokenizer(resolve(recipe.model.base, progress=progress.say).folder), recipe.model.template
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            # A recipe whose loss is too great is what one most wants to look into.
+            data = recipe.data.model_copy(update={"max_loss": None})
+            prepared = prepare(data, template, Path(folder), recipe.seed, progress)
+        finally:
+            progress.stop()
+        if args.html:
+            write_atomic(Path(args.html), preview.to_html(prepared, template, rows=args.rows))
+        ledger: dict[str, Any] = json.loads((Path(folder) / "ledger.json").read_text("utf-8"))
+        if not args.json:
+            Console().print(preview.to_terminal(prepared, template, rows=args.rows))
+    refused = None
+    try:
+        refuse_losses(recipe.data, ledger, where=Path(args.recipe))
+    except GateError as error:
+        refused = str(error)
+        if not args.json:
+            print(f"`corral run` stops before training: {refused}")
+    if args.html and not args.json:
+        print(f"page    {args.html}")
+    return {"ledger": ledger, "html": args.html, "refused": refused}
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate a run again, perhaps with other settings, variants or tasks."""
+    from corral.recipe import parse
+    from corral.run.directory import Run
+
+    out = Path(args.run)
+    text = Run(out).path.joinpath("recipe.toml").read_text("utf-8")
+    for override in args.set:
+        if not override.startswith(("evaluate.", "answer.")):
+            raise RecipeError(
+                f"{override!r} is about neither evaluation nor answers",
+                where="--set",
+                hint="use `corral run RECIPE --set …` instead",
+            )
+    recipe = parse(text, where=str(out / "recipe.toml"), overrides=args.set)
+    execute(recipe, out, args, only=("export", "evaluate", "report"))
+    if not args.json:
+        _print_scorecard(out)
+    return json.loads((out / "evaluate" / "scorecard.json").read_text("utf-8"))
+
+
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Set variants of runs side by side, by default their tuned models, on the rows both were evaluated on."""
+    from rich.console import Console
+
+    from corral.evaluation import scorecard
+    from corral.pipeline.evaluate_stage import named_variant, variant_rows
+
+    if named_variant(args.a) == named_variant(args.b):
+        raise InputError(f"both are {args.a!r}", hint="name two different ones: RUN, or RUN:VARIANT")
+    rows = {spec: variant_rows(*named_variant(spec)) for spec in (args.a, args.b)}
+    card = scorecard.build(rows, baseline=args.b, seed=0)
+    if not args.json:
+        Console().print(scorecard.render(card))
+        Console().print(scorecard.render_costs(card))
+    return json.loads(card.to_json())
+
+
+def report(args: argparse.Namespace) -> dict[str, Any]:
+    """Write a run's report again."""
+    from corral.report.write import build
+    from corral.run.directory import Run
+
+    page = build(Run(Path(args.run)).path)
+    if not args.json:
+        print(f"report  {page}")
+    return {"report": str(page)}

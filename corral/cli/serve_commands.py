@@ -1,0 +1,156 @@
+"""The verbs about serving: serve, keys. Knows nothing that the modules it calls should know."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from corral.errors import InputError
+
+if TYPE_CHECKING:
+    from corral.serving.api_keys import Key, Used
+
+
+def add_serve(sub: Any, *, models: str, engines: tuple[str, ...], positive: Any) -> None:
+    """What `corral serve` takes."""
+    sub.add_argument("model", nargs="+", help=f"{models}; or NAME=ONE, by which name clients ask for it")
+    sub.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1, this machine)")
+    sub.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes any that is free")
+    best = "what computes the answers (default: the best one for this machine)"
+    sub.add_argument("--engine", choices=engines, help=best)
+    sub.add_argument("--name", help="what clients call the model, if it is one (default: the run's name)")
+    url = "let this endpoint, which serves the models, compute; may be given again, for replicas"
+    sub.add_argument("--url", action="append", default=[], help=url)
+    sub.add_argument("--embeddings", action="store_true", help="serve /v1/embeddings as well")
+    _database(sub, "with keys and conversations", "; `none`: neither")
+    sub.add_argument(
+        "--insecure", action="store_true", help="allow addresses other machines reach, though there are no keys"
+    )
+    cors = "let pages from this origin ask, e.g. https://chat.example.org; may be given again"
+    sub.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help=cors)
+    sub.add_argument(
+        "--at-once", type=positive, metavar="N", help="requests that are worked on at a time (default: 128)"
+    )
+    sub.add_argument("--waiting", type=int, metavar="N", help="requests that may wait for that (default: 512)")
+    seconds = "the most a request may take, waiting included (default: 600)"
+    sub.add_argument("--max-seconds", type=float, metavar="S", help=seconds)
+
+
+def add_keys(sub: Any, *, positive: Any) -> None:
+    """What `corral keys` takes."""
+    sub.add_argument("action", choices=("add", "list", "revoke"), nargs="?", default="list", help="default: list")
+    sub.add_argument("name", nargs="?", help="of the key to add, or name or id of the one to revoke")
+    sub.add_argument(
+        "--requests-per-minute", type=positive, metavar="N", help="the most it may send (default: no limit)"
+    )
+    day = "the most tokens of prompts and answers a day, UTC (default: no limit)"
+    sub.add_argument("--tokens-per-day", type=positive, metavar="N", help=day)
+    sub.add_argument("--at-once", type=positive, metavar="N", help="requests at a time (default: no limit)")
+    sub.add_argument("--days", type=positive, metavar="N", help="after which it ends (default: never)")
+    _database(sub, "of the server", "")
+
+
+def _database(sub: Any, what: str, more: str) -> None:
+    file = f"the database {what} (default: a SQLite file in ~/.local/share/corral{more})"
+    sub.add_argument("--database", metavar="URL", help=file)
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Serve models over HTTP, in the OpenAI protocol."""
+    from corral.serving.admission import Bounds
+    from corral.serving.database import default_url
+    from corral.serving.server import Place, Wanted
+    from corral.serving.server import serve as listen
+
+    given = {"at_once": args.at_once, "waiting": args.waiting, "max_seconds": args.max_seconds}
+    for name, value in given.items():
+        if value is not None and (value < 0 or value != value or (value == 0 and name == "max_seconds")):
+            raise InputError(f"{value} cannot be", where=f"--{name.replace('_', '-')}", hint="give a greater number")
+    listen(
+        Wanted(args.model, args.engine, args.url, args.name, args.embeddings),
+        Place(args.host, args.port, args.insecure, args.cors),
+        Bounds(**{name: value for name, value in given.items() if value is not None}),
+        None if args.database == "none" else args.database or default_url(),
+    )
+
+
+def keys(args: argparse.Namespace) -> dict[str, Any]:
+    """Make keys for a server, list them, or take one back."""
+    import contextlib
+
+    from corral.serving.api_keys import Keys, today
+    from corral.serving.database import Database, default_url
+
+    quotas = (args.requests_per_minute, args.tokens_per_day, args.at_once, args.days)
+    if args.action != "add" and any(value is not None for value in quotas):
+        raise InputError(
+            "what a key may use is said when it is made", where=f"keys {args.action}", hint="corral keys add NAME …"
+        )
+    if (args.action == "list") == bool(args.name):
+        what = f"{args.name!r} is given, and nothing to do with it" if args.name else "no key is named"
+        raise InputError(what, where=f"keys {args.action}", hint="corral keys add NAME, or corral keys revoke NAME")
+    with contextlib.closing(Database(args.database or default_url())) as database:
+        held = Keys(database)
+        match args.action:
+            case "add":
+                return _add(held, args)
+            case "revoke":
+                key = held.revoke(args.name)
+                if not args.json:
+                    print(f"revoked {key.name} ({key.id}); running servers refuse it within seconds")
+                return {"revoked": key.id, "name": key.name}
+            case _:
+                return _list(held.all(), held.used(today()), args)
+
+
+def _add(held: Any, args: argparse.Namespace) -> dict[str, Any]:
+    import sys
+    import time
+
+    from corral.serving.api_keys import Quota
+
+    quota = Quota(args.requests_per_minute, args.tokens_per_day, args.at_once)
+    expires = None if args.days is None else int(time.time()) + args.days * 86400
+    key, secret = held.add(args.name, quota, expires=expires)
+    if not args.json:
+        print(
+            f"{key.name} ({key.id}): this is shown once, and not kept; send it as `Authorization: Bearer KEY`",
+            file=sys.stderr,
+        )
+        print(secret)
+        if len(held.all()) == 1:
+            what = "from now on a server with this database lets nobody in without a key; what was begun without one,"
+            print(f"{what} conversations and responses, belongs to no key and cannot be read any more", file=sys.stderr)
+    return {"name": key.name, "id": key.id, "key": secret}
+
+
+def _list(found: list[Key], used: dict[str, Used], args: argparse.Namespace) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from corral.serving.api_keys import Used
+
+    rows: list[dict[str, Any]] = [
+        {
+            "name": key.name,
+            "id": key.id,
+            "created": key.created,
+            "expires": key.expires,
+            "revoked": key.revoked,
+            "works": key.works,
+            **asdict(key.quota),
+            "tokens_today": used.get(key.id, Used()).tokens,
+        }
+        for key in found
+    ]
+    if not args.json:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("name", "id", "state", "a minute", "tokens a day", "at once", "tokens today", box=None)
+        for row in rows:
+            state = "works" if row["works"] else "revoked" if row["revoked"] else "expired"
+            limits = (row["requests_per_minute"], row["tokens_per_day"], row["at_once"])
+            figures = ("–" if limit is None else f"{limit:,}" for limit in limits)
+            table.add_row(row["name"], row["id"], state, *figures, f"{row['tokens_today']:,}")
+        Console().print(table)
+    return {"keys": rows}

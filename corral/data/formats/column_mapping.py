@@ -1,0 +1,318 @@
+"""A recipe's mapping: texts with columns' names in braces → a function from rows to records.
+
+`{title}` is a column, `{answer.value}` a key of an object, `{choices[0]}` a place in a list, `{{` and `}}` braces. Nothing
+is evaluated: a placeholder can only look things up in a row. A null in a text is nothing, as an empty cell is; a text that
+comes out blank is a fault. This module does not know where rows come from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+from corral.data.formats.chat_messages import SHAREGPT, Spelling, read_turns
+from corral.data.formats.fields import FormatError, at, check_order, kind, listed, path_name, sound
+from corral.data.formats.scores import Scale, scale_of
+from corral.errors import DataError
+from corral.messages import Conversation, Feedback, Message, Preference
+from corral.recipe import Mapping as MappingSettings
+
+Path: TypeAlias = tuple[str | int, ...]
+
+_TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+_STEP = re.compile(r"\[(-?\d{1,9})\]|\.?([^.\[\]]+)")
+_WHERE = "data.sources.mapping"
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """A parsed text: literal strings, and paths into a row in between.
+
+    Args:
+        name: the setting it stands in, for reasons.
+        parts: strings as they are, tuples as paths.
+    """
+
+    name: str
+    parts: tuple[str | Path, ...]
+
+    @classmethod
+    def parse(cls, name: str, source: str, where: str = _WHERE) -> Pattern:
+        """The pattern of a setting's text; `where` is the table it stands in.
+
+        Raises:
+            DataError: a brace has no other half, or a placeholder names nothing.
+        """
+        parts: list[str | Path] = []
+        end = 0
+        for found in _TOKEN.finditer(source):
+            parts.append(source[end : found.start()])
+            end = found.end()
+            token = found.group()
+            if token in ("{{", "}}"):
+                parts.append(token[0])
+            elif found.group(1) is not None:
+                parts.append(_path(found.group(1), f"{where}.{name}"))
+            else:
+                raise DataError(
+                    f"a {token!r} without its other half in {_short(source)}",
+                    where=f"{where}.{name}",
+                    hint="a column's name stands in {braces}; write {{ or }} for a brace in the text",
+                )
+        parts.append(source[end:])
+        return cls(name, tuple(part for part in parts if part != ""))
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The paths, in order."""
+        return tuple(part for part in self.parts if isinstance(part, tuple))
+
+    def fill(self, row: Mapping[str, Any]) -> str:
+        """The text with a row's values in it. Raises: FormatError (a value is missing or no text, or all is blank)."""
+        filled = "".join(part if isinstance(part, str) else _shown(row, part) for part in self.parts)
+        if not filled.strip():
+            raise FormatError(f"{self.name} is empty")
+        return sound(filled, self.name)
+
+
+def _path(placeholder: str, where: str) -> Path:
+    """`answer.aliases[0]` → `("answer", "aliases", 0)`."""
+    steps: list[str | int] = []
+    at_character = 0
+    while at_character < len(placeholder):
+        found = _STEP.match(placeholder, at_character)
+        # The first step is a column, without a dot before it; and a name is not blank.
+        if not found or (found.group(2) is not None and (found.group()[0] == ".") == (not steps)):
+            break
+        step = found.group(2)
+        steps.append(step.strip() if step is not None else int(found.group(1)))
+        at_character = found.end()
+    if at_character < len(placeholder) or not steps or "" in steps or isinstance(steps[0], int):
+        raise DataError(
+            f"{{{_short(placeholder, quotes=False)}}} names no column",
+            where=where,
+            hint="write {column}, {column.key} or {column[0]}; {{ for a brace in the text",
+        )
+    return tuple(steps)
+
+
+def _value(row: Mapping[str, Any], path: Path) -> Any:
+    """The value at a path; a column whose name is the whole path, dots and all, comes first."""
+    whole = path_name(path)
+    return row[whole] if whole in row else at(row, path)
+
+
+def _shown(row: Mapping[str, Any], path: Path) -> str:
+    name = path_name(path)
+    value = _value(row, path)
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return sound(value, name)
+    if isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int) and abs(value) < 10**100:
+        return str(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return repr(value).removesuffix(".0")
+    inside = "[0]" if isinstance(value, list) else ".key" if isinstance(value, dict) else ""
+    raise FormatError(f"{name} is {kind(value)}" + (f": name what is in it, {{{name}{inside}}}" if inside else ""))
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """A mapping, ready for rows: what it makes depends on which keys the recipe gives."""
+
+    prompt: Pattern | None = None
+    system: Pattern | None = None
+    completion: Pattern | None = None
+    chosen: Pattern | None = None
+    rejected: Pattern | None = None
+    score: Path | None = None
+    scale: Scale = field(default_factory=Scale)
+    messages: Path | None = None
+    spelling: Spelling = SHAREGPT
+
+    def __call__(self, row: Mapping[str, Any]) -> Conversation | Preference | Feedback:
+        """The record of a row. Raises: FormatError."""
+        turns = [] if self.system is None else [Message("system", self.system.fill(row))]
+        if self.messages is not None:
+            turns += read_turns(_value(row, self.messages), path_name(self.messages), self.spelling)
+            check_order(turns)
+            return Conversation(tuple(turns))
+        assert self.prompt is not None, "compile_mapping makes no mapping without messages or a prompt"
+        prompt = Conversation((*turns, Message("user", self.prompt.fill(row))))
+        if self.chosen is not None and self.rejected is not None:
+            chosen, rejected = self.chosen.fill(row), self.rejected.fill(row)
+            if chosen == rejected:
+                raise FormatError("chosen and rejected are the same")
+            return Preference(prompt, chosen, rejected)
+        assert self.completion is not None, "compile_mapping makes no mapping without an answer"
+        completion = self.completion.fill(row)
+        if self.score is None:
+            return prompt.add("assistant", completion)
+        value = _value(row, self.score)
+        return Feedback(prompt, completion, self.scale.score(value, path_name(self.score)))
+
+    @property
+    def makes(self) -> str:
+        """What a row becomes, for a sentence."""
+        if self.chosen is not None:
+            return "a preference"
+        return "feedback" if self.score is not None else "a conversation"
+
+    @property
+    def patterns(self) -> tuple[Pattern, ...]:
+        """The patterns it has."""
+        given = (self.system, self.prompt, self.completion, self.chosen, self.rejected)
+        return tuple(pattern for pattern in given if pattern is not None)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All places in a row that it looks at."""
+        alone = (self.messages, self.score)
+        return (*(p for pattern in self.patterns for p in pattern.paths), *(p for p in alone if p is not None))
+
+
+def compile_mapping(
+    settings: MappingSettings, rows: Sequence[Mapping[str, Any]], where: str = _WHERE
+) -> tuple[Mapped, str]:
+    """(a recipe's mapping, checked against the first rows; what to say of its scores).
+
+    Args:
+        settings: the recipe's table.
+        rows: the first rows of the source.
+        where: the table, for errors.
+
+    Raises:
+        DataError: a text cannot be parsed; the keys given make no record; a column is in none of the rows; or the scale of
+            the scores cannot be told.
+    """
+    given = settings.model_dump(exclude={"score_range", "role", "content", "roles"}, exclude_none=True)
+    _check_keys(settings, where)
+    stated = stated_scale(settings, where)
+    score, column = (given.pop(name, None) for name in ("score", "messages"))
+    patterns: dict[str, Any] = {name: Pattern.parse(name, source, where) for name, source in given.items()}
+    path, messages = (
+        None if source is None else _one_column(name, source, where)
+        for name, source in (("score", score), ("messages", column))
+    )
+    mapped = Mapped(**patterns, score=path, messages=messages, spelling=_spelling(settings))
+    for pattern in mapped.patterns:
+        if not pattern.paths and pattern.name != "system":
+            raise DataError(
+                f"{_short(given[pattern.name])} names no column: every row would have the same text",
+                where=f"{where}.{pattern.name}",
+                hint=f"put a column's name in braces; the columns are {_columns(rows)}",
+            )
+        _check_columns(pattern.paths, rows, f"{where}.{pattern.name}")
+    for name, alone in (("score", path), ("messages", messages)):
+        if alone is not None:
+            _check_columns((alone,), rows, f"{where}.{name}")
+    if stated is not None or path is None:
+        return replace(mapped, scale=stated or Scale()), ""
+    scale, said = scale_of(_found(rows, path), path_name(path), f"{where}.score")
+    return replace(mapped, scale=scale), said
+
+
+def stated_scale(settings: MappingSettings, where: str = _WHERE) -> Scale | None:
+    """The scale of scores that a mapping states, if it does. Raises: DataError (it is none)."""
+    if settings.score_range is None:
+        return None
+    low, high = settings.score_range
+    if not (math.isfinite(low) and math.isfinite(high) and low != high):
+        raise DataError(f"the range {low:g} to {high:g} has no width", where=f"{where}.score_range", hint="e.g. [1, 5]")
+    return Scale(low, high, stated=True)
+
+
+def only_a_scale(settings: MappingSettings) -> bool:
+    """Whether a mapping says nothing but the scale of scores: the rest is left to the format of the rows."""
+    return set(settings.model_dump(exclude_none=True)) == {"score_range"}
+
+
+def _spelling(settings: MappingSettings) -> Spelling:
+    """How messages are written: the usual ways, and what the mapping says."""
+    roles = {name.strip().lower(): role for name, role in (settings.roles or {}).items()}
+    return replace(
+        SHAREGPT,
+        authors=(settings.role,) if settings.role else SHAREGPT.authors,
+        contents=(settings.content,) if settings.content else SHAREGPT.contents,
+        roles={**SHAREGPT.roles, **roles},
+        expected="system, user or assistant, another word for them, or one of the mapping's `roles`",
+    )
+
+
+def _found(rows: Iterable[Mapping[str, Any]], path: Path) -> Iterator[Any]:
+    for row in rows:
+        try:
+            yield _value(row, path)
+        except FormatError:
+            continue
+
+
+_RECORDS = (
+    {"messages"},
+    {"prompt", "completion"},
+    {"prompt", "completion", "score"},
+    {"prompt", "chosen", "rejected"},
+)
+
+
+def _check_keys(settings: MappingSettings, where: str) -> None:
+    given = set(settings.model_dump(exclude_none=True))
+    keys = given - {"system", "score_range", "role", "content", "roles"}
+    if keys not in _RECORDS:
+        raise DataError(
+            f"a mapping of {', '.join(sorted(given - {'score_range'})) or 'nothing'} makes no record",
+            where=where,
+            hint="give prompt and completion; or prompt, completion and score; or prompt, chosen and rejected; or messages; "
+            "and system with any of them",
+        )
+    for key, needs in (("role", "messages"), ("content", "messages"), ("roles", "messages"), ("score_range", "score")):
+        if key in given and needs not in keys:
+            raise DataError(
+                f"`{key}` says nothing without `{needs}`", where=f"{where}.{key}", hint="remove it, or give both"
+            )
+
+
+def _one_column(name: str, source: str, where: str) -> Path:
+    """The column of a score or of messages, with or without braces."""
+    pattern = Pattern.parse(name, source if "{" in source or "}" in source else f"{{{source}}}", where)
+    if len(pattern.parts) != 1 or not pattern.paths:
+        example = {"score": "rating", "messages": "dialogue"}[name]
+        raise DataError(
+            f"{_short(source)} is not one column", where=f"{where}.{name}", hint=f'e.g. {name} = "{{{example}}}"'
+        )
+    return pattern.paths[0]
+
+
+def _check_columns(paths: Iterable[Path], rows: Sequence[Mapping[str, Any]], where: str) -> None:
+    for path in paths:
+        whole, column = path_name(path), str(path[0])
+        if rows and not any(column in row or whole in row for row in rows):
+            known = _names(rows)
+            close = difflib.get_close_matches(column, known, n=1)
+            guess = f"did you mean {{{close[0]}}}? " if close else ""
+            raise DataError(
+                f"there is no column {column!r}",
+                where=where,
+                hint=f"{guess}the columns are {_columns(rows)}",
+            )
+
+
+def _names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    return [str(name) for name in dict.fromkeys(name for row in rows for name in row)]
+
+
+def _columns(rows: Iterable[Mapping[str, Any]]) -> str:
+    return listed(_names(rows), most=30)
+
+
+def _short(source: str, *, quotes: bool = True) -> str:
+    shown = source if len(source) <= 60 else f"{source[:59]}…"
+    return repr(shown) if quotes else shown

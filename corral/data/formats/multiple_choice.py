@@ -1,0 +1,184 @@
+"""Multiple choice → a question with lettered options, answered with the letter and the text of the right one.
+
+A number as the answer does not say whether options are counted from 0 or from 1, so a source's first rows decide. This
+module does not know how such answers are scored.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from corral.data.formats.fields import ContradictionError, FormatError, find, kind, listed, short, text, text_at
+from corral.data.formats.prompt_response import asked
+from corral.errors import DataError
+from corral.messages import Conversation
+
+CHOICES = ("choices", "options")
+ANSWER = ("answer", "answerKey", "answer_key", "answer_index", "label")
+FIRST_COLUMNS = ("A", "option_a", "option_A", "choice_a", "choice_A")
+"""The first of the columns, one for each option."""
+
+_LETTERS = string.ascii_uppercase
+
+
+_LETTERS_INSTEAD = "write the right option's letter, or its text, as the answer"
+
+
+@dataclass(frozen=True, slots=True)
+class Counting:
+    """How a source's numbers for answers are meant.
+
+    Args:
+        first: the number of the first option.
+        shown: whether rows have shown it; else one row can show that it is the other.
+        places: whether a number that is also an option's text is a place (True), is that text (False), or may be either.
+    """
+
+    first: int = 0
+    shown: bool = True
+    places: bool | None = None
+
+
+def multiple_choice(row: Mapping[str, Any], counting: Counting | None = None) -> Conversation:
+    """A question with options.
+
+    Options are a list of texts (MMLU), an object of `label` and `text` lists (CommonsenseQA, ARC), a list of such objects,
+    an object of label to text, or columns `A`, `B` …. The answer is a place, a label, or the text of an option.
+
+    Args:
+        row: the row.
+        counting: how a number is meant; by default as a place from 0.
+
+    Raises:
+        ContradictionError: the answer shows that numbers are not meant so, or it has two meanings.
+        FormatError: otherwise; fewer than 2 options; or the answer is none of them.
+    """
+    question = text_at(row, "question")
+    labels, options = _options(row)
+    if len(options) < 2:
+        raise FormatError("fewer than 2 options")
+    if len(options) > len(_LETTERS):
+        raise FormatError(f"more than {len(_LETTERS)} options")
+    right = _place(*find(row, ANSWER), labels, options, counting or Counting())
+    lines = "\n".join(f"{letter}. {option}" for letter, option in zip(_LETTERS, options, strict=False))
+    return asked(row, f"{question}\n\n{lines}", f"{_LETTERS[right]}. {options[right]}")
+
+
+def _options(row: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """(labels, texts) of the options."""
+    if not any(name in row for name in CHOICES):
+        for first in FIRST_COLUMNS:
+            if first in row:
+                return _from_columns(row, first)
+    name, value = find(row, CHOICES)
+    if isinstance(value, dict):
+        fields = cast("dict[str, Any]", value)
+        if isinstance(fields.get("text"), list):
+            texts = cast("list[Any]", fields["text"])
+            labels = fields.get("label")
+            given = cast("list[Any]", labels) if isinstance(labels, list) else [_letter(i) for i in range(len(texts))]
+            return _checked(name, given, texts)
+        return _checked(name, list(fields), list(fields.values()))
+    if not isinstance(value, list):
+        raise FormatError(f"{name} is {kind(value)}: expected a list, or an object of labels and texts")
+    items = cast("list[Any]", value)
+    if items and all(isinstance(item, dict) for item in items):
+        objects = cast("list[dict[str, Any]]", items)
+        labels = [o.get("label", _letter(i)) for i, o in enumerate(objects)]
+        return _checked(name, labels, [o.get("text") for o in objects])
+    return _checked(name, [_letter(i) for i in range(len(items))], items)
+
+
+def _letter(place: int) -> str:
+    return _LETTERS[place] if place < len(_LETTERS) else str(place + 1)
+
+
+def _from_columns(row: Mapping[str, Any], first: str) -> tuple[list[str], list[str]]:
+    stem, lower = first[:-1], first[-1].islower()
+    names = [stem + (letter.lower() if lower else letter) for letter in _LETTERS]
+    found = [(name, row[name]) for name in names if row.get(name) is not None]
+    return [name[-1].upper() for name, _ in found], [text(value, name) for name, value in found]
+
+
+def _checked(name: str, labels: list[Any], options: list[Any]) -> tuple[list[str], list[str]]:
+    if len(options) > len(_LETTERS):
+        raise FormatError(f"more than {len(_LETTERS)} options")
+    if len(labels) != len(options):
+        raise FormatError(f"{name} has {len(labels)} labels and {len(options)} texts")
+    texts = [text(option, f"{name}[{i}]") for i, option in enumerate(options)]
+    return [text(label, f"a label in {name}") for label in labels], texts
+
+
+def counting_of(rows: Iterable[Mapping[str, Any]], where: str) -> tuple[Counting, str]:
+    """(how the numbers of a source's answers are meant, what to say of it), told from its first rows.
+
+    Raises:
+        DataError: they are counted from 0 in some rows, and from 1 in others.
+    """
+    from_0 = from_1 = numbers = only_place = only_text = False
+    for row in rows:
+        try:
+            (labels, options), (_, answer) = _options(row), find(row, ANSWER)
+        except FormatError:
+            continue
+        number = _number(answer)
+        if number is None or str(number) in labels:
+            continue
+        is_text, is_place = str(number) in _stripped(options), 0 <= number <= len(options)
+        only_text, only_place = only_text or (is_text and not is_place), only_place or (is_place and not is_text)
+        numbers = True
+        from_0, from_1 = from_0 or number == 0, from_1 or number == len(options)
+    places = only_place if only_place != only_text else None
+    if places is False or not numbers:
+        return Counting(places=places), ""
+    if from_0 and from_1:
+        raise DataError(
+            "the answers hold both 0 and the number of options: are these counted from 0 or from 1?",
+            where=where,
+            hint=_LETTERS_INSTEAD,
+        )
+    first = 1 if from_1 else 0
+    return Counting(first, from_0 or from_1, places), f"; answers are counted from {first}"
+
+
+def _number(answer: Any) -> int | None:
+    if isinstance(answer, float) and answer.is_integer():
+        return int(answer)  # A table's column of whole numbers with a gap in it is read so.
+    if isinstance(answer, str) and (digits := answer.strip()).isdecimal() and digits.isascii() and len(digits) < 10:
+        return int(digits)
+    return answer if isinstance(answer, int) and not isinstance(answer, bool) and abs(answer) < 10**9 else None
+
+
+def _stripped(options: list[str]) -> list[str]:
+    return [option.strip() for option in options]
+
+
+def _place(name: str, answer: Any, labels: list[str], options: list[str], counting: Counting) -> int:
+    """Where the right option stands, from 0."""
+    number = _number(answer)
+    if number is None and isinstance(answer, int | float) and not isinstance(answer, bool) and answer == answer:
+        raise FormatError(f"{name} is outside the {len(options)} options, counted from {counting.first}")
+    given = text(answer, name).strip() if number is None or isinstance(answer, str) else str(number)
+    for known in (given, given.upper()):
+        if known in labels:
+            return labels.index(known)
+    texts = _stripped(options)
+    by_text = texts.index(given) if given in texts else None
+    by_place = number - counting.first if number is not None and counting.places is not False else None
+    if by_place is None or (by_text is not None and not 0 <= by_place < len(options)):
+        if by_text is None:
+            raise FormatError(
+                f"{name} is {short(given)}: expected one of the options or their labels, {listed(labels)}"
+            )
+        return by_text
+    if not 0 <= by_place < len(options):
+        reason = f"{name} is outside the {len(options)} options, counted from {counting.first}"
+        if by_place == (len(options) if counting.first == 0 else -1) and (counting.first or not counting.shown):
+            raise ContradictionError(f"{reason}, as the first rows seemed to be", _LETTERS_INSTEAD)
+        raise FormatError(reason)
+    if by_text is not None and by_text != by_place and counting.places is None:
+        raise ContradictionError(f"{name} is the text of one option and the number of another", _LETTERS_INSTEAD)
+    return by_place

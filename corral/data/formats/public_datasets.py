@@ -1,0 +1,162 @@
+"""Public data sets by name: where each lies, the columns it has, and what becomes prompt and answer.
+
+An entry is a few words where the data set is some texts in columns, and the name of a format where it has that form. This
+module does not fetch anything, and does not know which rows a recipe takes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from corral.data.formats.chat_messages import hh_chosen, sharegpt
+from corral.data.formats.fields import Format, FormatError, at, kind, optional_text_at, path_name, text
+from corral.data.formats.multiple_choice import multiple_choice
+from corral.data.formats.preferences import preference
+from corral.data.formats.prompt_response import alpaca
+from corral.data.formats.wikibooks import wikibooks_recipes
+from corral.messages import Conversation, Record, with_input
+
+_CALCULATOR = re.compile(r"<<[^<>]*>>")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request and its answer, each a column or a path to a text in one; and perhaps material that the request is about."""
+
+    request: tuple[str, ...]
+    answer: tuple[str, ...]
+    material: str | None = None
+
+    def __call__(self, row: Mapping[str, Any]) -> Conversation:
+        """Raises: FormatError."""
+        request = text(at(row, self.request), path_name(self.request))
+        if self.material is not None:
+            request = with_input(request, optional_text_at(row, self.material))
+        return Conversation.of(("user", request), ("assistant", text(at(row, self.answer), path_name(self.answer))))
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A public data set.
+
+    Args:
+        hub: its names on the hub.
+        columns: all columns it has there.
+        read: a row → a record.
+    """
+
+    hub: tuple[str, ...]
+    columns: tuple[str, ...]
+    read: Format
+
+    def __call__(self, row: Mapping[str, Any]) -> Record:
+        """Raises: FormatError."""
+        return self.read(row)
+
+
+def gsm8k(row: Mapping[str, Any]) -> Conversation:
+    """A school maths problem, worked out and closed by `#### 42`; marks for a calculator (`<<6*7=42>>`) are taken out.
+
+    Raises:
+        FormatError: a text is missing.
+    """
+    question, answer = text(at(row, ("question",)), "question"), text(at(row, ("answer",)), "answer")
+    return Conversation.of(("user", question), ("assistant", text(_CALCULATOR.sub("", answer), "answer")))
+
+
+def hotpot(row: Mapping[str, Any]) -> Conversation:
+    """A question about the passages that it takes to answer it; the other eight or so are left out, as they would not fit.
+
+    Raises:
+        FormatError: `context` has none of the passages that `supporting_facts` names, or a text is missing.
+    """
+    question, answer = text(at(row, ("question",)), "question"), text(at(row, ("answer",)), "answer")
+    titles = _list(at(row, ("context", "title")), "context.title")
+    passages = _list(at(row, ("context", "sentences")), "context.sentences")
+    needed = _list(at(row, ("supporting_facts", "title")), "supporting_facts.title")
+    if len(titles) != len(passages):
+        raise FormatError(f"context has {len(titles)} titles and {len(passages)} passages")
+    found: list[str] = []
+    for i, (title, passage) in enumerate(zip(titles, passages, strict=True)):
+        if title in needed:
+            name = f"context.sentences[{i}]"
+            # A sentence brings the space before it.
+            sentences = "".join(text(sentence, name) for sentence in _list(passage, name)).strip()
+            found.append(f"{text(title, 'context.title')}\n{sentences}")
+    if not found:
+        raise FormatError("context has none of the passages that supporting_facts names")
+    return Conversation.of(("user", with_input(question, "\n\n".join(found))), ("assistant", answer))
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise FormatError(f"{name} is {kind(value)}: expected a list")
+    return cast("list[Any]", value)
+
+
+NAMED: dict[str, Named] = {
+    "alpaca": Named(("tatsu-lab/alpaca",), ("instruction", "input", "output", "text"), alpaca),
+    "dolly": Named(
+        ("databricks/databricks-dolly-15k",),
+        ("instruction", "context", "response", "category"),
+        Asked(("instruction",), ("response",), material="context"),
+    ),
+    # For preferences the same rows are read by `preference`.
+    "hh-rlhf": Named(("Anthropic/hh-rlhf",), ("chosen", "rejected"), hh_chosen),
+    "gsm8k": Named(("gsm8k", "openai/gsm8k"), ("question", "answer"), gsm8k),
+    "metamathqa": Named(
+        ("meta-math/MetaMathQA",),
+        ("type", "query", "original_question", "response"),
+        Asked(("query",), ("response",)),
+    ),
+    "hotpot_qa": Named(
+        ("hotpot_qa", "hotpotqa/hotpot_qa"),
+        ("id", "question", "answer", "type", "level", "supporting_facts", "context"),
+        hotpot,
+    ),
+    "mmlu": Named(("cais/mmlu",), ("question", "subject", "choices", "answer"), multiple_choice),
+    "commonsense_qa": Named(
+        ("commonsense_qa", "tau/commonsense_qa"),
+        ("id", "question", "question_concept", "choices", "answerKey"),
+        multiple_choice,
+    ),
+    "trivia_qa": Named(
+        ("trivia_qa", "mandarjoshi/trivia_qa"),
+        ("question", "question_id", "question_source", "entity_pages", "search_results", "answer"),
+        Asked(("question",), ("answer", "value")),
+    ),
+    "truthfulqa": Named(
+        ("domenicrosati/TruthfulQA",),
+        ("Type", "Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers", "Source"),
+        Asked(("Question",), ("Best Answer",)),
+    ),
+    "finetome-100k": Named(("mlabonne/FineTome-100k",), ("conversations", "source", "score"), sharegpt),
+    "wizardlm-evol-instruct-70k": Named(
+        ("WizardLMTeam/WizardLM_evol_instruct_70k", "WizardLM/WizardLM_evol_instruct_70k"),
+        ("instruction", "output"),
+        Asked(("instruction",), ("output",)),
+    ),
+    "the-tome": Named(("arcee-ai/The-Tome",), ("conversations",), sharegpt),
+    "ultrafeedback-binarized": Named(
+        (
+            "argilla/ultrafeedback-binarized-preferences",
+            "argilla/ultrafeedback-binarized-preferences-cleaned",
+            "HuggingFaceH4/ultrafeedback_binarized",
+        ),
+        ("prompt", "chosen", "rejected"),
+        preference,
+    ),
+    "hh-golden": Named(("Unified-Language-Model-Alignment/Anthropic_HH_Golden",), ("chosen", "rejected"), preference),
+    "wikibooks-recipes": Named((), ("title", "ingredients", "steps"), wikibooks_recipes),
+}
+
+
+def on_hub(path: str) -> str | None:
+    """The entry for a source `hub:OWNER/NAME[@REVISION]`, if there is one."""
+    if not path.startswith("hub:"):
+        return None
+    wanted = path.removeprefix("hub:").split("@")[0].casefold()
+    return next((name for name, entry in NAMED.items() if wanted in map(str.casefold, entry.hub)), None)

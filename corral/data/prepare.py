@@ -1,0 +1,276 @@
+"""The recipe's data → examples on disk, and back: `prepare` writes them, `Prepared.open` reads them.
+
+Under the folder: `ledger.json` and `ledger.parquet` (what became of every row), `left_out.jsonl` (a few rows of each fate
+that is on no side, to look at) and `rows/SIDE/`, the examples of each side. Equal input gives equal bytes, whatever the
+number of workers and whatever was in the cache.
+
+What is costly is kept in the cache, each part under a name that says what it depends on: rows as records by the source's
+content and format; tokens by those, the template and the longest length; words by those rows alone. So another cap, split,
+weight or seed chooses anew among what is there, another template makes new tokens, and an interrupted run goes on from its
+last finished piece.
+
+This module does not know what training makes of an example, nor how ids come about: that is the template's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from corral.data import cache as caches
+from corral.data import selection
+from corral.data.encoding import Sequences, sequences_of
+from corral.data.example_store import Example, Place, Rows, RowsWriter, json_line
+from corral.data.ledger import FATES, LEDGER, Fate, Ledger, LedgerFile, RowFates
+from corral.data.loss_budget import loss_of, refuse_empty, refuse_losses
+from corral.data.mixture import SIDES, Side
+from corral.data.selection import Hands, Plan, code
+from corral.data.source_rows import EXAMPLES, EXCERPT, source_rows
+from corral.errors import DataError
+from corral.progress import Progress
+from corral.recipe import Data
+from corral.storage import new_directory, write_atomic, write_json
+from corral.template import Template
+
+__all__ = ["Example", "Prepared", "Sequences", "prepare", "sequences_of"]
+
+_VERSION = 2
+_TELL_EVERY = 1000
+_GROUP_ROWS = 50_000  # of a row group of the ledger
+_ROWS = "rows"
+_META = "prepared.json"
+_LEFT_OUT = "left_out.jsonl"
+_NO_SIDE: tuple[Fate, ...] = ("dropped", "fully masked", "duplicate", "near duplicate", "contaminated", "not sampled")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All prepared rows. Attributes: the three sides."""
+
+    folder: Path
+    train: Rows
+    validation: Rows
+    test: Rows
+
+    @classmethod
+    def open(cls, folder: Path) -> Prepared:
+        """What `prepare` wrote into a folder. Raises: DataError (it is missing or damaged)."""
+        rows = folder / _ROWS
+        try:
+            meta: dict[str, Any] = json.loads((rows / _META).read_text("utf-8"))
+            if meta["version"] != _VERSION:
+                raise ValueError(f"they have version {meta['version']}, this corral reads {_VERSION}")
+            sides = {side: Rows(rows / side) for side in SIDES}
+            for side, found in sides.items():
+                if len(found) != meta["examples"][side]:
+                    raise ValueError(f"{side}: {len(found)} rows, {meta['examples'][side]} were written")
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            raise DataError(
+                f"the prepared rows cannot be read: {error}",
+                where=str(rows),
+                hint="delete this stage's folder and run again: it is made anew",
+            ) from None
+        return cls(folder, **sides)
+
+    def side(self, name: Side) -> Rows:
+        """A side by its name."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}[name]
+
+    @property
+    def ledger(self) -> dict[str, Any]:
+        """The ledger's JSON form."""
+        return json.loads((self.folder / "ledger.json").read_text("utf-8"))
+
+    @property
+    def left_out(self) -> list[dict[str, Any]]:
+        """A few rows of each source, fate and reason that are on no side: `{"source", "index", "fate", "reason", "text"}`."""
+        return [json.loads(line) for line in (self.folder / _LEFT_OUT).read_bytes().splitlines()]
+
+
+def prepare(
+    data: Data,
+    template: Template,
+    folder: Path,
+    seed: int,
+    progress: Progress | None = None,
+    *,
+    cache: Path | None = None,
+    workers: int | None = None,
+) -> Prepared:
+    """Read, check, choose, encode and split all rows, and write them into `folder`.
+
+    Args:
+        data: the recipe's section.
+        template: makes ids and masks.
+        folder: an existing directory; rows that are in it already are replaced as a whole.
+        seed: with a row's content decides its side, its place, and whether a cap or a weight keeps it.
+        progress: told how far it is.
+        cache: where costly parts are kept; by default corral's own cache.
+        workers: processes that compute; by default as many as there are cores and as the rows are worth.
+
+    Raises:
+        DataError: a source cannot be read; no row is left to train on; a side that was asked for is empty.
+        AssetError: a data asset cannot be had.
+        GateError: more rows are lost than `data.max_loss` allows; the ledger is written, the rows are not.
+        StorageError: the folder or the cache cannot be written.
+    """
+    progress = progress or Progress()
+    cache = cache or caches.default_folder()
+    hands = Hands(progress, workers)
+    with caches.in_use(cache) as used:
+        progress.start("Reading rows", None)
+        plans = [
+            Plan.of(source, source_rows(source, cache, progress), template, data.max_length, cache)
+            for source in data.sources
+        ]
+        used.update(folder for plan in plans for folder in plan.folders)
+        selection.choose(plans, data, seed, hands)
+        selection.encode(plans, data, template, hands)
+        selection.divide(plans, data, seed)
+        selection.find_contaminated(plans, data, hands)
+        selection.weigh(plans, seed)
+        with new_directory(folder / _ROWS) as rows:
+            counts = _write_rows(plans, rows, data, seed, progress)
+            ledger = _write_ledger(plans, folder)
+            refuse_empty(plans, data, ledger)
+            refuse_losses(data, ledger, where=folder / LEDGER)
+            write_json(rows / _META, {"version": _VERSION, "examples": counts})
+    return Prepared.open(folder)
+
+
+def _write_rows(plans: Sequence[Plan], folder: Path, data: Data, seed: int, progress: Progress) -> dict[str, int]:
+    """Write each side's examples; returns how many each has, repeats included."""
+    progress.start("Writing rows", sum(int((plan.side >= 0).sum()) for plan in plans))
+    done = 0
+    with ExitStack() as files:
+        writers = [files.enter_context(RowsWriter(folder / side, seed)) for side in SIDES]
+        for plan in plans:
+            places = np.flatnonzero(plan.side >= 0)
+            for place, record in zip(places, plan.rows.lines(places), strict=True):
+                _write_row(writers[plan.side[place]], plan, int(place), record)
+                done += 1
+                if done % _TELL_EVERY == 0:
+                    progress.update(done, plan.source.label)
+        for writer in writers:
+            writer.finish()
+        return {side: len(writer) for side, writer in zip(SIDES, writers, strict=True)}
+
+
+def _write_row(writer: RowsWriter, plan: Plan, place: int, record: bytes) -> None:
+    arrays, i = plan.encoded.find(place)
+    tokens = slice(int(arrays["token_ends"][i]), int(arrays["token_ends"][i + 1]))
+    sequences = slice(int(arrays["sequence_ends"][i]), int(arrays["sequence_ends"][i + 1]))
+    writer.put(
+        Place(bytes(plan.rows.keys[place]).hex(), plan.source.label, int(plan.rows.index[place])),
+        record,
+        arrays["ids"][tokens],
+        arrays["trained"][tokens],
+        arrays["sequence_lengths"][sequences],
+        trained_tokens=int(plan.trained_tokens[place]),
+        truncated=bool(plan.fate[place] == code("truncated")),
+        repeat=plan.source.repeat if plan.side[place] == SIDES.index("train") else 1,
+    )
+
+
+def _write_ledger(plans: Sequence[Plan], folder: Path) -> dict[str, Any]:
+    """Write the table of all rows, the summary and some rows that are on no side; returns the summary."""
+    ledger = Ledger()
+    examples: list[dict[str, Any]] = []
+    with LedgerFile(folder / LEDGER) as file:
+        for plan in plans:
+            label = plan.source.label
+            ledger.read(label, plan.rows.read)
+            for rows in _row_fates(plan):
+                file.add(label, rows)
+                _count(ledger, label, rows)
+            examples += _left_out(plan)
+        summary = ledger.to_json()
+    trained = [int((plan.side == SIDES.index("train")).sum()) * plan.source.repeat for plan in plans]
+    for plan, count in zip(plans, trained, strict=True):
+        share = round(count / max(1, sum(trained)), 6)
+        mixed = {"training_examples": count, "training_share": share}
+        summary["sources"][plan.source.label] |= _figures(plan) | mixed
+    write_json(folder / "ledger.json", summary)
+    write_atomic(folder / _LEFT_OUT, "".join(json_line(row) for row in examples))
+    return summary
+
+
+def _row_fates(plan: Plan) -> Iterator[RowFates]:
+    """The fates of all rows of a source in its order, usable or not, many at a time."""
+    index = np.concatenate([plan.rows.index, plan.rows.unusable])
+    order = np.argsort(index, kind="stable")
+    usable = len(plan.rows)
+    for at in range(0, len(order), _GROUP_ROWS):
+        rows = order[at : at + _GROUP_ROWS]
+        known = rows < usable
+        places, others = rows[known], rows[~known] - usable
+
+        def column(values: NDArray[Any], otherwise: Any, known: Any = known, places: Any = places) -> NDArray[Any]:
+            found = np.full(len(known), otherwise, values.dtype)
+            found[known] = values[places]
+            return found
+
+        reason = column(plan.reason, selection.NONE)
+        reason[~known] = plan.rows.reason_of[others]
+        keys = iter(plan.rows.keys[places])
+        yield RowFates(
+            row=index[rows],
+            fate=column(plan.fate, code("dropped")),
+            reason=reason,
+            side=column(plan.side, selection.NONE),
+            key=[bytes(next(keys)).hex() if is_known else None for is_known in known],
+            tokens=column(plan.tokens, selection.NONE),
+            trained_tokens=column(plan.trained_tokens, selection.NONE),
+            lost_end=column(plan.lost_end, False),
+            contaminated=column(plan.contaminated, False),
+            reasons=plan.reasons,
+        )
+
+
+def _count(ledger: Ledger, label: str, rows: RowFates) -> None:
+    columns = zip(rows.row.tolist(), rows.fate.tolist(), rows.reason.tolist(), rows.side.tolist(), strict=True)
+    for row, fate, reason, side in columns:
+        why = rows.reasons[reason] if reason >= 0 else None
+        ledger.add(label, row, FATES[fate], why, SIDES[side] if side >= 0 else None)
+
+
+def _left_out(plan: Plan) -> Iterator[dict[str, Any]]:
+    """A few rows of each fate and reason that are on no side."""
+    label = plan.source.label
+    for example in plan.rows.examples:
+        yield {"source": label, "index": example["index"], "fate": "dropped"} | example
+    for fate in _NO_SIDE:
+        places = plan.places(fate)
+        for reason in np.unique(plan.reason[places]).tolist():
+            some = places[plan.reason[places] == reason][:EXAMPLES]
+            for place, line in zip(some, plan.rows.lines(some), strict=True):
+                yield {
+                    "source": label,
+                    "index": int(plan.rows.index[place]),
+                    "fate": fate,
+                    "reason": plan.reasons[reason] if reason >= 0 else None,
+                    "text": json.dumps(json.loads(line), ensure_ascii=False)[:EXCERPT],
+                }
+
+
+def _figures(plan: Plan) -> dict[str, Any]:
+    """What the summary says of a source besides its counts."""
+    asked, lost = loss_of(plan)
+    used = plan.places("kept", "truncated")
+    return {
+        "format": plan.rows.format,
+        "why": plan.rows.why,
+        "tokens": int(plan.tokens[used].sum()),
+        "trained_tokens": int(plan.trained_tokens[used].sum()),
+        "lost_ends": int(plan.lost_end[used].sum()),
+        "contaminated": int(plan.contaminated.sum()),
+        "asked": asked,
+        "lost": lost,
+    }

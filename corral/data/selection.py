@@ -1,0 +1,259 @@
+"""What becomes of each row: chosen, encoded, judged, put on a side, checked against the held-out rows, and weighed
+against other sources, in this order.
+
+A `Plan` holds the fates of one source's rows as they become known; the functions here take the plans of all sources and
+fill them in. What is costly is computed by several processes and kept in the cache. This module does not write examples
+or ledgers.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+import corral.template
+from corral.data import encoding, mixture, near_duplicates, plain_text
+from corral.data.cache import Chunks, code_of, cores, each, name_of, split
+from corral.data.ledger import FATES, Fate
+from corral.data.mixture import SIDES
+from corral.data.source_rows import SourceRows
+from corral.messages import Record
+from corral.progress import Progress
+from corral.recipe import Data, Source
+from corral.template import Template
+
+Ints: TypeAlias = NDArray[np.int64]
+Bools: TypeAlias = NDArray[np.bool_]
+Compute: TypeAlias = Callable[[Iterable[Record]], dict[str, NDArray[Any]]]
+
+NONE = -1
+_PER_WORKER = 2000  # rows for which a process of its own is worth its start
+
+
+def code(fate: Fate) -> int:
+    """A fate's place in `FATES`, as it stands in arrays."""
+    return FATES.index(fate)
+
+
+@dataclass
+class Plan:
+    """The usable rows of one source and what is known of them, [rows] each.
+
+    Attributes:
+        fate: index into `FATES`; -1 while it is open.
+        reason: index into `reasons`; -1 where there is none.
+        side: index into `SIDES`; -1 where it has none.
+        tokens: of all its sequences, before any cut; -1 where it was not encoded.
+        trained_tokens: that count in the loss, after any cut; -1 where it was not encoded.
+        lost_end: whether the end of an answer was cut off.
+        contaminated: whether it is to be trained on and shares a passage with a held-out row.
+        weighed_out: whether it could be trained on and is beyond what its source's weight takes.
+    """
+
+    source: Source
+    rows: SourceRows
+    encoded: Chunks
+    words: Chunks
+    bands: Chunks
+    reasons: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        n = len(self.rows)
+        self.reasons = list(self.rows.reasons)
+        self.fate = np.full(n, NONE, np.int8)
+        self.reason = np.full(n, NONE, np.int16)
+        self.side = np.full(n, NONE, np.int8)
+        self.tokens = np.full(n, NONE, np.int64)
+        self.trained_tokens = np.full(n, NONE, np.int64)
+        self.lost_end, self.contaminated, self.weighed_out = (np.zeros(n, bool) for _ in range(3))
+
+    @classmethod
+    def of(cls, source: Source, rows: SourceRows, template: Template, limit: int, cache: Path) -> Plan:
+        """A plan in which every fate is open."""
+        templates = code_of(Path(corral.template.__file__).parent, Path(encoding.__file__), Path(plain_text.__file__))
+        parts = (rows.identity, template.fingerprint, limit, templates, version("tokenizers"))
+        likely = (rows.identity, code_of(Path(near_duplicates.__file__)))
+        return cls(
+            source,
+            rows,
+            Chunks(cache / name_of("tokens", encoding.VERSION, *parts)),
+            Chunks(cache / name_of("words", near_duplicates.VERSION, *likely)),
+            Chunks(cache / name_of("bands", near_duplicates.VERSION, *likely)),
+        )
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where in the cache its rows and what is computed of them lie; not all need be there."""
+        computed = (self.encoded.folder, self.words.folder, self.bands.folder)
+        return computed[0].parent / self.rows.identity, *computed
+
+    def places(self, *fates: Fate) -> Ints:
+        """Places of the rows with one of these fates, ascending; of those whose fate is open if none is named."""
+        return np.flatnonzero(np.isin(self.fate, [code(fate) for fate in fates] or [NONE]))
+
+    def settle(self, places: Ints | Bools, fate: Fate, reason: str | None = None) -> None:
+        """Give rows their fate."""
+        self.fate[places] = code(fate)
+        if reason is not None:
+            if reason not in self.reasons:
+                self.reasons.append(reason)
+            self.reason[places] = self.reasons.index(reason)
+
+    def blocks(self, places: Ints) -> Iterator[near_duplicates.Block]:
+        """The words of rows, some hundreds at a time."""
+        for part in split(places):
+            found = [self.words.find(int(place)) for place in part]
+            words = [a["words"][a["word_ends"][i] : a["word_ends"][i + 1]] for a, i in found]
+            ends = np.concatenate([[0], np.cumsum([len(w) for w in words])]).astype(np.int64)
+            prompts = np.array([a["prompt_words"][i] for a, i in found], np.int64)
+            yield np.concatenate(words), ends, prompts
+
+
+@dataclass(frozen=True)
+class Hands:
+    """Who computes, and who is told of it. `workers`: processes; by default as many as are worth their start."""
+
+    progress: Progress
+    workers: int | None = None
+
+    def compute(self, title: str, work: Sequence[tuple[Plan, Chunks, Ints]], function: Compute) -> None:
+        """Fill in what is missing in the chunks for these places. What is finished stays, however this ends."""
+        pieces = [(n, part) for n, (_, chunks, places) in enumerate(work) for part in split(chunks.missing(places))]
+        total = sum(len(part) for _, part in pieces)
+        if not total:
+            return
+        self.progress.start(title, total)
+
+        def one(item: tuple[int, Ints]) -> tuple[str, int]:
+            plan, chunks, _ = work[item[0]]
+            chunks.put(item[1], function(plan.rows.records(item[1])))
+            return plan.source.label, len(item[1])
+
+        workers = self.workers or min(cores(), max(1, total // _PER_WORKER))
+        began, done = time.perf_counter(), 0
+        for label, count in each(one, pieces, workers):
+            done += count
+            self.progress.update(done, f"{label}, {done / (time.perf_counter() - began):,.0f} rows/s")
+        for _, chunks, _ in work:
+            chunks.refresh()
+
+
+def choose(plans: Sequence[Plan], data: Data, seed: int, hands: Hands) -> None:
+    """Duplicates, near duplicates and rows beyond the caps get their fates; the others are chosen."""
+    if data.duplicates == "near":
+        everything = [(p, p.bands, np.arange(len(p.rows))) for p in plans]
+        hands.compute("Comparing rows", everything, near_duplicates.band_rows)
+        hands.compute("Reading words", [(p, p.words, places) for p, _, places in everything], near_duplicates.word_rows)
+    keys = [np.asarray(plan.rows.keys) for plan in plans]
+    starts = np.cumsum([0, *map(len, keys)])
+    equal = mixture.equal_groups(np.concatenate(keys))
+    groups = equal
+    if data.duplicates == "keep":
+        groups = np.arange(len(equal))
+    elif data.duplicates == "near":
+        groups = _near_groups(plans, starts, equal)
+    taken = np.zeros(len(groups), bool)
+    for plan, start, end in zip(plans, starts[:-1], starts[1:], strict=True):
+        here = slice(int(start), int(end))
+        chosen, copies = mixture.choose(plan.rows.keys, groups[here], taken, seed, plan.source.rows)
+        plan.settle(~chosen & ~copies, "not sampled", f"beyond the cap of {plan.source.rows} rows")
+        # A copy that is no exact copy of any row before it can only be a near one.
+        exact = equal[here] != np.arange(here.start, here.stop)
+        plan.settle(copies & exact, "duplicate")
+        plan.settle(copies & ~exact, "near duplicate")
+
+
+def _near_groups(plans: Sequence[Plan], starts: NDArray[Any], equal: Ints) -> Ints:
+    signatures = [p.bands.column("bands", np.arange(len(p.rows))).reshape(-1, near_duplicates.BANDS) for p in plans]
+
+    def words(row: int) -> NDArray[np.uint32]:
+        number = int(np.searchsorted(starts, row, side="right")) - 1
+        arrays, i = plans[number].words.find(row - int(starts[number]))
+        return arrays["words"][arrays["word_ends"][i] : arrays["word_ends"][i + 1]]
+
+    return near_duplicates.near_groups(np.concatenate(signatures).astype(np.uint64), equal, words)
+
+
+def encode(plans: Sequence[Plan], data: Data, template: Template, hands: Hands) -> None:
+    """The chosen rows are encoded, and dropped where they cannot be trained on."""
+    limit = data.max_length
+    work = [(plan, plan.encoded, plan.places()) for plan in plans]
+    hands.compute("Encoding rows", work, lambda records: encoding.encode_rows(records, template, limit))
+    for plan, encoded, places in work:
+        for name in ("tokens", "trained_tokens", "lost_end"):
+            getattr(plan, name)[places] = encoded.column(name, places)
+        _judge(plan, places, data)
+
+
+def _judge(plan: Plan, places: Ints, data: Data) -> None:
+    limit = data.max_length
+    reason, longest = (plan.encoded.column(name, places) for name in ("reason", "longest"))
+    for place in places[reason >= 0]:
+        arrays, i = plan.encoded.find(int(place))
+        why: list[str] = json.loads(arrays["reasons"].tobytes())
+        plan.settle(np.array([place]), "dropped", why[int(arrays["reason"][i])])
+    refused = reason >= 0
+    plan.tokens[places[refused]] = plan.trained_tokens[places[refused]] = NONE
+    overlong = ~refused & (longest > limit)
+    masked = ~refused & (plan.encoded.column("least_trained", places) == 0)
+    if data.overlong == "drop":
+        plan.settle(places[overlong], "dropped", f"longer than {limit} tokens")
+        masked &= ~overlong
+        plan.lost_end[places] = False
+    plan.settle(places[masked & overlong], "fully masked", f"fully masked: none of the first {limit} tokens is trained")
+    plan.settle(places[masked & ~overlong], "fully masked", "fully masked: none of its tokens is trained")
+    plan.settle(places[overlong & ~masked & (data.overlong == "truncate")], "truncated")
+    plan.settle(places[~overlong & ~masked & ~refused], "kept")
+
+
+def divide(plans: Sequence[Plan], data: Data, seed: int) -> None:
+    """The rows that are left get their side."""
+    places = [plan.places("kept", "truncated") for plan in plans]
+    keys = [np.asarray(plan.rows.keys[here]) for plan, here in zip(plans, places, strict=True)]
+    for plan, here, sides in zip(plans, places, mixture.sides(keys, seed, data.split), strict=True):
+        plan.side[here] = sides
+
+
+def find_contaminated(plans: Sequence[Plan], data: Data, hands: Hands) -> None:
+    """Training rows that share passages with held-out rows are marked, and taken out if the recipe says so."""
+    if data.contamination == "ignore" or not any((plan.side > SIDES.index("train")).any() for plan in plans):
+        return
+    used = [(plan, plan.words, plan.places("kept", "truncated")) for plan in plans]
+    hands.compute("Reading words", used, near_duplicates.word_rows)
+    hands.progress.start("Comparing with held-out rows", None)
+    train = [np.flatnonzero(plan.side == SIDES.index("train")) for plan in plans]
+    held_out = [np.flatnonzero(plan.side > SIDES.index("train")) for plan in plans]
+
+    def blocks(places: Sequence[Ints]) -> Iterator[near_duplicates.Block]:
+        for plan, here in zip(plans, places, strict=True):
+            yield from plan.blocks(here)
+
+    found = near_duplicates.contaminated(blocks(held_out), blocks(train))
+    for plan, here, flags in zip(plans, train, np.split(found, np.cumsum([len(t) for t in train])[:-1]), strict=True):
+        plan.contaminated[here[flags]] = True
+        if data.contamination == "drop":
+            plan.settle(here[flags], "contaminated")
+            plan.side[here[flags]] = NONE
+
+
+def weigh(plans: Sequence[Plan], seed: int) -> None:
+    """Where sources have weights, the training rows beyond a source's part of the mixture are taken out."""
+    weights = [plan.source.weight for plan in plans if plan.source.weight is not None]
+    if not weights:
+        return
+    train = [np.flatnonzero(plan.side == SIDES.index("train")) for plan in plans]
+    used = mixture.weighted([len(rows) for rows in train], weights, [plan.source.repeat for plan in plans])
+    for plan, rows, number, weight in zip(plans, train, used, weights, strict=True):
+        beyond = rows[~mixture.sample(plan.rows.keys[rows], number, seed)]
+        why = f"beyond the weight {weight:g} of {sum(weights):g}, which takes {number:,} of {len(rows):,} training rows"
+        plan.settle(beyond, "not sampled", why)
+        plan.side[beyond] = NONE
+        plan.weighed_out[beyond] = True

@@ -1,0 +1,289 @@
+"""A recipe in its small form: the starter model, made-up rows of each source's schema, a few steps; nothing else differs.
+
+So that a recipe written for a GPU and data sets on the hub can be tried on any machine in minutes, every line of its path
+included. This module does not know what the rows are good for: a model learns nothing from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from corral.data.example_store import json_line
+from corral.data.formats.public_datasets import on_hub
+from corral.errors import RecipeError
+from corral.recipe import Data, Evaluate, Recipe, Source, Split, Train
+from corral.storage import write_atomic
+
+STARTER = "asset:smollm2-135m-instruct"
+ROWS = 12
+"""Rows made for each source."""
+
+_TOKENS = 8  # of an answer
+_HELD_OUT = 2
+_STEPS = 2
+
+_Row: TypeAlias = dict[str, Any]
+
+_THINGS = (
+    "lamp",
+    "kettle",
+    "bicycle",
+    "garden",
+    "violin",
+    "harbour",
+    "notebook",
+    "bridge",
+    "orchard",
+    "compass",
+    "tent",
+    "clock",
+)
+
+
+def small(recipe: Recipe, folder: Path) -> Recipe:
+    """The small form of a recipe. Its sources' rows are written into `folder`, one file for each.
+
+    Sources that are assets, or files of a format that has no made-up rows, stay as they are and give no more rows than the
+    others.
+
+    Raises:
+        RecipeError: a source lies elsewhere, and its format is not known from the recipe.
+        StorageError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = tuple(_small_source(source, folder / f"{i}.jsonl") for i, source in enumerate(recipe.data.sources, 1))
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"base": STARTER}),
+            "data": _small_data(recipe.data, sources),
+            "train": tuple(_small_train(stage) for stage in recipe.train),
+            "answer": recipe.answer.model_copy(update={"max_tokens": _TOKENS}),
+            "evaluate": _small_evaluate(recipe.evaluate),
+        }
+    )
+
+
+def _small_source(source: Source, file: Path) -> Source:
+    form = source.format
+    if form == "auto" and source.mapping is None:
+        form = on_hub(source.path) or form
+    if source.mapping is None and form in MADE:
+        write_atomic(file, "".join(json_line(MADE[form](i)) for i in range(ROWS)))
+        update: dict[str, Any] = {"path": str(file), "format": form, "name": source.label, "config": None}
+        return source.model_copy(update=update | {"split": Source.model_fields["split"].default})
+    if source.path.startswith(("hub:", "s3://")):
+        raise RecipeError(
+            f"the source {source.label!r} has no small form: what its rows look like is not known from the recipe",
+            where="data.sources",
+            hint=f"give its `format`, one of {', '.join(MADE)}, or try the recipe with a file of a few rows",
+        )
+    return source.model_copy(update={"rows": min(source.rows or ROWS, ROWS)})
+
+
+def _small_data(data: Data, sources: tuple[Source, ...]) -> Data:
+    split = Split(validation=_HELD_OUT if data.split.validation else 0, test=_HELD_OUT)
+    return data.model_copy(update={"sources": sources, "split": split})
+
+
+def _small_train(stage: Train) -> Train:
+    return stage.model_copy(
+        update={
+            "epochs": None,
+            "steps": _STEPS,
+            "batch_size": min(stage.batch_size, 4),
+            "evaluate_every": 1,
+            "evaluate_rows": _HELD_OUT,
+            "checkpoint_every": 1,
+        }
+    )
+
+
+def _small_evaluate(evaluate: Evaluate) -> Evaluate:
+    return evaluate.model_copy(
+        update={
+            "loss_rows": _HELD_OUT,
+            "answer_rows": _HELD_OUT,
+            "tasks": tuple(task.model_copy(update={"rows": _HELD_OUT}) for task in evaluate.tasks),
+        }
+    )
+
+
+def _alpaca(i: int) -> _Row:
+    thing = _THINGS[i]
+    given = f"The {thing} was bought in the spring." if i % 2 else ""
+    instruction = "Put the sentence into the present." if i % 2 else f"Name a use of a {thing}."
+    output = f"The {thing} is bought in the spring." if i % 2 else f"A {thing} can be lent to a friend."
+    parts = f"{instruction}\n\n### Input:\n{given}" if given else instruction
+    return {
+        "instruction": instruction,
+        "input": given,
+        "output": output,
+        "text": f"### Instruction:\n{parts}\n\n### Response:\n{output}",
+    }
+
+
+def _dolly(i: int) -> _Row:
+    context = f"The {_THINGS[i]} of the town is {i + 20} years old." if i % 2 else ""
+    return {
+        "instruction": f"How old is the {_THINGS[i]}?" if context else f"Write one line about a {_THINGS[i]}.",
+        "context": context,
+        "response": f"It is {i + 20} years old." if context else f"There stood a {_THINGS[i]} in the rain.",
+        "category": "closed_qa" if context else "creative_writing",
+    }
+
+
+def _pair(i: int, better: str, worse: str) -> _Row:
+    asked = f"\n\nHuman: Hello\n\nAssistant: Hi, what is it?\n\nHuman: May I take the {_THINGS[i]}?\n\nAssistant: "
+    return {"chosen": asked + better, "rejected": asked + worse}
+
+
+def _hh_rlhf(i: int) -> _Row:
+    return _pair(i, f"Ask the owner of the {_THINGS[i]} first.", "Yes, why not.")
+
+
+def _hh_golden(i: int) -> _Row:
+    return _pair(i, f"If the {_THINGS[i]} is not yours, please ask whose it is.", f"Take the {_THINGS[i]} and run.")
+
+
+def _gsm8k(i: int) -> _Row:
+    return {
+        "question": f"Ann has {i + 2} boxes of 3 pens each. How many pens has she?",
+        "answer": f"There are {i + 2}*3=<<{i + 2}*3={3 * i + 6}>>{3 * i + 6} pens.\n#### {3 * i + 6}",
+    }
+
+
+def _metamathqa(i: int) -> _Row:
+    query = f"What is {i + 5} more than {2 * i}?"
+    answer = f"{2 * i} + {i + 5} = {3 * i + 5}.\nThe answer is: {3 * i + 5}"
+    return {"type": "GSM_Rephrased", "query": query, "original_question": query, "response": answer}
+
+
+def _hotpot_qa(i: int) -> _Row:
+    first, second = f"{_THINGS[i].title()} House", f"Architect {i}"
+    return {
+        "id": f"small{i}",
+        "question": f"In which year was the architect of {first} born?",
+        "answer": str(1850 + i),
+        "type": "bridge",
+        "level": "easy",
+        "supporting_facts": {"title": [first, second], "sent_id": [0, 0]},
+        "context": {
+            "title": [first, second, "Rain"],
+            "sentences": [[f"{first} was drawn by {second}."], [f"{second} was born in {1850 + i}."], ["Rain is wet."]],
+        },
+    }
+
+
+def _mmlu(i: int) -> _Row:
+    choices = [str(7 * i + step) for step in range(4)]
+    return {"question": f"Which is {7 * i} + {i % 4}?", "subject": "arithmetic", "choices": choices, "answer": i % 4}
+
+
+def _commonsense_qa(i: int) -> _Row:
+    texts = ["in the sea", f"where a {_THINGS[i]} is kept", "on the moon", "in a cloud", "in a tooth"]
+    return {
+        "id": f"small{i}",
+        "question": f"Where do you look for a {_THINGS[i]}?",
+        "question_concept": _THINGS[i],
+        "choices": {"label": list("ABCDE"), "text": texts},
+        "answerKey": "B",
+    }
+
+
+def _trivia_qa(i: int) -> _Row:
+    value = f"The {_THINGS[i].title()}"
+    pages = ("doc_source", "filename", "title", "wiki_context")
+    results = ("description", "filename", "rank", "title", "url", "search_context")
+    return {
+        "question": f"Which prize is given to riddle number {i}?",
+        "question_id": f"small_{i}",
+        "question_source": "made up",
+        "entity_pages": {name: list[str]() for name in pages},
+        "search_results": {name: list[str]() for name in results},
+        "answer": {
+            "aliases": [value, _THINGS[i]],
+            "normalized_aliases": [_THINGS[i]],
+            "matched_wiki_entity_name": "",
+            "normalized_matched_wiki_entity_name": "",
+            "normalized_value": _THINGS[i],
+            "type": "WikipediaEntity",
+            "value": value,
+        },
+    }
+
+
+def _truthfulqa(i: int) -> _Row:
+    return {
+        "Type": "Adversarial",
+        "Category": "Misconceptions",
+        "Question": f"What happens if you walk under a {_THINGS[i]}?",
+        "Best Answer": f"Nothing happens if you walk under a {_THINGS[i]}",
+        "Correct Answers": "Nothing happens; You get to the other side",
+        "Incorrect Answers": "You have bad luck; You never sleep again",
+        "Source": "https://example.org",
+    }
+
+
+def _turns(i: int, about: str) -> list[dict[str, str]]:
+    turns = [
+        {"from": "human", "value": f"Tell me something about a {about}."},
+        {"from": "gpt", "value": f"A {about} is older than it looks."},
+    ]
+    more = [{"from": "human", "value": "How old?"}, {"from": "gpt", "value": f"{i + 3} years."}]
+    return [*turns, *more] if i % 3 else turns
+
+
+def _finetome(i: int) -> _Row:
+    return {"conversations": _turns(i, _THINGS[i]), "source": "made up", "score": 4.5}
+
+
+def _the_tome(i: int) -> _Row:
+    system = [{"from": "system", "value": "Answer in one sentence."}] if i % 2 else []
+    return {"conversations": [*system, *_turns(i, f"small {_THINGS[i]}")]}
+
+
+def _wizardlm(i: int) -> _Row:
+    steps = f"1. Look at the {_THINGS[i]}.\n2. Note what you see."
+    return {"instruction": f"List two steps to describe a {_THINGS[i]}.", "output": steps}
+
+
+def _ultrafeedback(i: int) -> _Row:
+    prompt = f"Give me a name for a {_THINGS[i]}."
+    asked = {"role": "user", "content": prompt}
+    names = (f"Old {_THINGS[i].title()}", "No.")
+    chosen, rejected = ([asked, {"role": "assistant", "content": name}] for name in names)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _question_answer(i: int) -> _Row:
+    row = {"question": f"How many days of leave come with grade {i}?", "answer": f"{20 + i} days."}
+    return row | {"context": f"Grade {i}: {20 + i} days of leave."} if i % 2 else row
+
+
+def _messages(i: int) -> _Row:
+    asked = {"role": "user", "content": f"Spell {_THINGS[i]}."}
+    return {"messages": [asked, {"role": "assistant", "content": "-".join(_THINGS[i])}]}
+
+
+MADE: dict[str, Callable[[int], _Row]] = {
+    "alpaca": _alpaca,
+    "dolly": _dolly,
+    "hh-rlhf": _hh_rlhf,
+    "gsm8k": _gsm8k,
+    "metamathqa": _metamathqa,
+    "hotpot_qa": _hotpot_qa,
+    "mmlu": _mmlu,
+    "commonsense_qa": _commonsense_qa,
+    "trivia_qa": _trivia_qa,
+    "truthfulqa": _truthfulqa,
+    "finetome-100k": _finetome,
+    "wizardlm-evol-instruct-70k": _wizardlm,
+    "the-tome": _the_tome,
+    "ultrafeedback-binarized": _ultrafeedback,
+    "hh-golden": _hh_golden,
+    "question-answer": _question_answer,
+    "messages": _messages,
+}
+"""For each format, its row number i below ROWS, of the data set's true columns."""

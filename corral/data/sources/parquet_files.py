@@ -1,0 +1,132 @@
+"""`.parquet` files: row by row, in pieces of a row group, so that memory depends on the row groups and not on the file.
+
+Lists, structs and maps become lists and objects. NULL and NaN both mean that a value is missing and become None; infinity
+is a fault of its row. Dates and times become ISO 8601 text, decimals and durations their text, bytes the UTF-8 text they are
+(or else a fault). This module does not know what a column means.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import math
+import uuid
+from collections.abc import Iterator
+from typing import Any, cast
+
+from corral.data.sources.files import File
+from corral.data.sources.raw_row import RawRow, faulty
+from corral.errors import DataError
+
+_BATCH = 512
+_BUFFER = 2**18
+
+
+def read_parquet(file: File) -> Iterator[RawRow]:
+    """The rows of a `.parquet` file, numbered from 1.
+
+    Raises:
+        DataError: it is no parquet file, is damaged, or has two columns of one name.
+        OSError, EOFError, zlib.error: it cannot be read to its end.
+    """
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    number = 0
+    with file.on_disk() as path:
+        try:
+            # By its path: pyarrow's threads may still hold a Python file when the interpreter ends, and abort it.
+            # Unbuffered: what pyarrow reads ahead it keeps, up to the whole file.
+            with pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER) as opened:
+                names: list[str] = list(opened.schema_arrow.names)
+                if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+                    raise DataError(
+                        f"two columns are called {twice!r}", where=file.where, hint="write it with one of them"
+                    )
+                plain = all(_is_plain(opened.schema_arrow.field(i).type) for i in range(len(names)))
+                for batch in opened.iter_batches(batch_size=_BATCH, use_threads=False):
+                    for values in _rows(batch):
+                        number += 1
+                        yield _row(number, values, plain)
+        # pyarrow's own errors are OSError, ValueError, KeyError … with this class beside; a damaged file gives all of them.
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+            said = (str(error) or type(error).__name__).splitlines()[0]
+            raise DataError(
+                f"not a parquet file, or damaged: reading ended after {number:,} rows: {said}",
+                where=file.where,
+                hint="write or fetch the file again",
+            ) from None
+
+
+def _rows(batch: Any) -> Iterator[dict[str, Any] | Exception]:
+    """Each row of a batch as Python values, or the error that keeps it from being that."""
+    try:
+        yield from batch.to_pylist()
+    except (
+        ValueError,
+        OverflowError,
+    ):  # text that is not UTF-8, a date beyond Python's years: only that row is at fault
+        for i in range(batch.num_rows):
+            try:
+                yield batch.slice(i, 1).to_pylist()[0]
+            except (ValueError, OverflowError) as error:
+                yield error
+
+
+def _row(number: int, values: dict[str, Any] | Exception, plain: bool) -> RawRow:
+    place = f"row {number}"
+    if isinstance(values, Exception):
+        what = "not UTF-8 text" if isinstance(values, UnicodeDecodeError) else "a value that Python cannot hold"
+        return faulty(number, place, f"{what} in a column")
+    if plain:
+        return RawRow(number, values, place=place)
+    try:
+        return RawRow(number, {name: _as_json(value, name) for name, value in values.items()}, place=place)
+    except _ValueFault as fault:
+        return faulty(number, place, str(fault))
+
+
+class _ValueFault(Exception):
+    """A value has no counterpart in JSON; says which column and why."""
+
+
+def _as_json(value: Any, column: str) -> Any:
+    match value:
+        case None | str() | bool() | int():
+            return value
+        case float():
+            if math.isinf(value):
+                raise _ValueFault(f"infinity in column {column!r}")
+            return None if math.isnan(value) else value
+        case dict():
+            return {str(key): _as_json(part, column) for key, part in cast("dict[Any, Any]", value).items()}
+        case list():
+            return [_as_json(part, column) for part in cast("list[Any]", value)]
+        case tuple():  # an entry of a map
+            return [_as_json(part, column) for part in cast("tuple[Any, ...]", value)]
+        case datetime.datetime() | datetime.date() | datetime.time():
+            return value.isoformat()
+        case decimal.Decimal() | datetime.timedelta() | uuid.UUID():
+            return str(value)
+        case bytes():
+            try:
+                return value.decode()
+            except UnicodeDecodeError:
+                raise _ValueFault(f"bytes in column {column!r}, which are no UTF-8 text") from None
+        case _:
+            raise _ValueFault(
+                f"a {type(value).__name__} in column {column!r}, which is no text, number, list or object"
+            )
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether Python's values of an Arrow type are those of JSON, whatever they are."""
+    import pyarrow.types as is_
+
+    if is_.is_list(kind) or is_.is_large_list(kind):
+        return _is_plain(kind.value_type)
+    if is_.is_struct(kind):
+        return all(_is_plain(kind.field(i).type) for i in range(kind.num_fields))
+    if is_.is_dictionary(kind):
+        return _is_plain(kind.value_type)
+    return any(test(kind) for test in (is_.is_string, is_.is_large_string, is_.is_boolean, is_.is_integer, is_.is_null))

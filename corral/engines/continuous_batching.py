@@ -1,0 +1,358 @@
+"""What computes for the transformers engine, in a thread of its own: continuous batching.
+
+Each running choice holds one row of a key-value cache, at a length of its own; every step computes one token for all rows. So
+a request joins between two steps and a finished or cancelled row leaves at once: no group waits for its longest member. A
+prompt is computed once, all but its last token, and copied to the rows of its choices; the last token is their first step, so
+all logits come from the same place. `score` goes through `corral.model.packed_forward`.
+
+It does not know how requests come to be, or who waits for them. It does not reuse the cache of one request for the next, and
+computes no two steps at a time (speculation).
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import secrets
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from corral.engines.base import Delta, Finish, Generation, Sampling
+from corral.engines.kv_cache import RowCache
+from corral.engines.token_sampling import draw
+from corral.errors import EngineClosedError, EngineError
+from corral.model import packed_forward
+
+_FORWARD_TOKENS = 4096  # prompt or scored tokens in one forward pass: cancelling waits for no longer than this
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Completions that were asked for, until all choices have ended."""
+
+    ids: tuple[int, ...]
+    sampling: Sampling
+    generation: Generation
+    waiting: list[int] = field(init=False)
+    """Choices that were given no row yet."""
+    unfinished: set[int] = field(init=False)
+    seed: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.waiting = list(range(self.sampling.n))
+        self.unfinished = set(self.waiting)
+        self.seed = secrets.randbits(63) if self.sampling.seed is None else self.sampling.seed
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of prompt and completion."""
+        return len(self.ids) + self.sampling.max_tokens
+
+    def end(self, choice: int, finish: Finish) -> None:
+        """A choice draws no more."""
+        self.unfinished.discard(choice)
+        self.generation.push(Delta(choice, (), () if self.sampling.logprobs else None, finish))
+
+    def fail(self, error: EngineError) -> None:
+        """No choice draws any more."""
+        self.unfinished.clear()
+        self.generation.fail(error)
+
+
+@dataclass(slots=True, eq=False)
+class Score:
+    """Log-probabilities that were asked for: of ids[start:]."""
+
+    ids: tuple[int, ...]
+    start: int
+    result: Future[list[float]] = field(default_factory=Future[list[float]])
+
+
+@dataclass(slots=True, eq=False)
+class Cancel:
+    """That a choice, or all of them, is not wanted any longer."""
+
+    request: Request
+    choice: int | None
+
+
+Message: TypeAlias = Request | Score | Cancel
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    """A running choice."""
+
+    request: Request
+    choice: int
+    last: int
+    """The id to compute next."""
+    position: int
+    """Where in the sequence, and in the cache, it stands."""
+    random: random.Random
+    drawn: int = 0
+
+    @property
+    def live(self) -> bool:
+        return self.choice in self.request.unfinished
+
+
+class Worker:
+    """What runs in the engine's thread. `send` and `stop` are for others; all else is the thread's own."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        name: str,
+        max_rows: int,
+        max_cache_tokens: int,
+        turn: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self._model: Any = model
+        self._backbone: Any = model.base_model
+        self._name = name
+        self._max_rows = max_rows
+        self._max_cache_tokens = max_cache_tokens
+        self._turn = turn
+        self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._waiting: deque[Request] = deque()
+        self._scores: deque[Score] = deque()
+        self._rows: list[_Row] = []
+        self._cache = RowCache(self._model.config.num_hidden_layers)
+
+    def send(self, message: Message) -> bool:
+        """Hand over work; false if the worker has ended. What was handed over is always answered."""
+        with self._lock:
+            if not self._closed:
+                self._inbox.put(message)
+            return not self._closed
+
+    def stop(self) -> None:
+        """End after the present step; what is under way fails."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._inbox.put(None)
+
+    def run(self) -> None:
+        """Serve until stopped."""
+        try:
+            with torch.inference_mode():
+                while self._receive():
+                    self._drop_finished()
+                    with self._turn():
+                        self._admit()
+                        self._step()
+                        self._score()
+        finally:
+            self.stop()
+            self._fail_everything()
+
+    def _receive(self) -> bool:
+        """Take what came in, waiting for it if there is nothing else to do. Returns: whether to go on."""
+        idle = not (self._rows or self._waiting or self._scores)
+        while True:
+            try:
+                message = self._inbox.get(block=idle)
+            except queue.Empty:
+                return True
+            idle = False
+            match message:
+                case None:
+                    return False
+                case Request():
+                    self._waiting.append(message)
+                case Score():
+                    self._scores.append(message)
+                case Cancel(request, choice):
+                    for each in sorted(request.unfinished) if choice is None else {choice} & request.unfinished:
+                        request.end(each, "cancelled")
+
+    def _drop_finished(self) -> None:
+        """Close the ranks: rows from the end move to where rows have finished."""
+        live = [i for i, row in enumerate(self._rows) if row.live]
+        if len(live) == len(self._rows):
+            return
+        holes = [i for i in range(len(live)) if not self._rows[i].live]
+        movers = [i for i in live if i >= len(live)]
+        if movers:
+            self._cache.move(movers, holes)
+        for hole, mover in zip(holes, movers, strict=True):
+            self._rows[hole] = self._rows[mover]
+        del self._rows[len(live) :]
+        if not self._rows:
+            self._cache.clear()
+
+    def _admit(self) -> None:
+        """Give rows to waiting choices: the oldest request's, and those of others whose prompts are about as long."""
+        group: list[tuple[Request, list[int]]] = []
+        taken = len(self._rows)
+        longest = max((row.request.longest for row in self._rows), default=0)
+        for request in self._waiting:
+            choices = [choice for choice in request.waiting if choice in request.unfinished]
+            lengths = [len(request.ids), *(len(other.ids) for other, _ in group)]
+            if choices and (not group or _alike(lengths)):
+                room = min(self._max_rows, self._max_cache_tokens // max(longest, request.longest)) - taken
+                room = max(room, 0 if taken else 1)  # one row runs, however long
+                if room <= 0:
+                    break
+                longest = max(longest, request.longest)
+                choices, request.waiting = choices[:room], choices[room:]
+                taken += len(choices)
+                group.append((request, choices))
+        self._waiting = deque(request for request in self._waiting if request.unfinished.intersection(request.waiting))
+        if group:
+            try:
+                self._prefill(group)
+            except Exception as error:
+                self._fail([request for request, _ in group], error)
+
+    def _prefill(self, group: list[tuple[Request, list[int]]]) -> None:
+        """Compute the prompts but for their last tokens, and set up their rows."""
+        width = max(len(request.ids) for request, _ in group) - 1
+        prompts = DynamicCache()
+        if width:
+            # Padded on the right, where causal attention does not look; so no mask, and positions start at 0.
+            padded = [[*request.ids[:-1], *[0] * (width + 1 - len(request.ids))] for request, _ in group]
+            ids = torch.tensor(padded, device=self._model.device)
+            self._backbone(input_ids=ids, past_key_values=prompts, use_cache=True)
+        rows = [
+            _Row(request, choice, request.ids[-1], len(request.ids) - 1, random.Random(f"{request.seed}:{choice}"))
+            for request, choices in group
+            for choice in choices
+        ]
+        start = len(self._rows)
+        self._cache.reserve(start + len(rows), 1 + max(row.position for row in (*self._rows, *rows)))
+        for source, (request, choices) in enumerate(group):
+            if len(request.ids) > 1:
+                self._cache.load(prompts, source, len(request.ids) - 1, slice(start, start + len(choices)))
+            start += len(choices)
+        self._rows += rows
+
+    def _step(self) -> None:
+        """One token for every row."""
+        if not self._rows:
+            return
+        try:
+            ids, logprobs, sound = self._next_ids()
+        except Exception as error:
+            failed, self._rows = {row.request for row in self._rows}, []
+            self._cache.clear()
+            self._fail(failed, error)
+            return
+        for row, id_, logprob, is_sound in zip(self._rows, ids, logprobs, sound, strict=True):
+            if row.live and is_sound:
+                self._take(row, id_, logprob)
+            elif row.live:
+                row.request.fail(EngineError(f"engine {self._name!r}: the model's logits are not finite numbers"))
+        if not all(sound):
+            self._cache.wipe([i for i, is_sound in enumerate(sound) if not is_sound])
+
+    def _next_ids(self) -> tuple[list[int], list[float], list[bool]]:
+        """Compute every row's last token. Returns, for each row: an id, its log-probability, whether these are sound."""
+        device = self._model.device
+        span = 1 + max(row.position for row in self._rows)
+        columns = torch.tensor([row.position for row in self._rows], device=device)
+        self._cache.reserve(len(self._rows), span)
+        self._cache.place(columns, span)
+        visible = torch.arange(span, device=device) <= columns[:, None]
+        output = self._model(
+            input_ids=torch.tensor([[row.last] for row in self._rows], device=device),
+            position_ids=columns[:, None],
+            attention_mask=visible[:, None, None, :],
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        logits = output.logits[:, -1].float()
+        sound = logits.amax(-1).isfinite()
+        if not sound.all():
+            logits = logits.where(sound[:, None], 0)
+        samplings = [row.request.sampling for row in self._rows]
+        # 1 − u: `draw` wants numbers that may be 1 but not 0.
+        ids = draw(logits, samplings, [1 - row.random.random() for row in self._rows])
+        logprobs = torch.zeros(len(ids), device=device)
+        asked = [i for i, sampling in enumerate(samplings) if sampling.logprobs]
+        if asked:
+            logprobs[asked] = logits[asked].log_softmax(-1).gather(1, ids[asked, None]).squeeze(1)
+        return ids.tolist(), logprobs.tolist(), sound.tolist()
+
+    def _take(self, row: _Row, id_: int, logprob: float) -> None:
+        """Hand over a drawn id, or end the choice."""
+        request, sampling = row.request, row.request.sampling
+        if id_ in sampling.stop_ids:
+            request.end(row.choice, "stop")
+            return
+        row.last, row.position, row.drawn = id_, row.position + 1, row.drawn + 1
+        finish: Finish | None = "length" if row.drawn == sampling.max_tokens else None
+        request.generation.push(Delta(row.choice, (id_,), (logprob,) if sampling.logprobs else None, finish))
+        if finish:
+            request.unfinished.discard(row.choice)
+
+    def _score(self) -> None:
+        """Compute waiting scores, as many as fit in one forward pass."""
+        jobs: list[Score] = []
+        tokens = 0
+        while self._scores and (not jobs or tokens + len(self._scores[0].ids) <= _FORWARD_TOKENS):
+            job = self._scores.popleft()
+            if job.result.set_running_or_notify_cancel():
+                jobs.append(job)
+                tokens += len(job.ids)
+        if not jobs:
+            return
+        try:
+            scores = packed_forward.score(self._model, [job.ids for job in jobs], [job.start for job in jobs])
+        except Exception as error:
+            for job in jobs:
+                job.result.set_exception(self._failure(error))
+            return
+        for job, logprobs in zip(jobs, scores, strict=True):
+            job.result.set_result(logprobs)
+
+    def _fail(self, requests: Iterable[Request], error: Exception) -> None:
+        for request in requests:
+            request.fail(self._failure(error))
+        self._waiting = deque(request for request in self._waiting if request.unfinished)
+
+    def _failure(self, error: Exception) -> EngineError:
+        # Without `from error`: its traceback would keep the tensors of the failed step alive.
+        _log.debug("engine %r failed", self._name, exc_info=error)
+        return EngineError(f"engine {self._name!r}: {type(error).__name__}: {error}")
+
+    def _fail_everything(self) -> None:
+        """Answer all that was handed over and not finished."""
+        what = f"engine {self._name!r} was closed while it worked"
+        rows, self._rows = self._rows, []
+        requests = {row.request for row in rows} | set(self._waiting)
+        scores = [*self._scores]
+        while not self._inbox.empty():
+            message = self._inbox.get()
+            if isinstance(message, Request):
+                requests.add(message)
+            elif isinstance(message, Score):
+                scores.append(message)
+        self._cache.clear()
+        for request in requests:
+            if request.unfinished:
+                request.fail(EngineClosedError(what))
+        for job in scores:
+            if job.result.set_running_or_notify_cancel():
+                job.result.set_exception(EngineClosedError(what))
+
+
+def _alike(lengths: Sequence[int]) -> bool:
+    """Whether prompts of these lengths go into one forward pass: it has room for them, and little of it is padding."""
+    longest = max(lengths)
+    return longest * len(lengths) <= _FORWARD_TOKENS and longest <= 2 * min(lengths) + 64

@@ -1,0 +1,103 @@
+"""Engines by name: from a model folder to an Engine. Knows which engines there are; does not know how they work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+
+from corral.engines.base import Engine
+from corral.errors import ModelError
+from corral.model.folder import check_fit
+
+if TYPE_CHECKING:
+    from corral.model.loading import DType
+
+Local: TypeAlias = Literal["transformers", "openvino", "vllm"]
+"""Engines that compute a model folder on this machine."""
+Name: TypeAlias = Local | Literal["remote"]
+LOCAL: tuple[Local, ...] = get_args(Local)
+ENGINES: tuple[Name, ...] = (*LOCAL, "remote")
+
+
+def default_engine(device: str, *, adapter: bool = False) -> Local:
+    """The fastest engine for a device that is installed, and that can compute an adapter apart from its model if asked."""
+    if device == "cpu":
+        return "openvino" if not adapter and find_spec("openvino_genai") else "transformers"
+    return "vllm" if find_spec("vllm") else "transformers"
+
+
+def load_engine(name: Local, folder: Path, *, dtype: DType, device: str, adapter: Path | None = None) -> Engine:
+    """Load a model folder into the engine of that name.
+
+    Args:
+        dtype: `float32`, `bfloat16` or `float16`.
+        device: `cpu` or `cuda`.
+        adapter: folder of a PEFT LoRA adapter of that model, which is not merged into it.
+
+    Raises:
+        ModelError: the folder holds no model that can be loaded, the adapter does not fit it, or the engine does not compute
+            on that device, or adapters.
+        MissingExtraError: the engine's packages are not installed.
+    """
+    return load_engines(name, folder, dtype=dtype, device=device, adapters=[adapter])[0]
+
+
+def load_engines(
+    name: Local, folder: Path, *, dtype: DType, device: str, adapters: Sequence[Path | None]
+) -> list[Engine]:
+    """The same for several adapters of a model, whose weights are loaded once: one engine for each.
+
+    Args:
+        adapters: all different; None is the model without an adapter.
+
+    Raises: as `load_engine`.
+    """
+    if name == "openvino":
+        return [_openvino(folder, dtype, device, adapters)]
+    folders = [adapter for adapter in adapters if adapter is not None]
+    for adapter in folders:
+        check_fit(adapter, folder)
+    if name == "vllm":
+        from corral.engines.vllm import VllmEngine
+
+        engine = VllmEngine(folder, dtype=dtype, device=device, adapters=folders)
+        return [engine.on(adapter) for adapter in adapters]
+    from corral.engines.transformers import TransformersEngine, free_bytes
+    from corral.model.loading import load_model
+
+    model = load_model(folder, dtype=dtype, device=device)
+    if not folders:
+        return [TransformersEngine(model, name=name)]
+    from corral.model.adapters import load
+
+    adapted = load(model, *folders)
+    if len(adapters) == 1:
+        return [TransformersEngine(adapted, name=name)]
+    from corral.engines.shared_model import Turns
+
+    turns = Turns(adapted)
+    names = dict(zip(folders, adapted.peft_config, strict=True))
+    share = free_bytes(model.device) // len(adapters)
+    of = [None if adapter is None else names[adapter] for adapter in adapters]
+    return [TransformersEngine(adapted, name=name, cache_bytes=share, turn=partial(turns.of, each)) for each in of]
+
+
+def _openvino(folder: Path, dtype: DType, device: str, adapters: Sequence[Path | None]) -> Engine:
+    if device != "cpu":
+        raise ModelError(
+            f"the openvino engine computes on the CPU, not on {device!r}",
+            hint='use engine = "transformers", or device = "cpu"',
+        )
+    for adapter in adapters:
+        if adapter is not None:
+            raise ModelError(
+                "the openvino engine computes no adapters apart from their model",
+                where=str(adapter),
+                hint="use the transformers engine, or name the merged model (a run keeps it beside the adapter, in merged)",
+            )
+    from corral.engines.openvino import OpenVinoEngine
+
+    return OpenVinoEngine(folder, dtype=dtype)

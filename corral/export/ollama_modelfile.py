@@ -1,0 +1,183 @@
+"""An Ollama Modelfile for an exported GGUF file: template, stop tokens, licence.
+
+Ollama renders chats by a Go template and does not run the Jinja template inside a GGUF file; without a TEMPLATE line it takes
+the nearest of its own. So the chat template is learnt from what it renders, as six texts around the messages, and tried on
+conversations that were not learnt from; a Go template is written only where all of them come out the same.
+
+This module does not know the weights, and has no Ollama to ask. Ollama joins neighbouring messages of one role; no template
+can undo that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from corral.errors import ModelError
+from corral.export.gguf_vocabulary import stop_ids, vocabulary
+from corral.messages import Conversation, Role
+from corral.model.folder import licence_texts
+from corral.model.loading import load_tokenizer, quiet
+
+_TURNS: tuple[tuple[Role, str], ...] = (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+_UNLEARNT = (
+    Conversation.of(("user", "What is 2 + 2?")),
+    Conversation.of(
+        ("system", "Grüße, 東京 🙂"), ("user", "Ça va?"), ("assistant", "```python\nx = {}\n```"), ("user", "Go.")
+    ),
+    Conversation.of(("user", "one"), ("assistant", "two\n\nthree"), ("user", "four  five")),
+    Conversation.of(("system", "be\nbrief"), ("user", "{{ .Content }} {% x %}")),
+    Conversation.of(*_TURNS, ("user", "c")),
+    Conversation.of(("system", "s"), *_TURNS, ("user", "c")),
+)
+_EDGES = (Conversation.of(("user", " \n hi \n"), ("assistant", "\n so \t"), ("user", "  bye ")),)
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """The texts that a chat template puts around messages: system (if any), then user and assistant in turn.
+
+    Args:
+        opens: before the first message if it is the user's.
+        system: before a system message, or None if the template takes none.
+        after_system: between it and the user's message.
+        answers: between a user's message and an answer.
+        continues: between an answer and the user's next message.
+        asks: after the last user's message.
+    """
+
+    opens: str
+    system: str | None
+    after_system: str
+    answers: str
+    continues: str
+    asks: str
+
+    def render(self, conversation: Conversation, *, strip: bool) -> str:
+        text = ""
+        for index, message in enumerate(conversation.messages):
+            if message.role == "system":
+                text += self.system or ""
+            elif message.role == "assistant":
+                text += self.answers
+            elif index == 0:
+                text += self.opens
+            else:
+                text += self.after_system if conversation.messages[index - 1].role == "system" else self.continues
+            text += message.content.strip() if strip else message.content
+        return text + self.asks
+
+
+def modelfile(folder: Path, gguf: str) -> str:
+    """The text of a Modelfile for `ollama create`.
+
+    Args:
+        folder: the model folder that the GGUF file was written from.
+        gguf: name of the GGUF file, which must lie beside the Modelfile.
+
+    Raises:
+        ModelError: as `gguf_export.write_gguf`, of the tokenizer.
+        TemplateError: the chat template has generation markers and cannot be used.
+    """
+    tokenizer: Any = load_tokenizer(folder)
+    words = vocabulary(folder, _rows(folder, tokenizer))
+    lines = [f"FROM ./{gguf}", ""]
+    lines += _template_lines(tokenizer, words.chat_template, add_bos=words.add_bos)
+    lines += [f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(token)}"' for token in stop_ids(folder, tokenizer)]
+    for path in licence_texts(folder):
+        text = path.read_text("utf-8", errors="replace").strip()
+        if '"""' in text:
+            raise ModelError('a Modelfile cannot hold text with """', where=str(path), hint="write it in another way")
+        lines += ["", f'LICENSE """{text}"""']
+    return "\n".join(lines) + "\n"
+
+
+def _rows(folder: Path, tokenizer: Any) -> int:
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    return max(int(config.vocab_size), len(tokenizer))
+
+
+def _template_lines(tokenizer: Any, source: str | None, *, add_bos: bool) -> list[str]:
+    none = "Ollama takes the nearest template it knows, or none: check its prompts (OLLAMA_DEBUG=1)."
+    if source is None:
+        return ["# No TEMPLATE: the model has no chat template.", f"# {none}", ""]
+    bos = tokenizer.bos_token if add_bos else ""
+
+    def render(conversation: Conversation) -> str:
+        with quiet():
+            text: str = tokenizer.apply_chat_template(
+                conversation.to_json()["messages"], chat_template=source, tokenize=False, add_generation_prompt=True
+            )
+        return text.removeprefix(bos or "")
+
+    learnt = _learn(render)
+    if learnt is None:
+        return [
+            "# No TEMPLATE: none in Ollama's language was proved to render what the model's own does.",
+            f"# {none}",
+            "",
+        ]
+    form, strips = learnt
+    lines = ["# Proved to render what the model's own chat template does."]
+    if strips:
+        lines += ["# One difference: the model's own strips white space around a message, which Ollama cannot."]
+    return [*lines, f'TEMPLATE """{_go(form)}"""', ""]
+
+
+def _learn(render: Any) -> tuple[_Form, bool] | None:
+    """The form of a template and whether it strips messages; None if it has no such form, or Go could not say it."""
+    marks = ["\u2983u1\u2984", "\u2983a1\u2984", "\u2983u2\u2984"]
+    turns = Conversation.of(("user", marks[0]), ("assistant", marks[1]), ("user", marks[2]))
+    plain = _between(render, turns, marks)
+    if plain is None:
+        return None
+    system = "\u2983s\u2984"
+    led = _between(
+        render, Conversation((*Conversation.of(("system", system)).messages, *turns.messages)), [system, *marks]
+    )
+    form = _Form(plain[0], led[0] if led else None, led[1] if led else "", plain[1], plain[2], plain[3])
+    if any(part in text for text in (*plain, *(led or ())) for part in ("{{", '"""')):
+        return None
+    asked = [c for c in _UNLEARNT if form.system is not None or c.messages[0].role != "system"]
+    for strips in (False, True):
+        if all(_rendered(render, c) == form.render(c, strip=strips) for c in (*asked, *_EDGES)):
+            return form, strips
+    return None
+
+
+def _between(render: Any, conversation: Conversation, marks: Sequence[str]) -> list[str] | None:
+    """The texts before, between and after the messages; None if it is refused, or messages are not there once in order."""
+    text = _rendered(render, conversation)
+    parts: list[str] = []
+    for mark in marks:
+        if text is None or text.count(mark) != 1:
+            return None
+        part, _, text = text.partition(mark)
+        parts.append(part)
+    return None if text is None else [*parts, text]
+
+
+def _rendered(render: Any, conversation: Conversation) -> str | None:
+    from jinja2 import TemplateError as JinjaError
+
+    try:
+        return render(conversation)
+    except (JinjaError, TypeError, KeyError, ValueError):
+        return None
+
+
+def _go(form: _Form) -> str:
+    """The form in the language of Go's text/template, with Ollama's names."""
+    after = ""
+    system = ""
+    if form.system is not None:
+        after = '{{ else if and (eq $i 1) (eq (index $.Messages 0).Role "system") }}' + form.after_system
+        system = '{{ else if eq .Role "system" }}' + form.system + "{{ .Content }}"
+    user = "{{ if eq $i 0 }}" + form.opens + after + "{{ else }}" + form.continues + "{{ end }}{{ .Content }}"
+    answer = '{{ else if eq .Role "assistant" }}' + form.answers + "{{ .Content }}"
+    each = '{{ if eq .Role "user" }}' + user + answer + system + "{{ end }}"
+    return "{{ range $i, $_ := .Messages }}" + each + "{{ end }}" + form.asks

@@ -1,0 +1,1 @@
+"""Text → number, without a model: ROUGE, BLEU, and the answer extracted from a text."""

@@ -1,0 +1,381 @@
+"""A Llama folder → OpenVINO's form of the model, in f32, f16, int8 or int4.
+
+The graph is built here, node by node, from the config and the safetensors weights. OpenVINO's own GGUF reader takes the
+rotary frequencies from their base alone, and so gets every Llama 3.1 and 3.2 wrong without a word; here they are those of
+transformers' own rule for the config (Llama-3 scaling, linear, YaRN, …). The graph keeps keys and values as state, in the
+pattern that OpenVINO GenAI turns into paged attention.
+
+Importing this module needs the extra `openvino`. It knows nothing about how the form is run (`engines.openvino`) or whether
+it is right (`contract`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from corral.errors import ModelError
+from corral.export_forms import OPENVINO, OpenVinoType
+from corral.extras import require
+from corral.model import weight_rounding
+from corral.storage import cache_root, locked, new_directory, remove_tree
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from corral.template import Template
+
+ov = require("openvino", "openvino")
+op = require("openvino.opset15", "openvino")
+variables = require("openvino.op.util", "openvino")
+
+Precision: TypeAlias = OpenVinoType
+MODEL = OPENVINO
+
+BYTES = {"f32": 4.0, "f16": 2.0, "int8": 1.01, "int4": 0.6}
+"""Bytes per weight on disk, about: int4 keeps embeddings and output head, which suffer most, in int8."""
+
+_CONVERSION = 1  # raised whenever other bytes would be written for the same folder
+_KEPT = 4
+_TEXTS = (
+    "The year 1984, 3.14159 and 1,000,000.",
+    "Grüße, 東京! Ça va? 🙂",
+    "def f(x):\n    return x  # two  spaces\n\n\ttab",
+    " leading space, and trailing ",
+)
+_STATIC_ROPE = frozenset({"default", "llama3", "linear", "yarn"})
+_NEVER = 2**63 - 1
+
+
+def write_model(
+    folder: Path, out: Path, precision: Precision, *, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Write `openvino_model.xml` and `.bin` into an existing directory.
+
+    Args:
+        folder: a checked Hugging Face folder of a Llama model.
+        precision: of the weights: `f32`, `f16`, `int8` (a scale for each row) or `int4` (a scale for each 32 weights;
+            embeddings, head and rows that 32 does not divide in int8). Norms stay f32.
+        progress: told (layers done, layers in all).
+
+    Raises:
+        ModelError: the folder lacks a weight, or has one of another shape, with a value that is not finite or that
+            `precision` cannot hold; its rotary embedding changes with the length of the text; its activation is not SiLU.
+    """
+    from corral.model.folder import check_folder
+
+    check_folder(folder)
+    with _weights(folder) as read:
+        model = _Graph(folder, precision, read, progress or (lambda done, total: None)).model()
+        ov.save_model(model, out / MODEL, compress_to_fp16=False)
+
+
+def write_tokenizer(template: Template, out: Path) -> str | None:
+    """Write `openvino_tokenizer.xml` and `openvino_detokenizer.xml`, by which OpenVINO's own programs read text.
+
+    They are written only if they give the template's ids: returned is a text for which they do not, or None.
+    """
+    tokenizers = require("openvino_tokenizers", "openvino")
+    genai = require("openvino_genai", "openvino")
+    encode, decode = tokenizers.convert_tokenizer(template.tokenizer, with_detokenizer=True)
+    names = ("openvino_tokenizer", "openvino_detokenizer")
+    for name, model in zip(names, (encode, decode), strict=True):
+        ov.save_model(model, out / f"{name}.xml", compress_to_fp16=False)
+    theirs = genai.Tokenizer(str(out))
+    for text in _TEXTS:
+        ids = theirs.encode(text, add_special_tokens=False).input_ids.data[0].tolist()
+        if ids != template.tokenizer.encode(text, add_special_tokens=False):
+            for name in names:
+                for suffix in (".xml", ".bin"):
+                    (out / f"{name}{suffix}").unlink(missing_ok=True)
+            return text
+    return None
+
+
+def cached(folder: Path, precision: Precision) -> Path:
+    """The OpenVINO form of a model folder: made once, kept in the cache, the four used last.
+
+    Raises:
+        ModelError, StorageError: as `write_model`, and where the cache cannot be written.
+    """
+    from corral.model.folder import check_folder, identity, weight_files
+
+    check_folder(folder)
+    place = cache_root() / "openvino"
+    form = place / f"{identity(folder)[:16]}-{precision}-{_CONVERSION}"
+    with locked(place / "lock"):
+        if not (form / MODEL).is_file():
+            size = sum(path.stat().st_size for path in weight_files(folder))
+            with new_directory(form, needed=int(size * BYTES[precision] / 2)) as temporary:
+                write_model(folder, temporary, precision)
+                for name in ("config.json", "generation_config.json"):
+                    if (folder / name).is_file():
+                        shutil.copyfile(folder / name, temporary / name)
+        os.utime(form)
+        forms = [path for path in place.iterdir() if path.is_dir()]
+        abandoned = [path for path in forms if path.name.startswith(".")]  # by killed writers: the lock is ours
+        kept = sorted(set(forms).difference(abandoned), key=lambda path: path.stat().st_mtime, reverse=True)
+        for old in (*abandoned, *kept[_KEPT:]):
+            remove_tree(old)
+    return form
+
+
+def restored(name: str, weight: Any, precision: Precision) -> Any:
+    """What a program that computes in float32 makes of a weight stored in `precision`.
+
+    Args:
+        name: of the weight, as safetensors has it.
+        weight: float32 array.
+
+    Returns: float32 array of the same shape.
+    """
+    kind = _kind(name, weight, precision)
+    if kind == "int8":
+        return weight_rounding.to_int8(weight).restored()
+    if kind == "int4":
+        return weight_rounding.to_int4(weight).restored()
+    return weight.astype(np.float16).astype(np.float32) if kind == "f16" else weight
+
+
+def _kind(name: str, weight: Any, precision: Precision) -> Precision:
+    if weight.ndim < 2:  # norms
+        return "f32"
+    if precision == "int4" and (".layers." not in name or weight.shape[1] % weight_rounding.GROUP):
+        return "int8"
+    return precision
+
+
+@contextmanager
+def _weights(folder: Path) -> Generator[Callable[[str], Any]]:
+    """A function that reads a weight by name, as a float32 array; one is in memory at a time."""
+    from safetensors import SafetensorError, safe_open
+
+    from corral.model.folder import weight_files
+
+    files = [safe_open(path, "pt") for path in weight_files(folder)]
+    place = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (no mapping)
+
+    def read(name: str) -> Any:
+        try:
+            array = place[name].get_tensor(name).float().numpy()
+        except (KeyError, SafetensorError) as error:
+            raise ModelError(
+                f"the weights lack {name!r}", where=str(folder), hint="fetch or merge the model again"
+            ) from error
+        if not np.isfinite(array).all():
+            raise ModelError(f"weight {name!r} holds values that are not finite", where=str(folder))
+        return array
+
+    yield read
+
+
+def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Of each weight, as transformers reads the config. OpenVINO takes many a wrong one without a word."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        return {name: tuple(weight.shape) for name, weight in LlamaForCausalLM(config).state_dict().items()}
+
+
+class _Graph:
+    """Builds one model; names of weights are those of transformers' Llama."""
+
+    def __init__(
+        self, folder: Path, precision: Precision, read: Callable[[str], Any], progress: Callable[[int, int], None]
+    ) -> None:
+        from transformers import AutoConfig
+
+        self.config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        if self.config.hidden_act not in ("silu", "swish"):
+            raise ModelError(
+                f"the activation is {self.config.hidden_act!r}; OpenVINO's form is written for Llama's own, 'silu'",
+                where=str(folder / "config.json"),
+                hint='evaluate and serve this model with engine = "transformers"',
+            )
+        self.folder = folder
+        self.precision: Precision = precision
+        self._read = read
+        self._shapes = _shapes(self.config)
+        self.progress = progress
+        self.head_size: int = getattr(self.config, "head_dim", None) or (
+            self.config.hidden_size // self.config.num_attention_heads
+        )
+        self.frequencies, self.amplitude = _rope(self.config, folder)
+        self.sinks: list[Any] = []
+
+    def model(self) -> Any:
+        """The whole model: ids, mask and positions → logits, with keys and values as state."""
+        config = self.config
+        inputs = {name: _parameter(name, [-1, -1], "i64") for name in ("input_ids", "attention_mask", "position_ids")}
+        inputs["beam_idx"] = _parameter("beam_idx", [-1], "i32")
+        ids = inputs["input_ids"]
+        self.beam = inputs["beam_idx"]
+        self.batch = op.gather(op.shape_of(ids), _const([0]), _const(0))
+        embeddings = self.weight("model.embed_tokens.weight")
+        x = op.gather(embeddings, ids, _const(0))
+        cos, sin = self.rotation(inputs["position_ids"])
+        mask = _causal_mask(ids, inputs["attention_mask"])
+        for layer in range(config.num_hidden_layers):
+            x = self.layer(layer, x, cos, sin, mask)
+            self.progress(layer + 1, config.num_hidden_layers)
+        x = self.norm(x, "model.norm.weight")
+        head = embeddings if config.tie_word_embeddings else self.weight("lm_head.weight")
+        logits = op.matmul(x, head, False, True)
+        logits.output(0).set_names({"logits"})
+        return ov.Model([op.result(logits, name="logits")], self.sinks, list(inputs.values()), "llama")
+
+    def layer(self, layer: int, x: Any, cos: Any, sin: Any, mask: Any) -> Any:
+        """One decoder layer: x [batch, length, hidden] → the same."""
+        config, at = self.config, f"model.layers.{layer}."
+        h = self.norm(x, f"{at}input_layernorm.weight")
+        q, k, v = (self.linear(h, f"{at}self_attn.{name}_proj") for name in "qkv")
+        q = self.rotated(self.heads(q, config.num_attention_heads), cos, sin)
+        k = self.rotated(self.heads(k, config.num_key_value_heads), cos, sin)
+        v = self.heads(v, config.num_key_value_heads)
+        k, v = self.kept(k, layer, "key"), self.kept(v, layer, "value")
+        a = op.scaled_dot_product_attention(q, self.repeated(k), self.repeated(v), mask, None, False)
+        a = op.transpose(a, _const([0, 2, 1, 3], "i32"))
+        a = op.reshape(a, _const([0, 0, config.num_attention_heads * self.head_size]), True)
+        x = op.add(x, self.linear(a, f"{at}self_attn.o_proj"))
+        h = self.norm(x, f"{at}post_attention_layernorm.weight")
+        gate = op.swish(self.linear(h, f"{at}mlp.gate_proj"))
+        return op.add(x, self.linear(op.multiply(gate, self.linear(h, f"{at}mlp.up_proj")), f"{at}mlp.down_proj"))
+
+    def read(self, name: str) -> Any:
+        """A weight as float32 array, of the shape that the config says."""
+        array = self._read(name)
+        if array.shape != self._shapes[name]:
+            raise ModelError(
+                f"weight {name!r} has shape {list(array.shape)}, by the config it must be {list(self._shapes[name])}",
+                where=str(self.folder),
+                hint="fetch or merge the model again",
+            )
+        return array
+
+    def linear(self, x: Any, name: str) -> Any:
+        """x [..., in] → [..., out], with the bias where the config has one."""
+        y = op.matmul(x, self.weight(f"{name}.weight"), False, True)
+        biased = self.config.mlp_bias if ".mlp." in name else self.config.attention_bias
+        return op.add(y, _const(self.read(f"{name}.bias").reshape(1, 1, -1), "f32")) if biased else y
+
+    def norm(self, x: Any, name: str) -> Any:
+        """RMSNorm, in the form that OpenVINO fuses."""
+        mean = op.reduce_mean(op.power(x, _const(2.0, "f32")), _const([-1], "i32"), keep_dims=True)
+        root = op.sqrt(op.add(mean, _const(self.config.rms_norm_eps, "f32")))
+        scaled = op.multiply(x, op.divide(_const(1.0, "f32"), root))
+        return op.multiply(_const(self.read(name).reshape(1, 1, -1), "f32"), scaled)
+
+    def rotation(self, positions: Any) -> tuple[Any, Any]:
+        """Positions [batch, length] → cosines and sines [batch, 1, length, head size]."""
+        at = op.convert(op.unsqueeze(positions, _const(1)), "f32")
+        angles = op.matmul(_const(self.frequencies.reshape(1, -1, 1), "f32"), at, False, False)
+        angles = op.transpose(angles, _const([0, 2, 1], "i32"))
+        angles = op.concat([angles, angles], -1)
+
+        def scaled(x: Any) -> Any:
+            return x if self.amplitude == 1 else op.multiply(x, _const(self.amplitude, "f32"))
+
+        return tuple(op.unsqueeze(scaled(f(angles)), _const(1)) for f in (op.cos, op.sin))  # pyright: ignore[reportReturnType]
+
+    def rotated(self, x: Any, cos: Any, sin: Any) -> Any:
+        """Rotary embedding of [batch, heads, length, head size], halves against halves as transformers lays them out."""
+        half = self.head_size // 2
+        second = op.slice(x, _const([half]), _const([_NEVER]), _const([1]), _const([3]))
+        first = op.slice(x, _const([0]), _const([half]), _const([1]), _const([3]))
+        turned = op.concat([op.multiply(second, _const(-1.0, "f32")), first], -1)
+        return op.add(op.multiply(x, cos), op.multiply(turned, sin))
+
+    def heads(self, x: Any, count: int) -> Any:
+        """[batch, length, heads × size] → [batch, heads, length, size]."""
+        return op.transpose(op.reshape(x, _const([0, 0, count, self.head_size]), True), _const([0, 2, 1, 3], "i32"))
+
+    def kept(self, x: Any, layer: int, kind: str) -> Any:
+        """Past keys or values with these after them, kept as the model's state."""
+        count = self.config.num_key_value_heads
+        info = variables.VariableInfo()
+        info.data_shape = ov.PartialShape([-1, count, -1, self.head_size])
+        info.data_type = ov.Type.f32
+        info.variable_id = f"past_key_values.{layer}.{kind}present.{layer}.{kind}"
+        variable = variables.Variable(info)
+        empty = op.concat([self.batch, _const([count, 0, self.head_size])], 0)
+        past = op.gather(op.read_value(op.broadcast(_const(0.0, "f32"), empty), variable), self.beam, _const(0))
+        whole = op.concat([past, x], -2)
+        self.sinks.append(op.assign(whole, variable))
+        return whole
+
+    def repeated(self, x: Any) -> Any:
+        """Key-value heads, each as often as query heads share it."""
+        queries, kept = self.config.num_attention_heads, self.config.num_key_value_heads
+        if queries == kept:
+            return x
+        times = _const([1, 1, queries // kept, 1, 1])
+        wide = op.broadcast(op.unsqueeze(x, _const(2)), times, broadcast_spec="BIDIRECTIONAL")
+        return op.reshape(wide, _const([0, queries, -1, self.head_size]), True)
+
+    def weight(self, name: str) -> Any:
+        """A matrix [out, in] as stored, with the steps that make float32 of it."""
+        array = self.read(name)
+        kind = _kind(name, array, self.precision)
+        if kind == "f32":
+            return _const(array, "f32")
+        if np.abs(array).max() > np.finfo(np.float16).max:
+            raise ModelError(f"weight {name!r} is too large for {self.precision}", hint="export it in f32")
+        if kind == "f16":
+            return op.convert(_const(array.astype(np.float16), "f16"), "f32")
+        if kind == "int8":
+            small = weight_rounding.to_int8(array)
+            return op.convert(
+                op.multiply(op.convert(_const(small.values, "i8"), "f16"), _const(small.scales, "f16")), "f32"
+            )
+        four = weight_rounding.to_int4(array)
+        values, zeros = (op.convert(_four_bits(part), "f16") for part in (four.values, four.zeros))
+        scaled = op.multiply(op.subtract(values, zeros), _const(four.scales, "f16"))
+        return op.convert(op.reshape(scaled, _const(list(array.shape)), False), "f32")
+
+
+def _four_bits(values: Any) -> Any:
+    # A Tensor made of an array borrows its memory, without keeping it alive: so the memory must be OpenVINO's own.
+    tensor = ov.Tensor(ov.Type.u4, list(values.shape))
+    tensor.data.reshape(-1)[:] = weight_rounding.packed(values)
+    return op.constant(tensor)
+
+
+def _causal_mask(ids: Any, attention_mask: Any) -> Any:
+    """[batch, 1, new, all]: 0 where a position may look, −65504 where it lies ahead or is padding."""
+    new, whole = (op.gather(op.shape_of(x), _const(1), _const(0)) for x in (ids, attention_mask))
+    keys = op.range(_const(0), whole, _const(1), "i64")
+    queries = op.range(op.subtract(whole, new), whole, _const(1), "i64")
+    behind = op.less_equal(keys, op.unsqueeze(queries, _const(1)))
+    real = op.not_equal(op.unsqueeze(attention_mask, _const([1, 2])), _const(0))
+    return op.select(op.logical_and(behind, real), _const(0.0, "f32"), _const(-65504.0, "f32"))
+
+
+def _parameter(name: str, shape: list[int], kind: str) -> Any:
+    parameter = op.parameter(shape, getattr(ov.Type, kind), name=name)
+    parameter.output(0).set_names({name})
+    return parameter
+
+
+def _const(value: Any, kind: str = "i64") -> Any:
+    return op.constant(np.asarray(value), dtype=getattr(ov.Type, kind))
+
+
+def _rope(config: Any, folder: Path) -> tuple[Any, float]:
+    """Inverse frequencies [head size / 2] and the factor on cosine and sine, by transformers' rule for this config."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rule = LlamaRotaryEmbedding(config)
+    if rule.rope_type not in _STATIC_ROPE:
+        raise ModelError(
+            f"the rotary embedding is of type {rule.rope_type!r}, whose frequencies change with the length of the text",
+            where=str(folder / "config.json"),
+            hint='evaluate and serve this model with engine = "transformers"',
+        )
+    return rule.inv_freq.float().numpy(), float(rule.attention_scaling)

@@ -1,0 +1,1 @@
+"""The stages of a recipe, run in order over one run directory."""

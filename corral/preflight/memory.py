@@ -1,0 +1,204 @@
+"""How much memory things take: a process, a model's weights, what layers keep for the backward pass, a computation.
+
+Knows nothing about training, rows or recipes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+_PRODUCTS = 20
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds for itself now; what it only maps from files does not count."""
+    try:
+        pages, shared = Path("/proc/self/statm").read_text().split()[1:3]
+    except OSError:  # no Linux: the most it ever was
+        return _most_resident()
+    return (int(pages) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _of_status(name: str) -> int:
+    """A figure that Linux has about this process, in bytes; elsewhere the most that it ever held."""
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) * 1024
+    return _most_resident()
+
+
+def _most_resident() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Memory:
+    """Memory of this process, or on the GPU what it has allocated there.
+
+    Attributes:
+        before: bytes that are taken before there is a model.
+    """
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        self._cuda = device == "cuda"
+        if self._cuda:
+            free = torch.cuda.mem_get_info()[0]
+            torch.zeros(1, device="cuda")
+            self.before = max(0, free - torch.cuda.mem_get_info()[0] - torch.cuda.memory_reserved())
+            if not self.before:
+                self.before = torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0]
+        else:
+            importlib.import_module("corral.preflight.trial_imports")  # what a run has loaded when its model comes
+            self.before = _of_status("VmRSS")
+
+    def peak(self) -> int:
+        """The most that was taken since `reset`."""
+        if self._cuda:
+            import torch
+
+            return torch.cuda.max_memory_reserved() + self.before
+        return _of_status("VmHWM")
+
+    def reset(self) -> None:
+        """Forget what was before."""
+        if self._cuda:
+            import torch
+
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            with contextlib.suppress(OSError):  # where the kernel does not let it, the peak includes loading
+                Path("/proc/self/clear_refs").write_text("5")
+
+
+def of_a_pass(model: Any, ids: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> dict[str, int]:
+    """Bytes that the layers keep for the backward pass, and that the output layer takes; tokens of the pack."""
+    import torch
+
+    from corral.model.packed_forward import head_weight, hidden_states, token_logprobs
+
+    model.train()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        hidden = hidden_states(model, ids)
+    activations = sum(storage.nbytes() for storage in kept.values())
+    kept.clear()
+    starts = [sum(map(len, ids[:i])) for i in range(len(ids))]
+    places = [start + p - 1 for start, ps in zip(starts, positions, strict=True) for p in ps]
+    targets = [s[p] for s, ps in zip(ids, positions, strict=True) for p in ps]
+    picked = hidden.detach()[torch.tensor(places, device=hidden.device)].requires_grad_()
+    del hidden
+    wanted = torch.tensor(targets, device=picked.device)
+    head = peak_of(partial(token_logprobs, picked, head_weight(model), wanted), picked.device.type) + picked.nbytes
+    return {"activations": activations, "head": head, "pack_tokens": sum(map(len, ids))}
+
+
+def peak_of(compute: Callable[[], Any], device: str) -> int:
+    """The most bytes of tensors that a computation allocates at once."""
+    import torch
+
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        compute()
+        return torch.cuda.max_memory_allocated() - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        compute()
+    inner: Any = profiler.profiler
+    events = [e for e in inner.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def weights_bytes(model: Any) -> int:
+    """Bytes of a model's weights and buffers, with the scales of quantised ones; what is shared counts once."""
+    tensors: list[Any] = [*model.parameters(), *model.buffers()]
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        for each in (state, getattr(state, "state2", None)):
+            tensors += [getattr(each, name, None) for name in ("absmax", "code", "offset")]
+        tensors.append(getattr(parameter, "SCB", None))
+    return tensor_bytes([{"tensors": tensors}])
+
+
+def tensor_bytes(states: Iterable[Mapping[str, Any]]) -> int:
+    """Bytes of the tensors in dictionaries of tensors, lists and other things; shared memory counts once."""
+    import torch
+
+    storages: dict[int, int] = {}
+    for state in states:
+        for value in state.values():
+            for tensor in value if isinstance(value, list) else [value]:
+                if isinstance(tensor, torch.Tensor):
+                    storage = tensor.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def unused_mapping(model: Any) -> int:
+    """Bytes of a model's files that are in memory though no weight lies there any more.
+
+    One weight that was taken over as it is in the file keeps the whole file mapped, as when the others were quantised. They
+    count as resident, and the system takes them back when memory is wanted.
+    """
+    starts = {p.data_ptr(): p.nbytes for p in model.parameters()}
+    unused = 0
+    with contextlib.suppress(OSError):
+        inside = range(0)
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            name, *rest = line.split()
+            if not name.endswith(":"):
+                first, last = (int(end, 16) for end in name.split("-"))
+                inside = range(first, last) if rest[-1].endswith(".safetensors") else range(0)
+            elif name == "Rss:" and inside:
+                used = sum(size for start, size in starts.items() if start in inside)
+                unused += max(0, int(rest[0]) * 1024 - used)
+    return unused
+
+
+def wait(device: str) -> None:
+    """Until a GPU has done what it was given."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def gemm_rate(device: str, dtype: Any) -> float:
+    """FLOP/s of a matrix product of the kind that training spends its time in."""
+    import torch
+
+    from corral.model.cpu_gemm import times_transposed
+
+    size = 8192 if device == "cuda" else 1024
+    x, weight = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    times_transposed(x, weight)
+    wait(device)
+    began = time.perf_counter()
+    for _ in range(_PRODUCTS):
+        times_transposed(x, weight)
+    wait(device)
+    return _PRODUCTS * 2 * size**3 / (time.perf_counter() - began)

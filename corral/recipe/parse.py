@@ -1,0 +1,184 @@
+"""From a TOML file, or its text, to a Recipe, or to an error that names each fault with its line.
+
+Checks that a recipe makes sense by itself; knows nothing about whether its files exist.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from corral.errors import RecipeError
+from corral.recipe.answer import Answer
+from corral.recipe.data import Source
+from corral.recipe.recipe import Recipe
+from corral.recipe.section import section_type
+
+_UNION_MEMBER = re.compile(r"(tuple|literal|list|dict)\[|constrained-|(int|float|str|bool)$")
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        path: a TOML file. Relative paths in it are made absolute, against its folder.
+        overrides: `key=value` strings, e.g. `train.0.optimizer.lr=1e-4`; a value is TOML, or else a bare string.
+
+    Raises:
+        RecipeError: the file cannot be read, is not TOML, or does not make a recipe; all faults are listed.
+    """
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise RecipeError(
+            f"there is no recipe {str(path)!r}",
+            where=str(path.resolve()),
+            hint="`corral init` writes one to start from",
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the recipe cannot be read: {error}", where=str(path), hint="give a TOML file") from None
+    return parse(text, where=str(path), base=path.parent, overrides=overrides)
+
+
+def parse(text: str, *, where: str, base: Path | None = None, overrides: Iterable[str] = ()) -> Recipe:
+    """Validate the text of a recipe; `where` names it in errors, `base` resolves relative paths. Raises: RecipeError."""
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"not valid TOML: {error}", where=where, hint="mend the line named above") from None
+    for override in overrides:
+        _override(raw, override)
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        faults = _faults(error.errors(), text)
+        raise RecipeError(
+            "\n".join(faults), where=where, hint="`docs/recipe.md` lists every setting with its type and meaning"
+        ) from None
+    return recipe if base is None else _absolute(recipe, base)
+
+
+def _absolute(recipe: Recipe, base: Path) -> Recipe:
+    def resolve(spec: str, is_path: bool) -> str:
+        return str((base / Path(spec).expanduser()).resolve()) if is_path else spec
+
+    def is_file(spec: str) -> bool:
+        return not spec.startswith(("asset:", "hub:", "s3://")) and not Path(spec).is_absolute()
+
+    def found(source: Source) -> Source:
+        return source.model_copy(update={"path": resolve(source.path, is_file(source.path)), "name": source.label})
+
+    def with_shots(answer: Answer) -> Answer:
+        if answer.shots.source is None:
+            return answer
+        shots = answer.shots.model_copy(update={"source": found(answer.shots.source)})
+        return answer.model_copy(update={"shots": shots})
+
+    model = recipe.model
+    sources = tuple(found(source) for source in recipe.data.sources)
+    variants = tuple(v.model_copy(update={"answer": with_shots(v.answer)}) for v in recipe.evaluate.variants)
+    return recipe.model_copy(
+        update={
+            "model": model.model_copy(
+                update={
+                    # What is no path here may be a hub id without its prefix: the loader's error then says so.
+                    "base": resolve(
+                        model.base, is_file(model.base) and (base / Path(model.base).expanduser()).exists()
+                    ),
+                    "template": resolve(model.template, is_file(model.template) and model.template.endswith(".jinja")),
+                }
+            ),
+            "data": recipe.data.model_copy(update={"sources": sources}),
+            "answer": with_shots(recipe.answer),
+            "evaluate": recipe.evaluate.model_copy(update={"variants": variants}),
+        }
+    )
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, separator, value_text = override.partition("=")
+    where = f"--set {override}"
+    if not separator or not key.strip():
+        raise RecipeError(f"{override!r} is not `key=value`", where=where, hint="e.g. --set train.0.steps=20")
+    try:
+        value = tomllib.loads(f"value = {value_text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = value_text.strip()
+    *parents, last = key.strip().split(".")
+    node: Any = raw
+    try:
+        for part in parents:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        node[int(last) if isinstance(node, list) else last] = value
+    except (ValueError, IndexError, TypeError, AttributeError):
+        raise RecipeError(
+            f"{key.strip()!r} names no setting of this recipe",
+            where=where,
+            hint="name an entry of a list by its number, from 0: train.0.steps, data.sources.1.rows",
+        ) from None
+
+
+def _faults(errors: Sequence[Any], text: str) -> list[str]:
+    """A sentence for each fault, without those that only follow from one within them."""
+    places = [_place(error) for error in errors]
+    own = [
+        error
+        for error, place in zip(errors, places, strict=True)
+        if not any(len(other) > len(place) and other[: len(place)] == place for other in places)
+    ]
+    found: dict[tuple[str | int, ...], list[str]] = {}
+    for error in own:
+        found.setdefault(_place(error), []).append(_explain(error, text))
+    # What may be of several kinds has a fault for each of them.
+    return [first + "".join(f"; or {other.partition(': ')[2]}" for other in rest) for first, *rest in found.values()]
+
+
+def _place(error: Any) -> tuple[str | int, ...]:
+    """Where a fault is, without the names that pydantic gives to the members of a union."""
+    return tuple(part for part in error["loc"] if isinstance(part, int) or not _UNION_MEMBER.match(part))
+
+
+def _explain(error: Any, text: str) -> str:
+    """One fault as a sentence that names the key's path, the value and, where it can be found, the line."""
+    loc = _place(error)
+    path = ".".join(str(part) for part in loc) or "the recipe"
+    line = _line_of(loc, text)
+    at = f"{path} (line {line})" if line else path
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(loc[:-1])
+        close = difflib.get_close_matches(str(loc[-1]), known, n=1)
+        guess = f"did you mean {close[0]!r}?" if close else f"the keys here are {', '.join(known)}"
+        return f"{at}: unknown key; {guess}"
+    if error["type"] == "missing":
+        return f"{at}: missing; it has no default"
+    if error["type"] == "value_error":
+        return f"{at}: {error['ctx']['error']}"
+    given = error["input"]
+    if error["type"] == "tuple_type":
+        return f"{at}: a list is needed here, in brackets: {[given]!r}".replace("'", '"')
+    shown = "" if isinstance(given, dict | list | tuple) else f" (given: {given!r})"
+    return f"{at}: {error['msg']}{shown}"
+
+
+def _line_of(loc: tuple[str | int, ...], text: str) -> int | None:
+    """The line of a key, if exactly one line in the text can be it."""
+    if not loc or not isinstance(loc[-1], str):
+        return None
+    pattern = re.compile(rf"^\s*(\[\[?[\w.]*\b)?{re.escape(loc[-1])}\s*(=|\])")
+    hits = [i for i, line in enumerate(text.splitlines(), start=1) if pattern.match(line)]
+    return hits[0] if len(hits) == 1 else None
+
+
+def _keys_at(loc: tuple[str | int, ...]) -> list[str]:
+    section: type[BaseModel] | None = Recipe
+    for part in loc:
+        if isinstance(part, str) and section is not None:
+            section = section_type(section.model_fields[part].annotation) if part in section.model_fields else None
+    return list(section.model_fields) if section is not None else []

@@ -1,0 +1,210 @@
+"""Pieces of rendered text → ids, with special tokens where the template wrote them and nowhere else.
+
+Pieces are tokenised apart, so the ids of the first pieces do not depend on those that follow. This module does not know
+what a piece means, nor how it was rendered.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from corral.errors import TemplateError
+from corral.template.rendering import SPLIT, Pieces
+from corral.template.word_boundaries import can_be_cut, cut
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+Marked: TypeAlias = tuple[tuple[int, ...], tuple[bool, ...]]
+"""Ids, and for each whether it is trained."""
+
+# Text at the start, after a special token, and within running text.
+_BEGINS, _AFTER_SPECIAL, _CONTINUES = range(3)
+# Words come again, and so do the pieces that a template writes between its special tokens; longer texts do not.
+_SHORT = 24
+_MOST_REMEMBERED = 100_000
+
+_Known: TypeAlias = dict[str, list[int]]
+
+
+class PieceTokenizer:
+    """A tokenizer for pieces of text that a template rendered.
+
+    Args:
+        tokenizer: a fast tokenizer. It is not changed.
+        source: the template's text: added tokens that stand in it are special too.
+
+    Attributes:
+        control: added tokens that steer a model: the special ones, and any that the template writes; longest first.
+        control_ids: their ids.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, source: str) -> None:
+        self._backend: Tokenizer = tokenizer.backend_tokenizer
+        self.control = _control_tokens(tokenizer, source)
+        self._id_of = {token: self._id(token) for token in self.control}
+        self.control_ids = frozenset(self._id_of.values())
+        alternatives = "|".join(map(re.escape, self.control)) or "(?!)"
+        # Looking ahead finds overlapping strings too.
+        self._typed = re.compile(f"(?=(?:{alternatives}))")
+        self._separators = re.compile(f"({SPLIT}|{alternatives})")
+        self._control_pattern = re.compile(alternatives)
+        config: dict[str, Any] = json.loads(self._backend.to_str())
+        self._cut = cut if can_be_cut(config) else _whole
+        self._encoders = _encoders(self._backend, config)
+        # The encoders of a byte-level tokenizer are one and the same: its texts go through it in one call.
+        self._first_alike = [next(i for i, e in enumerate(self._encoders) if e is other) for other in self._encoders]
+        # What an encoder gave for a text. Only ever added to, as other threads may be reading.
+        self._known: list[_Known] = [{} for _ in self._encoders]
+
+    def escape(self, content: str) -> str:
+        """A message's text with a SPLIT in each special string that stands in it.
+
+        Raises:
+            TemplateError: it holds half a surrogate pair, or SPLIT itself.
+        """
+        if not content.isascii():
+            if SPLIT in content:
+                raise TemplateError(
+                    "the text contains U+FDD0, which is not a character", hint="remove it from the text"
+                )
+            try:
+                content.encode("utf-8")
+            except UnicodeEncodeError as error:
+                # Without its place, as equal reasons are counted together.
+                raise TemplateError(f"the text is not valid Unicode: {error.reason}") from None
+        # A split after the first character breaks each special string that begins there.
+        starts = [m.start() + 1 for m in self._typed.finditer(content)]
+        if not starts:
+            return content
+        return SPLIT.join(content[a:b] for a, b in pairwise([0, *starts, len(content)]))
+
+    def last_control(self, text: str, start: int = 0) -> re.Match[str] | None:
+        """The last special token in a text, not before `start`."""
+        return max(self._control_pattern.finditer(text, start), key=lambda m: m.start(), default=None)
+
+    def ids(self, pieces: Pieces) -> Marked:
+        """The ids of all pieces in order, each piece tokenised apart, and of each id whether its piece is trained."""
+        return self.batch([pieces])[0]
+
+    def batch(self, texts: Sequence[Pieces]) -> list[Marked]:
+        """The same for several texts, in few calls of the tokenizer, which may use more than one core for each."""
+        plans = [list(self._plan(pieces)) for pieces in texts]
+        found = self._encode_unknown(plans)
+        marked: list[Marked] = []
+        for plan in plans:
+            ids: list[int] = []
+            trained: list[bool] = []
+            for encoder, words, is_trained in plan:
+                start = len(ids)
+                if encoder < 0:
+                    ids.append(self._id_of[words[0]])
+                else:
+                    self._look_up(encoder, words[:1], found, ids)
+                    self._look_up(self._first_alike[_CONTINUES], words[1:], found, ids)
+                trained += [is_trained] * (len(ids) - start)
+            marked.append((tuple(ids), tuple(trained)))
+        return marked
+
+    def _plan(self, pieces: Pieces) -> Iterable[tuple[int, list[str], bool]]:
+        """(encoder, words, trained) of each run of plain text, and (-1, [token], trained) of each special token."""
+        encoder = _BEGINS
+        for piece, is_trained in pieces:
+            for i, part in enumerate(self._separators.split(piece)):
+                if i % 2 == 0:
+                    if part:
+                        yield self._first_alike[encoder], self._cut(part), is_trained
+                        encoder = _CONTINUES
+                elif part == SPLIT:
+                    encoder = _CONTINUES
+                else:
+                    yield -1, [part], is_trained
+                    encoder = _AFTER_SPECIAL
+
+    def _encode_unknown(self, plans: Iterable[Iterable[tuple[int, list[str], bool]]]) -> list[_Known]:
+        """For each encoder the ids of the words that were not met before; short ones are remembered."""
+        unknown: list[set[str]] = [set() for _ in self._encoders]
+        continues = self._first_alike[_CONTINUES]
+        for plan in plans:
+            for encoder, words, _ in plan:
+                if encoder >= 0:
+                    if words[0] not in self._known[encoder]:
+                        unknown[encoder].add(words[0])
+                    unknown[continues].update(set(words[1:]).difference(self._known[continues]))
+        found: list[_Known] = []
+        for words, encoder, known in zip(unknown, self._encoders, self._known, strict=True):
+            batch = list(words)
+            encoded = encoder.encode_batch_fast(batch, add_special_tokens=False) if batch else []
+            new = {word: e.ids for word, e in zip(batch, encoded, strict=True)}
+            if len(known) < _MOST_REMEMBERED:
+                known.update({word: ids for word, ids in new.items() if len(word) <= _SHORT})
+            found.append(new)
+        return found
+
+    def _look_up(self, encoder: int, words: list[str], found: list[_Known], ids: list[int]) -> None:
+        known, new = self._known[encoder], found[encoder]
+        if new:
+            for word in words:
+                ids += new[word] if word in new else known[word]
+        else:
+            ids += chain.from_iterable(map(known.__getitem__, words))
+
+    def _id(self, token: str) -> int:
+        found = self._backend.token_to_id(token)
+        assert found is not None, f"{token} is an added token without an id"
+        return found
+
+
+def _whole(text: str) -> list[str]:
+    return [text]
+
+
+def _control_tokens(tokenizer: PreTrainedTokenizerFast, source: str) -> tuple[str, ...]:
+    tokens = {
+        added.content for added in tokenizer.added_tokens_decoder.values() if added.special or added.content in source
+    }
+    # A token of one character cannot be split, and none that steers a model is so short.
+    return tuple(sorted((t for t in tokens if len(t) > 1), key=lambda t: (-len(t), t)))
+
+
+def _encoders(backend: Tokenizer, config: dict[str, Any]) -> tuple[Tokenizer, Tokenizer, Tokenizer]:
+    """Tokenizers for text at the start, after a special token, and within running text.
+
+    SentencePiece-style tokenizers put a space before the text they are given. transformers' whole-text tokenisation
+    does so at the start and, in its "legacy" form (a Prepend normalizer), after each special token; within running text
+    nobody does. Byte-level tokenizers make no difference. `config` is the tokenizer's JSON, and is changed.
+    """
+    from tokenizers import Tokenizer
+
+    before = config.get("pre_tokenizer")
+    encoders = [Tokenizer.from_str(backend.to_str())]
+    changed = _change(before, "Metaspace", {"prepend_scheme": {"first": "never"}})
+    encoders.append(Tokenizer.from_str(json.dumps(config)) if changed else encoders[0])
+    changed = _change(before, "Metaspace", {"prepend_scheme": {"always": "never"}})
+    changed |= _change(before, "ByteLevel", {"add_prefix_space": {True: False}})
+    changed |= _change(config.get("normalizer"), "Prepend", {"prepend": {"▁": ""}})
+    encoders.append(Tokenizer.from_str(json.dumps(config)) if changed else encoders[1])
+    for encoder in encoders:
+        encoder.no_truncation()
+        encoder.no_padding()
+    return encoders[0], encoders[1], encoders[2]
+
+
+def _change(node: Any, kind: str, changes: dict[str, dict[Any, Any]]) -> bool:
+    """In a tokenizer's JSON, replace values in every component of a kind. Returns whether there were any."""
+    if not isinstance(node, dict):
+        return False
+    changed = False
+    for inner in (*node.get("normalizers", ()), *node.get("pretokenizers", ())):
+        changed |= _change(inner, kind, changes)
+    if node.get("type") == kind:
+        for key, values in changes.items():
+            if node.get(key) in values:
+                node[key] = values[node[key]]
+                changed = True
+    return changed

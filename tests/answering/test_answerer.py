@@ -1,0 +1,327 @@
+"""The Answerer: text in and out over any engine, async and not."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from corral.answering.answerer import Answer, Answerer, TextDelta
+from corral.answering.consensus import Consensus
+from corral.answering.sync import blocking
+from corral.engines.base import Generation, Sampling
+from corral.engines.scripted import ScriptedEngine
+from corral.engines.transformers import TransformersEngine
+from corral.errors import EngineError, TemplateError
+from corral.messages import Conversation, Role
+from corral.model.loading import load_model, load_tokenizer
+from corral.model.packed_forward import score
+from corral.prompting.few_shot import Prompting, after
+from corral.template import Template
+from corral.template.decoding import StopCutter, TokenBytes
+
+ASKED = Conversation.of(("user", "What is two plus two?"))
+
+
+@pytest.fixture
+def answerer(tiny_folder: Path) -> Answerer:
+    return Answerer(TransformersEngine(load_model(tiny_folder)), Template.load(load_tokenizer(tiny_folder)))
+
+
+def test_streamed_text_equals_the_whole_answer_for_every_choice(answerer: Answerer) -> None:
+    sampling = Sampling(max_tokens=24, n=3, temperature=1.0, seed=4)
+    with blocking(answerer) as face:
+        whole = face.answer(ASKED, sampling)
+        texts = ["", "", ""]
+        finishes = 0
+        for delta in face.stream(ASKED, sampling):
+            texts[delta.choice] += delta.text
+            finishes += delta.finish is not None
+    assert tuple(texts) == whole.texts
+    assert finishes == 3
+    assert len(set(texts)) > 1
+
+
+def test_a_score_is_the_loss_on_the_answer_alone(answerer: Answerer, tiny_folder: Path) -> None:
+    talk = ASKED.add("assistant", "Four.")
+    encoded = answerer.template.encode(talk)
+    with blocking(answerer) as face:
+        found = face.score(talk)
+    first = encoded.trained.index(True)
+    (expected,) = score(load_model(tiny_folder), [encoded.ids], [first])
+    trained = [p for p, t in zip(expected, encoded.trained[first:], strict=True) if t]
+    assert found.tokens == len(trained)
+    assert found.nll == pytest.approx(-sum(trained), rel=1e-4)
+
+
+def test_leaving_a_stream_early_frees_the_engine(answerer: Answerer) -> None:
+    with blocking(answerer) as face:
+        for _ in face.stream(ASKED, Sampling(max_tokens=300, temperature=1.0)):
+            break
+        assert face.answer(ASKED, Sampling(max_tokens=4)).completions
+
+
+def test_many_conversations_at_once(answerer: Answerer) -> None:
+    async def work() -> list[str]:
+        asked = [Conversation.of(("user", f"{i}?")) for i in range(20)]
+        answers = await asyncio.gather(*(answerer.answer(c, Sampling(max_tokens=6)) for c in asked))
+        return [a.text for a in answers]
+
+    with blocking(answerer) as face:
+        assert len(face.run(work())) == 20
+
+
+def test_errors_of_template_and_engine_reach_the_caller(answerer: Answerer) -> None:
+    with blocking(answerer) as face:
+        with pytest.raises(TemplateError):
+            face.answer(ASKED.add("assistant", "Four."))
+        with pytest.raises(EngineError, match="exceed"):
+            face.answer(ASKED, Sampling(max_tokens=10**6))
+        with pytest.raises(EngineError, match="exceed"):
+            list(face.stream(ASKED, Sampling(max_tokens=10**6)))
+
+
+def cut(text: str, stops: list[str]) -> tuple[str, int]:
+    """(text before the stop string complete first, where that one ends); what the Answerer promises, on the whole text."""
+    found = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]
+    return (text[: min(found)[1]], min(found)[0]) if found else (text, -1)
+
+
+def ids_of(tokenizer: Any, text: str, *, by_byte: bool) -> list[int]:
+    if not by_byte:
+        return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    pieces = TokenBytes(tokenizer.backend_tokenizer)
+    of_byte = {pieces[i]: i for i in range(len(tokenizer)) if len(pieces[i]) == 1}
+    return [of_byte[bytes([b])] for b in text.encode()]
+
+
+def ask(answerer: Answerer, sampling: Sampling, stops: list[str]) -> tuple[Answer, list[TextDelta]]:
+    async def work() -> tuple[Answer, list[TextDelta]]:
+        return await answerer.answer(ASKED, sampling, stops), [d async for d in answerer.stream(ASKED, sampling, stops)]
+
+    return asyncio.run(work())
+
+
+WORDS = st.text(st.sampled_from("ab \né🙂"), max_size=24)
+STOPS = st.lists(st.text(st.sampled_from("ab \né🙂"), min_size=1, max_size=5), max_size=4)
+
+
+@given(text=WORDS, stops=STOPS, chunk=st.integers(1, 7), by_byte=st.booleans(), logprobs=st.booleans())
+@example(text="a🙂b", stops=["🙂b", "a🙂c"], chunk=1, by_byte=True, logprobs=True)
+@example(text="abab", stops=["bab", "abab", "ba\n"], chunk=3, by_byte=False, logprobs=True)
+def test_streaming_in_any_chunks_is_the_whole_text_cut_at_the_first_stop_string(
+    text: str, stops: list[str], chunk: int, by_byte: bool, logprobs: bool, tiny_tokenizer: Any
+) -> None:
+    template = Template.load(tiny_tokenizer, "chatml")
+    ids = ids_of(tiny_tokenizer, text, by_byte=by_byte)
+    engine = ScriptedEngine(ids, chunk=chunk)
+    answer, deltas = ask(Answerer(engine, template), Sampling(max_tokens=500, n=2, logprobs=logprobs), stops)
+    expected, end = cut(text, stops)
+    assert answer.texts == (expected, expected)
+    for choice, completion in enumerate(answer.completions):
+        mine = [d for d in deltas if d.choice == choice]
+        assert "".join(d.text for d in mine) == expected
+        assert [d.finish for d in mine if d.finish] == ["stop"] == [mine[-1].finish]
+        # Of the ids, those that completed the stop string are the last; of the tokens, those that begin in the text.
+        sizes = list(accumulate((len(template.token_bytes[i]) for i in ids), initial=0))
+        used = next(i for i, size in enumerate(sizes) if size >= len(text[:end].encode())) if end >= 0 else len(ids)
+        assert completion.ids == tuple(ids[:used])
+        assert completion.logprobs == ((-0.5,) * used if logprobs else None)
+        tokens = [token for d in mine for token in d.tokens]
+        if logprobs:
+            begins = [len(text.encode()[:size].decode(errors="ignore")) for size in sizes[:used]]
+            assert [t.id for t in tokens] == [i for i, at in zip(ids, begins, strict=False) if at < len(expected)]
+            assert tuple(tokens) == answer.tokens[choice]
+            assert b"".join(t.data for t in tokens).decode(errors="ignore").startswith(expected)
+        else:
+            assert tokens == []
+            assert answer.tokens == ()
+
+
+@given(text=WORDS, stops=STOPS, chunk=st.integers(1, 7))
+def test_text_that_may_become_a_stop_string_is_held_back_and_no_more(
+    text: str, stops: list[str], chunk: int, tiny_tokenizer: Any
+) -> None:
+    """After each id, what has been given is the text so far but for its longest end that begins a stop string."""
+    cutter = StopCutter(stops)
+    given_text = ""
+    for at in range(0, len(text), chunk):
+        given_text += cutter.push(text[at : at + chunk])
+        if cutter.stopped:
+            break
+        so_far = text[: at + chunk]
+        held = next((i for i in range(len(so_far)) if any(s.startswith(so_far[i:]) for s in stops)), len(so_far))
+        assert given_text == so_far[:held]
+    assert given_text + cutter.rest() == cut(text, stops)[0]
+
+
+def test_a_stop_string_cancels_its_choice_in_the_engine_while_others_go_on(tiny_tokenizer: Any) -> None:
+    texts = {0: "one END" + " more" * 50, 1: "two" + " more" * 50}
+    cancelled: list[int | None] = []
+
+    class Watched(ScriptedEngine):
+        def submit(self, ids: Any, sampling: Sampling) -> Generation:
+            generation = super().submit(ids, sampling)
+            cancel = generation.cancel
+            generation.cancel = lambda choice=None: (cancelled.append(choice), cancel(choice))[1]  # type: ignore[method-assign]
+            return generation
+
+    engine = Watched(lambda ids, sampling, choice: ids_of(tiny_tokenizer, texts[choice], by_byte=True))
+    answerer = Answerer(engine, Template.load(tiny_tokenizer, "chatml"))
+
+    async def work() -> None:
+        stream = answerer.begin([1, 2, 3], Sampling(max_tokens=100, n=2), ["END"])
+        answer = await stream.whole()
+        assert answer.texts == ("one ", texts[1][:100])
+        assert [c.finish for c in answer.completions] == ["stop", "length"]
+        assert (stream.prompt_tokens, stream.completion_tokens) == (3, len("one END") + 100)
+
+    asyncio.run(work())
+    assert cancelled[0] == 0
+
+
+def test_special_tokens_and_half_characters_carry_their_log_probs(tiny_tokenizer: Any) -> None:
+    half = ids_of(tiny_tokenizer, "🙂", by_byte=True)[:2]
+    engine = ScriptedEngine([0, *half])  # 0 is a special token, and none that ends an answer
+    answer, _ = ask(Answerer(engine, Template.load(tiny_tokenizer, "chatml")), Sampling(logprobs=True), [])
+    assert answer.text == "\ufffd"
+    assert [t.data for t in answer.tokens[0]] == [b"", b"\xf0", b"\x9f"]
+
+
+def test_an_empty_stop_string_is_refused(answerer: Answerer) -> None:
+    with blocking(answerer) as face, pytest.raises(EngineError, match="empty"):
+        face.answer(ASKED, stop=[""])
+
+
+def spoken(template: Template, *texts: str) -> ScriptedEngine:
+    """An engine whose choices say these texts, one each."""
+    return ScriptedEngine(lambda ids, sampling, choice: template.tokenizer.encode(texts[choice % len(texts)]))
+
+
+def test_with_consensus_the_winner_is_the_answer_and_all_choices_are_told(template: Template) -> None:
+    seen: list[Sampling] = []
+    texts = ("It is 5", "It makes 18", "I say 18", "18", "maybe 4")
+
+    def reply(ids: Sequence[int], sampling: Sampling, choice: int) -> list[int]:
+        seen.append(sampling)
+        return template.tokenizer.encode(texts[choice])
+
+    answerer = Answerer(ScriptedEngine(reply), template, consensus=Consensus("majority", 5, stop="never"))
+    with blocking(answerer) as face:
+        answer = face.answer(ASKED, Sampling(max_tokens=30, seed=3))
+        streamed = list(face.stream(ASKED, Sampling(max_tokens=30, seed=3)))
+    assert {(s.n, s.temperature, s.top_p, s.max_tokens, s.seed) for s in seen} == {(5, 0.7, 0.9, 30, 3)}
+    assert answer.texts == texts
+    assert answer.vote is not None
+    assert answer.vote.results == ("5", "18", "18", "18", "4")
+    assert answer.text == texts[answer.vote.winner] == "It makes 18"
+    assert [d.text for d in streamed] == ["It makes 18"]
+    assert streamed[0].finish == "stop"
+
+
+def test_choices_that_cannot_change_the_vote_are_cancelled_and_the_engine_is_freed(template: Template) -> None:
+    long = "a very long story " * 40
+    engine = spoken(template, "18", "18", "18", long, long)
+    with blocking(Answerer(engine, template, consensus=Consensus("majority", 5))) as face:
+        answer = face.answer(ASKED, Sampling(max_tokens=500))
+        assert answer.vote is not None
+        assert (answer.vote.cancelled, answer.text) == (2, "18")
+        assert [c.finish for c in answer.completions] == ["stop"] * 3 + ["cancelled"] * 2
+        assert answer.vote.scores[3:] == (None, None)
+        face.run(asyncio.sleep(0))
+        assert not engine._open, "work goes on for nobody"  # pyright: ignore[reportPrivateUsage]
+
+
+def test_a_choice_ended_by_a_stop_string_votes_with_what_is_before_it(template: Template) -> None:
+    engine = spoken(template, "18 END 4", "18 END 5", "7 END 18")
+    with blocking(Answerer(engine, template, consensus=Consensus("majority", 3, stop="never"))) as face:
+        answer = face.answer(ASKED, Sampling(max_tokens=50), stop=["END"])
+    assert answer.vote is not None
+    assert answer.vote.results == ("18", "18", "7")
+
+
+def test_examples_are_shown_as_far_as_the_context_has_room_for_them(tiny_folder: Path, template: Template) -> None:
+    shots = [Conversation.of(("user", f"question {i}?"), ("assistant", "an answer " * 20)) for i in range(3)]
+    prompting = Prompting(shots, 3)
+    one = len(template.prompt(after(shots[:1], ASKED)))
+    features = replace(ScriptedEngine([5]).features, max_length=one + 50 + 10)
+    answerer = Answerer(ScriptedEngine([5], features=features), template, prompting=prompting)
+    with blocking(answerer) as face:
+        roomy = face.answer(ASKED, Sampling(max_tokens=10))
+        narrow = face.answer(ASKED, Sampling(max_tokens=100))
+    assert abs(roomy.prompt_tokens - one) < 10, "one example, and not the two that there is no room for"
+    assert narrow.prompt_tokens == len(template.prompt(ASKED))
+
+
+SHOTS = [Conversation.of(("user", f"question {i}?"), ("assistant", "an answer")) for i in range(3)]
+TURNS: list[tuple[Role, str]] = [("user", ""), ("assistant", "")] * 60
+LONG = {
+    "text": (Conversation.of(("user", "word " * 1000)), None),
+    "turns": (Conversation.of(*TURNS, ("user", "")), None),
+    "examples": (Conversation.of(("user", "word " * 1000)), Prompting(SHOTS, 2)),
+}
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_a_long_prompt_is_rendered_while_the_loop_goes_on(
+    case: str, template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversation, prompting = LONG[case]
+    answerer = Answerer(ScriptedEngine([5]), template, prompting=prompting)
+    may_go_on = threading.Event()
+    render = template.prompt
+
+    def held(conversation: Conversation) -> list[int]:
+        assert may_go_on.wait(10), "the loop stood still"
+        return render(conversation)
+
+    async def ask() -> list[int]:
+        asyncio.get_running_loop().call_later(0.01, may_go_on.set)
+        return await answerer.prompt(conversation)
+
+    expected = asyncio.run(answerer.prompt(conversation))
+    monkeypatch.setattr(template, "prompt", held)
+    assert asyncio.run(ask()) == expected
+
+
+def test_a_short_prompt_is_not_worth_a_thread(template: Template, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+    render = template.prompt
+
+    def seen(conversation: Conversation) -> list[int]:
+        threads.append(threading.current_thread())
+        return render(conversation)
+
+    monkeypatch.setattr(template, "prompt", seen)
+    answerer = Answerer(ScriptedEngine([5]), template)
+    assert asyncio.run(answerer.prompt(ASKED)) == render(ASKED)
+    assert threads == [threading.current_thread()]
+
+
+def test_a_score_after_examples_is_of_the_asked_answer_alone(tiny_folder: Path, answerer: Answerer) -> None:
+    template = answerer.template
+    shots = [Conversation.of(("user", "What is one plus one?"), ("assistant", "Two."))]
+    talk = ASKED.add("assistant", "Four.")
+    with blocking(Answerer(answerer.engine, template, prompting=Prompting(shots, 1, reasoning=True))) as face:
+        found = face.score(talk)
+    whole = template.encode(Conversation((*shots[0].messages, *talk.messages)))
+    start = len(template.prompt(Conversation((*shots[0].messages, *ASKED.messages))))
+    (expected,) = score(load_model(tiny_folder), [whole.ids], [start])
+    trained = [p for p, t in zip(expected, whole.trained[start:], strict=True) if t]
+    assert found.tokens == len(trained) == sum(template.encode(talk).trained)
+    assert found.nll == pytest.approx(-sum(trained), rel=1e-4)
+
+
+def test_a_result_is_what_follows_the_marker(template: Template) -> None:
+    with blocking(Answerer(spoken(template, "2 + 2.\nAnswer: 4", "four"), template)) as face:
+        answer = face.answer(ASKED, Sampling(max_tokens=50, n=2))
+    assert answer.result == "4"
+    assert replace(answer, texts=("four",)).result == "four"

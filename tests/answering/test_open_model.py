@@ -1,0 +1,211 @@
+"""What a user names becomes an Answerer with a name and a fingerprint."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from corral.answering.open_model import Opened, open_model
+from corral.engines.base import Engine, Sampling
+from corral.errors import InputError, ModelError
+from corral.messages import Conversation
+from corral.model.naming import find_model
+
+ASKED = Conversation.of(("user", "Hello"))
+RECIPE = """
+name = "mine"
+[model]
+base = "{base}"
+template = "chatml"
+[[data.sources]]
+path = "rows.jsonl"
+[[train]]
+[[train]]
+quantization = "{quantization}"
+"""
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of the tiny model, on every layer, that plainly changes it."""
+    import torch
+
+    from corral.model import adapters
+    from corral.model.loading import load_model
+    from corral.recipe import Lora
+
+    adapted = adapters.attach(load_model(tiny_folder), Lora(rank=4, targets="all-linear"), seed=1)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.05)
+    folder = tmp_path_factory.mktemp("adapter")
+    adapters.save(adapted, folder, base=str(tiny_folder))
+    return folder
+
+
+def changed(adapter: Path, to: Path, **changes: Any) -> Path:
+    """A copy of an adapter with another config."""
+    copy = Path(shutil.copytree(adapter, to))
+    config = copy / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    return copy
+
+
+def run_with(adapter: Path, base: Path, folder: Path, quantization: str = "none") -> Path:
+    """A run whose second stage trained the adapter on what the first one merged, and was moved since."""
+    folder.mkdir()
+    (folder / "recipe.toml").write_text(RECIPE.format(base=base, quantization=quantization))
+    shutil.copytree(base, folder / "train-1-sft" / "merged")
+    made = folder / "train-2-sft" / "adapter"
+    changed(adapter, made, base_model_name_or_path="/gone/train-1-sft/merged")
+    return made
+
+
+def opened(folder: Path) -> Opened:
+    made = open_model(str(folder), "transformers", Sampling(max_tokens=4))
+    asyncio.run(made.answerer.engine.close())
+    return made
+
+
+async def answered(engine: Engine, ids: list[int]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Greedy ids and their log-probabilities."""
+    async with engine:
+        (done,) = await engine.submit(ids, Sampling(max_tokens=24, logprobs=True)).completions()
+        return done.ids, done.logprobs or ()
+
+
+def test_a_folder_is_served_under_its_name_and_answers(tiny_folder: Path) -> None:
+    async def work() -> None:
+        made = open_model(f"{tiny_folder}/", "transformers", Sampling(max_tokens=4))
+        async with made.answerer.engine:
+            assert made.name == tiny_folder.name
+            assert len((await made.answerer.answer(ASKED)).completions[0].ids) <= 4
+
+    asyncio.run(work())
+
+
+def test_the_fingerprint_follows_weights_and_template_and_nothing_else(tiny_folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
+    assert opened(copy).fingerprint == opened(tiny_folder).fingerprint
+    template = copy / "chat_template.jinja"
+    template.write_text("{# another #}" + template.read_text())
+    assert opened(copy).fingerprint != opened(tiny_folder).fingerprint
+    other = Path(shutil.copytree(tiny_folder, tmp_path / "other"))
+    data = bytearray((other / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (other / "model.safetensors").write_bytes(data)
+    assert opened(other).fingerprint != opened(tiny_folder).fingerprint
+
+
+def test_a_model_that_is_not_there_is_said() -> None:
+    with pytest.raises(ModelError, match="nowhere"):
+        open_model("nowhere")
+
+
+def test_an_adapter_is_opened_on_its_base_and_answers_as_the_merged_model(adapter: Path, tiny_folder: Path) -> None:
+    from corral.engines.transformers import TransformersEngine
+    from corral.model import adapters, merging
+    from corral.model.loading import load_model
+
+    made = open_model(str(adapter))
+    assert made.name == adapter.name
+    assert made.answerer.engine.name == "transformers", "openvino, the default here, computes no adapters"
+    ids = made.answerer.template.prompt(ASKED)
+    unmerged = asyncio.run(answered(made.answerer.engine, ids))
+    merged = merging.merged(adapters.load(load_model(tiny_folder), adapter))
+    expected = asyncio.run(answered(TransformersEngine(merged), ids))
+    assert unmerged[0] == expected[0]
+    assert unmerged[1] == pytest.approx(expected[1], abs=1e-3)
+    assert asyncio.run(answered(TransformersEngine(load_model(tiny_folder)), ids))[0] != expected[0]
+
+
+def test_the_fingerprint_of_an_adapter_follows_its_weights_and_settings(
+    adapter: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    data = bytearray((adapter / "adapter_model.safetensors").read_bytes())
+    data[-1] ^= 1
+    other = changed(adapter, tmp_path / "other")
+    (other / "adapter_model.safetensors").write_bytes(data)
+    folders = (tiny_folder, adapter, other, changed(adapter, tmp_path / "stronger", lora_alpha=64))
+    assert len({opened(folder).fingerprint for folder in folders}) == len(folders)
+    assert opened(Path(shutil.copytree(adapter, tmp_path / "copy"))).fingerprint == opened(adapter).fingerprint
+
+
+def test_an_adapter_in_a_run_that_was_moved_finds_the_runs_model_and_template(
+    adapter: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    made = run_with(adapter, tiny_folder, tmp_path / "run")
+    (tmp_path / "run" / "train-1-sft" / "merged" / "chat_template.jinja").unlink()  # so it must be the recipe's
+    found = find_model(str(made))
+    assert found.folder == tmp_path / "run" / "train-1-sft" / "merged"
+    both = opened(made)
+    assert both.name == "mine-train-2-sft"
+    assert both.answerer.template.name == "chatml"
+
+
+def test_an_adapter_trained_on_quantised_weights_is_not_put_on_full_ones(
+    adapter: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    made = run_with(adapter, tiny_folder, tmp_path / "run", quantization="nf4")
+    with pytest.raises(ModelError, match="nf4") as caught:
+        find_model(str(made))
+    assert str(made.parent / "merged") in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING"),
+        ({"base_model_name_or_path": None}, "base_model_name_or_path"),
+        ({"base_model_name_or_path": "/gone/base"}, "base model of the adapter: .*/gone/base"),
+        ({"base_model_name_or_path": "nobody/nothing"}, "base model of the adapter: .*nobody/nothing"),
+    ],
+    ids=["kind", "no base", "base is gone", "base on the hub"],
+)
+def test_an_adapter_that_cannot_be_used_is_refused(
+    adapter: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        find_model(str(changed(adapter, tmp_path / "adapter", **changes)))
+
+
+def test_an_adapter_without_safe_weights_is_refused(adapter: Path, tmp_path: Path) -> None:
+    copy = changed(adapter, tmp_path / "adapter")
+    weights = copy / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(ModelError, match="cut short"):
+        find_model(str(copy))
+    weights.rename(copy / "adapter_model.bin")
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors"):
+        find_model(str(copy))
+
+
+@pytest.mark.parametrize(("engine", "urls"), [("remote", ()), ("transformers", ("http://127.0.0.1:1/v1",))])
+def test_urls_and_the_remote_engine_come_together(tiny_folder: Path, engine: Any, urls: tuple[str, ...]) -> None:
+    with pytest.raises(InputError, match=engine):
+        open_model(str(tiny_folder), engine, urls=urls)
+
+
+def test_an_endpoint_answers_for_a_model_of_which_only_template_and_vocabulary_are_read(tiny_folder: Path) -> None:
+    from corral.serving.generation import Served
+    from tests.serving.conftest import running
+
+    there = open_model(str(tiny_folder), "transformers")
+    with running(Served(there.answerer, "tiny")) as url:
+        here = open_model(str(tiny_folder), sampling=Sampling(max_tokens=8), urls=[f"{url}/v1"])
+
+        async def work() -> None:
+            async with here.answerer.engine:
+                assert here.answerer.engine.name == "remote"
+                expected = await there.answerer.answer(ASKED, Sampling(max_tokens=8))
+                assert (await here.answerer.answer(ASKED)).completions == expected.completions
+            await there.answerer.engine.close()
+
+        asyncio.run(work())
+    assert here.fingerprint != there.fingerprint

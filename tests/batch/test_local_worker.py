@@ -1,0 +1,248 @@
+"""Prompts through an Answerer here: full rows, and engines that fail."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from corral.answering.answerer import Answerer
+from corral.answering.consensus import Consensus
+from corral.batch.local_worker import COMPLETIONS, answer_here, answer_row, at_once
+from corral.batch.prompts import Prompt
+from corral.engines.base import Sampling
+from corral.engines.scripted import Reply, ScriptedEngine
+from corral.errors import EngineError, StorageError
+from corral.messages import Conversation
+from corral.model.loading import load_tokenizer
+from corral.template import Template
+
+
+@pytest.fixture(scope="module")
+def template(tiny_folder: Path) -> Template:
+    return Template.load(load_tokenizer(tiny_folder))
+
+
+def prompt(index: int, text: str = "Hi?") -> Prompt:
+    return Prompt(index, {"id": f"q{index}"}, Conversation.of(("user", text)))
+
+
+def ids(template: Template, text: str) -> list[int]:
+    return template.tokenizer.encode(text, add_special_tokens=False)
+
+
+def row(answerer: Answerer, asked: Prompt, seed: int = 0) -> dict[str, Any]:
+    return asyncio.run(answer_row(answerer, asked, seed))
+
+
+def test_a_row_says_what_was_answered_and_what_it_took(template: Template) -> None:
+    engine = ScriptedEngine(lambda *_: ids(template, "Four.") * 3)
+    found = row(Answerer(engine, template, Sampling(4)), prompt(3))
+    text = template.tokenizer.decode((ids(template, "Four.") * 3)[:4])
+    size = len(template.prompt(Conversation.of(("user", "Hi?"))))
+    assert found == {
+        "index": 3,
+        "id": "q3",
+        "answer": text,
+        "finish": "length",
+        "prompt_tokens": size,
+        "tokens": 4,
+    }
+
+
+def test_a_vote_is_told_with_its_candidates(template: Template) -> None:
+    words = ["It is five.", "It is four.", "It is four, yes."]
+    engine = ScriptedEngine(lambda _, __, choice: ids(template, words[choice]))
+    consensus = Consensus("rouge-l", n=3, stop="never")
+    found = row(Answerer(engine, template, Sampling(32), consensus=consensus), prompt(0))
+    assert found["candidates"] == words
+    assert found["winner"] == 1
+    assert found["answer"] == words[1]
+    assert found["votes"][1] == max(found["votes"])
+    assert found["finishes"] == ["stop"] * 3
+    assert found["tokens"] == sum(len(ids(template, word)) for word in words)
+
+
+def test_candidates_that_are_not_needed_are_ended_and_said_to_be(template: Template) -> None:
+    def reply(_: Sequence[int], __: Sampling, choice: int) -> list[int]:
+        return ids(template, "Answer: 4" if choice < 2 else "No answer. " * 9)
+
+    answerer = Answerer(ScriptedEngine(reply), template, Sampling(99), consensus=Consensus("majority", n=3))
+    found = row(answerer, prompt(0))
+    assert found["finishes"] == ["stop", "stop", "cancelled"]
+    assert found["result"] == "4"
+    assert found["results"] == ["4", "4", None]
+
+
+def test_draws_differ_from_row_to_row_and_are_the_same_for_the_same_seed(template: Template) -> None:
+    seeds: list[int | None] = []
+
+    def reply(_: Sequence[int], sampling: Sampling, choice: int) -> list[int]:
+        seeds.append(sampling.seed)
+        return [5]
+
+    answerer = Answerer(ScriptedEngine(reply), template)
+    for seed, index in ((0, 0), (0, 1), (1, 0), (0, 0)):
+        row(answerer, prompt(index), seed)
+    assert seeds[0] == seeds[3]
+    assert len(set(seeds)) == 3
+
+
+def test_what_an_engine_or_a_template_refuses_is_a_bad_row(template: Template) -> None:
+    engine = ScriptedEngine([5])
+    engine.features = replace(engine.features, max_length=100)
+    answerer = Answerer(engine, template, Sampling(8))
+    assert "exceed" in row(answerer, prompt(0, "word " * 200))["error"]
+    twice = Prompt(1, {}, Conversation.of(("user", "a"), ("user", "b"), ("assistant", "c")))
+    assert row(answerer, twice).keys() == {"index", "error"}
+
+
+@pytest.mark.parametrize("choices", [1, 5, 1000])
+def test_as_many_completions_are_asked_for_as_keep_an_engine_full_and_no_more(choices: int, template: Template) -> None:
+    most = 0
+
+    class Counting(ScriptedEngine):
+        def submit(self, *args: Any) -> Any:
+            nonlocal most
+            given = super().submit(*args)
+            most = max(most, len(self._open))
+            return given
+
+    taken = 0
+
+    def prompts() -> Iterator[Prompt]:
+        nonlocal taken
+        for i in range(700):
+            taken += 1
+            yield prompt(i)
+
+    done: list[int] = []
+
+    def keep(found: Any) -> None:
+        done.append(found["index"])
+        assert taken - len(done) <= at_once(choices), "prompts wait in no queue"
+
+    answer_here(lambda: Answerer(Counting([5, 6]), template), choices, 0, prompts(), keep)
+    assert sorted(done) == list(range(700))
+    assert most == at_once(choices)
+    assert at_once(choices) * choices >= COMPLETIONS
+
+
+def failing(template: Template, fails: Callable[[str], bool]) -> Callable[[], Answerer]:
+    """An engine that fails for some prompts, and all that is under way with them."""
+
+    def reply(asked: Sequence[int], _: Sampling, __: int) -> list[int]:
+        text = template.tokenizer.decode(list(asked))
+        if fails(text):
+            for request in list(engine._open):
+                request.generation.fail(EngineError("the process ended"))
+        return [5]
+
+    script: Reply = reply
+    engine = ScriptedEngine(script)
+    return lambda: Answerer(engine, template)
+
+
+def test_a_row_that_breaks_the_engine_is_bad_and_those_beside_it_are_answered(template: Template) -> None:
+    found: dict[int, dict[str, Any]] = {}
+    prompts = iter([prompt(i, "break it" if i in (3, 50) else "Hi?") for i in range(120)])
+
+    def keep(done: Any) -> None:
+        assert done["index"] not in found
+        found[done["index"]] = done
+
+    answer_here(failing(template, lambda text: "break it" in text), 20, 0, prompts, keep)
+    assert sorted(found) == list(range(120))
+    assert {index for index, done in found.items() if "error" in done} == {3, 50}
+    assert found[3]["error"] == "the process ended"
+
+
+@pytest.mark.parametrize("breaking", [{39}, {37, 38, 39}, {0, 1, 2, 3}, set(range(40))])
+@pytest.mark.parametrize("choices", [1, 20, 320])
+def test_rows_that_break_the_engine_are_bad_wherever_they_stand(
+    template: Template, breaking: set[int], choices: int
+) -> None:
+    found: dict[int, dict[str, Any]] = {}
+    prompts = iter([prompt(i, "break it" if i in breaking else "Hi?") for i in range(40)])
+    engine = failing(template, lambda text: "break it" in text)
+    answer_here(engine, choices, 0, prompts, lambda row: found.update({row["index"]: row}))
+    assert sorted(found) == list(range(40))
+    assert {index for index, row in found.items() if "error" in row} == breaking
+
+
+@pytest.mark.parametrize("times", [1, 2, 3, 4])
+def test_a_row_is_bad_only_if_it_breaks_the_engine_beside_others_and_twice_alone(
+    template: Template, times: int
+) -> None:
+    failed = 0
+
+    def fails(text: str) -> bool:
+        nonlocal failed
+        failed += "break it" in text
+        return "break it" in text and failed <= times
+
+    kept: list[Any] = []
+    answer_here(failing(template, fails), 1, 0, iter([prompt(0, "break it"), prompt(1)]), kept.append)
+    assert {row["index"]: "error" in row for row in kept} == {0: times > 2, 1: False}
+    assert failed == min(times + 1, 3)
+
+
+def test_a_row_that_may_break_the_engine_is_asked_when_nobody_else_is(template: Template) -> None:
+    beside: list[int] = []
+
+    class Watched(ScriptedEngine):
+        def submit(self, ids: Sequence[int], sampling: Sampling) -> Any:
+            given = super().submit(ids, sampling)
+            if "break it" in template.tokenizer.decode(list(ids)):
+                beside.append(len(self._open))
+            return given
+
+    def reply(asked: Sequence[int], _: Sampling, __: int) -> list[int]:
+        if "break it" in template.tokenizer.decode(list(asked)):
+            raise RuntimeError("broken")
+        return [5, 6, 7]
+
+    prompts = iter([prompt(i, "break it" if i in (3, 30) else "Hi?") for i in range(60)])
+    kept: list[Any] = []
+    answer_here(lambda: Answerer(Watched(reply, delay_seconds=0.001), template), 20, 0, prompts, kept.append)
+    assert len(kept) == 60
+    assert sorted(beside)[:4] == [1, 1, 1, 1]
+    assert sorted(beside)[4] > 1
+
+
+def test_an_engine_that_fails_whatever_is_asked_stops_the_work(template: Template) -> None:
+    kept: list[int] = []
+    asked = 0
+
+    def fails(_: str) -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 10
+
+    with pytest.raises(EngineError, match="the process ended"):
+        answer_here(
+            failing(template, fails), 80, 0, iter([prompt(i) for i in range(500)]), lambda r: kept.append(r["index"])
+        )
+    assert len(kept) <= 10, "no row is said to be bad for what the engine did"
+    assert asked < 60
+
+
+def test_the_last_row_is_not_said_to_be_bad_where_nothing_shows_that_the_engine_works(template: Template) -> None:
+    kept: list[Any] = []
+    with pytest.raises(EngineError):
+        answer_here(failing(template, lambda _: True), 1, 0, iter([prompt(0)]), kept.append)
+    assert not kept
+
+
+def test_what_cannot_be_kept_ends_the_work_with_that_error(template: Template) -> None:
+    def keep(_: Any) -> None:
+        raise StorageError("the disk is full")
+
+    work = partial(answer_here, lambda: Answerer(ScriptedEngine([5]), template), 1, 0)
+    with pytest.raises(StorageError, match="full"):
+        work(iter([prompt(i) for i in range(50)]), keep)

@@ -1,0 +1,173 @@
+"""A batch on a Ray cluster of two workers on this machine, one of which is killed on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from corral.answering.answerer import Answerer
+from corral.batch import answer_file
+from corral.batch.prompts import Prompts
+from corral.batch.ray_cluster import Worker, _packed, answer_on_ray
+from corral.errors import EngineError, InputError, MissingExtraError
+from corral.progress import Progress
+from tests.batch.work import MADE_OF, Batch, asked, read, wait_for_rows
+
+ROWS = 400
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="the extra `ray` is not installed")
+
+
+@dataclass(frozen=True)
+class Named:
+    """Opens a batch's Answerer in a worker, and leaves the worker's process id."""
+
+    batch: Batch
+    folder: Path
+
+    def __call__(self) -> Any:
+        (self.folder / str(os.getpid())).touch()
+        return self.batch.open()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Generator[str]:
+    """The address of a cluster of two machines, which are this one."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    here = str(Path(__file__).parent.parent.parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join([here, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    memory = {"object_store_memory": 100 * 2**20}
+    made = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **memory})
+    made.add_node(num_cpus=1, **memory)
+    yield made.address
+    made.shutdown()
+
+
+def nothing() -> Answerer:
+    raise AssertionError("nothing is opened")
+
+
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtraError, match="ray") as missing:
+        answer_on_ray(None, nothing, 1, 0, iter(()), lambda _: None)
+    assert "corral[ray]" in str(missing.value.hint)
+
+
+def test_a_worker_tells_a_row_that_breaks_its_engine_from_an_engine_that_is_broken(make: Callable[..., Batch]) -> None:
+    import pyarrow as pa
+
+    rows = [{"prompt": "Break it." if i == 7 else asked(i)} for i in range(16)]
+    batch = make(rows, breaks_at="Break it.")
+    given = pa.table({"row": [_packed(prompt) for prompt in Prompts(str(batch.prompts), Progress())]})
+    worker = Worker(batch.open, 7)
+    found = [json.loads(row) for row in worker({"row": given["row"]})["row"]]
+    assert [row["index"] for row in found] == list(range(16))
+    assert [row["index"] for row in found if "error" in row] == [7]
+    with pytest.raises(EngineError, match="broken"):
+        Worker(replace(batch, breaks_at="").open, 7)({"row": given["row"]})
+
+
+@pytest.mark.full
+@needs_ray
+def test_rows_that_break_an_engine_are_bad_and_all_others_are_answered(
+    cluster: str, make: Callable[..., Batch], tmp_path: Path
+) -> None:
+    breaking = {3, 50, 98, 99}
+    rows = [{"prompt": "Break it." if i in breaking else asked(i)} for i in range(100)]
+    batch = make(rows, breaks_at="Break it.")
+    answering = partial(answer_on_ray, cluster, batch.open, 1, 7)
+    outcome = answer_file(str(batch.prompts), batch.out, MADE_OF, answering, Progress())
+    assert (outcome.figures.rows, outcome.figures.bad) == (100, 4)
+    assert {row["index"] for row in read(batch.out) if "error" in row} == breaking
+    here = replace(batch, out=tmp_path / "here.jsonl")
+    here.run()
+    assert here.out.read_bytes() == batch.out.read_bytes()
+
+
+@pytest.mark.full
+@needs_ray
+def test_a_worker_is_killed_and_every_row_comes_out_once_in_order(
+    cluster: str, make: Callable[..., Batch], tmp_path: Path
+) -> None:
+    here = make(ROWS)
+    here.run()
+    batch = Batch(here.prompts, tmp_path / "ray.jsonl", here.tokenizer, here.calls, delay_seconds=1.0)
+    workers = tmp_path / "workers"
+    workers.mkdir()
+    killed: list[int] = []
+    done_at_kill: list[bool] = []
+
+    def kill() -> None:
+        wait_for_rows(batch, 40)
+        killed.append(int(min(workers.iterdir(), key=lambda path: path.stat().st_mtime).name))
+        os.kill(killed[0], signal.SIGKILL)
+        done_at_kill.append(batch.out.exists())
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    answering = partial(answer_on_ray, cluster, Named(batch, workers), 1, 7)
+    outcome = answer_file(str(batch.prompts), batch.out, MADE_OF, answering, Progress())
+    killer.join()
+    assert outcome.answered == ROWS
+    # Whether one takes the place of the killed in time to do something is Ray's affair: the other may have done it all.
+    assert not done_at_kill[0], "it was killed on the way"
+    assert str(killed[0]) in {path.name for path in workers.iterdir()}
+    assert batch.out.read_bytes() == here.out.read_bytes()
+
+
+@pytest.mark.full
+@needs_ray
+def test_stopped_it_goes_on_here_or_there(cluster: str, make: Callable[..., Batch], tmp_path: Path) -> None:
+    here = make(ROWS)
+    here.run()
+    there = Batch(here.prompts, tmp_path / "ray.jsonl", here.tokenizer, here.calls, delay_seconds=0.2)
+
+    class Stop(Progress):
+        def update(self, done: int, note: str = "") -> None:
+            if done == 50:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    answering = partial(answer_on_ray, cluster, there.open, 1, 7)
+    with pytest.raises(KeyboardInterrupt):
+        answer_file(str(there.prompts), there.out, MADE_OF, answering, Stop())
+    kept = there.journal.read_bytes().count(b"\n") - 1
+    assert kept >= 50
+    assert answer_file(str(there.prompts), there.out, MADE_OF, answering, Progress()).answered == ROWS - kept
+    assert there.out.read_bytes() == here.out.read_bytes()
+
+
+def _no_model() -> Any:
+    raise EngineError("no such model here")
+
+
+@pytest.mark.full
+@needs_ray
+def test_what_a_worker_meets_is_told_as_it_would_be_here(cluster: str, make: Callable[..., Batch]) -> None:
+    batch = make(40)
+    answering = partial(answer_on_ray, cluster, _no_model, 1, 7)
+    with pytest.raises(EngineError, match="no such model here"):
+        answer_file(str(batch.prompts), batch.out, MADE_OF, answering, Progress())
+    bad = make([{"prompt": "c " * 9000}, {"prompt": "a"}])
+    answer_file(
+        str(bad.prompts), bad.out.with_name("b"), MADE_OF, partial(answer_on_ray, cluster, bad.open, 1, 7), Progress()
+    )
+    assert ["error" in row for row in read(bad.out.with_name("b"))] == [True, False]
+
+
+@pytest.mark.full
+@needs_ray
+def test_a_cluster_that_is_not_there_is_one_clear_error() -> None:
+    with pytest.raises(InputError, match="no Ray cluster") as refused:
+        answer_on_ray("127.0.0.1:1", _no_model, 1, 0, iter([]), print)
+    assert refused.value.where == "127.0.0.1:1"

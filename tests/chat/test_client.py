@@ -1,0 +1,356 @@
+"""The client against corral's own server, and against others: what it sends, what it shows, what it says when that fails."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from corral.answering.answerer import Answerer
+from corral.chat.client import Server
+from corral.chat.repl import Piece
+from corral.cli import main
+from corral.engines.base import Sampling
+from corral.engines.scripted import ScriptedEngine
+from corral.errors import CorralError, EngineError, InputError, ModelError
+from corral.messages import Conversation
+from corral.model.loading import load_tokenizer
+from corral.serving.generation import Served
+from corral.serving.served_models import Models
+from corral.template import Template
+from tests.conftest import Request, web_server
+from tests.serving.conftest import Endless, running
+
+ASKED = Conversation.of(("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi."), ("user", "And you?"))
+
+
+@pytest.fixture(scope="module")
+def template(tiny_folder: Path) -> Template:
+    return Template.load(load_tokenizer(tiny_folder))
+
+
+def saying(template: Template, *texts: str, name: str = "m", **engine: Any) -> Served:
+    """A model whose choices say these texts."""
+    ids = [template.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    return Served(Answerer(ScriptedEngine(lambda *of: ids[of[2] % len(ids)], **engine), template), name)
+
+
+def said(server: Server, conversation: Conversation = ASKED) -> list[Piece]:
+    try:
+        return list(server.stream(conversation))
+    finally:
+        server.close()
+
+
+class Other(Request):
+    """Another server: it answers a question as a test says."""
+
+    asked: list[Any]
+    paths: list[str]
+    keys: list[str | None]
+
+    def do_GET(self) -> None:
+        self.paths.append(self.path)
+        self.keys.append(self.headers["authorization"])
+        self.answer(200, {}, b'{"data": [{"id": "other"}]}')
+
+    def do_POST(self) -> None:
+        self.paths.append(self.path)
+        self.keys.append(self.headers["authorization"])
+        self.asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        self.completion()
+
+    def completion(self) -> None:
+        raise NotImplementedError
+
+    def events(self, *events: Any, end: str = "data: [DONE]\n\n") -> None:
+        data = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + end
+        self.answer(200, {"content-type": "text/event-stream"}, data.encode())
+
+
+def other(completion: Callable[[Any], None], **attributes: Any) -> type[Other]:
+    base: dict[str, Any] = {"asked": [], "paths": [], "keys": []}
+    return type("Made", (Other,), base | attributes | {"completion": completion})
+
+
+def delta(text: str | None, finish: str | None = None) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": {"role": "assistant", "content": text}, "finish_reason": finish}]}
+
+
+def well(self: Other) -> None:
+    self.events(delta(""), delta("Well, "), delta("thanks."), delta(None, "stop"), {"choices": [], "usage": {}})
+
+
+# What is asked, and what comes
+
+
+def test_an_answer_comes_in_pieces_as_the_server_draws_it(template: Template) -> None:
+    with running(saying(template, "Four, I think.")) as url:
+        pieces = said(Server(url))
+    assert len(pieces) > 2
+    assert "".join(piece.text for piece in pieces) == "Four, I think."
+    assert {piece.note for piece in pieces} == {""}
+
+
+def test_the_whole_conversation_is_sent_and_what_was_asked_for_and_nothing_else() -> None:
+    answers = other(well)
+    with web_server(answers) as url:
+        assert "".join(p.text for p in said(Server(f"{url}/v1/", options={"max_tokens": 7}))) == "Well, thanks."
+        said(Server(f"{url}/openai/v1", model="gpt-5"))
+    messages = ASKED.to_json()["messages"]
+    assert answers.asked == [
+        {"model": "other", "messages": messages, "stream": True, "max_tokens": 7},
+        {"model": "gpt-5", "messages": messages, "stream": True},
+    ]
+    assert answers.paths == ["/v1/models", "/v1/chat/completions", "/openai/v1/chat/completions"]
+
+
+def test_a_vote_is_told_beside_its_winner(template: Template) -> None:
+    wish = {"consensus": {"method": "majority", "n": 3, "stop": "never"}}
+    with running(saying(template, "It is 5.", "It is 4.", "It is 4.")) as url:
+        pieces = said(Server(url, options=wish))
+    assert "".join(piece.text for piece in pieces) == "It is 4."
+    assert [piece.note for piece in pieces if piece.note] == ["[answer 2: majority 0.67 among 3]"]
+
+
+def test_the_only_model_that_talks_is_taken_and_of_several_one_must_be_named(template: Template) -> None:
+    from corral.engines.embedding import Embedder
+
+    models = Models([saying(template, "a", name="cook")], Embedder())
+    with running(models) as url:
+        server = Server(url)
+        assert (server.model, server.url) == ("cook", f"{url}/v1")
+        server.close()
+    with running(Models([saying(template, "a", name=name) for name in ("cook", "poet")])) as url:
+        with pytest.raises(ModelError, match="cook, poet") as caught:
+            Server(url)
+        assert "--model" in str(caught.value.hint)
+        assert said(Server(url, model="poet"))
+
+
+def test_closing_an_answer_frees_the_servers_work(template: Template) -> None:
+
+    endless = Endless()
+    with running(Served(Answerer(endless.engine, template), "m")) as url:
+        server = Server(url)
+        answer = server.stream(ASKED)
+        next(answer)
+        answer.close()
+        assert endless.ends(within=0.5)
+        server.close()
+
+
+# What fails
+
+
+FAULTS: dict[str, tuple[Callable[[Any], None], str]] = {
+    "refused": (lambda self: self.answer(400, {}, b'{"error": {"message": "too long"}}'), "400: too long"),
+    "no such model": (lambda self: self.answer(404, {}, b'{"error": {"message": "no m"}}'), "--model"),
+    "busy": (lambda self: self.answer(429, {"retry-after": "7"}, b'{"error": {"message": "full"}}'), "in 7 s"),
+    "a page": (lambda self: self.answer(200, {"content-type": "text/html"}, b"<html>"), "cannot be read"),
+    "a page in place of an error": (lambda self: self.answer(502, {}, b"<html>\n<b>Bad gateway</b>"), "502"),
+    "no JSON": (lambda self: self.events(end="data: {]\n\n"), "cannot be read"),
+    "no object": (lambda self: self.events([1]), "cannot be read"),
+    "an error amid": (lambda self: self.events(delta("So"), {"error": {"message": "out of memory"}}), "out of memory"),
+    "cut off": (lambda self: self.events(delta("So"), end=""), "lost amid"),
+    "nonsense in a vote": (lambda self: self.events(delta("So", "stop") | {"consensus": {"winner": 3}}), "a vote"),
+    "nothing": (lambda self: self.finish(), "lost"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_what_goes_wrong_is_one_line_with_what_the_server_said(case: str) -> None:
+    completion, part = FAULTS[case]
+    with web_server(other(completion)) as url, pytest.raises(EngineError) as caught:
+        said(Server(url))
+    line = f"{caught.value.what}; {caught.value.hint}"
+    assert part in line
+    assert "\n" not in line
+
+
+def test_a_server_that_is_not_there_or_is_none_is_said_at_once() -> None:
+    with pytest.raises(ModelError, match="cannot be reached") as caught:
+        Server("http://127.0.0.1:9")
+    assert "http://127.0.0.1:9/v1" in str(caught.value)
+    with web_server(other(well, do_GET=lambda self: self.answer(200, {}, b"<html>"))) as url:
+        with pytest.raises(ModelError, match="cannot be read") as caught:
+            Server(url)
+        assert "/v1" in str(caught.value.hint)
+    for url in ("127.0.0.1:8000", "ftp://x", "http://me:secret@x/v1"):
+        with pytest.raises(InputError) as refused:
+            Server(url)
+        assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_wrong_key_is_said_and_not_shown_even_if_the_server_shows_it(status: int) -> None:
+    body = b'{"error": {"message": "no such key: sesame-1"}}'
+    refuses: Any = lambda self: self.answer(status, {}, body)  # noqa: E731
+    for answers in (other(refuses), other(well, do_GET=refuses)):
+        with web_server(answers) as url, pytest.raises(CorralError) as caught:
+            said(Server(url, key="sesame-1"))
+        assert "CORRAL_API_KEY" in str(caught.value)
+        assert "sesame" not in str(caught.value) + repr(caught.value)
+
+
+def test_whatever_a_server_or_a_person_sends_costs_no_more_than_a_turn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vote = {"method": "rouge-l", "winner": float("inf"), "candidates": [{"score": 1.0}], "cancelled": 0}
+    sent: list[Callable[[Other], None]] = [
+        lambda self: self.events(delta("half \ud800 a character", "stop")),
+        lambda self: self.answer(200, {"content-type": "text/event-stream"}, b"data: " + b"[" * 10**5 + b"\n\n"),
+        lambda self: self.events(delta("So", "stop") | {"consensus": vote}),
+        well,
+    ]
+    answers = other(lambda self: sent[len(self.asked) - 1](self))
+    with web_server(answers) as url:
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nbyte \udcff\nagain\nlast\n"))
+        assert main(["chat", "--url", url]) == 0
+    shown = capsys.readouterr()
+    assert "half \ufffd a character" in shown.out
+    assert shown.err.count("the server's answer cannot be read") == 2
+    said_before = [message["content"] for message in answers.asked[-1]["messages"]]
+    assert said_before == ["Hello", "half \ufffd a character", "last"], "what was said is still known"
+    assert answers.asked[1]["messages"][-1]["content"] == "byte \ufffd"
+
+
+def test_errors_votes_and_names_from_elsewhere_do_not_steer_the_terminal_either(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steering = "\x1b]0;title\x07\x1b[2J\x9b2J\u202e"
+    vote = {"method": f"{steering}rouge-l", "winner": 0, "candidates": [{"score": 1.0}], "cancelled": 0}
+    name = f"{steering}other"
+    answers = other(
+        lambda self: (
+            self.events(delta("So", "stop") | {"consensus": vote})
+            if len(self.asked) == 1
+            else self.answer(400, {}, json.dumps({"error": {"message": f"{steering}too long"}}).encode())
+        ),
+        do_GET=lambda self: self.answer(200, {}, json.dumps({"data": [{"id": name}]}).encode()),
+    )
+    with web_server(answers) as url:
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nagain\n"))
+        assert main(["chat", "--url", url]) == 0
+        told = capsys.readouterr().err
+        assert answers.asked[0]["model"] == name
+        two = json.dumps({"data": [{"id": name}] * 2}).encode()
+        several = other(well, do_GET=lambda self: self.answer(200, {}, two))
+        with web_server(several) as second:
+            assert main(["chat", "--url", second]) == 2
+        told += capsys.readouterr().err
+    for part in ("talking with ", "rouge-l 1.00 among 1]", "too long", "the server has 2 models"):
+        assert part in told
+    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(told)
+
+
+# From the command line
+
+
+def test_the_key_comes_from_the_option_or_the_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = other(well)
+    monkeypatch.delenv("CORRAL_API_KEY", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "of openai")
+    with web_server(answers) as url:
+        for key, options in ((None, []), ("of corral", []), ("given", ["--key", "given"])):
+            if key == "of corral":
+                monkeypatch.setenv("CORRAL_API_KEY", key)
+            monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+            assert main(["chat", "--url", url, *options]) == 0
+    assert answers.keys == [None, None, "Bearer of corral", "Bearer of corral", "Bearer given", "Bearer given"]
+    assert capsys.readouterr().out.splitlines().count("Well, thanks.") == 3
+
+
+def test_openais_key_goes_to_openai_and_to_nobody_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sent: list[tuple[str | None, str]] = []
+
+    def bearer(key: str | None, url: str) -> dict[str, str]:
+        sent.append((key, url))
+        return {}
+
+    monkeypatch.setattr("corral.chat.client.bearer", bearer)
+    monkeypatch.setenv("OPENAI_API_KEY", "of openai")
+    monkeypatch.delenv("CORRAL_API_KEY", raising=False)
+    elsewhere = "http://api.openai.com", "https://api.openai.com.example/v1", "https://example.com/api.openai.com/v1"
+    for url in ("https://api.openai.com", "https://API.openai.com:443/v1/", *elsewhere):
+        monkeypatch.setattr("sys.stdin", io.StringIO(""))
+        assert main(["chat", "--url", url, "--model", "m"]) == 0, "nothing is asked"
+    assert [key for key, _ in sent] == ["of openai"] * 2 + [None] * 3
+
+
+def test_host_and_port_are_another_way_to_say_the_url_and_options_are_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = other(well)
+    with web_server(answers) as url:
+        port = url.rpartition(":")[2]
+        for options in (["--host", "127.0.0.1", "--port", port], ["--port", port]):
+            monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+            drawn = ["--temperature", "0.5", "--consensus", "rouge-l", "--n", "3", "--system", "Be brief."]
+            assert main(["chat", *options, *drawn]) == 0
+    (first, second) = answers.asked
+    assert first == second
+    assert (first["temperature"], first["consensus"]) == (0.5, {"method": "rouge-l", "n": 3})
+    assert "max_tokens" not in first
+    assert first["messages"][0] == {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ([], "corral chat --url"),
+        (["--url", "http://a", "--url", "http://b"], "2 servers"),
+        (["--url", "http://a", "--port", "1"], "2 servers"),
+        (["--url", "http://a", "--engine", "transformers"], "--engine"),
+        (["--url", "http://a", "--shots", "3"], "--shots"),
+        (["--url", "http://a", "--n", "3"], "--consensus"),
+        (["nowhere", "--model", "m"], "--model"),
+        (["nowhere", "--host", "a"], "--host"),
+        (["nowhere", "--key", "k"], "--key"),
+    ],
+)
+def test_what_says_two_things_or_nothing_is_refused(
+    options: list[str], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["chat", *options]) == 2
+    assert part in capsys.readouterr().err
+
+
+def test_it_loads_nothing_that_a_thin_machine_lacks() -> None:
+    """Of what is not Python's own, the HTTP client and what it needs."""
+    code = """
+import io, sys
+from corral.cli import main
+sys.stdin = io.StringIO("Hello\\n/retry\\n")
+assert main(["chat", "--url", sys.argv[1]]) == 0
+loaded = {name.partition(".")[0] for name in sys.modules} - set(sys.stdlib_module_names)
+own = {"corral", "__main__", "httpx2", "httpcore2", "h11", "idna", "certifi", "truststore", "anyio", "sniffio"}
+foreign = {name for name in loaded - own if not name.startswith(("_", "typing_extensions"))}
+sys.exit(f"loaded: {sorted(foreign)}" if foreign else 0)
+"""
+    with web_server(other(well)) as url:
+        done = subprocess.run([sys.executable, "-c", code, url], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["Well, thanks."] * 2 + [""]
+
+
+def test_a_sampling_of_the_command_line_reaches_the_engine(template: Template) -> None:
+    drawn: list[Sampling] = []
+
+    def reply(ids: Any, sampling: Sampling, choice: int) -> list[int]:
+        drawn.append(sampling)
+        return [50]
+
+    with running(Served(Answerer(ScriptedEngine(reply), template), "m")) as url:
+        said(Server(url, options={"max_tokens": 9, "temperature": 0.25, "top_p": 0.5}))
+    assert [(s.max_tokens, s.temperature, s.top_p) for s in drawn] == [(9, 0.25, 0.5)]

@@ -1,0 +1,108 @@
+"""`corral keys` and what `corral serve` is told, in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from corral.cli import main
+from corral.serving import server
+from corral.serving.admission import Bounds
+from corral.serving.api_keys import Keys, Used, today
+from corral.serving.database import Database
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'a.db'}"
+
+
+def test_a_key_is_made_shown_once_listed_and_taken_back(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    database = ["--database", url]
+    assert main(["keys", "add", "alice", "--tokens-per-day", "1000", "--at-once", "2", "--days", "7", *database]) == 0
+    out, told = capsys.readouterr()
+    secret = out.strip()
+    assert secret.startswith("corral_")
+    assert "shown once" in told
+    with contextlib.closing(Database(url)) as opened:
+        (key,) = Keys(opened).all()
+        assert key.opens_with(secret)
+        assert (key.quota.tokens_per_day, key.quota.at_once) == (1000, 2)
+        assert key.expires == key.created + 7 * 86400
+        Keys(opened).count(today(), {key.id: Used(1, 700, 34)})
+    assert main(["keys", *database]) == 0
+    listed, _ = capsys.readouterr()
+    for part in ("alice", key.id, "works", "1,000", "734"):
+        assert part in listed
+    assert secret not in listed
+    assert main(["keys", "revoke", "alice", *database]) == 0
+    assert key.id in capsys.readouterr().out
+    assert main(["keys", "list", "--json", *database]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["keys"]
+    assert (row["name"], row["works"], row["tokens_today"]) == ("alice", False, 734)
+    assert row["revoked"]
+
+
+def test_the_first_key_says_what_it_ends(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    told: list[str] = []
+    for args in (["add", "alice"], ["add", "bob"], ["revoke", "bob"], ["add", "bob"]):
+        assert main(["keys", *args, "--database", url]) == 0
+        told.append(capsys.readouterr().err)
+    assert ["begun without one" in words for words in told] == [True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("args", "part"),
+    [
+        (["add"], "no key is named"),
+        (["revoke"], "no key is named"),
+        (["revoke", "bob"], "there is no key named 'bob'"),
+        (["list", "bob"], "nothing to do"),
+        (["add", "a b"], "cannot be the name"),
+        (["revoke", "bob", "--at-once", "2"], "when it is made"),
+    ],
+)
+def test_what_cannot_be_done_is_one_clear_error(
+    args: list[str], part: str, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["keys", *args, "--database", url]) == 2
+    out, error = capsys.readouterr()
+    assert part in error
+    assert "next:" in error
+    assert not out
+
+
+def test_what_serve_is_told_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(server, "serve", lambda *args: told.extend(args))
+    command = "serve a b=runs/c --host ::1 --port 1 --engine remote --url http://x/v1 --url http://y/v1 --embeddings"
+    command += " --insecure --cors https://a.example --at-once 3 --waiting 0 --max-seconds 1.5 --database none"
+    assert main(command.split()) == 0
+    urls = ["http://x/v1", "http://y/v1"]
+    assert told == [
+        server.Wanted(["a", "b=runs/c"], "remote", urls, None, True),
+        server.Place("::1", 1, True, ["https://a.example"]),
+        Bounds(at_once=3, waiting=0, max_seconds=1.5),
+        None,
+    ]
+
+
+def test_serve_uses_a_file_among_the_users_data_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told: list[Any] = []
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    monkeypatch.setattr(server, "serve", lambda *args: told.append(args[3]))
+    main(["serve", "a"])
+    main(["serve", "a", "--database", "postgresql://u@h/d"])
+    assert told == [f"sqlite:///{tmp_path / 'corral' / 'server.db'}", "postgresql://u@h/d"]
+
+
+@pytest.mark.parametrize("wrong", ["--waiting -1", "--max-seconds 0", "--max-seconds nan", "--max-seconds -2"])
+def test_bounds_that_cannot_be_are_said(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "a", *wrong.split()]) == 2
+    assert wrong.split()[0] in capsys.readouterr().err

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from corral.data.formats.prompt_response import alpaca, plain_text, prompt_completion, question_answer
+from corral.messages import INPUT, Conversation, Text
+from tests.data.formats.reasons import reason
+
+
+@pytest.mark.parametrize("empty", [{}, {"input": ""}, {"input": None}, {"input": " \n"}, {"input": float("nan")}])
+def test_an_instruction_without_input_is_asked_alone(empty: dict[str, Any]) -> None:
+    row = {"instruction": "Sing.", "output": "La"} | empty
+    assert alpaca(row) == Conversation.of(("user", "Sing."), ("assistant", "La"))
+
+
+def test_an_input_follows_the_instruction_after_its_heading() -> None:
+    record = alpaca({"instruction": "Add.", "input": "1, 2", "output": "3", "system": "Be exact."})
+    assert record == Conversation.of(("system", "Be exact."), ("user", f"Add.{INPUT}1, 2"), ("assistant", "3"))
+
+
+def test_texts_are_taken_as_they_are() -> None:
+    record = prompt_completion({"prompt": " The sky\n", "completion": " is blue. "})
+    assert [m.content for m in record.messages] == [" The sky\n", " is blue. "]
+
+
+@pytest.mark.parametrize("names", [("prompt", "completion"), ("query", "response"), ("input", "output")])
+def test_prompt_and_completion_may_have_any_of_their_names(names: tuple[str, str]) -> None:
+    row = {names[0]: "Hello?", names[1]: "Hello."}
+    assert prompt_completion(row) == Conversation.of(("user", "Hello?"), ("assistant", "Hello."))
+
+
+def test_prompt_and_completion_may_be_messages() -> None:
+    prompt = [{"role": "system", "content": "S"}, {"role": "user", "content": "Hello?"}]
+    answer = {"role": "assistant", "content": "Hello."}
+    expected = Conversation.of(("system", "S"), ("user", "Hello?"), ("assistant", "Hello."))
+    assert prompt_completion({"prompt": prompt, "completion": [answer]}) == expected
+    assert prompt_completion({"prompt": prompt, "completion": answer}) == expected
+    assert prompt_completion({"prompt": prompt, "completion": "Hello.", "system": "S"}) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": [], "completion": "x"}, "prompt is an empty list"),
+        ({"prompt": "x", "completion": []}, "completion is an empty list"),
+        ({"prompt": "x", "completion": [{"role": "user", "content": "y"}]}, "completion is from the user"),
+        ({"prompt": 1.5, "completion": "x"}, "prompt is a number: expected text"),
+        ({"prompt": "x"}, "no `completion`: the row has 'prompt'"),
+    ],
+)
+def test_a_prompt_or_completion_of_another_form_is_refused(row: dict[str, Any], expected: str) -> None:
+    assert reason(prompt_completion, row).startswith(expected)
+
+
+def test_a_context_follows_the_question_as_its_input() -> None:
+    row = {"question": "Who?", "answer": "Ada", "context": "Ada came."}
+    assert question_answer(row).messages[0].content == f"Who?{INPUT}Ada came."
+    assert question_answer(row | {"context": None}).messages[0].content == "Who?"
+    assert reason(question_answer, row | {"context": ["Ada came."]}) == "context is a list: expected text"
+
+
+def test_a_document_is_a_text_and_no_conversation() -> None:
+    assert plain_text({"text": "Once\n", "meta": 1}) == Text("Once\n")
+    assert plain_text({"content": "Once"}) == Text("Once")
+
+
+def test_a_prompt_that_only_begins_like_a_dialogue_is_a_text() -> None:
+    record = prompt_completion({"prompt": "Human: what is one?", "completion": "You."})
+    assert record.messages[0].content == "Human: what is one?"

@@ -1,0 +1,418 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from corral.data.ledger import FATES, WITH_REASON
+from corral.data.prepare import Prepared, prepare
+from corral.errors import DataError
+from corral.messages import Conversation, record_key
+from corral.progress import Progress
+from corral.recipe import Data, Source, Split
+from corral.storage import tree_hashes
+from corral.template import Template
+from tests.data.conftest import chat, chats, source, write_rows
+
+Prepare = Callable[..., Prepared]
+NONE_HELD_OUT = Split(validation=0, test=0)
+
+
+def fates(**counts: int) -> dict[str, int]:
+    return dict.fromkeys(FATES, 0) | counts
+
+
+def sides_of(rows: Prepared) -> dict[str, str]:
+    return {e.key: side for side in ("train", "validation", "test") for e in rows.side(side)}
+
+
+def test_every_example_is_what_the_template_makes_of_its_record(
+    prepared: Prepare, template: Template, tmp_path: Path
+) -> None:
+    rows = chats(60)
+    result = prepared(source(write_rows(tmp_path / "a.jsonl", rows)))
+    seen: list[int] = []
+    for side in (result.train, result.validation, result.test):
+        assert len(side) > 0
+        for place, example in enumerate(side):
+            assert example.record == Conversation.from_json(rows[example.index - 1])
+            assert example.key == record_key(example.record)
+            assert example.source == "a"
+            assert example.sequences == (template.encode(example.record),)
+            assert side.lengths[place] == len(example.sequences[0].ids)
+            assert side.trained_tokens[place] == sum(example.sequences[0].trained)
+            seen.append(example.index)
+    assert sorted(seen) == list(range(1, 61))
+
+
+def test_opening_gives_what_preparing_gave(prepared: Prepare, tmp_path: Path) -> None:
+    made = prepared(source(write_rows(tmp_path / "a.jsonl", chats(40))), into=tmp_path / "stage")
+    opened = Prepared.open(tmp_path / "stage")
+    assert list(opened.train) == list(made.train)
+    assert list(opened.test) == list(made.test)
+    assert opened.ledger["rows"] == 40
+
+
+def test_the_same_inputs_give_the_same_bytes(prepared: Prepare, tmp_path: Path) -> None:
+    rows = [*chats(50), {"messages": []}, *chats(5)]
+    a = source(write_rows(tmp_path / "a.jsonl", rows), rows=30)
+    b = source(write_rows(tmp_path / "b.jsonl", chats(20, start=40)))
+    for name in ("one", "two"):
+        prepared(a, b, into=tmp_path / name, max_length=90)
+    hashes = tree_hashes(tmp_path / "one")
+    assert len(hashes) == 3 + 1 + 3 * 9
+    assert hashes == tree_hashes(tmp_path / "two")
+    prepared(a, b, into=tmp_path / "three", max_length=90, seed=1)
+    assert hashes != tree_hashes(tmp_path / "three")
+
+
+def test_bytes_do_not_depend_on_the_hash_seed_of_the_process(tiny_folder: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", [*chats(40), {"x": 1, "y": 2}])
+    code = (
+        "import sys; from pathlib import Path; from transformers import AutoTokenizer\n"
+        "from corral.data.prepare import prepare; from corral.recipe import Data, Source\n"
+        "from corral.template import Template\n"
+        "template = Template.load(AutoTokenizer.from_pretrained(sys.argv[1]))\n"
+        "data = Data(sources=(Source(path='a.jsonl', rows=30, format='messages'),), duplicates='near',\n"
+        "    split={'validation': 0.2, 'test': 0.2})\n"
+        "prepare(data, template, Path(sys.argv[2]), 0, cache=Path(sys.argv[2] + '-cache'))\n"
+    )
+    for number in ("1", "2"):
+        (tmp_path / number).mkdir()
+        command = [sys.executable, "-c", code, str(tiny_folder), number]
+        subprocess.run(command, cwd=tmp_path, check=True, env=os.environ | {"PYTHONHASHSEED": number})
+    assert tree_hashes(tmp_path / "1") == tree_hashes(tmp_path / "2")
+
+
+def test_no_row_changes_side_when_other_sources_are_added_or_moved(prepared: Prepare, tmp_path: Path) -> None:
+    a = source(write_rows(tmp_path / "a.jsonl", chats(80)))
+    b = source(write_rows(tmp_path / "b.jsonl", chats(60, start=80)))
+    alone = sides_of(prepared(a))
+    assert Counter(alone.values()) == {"train": 48, "validation": 16, "test": 16}
+    for mix in ((a, b), (b, a)):
+        mixed = sides_of(prepared(*mix))
+        assert Counter(mixed.values()) == {"train": 84, "validation": 28, "test": 28}
+        assert alone.items() < mixed.items()
+
+
+def test_rows_that_come_or_go_and_caps_change_the_sides_of_few_rows(prepared: Prepare, tmp_path: Path) -> None:
+    a = source(write_rows(tmp_path / "a.jsonl", chats(200)))
+    whole = sides_of(prepared(a, split=Split(validation=0.1, test=0.1)))
+    for fewer in (a.model_copy(update={"rows": 150}), source(write_rows(tmp_path / "b.jsonl", chats(190, start=10)))):
+        sides = sides_of(prepared(fewer, split=Split(validation=0.1, test=0.1)))
+        assert Counter(sides.values())["test"] == len(sides) // 10
+        moved = [(whole[key], side) for key, side in sides.items() if whole[key] != side]
+        assert len(moved) <= 10
+        assert all("train" in pair for pair in moved)
+
+
+def test_training_order_does_not_depend_on_the_order_of_sources_or_rows(prepared: Prepare, tmp_path: Path) -> None:
+    rows = chats(60)
+    a = source(write_rows(tmp_path / "a.jsonl", rows[:30]))
+    b = source(write_rows(tmp_path / "b.jsonl", rows[30:]))
+    shuffled = random.Random(3).sample(rows, len(rows))
+    c = source(write_rows(tmp_path / "c.jsonl", shuffled))
+    mixes = ((a, b), (b, a), (c,))
+    keys = [[e.key for e in prepared(*mix, split=NONE_HELD_OUT).train] for mix in mixes]
+    assert keys[0] == keys[1] == keys[2]
+    assert [e.index for e in prepared(a).train] != sorted(e.index for e in prepared(a).train)
+
+
+def test_one_copy_of_equal_rows_is_kept_wherever_the_others_stand(prepared: Prepare, tmp_path: Path) -> None:
+    rows = chats(30)
+    reordered = [{"messages": [dict(reversed(m.items())) for m in row["messages"]], "id": 5} for row in rows[:10]]
+    a = source(write_rows(tmp_path / "a.jsonl", [*rows, *rows[:7]]))
+    b = source(write_rows(tmp_path / "b.jsonl", [*reordered, *chats(5, start=100)]))
+    result = prepared(a, b)
+    assert result.ledger["sources"]["a"]["fates"] == fates(kept=30, duplicate=7)
+    assert result.ledger["sources"]["b"]["fates"]["duplicate"] == 10
+    assert len(sides_of(result)) == 35 == len(result.train) + len(result.validation) + len(result.test)
+
+
+def test_a_smaller_cap_keeps_a_part_of_what_a_larger_one_keeps(prepared: Prepare, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", chats(90))
+    kept = [set(sides_of(prepared(source(path, rows=n), split=NONE_HELD_OUT))) for n in (10, 11, 40, 90, 500)]
+    assert [len(keys) for keys in kept] == [10, 11, 40, 90, 90]
+    assert kept[0] < kept[1] < kept[2] < kept[3] == kept[4]
+
+
+def test_longer_rows_are_dropped_or_truncated_as_the_recipe_says(
+    prepared: Prepare, template: Template, tmp_path: Path
+) -> None:
+    rows = [*chats(20), chat("Long?", "yes " * 200), chat("long " * 200, "Yes.")]
+    a = source(write_rows(tmp_path / "a.jsonl", rows))
+    dropped = prepared(a, max_length=90, split=NONE_HELD_OUT)
+    assert dropped.ledger["sources"]["a"]["reasons"] == {
+        "longer than 90 tokens": {"fate": "dropped", "count": 2, "examples": [21, 22]}
+    }
+    cut = prepared(a, max_length=90, split=NONE_HELD_OUT, overlong="truncate")
+    assert cut.ledger["fates"] == fates(kept=20, truncated=1) | {"fully masked": 1}
+    assert cut.ledger["sources"]["a"]["lost_ends"] == 1
+    assert list(cut.ledger["sources"]["a"]["reasons"]) == ["fully masked: none of the first 90 tokens is trained"]
+    (example,) = (e for e, truncated in zip(cut.train, cut.train.truncated, strict=True) if truncated)
+    whole = template.encode(example.record)
+    assert example.index == 21
+    assert example.sequences[0].ids == whole.ids[:90]
+    assert example.sequences[0].trained == whole.trained[:90]
+    assert cut.train.lengths.max() == 90
+
+
+def test_rows_the_template_refuses_are_dropped_with_its_reason(prepared: Prepare, tmp_path: Path) -> None:
+    rows = [*chats(20), chat("half a \ud83d pair", "x"), chat("no character \ufdd0", "x")]
+    result = prepared(source(write_rows(tmp_path / "a.jsonl", rows)))
+    reasons = result.ledger["sources"]["a"]["reasons"]
+    assert len(reasons) == 2
+    assert any("surrogate" in reason or "Unicode" in reason for reason in reasons), reasons
+    assert {row["index"] for row in result.left_out} == {21, 22}
+
+
+def test_dropped_rows_are_kept_to_be_looked_at_five_of_each_reason(prepared: Prepare, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [*chats(20), *[{"messages": [], "n": i} for i in range(9)]])
+    with path.open("a") as file:
+        file.write("{broken\n")
+    result = prepared(source(path))
+    assert [(row["index"], row["reason"]) for row in result.left_out] == [
+        *[(i, "messages is an empty list") for i in range(21, 26)],
+        (30, "not valid JSON: expecting property name enclosed in double quotes"),
+    ]
+    assert result.left_out[0]["text"] == '{"messages": [], "n": 0}'
+    assert result.left_out[0]["fate"] == "dropped"
+    assert result.left_out[-1]["text"].startswith("line 30, column 2: ")
+
+
+def test_when_nothing_is_left_the_error_counts_the_main_reasons_and_says_what_to_do(
+    prepared: Prepare, tmp_path: Path
+) -> None:
+    rows = [*[{"text": str(i)} for i in range(9)], {"messages": []}]
+    with pytest.raises(DataError) as caught:
+        prepared(source(write_rows(tmp_path / "a.jsonl", rows), format="messages"), into=tmp_path / "stage")
+    assert "no row is left to train on: 10 rows read, 10 dropped" in caught.value.what
+    assert "9 × no `messages`: the row has 'text' (rows 1, 2, 3, 4, 5 …)" in caught.value.what
+    assert "format" in str(caught.value.hint)
+    assert json.loads((tmp_path / "stage" / "ledger.json").read_text())["fates"]["dropped"] == 10
+    assert not (tmp_path / "stage" / "rows").exists()
+    with pytest.raises(DataError) as caught:
+        prepared(source(write_rows(tmp_path / "b.jsonl", chats(4))), max_length=16)
+    assert "4 × longer than 16 tokens" in caught.value.what
+    assert caught.value.hint == 'raise data.max_length (it is 16), or set data.overlong = "truncate"'
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_empty_side_is_refused_and_the_share_in_the_hint_fills_it(
+    prepared: Prepare, tmp_path: Path, seed: int
+) -> None:
+    a = source(write_rows(tmp_path / "a.jsonl", chats(8)))
+    with pytest.raises(DataError, match=r"the test side is empty: none of the 8 usable rows .* of 0\.001") as caught:
+        prepared(a, seed=seed, split=Split(validation=0, test=0.001))
+    hint = str(caught.value.hint)
+    assert hint.endswith("set data.split.test to 0, or add rows")
+    share = float(hint.removeprefix("set data.split.test to ").split(" or more")[0])
+    assert len(prepared(a, seed=seed, split=Split(validation=0, test=share)).test) >= 1
+    with pytest.raises(DataError, match="the validation side is empty"):
+        prepared(a, seed=seed, split=Split(validation=0.001, test=0))
+    result = prepared(a, seed=seed, split=NONE_HELD_OUT)
+    assert (len(result.train), len(result.validation), len(result.test)) == (8, 0, 0)
+
+
+def test_rows_that_are_all_held_out_are_refused(prepared: Prepare, tmp_path: Path) -> None:
+    a = source(write_rows(tmp_path / "a.jsonl", chats(1)))
+    for test_share in (0.99, 0.001):
+        with pytest.raises(DataError, match="all 1 usable rows are held out"):
+            prepared(a, split=Split(validation=0.998 - test_share, test=test_share))
+
+
+def test_a_source_that_changes_while_it_is_read_is_noticed(template: Template, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", chats(120))
+
+    class Meddler(Progress):
+        def update(self, done: int, note: str = "") -> None:
+            with path.open("a") as file:
+                file.write(json.dumps(chat("One more?", "Yes.")) + "\n")
+
+    with pytest.raises(DataError, match="changed while it was read"):
+        prepare(Data(sources=(source(path),)), template, tmp_path, 0, Meddler(), cache=tmp_path / "cache")
+    assert not (tmp_path / "rows").exists()
+    assert [p for p in (tmp_path / "cache").iterdir() if p.is_dir()] == []
+
+
+def test_preparing_again_replaces_what_was_there(prepared: Prepare, tmp_path: Path) -> None:
+    stage = tmp_path / "stage"
+    prepared(source(write_rows(tmp_path / "a.jsonl", chats(60))), into=stage)
+    prepared(source(write_rows(tmp_path / "b.jsonl", chats(30))), into=stage)
+    assert len(sides_of(Prepared.open(stage))) == 30
+    assert sorted(p.name for p in stage.iterdir()) == ["ledger.json", "ledger.parquet", "left_out.jsonl", "rows"]
+
+
+def test_a_missing_or_damaged_folder_is_refused_with_the_way_out(prepared: Prepare, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        Prepared.open(tmp_path)
+    stage = tmp_path / "stage"
+    prepared(source(write_rows(tmp_path / "a.jsonl", chats(40))), into=stage)
+    records = stage / "rows" / "test" / "records.jsonl"
+    records.write_bytes(records.read_bytes()[:-1])
+    with pytest.raises(DataError, match="do not fit each other") as caught:
+        Prepared.open(stage)
+    assert "run again" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("where", ["cache", "stage"])
+def test_a_full_disk_is_a_storage_error_and_leaves_no_rows(tmp_path: Path, tiny_folder: Path, where: str) -> None:
+    write_rows(tmp_path / "a.jsonl", chats(400))
+    code = (
+        "import signal, sys; from pathlib import Path; from transformers import AutoTokenizer\n"
+        "from corral.data.prepare import prepare; from corral.errors import StorageError\n"
+        "from corral.recipe import Data, Source; from corral.template import Template\n"
+        "import resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "template = Template.load(AutoTokenizer.from_pretrained(sys.argv[1]))\n"
+        "def go(folder): prepare(Data(sources=(Source(path='a.jsonl'),)), template, Path(folder), 0, cache=Path('cache'))\n"
+        "if sys.argv[2] == 'stage': go('before')\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))\n"
+        "try: go('stage')\n"
+        "except StorageError as error: print(error); sys.exit(error.exit_code)\n"
+    )
+    for name in ("stage", "before"):
+        (tmp_path / name).mkdir()
+    command = [sys.executable, "-c", code, str(tiny_folder), where]
+    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "nothing half-written was left" in done.stdout
+    assert where in done.stdout
+    assert not [path for path in (tmp_path / "cache").rglob("*") if ".corral-tmp-" in path.name]
+    assert list((tmp_path / "stage").iterdir()) == []
+
+
+def test_progress_is_told_of_reading_and_encoding(template: Template, tmp_path: Path) -> None:
+    told: list[tuple[Any, ...]] = []
+
+    class Listener(Progress):
+        def start(self, title: str, total: int | None) -> None:
+            told.append((title, total))
+
+        def update(self, done: int, note: str = "") -> None:
+            told.append((done, note))
+
+    path = write_rows(tmp_path / "a.jsonl", chats(250))
+    data = Data(sources=(source(path, rows=150),))
+    prepare(data, template, tmp_path, 0, Listener(), cache=tmp_path / "cache")
+    assert told[:4] == [("Reading rows", None), (100, "a"), (200, "a"), ("Encoding rows", 150)]
+    done, note = told[4]
+    assert done == 150
+    assert re.fullmatch(r"a, [\d,]+ rows/s", note)
+    assert [what for what, _ in told[5:] if isinstance(what, str)] == [
+        "Reading words", "Comparing with held-out rows", "Writing rows",
+    ]  # fmt: skip
+    told.clear()
+    prepare(data, template, tmp_path, 0, Listener(), cache=tmp_path / "cache")
+    assert [what for what, _ in told] == ["Reading rows", "Comparing with held-out rows", "Writing rows"]
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+TURN = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "bot"]), "content": st.text(max_size=30) | JUNK}
+)
+ROW = st.one_of(
+    st.builds(chat, st.text(max_size=60), st.text(max_size=60)),
+    st.fixed_dictionaries({"messages": st.lists(TURN, max_size=4)}),
+    st.fixed_dictionaries({"messages": JUNK}),
+    JUNK,
+)
+LINE = st.one_of(
+    ROW.map(json.dumps), st.text(st.characters(exclude_characters="\0\n", exclude_categories=["Cs"]), max_size=20)
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(LINE, max_size=20),
+    st.lists(LINE, max_size=10),
+    st.sampled_from([(None, None), (3, None), (None, 2.5)]),
+    st.sampled_from(["drop", "truncate"]),
+)
+def test_the_sums_of_the_ledger_add_up_for_any_junk(
+    template: Template,
+    tmp_path: Path,
+    first: list[str],
+    second: list[str],
+    chosen: tuple[int | None, float | None],
+    overlong: Any,
+) -> None:
+    cap, weight = chosen
+    good = [json.dumps(row) for row in chats(2)]
+    files = {"a": [*first, *good], "b": [*good, *second, *first, json.dumps(chats(1, start=50)[0])]}
+    for name, lines in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines), "utf-8", newline="\n")
+    sources = (
+        source(tmp_path / "a.jsonl", rows=cap, format="messages", weight=weight),
+        source(tmp_path / "b.jsonl", format="messages", weight=weight and 1),
+    )
+    data = Data(sources=sources, split=NONE_HELD_OUT, max_length=60, overlong=overlong)
+    result = prepare(data, template, tmp_path, 0, cache=tmp_path / "cache")
+    ledger = result.ledger
+    table = parquet.read_table(tmp_path / "ledger.parquet").to_pydict()
+    assert Counter(zip(table["source"], table["fate"], strict=True)) == {
+        (name, fate): n for name, entry in ledger["sources"].items() for fate, n in entry["fates"].items() if n
+    }
+    assert len(set(zip(table["source"], table["row"], strict=True))) == len(table["row"]) == ledger["rows"]
+    for name, lines in files.items():
+        entry = ledger["sources"][name]
+        assert entry["rows"] == sum(1 for line in lines if line.strip()) == sum(entry["fates"].values())
+        assert sum(entry["sides"].values()) == entry["fates"]["kept"] + entry["fates"]["truncated"]
+        for fate in WITH_REASON:
+            counts = [reason["count"] for reason in entry["reasons"].values() if reason["fate"] == fate]
+            assert sum(counts) == entry["fates"][fate]
+        for reason in entry["reasons"].values():
+            assert len(reason["examples"]) == min(5, reason["count"])
+    assert ledger["rows"] == sum(entry["rows"] for entry in ledger["sources"].values())
+    assert ledger["fates"] == {f: sum(entry["fates"][f] for entry in ledger["sources"].values()) for f in FATES}
+    assert len(result.train) == ledger["fates"]["kept"] + ledger["fates"]["truncated"]
+    assert len({e.key for e in result.train}) == len(result.train)
+
+
+def test_the_wikibooks_asset_is_prepared_whole(prepared: Prepare) -> None:
+    asset = Source(path="asset:wikibooks-recipes", format="wikibooks-recipes", rows=300)
+    result = prepared(asset, max_length=2000)
+    assert result.ledger["rows"] == 3129
+    assert result.ledger["fates"]["not sampled"] == 2657
+    assert len(sides_of(result)) == result.ledger["fates"]["kept"] > 250
+    assert (np.asarray(result.train.trained_tokens) > 0).all()
+
+
+def test_memory_stays_flat_while_a_large_file_is_read(tiny_folder: Path, tmp_path: Path) -> None:
+    filler = "x" * 20_000
+    write_rows(tmp_path / "a.jsonl", (row | {"filler": filler} for row in chats(4000)))
+    assert (tmp_path / "a.jsonl").stat().st_size > 80e6
+    code = (
+        "import resource, sys; from pathlib import Path; from transformers import AutoTokenizer\n"
+        "from corral.data.prepare import prepare; from corral.recipe import Data, Source\n"
+        "from corral.template import Template\n"
+        "template = Template.load(AutoTokenizer.from_pretrained(sys.argv[1]))\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "prepare(Data(sources=(Source(path='a.jsonl'),)), template, Path('.'), 0, cache=Path('cache'))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    command = [sys.executable, "-c", code, str(tiny_folder)]
+    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    grown = int(done.stdout) * resource_unit()
+    assert grown < 30e6
+
+
+def resource_unit() -> int:
+    """Bytes of one unit of ru_maxrss."""
+    return 1 if sys.platform == "darwin" else 1024

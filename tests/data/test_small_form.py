@@ -1,0 +1,113 @@
+"""Small forms: made-up rows have the true columns and are kept, and nothing but model, sources and sizes differs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from corral.data.formats import FORMATS
+from corral.data.formats.public_datasets import NAMED
+from corral.data.small_form import MADE, ROWS, small
+from corral.errors import RecipeError
+from corral.messages import Conversation, Preference, record_key
+from corral.recipe import Recipe, parse
+from corral.template import Template
+
+TOML = """
+name = "r"
+seed = 4
+[model]
+base = "hub:owner/large"
+template = "instruction"
+dtype = "bfloat16"
+[data]
+max_length = 700
+overlong = "truncate"
+max_loss = 0.1
+[[data.sources]]
+path = "{path}"
+{more}
+[[train]]
+epochs = 3
+batch_size = 64
+[train.lora]
+rank = 7
+[train.optimizer]
+lr = 0.5
+[export]
+gguf = ["q8_0"]
+"""
+
+
+def recipe(path: str, more: str = "") -> Recipe:
+    return parse(TOML.format(path=path, more=more), where="test")
+
+
+def test_every_named_data_set_has_made_up_rows_of_its_columns() -> None:
+    hub = {name: entry for name, entry in NAMED.items() if entry.hub}
+    assert len(hub) == 15
+    for name, entry in hub.items():
+        for i in range(ROWS):
+            assert set(MADE[name](i)) == set(entry.columns), name
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_made_up_rows_are_read_by_their_format_and_all_differ(name: str, tiny_tokenizer: Any) -> None:
+    rows = [json.loads(json.dumps(MADE[name](i))) for i in range(ROWS)]
+    records = [FORMATS[name](row) for row in rows]
+    assert len({record_key(record) for record in records}) == ROWS
+    template = Template.load(tiny_tokenizer, "chatml")
+    for record in records:
+        talk = record if isinstance(record, Conversation) else None
+        if isinstance(record, Preference):
+            talk = record.prompt.add("assistant", record.chosen)
+        assert talk is not None
+        assert any(template.encode(talk).trained)
+
+
+def test_only_model_sources_and_sizes_differ(tmp_path: Path) -> None:
+    whole = recipe("hub:tatsu-lab/alpaca", "rows = 500\nrepeat = 2")
+    form = small(whole, tmp_path / "rows")
+    before, after = whole.model_dump(), form.model_dump()
+    assert Recipe.model_validate(form.model_dump(mode="json", exclude_none=True)) == form
+    assert changed(before, after) == {
+        "model.base",
+        *("data.sources.0.path", "data.sources.0.format", "data.sources.0.name"),
+        *("data.split.validation", "data.split.test"),
+        *("train.0.epochs", "train.0.steps", "train.0.batch_size", "train.0.evaluate_every", "train.0.evaluate_rows"),
+        "train.0.checkpoint_every",
+        *("evaluate.loss_rows", "evaluate.answer_rows", "answer.max_tokens"),
+    }
+    lines = (tmp_path / "rows" / "1.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [MADE["alpaca"](i) for i in range(ROWS)]
+
+
+def changed(one: Any, other: Any, path: str = "") -> set[str]:
+    if isinstance(one, dict):
+        return set().union(*(changed(one[key], other[key], f"{path}.{key}") for key in one))
+    if isinstance(one, list | tuple) and one and isinstance(one[0], dict):
+        assert len(one) == len(other)
+        return set().union(*(changed(a, b, f"{path}.{i}") for i, (a, b) in enumerate(zip(one, other, strict=True))))
+    return set() if one == other else {path.removeprefix(".")}
+
+
+def test_a_small_form_is_the_same_each_time(tmp_path: Path) -> None:
+    whole = recipe("hub:arcee-ai/The-Tome@abc")
+    one, other = small(whole, tmp_path / "rows"), small(whole, tmp_path / "rows")
+    assert one == other
+    assert one.data.sources[0].label == "hub:arcee-ai/The-Tome@abc"
+
+
+def test_a_source_that_is_there_already_is_only_cut(tmp_path: Path) -> None:
+    form = small(recipe("asset:wikibooks-recipes", 'format = "wikibooks-recipes"'), tmp_path)
+    source = form.data.sources[0]
+    assert (source.path, source.rows) == ("asset:wikibooks-recipes", ROWS)
+
+
+def test_an_unknown_source_elsewhere_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no small form") as caught:
+        small(recipe("hub:owner/unheard-of"), tmp_path)
+    assert "format" in (caught.value.hint or "")

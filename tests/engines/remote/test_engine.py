@@ -1,0 +1,337 @@
+"""The remote engine over real sockets: corral's own server with an engine behind it, and servers that misbehave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from corral.answering.answerer import Answerer
+from corral.engines.base import Completion, Features, Sampling
+from corral.engines.scripted import ScriptedEngine
+from corral.engines.transformers import TransformersEngine
+from corral.errors import EngineError
+from corral.serving.generation import Served
+from corral.template import Template
+from tests.conftest import web_server
+from tests.engines.conformance import DRAWN, GREEDY, EngineConformance, Failing, Subject, complete, deltas_of
+from tests.engines.flaky import (
+    Flaky,
+    ask,
+    cut_off,
+    flaky,
+    once,
+    piece,
+    refusing,
+    remote,
+    tried,
+    well,
+)
+from tests.engines.test_scripted import PROMPTS, babble, breaking
+from tests.engines.tiny import CONTEXT, VOCABULARY, tiny_llama
+from tests.serving.conftest import Endless, running
+
+DOCS = Path(__file__).parent.parent.parent / "docs/serving.md"
+
+
+class TestRemoteScripted(EngineConformance):
+    @pytest.fixture(scope="class")
+    def urls(self, template: Template) -> Generator[tuple[str, str]]:
+        engines = ScriptedEngine(babble, delay_seconds=0.001), ScriptedEngine(breaking)
+        first, second = (running(Served(Answerer(engine, template), "m")) for engine in engines)
+        with first as url, second as breaks:
+            yield url, breaks
+
+    @pytest.fixture
+    def subject(self, urls: tuple[str, str]) -> Subject:
+        url, breaks = urls
+        return Subject(lambda: remote(url), PROMPTS, Failing(lambda: remote(breaks), [13]))
+
+
+@pytest.fixture(scope="module")
+def behind() -> Generator[TransformersEngine]:
+    engine = TransformersEngine(tiny_llama())
+    yield engine
+    asyncio.run(engine.close())
+
+
+@pytest.fixture(scope="module")
+def tiny(behind: TransformersEngine, template: Template) -> Generator[str]:
+    """The address of a model that computes."""
+    with running(Served(Answerer(behind, template), "tiny")) as url:
+        yield url
+
+
+@pytest.mark.full
+class TestRemoteTransformers(EngineConformance):
+    @pytest.fixture
+    def subject(self, tiny: str) -> Subject:
+        return Subject(lambda: remote(tiny, vocabulary=VOCABULARY), PROMPTS)
+
+
+def test_it_is_the_engine_behind_the_endpoint_in_ids_log_probs_scores_and_features(
+    tiny: str, behind: TransformersEngine
+) -> None:
+    work = [(prompt, Sampling(20, 3, 0.9, 0.95, 50, seed=i, logprobs=True)) for i, prompt in enumerate(PROMPTS)]
+    scored = [random.Random(i).choices(range(VOCABULARY), k=40) for i in range(3)]
+
+    async def test() -> None:
+        async with remote(tiny, vocabulary=VOCABULARY) as engine:
+            assert (engine.model, engine.ready) == ("tiny", True)
+            assert engine.features == Features(CONTEXT, VOCABULARY, logprobs=True, score=True)
+            for far, near in zip(
+                await asyncio.gather(*(complete(engine, *each) for each in work)),
+                [await complete(behind, *each) for each in work],
+                strict=True,
+            ):
+                assert [(one.ids, one.finish) for one in far] == [(one.ids, one.finish) for one in near]
+                for one, other in zip(far, near, strict=True):
+                    assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+            for ids in scored:
+                assert await engine.score(ids, 7) == pytest.approx(await behind.score(ids, 7), abs=1e-5)
+
+    asyncio.run(test())
+
+
+def test_a_request_says_all_that_decides_the_answer() -> None:
+    answers = flaky(lambda self: self.events(piece(7, finish="stop"), piece(8, index=1, finish="stop")))
+    with web_server(answers) as url:
+        ask(remote(url), (3, 4), Sampling(9, 2, 0.5, 0.9, 7, seed=11, stop_ids=(2, 5)))
+    asked = {"model": "m", "prompt": [3, 4], "stream": True, "max_tokens": 9, "n": 2, "seed": 11}
+    drawn = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.0, "repetition_penalty": 1.0}
+    ends = {"return_token_ids": True, "ignore_eos": True, "stop_token_ids": [2, 5]}
+    assert answers.asked == [asked | drawn | ends]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "seeded"])
+def test_an_answer_that_broke_off_is_taken_up_where_it_must_come_out_the_same(sampling: Sampling) -> None:
+    answers = flaky(once(cut_off))
+    with web_server(answers) as url:
+
+        async def test() -> list[tuple[int, ...]]:
+            async with remote(url) as engine:
+                return [delta.ids for delta in await deltas_of(engine.submit([1], sampling))]
+
+        assert asyncio.run(test()) == [(7, 8), (9,)], "nothing twice"
+    assert answers.asked[0] == answers.asked[1]
+
+
+def test_an_answer_by_chance_that_broke_off_is_not_patched_but_one_that_had_not_begun_is_asked_again() -> None:
+    chance = Sampling(max_tokens=12, temperature=1.0)
+    with web_server(flaky(once(cut_off))) as url, pytest.raises(EngineError, match="amid an answer") as caught:
+        ask(remote(url), sampling=chance)
+    assert "seed" in str(caught.value)
+    for before in (lambda self: self.events(end=b""), refusing(503), Flaky.finish):
+        with web_server(flaky(once(before))) as url:
+            assert ask(remote(url), sampling=chance)[0].ids == (7, 8, 9)
+
+
+def test_an_answer_that_would_go_on_differently_is_an_error() -> None:
+    other = once(cut_off, lambda self: self.events(piece(7, 6), piece(9, finish="length")))
+    with web_server(flaky(other)) as url, pytest.raises(EngineError, match="other ids"):
+        ask(remote(url))
+
+
+GARBAGE: dict[str, Any] = {
+    "a page": lambda self: self.answer(200, {"content-type": "text/html"}, b"<html>"),
+    "no JSON": lambda self: self.events(end=b"data: {]\n\n"),
+    "another choice": lambda self: self.events(piece(1, index=5)),
+    "ids that are none": lambda self: self.events({"choices": [{"index": 0, "token_ids": ["a"]}]}),
+    "no ids": lambda self: self.events({"choices": [{"index": 0, "text": "hello"}]}),
+    "too many ids": lambda self: self.events(piece(*range(13))),
+    "no log-probs": lambda self: self.events(piece(1, 2, logprobs=None)),
+    "a reason nobody knows": lambda self: self.events(piece(1, finish="tired", logprobs={"token_logprobs": [-1]})),
+    "an error amid the answer": lambda self: self.events({"error": {"message": "out of memory", "code": 500}}),
+}
+
+
+@pytest.mark.parametrize("case", GARBAGE)
+def test_nonsense_is_an_error_that_names_the_endpoint(case: str) -> None:
+    answers = flaky(GARBAGE[case])
+    sampling = Sampling(max_tokens=12, logprobs=case in ("no log-probs", "a reason nobody knows"))
+    with web_server(answers) as url, pytest.raises(EngineError) as caught:
+        ask(remote(url), sampling=sampling)
+    assert url in str(caught.value)
+    assert len(answers.asked) == 1
+    assert case != "no ids" or "ids_of" in str(caught.value)
+
+
+def test_an_event_that_says_the_endpoint_goes_down_is_asked_elsewhere() -> None:
+    down = {"error": {"message": "the engine of this server is closed", "code": "engine_unavailable"}}
+    with web_server(flaky(once(lambda self: self.events(piece(7), down)))) as url:
+        assert ask(remote(url))[0].ids == (7, 8, 9)
+
+
+def test_a_score_that_is_none_is_an_error() -> None:
+    answer = {"choices": [{"index": 0, "text": "", "logprobs": {"token_logprobs": [-1.0]}}]}
+    with web_server(flaky(lambda self: self.answer(200, {}, json.dumps(answer).encode()))) as url:
+
+        async def test() -> None:
+            async with remote(url) as engine:
+                with pytest.raises(EngineError, match="1 log-probabilities of a prompt of 3") as caught:
+                    await engine.score([1, 2, 3])
+                assert "echo" in str(caught.value)
+
+        asyncio.run(test())
+
+
+def test_a_stop_id_at_the_end_of_the_ids_as_vllm_sends_it_is_left_out() -> None:
+    def answer(self: Flaky) -> None:
+        self.events(
+            piece(7, logprobs={"token_logprobs": [-1.0]}),
+            piece(8, 2, finish="stop", logprobs={"token_logprobs": [-2, -3]}),
+        )
+
+    with web_server(flaky(answer)) as url:
+        (done,) = ask(remote(url), sampling=Sampling(stop_ids=(2,), logprobs=True))
+    assert (done.ids, done.logprobs, done.finish) == ((7, 8), (-1.0, -2.0), "stop")
+
+
+def test_text_of_a_server_that_gives_no_ids_is_made_into_ids_where_the_caller_says_how() -> None:
+    def answer(self: Flaky) -> None:
+        texts = [("a", None), ("bc", None), ("", "stop")]
+        self.events(*({"choices": [{"index": 0, "text": t, "finish_reason": f}]} for t, f in texts))
+
+    answers = flaky(answer)
+    with web_server(answers) as url:
+        engine = remote(url, ids_of=lambda text: [ord(c) for c in text])
+        assert not engine.features.logprobs
+        assert not engine.features.score
+        (done,) = ask(engine)
+    assert (done.ids, done.finish) == ((97, 98, 99), "stop")
+    assert {"return_token_ids", "ignore_eos", "stop_token_ids", "min_p"}.isdisjoint(answers.asked[0])
+
+
+SERVER = """
+import asyncio, socket, sys
+from pathlib import Path
+from corral.answering.answerer import Answerer
+from corral.engines.scripted import ScriptedEngine
+from corral.model.loading import load_tokenizer
+from corral.serving.generation import Served
+from corral.serving.app import build_app
+from corral.serving.admission import Door
+from corral.serving.served_models import Models
+from corral.serving.server import http_server
+from corral.template import Template
+from tests.engines.test_scripted import babble
+
+listener = socket.create_server(("127.0.0.1", 0))
+template = Template.load(load_tokenizer(Path(sys.argv[1])))
+served = Served(Answerer(ScriptedEngine(babble, delay_seconds=0.01), template), "m")
+print(listener.getsockname()[1], flush=True)
+door = Door()
+server = http_server(build_app(Models([served]), door), door)
+asyncio.run(server.serve(sockets=[listener]))
+"""
+
+
+def test_a_server_that_is_killed_amid_its_answers_costs_none(tiny_folder: Path, template: Template) -> None:
+    command = [sys.executable, "-c", SERVER, str(tiny_folder)]
+    doomed = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent.parent)
+    work = [([i + 1], Sampling(100, 2, 1.0, seed=i, logprobs=True)) for i in range(12)]
+    try:
+        assert doomed.stdout
+        port = doomed.stdout.readline().strip()
+        with running(Served(Answerer(ScriptedEngine(babble, delay_seconds=0.01), template), "m")) as url:
+
+            async def test() -> tuple[list[list[Completion]], int, list[list[Completion]]]:
+                async with remote(url, f"http://127.0.0.1:{port}") as engine:
+                    generations = [engine.submit(*each) for each in work]
+                    tasks = [asyncio.create_task(generation.completions()) for generation in generations]
+                    await asyncio.sleep(0.4)
+                    doomed.kill()
+                    left = sum(not task.done() for task in tasks)
+                    done = await asyncio.gather(*tasks)
+                    return done, left, await asyncio.gather(*(complete(engine, *each) for each in work))
+
+            done, left, again = asyncio.run(test())
+    finally:
+        doomed.kill()
+        doomed.communicate()
+    assert left == 12, "it was killed amid them"
+    assert done == again
+    assert all(len(completion.ids) == 100 for completions in done for completion in completions)
+
+
+def test_cancelling_frees_the_servers_work_also_of_a_choice_that_nobody_waits_for(template: Template) -> None:
+    for whole in (True, False):
+        endless = Endless()
+        with running(Served(Answerer(endless.engine, template), "m")) as url:
+
+            async def test(url: str = url, endless: Endless = endless, whole: bool = whole) -> None:
+                async with remote(url) as engine:
+                    generation = engine.submit([1], Sampling(5000, 2, stop_ids=() if whole else (43,)))
+                    if whole:
+                        assert await asyncio.to_thread(endless.began.wait, 30)
+                        generation.cancel()
+                    else:
+                        generation.cancel(1)  # the other ends by itself, at its third token
+                    finishes = [completion.finish for completion in await generation.completions()]
+                    assert finishes == (["cancelled"] * 2 if whole else ["stop", "cancelled"])
+                    assert await asyncio.to_thread(endless.ends), "the server still works for nobody"
+
+            asyncio.run(test())
+
+
+def test_the_example_in_the_documentation_works(template: Template) -> None:
+    (code,) = re.findall(r"```py\n(.*?)```", DOCS.read_text("utf-8"), re.S)
+    with running(Served(Answerer(ScriptedEngine(babble), template), "quickstart")) as url:
+        script = code.replace("http://127.0.0.1:8000", url).replace("http://127.0.0.1:8001", url)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"(\(\d+(, \d+)* ?.*\) \w+\n)+.*\n", done.stdout), done.stdout
+
+
+def test_a_fault_of_ours_is_logged_without_what_was_answered(caplog: pytest.LogCaptureFixture) -> None:
+    def ids_of(text: str) -> list[int]:
+        raise ValueError(f"cannot make ids of {text}")
+
+    diary = {"choices": [{"index": 0, "text": "my diary", "finish_reason": "stop"}]}
+    with web_server(flaky(lambda self: self.events(diary))) as url, pytest.raises(EngineError):
+        ask(remote(url, ids_of=ids_of))
+    assert re.search(r"ValueError at .*test_remote\.py:\d+", caplog.text)
+    assert "diary" not in caplog.text
+
+
+def test_corrals_own_server_is_found_able_to_do_all_of_it(tiny: str) -> None:
+    engine = remote(tiny, vocabulary=VOCABULARY, try_out=True)
+    assert engine.features == Features(CONTEXT, VOCABULARY, logprobs=True, score=True)
+    asyncio.run(engine.close())
+
+
+def test_a_context_that_is_known_is_that_of_endpoints_that_tell_none_and_the_most_of_others() -> None:
+    untold, long = flaky(well, models=[{"id": "m"}]), flaky(well)
+    with web_server(untold) as url, web_server(long) as other:
+        for known in (77, 9000):
+            engine = remote(url, other, max_length=known)
+            assert engine.features.max_length == min(known, 8192)
+            asyncio.run(engine.close())
+
+
+def test_a_vote_among_the_answers_of_a_server_without_log_probs_is_held(tiny_folder: Path) -> None:
+    from corral.answering.build import compose
+    from corral.answering.open_model import reach_model
+    from corral.messages import Conversation
+    from corral.recipe import Answer, Consensus
+
+    with web_server(flaky(tried(), models=[{"id": "m"}])) as url:
+        opened = reach_model(str(tiny_folder), [url])
+        assert opened.answerer.engine.features.max_length == 512, "as its config tells"
+        settings = Answer(consensus=Consensus(method="rouge-l", n=2))
+        plain = opened.answerer
+        answerer = compose(plain.engine, plain.template, settings, examples=list, seed=1)
+
+        async def test() -> str:
+            async with plain.engine:
+                return (await answerer.answer(Conversation.of(("user", "hi")))).text
+
+        assert asyncio.run(test()) == "bc"

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from corral.engines.base import Sampling
+from corral.engines.token_sampling import draw
+
+VOCABULARY = 1000
+SAMPLINGS = (
+    Sampling(temperature=0.0),
+    Sampling(temperature=1.0),
+    Sampling(temperature=0.7, top_p=0.9),
+    Sampling(temperature=1.4, top_p=0.5),
+    Sampling(temperature=1.0, top_p=0.999),
+    Sampling(temperature=1.0, top_k=1),
+    Sampling(temperature=2.0, top_k=400),
+    Sampling(temperature=0.9, top_k=30, top_p=0.6),
+)
+
+
+def logits(spread: float) -> torch.Tensor:
+    """One row: nearly flat with a small spread, nearly all on a few ids with a large one."""
+    return torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(3)) * spread
+
+
+def exact(row: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """The distribution by transformers' own logits processors."""
+    if sampling.temperature == 0:
+        return torch.nn.functional.one_hot(row.argmax(), VOCABULARY).float()
+    nothing = torch.zeros(1, 1, dtype=torch.long)
+    scores = TemperatureLogitsWarper(sampling.temperature)(nothing, row[None])
+    if sampling.top_k:
+        scores = TopKLogitsWarper(sampling.top_k)(nothing, scores)
+    if sampling.top_p < 1:
+        scores = TopPLogitsWarper(sampling.top_p)(nothing, scores)
+    return scores.softmax(-1)[0]
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 5.0])
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: f"T={s.temperature} top_p={s.top_p} top_k={s.top_k}")
+def test_evenly_spread_uniforms_meet_each_id_as_often_as_its_probability_says(
+    sampling: Sampling, spread: float
+) -> None:
+    # No chance in it: over a grid of uniforms, an interval of length p holds N p points, give or take one.
+    row, count = logits(spread), 4000
+    ids = draw(row.expand(count, -1), [sampling] * count, [(i + 1) / count for i in range(count)])
+    seen = ids.bincount(minlength=VOCABULARY) / count
+    expected = exact(row, sampling)
+    assert (seen - expected).abs().max() <= 1.01 / count + 1e-5
+    assert not seen[expected == 0].any()
+
+
+def test_a_row_is_drawn_alike_whatever_is_beside_it() -> None:
+    rows = torch.stack([logits(spread) for spread in (0.1, 1.0, 5.0) for _ in SAMPLINGS])
+    samplings = [*SAMPLINGS] * 3
+    uniforms = torch.rand(len(rows), generator=torch.Generator().manual_seed(5)).clamp(min=1e-6).tolist()
+    together = draw(rows, samplings, uniforms)
+    for i in range(len(rows)):
+        assert draw(rows[i : i + 1], samplings[i : i + 1], uniforms[i : i + 1]).item() == together[i]
+
+
+@pytest.mark.parametrize("uniform", [1e-12, 1.0])
+def test_the_ends_of_the_interval_draw_ids_that_can_be_drawn(uniform: float) -> None:
+    row = logits(1.0)
+    row[:5] = row[-5:] = float("-inf")
+    for sampling in SAMPLINGS:
+        (id_,) = draw(row[None], [sampling], [uniform]).tolist()
+        assert exact(row, sampling)[id_] > 0

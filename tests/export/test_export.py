@@ -1,0 +1,183 @@
+"""Exported forms are the model they were made from, and each way of being another is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from corral.errors import ContractError, InputError
+from corral.export import contract, export, gguf_writer
+from corral.export_forms import TYPES, Form
+from corral.model import openvino_graph
+from corral.progress import Progress
+from corral.template import Template
+from tests.conftest import make_tiny_model
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA31 = LLAMA3 | {"original_max_position_embeddings": 64}
+
+
+class Told(Progress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture(scope="module")
+def source(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model as a run merges it, with the rope scaling of Llama 3.1, which a wrong reader leaves out."""
+    folder = tmp_path_factory.mktemp("source")
+    model = make_tiny_model(len(tiny_tokenizer), rope_parameters=LLAMA31)
+    template = Template.load(tiny_tokenizer, "chatml")
+    model.generation_config.eos_token_id = list(template.stop_ids)
+    model.save_pretrained(folder)
+    template.save(folder)
+    (folder / "LICENSE").write_text("Do as you like.")
+    return folder
+
+
+FORMS = [Form(to, kind) for to, kinds in TYPES.items() for kind in kinds]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_each_form_is_proved_and_carries_its_contract(source: Path, tmp_path: Path, form: Form) -> None:
+    place = export.export(source, tmp_path, form, Progress())
+    assert place == form.place(tmp_path)
+    assert place.exists()
+    record = contract.read(form.record(tmp_path))
+    assert record["passed"]
+    assert record["form"] == str(form)
+    assert set(record["source"]) == {"model.safetensors"}
+    assert {check["name"] for check in record["checks"]} == {
+        "token ids", "stop ids", "weights", "greedy answers", "as served",
+    }  # fmt: skip
+    assert (form.record(tmp_path).parent / "LICENSE").read_text() == "Do as you like."
+    assert not list(tmp_path.glob("candidate*"))
+    assert not list(tmp_path.glob(".*"))
+
+
+def unscaled(patch: pytest.MonkeyPatch) -> None:
+    real = openvino_graph._rope  # pyright: ignore[reportPrivateUsage]
+
+    def plain(config: Any, folder: Path) -> Any:
+        config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4}
+        return real(config, folder)
+
+    patch.setattr(openvino_graph, "_rope", plain)
+    patch.setattr(gguf_writer, "llama3_divisors", lambda *_, **__: None)
+
+
+def permuted(patch: pytest.MonkeyPatch) -> None:
+    """OpenVINO's query and key rows as GGUF has them, and GGUF's as transformers has them."""
+    real = openvino_graph._Graph.weight  # pyright: ignore[reportPrivateUsage]
+
+    def weight(self: Any, name: str) -> Any:
+        read = self.read
+        if "q_proj" in name or "k_proj" in name:
+            self.read = lambda name: gguf_writer.permuted(read(name), self.head_size)
+        try:
+            return real(self, name)
+        finally:
+            self.read = read
+
+    patch.setattr(openvino_graph._Graph, "weight", weight)  # pyright: ignore[reportPrivateUsage]
+
+
+@pytest.mark.parametrize("form", [Form("openvino", "f32"), Form("openvino", "int4")], ids=str)
+@pytest.mark.parametrize("fault", [unscaled, permuted])
+def test_a_form_that_computes_something_else_is_refused_and_kept_as_a_candidate(
+    source: Path,
+    tmp_path: Path,
+    form: Form,
+    fault: Callable[[pytest.MonkeyPatch], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fault(monkeypatch)
+    with pytest.raises(ContractError, match="weights") as caught:
+        export.export(source, tmp_path, form, Progress())
+    assert not form.place(tmp_path).exists()
+    (candidate,) = tmp_path.glob("candidate*")
+    assert str(candidate) in str(caught.value)
+    assert not contract.read(candidate / form.record(candidate).name)["passed"]
+
+
+def without_end(folder: Path) -> None:
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 0}))
+
+
+def other_template(folder: Path) -> None:
+    path = folder / "chat_template.jinja"
+    path.write_text(path.read_text().replace("<|im_end|>", " <|im_end|>"))
+
+
+@pytest.mark.parametrize("form", [Form("openvino", "f32"), Form("gguf", "f16")], ids=str)
+@pytest.mark.parametrize(("fault", "name"), [(without_end, "stop ids"), (other_template, "token ids")])
+def test_a_form_that_says_something_else_of_itself_is_refused(
+    source: Path, tmp_path: Path, form: Form, fault: Callable[[Path], None], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = {"gguf": "_make_gguf", "openvino": "_make_openvino"}[form.to]
+    real = getattr(export, make)
+
+    def faulty(folder: Path, candidate: Path, form: Form, template: Template, progress: Progress) -> Any:
+        wrong = Path(shutil.copytree(folder, tmp_path / "wrong"))
+        fault(wrong)
+        return real(wrong, candidate, form, _spoken(wrong), progress)
+
+    monkeypatch.setattr(export, make, faulty)
+    with pytest.raises(ContractError, match=name):
+        export.export(source, tmp_path / "out", form, Progress())
+
+
+def _spoken(folder: Path) -> Template:
+    from corral.model.loading import load_tokenizer
+
+    return Template.load(load_tokenizer(folder))
+
+
+def test_what_is_there_already_is_left_and_what_is_stale_is_made_anew(source: Path, tmp_path: Path) -> None:
+    form = Form("openvino", "f32")
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    place = export.export(folder, tmp_path / "out", form, Progress())
+    before = (place / openvino_graph.MODEL).stat().st_mtime_ns
+    told = Told()
+    export.export(folder, tmp_path / "out", form, told)
+    assert "already done" in told.lines[0]
+    assert (place / openvino_graph.MODEL).stat().st_mtime_ns == before
+    model = make_tiny_model(json.loads((folder / "config.json").read_text())["vocab_size"], rope_parameters=LLAMA31)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.1)
+    model.save_pretrained(folder)
+    Template.load(_spoken(source).tokenizer).save(folder)
+    shutil.copy(source / "generation_config.json", folder)
+    export.export(folder, tmp_path / "out", form, told)
+    assert (place / openvino_graph.MODEL).stat().st_mtime_ns != before
+    (place / openvino_graph.MODEL).with_suffix(".bin").unlink()
+    export.export(folder, tmp_path / "out", form, told)
+    assert (place / openvino_graph.MODEL).with_suffix(".bin").is_file()
+
+
+def test_forms_are_taken_over_from_an_older_export(source: Path, tmp_path: Path) -> None:
+    forms = [Form("openvino", "f32"), Form("gguf", "q8_0")]
+    for form in forms:
+        export.export(source, tmp_path / "old", form, Progress())
+    (tmp_path / "new").mkdir()
+    for form in forms:
+        form.take_over(tmp_path / "old", tmp_path / "new")
+        told = Told()
+        export.export(source, tmp_path / "new", form, told)
+        assert "already done" in told.lines[0]
+
+
+def test_a_type_that_a_target_does_not_have_is_refused_with_those_it_has() -> None:
+    with pytest.raises(InputError, match="q8_0") as caught:
+        Form("openvino", "q8_0")
+    assert "int8, int4" in str(caught.value)

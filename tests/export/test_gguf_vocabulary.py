@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from corral.assets import fetch
+from corral.errors import ModelError
+from corral.export.gguf_vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, vocabulary
+
+STOPS = '{"eos_token_id": 2}'
+LLAMA2 = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def llama2(folder: Path, change: Callable[[dict[str, Any]], object] = lambda state: None, **config: Any) -> Path:
+    """Meta's tokenizer of Llama 2, changed."""
+    state = json.loads(fetch("llama-2-tokenizer").files[0].read_text("utf-8"))
+    change(state)
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(state), "utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(LLAMA2 | config), "utf-8")
+    (folder / "generation_config.json").write_text(STOPS)
+    return folder
+
+
+def byte_level(folder: Path, tokenizer: Any, change: Callable[[dict[str, Any]], object]) -> Path:
+    tokenizer.save_pretrained(folder)
+    state = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    change(state)
+    (folder / "tokenizer.json").write_text(json.dumps(state), "utf-8")
+    (folder / "generation_config.json").write_text(STOPS)
+    return folder
+
+
+def metaspace(scheme: str) -> Callable[[dict[str, Any]], None]:
+    rule = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    return lambda state: state.update(normalizer=None, pre_tokenizer=rule)
+
+
+def test_llama_2_has_scores_and_types_as_in_sentencepiece(tmp_path: Path) -> None:
+    words = vocabulary(llama2(tmp_path / "t"), 32000)
+    assert (words.model, words.pre, words.add_space_prefix, words.add_bos, words.add_eos) == (
+        "llama",
+        "default",
+        True,
+        True,
+        False,
+    )
+    assert words.types[:4] == [UNKNOWN, CONTROL, CONTROL, BYTE]
+    assert words.types[258:260] == [BYTE, NORMAL]
+    assert words.scores[260:263] == [0.0, -1.0, -2.0]
+    assert words.merges == []
+    assert words.ids == {"bos": 1, "eos": 2, "unknown": 0}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "template", "prefix"),
+    [("never", None, False), ("first", "{{ bos_token }}{{ messages[0]['content'] }}", False)],
+)
+def test_metaspace_is_written_where_a_chat_has_the_same_ids(
+    scheme: str, template: str | None, prefix: bool, tmp_path: Path
+) -> None:
+    more = {"chat_template": template} if template else {}
+    assert vocabulary(llama2(tmp_path / "t", metaspace(scheme), **more), 32000).add_space_prefix is prefix
+
+
+SENTENCEPIECE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "a space before the first text only": (metaspace("first"), "it prepares text by"),
+    "a space unless there is one": (metaspace("always"), "it prepares text by"),
+    "lower case": (lambda s: s.update(normalizer={"type": "Lowercase"}), "it prepares text by"),
+    "a byte without a token": (
+        lambda s: s["model"]["vocab"].pop("<0x0A>"),
+        "no token for the byte <0x0A>",
+    ),
+    "a merge that is missing": (
+        lambda s: s["model"]["merges"].remove("▁ t"),
+        "'▁t' could be made from '▁' and 't'",
+    ),
+    "merges in a mixed order": (
+        lambda s: s["model"]["merges"].append(s["model"]["merges"].pop(0)),
+        "do not follow one another",
+    ),
+    "two texts of one token": (
+        lambda s: s["model"]["vocab"].update({"[PAD32001]": 32002}),
+        "'[PAD32001]' is there under two ids",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", SENTENCEPIECE)
+def test_a_sentencepiece_tokenizer_is_refused_for(fault: str, tmp_path: Path) -> None:
+    change, words = SENTENCEPIECE[fault]
+    if fault == "merges in a mixed order":  # of a token with several
+
+        def change(state: dict[str, Any]) -> None:
+            merges = state["model"]["merges"]
+            made = [m.replace(" ", "") for m in merges]
+            first = next(i for i in range(len(made)) if made[i] == made[i + 1])
+            merges.append(merges.pop(first))
+
+    with pytest.raises(ModelError) as caught:
+        vocabulary(llama2(tmp_path / "t", change), 32003)
+    assert words in caught.value.what
+    assert caught.value.where
+    assert caught.value.hint
+
+
+def test_added_tokens_that_are_not_special_are_user_defined(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    def change(state: dict[str, Any]) -> None:
+        state["added_tokens"].append({**state["added_tokens"][0], "id": 400, "content": "<tool>", "special": False})
+
+    words = vocabulary(byte_level(tmp_path / "t", tiny_tokenizer, change), 401)
+    assert (words.tokens[400], words.types[400]) == ("<tool>", USER_DEFINED)
+    assert words.types[:4] == [CONTROL] * 3 + [NORMAL]
+
+
+def test_ignored_merges_are_written_only_where_they_change_nothing(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    ignoring = byte_level(tmp_path / "a", tiny_tokenizer, lambda s: s["model"].update(ignore_merges=True))
+    assert vocabulary(ignoring, 400).pre == "gpt-2"
+
+    def unreachable(state: dict[str, Any]) -> None:
+        state["model"]["ignore_merges"] = True
+        state["model"]["merges"].pop()
+
+    with pytest.raises(ModelError, match="ignore_merges is True"):
+        vocabulary(byte_level(tmp_path / "b", tiny_tokenizer, unreachable), 400)
+
+
+def test_a_bos_token_is_added_only_where_the_template_writes_one(tmp_path: Path) -> None:
+    with_it = llama2(tmp_path / "a", chat_template="{{ bos_token }}{{ messages[0]['content'] }}")
+    without = llama2(tmp_path / "b", chat_template="{{ messages[0]['content'] }}")
+    assert vocabulary(with_it, 32000).add_bos
+    assert not vocabulary(without, 32000).add_bos
+
+
+def test_generation_markers_are_taken_out_of_the_template(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    from corral.template import Template
+
+    template = Template.load(tiny_tokenizer, "chatml")
+    folder = byte_level(tmp_path / "t", tiny_tokenizer, lambda state: None)
+    (folder / "chat_template.jinja").write_text(template._marked, "utf-8")
+    assert "{% generation %}" in (folder / "chat_template.jinja").read_text("utf-8")
+    assert vocabulary(folder, 400).chat_template == template.source
+
+
+def test_a_template_that_cannot_be_rendered_is_refused(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    folder = byte_level(tmp_path / "t", tiny_tokenizer, lambda state: None)
+    (folder / "chat_template.jinja").write_text("{{ nothing.at.all }}", "utf-8")
+    with pytest.raises(ModelError, match="cannot be rendered") as caught:
+        vocabulary(folder, 400)
+    assert str(folder / "chat_template.jinja") == caught.value.where

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from corral.errors import ModelError
+from corral.export.ollama_modelfile import modelfile
+from corral.messages import Conversation
+from corral.template import Template
+from tests.conftest import make_tiny_model
+
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '<|end|>\n\n' + m['content'] | trim"
+    " + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|end|>\n\n' }}{% endif %}"
+)
+LLAMA2 = (
+    "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ '<s>[INST] ' + ('<<SYS>>\n' + system + '\n<</SYS>>\n\n' if system and loop.index0 == 1"
+    " else '') + m['content'] + ' [/INST]' }}{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' <|im_end|>' }}"
+    "{% endif %}{% endfor %}"
+)
+DEFAULT = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}{% for m in messages %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('none') }}{% endif %}" + DEFAULT
+CHATS = [
+    Conversation.of(("user", "hi")),
+    Conversation.of(("system", "Short."), ("user", "Grüße\n\n東京 🙂")),
+    Conversation.of(("user", "a"), ("assistant", "b {% c %}"), ("user", "d"), ("assistant", "e"), ("user", "{{ f }}")),
+    Conversation.of(("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "d")),
+]
+
+
+def go(template: str, messages: list[dict[str, str]]) -> str:
+    """What Go's text/template makes of the few actions that a Modelfile's TEMPLATE uses here."""
+    parts = re.split(r"\{\{ (.*?) \}\}", template)
+    assert parts[1] == "range $i, $_ := .Messages"
+    depth, end = 1, 3
+    while True:
+        depth += {"if": 1, "end": -1}.get(parts[end].split(" ")[0], 0)
+        if depth == 0:
+            break
+        end += 2
+    body, made = parts[2:end], parts[0]
+
+    def holds(test: str, index: int, message: dict[str, str]) -> bool:
+        if test.startswith("and "):
+            assert test == 'and (eq $i 1) (eq (index $.Messages 0).Role "system")'
+            return index == 1 and messages[0]["role"] == "system"
+        _, what, value = test.split(" ")
+        return index == int(value) if what == "$i" else message["role"] == value.strip('"')
+
+    for index, message in enumerate(messages):
+        stack: list[tuple[bool, bool]] = []  # whether the branch is taken, and whether any was
+        for position, part in enumerate(body):
+            live = all(taken for taken, _ in stack)
+            if position % 2 == 0:
+                made += part if live else ""
+            elif part.startswith("if "):
+                taken = holds(part[3:], index, message)
+                stack.append((taken, taken))
+            elif part == "else" or part.startswith("else if "):
+                _, any_taken = stack.pop()
+                taken = not any_taken and (part == "else" or holds(part[8:], index, message))
+                stack.append((taken, any_taken or taken))
+            elif part == "end":
+                stack.pop()
+            else:
+                assert part == ".Content"
+                made += message["content"] if live else ""
+    assert len(parts) == end + 2
+    return made + parts[-1]
+
+
+def folder_with(path: Path, tokenizer: Any, source: str) -> Path:
+    make_tiny_model(len(tokenizer)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    (path / "chat_template.jinja").write_text(source, "utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "source", [LLAMA3, LLAMA2, DEFAULT, NO_SYSTEM], ids=["Llama 3", "Llama 2", "a default system", "no system"]
+)
+def test_the_go_template_renders_what_the_models_own_does(source: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "m", tiny_tokenizer, source)
+    text = modelfile(folder, "m.gguf")
+    found = re.search(r'^TEMPLATE """(.*?)"""$', text, re.S | re.M)
+    assert found, text
+    compared = 0
+    for chat in CHATS:
+        messages = chat.to_json()["messages"]
+        if source == NO_SYSTEM and messages[0]["role"] == "system":
+            continue
+        theirs = tiny_tokenizer.apply_chat_template(
+            messages, chat_template=source, tokenize=False, add_generation_prompt=True
+        )
+        assert go(found[1], messages) == theirs
+        compared += 1
+    assert compared >= 2
+    assert ("strips white space" in text) == (source == LLAMA3)
+
+
+def test_the_shipped_template_has_one_too(tiny_folder: Path, tiny_tokenizer: Any) -> None:
+    text = modelfile(tiny_folder, "model-q8_0.gguf")
+    assert text.startswith("FROM ./model-q8_0.gguf\n")
+    assert 'PARAMETER stop "<|im_end|>"\n' in text
+    found = re.search(r'^TEMPLATE """(.*?)"""$', text, re.S | re.M)
+    assert found
+    template = Template.load(tiny_tokenizer, "chatml")
+    for chat in CHATS[:2]:
+        ids = template.prompt(chat)
+        assert go(found[1], chat.to_json()["messages"]) == tiny_tokenizer.decode(ids)
+
+
+def test_a_bos_token_that_ollama_writes_itself_is_left_out(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    from tokenizers import processors
+
+    folder = folder_with(tmp_path / "m", tiny_tokenizer, LLAMA3)
+    tokenizer = Template.load(tiny_tokenizer, "chatml").tokenizer.__class__.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", pair="<|im_start|> $A $B", special_tokens=[("<|im_start|>", 1)]
+    )
+    tokenizer.save_pretrained(folder)
+    found = re.search(r'^TEMPLATE """(.*?)"""$', modelfile(folder, "m.gguf"), re.S | re.M)
+    assert found
+    assert go(found[1], CHATS[0].to_json()["messages"]).startswith("<|im_start|>user<|end|>")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}{{ m['content'] | upper }}<|im_end|>{% endfor %}",
+        "{{ messages | length }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}",
+        "{% for m in messages %}{{ '{{' + m['content'] }}<|im_end|>{% endfor %}",
+        "{{ messages[-1]['content'] }}",
+    ],
+)
+def test_a_template_of_another_form_is_left_out_and_said_to_be(
+    source: str, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    text = modelfile(folder_with(tmp_path / "m", tiny_tokenizer, source), "m.gguf")
+    assert "\nTEMPLATE" not in text
+    assert "# No TEMPLATE: none in Ollama's language was proved" in text
+
+
+def test_every_stop_token_and_licence_is_there(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "m"))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
+    (folder / "LICENSE").write_text("Do as you like.\n")
+    (folder / "NOTICE").write_text("Made by us.\n")
+    text = modelfile(folder, "m.gguf")
+    assert re.findall(r'^PARAMETER stop "(.*)"$', text, re.M) == ["<|im_end|>", "<|endoftext|>"]
+    assert re.findall(r'^LICENSE """(.*)"""$', text, re.M) == ["Do as you like.", "Made by us."]
+    (folder / "NOTICE").write_text('"""')
+    with pytest.raises(ModelError, match="cannot hold") as caught:
+        modelfile(folder, "m.gguf")
+    assert str(folder / "NOTICE") == caught.value.where

@@ -1,0 +1,177 @@
+"""Quantised layers hold and compute what bitsandbytes says, on a CPU in fewer steps; nothing else in the model changes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from corral.errors import MissingExtraError
+from corral.model import quantisation
+from corral.model.cpu_fused import fuse
+from corral.model.loading import load_model
+from corral.model.quantisation import Quantization
+from tests.conftest import make_tiny_model
+
+KINDS = [Quantization("nf4"), Quantization("int8")]
+IDS = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("untied")
+    make_tiny_model(300, tie_word_embeddings=False).save_pretrained(folder)
+    return folder
+
+
+def linears(model: Any) -> dict[str, Any]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lora" not in n}
+
+
+def adapted(model: Any, *, dropout: float = 0.0, dora: bool = False) -> Any:
+    torch.manual_seed(1)
+    targets = ["q_proj", "o_proj", "up_proj"]
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=targets, lora_dropout=dropout, use_dora=dora, init_lora_weights=False
+    )
+    if dora:
+        config.init_lora_weights = True
+    return get_peft_model(model, config)
+
+
+def their_own(model: Any) -> Any:
+    """The model with every forward as its library has it."""
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+    return model
+
+
+def loss_and_gradients(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.kind)
+def test_only_the_linear_layers_before_the_head_are_quantised(
+    kind: Quantization, dtype: Literal["float32", "bfloat16"], untied: Path
+) -> None:
+    model: Any = load_model(untied, dtype=dtype, quantization=kind)
+    of_kind = quantisation.is_nf4 if kind.kind == "nf4" else quantisation.is_int8
+    layers = linears(model)
+    assert len(layers) == 2 * 7 + 1
+    assert {n for n, m in layers.items() if not of_kind(m)} == {"lm_head"}
+    others = [model.lm_head.weight, model.model.embed_tokens.weight, model.model.norm.weight]
+    assert {p.dtype for p in others} == {getattr(torch, dtype)}
+    if kind.kind == "nf4":
+        state = model.model.layers[0].mlp.up_proj.weight.quant_state
+        assert (state.quant_type, state.nested, state.blocksize, state.dtype) == (
+            "nf4",
+            True,
+            64,
+            getattr(torch, dtype),
+        )
+    else:
+        assert model.model.layers[0].mlp.up_proj.state.threshold == 6.0
+
+
+def test_an_nf4_weight_is_restored_from_its_table_bit_for_bit(untied: Path) -> None:
+    from bitsandbytes.functional import dequantize_blockwise
+
+    model: Any = load_model(untied, quantization=KINDS[0])
+    layer = model.model.layers[0].mlp.up_proj
+    state = layer.weight.quant_state
+    packed = layer.weight.data.flatten().int()
+    codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten()
+    scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    expected = (state.code[codes].view(-1, 64) * scales[:, None]).view(128, 64)
+    assert torch.equal(quantisation.restored(layer), expected)
+    exact = make_tiny_model(300, tie_word_embeddings=False).model.layers[0].mlp.up_proj.weight
+    assert 0.02 < ((expected - exact).norm() / exact.norm()).item() < 0.15
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.kind)
+def test_losses_and_gradients_are_those_of_bitsandbytes_and_peft(kind: Quantization, untied: Path) -> None:
+    theirs = their_own(adapted(load_model(untied, quantization=kind)))
+    ours = adapted(load_model(untied, quantization=kind))
+    fuse(ours)
+    # bitsandbytes rounds inputs to int8 in evaluation only, and would compute NF4 in bfloat16 there.
+    theirs.train(kind.kind == "nf4")
+    expected, their_gradients = loss_and_gradients(theirs)
+    loss, gradients = loss_and_gradients(ours.train())
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert gradients.keys() == their_gradients.keys()
+    for name, gradient in their_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=2e-5 * gradient.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.kind)
+def test_evaluating_gives_what_training_gives_and_leaves_the_codes_alone(kind: Quantization, untied: Path) -> None:
+    model: Any = load_model(untied, quantization=kind)
+    before = {n: m.weight.data.clone() for n, m in linears(model).items()}
+    trained = model.train()(input_ids=IDS).logits
+    with torch.inference_mode():
+        assert torch.equal(model.eval()(input_ids=IDS).logits, trained)
+    for name, layer in linears(model).items():
+        assert torch.equal(layer.weight.data, before[name]), name
+
+
+def test_outliers_above_the_threshold_are_multiplied_unquantised(untied: Path) -> None:
+    def layer(threshold: float) -> Any:
+        model: Any = load_model(untied, quantization=Quantization("int8", threshold))
+        return model.model.layers[0].mlp.up_proj
+
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    x[:, 5] *= 100
+    exact = x @ quantisation.restored(layer(6.0)).T
+    all_rounded, apart = (layer(threshold)(x) for threshold in (0.0, 6.0))
+    assert (apart - exact).norm() < 0.1 * (all_rounded - exact).norm()
+
+
+def test_one_product_for_an_adapter_only_where_it_is_exact(untied: Path) -> None:
+    def replaced(model: Any) -> set[str]:
+        fuse(model)
+        forward = quantisation._nf4_lora_forward  # pyright: ignore[reportPrivateUsage]
+        own = {n: m.__dict__.get("forward") for n, m in model.named_modules()}
+        return {n.rpartition(".")[2] for n, f in own.items() if getattr(f, "func", None) is forward}
+
+    nf4, int8 = KINDS
+    assert replaced(adapted(load_model(untied, quantization=nf4))) == {"q_proj", "o_proj", "up_proj"}
+    assert replaced(adapted(load_model(untied, quantization=nf4), dropout=0.1)) == set()
+    assert replaced(adapted(load_model(untied, quantization=nf4), dora=True)) == set()
+    assert replaced(adapted(load_model(untied, quantization=int8))) == set()
+
+
+def test_with_the_adapter_off_it_is_the_quantised_base(untied: Path) -> None:
+    base = load_model(untied, quantization=KINDS[0])(input_ids=IDS).logits
+    model = adapted(load_model(untied, quantization=KINDS[0]))
+    fuse(model)
+    assert not torch.allclose(model(input_ids=IDS).logits, base, atol=1e-2)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(input_ids=IDS).logits, base)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.kind)
+def test_a_restored_model_is_a_plain_one(kind: Quantization, untied: Path, tmp_path: Path) -> None:
+    model: Any = load_model(untied, quantization=kind)
+    weights = {n: quantisation.restored(m) for n, m in linears(model).items() if n != "lm_head"}
+    quantisation.restore(model, torch.float32)
+    assert {type(m) for m in linears(model).values()} == {nn.Linear}
+    assert all(torch.equal(linears(model)[n].weight, w) for n, w in weights.items())
+    model.save_pretrained(tmp_path)
+    again: Any = load_model(tmp_path)
+    assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_without_bitsandbytes_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, untied: Path) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(MissingExtraError, match="bitsandbytes") as caught:
+        load_model(untied, quantization=KINDS[0])
+    assert caught.value.hint == 'pip install "corral[quant]"'
+    assert caught.value.exit_code == 3

@@ -1,0 +1,42 @@
+"""Limits of memory, read from files laid out as Linux has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from corral.preflight import machine
+
+
+def _cgroup(folder: Path, version: int, limit: str, used: int, files: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 1\n{'' if version == 2 else 'total_'}inactive_file {files}\n")
+
+
+def test_the_tightest_cgroup_of_a_process_counts_and_read_files_do_not(tmp_path: Path) -> None:
+    listing = tmp_path / "cgroup"
+    listing.write_text("0::/user/session\n")
+    _cgroup(tmp_path / "user", 2, "8000", 3000, 500)
+    _cgroup(tmp_path / "user/session", 2, "max", 100, 0)
+    found = list(machine.of_cgroups(tmp_path, listing))
+    assert [(each.free, each.total) for each in found] == [(5500, 8000)]
+
+
+def test_cgroups_of_the_first_version_and_inside_a_container(tmp_path: Path) -> None:
+    listing = tmp_path / "cgroup"
+    listing.write_text("5:devices:/\n4:memory:/docker/abc\n")
+    _cgroup(tmp_path / "memory", 1, "6000", 1000, 200)
+    found = list(machine.of_cgroups(tmp_path, listing))
+    assert [(each.free, each.total) for each in found] == [(5200, 6000)]
+    _cgroup(tmp_path / "memory", 1, str(2**63 - 4096), 1000, 200)
+    assert list(machine.of_cgroups(tmp_path, listing)) == []
+
+
+def test_this_machine_has_memory_and_disk(tmp_path: Path) -> None:
+    here = machine.on_cpu()
+    assert 0 < here.free <= here.total
+    free, place = machine.disk(tmp_path / "not" / "there")
+    assert free > 0
+    assert place == tmp_path

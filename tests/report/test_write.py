@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from corral.report.write import build
+from tests.report.conftest import PARTS, Maker, lineage, metrics, write, write_lines
+
+PICTURES = {"loss.png", "learning-rate.png", "throughput.png", "scorecard.png"}
+
+
+def test_a_page_and_four_pictures_are_written(make_run: Maker) -> None:
+    run = make_run()
+    index = build(run)
+    assert index == run / "report" / "index.html"
+    assert {path.name for path in index.parent.iterdir()} == {"index.html", *PICTURES}
+    for name in PICTURES:
+        with Image.open(index.parent / name) as image:
+            image.verify()
+            assert image.format == "PNG"
+
+
+def test_the_same_run_gives_the_same_bytes(make_run: Maker) -> None:
+    run = make_run()
+    first = {path.name: path.read_bytes() for path in build(run).parent.iterdir()}
+    shutil.rmtree(run / "report")
+    # The report stage itself is recorded only afterwards, with another time each time.
+    value = lineage()
+    value["stages"][-1] |= {
+        "seconds": 99.0,
+        "finished": "2031-01-01T00:00:00+00:00",
+        "outputs": {"report/index.html": "f" * 64},
+    }
+    write(run / "lineage.json", value)
+    assert {path.name: path.read_bytes() for path in build(run).parent.iterdir()} == first
+
+
+def test_another_figure_gives_another_page(make_run: Maker) -> None:
+    run = make_run("scorecard")
+    first = build(run).read_bytes()
+    path = run / "evaluate" / "scorecard.json"
+    value = json.loads(path.read_text())
+    value["variants"]["tuned"]["metrics"]["loss"]["mean"] += 0.01
+    write(path, value)
+    assert build(run).read_bytes() != first
+
+
+@pytest.mark.parametrize("missing", ["metrics", "scorecard", "completions"])
+def test_a_run_that_lacks_one_part_is_reported(make_run: Maker, missing: str) -> None:
+    run = make_run(*(part for part in PARTS if part != missing))
+    names = {path.name for path in build(run).parent.iterdir()}
+    lacking = {"metrics": PICTURES - {"scorecard.png"}, "scorecard": {"scorecard.png"}}.get(missing, set())
+    assert names == {"index.html"} | PICTURES - lacking
+
+
+@pytest.mark.parametrize("only", ["nothing", *PARTS])
+def test_a_run_that_has_one_part_is_reported(make_run: Maker, only: str) -> None:
+    page = build(make_run(only)).read_text("utf-8")
+    sections = {
+        "ledger": "data",
+        "metrics": "training",
+        "scorecard": "scores",
+        "completions": "answers",
+        "contract": "contract",
+    }
+    for part, section in sections.items():
+        assert (f'<section id="{section}">' in page) == (part == only)
+        assert (f'href="#{section}"' in page) == (part == only)
+
+
+def test_a_picture_whose_figures_are_gone_goes_too(make_run: Maker) -> None:
+    run = make_run()
+    build(run)
+    (run / "evaluate" / "scorecard.json").unlink()
+    build(run)
+    assert not (run / "report" / "scorecard.png").exists()
+    assert (run / "report" / "loss.png").exists()
+
+
+def test_a_damaged_file_is_named_on_the_page(make_run: Maker) -> None:
+    run = make_run("ledger", "scorecard")
+    (run / "prepare" / "ledger.json").write_text('{"rows": 12')
+    page = build(run).read_text("utf-8")
+    assert "prepare/ledger.json cannot be read" in page
+    assert '<section id="scores">' in page
+
+
+def test_files_of_quite_another_shape_do_not_stop_the_report(make_run: Maker) -> None:
+    run = make_run("nothing else")
+    for name in (
+        "environment.json",
+        "lineage.json",
+        "prepare/ledger.json",
+        "evaluate/scorecard.json",
+        "merge/model/contract.json",
+    ):
+        write(
+            run / name,
+            {"stages": {"a": 1}, "sources": [1], "variants": [], "comparisons": 7, "checks": "x", "packages": None},
+        )
+    write_lines(
+        run / "evaluate" / "completions.jsonl", [{"id": None}, {"prompt": "text", "answer": 5, "tokens": "many"}]
+    )
+    write_lines(run / "train-1-sft" / "metrics.jsonl", [{"step": 1}, {"step": "two"}])
+    (run / "recipe.toml").write_text('name = 5\ntrain = "none"\ndata = []\nmodel = 1\n')
+    assert "<h1" in build(run).read_text("utf-8")
+
+
+def test_several_training_stages_are_shown_each(make_run: Maker) -> None:
+    run = make_run(stages=("train-1-sft", "train-2-dpo"))
+    write_lines(run / "train-2-dpo" / "metrics.jsonl", metrics(12))
+    page = build(run).read_text("utf-8")
+    assert "<dt>train-1-sft</dt>" in page
+    assert "<dt>train-2-dpo</dt><dd>12 steps" in page
+
+
+def test_the_report_of_a_relative_run_names_it_as_it_was_given(
+    make_run: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run("contract")
+    monkeypatch.chdir(run.parent.parent)
+    page = build(Path("runs") / run.name).read_text("utf-8")
+    assert "<pre>corral chat runs/quickstart</pre>" in page

@@ -1,0 +1,421 @@
+"""What OpenAI's own client, and plain requests with vLLM's extensions, get from `/v1/completions`."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import inspect
+import itertools
+import json
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import openai
+import pytest
+
+from corral.answering.answerer import Answerer
+from corral.engines.base import Completion, Features, Sampling
+from corral.engines.scripted import ScriptedEngine
+from corral.serving.completions_handler import _Choice, asked_text  # pyright: ignore[reportPrivateUsage]
+from corral.serving.completions_protocol import CompletionRequest, TextCompletion
+from corral.serving.generation import Served
+from corral.serving.protocol import Limits
+from corral.serving.text_prompts import TextPrompts
+from corral.template import Template
+from tests.serving.conftest import Endless, ask_and_leave, client_of, running
+
+TEXT = "What is two plus two? Ünïcode"
+SETTINGS: Any = {"model": "tiny", "prompt": TEXT, "seed": 5, "max_tokens": 16}
+PATH = "/v1/completions"
+
+
+def ids_of(template: Template, text: str) -> list[int]:
+    return template.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def drawn(served: Served, ids: Sequence[int], sampling: Sampling) -> list[Completion]:
+    async def work() -> list[Completion]:
+        return await served.answerer.engine.submit(ids, sampling).completions()
+
+    return asyncio.run(work())
+
+
+def post(url: str, body: Any) -> tuple[int, Any]:
+    """(status, body) of one request; of a stream, the data of its events."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc)
+    connection.request("POST", PATH, json.dumps(body), {"content-type": "application/json"})
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    if answer.headers["content-type"].startswith("text/event-stream"):
+        events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+        return answer.status, [event if event == "[DONE]" else json.loads(event) for event in events]
+    return answer.status, json.loads(text)
+
+
+def joined(chunks: Sequence[Any]) -> list[dict[str, Any]]:
+    """The choices of a stream, put together by hand."""
+    choices: dict[int, dict[str, Any]] = {}
+    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+        whole = choices.setdefault(choice["index"], {"text": "", "token_ids": [], "lists": {}, "finish": []})
+        whole["text"] += choice["text"]
+        whole["token_ids"] += choice["token_ids"] or []
+        whole["finish"] += [choice["finish_reason"]] if choice["finish_reason"] else []
+        for name, values in (choice["logprobs"] or {}).items():
+            whole["lists"].setdefault(name, []).extend(values or [])
+    return [choices[i] for i in sorted(choices)]
+
+
+def test_a_text_goes_on_as_the_engine_draws_it(client: openai.OpenAI, tiny_served: Served) -> None:
+    template = tiny_served.answerer.template
+    answer = client.completions.create(**SETTINGS, n=3, temperature=0.8, top_p=0.9, extra_body={"top_k": 40})
+    sampling = Sampling(16, 3, temperature=0.8, top_p=0.9, top_k=40, seed=5, stop_ids=template.stop_ids)
+    expected = drawn(tiny_served, ids_of(template, TEXT), sampling)
+    assert [choice.text for choice in answer.choices] == [template.decode(each.ids) for each in expected]
+    assert [choice.finish_reason for choice in answer.choices] == [each.finish for each in expected]
+    assert len({choice.text for choice in answer.choices}) > 1
+    assert answer.usage
+    assert answer.usage.prompt_tokens == len(ids_of(template, TEXT))
+    assert answer.usage.completion_tokens == sum(len(each.ids) for each in expected)
+    assert (answer.object, answer.model) == ("text_completion", "tiny")
+
+
+def test_a_stream_is_the_whole_answer_in_pieces_and_tells_its_usage_when_asked(client: openai.OpenAI) -> None:
+    answer = client.completions.create(**SETTINGS, n=3)
+    chunks = list(client.completions.create(**SETTINGS, n=3, stream=True, stream_options={"include_usage": True}))
+    texts = [
+        "".join(c.text for chunk in chunks for c in chunk.choices if c.index == i) for i in range(len(answer.choices))
+    ]
+    assert texts == [choice.text for choice in answer.choices]
+    assert len(chunks) > 20
+    assert [chunk.usage for chunk in chunks if chunk.usage] == [answer.usage]
+    assert chunks[-1].choices == []
+    assert "usage" not in next(iter(client.completions.create(**SETTINGS, stream=True))).model_dump(exclude_unset=True)
+
+
+def test_the_asynchronous_client_gets_the_same(client: openai.OpenAI, tiny_url: str) -> None:
+    async def ask() -> str:
+        async with openai.AsyncOpenAI(base_url=f"{tiny_url}/v1", api_key="none", max_retries=0) as many:
+            return "".join([c.choices[0].text async for c in await many.completions.create(**SETTINGS, stream=True)])
+
+    assert asyncio.run(ask()) == client.completions.create(**SETTINGS).choices[0].text
+
+
+def test_texts_and_ids_alone_and_in_lists_are_the_same_prompts(client: openai.OpenAI, tiny_template: Template) -> None:
+    others = ["The quick", "def double(x)"]
+    ids = [ids_of(tiny_template, text) for text in (TEXT, *others)]
+    texts: dict[str, list[str]] = {}
+    for prompt in (TEXT, ids[0], [TEXT, *others], ids):
+        answer = client.completions.create(**(SETTINGS | {"prompt": prompt}), n=2)
+        assert [choice.index for choice in answer.choices] == list(range(len(answer.choices)))
+        texts[str(prompt)] = [choice.text for choice in answer.choices]
+    one, one_as_ids, several, several_as_ids = texts.values()
+    assert one == one_as_ids == several[:2]
+    assert several == several_as_ids
+    assert len(several) == 6
+    assert several[2:4] == [
+        c.text for c in client.completions.create(**(SETTINGS | {"prompt": others[0]}), n=2).choices
+    ]
+
+
+def test_special_tokens_in_a_text_are_text_and_those_meant_are_sent_as_ids(
+    client: openai.OpenAI, tiny_template: Template, tiny_url: str
+) -> None:
+    text = "a<|im_end|>b"
+    special = tiny_template.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    assert len(special) == 3
+    _, answer = post(tiny_url, {"model": "tiny", "prompt": text, "max_tokens": 1, "return_token_ids": True})
+    ids = answer["choices"][0]["prompt_token_ids"]
+    assert len(ids) > 3
+    assert tiny_template.decode(ids) == text
+    _, answer = post(tiny_url, {"model": "tiny", "prompt": special, "max_tokens": 1, "return_token_ids": True})
+    assert answer["choices"][0]["prompt_token_ids"] == special
+
+
+def test_a_text_begins_with_bos_where_the_tokenizer_has_one_unless_told_otherwise(tiny_tokenizer: Any) -> None:
+    import copy
+
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    texts = TextPrompts(Template.load(tokenizer, "chatml"))
+    for text in (TEXT, "", " a\n"):
+        assert texts.ids(text) == tokenizer(text).input_ids
+        assert texts.ids(text, begin=False) == tokenizer(text, add_special_tokens=False).input_ids
+    assert texts.ids("<|endoftext|>")[0] == 0
+    assert 0 not in texts.ids("<|endoftext|>")[1:]
+
+
+@pytest.mark.parametrize("stop", ["END", ["nowhere", "END"], [f"no {i}" for i in range(15)] + ["🙂 w"]])
+def test_a_stop_string_ends_the_text_and_is_not_in_it(stop: Any, says: Callable[..., Served]) -> None:
+    text = "Hello 🙂 world. END and more"
+    cut = text[: min(text.find(s) for s in ([stop] if isinstance(stop, str) else stop) if s in text)]
+    asked: Any = {"model": "scripted", "prompt": "Say", "stop": stop, "max_tokens": 100}
+    with running(says(text)) as url, client_of(url) as client:
+        answer = client.completions.create(**asked)
+        assert (answer.choices[0].text, answer.choices[0].finish_reason) == (cut, "stop")
+        assert answer.system_fingerprint == "fp_1"
+        chunks = list(client.completions.create(**asked, stream=True))
+        assert "".join(chunk.choices[0].text for chunk in chunks) == cut
+        assert [c.choices[0].finish_reason for c in chunks if c.choices[0].finish_reason] == ["stop"]
+
+
+def test_what_ends_a_text_is_the_templates_ends_and_those_given_or_the_latter_alone(tiny_template: Template) -> None:
+    (end, *_) = tiny_template.stop_ids
+    engine = ScriptedEngine([50, 51, end, 52, 53], chunk=2)
+    with running(Served(Answerer(engine, tiny_template), "m")) as url:
+        asked = {"model": "m", "prompt": [9], "max_tokens": 5, "return_token_ids": True}
+        for extra, ids, finish in (
+            ({}, [50, 51], "stop"),
+            ({"stop_token_ids": [51]}, [50], "stop"),
+            ({"ignore_eos": True}, [50, 51, end, 52, 53], "length"),
+            ({"ignore_eos": True, "stop_token_ids": [52]}, [50, 51, end], "stop"),
+        ):
+            status, answer = post(url, asked | extra)
+            assert status == 200, answer
+            choice = answer["choices"][0]
+            assert (choice["token_ids"], choice["finish_reason"]) == (ids, finish)
+            assert answer["usage"]["completion_tokens"] == len(ids)
+
+
+def test_the_text_goes_on_within_a_character_that_the_prompt_began(tiny_template: Template) -> None:
+    found = [tiny_template.tokenizer.backend_tokenizer.token_to_id(c) for c in "ðŁĻĤ"]  # the bytes of 🙂, one by one
+    ids = [id_ for id_ in found if id_ is not None]
+    assert len(ids) == 4
+    with running(Served(Answerer(ScriptedEngine(ids[2:]), tiny_template), "m")) as url:
+        _, answer = post(url, {"model": "m", "prompt": ids[:2], "echo": True, "logprobs": 0})
+        (choice,) = answer["choices"]
+        assert choice["text"] == "🙂"
+        assert choice["logprobs"]["tokens"] == ["bytes:\\xf0", "bytes:\\x9f", "bytes:\\x99", "bytes:\\x82"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_with_no_new_tokens_is_the_engines_score_of_the_prompt(
+    stream: bool, tiny_url: str, tiny_served: Served
+) -> None:
+    ids = [1, *ids_of(tiny_served.answerer.template, TEXT)]
+    body = {"model": "tiny", "prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 0, "stream": stream}
+    status, answer = post(tiny_url, body)
+    assert status == 200, answer
+    choice = (answer[0] if stream else answer)["choices"][0]
+    assert len(answer) == 2 if stream else answer["usage"]["completion_tokens"] == 0
+    first, *others = choice["logprobs"]["token_logprobs"]
+    assert first is None
+    assert others == pytest.approx(asyncio.run(tiny_served.answerer.engine.score(ids)), abs=1e-5)
+    assert (choice["text"], choice["finish_reason"]) == (TEXT, "length")
+    offsets = choice["logprobs"]["text_offset"]
+    pieces = [TEXT[a:b] for a, b in itertools.pairwise([*offsets, len(TEXT)])]
+    assert "".join(pieces) == TEXT
+    assert [t for t, p in zip(choice["logprobs"]["tokens"], pieces, strict=True) if t != p and "bytes:" not in t] == [
+        "<|im_start|>"
+    ]
+
+
+@pytest.mark.parametrize("extra", [{}, {"echo": True}, {"echo": True, "logprobs": 1}, {"n": 3, "logprobs": 0}], ids=str)
+def test_a_stream_with_ids_and_log_probs_is_the_whole_answer(extra: Any, tiny_url: str) -> None:
+    body: Any = {
+        "model": "tiny",
+        "prompt": [TEXT, "The"],
+        "seed": 5,
+        "max_tokens": 8,
+        "return_token_ids": True,
+        "temperature": 0.7,
+    }
+    _, whole = post(tiny_url, body | extra)
+    _, events = post(tiny_url, body | extra | {"stream": True})
+    assert events[-1] == "[DONE]"
+    for choice, streamed in zip(whole["choices"], joined(events[:-1]), strict=True):
+        assert streamed["text"] == choice["text"]
+        assert streamed["token_ids"] == choice["token_ids"]
+        assert streamed["finish"] == [choice["finish_reason"]]
+        for name, values in (choice["logprobs"] or {}).items():
+            if name == "top_logprobs":
+                assert len(streamed["lists"][name]) == len(values or [])
+            elif name == "token_logprobs":
+                known = [value for value in values if value is not None]
+                assert [v for v in streamed["lists"][name] if v is not None] == pytest.approx(known, abs=1e-4)
+            else:
+                assert streamed["lists"][name] == values
+
+
+def test_a_drawn_tokens_rival_is_not_made_up(tiny_url: str) -> None:
+    body = {"model": "tiny", "prompt": TEXT, "max_tokens": 4, "logprobs": 1, "seed": 3, "ignore_eos": True}
+    for temperature in (0, 1):
+        logprobs = post(tiny_url, body | {"temperature": temperature})[1]["choices"][0]["logprobs"]
+        own = [{token: value} for token, value in zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True)]
+        assert logprobs["top_logprobs"] == (own if temperature == 0 else [None] * 4)
+
+
+@pytest.mark.parametrize("extra", [{}, {"stream": True}, {"n": 2, "prompt": ["a", "b", "c"]}], ids=str)
+def test_a_client_that_goes_away_stops_the_work(extra: Any, tiny_template: Template) -> None:
+    endless = Endless()
+    body = {"model": "m", "prompt": "count", "max_tokens": 4000} | extra
+    with running(Served(Answerer(endless.engine, tiny_template), "m")) as url:
+        ask_and_leave(url, PATH, body, endless.began)
+        assert endless.ends(), "the engine still works for nobody"
+
+
+REFUSED: Any = {
+    "prompt": [[], [1, "a"], [[1], []], [1.5], [True], {"text": "a"}, None, 5, "a\ufdd0b", "", [-1], [10**6]],
+    "max_tokens": [0, -1, 2.5],
+    "logprobs": [2, -1, True],
+    "n": [17, 0],
+    "stop": [[f"{i}" for i in range(17)], "", ["a", ""], "x" * 300],
+    "stop_token_ids": [[-1], [1] * 129, "a"],
+    "best_of": [2],
+    "suffix": ["!"],
+    "repetition_penalty": [1.1],
+    "min_p": [0.1],
+    "logit_bias": [{"50": 1}],
+    "stream_options": [{"include_usage": True}],
+    "temperature": [3],
+    "seed": [2**63],
+}
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_what_is_wrong_or_not_supported_is_refused_by_name(field: str, tiny_url: str) -> None:
+    for value in REFUSED[field]:
+        status, answer = post(tiny_url, SETTINGS | {field: value})
+        assert status == 400, (value, answer)
+        assert str(answer["error"]["param"]).startswith(field), (value, answer)
+        assert answer["error"]["type"] == "invalid_request_error"
+
+
+def test_an_unknown_model_field_or_too_many_prompts_and_a_prompt_that_fills_the_context(tiny_url: str) -> None:
+    assert post(tiny_url, SETTINGS | {"model": "gpt"})[0] == 404
+    assert post(tiny_url, SETTINGS | {"colour": 1})[1]["error"]["code"] == "unknown_parameter"
+    assert post(tiny_url, SETTINGS | {"prompt": ["a"] * 65})[1]["error"]["param"] == "prompt"
+    for body in ({"max_tokens": 512}, {"prompt": [50] * 512, "max_tokens": 1}, {"prompt": [50] * 512}):
+        status, answer = post(tiny_url, SETTINGS | body | {"stream": True})
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    scored = {"prompt": [50] * 512, "max_tokens": 0, "echo": True, "logprobs": 0}
+    assert post(tiny_url, SETTINGS | scored)[0] == 200
+    assert post(tiny_url, SETTINGS | scored | {"prompt": [50] * 513})[0] == 400
+
+
+def test_ids_by_the_hundred_thousand_are_refused_at_once(tiny_url: str) -> None:
+    status, answer = post(tiny_url, SETTINGS | {"prompt": [7] * 300_000})
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+
+
+SMALL = Limits(prompt_tokens=10, n=2, max_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("limits", "body", "param"),
+    [
+        (Limits(), {"prompt": ["a"] * 4, "n": 16}, None),
+        (Limits(), {"prompt": ["a"] * 5, "n": 13}, "n"),
+        (Limits(), {"prompt": ["a"] * 64}, None),
+        (Limits(), {"prompt": ["a"] * 64, "n": 2}, "n"),
+        (SMALL, {"prompt": [50] * 10, "max_tokens": 5, "n": 2}, None),
+        (SMALL, {"prompt": [[50] * 5] * 2, "max_tokens": 5}, None),
+        (SMALL, {"prompt": [[50] * 6] * 2, "max_tokens": 5}, "prompt"),
+        (SMALL, {"prompt": [[50] * 2] * 2}, None),
+        (SMALL, {"prompt": [[50] * 3] * 3}, "prompt"),
+        (SMALL, {"prompt": [[50] * 10] * 2, "max_tokens": 0, "echo": True, "logprobs": 1}, None),
+        (SMALL, {"prompt": [[50] * 10] * 3, "max_tokens": 0, "echo": True, "logprobs": 1}, "prompt"),
+        (SMALL, {"prompt": [50] * 10, "max_tokens": 1, "n": 2, "echo": True}, "prompt"),
+        (Limits(step_tokens=64), {"prompt": [[50] * 8] * 2, "max_tokens": 0, "echo": True, "logprobs": 1}, None),
+        (Limits(step_tokens=63), {"prompt": [[50] * 8] * 2, "max_tokens": 0, "echo": True, "logprobs": 1}, "logprobs"),
+        (Limits(step_tokens=63), {"prompt": [[50] * 8] * 2, "max_tokens": 0, "echo": True, "logprobs": 0}, None),
+        (Limits(step_tokens=63), {"prompt": [[50] * 8] * 2, "max_tokens": 1, "logprobs": 1}, None),
+        (Limits(), {"prompt": [[50] * 2000] * 17, "max_tokens": 0, "echo": True, "logprobs": 1}, "logprobs"),
+        (Limits(prompt_characters=20), {"prompt": ["a" * 20, "a"]}, None),
+        (Limits(prompt_characters=20), {"prompt": ["a", "a" * 21]}, "prompt"),
+    ],
+)
+def test_choices_and_tokens_of_all_prompts_and_characters_of_each_are_bounded(
+    limits: Limits, body: Any, param: str | None, tiny_template: Template
+) -> None:
+    asked: list[int] = []
+
+    def reply(ids: Sequence[int], sampling: Sampling, choice: int) -> list[int]:
+        asked.append(choice)
+        return [50]
+
+    with running(Served(Answerer(ScriptedEngine(reply), tiny_template), "m", limits)) as url:
+        status, answer = post(url, {"model": "m"} | body)
+    if param is None:
+        assert status == 200, answer
+    else:
+        assert (status, answer["error"]["param"]) == (400, param), answer
+        assert not asked
+
+
+def test_a_long_prompt_is_told_while_the_loop_goes_on(tiny_template: Template, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = Features(max_length=16384, vocabulary=400, logprobs=True, score=True)
+    served = Served(Answerer(ScriptedEngine([50], features=features, logprob=-0.1), tiny_template), "m")
+    may_go_on = threading.Event()
+    head = _Choice.head
+
+    def held(*arguments: Any) -> Any:
+        assert may_go_on.wait(10), "the loop stood still"
+        return head(*arguments)
+
+    async def work() -> TextCompletion:
+        request = CompletionRequest(model="m", prompt=[50] * 8000, max_tokens=0, echo=True, logprobs=0)
+        asked = await asked_text(served, request)
+        asyncio.get_running_loop().call_later(0.01, may_go_on.set)
+        return await asked.whole()
+
+    monkeypatch.setattr(_Choice, "head", held)
+    (choice,) = asyncio.run(work()).choices
+    assert choice.logprobs
+    assert len(choice.logprobs.tokens) == 8000
+
+
+def test_the_texts_of_a_long_request_are_tokenised_while_the_loop_goes_on(
+    tiny_template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = Served(Answerer(ScriptedEngine([50]), tiny_template), "m")
+    may_go_on = threading.Event()
+    ids = served.texts.ids
+
+    def held(text: str, *, begin: bool = True) -> list[int]:
+        assert may_go_on.wait(10), "the loop stood still"
+        return ids(text, begin=begin)
+
+    async def work() -> TextCompletion:
+        asyncio.get_running_loop().call_later(0.01, may_go_on.set)
+        request = CompletionRequest(model="m", prompt=["word " * 500] * 2, return_token_ids=True)
+        return await (await asked_text(served, request)).whole()
+
+    monkeypatch.setattr(served.texts, "ids", held)
+    assert [choice.prompt_token_ids for choice in asyncio.run(work()).choices] == [ids("word " * 500)] * 2
+
+
+def test_every_parameter_of_openais_client_is_known_to_the_protocol() -> None:
+    known = set(inspect.signature(openai.OpenAI(api_key="none").completions.create).parameters)
+    known -= {"extra_headers", "extra_query", "extra_body", "timeout"}
+    assert len(known) > 15
+    assert known - set(CompletionRequest.model_fields) == set()
+
+
+def test_log_probs_of_an_engine_that_has_none_are_refused(tiny_template: Template) -> None:
+    features = Features(max_length=500, vocabulary=400, logprobs=True, score=False)
+    served = Served(Answerer(ScriptedEngine([50], features=features), tiny_template), "m")
+    with running(served) as url:
+        assert post(url, {"model": "m", "prompt": "a", "logprobs": 0})[0] == 200
+        status, answer = post(url, {"model": "m", "prompt": "a", "logprobs": 0, "echo": True})
+        assert (status, answer["error"]["param"]) == (400, "logprobs")
+
+
+def test_a_stream_that_breaks_ends_with_the_error_and_no_done(tiny_template: Template) -> None:
+    def reply(ids: Any, sampling: Sampling, choice: int) -> Any:
+        yield 50
+        raise RuntimeError("secret of the machine")
+
+    with running(Served(Answerer(ScriptedEngine(reply), tiny_template), "m")) as url:
+        _, events = post(url, {"model": "m", "prompt": "a", "stream": True})
+        assert [len(event.get("choices", ())) for event in events] == [1, 0]
+        assert events[-1]["error"]["code"] == "engine_failed"
+        status, answer = post(url, {"model": "m", "prompt": "a"})
+        assert (status, answer["error"]["code"]) == (500, "engine_failed")
+        assert "secret" not in json.dumps([events, answer])

@@ -1,0 +1,167 @@
+"""What stands in front of every route: keys, names, room."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi.routing import APIRoute
+from starlette.routing import Route
+
+from corral.serving import responses_routes
+from corral.serving.admission import Bounds, Door
+from corral.serving.api_keys import Keys, Quota
+from corral.serving.app import build_app
+from corral.serving.conversation_store import Conversations
+from corral.serving.database import Database
+from corral.serving.generation import Served
+from corral.serving.served_models import Models
+from tests.serving.conftest import client_of, running, serving
+from tests.serving.test_app import ASKED, CHAT, JSON, call, wait_for
+
+
+def routes_of(app: Any) -> list[tuple[str, str]]:
+    """(method, path) of each route, those of routers too."""
+    found: list[tuple[str, str]] = []
+
+    def walk(routes: Any) -> None:
+        for route in routes:
+            if isinstance(route, APIRoute | Route):
+                found.extend((method, route.path) for method in route.methods or ())
+            else:
+                inner = getattr(route, "original_router", None)
+                assert inner is not None, route
+                walk(inner.routes)
+
+    walk(app.routes)
+    return found
+
+
+def test_every_route_but_health_needs_a_key_also_those_there_are_not(
+    says: Callable[..., Served], database: Database
+) -> None:
+    keys = Keys(database)
+    _, secret = keys.add("alice")
+    models, door = Models([says("Hello")]), Door(keys=keys)
+    routers = [responses_routes.routes(models, Conversations(database), door)]
+    routes = routes_of(build_app(models, door, routers=routers))
+    assert len(routes) > 15
+    assert {"/metrics", "/openapi.json", CHAT, "/v1/responses", "/v1/conversations"} <= {path for _, path in routes}
+    open_ones = {path for _, path in routes if path.startswith("/health")}
+    assert open_ones == {"/health", "/health/ready"}
+    unknown = [("GET", "/"), ("GET", "/nowhere"), ("POST", "/v1/chat"), ("GET", "/healthy"), ("OPTIONS", CHAT)]
+    unknown += [("GET", "/health%2F..%2Fmetrics"), ("GET", "//health"), ("TRACE", "/metrics"), ("GET", "/HEALTH")]
+    with serving(models, door, routers=routers) as (url, _):
+        for method, path in [*routes, *unknown]:
+            for headers in ({}, {"authorization": f"Bearer {secret[:-1]}x"}):
+                connection = http.client.HTTPConnection(urlsplit(url).netloc)
+                connection.request(method, path, headers=headers)
+                answer = connection.getresponse()
+                text = answer.read()
+                connection.close()
+                if path in open_ones:
+                    assert answer.status == 200, path
+                elif path == "/health%2F..%2Fmetrics":
+                    assert answer.status == 404, "it counts as under /health, where there is no such thing"
+                else:
+                    assert answer.status == 401, (method, path)
+                    assert answer.headers["www-authenticate"] == "Bearer"
+                    assert answer.headers["x-request-id"]
+                    assert method == "HEAD" or json.loads(text)["error"]["code"] == "invalid_api_key"
+        good = {**JSON, "authorization": f"Bearer {secret}"}
+        assert call(url, "GET", "/v1/models", headers=good)[0] == 200
+        assert call(url, "GET", "/nowhere", headers=good)[0] == 404
+        asked = json.dumps({"model": "scripted", "messages": ASKED})
+        assert call(url, "POST", CHAT, asked, good)[0] == 200
+
+
+def test_openais_client_comes_in_with_its_key(says: Callable[..., Served], database: Database) -> None:
+    keys = Keys(database)
+    _, secret = keys.add("alice")
+    with running(says("Hello"), door=Door(keys=keys)) as url:
+        with client_of(url, api_key=secret) as client:
+            answer = client.chat.completions.create(model="scripted", messages=ASKED)
+            assert answer.choices[0].message.content == "Hello"
+        keys.revoke("alice")
+        assert wait_for(
+            lambda: call(url, "GET", "/v1/models", headers={"authorization": f"Bearer {secret}"})[0] == 401, 5
+        )
+
+
+def test_a_stranger_is_refused_before_a_byte_of_the_body_is_read(
+    says: Callable[..., Served], database: Database
+) -> None:
+    keys = Keys(database)
+    keys.add("alice")
+    with running(says("Hello"), door=Door(keys=keys)) as url:
+        place = urlsplit(url)
+        with socket.create_connection((str(place.hostname), place.port or 0), timeout=30) as raw:
+            raw.sendall(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\n".encode())
+            assert raw.recv(12) == b"HTTP/1.1 401"
+
+
+def test_requests_of_any_kind_are_bounded_before_their_bodies_are_read(says: Callable[..., Served]) -> None:
+    door = Door(Bounds(at_once=1, waiting=0))
+    most = door.bounds.under_way
+    with running(says("Hello"), door=door) as url:
+        place = (str(urlsplit(url).hostname), urlsplit(url).port or 0)
+        with contextlib.ExitStack() as stack:
+            head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{{"
+            for _ in range(most):
+                stack.enter_context(socket.create_connection(place)).sendall(head.encode())
+            assert wait_for(lambda: call(url, "GET", "/v1/models")[0] == 503)
+            status, answer, headers = call(url, "GET", "/v1/models")
+            assert (status, answer["error"]["code"]) == (503, "server_full")
+            assert int(headers["retry-after"]) >= 1
+            assert call(url, "GET", "/health")[0] == 200
+        assert wait_for(lambda: call(url, "GET", "/v1/models")[0] == 200)
+
+
+def test_requests_of_every_kind_count_among_those_of_a_minute_once_each(
+    says: Callable[..., Served], database: Database
+) -> None:
+    """Also those that are refused: whatever is sent costs something."""
+    keys = Keys(database)
+    models, door = Models([says("Hello")]), Door(keys=keys)
+    asked = json.dumps({"model": "scripted", "messages": ASKED})
+    kinds: list[tuple[str, str, str | None, int]] = [
+        ("POST", CHAT, asked, 200),
+        ("POST", CHAT, "{", 400),
+        ("POST", "/v1/conversations", "{}", 200),
+        ("GET", "/v1/conversations", None, 200),
+        ("GET", "/v1/models", None, 200),
+        ("GET", "/v1/nowhere", None, 404),
+    ]
+    secrets = [keys.add(f"key-{i}", Quota(requests_per_minute=3))[1] for i in range(len(kinds))]
+    with running(models, door=door, routers=[responses_routes.routes(models, Conversations(database), door)]) as url:
+        for secret, (method, path, body, status) in zip(secrets, kinds, strict=True):
+            headers = {**JSON, "authorization": f"Bearer {secret}"}
+            for _ in range(3):
+                assert call(url, method, path, body, headers)[0] == status
+            for again in (path, "/v1/conversations"):
+                got, answer, sent = call(url, method, again, body, headers)
+                assert (got, answer["error"]["code"]) == (429, "rate_limit_exceeded")
+                assert 1 <= int(sent["retry-after"]) <= 60
+            assert call(url, "GET", "/openapi.json", headers=headers)[0] == 200
+
+
+def test_one_key_whose_bodies_do_not_come_leaves_room_for_others(
+    says: Callable[..., Served], database: Database
+) -> None:
+    keys = Keys(database)
+    slow, other = ({**JSON, "authorization": f"Bearer {keys.add(name)[1]}"} for name in ("slow", "other"))
+    door = Door(Bounds(at_once=2, waiting=3), keys)
+    with running(says("Hello"), door=door) as url:
+        place = (str(urlsplit(url).hostname), urlsplit(url).port or 0)
+        with contextlib.ExitStack() as stack:
+            head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9\r\n"
+            head += f"authorization: {slow['authorization']}\r\n\r\n{{"
+            for _ in range(door.bounds.under_way):
+                stack.enter_context(socket.create_connection(place)).sendall(head.encode())
+            assert wait_for(lambda: call(url, "GET", "/v1/models", headers=slow)[0] == 503)
+            assert call(url, "GET", "/v1/models", headers=other)[0] == 200

@@ -1,0 +1,195 @@
+"""The most likely tokens that a client is told are those of the model itself, and what it takes to find them is bounded."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+
+from corral.answering.answerer import Answerer
+from corral.engines.base import Features, Sampling
+from corral.engines.scripted import ScriptedEngine
+from corral.errors import EngineError
+from corral.model.loading import load_model
+from corral.serving.generation import Served
+from corral.serving.prompt_logprobs import Steps, likelihoods
+from corral.template import Template
+from tests.serving.conftest import client_of, running
+from tests.serving.test_legacy import TEXT, drawn, ids_of, post
+
+IDS = [1, 88, 12, 300, 45, 45, 45, 7, 210, 33, 160, 5, 91]
+
+
+def truth(folder: Path, ids: list[int]) -> list[tuple[float, int, float]]:
+    """(log-prob of the given token, the most likely one, its log-prob) after each id but the last, by transformers."""
+    model: Any = load_model(folder)
+    with torch.no_grad():
+        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    best = logprobs.max(-1)
+    return [(float(logprobs[at, id_]), int(best.indices[at]), float(best.values[at])) for at, id_ in enumerate(ids[1:])]
+
+
+def greedy_from(served: Served, ids: list[int], count: int) -> list[int]:
+    async def work() -> Any:
+        return await served.answerer.engine.submit(ids, Sampling(count)).completions()
+
+    return [*ids, *asyncio.run(work())[0].ids]
+
+
+@pytest.mark.parametrize("written_by", ["chance", "the model", "both"])
+def test_the_most_likely_token_of_each_place_is_the_models(
+    written_by: str, tiny_served: Served, tiny_folder: Path
+) -> None:
+    ids = {
+        "chance": IDS,
+        "the model": greedy_from(tiny_served, [1], 20),
+        "both": [*greedy_from(tiny_served, IDS[:4], 6), *IDS[4:]],
+    }[written_by]
+    engine = tiny_served.answerer.engine
+    found = asyncio.run(likelihoods(engine, ids, Steps(engine)))
+    for one, given, (logprob, best, of_best) in zip(found, ids[1:], truth(tiny_folder, ids), strict=True):
+        assert one.logprob == pytest.approx(logprob, abs=1e-4)
+        assert one.best is not None
+        assert one.best[0] == best
+        assert one.best[1] == pytest.approx(of_best, abs=1e-4)
+        assert (one.best[1] == one.logprob) == (best == given), "equal to the last bit, as lm-eval compares them"
+    greedy = [one.best is not None and one.best[0] == given for one, given in zip(found, ids[1:], strict=True)]
+    assert all(greedy) == (written_by == "the model")
+
+
+def test_without_the_most_likely_nothing_is_drawn(tiny_served: Served) -> None:
+    drawn: list[int] = []
+    engine = ScriptedEngine(lambda ids, sampling, choice: drawn, logprob=-3.0)
+    found = asyncio.run(likelihoods(engine, IDS))
+    assert [(one.logprob, one.best) for one in found] == [(-3.0, None)] * (len(IDS) - 1)
+
+
+def test_a_token_with_more_than_half_of_the_probability_needs_no_step() -> None:
+    asked: list[int] = []
+
+    def reply(ids: Any, sampling: Sampling, choice: int) -> list[int]:
+        asked.append(len(ids))
+        return [9]
+
+    for logprob, steps in ((-0.5, []), (-0.69, [1, 2, 3])):
+        asked.clear()
+        engine = ScriptedEngine(reply, logprob=logprob)
+        taken = Steps(engine)
+        found = asyncio.run(likelihoods(engine, [5, 6, 9, 9], taken))
+        assert sorted(asked) == steps
+        assert taken.tokens == sum(steps) + len(steps), "what they read, and a token drawn by each"
+        assert [one.best[0] for one in found if one.best] == ([6, 9, 9] if not steps else [9, 9, 9])
+
+
+def test_where_one_step_fails_the_others_are_stopped() -> None:
+    began = itertools.count()
+
+    def reply(ids: Any, sampling: Sampling, choice: int) -> list[int]:
+        next(began)
+        raise RuntimeError("out of memory, on purpose")
+
+    features = Features(max_length=500, vocabulary=400, logprobs=True, score=True)
+    engine = ScriptedEngine(reply, features=features, logprob=-3.0)
+    with pytest.raises(EngineError, match="on purpose"):
+        asyncio.run(likelihoods(engine, [5] * 400, Steps(engine)))
+    assert next(began) < 399
+
+
+class Stuck(ScriptedEngine):
+    """Scores at once, and never comes to the end of anything else."""
+
+    async def score(self, ids: Sequence[int], start: int = 1) -> list[float]:
+        return [-3.0] * (len(ids) - start)
+
+
+def test_texts_that_share_their_steps_take_so_many_at_a_time_together() -> None:
+    asked: list[int] = []
+
+    def reply(ids: Sequence[int], sampling: Sampling, choice: int) -> list[int]:
+        asked.append(len(ids))
+        return [9]
+
+    async def work() -> None:
+        engine = Stuck(reply, delay_seconds=3600)
+        steps = Steps(engine)
+        working = [asyncio.create_task(likelihoods(engine, [5] * 400, steps)) for _ in range(8)]
+        await asyncio.sleep(0.1)
+        assert len(asked) == 32
+        assert steps.tokens == sum(asked) + 32
+        for task in working:
+            task.cancel()
+        await asyncio.gather(*working, return_exceptions=True)
+        assert len(asked) == 32, "none goes on for nobody"
+
+    asyncio.run(work())
+
+
+def lm_eval_reads(answer: Any, context: int) -> tuple[float, bool]:
+    """A sum of log-probs and "greedy", read out of the answer in the places where lm-eval 0.4.13 reads them."""
+    logprobs = answer["choices"][0]["logprobs"]
+    values = logprobs["token_logprobs"][context:-1]
+    most = [max(each.values()) for each in logprobs["top_logprobs"][context:-1]]
+    return sum(values), values == most
+
+
+def test_lm_evals_log_likelihoods_are_right_also_where_the_model_would_end(tiny_url: str, tiny_served: Served) -> None:
+    engine, template = tiny_served.answerer.engine, tiny_served.answerer.template
+    context = ids_of(template, TEXT)
+    (greedy,) = drawn(tiny_served, context, Sampling(5))
+    for ids in ([*context, *greedy.ids], [*context, *greedy.ids[:3], 60, 61], [*context, 44]):
+        # As lm-eval asks: one token is drawn beside those scored, and left out by the place where it must stand.
+        body: Any = {"model": "tiny", "prompt": [ids], "temperature": 0, "max_tokens": 1, "logprobs": 1, "echo": True}
+        (own,) = drawn(tiny_served, context, Sampling(len(ids) - len(context)))
+        (after,) = drawn(tiny_served, ids, Sampling(1))
+        for ends in ([], list(after.ids)):
+            status, answer = post(tiny_url, body | {"seed": 1234, "stop_token_ids": ends})
+            assert status == 200, answer
+            assert answer["choices"][0]["finish_reason"] == ("stop" if ends else "length")
+            total, is_greedy = lm_eval_reads(answer, len(context))
+            assert total == pytest.approx(sum(asyncio.run(engine.score(ids, len(context)))), abs=1e-4)
+            assert is_greedy == (list(own.ids) == ids[len(context) :])
+
+
+def test_a_client_that_goes_away_while_its_prompt_is_scored_stops_the_steps(tiny_template: Template) -> None:
+    steps: list[int] = []
+
+    def reply(ids: Any, sampling: Sampling, choice: int) -> list[int]:
+        steps.append(len(ids))
+        return [50]
+
+    engine = ScriptedEngine(reply, delay_seconds=0.1, logprob=-5.0)
+    with running(Served(Answerer(engine, tiny_template), "m")) as url, client_of(url, timeout=0.5) as client:
+        with pytest.raises(openai.APITimeoutError):
+            client.completions.create(model="m", prompt=[50] * 2000, max_tokens=0, echo=True, logprobs=1)
+        time.sleep(1)
+        assert len(steps) < 1000
+
+
+def test_what_it_takes_to_find_the_most_likely_tokens_of_a_prompt_is_counted(tiny_template: Template) -> None:
+    served = Served(Answerer(ScriptedEngine([50], logprob=-5.0), tiny_template), "m")
+    body = {"model": "m", "prompt": [[50] * 9] * 8, "max_tokens": 0, "echo": True}
+    with running(served) as url:
+        used = [post(url, body | {"logprobs": logprobs})[1]["usage"] for logprobs in (0, 1)]
+    steps = sum(length + 1 for length in range(1, 9))
+    assert [(each["prompt_tokens"], each["completion_tokens"]) for each in used] == [(72, 0), (72 + 8 * steps, 0)]
+
+
+def test_one_prompt_of_eight_thousand_tokens_may_have_its_most_likely_tokens_found_and_more_may_not(
+    tiny_template: Template,
+) -> None:
+    features = Features(max_length=16384, vocabulary=400, logprobs=True, score=True)
+    served = Served(Answerer(ScriptedEngine([50], features=features, logprob=-0.1), tiny_template), "m")
+    body = {"model": "m", "max_tokens": 1, "echo": True, "logprobs": 1}  # as lm-eval asks
+    with running(served) as url:
+        assert post(url, body | {"prompt": [[50] * 8192]})[0] == 200
+        status, answer = post(url, body | {"prompt": [[50] * 8193]})
+        assert (status, answer["error"]["param"]) == (400, "logprobs")
+        assert "'logprobs': 0, which costs one pass" in answer["error"]["message"]
+        assert post(url, body | {"prompt": [[50] * 8193], "logprobs": 0})[0] == 200

@@ -1,0 +1,220 @@
+"""The queue alone: its bounds, whose turn it is, and what is said to those who are sent away."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from corral.serving.request_queue import Busy, Place, Places
+
+
+def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(work())
+
+
+class Crowd:
+    """Requests at a queue: who got in, in order, and who was sent away."""
+
+    def __init__(self, places: Places) -> None:
+        self.places = places
+        self.entered: list[str] = []
+        self.refused: list[tuple[str, Busy]] = []
+        self.inside: list[Place] = []
+
+    async def come(self, *keys: str) -> list[asyncio.Task[None]]:
+        tasks = [asyncio.create_task(self.one(key)) for key in keys]
+        await self.settle()
+        return tasks
+
+    async def leave(self) -> None:
+        """The one who is inside for longest goes."""
+        self.places.give_back(self.inside.pop(0))
+        await self.settle()
+
+    async def leave_all(self) -> None:
+        while self.inside:
+            await self.leave()
+
+    @staticmethod
+    async def settle() -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+    async def one(self, key: str) -> None:
+        try:
+            place = await self.places.take(key)
+        except Busy as busy:
+            self.refused.append((key, busy))
+            return
+        self.entered.append(key)
+        self.inside.append(place)
+
+
+def test_as_many_areinside_and_wait_as_there_are_places_and_the_next_is_refused() -> None:
+    async def work() -> None:
+        crowd = Crowd(Places(2, 3))
+        await crowd.come(*"aaaaaaa")
+        assert (crowd.places.inside, crowd.places.waiting, len(crowd.refused)) == (2, 3, 2)
+        assert all((busy.status, busy.code) == (503, "server_full") for _, busy in crowd.refused)
+        await crowd.leave_all()
+        assert len(crowd.entered) == 5
+        assert (crowd.places.inside, crowd.places.waiting) == (0, 0)
+
+    run(work)
+
+
+def test_turns_go_round_the_keys_that_wait() -> None:
+    async def work() -> None:
+        crowd = Crowd(Places(1, 100))
+        await crowd.come(*"aaaaaa", *"bb", *"ccc")
+        await crowd.leave_all()
+        assert "".join(crowd.entered) == "a" + "abc" + "abc" + "ac" + "aa"
+
+    run(work)
+
+
+def test_a_key_that_has_none_inside_need_not_wait_for_another_keys_long_requests() -> None:
+    async def work() -> None:
+        crowd = Crowd(Places(4, 100, reserved=1))
+        await crowd.come(*"aaaaaa")
+        assert (crowd.entered, crowd.places.waiting) == (["a"] * 3, 3)
+        await crowd.come(*"bb")
+        assert (crowd.entered[3:], crowd.places.waiting) == (["b"], 4), "its first enters at once, its second waits"
+        await crowd.come("c")
+        await crowd.leave()
+        assert crowd.entered[4:] == ["c"], "and takes no turn from those who have none inside"
+        await crowd.leave_all()
+        assert (len(crowd.entered), crowd.places.inside, crowd.places.waiting) == (9, 0, 0)
+
+    run(work)
+
+
+def test_the_fewer_a_key_has_inside_the_sooner_is_its_turn() -> None:
+    async def work() -> None:
+        crowd = Crowd(Places(4, 100))
+        await crowd.come(*"aaab")
+        await crowd.come(*"aabb")
+        await crowd.leave()
+        await crowd.leave()
+        assert crowd.entered[4:] == ["b", "a"], "1 of b's beside 2 of a's, and then 2 beside 1"
+
+    run(work)
+
+
+def test_one_key_with_a_thousand_requests_keeps_nobody_out() -> None:
+    async def work() -> None:
+        crowd = Crowd(Places(4, 32))
+        await crowd.come(*(["flood"] * 1000))
+        before = len(crowd.refused)
+        assert before == 1000 - 36
+        await crowd.come(*"bcd")
+        assert [key for key, _ in crowd.refused[before:]] == ["flood"] * 3, "the newest of the longest queue makes room"
+        assert crowd.places.waiting == 32
+        for _ in range(4):
+            await crowd.leave()
+        assert sorted(crowd.entered[4:]) == ["b", "c", "d", "flood"], "the others wait for one turn, not for a thousand"
+        await crowd.come(*(["flood"] * 1000))
+        assert crowd.places.waiting == 32
+
+    run(work)
+
+
+def test_full_of_keys_with_one_request_each_it_refuses_another_key() -> None:
+    async def work() -> None:
+        crowd = Crowd(Places(1, 3))
+        await crowd.come(*"abcde")
+        assert [key for key, _ in crowd.refused] == ["e"]
+
+    run(work)
+
+
+def test_who_gives_up_leaves_no_trace() -> None:
+    async def work() -> None:
+        crowd = Crowd(Places(1, 10))
+        tasks = await crowd.come(*"abca")
+        tasks[1].cancel()
+        tasks[3].cancel()
+        await crowd.settle()
+        assert crowd.places.waiting == 1
+        await crowd.leave_all()
+        assert crowd.entered == ["a", "c"]
+        assert (crowd.places.inside, crowd.places.waiting) == (0, 0)
+
+    run(work)
+
+
+def test_a_place_that_is_given_to_one_who_gives_up_in_that_moment_goes_to_the_next() -> None:
+    async def work() -> None:
+        crowd = Crowd(Places(1, 10))
+        tasks = await crowd.come(*"abc")
+        crowd.places.give_back(crowd.inside.pop())  # b's turn is there, and b has not seen it
+        tasks[1].cancel()
+        await crowd.settle()
+        assert crowd.entered == ["a", "c"]
+        await crowd.leave_all()
+        assert (crowd.places.inside, crowd.places.waiting) == (0, 0)
+
+    run(work)
+
+
+@pytest.mark.parametrize("reserved", [0, 1])
+@pytest.mark.parametrize("seed", range(5))
+def test_whatever_happens_its_counts_are_right(seed: int, reserved: int) -> None:
+    async def work() -> None:
+        draw = random.Random(seed)
+        crowd = Crowd(Places(3, 5, reserved))
+        tasks: list[asyncio.Task[None]] = []
+        for _ in range(300):
+            match draw.randrange(4):
+                case 0 | 1:
+                    tasks += [asyncio.create_task(crowd.one(draw.choice("abc"))) for _ in range(draw.randrange(6))]
+                case 2:
+                    if tasks:
+                        draw.choice(tasks).cancel()
+                case _:
+                    if crowd.inside:
+                        crowd.places.give_back(crowd.inside.pop(draw.randrange(len(crowd.inside))))
+            if draw.random() < 0.5:
+                await crowd.settle()
+                assert crowd.places.inside == len(crowd.inside) <= 3
+                assert crowd.places.waiting <= 5
+                assert crowd.places.waiting == 0 or crowd.places.inside >= 3 - reserved
+        await crowd.settle()
+        await crowd.leave_all()
+        assert (crowd.places.inside, crowd.places.waiting) == (0, 0)
+
+    run(work)
+
+
+def test_what_it_says_of_the_wait_goes_by_how_long_requests_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("corral.serving.request_queue.time.monotonic", lambda: clock[0])
+
+    async def work() -> None:
+        places = Places(2, 4)
+        assert places.wait_seconds(3) == 1, "nothing is known, and it says the least it can"
+        began = [await places.take("a") for _ in range(2)]
+        clock[0] += 30
+        assert places.wait_seconds(2) == pytest.approx(30), "none has ended, and they take 30 seconds at least"
+        for each in began:
+            places.give_back(each)
+        assert places.wait_seconds(4) == pytest.approx(60)
+        for _ in range(100):
+            each = await places.take("a")
+            clock[0] += 10
+            places.give_back(each)
+        assert places.wait_seconds(4) == pytest.approx(20, rel=0.01), "what happened lately counts"
+        assert places.wait_seconds(10**6) == 3600
+
+    run(work)
+
+
+def test_retry_after_is_whole_seconds_and_never_none() -> None:
+    def of(seconds: float) -> int | None:
+        return Busy(429, "what", retry_seconds=seconds, code="code").retry_seconds
+
+    assert [of(0), of(0.2), of(1), of(1.01)] == [1, 1, 1, 2]

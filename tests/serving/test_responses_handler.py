@@ -1,0 +1,404 @@
+"""Answers as they come, and what becomes of those that are cut, fail, or are broken off at any point."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+from urllib.parse import urlsplit
+
+import openai
+import pytest
+from sqlalchemy import text
+
+from corral.answering.answerer import Answerer
+from corral.engines.scripted import ScriptedEngine
+from corral.serving import database as database_module
+from corral.serving import responses_handler as module
+from corral.serving.conversation_store import Conversations
+from corral.serving.database import Database
+from corral.serving.generation import Served
+from corral.serving.protocol import Limits, Refused
+from corral.serving.response_store import Turn
+from corral.serving.responses_handler import responding, stored
+from corral.serving.responses_protocol import ResponsesRequest
+from corral.serving.tables import Page
+from corral.template import Template
+from tests.serving.conftest import Endless, client_of
+from tests.serving.stateful import ASK, echo, prompt, said, stateful
+
+
+@pytest.fixture
+def client(database_url: str, tiny_template: Template) -> Generator[openai.OpenAI]:
+    with stateful(echo(tiny_template), database_url) as url, client_of(url) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def locked(url: str) -> Generator[None]:
+    """Whoever writes waits, as for another program; reading goes on."""
+    with contextlib.closing(Database(url)) as other, other.session() as writer:
+        lock = "LOCK TABLE conversations, responses, items IN EXCLUSIVE MODE" if "postgresql" in url else "SELECT 1"
+        writer.execute(text(lock))  # a file is locked by whoever begins to write
+        yield
+
+
+def test_a_turn_that_is_cancelled_while_it_is_begun_lets_go(
+    database_url: str, database: Database, tiny_template: Template
+) -> None:
+    store = Conversations(database)
+    made = store.create("a", {})
+    request = ResponsesRequest(model="echo", input="Hi", conversation=made.id)
+
+    async def work() -> None:
+        served = echo(tiny_template)
+        with locked(database_url):
+            asking = asyncio.create_task(responding(served, store.turns, "a", request))
+            await asyncio.sleep(0.2)
+            asking.cancel()
+            await asyncio.sleep(0.05)
+            assert not asking.done(), "it must not leave before it knows what it took"
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        answer = await (await responding(served, store.turns, "a", request)).whole()
+        assert answer.status == "completed"
+
+    asyncio.run(work())
+    assert len(store.items("a", made.id, Page())[0]) == 2
+
+
+def test_of_a_database_that_is_locked_it_is_said_with_503_and_when_to_try_again_and_it_can_be_read(
+    database_url: str, tiny_template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database_module, "_LOCK_SECONDS", 1)
+    with stateful(echo(tiny_template), database_url) as url, client_of(url) as client:
+        kept = client.conversations.create()
+        with locked(database_url), ThreadPoolExecutor(12) as threads:
+            asking = [threads.submit(client.conversations.create) for _ in range(12)]
+            asking += [threads.submit(client.responses.create, **ASK, input="Hi") for _ in range(4)]
+            assert client.conversations.retrieve(kept.id) == kept
+            faults = [each.exception() for each in asking]
+        for fault in faults:
+            assert isinstance(fault, openai.InternalServerError)
+            assert (fault.status_code, fault.code) == (503, "database_unavailable")
+            assert int(fault.response.headers["retry-after"]) >= 1
+        assert client.conversations.create().id
+
+
+def test_a_store_that_is_silent_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_STORE_SECONDS", 0.1)
+    over = threading.Event()
+
+    async def work() -> Refused:
+        with pytest.raises(Refused) as caught:
+            await stored(over.wait, 60)
+        assert not over.is_set()
+        return caught.value
+
+    try:
+        refused = asyncio.run(work())
+    finally:
+        over.set()
+    assert (refused.status, refused.code, refused.retry_seconds) == (503, "database_unavailable", 1)
+
+
+def test_signs_of_life_come_though_all_connections_are_taken(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Conversations(database, lease_seconds=1000)
+    made = store.create("a", {})
+    turn = Turn("resp_1", "a", (), stored=False, conversation=made.id)
+    store.turns.begin(turn, {})
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() + 900)
+    with contextlib.ExitStack() as taken:
+        for _ in range(15):
+            taken.enter_context(database.reading()).execute(text("SELECT 1"))
+        store.turns.renew(turn)
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() + 900)
+    with pytest.raises(Refused, match="being made"):
+        store.turns.begin(replace(turn, id="resp_2"), {})
+
+
+def test_work_that_nobody_waited_for_lets_go_when_it_is_cancelled(database: Database, tiny_template: Template) -> None:
+    store = Conversations(database)
+    made = store.create("a", {})
+    request = ResponsesRequest(model="echo", input="Hi", conversation=made.id)
+
+    async def work() -> str:
+        served = echo(tiny_template)
+        left = await responding(served, store.turns, "a", request)
+        left.cancel()
+        left.cancel()
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait([task], timeout=5)
+        answer = await (await responding(served, store.turns, "a", request)).whole()
+        return answer.status
+
+    assert asyncio.run(work()) == "completed"
+    assert len(store.items("a", made.id, Page())[0]) == 2
+
+
+def test_a_stream_has_openais_events_in_order_and_ends_with_what_is_stored(client: openai.OpenAI) -> None:
+    events = list(client.responses.create(**ASK, input="Hello", stream=True))
+    kinds = [event.type for event in events]
+    deltas = kinds.count("response.output_text.delta")
+    assert deltas > 3
+    assert kinds == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        *["response.output_text.delta"] * deltas,
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    first, last = events[0], events[-1]
+    assert first.type == "response.created"
+    assert (first.response.status, first.response.output, first.response.usage) == ("in_progress", [], None)
+    assert last.type == "response.completed"
+    assert last.response == client.responses.retrieve(first.response.id)
+    assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == last.response.output_text
+    assert {e.item_id for e in events if e.type == "response.output_text.delta"} == {last.response.output[0].id}
+
+
+def test_the_clients_own_stream_helper_understands_it(client: openai.OpenAI) -> None:
+    with client.responses.stream(**ASK, input="Hello") as stream:
+        for _ in stream:
+            pass
+        assert stream.get_final_response().output_text == prompt("Hello")
+
+
+def test_the_events_are_named_as_openais_are(client: openai.OpenAI) -> None:
+    place = urlsplit(str(client.base_url))
+    connection = http.client.HTTPConnection(place.netloc)
+    body = json.dumps({**ASK, "input": "Hi", "stream": True})
+    connection.request("POST", "/v1/responses", body, {"content-type": "application/json"})
+    blocks = connection.getresponse().read().decode().split("\n\n")
+    connection.close()
+    assert blocks.pop() == ""
+    for block in blocks:
+        name, data = block.split("\n")
+        assert name == f"event: {json.loads(data.removeprefix('data: '))['type']}"
+
+
+def test_an_answer_that_was_cut_is_incomplete_and_says_why(client: openai.OpenAI) -> None:
+    conversation = client.conversations.create()
+    cut = client.responses.create(model="echo", input="Hello", max_output_tokens=3, conversation=conversation.id)
+    assert cut.status == "incomplete"
+    assert cut.incomplete_details
+    assert cut.incomplete_details.reason == "max_output_tokens"
+    assert said(client, conversation.id)[-1][:2] == ("assistant", "incomplete")
+    *_, last = client.responses.create(model="echo", input="Hello", max_output_tokens=3, stream=True)
+    assert last.type == "response.incomplete"
+
+
+def test_a_vote_chooses_the_answer_and_is_shown(database_url: str, tiny_template: Template) -> None:
+    spoken = [
+        tiny_template.tokenizer.backend_tokenizer.encode(t, add_special_tokens=False).ids for t in ("no", "yes", "yes")
+    ]
+    served = Served(Answerer(ScriptedEngine(lambda ids, sampling, choice: spoken[choice]), tiny_template), "echo")
+    wish = {"consensus": {"method": "rouge-l", "n": 3, "stop": "never"}}
+    with stateful(served, database_url) as url, client_of(url) as client:
+        conversation = client.conversations.create()
+        made = client.responses.create(**ASK, input="?", conversation=conversation.id, extra_body=wish)
+        assert made.output_text == "yes"
+        assert [c["text"] for c in made.model_extra["consensus"]["candidates"]] == ["no", "yes", "yes"]  # type: ignore[index]
+        assert client.responses.retrieve(made.id).model_extra == made.model_extra
+        *_, last = client.responses.create(**ASK, input="?", conversation=conversation.id, stream=True, extra_body=wish)
+        assert last.type == "response.completed"
+        assert last.response.output_text == "yes"
+        assert [text for _, _, text in said(client, conversation.id)] == ["?", "yes"] * 2
+
+
+def test_a_long_conversation_is_refused_or_loses_its_beginning_if_that_is_wished(
+    database_url: str, tiny_template: Template
+) -> None:
+    with stateful(echo(tiny_template, context=200), database_url) as url, client_of(url) as client:
+        items: Any = [{"role": "system", "content": "Be kind."}]
+        for i in range(9):
+            items += [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i}"}]
+        conversation = client.conversations.create(items=items)
+        ask: Any = {"model": "echo", "input": "The last one", "max_output_tokens": 60, "conversation": conversation.id}
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.responses.create(**ask)
+        assert caught.value.code == "context_length_exceeded"
+        made = client.responses.create(**ask, truncation="auto")
+        assert made.usage
+        assert 70 < made.usage.input_tokens <= 140
+        assert made.output_text.startswith("system\nBe kind.\nuser\nquestion ")
+        assert "question 0" not in made.output_text
+        assert len(said(client, conversation.id)) == 21, "nothing is deleted"
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.responses.create(**(ask | {"input": "long " * 200}), truncation="auto")
+        assert caught.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    ("limits", "told"), [(Limits(messages=6), "6 messages"), (Limits(prompt_characters=60), "60 characters")], ids=str
+)
+def test_what_was_stored_counts_as_what_is_sent_and_gives_way_if_that_is_wished(
+    limits: Limits, told: str, database_url: str, tiny_template: Template
+) -> None:
+    served = replace(echo(tiny_template), limits=limits)
+    with stateful(served, database_url) as url, client_of(url) as client:
+        items: Any = []
+        for i in range(9):
+            items += [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i}"}]
+        conversation = client.conversations.create(items=items)
+        ask: Any = ASK | {"input": "The last one", "conversation": conversation.id}
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.responses.create(**ask)
+        assert (caught.value.param, told in caught.value.message) == ("input", True)
+        made = client.responses.create(**ask, truncation="auto")
+        assert made.output_text == prompt("question 7", "answer 7", "question 8", "answer 8", "The last one")
+
+
+def test_more_messages_than_are_served_are_refused_before_any_is_stored(
+    database: Database, tiny_template: Template
+) -> None:
+    request = ResponsesRequest.model_validate({"model": "echo", "input": [{"role": "user", "content": ""}] * 21})
+    served = replace(echo(tiny_template), limits=Limits(messages=20))
+    with pytest.raises(Refused, match="20 messages"):
+        asyncio.run(responding(served, Conversations(database).turns, "a", request))
+    with database.reading() as session:
+        assert session.scalar(text("SELECT count(*) FROM responses")) == 0
+
+
+def test_a_second_turn_of_a_conversation_waits_for_nobody_and_is_refused(
+    database_url: str, tiny_template: Template
+) -> None:
+    with stateful(echo(tiny_template, delay_seconds=0.02), database_url) as url, client_of(url) as client:
+        conversation = client.conversations.create()
+        stream = client.responses.create(**ASK, input="First", conversation=conversation.id, stream=True)
+        next(iter(stream))
+        for again in (True, False):
+            with pytest.raises(openai.ConflictError) as caught:
+                client.responses.create(**ASK, input="Second", conversation=conversation.id, stream=again)  # type: ignore[call-overload]
+            assert caught.value.code == "conversation_locked"
+        with pytest.raises(openai.ConflictError):
+            client.conversations.items.create(conversation.id, items=[{"role": "user", "content": "x"}])
+        assert client.responses.create(**ASK, input="elsewhere").status == "completed"
+        last = list(stream)[-1]
+        assert last.type == "response.completed"
+        second = client.responses.create(**ASK, input="Second", conversation=conversation.id)
+        assert second.output_text == prompt("First", last.response.output_text, "Second")
+
+
+def test_an_answer_that_takes_longer_than_a_lease_keeps_its_conversation(
+    database_url: str, tiny_template: Template
+) -> None:
+    served = Served(Answerer(Endless().engine, tiny_template), "echo")
+    with stateful(served, database_url, lease_seconds=2) as url, client_of(url) as client:
+        conversation = client.conversations.create()
+        with client.responses.create(model="echo", input="Go", conversation=conversation.id, stream=True) as stream:
+            next(iter(stream))
+            time.sleep(2.5)
+            with pytest.raises(openai.ConflictError):
+                client.responses.create(model="echo", input="Me too", conversation=conversation.id)
+
+
+def eventually(found: Callable[[], bool]) -> bool:
+    """Whether something comes to be within ten seconds."""
+    return any(found() or time.sleep(0.02) for _ in range(500))
+
+
+def test_of_a_stream_that_was_left_what_was_seen_is_kept_and_marked(database_url: str, tiny_template: Template) -> None:
+    endless = Endless()
+    served = Served(Answerer(endless.engine, tiny_template), "echo")
+    with stateful(served, database_url) as url, client_of(url) as client:
+        conversation = client.conversations.create()
+        id_ = seen = ""
+        with client.responses.create(model="echo", input="Go", conversation=conversation.id, stream=True) as stream:
+            for event in stream:
+                if event.type == "response.created":
+                    id_ = event.response.id
+                if event.type == "response.output_text.delta":
+                    seen += event.delta
+                if len(seen) > 5:
+                    break
+        assert eventually(lambda: client.responses.retrieve(id_).status == "cancelled")
+        kept = client.responses.retrieve(id_)
+        assert kept.output_text.startswith(seen)
+        assert kept.usage
+        assert kept.usage.output_tokens > 0
+        assert said(client, conversation.id) == [
+            ("user", "completed", "Go"),
+            ("assistant", "incomplete", kept.output_text),
+        ]
+        assert endless.ends(within=0), "the engine still works for nobody"
+        with client.responses.create(model="echo", input="Go on", conversation=conversation.id, stream=True) as stream:
+            assert next(iter(stream)).type == "response.created", "the conversation is free"
+
+
+def test_of_an_answer_that_nobody_saw_nothing_is_kept(database_url: str, tiny_template: Template) -> None:
+    endless = Endless()
+    served = Served(Answerer(endless.engine, tiny_template), "echo")
+    with stateful(served, database_url) as url, client_of(url) as client:
+        conversation = client.conversations.create()
+        with pytest.raises(openai.APITimeoutError), client_of(url, timeout=0.5) as hasty:
+            hasty.responses.create(model="echo", input="Go", conversation=conversation.id)
+        assert endless.began.is_set()
+
+        def is_free() -> bool:
+            try:
+                client.conversations.items.create(conversation.id, items=[{"role": "user", "content": "again"}])
+            except openai.ConflictError:
+                return False
+            return True
+
+        assert eventually(is_free)
+        assert [text for _, _, text in said(client, conversation.id)] == ["again"]
+
+
+def breaking(after: int) -> Any:
+    def reply(ids: Any, sampling: Any, choice: int) -> Iterator[int]:
+        yield from [50] * after
+        raise RuntimeError("secret of the machine")
+
+    return reply
+
+
+def test_an_engine_that_fails_fails_the_response_and_spares_the_conversation(
+    database_url: str, tiny_template: Template
+) -> None:
+    served = Served(Answerer(ScriptedEngine(breaking(3)), tiny_template), "echo")
+    with stateful(served, database_url) as url, client_of(url) as client:
+        conversation = client.conversations.create()
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.responses.create(model="echo", input="Go", conversation=conversation.id)
+        assert "secret" not in caught.value.message
+        *_, last = client.responses.create(model="echo", input="Go", conversation=conversation.id, stream=True)
+        assert last.type == "response.failed"
+        assert last.response.status == "failed"
+        assert last.response.error
+        assert last.response.error.code == "server_error"
+        assert "secret" not in last.response.error.message
+        assert client.responses.retrieve(last.response.id) == last.response
+        assert said(client, conversation.id) == []
+
+
+def test_a_conversation_that_is_deleted_amid_its_answer_fails_the_answer(
+    database_url: str, tiny_template: Template
+) -> None:
+    with stateful(echo(tiny_template, delay_seconds=0.02), database_url) as url, client_of(url) as client:
+        conversation = client.conversations.create()
+        stream = client.responses.create(**ASK, input="Go", conversation=conversation.id, stream=True)
+        first = next(iter(stream))
+        client.conversations.delete(conversation.id)
+        last = list(stream)[-1]
+        assert last.type == "response.failed"
+        assert last.response.error
+        assert conversation.id in last.response.error.message
+        assert first.type == "response.created"
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(first.response.id)

@@ -1,0 +1,383 @@
+"""What OpenAI's own client gets from the stateful routes, over a real socket: responses, conversations, what is between."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from corral.serving.admission import Door
+from corral.serving.api_keys import Keys
+from corral.serving.database import Database
+from corral.template import Template
+from tests.serving.conftest import client_of
+from tests.serving.postgres import PostgreSQL
+from tests.serving.stateful import ASK, echo, process, prompt, said, stateful
+
+
+@pytest.fixture
+def client(database_url: str, tiny_template: Template) -> Generator[openai.OpenAI]:
+    with stateful(echo(tiny_template), database_url) as url, client_of(url) as made:
+        yield made
+
+
+def test_a_response_says_what_was_asked_for_and_can_be_had_again(client: openai.OpenAI) -> None:
+    made = client.responses.create(
+        **ASK, input="Hello", instructions="Be kind.", temperature=0.5, top_p=0.9, metadata={"a": "b"}, user="me"
+    )
+    assert made.output_text == f"system\nBe kind.\n{prompt('Hello')}"
+    assert (made.object, made.status, made.model, made.error) == ("response", "completed", "echo", None)
+    assert (made.temperature, made.top_p, made.max_output_tokens) == (0.5, 0.9, 400)
+    assert (made.instructions, made.metadata, made.user) == ("Be kind.", {"a": "b"}, "me")
+    assert made.usage
+    assert made.usage.total_tokens == made.usage.input_tokens + made.usage.output_tokens
+    assert made.usage.output_tokens > 0
+    assert made.output[0].type == "message"
+    assert (made.output[0].role, made.output[0].status) == ("assistant", "completed")
+    assert made.completed_at
+    assert made.completed_at >= made.created_at
+    assert client.responses.retrieve(made.id) == made
+    asked = client.responses.input_items.list(made.id).data
+    assert [(item.type, item.role, item.content[0].text) for item in asked] == [("message", "user", "Hello")]  # type: ignore[union-attr]
+
+
+def test_turns_of_a_conversation_know_what_was_said_before(client: openai.OpenAI) -> None:
+    conversation = client.conversations.create(metadata={"title": "Sums"})
+    first = client.responses.create(**ASK, input="What is 2 + 2?", conversation=conversation.id)
+    *_, done = client.responses.create(**ASK, input="And 3?", conversation={"id": conversation.id}, stream=True)
+    assert done.type == "response.completed"
+    assert done.response.conversation
+    assert done.response.conversation.id == conversation.id
+    assert done.response.output_text == prompt("What is 2 + 2?", first.output_text, "And 3?")
+    assert said(client, conversation.id) == [
+        ("user", "completed", "What is 2 + 2?"),
+        ("assistant", "completed", first.output_text),
+        ("user", "completed", "And 3?"),
+        ("assistant", "completed", done.response.output_text),
+    ]
+
+
+def test_turns_by_the_previous_response_know_it_and_may_branch(client: openai.OpenAI) -> None:
+    first = client.responses.create(**ASK, input="One", instructions="Be kind.")
+    second = client.responses.create(**ASK, input="Two", previous_response_id=first.id)
+    other = client.responses.create(**ASK, input="Other", previous_response_id=first.id)
+    assert second.output_text == prompt("One", first.output_text, "Two"), "instructions are not carried over"
+    assert other.output_text == prompt("One", first.output_text, "Other")
+    assert second.previous_response_id == first.id
+    third = client.responses.create(**ASK, input="Three", previous_response_id=second.id)
+    assert third.output_text == prompt("One", first.output_text, "Two", second.output_text, "Three")
+
+
+def test_messages_of_every_form_are_read_and_an_answer_can_be_sent_back(client: openai.OpenAI) -> None:
+    first = client.responses.create(**ASK, input="One", store=False)
+    history: Any = [
+        {"role": "developer", "content": "Be kind."},
+        {
+            "type": "message",
+            "role": "user",
+            "content": [{"type": "input_text", "text": "O"}, {"type": "input_text", "text": "ne"}],
+        },
+        *[item.model_dump() for item in first.output],
+        {"role": "user", "content": "Two"},
+    ]
+    second = client.responses.create(**ASK, input=history)
+    assert second.output_text == "system\nBe kind.\n" + prompt("One", first.output_text, "Two")
+
+
+def test_a_conversation_that_ends_with_the_user_needs_no_input(client: openai.OpenAI) -> None:
+    conversation = client.conversations.create(items=[{"role": "user", "content": "Hello"}])
+    assert client.responses.create(**ASK, conversation=conversation.id).output_text == prompt("Hello")
+
+
+def test_what_is_not_to_be_stored_is_not_and_a_conversation_goes_on_all_the_same(client: openai.OpenAI) -> None:
+    alone = client.responses.create(**ASK, input="Secret", store=False)
+    conversation = client.conversations.create()
+    inside = client.responses.create(**ASK, input="Said", store=False, conversation=conversation.id)
+    for made in (alone, inside):
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(made.id)
+        with pytest.raises(openai.NotFoundError):
+            client.responses.create(**ASK, input="on", previous_response_id=made.id)
+    assert [text for _, _, text in said(client, conversation.id)] == ["Said", inside.output_text]
+
+
+def test_a_deleted_response_is_gone(client: openai.OpenAI) -> None:
+    made = client.responses.create(**ASK, input="Hello")
+    client.responses.delete(made.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(made.id)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "an unknown field": ({"frobnicate": 1}, "frobnicate"),
+    "tools": ({"tools": [{"type": "web_search"}]}, "tools"),
+    "a form of text": ({"text": {"format": {"type": "json_object"}}}, "text"),
+    "in the background": ({"background": True}, "background"),
+    "reasoning": ({"reasoning": {"effort": "high"}}, "reasoning"),
+    "log-probabilities": ({"include": ["message.output_text.logprobs"]}, "include"),
+    "a stored prompt": ({"prompt": {"id": "p"}}, "prompt"),
+    "several answers": ({"n": 2}, "n"),
+    "no number": ({"max_output_tokens": 0}, "max_output_tokens"),
+    "too much metadata": ({"metadata": {str(i): "" for i in range(17)}}, "metadata"),
+    "a picture": (
+        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+        "input[0].content[0].type",
+    ),
+    "a tool's output": ({"input": [{"type": "function_call_output", "call_id": "c", "output": ""}]}, "input[0]"),
+    "nothing said": ({"input": []}, "input"),
+    "the assistant last": ({"input": [{"role": "assistant", "content": "Hi"}]}, "input"),
+    "two system messages": (
+        {"instructions": "a", "input": [{"role": "system", "content": "b"}, {"role": "user", "content": "c"}]},
+        "input",
+    ),
+    "two pasts": ({"conversation": "conv_1", "previous_response_id": "resp_1"}, "previous_response_id"),
+}
+
+
+def test_what_is_not_supported_is_refused_by_name(client: openai.OpenAI) -> None:
+    for case, (changes, param) in REFUSED.items():
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.responses.create(**ASK, **({"input": "Hi"} if "input" not in changes else {}), extra_body=changes)
+        assert str(caught.value.param).startswith(param), case
+
+
+def test_what_changes_nothing_is_accepted(client: openai.OpenAI) -> None:
+    habits: Any = {"tools": [], "tool_choice": "auto", "text": {"format": {"type": "text"}}, "service_tier": "auto"}
+    habits |= {
+        "parallel_tool_calls": True,
+        "include": [],
+        "background": False,
+        "truncation": "disabled",
+        "top_logprobs": 0,
+    }
+    assert client.responses.create(**ASK, input="Hi", **habits).output_text == prompt("Hi")
+
+
+def test_a_refused_question_leaves_its_conversation_free_and_unchanged(client: openai.OpenAI) -> None:
+    conversation = client.conversations.create()
+    for _ in range(2):
+        with pytest.raises(openai.BadRequestError):
+            client.responses.create(**ASK, input=[{"role": "assistant", "content": "x"}], conversation=conversation.id)
+    assert said(client, conversation.id) == []
+    assert client.responses.create(**ASK, input="Hi", conversation=conversation.id).status == "completed"
+
+
+def test_an_unknown_model_and_unknown_pasts_are_404(client: openai.OpenAI) -> None:
+    for changes, param in (
+        ({"model": "other"}, "model"),
+        ({"conversation": "conv_" + "0" * 32}, "conversation"),
+        ({"conversation": "../etc"}, "conversation"),
+        ({"previous_response_id": "resp_" + "0" * 32}, "previous_response_id"),
+        ({"previous_response_id": "\0"}, "previous_response_id"),
+    ):
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.responses.create(**({**ASK, "input": "Hi"} | changes))
+        assert caught.value.param == param
+
+
+def test_conversations_are_made_renamed_listed_exported_and_deleted(client: openai.OpenAI) -> None:
+    made = client.conversations.create(
+        metadata={"title": "Old"}, items=[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    )
+    assert (made.object, made.metadata) == ("conversation", {"title": "Old"})
+    renamed = client.conversations.update(made.id, metadata={"title": "New"})
+    assert renamed == client.conversations.retrieve(made.id)
+    assert renamed.metadata == {"title": "New"}
+    other = client.conversations.create()
+    listed: Any = client.get("/conversations", cast_to=object, options={"params": {"limit": 1}})
+    assert ([each["id"] for each in listed["data"]], listed["has_more"]) == ([other.id], True)
+    listed = client.get("/conversations", cast_to=object, options={"params": {"after": listed["last_id"]}})
+    assert ([each["metadata"] for each in listed["data"]], listed["has_more"]) == ([{"title": "New"}], False)
+    export: Any = client.get(f"/conversations/{made.id}/export", cast_to=object)
+    assert export["metadata"] == {"title": "New"}
+    assert export["messages"] == [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    assert [item["content"][0]["type"] for item in export["items"]] == ["input_text", "output_text"]
+    deleted = client.conversations.delete(made.id)
+    assert (deleted.deleted, deleted.object) == (True, "conversation.deleted")
+    with pytest.raises(openai.NotFoundError):
+        client.conversations.retrieve(made.id)
+
+
+def test_items_are_added_paged_read_and_deleted(client: openai.OpenAI) -> None:
+    conversation = client.conversations.create()
+    added = client.conversations.items.create(
+        conversation.id, items=[{"role": "user", "content": str(i)} for i in range(5)]
+    )
+    assert (added.first_id, added.last_id, added.has_more) == (added.data[0].id, added.data[-1].id, False)
+    paged = list(client.conversations.items.list(conversation.id, limit=2))  # the client asks for page after page
+    assert [item.id for item in paged] == [item.id for item in added.data][::-1]
+    one = client.conversations.items.retrieve(str(added.data[1].id), conversation_id=conversation.id)
+    assert one == added.data[1]
+    assert client.conversations.items.delete(str(one.id), conversation_id=conversation.id).id == conversation.id
+    with pytest.raises(openai.NotFoundError):
+        client.conversations.items.retrieve(str(one.id), conversation_id=conversation.id)
+    assert [text for _, _, text in said(client, conversation.id)] == ["0", "2", "3", "4"]
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.conversations.items.create(conversation.id, items=[{"role": "user", "content": "x"}] * 21)
+    assert caught.value.param == "items"
+
+
+def test_a_message_has_so_many_parts_and_no_more(client: openai.OpenAI) -> None:
+    part: Any = {"type": "input_text", "text": ""}
+    conversation = client.conversations.create(items=[{"role": "user", "content": [part] * 1024}])
+    (item,) = client.conversations.items.list(conversation.id).data
+    assert len(item.content) == 1024  # type: ignore[union-attr]
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.conversations.items.create(conversation.id, items=[{"role": "user", "content": [part] * 1025}])
+    assert caught.value.param == "items[0].content"
+
+
+def test_parameters_of_an_address_are_held_and_unknown_ones_refused(client: openai.OpenAI) -> None:
+    conversation = client.conversations.create()
+    path = f"/conversations/{conversation.id}"
+    for address, param in (
+        (f"{path}/items?limit=0", "limit"),
+        (f"{path}/items?limit=101", "limit"),
+        (f"{path}/items?order=up", "order"),
+        (f"{path}/items?after=msg_none", "after"),
+        (f"{path}/items?include[]=x", "include[]"),
+        (f"{path}?stream=true", "stream"),
+        ("/conversations?owner=b", "owner"),
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.get(address, cast_to=object)
+        assert caught.value.param == param
+
+
+def test_the_async_client_and_many_conversations_at_once(client: openai.OpenAI) -> None:
+    async def talk(asynchronous: openai.AsyncOpenAI, who: int) -> list[str]:
+        conversation = await asynchronous.conversations.create()
+        answers: list[str] = []
+        for turn in range(2):
+            stream = await asynchronous.responses.create(
+                **ASK, input=f"{who}, {turn}", conversation=conversation.id, stream=True
+            )
+            async for event in stream:
+                if event.type == "response.completed":
+                    answers.append(event.response.output_text)
+        return answers
+
+    async def all_() -> list[list[str]]:
+        url = str(client.base_url)
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as asynchronous:
+            return await asyncio.gather(*(talk(asynchronous, who) for who in range(8)))
+
+    for who, (first, second) in enumerate(asyncio.run(all_())):
+        assert first == prompt(f"{who}, 0")
+        assert second == prompt(f"{who}, 0", first, f"{who}, 1")
+
+
+def test_with_keys_each_sees_its_own_and_the_rest_is_as_if_it_were_not(
+    database: Database, tiny_template: Template
+) -> None:
+    keys = Keys(database)
+    secrets = [keys.add(name)[1] for name in ("ann", "bob")]
+    with stateful(echo(tiny_template), database, door=Door(keys=keys)) as url:
+        ann, bob = (openai.OpenAI(base_url=f"{url}/v1", api_key=secret, max_retries=0) for secret in secrets)
+        conversation = ann.conversations.create(items=[{"role": "user", "content": "secret"}])
+        item = ann.conversations.items.list(conversation.id).data[0].id
+        response = ann.responses.create(**ASK, conversation=conversation.id)
+        calls: list[Callable[[str, str, str], object]] = [
+            lambda c, r, i: bob.conversations.retrieve(c),
+            lambda c, r, i: bob.conversations.update(c, metadata={}),
+            lambda c, r, i: bob.conversations.delete(c),
+            lambda c, r, i: bob.get(f"/conversations/{c}/export", cast_to=object),
+            lambda c, r, i: bob.conversations.items.list(c),
+            lambda c, r, i: bob.conversations.items.create(c, items=[{"role": "user", "content": "x"}]),
+            lambda c, r, i: bob.conversations.items.retrieve(i, conversation_id=c),
+            lambda c, r, i: bob.conversations.items.delete(i, conversation_id=c),
+            lambda c, r, i: bob.responses.create(**ASK, input="x", conversation=c),
+            lambda c, r, i: bob.responses.create(**ASK, input="x", previous_response_id=r),
+            lambda c, r, i: bob.responses.retrieve(r),
+            lambda c, r, i: bob.responses.delete(r),
+            lambda c, r, i: bob.responses.input_items.list(r),
+        ]
+        for call in calls:
+            words: list[str] = []
+            for ids in (
+                (conversation.id, response.id, str(item)),
+                tuple(f"{k}_{0:032x}" for k in ("conv", "resp", "msg")),
+            ):
+                with pytest.raises(openai.NotFoundError) as caught:
+                    call(*ids)  # type: ignore[call-arg]
+                text = str(caught.value.body)
+                for id_ in ids:
+                    text = text.replace(id_, "ID")
+                words.append(text)
+            assert words[0] == words[1], "nothing tells that it is somebody else's"
+        assert bob.get("/conversations", cast_to=object)["data"] == []  # type: ignore[index]
+        assert ann.conversations.items.list(conversation.id).data[-1].id == item
+        assert ann.responses.retrieve(response.id) == response
+        for made in (ann, bob):
+            made.close()
+
+
+def test_a_server_killed_amid_a_stream_has_lost_nothing_it_acknowledged(
+    database_url: str, tiny_folder: Path, tiny_template: Template
+) -> None:
+    with process(tiny_folder, database_url, delay=0.02, lease=1) as (url, child), client_of(url) as client:
+        conversation = client.conversations.create(metadata={"title": "kept"})
+        first = client.responses.create(**ASK, input="First", conversation=conversation.id)
+        stream = iter(client.responses.create(**ASK, input="Second", conversation=conversation.id, stream=True))
+        created = next(stream)
+        assert created.type == "response.created"
+        while next(stream).type != "response.output_text.delta":
+            pass
+        child.kill()
+        with pytest.raises(openai.APIConnectionError):
+            list(stream)
+    with stateful(echo(tiny_template), database_url, lease_seconds=1) as url, client_of(url) as client:
+        assert client.conversations.retrieve(conversation.id) == conversation
+        assert client.responses.retrieve(first.id) == first
+        before = [("user", "completed", "First"), ("assistant", "completed", first.output_text)]
+        assert said(client, conversation.id) == before, "no half an answer, and no question without one"
+        # The client tries again by itself while the dead process still holds the conversation.
+        patient = client.with_options(max_retries=6)
+        third = patient.responses.create(**ASK, input="Third", conversation=conversation.id)
+        assert third.output_text == prompt("First", first.output_text, "Third")
+        dead = client.responses.retrieve(created.response.id)
+        assert (dead.status, dead.output) == ("failed", [])
+        assert dead.error
+
+
+@pytest.mark.full
+def test_two_servers_share_conversations_in_postgresql(
+    postgres: PostgreSQL, tiny_folder: Path, tiny_template: Template
+) -> None:
+    url = postgres.new_database()
+    with (
+        process(tiny_folder, url, delay=0.02, lease=2) as (left_url, left),
+        process(tiny_folder, url, delay=0.02, lease=2) as (right_url, _),
+        client_of(left_url) as one,
+        client_of(right_url) as other,
+    ):
+        conversation = one.conversations.create(metadata={"title": "shared \0"})
+        first = one.responses.create(**ASK, input="First", conversation=conversation.id)
+        second = other.responses.create(**ASK, input="Second", conversation=conversation.id)
+        assert second.output_text == prompt("First", first.output_text, "Second")
+        assert one.conversations.retrieve(conversation.id).metadata == {"title": "shared \0"}
+        chained = other.responses.create(**ASK, input="Aside", previous_response_id=first.id)
+        assert chained.output_text == prompt("First", first.output_text, "Aside")
+        before = said(one, conversation.id)
+        assert said(other, conversation.id) == before
+        stream = iter(one.responses.create(**ASK, input="Third", conversation=conversation.id, stream=True))
+        next(stream)
+        with pytest.raises(openai.ConflictError):
+            other.responses.create(**ASK, input="Third too", conversation=conversation.id)
+        left.kill()
+        with pytest.raises(openai.APIConnectionError):
+            list(stream)
+        patient = other.with_options(max_retries=6)
+        last = patient.responses.create(**ASK, input="Fourth", conversation=conversation.id)
+        assert "Third" not in last.output_text
+        assert said(other, conversation.id)[: len(before)] == before
+        postgres.stop()
+        with pytest.raises(openai.InternalServerError) as caught:
+            other.conversations.retrieve(conversation.id)
+        assert (caught.value.status_code, caught.value.code) == (503, "database_unavailable")
+        postgres.start()
+        assert other.conversations.retrieve(conversation.id).id == conversation.id

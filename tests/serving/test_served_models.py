@@ -1,0 +1,256 @@
+"""What `corral serve` is given becomes models by name: runs as their recipes say, adapters on one base, replicas."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from corral.answering.answerer import Answerer
+from corral.answering.consensus import Consensus
+from corral.engines.base import Sampling
+from corral.errors import InputError, ModelError
+from corral.messages import Conversation
+from corral.serving.generation import Served
+from corral.serving.protocol import Refused
+from corral.serving.served_models import Models, open_served
+from corral.template import Template
+from tests.serving.conftest import client_of, running
+
+ASKED = Conversation.of(("user", "What is two plus two?"))
+RECIPE = """
+name = "mine"
+seed = 11
+[model]
+base = "{base}"
+[[data.sources]]
+path = "rows.jsonl"
+[[train]]
+steps = 1
+[answer]
+max_tokens = 33
+temperature = 0.2
+reasoning = true
+[answer.shots]
+count = 2
+[answer.shots.source]
+path = "{rows}"
+[answer.consensus]
+method = "majority"
+n = 4
+"""
+
+
+def an_adapter(base: Path, folder: Path, seed: int) -> Path:
+    """An adapter of that model, on every layer, that plainly changes it."""
+    import torch
+
+    from corral.model import adapters
+    from corral.model.loading import load_model
+    from corral.recipe import Lora
+
+    adapted = adapters.attach(load_model(base), Lora(rank=4, targets="all-linear"), seed=seed)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.05)
+    folder.mkdir()
+    adapters.save(adapted, folder, base=str(base))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two adapters of the tiny model."""
+    folder = tmp_path_factory.mktemp("adapters")
+    return an_adapter(tiny_folder, folder / "cook", 1), an_adapter(tiny_folder, folder / "poet", 2)
+
+
+def opened(*specs: object, **options: Any) -> Models:
+    given: Any = {"engine": "transformers"} | options
+    return open_served([str(spec) for spec in specs], **given)
+
+
+def closed(models: Models) -> list[str]:
+    """Their names; they are not needed any longer."""
+    asyncio.run(models.close())
+    return [served.name for served in models.all()]
+
+
+# Names
+
+
+def test_a_model_has_its_own_name_unless_it_is_given_one(tiny_folder: Path) -> None:
+    assert closed(opened(tiny_folder)) == [tiny_folder.name]
+    assert closed(opened(tiny_folder, name="mine")) == ["mine"]
+    assert closed(opened(f"a={tiny_folder}", f"b c={tiny_folder}")) == ["a", "b c"]
+
+
+def test_a_folder_with_an_equals_sign_in_its_name_is_a_folder(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "rate=1e-4")
+    assert closed(opened(folder)) == ["rate=1e-4"]
+
+
+def test_names_that_do_not_tell_models_apart_are_refused_before_anything_is_loaded(tiny_folder: Path) -> None:
+    for specs, options, part in (
+        (["a=nowhere", "a=elsewhere"], {}, "'a'"),
+        (["nowhere", "elsewhere"], {"name": "m"}, "--name"),
+        (["all-minilm-l6-v2=nowhere"], {"embeddings": True}, "all-minilm-l6-v2"),
+    ):
+        with pytest.raises(InputError, match=part) as caught:
+            opened(*specs, **options)
+        assert "NAME=MODEL" in str(caught.value.hint)
+
+
+def test_another_name_is_not_found_and_the_error_tells_which_there_are(tiny_served: Served) -> None:
+    models = Models([tiny_served])
+    assert models.find("tiny") is tiny_served
+    with pytest.raises(Refused, match="'tiny'") as caught:
+        models.find("gpt-5")
+    assert (caught.value.status, caught.value.code) == (404, "model_not_found")
+
+
+# Runs
+
+
+def test_a_run_is_asked_as_its_recipe_says(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"{i}."}]}
+        for i in range(9)
+    ]
+    (tmp_path / "shown.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = tmp_path / "run"
+    shutil.copytree(tiny_folder, run / "merge" / "model")
+    (run / "recipe.toml").write_text(RECIPE.format(base=tiny_folder, rows=tmp_path / "shown.jsonl"))
+    models = opened(run, f"plain={tiny_folder}")
+    mine, plain = models.all()
+    assert (mine.name, plain.name) == ("mine", "plain")
+    answerer = mine.answerer
+    assert answerer.prompting
+    assert (answerer.prompting.count, answerer.prompting.examples, answerer.prompting.reasoning) == (2, 3, True)
+    assert isinstance(answerer.consensus, Consensus)
+    assert (answerer.consensus.method, answerer.consensus.n, answerer.sampling.max_tokens) == ("majority", 4, 33)
+    assert (plain.answerer.prompting, plain.answerer.consensus) == (None, None)
+    drawn = [(each.answerer.sampling.temperature, each.answerer.sampling.top_p) for each in (mine, plain)]
+    assert drawn == [(0.2, 1.0), (0.7, 0.9)], "where there is no recipe, as in a conversation at the terminal"
+    assert mine.fingerprint != plain.fingerprint, "other examples, another answer"
+    closed(models)
+
+
+# Adapters of one base
+
+
+def test_adapters_by_name_answer_as_each_does_alone_also_when_they_are_asked_at_once(
+    two: tuple[Path, Path], tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from corral.model import loading
+
+    specs = {"base": tiny_folder, "cook": two[0], "poet": two[1]}
+    work = [(f"What is {i} plus {i}?", Sampling(24, 2, 0.8, seed=i, logprobs=True)) for i in range(6)]
+
+    async def answers(models: Models, name: str) -> list[Any]:
+        answerer = models.find(name).answerer
+        found = [await answerer.answer(Conversation.of(("user", text)), sampling) for text, sampling in work]
+        ids = answerer.template.prompt(ASKED)
+        return [(answer.texts, answer.completions) for answer in found] + [await answerer.engine.score(ids)]
+
+    async def at_once(models: Models) -> list[list[Any]]:
+        found = await asyncio.gather(*(answers(models, name) for name in (*specs, *reversed(specs))))
+        await models.close()
+        return found
+
+    async def one_by_one(name: str, spec: Path) -> list[Any]:
+        models = opened(f"{name}={spec}")
+        found = await answers(models, name)
+        await models.close()
+        return found
+
+    alone = [asyncio.run(one_by_one(name, spec)) for name, spec in specs.items()]
+    loaded: list[Path] = []
+    load = loading.load_model
+
+    def counted(folder: Path, **options: Any) -> Any:
+        loaded.append(folder)
+        return load(folder, **options)
+
+    monkeypatch.setattr(loading, "load_model", counted)
+    together = asyncio.run(at_once(opened(*(f"{name}={spec}" for name, spec in specs.items()))))
+    assert len(loaded) == 1, "the weights are loaded once"
+    for found, expected in zip(together, [*alone, *reversed(alone)], strict=True):
+        for (texts, completions), (own_texts, own_completions) in zip(found[:-1], expected[:-1], strict=True):
+            assert texts == own_texts
+            for one, own in zip(completions, own_completions, strict=True):
+                assert (one.ids, one.finish) == (own.ids, own.finish)
+                assert one.logprobs == pytest.approx(own.logprobs, abs=1e-4)
+        assert found[-1] == pytest.approx(expected[-1], abs=1e-4)
+    assert len({found[0][0] for found in alone}) == 3, "they are different models"
+
+
+def test_a_busy_adapter_does_not_keep_another_waiting(two: tuple[Path, Path]) -> None:
+    models = opened(f"cook={two[0]}", f"poet={two[1]}")
+
+    async def work() -> None:
+        busy, other = (models.find(name).answerer.engine for name in ("cook", "poet"))
+        endless = [busy.submit([5], Sampling(400, 4, 1.0)) for _ in range(2)]
+        waiting = [asyncio.create_task(generation.completions()) for generation in endless]
+        await asyncio.sleep(0.05)
+        await other.submit([5], Sampling(8)).completions()
+        assert not any(task.done() for task in waiting)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        await models.close()
+
+    asyncio.run(work())
+
+
+def test_adapters_are_selected_by_name_over_http_and_each_is_listed(two: tuple[Path, Path]) -> None:
+    models = opened(f"cook={two[0]}", f"poet={two[1]}")
+    with running(models) as url, client_of(url) as client:
+        assert [model.id for model in client.models.list()] == ["cook", "poet"]
+        said = {
+            name: client.chat.completions.create(
+                model=name, messages=[{"role": "user", "content": "Hello"}], temperature=0, max_tokens=16
+            )
+            for name in ("cook", "poet")
+        }
+        assert [answer.model for answer in said.values()] == ["cook", "poet"]
+        assert said["cook"].choices[0].message.content != said["poet"].choices[0].message.content
+        assert said["cook"].system_fingerprint != said["poet"].system_fingerprint
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model="painter", prompt="a")
+    closed(models)
+
+
+def test_adapters_for_an_engine_that_computes_none_are_refused(two: tuple[Path, Path]) -> None:
+    with pytest.raises(ModelError, match="openvino"):
+        opened(*two, engine="openvino")
+
+
+def test_an_engine_that_several_names_share_is_closed_once_and_readiness_needs_all(tiny_template: Template) -> None:
+    from corral.engines.scripted import ScriptedEngine
+
+    closings: list[str] = []
+
+    class Counted(ScriptedEngine):
+        @property
+        def ready(self) -> bool:
+            return self.name != "away"
+
+        async def close(self) -> None:
+            closings.append(self.name)
+            await super().close()
+
+    one, away = Counted([1], name="one"), Counted([1], name="away")
+    shared = [Served(Answerer(one, tiny_template), name) for name in ("a", "b")]
+    assert Models(shared).ready
+    models = Models([*shared, Served(Answerer(away, tiny_template), "c")])
+    assert not models.ready
+    closed(models)
+    assert sorted(closings) == ["away", "one"]

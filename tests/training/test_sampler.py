@@ -1,0 +1,48 @@
+"""Which examples a step takes."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from corral.recipe import Train
+from corral.training.sampler import Order
+
+
+def order(count: int, seed: int = 9, **settings: Any) -> Order:
+    lengths = [random.Random(i).randint(5, 500) for i in range(count)]
+    return Order(Train(**{"batch_size": 7, "steps": 20} | settings), lengths, seed)
+
+
+def test_every_example_comes_once_an_epoch_and_a_step_depends_on_nothing_else() -> None:
+    for grouped in (False, True):
+        places = [i for step in range(1, 11) for i in order(35, group_by_length=grouped).batch(step)]
+        assert sorted(places[:35]) == sorted(places[35:70]) == list(range(35))
+        assert places[:35] != places[35:70]
+        assert order(35, group_by_length=grouped).batch(4) == places[21:28]
+        assert order(35, 10, group_by_length=grouped).batch(4) != places[21:28]
+
+
+def test_steps_cross_the_border_of_an_epoch() -> None:
+    places = [i for step in range(1, 11) for i in order(10).batch(step)]
+    assert len(places) == 70
+    assert all(sorted(places[at : at + 10]) == list(range(10)) for at in range(0, 70, 10))
+
+
+def test_whole_epochs_end_with_a_smaller_step() -> None:
+    made = order(10, steps=None, epochs=1.5)
+    assert made.steps == 3
+    assert [len(made.batch(step)) for step in (1, 2, 3)] == [7, 7, 1]
+
+
+def test_grouping_puts_like_lengths_into_a_step_and_keeps_their_order_random() -> None:
+    def spread(made: Order, lengths: list[int]) -> float:
+        steps = [[lengths[i] for i in made.batch(step)] for step in range(1, made.steps + 1)]
+        return sum(max(s) - min(s) for s in steps) / len(steps)
+
+    lengths = [random.Random(i).randint(5, 500) for i in range(700)]
+    plain, grouped = (order(700, steps=100, group_by_length=on) for on in (False, True))
+    assert spread(grouped, lengths) < spread(plain, lengths) / 10
+    means = [sum(lengths[i] for i in grouped.batch(step)) for step in range(1, 51)]
+    assert means != sorted(means)
+    assert means != sorted(means, reverse=True)
