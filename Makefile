@@ -1,29 +1,30 @@
-# Two commands for a newcomer: `make demo` and `make test`. Both make the environment first.
+# Two commands for a newcomer: `make demo` and `make test`. Both create the environment first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
 VLLM := .venv-vllm
 # A machine without a GPU is better served by a CPU build of torch; TORCH_INDEX names a package index to take it from.
 TORCH_INDEX ?=
 
 .PHONY: demo test test-full test-vllm lint docs bench clean
 
-demo: $(STAMP)
+demo: $(INSTALLED)
 	$(BIN)/corral run recipes/quickstart.toml
 
-# Two tests at a time, each on one core: most of a test is starting processes, which a second core does not speed up.
+# Two tests at a time, each on one core: most tests start processes and wait, so threads within one test would not help.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-test: $(STAMP)
+test: $(INSTALLED_DEV)
 	$(TESTS) -m "not full"
 
-test-full: $(STAMP)
+test-full: $(INSTALLED_DEV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[full]"
 	$(TESTS)
 
-# vLLM wants other versions than the rest of the tests, so it has an environment of its own, with the build for CPUs. Its
-# requirements are left aside (--no-deps): all that text needs is in constraints-vllm.txt, without torchvision and the like.
+# vLLM pins other versions than the rest, so its tests run in an environment of their own, with its CPU build. It is installed
+# without its requirements (--no-deps): constraints-vllm.txt lists what text generation needs, without torchvision and others.
 test-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -m pytest tests/engines/test_vllm.py
 
@@ -33,15 +34,15 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt --editable .
 	touch $@
 
-lint: $(STAMP)
+lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-docs: $(STAMP)
+docs: $(INSTALLED)
 	$(BIN)/python -m corral.recipe.reference > docs/recipe.md
 
-bench: $(STAMP)
+bench: $(INSTALLED_DEV)
 	$(BIN)/python benchmarks/rouge.py --json benchmarks/results/rouge.json
 	$(BIN)/python benchmarks/vote.py --json benchmarks/results/vote.json
 	$(BIN)/python benchmarks/train_cpu.py --json benchmarks/results/train_cpu.json
@@ -51,10 +52,16 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/serve.py --json benchmarks/results/serve.json
 	$(BIN)/python benchmarks/findings.py --run runs/quickstart
 
-$(STAMP): pyproject.toml constraints.txt
+# What a user needs: `make demo` installs nothing else.
+$(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'corral needs Python 3.11 or newer; try: make PYTHON=python3.11 ...')"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[openvino,quant]"
+	touch $@
+
+# What developers need besides: the test runner, linters, and the peers that tests compare with.
+$(INSTALLED_DEV): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,openvino,quant]"
 	touch $@
 
