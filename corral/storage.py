@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from corral.errors import CorralError, StorageError
 
@@ -159,6 +159,26 @@ def locked(path: Path) -> Generator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def read_write_lock(path: Path, mode: Literal["read", "write"], *, wait: bool = True) -> Generator[None]:
+    """Holds the lock file `path` (created if need be) together with other readers, or alone as the writer.
+
+    The system releases it when the process ends. Raises StorageError if the file cannot be written, or if the lock is
+    held elsewhere and `wait` is False.
+    """
+    from filelock import ReadWriteLock
+
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()  # with the usual permissions: other users may share the cache
+        lock = ReadWriteLock(path, is_singleton=False)
+        (lock.acquire_read if mode == "read" else lock.acquire_write)(blocking=wait)
+    try:
+        yield
+    finally:
+        lock.close()
 
 
 def remove_tree(path: Path) -> None:

@@ -32,6 +32,7 @@ from corral.storage import (
     cache_root,
     locked,
     new_directory,
+    read_write_lock,
     remove_tree,
     sha256_file,
     storage_errors,
@@ -159,7 +160,8 @@ def clear_cache(names: Iterable[str] | None = None) -> list[str]:
         entries = [entry for entry in entries if entry.name in wanted]
     for entry in entries:
         # Prepared rows may be in use by a run: it is waited for.
-        with locked(entry.path.with_name("prepared.lock")) if entry.kind == "rows" else nullcontext():
+        lock = entry.path.with_name("prepared.lock")
+        with read_write_lock(lock, "write") if entry.kind == "rows" else nullcontext():
             remove_tree(entry.path)
     if names is None:
         remove_tree(cache_root() / "identities")

@@ -8,7 +8,6 @@ spreads work over processes. This module does not know what is computed, nor wha
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -33,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corral.errors import CorralError, StorageError
-from corral.storage import cache_root, remove_tree, storage_errors, tree_size
+from corral.storage import cache_root, read_write_lock, remove_tree, storage_errors, tree_size
 
 Ints: TypeAlias = NDArray[np.int64]
 Arrays: TypeAlias = dict[str, NDArray[Any]]
@@ -68,7 +67,7 @@ def in_use(cache: Path) -> Generator[set[Path]]:
     """
     used: set[Path] = set()
     try:
-        with _lock(cache, fcntl.LOCK_SH):
+        with read_write_lock(_lock_file(cache), "read"):
             try:
                 yield used
             finally:
@@ -81,7 +80,7 @@ def in_use(cache: Path) -> Generator[set[Path]]:
 
 
 def _trim(cache: Path, used: set[Path]) -> None:
-    with _lock(cache, fcntl.LOCK_EX | fcntl.LOCK_NB), storage_errors(cache):
+    with read_write_lock(_lock_file(cache), "write", wait=False), storage_errors(cache):
         folders = [path for path in cache.iterdir() if path.is_dir()]
         abandoned = {path for path in folders if path.name.startswith(".")}  # by killed writers: the lock is ours
         for path in (*abandoned, *cache.glob("*/.corral-tmp-*")):
@@ -95,20 +94,9 @@ def _trim(cache: Path, used: set[Path]) -> None:
                 (cache / f".{folder.name}.lock").unlink(missing_ok=True)
 
 
-@contextmanager
-def _lock(cache: Path, kind: int) -> Generator[None]:
-    """Raises: StorageError, also where another process has the lock and `kind` does not wait for it."""
-    with storage_errors(cache):
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the cache, so that it outlives clearing: `assets.clear_cache` takes it too.
-        handle = os.open(cache.with_name(f"{cache.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        with storage_errors(cache):
-            fcntl.flock(handle, kind)
-        yield
-    finally:
-        fcntl.flock(handle, fcntl.LOCK_UN)  # a worker that was forked may still have the handle
-        os.close(handle)
+def _lock_file(cache: Path) -> Path:
+    # Beside the cache, so that it outlives clearing: `assets.clear_cache` takes it too.
+    return cache.with_name(f"{cache.name}.lock")
 
 
 @lru_cache
