@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from corral.answering.answerer import Answerer
 from corral.engines.base import Engine, Sampling
-from corral.engines.registry import Local, Name, default_engine, load_engines
+from corral.engines.registry import EngineName, LocalEngine, default_engine, load_engines
 from corral.errors import InputError, ModelError
 from corral.export import contract
 from corral.export_forms import CONTRACT, OPENVINO
@@ -39,7 +39,7 @@ class Opened:
 
 
 def open_model(
-    spec: str, engine: Name | None = None, sampling: Sampling | None = None, *, urls: Sequence[str] = ()
+    spec: str, engine: EngineName | None = None, sampling: Sampling | None = None, *, urls: Sequence[str] = ()
 ) -> Opened:
     """Load a model into an engine on this machine's best device. The engine is the caller's to close.
 
@@ -63,7 +63,7 @@ def open_model(
     return reach_model(spec, urls, sampling) if urls else open_models([spec], local, sampling)[0]
 
 
-def local_engine(engine: Name | None, urls: Sequence[str]) -> Local | None:
+def local_engine(engine: EngineName | None, urls: Sequence[str]) -> LocalEngine | None:
     """The engine of this machine that is wanted, if one is named. Raises: InputError (URLs without the remote engine …)."""
     if urls and engine in (None, "remote"):
         return None
@@ -76,7 +76,9 @@ def local_engine(engine: Name | None, urls: Sequence[str]) -> Local | None:
     return engine
 
 
-def open_models(specs: Sequence[str], engine: Local | None = None, sampling: Sampling | None = None) -> list[Opened]:
+def open_models(
+    specs: Sequence[str], engine: LocalEngine | None = None, sampling: Sampling | None = None
+) -> list[Opened]:
     """`open_model` for several, on this machine. What belongs to one base (it, and adapters of it) shares its weights.
 
     Raises: as `open_model`.
@@ -98,7 +100,9 @@ def open_models(specs: Sequence[str], engine: Local | None = None, sampling: Sam
     ]
 
 
-def computing(folder: Path, engine: Local | None = None, *, adapter: bool = False) -> tuple[Local, str, DType]:
+def computing(
+    folder: Path, engine: LocalEngine | None = None, *, adapter: bool = False
+) -> tuple[LocalEngine, str, DType]:
     """(engine, device, dtype) that compute a model folder on this machine: this engine, or the one meant for the device."""
     from corral.model.device import placement
 
@@ -140,8 +144,8 @@ def reach_model(
         model=model,
         vocabulary=vocabulary,
         max_length=length,
-        ids_of=lambda text: encode(text, add_special_tokens=False).ids,
-        try_out=True,
+        encode=lambda text: encode(text, add_special_tokens=False).ids,
+        probe=True,
         concurrency=concurrency,
         retries=retries,
         check_seconds=check_seconds,

@@ -18,7 +18,7 @@ from corral.recipe.answer import Answer
 if TYPE_CHECKING:
     from corral.answering.answerer import Answerer
     from corral.engines.embedding import Embedder
-    from corral.engines.registry import Name
+    from corral.engines.registry import EngineName
     from corral.messages import Conversation
     from corral.run.directory import Run
 
@@ -38,7 +38,7 @@ class Settings:
     model: str
     answer: Answer
     seed: int | None
-    engine: Name | None = None
+    engine: EngineName | None = None
     urls: tuple[str, ...] = ()
 
     @property

@@ -16,7 +16,7 @@ import httpx2
 
 from corral import __version__
 from corral.chat.repl import Piece, how_chosen
-from corral.engines.remote.protocol import KEY_VARIABLE, api_url, bearer, said, short
+from corral.engines.remote.protocol import KEY_VARIABLE, api_url, auth_header, error_message, one_line
 from corral.errors import EngineError, ModelError
 from corral.messages import Conversation
 
@@ -47,7 +47,7 @@ class Server:
         self._key = key
         self._options = dict(options or {})
         self._client = httpx2.Client(
-            headers={"user-agent": f"corral/{__version__}"} | bearer(key, self.url),
+            headers={"user-agent": f"corral/{__version__}"} | auth_header(key, self.url),
             timeout=httpx2.Timeout(_SILENCE_SECONDS, connect=_CONNECT_SECONDS),
         )
         try:
@@ -89,7 +89,9 @@ class Server:
         entries = [each for each in _list(listed.get("data")) if each.get("task", "chat") == "chat"]
         names = [str(each["id"]) for each in entries if "id" in each]
         if len(names) != 1:
-            what = f"the server has {len(names)} models" + (f": {short(', '.join(names), self._key)}" if names else "")
+            what = f"the server has {len(names)} models" + (
+                f": {one_line(', '.join(names), self._key)}" if names else ""
+            )
             raise ModelError(what, where=self.url, hint="name one with --model")
         return names[0]
 
@@ -102,15 +104,15 @@ class Server:
                     raise self._refusal(response)
                 yield response
         except (httpx2.SSEError, httpx2.DecodingError, ValueError, RecursionError) as error:
-            what = f"the server's answer cannot be read: {short(str(error), self._key)}"
+            what = f"the server's answer cannot be read: {one_line(str(error), self._key)}"
             raise EngineError(what, hint=_NOT_OPENAI) from None
         except httpx2.TimeoutException:
             raise EngineError(f"{self.url} does not answer") from None
         except httpx2.ConnectError as error:
-            what = f"{self.url} cannot be reached ({short(str(error) or type(error).__name__, self._key)})"
+            what = f"{self.url} cannot be reached ({one_line(str(error) or type(error).__name__, self._key)})"
             raise EngineError(what, hint="is the server running, and is this its address?") from None
         except httpx2.TransportError as error:
-            what = f"the connection was lost ({short(str(error) or type(error).__name__, self._key)})"
+            what = f"the connection was lost ({one_line(str(error) or type(error).__name__, self._key)})"
             raise EngineError(what) from None
 
     def _refusal(self, response: httpx2.Response) -> EngineError:
@@ -119,7 +121,7 @@ class Server:
             data += chunk
             if len(data) > _LONGEST_ERROR:
                 break
-        words = said(data[:_LONGEST_ERROR].decode("utf-8", "replace"), self._key)
+        words = error_message(data[:_LONGEST_ERROR].decode("utf-8", "replace"), self._key)
         status = response.status_code
         what = f"the server answered {status}" + (f": {words}" if words else "")
         wait = response.headers.get("retry-after", "")
@@ -134,7 +136,7 @@ class Server:
 def _piece(chunk: dict[str, Any], key: str | None) -> tuple[Piece, bool]:
     """What an event adds to the answer, and whether it ends it. Raises: EngineError (it tells of a fault)."""
     if "error" in chunk:
-        raise EngineError(f"the server failed amid the answer: {said(json.dumps(chunk), key)}")
+        raise EngineError(f"the server failed amid the answer: {error_message(json.dumps(chunk), key)}")
     text, ends = "", False
     for choice in _list(chunk.get("choices")):
         delta = choice.get("delta")
@@ -149,7 +151,7 @@ def _note(vote: dict[str, Any]) -> str:
     """How corral's server chose the answer. Raises: ValueError."""
     try:
         scores = tuple(each["score"] for each in _list(vote["candidates"]))
-        return how_chosen(short(str(vote["method"])), int(vote["winner"]), scores, int(vote["cancelled"]))
+        return how_chosen(one_line(str(vote["method"])), int(vote["winner"]), scores, int(vote["cancelled"]))
     except (KeyError, TypeError, IndexError, OverflowError) as error:
         raise ValueError(f"a vote that is none: {error!r}") from None
 

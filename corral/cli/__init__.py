@@ -18,7 +18,7 @@ from typing import Any
 
 import corral
 from corral.cli import cache_commands, model_commands, run_commands, serve_commands
-from corral.engines.base import TALK
+from corral.engines.base import CHAT_SAMPLING
 from corral.errors import CorralError, MissingExtraError
 
 Command = Callable[[argparse.Namespace], dict[str, Any] | None]
@@ -39,7 +39,7 @@ _positive.__name__ = "positive integer"  # what argparse calls it in an error
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    from corral.engines.registry import ENGINES
+    from corral.engines.registry import ENGINE_NAMES
     from corral.export_forms import TYPES
 
     root = argparse.ArgumentParser(
@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
         for name, kind, what in figures:
             flag = f"--{name.replace('_', '-')}"
             sub.add_argument(flag, type=kind, help=f"{what} {own(name)}")
-        sub.add_argument("--engine", choices=ENGINES, help=best)
+        sub.add_argument("--engine", choices=ENGINE_NAMES, help=best)
         url = "let this endpoint, which serves the model, compute; may be given again"
         sub.add_argument("--url", action="append", default=[], help=url)
 
@@ -136,11 +136,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", help="where to write, for a model that is no run (a run has its own place: RUN/export)")
     sub = verb("verify", model_commands.verify, "corral verify runs/quickstart --engine openvino")
     sub.add_argument("model", help="a run directory, a folder with a contract.json, or an exported .gguf file")
-    sub.add_argument("--engine", choices=ENGINES, help=best)
+    sub.add_argument("--engine", choices=ENGINE_NAMES, help=best)
     sub = verb("chat", model_commands.chat, "corral chat runs/quickstart", as_json=False)
     sub.add_argument("model", nargs="?", help=f"{_MODELS}; without it --url names a server to talk with")
     sub.add_argument("--system", help="a system message")
-    asking(sub, **TALK)
+    asking(sub, **CHAT_SAMPLING)
     there = sub.add_argument_group("without MODEL", "any OpenAI-compatible server answers, as it sees fit unless told")
     there.add_argument("--host", help="of the server, in place of --url")
     there.add_argument("--port", type=int, help="of the server, in place of --url (default: 8000)")
@@ -156,7 +156,7 @@ def parser() -> argparse.ArgumentParser:
     ray = "spread it over the Ray cluster at this address (default: the one this machine belongs to, or a new one here)"
     sub.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help=ray)
     sub = verb("serve", serve_commands.serve, "corral serve runs/quickstart --port 8000", as_json=False)
-    serve_commands.add_serve(sub, models=_MODELS, engines=ENGINES, positive=_positive)
+    serve_commands.add_serve(sub, models=_MODELS, engines=ENGINE_NAMES, positive=_positive)
     sub = verb("keys", serve_commands.keys, "corral keys add alice --tokens-per-day 100000")
     serve_commands.add_keys(sub, positive=_positive)
     sub = verb("assets", cache_commands.assets, "corral assets --fetch smollm2-135m-instruct")

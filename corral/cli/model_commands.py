@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from corral.cli.run_commands import execute
 from corral.cli.terminal import TerminalProgress
-from corral.engines.base import TALK
+from corral.engines.base import CHAT_SAMPLING
 from corral.errors import InputError
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _local(args: argparse.Namespace) -> Local:
                 hint="leave it out, or leave out the model to talk with the server",
             )
     # A run is asked as its recipe says, here as everywhere.
-    answer, _ = _answer(args, {} if run_of(args.model) else TALK)
+    answer, _ = _answer(args, {} if run_of(args.model) else CHAT_SAMPLING)
     return Local(Settings(args.model, answer, None, args.engine, tuple(args.url)))
 
 
@@ -121,7 +121,7 @@ def _server(args: argparse.Namespace) -> Server:
     import os
 
     from corral.chat.client import Server
-    from corral.engines.remote.protocol import KEY_VARIABLE, api_url, short
+    from corral.engines.remote.protocol import KEY_VARIABLE, api_url, one_line
 
     for name in ("engine", "shots"):
         if getattr(args, name) is not None:
@@ -135,7 +135,7 @@ def _server(args: argparse.Namespace) -> Server:
         raise InputError(
             what, hint="name a model (corral chat MODEL) or one server (corral chat --url http://HOST:PORT/v1)"
         )
-    options = {name: value for name in TALK if (value := getattr(args, name)) is not None}
+    options = {name: value for name in CHAT_SAMPLING if (value := getattr(args, name)) is not None}
     if args.n is not None and args.consensus in (None, "none"):
         raise InputError("--n says how many are voted on", hint="add --consensus, e.g. rouge-l")
     if args.consensus is not None:
@@ -145,7 +145,7 @@ def _server(args: argparse.Namespace) -> Server:
     if not key and url.startswith("https://api.openai.com/"):
         key = os.environ.get("OPENAI_API_KEY")
     server = Server(url, model=args.named, key=key, options=options)
-    print(f"talking with {short(server.model)} at {server.url}", file=sys.stderr)
+    print(f"talking with {one_line(server.model)} at {server.url}", file=sys.stderr)
     return server
 
 

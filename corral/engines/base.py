@@ -44,7 +44,7 @@ class Sampling:
     """Whether Deltas carry the log-probability of each id under the model (before temperature and top-p)."""
 
 
-TALK = {"max_tokens": 512, "temperature": 0.7, "top_p": 0.9}
+CHAT_SAMPLING = {"max_tokens": 512, "temperature": 0.7, "top_p": 0.9}
 """How a model is talked with, and answers clients, where nobody says how: it belongs to no run."""
 
 
@@ -194,7 +194,7 @@ class Engine(ABC):
     ) -> None:
         await self.close()
 
-    def check(self, ids: Sequence[int], sampling: Sampling) -> None:
+    def check_submit(self, ids: Sequence[int], sampling: Sampling) -> None:
         """Refuse what no engine can do, or this one does not; for implementations of `submit`. Raises: RequestError."""
         limit = self.features.max_length
         faults = (
@@ -233,6 +233,6 @@ class Engine(ABC):
             raise RequestError(f"token id {worst} is outside the vocabulary of {self.features.vocabulary}")
 
 
-def closed(engine: Engine) -> EngineClosedError:
+def closed_error(engine: Engine) -> EngineClosedError:
     """The error for a request to an engine that was closed."""
     return EngineClosedError(f"engine {engine.name!r} is closed", hint="load the engine again")

@@ -28,7 +28,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from corral.engines.base import Delta, Finish, Generation, Sampling
 from corral.engines.kv_cache import RowCache
-from corral.engines.token_sampling import draw
+from corral.engines.token_sampling import sample
 from corral.errors import EngineClosedError, EngineError
 from corral.model import packed_forward
 
@@ -133,7 +133,7 @@ class Worker:
         self._rows: list[_Row] = []
         self._cache = RowCache(self._model.config.num_hidden_layers)
 
-    def send(self, message: Message) -> bool:
+    def enqueue(self, message: Message) -> bool:
         """Hand over work; false if the worker has ended. What was handed over is always answered."""
         with self._lock:
             if not self._closed:
@@ -189,7 +189,7 @@ class Worker:
         holes = [i for i in range(len(live)) if not self._rows[i].live]
         movers = [i for i in live if i >= len(live)]
         if movers:
-            self._cache.move(movers, holes)
+            self._cache.move_rows(movers, holes)
         for hole, mover in zip(holes, movers, strict=True):
             self._rows[hole] = self._rows[mover]
         del self._rows[len(live) :]
@@ -238,7 +238,7 @@ class Worker:
         self._cache.reserve(start + len(rows), 1 + max(row.position for row in (*self._rows, *rows)))
         for source, (request, choices) in enumerate(group):
             if len(request.ids) > 1:
-                self._cache.load(prompts, source, len(request.ids) - 1, slice(start, start + len(choices)))
+                self._cache.copy_prompt(prompts, source, len(request.ids) - 1, slice(start, start + len(choices)))
             start += len(choices)
         self._rows += rows
 
@@ -259,7 +259,7 @@ class Worker:
             elif row.live:
                 row.request.fail(EngineError(f"engine {self._name!r}: the model's logits are not finite numbers"))
         if not all(sound):
-            self._cache.wipe([i for i, is_sound in enumerate(sound) if not is_sound])
+            self._cache.zero_rows([i for i, is_sound in enumerate(sound) if not is_sound])
 
     def _next_ids(self) -> tuple[list[int], list[float], list[bool]]:
         """Compute every row's last token. Returns, for each row: an id, its log-probability, whether these are sound."""
@@ -267,7 +267,7 @@ class Worker:
         span = 1 + max(row.position for row in self._rows)
         columns = torch.tensor([row.position for row in self._rows], device=device)
         self._cache.reserve(len(self._rows), span)
-        self._cache.place(columns, span)
+        self._cache.set_columns(columns, span)
         visible = torch.arange(span, device=device) <= columns[:, None]
         output = self._model(
             input_ids=torch.tensor([[row.last] for row in self._rows], device=device),
@@ -282,7 +282,7 @@ class Worker:
             logits = logits.where(sound[:, None], 0)
         samplings = [row.request.sampling for row in self._rows]
         # 1 − u: `draw` wants numbers that may be 1 but not 0.
-        ids = draw(logits, samplings, [1 - row.random.random() for row in self._rows])
+        ids = sample(logits, samplings, [1 - row.random.random() for row in self._rows])
         logprobs = torch.zeros(len(ids), device=device)
         asked = [i for i, sampling in enumerate(samplings) if sampling.logprobs]
         if asked:

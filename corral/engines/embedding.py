@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 ASSET = "all-minilm-l6-v2"
-LONGEST = 256
+MAX_TOKENS = 256
 """Tokens of a text that are read; the model was trained on no longer ones."""
-SIZE = 384
+DIMENSIONS = 384
 """Numbers of a vector."""
 _BATCH = 32
 
@@ -44,7 +44,11 @@ class Embedder:
             for start in range(0, len(order), _BATCH):
                 places = order[start : start + _BATCH]
                 batch = tokenizer(
-                    [texts[i] for i in places], padding=True, truncation=True, max_length=LONGEST, return_tensors="pt"
+                    [texts[i] for i in places],
+                    padding=True,
+                    truncation=True,
+                    max_length=MAX_TOKENS,
+                    return_tensors="pt",
                 )
                 with torch.inference_mode():
                     hidden = model(**batch).last_hidden_state
@@ -53,8 +57,8 @@ class Embedder:
                 vectors[places] = torch.nn.functional.normalize(mean, dim=-1).numpy()
         return vectors
 
-    def tokens(self, texts: Sequence[str]) -> list[int]:
-        """How many tokens each text has, with the two around it; `LONGEST` of them are read. Raises: AssetError."""
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text has, with the two around it; `MAX_TOKENS` of them are read. Raises: AssetError."""
         with self._lock:
             tokenizer, _ = self._ready()
             return [len(ids) for ids in tokenizer([*texts], verbose=False)["input_ids"]]

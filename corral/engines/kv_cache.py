@@ -39,12 +39,12 @@ class RowCache(Cache):
             # Many short rows, then few long ones: the largest of both together may be more memory than there is.
             self.room = (rows, columns + _GROWTH)
 
-    def place(self, columns: Tensor, span: int) -> None:
+    def set_columns(self, columns: Tensor, span: int) -> None:
         """Say where the next step's keys and values go: those of row i to columns[i]; all are below `span`."""
         self.at = torch.arange(len(columns), device=columns.device), columns
         self.span = span
 
-    def load(self, prompts: DynamicCache, source: int, columns: int, rows: slice) -> None:
+    def copy_prompt(self, prompts: DynamicCache, source: int, columns: int, rows: slice) -> None:
         """Copy the first `columns` of row `source` of another cache to each of `rows`."""
         layers: list[Any] = prompts.layers
         for layer, other in zip(self._layers, layers, strict=True):
@@ -52,12 +52,12 @@ class RowCache(Cache):
             for buffer, prompt in zip(layer.buffers(*new), new, strict=True):
                 buffer[rows, :, :columns] = prompt[source, :, :columns]
 
-    def move(self, sources: list[int], targets: list[int]) -> None:
+    def move_rows(self, sources: list[int], targets: list[int]) -> None:
         """Copy rows over other rows."""
         for buffer in self._buffers():
             buffer[targets] = buffer[sources]
 
-    def wipe(self, rows: list[int]) -> None:
+    def zero_rows(self, rows: list[int]) -> None:
         """Zero rows that hold what is not a number: a mask would not keep that from their successors (0 × NaN is NaN)."""
         for buffer in self._buffers():
             buffer[rows] = 0

@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from corral.engines.base import Delta, Engine, Features, Generation, Sampling, closed
-from corral.engines.openvino_process import BLOCK
+from corral.engines.base import Delta, Engine, Features, Generation, Sampling, closed_error
+from corral.engines.openvino_process import BLOCK_TOKENS
 from corral.errors import CorralError, EngineError, ModelError
 from corral.export_forms import OPENVINO, OpenVinoType
 from corral.extras import require
@@ -31,7 +31,7 @@ from corral.extras import require
 if TYPE_CHECKING:
     from corral.model.loading import DType
 
-AT_ONCE = 256
+MAX_SEQUENCES = 256
 """Sequences that OpenVINO computes together."""
 _HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -101,7 +101,7 @@ class OpenVinoEngine(Engine):
     def submit(self, ids: Sequence[int], sampling: Sampling) -> Generation:
         """See Engine."""
         self._refuse_closed()
-        self.check(ids, sampling)
+        self.check_submit(ids, sampling)
         with self._lock:
             self._refuse_closed()  # another thread may have closed it meanwhile
             child = self._alive()
@@ -137,13 +137,13 @@ class OpenVinoEngine(Engine):
         with self._lock:
             self._closed = True
             child, self._child = self._child, None
-            self._fail_all(closed(self))
+            self._fail_all(closed_error(self))
         if child is not None:
             await asyncio.to_thread(child.stop)
 
     def _refuse_closed(self) -> None:
         if self._closed:
-            raise closed(self)
+            raise closed_error(self)
 
     def _new_id(self) -> int:
         self._next += 1
@@ -310,7 +310,7 @@ class _Cache:
 
     @classmethod
     def fitting(cls, form: Path, width: int) -> _Cache:
-        """A quarter of the memory that is free now, 4 GiB at most; never more than AT_ONCE texts of full length need."""
+        """A quarter of the memory that is free now, 4 GiB at most; never more than MAX_SEQUENCES texts of full length need."""
         import psutil
 
         try:
@@ -318,14 +318,14 @@ class _Cache:
             heads = config["num_attention_heads"]
             size = config.get("head_dim") or config["hidden_size"] // heads
             kept = config.get("num_key_value_heads") or heads
-            block = config["num_hidden_layers"] * 2 * kept * size * BLOCK * width
+            block = config["num_hidden_layers"] * 2 * kept * size * BLOCK_TOKENS * width
             context, vocabulary = int(config["max_position_embeddings"]), int(config["vocab_size"])
         except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
             raise ModelError(f"config.json cannot be read: {error!r}", where=str(form)) from error
-        whole = -(-context // BLOCK) + 1  # one to grow into
+        whole = -(-context // BLOCK_TOKENS) + 1  # one to grow into
         room = max(2, int(min(4 * 2**30, psutil.virtual_memory().available / 4) // block))
-        longest = min(context, (room - 1) * BLOCK)
-        return cls(vocabulary, longest, min(room, whole * AT_ONCE), min(room, whole * 4))
+        longest = min(context, (room - 1) * BLOCK_TOKENS)
+        return cls(vocabulary, longest, min(room, whole * MAX_SEQUENCES), min(room, whole * 4))
 
 
 def _seeds(sampling: Sampling) -> list[int]:

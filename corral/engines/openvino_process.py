@@ -27,9 +27,9 @@ from typing import Any, TypeAlias
 
 Event: TypeAlias = list[Any]
 
-BLOCK = 32
+BLOCK_TOKENS = 32
 """Tokens in a block of OpenVINO's key-value cache on a CPU; shorter prompts cannot be shared."""
-SCORED_AT_ONCE = 256
+SCORE_TOKENS = 256
 """Tokens of a pass that scores: its logits, [tokens, vocabulary], are all in memory."""
 
 
@@ -99,7 +99,7 @@ class Worker:
         """Whether a step would do something."""
         return bool(self._line or self._choices or self._leaving or self._scores)
 
-    def obey(self, command: list[Any]) -> Iterator[Event]:
+    def run_command(self, command: list[Any]) -> Iterator[Event]:
         """Take a command; yields why it cannot be done."""
         name, request, *rest = command
         try:
@@ -114,8 +114,8 @@ class Worker:
 
     def _submit(self, request: int, ids: list[int], sampling: dict[str, Any], seeds: list[int]) -> None:
         stops = frozenset(sampling["stop_ids"])
-        blocks = -(-(len(ids) + sampling["max_tokens"]) // BLOCK) + 1  # one to grow into
-        prompt = _Prompt(ids, stops, sampling["logprobs"], blocks, warm=len(ids) <= BLOCK)
+        blocks = -(-(len(ids) + sampling["max_tokens"]) // BLOCK_TOKENS) + 1  # one to grow into
+        prompt = _Prompt(ids, stops, sampling["logprobs"], blocks, warm=len(ids) <= BLOCK_TOKENS)
         choices = [_Choice(prompt, self._config(sampling, seed)) for seed in seeds]
         self._line.update({(request, number): choice for number, choice in enumerate(choices)})
 
@@ -134,7 +134,7 @@ class Worker:
 
     def _score(self, request: int, ids: list[int]) -> None:
         if self._scoring is None:
-            self._scoring = self._pipeline(self._settings["score_blocks"], SCORED_AT_ONCE, prefixes=False)
+            self._scoring = self._pipeline(self._settings["score_blocks"], SCORE_TOKENS, prefixes=False)
         config = self._genai.GenerationConfig(max_new_tokens=1, echo=True, logprobs=1, ignore_eos=True)
         config.set_eos_token_id(0)
         self._scores[request] = _Scoring(len(ids), self._add(self._scoring, ids, config))
@@ -253,7 +253,7 @@ def main() -> None:
                 command = commands.get()
                 if command is None:
                     return
-                tell(list(worker.obey(command)))
+                tell(list(worker.run_command(command)))
             tell(list(worker.step()))
 
 

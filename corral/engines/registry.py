@@ -15,21 +15,21 @@ from corral.model.folder import check_fit
 if TYPE_CHECKING:
     from corral.model.loading import DType
 
-Local: TypeAlias = Literal["transformers", "openvino", "vllm"]
+LocalEngine: TypeAlias = Literal["transformers", "openvino", "vllm"]
 """Engines that compute a model folder on this machine."""
-Name: TypeAlias = Local | Literal["remote"]
-LOCAL: tuple[Local, ...] = get_args(Local)
-ENGINES: tuple[Name, ...] = (*LOCAL, "remote")
+EngineName: TypeAlias = LocalEngine | Literal["remote"]
+LOCAL_ENGINES: tuple[LocalEngine, ...] = get_args(LocalEngine)
+ENGINE_NAMES: tuple[EngineName, ...] = (*LOCAL_ENGINES, "remote")
 
 
-def default_engine(device: str, *, adapter: bool = False) -> Local:
+def default_engine(device: str, *, adapter: bool = False) -> LocalEngine:
     """The fastest engine for a device that is installed, and that can compute an adapter apart from its model if asked."""
     if device == "cpu":
         return "openvino" if not adapter and find_spec("openvino_genai") else "transformers"
     return "vllm" if find_spec("vllm") else "transformers"
 
 
-def load_engine(name: Local, folder: Path, *, dtype: DType, device: str, adapter: Path | None = None) -> Engine:
+def load_engine(name: LocalEngine, folder: Path, *, dtype: DType, device: str, adapter: Path | None = None) -> Engine:
     """Load a model folder into the engine of that name.
 
     Args:
@@ -46,7 +46,7 @@ def load_engine(name: Local, folder: Path, *, dtype: DType, device: str, adapter
 
 
 def load_engines(
-    name: Local, folder: Path, *, dtype: DType, device: str, adapters: Sequence[Path | None]
+    name: LocalEngine, folder: Path, *, dtype: DType, device: str, adapters: Sequence[Path | None]
 ) -> list[Engine]:
     """The same for several adapters of a model, whose weights are loaded once: one engine for each.
 
@@ -64,7 +64,7 @@ def load_engines(
         from corral.engines.vllm import VllmEngine
 
         engine = VllmEngine(folder, dtype=dtype, device=device, adapters=folders)
-        return [engine.on(adapter) for adapter in adapters]
+        return [engine.with_adapter(adapter) for adapter in adapters]
     from corral.engines.transformers import TransformersEngine, free_bytes
     from corral.model.loading import load_model
 
@@ -76,13 +76,13 @@ def load_engines(
     adapted = load(model, *folders)
     if len(adapters) == 1:
         return [TransformersEngine(adapted, name=name)]
-    from corral.engines.shared_model import Turns
+    from corral.engines.shared_model import SharedModel
 
-    turns = Turns(adapted)
+    shared = SharedModel(adapted)
     names = dict(zip(folders, adapted.peft_config, strict=True))
     share = free_bytes(model.device) // len(adapters)
     of = [None if adapter is None else names[adapter] for adapter in adapters]
-    return [TransformersEngine(adapted, name=name, cache_bytes=share, turn=partial(turns.of, each)) for each in of]
+    return [TransformersEngine(adapted, name=name, cache_bytes=share, turn=partial(shared.use, each)) for each in of]
 
 
 def _openvino(folder: Path, dtype: DType, device: str, adapters: Sequence[Path | None]) -> Engine:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TypeAlias
 
-from corral.engines.base import Delta, Engine, Features, Finish, Generation, Sampling, closed
+from corral.engines.base import Delta, Engine, Features, Finish, Generation, Sampling, closed_error
 from corral.errors import EngineError
 
 Reply: TypeAlias = Callable[[Sequence[int], Sampling, int], Iterable[int]]
@@ -58,9 +58,9 @@ class ScriptedEngine(Engine):
         self._open: set[_Request] = set()
 
     def submit(self, ids: Sequence[int], sampling: Sampling) -> Generation:  # noqa: D102 (the protocol says it)
-        self.check(ids, sampling)
+        self.check_submit(ids, sampling)
         if self._closed:
-            raise closed(self)
+            raise closed_error(self)
         request = _Request(tuple(ids), sampling, self._logprob if sampling.logprobs else None)
         request.task = asyncio.create_task(self._answer(request))
         self._open.add(request)
@@ -72,13 +72,13 @@ class ScriptedEngine(Engine):
         if not self._closed:
             await asyncio.sleep(self._delay)
         if self._closed:
-            raise closed(self)
+            raise closed_error(self)
         return [self._logprob] * (len(ids) - start)
 
     async def close(self) -> None:  # noqa: D102
         self._closed = True
         for request in list(self._open):
-            request.generation.fail(closed(self))
+            request.generation.fail(closed_error(self))
             request.stop()
 
     async def _answer(self, request: _Request) -> None:

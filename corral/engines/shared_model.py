@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-class Turns:
+class SharedModel:
     """Who may compute with a model that holds several adapters.
 
     Args:
@@ -34,7 +34,7 @@ class Turns:
         self._switch(None)
 
     @contextlib.contextmanager
-    def of(self, adapter: str | None) -> Generator[None]:
+    def use(self, adapter: str | None) -> Generator[None]:
         """The model for oneself, with that adapter on; None: with none. Waits for those who asked earlier."""
         self._take()
         try:

@@ -15,7 +15,7 @@ from corral.engines.base import Sampling
 _NUCLEUS = 256  # tokens sorted for top-p at first: sorting all 49,152 of 100 rows takes 18 times as long
 
 
-def draw(logits: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> Tensor:
+def sample(logits: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> Tensor:
     """Draw one id for each row: temperature, then top-k, then top-p (nucleus sampling, Holtzman et al. 2020).
 
     Args:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from corral.engines.base import Engine, Features, Generation, Sampling, closed
+from corral.engines.base import Engine, Features, Generation, Sampling, closed_error
 from corral.engines.continuous_batching import Cancel, Request, Score, Worker
 from corral.engines.kv_cache import bytes_per_token
 from corral.model import packed_forward
@@ -72,15 +72,15 @@ class TransformersEngine(Engine):
         atexit.register(self._end)
 
     def submit(self, ids: Sequence[int], sampling: Sampling) -> Generation:  # noqa: D102 (the protocol says it)
-        self.check(ids, sampling)
+        self.check_submit(ids, sampling)
         request: Request
 
         def cancel(choice: int | None) -> None:
-            self._worker.send(Cancel(request, choice))
+            self._worker.enqueue(Cancel(request, choice))
 
         request = Request(tuple(ids), sampling, Generation(len(ids), sampling.n, cancel))
-        if not self._worker.send(request):
-            raise closed(self)
+        if not self._worker.enqueue(request):
+            raise closed_error(self)
         return request.generation
 
     async def score(self, ids: Sequence[int], start: int = 1) -> list[float]:  # noqa: D102
@@ -88,8 +88,8 @@ class TransformersEngine(Engine):
         if start == len(ids):
             return []
         job = Score(tuple(ids), start)
-        if not self._worker.send(job):
-            raise closed(self)
+        if not self._worker.enqueue(job):
+            raise closed_error(self)
         return await asyncio.wrap_future(job.result)
 
     async def close(self) -> None:  # noqa: D102

@@ -28,8 +28,8 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from corral.engines.base import Delta, Engine, Features, Generation, Sampling, closed
-from corral.engines.vllm_settings import lora_settings, model_settings, params
+from corral.engines.base import Delta, Engine, Features, Generation, Sampling, closed_error
+from corral.engines.vllm_settings import lora_settings, model_settings, sampling_params
 from corral.errors import EngineError, ModelError, RequestError
 from corral.extras import require
 from corral.model.folder import check_folder
@@ -113,7 +113,7 @@ class VllmEngine(Engine):
         """False once vLLM's processes have died."""
         return not self._closed and self._alive()
 
-    def on(self, adapter: Path | None) -> Engine:
+    def with_adapter(self, adapter: Path | None) -> Engine:
         """This engine with one of its adapters, or with none. Closing one of them closes all."""
         return self if adapter == self._adapter else _Adapted(self, adapter)
 
@@ -123,7 +123,7 @@ class VllmEngine(Engine):
 
     def submit_to(self, adapter: Path | None, ids: Sequence[int], sampling: Sampling) -> Generation:
         """`submit` to the model with that adapter."""
-        self.check(ids, sampling)
+        self.check_submit(ids, sampling)
         if 0 < sampling.temperature < _COLDEST:
             raise RequestError(
                 f"temperature = {sampling.temperature}: engine {self.name!r} draws at {_COLDEST} or more",
@@ -167,7 +167,7 @@ class VllmEngine(Engine):
 
     def _refuse_closed(self) -> None:
         if self._closed:
-            raise closed(self)
+            raise closed_error(self)
 
     # What follows runs in the engine's own thread and loop.
 
@@ -217,7 +217,7 @@ class VllmEngine(Engine):
         """Hand over the ids of one choice as they come."""
         sampling = request.sampling
         try:
-            sampled = params(
+            sampled = sampling_params(
                 max_tokens=sampling.max_tokens,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
@@ -231,7 +231,7 @@ class VllmEngine(Engine):
                     request.take(choice, output.outputs[0])
         except asyncio.CancelledError:
             if self._closed:
-                request.fail(closed(self))
+                request.fail(closed_error(self))
             raise
         except Exception as error:
             request.fail(self._failure(error))
@@ -251,7 +251,7 @@ class VllmEngine(Engine):
         if not prompt:
             return []
         # vLLM wants room to draw one more, so the last id is not part of the prompt but a candidate for what follows it.
-        scored = params(max_tokens=1, temperature=0, prompt_logprobs=0, logprobs=1, logprob_token_ids=[last])
+        scored = sampling_params(max_tokens=1, temperature=0, prompt_logprobs=0, logprobs=1, logprob_token_ids=[last])
         scores: list[float] = []
         try:
             async with contextlib.aclosing(self._generate(prompt, scored, adapter)) as outputs:

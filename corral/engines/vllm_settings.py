@@ -81,7 +81,7 @@ def _rank(adapter: Path) -> int:
     return min(ranks)
 
 
-def params(**changes: Any) -> Any:
+def sampling_params(**changes: Any) -> Any:
     """Of a request: vLLM's SamplingParams, with these changes."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams  # pyright: ignore[reportMissingImports]
 

@@ -21,7 +21,7 @@ from corral.run.directory import Run, Stage
 from corral.storage import write_atomic
 
 if TYPE_CHECKING:
-    from corral.engines.registry import Local
+    from corral.engines.registry import LocalEngine
     from corral.evaluation.measurements import Material, Measurements, Subject
     from corral.evaluation.scoring import VariantRows
     from corral.export_forms import Form
@@ -37,7 +37,7 @@ class _Model:
     name: str
     """`base`, `tuned`, or a form of the tuned model."""
     form: Form | None
-    engine: Local
+    engine: LocalEngine
 
 
 def evaluate(work: Work, stage: Stage) -> None:
@@ -204,7 +204,7 @@ def wants_forms(work: Work) -> bool:
     return any(variant.form is not None for variant in work.recipe.evaluate.variants)
 
 
-def engine_name(work: Work) -> Local:
+def engine_name(work: Work) -> LocalEngine:
     """What evaluates: the recipe's engine, with `auto` resolved on this machine."""
     from corral.engines.registry import default_engine
 
@@ -215,7 +215,7 @@ def engine_name(work: Work) -> Local:
     # What a run was evaluated with stays, so that a machine with other packages does not call its figures stale.
     with contextlib.suppress(OSError, ValueError, KeyError):
         record = json.loads((work.run.path / "evaluate" / "stage.json").read_text("utf-8"))
-        before: Local = record["inputs"]["evaluate"]["engine"]
+        before: LocalEngine = record["inputs"]["evaluate"]["engine"]
         if record["status"] == "done" and (before != "openvino" or device == "cpu"):
             return before
     return default_engine(device)

@@ -17,7 +17,7 @@ from fastapi import APIRouter, Request, Response
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from corral.engines.embedding import ASSET, LONGEST, SIZE, Embedder
+from corral.engines.embedding import ASSET, DIMENSIONS, MAX_TOKENS, Embedder
 from corral.serving.admission import Door, Event
 from corral.serving.generation import usage
 from corral.serving.protocol import USUAL, Body, Limits, Refused, Usage, only
@@ -35,7 +35,7 @@ class EmbeddingRequest(Body):
     model: str
     encoding_format: Literal["float", "base64"] | None = None
     """`base64`: of little-endian 32-bit floats."""
-    dimensions: Annotated[Any, only(None, SIZE)] = None
+    dimensions: Annotated[Any, only(None, DIMENSIONS)] = None
 
     # Sent by habit.
     user: str | None = None
@@ -102,13 +102,13 @@ async def _asked(embed: Embedder, turns: InTurn, body: EmbeddingRequest, limits:
     texts = [body.input] if isinstance(body.input, str) else body.input
     if not 1 <= len(texts) <= limits.inputs:
         raise Refused(400, f"'input': from 1 to {limits.inputs} texts are embedded at once", param="input")
-    counts = await turns.take(embed.tokens, texts)
+    counts = await turns.take(embed.count_tokens, texts)
     for place, (text, count) in enumerate(zip(texts, counts, strict=True)):
         param = "input" if isinstance(body.input, str) else f"input[{place}]"
         if not text:
             raise Refused(400, f"{param!r}: an empty text has no meaning to embed", param=param)
-        if count > LONGEST:
-            what = f"{param!r}: this model reads {LONGEST} tokens, and the text has {count}"
+        if count > MAX_TOKENS:
+            what = f"{param!r}: this model reads {MAX_TOKENS} tokens, and the text has {count}"
             raise Refused(400, what, param=param, code="context_length_exceeded")
     return AskedVectors(embed, turns, texts, sum(counts), body.encoding_format or "float")
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from corral.answering.open_model import Opened, local_engine, open_models, reach_model
 from corral.answering.settings import Settings, run_of, with_changes
-from corral.engines.base import TALK
-from corral.engines.embedding import ASSET, LONGEST, Embedder
-from corral.engines.registry import Name
+from corral.engines.base import CHAT_SAMPLING
+from corral.engines.embedding import ASSET, MAX_TOKENS, Embedder
+from corral.engines.registry import EngineName
 from corral.errors import InputError
 from corral.model.naming import model_name
 from corral.serving.generation import Served
@@ -57,7 +57,7 @@ class Models:
         """The entries of `/v1/models`: with `embed`, its model comes last."""
         found = [Model(id=each.name, created=each.created, max_model_len=each.context) for each in self.all()]
         if self.embed is not None:
-            found.append(Model(id=ASSET, created=found[0].created, max_model_len=LONGEST, task="embeddings"))
+            found.append(Model(id=ASSET, created=found[0].created, max_model_len=MAX_TOKENS, task="embeddings"))
         return found
 
     @property
@@ -74,7 +74,7 @@ class Models:
 def open_served(
     specs: Sequence[str],
     *,
-    engine: Name | None = None,
+    engine: EngineName | None = None,
     urls: Sequence[str] = (),
     name: str | None = None,
     limits: Limits | None = None,
@@ -134,7 +134,7 @@ def _reached(named: Sequence[tuple[str, str]], urls: Sequence[str], at_once: int
 
 
 def _served(name: str, spec: str, opened: Opened, limits: Limits, embed: Embedder) -> Served:
-    answer, seed = with_changes(spec, {} if run_of(spec) else TALK)
+    answer, seed = with_changes(spec, {} if run_of(spec) else CHAT_SAMPLING)
     answerer = Settings(spec, answer, seed).over(opened.answerer, embed)
     fingerprint = opened.fingerprint
     if answerer.prompting or answerer.consensus:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import uvicorn
 from fastapi import APIRouter, FastAPI
 
-from corral.engines.registry import Name
+from corral.engines.registry import EngineName
 from corral.errors import InputError
 from corral.interrupts import Interrupts, Stopped
 from corral.serving import embeddings, responses_routes
@@ -53,7 +53,7 @@ class Wanted:
     """What a server serves; see `open_served`."""
 
     specs: Sequence[str]
-    engine: Name | None = None
+    engine: EngineName | None = None
     urls: Sequence[str] = ()
     name: str | None = None
     embeddings: bool = False

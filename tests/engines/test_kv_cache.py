@@ -12,7 +12,7 @@ HEADS, SIZE = 2, 4
 def step(cache: RowCache, columns: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Add to row i, at columns[i], keys that say (i, column) and values that are their negatives."""
     cache.reserve(len(columns), max(columns) + 1)
-    cache.place(torch.tensor(columns), max(columns) + 1)
+    cache.set_columns(torch.tensor(columns), max(columns) + 1)
     said = torch.tensor([[100.0 * i + column] for i, column in enumerate(columns)])
     keys = said[:, :, None, None].expand(-1, HEADS, 1, SIZE)
     return cache.update(keys, -keys, 0)
@@ -33,7 +33,7 @@ def test_a_prompt_is_copied_to_all_its_rows_and_no_other() -> None:
     keys = torch.arange(2.0 * HEADS * 7 * SIZE).reshape(2, HEADS, 7, SIZE)
     prompts.update(keys, -keys, 0)
     cache.reserve(4, 8)
-    cache.load(prompts, source=1, columns=5, rows=slice(1, 3))
+    cache.copy_prompt(prompts, source=1, columns=5, rows=slice(1, 3))
     seen, _ = step(cache, [0, 5, 5, 0])
     for row in (1, 2):
         assert torch.equal(seen[row, :, :5], keys[1, :, :5])
@@ -43,7 +43,7 @@ def test_a_prompt_is_copied_to_all_its_rows_and_no_other() -> None:
 def test_moved_rows_lie_where_they_were_sent() -> None:
     cache = RowCache(1)
     step(cache, [0, 0, 0, 0])
-    cache.move([3, 2], [0, 1])
+    cache.move_rows([3, 2], [0, 1])
     keys, _ = step(cache, [1, 1])
     assert keys[:, 0, 0, 0].tolist() == [300.0, 200.0]
 

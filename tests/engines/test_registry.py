@@ -9,7 +9,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from corral.engines import registry
-from corral.engines.registry import LOCAL, Local, default_engine, load_engine
+from corral.engines.registry import LOCAL_ENGINES, LocalEngine, default_engine, load_engine
 from corral.errors import MissingExtraError, ModelError
 from tests.conftest import make_tiny_model
 from tests.engines.tiny import CONTEXT, VOCABULARY, tiny_llama
@@ -30,7 +30,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 
 
 def test_engines_load_the_same_folder_and_give_the_same_scores(folder: Path) -> None:
-    async def scores(name: Local) -> list[float]:
+    async def scores(name: LocalEngine) -> list[float]:
         async with load_engine(name, folder, dtype="float32", device="cpu") as engine:
             assert engine.name == name
             assert (engine.features.vocabulary, engine.features.max_length) == (VOCABULARY, CONTEXT)
@@ -63,7 +63,7 @@ def test_an_adapter_for_openvino_is_refused_with_the_ways_out(folder: Path, tmp_
     ("of", "message"), [({"hidden_size": 32}, "32"), ({"num_hidden_layers": 3}, "layers.2")], ids=["narrower", "deeper"]
 )
 def test_an_adapter_of_another_model_is_refused(
-    folder: Path, tmp_path: Path, name: Local, of: dict[str, int], message: str
+    folder: Path, tmp_path: Path, name: LocalEngine, of: dict[str, int], message: str
 ) -> None:
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     get_peft_model(make_tiny_model(VOCABULARY, **of), lora).save_pretrained(str(tmp_path))
@@ -79,15 +79,15 @@ def test_openvino_on_another_device_is_refused_with_both_ways_out(folder: Path) 
     assert 'device = "cpu"' in (caught.value.hint or "")
 
 
-@pytest.mark.parametrize("name", LOCAL)
-def test_a_folder_without_a_model_is_refused_by_every_engine(name: Local, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", LOCAL_ENGINES)
+def test_a_folder_without_a_model_is_refused_by_every_engine(name: LocalEngine, tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         load_engine(name, tmp_path, dtype="float32", device="cpu")
 
 
 @pytest.mark.parametrize(("name", "package"), [("openvino", "openvino_genai"), ("vllm", "vllm")])
 def test_where_an_engine_is_missing_its_extra_is_named(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, name: Local, package: str
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: LocalEngine, package: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingExtraError) as caught:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from corral.engines.shared_model import Turns
+from corral.engines.shared_model import SharedModel
 from tests.conftest import make_tiny_model
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -40,10 +40,10 @@ def test_in_a_turn_the_adapter_asked_for_is_on_and_no_other(model: Any) -> None:
     for name in ("default", "other"):
         model.set_adapter(name)
         expected[name] = logits(model)
-    turns = Turns(model)
+    shared = SharedModel(model)
     found = []
     for name in (None, "default", "other", "default", None, "other", None, "default", "default"):
-        with turns.of(name):
+        with shared.use(name):
             found.append((name, logits(model)))
     for name, values in found:
         torch.testing.assert_close(values, expected[name], rtol=0, atol=0)
@@ -52,19 +52,19 @@ def test_in_a_turn_the_adapter_asked_for_is_on_and_no_other(model: Any) -> None:
 
 
 def test_who_waits_longest_is_next_also_after_one_who_comes_again_at_once(model: Any) -> None:
-    turns = Turns(model)
+    shared = SharedModel(model)
     order: list[str] = []
     inside = threading.Event()
 
     def busy() -> None:
         for _ in range(3):
-            with turns.of("default"):
+            with shared.use("default"):
                 inside.set()
                 time.sleep(0.05)
                 order.append("busy")
 
     def patient(name: str) -> None:
-        with turns.of("other"):
+        with shared.use("other"):
             order.append(name)
 
     threads = [threading.Thread(target=busy)]
@@ -80,8 +80,8 @@ def test_who_waits_longest_is_next_also_after_one_who_comes_again_at_once(model:
 
 
 def test_a_turn_that_fails_is_given_back(model: Any) -> None:
-    turns = Turns(model)
-    with pytest.raises(ZeroDivisionError), turns.of("default"):
+    shared = SharedModel(model)
+    with pytest.raises(ZeroDivisionError), shared.use("default"):
         raise ZeroDivisionError
-    with turns.of(None):
+    with shared.use(None):
         pass

@@ -5,7 +5,7 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from corral.engines.base import Sampling
-from corral.engines.token_sampling import draw
+from corral.engines.token_sampling import sample
 
 VOCABULARY = 1000
 SAMPLINGS = (
@@ -45,7 +45,7 @@ def test_evenly_spread_uniforms_meet_each_id_as_often_as_its_probability_says(
 ) -> None:
     # No chance in it: over a grid of uniforms, an interval of length p holds N p points, give or take one.
     row, count = logits(spread), 4000
-    ids = draw(row.expand(count, -1), [sampling] * count, [(i + 1) / count for i in range(count)])
+    ids = sample(row.expand(count, -1), [sampling] * count, [(i + 1) / count for i in range(count)])
     seen = ids.bincount(minlength=VOCABULARY) / count
     expected = exact(row, sampling)
     assert (seen - expected).abs().max() <= 1.01 / count + 1e-5
@@ -56,9 +56,9 @@ def test_a_row_is_drawn_alike_whatever_is_beside_it() -> None:
     rows = torch.stack([logits(spread) for spread in (0.1, 1.0, 5.0) for _ in SAMPLINGS])
     samplings = [*SAMPLINGS] * 3
     uniforms = torch.rand(len(rows), generator=torch.Generator().manual_seed(5)).clamp(min=1e-6).tolist()
-    together = draw(rows, samplings, uniforms)
+    together = sample(rows, samplings, uniforms)
     for i in range(len(rows)):
-        assert draw(rows[i : i + 1], samplings[i : i + 1], uniforms[i : i + 1]).item() == together[i]
+        assert sample(rows[i : i + 1], samplings[i : i + 1], uniforms[i : i + 1]).item() == together[i]
 
 
 @pytest.mark.parametrize("uniform", [1e-12, 1.0])
@@ -66,5 +66,5 @@ def test_the_ends_of_the_interval_draw_ids_that_can_be_drawn(uniform: float) -> 
     row = logits(1.0)
     row[:5] = row[-5:] = float("-inf")
     for sampling in SAMPLINGS:
-        (id_,) = draw(row[None], [sampling], [uniform]).tolist()
+        (id_,) = sample(row[None], [sampling], [uniform]).tolist()
         assert exact(row, sampling)[id_] > 0

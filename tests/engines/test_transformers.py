@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from corral.engines.base import Completion, Sampling
-from corral.engines.shared_model import Turns
+from corral.engines.shared_model import SharedModel
 from corral.engines.transformers import TransformersEngine
 from corral.errors import EngineClosedError, EngineError, RequestError
 from tests.engines.conformance import DRAWN, GREEDY, EngineConformance, Failing, Subject, complete
@@ -64,8 +64,8 @@ def two_adapters() -> Any:
 
 
 @functools.cache
-def turns() -> Turns:
-    return Turns(two_adapters())
+def shared_model() -> SharedModel:
+    return SharedModel(two_adapters())
 
 
 def not_a_number() -> LlamaForCausalLM:
@@ -98,7 +98,7 @@ class TestUnderAnAdapter(EngineConformance):
     @pytest.fixture
     def subject(self) -> Subject:
         return Subject(
-            make=lambda: TransformersEngine(two_adapters(), turn=partial(turns().of, "other")), prompts=PROMPTS
+            make=lambda: TransformersEngine(two_adapters(), turn=partial(shared_model().use, "other")), prompts=PROMPTS
         )
 
 

@@ -55,7 +55,7 @@ def test_vectors_are_the_embedders_in_the_order_of_the_texts(embedding: openai.O
 def test_one_text_is_taken_alone_and_usage_counts_its_tokens(embedding: openai.OpenAI, embedder: Embedder) -> None:
     answer = embedding.embeddings.create(model=MODEL, input=TEXTS[0], dimensions=384, user="me")
     assert len(answer.data) == 1
-    assert answer.usage.prompt_tokens == answer.usage.total_tokens == embedder.tokens(TEXTS[:1])[0] > 5
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens == embedder.count_tokens(TEXTS[:1])[0] > 5
     assert (answer.model, answer.object) == (MODEL, "list")
 
 

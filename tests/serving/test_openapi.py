@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from schemathesis import GenerationMode
 
 from corral.answering.answerer import Answerer
-from corral.engines.embedding import ASSET, SIZE, Embedder
+from corral.engines.embedding import ASSET, DIMENSIONS, Embedder
 from corral.engines.scripted import ScriptedEngine
 from corral.serving import embeddings, responses_routes
 from corral.serving.admission import Bounds, Door
@@ -41,7 +41,7 @@ class Same(Embedder):
     """Finds the same in every text, without weights."""
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        return np.full((len(texts), SIZE), SIZE**-0.5)
+        return np.full((len(texts), DIMENSIONS), DIMENSIONS**-0.5)
 
     def tokens(self, texts: Sequence[str]) -> list[int]:
         return [len(text) for text in texts]

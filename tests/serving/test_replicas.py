@@ -18,7 +18,7 @@ from corral.errors import InputError
 from corral.serving.generation import Served
 from corral.serving.served_models import Models, open_served
 from tests.conftest import Request, web_server
-from tests.engines.flaky import wait_for
+from tests.engines.remote.fake_server import wait_for
 from tests.serving.conftest import client_of, running
 
 

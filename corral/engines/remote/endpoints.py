@@ -23,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 
 from corral import __version__
 from corral.engines.remote.http_errors import NOT_OPENAI, Busy, Gone, Lost, refusal
-from corral.engines.remote.protocol import api_url, bearer, short
+from corral.engines.remote.protocol import api_url, auth_header, one_line
 from corral.errors import EngineError, EngineUnavailableError, InputError, ModelError, RequestError
 
 T = TypeVar("T")
@@ -108,7 +108,7 @@ class Endpoints:
         self._room = asyncio.Semaphore(concurrency)
         self._client = httpx2.AsyncClient(
             headers={"user-agent": f"corral/{__version__}"}
-            | bearer(key, *(endpoint.url for endpoint in self._endpoints)),
+            | auth_header(key, *(endpoint.url for endpoint in self._endpoints)),
             timeout=httpx2.Timeout(timeout_seconds, connect=_CONNECT_SECONDS, pool=None),
             limits=httpx2.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE_SECONDS),
         )
@@ -226,7 +226,7 @@ class Endpoints:
 
     def _failed(self, endpoint: Endpoint, lost: Lost) -> None:
         """A request failed. That may be the request's own affair: others are asked for there, unless that looks hopeless."""
-        endpoint.fault, endpoint.status = short(lost.what, self._key), lost.status
+        endpoint.fault, endpoint.status = one_line(lost.what, self._key), lost.status
         if isinstance(lost, Busy):
             return
         endpoint.faults += 1
@@ -244,7 +244,7 @@ class Endpoints:
             rest = min(rest, self._backoff) if again else 0.0
         endpoint.rests_until = max(endpoint.rests_until, time.monotonic() + rest)
         endpoint.rests += counts
-        endpoint.fault, endpoint.status = short(lost.what, self._key), lost.status
+        endpoint.fault, endpoint.status = one_line(lost.what, self._key), lost.status
         if endpoint.probe is None:
             endpoint.probe = self._keep(self._return_of(endpoint))
         if not self.ready:
@@ -331,20 +331,22 @@ class Endpoints:
         except (httpx2.SSEError, httpx2.DecodingError, ValidationError) as error:
             # Without the input, which pydantic cuts anywhere.
             told = error.errors(include_input=False)[0]["msg"] if isinstance(error, ValidationError) else str(error)
-            what = f"the endpoint's answer cannot be read: {short(told, self._key)}"
+            what = f"the endpoint's answer cannot be read: {one_line(told, self._key)}"
             raise EngineError(what, where=endpoint.url, hint=NOT_OPENAI) from None
         except httpx2.ConnectTimeout:
             raise Gone(f"does not answer within {_CONNECT_SECONDS:.0f} s") from None
         except httpx2.TimeoutException:
             raise Lost("fell silent") from None
         except httpx2.ConnectError as error:
-            raise Gone(f"cannot be reached ({short(str(error) or type(error).__name__, self._key)})") from None
+            raise Gone(f"cannot be reached ({one_line(str(error) or type(error).__name__, self._key)})") from None
         except httpx2.TransportError as error:
-            raise Lost(f"closed the connection ({short(str(error) or type(error).__name__, self._key)})") from None
+            raise Lost(f"closed the connection ({one_line(str(error) or type(error).__name__, self._key)})") from None
         except EngineError as error:
             # It may tell what the endpoint said amid an answer.
             where = error.where or endpoint.url
-            raise type(error)(short(error.what, self._key), where=where, hint=error.hint, status=error.status) from None
+            raise type(error)(
+                one_line(error.what, self._key), where=where, hint=error.hint, status=error.status
+            ) from None
 
     async def _models_of(self, endpoint: Endpoint) -> list[ListedModel]:
         async def read(response: httpx2.Response) -> list[ListedModel]:

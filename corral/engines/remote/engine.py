@@ -19,12 +19,12 @@ from typing import Any, TypeVar
 
 import httpx2
 
-from corral.engines.base import Delta, Engine, Features, Finish, Generation, Sampling, closed
+from corral.engines.base import Delta, Engine, Features, Finish, Generation, Sampling, closed_error
 from corral.engines.remote.abilities import Abilities, abilities
 from corral.engines.remote.endpoints import Endpoints, ListedModel
 from corral.engines.remote.events import Event, NewTokens
 from corral.engines.remote.http_errors import Lost
-from corral.engines.remote.protocol import KEY_VARIABLE, short
+from corral.engines.remote.protocol import KEY_VARIABLE, one_line
 from corral.errors import EngineError, EngineUnavailableError, InputError, ModelError
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 _DONE = "[DONE]"
 _LONGEST_EVENT = 2**24  # bytes: the first one may repeat the ids of a long prompt
-_NO_IDS = "give `ids_of`, which makes ids of its text, or use a server that returns ids (corral serve, vLLM)"
+_NO_IDS = "give `encode`, which makes ids of its text, or use a server that returns ids (corral serve, vLLM)"
 
 
 class RemoteEngine(Engine):
@@ -52,12 +52,12 @@ class RemoteEngine(Engine):
         max_length: most tokens of prompt and completion; an endpoint whose list tells a shorter `max_model_len` has that.
             None: what the list tells.
         key: None takes the environment variable CORRAL_API_KEY, or none if it is not set. Never shown.
-        ids_of: text → ids, for servers that give no ids back. What is drawn is then known only as text: an answer comes
+        encode: text → ids, for servers that give no ids back. What is drawn is then known only as text: an answer comes
             whole, ends where the server ends it, is tokenised anew (other ids may make the same text), and has no
             log-probabilities. Without it such a server's answers are refused.
-        try_out: ask for one token, to see what there is besides text: `ids_of` is used only where no ids are given, and
+        probe: ask for one token, to see what there is besides text: `encode` is used only where no ids are given, and
             `features` says whether there are log-probabilities. Without it a server is taken to give all of it, or only text
-            if there is `ids_of`.
+            if there is `encode`.
         concurrency: requests under way at once, over all URLs.
         retries: how often a request waits because no endpoint takes it; the first time about `backoff_seconds`, then
             twice as long each time. 0 waits for none, and `submit` then refuses while all of them rest.
@@ -79,8 +79,8 @@ class RemoteEngine(Engine):
         vocabulary: int,
         max_length: int | None = None,
         key: str | None = None,
-        ids_of: Callable[[str], Sequence[int]] | None = None,
-        try_out: bool = False,
+        encode: Callable[[str], Sequence[int]] | None = None,
+        probe: bool = False,
         concurrency: int = 64,
         retries: int = 8,
         backoff_seconds: float = 1.0,
@@ -89,7 +89,7 @@ class RemoteEngine(Engine):
         name: str = "remote",
     ) -> None:
         self.name = name
-        self._ids_of = ids_of
+        self._encode = encode
         self._patient = retries > 0
         self._endpoints = Endpoints(
             urls,
@@ -114,11 +114,11 @@ class RemoteEngine(Engine):
             found = _the_model(listed, model)
             self.model = found[0].id
             length = _shortest(found, max_length)
-            told = ids_of is None
+            told = encode is None
             can = Abilities(told, told, told)
-            if try_out:
+            if probe:
                 can = self._hand_over(abilities(self._endpoints, self.model)).result()
-                self._ids_of = _way_without_ids(can, ids_of, listed[0][0])
+                self._encode = _way_without_ids(can, encode, listed[0][0])
             self._hand_over(self._endpoints.watch(self.model)).result()
         except BaseException:
             self._end()
@@ -131,10 +131,10 @@ class RemoteEngine(Engine):
         return self._endpoints.ready
 
     def submit(self, ids: Sequence[int], sampling: Sampling) -> Generation:  # noqa: D102 (the protocol says it)
-        self.check(ids, sampling)
+        self.check_submit(ids, sampling)
         if not (self._patient or self.ready):
             raise EngineUnavailableError(f"no endpoint of engine {self.name!r} answers", hint="ask again later")
-        request = _Request(tuple(map(int, ids)), sampling, self._ids_of)
+        request = _Request(tuple(map(int, ids)), sampling, self._encode)
 
         def cancel(choice: int | None) -> None:
             with contextlib.suppress(RuntimeError):  # the engine was closed, and its requests with it
@@ -156,7 +156,7 @@ class RemoteEngine(Engine):
         with self._handing:
             if self._is_closed:
                 work.close()
-                raise closed(self)
+                raise closed_error(self)
             return asyncio.run_coroutine_threadsafe(self._tracked(work), self._loop)
 
     async def _tracked(self, work: Coroutine[Any, Any, T]) -> T:
@@ -167,7 +167,7 @@ class RemoteEngine(Engine):
             return await work
         except asyncio.CancelledError:
             if self._is_closed:
-                raise closed(self) from None
+                raise closed_error(self) from None
             raise
         finally:
             self._tasks.discard(task)
@@ -184,7 +184,7 @@ class RemoteEngine(Engine):
 
     async def _stop_work(self) -> None:
         for request in list(self._open):
-            request.generation.fail(closed(self))
+            request.generation.fail(closed_error(self))
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -233,11 +233,11 @@ class _Request:
     generation: Generation
     task: asyncio.Task[Any] | None = None
 
-    def __init__(self, ids: tuple[int, ...], sampling: Sampling, ids_of: Callable[[str], Sequence[int]] | None) -> None:
+    def __init__(self, ids: tuple[int, ...], sampling: Sampling, encode: Callable[[str], Sequence[int]] | None) -> None:
         self.open = set(range(sampling.n))
         self._ids = ids
         self._sampling = sampling
-        self._ids_of = ids_of
+        self._encode = encode
         self._given: list[list[int]] = [[] for _ in range(sampling.n)]
         """What was passed on, for each choice."""
         self._seen = [0] * sampling.n
@@ -258,7 +258,7 @@ class _Request:
         }
         if s.seed is not None:
             body["seed"] = s.seed
-        if self._ids_of is None:
+        if self._encode is None:
             body |= {"return_token_ids": True, "ignore_eos": True, "stop_token_ids": list(s.stop_ids)}
             # vLLM takes these from the model's generation_config.json unless it is told.
             body |= {"top_k": s.top_k, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -306,11 +306,11 @@ class _Request:
         if new.index not in self.open:
             return
         finish = new.finish
-        if self._ids_of is not None:
+        if self._encode is not None:
             self._texts[new.index] += new.text
             if finish is None:
                 return
-            ids = list(self._ids_of(self._texts[new.index]))[: self._sampling.max_tokens]
+            ids = list(self._encode(self._texts[new.index]))[: self._sampling.max_tokens]
             logprobs = None
         elif new.token_ids is None and new.text:
             raise EngineError("the endpoint gives back text and no token ids", hint=_NO_IDS)
@@ -363,7 +363,7 @@ def _the_model(listed: Sequence[tuple[str, Sequence[ListedModel]]], name: str | 
     found: list[ListedModel] = []
     for url, all_models in listed:
         models = [model for model in all_models if model.task == "chat"]
-        names = short(", ".join(model.id for model in models)) or "none"
+        names = one_line(", ".join(model.id for model in models)) or "none"
         if name is None and len(models) != 1:
             raise ModelError(f"the endpoint has several models, or none: {names}", where=url, hint="name one of them")
         wanted = models[0].id if name is None else name
@@ -386,12 +386,12 @@ def _shortest(models: Sequence[ListedModel], known: int | None) -> int:
 
 
 def _way_without_ids(
-    can: Abilities, ids_of: Callable[[str], Sequence[int]] | None, url: str
+    can: Abilities, encode: Callable[[str], Sequence[int]] | None, url: str
 ) -> Callable[[str], Sequence[int]] | None:
     """What makes ids of text, if that is needed. Raises: ModelError (it is, and there is nothing)."""
     if can.ids:
         return None
-    if ids_of is None:
+    if encode is None:
         raise ModelError("the endpoint gives back text and no token ids", where=url, hint=_NO_IDS)
     _log.warning("%s gives no token ids: its text is tokenised here, and there are no log-probabilities", url)
-    return ids_of
+    return encode

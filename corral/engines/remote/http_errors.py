@@ -11,7 +11,7 @@ from email.utils import parsedate_to_datetime
 
 import httpx2
 
-from corral.engines.remote.protocol import KEY_VARIABLE, said
+from corral.engines.remote.protocol import KEY_VARIABLE, error_message
 from corral.errors import EngineError, RequestError
 
 NOT_OPENAI = "is this the address of an OpenAI-compatible server? It usually ends in /v1"
@@ -47,7 +47,7 @@ class Gone(Lost):
 async def refusal(url: str, path: str, response: httpx2.Response, key: str | None) -> Exception:
     """What an answer means that is no success."""
     status = response.status_code
-    words = said((await _beginning(response)).decode("utf-8", "replace"), key)
+    words = error_message((await _beginning(response)).decode("utf-8", "replace"), key)
     what = f"answered {status}" + (f": {words}" if words else "")
     if status in _TRANSIENT:
         kind = Busy if status in _BUSY else Lost

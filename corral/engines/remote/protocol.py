@@ -34,7 +34,7 @@ def api_url(given: str) -> str:
     return str(url.copy_with(path=url.path.rstrip("/") or "/v1", fragment=None))
 
 
-def bearer(key: str | None, *urls: str) -> dict[str, str]:
+def auth_header(key: str | None, *urls: str) -> dict[str, str]:
     """The header that carries a key to these URLs; it is said who gets it, where that may not be meant.
 
     Raises:
@@ -53,17 +53,17 @@ def bearer(key: str | None, *urls: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
 
 
-def said(text: str, key: str | None = None) -> str:
+def error_message(text: str, key: str | None = None) -> str:
     """What the body of an error says, in OpenAI's form or in those that stand in for it, on one line without the key."""
     found: Any = None
     with suppress(ValueError):
         found = json.loads(text)
     for name in ("error", "message", "detail"):
         found = found.get(name, found) if isinstance(found, dict) else found
-    return short(found if isinstance(found, str) else text, key)
+    return one_line(found if isinstance(found, str) else text, key)
 
 
-def short(text: str, key: str | None = None) -> str:
+def one_line(text: str, key: str | None = None) -> str:
     """One line of it, with nothing of the key, and nothing that steers a terminal."""
     shown = "".join(c for c in text if c.isprintable() or c.isspace())
     # Before it is cut: what is left of a key is not the key any more.

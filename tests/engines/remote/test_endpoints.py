@@ -12,20 +12,20 @@ from typing import Any
 import pytest
 
 from corral.engines.remote.engine import RemoteEngine
-from corral.engines.remote.protocol import said
+from corral.engines.remote.protocol import error_message
 from corral.errors import EngineError, EngineUnavailableError, InputError, ModelError, RequestError
 from tests.conftest import Request, web_server
 from tests.engines.conformance import DRAWN, complete
-from tests.engines.flaky import (
-    Flaky,
+from tests.engines.remote.fake_server import (
+    FakeServer,
+    answers_well,
     ask,
-    flaky,
+    fake_server,
+    first_then,
     free_port,
-    once,
-    refusing,
+    refuses_with,
     remote,
     wait_for,
-    well,
 )
 
 
@@ -33,7 +33,7 @@ def test_the_key_comes_from_the_argument_or_the_environment_and_is_sent_nowhere_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("CORRAL_API_KEY", raising=False)
-    answers = flaky(well)
+    answers = fake_server(answers_well)
     with web_server(answers) as url:
         ask(remote(url))
         monkeypatch.setenv("CORRAL_API_KEY", "from the environment")
@@ -44,8 +44,8 @@ def test_the_key_comes_from_the_argument_or_the_environment_and_is_sent_nowhere_
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_wrong_key_is_said_at_once_and_not_shown_even_if_the_endpoint_shows_it(status: int) -> None:
-    refuses = refusing(status, "no such key: sesame-1")
-    for answers in (flaky(refuses), flaky(refuses, do_GET=refuses)):
+    refuses = refuses_with(status, "no such key: sesame-1")
+    for answers in (fake_server(refuses), fake_server(refuses, do_GET=refuses)):
         with web_server(answers) as url:
             with pytest.raises((EngineError, ModelError)) as caught:
                 ask(remote(url, key="sesame-1"))
@@ -57,7 +57,7 @@ def test_a_wrong_key_is_said_at_once_and_not_shown_even_if_the_endpoint_shows_it
 
 def test_the_only_model_is_taken_and_of_several_one_must_be_named() -> None:
     several = [{"id": "a", "max_model_len": 100}, {"id": "b", "max_model_len": 200}]
-    with web_server(flaky(well, models=several)) as url:
+    with web_server(fake_server(answers_well, models=several)) as url:
         for name in (None, "c"):
             with pytest.raises(ModelError, match="a, b") as caught:
                 remote(url, model=name)
@@ -68,9 +68,9 @@ def test_the_only_model_is_taken_and_of_several_one_must_be_named() -> None:
 
 
 def test_the_context_is_the_shortest_of_all_endpoints_or_must_be_given() -> None:
-    short = flaky(well, models=[{"id": "m", "max_model_len": 50}])
-    untold = flaky(well, models=[{"id": "m"}])
-    with web_server(flaky(well)) as url, web_server(short) as other, web_server(untold) as silent:
+    short = fake_server(answers_well, models=[{"id": "m", "max_model_len": 50}])
+    untold = fake_server(answers_well, models=[{"id": "m"}])
+    with web_server(fake_server(answers_well)) as url, web_server(short) as other, web_server(untold) as silent:
         engine = remote(url, other)
         assert engine.features.max_length == 50
         asyncio.run(engine.close())
@@ -83,7 +83,10 @@ def test_the_context_is_the_shortest_of_all_endpoints_or_must_be_given() -> None
 
 
 def test_endpoints_that_serve_different_models_are_refused() -> None:
-    with web_server(flaky(well)) as url, web_server(flaky(well, models=[{"id": "other"}])) as second:
+    with (
+        web_server(fake_server(answers_well)) as url,
+        web_server(fake_server(answers_well, models=[{"id": "other"}])) as second,
+    ):
         with pytest.raises(ModelError, match="no model 'm'; it has: other") as caught:
             remote(url, second)
         assert second in str(caught.value)
@@ -95,7 +98,7 @@ def test_an_endpoint_that_is_not_there_is_said_at_once_and_one_that_is_suffices(
         remote(nobody)
     assert nobody in str(caught.value)
     assert "running" in str(caught.value)
-    with web_server(flaky(well)) as url:
+    with web_server(fake_server(answers_well)) as url:
         assert ask(remote(nobody, url))[0].ids == (7, 8, 9)
 
 
@@ -112,14 +115,17 @@ def test_a_page_that_is_no_api_is_said_to_be_none() -> None:
     def page(self: Request) -> None:
         self.answer(200, {"content-type": "text/html"}, b"<html>welcome</html>")
 
-    with web_server(flaky(well, do_GET=page)) as url, pytest.raises(ModelError, match="cannot be read") as caught:
+    with (
+        web_server(fake_server(answers_well, do_GET=page)) as url,
+        pytest.raises(ModelError, match="cannot be read") as caught,
+    ):
         remote(url)
     assert "/v1" in str(caught.value)
 
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
 def test_what_may_pass_is_asked_again(status: int) -> None:
-    answers = flaky(once(refusing(status)))
+    answers = fake_server(first_then(refuses_with(status)))
     with web_server(answers) as url:
         assert ask(remote(url))[0].ids == (7, 8, 9)
     assert len(answers.asked) == 2
@@ -128,22 +134,22 @@ def test_what_may_pass_is_asked_again(status: int) -> None:
 def test_retry_after_is_honoured() -> None:
     moments: list[float] = []
 
-    def busy(self: Flaky) -> None:
+    def busy(self: FakeServer) -> None:
         moments.append(time.monotonic())
-        once(refusing(429, **{"retry-after": "1"}))(self)
+        first_then(refuses_with(429, **{"retry-after": "1"}))(self)
 
-    with web_server(flaky(busy)) as url:
+    with web_server(fake_server(busy)) as url:
         assert ask(remote(url))[0].ids == (7, 8, 9)
     assert moments[1] - moments[0] >= 1
 
 
 def test_an_endpoint_that_is_busy_for_too_long_or_always_is_given_up_with_its_words() -> None:
-    answers = flaky(refusing(429, "come back tomorrow", **{"retry-after": "86400"}))
+    answers = fake_server(refuses_with(429, "come back tomorrow", **{"retry-after": "86400"}))
     with web_server(answers) as url, pytest.raises(EngineError, match=r"tomorrow.* for 86400 s") as caught:
         ask(remote(url))
     assert url in str(caught.value)
     assert len(answers.asked) == 1
-    answers = flaky(refusing(503, "overloaded", **{"retry-after": "0"}))
+    answers = fake_server(refuses_with(503, "overloaded", **{"retry-after": "0"}))
     with web_server(answers) as url, pytest.raises(EngineError, match="503: overloaded"):
         ask(remote(url))
     assert len(answers.asked) == 4, "the first and three retries"
@@ -153,7 +159,7 @@ def test_an_endpoint_that_is_busy_for_too_long_or_always_is_given_up_with_its_wo
     ("status", "kind"), [(400, RequestError), (422, RequestError), (404, EngineError), (500, EngineError)]
 )
 def test_what_will_not_pass_is_said_at_once(status: int, kind: type[EngineError]) -> None:
-    answers = flaky(refusing(status, "the context is too short"))
+    answers = fake_server(refuses_with(status, "the context is too short"))
     with web_server(answers) as url, pytest.raises(EngineError, match="the context is too short") as caught:
         ask(remote(url))
     assert type(caught.value) is kind
@@ -166,19 +172,19 @@ def test_requests_go_to_the_endpoint_with_the_fewest_and_no_more_than_agreed_are
     counts: list[list[int]] = [[], []]
     now = [0, 0]
 
-    def counting(which: int) -> Callable[[Flaky], None]:
-        def answer(self: Flaky) -> None:
+    def counting(which: int) -> Callable[[FakeServer], None]:
+        def answer(self: FakeServer) -> None:
             with lock:
                 now[which] += 1
                 counts[which].append(now[which])
             time.sleep(0.05)
             with lock:
                 now[which] -= 1
-            well(self)
+            answers_well(self)
 
         return answer
 
-    with web_server(flaky(counting(0))) as first, web_server(flaky(counting(1))) as second:
+    with web_server(fake_server(counting(0))) as first, web_server(fake_server(counting(1))) as second:
 
         async def test() -> None:
             async with remote(first, second, concurrency=6) as engine:
@@ -190,7 +196,7 @@ def test_requests_go_to_the_endpoint_with_the_fewest_and_no_more_than_agreed_are
 
 
 def test_ready_tells_whether_an_endpoint_may_be_asked() -> None:
-    with web_server(flaky(well, protocol_version="HTTP/1.0")) as url:
+    with web_server(fake_server(answers_well, protocol_version="HTTP/1.0")) as url:
         engine = remote(url, retries=0, backoff_seconds=3600)
         assert engine.ready
 
@@ -205,8 +211,8 @@ def test_ready_tells_whether_an_endpoint_may_be_asked() -> None:
 
 
 def test_one_that_failed_several_times_is_asked_for_answers_only_once_it_lists_the_model() -> None:
-    listed = flaky(Flaky.finish, models=[{"id": "m", "max_model_len": 8192}])
-    with web_server(listed) as url, web_server(flaky(well)) as other:
+    listed = fake_server(FakeServer.finish, models=[{"id": "m", "max_model_len": 8192}])
+    with web_server(listed) as url, web_server(fake_server(answers_well)) as other:
         engine = remote(url, other)
         listed.models = [{"id": "another", "max_model_len": 8192}]
 
@@ -217,7 +223,7 @@ def test_one_that_failed_several_times_is_asked_for_answers_only_once_it_lists_t
                 assert len(listed.asked) == 3
                 await asyncio.to_thread(wait_for, lambda: len(listed.keys) >= 4)
                 assert len(listed.asked) == 3, "it does not list the model"
-                listed.completion = well  # type: ignore[method-assign]
+                listed.completion = answers_well  # type: ignore[method-assign]
                 listed.models = [{"id": "m", "max_model_len": 8192}]
                 while len(listed.asked) < 4:
                     await asyncio.gather(*(complete(engine, [1], DRAWN) for _ in range(2)))
@@ -227,8 +233,8 @@ def test_one_that_failed_several_times_is_asked_for_answers_only_once_it_lists_t
 
 @pytest.mark.parametrize("retries", [0, 3])
 def test_what_one_endpoint_is_too_busy_for_is_asked_of_another_and_others_are_still_asked_there(retries: int) -> None:
-    busy = flaky(once(refusing(503, **{"retry-after": "3600"})))
-    with web_server(busy) as url, web_server(flaky(well)) as other:
+    busy = fake_server(first_then(refuses_with(503, **{"retry-after": "3600"})))
+    with web_server(busy) as url, web_server(fake_server(answers_well)) as other:
 
         async def test() -> None:
             async with remote(url, other, retries=retries, backoff_seconds=60) as engine:
@@ -241,8 +247,8 @@ def test_what_one_endpoint_is_too_busy_for_is_asked_of_another_and_others_are_st
 
 @pytest.mark.parametrize("fault", ["busy", "reset"])
 def test_a_fault_of_one_request_is_none_of_the_next_ones(fault: str) -> None:
-    first = Flaky.finish if fault == "reset" else refusing(503, "full", **{"retry-after": "20"})
-    answers = flaky(once(first))
+    first = FakeServer.finish if fault == "reset" else refuses_with(503, "full", **{"retry-after": "20"})
+    answers = fake_server(first_then(first))
     with web_server(answers) as url:
 
         async def test() -> None:
@@ -259,9 +265,9 @@ def test_a_fault_of_one_request_is_none_of_the_next_ones(fault: str) -> None:
     assert len(answers.asked) == 2
 
 
-ERRORS: dict[str, Callable[[Flaky], None]] = {
-    "500": refusing(500),
-    "no such model": refusing(404),
+ERRORS: dict[str, Callable[[FakeServer], None]] = {
+    "500": refuses_with(500),
+    "no such model": refuses_with(404),
     "a page": lambda self: self.answer(200, {"content-type": "text/html"}, b"<html>"),
     "an error event": lambda self: self.events({"error": {"message": "no", "code": 500}}),
 }
@@ -269,8 +275,8 @@ ERRORS: dict[str, Callable[[Flaky], None]] = {
 
 @pytest.mark.parametrize("case", ERRORS)
 def test_one_that_answers_errors_beside_one_that_works_costs_no_request_and_is_left_alone(case: str) -> None:
-    broken = flaky(ERRORS[case])
-    with web_server(broken) as url, web_server(flaky(well)) as other:
+    broken = fake_server(ERRORS[case])
+    with web_server(broken) as url, web_server(fake_server(answers_well)) as other:
 
         async def test() -> None:
             async with remote(url, other, retries=0, backoff_seconds=60) as engine:
@@ -282,10 +288,10 @@ def test_one_that_answers_errors_beside_one_that_works_costs_no_request_and_is_l
 
 
 def test_a_request_that_no_endpoint_can_answer_is_none_of_their_faults() -> None:
-    def poisoned(self: Flaky) -> None:
-        (refusing(500) if self.asked[-1]["prompt"] == [0] else well)(self)
+    def poisoned(self: FakeServer) -> None:
+        (refuses_with(500) if self.asked[-1]["prompt"] == [0] else answers_well)(self)
 
-    first, second = flaky(poisoned), flaky(poisoned)
+    first, second = fake_server(poisoned), fake_server(poisoned)
     with web_server(first) as url, web_server(second) as other:
 
         async def test() -> None:
@@ -301,7 +307,7 @@ def test_a_request_that_no_endpoint_can_answer_is_none_of_their_faults() -> None
 
 
 def test_the_last_endpoint_rests_no_longer_than_it_takes_to_see_that_it_is_there() -> None:
-    answers = flaky(lambda self: (Flaky.finish if len(self.asked) <= 3 else well)(self))
+    answers = fake_server(lambda self: (FakeServer.finish if len(self.asked) <= 3 else answers_well)(self))
     with web_server(answers) as url:
 
         async def test() -> None:
@@ -318,7 +324,7 @@ def test_the_last_endpoint_rests_no_longer_than_it_takes_to_see_that_it_is_there
 
 def test_those_that_nobody_asks_are_looked_at_where_that_is_wanted() -> None:
     # A connection for each request: one that is kept would outlive the server.
-    answers = flaky(well, protocol_version="HTTP/1.0")
+    answers = fake_server(answers_well, protocol_version="HTTP/1.0")
     with web_server(answers) as url:
         engine = remote(url, check_seconds=0.05)
         lazy = remote(url)
@@ -332,7 +338,7 @@ def test_those_that_nobody_asks_are_looked_at_where_that_is_wanted() -> None:
 
 
 def test_without_patience_each_endpoint_is_tried_once_and_a_request_is_refused_while_all_rest() -> None:
-    first, second = flaky(refusing(503)), flaky(refusing(429))
+    first, second = fake_server(refuses_with(503)), fake_server(refuses_with(429))
     with web_server(first) as url, web_server(second) as other:
 
         async def test() -> None:
@@ -343,7 +349,7 @@ def test_without_patience_each_endpoint_is_tried_once_and_a_request_is_refused_w
 
         asyncio.run(test())
     assert (len(first.asked), len(second.asked)) == (1, 1)
-    with web_server(flaky(well, protocol_version="HTTP/1.0")) as url:
+    with web_server(fake_server(answers_well, protocol_version="HTTP/1.0")) as url:
         engine = remote(url, retries=0, check_seconds=0.05)
     wait_for(lambda: not engine.ready)
 
@@ -357,7 +363,7 @@ def test_without_patience_each_endpoint_is_tried_once_and_a_request_is_refused_w
 
 def test_a_model_that_only_embeds_is_not_the_one_that_is_meant() -> None:
     models = [{"id": "m", "max_model_len": 8192}, {"id": "e", "max_model_len": 256, "task": "embeddings"}]
-    with web_server(flaky(well, models=models)) as url:
+    with web_server(fake_server(answers_well, models=models)) as url:
         engine = remote(url)
         assert (engine.model, engine.features.max_length) == ("m", 8192)
         asyncio.run(engine.close())
@@ -366,37 +372,37 @@ def test_a_model_that_only_embeds_is_not_the_one_that_is_meant() -> None:
 @pytest.mark.parametrize("pad", [0, 270, 283])
 def test_nothing_of_the_key_is_shown_wherever_the_endpoint_says_it(pad: int) -> None:
     words = "x" * pad + " no such key: sesame-and-more-1"
-    amid = flaky(lambda self: self.events({"error": {"message": words, "code": 500}}))
-    refused = flaky(refusing(400, words))
-    passing = flaky(refusing(503, words))
+    amid = fake_server(lambda self: self.events({"error": {"message": words, "code": 500}}))
+    refused = fake_server(refuses_with(400, words))
+    passing = fake_server(refuses_with(503, words))
     for answers in (amid, refused, passing):
         with web_server(answers) as url, pytest.raises(EngineError) as caught:
             ask(remote(url, key="sesame-and-more-1", retries=0))
         assert "sesame" not in str(caught.value) + repr(caught.value)
-    assert "ses" not in said(json.dumps({"error": {"message": words}}), "sesame-and-more-1")
+    assert "ses" not in error_message(json.dumps({"error": {"message": words}}), "sesame-and-more-1")
 
 
 def test_a_server_that_sends_requests_elsewhere_is_refused_and_the_key_does_not_follow() -> None:
-    elsewhere = flaky(well)
+    elsewhere = fake_server(answers_well)
     with web_server(elsewhere) as other:
         redirects: Any = lambda self: self.answer(307, {"location": f"{other}{self.path}"})  # noqa: E731
-        with web_server(flaky(redirects)) as url, pytest.raises(EngineError, match="307"):
+        with web_server(fake_server(redirects)) as url, pytest.raises(EngineError, match="307"):
             ask(remote(url, key="sesame"))
-        with web_server(flaky(well, do_GET=redirects)) as url, pytest.raises(ModelError, match="307"):
+        with web_server(fake_server(answers_well, do_GET=redirects)) as url, pytest.raises(ModelError, match="307"):
             remote(url, key="sesame")
     assert (elsewhere.keys, elsewhere.asked) == ([], [])
 
 
 def test_who_gets_the_key_is_said_where_it_may_not_be_meant(caplog: pytest.LogCaptureFixture) -> None:
-    from corral.engines.remote.protocol import bearer
+    from corral.engines.remote.protocol import auth_header
 
-    bearer("sesame", "http://127.0.0.1:1/v1", "http://127.0.0.1:2/v1")
-    bearer("sesame", "https://a.example/v1")
-    bearer("sesame", "http://localhost:1/v1", "http://localhost:2/v1")
-    bearer(None, "http://a.example/v1", "http://b.example/v1")
+    auth_header("sesame", "http://127.0.0.1:1/v1", "http://127.0.0.1:2/v1")
+    auth_header("sesame", "https://a.example/v1")
+    auth_header("sesame", "http://localhost:1/v1", "http://localhost:2/v1")
+    auth_header(None, "http://a.example/v1", "http://b.example/v1")
     assert not caplog.records
-    bearer("sesame", "https://a.example/v1", "https://b.example/v1")
+    auth_header("sesame", "https://a.example/v1", "https://b.example/v1")
     assert "a.example, b.example" in caplog.text
-    bearer("sesame", "http://c.example/v1")
+    auth_header("sesame", "http://c.example/v1")
     assert "c.example unencrypted" in caplog.text
     assert "sesame" not in caplog.text

@@ -23,17 +23,17 @@ from corral.serving.generation import Served
 from corral.template import Template
 from tests.conftest import web_server
 from tests.engines.conformance import DRAWN, GREEDY, EngineConformance, Failing, Subject, complete, deltas_of
-from tests.engines.flaky import (
-    Flaky,
+from tests.engines.remote.fake_server import (
+    FakeServer,
+    answers_well,
     ask,
-    cut_off,
-    flaky,
-    once,
-    piece,
-    refusing,
+    breaks_off,
+    chunk,
+    fake_server,
+    first_then,
+    knows_fields,
+    refuses_with,
     remote,
-    tried,
-    well,
 )
 from tests.engines.test_scripted import PROMPTS, babble, breaking
 from tests.engines.tiny import CONTEXT, VOCABULARY, tiny_llama
@@ -102,7 +102,7 @@ def test_it_is_the_engine_behind_the_endpoint_in_ids_log_probs_scores_and_featur
 
 
 def test_a_request_says_all_that_decides_the_answer() -> None:
-    answers = flaky(lambda self: self.events(piece(7, finish="stop"), piece(8, index=1, finish="stop")))
+    answers = fake_server(lambda self: self.events(chunk(7, finish="stop"), chunk(8, index=1, finish="stop")))
     with web_server(answers) as url:
         ask(remote(url), (3, 4), Sampling(9, 2, 0.5, 0.9, 7, seed=11, stop_ids=(2, 5)))
     asked = {"model": "m", "prompt": [3, 4], "stream": True, "max_tokens": 9, "n": 2, "seed": 11}
@@ -113,7 +113,7 @@ def test_a_request_says_all_that_decides_the_answer() -> None:
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "seeded"])
 def test_an_answer_that_broke_off_is_taken_up_where_it_must_come_out_the_same(sampling: Sampling) -> None:
-    answers = flaky(once(cut_off))
+    answers = fake_server(first_then(breaks_off))
     with web_server(answers) as url:
 
         async def test() -> list[tuple[int, ...]]:
@@ -126,53 +126,56 @@ def test_an_answer_that_broke_off_is_taken_up_where_it_must_come_out_the_same(sa
 
 def test_an_answer_by_chance_that_broke_off_is_not_patched_but_one_that_had_not_begun_is_asked_again() -> None:
     chance = Sampling(max_tokens=12, temperature=1.0)
-    with web_server(flaky(once(cut_off))) as url, pytest.raises(EngineError, match="amid an answer") as caught:
+    with (
+        web_server(fake_server(first_then(breaks_off))) as url,
+        pytest.raises(EngineError, match="amid an answer") as caught,
+    ):
         ask(remote(url), sampling=chance)
     assert "seed" in str(caught.value)
-    for before in (lambda self: self.events(end=b""), refusing(503), Flaky.finish):
-        with web_server(flaky(once(before))) as url:
+    for before in (lambda self: self.events(end=b""), refuses_with(503), FakeServer.finish):
+        with web_server(fake_server(first_then(before))) as url:
             assert ask(remote(url), sampling=chance)[0].ids == (7, 8, 9)
 
 
 def test_an_answer_that_would_go_on_differently_is_an_error() -> None:
-    other = once(cut_off, lambda self: self.events(piece(7, 6), piece(9, finish="length")))
-    with web_server(flaky(other)) as url, pytest.raises(EngineError, match="other ids"):
+    other = first_then(breaks_off, lambda self: self.events(chunk(7, 6), chunk(9, finish="length")))
+    with web_server(fake_server(other)) as url, pytest.raises(EngineError, match="other ids"):
         ask(remote(url))
 
 
 GARBAGE: dict[str, Any] = {
     "a page": lambda self: self.answer(200, {"content-type": "text/html"}, b"<html>"),
     "no JSON": lambda self: self.events(end=b"data: {]\n\n"),
-    "another choice": lambda self: self.events(piece(1, index=5)),
+    "another choice": lambda self: self.events(chunk(1, index=5)),
     "ids that are none": lambda self: self.events({"choices": [{"index": 0, "token_ids": ["a"]}]}),
     "no ids": lambda self: self.events({"choices": [{"index": 0, "text": "hello"}]}),
-    "too many ids": lambda self: self.events(piece(*range(13))),
-    "no log-probs": lambda self: self.events(piece(1, 2, logprobs=None)),
-    "a reason nobody knows": lambda self: self.events(piece(1, finish="tired", logprobs={"token_logprobs": [-1]})),
+    "too many ids": lambda self: self.events(chunk(*range(13))),
+    "no log-probs": lambda self: self.events(chunk(1, 2, logprobs=None)),
+    "a reason nobody knows": lambda self: self.events(chunk(1, finish="tired", logprobs={"token_logprobs": [-1]})),
     "an error amid the answer": lambda self: self.events({"error": {"message": "out of memory", "code": 500}}),
 }
 
 
 @pytest.mark.parametrize("case", GARBAGE)
 def test_nonsense_is_an_error_that_names_the_endpoint(case: str) -> None:
-    answers = flaky(GARBAGE[case])
+    answers = fake_server(GARBAGE[case])
     sampling = Sampling(max_tokens=12, logprobs=case in ("no log-probs", "a reason nobody knows"))
     with web_server(answers) as url, pytest.raises(EngineError) as caught:
         ask(remote(url), sampling=sampling)
     assert url in str(caught.value)
     assert len(answers.asked) == 1
-    assert case != "no ids" or "ids_of" in str(caught.value)
+    assert case != "no ids" or "encode" in str(caught.value)
 
 
 def test_an_event_that_says_the_endpoint_goes_down_is_asked_elsewhere() -> None:
     down = {"error": {"message": "the engine of this server is closed", "code": "engine_unavailable"}}
-    with web_server(flaky(once(lambda self: self.events(piece(7), down)))) as url:
+    with web_server(fake_server(first_then(lambda self: self.events(chunk(7), down)))) as url:
         assert ask(remote(url))[0].ids == (7, 8, 9)
 
 
 def test_a_score_that_is_none_is_an_error() -> None:
     answer = {"choices": [{"index": 0, "text": "", "logprobs": {"token_logprobs": [-1.0]}}]}
-    with web_server(flaky(lambda self: self.answer(200, {}, json.dumps(answer).encode()))) as url:
+    with web_server(fake_server(lambda self: self.answer(200, {}, json.dumps(answer).encode()))) as url:
 
         async def test() -> None:
             async with remote(url) as engine:
@@ -184,25 +187,25 @@ def test_a_score_that_is_none_is_an_error() -> None:
 
 
 def test_a_stop_id_at_the_end_of_the_ids_as_vllm_sends_it_is_left_out() -> None:
-    def answer(self: Flaky) -> None:
+    def answer(self: FakeServer) -> None:
         self.events(
-            piece(7, logprobs={"token_logprobs": [-1.0]}),
-            piece(8, 2, finish="stop", logprobs={"token_logprobs": [-2, -3]}),
+            chunk(7, logprobs={"token_logprobs": [-1.0]}),
+            chunk(8, 2, finish="stop", logprobs={"token_logprobs": [-2, -3]}),
         )
 
-    with web_server(flaky(answer)) as url:
+    with web_server(fake_server(answer)) as url:
         (done,) = ask(remote(url), sampling=Sampling(stop_ids=(2,), logprobs=True))
     assert (done.ids, done.logprobs, done.finish) == ((7, 8), (-1.0, -2.0), "stop")
 
 
 def test_text_of_a_server_that_gives_no_ids_is_made_into_ids_where_the_caller_says_how() -> None:
-    def answer(self: Flaky) -> None:
+    def answer(self: FakeServer) -> None:
         texts = [("a", None), ("bc", None), ("", "stop")]
         self.events(*({"choices": [{"index": 0, "text": t, "finish_reason": f}]} for t, f in texts))
 
-    answers = flaky(answer)
+    answers = fake_server(answer)
     with web_server(answers) as url:
-        engine = remote(url, ids_of=lambda text: [ord(c) for c in text])
+        engine = remote(url, encode=lambda text: [ord(c) for c in text])
         assert not engine.features.logprobs
         assert not engine.features.score
         (done,) = ask(engine)
@@ -292,24 +295,24 @@ def test_the_example_in_the_documentation_works(template: Template) -> None:
 
 
 def test_a_fault_of_ours_is_logged_without_what_was_answered(caplog: pytest.LogCaptureFixture) -> None:
-    def ids_of(text: str) -> list[int]:
+    def encode(text: str) -> list[int]:
         raise ValueError(f"cannot make ids of {text}")
 
     diary = {"choices": [{"index": 0, "text": "my diary", "finish_reason": "stop"}]}
-    with web_server(flaky(lambda self: self.events(diary))) as url, pytest.raises(EngineError):
-        ask(remote(url, ids_of=ids_of))
+    with web_server(fake_server(lambda self: self.events(diary))) as url, pytest.raises(EngineError):
+        ask(remote(url, encode=encode))
     assert re.search(r"ValueError at .*test_remote\.py:\d+", caplog.text)
     assert "diary" not in caplog.text
 
 
 def test_corrals_own_server_is_found_able_to_do_all_of_it(tiny: str) -> None:
-    engine = remote(tiny, vocabulary=VOCABULARY, try_out=True)
+    engine = remote(tiny, vocabulary=VOCABULARY, probe=True)
     assert engine.features == Features(CONTEXT, VOCABULARY, logprobs=True, score=True)
     asyncio.run(engine.close())
 
 
 def test_a_context_that_is_known_is_that_of_endpoints_that_tell_none_and_the_most_of_others() -> None:
-    untold, long = flaky(well, models=[{"id": "m"}]), flaky(well)
+    untold, long = fake_server(answers_well, models=[{"id": "m"}]), fake_server(answers_well)
     with web_server(untold) as url, web_server(long) as other:
         for known in (77, 9000):
             engine = remote(url, other, max_length=known)
@@ -323,7 +326,7 @@ def test_a_vote_among_the_answers_of_a_server_without_log_probs_is_held(tiny_fol
     from corral.messages import Conversation
     from corral.recipe import Answer, Consensus
 
-    with web_server(flaky(tried(), models=[{"id": "m"}])) as url:
+    with web_server(fake_server(knows_fields(), models=[{"id": "m"}])) as url:
         opened = reach_model(str(tiny_folder), [url])
         assert opened.answerer.engine.features.max_length == 512, "as its config tells"
         settings = Answer(consensus=Consensus(method="rouge-l", n=2))

@@ -31,7 +31,7 @@ def ask(engine: Engine, ids: Sequence[int] = (1, 2), sampling: Sampling = DRAWN)
     return asyncio.run(work())
 
 
-class Flaky(Request):
+class FakeServer(Request):
     """An endpoint with the model `m`, which does to a completion what a test says."""
 
     protocol_version = "HTTP/1.1"
@@ -55,34 +55,36 @@ class Flaky(Request):
         self.answer(200, {"content-type": "text/event-stream"}, data)
 
 
-def flaky(completion: Callable[[Any], None], **attributes: Any) -> type[Flaky]:
+def fake_server(completion: Callable[[Any], None], **attributes: Any) -> type[FakeServer]:
     base: dict[str, Any] = {"asked": [], "keys": [], "models": [{"id": "m", "max_model_len": 8192}]}
-    return type("Made", (Flaky,), base | attributes | {"completion": completion})
+    return type("Made", (FakeServer,), base | attributes | {"completion": completion})
 
 
-def piece(*ids: int, index: int = 0, finish: str | None = None, **more: Any) -> dict[str, Any]:
+def chunk(*ids: int, index: int = 0, finish: str | None = None, **more: Any) -> dict[str, Any]:
     return {"choices": [{"index": index, "text": "x", "token_ids": list(ids), "finish_reason": finish} | more]}
 
 
-def well(self: Flaky) -> None:
-    self.events(piece(7, 8), piece(9, finish="length"))
+def answers_well(self: FakeServer) -> None:
+    self.events(chunk(7, 8), chunk(9, finish="length"))
 
 
-def once(first: Callable[[Flaky], None], then: Callable[[Flaky], None] = well) -> Callable[[Flaky], None]:
+def first_then(
+    first: Callable[[FakeServer], None], then: Callable[[FakeServer], None] = answers_well
+) -> Callable[[FakeServer], None]:
     return lambda self: (first if len(self.asked) == 1 else then)(self)
 
 
-def refusing(status: int, message: str = "no", **headers: str) -> Callable[[Flaky], None]:
+def refuses_with(status: int, message: str = "no", **headers: str) -> Callable[[FakeServer], None]:
     return lambda self: self.answer(status, headers, json.dumps({"error": {"message": message}}).encode())
 
 
-def cut_off(self: Flaky) -> None:
+def breaks_off(self: FakeServer) -> None:
     """Part of an answer, and the end of the connection where more was announced."""
     self.send_response(200)
     self.send_header("content-type", "text/event-stream")
     self.send_header("content-length", "100000")
     self.end_headers()
-    self.wfile.write(f"data: {json.dumps(piece(7, 8))}\n\n".encode())
+    self.wfile.write(f"data: {json.dumps(chunk(7, 8))}\n\n".encode())
     self.close_connection = True
 
 
@@ -98,14 +100,14 @@ def free_port() -> int:
         return taken.getsockname()[1]
 
 
-def tried(**known: Any) -> Callable[[Flaky], None]:
+def knows_fields(**known: Any) -> Callable[[FakeServer], None]:
     """A server that knows these fields besides the usual ones, and refuses others as OpenAI's does."""
     usual = {"model", "prompt", "stream", "max_tokens", "n", "temperature", "top_p", "seed"}
 
-    def answer(self: Flaky) -> None:
+    def answer(self: FakeServer) -> None:
         body = self.asked[-1]
         if foreign := set(body) - usual - set(known):
-            refusing(400, f"unknown parameter {min(foreign)}")(self)
+            refuses_with(400, f"unknown parameter {min(foreign)}")(self)
             return
         choice: dict[str, Any] = {"text": "bc", "finish_reason": "length"}
         if "return_token_ids" in body:
