@@ -36,9 +36,9 @@ SAMPLED = {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "top_k
 
 
 def base_folder() -> Path:
-    from corral.model.loading import resolve
+    from corral.model.loading import resolve_model
 
-    return resolve(MODEL).folder
+    return resolve_model(MODEL).folder
 
 
 def questions(count: int) -> list[dict[str, Any]]:
@@ -139,10 +139,10 @@ def side_raw(rows: list[dict[str, Any]], _: Any) -> dict[str, Any]:
     import openvino_genai as genai
 
     from corral.engines.openvino import OpenVinoEngine
-    from corral.model.openvino_graph import cached
+    from corral.model.openvino_graph import cached_form
 
     asked, stops = rendered(rows)
-    form = cached(base_folder(), "f32")
+    form = cached_form(base_folder(), "f32")
     scheduler = genai.SchedulerConfig()
     scheduler.num_kv_blocks = cache_blocks(OpenVinoEngine, base_folder())
     scheduler.enable_prefix_caching = True

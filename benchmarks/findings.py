@@ -42,11 +42,11 @@ from corral.evaluation.measurements import Material, Measurements, Subject, item
 from corral.evaluation.scorecard import Scorecard
 from corral.evaluation.scoring import Row, VariantRows
 from corral.evaluation.tasks import Task
-from corral.export.export import export
+from corral.export.export import export_form
 from corral.export_forms import Form
 from corral.messages import Conversation
-from corral.model.folder import identity
-from corral.model.loading import load_tokenizer, resolve
+from corral.model.folder import model_identity
+from corral.model.loading import load_tokenizer, resolve_model
 from corral.progress import Progress
 from corral.recipe import Answer
 from corral.run.directory import Run
@@ -97,7 +97,7 @@ class Bench:
 def main() -> None:
     options = _parser().parse_args()
     progress = TerminalProgress()
-    model = resolve(MODEL, progress=progress.say).folder
+    model = resolve_model(MODEL, progress=progress.say).folder
     bench = Bench(options.rows, options.work, model, Template.load(load_tokenizer(model)), progress)
     options.work.mkdir(parents=True, exist_ok=True)
     arithmetic = bench.task("arithmetic", 160)
@@ -177,7 +177,7 @@ def measured(
     baseline: str | None = None,
 ) -> Scorecard:
     """A model asked in several ways, each set beside the first one."""
-    subjects = [bench.subject(name, settings, identity(bench.model)) for name, settings in ways.items()]
+    subjects = [bench.subject(name, settings, model_identity(bench.model)) for name, settings in ways.items()]
     into = taken_up(bench.folder / part, subjects, material)
     for subject in subjects:
         session.run(into.measure(subject, session.engine, bench.template, material, bench.progress))
@@ -214,7 +214,7 @@ def voted(bench: Bench, session: Session, task: Task, settings: Mapping[str, Any
     answer = Answer.model_validate({**settings, "max_tokens": task.max_tokens})
     questions = task.questions[: max(2, round(len(task.questions) * share))]
     items = items_of(replace(task, questions=questions))
-    digest = f"{identity(bench.model)[:16]} {answer.model_dump_json()} {bench.rows}"
+    digest = f"{model_identity(bench.model)[:16]} {answer.model_dump_json()} {bench.rows}"
     maker, file = Maker(task.name, digest), RowFile(bench.folder / f"votes-{task.name}.jsonl")
     sampling = Sampling(task.max_tokens or 64, n=CANDIDATES, temperature=0.7, top_p=0.9, seed=SEED, logprobs=True)
     answerer = compose(
@@ -295,9 +295,10 @@ def precisions(bench: Bench, arithmetic: Task) -> tuple[Scorecard, dict[str, Any
     summaries = [Item(question.id, question.example) for question in short]
     material = Material(to_score=summaries, tasks=[arithmetic, bench.task("commonsense_qa", 24, 0.5)])
     places = {
-        name: export(bench.model, bench.folder / "forms", form, bench.progress) for name, form in PRECISIONS.items()
+        name: export_form(bench.model, bench.folder / "forms", form, bench.progress)
+        for name, form in PRECISIONS.items()
     }
-    subjects = {name: bench.subject(name, SHOTS, identity(place), loss=True) for name, place in places.items()}
+    subjects = {name: bench.subject(name, SHOTS, model_identity(place), loss=True) for name, place in places.items()}
     into = taken_up(bench.folder / "precision", list(subjects.values()), material)
     memory: dict[str, Any] = {}
     for name, subject in subjects.items():
@@ -348,12 +349,12 @@ def own_rows(bench: Bench, path: Path) -> Scorecard:
     items = [Item(e.key, e.record) for e in records if isinstance(e.record, Conversation)]
     fingerprint = json.loads((run.path / "prepare" / "stage.json").read_text("utf-8"))["fingerprint"]
     material = Material(items, items, (), lambda: training_examples(run, SEED), fingerprint)
-    folders = {"base": resolve(run.recipe.model.base).folder, "tuned": run.merged_model}
+    folders = {"base": resolve_model(run.recipe.model.base).folder, "tuned": run.merged_model}
     ways: dict[str, dict[str, Any]] = {"": {}, " + static shots": {"shots": {"count": 2}}}
     ways[" + similar shots"] = {"shots": {"count": 2, "choose": "similar"}}
     subjects = {
         model: [
-            bench.subject(f"{model}{name}", {"max_tokens": 128, **way}, identity(folder), loss=not name)
+            bench.subject(f"{model}{name}", {"max_tokens": 128, **way}, model_identity(folder), loss=not name)
             for name, way in ways.items()
         ]
         for model, folder in folders.items()

@@ -31,9 +31,9 @@ PRECISION = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 
 
 def base_folder() -> Path:
-    from corral.model.loading import resolve
+    from corral.model.loading import resolve_model
 
-    return resolve("asset:smollm2-135m-instruct").folder
+    return resolve_model("asset:smollm2-135m-instruct").folder
 
 
 def prompts() -> list[list[int]]:
@@ -79,11 +79,11 @@ def side_raw(asked: list[list[int]]) -> dict[str, Any]:
     import openvino as ov
     import openvino_genai as genai
 
-    from corral.model.openvino_graph import cached
+    from corral.model.openvino_graph import cached_form
 
     scheduler = genai.SchedulerConfig()
     scheduler.cache_size = 2
-    pipeline = genai.ContinuousBatchingPipeline(str(cached(base_folder(), "f32")), scheduler, "CPU", PRECISION)
+    pipeline = genai.ContinuousBatchingPipeline(str(cached_form(base_folder(), "f32")), scheduler, "CPU", PRECISION)
 
     def config(n: int, tokens: int) -> Any:
         made = genai.GenerationConfig(max_new_tokens=tokens, num_return_sequences=n, do_sample=True, ignore_eos=True)
@@ -124,12 +124,12 @@ def figures(tokens: int, began: float) -> dict[str, Any]:
 def exported(kind: str, out: Path) -> tuple[Path, dict[str, Any]]:
     """The base in another form, and what its contract says of it."""
     from corral.export import contract
-    from corral.export.export import export
+    from corral.export.export import export_form
     from corral.export_forms import Form
     from corral.progress import Progress
 
     form = Form("openvino", kind)
-    place = export(base_folder(), out, form, Progress())
+    place = export_form(base_folder(), out, form, Progress())
     checks = contract.read(form.record(out))["checks"]
     return place, {check["name"]: check["detail"] for check in checks}
 

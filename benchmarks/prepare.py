@@ -215,7 +215,7 @@ def sources_of(folder: Path, rows: int) -> list[Any]:
 def side_corral(folder: Path, rows: int) -> dict[str, Any]:
     from corral.data.packing import packs
     from corral.data.prepare import prepare
-    from corral.model.loading import load_tokenizer, resolve
+    from corral.model.loading import load_tokenizer, resolve_model
     from corral.progress import Progress
     from corral.recipe import Data
     from corral.template import Template
@@ -227,7 +227,7 @@ def side_corral(folder: Path, rows: int) -> dict[str, Any]:
         def start(self, title: str, total: int | None) -> None:
             self.began.append((title, time.perf_counter()))
 
-    template = Template.load(load_tokenizer(resolve(TOKENIZER).folder), TEMPLATE)
+    template = Template.load(load_tokenizer(resolve_model(TOKENIZER).folder), TEMPLATE)
     data = Data(sources=tuple(sources_of(folder, rows)), max_length=LENGTH, split={"validation": 0, "test": 800})
     times = Times()
     with tempfile.TemporaryDirectory(dir=folder.parent) as out:
@@ -258,10 +258,10 @@ def side_trl(folder: Path, rows: int) -> dict[str, Any]:
     from trl import SFTConfig, SFTTrainer
 
     from corral.data.formats import choose
-    from corral.model.loading import load_tokenizer, resolve
+    from corral.model.loading import load_tokenizer, resolve_model
 
     disable_progress_bars()
-    tokenizer = load_tokenizer(resolve(TOKENIZER).folder)
+    tokenizer = load_tokenizer(resolve_model(TOKENIZER).folder)
     tokenizer.chat_template = (resources.files("corral.templates") / f"{TEMPLATE}.jinja").read_text("utf-8")
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **small))

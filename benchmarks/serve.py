@@ -56,10 +56,10 @@ def scripted(delay: float) -> Any:
 
 
 def template() -> Any:
-    from corral.model.loading import load_tokenizer, resolve
+    from corral.model.loading import load_tokenizer, resolve_model
     from corral.template import Template
 
-    return Template.load(load_tokenizer(resolve(MODEL).folder))
+    return Template.load(load_tokenizer(resolve_model(MODEL).folder))
 
 
 def serve(options: argparse.Namespace) -> None:

@@ -42,13 +42,13 @@ WARM_UP = 2  # rounds of products that are not counted
 def prepared(folder: Path, rows: int) -> Any:
     """(model folder, tokenizer, the first `rows` training examples in step order)."""
     from corral.data.prepare import prepare
-    from corral.model.loading import load_tokenizer, resolve
+    from corral.model.loading import load_tokenizer, resolve_model
     from corral.progress import Progress
     from corral.recipe import Data, Source, Train
     from corral.template import Template
     from corral.training.sampler import Order
 
-    base = resolve("asset:smollm2-135m-instruct").folder
+    base = resolve_model("asset:smollm2-135m-instruct").folder
     template = Template.load(load_tokenizer(base))
     data = Data(sources=(Source(path="asset:wikibooks-recipes", format="wikibooks-recipes"),), max_length=512)
     train = prepare(data, template, folder, 0, Progress()).train
@@ -126,9 +126,9 @@ def side_gemm(steps: int) -> dict[str, Any]:
     import torch
 
     from corral.model.cpu_gemm import times_transposed
-    from corral.model.loading import load_model, resolve
+    from corral.model.loading import load_model, resolve_model
 
-    model: Any = load_model(resolve("asset:smollm2-135m-instruct").folder, dtype="float32", device="cpu")
+    model: Any = load_model(resolve_model("asset:smollm2-135m-instruct").folder, dtype="float32", device="cpu")
     layers = [m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n]
     products = [(weight, 512) for weight in layers] + [(model.get_output_embeddings().weight, 256)]
     rates: list[float] = []

@@ -19,7 +19,7 @@ from corral.engines.registry import EngineName, LocalEngine, default_engine, loa
 from corral.errors import InputError, ModelError
 from corral.export import contract
 from corral.export_forms import CONTRACT, OPENVINO
-from corral.model.naming import ModelFiles, contract_path, find_model, model_name
+from corral.model.naming import ModelFiles, find_contract, find_model_files, model_name
 from corral.template import Template
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def open_model(
     """Load a model into an engine on this machine's best device. The engine is the caller's to close.
 
     Args:
-        spec: what `find_model` finds.
+        spec: what `find_model_files` finds.
         engine: one of `engines.load.ENGINES`; None takes `remote` with URLs, else the one meant for the device.
         sampling: the Answerer's default.
         urls: of endpoints that serve this model: they compute, and only its template and vocabulary are read here.
@@ -104,10 +104,10 @@ def computing(
     folder: Path, engine: LocalEngine | None = None, *, adapter: bool = False
 ) -> tuple[LocalEngine, str, DType]:
     """(engine, device, dtype) that compute a model folder on this machine: this engine, or the one meant for the device."""
-    from corral.model.device import placement
+    from corral.model.device import choose_device
 
     name = engine or ("openvino" if (folder / OPENVINO).is_file() else None)
-    device, dtype = placement("cpu" if name == "openvino" else "auto")
+    device, dtype = choose_device("cpu" if name == "openvino" else "auto")
     return name or default_engine(device, adapter=adapter), device, dtype
 
 
@@ -157,11 +157,11 @@ def _checked(spec: str) -> tuple[ModelFiles, Template]:
     """The files of a model and its template, held to its contract."""
     from corral.model.loading import load_tokenizer
 
-    found = find_model(spec)
+    found = find_model_files(spec)
     tokenizer = load_tokenizer(found.folder)
-    record = found.folder / CONTRACT if found.adapter else contract_path(spec)
+    record = found.folder / CONTRACT if found.adapter else find_contract(spec)
     if record.is_file():
-        contract.enforce(contract.unchanged(record, Template.load(tokenizer)), where=record)
+        contract.raise_if_failed(contract.check_unchanged(record, Template.load(tokenizer)), where=record)
     return found, Template.load(tokenizer, found.template or "tokenizer")
 
 
@@ -173,9 +173,9 @@ def _opened(
     sampling: Sampling | None,
     urls: Sequence[str] = (),
 ) -> Opened:
-    from corral.model.folder import identity
+    from corral.model.folder import model_identity
 
-    weights = [identity(folder) for folder in (found.folder, found.adapter) if folder is not None]
+    weights = [model_identity(folder) for folder in (found.folder, found.adapter) if folder is not None]
     made_of = " ".join([*weights, template.digest, engine.name, *urls])
     fingerprint = hashlib.sha256(made_of.encode()).hexdigest()[:12]
     return Opened(model_name(spec), fingerprint, Answerer(engine, template, sampling))

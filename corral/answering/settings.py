@@ -53,14 +53,14 @@ class Settings:
         Raises: as `open_model` and `compose`.
         """
         from corral.answering.open_model import computing, local_engine
-        from corral.model.folder import identity
+        from corral.model.folder import model_identity
         from corral.model.loading import load_tokenizer
-        from corral.model.naming import find_model
+        from corral.model.naming import find_model_files
         from corral.template import Template
 
-        found = find_model(self.model)
+        found = find_model_files(self.model)
         template = Template.load(load_tokenizer(found.folder), found.template or "tokenizer")
-        weights = [identity(folder) for folder in (found.folder, found.adapter) if folder is not None]
+        weights = [model_identity(folder) for folder in (found.folder, found.adapter) if folder is not None]
         model = hashlib.sha256(" ".join([*weights, template.digest]).encode()).hexdigest()
         made: dict[str, Any] = {"corral": corral.__version__, "model": model, "engine": "remote"}
         # Where it is computed may change on the way; by what kind of engine, and in what numbers, may not.
@@ -110,11 +110,11 @@ class Settings:
 
 def run_of(model: str) -> Run | None:
     """The run that a model spec belongs to: it names a run directory, or an adapter that lies in one."""
-    from corral.model.folder import ADAPTER
+    from corral.model.folder import ADAPTER_CONFIG
     from corral.run.directory import Run
 
     path = Path(model).expanduser()
-    folders = [path, path.absolute().parent.parent] if (path / ADAPTER).is_file() else [path]
+    folders = [path, path.absolute().parent.parent] if (path / ADAPTER_CONFIG).is_file() else [path]
     return next((Run(folder) for folder in folders if (folder / "recipe.toml").is_file()), None)
 
 

@@ -24,7 +24,7 @@ DEFAULT_TYPES = {"gguf": "q8_0", "openvino": "int8"}
 
 def export(args: argparse.Namespace) -> dict[str, Any]:
     """Write a run's model in another form: GGUF or OpenVINO, with a contract that proves it."""
-    from corral.export.export import export as export_form
+    from corral.export.export import export_form
     from corral.export_forms import TYPES, Form
     from corral.run.directory import Run
 
@@ -45,11 +45,11 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
         if not places:
             raise InputError("this run's recipe asks for no other form", where=args.model, hint="add --to gguf")
     else:
-        from corral.model.loading import resolve
+        from corral.model.loading import resolve_model
 
         progress = TerminalProgress()
         try:
-            folder = resolve(args.model, progress=progress.say).folder
+            folder = resolve_model(args.model, progress=progress.say).folder
             if form is None or not args.out:
                 raise InputError(f"{args.model!r} is no run", hint="for a model, say --to FORM and --out DIRECTORY")
             places = [str(export_form(folder, Path(args.out), form, progress))]
@@ -69,13 +69,13 @@ def verify(args: argparse.Namespace) -> dict[str, Any]:
     from corral.answering.open_model import open_model
     from corral.export import contract
     from corral.model.loading import load_tokenizer
-    from corral.model.naming import contract_path, model_folder
+    from corral.model.naming import find_contract, find_model_folder
     from corral.template import Template
 
-    folder, record = model_folder(args.model), contract_path(args.model)
+    folder, record = find_model_folder(args.model), find_contract(args.model)
     found = contract.read(record)
     template = Template.load(load_tokenizer(folder))
-    checks = contract.unchanged(record, template)
+    checks = contract.check_unchanged(record, template)
     if all(check.passed for check in checks):
         checks += [contract.check_token_ids(template, folder), contract.check_stop_ids(template, folder)]
         engine = open_model(args.model, args.engine).answerer.engine
@@ -88,7 +88,7 @@ def verify(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         for check in checks:
             print(f"{'holds ' if check.passed else 'BROKEN'}  {check.name}: {check.detail}", flush=True)
-    contract.enforce(checks, where=record)
+    contract.raise_if_failed(checks, where=record)
     return {"model": str(record.parent), "form": found["form"], "checks": [asdict(check) for check in checks]}
 
 

@@ -141,7 +141,7 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
     from corral.data import preview
     from corral.data.loss_budget import refuse_losses
     from corral.data.prepare import prepare
-    from corral.model.loading import load_tokenizer, resolve
+    from corral.model.loading import load_tokenizer, resolve_model
     from corral.storage import write_atomic
     from corral.template import Template
 
@@ -149,7 +149,7 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
     progress = TerminalProgress()
     progress.start("Preparing rows", None)
     template = Template.load(
-        load_tokenizer(resolve(recipe.model.base, progress=progress.say).folder), recipe.model.template
+        load_tokenizer(resolve_model(recipe.model.base, progress=progress.say).folder), recipe.model.template
     )
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -150,9 +150,9 @@ class OpenVinoEngine(Engine):
         return self._next
 
     def _form(self) -> Path:
-        from corral.model.openvino_graph import cached
+        from corral.model.openvino_graph import cached_form
 
-        return self._folder if self._is_form else cached(self._folder, self._precision)
+        return self._folder if self._is_form else cached_form(self._folder, self._precision)
 
     def _start(self, *, wait: bool) -> _Child:
         # The form anew: the cache may have dropped it since.

@@ -52,7 +52,7 @@ class TransformersEngine(Engine):
         get_base_model: Any = getattr(model, "get_base_model", None)
         causal: Any = get_base_model() if get_base_model is not None else model
         model.eval()
-        causal.set_attn_implementation(packed_forward.ATTENTION)
+        causal.set_attn_implementation(packed_forward.ATTENTION_NAME)
         context: int = causal.config.max_position_embeddings
         # Within its window, sliding attention is full attention.
         window: int | None = getattr(causal.config, "sliding_window", None)

@@ -24,7 +24,7 @@ from corral.storage import file_hashes, write_json
 from corral.template import Template
 
 VERSION = 2
-FILE = CONTRACT
+CONTRACT_FILE = CONTRACT
 
 PROBES = (
     Conversation.of(("user", "What is the capital of France?"), ("assistant", "The capital of France is Paris.")),
@@ -95,16 +95,16 @@ class Check:
     n: int = 0
 
 
-def probes(template: Template, conversations: Sequence[Conversation] = PROBES) -> list[Probe]:
+def make_probes(template: Template, conversations: Sequence[Conversation] = PROBES) -> list[Probe]:
     """The probe set through a template; scored are the tokens from the first trained one on."""
     made: list[Probe] = []
-    for conversation in accepted(template, conversations):
+    for conversation in renderable_conversations(template, conversations):
         encoded = template.encode(conversation)
         made.append(Probe(encoded.ids, max(1, encoded.trained.index(True))))
     return made
 
 
-def accepted(template: Template, conversations: Sequence[Conversation] = PROBES) -> list[Conversation]:
+def renderable_conversations(template: Template, conversations: Sequence[Conversation] = PROBES) -> list[Conversation]:
     """The conversations that a template takes: some know no system message, or one turn only. Raises: TemplateError."""
     taken: list[Conversation] = []
     refusal: TemplateError | None = None
@@ -138,7 +138,9 @@ def compare_logprobs(
     return Check(name, passed, detail, mean, largest, tolerance, len(gaps))
 
 
-async def complete(engine: Engine, probe_set: Sequence[Probe], tokens: int = 40) -> list[tuple[Probe, list[float]]]:
+async def measure_greedy(
+    engine: Engine, probe_set: Sequence[Probe], tokens: int = 40
+) -> list[tuple[Probe, list[float]]]:
     """The engine's own greedy answers to the probes' prompts, as probes, with the log-probabilities it gave on the way.
 
     Scoring computes a text in one go; this is the way of an answer, token by token from kept keys and values.
@@ -177,7 +179,7 @@ def check_token_ids(template: Template, folder: Path) -> Check:
     if again.digest != template.digest:
         return Check(name, False, "the saved template or its special tokens are not those the model was trained with")
     turns = 0
-    conversations = accepted(template)
+    conversations = renderable_conversations(template)
     for conversation in conversations:
         if again.encode(conversation) != template.encode(conversation):
             return Check(name, False, f"the saved tokenizer gives other ids for {conversation.messages[0].content!r}")
@@ -240,7 +242,7 @@ def write(
     write_json(record, value)
 
 
-def files_of(folder: Path) -> list[Path]:
+def model_files(folder: Path) -> list[Path]:
     """What a model folder is made of, as far as answers depend on it."""
     names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     found = [folder / name for name in names if (folder / name).is_file()]
@@ -273,7 +275,7 @@ def read(record: Path) -> dict[str, Any]:
     return contract
 
 
-def unchanged(record: Path, template: Template) -> list[Check]:
+def check_unchanged(record: Path, template: Template) -> list[Check]:
     """Whether a model's files and template are those its contract was written for; nothing is computed.
 
     Hashes are remembered by size and time of change, so that only the first look reads gigabytes.
@@ -314,7 +316,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def enforce(checks: Sequence[Check], *, where: Path) -> None:
+def raise_if_failed(checks: Sequence[Check], *, where: Path) -> None:
     """Raise for the checks that failed. Raises: ContractError."""
     failed = [c for c in checks if not c.passed]
     if failed:

@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from corral.template import Template
 
 T = TypeVar("T")
-LOSSES = {"f32": 1e-3, "f16": 0.01, "int8": 0.1, "q8_0": 0.02, "int4": 0.6, "q4_0": 0.6}
+ALLOWED_LOSS_INCREASE = {"f32": 1e-3, "f16": 0.01, "int8": 0.1, "q8_0": 0.02, "int4": 0.6, "q4_0": 0.6}
 """How much a type may add to the loss on the probes (nats per token). Four bits cost a model of 135M parameters a quarter
 of a nat and one of billions a twentieth; held-out data say what it is worth, the contract only that nothing broke."""
 
 
-def export(folder: Path, out: Path, form: Form, progress: Progress) -> Path:
+def export_form(folder: Path, out: Path, form: Form, progress: Progress) -> Path:
     """Write a model folder's form into `out`, unless it is there already, made from the same weights and template.
 
     Args:
@@ -63,21 +63,21 @@ def export(folder: Path, out: Path, form: Form, progress: Progress) -> Path:
         out.mkdir(parents=True, exist_ok=True)
     candidate = out / f"candidate-{form.to}-{form.type}"
     progress.start(f"Exporting to {form}", None)
-    make = _make_gguf if form.to == "gguf" else _make_openvino
+    make = _gguf_candidate if form.to == "gguf" else _openvino_candidate
     with make(folder, candidate, form, template, progress) as made:
         progress.start(f"Proving {form}", None)
-        served, checks = _prove(folder, template, made, LOSSES[form.type])
+        served, checks = _check_candidate(folder, template, made, ALLOWED_LOSS_INCREASE[form.type])
     contract.write(
         candidate / form.record(out).name,
         template,
-        contract.probes(template),
+        contract.make_probes(template),
         served,
         checks,
         form=str(form),
         files=made.files,
         source=source,
     )
-    contract.enforce(checks, where=candidate)
+    contract.raise_if_failed(checks, where=candidate)
     _promote(candidate, out, form)
     for check in checks:
         progress.say(f"contract of {form}, {check.name}: {check.detail}")
@@ -106,7 +106,7 @@ def _promote(candidate: Path, out: Path, form: Form) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Made:
+class _Candidate:
     """A candidate, and what it takes to prove it."""
 
     files: list[Path]
@@ -121,9 +121,9 @@ class _Made:
 
 
 @contextmanager
-def _make_openvino(
+def _openvino_candidate(
     folder: Path, candidate: Path, form: Form, template: Template, progress: Progress
-) -> Generator[_Made]:
+) -> Generator[_Candidate]:
     from corral.engines.openvino import OpenVinoEngine
     from corral.model import openvino_graph
     from corral.model.folder import licence_texts
@@ -139,17 +139,19 @@ def _make_openvino(
         unlike = openvino_graph.write_tokenizer(template, new)
     if unlike:
         progress.say(f"OpenVINO's own tokenizer is left out, as it gives other ids for {unlike!r}")
-    yield _Made(
-        files=contract.files_of(candidate),
+    yield _Candidate(
+        files=contract.model_files(candidate),
         speaks=candidate,
-        restored=lambda name, weight: openvino_graph.restored(name, weight, precision),
+        restored=lambda name, weight: openvino_graph.stored_weight(name, weight, precision),
         exact=lambda: OpenVinoEngine(candidate, exact=True),
         served=None if precision in ("f32", "f16") else lambda: OpenVinoEngine(candidate),
     )
 
 
 @contextmanager
-def _make_gguf(folder: Path, candidate: Path, form: Form, template: Template, progress: Progress) -> Generator[_Made]:
+def _gguf_candidate(
+    folder: Path, candidate: Path, form: Form, template: Template, progress: Progress
+) -> Generator[_Candidate]:
     from corral.engines.transformers import TransformersEngine
     from corral.export import gguf_writer
     from corral.model import gguf_reader
@@ -168,35 +170,37 @@ def _make_gguf(folder: Path, candidate: Path, form: Form, template: Template, pr
     with tempfile.TemporaryDirectory(dir=candidate.parent, prefix=".corral-") as back:
         with quiet():
             gguf_reader.convert_to_folder(path, Path(back))
-        yield _Made(
+        yield _Candidate(
             files=[path],
             speaks=Path(back),
-            restored=lambda name, weight: gguf_writer.restored(name, weight, types),
+            restored=lambda name, weight: gguf_writer.stored_weight(name, weight, types),
             exact=lambda: TransformersEngine(load_model(Path(back))),
             served=None,
         )
 
 
-def _prove(folder: Path, template: Template, made: _Made, allowed: float) -> tuple[list[list[float]], list[Check]]:
+def _check_candidate(
+    folder: Path, template: Template, made: _Candidate, allowed: float
+) -> tuple[list[list[float]], list[Check]]:
     """What the form, as served, gives the probes; and every check of it."""
     import torch
 
     from corral.engines.transformers import TransformersEngine
     from corral.model.loading import load_model
 
-    probe_set = contract.probes(template)
+    probe_set = contract.make_probes(template)
     model: Any = load_model(folder)
 
     def source(probes: Sequence[contract.Probe]) -> list[list[float]]:
-        return _in(lambda: TransformersEngine(model), lambda engine: contract.measure(engine, probes))
+        return _with_engine(lambda: TransformersEngine(model), lambda engine: contract.measure(engine, probes))
 
     full = source(probe_set)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.from_numpy(made.restored(name, parameter.numpy())))
-    exact = _in(made.exact, lambda engine: contract.measure(engine, probe_set))
-    answers = _in(made.exact, lambda engine: contract.complete(engine, probe_set))
-    served = _in(made.served, lambda engine: contract.measure(engine, probe_set)) if made.served else exact
+    exact = _with_engine(made.exact, lambda engine: contract.measure(engine, probe_set))
+    answers = _with_engine(made.exact, lambda engine: contract.measure_greedy(engine, probe_set))
+    served = _with_engine(made.served, lambda engine: contract.measure(engine, probe_set)) if made.served else exact
     return served, [
         contract.check_token_ids(template, made.speaks),
         contract.check_stop_ids(template, made.speaks),
@@ -211,7 +215,7 @@ def _prove(folder: Path, template: Template, made: _Made, allowed: float) -> tup
     ]
 
 
-def _in(make: Callable[[], Engine], ask: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
+def _with_engine(make: Callable[[], Engine], ask: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
     async def asked() -> T:
         async with make() as engine:
             return await ask(engine)

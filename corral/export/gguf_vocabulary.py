@@ -66,7 +66,7 @@ class GgufVocabulary:
     chat_template: str | None
 
 
-def vocabulary(folder: Path, rows: int) -> GgufVocabulary:
+def read_vocabulary(folder: Path, rows: int) -> GgufVocabulary:
     """The tokenizer of a model folder in GGUF's terms.
 
     Args:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from corral.errors import ModelError
-from corral.export.gguf_vocabulary import GgufVocabulary, vocabulary
+from corral.export.gguf_vocabulary import GgufVocabulary, read_vocabulary
 from corral.export.ollama_modelfile import modelfile
 from corral.export_forms import GgufType
 from corral.model.folder import check_folder, licence_texts, weight_files
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
     from numpy.typing import NDArray
 
-__all__ = ["TYPES", "GgufType", "modelfile", "permuted", "restored", "write_gguf"]
+__all__ = ["TYPES", "GgufType", "modelfile", "permute_rotary_rows", "stored_weight", "write_gguf"]
 
 TYPES: tuple[GgufType, ...] = get_args(GgufType)
 
@@ -100,7 +100,7 @@ def write_gguf(
     with ExitStack() as stack:
         weights = _weights(folder, config, stack)
         embedding = next(w for w in weights if w.name == "token_embd.weight")
-        words = vocabulary(folder, embedding.shape[0])
+        words = read_vocabulary(folder, embedding.shape[0])
         plan = [(weight, _type_of(weight, type, tied=bool(config.tie_word_embeddings))) for weight in weights]
         total = sum(_padded(_size(weight.shape, kind)) for weight, kind in plan)
         with _new_file(path, total) as temporary:
@@ -119,7 +119,7 @@ class _Weight:
     """Rows that must be read together."""
 
 
-def restored(name: str, weight: NDArray[np.float32], types: Mapping[str, str]) -> NDArray[np.float32]:
+def stored_weight(name: str, weight: NDArray[np.float32], types: Mapping[str, str]) -> NDArray[np.float32]:
     """What a program that computes in float32 makes of a weight as a GGUF file holds it.
 
     Args:
@@ -134,7 +134,7 @@ def restored(name: str, weight: NDArray[np.float32], types: Mapping[str, str]) -
     return np.ascontiguousarray(dequantize(quantize(weight, kind), kind), dtype=np.float32).reshape(weight.shape)
 
 
-def permuted(rows: NDArray[np.float32], head_dim: int) -> NDArray[np.float32]:
+def permute_rotary_rows(rows: NDArray[np.float32], head_dim: int) -> NDArray[np.float32]:
     """Rows of whole query or key heads in llama.cpp's order.
 
     transformers keeps a head's two rotary halves one after the other, llama.cpp rotates neighbours.
@@ -228,7 +228,7 @@ def _weight(name: str, source: Any, head_dim: int) -> _Weight:
 
     def rows(first: int, last: int) -> NDArray[np.float32]:
         part: NDArray[np.float32] = source[first:last].float().numpy()
-        return permuted(part, head_dim) if turned else part
+        return permute_rotary_rows(part, head_dim) if turned else part
 
     return _Weight(name, tuple(source.get_shape()), rows, head_dim if turned else 1)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from corral.errors import ModelError
-from corral.export.gguf_vocabulary import stop_ids, vocabulary
+from corral.export.gguf_vocabulary import read_vocabulary, stop_ids
 from corral.messages import Conversation, Role
 from corral.model.folder import licence_texts
 from corral.model.loading import load_tokenizer, quiet
@@ -82,7 +82,7 @@ def modelfile(folder: Path, gguf: str) -> str:
         TemplateError: the chat template has generation markers and cannot be used.
     """
     tokenizer: Any = load_tokenizer(folder)
-    words = vocabulary(folder, _rows(folder, tokenizer))
+    words = read_vocabulary(folder, _rows(folder, tokenizer))
     lines = [f"FROM ./{gguf}", ""]
     lines += _template_lines(tokenizer, words.chat_template, add_bos=words.add_bos)
     lines += [f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(token)}"' for token in stop_ids(folder, tokenizer)]

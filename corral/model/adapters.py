@@ -71,7 +71,7 @@ def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
             )
 
 
-def whole(model: PreTrainedModel, compute: torch.dtype) -> PreTrainedModel:
+def train_all_weights(model: PreTrainedModel, compute: torch.dtype) -> PreTrainedModel:
     """A model of which every weight is trained, tied ones as one.
 
     Weights and their gradients stay in float32: in bfloat16 an update smaller than 1/256 of a weight is lost. With bfloat16 to

@@ -42,7 +42,7 @@ class Projection:
 
     def weight(self) -> Tensor:
         """W + s·BA, which must not be written to."""
-        weight = quantisation.restored(self.layer) if quantisation.is_nf4(self.layer) else self.layer.weight
+        weight = quantisation.dequantise_weight(self.layer) if quantisation.is_nf4(self.layer) else self.layer.weight
         if not self.adapter:
             return weight
         a, b = self.adapter

@@ -24,7 +24,7 @@ def pack_length(asked: int | None, longest: int, device: str) -> int:
     return asked or max(_PACK_LENGTHS[device.partition(":")[0]], longest)
 
 
-def placement(
+def choose_device(
     device: Literal["auto", "cpu", "cuda"] = "auto", dtype: DType | Literal["auto"] = "auto"
 ) -> tuple[str, DType]:
     """(device, dtype). `auto` is the first GPU, else the CPU; and bfloat16 on a GPU that has it, float32 on a CPU.

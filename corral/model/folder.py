@@ -15,7 +15,7 @@ from corral.errors import ModelError
 from corral.export_forms import OPENVINO
 from corral.storage import file_hashes
 
-ADAPTER = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 """What makes a folder a PEFT adapter."""
 MODEL_TYPES = frozenset({"llama"})
 """Families whose attention, packing and merging corral's tests cover. Others load in transformers, but unproven here."""
@@ -23,7 +23,7 @@ MODEL_TYPES = frozenset({"llama"})
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")
 _IDENTITY = (
     "config.json",
-    ADAPTER,
+    ADAPTER_CONFIG,
     "generation_config.json",
     "*.safetensors",
     "*.safetensors.index.json",
@@ -62,9 +62,9 @@ def check_folder(folder: Path) -> None:
     Raises:
         ModelError: it says which file, what is wrong with it, and what to do.
     """
-    if (folder / ADAPTER).is_file():  # transformers would load the adapter too, without a word
+    if (folder / ADAPTER_CONFIG).is_file():  # transformers would load the adapter too, without a word
         raise ModelError(
-            f"the folder holds an adapter ({ADAPTER}), not a model alone",
+            f"the folder holds an adapter ({ADAPTER_CONFIG}), not a model alone",
             where=str(folder),
             hint="name its base model, or merge the adapter into it first",
         )
@@ -106,8 +106,8 @@ def check_adapter(folder: Path) -> str:
     Raises:
         ModelError: its config or its weights cannot be used, or it is no LoRA.
     """
-    config = _read_json(folder / ADAPTER)
-    where = str(folder / ADAPTER)
+    config = _read_json(folder / ADAPTER_CONFIG)
+    where = str(folder / ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA":
         raise ModelError(
             f"the adapter's peft_type is {config.get('peft_type')!r}; corral loads LoRA adapters",
@@ -162,7 +162,7 @@ def _shapes(path: Path) -> dict[str, list[int]]:
     return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
 
 
-def identity(folder: Path) -> str:
+def model_identity(folder: Path) -> str:
     """sha256 over the names and contents of a model's or an adapter's weights, config and tokenizer.
 
     Hashes of files are remembered by size and time of change, so that only the first call reads gigabytes.

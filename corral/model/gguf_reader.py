@@ -26,7 +26,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, cast
 
 from corral.errors import CorralError, ModelError
-from corral.model.gguf_shapes import ROPE_DIVISORS, shape_fault
+from corral.model.gguf_shapes import ROPE_DIVISORS, find_shape_error
 from corral.model.rope import llama3_parameters
 from corral.storage import write_json
 
@@ -45,7 +45,7 @@ _SPACE = "\u2581"
 _USER_DEFINED = 4  # a token type
 _SPLITS = ("smollm", "gpt-2", *_LLAMA3_NAMES)
 
-CONVERSION = 2
+CONVERSION_VERSION = 2
 """Raised whenever `convert_to_folder` would write other bytes for the same file, so that what is cached is made anew."""
 
 
@@ -303,7 +303,7 @@ def _refuse_unconvertible(path: Path, header: GgufHeader) -> None:
         value = metadata.get(key)
         if not good(value):
             raise ModelError(f"cannot use this GGUF file: {key} is {value!r}; {reason}", where=str(path), hint=other)
-    fault = shape_fault(metadata, {tensor.name: tensor.shape for tensor in header.tensors})
+    fault = find_shape_error(metadata, {tensor.name: tensor.shape for tensor in header.tensors})
     if fault is not None:
         raise ModelError(f"cannot use this GGUF file: {fault}", where=str(path), hint=other)
     embedding = next((tensor for tensor in header.tensors if tensor.name == "token_embd.weight"), None)

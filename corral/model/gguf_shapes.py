@@ -15,7 +15,7 @@ ROPE_DIVISORS = "rope_freqs.weight"
 _PER_LAYER = 9
 
 
-def shape_fault(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+def find_shape_error(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """What does not fit, in words; None if everything does.
 
     Args:

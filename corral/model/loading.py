@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 from corral.assets import CATALOGUE, fetch, find_asset
 from corral.errors import ModelError
 from corral.model import gguf_reader, hub, meta_checkpoint
-from corral.model.folder import check_folder, identity, licence_texts
+from corral.model.folder import check_folder, licence_texts, model_identity
 from corral.storage import cache_root, file_hashes, locked, new_directory
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class ModelSource:
     identity: str
 
 
-def resolve(spec: str, *, offline: bool = False, progress: Callable[[str], None] | None = None) -> ModelSource:
+def resolve_model(spec: str, *, offline: bool = False, progress: Callable[[str], None] | None = None) -> ModelSource:
     """Finds or makes the folder of `asset:NAME`, `hub:OWNER/NAME[@REVISION]`, a local folder or a local `.gguf` file.
 
     A local folder may hold Meta's own checkpoint (`meta_checkpoint`). Downloads and conversions happen once and are kept in
@@ -80,7 +80,7 @@ def resolve(spec: str, *, offline: bool = False, progress: Callable[[str], None]
         revision = folder.name
     else:
         path = Path(spec).expanduser()
-        if path.is_dir() and meta_checkpoint.is_meta(path):
+        if path.is_dir() and meta_checkpoint.is_meta_checkpoint(path):
             folder, revision = _from_meta(path, say)
         elif path.is_dir():
             folder = path
@@ -92,7 +92,7 @@ def resolve(spec: str, *, offline: bool = False, progress: Callable[[str], None]
     check_folder(folder)
     if licences is None:
         licences = licence_texts(folder)
-    return ModelSource(spec, folder, revision, licences, identity(folder))
+    return ModelSource(spec, folder, revision, licences, model_identity(folder))
 
 
 def load_model(
@@ -128,7 +128,7 @@ def load_model(
 
     settings: dict[str, Any] = {}
     if quantization is not None:
-        settings["quantization_config"] = quantisation.config(quantization, getattr(torch, dtype))
+        settings["quantization_config"] = quantisation.transformers_config(quantization, getattr(torch, dtype))
         settings["device_map"] = {"": device}
     try:
         with quiet():
@@ -287,12 +287,12 @@ def _from_gguf(path: Path, label: str, sha256: str, say: Callable[[str], None]) 
     def write(folder: Path) -> None:
         gguf_reader.convert_to_folder(path, folder)
 
-    return _converted(path.name, label, f"{sha256} {gguf_reader.CONVERSION}", needed, write, say)
+    return _converted(path.name, label, f"{sha256} {gguf_reader.CONVERSION_VERSION}", needed, write, say)
 
 
 def _from_meta(path: Path, say: Callable[[str], None]) -> tuple[Path, str]:
     """The folder made from a checkpoint of Meta's with those files, from the cache or made now; what they hash to."""
-    files = meta_checkpoint.files(path)
+    files = meta_checkpoint.checkpoint_files(path)
     try:
         hashes = file_hashes(path, files)
     except OSError as error:
@@ -306,7 +306,9 @@ def _from_meta(path: Path, say: Callable[[str], None]) -> tuple[Path, str]:
     def write(folder: Path) -> None:
         meta_checkpoint.convert(path, folder, say)
 
-    return _converted(label, label, f"{revision} meta {meta_checkpoint.CONVERSION}", needed, write, say), revision
+    return _converted(
+        label, label, f"{revision} meta {meta_checkpoint.CONVERSION_VERSION}", needed, write, say
+    ), revision
 
 
 def _converted(

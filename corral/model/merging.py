@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def merged(model: PeftModel) -> PreTrainedModel:
+def merge_adapter(model: PeftModel) -> PreTrainedModel:
     """The model with the adapter's update added to its weights, which must not be quantised. The adapted one is consumed.
 
     Raises:

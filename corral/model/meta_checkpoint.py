@@ -37,7 +37,7 @@ from corral.storage import write_json
 if TYPE_CHECKING:
     import torch
 
-CONVERSION = 1
+CONVERSION_VERSION = 1
 """Raised whenever `convert` would write other bytes for the same files, so that what is cached is made anew."""
 
 _PART = re.compile(r"consolidated\.(\d+)\.pth")
@@ -60,14 +60,14 @@ class _Weight:
 _Part: TypeAlias = "dict[str, torch.Tensor]"
 
 
-def is_meta(folder: Path) -> bool:
+def is_meta_checkpoint(folder: Path) -> bool:
     """Whether a folder is (meant as) a checkpoint in Meta's layout and not also one in Hugging Face's."""
     if (folder / "config.json").exists():
         return False
     return (folder / "params.json").exists() or any(_PART.fullmatch(path.name) for path in folder.glob("*.pth"))
 
 
-def files(source: Path) -> list[Path]:
+def checkpoint_files(source: Path) -> list[Path]:
     """What the conversion depends on: `params.json`, the tokenizer, the parts in order.
 
     The tokenizer may lie in the folder above, where the download of Llama 2 leaves it, one for all sizes.
@@ -105,7 +105,7 @@ def convert(source: Path, folder: Path, progress: Callable[[str], None]) -> None
         ModelError: a file is missing, damaged or holds code; the params make no sense, or are of another architecture; the
             weights or the tokenizer do not fit them.
     """
-    params_path, tokenizer_path, *paths = files(source)
+    params_path, tokenizer_path, *paths = checkpoint_files(source)
     params = read_params(params_path)
     tokenizer = read_tokenizer(tokenizer_path, scaled_rope=params.use_scaled_rope)
     parts = [_open_part(path) for path in paths]

@@ -20,7 +20,7 @@ class ModelFiles:
     """What of a chat template belongs to the adapter (see `Template.load`); None: that of the model's tokenizer."""
 
 
-def find_model(spec: str) -> ModelFiles:
+def find_model_files(spec: str) -> ModelFiles:
     """The files of what a user names, fetched or converted if need be.
 
     An adapter's base is what its config names: `asset:`, `hub:`, a folder, or a hub id; if that folder is gone and the adapter
@@ -29,9 +29,9 @@ def find_model(spec: str) -> ModelFiles:
     Raises:
         RunError, ModelError, AssetError: there is no such model, or it cannot be loaded.
     """
-    adapter = _adapter_folder(spec)
+    adapter = _find_adapter_folder(spec)
     if adapter is None:
-        return ModelFiles(model_folder(spec), None, None)
+        return ModelFiles(find_model_folder(spec), None, None)
     from corral.model.folder import check_adapter
 
     base = check_adapter(adapter)
@@ -40,29 +40,29 @@ def find_model(spec: str) -> ModelFiles:
     return _of_run(found, adapter) if _is_run(str(adapter.absolute().parents[1])) else found
 
 
-def model_folder(spec: str) -> Path:
+def find_model_folder(spec: str) -> Path:
     """The model folder of a run directory, or of any model spec. Raises: RunError, ModelError, AssetError."""
-    from corral.model.loading import resolve
+    from corral.model.loading import resolve_model
     from corral.run.directory import Run
 
     if _is_run(spec):
         return Run(Path(spec)).merged_model
     if (Path(spec) / OPENVINO).is_file():
         return Path(spec)
-    return resolve(spec).folder
+    return resolve_model(spec).folder
 
 
-def contract_path(spec: str) -> Path:
+def find_contract(spec: str) -> Path:
     """Where the contract of a run's model, a model folder or an exported form stands, if it has one. Raises: as above."""
     path = Path(spec)
     if path.suffix == ".gguf":
-        model_folder(spec)
-    return path.with_suffix(".contract.json") if path.suffix == ".gguf" else model_folder(spec) / CONTRACT
+        find_model_folder(spec)
+    return path.with_suffix(".contract.json") if path.suffix == ".gguf" else find_model_folder(spec) / CONTRACT
 
 
-def _adapter_folder(spec: str) -> Path | None:
+def _find_adapter_folder(spec: str) -> Path | None:
     """Where the adapter of that name lies, if it is one."""
-    from corral.model.folder import ADAPTER
+    from corral.model.folder import ADAPTER_CONFIG
 
     if spec.startswith("hub:"):
         from corral.model import hub
@@ -72,12 +72,12 @@ def _adapter_folder(spec: str) -> Path | None:
             folder = hub.download(spec, offline=False, say=lambda _: None)
     else:
         folder = Path(spec).expanduser()
-    return folder if (folder / ADAPTER).is_file() else None
+    return folder if (folder / ADAPTER_CONFIG).is_file() else None
 
 
 def _base_folder(adapter: Path, base: str) -> Path:
     from corral.model.hub import HUB_ID
-    from corral.model.loading import resolve
+    from corral.model.loading import resolve_model
 
     run = adapter.absolute().parents[1]
     if not base.startswith(("asset:", "hub:")) and not Path(base).expanduser().exists():
@@ -88,7 +88,7 @@ def _base_folder(adapter: Path, base: str) -> Path:
         elif HUB_ID.fullmatch(base):
             base = f"hub:{base}"
     try:
-        return resolve(base).folder
+        return resolve_model(base).folder
     except ModelError as error:
         raise ModelError(f"the base model of the adapter: {error.what}", where=str(adapter), hint=error.hint) from error
 
@@ -116,7 +116,7 @@ def _is_run(spec: str) -> bool:
 
 def model_name(spec: str) -> str:
     """The run's, the folder's, the asset's, or the hub's OWNER/NAME. Raises: RunError, RecipeError."""
-    from corral.model.folder import ADAPTER
+    from corral.model.folder import ADAPTER_CONFIG
     from corral.run.directory import Run
 
     if _is_run(spec):
@@ -125,6 +125,6 @@ def model_name(spec: str) -> str:
     if kind in ("asset", "hub") and name:
         return name.partition("@")[0]
     path = Path(spec).expanduser().resolve()
-    if (path / ADAPTER).is_file() and _is_run(str(path.parents[1])):
+    if (path / ADAPTER_CONFIG).is_file() and _is_run(str(path.parents[1])):
         return f"{Run(path.parents[1]).recipe.name}-{path.parent.name}"
     return path.stem if path.suffix == ".gguf" else path.name or "model"

@@ -36,9 +36,9 @@ op = require("openvino.opset15", "openvino")
 variables = require("openvino.op.util", "openvino")
 
 Precision: TypeAlias = OpenVinoType
-MODEL = OPENVINO
+MODEL_FILE = OPENVINO
 
-BYTES = {"f32": 4.0, "f16": 2.0, "int8": 1.01, "int4": 0.6}
+BYTES_PER_WEIGHT = {"f32": 4.0, "f16": 2.0, "int8": 1.01, "int4": 0.6}
 """Bytes per weight on disk, about: int4 keeps embeddings and output head, which suffer most, in int8."""
 
 _CONVERSION = 1  # raised whenever other bytes would be written for the same folder
@@ -73,7 +73,7 @@ def write_model(
     check_folder(folder)
     with _weights(folder) as read:
         model = _Graph(folder, precision, read, progress or (lambda done, total: None)).model()
-        ov.save_model(model, out / MODEL, compress_to_fp16=False)
+        ov.save_model(model, out / MODEL_FILE, compress_to_fp16=False)
 
 
 def write_tokenizer(template: Template, out: Path) -> str | None:
@@ -98,21 +98,21 @@ def write_tokenizer(template: Template, out: Path) -> str | None:
     return None
 
 
-def cached(folder: Path, precision: Precision) -> Path:
+def cached_form(folder: Path, precision: Precision) -> Path:
     """The OpenVINO form of a model folder: made once, kept in the cache, the four used last.
 
     Raises:
         ModelError, StorageError: as `write_model`, and where the cache cannot be written.
     """
-    from corral.model.folder import check_folder, identity, weight_files
+    from corral.model.folder import check_folder, model_identity, weight_files
 
     check_folder(folder)
     place = cache_root() / "openvino"
-    form = place / f"{identity(folder)[:16]}-{precision}-{_CONVERSION}"
+    form = place / f"{model_identity(folder)[:16]}-{precision}-{_CONVERSION}"
     with locked(place / "lock"):
-        if not (form / MODEL).is_file():
+        if not (form / MODEL_FILE).is_file():
             size = sum(path.stat().st_size for path in weight_files(folder))
-            with new_directory(form, needed=int(size * BYTES[precision] / 2)) as temporary:
+            with new_directory(form, needed=int(size * BYTES_PER_WEIGHT[precision] / 2)) as temporary:
                 write_model(folder, temporary, precision)
                 for name in ("config.json", "generation_config.json"):
                     if (folder / name).is_file():
@@ -126,7 +126,7 @@ def cached(folder: Path, precision: Precision) -> Path:
     return form
 
 
-def restored(name: str, weight: Any, precision: Precision) -> Any:
+def stored_weight(name: str, weight: Any, precision: Precision) -> Any:
     """What a program that computes in float32 makes of a weight stored in `precision`.
 
     Args:
@@ -137,9 +137,9 @@ def restored(name: str, weight: Any, precision: Precision) -> Any:
     """
     kind = _kind(name, weight, precision)
     if kind == "int8":
-        return weight_rounding.to_int8(weight).restored()
+        return weight_rounding.to_int8(weight).dequantise()
     if kind == "int4":
-        return weight_rounding.to_int4(weight).restored()
+        return weight_rounding.to_int4(weight).dequantise()
     return weight.astype(np.float16).astype(np.float32) if kind == "f16" else weight
 
 
@@ -343,7 +343,7 @@ class _Graph:
 def _four_bits(values: Any) -> Any:
     # A Tensor made of an array borrows its memory, without keeping it alive: so the memory must be OpenVINO's own.
     tensor = ov.Tensor(ov.Type.u4, list(values.shape))
-    tensor.data.reshape(-1)[:] = weight_rounding.packed(values)
+    tensor.data.reshape(-1)[:] = weight_rounding.pack_int4(values)
     return op.constant(tensor)
 
 

@@ -24,7 +24,7 @@ from corral.model import cpu_gemm, gpu_layers
 from corral.model.cpu_attention import packed_attention
 from corral.model.cpu_gemm import times_transposed
 
-ATTENTION = "corral_packed"
+ATTENTION_NAME = "corral_packed"
 _CHUNK_ELEMENTS = 2**21  # logits held at once: 8 MiB in float32
 
 
@@ -57,8 +57,8 @@ def _packed_attention(
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(ATTENTION, _packed_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionInterface.register(ATTENTION_NAME, _packed_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
 def hidden_states(model: nn.Module, sequences: Sequence[Sequence[int]]) -> Tensor:
@@ -69,8 +69,8 @@ def hidden_states(model: nn.Module, sequences: Sequence[Sequence[int]]) -> Tenso
         sequences: token ids; none may be empty.
     """
     causal = _causal_model(model)
-    if causal.config._attn_implementation != ATTENTION:  # pyright: ignore[reportPrivateUsage]
-        causal.set_attn_implementation(ATTENTION)
+    if causal.config._attn_implementation != ATTENTION_NAME:  # pyright: ignore[reportPrivateUsage]
+        causal.set_attn_implementation(ATTENTION_NAME)
     lengths = [len(s) for s in sequences]
     total = sum(lengths)
     device = causal.device

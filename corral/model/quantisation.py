@@ -43,19 +43,19 @@ class Quantization:
     threshold: float = 6.0
 
 
-def bitsandbytes() -> Any:
+def import_bitsandbytes() -> Any:
     """The package, without its advice to install others and its notes on each product. Raises: MissingExtraError."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return require("bitsandbytes", "quant")
 
 
-def config(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
+def transformers_config(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
     """What makes transformers quantise while it loads. Raises: MissingExtraError.
 
     Args:
         dtype: what layers compute in.
     """
-    bitsandbytes()
+    import_bitsandbytes()
     from transformers import BitsAndBytesConfig
 
     if quantization.kind == "int8":
@@ -80,7 +80,7 @@ def is_int8(layer: Any) -> bool:
     return type(weight).__name__ == "Int8Params" and isinstance(layer, nn.Linear)
 
 
-def restored(layer: Any) -> Tensor:
+def dequantise_weight(layer: Any) -> Tensor:
     """The weight of a quantised layer as numbers, bit for bit as bitsandbytes restores it.
 
     Returns: [out, in]; NF4 in the dtype it was quantised from, int8 in float32. The caller may write into it.
@@ -108,7 +108,7 @@ def speed_up(model: nn.Module) -> None:
             replace_forward(module, _int8_forward)
 
 
-def restore(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def dequantise_model(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Replace the quantised layers of a model by plain ones that hold the same weights, rounded to `dtype`."""
     inside: Any = model
     for name, module in list(inside.named_modules()):
@@ -116,7 +116,7 @@ def restore(model: PreTrainedModel, dtype: torch.dtype) -> None:
             continue
         with torch.device("meta"):
             plain = nn.Linear(module.in_features, module.out_features, bias=False)
-        plain.weight = nn.Parameter(restored(module).to(dtype), requires_grad=False)
+        plain.weight = nn.Parameter(dequantise_weight(module).to(dtype), requires_grad=False)
         plain.bias = module.bias
         plain.train(module.training)
         inside.set_submodule(name, plain)
@@ -133,11 +133,11 @@ class _Nf4Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
         ctx.layer = layer
-        return times_transposed(x, restored(layer))
+        return times_transposed(x, dequantise_weight(layer))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return times_transposed(gradients[0].contiguous(), restored(ctx.layer).T), None
+        return times_transposed(gradients[0].contiguous(), dequantise_weight(ctx.layer).T), None
 
 
 class _Nf4LoraLinear(torch.autograd.Function):
@@ -147,12 +147,14 @@ class _Nf4LoraLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, layer: Any, scale: float) -> Tensor:
         ctx.save_for_backward(x, a, b)
         ctx.layer, ctx.scale = layer, scale
-        return times_transposed(x, restored(layer).addmm_(b, a, alpha=scale))
+        return times_transposed(x, dequantise_weight(layer).addmm_(b, a, alpha=scale))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
         x, a, b = ctx.saved_tensors
-        weights = (lambda: restored(ctx.layer).addmm_(b, a, alpha=ctx.scale)) if ctx.needs_input_grad[0] else None
+        weights = (
+            (lambda: dequantise_weight(ctx.layer).addmm_(b, a, alpha=ctx.scale)) if ctx.needs_input_grad[0] else None
+        )
         of_x, of_a, of_b = lora_gradients(gradients[0], x, a, b, ctx.scale, weights)
         return of_x, of_a, of_b, None, None
 
@@ -180,7 +182,7 @@ class _Int8Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         gradient = gradients[0].contiguous()
-        return times_transposed(gradient, restored(ctx.layer).to(gradient.dtype).T), None
+        return times_transposed(gradient, dequantise_weight(ctx.layer).to(gradient.dtype).T), None
 
 
 def _nf4_forward(layer: Any, x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class Int8:
     values: NDArray[np.int8]
     scales: NDArray[np.float16]
 
-    def restored(self) -> Floats:
+    def dequantise(self) -> Floats:
         """What a program computes with: float32 [rows, columns]."""
         return self.values.astype(np.float32) * self.scales.astype(np.float32)
 
@@ -40,7 +40,7 @@ class Int4:
     zeros: NDArray[np.uint8]
     scales: NDArray[np.float16]
 
-    def restored(self) -> Floats:
+    def dequantise(self) -> Floats:
         """What a program computes with: float32 [rows, columns]."""
         whole = (self.values.astype(np.float32) - self.zeros.astype(np.float32)) * self.scales.astype(np.float32)
         return whole.reshape(len(whole), -1)
@@ -65,7 +65,7 @@ def to_int4(weight: Floats) -> Int4:
     return Int4(values.astype(np.uint8), zeros.astype(np.uint8), scales)
 
 
-def packed(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def pack_int4(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Two 4-bit numbers to a byte, the first in the low half; the last axis must be even, or there is one number a row.
 
     Returns: uint8, flat.

@@ -131,21 +131,21 @@ def _measure(
     from corral.answering.answerer import Answerer
     from corral.answering.sync import blocking
     from corral.engines.registry import load_engine
-    from corral.model.device import placement
+    from corral.model.device import choose_device
     from corral.model.loading import load_tokenizer
-    from corral.model.naming import model_folder
+    from corral.model.naming import find_model_folder
     from corral.template import Template
 
     work.progress.start(f"Evaluating {model.name}: loading", None)
     if model.form is not None:
-        folder = model_folder(str(model.form.place(work.run.path / "export")))
+        folder = find_model_folder(str(model.form.place(work.run.path / "export")))
     else:
         folder = work.base.folder if model.name == "base" else work.run.merged_model
     # The tuned model is asked through the template in its own folder, as its users will ask it.
     template = work.template if model.name == "base" else Template.load(load_tokenizer(folder))
     device, dtype = work.placement
     if model.engine == "openvino" and work.recipe.model.device == "auto":
-        device, dtype = placement("cpu", work.recipe.model.dtype)
+        device, dtype = choose_device("cpu", work.recipe.model.dtype)
     engine = load_engine(model.engine, folder, dtype=dtype, device=device)
     with blocking(Answerer(engine, template)) as face:
         for subject in subjects:

@@ -195,9 +195,9 @@ def _require_extras(work: Work) -> None:
     if any(stage.optimizer.kind != "adamw" for stage in work.recipe.train):
         require("bitsandbytes", "quant")
     if any(stage.quantization != "none" for stage in work.recipe.train):
-        from corral.model.quantisation import bitsandbytes
+        from corral.model.quantisation import import_bitsandbytes
 
-        bitsandbytes()
+        import_bitsandbytes()
 
 
 def _execute(step: Step, work: Work, stage: Stage) -> None:

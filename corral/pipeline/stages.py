@@ -48,11 +48,11 @@ class Work:
     @cached_property
     def base(self) -> ModelSource:
         """The base model's folder, fetched or converted if need be."""
-        from corral.model.loading import resolve
+        from corral.model.loading import resolve_model
 
         self.progress.start(f"Fetching {self.recipe.model.base}", None)
         try:
-            return resolve(self.recipe.model.base, progress=self.progress.say)
+            return resolve_model(self.recipe.model.base, progress=self.progress.say)
         finally:
             self.progress.stop()
 
@@ -67,9 +67,9 @@ class Work:
     @cached_property
     def placement(self) -> tuple[str, DType]:
         """(device, dtype) to compute on and in."""
-        from corral.model.device import placement
+        from corral.model.device import choose_device
 
-        return placement(self.recipe.model.device, self.recipe.model.dtype)
+        return choose_device(self.recipe.model.device, self.recipe.model.dtype)
 
     @cached_property
     def prepared(self) -> Prepared:
@@ -172,7 +172,7 @@ def _fit(work: Work, stage: Stage, start: Start) -> None:
     if lora:
         trained_model.refuse_untrained(model, work.template)
     trained: Any = trained_model.trainable(model, start, seed=work.recipe.seed)
-    probe_set = contract.probes(work.template)
+    probe_set = contract.make_probes(work.template)
 
     def save(name: str) -> None:
         values = training.weights()  # all processes give their parts, one writes
@@ -273,7 +273,7 @@ def merge(work: Work, stage: Stage) -> None:
     candidate = stage.path / "candidate"
     with new_directory(candidate) as folder:
         link_or_copy_tree(trained / trained_model.MERGED, folder)
-    probe_set = contract.probes(work.template)
+    probe_set = contract.make_probes(work.template)
     work.progress.start("Measuring the contract", None)
     measured, found = trained_model.checks(start, trained, candidate, probe_set, _measure(work, start))
     checks = [
@@ -281,9 +281,11 @@ def merge(work: Work, stage: Stage) -> None:
         contract.check_stop_ids(work.template, candidate),
         *found,
     ]
-    files = contract.files_of(candidate)
-    contract.write(candidate / contract.FILE, work.template, probe_set, measured, checks, form=start.dtype, files=files)
-    contract.enforce(checks, where=candidate)
+    files = contract.model_files(candidate)
+    contract.write(
+        candidate / contract.CONTRACT_FILE, work.template, probe_set, measured, checks, form=start.dtype, files=files
+    )
+    contract.raise_if_failed(checks, where=candidate)
     remove_tree(stage.path / "model")  # what a stop between promoting and recording left
     candidate.rename(stage.path / "model")
     for check in checks:
@@ -292,7 +294,7 @@ def merge(work: Work, stage: Stage) -> None:
 
 def export(work: Work, stage: Stage) -> None:
     """The recipe's other forms of the merged model, each with its contract."""
-    from corral.export.export import export as export_form
+    from corral.export.export import export_form
 
     for form in forms(work.recipe):
         for old in sorted((work.run.path / "superseded").glob("export-*")):

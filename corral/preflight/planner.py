@@ -82,22 +82,22 @@ class _Planner:
 
     @cached_property
     def placement(self) -> tuple[str, DType]:
-        from corral.model.device import placement
+        from corral.model.device import choose_device
 
         model = self.recipe.model
         # For another machine, what it has counts; this one only checks the estimate.
-        return placement("auto", "auto") if self.asked else placement(model.device, model.dtype)
+        return choose_device("auto", "auto") if self.asked else choose_device(model.device, model.dtype)
 
     @cached_property
     def folder(self) -> Path:
         """The base model's folder; for an estimate one with no weights will do."""
-        from corral.model.loading import resolve
+        from corral.model.loading import resolve_model
 
         spec = self.recipe.model.base
         if self.asked and (Path(spec) / "config.json").is_file():
             return Path(spec)
         self.progress.start(f"Fetching {spec}", None)
-        return resolve(spec, progress=self.progress.say).folder
+        return resolve_model(spec, progress=self.progress.say).folder
 
     @cached_property
     def prepared(self) -> Prepared:

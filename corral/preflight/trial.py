@@ -147,7 +147,7 @@ class _Trial:
         job, start = self._job, self._job.start
         rows = Prepared.open(job.prepared)
         template = Template.load(load_tokenizer(start.folder), job.template)
-        probes = contract.probes(template)
+        probes = contract.make_probes(template)
         model = trained_model.load(start)
         if start.config.method == "lora":
             trained_model.refuse_untrained(model, template)

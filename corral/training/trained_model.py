@@ -137,7 +137,7 @@ def trainable(model: PreTrainedModel, start: Start, *, seed: int) -> PeftModel |
     from corral.model import adapters
 
     if start.config.method == "full":
-        return adapters.whole(model, getattr(torch, start.dtype))
+        return adapters.train_all_weights(model, getattr(torch, start.dtype))
     return adapters.attach(model, start.config.lora, seed=seed)
 
 
@@ -170,7 +170,7 @@ def _adapted(start: Start, adapter: Path, *, into: str) -> PeftModel:
 
     model = _load(start, quantised=into == "dequantised")
     if into == "dequantised":
-        quantisation.restore(model, getattr(torch, start.dtype))
+        quantisation.dequantise_model(model, getattr(torch, start.dtype))
     return adapters.load(model, adapter)
 
 
@@ -198,7 +198,7 @@ def merge(
     losses: dict[str, float] = {}
     chosen = names[0]
     for name in names:
-        merged = merging.merged(_adapted(start, stage / ADAPTER, into=name))
+        merged = merging.merge_adapter(_adapted(start, stage / ADAPTER, into=name))
         if len(names) > 1:
             losses[name] = measure.loss(merged)
         # A tie leaves the model that was trained.

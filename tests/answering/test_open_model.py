@@ -14,7 +14,7 @@ from corral.answering.open_model import Opened, open_model
 from corral.engines.base import Engine, Sampling
 from corral.errors import InputError, ModelError
 from corral.messages import Conversation
-from corral.model.naming import find_model
+from corral.model.naming import find_model_files
 
 ASKED = Conversation.of(("user", "Hello"))
 RECIPE = """
@@ -118,7 +118,7 @@ def test_an_adapter_is_opened_on_its_base_and_answers_as_the_merged_model(adapte
     assert made.answerer.engine.name == "transformers", "openvino, the default here, computes no adapters"
     ids = made.answerer.template.prompt(ASKED)
     unmerged = asyncio.run(answered(made.answerer.engine, ids))
-    merged = merging.merged(adapters.load(load_model(tiny_folder), adapter))
+    merged = merging.merge_adapter(adapters.load(load_model(tiny_folder), adapter))
     expected = asyncio.run(answered(TransformersEngine(merged), ids))
     assert unmerged[0] == expected[0]
     assert unmerged[1] == pytest.approx(expected[1], abs=1e-3)
@@ -142,7 +142,7 @@ def test_an_adapter_in_a_run_that_was_moved_finds_the_runs_model_and_template(
 ) -> None:
     made = run_with(adapter, tiny_folder, tmp_path / "run")
     (tmp_path / "run" / "train-1-sft" / "merged" / "chat_template.jinja").unlink()  # so it must be the recipe's
-    found = find_model(str(made))
+    found = find_model_files(str(made))
     assert found.folder == tmp_path / "run" / "train-1-sft" / "merged"
     both = opened(made)
     assert both.name == "mine-train-2-sft"
@@ -154,7 +154,7 @@ def test_an_adapter_trained_on_quantised_weights_is_not_put_on_full_ones(
 ) -> None:
     made = run_with(adapter, tiny_folder, tmp_path / "run", quantization="nf4")
     with pytest.raises(ModelError, match="nf4") as caught:
-        find_model(str(made))
+        find_model_files(str(made))
     assert str(made.parent / "merged") in (caught.value.hint or "")
 
 
@@ -172,7 +172,7 @@ def test_an_adapter_that_cannot_be_used_is_refused(
     adapter: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ModelError, match=message):
-        find_model(str(changed(adapter, tmp_path / "adapter", **changes)))
+        find_model_files(str(changed(adapter, tmp_path / "adapter", **changes)))
 
 
 def test_an_adapter_without_safe_weights_is_refused(adapter: Path, tmp_path: Path) -> None:
@@ -180,10 +180,10 @@ def test_an_adapter_without_safe_weights_is_refused(adapter: Path, tmp_path: Pat
     weights = copy / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(ModelError, match="cut short"):
-        find_model(str(copy))
+        find_model_files(str(copy))
     weights.rename(copy / "adapter_model.bin")
     with pytest.raises(ModelError, match=r"adapter_model\.safetensors"):
-        find_model(str(copy))
+        find_model_files(str(copy))
 
 
 @pytest.mark.parametrize(("engine", "urls"), [("remote", ()), ("transformers", ("http://127.0.0.1:1/v1",))])

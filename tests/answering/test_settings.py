@@ -117,7 +117,7 @@ def test_the_engine_that_computes_is_told_and_another_one_or_another_corral_is_n
 
         monkeypatch.setattr("corral.answering.open_model.default_engine", default)
         dtype = "float32" if device == "cpu" else "bfloat16"
-        monkeypatch.setattr("corral.model.device.placement", lambda *_: (device, dtype))
+        monkeypatch.setattr("corral.model.device.choose_device", lambda *_: (device, dtype))
         return settings.made_of()
 
     before = made("transformers")

@@ -201,7 +201,7 @@ def test_a_broken_contract_stops_the_run_with_4_and_promotes_nothing(
     from corral import cli
     from corral.model import merging
 
-    honest = merging.merged
+    honest = merging.merge_adapter
 
     def faulty(model: Any) -> Any:
         with torch.no_grad():

@@ -23,7 +23,7 @@ from corral.engines.base import Completion, Delta, Engine, Generation, Sampling
 from corral.engines.openvino import OpenVinoEngine
 from corral.errors import EngineClosedError, EngineError, MissingExtraError, ModelError
 from corral.export.contract import TOLERANCES, compare_logprobs
-from corral.model.openvino_graph import MODEL, write_model
+from corral.model.openvino_graph import MODEL_FILE, write_model
 from tests.engines.conformance import DRAWN, GREEDY, EngineConformance, Subject, complete, deltas_of, finishes, long_run
 from tests.engines.test_transformers import PROMPTS, generated, model
 from tests.engines.tiny import CONTEXT, VOCABULARY, tiny_llama
@@ -401,7 +401,7 @@ def test_closing_ends_the_child_at_once_whatever_it_computes(form: Path) -> None
 
 def test_nothing_is_left_of_engines_that_were_closed_or_never_opened(form: Path, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(form, tmp_path / "form"))
-    (broken / MODEL).write_text("<net>")
+    (broken / MODEL_FILE).write_text("<net>")
 
     def left() -> tuple[int, int, int]:
         me = psutil.Process()
@@ -501,9 +501,9 @@ def damaged(name: str, change: Callable[[Path], Any]) -> Any:
     [
         damaged("weights cut short", lambda form: os.truncate(form / "openvino_model.bin", 1000)),
         damaged("weights missing", lambda form: (form / "openvino_model.bin").unlink()),
-        damaged("graph cut short", lambda form: os.truncate(form / MODEL, 5000)),
-        damaged("graph is garbage", lambda form: (form / MODEL).write_bytes(b"\x00\xff garbage")),
-        damaged("graph is empty", lambda form: (form / MODEL).write_bytes(b"")),
+        damaged("graph cut short", lambda form: os.truncate(form / MODEL_FILE, 5000)),
+        damaged("graph is garbage", lambda form: (form / MODEL_FILE).write_bytes(b"\x00\xff garbage")),
+        damaged("graph is empty", lambda form: (form / MODEL_FILE).write_bytes(b"")),
         damaged("config missing", lambda form: (form / "config.json").unlink()),
         damaged("config is no object", lambda form: (form / "config.json").write_text("[]")),
         damaged("config is garbage", lambda form: (form / "config.json").write_bytes(b"\xff{")),

@@ -194,7 +194,7 @@ def test_an_adapter_on_its_base_computes_as_their_merged_model(adapted: Engine, 
     from corral.model import adapters, merging
     from corral.model.loading import load_model
 
-    merged = merging.merged(adapters.load(load_model(folder), adapter))
+    merged = merging.merge_adapter(adapters.load(load_model(folder), adapter))
 
     async def work(engine: Engine) -> list[tuple[Completion, list[float] | None]]:
         sampling = replace(GREEDY, max_tokens=40, logprobs=True)
@@ -276,7 +276,7 @@ def test_smollm2_computes_as_in_transformers_to_the_tolerance_between_engines() 
     async def measured(name: Any) -> list[list[float]]:
         opened = open_model("asset:smollm2-135m-instruct", name)
         async with opened.answerer.engine as engine:
-            sets = contract.probes(opened.answerer.template)
+            sets = contract.make_probes(opened.answerer.template)
             return [await engine.score(probe.ids, probe.start) for probe in sets]
 
     check = contract.compare_logprobs(

@@ -23,7 +23,7 @@ FLOAT32 = contract.TOLERANCES["float32"]
 def measured(model: Any, template: Template) -> list[list[float]]:
     async def work() -> list[list[float]]:
         async with TransformersEngine(model) as engine:
-            return await contract.measure(engine, contract.probes(template))
+            return await contract.measure(engine, contract.make_probes(template))
 
     return asyncio.run(work())
 
@@ -58,7 +58,7 @@ def test_a_planted_fault_in_the_model_is_caught(fault: Any, tiny_folder: Path, t
     check = contract.compare_logprobs("planted", good, measured(broken, template), FLOAT32)
     assert not check.passed
     with pytest.raises(ContractError, match="planted"):
-        contract.enforce([check], where=tiny_folder)
+        contract.raise_if_failed([check], where=tiny_folder)
 
 
 def test_equal_token_ids_and_stop_ids_pass(folder: Path, template: Template) -> None:
@@ -87,15 +87,15 @@ def test_a_template_that_knows_no_system_message_can_be_held_to_a_contract(tiny_
         "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    assert len(contract.probes(Template(tiny_tokenizer, source, "no system"))) == len(contract.PROBES) - 1
+    assert len(contract.make_probes(Template(tiny_tokenizer, source, "no system"))) == len(contract.PROBES) - 1
 
 
 def test_a_contract_that_measured_nan_is_written_and_fails(folder: Path, template: Template) -> None:
-    probe_set = contract.probes(template)
+    probe_set = contract.make_probes(template)
     values = [[float("nan")] * (len(p.ids) - p.start) for p in probe_set]
     check = contract.compare_logprobs("nan", values, values, FLOAT32)
-    contract.write(folder / contract.FILE, template, probe_set, values, [check], form="float32", files=[])
-    assert not json.loads((folder / contract.FILE).read_text())["passed"]
+    contract.write(folder / contract.CONTRACT_FILE, template, probe_set, values, [check], form="float32", files=[])
+    assert not json.loads((folder / contract.CONTRACT_FILE).read_text())["passed"]
 
 
 @pytest.mark.parametrize("saved", [{}, {"eos_token_id": 0}, {"eos_token_id": [0, 1]}])
@@ -109,9 +109,9 @@ def record(folder: Path, template: Template) -> Path:
     """The folder's contract, just written."""
     values = measured(load_model(folder), template)
     check = contract.compare_logprobs("again", values, values, FLOAT32)
-    path = folder / contract.FILE
-    probe_set = contract.probes(template)
-    files = contract.files_of(folder)
+    path = folder / contract.CONTRACT_FILE
+    probe_set = contract.make_probes(template)
+    files = contract.model_files(folder)
     contract.write(path, template, probe_set, values, [check], form="float32", files=files)
     return path
 
@@ -125,7 +125,7 @@ def verified(record: Path, model: Any) -> contract.Check:
 
 
 def holds(record: Path, template: Template) -> dict[str, bool]:
-    return {check.name: check.passed for check in contract.unchanged(record, template)}
+    return {check.name: check.passed for check in contract.check_unchanged(record, template)}
 
 
 def test_a_written_contract_is_enough_to_check_the_folder_again(record: Path, template: Template) -> None:
@@ -165,9 +165,9 @@ def test_an_engine_that_fails_on_the_probes_is_a_broken_check(record: Path) -> N
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"version": 1}', '{"version": 2}'])
 def test_no_contract_or_an_unreadable_one_is_an_error_that_names_it(tmp_path: Path, content: str | None) -> None:
     if content is not None:
-        (tmp_path / contract.FILE).write_text(content)
+        (tmp_path / contract.CONTRACT_FILE).write_text(content)
     with pytest.raises(ModelError, match="contract") as caught:
-        contract.read(tmp_path / contract.FILE)
+        contract.read(tmp_path / contract.CONTRACT_FILE)
     assert str(tmp_path) in str(caught.value)
 
 
@@ -176,7 +176,7 @@ def test_a_greedy_answer_carries_the_log_probabilities_that_scoring_gives_it(
 ) -> None:
     async def work() -> tuple[list[list[float]], list[list[float]]]:
         async with TransformersEngine(load_model(tiny_folder)) as engine:
-            answers = await contract.complete(engine, contract.probes(template), tokens=12)
+            answers = await contract.measure_greedy(engine, contract.make_probes(template), tokens=12)
             return [values for _, values in answers], await contract.measure(engine, [probe for probe, _ in answers])
 
     given, scored = asyncio.run(work())

@@ -49,7 +49,7 @@ FORMS = [Form(to, kind) for to, kinds in TYPES.items() for kind in kinds]
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_each_form_is_proved_and_carries_its_contract(source: Path, tmp_path: Path, form: Form) -> None:
-    place = export.export(source, tmp_path, form, Progress())
+    place = export.export_form(source, tmp_path, form, Progress())
     assert place == form.place(tmp_path)
     assert place.exists()
     record = contract.read(form.record(tmp_path))
@@ -82,7 +82,7 @@ def permuted(patch: pytest.MonkeyPatch) -> None:
     def weight(self: Any, name: str) -> Any:
         read = self.read
         if "q_proj" in name or "k_proj" in name:
-            self.read = lambda name: gguf_writer.permuted(read(name), self.head_size)
+            self.read = lambda name: gguf_writer.permute_rotary_rows(read(name), self.head_size)
         try:
             return real(self, name)
         finally:
@@ -102,7 +102,7 @@ def test_a_form_that_computes_something_else_is_refused_and_kept_as_a_candidate(
 ) -> None:
     fault(monkeypatch)
     with pytest.raises(ContractError, match="weights") as caught:
-        export.export(source, tmp_path, form, Progress())
+        export.export_form(source, tmp_path, form, Progress())
     assert not form.place(tmp_path).exists()
     (candidate,) = tmp_path.glob("candidate*")
     assert str(candidate) in str(caught.value)
@@ -134,7 +134,7 @@ def test_a_form_that_says_something_else_of_itself_is_refused(
 
     monkeypatch.setattr(export, make, faulty)
     with pytest.raises(ContractError, match=name):
-        export.export(source, tmp_path / "out", form, Progress())
+        export.export_form(source, tmp_path / "out", form, Progress())
 
 
 def _spoken(folder: Path) -> Template:
@@ -146,34 +146,34 @@ def _spoken(folder: Path) -> Template:
 def test_what_is_there_already_is_left_and_what_is_stale_is_made_anew(source: Path, tmp_path: Path) -> None:
     form = Form("openvino", "f32")
     folder = Path(shutil.copytree(source, tmp_path / "model"))
-    place = export.export(folder, tmp_path / "out", form, Progress())
-    before = (place / openvino_graph.MODEL).stat().st_mtime_ns
+    place = export.export_form(folder, tmp_path / "out", form, Progress())
+    before = (place / openvino_graph.MODEL_FILE).stat().st_mtime_ns
     told = Told()
-    export.export(folder, tmp_path / "out", form, told)
+    export.export_form(folder, tmp_path / "out", form, told)
     assert "already done" in told.lines[0]
-    assert (place / openvino_graph.MODEL).stat().st_mtime_ns == before
+    assert (place / openvino_graph.MODEL_FILE).stat().st_mtime_ns == before
     model = make_tiny_model(json.loads((folder / "config.json").read_text())["vocab_size"], rope_parameters=LLAMA31)
     with torch.no_grad():
         model.model.norm.weight.mul_(1.1)
     model.save_pretrained(folder)
     Template.load(_spoken(source).tokenizer).save(folder)
     shutil.copy(source / "generation_config.json", folder)
-    export.export(folder, tmp_path / "out", form, told)
-    assert (place / openvino_graph.MODEL).stat().st_mtime_ns != before
-    (place / openvino_graph.MODEL).with_suffix(".bin").unlink()
-    export.export(folder, tmp_path / "out", form, told)
-    assert (place / openvino_graph.MODEL).with_suffix(".bin").is_file()
+    export.export_form(folder, tmp_path / "out", form, told)
+    assert (place / openvino_graph.MODEL_FILE).stat().st_mtime_ns != before
+    (place / openvino_graph.MODEL_FILE).with_suffix(".bin").unlink()
+    export.export_form(folder, tmp_path / "out", form, told)
+    assert (place / openvino_graph.MODEL_FILE).with_suffix(".bin").is_file()
 
 
 def test_forms_are_taken_over_from_an_older_export(source: Path, tmp_path: Path) -> None:
     forms = [Form("openvino", "f32"), Form("gguf", "q8_0")]
     for form in forms:
-        export.export(source, tmp_path / "old", form, Progress())
+        export.export_form(source, tmp_path / "old", form, Progress())
     (tmp_path / "new").mkdir()
     for form in forms:
         form.take_over(tmp_path / "old", tmp_path / "new")
         told = Told()
-        export.export(source, tmp_path / "new", form, told)
+        export.export_form(source, tmp_path / "new", form, told)
         assert "already done" in told.lines[0]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from corral.assets import fetch
 from corral.errors import ModelError
-from corral.export.gguf_vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, vocabulary
+from corral.export.gguf_vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, read_vocabulary
 
 STOPS = '{"eos_token_id": 2}'
 LLAMA2 = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -41,7 +41,7 @@ def metaspace(scheme: str) -> Callable[[dict[str, Any]], None]:
 
 
 def test_llama_2_has_scores_and_types_as_in_sentencepiece(tmp_path: Path) -> None:
-    words = vocabulary(llama2(tmp_path / "t"), 32000)
+    words = read_vocabulary(llama2(tmp_path / "t"), 32000)
     assert (words.model, words.pre, words.add_space_prefix, words.add_bos, words.add_eos) == (
         "llama",
         "default",
@@ -64,7 +64,7 @@ def test_metaspace_is_written_where_a_chat_has_the_same_ids(
     scheme: str, template: str | None, prefix: bool, tmp_path: Path
 ) -> None:
     more = {"chat_template": template} if template else {}
-    assert vocabulary(llama2(tmp_path / "t", metaspace(scheme), **more), 32000).add_space_prefix is prefix
+    assert read_vocabulary(llama2(tmp_path / "t", metaspace(scheme), **more), 32000).add_space_prefix is prefix
 
 
 SENTENCEPIECE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
@@ -102,7 +102,7 @@ def test_a_sentencepiece_tokenizer_is_refused_for(fault: str, tmp_path: Path) ->
             merges.append(merges.pop(first))
 
     with pytest.raises(ModelError) as caught:
-        vocabulary(llama2(tmp_path / "t", change), 32003)
+        read_vocabulary(llama2(tmp_path / "t", change), 32003)
     assert words in caught.value.what
     assert caught.value.where
     assert caught.value.hint
@@ -112,28 +112,28 @@ def test_added_tokens_that_are_not_special_are_user_defined(tiny_tokenizer: Any,
     def change(state: dict[str, Any]) -> None:
         state["added_tokens"].append({**state["added_tokens"][0], "id": 400, "content": "<tool>", "special": False})
 
-    words = vocabulary(byte_level(tmp_path / "t", tiny_tokenizer, change), 401)
+    words = read_vocabulary(byte_level(tmp_path / "t", tiny_tokenizer, change), 401)
     assert (words.tokens[400], words.types[400]) == ("<tool>", USER_DEFINED)
     assert words.types[:4] == [CONTROL] * 3 + [NORMAL]
 
 
 def test_ignored_merges_are_written_only_where_they_change_nothing(tiny_tokenizer: Any, tmp_path: Path) -> None:
     ignoring = byte_level(tmp_path / "a", tiny_tokenizer, lambda s: s["model"].update(ignore_merges=True))
-    assert vocabulary(ignoring, 400).pre == "gpt-2"
+    assert read_vocabulary(ignoring, 400).pre == "gpt-2"
 
     def unreachable(state: dict[str, Any]) -> None:
         state["model"]["ignore_merges"] = True
         state["model"]["merges"].pop()
 
     with pytest.raises(ModelError, match="ignore_merges is True"):
-        vocabulary(byte_level(tmp_path / "b", tiny_tokenizer, unreachable), 400)
+        read_vocabulary(byte_level(tmp_path / "b", tiny_tokenizer, unreachable), 400)
 
 
 def test_a_bos_token_is_added_only_where_the_template_writes_one(tmp_path: Path) -> None:
     with_it = llama2(tmp_path / "a", chat_template="{{ bos_token }}{{ messages[0]['content'] }}")
     without = llama2(tmp_path / "b", chat_template="{{ messages[0]['content'] }}")
-    assert vocabulary(with_it, 32000).add_bos
-    assert not vocabulary(without, 32000).add_bos
+    assert read_vocabulary(with_it, 32000).add_bos
+    assert not read_vocabulary(without, 32000).add_bos
 
 
 def test_generation_markers_are_taken_out_of_the_template(tiny_tokenizer: Any, tmp_path: Path) -> None:
@@ -143,12 +143,12 @@ def test_generation_markers_are_taken_out_of_the_template(tiny_tokenizer: Any, t
     folder = byte_level(tmp_path / "t", tiny_tokenizer, lambda state: None)
     (folder / "chat_template.jinja").write_text(template._marked, "utf-8")
     assert "{% generation %}" in (folder / "chat_template.jinja").read_text("utf-8")
-    assert vocabulary(folder, 400).chat_template == template.source
+    assert read_vocabulary(folder, 400).chat_template == template.source
 
 
 def test_a_template_that_cannot_be_rendered_is_refused(tiny_tokenizer: Any, tmp_path: Path) -> None:
     folder = byte_level(tmp_path / "t", tiny_tokenizer, lambda state: None)
     (folder / "chat_template.jinja").write_text("{{ nothing.at.all }}", "utf-8")
     with pytest.raises(ModelError, match="cannot be rendered") as caught:
-        vocabulary(folder, 400)
+        read_vocabulary(folder, 400)
     assert str(folder / "chat_template.jinja") == caught.value.where

@@ -22,7 +22,7 @@ from corral.export import contract, gguf_vocabulary, gguf_writer
 from corral.export.gguf_writer import TYPES, write_gguf
 from corral.messages import Conversation
 from corral.model.gguf_reader import convert_to_folder, read_header
-from corral.model.loading import load_model, load_tokenizer, quiet, resolve
+from corral.model.loading import load_model, load_tokenizer, quiet, resolve_model
 from corral.template import Template
 from tests.conftest import make_tiny_model
 
@@ -140,7 +140,7 @@ def llama3_tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def smollm_tokenizer() -> Any:
-    return load_tokenizer(resolve("asset:smollm2-135m-instruct").folder)
+    return load_tokenizer(resolve_model("asset:smollm2-135m-instruct").folder)
 
 
 @pytest.fixture(params=["tiny", "smollm", "llama2", "llama3"])
@@ -275,7 +275,7 @@ def test_llama_cpp_gives_the_ids_that_corral_does(
 
 
 def test_smollm2_answers_as_it_does_in_transformers(tmp_path: Path, llama: Callable[..., Llama]) -> None:
-    source = resolve("asset:smollm2-135m-instruct")
+    source = resolve_model("asset:smollm2-135m-instruct")
     model, template = load_model(source), Template.load(load_tokenizer(source.folder))
     prompt = template.prompt(Conversation.of(("user", "What is the capital of France?")))
     with torch.no_grad():
@@ -491,7 +491,7 @@ FAULTS: dict[str, tuple[Any, str, Any, str]] = {
 
 def broken_checks(folder: Path, back: Path) -> list[str]:
     template = Template.load(load_tokenizer(folder))
-    probes = contract.probes(template)
+    probes = contract.make_probes(template)
     measured = [asyncio.run(contract.measure(TransformersEngine(load_model(f)), probes)) for f in (folder, back)]
     checks = [
         contract.compare_logprobs("log-probs", *measured, contract.TOLERANCES["float16"]),

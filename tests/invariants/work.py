@@ -70,7 +70,7 @@ class Job:
             quantization = Quantization(config.quantization, config.int8_threshold)
         model: Any = loading.load_model(base, dtype="float32", device="cpu", quantization=quantization)
         if config.method == "full":
-            model = adapters.whole(model, torch.float32)
+            model = adapters.train_all_weights(model, torch.float32)
         else:
             model = adapters.attach(model, config.lora, seed=3)
 

@@ -96,7 +96,9 @@ def test_an_adapter_comes_back_as_it_was_saved(lora: Lora, tmp_path: Path) -> No
 
 
 def test_of_a_whole_model_every_weight_is_trained_and_tied_ones_are_one() -> None:
-    model = adapters.whole(make_tiny_model(300, tie_word_embeddings=True).requires_grad_(False), torch.float32)
+    model = adapters.train_all_weights(
+        make_tiny_model(300, tie_word_embeddings=True).requires_grad_(False), torch.float32
+    )
     plain = make_tiny_model(300, tie_word_embeddings=True)
     expected = gradients(plain)
     assert "lm_head.weight" not in expected
@@ -110,7 +112,7 @@ def test_a_whole_model_in_bfloat16_keeps_its_weights_and_gradients_in_float32() 
     from corral.model.packed_forward import target_logprobs
 
     def trained(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        model = adapters.whole(make_tiny_model(300, initializer_range=0.05), dtype)
+        model = adapters.train_all_weights(make_tiny_model(300, initializer_range=0.05), dtype)
         (logprobs,) = target_logprobs(model, [IDS[0].tolist()], [range(1, 40)])
         (-logprobs.sum()).backward()
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

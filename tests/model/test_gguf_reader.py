@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from corral.assets import clear_cache, fetch, list_cache
 from corral.errors import ModelError
 from corral.model.gguf_reader import convert_to_folder, read_header
-from corral.model.loading import load_model, load_tokenizer, quiet, resolve
+from corral.model.loading import load_model, load_tokenizer, quiet, resolve_model
 from corral.storage import sha256_file, tree_hashes
 from tests.conftest import make_tiny_model
 
@@ -389,7 +389,7 @@ def test_smollm_files_cut_digits_one_by_one(tiny_tokenizer: Any, model: Any, tmp
 
 
 def test_the_starter_model_has_the_ids_and_splits_of_its_publisher() -> None:
-    tokenizer = load_tokenizer(resolve("asset:smollm2-135m-instruct").folder)
+    tokenizer = load_tokenizer(resolve_model("asset:smollm2-135m-instruct").folder)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
     assert len(tokenizer) == 49152
     assert tokenizer.model_max_length == 8192
@@ -524,23 +524,23 @@ def test_a_local_gguf_file_is_converted_once_and_again_when_its_content_changes(
     monkeypatch.setenv("CORRAL_CACHE", str(tmp_path / "cache"))
     path = write_tiny(tmp_path / "mine.gguf")
     told: list[str] = []
-    first = resolve(str(path), progress=told.append)
-    assert resolve(str(path), progress=told.append) == first
+    first = resolve_model(str(path), progress=told.append)
+    assert resolve_model(str(path), progress=told.append) == first
     assert told == ["converting mine.gguf to safetensors, once"]
     assert first.revision == sha256_file(path)
     assert [entry.name for entry in list_cache()] == ["mine"]
     path.unlink()
     write_tiny(path, lambda w: w.add_eot_token_id(0))
-    second = resolve(str(path))
+    second = resolve_model(str(path))
     assert second.folder != first.folder
     assert second.identity != first.identity
     weights = second.folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(ModelError, match="cut short") as caught:
-        resolve(str(path))
+        resolve_model(str(path))
     assert "corral cache clear" in (caught.value.hint or "")
     clear_cache(["mine"])
-    assert resolve(str(path)).identity == second.identity
+    assert resolve_model(str(path)).identity == second.identity
 
 
 def test_a_conversion_that_fails_leaves_nothing_in_the_cache(
@@ -549,6 +549,6 @@ def test_a_conversion_that_fails_leaves_nothing_in_the_cache(
     monkeypatch.setenv("CORRAL_CACHE", str(tmp_path / "cache"))
     path = write_tiny(tmp_path / "bad.gguf", lambda w: w.add_expert_count(8))
     with pytest.raises(ModelError, match="expert_count"):
-        resolve(str(path))
+        resolve_model(str(path))
     assert list_cache() == []
     assert [place.name for place in (tmp_path / "cache" / "models").iterdir() if place.is_dir()] == []

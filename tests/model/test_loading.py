@@ -17,8 +17,8 @@ import torch
 from corral import storage
 from corral.assets import fetch
 from corral.errors import AssetError, ModelError
-from corral.model.folder import identity
-from corral.model.loading import load_model, load_tokenizer, quiet, resolve, untrained_special_tokens
+from corral.model.folder import model_identity
+from corral.model.loading import load_model, load_tokenizer, quiet, resolve_model, untrained_special_tokens
 from tests.conftest import Request, make_tiny_model, web_server
 
 
@@ -39,8 +39,8 @@ def change_json(path: Path, **changes: Any) -> None:
 
 def test_the_starter_model_is_converted_once_and_knows_its_licence_and_identity() -> None:
     told: list[str] = []
-    resolve("asset:smollm2-135m-instruct")
-    source = resolve("asset:smollm2-135m-instruct", progress=told.append)
+    resolve_model("asset:smollm2-135m-instruct")
+    source = resolve_model("asset:smollm2-135m-instruct", progress=told.append)
     assert told == [], "the second time nothing is downloaded or converted"
     config = json.loads((source.folder / "config.json").read_text("utf-8"))
     shape = [config[key] for key in ("num_hidden_layers", "hidden_size", "num_key_value_heads", "vocab_size")]
@@ -53,7 +53,7 @@ def test_the_starter_model_is_converted_once_and_knows_its_licence_and_identity(
 
 
 def test_the_starter_model_speaks_and_its_chat_tokens_are_trained() -> None:
-    source = resolve("asset:smollm2-135m-instruct")
+    source = resolve_model("asset:smollm2-135m-instruct")
     model, tokenizer = load_model(source), load_tokenizer(source.folder)
     assert not model.training
     assert model.dtype == torch.float32
@@ -67,7 +67,7 @@ def test_the_starter_model_speaks_and_its_chat_tokens_are_trained() -> None:
 def test_a_folder_is_itself_and_its_licences_are_found(folder: Path) -> None:
     for name in ("LICENSE", "NOTICE.txt", "USE_POLICY.md"):
         (folder / name).write_text(name)
-    source = resolve(str(folder))
+    source = resolve_model(str(folder))
     assert source.folder == folder
     assert source.revision == ""
     assert [path.name for path in source.licence_files] == ["LICENSE", "NOTICE.txt", "USE_POLICY.md"]
@@ -76,42 +76,42 @@ def test_a_folder_is_itself_and_its_licences_are_found(folder: Path) -> None:
 def test_equal_content_has_one_identity_wherever_it_lies_and_any_change_another(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
     (copy / "README.md").write_text("not part of the model")
-    first = identity(folder)
-    assert identity(copy) == first == identity(folder)
+    first = model_identity(folder)
+    assert model_identity(copy) == first == model_identity(folder)
     for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
         old = (copy / name).read_text("utf-8")
         (copy / name).write_text(old + "\n")
-        assert identity(copy) != first, name
+        assert model_identity(copy) != first, name
         (copy / name).write_text(old)
-        assert identity(copy) == first
+        assert model_identity(copy) == first
     data = bytearray((copy / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (copy / "model.safetensors").write_bytes(data)
-    assert identity(copy) != first
-    assert identity(folder) == first
+    assert model_identity(copy) != first
+    assert model_identity(folder) == first
 
 
 def test_the_second_identity_reads_no_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = identity(folder)
+    first = model_identity(folder)
     monkeypatch.delattr(storage, "sha256_file")
-    assert identity(folder) == first
+    assert model_identity(folder) == first
 
 
 def test_weights_changed_with_their_time_set_back_have_another_identity(folder: Path) -> None:
-    first = identity(folder)
+    first = model_identity(folder)
     path = folder / "model.safetensors"
     status = path.stat()
     path.write_bytes(bytes(status.st_size))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert identity(folder) != first
+    assert model_identity(folder) != first
 
 
 def test_an_asset_that_is_no_model_is_refused() -> None:
     with pytest.raises(ModelError, match="asset:wikibooks-recipes is data, not a model") as caught:
-        resolve("asset:wikibooks-recipes")
+        resolve_model("asset:wikibooks-recipes")
     assert "asset:smollm2-135m-instruct" in (caught.value.hint or "")
     with pytest.raises(AssetError, match="no asset 'nope'"):
-        resolve("asset:nope")
+        resolve_model("asset:nope")
 
 
 def test_what_is_nowhere_is_answered_with_what_was_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ def test_what_is_nowhere_is_answered_with_what_was_meant(tmp_path: Path, monkeyp
     }
     for spec, hint in hints.items():
         with pytest.raises(ModelError) as caught:
-            resolve(spec)
+            resolve_model(spec)
         assert hint in (caught.value.hint or ""), spec
         assert repr(spec) in caught.value.what
 
@@ -136,7 +136,7 @@ def test_what_is_nowhere_is_answered_with_what_was_meant(tmp_path: Path, monkeyp
 
 def refusal(folder: Path) -> ModelError:
     with pytest.raises(ModelError) as caught:
-        resolve(str(folder))
+        resolve_model(str(folder))
     with pytest.raises(ModelError) as again:
         load_model(folder)
     assert str(caught.value) == str(again.value)
@@ -195,7 +195,7 @@ def test_a_weight_file_cut_anywhere_is_refused_before_it_is_loaded(folder: Path)
     path.write_bytes(data + b"\0")
     assert f"it has {len(data) + 1} bytes, its header says {len(data)}" in refusal(folder).what
     path.write_bytes(data)
-    assert resolve(str(folder)).folder == folder
+    assert resolve_model(str(folder)).folder == folder
 
 
 def test_a_weight_header_that_lies_about_its_tensors_is_refused(folder: Path) -> None:
@@ -229,7 +229,7 @@ def test_a_missing_part_of_a_split_model_is_named(folder: Path) -> None:
 
 def test_a_loaded_model_is_the_saved_one_in_the_dtype_asked_for(folder: Path, tiny_tokenizer: Any) -> None:
     original = make_tiny_model(len(tiny_tokenizer))
-    model = load_model(resolve(str(folder)))
+    model = load_model(resolve_model(str(folder)))
     assert all(torch.equal(a, b) for a, b in zip(original.parameters(), model.parameters(), strict=True))
     assert not model.training
     assert model.config._attn_implementation == "sdpa"
@@ -383,7 +383,7 @@ def test_a_hub_model_is_fetched_without_pickles_and_found_again_offline(
     assert answer["licences"] == ["LICENSE"]
     assert "model.safetensors" in given
     assert not {"pytorch_model.bin", "original/consolidated.00.pth"} & set(given)
-    assert answer["identity"] == identity(tiny_folder), "the same content as on this disk"
+    assert answer["identity"] == model_identity(tiny_folder), "the same content as on this disk"
     asked = len(given)
     again = ask_hub(endpoint, tmp_path, f"hub:good/model@{COMMIT}", offline=True)
     assert again == [answer]

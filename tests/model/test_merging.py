@@ -53,8 +53,8 @@ def logprobs(model: Any) -> list[list[float]]:
 def merged(folder: Path, adapter: Path, dtype: DType, quantization: Quantization | None) -> Any:
     model = load_model(folder, dtype=dtype, quantization=quantization)
     if quantization is not None:
-        quantisation.restore(model, getattr(torch, dtype))
-    return merging.merged(adapters.load(model, adapter))
+        quantisation.dequantise_model(model, getattr(torch, dtype))
+    return merging.merge_adapter(adapters.load(model, adapter))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -82,7 +82,7 @@ def test_an_int8_model_merges_into_its_restored_weights_and_stays_close_to_what_
 ) -> None:
     path, int8 = adapter(Lora(targets="all-linear")), Quantization("int8")
     restored = load_model(folder, dtype=dtype, quantization=int8)
-    quantisation.restore(restored, getattr(torch, dtype))
+    quantisation.dequantise_model(restored, getattr(torch, dtype))
     found = logprobs(merged(folder, path, dtype, int8))
     assert compare_logprobs("restored", logprobs(adapters.load(restored, path)), found, TOLERANCES[dtype]).passed
     trained = logprobs(adapters.load(load_model(folder, dtype=dtype, quantization=int8), path))
@@ -97,7 +97,7 @@ def test_an_update_that_is_not_a_number_is_refused(folder: Path, adapter: Any) -
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_A" in n).fill_(float("nan"))
     with pytest.raises(ModelError, match="cannot be merged"):
-        merging.merged(model)
+        merging.merge_adapter(model)
 
 
 def test_a_whole_model_is_written_in_another_dtype_and_read_back(tiny_folder: Path, tmp_path: Path) -> None:

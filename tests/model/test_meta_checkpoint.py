@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from corral.errors import ModelError
 from corral.model import meta_checkpoint
-from corral.model.loading import load_model, load_tokenizer, resolve
-from corral.model.meta_checkpoint import convert, is_meta
+from corral.model.loading import load_model, load_tokenizer, resolve_model
+from corral.model.meta_checkpoint import convert, is_meta_checkpoint
 from tests.e2e.conftest import corral, write_rows
 from tests.model.meta import (
     LLAMA_2,
@@ -81,7 +81,7 @@ def test_logits_equal_those_of_metas_formulas(name: str, parts: int, tmp_path: P
     params, tied, factor = MODELS[name]
     shape = {key: value for key, value in params.items() if value is not None}
     weights = made(shape, tied=tied)
-    model: Any = load_model(resolve(str(write(tmp_path / "meta", params, weights, parts=parts))))
+    model: Any = load_model(resolve_model(str(write(tmp_path / "meta", params, weights, parts=parts))))
     ids = torch.randint(0, len(weights["tok_embeddings.weight"]), (24,), generator=torch.Generator().manual_seed(1))
     expected = logits(shape, weights, ids, POSITIONS, scaled_by=factor)
     ours = model_logits(model, ids)
@@ -100,7 +100,7 @@ def test_logits_equal_those_of_metas_formulas(name: str, parts: int, tmp_path: P
 
 def test_one_file_or_four_give_the_same_model_bit_for_bit(tmp_path: Path) -> None:
     weights = made(LLAMA_2)
-    one, four = (resolve(str(write(tmp_path / f"{n}", LLAMA_2, weights, parts=n))) for n in (1, 4))
+    one, four = (resolve_model(str(write(tmp_path / f"{n}", LLAMA_2, weights, parts=n))) for n in (1, 4))
     assert one.identity == four.identity
     assert one.revision != four.revision
 
@@ -126,7 +126,7 @@ def test_large_models_are_written_in_several_files_with_an_index(
     whole = load_file(converted(source) / "model.safetensors")
     shutil.rmtree(tmp_path / "meta-converted")
     monkeypatch.setattr(meta_checkpoint, "_FILE_BYTES", 40_000)
-    folder = resolve(str(source)).folder
+    folder = resolve_model(str(source)).folder
     files = sorted(folder.glob("*.safetensors"))
     assert len(files) > 3
     assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
@@ -194,15 +194,15 @@ def test_generation_stops_where_metas_does(params: Params, stops: list[int], tmp
 def test_a_folder_is_converted_once_and_again_when_its_files_change(tmp_path: Path) -> None:
     source = write(tmp_path / "llama-tiny", LLAMA_2, made(LLAMA_2))
     told: list[str] = []
-    first = resolve(str(source), progress=told.append)
+    first = resolve_model(str(source), progress=told.append)
     assert told == ["converting llama-tiny to safetensors, once"]
-    assert resolve(str(source), progress=told.append, offline=True) == first
+    assert resolve_model(str(source), progress=told.append, offline=True) == first
     assert len(told) == 1
     assert first.folder.parent == tmp_path / "cache" / "models"
     moved = Path(shutil.move(source, tmp_path / "moved"))
-    assert resolve(str(moved)).identity == first.identity
+    assert resolve_model(str(moved)).identity == first.identity
     write(moved, LLAMA_2 | {"norm_eps": 1e-6}, made(LLAMA_2))
-    changed = resolve(str(moved))
+    changed = resolve_model(str(moved))
     assert changed.revision != first.revision
     assert config_of(changed.folder)["rms_norm_eps"] == 1e-6
 
@@ -210,12 +210,12 @@ def test_a_folder_is_converted_once_and_again_when_its_files_change(tmp_path: Pa
 def test_a_folder_in_both_layouts_is_used_as_it_is(tmp_path: Path) -> None:
     source = write(tmp_path / "meta", LLAMA_2, made(LLAMA_2))
     folder = converted(source)
-    assert is_meta(source)
-    assert not is_meta(folder)
+    assert is_meta_checkpoint(source)
+    assert not is_meta_checkpoint(folder)
     for path in source.iterdir():
         shutil.copy(path, folder)
-    assert not is_meta(folder)
-    assert resolve(str(folder)).folder == folder
+    assert not is_meta_checkpoint(folder)
+    assert resolve_model(str(folder)).folder == folder
 
 
 def test_licences_travel_and_the_tokenizer_may_lie_above_as_the_download_leaves_it(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_licences_travel_and_the_tokenizer_may_lie_above_as_the_download_leaves_
     shutil.move(source / "tokenizer.model", source.parent)
     (source.parent / "LICENSE").write_text("terms")
     (source.parent / "USE_POLICY.md").write_text("uses")
-    found = resolve(str(source))
+    found = resolve_model(str(source))
     assert [(path.name, path.parent) for path in found.licence_files] == [
         ("LICENSE", found.folder),
         ("USE_POLICY.md", found.folder),
@@ -352,7 +352,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_with_one_clear_error(
     damage, message = FAULTS[fault]
     damage(source)
     with pytest.raises(ModelError) as caught:
-        resolve(str(source))
+        resolve_model(str(source))
     assert message in caught.value.what
     assert "\n" not in caught.value.what
     assert str(source) in (caught.value.where or "")

@@ -23,7 +23,7 @@ from corral.engines.base import Completion, Sampling
 from corral.engines.openvino import OpenVinoEngine
 from corral.errors import ModelError
 from corral.model import openvino_graph as writer
-from corral.model.openvino_graph import MODEL, Precision, cached, restored, write_model
+from corral.model.openvino_graph import MODEL_FILE, Precision, cached_form, stored_weight, write_model
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 CONTEXT = 512
@@ -140,7 +140,7 @@ def write(folder: Path, out: Path, precision: Precision) -> Path:
 def reference(name: str, precision: Precision, **changes: Any) -> LlamaForCausalLM:
     """transformers' model with the weights that the form is said to hold."""
     model = random_llama(name, **changes)
-    weights = {key: torch.from_numpy(restored(key, w.numpy(), precision)) for key, w in model.state_dict().items()}
+    weights = {key: torch.from_numpy(stored_weight(key, w.numpy(), precision)) for key, w in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model.load_state_dict(weights)
@@ -214,7 +214,7 @@ def test_a_padded_batch_gives_each_text_the_logits_it_has_alone(
     """The graph as it is written, with keys and values as its state: no paged attention, which takes no mask."""
     form = write(folders(name), tmp_path / "form", precision)
     exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-    request = ov.Core().compile_model(form / MODEL, "CPU", exact).create_infer_request()
+    request = ov.Core().compile_model(form / MODEL_FILE, "CPU", exact).create_infer_request()
     texts, pads, length = [TEXT[:90], TEXT[100:150]], [0, 40], 90
     model = reference(name, precision)
     expected = [all_logprobs(model, text) for text in texts]
@@ -415,16 +415,16 @@ def test_a_folder_is_converted_once_and_equal_content_shares_it(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = count_writes(monkeypatch)
-    form = cached(folder, "f32")
-    assert cached(folder, "f32") == form
+    form = cached_form(folder, "f32")
+    assert cached_form(folder, "f32") == form
     twin = Path(shutil.copytree(folder, tmp_path / "twin"))
-    assert cached(twin, "f32") == form
+    assert cached_form(twin, "f32") == form
     assert written == [folder]
-    assert cached(folder, "f16") != form
+    assert cached_form(folder, "f16") != form
     change_config(twin, rms_norm_eps=1e-3)
-    assert cached(twin, "f32") != form
+    assert cached_form(twin, "f32") != form
     assert written == [folder, folder, twin]
-    assert {path.name for path in form.iterdir()} >= {MODEL, "openvino_model.bin", "config.json"}
+    assert {path.name for path in form.iterdir()} >= {MODEL_FILE, "openvino_model.bin", "config.json"}
 
 
 def test_the_four_forms_used_last_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,12 +432,12 @@ def test_the_four_forms_used_last_are_kept(folder: Path, monkeypatch: pytest.Mon
     forms: list[Path] = []
     for i, epsilon in enumerate((1e-3, 1e-4, 1e-5, 1e-6)):
         change_config(folder, rms_norm_eps=epsilon)
-        forms.append(cached(folder, "f16"))
+        forms.append(cached_form(folder, "f16"))
         os.utime(forms[-1], (i, i))
     change_config(folder, rms_norm_eps=1e-3)
-    assert cached(folder, "f16") == forms[0], "used again, and so no longer the oldest"
+    assert cached_form(folder, "f16") == forms[0], "used again, and so no longer the oldest"
     change_config(folder, rms_norm_eps=1e-7)
-    fifth = cached(folder, "f16")
+    fifth = cached_form(folder, "f16")
     assert len(written) == 5
     kept = {path for path in fifth.parent.iterdir() if path.is_dir()}
     assert kept == {forms[0], forms[2], forms[3], fifth}
@@ -461,9 +461,9 @@ openvino.cached(Path(sys.argv[1]), "f32")
     place = Path(os.environ["CORRAL_CACHE"]) / "openvino"
     left = [path for path in place.iterdir() if path.is_dir()]
     assert len(left) == 1
-    assert (left[0] / MODEL).is_file(), "it was killed late enough to leave a whole model under another name"
+    assert (left[0] / MODEL_FILE).is_file(), "it was killed late enough to leave a whole model under another name"
     change_config(folder, rms_norm_eps=1e-3)
-    other = cached(folder, "f32")
+    other = cached_form(folder, "f32")
     assert [path for path in place.iterdir() if path.is_dir()] == [other], "what was left is cleared by the next"
     scored, _ = asked(other, TEXT[:40])
     assert len(scored) == 39

@@ -91,7 +91,7 @@ def test_an_nf4_weight_is_restored_from_its_table_bit_for_bit(untied: Path) -> N
     codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten()
     scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
     expected = (state.code[codes].view(-1, 64) * scales[:, None]).view(128, 64)
-    assert torch.equal(quantisation.restored(layer), expected)
+    assert torch.equal(quantisation.dequantise_weight(layer), expected)
     exact = make_tiny_model(300, tie_word_embeddings=False).model.layers[0].mlp.up_proj.weight
     assert 0.02 < ((expected - exact).norm() / exact.norm()).item() < 0.15
 
@@ -129,7 +129,7 @@ def test_outliers_above_the_threshold_are_multiplied_unquantised(untied: Path) -
 
     x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     x[:, 5] *= 100
-    exact = x @ quantisation.restored(layer(6.0)).T
+    exact = x @ quantisation.dequantise_weight(layer(6.0)).T
     all_rounded, apart = (layer(threshold)(x) for threshold in (0.0, 6.0))
     assert (apart - exact).norm() < 0.1 * (all_rounded - exact).norm()
 
@@ -160,8 +160,8 @@ def test_with_the_adapter_off_it_is_the_quantised_base(untied: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.kind)
 def test_a_restored_model_is_a_plain_one(kind: Quantization, untied: Path, tmp_path: Path) -> None:
     model: Any = load_model(untied, quantization=kind)
-    weights = {n: quantisation.restored(m) for n, m in linears(model).items() if n != "lm_head"}
-    quantisation.restore(model, torch.float32)
+    weights = {n: quantisation.dequantise_weight(m) for n, m in linears(model).items() if n != "lm_head"}
+    quantisation.dequantise_model(model, torch.float32)
     assert {type(m) for m in linears(model).values()} == {nn.Linear}
     assert all(torch.equal(linears(model)[n].weight, w) for n, w in weights.items())
     model.save_pretrained(tmp_path)

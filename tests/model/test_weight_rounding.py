@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from corral.model.weight_rounding import GROUP, packed, to_int4, to_int8
+from corral.model.weight_rounding import GROUP, pack_int4, to_int4, to_int8
 
 HALF = 0.51
 """Of a scale: rounding to nearest is out by half of it, and the scale itself is rounded to float16."""
@@ -33,7 +33,7 @@ def test_int8_is_out_by_half_a_scale_at_most(weight: Any) -> None:
     assert made.values.dtype == np.int8
     assert made.scales.dtype == np.float16
     assert made.scales.shape == (len(weight), 1)
-    assert (np.abs(made.restored() - weight) <= HALF * made.scales.astype(np.float32)).all()
+    assert (np.abs(made.dequantise() - weight) <= HALF * made.scales.astype(np.float32)).all()
 
 
 @given(matrices(multiple=GROUP))
@@ -42,7 +42,7 @@ def test_int4_is_out_by_half_a_scale_at_most_and_keeps_every_zero(weight: Any) -
     made = to_int4(weight)
     assert made.values.max() <= 15
     assert made.zeros.max() <= 15
-    restored = made.restored()
+    restored = made.dequantise()
     assert restored.shape == weight.shape
     bound = HALF * np.repeat(made.scales.astype(np.float32)[..., 0], GROUP, axis=1)
     assert (np.abs(restored - weight) <= bound).all()
@@ -53,8 +53,8 @@ def test_int4_is_out_by_half_a_scale_at_most_and_keeps_every_zero(weight: Any) -
 @settings(max_examples=50, deadline=None)
 def test_what_was_rounded_is_not_moved_again_by_more_than_its_scale_is(weight: Any) -> None:
     for to in (to_int8, to_int4):
-        once = to(weight).restored()
-        again = to(once).restored()
+        once = to(weight).dequantise()
+        again = to(once).dequantise()
         assert np.abs(again - once).max() <= np.abs(weight).max() / 500 + TINY
 
 
@@ -64,7 +64,7 @@ def test_int8_equals_torchs_own_quantisation_by_row() -> None:
     scales = torch.from_numpy(made.scales.astype(np.float32)).squeeze(1)
     assert torch.allclose(scales, weight.abs().amax(1) / 127, rtol=1e-3)
     theirs = torch.fake_quantize_per_channel_affine(weight, scales, torch.zeros(16, dtype=torch.int32), 0, -127, 127)
-    assert np.allclose(made.restored(), theirs.numpy(), atol=1e-6)
+    assert np.allclose(made.dequantise(), theirs.numpy(), atol=1e-6)
 
 
 def test_int4_equals_torchs_own_quantisation_by_group() -> None:
@@ -77,7 +77,7 @@ def test_int4_equals_torchs_own_quantisation_by_group() -> None:
     assert torch.allclose(scales, spread / 15, rtol=1e-3)
     assert torch.equal(zeros, (-groups.amin(1).clamp(max=0) / scales).round().int())
     theirs = torch.fake_quantize_per_channel_affine(groups, scales, zeros, 0, 0, 15)
-    assert np.allclose(made.restored(), theirs.reshape(weight.shape).numpy(), atol=1e-6)
+    assert np.allclose(made.dequantise(), theirs.reshape(weight.shape).numpy(), atol=1e-6)
 
 
 @pytest.mark.parametrize("to", [to_int8, to_int4])
@@ -100,7 +100,7 @@ def test_one_large_weight_spoils_its_own_row_or_group_only(to: Any) -> None:
 @given(arrays.arrays(np.uint8, st.tuples(rows, st.integers(1, 40)), elements=st.integers(0, 15)))
 @settings(deadline=None)
 def test_packed_holds_each_number_in_its_half_of_a_byte(values: Any) -> None:
-    made = packed(values)
+    made = pack_int4(values)
     assert made.dtype == np.uint8
     assert len(made) == (values.size + 1) // 2
     unpacked = np.stack([made & 15, made >> 4], axis=1).reshape(-1)
@@ -113,7 +113,7 @@ def test_packed_is_what_openvino_reads() -> None:
 
     numbers = np.random.default_rng(0).integers(0, 16, (3, 2, GROUP)).astype(np.uint8)
     tensor = ov.Tensor(ov.Type.u4, [3, 2, GROUP])
-    tensor.data.reshape(-1)[:] = packed(numbers)
+    tensor.data.reshape(-1)[:] = pack_int4(numbers)
     constant = ov.opset15.constant(tensor)
     widened = ov.Model([ov.opset15.convert(constant, ov.Type.u8)], [], "widened")
     result = ov.Core().compile_model(widened, "CPU")({})[0]

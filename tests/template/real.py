@@ -78,9 +78,9 @@ def tokenizer(name: str) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     if name == "smollm2":
-        from corral.model.loading import load_tokenizer, resolve
+        from corral.model.loading import load_tokenizer, resolve_model
 
-        return load_tokenizer(resolve("asset:smollm2-135m-instruct").folder)
+        return load_tokenizer(resolve_model("asset:smollm2-135m-instruct").folder)
     if name == "llama-2":
         file = str(fetch("llama-2-tokenizer").files[0])
         return PreTrainedTokenizerFast(tokenizer_file=file, bos_token="<s>", eos_token="</s>", unk_token="<unk>")

@@ -60,7 +60,7 @@ def merge(start: Start, stage: Path, template: Template, measure: Measure) -> li
 
 
 def checks(start: Start, stage: Path, template: Template, measure: Measure) -> dict[str, contract.Check]:
-    _, found = trained_model.checks(start, stage, stage / trained_model.MERGED, contract.probes(template), measure)
+    _, found = trained_model.checks(start, stage, stage / trained_model.MERGED, contract.make_probes(template), measure)
     return {check.name: check for check in found}
 
 
@@ -83,7 +83,7 @@ def test_a_merge_into_full_precision_called_dequantised_is_caught(
     merge(start, tmp_path, template, measure)
     shutil.rmtree(tmp_path / trained_model.MERGED)
     (tmp_path / trained_model.MERGED).mkdir()
-    other = merging.merged(adapters.load(load_model(start.folder), tmp_path / trained_model.ADAPTER))
+    other = merging.merge_adapter(adapters.load(load_model(start.folder), tmp_path / trained_model.ADAPTER))
     merging.save_model(other, template, tmp_path / trained_model.MERGED, licences=())
     assert not checks(start, tmp_path, template, measure)["adapter and merged model"].passed
 
@@ -100,7 +100,7 @@ def test_an_int8_model_that_lost_by_merging_is_caught(
         trained.get_parameter("model.norm.weight").mul_(0.7)
     merging.save_model(trained, template, tmp_path / "elsewhere", licences=())
     _, found = trained_model.checks(
-        start, tmp_path, tmp_path / "elsewhere", contract.probes(template), Measure(rows, 128)
+        start, tmp_path, tmp_path / "elsewhere", contract.make_probes(template), Measure(rows, 128)
     )
     (check,) = [check for check in found if check.name == "held-out loss, merged and int8"]
     assert not check.passed
@@ -207,7 +207,7 @@ def test_a_whole_model_is_trained_resumed_and_saved_as_it_is(
 
 
 def save_whole(training: Any, start: Start, stage: Path, template: Template) -> None:
-    probe_set = contract.probes(template)
+    probe_set = contract.make_probes(template)
     scores = training.score([p.ids for p in probe_set], [p.start for p in probe_set])
     trained_model.save_whole(training.model, training.weights(), scores, start, stage, template, ())
 
