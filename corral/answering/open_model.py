@@ -49,7 +49,7 @@ def open_model(
         sampling: the Answerer's default.
         urls: of endpoints that serve this model: they compute, and only its template and vocabulary are read here.
 
-    A model that carries a contract is held to it as far as that takes no computing: `contract.unchanged`. So is the base of an
+    A model that carries a contract is held to it as far as that takes no computing: `contract.check_unchanged`. So is the base of an
     adapter.
 
     Raises:

@@ -351,14 +351,14 @@ def hub(tiny_folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def ask_hub(endpoint: str, place: Path, *specs: str, offline: bool = False) -> list[dict[str, Any]]:
-    """What `resolve` answers to each, in a process with its own hub settings and caches."""
+    """What `resolve_model` answers to each, in a process with its own hub settings and caches."""
     code = """
 import json, sys
 from corral.errors import CorralError
-from corral.model.loading import resolve
+from corral.model.loading import resolve_model
 for spec in sys.argv[2:]:
     try:
-        source = resolve(spec, offline=sys.argv[1] == "True")
+        source = resolve_model(spec, offline=sys.argv[1] == "True")
         answer = {"folder": str(source.folder), "revision": source.revision, "identity": source.identity}
         answer["licences"] = [path.name for path in source.licence_files]
     except CorralError as error:
