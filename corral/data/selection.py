@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import corral.template
-from corral.data import encoding, mixture, near_duplicates, plain_text
+from corral.data import contamination, encoding, mixture, near_duplicates, plain_text, word_hashes
 from corral.data.cache import Chunks, code_of, cores, each, name_of, split
 from corral.data.ledger import FATES, Fate
 from corral.data.mixture import SIDES
@@ -80,13 +80,13 @@ class Plan:
         """A plan in which every fate is open."""
         templates = code_of(Path(corral.template.__file__).parent, Path(encoding.__file__), Path(plain_text.__file__))
         parts = (rows.identity, template.fingerprint, limit, templates, version("tokenizers"))
-        likely = (rows.identity, code_of(Path(near_duplicates.__file__)))
+        compared = (rows.identity, code_of(Path(word_hashes.__file__), Path(near_duplicates.__file__)))
         return cls(
             source,
             rows,
             Chunks(cache / name_of("tokens", encoding.VERSION, *parts)),
-            Chunks(cache / name_of("words", near_duplicates.VERSION, *likely)),
-            Chunks(cache / name_of("bands", near_duplicates.VERSION, *likely)),
+            Chunks(cache / name_of("words", word_hashes.VERSION, *compared)),
+            Chunks(cache / name_of("bands", near_duplicates.VERSION, *compared)),
         )
 
     @property
@@ -107,7 +107,7 @@ class Plan:
                 self.reasons.append(reason)
             self.reason[places] = self.reasons.index(reason)
 
-    def blocks(self, places: Ints) -> Iterator[near_duplicates.Block]:
+    def blocks(self, places: Ints) -> Iterator[word_hashes.Block]:
         """The words of rows, some hundreds at a time."""
         for part in split(places):
             found = [self.words.find(int(place)) for place in part]
@@ -150,8 +150,8 @@ def choose(plans: Sequence[Plan], data: Data, seed: int, hands: Hands) -> None:
     """Duplicates, near duplicates and rows beyond the caps get their fates; the others are chosen."""
     if data.duplicates == "near":
         everything = [(p, p.bands, np.arange(len(p.rows))) for p in plans]
-        hands.compute("Comparing rows", everything, near_duplicates.band_rows)
-        hands.compute("Reading words", [(p, p.words, places) for p, _, places in everything], near_duplicates.word_rows)
+        hands.compute("Comparing rows", everything, near_duplicates.band_columns)
+        hands.compute("Reading words", [(p, p.words, places) for p, _, places in everything], word_hashes.word_columns)
     keys = [np.asarray(plan.rows.keys) for plan in plans]
     starts = np.cumsum([0, *map(len, keys)])
     equal = mixture.equal_groups(np.concatenate(keys))
@@ -179,7 +179,7 @@ def _near_groups(plans: Sequence[Plan], starts: NDArray[Any], equal: Ints) -> In
         arrays, i = plans[number].words.find(row - int(starts[number]))
         return arrays["words"][arrays["word_ends"][i] : arrays["word_ends"][i + 1]]
 
-    return near_duplicates.near_groups(np.concatenate(signatures).astype(np.uint64), equal, words)
+    return near_duplicates.group_near_duplicates(np.concatenate(signatures).astype(np.uint64), equal, words)
 
 
 def encode(plans: Sequence[Plan], data: Data, template: Template, hands: Hands) -> None:
@@ -227,16 +227,16 @@ def find_contaminated(plans: Sequence[Plan], data: Data, hands: Hands) -> None:
     if data.contamination == "ignore" or not any((plan.side > SIDES.index("train")).any() for plan in plans):
         return
     used = [(plan, plan.words, plan.places("kept", "truncated")) for plan in plans]
-    hands.compute("Reading words", used, near_duplicates.word_rows)
+    hands.compute("Reading words", used, word_hashes.word_columns)
     hands.progress.start("Comparing with held-out rows", None)
     train = [np.flatnonzero(plan.side == SIDES.index("train")) for plan in plans]
     held_out = [np.flatnonzero(plan.side > SIDES.index("train")) for plan in plans]
 
-    def blocks(places: Sequence[Ints]) -> Iterator[near_duplicates.Block]:
+    def blocks(places: Sequence[Ints]) -> Iterator[word_hashes.Block]:
         for plan, here in zip(plans, places, strict=True):
             yield from plan.blocks(here)
 
-    found = near_duplicates.contaminated(blocks(held_out), blocks(train))
+    found = contamination.find_contaminated(blocks(held_out), blocks(train))
     for plan, here, flags in zip(plans, train, np.split(found, np.cumsum([len(t) for t in train])[:-1]), strict=True):
         plan.contaminated[here[flags]] = True
         if data.contamination == "drop":

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import settings
 
 from corral.data.prepare import Prepared, prepare
 from corral.data.selection import Plan
 from corral.data.source_rows import source_rows
+from corral.data.word_hashes import Words, record_words
+from corral.messages import Text
 from corral.progress import Progress
 from corral.recipe import Data, Source, Split
 from corral.template import Template
@@ -33,6 +37,19 @@ def chats(count: int, start: int = 0) -> list[dict[str, Any]]:
 def write_rows(path: Path, rows: Iterable[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return path
+
+
+def prose_words(seed: int, length: int = 60) -> list[str]:
+    """Words of a vocabulary of 400, in an order that the seed decides."""
+    return random.Random(seed).choices([f"w{i}" for i in range(400)], k=length)
+
+
+def prose(seed: int, length: int = 40) -> str:
+    return " ".join(prose_words(seed, length))
+
+
+def word_hashes(text: str) -> Words:
+    return np.array(record_words(Text(text))[0], np.uint32)
 
 
 def source(path: Path, **settings: Any) -> Source:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +16,10 @@ from corral.errors import DataError, GateError
 from corral.messages import Conversation
 from corral.recipe import Split
 from corral.template import Template
-from tests.data.conftest import chat, chats, source, write_rows
+from tests.data.conftest import chat, chats, prose, source, write_rows
 
 Prepare = Callable[..., Prepared]
 NONE_HELD_OUT = Split(validation=0, test=0)
-
-
-def prose(seed: int, length: int = 40) -> str:
-    return " ".join(random.Random(seed).choices([f"w{i}" for i in range(300)], k=length))
 
 
 def fates_of(result: Prepared, name: str = "a") -> dict[str, int]:

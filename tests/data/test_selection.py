@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import product
@@ -20,7 +19,7 @@ from corral.messages import Record
 from corral.progress import Progress
 from corral.recipe import Data, Split
 from corral.template import Template
-from tests.data.conftest import chat, chats, source, write_rows
+from tests.data.conftest import chat, chats, prose, source, write_rows
 
 Planned = Callable[..., list[Plan]]
 TRAIN, VALIDATION, TEST = range(3)
@@ -34,10 +33,6 @@ class Listener(Progress):
 
     def start(self, title: str, total: int | None) -> None:
         self.titles.append(title)
-
-
-def prose(seed: int, length: int = 40) -> str:
-    return " ".join(random.Random(seed).choices([f"w{i}" for i in range(300)], k=length))
 
 
 def data_of(plans: list[Plan], **settings: Any) -> Data:

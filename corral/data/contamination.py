@@ -1,0 +1,92 @@
+"""Finds training rows that share passages with held-out rows (leaked test data).
+
+A passage is a whole prompt, or 13 words in a row (Brown et al. 2020, arXiv 2005.14165, appendix C).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from corral.data.word_hashes import FACTOR, Block, Hashes, Ints, hash_ngrams, mix
+
+NGRAM = 13
+"""Words in a row that make a passage."""
+FREQUENT = 10
+"""A 13-gram that stands in more training rows than this, and in several held-out ones, is taken for boilerplate, as in GPT-3's
+appendix C, and does not count. A whole prompt always does."""
+
+
+def find_contaminated(held_out: Iterable[Block], training: Iterable[Block]) -> NDArray[np.bool_]:
+    """For each training row whether it shares a passage with a held-out row. [training rows]
+
+    A passage is a whole prompt, or 13 words in a row that are not boilerplate (`FREQUENT`).
+    """
+    prompts, ngrams = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
+    for block in held_out:
+        prompts.append(_prompt_hashes(block)[0])
+        hashes, rows = _ngram_hashes(block)
+        distinct = np.unique(np.stack([hashes, rows.astype(np.uint64)], axis=1), axis=0)
+        ngrams.append(distinct[:, 0])
+    known_ngrams, held_out_counts = np.unique(np.concatenate(ngrams), return_counts=True)
+    prompt_set, ngram_set = _HashSet(np.unique(np.concatenate(prompts))), _HashSet(known_ngrams)
+    training_counts = np.zeros(len(known_ngrams), np.int64)
+    flags = [np.zeros(0, bool)]
+    shared_rows, shared_ngrams = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    total = 0
+    for block in training:
+        hashes, rows = _prompt_hashes(block)
+        block_flags = np.zeros(len(block[2]), bool)
+        block_flags[rows[prompt_set.find(hashes)[1]]] = True
+        flags.append(block_flags)
+        hashes, rows = _ngram_hashes(block)
+        numbers, positions = ngram_set.find(hashes)
+        distinct = np.unique(np.stack([rows[positions], numbers], axis=1), axis=0)
+        np.add.at(training_counts, distinct[:, 1], 1)
+        shared_rows.append(distinct[:, 0] + total)
+        shared_ngrams.append(distinct[:, 1])
+        total += len(block_flags)
+    contaminated = np.concatenate(flags)
+    boilerplate = (training_counts > FREQUENT) & (held_out_counts > 1)
+    contaminated[np.concatenate(shared_rows)[~boilerplate[np.concatenate(shared_ngrams)]]] = True
+    return contaminated
+
+
+def _prompt_hashes(block: Block) -> tuple[Hashes, Ints]:
+    """(a hash of each row's whole prompt, its row). The same words within a longer text have another hash."""
+    words, ends, prompt_words = block
+    rows = np.flatnonzero(prompt_words > 0)
+    hashes = [hash_ngrams(words[ends[row] : ends[row] + prompt_words[row]], int(prompt_words[row])) for row in rows]
+    return mix(np.concatenate([np.zeros(0, np.uint64), *hashes]) + FACTOR), rows
+
+
+def _ngram_hashes(block: Block) -> tuple[Hashes, Ints]:
+    """(hashes of all 13-grams, the row of each)."""
+    words, ends, _ = block
+    lengths = np.diff(ends)
+    hashes = hash_ngrams(words, NGRAM)
+    rows = np.repeat(np.arange(len(lengths)), lengths)[: len(hashes)]
+    within_row = np.arange(len(hashes)) + NGRAM <= ends[1:][rows]
+    return hashes[within_row], rows[within_row]
+
+
+class _HashSet:
+    """A set of hashes, given sorted, that is searched for many at once; a table of their first bits rejects most."""
+
+    _BITS = np.uint64(22)
+
+    def __init__(self, members: Hashes) -> None:
+        self._members = members
+        self._table = np.zeros(1 << int(self._BITS), bool)
+        self._table[members >> (np.uint64(64) - self._BITS)] = True
+
+    def find(self, hashes: Hashes) -> tuple[Ints, Ints]:
+        """(positions among the members, positions among `hashes`) of the hashes that are members."""
+        if not len(self._members):
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        likely = np.flatnonzero(self._table[hashes >> (np.uint64(64) - self._BITS)])
+        positions = np.minimum(np.searchsorted(self._members, hashes[likely]), len(self._members) - 1)
+        matches = self._members[positions] == hashes[likely]
+        return positions[matches], likely[matches]

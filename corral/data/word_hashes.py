@@ -1,0 +1,87 @@
+"""Turns records into hashes of their words: the basis of the comparison of rows.
+
+Words are runs of letters and digits in lower case; each Chinese or Japanese character is a word. The words of a row are
+those of its messages except the system message, each held as a 32-bit hash.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+import zlib
+from array import array
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from corral.messages import Conversation, Feedback, Preference, Record, Text
+
+Ints: TypeAlias = NDArray[np.int64]
+Hashes: TypeAlias = NDArray[np.uint64]
+Words: TypeAlias = NDArray[np.uint32]
+Block: TypeAlias = tuple[Words, Ints, Ints]
+"""(words of many rows, [rows + 1] where each row's words begin, [rows] how many of them are the prompt's)."""
+
+VERSION = 2
+
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
+FACTOR = np.uint64(0x9E3779B97F4A7C15)
+"""2^64 divided by the golden ratio: odd, so that multiplying by it loses nothing."""
+_MIX = np.uint64(0xBF58476D1CE4E5B9)
+_SHIFT = np.uint64(31)
+
+
+def record_words(record: Record) -> tuple[list[int], int]:
+    """(hashes of a record's words, how many of them are the prompt's)."""
+    match record:
+        case Conversation(messages) if record.answered:
+            prompt, answers = messages[:-1], [messages[-1].content]
+        case Conversation(messages):
+            prompt, answers = messages, []
+        case Preference():
+            prompt, answers = record.prompt.messages, [record.chosen, record.rejected]
+        case Feedback():
+            prompt, answers = record.prompt.messages, [record.completion]
+        case Text():
+            prompt, answers = (), [record.content]
+    words = [word for message in prompt if message.role != "system" for word in _hash_words(message.content)]
+    prompt_words = len(words)
+    words.extend(word for text in answers for word in _hash_words(text))
+    return words, prompt_words
+
+
+def _hash_words(text: str) -> Iterator[int]:
+    text = text if text.isascii() else unicodedata.normalize("NFKC", text)
+    return (zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in _WORD.findall(text.lower()))
+
+
+def word_columns(records: Iterable[Record]) -> dict[str, NDArray[Any]]:
+    """Words of many rows: `words`, `word_ends` (where each row's words begin, [rows + 1]) and `prompt_words` [rows]."""
+    words, ends, prompts = array("I"), array("q", [0]), array("q")
+    for record in records:
+        row_words, prompt_words = record_words(record)
+        words.extend(row_words)
+        ends.append(len(words))
+        prompts.append(prompt_words)
+    return {
+        "words": np.asarray(words, np.uint32),
+        "word_ends": np.asarray(ends, np.int64),
+        "prompt_words": np.asarray(prompts, np.int64),
+    }
+
+
+def hash_ngrams(words: Words, n: int) -> Hashes:
+    """A hash of each n words in a row. [words - n + 1]"""
+    count = max(0, len(words) - n + 1)
+    hashes = np.zeros(count, np.uint64)
+    for i in range(n):
+        hashes = hashes * FACTOR + words[i : i + count]
+    return mix(hashes)
+
+
+def mix(hashes: Hashes) -> Hashes:
+    """Spread the bits of polynomial hashes, whose low bits depend on the words' low bits only (splitmix64's finisher)."""
+    hashes = (hashes ^ (hashes >> _SHIFT)) * _MIX
+    return hashes ^ (hashes >> _SHIFT)

@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+from corral.data.word_hashes import record_words
+from corral.messages import Conversation, Feedback, Preference, Text
+from tests.data.conftest import word_hashes
+
+
+def test_words_are_letters_and_digits_in_lower_case_whatever_stands_between() -> None:
+    assert word_hashes("The cat, sat!").tolist() == word_hashes("the   CAT\nsat").tolist()
+    assert word_hashes("ﬁve").tolist() == word_hashes("five").tolist()
+    assert len(word_hashes("東京タワー 3")) == 6
+    assert len(word_hashes("snake_case")) == 2
+    assert len(word_hashes("… !? 🙂")) == 0
+
+
+def test_system_messages_do_not_count_and_the_prompt_is_what_stands_before_the_answer() -> None:
+    turns = Conversation.of(("system", "be nice"), ("user", "a b"), ("assistant", "c"), ("user", "d e"))
+    whole, asked = record_words(turns.add("assistant", "f g h"))
+    assert (len(whole), asked) == (8, 5)
+    assert record_words(Preference(turns, "f g h", "i")) == (whole + record_words(Text("i"))[0], 5)
+    assert record_words(Feedback(turns, "f g h", 1.0)) == (whole, 5)
