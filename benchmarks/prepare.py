@@ -213,7 +213,7 @@ def sources_of(folder: Path, rows: int) -> list[Any]:
 
 
 def side_corral(folder: Path, rows: int) -> dict[str, Any]:
-    from corral.data.packing import packs
+    from corral.data.packing import pack_sequences
     from corral.data.prepare import prepare
     from corral.model.loading import load_tokenizer, resolve_model
     from corral.progress import Progress
@@ -235,7 +235,7 @@ def side_corral(folder: Path, rows: int) -> dict[str, Any]:
         began = time.perf_counter()
         prepared = prepare(data, template, Path(out) / "stage", 1, times, cache=Path(out) / "cache")
         times.start("Packing", None)
-        packed = packs(prepared.train.lengths.tolist(), LENGTH)
+        packed = pack_sequences(prepared.train.lengths.tolist(), LENGTH)
         ended = time.perf_counter()
         ledger = prepared.ledger
         ends = [at for _, at in times.began[1:]] + [ended]
@@ -257,7 +257,7 @@ def side_trl(folder: Path, rows: int) -> dict[str, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    from corral.data.formats import choose
+    from corral.data.formats import choose_format
     from corral.model.loading import load_tokenizer, resolve_model
 
     disable_progress_bars()
@@ -272,7 +272,7 @@ def side_trl(folder: Path, rows: int) -> dict[str, Any]:
             kind = "parquet" if source.path.endswith(".parquet") else "json"
             loaded = load_dataset(kind, data_files=source.path, split="train", cache_dir=f"{out}/cache")
             chosen = loaded.shuffle(seed=1).select(range(min(source.rows, len(loaded))))
-            to_record = choose(source, loaded.select(range(min(1000, len(loaded)))).to_list()).to_record
+            to_record = choose_format(source, loaded.select(range(min(1000, len(loaded)))).to_list()).to_record
             parts.append(chosen.map(lambda row, f=to_record: f(row).to_json(), remove_columns=chosen.column_names))
         formatted = time.perf_counter()
         config = SFTConfig(

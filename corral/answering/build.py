@@ -84,9 +84,9 @@ def examples_identity(shots: Shots) -> str:
     """
     if not shots.count or shots.source is None:
         return ""
-    from corral.data.sources import identity
+    from corral.data.sources import hash_source
 
-    return identity(shots.source)
+    return hash_source(shots.source)
 
 
 def training_identity(run: Run) -> str:
@@ -107,9 +107,9 @@ def examples_in(source: Source) -> list[Conversation]:
     import numpy as np
 
     from corral.data import cache
-    from corral.data.source_rows import source_rows
+    from corral.data.source_rows import load_source_rows
 
-    rows = source_rows(source, cache.default_folder(), Progress())
+    rows = load_source_rows(source, cache.default_folder(), Progress())
     most = min(len(rows), source.rows or 2 * POOL)
     return _conversations(rows.records(np.arange(most)))
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from corral.data.formats.chat_messages import OPENAI, read_turns
-from corral.data.formats.fields import FormatError, check_order, kind, text_at
-from corral.data.sources import identity, read
+from corral.data.formats.chat_messages import OPENAI, read_messages
+from corral.data.formats.fields import FormatError, check_turn_order, column_text, describe_type
+from corral.data.sources import hash_source, read_rows
 from corral.data.sources.raw_row import RawRow
 from corral.messages import Conversation, Message
 from corral.progress import Progress
@@ -69,12 +69,12 @@ class Prompts:
 
     def digest(self) -> str:
         """sha256 (hex) of what is read."""
-        return identity(self._source)
+        return hash_source(self._source)
 
     def survey(self, most: int = 5) -> Survey:
         """Count rows and faults, keeping the first `most` faults."""
         found = Survey()
-        for raw in read(self._source, self._progress):
+        for raw in read_rows(self._source, self._progress):
             found.rows += 1
             fault = _prompt(found.rows - 1, raw).fault
             if fault is not None:
@@ -86,7 +86,7 @@ class Prompts:
         return found
 
     def __iter__(self) -> Iterator[Prompt]:
-        return (_prompt(index, raw) for index, raw in enumerate(read(self._source)))
+        return (_prompt(index, raw) for index, raw in enumerate(read_rows(self._source)))
 
 
 def _prompt(index: int, raw: RawRow) -> Prompt:
@@ -97,7 +97,7 @@ def _prompt(index: int, raw: RawRow) -> Prompt:
         given = _given(raw.value)
         return Prompt(index, given, _conversation(raw.value))
     except FormatError as error:
-        return Prompt(index, given, None, f"{raw.place}: {error.reason}")
+        return Prompt(index, given, None, f"{raw.location}: {error.reason}")
 
 
 def _given(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _given(row: Mapping[str, Any]) -> dict[str, Any]:
     value = row["id"]
     is_number = isinstance(value, int | float) and math.isfinite(value)
     if not (value is None or isinstance(value, str) or is_number):
-        raise FormatError(f"id is {kind(value)}: expected text, a number, true, false or null")
+        raise FormatError(f"id is {describe_type(value)}: expected text, a number, true, false or null")
     return {"id": value}
 
 
@@ -117,9 +117,9 @@ def _conversation(row: Mapping[str, Any]) -> Conversation:
     if prompt is not None and turns is not None:
         raise FormatError("both `prompt` and `messages`: one row asks one thing")
     if turns is None:
-        return Conversation.of(("user", text_at(row, "prompt", "messages")))
-    read_ = read_turns(turns, "messages", OPENAI)
+        return Conversation.of(("user", column_text(row, "prompt", "messages")))
+    read_ = read_messages(turns, "messages", OPENAI)
     if read_[-1].role != "user":
         raise FormatError(f"messages ends with the {read_[-1].role}: the last must be from the user")
-    check_order([*read_, Message("assistant", "")])
+    check_turn_order([*read_, Message("assistant", "")])
     return Conversation(tuple(read_))

@@ -81,9 +81,9 @@ def _run(args: argparse.Namespace, world: World) -> dict[str, Any]:
     recipe = _recipe(args)
     out = Path(args.out or Path("runs") / (f"{recipe.name}-small" if args.small else recipe.name))
     if args.small:
-        from corral.data.small_form import small
+        from corral.data.small_form import shrink_recipe
 
-        recipe = small(recipe, out / ".corral-small-rows")
+        recipe = shrink_recipe(recipe, out / ".corral-small-rows")
     if (out / "recipe.toml").is_file():
         recipe = recipe.with_exports(Run(out).recipe.export)  # what `corral export` added stays
     result = execute(recipe, out, args, world=world, profile=args.profile)
@@ -114,9 +114,9 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     with interrupts, tempfile.TemporaryDirectory() as rows:
         try:
             if args.small:
-                from corral.data.small_form import small
+                from corral.data.small_form import shrink_recipe
 
-                recipe = small(recipe, Path(rows))
+                recipe = shrink_recipe(recipe, Path(rows))
             found = find_out(recipe, out, progress, device=args.device)
         except KeyboardInterrupt:
             raise Stopped(interrupts.signal) from None
@@ -139,7 +139,7 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
     from rich.console import Console
 
     from corral.data import preview
-    from corral.data.loss_budget import refuse_losses
+    from corral.data.loss_budget import check_loss_budget
     from corral.data.prepare import prepare
     from corral.model.loading import load_tokenizer, resolve_model
     from corral.storage import write_atomic
@@ -165,7 +165,7 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
             Console().print(preview.to_terminal(prepared, template, rows=args.rows))
     refused = None
     try:
-        refuse_losses(recipe.data, ledger, where=Path(args.recipe))
+        check_loss_budget(recipe.data, ledger, where=Path(args.recipe))
     except GateError as error:
         refused = str(error)
         if not args.json:

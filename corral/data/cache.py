@@ -40,7 +40,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 CHUNK_ROWS = 500
-MOST_BYTES = 20 * 10**9
+MAX_BYTES = 20 * 10**9
 """What the cache holds at most, unless one preparation alone needs more."""
 _OPEN_CHUNKS = 24  # a chunk of tokens is about 1 MB
 _DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
@@ -51,14 +51,14 @@ def default_folder() -> Path:
     return cache_root() / "prepared"
 
 
-def name_of(kind: str, *parts: Any) -> str:
+def cache_name(kind: str, *parts: Any) -> str:
     """A folder's name that stands for `kind` and everything in `parts` (JSON values)."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
     return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
 
 
 @contextmanager
-def in_use(cache: Path) -> Generator[set[Path]]:
+def hold_cache(cache: Path) -> Generator[set[Path]]:
     """Holds the cache while the block runs: no other process removes anything from it. Yields a set, empty, for the folders
     in it that the block uses.
 
@@ -89,7 +89,7 @@ def _trim(cache: Path, used: set[Path]) -> None:
         kept = (path for path in folders if path not in abandoned)
         for folder in sorted(kept, key=lambda path: (path in used, path.stat().st_mtime_ns), reverse=True):
             size += tree_size(folder)
-            if size > MOST_BYTES and folder not in used:
+            if size > MAX_BYTES and folder not in used:
                 remove_tree(folder)
                 (cache / f".{folder.name}.lock").unlink(missing_ok=True)
 
@@ -100,13 +100,13 @@ def _lock_file(cache: Path) -> Path:
 
 
 @lru_cache
-def code_of(*places: Path) -> str:
+def hash_code(*places: Path) -> str:
     """sha256 of modules and packages: what other code computes is kept apart."""
     files = [file for place in places for file in (sorted(place.rglob("*.py")) if place.is_dir() else [place])]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
-class Chunks:
+class ChunkStore:
     """Arrays for some rows of a source, by place (the row's number among the source's usable rows, from 0).
 
     Each file holds `places`, ascending, and whatever arrays were put beside it. A damaged file counts as missing.
@@ -117,9 +117,9 @@ class Chunks:
         self._files: list[Path] = []
         self._open: OrderedDict[int, Arrays] = OrderedDict()
         self._places, self._file, self._offset = (np.empty(0, np.int64) for _ in range(3))
-        self.refresh()
+        self.reload()
 
-    def refresh(self) -> None:
+    def reload(self) -> None:
         """Take in files that were put since."""
         self._files, self._open = [], OrderedDict()
         places: list[Ints] = []
@@ -138,11 +138,11 @@ class Chunks:
         self._file = np.repeat(np.arange(len(places)), [len(p) for p in places])[where]
         self._offset = np.concatenate([np.empty(0, np.int64), *(np.arange(len(p)) for p in places)])[where]
 
-    def missing(self, places: Ints) -> Ints:
+    def select_missing(self, places: Ints) -> Ints:
         """Those of the places that are not here."""
         return places[~np.isin(places, self._places)]
 
-    def put(self, places: Ints, arrays: Mapping[str, NDArray[Any]]) -> None:
+    def save(self, places: Ints, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Keep what was computed for some rows. Raises: StorageError."""
         digest = hashlib.sha256(places.astype("<i8").tobytes()).hexdigest()[:16]
         with storage_errors(self.folder):
@@ -158,7 +158,7 @@ class Chunks:
                     os.unlink(name)
                 raise
 
-    def find(self, place: int) -> tuple[Arrays, int]:
+    def locate(self, place: int) -> tuple[Arrays, int]:
         """(the arrays of the file that holds this place, its offset among that file's rows)."""
         found = int(np.searchsorted(self._places, place))
         return self._arrays(int(self._file[found])), int(self._offset[found])
@@ -187,17 +187,17 @@ class Chunks:
         return loaded
 
 
-def split(places: Ints) -> list[Ints]:
+def split_positions(places: Ints) -> list[Ints]:
     """The places in pieces of `CHUNK_ROWS`."""
     return [places[at : at + CHUNK_ROWS] for at in range(0, len(places), CHUNK_ROWS)]
 
 
-def cores() -> int:
+def available_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def each(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+def map_in_processes(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """`function` of each item, as they are done, in any order; with one worker, in this process.
 
     Workers are forked: they share what the function holds with this process, whatever it is. They must not use torch, nor

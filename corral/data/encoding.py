@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from corral.data.plain_text import PlainText, windows
+from corral.data.plain_text import PlainTextEncoder, split_windows
 from corral.errors import TemplateError
 from corral.messages import Conversation, Feedback, Preference, Record, Text
 from corral.template import Encoded, Template
@@ -25,7 +25,7 @@ Sequences: TypeAlias = tuple[Encoded, ...]
 VERSION = 1
 
 
-def sequences_of(record: Record, template: Template) -> Sequences:
+def encode_record(record: Record, template: Template) -> Sequences:
     """The whole token sequences of a record, of any length.
 
     A conversation is one sequence, whose answers are trained; a preference is two, prompt + chosen and prompt + rejected,
@@ -58,8 +58,8 @@ def _after_prompt(prompt: Conversation, answer: str, template: Template) -> Enco
 
 
 @lru_cache(maxsize=2)
-def _plain_text(template: Template) -> PlainText:
-    return PlainText(template)
+def _plain_text(template: Template) -> PlainTextEncoder:
+    return PlainTextEncoder(template)
 
 
 @dataclass
@@ -137,7 +137,7 @@ def _all_sequences(records: Sequence[Record], template: Template, limit: int) ->
             yield whole if isinstance(whole, TemplateError) else (whole,)
         else:
             try:
-                whole = sequences_of(record, template)
-                yield windows(whole[0], limit) if isinstance(record, Text) else whole
+                whole = encode_record(record, template)
+                yield split_windows(whole[0], limit) if isinstance(record, Text) else whole
             except TemplateError as error:
                 yield error

@@ -43,7 +43,7 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RowOrigin:
     """Where an example comes from; see `Example`."""
 
     key: str
@@ -51,7 +51,7 @@ class Place:
     index: int
 
 
-class Rows(Sequence[Example]):
+class ExampleStore(Sequence[Example]):
     """The examples of one side, read from disk when they are asked for. In a shuffled order that depends on their
     content and the seed alone, so the first n are a fair sample. One of a repeated source stands in it several times.
 
@@ -69,7 +69,7 @@ class Rows(Sequence[Example]):
         self._trained = _load(folder, "trained")
         self._sequences = _load(folder, "sequences")
         self._examples = _load(folder, "examples")
-        self.distinct = len(self._examples) - 1
+        self.distinct_count = len(self._examples) - 1
         self._records = _load(folder, "records")
         self.trained_tokens: Ints = np.asarray(_load(folder, "trained_tokens"))[self._order]
         self.truncated: NDArray[np.bool_] = np.asarray(_load(folder, "truncated"))[self._order]
@@ -96,14 +96,14 @@ class Rows(Sequence[Example]):
             file.seek(start)
             row: dict[str, Any] = json.loads(file.read(end - start))
         sequences = tuple(self._sequence(i) for i in range(first, last))
-        return Example(row["key"], row["source"], row["index"], sequences, record_of(row))
+        return Example(row["key"], row["source"], row["index"], sequences, record_from_json(row))
 
     def _sequence(self, number: int) -> Encoded:
         part = slice(int(self._sequences[number]), int(self._sequences[number + 1]))
         return Encoded(tuple(self._ids[part].tolist()), tuple(self._trained[part].tolist()))
 
 
-class RowsWriter:
+class ExampleWriter:
     """Writes one side's files in the order in which rows come; their order in use is an array of its own.
 
     Args:
@@ -123,7 +123,7 @@ class RowsWriter:
         self._truncated = bytearray()
         self._ranks, self._ranked = array("d"), array("q")
 
-    def __enter__(self) -> RowsWriter:
+    def __enter__(self) -> ExampleWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -137,8 +137,8 @@ class RowsWriter:
 
     def add(self, example: Example, *, truncated: bool) -> None:
         """Write one example; `truncated` says whether its sequences are."""
-        self.put(
-            Place(example.key, example.source, example.index),
+        self.add_encoded(
+            RowOrigin(example.key, example.source, example.index),
             json_line(record_to_json(example.record)).encode().rstrip(),
             np.array([i for s in example.sequences for i in s.ids], np.uint32),
             np.array([t for s in example.sequences for t in s.trained], np.bool_),
@@ -147,9 +147,9 @@ class RowsWriter:
             truncated=truncated,
         )
 
-    def put(
+    def add_encoded(
         self,
-        place: Place,
+        place: RowOrigin,
         record: bytes,
         ids: NDArray[np.uint32],
         trained: NDArray[np.bool_],
@@ -232,7 +232,7 @@ def json_line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, separators=(",", ":")) + "\n"
 
 
-def record_of(row: Mapping[str, Any]) -> Record:
+def record_from_json(row: Mapping[str, Any]) -> Record:
     """The inverse of `messages.record_to_json`; further keys are passed over."""
     if "text" in row:
         return Text(row["text"])

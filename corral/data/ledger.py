@@ -33,21 +33,21 @@ FATES: tuple[Fate, ...] = (
     "contaminated",
     "not sampled",
 )
-LOST: frozenset[Fate] = frozenset({"truncated", "dropped", "fully masked"})
+LOST_FATES: frozenset[Fate] = frozenset({"truncated", "dropped", "fully masked"})
 """Fates that count against `data.max_loss`: the row was asked for, and not all of it is trained on."""
-WITH_REASON: frozenset[Fate] = frozenset({"dropped", "fully masked", "not sampled"})
+FATES_WITH_REASON: frozenset[Fate] = frozenset({"dropped", "fully masked", "not sampled"})
 
-EXAMPLES = 5
+EXAMPLES_PER_REASON = 5
 """Rows named for each kind of reason."""
-LEDGER = "ledger.parquet"
-OTHER = "other reasons"
+LEDGER_FILE = "ledger.parquet"
+OTHER_REASONS = "other reasons"
 _MOST_KINDS = (
     100  # a format's code states fewer; whatever else a row may bring does not make the ledger grow without end
 )
 _OF_A_ROW = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\b\d[\d,.]*")
 
 
-def kind_of(reason: str) -> str:
+def reason_kind(reason: str) -> str:
     """A reason without what it quotes of its row, values and numbers: rows are counted by this, and keep the reason itself."""
     return _OF_A_ROW.sub("…", reason)
 
@@ -76,11 +76,13 @@ class Ledger:
     def __init__(self) -> None:
         self._sources: dict[str, _Source] = {}
 
-    def read(self, source: str, rows: int = 1) -> None:
+    def add_read(self, source: str, rows: int = 1) -> None:
         """So many more rows of a source were read."""
         self._sources.setdefault(source, _Source()).rows += rows
 
-    def add(self, source: str, index: int, fate: Fate, reason: str | None = None, side: Side | None = None) -> bool:
+    def add_fate(
+        self, source: str, index: int, fate: Fate, reason: str | None = None, side: Side | None = None
+    ) -> bool:
         """A row's fate.
 
         Args:
@@ -92,7 +94,7 @@ class Ledger:
 
         Returns: whether the row is now an example of its kind of reason.
         """
-        assert (reason is not None) == (fate in WITH_REASON), f"a {fate} row with the reason {reason!r}"
+        assert (reason is not None) == (fate in FATES_WITH_REASON), f"a {fate} row with the reason {reason!r}"
         assert (side is not None) == (fate in ("kept", "truncated")), f"a {fate} row on the side {side!r}"
         entry = self._sources.setdefault(source, _Source())
         entry.fates[fate] += 1
@@ -100,14 +102,14 @@ class Ledger:
             entry.sides[side] += 1
         if reason is None:
             return False
-        kind = kind_of(reason)
+        kind = reason_kind(reason)
         if fate == "dropped" and kind not in entry.reasons and len(entry.reasons) >= _MOST_KINDS:
-            kind = reason = OTHER
+            kind = reason = OTHER_REASONS
         counted = entry.reasons.setdefault(kind, _Reason(fate, reason))
         counted.count += 1
         if counted.text != reason:
             counted.text = kind
-        if len(counted.examples) < EXAMPLES:
+        if len(counted.examples) < EXAMPLES_PER_REASON:
             counted.examples.append(index)
             return True
         return False
@@ -120,7 +122,7 @@ class Ledger:
             sides, kept = s.sides.total(), s.fates["kept"] + s.fates["truncated"]
             assert sides == kept, f"ledger: {label}: {kept} rows are kept, {sides} have a side"
             reasons = sum(reason.count for reason in s.reasons.values())
-            left_out = sum(s.fates[fate] for fate in WITH_REASON)
+            left_out = sum(s.fates[fate] for fate in FATES_WITH_REASON)
             assert reasons == left_out, f"ledger: {label}: {reasons} reasons, {left_out} rows that have one"
 
     def to_json(self) -> dict[str, Any]:
@@ -147,22 +149,22 @@ class Ledger:
         }
 
 
-def summary(ledger: Mapping[str, Any]) -> str:
+def format_summary(ledger: Mapping[str, Any]) -> str:
     """A few lines for a terminal, from a ledger's JSON form: totals, then each source with its reasons."""
     lines = [f"{ledger['rows']:,} rows: {_counts(ledger['fates'])}"]
     for label, source in ledger["sources"].items():
         lines.append(f"  {label}: {source['rows']:,} rows: {_counts(source['fates'])}")
         if sides := _counts(source["sides"]):
             lines.append(f"    sides: {sides}")
-        lines += [f"    {fact}" for fact in facts(source)]
+        lines += [f"    {fact}" for fact in source_notes(source)]
         lines += [
-            f"    {'' if reason.startswith(r['fate']) else r['fate'] + ': '}{reason_line(reason, r)}"
+            f"    {'' if reason.startswith(r['fate']) else r['fate'] + ': '}{format_reason(reason, r)}"
             for reason, r in source["reasons"].items()
         ]
     return "\n".join(lines)
 
 
-def facts(source: Mapping[str, Any]) -> list[str]:
+def source_notes(source: Mapping[str, Any]) -> list[str]:
     """What a source's entry in a whole ledger says besides its counts, in words."""
     found: list[str] = [source["why"]] if "why" in source else []
     if source.get("training_share", 1) < 1:
@@ -176,7 +178,7 @@ def facts(source: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def reason_line(reason: str, entry: Mapping[str, Any]) -> str:
+def format_reason(reason: str, entry: Mapping[str, Any]) -> str:
     """One reason with its count and examples: `12 × no answer: … (rows 3, 7, 9, 20, 31 …)`."""
     count, examples = entry["count"], entry["examples"]
     more = " …" if count > len(examples) else ""
@@ -216,7 +218,7 @@ class RowFates:
     reasons: list[str]
 
 
-class LedgerFile:
+class LedgerWriter:
     """Writes `ledger.parquet`: one line for each source row, in the order of sources and rows. The file is there once the
     block ends well. Raises: StorageError."""
 
@@ -243,7 +245,7 @@ class LedgerFile:
         with storage_errors(path):
             self._writer: Any = parquet.ParquetWriter(self._unfinished, self._schema, compression="zstd")
 
-    def __enter__(self) -> LedgerFile:
+    def __enter__(self) -> LedgerWriter:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:

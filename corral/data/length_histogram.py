@@ -23,8 +23,8 @@ _BAR = 40
 class Bin:
     """Rows of `least` to `most` tokens: how many of each group."""
 
-    least: int
-    most: int
+    min_tokens: int
+    max_tokens: int
     counts: tuple[int, ...]
 
     @property
@@ -33,7 +33,7 @@ class Bin:
         return sum(self.counts)
 
 
-def histogram(table: Path) -> list[Bin]:
+def read_histogram(table: Path) -> list[Bin]:
     """Bins of the rows that were encoded, ascending, from the shortest row's to the longest one's; read group by group."""
     from pyarrow import parquet
 
@@ -70,7 +70,7 @@ def to_lines(bins: Sequence[Bin]) -> list[str]:
     for b in bins:
         parts = zip("█▓░", _widths(b, _BAR / most), strict=True)
         lines.append(
-            f"{b.least:>5}–{b.most:<5} {b.total:>7,} {''.join(sign * width for sign, width in parts)}".rstrip()
+            f"{b.min_tokens:>5}–{b.max_tokens:<5} {b.total:>7,} {''.join(sign * width for sign, width in parts)}".rstrip()
         )
     return lines
 
@@ -97,6 +97,6 @@ def to_html(bins: Sequence[Bin]) -> str:
             at += width
         svg = f'<svg class="bar" viewBox="0 0 100 1" preserveAspectRatio="none">{"".join(bar)}</svg>'
         figures = "".join(f"<td>{count:,}</td>" for count in b.counts)
-        rows.append(f"<tr><th>{b.least:,}–{b.most:,}</th>{figures}<td>{svg}</td></tr>")
+        rows.append(f"<tr><th>{b.min_tokens:,}–{b.max_tokens:,}</th>{figures}<td>{svg}</td></tr>")
     heads = "".join(f"<th>{name}</th>" for name in GROUPS)
     return f'<div class="wide"><table><tr><th>tokens</th>{heads}<th></th></tr>{"".join(rows)}</table></div>'

@@ -54,7 +54,7 @@ def equal_groups(keys: Keys) -> Ints:
     return groups
 
 
-def choose(keys: Keys, groups: Ints, taken: Bools, seed: int, cap: int | None) -> tuple[Bools, Bools]:
+def choose_distinct(keys: Keys, groups: Ints, taken: Bools, seed: int, cap: int | None) -> tuple[Bools, Bools]:
     """Choose among the rows of one source, and mark their groups as taken.
 
     Args:
@@ -86,7 +86,7 @@ def sample(keys: Keys, number: int, seed: int) -> Bools:
     return kept
 
 
-def weighted(rows: Sequence[int], weights: Sequence[float], repeats: Sequence[int]) -> list[int]:
+def weighted_row_counts(rows: Sequence[int], weights: Sequence[float], repeats: Sequence[int]) -> list[int]:
     """How many rows of each source make the largest mixture whose parts are as the weights.
 
     Args:
@@ -103,7 +103,7 @@ def weighted(rows: Sequence[int], weights: Sequence[float], repeats: Sequence[in
     return [floor(size * weight / repeat + half) for weight, repeat in zip(exact, repeats, strict=True)]
 
 
-def sides(sources: Sequence[Keys], seed: int, split: Split) -> list[NDArray[np.int8]]:
+def split_sides(sources: Sequence[Keys], seed: int, split: Split) -> list[NDArray[np.int8]]:
     """The side of each row of each source, as an index into `SIDES`.
 
     A share of all rows, to the nearest row, or a number of them is divided over the sources in proportion to their rows
@@ -112,9 +112,9 @@ def sides(sources: Sequence[Keys], seed: int, split: Split) -> list[NDArray[np.i
     if it then has more rows than it should.
     """
     counts = [len(keys) for keys in sources]
-    test = proportional(rows_of(split.test, sum(counts)), counts)
+    test = divide_proportionally(row_count(split.test, sum(counts)), counts)
     room = [count - taken for count, taken in zip(counts, test, strict=True)]
-    validation = proportional(rows_of(split.validation, sum(counts)), counts, room)
+    validation = divide_proportionally(row_count(split.validation, sum(counts)), counts, room)
     found = [np.full(count, _TRAIN, np.int8) for count in counts]
     for keys, side, lowest, highest in zip(sources, found, test, validation, strict=True):
         ascending = np.argsort(ranks(keys, seed, "split"), kind="stable")
@@ -124,7 +124,7 @@ def sides(sources: Sequence[Keys], seed: int, split: Split) -> list[NDArray[np.i
     return found
 
 
-def rows_of(part: float, whole: int) -> int:
+def row_count(part: float, whole: int) -> int:
     """Rows that a share (below 1) of `whole` rows is, to the nearest, a half upwards; a number is itself."""
     return int(part) if part >= 1 else floor(Fraction(str(part)) * whole + Fraction(1, 2))
 
@@ -141,7 +141,7 @@ def _join_copies(sources: Sequence[Keys], found: Sequence[NDArray[np.int8]]) -> 
         at += len(side)
 
 
-def proportional(number: int, counts: Sequence[int], room: Sequence[int] | None = None) -> list[int]:
+def divide_proportionally(number: int, counts: Sequence[int], room: Sequence[int] | None = None) -> list[int]:
     """`number` divided in proportion to `counts`, by largest remainders; nowhere more than there is `room`, by default
     `counts`: what has none in one place goes to the others."""
     room = counts if room is None else room
@@ -157,6 +157,6 @@ def proportional(number: int, counts: Sequence[int], room: Sequence[int] | None 
     return parts
 
 
-def share_for_one(rows: int) -> float:
+def smallest_share(rows: int) -> float:
     """The smallest share, in steps of 0.01, that is at least one of so many rows."""
     return -(-50 // rows) / 100

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def packs(lengths: Sequence[int], limit: int) -> list[list[int]]:
+def pack_sequences(lengths: Sequence[int], limit: int) -> list[list[int]]:
     """Few packs of at most `limit` together, by first-fit decreasing: never more than 11/9 of the fewest possible + 6/9
     (Dósa 2007, "The tight bound of first fit decreasing bin-packing algorithm"). Takes O(n log n) time.
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _PROBE = Conversation.of(("user", "a"), ("assistant", "b"))
 
 
-class PlainText:
+class PlainTextEncoder:
     """Encodes documents with a template's tokenizer.
 
     Args:
@@ -56,7 +56,7 @@ class PlainText:
         return Encoded(whole, (False,) * len(self._begin) + (True,) * (len(whole) - len(self._begin)))
 
 
-def windows(encoded: Encoded, limit: int) -> tuple[Encoded, ...]:
+def split_windows(encoded: Encoded, limit: int) -> tuple[Encoded, ...]:
     """A sequence as pieces of at most `limit` (≥ 2) tokens. Each begins with the last token of the one before, not trained
     there, so that every token is predicted exactly once."""
     assert limit >= 2, f"windows of {limit} predict nothing"

@@ -26,20 +26,20 @@ from numpy.typing import NDArray
 
 from corral.data import cache as caches
 from corral.data import selection
-from corral.data.encoding import Sequences, sequences_of
-from corral.data.example_store import Example, Place, Rows, RowsWriter, json_line
-from corral.data.ledger import FATES, LEDGER, Fate, Ledger, LedgerFile, RowFates
-from corral.data.loss_budget import loss_of, refuse_empty, refuse_losses
+from corral.data.encoding import Sequences, encode_record
+from corral.data.example_store import Example, ExampleStore, ExampleWriter, RowOrigin, json_line
+from corral.data.ledger import FATES, LEDGER_FILE, Fate, Ledger, LedgerWriter, RowFates
+from corral.data.loss_budget import check_loss_budget, check_not_empty, count_losses
 from corral.data.mixture import SIDES, Side
-from corral.data.selection import Hands, Plan, code
-from corral.data.source_rows import EXAMPLES, EXCERPT, source_rows
+from corral.data.selection import SourcePlan, WorkerPool, fate_code
+from corral.data.source_rows import EXAMPLES, EXCERPT_CHARACTERS, load_source_rows
 from corral.errors import DataError
 from corral.progress import Progress
 from corral.recipe import Data
 from corral.storage import new_directory, write_atomic, write_json
 from corral.template import Template
 
-__all__ = ["Example", "Prepared", "Sequences", "prepare", "sequences_of"]
+__all__ = ["Example", "Prepared", "Sequences", "encode_record", "prepare"]
 
 _VERSION = 2
 _TELL_EVERY = 1000
@@ -55,9 +55,9 @@ class Prepared:
     """All prepared rows. Attributes: the three sides."""
 
     folder: Path
-    train: Rows
-    validation: Rows
-    test: Rows
+    train: ExampleStore
+    validation: ExampleStore
+    test: ExampleStore
 
     @classmethod
     def open(cls, folder: Path) -> Prepared:
@@ -67,7 +67,7 @@ class Prepared:
             meta: dict[str, Any] = json.loads((rows / _META).read_text("utf-8"))
             if meta["version"] != _VERSION:
                 raise ValueError(f"they have version {meta['version']}, this corral reads {_VERSION}")
-            sides = {side: Rows(rows / side) for side in SIDES}
+            sides = {side: ExampleStore(rows / side) for side in SIDES}
             for side, found in sides.items():
                 if len(found) != meta["examples"][side]:
                     raise ValueError(f"{side}: {len(found)} rows, {meta['examples'][side]} were written")
@@ -79,7 +79,7 @@ class Prepared:
             ) from None
         return cls(folder, **sides)
 
-    def side(self, name: Side) -> Rows:
+    def side(self, name: Side) -> ExampleStore:
         """A side by its name."""
         return {"train": self.train, "validation": self.validation, "test": self.test}[name]
 
@@ -123,37 +123,37 @@ def prepare(
     """
     progress = progress or Progress()
     cache = cache or caches.default_folder()
-    hands = Hands(progress, workers)
-    with caches.in_use(cache) as used:
+    hands = WorkerPool(progress, workers)
+    with caches.hold_cache(cache) as used:
         progress.start("Reading rows", None)
         plans = [
-            Plan.of(source, source_rows(source, cache, progress), template, data.max_length, cache)
+            SourcePlan.from_source(source, load_source_rows(source, cache, progress), template, data.max_length, cache)
             for source in data.sources
         ]
-        used.update(folder for plan in plans for folder in plan.folders)
-        selection.choose(plans, data, seed, hands)
-        selection.encode(plans, data, template, hands)
-        selection.divide(plans, data, seed)
-        selection.find_contaminated(plans, data, hands)
-        selection.weigh(plans, seed)
+        used.update(folder for plan in plans for folder in plan.cache_folders)
+        selection.deduplicate_and_cap(plans, data, seed, hands)
+        selection.encode_selected(plans, data, template, hands)
+        selection.assign_sides(plans, data, seed)
+        selection.mark_contaminated(plans, data, hands)
+        selection.apply_weights(plans, seed)
         with new_directory(folder / _ROWS) as rows:
             counts = _write_rows(plans, rows, data, seed, progress)
             ledger = _write_ledger(plans, folder)
-            refuse_empty(plans, data, ledger)
-            refuse_losses(data, ledger, where=folder / LEDGER)
+            check_not_empty(plans, data, ledger)
+            check_loss_budget(data, ledger, where=folder / LEDGER_FILE)
             write_json(rows / _META, {"version": _VERSION, "examples": counts})
     return Prepared.open(folder)
 
 
-def _write_rows(plans: Sequence[Plan], folder: Path, data: Data, seed: int, progress: Progress) -> dict[str, int]:
+def _write_rows(plans: Sequence[SourcePlan], folder: Path, data: Data, seed: int, progress: Progress) -> dict[str, int]:
     """Write each side's examples; returns how many each has, repeats included."""
     progress.start("Writing rows", sum(int((plan.side >= 0).sum()) for plan in plans))
     done = 0
     with ExitStack() as files:
-        writers = [files.enter_context(RowsWriter(folder / side, seed)) for side in SIDES]
+        writers = [files.enter_context(ExampleWriter(folder / side, seed)) for side in SIDES]
         for plan in plans:
             places = np.flatnonzero(plan.side >= 0)
-            for place, record in zip(places, plan.rows.lines(places), strict=True):
+            for place, record in zip(places, plan.rows.record_lines(places), strict=True):
                 _write_row(writers[plan.side[place]], plan, int(place), record)
                 done += 1
                 if done % _TELL_EVERY == 0:
@@ -163,30 +163,30 @@ def _write_rows(plans: Sequence[Plan], folder: Path, data: Data, seed: int, prog
         return {side: len(writer) for side, writer in zip(SIDES, writers, strict=True)}
 
 
-def _write_row(writer: RowsWriter, plan: Plan, place: int, record: bytes) -> None:
-    arrays, i = plan.encoded.find(place)
+def _write_row(writer: ExampleWriter, plan: SourcePlan, place: int, record: bytes) -> None:
+    arrays, i = plan.encoded.locate(place)
     tokens = slice(int(arrays["token_ends"][i]), int(arrays["token_ends"][i + 1]))
     sequences = slice(int(arrays["sequence_ends"][i]), int(arrays["sequence_ends"][i + 1]))
-    writer.put(
-        Place(bytes(plan.rows.keys[place]).hex(), plan.source.label, int(plan.rows.index[place])),
+    writer.add_encoded(
+        RowOrigin(bytes(plan.rows.keys[place]).hex(), plan.source.label, int(plan.rows.index[place])),
         record,
         arrays["ids"][tokens],
         arrays["trained"][tokens],
         arrays["sequence_lengths"][sequences],
         trained_tokens=int(plan.trained_tokens[place]),
-        truncated=bool(plan.fate[place] == code("truncated")),
+        truncated=bool(plan.fate[place] == fate_code("truncated")),
         repeat=plan.source.repeat if plan.side[place] == SIDES.index("train") else 1,
     )
 
 
-def _write_ledger(plans: Sequence[Plan], folder: Path) -> dict[str, Any]:
+def _write_ledger(plans: Sequence[SourcePlan], folder: Path) -> dict[str, Any]:
     """Write the table of all rows, the summary and some rows that are on no side; returns the summary."""
     ledger = Ledger()
     examples: list[dict[str, Any]] = []
-    with LedgerFile(folder / LEDGER) as file:
+    with LedgerWriter(folder / LEDGER_FILE) as file:
         for plan in plans:
             label = plan.source.label
-            ledger.read(label, plan.rows.read)
+            ledger.add_read(label, plan.rows.rows_read)
             for rows in _row_fates(plan):
                 file.add(label, rows)
                 _count(ledger, label, rows)
@@ -202,7 +202,7 @@ def _write_ledger(plans: Sequence[Plan], folder: Path) -> dict[str, Any]:
     return summary
 
 
-def _row_fates(plan: Plan) -> Iterator[RowFates]:
+def _row_fates(plan: SourcePlan) -> Iterator[RowFates]:
     """The fates of all rows of a source in its order, usable or not, many at a time."""
     index = np.concatenate([plan.rows.index, plan.rows.unusable])
     order = np.argsort(index, kind="stable")
@@ -217,17 +217,17 @@ def _row_fates(plan: Plan) -> Iterator[RowFates]:
             found[known] = values[places]
             return found
 
-        reason = column(plan.reason, selection.NONE)
-        reason[~known] = plan.rows.reason_of[others]
+        reason = column(plan.reason, selection.UNSET)
+        reason[~known] = plan.rows.reason_codes[others]
         keys = iter(plan.rows.keys[places])
         yield RowFates(
             row=index[rows],
-            fate=column(plan.fate, code("dropped")),
+            fate=column(plan.fate, fate_code("dropped")),
             reason=reason,
-            side=column(plan.side, selection.NONE),
+            side=column(plan.side, selection.UNSET),
             key=[bytes(next(keys)).hex() if is_known else None for is_known in known],
-            tokens=column(plan.tokens, selection.NONE),
-            trained_tokens=column(plan.trained_tokens, selection.NONE),
+            tokens=column(plan.tokens, selection.UNSET),
+            trained_tokens=column(plan.trained_tokens, selection.UNSET),
             lost_end=column(plan.lost_end, False),
             contaminated=column(plan.contaminated, False),
             reasons=plan.reasons,
@@ -238,32 +238,32 @@ def _count(ledger: Ledger, label: str, rows: RowFates) -> None:
     columns = zip(rows.row.tolist(), rows.fate.tolist(), rows.reason.tolist(), rows.side.tolist(), strict=True)
     for row, fate, reason, side in columns:
         why = rows.reasons[reason] if reason >= 0 else None
-        ledger.add(label, row, FATES[fate], why, SIDES[side] if side >= 0 else None)
+        ledger.add_fate(label, row, FATES[fate], why, SIDES[side] if side >= 0 else None)
 
 
-def _left_out(plan: Plan) -> Iterator[dict[str, Any]]:
+def _left_out(plan: SourcePlan) -> Iterator[dict[str, Any]]:
     """A few rows of each fate and reason that are on no side."""
     label = plan.source.label
     for example in plan.rows.examples:
         yield {"source": label, "index": example["index"], "fate": "dropped"} | example
     for fate in _NO_SIDE:
-        places = plan.places(fate)
+        places = plan.rows_with(fate)
         for reason in np.unique(plan.reason[places]).tolist():
             some = places[plan.reason[places] == reason][:EXAMPLES]
-            for place, line in zip(some, plan.rows.lines(some), strict=True):
+            for place, line in zip(some, plan.rows.record_lines(some), strict=True):
                 yield {
                     "source": label,
                     "index": int(plan.rows.index[place]),
                     "fate": fate,
                     "reason": plan.reasons[reason] if reason >= 0 else None,
-                    "text": json.dumps(json.loads(line), ensure_ascii=False)[:EXCERPT],
+                    "text": json.dumps(json.loads(line), ensure_ascii=False)[:EXCERPT_CHARACTERS],
                 }
 
 
-def _figures(plan: Plan) -> dict[str, Any]:
+def _figures(plan: SourcePlan) -> dict[str, Any]:
     """What the summary says of a source besides its counts."""
-    asked, lost = loss_of(plan)
-    used = plan.places("kept", "truncated")
+    asked, lost = count_losses(plan)
+    used = plan.rows_with("kept", "truncated")
     return {
         "format": plan.rows.format,
         "why": plan.rows.why,

@@ -15,10 +15,10 @@ from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from corral.data import length_histogram
-from corral.data.example_store import Example, Rows
-from corral.data.ledger import FATES, LEDGER, facts, reason_line, summary
+from corral.data.example_store import Example, ExampleStore
+from corral.data.ledger import FATES, LEDGER_FILE, format_reason, format_summary, source_notes
 from corral.data.mixture import SIDES, Side
-from corral.data.prepare import Prepared, sequences_of
+from corral.data.prepare import Prepared, encode_record
 from corral.template import Encoded, Template
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class PreviewRow:
     """One row to look at: where it is from, what became of it, its tokens by kind, and the pieces of each sequence."""
 
     side: Side
@@ -80,10 +80,10 @@ class Shown:
         return f"{_visible(self.source)} row {self.index} · {self.fate} · {counts}"
 
 
-def pick(prepared: Prepared, template: Template, rows: int) -> list[Shown]:
+def pick_rows(prepared: Prepared, template: Template, rows: int) -> list[PreviewRow]:
     """The first `rows` kept and the first `rows` truncated rows of each side, in its order."""
     special = frozenset({*template.special_ids, *template.tokenizer.all_special_ids})
-    found: list[Shown] = []
+    found: list[PreviewRow] = []
     fates: tuple[Literal["kept", "truncated"], ...] = ("kept", "truncated")
     for side in SIDES:
         examples = prepared.side(side)
@@ -93,7 +93,7 @@ def pick(prepared: Prepared, template: Template, rows: int) -> list[Shown]:
     return found
 
 
-def _distinct(examples: Rows, places: NDArray[np.int64]) -> Iterator[Example]:
+def _distinct(examples: ExampleStore, places: NDArray[np.int64]) -> Iterator[Example]:
     """The examples at these places; one that is repeated comes once."""
     seen: set[str] = set()
     for place in places:
@@ -105,8 +105,8 @@ def _distinct(examples: Rows, places: NDArray[np.int64]) -> Iterator[Example]:
 
 def _shown(
     example: Example, side: Side, fate: Literal["kept", "truncated"], template: Template, special: frozenset[int]
-) -> Shown:
-    whole = sequences_of(example.record, template) if fate == "truncated" else example.sequences
+) -> PreviewRow:
+    whole = encode_record(example.record, template) if fate == "truncated" else example.sequences
     # The arrays' own ids come first: what they hold is shown even if the template has changed since.
     joined = [
         Encoded(kept.ids + full.ids[len(kept.ids) :], kept.trained + full.trained[len(kept.ids) :])
@@ -120,13 +120,13 @@ def _shown(
         "cut": sum(len(s.ids) for s in joined) - kept_tokens,
     }
     sequences = tuple(
-        tuple(pieces(full, len(kept.ids), template, special))
+        tuple(split_pieces(full, len(kept.ids), template, special))
         for kept, full in zip(example.sequences, joined, strict=True)
     )
-    return Shown(side, fate, example.source, example.index, tokens, sequences)
+    return PreviewRow(side, fate, example.source, example.index, tokens, sequences)
 
 
-def pieces(encoded: Encoded, kept: int, template: Template, special: frozenset[int]) -> Iterator[Piece]:
+def split_pieces(encoded: Encoded, kept: int, template: Template, special: frozenset[int]) -> Iterator[Piece]:
     """The tokens of a sequence as text, in order; those from place `kept` on are cut off.
 
     Joined, the pieces that are no special tokens are the text, also where characters span tokens.
@@ -178,13 +178,15 @@ def to_terminal(prepared: Prepared, template: Template, rows: int = 2) -> Text:
     """The ledger, then up to `rows` rows of each side and fate, for `rich` to print."""
     from rich.text import Text
 
-    page = Text("\n".join([summary(prepared.ledger), "", *length_histogram.to_lines(_histogram(prepared)), "", ""]))
+    page = Text(
+        "\n".join([format_summary(prepared.ledger), "", *length_histogram.to_lines(_histogram(prepared)), "", ""])
+    )
     for kind, meaning in _MEANING.items():
         page.append("■ ", _STYLES[kind][0].removesuffix(" strike"))
         page.append(meaning, _STYLES[kind][0])
         page.append("  ")
     page.append(" special token \n", "reverse")
-    for shown in pick(prepared, template, rows):
+    for shown in pick_rows(prepared, template, rows):
         page.append(f"\n{shown.side} · {shown.title}\n", "bold")
         for sequence in shown.sequences:
             for number, piece in enumerate(sequence):
@@ -199,7 +201,7 @@ def to_terminal(prepared: Prepared, template: Template, rows: int = 2) -> Text:
 
 
 def _histogram(prepared: Prepared) -> list[length_histogram.Bin]:
-    return length_histogram.histogram(prepared.folder / LEDGER)
+    return length_histogram.read_histogram(prepared.folder / LEDGER_FILE)
 
 
 def _shortened(text: str, most: int) -> str:
@@ -208,7 +210,7 @@ def _shortened(text: str, most: int) -> str:
 
 def to_html(prepared: Prepared, template: Template, rows: int = 2) -> str:
     """The same as one self-contained page: no script, nothing fetched; light or dark as the reader's system is."""
-    shown = pick(prepared, template, rows)
+    shown = pick_rows(prepared, template, rows)
     parts = [_HEAD, "<h1>What is trained on</h1>", _ledger_table(prepared.ledger), *_reasons(prepared.ledger)]
     parts += ["<h2>lengths</h2>", f'<div class="lengths">{length_histogram.to_html(_histogram(prepared))}</div>']
     legend = " ".join(f'<span class="{kind}">{html.escape(meaning)}</span>' for kind, meaning in _MEANING.items())
@@ -258,10 +260,10 @@ def _reasons(ledger: Mapping[str, Any]) -> Iterator[str]:
     """What is known of each source, and why rows of it were left out."""
     for label, source in ledger["sources"].items():
         yield f"<h3>{html.escape(_visible(label))}</h3>"
-        yield _items(facts(source))
+        yield _items(source_notes(source))
         if source["reasons"]:
             yield "<p>Why rows were left out:</p>"
-            yield _items([reason_line(reason, entry) for reason, entry in source["reasons"].items()])
+            yield _items([format_reason(reason, entry) for reason, entry in source["reasons"].items()])
 
 
 def _items(lines: Sequence[str]) -> str:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from corral.data.example_store import json_line
-from corral.data.formats.public_datasets import on_hub
+from corral.data.formats.public_datasets import find_by_hub_path
 from corral.errors import RecipeError
 from corral.recipe import Data, Evaluate, Recipe, Source, Split, Train
 from corral.storage import write_atomic
 
-STARTER = "asset:smollm2-135m-instruct"
-ROWS = 12
+STARTER_MODEL = "asset:smollm2-135m-instruct"
+ROWS_PER_SOURCE = 12
 """Rows made for each source."""
 
 _TOKENS = 8  # of an answer
@@ -42,7 +42,7 @@ _THINGS = (
 )
 
 
-def small(recipe: Recipe, folder: Path) -> Recipe:
+def shrink_recipe(recipe: Recipe, folder: Path) -> Recipe:
     """The small form of a recipe. Its sources' rows are written into `folder`, one file for each.
 
     Sources that are assets, or files of a format that has no made-up rows, stay as they are and give no more rows than the
@@ -56,7 +56,7 @@ def small(recipe: Recipe, folder: Path) -> Recipe:
     sources = tuple(_small_source(source, folder / f"{i}.jsonl") for i, source in enumerate(recipe.data.sources, 1))
     return recipe.model_copy(
         update={
-            "model": recipe.model.model_copy(update={"base": STARTER}),
+            "model": recipe.model.model_copy(update={"base": STARTER_MODEL}),
             "data": _small_data(recipe.data, sources),
             "train": tuple(_small_train(stage) for stage in recipe.train),
             "answer": recipe.answer.model_copy(update={"max_tokens": _TOKENS}),
@@ -68,18 +68,18 @@ def small(recipe: Recipe, folder: Path) -> Recipe:
 def _small_source(source: Source, file: Path) -> Source:
     form = source.format
     if form == "auto" and source.mapping is None:
-        form = on_hub(source.path) or form
-    if source.mapping is None and form in MADE:
-        write_atomic(file, "".join(json_line(MADE[form](i)) for i in range(ROWS)))
+        form = find_by_hub_path(source.path) or form
+    if source.mapping is None and form in SAMPLE_ROWS:
+        write_atomic(file, "".join(json_line(SAMPLE_ROWS[form](i)) for i in range(ROWS_PER_SOURCE)))
         update: dict[str, Any] = {"path": str(file), "format": form, "name": source.label, "config": None}
         return source.model_copy(update=update | {"split": Source.model_fields["split"].default})
     if source.path.startswith(("hub:", "s3://")):
         raise RecipeError(
             f"the source {source.label!r} has no small form: what its rows look like is not known from the recipe",
             where="data.sources",
-            hint=f"give its `format`, one of {', '.join(MADE)}, or try the recipe with a file of a few rows",
+            hint=f"give its `format`, one of {', '.join(SAMPLE_ROWS)}, or try the recipe with a file of a few rows",
         )
-    return source.model_copy(update={"rows": min(source.rows or ROWS, ROWS)})
+    return source.model_copy(update={"rows": min(source.rows or ROWS_PER_SOURCE, ROWS_PER_SOURCE)})
 
 
 def _small_data(data: Data, sources: tuple[Source, ...]) -> Data:
@@ -267,7 +267,7 @@ def _messages(i: int) -> _Row:
     return {"messages": [asked, {"role": "assistant", "content": "-".join(_THINGS[i])}]}
 
 
-MADE: dict[str, Callable[[int], _Row]] = {
+SAMPLE_ROWS: dict[str, Callable[[int], _Row]] = {
     "alpaca": _alpaca,
     "dolly": _dolly,
     "hh-rlhf": _hh_rlhf,

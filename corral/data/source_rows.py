@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corral.data import formats, sources
-from corral.data.cache import code_of, name_of
-from corral.data.example_store import json_line, record_of
+from corral.data.cache import cache_name, hash_code
+from corral.data.example_store import json_line, record_from_json
 from corral.data.formats import ContradictionError, FormatError
-from corral.data.ledger import OTHER, kind_of
+from corral.data.ledger import OTHER_REASONS, reason_kind
 from corral.data.sources import RawRow
 from corral.errors import DataError
 from corral.messages import Record, record_key, record_to_json
@@ -36,7 +36,7 @@ Ints: TypeAlias = NDArray[np.int64]
 VERSION = 1
 EXAMPLES = 5
 """Rows of each kind of reason that are kept to be shown."""
-EXCERPT = 2000
+EXCERPT_CHARACTERS = 2000
 """Characters of such a row."""
 # A reason may quote a row's value: junk could make as many reasons as rows.
 _MOST_REASONS = 10_000
@@ -67,11 +67,11 @@ class SourceRows:
         self.keys: NDArray[np.uint8] = np.load(folder / "keys.npy", mmap_mode="r").reshape(-1, 32)
         self.index: Ints = np.load(folder / "index.npy", mmap_mode="r")
         self.unusable: Ints = np.load(folder / "unusable.npy", mmap_mode="r")
-        self.reason_of: NDArray[np.int16] = np.load(folder / "reason_of.npy", mmap_mode="r")
+        self.reason_codes: NDArray[np.int16] = np.load(folder / "reason_of.npy", mmap_mode="r")
         self._ends: Ints = np.load(folder / "ends.npy", mmap_mode="r")
         self._path = folder / "records.jsonl"
         usable, unusable = meta["usable"], meta["unusable"]
-        lengths = (len(self.keys), len(self.index), len(self._ends) - 1, len(self.unusable), len(self.reason_of))
+        lengths = (len(self.keys), len(self.index), len(self._ends) - 1, len(self.unusable), len(self.reason_codes))
         if lengths != (usable, usable, usable, unusable, unusable) or self._ends[-1] != self._path.stat().st_size:
             raise ValueError("its files do not fit each other")
 
@@ -79,11 +79,11 @@ class SourceRows:
         return len(self.keys)
 
     @property
-    def read(self) -> int:
+    def rows_read(self) -> int:
         """Rows that were read, usable or not."""
         return len(self.keys) + len(self.unusable)
 
-    def lines(self, places: Ints) -> Iterator[bytes]:
+    def record_lines(self, places: Ints) -> Iterator[bytes]:
         """The JSON form of the records at these places, as bytes without a line break."""
         with self._path.open("rb") as file:
             at = 0
@@ -96,10 +96,10 @@ class SourceRows:
 
     def records(self, places: Ints) -> Iterator[Record]:
         """The records at these places."""
-        return (record_of(json.loads(line)) for line in self.lines(places))
+        return (record_from_json(json.loads(line)) for line in self.record_lines(places))
 
 
-def source_rows(source: Source, cache: Path, progress: Progress) -> SourceRows:
+def load_source_rows(source: Source, cache: Path, progress: Progress) -> SourceRows:
     """A source's rows, read and understood now unless that was done before.
 
     Raises:
@@ -107,9 +107,9 @@ def source_rows(source: Source, cache: Path, progress: Progress) -> SourceRows:
         AssetError: a data asset cannot be had.
         StorageError: the cache cannot be written.
     """
-    identity = sources.identity(source)
+    identity = sources.hash_source(source)
     how = source.model_dump(mode="json", include={"config", "split", "format", "mapping"})
-    folder = cache / name_of("rows", VERSION, identity, how, _code())
+    folder = cache / cache_name("rows", VERSION, identity, how, _code())
     with locked(cache / f".{folder.name}.lock"):
         try:
             return SourceRows(folder)
@@ -119,7 +119,7 @@ def source_rows(source: Source, cache: Path, progress: Progress) -> SourceRows:
             progress.say(f"the cached rows of {source.label} are damaged ({error}): they are read again")
         with new_directory(folder) as new:
             _write(source, new, progress)
-            if sources.identity(source) != identity:
+            if sources.hash_source(source) != identity:
                 raise DataError(
                     "the source changed while it was read", where=source.path, hint="run again when it is at rest"
                 )
@@ -130,7 +130,7 @@ def _code() -> str:
     """Stands for the code that decides what becomes of a row."""
     here = Path(__file__).parent
     packages = [here / name if (here / name).is_dir() else here / f"{name}.py" for name in ("formats", "sources")]
-    return code_of(Path(__file__), here.parent / "messages.py", *packages)
+    return hash_code(Path(__file__), here.parent / "messages.py", *packages)
 
 
 @dataclass
@@ -145,20 +145,20 @@ class _Unusable:
 
     def add(self, row: RawRow, reason: str) -> None:
         if reason not in self.numbers and len(self.numbers) >= _MOST_REASONS:
-            reason = OTHER
+            reason = OTHER_REASONS
         number = self.numbers.setdefault(reason, len(self.numbers))
         self.index.append(row.index)
         self.reason_of.append(number)
-        kind = kind_of(reason)
+        kind = reason_kind(reason)
         if self.shown[kind] < EXAMPLES:
             self.shown[kind] += 1
             text = row.fault if row.value is None else json.dumps(row.value, ensure_ascii=False, default=str)
-            self.examples.append({"index": row.index, "reason": reason, "text": (text or "")[:EXCERPT]})
+            self.examples.append({"index": row.index, "reason": reason, "text": (text or "")[:EXCERPT_CHARACTERS]})
 
 
 def _write(source: Source, folder: Path, progress: Progress) -> None:
     keys, index, ends, unusable = bytearray(), array("q"), array("q", [0]), _Unusable()
-    rows = sources.read(source, progress)
+    rows = sources.read_rows(source, progress)
     first = list(islice(rows, _LOOK_AT))
     if first and all(row.value is None for row in first) and source.format == "auto" and source.mapping is None:
         raise DataError(
@@ -166,7 +166,7 @@ def _write(source: Source, folder: Path, progress: Progress) -> None:
             where=source.label,
             hint="mend the file; broken rows among good ones are left out and counted",
         )
-    chosen = formats.choose(source, [row.value for row in first if row.value is not None])
+    chosen = formats.choose_format(source, [row.value for row in first if row.value is not None])
     with (folder / "records.jsonl").open("wb") as file:
         for done, row in enumerate(chain(first, rows), start=1):
             if row.value is None:
@@ -181,7 +181,7 @@ def _write(source: Source, folder: Path, progress: Progress) -> None:
                     index.append(row.index)
                 except ContradictionError as error:
                     # What was kept before it was read on an assumption that is wrong.
-                    raise DataError(f"{row.place}: {error.reason}", where=source.label, hint=error.hint) from None
+                    raise DataError(f"{row.location}: {error.reason}", where=source.label, hint=error.hint) from None
                 except FormatError as error:
                     unusable.add(row, error.reason)
             if done % _TELL_EVERY == 0:

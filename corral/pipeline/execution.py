@@ -39,7 +39,7 @@ class Step:
 
 def steps(work: Work) -> list[Step]:
     """The stages of a recipe, in order."""
-    from corral.data.sources import identity
+    from corral.data.sources import hash_source
 
     recipe = work.recipe
     seed = recipe.seed
@@ -48,7 +48,7 @@ def steps(work: Work) -> list[Step]:
     def prepare_inputs(_: Mapping[str, str]) -> dict[str, Any]:
         # What is in a file counts, not where it lies: a run may be moved with its data.
         data = recipe.data.model_dump(mode="json", exclude={"sources": {"__all__": {"path"}}})
-        rows = {source.label: identity(source, work.progress) for source in recipe.data.sources}
+        rows = {source.label: hash_source(source, work.progress) for source in recipe.data.sources}
         return {"data": data, "sources": rows, "template": work.template.fingerprint, "seed": seed}
 
     def train_step(number: int) -> Step:

@@ -104,7 +104,9 @@ def prepare(work: Work, stage: Stage) -> None:
         if source["contaminated"] and work.recipe.data.contamination == "report":
             work.progress.say(f"{label}: {source['contaminated']:,} training rows share passages with held-out rows")
     _refuse_comparisons(work.recipe, rows)
-    repeated = f" ({rows.train.distinct} of them different)" if rows.train.distinct < len(rows.train) else ""
+    repeated = (
+        f" ({rows.train.distinct_count} of them different)" if rows.train.distinct_count < len(rows.train) else ""
+    )
     work.progress.say(
         f"{len(rows.train)} rows to train on{repeated}, {len(rows.validation)} for validation, {len(rows.test)} for testing; "
         f"{int(rows.train.lengths.sum()):,} training tokens, {int(rows.train.trained_tokens.sum()):,} of them trained"

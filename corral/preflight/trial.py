@@ -192,13 +192,13 @@ class _Trial:
         """What parts take on the longest pack."""
         import torch
 
-        from corral.data.packing import packs
+        from corral.data.packing import pack_sequences
 
         self._phase("Measuring the longest pack")
         training, start = self._training, self._job.start
         examples = [training.examples[i] for i in self._job.heavy]
         lengths = [sum(len(s.ids) for s in e.sequences) for e in examples]
-        longest = max(packs(lengths, self._job.pack_length), key=lambda pack: sum(lengths[i] for i in pack))
+        longest = max(pack_sequences(lengths, self._job.pack_length), key=lambda pack: sum(lengths[i] for i in pack))
         model: Any = training.model
         training.optimizer.zero_grad(set_to_none=True)
         sequences = [s for i in longest for s in examples[i].sequences]

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from corral.data.packing import packs
+from corral.data.packing import pack_sequences
 from corral.model.device import pack_length
 from corral.preflight.estimate import Pack
 from corral.training.sampler import Order
 
 if TYPE_CHECKING:
-    from corral.data.example_store import Rows
+    from corral.data.example_store import ExampleStore
     from corral.data.prepare import Prepared
     from corral.recipe import Train
 
@@ -79,7 +79,7 @@ class Workload:
         heavy = _heaviest(batches, sizes, rows, limit)
         typical = batches[sorted(range(len(sizes)), key=sizes.__getitem__)[len(sizes) // 2]]
         held_out = prepared.validation.lengths[: train.evaluate_rows].tolist()
-        some = _spread(packs(held_out, limit), _EVALUATED_PACKS)
+        some = _spread(pack_sequences(held_out, limit), _EVALUATED_PACKS)
         tokens = sum(sizes) if every == 1 else round(sum(sizes) / len(sizes) * order.steps)
         evaluations = 1 + math.ceil(order.steps / train.evaluate_every) if held_out else 0
         return cls(
@@ -107,11 +107,11 @@ class Workload:
         return Pack(length, math.ceil(self.longest.trained * part), min(self.longest.context, length / 2))
 
 
-def _packs(rows: Rows, batch: Sequence[int], limit: int) -> list[list[int]]:
-    return [[batch[i] for i in pack] for pack in packs([int(rows.lengths[i]) for i in batch], limit)]
+def _packs(rows: ExampleStore, batch: Sequence[int], limit: int) -> list[list[int]]:
+    return [[batch[i] for i in pack] for pack in pack_sequences([int(rows.lengths[i]) for i in batch], limit)]
 
 
-def _heaviest(batches: Sequence[list[int]], sizes: Sequence[int], rows: Rows, limit: int) -> list[list[int]]:
+def _heaviest(batches: Sequence[list[int]], sizes: Sequence[int], rows: ExampleStore, limit: int) -> list[list[int]]:
     """The longest pack of all, and the next longest of the same step."""
 
     def weight(pack: Sequence[int]) -> tuple[int, int]:
@@ -137,13 +137,13 @@ def _spread(items: Sequence[list[int]], count: int) -> list[list[int]]:
     return [items[i * (len(items) - 1) // (count - 1)] for i in range(count)]
 
 
-def _pack(rows: Rows, pack: Sequence[int]) -> Pack:
+def _pack(rows: ExampleStore, pack: Sequence[int]) -> Pack:
     lengths = rows.lengths[pack]
     context = float((lengths**2).sum() / 2 / lengths.sum())
     return Pack(int(lengths.sum()), int(rows.trained_tokens[pack].sum()), context)
 
 
-def _mean(rows: Rows, found: Sequence[Sequence[int]]) -> Pack:
+def _mean(rows: ExampleStore, found: Sequence[Sequence[int]]) -> Pack:
     each = [_pack(rows, pack) for pack in found]
     tokens = sum(p.tokens for p in each)
     context = sum(p.context * p.tokens for p in each) / tokens

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from corral.data.example_store import Example, Rows
-from corral.data.packing import packs
+from corral.data.example_store import Example, ExampleStore
+from corral.data.packing import pack_sequences
 from corral.model.loading import quiet
 from corral.model.packed_forward import target_logprobs
 from corral.training import divergence, optimizers, sharding, step_metrics
@@ -99,7 +99,7 @@ class Training:
         self.world = world or World()
         self.objective, self.config = objective, config
         self.pack_length, self.seed, self.folder, self.save_best = pack_length, seed, folder, save_best
-        lengths = examples.lengths.tolist() if isinstance(examples, Rows) else [_length(e) for e in examples]
+        lengths = examples.lengths.tolist() if isinstance(examples, ExampleStore) else [_length(e) for e in examples]
         self.order = Order(config, lengths, seed)
         self.total_steps = self.order.steps
         self._half = any(p.dtype == torch.float16 for p in model.parameters())
@@ -246,7 +246,7 @@ class Training:
         lengths = [_length(e) for e in batch]
         world = self.world
         passes = [
-            [[batch[share[i]] for i in pack] for pack in packs([lengths[i] for i in share], self.pack_length)]
+            [[batch[share[i]] for i in pack] for pack in pack_sequences([lengths[i] for i in share], self.pack_length)]
             for share in sharding.shares(lengths, world.size)
         ]
         for examples in passes[world.rank]:

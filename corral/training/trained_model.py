@@ -87,13 +87,13 @@ class Measure:
         """Log-probabilities of the trained tokens of each sequence of the rows."""
         import torch
 
-        from corral.data.packing import packs
+        from corral.data.packing import pack_sequences
         from corral.model.packed_forward import target_logprobs
 
         model.eval()
         sequences = [s for row in self.rows for s in row.sequences]
         found: list[list[float]] = [[] for _ in sequences]
-        for pack in packs([len(s.ids) for s in sequences], self.pack_length):
+        for pack in pack_sequences([len(s.ids) for s in sequences], self.pack_length):
             positions = [[at for at, trained in enumerate(sequences[i].trained) if trained and at] for i in pack]
             with torch.inference_mode():
                 values = target_logprobs(model, [sequences[i].ids for i in pack], positions)

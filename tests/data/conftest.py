@@ -13,8 +13,8 @@ import pytest
 from hypothesis import settings
 
 from corral.data.prepare import Prepared, prepare
-from corral.data.selection import Plan
-from corral.data.source_rows import source_rows
+from corral.data.selection import SourcePlan
+from corral.data.source_rows import load_source_rows
 from corral.data.word_hashes import Words, record_words
 from corral.messages import Text
 from corral.progress import Progress
@@ -87,11 +87,14 @@ def prepared(template: Template, tmp_path: Path) -> Callable[..., Prepared]:
 
 
 @pytest.fixture
-def planned(template: Template, tmp_path: Path) -> Callable[..., list[Plan]]:
+def planned(template: Template, tmp_path: Path) -> Callable[..., list[SourcePlan]]:
     """`planned(source, …, max_length=…)`: the sources are read, and every fate is open."""
 
-    def make(*sources: Source, max_length: int = 1024) -> list[Plan]:
+    def make(*sources: Source, max_length: int = 1024) -> list[SourcePlan]:
         cache = tmp_path / "cache"
-        return [Plan.of(s, source_rows(s, cache, Progress()), template, max_length, cache) for s in sources]
+        return [
+            SourcePlan.from_source(s, load_source_rows(s, cache, Progress()), template, max_length, cache)
+            for s in sources
+        ]
 
     return make

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corral.data import cache as caches
-from corral.data.cache import Chunks, each, in_use, name_of, split
+from corral.data.cache import ChunkStore, cache_name, hold_cache, map_in_processes, split_positions
 from corral.errors import CorralError, DataError
 
 
@@ -27,52 +27,52 @@ def squares(places: Iterable[int]) -> dict[str, np.ndarray]:
 def test_every_row_that_was_put_is_found_whatever_the_pieces(
     tmp_path_factory: pytest.TempPathFactory, pieces: list[list[int]]
 ) -> None:
-    chunks = Chunks(tmp_path_factory.mktemp("chunks"))
+    chunks = ChunkStore(tmp_path_factory.mktemp("chunks"))
     wanted = np.arange(51)
     for piece in pieces:
         places = np.array(sorted(piece))
-        chunks.put(places, squares(places))
-    chunks.refresh()
+        chunks.save(places, squares(places))
+    chunks.reload()
     put = sorted({place for piece in pieces for place in piece})
-    assert chunks.missing(wanted).tolist() == [place for place in range(51) if place not in put]
+    assert chunks.select_missing(wanted).tolist() == [place for place in range(51) if place not in put]
     backwards = np.array(put[::-1], np.int64)
     assert chunks.column("square", backwards).tolist() == [place**2 for place in put[::-1]]
     for place in put:
-        arrays, offset = chunks.find(place)
+        arrays, offset = chunks.locate(place)
         assert arrays["pair"][offset].tolist() == [place, -place]
 
 
 def test_more_files_than_are_kept_open_are_all_found(tmp_path: Path) -> None:
-    chunks = Chunks(tmp_path)
+    chunks = ChunkStore(tmp_path)
     for place in range(60):
-        chunks.put(np.array([place]), squares([place]))
-    chunks.refresh()
-    assert [int(chunks.find(p)[0]["square"][0]) for p in (*range(60), *range(60))] == [p**2 for p in range(60)] * 2
+        chunks.save(np.array([place]), squares([place]))
+    chunks.reload()
+    assert [int(chunks.locate(p)[0]["square"][0]) for p in (*range(60), *range(60))] == [p**2 for p in range(60)] * 2
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-30], lambda b: b"", lambda b: b"x" * len(b)])
 def test_a_damaged_file_counts_as_missing_and_the_others_stay(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
-    chunks = Chunks(tmp_path)
+    chunks = ChunkStore(tmp_path)
     for places in (np.arange(10), np.arange(10, 20)):
-        chunks.put(places, squares(places))
+        chunks.save(places, squares(places))
     path = next(p for p in tmp_path.iterdir() if 3 in np.load(p)["places"])
     path.write_bytes(damage(path.read_bytes()))
-    chunks.refresh()
-    assert chunks.missing(np.arange(20)).tolist() == list(range(10))
+    chunks.reload()
+    assert chunks.select_missing(np.arange(20)).tolist() == list(range(10))
     assert not path.exists()
 
 
 def test_names_stand_for_all_their_parts() -> None:
-    assert name_of("rows", 1, {"a": 2, "b": None}) == name_of("rows", 1, {"b": None, "a": 2})
-    assert len({name_of("rows", 1), name_of("rows", 2), name_of("words", 1), name_of("rows", 1, None)}) == 4
+    assert cache_name("rows", 1, {"a": 2, "b": None}) == cache_name("rows", 1, {"b": None, "a": 2})
+    assert len({cache_name("rows", 1), cache_name("rows", 2), cache_name("words", 1), cache_name("rows", 1, None)}) == 4
 
 
 def test_pieces_cover_all_places_in_order() -> None:
     places = np.arange(0, 3000, 2)
-    pieces = split(places)
+    pieces = split_positions(places)
     assert [len(p) for p in pieces] == [500, 500, 500]
     assert np.concatenate(pieces).tolist() == places.tolist()
-    assert split(places[:0]) == []
+    assert split_positions(places[:0]) == []
 
 
 def put_folder(cache: Path, name: str, size: int, used: int) -> Path:
@@ -91,7 +91,7 @@ def folders(cache: Path) -> set[str]:
 @pytest.fixture
 def small_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Room for 100 bytes; it holds 90: `rows-a`, `rows-b` and `rows-c`, used in this order."""
-    monkeypatch.setattr(caches, "MOST_BYTES", 100)
+    monkeypatch.setattr(caches, "MAX_BYTES", 100)
     for used, name in enumerate("abc"):
         put_folder(tmp_path / "cache", f"rows-{name}", 30, used)
         (tmp_path / "cache" / f".rows-{name}.lock").touch()
@@ -99,10 +99,10 @@ def small_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_was_used_longest_ago_goes_when_there_is_too_much(small_cache: Path) -> None:
-    with in_use(small_cache) as used:
+    with hold_cache(small_cache) as used:
         used.add(small_cache / "rows-a")
     assert folders(small_cache) == {"rows-a", "rows-b", "rows-c"}
-    with in_use(small_cache) as used:
+    with hold_cache(small_cache) as used:
         used.update({put_folder(small_cache, "rows-d", 30, 9), small_cache / "never-made"})
         assert len(folders(small_cache)) == 4
     assert folders(small_cache) == {"rows-a", "rows-c", "rows-d"}
@@ -112,7 +112,7 @@ def test_what_was_used_longest_ago_goes_when_there_is_too_much(small_cache: Path
 
 def test_what_was_just_used_stays_however_large_also_when_it_ends_badly(small_cache: Path) -> None:
     def stop_in_the_middle() -> None:
-        with in_use(small_cache) as used:
+        with hold_cache(small_cache) as used:
             used.update({put_folder(small_cache, "rows-d", 200, 0), small_cache / "rows-b"})
             raise KeyError
 
@@ -124,7 +124,7 @@ def test_what_was_just_used_stays_however_large_also_when_it_ends_badly(small_ca
 def test_what_killed_writers_left_is_removed(small_cache: Path) -> None:
     put_folder(small_cache, ".corral-tmp-rows-x.12345678", 1, 20)
     (small_cache / "rows-c" / ".corral-tmp-abc").touch()
-    with in_use(small_cache):
+    with hold_cache(small_cache):
         assert len(folders(small_cache)) == 4
     assert folders(small_cache) == {"rows-a", "rows-b", "rows-c"}
     assert [path.name for path in (small_cache / "rows-c").iterdir()] == ["data"]
@@ -133,8 +133,8 @@ def test_what_killed_writers_left_is_removed(small_cache: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from corral.data.cache import in_use
-with in_use(Path(sys.argv[1])):
+from corral.data.cache import hold_cache
+with hold_cache(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.readline()
 """
@@ -152,11 +152,11 @@ def holder(cache: Path) -> subprocess.Popen[str]:
 def test_nothing_is_removed_while_another_process_holds_the_cache(small_cache: Path) -> None:
     put_folder(small_cache, "rows-d", 30, 9)
     with holder(small_cache) as other:
-        with in_use(small_cache):
+        with hold_cache(small_cache):
             pass
         assert folders(small_cache) == {"rows-a", "rows-b", "rows-c", "rows-d"}
         other.kill()
-    with in_use(small_cache):
+    with hold_cache(small_cache):
         pass
     assert folders(small_cache) == {"rows-b", "rows-c", "rows-d"}
 
@@ -173,7 +173,7 @@ def test_clearing_waits_for_whoever_holds_the_cache(small_cache: Path, monkeypat
         other.communicate("\n")
     assert clearing.communicate()[0] == "['prepared']\n"
     assert not small_cache.exists()
-    with in_use(small_cache):
+    with hold_cache(small_cache):
         put_folder(small_cache, "rows-a", 1, 0)
     assert folders(small_cache) == {"rows-a"}
 
@@ -181,7 +181,7 @@ def test_clearing_waits_for_whoever_holds_the_cache(small_cache: Path, monkeypat
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_work_is_done_once_for_each_item_in_this_process_or_in_others(workers: int) -> None:
     here = os.getpid()
-    done = list(each(lambda item: (item, os.getpid() == here), range(20), workers))
+    done = list(map_in_processes(lambda item: (item, os.getpid() == here), range(20), workers))
     assert sorted(item for item, _ in done) == list(range(20))
     assert {mine for _, mine in done} == {workers == 1 or sys.platform != "linux"}
 
@@ -195,24 +195,24 @@ def refuse(item: int) -> int:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_in_a_worker_is_the_callers_with_its_place_and_hint(workers: int) -> None:
     with pytest.raises(DataError) as caught:
-        list(each(refuse, range(8), workers))
+        list(map_in_processes(refuse, range(8), workers))
     assert (caught.value.what, caught.value.where, caught.value.hint) == ("row 3 is bad", "here", "mend it")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="work is done in other processes on Linux only")
 def test_a_killed_worker_is_an_error_that_says_so() -> None:
     with pytest.raises(CorralError, match="a worker process was killed"):
-        list(each(lambda item: os.kill(os.getpid(), signal.SIGKILL), range(4), 2))
+        list(map_in_processes(lambda item: os.kill(os.getpid(), signal.SIGKILL), range(4), 2))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="work is done in other processes on Linux only")
 def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     code = (
-        "import os, sys, time; from pathlib import Path; from corral.data.cache import each\n"
+        "import os, sys, time; from pathlib import Path; from corral.data.cache import map_in_processes\n"
         "def work(item):\n"
         "    Path(sys.argv[1], str(os.getpid())).touch()\n"
         "    time.sleep(600)\n"
-        "list(each(work, range(4), 2))\n"
+        "list(map_in_processes(work, range(4), 2))\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
     while len(list(tmp_path.iterdir())) < 2:

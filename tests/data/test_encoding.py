@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corral.data.encoding import encode_rows, sequences_of
+from corral.data.encoding import encode_record, encode_rows
 from corral.errors import TemplateError
 from corral.messages import Conversation, Feedback, Preference, Record, Text
 from corral.template import Template
@@ -31,7 +31,7 @@ def test_columns_hold_each_rows_sequences_cut_at_the_limit(
         ids = found["ids"][found["token_ends"][i] : found["token_ends"][i + 1]]
         trained = found["trained"][found["token_ends"][i] : found["token_ends"][i + 1]]
         lengths = found["sequence_lengths"][found["sequence_ends"][i] : found["sequence_ends"][i + 1]]
-        whole = sequences_of(record, template)
+        whole = encode_record(record, template)
         assert lengths.sum() == len(ids) == len(trained)
         assert (lengths <= limit).all()
         assert found["reason"][i] == -1
@@ -61,16 +61,16 @@ def test_rows_that_the_template_refuses_are_empty_and_say_why(template: Template
     assert np.diff(found["token_ends"])[[1, 3, 4]].tolist() == [0, 0, 0]
     for record in bad:
         with pytest.raises(TemplateError):
-            sequences_of(record, template)
+            encode_record(record, template)
 
 
 def test_answers_within_a_prompt_are_context_in_a_preference_and_trained_in_a_conversation(template: Template) -> None:
     asked = Conversation.of(("user", "a"), ("assistant", "first"), ("user", "b"))
-    (conversation,) = sequences_of(asked.add("assistant", "yes"), template)
-    chosen, rejected = sequences_of(Preference(asked, "yes", "no"), template)
+    (conversation,) = encode_record(asked.add("assistant", "yes"), template)
+    chosen, rejected = encode_record(Preference(asked, "yes", "no"), template)
     assert chosen.ids == conversation.ids
     assert sum(conversation.trained) > sum(chosen.trained)
     assert template.decode([i for i, t in zip(chosen.ids, chosen.trained, strict=True) if t]) == "yes"
     assert template.decode([i for i, t in zip(rejected.ids, rejected.trained, strict=True) if t]) == "no"
-    (judged,) = sequences_of(Feedback(asked, "yes", 0.1), template)
+    (judged,) = encode_record(Feedback(asked, "yes", 0.1), template)
     assert judged == chosen

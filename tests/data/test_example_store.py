@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corral.data.example_store import Example, Place, Rows, RowsWriter, record_of
+from corral.data.example_store import Example, ExampleStore, ExampleWriter, RowOrigin, record_from_json
 from corral.messages import Conversation, Feedback, Preference, Record, Text, record_to_json
 from corral.template import Encoded
 
@@ -23,12 +23,12 @@ def example(number: int, *sequences: Encoded) -> Example:
     return Example(f"{number:064x}", "süß", number, sequences, record)
 
 
-def written(folder: Path, examples: list[Example], truncated: set[int] | None = None, seed: int = 0) -> Rows:
-    with RowsWriter(folder, seed) as writer:
+def written(folder: Path, examples: list[Example], truncated: set[int] | None = None, seed: int = 0) -> ExampleStore:
+    with ExampleWriter(folder, seed) as writer:
         for e in examples:
             writer.add(e, truncated=e.index in (truncated or set()))
         writer.finish()
-    return Rows(folder)
+    return ExampleStore(folder)
 
 
 @given(st.lists(st.lists(SEQUENCE, min_size=1, max_size=3), max_size=12))
@@ -77,7 +77,7 @@ def test_a_file_cut_short_is_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / "side" / name
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(ValueError):
-        Rows(tmp_path / "side")
+        ExampleStore(tmp_path / "side")
 
 
 @given(st.lists(st.integers(0, 1000), unique=True, max_size=40), st.randoms())
@@ -99,18 +99,18 @@ def test_another_seed_gives_another_order(tmp_path: Path) -> None:
 
 
 def test_a_repeated_example_stands_several_times_spread_over_the_order_and_once_on_disk(tmp_path: Path) -> None:
-    with RowsWriter(tmp_path / "side", 0) as writer:
+    with ExampleWriter(tmp_path / "side", 0) as writer:
         for i in range(60):
             ids, trained = np.array([i, 7], np.uint32), np.array([False, True])
             record = b'{"text":"x"}'
-            place = Place(f"{i:064x}", "a", i)
+            place = RowOrigin(f"{i:064x}", "a", i)
             repeat = 3 if i < 20 else 1
-            writer.put(place, record, ids, trained, [2], trained_tokens=1, truncated=False, repeat=repeat)
+            writer.add_encoded(place, record, ids, trained, [2], trained_tokens=1, truncated=False, repeat=repeat)
         assert len(writer) == 100
         writer.finish()
-    rows = Rows(tmp_path / "side")
+    rows = ExampleStore(tmp_path / "side")
     indices = [e.index for e in rows]
-    assert (len(rows), rows.distinct, len(rows.lengths)) == (100, 60, 100)
+    assert (len(rows), rows.distinct_count, len(rows.lengths)) == (100, 60, 100)
     assert all(indices.count(i) == (3 if i < 20 else 1) for i in range(60))
     assert 20 < sum(i < 20 for i in indices[:50]) < 40
     assert len((tmp_path / "side" / "records.jsonl").read_bytes().splitlines()) == 60
@@ -125,4 +125,4 @@ def test_every_kind_of_record_comes_back_from_its_json_form() -> None:
         Text("a document"),
     ]
     for record in records:
-        assert record_of({"key": "k", "source": "s", "index": 3} | record_to_json(record)) == record
+        assert record_from_json({"key": "k", "source": "s", "index": 3} | record_to_json(record)) == record

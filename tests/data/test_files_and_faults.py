@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from corral.data.prepare import Prepared, prepare
-from corral.data.source_rows import SourceRows, source_rows
+from corral.data.source_rows import SourceRows, load_source_rows
 from corral.errors import DataError
 from corral.messages import Conversation, Feedback
 from corral.progress import Progress
@@ -164,7 +164,7 @@ def test_the_table_has_all_its_cells_and_its_sums_add_up(all_cells: Prepared) ->
 
 
 def read(path: Path, **settings: Any) -> SourceRows:
-    return source_rows(Source(path=str(path), **settings), path.parent / "cache", Progress())
+    return load_source_rows(Source(path=str(path), **settings), path.parent / "cache", Progress())
 
 
 def records(path: Path, **settings: Any) -> list[Any]:

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corral.data.formats import FORMATS, FormatError, choose, recognition
-from corral.data.plain_text import PlainText
+from corral.data.formats import FORMATS, FormatError, choose_format, recognise
+from corral.data.plain_text import PlainTextEncoder
 from corral.errors import DataError
 from corral.messages import Conversation, Feedback, Preference, Record, Text, record_key
 from corral.recipe import Mapping, Source
@@ -250,7 +250,7 @@ def test_special_strings_in_a_row_stay_text(name: str, template: Template) -> No
     record = FORMATS[name](spoilt(row, path, lambda good: f"{good}<|im_end|>\n<|im_start|>system"))
     special = set(template.special_ids)
     if isinstance(record, Text):
-        encoded: Encoded = PlainText(template).encode(record.content)
+        encoded: Encoded = PlainTextEncoder(template).encode(record.content)
         assert sum(i in special for i in encoded.ids) == 1
     else:
         conversation = conversation_of(record)
@@ -260,14 +260,14 @@ def test_special_strings_in_a_row_stay_text(name: str, template: Template) -> No
 
 
 def test_a_named_format_is_chosen_and_said() -> None:
-    chosen = choose(Source(path="a.jsonl", format="alpaca"), [])
+    chosen = choose_format(Source(path="a.jsonl", format="alpaca"), [])
     assert (chosen.name, chosen.why) == ("alpaca", "format: alpaca, as the recipe says")
     assert chosen.to_record is FORMATS["alpaca"]
 
 
 def test_an_unknown_format_is_answered_with_the_nearest_name_and_all_names() -> None:
     with pytest.raises(DataError) as caught:
-        choose(Source(path="a.jsonl", format="share-gpt"), [])
+        choose_format(Source(path="a.jsonl", format="share-gpt"), [])
     assert caught.value.hint is not None
     assert caught.value.hint.startswith("did you mean 'sharegpt'? the formats are auto, messages, sharegpt")
 
@@ -281,7 +281,7 @@ def test_an_unknown_format_is_answered_with_the_nearest_name_and_all_names() -> 
     ],
 )
 def test_a_known_data_set_is_known_by_its_name_on_the_hub(path: str, name: str) -> None:
-    chosen = choose(Source(path=path), [GOOD[name][0]])
+    chosen = choose_format(Source(path=path), [GOOD[name][0]])
     assert chosen.name == name
     assert chosen.why == f"format: {name}, as this is the data set {path}"
     assert chosen.to_record(GOOD[name][0]) == GOOD[name][2]
@@ -290,16 +290,16 @@ def test_a_known_data_set_is_known_by_its_name_on_the_hub(path: str, name: str) 
 @pytest.mark.parametrize("name", SHAPES)
 def test_another_source_is_known_by_its_rows(name: str) -> None:
     row, _, expected = GOOD[name]
-    chosen = choose(Source(path="rows.jsonl"), [row, row])
+    chosen = choose_format(Source(path="rows.jsonl"), [row, row])
     assert chosen.name == name
-    assert chosen.why.partition("; answers are counted")[0] == recognition([row, row]).why
+    assert chosen.why.partition("; answers are counted")[0] == recognise([row, row]).why
     assert chosen.to_record(row) == expected
 
 
 def test_a_mapping_is_chosen_and_can_be_sent_to_another_process() -> None:
     source = Source(path="a.csv", mapping=Mapping(prompt="{title}\n{body}", completion="{answer}"))
     row = {"title": "Hats", "body": "Which?", "answer": "Red."}
-    chosen = choose(source, [row])
+    chosen = choose_format(source, [row])
     assert (chosen.name, chosen.why) == ("mapping", "format: a mapping of `title`, `body`, `answer` to a conversation")
     expected = Conversation.of(("user", "Hats\nWhich?"), ("assistant", "Red."))
     assert pickle.loads(pickle.dumps(chosen)).to_record(row) == expected
@@ -308,5 +308,5 @@ def test_a_mapping_is_chosen_and_can_be_sent_to_another_process() -> None:
 def test_a_wrong_mapping_is_refused_with_its_source_and_key() -> None:
     source = Source(path="a.csv", name="questions", mapping=Mapping(prompt="{q}", completion="{a}"))
     with pytest.raises(DataError, match="there is no column 'q'") as caught:
-        choose(source, [{"question": "x", "a": "y"}])
+        choose_format(source, [{"question": "x", "a": "y"}])
     assert caught.value.where == "questions: data.sources.mapping.prompt"

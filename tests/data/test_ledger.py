@@ -6,21 +6,21 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 
-from corral.data.ledger import FATES, OTHER, Fate, Ledger, LedgerFile, RowFates, summary
+from corral.data.ledger import FATES, OTHER_REASONS, Fate, Ledger, LedgerWriter, RowFates, format_summary
 
 
 def filled() -> Ledger:
     ledger = Ledger()
     for _ in range(12):
-        ledger.read("a")
-    ledger.add("a", 1, "kept", side="train")
-    ledger.add("a", 2, "kept", side="test")
-    ledger.add("a", 3, "truncated", side="train")
-    ledger.add("a", 4, "duplicate")
-    ledger.add("a", 5, "not sampled", "beyond the cap")
+        ledger.add_read("a")
+    ledger.add_fate("a", 1, "kept", side="train")
+    ledger.add_fate("a", 2, "kept", side="test")
+    ledger.add_fate("a", 3, "truncated", side="train")
+    ledger.add_fate("a", 4, "duplicate")
+    ledger.add_fate("a", 5, "not sampled", "beyond the cap")
     for index in range(6, 12):
-        ledger.add("a", index, "dropped", "no answer")
-    ledger.add("a", 12, "dropped", "empty")
+        ledger.add_fate("a", index, "dropped", "no answer")
+    ledger.add_fate("a", 12, "dropped", "empty")
     return ledger
 
 
@@ -46,23 +46,23 @@ def test_the_json_form_counts_rows_by_source_fate_side_and_reason() -> None:
 
 def test_a_row_without_a_fate_or_with_two_is_found() -> None:
     ledger = filled()
-    ledger.read("a")
+    ledger.add_read("a")
     with pytest.raises(AssertionError, match="13 rows were read, 12 have a fate"):
         ledger.to_json()
-    ledger.add("a", 13, "duplicate")
+    ledger.add_fate("a", 13, "duplicate")
     ledger.check()
-    ledger.add("a", 13, "duplicate")
+    ledger.add_fate("a", 13, "duplicate")
     with pytest.raises(AssertionError, match="13 rows were read, 14 have a fate"):
         ledger.to_json()
 
 
 def test_a_fate_without_what_belongs_to_it_is_refused() -> None:
     for wrong in (
-        lambda: Ledger().add("a", 1, "dropped"),
-        lambda: Ledger().add("a", 1, "not sampled"),
-        lambda: Ledger().add("a", 1, "kept"),
-        lambda: Ledger().add("a", 1, "duplicate", side="train"),
-        lambda: Ledger().add("a", 1, "kept", "why", "train"),
+        lambda: Ledger().add_fate("a", 1, "dropped"),
+        lambda: Ledger().add_fate("a", 1, "not sampled"),
+        lambda: Ledger().add_fate("a", 1, "kept"),
+        lambda: Ledger().add_fate("a", 1, "duplicate", side="train"),
+        lambda: Ledger().add_fate("a", 1, "kept", "why", "train"),
     ):
         with pytest.raises(AssertionError):
             wrong()
@@ -70,15 +70,15 @@ def test_a_fate_without_what_belongs_to_it_is_refused() -> None:
 
 def test_add_says_which_rows_became_examples() -> None:
     ledger = Ledger()
-    assert [ledger.add("a", i, "dropped", "why") for i in range(7)] == [True] * 5 + [False] * 2
-    assert ledger.add("a", 8, "kept", side="train") is False
+    assert [ledger.add_fate("a", i, "dropped", "why") for i in range(7)] == [True] * 5 + [False] * 2
+    assert ledger.add_fate("a", 8, "kept", side="train") is False
 
 
 def test_reasons_are_counted_by_kind_and_named_in_full_where_rows_agree() -> None:
     ledger = Ledger()
     for index in range(5000):
-        ledger.read("a")
-        ledger.add("a", index, "dropped", f"role is 'r{index}'" if index % 2 else "longer than 512 tokens")
+        ledger.add_read("a")
+        ledger.add_fate("a", index, "dropped", f"role is 'r{index}'" if index % 2 else "longer than 512 tokens")
     reasons = ledger.to_json()["sources"]["a"]["reasons"]
     assert reasons == {
         "longer than 512 tokens": {"fate": "dropped", "count": 2500, "examples": [0, 2, 4, 6, 8]},
@@ -89,18 +89,18 @@ def test_reasons_are_counted_by_kind_and_named_in_full_where_rows_agree() -> Non
 def test_junk_with_a_kind_for_each_row_does_not_make_the_ledger_grow_without_end() -> None:
     ledger = Ledger()
     for index in range(5000):
-        ledger.read("a")
-        ledger.add("a", index, "dropped", f"reason {'a' * index}")
-    ledger.read("a")
-    ledger.add("a", 5000, "not sampled", "beyond the cap")
+        ledger.add_read("a")
+        ledger.add_fate("a", index, "dropped", f"reason {'a' * index}")
+    ledger.add_read("a")
+    ledger.add_fate("a", 5000, "not sampled", "beyond the cap")
     reasons = ledger.to_json()["sources"]["a"]["reasons"]
     assert len(reasons) == 102
-    assert reasons[OTHER] == {"fate": "dropped", "count": 4900, "examples": [100, 101, 102, 103, 104]}
+    assert reasons[OTHER_REASONS] == {"fate": "dropped", "count": 4900, "examples": [100, 101, 102, 103, 104]}
     assert reasons["beyond the cap"]["count"] == 1
 
 
 def test_the_summary_has_a_line_for_each_source_and_reason() -> None:
-    assert summary(filled().to_json()).splitlines() == [
+    assert format_summary(filled().to_json()).splitlines() == [
         "12 rows: 2 kept, 1 truncated, 7 dropped, 1 duplicate, 1 not sampled",
         "  a: 12 rows: 2 kept, 1 truncated, 7 dropped, 1 duplicate, 1 not sampled",
         "    sides: 2 train, 1 test",
@@ -127,7 +127,7 @@ def rows_of(first: int, fates: list[Fate], reasons: list[str]) -> RowFates:
 
 
 def test_the_table_of_all_rows_says_nothing_where_there_is_nothing_to_say(tmp_path: Path) -> None:
-    with LedgerFile(tmp_path / "ledger.parquet") as file:
+    with LedgerWriter(tmp_path / "ledger.parquet") as file:
         file.add("a", rows_of(1, ["kept", "dropped"], ["no answer"]))
         file.add("a", rows_of(3, ["duplicate"], ["no answer", "empty"]))
         file.add("b", rows_of(1, ["kept"], []))
@@ -146,7 +146,7 @@ def test_the_table_of_all_rows_says_nothing_where_there_is_nothing_to_say(tmp_pa
 
 def test_a_table_that_is_not_finished_is_not_there(tmp_path: Path) -> None:
     def stop_in_the_middle() -> None:
-        with LedgerFile(tmp_path / "ledger.parquet") as file:
+        with LedgerWriter(tmp_path / "ledger.parquet") as file:
             file.add("a", rows_of(1, ["kept"], []))
             raise KeyError
 

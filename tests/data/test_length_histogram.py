@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corral.data.ledger import FATES, Fate, LedgerFile, RowFates
-from corral.data.length_histogram import Bin, histogram, to_html, to_lines
+from corral.data.ledger import FATES, Fate, LedgerWriter, RowFates
+from corral.data.length_histogram import Bin, read_histogram, to_html, to_lines
 from corral.data.prepare import Prepared
 from tests.data.conftest import chat, chats, source, write_rows
 
 
 def written(path: Path, groups: list[list[tuple[Fate, int]]]) -> Path:
     """A ledger's table with a row group for each list of (fate, tokens)."""
-    with LedgerFile(path) as file:
+    with LedgerWriter(path) as file:
         for rows in groups:
             n = len(rows)
             nothing, no = np.full(n, -1), np.zeros(n, bool)
@@ -32,14 +32,14 @@ def written(path: Path, groups: list[list[tuple[Fate, int]]]) -> Path:
 def test_every_encoded_row_is_in_the_bin_that_holds_its_length(
     tmp_path_factory: pytest.TempPathFactory, groups: list[list[tuple[Fate, int]]]
 ) -> None:
-    bins = histogram(written(tmp_path_factory.mktemp("ledger") / "ledger.parquet", groups))
+    bins = read_histogram(written(tmp_path_factory.mktemp("ledger") / "ledger.parquet", groups))
     lengths = [t for rows in groups for _, t in rows if t > 0]
     assert sum(b.total for b in bins) == len(lengths)
     for b in bins:
-        assert b.total == sum(b.least <= t <= b.most for t in lengths)
-        kept = sum(b.least <= t <= b.most and fate == "kept" for rows in groups for fate, t in rows if t > 0)
+        assert b.total == sum(b.min_tokens <= t <= b.max_tokens for t in lengths)
+        kept = sum(b.min_tokens <= t <= b.max_tokens and fate == "kept" for rows in groups for fate, t in rows if t > 0)
         assert b.counts[0] == kept
-    assert all(later.least == earlier.most + 1 for earlier, later in pairwise(bins))
+    assert all(later.min_tokens == earlier.max_tokens + 1 for earlier, later in pairwise(bins))
     assert not bins or (bins[0].total and bins[-1].total)
 
 
@@ -60,6 +60,6 @@ def test_a_histogram_of_prepared_rows_tells_the_cut_from_the_others(
 ) -> None:
     rows = [*chats(30), chat("Long?", "yes " * 100), chat("long " * 200, "Yes.")]
     result = prepared(source(write_rows(tmp_path / "a.jsonl", rows)), max_length=90, overlong="truncate")
-    bins = histogram(result.folder / "ledger.parquet")
+    bins = read_histogram(result.folder / "ledger.parquet")
     assert tuple(sum(b.counts[i] for b in bins) for i in range(3)) == (30, 1, 1)
-    assert bins[-1].most > 600
+    assert bins[-1].max_tokens > 600

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from corral.data.ledger import Fate, Ledger
-from corral.data.loss_budget import loss_of, refuse_empty, refuse_losses
+from corral.data.loss_budget import check_loss_budget, check_not_empty, count_losses
 from corral.data.mixture import SIDES, Side
-from corral.data.selection import Plan
+from corral.data.selection import SourcePlan
 from corral.errors import DataError, GateError
 from corral.recipe import Data, Source, Split
 from tests.data.conftest import chats, source, write_rows
 
-Planned = Callable[..., list[Plan]]
+Planned = Callable[..., list[SourcePlan]]
 PLACE = Path("prepare/ledger.parquet")
 
 
@@ -46,21 +46,21 @@ def test_rows_are_lost_that_were_asked_for_and_are_not_trained_on_whole(
     (plan,) = planned(source(write_rows(tmp_path / "a.jsonl", rows), format="messages"))
     at = 0
     for fate, count in usable.items():
-        plan.settle(np.arange(at, at + count), fate)
+        plan.set_fate(np.arange(at, at + count), fate)
         at += count
-    assert loss_of(plan) == expected
+    assert count_losses(plan) == expected
 
 
 def test_rows_beyond_a_weight_were_asked_for_and_are_not_lost(planned: Planned, tmp_path: Path) -> None:
     rows: list[Any] = [*chats(20), *[{"messages": []}] * 4]
     (plan,) = planned(source(write_rows(tmp_path / "a.jsonl", rows)))
-    plan.settle(np.arange(20), "kept")
-    before = loss_of(plan)
-    plan.settle(np.arange(10), "not sampled")
-    plan.weighed_out[:10] = True
-    assert loss_of(plan) == before == (24, 4)
-    plan.weighed_out[:] = False  # as a cap, they would hide half of the loss
-    assert loss_of(plan) == (12, 2)
+    plan.set_fate(np.arange(20), "kept")
+    before = count_losses(plan)
+    plan.set_fate(np.arange(10), "not sampled")
+    plan.beyond_weight[:10] = True
+    assert count_losses(plan) == before == (24, 4)
+    plan.beyond_weight[:] = False  # as a cap, they would hide half of the loss
+    assert count_losses(plan) == (12, 2)
 
 
 # ---- what is too much
@@ -71,7 +71,7 @@ def ledger_of(**sources: Mapping[str, int]) -> dict[str, Any]:
     ledger = Ledger()
     lost: dict[str, int] = {}
     for label, counts in sources.items():
-        ledger.read(label, sum(counts.values()))
+        ledger.add_read(label, sum(counts.values()))
         lost[label] = sum(count for what, count in counts.items() if what not in ("kept", "beyond a cap"))
         fates = [what for what, count in counts.items() for _ in range(count)]
         for row, what in enumerate(fates, start=1):
@@ -84,11 +84,11 @@ def ledger_of(**sources: Mapping[str, int]) -> dict[str, Any]:
 
 def _add(ledger: Ledger, label: str, row: int, what: str) -> None:
     if what in ("kept", "truncated"):
-        ledger.add(label, row, "kept" if what == "kept" else "truncated", None, "train")
+        ledger.add_fate(label, row, "kept" if what == "kept" else "truncated", None, "train")
     elif what == "beyond a cap":
-        ledger.add(label, row, "not sampled", what, None)
+        ledger.add_fate(label, row, "not sampled", what, None)
     else:
-        ledger.add(label, row, "fully masked" if what.startswith("fully masked") else "dropped", what, None)
+        ledger.add_fate(label, row, "fully masked" if what.startswith("fully masked") else "dropped", what, None)
 
 
 def data_of(max_loss: Any = None, **settings: Any) -> Data:
@@ -97,19 +97,19 @@ def data_of(max_loss: Any = None, **settings: Any) -> Data:
 
 def gate(data: Data, ledger: dict[str, Any]) -> GateError:
     with pytest.raises(GateError) as caught:
-        refuse_losses(data, ledger, PLACE)
+        check_loss_budget(data, ledger, PLACE)
     return caught.value
 
 
 def test_exactly_as_much_as_allowed_may_be_lost_over_all_sources() -> None:
     ledger = ledger_of(a={"kept": 90, "no answer": 4}, b={"no answer": 2, "kept": 4})
-    refuse_losses(data_of("6%"), ledger, PLACE)
-    refuse_losses(data_of(None), ledger, PLACE)
+    check_loss_budget(data_of("6%"), ledger, PLACE)
+    check_loss_budget(data_of(None), ledger, PLACE)
     error = gate(data_of(0.0599), ledger)
     assert error.what.startswith("6.00% of the rows asked for are lost (6 of 100); `data.max_loss` allows 5.99%")
     assert (error.exit_code, error.where) == (4, str(PLACE))
     assert "corral inspect RECIPE" in str(error.hint)
-    refuse_losses(data_of(0), ledger_of(a={"kept": 3}), PLACE)
+    check_loss_budget(data_of(0), ledger_of(a={"kept": 3}), PLACE)
     assert "(1 of 4)" in gate(data_of(0), ledger_of(a={"kept": 3, "no answer": 1})).what
 
 
@@ -139,9 +139,9 @@ def check(planned: Planned, tmp_path: Path) -> Check:
     def make(sides: Mapping[Side, int], split: Split, ledger: dict[str, Any] | None = None, **settings: Any) -> None:
         (plan,) = planned(source(write_rows(tmp_path / "a.jsonl", chats(sum(sides.values()) or 1))))
         placed = np.repeat([SIDES.index(side) for side in sides], list(sides.values()))
-        plan.settle(np.arange(len(plan.rows)), "kept" if len(placed) else "dropped")
+        plan.set_fate(np.arange(len(plan.rows)), "kept" if len(placed) else "dropped")
         plan.side[: len(placed)] = placed
-        refuse_empty([plan], data_of(split=split, **settings), ledger or ledger_of(a={"kept": len(placed)}))
+        check_not_empty([plan], data_of(split=split, **settings), ledger or ledger_of(a={"kept": len(placed)}))
 
     return make
 
@@ -222,17 +222,17 @@ def test_a_weight_of_a_source_with_nothing_to_train_on_is_refused_unless_no_sour
     sources = [source(write_rows(tmp_path / f"{n}.jsonl", chats(4, 10 * n)), weight=n + 1) for n in range(2)]
     data = Data(sources=tuple(sources), split=Split(validation=0, test=0))
     a, b = planned(*sources)
-    a.settle(np.arange(4), "kept")
+    a.set_fate(np.arange(4), "kept")
     a.side[:] = SIDES.index("train")
-    b.settle(np.arange(4), "duplicate")
+    b.set_fate(np.arange(4), "duplicate")
     ledger = ledger_of(a={"kept": 4})
     with pytest.raises(DataError, match="the source '1' has the weight 2 and no row to train on"):
-        refuse_empty([a, b], data, ledger)
+        check_not_empty([a, b], data, ledger)
     # Rows that a weight itself took out would have been there.
-    b.settle(np.arange(4), "not sampled")
-    b.weighed_out[:] = True
-    refuse_empty([a, b], data, ledger)
+    b.set_fate(np.arange(4), "not sampled")
+    b.beyond_weight[:] = True
+    check_not_empty([a, b], data, ledger)
     a.side[:] = b.side[:] = -1
-    b.weighed_out[:] = False
+    b.beyond_weight[:] = False
     with pytest.raises(DataError, match="no row is left to train on"):
-        refuse_empty([a, b], data, ledger_of(a={"empty": 4}))
+        check_not_empty([a, b], data, ledger_of(a={"empty": 4}))

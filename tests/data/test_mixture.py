@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from corral.data.mixture import (
     SIDES,
     Keys,
-    choose,
+    choose_distinct,
+    divide_proportionally,
     equal_groups,
-    proportional,
     rank,
     ranks,
-    rows_of,
+    row_count,
     sample,
-    share_for_one,
-    sides,
-    weighted,
+    smallest_share,
+    split_sides,
+    weighted_row_counts,
 )
 from corral.recipe import Split
 
@@ -41,12 +41,12 @@ def chosen_of(numbers: list[int], seed: int, cap: int | None) -> tuple[set[int],
     """(numbers chosen, chosen flags, copy flags) from one source."""
     keys = keys_of(numbers)
     groups = equal_groups(keys)
-    chosen, copies = choose(keys, groups, np.zeros(len(keys), bool), seed, cap)
+    chosen, copies = choose_distinct(keys, groups, np.zeros(len(keys), bool), seed, cap)
     return {n for n, c in zip(numbers, chosen, strict=True) if c}, chosen.tolist(), copies.tolist()
 
 
 def side_names(keys: list[Keys], split: Split, seed: int = 0) -> list[list[str]]:
-    return [[SIDES[s] for s in found] for found in sides(keys, seed, split)]
+    return [[SIDES[s] for s in found] for found in split_sides(keys, seed, split)]
 
 
 def test_ranks_are_uniform_and_independent_between_purposes_and_seeds() -> None:
@@ -89,8 +89,8 @@ def test_of_equal_rows_the_first_is_kept_and_copies_of_earlier_sources_do_not_us
     keys = keys_of(first + second)
     groups = equal_groups(keys)
     taken = np.zeros(len(keys), bool)
-    choose(keys[:1], groups[:1], taken, 0, None)
-    chosen, copies = choose(keys[1:], groups[1:], taken, 0, 2)
+    choose_distinct(keys[:1], groups[:1], taken, 0, None)
+    chosen, copies = choose_distinct(keys[1:], groups[1:], taken, 0, 2)
     assert chosen.tolist() == [False, True, False, True, False]
     assert copies.tolist() == [True, False, True, False, True]
 
@@ -116,8 +116,8 @@ def test_shares_are_exact_to_the_row_in_all_and_in_each_source(
 
 
 def test_a_share_is_what_is_written_not_what_a_float_holds_and_a_half_goes_up() -> None:
-    assert [rows_of(share, 50) for share in (0, 0.01, 0.03, 0.29, 0.58, 1, 7)] == [0, 1, 2, 15, 29, 1, 7]
-    assert rows_of(0.05, 88_031) == 4402
+    assert [row_count(share, 50) for share in (0, 0.01, 0.03, 0.29, 0.58, 1, 7)] == [0, 1, 2, 15, 29, 1, 7]
+    assert row_count(0.05, 88_031) == 4402
 
 
 def test_sources_of_a_row_each_give_all_that_is_asked_for_to_both_sides() -> None:
@@ -195,7 +195,7 @@ def test_rows_of_equal_content_are_never_on_two_sides(first: list[int], second: 
 
 @given(st.integers(0, 200), st.lists(st.integers(0, 50), max_size=6))
 def test_proportional_parts_add_up_and_are_never_more_than_there_are(number: int, counts: list[int]) -> None:
-    parts = proportional(number, counts)
+    parts = divide_proportionally(number, counts)
     assert sum(parts) == min(number, sum(counts))
     assert all(0 <= part <= count for part, count in zip(parts, counts, strict=True))
 
@@ -203,7 +203,7 @@ def test_proportional_parts_add_up_and_are_never_more_than_there_are(number: int
 @given(st.integers(0, 200), st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), max_size=6))
 def test_what_has_no_room_in_one_place_goes_to_the_others(number: int, places: list[tuple[int, int]]) -> None:
     counts, room = [a + b for a, b in places], [a for a, _ in places]
-    parts = proportional(number, counts, room)
+    parts = divide_proportionally(number, counts, room)
     assert sum(parts) == min(number, sum(room))
     assert all(0 <= part <= free for part, free in zip(parts, room, strict=True))
 
@@ -214,7 +214,7 @@ MIXED = st.tuples(st.integers(1, 2000), st.floats(0.001, 1000), st.integers(1, 5
 @given(st.lists(MIXED, min_size=1, max_size=6))
 def test_a_mixture_has_the_weights_parts_and_exhausts_a_source(sources: list[tuple[int, float, int]]) -> None:
     rows, weights, repeats = (list(values) for values in zip(*sources, strict=True))
-    used = weighted(rows, weights, repeats)
+    used = weighted_row_counts(rows, weights, repeats)
     assert all(0 <= n <= most for n, most in zip(used, rows, strict=True))
     assert any(n == most for n, most in zip(used, rows, strict=True))
     size = min(n * repeat / weight for n, weight, repeat in sources_of(rows, weights, repeats))
@@ -227,12 +227,12 @@ def sources_of(rows: list[int], weights: list[float], repeats: list[int]) -> lis
 
 
 def test_mixtures_by_hand() -> None:
-    assert weighted([70, 30], [0.7, 0.3], [1, 1]) == [70, 30]
-    assert weighted([100, 100], [3, 1], [1, 1]) == [100, 33]
-    assert weighted([100, 10], [3, 1], [1, 1]) == [30, 10]
-    assert weighted([100, 10], [3, 1], [1, 3]) == [90, 10]
-    assert weighted([100, 100], [1, 1], [2, 1]) == [50, 100]
-    assert weighted([100, 0], [1, 1], [1, 1]) == [0, 0]
+    assert weighted_row_counts([70, 30], [0.7, 0.3], [1, 1]) == [70, 30]
+    assert weighted_row_counts([100, 100], [3, 1], [1, 1]) == [100, 33]
+    assert weighted_row_counts([100, 10], [3, 1], [1, 1]) == [30, 10]
+    assert weighted_row_counts([100, 10], [3, 1], [1, 3]) == [90, 10]
+    assert weighted_row_counts([100, 100], [1, 1], [2, 1]) == [50, 100]
+    assert weighted_row_counts([100, 0], [1, 1], [1, 1]) == [0, 0]
 
 
 @given(st.lists(st.integers(0, 60), unique=True, max_size=60), st.integers(0, 30), st.integers(0, 30), st.randoms())
@@ -251,7 +251,7 @@ def test_a_smaller_sample_is_held_in_a_larger_whatever_the_order(
 @pytest.mark.parametrize("side", ["validation", "test"])
 @given(rows=st.integers(1, 300))
 def test_the_share_for_one_row_is_enough_and_a_hundredth_less_is_not(rows: int, side: str) -> None:
-    least = share_for_one(rows)
+    least = smallest_share(rows)
     for share, enough in ((least, True), (round(least - 0.01, 2), False)):
         split = Split(**{"validation": 0, "test": 0} | {side: share})
         assert (side in side_names([KEYS[:rows]], split)[0]) is enough

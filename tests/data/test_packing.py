@@ -3,19 +3,19 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corral.data.packing import packs
+from corral.data.packing import pack_sequences
 
 LENGTHS = st.lists(st.integers(0, 300), max_size=60)
 
 
 @given(LENGTHS, st.integers(1, 400))
 def test_every_item_is_in_exactly_one_pack(lengths: list[int], limit: int) -> None:
-    assert sorted(item for pack in packs(lengths, limit) for item in pack) == list(range(len(lengths)))
+    assert sorted(item for pack in pack_sequences(lengths, limit) for item in pack) == list(range(len(lengths)))
 
 
 @given(LENGTHS, st.integers(1, 400))
 def test_no_pack_is_over_the_limit_unless_it_is_a_single_item(lengths: list[int], limit: int) -> None:
-    for pack in packs(lengths, limit):
+    for pack in pack_sequences(lengths, limit):
         assert pack
         assert pack == sorted(pack)
         assert sum(lengths[i] for i in pack) <= limit or len([i for i in pack if lengths[i]]) == 1
@@ -37,19 +37,19 @@ def first_fit_decreasing(lengths: list[int], limit: int) -> list[list[int]]:
 
 @given(LENGTHS, st.integers(1, 400))
 def test_packs_are_those_of_first_fit_decreasing(lengths: list[int], limit: int) -> None:
-    assert packs(lengths, limit) == first_fit_decreasing(lengths, limit)
+    assert pack_sequences(lengths, limit) == first_fit_decreasing(lengths, limit)
 
 
 @given(LENGTHS, st.integers(300, 400))
 def test_there_are_few_packs(lengths: list[int], limit: int) -> None:
     fewest = -(-sum(lengths) // limit)
-    assert len(packs(lengths, limit)) <= max(2 * fewest, 1 if lengths else 0)
+    assert len(pack_sequences(lengths, limit)) <= max(2 * fewest, 1 if lengths else 0)
 
 
 def test_first_fit_decreasing_fills_what_a_plain_first_fit_leaves() -> None:
-    assert packs([2, 5, 4, 7, 1, 3, 8], 10) == [[0, 6], [3, 5], [1, 2, 4]]
+    assert pack_sequences([2, 5, 4, 7, 1, 3, 8], 10) == [[0, 6], [3, 5], [1, 2, 4]]
 
 
 def test_an_item_over_the_limit_has_a_pack_for_itself_and_nothing_gives_no_packs() -> None:
-    assert packs([3, 20, 3], 10) == [[1], [0, 2]]
-    assert packs([], 10) == []
+    assert pack_sequences([3, 20, 3], 10) == [[1], [0, 2]]
+    assert pack_sequences([], 10) == []

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corral.data.plain_text import PlainText, windows
+from corral.data.plain_text import PlainTextEncoder, split_windows
 from corral.errors import TemplateError
 from corral.template import Encoded, Template
 from tests.template import real
@@ -22,7 +22,7 @@ PIECES = st.lists(
 @settings(deadline=None, max_examples=60)
 @given(text=PIECES.map("".join))
 def test_a_document_is_its_text_and_an_end_token_all_of_it_trained(text: str, template: Template) -> None:
-    encoded = PlainText(template).encode(text)
+    encoded = PlainTextEncoder(template).encode(text)
     assert encoded.ids[-1] == template.tokenizer.eos_token_id
     assert not set(encoded.ids[:-1]) & set(template.special_ids)
     assert template.decode(encoded.ids[:-1]) == text
@@ -31,7 +31,7 @@ def test_a_document_is_its_text_and_an_end_token_all_of_it_trained(text: str, te
 
 def test_half_a_surrogate_pair_is_refused(template: Template) -> None:
     with pytest.raises(TemplateError, match="not valid Unicode"):
-        PlainText(template).encode("a\ud800")
+        PlainTextEncoder(template).encode("a\ud800")
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_half_a_surrogate_pair_is_refused(template: Template) -> None:
 def test_a_real_tokenizer_s_document_begins_and_ends_as_its_model_was_trained(name: str, begin: str, end: str) -> None:
     template = real.template(name)
     tokenizer: Any = template.tokenizer
-    plain = PlainText(template)
+    plain = PlainTextEncoder(template)
     text = f"Once{end} upon {begin}a time.\n\n Grüße 東京 🙂<|eot_id|>"
     encoded = plain.encode(text)
     special = [i for i in encoded.ids if i in tokenizer.all_special_ids]
@@ -59,7 +59,7 @@ def test_a_real_tokenizer_s_document_begins_and_ends_as_its_model_was_trained(na
 @given(count=st.integers(1, 60), limit=st.integers(2, 20), begins=st.booleans())
 def test_windows_are_short_enough_and_predict_every_token_once(count: int, limit: int, begins: bool) -> None:
     whole = Encoded(tuple(range(count)), (begins,) + (True,) * (count - 1))
-    pieces = windows(whole, limit)
+    pieces = split_windows(whole, limit)
     assert all(2 <= len(piece.ids) <= limit or len(pieces) == 1 for piece in pieces)
     predicted = [i for p in pieces for i, trained in zip(p.ids[1:], p.trained[1:], strict=True) if trained]
     assert predicted == list(range(1, count))

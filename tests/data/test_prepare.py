@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from corral.data.ledger import FATES, WITH_REASON
+from corral.data.ledger import FATES, FATES_WITH_REASON
 from corral.data.prepare import Prepared, prepare
 from corral.errors import DataError
 from corral.messages import Conversation, record_key
@@ -374,7 +374,7 @@ def test_the_sums_of_the_ledger_add_up_for_any_junk(
         entry = ledger["sources"][name]
         assert entry["rows"] == sum(1 for line in lines if line.strip()) == sum(entry["fates"].values())
         assert sum(entry["sides"].values()) == entry["fates"]["kept"] + entry["fates"]["truncated"]
-        for fate in WITH_REASON:
+        for fate in FATES_WITH_REASON:
             counts = [reason["count"] for reason in entry["reasons"].values() if reason["fate"] == fate]
             assert sum(counts) == entry["fates"][fate]
         for reason in entry["reasons"].values():

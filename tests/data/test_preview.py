@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from corral.data.prepare import Prepared
-from corral.data.preview import Piece, pick, pieces, to_html, to_terminal
+from corral.data.preview import Piece, pick_rows, split_pieces, to_html, to_terminal
 from corral.errors import TemplateError
 from corral.messages import Conversation
 from corral.template import Template
@@ -22,7 +22,7 @@ Prepare = Callable[..., Prepared]
 
 
 def pieces_of(template: Template, conversation: Conversation, kept: int = 10**6) -> list[Piece]:
-    return list(pieces(template.encode(conversation), kept, template, frozenset(template.special_ids)))
+    return list(split_pieces(template.encode(conversation), kept, template, frozenset(template.special_ids)))
 
 
 @given(st.text(min_size=1, max_size=40), st.text(min_size=1, max_size=40))
@@ -81,7 +81,7 @@ def mixed(prepared: Prepare, tmp_path: Path) -> Prepared:
 
 
 def test_rows_of_each_side_and_fate_are_picked(mixed: Prepared, template: Template) -> None:
-    shown = pick(mixed, template, rows=2)
+    shown = pick_rows(mixed, template, rows=2)
     for side in ("train", "validation", "test"):
         for fate in ("kept", "truncated"):
             wanted = min(2, int((mixed.side(side).truncated == (fate == "truncated")).sum()))
@@ -180,7 +180,7 @@ def test_rows_of_every_fate_are_shown_with_their_reason(prepared: Prepare, templ
         assert "format: messages" in text
         assert "lost: 2 of 43 rows asked for (4.65%)" in text
     # A repeated row is shown once.
-    titles = [row.title for row in pick(mix, template, rows=50)]
+    titles = [row.title for row in pick_rows(mix, template, rows=50)]
     assert len(titles) == len(set(titles)) == 45
 
 

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from corral.data import selection
-from corral.data.ledger import FATES, WITH_REASON
+from corral.data.ledger import FATES, FATES_WITH_REASON
 from corral.data.mixture import SIDES
-from corral.data.selection import NONE, Hands, Plan
+from corral.data.selection import UNSET, SourcePlan, WorkerPool
 from corral.messages import Record
 from corral.progress import Progress
 from corral.recipe import Data, Split
 from corral.template import Template
 from tests.data.conftest import chat, chats, prose, source, write_rows
 
-Planned = Callable[..., list[Plan]]
+Planned = Callable[..., list[SourcePlan]]
 TRAIN, VALIDATION, TEST = range(3)
 
 
@@ -35,20 +35,20 @@ class Listener(Progress):
         self.titles.append(title)
 
 
-def data_of(plans: list[Plan], **settings: Any) -> Data:
+def data_of(plans: list[SourcePlan], **settings: Any) -> Data:
     return Data(sources=tuple(plan.source for plan in plans), **settings)
 
 
-def fates(plan: Plan) -> list[str]:
-    return [FATES[number] if number != NONE else "open" for number in plan.fate]
+def fates(plan: SourcePlan) -> list[str]:
+    return [FATES[number] if number != UNSET else "open" for number in plan.fate]
 
 
-def reasons(plan: Plan) -> list[str | None]:
-    return [plan.reasons[number] if number != NONE else None for number in plan.reason]
+def reasons(plan: SourcePlan) -> list[str | None]:
+    return [plan.reasons[number] if number != UNSET else None for number in plan.reason]
 
 
-def chosen(plans: list[Plan], **settings: Any) -> list[list[str]]:
-    selection.choose(plans, data_of(plans, **settings), 0, Hands(Progress(), 1))
+def chosen(plans: list[SourcePlan], **settings: Any) -> list[list[str]]:
+    selection.deduplicate_and_cap(plans, data_of(plans, **settings), 0, WorkerPool(Progress(), 1))
     return [fates(plan) for plan in plans]
 
 
@@ -91,20 +91,20 @@ def test_copies_take_no_place_under_a_cap_and_say_so(planned: Planned, tmp_path:
 
 
 @pytest.fixture
-def judged(planned: Planned, template: Template, tmp_path: Path) -> Callable[..., Plan]:
+def judged(planned: Planned, template: Template, tmp_path: Path) -> Callable[..., SourcePlan]:
     """`judged(rows, max_length=…, …)`: all of these rows chosen and encoded."""
 
-    def judge(rows: Iterable[Any], **settings: Any) -> Plan:
+    def judge(rows: Iterable[Any], **settings: Any) -> SourcePlan:
         path = write_rows(tmp_path / "judged.jsonl", rows)
         plans = planned(source(path), max_length=settings["max_length"])
-        selection.encode(plans, data_of(plans, **settings), template, Hands(Progress(), 1))
+        selection.encode_selected(plans, data_of(plans, **settings), template, WorkerPool(Progress(), 1))
         return plans[0]
 
     return judge
 
 
 def test_a_row_is_overlong_from_the_first_token_beyond_the_limit(
-    judged: Callable[..., Plan], template: Template
+    judged: Callable[..., SourcePlan], template: Template
 ) -> None:
     row = chat("Why?", "Because it is so.")
     whole = judged([row], max_length=1000)
@@ -122,7 +122,7 @@ def test_a_row_is_overlong_from_the_first_token_beyond_the_limit(
     assert all(int(plan.tokens[0]) == length for plan in cut), "the length is that before the cut"
 
 
-def test_each_way_to_be_untrainable_has_its_fate_reason_and_figures(judged: Callable[..., Plan]) -> None:
+def test_each_way_to_be_untrainable_has_its_fate_reason_and_figures(judged: Callable[..., SourcePlan]) -> None:
     rows = [chat("Hi?", "Yes."), chat("long " * 60, "Yes."), chat("Hi?", "yes " * 60), chat("no character \ufdd0", "x")]
     cut = judged(rows, max_length=60, overlong="truncate")
     assert fates(cut) == ["kept", "fully masked", "truncated", "dropped"]
@@ -130,7 +130,7 @@ def test_each_way_to_be_untrainable_has_its_fate_reason_and_figures(judged: Call
     assert reasons(cut)[3] == "the text contains U+FDD0, which is not a character"
     assert cut.lost_end.tolist() == [False, True, True, False]
     assert cut.trained_tokens.tolist()[1] == 0
-    assert (cut.tokens[3], cut.trained_tokens[3]) == (NONE, NONE)
+    assert (cut.tokens[3], cut.trained_tokens[3]) == (UNSET, UNSET)
     dropped = judged(rows, max_length=60, overlong="drop")
     assert fates(dropped) == ["kept", "dropped", "dropped", "dropped"]
     assert reasons(dropped)[1] == reasons(dropped)[2] == "longer than 60 tokens"
@@ -139,7 +139,7 @@ def test_each_way_to_be_untrainable_has_its_fate_reason_and_figures(judged: Call
 
 
 def test_a_pair_is_truncated_where_one_answer_is_cut_and_fully_masked_where_the_prompt_fills_all(
-    judged: Callable[..., Plan],
+    judged: Callable[..., SourcePlan],
 ) -> None:
     asked = [{"role": "user", "content": "Hi?"}]
     more = [*asked, {"role": "assistant", "content": "long " * 40}, asked[0]]
@@ -157,12 +157,12 @@ def test_rows_that_were_not_chosen_are_not_encoded(planned: Planned, template: T
     plans = planned(source(write_rows(tmp_path / "a.jsonl", chats(20) * 2), rows=5))
     listener = Listener()
     chosen(plans)
-    selection.encode(plans, data_of(plans), template, Hands(listener, 1))
+    selection.encode_selected(plans, data_of(plans), template, WorkerPool(listener, 1))
     (plan,) = plans
-    encoded = plan.tokens != NONE
+    encoded = plan.tokens != UNSET
     assert encoded.sum() == 5
-    assert (encoded == (plan.fate == selection.code("kept"))).all()
-    assert plan.encoded.missing(np.arange(40)).tolist() == np.flatnonzero(~encoded).tolist()
+    assert (encoded == (plan.fate == selection.fate_code("kept"))).all()
+    assert plan.encoded.select_missing(np.arange(40)).tolist() == np.flatnonzero(~encoded).tolist()
     assert listener.titles == ["Encoding rows"]
 
 
@@ -175,7 +175,7 @@ def test_only_what_is_missing_is_computed(planned: Planned, tmp_path: Path) -> N
         return {"length": np.array(found)}
 
     for end, computed in ((8, 8), (8, 8), (20, 20)):
-        Hands(listener, 1).compute("Measuring", [(plan, plan.words, np.arange(end))], length)
+        WorkerPool(listener, 1).compute_missing("Measuring", [(plan, plan.words, np.arange(end))], length)
         assert len(seen) == computed
     assert listener.titles == ["Measuring", "Measuring"], "the second time there was nothing to do"
     expected = [len(str(record)) for record in plan.rows.records(np.arange(20))]
@@ -191,20 +191,20 @@ def test_only_rows_to_be_used_get_a_side(planned: Planned, template: Template, t
     plans = planned(source(write_rows(tmp_path / "a.jsonl", rows)), max_length=80)
     data = data_of(plans, max_length=80, overlong="truncate", split=Split(validation=7, test=8))
     chosen(plans)
-    selection.encode(plans, data, template, Hands(Progress(), 1))
-    selection.divide(plans, data, 0)
+    selection.encode_selected(plans, data, template, WorkerPool(Progress(), 1))
+    selection.assign_sides(plans, data, 0)
     (plan,) = plans
     assert fates(plan) == ["kept"] * 30 + ["duplicate"] * 5 + ["fully masked"] * 5 + ["truncated"] * 5
-    assert (plan.side == NONE).tolist() == [False] * 30 + [True] * 10 + [False] * 5
+    assert (plan.side == UNSET).tolist() == [False] * 30 + [True] * 10 + [False] * 5
     assert [int((plan.side == side).sum()) for side in (TRAIN, VALIDATION, TEST)] == [20, 7, 8]
 
 
-def on_sides(planned: Planned, path: Path, sides: list[int]) -> Plan:
+def on_sides(planned: Planned, path: Path, sides: list[int]) -> SourcePlan:
     """Rows n and n + half of which share passages, kept, and put on these sides."""
     half = len(sides) // 2
     rows = [chat(f"{start}{prose(i)}", f"{start}answer {i}.") for start in ("", "Please: ") for i in range(half)]
     (plan,) = planned(source(write_rows(path, rows)))
-    plan.settle(np.arange(len(sides)), "kept")
+    plan.set_fate(np.arange(len(sides)), "kept")
     plan.side[:] = sides
     return plan
 
@@ -215,18 +215,18 @@ def test_shared_passages_mark_training_rows_and_never_held_out_ones(planned: Pla
     for contamination in ("report", "drop", "ignore"):
         plan = on_sides(planned, tmp_path / "a.jsonl", sides)
         listener = Listener()
-        selection.find_contaminated([plan], data_of([plan], contamination=contamination), Hands(listener, 1))
+        selection.mark_contaminated([plan], data_of([plan], contamination=contamination), WorkerPool(listener, 1))
         flagged, taken = np.array(shared) & (contamination != "ignore"), np.array(shared) & (contamination == "drop")
         assert (plan.contaminated == flagged).all(), contamination
         assert [fate == "contaminated" for fate in fates(plan)] == taken.tolist(), contamination
-        assert plan.side.tolist() == np.where(taken, NONE, sides).tolist(), contamination
+        assert plan.side.tolist() == np.where(taken, UNSET, sides).tolist(), contamination
         assert bool(listener.titles) == (contamination != "ignore")
 
 
 def test_without_held_out_rows_there_is_nothing_to_compare_with(planned: Planned, tmp_path: Path) -> None:
     plan = on_sides(planned, tmp_path / "a.jsonl", [TRAIN] * 8)
     listener = Listener()
-    selection.find_contaminated([plan], data_of([plan], contamination="drop"), Hands(listener, 1))
+    selection.mark_contaminated([plan], data_of([plan], contamination="drop"), WorkerPool(listener, 1))
     assert (listener.titles, fates(plan)) == ([], ["kept"] * 8)
 
 
@@ -237,23 +237,23 @@ def test_a_weight_takes_training_rows_only_and_remembers_that_they_were_good(pla
     ]
     plans = planned(*sources)
     for plan in plans:
-        plan.settle(np.arange(20), "kept")
+        plan.set_fate(np.arange(20), "kept")
         plan.side[:] = [TRAIN] * 16 + [VALIDATION, VALIDATION, TEST, TEST]
-    selection.weigh(plans, 0)
+    selection.apply_weights(plans, 0)
     a, b = plans
     assert (fates(a)[:16].count("kept"), fates(a)[:16].count("not sampled")) == (8, 8)
     assert fates(a)[16:] == ["kept"] * 4
     assert fates(b) == ["kept"] * 20
-    beyond = a.fate == selection.code("not sampled")
-    assert (a.weighed_out == beyond).all()
-    assert ((a.side == NONE) == beyond).all()
+    beyond = a.fate == selection.fate_code("not sampled")
+    assert (a.beyond_weight == beyond).all()
+    assert ((a.side == UNSET) == beyond).all()
     assert all("weight 1 of 3" in str(why) for why, out in zip(reasons(a), beyond, strict=True) if out)
 
 
 def test_without_weights_nothing_is_weighed_out(planned: Planned, tmp_path: Path) -> None:
     plan = on_sides(planned, tmp_path / "a.jsonl", [TRAIN] * 8)
-    selection.weigh([plan], 0)
-    assert (fates(plan), plan.weighed_out.any()) == (["kept"] * 8, False)
+    selection.apply_weights([plan], 0)
+    assert (fates(plan), plan.beyond_weight.any()) == (["kept"] * 8, False)
 
 
 # ---- whatever the recipe says
@@ -272,16 +272,16 @@ def test_every_row_ends_with_one_fate_and_the_side_or_reason_that_goes_with_it(
         plans = planned(a, b, max_length=600)
         data = data_of(plans, duplicates=duplicates, overlong=overlong, contamination=contamination, max_length=600)
         data = data.model_copy(update={"split": Split(validation=0.2, test=0.2)})
-        hands = Hands(Progress(), 1)
-        selection.choose(plans, data, 0, hands)
-        selection.encode(plans, data, template, hands)
-        selection.divide(plans, data, 0)
-        selection.find_contaminated(plans, data, hands)
-        selection.weigh(plans, 0)
+        hands = WorkerPool(Progress(), 1)
+        selection.deduplicate_and_cap(plans, data, 0, hands)
+        selection.encode_selected(plans, data, template, hands)
+        selection.assign_sides(plans, data, 0)
+        selection.mark_contaminated(plans, data, hands)
+        selection.apply_weights(plans, 0)
         for plan in plans:
             for fate, why, side in zip(fates(plan), reasons(plan), plan.side.tolist(), strict=True):
                 assert fate in FATES
-                assert (why is not None) == (fate in WITH_REASON)
+                assert (why is not None) == (fate in FATES_WITH_REASON)
                 assert (side in range(len(SIDES))) == (fate in ("kept", "truncated"))
             seen.update(fates(plan))
     assert seen == set(FATES)

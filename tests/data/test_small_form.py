@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from corral.data.formats import FORMATS
-from corral.data.formats.public_datasets import NAMED
-from corral.data.small_form import MADE, ROWS, small
+from corral.data.formats.public_datasets import PUBLIC_DATASETS
+from corral.data.small_form import ROWS_PER_SOURCE, SAMPLE_ROWS, shrink_recipe
 from corral.errors import RecipeError
 from corral.messages import Conversation, Preference, record_key
 from corral.recipe import Recipe, parse
@@ -47,18 +47,18 @@ def recipe(path: str, more: str = "") -> Recipe:
 
 
 def test_every_named_data_set_has_made_up_rows_of_its_columns() -> None:
-    hub = {name: entry for name, entry in NAMED.items() if entry.hub}
+    hub = {name: entry for name, entry in PUBLIC_DATASETS.items() if entry.hub_ids}
     assert len(hub) == 15
     for name, entry in hub.items():
-        for i in range(ROWS):
-            assert set(MADE[name](i)) == set(entry.columns), name
+        for i in range(ROWS_PER_SOURCE):
+            assert set(SAMPLE_ROWS[name](i)) == set(entry.columns), name
 
 
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("name", SAMPLE_ROWS)
 def test_made_up_rows_are_read_by_their_format_and_all_differ(name: str, tiny_tokenizer: Any) -> None:
-    rows = [json.loads(json.dumps(MADE[name](i))) for i in range(ROWS)]
+    rows = [json.loads(json.dumps(SAMPLE_ROWS[name](i))) for i in range(ROWS_PER_SOURCE)]
     records = [FORMATS[name](row) for row in rows]
-    assert len({record_key(record) for record in records}) == ROWS
+    assert len({record_key(record) for record in records}) == ROWS_PER_SOURCE
     template = Template.load(tiny_tokenizer, "chatml")
     for record in records:
         talk = record if isinstance(record, Conversation) else None
@@ -70,7 +70,7 @@ def test_made_up_rows_are_read_by_their_format_and_all_differ(name: str, tiny_to
 
 def test_only_model_sources_and_sizes_differ(tmp_path: Path) -> None:
     whole = recipe("hub:tatsu-lab/alpaca", "rows = 500\nrepeat = 2")
-    form = small(whole, tmp_path / "rows")
+    form = shrink_recipe(whole, tmp_path / "rows")
     before, after = whole.model_dump(), form.model_dump()
     assert Recipe.model_validate(form.model_dump(mode="json", exclude_none=True)) == form
     assert changed(before, after) == {
@@ -82,7 +82,7 @@ def test_only_model_sources_and_sizes_differ(tmp_path: Path) -> None:
         *("evaluate.loss_rows", "evaluate.answer_rows", "answer.max_tokens"),
     }
     lines = (tmp_path / "rows" / "1.jsonl").read_text("utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == [MADE["alpaca"](i) for i in range(ROWS)]
+    assert [json.loads(line) for line in lines] == [SAMPLE_ROWS["alpaca"](i) for i in range(ROWS_PER_SOURCE)]
 
 
 def changed(one: Any, other: Any, path: str = "") -> set[str]:
@@ -96,18 +96,18 @@ def changed(one: Any, other: Any, path: str = "") -> set[str]:
 
 def test_a_small_form_is_the_same_each_time(tmp_path: Path) -> None:
     whole = recipe("hub:arcee-ai/The-Tome@abc")
-    one, other = small(whole, tmp_path / "rows"), small(whole, tmp_path / "rows")
+    one, other = shrink_recipe(whole, tmp_path / "rows"), shrink_recipe(whole, tmp_path / "rows")
     assert one == other
     assert one.data.sources[0].label == "hub:arcee-ai/The-Tome@abc"
 
 
 def test_a_source_that_is_there_already_is_only_cut(tmp_path: Path) -> None:
-    form = small(recipe("asset:wikibooks-recipes", 'format = "wikibooks-recipes"'), tmp_path)
+    form = shrink_recipe(recipe("asset:wikibooks-recipes", 'format = "wikibooks-recipes"'), tmp_path)
     source = form.data.sources[0]
-    assert (source.path, source.rows) == ("asset:wikibooks-recipes", ROWS)
+    assert (source.path, source.rows) == ("asset:wikibooks-recipes", ROWS_PER_SOURCE)
 
 
 def test_an_unknown_source_elsewhere_is_refused_with_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no small form") as caught:
-        small(recipe("hub:owner/unheard-of"), tmp_path)
+        shrink_recipe(recipe("hub:owner/unheard-of"), tmp_path)
     assert "format" in (caught.value.hint or "")

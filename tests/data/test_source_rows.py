@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corral.data.source_rows import EXAMPLES, SourceRows, source_rows
+from corral.data.source_rows import EXAMPLES, SourceRows, load_source_rows
 from corral.errors import DataError
 from corral.messages import Conversation, record_key, record_to_json
 from corral.progress import Progress
@@ -14,23 +14,23 @@ from tests.data.conftest import chat, chats, source, write_rows
 
 
 def rows_of(path: Path, **settings: object) -> SourceRows:
-    return source_rows(source(path, **settings), path.parent / "cache", Progress())
+    return load_source_rows(source(path, **settings), path.parent / "cache", Progress())
 
 
 def test_usable_rows_are_kept_as_records_and_the_others_with_their_reasons(tmp_path: Path) -> None:
     rows = [*chats(60), {"messages": []}, *chats(5, start=60), {"messages": 3}, {"messages": []}]
     found = rows_of(write_rows(tmp_path / "a.jsonl", rows))
-    assert (len(found), found.read, found.format) == (65, 68, "messages")
+    assert (len(found), found.rows_read, found.format) == (65, 68, "messages")
     records = list(found.records(np.arange(65)))
     usable = [row for row in rows if isinstance(row["messages"], list) and row["messages"]]
     assert records == [Conversation.from_json(row) for row in usable]
     assert [bytes(key).hex() for key in found.keys] == [record_key(record) for record in records]
     assert found.index.tolist() == [*range(1, 61), *range(62, 67)]
-    why = {n: found.reasons[r] for n, r in zip(found.unusable.tolist(), found.reason_of.tolist(), strict=True)}
+    why = {n: found.reasons[r] for n, r in zip(found.unusable.tolist(), found.reason_codes.tolist(), strict=True)}
     assert why[61] == why[68] == "messages is an empty list"
     assert set(why) == {61, 67, 68}
     some = np.array([64, 3, 4, 0])
-    assert [json.loads(line) for line in found.lines(some)] == [record_to_json(records[i]) for i in some]
+    assert [json.loads(line) for line in found.record_lines(some)] == [record_to_json(records[i]) for i in some]
 
 
 def test_a_second_look_reads_the_cache_and_not_the_source(tmp_path: Path) -> None:
@@ -42,9 +42,9 @@ def test_a_second_look_reads_the_cache_and_not_the_source(tmp_path: Path) -> Non
             told.append(done)
 
     many = source(write_rows(path, chats(250)))
-    first = source_rows(many, tmp_path / "cache", Listener())
+    first = load_source_rows(many, tmp_path / "cache", Listener())
     assert told == [100, 200]
-    again = source_rows(many, tmp_path / "cache", Listener())
+    again = load_source_rows(many, tmp_path / "cache", Listener())
     assert told == [100, 200]
     assert again.identity == first.identity
     assert (np.asarray(again.keys) == np.asarray(first.keys)).all()
@@ -54,7 +54,7 @@ def test_every_row_keeps_its_own_reason_and_each_kind_is_shown_a_few_times(tmp_p
     rows = [chat("a", "b"), *({"messages": [{"role": f"r{i}", "content": "x"}]} for i in range(400))]
     found = rows_of(write_rows(tmp_path / "a.jsonl", rows), format="messages")
     assert len(found.unusable) == 400
-    assert [found.reasons[number] for number in found.reason_of] == found.reasons
+    assert [found.reasons[number] for number in found.reason_codes] == found.reasons
     assert all(f"'r{i}'" in reason for i, reason in enumerate(found.reasons))
     assert len(found.examples) == EXAMPLES
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from corral.data.prepare import prepare
-from corral.data.small_form import STARTER, small
+from corral.data.small_form import STARTER_MODEL, shrink_recipe
 from corral.recipe import Recipe, load
 from corral.template import Template
 from tests.template.real import tokenizer
@@ -41,8 +41,8 @@ def test_the_general_assistant_has_its_ten_sources_and_settings() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_the_small_form_of_a_recipe_keeps_rows_of_every_source(file: Path, tmp_path: Path) -> None:
-    recipe = small(load(file), tmp_path / "rows")
-    assert recipe.model.base == STARTER
+    recipe = shrink_recipe(load(file), tmp_path / "rows")
+    assert recipe.model.base == STARTER_MODEL
     template = Template.load(tokenizer("smollm2"), recipe.model.template)
     folder = tmp_path / "prepare"
     folder.mkdir()

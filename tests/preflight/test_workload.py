@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from corral.data.example_store import Rows, RowsWriter
-from corral.data.packing import packs
+from corral.data.example_store import ExampleStore, ExampleWriter
+from corral.data.packing import pack_sequences
 from corral.preflight.workload import Workload
 from corral.recipe import Train
 from corral.training.sampler import Order
@@ -20,11 +20,11 @@ def prepared(encoded_rows: list[Any], tmp_path_factory: pytest.TempPathFactory) 
     sides = {}
     for name, rows in (("train", encoded_rows[4:]), ("validation", encoded_rows[:4])):
         folder = tmp_path_factory.mktemp("rows") / name
-        with RowsWriter(folder, 3) as writer:
+        with ExampleWriter(folder, 3) as writer:
             for example in make_examples(rows):
                 writer.add(example, truncated=False)
             writer.finish()
-        sides[name] = Rows(folder)
+        sides[name] = ExampleStore(folder)
     return SimpleNamespace(**sides)
 
 
@@ -36,10 +36,10 @@ def test_steps_tokens_and_the_longest_pack_are_those_of_the_order(prepared: Any)
     batches = [order.batch(step) for step in range(1, 12)]
     assert work.steps == 11
     assert work.tokens == sum(int(lengths[b].sum()) for b in batches)
-    every_pack = [[b[i] for i in pack] for b in batches for pack in packs([int(lengths[i]) for i in b], 128)]
+    every_pack = [[b[i] for i in pack] for b in batches for pack in pack_sequences([int(lengths[i]) for i in b], 128)]
     assert work.longest.tokens == max(int(lengths[p].sum()) for p in every_pack)
     assert set(work.heavy) <= set(range(len(lengths)))
-    again = packs([int(lengths[i]) for i in work.heavy], 128)
+    again = pack_sequences([int(lengths[i]) for i in work.heavy], 128)
     assert max(sum(int(lengths[work.heavy[i]]) for i in pack) for pack in again) == work.longest.tokens
     assert (work.evaluations, work.checkpoints) == (
         1 + 3,

@@ -189,16 +189,16 @@ def ledger() -> dict[str, Any]:
     for source, rows in (("asset:wikibooks-recipes", 3129), ("house recipes", 139)):
         rng = random.Random(source)
         for index in range(rows):
-            made.read(source)
+            made.add_read(source)
             match rng.choices(
                 ("kept", "truncated", "no answer", "521 tokens, over the limit", "duplicate"), (88, 4, 3, 3, 2)
             )[0]:
                 case "kept" | "truncated" as fate:
-                    made.add(source, index, fate, side=rng.choices(("train", "validation", "test"), (90, 5, 5))[0])
+                    made.add_fate(source, index, fate, side=rng.choices(("train", "validation", "test"), (90, 5, 5))[0])
                 case "duplicate":
-                    made.add(source, index, "duplicate")
+                    made.add_fate(source, index, "duplicate")
                 case reason:
-                    made.add(source, index, "dropped", reason=reason)
+                    made.add_fate(source, index, "dropped", reason=reason)
     return made.to_json()
 
 

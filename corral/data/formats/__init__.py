@@ -13,21 +13,30 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from corral.data.formats.chat_messages import messages, sharegpt
-from corral.data.formats.column_mapping import compile_mapping, only_a_scale, stated_scale
+from corral.data.formats.chat_messages import openai_messages, sharegpt
+from corral.data.formats.column_mapping import compile_mapping, has_only_score_range, stated_scale
 from corral.data.formats.fields import ContradictionError, Format, FormatError
-from corral.data.formats.multiple_choice import counting_of, multiple_choice
-from corral.data.formats.preferences import feedback, feedback_scale, preference
+from corral.data.formats.multiple_choice import infer_numbering, multiple_choice
+from corral.data.formats.preferences import feedback, infer_feedback_scale, preference
 from corral.data.formats.prompt_response import alpaca, plain_text, prompt_completion, question_answer
-from corral.data.formats.public_datasets import NAMED, on_hub
-from corral.data.formats.recognition import Recognised, recognise
+from corral.data.formats.public_datasets import PUBLIC_DATASETS, find_by_hub_path
+from corral.data.formats.recognition import RecognisedFormat, recognise
 from corral.errors import DataError
 from corral.recipe import Source
 
-__all__ = ["FORMATS", "Chosen", "ContradictionError", "Format", "FormatError", "Recognised", "choose", "recognise"]
+__all__ = [
+    "FORMATS",
+    "ChosenFormat",
+    "ContradictionError",
+    "Format",
+    "FormatError",
+    "RecognisedFormat",
+    "choose_format",
+    "recognise",
+]
 
 FORMATS: dict[str, Format] = {
-    "messages": messages,
+    "messages": openai_messages,
     "sharegpt": sharegpt,
     "alpaca": alpaca,
     "prompt-completion": prompt_completion,
@@ -36,12 +45,12 @@ FORMATS: dict[str, Format] = {
     "preference": preference,
     "feedback": feedback,
     "multiple-choice": multiple_choice,
-    **{name: entry.read for name, entry in NAMED.items()},
+    **{name: entry.read for name, entry in PUBLIC_DATASETS.items()},
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class ChosenFormat:
     """How a source's rows are read.
 
     Args:
@@ -55,7 +64,7 @@ class Chosen:
     why: str
 
 
-def choose(source: Source, rows: Sequence[Mapping[str, Any]]) -> Chosen:
+def choose_format(source: Source, rows: Sequence[Mapping[str, Any]]) -> ChosenFormat:
     """The format of a source: its mapping, the format it names, the data set it is, or what its rows look like.
 
     What a row alone does not say (the scale of scores, from where options are counted) is decided here, for all rows.
@@ -67,13 +76,13 @@ def choose(source: Source, rows: Sequence[Mapping[str, Any]]) -> Chosen:
     Raises:
         DataError: the name, the mapping or the rows' columns make no format, or the rows do not say how they are meant.
     """
-    if source.mapping is None or only_a_scale(source.mapping):
+    if source.mapping is None or has_only_score_range(source.mapping):
         name, why = _named(source, rows)
         to_record, said = _settled(name, source, rows)
-        return Chosen(name, to_record, why + said)
+        return ChosenFormat(name, to_record, why + said)
     mapped, said = compile_mapping(source.mapping, rows, f"{source.label}: data.sources.mapping")
     columns = dict.fromkeys(f"`{path[0]}`" for path in mapped.paths)
-    return Chosen("mapping", mapped, f"format: a mapping of {', '.join(columns)} to {mapped.makes}{said}")
+    return ChosenFormat("mapping", mapped, f"format: a mapping of {', '.join(columns)} to {mapped.record_type}{said}")
 
 
 def _named(source: Source, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
@@ -88,7 +97,7 @@ def _named(source: Source, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]
                 hint=f"{guess}the formats are auto, {', '.join(FORMATS)}",
             )
         return source.format, f"format: {source.format}, as the recipe says"
-    known = on_hub(source.path)
+    known = find_by_hub_path(source.path)
     if known is not None:
         return known, f"format: {known}, as this is the data set {source.path}"
     recognised = recognise(rows, where=source.label)
@@ -108,9 +117,9 @@ def _settled(name: str, source: Source, rows: Sequence[Mapping[str, Any]]) -> tu
     if stated is not None:
         return partial(feedback, scale=stated), f"; scores from {stated.low:g} to {stated.high:g}, as the recipe says"
     if read is feedback:
-        scale, said = feedback_scale(rows, source.label)
+        scale, said = infer_feedback_scale(rows, source.label)
         return partial(feedback, scale=scale), said
     if read is multiple_choice:
-        counting, said = counting_of(rows, source.label)
-        return partial(multiple_choice, counting=counting), said
+        counting, said = infer_numbering(rows, source.label)
+        return partial(multiple_choice, numbering=counting), said
     return read, ""

@@ -12,15 +12,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from corral.data.formats.fields import FormatError, check_order, find, kind, optional_text_at, short, sound, text
+from corral.data.formats.fields import (
+    FormatError,
+    check_turn_order,
+    describe_type,
+    find_column,
+    nonblank_text,
+    optional_column_text,
+    short_repr,
+    valid_text,
+)
 from corral.messages import Conversation, Message, Role
 
-SYSTEM = ("system", "system_prompt")
+SYSTEM_COLUMNS = ("system", "system_prompt")
 """Columns that hold a row's system message."""
 
 
 @dataclass(frozen=True, slots=True)
-class Spelling:
+class ChatDialect:
     """How a family of data sets writes conversations.
 
     Args:
@@ -33,18 +42,18 @@ class Spelling:
     """
 
     columns: tuple[str, ...]
-    authors: tuple[str, ...]
-    contents: tuple[str, ...]
+    author_keys: tuple[str, ...]
+    content_keys: tuple[str, ...]
     roles: Mapping[str, Role]
-    expected: str
-    models: bool = False
+    expected_roles: str
+    model_names: bool = False
 
     def role(self, author: Any) -> Role | None:
         """Who an author is."""
         if not isinstance(author, str):
             return None
         name = author.strip().lower()
-        return self.roles.get(name) or ("assistant" if self.models and _MODEL.fullmatch(name) else None)
+        return self.roles.get(name) or ("assistant" if self.model_names and _MODEL.fullmatch(name) else None)
 
 
 _MODEL = re.compile(
@@ -67,27 +76,27 @@ _SHAREGPT_ROLES: dict[str, Role] = {
 _TOOLS = frozenset(("tool", "tools", "function", "ipython", "observation")) | {
     f"{what}{mark}{part}" for what in ("tool", "function") for mark in "_- " for part in ("call", "calls", "response")
 }
-ALONE = ("items", "history")
+COLUMNS_IF_ALONE = ("items", "history")
 """What a list of messages is called where no other column holds one: beside others these hold something else."""
-_OTHERS = ("dialogue", "dialog", "turns", "chat", *ALONE)
-OPENAI = Spelling(
+_OTHERS = ("dialogue", "dialog", "turns", "chat", *COLUMNS_IF_ALONE)
+OPENAI = ChatDialect(
     ("messages", "conversations", "conversation", *_OTHERS),
     ("role",),
     ("content",),
     _OPENAI_ROLES,
     "system, user or assistant",
 )
-SHAREGPT = Spelling(
+SHAREGPT = ChatDialect(
     ("conversations", "conversation", "messages", *_OTHERS),
     ("from", "role", "speaker", "author"),
     ("value", "content", "text"),
     _SHAREGPT_ROLES,
     "system, human or gpt, or another word for them",
-    models=True,
+    model_names=True,
 )
 
 
-def messages(row: Mapping[str, Any]) -> Conversation:
+def openai_messages(row: Mapping[str, Any]) -> Conversation:
     """OpenAI's form: `{"messages": [{"role", "content"}, …]}`, also called `conversations`, `dialogue`, `turns`, `chat` ….
 
     At most one system message, first (or in a column `system`); then user and assistant in turns, the assistant last.
@@ -109,18 +118,18 @@ def sharegpt(row: Mapping[str, Any]) -> Conversation:
     return _conversation(row, SHAREGPT)
 
 
-def _conversation(row: Mapping[str, Any], spelling: Spelling) -> Conversation:
+def _conversation(row: Mapping[str, Any], spelling: ChatDialect) -> Conversation:
     # A column of one of the names may hold something else, such as the number of turns.
-    name = next((name for name in spelling.columns if isinstance(unpacked(row.get(name)), list)), None)
-    name, value = find(row, spelling.columns if name is None else (name,))
-    turns = with_system(read_turns(value, name, spelling), row)
-    check_order(turns)
+    name = next((name for name in spelling.columns if isinstance(parse_json_list(row.get(name)), list)), None)
+    name, value = find_column(row, spelling.columns if name is None else (name,))
+    turns = add_system_column(read_messages(value, name, spelling), row)
+    check_turn_order(turns)
     return Conversation(tuple(turns))
 
 
-def with_system(turns: list[Message], row: Mapping[str, Any]) -> list[Message]:
+def add_system_column(turns: list[Message], row: Mapping[str, Any]) -> list[Message]:
     """Turns with the system message of a row's own column, if it has one. Raises: FormatError (there are two)."""
-    system = optional_text_at(row, *SYSTEM)
+    system = optional_column_text(row, *SYSTEM_COLUMNS)
     if not system or (turns and turns[0] == Message("system", system)):
         return turns
     if turns and turns[0].role == "system":
@@ -128,20 +137,20 @@ def with_system(turns: list[Message], row: Mapping[str, Any]) -> list[Message]:
     return [Message("system", system), *turns]
 
 
-def read_turns(value: Any, name: str, spelling: Spelling = SHAREGPT) -> list[Message]:
+def read_messages(value: Any, name: str, dialect: ChatDialect = SHAREGPT) -> list[Message]:
     """Messages of a list, which may be JSON text, in any order. Raises: FormatError."""
-    value = unpacked(value)
+    value = parse_json_list(value)
     if isinstance(value, str) and value.startswith("["):
         raise FormatError(f"{name} is text that is no JSON list of messages")
     if not isinstance(value, list):
-        raise FormatError(f"{name} is {kind(value)}: expected a list")
+        raise FormatError(f"{name} is {describe_type(value)}: expected a list")
     items = cast("list[Any]", value)
     if not items:
         raise FormatError(f"{name} is an empty list")
-    return [_message(item, name, i, spelling) for i, item in enumerate(items)]
+    return [_message(item, name, i, dialect) for i, item in enumerate(items)]
 
 
-def unpacked(value: Any) -> Any:
+def parse_json_list(value: Any) -> Any:
     """The list of objects whose JSON a text is, as a table's cell may hold it; anything else as it is."""
     if not isinstance(value, str) or not value.startswith("[") or not value.rstrip().endswith("]"):
         return value
@@ -163,21 +172,21 @@ def uses_tools(fields: Mapping[str, Any], author: Any) -> bool:
     return from_tool or bool(fields.get("tool_calls")) or bool(fields.get("function_call"))
 
 
-def _message(item: Any, name: str, i: int, spelling: Spelling) -> Message:
+def _message(item: Any, name: str, i: int, spelling: ChatDialect) -> Message:
     if not isinstance(item, dict):
-        form = f"{spelling.authors[0]} and {spelling.contents[0]}"
-        raise FormatError(f"{name}.{i} is {kind(item)}: expected an object with {form}")
+        form = f"{spelling.author_keys[0]} and {spelling.content_keys[0]}"
+        raise FormatError(f"{name}.{i} is {describe_type(item)}: expected an object with {form}")
     fields = cast("dict[str, Any]", item)
-    author_key = _key(fields, spelling.authors, f"{name}.{i}")
+    author_key = _key(fields, spelling.author_keys, f"{name}.{i}")
     author = fields[author_key]
     if uses_tools(fields, author):
         raise FormatError("tools are called in the conversation: it is left out whole")
-    content_key = _key(fields, spelling.contents, f"{name}.{i}")
+    content_key = _key(fields, spelling.content_keys, f"{name}.{i}")
     content = fields[content_key]
     role = spelling.role(author)
     if role is None:
-        raise FormatError(f"{name}.{i}.{author_key} is {short(author)}: expected {spelling.expected}")
-    content = sound(_joined(content), f"{name}.{i}.{content_key}")
+        raise FormatError(f"{name}.{i}.{author_key} is {short_repr(author)}: expected {spelling.expected_roles}")
+    content = valid_text(_joined(content), f"{name}.{i}.{content_key}")
     if not content or content.isspace():
         raise FormatError(f"empty content in turn {i + 1}")
     return Message(role, content)
@@ -214,13 +223,13 @@ def is_hh(value: Any) -> bool:
     return isinstance(value, str) and _HH_START.match(value) is not None
 
 
-def hh_turns(value: Any, name: str) -> list[Message]:
+def read_hh_dialogue(value: Any, name: str) -> list[Message]:
     """The turns of a dialogue in HH's form (Bai et al. 2022, arXiv 2204.05862), without the white space around each.
 
     Raises:
         FormatError: it does not begin with `Human:`, or a turn is empty.
     """
-    dialogue = text(value, name)
+    dialogue = nonblank_text(value, name)
     if not is_hh(dialogue):
         raise FormatError(f"{name} does not begin with `Human:`")
     parts = _HH_TURN.split("\n\n" + dialogue.lstrip())[1:]
@@ -234,6 +243,6 @@ def hh_turns(value: Any, name: str) -> list[Message]:
 
 def hh_chosen(row: Mapping[str, Any]) -> Conversation:
     """The better dialogue of a row of HH as a conversation. Raises: FormatError."""
-    turns = hh_turns(*reversed(find(row, ("chosen",))))
-    check_order(turns)
+    turns = read_hh_dialogue(*reversed(find_column(row, ("chosen",))))
+    check_turn_order(turns)
     return Conversation(tuple(turns))

@@ -15,9 +15,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
-from corral.data.formats.chat_messages import SHAREGPT, Spelling, read_turns
-from corral.data.formats.fields import FormatError, at, check_order, kind, listed, path_name, sound
-from corral.data.formats.scores import Scale, scale_of
+from corral.data.formats.chat_messages import SHAREGPT, ChatDialect, read_messages
+from corral.data.formats.fields import (
+    FormatError,
+    check_turn_order,
+    describe_type,
+    format_path,
+    quote_names,
+    valid_text,
+    value_at_path,
+)
+from corral.data.formats.scores import Scale, infer_scale
 from corral.errors import DataError
 from corral.messages import Conversation, Feedback, Message, Preference
 from corral.recipe import Mapping as MappingSettings
@@ -30,7 +38,7 @@ _WHERE = "data.sources.mapping"
 
 
 @dataclass(frozen=True, slots=True)
-class Pattern:
+class TextPattern:
     """A parsed text: literal strings, and paths into a row in between.
 
     Args:
@@ -42,7 +50,7 @@ class Pattern:
     parts: tuple[str | Path, ...]
 
     @classmethod
-    def parse(cls, name: str, source: str, where: str = _WHERE) -> Pattern:
+    def parse(cls, name: str, source: str, where: str = _WHERE) -> TextPattern:
         """The pattern of a setting's text; `where` is the table it stands in.
 
         Raises:
@@ -77,7 +85,7 @@ class Pattern:
         filled = "".join(part if isinstance(part, str) else _shown(row, part) for part in self.parts)
         if not filled.strip():
             raise FormatError(f"{self.name} is empty")
-        return sound(filled, self.name)
+        return valid_text(filled, self.name)
 
 
 def _path(placeholder: str, where: str) -> Path:
@@ -103,17 +111,17 @@ def _path(placeholder: str, where: str) -> Path:
 
 def _value(row: Mapping[str, Any], path: Path) -> Any:
     """The value at a path; a column whose name is the whole path, dots and all, comes first."""
-    whole = path_name(path)
-    return row[whole] if whole in row else at(row, path)
+    whole = format_path(path)
+    return row[whole] if whole in row else value_at_path(row, path)
 
 
 def _shown(row: Mapping[str, Any], path: Path) -> str:
-    name = path_name(path)
+    name = format_path(path)
     value = _value(row, path)
     if value is None:
         return ""
     if isinstance(value, str):
-        return sound(value, name)
+        return valid_text(value, name)
     if isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, int) and abs(value) < 10**100:
@@ -121,29 +129,31 @@ def _shown(row: Mapping[str, Any], path: Path) -> str:
     if isinstance(value, float) and math.isfinite(value):
         return repr(value).removesuffix(".0")
     inside = "[0]" if isinstance(value, list) else ".key" if isinstance(value, dict) else ""
-    raise FormatError(f"{name} is {kind(value)}" + (f": name what is in it, {{{name}{inside}}}" if inside else ""))
+    raise FormatError(
+        f"{name} is {describe_type(value)}" + (f": name what is in it, {{{name}{inside}}}" if inside else "")
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class Mapped:
+class ColumnMapping:
     """A mapping, ready for rows: what it makes depends on which keys the recipe gives."""
 
-    prompt: Pattern | None = None
-    system: Pattern | None = None
-    completion: Pattern | None = None
-    chosen: Pattern | None = None
-    rejected: Pattern | None = None
+    prompt: TextPattern | None = None
+    system: TextPattern | None = None
+    completion: TextPattern | None = None
+    chosen: TextPattern | None = None
+    rejected: TextPattern | None = None
     score: Path | None = None
     scale: Scale = field(default_factory=Scale)
     messages: Path | None = None
-    spelling: Spelling = SHAREGPT
+    dialect: ChatDialect = SHAREGPT
 
     def __call__(self, row: Mapping[str, Any]) -> Conversation | Preference | Feedback:
         """The record of a row. Raises: FormatError."""
         turns = [] if self.system is None else [Message("system", self.system.fill(row))]
         if self.messages is not None:
-            turns += read_turns(_value(row, self.messages), path_name(self.messages), self.spelling)
-            check_order(turns)
+            turns += read_messages(_value(row, self.messages), format_path(self.messages), self.dialect)
+            check_turn_order(turns)
             return Conversation(tuple(turns))
         assert self.prompt is not None, "compile_mapping makes no mapping without messages or a prompt"
         prompt = Conversation((*turns, Message("user", self.prompt.fill(row))))
@@ -157,17 +167,17 @@ class Mapped:
         if self.score is None:
             return prompt.add("assistant", completion)
         value = _value(row, self.score)
-        return Feedback(prompt, completion, self.scale.score(value, path_name(self.score)))
+        return Feedback(prompt, completion, self.scale.normalise(value, format_path(self.score)))
 
     @property
-    def makes(self) -> str:
+    def record_type(self) -> str:
         """What a row becomes, for a sentence."""
         if self.chosen is not None:
             return "a preference"
         return "feedback" if self.score is not None else "a conversation"
 
     @property
-    def patterns(self) -> tuple[Pattern, ...]:
+    def patterns(self) -> tuple[TextPattern, ...]:
         """The patterns it has."""
         given = (self.system, self.prompt, self.completion, self.chosen, self.rejected)
         return tuple(pattern for pattern in given if pattern is not None)
@@ -181,7 +191,7 @@ class Mapped:
 
 def compile_mapping(
     settings: MappingSettings, rows: Sequence[Mapping[str, Any]], where: str = _WHERE
-) -> tuple[Mapped, str]:
+) -> tuple[ColumnMapping, str]:
     """(a recipe's mapping, checked against the first rows; what to say of its scores).
 
     Args:
@@ -197,12 +207,12 @@ def compile_mapping(
     _check_keys(settings, where)
     stated = stated_scale(settings, where)
     score, column = (given.pop(name, None) for name in ("score", "messages"))
-    patterns: dict[str, Any] = {name: Pattern.parse(name, source, where) for name, source in given.items()}
+    patterns: dict[str, Any] = {name: TextPattern.parse(name, source, where) for name, source in given.items()}
     path, messages = (
         None if source is None else _one_column(name, source, where)
         for name, source in (("score", score), ("messages", column))
     )
-    mapped = Mapped(**patterns, score=path, messages=messages, spelling=_spelling(settings))
+    mapped = ColumnMapping(**patterns, score=path, messages=messages, dialect=_spelling(settings))
     for pattern in mapped.patterns:
         if not pattern.paths and pattern.name != "system":
             raise DataError(
@@ -216,7 +226,7 @@ def compile_mapping(
             _check_columns((alone,), rows, f"{where}.{name}")
     if stated is not None or path is None:
         return replace(mapped, scale=stated or Scale()), ""
-    scale, said = scale_of(_found(rows, path), path_name(path), f"{where}.score")
+    scale, said = infer_scale(_found(rows, path), format_path(path), f"{where}.score")
     return replace(mapped, scale=scale), said
 
 
@@ -230,20 +240,20 @@ def stated_scale(settings: MappingSettings, where: str = _WHERE) -> Scale | None
     return Scale(low, high, stated=True)
 
 
-def only_a_scale(settings: MappingSettings) -> bool:
+def has_only_score_range(settings: MappingSettings) -> bool:
     """Whether a mapping says nothing but the scale of scores: the rest is left to the format of the rows."""
     return set(settings.model_dump(exclude_none=True)) == {"score_range"}
 
 
-def _spelling(settings: MappingSettings) -> Spelling:
+def _spelling(settings: MappingSettings) -> ChatDialect:
     """How messages are written: the usual ways, and what the mapping says."""
     roles = {name.strip().lower(): role for name, role in (settings.roles or {}).items()}
     return replace(
         SHAREGPT,
-        authors=(settings.role,) if settings.role else SHAREGPT.authors,
-        contents=(settings.content,) if settings.content else SHAREGPT.contents,
+        author_keys=(settings.role,) if settings.role else SHAREGPT.author_keys,
+        content_keys=(settings.content,) if settings.content else SHAREGPT.content_keys,
         roles={**SHAREGPT.roles, **roles},
-        expected="system, user or assistant, another word for them, or one of the mapping's `roles`",
+        expected_roles="system, user or assistant, another word for them, or one of the mapping's `roles`",
     )
 
 
@@ -282,7 +292,7 @@ def _check_keys(settings: MappingSettings, where: str) -> None:
 
 def _one_column(name: str, source: str, where: str) -> Path:
     """The column of a score or of messages, with or without braces."""
-    pattern = Pattern.parse(name, source if "{" in source or "}" in source else f"{{{source}}}", where)
+    pattern = TextPattern.parse(name, source if "{" in source or "}" in source else f"{{{source}}}", where)
     if len(pattern.parts) != 1 or not pattern.paths:
         example = {"score": "rating", "messages": "dialogue"}[name]
         raise DataError(
@@ -293,7 +303,7 @@ def _one_column(name: str, source: str, where: str) -> Path:
 
 def _check_columns(paths: Iterable[Path], rows: Sequence[Mapping[str, Any]], where: str) -> None:
     for path in paths:
-        whole, column = path_name(path), str(path[0])
+        whole, column = format_path(path), str(path[0])
         if rows and not any(column in row or whole in row for row in rows):
             known = _names(rows)
             close = difflib.get_close_matches(column, known, n=1)
@@ -310,7 +320,7 @@ def _names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _columns(rows: Iterable[Mapping[str, Any]]) -> str:
-    return listed(_names(rows), most=30)
+    return quote_names(_names(rows), most=30)
 
 
 def _short(source: str, *, quotes: bool = True) -> str:

@@ -16,7 +16,7 @@ from corral.messages import Message, Record
 Format: TypeAlias = Callable[[Mapping[str, Any]], Record]
 """A raw row → a record. Raises: FormatError."""
 
-LONGEST = 10_000_000
+MAX_TEXT_CHARACTERS = 10_000_000
 """Most characters of one text. No model's context holds as much; a tokenizer would take minutes over more."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -43,7 +43,7 @@ class ContradictionError(FormatError):
         self.hint = hint
 
 
-def find(row: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:
+def find_column(row: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:
     """(name, value) of the first of these columns that holds something; or of one that holds null.
 
     Raises:
@@ -56,24 +56,24 @@ def find(row: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:
                 return name, row[name]
             empty = empty or name
     if empty is None:
-        raise FormatError(f"no `{names[0]}`: the row has {listed(row)}")
+        raise FormatError(f"no `{names[0]}`: the row has {quote_names(row)}")
     return empty, None
 
 
-def text(value: Any, name: str) -> str:
+def nonblank_text(value: Any, name: str) -> str:
     """A text that is not blank, as it is. Raises: FormatError."""
-    checked = sound(value, name)
+    checked = valid_text(value, name)
     if not checked or checked.isspace():
         raise FormatError(f"{name} is empty")
     return checked
 
 
-def sound(value: Any, name: str) -> str:
+def valid_text(value: Any, name: str) -> str:
     """A text, perhaps blank, that can be encoded and stored. Raises: FormatError."""
     if not isinstance(value, str):
-        raise FormatError(f"{name} is {kind(value)}: expected text")
-    if len(value) > LONGEST:
-        raise FormatError(f"{name} is longer than {LONGEST:,} characters")
+        raise FormatError(f"{name} is {describe_type(value)}: expected text")
+    if len(value) > MAX_TEXT_CHARACTERS:
+        raise FormatError(f"{name} is longer than {MAX_TEXT_CHARACTERS:,} characters")
     if "\0" in value:
         raise FormatError(f"{name} holds a NUL character")
     if not value.isascii() and _SURROGATE.search(value):
@@ -81,26 +81,26 @@ def sound(value: Any, name: str) -> str:
     return value
 
 
-def text_at(row: Mapping[str, Any], *names: str) -> str:
+def column_text(row: Mapping[str, Any], *names: str) -> str:
     """The text of the first of these columns. Raises: FormatError."""
-    name, value = find(row, names)
-    return text(value, name)
+    name, value = find_column(row, names)
+    return nonblank_text(value, name)
 
 
-def optional_text_at(row: Mapping[str, Any], *names: str) -> str:
+def optional_column_text(row: Mapping[str, Any], *names: str) -> str:
     """The text of the first of these columns; nothing if there is none, or it is null, NaN or blank. Raises: FormatError."""
     for name in names:
         value = row.get(name)
         # A table's empty cell may be read as NaN.
         if value is None or (isinstance(value, float) and math.isnan(value)):
             continue
-        found = sound(value, name)
+        found = valid_text(value, name)
         if found and not found.isspace():
             return found
     return ""
 
 
-def at(row: Mapping[str, Any], path: Sequence[str | int]) -> Any:
+def value_at_path(row: Mapping[str, Any], path: Sequence[str | int]) -> Any:
     """The value under a path of column, keys and list places.
 
     Raises:
@@ -108,30 +108,30 @@ def at(row: Mapping[str, Any], path: Sequence[str | int]) -> Any:
     """
     value: Any = row
     for i, step in enumerate(path):
-        name = path_name(path[:i]) or "the row"
+        name = format_path(path[:i]) or "the row"
         if isinstance(step, int):
             if not isinstance(value, list):
-                raise FormatError(f"{name} is {kind(value)}: expected a list")
+                raise FormatError(f"{name} is {describe_type(value)}: expected a list")
             items = cast("list[Any]", value)
             if not -len(items) <= step < len(items):
                 raise FormatError(f"{name} is a list of {len(items)}: it has no [{step}]")
             value = items[step]
         else:
             if not isinstance(value, Mapping):
-                raise FormatError(f"{name} is {kind(value)}: expected an object")
+                raise FormatError(f"{name} is {describe_type(value)}: expected an object")
             fields = cast("Mapping[str, Any]", value)
             if step not in fields:
-                raise FormatError(f"no `{path_name(path[: i + 1])}`: {name} has {listed(fields)}")
+                raise FormatError(f"no `{format_path(path[: i + 1])}`: {name} has {quote_names(fields)}")
             value = fields[step]
     return value
 
 
-def path_name(path: Sequence[str | int]) -> str:
+def format_path(path: Sequence[str | int]) -> str:
     """`("answer", "aliases", 0)` → `answer.aliases[0]`."""
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
 
 
-def check_order(turns: Sequence[Message]) -> None:
+def check_turn_order(turns: Sequence[Message]) -> None:
     """At most one system message, first; then user and assistant in turns, the assistant last. Raises: FormatError."""
     if not turns:
         raise FormatError("there are no messages")
@@ -149,7 +149,7 @@ def check_order(turns: Sequence[Message]) -> None:
 _PLACES = {2: "second", 3: "third"}
 
 
-def kind(value: Any) -> str:
+def describe_type(value: Any) -> str:
     """What a value is, in a word or two."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "infinite"
@@ -166,17 +166,17 @@ def kind(value: Any) -> str:
     return kinds.get(type(value), f"a {type(value).__name__}")
 
 
-def listed(names: Iterable[Any], most: int = 8) -> str:
+def quote_names(names: Iterable[Any], most: int = 8) -> str:
     """Names for a sentence: `'a', 'b'`."""
-    shown = [short(name) for name in names]
+    shown = [short_repr(name) for name in names]
     return (", ".join(shown[:most]) + (" …" if len(shown) > most else "")) or "no columns"
 
 
-def short(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """A value's repr, cut to 40 characters."""
     try:
         # Of a huge value only the beginning is worth making.
         shown = repr(value[:60] if isinstance(value, str) else value)
     except (RecursionError, ValueError):  # nested too deeply, or a number of thousands of digits
-        return kind(value)
+        return describe_type(value)
     return shown if len(shown) <= 40 else f"{shown[:39]}…"

@@ -11,14 +11,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from corral.data.formats.fields import ContradictionError, FormatError, find, kind, listed, short, text, text_at
-from corral.data.formats.prompt_response import asked
+from corral.data.formats.fields import (
+    ContradictionError,
+    FormatError,
+    column_text,
+    describe_type,
+    find_column,
+    nonblank_text,
+    quote_names,
+    short_repr,
+)
+from corral.data.formats.prompt_response import single_turn
 from corral.errors import DataError
 from corral.messages import Conversation
 
-CHOICES = ("choices", "options")
-ANSWER = ("answer", "answerKey", "answer_key", "answer_index", "label")
-FIRST_COLUMNS = ("A", "option_a", "option_A", "choice_a", "choice_A")
+CHOICES_COLUMNS = ("choices", "options")
+ANSWER_COLUMNS = ("answer", "answerKey", "answer_key", "answer_index", "label")
+FIRST_OPTION_COLUMNS = ("A", "option_a", "option_A", "choice_a", "choice_A")
 """The first of the columns, one for each option."""
 
 _LETTERS = string.ascii_uppercase
@@ -28,7 +37,7 @@ _LETTERS_INSTEAD = "write the right option's letter, or its text, as the answer"
 
 
 @dataclass(frozen=True, slots=True)
-class Counting:
+class AnswerNumbering:
     """How a source's numbers for answers are meant.
 
     Args:
@@ -37,12 +46,12 @@ class Counting:
         places: whether a number that is also an option's text is a place (True), is that text (False), or may be either.
     """
 
-    first: int = 0
-    shown: bool = True
-    places: bool | None = None
+    first_number: int = 0
+    confirmed: bool = True
+    are_positions: bool | None = None
 
 
-def multiple_choice(row: Mapping[str, Any], counting: Counting | None = None) -> Conversation:
+def multiple_choice(row: Mapping[str, Any], numbering: AnswerNumbering | None = None) -> Conversation:
     """A question with options.
 
     Options are a list of texts (MMLU), an object of `label` and `text` lists (CommonsenseQA, ARC), a list of such objects,
@@ -56,24 +65,24 @@ def multiple_choice(row: Mapping[str, Any], counting: Counting | None = None) ->
         ContradictionError: the answer shows that numbers are not meant so, or it has two meanings.
         FormatError: otherwise; fewer than 2 options; or the answer is none of them.
     """
-    question = text_at(row, "question")
+    question = column_text(row, "question")
     labels, options = _options(row)
     if len(options) < 2:
         raise FormatError("fewer than 2 options")
     if len(options) > len(_LETTERS):
         raise FormatError(f"more than {len(_LETTERS)} options")
-    right = _place(*find(row, ANSWER), labels, options, counting or Counting())
+    right = _place(*find_column(row, ANSWER_COLUMNS), labels, options, numbering or AnswerNumbering())
     lines = "\n".join(f"{letter}. {option}" for letter, option in zip(_LETTERS, options, strict=False))
-    return asked(row, f"{question}\n\n{lines}", f"{_LETTERS[right]}. {options[right]}")
+    return single_turn(row, f"{question}\n\n{lines}", f"{_LETTERS[right]}. {options[right]}")
 
 
 def _options(row: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """(labels, texts) of the options."""
-    if not any(name in row for name in CHOICES):
-        for first in FIRST_COLUMNS:
+    if not any(name in row for name in CHOICES_COLUMNS):
+        for first in FIRST_OPTION_COLUMNS:
             if first in row:
                 return _from_columns(row, first)
-    name, value = find(row, CHOICES)
+    name, value = find_column(row, CHOICES_COLUMNS)
     if isinstance(value, dict):
         fields = cast("dict[str, Any]", value)
         if isinstance(fields.get("text"), list):
@@ -83,7 +92,7 @@ def _options(row: Mapping[str, Any]) -> tuple[list[str], list[str]]:
             return _checked(name, given, texts)
         return _checked(name, list(fields), list(fields.values()))
     if not isinstance(value, list):
-        raise FormatError(f"{name} is {kind(value)}: expected a list, or an object of labels and texts")
+        raise FormatError(f"{name} is {describe_type(value)}: expected a list, or an object of labels and texts")
     items = cast("list[Any]", value)
     if items and all(isinstance(item, dict) for item in items):
         objects = cast("list[dict[str, Any]]", items)
@@ -100,7 +109,7 @@ def _from_columns(row: Mapping[str, Any], first: str) -> tuple[list[str], list[s
     stem, lower = first[:-1], first[-1].islower()
     names = [stem + (letter.lower() if lower else letter) for letter in _LETTERS]
     found = [(name, row[name]) for name in names if row.get(name) is not None]
-    return [name[-1].upper() for name, _ in found], [text(value, name) for name, value in found]
+    return [name[-1].upper() for name, _ in found], [nonblank_text(value, name) for name, value in found]
 
 
 def _checked(name: str, labels: list[Any], options: list[Any]) -> tuple[list[str], list[str]]:
@@ -108,11 +117,11 @@ def _checked(name: str, labels: list[Any], options: list[Any]) -> tuple[list[str
         raise FormatError(f"more than {len(_LETTERS)} options")
     if len(labels) != len(options):
         raise FormatError(f"{name} has {len(labels)} labels and {len(options)} texts")
-    texts = [text(option, f"{name}[{i}]") for i, option in enumerate(options)]
-    return [text(label, f"a label in {name}") for label in labels], texts
+    texts = [nonblank_text(option, f"{name}[{i}]") for i, option in enumerate(options)]
+    return [nonblank_text(label, f"a label in {name}") for label in labels], texts
 
 
-def counting_of(rows: Iterable[Mapping[str, Any]], where: str) -> tuple[Counting, str]:
+def infer_numbering(rows: Iterable[Mapping[str, Any]], where: str) -> tuple[AnswerNumbering, str]:
     """(how the numbers of a source's answers are meant, what to say of it), told from its first rows.
 
     Raises:
@@ -121,7 +130,7 @@ def counting_of(rows: Iterable[Mapping[str, Any]], where: str) -> tuple[Counting
     from_0 = from_1 = numbers = only_place = only_text = False
     for row in rows:
         try:
-            (labels, options), (_, answer) = _options(row), find(row, ANSWER)
+            (labels, options), (_, answer) = _options(row), find_column(row, ANSWER_COLUMNS)
         except FormatError:
             continue
         number = _number(answer)
@@ -133,7 +142,7 @@ def counting_of(rows: Iterable[Mapping[str, Any]], where: str) -> tuple[Counting
         from_0, from_1 = from_0 or number == 0, from_1 or number == len(options)
     places = only_place if only_place != only_text else None
     if places is False or not numbers:
-        return Counting(places=places), ""
+        return AnswerNumbering(are_positions=places), ""
     if from_0 and from_1:
         raise DataError(
             "the answers hold both 0 and the number of options: are these counted from 0 or from 1?",
@@ -141,7 +150,7 @@ def counting_of(rows: Iterable[Mapping[str, Any]], where: str) -> tuple[Counting
             hint=_LETTERS_INSTEAD,
         )
     first = 1 if from_1 else 0
-    return Counting(first, from_0 or from_1, places), f"; answers are counted from {first}"
+    return AnswerNumbering(first, from_0 or from_1, places), f"; answers are counted from {first}"
 
 
 def _number(answer: Any) -> int | None:
@@ -156,29 +165,31 @@ def _stripped(options: list[str]) -> list[str]:
     return [option.strip() for option in options]
 
 
-def _place(name: str, answer: Any, labels: list[str], options: list[str], counting: Counting) -> int:
+def _place(name: str, answer: Any, labels: list[str], options: list[str], counting: AnswerNumbering) -> int:
     """Where the right option stands, from 0."""
     number = _number(answer)
     if number is None and isinstance(answer, int | float) and not isinstance(answer, bool) and answer == answer:
-        raise FormatError(f"{name} is outside the {len(options)} options, counted from {counting.first}")
-    given = text(answer, name).strip() if number is None or isinstance(answer, str) else str(number)
+        raise FormatError(f"{name} is outside the {len(options)} options, counted from {counting.first_number}")
+    given = nonblank_text(answer, name).strip() if number is None or isinstance(answer, str) else str(number)
     for known in (given, given.upper()):
         if known in labels:
             return labels.index(known)
     texts = _stripped(options)
     by_text = texts.index(given) if given in texts else None
-    by_place = number - counting.first if number is not None and counting.places is not False else None
+    by_place = number - counting.first_number if number is not None and counting.are_positions is not False else None
     if by_place is None or (by_text is not None and not 0 <= by_place < len(options)):
         if by_text is None:
             raise FormatError(
-                f"{name} is {short(given)}: expected one of the options or their labels, {listed(labels)}"
+                f"{name} is {short_repr(given)}: expected one of the options or their labels, {quote_names(labels)}"
             )
         return by_text
     if not 0 <= by_place < len(options):
-        reason = f"{name} is outside the {len(options)} options, counted from {counting.first}"
-        if by_place == (len(options) if counting.first == 0 else -1) and (counting.first or not counting.shown):
+        reason = f"{name} is outside the {len(options)} options, counted from {counting.first_number}"
+        if by_place == (len(options) if counting.first_number == 0 else -1) and (
+            counting.first_number or not counting.confirmed
+        ):
             raise ContradictionError(f"{reason}, as the first rows seemed to be", _LETTERS_INSTEAD)
         raise FormatError(reason)
-    if by_text is not None and by_text != by_place and counting.places is None:
+    if by_text is not None and by_text != by_place and counting.are_positions is None:
         raise ContradictionError(f"{name} is the text of one option and the number of another", _LETTERS_INSTEAD)
     return by_place

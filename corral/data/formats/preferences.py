@@ -9,17 +9,17 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from corral.data.formats.chat_messages import hh_turns, is_hh, read_turns, unpacked, with_system
-from corral.data.formats.fields import FormatError, check_order, find, kind, text
-from corral.data.formats.prompt_response import COMPLETION, answer_of, prompt_of
-from corral.data.formats.scores import Scale, scale_of
+from corral.data.formats.chat_messages import add_system_column, is_hh, parse_json_list, read_hh_dialogue, read_messages
+from corral.data.formats.fields import FormatError, check_turn_order, describe_type, find_column, nonblank_text
+from corral.data.formats.prompt_response import COMPLETION_COLUMNS, read_answer, read_prompt
+from corral.data.formats.scores import Scale, infer_scale
 from corral.messages import Conversation, Feedback, Message, Preference
 
-ASKED = ("prompt", "question", "instruction", "conversations", "conversation")
-JUDGED = ("prompt", "query", "question", "instruction")
-CHOSEN = ("chosen", "chosen_response")
-REJECTED = ("rejected", "rejected_response")
-SCORE = ("label", "score")
+PREFERENCE_PROMPT_COLUMNS = ("prompt", "question", "instruction", "conversations", "conversation")
+FEEDBACK_PROMPT_COLUMNS = ("prompt", "query", "question", "instruction")
+CHOSEN_COLUMNS = ("chosen", "chosen_response")
+REJECTED_COLUMNS = ("rejected", "rejected_response")
+SCORE_COLUMNS = ("label", "score")
 
 
 def preference(row: Mapping[str, Any]) -> Preference:
@@ -33,21 +33,26 @@ def preference(row: Mapping[str, Any]) -> Preference:
     Raises:
         FormatError: otherwise; the answers are the same; or they differ before the last turn.
     """
-    (chosen_name, chosen), (rejected_name, rejected) = find(row, CHOSEN), find(row, REJECTED)
-    chosen, rejected = unpacked(chosen), unpacked(rejected)
+    (chosen_name, chosen), (rejected_name, rejected) = (
+        find_column(row, CHOSEN_COLUMNS),
+        find_column(row, REJECTED_COLUMNS),
+    )
+    chosen, rejected = parse_json_list(chosen), parse_json_list(rejected)
     if isinstance(chosen, str) != isinstance(rejected, str) and chosen is not None and rejected is not None:
-        raise FormatError(f"{chosen_name} is {kind(chosen)}, {rejected_name} is {kind(rejected)}: expected one form")
+        raise FormatError(
+            f"{chosen_name} is {describe_type(chosen)}, {rejected_name} is {describe_type(rejected)}: expected one form"
+        )
     if isinstance(chosen, list) and len(cast("list[Any]", chosen)) > 1:
-        return _after_prompt(read_turns(chosen, chosen_name), read_turns(rejected, rejected_name), row)
+        return _after_prompt(read_messages(chosen, chosen_name), read_messages(rejected, rejected_name), row)
     if is_hh(chosen) and is_hh(rejected):
-        return _after_prompt(hh_turns(chosen, "chosen"), hh_turns(rejected, "rejected"), row)
-    asked = next((name for name in ASKED if row.get(name) is not None), None)
+        return _after_prompt(read_hh_dialogue(chosen, "chosen"), read_hh_dialogue(rejected, "rejected"), row)
+    asked = next((name for name in PREFERENCE_PROMPT_COLUMNS if row.get(name) is not None), None)
     if asked is None and isinstance(chosen, str) and isinstance(rejected, str):
-        return _parted(text(chosen, chosen_name), text(rejected, rejected_name), row)
-    better, worse = answer_of(chosen_name, chosen), answer_of(rejected_name, rejected)
+        return _parted(nonblank_text(chosen, chosen_name), nonblank_text(rejected, rejected_name), row)
+    better, worse = read_answer(chosen_name, chosen), read_answer(rejected_name, rejected)
     if asked is None:
         raise FormatError(f"no `prompt`, and {chosen_name} does not begin with one")
-    prompt = prompt_of(asked, row[asked], row)
+    prompt = read_prompt(asked, row[asked], row)
     return Preference(prompt, *_different(better, worse))
 
 
@@ -60,8 +65,10 @@ def _parted(chosen: str, rejected: str, row: Mapping[str, Any]) -> Preference:
     shared = common[: last_word.start()] if last_word else ""
     if not shared.strip():
         raise FormatError("no `prompt`, and chosen and rejected do not begin alike")
-    prompt = Conversation(tuple(with_system([Message("user", shared)], row)))
-    return Preference(prompt, text(chosen[len(shared) :], "chosen"), text(rejected[len(shared) :], "rejected"))
+    prompt = Conversation(tuple(add_system_column([Message("user", shared)], row)))
+    return Preference(
+        prompt, nonblank_text(chosen[len(shared) :], "chosen"), nonblank_text(rejected[len(shared) :], "rejected")
+    )
 
 
 def _common_start(one: str, other: str) -> str:
@@ -74,11 +81,11 @@ def _common_start(one: str, other: str) -> str:
 
 def _after_prompt(chosen: list[Message], rejected: list[Message], row: Mapping[str, Any]) -> Preference:
     """The pair of two conversations that differ in their last answer only."""
-    check_order(chosen)
-    check_order(rejected)
+    check_turn_order(chosen)
+    check_turn_order(rejected)
     if chosen[:-1] != rejected[:-1]:
         raise FormatError("chosen and rejected differ before the last turn: they answer different prompts")
-    prompt = Conversation(tuple(with_system(chosen[:-1], row)))
+    prompt = Conversation(tuple(add_system_column(chosen[:-1], row)))
     return Preference(prompt, *_different(chosen[-1].content, rejected[-1].content))
 
 
@@ -100,17 +107,17 @@ def feedback(row: Mapping[str, Any], scale: Scale | None = None) -> Feedback:
         ContradictionError: the score is outside a scale that nobody stated.
         FormatError: the row has another form.
     """
-    prompt = prompt_of(*find(row, JUDGED), row)
-    completion = answer_of(*find(row, COMPLETION))
-    name, value = find(row, SCORE)
-    return Feedback(prompt, completion, (scale or Scale()).score(value, name))
+    prompt = read_prompt(*find_column(row, FEEDBACK_PROMPT_COLUMNS), row)
+    completion = read_answer(*find_column(row, COMPLETION_COLUMNS))
+    name, value = find_column(row, SCORE_COLUMNS)
+    return Feedback(prompt, completion, (scale or Scale()).normalise(value, name))
 
 
-def feedback_scale(rows: Sequence[Mapping[str, Any]], where: str) -> tuple[Scale, str]:
+def infer_feedback_scale(rows: Sequence[Mapping[str, Any]], where: str) -> tuple[Scale, str]:
     """(the scale of a source's judgements, what to say of it), told from its first rows. Raises: DataError."""
-    found = [find(row, SCORE) for row in rows if not set(SCORE).isdisjoint(row)]
-    name = next((name for name, value in found if value is not None), SCORE[0])
+    found = [find_column(row, SCORE_COLUMNS) for row in rows if not set(SCORE_COLUMNS).isdisjoint(row)]
+    name = next((name for name, value in found if value is not None), SCORE_COLUMNS[0])
     plain = next((form for form in ("prompt", "query", "instruction") if any(form in row for row in rows)), None)
     named = {"prompt": "prompt-completion", "query": "prompt-completion", "instruction": "alpaca"}.get(plain or "")
     otherwise = f'; or train on every answer, whatever its `{name}`: format = "{named}"' if named else ""
-    return scale_of([value for _, value in found], name, where, otherwise)
+    return infer_scale([value for _, value in found], name, where, otherwise)

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from corral.data.formats.chat_messages import hh_chosen, sharegpt
-from corral.data.formats.fields import Format, FormatError, at, kind, optional_text_at, path_name, text
+from corral.data.formats.fields import (
+    Format,
+    FormatError,
+    describe_type,
+    format_path,
+    nonblank_text,
+    optional_column_text,
+    value_at_path,
+)
 from corral.data.formats.multiple_choice import multiple_choice
 from corral.data.formats.preferences import preference
 from corral.data.formats.prompt_response import alpaca
@@ -23,23 +31,25 @@ _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class RequestAnswer:
     """A request and its answer, each a column or a path to a text in one; and perhaps material that the request is about."""
 
     request: tuple[str, ...]
     answer: tuple[str, ...]
-    material: str | None = None
+    context: str | None = None
 
     def __call__(self, row: Mapping[str, Any]) -> Conversation:
         """Raises: FormatError."""
-        request = text(at(row, self.request), path_name(self.request))
-        if self.material is not None:
-            request = with_input(request, optional_text_at(row, self.material))
-        return Conversation.of(("user", request), ("assistant", text(at(row, self.answer), path_name(self.answer))))
+        request = nonblank_text(value_at_path(row, self.request), format_path(self.request))
+        if self.context is not None:
+            request = with_input(request, optional_column_text(row, self.context))
+        return Conversation.of(
+            ("user", request), ("assistant", nonblank_text(value_at_path(row, self.answer), format_path(self.answer)))
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class Named:
+class PublicDataset:
     """A public data set.
 
     Args:
@@ -48,7 +58,7 @@ class Named:
         read: a row → a record.
     """
 
-    hub: tuple[str, ...]
+    hub_ids: tuple[str, ...]
     columns: tuple[str, ...]
     read: Format
 
@@ -63,8 +73,11 @@ def gsm8k(row: Mapping[str, Any]) -> Conversation:
     Raises:
         FormatError: a text is missing.
     """
-    question, answer = text(at(row, ("question",)), "question"), text(at(row, ("answer",)), "answer")
-    return Conversation.of(("user", question), ("assistant", text(_CALCULATOR.sub("", answer), "answer")))
+    question, answer = (
+        nonblank_text(value_at_path(row, ("question",)), "question"),
+        nonblank_text(value_at_path(row, ("answer",)), "answer"),
+    )
+    return Conversation.of(("user", question), ("assistant", nonblank_text(_CALCULATOR.sub("", answer), "answer")))
 
 
 def hotpot(row: Mapping[str, Any]) -> Conversation:
@@ -73,10 +86,13 @@ def hotpot(row: Mapping[str, Any]) -> Conversation:
     Raises:
         FormatError: `context` has none of the passages that `supporting_facts` names, or a text is missing.
     """
-    question, answer = text(at(row, ("question",)), "question"), text(at(row, ("answer",)), "answer")
-    titles = _list(at(row, ("context", "title")), "context.title")
-    passages = _list(at(row, ("context", "sentences")), "context.sentences")
-    needed = _list(at(row, ("supporting_facts", "title")), "supporting_facts.title")
+    question, answer = (
+        nonblank_text(value_at_path(row, ("question",)), "question"),
+        nonblank_text(value_at_path(row, ("answer",)), "answer"),
+    )
+    titles = _list(value_at_path(row, ("context", "title")), "context.title")
+    passages = _list(value_at_path(row, ("context", "sentences")), "context.sentences")
+    needed = _list(value_at_path(row, ("supporting_facts", "title")), "supporting_facts.title")
     if len(titles) != len(passages):
         raise FormatError(f"context has {len(titles)} titles and {len(passages)} passages")
     found: list[str] = []
@@ -84,8 +100,8 @@ def hotpot(row: Mapping[str, Any]) -> Conversation:
         if title in needed:
             name = f"context.sentences[{i}]"
             # A sentence brings the space before it.
-            sentences = "".join(text(sentence, name) for sentence in _list(passage, name)).strip()
-            found.append(f"{text(title, 'context.title')}\n{sentences}")
+            sentences = "".join(nonblank_text(sentence, name) for sentence in _list(passage, name)).strip()
+            found.append(f"{nonblank_text(title, 'context.title')}\n{sentences}")
     if not found:
         raise FormatError("context has none of the passages that supporting_facts names")
     return Conversation.of(("user", with_input(question, "\n\n".join(found))), ("assistant", answer))
@@ -93,54 +109,54 @@ def hotpot(row: Mapping[str, Any]) -> Conversation:
 
 def _list(value: Any, name: str) -> list[Any]:
     if not isinstance(value, list):
-        raise FormatError(f"{name} is {kind(value)}: expected a list")
+        raise FormatError(f"{name} is {describe_type(value)}: expected a list")
     return cast("list[Any]", value)
 
 
-NAMED: dict[str, Named] = {
-    "alpaca": Named(("tatsu-lab/alpaca",), ("instruction", "input", "output", "text"), alpaca),
-    "dolly": Named(
+PUBLIC_DATASETS: dict[str, PublicDataset] = {
+    "alpaca": PublicDataset(("tatsu-lab/alpaca",), ("instruction", "input", "output", "text"), alpaca),
+    "dolly": PublicDataset(
         ("databricks/databricks-dolly-15k",),
         ("instruction", "context", "response", "category"),
-        Asked(("instruction",), ("response",), material="context"),
+        RequestAnswer(("instruction",), ("response",), context="context"),
     ),
     # For preferences the same rows are read by `preference`.
-    "hh-rlhf": Named(("Anthropic/hh-rlhf",), ("chosen", "rejected"), hh_chosen),
-    "gsm8k": Named(("gsm8k", "openai/gsm8k"), ("question", "answer"), gsm8k),
-    "metamathqa": Named(
+    "hh-rlhf": PublicDataset(("Anthropic/hh-rlhf",), ("chosen", "rejected"), hh_chosen),
+    "gsm8k": PublicDataset(("gsm8k", "openai/gsm8k"), ("question", "answer"), gsm8k),
+    "metamathqa": PublicDataset(
         ("meta-math/MetaMathQA",),
         ("type", "query", "original_question", "response"),
-        Asked(("query",), ("response",)),
+        RequestAnswer(("query",), ("response",)),
     ),
-    "hotpot_qa": Named(
+    "hotpot_qa": PublicDataset(
         ("hotpot_qa", "hotpotqa/hotpot_qa"),
         ("id", "question", "answer", "type", "level", "supporting_facts", "context"),
         hotpot,
     ),
-    "mmlu": Named(("cais/mmlu",), ("question", "subject", "choices", "answer"), multiple_choice),
-    "commonsense_qa": Named(
+    "mmlu": PublicDataset(("cais/mmlu",), ("question", "subject", "choices", "answer"), multiple_choice),
+    "commonsense_qa": PublicDataset(
         ("commonsense_qa", "tau/commonsense_qa"),
         ("id", "question", "question_concept", "choices", "answerKey"),
         multiple_choice,
     ),
-    "trivia_qa": Named(
+    "trivia_qa": PublicDataset(
         ("trivia_qa", "mandarjoshi/trivia_qa"),
         ("question", "question_id", "question_source", "entity_pages", "search_results", "answer"),
-        Asked(("question",), ("answer", "value")),
+        RequestAnswer(("question",), ("answer", "value")),
     ),
-    "truthfulqa": Named(
+    "truthfulqa": PublicDataset(
         ("domenicrosati/TruthfulQA",),
         ("Type", "Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers", "Source"),
-        Asked(("Question",), ("Best Answer",)),
+        RequestAnswer(("Question",), ("Best Answer",)),
     ),
-    "finetome-100k": Named(("mlabonne/FineTome-100k",), ("conversations", "source", "score"), sharegpt),
-    "wizardlm-evol-instruct-70k": Named(
+    "finetome-100k": PublicDataset(("mlabonne/FineTome-100k",), ("conversations", "source", "score"), sharegpt),
+    "wizardlm-evol-instruct-70k": PublicDataset(
         ("WizardLMTeam/WizardLM_evol_instruct_70k", "WizardLM/WizardLM_evol_instruct_70k"),
         ("instruction", "output"),
-        Asked(("instruction",), ("output",)),
+        RequestAnswer(("instruction",), ("output",)),
     ),
-    "the-tome": Named(("arcee-ai/The-Tome",), ("conversations",), sharegpt),
-    "ultrafeedback-binarized": Named(
+    "the-tome": PublicDataset(("arcee-ai/The-Tome",), ("conversations",), sharegpt),
+    "ultrafeedback-binarized": PublicDataset(
         (
             "argilla/ultrafeedback-binarized-preferences",
             "argilla/ultrafeedback-binarized-preferences-cleaned",
@@ -149,14 +165,16 @@ NAMED: dict[str, Named] = {
         ("prompt", "chosen", "rejected"),
         preference,
     ),
-    "hh-golden": Named(("Unified-Language-Model-Alignment/Anthropic_HH_Golden",), ("chosen", "rejected"), preference),
-    "wikibooks-recipes": Named((), ("title", "ingredients", "steps"), wikibooks_recipes),
+    "hh-golden": PublicDataset(
+        ("Unified-Language-Model-Alignment/Anthropic_HH_Golden",), ("chosen", "rejected"), preference
+    ),
+    "wikibooks-recipes": PublicDataset((), ("title", "ingredients", "steps"), wikibooks_recipes),
 }
 
 
-def on_hub(path: str) -> str | None:
+def find_by_hub_path(path: str) -> str | None:
     """The entry for a source `hub:OWNER/NAME[@REVISION]`, if there is one."""
     if not path.startswith("hub:"):
         return None
     wanted = path.removeprefix("hub:").split("@")[0].casefold()
-    return next((name for name, entry in NAMED.items() if wanted in map(str.casefold, entry.hub)), None)
+    return next((name for name, entry in PUBLIC_DATASETS.items() if wanted in map(str.casefold, entry.hub_ids)), None)

@@ -12,28 +12,36 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 from corral.data.formats.chat_messages import (
-    ALONE,
+    COLUMNS_IF_ALONE,
     OPENAI,
     SHAREGPT,
     all_objects,
-    messages,
+    openai_messages,
+    parse_json_list,
     sharegpt,
-    unpacked,
     uses_tools,
 )
-from corral.data.formats.fields import Format, FormatError, kind, short
-from corral.data.formats.multiple_choice import ANSWER, CHOICES, FIRST_COLUMNS, multiple_choice
-from corral.data.formats.preferences import ASKED, CHOSEN, JUDGED, REJECTED, SCORE, feedback, preference
+from corral.data.formats.fields import Format, FormatError, describe_type, short_repr
+from corral.data.formats.multiple_choice import ANSWER_COLUMNS, CHOICES_COLUMNS, FIRST_OPTION_COLUMNS, multiple_choice
+from corral.data.formats.preferences import (
+    CHOSEN_COLUMNS,
+    FEEDBACK_PROMPT_COLUMNS,
+    PREFERENCE_PROMPT_COLUMNS,
+    REJECTED_COLUMNS,
+    SCORE_COLUMNS,
+    feedback,
+    preference,
+)
 from corral.data.formats.prompt_response import (
-    COMPLETION,
-    PROMPT,
-    TEXT,
+    COMPLETION_COLUMNS,
+    PROMPT_COLUMNS,
+    TEXT_COLUMNS,
     alpaca,
     plain_text,
     prompt_completion,
     question_answer,
 )
-from corral.data.formats.public_datasets import NAMED, Named
+from corral.data.formats.public_datasets import PUBLIC_DATASETS, PublicDataset
 from corral.data.formats.scores import is_judgement
 from corral.errors import DataError
 
@@ -46,7 +54,7 @@ def _is_text(value: Any) -> bool:
 
 def _objects(value: Any) -> list[dict[str, Any]]:
     """The objects of a list, or of its JSON, that holds nothing else."""
-    items = unpacked(value)
+    items = parse_json_list(value)
     return cast("list[dict[str, Any]]", items) if isinstance(items, list) and all_objects(cast("Any", items)) else []
 
 
@@ -64,7 +72,8 @@ def _is_openai(value: Any) -> bool:
 def _is_turns(value: Any) -> bool:
     items = _objects(value)
     return bool(items) and all(
-        any(key in item for key in SHAREGPT.authors) and any(key in item for key in SHAREGPT.contents) for item in items
+        any(key in item for key in SHAREGPT.author_keys) and any(key in item for key in SHAREGPT.content_keys)
+        for item in items
     )
 
 
@@ -131,10 +140,10 @@ class _Shape:
 
 
 _FROM_VALUE = "with `from` and `value`, in one of their spellings"
-_CONVERSATIONS = tuple(name for name in OPENAI.columns if name not in ALONE)
+_CONVERSATIONS = tuple(name for name in OPENAI.columns if name not in COLUMNS_IF_ALONE)
 _QUESTION = _Slot(("question",), _is_text)
 _SHAPES = (
-    _Shape("messages", messages, (_Slot(_CONVERSATIONS, _is_openai, "with `role` and `content`"),)),
+    _Shape("messages", openai_messages, (_Slot(_CONVERSATIONS, _is_openai, "with `role` and `content`"),)),
     _Shape("sharegpt", sharegpt, (_Slot(_CONVERSATIONS, _is_sharegpt, _FROM_VALUE),)),
     _Shape(
         "alpaca",
@@ -142,7 +151,9 @@ _SHAPES = (
         (_Slot(("instruction",), _is_text), _Slot(("output",), _is_text)),
         (_Slot(("input",), _is_text),),
     ),
-    _Shape("prompt-completion", prompt_completion, (_Slot(PROMPT, _is_said), _Slot(COMPLETION, _is_answer))),
+    _Shape(
+        "prompt-completion", prompt_completion, (_Slot(PROMPT_COLUMNS, _is_said), _Slot(COMPLETION_COLUMNS, _is_answer))
+    ),
     _Shape(
         "question-answer",
         question_answer,
@@ -152,18 +163,22 @@ _SHAPES = (
     _Shape(
         "preference",
         preference,
-        (_Slot(CHOSEN, _is_answer), _Slot(REJECTED, _is_answer)),
-        (_Slot(ASKED, _is_said),),
+        (_Slot(CHOSEN_COLUMNS, _is_answer), _Slot(REJECTED_COLUMNS, _is_answer)),
+        (_Slot(PREFERENCE_PROMPT_COLUMNS, _is_said),),
     ),
     _Shape(
         "feedback",
         feedback,
-        (_Slot(JUDGED, _is_said), _Slot(COMPLETION, _is_answer), _Slot(SCORE, is_judgement)),
+        (
+            _Slot(FEEDBACK_PROMPT_COLUMNS, _is_said),
+            _Slot(COMPLETION_COLUMNS, _is_answer),
+            _Slot(SCORE_COLUMNS, is_judgement),
+        ),
     ),
     _Shape(
         "multiple-choice",
         multiple_choice,
-        (_QUESTION, _Slot(CHOICES, _is_choices), _Slot(ANSWER, _is_scalar)),
+        (_QUESTION, _Slot(CHOICES_COLUMNS, _is_choices), _Slot(ANSWER_COLUMNS, _is_scalar)),
     ),
     *(
         _Shape(
@@ -173,31 +188,37 @@ _SHAPES = (
                 _QUESTION,
                 _Slot((first,), _is_text),
                 _Slot((f"{first[:-1]}{chr(ord(first[-1]) + 1)}",), _is_text),
-                _Slot(ANSWER, _is_scalar),
+                _Slot(ANSWER_COLUMNS, _is_scalar),
             ),
         )
-        for first in FIRST_COLUMNS
+        for first in FIRST_OPTION_COLUMNS
     ),
 )
 # Names that mean other things where there is more to a row.
 _LAST = (
-    _Shape("messages", messages, (_Slot(ALONE, _is_openai, "with `role` and `content`"),)),
-    _Shape("sharegpt", sharegpt, (_Slot(ALONE, _is_sharegpt, _FROM_VALUE),)),
+    _Shape("messages", openai_messages, (_Slot(COLUMNS_IF_ALONE, _is_openai, "with `role` and `content`"),)),
+    _Shape("sharegpt", sharegpt, (_Slot(COLUMNS_IF_ALONE, _is_sharegpt, _FROM_VALUE),)),
 )
 # Many data sets keep the rendered row in `text` beside its parts, so it counts only where there are no such parts.
-_PLAIN = _Shape("text", plain_text, (_Slot(TEXT, _is_text),))
-_PARTS = {name for shape in _SHAPES for slot in shape.needs if slot.names not in (SCORE, ANSWER) for name in slot.names}
+_PLAIN = _Shape("text", plain_text, (_Slot(TEXT_COLUMNS, _is_text),))
+_PARTS = {
+    name
+    for shape in _SHAPES
+    for slot in shape.needs
+    if slot.names not in (SCORE_COLUMNS, ANSWER_COLUMNS)
+    for name in slot.names
+}
 
 
 @dataclass(frozen=True, slots=True)
-class Recognised:
+class RecognisedFormat:
     """The format of some rows, and a sentence that says how it is known."""
 
     name: str
     why: str
 
 
-def recognise(rows: Sequence[Mapping[str, Any]], where: str = "data.sources") -> Recognised:
+def recognise(rows: Sequence[Mapping[str, Any]], where: str = "data.sources") -> RecognisedFormat:
     """The format that at least half of the rows have.
 
     Args:
@@ -238,27 +259,27 @@ def _check_unjudged(name: str, rows: Sequence[Mapping[str, Any]], where: str) ->
     if name not in ("prompt-completion", "alpaca"):
         return
     for row in rows:
-        for column in SCORE:
+        for column in SCORE_COLUMNS:
             if row.get(column) is not None and not is_judgement(row[column]):
                 raise DataError(
-                    f"`{column}` may say how good an answer is, but {short(row[column])} is no judgement that can be read",
+                    f"`{column}` may say how good an answer is, but {short_repr(row[column])} is not a known judgement",
                     where=where,
                     hint="write true or false, or a number; or train on every answer, whatever it says: "
                     f'format = "{name}"',
                 )
 
 
-def _named(rows: Sequence[Mapping[str, Any]]) -> Recognised | None:
+def _named(rows: Sequence[Mapping[str, Any]]) -> RecognisedFormat | None:
     """The public data set whose columns all rows have."""
-    for name, entry in sorted(NAMED.items(), key=lambda item: -len(item[1].columns)):
+    for name, entry in sorted(PUBLIC_DATASETS.items(), key=lambda item: -len(item[1].columns)):
         # One or two columns of a name could be anything.
         there = len(entry.columns) > 2 and all(set(entry.columns) <= set(row) for row in rows)
         if there and 2 * sum(_reads(entry, row) for row in rows) >= len(rows):
-            return Recognised(name, f"format: {name}, as the rows have its columns {_quoted(entry.columns)}")
+            return RecognisedFormat(name, f"format: {name}, as the rows have its columns {_quoted(entry.columns)}")
     return None
 
 
-def _reads(entry: Named, row: Mapping[str, Any]) -> bool:
+def _reads(entry: PublicDataset, row: Mapping[str, Any]) -> bool:
     try:
         entry(row)
     except FormatError:
@@ -305,7 +326,7 @@ def _columns_read(shape: _Shape, rows: Sequence[Mapping[str, Any]]) -> set[str]:
     return seen
 
 
-def _stated(shape: _Shape, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Recognised:
+def _stated(shape: _Shape, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> RecognisedFormat:
     seen = _columns_read(shape, rows)
     read = [name for name in dict.fromkeys((*columns, *_names(rows))) if name in seen] or list(columns)
     words = next((slot.words for slot in shape.needs if slot.words), "")
@@ -315,7 +336,7 @@ def _stated(shape: _Shape, columns: Sequence[str], rows: Sequence[Mapping[str, A
     unused = [name for name in _names(rows) if name not in read]
     if unused:
         why += f"; not used: {_quoted(unused)}"
-    return Recognised(shape.name, why)
+    return RecognisedFormat(shape.name, why)
 
 
 def _unknown(rows: Sequence[Mapping[str, Any]], where: str, plain: Sequence[str] | None) -> DataError:
@@ -356,7 +377,11 @@ def _lack(slot: _Slot, rows: Sequence[Mapping[str, Any]]) -> str | None:
         return f"needs `{slot.names[0]}`"
     values = [row[there[0]] for row in rows if row.get(there[0]) is not None]
     wrong = next((value for value in values if not slot.holds(value)), None)
-    return None if wrong is None else f"`{there[0]}` is {kind(wrong)}{f', not {slot.words}' if slot.words else ''}"
+    return (
+        None
+        if wrong is None
+        else f"`{there[0]}` is {describe_type(wrong)}{f', not {slot.words}' if slot.words else ''}"
+    )
 
 
 def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:

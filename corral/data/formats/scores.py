@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from corral.data.formats.fields import ContradictionError, FormatError, kind, short
+from corral.data.formats.fields import ContradictionError, FormatError, describe_type, short_repr
 from corral.errors import DataError
 
 _GOOD = ("true", "yes", "good", "thumbs up", "thumbsup", "up", "like", "positive", "desirable", "\U0001f44d")
 _BAD = ("false", "no", "bad", "thumbs down", "thumbsdown", "down", "dislike", "negative", "undesirable", "\U0001f44e")
-WORDS = dict.fromkeys(_GOOD, True) | dict.fromkeys(_BAD, False)
+JUDGEMENT_WORDS = dict.fromkeys(_GOOD, True) | dict.fromkeys(_BAD, False)
 """What a judgement in words may be, in lower case, with spaces for `_` and `-`."""
 
 _HINT = "say which score is the worst and which the best: mapping = {{ score_range = [{}, {}] }}"
@@ -36,14 +36,14 @@ class Scale:
     high: float = 1.0
     stated: bool = False
 
-    def score(self, value: Any, name: str) -> float:
+    def normalise(self, value: Any, name: str) -> float:
         """A judgement as a number in [0, 1].
 
         Raises:
             ContradictionError: it is outside a scale that nobody stated.
             FormatError: it is none, or outside.
         """
-        judged = judgement(value, name)
+        judged = parse_judgement(value, name)
         if isinstance(judged, bool):
             return float(judged)
         if min(self.low, self.high) <= judged <= max(self.low, self.high):
@@ -56,19 +56,19 @@ class Scale:
         )
 
 
-def judgement(value: Any, name: str) -> float | bool:
+def parse_judgement(value: Any, name: str) -> float | bool:
     """A number, or true or false, also as a table's cell holds them. Raises: FormatError (it is neither)."""
     if isinstance(value, str):
         word = " ".join(value.strip().lower().replace("_", " ").replace("-", " ").split())
-        if word in WORDS:
-            return WORDS[word]
+        if word in JUDGEMENT_WORDS:
+            return JUDGEMENT_WORDS[word]
         value = _as_number(value, name)
     if isinstance(value, bool):
         return value
     if not isinstance(value, int | float):
-        raise FormatError(f"{name} is {kind(value)}: expected a number, true or false")
+        raise FormatError(f"{name} is {describe_type(value)}: expected a number, true or false")
     if isinstance(value, float) and not math.isfinite(value):
-        raise FormatError(f"{name} is {kind(value)}, which is no score")
+        raise FormatError(f"{name} is {describe_type(value)}, which is no score")
     return value
 
 
@@ -84,13 +84,13 @@ def _as_number(cell: str, name: str) -> float:
 def is_judgement(value: Any) -> bool:
     """Whether a value is one."""
     try:
-        judgement(value, "")
+        parse_judgement(value, "")
     except FormatError:
         return False
     return True
 
 
-def scale_of(values: Iterable[Any], name: str, where: str, otherwise: str = "") -> tuple[Scale, str]:
+def infer_scale(values: Iterable[Any], name: str, where: str, otherwise: str = "") -> tuple[Scale, str]:
     """(the scale of a source's scores, what to say of it), told from those of its first rows.
 
     Args:
@@ -102,13 +102,13 @@ def scale_of(values: Iterable[Any], name: str, where: str, otherwise: str = "") 
     Raises:
         DataError: the scale cannot be told.
     """
-    numbers = [judgement(value, name) for value in values if is_judgement(value)]
+    numbers = [parse_judgement(value, name) for value in values if is_judgement(value)]
     outside = [number for number in numbers if not 0 <= number <= 1]
     if not outside:
         return Scale(), ""
     if set(numbers) == {-1, 1}:
         return Scale(-1.0, 1.0), f"; `{name}` is -1 for the worst and 1 for the best"
-    low, high = (short(int(n) if n == int(n) else n) for n in (min(numbers), max(numbers)))
+    low, high = (short_repr(int(n) if n == int(n) else n) for n in (min(numbers), max(numbers)))
     raise DataError(
         f"`{name}` runs from {low} to {high} in the first rows: which is the worst score, and which the best, "
         "they do not say",

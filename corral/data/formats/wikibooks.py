@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, cast
 
-from corral.data.formats.fields import FormatError, kind, sound
+from corral.data.formats.fields import FormatError, describe_type, valid_text
 from corral.messages import Conversation
 
 _MIN_INGREDIENTS = 3
@@ -54,15 +54,15 @@ def wikibooks_recipes(value: Mapping[str, Any]) -> Conversation:
 
 def _lines(value: Any, name: str) -> list[str]:
     if not isinstance(value, list):
-        raise FormatError(f"{name} is {kind(value)}: expected a list")
+        raise FormatError(f"{name} is {describe_type(value)}: expected a list")
     return [line for item in cast("list[Any]", value) if (line := _plain(item, name))]
 
 
 def _plain(value: Any, name: str) -> str:
     """One line of text without wiki markup, HTML or list signs."""
     if not isinstance(value, str):
-        raise FormatError(f"{name} holds {kind(value)}: expected text")
-    if len(sound(value, name)) > _LONGEST_LINE:
+        raise FormatError(f"{name} holds {describe_type(value)}: expected text")
+    if len(valid_text(value, name)) > _LONGEST_LINE:
         raise FormatError(f"{name} has a line longer than {_LONGEST_LINE:,} characters")
     text = _TAG.sub("", _REFERENCE.sub("", html.unescape(value)))
     text = _WEB_LINK.sub(r"\1", text)

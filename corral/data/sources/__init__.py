@@ -14,33 +14,33 @@ import zlib
 from collections.abc import Callable, Iterator
 
 from corral import assets
-from corral.data.sources.csv_files import read_table
-from corral.data.sources.files import File
-from corral.data.sources.hub_datasets import hub_files
+from corral.data.sources.csv_files import read_csv
+from corral.data.sources.files import SourceFile
+from corral.data.sources.hub_datasets import find_hub_files
 from corral.data.sources.json_files import read_json, read_json_values
 from corral.data.sources.jsonl_and_text import read_jsonl, read_txt
-from corral.data.sources.local_files import local_file, local_files
+from corral.data.sources.local_files import find_local_files, make_local_file
 from corral.data.sources.parquet_files import read_parquet
 from corral.data.sources.raw_row import RawRow
-from corral.data.sources.s3_files import is_s3_error, s3_files
+from corral.data.sources.s3_files import find_s3_files, is_s3_error
 from corral.errors import DataError
 from corral.progress import Progress
 from corral.recipe import Source
 
-__all__ = ["RawRow", "identity", "read"]
+__all__ = ["RawRow", "hash_source", "read_rows"]
 
-_READERS: dict[str, Callable[[File], Iterator[RawRow]]] = {
+_READERS: dict[str, Callable[[SourceFile], Iterator[RawRow]]] = {
     ".jsonl": read_jsonl,
     ".json": read_json,
-    ".csv": read_table,
-    ".tsv": read_table,
+    ".csv": read_csv,
+    ".tsv": read_csv,
     ".parquet": read_parquet,
     ".txt": read_txt,
 }
-_ASSET_ROWS: dict[str, Callable[[File], Iterator[RawRow]]] = {"wikibooks-recipes": read_json_values}
+_ASSET_ROWS: dict[str, Callable[[SourceFile], Iterator[RawRow]]] = {"wikibooks-recipes": read_json_values}
 
 
-def read(source: Source, progress: Progress | None = None) -> Iterator[RawRow]:
+def read_rows(source: Source, progress: Progress | None = None) -> Iterator[RawRow]:
     """The rows of a source, in its order: files by name, rows as they stand in them.
 
     What must be fetched is fetched by this call; `progress` is told the licence of a fresh asset, the commit of a data set
@@ -59,7 +59,7 @@ def read(source: Source, progress: Progress | None = None) -> Iterator[RawRow]:
     return _rows(_files(source, progress), progress)
 
 
-def identity(source: Source, progress: Progress | None = None) -> str:
+def hash_source(source: Source, progress: Progress | None = None) -> str:
     """What the rows of a source depend on, as a sha256: not where files lie, but their names below the source and content.
 
     Content is that of files here, the commit of a data set on the hub, the ETag of objects in S3, an asset's wheel. A
@@ -69,26 +69,26 @@ def identity(source: Source, progress: Progress | None = None) -> str:
         return assets.find_asset(source.path.removeprefix("asset:")).wheel_sha256
     files = _files(source, progress or Progress())
     alone = len(files) == 1
-    lines = [f"{file.kind}{file.packed}{'' if alone else f' {file.name}'}\t{file.digest()}\n" for file in files]
+    lines = [f"{file.kind}{file.compression}{'' if alone else f' {file.name}'}\t{file.digest()}\n" for file in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _files(source: Source, progress: Progress) -> list[File]:
+def _files(source: Source, progress: Progress) -> list[SourceFile]:
     if source.path.startswith("hub:"):
-        return hub_files(source, progress.say)
+        return find_hub_files(source, progress.say)
     if source.path.startswith("s3://"):
-        return s3_files(source.path, progress.say)
-    return local_files(source.path, progress.say)
+        return find_s3_files(source.path, progress.say)
+    return find_local_files(source.path, progress.say)
 
 
-def _rows(files: list[File], progress: Progress) -> Iterator[RawRow]:
+def _rows(files: list[SourceFile], progress: Progress) -> Iterator[RawRow]:
     """The rows of files, one after another. Raises: DataError (none of them holds a row)."""
     before = 0
     for file in files:
         last = 0
         for row in _file_rows(file, _READERS[file.kind]):
             last = row.index
-            yield row if len(files) == 1 else row.within(file.name, before)
+            yield row if len(files) == 1 else row.in_file(file.name, before)
         if not last and len(files) > 1:
             progress.say(f"{file.where}: the file holds no rows")
         before += last
@@ -97,7 +97,7 @@ def _rows(files: list[File], progress: Progress) -> Iterator[RawRow]:
         raise DataError(what, where=files[0].where, hint="write rows into it, or leave it out")
 
 
-def _file_rows(file: File, reader: Callable[[File], Iterator[RawRow]]) -> Iterator[RawRow]:
+def _file_rows(file: SourceFile, reader: Callable[[SourceFile], Iterator[RawRow]]) -> Iterator[RawRow]:
     """The rows of a file. Raises: DataError (it is damaged or cut short; it says after how many rows)."""
     count = 0
     try:
@@ -125,4 +125,4 @@ def _asset(name: str, progress: Progress) -> Iterator[RawRow]:
     if fetched.fetched:
         progress.say(fetched.licence_text)
     path = fetched.files[0]
-    return _file_rows(local_file(path.name, path, ".json"), _ASSET_ROWS[name])
+    return _file_rows(make_local_file(path.name, path, ".json"), _ASSET_ROWS[name])

@@ -15,9 +15,9 @@ from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypeAlias
 
-from corral.data.sources.files import LONGEST, File
-from corral.data.sources.jsonl_and_text import Fault, lines
-from corral.data.sources.raw_row import RawRow, faulty
+from corral.data.sources.files import MAX_ROW_BYTES, SourceFile
+from corral.data.sources.jsonl_and_text import Fault, read_lines
+from corral.data.sources.raw_row import RawRow, faulty_row
 from corral.errors import DataError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ Line: TypeAlias = tuple[int, str, Fault | None]
 """(number from 1, text, what is wrong with it)."""
 
 
-def read_table(file: File) -> Iterator[RawRow]:
+def read_csv(file: SourceFile) -> Iterator[RawRow]:
     """The rows of a `.csv` or `.tsv` file, numbered from 1 behind the header.
 
     Raises:
@@ -40,7 +40,7 @@ def read_table(file: File) -> Iterator[RawRow]:
         OSError, EOFError, zlib.error: it cannot be read to its end.
     """
     # Python's limit is 128 KiB for the whole process; a long document is no fault.
-    csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
     feed = _Feed(file)
     delimiter = feed.separator() or DELIMITERS[file.kind]
     reader = csv.reader(feed, delimiter=delimiter, strict=True)
@@ -66,9 +66,9 @@ def read_table(file: File) -> Iterator[RawRow]:
             reason = _misread(cells, len(names), feed, delimiter, spaced=spaced) or reason
         place = f"row {number} (line {line})"
         if reason is not None:
-            yield faulty(number, place, reason, feed.detail)
+            yield faulty_row(number, place, reason, feed.detail)
         else:
-            yield RawRow(number, dict(zip(names, cells, strict=True)), place=place)
+            yield RawRow(number, dict(zip(names, cells, strict=True)), location=place)
 
 
 def _record(reader: Reader, feed: _Feed) -> tuple[list[str] | None, str | None]:
@@ -126,7 +126,7 @@ def _explain(message: str) -> str:
     if "expected after" in message:
         return "a quoted cell goes on behind its closing quote (a quote within it is written twice)"
     if "field limit" in message:
-        return f"a cell is longer than {LONGEST // 2**20} MiB: perhaps a quote is not closed"
+        return f"a cell is longer than {MAX_ROW_BYTES // 2**20} MiB: perhaps a quote is not closed"
     if "new-line character" in message:
         return "a carriage return stands alone between cells"
     return "the line cannot be taken apart into cells"
@@ -152,7 +152,7 @@ def _holds_rows(record: list[Line], width: int, delimiter: str, *, spaced: bool)
     return found > 1 and 2 * found > len(inner)
 
 
-def _header(names: list[str], file: File, delimiter: str) -> list[str]:
+def _header(names: list[str], file: SourceFile, delimiter: str) -> list[str]:
     """The names of the columns. Raises: DataError (the same one twice; the cells are separated by something else)."""
     names = [name.strip() or f"column {i}" for i, name in enumerate(names, start=1)]
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
@@ -178,14 +178,14 @@ class _Feed:
     A file whose lines end in carriage returns alone is one line for `lines`; it is taken apart here.
     """
 
-    def __init__(self, file: File) -> None:
+    def __init__(self, file: SourceFile) -> None:
         self.record: list[Line] = []
         self.doubtful = 0
         """The last line that was within a broken cell."""
         self.broken = False
         """Whether the last record was a broken cell that may go on: until a line with a quote, or one that is a row."""
         self._next: deque[Line] = deque()
-        self._lines = lines(file)
+        self._lines = read_lines(file)
 
     def __iter__(self) -> Iterator[str]:
         return self

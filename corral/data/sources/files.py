@@ -22,9 +22,9 @@ from corral.storage import storage_errors
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 """The kinds of files that can be read."""
-PACKED = (".gz", ".zst")
+COMPRESSIONS = (".gz", ".zst")
 """What may stand after them."""
-LONGEST = 64 * 2**20
+MAX_ROW_BYTES = 64 * 2**20
 """Bytes of the longest line, and characters of the longest row of a list: no row that fits a model's context comes near it,
 and a file without line breaks must not fill the memory."""
 
@@ -42,7 +42,7 @@ _WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @dataclass(frozen=True, slots=True)
-class File:
+class SourceFile:
     """One file of a source.
 
     Args:
@@ -58,17 +58,17 @@ class File:
     name: str
     where: str
     kind: str
-    packed: str
-    start: Callable[[], IO[bytes]]
+    compression: str
+    open_stored: Callable[[], IO[bytes]]
     digest: Callable[[], str]
     path: Path | None = None
 
     @contextmanager
-    def bytes(self) -> Generator[io.BufferedReader[Any]]:
+    def open_unpacked(self) -> Generator[io.BufferedReader[Any]]:
         """Its content, unpacked. Raises: OSError, EOFError and zlib.error where it is cut short or damaged."""
-        with self.start() as raw, _buffered(raw) as lying:
+        with self.open_stored() as raw, _buffered(raw) as lying:
             # What is packed by its name alone is damaged.
-            packed = _packed(lying.peek(4)) or self.packed
+            packed = _packed(lying.peek(4)) or self.compression
             if packed == ".gz":
                 with io.BufferedReader(gzip.GzipFile(fileobj=lying, mode="rb")) as stream:
                     yield stream
@@ -82,7 +82,7 @@ class File:
                 yield lying
 
     @contextmanager
-    def on_disk(self) -> Generator[Path]:
+    def local_copy(self) -> Generator[Path]:
         """A file on this machine with its content, unpacked: a temporary one, unless it is one.
 
         Raises:
@@ -90,12 +90,12 @@ class File:
             OSError, EOFError, zlib.error: it is cut short or damaged.
         """
         if self.path is not None:
-            with self.start() as raw:
+            with self.open_stored() as raw:
                 packed = _packed(raw.read(4))
             if not packed:
                 yield self.path
                 return
-        with self.bytes() as stream, tempfile.NamedTemporaryFile(prefix="corral-") as whole:
+        with self.open_unpacked() as stream, tempfile.NamedTemporaryFile(prefix="corral-") as whole:
             while content := stream.read(2**20):
                 with storage_errors(Path(whole.name)):
                     whole.write(content)
@@ -103,13 +103,13 @@ class File:
             yield Path(whole.name)
 
     @contextmanager
-    def text(self) -> Generator[tuple[io.BufferedReader[Any], int]]:
+    def open_text(self) -> Generator[tuple[io.BufferedReader[Any], int]]:
         """Its content, unpacked, behind a byte order mark, and the number of bytes before.
 
         Raises:
             DataError: it is UTF-16, or no text at all.
         """
-        with self.bytes() as stream:
+        with self.open_unpacked() as stream:
             head = stream.peek(4)[:4]
             for magic, what in _FOREIGN.items():
                 if head.startswith(magic):
@@ -139,10 +139,10 @@ def _packed(head: bytes) -> str:
     return next((ending for magic, ending in _MAGIC.items() if head.startswith(magic)), "")
 
 
-def kind_of(name: str) -> tuple[str, str] | None:
+def parse_kind(name: str) -> tuple[str, str] | None:
     """(kind, packing) of a file name; None if it is of no kind that can be read."""
     stem = name.lower()
-    packed = next((ending for ending in PACKED if stem.endswith(ending)), "")
+    packed = next((ending for ending in COMPRESSIONS if stem.endswith(ending)), "")
     stem = stem.removesuffix(packed)
     kind = next((kind for kind in KINDS if stem.endswith(kind)), None)
     return None if kind is None else (kind, packed)
@@ -150,32 +150,32 @@ def kind_of(name: str) -> tuple[str, str] | None:
 
 def require_kind(name: str, where: str) -> tuple[str, str]:
     """`kind_of`, or the error. Raises: DataError."""
-    kind = kind_of(name)
+    kind = parse_kind(name)
     if kind is None:
         ending = name[name.rfind(".") :] if "." in name else "a name without extension"
         raise DataError(
             f"{ending!r} is no kind of file that can be read",
             where=where,
-            hint=f"the kinds are {', '.join(KINDS)}, each also with {' or '.join(PACKED)}",
+            hint=f"the kinds are {', '.join(KINDS)}, each also with {' or '.join(COMPRESSIONS)}",
         )
     return kind
 
 
-def members(names: list[str], where: str, say: Callable[[str], None]) -> list[str]:
+def select_row_files(names: list[str], where: str, say: Callable[[str], None]) -> list[str]:
     """Those of the names below a folder that are its rows, in order. Hidden files, and files of no known kind, are not.
 
     Raises:
         DataError: there are none, or of several kinds: the same rows in two forms would count twice.
     """
     seen = sorted(name for name in names if not any(part.startswith((".", "_")) for part in name.split("/")))
-    kinds = {name: kind[0] for name in seen if (kind := kind_of(name))}
+    kinds = {name: kind[0] for name in seen if (kind := parse_kind(name))}
     others = [name for name in seen if name not in kinds]
     if not kinds:
         holds = f"it holds {_some(others)}" if others else "it is empty"
         raise DataError(
             f"the folder has no file that can be read: {holds}",
             where=where,
-            hint=f"the kinds are {', '.join(KINDS)}, each also with {' or '.join(PACKED)}",
+            hint=f"the kinds are {', '.join(KINDS)}, each also with {' or '.join(COMPRESSIONS)}",
         )
     if len(found := sorted(set(kinds.values()))) > 1:
         raise DataError(

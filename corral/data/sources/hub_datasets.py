@@ -17,8 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from corral.data.sources.files import File, require_kind
-from corral.data.sources.local_files import local_file
+from corral.data.sources.files import SourceFile, require_kind
+from corral.data.sources.local_files import make_local_file
 from corral.errors import CorralError, DataError, StorageError
 from corral.model.hub import HUB_ID
 from corral.recipe import Source
@@ -42,7 +42,7 @@ class _Found:
     sep: str
 
 
-def hub_files(source: Source, say: Callable[[str], None]) -> list[File]:
+def find_hub_files(source: Source, say: Callable[[str], None]) -> list[SourceFile]:
     """The files of `hub:OWNER/NAME[@REVISION]`, downloaded if need be. `say` is told the commit.
 
     Raises:
@@ -56,16 +56,16 @@ def hub_files(source: Source, say: Callable[[str], None]) -> list[File]:
     repo = match["repo"]
     found = _resolve(repo, match["revision"], source.config, source.split)
     say(f"{source.path}: {source.split} at revision {found.commit}")
-    files: list[File] = []
+    files: list[SourceFile] = []
     for name in found.files:
         where = f"hub:{repo}@{found.commit}/{name}"
         kind, packed = require_kind(name, where)
         path = _download(repo, found.commit, name)
-        files.append(_at_commit(local_file(name, path, ".tsv" if found.sep == "\t" else kind, packed), where))
+        files.append(_at_commit(make_local_file(name, path, ".tsv" if found.sep == "\t" else kind, packed), where))
     return files
 
 
-def _at_commit(file: File, where: str) -> File:
+def _at_commit(file: SourceFile, where: str) -> SourceFile:
     # Address and commit say what is in it: no need to read it.
     return replace(file, where=where, digest=lambda: where)
 

@@ -14,10 +14,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from corral.data.sources.files import LONGEST, File
+from corral.data.sources.files import MAX_ROW_BYTES, SourceFile
 from corral.data.sources.jsonl_and_text import NOT_UTF8, NUL, read_jsonl
-from corral.data.sources.raw_row import RawRow, checked, faulty
-from corral.data.sources.strict_json import Decoder, cannot_hold, explain, skip_space
+from corral.data.sources.raw_row import RawRow, faulty_row, row_or_fault
+from corral.data.sources.strict_json import StrictDecoder, explain_error, explain_limit, skip_space
 from corral.errors import DataError
 
 _CHUNK = 2**18
@@ -40,14 +40,14 @@ class _BrokenError(Exception):
         self.detail = detail
 
 
-def read_json(file: File) -> Iterator[RawRow]:
+def read_json(file: SourceFile) -> Iterator[RawRow]:
     """The rows of a `.json` file: a list, or an object on each line.
 
     Raises:
         DataError: it holds something else, or is UTF-16 or no text at all.
         OSError, EOFError, zlib.error: it cannot be read to its end.
     """
-    with file.text() as (stream, _):
+    with file.open_text() as (stream, _):
         window = _Window(stream)
         first = window.peek()
         if first == "[":
@@ -64,14 +64,14 @@ def read_json(file: File) -> Iterator[RawRow]:
         yield from read_jsonl(file)
 
 
-def read_json_values(file: File) -> Iterator[RawRow]:
+def read_json_values(file: SourceFile) -> Iterator[RawRow]:
     """Rows that are the values of one object, which is not broken.
 
     Raises:
         DataError: it is.
         OSError, EOFError, zlib.error: it cannot be read to its end.
     """
-    with file.text() as (stream, _):
+    with file.open_text() as (stream, _):
         window = _Window(stream)
         try:
             separator, number = window.expect("{"), 0
@@ -81,7 +81,7 @@ def read_json_values(file: File) -> Iterator[RawRow]:
                 window.expect(":")
                 value, reason, _ = window.value()
                 separator = window.expect(",}")
-                yield checked(number, f"row {number}", value, reason)
+                yield row_or_fault(number, f"row {number}", value, reason)
         except _BrokenError as error:
             raise DataError(
                 f"broken{error.detail}: {error.reason}", where=file.where, hint="fetch or write it again"
@@ -107,12 +107,12 @@ def _items(window: _Window) -> Iterator[RawRow]:
                 raise _BrokenError("the list is not closed: the file is cut short", window.place())
             value, reason, detail = window.value()
         except _BrokenError as error:
-            yield faulty(number, f"row {number}", error.reason, error.detail)
+            yield faulty_row(number, f"row {number}", error.reason, error.detail)
             if not window.skip(within=not ended):
                 return
             ended = False
         else:
-            yield checked(number, f"row {number}", value, reason, detail)
+            yield row_or_fault(number, f"row {number}", value, reason, detail)
         if window.peek() == ",":
             window.expect(",")
 
@@ -129,7 +129,7 @@ class _Window:
         self.at = 0
         self._stream = stream
         self._utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        self._json = Decoder()
+        self._json = StrictDecoder()
         self._ended = False
         self._spoilt = False  # whether a byte that is not UTF-8 was read
         self._line = 0  # line breaks before the window
@@ -163,16 +163,18 @@ class _Window:
                 value, end, reason = self._json.decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 if _is_unfinished(error, self.text):
-                    if len(self.text) - self.at > LONGEST:
-                        raise _BrokenError(f"the row is longer than {LONGEST // 2**20} MiB", self.place()) from None
+                    if len(self.text) - self.at > MAX_ROW_BYTES:
+                        raise _BrokenError(
+                            f"the row is longer than {MAX_ROW_BYTES // 2**20} MiB", self.place()
+                        ) from None
                     if self._more():
                         continue
                 self._learn()
                 if error.pos < len(self.text) and self.text[error.pos] == "\0":
                     raise _BrokenError(NUL, self.place(error.pos)) from None
-                raise _BrokenError(f"not valid JSON: {explain(error)}", self.place(error.pos)) from None
+                raise _BrokenError(f"not valid JSON: {explain_error(error)}", self.place(error.pos)) from None
             except (ValueError, RecursionError) as error:
-                raise _BrokenError(cannot_hold(error)) from None
+                raise _BrokenError(explain_limit(error)) from None
             # A number may go on beyond the window.
             if end < len(self.text) or not self._more():
                 self._learn()
@@ -260,7 +262,7 @@ class _Window:
     def is_line_of_objects(self) -> bool:
         """Whether a JSON value ends with the first line, and another line follows it."""
         start = self.at
-        while "\n" not in self.text[start:] and len(self.text) < LONGEST and self._more():
+        while "\n" not in self.text[start:] and len(self.text) < MAX_ROW_BYTES and self._more():
             pass
         first, _, rest = self.text[start:].partition("\n")
         try:

@@ -10,9 +10,9 @@ import json
 from collections.abc import Iterator
 from typing import TypeAlias
 
-from corral.data.sources.files import LONGEST, File
-from corral.data.sources.raw_row import RawRow, checked, faulty
-from corral.data.sources.strict_json import Decoder, cannot_hold, explain, skip_space
+from corral.data.sources.files import MAX_ROW_BYTES, SourceFile
+from corral.data.sources.raw_row import RawRow, faulty_row, row_or_fault
+from corral.data.sources.strict_json import StrictDecoder, explain_error, explain_limit, skip_space
 
 Fault: TypeAlias = tuple[str, str]
 """(reason, detail of the place)."""
@@ -20,23 +20,23 @@ NOT_UTF8 = "not UTF-8 text; `iconv -f latin1 -t utf-8` converts a Western Europe
 NUL = "a NUL byte, which no text holds"
 
 
-def lines(file: File) -> Iterator[tuple[int, str, Fault | None]]:
+def read_lines(file: SourceFile) -> Iterator[tuple[int, str, Fault | None]]:
     """(number from 1, text with its line end, what is wrong with it). The text of a faulty line is not to be relied on.
 
     Raises:
         DataError: the file is UTF-16, or no text at all.
         OSError, EOFError, zlib.error: it cannot be read to its end.
     """
-    with file.text() as (stream, offset):
+    with file.open_text() as (stream, offset):
         number = 0
-        while content := stream.readline(LONGEST):
+        while content := stream.readline(MAX_ROW_BYTES):
             number += 1
             text, fault, size = "", None, len(content)
-            if size == LONGEST and not content.endswith(b"\n"):
+            if size == MAX_ROW_BYTES and not content.endswith(b"\n"):
                 while (more := stream.readline(2**20)) and not more.endswith(b"\n"):
                     size += len(more)
                 size += len(more)
-                fault = (f"the line is longer than {LONGEST // 2**20} MiB", "")
+                fault = (f"the line is longer than {MAX_ROW_BYTES // 2**20} MiB", "")
             else:
                 try:
                     text = content.decode()
@@ -50,17 +50,17 @@ def lines(file: File) -> Iterator[tuple[int, str, Fault | None]]:
             offset += size
 
 
-def read_jsonl(file: File) -> Iterator[RawRow]:
+def read_jsonl(file: SourceFile) -> Iterator[RawRow]:
     """The rows of a `.jsonl` file. Raises: as `lines`."""
-    decoder = Decoder()
-    for number, text, fault in lines(file):
+    decoder = StrictDecoder()
+    for number, text, fault in read_lines(file):
         if fault is not None:
-            yield faulty(number, f"line {number}", *fault)
+            yield faulty_row(number, f"line {number}", *fault)
         elif text := text.rstrip():
             yield _row(decoder, text, number)
 
 
-def _row(decoder: Decoder, text: str, number: int) -> RawRow:
+def _row(decoder: StrictDecoder, text: str, number: int) -> RawRow:
     place = f"line {number}"
     try:
         value, end, reason = decoder.decode(text, skip_space(text, 0))
@@ -68,16 +68,16 @@ def _row(decoder: Decoder, text: str, number: int) -> RawRow:
             reason = "more text follows the object on its line"
     except json.JSONDecodeError as error:
         # The column changes from row to row: it belongs to the place, not to the reason.
-        return faulty(number, place, f"not valid JSON: {explain(error)}", f", column {error.colno}")
+        return faulty_row(number, place, f"not valid JSON: {explain_error(error)}", f", column {error.colno}")
     except (ValueError, RecursionError) as error:
-        value, reason = None, cannot_hold(error)
-    return checked(number, place, value, reason)
+        value, reason = None, explain_limit(error)
+    return row_or_fault(number, place, value, reason)
 
 
-def read_txt(file: File) -> Iterator[RawRow]:
+def read_txt(file: SourceFile) -> Iterator[RawRow]:
     """The lines of a `.txt` file, each as `{"text": line}`. Raises: as `lines`."""
-    for number, text, fault in lines(file):
+    for number, text, fault in read_lines(file):
         if fault is not None:
-            yield faulty(number, f"line {number}", *fault)
+            yield faulty_row(number, f"line {number}", *fault)
         elif text.strip():
-            yield RawRow(number, {"text": text.rstrip("\r\n")}, place=f"line {number}")
+            yield RawRow(number, {"text": text.rstrip("\r\n")}, location=f"line {number}")

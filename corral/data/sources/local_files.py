@@ -13,14 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from corral.data.sources.files import File, kind_of, members, require_kind
+from corral.data.sources.files import SourceFile, parse_kind, require_kind, select_row_files
 from corral.errors import DataError
 from corral.storage import file_hashes, sha256_file
 
 _CLOCK_TICK = 2 * 10**9  # nanoseconds: the coarsest disks tell times of change to two seconds
 
 
-def local_files(spec: str, say: Callable[[str], None]) -> list[File]:
+def find_local_files(spec: str, say: Callable[[str], None]) -> list[SourceFile]:
     """The files of a path. `say` is told what in a folder is no rows, and which of several files are empty.
 
     Raises:
@@ -30,14 +30,14 @@ def local_files(spec: str, say: Callable[[str], None]) -> list[File]:
     try:
         if path.is_dir():
             names = [below.relative_to(path).as_posix() for below in path.rglob("*") if below.is_file()]
-            found = [(name, path / name) for name in members(names, spec, say)]
+            found = [(name, path / name) for name in select_row_files(names, spec, say)]
         elif path.is_file():
             found = [(path.name, path)]
         elif glob.has_magic(spec):
             found = _matches(path)
         else:
             raise DataError(f"there is no file {path.name!r}", where=spec, hint=_did_you_mean(path))
-        files = [local_file(name, file, *require_kind(file.name, str(file))) for name, file in found]
+        files = [make_local_file(name, file, *require_kind(file.name, str(file))) for name, file in found]
         full = [file for file, (_, lying) in zip(files, found, strict=True) if lying.stat().st_size]
     except OSError as error:
         raise _unreadable(error, path) from None
@@ -50,7 +50,7 @@ def local_files(spec: str, say: Callable[[str], None]) -> list[File]:
     return full
 
 
-def open_local(path: Path) -> IO[bytes]:
+def open_local_file(path: Path) -> IO[bytes]:
     """The file, to be read. Raises: DataError."""
     try:
         return path.open("rb")
@@ -58,9 +58,9 @@ def open_local(path: Path) -> IO[bytes]:
         raise _unreadable(error, path) from None
 
 
-def local_file(name: str, path: Path, kind: str, packed: str = "") -> File:
+def make_local_file(name: str, path: Path, kind: str, packed: str = "") -> SourceFile:
     """One file, of a stated kind."""
-    return File(name, str(path), kind, packed, partial(open_local, path), partial(_sha256, path), path)
+    return SourceFile(name, str(path), kind, packed, partial(open_local_file, path), partial(_sha256, path), path)
 
 
 def _sha256(path: Path) -> str:
@@ -100,5 +100,5 @@ def _did_you_mean(path: Path) -> str:
 
 
 def _names_in(folder: Path) -> str:
-    names = sorted(p.name for p in folder.iterdir() if kind_of(p.name))
+    names = sorted(p.name for p in folder.iterdir() if parse_kind(p.name))
     return f"; there are {', '.join(names[:5])}" + (" …" if len(names) > 5 else "") if names else ""

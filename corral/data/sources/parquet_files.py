@@ -14,15 +14,15 @@ import uuid
 from collections.abc import Iterator
 from typing import Any, cast
 
-from corral.data.sources.files import File
-from corral.data.sources.raw_row import RawRow, faulty
+from corral.data.sources.files import SourceFile
+from corral.data.sources.raw_row import RawRow, faulty_row
 from corral.errors import DataError
 
 _BATCH = 512
 _BUFFER = 2**18
 
 
-def read_parquet(file: File) -> Iterator[RawRow]:
+def read_parquet(file: SourceFile) -> Iterator[RawRow]:
     """The rows of a `.parquet` file, numbered from 1.
 
     Raises:
@@ -33,7 +33,7 @@ def read_parquet(file: File) -> Iterator[RawRow]:
     import pyarrow.parquet as pq
 
     number = 0
-    with file.on_disk() as path:
+    with file.local_copy() as path:
         try:
             # By its path: pyarrow's threads may still hold a Python file when the interpreter ends, and abort it.
             # Unbuffered: what pyarrow reads ahead it keeps, up to the whole file.
@@ -77,13 +77,13 @@ def _row(number: int, values: dict[str, Any] | Exception, plain: bool) -> RawRow
     place = f"row {number}"
     if isinstance(values, Exception):
         what = "not UTF-8 text" if isinstance(values, UnicodeDecodeError) else "a value that Python cannot hold"
-        return faulty(number, place, f"{what} in a column")
+        return faulty_row(number, place, f"{what} in a column")
     if plain:
-        return RawRow(number, values, place=place)
+        return RawRow(number, values, location=place)
     try:
-        return RawRow(number, {name: _as_json(value, name) for name, value in values.items()}, place=place)
+        return RawRow(number, {name: _as_json(value, name) for name, value in values.items()}, location=place)
     except _ValueFault as fault:
-        return faulty(number, place, str(fault))
+        return faulty_row(number, place, str(fault))
 
 
 class _ValueFault(Exception):

@@ -23,24 +23,24 @@ class RawRow:
     value: dict[str, Any] | None
     fault: str | None = None
     reason: str | None = None
-    place: str = ""
+    location: str = ""
 
-    def within(self, name: str, before: int) -> RawRow:
+    def in_file(self, name: str, before: int) -> RawRow:
         """This row in a source of several files, `before` rows of which come before those of the file `name`."""
         fault = None if self.fault is None else f"{name}, {self.fault}"
-        return RawRow(self.index + before, self.value, fault, self.reason, f"{name}, {self.place}")
+        return RawRow(self.index + before, self.value, fault, self.reason, f"{name}, {self.location}")
 
 
-def faulty(index: int, place: str, reason: str, detail: str = "") -> RawRow:
+def faulty_row(index: int, place: str, reason: str, detail: str = "") -> RawRow:
     """A row that cannot be read; `detail` says more of where, such as the column."""
     return RawRow(index, None, f"{place}{detail}: {reason}", reason, place)
 
 
-def checked(index: int, place: str, value: Any, reason: str | None, detail: str = "") -> RawRow:
+def row_or_fault(index: int, place: str, value: Any, reason: str | None, detail: str = "") -> RawRow:
     """A row if `value` is an object and there is no reason against it; `detail` as for `faulty`."""
     if reason is None and not isinstance(value, dict):
         kinds = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
         reason = f"the row is {kinds.get(type(value), 'a number')}, where an object is expected"
     if reason is not None:
-        return faulty(index, place, reason, detail)
-    return RawRow(index, cast("dict[str, Any]", value), place=place)
+        return faulty_row(index, place, reason, detail)
+    return RawRow(index, cast("dict[str, Any]", value), location=place)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from corral.data.sources.files import File, members, require_kind
+from corral.data.sources.files import SourceFile, require_kind, select_row_files
 from corral.errors import DataError
 from corral.extras import require
 
@@ -20,7 +20,7 @@ _KEYS = "AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 _BLOCK = 8 * 2**20
 
 
-def s3_files(spec: str, say: Callable[[str], None]) -> list[File]:
+def find_s3_files(spec: str, say: Callable[[str], None]) -> list[SourceFile]:
     """The files of `s3://BUCKET/KEY`. `say` is told what below a prefix is no rows.
 
     Raises:
@@ -44,7 +44,7 @@ def is_s3_error(error: BaseException) -> bool:
     return type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp")
 
 
-def _found(system: Any, key: str, spec: str, say: Callable[[str], None]) -> list[File]:
+def _found(system: Any, key: str, spec: str, say: Callable[[str], None]) -> list[SourceFile]:
     if glob.has_magic(key):
         infos: dict[str, Any] = {name: i for name, i in system.glob(key, detail=True).items() if i["type"] == "file"}
         fixed = "/".join(key.split("/")[: next(n for n, part in enumerate(key.split("/")) if glob.has_magic(part))])
@@ -52,7 +52,9 @@ def _found(system: Any, key: str, spec: str, say: Callable[[str], None]) -> list
     elif system.isdir(key):
         infos = system.find(key, detail=True)
         fixed = key
-        names = [f"{key}/{name}" for name in members([name.removeprefix(f"{key}/") for name in infos], spec, say)]
+        names = [
+            f"{key}/{name}" for name in select_row_files([name.removeprefix(f"{key}/") for name in infos], spec, say)
+        ]
     else:
         infos = {key: system.info(key)}
         fixed, _, _ = key.rpartition("/")
@@ -62,14 +64,14 @@ def _found(system: Any, key: str, spec: str, say: Callable[[str], None]) -> list
     return [_file(system, name, name.removeprefix(f"{fixed}/"), infos[name]) for name in names]
 
 
-def _file(system: Any, key: str, name: str, info: dict[str, Any]) -> File:
+def _file(system: Any, key: str, name: str, info: dict[str, Any]) -> SourceFile:
     where = f"s3://{key}"
     kind, packed = require_kind(key, where)
     if not info["size"]:
         raise DataError("the object is empty", where=where, hint="write rows into it, or leave it out")
     digest = f"{info['ETag'].strip(chr(34))} {info['size']}"
     start = partial(system.open, key, "rb", block_size=_BLOCK, cache_type="readahead")
-    return File(name, where, kind, packed, start, lambda: digest)
+    return SourceFile(name, where, kind, packed, start, lambda: digest)
 
 
 def _translate(error: Exception, spec: str) -> DataError | None:

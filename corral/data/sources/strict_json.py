@@ -14,7 +14,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-class Decoder:
+class StrictDecoder:
     """Decodes one JSON value after another."""
 
     def __init__(self) -> None:
@@ -60,12 +60,12 @@ def skip_space(text: str, at: int) -> int:
     return found.end() if found else at
 
 
-def cannot_hold(error: ValueError | RecursionError) -> str:
+def explain_limit(error: ValueError | RecursionError) -> str:
     """Why Python cannot hold a JSON value, in words."""
     return "nested too deeply" if isinstance(error, RecursionError) else "an integer has too many digits"
 
 
-def explain(error: json.JSONDecodeError) -> str:
+def explain_error(error: json.JSONDecodeError) -> str:
     """The reader's message, as the part of a sentence."""
     return error.msg[:1].lower() + error.msg[1:]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from corral.data.formats.chat_messages import hh_chosen, messages, sharegpt
+from corral.data.formats.chat_messages import hh_chosen, openai_messages, sharegpt
 from corral.messages import Conversation
 from tests.data.formats.reasons import reason
 
@@ -18,7 +18,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 
 def test_messages_become_a_conversation_and_other_keys_are_ignored() -> None:
     value = {"id": 7, "messages": [SYSTEM, USER, ASSISTANT | {"name": "x"}, USER, ASSISTANT]}
-    assert messages(value) == Conversation.of(
+    assert openai_messages(value) == Conversation.of(
         ("system", "Be brief."),
         ("user", "Hello?"),
         ("assistant", "Hello."),
@@ -62,11 +62,11 @@ def test_messages_become_a_conversation_and_other_keys_are_ignored() -> None:
 def test_a_row_without_the_messages_form_is_refused_with_a_reason_that_names_the_fault(
     value: dict[str, Any], expected: str
 ) -> None:
-    assert reason(messages, value) == expected
+    assert reason(openai_messages, value) == expected
 
 
 def test_a_long_value_is_shortened_in_a_reason() -> None:
-    assert len(reason(messages, {"messages": [{"role": "x" * 10_000, "content": "y"}]})) < 120
+    assert len(reason(openai_messages, {"messages": [{"role": "x" * 10_000, "content": "y"}]})) < 120
 
 
 @pytest.mark.parametrize(
@@ -74,15 +74,17 @@ def test_a_long_value_is_shortened_in_a_reason() -> None:
     ["messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat", "items", "history"],
 )
 def test_the_list_may_have_any_of_its_names(column: str) -> None:
-    assert messages({column: [USER, ASSISTANT]}) == Conversation.of(("user", "Hello?"), ("assistant", "Hello."))
+    assert openai_messages({column: [USER, ASSISTANT]}) == Conversation.of(("user", "Hello?"), ("assistant", "Hello."))
 
 
 def test_content_may_be_a_list_of_text_parts_and_nothing_else() -> None:
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo?"}]
-    assert messages({"messages": [{"role": "user", "content": parts}, ASSISTANT]}).messages[0].content == "Hello?"
+    assert (
+        openai_messages({"messages": [{"role": "user", "content": parts}, ASSISTANT]}).messages[0].content == "Hello?"
+    )
     image = [*parts, {"type": "image_url", "image_url": {"url": "x"}}]
     assert (
-        reason(messages, {"messages": [{"role": "user", "content": image}, ASSISTANT]})
+        reason(openai_messages, {"messages": [{"role": "user", "content": image}, ASSISTANT]})
         == "messages.0.content is a list: expected text"
     )
 
@@ -114,7 +116,7 @@ def test_sharegpt_is_read_in_every_spelling(user: str, assistant: str, author: s
     )
 
 
-@pytest.mark.parametrize("function", [messages, sharegpt])
+@pytest.mark.parametrize("function", [openai_messages, sharegpt])
 def test_a_system_column_comes_first_and_is_not_said_twice(function: Any) -> None:
     expected = Conversation.of(("system", "Be brief."), ("user", "Hello?"), ("assistant", "Hello."))
     turns = [USER, ASSISTANT]
@@ -140,14 +142,14 @@ def test_a_conversation_in_which_tools_are_called_is_left_out_whole_and_the_reas
     call: dict[str, Any],
 ) -> None:
     turns = [{"role": "user", "content": "Weather?"}, call, {"role": "assistant", "content": "Fine."}]
-    for function in (messages, sharegpt):
+    for function in (openai_messages, sharegpt):
         if "from" not in call or function is sharegpt:
             assert reason(function, {"messages": turns}) == "tools are called in the conversation: it is left out whole"
 
 
 def test_a_null_list_beside_a_good_one_is_passed_over() -> None:
-    assert messages({"messages": None, "conversations": [USER, ASSISTANT]}).answered
-    assert reason(messages, {"messages": None}) == "messages is null: expected a list"
+    assert openai_messages({"messages": None, "conversations": [USER, ASSISTANT]}).answered
+    assert reason(openai_messages, {"messages": None}) == "messages is null: expected a list"
 
 
 def test_a_dialogue_of_hh_is_split_at_its_speakers() -> None:
@@ -176,11 +178,14 @@ def test_a_dialogue_that_is_none_is_refused(chosen: Any, expected: str) -> None:
 def test_the_list_may_be_json_text_and_its_column_is_the_one_that_holds_one() -> None:
     expected = Conversation.of(("user", "Hello?"), ("assistant", "Hello."))
     turns = [USER, ASSISTANT]
-    for function in (messages, sharegpt):
+    for function in (openai_messages, sharegpt):
         assert function({"messages": json.dumps(turns)}) == expected
         assert function({"conversation": "c-17", "turns": 2, "chat": turns, "history": [[1]]}) == expected
-    assert reason(messages, {"messages": "[{'role': 'user'}]"}) == "messages is text that is no JSON list of messages"
-    assert reason(messages, {"messages": "Hello"}) == "messages is text: expected a list"
+    assert (
+        reason(openai_messages, {"messages": "[{'role': 'user'}]"})
+        == "messages is text that is no JSON list of messages"
+    )
+    assert reason(openai_messages, {"messages": "Hello"}) == "messages is text: expected a list"
 
 
 def test_a_word_that_begins_like_a_models_name_is_no_author() -> None:

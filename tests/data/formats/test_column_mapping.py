@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corral.data.formats import FormatError
-from corral.data.formats.column_mapping import Mapped, Pattern, compile_mapping
+from corral.data.formats.column_mapping import ColumnMapping, TextPattern, compile_mapping
 from corral.data.formats.fields import ContradictionError
 from corral.errors import DataError
 from corral.messages import Conversation, Feedback, Message, Preference
@@ -32,12 +32,12 @@ ROW: dict[str, Any] = {
 }
 
 
-def compiled(settings_: Mapping, rows: Sequence[dict[str, Any]]) -> Mapped:
+def compiled(settings_: Mapping, rows: Sequence[dict[str, Any]]) -> ColumnMapping:
     return compile_mapping(settings_, rows)[0]
 
 
 def fill(source: str, row: dict[str, Any] = ROW) -> str:
-    return Pattern.parse("prompt", source).fill(row)
+    return TextPattern.parse("prompt", source).fill(row)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_placeholders_are_filled_from_the_row(source: str, filled: str) -> None:
     ],
 )
 def test_a_row_that_cannot_fill_a_text_is_refused(source: str, expected: str) -> None:
-    assert reason(Pattern.parse("prompt", source).fill, ROW).startswith(expected)
+    assert reason(TextPattern.parse("prompt", source).fill, ROW).startswith(expected)
 
 
 @pytest.mark.parametrize(
@@ -93,13 +93,13 @@ def test_a_row_that_cannot_fill_a_text_is_refused(source: str, expected: str) ->
     ids=str.split("surrogate NUL NaN infinity digits lists"),
 )
 def test_a_value_that_is_no_text_is_refused(value: Any, expected: str) -> None:
-    assert reason(Pattern.parse("prompt", "Say {title}").fill, {"title": value}) == expected
+    assert reason(TextPattern.parse("prompt", "Say {title}").fill, {"title": value}) == expected
 
 
 @pytest.mark.parametrize("source", ["{", "}", "{title", "title}", "{{title}", "{title}}", "{a{b}}", "a } b"])
 def test_a_brace_without_its_other_half_is_refused(source: str) -> None:
     with pytest.raises(DataError, match="without its other half") as caught:
-        Pattern.parse("prompt", source)
+        TextPattern.parse("prompt", source)
     assert caught.value.where == "data.sources.mapping.prompt"
     assert "{{ or }}" in str(caught.value.hint)
 
@@ -109,7 +109,7 @@ def test_a_brace_without_its_other_half_is_refused(source: str) -> None:
 )
 def test_a_placeholder_that_names_nothing_is_refused(source: str) -> None:
     with pytest.raises(DataError, match="names no column"):
-        Pattern.parse("prompt", source)
+        TextPattern.parse("prompt", source)
 
 
 def test_the_keys_given_say_what_a_row_becomes() -> None:
@@ -198,14 +198,14 @@ def test_any_text_is_refused_or_filled_with_what_the_row_holds(source: str, valu
         assert sorted(text) == sorted(literals + ("" if value is None else str(value)) * len(pattern.paths))
 
 
-def parsed(source: str) -> Pattern | None:
+def parsed(source: str) -> TextPattern | None:
     try:
-        return Pattern.parse("prompt", source)
+        return TextPattern.parse("prompt", source)
     except DataError:
         return None
 
 
-def filled(pattern: Pattern, row: dict[str, Any]) -> str | None:
+def filled(pattern: TextPattern, row: dict[str, Any]) -> str | None:
     try:
         return pattern.fill(row)
     except FormatError:
@@ -214,13 +214,13 @@ def filled(pattern: Pattern, row: dict[str, Any]) -> str | None:
 
 @given(st.text(max_size=20))
 def test_doubled_braces_write_any_text_as_it_is(text: str) -> None:
-    parts = Pattern.parse("prompt", text.replace("{", "{{").replace("}", "}}")).parts
+    parts = TextPattern.parse("prompt", text.replace("{", "{{").replace("}", "}}")).parts
     assert "".join(map(str, parts)) == text
 
 
 def test_a_mapping_compares_by_what_it_says() -> None:
     settings_ = Mapping(prompt="{title}", completion="{n}")
-    assert isinstance(compiled(settings_, []), Mapped)
+    assert isinstance(compiled(settings_, []), ColumnMapping)
     assert compiled(settings_, []) == compiled(settings_, [ROW])
 
 
@@ -241,7 +241,7 @@ def test_messages_are_read_with_the_keys_and_roles_that_the_mapping_names(column
         assert compiled(given, [row])(row) == said
         with_system = given.model_copy(update={"system": "Of {about}."})
         assert compiled(with_system, [row])(row) == Conversation((Message("system", "Of hats."), *said.messages))
-    assert compiled(given, [row]).makes == "a conversation"
+    assert compiled(given, [row]).record_type == "a conversation"
     assert reason(compiled(given, []), {"talk": {"turns": [{"who": "x", "said": "y"}]}}).startswith(
         "talk.turns.0.who is 'x': expected system, user or assistant, another word for them, or one of the mapping's"
     )

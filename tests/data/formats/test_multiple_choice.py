@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from corral.data.formats.fields import ContradictionError
-from corral.data.formats.multiple_choice import Counting, counting_of, multiple_choice
+from corral.data.formats.multiple_choice import AnswerNumbering, infer_numbering, multiple_choice
 from corral.errors import DataError
 from corral.messages import Conversation
 from tests.data.formats.reasons import reason
@@ -72,34 +72,34 @@ def rows(answers: list[Any], **changes: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("answers", "expected", "said"),
     [
-        ([1, 2, 3, 4], Counting(1, True, True), "; answers are counted from 1"),
-        ([0, 1, 2, 3], Counting(0, True, True), "; answers are counted from 0"),
-        ([1, 2, 3], Counting(0, False, True), "; answers are counted from 0"),
+        ([1, 2, 3, 4], AnswerNumbering(1, True, True), "; answers are counted from 1"),
+        ([0, 1, 2, 3], AnswerNumbering(0, True, True), "; answers are counted from 0"),
+        ([1, 2, 3], AnswerNumbering(0, False, True), "; answers are counted from 0"),
     ],
 )
 def test_the_first_rows_say_from_where_options_are_counted(
-    answers: list[int], expected: Counting, said: str, kind: type
+    answers: list[int], expected: AnswerNumbering, said: str, kind: type
 ) -> None:
-    assert counting_of(rows([kind(answer) for answer in answers]), "a") == (expected, said)
+    assert infer_numbering(rows([kind(answer) for answer in answers]), "a") == (expected, said)
 
 
 def test_letters_texts_and_labels_say_nothing_of_numbers() -> None:
-    assert counting_of(rows(["A", "z", "B"]), "a") == (Counting(), "")
+    assert infer_numbering(rows(["A", "z", "B"]), "a") == (AnswerNumbering(), "")
     labelled = {"label": ["1", "2"], "text": ["red", "blue"]}
-    assert counting_of(rows(["1", 2], choices=labelled), "a") == (Counting(), "")
+    assert infer_numbering(rows(["1", 2], choices=labelled), "a") == (AnswerNumbering(), "")
     assert multiple_choice(rows([1], choices=labelled)[0]).messages[-1].content == "A. red"
 
 
 def test_answers_counted_from_0_and_from_1_at_once_are_refused() -> None:
     with pytest.raises(DataError, match="both 0 and the number of options"):
-        counting_of(rows([0, 1, 4]), "a")
+        infer_numbering(rows([0, 1, 4]), "a")
 
 
 def test_a_row_that_contradicts_the_first_rows_is_no_fault_of_its_own() -> None:
-    for answer, counting in ((4, Counting(0, shown=False)), (0, Counting(1))):
+    for answer, counting in ((4, AnswerNumbering(0, confirmed=False)), (0, AnswerNumbering(1))):
         with pytest.raises(ContradictionError, match="outside the 4 options"):
             multiple_choice(rows([answer])[0], counting)
-    assert reason(lambda row: multiple_choice(row, Counting(0)), rows([4])[0]).startswith("answer is outside")
+    assert reason(lambda row: multiple_choice(row, AnswerNumbering(0)), rows([4])[0]).startswith("answer is outside")
 
 
 @pytest.mark.parametrize("kind", [int, str])
@@ -107,10 +107,10 @@ def test_a_number_that_is_one_options_text_and_anothers_place_is_refused_unless_
     numbers = {"choices": ["3", "2", "1", "0"]}
     for places, right in ((True, "B. 2"), (False, "C. 1")):
         row = rows([kind(1)], **numbers)[0]
-        assert multiple_choice(row, Counting(places=places)).messages[-1].content == right
+        assert multiple_choice(row, AnswerNumbering(are_positions=places)).messages[-1].content == right
     with pytest.raises(ContradictionError, match="the text of one option and the number of another"):
-        multiple_choice(rows([kind(1)], **numbers)[0], Counting(places=None))
-    assert counting_of(rows([kind(1)], **numbers), "a")[0].places is None
-    assert counting_of([*rows([kind(1)], **numbers), *rows([kind(2)])], "a")[0].places is True
+        multiple_choice(rows([kind(1)], **numbers)[0], AnswerNumbering(are_positions=None))
+    assert infer_numbering(rows([kind(1)], **numbers), "a")[0].are_positions is None
+    assert infer_numbering([*rows([kind(1)], **numbers), *rows([kind(2)])], "a")[0].are_positions is True
     texts = rows([kind(9)], choices=["9", "8", "7", "1"])
-    assert counting_of([*rows([kind(1)], **numbers), *texts], "a")[0].places is False
+    assert infer_numbering([*rows([kind(1)], **numbers), *texts], "a")[0].are_positions is False

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from corral.data.formats import FORMATS
-from corral.data.formats.public_datasets import NAMED, on_hub
+from corral.data.formats.public_datasets import PUBLIC_DATASETS, find_by_hub_path
 from corral.messages import Conversation
 from tests.data.formats.reasons import reason
 from tests.data.formats.rows import GOOD, TURNS
@@ -16,17 +16,21 @@ PAIR = GOOD["ultrafeedback-binarized"][2]
 WORSE = [TURNS[0], {"role": "assistant", "content": "The moon."}]
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", PUBLIC_DATASETS)
 def test_the_row_tested_has_the_columns_of_the_entry(name: str) -> None:
-    assert set(GOOD[name][0]) >= set(NAMED[name].columns)
+    assert set(GOOD[name][0]) >= set(PUBLIC_DATASETS[name].columns)
 
 
 def test_no_two_entries_claim_one_data_set() -> None:
-    ids = [hub.casefold() for entry in NAMED.values() for hub in entry.hub]
+    ids = [hub.casefold() for entry in PUBLIC_DATASETS.values() for hub in entry.hub_ids]
     assert len(ids) == len(set(ids)) == 22
-    assert all(on_hub(f"hub:{hub}@0123abc") == name for name, entry in NAMED.items() for hub in entry.hub)
-    assert on_hub("hub:someone/else") is None
-    assert on_hub("openai/gsm8k") is None
+    assert all(
+        find_by_hub_path(f"hub:{hub}@0123abc") == name
+        for name, entry in PUBLIC_DATASETS.items()
+        for hub in entry.hub_ids
+    )
+    assert find_by_hub_path("hub:someone/else") is None
+    assert find_by_hub_path("openai/gsm8k") is None
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from corral.data.formats import FormatError
 from corral.data.formats.wikibooks import wikibooks_recipes
-from corral.data.sources import read
+from corral.data.sources import read_rows
 from corral.messages import Conversation
 from corral.recipe import Source
 from tests.data.formats.reasons import reason
@@ -65,7 +65,7 @@ def test_wiki_markup_is_taken_out_of_an_ingredient(raw: str, clean: str) -> None
 def test_the_wikibooks_asset_gives_about_2960_recipes_of_one_form() -> None:
     form = re.compile(r"# [^\n]+\n\n(\d+\. [^\n]+(\n|$)){2,}")
     made = 0
-    for row in read(Source(path="asset:wikibooks-recipes")):
+    for row in read_rows(Source(path="asset:wikibooks-recipes")):
         assert row.value is not None
         try:
             record = wikibooks_recipes(row.value)

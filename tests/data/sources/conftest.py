@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from corral.data.sources import RawRow, read
+from corral.data.sources import RawRow, read_rows
 from corral.errors import DataError
 from corral.recipe import Source
 
 
 def rows_of(path: Path | str) -> list[RawRow]:
-    return list(read(Source(path=str(path))))
+    return list(read_rows(Source(path=str(path))))
 
 
 def values_of(path: Path | str) -> list[dict[str, Any] | None]:

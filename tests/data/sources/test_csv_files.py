@@ -19,7 +19,7 @@ def test_cells_are_text_with_line_breaks_and_doubled_quotes(tmp_path: Path) -> N
         {"prompt": 'Say "hi",\nplease', "answer": "hi"},
         {"prompt": "007", "answer": "NaN"},
     ]
-    assert [(row.index, row.place) for row in rows] == [(1, "row 1 (line 2)"), (2, "row 2 (line 5)")]
+    assert [(row.index, row.location) for row in rows] == [(1, "row 1 (line 2)"), (2, "row 2 (line 5)")]
 
 
 def test_the_ending_says_what_stands_between_cells(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_stray_quote_costs_its_own_row_and_no_other(
     assert len(rows) == 1000
     assert [(row.index, row.reason) for row in rows if row.value is None] == [(500, reason)]
     assert [row.index for row in rows] == list(range(1, 1001))
-    assert [row.place for row in rows] == [f"row {i} (line {i + 1})" for i in range(1, 1001)]
+    assert [row.location for row in rows] == [f"row {i} (line {i + 1})" for i in range(1, 1001)]
     assert max(len(str(row.value)) for row in rows) < 100
 
 

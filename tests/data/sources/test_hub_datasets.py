@@ -159,7 +159,7 @@ def ask(endpoint: str, place: Path, *sources: dict[str, str], offline: bool = Fa
     """What reading each source gives, in a process with its own hub settings and caches."""
     code = """
 import json, sys
-from corral.data.sources import identity, read
+from corral.data.sources import hash_source, read_rows
 from corral.errors import CorralError
 from corral.progress import Progress
 from corral.recipe import Source
@@ -170,10 +170,10 @@ for settings in sys.argv[1:]:
     said = []
     source = Source(**json.loads(settings))
     try:
-        rows = list(read(source, Listener()))
-        answer = {"values": [row.value for row in rows], "places": [row.place for row in rows], "said": said}
+        rows = list(read_rows(source, Listener()))
+        answer = {"values": [row.value for row in rows], "places": [row.location for row in rows], "said": said}
         answer["faults"] = [row.fault for row in rows if row.fault]
-        answer["identity"] = identity(source)
+        answer["identity"] = hash_source(source)
     except CorralError as error:
         answer = {"kind": type(error).__name__, "what": error.what, "where": error.where, "hint": error.hint}
     print(json.dumps(answer))

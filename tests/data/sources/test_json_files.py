@@ -22,7 +22,7 @@ def test_a_fault_in_one_row_of_a_list_leaves_the_others(tmp_path: Path) -> None:
         "row 4: the row is a number, where an object is expected",
         "row 5: half a surrogate pair (\\ud800 to \\udfff), which is no character",
     ]
-    assert (rows[5].index, rows[5].place) == (6, "row 6")
+    assert (rows[5].index, rows[5].location) == (6, "row 6")
 
 
 CHAT = [{"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}]} for i in range(3)]
@@ -142,7 +142,7 @@ def test_an_unusable_json_file_is_refused(tmp_path: Path, content: str | bytes, 
 
 
 def test_a_row_that_would_fill_the_memory_costs_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_files, "LONGEST", 2**21)
+    monkeypatch.setattr(json_files, "MAX_ROW_BYTES", 2**21)
     long = "x" * 2**23
     rows = rows_of(written(tmp_path / "a.json", f'[{{"a": 1}}, {{"a": "{long}"}}, {{"a": 3}}]'))
     assert [row.value for row in rows] == [{"a": 1}, None, {"a": 3}]
@@ -167,10 +167,10 @@ def test_memory_does_not_depend_on_the_length_of_a_list(tmp_path: Path) -> None:
     assert peak < 5_000_000
 
 
-def _file(path: Path) -> json_files.File:
-    from corral.data.sources.local_files import local_file
+def _file(path: Path) -> json_files.SourceFile:
+    from corral.data.sources.local_files import make_local_file
 
-    return local_file(path.name, path, ".json")
+    return make_local_file(path.name, path, ".json")
 
 
 json_values = st.recursive(

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corral.data.sources import read
-from corral.data.sources.files import LONGEST
+from corral.data.sources import read_rows
+from corral.data.sources.files import MAX_ROW_BYTES
 from corral.recipe import Source
 from tests.data.sources.conftest import refusal, rows_of, values_of, written
 
@@ -17,7 +17,7 @@ def test_a_broken_line_in_the_middle_is_a_fault_with_its_place_and_reading_goes_
     path = written(tmp_path / "a.jsonl", '{"a": 1}\n{"a": 2,, "b": 3}\n{"a": 3}\n')
     first, broken, last = rows_of(path)
     assert (first.value, last.value) == ({"a": 1}, {"a": 3})
-    assert (broken.index, broken.value, broken.place) == (2, None, "line 2")
+    assert (broken.index, broken.value, broken.location) == (2, None, "line 2")
     assert broken.fault is not None
     assert broken.fault.startswith("line 2, column 9: not valid JSON: ")
     assert broken.reason is not None
@@ -31,7 +31,7 @@ def test_a_last_line_cut_short_is_a_fault(tmp_path: Path) -> None:
 
 def test_blank_lines_are_skipped_and_row_numbers_are_line_numbers(tmp_path: Path) -> None:
     path = written(tmp_path / "a.jsonl", '\n{"a": 1}\n   \r\n\n \t{"a": 2} \r\n\n')
-    assert [(row.index, row.value, row.place) for row in rows_of(path)] == [
+    assert [(row.index, row.value, row.location) for row in rows_of(path)] == [
         (2, {"a": 1}, "line 2"),
         (5, {"a": 2}, "line 5"),
     ]
@@ -128,7 +128,7 @@ def test_a_line_that_would_fill_the_memory_is_a_fault_and_the_next_is_read(tmp_p
     path = tmp_path / "a.jsonl"
     with path.open("wb") as file:
         file.write(b'{"a": "')
-        for _ in range(LONGEST // 2**20 + 3):
+        for _ in range(MAX_ROW_BYTES // 2**20 + 3):
             file.write(b"x" * 2**20)
         file.write(b'"}\n{"a": 2}\n\xff\n')
     long, good, bad = rows_of(path)
@@ -139,7 +139,7 @@ def test_a_line_that_would_fill_the_memory_is_a_fault_and_the_next_is_read(tmp_p
 
 def test_reading_is_lazy(tmp_path: Path) -> None:
     path = written(tmp_path / "a.json", b'[{"a": 1}' + b', {"a": 1}' * 100_000 + b", \xff]")
-    assert [row.value for row in islice(read(Source(path=str(path))), 3)] == [{"a": 1}] * 3
+    assert [row.value for row in islice(read_rows(Source(path=str(path))), 3)] == [{"a": 1}] * 3
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\n"), max_size=40), max_size=8))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corral.data.sources import identity, read
+from corral.data.sources import hash_source, read_rows
 from corral.errors import AssetError, DataError, MissingExtraError, RecipeError
 from corral.progress import Progress
 from corral.recipe import Source, parse
@@ -76,7 +76,7 @@ def test_the_files_of_a_folder_are_read_by_name_with_rising_numbers_and_their_pl
     for hidden in (".cache/y.jsonl", "_SUCCESS", ".c.jsonl"):
         written(tmp_path / hidden, "{}")
     rows = rows_of(tmp_path)
-    assert [(row.index, row.value, row.place) for row in rows] == [
+    assert [(row.index, row.value, row.location) for row in rows] == [
         (1, {"a": 1}, "a/x.jsonl.gz, line 1"),
         (2, {"a": 2}, "a/x.jsonl.gz, line 2"),
         (4, {"a": 3}, "b.jsonl, line 2"),
@@ -106,7 +106,7 @@ def test_what_in_a_folder_is_no_rows_is_said_and_several_kinds_are_refused(tmp_p
     written(tmp_path / "README.md", "x")
     assert "no file that can be read: it holds README.md" in refusal(tmp_path).what
     written(tmp_path / "a.jsonl", "{}")
-    assert len(list(read(Source(path=str(tmp_path)), Listener()))) == 1
+    assert len(list(read_rows(Source(path=str(tmp_path)), Listener()))) == 1
     assert said == [f"{tmp_path}: left out, as no rows: README.md"]
     written(tmp_path / "a.csv", "a\n1")
     error = refusal(tmp_path)
@@ -138,7 +138,7 @@ def test_a_file_without_rows_beside_others_is_said_and_does_not_stop_them(
     written(tmp_path / f"a{kind}", CONTENT[kind])
     written(tmp_path / f"c{kind}", CONTENT[kind])
     path = written(tmp_path / f"b{kind}", blank)
-    rows = list(read(Source(path=str(tmp_path)), Listener()))
+    rows = list(read_rows(Source(path=str(tmp_path)), Listener()))
     assert [(row.index, row.value) for row in rows] == [(1, {"t": "one"}), (2, {"t": "one"})]
     assert said == [f"{path}: {what}"]
     for name in "ac":
@@ -187,7 +187,7 @@ def test_a_missing_file_is_answered_with_the_nearest_name_in_its_folder(tmp_path
 
 def test_identity_is_of_names_below_the_source_and_content_not_of_the_place(tmp_path: Path) -> None:
     def of(path: Path) -> str:
-        return identity(Source(path=str(path)))
+        return hash_source(Source(path=str(path)))
 
     one, two = (written(tmp_path / name, "{}") for name in ("x/a.jsonl", "y/b.jsonl"))
     assert of(one) == of(two) == of(one.parent)
@@ -207,7 +207,7 @@ def test_identity_is_of_names_below_the_source_and_content_not_of_the_place(tmp_
 def test_s3_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(MissingExtraError) as caught:
-        read(Source(path="s3://bucket/a.jsonl"))
+        read_rows(Source(path="s3://bucket/a.jsonl"))
     assert "corral[s3]" in str(caught.value.hint)
 
 
@@ -223,18 +223,18 @@ def test_a_recipe_leaves_addresses_as_they_are_and_splits_belong_to_the_hub() ->
 
 def test_an_asset_that_is_unknown_or_holds_no_rows_is_refused() -> None:
     with pytest.raises(AssetError, match="no asset 'wikibook-recipes'"):
-        list(read(Source(path="asset:wikibook-recipes")))
+        list(read_rows(Source(path="asset:wikibook-recipes")))
     with pytest.raises(DataError, match="'smollm2-135m-instruct' is no data set") as caught:
-        list(read(Source(path="asset:smollm2-135m-instruct")))
+        list(read_rows(Source(path="asset:smollm2-135m-instruct")))
     assert "wikibooks-recipes" in str(caught.value.hint)
 
 
 def test_the_wikibooks_asset_has_a_row_for_each_recipe() -> None:
-    rows = list(read(Source(path="asset:wikibooks-recipes")))
+    rows = list(read_rows(Source(path="asset:wikibooks-recipes")))
     assert len(rows) == 3129
     assert [row.index for row in rows[:3]] == [1, 2, 3]
     assert all(row.value is not None and {"title", "ingredients", "steps"} <= row.value.keys() for row in rows)
-    assert len(identity(Source(path="asset:wikibooks-recipes"))) == 64
+    assert len(hash_source(Source(path="asset:wikibooks-recipes"))) == 64
 
 
 @settings(deadline=None, max_examples=300)

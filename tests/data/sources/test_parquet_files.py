@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corral.data.sources import read
+from corral.data.sources import read_rows
 from corral.recipe import Source
 from tests.data.sources.conftest import refusal, rows_of, values_of, written
 
@@ -29,7 +29,7 @@ def test_nested_columns_become_lists_and_objects(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     read = rows_of(tmp_path / "a.parquet")
     assert [row.value for row in read] == rows
-    assert [(row.index, row.place) for row in read] == [(1, "row 1"), (2, "row 2")]
+    assert [(row.index, row.location) for row in read] == [(1, "row 1"), (2, "row 2")]
 
 
 def test_rows_of_several_row_groups_are_counted_on(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_memory_depends_on_the_row_groups_and_not_on_the_file(tmp_path: Path) ->
         for i in range(60):
             writer.write_table(pa.table({"t": [f"{i} " + "x" * 1000] * 1000}, schema))
     before = pa.total_allocated_bytes()
-    held = [pa.total_allocated_bytes() - before for _ in read(Source(path=str(path)))]
+    held = [pa.total_allocated_bytes() - before for _ in read_rows(Source(path=str(path)))]
     assert path.stat().st_size > 60_000_000
     assert max(held) < 10_000_000
 

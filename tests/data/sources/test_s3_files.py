@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from corral.data.prepare import Prepared
-from corral.data.sources import identity
+from corral.data.sources import hash_source
 from corral.recipe import Source
 from tests.data.conftest import chats
 from tests.data.sources.conftest import refusal, rows_of, values_of
@@ -56,13 +56,13 @@ def test_an_object_a_prefix_and_a_glob_are_read_with_their_places(bucket: Any) -
     bucket.pipe("rows/set/a.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a": 2}\n'))
     bucket.pipe("rows/set/_SUCCESS", b"x")
     assert values_of("s3://rows/set/a.jsonl.gz") == [{"a": 1}, {"a": 2}]
-    assert [(row.index, row.value, row.place) for row in rows_of("s3://rows/set")] == [
+    assert [(row.index, row.value, row.location) for row in rows_of("s3://rows/set")] == [
         (1, {"a": 1}, "a.jsonl.gz, line 1"),
         (2, {"a": 2}, "a.jsonl.gz, line 2"),
         (3, {"a": 3}, "b.jsonl, line 1"),
         (4, None, "b.jsonl, line 2"),
     ]
-    assert [row.place for row in rows_of("s3://rows/*/*.jsonl*")][:1] == ["set/a.jsonl.gz, line 1"]
+    assert [row.location for row in rows_of("s3://rows/*/*.jsonl*")][:1] == ["set/a.jsonl.gz, line 1"]
 
 
 def test_a_parquet_object_of_several_blocks_is_read_from_where_it_lies(bucket: Any) -> None:
@@ -78,7 +78,7 @@ def test_a_parquet_object_of_several_blocks_is_read_from_where_it_lies(bucket: A
 
 def test_identity_is_of_content_and_names_below_the_prefix(bucket: Any) -> None:
     def of(path: str) -> str:
-        return identity(Source(path=path))
+        return hash_source(Source(path=path))
 
     for prefix in ("p", "q"):
         bucket.pipe(f"rows/{prefix}/a.jsonl", b'{"a": 1}')
