@@ -43,7 +43,7 @@ from corral.evaluation.scorecard import Scorecard
 from corral.evaluation.scoring import Row, VariantRows
 from corral.evaluation.tasks import Task
 from corral.export.export import export_form
-from corral.export_forms import Form
+from corral.export_forms import ExportForm
 from corral.messages import Conversation
 from corral.model.folder import model_identity
 from corral.model.loading import load_tokenizer, resolve_model
@@ -73,7 +73,7 @@ ASKED: Mapping[str, dict[str, Any]] = {
 }
 """How word problems are asked. With steps the examples are worked ones."""
 LEAN: Mapping[str, dict[str, Any]] = {f"{n} examples": {"shots": {"count": n}} for n in (8, 4, 2)}
-PRECISIONS = {"float32": Form("openvino", "f32"), "int8": Form("openvino", "int8")}
+PRECISIONS = {"float32": ExportForm("openvino", "f32"), "int8": ExportForm("openvino", "int8")}
 
 
 @dataclass(frozen=True)

@@ -125,12 +125,12 @@ def exported(kind: str, out: Path) -> tuple[Path, dict[str, Any]]:
     """The base in another form, and what its contract says of it."""
     from corral.export import contract
     from corral.export.export import export_form
-    from corral.export_forms import Form
+    from corral.export_forms import ExportForm
     from corral.progress import Progress
 
-    form = Form("openvino", kind)
+    form = ExportForm("openvino", kind)
     place = export_form(base_folder(), out, form, Progress())
-    checks = contract.read(form.record(out))["checks"]
+    checks = contract.read(form.contract_path(out))["checks"]
     return place, {check["name"]: check["detail"] for check in checks}
 
 

@@ -152,7 +152,7 @@ def side_corral(base: Any, batches: Sequence[Sequence[Row]], size: Sizes) -> dic
     from corral.training.loop import Training
     from corral.training.objectives import OBJECTIVES
 
-    record = Conversation.of(("user", "?"), ("assistant", "!"))
+    record = Conversation.from_turns(("user", "?"), ("assistant", "!"))
     rows = [row for batch in batches for row in batch]
     examples = [Example(str(i), "random", i, (Encoded(*row),), record) for i, row in enumerate(rows)]
     model = adapters.attach(base, Lora(rank=16, targets=TARGETS), seed=1)

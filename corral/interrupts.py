@@ -26,7 +26,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interrupts:
-    """While entered, SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt; inside `gently` the first one only asks to stop.
+    """While entered, SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt; inside `deferred` the first one only asks to stop.
 
     SIGHUP, which a closed terminal or a lost connection sends, stops as the others do, so that a checkpoint is written; under
     `nohup`, where it is ignored, it stays ignored.
@@ -44,7 +44,7 @@ class Interrupts:
         self._before: dict[int, object] = {}
 
     @contextmanager
-    def gently(self) -> Generator[Callable[[], bool]]:
+    def deferred(self) -> Generator[Callable[[], bool]]:
         """Yields a question to ask at good moments: has a stop been asked for?"""
         self._gentle = True
         try:

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
-INPUT = "\n\n### Input:\n"
+INPUT_HEADING = "\n\n### Input:\n"
 """Stands in a user message between a request and the material it is about."""
 
 Role: TypeAlias = Literal["system", "user", "assistant"]
@@ -33,8 +33,8 @@ class Conversation:
     messages: tuple[Message, ...]
 
     @classmethod
-    def of(cls, *turns: tuple[Role, str]) -> Conversation:
-        """`Conversation.of(("user", "hi"), ("assistant", "hello"))`."""
+    def from_turns(cls, *turns: tuple[Role, str]) -> Conversation:
+        """`Conversation.from_turns(("user", "hi"), ("assistant", "hello"))`."""
         return cls(tuple(Message(role, content) for role, content in turns))
 
     @property
@@ -97,7 +97,7 @@ Record: TypeAlias = Conversation | Preference | Feedback | Text
 def with_input(request: str, material: str) -> str:
     """A user message that asks something of some material (an input, a context, passages found): one form everywhere,
     so that a template can tell the two apart."""
-    return f"{request}{INPUT}{material}" if material else request
+    return f"{request}{INPUT_HEADING}{material}" if material else request
 
 
 def record_to_json(record: Record) -> dict[str, Any]:

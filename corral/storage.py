@@ -88,7 +88,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         _sync_directory(path.parent)
 
 
-def clear_leftovers(directory: Path) -> None:
+def remove_temporary_files(directory: Path) -> None:
     """Removes what killed writers left below `directory`, which nobody else may be writing to."""
     for left in sorted(directory.rglob(f"{_TEMPORARY}*"), reverse=True):
         remove_tree(left) if left.is_dir() else left.unlink(missing_ok=True)
@@ -145,7 +145,7 @@ def new_directory(final: Path, *, needed: int | None = None) -> Generator[Path]:
 
 
 @contextmanager
-def locked(path: Path) -> Generator[None]:
+def file_lock(path: Path) -> Generator[None]:
     """Holds an exclusive lock on the file `path` (created if need be), waiting for whoever holds it.
 
     The system releases it when the process ends, however it ends, so a killed process leaves nothing to clear.
@@ -200,7 +200,7 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_hashes(folder: Path, files: Sequence[Path]) -> dict[str, str]:
+def cached_file_hashes(folder: Path, files: Sequence[Path]) -> dict[str, str]:
     """`{name: sha256}` of files in `folder`, remembered in the cache by size, number and times of change.
 
     Raises:

@@ -107,7 +107,9 @@ def encoded_rows(tiny_tokenizer: Any) -> list[Any]:
     for i in range(24):
         question = f"What is {i} plus {i}? " + CORPUS[i % len(CORPUS)] * (i % 3)
         rows.append(
-            template.encode(Conversation.of(("user", question), ("assistant", f"It is {2 * i}. " * (1 + i % 4))))
+            template.encode(
+                Conversation.from_turns(("user", question), ("assistant", f"It is {2 * i}. " * (1 + i % 4)))
+            )
         )
     return rows
 

@@ -22,14 +22,14 @@ from corral.interrupts import Interrupts
 def say(text):
     print(text, flush=True)
 
-def work(gently, seconds=30.0, on_request=lambda: say("asked")):
+def work(deferred, seconds=30.0, on_request=lambda: say("asked")):
     interrupts = Interrupts(on_request)
     with interrupts:
         try:
-            if not gently:
+            if not deferred:
                 say("ready")
                 time.sleep(seconds)
-            with interrupts.gently() as should_stop:
+            with interrupts.deferred() as should_stop:
                 say("ready")
                 until = time.monotonic() + seconds
                 while not should_stop() and time.monotonic() < until:
@@ -53,7 +53,7 @@ def start(code: str, **kwargs: object) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_asks_and_the_work_ends_in_order(number: signal.Signals) -> None:
-    process = start("work(gently=True)")
+    process = start("work(deferred=True)")
     process.send_signal(number)
     assert process.communicate()[0] == "asked\ncheckpoint\nstopped\n"
     assert process.returncode == 128 + number
@@ -61,14 +61,14 @@ def test_the_first_signal_asks_and_the_work_ends_in_order(number: signal.Signals
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_where_nothing_is_gentle_a_signal_stops_at_once(number: signal.Signals) -> None:
-    process = start("work(gently=False)")
+    process = start("work(deferred=False)")
     process.send_signal(number)
     assert process.communicate()[0] == "stopped\n"
     assert process.returncode == 128 + number
 
 
 def test_the_second_signal_stops_at_once() -> None:
-    process = start("work(gently=True)")
+    process = start("work(deferred=True)")
     process.send_signal(signal.SIGTERM)
     assert process.stdout is not None
     assert process.stdout.readline() == "asked\n"
@@ -78,7 +78,7 @@ def test_the_second_signal_stops_at_once() -> None:
 
 
 def test_under_nohup_a_closed_terminal_stops_nothing() -> None:
-    process = start("work(gently=True, seconds=0.5)", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process = start("work(deferred=True, seconds=0.5)", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     process.send_signal(signal.SIGHUP)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.2)
@@ -88,7 +88,7 @@ def test_under_nohup_a_closed_terminal_stops_nothing() -> None:
 
 @pytest.mark.parametrize("fault", ["OSError('nobody listens')", "RuntimeError('reentrant call')"])
 def test_a_request_that_cannot_be_told_is_a_request_all_the_same(fault: str) -> None:
-    process = start(f"def fail(): raise {fault}\nwork(gently=True, on_request=fail)")
+    process = start(f"def fail(): raise {fault}\nwork(deferred=True, on_request=fail)")
     process.send_signal(signal.SIGTERM)
     assert process.communicate()[0] == "checkpoint\nstopped\n"
     assert process.returncode == 143
@@ -104,7 +104,7 @@ original = say
 def say(text):
     original(text)
     note(text)
-work(gently=True)
+work(deferred=True)
 """
     child, master = pty.fork()
     if child == 0:
@@ -128,7 +128,7 @@ def count():
 thread = threading.Thread(target=count)
 thread.start()
 try:
-    work(gently=False)
+    work(deferred=False)
 finally:
     thread.join()
 """

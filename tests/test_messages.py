@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from corral.messages import (
-    INPUT,
+    INPUT_HEADING,
     Conversation,
     Feedback,
     Preference,
@@ -16,7 +16,7 @@ from corral.messages import (
 
 
 def test_equal_content_has_an_equal_key_and_other_content_another() -> None:
-    prompt = Conversation.of(("user", "a"))
+    prompt = Conversation.from_turns(("user", "a"))
     records: list[Record] = [
         prompt,
         prompt.add("assistant", "b"),
@@ -34,11 +34,11 @@ def test_equal_content_has_an_equal_key_and_other_content_another() -> None:
 
 def test_turns_at_once_are_those_one_by_one_and_their_characters_are_counted() -> None:
     one_by_one = Conversation(()).add("system", "Be brief.").add("user", "hi").add("assistant", "hélló")
-    assert one_by_one == Conversation.of(("system", "Be brief."), ("user", "hi"), ("assistant", "hélló"))
+    assert one_by_one == Conversation.from_turns(("system", "Be brief."), ("user", "hi"), ("assistant", "hélló"))
     assert one_by_one.characters == 16
     assert Conversation(()).characters == 0
 
 
 def test_material_follows_the_request_under_its_heading_and_none_leaves_the_request() -> None:
-    assert with_input("Add.", "1, 2") == "Add." + INPUT + "1, 2" == "Add.\n\n### Input:\n1, 2"
+    assert with_input("Add.", "1, 2") == "Add." + INPUT_HEADING + "1, 2" == "Add.\n\n### Input:\n1, 2"
     assert with_input("Add.", "") == "Add."

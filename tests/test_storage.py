@@ -16,8 +16,8 @@ import pytest
 from corral.errors import ModelError, StorageError
 from corral.storage import (
     cache_root,
+    file_lock,
     link_or_copy_tree,
-    locked,
     new_directory,
     remove_tree,
     sha256_file,
@@ -285,10 +285,10 @@ def test_a_lock_lets_one_process_in_at_a_time(tmp_path: Path) -> None:
     code = """
 import sys, time
 from pathlib import Path
-from corral.storage import locked
+from corral.storage import file_lock
 place = Path(sys.argv[1])
 for _ in range(20):
-    with locked(place / "lock"):
+    with file_lock(place / "lock"):
         number = int((place / "number").read_text())
         time.sleep(0.001)
         (place / "number").write_text(str(number + 1))
@@ -303,12 +303,12 @@ def test_a_killed_process_gives_its_lock_back(tmp_path: Path) -> None:
     code = """
 import os, signal, sys
 from pathlib import Path
-from corral.storage import locked
-with locked(Path(sys.argv[1])):
+from corral.storage import file_lock
+with file_lock(Path(sys.argv[1])):
     os.kill(os.getpid(), signal.SIGKILL)
 """
     assert run_python(code, tmp_path / "lock").returncode == -signal.SIGKILL
-    with locked(tmp_path / "lock"):
+    with file_lock(tmp_path / "lock"):
         pass
 
 

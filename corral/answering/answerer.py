@@ -22,7 +22,7 @@ from corral.messages import Conversation
 from corral.metrics import answer_extraction
 from corral.prompting.few_shot import Prompting, after
 from corral.template import Template
-from corral.template.decoding import StopCutter, StreamDecoder
+from corral.template.decoding import StopStringCutter, StreamDecoder
 
 T = TypeVar("T")
 
@@ -322,7 +322,7 @@ class _Choice:
         self._index = index
         self._bytes = template.token_bytes
         self._decoder = StreamDecoder(self._bytes)
-        self._cutter = StopCutter(stop)
+        self._cutter = StopStringCutter(stop)
         self._decoded = 0
         """Characters, with those that are held back."""
         self._given = 0
@@ -347,7 +347,7 @@ class _Choice:
         self.finish = "stop" if self._cutter.stopped else delta.finish
         is_end = self.finish is not None and not self._cutter.stopped
         if is_end:
-            text += self._cutter.rest()
+            text += self._cutter.finish()
         self._given += len(text)
         count = sum(is_end or start < self._given for start, _ in self._waiting)
         tokens = tuple(token for _, token in self._waiting[:count])

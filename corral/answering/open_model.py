@@ -18,7 +18,7 @@ from corral.engines.base import Engine, Sampling
 from corral.engines.registry import EngineName, LocalEngine, default_engine, load_engines
 from corral.errors import InputError, ModelError
 from corral.export import contract
-from corral.export_forms import CONTRACT, OPENVINO
+from corral.export_forms import CONTRACT_FILE, OPENVINO_MODEL
 from corral.model.naming import ModelFiles, find_contract, find_model_files, model_name
 from corral.template import Template
 
@@ -106,7 +106,7 @@ def computing(
     """(engine, device, dtype) that compute a model folder on this machine: this engine, or the one meant for the device."""
     from corral.model.device import choose_device
 
-    name = engine or ("openvino" if (folder / OPENVINO).is_file() else None)
+    name = engine or ("openvino" if (folder / OPENVINO_MODEL).is_file() else None)
     device, dtype = choose_device("cpu" if name == "openvino" else "auto")
     return name or default_engine(device, adapter=adapter), device, dtype
 
@@ -159,7 +159,7 @@ def _checked(spec: str) -> tuple[ModelFiles, Template]:
 
     found = find_model_files(spec)
     tokenizer = load_tokenizer(found.folder)
-    record = found.folder / CONTRACT if found.adapter else find_contract(spec)
+    record = found.folder / CONTRACT_FILE if found.adapter else find_contract(spec)
     if record.is_file():
         contract.raise_if_failed(contract.check_unchanged(record, Template.load(tokenizer)), where=record)
     return found, Template.load(tokenizer, found.template or "tokenizer")

@@ -152,7 +152,7 @@ def with_changes(model: str, changes: Mapping[str, Any]) -> tuple[Answer, int]:
         if name in changes:
             place[key] = changes[name]
     try:
-        answer = found.changed(given)
+        answer = found.with_changes(given)
     except ValidationError as error:
         faults = [_fault(each) for each in error.errors()]
         raise RecipeError("\n".join(faults), where="the command line", hint="give another value") from None

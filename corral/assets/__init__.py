@@ -30,7 +30,7 @@ from corral.assets.catalogue import CATALOGUE, Asset
 from corral.errors import AssetError
 from corral.storage import (
     cache_root,
-    locked,
+    file_lock,
     new_directory,
     read_write_lock,
     remove_tree,
@@ -130,7 +130,7 @@ def fetch(name: str, *, offline: bool = False, progress: Progress | None = None,
             where=str(asset.directory),
             hint=f"run `corral assets --fetch {name}` once with a network",
         )
-    with locked(asset.directory.parent / f"{asset.directory.name}.lock"):
+    with file_lock(asset.directory.parent / f"{asset.directory.name}.lock"):
         if asset.directory.is_dir():  # another process fetched it while this one waited
             return _open_cached(asset, verify=verify)
         _download(asset, progress or _silent)

@@ -27,7 +27,7 @@ COMPLETIONS = 320
 """Asked of an engine at once: OpenVINO computes up to 256 together, and a quarter more are ready when some end."""
 _ATTEMPTS = 2
 """How often a row may break the engine alone until it is a bad row."""
-_PLAIN = Prompt(-1, {}, Conversation.of(("user", "Hello")))
+_PLAIN = Prompt(-1, {}, Conversation.from_turns(("user", "Hello")))
 """What any engine that works can answer."""
 
 
@@ -141,7 +141,7 @@ def answer_here(
             loop.call_soon_threadsafe(work.stop)
 
         interrupts = Interrupts(stop)
-        with interrupts, interrupts.gently():
+        with interrupts, interrupts.deferred():
             try:
                 runner.run(work.run(at_once(choices)))
             except asyncio.CancelledError:

@@ -117,7 +117,7 @@ def _conversation(row: Mapping[str, Any]) -> Conversation:
     if prompt is not None and turns is not None:
         raise FormatError("both `prompt` and `messages`: one row asks one thing")
     if turns is None:
-        return Conversation.of(("user", column_text(row, "prompt", "messages")))
+        return Conversation.from_turns(("user", column_text(row, "prompt", "messages")))
     read_ = read_messages(turns, "messages", OPENAI)
     if read_[-1].role != "user":
         raise FormatError(f"messages ends with the {read_[-1].role}: the last must be from the user")

@@ -40,7 +40,7 @@ _positive.__name__ = "positive integer"  # what argparse calls it in an error
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     from corral.engines.registry import ENGINE_NAMES
-    from corral.export_forms import TYPES
+    from corral.export_forms import EXPORT_TYPES
 
     root = argparse.ArgumentParser(
         prog="corral",
@@ -130,8 +130,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("run", help="a run directory")
     sub = verb("export", model_commands.export, "corral export runs/quickstart --to gguf --type q8_0")
     sub.add_argument("model", help="a run directory; or a model folder, asset:NAME or hub:OWNER/NAME with --out")
-    sub.add_argument("--to", choices=TYPES, help="the form (default: those the recipe names)")
-    kinds = "; ".join(f"{to}: {', '.join(types)}" for to, types in TYPES.items())
+    sub.add_argument("--to", choices=EXPORT_TYPES, help="the form (default: those the recipe names)")
+    kinds = "; ".join(f"{to}: {', '.join(types)}" for to, types in EXPORT_TYPES.items())
     sub.add_argument("--type", help=f"of the weights; {kinds} (default: q8_0 or int8)")
     sub.add_argument("--out", help="where to write, for a model that is no run (a run has its own place: RUN/export)")
     sub = verb("verify", model_commands.verify, "corral verify runs/quickstart --engine openvino")

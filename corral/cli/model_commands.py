@@ -25,23 +25,25 @@ DEFAULT_TYPES = {"gguf": "q8_0", "openvino": "int8"}
 def export(args: argparse.Namespace) -> dict[str, Any]:
     """Write a run's model in another form: GGUF or OpenVINO, with a contract that proves it."""
     from corral.export.export import export_form
-    from corral.export_forms import TYPES, Form
+    from corral.export_forms import EXPORT_TYPES, ExportForm
     from corral.run.directory import Run
 
     if args.type and not args.to:
-        raise InputError(f"--type {args.type} is given, but not of what", hint=f"add --to {' or --to '.join(TYPES)}")
-    form = Form(args.to, args.type or DEFAULT_TYPES[args.to]) if args.to else None
+        raise InputError(
+            f"--type {args.type} is given, but not of what", hint=f"add --to {' or --to '.join(EXPORT_TYPES)}"
+        )
+    form = ExportForm(args.to, args.type or DEFAULT_TYPES[args.to]) if args.to else None
     path = Path(args.model)
     if (path / "recipe.toml").is_file():
         if args.out:
             raise InputError(f"--out {args.out} is given for a run", hint=f"a run has its own place: {path / 'export'}")
         recipe = Run(path).recipe
         if form is not None:
-            recipe = recipe.with_export(form.to, form.type)
+            recipe = recipe.with_export(form.target, form.type)
         execute(recipe, path, args, only=("export", "report"))
         from corral.pipeline.stages import forms
 
-        places = [str(each.place(path / "export")) for each in forms(recipe)]
+        places = [str(each.path(path / "export")) for each in forms(recipe)]
         if not places:
             raise InputError("this run's recipe asks for no other form", where=args.model, hint="add --to gguf")
     else:

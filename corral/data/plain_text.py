@@ -16,7 +16,7 @@ from corral.template import Encoded, Template
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_PROBE = Conversation.of(("user", "a"), ("assistant", "b"))
+_PROBE = Conversation.from_turns(("user", "a"), ("assistant", "b"))
 
 
 class PlainTextEncoder:

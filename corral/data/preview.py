@@ -131,7 +131,7 @@ def split_pieces(encoded: Encoded, kept: int, template: Template, special: froze
 
     Joined, the pieces that are no special tokens are the text, also where characters span tokens.
     """
-    decoder = template.decoder()
+    decoder = template.stream_decoder()
     waiting: list[Kind] = []
     for place, (token, is_trained) in enumerate(zip(encoded.ids, encoded.trained, strict=True)):
         kind: Kind = "cut" if place >= kept else "trained" if is_trained else "context"
@@ -139,7 +139,7 @@ def split_pieces(encoded: Encoded, kept: int, template: Template, special: froze
             if waiting:
                 yield Piece(decoder.finish(), _strongest(waiting), False, len(waiting))
             yield Piece(str(template.tokenizer.convert_ids_to_tokens(token)), kind, True, 1)
-            decoder, waiting = template.decoder(), []
+            decoder, waiting = template.stream_decoder(), []
             continue
         waiting.append(kind)
         if text := decoder.push([token]):

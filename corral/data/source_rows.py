@@ -29,7 +29,7 @@ from corral.errors import DataError
 from corral.messages import Record, record_key, record_to_json
 from corral.progress import Progress
 from corral.recipe import Source
-from corral.storage import locked, new_directory
+from corral.storage import file_lock, new_directory
 
 Ints: TypeAlias = NDArray[np.int64]
 
@@ -110,7 +110,7 @@ def load_source_rows(source: Source, cache: Path, progress: Progress) -> SourceR
     identity = sources.hash_source(source)
     how = source.model_dump(mode="json", include={"config", "split", "format", "mapping"})
     folder = cache / cache_name("rows", VERSION, identity, how, _code())
-    with locked(cache / f".{folder.name}.lock"):
+    with file_lock(cache / f".{folder.name}.lock"):
         try:
             return SourceRows(folder)
         except FileNotFoundError:

@@ -25,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 from corral.engines.base import Delta, Engine, Features, Generation, Sampling, closed_error
 from corral.engines.openvino_process import BLOCK_TOKENS
 from corral.errors import CorralError, EngineError, ModelError
-from corral.export_forms import OPENVINO, OpenVinoType
+from corral.export_forms import OPENVINO_MODEL, OpenVinoType
 from corral.extras import require
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class OpenVinoEngine(Engine):
             raise ModelError(f"the openvino engine does not compute in {dtype}", hint="use float32 or bfloat16")
         self.name = name
         self._folder = folder
-        self._is_form = (folder / OPENVINO).is_file()
+        self._is_form = (folder / OPENVINO_MODEL).is_file()
         self._precision: OpenVinoType = "f32" if dtype == "float32" else "f16"
         form = self._form()
         cache = _Cache.fitting(form, 4 if dtype == "float32" else 2)

@@ -152,7 +152,7 @@ async def score_options(
     end token not counted); their `bytes`; and `gold`, the place of the right one."""
 
     async def one(question: Question) -> None:
-        stem = Conversation.of(("user", question.stem))
+        stem = Conversation.from_turns(("user", question.stem))
         prompt = await answerer.prompt(stem)
         logprobs = [await option_logprob(answerer, prompt, stem, option) for option in question.options]
         sizes = [len(option.encode()) for option in question.options]

@@ -56,12 +56,12 @@ class Question:
     @property
     def example(self) -> Conversation:
         """The question with its answer."""
-        return Conversation.of(("user", self.prompt), ("assistant", self.answer))
+        return Conversation.from_turns(("user", self.prompt), ("assistant", self.answer))
 
     @property
     def example_of_options(self) -> Conversation:
         """The question without its options, answered by the right one's text."""
-        return Conversation.of(("user", self.stem), ("assistant", self.references[0]))
+        return Conversation.from_turns(("user", self.stem), ("assistant", self.references[0]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,9 @@ def worked_problems() -> list[Conversation]:
 def worked_problem(question: str, target: str) -> Conversation:
     """One of them, from a target that ends in `The answer is 6.`"""
     steps, _, result = target.rpartition("The answer is ")
-    return Conversation.of(("user", question), ("assistant", f"{steps.strip()}\nAnswer: {result.strip().rstrip('.')}"))
+    return Conversation.from_turns(
+        ("user", question), ("assistant", f"{steps.strip()}\nAnswer: {result.strip().rstrip('.')}")
+    )
 
 
 def _asdiv(row: Mapping[str, Any]) -> Question | None:

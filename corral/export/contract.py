@@ -18,31 +18,32 @@ from typing import Any, cast
 
 from corral.engines.base import Engine, Sampling
 from corral.errors import ContractError, EngineError, ModelError, TemplateError
-from corral.export_forms import CONTRACT
+from corral.export_forms import CONTRACT_FILE
 from corral.messages import Conversation
-from corral.storage import file_hashes, write_json
+from corral.storage import cached_file_hashes, write_json
 from corral.template import Template
 
 VERSION = 2
-CONTRACT_FILE = CONTRACT
 
 PROBES = (
-    Conversation.of(("user", "What is the capital of France?"), ("assistant", "The capital of France is Paris.")),
-    Conversation.of(
+    Conversation.from_turns(
+        ("user", "What is the capital of France?"), ("assistant", "The capital of France is Paris.")
+    ),
+    Conversation.from_turns(
         ("system", "Answer in one sentence."),
         ("user", "Why is the sky blue?"),
         ("assistant", "Air scatters blue light more than red light."),
         ("user", "And at sunset?"),
         ("assistant", "Then the light passes through more air, and mostly red is left."),
     ),
-    Conversation.of(
+    Conversation.from_turns(
         ("user", "Grüße, 東京! Ça va? 🙂\n\n\tTabs  and   spaces."), ("assistant", "Très bien — 元気です。 🙂")
     ),
-    Conversation.of(
+    Conversation.from_turns(
         ("user", "Write a function that doubles a number."),
         ("assistant", "```python\ndef double(x: float) -> float:\n    return 2 * x\n```"),
     ),
-    Conversation.of(
+    Conversation.from_turns(
         ("user", "List: 1, 22, 333, 4444; 3.14159; 1e-5."), ("assistant", "1\n22\n333\n4444\n3.14159\n1e-5")
     ),
 )
@@ -230,7 +231,7 @@ def write(
         "version": VERSION,
         "passed": all(c.passed for c in checks),
         "form": form,
-        "files": file_hashes(record.parent, files),
+        "files": cached_file_hashes(record.parent, files),
         "source": dict(source or {}),
         "template": {"sha256": template.digest, "stop_ids": list(template.stop_ids)},
         "checks": [{key: _finite(value) for key, value in asdict(c).items()} for c in checks],
@@ -285,7 +286,7 @@ def check_unchanged(record: Path, template: Template) -> list[Check]:
     contract = read(record)
     files: dict[str, str] = contract["files"]
     there = [record.parent / name for name in files if (record.parent / name).is_file()]
-    found = file_hashes(record.parent, there)
+    found = cached_file_hashes(record.parent, there)
     changed = [name for name, digest in files.items() if found.get(name) != digest]
     same = template.digest == contract["template"].get("sha256")
     return [

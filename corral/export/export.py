@@ -23,7 +23,7 @@ from corral.engines.base import Engine
 from corral.errors import ModelError
 from corral.export import contract
 from corral.export.contract import Check
-from corral.export_forms import Form, GgufType, OpenVinoType
+from corral.export_forms import ExportForm, GgufType, OpenVinoType
 from corral.progress import Progress
 from corral.storage import new_directory, remove_tree, sha256_file, storage_errors
 
@@ -36,7 +36,7 @@ ALLOWED_LOSS_INCREASE = {"f32": 1e-3, "f16": 0.01, "int8": 0.1, "q8_0": 0.02, "i
 of a nat and one of billions a twentieth; held-out data say what it is worth, the contract only that nothing broke."""
 
 
-def export_form(folder: Path, out: Path, form: Form, progress: Progress) -> Path:
+def export_form(folder: Path, out: Path, form: ExportForm, progress: Progress) -> Path:
     """Write a model folder's form into `out`, unless it is there already, made from the same weights and template.
 
     Args:
@@ -56,19 +56,19 @@ def export_form(folder: Path, out: Path, form: Form, progress: Progress) -> Path
     check_folder(folder)
     template = Template.load(load_tokenizer(folder))
     source = {path.name: sha256_file(path) for path in weight_files(folder)}
-    if _is_current(form.record(out), source, template):
-        progress.say(f"{form.place(out)}: already done")
-        return form.place(out)
+    if _is_current(form.contract_path(out), source, template):
+        progress.say(f"{form.path(out)}: already done")
+        return form.path(out)
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    candidate = out / f"candidate-{form.to}-{form.type}"
+    candidate = out / f"candidate-{form.target}-{form.type}"
     progress.start(f"Exporting to {form}", None)
-    make = _gguf_candidate if form.to == "gguf" else _openvino_candidate
+    make = _gguf_candidate if form.target == "gguf" else _openvino_candidate
     with make(folder, candidate, form, template, progress) as made:
         progress.start(f"Proving {form}", None)
         served, checks = _check_candidate(folder, template, made, ALLOWED_LOSS_INCREASE[form.type])
     contract.write(
-        candidate / form.record(out).name,
+        candidate / form.contract_path(out).name,
         template,
         contract.make_probes(template),
         served,
@@ -81,7 +81,7 @@ def export_form(folder: Path, out: Path, form: Form, progress: Progress) -> Path
     _promote(candidate, out, form)
     for check in checks:
         progress.say(f"contract of {form}, {check.name}: {check.detail}")
-    return form.place(out)
+    return form.path(out)
 
 
 def _is_current(record: Path, source: dict[str, str], template: Template) -> bool:
@@ -93,11 +93,11 @@ def _is_current(record: Path, source: dict[str, str], template: Template) -> boo
     return whole and found["passed"] and found["source"] == source and found["template"]["sha256"] == template.digest
 
 
-def _promote(candidate: Path, out: Path, form: Form) -> None:
+def _promote(candidate: Path, out: Path, form: ExportForm) -> None:
     with storage_errors(out):
-        if form.to == "openvino":
-            remove_tree(form.place(out))
-            candidate.rename(form.place(out))
+        if form.target == "openvino":
+            remove_tree(form.path(out))
+            candidate.rename(form.path(out))
             return
         # The contract last: while it is missing, the form does not count as done.
         for path in sorted(candidate.iterdir(), key=lambda path: path.name.endswith(".contract.json")):
@@ -122,7 +122,7 @@ class _Candidate:
 
 @contextmanager
 def _openvino_candidate(
-    folder: Path, candidate: Path, form: Form, template: Template, progress: Progress
+    folder: Path, candidate: Path, form: ExportForm, template: Template, progress: Progress
 ) -> Generator[_Candidate]:
     from corral.engines.openvino import OpenVinoEngine
     from corral.model import openvino_graph
@@ -150,7 +150,7 @@ def _openvino_candidate(
 
 @contextmanager
 def _gguf_candidate(
-    folder: Path, candidate: Path, form: Form, template: Template, progress: Progress
+    folder: Path, candidate: Path, form: ExportForm, template: Template, progress: Progress
 ) -> Generator[_Candidate]:
     from corral.engines.transformers import TransformersEngine
     from corral.export import gguf_writer
@@ -160,12 +160,12 @@ def _gguf_candidate(
 
     kind = cast("GgufType", form.type)
     with new_directory(candidate) as new:
-        path = form.place(new)
+        path = form.path(new)
         gguf_writer.write_gguf(folder, path, kind, progress=lambda n, of: progress.update(n, f"of {of / 1e6:.0f} MB"))
         (new / f"Modelfile-{form.type}").write_text(gguf_writer.modelfile(folder, path.name), "utf-8")
         for licence in licence_texts(folder):
             shutil.copyfile(licence, new / licence.name)
-    path = form.place(candidate)
+    path = form.path(candidate)
     types = {tensor.name: tensor.type for tensor in gguf_reader.read_header(path).tensors}
     with tempfile.TemporaryDirectory(dir=candidate.parent, prefix=".corral-") as back:
         with quiet():

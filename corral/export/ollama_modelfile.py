@@ -23,16 +23,16 @@ from corral.model.loading import load_tokenizer, quiet
 
 _TURNS: tuple[tuple[Role, str], ...] = (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
 _UNLEARNT = (
-    Conversation.of(("user", "What is 2 + 2?")),
-    Conversation.of(
+    Conversation.from_turns(("user", "What is 2 + 2?")),
+    Conversation.from_turns(
         ("system", "Grüße, 東京 🙂"), ("user", "Ça va?"), ("assistant", "```python\nx = {}\n```"), ("user", "Go.")
     ),
-    Conversation.of(("user", "one"), ("assistant", "two\n\nthree"), ("user", "four  five")),
-    Conversation.of(("system", "be\nbrief"), ("user", "{{ .Content }} {% x %}")),
-    Conversation.of(*_TURNS, ("user", "c")),
-    Conversation.of(("system", "s"), *_TURNS, ("user", "c")),
+    Conversation.from_turns(("user", "one"), ("assistant", "two\n\nthree"), ("user", "four  five")),
+    Conversation.from_turns(("system", "be\nbrief"), ("user", "{{ .Content }} {% x %}")),
+    Conversation.from_turns(*_TURNS, ("user", "c")),
+    Conversation.from_turns(("system", "s"), *_TURNS, ("user", "c")),
 )
-_EDGES = (Conversation.of(("user", " \n hi \n"), ("assistant", "\n so \t"), ("user", "  bye ")),)
+_EDGES = (Conversation.from_turns(("user", " \n hi \n"), ("assistant", "\n so \t"), ("user", "  bye ")),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +131,13 @@ def _template_lines(tokenizer: Any, source: str | None, *, add_bos: bool) -> lis
 def _learn(render: Any) -> tuple[_Form, bool] | None:
     """The form of a template and whether it strips messages; None if it has no such form, or Go could not say it."""
     marks = ["\u2983u1\u2984", "\u2983a1\u2984", "\u2983u2\u2984"]
-    turns = Conversation.of(("user", marks[0]), ("assistant", marks[1]), ("user", marks[2]))
+    turns = Conversation.from_turns(("user", marks[0]), ("assistant", marks[1]), ("user", marks[2]))
     plain = _between(render, turns, marks)
     if plain is None:
         return None
     system = "\u2983s\u2984"
     led = _between(
-        render, Conversation((*Conversation.of(("system", system)).messages, *turns.messages)), [system, *marks]
+        render, Conversation((*Conversation.from_turns(("system", system)).messages, *turns.messages)), [system, *marks]
     )
     form = _Form(plain[0], led[0] if led else None, led[1] if led else "", plain[1], plain[2], plain[3])
     if any(part in text for text in (*plain, *(led or ())) for part in ("{{", '"""')):

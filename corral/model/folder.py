@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from corral.errors import ModelError
-from corral.export_forms import OPENVINO
-from corral.storage import file_hashes
+from corral.export_forms import OPENVINO_MODEL
+from corral.storage import cached_file_hashes
 
 ADAPTER_CONFIG = "adapter_config.json"
 """What makes a folder a PEFT adapter."""
@@ -168,7 +168,7 @@ def model_identity(folder: Path) -> str:
     Hashes of files are remembered by size and time of change, so that only the first call reads gigabytes.
     """
     files = sorted({path for pattern in _IDENTITY for path in folder.glob(pattern) if path.is_file()})
-    hashes = file_hashes(folder, files)
+    hashes = cached_file_hashes(folder, files)
     text = "".join(f"{name} {digest}\n" for name, digest in sorted(hashes.items()))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -212,7 +212,7 @@ def weight_files(folder: Path) -> list[Path]:
     single = folder / "model.safetensors"
     if single.is_file():
         return [single]
-    if (folder / OPENVINO).is_file():
+    if (folder / OPENVINO_MODEL).is_file():
         raise ModelError(
             "this is a model in OpenVINO's form, which only the openvino engine computes",
             where=str(folder),

@@ -22,7 +22,7 @@ from corral.assets import CATALOGUE, fetch, find_asset
 from corral.errors import ModelError
 from corral.model import gguf_reader, hub, meta_checkpoint
 from corral.model.folder import check_folder, licence_texts, model_identity
-from corral.storage import cache_root, file_hashes, locked, new_directory
+from corral.storage import cache_root, cached_file_hashes, file_lock, new_directory
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +85,7 @@ def resolve_model(spec: str, *, offline: bool = False, progress: Callable[[str],
         elif path.is_dir():
             folder = path
         elif path.is_file() and path.suffix == ".gguf":
-            revision = file_hashes(path.parent, [path])[path.name]
+            revision = cached_file_hashes(path.parent, [path])[path.name]
             folder = _from_gguf(path, path.stem, revision, say)
         else:
             raise _not_found(spec, path)
@@ -294,7 +294,7 @@ def _from_meta(path: Path, say: Callable[[str], None]) -> tuple[Path, str]:
     """The folder made from a checkpoint of Meta's with those files, from the cache or made now; what they hash to."""
     files = meta_checkpoint.checkpoint_files(path)
     try:
-        hashes = file_hashes(path, files)
+        hashes = cached_file_hashes(path, files)
     except OSError as error:
         raise ModelError(f"the checkpoint cannot be read: {error}", where=str(path)) from error
     revision = hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
@@ -322,7 +322,7 @@ def _converted(
     """The cache's folder of what `content` identifies; made by `write`, with `needed` bytes free, if it is not there."""
     key = hashlib.sha256(content.encode()).hexdigest()[:12]
     folder = cache_root() / "models" / f"{label}-{key}"
-    with locked(folder.with_name(f"{folder.name}.lock")):
+    with file_lock(folder.with_name(f"{folder.name}.lock")):
         if not folder.is_dir():
             say(f"converting {name} to safetensors, once")
             with new_directory(folder, needed=needed()) as temporary, quiet():

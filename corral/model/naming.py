@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from corral.errors import ModelError
-from corral.export_forms import CONTRACT, OPENVINO
+from corral.export_forms import CONTRACT_FILE, OPENVINO_MODEL
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def find_model_folder(spec: str) -> Path:
 
     if _is_run(spec):
         return Run(Path(spec)).merged_model
-    if (Path(spec) / OPENVINO).is_file():
+    if (Path(spec) / OPENVINO_MODEL).is_file():
         return Path(spec)
     return resolve_model(spec).folder
 
@@ -57,7 +57,7 @@ def find_contract(spec: str) -> Path:
     path = Path(spec)
     if path.suffix == ".gguf":
         find_model_folder(spec)
-    return path.with_suffix(".contract.json") if path.suffix == ".gguf" else find_model_folder(spec) / CONTRACT
+    return path.with_suffix(".contract.json") if path.suffix == ".gguf" else find_model_folder(spec) / CONTRACT_FILE
 
 
 def _find_adapter_folder(spec: str) -> Path | None:

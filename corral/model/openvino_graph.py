@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from corral.errors import ModelError
-from corral.export_forms import OPENVINO, OpenVinoType
+from corral.export_forms import OPENVINO_MODEL, OpenVinoType
 from corral.extras import require
 from corral.model import weight_rounding
-from corral.storage import cache_root, locked, new_directory, remove_tree
+from corral.storage import cache_root, file_lock, new_directory, remove_tree
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -36,7 +36,7 @@ op = require("openvino.opset15", "openvino")
 variables = require("openvino.op.util", "openvino")
 
 Precision: TypeAlias = OpenVinoType
-MODEL_FILE = OPENVINO
+MODEL_FILE = OPENVINO_MODEL
 
 BYTES_PER_WEIGHT = {"f32": 4.0, "f16": 2.0, "int8": 1.01, "int4": 0.6}
 """Bytes per weight on disk, about: int4 keeps embeddings and output head, which suffer most, in int8."""
@@ -109,7 +109,7 @@ def cached_form(folder: Path, precision: Precision) -> Path:
     check_folder(folder)
     place = cache_root() / "openvino"
     form = place / f"{model_identity(folder)[:16]}-{precision}-{_CONVERSION}"
-    with locked(place / "lock"):
+    with file_lock(place / "lock"):
         if not (form / MODEL_FILE).is_file():
             size = sum(path.stat().st_size for path in weight_files(folder))
             with new_directory(form, needed=int(size * BYTES_PER_WEIGHT[precision] / 2)) as temporary:

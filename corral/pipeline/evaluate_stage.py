@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from corral.errors import InputError
 from corral.pipeline.stages import Work
-from corral.recipe.evaluate import PLAIN
+from corral.recipe.evaluate import BUILT_IN_VARIANTS
 from corral.run.directory import Run, Stage
 from corral.storage import write_atomic
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from corral.engines.registry import LocalEngine
     from corral.evaluation.measurements import Material, Measurements, Subject
     from corral.evaluation.scoring import VariantRows
-    from corral.export_forms import Form
+    from corral.export_forms import ExportForm
 
 SCORECARD = "scorecard.json"
 BASELINE = "base"
@@ -36,7 +36,7 @@ class _Model:
 
     name: str
     """`base`, `tuned`, or a form of the tuned model."""
-    form: Form | None
+    form: ExportForm | None
     engine: LocalEngine
 
 
@@ -61,7 +61,10 @@ def evaluate(work: Work, stage: Stage) -> None:
         if missing:
             _measure(work, model, missing, measurements, material)
     card = scorecard.build(
-        {name: measurements.rows_of(name) for name in (*PLAIN, *(variant.name for variant in config.variants))},
+        {
+            name: measurements.rows_of(name)
+            for name in (*BUILT_IN_VARIANTS, *(variant.name for variant in config.variants))
+        },
         baseline=BASELINE,
         against={variant.name: variant.compared_with for variant in config.variants},
         seed=work.recipe.seed,
@@ -75,11 +78,11 @@ def _subjects(work: Work) -> dict[_Model, list[Subject]]:
     from corral.evaluation.measurements import Subject
 
     recipe, default = work.recipe, engine_name(work)
-    ways = [(name, _Model(name, None, default), recipe.answer) for name in PLAIN]
+    ways = [(name, _Model(name, None, default), recipe.answer) for name in BUILT_IN_VARIANTS]
     for variant in recipe.evaluate.variants:
-        own = "openvino" if variant.form is not None and variant.form.to == "openvino" else default
+        own = "openvino" if variant.form is not None and variant.form.target == "openvino" else default
         model = _Model(variant.model, variant.form, variant.engine or own)
-        ways.append((variant.name, model, variant.settings(recipe.answer)))
+        ways.append((variant.name, model, variant.answer_settings(recipe.answer)))
     subjects: dict[_Model, list[Subject]] = {}
     for name, model, settings in ways:
         of_model = subjects.setdefault(model, [])
@@ -138,7 +141,7 @@ def _measure(
 
     work.progress.start(f"Evaluating {model.name}: loading", None)
     if model.form is not None:
-        folder = find_model_folder(str(model.form.place(work.run.path / "export")))
+        folder = find_model_folder(str(model.form.path(work.run.path / "export")))
     else:
         folder = work.base.folder if model.name == "base" else work.run.merged_model
     # The tuned model is asked through the template in its own folder, as its users will ask it.
@@ -188,7 +191,7 @@ def inputs(work: Work, done: Mapping[str, str]) -> dict[str, object]:
     from corral.answering.build import examples_identity
 
     recipe = work.recipe
-    every = [recipe.answer, *(variant.settings(recipe.answer) for variant in recipe.evaluate.variants)]
+    every = [recipe.answer, *(variant.answer_settings(recipe.answer) for variant in recipe.evaluate.variants)]
     examples = [examples_identity(settings.shots) for settings in every]
     found: dict[str, object] = {
         "merge": done["merge"],

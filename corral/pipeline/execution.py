@@ -187,7 +187,7 @@ def _require_extras(work: Work) -> None:
     from corral.extras import require
 
     engines = {evaluate_stage.engine_name(work), *(variant.engine for variant in work.recipe.evaluate.variants)}
-    if "openvino" in engines or any(form.to == "openvino" for form in stages.forms(work.recipe)):
+    if "openvino" in engines or any(form.target == "openvino" for form in stages.forms(work.recipe)):
         require("openvino_genai", "openvino")
         require("openvino_tokenizers", "openvino")
     for name in work.recipe.trackers:
@@ -211,7 +211,7 @@ def _execute(step: Step, work: Work, stage: Stage) -> None:
     except BaseException:
         work.progress.stop()
         with suppress(StorageError):  # on a full disk the first error is the one to tell
-            work.run.interrupted(stage, time.perf_counter() - began)
+            work.run.record_interruption(stage, time.perf_counter() - began)
         raise
     work.progress.stop()
-    work.run.finish(stage, time.perf_counter() - began)
+    work.run.finish_stage(stage, time.perf_counter() - began)

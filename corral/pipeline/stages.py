@@ -24,7 +24,7 @@ from corral.training.distributed import World
 
 if TYPE_CHECKING:
     from corral.data.prepare import Prepared
-    from corral.export_forms import Form
+    from corral.export_forms import ExportForm
     from corral.model.loading import DType, ModelSource
     from corral.template import Template
     from corral.training.step_metrics import Metrics
@@ -206,7 +206,7 @@ def _fit(work: Work, stage: Stage, start: Start) -> None:
     work.progress.start(f"Training ({config.objective}, {what})", training.total_steps)
     if said := optimizers.shortfall(config.optimizer, start.device):
         work.progress.say(said)
-    with work.interrupts.gently() as should_stop, _listeners(work, stage, start) as on_step:
+    with work.interrupts.deferred() as should_stop, _listeners(work, stage, start) as on_step:
         outcome = training.run(on_step=on_step, should_stop=should_stop, warn=work.progress.say)
         if work.world.any(should_stop()):  # asked for in the last step
             raise KeyboardInterrupt
@@ -300,16 +300,19 @@ def export(work: Work, stage: Stage) -> None:
 
     for form in forms(work.recipe):
         for old in sorted((work.run.path / "superseded").glob("export-*")):
-            form.take_over(old, stage.path)
+            form.copy_missing_from(old, stage.path)
         export_form(work.run.merged_model, stage.path, form, work.progress)
 
 
-def forms(recipe: Recipe) -> list[Form]:
+def forms(recipe: Recipe) -> list[ExportForm]:
     """The forms that a recipe asks for, also to evaluate them."""
-    from corral.export_forms import Form
+    from corral.export_forms import ExportForm
 
     wanted = recipe.export
-    named = [*(Form("gguf", kind) for kind in wanted.gguf), *(Form("openvino", kind) for kind in wanted.openvino)]
+    named = [
+        *(ExportForm("gguf", kind) for kind in wanted.gguf),
+        *(ExportForm("openvino", kind) for kind in wanted.openvino),
+    ]
     return list(dict.fromkeys([*named, *(v.form for v in recipe.evaluate.variants if v.form is not None)]))
 
 

@@ -31,10 +31,10 @@ _GIB = 2**30
 _BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 _LOGITS = 2**21  # held at once: `model.packed`
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, the 8-bit scale of its block of 64, the scale of 256 scales
-_STARTING = (
+_LAUNCH_SECONDS = (
     1e-3  # seconds that a layer's kernels take to start, forward and backward: what small models wait for on a GPU
 )
-MOMENTS: Mapping[str, float] = {
+MOMENT_BYTES: Mapping[str, float] = {
     "adamw": 8.0,
     "adamw_8bit": 2.0 + 8 / 256,  # blocks of 256 with a float32 scale, two moments
     "paged_adamw_8bit": 2.0 + 8 / 256,
@@ -52,9 +52,9 @@ class Device:
         bandwidth: of its memory, bytes/s.
         mfu: the share of `flops` that training is assumed to reach.
         process: bytes that are taken before a model is there: a CUDA context, or Python with its packages.
-        besides: bytes that come with the first steps: kernels and their buffers, threads, the tokenizer.
-        spread: what the allocator wastes, as a share of what comes and goes.
-        half: the 16-bit type it computes in.
+        overhead: bytes that come with the first steps: kernels and their buffers, threads, the tokenizer.
+        allocator_waste: what the allocator wastes, as a share of what comes and goes.
+        half_dtype: the 16-bit type it computes in.
         source: where the figures are from.
     """
 
@@ -66,16 +66,16 @@ class Device:
     bandwidth: float
     mfu: float
     process: int
-    besides: int
-    spread: float
-    half: DType
+    overhead: int
+    allocator_waste: float
+    half_dtype: DType
     source: str
 
     def dtype(self, wanted: str) -> DType:
         """What a recipe's `model.dtype` means on it. Raises: RecipeError (it has no such type)."""
         if wanted == "auto":
-            return "float32" if self.kind == "cpu" else self.half
-        if wanted == "bfloat16" and self.half == "float16":
+            return "float32" if self.kind == "cpu" else self.half_dtype
+        if wanted == "bfloat16" and self.half_dtype == "float16":
             raise RecipeError(
                 f"a {self.name} does not compute in bfloat16", where="model.dtype", hint='use "auto" or "float16"'
             )
@@ -107,7 +107,7 @@ DEVICES: Mapping[str, Device] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class ModelShape:
     """The sizes of a Llama-family model."""
 
     layers: int
@@ -120,7 +120,7 @@ class Shape:
     tied: bool
 
     @classmethod
-    def of(cls, folder: Path) -> Shape:
+    def from_folder(cls, folder: Path) -> ModelShape:
         """From a model folder's config.json. Raises: ModelError (there is none, or a size is missing)."""
         path = folder / "config.json"
         try:
@@ -158,29 +158,29 @@ class Shape:
         }
 
     @property
-    def in_layers(self) -> int:
+    def layer_weights(self) -> int:
         """Weights of all linear layers but the output layer."""
         return self.layers * sum(out * into for out, into in self.linears.values())
 
     @property
-    def outside(self) -> int:
+    def other_weights(self) -> int:
         """Weights of embeddings, output layer and norms."""
         return self.vocabulary * self.hidden * (1 if self.tied else 2) + (2 * self.layers + 1) * self.hidden
 
     @property
     def weights(self) -> int:
         """All weights."""
-        return self.in_layers + self.outside
+        return self.layer_weights + self.other_weights
 
-    def trained(self, train: Train) -> int:
+    def trained_weights(self, train: Train) -> int:
         """Weights that a stage trains."""
         if train.method == "full":
             return self.weights
-        rank, targets = train.lora.rank, self.targets(train)
+        rank, targets = train.lora.rank, self.adapter_targets(train)
         sizes = (self.linears[name] for name in targets)
         return self.layers * sum(rank * (out + into) + (out if train.lora.dora else 0) for out, into in sizes)
 
-    def targets(self, train: Train) -> list[str]:
+    def adapter_targets(self, train: Train) -> list[str]:
         """The linear layers of a layer that get an adapter."""
         if train.method == "full":
             return []
@@ -189,7 +189,7 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Pack:
+class PackShape:
     """One forward pass: its tokens, and for how many of them the output layer computes.
 
     Args:
@@ -202,7 +202,7 @@ class Pack:
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class MemoryParts:
     """Bytes at the peak of a step, by what they are for."""
 
     process: int
@@ -229,7 +229,7 @@ class Parts:
         return sum(getattr(self, each.name) for each in fields(self))
 
 
-def memory(shape: Shape, train: Train, pack: Pack, device: Device, dtype: DType) -> Parts:
+def memory(shape: ModelShape, train: Train, pack: PackShape, device: Device, dtype: DType) -> MemoryParts:
     """Memory at the peak of a step.
 
     Args:
@@ -237,49 +237,49 @@ def memory(shape: Shape, train: Train, pack: Pack, device: Device, dtype: DType)
         dtype: what the model is held in; a model that is trained as a whole is held in float32 and computed in this.
     """
     full = train.method == "full"
-    trained = shape.trained(train)
-    own, computed = (4, _computed(train, dtype)) if full else (_BYTES[dtype], _BYTES[dtype])
+    trained = shape.trained_weights(train)
+    own, computed = (4, _compute_bytes(train, dtype)) if full else (_BYTES[dtype], _BYTES[dtype])
     adapters = 0 if full else trained * 4
-    weights = int(shape.in_layers * _held(train, own) + shape.outside * own) + adapters
-    a_layer = _kept_by_a_layer(shape, train, device, computed) * pack.tokens
+    weights = int(shape.layer_weights * _bytes_per_weight(train, own) + shape.other_weights * own) + adapters
+    a_layer = _saved_per_layer(shape, train, device, computed) * pack.tokens
     activations = a_layer * shape.layers
     inside = (
-        _used_by_a_layer(shape, computed) * pack.tokens + 2 * max(o * i for o, i in shape.linears.values()) * computed
+        _working_per_layer(shape, computed) * pack.tokens + 2 * max(o * i for o, i in shape.linears.values()) * computed
     )
     if train.gradient_checkpointing:
         activations = shape.layers * shape.hidden * (4 if full else computed) * pack.tokens
         inside += a_layer
     activations += (8 if full else 4) * shape.hidden * pack.tokens  # the last norm's input
     if full and computed == 2:  # weights are rounded for each product, and kept until its backward pass
-        activations += shape.in_layers * 2
-    optimizer = int(trained * (4 + MOMENTS[train.optimizer.kind]))
+        activations += shape.layer_weights * 2
+    optimizer = int(trained * (4 + MOMENT_BYTES[train.optimizer.kind]))
     # Two parts of the logits, in float32 and rounded; states, their sums and their gradients.
     wide = 4 if full else computed
     logits = min(_LOGITS, pack.trained * shape.vocabulary)
     head = logits * (8 if wide == 4 else 10) + pack.trained * shape.hidden * (8 + 2 * wide)
     if full:
         head += shape.vocabulary * shape.hidden * 4
-    rest = device.besides + inside + int(device.spread * (activations + head + inside))
+    rest = device.overhead + inside + int(device.allocator_waste * (activations + head + inside))
     if device.kind == "cpu" and train.quantization != "none":  # what reading the full weights leaves in the allocator
-        rest += shape.in_layers * own // 2
-    return Parts(device.process, weights, optimizer, int(activations), head, rest)
+        rest += shape.layer_weights * own // 2
+    return MemoryParts(device.process, weights, optimizer, int(activations), head, rest)
 
 
-def _computed(train: Train, dtype: DType) -> int:
+def _compute_bytes(train: Train, dtype: DType) -> int:
     return 2 if dtype == "bfloat16" else 4
 
 
-def _held(train: Train, own: int) -> float:
+def _bytes_per_weight(train: Train, own: int) -> float:
     """Bytes of a weight in a linear layer."""
     return {"none": float(own), "nf4": _NF4_BYTES, "int8": 1.0}[train.quantization]
 
 
-def _kept_by_a_layer(shape: Shape, train: Train, device: Device, size: int) -> int:
+def _saved_per_layer(shape: ModelShape, train: Train, device: Device, size: int) -> int:
     """Bytes a token that a layer keeps for the backward pass."""
     hidden, inner = shape.hidden, shape.inner
     queries, keys = shape.heads * shape.head_size, shape.key_heads * shape.head_size
-    targets = shape.targets(train)
-    if _in_two_halves(train, device, size):
+    targets = shape.adapter_targets(train)
+    if _uses_cpu_decoder(train, device, size):
         # Input, queries, keys, values and what attention gave; input and the two inputs of SwiGLU; two norms' factors.
         attended = queries if "o_proj" in targets else 0
         return 4 * (2 * hidden + queries + 2 * keys + attended + 2 * inner + 2)
@@ -293,11 +293,11 @@ def _kept_by_a_layer(shape: Shape, train: Train, device: Device, size: int) -> i
         kept += (2 * hidden + queries + inner) * size  # what goes into the products
         # Norms keep their result for their weight's gradient; where it computes in 16 bits, SwiGLU is not fused.
         return kept + 2 * hidden * size + (0 if size == 4 else inner * size)
-    return kept + _kept_by_adapters(shape, train, device, size)
+    return kept + _saved_by_adapters(shape, train, device, size)
 
 
-def _kept_by_adapters(shape: Shape, train: Train, device: Device, size: int) -> int:
-    targets, rank = shape.targets(train), train.lora.rank
+def _saved_by_adapters(shape: ModelShape, train: Train, device: Device, size: int) -> int:
+    targets, rank = shape.adapter_targets(train), train.lora.rank
     into = {name: shape.linears[name][1] for name in targets}
     if train.lora.dropout == 0 and not train.lora.dora and size == 4:
         shared = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
@@ -310,18 +310,18 @@ def _kept_by_adapters(shape: Shape, train: Train, device: Device, size: int) -> 
     return copies
 
 
-def _in_two_halves(train: Train, device: Device, size: int) -> bool:
+def _uses_cpu_decoder(train: Train, device: Device, size: int) -> bool:
     """Whether `model.decoder` computes the layers."""
     exact = train.lora.dropout == 0 and not train.lora.dora
     return device.kind == "cpu" and size == 4 and train.method == "lora" and train.quantization != "int8" and exact
 
 
-def _used_by_a_layer(shape: Shape, size: int) -> int:
+def _working_per_layer(shape: ModelShape, size: int) -> int:
     """Bytes a token that a layer uses while its backward pass is computed: four rows as wide as the MLP, four as the model."""
     return 4 * (shape.inner + shape.hidden) * size
 
 
-def tokens_per_second(shape: Shape, train: Train, pack: Pack, device: Device, dtype: DType) -> float:
+def tokens_per_second(shape: ModelShape, train: Train, pack: PackShape, device: Device, dtype: DType) -> float:
     """Tokens that are trained on in a second, optimizer left out.
 
     Args:
@@ -330,22 +330,22 @@ def tokens_per_second(shape: Shape, train: Train, pack: Pack, device: Device, dt
     full = train.method == "full"
     # Forward, gradient by the input, gradient by the weight; the first once more where it is computed again.
     passes = 2 + (1 if full else 0) + (1 if train.gradient_checkpointing else 0)
-    products = 2 * passes * shape.in_layers
+    products = 2 * passes * shape.layer_weights
     if not full:
-        products += 6 * shape.trained(train)
+        products += 6 * shape.trained_weights(train)
     attention = (
         2 * 2 * shape.layers * shape.heads * shape.head_size * pack.context * (3.5 + train.gradient_checkpointing)
     )
     head = 2 * shape.vocabulary * shape.hidden * (3 if full else 2) * pack.trained / pack.tokens
-    low = _computed(train, dtype) == 2 if full else _BYTES[dtype] == 2
+    low = _compute_bytes(train, dtype) == 2 if full else _BYTES[dtype] == 2
     seconds = (products + attention + head) / ((device.flops if low else device.flops32) * device.mfu)
     if train.quantization != "none":  # weights are restored for each product: read, and written in full
-        moved = shape.in_layers * (_held(train, 4) + 2 * _BYTES[dtype])
+        moved = shape.layer_weights * (_bytes_per_weight(train, 4) + 2 * _BYTES[dtype])
         seconds += passes * moved / device.bandwidth / pack.tokens
-    starting = shape.layers * _STARTING / pack.tokens if device.kind == "cuda" else 0.0
+    starting = shape.layers * _LAUNCH_SECONDS / pack.tokens if device.kind == "cuda" else 0.0
     return 1 / (seconds + starting)
 
 
-def optimizer_seconds(shape: Shape, train: Train, device: Device) -> float:
+def optimizer_seconds(shape: ModelShape, train: Train, device: Device) -> float:
     """Of a step: gradients, moments and weights go through memory once each way."""
-    return shape.trained(train) * (12 + 2 * MOMENTS[train.optimizer.kind]) / device.bandwidth
+    return shape.trained_weights(train) * (12 + 2 * MOMENT_BYTES[train.optimizer.kind]) / device.bandwidth

@@ -18,40 +18,40 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class MemoryLimit:
     """Memory for a run.
 
     Args:
         free: bytes that it can still have.
         total: bytes that there are.
-        why: what sets the limit, in words.
+        reason: what sets the limit, in words.
     """
 
     free: int
     total: int
-    why: str
+    reason: str
 
 
-def on_cpu() -> Room:
+def cpu_memory() -> MemoryLimit:
     """Of the machine, or less where this process or its container (cgroup) may have less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    rooms = [Room(_available() or total, total, "this machine"), *of_cgroups()]
+    limits = [MemoryLimit(_available() or total, total, "this machine"), *cgroup_limits()]
     for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS):
         limit = resource.getrlimit(kind)[0]
         if limit != resource.RLIM_INFINITY:
-            rooms.append(Room(limit, limit, "limit of a process (ulimit)"))
-    return min(rooms, key=lambda room: room.free)
+            limits.append(MemoryLimit(limit, limit, "limit of a process (ulimit)"))
+    return min(limits, key=lambda limit: limit.free)
 
 
-def on_gpu() -> Room:
+def gpu_memory() -> MemoryLimit:
     """Of the GPU that torch uses."""
     import torch
 
     free, total = torch.cuda.mem_get_info()
-    return Room(free, total, torch.cuda.get_device_name())
+    return MemoryLimit(free, total, torch.cuda.get_device_name())
 
 
-def disk(path: Path) -> tuple[int, Path]:
+def free_disk(path: Path) -> tuple[int, Path]:
     """Free bytes where a path is or will be, and the nearest folder that exists."""
     place = next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
     return shutil.disk_usage(place).free, place
@@ -65,7 +65,7 @@ def _available() -> int | None:
     return None
 
 
-def of_cgroups(root: Path = _CGROUPS, listing: Path = Path("/proc/self/cgroup")) -> Iterator[Room]:
+def cgroup_limits(root: Path = _CGROUPS, listing: Path = Path("/proc/self/cgroup")) -> Iterator[MemoryLimit]:
     """The limits of the cgroups that this process is in, of either version; none where they cannot be read."""
     with contextlib.suppress(OSError):
         for line in listing.read_text().splitlines():
@@ -76,10 +76,10 @@ def of_cgroups(root: Path = _CGROUPS, listing: Path = Path("/proc/self/cgroup"))
                 inside = base / path.lstrip("/")
                 for folder in (inside, *inside.parents):
                     if folder == base or base in folder.parents:
-                        yield from _of_cgroup(folder, "memory.limit_in_bytes" if controllers else "memory.max")
+                        yield from _cgroup_limit(folder, "memory.limit_in_bytes" if controllers else "memory.max")
 
 
-def _of_cgroup(folder: Path, name: str) -> Iterator[Room]:
+def _cgroup_limit(folder: Path, name: str) -> Iterator[MemoryLimit]:
     with contextlib.suppress(OSError, ValueError):
         limit = int((folder / name).read_text())  # "max" is no number, and no limit
         if limit < _UNLIMITED:
@@ -87,4 +87,4 @@ def _of_cgroup(folder: Path, name: str) -> Iterator[Room]:
             figures = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             # Files that were read count as used, and are given back when memory is wanted.
             files = int(figures.get("total_inactive_file", figures.get("inactive_file", 0)))
-            yield Room(max(0, limit - used + files), limit, "memory limit of this container (cgroup)")
+            yield MemoryLimit(max(0, limit - used + files), limit, "memory limit of this container (cgroup)")

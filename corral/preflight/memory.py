@@ -19,7 +19,7 @@ from typing import Any
 _PRODUCTS = 20
 
 
-def resident() -> int:
+def resident_bytes() -> int:
     """Bytes of memory that this process holds for itself now; what it only maps from files does not count."""
     try:
         pages, shared = Path("/proc/self/statm").read_text().split()[1:3]
@@ -28,7 +28,7 @@ def resident() -> int:
     return (int(pages) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _of_status(name: str) -> int:
+def _proc_status_bytes(name: str) -> int:
     """A figure that Linux has about this process, in bytes; elsewhere the most that it ever held."""
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -40,11 +40,11 @@ def _most_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-class Memory:
+class MemoryMeter:
     """Memory of this process, or on the GPU what it has allocated there.
 
     Attributes:
-        before: bytes that are taken before there is a model.
+        baseline: bytes that are taken before there is a model.
     """
 
     def __init__(self, device: str) -> None:
@@ -54,20 +54,20 @@ class Memory:
         if self._cuda:
             free = torch.cuda.mem_get_info()[0]
             torch.zeros(1, device="cuda")
-            self.before = max(0, free - torch.cuda.mem_get_info()[0] - torch.cuda.memory_reserved())
-            if not self.before:
-                self.before = torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0]
+            self.baseline = max(0, free - torch.cuda.mem_get_info()[0] - torch.cuda.memory_reserved())
+            if not self.baseline:
+                self.baseline = torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0]
         else:
-            importlib.import_module("corral.preflight.trial_imports")  # what a run has loaded when its model comes
-            self.before = _of_status("VmRSS")
+            importlib.import_module("corral.preflight.preload")  # what a run has loaded when its model comes
+            self.baseline = _proc_status_bytes("VmRSS")
 
     def peak(self) -> int:
         """The most that was taken since `reset`."""
         if self._cuda:
             import torch
 
-            return torch.cuda.max_memory_reserved() + self.before
-        return _of_status("VmHWM")
+            return torch.cuda.max_memory_reserved() + self.baseline
+        return _proc_status_bytes("VmHWM")
 
     def reset(self) -> None:
         """Forget what was before."""
@@ -81,7 +81,7 @@ class Memory:
                 Path("/proc/self/clear_refs").write_text("5")
 
 
-def of_a_pass(model: Any, ids: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> dict[str, int]:
+def measure_pass(model: Any, ids: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> dict[str, int]:
     """Bytes that the layers keep for the backward pass, and that the output layer takes; tokens of the pack."""
     import torch
 
@@ -107,11 +107,13 @@ def of_a_pass(model: Any, ids: Sequence[Sequence[int]], positions: Sequence[Sequ
     picked = hidden.detach()[torch.tensor(places, device=hidden.device)].requires_grad_()
     del hidden
     wanted = torch.tensor(targets, device=picked.device)
-    head = peak_of(partial(token_logprobs, picked, head_weight(model), wanted), picked.device.type) + picked.nbytes
+    head = (
+        peak_allocation(partial(token_logprobs, picked, head_weight(model), wanted), picked.device.type) + picked.nbytes
+    )
     return {"activations": activations, "head": head, "pack_tokens": sum(map(len, ids))}
 
 
-def peak_of(compute: Callable[[], Any], device: str) -> int:
+def peak_allocation(compute: Callable[[], Any], device: str) -> int:
     """The most bytes of tensors that a computation allocates at once."""
     import torch
 
@@ -158,7 +160,7 @@ def tensor_bytes(states: Iterable[Mapping[str, Any]]) -> int:
     return sum(storages.values())
 
 
-def unused_mapping(model: Any) -> int:
+def unused_mapped_bytes(model: Any) -> int:
     """Bytes of a model's files that are in memory though no weight lies there any more.
 
     One weight that was taken over as it is in the file keeps the whole file mapped, as when the others were quantised. They
@@ -179,7 +181,7 @@ def unused_mapping(model: Any) -> int:
     return unused
 
 
-def wait(device: str) -> None:
+def synchronize(device: str) -> None:
     """Until a GPU has done what it was given."""
     if device == "cuda":
         import torch
@@ -187,7 +189,7 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def gemm_rate(device: str, dtype: Any) -> float:
+def matmul_rate(device: str, dtype: Any) -> float:
     """FLOP/s of a matrix product of the kind that training spends its time in."""
     import torch
 
@@ -196,9 +198,9 @@ def gemm_rate(device: str, dtype: Any) -> float:
     size = 8192 if device == "cuda" else 1024
     x, weight = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times_transposed(x, weight)
-    wait(device)
+    synchronize(device)
     began = time.perf_counter()
     for _ in range(_PRODUCTS):
         times_transposed(x, weight)
-    wait(device)
+    synchronize(device)
     return _PRODUCTS * 2 * size**3 / (time.perf_counter() - began)

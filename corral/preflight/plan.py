@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from corral.preflight.estimate import Parts
+from corral.preflight.estimate import MemoryParts
 from corral.preflight.remedies import Remedy
 from corral.preflight.workload import Workload
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Verdict: TypeAlias = Literal["fits", "does not fit", "undecided"]
 
-_WORDS = {
+_PART_LABELS = {
     "process": "the process itself",
     "weights": "weights",
     "optimizer": "gradients and optimizer",
@@ -43,7 +43,7 @@ class Figures:
         checkpoint: bytes of one checkpoint.
     """
 
-    parts: Parts
+    parts: MemoryParts
     peak: int
     tokens_per_second: float
     seconds: float
@@ -51,7 +51,7 @@ class Figures:
 
 
 @dataclass(frozen=True, slots=True)
-class Tried:
+class TrialResult:
     """What a trial found.
 
     Args:
@@ -89,19 +89,19 @@ class StagePlan:
     trained: int
     work: Workload
     estimated: Figures | None
-    tried: Tried | None
+    tried: TrialResult | None
     here: Figures | None
     verdict: Verdict
     reason: str
     remedies: list[Remedy]
 
     @property
-    def needed(self) -> Figures | None:
+    def best_figures(self) -> Figures | None:
         """What counts: measured where it was, unless another device is asked about."""
         return self.estimated or (self.tried and self.tried.figures) or self.here
 
     @property
-    def off(self) -> dict[str, float] | None:
+    def estimate_error(self) -> dict[str, float] | None:
         """By what share the estimate for this machine is above (+) or below (−) what was measured."""
         if self.here is None or self.tried is None or self.tried.figures is None:
             return None
@@ -145,7 +145,7 @@ class Plan:
         """Plain values, for programs."""
         stages = [
             asdict(replace(stage, train=None))  # pyright: ignore[reportArgumentType]
-            | {"train": stage.train.model_dump(mode="json"), "estimate_off": stage.off}
+            | {"train": stage.train.model_dump(mode="json"), "estimate_off": stage.estimate_error}
             for stage in self.stages
         ]
         return json.loads(json.dumps(asdict(replace(self, stages=[])) | {"stages": stages}))
@@ -157,11 +157,11 @@ def render(plan: Plan) -> Group:
     from rich.text import Text
 
     where = f"an estimate for {plan.device}: {plan.source}" if plan.estimated else f"measured here ({plan.device})"
-    lines: list[Any] = [f"{plan.recipe}: {plan.base}, {_count(plan.weights)} weights, {plan.dtype}", where]
+    lines: list[Any] = [f"{plan.recipe}: {plan.base}, {_format_count(plan.weights)} weights, {plan.dtype}", where]
     for stage in plan.stages:
-        lines += ["", *_stage(plan, stage)]
+        lines += ["", *_stage_lines(plan, stage)]
     if not plan.estimated:
-        lines += ["", *_disk(plan)]
+        lines += ["", *_disk_table(plan)]
     lines += ["", *(f"note: {note}" for note in plan.notes)]
     colour = {"fits": "green", "does not fit": "red", "undecided": "yellow"}[plan.verdict]
     lines.append(Text(f"verdict: {plan.verdict}", style=f"bold {colour}"))
@@ -169,38 +169,39 @@ def render(plan: Plan) -> Group:
     return Group(*(Text(line) if isinstance(line, str) else line for line in lines))
 
 
-def _stage(plan: Plan, stage: StagePlan) -> list[Any]:
+def _stage_lines(plan: Plan, stage: StagePlan) -> list[Any]:
     train, work = stage.train, stage.work
     quantised = "" if train.quantization == "none" else f", base in {train.quantization}"
     what = "all weights" if train.method == "full" else f"LoRA r {train.lora.rank}{quantised}"
     lines: list[Any] = [
-        f"stage {stage.number}: {train.objective}, {what}, {_count(stage.trained)} weights trained",
+        f"stage {stage.number}: {train.objective}, {what}, {_format_count(stage.trained)} weights trained",
         f"{work.steps:,} steps of {train.batch_size} rows, {work.tokens:,} tokens; the longest pack has "
         f"{work.longest.tokens:,}, {work.longest.trained:,} of them trained",
-        _memory(plan, stage),
+        _memory_table(plan, stage),
     ]
-    figures = stage.needed
+    figures = stage.best_figures
     if figures is not None:
         evaluated = f"{work.evaluations} evaluations and {work.checkpoints} checkpoints"
         lines.append(
-            f"time: {_duration(figures.seconds)} for the stage, at {figures.tokens_per_second:,.0f} tokens/s, with {evaluated}"
+            f"time: {_format_duration(figures.seconds)} for the stage, at {figures.tokens_per_second:,.0f} tokens/s, "
+            f"with {evaluated}"
         )
     if stage.tried is not None and stage.tried.resumed is not None:
         same = "the same bits as before" if stage.tried.resumed else "other bits than before"
         lines.append(f"kill -9 and resume: the next step gave {same}")
-    if stage.off is not None:
-        memory, rate = (stage.off[key] for key in ("memory", "tokens_per_second"))
+    if stage.estimate_error is not None:
+        memory, rate = (stage.estimate_error[key] for key in ("memory", "tokens_per_second"))
         lines.append(f"the same estimate for this machine is off by {memory:+.0%} in memory, {rate:+.0%} in tokens/s")
     if stage.verdict != "fits" and not (stage.tried and stage.tried.figures is None and not stage.tried.out_of_memory):
-        lines += _remedies(stage)
+        lines += _remedy_lines(stage)
     return lines
 
 
-def _memory(plan: Plan, stage: StagePlan) -> Table:
+def _memory_table(plan: Plan, stage: StagePlan) -> Table:
     from rich.table import Table
 
     table = Table("memory at the peak of a step", box=None, pad_edge=False)
-    columns: list[tuple[str, Parts, int]] = []
+    columns: list[tuple[str, MemoryParts, int]] = []
     if stage.tried is not None and stage.tried.figures is not None:
         columns.append(("measured here", stage.tried.figures.parts, stage.tried.figures.peak))
     if stage.here is not None:
@@ -209,14 +210,16 @@ def _memory(plan: Plan, stage: StagePlan) -> Table:
         columns.insert(0, (f"estimate for {plan.device}", stage.estimated.parts, stage.estimated.peak))
     for title, _, _ in columns:
         table.add_column(title, justify="right")
-    for field in fields(Parts):
-        table.add_row(f"  {_WORDS[field.name]}", *(_size(getattr(parts, field.name)) for _, parts, _ in columns))
-    table.add_row("  together", *(_size(peak) for _, _, peak in columns))
-    table.add_row(f"  there is ({plan.memory_why})", _size(plan.memory))
+    for field in fields(MemoryParts):
+        table.add_row(
+            f"  {_PART_LABELS[field.name]}", *(_format_bytes(getattr(parts, field.name)) for _, parts, _ in columns)
+        )
+    table.add_row("  together", *(_format_bytes(peak) for _, _, peak in columns))
+    table.add_row(f"  there is ({plan.memory_why})", _format_bytes(plan.memory))
     return table
 
 
-def _remedies(stage: StagePlan) -> list[Any]:
+def _remedy_lines(stage: StagePlan) -> list[Any]:
     from rich.table import Table
 
     if not stage.remedies:
@@ -224,32 +227,32 @@ def _remedies(stage: StagePlan) -> list[Any]:
     table = Table("", "change, after those above it", "predicted", "what it costs", box=None, pad_edge=False)
     for remedy in stage.remedies:
         settings = " ".join(f"--set {setting}" for setting in remedy.settings)
-        table.add_row("→" if remedy.fits else "", settings, _size(remedy.memory), remedy.cost)
+        table.add_row("→" if remedy.fits else "", settings, _format_bytes(remedy.memory), remedy.cost)
     last = "all of these together are not enough: take a smaller model or a larger machine"
     return ["what to change, in the order of what it costs:", table, *([] if stage.remedies[-1].fits else [last])]
 
 
-def _disk(plan: Plan) -> list[Any]:
+def _disk_table(plan: Plan) -> list[Any]:
     from rich.table import Table
 
     table = Table("disk", box=None, pad_edge=False)
     table.add_column("at most", justify="right")
     for name, size in plan.disk.items():
-        table.add_row(f"  {name}", _size(size))
-    table.add_row("  together", _size(sum(plan.disk.values())))
-    table.add_row(f"  free at {plan.disk_place}", _size(plan.disk_free))
+        table.add_row(f"  {name}", _format_bytes(size))
+    table.add_row("  together", _format_bytes(sum(plan.disk.values())))
+    table.add_row(f"  free at {plan.disk_place}", _format_bytes(plan.disk_free))
     return [table]
 
 
-def _size(count: int) -> str:
+def _format_bytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def _count(count: int) -> str:
+def _format_count(count: int) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

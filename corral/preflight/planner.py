@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from corral.errors import CorralError, InputError, StorageError, TrainingError
 from corral.preflight import estimate, machine, trial
-from corral.preflight.estimate import DEVICES, Device, Parts, Shape
-from corral.preflight.machine import Room
-from corral.preflight.plan import Figures, Plan, StagePlan, Tried, Verdict
-from corral.preflight.remedies import Remedy, remedies
+from corral.preflight.estimate import DEVICES, Device, MemoryParts, ModelShape
+from corral.preflight.machine import MemoryLimit
+from corral.preflight.plan import Figures, Plan, StagePlan, TrialResult, Verdict
+from corral.preflight.remedies import Remedy, find_remedies
 from corral.preflight.workload import Workload
 from corral.progress import Progress
 
@@ -42,7 +42,7 @@ _CPU_BESIDES = int(0.11e9)
 _CPU_SPREAD = 0.35  # what the C library's allocator holds back, measured
 _GPU_SHARE_OF_GEMM = 0.5
 _DISK_RATE = 300e6  # bytes/s, where no checkpoint was written
-_PATIENCE = 180.0  # seconds that a trial to check an estimate may take here
+_LONGEST_TRIAL = 180.0  # seconds that a trial to check an estimate may take here
 _TRIAL_PACKS = 12  # that a trial computes, about
 _EXPORTED: dict[str, float] = {"f32": 4, "f16": 2, "q8_0": 1.07, "q4_0": 0.63, "int8": 1.02, "int4": 0.65}
 _SMALL_FILES = 50_000_000
@@ -63,7 +63,7 @@ def plan(recipe: Recipe, out: Path, progress: Progress, *, device: str | None = 
     """
     if device is not None and device not in DEVICES:
         raise InputError(f"there is no figure for the device {device!r}", where="--device", hint=", ".join(DEVICES))
-    place = machine.disk(out.parent)[1]
+    place = machine.free_disk(out.parent)[1]
     try:
         scratch = tempfile.TemporaryDirectory(prefix=".corral-plan-", dir=place, ignore_cleanup_errors=True)
     except OSError as error:
@@ -77,7 +77,7 @@ def plan(recipe: Recipe, out: Path, progress: Progress, *, device: str | None = 
 class _Planner:
     def __init__(self, recipe: Recipe, out: Path, progress: Progress, scratch: Path, device: str | None) -> None:
         self.recipe, self.out, self.progress, self.scratch = recipe, out, progress, scratch
-        self.asked = None if device is None else DEVICES[device]
+        self.target_device = None if device is None else DEVICES[device]
         self.notes: list[str] = []
 
     @cached_property
@@ -86,7 +86,7 @@ class _Planner:
 
         model = self.recipe.model
         # For another machine, what it has counts; this one only checks the estimate.
-        return choose_device("auto", "auto") if self.asked else choose_device(model.device, model.dtype)
+        return choose_device("auto", "auto") if self.target_device else choose_device(model.device, model.dtype)
 
     @cached_property
     def folder(self) -> Path:
@@ -94,7 +94,7 @@ class _Planner:
         from corral.model.loading import resolve_model
 
         spec = self.recipe.model.base
-        if self.asked and (Path(spec) / "config.json").is_file():
+        if self.target_device and (Path(spec) / "config.json").is_file():
             return Path(spec)
         self.progress.start(f"Fetching {spec}", None)
         return resolve_model(spec, progress=self.progress.say).folder
@@ -112,26 +112,26 @@ class _Planner:
         return prepare(self.recipe.data, template, folder, self.recipe.seed, self.progress)
 
     @cached_property
-    def room(self) -> Room:
-        return machine.on_gpu() if self.placement[0] == "cuda" else machine.on_cpu()
+    def memory_limit(self) -> MemoryLimit:
+        return machine.gpu_memory() if self.placement[0] == "cuda" else machine.cpu_memory()
 
     def plan(self) -> Plan:
-        recipe, shape = self.recipe, Shape.of(self.folder)
-        wanted = self.asked.dtype(recipe.model.dtype) if self.asked else self.placement[1]
+        recipe, shape = self.recipe, ModelShape.from_folder(self.folder)
+        wanted = self.target_device.dtype(recipe.model.dtype) if self.target_device else self.placement[1]
         prepared = self.prepared
-        tried: dict[str, Tried] = {}
+        tried: dict[str, TrialResult] = {}
         stages: list[StagePlan] = []
         for number, train in enumerate(recipe.train, 1):
             key = train.model_dump_json(exclude={"steps", "epochs", "checkpoint_every", "evaluate_every"})
-            stages.append(self._stage(shape, train, number, prepared, wanted, tried.get(key)))
+            stages.append(self._plan_stage(shape, train, number, prepared, wanted, tried.get(key)))
             if stages[-1].tried is not None:
                 tried[key] = stages[-1].tried
         self.progress.stop()
-        needed = self._disk(shape, stages, wanted)
-        free, place = machine.disk(self.out)
+        needed = self._disk_needed(shape, stages, wanted)
+        free, place = machine.free_disk(self.out)
         reasons = [f"stage {s.number}: {s.reason}" for s in stages]
         verdicts: list[Verdict] = [s.verdict for s in stages]
-        if not self.asked:
+        if not self.target_device:
             verdicts.append("fits" if sum(needed.values()) <= free else "does not fit")
             if verdicts[-1] != "fits":
                 text = f"the disk has {free / 1e9:.1f} GB free and the run needs {sum(needed.values()) / 1e9:.1f} GB"
@@ -141,17 +141,17 @@ class _Planner:
                 verdicts.append("undecided")
                 reasons.append("a step after kill -9 and resuming gave other numbers than before: please report this")
         verdict = max(verdicts, key=("fits", "undecided", "does not fit").index)
-        memory = self.asked.memory if self.asked else self.room.free
+        memory = self.target_device.memory if self.target_device else self.memory_limit.free
         return Plan(
             recipe=recipe.name,
             base=recipe.model.base,
             weights=shape.weights,
-            device=self.asked.name if self.asked else self.placement[0],
+            device=self.target_device.name if self.target_device else self.placement[0],
             dtype=wanted,
-            estimated=self.asked is not None,
-            source=self.asked.source if self.asked else "",
+            estimated=self.target_device is not None,
+            source=self.target_device.source if self.target_device else "",
             memory=memory,
-            memory_why=self.asked.name if self.asked else self.room.why,
+            memory_why=self.target_device.name if self.target_device else self.memory_limit.reason,
             stages=stages,
             disk=needed,
             disk_free=free,
@@ -161,33 +161,34 @@ class _Planner:
             notes=self.notes,
         )
 
-    def _stage(
-        self, shape: Shape, train: Train, number: int, prepared: Prepared, dtype: DType, before: Tried | None
+    def _plan_stage(
+        self, shape: ModelShape, train: Train, number: int, prepared: Prepared, dtype: DType, before: TrialResult | None
     ) -> StagePlan:
         kind, own = self.placement
         max_length, seed = self.recipe.data.max_length, self.recipe.seed
-        here = Workload.of(train, prepared, max_length, seed, kind)
-        work = here if self.asked is None else Workload.of(train, prepared, max_length, seed, "cuda")
+        here = Workload.from_stage(train, prepared, max_length, seed, kind)
+        work = here if self.target_device is None else Workload.from_stage(train, prepared, max_length, seed, "cuda")
         if train.batch_size > work.rows:
             self.notes.append(f"a step of {train.batch_size} examples goes through the {work.rows} rows more than once")
-        tried = before or self._try(shape, train, number, here)
-        machine = self._machine(tried)
-        checked = None if tried is None else _estimated(shape, train, here, machine, own)
-        asked = None if self.asked is None else _estimated(shape, train, work, self.asked, dtype)
+        tried = before or self._run_trial(shape, train, number, here)
+        machine = self._this_device(tried)
+        checked = None if tried is None else _estimate_figures(shape, train, here, machine, own)
+        asked = None if self.target_device is None else _estimate_figures(shape, train, work, self.target_device, dtype)
         verdict, reason = self._verdict(asked, tried, checked)
         changes: list[Remedy] = []
         if verdict != "fits":
-            of, limit, correction = self.asked or machine, self.asked.memory if self.asked else self.room.free, 0
+            device, correction = self.target_device or machine, 0
+            limit = self.target_device.memory if self.target_device else self.memory_limit.free
             if asked is None and checked is not None and tried is not None and tried.figures is not None:
                 correction = tried.figures.peak - checked.peak
             lengths = prepared.train.lengths.tolist()
             spread = _ESTIMATE_SPREAD if not correction else _MEASURED_SPREAD
             size = int(limit * (1 - spread))
-            changes = remedies(shape, train, number, work, lengths, max_length, of, dtype, size, correction)
-        trained = shape.trained(train)
+            changes = find_remedies(shape, train, number, work, lengths, max_length, device, dtype, size, correction)
+        trained = shape.trained_weights(train)
         return StagePlan(number, train, trained, work, asked, tried, checked, verdict, reason, changes)
 
-    def _machine(self, tried: Tried | None) -> Device:
+    def _this_device(self, tried: TrialResult | None) -> Device:
         """This machine as a device, with the rate of products and the process's memory as they were measured."""
         kind, dtype = self.placement
         raw: dict[str, Any] = tried.raw[0] if tried is not None and tried.raw else {}
@@ -196,7 +197,7 @@ class _Planner:
         half: DType = "bfloat16" if dtype == "float32" else dtype
         besides, spread = (int(0.2e9), 0.08) if kind == "cuda" else (_CPU_BESIDES, _CPU_SPREAD)
         process = int(raw.get("process", 0.6e9 if kind == "cuda" else _CPU_PROCESS))
-        memory = self.room.free
+        memory = self.memory_limit.free
         return Device(
             "this machine",
             "cuda" if kind == "cuda" else "cpu",
@@ -212,25 +213,25 @@ class _Planner:
             "",
         )
 
-    def _try(self, shape: Shape, train: Train, number: int, work: Workload) -> Tried | None:
+    def _run_trial(self, shape: ModelShape, train: Train, number: int, work: Workload) -> TrialResult | None:
         """A trial here; for an estimate only where that can be had in reasonable time."""
-        if self.asked is not None:
-            expected = _estimated(shape, train, work, self._machine(None), self.placement[1])
+        if self.target_device is not None:
+            expected = _estimate_figures(shape, train, work, self._this_device(None), self.placement[1])
             seconds = _TRIAL_PACKS * work.longest.tokens / expected.tokens_per_second
             why = ""
             if not any(self.folder.glob("*.safetensors")):
                 why = "its weights are not here"
-            elif expected.peak > 0.8 * self.room.free:
+            elif expected.peak > 0.8 * self.memory_limit.free:
                 why = f"it would need about {expected.peak / 1e9:.0f} GB here"
-            elif seconds > _PATIENCE:
+            elif seconds > _LONGEST_TRIAL:
                 why = f"that would take about {seconds / 60:.0f} minutes"
             if why:
                 self.notes.append(f"the estimate was not checked on this machine: {why}")
                 return None
-        return Try(self, train, number, work).result()
+        return _StageTrial(self, train, number, work).result()
 
-    def _verdict(self, asked: Figures | None, tried: Tried | None, here: Figures | None) -> tuple[Verdict, str]:
-        free = self.asked.memory if self.asked else self.room.free
+    def _verdict(self, asked: Figures | None, tried: TrialResult | None, here: Figures | None) -> tuple[Verdict, str]:
+        free = self.target_device.memory if self.target_device else self.memory_limit.free
         if asked is not None:
             spread, peak, what = _ESTIMATE_SPREAD, asked.peak, "estimated"
         elif tried is None or tried.figures is None:
@@ -251,12 +252,12 @@ class _Planner:
             return "undecided", f"{text}: too close to tell"
         return "fits", text
 
-    def _disk(self, shape: Shape, stages: Sequence[StagePlan], dtype: str) -> dict[str, int]:
+    def _disk_needed(self, shape: ModelShape, stages: Sequence[StagePlan], dtype: str) -> dict[str, int]:
         """Bytes that a run of the recipe takes at most."""
         model = shape.weights * {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
         found: dict[str, int] = {}
         for stage in stages:
-            name, needed = f"train-{stage.number}", stage.needed
+            name, needed = f"train-{stage.number}", stage.best_figures
             full = stage.train.method == "full"
             # Two are kept while the third is written.
             found[f"{name}: checkpoints"] = 3 * (needed.checkpoint if needed else 0)
@@ -270,22 +271,24 @@ class _Planner:
         return found
 
 
-def _estimated(shape: Shape, train: Train, work: Workload, device: Device, dtype: DType) -> Figures:
+def _estimate_figures(shape: ModelShape, train: Train, work: Workload, device: Device, dtype: DType) -> Figures:
     parts = estimate.memory(shape, train, work.longest, device, dtype)
     rate = estimate.tokens_per_second(shape, train, work.common, device, dtype)
     per_step = estimate.optimizer_seconds(shape, train, device)
-    checkpoint = int(shape.trained(train) * (4 + estimate.MOMENTS[train.optimizer.kind]))
-    seconds = _seconds(work, rate, per_step, rate * 2, 0.0, checkpoint / _DISK_RATE)
+    checkpoint = int(shape.trained_weights(train) * (4 + estimate.MOMENT_BYTES[train.optimizer.kind]))
+    seconds = _stage_seconds(work, rate, per_step, rate * 2, 0.0, checkpoint / _DISK_RATE)
     return Figures(parts, parts.total, rate, seconds, checkpoint)
 
 
-def _seconds(work: Workload, rate: float, optimizer: float, evaluation: float, save: float, checkpoint: float) -> float:
+def _stage_seconds(
+    work: Workload, rate: float, optimizer: float, evaluation: float, save: float, checkpoint: float
+) -> float:
     """Of a stage, from tokens a second and the seconds of what happens now and then; each evaluation is taken to save."""
     evaluated = work.evaluations * (work.evaluated / evaluation + save)
     return work.tokens / rate + work.steps * optimizer + evaluated + work.checkpoints * checkpoint
 
 
-class Try:
+class _StageTrial:
     """A trial of one stage: the child that dies, and the one that goes on."""
 
     def __init__(self, planner: _Planner, train: Train, number: int, work: Workload) -> None:
@@ -295,7 +298,7 @@ class Try:
         folder = planner.scratch / f"train-{number}"
         folder.mkdir()
         recipe, (device, dtype) = planner.recipe, planner.placement
-        self._job = trial.Job(
+        self._job = trial.TrialJob(
             start=Start(planner.folder, train, device, dtype),
             base=recipe.model.base,
             template=recipe.model.template,
@@ -306,26 +309,28 @@ class Try:
             pack_length=work.pack_length,
             seed=recipe.seed,
             folder=folder,
-            limit=planner.room.free if device == "cpu" else None,
+            limit=planner.memory_limit.free if device == "cpu" else None,
         )
         self._title = f"Trying stage {number}"
 
-    def result(self) -> Tried:
+    def result(self) -> TrialResult:
         """Raises: CorralError (what a run would raise too), TrainingError (a child failed without saying why)."""
         first = self._child(resume=False)
-        if isinstance(first, Tried):
+        if isinstance(first, TrialResult):
             return first
         second = self._child(resume=True)
-        if isinstance(second, Tried):
+        if isinstance(second, TrialResult):
             return replace(second, raw=(first,))
-        return Tried(self._figures(first, second), resumed=first["digest"] == second["digest"], raw=(first, second))
+        return TrialResult(
+            self._figures(first, second), resumed=first["digest"] == second["digest"], raw=(first, second)
+        )
 
-    def _child(self, *, resume: bool) -> dict[str, Any] | Tried:
+    def _child(self, *, resume: bool) -> dict[str, Any] | TrialResult:
         """What a child found, or why it did not come to its end."""
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["corral.preflight.trial_imports"])
+        context.set_forkserver_preload(["corral.preflight.preload"])
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=trial.begin, args=(self._job, theirs, resume))
+        process = context.Process(target=trial.run_trial, args=(self._job, theirs, resume))
         process.start()
         theirs.close()
         phase, found = "starting", None
@@ -350,11 +355,11 @@ class Try:
 
     def _outcome(
         self, phase: str, found: tuple[str, Any] | None, code: int | None, resume: bool
-    ) -> dict[str, Any] | Tried:
+    ) -> dict[str, Any] | TrialResult:
         doing = f"{phase[0].lower()}{phase[1:]}"
         if found is None and code == -signal.SIGKILL:
             # Nobody says who killed it; the kernel does so when memory ends.
-            return Tried(None, f"it was killed while {doing}: most likely the machine ran out of memory", None)
+            return TrialResult(None, f"it was killed while {doing}: most likely the machine ran out of memory", None)
         if found is None:
             lines = (self._job.folder / "output.txt").read_text(errors="replace").strip().splitlines()
             raise TrainingError(
@@ -364,7 +369,7 @@ class Try:
             )
         kind, value = found
         if kind == "memory":
-            return Tried(None, f"it ran out of memory while {doing}: {value}", True)
+            return TrialResult(None, f"it ran out of memory while {doing}: {value}", True)
         if kind == "error":
             raise cast("CorralError", value)
         assert resume or code == -signal.SIGKILL, code  # it was to die so
@@ -388,8 +393,8 @@ class Try:
             "activations": first["activations"],
             "head": first["head"],
         }
-        parts = Parts(**known, rest=max(0, peak - sum(known.values())))
+        parts = MemoryParts(**known, rest=max(0, peak - sum(known.values())))
         evaluation = work.held_out_tokens / first["evaluate_seconds"] if work.held_out else rate
         save = first.get("save_seconds", 0.0)
-        whole = _seconds(work, rate, first["optimizer_seconds"], evaluation, save, first["checkpoint_seconds"])
+        whole = _stage_seconds(work, rate, first["optimizer_seconds"], evaluation, save, first["checkpoint_seconds"])
         return Figures(parts, peak, rate, whole, first["checkpoint_bytes"])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from corral.preflight import estimate
-from corral.preflight.estimate import Device, Pack, Shape
+from corral.preflight.estimate import Device, ModelShape, PackShape
 from corral.preflight.workload import Workload
 
 if TYPE_CHECKING:
@@ -44,19 +44,19 @@ class _Change:
     settings: tuple[str, ...]
     cost: str
     train: Train
-    pack: Pack
+    pack: PackShape
 
 
-def remedies(
-    shape: Shape,
+def find_remedies(
+    shape: ModelShape,
     train: Train,
     number: int,
-    work: Workload,
+    workload: Workload,
     lengths: Sequence[int],
     max_length: int,
     device: Device,
     dtype: DType,
-    room: int,
+    available: int,
     correction: int = 0,
 ) -> list[Remedy]:
     """Changes up to the first after which the stage fits, or all there are.
@@ -65,17 +65,17 @@ def remedies(
         number: of the stage, from 1.
         lengths: of the rows to train on.
         max_length: `data.max_length`.
-        room: bytes that may be used.
+        available: bytes that may be used.
         correction: what was measured with the recipe as it is, less what was estimated.
     """
 
-    def predicted(train: Train, pack: Pack) -> int:
+    def predicted(train: Train, pack: PackShape) -> int:
         return estimate.memory(shape, train, pack, device, dtype).total + correction
 
     found: list[Remedy] = []
-    before = predicted(train, work.longest)
-    now = train, work.longest
-    for change in _changes(*now, number, work, lengths, max_length):
+    before = predicted(train, workload.longest)
+    now = train, workload.longest
+    for change in _changes(*now, number, workload, lengths, max_length):
         made = change(*now)
         if made is None:
             continue
@@ -83,19 +83,19 @@ def remedies(
         if after > before * (1 - _WORTH):
             continue
         now, before = (made.train, made.pack), after
-        found.append(Remedy(made.settings, made.cost, after, after <= room))
-        if after <= room:
+        found.append(Remedy(made.settings, made.cost, after, after <= available))
+        if after <= available:
             break
     return found
 
 
 def _changes(
-    train: Train, pack: Pack, number: int, work: Workload, lengths: Sequence[int], max_length: int
-) -> Iterator[Callable[[Train, Pack], _Change | None]]:
+    train: Train, pack: PackShape, number: int, workload: Workload, lengths: Sequence[int], max_length: int
+) -> Iterator[Callable[[Train, PackShape], _Change | None]]:
     at = f"train.{number - 1}."
 
     def setting(key: str, value: Any, cost: str, when: Callable[[Train], bool]) -> Callable[..., _Change | None]:
-        def change(train: Train, pack: Pack) -> _Change | None:
+        def change(train: Train, pack: PackShape) -> _Change | None:
             if not when(train):
                 return None
             section, _, last = key.rpartition(".")
@@ -109,28 +109,32 @@ def _changes(
         return change
 
     def shorter_packs(length: int) -> Callable[..., _Change | None]:
-        def change(train: Train, _: Pack) -> _Change:
+        def change(train: Train, _: PackShape) -> _Change:
             made = train.model_copy(update={"pack_length": length})
-            return _Change((f"{at}pack_length={length}",), "nothing; on a GPU some speed", made, work.limited(length))
+            return _Change(
+                (f"{at}pack_length={length}",), "nothing; on a GPU some speed", made, workload.longest_within(length)
+            )
 
         return change
 
     def shorter_rows(length: int) -> Callable[..., _Change | None]:
         lost = sum(n > length for n in lengths) / max(1, len(lengths))
 
-        def change(train: Train, pack: Pack) -> _Change | None:
+        def change(train: Train, pack: PackShape) -> _Change | None:
             if pack.tokens <= length:
                 return None
             made = train.model_copy(update={"pack_length": length})
             cost = f"{lost:.1%} of the rows, which are longer"
-            return _Change((f"data.max_length={length}", f"{at}pack_length={length}"), cost, made, work.limited(length))
+            return _Change(
+                (f"data.max_length={length}", f"{at}pack_length={length}"), cost, made, workload.longest_within(length)
+            )
 
         return change
 
-    length = work.pack_length
+    length = workload.pack_length
     while length > max_length:
         length = max(max_length, length // 2)
-        if length < work.longest.tokens:
+        if length < workload.longest.tokens:
             yield shorter_packs(length)
     again = "nothing but time: about a third slower"
     yield setting("gradient_checkpointing", True, again, lambda t: not t.gradient_checkpointing)
@@ -144,7 +148,7 @@ def _changes(
         in_four,
         lambda t: t.quantization != "nf4" and not (t.method == "full" or t.sharding == "full"),
     )
-    length = min(max_length, work.longest.tokens)
+    length = min(max_length, workload.longest.tokens)
     while length // 2 >= _LEAST_LENGTH:
         length //= 2
         yield shorter_rows(length)

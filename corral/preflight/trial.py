@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from corral.training.step_metrics import Metrics
     from corral.training.trained_model import Start
 
-HEAVY, TYPICAL = 1, 2
+HEAVY_STEP, TYPICAL_STEP = 1, 2
 """The steps of a trial: the longest packs, then common ones. A checkpoint is written between them."""
 _LOOK_EVERY = 0.02  # seconds between looks at memory
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory")
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class TrialJob:
     """What a trial does.
 
     Args:
@@ -67,7 +67,7 @@ class Job:
     limit: int | None
 
 
-def begin(job: Job, pipe: Connection, resume: bool) -> None:
+def run_trial(job: TrialJob, pipe: Connection, resume: bool) -> None:
     """The child: `("phase", text)` as it goes, then `("result", figures)`, `("memory", text)` or `("error", error)`.
 
     Without `resume` it kills itself after its result, when the last step has no checkpoint yet.
@@ -84,7 +84,7 @@ def begin(job: Job, pipe: Connection, resume: bool) -> None:
             pipe.send((kind, value))
 
     if job.limit is not None:
-        threading.Thread(target=_give_up_at, args=(job.limit, send), daemon=True).start()
+        threading.Thread(target=_exit_above, args=(job.limit, send), daemon=True).start()
     try:
         _Trial(job, send, resume).run()
     except CorralError as error:
@@ -96,27 +96,27 @@ def begin(job: Job, pipe: Connection, resume: bool) -> None:
         send("memory", text.splitlines()[0] if text else "no memory was left")
 
 
-def _give_up_at(limit: int, send: Callable[[str, Any], None]) -> None:
-    while (used := memory.resident()) < limit:
+def _exit_above(limit: int, send: Callable[[str, Any], None]) -> None:
+    while (used := memory.resident_bytes()) < limit:
         time.sleep(_LOOK_EVERY)
     send("memory", f"it had grown to {used / 1e9:.2f} GB")
     os._exit(1)
 
 
 class _Trial:
-    def __init__(self, job: Job, send: Callable[[str, Any], None], resume: bool) -> None:
+    def __init__(self, job: TrialJob, send: Callable[[str, Any], None], resume: bool) -> None:
         self._job, self._send, self._resume = job, send, resume
-        self._found: dict[str, Any] = {}
+        self._figures: dict[str, Any] = {}
         self._at = self._optimizer_at = 0.0
 
     def run(self) -> None:
         """Ends this process."""
         self._phase("Loading the model again, after kill -9" if self._resume else "Loading the model")
-        self._memory = memory.Memory(self._job.start.device)
-        self._found["process"] = self._memory.before
+        self._memory = memory.MemoryMeter(self._job.start.device)
+        self._figures["process"] = self._memory.baseline
         began = time.perf_counter()
         self._training = self._build()
-        self._found |= {"load_seconds": time.perf_counter() - began, "load_peak": self._memory.peak()}
+        self._figures |= {"load_seconds": time.perf_counter() - began, "load_peak": self._memory.peak()}
         self._memory.reset()
         optimizer = self._training.optimizer
         optimizer.register_step_pre_hook(self._before_optimizer)
@@ -158,7 +158,7 @@ class _Trial:
             """The stage's own order, but for its first two steps."""
 
             def batch(self, step: int) -> list[int]:
-                return list(job.heavy if step == HEAVY else job.typical)
+                return list(job.heavy if step == HEAVY_STEP else job.typical)
 
         def save(_: int) -> None:
             began = time.perf_counter()
@@ -171,7 +171,7 @@ class _Trial:
 
                 with new_directory(job.folder / trained_model.ADAPTER) as folder:
                     adapters.save(trained, folder, base=job.base)
-            self._found["save_seconds"] = time.perf_counter() - began
+            self._figures["save_seconds"] = time.perf_counter() - began
 
         training = Training(
             trained,
@@ -185,10 +185,10 @@ class _Trial:
             save_best=save,
         )
         training.order = Chosen(config, rows.train.lengths.tolist(), job.seed)
-        training.total_steps = max(TYPICAL + 1, training.total_steps)  # the stage's last step would evaluate
+        training.total_steps = max(TYPICAL_STEP + 1, training.total_steps)  # the stage's last step would evaluate
         return training
 
-    def _measure_parts(self) -> None:
+    def _measure_longest_pack(self) -> None:
         """What parts take on the longest pack."""
         import torch
 
@@ -204,41 +204,41 @@ class _Trial:
         sequences = [s for i in longest for s in examples[i].sequences]
         positions = [[i for i, trained in enumerate(s.trained) if trained and i] for s in sequences]
         dtype = torch.float32 if start.config.method == "full" else getattr(torch, start.dtype)
-        self._found |= {
+        self._figures |= {
             "weights": memory.weights_bytes(model),
             "parameters": sum(p.numel() for p in training.parameters.values()),
-            "gemm": memory.gemm_rate(start.device, dtype),
-            **memory.of_a_pass(model, [s.ids for s in sequences], positions),
+            "gemm": memory.matmul_rate(start.device, dtype),
+            **memory.measure_pass(model, [s.ids for s in sequences], positions),
         }
 
     def _before_optimizer(self, *_: Any) -> None:
         gradients = [p.grad for p in self._training.parameters.values() if p.grad is not None]
-        self._found["gradients"] = sum(g.nbytes for g in gradients)
-        memory.wait(self._job.start.device)
+        self._figures["gradients"] = sum(g.nbytes for g in gradients)
+        memory.synchronize(self._job.start.device)
         self._optimizer_at = time.perf_counter()
 
     def _after_optimizer(self, *_: Any) -> None:
-        memory.wait(self._job.start.device)
-        self._found["optimizer_seconds"] = time.perf_counter() - self._optimizer_at
-        self._found["moments"] = memory.tensor_bytes(self._training.optimizer.state.values())
+        memory.synchronize(self._job.start.device)
+        self._figures["optimizer_seconds"] = time.perf_counter() - self._optimizer_at
+        self._figures["moments"] = memory.tensor_bytes(self._training.optimizer.state.values())
 
     def _on_step(self, line: Metrics) -> None:
-        now, found = time.perf_counter(), self._found
+        now, found = time.perf_counter(), self._figures
         if line.step == 0:
             found["evaluate_seconds"] = now - self._at
             self._phase("Training on the longest rows")
-        elif line.step == HEAVY:
+        elif line.step == HEAVY_STEP:
             found |= {"heavy_seconds": line.seconds, "heavy_peak": self._memory.peak()}
             self._at = now
         else:
             step = line.seconds - found.get("heavy_seconds", line.seconds)
             found |= {"typical_rate": line.tokens_per_second, "checkpoint_seconds": now - self._at - step}
-            surplus = memory.unused_mapping(self._training.model) if self._job.start.device == "cpu" else 0
-            found |= {"peak": self._memory.peak() - surplus, "loss": line.loss, "digest": _digest(self._training)}
-            folder = self._job.folder / "checkpoints" / f"step-{HEAVY:06d}"
+            surplus = memory.unused_mapped_bytes(self._training.model) if self._job.start.device == "cpu" else 0
+            found |= {"peak": self._memory.peak() - surplus, "loss": line.loss, "digest": _state_hash(self._training)}
+            folder = self._job.folder / "checkpoints" / f"step-{HEAVY_STEP:06d}"
             found["checkpoint_bytes"] = sum(f.stat().st_size for f in folder.iterdir())
             if not self._resume:  # last, as it leaves memory behind that a run has no use for
-                self._measure_parts()
+                self._measure_longest_pack()
             self._send("result", found)
             if not self._resume:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -250,7 +250,7 @@ class _Trial:
         return False
 
 
-def _digest(training: Training) -> str:
+def _state_hash(training: Training) -> str:
     """sha256 of what is trained and of the optimizer's state."""
     import torch
 

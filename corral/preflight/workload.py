@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from corral.data.packing import pack_sequences
 from corral.model.device import pack_length
-from corral.preflight.estimate import Pack
+from corral.preflight.estimate import PackShape
 from corral.training.sampler import Order
 
 if TYPE_CHECKING:
@@ -51,9 +51,9 @@ class Workload:
     tokens: int
     rows: int
     heavy: tuple[int, ...]
-    longest: Pack
+    longest: PackShape
     typical: tuple[int, ...]
-    common: Pack
+    common: PackShape
     evaluations: int
     evaluated: int
     held_out: tuple[int, ...]
@@ -63,7 +63,7 @@ class Workload:
     exact: bool
 
     @classmethod
-    def of(cls, train: Train, prepared: Prepared, max_length: int, seed: int, kind: str) -> Workload:
+    def from_stage(cls, train: Train, prepared: Prepared, max_length: int, seed: int, kind: str) -> Workload:
         """Of a stage over prepared rows.
 
         Args:
@@ -79,7 +79,7 @@ class Workload:
         heavy = _heaviest(batches, sizes, rows, limit)
         typical = batches[sorted(range(len(sizes)), key=sizes.__getitem__)[len(sizes) // 2]]
         held_out = prepared.validation.lengths[: train.evaluate_rows].tolist()
-        some = _spread(pack_sequences(held_out, limit), _EVALUATED_PACKS)
+        some = _evenly_spaced(pack_sequences(held_out, limit), _EVALUATED_PACKS)
         tokens = sum(sizes) if every == 1 else round(sum(sizes) / len(sizes) * order.steps)
         evaluations = 1 + math.ceil(order.steps / train.evaluate_every) if held_out else 0
         return cls(
@@ -87,9 +87,9 @@ class Workload:
             tokens=tokens,
             rows=len(rows),
             heavy=tuple(i for pack in heavy for i in pack),
-            longest=_pack(rows, heavy[0]),
-            typical=tuple(i for pack in _spread(_packs(rows, typical, limit), _TYPICAL_PACKS) for i in pack),
-            common=_mean(rows, _packs(rows, typical, limit)),
+            longest=_pack_shape(rows, heavy[0]),
+            typical=tuple(i for pack in _evenly_spaced(_packs(rows, typical, limit), _TYPICAL_PACKS) for i in pack),
+            common=_mean_pack_shape(rows, _packs(rows, typical, limit)),
             evaluations=evaluations,
             evaluated=sum(held_out),
             held_out=tuple(i for pack in some for i in pack),
@@ -99,12 +99,12 @@ class Workload:
             exact=every == 1,
         )
 
-    def limited(self, length: int) -> Pack:
+    def longest_within(self, length: int) -> PackShape:
         """The longest pack if packs were made no longer than this."""
         if self.longest.tokens <= length:
             return self.longest
         part = length / self.longest.tokens
-        return Pack(length, math.ceil(self.longest.trained * part), min(self.longest.context, length / 2))
+        return PackShape(length, math.ceil(self.longest.trained * part), min(self.longest.context, length / 2))
 
 
 def _packs(rows: ExampleStore, batch: Sequence[int], limit: int) -> list[list[int]]:
@@ -130,21 +130,21 @@ def _heaviest(batches: Sequence[list[int]], sizes: Sequence[int], rows: ExampleS
     return best
 
 
-def _spread(items: Sequence[list[int]], count: int) -> list[list[int]]:
+def _evenly_spaced(items: Sequence[list[int]], count: int) -> list[list[int]]:
     """At most so many of them, from first to last."""
     if len(items) <= count:
         return list(items)
     return [items[i * (len(items) - 1) // (count - 1)] for i in range(count)]
 
 
-def _pack(rows: ExampleStore, pack: Sequence[int]) -> Pack:
+def _pack_shape(rows: ExampleStore, pack: Sequence[int]) -> PackShape:
     lengths = rows.lengths[pack]
     context = float((lengths**2).sum() / 2 / lengths.sum())
-    return Pack(int(lengths.sum()), int(rows.trained_tokens[pack].sum()), context)
+    return PackShape(int(lengths.sum()), int(rows.trained_tokens[pack].sum()), context)
 
 
-def _mean(rows: ExampleStore, found: Sequence[Sequence[int]]) -> Pack:
-    each = [_pack(rows, pack) for pack in found]
+def _mean_pack_shape(rows: ExampleStore, found: Sequence[Sequence[int]]) -> PackShape:
+    each = [_pack_shape(rows, pack) for pack in found]
     tokens = sum(p.tokens for p in each)
     context = sum(p.context * p.tokens for p in each) / tokens
-    return Pack(round(tokens / len(each)), round(sum(p.trained for p in each) / len(each)), context)
+    return PackShape(round(tokens / len(each)), round(sum(p.trained for p in each) / len(each)), context)

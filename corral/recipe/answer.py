@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from corral.recipe.data import Source
-from corral.recipe.section import Positive, Section
+from corral.recipe.section import PositiveInt, Section
 
-AGREEING = ("rouge-l", "cosine")
+METHODS_WITHOUT_VOTES = ("rouge-l", "cosine")
 """The ways to vote that count no votes, so that an adaptive stop means nothing to them."""
 
 
@@ -47,7 +47,7 @@ class Shots(Section):
 class Answer(Section):
     """How answers are asked for, drawn and chosen: in evaluation, `corral batch`, `corral chat` and the server."""
 
-    max_tokens: Positive = 256
+    max_tokens: PositiveInt = 256
     """Most new tokens of an answer."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 takes the most likely token."""
@@ -61,29 +61,29 @@ class Answer(Section):
 
     @model_validator(mode="after")
     def _agreement_on_what(self) -> Self:
-        if self.consensus.stop == "adaptive" and self.consensus.method in AGREEING:
+        if self.consensus.stop == "adaptive" and self.consensus.method in METHODS_WITHOUT_VOTES:
             raise ValueError(
                 f'`consensus.stop` = "adaptive" counts votes, and `consensus.method` = "{self.consensus.method}" has none: '
                 'use "majority" or "rouge-l+math"'
             )
         return self
 
-    def changed(self, changes: dict[str, Any]) -> Answer:
+    def with_changes(self, changes: dict[str, Any]) -> Answer:
         """These settings with others in their place, some or all of them. Raises: ValidationError (they do not go together).
 
         An adaptive stop, where another way to vote is asked for and no stop, is left to the default.
         """
-        settings = _changed(self.model_dump(mode="json"), changes)
+        settings = _merge(self.model_dump(mode="json"), changes)
         asked: dict[str, Any] = changes.get("consensus", {})
-        if "stop" not in asked and asked.get("method") in AGREEING:
+        if "stop" not in asked and asked.get("method") in METHODS_WITHOUT_VOTES:
             del settings["consensus"]["stop"]
         return Answer.model_validate(settings)
 
 
-def _changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def _merge(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Settings with others in their place; a source of rows is replaced as a whole."""
     inner = {
-        key: _changed(settings[key], value)
+        key: _merge(settings[key], value)
         for key, value in changes.items()
         if isinstance(value, dict) and isinstance(settings[key], dict) and key != "source"
     }

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from corral.recipe.section import Fraction, Positive, Section
+from corral.recipe.section import Fraction, PositiveInt, Section
 
 
 class Model(Section):
@@ -74,10 +74,10 @@ class Source(Section):
     mapping: Mapping | None = None
     name: str | None = None
     """The name in the ledger; by default the path."""
-    rows: Positive | None = None
+    rows: PositiveInt | None = None
     """Use at most this many rows, chosen by a seeded hash of their content, so that a smaller number is a part of a larger;
     by default all."""
-    repeat: Positive = 1
+    repeat: PositiveInt = 1
     """Passes over this source's training rows for each pass over the others."""
     weight: Annotated[float, Field(gt=0)] | None = None
     """This source's part of the training examples, in proportion to the other sources' weights: 3 and 1 are three quarters and
@@ -112,9 +112,9 @@ class Split(Section):
     when rows are added or removed, or a cap or filter changes; the others stay. Compare runs on the same data and seed. Rows
     of equal content are all on one side, even if that is then too large."""
 
-    validation: Fraction | Positive = 0.05
+    validation: Fraction | PositiveInt = 0.05
     """Share (below 1) or number of rows for evaluation while training."""
-    test: Fraction | Positive = 0.05
+    test: Fraction | PositiveInt = 0.05
     """Share (below 1) or number of rows for `evaluate`; never seen in training."""
 
     @model_validator(mode="after")

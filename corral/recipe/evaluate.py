@@ -6,17 +6,17 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
 
-from corral.export_forms import TYPES, Form
+from corral.export_forms import EXPORT_TYPES, ExportForm
 from corral.recipe.answer import Answer
-from corral.recipe.section import Positive, Section
+from corral.recipe.section import PositiveInt, Section
 
-PLAIN = ("base", "tuned")
+BUILT_IN_VARIANTS = ("base", "tuned")
 """The variants that every run has: both models, asked as `[answer]` says."""
 
 EngineName = Literal["transformers", "openvino", "vllm"]
 TaskName = Literal["arithmetic", "commonsense_qa", "mmlu", "truthfulqa", "xsum", "boolq"]
 
-_FORMS = {f"{to}-{kind}": Form(to, kind) for to, kinds in TYPES.items() for kind in kinds}
+_FORMS = {f"{to}-{kind}": ExportForm(to, kind) for to, kinds in EXPORT_TYPES.items() for kind in kinds}
 
 
 class Variant(Section):
@@ -37,30 +37,30 @@ class Variant(Section):
     @field_validator("name")
     @classmethod
     def _not_plain(cls, name: str) -> str:
-        if name in PLAIN:
+        if name in BUILT_IN_VARIANTS:
             raise ValueError(f"every run has a variant {name!r}: give this one another name")
         return name
 
     @field_validator("model")
     @classmethod
     def _known_model(cls, model: str) -> str:
-        if model not in PLAIN and model not in _FORMS:
-            raise ValueError(f"there is no model {model!r}: known are {', '.join((*PLAIN, *_FORMS))}")
+        if model not in BUILT_IN_VARIANTS and model not in _FORMS:
+            raise ValueError(f"there is no model {model!r}: known are {', '.join((*BUILT_IN_VARIANTS, *_FORMS))}")
         return model
 
     @model_validator(mode="after")
     def _computed_by_its_engine(self) -> Self:
-        if self.form is not None and self.form.to == "openvino" and self.engine not in (None, "openvino"):
+        if self.form is not None and self.form.target == "openvino" and self.engine not in (None, "openvino"):
             raise ValueError(f'`engine` = "{self.engine}" does not read `model` = "{self.model}": remove `engine`')
         return self
 
     @field_serializer("answer")
-    def _what_is_given(self, answer: Answer) -> dict[str, Any]:
+    def _serialize_given_settings(self, answer: Answer) -> dict[str, Any]:
         # Written out in full, a variant would no longer follow `[answer]`.
         return answer.model_dump(mode="json", exclude_unset=True, exclude_none=True)
 
     @property
-    def form(self) -> Form | None:
+    def form(self) -> ExportForm | None:
         """The exported form that it computes, if it is one."""
         return _FORMS.get(self.model)
 
@@ -69,9 +69,9 @@ class Variant(Section):
         """The name of the variant that it is compared with."""
         return self.against or ("base" if self.model == "base" else "tuned")
 
-    def settings(self, answer: Answer) -> Answer:
+    def answer_settings(self, answer: Answer) -> Answer:
         """`[answer]` with what this variant changes. Raises: ValidationError (they do not go together)."""
-        return answer.changed(self._what_is_given(self.answer))
+        return answer.with_changes(self._serialize_given_settings(self.answer))
 
 
 class Task(Section):
@@ -81,9 +81,9 @@ class Task(Section):
     """`arithmetic`: word problems with one number as their answer (ASDiv). `commonsense_qa`, `mmlu`, `boolq`: questions with
     options, scored by what is answered and by the log-probability of each option. `truthfulqa`: questions that invite a false
     answer, scored by ROUGE against the true ones. `xsum`: summaries in a sentence, scored by ROUGE."""
-    rows: Positive = 200
+    rows: PositiveInt = 200
     """Questions asked, drawn by the seed, so that a smaller number is a part of a larger; examples come from the others."""
-    max_tokens: Positive | None = None
+    max_tokens: PositiveInt | None = None
     """Most new tokens of an answer; by default as in `answer`."""
 
 
@@ -93,9 +93,9 @@ class Evaluate(Section):
     engine: Literal["auto"] | EngineName = "auto"
     """What computes answers and log-probabilities. `auto`: openvino on a CPU where it is installed (the extra `openvino`;
     several times faster), vllm on a GPU where it is installed, else transformers."""
-    loss_rows: Positive = 200
+    loss_rows: PositiveInt = 200
     """Most test rows for the held-out loss."""
-    answer_rows: Positive = 50
+    answer_rows: PositiveInt = 50
     """Most test rows for which answers are generated and scored (ROUGE, BLEU)."""
     variants: tuple[Variant, ...] = ()
     """One `[[evaluate.variants]]` table for each, besides base and tuned."""
@@ -108,7 +108,7 @@ class Evaluate(Section):
             for name in names:
                 if names.count(name) > 1:
                     raise ValueError(f"two {kind} are called {name!r}: remove one, or name it otherwise")
-        known = (*PLAIN, *(v.name for v in self.variants))
+        known = (*BUILT_IN_VARIANTS, *(v.name for v in self.variants))
         for variant in self.variants:
             if variant.compared_with not in known or variant.compared_with == variant.name:
                 raise ValueError(
@@ -117,11 +117,11 @@ class Evaluate(Section):
                 )
         return self
 
-    def refuse_impossible(self, answer: Answer) -> None:
+    def check_variants(self, answer: Answer) -> None:
         """Raises ValueError where a variant's changes do not go with `[answer]`."""
         for i, variant in enumerate(self.variants):
             try:
-                variant.settings(answer)
+                variant.answer_settings(answer)
             except ValidationError as error:
                 fault = error.errors()[0]
                 what = fault.get("ctx", {}).get("error", fault["msg"])

@@ -54,18 +54,18 @@ def parse(text: str, *, where: str, base: Path | None = None, overrides: Iterabl
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"not valid TOML: {error}", where=where, hint="mend the line named above") from None
     for override in overrides:
-        _override(raw, override)
+        _apply_override(raw, override)
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        faults = _faults(error.errors(), text)
+        faults = _describe_errors(error.errors(), text)
         raise RecipeError(
             "\n".join(faults), where=where, hint="`docs/recipe.md` lists every setting with its type and meaning"
         ) from None
-    return recipe if base is None else _absolute(recipe, base)
+    return recipe if base is None else _resolve_paths(recipe, base)
 
 
-def _absolute(recipe: Recipe, base: Path) -> Recipe:
+def _resolve_paths(recipe: Recipe, base: Path) -> Recipe:
     def resolve(spec: str, is_path: bool) -> str:
         return str((base / Path(spec).expanduser()).resolve()) if is_path else spec
 
@@ -102,7 +102,7 @@ def _absolute(recipe: Recipe, base: Path) -> Recipe:
     )
 
 
-def _override(raw: dict[str, Any], override: str) -> None:
+def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, value_text = override.partition("=")
     where = f"--set {override}"
     if not separator or not key.strip():
@@ -125,9 +125,9 @@ def _override(raw: dict[str, Any], override: str) -> None:
         ) from None
 
 
-def _faults(errors: Sequence[Any], text: str) -> list[str]:
+def _describe_errors(errors: Sequence[Any], text: str) -> list[str]:
     """A sentence for each fault, without those that only follow from one within them."""
-    places = [_place(error) for error in errors]
+    places = [_key_path(error) for error in errors]
     own = [
         error
         for error, place in zip(errors, places, strict=True)
@@ -135,24 +135,24 @@ def _faults(errors: Sequence[Any], text: str) -> list[str]:
     ]
     found: dict[tuple[str | int, ...], list[str]] = {}
     for error in own:
-        found.setdefault(_place(error), []).append(_explain(error, text))
+        found.setdefault(_key_path(error), []).append(_describe_error(error, text))
     # What may be of several kinds has a fault for each of them.
     return [first + "".join(f"; or {other.partition(': ')[2]}" for other in rest) for first, *rest in found.values()]
 
 
-def _place(error: Any) -> tuple[str | int, ...]:
+def _key_path(error: Any) -> tuple[str | int, ...]:
     """Where a fault is, without the names that pydantic gives to the members of a union."""
     return tuple(part for part in error["loc"] if isinstance(part, int) or not _UNION_MEMBER.match(part))
 
 
-def _explain(error: Any, text: str) -> str:
+def _describe_error(error: Any, text: str) -> str:
     """One fault as a sentence that names the key's path, the value and, where it can be found, the line."""
-    loc = _place(error)
+    loc = _key_path(error)
     path = ".".join(str(part) for part in loc) or "the recipe"
-    line = _line_of(loc, text)
+    line = _find_line(loc, text)
     at = f"{path} (line {line})" if line else path
     if error["type"] == "extra_forbidden":
-        known = _keys_at(loc[:-1])
+        known = _known_keys(loc[:-1])
         close = difflib.get_close_matches(str(loc[-1]), known, n=1)
         guess = f"did you mean {close[0]!r}?" if close else f"the keys here are {', '.join(known)}"
         return f"{at}: unknown key; {guess}"
@@ -167,7 +167,7 @@ def _explain(error: Any, text: str) -> str:
     return f"{at}: {error['msg']}{shown}"
 
 
-def _line_of(loc: tuple[str | int, ...], text: str) -> int | None:
+def _find_line(loc: tuple[str | int, ...], text: str) -> int | None:
     """The line of a key, if exactly one line in the text can be it."""
     if not loc or not isinstance(loc[-1], str):
         return None
@@ -176,7 +176,7 @@ def _line_of(loc: tuple[str | int, ...], text: str) -> int | None:
     return hits[0] if len(hits) == 1 else None
 
 
-def _keys_at(loc: tuple[str | int, ...]) -> list[str]:
+def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
     section: type[BaseModel] | None = Recipe
     for part in loc:
         if isinstance(part, str) and section is not None:

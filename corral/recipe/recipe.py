@@ -72,7 +72,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _variants_can_be(self) -> Self:
-        self.evaluate.refuse_impossible(self.answer)
+        self.evaluate.check_variants(self.answer)
         return self
 
     def with_exports(self, others: Export) -> Recipe:

@@ -6,13 +6,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from corral.recipe.section import Fraction, Positive, Section
+from corral.recipe.section import Fraction, PositiveInt, Section
 
 
 class Lora(Section):
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on linear layers; the base stays frozen."""
 
-    rank: Positive = 16
+    rank: PositiveInt = 16
     """Rank r of the update."""
     alpha: Annotated[float, Field(gt=0)] = 32
     """The update is scaled by alpha / rank."""
@@ -79,11 +79,11 @@ class Train(Section):
     the model's full-precision weights, whichever gives the lower loss on the validation rows."""
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes over the training rows; 1 if `steps` is not given either."""
-    steps: Positive | None = None
+    steps: PositiveInt | None = None
     """Optimizer steps; instead of `epochs`."""
-    batch_size: Positive = 8
+    batch_size: PositiveInt = 8
     """Examples per optimizer step, over all devices. Each trained token weighs the same."""
-    pack_length: Positive | None = None
+    pack_length: PositiveInt | None = None
     """Most tokens in one forward pass, into which examples are packed, isolated from each other. By default
     the larger of `data.max_length` and 8192 on a GPU or 512 on a CPU. It changes memory and speed, not the
     result (but for `int8`, where an outlier counts for its whole pass)."""
@@ -95,13 +95,13 @@ class Train(Section):
     changes memory and speed, never the result."""
     gradient_checkpointing: bool = False
     """Keep each layer's input only and compute the rest again for the gradient: less memory, about a third slower."""
-    evaluate_every: Positive = 20
+    evaluate_every: PositiveInt = 20
     """Steps between evaluations on the validation rows. The weights with the lowest held-out loss are the result."""
-    evaluate_rows: Positive = 64
+    evaluate_rows: PositiveInt = 64
     """Most validation rows used for it."""
-    early_stopping: Positive | None = None
+    early_stopping: PositiveInt | None = None
     """End the stage after so many evaluations in a row without a lower held-out loss; by default never."""
-    checkpoint_every: Positive = 20
+    checkpoint_every: PositiveInt = 20
     """Steps between checkpoints; an interrupted run also leaves one."""
     lora: Lora = Lora()
     optimizer: Optimizer = Optimizer()

@@ -25,7 +25,7 @@ from typing import Any
 import corral
 from corral.errors import RunError
 from corral.recipe import Recipe, parse
-from corral.storage import clear_leftovers, remove_tree, storage_errors, tree_hashes, write_atomic, write_json
+from corral.storage import remove_temporary_files, remove_tree, storage_errors, tree_hashes, write_atomic, write_json
 
 _PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "rapidfuzz", "sacrebleu")
 
@@ -132,10 +132,10 @@ class Run:
             write_json(path / "stage.json", {**record, "started": _now()})
             return Stage(name, path, fingerprint, done=False)
         if not (done := _is_done(path, found)):
-            clear_leftovers(path)
+            remove_temporary_files(path)
         return Stage(name, path, fingerprint, done)
 
-    def finish(self, stage: Stage, seconds: float) -> None:
+    def finish_stage(self, stage: Stage, seconds: float) -> None:
         """Record a stage as done, with the sha256 of every file it made."""
         record: dict[str, Any] = json.loads((stage.path / "stage.json").read_text("utf-8"))
         outputs = {name: digest for name, digest in tree_hashes(stage.path).items() if name != "stage.json"}
@@ -144,7 +144,7 @@ class Run:
         record |= {"status": "done", "finished": _now(), "seconds": seconds, "outputs": outputs, "sizes": sizes}
         write_json(stage.path / "stage.json", record)
 
-    def interrupted(self, stage: Stage, seconds: float) -> None:
+    def record_interruption(self, stage: Stage, seconds: float) -> None:
         """Add the time of an attempt that did not finish."""
         record: dict[str, Any] = json.loads((stage.path / "stage.json").read_text("utf-8"))
         write_json(stage.path / "stage.json", record | {"seconds": record.get("seconds", 0.0) + seconds})

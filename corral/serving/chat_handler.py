@@ -149,4 +149,4 @@ def _conversation(messages: Sequence[ChatMessage]) -> Conversation:
         turns.append((role, message.text))
     if messages[-1].role != "user":
         raise Refused(400, "'messages': the last one must be the user's", param="messages")
-    return Conversation.of(*turns)
+    return Conversation.from_turns(*turns)

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
-from corral.answering.answerer import StopCutter
+from corral.answering.answerer import StopStringCutter
 from corral.engines.base import Delta, Finish, Generation
 from corral.errors import TemplateError
 from corral.serving.admission import Event
@@ -252,9 +252,9 @@ class _Choice:
         self._request = request
         self._ends = ends
         self._template = served.answerer.template
-        self._cutter = StopCutter(stops)
+        self._cutter = StopStringCutter(stops)
         # The text goes on from the prompt's: within a character, perhaps, and with the space that would begin a text.
-        self._decoder = self._template.decoder()
+        self._decoder = self._template.stream_decoder()
         if not request.echo:
             self._decoder.push(prompt)
         self._at = 0
@@ -305,7 +305,7 @@ class _Choice:
                 break
         if self.finish is not None and not self._cutter.stopped:
             text += self._cutter.push(self._decoder.finish())
-            text += self._cutter.rest()
+            text += self._cutter.finish()
         if self._cutter.stopped:
             self.finish = "stop"
         return TextChoice(

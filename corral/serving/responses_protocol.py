@@ -394,7 +394,7 @@ def conversation_of(instructions: str | None, items: Sequence[Item]) -> Conversa
         turns.append((role, item.text))
     if not turns or turns[-1][0] != "user":
         raise Refused(400, "'input': the last message must be the user's", param="input")
-    return Conversation.of(*turns)
+    return Conversation.from_turns(*turns)
 
 
 def _plain(role: Role) -> PlainRole:

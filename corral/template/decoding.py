@@ -29,11 +29,11 @@ class TokenBytes:
         decoder: Any = backend.decoder
         state: dict[str, Any] = json.loads(decoder.__getstate__()) if decoder else {}
         parts: dict[str, dict[str, Any]] = {part["type"]: part for part in state.get("decoders", [state]) if part}
-        self._of_text = self._alone
+        self._token_to_bytes = self._decode_single
         if "ByteLevel" in parts:
-            self._of_text = _byte_level
+            self._token_to_bytes = _byte_level
         elif {"ByteFallback", "Metaspace"} & parts.keys():
-            self._of_text = _sentence_piece
+            self._token_to_bytes = _sentence_piece
         self.drops_first_space = (
             "Strip" in parts or parts.get("Metaspace", {}).get("prepend_scheme", "never") != "never"
         )
@@ -46,10 +46,10 @@ class TokenBytes:
         known = self._known.get(id_)
         if known is None:
             token = self._backend.id_to_token(id_)
-            known = self._known[id_] = b"" if token is None else self._of_text(token)
+            known = self._known[id_] = b"" if token is None else self._token_to_bytes(token)
         return known
 
-    def _alone(self, token: str) -> bytes:
+    def _decode_single(self, token: str) -> bytes:
         id_ = self._backend.token_to_id(token)
         return b"" if id_ is None else self._backend.decode([id_]).encode()
 
@@ -79,7 +79,7 @@ class StreamDecoder:
 
 def _byte_level(token: str) -> bytes:
     # An added token may hold characters that stand for no byte: it is written as it is.
-    found = [_BYTE_OF.get(character) for character in token]
+    found = [_BYTE_FOR_CHARACTER.get(character) for character in token]
     return token.encode() if None in found else bytes(b for b in found if b is not None)
 
 
@@ -95,10 +95,10 @@ def _printable_bytes() -> dict[str, int]:
     return {chr(byte): byte for byte in seen} | {chr(256 + place): byte for place, byte in enumerate(unseen)}
 
 
-_BYTE_OF = _printable_bytes()
+_BYTE_FOR_CHARACTER = _printable_bytes()
 
 
-class StopCutter:
+class StopStringCutter:
     """Text that arrives in pieces, cut at the first stop string: the one complete first, of several the longest.
 
     What could still become a stop string is held back. The pieces given, joined, do not depend on how the text arrived.
@@ -125,7 +125,7 @@ class StopCutter:
         self._held = text[keep:]
         return text[:keep]
 
-    def rest(self) -> str:
+    def finish(self) -> str:
         """What was held back, once the text has ended."""
         held, self._held = self._held, ""
         return held

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 from corral.errors import TemplateError
 
-SPLIT = "\ufdd0"
+SEPARATOR = "\ufdd0"
 """A Unicode noncharacter, never valid in interchanged text, and refused in messages: what stands before and after it is
 tokenised without regard to special tokens that the two would make together."""
 
@@ -26,14 +26,14 @@ Pieces: TypeAlias = list[tuple[str, bool]]
 """A rendered text in pieces, and of each whether it is an answer with its end token."""
 
 # No message holds SPLIT, so neither mark can be written by one.
-_OPEN, _CLOSE = SPLIT + "\ufdd1", SPLIT + "\ufdd2"
+_OPEN, _CLOSE = SEPARATOR + "\ufdd1", SEPARATOR + "\ufdd2"
 # Templates that print today's date would make new ids each day; the date Meta's templates default to stands for all.
 _FIXED_DATE = date(2024, 7, 26)
 _MARKER = re.compile(r"\{%(?P<before>-?)\s*(?:end)?generation\s*(?P<after>-?)%\}")
 _STRFTIME = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>.*?)(?P=quote)\s*\)")
 
 
-class Rendering:
+class JinjaTemplate:
     """One chat template.
 
     Args:
@@ -53,22 +53,24 @@ class Rendering:
         self._variables = {"tools": None, "documents": None, **variables}
         self._compiled: Any = None
 
-    def stripped(self) -> Rendering:
+    def stripped(self) -> JinjaTemplate:
         """The same template without its markers."""
-        return Rendering(_strip_markers(self.source), self._variables, self.name)
+        return JinjaTemplate(_strip_markers(self.source), self._variables, self.name)
 
-    def text(self, messages: Messages, *, ask: bool = False) -> str:
+    def text(self, messages: Messages, *, generation_prompt: bool = False) -> str:
         """The rendered text; with `ask`, it ends where the next answer begins. Raises: TemplateError (it is refused)."""
-        return "".join(piece for piece, _ in self.pieces(messages, ask=ask))
+        return "".join(piece for piece, _ in self.pieces(messages, generation_prompt=generation_prompt))
 
-    def pieces(self, messages: Messages, *, ask: bool = False) -> Pieces:
+    def pieces(self, messages: Messages, *, generation_prompt: bool = False) -> Pieces:
         """The rendered text, cut at the markers. Raises: TemplateError (the template refuses the conversation)."""
         from jinja2 import TemplateError as JinjaError
 
         try:
             # Compiled when first used, so that a template that is no Jinja2 is refused in the same words.
             self._compiled = self._compiled or _compile(self.source)
-            text: str = self._compiled.render(messages=messages, add_generation_prompt=ask, **self._variables)
+            text: str = self._compiled.render(
+                messages=messages, add_generation_prompt=generation_prompt, **self._variables
+            )
         except (JinjaError, TypeError, KeyError, ValueError, AttributeError) as error:
             raise TemplateError(f"the template refuses this conversation: {error}", where=self.name) from None
         first, *others = text.split(_OPEN)

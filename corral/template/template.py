@@ -26,23 +26,23 @@ from typing import TYPE_CHECKING, Any
 from corral.errors import TemplateError
 from corral.messages import Conversation
 from corral.template.decoding import StreamDecoder, TokenBytes
-from corral.template.rendering import Messages, Pieces, Rendering
-from corral.template.tokenization import Marked, PieceTokenizer
+from corral.template.rendering import JinjaTemplate, Messages, Pieces
+from corral.template.tokenization import PieceTokenizer, TokenizedPieces
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 _PROBES = (
-    Conversation.of(("user", "What is 2 + 2?"), ("assistant", "Four.")),
-    Conversation.of(
+    Conversation.from_turns(("user", "What is 2 + 2?"), ("assistant", "Four.")),
+    Conversation.from_turns(
         ("user", "Hello"), ("assistant", "Hi!"), ("user", "And again?"), ("assistant", "Ünïcode — 東京 🙂")
     ),
 )
 # Two templates that render these alike may still differ elsewhere: each text that is encoded is compared again.
-_TWIN_PROBES = (
+_EQUIVALENCE_PROBES = (
     *_PROBES,
-    Conversation.of(
+    Conversation.from_turns(
         ("system", " Be brief.\n"), ("user", "\n a \n"), ("assistant", " b\n\n"), ("user", "c "), ("assistant", "\td")
     ),
 )
@@ -76,13 +76,13 @@ class Template:
         self.tokenizer = tokenizer
         self.name = name
         self._backend: Tokenizer = tokenizer.backend_tokenizer
-        self._rendering = Rendering(source, tokenizer.special_tokens_map, name)
-        self._marked = self._rendering.source
+        self._rendering = JinjaTemplate(source, tokenizer.special_tokens_map, name)
+        self._marked_source = self._rendering.source
         self._stripped = self._rendering.stripped()
         self.source = self._stripped.source
         """The form that is saved and that others render: no markers, fixed date."""
-        self._tokens = PieceTokenizer(tokenizer, self._marked)
-        self._twin = None if self._rendering.marked else self._find_twin()
+        self._piece_tokenizer = PieceTokenizer(tokenizer, self._marked_source)
+        self._equivalent = None if self._rendering.marked else self._find_equivalent()
         self.stop_ids = self._verify()
         """Ids that end an answer: the token the template closes answers with, and the tokenizer's end of sequence."""
 
@@ -98,7 +98,7 @@ class Template:
                     hint='it is a base model: name a template made of tokens it knows, e.g. `template = "instruction"`',
                 )
             return cls(tokenizer, source, "the tokenizer's own template")
-        ships = shipped()
+        ships = shipped_templates()
         if spec in ships:
             return cls(tokenizer, ships[spec], spec)
         if spec.endswith(".jinja"):
@@ -117,25 +117,25 @@ class Template:
         """How answers are told from the rest: `markers`, `difference`, or `markers of NAME`, a template that ships."""
         if self._rendering.marked:
             return "markers"
-        return "difference" if self._twin is None else f"markers of {self._twin.name}"
+        return "difference" if self._equivalent is None else f"markers of {self._equivalent.name}"
 
     @cached_property
     def digest(self) -> str:
         """sha256 (hex) of what decides the ids: the saved source and the ids of its control tokens."""
-        ids = {token: self._backend.token_to_id(token) for token in self._tokens.control}
+        ids = {token: self._backend.token_to_id(token) for token in self._piece_tokenizer.control}
         return hashlib.sha256(json.dumps([self.source, ids], sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 (hex) of everything that decides ids and mask: `digest`, the markers and the whole tokenizer."""
-        markers = self._marked if self._twin is None else self._twin.source
+        markers = self._marked_source if self._equivalent is None else self._equivalent.source
         parts = [self.digest, markers, self._backend.to_str()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
     def special_ids(self) -> tuple[int, ...]:
         """Ids of the special tokens this template writes, ascending."""
-        written = {i for i in self.encode(_PROBES[0]).ids if i in self._tokens.control_ids}
+        written = {i for i in self.encode(_PROBES[0]).ids if i in self._piece_tokenizer.control_ids}
         return tuple(sorted(written | set(self.stop_ids)))
 
     def prompt(self, conversation: Conversation) -> list[int]:
@@ -145,10 +145,10 @@ class Template:
         messages = self._messages(conversation)
         try:
             # Earlier answers are tokenised apart here too, as they were in training and when they were generated.
-            pieces = self._pieces(messages, ask=True)
+            pieces = self._pieces(messages, generation_prompt=True)
         except _UnmaskableError:
-            pieces = [(self._rendering.text(messages, ask=True), False)]
-        return list(self._tokens.ids(pieces)[0])
+            pieces = [(self._rendering.text(messages, generation_prompt=True), False)]
+        return list(self._piece_tokenizer.tokenize(pieces)[0])
 
     def encode(self, conversation: Conversation) -> Encoded:
         """Ids of the whole conversation; trained are the assistant's answers and their end tokens, nothing else.
@@ -156,29 +156,29 @@ class Template:
         Raises:
             TemplateError: the template refuses the conversation, or its answers cannot be told from their surroundings.
         """
-        return Encoded(*self._tokens.ids(self._checked(conversation)))
+        return Encoded(*self._piece_tokenizer.tokenize(self._checked_pieces(conversation)))
 
     def encode_batch(self, conversations: Sequence[Conversation]) -> list[Encoded | TemplateError]:
         """What `encode` gives or raises for each, a little faster; some hundreds at a time are enough."""
         results: list[Encoded | TemplateError | None] = [None] * len(conversations)
-        places: list[int] = []
+        indexes: list[int] = []
         texts: list[Pieces] = []
-        for place, conversation in enumerate(conversations):
+        for index, conversation in enumerate(conversations):
             try:
-                texts.append(self._checked(conversation))
-                places.append(place)
+                texts.append(self._checked_pieces(conversation))
+                indexes.append(index)
             except TemplateError as error:
-                results[place] = error
-        marked: list[Marked] = self._tokens.batch(texts)
-        for place, (ids, trained) in zip(places, marked, strict=True):
-            results[place] = Encoded(ids, trained)
+                results[index] = error
+        marked: list[TokenizedPieces] = self._piece_tokenizer.tokenize_batch(texts)
+        for index, (ids, trained) in zip(indexes, marked, strict=True):
+            results[index] = Encoded(ids, trained)
         return [result for result in results if result is not None]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without special tokens."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
-    def decoder(self) -> StreamDecoder:
+    def stream_decoder(self) -> StreamDecoder:
         """A decoder for one stream of ids."""
         return StreamDecoder(self.token_bytes)
 
@@ -236,13 +236,13 @@ class Template:
         return tuple(sorted(ends))
 
     def _messages(self, conversation: Conversation) -> Messages:
-        escape = self._tokens.escape
+        escape = self._piece_tokenizer.escape
         return [{"role": message.role, "content": escape(message.content)} for message in conversation.messages]
 
-    def _checked(self, conversation: Conversation) -> Pieces:
+    def _checked_pieces(self, conversation: Conversation) -> Pieces:
         """The pieces of a whole conversation, each answer of which ends in a special token."""
-        pieces = self._pieces(self._messages(conversation), ask=False)
-        if not all(piece.endswith(self._tokens.control) for piece, is_answer in pieces if is_answer):
+        pieces = self._pieces(self._messages(conversation), generation_prompt=False)
+        if not all(piece.endswith(self._piece_tokenizer.control) for piece, is_answer in pieces if is_answer):
             raise TemplateError(
                 "the template closes an answer with no special token: a model trained on it would never stop",
                 where=self.name,
@@ -250,28 +250,28 @@ class Template:
             )
         return pieces
 
-    def _pieces(self, messages: Messages, *, ask: bool) -> Pieces:
+    def _pieces(self, messages: Messages, *, generation_prompt: bool) -> Pieces:
         """The rendered text, cut into answers and the rest. Raises: TemplateError."""
         if self._rendering.marked:
-            return self._rendering.pieces(messages, ask=ask)
-        text = self._rendering.text(messages, ask=ask)
-        if self._twin is not None:
-            pieces = _attempt(self._twin, messages, ask=ask)
+            return self._rendering.pieces(messages, generation_prompt=generation_prompt)
+        text = self._rendering.text(messages, generation_prompt=generation_prompt)
+        if self._equivalent is not None:
+            pieces = _render_or_none(self._equivalent, messages, generation_prompt=generation_prompt)
             if pieces is not None and "".join(piece for piece, _ in pieces) == text:
                 return pieces
-        return self._by_difference(messages, text)
+        return self._pieces_by_difference(messages, text)
 
-    def _by_difference(self, messages: Messages, text: str) -> Pieces:
+    def _pieces_by_difference(self, messages: Messages, text: str) -> Pieces:
         """A text without markers, cut where renderings of its first turns begin and end."""
         pieces: Pieces = []
         at = 0
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._rendering.text(messages[:i], ask=True)
+            before = self._rendering.text(messages[:i], generation_prompt=True)
             after = self._rendering.text(messages[: i + 1])
-            last = self._tokens.last_control(after, len(before))
-            asked = self._tokens.last_control(before)
+            last = self._piece_tokenizer.last_control(after, len(before))
+            asked = self._piece_tokenizer.last_control(before)
             fault = ""
             if not (text.startswith(after) and after.startswith(before)):
                 fault = f"turn {i + 1} renders differently alone than within the conversation"
@@ -289,28 +289,28 @@ class Template:
             at = end
         return [piece for piece in [*pieces, (text[at:], False)] if piece[0]]
 
-    def _find_twin(self) -> Rendering | None:
+    def _find_equivalent(self) -> JinjaTemplate | None:
         """A template that ships, has markers, and renders every probe as this one does."""
-        probes = [self._messages(probe) for probe in _TWIN_PROBES]
+        probes = [self._messages(probe) for probe in _EQUIVALENCE_PROBES]
         turns = [(probe[:-1], True) for probe in probes] + [(probe, False) for probe in probes]
-        ours = [_attempt(self._rendering, messages, ask=ask) for messages, ask in turns]
-        for name, source in shipped().items():
-            twin = Rendering(source, self.tokenizer.special_tokens_map, name)
-            theirs = (_attempt(twin, messages, ask=ask) for messages, ask in turns)
+        ours = [_render_or_none(self._rendering, messages, generation_prompt=ask) for messages, ask in turns]
+        for name, source in shipped_templates().items():
+            twin = JinjaTemplate(source, self.tokenizer.special_tokens_map, name)
+            theirs = (_render_or_none(twin, messages, generation_prompt=ask) for messages, ask in turns)
             if any(ours) and all(_same_text(a, b) for a, b in zip(ours, theirs, strict=True)):
                 return twin
         return None
 
 
-def shipped() -> dict[str, str]:
+def shipped_templates() -> dict[str, str]:
     """The templates that ship with corral, by name: their Jinja2 text, with markers."""
     files = (f for f in resources.files("corral.template").joinpath("shipped").iterdir() if f.name.endswith(".jinja"))
     return {f.name.removesuffix(".jinja"): f.read_text("utf-8") for f in sorted(files, key=lambda f: f.name)}
 
 
-def _attempt(rendering: Rendering, messages: Messages, *, ask: bool) -> Pieces | None:
+def _render_or_none(rendering: JinjaTemplate, messages: Messages, *, generation_prompt: bool) -> Pieces | None:
     try:
-        return rendering.pieces(messages, ask=ask)
+        return rendering.pieces(messages, generation_prompt=generation_prompt)
     except TemplateError:
         return None
 

@@ -13,14 +13,14 @@ from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from corral.errors import TemplateError
-from corral.template.rendering import SPLIT, Pieces
-from corral.template.word_boundaries import can_be_cut, cut
+from corral.template.rendering import SEPARATOR, Pieces
+from corral.template.word_boundaries import split_words, words_keep_ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-Marked: TypeAlias = tuple[tuple[int, ...], tuple[bool, ...]]
+TokenizedPieces: TypeAlias = tuple[tuple[int, ...], tuple[bool, ...]]
 """Ids, and for each whether it is trained."""
 
 # Text at the start, after a special token, and within running text.
@@ -29,7 +29,7 @@ _BEGINS, _AFTER_SPECIAL, _CONTINUES = range(3)
 _SHORT = 24
 _MOST_REMEMBERED = 100_000
 
-_Known: TypeAlias = dict[str, list[int]]
+_WordIds: TypeAlias = dict[str, list[int]]
 
 
 class PieceTokenizer:
@@ -51,16 +51,16 @@ class PieceTokenizer:
         self.control_ids = frozenset(self._id_of.values())
         alternatives = "|".join(map(re.escape, self.control)) or "(?!)"
         # Looking ahead finds overlapping strings too.
-        self._typed = re.compile(f"(?=(?:{alternatives}))")
-        self._separators = re.compile(f"({SPLIT}|{alternatives})")
+        self._special_string = re.compile(f"(?=(?:{alternatives}))")
+        self._separators = re.compile(f"({SEPARATOR}|{alternatives})")
         self._control_pattern = re.compile(alternatives)
         config: dict[str, Any] = json.loads(self._backend.to_str())
-        self._cut = cut if can_be_cut(config) else _whole
+        self._split_words = split_words if words_keep_ids(config) else _keep_whole
         self._encoders = _encoders(self._backend, config)
         # The encoders of a byte-level tokenizer are one and the same: its texts go through it in one call.
-        self._first_alike = [next(i for i, e in enumerate(self._encoders) if e is other) for other in self._encoders]
+        self._shared_encoder = [next(i for i, e in enumerate(self._encoders) if e is other) for other in self._encoders]
         # What an encoder gave for a text. Only ever added to, as other threads may be reading.
-        self._known: list[_Known] = [{} for _ in self._encoders]
+        self._cache: list[_WordIds] = [{} for _ in self._encoders]
 
     def escape(self, content: str) -> str:
         """A message's text with a SPLIT in each special string that stands in it.
@@ -69,7 +69,7 @@ class PieceTokenizer:
             TemplateError: it holds half a surrogate pair, or SPLIT itself.
         """
         if not content.isascii():
-            if SPLIT in content:
+            if SEPARATOR in content:
                 raise TemplateError(
                     "the text contains U+FDD0, which is not a character", hint="remove it from the text"
                 )
@@ -79,24 +79,24 @@ class PieceTokenizer:
                 # Without its place, as equal reasons are counted together.
                 raise TemplateError(f"the text is not valid Unicode: {error.reason}") from None
         # A split after the first character breaks each special string that begins there.
-        starts = [m.start() + 1 for m in self._typed.finditer(content)]
+        starts = [m.start() + 1 for m in self._special_string.finditer(content)]
         if not starts:
             return content
-        return SPLIT.join(content[a:b] for a, b in pairwise([0, *starts, len(content)]))
+        return SEPARATOR.join(content[a:b] for a, b in pairwise([0, *starts, len(content)]))
 
     def last_control(self, text: str, start: int = 0) -> re.Match[str] | None:
         """The last special token in a text, not before `start`."""
         return max(self._control_pattern.finditer(text, start), key=lambda m: m.start(), default=None)
 
-    def ids(self, pieces: Pieces) -> Marked:
+    def tokenize(self, pieces: Pieces) -> TokenizedPieces:
         """The ids of all pieces in order, each piece tokenised apart, and of each id whether its piece is trained."""
-        return self.batch([pieces])[0]
+        return self.tokenize_batch([pieces])[0]
 
-    def batch(self, texts: Sequence[Pieces]) -> list[Marked]:
+    def tokenize_batch(self, texts: Sequence[Pieces]) -> list[TokenizedPieces]:
         """The same for several texts, in few calls of the tokenizer, which may use more than one core for each."""
         plans = [list(self._plan(pieces)) for pieces in texts]
         found = self._encode_unknown(plans)
-        marked: list[Marked] = []
+        marked: list[TokenizedPieces] = []
         for plan in plans:
             ids: list[int] = []
             trained: list[bool] = []
@@ -106,7 +106,7 @@ class PieceTokenizer:
                     ids.append(self._id_of[words[0]])
                 else:
                     self._look_up(encoder, words[:1], found, ids)
-                    self._look_up(self._first_alike[_CONTINUES], words[1:], found, ids)
+                    self._look_up(self._shared_encoder[_CONTINUES], words[1:], found, ids)
                 trained += [is_trained] * (len(ids) - start)
             marked.append((tuple(ids), tuple(trained)))
         return marked
@@ -118,26 +118,26 @@ class PieceTokenizer:
             for i, part in enumerate(self._separators.split(piece)):
                 if i % 2 == 0:
                     if part:
-                        yield self._first_alike[encoder], self._cut(part), is_trained
+                        yield self._shared_encoder[encoder], self._split_words(part), is_trained
                         encoder = _CONTINUES
-                elif part == SPLIT:
+                elif part == SEPARATOR:
                     encoder = _CONTINUES
                 else:
                     yield -1, [part], is_trained
                     encoder = _AFTER_SPECIAL
 
-    def _encode_unknown(self, plans: Iterable[Iterable[tuple[int, list[str], bool]]]) -> list[_Known]:
+    def _encode_unknown(self, plans: Iterable[Iterable[tuple[int, list[str], bool]]]) -> list[_WordIds]:
         """For each encoder the ids of the words that were not met before; short ones are remembered."""
         unknown: list[set[str]] = [set() for _ in self._encoders]
-        continues = self._first_alike[_CONTINUES]
+        continues = self._shared_encoder[_CONTINUES]
         for plan in plans:
             for encoder, words, _ in plan:
                 if encoder >= 0:
-                    if words[0] not in self._known[encoder]:
+                    if words[0] not in self._cache[encoder]:
                         unknown[encoder].add(words[0])
-                    unknown[continues].update(set(words[1:]).difference(self._known[continues]))
-        found: list[_Known] = []
-        for words, encoder, known in zip(unknown, self._encoders, self._known, strict=True):
+                    unknown[continues].update(set(words[1:]).difference(self._cache[continues]))
+        found: list[_WordIds] = []
+        for words, encoder, known in zip(unknown, self._encoders, self._cache, strict=True):
             batch = list(words)
             encoded = encoder.encode_batch_fast(batch, add_special_tokens=False) if batch else []
             new = {word: e.ids for word, e in zip(batch, encoded, strict=True)}
@@ -146,8 +146,8 @@ class PieceTokenizer:
             found.append(new)
         return found
 
-    def _look_up(self, encoder: int, words: list[str], found: list[_Known], ids: list[int]) -> None:
-        known, new = self._known[encoder], found[encoder]
+    def _look_up(self, encoder: int, words: list[str], found: list[_WordIds], ids: list[int]) -> None:
+        known, new = self._cache[encoder], found[encoder]
         if new:
             for word in words:
                 ids += new[word] if word in new else known[word]
@@ -160,7 +160,7 @@ class PieceTokenizer:
         return found
 
 
-def _whole(text: str) -> list[str]:
+def _keep_whole(text: str) -> list[str]:
     return [text]
 
 
@@ -183,11 +183,11 @@ def _encoders(backend: Tokenizer, config: dict[str, Any]) -> tuple[Tokenizer, To
 
     before = config.get("pre_tokenizer")
     encoders = [Tokenizer.from_str(backend.to_str())]
-    changed = _change(before, "Metaspace", {"prepend_scheme": {"first": "never"}})
+    changed = _replace_values(before, "Metaspace", {"prepend_scheme": {"first": "never"}})
     encoders.append(Tokenizer.from_str(json.dumps(config)) if changed else encoders[0])
-    changed = _change(before, "Metaspace", {"prepend_scheme": {"always": "never"}})
-    changed |= _change(before, "ByteLevel", {"add_prefix_space": {True: False}})
-    changed |= _change(config.get("normalizer"), "Prepend", {"prepend": {"▁": ""}})
+    changed = _replace_values(before, "Metaspace", {"prepend_scheme": {"always": "never"}})
+    changed |= _replace_values(before, "ByteLevel", {"add_prefix_space": {True: False}})
+    changed |= _replace_values(config.get("normalizer"), "Prepend", {"prepend": {"▁": ""}})
     encoders.append(Tokenizer.from_str(json.dumps(config)) if changed else encoders[1])
     for encoder in encoders:
         encoder.no_truncation()
@@ -195,13 +195,13 @@ def _encoders(backend: Tokenizer, config: dict[str, Any]) -> tuple[Tokenizer, To
     return encoders[0], encoders[1], encoders[2]
 
 
-def _change(node: Any, kind: str, changes: dict[str, dict[Any, Any]]) -> bool:
+def _replace_values(node: Any, kind: str, changes: dict[str, dict[Any, Any]]) -> bool:
     """In a tokenizer's JSON, replace values in every component of a kind. Returns whether there were any."""
     if not isinstance(node, dict):
         return False
     changed = False
     for inner in (*node.get("normalizers", ()), *node.get("pretokenizers", ())):
-        changed |= _change(inner, kind, changes)
+        changed |= _replace_values(inner, kind, changes)
     if node.get("type") == kind:
         for key, values in changes.items():
             if node.get(key) in values:

@@ -21,12 +21,12 @@ _LLAMA_3 = (
 _SPACE = "▁"
 
 
-def cut(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """A text's words, each but the first with the space before it."""
     return _CUT.split(text)
 
 
-def can_be_cut(config: dict[str, Any]) -> bool:
+def words_keep_ids(config: dict[str, Any]) -> bool:
     """Whether a tokenizer gives the parts of a text the ids that they have in the whole.
 
     The parts after the first are to be tokenised as running text: without a space put before them.

@@ -26,9 +26,9 @@ from corral.model.loading import load_model, load_tokenizer
 from corral.model.packed_forward import score
 from corral.prompting.few_shot import Prompting, after
 from corral.template import Template
-from corral.template.decoding import StopCutter, TokenBytes
+from corral.template.decoding import StopStringCutter, TokenBytes
 
-ASKED = Conversation.of(("user", "What is two plus two?"))
+ASKED = Conversation.from_turns(("user", "What is two plus two?"))
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_leaving_a_stream_early_frees_the_engine(answerer: Answerer) -> None:
 
 def test_many_conversations_at_once(answerer: Answerer) -> None:
     async def work() -> list[str]:
-        asked = [Conversation.of(("user", f"{i}?")) for i in range(20)]
+        asked = [Conversation.from_turns(("user", f"{i}?")) for i in range(20)]
         answers = await asyncio.gather(*(answerer.answer(c, Sampling(max_tokens=6)) for c in asked))
         return [a.text for a in answers]
 
@@ -151,7 +151,7 @@ def test_text_that_may_become_a_stop_string_is_held_back_and_no_more(
     text: str, stops: list[str], chunk: int, tiny_tokenizer: Any
 ) -> None:
     """After each id, what has been given is the text so far but for its longest end that begins a stop string."""
-    cutter = StopCutter(stops)
+    cutter = StopStringCutter(stops)
     given_text = ""
     for at in range(0, len(text), chunk):
         given_text += cutter.push(text[at : at + chunk])
@@ -160,7 +160,7 @@ def test_text_that_may_become_a_stop_string_is_held_back_and_no_more(
         so_far = text[: at + chunk]
         held = next((i for i in range(len(so_far)) if any(s.startswith(so_far[i:]) for s in stops)), len(so_far))
         assert given_text == so_far[:held]
-    assert given_text + cutter.rest() == cut(text, stops)[0]
+    assert given_text + cutter.finish() == cut(text, stops)[0]
 
 
 def test_a_stop_string_cancels_its_choice_in_the_engine_while_others_go_on(tiny_tokenizer: Any) -> None:
@@ -249,7 +249,7 @@ def test_a_choice_ended_by_a_stop_string_votes_with_what_is_before_it(template: 
 
 
 def test_examples_are_shown_as_far_as_the_context_has_room_for_them(tiny_folder: Path, template: Template) -> None:
-    shots = [Conversation.of(("user", f"question {i}?"), ("assistant", "an answer " * 20)) for i in range(3)]
+    shots = [Conversation.from_turns(("user", f"question {i}?"), ("assistant", "an answer " * 20)) for i in range(3)]
     prompting = Prompting(shots, 3)
     one = len(template.prompt(after(shots[:1], ASKED)))
     features = replace(ScriptedEngine([5]).features, max_length=one + 50 + 10)
@@ -261,12 +261,12 @@ def test_examples_are_shown_as_far_as_the_context_has_room_for_them(tiny_folder:
     assert narrow.prompt_tokens == len(template.prompt(ASKED))
 
 
-SHOTS = [Conversation.of(("user", f"question {i}?"), ("assistant", "an answer")) for i in range(3)]
+SHOTS = [Conversation.from_turns(("user", f"question {i}?"), ("assistant", "an answer")) for i in range(3)]
 TURNS: list[tuple[Role, str]] = [("user", ""), ("assistant", "")] * 60
 LONG = {
-    "text": (Conversation.of(("user", "word " * 1000)), None),
-    "turns": (Conversation.of(*TURNS, ("user", "")), None),
-    "examples": (Conversation.of(("user", "word " * 1000)), Prompting(SHOTS, 2)),
+    "text": (Conversation.from_turns(("user", "word " * 1000)), None),
+    "turns": (Conversation.from_turns(*TURNS, ("user", "")), None),
+    "examples": (Conversation.from_turns(("user", "word " * 1000)), Prompting(SHOTS, 2)),
 }
 
 
@@ -308,7 +308,7 @@ def test_a_short_prompt_is_not_worth_a_thread(template: Template, monkeypatch: p
 
 def test_a_score_after_examples_is_of_the_asked_answer_alone(tiny_folder: Path, answerer: Answerer) -> None:
     template = answerer.template
-    shots = [Conversation.of(("user", "What is one plus one?"), ("assistant", "Two."))]
+    shots = [Conversation.from_turns(("user", "What is one plus one?"), ("assistant", "Two."))]
     talk = ASKED.add("assistant", "Four.")
     with blocking(Answerer(answerer.engine, template, prompting=Prompting(shots, 1, reasoning=True))) as face:
         found = face.score(talk)

@@ -20,8 +20,8 @@ from corral.recipe.answer import Shots
 from corral.run.directory import Run
 from corral.template import Template
 
-ASKED = Conversation.of(("user", "How many legs has a cat?"))
-EXAMPLE = Conversation.of(("user", "How many legs has a bird?"), ("assistant", "Two."))
+ASKED = Conversation.from_turns(("user", "How many legs has a cat?"))
+EXAMPLE = Conversation.from_turns(("user", "How many legs has a bird?"), ("assistant", "Two."))
 
 
 def make(template: Template, settings: Answer, *examples: Conversation) -> Answerer:

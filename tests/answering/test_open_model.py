@@ -16,7 +16,7 @@ from corral.errors import InputError, ModelError
 from corral.messages import Conversation
 from corral.model.naming import find_model_files
 
-ASKED = Conversation.of(("user", "Hello"))
+ASKED = Conversation.from_turns(("user", "Hello"))
 RECIPE = """
 name = "mine"
 [model]

@@ -29,7 +29,7 @@ def template(tiny_folder: Path) -> Template:
 
 
 def prompt(index: int, text: str = "Hi?") -> Prompt:
-    return Prompt(index, {"id": f"q{index}"}, Conversation.of(("user", text)))
+    return Prompt(index, {"id": f"q{index}"}, Conversation.from_turns(("user", text)))
 
 
 def ids(template: Template, text: str) -> list[int]:
@@ -44,7 +44,7 @@ def test_a_row_says_what_was_answered_and_what_it_took(template: Template) -> No
     engine = ScriptedEngine(lambda *_: ids(template, "Four.") * 3)
     found = row(Answerer(engine, template, Sampling(4)), prompt(3))
     text = template.tokenizer.decode((ids(template, "Four.") * 3)[:4])
-    size = len(template.prompt(Conversation.of(("user", "Hi?"))))
+    size = len(template.prompt(Conversation.from_turns(("user", "Hi?"))))
     assert found == {
         "index": 3,
         "id": "q3",
@@ -98,7 +98,7 @@ def test_what_an_engine_or_a_template_refuses_is_a_bad_row(template: Template) -
     engine.features = replace(engine.features, max_length=100)
     answerer = Answerer(engine, template, Sampling(8))
     assert "exceed" in row(answerer, prompt(0, "word " * 200))["error"]
-    twice = Prompt(1, {}, Conversation.of(("user", "a"), ("user", "b"), ("assistant", "c")))
+    twice = Prompt(1, {}, Conversation.from_turns(("user", "a"), ("user", "b"), ("assistant", "c")))
     assert row(answerer, twice).keys() == {"index", "error"}
 
 

@@ -34,9 +34,9 @@ def test_a_row_asks_with_a_prompt_or_with_messages(tmp_path: Path) -> None:
     )
     assert [prompt.index for prompt in found] == [0, 1, 2]
     assert [prompt.conversation for prompt in found] == [
-        Conversation.of(("user", "Hi?")),
-        Conversation.of(("system", "Be brief."), ("user", "Hi?"), ("assistant", "Hello."), ("user", "Hi?")),
-        Conversation.of(("user", '[{"role": "user", "content": "Hi?"}]')),
+        Conversation.from_turns(("user", "Hi?")),
+        Conversation.from_turns(("system", "Be brief."), ("user", "Hi?"), ("assistant", "Hello."), ("user", "Hi?")),
+        Conversation.from_turns(("user", '[{"role": "user", "content": "Hi?"}]')),
     ]
     assert not any(prompt.fault or prompt.given for prompt in found)
 
@@ -96,7 +96,7 @@ def test_packed_files_and_tables_are_read_as_data_is(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("id,prompt\n1,Hi?\n")
     for name in ("p.jsonl.gz", "p.csv"):
         (found,) = Prompts(str(tmp_path / name), Progress())
-        assert found.conversation == Conversation.of(("user", "Hi?"))
+        assert found.conversation == Conversation.from_turns(("user", "Hi?"))
 
 
 def test_a_file_that_is_cut_short_is_an_error_while_it_is_read(tmp_path: Path) -> None:

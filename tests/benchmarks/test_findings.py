@@ -96,7 +96,7 @@ def test_an_answer_without_tokens_has_no_mean_log_probability(
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     findings = importlib.import_module("findings")
     file, maker = RowFile(tmp_path / "votes.jsonl"), Maker("arithmetic", "made")
-    item = Item("a", Conversation.of(("user", "now"), ("assistant", "x")))
+    item = Item("a", Conversation.from_turns(("user", "now"), ("assistant", "x")))
     sampling = Sampling(8, n=2, logprobs=True)
 
     async def draw() -> None:

@@ -27,7 +27,7 @@ from corral.template import Template
 from tests.conftest import Request, web_server
 from tests.serving.conftest import Endless, running
 
-ASKED = Conversation.of(("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi."), ("user", "And you?"))
+ASKED = Conversation.from_turns(("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi."), ("user", "And you?"))
 
 
 @pytest.fixture(scope="module")

@@ -140,7 +140,7 @@ def test_a_conversation_is_saved_as_a_row_that_corral_reads_and_no_other_file_is
     talk(Echo(), lines, monkeypatch, "Be brief.")
     (row,) = file.read_text("utf-8").splitlines()
     expected = [("system", "Be brief."), ("user", "Grüße"), ("assistant", "1: Grüße"), ("user", "more")]
-    assert Conversation.from_json(json.loads(row)) == Conversation.of(*expected, ("assistant", "2: more"))  # type: ignore[arg-type]
+    assert Conversation.from_json(json.loads(row)) == Conversation.from_turns(*expected, ("assistant", "2: more"))  # type: ignore[arg-type]
     assert other.read_text() == "mine"
     said = capsys.readouterr().err
     for part in ("nothing was answered yet", f"{other} exists", "needs the name", "cannot be written"):

@@ -13,7 +13,7 @@ from corral.messages import Conversation, Feedback, Preference, Record, Text
 from corral.template import Template
 
 WORDS = st.text(st.sampled_from("abc 鯨\n"), min_size=1, max_size=60)
-ASKED = st.builds(lambda q: Conversation.of(("user", q)), WORDS)
+ASKED = st.builds(lambda q: Conversation.from_turns(("user", q)), WORDS)
 RECORD = st.one_of(
     st.builds(lambda c, a: c.add("assistant", a), ASKED, WORDS),
     st.builds(Preference, ASKED, WORDS, WORDS),
@@ -51,8 +51,8 @@ def test_columns_hold_each_rows_sequences_cut_at_the_limit(
 
 
 def test_rows_that_the_template_refuses_are_empty_and_say_why(template: Template) -> None:
-    good = Conversation.of(("user", "a"), ("assistant", "b"))
-    bad = [Conversation.of(("user", "a"), ("assistant", "\ufdd0")), Text("\ud800")]
+    good = Conversation.from_turns(("user", "a"), ("assistant", "b"))
+    bad = [Conversation.from_turns(("user", "a"), ("assistant", "\ufdd0")), Text("\ud800")]
     found = encode_rows([good, bad[0], good, bad[1], bad[0]], template, 50)
     reasons = json.loads(found["reasons"].tobytes())
     assert found["reason"].tolist() == [-1, 0, -1, 1, 0]
@@ -65,7 +65,7 @@ def test_rows_that_the_template_refuses_are_empty_and_say_why(template: Template
 
 
 def test_answers_within_a_prompt_are_context_in_a_preference_and_trained_in_a_conversation(template: Template) -> None:
-    asked = Conversation.of(("user", "a"), ("assistant", "first"), ("user", "b"))
+    asked = Conversation.from_turns(("user", "a"), ("assistant", "first"), ("user", "b"))
     (conversation,) = encode_record(asked.add("assistant", "yes"), template)
     chosen, rejected = encode_record(Preference(asked, "yes", "no"), template)
     assert chosen.ids == conversation.ids

@@ -19,7 +19,7 @@ SEQUENCE = st.lists(st.tuples(IDS, st.booleans()), min_size=1, max_size=12).map(
 
 
 def example(number: int, *sequences: Encoded) -> Example:
-    record = Conversation.of(("user", f"Frage {number} 🙂"), ("assistant", "東京\n\u2028"))
+    record = Conversation.from_turns(("user", f"Frage {number} 🙂"), ("assistant", "東京\n\u2028"))
     return Example(f"{number:064x}", "süß", number, sequences, record)
 
 
@@ -117,7 +117,7 @@ def test_a_repeated_example_stands_several_times_spread_over_the_order_and_once_
 
 
 def test_every_kind_of_record_comes_back_from_its_json_form() -> None:
-    asked = Conversation.of(("system", "s"), ("user", "q"))
+    asked = Conversation.from_turns(("system", "s"), ("user", "q"))
     records: list[Record] = [
         asked.add("assistant", "a"),
         Preference(asked, "better", "worse"),

@@ -269,7 +269,7 @@ def test_conversations_as_json_text_in_a_cell_are_read(tmp_path: Path, column: s
     turns = [{"from": "customer", "value": "Hi"}, {"from": "gpt-4o", "value": "Yo"}]
     path = tmp_path / f"a{kind}"
     path.write_bytes(KINDS[kind]([{"id": i, column: json.dumps(turns)} for i in range(5)]))
-    assert records(path) == [Conversation.of(("user", "Hi"), ("assistant", "Yo"))] * 5
+    assert records(path) == [Conversation.from_turns(("user", "Hi"), ("assistant", "Yo"))] * 5
 
 
 def test_a_mapping_makes_the_same_rows_of_a_table_and_of_parquet(tmp_path: Path) -> None:

@@ -301,7 +301,7 @@ def test_a_mapping_is_chosen_and_can_be_sent_to_another_process() -> None:
     row = {"title": "Hats", "body": "Which?", "answer": "Red."}
     chosen = choose_format(source, [row])
     assert (chosen.name, chosen.why) == ("mapping", "format: a mapping of `title`, `body`, `answer` to a conversation")
-    expected = Conversation.of(("user", "Hats\nWhich?"), ("assistant", "Red."))
+    expected = Conversation.from_turns(("user", "Hats\nWhich?"), ("assistant", "Red."))
     assert pickle.loads(pickle.dumps(chosen)).to_record(row) == expected
 
 

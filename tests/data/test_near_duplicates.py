@@ -61,7 +61,7 @@ def test_what_is_left_out_as_near_resembles_what_is_kept() -> None:
     """A chain of rows, each like the one before it, whose ends have nothing in common."""
     text = prose_words(4, 400)
     chain = [" ".join(text[5 * i : 5 * i + 100]) for i in range(40)]
-    rows = [Conversation.of(("user", "q"), ("assistant", answer)) for answer in chain]
+    rows = [Conversation.from_turns(("user", "q"), ("assistant", answer)) for answer in chain]
     found = word_columns(rows)
     of = [found["words"][a:b] for a, b in pairwise(found["word_ends"])]
     signatures = band_hashes(found["words"], found["word_ends"])

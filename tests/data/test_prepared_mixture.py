@@ -234,7 +234,7 @@ def test_preferences_and_feedback_train_on_their_answers_only_and_texts_on_all(
     for example in result.train:
         by_source.setdefault(example.source, []).append(example)
     (preference,) = by_source["pairs"]
-    asked = Conversation.of(("user", "a?"), ("assistant", "b"), ("user", "c?"))
+    asked = Conversation.from_turns(("user", "a?"), ("assistant", "b"), ("user", "c?"))
     for sequence, answer in zip(preference.sequences, ("yes", "no no"), strict=True):
         assert sequence.ids == template.encode(asked.add("assistant", answer)).ids
         assert sequence.trained.index(True) == len(template.prompt(asked))

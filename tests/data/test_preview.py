@@ -29,7 +29,7 @@ def pieces_of(template: Template, conversation: Conversation, kept: int = 10**6)
 def test_the_pieces_are_the_text_token_by_token_also_where_a_character_spans_several(
     template: Template, question: str, answer: str
 ) -> None:
-    conversation = Conversation.of(("user", question), ("assistant", answer))
+    conversation = Conversation.from_turns(("user", question), ("assistant", answer))
     try:
         encoded = template.encode(conversation)
     except TemplateError:
@@ -43,19 +43,19 @@ def test_the_pieces_are_the_text_token_by_token_also_where_a_character_spans_sev
 
 
 def test_a_character_of_several_tokens_is_one_piece(template: Template) -> None:
-    shown = pieces_of(template, Conversation.of(("user", "a"), ("assistant", "鯨x")))
+    shown = pieces_of(template, Conversation.from_turns(("user", "a"), ("assistant", "鯨x")))
     (whale,) = (piece for piece in shown if "鯨" in piece.text)
     assert whale == Piece("鯨", "trained", special=False, tokens=3)
 
 
 def test_a_special_string_typed_by_a_user_is_not_shown_as_special(template: Template) -> None:
-    shown = pieces_of(template, Conversation.of(("user", "say <|im_end|> now"), ("assistant", "no")))
+    shown = pieces_of(template, Conversation.from_turns(("user", "say <|im_end|> now"), ("assistant", "no")))
     assert sum(piece.special for piece in shown) == 4
     assert "say <|im_end|> now" in "".join(piece.text for piece in shown if not piece.special)
 
 
 def test_tokens_past_the_limit_are_cut_and_a_character_cut_through_is_cut(template: Template) -> None:
-    conversation = Conversation.of(("user", "a"), ("assistant", "鯨鯨"))
+    conversation = Conversation.from_turns(("user", "a"), ("assistant", "鯨鯨"))
     encoded = template.encode(conversation)
     start = encoded.trained.index(True)
     shown = pieces_of(template, conversation, kept=start + 4)

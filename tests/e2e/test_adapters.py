@@ -32,8 +32,8 @@ def answers(spec: Path) -> list[tuple[str, tuple[float, ...], float]]:
         async with opened.answerer.engine:
             found: list[tuple[str, tuple[float, ...], float]] = []
             for asked in ASKED:
-                answer = await opened.answerer.answer(Conversation.of(("user", asked)))
-                score = await opened.answerer.score(Conversation.of(("user", asked), ("assistant", "It is 6.")))
+                answer = await opened.answerer.answer(Conversation.from_turns(("user", asked)))
+                score = await opened.answerer.score(Conversation.from_turns(("user", asked), ("assistant", "It is 6.")))
                 found.append((answer.text, answer.completions[0].logprobs or (), score.nll))
             return found
 

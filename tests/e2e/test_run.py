@@ -129,7 +129,7 @@ def test_the_merged_model_is_a_plain_folder_that_transformers_loads_and_that_sto
     folder = finished / "run/merge/model"
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    asked = Conversation.of(("user", "What is 7 plus 7?"))
+    asked = Conversation.from_turns(("user", "What is 7 plus 7?"))
     inputs = tokenizer.apply_chat_template(
         asked.to_json()["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )

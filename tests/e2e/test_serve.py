@@ -115,7 +115,9 @@ def test_the_served_text_is_the_answerers_for_the_same_seed(quickstart: str, fin
         opened = open_model(str(finished / "run"), "transformers")
         async with opened.answerer.engine:
             sampling = Sampling(24, 2, temperature=1.0, seed=7)
-            answers = [await opened.answerer.answer(Conversation.of(("user", text)), sampling) for text in asked]
+            answers = [
+                await opened.answerer.answer(Conversation.from_turns(("user", text)), sampling) for text in asked
+            ]
         assert {answer.system_fingerprint for answer in served} == {f"fp_{opened.fingerprint}"}
         return [answer.texts for answer in answers]
 

@@ -65,7 +65,7 @@ def test_taking_over_copies_the_wanted_lines_byte_for_byte_and_none_twice(tmp_pa
 
 
 def test_a_failure_keeps_what_was_done_and_going_on_does_only_the_rest(template: Template, tmp_path: Path) -> None:
-    items = [Item(str(i), Conversation.of(("user", f"say {i}"), ("assistant", "x"))) for i in range(6)]
+    items = [Item(str(i), Conversation.from_turns(("user", f"say {i}"), ("assistant", "x"))) for i in range(6)]
     asked: list[int] = []
 
     def reply(ids: Sequence[int], sampling: Sampling, choice: int) -> Iterator[int]:
@@ -95,8 +95,8 @@ def test_a_failure_keeps_what_was_done_and_going_on_does_only_the_rest(template:
 def test_all_candidates_and_examples_are_counted_and_the_judge_is_asked(template: Template, tmp_path: Path) -> None:
     from corral.answering.consensus import Consensus
 
-    example = Conversation.of(("user", "before"), ("assistant", "yes"))
-    item = Item("a", Conversation.of(("user", "now"), ("assistant", "x")), lambda text: {"said": text})
+    example = Conversation.from_turns(("user", "before"), ("assistant", "yes"))
+    item = Item("a", Conversation.from_turns(("user", "now"), ("assistant", "x")), lambda text: {"said": text})
 
     async def go(**how: Any) -> dict[str, Any]:
         async with ScriptedEngine([65, 66, 67]) as engine:
@@ -112,7 +112,7 @@ def test_all_candidates_and_examples_are_counted_and_the_judge_is_asked(template
     assert "candidates" not in plain
     more = len(template.prompt(Conversation((*example.messages, *item.conversation.messages[:1]))))
     assert (plain["prompt_tokens"], shown["prompt_tokens"]) == (
-        len(template.prompt(Conversation.of(("user", "now")))),
+        len(template.prompt(Conversation.from_turns(("user", "now")))),
         more,
     )
     assert shown["said"] == shown["answer"]
@@ -130,9 +130,9 @@ def test_an_options_log_probability_equals_a_direct_computation(
 
     model: Any = load_model(tiny_folder, dtype="float32", device="cpu")
     question = Question("Where?\nA. at sea\nB. on land", "B. on land", ("on land",), ("at sea", "on land"), "Where?")
-    examples = [Conversation.of(("user", f"Where is {i}?"), ("assistant", "at sea")) for i in range(3)]
+    examples = [Conversation.from_turns(("user", f"Where is {i}?"), ("assistant", "at sea")) for i in range(3)]
     prompting = Prompting(examples, shots)
-    stem = Conversation.of(("user", "Where?"))
+    stem = Conversation.from_turns(("user", "Where?"))
 
     async def scored() -> dict[str, Any]:
         async with TransformersEngine(model) as engine:

@@ -27,7 +27,7 @@ from corral.progress import Progress
 from corral.recipe import Answer
 from corral.template import Template
 
-ROWS = [Item(f"row-{i}", Conversation.of(("user", f"say {i}"), ("assistant", f"it is {i}"))) for i in range(5)]
+ROWS = [Item(f"row-{i}", Conversation.from_turns(("user", f"say {i}"), ("assistant", f"it is {i}"))) for i in range(5)]
 SET = [
     Question(
         f"Is {i} even?\nA. yes\nB. no",
@@ -38,7 +38,7 @@ SET = [
     )
     for i in range(12)
 ]
-EXAMPLES = [Conversation.of(("user", f"say {i}"), ("assistant", "so")) for i in range(20, 30)]
+EXAMPLES = [Conversation.from_turns(("user", f"say {i}"), ("assistant", "so")) for i in range(20, 30)]
 PLAIN = Answer(max_tokens=6)
 SHOTS = Answer.model_validate({"max_tokens": 6, "shots": {"count": 2}})
 

@@ -13,7 +13,7 @@ import torch
 
 from corral.errors import ContractError, InputError
 from corral.export import contract, export, gguf_writer
-from corral.export_forms import TYPES, Form
+from corral.export_forms import EXPORT_TYPES, ExportForm
 from corral.model import openvino_graph
 from corral.progress import Progress
 from corral.template import Template
@@ -44,22 +44,22 @@ def source(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-FORMS = [Form(to, kind) for to, kinds in TYPES.items() for kind in kinds]
+FORMS = [ExportForm(to, kind) for to, kinds in EXPORT_TYPES.items() for kind in kinds]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_each_form_is_proved_and_carries_its_contract(source: Path, tmp_path: Path, form: Form) -> None:
+def test_each_form_is_proved_and_carries_its_contract(source: Path, tmp_path: Path, form: ExportForm) -> None:
     place = export.export_form(source, tmp_path, form, Progress())
-    assert place == form.place(tmp_path)
+    assert place == form.path(tmp_path)
     assert place.exists()
-    record = contract.read(form.record(tmp_path))
+    record = contract.read(form.contract_path(tmp_path))
     assert record["passed"]
     assert record["form"] == str(form)
     assert set(record["source"]) == {"model.safetensors"}
     assert {check["name"] for check in record["checks"]} == {
         "token ids", "stop ids", "weights", "greedy answers", "as served",
     }  # fmt: skip
-    assert (form.record(tmp_path).parent / "LICENSE").read_text() == "Do as you like."
+    assert (form.contract_path(tmp_path).parent / "LICENSE").read_text() == "Do as you like."
     assert not list(tmp_path.glob("candidate*"))
     assert not list(tmp_path.glob(".*"))
 
@@ -91,22 +91,22 @@ def permuted(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(openvino_graph._Graph, "weight", weight)  # pyright: ignore[reportPrivateUsage]
 
 
-@pytest.mark.parametrize("form", [Form("openvino", "f32"), Form("openvino", "int4")], ids=str)
+@pytest.mark.parametrize("form", [ExportForm("openvino", "f32"), ExportForm("openvino", "int4")], ids=str)
 @pytest.mark.parametrize("fault", [unscaled, permuted])
 def test_a_form_that_computes_something_else_is_refused_and_kept_as_a_candidate(
     source: Path,
     tmp_path: Path,
-    form: Form,
+    form: ExportForm,
     fault: Callable[[pytest.MonkeyPatch], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fault(monkeypatch)
     with pytest.raises(ContractError, match="weights") as caught:
         export.export_form(source, tmp_path, form, Progress())
-    assert not form.place(tmp_path).exists()
+    assert not form.path(tmp_path).exists()
     (candidate,) = tmp_path.glob("candidate*")
     assert str(candidate) in str(caught.value)
-    assert not contract.read(candidate / form.record(candidate).name)["passed"]
+    assert not contract.read(candidate / form.contract_path(candidate).name)["passed"]
 
 
 def without_end(folder: Path) -> None:
@@ -119,15 +119,20 @@ def other_template(folder: Path) -> None:
     path.write_text(path.read_text().replace("<|im_end|>", " <|im_end|>"))
 
 
-@pytest.mark.parametrize("form", [Form("openvino", "f32"), Form("gguf", "f16")], ids=str)
+@pytest.mark.parametrize("form", [ExportForm("openvino", "f32"), ExportForm("gguf", "f16")], ids=str)
 @pytest.mark.parametrize(("fault", "name"), [(without_end, "stop ids"), (other_template, "token ids")])
 def test_a_form_that_says_something_else_of_itself_is_refused(
-    source: Path, tmp_path: Path, form: Form, fault: Callable[[Path], None], name: str, monkeypatch: pytest.MonkeyPatch
+    source: Path,
+    tmp_path: Path,
+    form: ExportForm,
+    fault: Callable[[Path], None],
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    make = {"gguf": "_make_gguf", "openvino": "_make_openvino"}[form.to]
+    make = {"gguf": "_make_gguf", "openvino": "_make_openvino"}[form.target]
     real = getattr(export, make)
 
-    def faulty(folder: Path, candidate: Path, form: Form, template: Template, progress: Progress) -> Any:
+    def faulty(folder: Path, candidate: Path, form: ExportForm, template: Template, progress: Progress) -> Any:
         wrong = Path(shutil.copytree(folder, tmp_path / "wrong"))
         fault(wrong)
         return real(wrong, candidate, form, _spoken(wrong), progress)
@@ -144,7 +149,7 @@ def _spoken(folder: Path) -> Template:
 
 
 def test_what_is_there_already_is_left_and_what_is_stale_is_made_anew(source: Path, tmp_path: Path) -> None:
-    form = Form("openvino", "f32")
+    form = ExportForm("openvino", "f32")
     folder = Path(shutil.copytree(source, tmp_path / "model"))
     place = export.export_form(folder, tmp_path / "out", form, Progress())
     before = (place / openvino_graph.MODEL_FILE).stat().st_mtime_ns
@@ -166,12 +171,12 @@ def test_what_is_there_already_is_left_and_what_is_stale_is_made_anew(source: Pa
 
 
 def test_forms_are_taken_over_from_an_older_export(source: Path, tmp_path: Path) -> None:
-    forms = [Form("openvino", "f32"), Form("gguf", "q8_0")]
+    forms = [ExportForm("openvino", "f32"), ExportForm("gguf", "q8_0")]
     for form in forms:
         export.export_form(source, tmp_path / "old", form, Progress())
     (tmp_path / "new").mkdir()
     for form in forms:
-        form.take_over(tmp_path / "old", tmp_path / "new")
+        form.copy_missing_from(tmp_path / "old", tmp_path / "new")
         told = Told()
         export.export_form(source, tmp_path / "new", form, told)
         assert "already done" in told.lines[0]
@@ -179,5 +184,5 @@ def test_forms_are_taken_over_from_an_older_export(source: Path, tmp_path: Path)
 
 def test_a_type_that_a_target_does_not_have_is_refused_with_those_it_has() -> None:
     with pytest.raises(InputError, match="q8_0") as caught:
-        Form("openvino", "q8_0")
+        ExportForm("openvino", "q8_0")
     assert "int8, int4" in str(caught.value)

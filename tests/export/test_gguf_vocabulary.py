@@ -141,7 +141,7 @@ def test_generation_markers_are_taken_out_of_the_template(tiny_tokenizer: Any, t
 
     template = Template.load(tiny_tokenizer, "chatml")
     folder = byte_level(tmp_path / "t", tiny_tokenizer, lambda state: None)
-    (folder / "chat_template.jinja").write_text(template._marked, "utf-8")
+    (folder / "chat_template.jinja").write_text(template._marked_source, "utf-8")
     assert "{% generation %}" in (folder / "chat_template.jinja").read_text("utf-8")
     assert read_vocabulary(folder, 400).chat_template == template.source
 

@@ -40,8 +40,10 @@ TEXTS = [
     "حروف עברית हिन्दी ไทย",
 ]
 CHATS = [
-    Conversation.of(("user", "What is 2 + 2?")),
-    Conversation.of(("user", "Grüße,  東京!\n\n\tHi"), ("assistant", "```py\nx = 1\n```"), ("user", "and 12345?")),
+    Conversation.from_turns(("user", "What is 2 + 2?")),
+    Conversation.from_turns(
+        ("user", "Grüße,  東京!\n\n\tHi"), ("assistant", "```py\nx = 1\n```"), ("user", "and 12345?")
+    ),
 ]
 LLAMA3 = {
     "rope_type": "llama3",
@@ -277,11 +279,11 @@ def test_llama_cpp_gives_the_ids_that_corral_does(
 def test_smollm2_answers_as_it_does_in_transformers(tmp_path: Path, llama: Callable[..., Llama]) -> None:
     source = resolve_model("asset:smollm2-135m-instruct")
     model, template = load_model(source), Template.load(load_tokenizer(source.folder))
-    prompt = template.prompt(Conversation.of(("user", "What is the capital of France?")))
+    prompt = template.prompt(Conversation.from_turns(("user", "What is the capital of France?")))
     with torch.no_grad():
         made: Any = model.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False)  # type: ignore[operator]
     run = llama(exported(source.folder, tmp_path / "smol.gguf"))
-    assert run.chat_ids(Conversation.of(("user", "What is the capital of France?"))) == prompt
+    assert run.chat_ids(Conversation.from_turns(("user", "What is the capital of France?"))) == prompt
     ids = made[0, len(prompt) :].tolist()
     found = run.greedy(prompt, 10)
     assert found == ids[: len(found)]

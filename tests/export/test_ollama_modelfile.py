@@ -30,10 +30,12 @@ DEFAULT = (
 )
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('none') }}{% endif %}" + DEFAULT
 CHATS = [
-    Conversation.of(("user", "hi")),
-    Conversation.of(("system", "Short."), ("user", "Grüße\n\n東京 🙂")),
-    Conversation.of(("user", "a"), ("assistant", "b {% c %}"), ("user", "d"), ("assistant", "e"), ("user", "{{ f }}")),
-    Conversation.of(("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "d")),
+    Conversation.from_turns(("user", "hi")),
+    Conversation.from_turns(("system", "Short."), ("user", "Grüße\n\n東京 🙂")),
+    Conversation.from_turns(
+        ("user", "a"), ("assistant", "b {% c %}"), ("user", "d"), ("assistant", "e"), ("user", "{{ f }}")
+    ),
+    Conversation.from_turns(("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "d")),
 ]
 
 

@@ -161,7 +161,7 @@ def test_training_gives_the_losses_of_the_cpu(tmp_path: Path) -> None:
     from corral.training.loop import Training
     from corral.training.objectives import OBJECTIVES
 
-    record = Conversation.of(("user", "?"), ("assistant", "!"))
+    record = Conversation.from_turns(("user", "?"), ("assistant", "!"))
     sequences = [
         Encoded(tuple(ids), (False, *[True] * (len(ids) - 1))) for ids in rows((30, 60, 90, 40, 20, 70, 50, 80))
     ]

@@ -12,15 +12,15 @@ from corral.errors import ModelError, RecipeError
 from corral.model import adapters, loading
 from corral.model.quantisation import Quantization
 from corral.preflight import estimate, memory
-from corral.preflight.estimate import DEVICES, Device, Pack, Shape
+from corral.preflight.estimate import DEVICES, Device, ModelShape, PackShape
 from corral.recipe import Train
 from tests.conftest import make_tiny_model
 
 HERE = Device("here", "cpu", 10**10, 1e11, 1e11, 1e10, 0.5, 0, 0, 0.0, "bfloat16", "")
 IDS = [[5] * 90, [7] * 70, [9] * 96]
 POSITIONS = [list(range(40, len(ids))) for ids in IDS]
-PACK = Pack(256, sum(map(len, POSITIONS)), 40)
-LLAMA_8B = Shape(32, 4096, 14336, 32, 8, 128, 128256, tied=False)
+PACK = PackShape(256, sum(map(len, POSITIONS)), 40)
+LLAMA_8B = ModelShape(32, 4096, 14336, 32, 8, 128, 128256, tied=False)
 
 
 @pytest.fixture(scope="module")
@@ -58,23 +58,23 @@ def test_what_layers_keep_and_weights_take_is_as_estimated(name: str, folder: Pa
     trained = adapters.train_all_weights(model, compute) if full else adapters.attach(model, train.lora, seed=0)
     if train.gradient_checkpointing:
         trained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    measured = memory.of_a_pass(trained, IDS, POSITIONS)
-    shape = Shape.of(folder)
+    measured = memory.measure_pass(trained, IDS, POSITIONS)
+    shape = ModelShape.from_folder(folder)
     parts = estimate.memory(shape, train, PACK, HERE, dtype)
     assert measured["pack_tokens"] == PACK.tokens
     assert parts.activations == pytest.approx(measured["activations"], rel=0.15)
     assert 0.7 < parts.head / measured["head"] < 3
     assert parts.weights == pytest.approx(memory.weights_bytes(trained), rel=0.02)
-    assert shape.trained(train) == sum(p.numel() for p in trained.parameters() if p.requires_grad)
+    assert shape.trained_weights(train) == sum(p.numel() for p in trained.parameters() if p.requires_grad)
 
 
 def test_the_sizes_of_llama_3_1_8b_are_as_published() -> None:
     assert LLAMA_8B.weights == 8_030_261_248
-    assert LLAMA_8B.trained(Train()) == 13_631_488  # PEFT's count for rank 16 on q, k, v, o
+    assert LLAMA_8B.trained_weights(Train()) == 13_631_488  # PEFT's count for rank 16 on q, k, v, o
 
 
 def test_an_8b_model_takes_its_weights_and_nf4_brings_it_to_a_small_card() -> None:
-    pack = Pack(2048, 1000, 500)
+    pack = PackShape(2048, 1000, 500)
     in_half = estimate.memory(LLAMA_8B, Train(), pack, DEVICES["t4"], "float16")
     assert in_half.weights == pytest.approx(16.1e9, rel=0.01)
     assert in_half.total > DEVICES["t4"].memory
@@ -84,16 +84,16 @@ def test_an_8b_model_takes_its_weights_and_nf4_brings_it_to_a_small_card() -> No
 
 def test_rates_are_those_that_the_assumed_share_was_taken_from() -> None:
     # NeMo AutoModel: Llama-3.1-8B, LoRA, 4096 tokens: 12,473 tokens/s on an H100.
-    rate = estimate.tokens_per_second(LLAMA_8B, Train(), Pack(4096, 4096, 2048), DEVICES["h100"], "bfloat16")
+    rate = estimate.tokens_per_second(LLAMA_8B, Train(), PackShape(4096, 4096, 2048), DEVICES["h100"], "bfloat16")
     assert 0.75 < rate / 12_473 < 1.1
     # torchtune: Llama-3.2-3B, LoRA, 4096 tokens: 8,210 tokens/s on an A100.
-    llama_3b = Shape(28, 3072, 8192, 24, 8, 128, 128256, tied=True)
-    rate = estimate.tokens_per_second(llama_3b, Train(), Pack(4096, 4096, 2048), DEVICES["a100-80g"], "bfloat16")
+    llama_3b = ModelShape(28, 3072, 8192, 24, 8, 128, 128256, tied=True)
+    rate = estimate.tokens_per_second(llama_3b, Train(), PackShape(4096, 4096, 2048), DEVICES["a100-80g"], "bfloat16")
     assert 0.75 < rate / 8_210 < 1.2
 
 
 def test_a_setting_that_saves_memory_or_costs_time_does_so_in_the_estimate() -> None:
-    device, pack = DEVICES["a100-80g"], Pack(8192, 2000, 300)
+    device, pack = DEVICES["a100-80g"], PackShape(8192, 2000, 300)
 
     def of(**settings: Any) -> tuple[int, float]:
         train = Train(**settings)
@@ -120,4 +120,4 @@ def test_bfloat16_on_a_device_without_it_is_refused() -> None:
 def test_a_config_without_sizes_is_an_error_that_names_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"hidden_size": 64, "num_attention_heads": 4}')
     with pytest.raises(ModelError, match="num_hidden_layers"):
-        Shape.of(tmp_path)
+        ModelShape.from_folder(tmp_path)

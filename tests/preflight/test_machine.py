@@ -20,7 +20,7 @@ def test_the_tightest_cgroup_of_a_process_counts_and_read_files_do_not(tmp_path:
     listing.write_text("0::/user/session\n")
     _cgroup(tmp_path / "user", 2, "8000", 3000, 500)
     _cgroup(tmp_path / "user/session", 2, "max", 100, 0)
-    found = list(machine.of_cgroups(tmp_path, listing))
+    found = list(machine.cgroup_limits(tmp_path, listing))
     assert [(each.free, each.total) for each in found] == [(5500, 8000)]
 
 
@@ -28,15 +28,15 @@ def test_cgroups_of_the_first_version_and_inside_a_container(tmp_path: Path) -> 
     listing = tmp_path / "cgroup"
     listing.write_text("5:devices:/\n4:memory:/docker/abc\n")
     _cgroup(tmp_path / "memory", 1, "6000", 1000, 200)
-    found = list(machine.of_cgroups(tmp_path, listing))
+    found = list(machine.cgroup_limits(tmp_path, listing))
     assert [(each.free, each.total) for each in found] == [(5200, 6000)]
     _cgroup(tmp_path / "memory", 1, str(2**63 - 4096), 1000, 200)
-    assert list(machine.of_cgroups(tmp_path, listing)) == []
+    assert list(machine.cgroup_limits(tmp_path, listing)) == []
 
 
 def test_this_machine_has_memory_and_disk(tmp_path: Path) -> None:
-    here = machine.on_cpu()
+    here = machine.cpu_memory()
     assert 0 < here.free <= here.total
-    free, place = machine.disk(tmp_path / "not" / "there")
+    free, place = machine.free_disk(tmp_path / "not" / "there")
     assert free > 0
     assert place == tmp_path

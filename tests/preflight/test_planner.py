@@ -16,7 +16,7 @@ from rich.console import Console
 from corral import recipe as recipes
 from corral.errors import DataError, InputError, ModelError
 from corral.preflight import machine, planner
-from corral.preflight.machine import Room
+from corral.preflight.machine import MemoryLimit
 from corral.preflight.plan import Plan, render
 from corral.progress import Progress
 
@@ -96,7 +96,7 @@ def test_measured_parts_are_those_of_the_model_and_sum_to_the_peak(measured: tup
 
 def test_the_estimate_for_this_machine_is_near_what_was_measured(measured: tuple[Plan, Listener, Path]) -> None:
     plan, _, _ = measured
-    off = plan.stages[0].off
+    off = plan.stages[0].estimate_error
     assert off is not None
     assert abs(off["memory"]) < 0.3
     assert f"{off['memory']:+.0%} in memory" in shown(plan)
@@ -120,7 +120,7 @@ def test_a_plan_reads_well_in_a_terminal_and_as_json(measured: tuple[Plan, Liste
 def test_too_little_memory_is_a_verdict_with_what_to_change(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "on_cpu", lambda: Room(40_000_000, 10**9, "a limit"))
+    monkeypatch.setattr(machine, "cpu_memory", lambda: MemoryLimit(40_000_000, 10**9, "a limit"))
     plan = planner.plan(make(tmp_path, tiny_folder), tmp_path / "run", Listener())
     (stage,) = plan.stages
     assert plan.verdict == stage.verdict == "does not fit"

@@ -7,20 +7,20 @@ from itertools import pairwise
 import pytest
 
 from corral import recipe as recipes
-from corral.preflight.estimate import DEVICES, Pack, Shape
-from corral.preflight.remedies import Remedy, remedies
+from corral.preflight.estimate import DEVICES, ModelShape, PackShape
+from corral.preflight.remedies import Remedy, find_remedies
 from corral.preflight.workload import Workload
 from corral.recipe import Train
 
-LLAMA_8B = Shape(32, 4096, 14336, 32, 8, 128, 128256, tied=False)
+LLAMA_8B = ModelShape(32, 4096, 14336, 32, 8, 128, 128256, tied=False)
 LENGTHS = [300] * 90 + [1800] * 10
 
 
 def find(train: Train, device: str, *, max_length: int = 2048, correction: int = 0) -> list[Remedy]:
-    longest = Pack(8192, 4000, 700)
+    longest = PackShape(8192, 4000, 700)
     work = Workload(100, 10**6, 100, (0,), longest, (0,), longest, 1, 1000, (0,), 100, 1, 8192, exact=True)
     of = DEVICES[device]
-    return remedies(
+    return find_remedies(
         LLAMA_8B, train, 1, work, LENGTHS, max_length, of, of.dtype("auto"), int(of.memory * 0.8), correction
     )
 

@@ -30,7 +30,7 @@ def prepared(encoded_rows: list[Any], tmp_path_factory: pytest.TempPathFactory) 
 
 def test_steps_tokens_and_the_longest_pack_are_those_of_the_order(prepared: Any) -> None:
     train = Train(steps=11, batch_size=3, evaluate_every=4, checkpoint_every=5, pack_length=128)
-    work = Workload.of(train, prepared, 128, 9, "cpu")
+    work = Workload.from_stage(train, prepared, 128, 9, "cpu")
     lengths = prepared.train.lengths
     order = Order(train, lengths.tolist(), 9)
     batches = [order.batch(step) for step in range(1, 12)]
@@ -49,14 +49,14 @@ def test_steps_tokens_and_the_longest_pack_are_those_of_the_order(prepared: Any)
 
 
 def test_packs_made_shorter_are_no_longer_than_asked(prepared: Any) -> None:
-    work = Workload.of(Train(steps=2, batch_size=8), prepared, 128, 1, "cpu")
-    assert work.limited(10**6) == work.longest
-    assert work.limited(50).tokens == 50
-    assert work.limited(50).trained <= 50
+    work = Workload.from_stage(Train(steps=2, batch_size=8), prepared, 128, 1, "cpu")
+    assert work.longest_within(10**6) == work.longest
+    assert work.longest_within(50).tokens == 50
+    assert work.longest_within(50).trained <= 50
 
 
 def test_a_gpu_gets_longer_packs_by_default(prepared: Any) -> None:
     train = Train(steps=1, batch_size=16)
-    assert Workload.of(train, prepared, 128, 1, "cuda").pack_length == 8192
-    assert Workload.of(train, prepared, 128, 1, "cpu").pack_length == 512
-    assert Workload.of(train, prepared, 1024, 1, "cpu").pack_length == 1024
+    assert Workload.from_stage(train, prepared, 128, 1, "cuda").pack_length == 8192
+    assert Workload.from_stage(train, prepared, 128, 1, "cpu").pack_length == 512
+    assert Workload.from_stage(train, prepared, 1024, 1, "cpu").pack_length == 1024

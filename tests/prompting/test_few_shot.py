@@ -10,7 +10,9 @@ import pytest
 from corral.messages import Conversation
 from corral.prompting.few_shot import STEPS, Prompting, after
 
-EXAMPLES = [Conversation.of(("user", f"how many {w}?"), ("assistant", w)) for w in ("apples", "pears", "cats", "dogs")]
+EXAMPLES = [
+    Conversation.from_turns(("user", f"how many {w}?"), ("assistant", w)) for w in ("apples", "pears", "cats", "dogs")
+]
 
 
 def alike(texts: Sequence[str]) -> np.ndarray:
@@ -21,7 +23,7 @@ def alike(texts: Sequence[str]) -> np.ndarray:
 
 
 def asked(text: str) -> Conversation:
-    return Conversation.of(("user", text))
+    return Conversation.from_turns(("user", text))
 
 
 def shown(prompting: Prompting, text: str) -> list[str]:
@@ -55,12 +57,12 @@ def test_similar_examples_stand_nearest_last() -> None:
 
 def test_only_answered_conversations_of_one_turn_are_examples() -> None:
     longer = EXAMPLES[0].add("user", "sure?").add("assistant", "yes")
-    spoken_to = Conversation.of(("system", "be brief"), ("user", "how?"), ("assistant", "so"))
+    spoken_to = Conversation.from_turns(("system", "be brief"), ("user", "how?"), ("assistant", "so"))
     assert Prompting([longer, asked("?"), spoken_to], 3).examples == 1
 
 
 def test_examples_come_after_the_system_message_and_before_the_first_question() -> None:
-    talk = Conversation.of(("system", "s"), ("user", "one"), ("assistant", "two"), ("user", "three"))
+    talk = Conversation.from_turns(("system", "s"), ("user", "one"), ("assistant", "two"), ("user", "three"))
     roles = [m.content for m in after(EXAMPLES[:1], talk).messages]
     assert roles == ["s", "how many apples?", "apples", "one", "two", "three"]
     assert after((), talk) == talk

@@ -26,7 +26,7 @@ def recipe(*variants: str, base: Path | None = None, more: str = "") -> Recipe:
 
 def test_a_variant_differs_from_answer_by_what_it_names_only() -> None:
     made = recipe('name = "shots"\nanswer = { shots = { count = 4 }, consensus = { method = "rouge-l" } }')
-    settings = made.evaluate.variants[0].settings(made.answer)
+    settings = made.evaluate.variants[0].answer_settings(made.answer)
     assert (settings.shots.count, settings.consensus.method) == (4, "rouge-l")
     assert (settings.max_tokens, settings.temperature, settings.consensus.n) == (64, 0.5, 5)
 
@@ -35,7 +35,7 @@ def test_a_variant_follows_answer_also_after_the_recipe_was_written_out() -> Non
     made = recipe('name = "shots"\nanswer = { shots = { count = 4 } }')
     again = parse(made.to_toml(), where="written", overrides=["answer.max_tokens=9"])
     assert parse(made.to_toml(), where="written") == made
-    settings = again.evaluate.variants[0].settings(again.answer)
+    settings = again.evaluate.variants[0].answer_settings(again.answer)
     assert (settings.max_tokens, settings.shots.count) == (9, 4)
 
 
@@ -44,7 +44,7 @@ def test_a_source_of_examples_is_replaced_as_a_whole_and_its_path_is_the_recipes
     made = recipe('name = "other"\nanswer = { shots = { source = { path = "b.jsonl" } } }', base=tmp_path, more=source)
     assert made.answer.shots.source is not None
     assert made.answer.shots.source.path == str(tmp_path / "a.jsonl")
-    settings = made.evaluate.variants[0].settings(made.answer)
+    settings = made.evaluate.variants[0].answer_settings(made.answer)
     assert settings.shots.source is not None
     assert (settings.shots.source.path, settings.shots.source.rows) == (str(tmp_path / "b.jsonl"), None)
 
@@ -88,7 +88,7 @@ def test_a_change_that_does_not_go_with_answer_is_refused_with_both() -> None:
 def test_another_way_to_vote_leaves_an_adaptive_stop_behind() -> None:
     adaptive = '[answer.consensus]\nmethod = "majority"\nstop = "adaptive"\nn = 7\n'
     found = recipe('name = "a"\nanswer = { consensus = { method = "cosine" } }', more=adaptive)
-    asked = found.evaluate.variants[0].settings(found.answer).consensus
+    asked = found.evaluate.variants[0].answer_settings(found.answer).consensus
     assert (asked.method, asked.stop, asked.n) == ("cosine", "lossless", 7)
 
 

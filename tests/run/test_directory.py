@@ -22,7 +22,7 @@ def recipe() -> Recipe:
 def finish(run: Run, inputs: dict[str, int], content: str = "x") -> None:
     stage = run.stage("one", inputs)
     (stage.path / "out.txt").write_text(content)
-    run.finish(stage, 1.0)
+    run.finish_stage(stage, 1.0)
 
 
 def test_a_stage_is_done_for_the_same_inputs_and_not_for_others(recipe: Recipe, tmp_path: Path) -> None:

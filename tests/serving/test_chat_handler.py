@@ -19,7 +19,7 @@ from corral.template import Template
 from tests.serving.conftest import client_of, running
 
 ASKED: Any = [{"role": "user", "content": "What is two plus two?"}]
-CONVERSATION = Conversation.of(("user", "What is two plus two?"))
+CONVERSATION = Conversation.from_turns(("user", "What is two plus two?"))
 SETTINGS: Any = {"model": "tiny", "messages": ASKED, "seed": 5, "max_tokens": 16, "temperature": 1.0}
 
 
@@ -190,7 +190,7 @@ def test_content_in_parts_developer_messages_and_a_message_sent_back_as_it_came(
         {"role": "user", "content": "Why?"},
     ]
     answer = client.chat.completions.create(**(SETTINGS | {"messages": messages}))
-    talk = Conversation.of(
+    talk = Conversation.from_turns(
         ("system", "Be brief."), ("user", ASKED[0]["content"]), ("assistant", str(first.content)), ("user", "Why?")
     )
     assert answer.choices[0].message.content == whole(tiny_served, Sampling(16, temperature=1.0, seed=5), talk).text

@@ -150,7 +150,7 @@ def test_a_vote_by_meaning_uses_the_servers_embeddings(tiny_template: Template) 
     assert [each["score"] for each in vote_of(answer)["candidates"]] == [0.5, 0.0, 0.5]
 
 
-EXAMPLES = [Conversation.of(("user", f"What is {i} plus {i}?"), ("assistant", f"{2 * i}.")) for i in range(6)]
+EXAMPLES = [Conversation.from_turns(("user", f"What is {i} plus {i}?"), ("assistant", f"{2 * i}.")) for i in range(6)]
 
 
 def test_the_prompting_of_the_model_applies_and_its_examples_are_counted(tiny_template: Template) -> None:
@@ -159,7 +159,7 @@ def test_the_prompting_of_the_model_applies_and_its_examples_are_counted(tiny_te
     answerer = Answerer(said.engine, tiny_template, prompting=prompting)
     with running(Served(answerer, "m")) as url, client_of(url) as client:
         answer = client.chat.completions.create(model="m", messages=ASKED, max_tokens=16)
-    conversation = Conversation.of(("user", ASKED[0]["content"]))
+    conversation = Conversation.from_turns(("user", ASKED[0]["content"]))
     expected = asyncio.run(answerer.prompt(conversation, Sampling(16)))
     assert said.prompts == [expected]
     assert answer.usage
@@ -180,7 +180,7 @@ def test_examples_make_room_for_the_answer_that_is_asked_for(tiny_template: Temp
             client.chat.completions.create(model="m", messages=ASKED, max_tokens=199)
     with_examples, without = map(len, said.prompts)
     assert without + 170 <= 200 < with_examples + 170
-    assert without == len(tiny_template.prompt(Conversation.of(("user", ASKED[0]["content"]))))
+    assert without == len(tiny_template.prompt(Conversation.from_turns(("user", ASKED[0]["content"]))))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from corral.serving.served_models import Models, open_served
 from corral.template import Template
 from tests.serving.conftest import client_of, running
 
-ASKED = Conversation.of(("user", "What is two plus two?"))
+ASKED = Conversation.from_turns(("user", "What is two plus two?"))
 RECIPE = """
 name = "mine"
 seed = 11
@@ -156,7 +156,7 @@ def test_adapters_by_name_answer_as_each_does_alone_also_when_they_are_asked_at_
 
     async def answers(models: Models, name: str) -> list[Any]:
         answerer = models.find(name).answerer
-        found = [await answerer.answer(Conversation.of(("user", text)), sampling) for text, sampling in work]
+        found = [await answerer.answer(Conversation.from_turns(("user", text)), sampling) for text, sampling in work]
         ids = answerer.template.prompt(ASKED)
         return [(answer.texts, answer.completions) for answer in found] + [await answerer.engine.score(ids)]
 

@@ -13,14 +13,16 @@ from hypothesis import strategies as st
 from corral.errors import TemplateError
 from corral.messages import Conversation, Message, with_input
 from corral.template import Template
-from corral.template.template import shipped
+from corral.template.template import shipped_templates
 from tests.template.real import ALWAYS_ASKS, SHIPPED, STOCK, template, tokenizer
 
 ALL = [*SHIPPED, *STOCK]
 TALKS = (
-    Conversation.of(("user", "What is 2 + 2?"), ("assistant", "Four.")),
-    Conversation.of(("system", "Be kind."), ("user", "Grüße, 東京 🙂"), ("assistant", "Hi.\n\nHow are you?  ")),
-    Conversation.of(("user", "a"), ("assistant", "b"), ("user", "  c\n"), ("assistant", "def f(x):\n    return x")),
+    Conversation.from_turns(("user", "What is 2 + 2?"), ("assistant", "Four.")),
+    Conversation.from_turns(("system", "Be kind."), ("user", "Grüße, 東京 🙂"), ("assistant", "Hi.\n\nHow are you?  ")),
+    Conversation.from_turns(
+        ("user", "a"), ("assistant", "b"), ("user", "  c\n"), ("assistant", "def f(x):\n    return x")
+    ),
 )
 # SmolLM2's tokenizer drops some control characters and the planes from U+40000 on: it has no token for their bytes.
 CHARACTERS = st.characters(exclude_categories=["Cs", "Cc", "Cn", "Co"], max_codepoint=0x3FFFF)
@@ -63,7 +65,7 @@ def trained_text(chosen: Template, talk: Conversation) -> str:
 
 
 def test_every_template_that_ships_is_tested_on_a_real_tokenizer() -> None:
-    assert {spec for _, spec in SHIPPED.values()} == set(shipped())
+    assert {spec for _, spec in SHIPPED.values()} == set(shipped_templates())
     assert len(ALL) == 19
 
 
@@ -89,8 +91,8 @@ def test_no_text_is_lost_and_none_becomes_a_special_token(name: str, talk: Conve
     chosen = template(name)
     ids = chosen.encode(talk).ids
     shape = Conversation(tuple(Message(m.role, "x") for m in talk.messages))
-    special = [i for i in ids if i in chosen._tokens.control_ids]
-    assert special == [i for i in chosen.encode(shape).ids if i in chosen._tokens.control_ids]
+    special = [i for i in ids if i in chosen._piece_tokenizer.control_ids]
+    assert special == [i for i in chosen.encode(shape).ids if i in chosen._piece_tokenizer.control_ids]
     escaped = [{"role": m.role, "content": m.content} for m in talk.messages]
     text = chosen._stripped.text(escaped)
     decoded = chosen.tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=False)
@@ -130,7 +132,9 @@ def slowly(chosen: Template, talk: Conversation) -> tuple[list[int], list[bool]]
     for i, message in enumerate(messages, start=1):
         if message["role"] == "assistant":
             start, after = len(text(i - 1, True)), text(i, False)
-            end = max(after.rfind(token) + len(token) for token in chosen._tokens.control if token in after[start:])
+            end = max(
+                after.rfind(token) + len(token) for token in chosen._piece_tokenizer.control if token in after[start:]
+            )
             add(chosen, whole[at:start], False, ids, trained)
             add(chosen, whole[start:end], True, ids, trained)
             at = end
@@ -139,7 +143,7 @@ def slowly(chosen: Template, talk: Conversation) -> tuple[list[int], list[bool]]
 
 
 def add(chosen: Template, text: str, is_trained: bool, ids: list[int], trained: list[bool]) -> None:
-    tokens = chosen._tokens
+    tokens = chosen._piece_tokenizer
     begins, after_special, continues = tokens._encoders
     encoder = begins if not ids else after_special if ids[-1] in tokens.control_ids else continues
     for part in tokens._separators.split(text):
@@ -160,7 +164,7 @@ def test_only_the_answers_with_their_end_tokens_are_trained(name: str) -> None:
     end = chosen.tokenizer.convert_ids_to_tokens(
         chosen.encode(TALKS[0]).ids[chosen.encode(TALKS[0]).trained.index(True) :]
     )
-    close = next(token for token in end if token in chosen._tokens.control)
+    close = next(token for token in end if token in chosen._piece_tokenizer.control)
     assert trained_text(chosen, TALKS[0]).replace(" ", "") == f"Four.{close}"
     assert trained_text(chosen, TALKS[2]).replace(" ", "") == f"b{close}deff(x):\nreturnx{close}"
     assert chosen.tokenizer.convert_tokens_to_ids(close) in chosen.stop_ids
@@ -177,7 +181,7 @@ def test_the_saved_form_gives_transformers_the_same_ids_and_plain_jinja2_the_sam
         )
         assert chosen.prompt(asked) == list(theirs)
         if name in SHIPPED:
-            assert rendered(chosen, asked, ask=True) == chosen._rendering.text(messages, ask=True)
+            assert rendered(chosen, asked, ask=True) == chosen._rendering.text(messages, generation_prompt=True)
 
 
 @pytest.mark.parametrize("name", ["instruction on Llama-2", "stock Llama-3.2", "stock SmolLM2"])
@@ -224,7 +228,7 @@ def test_a_text_that_a_twin_renders_otherwise_is_masked_by_difference() -> None:
     shouting = kind.chat_template.replace("message['content'] +", "message['content'].replace('ham', 'HAM') +")
     chosen = Template(kind, shouting, "shouting")
     assert chosen.masked_by == "markers of smollm2"  # no probe holds that word
-    talk = Conversation.of(("user", "ham?"), ("assistant", "ham"))
+    talk = Conversation.from_turns(("user", "ham?"), ("assistant", "ham"))
     assert trained_text(chosen, talk) == "HAM<|im_end|>"
     prompt = chosen.prompt(talk.split_answer()[0])
     assert list(chosen.encode(talk).ids[: len(prompt)]) == prompt
@@ -237,7 +241,7 @@ def test_a_template_that_asks_after_every_answer_is_refused() -> None:
 
 def test_the_instruction_form_reads_as_it_should() -> None:
     chosen = template("instruction on Llama-3")
-    talk = Conversation.of(("user", with_input("Sum up.", "It rains.")), ("assistant", "Rain."))
+    talk = Conversation.from_turns(("user", with_input("Sum up.", "It rains.")), ("assistant", "Rain."))
     assert rendered(chosen, talk) == (
         "<|begin_of_text|>Instruction:\nSum up.\n\n### Input:\nIt rains.\n\n### Response:\nRain.<|end_of_text|>"
     )
@@ -245,11 +249,11 @@ def test_the_instruction_form_reads_as_it_should() -> None:
 
 def test_the_question_form_puts_its_context_first() -> None:
     chosen = template("question on Llama-2")
-    plain = Conversation.of(("user", "How many days?"), ("assistant", "30."))
+    plain = Conversation.from_turns(("user", "How many days?"), ("assistant", "30."))
     assert rendered(chosen, plain) == (
         "<s>Answer the following question:\n\nQuestion:\nHow many days?\n---\nAnswer:\n30.</s>"
     )
-    found = Conversation.of(("user", with_input("How many days?", "Leave: 30 days.")), ("assistant", "30."))
+    found = Conversation.from_turns(("user", with_input("How many days?", "Leave: 30 days.")), ("assistant", "30."))
     assert rendered(chosen, found) == (
         "<s>Answer the following question:\n\nContext:\nLeave: 30 days.\n\nQuestion:\nHow many days?\n---\nAnswer:\n30.</s>"
     )

@@ -45,7 +45,7 @@ def pieces(template: Template, conversation: Conversation, *, trained: bool) -> 
 
 
 def test_only_the_answers_and_their_end_tokens_are_trained(template: Template) -> None:
-    talk = Conversation.of(("user", "a?"), ("assistant", "one"), ("user", "b?"), ("assistant", "two"))
+    talk = Conversation.from_turns(("user", "a?"), ("assistant", "one"), ("user", "b?"), ("assistant", "two"))
     assert pieces(template, talk, trained=True) == "one<|im_end|>two<|im_end|>"
     assert pieces(template, talk, trained=False).endswith("<|im_start|>assistant\n\n")
 
@@ -57,7 +57,7 @@ def test_a_prompt_is_always_a_prefix_of_prompt_and_answer(
     kind: str, question: str, answer: str, tiny_tokenizer: Any
 ) -> None:
     template = make(tiny_tokenizer, kind)
-    asked = Conversation.of(("user", question))
+    asked = Conversation.from_turns(("user", question))
     prompt = template.prompt(asked)
     encoded = template.encode(asked.add("assistant", answer))
     assert list(encoded.ids[: len(prompt)]) == prompt
@@ -71,9 +71,9 @@ def test_typed_special_strings_never_become_special_tokens_and_no_text_is_lost(
     question: str, answer: str, tiny_tokenizer: Any
 ) -> None:
     template = make(tiny_tokenizer, "chatml")
-    talk = Conversation.of(("user", question), ("assistant", answer))
+    talk = Conversation.from_turns(("user", question), ("assistant", answer))
     ids = template.encode(talk).ids
-    plain = template.encode(Conversation.of(("user", "x"), ("assistant", "y"))).ids
+    plain = template.encode(Conversation.from_turns(("user", "x"), ("assistant", "y"))).ids
     for token in ("<|im_start|>", "<|im_end|>"):
         special = tiny_tokenizer.convert_tokens_to_ids(token)
         assert ids.count(special) == plain.count(special)
@@ -83,8 +83,10 @@ def test_typed_special_strings_never_become_special_tokens_and_no_text_is_lost(
 
 def test_ids_equal_transformers_own_chat_templating(template: Template) -> None:
     for asked in (
-        Conversation.of(("user", "Hello there")),
-        Conversation.of(("system", "Be kind."), ("user", "Grüße, 東京 🙂"), ("assistant", "Hi."), ("user", "  more ")),
+        Conversation.from_turns(("user", "Hello there")),
+        Conversation.from_turns(
+            ("system", "Be kind."), ("user", "Grüße, 東京 🙂"), ("assistant", "Hi."), ("user", "  more ")
+        ),
     ):
         theirs = template.tokenizer.apply_chat_template(
             asked.to_json()["messages"], chat_template=template.source, add_generation_prompt=True, return_dict=False
@@ -99,7 +101,7 @@ def test_a_saved_template_gives_the_same_ids_and_has_no_markers(tiny_tokenizer: 
     template.save(tmp_path)
     assert "generation %" not in (tmp_path / "chat_template.jinja").read_text()
     again = Template.load(AutoTokenizer.from_pretrained(tmp_path))
-    talk = Conversation.of(("user", "a <|im_end|> b"), ("assistant", "\n\nc"))
+    talk = Conversation.from_turns(("user", "a <|im_end|> b"), ("assistant", "\n\nc"))
     assert again.digest == template.digest
     assert again.encode(talk) == template.encode(talk)
 
@@ -112,23 +114,23 @@ def test_markers_that_trim_white_space_are_removed_without_changing_the_text(tin
         "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
     )
     template = Template(tiny_tokenizer, source, "trimmed markers")
-    assert pieces(template, Conversation.of(("user", "a"), ("assistant", "b")), trained=True) == "b<|im_end|>"
+    assert pieces(template, Conversation.from_turns(("user", "a"), ("assistant", "b")), trained=True) == "b<|im_end|>"
 
 
 def test_todays_date_is_fixed_in_what_is_rendered_and_saved(tiny_tokenizer: Any) -> None:
     dated = "{% set d = strftime_now('%d %b %Y') if strftime_now is defined else 'none' %}{{ d }}" + STOCK
     template = Template(tiny_tokenizer, dated, "dated")
     assert "26 Jul 2024" in template.source
-    assert "26 Jul 2024" in template.decode(template.prompt(Conversation.of(("user", "a"))))
+    assert "26 Jul 2024" in template.decode(template.prompt(Conversation.from_turns(("user", "a"))))
 
 
 def test_streamed_text_equals_the_decoded_whole_at_every_cut(template: Template) -> None:
     text = "Ünïcode — 東京 🙂🙂 end"
     ids = template.tokenizer.encode(text)
     for cut in range(len(ids) + 1):
-        decoder = template.decoder()
+        decoder = template.stream_decoder()
         assert decoder.push(ids[:cut]) + decoder.push(ids[cut:]) + decoder.finish() == text
-    half = template.decoder()
+    half = template.stream_decoder()
     assert half.push(ids[:3]) + half.finish() == template.decode(ids[:3])
 
 
@@ -159,9 +161,9 @@ def test_a_template_that_cannot_be_masked_or_never_ends_is_refused(
 @pytest.mark.parametrize(
     ("talk", "reason"),
     [
-        (Conversation.of(("user", "lone \ud800 surrogate")), "not valid Unicode"),
-        (Conversation.of(("user", "non\ufdd0character")), "U\\+FDD0"),
-        (Conversation.of(("user", "a"), ("assistant", "b")), "already ends with an answer"),
+        (Conversation.from_turns(("user", "lone \ud800 surrogate")), "not valid Unicode"),
+        (Conversation.from_turns(("user", "non\ufdd0character")), "U\\+FDD0"),
+        (Conversation.from_turns(("user", "a"), ("assistant", "b")), "already ends with an answer"),
     ],
 )
 def test_a_conversation_that_cannot_be_asked_is_refused_with_a_reason(

@@ -43,7 +43,7 @@ class RequestAnswer:
         request = nonblank_text(value_at_path(row, self.request), format_path(self.request))
         if self.context is not None:
             request = with_input(request, optional_column_text(row, self.context))
-        return Conversation.of(
+        return Conversation.from_turns(
             ("user", request), ("assistant", nonblank_text(value_at_path(row, self.answer), format_path(self.answer)))
         )
 
@@ -77,7 +77,7 @@ def gsm8k(row: Mapping[str, Any]) -> Conversation:
         nonblank_text(value_at_path(row, ("question",)), "question"),
         nonblank_text(value_at_path(row, ("answer",)), "answer"),
     )
-    return Conversation.of(("user", question), ("assistant", nonblank_text(_CALCULATOR.sub("", answer), "answer")))
+    return Conversation.from_turns(("user", question), ("assistant", nonblank_text(_CALCULATOR.sub("", answer), "answer")))
 
 
 def hotpot(row: Mapping[str, Any]) -> Conversation:
@@ -104,7 +104,7 @@ def hotpot(row: Mapping[str, Any]) -> Conversation:
             found.append(f"{nonblank_text(title, 'context.title')}\n{sentences}")
     if not found:
         raise FormatError("context has none of the passages that supporting_facts names")
-    return Conversation.of(("user", with_input(question, "\n\n".join(found))), ("assistant", answer))
+    return Conversation.from_turns(("user", with_input(question, "\n\n".join(found))), ("assistant", answer))
 
 
 def _list(value: Any, name: str) -> list[Any]:

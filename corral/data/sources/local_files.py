@@ -15,7 +15,7 @@ from typing import IO
 
 from corral.data.sources.files import SourceFile, parse_kind, require_kind, select_row_files
 from corral.errors import DataError
-from corral.storage import file_hashes, sha256_file
+from corral.storage import cached_file_hashes, sha256_file
 
 _CLOCK_TICK = 2 * 10**9  # nanoseconds: the coarsest disks tell times of change to two seconds
 
@@ -68,7 +68,7 @@ def _sha256(path: Path) -> str:
         # A file changed just now may change again within the same tick of its disk's clock: its hash is not to be remembered.
         if time.time_ns() - path.stat().st_mtime_ns < _CLOCK_TICK:
             return sha256_file(path)
-        return file_hashes(path.parent, [path])[path.name]
+        return cached_file_hashes(path.parent, [path])[path.name]
     except OSError as error:
         raise _unreadable(error, path) from None
 

@@ -8,8 +8,8 @@ from corral.messages import Conversation, Feedback, Preference, Record, Text
 
 TURNS = [{"role": "user", "content": "Which is larger?"}, {"role": "assistant", "content": "The sun."}]
 SAID = [{"from": "human", "value": "Which is larger?"}, {"from": "gpt", "value": "The sun."}]
-ASKED = Conversation.of(("user", "Which is larger?"), ("assistant", "The sun."))
-PROMPT = Conversation.of(("user", "Which is larger?"))
+ASKED = Conversation.from_turns(("user", "Which is larger?"), ("assistant", "The sun."))
+PROMPT = Conversation.from_turns(("user", "Which is larger?"))
 HH = "\n\nHuman: Which is larger?\n\nAssistant: The sun."
 HH_WORSE = "\n\nHuman: Which is larger?\n\nAssistant: The moon."
 OPTIONS = "Which is larger?\n\nA. The moon\nB. The sun"
@@ -21,13 +21,13 @@ SHAPES: dict[str, tuple[dict[str, Any], tuple[str | int, ...], Record]] = {
     "alpaca": (
         {"instruction": "Add them.", "input": "1 and 2", "output": "3", "text": "Below is an instruction … 3"},
         ("output",),
-        Conversation.of(("user", "Add them.\n\n### Input:\n1 and 2"), ("assistant", "3")),
+        Conversation.from_turns(("user", "Add them.\n\n### Input:\n1 and 2"), ("assistant", "3")),
     ),
     "prompt-completion": ({"prompt": "Which is larger?", "completion": "The sun."}, ("prompt",), ASKED),
     "question-answer": (
         {"question": "Who came?", "answer": "Ada", "context": "Ada came."},
         ("answer",),
-        Conversation.of(("user", "Who came?\n\n### Input:\nAda came."), ("assistant", "Ada")),
+        Conversation.from_turns(("user", "Who came?\n\n### Input:\nAda came."), ("assistant", "Ada")),
     ),
     "text": ({"text": "Once upon a time."}, ("text",), Text("Once upon a time.")),
     "preference": (
@@ -43,7 +43,7 @@ SHAPES: dict[str, tuple[dict[str, Any], tuple[str | int, ...], Record]] = {
     "multiple-choice": (
         {"question": "Which is larger?", "choices": ["The moon", "The sun"], "answer": 1},
         ("question",),
-        Conversation.of(("user", OPTIONS), ("assistant", "B. The sun")),
+        Conversation.from_turns(("user", OPTIONS), ("assistant", "B. The sun")),
     ),
 }
 NAMED: dict[str, tuple[dict[str, Any], tuple[str | int, ...], Record]] = {
@@ -51,7 +51,7 @@ NAMED: dict[str, tuple[dict[str, Any], tuple[str | int, ...], Record]] = {
     "dolly": (
         {"instruction": "Who came?", "context": "Ada came.", "response": "Ada", "category": "closed_qa"},
         ("response",),
-        Conversation.of(("user", "Who came?\n\n### Input:\nAda came."), ("assistant", "Ada")),
+        Conversation.from_turns(("user", "Who came?\n\n### Input:\nAda came."), ("assistant", "Ada")),
     ),
     # Schema: the data set's card: each line a pair of texts, `chosen` and `rejected`.
     "hh-rlhf": ({"chosen": HH, "rejected": HH_WORSE}, ("chosen",), ASKED),
@@ -59,13 +59,13 @@ NAMED: dict[str, tuple[dict[str, Any], tuple[str | int, ...], Record]] = {
     "gsm8k": (
         {"question": "6 boxes of 7?", "answer": "6 boxes of 7 are 6*7=<<6*7=42>>42.\n#### 42"},
         ("answer",),
-        Conversation.of(("user", "6 boxes of 7?"), ("assistant", "6 boxes of 7 are 6*7=42.\n#### 42")),
+        Conversation.from_turns(("user", "6 boxes of 7?"), ("assistant", "6 boxes of 7 are 6*7=42.\n#### 42")),
     ),
     # Schema: the card's dataset_info of a published copy (CCCarloooo/mmqa_146k, "MetaMathQA").
     "metamathqa": (
         {"type": "GSM_SV", "query": "6 x 7?", "original_question": "6 times?", "response": "The answer is: 42"},
         ("response",),
-        Conversation.of(("user", "6 x 7?"), ("assistant", "The answer is: 42")),
+        Conversation.from_turns(("user", "6 x 7?"), ("assistant", "The answer is: 42")),
     ),
     # Schema: the card's dataset_info and its example row (hotpotqa/hotpot_qa).
     "hotpot_qa": (
@@ -86,7 +86,7 @@ NAMED: dict[str, tuple[dict[str, Any], tuple[str | int, ...], Record]] = {
             },
         },
         ("answer",),
-        Conversation.of(
+        Conversation.from_turns(
             (
                 "user",
                 "Where was the sister of Ada born?\n\n### Input:\nAda\nAda has a sister, Eve.\n\nEve\nEve is a smith. "
@@ -99,7 +99,7 @@ NAMED: dict[str, tuple[dict[str, Any], tuple[str | int, ...], Record]] = {
     "mmlu": (
         {"question": "Which is larger?", "subject": "astronomy", "choices": ["The moon", "The sun"], "answer": 1},
         ("question",),
-        Conversation.of(("user", OPTIONS), ("assistant", "B. The sun")),
+        Conversation.from_turns(("user", OPTIONS), ("assistant", "B. The sun")),
     ),
     # Schema: the features listed in the TensorFlow Datasets catalogue, "huggingface:commonsense_qa".
     "commonsense_qa": (
@@ -111,7 +111,7 @@ NAMED: dict[str, tuple[dict[str, Any], tuple[str | int, ...], Record]] = {
             "answerKey": "B",
         },
         ("question",),
-        Conversation.of(("user", OPTIONS), ("assistant", "B. The sun")),
+        Conversation.from_turns(("user", OPTIONS), ("assistant", "B. The sun")),
     ),
     # Schema: dataset_info of lighteval/trivia_qa and mandarjoshi/trivia_qa, config rc.nocontext.
     "trivia_qa": (
@@ -183,7 +183,7 @@ NAMED: dict[str, tuple[dict[str, Any], tuple[str | int, ...], Record]] = {
     "wikibooks-recipes": (
         {"title": "Toast", "ingredients": ["bread", "butter", "salt"], "steps": ["Toast the bread.", "Butter it."]},
         ("title",),
-        Conversation.of(
+        Conversation.from_turns(
             ("user", "Write a recipe with these ingredients:\n- bread\n- butter\n- salt"),
             ("assistant", "# Toast\n\n1. Toast the bread.\n2. Butter it."),
         ),

@@ -18,7 +18,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 
 def test_messages_become_a_conversation_and_other_keys_are_ignored() -> None:
     value = {"id": 7, "messages": [SYSTEM, USER, ASSISTANT | {"name": "x"}, USER, ASSISTANT]}
-    assert openai_messages(value) == Conversation.of(
+    assert openai_messages(value) == Conversation.from_turns(
         ("system", "Be brief."),
         ("user", "Hello?"),
         ("assistant", "Hello."),
@@ -74,7 +74,7 @@ def test_a_long_value_is_shortened_in_a_reason() -> None:
     ["messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat", "items", "history"],
 )
 def test_the_list_may_have_any_of_its_names(column: str) -> None:
-    assert openai_messages({column: [USER, ASSISTANT]}) == Conversation.of(("user", "Hello?"), ("assistant", "Hello."))
+    assert openai_messages({column: [USER, ASSISTANT]}) == Conversation.from_turns(("user", "Hello?"), ("assistant", "Hello."))
 
 
 def test_content_may_be_a_list_of_text_parts_and_nothing_else() -> None:
@@ -111,14 +111,14 @@ def test_sharegpt_is_read_in_every_spelling(user: str, assistant: str, author: s
             {author: assistant, content: "No."},
         ],
     }
-    assert sharegpt(row) == Conversation.of(
+    assert sharegpt(row) == Conversation.from_turns(
         ("system", "Be brief."), ("user", "Hello?"), ("assistant", "Hello."), ("user", "More?"), ("assistant", "No.")
     )
 
 
 @pytest.mark.parametrize("function", [openai_messages, sharegpt])
 def test_a_system_column_comes_first_and_is_not_said_twice(function: Any) -> None:
-    expected = Conversation.of(("system", "Be brief."), ("user", "Hello?"), ("assistant", "Hello."))
+    expected = Conversation.from_turns(("system", "Be brief."), ("user", "Hello?"), ("assistant", "Hello."))
     turns = [USER, ASSISTANT]
     assert function({"messages": turns, "system": "Be brief."}) == expected
     assert function({"messages": turns, "system_prompt": "Be brief."}) == expected
@@ -154,7 +154,7 @@ def test_a_null_list_beside_a_good_one_is_passed_over() -> None:
 
 def test_a_dialogue_of_hh_is_split_at_its_speakers() -> None:
     chosen = "\n\nHuman: Hi\nthere\n\nAssistant: Yes?\n\nIn: full\n\nHuman: Bye\n\nAssistant: Bye. Human: no"
-    assert hh_chosen({"chosen": chosen, "rejected": "…"}) == Conversation.of(
+    assert hh_chosen({"chosen": chosen, "rejected": "…"}) == Conversation.from_turns(
         ("user", "Hi\nthere"), ("assistant", "Yes?\n\nIn: full"), ("user", "Bye"), ("assistant", "Bye. Human: no")
     )
 
@@ -176,7 +176,7 @@ def test_a_dialogue_that_is_none_is_refused(chosen: Any, expected: str) -> None:
 
 
 def test_the_list_may_be_json_text_and_its_column_is_the_one_that_holds_one() -> None:
-    expected = Conversation.of(("user", "Hello?"), ("assistant", "Hello."))
+    expected = Conversation.from_turns(("user", "Hello?"), ("assistant", "Hello."))
     turns = [USER, ASSISTANT]
     for function in (openai_messages, sharegpt):
         assert function({"messages": json.dumps(turns)}) == expected

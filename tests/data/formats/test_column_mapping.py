@@ -113,7 +113,7 @@ def test_a_placeholder_that_names_nothing_is_refused(source: str) -> None:
 
 
 def test_the_keys_given_say_what_a_row_becomes() -> None:
-    prompt = Conversation.of(("user", "Hats"))
+    prompt = Conversation.from_turns(("user", "Hats"))
     conversation = compiled(Mapping(prompt="{title}", completion="{n}"), [ROW])
     assert conversation(ROW) == prompt.add("assistant", "3")
     pair = compiled(Mapping(prompt="{title}", chosen="{n}", rejected="{Best Answer}"), [ROW])
@@ -123,7 +123,7 @@ def test_the_keys_given_say_what_a_row_becomes() -> None:
     worst_first = compiled(Mapping(prompt="{title}", completion="{n}", score="{n}", score_range=(5, 1)), [ROW])
     assert worst_first(ROW) == Feedback(prompt, "3", 0.5)
     with_system = compiled(Mapping(system="Be brief.", prompt="{title}", completion="{n}"), [ROW])
-    assert with_system(ROW) == Conversation.of(("system", "Be brief."), ("user", "Hats"), ("assistant", "3"))
+    assert with_system(ROW) == Conversation.from_turns(("system", "Be brief."), ("user", "Hats"), ("assistant", "3"))
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ DIALOGUE = [
 
 @pytest.mark.parametrize("column", ["talk.turns", "{talk.turns}"])
 def test_messages_are_read_with_the_keys_and_roles_that_the_mapping_names(column: str) -> None:
-    said = Conversation.of(("user", "Which?"), ("assistant", "Red."), ("user", "Why?"), ("assistant", "It is."))
+    said = Conversation.from_turns(("user", "Which?"), ("assistant", "Red."), ("user", "Why?"), ("assistant", "It is."))
     given = Mapping(messages=column, role="who", content="said", roles={"caller": "user", "Desk": "assistant"})
     for turns in (DIALOGUE, json.dumps(DIALOGUE)):
         row = {"about": "hats", "talk": {"turns": turns}}
@@ -266,7 +266,7 @@ def test_a_mapping_of_messages_that_makes_no_record_is_refused(settings_: dict[s
 def test_a_null_in_a_text_is_an_empty_cell() -> None:
     mapped = compiled(Mapping(prompt="{title}\n{body}", completion="{a}"), [])
     rows: list[dict[str, Any]] = [{"title": "T", "body": body, "a": "A"} for body in (None, "")]
-    assert mapped(rows[0]) == mapped(rows[1]) == Conversation.of(("user", "T\n"), ("assistant", "A"))
+    assert mapped(rows[0]) == mapped(rows[1]) == Conversation.from_turns(("user", "T\n"), ("assistant", "A"))
     for blank in (None, ""):
         assert reason(mapped, {"title": "T", "body": "B", "a": blank}) == "completion is empty"
 
@@ -280,7 +280,7 @@ def test_the_scale_of_scores_is_stated_or_told_from_the_rows_or_refused() -> Non
     mapped, said = compile_mapping(judged, rows(1, -1, "-1"))
     assert said == "; `s` is -1 for the worst and 1 for the best"
     assert [mapped(row) for row in rows(-1, 1)] == [
-        Feedback(Conversation.of(("user", "x")), "y", score) for score in (0.0, 1.0)
+        Feedback(Conversation.from_turns(("user", "x")), "y", score) for score in (0.0, 1.0)
     ]
     with pytest.raises(DataError, match="`s` runs from 1 to 5") as caught:
         compile_mapping(judged, rows(1, 5, 2))

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from corral.data.formats import FORMATS
-from corral.template.template import shipped
+from corral.template.template import shipped_templates
 
 PAGE = (Path(__file__).parents[3] / "docs" / "data.md").read_text("utf-8")
 
@@ -19,4 +19,4 @@ def test_the_page_names_every_format() -> None:
 
 def test_the_page_names_every_template() -> None:
     named = set(re.findall(r"`([a-z0-9.-]+)`", PAGE.partition("## Templates")[2]))
-    assert shipped().keys() <= named, shipped().keys() - named
+    assert shipped_templates().keys() <= named, shipped_templates().keys() - named

@@ -11,7 +11,7 @@ from corral.messages import Conversation
 from tests.data.formats.reasons import reason
 
 QUESTION = {"question": "Which?"}
-EXPECTED = Conversation.of(("user", "Which?\n\nA. red\nB. blue\nC. B"), ("assistant", "B. blue"))
+EXPECTED = Conversation.from_turns(("user", "Which?\n\nA. red\nB. blue\nC. B"), ("assistant", "B. blue"))
 OPTIONS: list[dict[str, Any]] = [
     {"choices": ["red", "blue", "B"]},
     {"options": ["red", "blue", "B"]},
@@ -33,7 +33,7 @@ def test_options_and_answer_are_read_in_every_form(options: dict[str, Any], answ
 def test_labels_of_the_data_set_are_known_and_written_as_letters() -> None:
     row = QUESTION | {"choices": {"label": ["1", "2"], "text": ["red", "blue"]}, "answerKey": "2"}
     asked = ("user", "Which?\n\nA. red\nB. blue")
-    assert multiple_choice(row) == Conversation.of(asked, ("assistant", "B. blue"))
+    assert multiple_choice(row) == Conversation.from_turns(asked, ("assistant", "B. blue"))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from corral.messages import Conversation, Feedback, Preference
 from tests.data.formats.reasons import reason
 from tests.data.formats.rows import HH, HH_WORSE
 
-PROMPT = Conversation.of(("user", "Hello?"))
+PROMPT = Conversation.from_turns(("user", "Hello?"))
 PAIR = Preference(PROMPT, "Hello.", "No.")
 USER = {"role": "user", "content": "Hello?"}
 GOOD = {"role": "assistant", "content": "Hello."}
@@ -41,7 +41,7 @@ def test_a_pair_is_the_same_in_all_its_forms(row: dict[str, Any]) -> None:
 
 def test_a_system_column_begins_the_prompt() -> None:
     row = {"system": "S", "question": "Hello?", "chosen": "Hello.", "rejected": "No."}
-    asked = Conversation.of(("system", "S"), ("user", "Hello?"))
+    asked = Conversation.from_turns(("system", "S"), ("user", "Hello?"))
     assert preference(row) == Preference(asked, "Hello.", "No.")
     assert preference({"system": "S", "chosen": [USER, GOOD], "rejected": [USER, BAD]}).prompt == asked
 
@@ -49,12 +49,14 @@ def test_a_system_column_begins_the_prompt() -> None:
 def test_turns_that_both_dialogues_share_are_the_prompt() -> None:
     before = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: "
     record = preference({"chosen": before + "good\n\nor", "rejected": before + "bad"})
-    assert record == Preference(Conversation.of(("user", "a"), ("assistant", "b"), ("user", "c")), "good\n\nor", "bad")
+    assert record == Preference(
+        Conversation.from_turns(("user", "a"), ("assistant", "b"), ("user", "c")), "good\n\nor", "bad"
+    )
 
 
 def test_words_that_both_texts_share_are_the_prompt() -> None:
     record = preference({"chosen": "The sky is green today.", "rejected": "The sky is grey today."})
-    assert record == Preference(Conversation.of(("user", "The sky is")), " green today.", " grey today.")
+    assert record == Preference(Conversation.from_turns(("user", "The sky is")), " green today.", " grey today.")
 
 
 @given(st.text("ab \n", max_size=12), st.text("ab \n", max_size=12))
@@ -137,7 +139,7 @@ def test_a_judgement_that_is_none_is_refused(judged: dict[str, Any], expected: s
 @pytest.mark.parametrize("system", ["system", "system_prompt"])
 def test_texts_that_share_the_prompt_keep_their_system_message(system: str) -> None:
     record = preference({system: "S", "chosen": "The sky is green.", "rejected": "The sky is grey."})
-    assert record.prompt == Conversation.of(("system", "S"), ("user", "The sky is"))
+    assert record.prompt == Conversation.from_turns(("system", "S"), ("user", "The sky is"))
 
 
 def test_lists_of_messages_may_be_json_text_as_in_a_table() -> None:

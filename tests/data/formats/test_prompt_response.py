@@ -5,19 +5,21 @@ from typing import Any
 import pytest
 
 from corral.data.formats.prompt_response import alpaca, plain_text, prompt_completion, question_answer
-from corral.messages import INPUT, Conversation, Text
+from corral.messages import INPUT_HEADING, Conversation, Text
 from tests.data.formats.reasons import reason
 
 
 @pytest.mark.parametrize("empty", [{}, {"input": ""}, {"input": None}, {"input": " \n"}, {"input": float("nan")}])
 def test_an_instruction_without_input_is_asked_alone(empty: dict[str, Any]) -> None:
     row = {"instruction": "Sing.", "output": "La"} | empty
-    assert alpaca(row) == Conversation.of(("user", "Sing."), ("assistant", "La"))
+    assert alpaca(row) == Conversation.from_turns(("user", "Sing."), ("assistant", "La"))
 
 
 def test_an_input_follows_the_instruction_after_its_heading() -> None:
     record = alpaca({"instruction": "Add.", "input": "1, 2", "output": "3", "system": "Be exact."})
-    assert record == Conversation.of(("system", "Be exact."), ("user", f"Add.{INPUT}1, 2"), ("assistant", "3"))
+    assert record == Conversation.from_turns(
+        ("system", "Be exact."), ("user", f"Add.{INPUT_HEADING}1, 2"), ("assistant", "3")
+    )
 
 
 def test_texts_are_taken_as_they_are() -> None:
@@ -28,13 +30,13 @@ def test_texts_are_taken_as_they_are() -> None:
 @pytest.mark.parametrize("names", [("prompt", "completion"), ("query", "response"), ("input", "output")])
 def test_prompt_and_completion_may_have_any_of_their_names(names: tuple[str, str]) -> None:
     row = {names[0]: "Hello?", names[1]: "Hello."}
-    assert prompt_completion(row) == Conversation.of(("user", "Hello?"), ("assistant", "Hello."))
+    assert prompt_completion(row) == Conversation.from_turns(("user", "Hello?"), ("assistant", "Hello."))
 
 
 def test_prompt_and_completion_may_be_messages() -> None:
     prompt = [{"role": "system", "content": "S"}, {"role": "user", "content": "Hello?"}]
     answer = {"role": "assistant", "content": "Hello."}
-    expected = Conversation.of(("system", "S"), ("user", "Hello?"), ("assistant", "Hello."))
+    expected = Conversation.from_turns(("system", "S"), ("user", "Hello?"), ("assistant", "Hello."))
     assert prompt_completion({"prompt": prompt, "completion": [answer]}) == expected
     assert prompt_completion({"prompt": prompt, "completion": answer}) == expected
     assert prompt_completion({"prompt": prompt, "completion": "Hello.", "system": "S"}) == expected
@@ -56,7 +58,7 @@ def test_a_prompt_or_completion_of_another_form_is_refused(row: dict[str, Any], 
 
 def test_a_context_follows_the_question_as_its_input() -> None:
     row = {"question": "Who?", "answer": "Ada", "context": "Ada came."}
-    assert question_answer(row).messages[0].content == f"Who?{INPUT}Ada came."
+    assert question_answer(row).messages[0].content == f"Who?{INPUT_HEADING}Ada came."
     assert question_answer(row | {"context": None}).messages[0].content == "Who?"
     assert reason(question_answer, row | {"context": ["Ada came."]}) == "context is a list: expected text"
 

@@ -16,7 +16,7 @@ RECIPE = {"title": "Toast", "ingredients": ["bread", "butter", "salt"], "steps":
 
 
 def test_a_recipe_is_asked_for_by_its_ingredients_and_answered_in_a_fixed_form() -> None:
-    assert wikibooks_recipes(RECIPE) == Conversation.of(
+    assert wikibooks_recipes(RECIPE) == Conversation.from_turns(
         ("user", "Write a recipe with these ingredients:\n- bread\n- butter\n- salt"),
         (
             "assistant",

@@ -335,6 +335,6 @@ def test_a_vote_among_the_answers_of_a_server_without_log_probs_is_held(tiny_fol
 
         async def test() -> str:
             async with plain.engine:
-                return (await answerer.answer(Conversation.of(("user", "hi")))).text
+                return (await answerer.answer(Conversation.from_turns(("user", "hi")))).text
 
         assert asyncio.run(test()) == "bc"
