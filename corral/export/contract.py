@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from corral.engines.base import Engine, Sampling
 from corral.errors import ContractError, EngineError, ModelError, TemplateError
-from corral.export_forms import CONTRACT_FILE
+from corral.export_forms import CONTRACT_FILE as CONTRACT_FILE
 from corral.messages import Conversation
 from corral.storage import cached_file_hashes, write_json
 from corral.template import Template

@@ -1,1 +1,1 @@
-"""What a recipe needs before it is run: measured on this machine, estimated for another."""
+"""What a run will need, before it starts: measured on this machine, estimated for another."""

@@ -1,17 +1,15 @@
-"""What this machine has for a run: memory, as far as processes and containers are limited, and space on disk.
-
-Knows nothing about what a run needs.
-"""
+"""What this machine has for a run: memory, as far as processes and containers are limited, and free disk space."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import resource
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from corral.errors import CorralError
+from corral.system import process_limit, total_memory
 
 _UNLIMITED = 2**60  # cgroups of the first version write "no limit" as a huge number
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -23,7 +21,7 @@ class MemoryLimit:
 
     Args:
         free: bytes that it can still have.
-        total: bytes that there are.
+        total: bytes in all.
         reason: what sets the limit, in words.
     """
 
@@ -33,18 +31,25 @@ class MemoryLimit:
 
 
 def cpu_memory() -> MemoryLimit:
-    """Of the machine, or less where this process or its container (cgroup) may have less."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Main memory: the machine's, or less where this process or its container (cgroup) is limited.
+
+    Raises:
+        CorralError: the system does not say how much memory there is.
+    """
+    total = total_memory()
+    if total is None:
+        raise CorralError(
+            "this operating system does not say how much memory it has", hint="plan on Linux or macOS, or give --device"
+        )
     limits = [MemoryLimit(_available() or total, total, "this machine"), *cgroup_limits()]
-    for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS):
-        limit = resource.getrlimit(kind)[0]
-        if limit != resource.RLIM_INFINITY:
+    for limit in (process_limit("DATA"), process_limit("AS")):
+        if limit is not None:
             limits.append(MemoryLimit(limit, limit, "limit of a process (ulimit)"))
     return min(limits, key=lambda limit: limit.free)
 
 
 def gpu_memory() -> MemoryLimit:
-    """Of the GPU that torch uses."""
+    """Memory of the GPU that torch uses."""
     import torch
 
     free, total = torch.cuda.mem_get_info()
@@ -53,12 +58,12 @@ def gpu_memory() -> MemoryLimit:
 
 def free_disk(path: Path) -> tuple[int, Path]:
     """Free bytes where a path is or will be, and the nearest folder that exists."""
-    place = next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
-    return shutil.disk_usage(place).free, place
+    folder = next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
+    return shutil.disk_usage(folder).free, folder
 
 
 def _available() -> int | None:
-    """What Linux says can be had without swapping."""
+    """Bytes that Linux can give out without swapping."""
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
@@ -66,13 +71,13 @@ def _available() -> int | None:
 
 
 def cgroup_limits(root: Path = _CGROUPS, listing: Path = Path("/proc/self/cgroup")) -> Iterator[MemoryLimit]:
-    """The limits of the cgroups that this process is in, of either version; none where they cannot be read."""
+    """The limits of this process's cgroups, of either version; none where they cannot be read."""
     with contextlib.suppress(OSError):
         for line in listing.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers in ("", "memory"):
                 base = root / "memory" if controllers else root
-                # In a container the path may be the host's, which is not there: its own limit stands at the root.
+                # In a container the path may be the host's, which is not there: its own limit is at the root.
                 inside = base / path.lstrip("/")
                 for folder in (inside, *inside.parents):
                     if folder == base or base in folder.parents:
@@ -84,7 +89,7 @@ def _cgroup_limit(folder: Path, name: str) -> Iterator[MemoryLimit]:
         limit = int((folder / name).read_text())  # "max" is no number, and no limit
         if limit < _UNLIMITED:
             used = int((folder / ("memory.current" if name == "memory.max" else "memory.usage_in_bytes")).read_text())
-            figures = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            # Files that were read count as used, and are given back when memory is wanted.
-            files = int(figures.get("total_inactive_file", figures.get("inactive_file", 0)))
-            yield MemoryLimit(max(0, limit - used + files), limit, "memory limit of this container (cgroup)")
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            # The page cache of files counts as used, and is given back when memory is wanted.
+            page_cache = int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))
+            yield MemoryLimit(max(0, limit - used + page_cache), limit, "memory limit of this container (cgroup)")

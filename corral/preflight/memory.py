@@ -1,50 +1,43 @@
-"""How much memory things take: a process, a model's weights, what layers keep for the backward pass, a computation.
-
-Knows nothing about training, rows or recipes.
-"""
+"""Measures memory: of this process, of a model's weights, of what layers keep for the backward pass, of a computation."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from corral.system import peak_memory
+
 _PRODUCTS = 20
 
 
 def resident_bytes() -> int:
-    """Bytes of memory that this process holds for itself now; what it only maps from files does not count."""
+    """Bytes of memory that this process holds now, files it maps left out; where not on Linux, the most it ever held."""
     try:
         pages, shared = Path("/proc/self/statm").read_text().split()[1:3]
-    except OSError:  # no Linux: the most it ever was
-        return _most_resident()
+    except OSError:
+        return peak_memory() or 0
     return (int(pages) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _proc_status_bytes(name: str) -> int:
-    """A figure that Linux has about this process, in bytes; elsewhere the most that it ever held."""
+    """A field of `/proc/self/status` in bytes; where not on Linux, the most that this process ever held."""
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) * 1024
-    return _most_resident()
-
-
-def _most_resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_memory() or 0
 
 
 class MemoryMeter:
-    """Memory of this process, or on the GPU what it has allocated there.
+    """Measures the memory of this process, or what it has allocated on the GPU.
 
     Attributes:
-        baseline: bytes that are taken before there is a model.
+        baseline: bytes in use before a model is loaded.
     """
 
     def __init__(self, device: str) -> None:
@@ -58,11 +51,11 @@ class MemoryMeter:
             if not self.baseline:
                 self.baseline = torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0]
         else:
-            importlib.import_module("corral.preflight.preload")  # what a run has loaded when its model comes
+            importlib.import_module("corral.preflight.preload")  # what a run has imported when it loads its model
             self.baseline = _proc_status_bytes("VmRSS")
 
     def peak(self) -> int:
-        """The most that was taken since `reset`."""
+        """The most bytes in use since `reset`."""
         if self._cuda:
             import torch
 
@@ -70,46 +63,44 @@ class MemoryMeter:
         return _proc_status_bytes("VmHWM")
 
     def reset(self) -> None:
-        """Forget what was before."""
+        """Start a new peak."""
         if self._cuda:
             import torch
 
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         else:
-            with contextlib.suppress(OSError):  # where the kernel does not let it, the peak includes loading
+            with contextlib.suppress(OSError):  # where the kernel forbids it, the peak includes loading
                 Path("/proc/self/clear_refs").write_text("5")
 
 
 def measure_pass(model: Any, ids: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> dict[str, int]:
-    """Bytes that the layers keep for the backward pass, and that the output layer takes; tokens of the pack."""
+    """One forward pass: bytes of `activations` kept by the layers, bytes of the output layer's `head`, and `pack_tokens`."""
     import torch
 
     from corral.model.packed_forward import head_weight, hidden_states, token_logprobs
 
     model.train()
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, Any] = {}
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, Any] = {}
 
-    def keep(tensor: Any) -> Any:
+    def save(tensor: Any) -> Any:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
         hidden = hidden_states(model, ids)
-    activations = sum(storage.nbytes() for storage in kept.values())
-    kept.clear()
+    activations = sum(storage.nbytes() for storage in saved.values())
+    saved.clear()
     starts = [sum(map(len, ids[:i])) for i in range(len(ids))]
-    places = [start + p - 1 for start, ps in zip(starts, positions, strict=True) for p in ps]
+    rows = [start + p - 1 for start, ps in zip(starts, positions, strict=True) for p in ps]
     targets = [s[p] for s, ps in zip(ids, positions, strict=True) for p in ps]
-    picked = hidden.detach()[torch.tensor(places, device=hidden.device)].requires_grad_()
+    picked = hidden.detach()[torch.tensor(rows, device=hidden.device)].requires_grad_()
     del hidden
-    wanted = torch.tensor(targets, device=picked.device)
-    head = (
-        peak_allocation(partial(token_logprobs, picked, head_weight(model), wanted), picked.device.type) + picked.nbytes
-    )
+    compute = partial(token_logprobs, picked, head_weight(model), torch.tensor(targets, device=picked.device))
+    head = peak_allocation(compute, picked.device.type) + picked.nbytes
     return {"activations": activations, "head": head, "pack_tokens": sum(map(len, ids))}
 
 
@@ -128,15 +119,15 @@ def peak_allocation(compute: Callable[[], Any], device: str) -> int:
         compute()
     inner: Any = profiler.profiler
     events = [e for e in inner.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
+    current = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak
 
 
 def weights_bytes(model: Any) -> int:
-    """Bytes of a model's weights and buffers, with the scales of quantised ones; what is shared counts once."""
+    """Bytes of a model's weights and buffers, with the scales of quantised ones; shared tensors count once."""
     tensors: list[Any] = [*model.parameters(), *model.buffers()]
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
@@ -147,7 +138,7 @@ def weights_bytes(model: Any) -> int:
 
 
 def tensor_bytes(states: Iterable[Mapping[str, Any]]) -> int:
-    """Bytes of the tensors in dictionaries of tensors, lists and other things; shared memory counts once."""
+    """Bytes of the tensors in dictionaries of tensors, lists and other values; shared memory counts once."""
     import torch
 
     storages: dict[int, int] = {}
@@ -161,10 +152,10 @@ def tensor_bytes(states: Iterable[Mapping[str, Any]]) -> int:
 
 
 def unused_mapped_bytes(model: Any) -> int:
-    """Bytes of a model's files that are in memory though no weight lies there any more.
+    """Bytes of a model's mapped files that are in memory though no weight uses them.
 
-    One weight that was taken over as it is in the file keeps the whole file mapped, as when the others were quantised. They
-    count as resident, and the system takes them back when memory is wanted.
+    One weight that is used straight from its file keeps the whole file mapped, also where the other weights were quantised
+    into new memory. Those pages count as resident, and the system takes them back when memory is wanted.
     """
     starts = {p.data_ptr(): p.nbytes for p in model.parameters()}
     unused = 0
@@ -182,7 +173,7 @@ def unused_mapped_bytes(model: Any) -> int:
 
 
 def synchronize(device: str) -> None:
-    """Until a GPU has done what it was given."""
+    """Wait until a GPU has finished its work."""
     if device == "cuda":
         import torch
 
@@ -190,7 +181,7 @@ def synchronize(device: str) -> None:
 
 
 def matmul_rate(device: str, dtype: Any) -> float:
-    """FLOP/s of a matrix product of the kind that training spends its time in."""
+    """FLOP/s of a large matrix product, as training computes them."""
     import torch
 
     from corral.model.cpu_gemm import times_transposed

@@ -1,7 +1,4 @@
-"""What a plan says: for each training stage the memory, time and space it needs, and whether that is there.
-
-Holds figures and shows them in a terminal; knows nothing about how they come about.
-"""
+"""The result of `corral plan`: memory, time and disk space of each training stage, and how a terminal shows it."""
 
 from __future__ import annotations
 
@@ -52,13 +49,13 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class TrialResult:
-    """What a trial found.
+    """The result of a trial of a stage.
 
     Args:
-        figures: what the stage needs; None if the trial did not come to its end.
-        failure: why it did not.
-        out_of_memory: whether that was for lack of memory; None if that is not known.
-        resumed: whether the step after `kill -9` gave the same bits; None where it was not come to.
+        figures: what the stage needs; None if the trial failed.
+        failure: why it failed.
+        out_of_memory: whether it failed for lack of memory; None if that is not known.
+        resumed: whether the step after `kill -9` gave the same bits; None if the trial did not get that far.
         raw: all figures of the two processes.
     """
 
@@ -76,10 +73,10 @@ class StagePlan:
     Args:
         number: from 1.
         trained: number of weights that are trained.
-        work: what it computes.
-        estimated: for the device that is asked about.
-        tried: here; None if it was not.
-        here: the estimate for this machine, to hold against `tried`.
+        work: its workload.
+        estimated: the estimate for the device given with --device.
+        tried: the trial on this machine; None if there was none.
+        here: the estimate for this machine, to compare with `tried`.
         verdict: whether its memory suffices, with `reason`.
         remedies: what to change if it does not.
     """
@@ -97,12 +94,12 @@ class StagePlan:
 
     @property
     def best_figures(self) -> Figures | None:
-        """What counts: measured where it was, unless another device is asked about."""
+        """The estimate for the device given, else what was measured, else the estimate for this machine."""
         return self.estimated or (self.tried and self.tried.figures) or self.here
 
     @property
     def estimate_error(self) -> dict[str, float] | None:
-        """By what share the estimate for this machine is above (+) or below (−) what was measured."""
+        """How far the estimate for this machine is above (+) or below (−) what was measured, as a share."""
         if self.here is None or self.tried is None or self.tried.figures is None:
             return None
         measured = self.tried.figures
@@ -117,10 +114,10 @@ class Plan:
     """A recipe's training stages on a machine.
 
     Args:
-        device: its name; `estimated` if it is another one than this.
-        memory: bytes that training can have there, and what sets that.
-        disk: bytes that the run will take, by what for; None for another machine.
-        disk_free: at the run's place.
+        device: its name; `estimated` if it is not this machine.
+        memory: bytes that training can have there; `memory_why` says what sets the limit.
+        disk: bytes that the run will take, by purpose.
+        disk_free: bytes free in the folder `disk_place`, where the run will be.
         verdict: of memory, disk and resuming together, with `reasons`.
     """
 
@@ -142,7 +139,7 @@ class Plan:
     notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for programs."""
+        """The plan as JSON values."""
         stages = [
             asdict(replace(stage, train=None))  # pyright: ignore[reportArgumentType]
             | {"train": stage.train.model_dump(mode="json"), "estimate_off": stage.estimate_error}
@@ -152,7 +149,7 @@ class Plan:
 
 
 def render(plan: Plan) -> Group:
-    """A plan as a person reads it in a terminal, 100 columns wide."""
+    """A plan as text and tables for a terminal, 100 columns wide."""
     from rich.console import Group
     from rich.text import Text
 
@@ -176,7 +173,7 @@ def _stage_lines(plan: Plan, stage: StagePlan) -> list[Any]:
     lines: list[Any] = [
         f"stage {stage.number}: {train.objective}, {what}, {_format_count(stage.trained)} weights trained",
         f"{work.steps:,} steps of {train.batch_size} rows, {work.tokens:,} tokens; the longest pack has "
-        f"{work.longest.tokens:,}, {work.longest.trained:,} of them trained",
+        f"{work.longest.tokens:,} tokens, {work.longest.trained:,} of them trained",
         _memory_table(plan, stage),
     ]
     figures = stage.best_figures
@@ -215,7 +212,7 @@ def _memory_table(plan: Plan, stage: StagePlan) -> Table:
             f"  {_PART_LABELS[field.name]}", *(_format_bytes(getattr(parts, field.name)) for _, parts, _ in columns)
         )
     table.add_row("  together", *(_format_bytes(peak) for _, _, peak in columns))
-    table.add_row(f"  there is ({plan.memory_why})", _format_bytes(plan.memory))
+    table.add_row(f"  available ({plan.memory_why})", _format_bytes(plan.memory))
     return table
 
 
@@ -223,13 +220,13 @@ def _remedy_lines(stage: StagePlan) -> list[Any]:
     from rich.table import Table
 
     if not stage.remedies:
-        return ["nothing in the recipe would change that much: take a smaller model or a larger machine"]
-    table = Table("", "change, after those above it", "predicted", "what it costs", box=None, pad_edge=False)
+        return ["no change of the recipe would save enough: take a smaller model or a larger machine"]
+    table = Table("", "change (with those above it)", "predicted", "cost", box=None, pad_edge=False)
     for remedy in stage.remedies:
         settings = " ".join(f"--set {setting}" for setting in remedy.settings)
         table.add_row("→" if remedy.fits else "", settings, _format_bytes(remedy.memory), remedy.cost)
     last = "all of these together are not enough: take a smaller model or a larger machine"
-    return ["what to change, in the order of what it costs:", table, *([] if stage.remedies[-1].fits else [last])]
+    return ["what to change, cheapest first:", table, *([] if stage.remedies[-1].fits else [last])]
 
 
 def _disk_table(plan: Plan) -> list[Any]:

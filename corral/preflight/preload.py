@@ -1,7 +1,4 @@
-"""Imported by the process that trials are forked from: what every one of them needs, so that it is loaded once.
-
-Does nothing else; whoever imports it pays for torch, transformers and peft.
-"""
+"""Imports what every trial needs, in the process that trials are forked from, so that it is loaded once."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import importlib
 
 from corral.model.loading import quiet
 
-NEEDED = (
+MODULES = (
     "peft",
     "transformers.models.llama.modeling_llama",
     "corral.model.packed_forward",
@@ -18,6 +15,6 @@ NEEDED = (
     "corral.training.trained_model",
 )
 
-with quiet():  # bitsandbytes, which peft imports where it is installed, has advice to give
-    for name in NEEDED:
+with quiet():  # bitsandbytes, which peft imports where it is installed, prints advice
+    for name in MODULES:
         importlib.import_module(name)

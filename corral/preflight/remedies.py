@@ -1,6 +1,6 @@
-"""What to change in a recipe when a stage does not fit: one setting after another, those that cost least first.
+"""Which settings of a recipe to change when a stage does not fit in memory, cheapest first.
 
-Knows the formulas of `estimate`, and nothing about where memory was measured.
+Predictions come from the formulas of `estimate`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 _LEAST_LENGTH = 256
 _LEAST_RANK = 4
-_WORTH = 0.01  # a change that saves a smaller share is not worth naming
+_LEAST_SAVING = 0.01  # a change that saves a smaller share is left out
 
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """A change, made after all those before it.
+    """A change of the recipe, together with all those before it.
 
     Args:
         settings: as `--set` takes them.
         cost: what it costs besides.
-        memory: bytes at the peak that are predicted then.
+        memory: predicted bytes at the peak.
         fits: whether that is enough.
     """
 
@@ -41,10 +41,19 @@ class Remedy:
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    settings: tuple[str, ...]
+    """A setting of the stage to change, by its dotted key; `cuts_rows` sets `data.max_length` to the same value."""
+
+    key: str
+    value: Any
     cost: str
-    train: Train
-    pack: PackShape
+    applies: Callable[[Train], bool] = lambda train: True
+    cuts_rows: bool = False
+
+    def apply(self, train: Train) -> Train:
+        section, _, name = self.key.rpartition(".")
+        if not section:
+            return train.model_copy(update={self.key: self.value})
+        return train.model_copy(update={section: getattr(train, section).model_copy(update={name: self.value})})
 
 
 def find_remedies(
@@ -63,96 +72,65 @@ def find_remedies(
 
     Args:
         number: of the stage, from 1.
-        lengths: of the rows to train on.
+        lengths: tokens of each training row.
         max_length: `data.max_length`.
         available: bytes that may be used.
         correction: what was measured with the recipe as it is, less what was estimated.
     """
 
-    def predicted(train: Train, pack: PackShape) -> int:
+    def predict(train: Train, pack: PackShape) -> int:
         return estimate.memory(shape, train, pack, device, dtype).total + correction
 
-    found: list[Remedy] = []
-    before = predicted(train, workload.longest)
-    now = train, workload.longest
-    for change in _changes(*now, number, workload, lengths, max_length):
-        made = change(*now)
-        if made is None:
+    remedies: list[Remedy] = []
+    pack = workload.longest
+    memory = predict(train, pack)
+    for change in _changes(train, workload, lengths, max_length):
+        if not change.applies(train) or (change.cuts_rows and pack.tokens <= change.value):
             continue
-        after = predicted(made.train, made.pack)
-        if after > before * (1 - _WORTH):
+        changed = change.apply(train)
+        changed_pack = workload.longest_within(change.value) if change.key == "pack_length" else pack
+        after = predict(changed, changed_pack)
+        if after > memory * (1 - _LEAST_SAVING):
             continue
-        now, before = (made.train, made.pack), after
-        found.append(Remedy(made.settings, made.cost, after, after <= available))
+        train, pack, memory = changed, changed_pack, after
+        settings = (f"train.{number - 1}.{change.key}={str(change.value).lower()}",)
+        if change.cuts_rows:
+            settings = (f"data.max_length={change.value}", *settings)
+        remedies.append(Remedy(settings, change.cost, after, after <= available))
         if after <= available:
             break
-    return found
+    return remedies
 
 
-def _changes(
-    train: Train, pack: PackShape, number: int, workload: Workload, lengths: Sequence[int], max_length: int
-) -> Iterator[Callable[[Train, PackShape], _Change | None]]:
-    at = f"train.{number - 1}."
-
-    def setting(key: str, value: Any, cost: str, when: Callable[[Train], bool]) -> Callable[..., _Change | None]:
-        def change(train: Train, pack: PackShape) -> _Change | None:
-            if not when(train):
-                return None
-            section, _, last = key.rpartition(".")
-            if section:
-                inner = getattr(train, section).model_copy(update={last: value})
-                made = train.model_copy(update={section: inner})
-            else:
-                made = train.model_copy(update={key: value})
-            return _Change((f"{at}{key}={str(value).lower()}",), cost, made, pack)
-
-        return change
-
-    def shorter_packs(length: int) -> Callable[..., _Change | None]:
-        def change(train: Train, _: PackShape) -> _Change:
-            made = train.model_copy(update={"pack_length": length})
-            return _Change(
-                (f"{at}pack_length={length}",), "nothing; on a GPU some speed", made, workload.longest_within(length)
-            )
-
-        return change
-
-    def shorter_rows(length: int) -> Callable[..., _Change | None]:
-        lost = sum(n > length for n in lengths) / max(1, len(lengths))
-
-        def change(train: Train, pack: PackShape) -> _Change | None:
-            if pack.tokens <= length:
-                return None
-            made = train.model_copy(update={"pack_length": length})
-            cost = f"{lost:.1%} of the rows, which are longer"
-            return _Change(
-                (f"data.max_length={length}", f"{at}pack_length={length}"), cost, made, workload.longest_within(length)
-            )
-
-        return change
-
+def _changes(train: Train, workload: Workload, lengths: Sequence[int], max_length: int) -> Iterator[_Change]:
+    """Every change, cheapest first."""
     length = workload.pack_length
     while length > max_length:
         length = max(max_length, length // 2)
         if length < workload.longest.tokens:
-            yield shorter_packs(length)
-    again = "nothing but time: about a third slower"
-    yield setting("gradient_checkpointing", True, again, lambda t: not t.gradient_checkpointing)
-    rounded, wide = "moments rounded to 8 bits", ("adamw", "paged_adamw_32bit")
-    yield setting("optimizer.kind", "adamw_8bit", rounded, lambda t: t.optimizer.kind in wide and t.sharding == "none")
-    yield setting("method", "lora", "an adapter is trained instead of all weights", lambda t: t.method == "full")
-    in_four = "frozen weights rounded to 4 bits; somewhat slower"
-    yield setting(
+            yield _Change("pack_length", length, "nothing; on a GPU some speed")
+    cost = "nothing but time: about a third slower"
+    yield _Change("gradient_checkpointing", True, cost, lambda t: not t.gradient_checkpointing)
+    yield _Change(
+        "optimizer.kind",
+        "adamw_8bit",
+        "moments rounded to 8 bits",
+        lambda t: t.optimizer.kind in ("adamw", "paged_adamw_32bit") and t.sharding == "none",
+    )
+    yield _Change("method", "lora", "an adapter is trained instead of all weights", lambda t: t.method == "full")
+    yield _Change(
         "quantization",
         "nf4",
-        in_four,
+        "frozen weights rounded to 4 bits; somewhat slower",
         lambda t: t.quantization != "nf4" and not (t.method == "full" or t.sharding == "full"),
     )
     length = min(max_length, workload.longest.tokens)
     while length // 2 >= _LEAST_LENGTH:
         length //= 2
-        yield shorter_rows(length)
+        lost = sum(n > length for n in lengths) / max(1, len(lengths))
+        cost = f"{lost:.1%} of the rows, which are longer"
+        yield _Change("pack_length", length, cost, cuts_rows=True)
     rank = train.lora.rank
     while rank // 2 >= _LEAST_RANK:
         rank //= 2
-        yield setting("lora.rank", rank, "a smaller adapter learns less", lambda t: t.method == "lora")
+        yield _Change("lora.rank", rank, "a smaller adapter learns less", lambda t: t.method == "lora")

@@ -1,10 +1,8 @@
-"""A few real steps of a training stage in a process of their own, measured; and the last of them again after a `kill -9`.
+"""The child process of a trial: a few real steps of a training stage, measured, and the last one again after `kill -9`.
 
-The child says over a pipe what it is at, so that its end, however it comes, can be told from where it was. It runs the loop
-that a run uses, on rows chosen for it, in a folder that is thrown away. If its memory grows past what there is, it ends
-itself, before the machine runs out.
-
-Knows nothing about recipes' files, verdicts or terminals.
+The child runs the training loop of a real run on chosen rows, in a folder that is deleted afterwards. It reports its phase
+over a pipe, so that the parent can say where it ended. If its memory grows past the limit, it exits before the machine
+runs out.
 """
 
 from __future__ import annotations
@@ -31,27 +29,27 @@ if TYPE_CHECKING:
     from corral.training.trained_model import Start
 
 HEAVY_STEP, TYPICAL_STEP = 1, 2
-"""The steps of a trial: the longest packs, then common ones. A checkpoint is written between them."""
-_LOOK_EVERY = 0.02  # seconds between looks at memory
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory")
+"""The steps of a trial: the longest packs, then typical ones. A checkpoint is written between them."""
+_WATCH_INTERVAL = 0.02  # seconds
+_OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory")
 
 
 @dataclass(frozen=True, slots=True)
 class TrialJob:
-    """What a trial does.
+    """What a trial computes.
 
     Args:
         start: the model and the stage's settings.
         base: the model's name, for the adapter's record.
         template: the recipe's chat template.
-        prepared: the prepared rows.
+        prepared: the folder of prepared rows.
         heavy: rows of the first step, which make the longest packs.
-        typical: rows of the second.
-        held_out: validation rows that are evaluated on before.
+        typical: rows of the second step.
+        held_out: validation rows for the evaluation before the first step.
         pack_length: most tokens in a forward pass.
         seed: the recipe's.
         folder: where the trial writes.
-        limit: bytes of memory at which it gives up; None for a GPU, which refuses by itself.
+        limit: bytes of memory at which it exits; None for a GPU, which refuses by itself.
     """
 
     start: Start
@@ -68,14 +66,14 @@ class TrialJob:
 
 
 def run_trial(job: TrialJob, pipe: Connection, resume: bool) -> None:
-    """The child: `("phase", text)` as it goes, then `("result", figures)`, `("memory", text)` or `("error", error)`.
+    """Run in the child. Sends `("phase", text)`, then `("result", figures)`, `("memory", text)` or `("error", error)`.
 
-    Without `resume` it kills itself after its result, when the last step has no checkpoint yet.
+    Without `resume` it kills itself after sending its result, before the last step has a checkpoint.
     """
     output = os.open(job.folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(output, stream)
-    with contextlib.suppress(OSError):  # should memory end after all, the kernel takes this process first
+    with contextlib.suppress(OSError):  # if memory runs out after all, the kernel kills this process first
         Path("/proc/self/oom_score_adj").write_text("1000")
     lock = threading.Lock()
 
@@ -91,14 +89,14 @@ def run_trial(job: TrialJob, pipe: Connection, resume: bool) -> None:
         send("error", error)
     except (MemoryError, RuntimeError) as error:
         text = str(error)
-        if not isinstance(error, MemoryError) and not any(words in text.lower() for words in _NO_MEMORY):
+        if not isinstance(error, MemoryError) and not any(words in text.lower() for words in _OUT_OF_MEMORY_MESSAGES):
             raise
         send("memory", text.splitlines()[0] if text else "no memory was left")
 
 
 def _exit_above(limit: int, send: Callable[[str, Any], None]) -> None:
     while (used := memory.resident_bytes()) < limit:
-        time.sleep(_LOOK_EVERY)
+        time.sleep(_WATCH_INTERVAL)
     send("memory", f"it had grown to {used / 1e9:.2f} GB")
     os._exit(1)
 
@@ -107,10 +105,10 @@ class _Trial:
     def __init__(self, job: TrialJob, send: Callable[[str, Any], None], resume: bool) -> None:
         self._job, self._send, self._resume = job, send, resume
         self._figures: dict[str, Any] = {}
-        self._at = self._optimizer_at = 0.0
+        self._phase_start = self._optimizer_start = 0.0
 
     def run(self) -> None:
-        """Ends this process."""
+        """Runs the trial and ends this process."""
         self._phase("Loading the model again, after kill -9" if self._resume else "Loading the model")
         self._memory = memory.MemoryMeter(self._job.start.device)
         self._figures["process"] = self._memory.baseline
@@ -121,14 +119,11 @@ class _Trial:
         optimizer = self._training.optimizer
         optimizer.register_step_pre_hook(self._before_optimizer)
         optimizer.register_step_post_hook(self._after_optimizer)
-        self._phase(
-            "Going on from the checkpoint"
-            if self._resume
-            else "Evaluating"
-            if self._job.held_out
-            else "Training on the longest rows"
-        )
-        self._at = time.perf_counter()
+        if self._resume:
+            self._phase("Going on from the checkpoint")
+        else:
+            self._phase("Evaluating" if self._job.held_out else "Training on the longest rows")
+        self._phase_start = time.perf_counter()
         self._training.run(on_step=self._on_step, should_stop=self._should_stop)
 
     def _phase(self, text: str) -> None:
@@ -154,8 +149,8 @@ class _Trial:
         trained: Any = trained_model.trainable(model, start, seed=job.seed)
         config = start.config.model_copy(update={"checkpoint_every": 1, "evaluate_every": 10**9})
 
-        class Chosen(Order):
-            """The stage's own order, but for its first two steps."""
+        class TrialOrder(Order):
+            """The stage's order, except for its first two steps."""
 
             def batch(self, step: int) -> list[int]:
                 return list(job.heavy if step == HEAVY_STEP else job.typical)
@@ -184,12 +179,12 @@ class _Trial:
             folder=job.folder,
             save_best=save,
         )
-        training.order = Chosen(config, rows.train.lengths.tolist(), job.seed)
+        training.order = TrialOrder(config, rows.train.lengths.tolist(), job.seed)
         training.total_steps = max(TYPICAL_STEP + 1, training.total_steps)  # the stage's last step would evaluate
         return training
 
     def _measure_longest_pack(self) -> None:
-        """What parts take on the longest pack."""
+        """Measure the memory of each part on the longest pack, and the rate of matrix products."""
         import torch
 
         from corral.data.packing import pack_sequences
@@ -215,53 +210,59 @@ class _Trial:
         gradients = [p.grad for p in self._training.parameters.values() if p.grad is not None]
         self._figures["gradients"] = sum(g.nbytes for g in gradients)
         memory.synchronize(self._job.start.device)
-        self._optimizer_at = time.perf_counter()
+        self._optimizer_start = time.perf_counter()
 
     def _after_optimizer(self, *_: Any) -> None:
         memory.synchronize(self._job.start.device)
-        self._figures["optimizer_seconds"] = time.perf_counter() - self._optimizer_at
+        self._figures["optimizer_seconds"] = time.perf_counter() - self._optimizer_start
         self._figures["moments"] = memory.tensor_bytes(self._training.optimizer.state.values())
 
-    def _on_step(self, line: Metrics) -> None:
-        now, found = time.perf_counter(), self._figures
-        if line.step == 0:
-            found["evaluate_seconds"] = now - self._at
+    def _on_step(self, metrics: Metrics) -> None:
+        now, figures = time.perf_counter(), self._figures
+        if metrics.step == 0:
+            figures["evaluate_seconds"] = now - self._phase_start
             self._phase("Training on the longest rows")
-        elif line.step == HEAVY_STEP:
-            found |= {"heavy_seconds": line.seconds, "heavy_peak": self._memory.peak()}
-            self._at = now
+        elif metrics.step == HEAVY_STEP:
+            figures |= {"heavy_seconds": metrics.seconds, "heavy_peak": self._memory.peak()}
+            self._phase_start = now
         else:
-            step = line.seconds - found.get("heavy_seconds", line.seconds)
-            found |= {"typical_rate": line.tokens_per_second, "checkpoint_seconds": now - self._at - step}
-            surplus = memory.unused_mapped_bytes(self._training.model) if self._job.start.device == "cpu" else 0
-            found |= {"peak": self._memory.peak() - surplus, "loss": line.loss, "digest": _state_hash(self._training)}
-            folder = self._job.folder / "checkpoints" / f"step-{HEAVY_STEP:06d}"
-            found["checkpoint_bytes"] = sum(f.stat().st_size for f in folder.iterdir())
-            if not self._resume:  # last, as it leaves memory behind that a run has no use for
+            training = self._training
+            step = metrics.seconds - figures.get("heavy_seconds", metrics.seconds)
+            surplus = memory.unused_mapped_bytes(training.model) if self._job.start.device == "cpu" else 0
+            checkpoint = self._job.folder / "checkpoints" / f"step-{HEAVY_STEP:06d}"
+            figures |= {
+                "typical_rate": metrics.tokens_per_second,
+                "checkpoint_seconds": now - self._phase_start - step,
+                "peak": self._memory.peak() - surplus,
+                "loss": metrics.loss,
+                "digest": _state_hash(training),
+                "checkpoint_bytes": sum(f.stat().st_size for f in checkpoint.iterdir()),
+            }
+            if not self._resume:  # last, as it leaves memory behind that a run does not use
                 self._measure_longest_pack()
-            self._send("result", found)
+            self._send("result", figures)
             if not self._resume:
                 os.kill(os.getpid(), signal.SIGKILL)
             os._exit(0)
 
     def _should_stop(self) -> bool:
-        """Asked between a step and its checkpoint."""
+        """Called between a step and its checkpoint."""
         self._phase("Writing a checkpoint, then training on typical rows")
         return False
 
 
 def _state_hash(training: Training) -> str:
-    """sha256 of what is trained and of the optimizer's state."""
+    """sha256 of the trained weights and the optimizer's state."""
     import torch
 
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, parameter in training.parameters.items():
-        found.update(name.encode())
+        digest.update(name.encode())
         state: dict[str, Any] = training.optimizer.state[parameter]
         for value in (parameter, *(state[key] for key in sorted(state))):
             if isinstance(value, torch.Tensor):
-                plain = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                found.update(plain.numpy().data)
+                data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                digest.update(data.numpy().data)
             else:
-                found.update(repr(value).encode())
-    return found.hexdigest()
+                digest.update(repr(value).encode())
+    return digest.hexdigest()

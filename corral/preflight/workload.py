@@ -1,6 +1,6 @@
-"""What a training stage has to compute: its steps and tokens, its longest pack, and a few rows that stand for them.
+"""What a training stage has to compute: steps, tokens, its longest pack, and a few rows that represent them.
 
-From the rows' lengths and the order alone; knows nothing about models, time or memory.
+It is computed from the rows' lengths and their order alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from corral.data.prepare import Prepared
     from corral.recipe import Train
 
-_LOOKED_AT = 20_000  # steps whose packs are made
+_MOST_STEPS = 20_000  # steps whose packs are computed
 _HEAVY_PACKS = 2  # the second pass of a step has the first one's gradients beside it
 _TYPICAL_PACKS = 4
 _EVALUATED_PACKS = 2
@@ -32,19 +32,19 @@ class Workload:
 
     Args:
         steps: optimizer steps.
-        tokens: of all steps together, context included.
-        rows: different and repeated rows to train on.
+        tokens: of all steps, prompts included.
+        rows: rows to train on, repetitions included.
         heavy: rows that make the longest packs of any step.
         longest: the longest pack.
-        typical: rows of some packs of a step of middling size.
-        common: what a pack is on average.
-        evaluations: on the validation rows, the one before the first step included.
-        evaluated: tokens of each.
-        held_out: some of those rows.
-        held_out_tokens: of these.
-        checkpoints: how many are written.
+        typical: rows of some packs of a step of median size.
+        common: the average pack.
+        evaluations: number of evaluations on validation rows, with the one before the first step.
+        evaluated: tokens of one evaluation.
+        held_out: some of its rows, for a trial.
+        held_out_tokens: tokens of these.
+        checkpoints: number of checkpoints written.
         pack_length: most tokens in a forward pass.
-        exact: whether every step was looked at.
+        exact: whether the packs of every step were computed.
     """
 
     steps: int
@@ -64,7 +64,7 @@ class Workload:
 
     @classmethod
     def from_stage(cls, train: Train, prepared: Prepared, max_length: int, seed: int, kind: str) -> Workload:
-        """Of a stage over prepared rows.
+        """The workload of a stage over prepared rows.
 
         Args:
             max_length: `data.max_length`.
@@ -73,14 +73,14 @@ class Workload:
         rows = prepared.train
         limit = pack_length(train.pack_length, max_length, kind)
         order = Order(train, rows.lengths.tolist(), seed)
-        every = math.ceil(order.steps / _LOOKED_AT)
-        batches = [order.batch(step) for step in range(1, order.steps + 1, every)]
+        interval = math.ceil(order.steps / _MOST_STEPS)
+        batches = [order.batch(step) for step in range(1, order.steps + 1, interval)]
         sizes = [int(rows.lengths[batch].sum()) for batch in batches]
         heavy = _heaviest(batches, sizes, rows, limit)
         typical = batches[sorted(range(len(sizes)), key=sizes.__getitem__)[len(sizes) // 2]]
         held_out = prepared.validation.lengths[: train.evaluate_rows].tolist()
-        some = _evenly_spaced(pack_sequences(held_out, limit), _EVALUATED_PACKS)
-        tokens = sum(sizes) if every == 1 else round(sum(sizes) / len(sizes) * order.steps)
+        sample = _evenly_spaced(pack_sequences(held_out, limit), _EVALUATED_PACKS)
+        tokens = sum(sizes) if interval == 1 else round(sum(sizes) / len(sizes) * order.steps)
         evaluations = 1 + math.ceil(order.steps / train.evaluate_every) if held_out else 0
         return cls(
             steps=order.steps,
@@ -92,19 +92,19 @@ class Workload:
             common=_mean_pack_shape(rows, _packs(rows, typical, limit)),
             evaluations=evaluations,
             evaluated=sum(held_out),
-            held_out=tuple(i for pack in some for i in pack),
-            held_out_tokens=sum(held_out[i] for pack in some for i in pack),
+            held_out=tuple(i for pack in sample for i in pack),
+            held_out_tokens=sum(held_out[i] for pack in sample for i in pack),
             checkpoints=math.ceil(order.steps / train.checkpoint_every),
             pack_length=limit,
-            exact=every == 1,
+            exact=interval == 1,
         )
 
     def longest_within(self, length: int) -> PackShape:
-        """The longest pack if packs were made no longer than this."""
+        """The longest pack if packs had at most `length` tokens."""
         if self.longest.tokens <= length:
             return self.longest
-        part = length / self.longest.tokens
-        return PackShape(length, math.ceil(self.longest.trained * part), min(self.longest.context, length / 2))
+        share = length / self.longest.tokens
+        return PackShape(length, math.ceil(self.longest.trained * share), min(self.longest.context, length / 2))
 
 
 def _packs(rows: ExampleStore, batch: Sequence[int], limit: int) -> list[list[int]]:
@@ -112,26 +112,26 @@ def _packs(rows: ExampleStore, batch: Sequence[int], limit: int) -> list[list[in
 
 
 def _heaviest(batches: Sequence[list[int]], sizes: Sequence[int], rows: ExampleStore, limit: int) -> list[list[int]]:
-    """The longest pack of all, and the next longest of the same step."""
+    """The longest pack of all steps, and the next longest of the same step."""
 
-    def weight(pack: Sequence[int]) -> tuple[int, int]:
+    def size_of(pack: Sequence[int]) -> tuple[int, int]:
         return int(rows.lengths[pack].sum()), int(rows.trained_tokens[pack].sum())
 
     best: list[list[int]] = []
-    most = (0, 0)
+    longest = (0, 0)
     for batch, size in zip(batches, sizes, strict=True):
-        if size < most[0]:
+        if size < longest[0]:
             continue
-        if size <= limit and size == most[0] and int(rows.trained_tokens[batch].sum()) <= most[1]:
+        if size <= limit and size == longest[0] and int(rows.trained_tokens[batch].sum()) <= longest[1]:
             continue
-        found = sorted(_packs(rows, batch, limit), key=weight, reverse=True)
-        if weight(found[0]) > most:
-            best, most = found[:_HEAVY_PACKS], weight(found[0])
+        by_size = sorted(_packs(rows, batch, limit), key=size_of, reverse=True)
+        if size_of(by_size[0]) > longest:
+            best, longest = by_size[:_HEAVY_PACKS], size_of(by_size[0])
     return best
 
 
 def _evenly_spaced(items: Sequence[list[int]], count: int) -> list[list[int]]:
-    """At most so many of them, from first to last."""
+    """At most `count` of the items, at equal distances from first to last."""
     if len(items) <= count:
         return list(items)
     return [items[i * (len(items) - 1) // (count - 1)] for i in range(count)]
@@ -143,8 +143,8 @@ def _pack_shape(rows: ExampleStore, pack: Sequence[int]) -> PackShape:
     return PackShape(int(lengths.sum()), int(rows.trained_tokens[pack].sum()), context)
 
 
-def _mean_pack_shape(rows: ExampleStore, found: Sequence[Sequence[int]]) -> PackShape:
-    each = [_pack_shape(rows, pack) for pack in found]
-    tokens = sum(p.tokens for p in each)
-    context = sum(p.context * p.tokens for p in each) / tokens
-    return PackShape(round(tokens / len(each)), round(sum(p.trained for p in each) / len(each)), context)
+def _mean_pack_shape(rows: ExampleStore, batch: Sequence[Sequence[int]]) -> PackShape:
+    shapes = [_pack_shape(rows, pack) for pack in batch]
+    tokens = sum(p.tokens for p in shapes)
+    context = sum(p.context * p.tokens for p in shapes) / tokens
+    return PackShape(round(tokens / len(shapes)), round(sum(p.trained for p in shapes) / len(shapes)), context)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import resource
 import socket
 import sys
 from typing import Any, ClassVar
@@ -19,6 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from corral.serving.admission import Bounds
 from corral.serving.http_responses import request_number
 from corral.serving.protocol import Refused
+from corral.system import process_limit
 
 _MOST_PIECES = 4096
 _UNWANTED_BYTES = 2**21  # twice the largest body: who sends that much in vain still hears why
@@ -27,9 +27,8 @@ _SPARE_CONNECTIONS = 256  # for those who have not asked yet
 
 def connection_type(bounds: Bounds) -> type[H11Protocol]:
     """The class of connections that keep to these bounds, for uvicorn."""
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = bounds.under_way + _SPARE_CONNECTIONS
-    if files != resource.RLIM_INFINITY:
+    if files := process_limit("NOFILE"):
         most = min(most, files * 3 // 4)  # the rest is for models, a database, replicas
     return type("BoundedConnection", (Connection,), {"bounds": bounds, "most": most, "waiting": {}})
 

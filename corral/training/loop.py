@@ -16,8 +16,6 @@ The loop knows nothing about text, templates, recipes as files, or where its out
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from corral import system
 from corral.data.example_store import Example, ExampleStore
 from corral.data.packing import pack_sequences
 from corral.model.loading import quiet
@@ -290,5 +289,4 @@ def _peak_memory(model: torch.nn.Module) -> int:
     device = next(model.parameters()).device
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return system.peak_memory() or 0

@@ -161,8 +161,8 @@ def test_where_there_are_too_many_connections_the_one_that_waited_longest_gives_
 
 
 def test_connections_leave_a_quarter_of_the_files_that_a_process_may_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    for files, most in ((256, 192), (10**6, 704 + 256), (-1, 704 + 256)):
-        monkeypatch.setattr("corral.serving.connections.resource.getrlimit", lambda _, files=files: (files, files))
+    for files, most in ((256, 192), (10**6, 704 + 256), (None, 704 + 256)):
+        monkeypatch.setattr("corral.serving.connections.process_limit", lambda _, files=files: files)
         assert connection_type(Bounds()).most == most
 
 
