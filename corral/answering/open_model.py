@@ -49,8 +49,8 @@ def open_model(
         sampling: the Answerer's default.
         urls: of endpoints that serve this model: they compute, and only its template and vocabulary are read here.
 
-    A model that carries a contract is held to it as far as that takes no computing: `contract.check_unchanged`. So is the base of an
-    adapter.
+    A model that carries a contract is held to it as far as that takes no computing: `contract.check_unchanged`. So is the base
+    of an adapter.
 
     Raises:
         RunError, ModelError, AssetError: there is no such model, or it cannot be loaded.

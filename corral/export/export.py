@@ -43,7 +43,7 @@ def export_form(folder: Path, out: Path, form: ExportForm, progress: Progress) -
         folder: a Hugging Face folder, as `corral run` merges it.
         out: the export directory; it is made if need be, and other forms in it stay.
 
-    Returns: `form.place(out)`.
+    Returns: `form.path(out)`.
 
     Raises:
         ContractError: what was made is not the same model; it stays in `out` as a candidate, with its contract.

@@ -157,7 +157,7 @@ def _stages(work: Work, only: Collection[str] | None) -> dict[str, str]:
     done: dict[str, str] = {}
     for step in steps(work):
         may = only is None or step.name in only
-        stage = run.stage(step.name, step.inputs(done), claim=may)
+        stage = (run.claim_stage if may else run.find_stage)(step.name, step.inputs(done))
         done[step.name] = stage.fingerprint
         outcome[step.name] = "skipped" if stage.done else "done"
         if stage.done:

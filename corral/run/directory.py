@@ -1,16 +1,14 @@
-"""The run directory: what stages read and write, and how they know what is done.
+"""The run directory: what stages read and write, and whether each stage is done.
 
 Each stage has a directory with a `stage.json`: its fingerprint (a hash of everything it depends on), its status, and the
-sha256 of what it made. A stage with the same fingerprint and whole outputs is done; with another, its directory is moved
-to `superseded/` (and comes back if the recipe does). A run is locked while it is written.
-
-This module does not know which stages there are or what is in them.
+sha256 of its outputs. A stage is done if its fingerprint is the same and its outputs are complete. If the fingerprint
+differs, its directory is moved to `superseded/`, and moved back when the recipe changes back. A run is locked while it is
+written.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -23,16 +21,25 @@ from pathlib import Path
 from typing import Any
 
 import corral
+from corral import system
 from corral.errors import RunError
 from corral.recipe import Recipe, parse
-from corral.storage import remove_temporary_files, remove_tree, storage_errors, tree_hashes, write_atomic, write_json
+from corral.storage import (
+    file_lock,
+    remove_temporary_files,
+    remove_tree,
+    storage_errors,
+    tree_hashes,
+    write_atomic,
+    write_json,
+)
 
 _PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "rapidfuzz", "sacrebleu")
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stage's directory and the fingerprint of what belongs in it."""
+    """A stage's directory, the fingerprint of what belongs in it, and whether it is done."""
 
     name: str
     path: Path
@@ -64,7 +71,7 @@ class Run:
 
     @property
     def merged_model(self) -> Path:
-        """The promoted model's folder. Raises: RunError (this run has none yet)."""
+        """The promoted model's folder. Raises RunError if this run has none yet."""
         folder = self.path / "merge" / "model"
         if not (folder / "config.json").is_file():
             raise RunError("this run has no merged model yet", where=str(folder), hint="finish it: `corral run RECIPE`")
@@ -73,14 +80,15 @@ class Run:
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: Path, recipe: Recipe) -> Generator[Run]:
-        """Create or take up a run for writing; it is locked until the context ends.
+        """Create a run or open an existing one for writing; it is locked until the context ends.
 
         Raises:
-            RunError: another process is writing it, or the directory holds something else or another recipe's run.
+            RunError: another process is writing it, or the directory holds other files or another recipe's run.
         """
         recipe_path = path / "recipe.toml"
-        foreign = path.is_dir() and not recipe_path.exists() and not all(_ours(p) for p in path.iterdir())
-        if path.is_file() or foreign:
+        # An earlier start that was cut short may have left a lock or temporary files of corral, and no recipe.
+        other_files = path.is_dir() and any(p.name != ".lock" and p.name[:8] != ".corral-" for p in path.iterdir())
+        if path.is_file() or (other_files and not recipe_path.exists()):
             raise RunError(
                 "the output directory exists and is not a run",
                 where=str(path),
@@ -92,51 +100,52 @@ class Run:
                 where=str(path),
                 hint="give another directory with --out",
             )
-        with storage_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
         with _locked(path):
             write_atomic(recipe_path, recipe.to_toml())
             yield cls(path)
 
-    def stage(self, name: str, inputs: Mapping[str, Any], *, claim: bool = True) -> Stage:
-        """Claim a stage's directory for these inputs: done, half done, or empty.
+    def find_stage(self, name: str, inputs: Mapping[str, Any]) -> Stage:
+        """Whether a stage is done for these inputs; changes nothing.
 
         Args:
             inputs: everything the stage depends on, as JSON values; earlier stages by their fingerprints.
-            claim: whether to make room for it; otherwise only look.
         """
-        text = json.dumps({"corral": corral.__version__, "stage": name, **inputs}, sort_keys=True)
-        fingerprint = hashlib.sha256(text.encode()).hexdigest()
-        path = self.path / name
-        found = _read_stage(path)
-        if not claim:
-            done = found is not None and found.get("fingerprint") == fingerprint and _is_done(path, found)
-            return Stage(name, path, fingerprint, done)
-        if found is not None and _is_damaged(path, found):
-            # What was done and is no longer whole cannot be taken up in the middle: it is done anew.
+        path, fingerprint = self.path / name, _fingerprint(name, inputs)
+        record = _read_record(path)
+        done = record is not None and record.get("fingerprint") == fingerprint and _is_done(path, record)
+        return Stage(name, path, fingerprint, done)
+
+    def claim_stage(self, name: str, inputs: Mapping[str, Any]) -> Stage:
+        """Prepare a stage's directory for these inputs: done, half done, or empty. Other content is superseded.
+
+        Args:
+            inputs: as for `find_stage`.
+        """
+        path, fingerprint = self.path / name, _fingerprint(name, inputs)
+        record = _read_record(path)
+        if record is not None and _is_damaged(path, record):
             self._supersede(name, "damaged")
-            found = None
-        elif found is not None and found.get("fingerprint") != fingerprint:
-            self._supersede(name, str(found.get("fingerprint", "unknown")))
-            found = None
-        kept = self.path / "superseded" / f"{name}-{fingerprint[:12]}"
-        if found is None and kept.exists():
+            record = None
+        elif record is not None and record.get("fingerprint") != fingerprint:
+            self._supersede(name, str(record.get("fingerprint", "unknown")))
+            record = None
+        superseded = self._superseded_path(name, fingerprint)
+        if record is None and superseded.exists():
             remove_tree(path)
-            kept.rename(path)
-            found = _read_stage(path)
-        if found is None or _is_damaged(path, found):
+            superseded.rename(path)
+            record = _read_record(path)
+        if record is None or _is_damaged(path, record):
             remove_tree(path)
             with storage_errors(path):
                 path.mkdir(parents=True)
             record = {"name": name, "fingerprint": fingerprint, "status": "running", "inputs": dict(inputs)}
             write_json(path / "stage.json", {**record, "started": _now()})
-            return Stage(name, path, fingerprint, done=False)
-        if not (done := _is_done(path, found)):
+        elif not _is_done(path, record):
             remove_temporary_files(path)
-        return Stage(name, path, fingerprint, done)
+        return Stage(name, path, fingerprint, _is_done(path, record))
 
     def finish_stage(self, stage: Stage, seconds: float) -> None:
-        """Record a stage as done, with the sha256 of every file it made."""
+        """Record a stage as done, with the sha256 and size of every output file."""
         record: dict[str, Any] = json.loads((stage.path / "stage.json").read_text("utf-8"))
         outputs = {name: digest for name, digest in tree_hashes(stage.path).items() if name != "stage.json"}
         sizes = {name: (stage.path / name).stat().st_size for name in outputs}
@@ -150,64 +159,69 @@ class Run:
         write_json(stage.path / "stage.json", record | {"seconds": record.get("seconds", 0.0) + seconds})
 
     def write_lineage(self, stages: list[str], extra: Mapping[str, Any]) -> None:
-        """lineage.json: which stage made what from what."""
-        records = [r for name in stages if (r := _read_stage(self.path / name)) is not None]
+        """Write lineage.json: each stage's inputs, outputs and their hashes."""
+        records = [r for name in stages if (r := _read_record(self.path / name)) is not None]
         for record in records:
             record.pop("sizes", None)
         write_json(self.path / "lineage.json", {**extra, "stages": records})
 
+    def _superseded_path(self, name: str, fingerprint: str) -> Path:
+        return self.path / "superseded" / f"{name}-{fingerprint[:12]}"
+
     def _supersede(self, name: str, fingerprint: str) -> None:
-        target = self.path / "superseded" / f"{name}-{fingerprint[:12]}"
+        target = self._superseded_path(name, fingerprint)
         with storage_errors(target):
             target.parent.mkdir(exist_ok=True)
-            # A copy made for the same inputs before this one holds nothing that this one does not.
+            # An older copy of the same fingerprint holds nothing that this one does not.
             remove_tree(target)
             (self.path / name).rename(target)
 
 
-def _ours(path: Path) -> bool:
-    """Whether a file is what an opening of this run, cut short, leaves."""
-    return path.name == ".lock" or path.name.startswith(".corral-")
+def _fingerprint(name: str, inputs: Mapping[str, Any]) -> str:
+    text = json.dumps({"corral": corral.__version__, "stage": name, **inputs}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read_stage(path: Path) -> dict[str, Any] | None:
+def _read_record(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads((path / "stage.json").read_text("utf-8"))
     except FileNotFoundError:
         return None
     except ValueError:
-        # Cut short by a crash of the machine: what else is there cannot be trusted to belong to any fingerprint.
+        # The machine crashed while it was written: the other files cannot be trusted to belong to any fingerprint.
         return {"fingerprint": "damaged", "status": "running"}
 
 
 def _is_done(path: Path, record: Mapping[str, Any]) -> bool:
-    return record["status"] == "done" and _whole(path, record)
+    return record["status"] == "done" and _outputs_complete(path, record)
 
 
 def _is_damaged(path: Path, record: Mapping[str, Any]) -> bool:
-    return record["status"] == "done" and not _whole(path, record)
+    return record["status"] == "done" and not _outputs_complete(path, record)
 
 
-def _whole(path: Path, record: Mapping[str, Any]) -> bool:
+def _outputs_complete(path: Path, record: Mapping[str, Any]) -> bool:
     sizes: dict[str, int] = record.get("sizes", {})
     return all((path / name).is_file() and (path / name).stat().st_size == size for name, size in sizes.items())
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Generator[None]:
-    with (path / ".lock").open("a+") as file:
+    """Holds the run's lock file, in which the holder's process id stands."""
+    lock = path / ".lock"
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
+            stack.enter_context(file_lock(lock, wait=False))
+        except TimeoutError:
+            holder = ""
+            with contextlib.suppress(OSError):  # Windows lets nobody read a locked file
+                holder = lock.read_text()
             raise RunError(
-                f"this run is in use by process {file.read().strip() or 'unknown'}",
+                f"this run is in use by process {holder.strip() or 'unknown'}",
                 where=str(path),
                 hint="wait until it ends, or give another directory with --out",
             ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        lock.write_text(str(os.getpid()))
         yield
 
 
@@ -221,21 +235,12 @@ def environment() -> dict[str, Any]:
     for name in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             packages[name] = version(name)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "corral": corral.__version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": memory,
+        "cpu": system.processor_name(),
+        "cores": system.available_cores(),
+        "memory_bytes": system.total_memory(),
         "packages": packages,
     }
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

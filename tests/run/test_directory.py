@@ -20,38 +20,38 @@ def recipe() -> Recipe:
 
 
 def finish(run: Run, inputs: dict[str, int], content: str = "x") -> None:
-    stage = run.stage("one", inputs)
+    stage = run.claim_stage("one", inputs)
     (stage.path / "out.txt").write_text(content)
     run.finish_stage(stage, 1.0)
 
 
 def test_a_stage_is_done_for_the_same_inputs_and_not_for_others(recipe: Recipe, tmp_path: Path) -> None:
     with Run.open(tmp_path, recipe) as run:
-        assert not run.stage("one", {"a": 1}).done
+        assert not run.claim_stage("one", {"a": 1}).done
         finish(run, {"a": 1})
-        assert run.stage("one", {"a": 1}).done
-        assert not run.stage("one", {"a": 2}).done
+        assert run.claim_stage("one", {"a": 1}).done
+        assert not run.claim_stage("one", {"a": 2}).done
 
 
 def test_what_is_superseded_is_kept_and_comes_back_with_its_inputs(recipe: Recipe, tmp_path: Path) -> None:
     with Run.open(tmp_path, recipe) as run:
         finish(run, {"a": 1}, "first")
         finish(run, {"a": 2}, "second")
-        back = run.stage("one", {"a": 1})
+        back = run.claim_stage("one", {"a": 1})
         assert back.done
         assert (back.path / "out.txt").read_text() == "first"
-        forth = run.stage("one", {"a": 2})
+        forth = run.claim_stage("one", {"a": 2})
         assert forth.done
         assert (forth.path / "out.txt").read_text() == "second"
 
 
 def test_an_unfinished_stage_is_taken_up_where_it_was(recipe: Recipe, tmp_path: Path) -> None:
     with Run.open(tmp_path, recipe) as run:
-        stage = run.stage("one", {"a": 1})
+        stage = run.claim_stage("one", {"a": 1})
         (stage.path / "half").write_text("x")
         (stage.path / ".corral-tmp-file").write_text("what a killed writer left")
         (stage.path / "deep" / ".corral-tmp-folder").mkdir(parents=True)
-        again = run.stage("one", {"a": 1})
+        again = run.claim_stage("one", {"a": 1})
         assert not again.done
         assert (again.path / "half").exists()
         assert not list(again.path.rglob(".corral-*"))
@@ -62,14 +62,14 @@ def test_a_stage_whose_output_is_missing_or_cut_is_not_done(damage, recipe: Reci
     with Run.open(tmp_path, recipe) as run:
         finish(run, {"a": 1})
         damage(tmp_path / "one" / "out.txt")
-        assert not run.stage("one", {"a": 1}).done
+        assert not run.claim_stage("one", {"a": 1}).done
 
 
 def test_a_half_written_stage_record_is_not_trusted(recipe: Recipe, tmp_path: Path) -> None:
     with Run.open(tmp_path, recipe) as run:
         finish(run, {"a": 1})
         (tmp_path / "one" / "stage.json").write_text('{"name": "one", "finger')
-        assert not run.stage("one", {"a": 1}).done
+        assert not run.claim_stage("one", {"a": 1}).done
         assert list((tmp_path / "superseded").iterdir())
 
 
