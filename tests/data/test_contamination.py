@@ -7,7 +7,7 @@ from tests.data.conftest import prose_words
 
 
 def block(*conversations: tuple[str, str]) -> Block:
-    found = word_columns(Conversation.of(("user", q), ("assistant", a)) for q, a in conversations)
+    found = word_columns(Conversation.from_turns(("user", q), ("assistant", a)) for q, a in conversations)
     return found["words"], found["word_ends"], found["prompt_words"]
 
 

@@ -77,7 +77,9 @@ def gsm8k(row: Mapping[str, Any]) -> Conversation:
         nonblank_text(value_at_path(row, ("question",)), "question"),
         nonblank_text(value_at_path(row, ("answer",)), "answer"),
     )
-    return Conversation.from_turns(("user", question), ("assistant", nonblank_text(_CALCULATOR.sub("", answer), "answer")))
+    return Conversation.from_turns(
+        ("user", question), ("assistant", nonblank_text(_CALCULATOR.sub("", answer), "answer"))
+    )
 
 
 def hotpot(row: Mapping[str, Any]) -> Conversation:

@@ -74,7 +74,9 @@ def test_a_long_value_is_shortened_in_a_reason() -> None:
     ["messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat", "items", "history"],
 )
 def test_the_list_may_have_any_of_its_names(column: str) -> None:
-    assert openai_messages({column: [USER, ASSISTANT]}) == Conversation.from_turns(("user", "Hello?"), ("assistant", "Hello."))
+    assert openai_messages({column: [USER, ASSISTANT]}) == Conversation.from_turns(
+        ("user", "Hello?"), ("assistant", "Hello.")
+    )
 
 
 def test_content_may_be_a_list_of_text_parts_and_nothing_else() -> None:
