@@ -149,7 +149,7 @@ def side_corral(base: Any, batches: Sequence[Sequence[Row]], size: Sizes) -> dic
     from corral.model import adapters
     from corral.recipe import Lora
     from corral.template import Encoded
-    from corral.training.loop import Training
+    from corral.training.loop import Trainer
     from corral.training.objectives import OBJECTIVES
 
     record = Conversation.from_turns(("user", "?"), ("assistant", "!"))
@@ -163,7 +163,7 @@ def side_corral(base: Any, batches: Sequence[Sequence[Row]], size: Sizes) -> dic
     for example in examples:
         shuffled[next(places)] = example
     with tempfile.TemporaryDirectory() as name:
-        training = Training(
+        training = Trainer(
             model,
             shuffled,
             [],
@@ -187,9 +187,9 @@ def settings(per_step: int, steps: int) -> Any:
 
 def order_of(rows: Sequence[Row], config: Any) -> list[int]:
     """In which order the loop draws rows: the place of each in what it is given."""
-    from corral.training.sampler import Order
+    from corral.training.sampler import BatchSampler
 
-    order = Order(config, [1] * len(rows), 0)
+    order = BatchSampler(config, [1] * len(rows), 0)
     return [i for step in range(1, order.steps + 1) for i in order.batch(step)]
 
 

@@ -46,13 +46,13 @@ def prepared(folder: Path, rows: int) -> Any:
     from corral.progress import Progress
     from corral.recipe import Data, Source, Train
     from corral.template import Template
-    from corral.training.sampler import Order
+    from corral.training.sampler import BatchSampler
 
     base = resolve_model("asset:smollm2-135m-instruct").folder
     template = Template.load(load_tokenizer(base))
     data = Data(sources=(Source(path="asset:wikibooks-recipes", format="wikibooks-recipes"),), max_length=512)
     train = prepare(data, template, folder, 0, Progress()).train
-    order = Order(Train(steps=rows // ROWS_PER_STEP, batch_size=ROWS_PER_STEP), train.lengths.tolist(), 0)
+    order = BatchSampler(Train(steps=rows // ROWS_PER_STEP, batch_size=ROWS_PER_STEP), train.lengths.tolist(), 0)
     return base, template.tokenizer, train, [train[i] for step in range(1, order.steps + 1) for i in order.batch(step)]
 
 
@@ -61,7 +61,7 @@ def side_corral(steps: int, *, nf4: bool = False) -> dict[str, Any]:
     from corral.model.device import pack_length
     from corral.model.quantisation import Quantization
     from corral.recipe import Lora, Optimizer, Train
-    from corral.training.loop import Training
+    from corral.training.loop import Trainer
     from corral.training.objectives import OBJECTIVES
 
     with tempfile.TemporaryDirectory() as name:
@@ -76,7 +76,7 @@ def side_corral(steps: int, *, nf4: bool = False) -> dict[str, Any]:
             checkpoint_every=10**6,
             optimizer=Optimizer(lr=LR, schedule="constant", warmup_ratio=0),
         )
-        training = Training(
+        training = Trainer(
             model,
             train,
             [],

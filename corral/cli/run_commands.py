@@ -63,9 +63,9 @@ def init(args: argparse.Namespace) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     """Run a recipe: prepare, train, merge, evaluate, export, report."""
-    from corral.training.distributed import join
+    from corral.training.distributed import world_from_environment
 
-    with join() as world:
+    with world_from_environment() as world:
         if world.is_main:
             return _run(args, world)
         from corral.pipeline.execution import follow

@@ -139,11 +139,11 @@ def follow(world: World) -> None:
     interrupts = Interrupts()
     with interrupts:
         try:
-            while "end" not in (message := world.hear()):
+            while "end" not in (message := world.receive_from_main()):
                 run = Run(Path(message["run"]))
                 work = Work(run, run.recipe, Progress(), interrupts, world)
                 stage = Stage(message["stage"], run.path / message["stage"], message["fingerprint"], done=False)
-                with world.together():
+                with world.peer_errors():
                     stages.train(work, stage, message["number"])
         except KeyboardInterrupt:
             raise Stopped(interrupts.signal) from None
@@ -204,9 +204,11 @@ def _execute(step: Step, work: Work, stage: Stage) -> None:
     began = time.perf_counter()
     if step.training:
         run = str(work.run.path.resolve())
-        work.world.tell({"stage": stage.name, "number": step.training, "fingerprint": stage.fingerprint, "run": run})
+        work.world.send_to_others(
+            {"stage": stage.name, "number": step.training, "fingerprint": stage.fingerprint, "run": run}
+        )
     try:
-        with work.world.together():
+        with work.world.peer_errors():
             step.body(work, stage)
     except BaseException:
         work.progress.stop()

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from corral.export_forms import ExportForm
     from corral.model.loading import DType, ModelSource
     from corral.template import Template
-    from corral.training.step_metrics import Metrics
-    from corral.training.trained_model import Measure, Start
+    from corral.training.step_metrics import StepMetrics
+    from corral.training.trained_model import TrainingSetup, ValidationSet
 
 
 @dataclass
@@ -139,41 +139,41 @@ def train(work: Work, stage: Stage, number: int) -> None:
 
         work.progress.start("Merging the adapter", None)
         licences = work.base.licence_files
-        trained_model.merge(
-            start, stage.path, work.template, _measure(work, start), licences=licences, say=work.progress.say
+        trained_model.save_merged_model(
+            start, stage.path, work.template, _measure(work, start), licences=licences, report=work.progress.say
         )
 
 
-def _start(work: Work, number: int) -> Start:
-    from corral.training.trained_model import Start
+def _start(work: Work, number: int) -> TrainingSetup:
+    from corral.training.trained_model import TrainingSetup
 
-    return Start(work.base_of(number), work.recipe.train[number - 1], *work.placement)
+    return TrainingSetup(work.base_of(number), work.recipe.train[number - 1], *work.placement)
 
 
-def _measure(work: Work, start: Start) -> Measure:
+def _measure(work: Work, start: TrainingSetup) -> ValidationSet:
     """The rows that a training stage is evaluated on, and packs of the length it uses."""
-    from corral.training.trained_model import Measure
+    from corral.training.trained_model import ValidationSet
 
     validation, config = work.prepared.validation, start.config
     rows = [validation[i] for i in range(min(len(validation), config.evaluate_rows))]
-    return Measure(rows, pack_length(config.pack_length, work.recipe.data.max_length, start.device))
+    return ValidationSet(rows, pack_length(config.pack_length, work.recipe.data.max_length, start.device))
 
 
-def _fit(work: Work, stage: Stage, start: Start) -> None:
+def _fit(work: Work, stage: Stage, start: TrainingSetup) -> None:
     from corral.export import contract
     from corral.model import adapters
     from corral.training import optimizers, trained_model
-    from corral.training.loop import Training
+    from corral.training.loop import Trainer
     from corral.training.objectives import OBJECTIVES
 
     config, measure = start.config, _measure(work, start)
     lora = config.method == "lora"
     # What is to be sharded may fit on no device as a whole: it goes there part by part.
     sharded = config.sharding == "full" and work.world.size > 1
-    model = trained_model.load(replace(start, device="cpu") if sharded else start)
+    model = trained_model.load_base(replace(start, device="cpu") if sharded else start)
     if lora:
-        trained_model.refuse_untrained(model, work.template)
-    trained: Any = trained_model.trainable(model, start, seed=work.recipe.seed)
+        trained_model.check_special_tokens(model, work.template)
+    trained: Any = trained_model.make_trainable(model, start, seed=work.recipe.seed)
     probe_set = contract.make_probes(work.template)
 
     def save(name: str) -> None:
@@ -182,14 +182,14 @@ def _fit(work: Work, stage: Stage, start: Start) -> None:
             with new_directory(stage.path / name) as folder:
                 base = work.recipe.model.base if start.folder == work.base.folder else str(start.folder)
                 adapters.save(trained, folder, base=base, weights=values)
-        elif not lora and name == trained_model.ADAPTER:  # a checkpoint holds the last weights
+        elif not lora and name == trained_model.ADAPTER_FOLDER:  # a checkpoint holds the last weights
             scores = training.score([p.ids for p in probe_set], [p.start for p in probe_set])
             if work.world.is_main:
-                trained_model.save_whole(
+                trained_model.save_full_model(
                     trained, values, scores, start, stage.path, work.template, work.base.licence_files
                 )
 
-    training = Training(
+    training = Trainer(
         trained,
         work.prepared.train,
         measure.rows,
@@ -198,21 +198,21 @@ def _fit(work: Work, stage: Stage, start: Start) -> None:
         pack_length=measure.pack_length,
         seed=work.recipe.seed,
         folder=stage.path,
-        save_best=lambda _: save(trained_model.ADAPTER),
+        save_best=lambda _: save(trained_model.ADAPTER_FOLDER),
         world=work.world,
         device=start.device,
     )
     what = f"LoRA r {config.lora.rank}" if lora else "all weights"
     work.progress.start(f"Training ({config.objective}, {what})", training.total_steps)
-    if said := optimizers.shortfall(config.optimizer, start.device):
+    if said := optimizers.unsupported(config.optimizer, start.device):
         work.progress.say(said)
     with work.interrupts.deferred() as should_stop, _listeners(work, stage, start) as on_step:
         outcome = training.run(on_step=on_step, should_stop=should_stop, warn=work.progress.say)
-        if work.world.any(should_stop()):  # asked for in the last step
+        if work.world.any_process(should_stop()):  # asked for in the last step
             raise KeyboardInterrupt
     save("last")
     if outcome.best_loss is None:
-        save(trained_model.ADAPTER)
+        save(trained_model.ADAPTER_FOLDER)
     if not work.world.is_main:
         return
     write_json(stage.path / "outcome.json", {field: getattr(outcome, field) for field in outcome.__slots__})
@@ -224,9 +224,9 @@ def _fit(work: Work, stage: Stage, start: Start) -> None:
 
 
 @contextlib.contextmanager
-def _listeners(work: Work, stage: Stage, start: Start) -> Generator[Callable[[Metrics], None]]:
+def _listeners(work: Work, stage: Stage, start: TrainingSetup) -> Generator[Callable[[StepMetrics], None]]:
     """Who is told of each step: the screen, the recipe's trackers, the profiler if one is asked for."""
-    from corral.training.profiler import Profile
+    from corral.training.profiler import StepProfiler
     from corral.training.trackers import Trackers
 
     trackers = Trackers(
@@ -241,10 +241,10 @@ def _listeners(work: Work, stage: Stage, start: Start) -> Generator[Callable[[Me
         profile = None
         if work.profile and work.world.is_main:
             profile = stack.enter_context(
-                Profile(stage.path / "profile", work.progress.say, cuda=start.device.startswith("cuda"))
+                StepProfiler(stage.path / "profile", work.progress.say, cuda=start.device.startswith("cuda"))
             )
 
-        def on_step(metrics: Metrics) -> None:
+        def on_step(metrics: StepMetrics) -> None:
             _tell(work.progress, metrics)
             trackers.log(metrics)
             if profile is not None and metrics.step:
@@ -253,7 +253,7 @@ def _listeners(work: Work, stage: Stage, start: Start) -> Generator[Callable[[Me
         yield on_step
 
 
-def _tell(progress: Progress, metrics: Metrics) -> None:
+def _tell(progress: Progress, metrics: StepMetrics) -> None:
     parts = [] if metrics.loss is None else [f"loss {metrics.loss:.3f}", f"{metrics.tokens_per_second:.0f} tokens/s"]
     if metrics.eval_loss is not None:
         parts.append(f"held-out loss {metrics.eval_loss:.4f}")
@@ -274,10 +274,10 @@ def merge(work: Work, stage: Stage) -> None:
     start, trained = _start(work, number), work.run.path / stage_name(work.recipe, number)
     candidate = stage.path / "candidate"
     with new_directory(candidate) as folder:
-        link_or_copy_tree(trained / trained_model.MERGED, folder)
+        link_or_copy_tree(trained / trained_model.MERGED_FOLDER, folder)
     probe_set = contract.make_probes(work.template)
     work.progress.start("Measuring the contract", None)
-    measured, found = trained_model.checks(start, trained, candidate, probe_set, _measure(work, start))
+    measured, found = trained_model.check_merged_model(start, trained, candidate, probe_set, _measure(work, start))
     checks = [
         contract.check_token_ids(work.template, candidate),
         contract.check_stop_ids(work.template, candidate),

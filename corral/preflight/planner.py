@@ -305,14 +305,14 @@ class _StageTrial:
     """A trial of one stage: a child process that kills itself, and one that goes on from its checkpoint."""
 
     def __init__(self, planner: _Planner, train: Train, number: int, work: Workload) -> None:
-        from corral.training.trained_model import Start
+        from corral.training.trained_model import TrainingSetup
 
         self._planner, self._work, self._number = planner, work, number
         folder = planner.scratch / f"train-{number}"
         folder.mkdir()
         recipe, (device, dtype) = planner.recipe, planner.placement
         self._job = trial.TrialJob(
-            start=Start(planner.folder, train, device, dtype),
+            start=TrainingSetup(planner.folder, train, device, dtype),
             base=recipe.model.base,
             template=recipe.model.template,
             prepared=planner.scratch / "prepare",

@@ -24,9 +24,9 @@ from corral.preflight import memory
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-    from corral.training.loop import Training
-    from corral.training.step_metrics import Metrics
-    from corral.training.trained_model import Start
+    from corral.training.loop import Trainer
+    from corral.training.step_metrics import StepMetrics
+    from corral.training.trained_model import TrainingSetup
 
 HEAVY_STEP, TYPICAL_STEP = 1, 2
 """The steps of a trial: the longest packs, then typical ones. A checkpoint is written between them."""
@@ -52,7 +52,7 @@ class TrialJob:
         limit: bytes of memory at which it exits; None for a GPU, which refuses by itself.
     """
 
-    start: Start
+    start: TrainingSetup
     base: str
     template: str
     prepared: Path
@@ -129,28 +129,28 @@ class _Trial:
     def _phase(self, text: str) -> None:
         self._send("phase", text)
 
-    def _build(self) -> Training:
+    def _build(self) -> Trainer:
         from corral.data.prepare import Prepared
         from corral.export import contract
         from corral.model.loading import load_tokenizer
         from corral.template import Template
         from corral.training import trained_model
-        from corral.training.loop import Training
+        from corral.training.loop import Trainer
         from corral.training.objectives import OBJECTIVES
-        from corral.training.sampler import Order
+        from corral.training.sampler import BatchSampler
 
         job, start = self._job, self._job.start
         rows = Prepared.open(job.prepared)
         template = Template.load(load_tokenizer(start.folder), job.template)
         probes = contract.make_probes(template)
-        model = trained_model.load(start)
+        model = trained_model.load_base(start)
         if start.config.method == "lora":
-            trained_model.refuse_untrained(model, template)
-        trained: Any = trained_model.trainable(model, start, seed=job.seed)
+            trained_model.check_special_tokens(model, template)
+        trained: Any = trained_model.make_trainable(model, start, seed=job.seed)
         config = start.config.model_copy(update={"checkpoint_every": 1, "evaluate_every": 10**9})
 
-        class TrialOrder(Order):
-            """The stage's order, except for its first two steps."""
+        class TrialSampler(BatchSampler):
+            """The stage's batches, except for its first two steps."""
 
             def batch(self, step: int) -> list[int]:
                 return list(job.heavy if step == HEAVY_STEP else job.typical)
@@ -159,16 +159,16 @@ class _Trial:
             began = time.perf_counter()
             if start.config.method == "full":
                 scores = training.score([p.ids for p in probes], [p.start for p in probes])
-                trained_model.save_whole(trained, training.weights(), scores, start, job.folder, template, [])
+                trained_model.save_full_model(trained, training.weights(), scores, start, job.folder, template, [])
             else:
                 from corral.model import adapters
                 from corral.storage import new_directory
 
-                with new_directory(job.folder / trained_model.ADAPTER) as folder:
+                with new_directory(job.folder / trained_model.ADAPTER_FOLDER) as folder:
                     adapters.save(trained, folder, base=job.base)
             self._figures["save_seconds"] = time.perf_counter() - began
 
-        training = Training(
+        training = Trainer(
             trained,
             rows.train,
             [rows.validation[i] for i in job.held_out],
@@ -179,7 +179,7 @@ class _Trial:
             folder=job.folder,
             save_best=save,
         )
-        training.order = TrialOrder(config, rows.train.lengths.tolist(), job.seed)
+        training.sampler = TrialSampler(config, rows.train.lengths.tolist(), job.seed)
         training.total_steps = max(TYPICAL_STEP + 1, training.total_steps)  # the stage's last step would evaluate
         return training
 
@@ -188,6 +188,7 @@ class _Trial:
         import torch
 
         from corral.data.packing import pack_sequences
+        from corral.training.objectives import trained_positions
 
         self._phase("Measuring the longest pack")
         training, start = self._training, self._job.start
@@ -197,7 +198,7 @@ class _Trial:
         model: Any = training.model
         training.optimizer.zero_grad(set_to_none=True)
         sequences = [s for i in longest for s in examples[i].sequences]
-        positions = [[i for i, trained in enumerate(s.trained) if trained and i] for s in sequences]
+        positions = [trained_positions(s) for s in sequences]
         dtype = torch.float32 if start.config.method == "full" else getattr(torch, start.dtype)
         self._figures |= {
             "weights": memory.weights_bytes(model),
@@ -217,7 +218,7 @@ class _Trial:
         self._figures["optimizer_seconds"] = time.perf_counter() - self._optimizer_start
         self._figures["moments"] = memory.tensor_bytes(self._training.optimizer.state.values())
 
-    def _on_step(self, metrics: Metrics) -> None:
+    def _on_step(self, metrics: StepMetrics) -> None:
         now, figures = time.perf_counter(), self._figures
         if metrics.step == 0:
             figures["evaluate_seconds"] = now - self._phase_start
@@ -251,7 +252,7 @@ class _Trial:
         return False
 
 
-def _state_hash(training: Training) -> str:
+def _state_hash(training: Trainer) -> str:
     """sha256 of the trained weights and the optimizer's state."""
     import torch
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from corral.data.packing import pack_sequences
 from corral.model.device import pack_length
 from corral.preflight.estimate import PackShape
-from corral.training.sampler import Order
+from corral.training.sampler import BatchSampler
 
 if TYPE_CHECKING:
     from corral.data.example_store import ExampleStore
@@ -72,18 +72,18 @@ class Workload:
         """
         rows = prepared.train
         limit = pack_length(train.pack_length, max_length, kind)
-        order = Order(train, rows.lengths.tolist(), seed)
-        interval = math.ceil(order.steps / _MOST_STEPS)
-        batches = [order.batch(step) for step in range(1, order.steps + 1, interval)]
+        sampler = BatchSampler(train, rows.lengths.tolist(), seed)
+        interval = math.ceil(sampler.steps / _MOST_STEPS)
+        batches = [sampler.batch(step) for step in range(1, sampler.steps + 1, interval)]
         sizes = [int(rows.lengths[batch].sum()) for batch in batches]
         heavy = _heaviest(batches, sizes, rows, limit)
         typical = batches[sorted(range(len(sizes)), key=sizes.__getitem__)[len(sizes) // 2]]
         held_out = prepared.validation.lengths[: train.evaluate_rows].tolist()
         sample = _evenly_spaced(pack_sequences(held_out, limit), _EVALUATED_PACKS)
-        tokens = sum(sizes) if interval == 1 else round(sum(sizes) / len(sizes) * order.steps)
-        evaluations = 1 + math.ceil(order.steps / train.evaluate_every) if held_out else 0
+        tokens = sum(sizes) if interval == 1 else round(sum(sizes) / len(sizes) * sampler.steps)
+        evaluations = 1 + math.ceil(sampler.steps / train.evaluate_every) if held_out else 0
         return cls(
-            steps=order.steps,
+            steps=sampler.steps,
             tokens=tokens,
             rows=len(rows),
             heavy=tuple(i for pack in heavy for i in pack),
@@ -94,7 +94,7 @@ class Workload:
             evaluated=sum(held_out),
             held_out=tuple(i for pack in sample for i in pack),
             held_out_tokens=sum(held_out[i] for pack in sample for i in pack),
-            checkpoints=math.ceil(order.steps / train.checkpoint_every),
+            checkpoints=math.ceil(sampler.steps / train.checkpoint_every),
             pack_length=limit,
             exact=interval == 1,
         )

@@ -1,1 +1,1 @@
-"""The training loop and what is injected into it."""
+"""The training loop and the objectives, optimizers and checkpoints it uses."""

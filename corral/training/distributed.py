@@ -1,10 +1,10 @@
-"""The processes of one run, as torchrun starts them: which one this is, what they agree on, and how they end together.
+"""The processes of one run, as torchrun starts them: rank, collective operations on small values, and a common end.
 
-What steers the run (losses, requests to stop, which stage comes next) goes between the hosts' memories, over gloo and the
-store that torchrun keeps; gradients and weights are the business of `sharding`. The first process alone prepares, merges,
-evaluates and writes; the others `hear` which stages they are needed for.
+Control values (losses, requests to stop, which stage comes next) travel over gloo and torchrun's store, between hosts'
+memories; gradients and weights are `sharding`'s. Rank 0 alone prepares, merges, evaluates and writes; the other ranks
+wait in `receive_from_main` for the stages that need them.
 
-Knows nothing about models, stages or files. It starts no process and knows no cluster: that is torchrun's.
+corral starts no processes and has no cluster code: that is torchrun's.
 """
 
 from __future__ import annotations
@@ -24,52 +24,52 @@ from corral.errors import CorralError, InputError, PeerError
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-# A process that dies closes its connections, and the others learn of it at once. This is for what hangs without dying,
-# and has to leave room for what the first process does alone: writing a large checkpoint to a slow disk.
-_PATIENCE = timedelta(hours=3)
-_LISTEN_EVERY = 0.2  # seconds
-_SAME_FAULT_WITHIN = 3.0  # seconds
-_LAST_WORD = 10.0  # seconds; torchrun names the process that ended first, which should be the one at fault
+# A process that dies closes its connections, so the others notice at once. This limit is for one that hangs, and must
+# allow for what rank 0 does alone, such as writing a large checkpoint to a slow disk.
+_TIMEOUT = timedelta(hours=3)
+_POLL_SECONDS = 0.2
+_SAME_FAULT_SECONDS = 3.0
+_EXIT_DELAY_SECONDS = 10.0  # torchrun names the process that ended first, which should be the one at fault
 
 
 class World:
-    """The processes that take part in a run; by default, this one alone.
+    """The processes of a run; by default this one alone.
 
-    As a context it joins them, and sees to it that they leave together: whatever ends the first one is told to the others.
+    As a context manager it connects them and makes them end together: the error that ends rank 0 ends the others.
 
     Args:
         rank: of this process, from 0.
-        size: how many there are.
-        store: what torch's rendezvous gave; needed for more than one.
+        size: number of processes.
+        store: from torch's rendezvous; needed for more than one process.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, store: Store | None = None) -> None:
         self.rank, self.size = rank, size
-        self._store, self._told = store, 0
+        self._store, self._messages = store, 0
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes and tells."""
+        """Whether this is rank 0, which writes files and reports progress."""
         return self.rank == 0
 
-    def sum(self, value: float) -> float:
-        """The sum over processes, added in order of rank: the same bits everywhere."""
+    def all_reduce_sum(self, value: float) -> float:
+        """The sum over processes, added in order of rank, so that it is bit-equal on all of them."""
         if self.size == 1:
             return value
         import torch
         import torch.distributed as dist
 
-        mine = torch.tensor([value], dtype=torch.float64)
-        values = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(values, mine)
+        own = torch.tensor([value], dtype=torch.float64)
+        values = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(values, own)
         return sum(v.item() for v in values)
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is so on any process."""
-        return self.sum(float(flag)) > 0
+    def any_process(self, flag: bool) -> bool:
+        """Whether the flag is true on any process."""
+        return self.all_reduce_sum(float(flag)) > 0
 
-    def from_main(self, value: Any) -> Any:
-        """The first process's value, on all of them. Objects go by pickle, between processes of one run only."""
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on all processes. Objects are pickled, between processes of one run only."""
         if self.size == 1:
             return value
         import torch
@@ -79,46 +79,46 @@ class World:
         dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
 
-    def tell(self, message: Mapping[str, Any]) -> None:
-        """Leave word for the others, who hear it in order. Only the first process tells."""
+    def send_to_others(self, message: Mapping[str, Any]) -> None:
+        """Queue a message that the other processes receive in order. Only rank 0 may call it."""
         if self._store is not None:
-            self._store.set(f"corral/told/{self._told}", json.dumps(message))
-            self._told += 1
+            self._store.set(f"corral/message/{self._messages}", json.dumps(message))
+            self._messages += 1
 
-    def hear(self) -> dict[str, Any]:
-        """The next word of the first process, however long that takes. Signals are heeded meanwhile.
+    def receive_from_main(self) -> dict[str, Any]:
+        """Wait for the next message of rank 0, without a time limit; signals are handled meanwhile.
 
         Raises:
-            PeerError: the store is gone, and so is the run.
+            PeerError: the store is gone, and with it the run.
         """
-        key = f"corral/told/{self._told}"
+        key = f"corral/message/{self._messages}"
         while not self._has(key):
-            time.sleep(_LISTEN_EVERY)  # waiting in the store itself would hold signals back
-        self._told += 1
+            time.sleep(_POLL_SECONDS)  # a wait inside the store would delay signals
+        self._messages += 1
         return json.loads(self._get(key))
 
     def _has(self, key: str) -> bool:
         assert self._store is not None
-        with self.together():
+        with self.peer_errors():
             return self._store.check([key])
 
     def _get(self, key: str) -> bytes:
         assert self._store is not None
-        with self.together():
+        with self.peer_errors():
             return self._store.get(key)
 
     @contextlib.contextmanager
-    def together(self) -> Generator[None]:
-        """Around work that all do: the end of another process becomes a PeerError."""
+    def peer_errors(self) -> Generator[None]:
+        """Around collective work: a network error, the sign that another process has ended, becomes a PeerError."""
         try:
             yield
         except RuntimeError as error:
-            if self.size == 1 or not _is_of_the_network(error):
+            if self.size == 1 or not _is_network_error(error):
                 raise
             raise PeerError(
                 "another process of this run has ended",
                 where=f"rank {self.rank} of {self.size}",
-                hint="its own message says why; the same command goes on from the last checkpoint",
+                hint="its own message says why; the same command resumes from the last checkpoint",
             ) from error
 
     def __enter__(self) -> Self:
@@ -135,37 +135,37 @@ class World:
             if error is not None:
                 self._store.set(f"corral/failed/{self.rank}", str(error))
             if self.is_main:
-                self.tell({"end": 0 if error is None else _exit_code(error)})
+                self.send_to_others({"end": 0 if error is None else _exit_code(error)})
         if error is None:
             import torch.distributed as dist
 
             dist.destroy_process_group()
-        elif not self.is_main and not self._should_say(error):
-            time.sleep(_LAST_WORD)
+        elif not self.is_main and not self._is_own_error(error):
+            time.sleep(_EXIT_DELAY_SECONDS)
             raise SystemExit(_exit_code(error)) from None
         elif not self.is_main and isinstance(error, CorralError):
             error.what = f"rank {self.rank} of {self.size}: {error.what}"
 
-    def _should_say(self, error: BaseException) -> bool:
-        """Whether a fault of this process is its own: not the first one's too, and no echo of another's."""
+    def _is_own_error(self, error: BaseException) -> bool:
+        """Whether this process should report its error: not one that rank 0 has too, nor the end of another process."""
         if not isinstance(error, Exception) or isinstance(error, PeerError):
             return False
-        until = time.monotonic() + _SAME_FAULT_WITHIN
+        until = time.monotonic() + _SAME_FAULT_SECONDS
         with contextlib.suppress(PeerError):
             while time.monotonic() < until:
                 if self._has("corral/failed/0"):
                     return self._get("corral/failed/0").decode() != str(error)
-                time.sleep(_LISTEN_EVERY)
+                time.sleep(_POLL_SECONDS)
         return True
 
 
-def join() -> World:
-    """The world that torchrun's environment speaks of; without it, this process alone. Enter it to connect.
+def world_from_environment() -> World:
+    """The World that torchrun's environment variables describe; without them, this process alone. Enter it to connect.
 
     On a machine with GPUs each process takes the one of its local rank.
 
     Raises:
-        InputError: there are more processes than GPUs here, or the environment is not whole.
+        InputError: there are more processes than GPUs here, or the environment is incomplete.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -174,16 +174,16 @@ def join() -> World:
     from torch.distributed.rendezvous import rendezvous
 
     if torch.cuda.is_available():
-        here, local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-        if here > torch.cuda.device_count():
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if local_size > torch.cuda.device_count():
             raise InputError(
-                f"{here} processes are started on a machine with {torch.cuda.device_count()} GPUs",
+                f"{local_size} processes are started on a machine with {torch.cuda.device_count()} GPUs",
                 where="torchrun --nproc-per-node",
-                hint="start one process a GPU; to train on the CPU, hide the GPUs: CUDA_VISIBLE_DEVICES=",
+                hint="start one process per GPU; to train on the CPU, hide the GPUs: CUDA_VISIBLE_DEVICES=",
             )
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
-        store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
+        store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
     except ValueError as error:
         raise InputError(
             f"WORLD_SIZE is {size}, but: {error}",
@@ -197,12 +197,12 @@ def _connect(store: Store, rank: int, size: int) -> None:
     import torch
     import torch.distributed as dist
 
-    # Both on a GPU machine: gradients go between GPUs, and what steers between hosts, without waiting for a GPU.
+    # Both on a GPU machine: gradients between GPUs, control values between hosts, without waiting for a GPU.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
 
 
-def _is_of_the_network(error: RuntimeError) -> bool:
+def _is_network_error(error: RuntimeError) -> bool:
     from torch.distributed import DistError
 
     # gloo's own errors are plain RuntimeErrors, which begin with the path of its source.

@@ -1,23 +1,22 @@
-"""One short loop for every objective.
+"""The training loop, the same for every objective.
 
-A step is `batch_size` examples, every unit (trained token, pair …) weighing the same. Its examples are packed into as few
-forward passes as `pack_length` allows; how they are packed changes memory and speed, never the gradient (to rounding).
-The order of examples and all random numbers follow from (seed, step), so a resumed run repeats an uninterrupted one.
-Several processes take a share of each step's examples, and do what one process does, to rounding.
+A step takes `batch_size` examples, in which every unit (trained token, pair …) has the same weight. They are packed into as
+few forward passes as `pack_length` allows; packing changes memory and speed, never the gradient (to rounding). The order of
+examples and all random numbers follow from (seed, step), so a resumed run repeats an uninterrupted one. Several processes
+divide each step's examples between them and compute what one process does, to rounding.
 
 The loss of a float16 model is multiplied by a scale, so that its gradients do not vanish (Micikevicius et al. 2018, arXiv
-1710.03740): halved, and the step left out, when gradients overflow; doubled after 2,000 steps without.
+1710.03740). The scale is halved and the step skipped when gradients overflow, and doubled after 2,000 steps without overflow.
 
-Nothing in a step waits for a GPU but one transfer of its loss and gradient norm.
-
-The loop knows nothing about text, templates, recipes as files, or where its outputs are shown.
+A step waits for the GPU once, to transfer its loss and gradient norm.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,11 +30,11 @@ from corral.data.packing import pack_sequences
 from corral.model.loading import quiet
 from corral.model.packed_forward import target_logprobs
 from corral.training import divergence, optimizers, sharding, step_metrics
-from corral.training.checkpoint import State
+from corral.training.checkpoint import TrainingState
 from corral.training.distributed import World
-from corral.training.objectives import Objective
-from corral.training.sampler import Order
-from corral.training.step_metrics import Metrics
+from corral.training.objectives import Objective, trained_positions
+from corral.training.sampler import BatchSampler
+from corral.training.step_metrics import StepMetrics
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -45,8 +44,8 @@ if TYPE_CHECKING:
     from corral.recipe import Train
 
 
-_FIRST_SCALE = 2.0**16
-_STEPS_AT_SCALE = 2000
+_INITIAL_SCALE = 2.0**16
+_SCALE_GROWTH_STEPS = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,27 +55,27 @@ class Outcome:
     steps: int
     best_step: int
     best_loss: float | None
-    """Held-out loss of the adapter that was kept as best; None when nothing was held out."""
+    """Held-out loss of the best weights; None if nothing was held out."""
     tokens: int
     seconds: float
 
 
-class Training:
-    """One training stage over one model.
+class Trainer:
+    """Trains one stage.
 
     Args:
-        model: its trainable parameters are trained: those of the adapter of a PEFT model, or all of a model's own. With
+        model: its trainable parameters are trained: the adapter of a PEFT model, or all parameters of a plain one. With
             `sharding = "full"` and several processes it is sharded in place, over the devices of `world`.
-        examples: what to train on.
-        held_out: what to evaluate on while training; may be empty.
-        objective: what to minimise.
+        examples: to train on.
+        held_out: to evaluate on while training; may be empty.
+        objective: the loss to minimise.
         config: the stage's settings.
-        pack_length: most tokens in one forward pass.
-        folder: where `metrics.jsonl` and `checkpoints/` go; an interrupted stage's folder is taken up where it stopped.
-        save_best: called with the step when the held-out loss is the lowest so far, by every process: it may ask for
-            `weights`, and only the first should write.
+        pack_length: maximum tokens of one forward pass.
+        folder: gets `metrics.jsonl` and `checkpoints/`; an interrupted stage resumes from what is there.
+        save_best: called with the step when the held-out loss is the lowest so far, on every process: it may call
+            `weights`, and only rank 0 should write.
         world: the processes that train together.
-        device: where a sharded model computes, part by part brought there from where it lies; by default there.
+        device: where a sharded model computes; its parts are moved there one by one. Default: where the model is.
     """
 
     def __init__(
@@ -98,190 +97,194 @@ class Training:
         self.world = world or World()
         self.objective, self.config = objective, config
         self.pack_length, self.seed, self.folder, self.save_best = pack_length, seed, folder, save_best
-        lengths = examples.lengths.tolist() if isinstance(examples, ExampleStore) else [_length(e) for e in examples]
-        self.order = Order(config, lengths, seed)
-        self.total_steps = self.order.steps
-        self._half = any(p.dtype == torch.float16 for p in model.parameters())
+        lengths = (
+            examples.lengths.tolist() if isinstance(examples, ExampleStore) else [_token_count(e) for e in examples]
+        )
+        self.sampler = BatchSampler(config, lengths, seed)
+        self.total_steps = self.sampler.steps
+        self._uses_float16 = any(p.dtype == torch.float16 for p in model.parameters())
         if config.gradient_checkpointing:
             with quiet():
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self._sharded: sharding.Sharded | None = None
+        self._sharded_model: sharding.ShardedModel | None = None
         if config.sharding == "full" and self.world.size > 1:
-            self._sharded = sharding.Sharded(model, device or model.device.type, self.world.size)
+            self._sharded_model = sharding.ShardedModel(model, device or model.device.type, self.world.size)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = optimizers.build(self.parameters.values(), config.optimizer)
+        self.optimizer = optimizers.build_optimizer(self.parameters.values(), config.optimizer)
 
     def run(
         self,
         *,
-        on_step: Callable[[Metrics], None] = lambda _: None,
+        on_step: Callable[[StepMetrics], None] = lambda _: None,
         should_stop: Callable[[], bool] = lambda: False,
         warn: Callable[[str], None] = lambda _: None,
     ) -> Outcome:
-        """Train to the end, from the newest good checkpoint if there is one.
+        """Train to the end, from the newest intact checkpoint if there is one.
 
         Args:
-            on_step: told of each step, and of the evaluation before the first.
-            should_stop: asked after each step; if true, a checkpoint is written and KeyboardInterrupt raised.
-            warn: told of damaged checkpoints.
+            on_step: called on rank 0 with the metrics of each step, and of the evaluation before the first.
+            should_stop: called after each step; if it returns true on any process, a checkpoint is written and
+                KeyboardInterrupt raised.
+            warn: called with a message for each damaged checkpoint.
 
         Raises:
-            TrainingError: the loss or gradient is not a finite number, or the loss has exploded; the rows are named.
-            KeyboardInterrupt: stopped on request; the next run goes on from there.
+            TrainingError: the loss or gradient is not finite, or the loss has exploded; the rows are named.
+            KeyboardInterrupt: stopped on request; the next run resumes from there.
             CheckpointError, StorageError: see `checkpoint`.
         """
         checkpoints = self.folder / "checkpoints"
         resumed = sharding.restore(checkpoints, self.parameters, self.optimizer, self.world, warn=warn)
-        scale = _FIRST_SCALE if self._half else 1.0
-        state = resumed or State(step=0, tokens=0, seconds=0.0, best_step=0, best_loss=None, worse=0, scale=scale)
+        scale = _INITIAL_SCALE if self._uses_float16 else 1.0
+        initial = TrainingState(step=0, tokens=0, seconds=0.0, best_step=0, best_loss=None, worse=0, scale=scale)
+        state = resumed or initial
         if self.world.is_main:
-            step_metrics.forget_after(self.folder, state.step)
+            step_metrics.truncate_after(self.folder, state.step)
         if resumed is None and self.held_out:
             loss = self.evaluate()
-            self._tell(Metrics(0, None, loss, 0.0, None, 0, 0.0, _peak_memory(self.model), 0.0), on_step)
+            self._record(StepMetrics(0, None, loss, 0.0, None, 0, 0.0, _peak_memory(self.model), 0.0), on_step)
             state = self._keep_best(state, loss)
-        while not self._is_last(state):
-            state, line = self._step(state)
+        while not self._is_finished(state):
+            state, metrics = self._step(state)
             if self.held_out and (state.step == self.total_steps or state.step % self.config.evaluate_every == 0):
-                line = replace(line, eval_loss=self.evaluate())
-                state = self._keep_best(state, line.eval_loss)
-            self._tell(line, on_step)
-            last = self._is_last(state)
-            stop = not last and self.world.any(should_stop())
-            if last or stop or state.step % self.config.checkpoint_every == 0:
+                loss = self.evaluate()
+                metrics = replace(metrics, eval_loss=loss)
+                state = self._keep_best(state, loss)
+            self._record(metrics, on_step)
+            finished = self._is_finished(state)
+            stop = not finished and self.world.any_process(should_stop())
+            if finished or stop or state.step % self.config.checkpoint_every == 0:
                 sharding.save(checkpoints, self.parameters, self.optimizer, state, self.world)
             if stop:
                 raise KeyboardInterrupt
         return Outcome(state.step, state.best_step, state.best_loss, state.tokens, state.seconds)
 
     def weights(self) -> dict[str, Tensor]:
-        """What is trained, by the names of parameters, as whole tensors on the first process; all must ask, and the others
-        get nothing."""
-        return sharding.weights(self.parameters, self.world)
+        """Trained parameters by name, as whole tensors on rank 0 and empty on the others; all processes must call it."""
+        return sharding.gather_weights(self.parameters, self.world)
 
     def score(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[float]]:
-        """Log-probabilities of sequence[start:] for each sequence, as the model stands now; all processes must ask."""
-        self.model.eval()
+        """Log-probabilities of sequence[start:] for each sequence with the current weights; all processes must call it."""
         positions = [range(start, len(s)) for s, start in zip(sequences, starts, strict=True)]
+        with self._evaluating():
+            return [values.tolist() for values in self._logprobs(sequences, positions)]
+
+    def evaluate(self) -> float:
+        """Loss per unit on the held-out examples. Raises: TrainingError (it is not finite)."""
+        with self._evaluating():
+            losses = list(self._pass_losses(list(self.held_out)))
+        total = self.world.all_reduce_sum(sum(torch.stack(losses).tolist()) if losses else 0.0)
+        divergence.check_held_out(total, self.held_out, self._measure_one)
+        return total / sum(self.objective.units(e) for e in self.held_out)
+
+    @contextmanager
+    def _evaluating(self) -> Generator[None]:
+        self.model.eval()
         with torch.no_grad():
-            found = self._logprobs(sequences, positions)
-        if self._sharded is not None:
-            self._sharded.release()
-        return [values.tolist() for values in found]
+            yield
+        if self._sharded_model is not None:
+            self._sharded_model.free_whole_weights()
 
-    def _tell(self, line: Metrics, on_step: Callable[[Metrics], None]) -> None:
+    def _record(self, metrics: StepMetrics, on_step: Callable[[StepMetrics], None]) -> None:
         if self.world.is_main:
-            step_metrics.append(self.folder, line)
-            on_step(line)
+            step_metrics.append(self.folder, metrics)
+            on_step(metrics)
 
-    def _is_last(self, state: State) -> bool:
+    def _is_finished(self, state: TrainingState) -> bool:
         patience = self.config.early_stopping
         return state.step == self.total_steps or (patience is not None and state.worse >= patience)
 
-    def evaluate(self) -> float:
-        """Loss per unit on the held-out examples. Raises: TrainingError (it is not a finite number)."""
-        self.model.eval()
-        with torch.no_grad():
-            losses = list(self._losses(list(self.held_out)))
-        if self._sharded is not None:
-            self._sharded.release()
-        total = self.world.sum(sum(torch.stack(losses).tolist()) if losses else 0.0)
-        divergence.check_held_out(total, self.held_out, self._alone)
-        return total / sum(self.objective.units(e) for e in self.held_out)
-
-    def _step(self, state: State) -> tuple[State, Metrics]:
+    def _step(self, state: TrainingState) -> tuple[TrainingState, StepMetrics]:
         step = state.step + 1
         began = time.perf_counter()
-        torch.manual_seed(self._random(step))
-        batch = [self.examples[i] for i in self.order.batch(step)]
+        torch.manual_seed(self._step_seed(step))
+        batch = [self.examples[i] for i in self.sampler.batch(step)]
         lr = optimizers.learning_rate(self.config.optimizer, step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss, norm = self._gradients(batch, state.scale)
+        loss, norm = self._compute_gradients(batch, state.scale)
         overflow = state.scale > 1 and math.isfinite(loss) and not math.isfinite(norm)
-        watch = state.watch.after(loss, norm)
+        monitor = state.watch.updated(loss, norm)
         if not overflow:
-            divergence.check(step, loss, norm, watch, batch, self._alone)
+            divergence.check_step(step, loss, norm, monitor, batch, self._measure_one)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        tokens, seconds = sum(_length(e) for e in batch), time.perf_counter() - began
-        state = replace(state, step=step, tokens=state.tokens + tokens, seconds=state.seconds + seconds, watch=watch)
-        state, rate = self._rescaled(state, overflow), tokens / seconds
+        tokens, seconds = sum(_token_count(e) for e in batch), time.perf_counter() - began
+        state = replace(state, step=step, tokens=state.tokens + tokens, seconds=state.seconds + seconds, watch=monitor)
+        if self._uses_float16:
+            state = _update_loss_scale(state, overflow)
         memory = _peak_memory(self.model)
-        return state, Metrics(
-            step, loss, None, lr, None if overflow else norm, state.tokens, rate, memory, state.seconds
+        return state, StepMetrics(
+            step, loss, None, lr, None if overflow else norm, state.tokens, tokens / seconds, memory, state.seconds
         )
 
-    def _gradients(self, batch: list[Example], scale: float) -> tuple[float, float]:
-        """Leaves the batch's clipped gradients in the parameters. Returns: loss per unit, gradient norm before clipping."""
+    def _compute_gradients(self, batch: list[Example], scale: float) -> tuple[float, float]:
+        """Leave the batch's clipped gradients in the parameters.
+
+        Returns: loss per unit, gradient norm before clipping.
+        """
         units = sum(self.objective.units(e) for e in batch)
         self.model.train()
         losses: list[Tensor] = []
-        for loss in self._losses(batch):
+        for loss in self._pass_losses(batch):
             (loss / (units / scale)).backward()
             losses.append(loss.detach())
         sharding.sum_gradients(self.parameters.values(), self.world)
         norm = sharding.clip_gradients(self.parameters.values(), self.config.optimizer.clip, scale=scale)
-        *sums, found = torch.stack([*losses, norm.float()]).tolist()
-        return self.world.sum(sum(sums)) / units, found
+        *loss_sums, norm_value = torch.stack([*losses, norm.float()]).tolist()
+        return self.world.all_reduce_sum(sum(loss_sums)) / units, norm_value
 
-    def _random(self, step: int) -> int:
-        """What seeds a step; the first process's is that of a run with one process."""
+    def _step_seed(self, step: int) -> int:
+        """Random seed of a step; rank 0's is that of a run with one process."""
         if self.world.is_main:
             return (self.seed << 32) + step
         return int(np.random.SeedSequence([self.seed, step, self.world.rank]).generate_state(1, np.uint64)[0])
 
-    def _rescaled(self, state: State, overflow: bool) -> State:
-        if not self._half:
-            return state
-        if overflow:
-            return replace(state, scale=state.scale / 2, steps_at_scale=0)
-        if state.steps_at_scale + 1 == _STEPS_AT_SCALE:
-            return replace(state, scale=state.scale * 2, steps_at_scale=0)
-        return replace(state, steps_at_scale=state.steps_at_scale + 1)
-
-    def _losses(self, batch: list[Example]) -> Iterator[Tensor]:
-        """The loss, summed over units, of each forward pass that this process's share of the batch is packed into."""
-        lengths = [_length(e) for e in batch]
-        world = self.world
+    def _pass_losses(self, batch: list[Example]) -> Iterator[Tensor]:
+        """For each forward pass of this process's share of the batch, the loss summed over units."""
+        lengths = [_token_count(e) for e in batch]
         passes = [
             [[batch[share[i]] for i in pack] for pack in pack_sequences([lengths[i] for i in share], self.pack_length)]
-            for share in sharding.shares(lengths, world.size)
+            for share in sharding.balance_by_tokens(lengths, self.world.size)
         ]
-        for examples in passes[world.rank]:
-            yield self._loss(examples)
-        if self._sharded is not None:
-            for _ in range(max(map(len, passes)) - len(passes[world.rank])):
-                yield self._loss([min(batch, key=_length)]) * 0.0
+        own = passes[self.world.rank]
+        for examples in own:
+            yield self._pass_loss(examples)
+        if self._sharded_model is not None:  # all processes must make equally many passes
+            for _ in range(max(map(len, passes)) - len(own)):
+                yield self._pass_loss([min(batch, key=_token_count)]) * 0.0
 
-    def _loss(self, examples: list[Example]) -> Tensor:
+    def _pass_loss(self, examples: list[Example]) -> Tensor:
         sequences = [s for e in examples for s in e.sequences]
-        positions = [[i for i, trained in enumerate(s.trained) if trained and i] for s in sequences]
-        each = iter(self._logprobs([s.ids for s in sequences], positions))
-        grouped = [[next(each) for _ in e.sequences] for e in examples]
-        return self.objective.loss(examples, grouped)
+        logprobs = iter(self._logprobs([s.ids for s in sequences], [trained_positions(s) for s in sequences]))
+        return self.objective.loss(examples, [[next(logprobs) for _ in e.sequences] for e in examples])
 
     def _logprobs(self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> Sequence[Tensor]:
-        if self._sharded is None:
+        if self._sharded_model is None:
             return target_logprobs(self.model, sequences, positions)
-        flat: Tensor = self._sharded(lambda: torch.cat(target_logprobs(self.model, sequences, positions)))
+        flat: Tensor = self._sharded_model(lambda: torch.cat(target_logprobs(self.model, sequences, positions)))
         return flat.split([len(p) for p in positions])
 
-    def _keep_best(self, state: State, loss: float | None) -> State:
-        if loss is None:
-            return state
+    def _keep_best(self, state: TrainingState, loss: float) -> TrainingState:
         if state.best_loss is not None and loss >= state.best_loss:
             return replace(state, worse=state.worse + 1)
         self.save_best(state.step)
         return replace(state, best_step=state.step, best_loss=loss, worse=0)
 
-    def _alone(self, example: Example) -> tuple[float, float]:
-        """(loss per unit, gradient norm) of one example by itself, to find the row at fault."""
+    def _measure_one(self, example: Example) -> tuple[float, float]:
+        """(loss per unit, gradient norm) of one example alone, to find the row at fault."""
         self.optimizer.zero_grad(set_to_none=True)
-        return self._gradients([example], 1.0)
+        return self._compute_gradients([example], 1.0)
 
 
-def _length(example: Example) -> int:
+def _update_loss_scale(state: TrainingState, overflow: bool) -> TrainingState:
+    if overflow:
+        return replace(state, scale=state.scale / 2, steps_at_scale=0)
+    if state.steps_at_scale + 1 == _SCALE_GROWTH_STEPS:
+        return replace(state, scale=state.scale * 2, steps_at_scale=0)
+    return replace(state, steps_at_scale=state.steps_at_scale + 1)
+
+
+def _token_count(example: Example) -> int:
     return sum(len(sequence.ids) for sequence in example.sequences)
 
 

@@ -1,8 +1,8 @@
-"""What training minimises: short maths on log-probabilities.
+"""Losses that training minimises, as short maths on log-probabilities.
 
-An objective sees the log-probabilities of the trained tokens of each example's sequences, and returns a sum over units
+An objective gets the log-probabilities of the trained tokens of each example's sequences and returns a sum over units
 (trained tokens, pairs …). The loop divides by the units of the whole step, so that the result does not depend on how a
-step is split into forward passes or over devices. Objectives know nothing about models, packs or optimizers.
+step is split into forward passes or over devices.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from corral.data.prepare import Example
+    from corral.template import Encoded
 
 
 class Objective(Protocol):
-    """One way to train."""
+    """A loss over examples."""
 
     name: str
 
     def units(self, example: Example) -> int:
-        """What the example counts for in the mean of a step."""
+        """The example's weight in the mean of a step."""
         ...
 
     def loss(self, examples: Sequence[Example], logprobs: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -43,14 +44,19 @@ class Sft:
     name = "sft"
 
     def units(self, example: Example) -> int:
-        """Trained tokens; the first token of a sequence is predicted by nothing and never counts."""
-        return sum(sum(sequence.trained[1:]) for sequence in example.sequences)
+        """Trained tokens."""
+        return sum(len(trained_positions(sequence)) for sequence in example.sequences)
 
     def loss(self, examples: Sequence[Example], logprobs: Sequence[Sequence[Tensor]]) -> Tensor:
-        """−Σ log π(token | what precedes it)."""
+        """−Σ log π(token | preceding tokens)."""
         import torch
 
         return -torch.cat([t for sequences in logprobs for t in sequences]).sum()
+
+
+def trained_positions(sequence: Encoded) -> list[int]:
+    """Positions whose tokens are trained; the first token of a sequence has no prediction and never counts."""
+    return [i for i, trained in enumerate(sequence.trained) if trained and i]
 
 
 OBJECTIVES: dict[str, Objective] = {"sft": Sft()}

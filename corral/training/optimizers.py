@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules by their recipe names. Knows nothing about the loop that steps them."""
+"""Optimizers and learning-rate schedules by their recipe names."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from corral.recipe import Optimizer
 
 
-def build(parameters: Iterable[nn.Parameter], config: Optimizer) -> TorchOptimizer:
-    """AdamW over the parameters. Raises: MissingExtraError (it is of bitsandbytes, which is not installed)."""
+def build_optimizer(parameters: Iterable[nn.Parameter], config: Optimizer) -> TorchOptimizer:
+    """AdamW over the parameters. Raises: MissingExtraError (8-bit and paged kinds need bitsandbytes)."""
     import torch
 
     parameters = list(parameters)
@@ -25,17 +25,17 @@ def build(parameters: Iterable[nn.Parameter], config: Optimizer) -> TorchOptimiz
     if config.kind == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **settings)
     optim = require("bitsandbytes", "quant").optim
-    makers = {
+    classes = {
         "adamw_8bit": optim.AdamW8bit,
         "paged_adamw_8bit": optim.PagedAdamW8bit,
         "paged_adamw_32bit": optim.PagedAdamW32bit,
     }
-    warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")  # `shortfall` says it
-    return makers[config.kind](parameters, **settings)
+    warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")  # `unsupported` says so
+    return classes[config.kind](parameters, **settings)
 
 
-def shortfall(config: Optimizer, device: str) -> str | None:
-    """What an optimizer does not do on a device that its name promises, if anything."""
+def unsupported(config: Optimizer, device: str) -> str | None:
+    """A message if the device does not support what the optimizer's name promises, else None."""
     if config.kind.startswith("paged") and not device.startswith("cuda"):
         return f"{config.kind}: there is no GPU whose memory could run short, so nothing is paged"
     return None
@@ -45,8 +45,8 @@ def learning_rate(config: Optimizer, step: int, total: int) -> float:
     """The rate of one step.
 
     Args:
-        step: from 1 to `total`. Warm-up rises in equal parts from the first step, also where it is longer than `total`; the
-            rate never is 0 while steps remain.
+        step: from 1 to `total`. Warm-up rises linearly from the first step, even where it is longer than `total`; no step
+            has a rate of 0.
     """
     ratio = 0.03 if config.warmup_ratio is None else config.warmup_ratio
     warmup = math.ceil(ratio * total) if config.warmup_steps is None else config.warmup_steps
@@ -54,5 +54,5 @@ def learning_rate(config: Optimizer, step: int, total: int) -> float:
         return config.lr * step / (warmup + 1)
     if config.schedule == "constant":
         return config.lr
-    done = (step - 1 - warmup) / max(1, total - warmup)
-    return config.lr * (1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
+    progress = (step - 1 - warmup) / max(1, total - warmup)
+    return config.lr * (1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))

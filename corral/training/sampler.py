@@ -1,7 +1,4 @@
-"""Which examples each step takes: a function of (seed, step) alone, so that nothing about it needs to be saved.
-
-Knows nothing about what examples are but their lengths.
-"""
+"""Which examples each step takes: a function of (seed, step) alone, so that checkpoints need not save it."""
 
 from __future__ import annotations
 
@@ -15,45 +12,45 @@ import numpy as np
 if TYPE_CHECKING:
     from corral.recipe import Train
 
-_GROUP = 50  # steps' worth of examples that are sorted by length together
+_GROUP_STEPS = 50  # examples of so many steps are sorted by length together
 
 
-class Order:
-    """The steps of a training stage.
+class BatchSampler:
+    """The batches of a training stage.
 
-    Epochs follow each other without a gap: each is a seeded permutation, and a step takes the next `batch_size` places. With
-    `group_by_length`, stretches of a permutation are sorted by length and their batches shuffled.
+    Epochs follow each other without a gap: each is a seeded permutation, and a step takes the next `batch_size` examples.
+    With `group_by_length`, chunks of a permutation are sorted by length and their batches shuffled.
 
     Args:
         config: the stage's settings.
         lengths: tokens of each example.
-        seed: fixes the permutations.
+        seed: of the permutations.
     """
 
     def __init__(self, config: Train, lengths: Sequence[int], seed: int) -> None:
         self._config, self._seed = config, seed
         self._lengths = np.asarray(lengths)
-        self._wanted = math.ceil(len(lengths) * (config.epochs or 1))
-        self.steps = config.steps or math.ceil(self._wanted / config.batch_size)
+        self._examples_in_epochs = math.ceil(len(lengths) * (config.epochs or 1))
+        self.steps = config.steps or math.ceil(self._examples_in_epochs / config.batch_size)
         """Optimizer steps of the whole stage."""
-        self._epoch = lru_cache(maxsize=4)(self._make_epoch)
+        self._epoch = lru_cache(maxsize=4)(self._permutation)
 
     def batch(self, step: int) -> list[int]:
-        """Which examples step `step` (from 1) takes; the last step of whole epochs may be smaller."""
+        """Indices of the examples of step `step` (from 1); with epochs, the last step may be smaller."""
         size, count = self._config.batch_size, len(self._lengths)
+        first = (step - 1) * size
         if step == self.steps and self._config.steps is None:
-            size = self._wanted - (step - 1) * size
-        first = (step - 1) * self._config.batch_size
-        return [int(self._epoch(place // count)[place % count]) for place in range(first, first + size)]
+            size = self._examples_in_epochs - first
+        return [int(self._epoch(i // count)[i % count]) for i in range(first, first + size)]
 
-    def _make_epoch(self, epoch: int) -> np.ndarray[Any, Any]:
+    def _permutation(self, epoch: int) -> np.ndarray[Any, Any]:
         random = np.random.default_rng([self._seed, epoch])
         order = random.permutation(len(self._lengths))
         if not self._config.group_by_length:
             return order
         size = self._config.batch_size
-        stretches = [order[at : at + _GROUP * size] for at in range(0, len(order), _GROUP * size)]
-        order = np.concatenate([s[np.argsort(-self._lengths[s], kind="stable")] for s in stretches])
-        whole = len(order) // size
-        batches = order[: whole * size].reshape(whole, size)[random.permutation(whole)]
-        return np.concatenate([batches.reshape(-1), order[whole * size :]])
+        chunks = [order[start : start + _GROUP_STEPS * size] for start in range(0, len(order), _GROUP_STEPS * size)]
+        order = np.concatenate([c[np.argsort(-self._lengths[c], kind="stable")] for c in chunks])
+        full_batches = len(order) // size
+        batches = order[: full_batches * size].reshape(full_batches, size)[random.permutation(full_batches)]
+        return np.concatenate([batches.reshape(-1), order[full_batches * size :]])

@@ -1,4 +1,4 @@
-"""What a step tells of itself, and the file it is kept in. Knows nothing about how the figures came about."""
+"""Metrics of one training step, and the file `metrics.jsonl` they are written to."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
-class Metrics:
-    """One line of metrics.jsonl."""
+class StepMetrics:
+    """One line of metrics.jsonl; the fields' names are its keys."""
 
     step: int
     loss: float | None
@@ -28,13 +28,13 @@ class Metrics:
     tokens: int
     """Tokens computed so far, context included."""
     tokens_per_second: float
-    """In this step, evaluation and checkpoints left out."""
+    """In this step, without evaluation and checkpoints."""
     peak_memory_bytes: int
     seconds: float
     """Spent in steps so far."""
 
 
-def append(folder: Path, metrics: Metrics) -> None:
+def append(folder: Path, metrics: StepMetrics) -> None:
     """Add a line to the folder's metrics, synced to disk. Raises: StorageError."""
     path = folder / FILE
     with storage_errors(path), path.open("a", encoding="utf-8") as file:
@@ -43,8 +43,8 @@ def append(folder: Path, metrics: Metrics) -> None:
         os.fsync(file.fileno())
 
 
-def forget_after(folder: Path, step: int) -> None:
-    """Drop lines of steps after `step`, which will be done again, and a half-written last one; with step 0 all lines."""
+def truncate_after(folder: Path, step: int) -> None:
+    """Remove lines of steps after `step`, which will be repeated, and a half-written last line; with step 0 all lines."""
     path = folder / FILE
     if not path.exists():
         return

@@ -1,7 +1,6 @@
-"""Metrics of a training stage, sent on to TensorBoard, Weights & Biases or MLflow, through accelerate's trackers.
+"""Sends the metrics of a training stage to TensorBoard, Weights & Biases or MLflow, through accelerate's trackers.
 
-Knows nothing about how metrics come about. A tracker that fails in the middle of a stage is given up with a word: training
-does not end because a dashboard does.
+A tracker that fails during a stage is dropped with a warning; training continues.
 """
 
 from __future__ import annotations
@@ -16,45 +15,45 @@ from corral.errors import TrainingError
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
-    from corral.training.step_metrics import Metrics
+    from corral.training.step_metrics import StepMetrics
 
 
 class Trackers:
-    """The trackers of one stage; started with the first metrics, so that a resumed stage goes on from its step.
+    """The trackers of one stage, started with the first metrics, so that a resumed stage continues at its step.
 
     Args:
-        names: `tensorboard`, `wandb`, `mlflow`; their packages are there.
+        names: `tensorboard`, `wandb`, `mlflow`; their packages are installed.
         folder: the stage's; TensorBoard's files go below it.
-        run: the recipe's name: the project, or experiment, of the other trackers.
-        settings: what to record of the stage.
-        warn: told of a tracker that is given up.
+        run: the recipe's name, used as project or experiment of the other trackers.
+        settings: of the stage, to record.
+        warn: called with a message when a tracker is dropped.
     """
 
     def __init__(
         self, names: Sequence[str], folder: Path, run: str, settings: dict[str, Any], warn: Callable[[str], None]
     ) -> None:
         self._names, self._folder, self._run, self._settings, self._warn = names, folder, run, settings, warn
-        self._live: dict[str, GeneralTracker] | None = None
+        self._active: dict[str, GeneralTracker] | None = None
 
-    def log(self, metrics: Metrics) -> None:
-        """Send one step's figures. Raises: TrainingError (a tracker cannot be started)."""
-        if self._live is None:
-            self._live = {name: self._start(name, metrics.step) for name in self._names}
-        figures = {
+    def log(self, metrics: StepMetrics) -> None:
+        """Send one step's metrics. Raises: TrainingError (a tracker cannot be started)."""
+        if self._active is None:
+            self._active = {name: self._start(name, metrics.step) for name in self._names}
+        values = {
             f"train/{k}": v for k, v in asdict(metrics).items() if k not in ("step", "eval_loss") and v is not None
         }
         if metrics.eval_loss is not None:
-            figures["eval/loss"] = metrics.eval_loss
-        for name, tracker in list(self._live.items()):
+            values["eval/loss"] = metrics.eval_loss
+        for name, tracker in list(self._active.items()):
             try:
-                tracker.log(figures, step=metrics.step)
+                tracker.log(values, step=metrics.step)
             except Exception as error:  # whatever a service raises
-                self._warn(f"{name} is given up at step {metrics.step}: {error}")
-                del self._live[name]
+                self._warn(f"{name} failed at step {metrics.step} and gets no more metrics: {error}")
+                del self._active[name]
 
     def finish(self) -> None:
-        """Close what is open."""
-        for name, tracker in (self._live or {}).items():
+        """Close the trackers that are open."""
+        for name, tracker in (self._active or {}).items():
             try:
                 tracker.finish()
             except Exception as error:
@@ -64,10 +63,10 @@ class Trackers:
         from accelerate import tracking
         from accelerate.state import PartialState
 
-        PartialState()  # accelerate's logger asks it which process this is
+        PartialState()  # accelerate's logger reads the process index from it
         tracker: Any
         if name == "tensorboard":
-            # Steps that are done again after an interruption replace those in the files.
+            # Steps that are repeated after an interruption replace those in the files.
             tracker = tracking.TensorBoardTracker("tensorboard", self._folder, purge_step=step)
         elif name == "wandb":
             tracker = tracking.WandBTracker(self._run, name=self._folder.name, dir=str(self._folder))
@@ -81,6 +80,6 @@ class Trackers:
             raise TrainingError(
                 f"the tracker {name!r} cannot be started: {error}",
                 where="trackers",
-                hint=f"set {name} up as its documentation says, or take it out of `trackers`",
+                hint=f"set {name} up as its documentation says, or remove it from `trackers`",
             ) from error
         return tracker

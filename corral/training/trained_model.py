@@ -1,13 +1,12 @@
-"""The weights of a training stage: what it starts from, the merged model it leaves, and whether that is what was trained.
+"""The model of a training stage: how it is loaded, the merged model the stage leaves, and checks that they are the same.
 
-- Quantised weights under an adapter are merged as they were trained: restored first, which no longer rounds anything. A merge
-  into the model's full-precision weights gives another model; it is taken only where it has the lower held-out loss.
+- An adapter on quantised weights is merged into those weights, dequantised, which rounds nothing further. A merge into the
+  full-precision weights gives another model; it is kept only if its held-out loss is lower.
 - NF4 and plain weights: adapter and merged model must give the same log-probabilities. LLM.int8 rounds inputs too, so the
-  merged model is held to the restored weights by log-probabilities, and to the model that was trained by held-out loss.
-- A model trained as a whole has float32 weights, whatever it is written in. The written ones must be those rounded, bit for
-  bit, and give the log-probabilities of training as nearly as their dtype allows, and no higher loss.
-
-Knows nothing about run directories, terminals or the order of stages.
+  merged model is compared with the adapter on dequantised weights by log-probabilities, and with the model that was trained
+  by held-out loss.
+- Full fine-tuning has float32 weights, whatever the dtype of the written model. The written weights must be those rounded,
+  bit for bit, and give the log-probabilities of training as nearly as their dtype allows, with no higher loss.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from corral.errors import ModelError, TemplateError
 from corral.export import contract
@@ -38,28 +37,32 @@ if TYPE_CHECKING:
     from corral.recipe import Train
     from corral.template import Template
 
-ADAPTER = "adapter"
-MERGED = "merged"
-MERGING = "merging.json"
-TRAINED = "trained.json"
+ADAPTER_FOLDER = "adapter"
+MERGED_FOLDER = "merged"
+MERGING_FILE = "merging.json"
+TRAINED_FILE = "trained.json"
 
 INT8_MARGIN = 0.02
 """By how much (nats per token) the held-out loss of a merged model may exceed that of the int8 model it was trained as."""
 
 ROUNDING_MARGIN = 0.03
-"""By how much the loss of a whole model, served in 16 bits, may exceed that of its training (nats per token on the probes).
-Rounding shifts it either way, by -0.012 to +0.005 in four trials on SmolLM2-135M in bfloat16."""
+"""By how much the loss of a fully fine-tuned model, written in 16 bits, may exceed that of its training (nats per token on
+the probes). Rounding shifts it either way, by -0.012 to +0.005 in four trials on SmolLM2-135M in bfloat16."""
+
+MergeBase = Literal["base", "dequantised", "full"]
+"""Weights an adapter can be merged into: those of a model that is not quantised; of a quantised one, the weights it was
+trained on or the original ones."""
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class TrainingSetup:
     """What a stage trains, and how.
 
     Args:
         folder: the model it starts from.
         config: the stage's settings.
         device: where to compute.
-        dtype: what in, and what the result is written in.
+        dtype: in which to compute and to write the result.
     """
 
     folder: Path
@@ -69,7 +72,7 @@ class Start:
 
     @property
     def quantization(self) -> Quantization | None:
-        """In what the frozen weights are held."""
+        """How the frozen weights are quantised, if they are."""
         from corral.model.quantisation import Quantization
 
         kind = self.config.quantization
@@ -77,34 +80,35 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
-class Measure:
-    """What models are compared on: the validation rows of the stage, packed as in training."""
+class ValidationSet:
+    """The stage's validation rows, packed as in training, on which models are compared."""
 
     rows: Sequence[Example]
     pack_length: int
 
     def logprobs(self, model: Any) -> list[list[float]]:
-        """Log-probabilities of the trained tokens of each sequence of the rows."""
+        """Log-probabilities of the trained tokens of each sequence that has any."""
         import torch
 
         from corral.data.packing import pack_sequences
         from corral.model.packed_forward import target_logprobs
+        from corral.training.objectives import trained_positions
 
         model.eval()
         sequences = [s for row in self.rows for s in row.sequences]
-        found: list[list[float]] = [[] for _ in sequences]
+        results: list[list[float]] = [[] for _ in sequences]
         for pack in pack_sequences([len(s.ids) for s in sequences], self.pack_length):
-            positions = [[at for at, trained in enumerate(sequences[i].trained) if trained and at] for i in pack]
+            positions = [trained_positions(sequences[i]) for i in pack]
             with torch.inference_mode():
                 values = target_logprobs(model, [sequences[i].ids for i in pack], positions)
             for i, value in zip(pack, values, strict=True):
-                found[i] = value.tolist()
-        return [values for values in found if values]
+                results[i] = value.tolist()
+        return [values for values in results if values]
 
     def loss(self, model: Any) -> float:
-        """Mean loss (nats per trained token) on the rows. Raises: ModelError (it is not a finite number)."""
-        found = self.logprobs(model)
-        loss = -sum(map(sum, found)) / sum(map(len, found))
+        """Mean loss (nats per trained token) on the rows. Raises: ModelError (it is not finite)."""
+        logprobs = self.logprobs(model)
+        loss = -sum(map(sum, logprobs)) / sum(map(len, logprobs))
         if not math.isfinite(loss):
             raise ModelError(
                 f"the held-out loss of the merged model is {loss:g}",
@@ -114,35 +118,35 @@ class Measure:
         return loss
 
 
-def load(start: Start) -> PreTrainedModel:
-    """The model in the form it is trained in. Raises: MissingExtraError, ModelError."""
+def load_base(setup: TrainingSetup) -> PreTrainedModel:
+    """The model the stage starts from, quantised as the stage says. Raises: MissingExtraError, ModelError."""
+    return _load(setup, setup.quantization)
+
+
+def _load(setup: TrainingSetup, quantization: Quantization | None) -> PreTrainedModel:
     from corral.model import loading
 
-    if start.config.method == "full":
-        return loading.load_model(start.folder, dtype="float32", device=start.device)
-    return _load(start, quantised=True)
+    dtype: DType = "float32" if setup.config.method == "full" else setup.dtype
+    return loading.load_model(setup.folder, dtype=dtype, device=setup.device, quantization=quantization)
 
 
-def _load(start: Start, *, quantised: bool) -> PreTrainedModel:
-    from corral.model import loading
+def make_trainable(model: PreTrainedModel, setup: TrainingSetup, *, seed: int) -> PeftModel | PreTrainedModel:
+    """Attach the stage's adapter to the loaded model, or make all its weights trainable.
 
-    quantization = start.quantization if quantised else None
-    return loading.load_model(start.folder, dtype=start.dtype, device=start.device, quantization=quantization)
-
-
-def trainable(model: PreTrainedModel, start: Start, *, seed: int) -> PeftModel | PreTrainedModel:
-    """The loaded model with what is trained in it. Raises: ModelError (an adapter's target is not there)."""
+    Raises:
+        ModelError: the model has no layer of a name that the adapter targets.
+    """
     import torch
 
     from corral.model import adapters
 
-    if start.config.method == "full":
-        return adapters.train_all_weights(model, getattr(torch, start.dtype))
-    return adapters.attach(model, start.config.lora, seed=seed)
+    if setup.config.method == "full":
+        return adapters.train_all_weights(model, getattr(torch, setup.dtype))
+    return adapters.attach(model, setup.config.lora, seed=seed)
 
 
-def refuse_untrained(model: PreTrainedModel, template: Template) -> None:
-    """Raises TemplateError if a template writes special tokens that an adapter on this model could not learn."""
+def check_special_tokens(model: PreTrainedModel, template: Template) -> None:
+    """Raises TemplateError if the template writes special tokens that are untrained and that an adapter cannot learn."""
     from corral.model.loading import untrained_special_tokens
 
     untrained = untrained_special_tokens(model, template.special_ids)
@@ -155,80 +159,80 @@ def refuse_untrained(model: PreTrainedModel, template: Template) -> None:
         )
 
 
-def load_trained(start: Start, stage: Path) -> PeftModel:
-    """The model as it was trained: the adapter on weights in the form that they were held in."""
+def load_as_trained(setup: TrainingSetup, stage: Path) -> PeftModel:
+    """The stage's adapter on the base it was trained on, quantised as it was then."""
     from corral.model import adapters
 
-    return adapters.load(load(start), stage / ADAPTER)
+    return adapters.load(load_base(setup), stage / ADAPTER_FOLDER)
 
 
-def _adapted(start: Start, adapter: Path, *, into: str) -> PeftModel:
-    """The trained adapter on weights that it can be merged into: `dequantised` or `full` (of a quantised model), or `base`."""
+def _load_for_merge(setup: TrainingSetup, stage: Path, base: MergeBase) -> PeftModel:
+    """The stage's adapter on weights that it can be merged into."""
     import torch
 
     from corral.model import adapters, quantisation
 
-    model = _load(start, quantised=into == "dequantised")
-    if into == "dequantised":
-        quantisation.dequantise_model(model, getattr(torch, start.dtype))
-    return adapters.load(model, adapter)
+    model = _load(setup, setup.quantization if base == "dequantised" else None)
+    if base == "dequantised":
+        quantisation.dequantise_model(model, getattr(torch, setup.dtype))
+    return adapters.load(model, stage / ADAPTER_FOLDER)
 
 
-def merge(
-    start: Start,
+def save_merged_model(
+    setup: TrainingSetup,
     stage: Path,
     template: Template,
-    measure: Measure,
+    validation: ValidationSet,
     *,
     licences: Sequence[Path],
-    say: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> None:
-    """Merge the stage's adapter into `merged`, a folder that stands by itself; `merging.json` says into what.
+    """Merge the stage's adapter and write the model to `merged`; `merging.json` says into which weights.
 
     With `merge = "best"` both merged models are measured, and the one with the lower held-out loss is kept.
 
     Raises:
-        StorageError, ModelError: as they say; an earlier `merged` then still stands.
+        StorageError, ModelError: an earlier `merged` is untouched.
     """
     from corral.model import merging
 
-    names = ["base"] if start.quantization is None else ["dequantised"]
-    if start.config.merge == "best":
-        names.append("full")
+    bases: list[MergeBase] = ["base"] if setup.quantization is None else ["dequantised"]
+    if setup.config.merge == "best":
+        bases.append("full")
     losses: dict[str, float] = {}
-    chosen = names[0]
-    for name in names:
-        merged = merging.merge_adapter(_adapted(start, stage / ADAPTER, into=name))
-        if len(names) > 1:
-            losses[name] = measure.loss(merged)
-        # A tie leaves the model that was trained.
-        if name == names[0] or losses[name] < losses[chosen]:
-            chosen = name
-            with new_directory(stage / MERGED) as folder:
+    chosen = bases[0]
+    for base in bases:
+        merged = merging.merge_adapter(_load_for_merge(setup, stage, base))
+        if len(bases) > 1:
+            losses[base] = validation.loss(merged)
+        # A tie keeps the model that was trained.
+        if base == bases[0] or losses[base] < losses[chosen]:
+            chosen = base
+            with new_directory(stage / MERGED_FOLDER) as folder:
                 merging.save_model(merged, template, folder, licences=licences)
         del merged
         gc.collect()
-    write_json(stage / MERGING, {"into": chosen, "losses": losses, "rows": len(measure.rows)})
+    write_json(stage / MERGING_FILE, {"into": chosen, "losses": losses, "rows": len(validation.rows)})
     if losses:
-        say(_comparison(chosen, losses, len(measure.rows)))
+        report(_describe_choice(chosen, losses, len(validation.rows)))
 
 
-def _comparison(chosen: str, losses: dict[str, float], rows: int) -> str:
+def _describe_choice(chosen: str, losses: dict[str, float], rows: int) -> str:
     words = {"dequantised": "the dequantised weights", "full": "the full-precision weights"}
     figures = ", ".join(f"{loss:.4f} merged into {words[name]}" for name, loss in losses.items())
     return f"held-out loss on {rows} rows: {figures}; kept: {words[chosen]}"
 
 
-def save_whole(
+def save_full_model(
     model: PreTrainedModel,
     values: Mapping[str, torch.Tensor],
     scores: Sequence[Sequence[float]],
-    start: Start,
+    setup: TrainingSetup,
     stage: Path,
     template: Template,
     licences: Sequence[Path],
 ) -> None:
-    """Write a model that is trained as a whole as `merged`, and beside it what `checks` holds that to.
+    """Write a fully fine-tuned model to `merged`, and to `trained.json` what `check_merged_model` compares it with.
 
     Args:
         values: its parameters by name.
@@ -238,13 +242,13 @@ def save_whole(
 
     from corral.model import merging
 
-    dtype = getattr(torch, start.dtype)
-    with new_directory(stage / MERGED) as folder:
+    dtype = getattr(torch, setup.dtype)
+    with new_directory(stage / MERGED_FOLDER) as folder:
         merging.save_model(model, template, folder, licences=licences, weights=values, dtype=dtype)
-    write_atomic(stage / TRAINED, json.dumps({"probes": scores, "weights": _digests(values, dtype)}))
+    write_atomic(stage / TRAINED_FILE, json.dumps({"probes": scores, "weights": _tensor_digests(values, dtype)}))
 
 
-def _digests(values: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, str]:
+def _tensor_digests(values: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, str]:
     """sha256 of the bytes of each tensor, rounded to a dtype."""
     import torch
 
@@ -256,75 +260,79 @@ def _digests(values: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str
     return {name: digest(value) for name, value in values.items()}
 
 
-def checks(
-    start: Start, stage: Path, candidate: Path, probe_set: Sequence[Probe], measure: Measure
+def check_merged_model(
+    setup: TrainingSetup, stage: Path, candidate: Path, probes: Sequence[Probe], validation: ValidationSet
 ) -> tuple[list[list[float]], list[Check]]:
-    """Whether a copy of the stage's merged model is what was trained.
+    """Compare a copy of the stage's merged model with what was trained.
 
     Args:
         stage: the stage's directory.
         candidate: the copy.
-        measure: with no rows, the probes stand in for them.
+        validation: if it has no rows, the probes are used instead.
 
     Returns: the copy's log-probabilities of the probes, and the checks.
     """
     from corral.model import loading
 
-    model = loading.load_model(candidate, dtype=start.dtype, device=start.device)
-    merged = _measured(model, probe_set)
-    if start.config.method == "full":
-        return merged, _checks_of_whole(start, stage, model, merged)
-    by_loss = start.config.quantization == "int8"
-    merged_rows = measure.logprobs(model) if by_loss and measure.rows else merged
+    model = loading.load_model(candidate, dtype=setup.dtype, device=setup.device)
+    merged = _probe_logprobs(model, probes)
+    if setup.config.method == "full":
+        return merged, _check_full_model(setup, stage, model, merged)
+    by_loss = setup.config.quantization == "int8"
+    merged_rows = validation.logprobs(model) if by_loss and validation.rows else merged
     del model
     gc.collect()
-    tolerance = contract.TOLERANCES[start.dtype]
-    merging = json.loads((stage / MERGING).read_text("utf-8"))
-    if start.config.quantization == "nf4" and merging["into"] == "dequantised":
-        adapted = load_trained(start, stage)  # restores its weights for each product, with the same result
+    record = json.loads((stage / MERGING_FILE).read_text("utf-8"))
+    base: MergeBase = record["into"]
+    if setup.config.quantization == "nf4" and base == "dequantised":
+        adapted = load_as_trained(setup, stage)  # dequantises its weights for each product, with the same result
     else:
-        adapted = _adapted(start, stage / ADAPTER, into=merging["into"])
-    trained = _measured(adapted, probe_set)
+        adapted = _load_for_merge(setup, stage, base)
+    trained = _probe_logprobs(adapted, probes)
     del adapted
     gc.collect()
-    found = [contract.compare_logprobs("adapter and merged model", trained, merged, tolerance)]
+    tolerance = contract.TOLERANCES[setup.dtype]
+    checks = [contract.compare_logprobs("adapter and merged model", trained, merged, tolerance)]
     if by_loss:
-        adapted = load_trained(start, stage)
-        rows = measure.logprobs(adapted) if measure.rows else _measured(adapted, probe_set)
-        found.append(contract.compare_losses("held-out loss, merged and int8", merged_rows, rows, INT8_MARGIN))
-    if merging["losses"]:
-        losses = merging["losses"]
-        detail = _comparison(merging["into"], losses, merging["rows"])
-        found.append(contract.Check("choice of the merge", losses[merging["into"]] <= min(losses.values()), detail))
-    return merged, found
+        adapted = load_as_trained(setup, stage)
+        rows = validation.logprobs(adapted) if validation.rows else _probe_logprobs(adapted, probes)
+        checks.append(contract.compare_losses("held-out loss, merged and int8", merged_rows, rows, INT8_MARGIN))
+    if losses := record["losses"]:
+        detail = _describe_choice(base, losses, record["rows"])
+        checks.append(contract.Check("choice of the merge", losses[base] <= min(losses.values()), detail))
+    return merged, checks
 
 
-def _checks_of_whole(start: Start, stage: Path, model: PreTrainedModel, served: list[list[float]]) -> list[Check]:
-    """Whether a model, which gives the probes `served`, is what was trained as a whole and rounded to be written."""
+def _check_full_model(
+    setup: TrainingSetup, stage: Path, model: PreTrainedModel, written_scores: list[list[float]]
+) -> list[Check]:
+    """Compare the written model, and the log-probabilities it gives the probes, with `trained.json`."""
     import torch
 
-    kept = json.loads((stage / TRAINED).read_text("utf-8"))
-    scores: list[list[float]] = kept["probes"]
-    trained: dict[str, str] = kept["weights"]
-    written = _digests(dict(model.named_parameters()), getattr(torch, start.dtype))
-    others = sorted(name for name in trained.keys() | written.keys() if trained.get(name) != written.get(name))
-    detail = f"{len(trained)} tensors are equal in {start.dtype}, bit for bit"
-    if others:
-        detail = f"{len(others)} of {len(trained)} tensors are not those that were trained, e.g. {others[0]}"
-    found = [
-        contract.Check("trained and saved weights", not others, detail, n=len(trained)),
-        contract.compare_logprobs("trained and saved model", scores, served, contract.TOLERANCES[start.dtype]),
+    record = json.loads((stage / TRAINED_FILE).read_text("utf-8"))
+    scores: list[list[float]] = record["probes"]
+    trained: dict[str, str] = record["weights"]
+    written = _tensor_digests(dict(model.named_parameters()), getattr(torch, setup.dtype))
+    different = sorted(name for name in trained.keys() | written.keys() if trained.get(name) != written.get(name))
+    detail = f"{len(trained)} tensors are equal in {setup.dtype}, bit for bit"
+    if different:
+        detail = f"{len(different)} of {len(trained)} tensors are not those that were trained, e.g. {different[0]}"
+    tolerance = contract.TOLERANCES[setup.dtype]
+    checks = [
+        contract.Check("trained and saved weights", not different, detail, n=len(trained)),
+        contract.compare_logprobs("trained and saved model", scores, written_scores, tolerance),
     ]
-    if start.dtype != "float32":
-        found.append(contract.compare_losses("loss, saved model and training", served, scores, ROUNDING_MARGIN))
-    return found
+    if setup.dtype != "float32":
+        name = "loss, saved model and training"
+        checks.append(contract.compare_losses(name, written_scores, scores, ROUNDING_MARGIN))
+    return checks
 
 
-def _measured(model: Any, probe_set: Sequence[Probe]) -> list[list[float]]:
+def _probe_logprobs(model: Any, probes: Sequence[Probe]) -> list[list[float]]:
     from corral.engines.transformers import TransformersEngine
 
-    async def work() -> list[list[float]]:
+    async def measure() -> list[list[float]]:
         async with TransformersEngine(model) as engine:
-            return await contract.measure(engine, probe_set)
+            return await contract.measure(engine, probes)
 
-    return asyncio.run(work())
+    return asyncio.run(measure())

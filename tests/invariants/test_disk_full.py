@@ -94,7 +94,7 @@ def test_a_disk_that_is_full(after: int, place: str, uninterrupted: tuple[Job, P
     assert "free some space" in str(full.value.hint)
     if place.startswith("checkpoints"):
         assert full.value.where == str(folder / place)
-        assert "goes on from step 5" in str(full.value.hint)
+        assert "resumes from step 5" in str(full.value.hint)
         assert "needed" in full.value.what
     check_what_stands(folder, 5)
     ballast.unlink()

@@ -29,7 +29,7 @@ from corral.model.quantisation import Quantization
 from corral.recipe import Lora, Optimizer, Train
 from corral.storage import new_directory
 from corral.training import step_metrics
-from corral.training.loop import Outcome, Training
+from corral.training.loop import Outcome, Trainer
 from corral.training.objectives import OBJECTIVES
 from tests.training.tiny import make_examples
 
@@ -61,7 +61,7 @@ class Job:
     rows: Path
     case: Case = field(default_factory=Case)
 
-    def training(self, folder: Path) -> Training:
+    def training(self, folder: Path) -> Trainer:
         """The training as a stage sets it up, with its best weights in `folder/best`."""
         encoded, base = pickle.loads(self.rows.read_bytes())
         config = self.case.config
@@ -81,7 +81,7 @@ class Job:
 
         folder.mkdir(parents=True, exist_ok=True)
         examples = make_examples(encoded)
-        training = Training(
+        training = Trainer(
             model,
             examples[4:],
             examples[:4],

@@ -158,7 +158,7 @@ def test_training_gives_the_losses_of_the_cpu(tmp_path: Path) -> None:
     from corral.model import adapters
     from corral.recipe import Lora, Train
     from corral.template import Encoded
-    from corral.training.loop import Training
+    from corral.training.loop import Trainer
     from corral.training.objectives import OBJECTIVES
 
     record = Conversation.from_turns(("user", "?"), ("assistant", "!"))
@@ -171,7 +171,7 @@ def test_training_gives_the_losses_of_the_cpu(tmp_path: Path) -> None:
         model = adapters.attach(make_tiny_model(300).to(device), Lora(), seed=0)
         folder = tmp_path / device
         folder.mkdir()
-        training = Training(
+        training = Trainer(
             model,
             examples,
             [],

@@ -10,9 +10,9 @@ import torch
 
 from corral.model import adapters
 from corral.recipe import Lora, Optimizer, Train
-from corral.training.loop import Training
+from corral.training.loop import Trainer
 from corral.training.objectives import OBJECTIVES
-from corral.training.sampler import Order
+from corral.training.sampler import BatchSampler
 from tests.conftest import make_tiny_model
 from tests.training.tiny import make_examples
 
@@ -23,7 +23,7 @@ def ours(encoded: list[Any], vocabulary: int, folder: Path) -> tuple[list[float]
     model = adapters.attach(make_tiny_model(vocabulary), Lora(rank=4, alpha=8), seed=1)
     config = Train(steps=STEPS, batch_size=BATCH, optimizer=Optimizer(lr=LR, schedule="constant", warmup_ratio=0))
     folder.mkdir()
-    training = Training(
+    training = Trainer(
         model,
         make_examples(encoded),
         [],
@@ -55,7 +55,7 @@ def theirs(
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    steps = Order(Train(steps=STEPS, batch_size=BATCH), [1] * len(encoded), 0)
+    steps = BatchSampler(Train(steps=STEPS, batch_size=BATCH), [1] * len(encoded), 0)
     order = [i for step in range(1, STEPS + 1) for i in steps.batch(step)]
     rows = [{"input_ids": list(encoded[i].ids), "completion_mask": [int(t) for t in encoded[i].trained]} for i in order]
     log: list[dict[str, float]] = []

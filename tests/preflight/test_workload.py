@@ -11,7 +11,7 @@ from corral.data.example_store import ExampleStore, ExampleWriter
 from corral.data.packing import pack_sequences
 from corral.preflight.workload import Workload
 from corral.recipe import Train
-from corral.training.sampler import Order
+from corral.training.sampler import BatchSampler
 from tests.training.tiny import make_examples
 
 
@@ -32,7 +32,7 @@ def test_steps_tokens_and_the_longest_pack_are_those_of_the_order(prepared: Any)
     train = Train(steps=11, batch_size=3, evaluate_every=4, checkpoint_every=5, pack_length=128)
     work = Workload.from_stage(train, prepared, 128, 9, "cpu")
     lengths = prepared.train.lengths
-    order = Order(train, lengths.tolist(), 9)
+    order = BatchSampler(train, lengths.tolist(), 9)
     batches = [order.batch(step) for step in range(1, 12)]
     assert work.steps == 11
     assert work.tokens == sum(int(lengths[b].sum()) for b in batches)

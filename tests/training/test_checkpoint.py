@@ -15,9 +15,10 @@ import torch
 
 from corral.errors import CheckpointError, StorageError
 from corral.recipe import Optimizer
-from corral.training import checkpoint, optimizers
-from corral.training.checkpoint import State
-from corral.training.divergence import Watch
+from corral.training import checkpoint, optimizers, sharding
+from corral.training.checkpoint import TrainingState
+from corral.training.distributed import World
+from corral.training.divergence import DivergenceMonitor
 from tests.conftest import unprivileged
 
 
@@ -80,11 +81,11 @@ def test_a_damaged_checkpoint_is_said_and_an_older_one_taken(
 def test_a_checkpoint_that_may_not_be_read_is_passed_over(tmp_path: Path) -> None:
     weight, optimizer = made("adamw")
     for step in (1, 2):
-        checkpoint.save(tmp_path, {"w": weight}, optimizer, state(step))
+        sharding.save(tmp_path, {"w": weight}, optimizer, state(step), World())
     (tmp_path / "step-000002" / "optimizer.safetensors").chmod(0)
     told: list[str] = []
     with unprivileged(tmp_path):
-        found = checkpoint.restore(tmp_path, {"w": weight}, optimizer, warn=told.append)
+        found = sharding.restore(tmp_path, {"w": weight}, optimizer, World(), warn=told.append)
     assert found is not None
     assert found.step == 1
     assert "optimizer.safetensors cannot be read: Permission denied" in told[0]
@@ -115,7 +116,7 @@ def test_when_all_are_damaged_it_says_so_and_touches_nothing(training: Callable[
 def made(kind: str, steps: int = 3) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(96, 64))
-    optimizer = optimizers.build([weight], Optimizer(kind=kind))  # pyright: ignore[reportArgumentType]
+    optimizer = optimizers.build_optimizer([weight], Optimizer(kind=kind))  # pyright: ignore[reportArgumentType]
     for _ in range(steps):
         step(weight, optimizer)
     return weight, optimizer
@@ -127,15 +128,15 @@ def step(weight: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
-def state(number: int) -> State:
-    return State(number, 0, 0.0, 0, None, 0, Watch((1.5, 2.0), 1.0, 0.1))
+def state(number: int) -> TrainingState:
+    return TrainingState(number, 0, 0.0, 0, None, 0, DivergenceMonitor((1.5, 2.0), 1.0, 0.1))
 
 
 def test_any_changed_byte_is_found_or_makes_no_difference(tmp_path: Path) -> None:
     weight, optimizer = made("adamw_8bit")
-    checkpoint.save(tmp_path, {"w": weight}, optimizer, state(3))
+    sharding.save(tmp_path, {"w": weight}, optimizer, state(3), World())
     (folder,) = tmp_path.iterdir()
-    expected = checkpoint.read(tmp_path, warn=print)
+    expected = checkpoint.read_newest(tmp_path, warn=print)
     assert expected is not None
     generator = random.Random(0)
     found = 0
@@ -147,7 +148,7 @@ def test_any_changed_byte_is_found_or_makes_no_difference(tmp_path: Path) -> Non
             path.write_bytes(data)
             told: list[str] = []
             try:
-                saved = checkpoint.read(tmp_path, warn=told.append)
+                saved = checkpoint.read_newest(tmp_path, warn=told.append)
             except CheckpointError:
                 assert path.name in told[0] or path.name == "manifest.json"
                 found += 1
@@ -158,15 +159,15 @@ def test_any_changed_byte_is_found_or_makes_no_difference(tmp_path: Path) -> Non
                 assert saved.state == expected.state
         path.write_bytes(good)
     assert found > 550
-    assert checkpoint.read(tmp_path, warn=print) is not None
+    assert checkpoint.read_newest(tmp_path, warn=print) is not None
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
 def test_a_fresh_optimizer_is_given_all_that_the_saved_one_held(kind: str, tmp_path: Path) -> None:
     weight, optimizer = made(kind)
-    checkpoint.save(tmp_path, {"w": weight}, optimizer, state(3))
+    sharding.save(tmp_path, {"w": weight}, optimizer, state(3), World())
     other, fresh = made(kind, steps=0)
-    assert checkpoint.restore(tmp_path, {"w": other}, fresh, warn=print) == state(3)
+    assert sharding.restore(tmp_path, {"w": other}, fresh, World(), warn=print) == state(3)
     ours, theirs = fresh.state[other], optimizer.state[weight]
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
@@ -183,25 +184,27 @@ def test_a_fresh_optimizer_is_given_all_that_the_saved_one_held(kind: str, tmp_p
 
 def test_what_several_parameters_share_is_written_for_each(tmp_path: Path) -> None:
     parameters = {name: torch.nn.Parameter(torch.randn(96, 64)) for name in "ab"}
-    optimizer = optimizers.build(parameters.values(), Optimizer(kind="adamw_8bit"))
+    optimizer = optimizers.build_optimizer(parameters.values(), Optimizer(kind="adamw_8bit"))
     sum(p.square().mean() for p in parameters.values()).backward()  # pyright: ignore[reportAttributeAccessIssue]
     optimizer.step()
-    checkpoint.save(tmp_path, parameters, optimizer, state(1))
-    saved = checkpoint.read(tmp_path, warn=print)
+    sharding.save(tmp_path, parameters, optimizer, state(1), World())
+    saved = checkpoint.read_newest(tmp_path, warn=print)
     assert saved is not None
-    assert all(torch.equal(saved.moments[name]["qmap1"], optimizer.state[parameters["a"]]["qmap1"]) for name in "ab")  # pyright: ignore
+    assert all(
+        torch.equal(saved.optimizer_state[name]["qmap1"], optimizer.state[parameters["a"]]["qmap1"]) for name in "ab"
+    )  # pyright: ignore
 
 
 @pytest.mark.parametrize("other", [torch.randn(96, 32), torch.randn(96, 64, dtype=torch.float64)])
 def test_a_checkpoint_of_another_model_is_refused_before_anything_changes(other: Any, tmp_path: Path) -> None:
     weight, optimizer = made("adamw")
-    checkpoint.save(tmp_path, {"w": weight}, optimizer, state(1))
+    sharding.save(tmp_path, {"w": weight}, optimizer, state(1), World())
     different = torch.nn.Parameter(other.clone())
-    fresh = optimizers.build([different], Optimizer())
+    fresh = optimizers.build_optimizer([different], Optimizer())
     with pytest.raises(CheckpointError, match=r"in the checkpoint w is \[96, 64\] torch.float32, in the model"):
-        checkpoint.restore(tmp_path, {"w": different}, fresh, warn=print)
+        sharding.restore(tmp_path, {"w": different}, fresh, World(), warn=print)
     with pytest.raises(CheckpointError, match=r"other parameters, e.g. v"):
-        checkpoint.restore(tmp_path, {"v": weight}, optimizer, warn=print)
+        sharding.restore(tmp_path, {"v": weight}, optimizer, World(), warn=print)
     assert torch.equal(different, other)
 
 
@@ -215,28 +218,30 @@ def test_only_the_adapter_is_in_a_checkpoint(training: Callable[..., Any], tmp_p
 
 def test_while_the_loss_is_in_doubt_checkpoints_from_before_stay(tmp_path: Path) -> None:
     weight, optimizer = made("adamw")
-    watch = Watch()
+    watch = DivergenceMonitor()
     for loss in [1.0] * 220:
-        watch = watch.after(loss, 1.0)
+        watch = watch.updated(loss, 1.0)
     for number in range(121, 130):
-        watch = watch.after(9.0 if number > 124 else 1.0, 1.0)
-        checkpoint.save(tmp_path, {"w": weight}, optimizer, State(number, 0, 0.0, 0, None, 0, watch))
+        watch = watch.updated(9.0 if number > 124 else 1.0, 1.0)
+        sharding.save(tmp_path, {"w": weight}, optimizer, TrainingState(number, 0, 0.0, 0, None, 0, watch), World())
     assert sorted(int(p.name[5:]) for p in tmp_path.iterdir()) == [123, 124, 125, 126, 127, 128, 129]
-    checkpoint.save(tmp_path, {"w": weight}, optimizer, State(130, 0, 0.0, 0, None, 0, watch.after(1.0, 1.0)))
+    sharding.save(
+        tmp_path, {"w": weight}, optimizer, TrainingState(130, 0, 0.0, 0, None, 0, watch.updated(1.0, 1.0)), World()
+    )
     assert sorted(int(p.name[5:]) for p in tmp_path.iterdir()) == [129, 130]
 
 
 def test_a_limit_on_files_stops_with_what_to_do_and_older_checkpoints_stand(tmp_path: Path) -> None:
     weight, optimizer = made("adamw")
-    checkpoint.save(tmp_path, {"w": weight}, optimizer, state(4))
+    sharding.save(tmp_path, {"w": weight}, optimizer, state(4), World())
     before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (9000, hard))
     try:
         with pytest.raises(StorageError, match="larger than this disk or user may write") as full:
-            checkpoint.save(tmp_path, {"w": weight}, optimizer, state(6))
+            sharding.save(tmp_path, {"w": weight}, optimizer, state(6), World())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
-    assert str(full.value.hint).endswith("then give the same command again: it goes on from step 4")
+    assert str(full.value.hint).endswith("then run the same command again: it resumes from step 4")
     assert [p.name for p in tmp_path.iterdir()] == ["step-000004"]
 
 
@@ -247,6 +252,6 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused_with_its_size(
     real = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: real._replace(free=100_000))
     with pytest.raises(StorageError, match=r"the disk is full: .* free, .* needed") as full:
-        checkpoint.save(tmp_path, {"w": weight}, optimizer, state(6))
-    assert str(full.value.hint).endswith("then give the same command again: it goes on from the start of this stage")
+        sharding.save(tmp_path, {"w": weight}, optimizer, state(6), World())
+    assert str(full.value.hint).endswith("then run the same command again: it resumes from the start of this stage")
     assert list(tmp_path.iterdir()) == []

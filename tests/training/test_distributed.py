@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from corral.errors import TrainingError
 from corral.training import sharding
-from corral.training.distributed import World, join
+from corral.training.distributed import World, world_from_environment
 from tests.training.tiny import make_training
 
 ROOT = Path(__file__).parent.parent.parent
@@ -103,7 +103,7 @@ def work(job: Path, folder: Path) -> None:
     """One process of two: go through the scenes, and note what became of each."""
     rows, vocabulary = pickle.loads(job.read_bytes())
     seen: dict[str, Any] = {}
-    with join() as world:
+    with world_from_environment() as world:
 
         def make(place: Path, **settings: Any) -> Any:
             training = make_training(place, rows, vocabulary, world=world, **settings)
@@ -116,7 +116,7 @@ def work(job: Path, folder: Path) -> None:
             except TrainingError as error:
                 seen[name] = str(error)
         (folder / f"rank-{world.rank}").write_bytes(pickle.dumps(seen))
-        with world.together():
+        with world.peer_errors():
             make(folder / "killed", **SETTINGS).run(should_stop=lambda: die_at_a_checkpoint(folder, world))
 
 
@@ -129,8 +129,8 @@ def die_at_a_checkpoint(folder: Path, world: World) -> bool:
 
 def count_passes(training: Any) -> list[int]:
     made: list[int] = []
-    forward = training._loss
-    training._loss = lambda examples: made.append(len(examples)) or forward(examples)
+    forward = training._pass_loss
+    training._pass_loss = lambda examples: made.append(len(examples)) or forward(examples)
     return made
 
 
@@ -259,9 +259,9 @@ def test_each_process_drops_out_by_itself_and_resumes_to_the_last_bit(two: Path)
 def make_random(rank: int) -> int:
     from types import SimpleNamespace
 
-    from corral.training.loop import Training
+    from corral.training.loop import Trainer
 
-    return Training._random(SimpleNamespace(world=World(rank, 4), seed=3), 7)  # pyright: ignore
+    return Trainer._step_seed(SimpleNamespace(world=World(rank, 4), seed=3), 7)  # pyright: ignore
 
 
 @pytest.mark.parametrize("name", ["none, then full", "full, then none", "from one"])
@@ -308,9 +308,9 @@ def test_when_one_process_is_killed_the_other_says_so_and_ends(two: Path) -> Non
 
 def test_shares_hold_each_row_once_and_about_as_many_tokens() -> None:
     lengths = [7, 500, 3, 3, 480, 20, 90, 1, 512, 30]
-    found = sharding.shares(lengths, 3)
+    found = sharding.balance_by_tokens(lengths, 3)
     assert sorted(place for share in found for place in share) == list(range(10))
     tokens = [sum(lengths[i] for i in share) for share in found]
     assert max(tokens) - min(tokens) < 40
-    assert sharding.shares(lengths, 1) == [list(range(10))]
-    assert sharding.shares([5], 2) == [[0], []]
+    assert sharding.balance_by_tokens(lengths, 1) == [list(range(10))]
+    assert sharding.balance_by_tokens([5], 2) == [[0], []]

@@ -15,7 +15,7 @@ import torch
 
 from corral.data.example_store import Example
 from corral.errors import TrainingError
-from corral.training.divergence import PATIENCE, Watch, check, check_held_out
+from corral.training.divergence import PATIENCE, DivergenceMonitor, check_held_out, check_step
 from tests.training.tiny import make_examples
 
 RANDOM = np.random.default_rng(7)
@@ -23,9 +23,9 @@ RANDOM = np.random.default_rng(7)
 
 def stops_at(losses: Any) -> int | None:
     """The step (from 1) at which it stops."""
-    watch = Watch()
+    watch = DivergenceMonitor()
     for step, loss in enumerate(losses, start=1):
-        watch = watch.after(float(loss), 1.0)
+        watch = watch.updated(float(loss), 1.0)
         if watch.exploded:
             return step
     return None
@@ -85,12 +85,12 @@ def test_a_run_that_has_come_apart_is_stopped(name: str) -> None:
 
 
 def test_the_watch_is_a_value_that_survives_a_checkpoint() -> None:
-    watch = Watch()
+    watch = DivergenceMonitor()
     for loss in ILL["apart after a while"][0][:705]:
-        watch = watch.after(float(loss), 1.0)
+        watch = watch.updated(float(loss), 1.0)
     fields = json.loads(json.dumps({"recent": watch.recent, "level": watch.level, "width": watch.width}))
-    assert Watch(tuple(fields.pop("recent")), **fields) == watch
-    assert watch.above == 5
+    assert DivergenceMonitor(tuple(fields.pop("recent")), **fields) == watch
+    assert watch.steps_above_bound == 5
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_only_the_rows_that_are_not_numbers_are_named(batch: list[Example]) -> N
         return (math.nan, math.nan) if example.index == 2 else (1.5, 0.2)
 
     with pytest.raises(TrainingError) as stopped:
-        check(7, math.nan, math.nan, Watch(), batch, alone)
+        check_step(7, math.nan, math.nan, DivergenceMonitor(), batch, alone)
     assert stopped.value.what == "step 7: loss is nan and gradient norm nan"
     assert stopped.value.where == "1 of 4 rows of the batch: forum row 2 (loss nan, gradient norm nan)"
     assert "before step 7 are kept" in str(stopped.value.hint)
@@ -111,30 +111,28 @@ def test_only_the_rows_that_are_not_numbers_are_named(batch: list[Example]) -> N
 
 def test_a_row_whose_gradient_alone_is_infinite_is_named(batch: list[Example]) -> None:
     with pytest.raises(TrainingError) as stopped:
-        check(7, 1.5, math.inf, Watch(), batch, lambda e: (1.5, math.inf if e.index == 1 else 0.1))
+        check_step(7, 1.5, math.inf, DivergenceMonitor(), batch, lambda e: (1.5, math.inf if e.index == 1 else 0.1))
     assert stopped.value.where == "1 of 4 rows of the batch: wiki row 1 (loss 1.5, gradient norm inf)"
 
 
 def test_where_every_row_is_at_fault_or_none_by_itself_that_is_said(batch: list[Example]) -> None:
     with pytest.raises(TrainingError) as stopped:
-        check(7, math.inf, 1.0, Watch(), batch, lambda _: (math.inf, 1.0))
-    assert str(stopped.value.where).startswith(
-        "all 4 rows of the batch, so the fault may lie in the weights: wiki row 0"
-    )
+        check_step(7, math.inf, 1.0, DivergenceMonitor(), batch, lambda _: (math.inf, 1.0))
+    assert str(stopped.value.where).startswith("all 4 rows of the batch, so the weights may be at fault: wiki row 0")
     with pytest.raises(TrainingError) as stopped:
-        check(7, math.inf, 1.0, Watch(), batch, lambda _: (1.0, 1.0))
+        check_step(7, math.inf, 1.0, DivergenceMonitor(), batch, lambda _: (1.0, 1.0))
     assert str(stopped.value.where).startswith(
-        "rows of the batch, each of which is well by itself: wiki row 0 (loss 1)"
+        "rows of the batch, none of which is at fault by itself: wiki row 0 (loss 1)"
     )
 
 
 def test_of_an_exploded_loss_the_worst_rows_come_first_and_not_all_are_listed(encoded_rows: list[Any]) -> None:
-    watch = Watch()
+    watch = DivergenceMonitor()
     for loss in [1.0] * 300 + [9.0] * PATIENCE:
-        watch = watch.after(loss, 1.0)
+        watch = watch.updated(loss, 1.0)
     rows = make_examples(encoded_rows)[:20]
     with pytest.raises(TrainingError) as stopped:
-        check(310, 9.0, 1.0, watch, rows, lambda e: (float(e.index), 1.0))
+        check_step(310, 9.0, 1.0, watch, rows, lambda e: (float(e.index), 1.0))
     assert "exploded: it is 9, and for 10 steps it was above 3" in stopped.value.what
     where = str(stopped.value.where)
     assert where.startswith("16 of 20 rows of the batch: made row 19 (loss 19), made row 18 (loss 18)")
@@ -145,7 +143,7 @@ def test_a_finite_step_that_is_within_bounds_goes_on(batch: list[Example]) -> No
     def never(_: Example) -> tuple[float, float]:
         raise AssertionError("rows are computed again only when there is a fault")
 
-    check(1, 5.0, 100.0, Watch().after(5.0, 100.0), batch, never)
+    check_step(1, 5.0, 100.0, DivergenceMonitor().updated(5.0, 100.0), batch, never)
     check_held_out(3.0, batch, never)
 
 
@@ -160,7 +158,7 @@ def test_a_held_out_loss_that_is_no_number_names_its_rows(batch: list[Example]) 
 
 def test_the_row_that_breaks_the_loss_is_found_in_its_batch(training: Callable[..., Any], tmp_path: Path) -> None:
     made = training(tmp_path, held_out=0, batch_size=8)
-    bad = made.order.batch(2)[3]
+    bad = made.sampler.batch(2)[3]
     token = made.examples[bad].sequences[0].ids[5]
     unique = max(set(range(400)) - {i for e in made.examples for i in e.sequences[0].ids})
     sequence = made.examples[bad].sequences[0]
@@ -203,10 +201,10 @@ def test_real_runs_at_low_and_high_rates_are_left_alone(
 
 
 def test_a_model_whose_gradient_is_gone_is_not_trained_to_the_end(batch: list[Example]) -> None:
-    watch = Watch()
+    watch = DivergenceMonitor()
     for _ in range(PATIENCE - 1):
-        watch = watch.after(5.99, 0.0)
-        check(1, 5.99, 0.0, watch, batch, lambda _: (5.99, 0.0))
-    check(1, 5.99, 0.1, watch.after(5.99, 0.1), batch, lambda _: (5.99, 0.1))
+        watch = watch.updated(5.99, 0.0)
+        check_step(1, 5.99, 0.0, watch, batch, lambda _: (5.99, 0.0))
+    check_step(1, 5.99, 0.1, watch.updated(5.99, 0.1), batch, lambda _: (5.99, 0.1))
     with pytest.raises(TrainingError, match="nothing is learnt any more"):
-        check(1, 5.99, 0.0, watch.after(5.99, 0.0), batch, lambda _: (5.99, 0.0))
+        check_step(1, 5.99, 0.0, watch.updated(5.99, 0.0), batch, lambda _: (5.99, 0.0))

@@ -10,7 +10,7 @@ import torch
 
 from corral.errors import MissingExtraError
 from corral.recipe import Optimizer
-from corral.training.optimizers import build, learning_rate, shortfall
+from corral.training.optimizers import build_optimizer, learning_rate, unsupported
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -43,7 +43,7 @@ def trained(kind: str, steps: int = 30) -> Any:
     weight = torch.nn.Parameter(torch.randn(128, 64))
     target = torch.randn(128, 64)
     config = Optimizer(kind=kind, lr=1e-2, weight_decay=0.1)  # pyright: ignore[reportArgumentType]
-    optimizer = build([weight], config)
+    optimizer = build_optimizer([weight], config)
     for _ in range(steps):
         optimizer.zero_grad()
         (weight - target).square().mean().backward()
@@ -57,9 +57,9 @@ def test_paged_32_bit_adamw_is_adamw() -> None:
 
 def test_that_nothing_is_paged_without_a_gpu_is_known() -> None:
     paged, plain = Optimizer(kind="paged_adamw_32bit"), Optimizer(kind="adamw_8bit")
-    assert "nothing is paged" in (shortfall(paged, "cpu") or "")
-    assert shortfall(paged, "cuda:0") is None
-    assert shortfall(plain, "cpu") is None
+    assert "nothing is paged" in (unsupported(paged, "cpu") or "")
+    assert unsupported(paged, "cuda:0") is None
+    assert unsupported(plain, "cpu") is None
 
 
 @pytest.mark.parametrize("kind", ["adamw_8bit", "paged_adamw_8bit"])

@@ -14,9 +14,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from corral.errors import TrainingError
-from corral.training.checkpoint import State
+from corral.training.checkpoint import TrainingState
 
-START = State(step=0, tokens=0, seconds=0.0, best_step=0, best_loss=None, worse=0, scale=2.0**16)
+START = TrainingState(step=0, tokens=0, seconds=0.0, best_step=0, best_loss=None, worse=0, scale=2.0**16)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -55,7 +55,7 @@ def test_the_loss_scale_changes_no_gradient_and_keeps_small_ones_from_vanishing(
         """Where each unit of the loss weighs `shrink`."""
         made.optimizer.zero_grad()
         made.objective = SimpleNamespace(loss=made.objective.loss, units=lambda e: units(e) / shrink)
-        made._gradients(batch, scale)
+        made._compute_gradients(batch, scale)
         return torch.cat([p.grad.flatten() for p in made.parameters.values()])
 
     def assert_parallel(one: torch.Tensor, other: torch.Tensor) -> None:
@@ -144,9 +144,9 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_bit(
         kept = Kept(made.model)
         with kept.hooks:
             torch.manual_seed(1)
-            made._loss(batch)
+            made._pass_loss(batch)
         torch.manual_seed(1)
-        loss, _ = made._gradients(batch, 1.0)
+        loss, _ = made._compute_gradients(batch, 1.0)
         found[checkpointing] = kept.bytes, loss, {n: p.grad for n, p in made.parameters.items()}
     assert found[True][0] < 0.4 * found[False][0]
     assert found[True][1] == found[False][1]

@@ -6,12 +6,12 @@ import random
 from typing import Any
 
 from corral.recipe import Train
-from corral.training.sampler import Order
+from corral.training.sampler import BatchSampler
 
 
-def order(count: int, seed: int = 9, **settings: Any) -> Order:
+def order(count: int, seed: int = 9, **settings: Any) -> BatchSampler:
     lengths = [random.Random(i).randint(5, 500) for i in range(count)]
-    return Order(Train(**{"batch_size": 7, "steps": 20} | settings), lengths, seed)
+    return BatchSampler(Train(**{"batch_size": 7, "steps": 20} | settings), lengths, seed)
 
 
 def test_every_example_comes_once_an_epoch_and_a_step_depends_on_nothing_else() -> None:
@@ -36,7 +36,7 @@ def test_whole_epochs_end_with_a_smaller_step() -> None:
 
 
 def test_grouping_puts_like_lengths_into_a_step_and_keeps_their_order_random() -> None:
-    def spread(made: Order, lengths: list[int]) -> float:
+    def spread(made: BatchSampler, lengths: list[int]) -> float:
         steps = [[lengths[i] for i in made.batch(step)] for step in range(1, made.steps + 1)]
         return sum(max(s) - min(s) for s in steps) / len(steps)
 

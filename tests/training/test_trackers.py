@@ -1,4 +1,4 @@
-"""Metrics as TensorBoard reads them."""
+"""StepMetrics as TensorBoard reads them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from corral.errors import TrainingError
-from corral.training.step_metrics import Metrics
+from corral.training.step_metrics import StepMetrics
 from corral.training.trackers import Trackers
 
 
-def metrics(step: int, loss: float | None, eval_loss: float | None = None) -> Metrics:
-    return Metrics(step, loss, eval_loss, 1e-4, 0.5, 100 * step, 50.0, 2**30, 2.0 * step)
+def metrics(step: int, loss: float | None, eval_loss: float | None = None) -> StepMetrics:
+    return StepMetrics(step, loss, eval_loss, 1e-4, 0.5, 100 * step, 50.0, 2**30, 2.0 * step)
 
 
 def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
@@ -25,7 +25,7 @@ def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
-def send(folder: Path, *lines: Metrics) -> list[str]:
+def send(folder: Path, *lines: StepMetrics) -> list[str]:
     said: list[str] = []
     trackers = Trackers(["tensorboard"], folder, "recipe", {"lr": 1e-4}, said.append)
     for line in lines:
@@ -65,5 +65,5 @@ def test_a_tracker_that_fails_later_is_given_up_and_said(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(TensorBoardTracker, "log", full)
     said = send(tmp_path, metrics(0, None, 2.5), metrics(1, 2.0), metrics(2, 1.5))
-    assert said == ["tensorboard is given up at step 1: [Errno 28] No space left on device"]
+    assert said == ["tensorboard failed at step 1 and gets no more metrics: [Errno 28] No space left on device"]
     assert scalars(tmp_path, "eval/loss") == [(0, 2.5)]

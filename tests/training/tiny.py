@@ -14,7 +14,7 @@ from corral.messages import Conversation
 from corral.model import adapters
 from corral.recipe import Lora, Optimizer, Train
 from corral.training.distributed import World
-from corral.training.loop import Training
+from corral.training.loop import Trainer
 from corral.training.objectives import OBJECTIVES
 from tests.conftest import make_tiny_model
 
@@ -52,7 +52,7 @@ def make_training(
     dtype: torch.dtype = torch.float32,
     world: World | None = None,
     **settings: Any,
-) -> Training:
+) -> Trainer:
     examples = make_examples(encoded)
     model: Any = make_tiny_model(vocabulary).to(dtype)
     if settings.get("quantization") == "nf4":
@@ -67,7 +67,7 @@ def make_training(
         | {"optimizer": Optimizer(kind=optimizer, lr=lr, warmup_ratio=0.1)}
     )
     folder.mkdir(parents=True, exist_ok=True)
-    return Training(
+    return Trainer(
         model,
         examples[held_out:],
         examples[:held_out],
