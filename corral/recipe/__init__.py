@@ -1,8 +1,7 @@
-"""The recipe: one frozen, validated TOML file that says everything a run needs.
+"""The recipe: one frozen, validated TOML file with every setting of a run.
 
-Every setting is declared once, in one of these modules, and documented where it stands; `reference` makes `docs/recipe.md`
-of it. What cannot be combined cannot be written, or is refused with both keys named. This package does not know how
-anything is done: it checks that a recipe makes sense by itself, never that its files exist.
+Each setting is declared and documented once, in one of these modules; `reference` turns them into `docs/recipe.md`.
+Settings that exclude each other are refused by name. A recipe is checked by itself: whether its files exist is not.
 """
 
 from corral.recipe.answer import Answer, Consensus, Shots

@@ -1,7 +1,4 @@
-"""From a TOML file, or its text, to a Recipe, or to an error that names each fault with its line.
-
-Checks that a recipe makes sense by itself; knows nothing about whether its files exist.
-"""
+"""Reads a recipe from a TOML file or text; errors list every fault with its key and line."""
 
 from __future__ import annotations
 
@@ -27,11 +24,11 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read and validate a recipe.
 
     Args:
-        path: a TOML file. Relative paths in it are made absolute, against its folder.
-        overrides: `key=value` strings, e.g. `train.0.optimizer.lr=1e-4`; a value is TOML, or else a bare string.
+        path: a TOML file. Relative paths in it are resolved against its folder.
+        overrides: `key=value` strings, e.g. `train.0.optimizer.lr=1e-4`; a value is TOML, or else a plain string.
 
     Raises:
-        RecipeError: the file cannot be read, is not TOML, or does not make a recipe; all faults are listed.
+        RecipeError: the file cannot be read, is not TOML, or is not a valid recipe; all faults are listed.
     """
     path = Path(path)
     try:
@@ -48,19 +45,20 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def parse(text: str, *, where: str, base: Path | None = None, overrides: Iterable[str] = ()) -> Recipe:
-    """Validate the text of a recipe; `where` names it in errors, `base` resolves relative paths. Raises: RecipeError."""
+    """Validate the text of a recipe; `where` names it in errors, `base` resolves relative paths. Raises RecipeError."""
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"not valid TOML: {error}", where=where, hint="mend the line named above") from None
+        raise RecipeError(f"not valid TOML: {error}", where=where, hint="correct the line named above") from None
     for override in overrides:
         _apply_override(raw, override)
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        faults = _describe_errors(error.errors(), text)
         raise RecipeError(
-            "\n".join(faults), where=where, hint="`docs/recipe.md` lists every setting with its type and meaning"
+            "\n".join(_describe_errors(error.errors(), text)),
+            where=where,
+            hint="`docs/recipe.md` lists every setting with its type and meaning",
         ) from None
     return recipe if base is None else _resolve_paths(recipe, base)
 
@@ -72,23 +70,23 @@ def _resolve_paths(recipe: Recipe, base: Path) -> Recipe:
     def is_file(spec: str) -> bool:
         return not spec.startswith(("asset:", "hub:", "s3://")) and not Path(spec).is_absolute()
 
-    def found(source: Source) -> Source:
+    def resolve_source(source: Source) -> Source:
         return source.model_copy(update={"path": resolve(source.path, is_file(source.path)), "name": source.label})
 
-    def with_shots(answer: Answer) -> Answer:
+    def resolve_shots(answer: Answer) -> Answer:
         if answer.shots.source is None:
             return answer
-        shots = answer.shots.model_copy(update={"source": found(answer.shots.source)})
+        shots = answer.shots.model_copy(update={"source": resolve_source(answer.shots.source)})
         return answer.model_copy(update={"shots": shots})
 
     model = recipe.model
-    sources = tuple(found(source) for source in recipe.data.sources)
-    variants = tuple(v.model_copy(update={"answer": with_shots(v.answer)}) for v in recipe.evaluate.variants)
+    sources = tuple(resolve_source(source) for source in recipe.data.sources)
+    variants = tuple(v.model_copy(update={"answer": resolve_shots(v.answer)}) for v in recipe.evaluate.variants)
     return recipe.model_copy(
         update={
             "model": model.model_copy(
                 update={
-                    # What is no path here may be a hub id without its prefix: the loader's error then says so.
+                    # A spec that is no path here may be a hub id without its prefix: the loader's error says so.
                     "base": resolve(
                         model.base, is_file(model.base) and (base / Path(model.base).expanduser()).exists()
                     ),
@@ -96,7 +94,7 @@ def _resolve_paths(recipe: Recipe, base: Path) -> Recipe:
                 }
             ),
             "data": recipe.data.model_copy(update={"sources": sources}),
-            "answer": with_shots(recipe.answer),
+            "answer": resolve_shots(recipe.answer),
             "evaluate": recipe.evaluate.model_copy(update={"variants": variants}),
         }
     )
@@ -119,34 +117,29 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         node[int(last) if isinstance(node, list) else last] = value
     except (ValueError, IndexError, TypeError, AttributeError):
         raise RecipeError(
-            f"{key.strip()!r} names no setting of this recipe",
+            f"{key.strip()!r} is not a setting of this recipe",
             where=where,
             hint="name an entry of a list by its number, from 0: train.0.steps, data.sources.1.rows",
         ) from None
 
 
 def _describe_errors(errors: Sequence[Any], text: str) -> list[str]:
-    """A sentence for each fault, without those that only follow from one within them."""
-    places = [_key_path(error) for error in errors]
-    own = [
-        error
-        for error, place in zip(errors, places, strict=True)
-        if not any(len(other) > len(place) and other[: len(place)] == place for other in places)
-    ]
-    found: dict[tuple[str | int, ...], list[str]] = {}
-    for error in own:
-        found.setdefault(_key_path(error), []).append(_describe_error(error, text))
-    # What may be of several kinds has a fault for each of them.
-    return [first + "".join(f"; or {other.partition(': ')[2]}" for other in rest) for first, *rest in found.values()]
+    """A sentence for each faulty key; errors of a table that only follow from one inside it are left out."""
+    by_key: dict[tuple[str | int, ...], list[str]] = {}
+    for error in errors:
+        by_key.setdefault(_key_path(error), []).append(_describe_error(error, text))
+    inner = [m for key, m in by_key.items() if not any(k[: len(key)] == key for k in by_key if k != key)]
+    # A setting that may have one of several types has an error for each of them.
+    return [first + "".join(f"; or {other.partition(': ')[2]}" for other in rest) for first, *rest in inner]
 
 
 def _key_path(error: Any) -> tuple[str | int, ...]:
-    """Where a fault is, without the names that pydantic gives to the members of a union."""
+    """The path of the faulty key, without the names that pydantic gives to the members of a union."""
     return tuple(part for part in error["loc"] if isinstance(part, int) or not _UNION_MEMBER.match(part))
 
 
 def _describe_error(error: Any, text: str) -> str:
-    """One fault as a sentence that names the key's path, the value and, where it can be found, the line."""
+    """A sentence that names the key's path, the value and, if it can be found, the line."""
     loc = _key_path(error)
     path = ".".join(str(part) for part in loc) or "the recipe"
     line = _find_line(loc, text)
@@ -154,17 +147,17 @@ def _describe_error(error: Any, text: str) -> str:
     if error["type"] == "extra_forbidden":
         known = _known_keys(loc[:-1])
         close = difflib.get_close_matches(str(loc[-1]), known, n=1)
-        guess = f"did you mean {close[0]!r}?" if close else f"the keys here are {', '.join(known)}"
-        return f"{at}: unknown key; {guess}"
+        suggestion = f"did you mean {close[0]!r}?" if close else f"the keys here are {', '.join(known)}"
+        return f"{at}: unknown key; {suggestion}"
     if error["type"] == "missing":
         return f"{at}: missing; it has no default"
     if error["type"] == "value_error":
         return f"{at}: {error['ctx']['error']}"
-    given = error["input"]
+    value = error["input"]
     if error["type"] == "tuple_type":
-        return f"{at}: a list is needed here, in brackets: {[given]!r}".replace("'", '"')
-    shown = "" if isinstance(given, dict | list | tuple) else f" (given: {given!r})"
-    return f"{at}: {error['msg']}{shown}"
+        return f"{at}: a list is needed here, in brackets: {[value]!r}".replace("'", '"')
+    given = "" if isinstance(value, dict | list | tuple) else f" (given: {value!r})"
+    return f"{at}: {error['msg']}{given}"
 
 
 def _find_line(loc: tuple[str | int, ...], text: str) -> int | None:
@@ -172,8 +165,8 @@ def _find_line(loc: tuple[str | int, ...], text: str) -> int | None:
     if not loc or not isinstance(loc[-1], str):
         return None
     pattern = re.compile(rf"^\s*(\[\[?[\w.]*\b)?{re.escape(loc[-1])}\s*(=|\])")
-    hits = [i for i, line in enumerate(text.splitlines(), start=1) if pattern.match(line)]
-    return hits[0] if len(hits) == 1 else None
+    lines = [i for i, line in enumerate(text.splitlines(), start=1) if pattern.match(line)]
+    return lines[0] if len(lines) == 1 else None
 
 
 def _known_keys(loc: tuple[str | int, ...]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The whole recipe: its sections, and what must fit between them. Knows nothing about files or how anything is done."""
+"""The whole recipe: its sections, and checks across them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from corral.recipe.train import Train
 
 
 class Export(Section):
-    """Other forms of the merged model, each with a contract that proves it. `corral export` adds more."""
+    """Other forms of the merged model, each with a contract that proves it. `corral export` can add more later."""
 
     gguf: tuple[GgufType, ...] = ()
     """Types of GGUF files, for llama.cpp and Ollama."""
     openvino: tuple[OpenVinoType, ...] = ()
-    """Types of OpenVINO folders, for fast answers on a CPU."""
+    """Types of OpenVINO folders, for fast inference on a CPU."""
 
     @field_validator("gguf", "openvino")
     @classmethod
-    def _once(cls, types: tuple[str, ...]) -> tuple[str, ...]:
+    def _remove_repeated(cls, types: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(types))
 
 
@@ -32,28 +32,30 @@ class Recipe(Section):
     """A whole recipe."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """Names the run: its directory is `runs/NAME` unless `--out` says otherwise."""
+    """Name of the run: its directory is `runs/NAME` unless `--out` gives another."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Fixes the split, the order of rows, the adapter's first weights and all sampling."""
+    """Random seed of the split, the order of rows, the adapter's initial weights and all sampling."""
     model: Model
     data: Data
     train: Annotated[tuple[Train, ...], Field(min_length=1)]
-    """One `[[train]]` table for each training stage."""
+    """Training stages: one `[[train]]` table each."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
-    """Where metrics go besides `metrics.jsonl` and the report; the extra `trackers`. TensorBoard's files are in the stage's
-    folder (`tensorboard --logdir RUN`); the others are set up by their own environment variables."""
+    """Where training metrics are sent, besides `metrics.jsonl` and the report (the extra `trackers`). TensorBoard's files are
+    in the stage's folder (`tensorboard --logdir RUN`); the others are configured by their own environment variables."""
     answer: Answer = Answer()
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
 
     @model_validator(mode="after")
-    def _rows_to_test_on(self) -> Self:
+    def _check_test_rows(self) -> Self:
         if self.data.split.test == 0:
-            raise ValueError("`data.split.test` is 0: there would be nothing to compare base and tuned model on")
+            raise ValueError(
+                "`data.split.test` is 0: without test rows the base and the tuned model cannot be compared"
+            )
         return self
 
     @model_validator(mode="after")
-    def _rows_to_stop_by(self) -> Self:
+    def _check_validation_rows(self) -> Self:
         for i, stage in enumerate(self.train):
             key = "early_stopping" if stage.early_stopping else 'merge = "best"' if stage.merge == "best" else None
             if key and self.data.split.validation == 0:
@@ -61,7 +63,7 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _packs_hold_examples(self) -> Self:
+    def _check_pack_length(self) -> Self:
         for i, stage in enumerate(self.train):
             if stage.pack_length is not None and stage.pack_length < self.data.max_length:
                 raise ValueError(
@@ -71,12 +73,12 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _variants_can_be(self) -> Self:
+    def _check_variants(self) -> Self:
         self.evaluate.check_variants(self.answer)
         return self
 
     def with_exports(self, others: Export) -> Recipe:
-        """This recipe with the forms of another one too."""
+        """This recipe with further forms to export."""
         export = Export(gguf=(*self.export.gguf, *others.gguf), openvino=(*self.export.openvino, *others.openvino))
         return self.model_copy(update={"export": export})
 
@@ -85,7 +87,7 @@ class Recipe(Section):
         return self.with_exports(Export.model_validate({to: [kind]}))
 
     def to_toml(self) -> str:
-        """The resolved recipe: every setting written out, reads back as an equal recipe."""
+        """The resolved recipe as TOML, with every setting written out; it reads back as an equal recipe."""
         import tomli_w
 
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))

@@ -1,6 +1,6 @@
-"""`docs/recipe.md`: every setting with its type, default and meaning, from the recipe's own declarations.
+"""Generates `docs/recipe.md` from the recipe's classes: every setting with its type, default and meaning.
 
-Knows nothing about any one setting. `python -m corral.recipe.reference` prints the page.
+`python -m corral.recipe.reference` prints the page.
 """
 
 from __future__ import annotations
@@ -22,20 +22,16 @@ def reference() -> str:
         "Generated from `corral/recipe/` by `python -m corral.recipe.reference`; do not edit. Unknown keys are refused.",
         "`--set a.b=c` overrides any setting; entries of a list are named by number, from 0: `--set train.0.steps=20`.",
     ]
-    repeated: list[str] = []
+    references: list[str] = []
     shown: dict[type[BaseModel], str] = {}
     for path, section, meaning in _sections(Recipe, ""):
         title = path or "Top level"
         if section in shown:
-            # What stands within it is shown there too.
-            if not any(path.strip("[]").startswith(f"{p.strip('[]')}.") for p in repeated):
-                repeated.append(path)
-                lines += [
-                    "",
-                    f"## {title}",
-                    "",
-                    " ".join(f"{meaning} The settings are those of `{shown[section]}`.".split()),
-                ]
+            # Its inner sections are covered by this reference too.
+            if not any(path.strip("[]").startswith(f"{p.strip('[]')}.") for p in references):
+                references.append(path)
+                text = " ".join(f"{meaning} The settings are those of `{shown[section]}`.".split())
+                lines += ["", f"## {title}", "", text]
             continue
         shown[section] = title
         lines += ["", f"## {title}", "", " ".join((section.__doc__ or "").split()), ""]
@@ -51,14 +47,14 @@ def reference() -> str:
 
 
 def _sections(section: type[BaseModel], path: str, meaning: str = "") -> Iterator[tuple[str, type[BaseModel], str]]:
-    """Every section with its path and what the setting that holds it is for."""
+    """Every section: its path, its class, and the meaning of the setting that holds it."""
     yield (f"[{path}]" if path and not path.endswith("]") else path), section, meaning
     for name, field in section.model_fields.items():
         inner = section_type(field.annotation)
         if inner is not None:
             child = f"{path.strip('[]')}.{name}" if path else name
-            many = get_origin(field.annotation) is tuple
-            yield from _sections(inner, f"[[{child}]]" if many else child, field.description or "")
+            is_list = get_origin(field.annotation) is tuple
+            yield from _sections(inner, f"[[{child}]]" if is_list else child, field.description or "")
 
 
 def _toml(value: Any) -> str:
@@ -77,7 +73,7 @@ def _type_name(annotation: Any, metadata: list[Any]) -> str:
             return " | ".join(f'"{a}"' for a in args)
         if getattr(annotation, "__origin__", None) is dict:
             return f"table of {_type_name(args[1], metadata)}"
-        # Bounds within a union stand beside the type they are of.
+        # Bounds inside a union belong to one of its types.
         inner = [m for a in args if isinstance(a, FieldInfo) for m in a.metadata] or metadata
         shown = [a for a in args if a not in (type(None), Ellipsis) and not isinstance(a, FieldInfo)]
         names = [_type_name(a, inner) for a in shown]

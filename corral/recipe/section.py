@@ -1,4 +1,4 @@
-"""What every section of a recipe has in common. Knows no setting."""
+"""The base class of all sections of a recipe, and types that several sections use."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    """A table of a recipe: unknown keys are refused, nothing changes once it is read."""
+    """A table of a recipe: frozen, and unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def section_type(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field's type holds, perhaps in a list."""
+    """The section class in a field's type, which may be optional or a list; None if there is none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for arg in get_args(annotation):
-        if (found := section_type(arg)) is not None:
-            return found
+        if (inner := section_type(arg)) is not None:
+            return inner
     return None

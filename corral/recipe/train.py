@@ -1,4 +1,4 @@
-"""`[[train]]`: how a stage trains. Knows nothing about the loop that does."""
+"""`[[train]]`: the settings of a training stage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from corral.recipe.section import Fraction, PositiveInt, Section
 
 
 class Lora(Section):
-    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on linear layers; the base stays frozen."""
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on linear layers of a frozen base model."""
 
     rank: PositiveInt = 16
     """Rank r of the update."""
@@ -28,31 +28,31 @@ class Lora(Section):
     rslora: bool = False
     """Scale by alpha / √rank (Kalajdzievski 2023, arXiv 2312.03732), so that high ranks learn as fast as low ones."""
     dora: bool = False
-    """Learn the size and the direction of the weights apart (DoRA: Liu et al. 2024, arXiv 2402.09353)."""
+    """Learn magnitude and direction of the weights separately (DoRA: Liu et al. 2024, arXiv 2402.09353)."""
 
 
 class Optimizer(Section):
     """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) and its learning-rate schedule."""
 
     kind: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
-    """`adamw`: torch's, fused. `adamw_8bit` keeps its moments in 8 bits (Dettmers et al. 2021, arXiv 2110.02861); the paged
-    ones move them to the host's memory when the GPU's runs short. These are the extra `quant`; without a GPU nothing is
-    paged."""
+    """`adamw`: torch's fused AdamW. `adamw_8bit`: moments in 8 bits (Dettmers et al. 2021, arXiv 2110.02861). The paged kinds
+    move moments to main memory when GPU memory runs short; without a GPU nothing is paged. All but `adamw` need the extra
+    `quant`."""
     lr: Annotated[float, Field(gt=0)] = 2e-4
-    """Highest learning rate."""
+    """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the rate falls from `lr` to 0 after warm-up."""
+    """Shape of the learning rate's fall from `lr` to 0 after warm-up; `constant` does not fall."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Share of all steps in which the rate rises from 0; 0.03 if `warmup_steps` is not given either."""
+    """Share of all steps in which the learning rate rises from 0; 0.03 if `warmup_steps` is not given either."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
-    """Steps in which the rate rises from 0; instead of `warmup_ratio`."""
+    """Number of steps in which the learning rate rises from 0; instead of `warmup_ratio`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay."""
     clip: Annotated[float, Field(gt=0)] = 1.0
-    """Largest gradient norm; larger gradients are scaled down."""
+    """Largest gradient norm; larger gradients are scaled down to it."""
 
     @model_validator(mode="after")
-    def _one_warmup(self) -> Self:
+    def _check_one_warmup(self) -> Self:
         if self.warmup_ratio is not None and self.warmup_steps is not None:
             raise ValueError(
                 f"`warmup_ratio` = {self.warmup_ratio:g} and `warmup_steps` = {self.warmup_steps} cannot both be given: "
@@ -62,58 +62,58 @@ class Optimizer(Section):
 
 
 class Train(Section):
-    """One training stage. Stages run in order, each from the merged model of the one before."""
+    """A training stage. Stages run in order; each starts from the merged model of the one before."""
 
     objective: Literal["sft"] = "sft"
-    """What to minimise. `sft`: the negative log-likelihood of the answers."""
+    """The loss to minimise. `sft` (supervised fine-tuning): negative log-likelihood of the answers."""
     method: Literal["lora", "full"] = "lora"
-    """What is trained: an adapter on the frozen model, or all weights of the model itself."""
+    """What is trained: `lora`: an adapter on the frozen model; `full`: all weights of the model."""
     quantization: Literal["none", "nf4", "int8"] = "none"
-    """In what the frozen weights under the adapter are held. `nf4`: 4 bits, their scales quantised again (QLoRA: Dettmers et
-    al. 2023, arXiv 2305.14314). `int8`: 8 bits, outliers apart (LLM.int8: Dettmers et al. 2022, arXiv 2208.07339). Both are
-    the extra `quant`, on a GPU or a CPU. `none`: `model.dtype`."""
+    """Precision of the frozen weights under the adapter. `nf4`: 4 bits with quantised scales (QLoRA: Dettmers et al. 2023,
+    arXiv 2305.14314). `int8`: 8 bits, with outliers computed separately (LLM.int8: Dettmers et al. 2022, arXiv 2208.07339).
+    Both need the extra `quant`, and work on a GPU or a CPU. `none`: as `model.dtype`."""
     int8_threshold: Annotated[float, Field(ge=0)] = 6.0
-    """With `int8`: inputs larger than this are multiplied unquantised; 0 quantises all."""
+    """With `int8`: inputs larger than this are not quantised; 0 quantises all."""
     merge: Literal["dequantised", "best"] = "dequantised"
-    """With quantised weights: what the adapter is merged into. `dequantised`: the weights it was trained on. `best`: these or
-    the model's full-precision weights, whichever gives the lower loss on the validation rows."""
+    """With quantised weights: the weights that the adapter is merged into. `dequantised`: those it was trained on. `best`:
+    these or the model's full-precision weights, whichever give the lower loss on the validation rows."""
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes over the training rows; 1 if `steps` is not given either."""
     steps: PositiveInt | None = None
-    """Optimizer steps; instead of `epochs`."""
+    """Number of optimizer steps; instead of `epochs`."""
     batch_size: PositiveInt = 8
-    """Examples per optimizer step, over all devices. Each trained token weighs the same."""
+    """Examples per optimizer step, over all devices. Every trained token has the same weight."""
     pack_length: PositiveInt | None = None
-    """Most tokens in one forward pass, into which examples are packed, isolated from each other. By default
-    the larger of `data.max_length` and 8192 on a GPU or 512 on a CPU. It changes memory and speed, not the
-    result (but for `int8`, where an outlier counts for its whole pass)."""
+    """Most tokens in one forward pass; examples are packed into it, isolated from each other. By default the larger of
+    `data.max_length` and 8192 on a GPU or 512 on a CPU. It changes memory and speed, not the result (except with `int8`,
+    where an outlier affects its whole pass)."""
     group_by_length: bool = False
-    """Put examples of about the same length into the same step."""
+    """Put examples of similar length into the same step."""
     sharding: Literal["none", "full"] = "none"
-    """With several processes (`torchrun`), what each one holds. `none`: the whole model. `full`: its part of every weight,
-    gradient and moment, and whole layers only while they compute (FSDP2), for models that do not fit on one device. It
+    """With several processes (`torchrun`): what each process holds. `none`: the whole model. `full`: its part of every weight,
+    gradient and moment, and whole layers only while they compute (FSDP2); for models that do not fit on one device. It
     changes memory and speed, never the result."""
     gradient_checkpointing: bool = False
-    """Keep each layer's input only and compute the rest again for the gradient: less memory, about a third slower."""
+    """Keep only each layer's input and compute the rest again for the gradient: less memory, about a third slower."""
     evaluate_every: PositiveInt = 20
-    """Steps between evaluations on the validation rows. The weights with the lowest held-out loss are the result."""
+    """Steps between evaluations on the validation rows. The weights with the lowest held-out loss become the result."""
     evaluate_rows: PositiveInt = 64
-    """Most validation rows used for it."""
+    """Most validation rows per evaluation."""
     early_stopping: PositiveInt | None = None
-    """End the stage after so many evaluations in a row without a lower held-out loss; by default never."""
+    """End the stage after this many evaluations in a row without a lower held-out loss; by default never."""
     checkpoint_every: PositiveInt = 20
-    """Steps between checkpoints; an interrupted run also leaves one."""
+    """Steps between checkpoints; an interrupted run writes one more."""
     lora: Lora = Lora()
     optimizer: Optimizer = Optimizer()
 
     @model_validator(mode="after")
-    def _one_length(self) -> Self:
+    def _check_one_length(self) -> Self:
         if self.epochs is not None and self.steps is not None:
             raise ValueError(f"`epochs` = {self.epochs:g} and `steps` = {self.steps} cannot both be given: remove one")
         return self
 
     @model_validator(mode="after")
-    def _what_fits_together(self) -> Self:
+    def _check_combinations(self) -> Self:
         if self.method == "full" and self.quantization != "none":
             raise ValueError(
                 f'`method` = "full" trains the weights themselves, and `quantization` = "{self.quantization}" freezes them: '
@@ -123,16 +123,17 @@ class Train(Section):
             raise ValueError('`method` = "full" has no adapter: remove `lora`')
         if self.sharding == "full" and self.quantization != "none":
             raise ValueError(
-                f'`sharding` = "full" cuts weights into parts, and `quantization` = "{self.quantization}" packs them: '
-                "remove one"
+                f'`sharding` = "full" splits weights, and `quantization` = "{self.quantization}" packs them: remove one'
             )
         if self.sharding == "full" and self.optimizer.kind != "adamw":
             raise ValueError(
-                f'`sharding` = "full" cuts moments into parts, and `optimizer.kind` = "{self.optimizer.kind}" packs them: '
+                f'`sharding` = "full" splits moments, and `optimizer.kind` = "{self.optimizer.kind}" packs them: '
                 'use "adamw"'
             )
         if self.quantization == "none" and self.merge != "dequantised":
             raise ValueError(f'`merge` = "{self.merge}" chooses between quantised and full weights: set `quantization`')
         if self.quantization != "int8" and self.int8_threshold != 6.0:
-            raise ValueError(f'`int8_threshold` = {self.int8_threshold:g} says nothing without `quantization` = "int8"')
+            raise ValueError(
+                f'`int8_threshold` = {self.int8_threshold:g} has no effect without `quantization` = "int8"'
+            )
         return self
