@@ -1,9 +1,9 @@
-"""Token ids → bytes → text, as they come: what each id adds, and whole characters only.
+"""Decodes a stream of token ids to text, whole characters only, and cuts text at stop strings.
 
-Every id stands for bytes, of which a character may need those of several ids. Working on bytes makes the text the same
-however the ids are cut into pieces, also where a model draws bytes that are no UTF-8 (each such run becomes one U+FFFD, as
-Unicode recommends). It knows the tokenizers of the Llama family, byte-level and SentencePiece, and takes an id of any
-other for what it decodes to alone. It does not know templates, stop strings or who reads the text.
+Every id stands for bytes, and a character may need the bytes of several ids. Working on bytes makes the text the same however
+the stream is split, also where a model samples bytes that are not UTF-8 (each such run becomes one U+FFFD, as Unicode
+recommends). Tokenizers of the Llama family (byte-level and SentencePiece) are supported exactly; with others each id is
+decoded alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SPACE = "\u2581"  # SentencePiece's mark for a space
 
 
 class TokenBytes:
-    """What bytes each id of a tokenizer adds to the text; special tokens and unknown ids add none."""
+    """The bytes that each id of a tokenizer adds to the text; special tokens and unknown ids add none."""
 
     def __init__(self, backend: Tokenizer) -> None:
         self._backend = backend
@@ -37,7 +37,7 @@ class TokenBytes:
         self.drops_first_space = (
             "Strip" in parts or parts.get("Metaspace", {}).get("prepend_scheme", "never") != "never"
         )
-        """Whether a text loses the space that SentencePiece puts before it."""
+        """Whether decoding removes the space that SentencePiece puts before a text."""
         added: dict[int, Any] = backend.get_added_tokens_decoder()
         self._known: dict[int, bytes] = {id_: b"" for id_, token in added.items() if token.special}
 
@@ -55,7 +55,7 @@ class TokenBytes:
 
 
 class StreamDecoder:
-    """Ids of one stream → text, piece by piece; holds back bytes that are not yet a whole character."""
+    """Decodes the ids of one stream to text, holding back bytes that are not yet a whole character."""
 
     def __init__(self, token_bytes: TokenBytes) -> None:
         self._bytes = token_bytes
@@ -63,11 +63,11 @@ class StreamDecoder:
         self._drops_space = token_bytes.drops_first_space
 
     def push(self, ids: Sequence[int]) -> str:
-        """New text that these ids complete."""
+        """The text that these ids complete."""
         return self._without_first_space(self._utf8.decode(b"".join(self._bytes[id_] for id_ in ids)))
 
     def finish(self) -> str:
-        """The rest, where the stream ended inside a character."""
+        """The rest, if the stream ended inside a character."""
         return self._without_first_space(self._utf8.decode(b"", True))
 
     def _without_first_space(self, text: str) -> str:
@@ -78,9 +78,9 @@ class StreamDecoder:
 
 
 def _byte_level(token: str) -> bytes:
-    # An added token may hold characters that stand for no byte: it is written as it is.
-    found = [_BYTE_FOR_CHARACTER.get(character) for character in token]
-    return token.encode() if None in found else bytes(b for b in found if b is not None)
+    # An added token may hold characters that stand for no byte: it is plain text.
+    values = [_BYTE_FOR_CHARACTER.get(character) for character in token]
+    return token.encode() if None in values else bytes(b for b in values if b is not None)
 
 
 def _sentence_piece(token: str) -> bytes:
@@ -89,19 +89,19 @@ def _sentence_piece(token: str) -> bytes:
 
 
 def _printable_bytes() -> dict[str, int]:
-    """GPT-2's one printable character for each byte: itself where it can be seen, else the next free one from U+0100."""
+    """GPT-2's printable character for each byte: itself if it is visible, else the next free one from U+0100."""
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     unseen = [byte for byte in range(256) if byte not in seen]
-    return {chr(byte): byte for byte in seen} | {chr(256 + place): byte for place, byte in enumerate(unseen)}
+    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(unseen)}
 
 
 _BYTE_FOR_CHARACTER = _printable_bytes()
 
 
 class StopStringCutter:
-    """Text that arrives in pieces, cut at the first stop string: the one complete first, of several the longest.
+    """Cuts streamed text at the first stop string: the one that is complete first, and of several the longest.
 
-    What could still become a stop string is held back. The pieces given, joined, do not depend on how the text arrived.
+    Text that may still become a stop string is held back. The joined output does not depend on how the text arrives.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
@@ -110,15 +110,15 @@ class StopStringCutter:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """New text that is certainly before any stop string."""
+        """The new text that is certainly before any stop string."""
         if not self._stop or self.stopped:
             return "" if self.stopped else text
         text = self._held + text
-        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:
+        matches = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if matches:
             self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
-        # No stop string is in the text, so one that is under way began within its own length of the end.
+            return text[: min(matches)[1]]
+        # There is no whole stop string, so an incomplete one starts within its own length of the end.
         longest = max(map(len, self._stop)) - 1
         starts = range(max(0, len(text) - longest), len(text))
         keep = next((at for at in starts if any(stop.startswith(text[at:]) for stop in self._stop)), len(text))
@@ -126,6 +126,6 @@ class StopStringCutter:
         return text[:keep]
 
     def finish(self) -> str:
-        """What was held back, once the text has ended."""
+        """The text held back, once the stream has ended."""
         held, self._held = self._held, ""
         return held

@@ -1,9 +1,7 @@
-"""Messages → text, by a Jinja2 chat template, with the answers marked.
+"""Renders messages to text with a Jinja2 chat template, with the answers marked.
 
-Templates are rendered in transformers' own sandbox, so that the text is the one it renders, and a template from a stranger
-can do no more here than there. Generation markers become two marks in the text, by which it is cut into pieces.
-
-This module does not know tokens: which texts are special is `tokenising`'s.
+Templates are rendered in transformers' own sandbox, so that the text is the same as there, and an untrusted template can do
+no more than there. Generation markers become two marks in the text, at which it is split into pieces.
 """
 
 from __future__ import annotations
@@ -17,17 +15,17 @@ from typing import Any, TypeAlias
 from corral.errors import TemplateError
 
 SEPARATOR = "\ufdd0"
-"""A Unicode noncharacter, never valid in interchanged text, and refused in messages: what stands before and after it is
-tokenised without regard to special tokens that the two would make together."""
+"""A Unicode noncharacter, never valid in exchanged text, and refused in messages. The texts before and after it are tokenised
+as if they did not meet, so that they cannot form a special token together."""
 
 Messages: TypeAlias = list[dict[str, str]]
-"""What templates read: `{"role", "content"}` of each turn."""
+"""The input of templates: `{"role", "content"}` of each turn."""
 Pieces: TypeAlias = list[tuple[str, bool]]
-"""A rendered text in pieces, and of each whether it is an answer with its end token."""
+"""A rendered text in pieces; each is an answer with its end token (True) or other text."""
 
-# No message holds SPLIT, so neither mark can be written by one.
+# No message contains SEPARATOR, so none can contain these marks.
 _OPEN, _CLOSE = SEPARATOR + "\ufdd1", SEPARATOR + "\ufdd2"
-# Templates that print today's date would make new ids each day; the date Meta's templates default to stands for all.
+# Today's date in a template would change its ids every day; the default date of Meta's templates is used instead.
 _FIXED_DATE = date(2024, 7, 26)
 _MARKER = re.compile(r"\{%(?P<before>-?)\s*(?:end)?generation\s*(?P<after>-?)%\}")
 _STRFTIME = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>.*?)(?P=quote)\s*\)")
@@ -38,11 +36,11 @@ class JinjaTemplate:
 
     Args:
         source: Jinja2 text, with or without `{% generation %}` markers.
-        variables: what it may read beside the messages: the tokenizer's special tokens by their roles.
-        name: what to call it in errors.
+        variables: what it may read besides the messages: the tokenizer's special tokens by their roles.
+        name: its name in errors.
 
     Attributes:
-        source: the text, with every date fixed.
+        source: the Jinja2 text, with every date fixed.
         marked: whether it has generation markers.
     """
 
@@ -58,15 +56,15 @@ class JinjaTemplate:
         return JinjaTemplate(_strip_markers(self.source), self._variables, self.name)
 
     def text(self, messages: Messages, *, generation_prompt: bool = False) -> str:
-        """The rendered text; with `ask`, it ends where the next answer begins. Raises: TemplateError (it is refused)."""
+        """The rendered text; with `generation_prompt` it ends where the next answer begins. Raises TemplateError."""
         return "".join(piece for piece, _ in self.pieces(messages, generation_prompt=generation_prompt))
 
     def pieces(self, messages: Messages, *, generation_prompt: bool = False) -> Pieces:
-        """The rendered text, cut at the markers. Raises: TemplateError (the template refuses the conversation)."""
+        """The rendered text, split at the markers. Raises TemplateError if the template refuses the conversation."""
         from jinja2 import TemplateError as JinjaError
 
         try:
-            # Compiled when first used, so that a template that is no Jinja2 is refused in the same words.
+            # Compiled on first use, so that an invalid template gives the same error.
             self._compiled = self._compiled or _compile(self.source)
             text: str = self._compiled.render(
                 messages=messages, add_generation_prompt=generation_prompt, **self._variables
@@ -99,17 +97,17 @@ def _compile(source: str) -> Any:
 
             return [mark(_OPEN), *body, mark(_CLOSE)]
 
-    # The library has no public way to its sandbox; an environment made here would have other holes than that one.
+    # The library has no public access to its sandbox; a sandbox of our own would have other gaps.
     private: Any = chat_template_utils
     environment: Any = private._compile_jinja_template("").environment.overlay()
-    # An overlay shares its parent's extensions, of which the one for this tag is replaced.
+    # An overlay shares its parent's extensions; the one for this tag is replaced.
     extensions = [e for e in environment.extensions.values() if "generation" not in e.tags]
     environment.extensions = {e.identifier: e for e in [*extensions, Generation(environment)]}
     return environment.from_string(source)
 
 
 def _strip_markers(source: str) -> str:
-    # An empty comment takes the marker's place where the marker also trims white space around it.
+    # A marker that trims white space is replaced by an empty comment that trims in the same way.
     def replacement(marker: re.Match[str]) -> str:
         if marker["before"] or marker["after"]:
             return f"{{#{marker['before']} {marker['after']}#}}"

@@ -1,7 +1,6 @@
-"""Pieces of rendered text → ids, with special tokens where the template wrote them and nowhere else.
+"""Tokenizes pieces of rendered text, with special tokens where the template wrote them and nowhere else.
 
-Pieces are tokenised apart, so the ids of the first pieces do not depend on those that follow. This module does not know
-what a piece means, nor how it was rendered.
+Each piece is tokenised separately, so the ids of the first pieces do not depend on those that follow.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TokenizedPieces: TypeAlias = tuple[tuple[int, ...], tuple[bool, ...]]
-"""Ids, and for each whether it is trained."""
+"""Ids, and whether each one is trained."""
 
-# Text at the start, after a special token, and within running text.
-_BEGINS, _AFTER_SPECIAL, _CONTINUES = range(3)
-# Words come again, and so do the pieces that a template writes between its special tokens; longer texts do not.
-_SHORT = 24
-_MOST_REMEMBERED = 100_000
+# Encoders: of text at the start, after a special token, and within running text.
+_AT_START, _AFTER_SPECIAL, _RUNNING = range(3)
+# Words repeat, and so do the pieces that a template writes between its special tokens; longer texts do not.
+_LONGEST_CACHED = 24
+_MOST_CACHED = 100_000
 
 _WordIds: TypeAlias = dict[str, list[int]]
 
@@ -37,10 +36,10 @@ class PieceTokenizer:
 
     Args:
         tokenizer: a fast tokenizer. It is not changed.
-        source: the template's text: added tokens that stand in it are special too.
+        source: the template's text: added tokens that occur in it count as special.
 
     Attributes:
-        control: added tokens that steer a model: the special ones, and any that the template writes; longest first.
+        control: the special tokens, and all other added tokens that the template writes; longest first.
         control_ids: their ids.
     """
 
@@ -50,23 +49,23 @@ class PieceTokenizer:
         self._id_of = {token: self._id(token) for token in self.control}
         self.control_ids = frozenset(self._id_of.values())
         alternatives = "|".join(map(re.escape, self.control)) or "(?!)"
-        # Looking ahead finds overlapping strings too.
+        # A lookahead finds overlapping strings too.
         self._special_string = re.compile(f"(?=(?:{alternatives}))")
         self._separators = re.compile(f"({SEPARATOR}|{alternatives})")
         self._control_pattern = re.compile(alternatives)
         config: dict[str, Any] = json.loads(self._backend.to_str())
         self._split_words = split_words if words_keep_ids(config) else _keep_whole
         self._encoders = _encoders(self._backend, config)
-        # The encoders of a byte-level tokenizer are one and the same: its texts go through it in one call.
-        self._shared_encoder = [next(i for i, e in enumerate(self._encoders) if e is other) for other in self._encoders]
-        # What an encoder gave for a text. Only ever added to, as other threads may be reading.
+        # A byte-level tokenizer has one encoder for all three: its texts are encoded in one call.
+        self._first_equal = [next(i for i, e in enumerate(self._encoders) if e is other) for other in self._encoders]
+        # The ids of words, by encoder. Entries are never removed, as other threads may be reading.
         self._cache: list[_WordIds] = [{} for _ in self._encoders]
 
     def escape(self, content: str) -> str:
-        """A message's text with a SPLIT in each special string that stands in it.
+        """A message's text with a SEPARATOR inside each special string.
 
         Raises:
-            TemplateError: it holds half a surrogate pair, or SPLIT itself.
+            TemplateError: it contains half a surrogate pair, or SEPARATOR itself.
         """
         if not content.isascii():
             if SEPARATOR in content:
@@ -76,27 +75,25 @@ class PieceTokenizer:
             try:
                 content.encode("utf-8")
             except UnicodeEncodeError as error:
-                # Without its place, as equal reasons are counted together.
+                # Without the position, as equal reasons are counted together.
                 raise TemplateError(f"the text is not valid Unicode: {error.reason}") from None
-        # A split after the first character breaks each special string that begins there.
-        starts = [m.start() + 1 for m in self._special_string.finditer(content)]
-        if not starts:
-            return content
-        return SEPARATOR.join(content[a:b] for a, b in pairwise([0, *starts, len(content)]))
+        # A separator after its first character breaks a special string.
+        cuts = [m.start() + 1 for m in self._special_string.finditer(content)]
+        return SEPARATOR.join(content[a:b] for a, b in pairwise([0, *cuts, len(content)])) if cuts else content
 
     def last_control(self, text: str, start: int = 0) -> re.Match[str] | None:
-        """The last special token in a text, not before `start`."""
+        """The last special token in a text that does not begin before `start`."""
         return max(self._control_pattern.finditer(text, start), key=lambda m: m.start(), default=None)
 
     def tokenize(self, pieces: Pieces) -> TokenizedPieces:
-        """The ids of all pieces in order, each piece tokenised apart, and of each id whether its piece is trained."""
+        """The ids of all pieces in order, each piece tokenised separately, and whether each id's piece is trained."""
         return self.tokenize_batch([pieces])[0]
 
     def tokenize_batch(self, texts: Sequence[Pieces]) -> list[TokenizedPieces]:
-        """The same for several texts, in few calls of the tokenizer, which may use more than one core for each."""
+        """The same for several texts, in few calls of the tokenizer, which may use several cores for each."""
         plans = [list(self._plan(pieces)) for pieces in texts]
-        found = self._encode_unknown(plans)
-        marked: list[TokenizedPieces] = []
+        new_ids = self._encode_new_words(plans)
+        results: list[TokenizedPieces] = []
         for plan in plans:
             ids: list[int] = []
             trained: list[bool] = []
@@ -105,59 +102,59 @@ class PieceTokenizer:
                 if encoder < 0:
                     ids.append(self._id_of[words[0]])
                 else:
-                    self._look_up(encoder, words[:1], found, ids)
-                    self._look_up(self._shared_encoder[_CONTINUES], words[1:], found, ids)
+                    self._look_up(encoder, words[:1], new_ids, ids)
+                    self._look_up(self._first_equal[_RUNNING], words[1:], new_ids, ids)
                 trained += [is_trained] * (len(ids) - start)
-            marked.append((tuple(ids), tuple(trained)))
-        return marked
+            results.append((tuple(ids), tuple(trained)))
+        return results
 
     def _plan(self, pieces: Pieces) -> Iterable[tuple[int, list[str], bool]]:
         """(encoder, words, trained) of each run of plain text, and (-1, [token], trained) of each special token."""
-        encoder = _BEGINS
+        encoder = _AT_START
         for piece, is_trained in pieces:
             for i, part in enumerate(self._separators.split(piece)):
                 if i % 2 == 0:
                     if part:
-                        yield self._shared_encoder[encoder], self._split_words(part), is_trained
-                        encoder = _CONTINUES
+                        yield self._first_equal[encoder], self._split_words(part), is_trained
+                        encoder = _RUNNING
                 elif part == SEPARATOR:
-                    encoder = _CONTINUES
+                    encoder = _RUNNING
                 else:
                     yield -1, [part], is_trained
                     encoder = _AFTER_SPECIAL
 
-    def _encode_unknown(self, plans: Iterable[Iterable[tuple[int, list[str], bool]]]) -> list[_WordIds]:
-        """For each encoder the ids of the words that were not met before; short ones are remembered."""
-        unknown: list[set[str]] = [set() for _ in self._encoders]
-        continues = self._shared_encoder[_CONTINUES]
+    def _encode_new_words(self, plans: Iterable[Iterable[tuple[int, list[str], bool]]]) -> list[_WordIds]:
+        """For each encoder the ids of words that are not in its cache; short ones are added to it."""
+        new_words: list[set[str]] = [set() for _ in self._encoders]
+        running = self._first_equal[_RUNNING]
         for plan in plans:
             for encoder, words, _ in plan:
                 if encoder >= 0:
                     if words[0] not in self._cache[encoder]:
-                        unknown[encoder].add(words[0])
-                    unknown[continues].update(set(words[1:]).difference(self._cache[continues]))
-        found: list[_WordIds] = []
-        for words, encoder, known in zip(unknown, self._encoders, self._cache, strict=True):
+                        new_words[encoder].add(words[0])
+                    new_words[running].update(set(words[1:]).difference(self._cache[running]))
+        new_ids: list[_WordIds] = []
+        for words, encoder, cache in zip(new_words, self._encoders, self._cache, strict=True):
             batch = list(words)
             encoded = encoder.encode_batch_fast(batch, add_special_tokens=False) if batch else []
             new = {word: e.ids for word, e in zip(batch, encoded, strict=True)}
-            if len(known) < _MOST_REMEMBERED:
-                known.update({word: ids for word, ids in new.items() if len(word) <= _SHORT})
-            found.append(new)
-        return found
+            if len(cache) < _MOST_CACHED:
+                cache.update({word: ids for word, ids in new.items() if len(word) <= _LONGEST_CACHED})
+            new_ids.append(new)
+        return new_ids
 
-    def _look_up(self, encoder: int, words: list[str], found: list[_WordIds], ids: list[int]) -> None:
-        known, new = self._cache[encoder], found[encoder]
+    def _look_up(self, encoder: int, words: list[str], new_ids: list[_WordIds], ids: list[int]) -> None:
+        cache, new = self._cache[encoder], new_ids[encoder]
         if new:
             for word in words:
-                ids += new[word] if word in new else known[word]
+                ids += new[word] if word in new else cache[word]
         else:
-            ids += chain.from_iterable(map(known.__getitem__, words))
+            ids += chain.from_iterable(map(cache.__getitem__, words))
 
     def _id(self, token: str) -> int:
-        found = self._backend.token_to_id(token)
-        assert found is not None, f"{token} is an added token without an id"
-        return found
+        id_ = self._backend.token_to_id(token)
+        assert id_ is not None, f"{token} is an added token without an id"
+        return id_
 
 
 def _keep_whole(text: str) -> list[str]:
@@ -168,16 +165,16 @@ def _control_tokens(tokenizer: PreTrainedTokenizerFast, source: str) -> tuple[st
     tokens = {
         added.content for added in tokenizer.added_tokens_decoder.values() if added.special or added.content in source
     }
-    # A token of one character cannot be split, and none that steers a model is so short.
+    # A token of one character cannot be split; no special token is so short.
     return tuple(sorted((t for t in tokens if len(t) > 1), key=lambda t: (-len(t), t)))
 
 
 def _encoders(backend: Tokenizer, config: dict[str, Any]) -> tuple[Tokenizer, Tokenizer, Tokenizer]:
     """Tokenizers for text at the start, after a special token, and within running text.
 
-    SentencePiece-style tokenizers put a space before the text they are given. transformers' whole-text tokenisation
-    does so at the start and, in its "legacy" form (a Prepend normalizer), after each special token; within running text
-    nobody does. Byte-level tokenizers make no difference. `config` is the tokenizer's JSON, and is changed.
+    SentencePiece-style tokenizers put a space before a text. When transformers tokenises a whole text, this happens at the
+    start and, in the "legacy" form (a Prepend normalizer), after each special token, but never within running text.
+    Byte-level tokenizers make no difference. `config` is the tokenizer's JSON, and is changed.
     """
     from tokenizers import Tokenizer
 

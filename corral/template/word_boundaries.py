@@ -1,6 +1,6 @@
-"""Where a text may be cut so that its parts have the ids of the whole: the words of tokenizers whose rules are known.
+"""Splits a text into words whose ids, joined, are those of the whole text, for tokenizers whose rules are known.
 
-Most words come again and again, and a word that was met needs no tokenizer. This module does not know ids.
+Most words repeat, and the ids of a known word need no tokenizer.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import re
 from itertools import pairwise
 from typing import Any
 
-# Before a space that a letter follows and a visible ASCII character precedes. In each rule below, what matches before it
-# cannot hold the space, no rule looks behind, none looks ahead past a visible character, and the match that begins with
-# the space is a word's whatever comes before.
-_CUT = re.compile(r"(?<=[!-~])(?= [A-Za-z])")
+# Split before a space that follows a visible ASCII character and precedes a letter. In each rule below, a match before it
+# cannot contain the space, no rule looks behind, none looks ahead past a visible character, and the match that begins with
+# the space is a word whatever comes before.
+_BOUNDARY = re.compile(r"(?<=[!-~])(?= [A-Za-z])")
 
 _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -22,14 +22,14 @@ _SPACE = "▁"
 
 
 def split_words(text: str) -> list[str]:
-    """A text's words, each but the first with the space before it."""
-    return _CUT.split(text)
+    """The words of a text, each but the first with the space before it."""
+    return _BOUNDARY.split(text)
 
 
 def words_keep_ids(config: dict[str, Any]) -> bool:
-    """Whether a tokenizer gives the parts of a text the ids that they have in the whole.
+    """Whether a tokenizer gives the words of a text the same ids as in the whole text.
 
-    The parts after the first are to be tokenised as running text: without a space put before them.
+    Words after the first must be tokenised as running text, without a space put before them.
 
     Args:
         config: the content of its `tokenizer.json`.
@@ -38,14 +38,14 @@ def words_keep_ids(config: dict[str, Any]) -> bool:
     if model["type"] != "BPE" or model.get("dropout") or model.get("continuing_subword_prefix"):
         return False
     if not all(token["special"] for token in config["added_tokens"]):
-        return False  # Such a token may hold a space; the tokenizer finds it in any text.
+        return False  # such a token may contain a space, and is found in any text
     if config.get("pre_tokenizer") is None:
         return _is_llama_2(config.get("normalizer"), model)
     return config.get("normalizer") is None and _splits_words(config["pre_tokenizer"])
 
 
 def _is_llama_2(normalizer: Any, model: dict[str, Any]) -> bool:
-    """SentencePiece's BPE over a whole text in which `▁` stands for a space: no token, so no merge, reaches past a word."""
+    """SentencePiece's BPE on text with `▁` for spaces, where no token, and so no merge, crosses a word boundary."""
     parts: list[Any] = (normalizer or {}).get("normalizers", [])
     replaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     prepends = {"type": "Prepend", "prepend": _SPACE}
@@ -59,7 +59,7 @@ def _is_llama_2(normalizer: Any, model: dict[str, Any]) -> bool:
 
 
 def _splits_words(pre_tokenizer: dict[str, Any]) -> bool:
-    """GPT-2's rule for words, after digits alone perhaps (SmolLM2), or Llama-3's."""
+    """GPT-2's rule for words, perhaps after splitting digits (SmolLM2), or Llama-3's."""
     *before, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
         return False
