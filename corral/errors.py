@@ -1,38 +1,38 @@
-"""The exception tree. Knows nothing about the rest of corral.
+"""The exception tree, with the command line's exit codes.
 
-    CorralError                    1   a fault of ours, or of the machine
-    ├── InputError                 2   what the user gave cannot be used
-    │   ├── RecipeError                a key, type, value or combination in a recipe
-    │   ├── AssetError                 a packaged model or data set cannot be had, or is damaged
+    CorralError                    1   a bug of corral, or a failure of the machine
+    ├── InputError                 2   the user's input cannot be used
+    │   ├── RecipeError                a key, type, value or combination in a recipe is wrong
+    │   ├── AssetError                 a packaged model or data set cannot be fetched, or is damaged
     │   ├── ModelError                 a model folder, hub id or GGUF file cannot be loaded
     │   ├── TemplateError              a chat template cannot be rendered, masked or trusted
     │   ├── DataError                  a source cannot be read, or leaves nothing to train on
-    │   ├── CheckpointError            no checkpoint can be resumed from
-    │   └── RunError                   a run directory is in use, or holds something else
+    │   ├── CheckpointError            there is no checkpoint to resume from
+    │   └── RunError                   a run directory is in use, or holds other files
     ├── StorageError               2   the disk is full, or a path cannot be written
     ├── DatabaseError              2   a server's database cannot be opened, reached or written
     ├── MissingExtraError          3   an optional dependency is not installed
-    ├── GateError                  4   a stage ran, and what it made must not be promoted
+    ├── GateError                  4   a stage ran, and its output must not be promoted
     │   └── ContractError              two models or engines that must agree do not
     ├── TrainingError              1   training cannot go on (loss is not a number …)
-    │   └── PeerError               another process of the same run has ended
-    └── EngineError                1   an engine failed while it worked
-        ├── RequestError           2   this engine cannot do what was asked of it
-        ├── EngineUnavailableError     the engine cannot compute now, and may again later
+    │   └── PeerError                  another process of the same run has ended
+    └── EngineError                1   an engine failed
+        ├── RequestError           2   this engine cannot serve the request
+        ├── EngineUnavailableError     the engine cannot compute now, but may later
         └── EngineClosedError          the engine was shut down, or its process died
 
-The number is the exit code of the command line. Every error carries what is wrong (naming the value), `where` it was
-found and `hint`, the next step; the command line prints the three and no traceback.
+Every error says what is wrong (naming the value), `where` it was found, and in `hint` the next step; the command line prints
+these three and no traceback.
 """
 
 from __future__ import annotations
 
 
 class CorralError(Exception):
-    """Base of all errors corral raises on purpose.
+    """Base of all errors that corral raises on purpose.
 
     Args:
-        what: the fault, naming the value that caused it.
+        what: what is wrong, naming the value that caused it.
         where: the file, key, row or address where it was found.
         hint: what the user can do next.
     """
@@ -55,17 +55,17 @@ class CorralError(Exception):
 
 
 class InputError(CorralError):
-    """What the user gave cannot be used."""
+    """The user's input cannot be used."""
 
     exit_code = 2
 
 
 class RecipeError(InputError):
-    """A key, type, value or combination in a recipe."""
+    """A key, type, value or combination in a recipe is wrong."""
 
 
 class AssetError(InputError):
-    """A packaged model or data set cannot be had, or is damaged."""
+    """A packaged model or data set cannot be fetched, or is damaged."""
 
 
 class ModelError(InputError):
@@ -81,11 +81,11 @@ class DataError(InputError):
 
 
 class CheckpointError(InputError):
-    """No checkpoint can be resumed from."""
+    """There is no checkpoint to resume from."""
 
 
 class RunError(InputError):
-    """A run directory is in use, or holds something else."""
+    """A run directory is in use, or holds other files."""
 
 
 class StorageError(CorralError):
@@ -107,7 +107,7 @@ class MissingExtraError(CorralError):
 
 
 class GateError(CorralError):
-    """A stage ran, and what it made must not be promoted."""
+    """A stage ran, and its output must not be promoted."""
 
     exit_code = 4
 
@@ -125,12 +125,12 @@ class PeerError(TrainingError):
 
 
 class EngineError(CorralError):
-    """An engine failed while it worked.
+    """An engine failed.
 
     Args:
         what, where, hint: see CorralError.
-        status: what an endpoint answered, where one did.
-        retry_seconds: after how long it wants to be asked again, where it says so.
+        status: the HTTP status of an endpoint's response, if there was one.
+        retry_seconds: how long the endpoint asks to wait before a retry, if it says so.
     """
 
     def __init__(
@@ -148,13 +148,13 @@ class EngineError(CorralError):
 
 
 class RequestError(EngineError):
-    """This engine cannot do what was asked of it."""
+    """This engine cannot serve the request."""
 
     exit_code = 2
 
 
 class EngineUnavailableError(EngineError):
-    """The engine cannot compute now, and may again later."""
+    """The engine cannot compute now, but may later."""
 
 
 class EngineClosedError(EngineError):

@@ -1,7 +1,4 @@
-"""The forms a model can be exported to: their names, and where they stand in an export directory.
-
-Does not know how they are made or read.
-"""
+"""The forms that a model can be exported to, and their paths in an export directory."""
 
 from __future__ import annotations
 
@@ -19,16 +16,16 @@ Target: TypeAlias = Literal["gguf", "openvino"]
 
 EXPORT_TYPES: dict[Target, tuple[str, ...]] = {"gguf": get_args(GgufType), "openvino": get_args(OpenVinoType)}
 OPENVINO_MODEL = "openvino_model.xml"
-"""What makes a folder one that OpenVINO can compute."""
+"""The file that makes a folder an OpenVINO model."""
 CONTRACT_FILE = "contract.json"
 
 
 @dataclass(frozen=True, slots=True)
 class ExportForm:
-    """A form to export to.
+    """A form to export a model to.
 
     Raises:
-        InputError: no such type of that target.
+        InputError: the target has no such type.
     """
 
     target: Target
@@ -37,22 +34,22 @@ class ExportForm:
     def __post_init__(self) -> None:
         if self.type not in EXPORT_TYPES.get(self.target, ()):
             raise InputError(
-                f"there is no type {self.type!r} of {self.target!r}",
+                f"{self.target!r} has no type {self.type!r}",
                 where="--type",
                 hint=f"types: {', '.join(EXPORT_TYPES.get(self.target, ()))}",
             )
 
     def path(self, out: Path) -> Path:
-        """Where the form stands under an export directory: a `.gguf` file, or a folder."""
+        """Its path in an export directory: a `.gguf` file, or a folder."""
         return out / (f"model-{self.type}.gguf" if self.target == "gguf" else f"openvino-{self.type}")
 
     def contract_path(self, out: Path) -> Path:
-        """Where its contract stands."""
-        place = self.path(out)
-        return place.with_suffix(".contract.json") if self.target == "gguf" else place / CONTRACT_FILE
+        """The path of its contract."""
+        path = self.path(out)
+        return path.with_suffix(".contract.json") if self.target == "gguf" else path / CONTRACT_FILE
 
     def copy_missing_from(self, old: Path, out: Path) -> None:
-        """Copy this form from another export directory, if it is there and not in `out`."""
+        """Copy this form's files from another export directory, except those that `out` has."""
         for path in (self.path(old), old / f"Modelfile-{self.type}", self.contract_path(old)):
             target = out / path.name
             if path.is_dir() and not target.exists():

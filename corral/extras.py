@@ -1,4 +1,4 @@
-"""Optional packages: imported, or refused with the name of the extra that brings them. Knows no package."""
+"""Imports optional packages, or names the extra to install."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def require(module: str, extra: str) -> Any:
     """Import a module of an optional package.
 
     Raises:
-        MissingExtraError: it, or something it needs, is not installed.
+        MissingExtraError: the module, or a package that it needs, is not installed.
     """
     try:
         return importlib.import_module(module)

@@ -1,7 +1,7 @@
-"""The values a row of data becomes: Conversation, Preference, Feedback, Text.
+"""The records that data rows become: Conversation, Preference, Feedback, Text.
 
-Knows nothing about text formats, tokens or files. All values are frozen, compare by content and have one JSON form,
-which is what `record_key` hashes: a row is the same row wherever it is read from.
+Records are frozen, compare by content and have one JSON form, which `record_key` hashes: equal content has the same key,
+wherever it was read from.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 INPUT_HEADING = "\n\n### Input:\n"
-"""Stands in a user message between a request and the material it is about."""
+"""In a user message, the heading between a request and the material that it is about."""
 
 Role: TypeAlias = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
@@ -20,7 +20,7 @@ ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `content` is plain text: special-token strings in it are text too."""
+    """One turn. `content` is plain text, also where it looks like a special token."""
 
     role: Role
     content: str
@@ -28,7 +28,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages in order: at most one system message, first; then user and assistant turns."""
+    """Messages in order: at most one system message, at the start; then user and assistant turns."""
 
     messages: tuple[Message, ...]
 
@@ -44,16 +44,16 @@ class Conversation:
 
     @property
     def characters(self) -> int:
-        """Of all contents together."""
+        """Number of characters of all messages together."""
         return sum(len(message.content) for message in self.messages)
 
     def add(self, role: Role, content: str) -> Conversation:
-        """The same conversation with one more turn. It copies: many turns at once are `of`."""
+        """A copy with one more turn; for many turns use `from_turns`."""
         return replace(self, messages=(*self.messages, Message(role, content)))
 
     def split_answer(self) -> tuple[Conversation, str]:
-        """(everything before the last turn, the last answer). The conversation must be `answered`."""
-        assert self.answered, "split_answer needs a conversation that ends with the assistant"
+        """(the conversation before the last turn, the last answer). The conversation must be `answered`."""
+        assert self.answered, "split_answer needs a conversation that ends with an answer"
         return Conversation(self.messages[:-1]), self.messages[-1].content
 
     def to_json(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class Conversation:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Conversation:
-        """The inverse of `to_json`; for values corral wrote itself (`data.formats` reads what others wrote)."""
+        """The inverse of `to_json`; rows of other programs are read by `data.formats`."""
         return cls(tuple(Message(m["role"], m["content"]) for m in value["messages"]))
 
 
@@ -77,7 +77,7 @@ class Preference:
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """A prompt with one answer and how good it is, in [0, 1]."""
+    """A prompt with an answer and the answer's score in [0, 1]."""
 
     prompt: Conversation
     completion: str
@@ -86,7 +86,7 @@ class Feedback:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A plain document, all of which is trained on: no turns, no template."""
+    """A plain document, without turns or template; all of it is trained on."""
 
     content: str
 
@@ -95,8 +95,8 @@ Record: TypeAlias = Conversation | Preference | Feedback | Text
 
 
 def with_input(request: str, material: str) -> str:
-    """A user message that asks something of some material (an input, a context, passages found): one form everywhere,
-    so that a template can tell the two apart."""
+    """A user message of a request and the material it is about (an input, a context, retrieved passages), in the one form
+    that templates can split again."""
     return f"{request}{INPUT_HEADING}{material}" if material else request
 
 
@@ -118,6 +118,6 @@ def record_to_json(record: Record) -> dict[str, Any]:
 
 
 def record_key(record: Record) -> str:
-    """sha256 (hex) of the record's content: equal content, equal key, whatever file or position it came from."""
+    """sha256 (hex) of the record's content; file and position do not matter."""
     text = json.dumps(record_to_json(record), sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,19 +1,19 @@
-"""How long work tells of itself. Knows nothing about terminals: the base class is silent, the command line draws it."""
+"""The interface through which long work reports its progress; the command line shows it in a terminal."""
 
 from __future__ import annotations
 
 
 class Progress:
-    """A listener to long work; this one is silent. Subclasses show what they are told."""
+    """A listener of long work that shows nothing; subclasses show messages and progress."""
 
     def say(self, text: str) -> None:
-        """A line worth keeping."""
+        """Show a message that stays on the screen."""
 
     def start(self, title: str, total: int | None) -> None:
-        """A piece of work begins: `total` parts, if known. It ends when the next begins, or with `stop`."""
+        """Begin a task of `total` parts, if known. It ends when the next one begins, or with `stop`."""
 
     def update(self, done: int, note: str = "") -> None:
-        """`done` parts of the current piece are done; `note` says how it goes (loss, tokens per second …)."""
+        """`done` parts of the current task are done; `note` adds figures (loss, tokens per second …)."""
 
     def stop(self) -> None:
-        """Nothing is under way."""
+        """End the current task."""
