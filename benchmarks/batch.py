@@ -178,27 +178,27 @@ def side_corral(rows: list[dict[str, Any]], _: Any) -> dict[str, Any]:
     from functools import partial
 
     from corral.answering.answerer import Answerer
-    from corral.answering.settings import Settings
+    from corral.answering.settings import AnswererSettings
     from corral.batch import answer_file
-    from corral.batch.local_worker import answer_here
+    from corral.batch.local_worker import answer_locally
     from corral.progress import Progress
     from corral.recipe import Answer
 
     voted = {"method": "rouge-l", "n": SAMPLES, "temperature": TEMPERATURE, "top_p": TOP_P, "stop": "never"}
     answer = Answer.model_validate({"max_tokens": TOKENS, "consensus": voted})
-    settings = Settings(MODEL, answer, 0, "openvino")
-    answerer = settings.open()
+    settings = AnswererSettings(MODEL, answer, 0, "openvino")
+    answerer = settings.open_answerer()
     warmed = warm(answerer)
     with tempfile.TemporaryDirectory() as name:
         prompts, out = Path(name) / "prompts.jsonl", Path(name) / "answers.jsonl"
         prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        made_of = settings.made_of()
+        made_of = settings.identity()
 
         def opened() -> Answerer:
             return warmed
 
         began = time.perf_counter()
-        answering = partial(answer_here, opened, settings.choices, settings.seed)
+        answering = partial(answer_locally, opened, settings.choices_per_prompt, settings.seed)
         outcome = answer_file(str(prompts), out, made_of, answering, Progress())
         found = figures(len(rows) * SAMPLES, outcome.figures.tokens, began)
     if outcome.figures.bad:

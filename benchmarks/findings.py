@@ -30,8 +30,9 @@ from claims import machine
 from findings_page import Findings, write_page
 
 from corral.answering.answerer import Answerer
-from corral.answering.build import compose, training_examples
+from corral.answering.build import build_answerer
 from corral.answering.consensus import METHODS, Candidate, Consensus
+from corral.answering.examples import training_examples
 from corral.cli.terminal import TerminalProgress
 from corral.engines.base import Engine, Sampling
 from corral.engines.embedding import Embedder
@@ -217,7 +218,7 @@ def voted(bench: Bench, session: Session, task: Task, settings: Mapping[str, Any
     digest = f"{model_identity(bench.model)[:16]} {answer.model_dump_json()} {bench.rows}"
     maker, file = Maker(task.name, digest), RowFile(bench.folder / f"votes-{task.name}.jsonl")
     sampling = Sampling(task.max_tokens or 64, n=CANDIDATES, temperature=0.7, top_p=0.9, seed=SEED, logprobs=True)
-    answerer = compose(
+    answerer = build_answerer(
         session.engine, bench.template, answer, examples=lambda: task.examples(reasoning=answer.reasoning), seed=SEED
     )
     bench.progress.start(f"Candidates: {task.name}", len(items))
@@ -266,7 +267,7 @@ async def _draw(
 def batched(bench: Bench, session: Session, task: Task) -> dict[str, Any]:
     """The same questions answered one after the other, and handed over together, in turns."""
     settings = Answer(max_tokens=48)
-    answerer = compose(session.engine, bench.template, settings, examples=tuple, seed=SEED)
+    answerer = build_answerer(session.engine, bench.template, settings, examples=tuple, seed=SEED)
     prompts = [question.example.split_answer()[0] for question in task.questions[:AT_ONCE]]
 
     async def one_by_one() -> int:
@@ -315,7 +316,7 @@ def precisions(bench: Bench, arithmetic: Task) -> tuple[Scorecard, dict[str, Any
 
 def probed(bench: Bench, session: Session, task: Task, place: Path) -> dict[str, Any]:
     """Bytes of the weights, and of the engine's process at its largest while it answers a few questions at once."""
-    answerer = compose(session.engine, bench.template, Answer(max_tokens=32), examples=tuple, seed=SEED)
+    answerer = build_answerer(session.engine, bench.template, Answer(max_tokens=32), examples=tuple, seed=SEED)
     prompts = [question.example.split_answer()[0] for question in task.questions[:8]]
 
     async def together() -> None:

@@ -1,9 +1,7 @@
-"""Conversation in, answer out: prompting, template, engine and consensus composed once, for evaluation, chat, batch and
-serving alike.
+"""Conversation in, answer out: an Answerer composes prompting, template, engine and consensus.
 
-It is async; `corral.answering.sync` gives the same to code that is not. Text is cut at stop strings here, since an engine
-knows ids only. It does not know how ids become text (template), how ids are computed (engine), how examples are chosen
-(prompting), how votes are counted (consensus), or what answers are for.
+Evaluation, chat, batch and serving all use it. It is async; `corral.answering.sync` wraps it for other code. Stop strings are
+cut here, because an engine knows token ids only.
 """
 
 from __future__ import annotations
@@ -20,25 +18,25 @@ from corral.engines.base import Completion, Delta, Engine, Finish, Generation, S
 from corral.errors import RequestError
 from corral.messages import Conversation
 from corral.metrics import answer_extraction
-from corral.prompting.few_shot import Prompting, after
+from corral.prompting.few_shot import Prompting, insert_examples
 from corral.template import Template
 from corral.template.decoding import StopStringCutter, StreamDecoder
 
 T = TypeVar("T")
 
-# What takes longer than the way to a thread and back: about a millisecond of rendering.
-_LONG_CHARACTERS = 4000
-_CHARACTERS_OF_A_TURN = 50  # that take as long as the turn itself
+# Longer prompts are rendered in a thread: that takes about a millisecond, more than handing the work over.
+_INLINE_CHARACTERS = 4000
+_CHARACTERS_PER_MESSAGE = 50  # rendering a message costs about as much as so many characters
 _THREADS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One drawn token of a text."""
+    """One generated token."""
 
     id: int
     data: bytes
-    """What it adds to the text, perhaps part of a character; empty for a special token."""
+    """The bytes it adds to the text, perhaps part of a character; empty for a special token."""
     logprob: float
     """Natural log of its probability under the model."""
 
@@ -49,45 +47,72 @@ class Answer:
 
     texts: tuple[str, ...]
     completions: tuple[Completion, ...]
-    """The ids that were drawn; with a stop string, up to the one that completed it, which the text leaves out."""
+    """The generated ids. With a stop string they end with the id that completed it; the text ends before it."""
     prompt_tokens: int
     tokens: tuple[tuple[Token, ...], ...] = ()
-    """With `Sampling.logprobs`, for each choice the tokens that its text begins with, in part or whole."""
+    """With `Sampling.logprobs`: for each choice, the tokens that begin within its text."""
     vote: Vote | None = None
-    """With consensus, how the choice was made; choices that were not needed have the finish "cancelled"."""
+    """With consensus: how the choice was made. Choices that were not needed have the finish "cancelled"."""
 
     @property
-    def chosen(self) -> int:
-        """The place of the choice that is the answer: the vote's winner, else the first."""
+    def winner(self) -> int:
+        """Index of the choice that is the answer: the winner of the vote, else the first."""
         return self.vote.winner if self.vote else 0
 
     @property
     def text(self) -> str:
-        """The answer."""
-        return self.texts[self.chosen]
+        """The text of the winning choice."""
+        return self.texts[self.winner]
+
+    @property
+    def finish(self) -> Finish:
+        """Why the winning choice ended."""
+        return self.completions[self.winner].finish
 
     @property
     def result(self) -> str:
-        """What the answer comes to: what follows its last `Answer:` or the like, else its text."""
+        """What follows the last `Answer:` or a similar marker in the text; without a marker, the whole text."""
         return answer_extraction.final(self.text) or self.text
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens generated for all choices together."""
+        return sum(len(completion.ids) for completion in self.completions)
+
+    def vote_fields(self) -> dict[str, Any]:
+        """The vote as JSON fields, for rows that are kept; empty without a vote.
+
+        Returns: lists with an entry for each choice: `candidates` (texts, partial if cancelled), `finishes`, `votes` (scores;
+        None if cancelled) and, where results were counted, `results` (None if there is none); and `winner`, an index.
+        """
+        if self.vote is None:
+            return {}
+        fields: dict[str, Any] = {
+            "candidates": list(self.texts),
+            "finishes": [completion.finish for completion in self.completions],
+            "votes": list(self.vote.scores),
+        }
+        if any(result is not None for result in self.vote.results):
+            fields["results"] = list(self.vote.results)
+        return fields | {"winner": self.vote.winner}
 
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """New text of one choice; the last one carries `finish`."""
+    """New text of one choice; its last delta carries `finish`."""
 
     choice: int
     text: str
     finish: Finish | None = None
     tokens: tuple[Token, ...] = ()
-    """With `Sampling.logprobs`, the tokens that begin in this text. Joined over a stream: `Answer.tokens`."""
+    """With `Sampling.logprobs`: the tokens that begin in this text. Over a whole stream they add up to `Answer.tokens`."""
     vote: Vote | None = None
-    """With consensus, how the choice was made."""
+    """With consensus: how the choice was made."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How likely a model finds the answers of a conversation."""
+    """The likelihood of a conversation's answers under a model."""
 
     nll: float
     """Negative log-likelihood in nats, summed over the trained tokens."""
@@ -95,13 +120,13 @@ class Score:
 
 
 class Answerer:
-    """A template over an engine, with a way to ask and a way to choose.
+    """Answers conversations with an engine and a template.
 
     Args:
         sampling: the default; the template's stop ids are added to it.
-        prompting: what is shown before a question.
-        consensus: with it, `answer` and `stream` draw several answers in one request and give the one that wins the vote;
-            it takes the place of a sampling's n, temperature and top_p.
+        prompting: adds examples and instructions to a question.
+        consensus: with it, `answer` and `stream` draw several answers in one request and return the winner of a vote. Its n,
+            temperature and top_p replace those of the sampling.
     """
 
     def __init__(
@@ -118,87 +143,85 @@ class Answerer:
         self.sampling = sampling or Sampling()
         self.prompting = prompting
         self.consensus = consensus
-        # Its own: whatever else needs a thread is not to wait for long prompts. None is started before the first of them.
-        self._threads = ThreadPoolExecutor(_THREADS, "corral-prompts")
+        # An executor of its own, so that other work in threads does not wait for long prompts. Threads start when needed.
+        self._executor = ThreadPoolExecutor(_THREADS, "corral-prompts")
 
-    async def prompt(self, conversation: Conversation, sampling: Sampling | None = None) -> list[int]:
-        """The ids that a conversation is asked with: examples and all, as many as leave room for the answer.
+    async def encode_prompt(self, conversation: Conversation, sampling: Sampling | None = None) -> list[int]:
+        """The token ids of a prompt, with as many examples as leave room in the context for the answer.
 
         Raises:
             TemplateError: the template refuses the conversation.
-            AssetError: the model that finds similar examples cannot be had.
+            AssetError: the embedding model that finds similar examples cannot be loaded.
         """
         if self.prompting is None:
-            return await self._rendered(conversation)
-        room = self.engine.features.max_length - (sampling or self.sampling).max_tokens
-        for shots in await self._shots(conversation):
-            ids = await self._rendered(self.prompting.asked(conversation, shots))
-            if len(ids) <= room:
+            return await self._encode(conversation)
+        max_prompt = self.engine.features.max_length - (sampling or self.sampling).max_tokens
+        for examples in await self._example_sets(conversation):
+            ids = await self._encode(self.prompting.apply(conversation, examples))
+            if len(ids) <= max_prompt:
                 return ids
-        return await self._rendered(self.prompting.asked(conversation, ()))
+        return await self._encode(self.prompting.apply(conversation, ()))
 
-    async def aside(self, characters: int, call: Callable[..., T], *arguments: Any) -> T:
-        """What a call returns that reads so many characters; a long one is made in a thread, as it would hold up those whose
-        answers are on their way."""
-        if characters <= _LONG_CHARACTERS:
-            return call(*arguments)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
+    async def run_in_thread_if_long(self, characters: int, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function that processes so many characters: a long call runs in a thread, so as not to block the loop."""
+        if characters <= _INLINE_CHARACTERS:
+            return function(*arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
 
-    async def _rendered(self, conversation: Conversation) -> list[int]:
-        characters = conversation.characters + _CHARACTERS_OF_A_TURN * len(conversation.messages)
-        return await self.aside(characters, self.template.prompt, conversation)
+    async def _encode(self, conversation: Conversation) -> list[int]:
+        characters = conversation.characters + _CHARACTERS_PER_MESSAGE * len(conversation.messages)
+        return await self.run_in_thread_if_long(characters, self.template.prompt, conversation)
 
-    def begin(self, ids: Sequence[int], sampling: Sampling | None = None, stop: Sequence[str] = ()) -> TextStream:
-        """Ask for completions of a rendered prompt. Returns at once; must be called in a running event loop.
+    def start(self, ids: Sequence[int], sampling: Sampling | None = None, stop: Sequence[str] = ()) -> TextStream:
+        """Request completions of an encoded prompt. Returns at once; must be called in a running event loop.
 
         Args:
-            ids: of the prompt, from `template.prompt`.
-            stop: strings that end a choice and are not part of its text. Of several, the one complete first counts, and
-                of those complete at once the longest.
+            ids: of the prompt, from `encode_prompt`.
+            stop: strings that end a choice and are not part of its text. The string that is complete first ends it; of
+                several complete at once, the longest.
 
         Raises:
             EngineError: the engine refuses (too long, or a feature it lacks), or is closed.
         """
         if "" in stop:
             raise RequestError("a stop string is empty", hint="leave it out")
-        sampling = self._sampling(sampling)
+        sampling = self._with_stop_ids(sampling)
         return TextStream(self.engine.submit(ids, sampling), self.template, sampling, stop)
 
     async def answer(
         self, conversation: Conversation, sampling: Sampling | None = None, stop: Sequence[str] = ()
     ) -> Answer:
-        """Answer a conversation that ends with the user; `stop` as in `begin`.
+        """Answer a conversation that ends with a user message; `stop` as in `start`.
 
         Raises:
             TemplateError: the template refuses the conversation.
             EngineError: the engine refuses or fails.
-            AssetError: a model for embeddings cannot be had.
+            AssetError: an embedding model cannot be loaded.
         """
-        ids = await self.prompt(conversation, sampling)
-        if self.consensus is None:
-            return await self.begin(ids, sampling, stop).whole()
-        return await self.begin(ids, self.several(sampling), stop).decided(self.consensus)
+        ids = await self.encode_prompt(conversation, sampling)
+        if self.consensus is not None:
+            sampling = self.vote_sampling(sampling)
+        return await self.start(ids, sampling, stop).collect(self.consensus)
 
     async def stream(
         self, conversation: Conversation, sampling: Sampling | None = None, stop: Sequence[str] = ()
     ) -> AsyncIterator[TextDelta]:
-        """The same as text arrives; with consensus, the winner once it is known. Leaving the iteration early cancels the work.
+        """Like `answer`, as text arrives; with consensus, the winner once it is known. Leaving the iteration cancels the work.
 
         Raises: as `answer`.
         """
         if self.consensus is not None:
             answer = await self.answer(conversation, sampling, stop)
-            tokens = answer.tokens[answer.chosen] if answer.tokens else ()
-            finish = answer.completions[answer.chosen].finish
-            yield TextDelta(answer.chosen, answer.text, finish, tokens, answer.vote)
+            tokens = answer.tokens[answer.winner] if answer.tokens else ()
+            yield TextDelta(answer.winner, answer.text, answer.finish, tokens, answer.vote)
             return
-        ids = await self.prompt(conversation, sampling)
-        async with contextlib.aclosing(aiter(self.begin(ids, sampling, stop))) as deltas:
+        ids = await self.encode_prompt(conversation, sampling)
+        async with contextlib.aclosing(aiter(self.start(ids, sampling, stop))) as deltas:
             async for delta in deltas:
                 yield delta
 
     async def score(self, conversation: Conversation) -> Score:
-        """How likely the model finds the answers of a conversation, after the examples of `prompting` if there is one.
+        """The likelihood of a conversation's answers, with the examples of `prompting` before it if there is one.
 
         Raises: as `answer`.
         """
@@ -206,18 +229,18 @@ class Answerer:
         start = max(1, encoded.trained.index(True))
         roles = [message.role for message in conversation.messages]
         head = Conversation(conversation.messages[: roles.index("assistant")])
-        for shots in await self._shots(conversation):
-            longer = self.template.encode(after(shots, conversation))
-            if len(longer.ids) <= self.engine.features.max_length:
-                # The answers of examples are trained tokens too, but not what is asked about.
-                encoded, start = longer, len(self.template.prompt(after(shots, head)))
+        for examples in await self._example_sets(conversation):
+            with_examples = self.template.encode(insert_examples(examples, conversation))
+            if len(with_examples.ids) <= self.engine.features.max_length:
+                # The answers of the examples are trained tokens as well, but are not scored.
+                encoded, start = with_examples, len(self.template.prompt(insert_examples(examples, head)))
                 break
         logprobs = await self.engine.score(encoded.ids, start)
         trained = encoded.trained[start:]
         return Score(-sum(p for p, t in zip(logprobs, trained, strict=True) if t), sum(trained))
 
-    def several(self, sampling: Sampling | None = None) -> Sampling:
-        """How the answers to be voted on are drawn, otherwise like `sampling`. There must be a consensus."""
+    def vote_sampling(self, sampling: Sampling | None = None) -> Sampling:
+        """The sampling of the candidates of a vote: `sampling` with the settings of the consensus, which must exist."""
         assert self.consensus is not None
         return replace(
             sampling or self.sampling,
@@ -227,33 +250,33 @@ class Answerer:
             logprobs=self.engine.features.logprobs,  # they break ties
         )
 
-    async def _shots(self, conversation: Conversation) -> list[list[Conversation]]:
-        """The examples for a conversation, then fewer and fewer, the most useful ones longest."""
+    async def _example_sets(self, conversation: Conversation) -> list[list[Conversation]]:
+        """The examples for a conversation, then ever fewer of them; the most useful ones stay longest."""
         if self.prompting is None:
             return []
-        # Finding similar ones is computing, which must not hold up those whose answers are on their way.
-        shots = await asyncio.to_thread(self.prompting.shots, conversation)
-        return [shots[left_out:] for left_out in range(len(shots))]
+        # Choosing similar examples computes embeddings: in a thread, so as not to block the loop.
+        examples = await asyncio.to_thread(self.prompting.choose_examples, conversation)
+        return [examples[first:] for first in range(len(examples))]
 
-    def _sampling(self, sampling: Sampling | None) -> Sampling:
+    def _with_stop_ids(self, sampling: Sampling | None) -> Sampling:
         sampling = sampling or self.sampling
         return replace(sampling, stop_ids=tuple(dict.fromkeys((*sampling.stop_ids, *self.template.stop_ids))))
 
 
 class TextStream:
-    """An answer under way, made by `Answerer.begin`: iterate over it (once), or await `whole`.
+    """An answer being generated, made by `Answerer.start`: iterate over it (once), or await `collect`.
 
-    Where that ends early (a break, an error, a cancelled task), the work is cancelled.
+    If either ends early (a break, an error, a cancelled task), the work is cancelled.
     """
 
     def __init__(self, generation: Generation, template: Template, sampling: Sampling, stop: Sequence[str]) -> None:
         self._generation = generation
-        self._choices = [_Choice(i, template, sampling.logprobs, stop) for i in range(sampling.n)]
+        self._choices = [_ChoiceDecoder(i, template, sampling.logprobs, stop) for i in range(sampling.n)]
         self.prompt_tokens = generation.prompt_tokens
 
     @property
     def completion_tokens(self) -> int:
-        """Tokens drawn so far for all choices, without stop ids; of a choice that a stop string ended, up to that one."""
+        """Tokens generated so far for all choices, without stop ids; after a stop string none are counted."""
         return sum(len(choice.ids) for choice in self._choices)
 
     async def __aiter__(self) -> AsyncGenerator[TextDelta, None]:
@@ -261,58 +284,49 @@ class TextStream:
             async for delta in deltas:
                 choice = self._choices[delta.choice]
                 if choice.finish is not None:
-                    continue  # drawn before the engine heard of the stop string
-                new = choice.take(delta)
+                    continue  # generated before the engine heard of the stop string
+                decoded = choice.push(delta)
                 if choice.finish is not None and delta.finish is None:
                     self._generation.cancel(delta.choice)
-                if new.text or new.finish:
-                    yield new
+                if decoded.text or decoded.finish:
+                    yield decoded
                 if all(c.finish is not None for c in self._choices):
                     return
 
-    async def whole(self) -> Answer:
-        """Wait for all choices. Raises: EngineError."""
-        texts = [""] * len(self._choices)
-        tokens: list[list[Token]] = [[] for _ in self._choices]
-        async with contextlib.aclosing(aiter(self)) as deltas:
-            async for delta in deltas:
-                texts[delta.choice] += delta.text
-                tokens[delta.choice] += delta.tokens
-        return self._answer(texts, tokens)
+    async def collect(self, consensus: Consensus | None = None) -> Answer:
+        """Wait for all choices; with consensus, until a vote among them is decided, and cancel the rest.
 
-    async def decided(self, consensus: Consensus) -> Answer:
-        """Wait until a vote among the choices is decided; those not needed are cancelled. Raises: EngineError."""
-        ballot = consensus.ballot(len(self._choices))
+        Raises: EngineError.
+        """
+        ballot = consensus.new_ballot(len(self._choices)) if consensus else None
         texts = [""] * len(self._choices)
         tokens: list[list[Token]] = [[] for _ in self._choices]
         async with contextlib.aclosing(aiter(self)) as deltas:
             async for delta in deltas:
                 texts[delta.choice] += delta.text
                 tokens[delta.choice] += delta.tokens
-                if delta.finish is not None:
+                if ballot is not None and delta.finish is not None:
                     logprobs = self._choices[delta.choice].logprobs
                     mean = sum(logprobs) / len(logprobs) if logprobs else None
                     ballot.add(delta.choice, Candidate(texts[delta.choice], mean))
-                    if ballot.decided:
+                    if ballot.is_decided:
                         break
-        # A vote by embeddings computes.
-        return replace(self._answer(texts, tokens), vote=await asyncio.to_thread(ballot.vote))
-
-    def cancel(self) -> None:
-        """Stop the work, also where the iteration never began."""
-        self._generation.cancel()
-
-    def _answer(self, texts: Sequence[str], tokens: Sequence[Sequence[Token]]) -> Answer:
         return Answer(
             tuple(texts),
-            tuple(c.completion() for c in self._choices),
+            tuple(choice.completion() for choice in self._choices),
             self.prompt_tokens,
-            tuple(map(tuple, tokens)) if any(c.wants_tokens for c in self._choices) else (),
+            tuple(map(tuple, tokens)) if any(choice.wants_tokens for choice in self._choices) else (),
+            # A vote by embeddings computes: in a thread.
+            await asyncio.to_thread(ballot.vote) if ballot is not None else None,
         )
 
+    def cancel(self) -> None:
+        """Stop the work, also if the iteration never began."""
+        self._generation.cancel()
 
-class _Choice:
-    """One choice on its way from ids to text."""
+
+class _ChoiceDecoder:
+    """Turns the ids of one choice into text."""
 
     def __init__(self, index: int, template: Template, wants_tokens: bool, stop: Sequence[str]) -> None:
         self.wants_tokens = wants_tokens
@@ -324,42 +338,41 @@ class _Choice:
         self._decoder = StreamDecoder(self._bytes)
         self._cutter = StopStringCutter(stop)
         self._decoded = 0
-        """Characters, with those that are held back."""
-        self._given = 0
+        """Characters decoded, including those held back."""
+        self._emitted = 0
         """Characters in the deltas so far."""
-        self._waiting: list[tuple[int, Token]] = []
-        """Tokens that no delta carried yet, and the character each begins at."""
+        self._pending: list[tuple[int, Token]] = []
+        """Tokens that no delta has carried yet, each with the position of its first character."""
 
-    def take(self, delta: Delta) -> TextDelta:
+    def push(self, delta: Delta) -> TextDelta:
         """The text that new ids complete."""
         text = ""
         logprobs = delta.logprobs or ()
-        for place, id_ in enumerate(delta.ids):
+        for position, id_ in enumerate(delta.ids):
             self.ids.append(id_)
             if self.logprobs is not None:
-                self.logprobs.append(logprobs[place])
-                self._waiting.append((self._decoded, Token(id_, self._bytes[id_], logprobs[place])))
-            text += self._new(self._decoder.push((id_,)))
+                self.logprobs.append(logprobs[position])
+                self._pending.append((self._decoded, Token(id_, self._bytes[id_], logprobs[position])))
+            text += self._cut(self._decoder.push((id_,)))
             if self._cutter.stopped:
                 break
         if delta.finish is not None and not self._cutter.stopped:
-            text += self._new(self._decoder.finish())
+            text += self._cut(self._decoder.finish())
         self.finish = "stop" if self._cutter.stopped else delta.finish
         is_end = self.finish is not None and not self._cutter.stopped
         if is_end:
             text += self._cutter.finish()
-        self._given += len(text)
-        count = sum(is_end or start < self._given for start, _ in self._waiting)
-        tokens = tuple(token for _, token in self._waiting[:count])
-        del self._waiting[:count]
+        self._emitted += len(text)
+        count = sum(is_end or start < self._emitted for start, _ in self._pending)
+        tokens = tuple(token for _, token in self._pending[:count])
+        del self._pending[:count]
         return TextDelta(self._index, text, self.finish, tokens)
 
     def completion(self) -> Completion:
-        """All that was drawn."""
-        return Completion(
-            tuple(self.ids), None if self.logprobs is None else tuple(self.logprobs), self.finish or "cancelled"
-        )
+        """All ids so far; `cancelled` if the choice has not ended."""
+        logprobs = None if self.logprobs is None else tuple(self.logprobs)
+        return Completion(tuple(self.ids), logprobs, self.finish or "cancelled")
 
-    def _new(self, text: str) -> str:
+    def _cut(self, text: str) -> str:
         self._decoded += len(text)
         return self._cutter.push(text)

@@ -1,7 +1,7 @@
-"""Votes over several answers to one question: which one agrees best with the others (self-consistency).
+"""Votes among several answers to one question: which one agrees best with the others (self-consistency).
 
-Pure: texts in, a choice out. `Ballot` takes the answers as they end, and says when those to come cannot change the choice. It
-does not know how the answers were drawn; sentence embeddings come from outside.
+Texts in, a choice out, without a model: sentence embeddings are passed in. A `Ballot` takes the answers as they end, and knows
+when those still to come cannot change the choice.
 
 `rouge-l` takes the answer with the highest mean ROUGE-L F against the others: minimum Bayes risk with that as utility (Kumar &
 Byrne 2004; Bertsch et al. 2023, arXiv 2310.01387). `majority` is self-consistency proper (Wang et al. 2022, arXiv 2203.11171).
@@ -23,56 +23,56 @@ from corral.metrics.rouge import Rouge
 
 Method: TypeAlias = Literal["rouge-l", "cosine", "majority", "rouge-l+math"]
 METHODS: tuple[Method, ...] = get_args(Method)
-Stop: TypeAlias = Literal["never", "lossless", "adaptive"]
+StopRule: TypeAlias = Literal["never", "lossless", "adaptive"]
 Floats: TypeAlias = NDArray[np.float64]
 Embed: TypeAlias = Callable[[Sequence[str]], Floats]
 """n texts → [n, d] vectors of length 1."""
 
-CERTAIN = 0.95
-"""At which probability of its lead an adaptive vote ends."""
+LEAD_CERTAINTY = 0.95
+"""An adaptive vote ends when the first result leads the second with this probability."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An answer."""
+    """An answer that takes part in a vote."""
 
     text: str
     logprob: float | None = None
-    """Mean natural log-probability of its tokens: breaks ties. One that has none comes last among its equals."""
+    """Mean natural log-probability of its tokens, which breaks ties. A candidate without one loses them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """What a vote came to. Its lists have a place for each answer asked for; None for one that was cancelled."""
+    """The outcome of a vote. Its tuples have an entry for each requested answer: None for one that was cancelled."""
 
     method: Method
     winner: int
     scores: tuple[float | None, ...]
-    """Of `rouge-l` and `cosine`: mean agreement with the others. Of `majority`: the share of votes for its result among
-    those that have one, 0 without a result."""
+    """`rouge-l` and `cosine`: mean agreement with the others. `majority`: the share of the answers with a result that have
+    this one's; 0 for an answer without a result."""
     results: tuple[str | None, ...]
-    """What was counted, by a majority; else None."""
+    """The results that a majority counted; None where texts were compared."""
     cancelled: int
-    """Answers that were not needed."""
+    """How many answers were not needed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Consensus:
-    """How answers are drawn and voted on.
+    """How answers are sampled and voted on.
 
     Args:
-        n: answers drawn.
+        n: answers sampled.
         temperature, top_p: as in Sampling.
-        stop: when the rest is cancelled; see `Ballot.decided`.
+        stop: when the remaining answers are cancelled; see `Ballot.is_decided`.
         embed: needed by `cosine`.
-        rouge: reads the words; by default those of any script.
+        rouge: splits texts into words; by default words of any script.
     """
 
     method: Method
     n: int = 5
     temperature: float = 0.7
     top_p: float = 0.9
-    stop: Stop = "lossless"
+    stop: StopRule = "lossless"
     embed: Embed | None = None
     rouge: Rouge = field(default_factory=lambda: Rouge(unicode=True))
 
@@ -80,20 +80,20 @@ class Consensus:
         if self.method == "cosine" and self.embed is None:
             raise ValueError("a vote by cosine needs `embed`")
 
-    def ballot(self, n: int | None = None) -> Ballot:
-        """A new vote among `n` answers; by default as many as are drawn."""
+    def new_ballot(self, n: int | None = None) -> Ballot:
+        """A new vote among `n` answers; by default `Consensus.n`."""
         return Ballot(self, n or self.n)
 
     def vote(self, candidates: Sequence[Candidate]) -> Vote:
-        """The vote among answers that are all there (at least one)."""
-        ballot = self.ballot(len(candidates))
+        """The vote among answers that have all ended; at least one."""
+        ballot = self.new_ballot(len(candidates))
         for i, candidate in enumerate(candidates):
             ballot.add(i, candidate)
         return ballot.vote()
 
 
 class Ballot:
-    """One vote, answer by answer. Answers have their place; they may end in any order."""
+    """One vote that takes its answers one by one, in any order."""
 
     def __init__(self, consensus: Consensus, n: int) -> None:
         self._consensus = consensus
@@ -101,21 +101,22 @@ class Ballot:
         self._candidates: dict[int, Candidate] = {}
         self._results: dict[int, str | None] = {}
 
-    def add(self, place: int, candidate: Candidate) -> None:
-        """An answer has ended."""
-        self._candidates[place] = candidate
-        self._results[place] = self._result(candidate.text)
+    def add(self, index: int, candidate: Candidate) -> None:
+        """Add an answer that has ended."""
+        self._candidates[index] = candidate
+        self._results[index] = self._result(candidate.text)
 
     @property
-    def decided(self) -> bool:
-        """Whether those to come are not needed.
+    def is_decided(self) -> bool:
+        """True if the remaining answers are not needed.
 
         `lossless`: whatever they say, the winner says the same (the same result in a majority, else the same words).
-        For a majority that is a lead greater than their number. For agreement, k answers of n say the same words and
-        k − 1 ≥ 4·(n − k − 1): with d = 1 − F, 2d/(1 + d) is a metric (Steinhaus' transform of the edit distance without
-        substitution), so an answer at distance d from the k agrees with each of the others by at most 4d/(1 + 3d)
-        more than they do, and less by d with each of the k. For cosine all but one must be the same text.
-        `adaptive`: also where the first result leads the second with a probability of 95 % (a Beta posterior over the two:
+        A majority is decided when its lead is greater than the number of remaining answers. Agreement is decided when k
+        answers of n have the same words and k − 1 ≥ 4·(n − k − 1): with d = 1 − F, 2d/(1 + d) is a metric (Steinhaus'
+        transform of the edit distance without substitution), so an answer at distance d from the k agrees with each of the
+        others by at most 4d/(1 + 3d) more than they do, and with each of the k by d less. For cosine, all but one must be
+        the same text.
+        `adaptive`: also when the first result leads the second with a probability of 95 % (a Beta posterior over the two:
         Aggarwal et al. 2023, arXiv 2305.11860).
         """
         done, n = len(self._candidates), self._n
@@ -135,36 +136,36 @@ class Ballot:
                 return self._agreement_decided(math.inf)
 
     def vote(self) -> Vote:
-        """The choice among the answers that have ended; at least one has. Ties: by log-probability, then by place."""
-        places = sorted(self._candidates)
-        if not places:
+        """The choice among the answers that have ended; at least one has. Ties: by log-probability, then by index."""
+        indexes = sorted(self._candidates)
+        if not indexes:
             raise ValueError("no answer has ended")
         method = self._consensus.method
         counted = method == "majority" or (
-            method == "rouge-l+math" and 2 * sum(r is not None for r in self._results.values()) > len(places)
+            method == "rouge-l+math" and 2 * sum(r is not None for r in self._results.values()) > len(indexes)
         )
-        scores = self._shares(places) if counted else self._agreement(places)
-        second = [0.0] * len(places)
+        scores = self._vote_shares(indexes) if counted else self._mean_agreements(indexes)
+        second = [0.0] * len(indexes)
         if method == "rouge-l+math" and counted:
-            # Of those with the winning result, the one that tells it most like the others.
-            best = {self._results[p] for p, s in zip(places, scores, strict=True) if s == max(scores)}
-            group = [p for p in places if self._results[p] in best]
-            told = dict(zip(group, self._agreement(group), strict=True))
-            second = [told.get(p, 0.0) for p in places]
-        logprobs = [self._candidates[p].logprob for p in places]
+            # Among the answers with the winning result, prefer the one that agrees best with the rest of them.
+            best = {self._results[i] for i, s in zip(indexes, scores, strict=True) if s == max(scores)}
+            group = [i for i in indexes if self._results[i] in best]
+            agreements = dict(zip(group, self._mean_agreements(group), strict=True))
+            second = [agreements.get(i, 0.0) for i in indexes]
+        logprobs = [self._candidates[i].logprob for i in indexes]
         third = [-math.inf if value is None else value for value in logprobs]
         ranked = [
-            # The last bits of a mean depend on the order of its terms.
-            (round(s, 12), round(t, 12), u, -p)
-            for s, t, u, p in zip(scores, second, third, places, strict=True)
+            # Rounded, because the last bits of a mean depend on the order of its terms.
+            (round(s, 12), round(t, 12), u, -i)
+            for s, t, u, i in zip(scores, second, third, indexes, strict=True)
         ]
-        score_of = dict(zip(places, scores, strict=True))
+        score_of = dict(zip(indexes, scores, strict=True))
         return Vote(
             method,
             -max(ranked)[-1],
             tuple(score_of.get(i) for i in range(self._n)),
             tuple(self._results.get(i) if counted else None for i in range(self._n)),
-            self._n - len(places),
+            self._n - len(indexes),
         )
 
     def _result(self, text: str) -> str | None:
@@ -181,10 +182,10 @@ class Ballot:
         (_, first), (_, second) = (*counts.most_common(2), (None, 0), (None, 0))[:2]
         if first - second > self._n - len(self._candidates):
             return True
-        return self._consensus.stop == "adaptive" and lead_probability(first, second) >= CERTAIN
+        return self._consensus.stop == "adaptive" and lead_probability(first, second) >= LEAD_CERTAINTY
 
     def _agreement_decided(self, against: float) -> bool:
-        """Whether so many say the same that `against` times the others could not outweigh them."""
+        """True if the answers that say the same outweigh `against` times all others."""
         texts = [c.text for c in self._candidates.values() if c.text.strip()]
         if self._consensus.method == "cosine":
             groups = Counter(text.encode() for text in texts)
@@ -194,31 +195,31 @@ class Ballot:
         others = self._n - same - 1
         return same >= 2 and (others <= 0 or same - 1 >= against * others)
 
-    def _agreement(self, places: Sequence[int]) -> list[float]:
-        """Mean agreement of each with the others; of a single one, 1."""
-        if len(places) == 1:
+    def _mean_agreements(self, indexes: Sequence[int]) -> list[float]:
+        """Mean agreement of each answer with the others; 1 if there is only one."""
+        if len(indexes) == 1:
             return [1.0]
-        texts = [self._candidates[p].text for p in places]
+        texts = [self._candidates[i].text for i in indexes]
         if self._consensus.method == "cosine":
             assert self._consensus.embed is not None
             vectors = self._consensus.embed(texts)
-            says = np.array([bool(text.strip()) for text in texts])
-            matrix = vectors @ vectors.T * np.outer(says, says)
+            not_empty = np.array([bool(text.strip()) for text in texts])
+            matrix = vectors @ vectors.T * np.outer(not_empty, not_empty)
         else:
             matrix = self._consensus.rouge.agreement(texts)
         np.fill_diagonal(matrix, 0.0)
-        return (matrix.sum(axis=1) / (len(places) - 1)).tolist()
+        return (matrix.sum(axis=1) / (len(indexes) - 1)).tolist()
 
-    def _shares(self, places: Sequence[int]) -> list[float]:
+    def _vote_shares(self, indexes: Sequence[int]) -> list[float]:
         counts = Counter(result for result in self._results.values() if result is not None)
-        every = max(1, counts.total())
-        return [counts[result] / every if (result := self._results[p]) is not None else 0.0 for p in places]
+        total = max(1, counts.total())
+        return [counts[result] / total if (result := self._results[i]) is not None else 0.0 for i in indexes]
 
 
 def lead_probability(first: int, second: int) -> float:
-    """That the result with `first` votes is really more likely than that with `second`, as far as these tell.
+    """The probability that the result with `first` votes is really more likely than the one with `second` votes.
 
-    With a uniform prior: P(p > ½) for p ~ Beta(first + 1, second + 1), which is a sum of binomial terms.
+    With a uniform prior it is P(p > ½) for p ~ Beta(first + 1, second + 1), a sum of binomial terms.
     """
     draws = first + second + 1
     return sum(math.comb(draws, k) for k in range(first + 1)) / 2**draws

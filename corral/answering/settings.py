@@ -1,17 +1,12 @@
-"""A model and how it is asked, from a run's recipe and what the command line says otherwise, for chat and batch.
-
-It is what answers depend on besides the questions. It knows neither questions nor where answers go.
-"""
+"""A model and how it is asked: the recipe's `[answer]` with the overrides of the command line."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import corral
 from corral.errors import RecipeError
 from corral.recipe.answer import Answer
 
@@ -24,15 +19,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """A model and how it is asked. Can be sent to other machines.
+class AnswererSettings:
+    """All that answers depend on besides the questions. Can be pickled and sent to other machines.
 
     Args:
         model: a run directory, or any model spec.
-        answer: how answers are drawn and chosen.
-        seed: of all draws; None draws anew each time.
-        engine: what computes; None takes the best one for the machine.
-        urls: of endpoints that serve this model; they compute instead.
+        answer: how the model is asked, and how its answers are sampled and chosen.
+        seed: of all sampling; None samples anew each time.
+        engine: None takes the best one for the machine.
+        urls: of endpoints that serve this model and compute in place of this machine.
     """
 
     model: str
@@ -42,74 +37,66 @@ class Settings:
     urls: tuple[str, ...] = ()
 
     @property
-    def choices(self) -> int:
-        """Completions drawn for a prompt."""
+    def choices_per_prompt(self) -> int:
+        """Completions generated for each prompt."""
         consensus = self.answer.consensus
         return 1 if consensus.method == "none" else consensus.n
 
-    def made_of(self) -> dict[str, Any]:
-        """All of it as JSON values; the model by a hash of its files and template, examples by one of their rows.
+    def identity(self) -> dict[str, Any]:
+        """The settings as JSON values, with hashes of the model and of the examples that are shown.
 
-        Raises: as `open_model` and `compose`.
+        Raises: as `open_model` and `build_answerer`.
         """
-        from corral.answering.open_model import computing, local_engine
-        from corral.model.folder import model_identity
+        from corral.answering import identity
+        from corral.answering.open_model import check_engine, choose_engine
         from corral.model.loading import load_tokenizer
         from corral.model.naming import find_model_files
         from corral.template import Template
 
-        found = find_model_files(self.model)
-        template = Template.load(load_tokenizer(found.folder), found.template or "tokenizer")
-        weights = [model_identity(folder) for folder in (found.folder, found.adapter) if folder is not None]
-        model = hashlib.sha256(" ".join([*weights, template.digest]).encode()).hexdigest()
-        made: dict[str, Any] = {"corral": corral.__version__, "model": model, "engine": "remote"}
-        # Where it is computed may change on the way; by what kind of engine, and in what numbers, may not.
-        local = local_engine(self.engine, self.urls)
+        files = find_model_files(self.model)
+        template = Template.load(load_tokenizer(files.folder), files.template or "tokenizer")
+        local = check_engine(self.engine, self.urls)
+        # Another machine or server may go on with a batch; another kind of engine or precision may not.
+        engine, dtype = "remote", None
         if not self.urls:
-            name, _, dtype = computing(found.folder, local, adapter=found.adapter is not None)
-            made |= {"engine": name, "dtype": dtype}
-        if examples := self._examples_identity():
-            made["examples"] = examples
-        return {**made, "answer": self.answer.model_dump(mode="json"), "seed": self.seed}
+            engine, _, dtype = choose_engine(files.folder, local, adapter=files.adapter is not None)
+        shots = self.answer.shots
+        if shots.count and shots.source is None:
+            examples = identity.training_examples_digest(self._run)
+        else:
+            examples = identity.source_examples_digest(shots)
+        model = identity.model_digest(files, template)
+        return identity.batch_identity(model, engine, dtype, examples, self.answer, self.seed)
 
-    def open(self) -> Answerer:
-        """Load the model, or reach it. The engine is the caller's to close. Raises: as `open_model` and `compose`."""
+    def open_answerer(self) -> Answerer:
+        """Load the model, or connect to it. The caller closes the engine. Raises: as `open_model` and `build_answerer`."""
         from corral.answering.open_model import open_model
 
-        return self.over(open_model(self.model, self.engine, urls=self.urls).answerer)
+        return self.build_on(open_model(self.model, self.engine, urls=self.urls).answerer)
 
-    def over(self, plain: Answerer, embed: Embedder | None = None) -> Answerer:
-        """The model, loaded, asked as this says. Raises: as `compose`.
+    def build_on(self, loaded: Answerer, embed: Embedder | None = None) -> Answerer:
+        """An Answerer with these settings on the engine and template of another. Args and Raises: as `build_answerer`."""
+        from corral.answering.build import build_answerer
 
-        Args:
-            embed: where similar examples or a vote need embeddings; by default one of its own.
-        """
-        from corral.answering.build import compose
-
-        return compose(plain.engine, plain.template, self.answer, examples=self._examples, seed=self.seed, embed=embed)
+        return build_answerer(
+            loaded.engine, loaded.template, self.answer, examples=self._examples, seed=self.seed, embed=embed
+        )
 
     def _examples(self) -> list[Conversation]:
-        from corral.answering.build import training_examples
+        from corral.answering.examples import training_examples
 
         return training_examples(self._run, self.seed or 0)
 
-    def _examples_identity(self) -> str:
-        from corral.answering.build import examples_identity, training_identity
-
-        shots = self.answer.shots
-        own = shots.count and shots.source is None
-        return training_identity(self._run) if own else examples_identity(shots)
-
     @property
     def _run(self) -> Run:
-        """Raises: RunError (the model belongs to none)."""
+        """Raises: RunError (the model belongs to no run)."""
         from corral.run.directory import Run
 
-        return run_of(self.model) or Run(Path(self.model))
+        return find_run(self.model) or Run(Path(self.model))
 
 
-def run_of(model: str) -> Run | None:
-    """The run that a model spec belongs to: it names a run directory, or an adapter that lies in one."""
+def find_run(model: str) -> Run | None:
+    """The run that a model spec belongs to: the spec is a run directory, or an adapter inside one."""
     from corral.model.folder import ADAPTER_CONFIG
     from corral.run.directory import Run
 
@@ -118,53 +105,52 @@ def run_of(model: str) -> Run | None:
     return next((Run(folder) for folder in folders if (folder / "recipe.toml").is_file()), None)
 
 
-def with_changes(model: str, changes: Mapping[str, Any]) -> tuple[Answer, int]:
-    """(how a run's recipe asks, its seed), with changes; of a model that belongs to no run, the defaults with changes.
+def load_answer_settings(model: str, overrides: Mapping[str, Any]) -> tuple[Answer, int]:
+    """(`[answer]`, seed) of the recipe of a model's run, with overrides; of a model that belongs to no run, the defaults.
 
     Args:
-        changes: of `max_tokens`, `temperature`, `top_p` (those of a vote, if there is one), `consensus`, `n`, `shots` and
+        overrides: of `max_tokens`, `temperature`, `top_p` (those of a vote, if there is one), `consensus`, `n`, `shots` and
             `seed`.
 
     Raises:
-        RecipeError: a value cannot be, or `n` is given and nothing is voted on.
+        RecipeError: a value is not allowed, or `n` is given without a vote.
     """
     from pydantic import ValidationError
 
-    found, seed = _of(model)
-    votes = changes.get("consensus", found.consensus.method) != "none"
-    if "n" in changes and not votes:
+    run = find_run(model)
+    answer, seed = (run.recipe.answer, run.recipe.seed) if run else (Answer(), 0)
+    votes = overrides.get("consensus", answer.consensus.method) != "none"
+    if "n" in overrides and not votes:
         raise RecipeError(
-            f"{changes['n']} answers are to be drawn, and nothing chooses among them",
+            f"{overrides['n']} answers are to be drawn, and nothing chooses among them",
             where="--n",
             hint="add --consensus, e.g. rouge-l",
         )
-    given: dict[str, Any] = {}
-    drawn = given.setdefault("consensus", {}) if votes else given
-    places = {
-        "max_tokens": (given, "max_tokens"),
-        "temperature": (drawn, "temperature"),
-        "top_p": (drawn, "top_p"),
-        "consensus": (given.setdefault("consensus", {}), "method"),
-        "n": (drawn, "n"),
-        "shots": (given.setdefault("shots", {}), "count"),
+    sampling = ("consensus",) if votes else ()
+    paths = {
+        "max_tokens": ("max_tokens",),
+        "temperature": (*sampling, "temperature"),
+        "top_p": (*sampling, "top_p"),
+        "consensus": ("consensus", "method"),
+        "n": ("consensus", "n"),
+        "shots": ("shots", "count"),
     }
-    for name, (place, key) in places.items():
-        if name in changes:
-            place[key] = changes[name]
+    changes: dict[str, Any] = {}
+    for name, (*tables, key) in paths.items():
+        if name in overrides:
+            table = changes
+            for each in tables:
+                table = table.setdefault(each, {})
+            table[key] = overrides[name]
     try:
-        answer = found.with_changes(given)
+        changed = answer.with_changes(changes)
     except ValidationError as error:
-        faults = [_fault(each) for each in error.errors()]
+        faults = [_describe_fault(each) for each in error.errors()]
         raise RecipeError("\n".join(faults), where="the command line", hint="give another value") from None
-    return answer, changes.get("seed", seed)
+    return changed, overrides.get("seed", seed)
 
 
-def _fault(error: Any) -> str:
+def _describe_fault(error: Any) -> str:
     if error["type"] == "value_error":
         return f"[answer]: {error['ctx']['error']}"
     return f"answer.{'.'.join(map(str, error['loc']))}: {error['msg']} (given: {error['input']!r})"
-
-
-def _of(model: str) -> tuple[Answer, int]:
-    run = run_of(model)
-    return (run.recipe.answer, run.recipe.seed) if run else (Answer(), 0)

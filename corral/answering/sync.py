@@ -1,4 +1,4 @@
-"""An Answerer for code that is not async: its event loop runs in a thread. Knows nothing about how answers come to be."""
+"""An Answerer for code that is not async: its event loop runs in a thread."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Coroutine, Generator, Sequence
+from types import TracebackType
 from typing import Any, TypeVar
 
 from corral.answering.answerer import Answer, Answerer, Score, TextDelta
@@ -16,8 +17,8 @@ from corral.messages import Conversation
 T = TypeVar("T")
 
 
-class Blocking:
-    """The sync face: an Answerer with an event loop of its own, in a thread. Made by `blocking`."""
+class SyncAnswerer:
+    """An Answerer with an event loop of its own, in a thread. As a context manager it closes the engine at the end."""
 
     def __init__(self, answerer: Answerer) -> None:
         self.answerer = answerer
@@ -25,9 +26,17 @@ class Blocking:
         self._thread = threading.Thread(target=self._loop.run_forever, name="corral-answerer", daemon=True)
         self._thread.start()
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine to its end on the answerer's loop; an interrupt cancels it."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+    def __enter__(self) -> SyncAnswerer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the answerer's loop until it ends; an interrupt cancels it."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
         except BaseException:
@@ -73,13 +82,3 @@ class Blocking:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-
-
-@contextlib.contextmanager
-def blocking(answerer: Answerer) -> Generator[Blocking]:
-    """An Answerer for code that is not async; its engine is closed with the context."""
-    face = Blocking(answerer)
-    try:
-        yield face
-    finally:
-        face.close()

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from corral.batch.journal import Figures, Journal, all_bad, opened
-from corral.batch.local_worker import Keep
-from corral.batch.prompts import Prompt, Prompts
+from corral.batch.journal import Journal, Totals, all_rows_bad, open_journal
+from corral.batch.local_worker import KeepRow
+from corral.batch.prompts import Prompt, PromptFile
 from corral.errors import DataError
 from corral.interrupts import Interrupts, Stopped
 from corral.progress import Progress
 
-Answering: TypeAlias = Callable[[Iterator[Prompt], Keep], None]
+Answering: TypeAlias = Callable[[Iterator[Prompt], KeepRow], None]
 """Answers prompts and hands over each row as soon as it is done, in any order."""
 
 
@@ -36,7 +36,7 @@ class Outcome:
     """
 
     out: Path
-    figures: Figures
+    figures: Totals
     answered: int = 0
     seconds: float = 0.0
     prompts_per_second: float = 0.0
@@ -50,7 +50,7 @@ def answer_file(
     """Answer every row of a source that has no answer yet, and write the output once all have.
 
     Args:
-        source: of the prompts; see `Prompts`.
+        source: of the prompts; see `PromptFile`.
         out: where the answers go: a line of JSON for each row, in order.
         made_of: what the answers depend on besides the prompts, as JSON values.
         answering: what computes them.
@@ -75,16 +75,16 @@ def answer_file(
 def _answer_file(
     source: str, out: Path, made_of: Mapping[str, Any], answering: Answering, progress: Progress
 ) -> Outcome:
-    prompts = Prompts(source, progress)
+    prompts = PromptFile(source, progress)
     digest = prompts.digest()
-    with opened(out, {"prompts": digest, **made_of}) as journal:
-        if isinstance(journal, Figures):
+    with open_journal(out, {"prompts": digest, **made_of}) as journal:
+        if isinstance(journal, Totals):
             return Outcome(out, journal)
         progress.start("Reading prompts", None)
         survey = prompts.survey()
         if survey.bad == survey.rows:
             journal.discard()
-            raise all_bad(survey.bad, survey.faults, source)
+            raise all_rows_bad(survey.bad, survey.faults, source)
         if survey.ignored:
             progress.say(f"keys without meaning here: {', '.join(survey.ignored)}")
         if journal.count:
@@ -100,14 +100,14 @@ def _answer_file(
         return meter.outcome(journal.finish(survey.rows))
 
 
-def _left(prompts: Prompts, journal: Journal, meter: _Meter) -> Iterator[Prompt]:
+def _left(prompts: PromptFile, journal: Journal, meter: _Meter) -> Iterator[Prompt]:
     """The prompts that are still to be answered; of faulty ones the journal is told at once."""
     meter.begin()
     for prompt in prompts:
         if prompt.index in journal:
             continue
         if prompt.fault is not None:
-            meter.keep(prompt.bad(prompt.fault))
+            meter.keep(prompt.error_row(prompt.fault))
         else:
             yield prompt
 
@@ -137,7 +137,7 @@ class _Meter:
         self._last = time.monotonic()
         self._progress.update(self._rows, self._note())
 
-    def outcome(self, figures: Figures) -> Outcome:
+    def outcome(self, figures: Totals) -> Outcome:
         """What it came to, once the output is there."""
         return Outcome(self._journal.out, figures, self._rows, self._last - self._began, *self._speeds(), self._saved())
 

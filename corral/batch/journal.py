@@ -28,7 +28,7 @@ _SHOWN = 5
 
 
 @dataclass(slots=True)
-class Figures:
+class Totals:
     """What a finished output holds."""
 
     rows: int = 0
@@ -50,7 +50,7 @@ class Figures:
 
 
 class Journal:
-    """Finished rows of one output; `opened` makes one. Holds a lock until it is closed."""
+    """Finished rows of one output; `open_journal` makes one. Holds a lock until it is closed."""
 
     def __init__(self, out: Path, file: FileIO, made_of: Mapping[str, Any]) -> None:
         self.out = out
@@ -66,13 +66,13 @@ class Journal:
         return index < len(self._places) and self._places[index] != _ABSENT
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Keep a finished row; it survives the end of this process, however it comes. Raises: StorageError."""
+        """KeepRow a finished row; it survives the end of this process, however it comes. Raises: StorageError."""
         text = json.dumps(row, ensure_ascii=False, allow_nan=False).translate(_LINE_BREAKS)
         line = text.encode() + b"\n"
         self._write(line)
         self._note(row["index"], self._end - len(line))
 
-    def finish(self, rows: int) -> Figures:
+    def finish(self, rows: int) -> Totals:
         """Write the output, in order, and remove the journal.
 
         Args:
@@ -82,7 +82,7 @@ class Journal:
             InputError: every row is bad; the journal is removed, and no output is written.
             StorageError: the disk is full; the journal stays.
         """
-        figures = Figures()
+        figures = Totals()
         ordered = self.path.with_name(f"{self.path.name}.ordered")
         with storage_errors(self.out, needed=self._end):
             try:
@@ -97,7 +97,7 @@ class Journal:
                     os.fsync(file.fileno())
                 if figures.bad == figures.rows:
                     self.path.unlink()
-                    raise all_bad(figures.bad, figures.faults, str(self.out))
+                    raise all_rows_bad(figures.bad, figures.faults, str(self.out))
                 record = {"made_of": self._made_of, "bytes": ordered.stat().st_size, "figures": asdict(figures)}
                 write_json(record_path(self.out), record)
                 os.replace(ordered, self.out)
@@ -149,7 +149,7 @@ class Journal:
 
 
 @contextmanager
-def opened(out: Path, made_of: Mapping[str, Any]) -> Generator[Journal | Figures]:
+def open_journal(out: Path, made_of: Mapping[str, Any]) -> Generator[Journal | Totals]:
     """The journal of an output; or, where the output is already there and made of the same, its figures.
 
     Args:
@@ -178,7 +178,7 @@ def opened(out: Path, made_of: Mapping[str, Any]) -> Generator[Journal | Figures
         file.close()
 
 
-def all_bad(rows: int, faults: list[str], where: str) -> InputError:
+def all_rows_bad(rows: int, faults: list[str], where: str) -> InputError:
     """The error for a batch that has no good row."""
     several = f"all {rows:,} rows are bad" if rows > 1 else "the only row is bad"
     return InputError("\n".join([several, *(f"  {fault}" for fault in faults)]), where=where, hint="mend the rows")
@@ -224,14 +224,14 @@ def _locked(path: Path) -> FileIO:
         file.close()
 
 
-def _finished(out: Path, made_of: Mapping[str, Any]) -> Figures | None:
+def _finished(out: Path, made_of: Mapping[str, Any]) -> Totals | None:
     """The figures of an output that is there. Raises: InputError (it is not what would be written)."""
     if not out.exists():
         return None
     way_out = "move it away"
     try:
         record: dict[str, Any] = json.loads(record_path(out).read_text("utf-8"))
-        found, size, figures = record["made_of"], record["bytes"], Figures(**record["figures"])
+        found, size, figures = record["made_of"], record["bytes"], Totals(**record["figures"])
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(
             "this file exists, and is no output of corral's",

@@ -1,4 +1,4 @@
-"""Prompts → finished rows through an Answerer on this machine, as many at once as keep its engine full.
+"""PromptFile → finished rows through an Answerer on this machine, as many at once as keep its engine full.
 
 A row that the engine cannot do is a bad row. Where the engine fails, the rows that were under way are asked again one by
 one (which of them is to blame cannot be seen while they share it), and a plain question tells a row that breaks the engine
@@ -14,16 +14,15 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 from corral.answering.answerer import Answer, Answerer
-from corral.answering.vote_fields import vote_fields
 from corral.batch.prompts import Prompt
 from corral.errors import CorralError, EngineError, RequestError, TemplateError
 from corral.interrupts import Interrupts, Stopped
 from corral.messages import Conversation
 
-Keep: TypeAlias = Callable[[Mapping[str, Any]], None]
+KeepRow: TypeAlias = Callable[[Mapping[str, Any]], None]
 """Takes a finished row."""
 
-COMPLETIONS = 320
+COMPLETIONS_IN_FLIGHT = 320
 """Asked of an engine at once: OpenVINO computes up to 256 together, and a quarter more are ready when some end."""
 _ATTEMPTS = 2
 """How often a row may break the engine alone until it is a bad row."""
@@ -31,9 +30,9 @@ _PLAIN = Prompt(-1, {}, Conversation.from_turns(("user", "Hello")))
 """What any engine that works can answer."""
 
 
-def at_once(choices: int) -> int:
-    """Prompts under way together, of so many completions each."""
-    return -(-COMPLETIONS // choices)
+def prompts_in_flight(choices: int) -> int:
+    """PromptFile under way together, of so many completions each."""
+    return -(-COMPLETIONS_IN_FLIGHT // choices)
 
 
 async def answer_row(answerer: Answerer, prompt: Prompt, seed: int) -> dict[str, Any]:
@@ -44,26 +43,26 @@ async def answer_row(answerer: Answerer, prompt: Prompt, seed: int) -> dict[str,
     try:
         return finished(prompt, await answerer.answer(prompt.conversation, sampling))
     except (RequestError, TemplateError) as error:
-        return prompt.bad(error.what)
+        return prompt.error_row(error.what)
 
 
 def finished(prompt: Prompt, answer: Answer) -> dict[str, Any]:
     """The row of the output: `tokens` are those drawn for all candidates."""
     row: dict[str, Any] = {
         "index": prompt.index,
-        **prompt.given,
+        **prompt.id_field,
         "answer": answer.text,
-        "finish": answer.completions[answer.chosen].finish,
+        "finish": answer.finish,
         "prompt_tokens": answer.prompt_tokens,
-        "tokens": sum(len(completion.ids) for completion in answer.completions),
+        "tokens": answer.completion_tokens,
     }
     if answer.result != answer.text:
         row["result"] = answer.result
-    return row | vote_fields(answer)
+    return row | answer.vote_fields()
 
 
-class Rows:
-    """Prompts → finished rows through one Answerer, many at once, on one event loop; bad rows are told from a broken engine.
+class RowAnswerer:
+    """Answers prompts through one Answerer, many at once on one event loop, and tells bad rows from a broken engine.
 
     A row that fails beside others is asked again when nobody else is, twice if need be. It is bad if it fails each time while
     the engine answers a plain question, asked in the same way, after each.
@@ -73,9 +72,9 @@ class Rows:
         self._answerer = answerer
         self._seed = seed
         self._together = 0
-        """Rows under way beside each other."""
+        """RowAnswerer under way beside each other."""
         self._suspects = 0
-        """Rows that wait to be asked alone, or are; nothing new begins beside them."""
+        """RowAnswerer that wait to be asked alone, or are; nothing new begins beside them."""
         self._none_together, self._no_suspects = asyncio.Event(), asyncio.Event()
         self._alone = asyncio.Lock()
 
@@ -111,7 +110,7 @@ class Rows:
             except EngineError as error:
                 await self._must_work(error)
                 reason = error.what
-        return prompt.bad(reason)
+        return prompt.error_row(reason)
 
     async def _must_work(self, failure: EngineError) -> None:
         """Raises: the failure, unless the engine works."""
@@ -123,8 +122,8 @@ class Rows:
             raise failure
 
 
-def answer_here(
-    open_answerer: Callable[[], Answerer], choices: int, seed: int, prompts: Iterator[Prompt], keep: Keep
+def answer_locally(
+    open_answerer: Callable[[], Answerer], choices: int, seed: int, prompts: Iterator[Prompt], keep: KeepRow
 ) -> None:
     """Answer all prompts; the first signal ends it in order, at once, and what is under way is dropped.
 
@@ -143,15 +142,15 @@ def answer_here(
         interrupts = Interrupts(stop)
         with interrupts, interrupts.deferred():
             try:
-                runner.run(work.run(at_once(choices)))
+                runner.run(work.run(prompts_in_flight(choices)))
             except asyncio.CancelledError:
                 raise Stopped(interrupts.signal) from None
 
 
 class _Work:
-    def __init__(self, answerer: Answerer, seed: int, prompts: Iterator[Prompt], keep: Keep) -> None:
+    def __init__(self, answerer: Answerer, seed: int, prompts: Iterator[Prompt], keep: KeepRow) -> None:
         self._engine = answerer.engine
-        self._rows = Rows(answerer, seed)
+        self._rows = RowAnswerer(answerer, seed)
         self._prompts = prompts
         self._keep = keep
         self._task: asyncio.Task[Any] | None = None
@@ -163,7 +162,7 @@ class _Work:
         if self._task is not None:
             self._task.cancel()
 
-    async def run(self, at_once: int) -> None:
+    async def run(self, prompts_in_flight: int) -> None:
         """Answer all prompts, and close the engine. Raises: CorralError."""
         self._task = asyncio.current_task()
         if self._stopped:
@@ -171,7 +170,7 @@ class _Work:
         async with self._engine:
             try:
                 async with asyncio.TaskGroup() as group:
-                    for _ in range(at_once):
+                    for _ in range(prompts_in_flight):
                         group.create_task(self._lane())
             except* CorralError as errors:
                 # Many fail alike; one error is what a person can read.

@@ -28,19 +28,19 @@ class Prompt:
 
     Args:
         index: its place among the rows, from 0; blank lines are no rows.
-        given: `{"id": …}`, or empty if the row has none.
+        id_field: `{"id": …}`, or empty if the row has none.
         conversation: what is asked; it ends with the user. None where there is a fault.
         fault: why the row cannot be asked, and where it stands.
     """
 
     index: int
-    given: Mapping[str, Any]
+    id_field: Mapping[str, Any]
     conversation: Conversation | None
     fault: str | None = None
 
-    def bad(self, reason: str) -> dict[str, Any]:
+    def error_row(self, reason: str) -> dict[str, Any]:
         """The row of the output that says why there is no answer."""
-        return {"index": self.index, **self.given, "error": reason}
+        return {"index": self.index, **self.id_field, "error": reason}
 
 
 @dataclass(slots=True)
@@ -55,7 +55,7 @@ class Survey:
     """Keys of rows that mean nothing here, in the order they came."""
 
 
-class Prompts:
+class PromptFile:
     """The prompts of a source: a `.jsonl` file, or anything else that `data.sources` of a recipe reads.
 
     Raises:

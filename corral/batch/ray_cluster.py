@@ -1,4 +1,4 @@
-"""Prompts → finished rows on a Ray cluster, with Ray Data: a pool of workers, each of which holds the model.
+"""PromptFile → finished rows on a Ray cluster, with Ray Data: a pool of workers, each of which holds the model.
 
 Ray starts a worker that died anew and gives its prompts out again; finished rows come back to this process, which alone
 writes. A path to the model must mean the same on all machines. Knows nothing about files of prompts or of answers.
@@ -17,23 +17,23 @@ from itertools import islice
 from typing import Any
 
 from corral.answering.answerer import Answerer
-from corral.answering.sync import Blocking
-from corral.batch.local_worker import Keep, Rows, at_once
+from corral.answering.sync import SyncAnswerer
+from corral.batch.local_worker import KeepRow, RowAnswerer, prompts_in_flight
 from corral.batch.prompts import Prompt
 from corral.errors import CorralError, EngineError, InputError
 from corral.extras import require
 from corral.messages import Conversation
 
-TOGETHER = 16
-"""Prompts that are given out together, and whose rows come back together."""
+PROMPTS_PER_BLOCK = 16
+"""PromptFile that are given out together, and whose rows come back together."""
 
 
-class Worker:
+class RayWorker:
     """One worker of the pool; Ray calls it from several threads at once."""
 
     def __init__(self, open_answerer: Callable[[], Answerer], seed: int) -> None:
-        self._face = Blocking(open_answerer())
-        self._rows = Rows(self._face.answerer, seed)
+        self._face = SyncAnswerer(open_answerer())
+        self._rows = RowAnswerer(self._face.answerer, seed)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
         """`{"row": [prompt, …]}` → `{"row": [finished row, …]}`, each as JSON. Raises: EngineError (the engine is broken)."""
@@ -50,7 +50,7 @@ def answer_on_ray(
     choices: int,
     seed: int,
     prompts: Iterator[Prompt],
-    keep: Keep,
+    keep: KeepRow,
 ) -> None:
     """Answer all prompts on a cluster.
 
@@ -71,9 +71,9 @@ def answer_on_ray(
         blocks = list(_blocks(ray, prompts))
         if not blocks:
             return
-        calls = max(2, -(-at_once(choices) // TOGETHER))
+        calls = max(2, -(-prompts_in_flight(choices) // PROMPTS_PER_BLOCK))
         rows = data.from_arrow_refs(blocks).map_batches(
-            Worker,
+            RayWorker,
             fn_constructor_args=(open_answerer, seed),
             batch_size=None,
             batch_format="pyarrow",
@@ -156,13 +156,13 @@ def _blocks(ray: Any, prompts: Iterator[Prompt]) -> Iterator[Any]:
     """The prompts in Ray's store, which spills to the disk what does not fit in memory."""
     import pyarrow as pa
 
-    while some := [_packed(prompt) for prompt in islice(prompts, TOGETHER)]:
+    while some := [_packed(prompt) for prompt in islice(prompts, PROMPTS_PER_BLOCK)]:
         yield ray.put(pa.table({"row": some}))
 
 
 def _packed(prompt: Prompt) -> str:
     assert prompt.conversation is not None, "a faulty row is not asked"
-    return json.dumps([prompt.index, dict(prompt.given), prompt.conversation.to_json()])
+    return json.dumps([prompt.index, dict(prompt.id_field), prompt.conversation.to_json()])
 
 
 def _unpacked(text: str) -> Prompt:

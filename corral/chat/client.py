@@ -15,7 +15,7 @@ from typing import Any, cast
 import httpx2
 
 from corral import __version__
-from corral.chat.repl import Piece, how_chosen
+from corral.chat.repl import AnswerPiece, describe_vote
 from corral.engines.remote.protocol import KEY_VARIABLE, api_url, auth_header, error_message, one_line
 from corral.errors import EngineError, ModelError
 from corral.messages import Conversation
@@ -26,13 +26,13 @@ _LONGEST_ERROR = 2**16
 _NOT_OPENAI = "is this the address of an OpenAI-compatible server? It usually ends in /v1"
 
 
-class Server:
-    """One model there; a Talker of `corral.chat.repl`.
+class ServerBackend:
+    """One model there; a ChatBackend of `corral.chat.repl`.
 
     Args:
         url: of the API, with or without its `/v1`.
         model: its name; None takes the only one that is listed.
-        key: sent as a bearer token to that URL only, and never shown.
+        key: sent as a auth_header token to that URL only, and never shown.
         options: what else each request holds, such as `max_tokens`.
 
     Raises:
@@ -56,7 +56,7 @@ class Server:
             self.close()
             raise
 
-    def stream(self, conversation: Conversation) -> Generator[Piece, None, None]:
+    def stream(self, conversation: Conversation) -> Generator[AnswerPiece, None, None]:
         """The answer as it comes; closing the generator closes the connection, which ends the server's work.
 
         Raises:
@@ -133,7 +133,7 @@ class Server:
         return EngineError(what, hint=f"/retry in {wait} s" if wait.isdecimal() else hints.get(status))
 
 
-def _piece(chunk: dict[str, Any], key: str | None) -> tuple[Piece, bool]:
+def _piece(chunk: dict[str, Any], key: str | None) -> tuple[AnswerPiece, bool]:
     """What an event adds to the answer, and whether it ends it. Raises: EngineError (it tells of a fault)."""
     if "error" in chunk:
         raise EngineError(f"the server failed amid the answer: {error_message(json.dumps(chunk), key)}")
@@ -144,14 +144,14 @@ def _piece(chunk: dict[str, Any], key: str | None) -> tuple[Piece, bool]:
         text += content if isinstance(content, str) else ""
         ends = ends or choice.get("finish_reason") is not None
     vote = chunk.get("consensus")
-    return Piece(text, _note(cast("dict[str, Any]", vote)) if isinstance(vote, dict) else ""), ends
+    return AnswerPiece(text, _note(cast("dict[str, Any]", vote)) if isinstance(vote, dict) else ""), ends
 
 
 def _note(vote: dict[str, Any]) -> str:
     """How corral's server chose the answer. Raises: ValueError."""
     try:
         scores = tuple(each["score"] for each in _list(vote["candidates"]))
-        return how_chosen(one_line(str(vote["method"])), int(vote["winner"]), scores, int(vote["cancelled"]))
+        return describe_vote(one_line(str(vote["method"])), int(vote["winner"]), scores, int(vote["cancelled"]))
     except (KeyError, TypeError, IndexError, OverflowError) as error:
         raise ValueError(f"a vote that is none: {error!r}") from None
 

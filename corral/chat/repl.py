@@ -1,6 +1,6 @@
 """A conversation in the terminal: the user's lines in, answers as they stream, and commands.
 
-Answers come from a `Talker`: a local model (`Local`) or a server (`corral.chat.client`). Imports nothing heavy.
+Answers come from a `ChatBackend`: a local model (`LocalBackend`) or a server (`corral.chat.client`). Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from corral.errors import CorralError
 from corral.messages import Conversation, Message
 
 if TYPE_CHECKING:
-    from corral.answering.settings import Settings
+    from corral.answering.settings import AnswererSettings
 
 ENDS = frozenset({"exit", "quit"})
 HELP = """/system TEXT  tell the model how to be, from here on; without TEXT nothing more
@@ -32,7 +32,7 @@ _CONTROL = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10})
 _HALVES = dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
 
 
-class Piece(NamedTuple):
+class AnswerPiece(NamedTuple):
     """A part of an answer."""
 
     text: str
@@ -40,10 +40,10 @@ class Piece(NamedTuple):
     """About the answer, for the person at the terminal."""
 
 
-class Talker(Protocol):
+class ChatBackend(Protocol):
     """Who answers."""
 
-    def stream(self, conversation: Conversation) -> Generator[Piece, None, None]:
+    def stream(self, conversation: Conversation) -> Generator[AnswerPiece, None, None]:
         """The answer to a conversation that ends with the user, as it comes; closing the generator stops it.
 
         Raises: CorralError, also amid the answer.
@@ -55,34 +55,34 @@ class Talker(Protocol):
         ...
 
 
-class Local:
-    """A model that is loaded here, or that endpoints compute. Raises: as `Settings.open`."""
+class LocalBackend:
+    """A model that is loaded here, or that endpoints compute. Raises: as `AnswererSettings.open`."""
 
-    def __init__(self, settings: Settings) -> None:
-        from corral.answering.sync import Blocking
+    def __init__(self, settings: AnswererSettings) -> None:
+        from corral.answering.sync import SyncAnswerer
 
         print("loading …", file=sys.stderr)
-        self._face = Blocking(settings.open())
+        self._answerer = SyncAnswerer(settings.open_answerer())
 
-    def stream(self, conversation: Conversation) -> Generator[Piece, None, None]:
-        """See Talker."""
-        with contextlib.closing(self._face.stream(conversation)) as deltas:
+    def stream(self, conversation: Conversation) -> Generator[AnswerPiece, None, None]:
+        """See ChatBackend."""
+        with contextlib.closing(self._answerer.stream(conversation)) as deltas:
             for delta in deltas:
                 vote = delta.vote
-                told = how_chosen(vote.method, vote.winner, vote.scores, vote.cancelled) if vote else ""
-                yield Piece(delta.text, told)
+                told = describe_vote(vote.method, vote.winner, vote.scores, vote.cancelled) if vote else ""
+                yield AnswerPiece(delta.text, told)
 
     def close(self) -> None:
         """Close the engine."""
-        self._face.close()
+        self._answerer.close()
 
 
-def how_chosen(method: str, winner: int, scores: tuple[float | None, ...], cancelled: int) -> str:
+def describe_vote(method: str, winner: int, scores: tuple[float | None, ...], cancelled: int) -> str:
     """How an answer was chosen from several, in short."""
     return f"[answer {winner + 1}: {method} {scores[winner] or 0.0:.2f} among {len(scores) - cancelled}]"
 
 
-def chat(talker: Talker, *, system: str | None) -> None:
+def chat(talker: ChatBackend, *, system: str | None) -> None:
     """Read lines, stream answers, keep the conversation; `exit`, `quit` or the end of input ends it.
 
     A turn that fails is taken back: the conversation stands as it was before it.
@@ -93,7 +93,7 @@ def chat(talker: Talker, *, system: str | None) -> None:
 
 
 class _Chat:
-    def __init__(self, talker: Talker, system: str | None) -> None:
+    def __init__(self, talker: ChatBackend, system: str | None) -> None:
         self._talker = talker
         self._conversation = _with_system(Conversation(()), (system or "").translate(_HALVES))
         self._asked: tuple[Conversation, str] | None = None

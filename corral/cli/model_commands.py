@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corral.cli.run_commands import execute
+from corral.cli.run_commands import execute_recipe
 from corral.cli.terminal import TerminalProgress
 from corral.engines.base import CHAT_SAMPLING
 from corral.errors import InputError
 
 if TYPE_CHECKING:
     from corral.batch import Outcome
-    from corral.chat.client import Server
-    from corral.chat.repl import Local
+    from corral.chat.client import ServerBackend
+    from corral.chat.repl import LocalBackend
     from corral.recipe import Answer
 
 DEFAULT_TYPES = {"gguf": "q8_0", "openvino": "int8"}
@@ -40,7 +40,7 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
         recipe = Run(path).recipe
         if form is not None:
             recipe = recipe.with_export(form.target, form.type)
-        execute(recipe, path, args, only=("export", "report"))
+        execute_recipe(recipe, path, args, only=("export", "report"))
         from corral.pipeline.stages import forms
 
         places = [str(each.path(path / "export")) for each in forms(recipe)]
@@ -104,9 +104,9 @@ def chat(args: argparse.Namespace) -> None:
         talk(talker, system=args.system)
 
 
-def _local(args: argparse.Namespace) -> Local:
-    from corral.answering.settings import Settings, run_of
-    from corral.chat.repl import Local
+def _local(args: argparse.Namespace) -> LocalBackend:
+    from corral.answering.settings import AnswererSettings, find_run
+    from corral.chat.repl import LocalBackend
 
     for name, flag in (("host", "--host"), ("port", "--port"), ("named", "--model"), ("key", "--key")):
         if getattr(args, name) is not None:
@@ -115,14 +115,14 @@ def _local(args: argparse.Namespace) -> Local:
                 hint="leave it out, or leave out the model to talk with the server",
             )
     # A run is asked as its recipe says, here as everywhere.
-    answer, _ = _answer(args, {} if run_of(args.model) else CHAT_SAMPLING)
-    return Local(Settings(args.model, answer, None, args.engine, tuple(args.url)))
+    answer, _ = _answer(args, {} if find_run(args.model) else CHAT_SAMPLING)
+    return LocalBackend(AnswererSettings(args.model, answer, None, args.engine, tuple(args.url)))
 
 
-def _server(args: argparse.Namespace) -> Server:
+def _server(args: argparse.Namespace) -> ServerBackend:
     import os
 
-    from corral.chat.client import Server
+    from corral.chat.client import ServerBackend
     from corral.engines.remote.protocol import KEY_VARIABLE, api_url, one_line
 
     for name in ("engine", "shots"):
@@ -146,7 +146,7 @@ def _server(args: argparse.Namespace) -> Server:
     key = args.key or os.environ.get(KEY_VARIABLE)
     if not key and url.startswith("https://api.openai.com/"):
         key = os.environ.get("OPENAI_API_KEY")
-    server = Server(url, model=args.named, key=key, options=options)
+    server = ServerBackend(url, model=args.named, key=key, options=options)
     print(f"talking with {one_line(server.model)} at {server.url}", file=sys.stderr)
     return server
 
@@ -162,22 +162,22 @@ def batch(args: argparse.Namespace) -> dict[str, Any]:
     from dataclasses import asdict
     from functools import partial
 
-    from corral.answering.settings import Settings
+    from corral.answering.settings import AnswererSettings
     from corral.batch import answer_file
 
     if args.url and args.ray is not None:
         raise InputError("--url and --ray say two things about what computes", hint="leave one out")
     answer, seed = _answer(args)
-    settings = Settings(args.model, answer, seed, args.engine, tuple(args.url))
-    made_of = settings.made_of()
+    settings = AnswererSettings(args.model, answer, seed, args.engine, tuple(args.url))
+    made_of = settings.identity()
     if args.ray is not None:
         from corral.batch.ray_cluster import answer_on_ray
 
-        answering = partial(answer_on_ray, args.ray or None, settings.open, settings.choices, seed)
+        answering = partial(answer_on_ray, args.ray or None, settings.open_answerer, settings.choices_per_prompt, seed)
     else:
-        from corral.batch.local_worker import answer_here
+        from corral.batch.local_worker import answer_locally
 
-        answering = partial(answer_here, settings.open, settings.choices, seed)
+        answering = partial(answer_locally, settings.open_answerer, settings.choices_per_prompt, seed)
     outcome = answer_file(args.prompts, Path(args.out), made_of, answering, TerminalProgress())
     if not args.json:
         _say(outcome)
@@ -186,11 +186,11 @@ def batch(args: argparse.Namespace) -> dict[str, Any]:
 
 def _answer(args: argparse.Namespace, defaults: Mapping[str, float] | None = None) -> tuple[Answer, int]:
     """How the model is to be asked, and the recipe's seed, from what the command line gives."""
-    from corral.answering.settings import with_changes
+    from corral.answering.settings import load_answer_settings
 
     names = ("max_tokens", "temperature", "top_p", "consensus", "n", "shots", "seed")
     given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
-    return with_changes(args.model, dict(defaults or {}) | given)
+    return load_answer_settings(args.model, dict(defaults or {}) | given)
 
 
 def _say(outcome: Outcome) -> None:

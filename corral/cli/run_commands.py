@@ -24,7 +24,7 @@ def _recipe(args: argparse.Namespace) -> Any:
     return load(args.recipe, args.set)
 
 
-def execute(recipe: Any, out: Path, args: argparse.Namespace, **how: Any) -> dict[str, Any]:
+def execute_recipe(recipe: Any, out: Path, args: argparse.Namespace, **how: Any) -> dict[str, Any]:
     """Run a recipe's stages, and say what was done already."""
     from corral.pipeline import execution
 
@@ -86,7 +86,7 @@ def _run(args: argparse.Namespace, world: World) -> dict[str, Any]:
         recipe = shrink_recipe(recipe, out / ".corral-small-rows")
     if (out / "recipe.toml").is_file():
         recipe = recipe.with_exports(Run(out).recipe.export)  # what `corral export` added stays
-    result = execute(recipe, out, args, world=world, profile=args.profile)
+    result = execute_recipe(recipe, out, args, world=world, profile=args.profile)
     if not args.json:
         _print_scorecard(out)
         print(f"model   {out / 'merge' / 'model'}")
@@ -190,7 +190,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
                 hint="use `corral run RECIPE --set …` instead",
             )
     recipe = parse(text, where=str(out / "recipe.toml"), overrides=args.set)
-    execute(recipe, out, args, only=("export", "evaluate", "report"))
+    execute_recipe(recipe, out, args, only=("export", "evaluate", "report"))
     if not args.json:
         _print_scorecard(out)
     return json.loads((out / "evaluate" / "scorecard.json").read_text("utf-8"))
@@ -201,11 +201,11 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     from rich.console import Console
 
     from corral.evaluation import scorecard
-    from corral.pipeline.evaluate_stage import named_variant, variant_rows
+    from corral.pipeline.evaluate_stage import parse_variant, read_variant_rows
 
-    if named_variant(args.a) == named_variant(args.b):
+    if parse_variant(args.a) == parse_variant(args.b):
         raise InputError(f"both are {args.a!r}", hint="name two different ones: RUN, or RUN:VARIANT")
-    rows = {spec: variant_rows(*named_variant(spec)) for spec in (args.a, args.b)}
+    rows = {spec: read_variant_rows(*parse_variant(spec)) for spec in (args.a, args.b)}
     card = scorecard.build(rows, baseline=args.b, seed=0)
     if not args.json:
         Console().print(scorecard.render(card))

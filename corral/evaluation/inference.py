@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from corral.answering.answerer import Answerer
-from corral.answering.vote_fields import vote_fields
 from corral.errors import CorralError
 from corral.evaluation.question_sets import Question
 from corral.messages import Conversation
@@ -121,7 +120,7 @@ async def answer_items(
     answerer: Answerer, maker: Maker, items: Sequence[Item], into: RowFile, on_done: Callable[[int], None]
 ) -> None:
     """Add an answer for each item not yet in: `prompt`, `reference`, `answer`, `finish`, `tokens` (of all candidates),
-    `prompt_tokens` (with examples), `seconds`, of a vote what `vote_fields` tells, and what the item's judge says."""
+    `prompt_tokens` (with examples), `seconds`, those of `Answer.vote_fields`, and what the item's judge says."""
 
     async def one(item: Item) -> None:
         began = time.perf_counter()
@@ -133,11 +132,11 @@ async def answer_items(
             prompt=prompt.to_json()["messages"],
             reference=reference,
             answer=answer.text,
-            finish=answer.completions[answer.chosen].finish,
-            tokens=sum(len(completion.ids) for completion in answer.completions),
+            finish=answer.finish,
+            tokens=answer.completion_tokens,
             prompt_tokens=answer.prompt_tokens,
             seconds=round(time.perf_counter() - began, 3),
-            **vote_fields(answer),
+            **answer.vote_fields(),
             **(item.judge(answer.text) if item.judge else {}),
         )
         on_done(len(into.of(maker)))
@@ -153,7 +152,7 @@ async def score_options(
 
     async def one(question: Question) -> None:
         stem = Conversation.from_turns(("user", question.stem))
-        prompt = await answerer.prompt(stem)
+        prompt = await answerer.encode_prompt(stem)
         logprobs = [await option_logprob(answerer, prompt, stem, option) for option in question.options]
         sizes = [len(option.encode()) for option in question.options]
         into.add(maker, question.id, logprobs=logprobs, bytes=sizes, gold=question.right_option)

@@ -17,7 +17,7 @@ from typing import Any
 
 import corral
 from corral.answering.answerer import Answerer
-from corral.answering.build import compose
+from corral.answering.build import build_answerer
 from corral.engines.base import Engine
 from corral.engines.embedding import Embedder
 from corral.evaluation import tasks
@@ -165,7 +165,7 @@ class Measurements:
         settings: Answer,
         examples: Callable[[], Sequence[Conversation]],
     ) -> Answerer:
-        return compose(engine, template, settings, examples=examples, seed=subject.seed, embed=self.embed)
+        return build_answerer(engine, template, settings, examples=examples, seed=subject.seed, embed=self.embed)
 
     async def _answers(self, answerer: Answerer, part: _Part, items: Sequence[Item], progress: Progress) -> None:
         into, seconds = self.file(part.file), self.file(SECONDS)
@@ -174,7 +174,7 @@ class Measurements:
         if missing is None:
             return
         # What is loaded and computed once is no part of what an answer takes.
-        await answerer.prompt(missing.conversation.split_answer()[0])
+        await answerer.encode_prompt(missing.conversation.split_answer()[0])
         if answerer.consensus is not None and answerer.consensus.method == "cosine":
             await asyncio.to_thread(self.embed, [""])
         began = time.perf_counter()

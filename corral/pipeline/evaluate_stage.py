@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -74,7 +73,7 @@ def evaluate(work: Work, stage: Stage) -> None:
 
 def _subjects(work: Work) -> dict[_Model, list[Subject]]:
     """The variants, model by model, so that each is loaded once."""
-    from corral.answering.build import examples_identity
+    from corral.answering.identity import source_examples_digest
     from corral.evaluation.measurements import Subject
 
     recipe, default = work.recipe, engine_name(work)
@@ -86,7 +85,7 @@ def _subjects(work: Work) -> dict[_Model, list[Subject]]:
     subjects: dict[_Model, list[Subject]] = {}
     for name, model, settings in ways:
         of_model = subjects.setdefault(model, [])
-        examples = examples_identity(settings.shots)
+        examples = source_examples_digest(settings.shots)
         of_model.append(
             Subject(name, _identity(work, model), settings, recipe.seed, loss=not of_model, examples=examples)
         )
@@ -95,9 +94,10 @@ def _subjects(work: Work) -> dict[_Model, list[Subject]]:
 
 def _identity(work: Work, model: _Model) -> str:
     """Hash of the weights, the template, the engine and its precision."""
+    from corral.answering.identity import variant_digest
+
     weights = work.base.identity if model.name == "base" else f"{_fingerprint(work, 'merge')} {model.form or ''}"
-    made_of = [weights, work.template.fingerprint, model.engine, *work.placement]
-    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+    return variant_digest(weights, work.template, model.engine, *work.placement)
 
 
 def _fingerprint(work: Work, stage: str) -> str:
@@ -107,7 +107,7 @@ def _fingerprint(work: Work, stage: str) -> str:
 
 def _material(work: Work) -> Material:
     """The rows that all variants are measured on."""
-    from corral.answering.build import training_examples
+    from corral.answering.examples import training_examples
     from corral.evaluation import tasks
     from corral.evaluation.inference import Item
     from corral.evaluation.measurements import Material
@@ -132,7 +132,7 @@ def _measure(
 ) -> None:
     """Fill in what is missing of variants of one model."""
     from corral.answering.answerer import Answerer
-    from corral.answering.sync import blocking
+    from corral.answering.sync import SyncAnswerer
     from corral.engines.registry import load_engine
     from corral.model.device import choose_device
     from corral.model.loading import load_tokenizer
@@ -150,14 +150,14 @@ def _measure(
     if model.engine == "openvino" and work.recipe.model.device == "auto":
         device, dtype = choose_device("cpu", work.recipe.model.dtype)
     engine = load_engine(model.engine, folder, dtype=dtype, device=device)
-    with blocking(Answerer(engine, template)) as face:
+    with SyncAnswerer(Answerer(engine, template)) as sync:
         for subject in subjects:
-            face.run(measurements.measure(subject, engine, template, material, work.progress))
-    del engine, face
+            sync.run(measurements.measure(subject, engine, template, material, work.progress))
+    del engine, sync
     gc.collect()  # two models at once may be one too many
 
 
-def variant_rows(folder: Path, name: str) -> VariantRows:
+def read_variant_rows(folder: Path, name: str) -> VariantRows:
     """A variant's rows from the folder of a finished evaluate stage.
 
     Raises:
@@ -178,7 +178,7 @@ def variant_rows(folder: Path, name: str) -> VariantRows:
     return Measurements(folder).rows_of(name)
 
 
-def named_variant(spec: str) -> tuple[Path, str]:
+def parse_variant(spec: str) -> tuple[Path, str]:
     """`RUN` or `RUN:VARIANT` as a run's evaluate folder and a variant, by default `tuned`. Raises: RunError."""
     path, _, name = spec.rpartition(":")
     if not path or Path(spec).is_dir():
@@ -188,11 +188,11 @@ def named_variant(spec: str) -> tuple[Path, str]:
 
 def inputs(work: Work, done: Mapping[str, str]) -> dict[str, object]:
     """What the stage depends on, from the fingerprints of the stages before it."""
-    from corral.answering.build import examples_identity
+    from corral.answering.identity import source_examples_digest
 
     recipe = work.recipe
     every = [recipe.answer, *(variant.answer_settings(recipe.answer) for variant in recipe.evaluate.variants)]
-    examples = [examples_identity(settings.shots) for settings in every]
+    examples = [source_examples_digest(settings.shots) for settings in every]
     found: dict[str, object] = {
         "merge": done["merge"],
         "evaluate": recipe.evaluate.model_dump(mode="json") | {"engine": engine_name(work)},

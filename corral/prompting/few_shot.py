@@ -1,7 +1,6 @@
-"""Prompting: a Conversation → the Conversation that a model is asked: solved examples first, steps before the result.
+"""Adds solved examples before a question, and the instruction to think step by step: Conversation → Conversation.
 
-Examples become turns before the question, so that a template says them as it says everything else. It does not know
-templates, tokens or where examples come from; sentence embeddings come from outside.
+Examples become messages, so that the chat template renders them like all others. Embeddings are passed in.
 """
 
 from __future__ import annotations
@@ -20,25 +19,24 @@ from corral.metrics.answer_extraction import MARKER
 Choose: TypeAlias = Literal["static", "similar"]
 Embed: TypeAlias = Callable[[Sequence[str]], NDArray[np.float64]]
 
-STEPS = f"Think step by step. Then give the result in a last line that begins with `{MARKER}`"
-"""What is added to a question for a chain of thought (Wei et al. 2022, arXiv 2201.11903; Kojima et al. 2022, 2205.11916)."""
+STEP_BY_STEP = f"Think step by step. Then give the result in a last line that begins with `{MARKER}`"
+"""Added to a question for a chain of thought (Wei et al. 2022, arXiv 2201.11903; Kojima et al. 2022, 2205.11916)."""
 
-POOL = 2000
-"""Examples of which similar ones are looked for: the first so many in an order drawn by the seed. Reading one takes
-some milliseconds."""
+POOL_SIZE = 2000
+"""Similar examples are looked for among so many, drawn by the seed: embedding one takes milliseconds."""
 
 
 class Prompting:
     """Few-shot prompting (Brown et al. 2020, arXiv 2005.14165) and chain of thought.
 
     Args:
-        examples: answered conversations of one turn (others are left out).
+        examples: answered conversations; those of more than one turn are left out.
         count: how many are shown.
-        choose: `static`, the same for all; `similar`, those nearest in meaning to the question (Liu et al. 2022, arXiv
-            2101.06804), the nearest last.
+        choose: `static`, the same for all questions; `similar`, those whose questions are most similar (Liu et al. 2022,
+            arXiv 2101.06804), the most similar one last.
         reasoning: ask for steps before the result.
         embed: texts → [n, d] vectors of length 1; needed by `similar`.
-        seed: of the choice of static examples, and of the pool that similar ones are taken from.
+        seed: draws the static examples, and the pool of similar ones.
     """
 
     def __init__(
@@ -51,63 +49,59 @@ class Prompting:
         embed: Embed | None = None,
         seed: int = 0,
     ) -> None:
-        usable = [example for example in examples if example.answered and _turns(example) == ["user", "assistant"]]
+        if choose == "similar" and count and embed is None:
+            raise ValueError("similar examples need `embed`")
+        usable = [example for example in examples if example.answered and _turn_roles(example) == ["user", "assistant"]]
         drawn = random.Random(seed).sample(usable, len(usable))
         self.count = count
         self.choose = choose
         self.reasoning = reasoning
-        # One more than asked for: a question is never shown its own answer.
-        self._pool = drawn[:POOL] if choose == "similar" else drawn[: count + 1]
-        self._questions = [_question(example) for example in self._pool]
+        # One more than shown, as a question is never shown its own answer.
+        self._pool = drawn[:POOL_SIZE] if choose == "similar" else drawn[: count + 1]
+        self._questions = [_last_question(example) for example in self._pool]
         self._embed = embed
         self._vectors: NDArray[np.float64] | None = None
         self._lock = threading.Lock()
-        if choose == "similar" and count and embed is None:
-            raise ValueError("similar examples need `embed`")
 
     @property
-    def examples(self) -> int:
+    def example_count(self) -> int:
         """How many examples there are to choose from."""
         return len(self._pool)
 
-    def shots(self, conversation: Conversation) -> list[Conversation]:
-        """The examples for a question, those to be shown first at the front; never the question itself.
-
-        Safe to call from several threads.
-        """
+    def choose_examples(self, conversation: Conversation) -> list[Conversation]:
+        """The examples for a question, in the order in which they are shown; never the question itself. Thread-safe."""
         if not self.count or not self._pool:
             return []
-        question = _question(conversation)
+        question = _last_question(conversation)
         others = [i for i, other in enumerate(self._questions) if other.strip() != question.strip()]
         if self.choose == "similar":
             assert self._embed is not None
             with self._lock:
                 if self._vectors is None:
                     self._vectors = self._embed(self._questions)
-            likeness = self._vectors @ self._embed([question])[0]
-            # Nearest last, beside the question; equal ones in the pool's order.
-            others = sorted(others, key=lambda i: (-likeness[i], i))[: self.count][::-1]
+            similarity = self._vectors @ self._embed([question])[0]
+            # The most similar one last, next to the question; equally similar ones in the order of the pool.
+            others = sorted(others, key=lambda i: (-similarity[i], i))[: self.count][::-1]
         return [self._pool[i] for i in others[: self.count]]
 
-    def asked(self, conversation: Conversation, shots: Sequence[Conversation]) -> Conversation:
-        """The conversation, which ends with the user, after its examples and with the wish for steps."""
-        messages = after(shots, conversation).messages
+    def apply(self, conversation: Conversation, examples: Sequence[Conversation]) -> Conversation:
+        """The conversation, which ends with the user, with examples before it and the instruction for steps."""
+        messages = insert_examples(examples, conversation).messages
         if not self.reasoning:
             return Conversation(messages)
-        return Conversation((*messages[:-1], Message("user", f"{messages[-1].content}\n\n{STEPS}")))
+        return Conversation((*messages[:-1], Message("user", f"{messages[-1].content}\n\n{STEP_BY_STEP}")))
 
 
-def after(shots: Sequence[Conversation], conversation: Conversation) -> Conversation:
-    """A conversation with examples before its first question; its system message, if it has one, stays first."""
+def insert_examples(examples: Sequence[Conversation], conversation: Conversation) -> Conversation:
+    """A conversation with examples before its first question, after its system message if it has one."""
     start = 1 if conversation.messages and conversation.messages[0].role == "system" else 0
-    shown = tuple(m for shot in shots for m in shot.messages if m.role != "system")
+    shown = tuple(m for example in examples for m in example.messages if m.role != "system")
     return Conversation((*conversation.messages[:start], *shown, *conversation.messages[start:]))
 
 
-def _turns(conversation: Conversation) -> list[str]:
+def _turn_roles(conversation: Conversation) -> list[str]:
     return [message.role for message in conversation.messages if message.role != "system"]
 
 
-def _question(conversation: Conversation) -> str:
-    """The last thing that the user said."""
+def _last_question(conversation: Conversation) -> str:
     return next((m.content for m in reversed(conversation.messages) if m.role == "user"), "")

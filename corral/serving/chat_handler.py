@@ -57,7 +57,7 @@ class Asked:
     async def whole(self) -> ChatCompletion:
         """The answer; with a vote, its winner as the one choice. Raises: Refused (the engine failed)."""
         answer = await self._answering.whole()
-        places = range(len(answer.texts)) if answer.vote is None else [answer.chosen]
+        places = range(len(answer.texts)) if answer.vote is None else [answer.winner]
         return ChatCompletion(
             id=self._id,
             created=self._created,

@@ -44,7 +44,9 @@ async def asked_text(served: Served, request: CompletionRequest) -> AskedText:
     _check(served, request)
     lengths = [len(prompt) for prompt in request.prompt if isinstance(prompt, str)]
     check_characters(served, max(lengths, default=0), param="prompt")
-    return AskedText(served, request, await served.answerer.aside(sum(lengths), _prompts, served, request))
+    return AskedText(
+        served, request, await served.answerer.run_in_thread_if_long(sum(lengths), _prompts, served, request)
+    )
 
 
 class AskedText:
@@ -195,7 +197,9 @@ class AskedText:
             ids = self._prompts[place]
             size = _CHARACTERS_OF_A_TOKEN * len(ids)
             for choice in choices:
-                head = await self._served.answerer.aside(size, choice.head, request.prompt[place], ids, known)
+                head = await self._served.answerer.run_in_thread_if_long(
+                    size, choice.head, request.prompt[place], ids, known
+                )
                 queue.put_nowait(head)
                 await asyncio.sleep(0)  # one that is short is told here, and others wait
         if not self._generations:

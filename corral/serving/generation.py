@@ -86,18 +86,17 @@ class Answering:
     async def whole(self) -> Answer:
         """The answer. Raises: Refused (the engine failed)."""
         with faults():
-            if self._consensus is None:
-                return await self._stream.whole()
-            answer = await self._stream.decided(self._consensus)
-        self.vote = _shown(answer)
+            answer = await self._stream.collect(self._consensus)
+        if self._consensus is not None:
+            self.vote = _shown(answer)
         return answer
 
     async def deltas(self) -> AsyncGenerator[TextDelta, None]:
         """Its text as it comes; with consensus the winner, as choice 0, once it is known. Raises: Refused."""
         if self._consensus is not None:
             answer = await self.whole()
-            tokens = answer.tokens[answer.chosen] if answer.tokens else ()
-            yield TextDelta(0, answer.text, answer.completions[answer.chosen].finish, tokens, answer.vote)
+            tokens = answer.tokens[answer.winner] if answer.tokens else ()
+            yield TextDelta(0, answer.text, answer.finish, tokens, answer.vote)
             return
         with faults():
             async with contextlib.aclosing(aiter(self._stream)) as deltas:
@@ -136,7 +135,7 @@ async def begin(
         try:
             # Examples make room for the answer: for one of the usual length, where the request names none.
             kept = max_tokens or answerer.sampling.max_tokens
-            ids = await answerer.prompt(conversation, replace(answerer.sampling, max_tokens=kept))
+            ids = await answerer.encode_prompt(conversation, replace(answerer.sampling, max_tokens=kept))
         except TemplateError as error:
             raise Refused(400, error.what, param=param) from error
         left = room(served, len(ids), max_tokens, param=param)
@@ -145,7 +144,7 @@ async def begin(
         if consensus is not None:
             # Log-probabilities break ties.
             drawn = replace(drawn, n=consensus.n, logprobs=answerer.engine.features.logprobs)
-        return Answering(answerer.begin(ids, drawn, list(dict.fromkeys(ask.stops))), consensus)
+        return Answering(answerer.start(ids, drawn, list(dict.fromkeys(ask.stops))), consensus)
 
 
 def _shown(answer: Answer) -> VoteShown:

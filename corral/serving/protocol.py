@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias, cast
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from corral.answering.consensus import Method, Stop
+from corral.answering.consensus import Method, StopRule
 from corral.errors import InputError
 
 
@@ -217,7 +217,7 @@ class ConsensusWish(Body):
     method: Method
     n: int = Field(5, ge=2)
     """Answers drawn."""
-    stop: Stop = "lossless"
+    stop: StopRule = "lossless"
     """When the rest is cancelled: `never`, `lossless` (once they cannot change the choice), or `adaptive` (also at a lead that
     is 95 % certain; of votes only)."""
 

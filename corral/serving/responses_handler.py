@@ -107,7 +107,7 @@ class Responding:
         """The response, which is stored. Raises: Refused (the engine or the store failed)."""
         try:
             answer = await self._answering.whole()
-            return await self._done(answer.text, answer.completions[answer.chosen].finish)
+            return await self._done(answer.text, answer.finish)
         except Refused as refused:
             await self._failed(refused)
             raise
@@ -288,7 +288,7 @@ async def _fits(served: Served, conversation: Conversation, wanted: int | None) 
         return False
     with faults():
         try:
-            ids = await served.answerer.prompt(conversation)
+            ids = await served.answerer.encode_prompt(conversation)
         except TemplateError as error:
             raise Refused(400, error.what, param="input") from error
     try:

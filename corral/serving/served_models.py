@@ -7,15 +7,15 @@ whether they do is looked at now and then. It knows nothing about requests.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from corral.answering.open_model import Opened, local_engine, open_models, reach_model
-from corral.answering.settings import Settings, run_of, with_changes
+from corral.answering.identity import fingerprint_with_settings
+from corral.answering.open_model import OpenedModel, check_engine, connect_model, open_models
+from corral.answering.settings import AnswererSettings, find_run, load_answer_settings
 from corral.engines.base import CHAT_SAMPLING
 from corral.engines.embedding import ASSET, MAX_TOKENS, Embedder
 from corral.engines.registry import EngineName
@@ -95,9 +95,9 @@ def open_served(
 
     Raises:
         InputError: two models have one name, a name is given for several, or URLs without the remote engine.
-        RunError, ModelError, AssetError, TemplateError, MissingExtraError, DataError: see `open_model` and `compose`.
+        RunError, ModelError, AssetError, TemplateError, MissingExtraError, DataError: see `open_model` and `build_answerer`.
     """
-    local = local_engine(engine, urls)
+    local = check_engine(engine, urls)
     named = [_named(text, name) for text in specs]
     if name is not None and len(named) > 1:
         raise InputError("--name names one model", where=f"--name {name}", hint="write NAME=MODEL for each of several")
@@ -125,21 +125,20 @@ def _named(text: str, name: str | None) -> tuple[str, str]:
     return name or found["name"], found["spec"]
 
 
-def _reached(named: Sequence[tuple[str, str]], urls: Sequence[str], at_once: int) -> list[Opened]:
+def _reached(named: Sequence[tuple[str, str]], urls: Sequence[str], at_once: int) -> list[OpenedModel]:
     # A request that no replica takes is told so at once; who asked knows better whether to wait. Those let in are not made to
     # wait once more, where turns would not go round the keys.
     settings: Any = {"retries": 0, "check_seconds": _CHECK_SECONDS, "concurrency": at_once * len(urls)}
     several = len(named) > 1
-    return [reach_model(spec, urls, model=name if several else None, **settings) for name, spec in named]
+    return [connect_model(spec, urls, model=name if several else None, **settings) for name, spec in named]
 
 
-def _served(name: str, spec: str, opened: Opened, limits: Limits, embed: Embedder) -> Served:
-    answer, seed = with_changes(spec, {} if run_of(spec) else CHAT_SAMPLING)
-    answerer = Settings(spec, answer, seed).over(opened.answerer, embed)
+def _served(name: str, spec: str, opened: OpenedModel, limits: Limits, embed: Embedder) -> Served:
+    answer, seed = load_answer_settings(spec, {} if find_run(spec) else CHAT_SAMPLING)
+    answerer = AnswererSettings(spec, answer, seed).build_on(opened.answerer, embed)
     fingerprint = opened.fingerprint
     if answerer.prompting or answerer.consensus:
-        made_of = f"{fingerprint} {answer.model_dump_json()}"
-        fingerprint = hashlib.sha256(made_of.encode()).hexdigest()[:12]
+        fingerprint = fingerprint_with_settings(fingerprint, answer)
     return Served(answerer, name, limits, f"fp_{fingerprint}")
 
 

@@ -1,4 +1,4 @@
-"""The Answerer: text in and out over any engine, async and not."""
+"""The Answerer: conversations in, text out, over any engine, async and sync."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from corral.answering.answerer import Answer, Answerer, TextDelta
-from corral.answering.consensus import Consensus
-from corral.answering.sync import blocking
-from corral.engines.base import Generation, Sampling
+from corral.answering.consensus import Candidate, Consensus, Method
+from corral.answering.sync import SyncAnswerer
+from corral.engines.base import Completion, Generation, Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.engines.transformers import TransformersEngine
 from corral.errors import EngineError, TemplateError
 from corral.messages import Conversation, Role
 from corral.model.loading import load_model, load_tokenizer
 from corral.model.packed_forward import score
-from corral.prompting.few_shot import Prompting, after
+from corral.prompting.few_shot import Prompting, insert_examples
 from corral.template import Template
 from corral.template.decoding import StopStringCutter, TokenBytes
 
-ASKED = Conversation.from_turns(("user", "What is two plus two?"))
+QUESTION = Conversation.from_turns(("user", "What is two plus two?"))
 
 
 @pytest.fixture
@@ -38,11 +38,11 @@ def answerer(tiny_folder: Path) -> Answerer:
 
 def test_streamed_text_equals_the_whole_answer_for_every_choice(answerer: Answerer) -> None:
     sampling = Sampling(max_tokens=24, n=3, temperature=1.0, seed=4)
-    with blocking(answerer) as face:
-        whole = face.answer(ASKED, sampling)
+    with SyncAnswerer(answerer) as sync:
+        whole = sync.answer(QUESTION, sampling)
         texts = ["", "", ""]
         finishes = 0
-        for delta in face.stream(ASKED, sampling):
+        for delta in sync.stream(QUESTION, sampling):
             texts[delta.choice] += delta.text
             finishes += delta.finish is not None
     assert tuple(texts) == whole.texts
@@ -50,23 +50,23 @@ def test_streamed_text_equals_the_whole_answer_for_every_choice(answerer: Answer
     assert len(set(texts)) > 1
 
 
-def test_a_score_is_the_loss_on_the_answer_alone(answerer: Answerer, tiny_folder: Path) -> None:
-    talk = ASKED.add("assistant", "Four.")
+def test_only_the_answer_of_a_conversation_is_scored(answerer: Answerer, tiny_folder: Path) -> None:
+    talk = QUESTION.add("assistant", "Four.")
     encoded = answerer.template.encode(talk)
-    with blocking(answerer) as face:
-        found = face.score(talk)
+    with SyncAnswerer(answerer) as sync:
+        scored = sync.score(talk)
     first = encoded.trained.index(True)
     (expected,) = score(load_model(tiny_folder), [encoded.ids], [first])
     trained = [p for p, t in zip(expected, encoded.trained[first:], strict=True) if t]
-    assert found.tokens == len(trained)
-    assert found.nll == pytest.approx(-sum(trained), rel=1e-4)
+    assert scored.tokens == len(trained)
+    assert scored.nll == pytest.approx(-sum(trained), rel=1e-4)
 
 
-def test_leaving_a_stream_early_frees_the_engine(answerer: Answerer) -> None:
-    with blocking(answerer) as face:
-        for _ in face.stream(ASKED, Sampling(max_tokens=300, temperature=1.0)):
+def test_leaving_a_stream_early_cancels_the_request(answerer: Answerer) -> None:
+    with SyncAnswerer(answerer) as sync:
+        for _ in sync.stream(QUESTION, Sampling(max_tokens=300, temperature=1.0)):
             break
-        assert face.answer(ASKED, Sampling(max_tokens=4)).completions
+        assert sync.answer(QUESTION, Sampling(max_tokens=4)).completions
 
 
 def test_many_conversations_at_once(answerer: Answerer) -> None:
@@ -75,22 +75,22 @@ def test_many_conversations_at_once(answerer: Answerer) -> None:
         answers = await asyncio.gather(*(answerer.answer(c, Sampling(max_tokens=6)) for c in asked))
         return [a.text for a in answers]
 
-    with blocking(answerer) as face:
-        assert len(face.run(work())) == 20
+    with SyncAnswerer(answerer) as sync:
+        assert len(sync.run(work())) == 20
 
 
 def test_errors_of_template_and_engine_reach_the_caller(answerer: Answerer) -> None:
-    with blocking(answerer) as face:
+    with SyncAnswerer(answerer) as sync:
         with pytest.raises(TemplateError):
-            face.answer(ASKED.add("assistant", "Four."))
+            sync.answer(QUESTION.add("assistant", "Four."))
         with pytest.raises(EngineError, match="exceed"):
-            face.answer(ASKED, Sampling(max_tokens=10**6))
+            sync.answer(QUESTION, Sampling(max_tokens=10**6))
         with pytest.raises(EngineError, match="exceed"):
-            list(face.stream(ASKED, Sampling(max_tokens=10**6)))
+            list(sync.stream(QUESTION, Sampling(max_tokens=10**6)))
 
 
 def cut(text: str, stops: list[str]) -> tuple[str, int]:
-    """(text before the stop string complete first, where that one ends); what the Answerer promises, on the whole text."""
+    """(text before the stop string that is complete first, where that string ends), on the whole text."""
     found = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]
     return (text[: min(found)[1]], min(found)[0]) if found else (text, -1)
 
@@ -105,7 +105,9 @@ def ids_of(tokenizer: Any, text: str, *, by_byte: bool) -> list[int]:
 
 def ask(answerer: Answerer, sampling: Sampling, stops: list[str]) -> tuple[Answer, list[TextDelta]]:
     async def work() -> tuple[Answer, list[TextDelta]]:
-        return await answerer.answer(ASKED, sampling, stops), [d async for d in answerer.stream(ASKED, sampling, stops)]
+        return await answerer.answer(QUESTION, sampling, stops), [
+            d async for d in answerer.stream(QUESTION, sampling, stops)
+        ]
 
     return asyncio.run(work())
 
@@ -147,10 +149,10 @@ def test_streaming_in_any_chunks_is_the_whole_text_cut_at_the_first_stop_string(
 
 
 @given(text=WORDS, stops=STOPS, chunk=st.integers(1, 7))
-def test_text_that_may_become_a_stop_string_is_held_back_and_no_more(
+def test_only_text_that_may_become_a_stop_string_is_held_back(
     text: str, stops: list[str], chunk: int, tiny_tokenizer: Any
 ) -> None:
-    """After each id, what has been given is the text so far but for its longest end that begins a stop string."""
+    """After each push, all text is emitted but for its longest suffix that begins a stop string."""
     cutter = StopStringCutter(stops)
     given_text = ""
     for at in range(0, len(text), chunk):
@@ -178,8 +180,8 @@ def test_a_stop_string_cancels_its_choice_in_the_engine_while_others_go_on(tiny_
     answerer = Answerer(engine, Template.load(tiny_tokenizer, "chatml"))
 
     async def work() -> None:
-        stream = answerer.begin([1, 2, 3], Sampling(max_tokens=100, n=2), ["END"])
-        answer = await stream.whole()
+        stream = answerer.start([1, 2, 3], Sampling(max_tokens=100, n=2), ["END"])
+        answer = await stream.collect()
         assert answer.texts == ("one ", texts[1][:100])
         assert [c.finish for c in answer.completions] == ["stop", "length"]
         assert (stream.prompt_tokens, stream.completion_tokens) == (3, len("one END") + 100)
@@ -197,16 +199,16 @@ def test_special_tokens_and_half_characters_carry_their_log_probs(tiny_tokenizer
 
 
 def test_an_empty_stop_string_is_refused(answerer: Answerer) -> None:
-    with blocking(answerer) as face, pytest.raises(EngineError, match="empty"):
-        face.answer(ASKED, stop=[""])
+    with SyncAnswerer(answerer) as sync, pytest.raises(EngineError, match="empty"):
+        sync.answer(QUESTION, stop=[""])
 
 
-def spoken(template: Template, *texts: str) -> ScriptedEngine:
-    """An engine whose choices say these texts, one each."""
+def replying(template: Template, *texts: str) -> ScriptedEngine:
+    """An engine whose choices reply with these texts, one each."""
     return ScriptedEngine(lambda ids, sampling, choice: template.tokenizer.encode(texts[choice % len(texts)]))
 
 
-def test_with_consensus_the_winner_is_the_answer_and_all_choices_are_told(template: Template) -> None:
+def test_with_consensus_the_answer_is_the_winner_and_holds_all_choices(template: Template) -> None:
     seen: list[Sampling] = []
     texts = ("It is 5", "It makes 18", "I say 18", "18", "maybe 4")
 
@@ -215,9 +217,9 @@ def test_with_consensus_the_winner_is_the_answer_and_all_choices_are_told(templa
         return template.tokenizer.encode(texts[choice])
 
     answerer = Answerer(ScriptedEngine(reply), template, consensus=Consensus("majority", 5, stop="never"))
-    with blocking(answerer) as face:
-        answer = face.answer(ASKED, Sampling(max_tokens=30, seed=3))
-        streamed = list(face.stream(ASKED, Sampling(max_tokens=30, seed=3)))
+    with SyncAnswerer(answerer) as sync:
+        answer = sync.answer(QUESTION, Sampling(max_tokens=30, seed=3))
+        streamed = list(sync.stream(QUESTION, Sampling(max_tokens=30, seed=3)))
     assert {(s.n, s.temperature, s.top_p, s.max_tokens, s.seed) for s in seen} == {(5, 0.7, 0.9, 30, 3)}
     assert answer.texts == texts
     assert answer.vote is not None
@@ -227,38 +229,38 @@ def test_with_consensus_the_winner_is_the_answer_and_all_choices_are_told(templa
     assert streamed[0].finish == "stop"
 
 
-def test_choices_that_cannot_change_the_vote_are_cancelled_and_the_engine_is_freed(template: Template) -> None:
+def test_choices_that_cannot_change_the_vote_are_cancelled_in_the_engine(template: Template) -> None:
     long = "a very long story " * 40
-    engine = spoken(template, "18", "18", "18", long, long)
-    with blocking(Answerer(engine, template, consensus=Consensus("majority", 5))) as face:
-        answer = face.answer(ASKED, Sampling(max_tokens=500))
+    engine = replying(template, "18", "18", "18", long, long)
+    with SyncAnswerer(Answerer(engine, template, consensus=Consensus("majority", 5))) as sync:
+        answer = sync.answer(QUESTION, Sampling(max_tokens=500))
         assert answer.vote is not None
         assert (answer.vote.cancelled, answer.text) == (2, "18")
         assert [c.finish for c in answer.completions] == ["stop"] * 3 + ["cancelled"] * 2
         assert answer.vote.scores[3:] == (None, None)
-        face.run(asyncio.sleep(0))
-        assert not engine._open, "work goes on for nobody"  # pyright: ignore[reportPrivateUsage]
+        sync.run(asyncio.sleep(0))
+        assert not engine._open, "requests are still open"  # pyright: ignore[reportPrivateUsage]
 
 
-def test_a_choice_ended_by_a_stop_string_votes_with_what_is_before_it(template: Template) -> None:
-    engine = spoken(template, "18 END 4", "18 END 5", "7 END 18")
-    with blocking(Answerer(engine, template, consensus=Consensus("majority", 3, stop="never"))) as face:
-        answer = face.answer(ASKED, Sampling(max_tokens=50), stop=["END"])
+def test_a_choice_ended_by_a_stop_string_votes_with_the_text_before_it(template: Template) -> None:
+    engine = replying(template, "18 END 4", "18 END 5", "7 END 18")
+    with SyncAnswerer(Answerer(engine, template, consensus=Consensus("majority", 3, stop="never"))) as sync:
+        answer = sync.answer(QUESTION, Sampling(max_tokens=50), stop=["END"])
     assert answer.vote is not None
     assert answer.vote.results == ("18", "18", "7")
 
 
-def test_examples_are_shown_as_far_as_the_context_has_room_for_them(tiny_folder: Path, template: Template) -> None:
+def test_as_many_examples_are_shown_as_fit_into_the_context(tiny_folder: Path, template: Template) -> None:
     shots = [Conversation.from_turns(("user", f"question {i}?"), ("assistant", "an answer " * 20)) for i in range(3)]
     prompting = Prompting(shots, 3)
-    one = len(template.prompt(after(shots[:1], ASKED)))
+    one = len(template.prompt(insert_examples(shots[:1], QUESTION)))
     features = replace(ScriptedEngine([5]).features, max_length=one + 50 + 10)
     answerer = Answerer(ScriptedEngine([5], features=features), template, prompting=prompting)
-    with blocking(answerer) as face:
-        roomy = face.answer(ASKED, Sampling(max_tokens=10))
-        narrow = face.answer(ASKED, Sampling(max_tokens=100))
-    assert abs(roomy.prompt_tokens - one) < 10, "one example, and not the two that there is no room for"
-    assert narrow.prompt_tokens == len(template.prompt(ASKED))
+    with SyncAnswerer(answerer) as sync:
+        roomy = sync.answer(QUESTION, Sampling(max_tokens=10))
+        narrow = sync.answer(QUESTION, Sampling(max_tokens=100))
+    assert abs(roomy.prompt_tokens - one) < 10, "one example fits, three do not"
+    assert narrow.prompt_tokens == len(template.prompt(QUESTION))
 
 
 SHOTS = [Conversation.from_turns(("user", f"question {i}?"), ("assistant", "an answer")) for i in range(3)]
@@ -271,7 +273,7 @@ LONG = {
 
 
 @pytest.mark.parametrize("case", LONG)
-def test_a_long_prompt_is_rendered_while_the_loop_goes_on(
+def test_a_long_prompt_is_encoded_without_blocking_the_event_loop(
     case: str, template: Template, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     conversation, prompting = LONG[case]
@@ -280,19 +282,19 @@ def test_a_long_prompt_is_rendered_while_the_loop_goes_on(
     render = template.prompt
 
     def held(conversation: Conversation) -> list[int]:
-        assert may_go_on.wait(10), "the loop stood still"
+        assert may_go_on.wait(10), "the loop was blocked"
         return render(conversation)
 
     async def ask() -> list[int]:
         asyncio.get_running_loop().call_later(0.01, may_go_on.set)
-        return await answerer.prompt(conversation)
+        return await answerer.encode_prompt(conversation)
 
-    expected = asyncio.run(answerer.prompt(conversation))
+    expected = asyncio.run(answerer.encode_prompt(conversation))
     monkeypatch.setattr(template, "prompt", held)
     assert asyncio.run(ask()) == expected
 
 
-def test_a_short_prompt_is_not_worth_a_thread(template: Template, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_prompt_is_encoded_without_a_thread(template: Template, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[threading.Thread] = []
     render = template.prompt
 
@@ -302,26 +304,54 @@ def test_a_short_prompt_is_not_worth_a_thread(template: Template, monkeypatch: p
 
     monkeypatch.setattr(template, "prompt", seen)
     answerer = Answerer(ScriptedEngine([5]), template)
-    assert asyncio.run(answerer.prompt(ASKED)) == render(ASKED)
+    assert asyncio.run(answerer.encode_prompt(QUESTION)) == render(QUESTION)
     assert threads == [threading.current_thread()]
 
 
-def test_a_score_after_examples_is_of_the_asked_answer_alone(tiny_folder: Path, answerer: Answerer) -> None:
+def test_examples_before_a_conversation_are_not_scored(tiny_folder: Path, answerer: Answerer) -> None:
     template = answerer.template
     shots = [Conversation.from_turns(("user", "What is one plus one?"), ("assistant", "Two."))]
-    talk = ASKED.add("assistant", "Four.")
-    with blocking(Answerer(answerer.engine, template, prompting=Prompting(shots, 1, reasoning=True))) as face:
-        found = face.score(talk)
+    talk = QUESTION.add("assistant", "Four.")
+    with SyncAnswerer(Answerer(answerer.engine, template, prompting=Prompting(shots, 1, reasoning=True))) as sync:
+        scored = sync.score(talk)
     whole = template.encode(Conversation((*shots[0].messages, *talk.messages)))
-    start = len(template.prompt(Conversation((*shots[0].messages, *ASKED.messages))))
+    start = len(template.prompt(Conversation((*shots[0].messages, *QUESTION.messages))))
     (expected,) = score(load_model(tiny_folder), [whole.ids], [start])
     trained = [p for p, t in zip(expected, whole.trained[start:], strict=True) if t]
-    assert found.tokens == len(trained) == sum(template.encode(talk).trained)
-    assert found.nll == pytest.approx(-sum(trained), rel=1e-4)
+    assert scored.tokens == len(trained) == sum(template.encode(talk).trained)
+    assert scored.nll == pytest.approx(-sum(trained), rel=1e-4)
 
 
 def test_a_result_is_what_follows_the_marker(template: Template) -> None:
-    with blocking(Answerer(spoken(template, "2 + 2.\nAnswer: 4", "four"), template)) as face:
-        answer = face.answer(ASKED, Sampling(max_tokens=50, n=2))
+    with SyncAnswerer(Answerer(replying(template, "2 + 2.\nAnswer: 4", "four"), template)) as sync:
+        answer = sync.answer(QUESTION, Sampling(max_tokens=50, n=2))
     assert answer.result == "4"
     assert replace(answer, texts=("four",)).result == "four"
+
+
+VOTE_TEXTS = ("Answer: 4", "four it is", "Answer: 4", "")
+
+
+def voted(method: Method | None) -> Answer:
+    """Four choices, of which the last was cancelled."""
+    ballot = Consensus(method or "majority").new_ballot(4)
+    for index, text in enumerate(VOTE_TEXTS[:3]):
+        ballot.add(index, Candidate(text, -0.5))
+    finishes = ("stop", "length", "stop", "cancelled")
+    completions = tuple(Completion((5,), None, finish) for finish in finishes)
+    return Answer(VOTE_TEXTS, completions, 3, vote=ballot.vote() if method else None)
+
+
+def test_the_fields_of_a_vote_hold_every_candidate_and_the_results_that_were_counted() -> None:
+    fields = voted("majority").vote_fields()
+    assert fields == {
+        "candidates": list(VOTE_TEXTS),
+        "finishes": ["stop", "length", "stop", "cancelled"],
+        "votes": [1.0, 0.0, 1.0, None],
+        "results": ["4", None, "4", None],
+        "winner": 0,
+    }
+    compared = voted("rouge-l").vote_fields()
+    assert compared.keys() == fields.keys() - {"results"}
+    assert compared["votes"][3] is None
+    assert voted(None).vote_fields() == {}

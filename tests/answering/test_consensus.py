@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from corral.answering.consensus import Candidate, Consensus, Method, Stop, lead_probability
+from corral.answering.consensus import Candidate, Consensus, Method, StopRule, lead_probability
 from corral.metrics.rouge import Rouge
 
 
-def votes(method: Method, *texts: str, stop: Stop = "never") -> Consensus:
+def votes(method: Method, *texts: str, stop: StopRule = "never") -> Consensus:
     return Consensus(method, len(texts), stop=stop, embed=letters)
 
 
@@ -104,7 +104,7 @@ def test_no_order_of_arrival_changes_the_vote(method: Method, texts: list[str], 
     consensus = votes(method, *texts)
     places = list(range(len(texts)))
     random.Random(seed).shuffle(places)
-    ballot = consensus.ballot(len(texts))
+    ballot = consensus.new_ballot(len(texts))
     for place in places:
         ballot.add(place, Candidate(texts[place], -float(place % 3)))
     assert ballot.vote() == consensus.vote([Candidate(t, -float(i % 3)) for i, t in enumerate(texts)])
@@ -122,10 +122,10 @@ ANSWERS = st.lists(
 def test_a_lossless_stop_says_what_the_whole_vote_says(method: Method, texts: list[str]) -> None:
     consensus = votes(method, *texts, stop="lossless")
     whole = consensus.vote([Candidate(t) for t in texts])
-    ballot = consensus.ballot()
+    ballot = consensus.new_ballot()
     for place, text in enumerate(texts):
         ballot.add(place, Candidate(text))
-        if ballot.decided:
+        if ballot.is_decided:
             break
     early = ballot.vote()
     if early.cancelled:
@@ -149,11 +149,11 @@ def test_the_bound_behind_the_lossless_stop_holds_for_every_short_text() -> None
 
 
 def test_when_a_vote_is_decided() -> None:
-    def after(method: Method, stop: Stop, *texts: str, n: int = 5) -> bool:
-        ballot = Consensus(method, n, stop=stop, embed=letters).ballot()
+    def after(method: Method, stop: StopRule, *texts: str, n: int = 5) -> bool:
+        ballot = Consensus(method, n, stop=stop, embed=letters).new_ballot()
         for place, text in enumerate(texts):
             ballot.add(place, Candidate(text))
-        return ballot.decided
+        return ballot.is_decided
 
     assert after("majority", "lossless", "1", "1", "1"), "three of five agree"
     assert not after("majority", "lossless", "1", "1", "2")
@@ -180,4 +180,4 @@ def test_the_certainty_of_a_lead_is_that_of_the_beta_distribution() -> None:
 
 def test_a_vote_of_nobody_is_refused() -> None:
     with pytest.raises(ValueError, match="no answer"):
-        Consensus("rouge-l").ballot().vote()
+        Consensus("rouge-l").new_ballot().vote()

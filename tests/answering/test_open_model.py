@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from corral.answering.open_model import Opened, open_model
+from corral.answering.open_model import OpenedModel, open_model
 from corral.engines.base import Engine, Sampling
 from corral.errors import InputError, ModelError
 from corral.messages import Conversation
@@ -67,7 +67,7 @@ def run_with(adapter: Path, base: Path, folder: Path, quantization: str = "none"
     return made
 
 
-def opened(folder: Path) -> Opened:
+def opened(folder: Path) -> OpenedModel:
     made = open_model(str(folder), "transformers", Sampling(max_tokens=4))
     asyncio.run(made.answerer.engine.close())
     return made

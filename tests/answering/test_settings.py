@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 
-from corral.answering.settings import Settings, run_of, with_changes
+from corral.answering.settings import AnswererSettings, find_run, load_answer_settings
 from corral.cli import parser
 from corral.errors import RecipeError, RunError
 from corral.recipe.answer import Answer, Consensus, Shots
@@ -33,8 +33,8 @@ def run(folder: Path, consensus: str = "") -> str:
 
 
 def test_a_runs_recipe_says_how_answers_are_drawn_and_a_model_has_the_defaults(tmp_path: Path) -> None:
-    assert with_changes(run(tmp_path), {}) == (Answer(max_tokens=33), 11)
-    assert with_changes("asset:smollm2-135m-instruct", {}) == (Answer(), 0)
+    assert load_answer_settings(run(tmp_path), {}) == (Answer(max_tokens=33), 11)
+    assert load_answer_settings("asset:smollm2-135m-instruct", {}) == (Answer(), 0)
 
 
 CHANGES: dict[str, tuple[dict[str, Any], Answer]] = {
@@ -53,23 +53,25 @@ CHANGES: dict[str, tuple[dict[str, Any], Answer]] = {
 @pytest.mark.parametrize("case", CHANGES)
 def test_the_command_line_overrides(case: str, tmp_path: Path) -> None:
     changes, expected = CHANGES[case]
-    assert with_changes(run(tmp_path), changes) == (expected, 11)
-    assert with_changes(run(tmp_path), changes | {"seed": 5}) == (expected, 5)
+    assert load_answer_settings(run(tmp_path), changes) == (expected, 11)
+    assert load_answer_settings(run(tmp_path), changes | {"seed": 5}) == (expected, 5)
 
 
 def test_a_vote_of_the_recipe_can_be_left_out_or_have_another_number(tmp_path: Path) -> None:
     mine = run(tmp_path, '[answer.consensus]\nmethod = "majority"\nn = 9')
-    assert with_changes(mine, {"n": 3})[0].consensus == Consensus(method="majority", n=3)
-    answer, seed = with_changes(mine, {"consensus": "none", "temperature": 0.5})
+    assert load_answer_settings(mine, {"n": 3})[0].consensus == Consensus(method="majority", n=3)
+    answer, seed = load_answer_settings(mine, {"consensus": "none", "temperature": 0.5})
     assert (answer.temperature, answer.consensus.method) == (0.5, "none")
-    assert [Settings(mine, a, seed).choices for a in (answer, with_changes(mine, {})[0])] == [1, 9]
+    assert [
+        AnswererSettings(mine, a, seed).choices_per_prompt for a in (answer, load_answer_settings(mine, {})[0])
+    ] == [1, 9]
 
 
 def test_another_way_to_vote_or_none_leaves_an_adaptive_stop_of_the_recipe_behind(tmp_path: Path) -> None:
     mine = run(tmp_path, '[answer.consensus]\nmethod = "majority"\nstop = "adaptive"')
-    assert with_changes(mine, {"n": 3})[0].consensus.stop == "adaptive"
-    assert with_changes(mine, {"consensus": "rouge-l"})[0].consensus == Consensus(method="rouge-l")
-    assert with_changes(mine, {"consensus": "none"})[0].consensus.method == "none"
+    assert load_answer_settings(mine, {"n": 3})[0].consensus.stop == "adaptive"
+    assert load_answer_settings(mine, {"consensus": "rouge-l"})[0].consensus == Consensus(method="rouge-l")
+    assert load_answer_settings(mine, {"consensus": "none"})[0].consensus.method == "none"
 
 
 IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
@@ -86,30 +88,30 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_cannot_be_is_refused(case: str) -> None:
     changes, expected = IMPOSSIBLE[case]
     with pytest.raises(RecipeError) as refused:
-        with_changes("asset:smollm2-135m-instruct", changes)
+        load_answer_settings("asset:smollm2-135m-instruct", changes)
     assert expected in refused.value.what
     assert refused.value.hint
 
 
 def test_the_same_model_settings_and_engine_make_the_same_and_others_another(tiny_folder: Path) -> None:
-    made = Settings(str(tiny_folder), Answer(), 0).made_of()
-    assert Settings(str(tiny_folder), Answer(), 0).made_of() == made
-    remote = Settings(str(tiny_folder), Answer(), 0, None, ("http://127.0.0.1:1/v1",))
+    made = AnswererSettings(str(tiny_folder), Answer(), 0).identity()
+    assert AnswererSettings(str(tiny_folder), Answer(), 0).identity() == made
+    remote = AnswererSettings(str(tiny_folder), Answer(), 0, None, ("http://127.0.0.1:1/v1",))
     others = [
-        Settings(str(tiny_folder), Answer(max_tokens=9), 0),
-        Settings(str(tiny_folder), Answer(), 1),
-        Settings(str(tiny_folder), Answer(), 0, "transformers"),
+        AnswererSettings(str(tiny_folder), Answer(max_tokens=9), 0),
+        AnswererSettings(str(tiny_folder), Answer(), 1),
+        AnswererSettings(str(tiny_folder), Answer(), 0, "transformers"),
         remote,
     ]
-    assert all(other.made_of() != made for other in others)
-    elsewhere = Settings(str(tiny_folder), Answer(), 0, None, ("http://127.0.0.1:2/v1",))
-    assert elsewhere.made_of() == remote.made_of(), "a server may move"
+    assert all(other.identity() != made for other in others)
+    elsewhere = AnswererSettings(str(tiny_folder), Answer(), 0, None, ("http://127.0.0.1:2/v1",))
+    assert elsewhere.identity() == remote.identity(), "a server may move"
 
 
 def test_the_engine_that_computes_is_told_and_another_one_or_another_corral_is_not_the_same(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = Settings(str(tiny_folder), Answer(), 0)
+    settings = AnswererSettings(str(tiny_folder), Answer(), 0)
 
     def made(engine: str, device: str = "cpu") -> dict[str, Any]:
         def default(_: str, *, adapter: bool = False) -> str:
@@ -118,7 +120,7 @@ def test_the_engine_that_computes_is_told_and_another_one_or_another_corral_is_n
         monkeypatch.setattr("corral.answering.open_model.default_engine", default)
         dtype = "float32" if device == "cpu" else "bfloat16"
         monkeypatch.setattr("corral.model.device.choose_device", lambda *_: (device, dtype))
-        return settings.made_of()
+        return settings.identity()
 
     before = made("transformers")
     assert (before["engine"], before["dtype"]) == ("transformers", "float32")
@@ -134,30 +136,30 @@ def test_other_rows_of_a_source_of_examples_are_not_the_same(tiny_folder: Path, 
     shown = Answer.model_validate({"shots": {"count": 2, "source": {"path": str(rows)}}})
     unused = Answer.model_validate({"shots": {"source": {"path": str(rows)}}})
     rows.write_text('{"prompt": "a", "completion": "b"}\n')
-    before, without = (Settings(str(tiny_folder), answer, 0).made_of() for answer in (shown, unused))
+    before, without = (AnswererSettings(str(tiny_folder), answer, 0).identity() for answer in (shown, unused))
     rows.write_text('{"prompt": "a", "completion": "c"}\n')
-    assert Settings(str(tiny_folder), shown, 0).made_of() != before
-    assert Settings(str(tiny_folder), unused, 0).made_of() == without
+    assert AnswererSettings(str(tiny_folder), shown, 0).identity() != before
+    assert AnswererSettings(str(tiny_folder), unused, 0).identity() == without
 
 
 def test_an_adapter_belongs_to_the_run_it_lies_in(tmp_path: Path) -> None:
     mine = run(tmp_path)
     adapter = tmp_path / "train-1-sft" / "adapter"
     adapter.mkdir(parents=True)
-    assert run_of(str(adapter)) is None, "a folder of a run that is no adapter"
+    assert find_run(str(adapter)) is None, "a folder of a run that is no adapter"
     (adapter / "adapter_config.json").write_text("{}")
-    found = run_of(str(adapter))
+    found = find_run(str(adapter))
     assert found is not None
     assert (found.path, found.recipe.seed) == (Path(mine), 11)
-    assert with_changes(str(adapter), {}) == with_changes(mine, {})
+    assert load_answer_settings(str(adapter), {}) == load_answer_settings(mine, {})
     alone = tmp_path.parent / f"{tmp_path.name}-adapter"
     adapter.rename(alone)
-    assert with_changes(str(alone), {}) == (Answer(), 0)
+    assert load_answer_settings(str(alone), {}) == (Answer(), 0)
 
 
 def test_examples_of_a_model_that_is_no_run_must_be_named(tiny_folder: Path) -> None:
     with pytest.raises(RunError):
-        Settings(str(tiny_folder), Answer(shots=Shots(count=2)), 0, "transformers").open()
+        AnswererSettings(str(tiny_folder), Answer(shots=Shots(count=2)), 0, "transformers").open_answerer()
 
 
 def test_the_command_line_knows_every_way_to_vote() -> None:

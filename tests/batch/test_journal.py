@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from corral.batch.journal import Figures, Journal, opened, record_path
+from corral.batch.journal import Journal, Totals, open_journal, record_path
 from corral.errors import InputError, StorageError
 from tests.batch.work import read
 
@@ -20,7 +20,7 @@ MADE_OF = {"prompts": "a" * 64, "answer": {"max_tokens": 8, "consensus": {"metho
 
 @contextmanager
 def journal(out: Path, **changes: Any) -> Generator[Journal]:
-    with opened(out, MADE_OF | changes) as found:
+    with open_journal(out, MADE_OF | changes) as found:
         assert isinstance(found, Journal)
         yield found
 
@@ -37,7 +37,7 @@ def test_rows_that_came_in_any_order_are_written_in_theirs(tmp_path: Path) -> No
         assert not out.exists()
         figures = found.finish(3)
     assert [json.loads(line) for line in out.read_bytes().split(b"\n")[:-1]] == [row(0), row(1), row(2)]
-    assert figures == Figures(3, 0, 9, 6, [])
+    assert figures == Totals(3, 0, 9, 6, [])
     assert sorted(path.name for path in out.parent.iterdir()) == ["a.jsonl", "a.jsonl.record.json"]
 
 
@@ -85,7 +85,7 @@ def test_what_was_made_of_something_else_is_refused_and_left_alone(case: str, fi
         if finished:
             found.finish(1)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(InputError) as refused, opened(out, MADE_OF | changes):
+    with pytest.raises(InputError) as refused, open_journal(out, MADE_OF | changes):
         pass
     for part in expected:
         assert part in refused.value.what
@@ -99,7 +99,7 @@ def test_what_is_finished_is_not_done_again(tmp_path: Path) -> None:
     with journal(out) as found:
         found.add(row(0))
         figures = found.finish(1)
-    with opened(out, MADE_OF) as again:
+    with open_journal(out, MADE_OF) as again:
         assert again == figures
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.jsonl.record.json"]
 
@@ -107,7 +107,7 @@ def test_what_is_finished_is_not_done_again(tmp_path: Path) -> None:
 def test_a_file_of_somebody_else_or_one_that_was_edited_is_not_written_over(tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
     out.write_text("mine\n")
-    with pytest.raises(InputError, match="no output of corral"), opened(out, MADE_OF):
+    with pytest.raises(InputError, match="no output of corral"), open_journal(out, MADE_OF):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
     out.unlink()
@@ -115,7 +115,7 @@ def test_a_file_of_somebody_else_or_one_that_was_edited_is_not_written_over(tmp_
         found.add(row(0))
         found.finish(1)
     out.write_text(out.read_text() + "more\n")
-    with pytest.raises(InputError, match="changed after"), opened(out, MADE_OF):
+    with pytest.raises(InputError, match="changed after"), open_journal(out, MADE_OF):
         pass
     assert out.read_text().endswith("more\n")
 
@@ -123,7 +123,7 @@ def test_a_file_of_somebody_else_or_one_that_was_edited_is_not_written_over(tmp_
 def test_two_do_not_write_one_output(tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
     with journal(out) as found:
-        with pytest.raises(InputError, match="another process"), opened(out, MADE_OF):
+        with pytest.raises(InputError, match="another process"), open_journal(out, MADE_OF):
             pass
         found.add(row(0))
         found.finish(1)

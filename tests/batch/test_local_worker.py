@@ -1,4 +1,4 @@
-"""Prompts through an Answerer here: full rows, and engines that fail."""
+"""PromptFile through an Answerer here: full rows, and engines that fail."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from corral.answering.answerer import Answerer
 from corral.answering.consensus import Consensus
-from corral.batch.local_worker import COMPLETIONS, answer_here, answer_row, at_once
+from corral.batch.local_worker import COMPLETIONS_IN_FLIGHT, answer_locally, answer_row, prompts_in_flight
 from corral.batch.prompts import Prompt
 from corral.engines.base import Sampling
 from corral.engines.scripted import Reply, ScriptedEngine
@@ -125,12 +125,12 @@ def test_as_many_completions_are_asked_for_as_keep_an_engine_full_and_no_more(ch
 
     def keep(found: Any) -> None:
         done.append(found["index"])
-        assert taken - len(done) <= at_once(choices), "prompts wait in no queue"
+        assert taken - len(done) <= prompts_in_flight(choices), "prompts wait in no queue"
 
-    answer_here(lambda: Answerer(Counting([5, 6]), template), choices, 0, prompts(), keep)
+    answer_locally(lambda: Answerer(Counting([5, 6]), template), choices, 0, prompts(), keep)
     assert sorted(done) == list(range(700))
-    assert most == at_once(choices)
-    assert at_once(choices) * choices >= COMPLETIONS
+    assert most == prompts_in_flight(choices)
+    assert prompts_in_flight(choices) * choices >= COMPLETIONS_IN_FLIGHT
 
 
 def failing(template: Template, fails: Callable[[str], bool]) -> Callable[[], Answerer]:
@@ -156,7 +156,7 @@ def test_a_row_that_breaks_the_engine_is_bad_and_those_beside_it_are_answered(te
         assert done["index"] not in found
         found[done["index"]] = done
 
-    answer_here(failing(template, lambda text: "break it" in text), 20, 0, prompts, keep)
+    answer_locally(failing(template, lambda text: "break it" in text), 20, 0, prompts, keep)
     assert sorted(found) == list(range(120))
     assert {index for index, done in found.items() if "error" in done} == {3, 50}
     assert found[3]["error"] == "the process ended"
@@ -170,7 +170,7 @@ def test_rows_that_break_the_engine_are_bad_wherever_they_stand(
     found: dict[int, dict[str, Any]] = {}
     prompts = iter([prompt(i, "break it" if i in breaking else "Hi?") for i in range(40)])
     engine = failing(template, lambda text: "break it" in text)
-    answer_here(engine, choices, 0, prompts, lambda row: found.update({row["index"]: row}))
+    answer_locally(engine, choices, 0, prompts, lambda row: found.update({row["index"]: row}))
     assert sorted(found) == list(range(40))
     assert {index for index, row in found.items() if "error" in row} == breaking
 
@@ -187,7 +187,7 @@ def test_a_row_is_bad_only_if_it_breaks_the_engine_beside_others_and_twice_alone
         return "break it" in text and failed <= times
 
     kept: list[Any] = []
-    answer_here(failing(template, fails), 1, 0, iter([prompt(0, "break it"), prompt(1)]), kept.append)
+    answer_locally(failing(template, fails), 1, 0, iter([prompt(0, "break it"), prompt(1)]), kept.append)
     assert {row["index"]: "error" in row for row in kept} == {0: times > 2, 1: False}
     assert failed == min(times + 1, 3)
 
@@ -209,7 +209,7 @@ def test_a_row_that_may_break_the_engine_is_asked_when_nobody_else_is(template: 
 
     prompts = iter([prompt(i, "break it" if i in (3, 30) else "Hi?") for i in range(60)])
     kept: list[Any] = []
-    answer_here(lambda: Answerer(Watched(reply, delay_seconds=0.001), template), 20, 0, prompts, kept.append)
+    answer_locally(lambda: Answerer(Watched(reply, delay_seconds=0.001), template), 20, 0, prompts, kept.append)
     assert len(kept) == 60
     assert sorted(beside)[:4] == [1, 1, 1, 1]
     assert sorted(beside)[4] > 1
@@ -225,7 +225,7 @@ def test_an_engine_that_fails_whatever_is_asked_stops_the_work(template: Templat
         return asked > 10
 
     with pytest.raises(EngineError, match="the process ended"):
-        answer_here(
+        answer_locally(
             failing(template, fails), 80, 0, iter([prompt(i) for i in range(500)]), lambda r: kept.append(r["index"])
         )
     assert len(kept) <= 10, "no row is said to be bad for what the engine did"
@@ -235,7 +235,7 @@ def test_an_engine_that_fails_whatever_is_asked_stops_the_work(template: Templat
 def test_the_last_row_is_not_said_to_be_bad_where_nothing_shows_that_the_engine_works(template: Template) -> None:
     kept: list[Any] = []
     with pytest.raises(EngineError):
-        answer_here(failing(template, lambda _: True), 1, 0, iter([prompt(0)]), kept.append)
+        answer_locally(failing(template, lambda _: True), 1, 0, iter([prompt(0)]), kept.append)
     assert not kept
 
 
@@ -243,6 +243,6 @@ def test_what_cannot_be_kept_ends_the_work_with_that_error(template: Template) -
     def keep(_: Any) -> None:
         raise StorageError("the disk is full")
 
-    work = partial(answer_here, lambda: Answerer(ScriptedEngine([5]), template), 1, 0)
+    work = partial(answer_locally, lambda: Answerer(ScriptedEngine([5]), template), 1, 0)
     with pytest.raises(StorageError, match="full"):
         work(iter([prompt(i) for i in range(50)]), keep)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from corral.batch.prompts import Prompt, Prompts
+from corral.batch.prompts import Prompt, PromptFile
 from corral.errors import DataError
 from corral.messages import Conversation
 from corral.progress import Progress
@@ -21,7 +21,7 @@ ASSISTANT = {"role": "assistant", "content": "Hello."}
 
 def prompts(path: Path, *rows: Any) -> list[Prompt]:
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return list(Prompts(str(path), Progress()))
+    return list(PromptFile(str(path), Progress()))
 
 
 def test_a_row_asks_with_a_prompt_or_with_messages(tmp_path: Path) -> None:
@@ -38,14 +38,14 @@ def test_a_row_asks_with_a_prompt_or_with_messages(tmp_path: Path) -> None:
         Conversation.from_turns(("system", "Be brief."), ("user", "Hi?"), ("assistant", "Hello."), ("user", "Hi?")),
         Conversation.from_turns(("user", '[{"role": "user", "content": "Hi?"}]')),
     ]
-    assert not any(prompt.fault or prompt.given for prompt in found)
+    assert not any(prompt.fault or prompt.id_field for prompt in found)
 
 
 @pytest.mark.parametrize("value", ["a", "", "ü東", 0, 7, -1.5, True, None])
 def test_any_scalar_is_an_id_and_is_carried_over(value: Any, tmp_path: Path) -> None:
     (found,) = prompts(tmp_path / "p.jsonl", {"prompt": "Hi?", "id": value})
-    assert found.given == {"id": value}
-    assert found.bad("no") == {"index": 0, "id": value, "error": "no"}
+    assert found.id_field == {"id": value}
+    assert found.error_row("no") == {"index": 0, "id": value, "error": "no"}
 
 
 BAD: dict[str, tuple[Any, str]] = {
@@ -79,13 +79,13 @@ def test_a_row_that_asks_nothing_has_a_fault_that_names_its_line(case: str, tmp_
 
 def test_the_id_of_a_bad_row_is_kept(tmp_path: Path) -> None:
     (found,) = prompts(tmp_path / "p.jsonl", {"prompt": "", "id": 9})
-    assert found.given == {"id": 9}
+    assert found.id_field == {"id": 9}
 
 
 def test_a_survey_counts_and_names_what_is_ignored_once(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "topic": 1, "id": 0}, {"prompt": ""}, "x", {"prompt": "b", "topic": 2, "level": 3}]
     prompts(tmp_path / "p.jsonl", *rows)
-    survey = Prompts(str(tmp_path / "p.jsonl"), Progress()).survey(most=1)
+    survey = PromptFile(str(tmp_path / "p.jsonl"), Progress()).survey(most=1)
     assert (survey.rows, survey.bad, list(survey.ignored)) == (4, 2, ["topic", "level"])
     assert survey.faults == ["line 2: prompt is empty"]
 
@@ -95,7 +95,7 @@ def test_packed_files_and_tables_are_read_as_data_is(tmp_path: Path) -> None:
         file.write('{"prompt": "Hi?"}\n')
     (tmp_path / "p.csv").write_text("id,prompt\n1,Hi?\n")
     for name in ("p.jsonl.gz", "p.csv"):
-        (found,) = Prompts(str(tmp_path / name), Progress())
+        (found,) = PromptFile(str(tmp_path / name), Progress())
         assert found.conversation == Conversation.from_turns(("user", "Hi?"))
 
 
@@ -103,4 +103,4 @@ def test_a_file_that_is_cut_short_is_an_error_while_it_is_read(tmp_path: Path) -
     path = tmp_path / "p.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"prompt": "Hi?"}\n' * 50_000)[:-50])
     with pytest.raises(DataError, match="damaged or cut short"):
-        Prompts(str(path), Progress()).survey()
+        PromptFile(str(path), Progress()).survey()

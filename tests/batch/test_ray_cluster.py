@@ -18,8 +18,8 @@ import pytest
 
 from corral.answering.answerer import Answerer
 from corral.batch import answer_file
-from corral.batch.prompts import Prompts
-from corral.batch.ray_cluster import Worker, _packed, answer_on_ray
+from corral.batch.prompts import PromptFile
+from corral.batch.ray_cluster import RayWorker, _packed, answer_on_ray
 from corral.errors import EngineError, InputError, MissingExtraError
 from corral.progress import Progress
 from tests.batch.work import MADE_OF, Batch, asked, read, wait_for_rows
@@ -54,7 +54,7 @@ def cluster() -> Generator[str]:
 
 
 def nothing() -> Answerer:
-    raise AssertionError("nothing is opened")
+    raise AssertionError("nothing is open_journal")
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,13 +69,13 @@ def test_a_worker_tells_a_row_that_breaks_its_engine_from_an_engine_that_is_brok
 
     rows = [{"prompt": "Break it." if i == 7 else asked(i)} for i in range(16)]
     batch = make(rows, breaks_at="Break it.")
-    given = pa.table({"row": [_packed(prompt) for prompt in Prompts(str(batch.prompts), Progress())]})
-    worker = Worker(batch.open, 7)
+    given = pa.table({"row": [_packed(prompt) for prompt in PromptFile(str(batch.prompts), Progress())]})
+    worker = RayWorker(batch.open, 7)
     found = [json.loads(row) for row in worker({"row": given["row"]})["row"]]
     assert [row["index"] for row in found] == list(range(16))
     assert [row["index"] for row in found if "error" in row] == [7]
     with pytest.raises(EngineError, match="broken"):
-        Worker(replace(batch, breaks_at="").open, 7)({"row": given["row"]})
+        RayWorker(replace(batch, breaks_at="").open, 7)({"row": given["row"]})
 
 
 @pytest.mark.full

@@ -20,7 +20,7 @@ from corral.answering.answerer import Answerer
 from corral.answering.consensus import Consensus
 from corral.batch import Outcome, answer_file
 from corral.batch.journal import Journal
-from corral.batch.local_worker import answer_here
+from corral.batch.local_worker import answer_locally
 from corral.engines.base import Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.errors import EngineError
@@ -80,7 +80,7 @@ class Batch:
 
     def run(self, made_of: Mapping[str, Any] = MADE_OF, progress: Progress | None = None) -> Outcome:
         choices = self.consensus.n if self.consensus else 1
-        answering = partial(answer_here, self.open, choices, 7)
+        answering = partial(answer_locally, self.open, choices, 7)
         return answer_file(str(self.prompts), self.out, made_of, answering, progress or Progress())
 
     def called(self) -> list[str]:

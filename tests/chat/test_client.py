@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from corral.answering.answerer import Answerer
-from corral.chat.client import Server
-from corral.chat.repl import Piece
+from corral.chat.client import ServerBackend
+from corral.chat.repl import AnswerPiece
 from corral.cli import main
 from corral.engines.base import Sampling
 from corral.engines.scripted import ScriptedEngine
@@ -41,7 +41,7 @@ def saying(template: Template, *texts: str, name: str = "m", **engine: Any) -> S
     return Served(Answerer(ScriptedEngine(lambda *of: ids[of[2] % len(ids)], **engine), template), name)
 
 
-def said(server: Server, conversation: Conversation = ASKED) -> list[Piece]:
+def said(server: ServerBackend, conversation: Conversation = ASKED) -> list[AnswerPiece]:
     try:
         return list(server.stream(conversation))
     finally:
@@ -92,7 +92,7 @@ def well(self: Other) -> None:
 
 def test_an_answer_comes_in_pieces_as_the_server_draws_it(template: Template) -> None:
     with running(saying(template, "Four, I think.")) as url:
-        pieces = said(Server(url))
+        pieces = said(ServerBackend(url))
     assert len(pieces) > 2
     assert "".join(piece.text for piece in pieces) == "Four, I think."
     assert {piece.note for piece in pieces} == {""}
@@ -101,8 +101,8 @@ def test_an_answer_comes_in_pieces_as_the_server_draws_it(template: Template) ->
 def test_the_whole_conversation_is_sent_and_what_was_asked_for_and_nothing_else() -> None:
     answers = other(well)
     with web_server(answers) as url:
-        assert "".join(p.text for p in said(Server(f"{url}/v1/", options={"max_tokens": 7}))) == "Well, thanks."
-        said(Server(f"{url}/openai/v1", model="gpt-5"))
+        assert "".join(p.text for p in said(ServerBackend(f"{url}/v1/", options={"max_tokens": 7}))) == "Well, thanks."
+        said(ServerBackend(f"{url}/openai/v1", model="gpt-5"))
     messages = ASKED.to_json()["messages"]
     assert answers.asked == [
         {"model": "other", "messages": messages, "stream": True, "max_tokens": 7},
@@ -114,7 +114,7 @@ def test_the_whole_conversation_is_sent_and_what_was_asked_for_and_nothing_else(
 def test_a_vote_is_told_beside_its_winner(template: Template) -> None:
     wish = {"consensus": {"method": "majority", "n": 3, "stop": "never"}}
     with running(saying(template, "It is 5.", "It is 4.", "It is 4.")) as url:
-        pieces = said(Server(url, options=wish))
+        pieces = said(ServerBackend(url, options=wish))
     assert "".join(piece.text for piece in pieces) == "It is 4."
     assert [piece.note for piece in pieces if piece.note] == ["[answer 2: majority 0.67 among 3]"]
 
@@ -124,21 +124,21 @@ def test_the_only_model_that_talks_is_taken_and_of_several_one_must_be_named(tem
 
     models = Models([saying(template, "a", name="cook")], Embedder())
     with running(models) as url:
-        server = Server(url)
+        server = ServerBackend(url)
         assert (server.model, server.url) == ("cook", f"{url}/v1")
         server.close()
     with running(Models([saying(template, "a", name=name) for name in ("cook", "poet")])) as url:
         with pytest.raises(ModelError, match="cook, poet") as caught:
-            Server(url)
+            ServerBackend(url)
         assert "--model" in str(caught.value.hint)
-        assert said(Server(url, model="poet"))
+        assert said(ServerBackend(url, model="poet"))
 
 
 def test_closing_an_answer_frees_the_servers_work(template: Template) -> None:
 
     endless = Endless()
     with running(Served(Answerer(endless.engine, template), "m")) as url:
-        server = Server(url)
+        server = ServerBackend(url)
         answer = server.stream(ASKED)
         next(answer)
         answer.close()
@@ -168,7 +168,7 @@ FAULTS: dict[str, tuple[Callable[[Any], None], str]] = {
 def test_what_goes_wrong_is_one_line_with_what_the_server_said(case: str) -> None:
     completion, part = FAULTS[case]
     with web_server(other(completion)) as url, pytest.raises(EngineError) as caught:
-        said(Server(url))
+        said(ServerBackend(url))
     line = f"{caught.value.what}; {caught.value.hint}"
     assert part in line
     assert "\n" not in line
@@ -176,15 +176,15 @@ def test_what_goes_wrong_is_one_line_with_what_the_server_said(case: str) -> Non
 
 def test_a_server_that_is_not_there_or_is_none_is_said_at_once() -> None:
     with pytest.raises(ModelError, match="cannot be reached") as caught:
-        Server("http://127.0.0.1:9")
+        ServerBackend("http://127.0.0.1:9")
     assert "http://127.0.0.1:9/v1" in str(caught.value)
     with web_server(other(well, do_GET=lambda self: self.answer(200, {}, b"<html>"))) as url:
         with pytest.raises(ModelError, match="cannot be read") as caught:
-            Server(url)
+            ServerBackend(url)
         assert "/v1" in str(caught.value.hint)
     for url in ("127.0.0.1:8000", "ftp://x", "http://me:secret@x/v1"):
         with pytest.raises(InputError) as refused:
-            Server(url)
+            ServerBackend(url)
         assert "secret" not in str(refused.value)
 
 
@@ -194,7 +194,7 @@ def test_a_wrong_key_is_said_and_not_shown_even_if_the_server_shows_it(status: i
     refuses: Any = lambda self: self.answer(status, {}, body)  # noqa: E731
     for answers in (other(refuses), other(well, do_GET=refuses)):
         with web_server(answers) as url, pytest.raises(CorralError) as caught:
-            said(Server(url, key="sesame-1"))
+            said(ServerBackend(url, key="sesame-1"))
         assert "CORRAL_API_KEY" in str(caught.value)
         assert "sesame" not in str(caught.value) + repr(caught.value)
 
@@ -352,5 +352,5 @@ def test_a_sampling_of_the_command_line_reaches_the_engine(template: Template) -
         return [50]
 
     with running(Served(Answerer(ScriptedEngine(reply), template), "m")) as url:
-        said(Server(url, options={"max_tokens": 9, "temperature": 0.25, "top_p": 0.5}))
+        said(ServerBackend(url, options={"max_tokens": 9, "temperature": 0.25, "top_p": 0.5}))
     assert [(s.max_tokens, s.temperature, s.top_p) for s in drawn] == [(9, 0.25, 0.5)]

@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 
-from corral.answering.settings import Settings
-from corral.chat.repl import Local, Piece, Talker, chat
+from corral.answering.settings import AnswererSettings
+from corral.chat.repl import AnswerPiece, ChatBackend, LocalBackend, chat
 from corral.errors import EngineError
 from corral.messages import Conversation
 from corral.recipe import Answer, Consensus
 
 
-def local(model: Path, **answer: Any) -> Local:
-    return Local(Settings(str(model), Answer(max_tokens=5, **answer), 0, "transformers"))
+def local(model: Path, **answer: Any) -> LocalBackend:
+    return LocalBackend(AnswererSettings(str(model), Answer(max_tokens=5, **answer), 0, "transformers"))
 
 
-def talk(talker: Talker, lines: str, monkeypatch: pytest.MonkeyPatch, system: str | None = None) -> None:
+def talk(talker: ChatBackend, lines: str, monkeypatch: pytest.MonkeyPatch, system: str | None = None) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     with closing(talker):
         chat(talker, system=system)
@@ -34,17 +34,17 @@ class Echo:
     def __init__(self) -> None:
         self.asked: list[Conversation] = []
 
-    def stream(self, conversation: Conversation) -> Generator[Piece, None, None]:
+    def stream(self, conversation: Conversation) -> Generator[AnswerPiece, None, None]:
         self.asked.append(conversation)
         question = conversation.messages[-1].content
-        yield Piece(f"{len(self.asked)}: ")
+        yield AnswerPiece(f"{len(self.asked)}: ")
         if question == "fail":
             raise EngineError("the connection was lost")
         if question == "stop":
             raise KeyboardInterrupt
         if question == "fail once" and len(self.asked) == 1:
             raise EngineError("busy", hint="/retry in 7 s")
-        yield Piece(question)
+        yield AnswerPiece(question)
 
     def close(self) -> None:
         pass
@@ -173,8 +173,8 @@ def test_errors_and_notes_from_elsewhere_do_not_steer_it_either(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Steering(Echo):
-        def stream(self, conversation: Conversation) -> Generator[Piece, None, None]:
-            yield Piece("So", "[\x1b[2Jone of three]")
+        def stream(self, conversation: Conversation) -> Generator[AnswerPiece, None, None]:
+            yield AnswerPiece("So", "[\x1b[2Jone of three]")
             raise EngineError("\x1b]0;title\x07busy", hint="\x9b2Jwait")
 
     talk(Steering(), "Hello\n", monkeypatch)

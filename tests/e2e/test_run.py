@@ -119,7 +119,7 @@ def test_the_merged_model_is_a_plain_folder_that_transformers_loads_and_that_sto
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from corral.answering.answerer import Answerer
-    from corral.answering.sync import blocking
+    from corral.answering.sync import SyncAnswerer
     from corral.engines.base import Sampling
     from corral.engines.registry import load_engine
     from corral.messages import Conversation
@@ -137,8 +137,8 @@ def test_the_merged_model_is_a_plain_folder_that_transformers_loads_and_that_sto
     answerer = Answerer(
         load_engine("transformers", folder, dtype="float32", device="cpu"), Template.load(load_tokenizer(folder))
     )
-    with blocking(answerer) as face:
-        ours = face.answer(asked, Sampling(max_tokens=12))
+    with SyncAnswerer(answerer) as sync:
+        ours = sync.answer(asked, Sampling(max_tokens=12))
     assert ours.text == tokenizer.decode(theirs, skip_special_tokens=True)
     assert set(model.generation_config.eos_token_id) == set(answerer.template.stop_ids)
 

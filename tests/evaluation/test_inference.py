@@ -139,7 +139,7 @@ def test_an_options_log_probability_equals_a_direct_computation(
             answerer = Answerer(engine, template, prompting=prompting)
             file = RowFile(tmp_path / "options.jsonl")
             await score_options(answerer, ME, [question], file, lambda done: None)
-            prompt = await answerer.prompt(stem)
+            prompt = await answerer.encode_prompt(stem)
             assert file.of(ME)[question.id]["logprobs"][1] == await option_logprob(answerer, prompt, stem, "on land")
             return dict(file.of(ME)[question.id])
 

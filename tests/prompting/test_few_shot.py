@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from corral.messages import Conversation
-from corral.prompting.few_shot import STEPS, Prompting, after
+from corral.prompting.few_shot import STEP_BY_STEP, Prompting, insert_examples
 
 EXAMPLES = [
     Conversation.from_turns(("user", f"how many {w}?"), ("assistant", w)) for w in ("apples", "pears", "cats", "dogs")
@@ -27,7 +27,7 @@ def asked(text: str) -> Conversation:
 
 
 def shown(prompting: Prompting, text: str) -> list[str]:
-    return [shot.messages[1].content for shot in prompting.shots(asked(text))]
+    return [shot.messages[1].content for shot in prompting.choose_examples(asked(text))]
 
 
 def test_static_examples_are_the_same_for_every_question_and_follow_the_seed() -> None:
@@ -43,8 +43,8 @@ def test_a_question_is_never_shown_its_own_answer() -> None:
         prompting = Prompting(EXAMPLES, 3, choose, embed=alike, seed=1)
         for example in EXAMPLES:
             question, answer = example.split_answer()
-            assert answer not in [s.messages[1].content for s in prompting.shots(question)]
-            assert len(prompting.shots(question)) == 3
+            assert answer not in [s.messages[1].content for s in prompting.choose_examples(question)]
+            assert len(prompting.choose_examples(question)) == 3
 
 
 def test_similar_examples_stand_nearest_last() -> None:
@@ -58,18 +58,18 @@ def test_similar_examples_stand_nearest_last() -> None:
 def test_only_answered_conversations_of_one_turn_are_examples() -> None:
     longer = EXAMPLES[0].add("user", "sure?").add("assistant", "yes")
     spoken_to = Conversation.from_turns(("system", "be brief"), ("user", "how?"), ("assistant", "so"))
-    assert Prompting([longer, asked("?"), spoken_to], 3).examples == 1
+    assert Prompting([longer, asked("?"), spoken_to], 3).example_count == 1
 
 
 def test_examples_come_after_the_system_message_and_before_the_first_question() -> None:
     talk = Conversation.from_turns(("system", "s"), ("user", "one"), ("assistant", "two"), ("user", "three"))
-    roles = [m.content for m in after(EXAMPLES[:1], talk).messages]
+    roles = [m.content for m in insert_examples(EXAMPLES[:1], talk).messages]
     assert roles == ["s", "how many apples?", "apples", "one", "two", "three"]
-    assert after((), talk) == talk
+    assert insert_examples((), talk) == talk
 
 
 def test_reasoning_is_asked_for_at_the_end_of_the_last_question_only() -> None:
-    talk = Prompting(reasoning=True).asked(asked("three"), EXAMPLES[:1])
-    assert talk.messages[-1].content == f"three\n\n{STEPS}"
+    talk = Prompting(reasoning=True).apply(asked("three"), EXAMPLES[:1])
+    assert talk.messages[-1].content == f"three\n\n{STEP_BY_STEP}"
     assert talk.messages[0].content == "how many apples?"
-    assert Prompting().asked(asked("three"), ()) == asked("three")
+    assert Prompting().apply(asked("three"), ()) == asked("three")

@@ -17,7 +17,7 @@ from corral.engines.base import Features, Generation, Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.errors import EngineUnavailableError
 from corral.messages import Conversation
-from corral.prompting.few_shot import STEPS, Prompting
+from corral.prompting.few_shot import STEP_BY_STEP, Prompting
 from corral.serving.generation import Served, finish_reason
 from corral.serving.protocol import Limits, Refused
 from corral.template import Template
@@ -160,12 +160,12 @@ def test_the_prompting_of_the_model_applies_and_its_examples_are_counted(tiny_te
     with running(Served(answerer, "m")) as url, client_of(url) as client:
         answer = client.chat.completions.create(model="m", messages=ASKED, max_tokens=16)
     conversation = Conversation.from_turns(("user", ASKED[0]["content"]))
-    expected = asyncio.run(answerer.prompt(conversation, Sampling(16)))
+    expected = asyncio.run(answerer.encode_prompt(conversation, Sampling(16)))
     assert said.prompts == [expected]
     assert answer.usage
     assert answer.usage.prompt_tokens == len(expected)
     text = tiny_template.tokenizer.decode(expected)
-    assert STEPS in text
+    assert STEP_BY_STEP in text
     assert text.count("<|im_start|>assistant") == 3
 
 

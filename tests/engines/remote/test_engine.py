@@ -321,17 +321,17 @@ def test_a_context_that_is_known_is_that_of_endpoints_that_tell_none_and_the_mos
 
 
 def test_a_vote_among_the_answers_of_a_server_without_log_probs_is_held(tiny_folder: Path) -> None:
-    from corral.answering.build import compose
-    from corral.answering.open_model import reach_model
+    from corral.answering.build import build_answerer
+    from corral.answering.open_model import connect_model
     from corral.messages import Conversation
     from corral.recipe import Answer, Consensus
 
     with web_server(fake_server(knows_fields(), models=[{"id": "m"}])) as url:
-        opened = reach_model(str(tiny_folder), [url])
+        opened = connect_model(str(tiny_folder), [url])
         assert opened.answerer.engine.features.max_length == 512, "as its config tells"
         settings = Answer(consensus=Consensus(method="rouge-l", n=2))
         plain = opened.answerer
-        answerer = compose(plain.engine, plain.template, settings, examples=list, seed=1)
+        answerer = build_answerer(plain.engine, plain.template, settings, examples=list, seed=1)
 
         async def test() -> str:
             async with plain.engine:

@@ -1,0 +1,38 @@
+"""Answered conversations for few-shot prompting: from the training rows of a run, or from a source of their own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+
+from corral.messages import Conversation, Record
+from corral.progress import Progress
+from corral.prompting.few_shot import POOL_SIZE
+from corral.recipe import Source
+from corral.run.directory import Run
+
+_MOST = 2 * POOL_SIZE  # some have more than one turn, and cannot be examples
+
+
+def training_examples(run: Run, seed: int) -> list[Conversation]:
+    """Some of the rows that a run trained on. Raises: DataError (it has not prepared its rows)."""
+    from corral.data.prepare import Prepared
+
+    rows = Prepared.open(run.path / "prepare").train
+    drawn = random.Random(seed).sample(range(len(rows)), min(len(rows), _MOST))
+    return _conversations(rows[i].record for i in sorted(drawn))
+
+
+def source_examples(source: Source) -> list[Conversation]:
+    """The first rows of a source. Raises: DataError, AssetError, StorageError."""
+    import numpy as np
+
+    from corral.data import cache
+    from corral.data.source_rows import load_source_rows
+
+    rows = load_source_rows(source, cache.default_folder(), Progress())
+    return _conversations(rows.records(np.arange(min(len(rows), source.rows or _MOST))))
+
+
+def _conversations(records: Iterable[Record]) -> list[Conversation]:
+    return [record for record in records if isinstance(record, Conversation)]

@@ -1,0 +1,101 @@
+"""What an answer depends on, as hashes and JSON values, for evaluation, batch and serving.
+
+Finished evaluations and batches are recognised by these values: what is hashed, and how, must stay the same between versions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import corral
+from corral.errors import DataError
+
+if TYPE_CHECKING:
+    from corral.model.naming import ModelFiles
+    from corral.recipe.answer import Answer, Shots
+    from corral.run.directory import Run
+    from corral.template import Template
+
+
+def model_digest(files: ModelFiles, template: Template, *settings: str) -> str:
+    """sha256 (hex) of a model's weights, its adapter's, the chat template, and settings such as the engine's name."""
+    from corral.model.folder import model_identity
+
+    weights = [model_identity(folder) for folder in (files.folder, files.adapter) if folder is not None]
+    return _sha256(" ".join([*weights, template.digest, *settings]))
+
+
+def variant_digest(weights: str, template: Template, engine: str, device: str, dtype: str) -> str:
+    """sha256 (hex) of a model that a run evaluates, where `weights` identifies the base or what the run made of it."""
+    return _sha256(json.dumps([weights, template.fingerprint, engine, device, dtype]))
+
+
+def row_digest(
+    model: str, measurement: str, settings: Answer | None = None, seed: int = 0, *, own: str = "", source: str = ""
+) -> str:
+    """A short hash of all that a row of an evaluation depends on besides its own content.
+
+    Args:
+        model: from `variant_digest`.
+        measurement: what is measured, such as `loss` or `answers`.
+        settings: how the model is asked; None where that has no effect, as on a loss.
+        own: hash of the examples that are shown where the settings name no source of them.
+        source: hash of the examples of that source.
+    """
+    depends: list[Any] = [corral.__version__, model, measurement]
+    if settings is not None:
+        depends += [settings.model_dump(mode="json"), seed]
+        if settings.shots.count:
+            depends.append(own if settings.shots.source is None else source)
+    return _sha256(json.dumps(depends, sort_keys=True))[:16]
+
+
+def batch_identity(
+    model: str, engine: str, dtype: str | None, examples: str, answer: Answer, seed: int | None
+) -> dict[str, Any]:
+    """What the answers of a batch depend on besides the prompts, as JSON values that can be compared one by one."""
+    return {
+        "corral": corral.__version__,
+        "model": model,
+        "engine": engine,
+        **({"dtype": dtype} if dtype else {}),
+        **({"examples": examples} if examples else {}),
+        "answer": answer.model_dump(mode="json"),
+        "seed": seed,
+    }
+
+
+def fingerprint_with_settings(fingerprint: str, answer: Answer) -> str:
+    """The fingerprint of a served model that is asked with examples, instructions or a vote."""
+    return _sha256(f"{fingerprint} {answer.model_dump_json()}")[:12]
+
+
+def source_examples_digest(shots: Shots) -> str:
+    """sha256 of the rows that few-shot examples are taken from; empty if none are shown, or they are the run's own.
+
+    Raises: DataError, AssetError.
+    """
+    if not shots.count or shots.source is None:
+        return ""
+    from corral.data.sources import hash_source
+
+    return hash_source(shots.source)
+
+
+def training_examples_digest(run: Run) -> str:
+    """The same for few-shot examples from the training rows of a run. Raises: DataError (it has not prepared its rows)."""
+    path = run.path / "prepare" / "stage.json"
+    try:
+        return json.loads(path.read_text("utf-8"))["fingerprint"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"the run has no prepared rows to show as examples: {error!r}",
+            where=str(path),
+            hint="finish the run, or name rows with [answer.shots.source]",
+        ) from None
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
