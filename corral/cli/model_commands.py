@@ -40,10 +40,10 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
         recipe = Run(path).recipe
         if form is not None:
             recipe = recipe.with_export(form.target, form.type)
-        execute_recipe(recipe, path, args, only=("export", "report"))
-        from corral.pipeline.stages import forms
+        execute_recipe(recipe, path, args, allowed=("export", "report"))
+        from corral.pipeline.export_stage import requested_forms
 
-        places = [str(each.path(path / "export")) for each in forms(recipe)]
+        places = [str(each.path(path / "export")) for each in requested_forms(recipe)]
         if not places:
             raise InputError("this run's recipe asks for no other form", where=args.model, hint="add --to gguf")
     else:

@@ -190,7 +190,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
                 hint="use `corral run RECIPE --set …` instead",
             )
     recipe = parse(text, where=str(out / "recipe.toml"), overrides=args.set)
-    execute_recipe(recipe, out, args, only=("export", "evaluate", "report"))
+    execute_recipe(recipe, out, args, allowed=("export", "evaluate", "report"))
     if not args.json:
         _print_scorecard(out)
     return json.loads((out / "evaluate" / "scorecard.json").read_text("utf-8"))

@@ -1,0 +1,78 @@
+"""What the stages of one run share: the run, its recipe, progress, and the base model, loaded when first needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from corral.interrupts import Interrupts
+from corral.progress import Progress
+from corral.recipe import Recipe
+from corral.run.directory import Run
+from corral.training.distributed import World
+
+if TYPE_CHECKING:
+    from corral.data.prepare import Prepared
+    from corral.model.loading import DType, ModelSource
+    from corral.template import Template
+
+
+@dataclass
+class RunContext:
+    """The shared state of a run's stages."""
+
+    run: Run
+    recipe: Recipe
+    progress: Progress
+    interrupts: Interrupts
+    """Tells a stage that it should stop at the next good moment."""
+    world: World = field(default_factory=World)
+    """The processes that train together; the first of them does all other work alone."""
+    profile: bool = False
+    """Record where the time of some training steps goes."""
+
+    @cached_property
+    def base(self) -> ModelSource:
+        """The base model, fetched or converted if necessary."""
+        from corral.model.loading import resolve_model
+
+        self.progress.start(f"Fetching {self.recipe.model.base}", None)
+        try:
+            return resolve_model(self.recipe.model.base, progress=self.progress.say)
+        finally:
+            self.progress.stop()
+
+    @cached_property
+    def template(self) -> Template:
+        """The recipe's chat template, with the tokenizer of the base model."""
+        from corral.model.loading import load_tokenizer
+        from corral.template import Template
+
+        return Template.load(load_tokenizer(self.base.folder), self.recipe.model.template)
+
+    @cached_property
+    def placement(self) -> tuple[str, DType]:
+        """(device, dtype) of training."""
+        from corral.model.device import choose_device
+
+        return choose_device(self.recipe.model.device, self.recipe.model.dtype)
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """The prepared rows."""
+        from corral.data.prepare import Prepared
+
+        return Prepared.open(self.run.path / "prepare")
+
+    def stage_base(self, number: int) -> Path:
+        """The folder of the model that training stage `number` (from 1) starts from."""
+        return (
+            self.base.folder if number == 1 else self.run.path / training_stage_name(self.recipe, number - 1) / "merged"
+        )
+
+
+def training_stage_name(recipe: Recipe, number: int) -> str:
+    """The name and directory of training stage `number`, from 1."""
+    return f"train-{number}-{recipe.train[number - 1].objective}"

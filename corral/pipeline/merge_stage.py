@@ -1,0 +1,51 @@
+"""The merge stage: promotes the last trained model, if it passes its contract."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from corral.pipeline.context import RunContext, training_stage_name
+from corral.pipeline.train_stage import held_out_measure, training_start
+from corral.run.directory import Stage
+from corral.storage import link_or_copy_tree, new_directory, remove_tree
+
+
+def inputs(context: RunContext, done: Mapping[str, str]) -> dict[str, Any]:
+    """What the stage depends on, from the fingerprints of the stages before it."""
+    return {"trained": done[training_stage_name(context.recipe, len(context.recipe.train))]}
+
+
+def merge(context: RunContext, stage: Stage) -> None:
+    """Check the merged model against the trained one, and promote it to `model`.
+
+    Raises:
+        ContractError: a check fails; the model stays in `candidate`.
+    """
+    from corral.export import contract
+    from corral.training import trained_model
+
+    number = len(context.recipe.train)
+    start, trained = training_start(context, number), context.run.path / training_stage_name(context.recipe, number)
+    candidate = stage.path / "candidate"
+    with new_directory(candidate) as folder:
+        link_or_copy_tree(trained / trained_model.MERGED_FOLDER, folder)
+    probe_set = contract.make_probes(context.template)
+    context.progress.start("Measuring the contract", None)
+    measured, model_checks = trained_model.check_merged_model(
+        start, trained, candidate, probe_set, held_out_measure(context, start)
+    )
+    checks = [
+        contract.check_token_ids(context.template, candidate),
+        contract.check_stop_ids(context.template, candidate),
+        *model_checks,
+    ]
+    files = contract.model_files(candidate)
+    contract.write(
+        candidate / contract.CONTRACT_FILE, context.template, probe_set, measured, checks, form=start.dtype, files=files
+    )
+    contract.raise_if_failed(checks, where=candidate)
+    remove_tree(stage.path / "model")  # left by a process that ended between promoting it and recording that
+    candidate.rename(stage.path / "model")
+    for check in checks:
+        context.progress.say(f"contract, {check.name}: {check.detail}")

@@ -1,0 +1,68 @@
+"""The prepare stage: turns the rows of all sources into encoded examples, split and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from corral.errors import DataError
+from corral.pipeline.context import RunContext
+from corral.recipe import Recipe
+from corral.run.directory import Stage
+
+if TYPE_CHECKING:
+    from corral.data.prepare import Prepared
+
+
+def inputs(context: RunContext, done: Mapping[str, str]) -> dict[str, Any]:
+    """What the stage depends on. The content of a source counts, not its path: a run may be moved with its data."""
+    from corral.data.sources import hash_source
+
+    recipe = context.recipe
+    return {
+        "data": recipe.data.model_dump(mode="json", exclude={"sources": {"__all__": {"path"}}}),
+        "sources": {source.label: hash_source(source, context.progress) for source in recipe.data.sources},
+        "template": context.template.fingerprint,
+        "seed": recipe.seed,
+    }
+
+
+def prepare(context: RunContext, stage: Stage) -> None:
+    """Prepare the rows. Raises: GateError (more rows are lost than the recipe allows), DataError."""
+    from corral.data.prepare import prepare as prepare_rows
+
+    context.progress.start("Preparing rows", None)
+    rows = prepare_rows(context.recipe.data, context.template, stage.path, context.recipe.seed, context.progress)
+    for label, source in rows.ledger["sources"].items():
+        context.progress.say(f"{label}: {source['why']}")
+        if source["lost"]:
+            lost, requested = source["lost"], source["asked"]
+            context.progress.say(
+                f"{label}: {lost:,.0f} of {requested:,.0f} rows are lost ({lost / requested:.2%}); the ledger says why"
+            )
+        if source["contaminated"] and context.recipe.data.contamination == "report":
+            context.progress.say(f"{label}: {source['contaminated']:,} training rows share passages with held-out rows")
+    _refuse_preference_rows(context.recipe, rows)
+    repeated = (
+        f" ({rows.train.distinct_count} of them different)" if rows.train.distinct_count < len(rows.train) else ""
+    )
+    context.progress.say(
+        f"{len(rows.train)} rows to train on{repeated}, {len(rows.validation)} for validation, {len(rows.test)} for testing; "
+        f"{int(rows.train.lengths.sum()):,} training tokens, {int(rows.train.trained_tokens.sum()):,} of them trained"
+    )
+
+
+def _refuse_preference_rows(recipe: Recipe, rows: Prepared) -> None:
+    """Raises DataError if `sft` would train on rejected or badly scored answers."""
+    from corral.messages import Feedback, Preference
+
+    if all(stage.objective != "sft" for stage in recipe.train):
+        return
+    row = next((row for row in rows.train if isinstance(row.record, Preference | Feedback)), None)
+    if row is not None:
+        kind = "a better and a worse answer" if isinstance(row.record, Preference) else "an answer with a score"
+        raise DataError(
+            f"row {row.index} holds {kind}, and the objective `sft` would train on any answer",
+            where=row.source,
+            hint='give the source a format that makes conversations of its rows (for HH data, format = "hh-rlhf")',
+        )

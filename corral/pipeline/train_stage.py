@@ -1,0 +1,176 @@
+"""A training stage: fine-tunes an adapter and merges it, or fine-tunes all weights."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from corral.model.device import pack_length
+from corral.pipeline.context import RunContext, training_stage_name
+from corral.progress import Progress
+from corral.run.directory import Stage
+from corral.storage import new_directory, write_json
+
+if TYPE_CHECKING:
+    from corral.training.step_metrics import StepMetrics
+    from corral.training.trained_model import TrainingSetup, ValidationSet
+
+
+def inputs(context: RunContext, number: int, done: Mapping[str, str]) -> dict[str, Any]:
+    """What training stage `number` (from 1) depends on, from the fingerprints of the stages before it."""
+    recipe = context.recipe
+    device, dtype = context.placement
+    before = "prepare" if number == 1 else training_stage_name(recipe, number - 1)
+    return {
+        # Sharding changes no result: a run may go on with another number of processes.
+        "train": recipe.train[number - 1].model_dump(mode="json", exclude={"sharding"}),
+        "base": context.base.identity,
+        "dtype": dtype,
+        "device": device,
+        "seed": recipe.seed,
+        "prepare": done["prepare"],
+        "before": done[before],
+    }
+
+
+def train(context: RunContext, stage: Stage, number: int) -> None:
+    """Run training stage `number` (from 1)."""
+    start = training_start(context, number)
+    _fine_tune(context, stage, start)
+    gc.collect()
+    if start.config.method == "lora" and context.world.is_main:
+        from corral.training import trained_model
+
+        context.progress.start("Merging the adapter", None)
+        licences = context.base.licence_files
+        trained_model.save_merged_model(
+            start,
+            stage.path,
+            context.template,
+            held_out_measure(context, start),
+            licences=licences,
+            say=context.progress.say,
+        )
+
+
+def training_start(context: RunContext, number: int) -> TrainingSetup:
+    """The model, settings, device and dtype that training stage `number` starts from."""
+    from corral.training.trained_model import TrainingSetup
+
+    return TrainingSetup(context.stage_base(number), context.recipe.train[number - 1], *context.placement)
+
+
+def held_out_measure(context: RunContext, start: TrainingSetup) -> ValidationSet:
+    """The held-out rows that a training stage is evaluated on, and the length of its packs."""
+    from corral.training.trained_model import ValidationSet
+
+    validation, config = context.prepared.validation, start.config
+    rows = [validation[i] for i in range(min(len(validation), config.evaluate_rows))]
+    return ValidationSet(rows, pack_length(config.pack_length, context.recipe.data.max_length, start.device))
+
+
+def _fine_tune(context: RunContext, stage: Stage, start: TrainingSetup) -> None:
+    from corral.export import contract
+    from corral.model import adapters
+    from corral.training import optimizers, trained_model
+    from corral.training.loop import Trainer
+    from corral.training.objectives import OBJECTIVES
+
+    config, measure = start.config, held_out_measure(context, start)
+    lora = config.method == "lora"
+    # A sharded model may not fit on one device as a whole: it is loaded on the CPU and moved shard by shard.
+    sharded = config.sharding == "full" and context.world.size > 1
+    model = trained_model.load_base(replace(start, device="cpu") if sharded else start)
+    if lora:
+        trained_model.check_special_tokens(model, context.template)
+    trained: Any = trained_model.make_trainable(model, start, seed=context.recipe.seed)
+    probe_set = contract.make_probes(context.template)
+
+    def save(name: str) -> None:
+        values = training.weights()  # gathers the shards of all processes; the first one writes
+        if lora and context.world.is_main:
+            with new_directory(stage.path / name) as folder:
+                base = context.recipe.model.base if start.folder == context.base.folder else str(start.folder)
+                adapters.save(trained, folder, base=base, weights=values)
+        elif not lora and name == trained_model.ADAPTER_FOLDER:  # a checkpoint holds the last weights
+            scores = training.score([p.ids for p in probe_set], [p.start for p in probe_set])
+            if context.world.is_main:
+                trained_model.save_full_model(
+                    trained, values, scores, start, stage.path, context.template, context.base.licence_files
+                )
+
+    training = Trainer(
+        trained,
+        context.prepared.train,
+        measure.rows,
+        OBJECTIVES[config.objective],
+        config,
+        pack_length=measure.pack_length,
+        seed=context.recipe.seed,
+        folder=stage.path,
+        save_best=lambda _: save(trained_model.ADAPTER_FOLDER),
+        world=context.world,
+        device=start.device,
+    )
+    what = f"LoRA r {config.lora.rank}" if lora else "all weights"
+    context.progress.start(f"Training ({config.objective}, {what})", training.total_steps)
+    if warning := optimizers.unsupported(config.optimizer, start.device):
+        context.progress.say(warning)
+    with context.interrupts.deferred() as should_stop, _step_listeners(context, stage, start) as on_step:
+        outcome = training.run(on_step=on_step, should_stop=should_stop, warn=context.progress.say)
+        if context.world.any_process(should_stop()):  # stopped in the last step
+            raise KeyboardInterrupt
+    save("last")
+    if outcome.best_loss is None:
+        save(trained_model.ADAPTER_FOLDER)
+    if not context.world.is_main:
+        return
+    write_json(stage.path / "outcome.json", {field: getattr(outcome, field) for field in outcome.__slots__})
+    held_out = "" if outcome.best_loss is None else f"; best held-out loss {outcome.best_loss:.4f}"
+    context.progress.say(
+        f"{outcome.steps} steps, {outcome.tokens:,} tokens at {outcome.tokens / outcome.seconds:.0f} tokens/s{held_out}"
+        + (f" at step {outcome.best_step}" if held_out else "")
+    )
+
+
+@contextlib.contextmanager
+def _step_listeners(
+    context: RunContext, stage: Stage, start: TrainingSetup
+) -> Generator[Callable[[StepMetrics], None]]:
+    """Passes the metrics of each step to the progress display, the recipe's trackers and the profiler, if any."""
+    from corral.training.profiler import StepProfiler
+    from corral.training.trackers import Trackers
+
+    trackers = Trackers(
+        context.recipe.trackers if context.world.is_main else (),
+        stage.path,
+        context.recipe.name,
+        start.config.model_dump(mode="json"),
+        context.progress.say,
+    )
+    with contextlib.ExitStack() as stack:
+        stack.callback(trackers.finish)
+        profile = None
+        if context.profile and context.world.is_main:
+            profile = stack.enter_context(
+                StepProfiler(stage.path / "profile", context.progress.say, cuda=start.device.startswith("cuda"))
+            )
+
+        def on_step(metrics: StepMetrics) -> None:
+            _show_metrics(context.progress, metrics)
+            trackers.log(metrics)
+            if profile is not None and metrics.step:
+                profile.step()
+
+        yield on_step
+
+
+def _show_metrics(progress: Progress, metrics: StepMetrics) -> None:
+    parts = [] if metrics.loss is None else [f"loss {metrics.loss:.3f}", f"{metrics.tokens_per_second:.0f} tokens/s"]
+    if metrics.eval_loss is not None:
+        parts.append(f"held-out loss {metrics.eval_loss:.4f}")
+        progress.say(f"step {metrics.step}: held-out loss {metrics.eval_loss:.4f}")
+    progress.update(metrics.step, ", ".join(parts))
