@@ -1,7 +1,4 @@
-"""A file of prompts → a file of answers, in the same order, whatever happens on the way.
-
-Knows what is done, what is left and how far it is; does not know how answers come about, nor what is in the files.
-"""
+"""A file of prompts → a file of answers in the same order; finished rows are never computed again."""
 
 from __future__ import annotations
 
@@ -18,21 +15,21 @@ from corral.errors import DataError
 from corral.interrupts import Interrupts, Stopped
 from corral.progress import Progress
 
-Answering: TypeAlias = Callable[[Iterator[Prompt], KeepRow], None]
-"""Answers prompts and hands over each row as soon as it is done, in any order."""
+AnswerPrompts: TypeAlias = Callable[[Iterator[Prompt], KeepRow], None]
+"""Answers prompts, and passes on each row as soon as it is finished, in any order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a batch came to.
+    """The outcome of a batch.
 
     Args:
         out: the output.
-        figures: of the whole output.
-        answered: rows that this call answered; the others were there already.
-        seconds: they took, without loading.
-        prompts_per_second, tokens_per_second: from when the model was loaded; 0 where nothing was left to do.
-        saved: candidates that a vote ended early, as a share of those drawn now.
+        figures: totals of the whole output.
+        answered: rows that this call answered; the others were finished before.
+        seconds: they took, without loading the model.
+        prompts_per_second, tokens_per_second: since the model was loaded; 0 if nothing was left to do.
+        saved: the share of the candidates that a vote ended early, of those of this call.
     """
 
     out: Path
@@ -45,27 +42,27 @@ class Outcome:
 
 
 def answer_file(
-    source: str, out: Path, made_of: Mapping[str, Any], answering: Answering, progress: Progress
+    source: str, out: Path, identity: Mapping[str, Any], answer_prompts: AnswerPrompts, progress: Progress
 ) -> Outcome:
-    """Answer every row of a source that has no answer yet, and write the output once all have.
+    """Answer every row of a source that has no answer yet, and write the output when all are finished.
 
     Args:
         source: of the prompts; see `PromptFile`.
-        out: where the answers go: a line of JSON for each row, in order.
-        made_of: what the answers depend on besides the prompts, as JSON values.
-        answering: what computes them.
+        out: the file of answers: a line of JSON for each row, in order.
+        identity: what the answers depend on besides the prompts, as JSON values.
+        answer_prompts: computes the answers.
 
     Raises:
-        DataError: the prompts cannot be read, or were changed meanwhile.
-        InputError: every row is bad; or the output, or what there is of it, was made of something else.
-        StorageError: the disk is full; what was finished is kept.
-        Stopped: by a signal; the same call goes on.
-        CorralError: what `answering` raises; what was finished is kept.
+        DataError: the prompts cannot be read, or changed while they were answered.
+        InputError: every row is bad; or the output or its journal is that of another batch.
+        StorageError: the disk is full; finished rows are kept.
+        Stopped: by a signal; calling again resumes.
+        CorralError: `answer_prompts` failed; finished rows are kept.
     """
     interrupts = Interrupts()
     with interrupts:
         try:
-            return _answer_file(source, out, made_of, answering, progress)
+            return _answer_file(source, out, identity, answer_prompts, progress)
         except KeyboardInterrupt as stop:
             raise stop if isinstance(stop, Stopped) else Stopped(interrupts.signal) from None
         finally:
@@ -73,47 +70,47 @@ def answer_file(
 
 
 def _answer_file(
-    source: str, out: Path, made_of: Mapping[str, Any], answering: Answering, progress: Progress
+    source: str, out: Path, identity: Mapping[str, Any], answer_prompts: AnswerPrompts, progress: Progress
 ) -> Outcome:
     prompts = PromptFile(source, progress)
     digest = prompts.digest()
-    with open_journal(out, {"prompts": digest, **made_of}) as journal:
+    with open_journal(out, {"prompts": digest, **identity}) as journal:
         if isinstance(journal, Totals):
             return Outcome(out, journal)
         progress.start("Reading prompts", None)
         survey = prompts.survey()
         if survey.bad == survey.rows:
-            journal.discard()
+            journal.remove()
             raise all_rows_bad(survey.bad, survey.faults, source)
-        if survey.ignored:
-            progress.say(f"keys without meaning here: {', '.join(survey.ignored)}")
+        if survey.unknown_keys:
+            progress.say(f"keys that have no meaning here: {', '.join(survey.unknown_keys)}")
         if journal.count:
             progress.say(f"{journal.count:,} of {survey.rows:,} rows are done already")
-        meter = _Meter(journal, progress, survey.rows)
-        answering(_left(prompts, journal, meter), meter.keep)
+        throughput = _Throughput(journal, progress, survey.rows)
+        answer_prompts(_unanswered(prompts, journal, throughput), throughput.keep)
         if prompts.digest() != digest:
             raise DataError(
                 "the prompts changed while they were answered",
                 where=source,
                 hint=f"remove {journal.path} and start again",
             )
-        return meter.outcome(journal.finish(survey.rows))
+        return throughput.outcome(journal.finish(survey.rows))
 
 
-def _left(prompts: PromptFile, journal: Journal, meter: _Meter) -> Iterator[Prompt]:
-    """The prompts that are still to be answered; of faulty ones the journal is told at once."""
-    meter.begin()
+def _unanswered(prompts: PromptFile, journal: Journal, throughput: _Throughput) -> Iterator[Prompt]:
+    """The prompts that have no answer yet; faulty ones go into the journal at once."""
+    throughput.begin()
     for prompt in prompts:
         if prompt.index in journal:
             continue
         if prompt.fault is not None:
-            meter.keep(prompt.error_row(prompt.fault))
+            throughput.keep(prompt.error_row(prompt.fault))
         else:
             yield prompt
 
 
-class _Meter:
-    """Between what computes rows and the journal: how many, how fast."""
+class _Throughput:
+    """Keeps finished rows in the journal, and measures how many and how fast."""
 
     def __init__(self, journal: Journal, progress: Progress, rows: int) -> None:
         self._journal = journal
@@ -123,11 +120,11 @@ class _Meter:
         progress.start(f"Answering {rows - journal.count:,} prompts", rows - journal.count)
 
     def begin(self) -> None:
-        """What computes is ready, and asks for the first prompt."""
+        """Start measuring: the model is loaded, and the first prompt is requested."""
         self._began = self._last = time.monotonic()
 
     def keep(self, row: Mapping[str, Any]) -> None:
-        """Take a finished row. Raises: StorageError."""
+        """Keep a finished row. Raises: StorageError."""
         self._journal.add(row)
         self._rows += 1
         self._tokens += row.get("tokens", 0)
@@ -135,21 +132,18 @@ class _Meter:
         self._candidates += len(finishes)
         self._cancelled += finishes.count("cancelled")
         self._last = time.monotonic()
-        self._progress.update(self._rows, self._note())
+        prompts, tokens = self._speeds()
+        saved = f", {self._saved():.0%} of candidates saved" if self._cancelled else ""
+        self._progress.update(self._rows, f"{prompts:.3g} prompts/s, {tokens:,.0f} tokens/s{saved}")
 
-    def outcome(self, figures: Totals) -> Outcome:
-        """What it came to, once the output is there."""
-        return Outcome(self._journal.out, figures, self._rows, self._last - self._began, *self._speeds(), self._saved())
+    def outcome(self, totals: Totals) -> Outcome:
+        """The outcome, once the output is written."""
+        return Outcome(self._journal.out, totals, self._rows, self._last - self._began, *self._speeds(), self._saved())
 
     def _speeds(self) -> tuple[float, float]:
-        """(prompts, tokens) a second."""
+        """(prompts, tokens) per second."""
         seconds = max(self._last - self._began, 1e-9)
         return self._rows / seconds, self._tokens / seconds
 
     def _saved(self) -> float:
         return self._cancelled / self._candidates if self._candidates else 0.0
-
-    def _note(self) -> str:
-        prompts, tokens = self._speeds()
-        saved = f", {self._saved():.0%} of candidates saved" if self._cancelled else ""
-        return f"{prompts:.3g} prompts/s, {tokens:,.0f} tokens/s{saved}"

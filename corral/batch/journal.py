@@ -1,30 +1,40 @@
-"""What is finished of a batch: a journal beside the output while it grows, then the output itself, in order.
+"""The finished rows of a batch: in an SQLite file beside the output while it grows, then written to the output in order.
 
-`OUT.partial` begins with a line that says what its answers were made of; then comes a row as soon as it is done, in whatever
-order. A half-written last line does not count. Of the rows themselves only their places in the file are held in memory: eight
-bytes each. At the end they are copied in order beside OUT, renamed into its place, and the journal is removed;
-`OUT.record.json` says what OUT was made of. Knows nothing about prompts, or how rows come about.
+`OUT.partial` holds each row as soon as it is finished, in any order, and what its answers depend on. At the end the rows are
+written in order beside OUT and renamed to it, and the journal is removed; `OUT.record.json` says what OUT depends on.
 """
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import json
 import os
-from array import array
+import sqlite3
+import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from corral.errors import InputError
 from corral.storage import storage_errors, write_json
 
-_ABSENT = -1
-_LINE_BREAKS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}  # JSON lets them stand; who splits lines may not
-_SHOWN = 5
+_LINE_BREAKS = {
+    0x85: "\\u0085",
+    0x2028: "\\u2028",
+    0x2029: "\\u2029",
+}  # valid in JSON, but some readers split lines at them
+_MAX_FAULTS = 5
+_ERRNO = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_READONLY: errno.EROFS,
+    sqlite3.SQLITE_PERM: errno.EACCES,
+    sqlite3.SQLITE_CANTOPEN: errno.EACCES,
+}
+_SYNC_SECONDS = (
+    1.0  # every commit survives the end of the process; at most this much is lost if the machine loses power
+)
 
 
 @dataclass(slots=True)
@@ -38,224 +48,231 @@ class Totals:
     faults: list[str] = field(default_factory=list[str])
     """Of the first few bad rows."""
 
-    def count(self, row: Mapping[str, Any]) -> None:
-        """Take a row into account."""
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Count a row."""
         self.rows += 1
         self.prompt_tokens += row.get("prompt_tokens", 0)
         self.tokens += row.get("tokens", 0)
         if "error" in row:
             self.bad += 1
-            if len(self.faults) < _SHOWN:
+            if len(self.faults) < _MAX_FAULTS:
                 self.faults.append(f"row {row['index']}: {row['error']}")
 
 
 class Journal:
-    """Finished rows of one output; `open_journal` makes one. Holds a lock until it is closed."""
+    """The finished rows of one output; made by `open_journal`. No other process can open it until it is closed."""
 
-    def __init__(self, out: Path, file: FileIO, made_of: Mapping[str, Any]) -> None:
+    def __init__(self, out: Path, database: sqlite3.Connection, identity: Mapping[str, Any]) -> None:
         self.out = out
-        self.path = _partial(out)
-        self.count = 0
+        self.path = _journal_path(out)
+        self._database = database
+        self._identity = identity
+        self._synced = time.monotonic()
+        (self.count,) = database.execute("SELECT count(*) FROM rows").fetchone()
         """Rows in it."""
-        self._file = file
-        self._made_of = made_of
-        self._places = array("q")
-        self._end = 0
 
     def __contains__(self, index: int) -> bool:
-        return index < len(self._places) and self._places[index] != _ABSENT
+        return self._database.execute("SELECT 1 FROM rows WHERE position = ?", (index,)).fetchone() is not None
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """KeepRow a finished row; it survives the end of this process, however it comes. Raises: StorageError."""
+        """Keep a finished row; it survives a kill of this process. Raises: StorageError."""
         text = json.dumps(row, ensure_ascii=False, allow_nan=False).translate(_LINE_BREAKS)
-        line = text.encode() + b"\n"
-        self._write(line)
-        self._note(row["index"], self._end - len(line))
+        with _storage_errors(self.path):
+            if is_due := time.monotonic() - self._synced >= _SYNC_SECONDS:
+                self._database.execute("PRAGMA synchronous = FULL")
+            self._database.execute("INSERT INTO rows VALUES (?, ?)", (row["index"], text.encode()))
+            if is_due:
+                self._database.execute("PRAGMA synchronous = NORMAL")
+                self._synced = time.monotonic()
+        self.count += 1
 
     def finish(self, rows: int) -> Totals:
-        """Write the output, in order, and remove the journal.
+        """Write the output in order and remove the journal.
 
         Args:
-            rows: how many there are; each must be in.
+            rows: how many there are; the journal must hold them all.
 
         Raises:
             InputError: every row is bad; the journal is removed, and no output is written.
             StorageError: the disk is full; the journal stays.
         """
-        figures = Totals()
+        assert self.count == rows, "a row is missing"
+        totals = Totals()
         ordered = self.path.with_name(f"{self.path.name}.ordered")
-        with storage_errors(self.out, needed=self._end):
+        with _storage_errors(self.out, needed=self._size()):
             try:
-                with self.path.open("rb") as journal, ordered.open("wb") as file:
-                    for place in self._places[:rows]:
-                        assert place != _ABSENT, "a row is missing"
-                        journal.seek(place)
-                        line = journal.readline()
-                        figures.count(json.loads(line))
-                        file.write(line)
+                with ordered.open("wb") as file:
+                    for (line,) in self._database.execute("SELECT row FROM rows ORDER BY position"):
+                        totals.add(json.loads(line))
+                        file.write(line + b"\n")
                     file.flush()
                     os.fsync(file.fileno())
-                if figures.bad == figures.rows:
-                    self.path.unlink()
-                    raise all_rows_bad(figures.bad, figures.faults, str(self.out))
-                record = {"made_of": self._made_of, "bytes": ordered.stat().st_size, "figures": asdict(figures)}
+                if totals.bad == totals.rows:
+                    self.remove()
+                    raise all_rows_bad(totals.bad, totals.faults, str(self.out))
+                record = {"made_of": self._identity, "bytes": ordered.stat().st_size, "figures": asdict(totals)}
                 write_json(record_path(self.out), record)
                 os.replace(ordered, self.out)
             finally:
                 ordered.unlink(missing_ok=True)
-            self.path.unlink()
-        return figures
+        self.remove()
+        return totals
 
-    def discard(self) -> None:
-        """Remove it. Raises: StorageError."""
+    def remove(self) -> None:
+        """Close and delete it. Raises: StorageError."""
+        self._database.close()
         with storage_errors(self.path):
-            self.path.unlink()
+            self.path.unlink(missing_ok=True)
 
-    def _load(self) -> None:
-        """Take up what is there. Raises: InputError (it was made of something else)."""
-        with self.path.open("rb") as file:
-            head = file.readline()
-            if _whole(head, "made_of") is None:
-                self._restart()
-                return
-            _refuse_other(json.loads(head)["made_of"], self._made_of, self.path, "remove it")
-            self._end = len(head)
-            for line in file:
-                row = _whole(line, "index")
-                if row is None:
-                    break
-                self._note(row["index"], self._end)
-                self._end += len(line)
-        with storage_errors(self.path):
-            os.ftruncate(self._file.fileno(), self._end)
-
-    def _restart(self) -> None:
-        with storage_errors(self.path):
-            os.ftruncate(self._file.fileno(), 0)
-        self._write(json.dumps({"made_of": self._made_of}, ensure_ascii=False).encode() + b"\n")
-
-    def _write(self, line: bytes) -> None:
-        with storage_errors(self.path):
-            left = memoryview(line)
-            while left:
-                left = left[self._file.write(left) :]
-        self._end += len(line)
-
-    def _note(self, index: int, place: int) -> None:
-        if index >= len(self._places):
-            self._places.extend([_ABSENT] * (index + 1 - len(self._places)))
-        self.count += self._places[index] == _ABSENT
-        self._places[index] = place
+    def _size(self) -> int:
+        return self._database.execute("SELECT coalesce(sum(length(row) + 1), 0) FROM rows").fetchone()[0]
 
 
 @contextmanager
-def open_journal(out: Path, made_of: Mapping[str, Any]) -> Generator[Journal | Totals]:
-    """The journal of an output; or, where the output is already there and made of the same, its figures.
+def open_journal(out: Path, identity: Mapping[str, Any]) -> Generator[Journal | Totals]:
+    """The journal of an output, or the totals of the output if it is finished and depends on the same.
 
     Args:
-        out: where the finished rows are to be.
-        made_of: everything the rows depend on, as JSON values.
+        out: the file of answers.
+        identity: everything that the rows depend on, as JSON values.
 
     Raises:
-        InputError: another process is writing it; what is there was made of something else; or it is a folder.
-        StorageError: the place cannot be written.
+        InputError: another process is writing it; it depends on something else; or it is a folder.
+        StorageError: the file cannot be written.
     """
     if out.is_dir():
         raise InputError("this is a folder", where=str(out), hint="give the name of a file with --out")
-    with storage_errors(_partial(out)):
+    path = _journal_path(out)
+    with _storage_errors(path):
         out.parent.mkdir(parents=True, exist_ok=True)
-    file = _locked(_partial(out))
+        database = _connect(path)
+        is_new = not database.execute("SELECT name FROM sqlite_master").fetchall()
+    is_needless = is_new
     try:
-        done = _finished(out, made_of)
-        journal = Journal(out, file, made_of)
-        journal._load()  # pyright: ignore[reportPrivateUsage]
-        if done is not None:
-            journal.path.unlink()  # empty, or left by a process that was killed just before it would have done so
-        yield done or journal
+        totals = _finished_totals(out, identity)
+        if not is_new:
+            _refuse_other(_stored_identity(database, path), identity, path, "remove it")
+        if totals is not None:
+            is_needless = True  # new, or left by a process that was killed just before it removed the journal
+            yield totals
+            return
+        with _storage_errors(path):
+            if is_new:
+                _create_tables(database, identity)
+            journal = Journal(out, database, identity)
+        is_needless = False
+        yield journal
     finally:
-        if os.fstat(file.fileno()).st_size == 0:
-            _partial(out).unlink(missing_ok=True)
-        file.close()
+        database.close()
+        if is_needless:
+            path.unlink(missing_ok=True)
 
 
 def all_rows_bad(rows: int, faults: list[str], where: str) -> InputError:
     """The error for a batch that has no good row."""
     several = f"all {rows:,} rows are bad" if rows > 1 else "the only row is bad"
-    return InputError("\n".join([several, *(f"  {fault}" for fault in faults)]), where=where, hint="mend the rows")
+    return InputError("\n".join([several, *(f"  {fault}" for fault in faults)]), where=where, hint="correct the rows")
 
 
 def record_path(out: Path) -> Path:
-    """Where it stands what an output was made of."""
+    """The file that says what an output depends on."""
     return out.with_name(f"{out.name}.record.json")
 
 
-def _partial(out: Path) -> Path:
+def _journal_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.partial")
 
 
-def _whole(line: bytes, key: str) -> dict[str, Any] | None:
-    """The object with that key that a line holds, if it was written to its end. After a power failure it may hold anything."""
-    try:
-        value: Any = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) and key in value else None
-
-
-def _locked(path: Path) -> FileIO:
-    """The file, created if need be, which no other process has. Raises: InputError, StorageError."""
+def _connect(path: Path) -> sqlite3.Connection:
+    """Open and lock an SQLite file, created if necessary. Raises: InputError, OSError, sqlite3.DatabaseError."""
     while True:
-        with storage_errors(path):
-            file = FileIO(path, "a+")
+        path.touch()
+        before = path.stat().st_ino
+        database = sqlite3.connect(path, timeout=0, isolation_level=None)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Who had it may have removed it between the opening and the lock.
-            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                return file
-        except BlockingIOError:
-            file.close()
-            raise InputError(
-                "another process is writing this output",
-                where=str(path),
-                hint="wait until it ends, or give another file with --out",
-            ) from None
-        except FileNotFoundError:
-            pass
-        file.close()
+            # An exclusive connection keeps its lock until it is closed, and in WAL mode needs no shared memory.
+            database.execute("PRAGMA locking_mode = EXCLUSIVE")
+            database.execute("PRAGMA synchronous = NORMAL")
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("COMMIT")
+            # The process that had it locked may have removed it in between.
+            if path.exists() and path.stat().st_ino == before:
+                return database
+        except sqlite3.DatabaseError as error:
+            database.close()
+            if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+                raise InputError(
+                    "another process is writing this output",
+                    where=str(path),
+                    hint="wait until it ends, or give another file with --out",
+                ) from None
+            if error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
+                raise _not_a_journal(path) from None
+            raise
+        database.close()
 
 
-def _finished(out: Path, made_of: Mapping[str, Any]) -> Totals | None:
-    """The figures of an output that is there. Raises: InputError (it is not what would be written)."""
+def _stored_identity(database: sqlite3.Connection, path: Path) -> dict[str, Any]:
+    """What the rows of a journal depend on. Raises: InputError (it is no journal)."""
+    try:
+        return json.loads(database.execute("SELECT identity FROM batch").fetchone()[0])
+    except (sqlite3.DatabaseError, TypeError, ValueError):
+        raise _not_a_journal(path) from None
+
+
+def _not_a_journal(path: Path) -> InputError:
+    return InputError(
+        "this is no journal of this version of corral, and cannot be resumed",
+        where=str(path),
+        hint="finish the batch with the version of corral that began it, or remove the file to begin again",
+    )
+
+
+def _create_tables(database: sqlite3.Connection, identity: Mapping[str, Any]) -> None:
+    database.execute("PRAGMA journal_mode = WAL")
+    database.execute("BEGIN")
+    database.execute("CREATE TABLE batch (identity TEXT NOT NULL)")
+    database.execute("CREATE TABLE rows (position INTEGER PRIMARY KEY, row BLOB NOT NULL)")
+    database.execute("INSERT INTO batch VALUES (?)", (json.dumps(identity, ensure_ascii=False),))
+    database.execute("COMMIT")
+
+
+@contextmanager
+def _storage_errors(path: Path, *, needed: int | None = None) -> Generator[None]:
+    """Turns errors of SQLite and of the file system into a StorageError about `path`."""
+    with storage_errors(path, needed=needed):
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            number = _ERRNO.get(error.sqlite_errorcode & 0xFF, errno.EIO)
+            raise OSError(number, str(error), str(path)) from error
+
+
+def _finished_totals(out: Path, identity: Mapping[str, Any]) -> Totals | None:
+    """The totals of an output that exists. Raises: InputError (it is not the output of this batch)."""
     if not out.exists():
         return None
     way_out = "move it away"
+    hint = f"give another file with --out, or {way_out}"
     try:
         record: dict[str, Any] = json.loads(record_path(out).read_text("utf-8"))
-        found, size, figures = record["made_of"], record["bytes"], Totals(**record["figures"])
+        there, size, totals = record["made_of"], record["bytes"], Totals(**record["figures"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(
-            "this file exists, and is no output of corral's",
-            where=str(out),
-            hint=f"give another file with --out, or {way_out}",
-        ) from None
-    _refuse_other(found, made_of, out, way_out)
+        raise InputError("this file exists, and is no output of corral", where=str(out), hint=hint) from None
+    _refuse_other(there, identity, out, way_out)
     if out.stat().st_size != size:
-        raise InputError(
-            "this output was changed after it was written",
-            where=str(out),
-            hint=f"give another file with --out, or {way_out}",
-        )
-    return figures
+        raise InputError("this output was changed after it was written", where=str(out), hint=hint)
+    return totals
 
 
-def _refuse_other(found: Mapping[str, Any], wanted: Mapping[str, Any], where: Path, way_out: str) -> None:
-    """Raises InputError, naming what differs, unless both are the same."""
-    if found == wanted:
+def _refuse_other(there: Mapping[str, Any], here: Mapping[str, Any], where: Path, way_out: str) -> None:
+    """Raises InputError, naming what differs, unless both identities are the same."""
+    if there == here:
         return
-    there, here = _flat(found), _flat(wanted)
+    there, here = _flatten(there), _flatten(here)
     names = [name for name in dict.fromkeys((*there, *here)) if there.get(name) != here.get(name)]
     raise InputError(
-        f"this was made of something else: {'; '.join(_difference(name, there, here) for name in names)}",
+        f"this holds the answers of another batch: {'; '.join(_difference(name, there, here) for name in names)}",
         where=str(where),
         hint=f"give another file with --out, or {way_out}",
     )
@@ -267,9 +284,9 @@ def _difference(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) ->
     return f"{name} = {json.dumps(there.get(name))} there, {json.dumps(here.get(name))} here"
 
 
-def _flat(value: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"a": {"b": 1}}` → `{"a.b": 1}`."""
     flat: dict[str, Any] = {}
     for key, item in value.items():
-        flat |= _flat(item, f"{before}{key}.") if isinstance(item, dict) and item else {f"{before}{key}": item}
+        flat |= _flatten(item, f"{prefix}{key}.") if isinstance(item, dict) and item else {f"{prefix}{key}": item}
     return flat

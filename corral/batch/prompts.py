@@ -1,11 +1,11 @@
-"""Rows of a file → prompts, one at a time: what is asked, the caller's id, or the fault that keeps a row from being asked.
+"""Reads prompts from a file, row by row: the conversation, the user's id, or the fault that makes a row unusable.
 
-Reads what any source of a recipe may be. Memory does not depend on the number of rows. It does not know what is done with a
-prompt.
+It reads every kind of source that a recipe can name. Memory does not depend on the number of rows.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +20,7 @@ from corral.progress import Progress
 from corral.recipe import Source
 
 _KEYS = frozenset(("prompt", "messages", "id"))
+_MAX_UNKNOWN_KEYS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +28,10 @@ class Prompt:
     """One row.
 
     Args:
-        index: its place among the rows, from 0; blank lines are no rows.
+        index: its number among the rows, from 0; blank lines are no rows.
         id_field: `{"id": …}`, or empty if the row has none.
-        conversation: what is asked; it ends with the user. None where there is a fault.
-        fault: why the row cannot be asked, and where it stands.
+        conversation: ends with the user; None if there is a fault.
+        fault: why the row cannot be used, and its line.
     """
 
     index: int
@@ -42,24 +43,35 @@ class Prompt:
         """The row of the output that says why there is no answer."""
         return {"index": self.index, **self.id_field, "error": reason}
 
+    def to_json(self) -> str:
+        """A row without a fault as text; see `from_json`."""
+        assert self.conversation is not None, "a faulty row has no conversation"
+        return json.dumps([self.index, dict(self.id_field), self.conversation.to_json()])
+
+    @classmethod
+    def from_json(cls, text: str) -> Prompt:
+        """The row of that text."""
+        index, id_field, conversation = json.loads(text)
+        return cls(index, id_field, Conversation.from_json(conversation))
+
 
 @dataclass(slots=True)
 class Survey:
-    """What a look at all rows finds."""
+    """Counts and faults of all rows."""
 
     rows: int = 0
     bad: int = 0
     faults: list[str] = field(default_factory=list[str])
     """The first few."""
-    ignored: dict[str, None] = field(default_factory=dict[str, None])
-    """Keys of rows that mean nothing here, in the order they came."""
+    unknown_keys: dict[str, None] = field(default_factory=dict[str, None])
+    """Keys of rows that have no meaning here, in order of appearance."""
 
 
 class PromptFile:
     """The prompts of a source: a `.jsonl` file, or anything else that `data.sources` of a recipe reads.
 
     Raises:
-        DataError: there is no such file, or it cannot be read; now, or while it is read.
+        DataError: the file does not exist or cannot be read; now, or while iterating.
     """
 
     def __init__(self, path: str, progress: Progress) -> None:
@@ -68,22 +80,22 @@ class PromptFile:
         self._progress = progress
 
     def digest(self) -> str:
-        """sha256 (hex) of what is read."""
+        """sha256 (hex) of the content."""
         return hash_source(self._source)
 
-    def survey(self, most: int = 5) -> Survey:
-        """Count rows and faults, keeping the first `most` faults."""
-        found = Survey()
+    def survey(self, max_faults: int = 5) -> Survey:
+        """Read all rows, count them and keep the first faults."""
+        survey = Survey()
         for raw in read_rows(self._source, self._progress):
-            found.rows += 1
-            fault = _prompt(found.rows - 1, raw).fault
+            survey.rows += 1
+            fault = _prompt(survey.rows - 1, raw).fault
             if fault is not None:
-                found.bad += 1
-                if len(found.faults) < most:
-                    found.faults.append(fault)
-            elif len(found.ignored) < 100:
-                found.ignored.update(dict.fromkeys(key for key in raw.value or {} if key not in _KEYS))
-        return found
+                survey.bad += 1
+                if len(survey.faults) < max_faults:
+                    survey.faults.append(fault)
+            elif len(survey.unknown_keys) < _MAX_UNKNOWN_KEYS:
+                survey.unknown_keys.update(dict.fromkeys(key for key in raw.value or {} if key not in _KEYS))
+        return survey
 
     def __iter__(self) -> Iterator[Prompt]:
         return (_prompt(index, raw) for index, raw in enumerate(read_rows(self._source)))
@@ -92,16 +104,16 @@ class PromptFile:
 def _prompt(index: int, raw: RawRow) -> Prompt:
     if raw.value is None:
         return Prompt(index, {}, None, raw.fault)
-    given: dict[str, Any] = {}
+    id_field: dict[str, Any] = {}
     try:
-        given = _given(raw.value)
-        return Prompt(index, given, _conversation(raw.value))
+        id_field = _id_field(raw.value)
+        return Prompt(index, id_field, _conversation(raw.value))
     except FormatError as error:
-        return Prompt(index, given, None, f"{raw.location}: {error.reason}")
+        return Prompt(index, id_field, None, f"{raw.location}: {error.reason}")
 
 
-def _given(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The id of a row, if it has one. Raises: FormatError (it is no value that a line of JSON can carry by itself)."""
+def _id_field(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The id of a row, if it has one. Raises: FormatError (it is not a JSON scalar)."""
     if "id" not in row:
         return {}
     value = row["id"]
@@ -112,14 +124,14 @@ def _given(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _conversation(row: Mapping[str, Any]) -> Conversation:
-    """What a row asks. Raises: FormatError."""
+    """The conversation of a row. Raises: FormatError."""
     prompt, turns = (row.get(name) for name in ("prompt", "messages"))
     if prompt is not None and turns is not None:
-        raise FormatError("both `prompt` and `messages`: one row asks one thing")
+        raise FormatError("both `prompt` and `messages`: a row may have only one of them")
     if turns is None:
         return Conversation.from_turns(("user", column_text(row, "prompt", "messages")))
-    read_ = read_messages(turns, "messages", OPENAI)
-    if read_[-1].role != "user":
-        raise FormatError(f"messages ends with the {read_[-1].role}: the last must be from the user")
-    check_turn_order([*read_, Message("assistant", "")])
-    return Conversation(tuple(read_))
+    messages = read_messages(turns, "messages", OPENAI)
+    if messages[-1].role != "user":
+        raise FormatError(f"messages ends with the {messages[-1].role}: the last must be from the user")
+    check_turn_order([*messages, Message("assistant", "")])
+    return Conversation(tuple(messages))

@@ -1,7 +1,7 @@
-"""PromptFile → finished rows on a Ray cluster, with Ray Data: a pool of workers, each of which holds the model.
+"""Answers prompts on a Ray cluster, with Ray Data: a pool of workers, each with the model loaded.
 
-Ray starts a worker that died anew and gives its prompts out again; finished rows come back to this process, which alone
-writes. A path to the model must mean the same on all machines. Knows nothing about files of prompts or of answers.
+Ray restarts a worker that died and hands its prompts out again; finished rows come back to this process, which alone writes.
+A path to the model must be valid on all machines.
 """
 
 from __future__ import annotations
@@ -22,26 +22,25 @@ from corral.batch.local_worker import KeepRow, RowAnswerer, prompts_in_flight
 from corral.batch.prompts import Prompt
 from corral.errors import CorralError, EngineError, InputError
 from corral.extras import require
-from corral.messages import Conversation
 
 PROMPTS_PER_BLOCK = 16
-"""PromptFile that are given out together, and whose rows come back together."""
+"""Prompts that are sent to a worker together, and whose rows come back together."""
 
 
 class RayWorker:
-    """One worker of the pool; Ray calls it from several threads at once."""
+    """A worker of the pool; Ray calls it from several threads at once."""
 
     def __init__(self, open_answerer: Callable[[], Answerer], seed: int) -> None:
-        self._face = SyncAnswerer(open_answerer())
-        self._rows = RowAnswerer(self._face.answerer, seed)
+        self._answerer = SyncAnswerer(open_answerer())
+        self._rows = RowAnswerer(self._answerer.answerer, seed)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
         """`{"row": [prompt, …]}` → `{"row": [finished row, …]}`, each as JSON. Raises: EngineError (the engine is broken)."""
-        prompts = [_unpacked(text) for text in batch["row"].to_pylist()]
-        return {"row": [json.dumps(row) for row in self._face.run(self._answered(prompts))]}
+        prompts = [Prompt.from_json(text) for text in batch["row"].to_pylist()]
+        return {"row": [json.dumps(row) for row in self._answerer.run(self._answer(prompts))]}
 
-    async def _answered(self, prompts: list[Prompt]) -> list[dict[str, Any]]:
-        return await asyncio.gather(*map(self._rows.of, prompts))
+    async def _answer(self, prompts: list[Prompt]) -> list[dict[str, Any]]:
+        return await asyncio.gather(*map(self._rows.answer, prompts))
 
 
 def answer_on_ray(
@@ -55,19 +54,19 @@ def answer_on_ray(
     """Answer all prompts on a cluster.
 
     Args:
-        address: of the cluster; None takes the one that this machine belongs to (or RAY_ADDRESS), else starts one here.
-        open_answerer: loads the model, in each worker; it is pickled.
+        address: of the cluster; None takes RAY_ADDRESS or the cluster of this machine, else starts one here.
+        open_answerer: loads the model in each worker; it is pickled.
 
     Raises:
         MissingExtraError: the extra `ray` is not installed.
-        InputError: there is no cluster at this address, or it has no machine that computes.
+        InputError: there is no cluster at this address, or it has neither CPU nor GPU.
         EngineError: a worker cannot load the model, or its engine fails.
         KeyboardInterrupt: by a signal.
     """
     ray = require("ray", "ray")
     data = require("ray.data", "ray")
     with _connected(ray, address):
-        size, needs = _pool(ray.nodes())
+        size, resources = _pool_size(ray.nodes())
         blocks = list(_blocks(ray, prompts))
         if not blocks:
             return
@@ -83,7 +82,7 @@ def answer_on_ray(
                 max_concurrent_calls_per_actor=calls,
                 enable_true_multi_threading=True,
             ),
-            **needs,
+            **resources,
         )
         del blocks
         try:
@@ -91,21 +90,21 @@ def answer_on_ray(
                 for text in batch["row"].to_pylist():
                     keep(json.loads(text))
         except (ray.exceptions.RayError, ray.data.exceptions.UserCodeException) as error:
-            raise _translated(error) from error
+            raise _own_error(error) from error
 
 
 @contextmanager
 def _connected(ray: Any, address: str | None) -> Generator[None]:
-    """A session of Ray, in which signals mean what they mean elsewhere. Raises: InputError."""
+    """A session of Ray that leaves our signal handlers in place. Raises: InputError."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    _reach(address or "")
+    _check_address(address or "")
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address, log_to_driver=False, logging_level="warning")
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise _no_cluster(error, address) from error
     finally:
-        # Ray takes SIGTERM for itself.
+        # Ray replaces the handler of SIGTERM.
         if before is not None:
             signal.signal(signal.SIGTERM, before)
     context = ray.data.DataContext.get_current()
@@ -117,8 +116,8 @@ def _connected(ray: Any, address: str | None) -> Generator[None]:
         ray.shutdown()
 
 
-def _reach(address: str) -> None:
-    """Ray itself waits minutes for a cluster that is not there. Raises: InputError."""
+def _check_address(address: str) -> None:
+    """Ray itself would wait minutes for a cluster that does not exist. Raises: InputError."""
     host, _, port = address.rpartition(":")
     if not port.isdigit() or "/" in address:
         return
@@ -136,48 +135,37 @@ def _no_cluster(error: Exception, address: str | None) -> InputError:
     )
 
 
-def _pool(nodes: list[dict[str, Any]]) -> tuple[int, dict[str, float]]:
-    """(workers, what each needs): one for each GPU; without GPUs one for each machine, of the smallest one's size.
+def _pool_size(nodes: list[dict[str, Any]]) -> tuple[int, dict[str, float]]:
+    """(workers, resources of each): one for each GPU; without GPUs one for each machine, as large as the smallest one.
 
     Raises:
-        InputError: no machine computes.
+        InputError: there is neither CPU nor GPU.
     """
-    found = [node["Resources"] for node in nodes if node["Alive"]]
-    gpus = sum(int(each.get("GPU", 0)) for each in found)
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    gpus = sum(int(each.get("GPU", 0)) for each in alive)
     if gpus:
         return gpus, {"num_gpus": 1}
-    cpus = [int(each["CPU"]) for each in found if each.get("CPU", 0) >= 1]
+    cpus = [int(each["CPU"]) for each in alive if each.get("CPU", 0) >= 1]
     if not cpus:
         raise InputError("the Ray cluster has no CPU and no GPU", where="--ray", hint="add a machine: `ray start`")
     return sum(each // min(cpus) for each in cpus), {"num_cpus": min(cpus)}
 
 
 def _blocks(ray: Any, prompts: Iterator[Prompt]) -> Iterator[Any]:
-    """The prompts in Ray's store, which spills to the disk what does not fit in memory."""
+    """Puts the prompts into Ray's object store, which spills to disk what does not fit into memory."""
     import pyarrow as pa
 
-    while some := [_packed(prompt) for prompt in islice(prompts, PROMPTS_PER_BLOCK)]:
-        yield ray.put(pa.table({"row": some}))
+    while block := [prompt.to_json() for prompt in islice(prompts, PROMPTS_PER_BLOCK)]:
+        yield ray.put(pa.table({"row": block}))
 
 
-def _packed(prompt: Prompt) -> str:
-    assert prompt.conversation is not None, "a faulty row is not asked"
-    return json.dumps([prompt.index, dict(prompt.id_field), prompt.conversation.to_json()])
-
-
-def _unpacked(text: str) -> Prompt:
-    index, given, conversation = json.loads(text)
-    return Prompt(index, given, Conversation.from_json(conversation))
-
-
-def _translated(error: BaseException) -> CorralError:
-    """corral's own error beneath Ray's, if there is one."""
-    seen: BaseException | None = error
-    while seen is not None:
-        own = getattr(seen, "cause", None)
-        for each in (seen, own):
+def _own_error(error: BaseException) -> CorralError:
+    """corral's own error that Ray's error wraps, if there is one."""
+    cause: BaseException | None = error
+    while cause is not None:
+        for each in (cause, getattr(cause, "cause", None)):
             if isinstance(each, CorralError):
                 return each
-        seen = seen.__cause__
+        cause = cause.__cause__
     last = str(error).strip().splitlines()
     return EngineError(f"a worker on the Ray cluster failed: {last[-1] if last else type(error).__name__}")

@@ -1,11 +1,13 @@
-"""The journal and the output it becomes: whole lines, once each, in order, and nobody else's."""
+"""The journal of a batch and the output that is written from it."""
 
 from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Generator
-from contextlib import contextmanager
+import shutil
+import sqlite3
+from collections.abc import Callable, Generator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,12 @@ from corral.batch.journal import Journal, Totals, open_journal, record_path
 from corral.errors import InputError, StorageError
 from tests.batch.work import read
 
-MADE_OF = {"prompts": "a" * 64, "answer": {"max_tokens": 8, "consensus": {"method": "none"}}, "seed": 1}
+IDENTITY = {"prompts": "a" * 64, "answer": {"max_tokens": 8, "consensus": {"method": "none"}}, "seed": 1}
 
 
 @contextmanager
 def journal(out: Path, **changes: Any) -> Generator[Journal]:
-    with open_journal(out, MADE_OF | changes) as found:
+    with open_journal(out, IDENTITY | changes) as found:
         assert isinstance(found, Journal)
         yield found
 
@@ -29,7 +31,7 @@ def row(index: int) -> dict[str, Any]:
     return {"index": index, "answer": f"ü\u2028{index}", "prompt_tokens": 3, "tokens": 2}
 
 
-def test_rows_that_came_in_any_order_are_written_in_theirs(tmp_path: Path) -> None:
+def test_rows_that_finished_in_any_order_are_written_in_order(tmp_path: Path) -> None:
     out = tmp_path / "new" / "a.jsonl"
     with journal(out) as found:
         for index in (2, 0, 1):
@@ -41,28 +43,57 @@ def test_rows_that_came_in_any_order_are_written_in_theirs(tmp_path: Path) -> No
     assert sorted(path.name for path in out.parent.iterdir()) == ["a.jsonl", "a.jsonl.record.json"]
 
 
-def test_what_was_kept_is_there_again_and_a_half_written_line_is_not(tmp_path: Path) -> None:
-    out = tmp_path / "a.jsonl"
-    with journal(out) as found:
+def test_a_journal_that_is_opened_again_has_its_rows_but_for_one_that_was_half_written(tmp_path: Path) -> None:
+    killed = tmp_path / "killed" / "a.jsonl"
+    killed.parent.mkdir()
+    with journal(tmp_path / "a.jsonl") as found:
         found.add(row(1))
         found.add(row(4))
-    partial = tmp_path / "a.jsonl.partial"
-    whole = partial.read_bytes()
-    for rest in (b'{"index": 2, "ans', b'{"index": 2}', b"\0" * 30 + b"\n", b"\xff\n{}\n", b"[2]\n"):
-        partial.write_bytes(whole + rest)
-        with journal(out) as found:
-            assert [index for index in range(6) if index in found] == [1, 4]
-            assert found.count == 2
-        assert partial.read_bytes() == whole
+        for suffix in ("", "-wal"):
+            shutil.copy(f"{found.path}{suffix}", f"{killed}.partial{suffix}")
+    with journal(tmp_path / "a.jsonl") as found:
+        assert [index for index in range(6) if index in found] == [1, 4]
+        assert found.count == 2
+    log = Path(f"{killed}.partial-wal")
+    log.write_bytes(log.read_bytes()[:-100])
+    with journal(killed) as found:
+        assert [index for index in range(6) if index in found] == [1]
+        assert found.count == 1
 
 
-@pytest.mark.parametrize("head", [b"", b'{"made_of": {"pro', b"\0\0\0\n"])
-def test_a_journal_that_was_hardly_begun_is_begun_again(head: bytes, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl.partial").write_bytes(head)
+def test_an_empty_journal_is_begun_again(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.partial").touch()
     with journal(tmp_path / "a.jsonl") as found:
         found.add(row(0))
         found.finish(1)
     assert read(tmp_path / "a.jsonl")[0]["index"] == 0
+
+
+def other_database(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE other (id)")
+
+
+NO_JOURNALS: dict[str, Callable[[Path], object]] = {
+    "JSON lines, as older versions wrote": lambda path: path.write_text('{"made_of": {}}\n{"index": 0}\n'),
+    "zeros": lambda path: path.write_bytes(bytes(5000)),
+    "another database": other_database,
+}
+
+
+@pytest.mark.parametrize("case", NO_JOURNALS)
+def test_a_file_that_is_no_journal_is_refused_and_left_alone(case: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.partial"
+    NO_JOURNALS[case](path)
+    before = path.read_bytes()
+    with (
+        pytest.raises(InputError, match="no journal of this version") as refused,
+        open_journal(tmp_path / "a.jsonl", IDENTITY),
+    ):
+        pass
+    assert refused.value.where == str(path)
+    assert "remove the file" in str(refused.value.hint)
+    assert path.read_bytes() == before
 
 
 OTHERS: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -77,7 +108,9 @@ OTHERS: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize("case", OTHERS)
-def test_what_was_made_of_something_else_is_refused_and_left_alone(case: str, finished: bool, tmp_path: Path) -> None:
+def test_a_journal_or_output_of_another_batch_is_refused_and_left_alone(
+    case: str, finished: bool, tmp_path: Path
+) -> None:
     changes, expected = OTHERS[case]
     out = tmp_path / "a.jsonl"
     with journal(out) as found:
@@ -85,7 +118,7 @@ def test_what_was_made_of_something_else_is_refused_and_left_alone(case: str, fi
         if finished:
             found.finish(1)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(InputError) as refused, open_journal(out, MADE_OF | changes):
+    with pytest.raises(InputError) as refused, open_journal(out, IDENTITY | changes):
         pass
     for part in expected:
         assert part in refused.value.what
@@ -94,20 +127,20 @@ def test_what_was_made_of_something_else_is_refused_and_left_alone(case: str, fi
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_what_is_finished_is_not_done_again(tmp_path: Path) -> None:
+def test_a_finished_output_is_not_written_again(tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
     with journal(out) as found:
         found.add(row(0))
         figures = found.finish(1)
-    with open_journal(out, MADE_OF) as again:
+    with open_journal(out, IDENTITY) as again:
         assert again == figures
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.jsonl.record.json"]
 
 
-def test_a_file_of_somebody_else_or_one_that_was_edited_is_not_written_over(tmp_path: Path) -> None:
+def test_an_output_that_corral_did_not_write_or_that_was_edited_is_not_overwritten(tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
     out.write_text("mine\n")
-    with pytest.raises(InputError, match="no output of corral"), open_journal(out, MADE_OF):
+    with pytest.raises(InputError, match="no output of corral"), open_journal(out, IDENTITY):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
     out.unlink()
@@ -115,22 +148,22 @@ def test_a_file_of_somebody_else_or_one_that_was_edited_is_not_written_over(tmp_
         found.add(row(0))
         found.finish(1)
     out.write_text(out.read_text() + "more\n")
-    with pytest.raises(InputError, match="changed after"), open_journal(out, MADE_OF):
+    with pytest.raises(InputError, match="changed after"), open_journal(out, IDENTITY):
         pass
     assert out.read_text().endswith("more\n")
 
 
-def test_two_do_not_write_one_output(tmp_path: Path) -> None:
+def test_an_output_that_is_being_written_cannot_be_opened_again(tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
     with journal(out) as found:
-        with pytest.raises(InputError, match="another process"), open_journal(out, MADE_OF):
+        with pytest.raises(InputError, match="another process"), open_journal(out, IDENTITY):
             pass
         found.add(row(0))
         found.finish(1)
     assert out.exists()
 
 
-def test_where_every_row_is_bad_nothing_is_written_and_the_first_are_named(tmp_path: Path) -> None:
+def test_if_every_row_is_bad_nothing_is_written_and_the_first_faults_are_named(tmp_path: Path) -> None:
     with journal(tmp_path / "a.jsonl") as found:
         for index in range(9):
             found.add({"index": index, "error": f"fault {index}"})
@@ -142,12 +175,12 @@ def test_where_every_row_is_bad_nothing_is_written_and_the_first_are_named(tmp_p
     assert not record_path(tmp_path / "a.jsonl").exists()
 
 
-def test_a_disk_that_refuses_a_row_or_the_output_is_one_error_and_loses_nothing(tmp_path: Path) -> None:
+def test_a_disk_that_refuses_a_row_or_the_output_is_a_storage_error_and_loses_nothing(tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     with journal(out) as found:
         found.add(row(0))
-        size = found.path.stat().st_size
+        size = Path(f"{found.path}-wal").stat().st_size
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, before[1]))
             with pytest.raises(StorageError) as full:

@@ -1,4 +1,4 @@
-"""PromptFile through an Answerer here: full rows, and engines that fail."""
+"""Prompts answered on this machine: whole rows, and engines that fail."""
 
 from __future__ import annotations
 

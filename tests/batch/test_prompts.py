@@ -55,7 +55,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "nothing asked": ({"text": "Hi?"}, "no `prompt`"),
     "an empty prompt": ({"prompt": " "}, "prompt is empty"),
     "no text": ({"prompt": 3}, "prompt is a number"),
-    "two questions": ({"prompt": "Hi?", "messages": [USER]}, "both"),
+    "a prompt and messages": ({"prompt": "Hi?", "messages": [USER]}, "both"),
     "no messages": ({"messages": []}, "empty list"),
     "an unknown role": ({"messages": [{"role": "narrator", "content": "x"}]}, "narrator"),
     "the assistant last": ({"messages": [USER, ASSISTANT]}, "last must be from the user"),
@@ -85,8 +85,8 @@ def test_the_id_of_a_bad_row_is_kept(tmp_path: Path) -> None:
 def test_a_survey_counts_and_names_what_is_ignored_once(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "topic": 1, "id": 0}, {"prompt": ""}, "x", {"prompt": "b", "topic": 2, "level": 3}]
     prompts(tmp_path / "p.jsonl", *rows)
-    survey = PromptFile(str(tmp_path / "p.jsonl"), Progress()).survey(most=1)
-    assert (survey.rows, survey.bad, list(survey.ignored)) == (4, 2, ["topic", "level"])
+    survey = PromptFile(str(tmp_path / "p.jsonl"), Progress()).survey(max_faults=1)
+    assert (survey.rows, survey.bad, list(survey.unknown_keys)) == (4, 2, ["topic", "level"])
     assert survey.faults == ["line 2: prompt is empty"]
 
 

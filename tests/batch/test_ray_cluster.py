@@ -19,10 +19,10 @@ import pytest
 from corral.answering.answerer import Answerer
 from corral.batch import answer_file
 from corral.batch.prompts import PromptFile
-from corral.batch.ray_cluster import RayWorker, _packed, answer_on_ray
+from corral.batch.ray_cluster import RayWorker, answer_on_ray
 from corral.errors import EngineError, InputError, MissingExtraError
 from corral.progress import Progress
-from tests.batch.work import MADE_OF, Batch, asked, read, wait_for_rows
+from tests.batch.work import IDENTITY, Batch, asked, finished_rows, read, wait_for_rows
 
 ROWS = 400
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="the extra `ray` is not installed")
@@ -69,7 +69,7 @@ def test_a_worker_tells_a_row_that_breaks_its_engine_from_an_engine_that_is_brok
 
     rows = [{"prompt": "Break it." if i == 7 else asked(i)} for i in range(16)]
     batch = make(rows, breaks_at="Break it.")
-    given = pa.table({"row": [_packed(prompt) for prompt in PromptFile(str(batch.prompts), Progress())]})
+    given = pa.table({"row": [prompt.to_json() for prompt in PromptFile(str(batch.prompts), Progress())]})
     worker = RayWorker(batch.open, 7)
     found = [json.loads(row) for row in worker({"row": given["row"]})["row"]]
     assert [row["index"] for row in found] == list(range(16))
@@ -87,7 +87,7 @@ def test_rows_that_break_an_engine_are_bad_and_all_others_are_answered(
     rows = [{"prompt": "Break it." if i in breaking else asked(i)} for i in range(100)]
     batch = make(rows, breaks_at="Break it.")
     answering = partial(answer_on_ray, cluster, batch.open, 1, 7)
-    outcome = answer_file(str(batch.prompts), batch.out, MADE_OF, answering, Progress())
+    outcome = answer_file(str(batch.prompts), batch.out, IDENTITY, answering, Progress())
     assert (outcome.figures.rows, outcome.figures.bad) == (100, 4)
     assert {row["index"] for row in read(batch.out) if "error" in row} == breaking
     here = replace(batch, out=tmp_path / "here.jsonl")
@@ -117,7 +117,7 @@ def test_a_worker_is_killed_and_every_row_comes_out_once_in_order(
     killer = threading.Thread(target=kill)
     killer.start()
     answering = partial(answer_on_ray, cluster, Named(batch, workers), 1, 7)
-    outcome = answer_file(str(batch.prompts), batch.out, MADE_OF, answering, Progress())
+    outcome = answer_file(str(batch.prompts), batch.out, IDENTITY, answering, Progress())
     killer.join()
     assert outcome.answered == ROWS
     # Whether one takes the place of the killed in time to do something is Ray's affair: the other may have done it all.
@@ -140,10 +140,10 @@ def test_stopped_it_goes_on_here_or_there(cluster: str, make: Callable[..., Batc
 
     answering = partial(answer_on_ray, cluster, there.open, 1, 7)
     with pytest.raises(KeyboardInterrupt):
-        answer_file(str(there.prompts), there.out, MADE_OF, answering, Stop())
-    kept = there.journal.read_bytes().count(b"\n") - 1
+        answer_file(str(there.prompts), there.out, IDENTITY, answering, Stop())
+    kept = len(finished_rows(there.out))
     assert kept >= 50
-    assert answer_file(str(there.prompts), there.out, MADE_OF, answering, Progress()).answered == ROWS - kept
+    assert answer_file(str(there.prompts), there.out, IDENTITY, answering, Progress()).answered == ROWS - kept
     assert there.out.read_bytes() == here.out.read_bytes()
 
 
@@ -157,10 +157,10 @@ def test_what_a_worker_meets_is_told_as_it_would_be_here(cluster: str, make: Cal
     batch = make(40)
     answering = partial(answer_on_ray, cluster, _no_model, 1, 7)
     with pytest.raises(EngineError, match="no such model here"):
-        answer_file(str(batch.prompts), batch.out, MADE_OF, answering, Progress())
+        answer_file(str(batch.prompts), batch.out, IDENTITY, answering, Progress())
     bad = make([{"prompt": "c " * 9000}, {"prompt": "a"}])
     answer_file(
-        str(bad.prompts), bad.out.with_name("b"), MADE_OF, partial(answer_on_ray, cluster, bad.open, 1, 7), Progress()
+        str(bad.prompts), bad.out.with_name("b"), IDENTITY, partial(answer_on_ray, cluster, bad.open, 1, 7), Progress()
     )
     assert ["error" in row for row in read(bad.out.with_name("b"))] == [True, False]
 

@@ -8,9 +8,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
+import sqlite3
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +33,7 @@ from corral.model.loading import load_tokenizer
 from corral.progress import Progress
 from corral.template import Template
 
-MADE_OF: dict[str, Any] = {"model": "scripted"}
+IDENTITY: dict[str, Any] = {"model": "scripted"}
 
 
 def write_prompts(path: Path, rows: Iterable[Mapping[str, Any] | str]) -> Path:
@@ -59,10 +63,6 @@ class Batch:
     breaks_at: str | None = None
     """What a prompt contains that the engine fails at, with all that is under way."""
 
-    @property
-    def journal(self) -> Path:
-        return self.out.with_name(f"{self.out.name}.partial")
-
     def open(self) -> Answerer:
         template = Template.load(load_tokenizer(self.tokenizer))
 
@@ -78,10 +78,10 @@ class Batch:
         engine = ScriptedEngine(reply, chunk=64, delay_seconds=self.delay_seconds)
         return Answerer(engine, template, Sampling(64), consensus=self.consensus)
 
-    def run(self, made_of: Mapping[str, Any] = MADE_OF, progress: Progress | None = None) -> Outcome:
+    def run(self, identity: Mapping[str, Any] = IDENTITY, progress: Progress | None = None) -> Outcome:
         choices = self.consensus.n if self.consensus else 1
         answering = partial(answer_locally, self.open, choices, 7)
-        return answer_file(str(self.prompts), self.out, made_of, answering, progress or Progress())
+        return answer_file(str(self.prompts), self.out, identity, answering, progress or Progress())
 
     def called(self) -> list[str]:
         """What was asked since the last call, as text."""
@@ -96,19 +96,22 @@ class Batch:
 Dying = Callable[[], None]
 
 
-def _half_a_line(nth: int) -> None:
-    original = Journal._write
-    count = 0
+def _within(statement: str, nth: int) -> None:
+    """Die in the transaction of the nth such SQL statement."""
+    connect, count = sqlite3.connect, 0
 
-    def write(self: Journal, line: bytes) -> None:
-        nonlocal count
-        count += 1
-        if count == nth:
-            self._file.write(line[: len(line) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
-        original(self, line)
+    class Watched(sqlite3.Connection):
+        def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+            nonlocal count
+            count += sql.startswith(statement)
+            if sql.startswith(statement) and count == nth:
+                if not self.in_transaction:
+                    super().execute("BEGIN")
+                super().execute(sql, *values)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().execute(sql, *values)
 
-    Journal._write = write  # type: ignore[method-assign]
+    sqlite3.connect = partial(connect, factory=Watched)
 
 
 def _before(owner: Any, name: str, nth: int = 1) -> None:
@@ -126,9 +129,9 @@ def _before(owner: Any, name: str, nth: int = 1) -> None:
 
 
 INSTANTS: dict[str, Dying] = {
-    "while the journal is begun": partial(_half_a_line, 1),
-    "while the first row is written": partial(_half_a_line, 2),
-    "while a row is written": partial(_half_a_line, 100),
+    "while the journal is created": partial(_within, "INSERT INTO batch", 1),
+    "while the first row is written": partial(_within, "INSERT INTO rows", 1),
+    "while a row is written": partial(_within, "INSERT INTO rows", 100),
     "before a row is written": partial(_before, Journal, "add", 150),
     "while the output is put in order": partial(_before, os, "fsync"),
     "before the record is there": partial(_before, os, "replace", 1),
@@ -156,7 +159,18 @@ def process(batch: Batch, instant: str | None = None) -> Any:
     return started
 
 
+def finished_rows(out: Path) -> set[int]:
+    """The rows in the journal of an output, read from a copy, as a running batch keeps it locked."""
+    with tempfile.TemporaryDirectory() as folder:
+        for suffix in ("", "-wal"):
+            with suppress(FileNotFoundError):
+                shutil.copy(f"{out}.partial{suffix}", f"{folder}/copy{suffix}")
+        with closing(sqlite3.connect(f"{folder}/copy")) as database, suppress(sqlite3.DatabaseError):
+            return {index for (index,) in database.execute("SELECT position FROM rows")}
+    return set()
+
+
 def wait_for_rows(batch: Batch, rows: int) -> None:
     """Until so many are finished."""
-    while not batch.journal.exists() or batch.journal.read_bytes().count(b"\n") <= rows:
+    while len(finished_rows(batch.out)) < rows:
         time.sleep(0.005)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from corral.cli import main, parser
+from tests.batch.work import finished_rows
 from tests.e2e.conftest import corral
 
 DOCS = (Path(__file__).parent.parent.parent / "docs/batch.md").read_text("utf-8")
@@ -60,11 +61,11 @@ def test_killed_and_repeated_it_ends_with_what_it_would_have_ended_with(tiny_fol
     whole = corral("batch", tiny_folder, path, "--out", tmp_path / "whole.jsonl", *common)
     assert whole.returncode == 0, whole.stderr
     command = [sys.executable, "-m", "corral", "batch", tiny_folder, path, "--out", tmp_path / "a.jsonl", *common]
-    journal = tmp_path / "a.jsonl.partial"
+    out = tmp_path / "a.jsonl"
     for number in (signal.SIGKILL, signal.SIGTERM):
         running = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
-        before = journal.read_bytes().count(b"\n") if journal.exists() else 1
-        while not journal.exists() or journal.read_bytes().count(b"\n") <= before:
+        before = finished_rows(out)
+        while finished_rows(out) <= before:
             assert running.poll() is None
             time.sleep(0.01)
         running.send_signal(number)
