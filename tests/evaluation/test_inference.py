@@ -145,7 +145,7 @@ def test_an_options_log_probability_equals_a_direct_computation(
 
     row = asyncio.run(scored())
     assert (row["bytes"], row["gold"]) == ([6, 7], 1)
-    asked = Conversation((*(m for shot in prompting.shots(stem) for m in shot.messages), *stem.messages))
+    asked = Conversation((*(m for shot in prompting.choose_examples(stem) for m in shot.messages), *stem.messages))
     assert len(asked.messages) == 2 * shots + 1
     for option, found in zip(question.options, row["logprobs"], strict=True):
         ids = template.prompt(asked)
