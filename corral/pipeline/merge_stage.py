@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from corral.pipeline.context import RunContext, training_stage_name
-from corral.pipeline.train_stage import held_out_measure, training_start
+from corral.pipeline.train_stage import training_setup, validation_set
 from corral.run.directory import Stage
 from corral.storage import link_or_copy_tree, new_directory, remove_tree
 
@@ -26,14 +26,14 @@ def merge(context: RunContext, stage: Stage) -> None:
     from corral.training import trained_model
 
     number = len(context.recipe.train)
-    start, trained = training_start(context, number), context.run.path / training_stage_name(context.recipe, number)
+    setup, trained = training_setup(context, number), context.run.path / training_stage_name(context.recipe, number)
     candidate = stage.path / "candidate"
     with new_directory(candidate) as folder:
         link_or_copy_tree(trained / trained_model.MERGED_FOLDER, folder)
     probe_set = contract.make_probes(context.template)
     context.progress.start("Measuring the contract", None)
     measured, model_checks = trained_model.check_merged_model(
-        start, trained, candidate, probe_set, held_out_measure(context, start)
+        start, trained, candidate, probe_set, validation_set(context, start)
     )
     checks = [
         contract.check_token_ids(context.template, candidate),
@@ -42,7 +42,7 @@ def merge(context: RunContext, stage: Stage) -> None:
     ]
     files = contract.model_files(candidate)
     contract.write(
-        candidate / contract.CONTRACT_FILE, context.template, probe_set, measured, checks, form=start.dtype, files=files
+        candidate / contract.CONTRACT_FILE, context.template, probe_set, measured, checks, form=setup.dtype, files=files
     )
     contract.raise_if_failed(checks, where=candidate)
     remove_tree(stage.path / "model")  # left by a process that ended between promoting it and recording that

@@ -38,88 +38,88 @@ def inputs(context: RunContext, number: int, done: Mapping[str, str]) -> dict[st
 
 def train(context: RunContext, stage: Stage, number: int) -> None:
     """Run training stage `number` (from 1)."""
-    start = training_start(context, number)
-    _fine_tune(context, stage, start)
+    setup = training_setup(context, number)
+    _fine_tune(context, stage, setup)
     gc.collect()
-    if start.config.method == "lora" and context.world.is_main:
+    if setup.config.method == "lora" and context.world.is_main:
         from corral.training import trained_model
 
         context.progress.start("Merging the adapter", None)
         licences = context.base.licence_files
         trained_model.save_merged_model(
-            start,
+            setup,
             stage.path,
             context.template,
-            held_out_measure(context, start),
+            validation_set(context, setup),
             licences=licences,
-            say=context.progress.say,
+            report=context.progress.say,
         )
 
 
-def training_start(context: RunContext, number: int) -> TrainingSetup:
+def training_setup(context: RunContext, number: int) -> TrainingSetup:
     """The model, settings, device and dtype that training stage `number` starts from."""
     from corral.training.trained_model import TrainingSetup
 
     return TrainingSetup(context.stage_base(number), context.recipe.train[number - 1], *context.placement)
 
 
-def held_out_measure(context: RunContext, start: TrainingSetup) -> ValidationSet:
+def validation_set(context: RunContext, setup: TrainingSetup) -> ValidationSet:
     """The held-out rows that a training stage is evaluated on, and the length of its packs."""
     from corral.training.trained_model import ValidationSet
 
-    validation, config = context.prepared.validation, start.config
+    validation, config = context.prepared.validation, setup.config
     rows = [validation[i] for i in range(min(len(validation), config.evaluate_rows))]
-    return ValidationSet(rows, pack_length(config.pack_length, context.recipe.data.max_length, start.device))
+    return ValidationSet(rows, pack_length(config.pack_length, context.recipe.data.max_length, setup.device))
 
 
-def _fine_tune(context: RunContext, stage: Stage, start: TrainingSetup) -> None:
+def _fine_tune(context: RunContext, stage: Stage, setup: TrainingSetup) -> None:
     from corral.export import contract
     from corral.model import adapters
     from corral.training import optimizers, trained_model
     from corral.training.loop import Trainer
     from corral.training.objectives import OBJECTIVES
 
-    config, measure = start.config, held_out_measure(context, start)
+    config, validation = setup.config, validation_set(context, setup)
     lora = config.method == "lora"
     # A sharded model may not fit on one device as a whole: it is loaded on the CPU and moved shard by shard.
     sharded = config.sharding == "full" and context.world.size > 1
-    model = trained_model.load_base(replace(start, device="cpu") if sharded else start)
+    model = trained_model.load_base(replace(setup, device="cpu") if sharded else setup)
     if lora:
         trained_model.check_special_tokens(model, context.template)
-    trained: Any = trained_model.make_trainable(model, start, seed=context.recipe.seed)
+    trained: Any = trained_model.make_trainable(model, setup, seed=context.recipe.seed)
     probe_set = contract.make_probes(context.template)
 
     def save(name: str) -> None:
         values = training.weights()  # gathers the shards of all processes; the first one writes
         if lora and context.world.is_main:
             with new_directory(stage.path / name) as folder:
-                base = context.recipe.model.base if start.folder == context.base.folder else str(start.folder)
+                base = context.recipe.model.base if setup.folder == context.base.folder else str(setup.folder)
                 adapters.save(trained, folder, base=base, weights=values)
         elif not lora and name == trained_model.ADAPTER_FOLDER:  # a checkpoint holds the last weights
             scores = training.score([p.ids for p in probe_set], [p.start for p in probe_set])
             if context.world.is_main:
                 trained_model.save_full_model(
-                    trained, values, scores, start, stage.path, context.template, context.base.licence_files
+                    trained, values, scores, setup, stage.path, context.template, context.base.licence_files
                 )
 
     training = Trainer(
         trained,
         context.prepared.train,
-        measure.rows,
+        validation.rows,
         OBJECTIVES[config.objective],
         config,
-        pack_length=measure.pack_length,
+        pack_length=validation.pack_length,
         seed=context.recipe.seed,
         folder=stage.path,
         save_best=lambda _: save(trained_model.ADAPTER_FOLDER),
         world=context.world,
-        device=start.device,
+        device=setup.device,
     )
     what = f"LoRA r {config.lora.rank}" if lora else "all weights"
     context.progress.start(f"Training ({config.objective}, {what})", training.total_steps)
-    if warning := optimizers.unsupported(config.optimizer, start.device):
+    if warning := optimizers.unsupported(config.optimizer, setup.device):
         context.progress.say(warning)
-    with context.interrupts.deferred() as should_stop, _step_listeners(context, stage, start) as on_step:
+    with context.interrupts.deferred() as should_stop, _step_listeners(context, stage, setup) as on_step:
         outcome = training.run(on_step=on_step, should_stop=should_stop, warn=context.progress.say)
         if context.world.any_process(should_stop()):  # stopped in the last step
             raise KeyboardInterrupt
@@ -138,7 +138,7 @@ def _fine_tune(context: RunContext, stage: Stage, start: TrainingSetup) -> None:
 
 @contextlib.contextmanager
 def _step_listeners(
-    context: RunContext, stage: Stage, start: TrainingSetup
+    context: RunContext, stage: Stage, setup: TrainingSetup
 ) -> Generator[Callable[[StepMetrics], None]]:
     """Passes the metrics of each step to the progress display, the recipe's trackers and the profiler, if any."""
     from corral.training.profiler import StepProfiler
@@ -148,7 +148,7 @@ def _step_listeners(
         context.recipe.trackers if context.world.is_main else (),
         stage.path,
         context.recipe.name,
-        start.config.model_dump(mode="json"),
+        setup.config.model_dump(mode="json"),
         context.progress.say,
     )
     with contextlib.ExitStack() as stack:
@@ -156,7 +156,7 @@ def _step_listeners(
         profile = None
         if context.profile and context.world.is_main:
             profile = stack.enter_context(
-                StepProfiler(stage.path / "profile", context.progress.say, cuda=start.device.startswith("cuda"))
+                StepProfiler(stage.path / "profile", context.progress.say, cuda=setup.device.startswith("cuda"))
             )
 
         def on_step(metrics: StepMetrics) -> None:
