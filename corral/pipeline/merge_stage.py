@@ -33,7 +33,7 @@ def merge(context: RunContext, stage: Stage) -> None:
     probe_set = contract.make_probes(context.template)
     context.progress.start("Measuring the contract", None)
     measured, model_checks = trained_model.check_merged_model(
-        start, trained, candidate, probe_set, validation_set(context, start)
+        setup, trained, candidate, probe_set, validation_set(context, setup)
     )
     checks = [
         contract.check_token_ids(context.template, candidate),
