@@ -1,9 +1,8 @@
-"""What was computed once for the rows of a source, kept under a name that says all it depends on.
+"""The cache of what was computed from a source's rows, and the processes that compute it.
 
-`Chunks` is a folder of files with a few hundred rows each. Rows may be computed in any order, by any number of processes
-and over several runs: what is there is never computed again, so an interrupted run goes on from its finished chunks, and
-the order in which they came about shows nowhere. `in_use` keeps the whole within bounds, and what is at work in it. `each`
-spreads work over processes. This module does not know what is computed, nor what rows are.
+A `ChunkStore` is a folder of files with a few hundred rows each, named after everything its content depends on. Rows may be
+computed in any order, by any number of processes and over several runs. Finished chunks are never computed again, so an
+interrupted run continues from them. `hold_cache` keeps the cache within `MAX_BYTES`; `map_in_processes` runs the work.
 """
 
 from __future__ import annotations
@@ -41,29 +40,29 @@ Result = TypeVar("Result")
 
 CHUNK_ROWS = 500
 MAX_BYTES = 20 * 10**9
-"""What the cache holds at most, unless one preparation alone needs more."""
+"""The size to which the cache is trimmed; one preparation may need more."""
 _OPEN_CHUNKS = 24  # a chunk of tokens is about 1 MB
 _DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def default_folder() -> Path:
-    """Where prepared rows are kept unless a caller says otherwise."""
+    """The cache of prepared rows within corral's cache."""
     return cache_root() / "prepared"
 
 
 def cache_name(kind: str, *parts: Any) -> str:
-    """A folder's name that stands for `kind` and everything in `parts` (JSON values)."""
+    """A folder name made of `kind` and a hash of all `parts` (JSON values)."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
     return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
 
 
 @contextmanager
 def hold_cache(cache: Path) -> Generator[set[Path]]:
-    """Holds the cache while the block runs: no other process removes anything from it. Yields a set, empty, for the folders
-    in it that the block uses.
+    """Hold the cache, so that no other process removes anything from it. Yields an empty set for the caller to fill with
+    the folders in it that it uses.
 
-    Afterwards the folders used longest ago are removed until the others fit into `MOST_BYTES`, never those just used; if
-    other processes hold the cache, that is left to the last of them. Raises: StorageError.
+    Afterwards the least recently used folders are removed until the others fit into `MAX_BYTES`, never those in the set.
+    If other processes hold the cache too, the last of them does that. Raises StorageError if the cache cannot be written.
     """
     used: set[Path] = set()
     try:
@@ -71,18 +70,20 @@ def hold_cache(cache: Path) -> Generator[set[Path]]:
             try:
                 yield used
             finally:
-                with suppress(OSError):  # not all need have been made
+                with suppress(OSError):  # not all need exist
                     for folder in filter(Path.is_dir, used):
                         os.utime(folder)
     finally:
-        with suppress(StorageError):  # others hold it, or it cannot be written: it only saves room
+        with suppress(StorageError):  # held elsewhere or not writable: the trim only saves space
             _trim(cache, used)
 
 
 def _trim(cache: Path, used: set[Path]) -> None:
     with read_write_lock(_lock_file(cache), "write", wait=False), storage_errors(cache):
         folders = [path for path in cache.iterdir() if path.is_dir()]
-        abandoned = {path for path in folders if path.name.startswith(".")}  # by killed writers: the lock is ours
+        abandoned = {
+            path for path in folders if path.name.startswith(".")
+        }  # by killed writers: nobody else holds the lock
         for path in (*abandoned, *cache.glob("*/.corral-tmp-*")):
             remove_tree(path)
         size = 0
@@ -95,87 +96,86 @@ def _trim(cache: Path, used: set[Path]) -> None:
 
 
 def _lock_file(cache: Path) -> Path:
-    # Beside the cache, so that it outlives clearing: `assets.clear_cache` takes it too.
+    # Beside the cache, so that it survives clearing: `assets.clear_cache` takes it too.
     return cache.with_name(f"{cache.name}.lock")
 
 
 @lru_cache
-def hash_code(*places: Path) -> str:
-    """sha256 of modules and packages: what other code computes is kept apart."""
-    files = [file for place in places for file in (sorted(place.rglob("*.py")) if place.is_dir() else [place])]
+def hash_code(*paths: Path) -> str:
+    """sha256 of the source code of modules and packages, so that other code does not reuse what this code computed."""
+    files = [file for path in paths for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
 class ChunkStore:
-    """Arrays for some rows of a source, by place (the row's number among the source's usable rows, from 0).
+    """Arrays for some of a source's usable rows, by position: the row's number among them, from 0.
 
-    Each file holds `places`, ascending, and whatever arrays were put beside it. A damaged file counts as missing.
+    Each file holds `positions`, ascending, and the arrays saved with them. A damaged file counts as missing.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: list[Path] = []
         self._open: OrderedDict[int, Arrays] = OrderedDict()
-        self._places, self._file, self._offset = (np.empty(0, np.int64) for _ in range(3))
+        self._positions, self._file, self._offset = (np.empty(0, np.int64) for _ in range(3))
         self.reload()
 
     def reload(self) -> None:
-        """Take in files that were put since."""
+        """List the files anew, with those that were saved since."""
         self._files, self._open = [], OrderedDict()
-        places: list[Ints] = []
+        parts: list[Ints] = []
         for path in sorted(self.folder.glob("*.npz")):
             try:
                 with np.load(path, allow_pickle=False) as arrays:
-                    found: Ints = arrays["places"]
+                    positions: Ints = arrays["positions"]
             except _DAMAGE:
                 path.unlink(missing_ok=True)
                 continue
             self._files.append(path)
-            places.append(found)
-        everything = np.concatenate([np.empty(0, np.int64), *places])
-        # Two runs at the same time may have put a row twice; both are the same.
-        self._places, where = np.unique(everything, return_index=True)
-        self._file = np.repeat(np.arange(len(places)), [len(p) for p in places])[where]
-        self._offset = np.concatenate([np.empty(0, np.int64), *(np.arange(len(p)) for p in places)])[where]
+            parts.append(positions)
+        # Two runs at the same time may have saved a row twice; both are the same.
+        self._positions, first = np.unique(np.concatenate([np.empty(0, np.int64), *parts]), return_index=True)
+        self._file = np.repeat(np.arange(len(parts)), [len(p) for p in parts])[first]
+        self._offset = np.concatenate([np.empty(0, np.int64), *(np.arange(len(p)) for p in parts)])[first]
 
-    def select_missing(self, places: Ints) -> Ints:
-        """Those of the places that are not here."""
-        return places[~np.isin(places, self._places)]
+    def select_missing(self, positions: Ints) -> Ints:
+        """Those of the positions that are not stored."""
+        return positions[~np.isin(positions, self._positions)]
 
-    def save(self, places: Ints, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Keep what was computed for some rows. Raises: StorageError."""
-        digest = hashlib.sha256(places.astype("<i8").tobytes()).hexdigest()[:16]
+    def save(self, positions: Ints, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Store what was computed for some rows; `reload` makes it available. Raises StorageError."""
+        digest = hashlib.sha256(positions.astype("<i8").tobytes()).hexdigest()[:16]
         with storage_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(prefix=".corral-tmp-", dir=self.folder)
             try:
                 with os.fdopen(handle, "wb") as file:
-                    everything: dict[str, Any] = {"places": places, **arrays}
-                    np.savez(file, **everything)
+                    columns: dict[str, Any] = {"positions": positions, **arrays}
+                    np.savez(file, **columns)
                 os.replace(name, self.folder / f"{digest}.npz")
             except BaseException:
                 with suppress(OSError):
                     os.unlink(name)
                 raise
 
-    def locate(self, place: int) -> tuple[Arrays, int]:
-        """(the arrays of the file that holds this place, its offset among that file's rows)."""
-        found = int(np.searchsorted(self._places, place))
-        return self._arrays(int(self._file[found])), int(self._offset[found])
+    def locate(self, position: int) -> tuple[Arrays, int]:
+        """(the arrays of the file that holds this position, its offset among that file's rows)."""
+        i = int(np.searchsorted(self._positions, position))
+        return self._load(int(self._file[i])), int(self._offset[i])
 
-    def column(self, name: str, places: Ints) -> NDArray[Any]:
-        """One value for each of the places, from an array that holds one for each row."""
-        found = np.searchsorted(self._places, places)
-        files, offsets = self._file[found], self._offset[found]
+    def column(self, name: str, positions: Ints) -> NDArray[Any]:
+        """One value for each of the positions, from an array that holds one for each row."""
+        indices = np.searchsorted(self._positions, positions)
+        files, offsets = self._file[indices], self._offset[indices]
         values: NDArray[Any] | None = None
         for number in np.unique(files):
-            here = files == number
-            part = self._arrays(int(number))[name][offsets[here]]
-            values = np.zeros((len(places), *part.shape[1:]), part.dtype) if values is None else values
-            values[here] = part
+            in_file = files == number
+            part = self._load(int(number))[name][offsets[in_file]]
+            values = np.zeros((len(positions), *part.shape[1:]), part.dtype) if values is None else values
+            values[in_file] = part
         return np.zeros(0, np.int64) if values is None else values
 
-    def _arrays(self, number: int) -> Arrays:
+    def _load(self, number: int) -> Arrays:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
@@ -187,9 +187,9 @@ class ChunkStore:
         return loaded
 
 
-def split_positions(places: Ints) -> list[Ints]:
-    """The places in pieces of `CHUNK_ROWS`."""
-    return [places[at : at + CHUNK_ROWS] for at in range(0, len(places), CHUNK_ROWS)]
+def split_positions(positions: Ints) -> list[Ints]:
+    """The positions in pieces of `CHUNK_ROWS`."""
+    return [positions[at : at + CHUNK_ROWS] for at in range(0, len(positions), CHUNK_ROWS)]
 
 
 def available_cores() -> int:
@@ -198,35 +198,35 @@ def available_cores() -> int:
 
 
 def map_in_processes(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """`function` of each item, as they are done, in any order; with one worker, in this process.
+    """Yield `function(item)` for each item in any order, as results come in; with one worker, compute in this process.
 
-    Workers are forked: they share what the function holds with this process, whatever it is. They must not use torch, nor
-    threads of libraries. Where processes cannot be forked safely (macOS, Windows) the work is done here.
+    Workers are forked, so the function may hold anything. It must not use torch or threads of libraries. Where a fork is
+    not safe (macOS, Windows) this process computes everything.
 
-    Raises: what the function raises; CorralError (a worker was killed). When the caller stops early, items that have begun
-        are finished first.
+    Raises what the function raises, and CorralError if a worker was killed. If the caller stops early, items that have
+    begun are finished first.
     """
     if workers <= 1 or sys.platform != "linux":
         yield from map(function, items)
         return
-    waiting = iter(items)
+    remaining = iter(items)
     context = multiprocessing.get_context("fork")
-    # The tokenizers library warns of a fork after it used threads, unless it is told beforehand not to use them.
+    # The tokenizers library warns about a fork after it used threads, unless it is told not to use them.
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(function,))
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(function,))
     try:
-        running: set[Future[Any]] = {executor.submit(_call, item) for item in islice(waiting, 2 * workers)}
+        running: set[Future[Any]] = {executor.submit(_run_item, item) for item in islice(remaining, 2 * workers)}
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
-            running |= {executor.submit(_call, item) for item in islice(waiting, len(done))}
+            running |= {executor.submit(_run_item, item) for item in islice(remaining, len(done))}
             for future in done:
                 yield future.result()
     except BrokenProcessPool:
         raise CorralError(
             "a worker process was killed while it prepared rows",
             where=f"{workers} worker processes",
-            hint="often for want of memory: free some and run again; what is finished is kept",
+            hint="most often memory ran out: free some and run again; finished chunks are kept",
         ) from None
     finally:
         executor.shutdown(cancel_futures=True)
@@ -239,21 +239,21 @@ def map_in_processes(function: Callable[[Item], Result], items: Iterable[Item], 
 _function: Callable[[Any], Any] = print
 
 
-def _begin(function: Callable[[Any], Any]) -> None:
+def _start_worker(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
-    # The parent hears Ctrl-C and lets chunks that have begun be finished.
+    # The parent receives Ctrl-C and lets chunks that have begun be finished.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
 
 
-def _call(item: Any) -> Any:
+def _run_item(item: Any) -> Any:
     return _function(item)

@@ -1,7 +1,4 @@
-"""A record → the token sequences that are trained on, and what they amount to.
-
-This module does not know which records there are, nor how a template comes to its ids.
-"""
+"""Turns records into the token sequences that are trained on."""
 
 from __future__ import annotations
 
@@ -28,29 +25,29 @@ VERSION = 1
 def encode_record(record: Record, template: Template) -> Sequences:
     """The whole token sequences of a record, of any length.
 
-    A conversation is one sequence, whose answers are trained; a preference is two, prompt + chosen and prompt + rejected,
-    and feedback is one, prompt + completion, with nothing of the prompt trained; a text is one, all of it trained (and where
-    it is longer than a sequence may be, `encode_rows` makes several of it).
+    A conversation is one sequence, in which the answers are trained. A preference is two, prompt + chosen and prompt +
+    rejected, and feedback is one, prompt + completion; nothing of their prompts is trained. A text is one sequence, all of
+    it trained; `encode_rows` splits one that is too long.
 
     Raises:
-        TemplateError: the template refuses it.
+        TemplateError: the template refuses the record.
     """
     match record:
         case Conversation():
             return (template.encode(record),)
         case Preference():
             return (
-                _after_prompt(record.prompt, record.chosen, template),
-                _after_prompt(record.prompt, record.rejected, template),
+                _encode_answer(record.prompt, record.chosen, template),
+                _encode_answer(record.prompt, record.rejected, template),
             )
         case Feedback():
-            return (_after_prompt(record.prompt, record.completion, template),)
+            return (_encode_answer(record.prompt, record.completion, template),)
         case Text():
-            return (_plain_text(template).encode(record.content),)
+            return (_plain_text_encoder(template).encode(record.content),)
 
 
-def _after_prompt(prompt: Conversation, answer: str, template: Template) -> Encoded:
-    """Prompt and answer; answers within the prompt are context here."""
+def _encode_answer(prompt: Conversation, answer: str, template: Template) -> Encoded:
+    """Prompt and answer as one sequence; only this answer is trained, not those within the prompt."""
     whole = template.encode(prompt.add("assistant", answer))
     # A prompt's ids are always a prefix of the ids of prompt and answer.
     context = len(template.prompt(prompt))
@@ -58,13 +55,13 @@ def _after_prompt(prompt: Conversation, answer: str, template: Template) -> Enco
 
 
 @lru_cache(maxsize=2)
-def _plain_text(template: Template) -> PlainTextEncoder:
+def _plain_text_encoder(template: Template) -> PlainTextEncoder:
     return PlainTextEncoder(template)
 
 
 @dataclass
 class _Columns:
-    """Arrays of a chunk of rows while they grow: flat ones over tokens and sequences, the others one value a row."""
+    """Growing arrays of a chunk of rows: flat over tokens and over sequences, the others with one value a row."""
 
     ids: array[int] = field(default_factory=lambda: array("I"))
     trained: bytearray = field(default_factory=bytearray)
@@ -93,17 +90,22 @@ class _Columns:
 
 
 def encode_rows(records: Iterable[Record], template: Template, limit: int) -> dict[str, NDArray[Any]]:
-    """Encode rows and cut their sequences at `limit` tokens; a plain text is divided instead, and nothing of it lost.
+    """Encode rows and truncate their sequences at `limit` tokens; a plain text is split instead, so that it loses nothing.
 
-    Returns: over tokens `ids`, `trained`; over sequences `sequence_lengths`; over rows `token_ends` and `sequence_ends` (one
-        more than there are rows: where each row's tokens and sequences begin), `tokens` and `longest` (of all sequences and
-        of the longest one, before the cut), `trained_tokens` and `least_trained` (that count in the loss after the cut, of
-        all sequences and of the one that has fewest), `lost_end` (a trained token, so the end of an answer, was cut off)
-        and `reason` (place in `reasons`, a JSON list as bytes, of why the template refuses the row; else -1).
+    Returns these arrays:
+        ids, trained: [tokens].
+        sequence_lengths: [sequences].
+        token_ends, sequence_ends: where each row's tokens and sequences begin. [rows + 1]
+        tokens, longest: tokens of all sequences and of the longest one, before truncation. [rows]
+        trained_tokens, least_trained: tokens that count in the loss after truncation, of all sequences and of the one that
+            has fewest. [rows]
+        lost_end: whether a trained token, so the end of an answer, was cut off. [rows]
+        reason: index into `reasons` of why the template refuses the row, else -1. [rows]
+        reasons: a JSON list, as bytes.
     """
     columns = _Columns()
     reasons: dict[str, int] = {}
-    for sequences in _all_sequences(list(records), template, limit):
+    for sequences in _encode_all(list(records), template, limit):
         if isinstance(sequences, TemplateError):
             columns.add((), limit, reasons.setdefault(sequences.what, len(reasons)))
         else:
@@ -127,8 +129,8 @@ def encode_rows(records: Iterable[Record], template: Template, limit: int) -> di
     }
 
 
-def _all_sequences(records: Sequence[Record], template: Template, limit: int) -> Iterator[Sequences | TemplateError]:
-    """`sequences_of` each record, or what it raises. Conversations go together, as that is faster; long texts are divided."""
+def _encode_all(records: Sequence[Record], template: Template, limit: int) -> Iterator[Sequences | TemplateError]:
+    """The sequences of each record, or the error. Conversations are encoded in one batch, which is faster."""
     conversations = [record for record in records if isinstance(record, Conversation)]
     encoded = iter(template.encode_batch(conversations))
     for record in records:

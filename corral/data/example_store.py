@@ -1,7 +1,7 @@
-"""One side's examples on disk: written row by row, read back by number.
+"""The examples of one side on disk: written row by row, read by number.
 
-Token ids and masks are memory-mapped `.npy` arrays, the records JSONL beside them with the place of each line, so that
-reading one example touches its own bytes only. This module does not know why an example is here, nor in which side.
+Token ids and masks are memory-mapped `.npy` arrays. Records are JSONL, with the offset of each line in another array, so
+that reading one example touches its own bytes only.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Example:
 
     Args:
         key: sha256 of its content.
-        source: the label of the source it came from.
+        source: the label of its source.
         index: its row number there.
         sequences: its token sequences: one for a conversation.
-        record: the whole row, also where its sequences are truncated.
+        record: the whole record, even if its sequences are truncated.
     """
 
     key: str
@@ -44,7 +44,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class RowOrigin:
-    """Where an example comes from; see `Example`."""
+    """Where an example comes from, as in `Example`."""
 
     key: str
     source: str
@@ -52,14 +52,16 @@ class RowOrigin:
 
 
 class ExampleStore(Sequence[Example]):
-    """The examples of one side, read from disk when they are asked for. In a shuffled order that depends on their
-    content and the seed alone, so the first n are a fair sample. One of a repeated source stands in it several times.
+    """The examples of one side, read from disk on access.
+
+    The shuffled order depends on content and seed alone, so the first n are a fair sample. An example of a repeated source
+    occurs several times.
 
     Attributes:
-        lengths: [examples] tokens of each example, all its sequences together.
-        trained_tokens: [examples] tokens of each that count in the loss: trained, and not the first of a sequence.
-        truncated: [examples] whether it was cut at the longest allowed length.
-        distinct: examples without their repeats.
+        lengths: tokens of each example, all its sequences together. [examples]
+        trained_tokens: tokens of each that count in the loss: trained, and not the first of a sequence. [examples]
+        truncated: whether it was cut at the maximum length. [examples]
+        distinct_count: examples without their repeats.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -89,9 +91,9 @@ class ExampleStore(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        place = int(self._order[index])
-        first, last = self._examples[place], self._examples[place + 1]
-        start, end = int(self._records[place]), int(self._records[place + 1])
+        stored = int(self._order[index])
+        first, last = self._examples[stored], self._examples[stored + 1]
+        start, end = int(self._records[stored]), int(self._records[stored + 1])
         with (self._folder / "records.jsonl").open("rb") as file:
             file.seek(start)
             row: dict[str, Any] = json.loads(file.read(end - start))
@@ -104,20 +106,20 @@ class ExampleStore(Sequence[Example]):
 
 
 class ExampleWriter:
-    """Writes one side's files in the order in which rows come; their order in use is an array of its own.
+    """Writes the files of an `ExampleStore`: examples in the order in which they are added, and the shuffled order.
 
     Args:
-        folder: made here.
-        seed: with the keys, decides the order.
+        folder: created here.
+        seed: decides the shuffled order, with the keys.
     """
 
     def __init__(self, folder: Path, seed: int) -> None:
         folder.mkdir()
         self._folder, self._seed = folder, seed
-        self._ids = _Array(folder / "ids.npy", np.dtype("<u4"))
-        self._trained = _Array(folder / "trained.npy", np.dtype("?"))
+        self._ids = _ArrayWriter(folder / "ids.npy", np.dtype("<u4"))
+        self._trained = _ArrayWriter(folder / "trained.npy", np.dtype("?"))
         self._records = (folder / "records.jsonl").open("wb")
-        # Eight bytes a row each: what is kept in memory until the end must be small.
+        # Eight bytes a row each: what stays in memory until the end must be small.
         self._sequence_ends, self._example_ends, self._record_ends = (array("q", [0]) for _ in range(3))
         self._trained_tokens = array("q")
         self._truncated = bytearray()
@@ -149,7 +151,7 @@ class ExampleWriter:
 
     def add_encoded(
         self,
-        place: RowOrigin,
+        origin: RowOrigin,
         record: bytes,
         ids: NDArray[np.uint32],
         trained: NDArray[np.bool_],
@@ -159,52 +161,62 @@ class ExampleWriter:
         truncated: bool,
         repeat: int = 1,
     ) -> None:
-        """The same from what is stored already: the record as a JSON object, tokens of all sequences, the sequences'
-        lengths. With `repeat` the example stands so many times in the order."""
+        """Write one example.
+
+        Args:
+            origin: its key, source and row number.
+            record: a JSON object.
+            ids: of all its sequences.
+            trained: for each id whether it is trained.
+            lengths: of its sequences.
+            trained_tokens: tokens that count in the loss.
+            truncated: whether its sequences are cut.
+            repeat: how often it occurs in the shuffled order.
+        """
         self._ids.append(ids)
         self._trained.append(trained)
         for length in lengths:
             self._sequence_ends.append(self._sequence_ends[-1] + int(length))
         self._example_ends.append(len(self._sequence_ends) - 1)
-        head = json.dumps({"key": place.key, "source": place.source, "index": place.index}, separators=(",", ":"))
+        head = json.dumps({"key": origin.key, "source": origin.source, "index": origin.index}, separators=(",", ":"))
         line = head[:-1].encode() + b"," + record[1:] + b"\n"
         self._records.write(line)
         self._record_ends.append(self._record_ends[-1] + len(line))
         for copy in range(repeat):
-            self._ranks.append(rank(f"{place.key}/{copy}" if copy else place.key, self._seed, "order"))
+            self._ranks.append(rank(f"{origin.key}/{copy}" if copy else origin.key, self._seed, "order"))
             self._ranked.append(len(self._truncated))
         self._trained_tokens.append(trained_tokens)
         self._truncated.append(truncated)
 
     def finish(self) -> None:
-        """Write what is known only at the end."""
+        """Write the arrays that are known only at the end."""
         self._ids.finish()
         self._trained.finish()
         self._records.flush()
         order = np.asarray(self._ranked, np.int64)[np.argsort(np.asarray(self._ranks), kind="stable")]
-        places = np.dtype("<i8")
+        integers = np.dtype("<i8")
         for name, values, dtype in (
-            ("sequences", self._sequence_ends, places),
-            ("examples", self._example_ends, places),
-            ("records", self._record_ends, places),
-            ("trained_tokens", self._trained_tokens, places),
+            ("sequences", self._sequence_ends, integers),
+            ("examples", self._example_ends, integers),
+            ("records", self._record_ends, integers),
+            ("trained_tokens", self._trained_tokens, integers),
             ("truncated", np.frombuffer(self._truncated, np.bool_), np.dtype("?")),
-            ("order", order, places),
+            ("order", order, integers),
         ):
-            written = _Array(self._folder / f"{name}.npy", dtype)
-            with written.file:
-                written.append(np.asarray(values))
-                written.finish()
+            writer = _ArrayWriter(self._folder / f"{name}.npy", dtype)
+            with writer.file:
+                writer.append(np.asarray(values))
+                writer.finish()
 
 
-class _Array:
-    """A one-dimensional `.npy` file that grows. (`numpy.save` reports a full disk without its error number.)"""
+class _ArrayWriter:
+    """Appends to a one-dimensional `.npy` file. (`numpy.save` reports a full disk without its error number.)"""
 
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
         self.file = path.open("wb")
         self._dtype = dtype
         self._count = 0
-        self._header()
+        self._write_header()
 
     def append(self, values: NDArray[Any]) -> None:
         self.file.write(values.astype(self._dtype, copy=False).tobytes())
@@ -212,11 +224,11 @@ class _Array:
 
     def finish(self) -> None:
         self.file.seek(0)
-        self._header()
+        self._write_header()
         self.file.flush()
 
-    def _header(self) -> None:
-        # numpy leaves room in it for the first dimension to grow to any number of digits.
+    def _write_header(self) -> None:
+        # numpy pads it so that the first dimension may grow to any number of digits.
         description = np.lib.format.dtype_to_descr(self._dtype)
         header = {"descr": description, "fortran_order": False, "shape": (self._count,)}
         np.lib.format.write_array_header_1_0(self.file, header)
@@ -228,12 +240,12 @@ def _load(folder: Path, name: str) -> NDArray[Any]:
 
 def json_line(row: Mapping[str, Any]) -> str:
     """A row as a line of JSON."""
-    # ASCII, as a row may hold half a surrogate pair, which is no UTF-8.
+    # ASCII, as a row may hold half a surrogate pair, which UTF-8 cannot encode.
     return json.dumps(row, separators=(",", ":")) + "\n"
 
 
 def record_from_json(row: Mapping[str, Any]) -> Record:
-    """The inverse of `messages.record_to_json`; further keys are passed over."""
+    """The inverse of `messages.record_to_json`; other keys are ignored."""
     if "text" in row:
         return Text(row["text"])
     if "messages" in row:

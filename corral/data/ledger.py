@@ -1,7 +1,6 @@
-"""What became of every source row: one fate each, counted by source, side and reason, and written down row by row.
+"""The ledger: what became of every source row.
 
-`Ledger` counts and makes the JSON summary; `LedgerFile` writes the table of all rows. Knows nothing about why a row has its
-fate, nor what is in it.
+`Ledger` counts fates by source, side and reason for the JSON summary; `LedgerWriter` writes the table of all rows.
 """
 
 from __future__ import annotations
@@ -34,29 +33,28 @@ FATES: tuple[Fate, ...] = (
     "not sampled",
 )
 LOST_FATES: frozenset[Fate] = frozenset({"truncated", "dropped", "fully masked"})
-"""Fates that count against `data.max_loss`: the row was asked for, and not all of it is trained on."""
+"""Fates that count against `data.max_loss`: the row was wanted, and not all of it is trained on."""
 FATES_WITH_REASON: frozenset[Fate] = frozenset({"dropped", "fully masked", "not sampled"})
 
 EXAMPLES_PER_REASON = 5
-"""Rows named for each kind of reason."""
+"""Row numbers that are recorded for each kind of reason."""
 LEDGER_FILE = "ledger.parquet"
 OTHER_REASONS = "other reasons"
-_MOST_KINDS = (
-    100  # a format's code states fewer; whatever else a row may bring does not make the ledger grow without end
-)
-_OF_A_ROW = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\b\d[\d,.]*")
+# Formats have fewer kinds of reasons; the limit bounds the ledger whatever rows hold.
+_MAX_KINDS = 100
+_QUOTED_VALUE = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\b\d[\d,.]*")
 
 
 def reason_kind(reason: str) -> str:
-    """A reason without what it quotes of its row, values and numbers: rows are counted by this, and keep the reason itself."""
-    return _OF_A_ROW.sub("…", reason)
+    """A reason without the values and numbers that it quotes of its row. Rows are counted by kind and keep the reason."""
+    return _QUOTED_VALUE.sub("…", reason)
 
 
 @dataclass(slots=True)
 class _Reason:
     fate: Fate
     text: str
-    """The reason itself; its kind once rows differ in it."""
+    """The reason, or its kind once two rows differ in it."""
     count: int = 0
     examples: list[int] = field(default_factory=list[int])
 
@@ -71,26 +69,26 @@ class _Source:
 
 
 class Ledger:
-    """Counts rows as they are read and, apart from that, as their fates are known; `check` compares the two."""
+    """Counts the rows that are read and, separately, those with a fate; `check` compares the two."""
 
     def __init__(self) -> None:
         self._sources: dict[str, _Source] = {}
 
     def add_read(self, source: str, rows: int = 1) -> None:
-        """So many more rows of a source were read."""
+        """Count rows of a source that were read."""
         self._sources.setdefault(source, _Source()).rows += rows
 
     def add_fate(
         self, source: str, index: int, fate: Fate, reason: str | None = None, side: Side | None = None
     ) -> bool:
-        """A row's fate.
+        """Count a row with its fate.
 
         Args:
             source: the source's label.
             index: the row's number in it.
             fate: what became of it.
-            reason: why; given for the fates in `WITH_REASON` and no other.
-            side: where it went; given for `kept` and `truncated` and no other.
+            reason: why; given exactly for the fates in `FATES_WITH_REASON`.
+            side: where it went; given exactly for `kept` and `truncated`.
 
         Returns: whether the row is now an example of its kind of reason.
         """
@@ -103,7 +101,7 @@ class Ledger:
         if reason is None:
             return False
         kind = reason_kind(reason)
-        if fate == "dropped" and kind not in entry.reasons and len(entry.reasons) >= _MOST_KINDS:
+        if fate == "dropped" and kind not in entry.reasons and len(entry.reasons) >= _MAX_KINDS:
             kind = reason = OTHER_REASONS
         counted = entry.reasons.setdefault(kind, _Reason(fate, reason))
         counted.count += 1
@@ -115,7 +113,7 @@ class Ledger:
         return False
 
     def check(self) -> None:
-        """Hold that every row read has exactly one fate. Raises: AssertionError, a fault of corral's own."""
+        """Check that every row read has exactly one fate. Raises AssertionError, as a mismatch is a bug in corral."""
         for label, s in self._sources.items():
             fates = s.fates.total()
             assert fates == s.rows, f"ledger: {label}: {s.rows} rows were read, {fates} have a fate"
@@ -127,7 +125,7 @@ class Ledger:
 
     def to_json(self) -> dict[str, Any]:
         """`{"rows", "fates": {fate: rows}, "sources": {label: {"rows", "fates", "sides", "reasons"}}}`, each reason as
-        `{"fate", "count", "examples": [row numbers, the first 5]}`, most frequent first. Raises: AssertionError, as `check`.
+        `{"fate", "count", "examples": [row numbers, the first 5]}`, most frequent first. Raises AssertionError, as `check`.
         """
         self.check()
         totals = sum((s.fates for s in self._sources.values()), Counter[Fate]())
@@ -165,17 +163,17 @@ def format_summary(ledger: Mapping[str, Any]) -> str:
 
 
 def source_notes(source: Mapping[str, Any]) -> list[str]:
-    """What a source's entry in a whole ledger says besides its counts, in words."""
-    found: list[str] = [source["why"]] if "why" in source else []
+    """What a source's entry in the JSON summary says besides its counts, as sentences."""
+    notes: list[str] = [source["why"]] if "why" in source else []
     if source.get("training_share", 1) < 1:
-        found.append(f"{source['training_share']:.1%} of the training examples ({source['training_examples']:,})")
+        notes.append(f"{source['training_share']:.1%} of the training examples ({source['training_examples']:,})")
     if ends := source.get("lost_ends"):
-        found.append(f"{ends:,} answer{'s' if ends > 1 else ''} lost the end token")
+        notes.append(f"{ends:,} answer{'s' if ends > 1 else ''} lost the end token")
     if shared := source.get("contaminated"):
-        found.append(f"{shared:,} training row{'s share' if shared > 1 else ' shares'} passages with held-out rows")
+        notes.append(f"{shared:,} training row{'s share' if shared > 1 else ' shares'} passages with held-out rows")
     if lost := source.get("lost"):
-        found.append(f"lost: {lost:,.0f} of {source['asked']:,.0f} rows asked for ({lost / source['asked']:.2%})")
-    return found
+        notes.append(f"lost: {lost:,.0f} of {source['asked']:,.0f} rows asked for ({lost / source['asked']:.2%})")
+    return notes
 
 
 def format_reason(reason: str, entry: Mapping[str, Any]) -> str:
@@ -191,15 +189,15 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RowFates:
-    """All rows of one source, [rows] each.
+    """Rows of one source, in columns of [rows].
 
     Args:
         row: number in the source, ascending.
         fate: index into `FATES`.
         reason: index into `reasons`, or -1.
         side: index into `SIDES`, or -1.
-        key: sha256 of the content as hex, or None where the row could not be understood.
-        tokens: of the whole row, or -1 where it was not encoded.
+        key: sha256 of the content as hex, or None if the row could not be parsed.
+        tokens: of the whole row, or -1 if it was not encoded.
         trained_tokens: that count in the loss, or -1.
         lost_end: whether the end of an answer was cut off.
         contaminated: whether it shares a passage with a held-out row.
@@ -219,21 +217,21 @@ class RowFates:
 
 
 class LedgerWriter:
-    """Writes `ledger.parquet`: one line for each source row, in the order of sources and rows. The file is there once the
-    block ends well. Raises: StorageError."""
+    """Writes `ledger.parquet`: one line for each source row, in the order of sources and rows. The file appears when the
+    block ends without an error. Raises StorageError."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow as pa
         from pyarrow import parquet
 
-        words = pa.dictionary(pa.int32(), pa.string())
+        text = pa.dictionary(pa.int32(), pa.string())
         self._schema: Any = pa.schema(
             [
-                ("source", words),
+                ("source", text),
                 ("row", pa.int64()),
-                ("fate", words),
-                ("reason", words),
-                ("side", words),
+                ("fate", text),
+                ("reason", text),
+                ("side", text),
                 ("key", pa.string()),
                 ("tokens", pa.int64()),
                 ("trained_tokens", pa.int64()),
@@ -258,26 +256,26 @@ class LedgerWriter:
             self._unfinished.unlink(missing_ok=True)
 
     def add(self, source: str, rows: RowFates) -> None:
-        """Write rows of a source; more of them may follow. Each call is a row group."""
+        """Write rows of a source as a row group. More of the source may follow."""
         import pyarrow as pa
 
-        def words(codes: NDArray[Any], texts: Sequence[str]) -> Any:
-            # A dictionary's codes must be null, not negative, where there is no word.
+        def encode_texts(codes: NDArray[Any], texts: Sequence[str]) -> Any:
+            # Arrow needs null, not a negative code, where there is no text.
             indices = pa.array(codes.astype(np.int32), mask=codes < 0)
             return pa.DictionaryArray.from_arrays(indices, pa.array(list(texts), pa.string()))
 
-        def figures(values: NDArray[np.int64]) -> Any:
+        def nullable(values: NDArray[np.int64]) -> Any:
             return pa.array(values, mask=values < 0)
 
         columns: list[Any] = [
-            words(np.zeros(len(rows.row), np.int32), [source]),
+            encode_texts(np.zeros(len(rows.row), np.int32), [source]),
             pa.array(rows.row),
-            words(rows.fate, FATES),
-            words(rows.reason, rows.reasons),
-            words(rows.side, SIDES),
+            encode_texts(rows.fate, FATES),
+            encode_texts(rows.reason, rows.reasons),
+            encode_texts(rows.side, SIDES),
             pa.array(rows.key, pa.string()),
-            figures(rows.tokens),
-            figures(rows.trained_tokens),
+            nullable(rows.tokens),
+            nullable(rows.trained_tokens),
             pa.array(rows.lost_end),
             pa.array(rows.contaminated),
         ]

@@ -1,8 +1,7 @@
-"""Which rows are used and on which side: decided by hashes of the seed and a row's content, by nothing else.
+"""Decides which rows are used and on which side, by hashes of the seed and a row's content alone.
 
-So what is taken of a source, be it by a cap, a weight or a split, is held in any larger part; rows that come or go move only
-rows at its border; and neither the order of files nor the number of workers matters. This module sees keys only: not rows,
-formats or tokens.
+So what a cap, a weight or a split selects from a source is a subset of any larger selection, added or removed rows affect
+only rows at its border, and neither the order of files nor the number of workers matters.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ _TRAIN, _VALIDATION, _TEST = range(3)
 
 
 def rank(key: str, seed: int, purpose: str) -> float:
-    """A number in [0, 1), uniform over keys and independent between purposes and seeds."""
+    """A number in [0, 1) made by hashing: uniform over keys, independent between purposes and seeds."""
     digest = hashlib.sha256(f"{seed}\n{purpose}\n{key}".encode()).digest()
-    # 53 bits: exactly what a float holds, so that the largest is still below 1.
+    # 53 bits are what a float holds exactly, so the largest is still below 1.
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
 
@@ -41,28 +40,28 @@ def ranks(keys: Keys, seed: int, purpose: str) -> NDArray[np.float64]:
 
 
 def equal_groups(keys: Keys) -> Ints:
-    """For each key the place of the first key that equals it. [rows]"""
+    """For each key the index of the first key that equals it. [rows]"""
     columns = np.ascontiguousarray(keys).view(">u8").reshape(len(keys), 4)
-    # The sort is stable, so the first of each run of equal keys is the first of them all.
+    # The sort is stable, so each run of equal keys begins with the first of them.
     by_key = np.lexsort(tuple(columns[:, i] for i in range(4)))
     ordered = columns[by_key]
-    begins = np.ones(len(keys), bool)
-    begins[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    firsts = by_key[begins]
+    starts_run = np.ones(len(keys), bool)
+    starts_run[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    firsts = by_key[starts_run]
     groups = np.empty(len(keys), np.int64)
-    groups[by_key] = firsts[np.cumsum(begins) - 1] if len(keys) else firsts
+    groups[by_key] = firsts[np.cumsum(starts_run) - 1] if len(keys) else firsts
     return groups
 
 
 def choose_distinct(keys: Keys, groups: Ints, taken: Bools, seed: int, cap: int | None) -> tuple[Bools, Bools]:
-    """Choose among the rows of one source, and mark their groups as taken.
+    """Choose one row of each group from one source, up to a cap, and mark the groups as taken.
 
     Args:
         keys: of each row.
-        groups: which rows count as copies of each other: a number for each row, an index into `taken`.
-        taken: whether an earlier source uses the group; its copies do not count towards the cap. Changed here.
+        groups: the group of each row, an index into `taken`; rows of a group are copies of each other.
+        taken: whether an earlier source uses the group; such copies do not count towards the cap. Changed in place.
         seed: with the key, decides which rows a cap keeps.
-        cap: keep at most so many; those that a cap of n keeps are among those that a cap of m > n keeps.
+        cap: the maximum to keep; the rows that a cap of n keeps are among those that a larger cap keeps.
 
     Returns: (rows that are used, rows that are copies of a row before them or in an earlier source), [rows] each; the
         others are beyond the cap.
@@ -72,31 +71,31 @@ def choose_distinct(keys: Keys, groups: Ints, taken: Bools, seed: int, cap: int 
     chosen = first & ~taken[groups]
     copies = ~chosen
     if cap is not None and chosen.sum() > cap:
-        places = chosen.nonzero()[0]
+        candidates = chosen.nonzero()[0]
         chosen = np.zeros(len(keys), bool)
-        chosen[places[sample(keys[places], cap, seed)]] = True
+        chosen[candidates[sample(keys[candidates], cap, seed)]] = True
     taken[groups[chosen]] = True
     return chosen, copies
 
 
 def sample(keys: Keys, number: int, seed: int) -> Bools:
-    """The `number` rows of lowest rank: each is among those of any larger number. [rows]"""
+    """Whether each row is among the `number` rows of lowest rank, which any larger number includes. [rows]"""
     kept = np.zeros(len(keys), bool)
     kept[np.argsort(ranks(keys, seed, "sample"), kind="stable")[:number]] = True
     return kept
 
 
 def weighted_row_counts(rows: Sequence[int], weights: Sequence[float], repeats: Sequence[int]) -> list[int]:
-    """How many rows of each source make the largest mixture whose parts are as the weights.
+    """How many rows to take of each source for the largest mixture in the proportions of the weights.
 
     Args:
-        rows: of each source that could be used.
+        rows: usable rows of each source.
         weights: of each source, above 0; only their proportions matter.
-        repeats: how often each used row of a source stands in the mixture.
+        repeats: how often each used row of a source occurs in the mixture.
 
-    Returns: rows of each source, to the nearest; all of them for the source that is exhausted first.
+    Returns: rows of each source, rounded; all of them for the source that is exhausted first.
     """
-    # As written, not as a float holds them: 0.1 is a tenth.
+    # As written, not as a float holds it: 0.1 is exactly a tenth.
     exact = [Fraction(str(weight)) for weight in weights]
     size = min(n * repeat / weight for n, weight, repeat in zip(rows, exact, repeats, strict=True))
     half = Fraction(1, 2)
@@ -106,57 +105,57 @@ def weighted_row_counts(rows: Sequence[int], weights: Sequence[float], repeats: 
 def split_sides(sources: Sequence[Keys], seed: int, split: Split) -> list[NDArray[np.int8]]:
     """The side of each row of each source, as an index into `SIDES`.
 
-    A share of all rows, to the nearest row, or a number of them is divided over the sources in proportion to their rows
-    (largest remainders). Of each source the test side takes the rows of lowest rank, the validation side those of highest,
-    so that neither moves the other's rows. Rows of equal content are all on one side, the one furthest from training, even
-    if it then has more rows than it should.
+    A held-out side is a share of all rows, rounded, or a number of them, divided over the sources in proportion to their
+    rows (largest remainders). From each source the test side takes the rows of lowest rank and the validation side those of
+    highest, so that neither moves the other's rows. Rows of equal content all go to one side, test before validation before
+    train, even if that side then has too many.
     """
     counts = [len(keys) for keys in sources]
     test = divide_proportionally(row_count(split.test, sum(counts)), counts)
-    room = [count - taken for count, taken in zip(counts, test, strict=True)]
-    validation = divide_proportionally(row_count(split.validation, sum(counts)), counts, room)
-    found = [np.full(count, _TRAIN, np.int8) for count in counts]
-    for keys, side, lowest, highest in zip(sources, found, test, validation, strict=True):
+    remaining = [count - taken for count, taken in zip(counts, test, strict=True)]
+    validation = divide_proportionally(row_count(split.validation, sum(counts)), counts, remaining)
+    sides = [np.full(count, _TRAIN, np.int8) for count in counts]
+    for keys, side, lowest, highest in zip(sources, sides, test, validation, strict=True):
         ascending = np.argsort(ranks(keys, seed, "split"), kind="stable")
         side[ascending[:lowest]] = _TEST
         side[ascending[len(ascending) - highest :]] = _VALIDATION
-    _join_copies(sources, found)
-    return found
+    _put_copies_together(sources, sides)
+    return sides
 
 
 def row_count(part: float, whole: int) -> int:
-    """Rows that a share (below 1) of `whole` rows is, to the nearest, a half upwards; a number is itself."""
+    """The rows that `part` stands for: a share (below 1) of `whole`, rounded half up, or a number of rows."""
     return int(part) if part >= 1 else floor(Fraction(str(part)) * whole + Fraction(1, 2))
 
 
-def _join_copies(sources: Sequence[Keys], found: Sequence[NDArray[np.int8]]) -> None:
-    """Rows of equal content all go where the one goes that is furthest from training."""
-    everything = np.concatenate(found)
+def _put_copies_together(sources: Sequence[Keys], sides: Sequence[NDArray[np.int8]]) -> None:
+    """Move rows of equal content to the side of theirs that is furthest from training. Changes `sides` in place."""
+    all_sides = np.concatenate(sides)
     groups = equal_groups(np.concatenate(sources))
-    furthest = np.zeros(len(everything), np.int8)
-    np.maximum.at(furthest, groups, everything)
-    at = 0
-    for side in found:
-        side[:] = furthest[groups[at : at + len(side)]]
-        at += len(side)
+    furthest = np.zeros(len(all_sides), np.int8)
+    np.maximum.at(furthest, groups, all_sides)
+    start = 0
+    for side in sides:
+        side[:] = furthest[groups[start : start + len(side)]]
+        start += len(side)
 
 
-def divide_proportionally(number: int, counts: Sequence[int], room: Sequence[int] | None = None) -> list[int]:
-    """`number` divided in proportion to `counts`, by largest remainders; nowhere more than there is `room`, by default
-    `counts`: what has none in one place goes to the others."""
-    room = counts if room is None else room
-    whole, number = sum(counts), min(number, sum(room))
+def divide_proportionally(number: int, counts: Sequence[int], limits: Sequence[int] | None = None) -> list[int]:
+    """`number` divided in proportion to `counts`, by largest remainders. No part exceeds its limit, by default its count;
+    what does not fit goes to the others."""
+    limits = counts if limits is None else limits
+    whole, number = sum(counts), min(number, sum(limits))
     if not whole:
         return [0] * len(counts)
     shares = [divmod(number * count, whole) for count in counts]
-    parts = [min(share, free) for (share, _), free in zip(shares, room, strict=True)]
+    parts = [min(share, limit) for (share, _), limit in zip(shares, limits, strict=True)]
     by_remainder = sorted(range(len(counts)), key=lambda i: (-shares[i][1], i))
-    while (left := number - sum(parts)) > 0:
-        for i in [i for i in by_remainder if parts[i] < room[i]][:left]:
+    while (remaining := number - sum(parts)) > 0:
+        for i in [i for i in by_remainder if parts[i] < limits[i]][:remaining]:
             parts[i] += 1
     return parts
 
 
 def smallest_share(rows: int) -> float:
-    """The smallest share, in steps of 0.01, that is at least one of so many rows."""
+    """The smallest share, in steps of 0.01, that rounds to at least one of so many rows."""
     return -(-50 // rows) / 100

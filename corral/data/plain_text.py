@@ -1,7 +1,6 @@
-"""Plain documents → token ids, all of them trained: what a Template is for conversations, without turns.
+"""Encodes plain documents as token ids, all of them trained, as a Template encodes conversations.
 
-Special strings that stand in a document become ordinary tokens, as in a Template. This module does not know where documents
-come from.
+The names of special tokens in a document become ordinary tokens, as in a Template.
 """
 
 from __future__ import annotations
@@ -23,27 +22,27 @@ class PlainTextEncoder:
     """Encodes documents with a template's tokenizer.
 
     Args:
-        template: its tokenizer says which ids there are, and its source which of them steer a model.
+        template: its tokenizer encodes; its source shows which tokens control a model.
     """
 
     def __init__(self, template: Template) -> None:
         tokenizer = template.tokenizer
         backend: Tokenizer = tokenizer.backend_tokenizer
-        self._backend = _without_control(backend, template.source)
+        self._backend = _without_control_tokens(backend, template.source)
         bos: Any = tokenizer.bos_token_id
-        # Not every model begins a document with its BOS token. The tokenizer may say so, or the template, where it writes
-        # the token once; where it writes it for each turn, the token means something else.
+        # Not every model begins a document with its BOS token. It does if the tokenizer adds the token, or if the template
+        # writes it once, at the start; a template that writes it for each turn uses it for something else.
         chat = template.encode(_PROBE).ids
-        begins = bos in backend.encode("", add_special_tokens=True).ids or (chat[0] == bos and chat.count(bos) == 1)
-        self._begin: tuple[int, ...] = (bos,) if begins else ()
+        has_bos = bos in backend.encode("", add_special_tokens=True).ids or (chat[0] == bos and chat.count(bos) == 1)
+        self._begin: tuple[int, ...] = (bos,) if has_bos else ()
         self._end: tuple[int, ...] = () if tokenizer.eos_token_id is None else (int(str(tokenizer.eos_token_id)),)
         self._control = frozenset(i for i, added in tokenizer.added_tokens_decoder.items() if added.special)
 
     def encode(self, text: str) -> Encoded:
-        """Ids of a whole document: BOS where the model has it, the text, the end token. All but BOS are trained.
+        """Ids of a whole document: BOS if the model uses it, the text, the end token. All but BOS are trained.
 
         Raises:
-            TemplateError: the text is not valid Unicode, or its tokens would steer the model.
+            TemplateError: the text is not valid Unicode, or it would be encoded with control tokens.
         """
         try:
             text.encode("utf-8")
@@ -57,18 +56,18 @@ class PlainTextEncoder:
 
 
 def split_windows(encoded: Encoded, limit: int) -> tuple[Encoded, ...]:
-    """A sequence as pieces of at most `limit` (≥ 2) tokens. Each begins with the last token of the one before, not trained
-    there, so that every token is predicted exactly once."""
+    """Split a sequence into windows of at most `limit` (≥ 2) tokens. Each begins with the last token of the one before, which
+    is not trained there, so that every token is predicted exactly once."""
     assert limit >= 2, f"windows of {limit} predict nothing"
     ids, trained = encoded.ids, encoded.trained
-    pieces: list[Encoded] = [Encoded(ids[:limit], trained[:limit])]
+    windows: list[Encoded] = [Encoded(ids[:limit], trained[:limit])]
     for start in range(limit - 1, len(ids) - 1, limit - 1):
-        pieces.append(Encoded(ids[start : start + limit], (False, *trained[start + 1 : start + limit])))
-    return tuple(pieces)
+        windows.append(Encoded(ids[start : start + limit], (False, *trained[start + 1 : start + limit])))
+    return tuple(windows)
 
 
-def _without_control(backend: Tokenizer, source: str) -> Tokenizer:
-    """A tokenizer to which the tokens that steer a model are text."""
+def _without_control_tokens(backend: Tokenizer, source: str) -> Tokenizer:
+    """A copy of the tokenizer to which control tokens are ordinary text."""
     from tokenizers import Tokenizer
 
     config: dict[str, Any] = json.loads(backend.to_str())

@@ -1,15 +1,12 @@
-"""The recipe's data → examples on disk, and back: `prepare` writes them, `Prepared.open` reads them.
+"""Prepares a recipe's data: `prepare` writes examples to disk, `Prepared.open` reads them.
 
-Under the folder: `ledger.json` and `ledger.parquet` (what became of every row), `left_out.jsonl` (a few rows of each fate
-that is on no side, to look at) and `rows/SIDE/`, the examples of each side. Equal input gives equal bytes, whatever the
-number of workers and whatever was in the cache.
+The folder holds `ledger.json` and `ledger.parquet` (what became of every row), `left_out.jsonl` (a few rows of each fate
+that is on no side) and `rows/SIDE/`, the examples of each side. Equal input gives equal bytes, whatever the number of
+workers and the state of the cache.
 
-What is costly is kept in the cache, each part under a name that says what it depends on: rows as records by the source's
-content and format; tokens by those, the template and the longest length; words by those rows alone. So another cap, split,
-weight or seed chooses anew among what is there, another template makes new tokens, and an interrupted run goes on from its
-last finished piece.
-
-This module does not know what training makes of an example, nor how ids come about: that is the template's.
+Costly results are kept in the cache, each under a name made of what it depends on: records by the source's content and
+format; tokens by records, template and maximum length; words by records. So another cap, split, weight or seed reuses them
+all, another template makes new tokens only, and an interrupted run continues from its last finished chunk.
 """
 
 from __future__ import annotations
@@ -28,11 +25,11 @@ from corral.data import cache as caches
 from corral.data import selection
 from corral.data.encoding import Sequences, encode_record
 from corral.data.example_store import Example, ExampleStore, ExampleWriter, RowOrigin, json_line
-from corral.data.ledger import FATES, LEDGER_FILE, Fate, Ledger, LedgerWriter, RowFates
+from corral.data.ledger import EXAMPLES_PER_REASON, FATES, LEDGER_FILE, Fate, Ledger, LedgerWriter, RowFates
 from corral.data.loss_budget import check_loss_budget, check_not_empty, count_losses
 from corral.data.mixture import SIDES, Side
-from corral.data.selection import SourcePlan, WorkerPool, fate_code
-from corral.data.source_rows import EXAMPLES, EXCERPT_CHARACTERS, load_source_rows
+from corral.data.selection import UNSET, SourcePlan, WorkerPool, fate_code
+from corral.data.source_rows import EXCERPT_CHARACTERS, load_source_rows
 from corral.errors import DataError
 from corral.progress import Progress
 from corral.recipe import Data
@@ -42,8 +39,8 @@ from corral.template import Template
 __all__ = ["Example", "Prepared", "Sequences", "encode_record", "prepare"]
 
 _VERSION = 2
-_TELL_EVERY = 1000
-_GROUP_ROWS = 50_000  # of a row group of the ledger
+_PROGRESS_EVERY = 1000
+_ROW_GROUP = 50_000  # rows of a row group of the ledger
 _ROWS = "rows"
 _META = "prepared.json"
 _LEFT_OUT = "left_out.jsonl"
@@ -52,7 +49,7 @@ _NO_SIDE: tuple[Fate, ...] = ("dropped", "fully masked", "duplicate", "near dupl
 
 @dataclass(frozen=True)
 class Prepared:
-    """All prepared rows. Attributes: the three sides."""
+    """All prepared rows, by side."""
 
     folder: Path
     train: ExampleStore
@@ -61,21 +58,21 @@ class Prepared:
 
     @classmethod
     def open(cls, folder: Path) -> Prepared:
-        """What `prepare` wrote into a folder. Raises: DataError (it is missing or damaged)."""
+        """Open what `prepare` wrote into a folder. Raises DataError if it is missing or damaged."""
         rows = folder / _ROWS
         try:
             meta: dict[str, Any] = json.loads((rows / _META).read_text("utf-8"))
             if meta["version"] != _VERSION:
                 raise ValueError(f"they have version {meta['version']}, this corral reads {_VERSION}")
             sides = {side: ExampleStore(rows / side) for side in SIDES}
-            for side, found in sides.items():
-                if len(found) != meta["examples"][side]:
-                    raise ValueError(f"{side}: {len(found)} rows, {meta['examples'][side]} were written")
+            for side, examples in sides.items():
+                if len(examples) != meta["examples"][side]:
+                    raise ValueError(f"{side}: {len(examples)} rows, {meta['examples'][side]} were written")
         except (OSError, ValueError, KeyError, IndexError) as error:
             raise DataError(
                 f"the prepared rows cannot be read: {error}",
                 where=str(rows),
-                hint="delete this stage's folder and run again: it is made anew",
+                hint="delete this stage's folder and run again: the rows are prepared again",
             ) from None
         return cls(folder, **sides)
 
@@ -104,26 +101,26 @@ def prepare(
     cache: Path | None = None,
     workers: int | None = None,
 ) -> Prepared:
-    """Read, check, choose, encode and split all rows, and write them into `folder`.
+    """Read, check, sample, encode and split all rows, and write them into `folder`.
 
     Args:
         data: the recipe's section.
         template: makes ids and masks.
         folder: an existing directory; rows that are in it already are replaced as a whole.
-        seed: with a row's content decides its side, its place, and whether a cap or a weight keeps it.
-        progress: told how far it is.
-        cache: where costly parts are kept; by default corral's own cache.
-        workers: processes that compute; by default as many as there are cores and as the rows are worth.
+        seed: with a row's content decides its side, its position, and whether a cap or a weight keeps it.
+        progress: receives how far it is.
+        cache: where costly results are kept; by default corral's own cache.
+        workers: processes that compute; by default at most as many as there are cores.
 
     Raises:
-        DataError: a source cannot be read; no row is left to train on; a side that was asked for is empty.
-        AssetError: a data asset cannot be had.
+        DataError: a source cannot be read; no row is left to train on; a side that should have rows is empty.
+        AssetError: a data asset cannot be fetched.
         GateError: more rows are lost than `data.max_loss` allows; the ledger is written, the rows are not.
         StorageError: the folder or the cache cannot be written.
     """
     progress = progress or Progress()
     cache = cache or caches.default_folder()
-    hands = WorkerPool(progress, workers)
+    pool = WorkerPool(progress, workers)
     with caches.hold_cache(cache) as used:
         progress.start("Reading rows", None)
         plans = [
@@ -131,10 +128,10 @@ def prepare(
             for source in data.sources
         ]
         used.update(folder for plan in plans for folder in plan.cache_folders)
-        selection.deduplicate_and_cap(plans, data, seed, hands)
-        selection.encode_selected(plans, data, template, hands)
+        selection.deduplicate_and_cap(plans, data, seed, pool)
+        selection.encode_selected(plans, data, template, pool)
         selection.assign_sides(plans, data, seed)
-        selection.mark_contaminated(plans, data, hands)
+        selection.mark_contaminated(plans, data, pool)
         selection.apply_weights(plans, seed)
         with new_directory(folder / _ROWS) as rows:
             counts = _write_rows(plans, rows, data, seed, progress)
@@ -152,30 +149,30 @@ def _write_rows(plans: Sequence[SourcePlan], folder: Path, data: Data, seed: int
     with ExitStack() as files:
         writers = [files.enter_context(ExampleWriter(folder / side, seed)) for side in SIDES]
         for plan in plans:
-            places = np.flatnonzero(plan.side >= 0)
-            for place, record in zip(places, plan.rows.record_lines(places), strict=True):
-                _write_row(writers[plan.side[place]], plan, int(place), record)
+            positions = np.flatnonzero(plan.side >= 0)
+            for position, record in zip(positions, plan.rows.record_lines(positions), strict=True):
+                _write_row(writers[plan.side[position]], plan, int(position), record)
                 done += 1
-                if done % _TELL_EVERY == 0:
+                if done % _PROGRESS_EVERY == 0:
                     progress.update(done, plan.source.label)
         for writer in writers:
             writer.finish()
         return {side: len(writer) for side, writer in zip(SIDES, writers, strict=True)}
 
 
-def _write_row(writer: ExampleWriter, plan: SourcePlan, place: int, record: bytes) -> None:
-    arrays, i = plan.encoded.locate(place)
+def _write_row(writer: ExampleWriter, plan: SourcePlan, position: int, record: bytes) -> None:
+    arrays, i = plan.encoded.locate(position)
     tokens = slice(int(arrays["token_ends"][i]), int(arrays["token_ends"][i + 1]))
     sequences = slice(int(arrays["sequence_ends"][i]), int(arrays["sequence_ends"][i + 1]))
     writer.add_encoded(
-        RowOrigin(bytes(plan.rows.keys[place]).hex(), plan.source.label, int(plan.rows.index[place])),
+        RowOrigin(bytes(plan.rows.keys[position]).hex(), plan.source.label, int(plan.rows.index[position])),
         record,
         arrays["ids"][tokens],
         arrays["trained"][tokens],
         arrays["sequence_lengths"][sequences],
-        trained_tokens=int(plan.trained_tokens[place]),
-        truncated=bool(plan.fate[place] == fate_code("truncated")),
-        repeat=plan.source.repeat if plan.side[place] == SIDES.index("train") else 1,
+        trained_tokens=int(plan.trained_tokens[position]),
+        truncated=bool(plan.fate[position] == fate_code("truncated")),
+        repeat=plan.source.repeat if plan.side[position] == SIDES.index("train") else 1,
     )
 
 
@@ -189,79 +186,81 @@ def _write_ledger(plans: Sequence[SourcePlan], folder: Path) -> dict[str, Any]:
             ledger.add_read(label, plan.rows.rows_read)
             for rows in _row_fates(plan):
                 file.add(label, rows)
-                _count(ledger, label, rows)
-            examples += _left_out(plan)
+                _count_fates(ledger, label, rows)
+            examples += _left_out_examples(plan)
         summary = ledger.to_json()
     trained = [int((plan.side == SIDES.index("train")).sum()) * plan.source.repeat for plan in plans]
     for plan, count in zip(plans, trained, strict=True):
         share = round(count / max(1, sum(trained)), 6)
-        mixed = {"training_examples": count, "training_share": share}
-        summary["sources"][plan.source.label] |= _figures(plan) | mixed
+        mixture = {"training_examples": count, "training_share": share}
+        summary["sources"][plan.source.label] |= _source_figures(plan) | mixture
     write_json(folder / "ledger.json", summary)
     write_atomic(folder / _LEFT_OUT, "".join(json_line(row) for row in examples))
     return summary
 
 
 def _row_fates(plan: SourcePlan) -> Iterator[RowFates]:
-    """The fates of all rows of a source in its order, usable or not, many at a time."""
+    """The fates of all rows of a source, usable or not, in its order, one row group at a time."""
     index = np.concatenate([plan.rows.index, plan.rows.unusable])
     order = np.argsort(index, kind="stable")
     usable = len(plan.rows)
-    for at in range(0, len(order), _GROUP_ROWS):
-        rows = order[at : at + _GROUP_ROWS]
-        known = rows < usable
-        places, others = rows[known], rows[~known] - usable
+    for start in range(0, len(order), _ROW_GROUP):
+        rows = order[start : start + _ROW_GROUP]
+        is_usable = rows < usable
+        positions, unusable = rows[is_usable], rows[~is_usable] - usable
 
-        def column(values: NDArray[Any], otherwise: Any, known: Any = known, places: Any = places) -> NDArray[Any]:
-            found = np.full(len(known), otherwise, values.dtype)
-            found[known] = values[places]
-            return found
+        def column(
+            values: NDArray[Any], default: Any, is_usable: Any = is_usable, positions: Any = positions
+        ) -> NDArray[Any]:
+            full = np.full(len(is_usable), default, values.dtype)
+            full[is_usable] = values[positions]
+            return full
 
-        reason = column(plan.reason, selection.UNSET)
-        reason[~known] = plan.rows.reason_codes[others]
-        keys = iter(plan.rows.keys[places])
+        reason = column(plan.reason, UNSET)
+        reason[~is_usable] = plan.rows.reason_codes[unusable]
+        keys = iter(plan.rows.keys[positions])
         yield RowFates(
             row=index[rows],
             fate=column(plan.fate, fate_code("dropped")),
             reason=reason,
-            side=column(plan.side, selection.UNSET),
-            key=[bytes(next(keys)).hex() if is_known else None for is_known in known],
-            tokens=column(plan.tokens, selection.UNSET),
-            trained_tokens=column(plan.trained_tokens, selection.UNSET),
+            side=column(plan.side, UNSET),
+            key=[bytes(next(keys)).hex() if usable_row else None for usable_row in is_usable],
+            tokens=column(plan.tokens, UNSET),
+            trained_tokens=column(plan.trained_tokens, UNSET),
             lost_end=column(plan.lost_end, False),
             contaminated=column(plan.contaminated, False),
             reasons=plan.reasons,
         )
 
 
-def _count(ledger: Ledger, label: str, rows: RowFates) -> None:
+def _count_fates(ledger: Ledger, label: str, rows: RowFates) -> None:
     columns = zip(rows.row.tolist(), rows.fate.tolist(), rows.reason.tolist(), rows.side.tolist(), strict=True)
-    for row, fate, reason, side in columns:
-        why = rows.reasons[reason] if reason >= 0 else None
-        ledger.add_fate(label, row, FATES[fate], why, SIDES[side] if side >= 0 else None)
+    for row, fate, reason_code, side in columns:
+        reason = rows.reasons[reason_code] if reason_code >= 0 else None
+        ledger.add_fate(label, row, FATES[fate], reason, SIDES[side] if side >= 0 else None)
 
 
-def _left_out(plan: SourcePlan) -> Iterator[dict[str, Any]]:
+def _left_out_examples(plan: SourcePlan) -> Iterator[dict[str, Any]]:
     """A few rows of each fate and reason that are on no side."""
     label = plan.source.label
     for example in plan.rows.examples:
         yield {"source": label, "index": example["index"], "fate": "dropped"} | example
     for fate in _NO_SIDE:
-        places = plan.rows_with(fate)
-        for reason in np.unique(plan.reason[places]).tolist():
-            some = places[plan.reason[places] == reason][:EXAMPLES]
-            for place, line in zip(some, plan.rows.record_lines(some), strict=True):
+        positions = plan.rows_with(fate)
+        for reason in np.unique(plan.reason[positions]).tolist():
+            some = positions[plan.reason[positions] == reason][:EXAMPLES_PER_REASON]
+            for position, line in zip(some, plan.rows.record_lines(some), strict=True):
                 yield {
                     "source": label,
-                    "index": int(plan.rows.index[place]),
+                    "index": int(plan.rows.index[position]),
                     "fate": fate,
                     "reason": plan.reasons[reason] if reason >= 0 else None,
                     "text": json.dumps(json.loads(line), ensure_ascii=False)[:EXCERPT_CHARACTERS],
                 }
 
 
-def _figures(plan: SourcePlan) -> dict[str, Any]:
-    """What the summary says of a source besides its counts."""
+def _source_figures(plan: SourcePlan) -> dict[str, Any]:
+    """What the summary says about a source besides its counts."""
     asked, lost = count_losses(plan)
     used = plan.rows_with("kept", "truncated")
     return {

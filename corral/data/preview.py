@@ -1,8 +1,7 @@
-"""Prepared rows in colour, for a terminal and as a page: which tokens are trained on, which are context, which were cut;
-beside them the ledger, how long the rows are, and some of the rows that were left out.
+"""Shows prepared rows in colour, in the terminal and as a page: which tokens are trained on, which are context, which were
+cut off. The ledger, the row lengths and some rows that were left out are shown with them.
 
-What is shown is what the arrays hold, token by token, not what a text ought to become; only what was cut off a truncated
-row is encoded anew. This module does not know why a row went where it went: the ledger says it.
+The tokens are those that the stored arrays hold. Only what was cut off a truncated row is encoded again.
 """
 
 from __future__ import annotations
@@ -26,21 +25,21 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from rich.text import Text
 
-Kind: TypeAlias = Literal["trained", "context", "cut"]
+TokenKind: TypeAlias = Literal["trained", "context", "cut"]
 
-_MEANING: dict[Kind, str] = {
+_MEANING: dict[TokenKind, str] = {
     "trained": "trained on",
     "context": "context only",
     "cut": "cut off: longer than allowed",
 }
-# Neighbouring tokens alternate between the two, so that their borders can be seen.
-_STYLES: dict[Kind, tuple[str, str]] = {
+# Neighbouring tokens alternate between the two, so that their borders are visible.
+_STYLES: dict[TokenKind, tuple[str, str]] = {
     "trained": ("green", "bright_green"),
     "context": ("grey50", "grey66"),
     "cut": ("red strike", "bright_red strike"),
 }
 _EXCERPT = 300  # characters of a dropped row in the terminal
-# They turn the direction of the text around them, and so could show a row as what it is not.
+# They change the direction of the text around them, and so could disguise a row.
 _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
@@ -50,26 +49,26 @@ class Piece:
 
     Args:
         text: what they decode to; for a special token its name.
-        kind: what becomes of them; `cut` if any of them is.
+        kind: trained, context, or `cut` if any of them is cut off.
         special: whether it is a special token.
         tokens: how many tokens it is.
     """
 
     text: str
-    kind: Kind
+    kind: TokenKind
     special: bool
     tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class PreviewRow:
-    """One row to look at: where it is from, what became of it, its tokens by kind, and the pieces of each sequence."""
+    """One row to show: its source, its fate, token counts by kind, and the pieces of each sequence."""
 
     side: Side
     fate: Literal["kept", "truncated"]
     source: str
     index: int
-    tokens: Mapping[Kind, int]
+    tokens: Mapping[TokenKind, int]
     sequences: tuple[tuple[Piece, ...], ...]
 
     @property
@@ -83,38 +82,39 @@ class PreviewRow:
 def pick_rows(prepared: Prepared, template: Template, rows: int) -> list[PreviewRow]:
     """The first `rows` kept and the first `rows` truncated rows of each side, in its order."""
     special = frozenset({*template.special_ids, *template.tokenizer.all_special_ids})
-    found: list[PreviewRow] = []
+    picked: list[PreviewRow] = []
     fates: tuple[Literal["kept", "truncated"], ...] = ("kept", "truncated")
     for side in SIDES:
         examples = prepared.side(side)
         for fate in fates:
-            places = (examples.truncated == (fate == "truncated")).nonzero()[0]
-            found += [_shown(e, side, fate, template, special) for e in islice(_distinct(examples, places), rows)]
-    return found
+            indices = (examples.truncated == (fate == "truncated")).nonzero()[0]
+            distinct = islice(_distinct_examples(examples, indices), rows)
+            picked += [_preview_row(example, side, fate, template, special) for example in distinct]
+    return picked
 
 
-def _distinct(examples: ExampleStore, places: NDArray[np.int64]) -> Iterator[Example]:
-    """The examples at these places; one that is repeated comes once."""
+def _distinct_examples(examples: ExampleStore, indices: NDArray[np.int64]) -> Iterator[Example]:
+    """The examples at these indices, each repeated one once."""
     seen: set[str] = set()
-    for place in places:
-        example = examples[int(place)]
+    for index in indices:
+        example = examples[int(index)]
         if example.key not in seen:
             seen.add(example.key)
             yield example
 
 
-def _shown(
+def _preview_row(
     example: Example, side: Side, fate: Literal["kept", "truncated"], template: Template, special: frozenset[int]
 ) -> PreviewRow:
     whole = encode_record(example.record, template) if fate == "truncated" else example.sequences
-    # The arrays' own ids come first: what they hold is shown even if the template has changed since.
+    # The stored ids come first: they are shown as they are even if the template has changed since.
     joined = [
         Encoded(kept.ids + full.ids[len(kept.ids) :], kept.trained + full.trained[len(kept.ids) :])
         for kept, full in zip(example.sequences, whole, strict=True)
     ]
     kept_tokens = sum(len(s.ids) for s in example.sequences)
     trained = sum(sum(s.trained) for s in example.sequences)
-    tokens: dict[Kind, int] = {
+    tokens: dict[TokenKind, int] = {
         "trained": trained,
         "context": kept_tokens - trained,
         "cut": sum(len(s.ids) for s in joined) - kept_tokens,
@@ -127,34 +127,34 @@ def _shown(
 
 
 def split_pieces(encoded: Encoded, kept: int, template: Template, special: frozenset[int]) -> Iterator[Piece]:
-    """The tokens of a sequence as text, in order; those from place `kept` on are cut off.
+    """The tokens of a sequence as text, in order; those from index `kept` on are cut off.
 
-    Joined, the pieces that are no special tokens are the text, also where characters span tokens.
+    The pieces that are not special tokens, joined, are the text, also where characters span tokens.
     """
-    decoder = template.stream_decoder()
-    waiting: list[Kind] = []
-    for place, (token, is_trained) in enumerate(zip(encoded.ids, encoded.trained, strict=True)):
-        kind: Kind = "cut" if place >= kept else "trained" if is_trained else "context"
+
+    def text_piece(text: str) -> Piece:
+        return Piece(text, "cut" if "cut" in pending else pending[0], False, len(pending))
+
+    decoder = template.decoder()
+    pending: list[TokenKind] = []
+    for index, (token, is_trained) in enumerate(zip(encoded.ids, encoded.trained, strict=True)):
+        kind: TokenKind = "cut" if index >= kept else "trained" if is_trained else "context"
         if token in special:
-            if waiting:
-                yield Piece(decoder.finish(), _strongest(waiting), False, len(waiting))
+            if pending:
+                yield text_piece(decoder.finish())
             yield Piece(str(template.tokenizer.convert_ids_to_tokens(token)), kind, True, 1)
-            decoder, waiting = template.stream_decoder(), []
+            decoder, pending = template.decoder(), []
             continue
-        waiting.append(kind)
+        pending.append(kind)
         if text := decoder.push([token]):
-            yield Piece(text, _strongest(waiting), False, len(waiting))
-            waiting = []
-    if waiting:
-        yield Piece(decoder.finish(), _strongest(waiting), False, len(waiting))
-
-
-def _strongest(kinds: list[Kind]) -> Kind:
-    return "cut" if "cut" in kinds else kinds[0]
+            yield text_piece(text)
+            pending = []
+    if pending:
+        yield text_piece(decoder.finish())
 
 
 def _visible(text: str) -> str:
-    """Text in which what would not show, or would steer a terminal, is written out; line breaks are marked and kept."""
+    """Text with invisible and control characters written out; line breaks are marked and kept."""
     return "".join("↵\n" if c == "\n" else f"⟨U+{ord(c):04X}⟩" if _hidden(c) else c for c in text)
 
 
@@ -165,13 +165,14 @@ def _hidden(character: str) -> bool:
 def _left_out(prepared: Prepared, rows: int) -> Iterator[tuple[str, str]]:
     """(title, text) of the first `rows` rows of each fate, source and reason that are on no side."""
 
-    def kind(row: Mapping[str, Any]) -> tuple[int, str, str]:
+    def group_key(row: Mapping[str, Any]) -> tuple[int, str, str]:
         return FATES.index(row["fate"]), row["source"], row["reason"] or ""
 
-    for _, group in groupby(sorted(prepared.left_out, key=lambda row: (*kind(row), row["index"])), key=kind):
+    ordered = sorted(prepared.left_out, key=lambda row: (*group_key(row), row["index"]))
+    for _, group in groupby(ordered, key=group_key):
         for row in islice(group, rows):
-            why = f" · {row['reason']}" if row["reason"] else ""
-            yield _visible(f"{row['fate']} · {row['source']} row {row['index']}{why}"), row["text"]
+            reason = f" · {row['reason']}" if row["reason"] else ""
+            yield _visible(f"{row['fate']} · {row['source']} row {row['index']}{reason}"), row["text"]
 
 
 def to_terminal(prepared: Prepared, template: Template, rows: int = 2) -> Text:
@@ -186,9 +187,9 @@ def to_terminal(prepared: Prepared, template: Template, rows: int = 2) -> Text:
         page.append(meaning, _STYLES[kind][0])
         page.append("  ")
     page.append(" special token \n", "reverse")
-    for shown in pick_rows(prepared, template, rows):
-        page.append(f"\n{shown.side} · {shown.title}\n", "bold")
-        for sequence in shown.sequences:
+    for row in pick_rows(prepared, template, rows):
+        page.append(f"\n{row.side} · {row.title}\n", "bold")
+        for sequence in row.sequences:
             for number, piece in enumerate(sequence):
                 style = _STYLES[piece.kind][number % 2]
                 page.append(_visible(piece.text), f"{style} reverse" if piece.special else style)
@@ -196,7 +197,8 @@ def to_terminal(prepared: Prepared, template: Template, rows: int = 2) -> Text:
                 page.append("\n")
     for title, text in _left_out(prepared, rows):
         page.append(f"\n{title}\n", "bold")
-        page.append(_visible(_shortened(text, _EXCERPT)) + "\n", "grey50")
+        excerpt = text if len(text) <= _EXCERPT else f"{text[:_EXCERPT]} …"
+        page.append(_visible(excerpt) + "\n", "grey50")
     return page
 
 
@@ -204,24 +206,20 @@ def _histogram(prepared: Prepared) -> list[length_histogram.Bin]:
     return length_histogram.read_histogram(prepared.folder / LEDGER_FILE)
 
 
-def _shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[:most]} …"
-
-
 def to_html(prepared: Prepared, template: Template, rows: int = 2) -> str:
-    """The same as one self-contained page: no script, nothing fetched; light or dark as the reader's system is."""
-    shown = pick_rows(prepared, template, rows)
-    parts = [_HEAD, "<h1>What is trained on</h1>", _ledger_table(prepared.ledger), *_reasons(prepared.ledger)]
+    """The same as one self-contained page, without scripts or requests, light or dark as the reader's system is."""
+    preview_rows = pick_rows(prepared, template, rows)
+    parts = [_HEAD, "<h1>What is trained on</h1>", _ledger_table(prepared.ledger), *_source_sections(prepared.ledger)]
     parts += ["<h2>lengths</h2>", f'<div class="lengths">{length_histogram.to_html(_histogram(prepared))}</div>']
     legend = " ".join(f'<span class="{kind}">{html.escape(meaning)}</span>' for kind, meaning in _MEANING.items())
     parts.append(f'<p class="legend">{legend} <span class="context special">special token</span>')
     parts.append("Thin lines divide tokens.</p>")
     for side in SIDES:
-        here = [row for row in shown if row.side == side]
-        parts.append(f"<h2>{side}</h2>" if here else f"<h2>{side}</h2><p>no rows</p>")
-        for row in here:
+        on_side = [row for row in preview_rows if row.side == side]
+        parts.append(f"<h2>{side}</h2>" if on_side else f"<h2>{side}</h2><p>no rows</p>")
+        for row in on_side:
             parts.append(f"<h3>{html.escape(row.title)}</h3>")
-            parts += [f'<pre class="tokens">{"".join(map(_span, sequence))}</pre>' for sequence in row.sequences]
+            parts += [f'<pre class="tokens">{"".join(map(_piece_html, sequence))}</pre>' for sequence in row.sequences]
     if left_out := list(_left_out(prepared, rows)):
         parts.append("<h2>left out</h2>")
     for title, text in left_out:
@@ -230,7 +228,7 @@ def to_html(prepared: Prepared, template: Template, rows: int = 2) -> str:
     return "\n".join([*parts, "</body>", "</html>", ""])
 
 
-def _span(piece: Piece) -> str:
+def _piece_html(piece: Piece) -> str:
     classes = f"{piece.kind} special" if piece.special else piece.kind
     several = f' title="{piece.tokens} tokens"' if piece.tokens > 1 else ""
     return f'<span class="{classes}"{several}>{html.escape(_visible(piece.text))}</span>'
@@ -256,17 +254,17 @@ def _ledger_row(label: str, figures: Sequence[int], on_sides: Sequence[int]) -> 
     return f"<tr><th>{html.escape(_visible(label))}</th>{written}</tr>"
 
 
-def _reasons(ledger: Mapping[str, Any]) -> Iterator[str]:
-    """What is known of each source, and why rows of it were left out."""
+def _source_sections(ledger: Mapping[str, Any]) -> Iterator[str]:
+    """Notes on each source, and why its rows were left out."""
     for label, source in ledger["sources"].items():
         yield f"<h3>{html.escape(_visible(label))}</h3>"
-        yield _items(source_notes(source))
+        yield _list_html(source_notes(source))
         if source["reasons"]:
             yield "<p>Why rows were left out:</p>"
-            yield _items([format_reason(reason, entry) for reason, entry in source["reasons"].items()])
+            yield _list_html([format_reason(reason, entry) for reason, entry in source["reasons"].items()])
 
 
-def _items(lines: Sequence[str]) -> str:
+def _list_html(lines: Sequence[str]) -> str:
     items = "".join(f"<li>{html.escape(_visible(line))}</li>" for line in lines)
     return f"<ul>{items}</ul>" if items else ""
 

@@ -1,7 +1,7 @@
-"""A recipe in its small form: the starter model, made-up rows of each source's schema, a few steps; nothing else differs.
+"""Makes the small form of a recipe: the starter model, made-up rows of each source's schema, a few steps.
 
-So that a recipe written for a GPU and data sets on the hub can be tried on any machine in minutes, every line of its path
-included. This module does not know what the rows are good for: a model learns nothing from them.
+Nothing else differs, so a recipe for a GPU and data sets on the hub can be tried on any machine in minutes. A model learns
+nothing from the rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from corral.storage import write_atomic
 
 STARTER_MODEL = "asset:smollm2-135m-instruct"
 ROWS_PER_SOURCE = 12
-"""Rows made for each source."""
+"""Rows written for each source."""
 
 _TOKENS = 8  # of an answer
 _HELD_OUT = 2
@@ -43,13 +43,12 @@ _THINGS = (
 
 
 def shrink_recipe(recipe: Recipe, folder: Path) -> Recipe:
-    """The small form of a recipe. Its sources' rows are written into `folder`, one file for each.
+    """The small form of a recipe. Writes the rows of its sources into `folder`, a file for each.
 
-    Sources that are assets, or files of a format that has no made-up rows, stay as they are and give no more rows than the
-    others.
+    Sources that are assets, or local files of a format without sample rows, stay and are capped at as many rows.
 
     Raises:
-        RecipeError: a source lies elsewhere, and its format is not known from the recipe.
+        RecipeError: a source is remote, and the recipe does not tell its format.
         StorageError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +74,7 @@ def _small_source(source: Source, file: Path) -> Source:
         return source.model_copy(update=update | {"split": Source.model_fields["split"].default})
     if source.path.startswith(("hub:", "s3://")):
         raise RecipeError(
-            f"the source {source.label!r} has no small form: what its rows look like is not known from the recipe",
+            f"the source {source.label!r} has no small form: the recipe does not tell what its rows look like",
             where="data.sources",
             hint=f"give its `format`, one of {', '.join(SAMPLE_ROWS)}, or try the recipe with a file of a few rows",
         )
@@ -286,4 +285,4 @@ SAMPLE_ROWS: dict[str, Callable[[int], _Row]] = {
     "question-answer": _question_answer,
     "messages": _messages,
 }
-"""For each format, its row number i below ROWS, of the data set's true columns."""
+"""For each format a function from i < ROWS_PER_SOURCE to a row with the columns of the real data set."""

@@ -1,8 +1,7 @@
-"""The rows of one source, understood: read once, turned into records, hashed, and kept on disk for as long as source,
-format and corral's own code stay the same.
+"""Reads one source into records, once: rows are parsed, hashed and kept in the cache.
 
-Rows that cannot be used are kept too, with the reason. This module does not know which rows are used, for what, or how
-they become tokens.
+The cached rows are used again while the source, its format and corral's code stay the same. Rows that cannot be used are
+kept too, with the reason.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from corral.data import formats, sources
 from corral.data.cache import cache_name, hash_code
 from corral.data.example_store import json_line, record_from_json
 from corral.data.formats import ContradictionError, FormatError
-from corral.data.ledger import OTHER_REASONS, reason_kind
+from corral.data.ledger import EXAMPLES_PER_REASON, OTHER_REASONS, reason_kind
 from corral.data.sources import RawRow
 from corral.errors import DataError
 from corral.messages import Record, record_key, record_to_json
@@ -34,27 +33,25 @@ from corral.storage import file_lock, new_directory
 Ints: TypeAlias = NDArray[np.int64]
 
 VERSION = 1
-EXAMPLES = 5
-"""Rows of each kind of reason that are kept to be shown."""
 EXCERPT_CHARACTERS = 2000
-"""Characters of such a row."""
+"""How much of an unusable row is kept to be shown."""
 # A reason may quote a row's value: junk could make as many reasons as rows.
-_MOST_REASONS = 10_000
-_LOOK_AT = 50  # rows by which a format is recognised
-_TELL_EVERY = 100
+_MAX_REASONS = 10_000
+_ROWS_TO_RECOGNISE = 50  # rows by which the format is recognised
+_PROGRESS_EVERY = 100
 _META = "meta.json"
 
 
 class SourceRows:
-    """What one source holds. A usable row's place is its number among the usable ones, from 0.
+    """The rows of one source. A usable row's position is its number among the usable ones, from 0.
 
     Attributes:
-        identity: stands for the content, in names of what is computed from it.
-        format: the name of the format that was taken; `why` says for what reason.
-        keys: [usable rows, 32] sha256 of each row's content.
-        index: [usable rows] its number in the source.
-        unusable: [rows] number in the source of each row that cannot be used; `reasons[reason_of[i]]` says why.
-        examples: some of those: `{"index", "reason", "text"}`.
+        identity: stands for the content, in the names of what is computed from it.
+        format: the name of the format that was used; `why` says how it was chosen.
+        keys: sha256 of each row's content. [usable rows, 32]
+        index: the row number in the source. [usable rows]
+        unusable: the row number in the source of each unusable row; `reasons[reason_codes[i]]` says why. [rows]
+        examples: some unusable rows: `{"index", "reason", "text"}`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -67,7 +64,7 @@ class SourceRows:
         self.keys: NDArray[np.uint8] = np.load(folder / "keys.npy", mmap_mode="r").reshape(-1, 32)
         self.index: Ints = np.load(folder / "index.npy", mmap_mode="r")
         self.unusable: Ints = np.load(folder / "unusable.npy", mmap_mode="r")
-        self.reason_codes: NDArray[np.int16] = np.load(folder / "reason_of.npy", mmap_mode="r")
+        self.reason_codes: NDArray[np.int16] = np.load(folder / "reason_codes.npy", mmap_mode="r")
         self._ends: Ints = np.load(folder / "ends.npy", mmap_mode="r")
         self._path = folder / "records.jsonl"
         usable, unusable = meta["usable"], meta["unusable"]
@@ -80,37 +77,37 @@ class SourceRows:
 
     @property
     def rows_read(self) -> int:
-        """Rows that were read, usable or not."""
+        """All rows that were read, usable or not."""
         return len(self.keys) + len(self.unusable)
 
-    def record_lines(self, places: Ints) -> Iterator[bytes]:
-        """The JSON form of the records at these places, as bytes without a line break."""
+    def record_lines(self, positions: Ints) -> Iterator[bytes]:
+        """The JSON form of the records at these positions, without line breaks."""
         with self._path.open("rb") as file:
-            at = 0
-            for place in places:
-                start, end = int(self._ends[place]), int(self._ends[place + 1])
-                if start != at:
+            offset = 0
+            for position in positions:
+                start, end = int(self._ends[position]), int(self._ends[position + 1])
+                if start != offset:
                     file.seek(start)
                 yield file.read(end - start)[:-1]
-                at = end
+                offset = end
 
-    def records(self, places: Ints) -> Iterator[Record]:
-        """The records at these places."""
-        return (record_from_json(json.loads(line)) for line in self.record_lines(places))
+    def records(self, positions: Ints) -> Iterator[Record]:
+        """The records at these positions."""
+        return (record_from_json(json.loads(line)) for line in self.record_lines(positions))
 
 
 def load_source_rows(source: Source, cache: Path, progress: Progress) -> SourceRows:
-    """A source's rows, read and understood now unless that was done before.
+    """A source's rows, from the cache if they are there, else read now.
 
     Raises:
-        DataError: the source cannot be read, its format cannot be told, or it changes while it is read.
-        AssetError: a data asset cannot be had.
+        DataError: the source cannot be read, its format is not recognised, or it changes while it is read.
+        AssetError: a data asset cannot be fetched.
         StorageError: the cache cannot be written.
     """
-    identity = sources.hash_source(source)
-    how = source.model_dump(mode="json", include={"config", "split", "format", "mapping"})
-    folder = cache / cache_name("rows", VERSION, identity, how, _code())
-    with file_lock(cache / f".{folder.name}.lock"):
+    source_hash = sources.hash_source(source)
+    settings = source.model_dump(mode="json", include={"config", "split", "format", "mapping"})
+    folder = cache / cache_name("rows", VERSION, source_hash, settings, _hash_reading_code())
+    with locked(cache / f".{folder.name}.lock"):
         try:
             return SourceRows(folder)
         except FileNotFoundError:
@@ -118,48 +115,48 @@ def load_source_rows(source: Source, cache: Path, progress: Progress) -> SourceR
         except (OSError, ValueError, KeyError) as error:
             progress.say(f"the cached rows of {source.label} are damaged ({error}): they are read again")
         with new_directory(folder) as new:
-            _write(source, new, progress)
-            if sources.hash_source(source) != identity:
+            _read_into(source, new, progress)
+            if sources.hash_source(source) != source_hash:
                 raise DataError(
-                    "the source changed while it was read", where=source.path, hint="run again when it is at rest"
+                    "the source changed while it was read",
+                    where=source.path,
+                    hint="run again when nothing writes to it any more",
                 )
         return SourceRows(folder)
 
 
-def _code() -> str:
-    """Stands for the code that decides what becomes of a row."""
+def _hash_reading_code() -> str:
+    """Stands for the code that turns a source into records."""
     here = Path(__file__).parent
-    packages = [here / name if (here / name).is_dir() else here / f"{name}.py" for name in ("formats", "sources")]
-    return hash_code(Path(__file__), here.parent / "messages.py", *packages)
+    return hash_code(Path(__file__), here.parent / "messages.py", here / "formats", here / "sources")
 
 
 @dataclass
-class _Unusable:
-    """Rows that cannot be used, counted by reason."""
+class _UnusableRows:
+    """Rows that cannot be used, with their reasons and some examples."""
 
     index: array[int] = field(default_factory=lambda: array("q"))
-    reason_of: array[int] = field(default_factory=lambda: array("h"))
-    numbers: dict[str, int] = field(default_factory=dict[str, int])
-    shown: Counter[str] = field(default_factory=Counter[str])
+    reason_codes: array[int] = field(default_factory=lambda: array("h"))
+    code_of_reason: dict[str, int] = field(default_factory=dict[str, int])
+    example_counts: Counter[str] = field(default_factory=Counter[str])
     examples: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
     def add(self, row: RawRow, reason: str) -> None:
-        if reason not in self.numbers and len(self.numbers) >= _MOST_REASONS:
+        if reason not in self.code_of_reason and len(self.code_of_reason) >= _MAX_REASONS:
             reason = OTHER_REASONS
-        number = self.numbers.setdefault(reason, len(self.numbers))
         self.index.append(row.index)
-        self.reason_of.append(number)
+        self.reason_codes.append(self.code_of_reason.setdefault(reason, len(self.code_of_reason)))
         kind = reason_kind(reason)
-        if self.shown[kind] < EXAMPLES:
-            self.shown[kind] += 1
+        if self.example_counts[kind] < EXAMPLES_PER_REASON:
+            self.example_counts[kind] += 1
             text = row.fault if row.value is None else json.dumps(row.value, ensure_ascii=False, default=str)
             self.examples.append({"index": row.index, "reason": reason, "text": (text or "")[:EXCERPT_CHARACTERS]})
 
 
-def _write(source: Source, folder: Path, progress: Progress) -> None:
-    keys, index, ends, unusable = bytearray(), array("q"), array("q", [0]), _Unusable()
+def _read_into(source: Source, folder: Path, progress: Progress) -> None:
+    keys, index, ends, unusable = bytearray(), array("q"), array("q", [0]), _UnusableRows()
     rows = sources.read_rows(source, progress)
-    first = list(islice(rows, _LOOK_AT))
+    first = list(islice(rows, _ROWS_TO_RECOGNISE))
     if first and all(row.value is None for row in first) and source.format == "auto" and source.mapping is None:
         raise DataError(
             f"none of the first {len(first)} rows can be read: {first[0].fault}",
@@ -180,23 +177,23 @@ def _write(source: Source, folder: Path, progress: Progress) -> None:
                     ends.append(ends[-1] + len(line))
                     index.append(row.index)
                 except ContradictionError as error:
-                    # What was kept before it was read on an assumption that is wrong.
+                    # The rows before it were read on an assumption that is now known to be wrong.
                     raise DataError(f"{row.location}: {error.reason}", where=source.label, hint=error.hint) from None
                 except FormatError as error:
                     unusable.add(row, error.reason)
-            if done % _TELL_EVERY == 0:
+            if done % _PROGRESS_EVERY == 0:
                 progress.update(done, source.label)
     np.save(folder / "keys.npy", np.frombuffer(keys, np.uint8))
     np.save(folder / "index.npy", np.asarray(index, np.int64))
     np.save(folder / "ends.npy", np.asarray(ends, np.int64))
     np.save(folder / "unusable.npy", np.asarray(unusable.index, np.int64))
-    np.save(folder / "reason_of.npy", np.asarray(unusable.reason_of, np.int16))
+    np.save(folder / "reason_codes.npy", np.asarray(unusable.reason_codes, np.int16))
     meta = {
         "format": chosen.name,
         "why": chosen.why,
         "usable": len(index),
         "unusable": len(unusable.index),
-        "reasons": list(unusable.numbers),
+        "reasons": list(unusable.code_of_reason),
         "examples": unusable.examples,
     }
     (folder / _META).write_text(json.dumps(meta), "utf-8")

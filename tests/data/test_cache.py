@@ -55,7 +55,7 @@ def test_a_damaged_file_counts_as_missing_and_the_others_stay(tmp_path: Path, da
     chunks = ChunkStore(tmp_path)
     for places in (np.arange(10), np.arange(10, 20)):
         chunks.save(places, squares(places))
-    path = next(p for p in tmp_path.iterdir() if 3 in np.load(p)["places"])
+    path = next(p for p in tmp_path.iterdir() if 3 in np.load(p)["positions"])
     path.write_bytes(damage(path.read_bytes()))
     chunks.reload()
     assert chunks.select_missing(np.arange(20)).tolist() == list(range(10))

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corral.data.source_rows import EXAMPLES, SourceRows, load_source_rows
+from corral.data.ledger import EXAMPLES_PER_REASON
+from corral.data.source_rows import SourceRows, load_source_rows
 from corral.errors import DataError
 from corral.messages import Conversation, record_key, record_to_json
 from corral.progress import Progress
@@ -56,7 +57,7 @@ def test_every_row_keeps_its_own_reason_and_each_kind_is_shown_a_few_times(tmp_p
     assert len(found.unusable) == 400
     assert [found.reasons[number] for number in found.reason_codes] == found.reasons
     assert all(f"'r{i}'" in reason for i, reason in enumerate(found.reasons))
-    assert len(found.examples) == EXAMPLES
+    assert len(found.examples) == EXAMPLES_PER_REASON
 
 
 def test_rows_of_which_nothing_is_known_are_refused_with_their_columns(tmp_path: Path) -> None:

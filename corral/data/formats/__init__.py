@@ -1,8 +1,6 @@
-"""A raw row → a record: a function for each format a recipe can name, in `FORMATS`; `choose` finds the one for a source.
+"""Turns raw rows into records: `FORMATS` has a function for each format, `choose_format` finds the one for a source.
 
-A function gives a record or raises FormatError with a reason that a person understands; the reason goes into the ledger,
-so it names the fault and not the row. Formats and what `choose` gives can be pickled. This package does not know where rows
-come from or how they become tokens.
+A function returns a record or raises FormatError with a reason for the ledger. Formats and ChosenFormat can be pickled.
 """
 
 from __future__ import annotations
@@ -55,8 +53,8 @@ class ChosenFormat:
 
     Args:
         name: the format, or `mapping`.
-        to_record: a row → a record, or FormatError.
-        why: a sentence for the user: the format, and how it is known.
+        to_record: turns a row into a record, or raises FormatError.
+        why: a sentence for the user: the format, and how it was chosen.
     """
 
     name: str
@@ -65,28 +63,28 @@ class ChosenFormat:
 
 
 def choose_format(source: Source, rows: Sequence[Mapping[str, Any]]) -> ChosenFormat:
-    """The format of a source: its mapping, the format it names, the data set it is, or what its rows look like.
+    """Choose the format of a source by its mapping, its `format`, its data set or the columns of its rows.
 
-    What a row alone does not say (the scale of scores, from where options are counted) is decided here, for all rows.
+    What one row alone does not show (the scale of scores, whether options count from 0 or 1) is inferred for the source.
 
     Args:
         source: the recipe's section.
-        rows: its first rows that could be read.
+        rows: its first readable rows.
 
     Raises:
-        DataError: the name, the mapping or the rows' columns make no format, or the rows do not say how they are meant.
+        DataError: the name or the mapping is invalid, the rows match no format, or their scale or numbering is ambiguous.
     """
     if source.mapping is None or has_only_score_range(source.mapping):
-        name, why = _named(source, rows)
-        to_record, said = _settled(name, source, rows)
-        return ChosenFormat(name, to_record, why + said)
-    mapped, said = compile_mapping(source.mapping, rows, f"{source.label}: data.sources.mapping")
-    columns = dict.fromkeys(f"`{path[0]}`" for path in mapped.paths)
-    return ChosenFormat("mapping", mapped, f"format: a mapping of {', '.join(columns)} to {mapped.record_type}{said}")
+        name, why = _name_format(source, rows)
+        to_record, note = _bind_reader(name, source, rows)
+        return ChosenFormat(name, to_record, why + note)
+    mapping, note = compile_mapping(source.mapping, rows, f"{source.label}: data.sources.mapping")
+    columns = dict.fromkeys(f"`{path[0]}`" for path in mapping.paths)
+    return ChosenFormat("mapping", mapping, f"format: a mapping of {', '.join(columns)} to {mapping.record_type}{note}")
 
 
-def _named(source: Source, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """(the name of the format, a sentence on how it is known). Raises: DataError."""
+def _name_format(source: Source, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """(the name of the format, a sentence on how it was chosen). Raises DataError."""
     if source.format != "auto":
         if source.format not in FORMATS:
             close = difflib.get_close_matches(source.format, FORMATS, n=1)
@@ -104,22 +102,22 @@ def _named(source: Source, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]
     return recognised.name, recognised.why
 
 
-def _settled(name: str, source: Source, rows: Sequence[Mapping[str, Any]]) -> tuple[Format, str]:
-    """(what reads the rows, what to say of how they are meant). Raises: DataError (the rows do not say it)."""
+def _bind_reader(name: str, source: Source, rows: Sequence[Mapping[str, Any]]) -> tuple[Format, str]:
+    """(the function that reads the rows, a note on their scale or numbering). Raises DataError if that is ambiguous."""
     read = FORMATS[name]
     stated = None if source.mapping is None else stated_scale(source.mapping)
     if stated is not None and read is not feedback:
         raise DataError(
-            f"`score_range` is of feedback, and the rows are read as {name}",
+            f"`score_range` applies to feedback, and the rows are read as {name}",
             where=f"{source.label}: data.sources.mapping",
             hint="give prompt, completion and score in the mapping too",
         )
     if stated is not None:
         return partial(feedback, scale=stated), f"; scores from {stated.low:g} to {stated.high:g}, as the recipe says"
     if read is feedback:
-        scale, said = infer_feedback_scale(rows, source.label)
-        return partial(feedback, scale=scale), said
+        scale, note = infer_feedback_scale(rows, source.label)
+        return partial(feedback, scale=scale), note
     if read is multiple_choice:
-        counting, said = infer_numbering(rows, source.label)
-        return partial(multiple_choice, numbering=counting), said
+        numbering, note = infer_numbering(rows, source.label)
+        return partial(multiple_choice, numbering=numbering), note
     return read, ""

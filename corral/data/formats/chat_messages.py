@@ -1,8 +1,4 @@
-"""Lists of messages → Conversation: OpenAI's form, ShareGPT's in its many spellings, and the "Human: … Assistant: …" strings
-of HH.
-
-Does not know what a conversation is for: preferences and feedback use the same readers.
-"""
+"""Reads conversations: OpenAI's message lists, ShareGPT's in their many spellings, HH's "Human: … Assistant: …" strings."""
 
 from __future__ import annotations
 
@@ -33,12 +29,12 @@ class ChatDialect:
     """How a family of data sets writes conversations.
 
     Args:
-        columns: what the list of messages is called.
-        authors: what the key of a message's author is called.
-        contents: what the key of its text is called.
-        roles: what the authors are called, in lower case, and who they are.
-        expected: the authors, for a reason.
-        models: whether a model's own name (`gpt-4o`) is an author too: the assistant.
+        columns: names of the column with the list of messages.
+        author_keys: names of the key of a message's author.
+        content_keys: names of the key of its text.
+        roles: the role of each author, by name in lower case.
+        expected_roles: the authors, for a reason.
+        model_names: whether a model's own name (`gpt-4o`) is an author too: the assistant.
     """
 
     columns: tuple[str, ...]
@@ -49,7 +45,7 @@ class ChatDialect:
     model_names: bool = False
 
     def role(self, author: Any) -> Role | None:
-        """Who an author is."""
+        """The role of an author, if it is known."""
         if not isinstance(author, str):
             return None
         name = author.strip().lower()
@@ -77,7 +73,7 @@ _TOOLS = frozenset(("tool", "tools", "function", "ipython", "observation")) | {
     f"{what}{mark}{part}" for what in ("tool", "function") for mark in "_- " for part in ("call", "calls", "response")
 }
 COLUMNS_IF_ALONE = ("items", "history")
-"""What a list of messages is called where no other column holds one: beside others these hold something else."""
+"""Columns that hold the messages only if no other column could: beside others they hold something else."""
 _OTHERS = ("dialogue", "dialog", "turns", "chat", *COLUMNS_IF_ALONE)
 OPENAI = ChatDialect(
     ("messages", "conversations", "conversation", *_OTHERS),
@@ -99,36 +95,35 @@ SHAREGPT = ChatDialect(
 def openai_messages(row: Mapping[str, Any]) -> Conversation:
     """OpenAI's form: `{"messages": [{"role", "content"}, …]}`, also called `conversations`, `dialogue`, `turns`, `chat` ….
 
-    At most one system message, first (or in a column `system`); then user and assistant in turns, the assistant last.
+    At most one system message, first (or in a column `system`); then user and assistant by turns, the assistant last.
     The list may be JSON text; content may be a list of text parts. Other keys are ignored.
 
-    Raises:
-        FormatError: otherwise, a turn holds no text, or tools are called.
+    Raises FormatError if the row has another form, a message holds no text, or tools are called.
     """
     return _conversation(row, OPENAI)
 
 
 def sharegpt(row: Mapping[str, Any]) -> Conversation:
     """ShareGPT's form: `{"conversations": [{"from", "value"}, …]}`, with human or user or prompter, gpt or assistant or
-    chatgpt or bing or bard …, and a system turn or column.
+    chatgpt or bing or bard …, and a system message or column.
 
-    Raises:
-        FormatError: otherwise; the order is that of `messages`.
+    Raises FormatError if the row has another form; the order is that of `openai_messages`.
     """
     return _conversation(row, SHAREGPT)
 
 
-def _conversation(row: Mapping[str, Any], spelling: ChatDialect) -> Conversation:
-    # A column of one of the names may hold something else, such as the number of turns.
-    name = next((name for name in spelling.columns if isinstance(parse_json_list(row.get(name)), list)), None)
-    name, value = find_column(row, spelling.columns if name is None else (name,))
-    turns = add_system_column(read_messages(value, name, spelling), row)
+def _conversation(row: Mapping[str, Any], dialect: ChatDialect) -> Conversation:
+    # A column with one of the names may hold something else, such as the number of turns.
+    name = next((name for name in dialect.columns if isinstance(parse_json_list(row.get(name)), list)), None)
+    name, value = find_column(row, dialect.columns if name is None else (name,))
+    turns = add_system_column(read_messages(value, name, dialect), row)
     check_turn_order(turns)
     return Conversation(tuple(turns))
 
 
 def add_system_column(turns: list[Message], row: Mapping[str, Any]) -> list[Message]:
-    """Turns with the system message of a row's own column, if it has one. Raises: FormatError (there are two)."""
+    """The messages, with the system message of the row's own column in front if it has one. Raises FormatError if there are
+    two."""
     system = optional_column_text(row, *SYSTEM_COLUMNS)
     if not system or (turns and turns[0] == Message("system", system)):
         return turns
@@ -138,7 +133,7 @@ def add_system_column(turns: list[Message], row: Mapping[str, Any]) -> list[Mess
 
 
 def read_messages(value: Any, name: str, dialect: ChatDialect = SHAREGPT) -> list[Message]:
-    """Messages of a list, which may be JSON text, in any order. Raises: FormatError."""
+    """The messages of a list, which may be JSON text, in any order of roles. Raises FormatError."""
     value = parse_json_list(value)
     if isinstance(value, str) and value.startswith("["):
         raise FormatError(f"{name} is text that is no JSON list of messages")
@@ -151,7 +146,7 @@ def read_messages(value: Any, name: str, dialect: ChatDialect = SHAREGPT) -> lis
 
 
 def parse_json_list(value: Any) -> Any:
-    """The list of objects whose JSON a text is, as a table's cell may hold it; anything else as it is."""
+    """The list of objects that a text holds as JSON, as in a table's cell; any other value as it is."""
     if not isinstance(value, str) or not value.startswith("[") or not value.rstrip().endswith("]"):
         return value
     try:
@@ -162,44 +157,44 @@ def parse_json_list(value: Any) -> Any:
 
 
 def all_objects(items: list[Any]) -> bool:
-    """Whether there are items, and all of them are objects."""
+    """Whether the list has items and all of them are objects."""
     return bool(items) and all(isinstance(item, dict) for item in items)
 
 
 def uses_tools(fields: Mapping[str, Any], author: Any) -> bool:
-    """Whether a message calls a tool, or is from one."""
+    """Whether a message calls a tool or comes from one."""
     from_tool = isinstance(author, str) and author.strip().lower() in _TOOLS
     return from_tool or bool(fields.get("tool_calls")) or bool(fields.get("function_call"))
 
 
-def _message(item: Any, name: str, i: int, spelling: ChatDialect) -> Message:
+def _message(item: Any, name: str, i: int, dialect: ChatDialect) -> Message:
     if not isinstance(item, dict):
-        form = f"{spelling.author_keys[0]} and {spelling.content_keys[0]}"
+        form = f"{dialect.author_keys[0]} and {dialect.content_keys[0]}"
         raise FormatError(f"{name}.{i} is {describe_type(item)}: expected an object with {form}")
     fields = cast("dict[str, Any]", item)
-    author_key = _key(fields, spelling.author_keys, f"{name}.{i}")
+    author_key = _first_key(fields, dialect.author_keys, f"{name}.{i}")
     author = fields[author_key]
     if uses_tools(fields, author):
         raise FormatError("tools are called in the conversation: it is left out whole")
-    content_key = _key(fields, spelling.content_keys, f"{name}.{i}")
+    content_key = _first_key(fields, dialect.content_keys, f"{name}.{i}")
     content = fields[content_key]
-    role = spelling.role(author)
+    role = dialect.role(author)
     if role is None:
-        raise FormatError(f"{name}.{i}.{author_key} is {short_repr(author)}: expected {spelling.expected_roles}")
-    content = valid_text(_joined(content), f"{name}.{i}.{content_key}")
+        raise FormatError(f"{name}.{i}.{author_key} is {short_repr(author)}: expected {dialect.expected_roles}")
+    content = valid_text(_join_text_parts(content), f"{name}.{i}.{content_key}")
     if not content or content.isspace():
         raise FormatError(f"empty content in turn {i + 1}")
     return Message(role, content)
 
 
-def _key(fields: Mapping[str, Any], names: Sequence[str], place: str) -> str:
+def _first_key(fields: Mapping[str, Any], names: Sequence[str], message: str) -> str:
     for name in names:
         if name in fields:
             return name
-    raise FormatError(f"{place} has no {names[0]}")
+    raise FormatError(f"{message} has no {names[0]}")
 
 
-def _joined(content: Any) -> Any:
+def _join_text_parts(content: Any) -> Any:
     """The text of `[{"type": "text", "text": …}, …]`; anything else as it is."""
     if not isinstance(content, list) or not content:
         return content
@@ -219,15 +214,14 @@ _HH_START = re.compile(r"\s*Human:")
 
 
 def is_hh(value: Any) -> bool:
-    """Whether a value is a dialogue of HH's form: `\\n\\nHuman: …\\n\\nAssistant: …`."""
+    """Whether a value is a dialogue in HH's form: `\\n\\nHuman: …\\n\\nAssistant: …`."""
     return isinstance(value, str) and _HH_START.match(value) is not None
 
 
 def read_hh_dialogue(value: Any, name: str) -> list[Message]:
-    """The turns of a dialogue in HH's form (Bai et al. 2022, arXiv 2204.05862), without the white space around each.
+    """The messages of a dialogue in HH's form (Bai et al. 2022, arXiv 2204.05862), without the white space around each.
 
-    Raises:
-        FormatError: it does not begin with `Human:`, or a turn is empty.
+    Raises FormatError if it does not begin with `Human:`, or a message is empty.
     """
     dialogue = nonblank_text(value, name)
     if not is_hh(dialogue):
@@ -242,7 +236,7 @@ def read_hh_dialogue(value: Any, name: str) -> list[Message]:
 
 
 def hh_chosen(row: Mapping[str, Any]) -> Conversation:
-    """The better dialogue of a row of HH as a conversation. Raises: FormatError."""
+    """The chosen dialogue of a row of HH as a conversation. Raises FormatError."""
     turns = read_hh_dialogue(*reversed(find_column(row, ("chosen",))))
     check_turn_order(turns)
     return Conversation(tuple(turns))

@@ -1,8 +1,8 @@
-"""A recipe's mapping: texts with columns' names in braces → a function from rows to records.
+"""Compiles a recipe's mapping, texts with column names in braces, into a function from rows to records.
 
-`{title}` is a column, `{answer.value}` a key of an object, `{choices[0]}` a place in a list, `{{` and `}}` braces. Nothing
-is evaluated: a placeholder can only look things up in a row. A null in a text is nothing, as an empty cell is; a text that
-comes out blank is a fault. This module does not know where rows come from.
+`{title}` is a column, `{answer.value}` a key of an object, `{choices[0]}` an item of a list, `{{` and `}}` are braces.
+Nothing is evaluated: a placeholder can only look up values in a row. A null counts as empty text; a text that is blank
+after filling is a fault.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from corral.data.formats.chat_messages import SHAREGPT, ChatDialect, read_messag
 from corral.data.formats.fields import (
     FormatError,
     check_turn_order,
+    column_names,
     describe_type,
     format_path,
     quote_names,
@@ -39,11 +40,11 @@ _WHERE = "data.sources.mapping"
 
 @dataclass(frozen=True, slots=True)
 class TextPattern:
-    """A parsed text: literal strings, and paths into a row in between.
+    """A text with placeholders, parsed into literal strings and paths into a row.
 
     Args:
-        name: the setting it stands in, for reasons.
-        parts: strings as they are, tuples as paths.
+        name: the setting that holds it, for messages.
+        parts: literals as strings, paths as tuples.
     """
 
     name: str
@@ -51,26 +52,26 @@ class TextPattern:
 
     @classmethod
     def parse(cls, name: str, source: str, where: str = _WHERE) -> TextPattern:
-        """The pattern of a setting's text; `where` is the table it stands in.
+        """Parse a setting's text; `where` is the table that holds the setting.
 
         Raises:
-            DataError: a brace has no other half, or a placeholder names nothing.
+            DataError: a brace is not paired, or a placeholder names no column.
         """
         parts: list[str | Path] = []
         end = 0
-        for found in _TOKEN.finditer(source):
-            parts.append(source[end : found.start()])
-            end = found.end()
-            token = found.group()
+        for match in _TOKEN.finditer(source):
+            parts.append(source[end : match.start()])
+            end = match.end()
+            token = match.group()
             if token in ("{{", "}}"):
                 parts.append(token[0])
-            elif found.group(1) is not None:
-                parts.append(_path(found.group(1), f"{where}.{name}"))
+            elif match.group(1) is not None:
+                parts.append(_parse_path(match.group(1), f"{where}.{name}"))
             else:
                 raise DataError(
-                    f"a {token!r} without its other half in {_short(source)}",
+                    f"a {token!r} without its other half in {_shorten(source)}",
                     where=f"{where}.{name}",
-                    hint="a column's name stands in {braces}; write {{ or }} for a brace in the text",
+                    hint="put a column's name in {braces}; write {{ or }} for a brace in the text",
                 )
         parts.append(source[end:])
         return cls(name, tuple(part for part in parts if part != ""))
@@ -81,43 +82,43 @@ class TextPattern:
         return tuple(part for part in self.parts if isinstance(part, tuple))
 
     def fill(self, row: Mapping[str, Any]) -> str:
-        """The text with a row's values in it. Raises: FormatError (a value is missing or no text, or all is blank)."""
-        filled = "".join(part if isinstance(part, str) else _shown(row, part) for part in self.parts)
+        """The text filled with a row's values. Raises FormatError if a value is missing or not a text, or all is blank."""
+        filled = "".join(part if isinstance(part, str) else _value_as_text(row, part) for part in self.parts)
         if not filled.strip():
             raise FormatError(f"{self.name} is empty")
         return valid_text(filled, self.name)
 
 
-def _path(placeholder: str, where: str) -> Path:
+def _parse_path(placeholder: str, where: str) -> Path:
     """`answer.aliases[0]` → `("answer", "aliases", 0)`."""
     steps: list[str | int] = []
-    at_character = 0
-    while at_character < len(placeholder):
-        found = _STEP.match(placeholder, at_character)
-        # The first step is a column, without a dot before it; and a name is not blank.
-        if not found or (found.group(2) is not None and (found.group()[0] == ".") == (not steps)):
+    position = 0
+    while position < len(placeholder):
+        match = _STEP.match(placeholder, position)
+        # The first step is a column, without a dot before it; other names have one.
+        if not match or (match.group(2) is not None and (match.group()[0] == ".") == (not steps)):
             break
-        step = found.group(2)
-        steps.append(step.strip() if step is not None else int(found.group(1)))
-        at_character = found.end()
-    if at_character < len(placeholder) or not steps or "" in steps or isinstance(steps[0], int):
+        step = match.group(2)
+        steps.append(step.strip() if step is not None else int(match.group(1)))
+        position = match.end()
+    if position < len(placeholder) or not steps or "" in steps or isinstance(steps[0], int):
         raise DataError(
-            f"{{{_short(placeholder, quotes=False)}}} names no column",
+            f"{{{_shorten(placeholder, quotes=False)}}} names no column",
             where=where,
             hint="write {column}, {column.key} or {column[0]}; {{ for a brace in the text",
         )
     return tuple(steps)
 
 
-def _value(row: Mapping[str, Any], path: Path) -> Any:
-    """The value at a path; a column whose name is the whole path, dots and all, comes first."""
+def _value_at(row: Mapping[str, Any], path: Path) -> Any:
+    """The value at a path. A column whose whole name is the path, dots included, takes precedence."""
     whole = format_path(path)
     return row[whole] if whole in row else value_at_path(row, path)
 
 
-def _shown(row: Mapping[str, Any], path: Path) -> str:
+def _value_as_text(row: Mapping[str, Any], path: Path) -> str:
     name = format_path(path)
-    value = _value(row, path)
+    value = _value_at(row, path)
     if value is None:
         return ""
     if isinstance(value, str):
@@ -136,7 +137,7 @@ def _shown(row: Mapping[str, Any], path: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ColumnMapping:
-    """A mapping, ready for rows: what it makes depends on which keys the recipe gives."""
+    """A compiled mapping. The type of record depends on the keys that the recipe gives."""
 
     prompt: TextPattern | None = None
     system: TextPattern | None = None
@@ -149,29 +150,29 @@ class ColumnMapping:
     dialect: ChatDialect = SHAREGPT
 
     def __call__(self, row: Mapping[str, Any]) -> Conversation | Preference | Feedback:
-        """The record of a row. Raises: FormatError."""
+        """The record of a row. Raises FormatError."""
         turns = [] if self.system is None else [Message("system", self.system.fill(row))]
         if self.messages is not None:
-            turns += read_messages(_value(row, self.messages), format_path(self.messages), self.dialect)
+            turns += read_messages(_value_at(row, self.messages), format_path(self.messages), self.dialect)
             check_turn_order(turns)
             return Conversation(tuple(turns))
-        assert self.prompt is not None, "compile_mapping makes no mapping without messages or a prompt"
+        assert self.prompt is not None, "compile_mapping refuses a mapping without messages and prompt"
         prompt = Conversation((*turns, Message("user", self.prompt.fill(row))))
         if self.chosen is not None and self.rejected is not None:
             chosen, rejected = self.chosen.fill(row), self.rejected.fill(row)
             if chosen == rejected:
                 raise FormatError("chosen and rejected are the same")
             return Preference(prompt, chosen, rejected)
-        assert self.completion is not None, "compile_mapping makes no mapping without an answer"
+        assert self.completion is not None, "compile_mapping refuses a mapping without an answer"
         completion = self.completion.fill(row)
         if self.score is None:
             return prompt.add("assistant", completion)
-        value = _value(row, self.score)
+        value = _value_at(row, self.score)
         return Feedback(prompt, completion, self.scale.normalise(value, format_path(self.score)))
 
     @property
     def record_type(self) -> str:
-        """What a row becomes, for a sentence."""
+        """What a row becomes, for a message."""
         if self.chosen is not None:
             return "a preference"
         return "feedback" if self.score is not None else "a conversation"
@@ -184,15 +185,15 @@ class ColumnMapping:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """All places in a row that it looks at."""
-        alone = (self.messages, self.score)
-        return (*(p for pattern in self.patterns for p in pattern.paths), *(p for p in alone if p is not None))
+        """All paths in a row that it reads."""
+        columns = (self.messages, self.score)
+        return (*(p for pattern in self.patterns for p in pattern.paths), *(p for p in columns if p is not None))
 
 
 def compile_mapping(
     settings: MappingSettings, rows: Sequence[Mapping[str, Any]], where: str = _WHERE
 ) -> tuple[ColumnMapping, str]:
-    """(a recipe's mapping, checked against the first rows; what to say of its scores).
+    """(a recipe's mapping, checked against the first rows; a note on the scale of its scores).
 
     Args:
         settings: the recipe's table.
@@ -200,38 +201,38 @@ def compile_mapping(
         where: the table, for errors.
 
     Raises:
-        DataError: a text cannot be parsed; the keys given make no record; a column is in none of the rows; or the scale of
-            the scores cannot be told.
+        DataError: a text cannot be parsed; the keys make no record; a column is in none of the rows; or the scale of the
+            scores cannot be inferred.
     """
     given = settings.model_dump(exclude={"score_range", "role", "content", "roles"}, exclude_none=True)
     _check_keys(settings, where)
     stated = stated_scale(settings, where)
     score, column = (given.pop(name, None) for name in ("score", "messages"))
     patterns: dict[str, Any] = {name: TextPattern.parse(name, source, where) for name, source in given.items()}
-    path, messages = (
-        None if source is None else _one_column(name, source, where)
+    score_path, messages_path = (
+        None if source is None else _parse_single_column(name, source, where)
         for name, source in (("score", score), ("messages", column))
     )
-    mapped = ColumnMapping(**patterns, score=path, messages=messages, dialect=_spelling(settings))
-    for pattern in mapped.patterns:
+    mapping = ColumnMapping(**patterns, score=score_path, messages=messages_path, dialect=_dialect(settings))
+    for pattern in mapping.patterns:
         if not pattern.paths and pattern.name != "system":
             raise DataError(
-                f"{_short(given[pattern.name])} names no column: every row would have the same text",
+                f"{_shorten(given[pattern.name])} names no column: every row would have the same text",
                 where=f"{where}.{pattern.name}",
-                hint=f"put a column's name in braces; the columns are {_columns(rows)}",
+                hint=f"put a column's name in braces; the columns are {_list_columns(rows)}",
             )
         _check_columns(pattern.paths, rows, f"{where}.{pattern.name}")
-    for name, alone in (("score", path), ("messages", messages)):
-        if alone is not None:
-            _check_columns((alone,), rows, f"{where}.{name}")
-    if stated is not None or path is None:
-        return replace(mapped, scale=stated or Scale()), ""
-    scale, said = infer_scale(_found(rows, path), format_path(path), f"{where}.score")
-    return replace(mapped, scale=scale), said
+    for name, path in (("score", score_path), ("messages", messages_path)):
+        if path is not None:
+            _check_columns((path,), rows, f"{where}.{name}")
+    if stated is not None or score_path is None:
+        return replace(mapping, scale=stated or Scale()), ""
+    scale, note = infer_scale(_values_at(rows, score_path), format_path(score_path), f"{where}.score")
+    return replace(mapping, scale=scale), note
 
 
 def stated_scale(settings: MappingSettings, where: str = _WHERE) -> Scale | None:
-    """The scale of scores that a mapping states, if it does. Raises: DataError (it is none)."""
+    """The scale of scores that a mapping states, if any. Raises DataError if the range is not one."""
     if settings.score_range is None:
         return None
     low, high = settings.score_range
@@ -241,12 +242,12 @@ def stated_scale(settings: MappingSettings, where: str = _WHERE) -> Scale | None
 
 
 def has_only_score_range(settings: MappingSettings) -> bool:
-    """Whether a mapping says nothing but the scale of scores: the rest is left to the format of the rows."""
+    """Whether a mapping gives nothing but the scale of scores, so that the rows' format decides the rest."""
     return set(settings.model_dump(exclude_none=True)) == {"score_range"}
 
 
-def _spelling(settings: MappingSettings) -> ChatDialect:
-    """How messages are written: the usual ways, and what the mapping says."""
+def _dialect(settings: MappingSettings) -> ChatDialect:
+    """How messages are written: ShareGPT's ways, changed by what the mapping gives."""
     roles = {name.strip().lower(): role for name, role in (settings.roles or {}).items()}
     return replace(
         SHAREGPT,
@@ -257,15 +258,15 @@ def _spelling(settings: MappingSettings) -> ChatDialect:
     )
 
 
-def _found(rows: Iterable[Mapping[str, Any]], path: Path) -> Iterator[Any]:
+def _values_at(rows: Iterable[Mapping[str, Any]], path: Path) -> Iterator[Any]:
     for row in rows:
         try:
-            yield _value(row, path)
+            yield _value_at(row, path)
         except FormatError:
             continue
 
 
-_RECORDS = (
+_KEY_SETS = (
     {"messages"},
     {"prompt", "completion"},
     {"prompt", "completion", "score"},
@@ -276,7 +277,7 @@ _RECORDS = (
 def _check_keys(settings: MappingSettings, where: str) -> None:
     given = set(settings.model_dump(exclude_none=True))
     keys = given - {"system", "score_range", "role", "content", "roles"}
-    if keys not in _RECORDS:
+    if keys not in _KEY_SETS:
         raise DataError(
             f"a mapping of {', '.join(sorted(given - {'score_range'})) or 'nothing'} makes no record",
             where=where,
@@ -290,13 +291,13 @@ def _check_keys(settings: MappingSettings, where: str) -> None:
             )
 
 
-def _one_column(name: str, source: str, where: str) -> Path:
-    """The column of a score or of messages, with or without braces."""
+def _parse_single_column(name: str, source: str, where: str) -> Path:
+    """The path of a score or of messages, given with or without braces."""
     pattern = TextPattern.parse(name, source if "{" in source or "}" in source else f"{{{source}}}", where)
     if len(pattern.parts) != 1 or not pattern.paths:
         example = {"score": "rating", "messages": "dialogue"}[name]
         raise DataError(
-            f"{_short(source)} is not one column", where=f"{where}.{name}", hint=f'e.g. {name} = "{{{example}}}"'
+            f"{_shorten(source)} is not one column", where=f"{where}.{name}", hint=f'e.g. {name} = "{{{example}}}"'
         )
     return pattern.paths[0]
 
@@ -305,24 +306,19 @@ def _check_columns(paths: Iterable[Path], rows: Sequence[Mapping[str, Any]], whe
     for path in paths:
         whole, column = format_path(path), str(path[0])
         if rows and not any(column in row or whole in row for row in rows):
-            known = _names(rows)
-            close = difflib.get_close_matches(column, known, n=1)
+            close = difflib.get_close_matches(column, column_names(rows), n=1)
             guess = f"did you mean {{{close[0]}}}? " if close else ""
             raise DataError(
                 f"there is no column {column!r}",
                 where=where,
-                hint=f"{guess}the columns are {_columns(rows)}",
+                hint=f"{guess}the columns are {_list_columns(rows)}",
             )
 
 
-def _names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    return [str(name) for name in dict.fromkeys(name for row in rows for name in row)]
+def _list_columns(rows: Iterable[Mapping[str, Any]]) -> str:
+    return quote_names(column_names(rows), most=30)
 
 
-def _columns(rows: Iterable[Mapping[str, Any]]) -> str:
-    return quote_names(_names(rows), most=30)
-
-
-def _short(source: str, *, quotes: bool = True) -> str:
-    shown = source if len(source) <= 60 else f"{source[:59]}…"
-    return repr(shown) if quotes else shown
+def _shorten(source: str, *, quotes: bool = True) -> str:
+    shortened = source if len(source) <= 60 else f"{source[:59]}…"
+    return repr(shortened) if quotes else shortened

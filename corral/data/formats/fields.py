@@ -1,7 +1,6 @@
-"""What every format asks of a row's fields: that they are there, are text and can be used; and the words where they are not.
+"""Reads and checks the fields of a raw row, for all formats.
 
-A reason names the fault and the field, never the row, so that equal faults can be counted together. This module knows no
-format and no record.
+The reason of an error names the fault and the field, never the row, so that equal faults are counted together.
 """
 
 from __future__ import annotations
@@ -14,16 +13,16 @@ from typing import Any, TypeAlias, cast
 from corral.messages import Message, Record
 
 Format: TypeAlias = Callable[[Mapping[str, Any]], Record]
-"""A raw row → a record. Raises: FormatError."""
+"""Turns a raw row into a record. Raises FormatError."""
 
 MAX_TEXT_CHARACTERS = 10_000_000
-"""Most characters of one text. No model's context holds as much; a tokenizer would take minutes over more."""
+"""Characters of the longest text that is accepted. No model's context holds as much; a tokenizer would need minutes."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class FormatError(Exception):
-    """A row does not have the form it should have. `reason` says why, and not where."""
+    """A row does not fit its format. `reason` says why, not where."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -31,7 +30,7 @@ class FormatError(Exception):
 
 
 class ContradictionError(FormatError):
-    """A row shows that what was taken to be true of its whole source is not: no row of it can be relied on.
+    """A row contradicts what the first rows showed about the whole source, so that no row of it can be trusted.
 
     Args:
         reason: as of any FormatError.
@@ -44,24 +43,19 @@ class ContradictionError(FormatError):
 
 
 def find_column(row: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:
-    """(name, value) of the first of these columns that holds something; or of one that holds null.
+    """(name, value) of the first of these columns that is not null, or else of the first that is there.
 
-    Raises:
-        FormatError: the row has none of them.
+    Raises FormatError if the row has none of them.
     """
-    empty = None
-    for name in names:
-        if name in row:
-            if row[name] is not None:
-                return name, row[name]
-            empty = empty or name
-    if empty is None:
+    present = [name for name in names if name in row]
+    if not present:
         raise FormatError(f"no `{names[0]}`: the row has {quote_names(row)}")
-    return empty, None
+    name = next((name for name in present if row[name] is not None), present[0])
+    return name, row[name]
 
 
 def nonblank_text(value: Any, name: str) -> str:
-    """A text that is not blank, as it is. Raises: FormatError."""
+    """The value if it is a text that is not blank. Raises FormatError."""
     checked = valid_text(value, name)
     if not checked or checked.isspace():
         raise FormatError(f"{name} is empty")
@@ -69,7 +63,7 @@ def nonblank_text(value: Any, name: str) -> str:
 
 
 def valid_text(value: Any, name: str) -> str:
-    """A text, perhaps blank, that can be encoded and stored. Raises: FormatError."""
+    """The value if it is a text, perhaps blank, that can be encoded and stored. Raises FormatError."""
     if not isinstance(value, str):
         raise FormatError(f"{name} is {describe_type(value)}: expected text")
     if len(value) > MAX_TEXT_CHARACTERS:
@@ -82,30 +76,26 @@ def valid_text(value: Any, name: str) -> str:
 
 
 def column_text(row: Mapping[str, Any], *names: str) -> str:
-    """The text of the first of these columns. Raises: FormatError."""
+    """The text in the first of these columns. Raises FormatError."""
     name, value = find_column(row, names)
     return nonblank_text(value, name)
 
 
 def optional_column_text(row: Mapping[str, Any], *names: str) -> str:
-    """The text of the first of these columns; nothing if there is none, or it is null, NaN or blank. Raises: FormatError."""
+    """The text in the first of these columns that is not null, NaN or blank; empty if there is none. Raises FormatError."""
     for name in names:
         value = row.get(name)
         # A table's empty cell may be read as NaN.
         if value is None or (isinstance(value, float) and math.isnan(value)):
             continue
-        found = valid_text(value, name)
-        if found and not found.isspace():
-            return found
+        text = valid_text(value, name)
+        if text and not text.isspace():
+            return text
     return ""
 
 
 def value_at_path(row: Mapping[str, Any], path: Sequence[str | int]) -> Any:
-    """The value under a path of column, keys and list places.
-
-    Raises:
-        FormatError: there is no such place in the row.
-    """
+    """The value at a path of a column, keys and list indices. Raises FormatError if the row has no such path."""
     value: Any = row
     for i, step in enumerate(path):
         name = format_path(path[:i]) or "the row"
@@ -132,12 +122,16 @@ def format_path(path: Sequence[str | int]) -> str:
 
 
 def check_turn_order(turns: Sequence[Message]) -> None:
-    """At most one system message, first; then user and assistant in turns, the assistant last. Raises: FormatError."""
+    """Check that a system message comes first, if there is one, then user and assistant by turns, the assistant last.
+
+    Raises FormatError.
+    """
     if not turns:
         raise FormatError("there are no messages")
     for number, turn in enumerate(turns[1:], start=2):
         if turn.role == "system":
-            raise FormatError(f"system message in {_PLACES.get(number, f'{number}th')} place: it must be the first")
+            ordinal = {2: "second", 3: "third"}.get(number, f"{number}th")
+            raise FormatError(f"system message in {ordinal} place: it must be the first")
         if turn.role == turns[number - 2].role:
             raise FormatError(f"turns {number - 1} and {number} are both from the {turn.role}")
     if turns[-1].role != "assistant":
@@ -146,11 +140,8 @@ def check_turn_order(turns: Sequence[Message]) -> None:
         raise FormatError("no question: the first message is from the assistant")
 
 
-_PLACES = {2: "second", 3: "third"}
-
-
 def describe_type(value: Any) -> str:
-    """What a value is, in a word or two."""
+    """The type of a value in a word or two, for a message."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "infinite"
     kinds: dict[type, str] = {
@@ -167,16 +158,20 @@ def describe_type(value: Any) -> str:
 
 
 def quote_names(names: Iterable[Any], most: int = 8) -> str:
-    """Names for a sentence: `'a', 'b'`."""
-    shown = [short_repr(name) for name in names]
-    return (", ".join(shown[:most]) + (" …" if len(shown) > most else "")) or "no columns"
+    """Names for a message: `'a', 'b'`."""
+    quoted = [short_repr(name) for name in names]
+    return (", ".join(quoted[:most]) + (" …" if len(quoted) > most else "")) or "no columns"
 
 
 def short_repr(value: Any) -> str:
     """A value's repr, cut to 40 characters."""
     try:
-        # Of a huge value only the beginning is worth making.
-        shown = repr(value[:60] if isinstance(value, str) else value)
+        text = repr(value[:60] if isinstance(value, str) else value)  # no repr of a huge text
     except (RecursionError, ValueError):  # nested too deeply, or a number of thousands of digits
         return describe_type(value)
-    return shown if len(shown) <= 40 else f"{shown[:39]}…"
+    return text if len(text) <= 40 else f"{text[:39]}…"
+
+
+def column_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The names of all columns of the rows, in order of appearance."""
+    return [str(name) for name in dict.fromkeys(name for row in rows for name in row)]

@@ -1,7 +1,6 @@
-"""Multiple choice → a question with lettered options, answered with the letter and the text of the right one.
+"""Reads multiple-choice rows: a question with lettered options, answered with the letter and text of the right one.
 
-A number as the answer does not say whether options are counted from 0 or from 1, so a source's first rows decide. This
-module does not know how such answers are scored.
+A number as the answer does not show whether options are counted from 0 or from 1, so a source's first rows decide.
 """
 
 from __future__ import annotations
@@ -28,22 +27,20 @@ from corral.messages import Conversation
 CHOICES_COLUMNS = ("choices", "options")
 ANSWER_COLUMNS = ("answer", "answerKey", "answer_key", "answer_index", "label")
 FIRST_OPTION_COLUMNS = ("A", "option_a", "option_A", "choice_a", "choice_A")
-"""The first of the columns, one for each option."""
+"""Names of the first column where options are in columns, one for each option."""
 
 _LETTERS = string.ascii_uppercase
-
-
 _LETTERS_INSTEAD = "write the right option's letter, or its text, as the answer"
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerNumbering:
-    """How a source's numbers for answers are meant.
+    """What the numbers in a source's answers mean.
 
     Args:
-        first: the number of the first option.
-        shown: whether rows have shown it; else one row can show that it is the other.
-        places: whether a number that is also an option's text is a place (True), is that text (False), or may be either.
+        first_number: the number of the first option.
+        confirmed: whether rows have shown it. Otherwise a later row may contradict it.
+        are_positions: whether a number that is also an option's text is a position (True), that text (False), or unknown.
     """
 
     first_number: int = 0
@@ -59,11 +56,11 @@ def multiple_choice(row: Mapping[str, Any], numbering: AnswerNumbering | None = 
 
     Args:
         row: the row.
-        counting: how a number is meant; by default as a place from 0.
+        numbering: what a number means; by default a position from 0.
 
     Raises:
-        ContradictionError: the answer shows that numbers are not meant so, or it has two meanings.
-        FormatError: otherwise; fewer than 2 options; or the answer is none of them.
+        ContradictionError: the answer contradicts the numbering, or has two meanings.
+        FormatError: the row has another form, fewer than 2 options, or an answer that is none of them.
     """
     question = column_text(row, "question")
     labels, options = _options(row)
@@ -71,7 +68,7 @@ def multiple_choice(row: Mapping[str, Any], numbering: AnswerNumbering | None = 
         raise FormatError("fewer than 2 options")
     if len(options) > len(_LETTERS):
         raise FormatError(f"more than {len(_LETTERS)} options")
-    right = _place(*find_column(row, ANSWER_COLUMNS), labels, options, numbering or AnswerNumbering())
+    right = _find_answer(*find_column(row, ANSWER_COLUMNS), labels, options, numbering or AnswerNumbering())
     lines = "\n".join(f"{letter}. {option}" for letter, option in zip(_LETTERS, options, strict=False))
     return single_turn(row, f"{question}\n\n{lines}", f"{_LETTERS[right]}. {options[right]}")
 
@@ -101,15 +98,15 @@ def _options(row: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     return _checked(name, [_letter(i) for i in range(len(items))], items)
 
 
-def _letter(place: int) -> str:
-    return _LETTERS[place] if place < len(_LETTERS) else str(place + 1)
+def _letter(index: int) -> str:
+    return _LETTERS[index] if index < len(_LETTERS) else str(index + 1)
 
 
 def _from_columns(row: Mapping[str, Any], first: str) -> tuple[list[str], list[str]]:
     stem, lower = first[:-1], first[-1].islower()
     names = [stem + (letter.lower() if lower else letter) for letter in _LETTERS]
-    found = [(name, row[name]) for name in names if row.get(name) is not None]
-    return [name[-1].upper() for name, _ in found], [nonblank_text(value, name) for name, value in found]
+    given = [(name, row[name]) for name in names if row.get(name) is not None]
+    return [name[-1].upper() for name, _ in given], [nonblank_text(value, name) for name, value in given]
 
 
 def _checked(name: str, labels: list[Any], options: list[Any]) -> tuple[list[str], list[str]]:
@@ -122,12 +119,12 @@ def _checked(name: str, labels: list[Any], options: list[Any]) -> tuple[list[str
 
 
 def infer_numbering(rows: Iterable[Mapping[str, Any]], where: str) -> tuple[AnswerNumbering, str]:
-    """(how the numbers of a source's answers are meant, what to say of it), told from its first rows.
+    """(what the numbers in a source's answers mean, a note on it), inferred from its first rows.
 
     Raises:
-        DataError: they are counted from 0 in some rows, and from 1 in others.
+        DataError: options are counted from 0 in some rows and from 1 in others.
     """
-    from_0 = from_1 = numbers = only_place = only_text = False
+    from_0 = from_1 = numbers = only_position = only_text = False
     for row in rows:
         try:
             (labels, options), (_, answer) = _options(row), find_column(row, ANSWER_COLUMNS)
@@ -136,13 +133,15 @@ def infer_numbering(rows: Iterable[Mapping[str, Any]], where: str) -> tuple[Answ
         number = _number(answer)
         if number is None or str(number) in labels:
             continue
-        is_text, is_place = str(number) in _stripped(options), 0 <= number <= len(options)
-        only_text, only_place = only_text or (is_text and not is_place), only_place or (is_place and not is_text)
+        is_text, is_position = str(number) in _stripped(options), 0 <= number <= len(options)
+        only_text |= is_text and not is_position
+        only_position |= is_position and not is_text
         numbers = True
-        from_0, from_1 = from_0 or number == 0, from_1 or number == len(options)
-    places = only_place if only_place != only_text else None
-    if places is False or not numbers:
-        return AnswerNumbering(are_positions=places), ""
+        from_0 |= number == 0
+        from_1 |= number == len(options)
+    are_positions = only_position if only_position != only_text else None
+    if are_positions is False or not numbers:
+        return AnswerNumbering(are_positions=are_positions), ""
     if from_0 and from_1:
         raise DataError(
             "the answers hold both 0 and the number of options: are these counted from 0 or from 1?",
@@ -150,12 +149,12 @@ def infer_numbering(rows: Iterable[Mapping[str, Any]], where: str) -> tuple[Answ
             hint=_LETTERS_INSTEAD,
         )
     first = 1 if from_1 else 0
-    return AnswerNumbering(first, from_0 or from_1, places), f"; answers are counted from {first}"
+    return AnswerNumbering(first, from_0 or from_1, are_positions), f"; answers are counted from {first}"
 
 
 def _number(answer: Any) -> int | None:
     if isinstance(answer, float) and answer.is_integer():
-        return int(answer)  # A table's column of whole numbers with a gap in it is read so.
+        return int(answer)  # A table's column of integers with a gap in it is read as floats.
     if isinstance(answer, str) and (digits := answer.strip()).isdecimal() and digits.isascii() and len(digits) < 10:
         return int(digits)
     return answer if isinstance(answer, int) and not isinstance(answer, bool) and abs(answer) < 10**9 else None
@@ -165,31 +164,33 @@ def _stripped(options: list[str]) -> list[str]:
     return [option.strip() for option in options]
 
 
-def _place(name: str, answer: Any, labels: list[str], options: list[str], counting: AnswerNumbering) -> int:
-    """Where the right option stands, from 0."""
+def _find_answer(name: str, answer: Any, labels: list[str], options: list[str], numbering: AnswerNumbering) -> int:
+    """The index of the right option, from 0."""
     number = _number(answer)
     if number is None and isinstance(answer, int | float) and not isinstance(answer, bool) and answer == answer:
-        raise FormatError(f"{name} is outside the {len(options)} options, counted from {counting.first_number}")
+        raise FormatError(f"{name} is outside the {len(options)} options, counted from {numbering.first_number}")
     given = nonblank_text(answer, name).strip() if number is None or isinstance(answer, str) else str(number)
-    for known in (given, given.upper()):
-        if known in labels:
-            return labels.index(known)
+    for label in (given, given.upper()):
+        if label in labels:
+            return labels.index(label)
     texts = _stripped(options)
     by_text = texts.index(given) if given in texts else None
-    by_place = number - counting.first_number if number is not None and counting.are_positions is not False else None
-    if by_place is None or (by_text is not None and not 0 <= by_place < len(options)):
+    by_position = (
+        number - numbering.first_number if number is not None and numbering.are_positions is not False else None
+    )
+    if by_position is None or (by_text is not None and not 0 <= by_position < len(options)):
         if by_text is None:
             raise FormatError(
                 f"{name} is {short_repr(given)}: expected one of the options or their labels, {quote_names(labels)}"
             )
         return by_text
-    if not 0 <= by_place < len(options):
-        reason = f"{name} is outside the {len(options)} options, counted from {counting.first_number}"
-        if by_place == (len(options) if counting.first_number == 0 else -1) and (
-            counting.first_number or not counting.confirmed
+    if not 0 <= by_position < len(options):
+        reason = f"{name} is outside the {len(options)} options, counted from {numbering.first_number}"
+        if by_position == (len(options) if numbering.first_number == 0 else -1) and (
+            numbering.first_number or not numbering.confirmed
         ):
             raise ContradictionError(f"{reason}, as the first rows seemed to be", _LETTERS_INSTEAD)
         raise FormatError(reason)
-    if by_text is not None and by_text != by_place and counting.are_positions is None:
+    if by_text is not None and by_text != by_position and numbering.are_positions is None:
         raise ContradictionError(f"{name} is the text of one option and the number of another", _LETTERS_INSTEAD)
-    return by_place
+    return by_position

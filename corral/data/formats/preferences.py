@@ -1,10 +1,8 @@
-"""Formats of judged answers: pairs of a better and a worse one (Preference), and single ones with a score (Feedback).
-
-Does not know what an objective makes of a judgement.
-"""
+"""Reads judged answers: pairs of a better and a worse one (Preference), and single ones with a score (Feedback)."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -26,12 +24,11 @@ def preference(row: Mapping[str, Any]) -> Preference:
     """A pair of answers, in any of the usual forms:
 
     - `prompt`, `chosen`, `rejected`, each a text or a list of messages (TRL, Orca pairs: `question`; with `system`);
-    - `chosen` and `rejected` as lists of messages that begin alike (UltraFeedback): what is alike is the prompt;
+    - `chosen` and `rejected` as lists of messages that begin alike (UltraFeedback): the shared messages are the prompt;
     - `chosen` and `rejected` as dialogues "Human: … Assistant: …" that begin alike (HH; Bai et al. 2022);
-    - `chosen` and `rejected` as texts that begin alike: the prompt is the words they share.
+    - `chosen` and `rejected` as texts that begin alike: the shared words are the prompt.
 
-    Raises:
-        FormatError: otherwise; the answers are the same; or they differ before the last turn.
+    Raises FormatError if the row has another form, the answers are the same, or they differ before the last message.
     """
     (chosen_name, chosen), (rejected_name, rejected) = (
         find_column(row, CHOSEN_COLUMNS),
@@ -43,24 +40,24 @@ def preference(row: Mapping[str, Any]) -> Preference:
             f"{chosen_name} is {describe_type(chosen)}, {rejected_name} is {describe_type(rejected)}: expected one form"
         )
     if isinstance(chosen, list) and len(cast("list[Any]", chosen)) > 1:
-        return _after_prompt(read_messages(chosen, chosen_name), read_messages(rejected, rejected_name), row)
+        return _split_last_answer(read_messages(chosen, chosen_name), read_messages(rejected, rejected_name), row)
     if is_hh(chosen) and is_hh(rejected):
-        return _after_prompt(read_hh_dialogue(chosen, "chosen"), read_hh_dialogue(rejected, "rejected"), row)
-    asked = next((name for name in PREFERENCE_PROMPT_COLUMNS if row.get(name) is not None), None)
-    if asked is None and isinstance(chosen, str) and isinstance(rejected, str):
-        return _parted(nonblank_text(chosen, chosen_name), nonblank_text(rejected, rejected_name), row)
+        return _split_last_answer(read_hh_dialogue(chosen, "chosen"), read_hh_dialogue(rejected, "rejected"), row)
+    prompt_name = next((name for name in PREFERENCE_PROMPT_COLUMNS if row.get(name) is not None), None)
+    if prompt_name is None and isinstance(chosen, str) and isinstance(rejected, str):
+        return _split_shared_words(nonblank_text(chosen, chosen_name), nonblank_text(rejected, rejected_name), row)
     better, worse = read_answer(chosen_name, chosen), read_answer(rejected_name, rejected)
-    if asked is None:
+    if prompt_name is None:
         raise FormatError(f"no `prompt`, and {chosen_name} does not begin with one")
-    prompt = read_prompt(asked, row[asked], row)
-    return Preference(prompt, *_different(better, worse))
+    prompt = read_prompt(prompt_name, row[prompt_name], row)
+    return Preference(prompt, *_require_different(better, worse))
 
 
-def _parted(chosen: str, rejected: str, row: Mapping[str, Any]) -> Preference:
-    """The pair of two texts, each with the prompt in it."""
-    _different(chosen, rejected)
-    # Where they part may be within a word that only begins alike: the prompt ends before that word's space.
-    common = _common_start(chosen, rejected)
+def _split_shared_words(chosen: str, rejected: str, row: Mapping[str, Any]) -> Preference:
+    """The pair of two texts that both begin with the prompt."""
+    _require_different(chosen, rejected)
+    # The texts may part within a word: the prompt ends before that word's space.
+    common = os.path.commonprefix([chosen, rejected])  # noqa: RUF071  (character by character, as it should)
     last_word = re.search(r"\s\S*\Z", common)
     shared = common[: last_word.start()] if last_word else ""
     if not shared.strip():
@@ -71,25 +68,17 @@ def _parted(chosen: str, rejected: str, row: Mapping[str, Any]) -> Preference:
     )
 
 
-def _common_start(one: str, other: str) -> str:
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if one[:middle] == other[:middle] else (low, middle - 1)
-    return one[:low]
-
-
-def _after_prompt(chosen: list[Message], rejected: list[Message], row: Mapping[str, Any]) -> Preference:
-    """The pair of two conversations that differ in their last answer only."""
+def _split_last_answer(chosen: list[Message], rejected: list[Message], row: Mapping[str, Any]) -> Preference:
+    """The pair of two conversations that differ in their last message only."""
     check_turn_order(chosen)
     check_turn_order(rejected)
     if chosen[:-1] != rejected[:-1]:
         raise FormatError("chosen and rejected differ before the last turn: they answer different prompts")
     prompt = Conversation(tuple(add_system_column(chosen[:-1], row)))
-    return Preference(prompt, *_different(chosen[-1].content, rejected[-1].content))
+    return Preference(prompt, *_require_different(chosen[-1].content, rejected[-1].content))
 
 
-def _different(chosen: str, rejected: str) -> tuple[str, str]:
+def _require_different(chosen: str, rejected: str) -> tuple[str, str]:
     if chosen == rejected:
         raise FormatError("chosen and rejected are the same")
     return chosen, rejected
@@ -104,7 +93,7 @@ def feedback(row: Mapping[str, Any], scale: Scale | None = None) -> Feedback:
         scale: of the scores; by default 0 to 1.
 
     Raises:
-        ContradictionError: the score is outside a scale that nobody stated.
+        ContradictionError: the score is outside a scale that was inferred.
         FormatError: the row has another form.
     """
     prompt = read_prompt(*find_column(row, FEEDBACK_PROMPT_COLUMNS), row)
@@ -114,10 +103,10 @@ def feedback(row: Mapping[str, Any], scale: Scale | None = None) -> Feedback:
 
 
 def infer_feedback_scale(rows: Sequence[Mapping[str, Any]], where: str) -> tuple[Scale, str]:
-    """(the scale of a source's judgements, what to say of it), told from its first rows. Raises: DataError."""
-    found = [find_column(row, SCORE_COLUMNS) for row in rows if not set(SCORE_COLUMNS).isdisjoint(row)]
-    name = next((name for name, value in found if value is not None), SCORE_COLUMNS[0])
-    plain = next((form for form in ("prompt", "query", "instruction") if any(form in row for row in rows)), None)
-    named = {"prompt": "prompt-completion", "query": "prompt-completion", "instruction": "alpaca"}.get(plain or "")
-    otherwise = f'; or train on every answer, whatever its `{name}`: format = "{named}"' if named else ""
-    return infer_scale([value for _, value in found], name, where, otherwise)
+    """(the scale of a source's judgements, a note on it), inferred from its first rows. Raises DataError."""
+    scores = [find_column(row, SCORE_COLUMNS) for row in rows if not set(SCORE_COLUMNS).isdisjoint(row)]
+    name = next((name for name, value in scores if value is not None), SCORE_COLUMNS[0])
+    unjudged = {"prompt": "prompt-completion", "query": "prompt-completion", "instruction": "alpaca"}
+    format_name = next((unjudged[column] for column in unjudged if any(column in row for row in rows)), None)
+    advice = f'; or train on every answer, whatever its `{name}`: format = "{format_name}"' if format_name else ""
+    return infer_scale([value for _, value in scores], name, where, advice)

@@ -1,8 +1,4 @@
-"""Public data sets by name: where each lies, the columns it has, and what becomes prompt and answer.
-
-An entry is a few words where the data set is some texts in columns, and the name of a format where it has that form. This
-module does not fetch anything, and does not know which rows a recipe takes.
-"""
+"""The table of public data sets: their names on the hub, their columns, and how their rows become records."""
 
 from __future__ import annotations
 
@@ -32,20 +28,18 @@ _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 @dataclass(frozen=True, slots=True)
 class RequestAnswer:
-    """A request and its answer, each a column or a path to a text in one; and perhaps material that the request is about."""
+    """A format of a request and its answer, each a path to a text, and perhaps a column with context for the request."""
 
     request: tuple[str, ...]
     answer: tuple[str, ...]
     context: str | None = None
 
     def __call__(self, row: Mapping[str, Any]) -> Conversation:
-        """Raises: FormatError."""
-        request = nonblank_text(value_at_path(row, self.request), format_path(self.request))
+        """The record of a row. Raises FormatError."""
+        request = _text_at(row, *self.request)
         if self.context is not None:
             request = with_input(request, optional_column_text(row, self.context))
-        return Conversation.from_turns(
-            ("user", request), ("assistant", nonblank_text(value_at_path(row, self.answer), format_path(self.answer)))
-        )
+        return Conversation.of(("user", request), ("assistant", _text_at(row, *self.answer)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +47,9 @@ class PublicDataset:
     """A public data set.
 
     Args:
-        hub: its names on the hub.
-        columns: all columns it has there.
-        read: a row → a record.
+        hub_ids: its names on the hub.
+        columns: all its columns there.
+        read: turns a row into a record.
     """
 
     hub_ids: tuple[str, ...]
@@ -63,50 +57,44 @@ class PublicDataset:
     read: Format
 
     def __call__(self, row: Mapping[str, Any]) -> Record:
-        """Raises: FormatError."""
+        """The record of a row. Raises FormatError."""
         return self.read(row)
 
 
 def gsm8k(row: Mapping[str, Any]) -> Conversation:
-    """A school maths problem, worked out and closed by `#### 42`; marks for a calculator (`<<6*7=42>>`) are taken out.
+    """A school maths problem with a solution that ends in `#### 42`; calculator marks (`<<6*7=42>>`) are removed.
 
-    Raises:
-        FormatError: a text is missing.
+    Raises FormatError if a text is missing.
     """
-    question, answer = (
-        nonblank_text(value_at_path(row, ("question",)), "question"),
-        nonblank_text(value_at_path(row, ("answer",)), "answer"),
-    )
-    return Conversation.from_turns(
-        ("user", question), ("assistant", nonblank_text(_CALCULATOR.sub("", answer), "answer"))
-    )
+    question, answer = _text_at(row, "question"), _text_at(row, "answer")
+    return Conversation.of(("user", question), ("assistant", nonblank_text(_CALCULATOR.sub("", answer), "answer")))
 
 
 def hotpot(row: Mapping[str, Any]) -> Conversation:
-    """A question about the passages that it takes to answer it; the other eight or so are left out, as they would not fit.
+    """A question with the passages needed to answer it; the other eight or so are left out, as they would not fit.
 
-    Raises:
-        FormatError: `context` has none of the passages that `supporting_facts` names, or a text is missing.
+    Raises FormatError if `context` has none of the passages that `supporting_facts` names, or a text is missing.
     """
-    question, answer = (
-        nonblank_text(value_at_path(row, ("question",)), "question"),
-        nonblank_text(value_at_path(row, ("answer",)), "answer"),
-    )
+    question, answer = _text_at(row, "question"), _text_at(row, "answer")
     titles = _list(value_at_path(row, ("context", "title")), "context.title")
     passages = _list(value_at_path(row, ("context", "sentences")), "context.sentences")
     needed = _list(value_at_path(row, ("supporting_facts", "title")), "supporting_facts.title")
     if len(titles) != len(passages):
         raise FormatError(f"context has {len(titles)} titles and {len(passages)} passages")
-    found: list[str] = []
+    supporting: list[str] = []
     for i, (title, passage) in enumerate(zip(titles, passages, strict=True)):
         if title in needed:
             name = f"context.sentences[{i}]"
-            # A sentence brings the space before it.
+            # Sentences begin with their own space.
             sentences = "".join(nonblank_text(sentence, name) for sentence in _list(passage, name)).strip()
-            found.append(f"{nonblank_text(title, 'context.title')}\n{sentences}")
-    if not found:
+            supporting.append(f"{nonblank_text(title, 'context.title')}\n{sentences}")
+    if not supporting:
         raise FormatError("context has none of the passages that supporting_facts names")
-    return Conversation.from_turns(("user", with_input(question, "\n\n".join(found))), ("assistant", answer))
+    return Conversation.of(("user", with_input(question, "\n\n".join(supporting))), ("assistant", answer))
+
+
+def _text_at(row: Mapping[str, Any], *path: str) -> str:
+    return nonblank_text(value_at_path(row, path), format_path(path))
 
 
 def _list(value: Any, name: str) -> list[Any]:
@@ -175,8 +163,8 @@ PUBLIC_DATASETS: dict[str, PublicDataset] = {
 
 
 def find_by_hub_path(path: str) -> str | None:
-    """The entry for a source `hub:OWNER/NAME[@REVISION]`, if there is one."""
+    """The name of the entry for a source `hub:OWNER/NAME[@REVISION]`, if there is one."""
     if not path.startswith("hub:"):
         return None
-    wanted = path.removeprefix("hub:").split("@")[0].casefold()
-    return next((name for name, entry in PUBLIC_DATASETS.items() if wanted in map(str.casefold, entry.hub_ids)), None)
+    hub_id = path.removeprefix("hub:").split("@")[0].casefold()
+    return next((name for name, entry in PUBLIC_DATASETS.items() if hub_id in map(str.casefold, entry.hub_ids)), None)

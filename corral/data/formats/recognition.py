@@ -1,8 +1,7 @@
-"""The first rows of a source → the name of their format, and why, in words.
+"""Recognises the format of a source from the columns and value types of its first rows, and says why.
 
-Decided from the columns and the kinds of their values; what could be two things is refused. Which columns are used is not
-claimed but seen: the format reads the rows, and what it looks at is noted. This module does not know what the formats make
-of a row.
+Ambiguous rows are refused. The columns reported as used are those that the format really reads: it is run on the rows, and
+its accesses are recorded.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from corral.data.formats.chat_messages import (
     sharegpt,
     uses_tools,
 )
-from corral.data.formats.fields import Format, FormatError, describe_type, short_repr
+from corral.data.formats.fields import Format, FormatError, column_names, describe_type, short_repr
 from corral.data.formats.multiple_choice import ANSWER_COLUMNS, CHOICES_COLUMNS, FIRST_OPTION_COLUMNS, multiple_choice
 from corral.data.formats.preferences import (
     CHOSEN_COLUMNS,
@@ -45,21 +44,21 @@ from corral.data.formats.public_datasets import PUBLIC_DATASETS, PublicDataset
 from corral.data.formats.scores import is_judgement
 from corral.errors import DataError
 
-Test: TypeAlias = Callable[[Any], bool]
+ValueTest: TypeAlias = Callable[[Any], bool]
 
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _objects(value: Any) -> list[dict[str, Any]]:
-    """The objects of a list, or of its JSON, that holds nothing else."""
+def _objects_of(value: Any) -> list[dict[str, Any]]:
+    """The objects of a list, or of its JSON, if it holds nothing else."""
     items = parse_json_list(value)
     return cast("list[dict[str, Any]]", items) if isinstance(items, list) and all_objects(cast("Any", items)) else []
 
 
 def _is_openai(value: Any) -> bool:
-    items = _objects(value)
+    items = _objects_of(value)
     return bool(items) and all(
         "role" in item
         and (
@@ -69,8 +68,8 @@ def _is_openai(value: Any) -> bool:
     )
 
 
-def _is_turns(value: Any) -> bool:
-    items = _objects(value)
+def _is_sharegpt_like(value: Any) -> bool:
+    items = _objects_of(value)
     return bool(items) and all(
         any(key in item for key in SHAREGPT.author_keys) and any(key in item for key in SHAREGPT.content_keys)
         for item in items
@@ -78,15 +77,15 @@ def _is_turns(value: Any) -> bool:
 
 
 def _is_sharegpt(value: Any) -> bool:
-    return _is_turns(value) and not _is_openai(value)
+    return _is_sharegpt_like(value) and not _is_openai(value)
 
 
-def _is_said(value: Any) -> bool:
-    return isinstance(value, str) or _is_turns(value)
+def _is_text_or_messages(value: Any) -> bool:
+    return isinstance(value, str) or _is_sharegpt_like(value)
 
 
 def _is_answer(value: Any) -> bool:
-    return isinstance(value, str | dict) or _is_turns(value)
+    return isinstance(value, str | dict) or _is_sharegpt_like(value)
 
 
 def _is_choices(value: Any) -> bool:
@@ -98,42 +97,42 @@ def _is_scalar(value: Any) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Slot:
-    """A column that a format needs, by any of its names; what it holds, as a test and in words."""
+class _ColumnRule:
+    """A column, by any of its names, with a test of its values and a description of them for messages."""
 
     names: tuple[str, ...]
-    holds: Test
-    words: str = ""
+    accepts: ValueTest
+    description: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
-    """A format and the columns it is known by.
+class _FormatRule:
+    """The columns by which a format is recognised.
 
     Args:
         name: the format.
-        read: what reads its rows.
-        needs: columns it must have.
-        may: columns that, where they hold something, must fit too.
+        read: reads its rows.
+        required: columns that rows must have.
+        optional: columns that must fit too if they are not null.
     """
 
     name: str
     read: Format
-    needs: tuple[_Slot, ...]
-    may: tuple[_Slot, ...] = ()
+    required: tuple[_ColumnRule, ...]
+    optional: tuple[_ColumnRule, ...] = ()
 
-    def columns_in(self, row: Mapping[str, Any]) -> tuple[str, ...] | None:
-        """The row's columns that the format would use, or None if the row does not have the form."""
+    def match_columns(self, row: Mapping[str, Any]) -> tuple[str, ...] | None:
+        """The row's columns that the format would use, or None if the row does not fit."""
         used: list[str] = []
-        for slot in self.needs:
-            name = next((n for n in slot.names if slot.holds(row.get(n))), None)
+        for column in self.required:
+            name = next((n for n in column.names if column.accepts(row.get(n))), None)
             if name is None:
                 return None
             used.append(name)
-        for slot in self.may:
-            for name in slot.names:
+        for column in self.optional:
+            for name in column.names:
                 if row.get(name) is not None:
-                    if not slot.holds(row[name]):
+                    if not column.accepts(row[name]):
                         return None
                     used.append(name)
         return tuple(dict.fromkeys(used))
@@ -141,78 +140,80 @@ class _Shape:
 
 _FROM_VALUE = "with `from` and `value`, in one of their spellings"
 _CONVERSATIONS = tuple(name for name in OPENAI.columns if name not in COLUMNS_IF_ALONE)
-_QUESTION = _Slot(("question",), _is_text)
-_SHAPES = (
-    _Shape("messages", openai_messages, (_Slot(_CONVERSATIONS, _is_openai, "with `role` and `content`"),)),
-    _Shape("sharegpt", sharegpt, (_Slot(_CONVERSATIONS, _is_sharegpt, _FROM_VALUE),)),
-    _Shape(
+_QUESTION = _ColumnRule(("question",), _is_text)
+_RULES = (
+    _FormatRule("messages", openai_messages, (_ColumnRule(_CONVERSATIONS, _is_openai, "with `role` and `content`"),)),
+    _FormatRule("sharegpt", sharegpt, (_ColumnRule(_CONVERSATIONS, _is_sharegpt, _FROM_VALUE),)),
+    _FormatRule(
         "alpaca",
         alpaca,
-        (_Slot(("instruction",), _is_text), _Slot(("output",), _is_text)),
-        (_Slot(("input",), _is_text),),
+        (_ColumnRule(("instruction",), _is_text), _ColumnRule(("output",), _is_text)),
+        (_ColumnRule(("input",), _is_text),),
     ),
-    _Shape(
-        "prompt-completion", prompt_completion, (_Slot(PROMPT_COLUMNS, _is_said), _Slot(COMPLETION_COLUMNS, _is_answer))
+    _FormatRule(
+        "prompt-completion",
+        prompt_completion,
+        (_ColumnRule(PROMPT_COLUMNS, _is_text_or_messages), _ColumnRule(COMPLETION_COLUMNS, _is_answer)),
     ),
-    _Shape(
+    _FormatRule(
         "question-answer",
         question_answer,
-        (_QUESTION, _Slot(("answer",), _is_text)),
-        (_Slot(("context",), _is_text),),
+        (_QUESTION, _ColumnRule(("answer",), _is_text)),
+        (_ColumnRule(("context",), _is_text),),
     ),
-    _Shape(
+    _FormatRule(
         "preference",
         preference,
-        (_Slot(CHOSEN_COLUMNS, _is_answer), _Slot(REJECTED_COLUMNS, _is_answer)),
-        (_Slot(PREFERENCE_PROMPT_COLUMNS, _is_said),),
+        (_ColumnRule(CHOSEN_COLUMNS, _is_answer), _ColumnRule(REJECTED_COLUMNS, _is_answer)),
+        (_ColumnRule(PREFERENCE_PROMPT_COLUMNS, _is_text_or_messages),),
     ),
-    _Shape(
+    _FormatRule(
         "feedback",
         feedback,
         (
-            _Slot(FEEDBACK_PROMPT_COLUMNS, _is_said),
-            _Slot(COMPLETION_COLUMNS, _is_answer),
-            _Slot(SCORE_COLUMNS, is_judgement),
+            _ColumnRule(FEEDBACK_PROMPT_COLUMNS, _is_text_or_messages),
+            _ColumnRule(COMPLETION_COLUMNS, _is_answer),
+            _ColumnRule(SCORE_COLUMNS, is_judgement),
         ),
     ),
-    _Shape(
+    _FormatRule(
         "multiple-choice",
         multiple_choice,
-        (_QUESTION, _Slot(CHOICES_COLUMNS, _is_choices), _Slot(ANSWER_COLUMNS, _is_scalar)),
+        (_QUESTION, _ColumnRule(CHOICES_COLUMNS, _is_choices), _ColumnRule(ANSWER_COLUMNS, _is_scalar)),
     ),
     *(
-        _Shape(
+        _FormatRule(
             "multiple-choice",
             multiple_choice,
             (
                 _QUESTION,
-                _Slot((first,), _is_text),
-                _Slot((f"{first[:-1]}{chr(ord(first[-1]) + 1)}",), _is_text),
-                _Slot(ANSWER_COLUMNS, _is_scalar),
+                _ColumnRule((first,), _is_text),
+                _ColumnRule((f"{first[:-1]}{chr(ord(first[-1]) + 1)}",), _is_text),
+                _ColumnRule(ANSWER_COLUMNS, _is_scalar),
             ),
         )
         for first in FIRST_OPTION_COLUMNS
     ),
 )
-# Names that mean other things where there is more to a row.
-_LAST = (
-    _Shape("messages", openai_messages, (_Slot(COLUMNS_IF_ALONE, _is_openai, "with `role` and `content`"),)),
-    _Shape("sharegpt", sharegpt, (_Slot(COLUMNS_IF_ALONE, _is_sharegpt, _FROM_VALUE),)),
+# Names that mean something else in rows with other columns.
+_FALLBACK_RULES = (
+    _FormatRule("messages", openai_messages, (_ColumnRule(COLUMNS_IF_ALONE, _is_openai, "with `role` and `content`"),)),
+    _FormatRule("sharegpt", sharegpt, (_ColumnRule(COLUMNS_IF_ALONE, _is_sharegpt, _FROM_VALUE),)),
 )
-# Many data sets keep the rendered row in `text` beside its parts, so it counts only where there are no such parts.
-_PLAIN = _Shape("text", plain_text, (_Slot(TEXT_COLUMNS, _is_text),))
-_PARTS = {
+# Many data sets keep the rendered row in `text` beside its parts, so it counts only if there are no such parts.
+_PLAIN_TEXT_RULE = _FormatRule("text", plain_text, (_ColumnRule(TEXT_COLUMNS, _is_text),))
+_PART_COLUMNS = {
     name
-    for shape in _SHAPES
-    for slot in shape.needs
-    if slot.names not in (SCORE_COLUMNS, ANSWER_COLUMNS)
-    for name in slot.names
+    for rule in _RULES
+    for column in rule.required
+    if column.names not in (SCORE_COLUMNS, ANSWER_COLUMNS)
+    for name in column.names
 }
 
 
 @dataclass(frozen=True, slots=True)
 class RecognisedFormat:
-    """The format of some rows, and a sentence that says how it is known."""
+    """The format of some rows, and a sentence that says how it was recognised."""
 
     name: str
     why: str
@@ -226,36 +227,39 @@ def recognise(rows: Sequence[Mapping[str, Any]], where: str = "data.sources") ->
         where: the source, for errors.
 
     Raises:
-        DataError: there is none, or there are two that use different columns.
+        DataError: no format matches, or two that use different columns.
     """
     if not rows:
         raise DataError("there is no row to tell the format from", where=where, hint="name it with `format`")
-    fitting = _fitting(_SHAPES, rows) or (_fitting(_LAST, rows) if _PARTS.isdisjoint(_names(rows)) else [])
-    names = list(dict.fromkeys(shape.name for shape, _ in fitting))
+    has_no_parts = _PART_COLUMNS.isdisjoint(column_names(rows))
+    matches = _matching_rules(_RULES, rows) or (_matching_rules(_FALLBACK_RULES, rows) if has_no_parts else [])
+    names = list(dict.fromkeys(rule.name for rule, _ in matches))
     if len(names) == 1:
-        _check_unjudged(names[0], rows, where)
-        return _stated(*fitting[0], rows)
+        _check_judgements(names[0], rows, where)
+        return _describe_match(*matches[0], rows)
     if len(names) > 1:
-        found = "; or ".join(f"{shape.name}, by {_quoted(columns)}" for shape, columns in fitting)
+        listed = "; or ".join(f"{rule.name}, by {_quote(columns)}" for rule, columns in matches)
         raise DataError(
-            f"the rows could be of two formats: {found}", where=where, hint=f'name one: format = "{names[0]}"'
+            f"the rows could be of two formats: {listed}", where=where, hint=f'name one: format = "{names[0]}"'
         )
-    if named := _named(rows):
-        return named
-    plain = _columns_used(_PLAIN, rows)
-    if plain and _PARTS.isdisjoint(_names(rows)):
-        return _stated(_PLAIN, plain, rows)
-    raise _unknown(rows, where, plain)
+    if public_dataset := _match_public_dataset(rows):
+        return public_dataset
+    plain = _columns_used(_PLAIN_TEXT_RULE, rows)
+    if plain and has_no_parts:
+        return _describe_match(_PLAIN_TEXT_RULE, plain, rows)
+    raise _unknown_format_error(rows, where, plain)
 
 
-def _fitting(shapes: Sequence[_Shape], rows: Sequence[Mapping[str, Any]]) -> list[tuple[_Shape, tuple[str, ...]]]:
-    """The formats that the rows have, with the columns that show it; not those that see a part of what another sees."""
-    found = [(shape, columns) for shape in shapes if (columns := _columns_used(shape, rows))]
-    return [(shape, columns) for shape, columns in found if not any(set(columns) < set(more) for _, more in found)]
+def _matching_rules(
+    rules: Sequence[_FormatRule], rows: Sequence[Mapping[str, Any]]
+) -> list[tuple[_FormatRule, tuple[str, ...]]]:
+    """The rules that the rows match, with the columns they use; without those that use a part of another's columns."""
+    matches = [(rule, columns) for rule in rules if (columns := _columns_used(rule, rows))]
+    return [(rule, columns) for rule, columns in matches if not any(set(columns) < set(more) for _, more in matches)]
 
 
-def _check_unjudged(name: str, rows: Sequence[Mapping[str, Any]], where: str) -> None:
-    """Raises: DataError (answers have a judgement that cannot be read: bad ones would be trained like good ones)."""
+def _check_judgements(name: str, rows: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Raises DataError if answers have a judgement that cannot be read: bad ones would be trained like good ones."""
     if name not in ("prompt-completion", "alpaca"):
         return
     for row in rows:
@@ -269,17 +273,17 @@ def _check_unjudged(name: str, rows: Sequence[Mapping[str, Any]], where: str) ->
                 )
 
 
-def _named(rows: Sequence[Mapping[str, Any]]) -> RecognisedFormat | None:
+def _match_public_dataset(rows: Sequence[Mapping[str, Any]]) -> RecognisedFormat | None:
     """The public data set whose columns all rows have."""
     for name, entry in sorted(PUBLIC_DATASETS.items(), key=lambda item: -len(item[1].columns)):
-        # One or two columns of a name could be anything.
-        there = len(entry.columns) > 2 and all(set(entry.columns) <= set(row) for row in rows)
-        if there and 2 * sum(_reads(entry, row) for row in rows) >= len(rows):
-            return RecognisedFormat(name, f"format: {name}, as the rows have its columns {_quoted(entry.columns)}")
+        # One or two column names are no evidence.
+        matches = len(entry.columns) > 2 and all(set(entry.columns) <= set(row) for row in rows)
+        if matches and 2 * sum(_can_read(entry, row) for row in rows) >= len(rows):
+            return RecognisedFormat(name, f"format: {name}, as the rows have its columns {_quote(entry.columns)}")
     return None
 
 
-def _reads(entry: PublicDataset, row: Mapping[str, Any]) -> bool:
+def _can_read(entry: PublicDataset, row: Mapping[str, Any]) -> bool:
     try:
         entry(row)
     except FormatError:
@@ -287,109 +291,107 @@ def _reads(entry: PublicDataset, row: Mapping[str, Any]) -> bool:
     return True
 
 
-def _columns_used(shape: _Shape, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...] | None:
-    """The columns a format would use in most of the rows that have its form, if at least half of the rows have it."""
-    used = [columns for row in rows if (columns := shape.columns_in(row)) is not None]
-    # An optional column is used if any row has something in it.
+def _columns_used(rule: _FormatRule, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...] | None:
+    """The columns that the format would use, if at least half of the rows fit it."""
+    used = [columns for row in rows if (columns := rule.match_columns(row)) is not None]
+    # An optional column is used if any row has a value in it.
     return tuple(dict.fromkeys(name for columns in used for name in columns)) if 2 * len(used) >= len(rows) else None
 
 
-class _Noted(dict[str, Any]):
-    """A row that notes which of its columns are looked at."""
+class _TrackedRow(dict[str, Any]):
+    """A row that records which of its columns are read."""
 
     def __init__(self, row: Mapping[str, Any]) -> None:
         super().__init__(row)
         self.seen: set[str] = set()
 
     def __getitem__(self, name: str) -> Any:
-        return self._noted(name, super().__getitem__(name))
+        return self._record(name, super().__getitem__(name))
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self._noted(name, super().get(name, default))
+        return self._record(name, super().get(name, default))
 
-    def _noted(self, name: str, value: Any) -> Any:
+    def _record(self, name: str, value: Any) -> Any:
         if value is not None:
             self.seen.add(name)
         return value
 
 
-def _columns_read(shape: _Shape, rows: Sequence[Mapping[str, Any]]) -> set[str]:
-    """The columns that a format looks at in these rows."""
+def _columns_read(rule: _FormatRule, rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The columns that the format reads in these rows."""
     seen: set[str] = set()
     for row in rows:
-        noted = _Noted(row)
+        tracked = _TrackedRow(row)
         try:
-            shape.read(noted)
+            rule.read(tracked)
         except FormatError:
-            continue  # It may have looked for what another row has.
-        seen |= noted.seen
+            continue  # It may have looked for columns that only other rows have.
+        seen |= tracked.seen
     return seen
 
 
-def _stated(shape: _Shape, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> RecognisedFormat:
-    seen = _columns_read(shape, rows)
-    read = [name for name in dict.fromkeys((*columns, *_names(rows))) if name in seen] or list(columns)
-    words = next((slot.words for slot in shape.needs if slot.words), "")
-    # What is said in words is said of the first column.
-    shown = f"{_quoted(read[:1])} {words}{', and ' if read[1:] else ''}{_quoted(read[1:])}" if words else _quoted(read)
-    why = f"format: {shape.name}, as the rows have {shown}"
-    unused = [name for name in _names(rows) if name not in read]
+def _describe_match(rule: _FormatRule, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> RecognisedFormat:
+    seen = _columns_read(rule, rows)
+    read = [name for name in dict.fromkeys((*columns, *column_names(rows))) if name in seen] or list(columns)
+    description = next((column.description for column in rule.required if column.description), "")
+    listed = _quote(read)
+    if description:  # of the first column
+        listed = f"{_quote(read[:1])} {description}{', and ' if read[1:] else ''}{_quote(read[1:])}"
+    why = f"format: {rule.name}, as the rows have {listed}"
+    unused = [name for name in column_names(rows) if name not in read]
     if unused:
-        why += f"; not used: {_quoted(unused)}"
-    return RecognisedFormat(shape.name, why)
+        why += f"; not used: {_quote(unused)}"
+    return RecognisedFormat(rule.name, why)
 
 
-def _unknown(rows: Sequence[Mapping[str, Any]], where: str, plain: Sequence[str] | None) -> DataError:
-    names = _names(rows)
-    close = _close(rows)
-    near = f"close: {'; '.join(close)}. " if close else ""
-    near += f'format = "text" would train {_quoted(plain)} as it is. ' if plain else ""
+def _unknown_format_error(rows: Sequence[Mapping[str, Any]], where: str, plain: Sequence[str] | None) -> DataError:
+    names = column_names(rows)
+    closest = _closest_formats(rows)
+    advice = f"close: {'; '.join(closest)}. " if closest else ""
+    advice += f'format = "text" would train {_quote(plain)} as it is. ' if plain else ""
     texts = [name for name in names if any(_is_text(row.get(name)) and row[name].strip() for row in rows)]
     usable = [name for name in texts if name.isprintable() and not set(name) & set("{}[]\"'")]
-    mapped = f'mapping = {{ prompt = "{{{usable[0]}}}", completion = "{{{usable[-1]}}}" }}' if len(usable) > 1 else ""
-    way = f"Name a format, or say what becomes of the columns: {mapped}" if mapped else "Name a format"
+    advice += "Name a format"
+    if len(usable) > 1:
+        mapping = f'mapping = {{ prompt = "{{{usable[0]}}}", completion = "{{{usable[-1]}}}" }}'
+        advice += f", or say what becomes of the columns: {mapping}"
     if len(usable) == 1 and not plain:
-        way += f"; to train {_quoted(usable)} as a document, call it `text`"
+        advice += f"; to train {_quote(usable)} as a document, call it `text`"
     return DataError(
-        f"the rows are of no known format: their columns are {_quoted(names) or 'none'}",
+        f"the rows are of no known format: their columns are {_quote(names) or 'none'}",
         where=where,
-        hint=f"{near}{way}",
+        hint=advice,
     )
 
 
-def _close(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The formats that lack least, and what they lack; at most three."""
-    found: list[tuple[int, str]] = []
-    for shape in _SHAPES:
-        lacks = [_lack(slot, rows) for slot in (*shape.needs, *shape.may)]
-        lacks = [lack for lack in lacks[: len(shape.needs)] if lack] + [
-            lack for lack in lacks[len(shape.needs) :] if lack and not lack.startswith("needs")
-        ]
-        present = sum(any(name in row for name in slot.names for row in rows) for slot in shape.needs)
+def _closest_formats(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Up to three formats that the rows come closest to, and what they lack."""
+    candidates: list[tuple[int, str]] = []
+    for rule in _RULES:
+        lacks = [lack for column in rule.required if (lack := _lacking(column, rows))]
+        unfit = [lack for column in rule.optional if (lack := _lacking(column, rows))]
+        lacks += [lack for lack in unfit if not lack.startswith("needs")]
+        present = sum(any(name in row for name in column.names for row in rows) for column in rule.required)
         if present:
-            found.append((len(lacks) - present, f"{shape.name} ({', '.join(lacks) or 'most rows have another form'})"))
-    return [words for _, words in sorted(found, key=lambda item: item[0])[:3]]
+            candidates.append(
+                (len(lacks) - present, f"{rule.name} ({', '.join(lacks) or 'most rows have another form'})")
+            )
+    return [text for _, text in sorted(candidates, key=lambda item: item[0])[:3]]
 
 
-def _lack(slot: _Slot, rows: Sequence[Mapping[str, Any]]) -> str | None:
-    there = [name for name in slot.names if any(row.get(name) is not None for row in rows)]
-    if not there:
-        return f"needs `{slot.names[0]}`"
-    values = [row[there[0]] for row in rows if row.get(there[0]) is not None]
-    wrong = next((value for value in values if not slot.holds(value)), None)
-    return (
-        None
-        if wrong is None
-        else f"`{there[0]}` is {describe_type(wrong)}{f', not {slot.words}' if slot.words else ''}"
-    )
+def _lacking(column: _ColumnRule, rows: Sequence[Mapping[str, Any]]) -> str | None:
+    name = next((name for name in column.names if any(row.get(name) is not None for row in rows)), None)
+    if name is None:
+        return f"needs `{column.names[0]}`"
+    values = [row[name] for row in rows if row.get(name) is not None]
+    wrong = next((value for value in values if not column.accepts(value)), None)
+    if wrong is None:
+        return None
+    return f"`{name}` is {describe_type(wrong)}{f', not {column.description}' if column.description else ''}"
 
 
-def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [str(name) for name in dict.fromkeys(name for row in rows for name in row)]
-
-
-def _quoted(names: Sequence[str]) -> str:
+def _quote(names: Sequence[str]) -> str:
     # A name may hold anything; escaped, it can be printed anywhere.
     escaped = [name.encode("unicode_escape").decode("ascii") if not name.isprintable() else name for name in names]
-    shown = [f"`{name if len(name) <= 40 else f'{name[:39]}…'}`" for name in escaped]
-    return ", ".join(shown[:20]) + (" …" if len(shown) > 20 else "")
+    quoted = [f"`{name if len(name) <= 40 else f'{name[:39]}…'}`" for name in escaped]
+    return ", ".join(quoted[:20]) + (" …" if len(quoted) > 20 else "")

@@ -1,7 +1,6 @@
-"""A judgement → a number from 0 (worst) to 1 (best): true and false, words for them, and numbers on a scale.
+"""Turns judgements into numbers from 0 (worst) to 1 (best): true and false, words for them, and numbers on a scale.
 
-A number alone does not say on which scale it is, so a source's first rows decide: 0 to 1, or -1 and 1; any other scale must
-be stated. This module does not know what is judged.
+A number alone does not show its scale, so a source's first rows decide: 0 to 1, or -1 and 1. Any other scale must be stated.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from corral.errors import DataError
 _GOOD = ("true", "yes", "good", "thumbs up", "thumbsup", "up", "like", "positive", "desirable", "\U0001f44d")
 _BAD = ("false", "no", "bad", "thumbs down", "thumbsdown", "down", "dislike", "negative", "undesirable", "\U0001f44e")
 JUDGEMENT_WORDS = dict.fromkeys(_GOOD, True) | dict.fromkeys(_BAD, False)
-"""What a judgement in words may be, in lower case, with spaces for `_` and `-`."""
+"""Judgements in words, in lower case, with spaces for `_` and `-`."""
 
 _HINT = "say which score is the worst and which the best: mapping = {{ score_range = [{}, {}] }}"
 
@@ -29,7 +28,7 @@ class Scale:
     Args:
         low: of the worst.
         high: of the best; smaller than `low` where less is better.
-        stated: whether the recipe says so. Else a score outside shows that the scale is another one.
+        stated: whether the recipe states it. Otherwise a score outside shows that the scale is another one.
     """
 
     low: float = 0.0
@@ -40,8 +39,8 @@ class Scale:
         """A judgement as a number in [0, 1].
 
         Raises:
-            ContradictionError: it is outside a scale that nobody stated.
-            FormatError: it is none, or outside.
+            ContradictionError: it is outside a scale that was inferred.
+            FormatError: it is not a judgement, or outside a stated scale.
         """
         judged = parse_judgement(value, name)
         if isinstance(judged, bool):
@@ -57,7 +56,7 @@ class Scale:
 
 
 def parse_judgement(value: Any, name: str) -> float | bool:
-    """A number, or true or false, also as a table's cell holds them. Raises: FormatError (it is neither)."""
+    """A number, or true or false, also as text in a table's cell. Raises FormatError if the value is neither."""
     if isinstance(value, str):
         word = " ".join(value.strip().lower().replace("_", " ").replace("-", " ").split())
         if word in JUDGEMENT_WORDS:
@@ -74,7 +73,7 @@ def parse_judgement(value: Any, name: str) -> float | bool:
 
 def _as_number(cell: str, name: str) -> float:
     try:
-        if "_" in cell:  # Python's own way to write a number
+        if "_" in cell:  # only Python writes numbers so
             raise ValueError
         return float(cell)
     except ValueError:
@@ -82,7 +81,7 @@ def _as_number(cell: str, name: str) -> float:
 
 
 def is_judgement(value: Any) -> bool:
-    """Whether a value is one."""
+    """Whether `parse_judgement` accepts the value."""
     try:
         parse_judgement(value, "")
     except FormatError:
@@ -90,17 +89,17 @@ def is_judgement(value: Any) -> bool:
     return True
 
 
-def infer_scale(values: Iterable[Any], name: str, where: str, otherwise: str = "") -> tuple[Scale, str]:
-    """(the scale of a source's scores, what to say of it), told from those of its first rows.
+def infer_scale(values: Iterable[Any], name: str, where: str, advice: str = "") -> tuple[Scale, str]:
+    """(the scale of a source's scores, a note on it), inferred from its first rows.
 
     Args:
-        values: the scores, with what is none among them.
+        values: the scores; values that are not judgements are ignored.
         name: of their column.
         where: the source, for errors.
-        otherwise: another way out, for the hint.
+        advice: added to the hint of the error.
 
     Raises:
-        DataError: the scale cannot be told.
+        DataError: the scale is ambiguous.
     """
     numbers = [parse_judgement(value, name) for value in values if is_judgement(value)]
     outside = [number for number in numbers if not 0 <= number <= 1]
@@ -110,8 +109,7 @@ def infer_scale(values: Iterable[Any], name: str, where: str, otherwise: str = "
         return Scale(-1.0, 1.0), f"; `{name}` is -1 for the worst and 1 for the best"
     low, high = (short_repr(int(n) if n == int(n) else n) for n in (min(numbers), max(numbers)))
     raise DataError(
-        f"`{name}` runs from {low} to {high} in the first rows: which is the worst score, and which the best, "
-        "they do not say",
+        f"`{name}` runs from {low} to {high} in the first rows, which do not show the worst and the best possible score",
         where=where,
-        hint=_HINT.format(low, high) + otherwise,
+        hint=_HINT.format(low, high) + advice,
     )

@@ -1,10 +1,7 @@
-"""A source in the recipe → raw rows, one at a time: files, folders and globs on this machine, in S3, on the hub, or an asset.
+"""Reads the raw rows of a recipe's source, one at a time: local files, folders and globs, S3, the hub, or an asset.
 
-A row that cannot be read becomes a row with a fault, and reading goes on; a file that cannot be read is an error. Memory
-does not depend on the size of a source. The kinds of files are `.jsonl` and `.txt` (lines), `.json` (json_list), `.csv` and
-`.tsv` (table) and `.parquet` (parquet); where they lie is local, s3 and hub.
-
-This package does not know what a row means: that is `formats`.
+A row that cannot be read becomes a row with a fault, and reading continues; a file that cannot be read is an error. Memory
+does not depend on the size of a source. What a row means is decided in `formats`.
 """
 
 from __future__ import annotations
@@ -41,39 +38,41 @@ _ASSET_ROWS: dict[str, Callable[[SourceFile], Iterator[RawRow]]] = {"wikibooks-r
 
 
 def read_rows(source: Source, progress: Progress | None = None) -> Iterator[RawRow]:
-    """The rows of a source, in its order: files by name, rows as they stand in them.
+    """The rows of a source: files by name, rows in the order of the file.
 
-    What must be fetched is fetched by this call; `progress` is told the licence of a fresh asset, the commit of a data set
-    on the hub, what in a folder is no rows, and which of several files hold none.
+    The call itself fetches what must be fetched. `progress` reports the licence of a new asset, the commit of a data set on
+    the hub, files in a folder that are left out, and files without rows.
 
     Raises:
-        DataError: now: a file is missing or of an unknown kind, all are empty, or a service refuses it. While reading: a
-            file is no text, or damaged, or there is no row in any of them.
-        AssetError: the asset cannot be had.
+        DataError: at once if a file is missing or of an unknown kind, all are empty, or a service refuses access; while
+            reading if a file is not text, is damaged, or none holds a row.
+        AssetError: the asset cannot be fetched.
         MissingExtraError: S3 needs a package that is not installed.
         StorageError: what is fetched cannot be written.
     """
     progress = progress or Progress()
     if source.path.startswith("asset:"):
-        return _asset(source.path.removeprefix("asset:"), progress)
-    return _rows(_files(source, progress), progress)
+        return _read_asset(source.path.removeprefix("asset:"), progress)
+    return _read_files(_find_files(source, progress), progress)
 
 
 def hash_source(source: Source, progress: Progress | None = None) -> str:
-    """What the rows of a source depend on, as a sha256: not where files lie, but their names below the source and content.
+    """sha256 of what the rows of a source depend on: the names of its files below the source, and their content.
 
-    Content is that of files here, the commit of a data set on the hub, the ETag of objects in S3, an asset's wheel. A
-    data set on the hub is downloaded. Raises: as `read`.
+    For content it takes the bytes of local files, the commit of a data set on the hub, the ETag of objects in S3, and the
+    hash of an asset's wheel. A data set on the hub is downloaded. Raises as `read_rows` does.
     """
     if source.path.startswith("asset:"):
         return assets.find_asset(source.path.removeprefix("asset:")).wheel_sha256
-    files = _files(source, progress or Progress())
-    alone = len(files) == 1
-    lines = [f"{file.kind}{file.compression}{'' if alone else f' {file.name}'}\t{file.digest()}\n" for file in files]
+    files = _find_files(source, progress or Progress())
+    is_single = len(files) == 1
+    lines = [
+        f"{file.kind}{file.compression}{'' if is_single else f' {file.name}'}\t{file.digest()}\n" for file in files
+    ]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _files(source: Source, progress: Progress) -> list[SourceFile]:
+def _find_files(source: Source, progress: Progress) -> list[SourceFile]:
     if source.path.startswith("hub:"):
         return find_hub_files(source, progress.say)
     if source.path.startswith("s3://"):
@@ -81,12 +80,12 @@ def _files(source: Source, progress: Progress) -> list[SourceFile]:
     return find_local_files(source.path, progress.say)
 
 
-def _rows(files: list[SourceFile], progress: Progress) -> Iterator[RawRow]:
-    """The rows of files, one after another. Raises: DataError (none of them holds a row)."""
+def _read_files(files: list[SourceFile], progress: Progress) -> Iterator[RawRow]:
+    """The rows of files, one after another. Raises DataError if none of them holds a row."""
     before = 0
     for file in files:
         last = 0
-        for row in _file_rows(file, _READERS[file.kind]):
+        for row in _read_file(file, _READERS[file.kind]):
             last = row.index
             yield row if len(files) == 1 else row.in_file(file.name, before)
         if not last and len(files) > 1:
@@ -97,8 +96,8 @@ def _rows(files: list[SourceFile], progress: Progress) -> Iterator[RawRow]:
         raise DataError(what, where=files[0].where, hint="write rows into it, or leave it out")
 
 
-def _file_rows(file: SourceFile, reader: Callable[[SourceFile], Iterator[RawRow]]) -> Iterator[RawRow]:
-    """The rows of a file. Raises: DataError (it is damaged or cut short; it says after how many rows)."""
+def _read_file(file: SourceFile, reader: Callable[[SourceFile], Iterator[RawRow]]) -> Iterator[RawRow]:
+    """The rows of a file. Raises DataError if it is damaged or cut short, and says after how many rows."""
     count = 0
     try:
         for row in reader(file):
@@ -114,15 +113,15 @@ def _file_rows(file: SourceFile, reader: Callable[[SourceFile], Iterator[RawRow]
         ) from error
 
 
-def _asset(name: str, progress: Progress) -> Iterator[RawRow]:
+def _read_asset(name: str, progress: Progress) -> Iterator[RawRow]:
     asset = assets.find_asset(name)
     if asset.kind != "data" or name not in _ASSET_ROWS:
-        kind = "no data set" if asset.kind != "data" else "data that is not read as rows"
+        problem = "no data set" if asset.kind != "data" else "data that is not read as rows"
         raise DataError(
-            f"asset {name!r} is {kind}", where="data.sources", hint=f"assets with rows: {', '.join(_ASSET_ROWS)}"
+            f"asset {name!r} is {problem}", where="data.sources", hint=f"assets with rows: {', '.join(_ASSET_ROWS)}"
         )
     fetched = assets.fetch(name, progress=progress.say)
     if fetched.fetched:
         progress.say(fetched.licence_text)
     path = fetched.files[0]
-    return _file_rows(make_local_file(path.name, path, ".json"), _ASSET_ROWS[name])
+    return _read_file(make_local_file(path.name, path, ".json"), _ASSET_ROWS[name])

@@ -1,10 +1,10 @@
-"""`.csv` and `.tsv` files: a header, then a row of text for each record. The ending says what stands between cells, or a first
-line `sep=;` as spreadsheets write it.
+"""Reads `.csv` and `.tsv` files: a header, then a row of text per record.
 
-Every value is text, as it stands: no number, date or missing value is guessed. A cell in double quotes may hold line breaks
-and doubled quotes. Where quoting breaks off, or a record of several lines has another number of cells than the header or
-holds what look like rows, its first line is a fault and reading goes on at the next: one stray quote costs one row. An
-unnamed column (pandas writes its index so) is called `column N`. This module does not know what a column means.
+The extension gives the delimiter, or a first line `sep=;` as spreadsheets write it. Every value is text as it stands:
+numbers, dates and missing values are not guessed. A cell in double quotes may hold line breaks and doubled quotes. If a
+quoted cell is broken, or a record of several lines has the wrong number of cells or holds what look like rows, its first
+line is a fault and reading continues at the next line, so that a stray quote costs one row. An unnamed column (pandas writes
+its index so) is called `column N`.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ if TYPE_CHECKING:
     from _csv import Reader
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_OTHERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-_SEPARATOR = re.compile(r'"?sep=([,;|\t])"?\s*', re.IGNORECASE)
-_BEHIND = "the lines behind it are read by themselves"
+_DELIMITER_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+_SEPARATOR_LINE = re.compile(r'"?sep=([,;|\t])"?\s*', re.IGNORECASE)
+_LINES_AFTER = "the lines behind it are read by themselves"
 
 Line: TypeAlias = tuple[int, str, Fault | None]
-"""(number from 1, text, what is wrong with it)."""
+"""(number from 1, text, fault)."""
 
 
 def read_csv(file: SourceFile) -> Iterator[RawRow]:
-    """The rows of a `.csv` or `.tsv` file, numbered from 1 behind the header.
+    """The rows of a `.csv` or `.tsv` file, numbered from 1 after the header.
 
     Raises:
-        DataError: the header cannot be used; the file is UTF-16, or no text at all.
+        DataError: the header cannot be used, or the file is UTF-16 or not text at all.
         OSError, EOFError, zlib.error: it cannot be read to its end.
     """
-    # Python's limit is 128 KiB for the whole process; a long document is no fault.
+    # Python's default limit is 128 KiB; longer documents are valid.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
-    feed = _Feed(file)
+    feed = _LineFeed(file)
     delimiter = feed.separator() or DELIMITERS[file.kind]
     reader = csv.reader(feed, delimiter=delimiter, strict=True)
     cells: list[str] | None = []
     while not cells:
-        cells, reason = _record(reader, feed)
+        cells, reason = _next_record(reader, feed)
         if cells is None:
             return
         if reason is not None:
             raise DataError(f"the header cannot be read: {reason}", where=file.where, hint="mend the first line")
-    names = _header(cells, file, delimiter)
+    names = _check_header(cells, file, delimiter)
     spaced = any(f"{delimiter} " in text for _, text, _ in feed.record)
     number = 0
     while True:
-        cells, reason = _record(reader, feed)
+        cells, reason = _next_record(reader, feed)
         if cells is None:
             return
         if not cells and reason is None:
@@ -63,16 +63,16 @@ def read_csv(file: SourceFile) -> Iterator[RawRow]:
         number += 1
         line, _, fault = feed.record[0]
         if fault is None and cells:
-            reason = _misread(cells, len(names), feed, delimiter, spaced=spaced) or reason
-        place = f"row {number} (line {line})"
+            reason = _explain_misread(cells, len(names), feed, delimiter, spaced=spaced) or reason
+        location = f"row {number} (line {line})"
         if reason is not None:
-            yield faulty_row(number, place, reason, feed.detail)
+            yield faulty_row(number, location, reason, feed.detail)
         else:
-            yield RawRow(number, dict(zip(names, cells, strict=True)), location=place)
+            yield RawRow(number, dict(zip(names, cells, strict=True)), location=location)
 
 
-def _record(reader: Reader, feed: _Feed) -> tuple[list[str] | None, str | None]:
-    """(the next record's cells, or None at the end; what is wrong with it). Of a broken one only the first line is used up."""
+def _next_record(reader: Reader, feed: _LineFeed) -> tuple[list[str] | None, str | None]:
+    """(the next record's cells, or None at the end; the reason against it). A broken one consumes only its first line."""
     feed.record.clear()
     try:
         cells = next(reader)
@@ -83,34 +83,38 @@ def _record(reader: Reader, feed: _Feed) -> tuple[list[str] | None, str | None]:
         feed.push_back(doubt=not ended)
         feed.broken = not several
         if feed.fault is None and several and not ended:
-            return [], f"a quote opens a cell, and is not closed as it should be; {_BEHIND}"
-        return [], feed.fault[0] if feed.fault else _explain(str(error))
+            return [], f"a quote opens a cell, and is not closed as it should be; {_LINES_AFTER}"
+        return [], feed.fault[0] if feed.fault else _explain_error(str(error))
     return cells, feed.fault[0] if feed.fault else None
 
 
-def _misread(cells: list[str], width: int, feed: _Feed, delimiter: str, *, spaced: bool) -> str | None:
-    """Why a record is not the row it seems to be, if so; then of several lines only the first is used up.
+def _explain_misread(cells: list[str], width: int, feed: _LineFeed, delimiter: str, *, spaced: bool) -> str | None:
+    """The reason why a record is not a row, if it is not. Then only its first line is consumed.
 
     Args:
         cells: of the record.
         width: cells of the header.
-        feed: which holds the record's lines.
-        delimiter: what stands between cells.
-        spaced: whether the file puts a space behind it.
+        feed: holds the record's lines.
+        delimiter: between cells.
+        spaced: whether the file writes a space after the delimiter.
     """
     several = len(feed.record) > 1
     if len(cells) != width:
         more = "fewer" if len(cells) < width else "more"
         reason = f"the row has {more} cells than the header, which has {width}"
         if several:
-            reason += f": perhaps a quote too many; {_BEHIND}"
+            reason += f": perhaps a quote too many; {_LINES_AFTER}"
             feed.push_back()
         return reason
-    if len(feed.record) > 3 and _holds_rows(feed.record, width, delimiter, spaced=spaced):
+    if len(feed.record) > 3 and _looks_like_rows(feed.record, width, delimiter, spaced=spaced):
         feed.push_back()
-        return f"a cell in quotes holds lines that look like rows: perhaps a quote is not closed; {_BEHIND}"
+        return f"a cell in quotes holds lines that look like rows: perhaps a quote is not closed; {_LINES_AFTER}"
     line, text, _ = feed.record[0]
-    if (line <= feed.doubtful or feed.broken) and not spaced and any(cell.startswith(" ") for cell in cells[1:]):
+    if (
+        (line <= feed.last_doubtful_line or feed.broken)
+        and not spaced
+        and any(cell.startswith(" ") for cell in cells[1:])
+    ):
         if several:
             feed.push_back()
         feed.broken = feed.broken and '"' not in text
@@ -119,8 +123,8 @@ def _misread(cells: list[str], width: int, feed: _Feed, delimiter: str, *, space
     return None
 
 
-def _explain(message: str) -> str:
-    """What the csv module has against a line."""
+def _explain_error(message: str) -> str:
+    """The csv module's error message in plain words."""
     if "unexpected end of data" in message:
         return "a quote opens a cell, and is not closed"
     if "expected after" in message:
@@ -132,28 +136,28 @@ def _explain(message: str) -> str:
     return "the line cannot be taken apart into cells"
 
 
-def _holds_rows(record: list[Line], width: int, delimiter: str, *, spaced: bool) -> bool:
+def _looks_like_rows(record: list[Line], width: int, delimiter: str, *, spaced: bool) -> bool:
     """Whether most lines between the first and the last of a record look like rows of the table.
 
-    A line of prose has a space behind each comma, and a number none on either side; a row seldom has either.
+    Prose has a space after each comma, and digits on both sides of a decimal comma; a row seldom has either.
     """
     if width < 2:
         return False
     number = re.compile(rf"\d{re.escape(delimiter)}\d")
     inner = [text.rstrip("\r\n") for _, text, _ in record[1:-1] if text.strip()]
-    found = 0
+    rows = 0
     for line in inner:
         prose = (f"{delimiter} " in line and not spaced) or (width == 2 and number.search(line))
         if line.count(delimiter) >= width - 1 and not prose:
             try:
-                found += len(next(csv.reader([line], delimiter=delimiter, strict=True))) == width
+                rows += len(next(csv.reader([line], delimiter=delimiter, strict=True))) == width
             except csv.Error:
                 continue
-    return found > 1 and 2 * found > len(inner)
+    return rows > 1 and 2 * rows > len(inner)
 
 
-def _header(names: list[str], file: SourceFile, delimiter: str) -> list[str]:
-    """The names of the columns. Raises: DataError (the same one twice; the cells are separated by something else)."""
+def _check_header(names: list[str], file: SourceFile, delimiter: str) -> list[str]:
+    """The names of the columns. Raises DataError if one occurs twice, or the file uses another delimiter."""
     names = [name.strip() or f"column {i}" for i, name in enumerate(names, start=1)]
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if twice is not None:
@@ -162,68 +166,71 @@ def _header(names: list[str], file: SourceFile, delimiter: str) -> list[str]:
             where=file.where,
             hint="the first line holds the columns' names: rename one",
         )
-    other = next((mark for mark in _OTHERS if len(names) == 1 and mark != delimiter and mark in names[0]), None)
+    other = next(
+        (mark for mark in _DELIMITER_NAMES if len(names) == 1 and mark != delimiter and mark in names[0]), None
+    )
     if other is not None:
+        expected = _DELIMITER_NAMES[DELIMITERS[file.kind]]
         raise DataError(
-            f"the header holds {_OTHERS[other]}, where a {file.kind} file has {_OTHERS[DELIMITERS[file.kind]]}",
+            f"the header holds {_DELIMITER_NAMES[other]}, where a {file.kind} file has {expected}",
             where=file.where,
             hint=f"save it with commas as .csv, or with tabs as .tsv, or put a line sep={other} before the header",
         )
     return names
 
 
-class _Feed:
-    """The lines of a file for the csv reader. It keeps those of the present record, which can be pushed back.
+class _LineFeed:
+    """Feeds the lines of a file to the csv reader. It keeps those of the current record, which can be pushed back.
 
-    A file whose lines end in carriage returns alone is one line for `lines`; it is taken apart here.
+    A file whose lines end in lone carriage returns is a single line for `read_lines`; it is split here.
     """
 
     def __init__(self, file: SourceFile) -> None:
         self.record: list[Line] = []
-        self.doubtful = 0
-        """The last line that was within a broken cell."""
+        self.last_doubtful_line = 0
+        """The number of the last line that was within a broken cell."""
         self.broken = False
-        """Whether the last record was a broken cell that may go on: until a line with a quote, or one that is a row."""
-        self._next: deque[Line] = deque()
+        """Whether the last record was a broken cell that may continue, up to a line with a quote or a good row."""
+        self._pending: deque[Line] = deque()
         self._lines = read_lines(file)
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        line = self._next.popleft() if self._next else self._read()
+        line = self._pending.popleft() if self._pending else self._read()
         self.record.append(line)
         return line[1]
 
     def _read(self) -> Line:
         number, text, fault = next(self._lines)
         if number == 1 and fault is None and not text.endswith("\n") and "\r" in text:
-            self._next.extend((i, f"{part}\n", None) for i, part in enumerate(text.split("\r"), 1))
-            return self._next.popleft()
-        # A file converted twice has two returns at each line's end.
+            self._pending.extend((i, f"{part}\n", None) for i, part in enumerate(text.split("\r"), 1))
+            return self._pending.popleft()
+        # A file converted twice has two carriage returns at each line's end.
         return number, text.rstrip("\r\n") + "\r\n" if text.endswith("\r\r\n") else text, fault
 
     def separator(self) -> str | None:
-        """What the first line says stands between cells, if it says just that; then it is used up."""
+        """The delimiter that a first line `sep=…` names; then that line is consumed."""
         try:
             first = self._read()
         except StopIteration:
             return None
-        if found := _SEPARATOR.fullmatch(first[1]):
-            return found[1]
-        self._next.appendleft(first)
+        if match := _SEPARATOR_LINE.fullmatch(first[1]):
+            return match[1]
+        self._pending.appendleft(first)
         return None
 
     def push_back(self, *, doubt: bool = True) -> None:
-        """Leaves only the first line to the present record: the others are read again, as lines that may be no rows."""
+        """Keep only the first line in the current record. The others are read again; with `doubt` they may not be rows."""
         if doubt:
-            self.doubtful = max(self.doubtful, self.record[-1][0])
-        self._next.extendleft(reversed(self.record[1:]))
+            self.last_doubtful_line = max(self.last_doubtful_line, self.record[-1][0])
+        self._pending.extendleft(reversed(self.record[1:]))
         del self.record[1:]
 
     @property
     def fault(self) -> Fault | None:
-        """What is wrong with the lines of the present record."""
+        """The first fault of the lines of the current record."""
         return next((fault for _, _, fault in self.record if fault), None)
 
     @property

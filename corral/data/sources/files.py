@@ -1,8 +1,7 @@
-"""A file of rows, wherever it lies: its kind by its name, its bytes unpacked, and what the first of them give away.
+"""A file of rows, local or remote: its kind by its name, its bytes decompressed.
 
-Knows three things about content only: gzip, zstd, and the first bytes of files that are not what their name says. Whether a
-file is packed is seen from its first bytes, whatever its name says. It does not know what a row is, nor how the kinds are
-read.
+Compression (gzip, zstd) is detected from the first bytes, whatever the name says. Files that are not what their name says
+are recognised by their first bytes and refused.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from corral.errors import DataError
 from corral.storage import storage_errors
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
-"""The kinds of files that can be read."""
+"""Extensions of the files that can be read."""
 COMPRESSIONS = (".gz", ".zst")
-"""What may stand after them."""
+"""Extensions that may follow them."""
 MAX_ROW_BYTES = 64 * 2**20
-"""Bytes of the longest line, and characters of the longest row of a list: no row that fits a model's context comes near it,
-and a file without line breaks must not fill the memory."""
+"""Limit of a line in bytes, and of a row of a list in characters. No row that fits a model's context comes near it, and a
+file without line breaks must not fill the memory."""
 
 _MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
 _FOREIGN = {
@@ -46,13 +45,13 @@ class SourceFile:
     """One file of a source.
 
     Args:
-        name: below the source's folder, or its own name if the source is this file alone.
+        name: its path below the source's folder, or its own name if the source is this file alone.
         where: the whole path or address, for errors.
         kind: one of KINDS.
-        packed: one of PACKED, or empty, by its name.
-        start: opens its bytes as they lie there. Raises: OSError.
-        digest: what its content depends on. Raises: OSError.
-        path: of the file, if it lies on this machine.
+        compression: one of COMPRESSIONS, or empty, by its name.
+        open_stored: opens its bytes as they are stored. Raises OSError.
+        digest: returns a string that changes with its content. Raises OSError.
+        path: of the file, if it is local.
     """
 
     name: str
@@ -65,49 +64,48 @@ class SourceFile:
 
     @contextmanager
     def open_unpacked(self) -> Generator[io.BufferedReader[Any]]:
-        """Its content, unpacked. Raises: OSError, EOFError and zlib.error where it is cut short or damaged."""
-        with self.open_stored() as raw, _buffered(raw) as lying:
-            # What is packed by its name alone is damaged.
-            packed = _packed(lying.peek(4)) or self.compression
-            if packed == ".gz":
-                with io.BufferedReader(gzip.GzipFile(fileobj=lying, mode="rb")) as stream:
+        """Its content, decompressed. Raises OSError, EOFError or zlib.error if it is cut short or damaged."""
+        with self.open_stored() as raw, _buffered(raw) as stored:
+            # A file that is compressed by its name only is damaged: decompressing it fails.
+            compression = _detect_compression(stored.peek(4)) or self.compression
+            if compression == ".gz":
+                with io.BufferedReader(gzip.GzipFile(fileobj=stored, mode="rb")) as stream:
                     yield stream
-            elif packed == ".zst":
+            elif compression == ".zst":
                 import pyarrow
 
-                unpacked: Any = pyarrow.CompressedInputStream(pyarrow.PythonFile(lying, mode="r"), "zstd")
+                unpacked: Any = pyarrow.CompressedInputStream(pyarrow.PythonFile(stored, mode="r"), "zstd")
                 with io.BufferedReader(unpacked) as stream:
                     yield stream
             else:
-                yield lying
+                yield stored
 
     @contextmanager
     def local_copy(self) -> Generator[Path]:
-        """A file on this machine with its content, unpacked: a temporary one, unless it is one.
+        """The path of a local file with its content, decompressed: the file itself or a temporary copy.
 
         Raises:
-            StorageError: there is no room for the temporary one.
+            StorageError: there is no space for the temporary copy.
             OSError, EOFError, zlib.error: it is cut short or damaged.
         """
         if self.path is not None:
             with self.open_stored() as raw:
-                packed = _packed(raw.read(4))
-            if not packed:
+                compression = _detect_compression(raw.read(4))
+            if not compression:
                 yield self.path
                 return
-        with self.open_unpacked() as stream, tempfile.NamedTemporaryFile(prefix="corral-") as whole:
+        with self.open_unpacked() as stream, tempfile.NamedTemporaryFile(prefix="corral-") as copy:
             while content := stream.read(2**20):
-                with storage_errors(Path(whole.name)):
-                    whole.write(content)
-                    whole.flush()
-            yield Path(whole.name)
+                with storage_errors(Path(copy.name)):
+                    copy.write(content)
+                    copy.flush()
+            yield Path(copy.name)
 
     @contextmanager
     def open_text(self) -> Generator[tuple[io.BufferedReader[Any], int]]:
-        """Its content, unpacked, behind a byte order mark, and the number of bytes before.
+        """Its content, decompressed, after a byte order mark if it has one, and the length of that mark.
 
-        Raises:
-            DataError: it is UTF-16, or no text at all.
+        Raises DataError if it is UTF-16 or not text at all.
         """
         with self.open_unpacked() as stream:
             head = stream.peek(4)[:4]
@@ -134,22 +132,22 @@ def _buffered(raw: IO[bytes]) -> Generator[io.BufferedReader[Any]]:
             yield stream
 
 
-def _packed(head: bytes) -> str:
-    """How content that begins so is packed."""
+def _detect_compression(head: bytes) -> str:
+    """The compression of content that begins with these bytes."""
     return next((ending for magic, ending in _MAGIC.items() if head.startswith(magic)), "")
 
 
 def parse_kind(name: str) -> tuple[str, str] | None:
-    """(kind, packing) of a file name; None if it is of no kind that can be read."""
+    """(kind, compression) of a file name; None if the kind is unknown."""
     stem = name.lower()
-    packed = next((ending for ending in COMPRESSIONS if stem.endswith(ending)), "")
-    stem = stem.removesuffix(packed)
+    compression = next((ending for ending in COMPRESSIONS if stem.endswith(ending)), "")
+    stem = stem.removesuffix(compression)
     kind = next((kind for kind in KINDS if stem.endswith(kind)), None)
-    return None if kind is None else (kind, packed)
+    return None if kind is None else (kind, compression)
 
 
 def require_kind(name: str, where: str) -> tuple[str, str]:
-    """`kind_of`, or the error. Raises: DataError."""
+    """`parse_kind`, or DataError if the kind is unknown."""
     kind = parse_kind(name)
     if kind is None:
         ending = name[name.rfind(".") :] if "." in name else "a name without extension"
@@ -162,31 +160,31 @@ def require_kind(name: str, where: str) -> tuple[str, str]:
 
 
 def select_row_files(names: list[str], where: str, say: Callable[[str], None]) -> list[str]:
-    """Those of the names below a folder that are its rows, in order. Hidden files, and files of no known kind, are not.
+    """The file names below a folder that hold rows, sorted. Hidden files are ignored; others of unknown kinds are reported.
 
     Raises:
-        DataError: there are none, or of several kinds: the same rows in two forms would count twice.
+        DataError: there are none, or of several kinds, as the same rows in two kinds would count twice.
     """
-    seen = sorted(name for name in names if not any(part.startswith((".", "_")) for part in name.split("/")))
-    kinds = {name: kind[0] for name in seen if (kind := parse_kind(name))}
-    others = [name for name in seen if name not in kinds]
+    visible = sorted(name for name in names if not any(part.startswith((".", "_")) for part in name.split("/")))
+    kinds = {name: kind[0] for name in visible if (kind := parse_kind(name))}
+    others = [name for name in visible if name not in kinds]
     if not kinds:
-        holds = f"it holds {_some(others)}" if others else "it is empty"
+        content = f"it holds {_list_some(others)}" if others else "it is empty"
         raise DataError(
-            f"the folder has no file that can be read: {holds}",
+            f"the folder has no file that can be read: {content}",
             where=where,
             hint=f"the kinds are {', '.join(KINDS)}, each also with {' or '.join(COMPRESSIONS)}",
         )
-    if len(found := sorted(set(kinds.values()))) > 1:
+    if len(distinct := sorted(set(kinds.values()))) > 1:
         raise DataError(
-            f"the folder holds files of several kinds: {', '.join(found)}",
+            f"the folder holds files of several kinds: {', '.join(distinct)}",
             where=where,
-            hint=f"name those that are meant by a glob: {where.rstrip('/')}/*{found[0]}",
+            hint=f"choose some with a glob: {where.rstrip('/')}/*{distinct[0]}",
         )
     if others:
-        say(f"{where}: left out, as no rows: {_some(others)}")
+        say(f"{where}: left out, as they hold no rows: {_list_some(others)}")
     return list(kinds)
 
 
-def _some(names: list[str]) -> str:
+def _list_some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

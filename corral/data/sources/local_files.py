@@ -1,7 +1,4 @@
-"""Files on this machine: one, those of a folder and the folders in it, or those that match a glob, sorted by name.
-
-Knows nothing about what is in them.
-"""
+"""Finds local files: one file, those in a folder and its subfolders, or those that match a glob, sorted by name."""
 
 from __future__ import annotations
 
@@ -21,84 +18,84 @@ _CLOCK_TICK = 2 * 10**9  # nanoseconds: the coarsest disks tell times of change 
 
 
 def find_local_files(spec: str, say: Callable[[str], None]) -> list[SourceFile]:
-    """The files of a path. `say` is told what in a folder is no rows, and which of several files are empty.
+    """The files of a path. `say` reports files in a folder that are left out, and which of several files are empty.
 
     Raises:
-        DataError: there are none, all are empty, or one is of no kind that can be read.
+        DataError: there are none, all are empty, or one is of an unknown kind.
     """
     path = Path(spec)
     try:
         if path.is_dir():
             names = [below.relative_to(path).as_posix() for below in path.rglob("*") if below.is_file()]
-            found = [(name, path / name) for name in select_row_files(names, spec, say)]
+            matches = [(name, path / name) for name in select_row_files(names, spec, say)]
         elif path.is_file():
-            found = [(path.name, path)]
+            matches = [(path.name, path)]
         elif glob.has_magic(spec):
-            found = _matches(path)
+            matches = _match_glob(path)
         else:
-            raise DataError(f"there is no file {path.name!r}", where=spec, hint=_did_you_mean(path))
-        files = [make_local_file(name, file, *require_kind(file.name, str(file))) for name, file in found]
-        full = [file for file, (_, lying) in zip(files, found, strict=True) if lying.stat().st_size]
+            raise DataError(f"there is no file {path.name!r}", where=spec, hint=_suggest_name(path))
+        files = [make_local_file(name, file, *require_kind(file.name, str(file))) for name, file in matches]
+        filled = [file for file, (_, match) in zip(files, matches, strict=True) if match.stat().st_size]
     except OSError as error:
-        raise _unreadable(error, path) from None
-    if not full:
+        raise _read_error(error, path) from None
+    if not filled:
         what = "the file is empty" if len(files) == 1 else f"all {len(files)} files are empty"
         raise DataError(what, where=files[0].where, hint="write rows into it, or leave it out")
     for file in files:
-        if file not in full:
+        if file not in filled:
             say(f"{file.where}: the file is empty")
-    return full
+    return filled
 
 
 def open_local_file(path: Path) -> IO[bytes]:
-    """The file, to be read. Raises: DataError."""
+    """Open a file for reading. Raises DataError."""
     try:
         return path.open("rb")
     except OSError as error:
-        raise _unreadable(error, path) from None
+        raise _read_error(error, path) from None
 
 
-def make_local_file(name: str, path: Path, kind: str, packed: str = "") -> SourceFile:
-    """One file, of a stated kind."""
-    return SourceFile(name, str(path), kind, packed, partial(open_local_file, path), partial(_sha256, path), path)
+def make_local_file(name: str, path: Path, kind: str, compression: str = "") -> SourceFile:
+    """A local file whose kind is known."""
+    return SourceFile(name, str(path), kind, compression, partial(open_local_file, path), partial(_sha256, path), path)
 
 
 def _sha256(path: Path) -> str:
     try:
-        # A file changed just now may change again within the same tick of its disk's clock: its hash is not to be remembered.
+        # A file changed just now may change again within the same tick of its disk's clock: do not remember its hash.
         if time.time_ns() - path.stat().st_mtime_ns < _CLOCK_TICK:
             return sha256_file(path)
         return cached_file_hashes(path.parent, [path])[path.name]
     except OSError as error:
-        raise _unreadable(error, path) from None
+        raise _read_error(error, path) from None
 
 
-def _matches(path: Path) -> list[tuple[str, Path]]:
-    """(name below the part without wildcards, file) of each match of a glob."""
-    fixed = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
-    found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-    files = [match for match in found if match.is_file()]
+def _match_glob(path: Path) -> list[tuple[str, Path]]:
+    """(name below the part without wildcards, file) of each match of a glob. Raises DataError if nothing matches."""
+    folder = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
+    matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+    files = [match for match in matches if match.is_file()]
     if not files:
-        inside = _names_in(fixed) if fixed.is_dir() else f"; there is no folder {str(fixed)!r}"
+        inside = _list_names(folder) if folder.is_dir() else f"; there is no folder {str(folder)!r}"
         raise DataError("no file matches this glob", where=str(path), hint=f"check `path` in data.sources{inside}")
-    return [(match.relative_to(fixed).as_posix(), match) for match in files]
+    return [(file.relative_to(folder).as_posix(), file) for file in files]
 
 
-def _unreadable(error: OSError, path: Path) -> DataError:
+def _read_error(error: OSError, path: Path) -> DataError:
     where = error.filename if isinstance(error.filename, str) else str(path)
     return DataError(
         f"the file cannot be read: {error.strerror or error}", where=where, hint="check the path and its permissions"
     )
 
 
-def _did_you_mean(path: Path) -> str:
+def _suggest_name(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f"there is no folder {str(folder)!r} either"
     close = difflib.get_close_matches(path.name, [p.name for p in folder.iterdir() if p.is_file()], n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"check `path` in data.sources{_names_in(folder)}"
+    return f"did you mean {close[0]!r}?" if close else f"check `path` in data.sources{_list_names(folder)}"
 
 
-def _names_in(folder: Path) -> str:
+def _list_names(folder: Path) -> str:
     names = sorted(p.name for p in folder.iterdir() if parse_kind(p.name))
     return f"; there are {', '.join(names[:5])}" + (" …" if len(names) > 5 else "") if names else ""

@@ -1,8 +1,7 @@
-"""`.parquet` files: row by row, in pieces of a row group, so that memory depends on the row groups and not on the file.
+"""Reads `.parquet` files in parts of a row group, so that memory depends on the row groups and not on the file.
 
-Lists, structs and maps become lists and objects. NULL and NaN both mean that a value is missing and become None; infinity
-is a fault of its row. Dates and times become ISO 8601 text, decimals and durations their text, bytes the UTF-8 text they are
-(or else a fault). This module does not know what a column means.
+Lists, structs and maps become lists and objects. NULL and NaN become None; infinity is a fault of its row. Dates and times
+become ISO 8601 text, decimals and durations their text. Bytes become UTF-8 text, or are a fault.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ def read_parquet(file: SourceFile) -> Iterator[RawRow]:
     """The rows of a `.parquet` file, numbered from 1.
 
     Raises:
-        DataError: it is no parquet file, is damaged, or has two columns of one name.
+        DataError: it is not a parquet file, is damaged, or has two columns of one name.
         OSError, EOFError, zlib.error: it cannot be read to its end.
     """
     import pyarrow
@@ -35,8 +34,8 @@ def read_parquet(file: SourceFile) -> Iterator[RawRow]:
     number = 0
     with file.local_copy() as path:
         try:
-            # By its path: pyarrow's threads may still hold a Python file when the interpreter ends, and abort it.
-            # Unbuffered: what pyarrow reads ahead it keeps, up to the whole file.
+            # By path: pyarrow's threads may still hold a Python file object when the interpreter exits, and abort it.
+            # Unbuffered: pyarrow keeps what it reads ahead, up to the whole file.
             with pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER) as opened:
                 names: list[str] = list(opened.schema_arrow.names)
                 if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
@@ -48,24 +47,22 @@ def read_parquet(file: SourceFile) -> Iterator[RawRow]:
                     for values in _rows(batch):
                         number += 1
                         yield _row(number, values, plain)
-        # pyarrow's own errors are OSError, ValueError, KeyError … with this class beside; a damaged file gives all of them.
+        # A damaged file raises any of pyarrow's errors, and OSError, ValueError or OverflowError.
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-            said = (str(error) or type(error).__name__).splitlines()[0]
+            message = (str(error) or type(error).__name__).splitlines()[0]
             raise DataError(
-                f"not a parquet file, or damaged: reading ended after {number:,} rows: {said}",
+                f"not a parquet file, or damaged: reading ended after {number:,} rows: {message}",
                 where=file.where,
                 hint="write or fetch the file again",
             ) from None
 
 
 def _rows(batch: Any) -> Iterator[dict[str, Any] | Exception]:
-    """Each row of a batch as Python values, or the error that keeps it from being that."""
+    """Each row of a batch as Python values, or the error of its conversion."""
     try:
         yield from batch.to_pylist()
-    except (
-        ValueError,
-        OverflowError,
-    ):  # text that is not UTF-8, a date beyond Python's years: only that row is at fault
+    except (ValueError, OverflowError):
+        # Text that is not UTF-8, or a date beyond Python's years, is a fault of its row alone.
         for i in range(batch.num_rows):
             try:
                 yield batch.slice(i, 1).to_pylist()[0]
@@ -74,20 +71,20 @@ def _rows(batch: Any) -> Iterator[dict[str, Any] | Exception]:
 
 
 def _row(number: int, values: dict[str, Any] | Exception, plain: bool) -> RawRow:
-    place = f"row {number}"
+    location = f"row {number}"
     if isinstance(values, Exception):
         what = "not UTF-8 text" if isinstance(values, UnicodeDecodeError) else "a value that Python cannot hold"
-        return faulty_row(number, place, f"{what} in a column")
+        return faulty_row(number, location, f"{what} in a column")
     if plain:
-        return RawRow(number, values, location=place)
+        return RawRow(number, values, location=location)
     try:
-        return RawRow(number, {name: _as_json(value, name) for name, value in values.items()}, location=place)
-    except _ValueFault as fault:
-        return faulty_row(number, place, str(fault))
+        return RawRow(number, {name: _as_json(value, name) for name, value in values.items()}, location=location)
+    except _UnsupportedValueError as fault:
+        return faulty_row(number, location, str(fault))
 
 
-class _ValueFault(Exception):
-    """A value has no counterpart in JSON; says which column and why."""
+class _UnsupportedValueError(Exception):
+    """A value has no counterpart in JSON. The message names the value's kind and the column."""
 
 
 def _as_json(value: Any, column: str) -> Any:
@@ -96,7 +93,7 @@ def _as_json(value: Any, column: str) -> Any:
             return value
         case float():
             if math.isinf(value):
-                raise _ValueFault(f"infinity in column {column!r}")
+                raise _UnsupportedValueError(f"infinity in column {column!r}")
             return None if math.isnan(value) else value
         case dict():
             return {str(key): _as_json(part, column) for key, part in cast("dict[Any, Any]", value).items()}
@@ -112,21 +109,24 @@ def _as_json(value: Any, column: str) -> Any:
             try:
                 return value.decode()
             except UnicodeDecodeError:
-                raise _ValueFault(f"bytes in column {column!r}, which are no UTF-8 text") from None
+                raise _UnsupportedValueError(f"bytes in column {column!r}, which are no UTF-8 text") from None
         case _:
-            raise _ValueFault(
+            raise _UnsupportedValueError(
                 f"a {type(value).__name__} in column {column!r}, which is no text, number, list or object"
             )
 
 
 def _is_plain(kind: Any) -> bool:
-    """Whether Python's values of an Arrow type are those of JSON, whatever they are."""
-    import pyarrow.types as is_
+    """Whether all Python values of an Arrow type are JSON values."""
+    from pyarrow import types
 
-    if is_.is_list(kind) or is_.is_large_list(kind):
+    if types.is_list(kind) or types.is_large_list(kind):
         return _is_plain(kind.value_type)
-    if is_.is_struct(kind):
+    if types.is_struct(kind):
         return all(_is_plain(kind.field(i).type) for i in range(kind.num_fields))
-    if is_.is_dictionary(kind):
+    if types.is_dictionary(kind):
         return _is_plain(kind.value_type)
-    return any(test(kind) for test in (is_.is_string, is_.is_large_string, is_.is_boolean, is_.is_integer, is_.is_null))
+    return any(
+        test(kind)
+        for test in (types.is_string, types.is_large_string, types.is_boolean, types.is_integer, types.is_null)
+    )

@@ -1,8 +1,7 @@
-"""Files in an S3 bucket: one object, those below a prefix, or those that match a glob. They are read as they are streamed,
-parquet files by way of a temporary file.
+"""Finds files in an S3 bucket: one object, those below a prefix, or those that match a glob.
 
-Through s3fs (the extra `s3`), with the credentials, region and endpoint that AWS's own tools would find. Knows nothing
-about what is in the files.
+Files are streamed; parquet files are read from a temporary copy. Access is through s3fs (the extra `s3`), with the
+credentials, region and endpoint that AWS's own tools would find.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ _BLOCK = 8 * 2**20
 
 
 def find_s3_files(spec: str, say: Callable[[str], None]) -> list[SourceFile]:
-    """The files of `s3://BUCKET/KEY`. `say` is told what below a prefix is no rows.
+    """The files of `s3://BUCKET/KEY`. `say` reports files below a prefix that are left out.
 
     Raises:
-        DataError: there are none; access is refused; the service cannot be reached; it says what to do.
+        DataError: there are none, access is refused, or the service cannot be reached.
         MissingExtraError: s3fs is not installed.
     """
     key = spec.removeprefix("s3://").rstrip("/")
-    # A fresh instance: what an earlier one remembers of the bucket, or did before a fork, must not count.
+    # A new instance, as an earlier one may have cached listings, or have been used before a fork.
     system = require("s3fs", "s3").S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
     try:
-        return _found(system, key, spec, say)
+        return _list_objects(system, key, spec, say)
     except Exception as error:
         translated = _translate(error, spec)
         if translated is None:
@@ -40,38 +39,37 @@ def find_s3_files(spec: str, say: Callable[[str], None]) -> list[SourceFile]:
 
 
 def is_s3_error(error: BaseException) -> bool:
-    """Whether AWS's client libraries raised it: their errors have no base class that is known without them."""
+    """Whether AWS's client libraries raised it. Their errors share no base class that is known without importing them."""
     return type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp")
 
 
-def _found(system: Any, key: str, spec: str, say: Callable[[str], None]) -> list[SourceFile]:
+def _list_objects(system: Any, key: str, spec: str, say: Callable[[str], None]) -> list[SourceFile]:
     if glob.has_magic(key):
         infos: dict[str, Any] = {name: i for name, i in system.glob(key, detail=True).items() if i["type"] == "file"}
-        fixed = "/".join(key.split("/")[: next(n for n, part in enumerate(key.split("/")) if glob.has_magic(part))])
+        prefix = "/".join(key.split("/")[: next(n for n, part in enumerate(key.split("/")) if glob.has_magic(part))])
         names = sorted(infos)
     elif system.isdir(key):
         infos = system.find(key, detail=True)
-        fixed = key
-        names = [
-            f"{key}/{name}" for name in select_row_files([name.removeprefix(f"{key}/") for name in infos], spec, say)
-        ]
+        prefix = key
+        below = [name.removeprefix(f"{key}/") for name in infos]
+        names = [f"{key}/{name}" for name in select_row_files(below, spec, say)]
     else:
         infos = {key: system.info(key)}
-        fixed, _, _ = key.rpartition("/")
+        prefix, _, _ = key.rpartition("/")
         names = [key]
     if not names:
         raise DataError("no object matches this glob", where=spec, hint="check `path` in data.sources")
-    return [_file(system, name, name.removeprefix(f"{fixed}/"), infos[name]) for name in names]
+    return [_make_file(system, name, name.removeprefix(f"{prefix}/"), infos[name]) for name in names]
 
 
-def _file(system: Any, key: str, name: str, info: dict[str, Any]) -> SourceFile:
+def _make_file(system: Any, key: str, name: str, info: dict[str, Any]) -> SourceFile:
     where = f"s3://{key}"
-    kind, packed = require_kind(key, where)
+    kind, compression = require_kind(key, where)
     if not info["size"]:
         raise DataError("the object is empty", where=where, hint="write rows into it, or leave it out")
     digest = f"{info['ETag'].strip(chr(34))} {info['size']}"
     start = partial(system.open, key, "rb", block_size=_BLOCK, cache_type="readahead")
-    return SourceFile(name, where, kind, packed, start, lambda: digest)
+    return SourceFile(name, where, kind, compression, start, lambda: digest)
 
 
 def _translate(error: Exception, spec: str) -> DataError | None:
@@ -83,8 +81,9 @@ def _translate(error: Exception, spec: str) -> DataError | None:
         "PartialCredentialsError",
         "ProfileNotFound",
     ):
-        said = str(error) or name
-        return DataError(f"access is refused: {said}", where=spec, hint=f"set {_KEYS} to an account that may read it")
+        return DataError(
+            f"access is refused: {str(error) or name}", where=spec, hint=f"set {_KEYS} to an account that may read it"
+        )
     if isinstance(error, OSError) or is_s3_error(error):
         return DataError(
             f"the S3 service cannot be used: {error or name}",

@@ -1,7 +1,4 @@
-"""Strict JSON: what Python's reader lets pass (NaN, infinity, one key twice, half a surrogate pair) is a reason to refuse.
-
-Knows nothing about files or rows.
-"""
+"""Decodes strict JSON. NaN, infinity, a key twice and half a surrogate pair, which Python's reader accepts, are faults."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import re
 from typing import Any
 
 _SPACE = re.compile(r"[ \t\r\n]*")
-_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class StrictDecoder:
@@ -24,15 +21,15 @@ class StrictDecoder:
         )
 
     def decode(self, text: str, at: int) -> tuple[Any, int, str | None]:
-        """(the value that begins at `at`, where it ends, what is wrong with it).
+        """(the value that begins at `at`, where it ends, the reason against it if any).
 
         Raises:
             JSONDecodeError: it is not JSON.
-            ValueError, RecursionError: Python cannot hold it.
+            ValueError, RecursionError: it exceeds a limit of Python.
         """
         self._reason = None
         value, end = self._json.raw_decode(text, at)
-        if self._reason is None and _may_hold_half(text, at, end) and not _is_text(value):
+        if self._reason is None and _may_hold_surrogate(text, at, end) and not _is_encodable(value):
             self._reason = "half a surrogate pair (\\ud800 to \\udfff), which is no character"
         return value, end, self._reason
 
@@ -41,7 +38,7 @@ class StrictDecoder:
         if len(value) < len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for i, key in enumerate(keys) if key in keys[:i])
-            self._reason = f"the key {_short(twice)} stands twice in one object"
+            self._reason = f"the key {_shorten(twice)} stands twice in one object"
         return value
 
     def _constant(self, name: str) -> None:
@@ -55,27 +52,31 @@ class StrictDecoder:
 
 
 def skip_space(text: str, at: int) -> int:
-    """Where the next token begins, from `at`."""
+    """The index of the next token, from `at`."""
     found = _SPACE.match(text, at)
     return found.end() if found else at
 
 
 def explain_limit(error: ValueError | RecursionError) -> str:
-    """Why Python cannot hold a JSON value, in words."""
+    """The limit of Python that a JSON value exceeds, for a message."""
     return "nested too deeply" if isinstance(error, RecursionError) else "an integer has too many digits"
 
 
 def explain_error(error: json.JSONDecodeError) -> str:
-    """The reader's message, as the part of a sentence."""
+    """The decoder's message as part of a sentence."""
     return error.msg[:1].lower() + error.msg[1:]
 
 
-def _may_hold_half(text: str, at: int, end: int) -> bool:
-    # A search for one character is far faster than one for two, and that than the pattern; most rows need no more.
-    return text.find("\\", at, end) >= 0 and text.find("\\u", at, end) >= 0 and _HALF.search(text, at, end) is not None
+def _may_hold_surrogate(text: str, at: int, end: int) -> bool:
+    # Searching one character is far faster than two, and two than the pattern; most rows need only the first.
+    return (
+        text.find("\\", at, end) >= 0
+        and text.find("\\u", at, end) >= 0
+        and _SURROGATE_ESCAPE.search(text, at, end) is not None
+    )
 
 
-def _is_text(value: Any) -> bool:
+def _is_encodable(value: Any) -> bool:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -83,6 +84,6 @@ def _is_text(value: Any) -> bool:
     return True
 
 
-def _short(value: Any) -> str:
-    shown = ascii(value) if not _is_text(value) else repr(value)
-    return shown if len(shown) <= 40 else f"{shown[:39]}…"
+def _shorten(value: Any) -> str:
+    text = ascii(value) if not _is_encodable(value) else repr(value)
+    return text if len(text) <= 40 else f"{text[:39]}…"

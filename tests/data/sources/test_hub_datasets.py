@@ -247,7 +247,7 @@ def test_each_refusal_says_what_to_do(hub: tuple[str, list[str]], tmp_path: Path
         "no split 'validation'": source("good/configs", config="main", split="validation"),
         "is a Python script": source("good/script"),
         "several configurations": source("good/script@refs/convert/parquet"),
-        "sets how its files are to be read (skiprows)": source("good/tables", config="odd"),
+        "sets reading options that corral does not support (skiprows)": source("good/tables", config="odd"),
         "'.png' is no kind of file": source("good/images"),
         "holds no data files that can be read": source("good/nothing"),
         "Couldn't infer the same data file format for all splits": source("good/mixed"),

@@ -107,7 +107,7 @@ def test_what_in_a_folder_is_no_rows_is_said_and_several_kinds_are_refused(tmp_p
     assert "no file that can be read: it holds README.md" in refusal(tmp_path).what
     written(tmp_path / "a.jsonl", "{}")
     assert len(list(read_rows(Source(path=str(tmp_path)), Listener()))) == 1
-    assert said == [f"{tmp_path}: left out, as no rows: README.md"]
+    assert said == [f"{tmp_path}: left out, as they hold no rows: README.md"]
     written(tmp_path / "a.csv", "a\n1")
     error = refusal(tmp_path)
     assert "several kinds: .csv, .jsonl" in error.what
