@@ -192,11 +192,6 @@ def split_positions(positions: Ints) -> list[Ints]:
     return [positions[at : at + CHUNK_ROWS] for at in range(0, len(positions), CHUNK_ROWS)]
 
 
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def map_in_processes(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """Yield `function(item)` for each item in any order, as results come in; with one worker, compute in this process.
 

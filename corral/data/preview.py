@@ -135,7 +135,7 @@ def split_pieces(encoded: Encoded, kept: int, template: Template, special: froze
     def text_piece(text: str) -> Piece:
         return Piece(text, "cut" if "cut" in pending else pending[0], False, len(pending))
 
-    decoder = template.decoder()
+    decoder = template.stream_decoder()
     pending: list[TokenKind] = []
     for index, (token, is_trained) in enumerate(zip(encoded.ids, encoded.trained, strict=True)):
         kind: TokenKind = "cut" if index >= kept else "trained" if is_trained else "context"
@@ -143,7 +143,7 @@ def split_pieces(encoded: Encoded, kept: int, template: Template, special: froze
             if pending:
                 yield text_piece(decoder.finish())
             yield Piece(str(template.tokenizer.convert_ids_to_tokens(token)), kind, True, 1)
-            decoder, pending = template.decoder(), []
+            decoder, pending = template.stream_decoder(), []
             continue
         pending.append(kind)
         if text := decoder.push([token]):

@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 
 import corral.template
 from corral.data import contamination, encoding, mixture, near_duplicates, plain_text, word_hashes
-from corral.data.cache import ChunkStore, available_cores, cache_name, hash_code, map_in_processes, split_positions
+from corral.data.cache import ChunkStore, cache_name, hash_code, map_in_processes, split_positions
 from corral.data.ledger import FATES, Fate
 from corral.data.mixture import SIDES
 from corral.data.source_rows import SourceRows
 from corral.messages import Record
 from corral.progress import Progress
 from corral.recipe import Data, Source
+from corral.system import available_cores
 from corral.template import Template
 
 Ints: TypeAlias = NDArray[np.int64]
@@ -148,7 +149,7 @@ class WorkerPool:
             store.save(positions, function(plan.rows.records(positions)))
             return plan.source.label, len(positions)
 
-        workers = self.workers or min(available_cores(), max(1, total // _ROWS_PER_WORKER))
+        workers = self.workers or min(available_cores() or 1, max(1, total // _ROWS_PER_WORKER))
         started, done = time.perf_counter(), 0
         for label, count in map_in_processes(compute_piece, pieces, workers):
             done += count

@@ -107,7 +107,7 @@ def load_source_rows(source: Source, cache: Path, progress: Progress) -> SourceR
     source_hash = sources.hash_source(source)
     settings = source.model_dump(mode="json", include={"config", "split", "format", "mapping"})
     folder = cache / cache_name("rows", VERSION, source_hash, settings, _hash_reading_code())
-    with locked(cache / f".{folder.name}.lock"):
+    with file_lock(cache / f".{folder.name}.lock"):
         try:
             return SourceRows(folder)
         except FileNotFoundError:

@@ -39,7 +39,7 @@ class RequestAnswer:
         request = _text_at(row, *self.request)
         if self.context is not None:
             request = with_input(request, optional_column_text(row, self.context))
-        return Conversation.of(("user", request), ("assistant", _text_at(row, *self.answer)))
+        return Conversation.from_turns(("user", request), ("assistant", _text_at(row, *self.answer)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,9 @@ def gsm8k(row: Mapping[str, Any]) -> Conversation:
     Raises FormatError if a text is missing.
     """
     question, answer = _text_at(row, "question"), _text_at(row, "answer")
-    return Conversation.of(("user", question), ("assistant", nonblank_text(_CALCULATOR.sub("", answer), "answer")))
+    return Conversation.from_turns(
+        ("user", question), ("assistant", nonblank_text(_CALCULATOR.sub("", answer), "answer"))
+    )
 
 
 def hotpot(row: Mapping[str, Any]) -> Conversation:
@@ -90,7 +92,7 @@ def hotpot(row: Mapping[str, Any]) -> Conversation:
             supporting.append(f"{nonblank_text(title, 'context.title')}\n{sentences}")
     if not supporting:
         raise FormatError("context has none of the passages that supporting_facts names")
-    return Conversation.of(("user", with_input(question, "\n\n".join(supporting))), ("assistant", answer))
+    return Conversation.from_turns(("user", with_input(question, "\n\n".join(supporting))), ("assistant", answer))
 
 
 def _text_at(row: Mapping[str, Any], *path: str) -> str:

@@ -42,7 +42,7 @@ def wikibooks_recipes(value: Mapping[str, Any]) -> Conversation:
         raise FormatError(f"fewer than {_MIN_STEPS} steps")
     ingredient_list = "\n".join(f"- {line}" for line in ingredients)
     numbered_steps = "\n".join(f"{number}. {line}" for number, line in enumerate(steps, start=1))
-    return Conversation.of(
+    return Conversation.from_turns(
         ("user", f"Write a recipe with these ingredients:\n{ingredient_list}"),
         ("assistant", f"# {title}\n\n{numbered_steps}"),
     )
