@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -29,8 +27,7 @@ def encode_record(record: Record, template: Template) -> Sequences:
     rejected, and feedback is one, prompt + completion; nothing of their prompts is trained. A text is one sequence, all of
     it trained; `encode_rows` splits one that is too long.
 
-    Raises:
-        TemplateError: the template refuses the record.
+    Raises TemplateError if the template refuses the record.
     """
     match record:
         case Conversation():
@@ -59,36 +56,6 @@ def _plain_text_encoder(template: Template) -> PlainTextEncoder:
     return PlainTextEncoder(template)
 
 
-@dataclass
-class _Columns:
-    """Growing arrays of a chunk of rows: flat over tokens and over sequences, the others with one value a row."""
-
-    ids: array[int] = field(default_factory=lambda: array("I"))
-    trained: bytearray = field(default_factory=bytearray)
-    sequence_lengths: array[int] = field(default_factory=lambda: array("q"))
-    row_sequences: array[int] = field(default_factory=lambda: array("q"))
-    tokens: array[int] = field(default_factory=lambda: array("q"))
-    longest: array[int] = field(default_factory=lambda: array("q"))
-    trained_tokens: array[int] = field(default_factory=lambda: array("q"))
-    least_trained: array[int] = field(default_factory=lambda: array("q"))
-    lost_end: bytearray = field(default_factory=bytearray)
-    reason: array[int] = field(default_factory=lambda: array("q"))
-
-    def add(self, sequences: Sequences, limit: int, reason: int) -> None:
-        trained = [sum(s.trained[1:limit]) for s in sequences]
-        for s in sequences:
-            self.ids.extend(s.ids[:limit])
-            self.trained.extend(s.trained[:limit])
-            self.sequence_lengths.append(min(len(s.ids), limit))
-        self.row_sequences.append(len(sequences))
-        self.tokens.append(sum(len(s.ids) for s in sequences))
-        self.longest.append(max((len(s.ids) for s in sequences), default=0))
-        self.trained_tokens.append(sum(trained))
-        self.least_trained.append(min(trained, default=0))
-        self.lost_end.append(any(any(s.trained[limit:]) for s in sequences))
-        self.reason.append(reason)
-
-
 def encode_rows(records: Iterable[Record], template: Template, limit: int) -> dict[str, NDArray[Any]]:
     """Encode rows and truncate their sequences at `limit` tokens; a plain text is split instead, so that it loses nothing.
 
@@ -103,29 +70,27 @@ def encode_rows(records: Iterable[Record], template: Template, limit: int) -> di
         reason: index into `reasons` of why the template refuses the row, else -1. [rows]
         reasons: a JSON list, as bytes.
     """
-    columns = _Columns()
-    reasons: dict[str, int] = {}
-    for sequences in _encode_all(list(records), template, limit):
-        if isinstance(sequences, TemplateError):
-            columns.add((), limit, reasons.setdefault(sequences.what, len(reasons)))
-        else:
-            columns.add(sequences, limit, -1)
-    lengths = np.asarray(columns.sequence_lengths, np.int64)
-    sequence_ends = np.concatenate([[0], np.cumsum(np.asarray(columns.row_sequences, np.int64))]).astype(np.int64)
-    ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    results = list(_encode_all(list(records), template, limit))
+    reasons = list(dict.fromkeys(r.what for r in results if isinstance(r, TemplateError)))
+    rows: list[Sequences] = [() if isinstance(r, TemplateError) else r for r in results]
+    sequences = [sequence for row in rows for sequence in row]
+    lengths = [min(len(s.ids), limit) for s in sequences]
+    trained = [[sum(s.trained[1:limit]) for s in row] for row in rows]
+    ends = np.cumsum([0, *lengths])
+    sequence_ends = np.cumsum([0, *map(len, rows)])
     return {
-        "ids": np.asarray(columns.ids, np.uint32),
-        "trained": np.frombuffer(columns.trained, np.bool_),
-        "sequence_lengths": lengths,
+        "ids": np.fromiter((i for s in sequences for i in s.ids[:limit]), np.uint32, ends[-1]),
+        "trained": np.fromiter((t for s in sequences for t in s.trained[:limit]), np.bool_, ends[-1]),
+        "sequence_lengths": np.array(lengths, np.int64),
         "sequence_ends": sequence_ends,
         "token_ends": ends[sequence_ends],
-        "tokens": np.asarray(columns.tokens, np.int64),
-        "longest": np.asarray(columns.longest, np.int64),
-        "trained_tokens": np.asarray(columns.trained_tokens, np.int64),
-        "least_trained": np.asarray(columns.least_trained, np.int64),
-        "lost_end": np.frombuffer(columns.lost_end, np.bool_),
-        "reason": np.asarray(columns.reason, np.int64),
-        "reasons": np.frombuffer(json.dumps(list(reasons)).encode(), np.uint8),
+        "tokens": np.array([sum(len(s.ids) for s in row) for row in rows], np.int64),
+        "longest": np.array([max((len(s.ids) for s in row), default=0) for row in rows], np.int64),
+        "trained_tokens": np.array([sum(counts) for counts in trained], np.int64),
+        "least_trained": np.array([min(counts, default=0) for counts in trained], np.int64),
+        "lost_end": np.array([any(any(s.trained[limit:]) for s in row) for row in rows], np.bool_),
+        "reason": np.array([reasons.index(r.what) if isinstance(r, TemplateError) else -1 for r in results], np.int64),
+        "reasons": np.frombuffer(json.dumps(reasons).encode(), np.uint8),
     }
 
 

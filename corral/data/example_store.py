@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corral.data.mixture import rank
-from corral.messages import Conversation, Feedback, Preference, Record, Text, record_to_json
+from corral.messages import Conversation, Feedback, Preference, Record, Text
 from corral.template import Encoded
 
 Ints: TypeAlias = NDArray[np.int64]
@@ -137,19 +137,7 @@ class ExampleWriter:
         """Examples so far, repeats included."""
         return len(self._ranked)
 
-    def add(self, example: Example, *, truncated: bool) -> None:
-        """Write one example; `truncated` says whether its sequences are."""
-        self.add_encoded(
-            RowOrigin(example.key, example.source, example.index),
-            json_line(record_to_json(example.record)).encode().rstrip(),
-            np.array([i for s in example.sequences for i in s.ids], np.uint32),
-            np.array([t for s in example.sequences for t in s.trained], np.bool_),
-            [len(s.ids) for s in example.sequences],
-            trained_tokens=sum(sum(s.trained[1:]) for s in example.sequences),
-            truncated=truncated,
-        )
-
-    def add_encoded(
+    def add(
         self,
         origin: RowOrigin,
         record: bytes,

@@ -89,8 +89,6 @@ class Ledger:
             fate: what became of it.
             reason: why; given exactly for the fates in `FATES_WITH_REASON`.
             side: where it went; given exactly for `kept` and `truncated`.
-
-        Returns: whether the row is now an example of its kind of reason.
         """
         assert (reason is not None) == (fate in FATES_WITH_REASON), f"a {fate} row with the reason {reason!r}"
         assert (side is not None) == (fate in ("kept", "truncated")), f"a {fate} row on the side {side!r}"
@@ -99,7 +97,7 @@ class Ledger:
         if side is not None:
             entry.sides[side] += 1
         if reason is None:
-            return False
+            return
         kind = reason_kind(reason)
         if fate == "dropped" and kind not in entry.reasons and len(entry.reasons) >= _MAX_KINDS:
             kind = reason = OTHER_REASONS
@@ -109,8 +107,6 @@ class Ledger:
             counted.text = kind
         if len(counted.examples) < EXAMPLES_PER_REASON:
             counted.examples.append(index)
-            return True
-        return False
 
     def check(self) -> None:
         """Check that every row read has exactly one fate. Raises AssertionError, as a mismatch is a bug in corral."""

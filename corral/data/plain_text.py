@@ -41,8 +41,7 @@ class PlainTextEncoder:
     def encode(self, text: str) -> Encoded:
         """Ids of a whole document: BOS if the model uses it, the text, the end token. All but BOS are trained.
 
-        Raises:
-            TemplateError: the text is not valid Unicode, or it would be encoded with control tokens.
+        Raises TemplateError if the text is not valid Unicode, or it would be encoded with control tokens.
         """
         try:
             text.encode("utf-8")

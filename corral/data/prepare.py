@@ -164,7 +164,7 @@ def _write_row(writer: ExampleWriter, plan: SourcePlan, position: int, record: b
     arrays, i = plan.encoded.locate(position)
     tokens = slice(int(arrays["token_ends"][i]), int(arrays["token_ends"][i + 1]))
     sequences = slice(int(arrays["sequence_ends"][i]), int(arrays["sequence_ends"][i + 1]))
-    writer.add_encoded(
+    writer.add(
         RowOrigin(bytes(plan.rows.keys[position]).hex(), plan.source.label, int(plan.rows.index[position])),
         record,
         arrays["ids"][tokens],

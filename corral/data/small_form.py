@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from corral.data.example_store import json_line
 from corral.data.formats.public_datasets import find_by_hub_path
 from corral.errors import RecipeError
-from corral.recipe import Data, Evaluate, Recipe, Source, Split, Train
+from corral.recipe import Recipe, Source, Split, Train
 from corral.storage import write_atomic
 
 STARTER_MODEL = "asset:smollm2-135m-instruct"
@@ -52,14 +52,17 @@ def shrink_recipe(recipe: Recipe, folder: Path) -> Recipe:
         StorageError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    sources = tuple(_small_source(source, folder / f"{i}.jsonl") for i, source in enumerate(recipe.data.sources, 1))
+    data, evaluate = recipe.data, recipe.evaluate
+    sources = tuple(_small_source(source, folder / f"{i}.jsonl") for i, source in enumerate(data.sources, 1))
+    split = Split(validation=_HELD_OUT if data.split.validation else 0, test=_HELD_OUT)
+    tasks = tuple(task.model_copy(update={"rows": _HELD_OUT}) for task in evaluate.tasks)
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"base": STARTER_MODEL}),
-            "data": _small_data(recipe.data, sources),
+            "data": data.model_copy(update={"sources": sources, "split": split}),
             "train": tuple(_small_train(stage) for stage in recipe.train),
             "answer": recipe.answer.model_copy(update={"max_tokens": _TOKENS}),
-            "evaluate": _small_evaluate(recipe.evaluate),
+            "evaluate": evaluate.model_copy(update={"loss_rows": _HELD_OUT, "answer_rows": _HELD_OUT, "tasks": tasks}),
         }
     )
 
@@ -81,11 +84,6 @@ def _small_source(source: Source, file: Path) -> Source:
     return source.model_copy(update={"rows": min(source.rows or ROWS_PER_SOURCE, ROWS_PER_SOURCE)})
 
 
-def _small_data(data: Data, sources: tuple[Source, ...]) -> Data:
-    split = Split(validation=_HELD_OUT if data.split.validation else 0, test=_HELD_OUT)
-    return data.model_copy(update={"sources": sources, "split": split})
-
-
 def _small_train(stage: Train) -> Train:
     return stage.model_copy(
         update={
@@ -95,16 +93,6 @@ def _small_train(stage: Train) -> Train:
             "evaluate_every": 1,
             "evaluate_rows": _HELD_OUT,
             "checkpoint_every": 1,
-        }
-    )
-
-
-def _small_evaluate(evaluate: Evaluate) -> Evaluate:
-    return evaluate.model_copy(
-        update={
-            "loss_rows": _HELD_OUT,
-            "answer_rows": _HELD_OUT,
-            "tasks": tuple(task.model_copy(update={"rows": _HELD_OUT}) for task in evaluate.tasks),
         }
     )
 
@@ -134,8 +122,8 @@ def _dolly(i: int) -> _Row:
 
 
 def _pair(i: int, better: str, worse: str) -> _Row:
-    asked = f"\n\nHuman: Hello\n\nAssistant: Hi, what is it?\n\nHuman: May I take the {_THINGS[i]}?\n\nAssistant: "
-    return {"chosen": asked + better, "rejected": asked + worse}
+    prompt = f"\n\nHuman: Hello\n\nAssistant: Hi, what is it?\n\nHuman: May I take the {_THINGS[i]}?\n\nAssistant: "
+    return {"chosen": prompt + better, "rejected": prompt + worse}
 
 
 def _hh_rlhf(i: int) -> _Row:
@@ -250,9 +238,9 @@ def _wizardlm(i: int) -> _Row:
 
 def _ultrafeedback(i: int) -> _Row:
     prompt = f"Give me a name for a {_THINGS[i]}."
-    asked = {"role": "user", "content": prompt}
+    question = {"role": "user", "content": prompt}
     names = (f"Old {_THINGS[i].title()}", "No.")
-    chosen, rejected = ([asked, {"role": "assistant", "content": name}] for name in names)
+    chosen, rejected = ([question, {"role": "assistant", "content": name}] for name in names)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
@@ -262,8 +250,8 @@ def _question_answer(i: int) -> _Row:
 
 
 def _messages(i: int) -> _Row:
-    asked = {"role": "user", "content": f"Spell {_THINGS[i]}."}
-    return {"messages": [asked, {"role": "assistant", "content": "-".join(_THINGS[i])}]}
+    question = {"role": "user", "content": f"Spell {_THINGS[i]}."}
+    return {"messages": [question, {"role": "assistant", "content": "-".join(_THINGS[i])}]}
 
 
 SAMPLE_ROWS: dict[str, Callable[[int], _Row]] = {

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
-from collections.abc import Callable, Iterable
+import subprocess
+import sys
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +16,12 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from corral.data.example_store import Example, ExampleStore, ExampleWriter, RowOrigin
 from corral.data.prepare import Prepared, prepare
 from corral.data.selection import SourcePlan
 from corral.data.source_rows import load_source_rows
 from corral.data.word_hashes import Words, record_words
-from corral.messages import Text
+from corral.messages import Text, record_to_json
 from corral.progress import Progress
 from corral.recipe import Data, Source, Split
 from corral.template import Template
@@ -24,6 +29,30 @@ from corral.template import Template
 # What a first call imports would count against one example; how fast a machine is does not make a test fail.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+NONE_HELD_OUT = Split(validation=0, test=0)
+
+
+@dataclass
+class Listener(Progress):
+    """Records what work reports: the pieces that start, their updates, and messages."""
+
+    starts: list[tuple[str, int | None]] = field(default_factory=list[tuple[str, int | None]])
+    updates: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
+    messages: list[str] = field(default_factory=list[str])
+
+    @property
+    def titles(self) -> list[str]:
+        return [title for title, _ in self.starts]
+
+    def say(self, text: str) -> None:
+        self.messages.append(text)
+
+    def start(self, title: str, total: int | None) -> None:
+        self.starts.append((title, total))
+
+    def update(self, done: int, note: str = "") -> None:
+        self.updates.append((done, note))
 
 
 def chat(question: str, answer: str) -> dict[str, Any]:
@@ -56,6 +85,38 @@ def source(path: Path, **settings: Any) -> Source:
     return Source(path=str(path), **{"name": path.stem} | settings)
 
 
+def write_examples(
+    folder: Path, examples: Iterable[Example], truncated: Container[int] = (), seed: int = 0
+) -> ExampleStore:
+    """Store examples; `truncated` has the indices of those that are cut."""
+    with ExampleWriter(folder, seed) as writer:
+        for example in examples:
+            writer.add(
+                RowOrigin(example.key, example.source, example.index),
+                json.dumps(record_to_json(example.record)).encode(),
+                np.array([i for s in example.sequences for i in s.ids], np.uint32),
+                np.array([t for s in example.sequences for t in s.trained], np.bool_),
+                [len(s.ids) for s in example.sequences],
+                trained_tokens=sum(sum(s.trained[1:]) for s in example.sequences),
+                truncated=example.index in truncated,
+            )
+        writer.finish()
+    return ExampleStore(folder)
+
+
+def start_script(code: str, tiny_folder: Path, cwd: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Another Python that runs `code` in `cwd`; it has `template`, `prepare`, Data, Source and Path."""
+    setup = (
+        "import sys; from pathlib import Path; from transformers import AutoTokenizer\n"
+        "from corral.data.prepare import prepare; from corral.errors import StorageError\n"
+        "from corral.recipe import Data, Source; from corral.template import Template\n"
+        "template = Template.load(AutoTokenizer.from_pretrained(sys.argv[1]))\n"
+    )
+    command = [sys.executable, "-c", setup + code, str(tiny_folder), *arguments]
+    env = os.environ | environment
+    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 @pytest.fixture(scope="session")
 def template(tiny_tokenizer: Any) -> Template:
     return Template.load(tiny_tokenizer, "chatml")
@@ -64,37 +125,39 @@ def template(tiny_tokenizer: Any) -> Template:
 @pytest.fixture
 def prepared(template: Template, tmp_path: Path) -> Callable[..., Prepared]:
     """`prepared(source, …, split=…, seed=…, into=…)`: prepare the sources in a new folder."""
-    made = 0
+    count = 0
 
-    def make(
+    def prepare_sources(
         *sources: Source,
         split: Split | None = None,
         seed: int = 0,
         into: Path | None = None,
         cache: Path | None = None,
         workers: int | None = None,
+        template: Template = template,
+        progress: Progress | None = None,
         **settings: Any,
     ) -> Prepared:
-        nonlocal made
-        made += 1
-        folder = into or tmp_path / f"prepare-{made}"
+        nonlocal count
+        count += 1
+        folder = into or tmp_path / f"prepare-{count}"
         folder.mkdir(exist_ok=True)
-        split = split or Split(validation=0.2, test=0.2)
-        data = Data(sources=sources, split=split, **settings)
-        return prepare(data, template, folder, seed, cache=cache or tmp_path / "cache", workers=workers)
+        data = Data(sources=sources, split=split or Split(validation=0.2, test=0.2), **settings)
+        return prepare(data, template, folder, seed, progress, cache=cache or tmp_path / "cache", workers=workers)
 
-    return make
+    return prepare_sources
 
 
 @pytest.fixture
 def planned(template: Template, tmp_path: Path) -> Callable[..., list[SourcePlan]]:
-    """`planned(source, …, max_length=…)`: the sources are read, and every fate is open."""
+    """`planned(source, …, max_length=…)`: plans of the sources, every fate undecided."""
 
-    def make(*sources: Source, max_length: int = 1024) -> list[SourcePlan]:
+    def plan_sources(*sources: Source, max_length: int = 1024) -> list[SourcePlan]:
         cache = tmp_path / "cache"
+        rows = [load_source_rows(source, cache, Progress()) for source in sources]
         return [
-            SourcePlan.from_source(s, load_source_rows(s, cache, Progress()), template, max_length, cache)
-            for s in sources
+            SourcePlan.from_source(source, source_rows, template, max_length, cache)
+            for source, source_rows in zip(sources, rows, strict=True)
         ]
 
-    return make
+    return plan_sources

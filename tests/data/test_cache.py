@@ -18,34 +18,34 @@ from corral.data.cache import ChunkStore, cache_name, hold_cache, map_in_process
 from corral.errors import CorralError, DataError
 
 
-def squares(places: Iterable[int]) -> dict[str, np.ndarray]:
-    values = np.array(list(places), np.int64)
+def squares(positions: Iterable[int]) -> dict[str, np.ndarray]:
+    values = np.array(list(positions), np.int64)
     return {"square": values**2, "pair": np.stack([values, -values], axis=1)}
 
 
 @given(st.lists(st.lists(st.integers(0, 50), unique=True, min_size=1, max_size=20), max_size=5))
-def test_every_row_that_was_put_is_found_whatever_the_pieces(
+def test_every_saved_row_is_found_whatever_the_chunks(
     tmp_path_factory: pytest.TempPathFactory, pieces: list[list[int]]
 ) -> None:
     chunks = ChunkStore(tmp_path_factory.mktemp("chunks"))
     wanted = np.arange(51)
     for piece in pieces:
-        places = np.array(sorted(piece))
-        chunks.save(places, squares(places))
+        positions = np.array(sorted(piece))
+        chunks.save(positions, squares(positions))
     chunks.reload()
-    put = sorted({place for piece in pieces for place in piece})
-    assert chunks.select_missing(wanted).tolist() == [place for place in range(51) if place not in put]
-    backwards = np.array(put[::-1], np.int64)
-    assert chunks.column("square", backwards).tolist() == [place**2 for place in put[::-1]]
-    for place in put:
-        arrays, offset = chunks.locate(place)
-        assert arrays["pair"][offset].tolist() == [place, -place]
+    saved = sorted({position for piece in pieces for position in piece})
+    assert chunks.select_missing(wanted).tolist() == [position for position in range(51) if position not in saved]
+    backwards = np.array(saved[::-1], np.int64)
+    assert chunks.column("square", backwards).tolist() == [position**2 for position in saved[::-1]]
+    for position in saved:
+        arrays, offset = chunks.locate(position)
+        assert arrays["pair"][offset].tolist() == [position, -position]
 
 
-def test_more_files_than_are_kept_open_are_all_found(tmp_path: Path) -> None:
+def test_more_chunks_than_are_kept_open_are_all_found(tmp_path: Path) -> None:
     chunks = ChunkStore(tmp_path)
-    for place in range(60):
-        chunks.save(np.array([place]), squares([place]))
+    for position in range(60):
+        chunks.save(np.array([position]), squares([position]))
     chunks.reload()
     assert [int(chunks.locate(p)[0]["square"][0]) for p in (*range(60), *range(60))] == [p**2 for p in range(60)] * 2
 
@@ -53,8 +53,8 @@ def test_more_files_than_are_kept_open_are_all_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", [lambda b: b[:-30], lambda b: b"", lambda b: b"x" * len(b)])
 def test_a_damaged_file_counts_as_missing_and_the_others_stay(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     chunks = ChunkStore(tmp_path)
-    for places in (np.arange(10), np.arange(10, 20)):
-        chunks.save(places, squares(places))
+    for positions in (np.arange(10), np.arange(10, 20)):
+        chunks.save(positions, squares(positions))
     path = next(p for p in tmp_path.iterdir() if 3 in np.load(p)["positions"])
     path.write_bytes(damage(path.read_bytes()))
     chunks.reload()
@@ -62,17 +62,17 @@ def test_a_damaged_file_counts_as_missing_and_the_others_stay(tmp_path: Path, da
     assert not path.exists()
 
 
-def test_names_stand_for_all_their_parts() -> None:
+def test_cache_names_depend_on_all_their_parts() -> None:
     assert cache_name("rows", 1, {"a": 2, "b": None}) == cache_name("rows", 1, {"b": None, "a": 2})
     assert len({cache_name("rows", 1), cache_name("rows", 2), cache_name("words", 1), cache_name("rows", 1, None)}) == 4
 
 
-def test_pieces_cover_all_places_in_order() -> None:
-    places = np.arange(0, 3000, 2)
-    pieces = split_positions(places)
+def test_chunks_cover_all_positions_in_order() -> None:
+    positions = np.arange(0, 3000, 2)
+    pieces = split_positions(positions)
     assert [len(p) for p in pieces] == [500, 500, 500]
-    assert np.concatenate(pieces).tolist() == places.tolist()
-    assert split_positions(places[:0]) == []
+    assert np.concatenate(pieces).tolist() == positions.tolist()
+    assert split_positions(positions[:0]) == []
 
 
 def put_folder(cache: Path, name: str, size: int, used: int) -> Path:
@@ -98,7 +98,7 @@ def small_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_what_was_used_longest_ago_goes_when_there_is_too_much(small_cache: Path) -> None:
+def test_the_least_recently_used_folders_are_removed(small_cache: Path) -> None:
     with hold_cache(small_cache) as used:
         used.add(small_cache / "rows-a")
     assert folders(small_cache) == {"rows-a", "rows-b", "rows-c"}
@@ -110,7 +110,7 @@ def test_what_was_used_longest_ago_goes_when_there_is_too_much(small_cache: Path
     assert (small_cache / ".rows-a.lock").exists()
 
 
-def test_what_was_just_used_stays_however_large_also_when_it_ends_badly(small_cache: Path) -> None:
+def test_folders_just_used_stay_whatever_their_size_also_after_an_error(small_cache: Path) -> None:
     def stop_in_the_middle() -> None:
         with hold_cache(small_cache) as used:
             used.update({put_folder(small_cache, "rows-d", 200, 0), small_cache / "rows-b"})
@@ -121,7 +121,7 @@ def test_what_was_just_used_stays_however_large_also_when_it_ends_badly(small_ca
     assert folders(small_cache) == {"rows-b", "rows-d"}
 
 
-def test_what_killed_writers_left_is_removed(small_cache: Path) -> None:
+def test_leftovers_of_killed_writers_are_removed(small_cache: Path) -> None:
     put_folder(small_cache, ".corral-tmp-rows-x.12345678", 1, 20)
     (small_cache / "rows-c" / ".corral-tmp-abc").touch()
     with hold_cache(small_cache):
@@ -161,7 +161,7 @@ def test_nothing_is_removed_while_another_process_holds_the_cache(small_cache: P
     assert folders(small_cache) == {"rows-b", "rows-c", "rows-d"}
 
 
-def test_clearing_waits_for_whoever_holds_the_cache(small_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clearing_waits_for_processes_that_hold_the_cache(small_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CORRAL_CACHE", str(small_cache.parent))
     small_cache = small_cache.rename(small_cache.with_name("prepared"))
     clear = [sys.executable, "-c", "from corral.assets import clear_cache; print(clear_cache(['prepared']))"]
@@ -193,14 +193,14 @@ def refuse(item: int) -> int:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_error_in_a_worker_is_the_callers_with_its_place_and_hint(workers: int) -> None:
+def test_an_error_in_a_worker_reaches_the_caller_with_location_and_hint(workers: int) -> None:
     with pytest.raises(DataError) as caught:
         list(map_in_processes(refuse, range(8), workers))
     assert (caught.value.what, caught.value.where, caught.value.hint) == ("row 3 is bad", "here", "mend it")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="work is done in other processes on Linux only")
-def test_a_killed_worker_is_an_error_that_says_so() -> None:
+def test_a_killed_worker_raises_an_error() -> None:
     with pytest.raises(CorralError, match="a worker process was killed"):
         list(map_in_processes(lambda item: os.kill(os.getpid(), signal.SIGKILL), range(4), 2))
 

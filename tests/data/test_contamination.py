@@ -23,13 +23,13 @@ def test_thirteen_words_in_a_row_are_a_shared_passage_and_twelve_are_none() -> N
     assert find_contaminated(held_out, []).tolist() == []
 
 
-def test_a_passage_does_not_reach_over_the_border_of_two_rows() -> None:
+def test_a_passage_does_not_span_two_rows() -> None:
     text = prose_words(9, 14)
     both = [block((" ".join(text[:7]), ""), (" ".join(text[7:]), ""))]
     assert find_contaminated([block((" ".join(text), ""))], both).tolist() == [False, False]
 
 
-def test_a_short_prompt_is_shared_as_a_whole_whatever_the_answer() -> None:
+def test_a_whole_short_prompt_is_a_shared_passage_whatever_the_answer() -> None:
     held_out = [block(("What is the capital of France?", "Paris"))]
     training = [
         block(
@@ -48,7 +48,7 @@ def with_form(*seeds: int) -> list[Block]:
     return [block(*((f"{FORM} {' '.join(prose_words(seed))}", "x") for seed in seeds))]
 
 
-def test_a_passage_of_many_rows_on_both_sides_is_a_phrase_of_the_form() -> None:
+def test_a_passage_in_many_rows_on_both_sides_is_boilerplate() -> None:
     few, many = range(1, FREQUENT + 1), range(1, FREQUENT + 2)
     assert find_contaminated(with_form(50, 51), with_form(*few)).all()
     assert not find_contaminated(with_form(50, 51), with_form(*many)).any()

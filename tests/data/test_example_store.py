@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from corral.data.example_store import Example, ExampleStore, ExampleWriter, RowOrigin, record_from_json
 from corral.messages import Conversation, Feedback, Preference, Record, Text, record_to_json
 from corral.template import Encoded
+from tests.data.conftest import write_examples
 
 IDS = st.integers(0, 2**32 - 1)
 SEQUENCE = st.lists(st.tuples(IDS, st.booleans()), min_size=1, max_size=12).map(
@@ -23,29 +24,21 @@ def example(number: int, *sequences: Encoded) -> Example:
     return Example(f"{number:064x}", "süß", number, sequences, record)
 
 
-def written(folder: Path, examples: list[Example], truncated: set[int] | None = None, seed: int = 0) -> ExampleStore:
-    with ExampleWriter(folder, seed) as writer:
-        for e in examples:
-            writer.add(e, truncated=e.index in (truncated or set()))
-        writer.finish()
-    return ExampleStore(folder)
-
-
 @given(st.lists(st.lists(SEQUENCE, min_size=1, max_size=3), max_size=12))
-def test_examples_with_one_or_more_sequences_come_back_as_they_were_written(
+def test_examples_with_one_or_more_sequences_round_trip(
     tmp_path_factory: pytest.TempPathFactory, sequences: list[list[Encoded]]
 ) -> None:
     examples = [example(i, *several) for i, several in enumerate(sequences)]
-    rows = written(tmp_path_factory.mktemp("rows") / "side", examples, truncated={0, 3})
+    rows = write_examples(tmp_path_factory.mktemp("rows") / "side", examples, truncated={0, 3})
     assert sorted(rows, key=lambda e: e.index) == examples
-    for place, e in enumerate(rows):
-        assert rows.lengths[place] == sum(len(s.ids) for s in e.sequences)
-        assert rows.trained_tokens[place] == sum(sum(s.trained[1:]) for s in e.sequences)
-        assert rows.truncated[place] == (e.index in (0, 3))
+    for i, e in enumerate(rows):
+        assert rows.lengths[i] == sum(len(s.ids) for s in e.sequences)
+        assert rows.trained_tokens[i] == sum(sum(s.trained[1:]) for s in e.sequences)
+        assert rows.truncated[i] == (e.index in (0, 3))
 
 
 def test_rows_are_a_sequence(tmp_path: Path) -> None:
-    rows = written(tmp_path / "side", [example(i, Encoded((i, 7), (False, True))) for i in range(9)])
+    rows = write_examples(tmp_path / "side", [example(i, Encoded((i, 7), (False, True))) for i in range(9)])
     everything = list(rows)
     assert len(rows) == 9
     assert rows[-1] == everything[8]
@@ -57,14 +50,14 @@ def test_rows_are_a_sequence(tmp_path: Path) -> None:
 
 
 def test_an_empty_side_is_an_empty_sequence(tmp_path: Path) -> None:
-    rows = written(tmp_path / "side", [])
+    rows = write_examples(tmp_path / "side", [])
     assert len(rows) == 0
     assert list(rows) == []
     assert rows.lengths.shape == rows.trained_tokens.shape == rows.truncated.shape == (0,)
 
 
 def test_the_arrays_are_plain_numpy_files_with_the_ids_as_uint32(tmp_path: Path) -> None:
-    written(tmp_path / "side", [example(0, Encoded((5, 2**32 - 1, 9), (False, True, True)))])
+    write_examples(tmp_path / "side", [example(0, Encoded((5, 2**32 - 1, 9), (False, True, True)))])
     ids = np.load(tmp_path / "side" / "ids.npy", allow_pickle=False)
     assert ids.dtype == np.uint32
     assert ids.tolist() == [5, 2**32 - 1, 9]
@@ -73,7 +66,7 @@ def test_the_arrays_are_plain_numpy_files_with_the_ids_as_uint32(tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["ids.npy", "trained.npy", "sequences.npy", "order.npy", "records.jsonl"])
 def test_a_file_cut_short_is_refused(tmp_path: Path, name: str) -> None:
-    written(tmp_path / "side", [example(i, Encoded((i, 7), (False, True))) for i in range(9)])
+    write_examples(tmp_path / "side", [example(i, Encoded((i, 7), (False, True))) for i in range(9)])
     path = tmp_path / "side" / name
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(ValueError):
@@ -85,27 +78,27 @@ def test_the_order_of_rows_does_not_depend_on_the_order_they_come_in(
     tmp_path_factory: pytest.TempPathFactory, numbers: list[int], random: Random
 ) -> None:
     examples = [example(i, Encoded((i, 7), (False, True))) for i in numbers]
-    first = written(tmp_path_factory.mktemp("rows") / "side", examples, seed=3)
+    first = write_examples(tmp_path_factory.mktemp("rows") / "side", examples, seed=3)
     random.shuffle(examples)
-    assert list(first) == list(written(tmp_path_factory.mktemp("rows") / "side", examples, seed=3))
+    assert list(first) == list(write_examples(tmp_path_factory.mktemp("rows") / "side", examples, seed=3))
 
 
 def test_another_seed_gives_another_order(tmp_path: Path) -> None:
     examples = [example(i, Encoded((i, 7), (False, True))) for i in range(50)]
-    orders = [[e.index for e in written(tmp_path / str(seed), examples, seed=seed)] for seed in (0, 1)]
+    orders = [[e.index for e in write_examples(tmp_path / str(seed), examples, seed=seed)] for seed in (0, 1)]
     assert orders[0] != orders[1]
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(50))
     assert orders[0] != sorted(orders[0])
 
 
-def test_a_repeated_example_stands_several_times_spread_over_the_order_and_once_on_disk(tmp_path: Path) -> None:
+def test_a_repeated_example_occurs_several_times_in_the_order_and_once_on_disk(tmp_path: Path) -> None:
     with ExampleWriter(tmp_path / "side", 0) as writer:
         for i in range(60):
             ids, trained = np.array([i, 7], np.uint32), np.array([False, True])
             record = b'{"text":"x"}'
-            place = RowOrigin(f"{i:064x}", "a", i)
+            origin = RowOrigin(f"{i:064x}", "a", i)
             repeat = 3 if i < 20 else 1
-            writer.add_encoded(place, record, ids, trained, [2], trained_tokens=1, truncated=False, repeat=repeat)
+            writer.add(origin, record, ids, trained, [2], trained_tokens=1, truncated=False, repeat=repeat)
         assert len(writer) == 100
         writer.finish()
     rows = ExampleStore(tmp_path / "side")
@@ -116,7 +109,7 @@ def test_a_repeated_example_stands_several_times_spread_over_the_order_and_once_
     assert len((tmp_path / "side" / "records.jsonl").read_bytes().splitlines()) == 60
 
 
-def test_every_kind_of_record_comes_back_from_its_json_form() -> None:
+def test_every_kind_of_record_round_trips_through_json() -> None:
     asked = Conversation.from_turns(("system", "s"), ("user", "q"))
     records: list[Record] = [
         asked.add("assistant", "a"),

@@ -141,7 +141,7 @@ def all_cells(template: Template, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.mark.parametrize(("kind", "fault", "ending"), CELLS, ids=[cell_name(*cell) for cell in CELLS])
-def test_a_fault_costs_its_row_and_every_row_is_in_the_ledger(
+def test_a_fault_loses_one_row_and_every_row_is_in_the_ledger(
     all_cells: Prepared, kind: str, fault: str, ending: str
 ) -> None:
     found = all_cells.ledger["sources"][cell_name(kind, fault, ending)]
@@ -150,9 +150,9 @@ def test_a_fault_costs_its_row_and_every_row_is_in_the_ledger(
     assert sum(found["fates"].values()) == found["rows"] == COUNT
     assert (found["fates"]["kept"], found["fates"]["dropped"]) == (COUNT - lost, lost)
     assert sum(found["sides"].values()) == found["fates"]["kept"]
-    reasons = {said: about["count"] for said, about in found["reasons"].items()}
+    reasons = {text: entry["count"] for text, entry in found["reasons"].items()}
     assert sum(reasons.values()) == lost
-    assert all(reason is not None and reason in said for said in reasons), reasons
+    assert all(reason is not None and reason in text for text in reasons), reasons
 
 
 def test_the_table_has_all_its_cells_and_its_sums_add_up(all_cells: Prepared) -> None:
@@ -192,7 +192,7 @@ def judged(tmp_path: Path, scores: list[Any], name: str = "rated.jsonl") -> Path
 @pytest.mark.parametrize("highest", [5, 10])
 @pytest.mark.parametrize("sorted_", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"format": "feedback"}])
-def test_ratings_of_another_range_are_refused_whole_until_the_range_is_said(
+def test_ratings_of_another_range_refuse_the_source_until_the_range_is_stated(
     tmp_path: Path, name: str, highest: int, sorted_: bool, settings: dict[str, Any]
 ) -> None:
     scores = [1 + i % highest for i in range(1000)]
@@ -204,9 +204,9 @@ def test_ratings_of_another_range_are_refused_whole_until_the_range_is_said(
     else:
         assert error.what.startswith(f"`score` runs from 1 to {highest}")
         assert f"mapping = {{ score_range = [1, {highest}] }}" in str(error.hint)
-    said = read(path, mapping=Mapping(score_range=(1, highest)))
-    assert len(said) == 1000
-    assert said.why.endswith(f"scores from 1 to {highest}, as the recipe says")
+    stated = read(path, mapping=Mapping(score_range=(1, highest)))
+    assert len(stated) == 1000
+    assert stated.why.endswith(f"scores from 1 to {highest}, as the recipe says")
     found = records(
         path, mapping=Mapping(prompt="{prompt}", completion="{completion}", score="score", score_range=(1, 5))
     )
@@ -217,7 +217,7 @@ def test_ratings_of_another_range_are_refused_whole_until_the_range_is_said(
 
 
 @pytest.mark.parametrize("name", ["rated.jsonl", "rated.csv"])
-def test_labels_of_plus_and_minus_1_are_the_best_and_the_worst_and_it_is_said(tmp_path: Path, name: str) -> None:
+def test_labels_of_plus_and_minus_1_are_recognised_and_reported(tmp_path: Path, name: str) -> None:
     path = judged(tmp_path, [1 if i % 3 else -1 for i in range(90)], name)
     assert [record.score for record in records(path)] == [1.0 if i % 3 else 0.0 for i in range(90)]
     assert read(path).why.endswith("`score` is -1 for the worst and 1 for the best")
@@ -228,7 +228,7 @@ def test_labels_of_plus_and_minus_1_are_the_best_and_the_worst_and_it_is_said(tm
 @pytest.mark.parametrize(
     ("good", "bad"), [("yes", "no"), ("Good", "Bad"), ("thumbs_up", "thumbs_down"), ("TRUE", "FALSE")]
 )
-def test_feedback_in_words_is_feedback_and_never_a_conversation(tmp_path: Path, good: str, bad: str) -> None:
+def test_judgements_in_words_make_feedback_not_conversations(tmp_path: Path, good: str, bad: str) -> None:
     path = tmp_path / "kto.csv"
     path.write_text("prompt,completion,label\n" + "".join(f"p{i},c,{good if i % 2 else bad}\n" for i in range(40)))
     found = records(path)
@@ -236,13 +236,13 @@ def test_feedback_in_words_is_feedback_and_never_a_conversation(tmp_path: Path, 
     assert [record.score for record in found] == [0.0, 1.0] * 20
 
 
-def test_feedback_in_words_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+def test_unknown_judgements_in_words_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "kto.csv"
     path.write_text("prompt,completion,label\n" + "p,c,so so\n" * 40)
     assert refused(path).what.startswith("`label` may say how good an answer is, but 'so so'")
 
 
-def test_multiple_choice_counted_from_1_is_read_so_and_said(tmp_path: Path) -> None:
+def test_options_counted_from_1_are_recognised_and_reported(tmp_path: Path) -> None:
     rows: list[Row] = [{"question": f"q{i}", "choices": list("wxyz"), "answer": 1 + i % 4} for i in range(60)]
     path = write_rows(tmp_path / "mc.jsonl", rows)
     assert read(path).why.endswith("; answers are counted from 1")
@@ -256,7 +256,7 @@ def test_multiple_choice_counted_from_1_is_read_so_and_said(tmp_path: Path) -> N
     )
 
 
-def test_numeric_options_whose_text_and_place_disagree_are_refused(tmp_path: Path) -> None:
+def test_numeric_options_whose_text_and_position_disagree_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "mc.csv"
     options = "".join(f"{i}+0?,{i % 4},{(i + 1) % 4},{(i + 2) % 4},{(i + 3) % 4},{i % 4}\n" for i in range(60))
     path.write_text("question,A,B,C,D,answer\n" + options)

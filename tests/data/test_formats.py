@@ -39,7 +39,7 @@ def test_a_good_row_becomes_its_record(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_a_format_can_be_sent_to_another_process(name: str) -> None:
+def test_a_format_can_be_pickled(name: str) -> None:
     row, _, expected = GOOD[name]
     assert pickle.loads(pickle.dumps(FORMATS[name]))(row) == expected
 
@@ -155,7 +155,7 @@ def test_a_prompt_out_of_order_is_refused(name: str, fault: str) -> None:
 
 @pytest.mark.parametrize("fault", ORDERS)
 @pytest.mark.parametrize("name", [n for n in CELLS if n not in (*CONVERSATIONS, *PAIRS, *ASKED)])
-def test_messages_where_a_text_belongs_are_refused(name: str, fault: str) -> None:
+def test_messages_instead_of_a_text_are_refused(name: str, fault: str) -> None:
     row, path, _ = GOOD[name]
     refused(name, spoilt(row, path, lambda _: ORDERS[fault][0]), "(is|holds) a list: expected text")
 
@@ -169,9 +169,7 @@ def test_messages_where_a_text_belongs_are_refused(name: str, fault: str) -> Non
     ],
     ids=["role", "label", "answer"],
 )
-def test_a_number_of_5000_digits_is_refused_wherever_it_stands(
-    name: str, changes: dict[str, Any], expected: str
-) -> None:
+def test_a_number_of_5000_digits_is_refused_in_any_field(name: str, changes: dict[str, Any], expected: str) -> None:
     refused(name, GOOD[name][0] | changes, expected)
 
 
@@ -259,13 +257,13 @@ def test_special_strings_in_a_row_stay_text(name: str, template: Template) -> No
     assert re.search(r"<\|im_end\|>\s<\|im_start\|>system", template.decode(encoded.ids))
 
 
-def test_a_named_format_is_chosen_and_said() -> None:
+def test_a_format_named_in_the_recipe_is_used_and_reported() -> None:
     chosen = choose_format(Source(path="a.jsonl", format="alpaca"), [])
     assert (chosen.name, chosen.why) == ("alpaca", "format: alpaca, as the recipe says")
     assert chosen.to_record is FORMATS["alpaca"]
 
 
-def test_an_unknown_format_is_answered_with_the_nearest_name_and_all_names() -> None:
+def test_an_unknown_format_error_suggests_the_nearest_and_lists_all() -> None:
     with pytest.raises(DataError) as caught:
         choose_format(Source(path="a.jsonl", format="share-gpt"), [])
     assert caught.value.hint is not None
@@ -280,7 +278,7 @@ def test_an_unknown_format_is_answered_with_the_nearest_name_and_all_names() -> 
         ("hub:Unified-Language-Model-Alignment/Anthropic_HH_Golden", "hh-golden"),
     ],
 )
-def test_a_known_data_set_is_known_by_its_name_on_the_hub(path: str, name: str) -> None:
+def test_a_public_data_set_is_recognised_by_its_hub_id(path: str, name: str) -> None:
     chosen = choose_format(Source(path=path), [GOOD[name][0]])
     assert chosen.name == name
     assert chosen.why == f"format: {name}, as this is the data set {path}"
@@ -288,7 +286,7 @@ def test_a_known_data_set_is_known_by_its_name_on_the_hub(path: str, name: str) 
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_another_source_is_known_by_its_rows(name: str) -> None:
+def test_the_format_of_other_sources_is_recognised_by_their_rows(name: str) -> None:
     row, _, expected = GOOD[name]
     chosen = choose_format(Source(path="rows.jsonl"), [row, row])
     assert chosen.name == name
@@ -296,7 +294,7 @@ def test_another_source_is_known_by_its_rows(name: str) -> None:
     assert chosen.to_record(row) == expected
 
 
-def test_a_mapping_is_chosen_and_can_be_sent_to_another_process() -> None:
+def test_a_mapping_is_chosen_and_can_be_pickled() -> None:
     source = Source(path="a.csv", mapping=Mapping(prompt="{title}\n{body}", completion="{answer}"))
     row = {"title": "Hats", "body": "Which?", "answer": "Red."}
     chosen = choose_format(source, [row])

@@ -44,7 +44,7 @@ def test_the_json_form_counts_rows_by_source_fate_side_and_reason() -> None:
     }
 
 
-def test_a_row_without_a_fate_or_with_two_is_found() -> None:
+def test_rows_without_a_fate_or_with_two_are_detected() -> None:
     ledger = filled()
     ledger.add_read("a")
     with pytest.raises(AssertionError, match="13 rows were read, 12 have a fate"):
@@ -56,7 +56,7 @@ def test_a_row_without_a_fate_or_with_two_is_found() -> None:
         ledger.to_json()
 
 
-def test_a_fate_without_what_belongs_to_it_is_refused() -> None:
+def test_a_fate_without_its_reason_or_side_is_refused() -> None:
     for wrong in (
         lambda: Ledger().add_fate("a", 1, "dropped"),
         lambda: Ledger().add_fate("a", 1, "not sampled"),
@@ -66,12 +66,6 @@ def test_a_fate_without_what_belongs_to_it_is_refused() -> None:
     ):
         with pytest.raises(AssertionError):
             wrong()
-
-
-def test_add_says_which_rows_became_examples() -> None:
-    ledger = Ledger()
-    assert [ledger.add_fate("a", i, "dropped", "why") for i in range(7)] == [True] * 5 + [False] * 2
-    assert ledger.add_fate("a", 8, "kept", side="train") is False
 
 
 def test_reasons_are_counted_by_kind_and_named_in_full_where_rows_agree() -> None:
@@ -86,7 +80,7 @@ def test_reasons_are_counted_by_kind_and_named_in_full_where_rows_agree() -> Non
     }
 
 
-def test_junk_with_a_kind_for_each_row_does_not_make_the_ledger_grow_without_end() -> None:
+def test_the_kinds_of_reasons_are_bounded() -> None:
     ledger = Ledger()
     for index in range(5000):
         ledger.add_read("a")
@@ -126,7 +120,7 @@ def rows_of(first: int, fates: list[Fate], reasons: list[str]) -> RowFates:
     )
 
 
-def test_the_table_of_all_rows_says_nothing_where_there_is_nothing_to_say(tmp_path: Path) -> None:
+def test_the_table_has_nulls_where_values_are_missing(tmp_path: Path) -> None:
     with LedgerWriter(tmp_path / "ledger.parquet") as file:
         file.add("a", rows_of(1, ["kept", "dropped"], ["no answer"]))
         file.add("a", rows_of(3, ["duplicate"], ["no answer", "empty"]))
@@ -144,7 +138,7 @@ def test_the_table_of_all_rows_says_nothing_where_there_is_nothing_to_say(tmp_pa
     assert lines[0]["trained_tokens"] == 5
 
 
-def test_a_table_that_is_not_finished_is_not_there(tmp_path: Path) -> None:
+def test_an_unfinished_table_leaves_no_file(tmp_path: Path) -> None:
     def stop_in_the_middle() -> None:
         with LedgerWriter(tmp_path / "ledger.parquet") as file:
             file.add("a", rows_of(1, ["kept"], []))

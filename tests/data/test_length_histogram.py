@@ -43,7 +43,7 @@ def test_every_encoded_row_is_in_the_bin_that_holds_its_length(
     assert not bins or (bins[0].total and bins[-1].total)
 
 
-def test_lines_have_bars_in_proportion_in_which_nothing_is_too_thin_to_be_seen() -> None:
+def test_bars_are_in_proportion_and_every_group_with_rows_is_visible() -> None:
     bins = [Bin(1, 15, (400, 0, 0)), Bin(16, 31, (0, 0, 0)), Bin(32, 63, (200, 1, 3))]
     assert to_lines(bins)[1:] == [
         "    1–15        400 " + "█" * 40,
@@ -55,7 +55,7 @@ def test_lines_have_bars_in_proportion_in_which_nothing_is_too_thin_to_be_seen()
     assert to_html(bins).count("<rect") == 4
 
 
-def test_a_histogram_of_prepared_rows_tells_the_cut_from_the_others(
+def test_a_histogram_of_prepared_rows_counts_truncated_rows_apart(
     prepared: Callable[..., Prepared], tmp_path: Path
 ) -> None:
     rows = [*chats(30), chat("Long?", "yes " * 100), chat("long " * 200, "Yes.")]

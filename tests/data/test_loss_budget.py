@@ -39,7 +39,7 @@ PLACE = Path("prepare/ledger.parquet")
         ({"duplicate": 3}, 2, (2, 2)),
     ],
 )
-def test_rows_are_lost_that_were_asked_for_and_are_not_trained_on_whole(
+def test_lost_rows_are_wanted_rows_not_trained_on_whole(
     planned: Planned, tmp_path: Path, usable: dict[Fate, int], broken: int, expected: tuple[float, float]
 ) -> None:
     rows: list[Any] = [*chats(sum(usable.values())), *[{"messages": []}] * broken]
@@ -51,7 +51,7 @@ def test_rows_are_lost_that_were_asked_for_and_are_not_trained_on_whole(
     assert count_losses(plan) == expected
 
 
-def test_rows_beyond_a_weight_were_asked_for_and_are_not_lost(planned: Planned, tmp_path: Path) -> None:
+def test_rows_beyond_a_weight_are_wanted_and_not_lost(planned: Planned, tmp_path: Path) -> None:
     rows: list[Any] = [*chats(20), *[{"messages": []}] * 4]
     (plan,) = planned(source(write_rows(tmp_path / "a.jsonl", rows)))
     plan.set_fate(np.arange(20), "kept")
@@ -101,7 +101,7 @@ def gate(data: Data, ledger: dict[str, Any]) -> GateError:
     return caught.value
 
 
-def test_exactly_as_much_as_allowed_may_be_lost_over_all_sources() -> None:
+def test_losses_up_to_exactly_max_loss_over_all_sources_are_allowed() -> None:
     ledger = ledger_of(a={"kept": 90, "no answer": 4}, b={"no answer": 2, "kept": 4})
     check_loss_budget(data_of("6%"), ledger, PLACE)
     check_loss_budget(data_of(None), ledger, PLACE)
@@ -113,7 +113,7 @@ def test_exactly_as_much_as_allowed_may_be_lost_over_all_sources() -> None:
     assert "(1 of 4)" in gate(data_of(0), ledger_of(a={"kept": 3, "no answer": 1})).what
 
 
-def test_the_five_worst_reasons_are_named_with_their_source_and_rows_the_worst_first() -> None:
+def test_the_five_worst_reasons_are_listed_with_source_and_rows() -> None:
     a = {"kept": 3, "truncated": 5, "fully masked: all of it": 4, "empty": 2, "beyond a cap": 50}
     b = {"kept": 1, "no answer": 7, "half a pair": 3, "odd": 1}
     lines = gate(data_of(0.01), ledger_of(a=a, b=b)).what.splitlines()
@@ -154,13 +154,13 @@ def refusal(check: Check, *what: Any, **settings: Any) -> DataError:
     return caught.value
 
 
-def test_sides_that_have_rows_or_are_not_asked_for_are_not_refused(check: Check) -> None:
+def test_sides_with_rows_or_without_a_share_pass(check: Check) -> None:
     check({"train": 8, "validation": 1, "test": 1}, Split(validation=0.1, test=0.1))
     check({"train": 8, "test": 1}, Split(validation=0, test=0.1))
     check({"train": 8}, Split(validation=0, test=0))
 
 
-def test_an_empty_share_is_refused_with_a_share_that_fits_beside_the_other(check: Check) -> None:
+def test_an_empty_share_error_suggests_a_share_that_fits_with_the_other(check: Check) -> None:
     error = refusal(check, {"train": 8, "test": 2}, Split(validation=0.01, test=0.2))
     assert "the validation side is empty: none of the 10 usable rows" in error.what
     assert str(error.hint).startswith("set data.split.validation to 0.05 or more, set data.split.validation to 0, or")
@@ -168,13 +168,13 @@ def test_an_empty_share_is_refused_with_a_share_that_fits_beside_the_other(check
     assert str(error.hint) == "set data.split.validation to 0, or add rows", "0.05 and 0.96 are more than there is"
 
 
-def test_a_number_of_rows_that_the_other_side_took_is_refused(check: Check) -> None:
+def test_a_side_whose_rows_the_other_side_took_is_refused(check: Check) -> None:
     error = refusal(check, {"train": 1, "test": 9}, Split(validation=3, test=9))
     assert "the validation side is empty: the other side takes all 10 usable rows" in error.what
     assert "lower the numbers in data.split" in str(error.hint)
 
 
-def test_no_row_to_train_on_says_what_took_them(check: Check) -> None:
+def test_no_training_rows_error_says_what_took_them(check: Check) -> None:
     split = Split(validation=4, test=4)
     ledger = ledger_of(a={"kept": 8})
     ledger["sources"]["a"]["contaminated"] = 3
@@ -183,7 +183,7 @@ def test_no_row_to_train_on_says_what_took_them(check: Check) -> None:
         assert error.what == f"no row is left to train on: all 8 usable rows are held out{also}"
 
 
-def test_when_nothing_is_left_the_worst_reason_decides_what_to_do(check: Check) -> None:
+def test_the_worst_reason_decides_the_advice_of_a_nothing_left_error(check: Check) -> None:
     split = Split(validation=0, test=0)
 
     def said(counts: Mapping[str, int], **settings: Any) -> tuple[list[str], str]:
@@ -200,7 +200,7 @@ def test_when_nothing_is_left_the_worst_reason_decides_what_to_do(check: Check) 
     assert hint == "raise data.max_length (it is 60)"
 
 
-def test_a_source_that_is_lost_whole_is_refused_among_others_and_one_that_others_hold_is_not(
+def test_a_source_that_loses_all_rows_is_refused_among_others(
     check: Check,
 ) -> None:
     split = Split(validation=0, test=0)
@@ -216,7 +216,7 @@ def test_a_source_that_is_lost_whole_is_refused_among_others_and_one_that_others
     check({"train": 50}, split, ledger_of(a={"kept": 50}, b={"truncated": 3}))
 
 
-def test_a_weight_of_a_source_with_nothing_to_train_on_is_refused_unless_no_source_has(
+def test_a_weighted_source_without_training_rows_is_refused_if_another_has_some(
     planned: Planned, tmp_path: Path
 ) -> None:
     sources = [source(write_rows(tmp_path / f"{n}.jsonl", chats(4, 10 * n)), weight=n + 1) for n in range(2)]

@@ -60,12 +60,12 @@ def test_ranks_are_uniform_and_independent_between_purposes_and_seeds() -> None:
 
 
 @given(NUMBERS)
-def test_a_group_is_named_by_the_first_of_its_equal_keys(numbers: list[int]) -> None:
+def test_equal_keys_have_the_index_of_the_first_of_them(numbers: list[int]) -> None:
     assert equal_groups(keys_of(numbers)).tolist() == [numbers.index(n) for n in numbers]
 
 
 @given(NUMBERS, st.integers(1, 30), st.integers(0, 30), st.integers(0, 3))
-def test_a_smaller_cap_keeps_a_part_of_what_a_larger_one_keeps(
+def test_a_smaller_cap_keeps_a_subset_of_what_a_larger_one_keeps(
     numbers: list[int], small: int, more: int, seed: int
 ) -> None:
     few, few_flags, few_copies = chosen_of(numbers, seed, small)
@@ -84,7 +84,7 @@ def test_what_a_cap_keeps_does_not_depend_on_the_order_of_rows(numbers: list[int
     assert chosen_of(numbers, 0, cap)[0] == chosen_of(shuffled, 0, cap)[0]
 
 
-def test_of_equal_rows_the_first_is_kept_and_copies_of_earlier_sources_do_not_use_up_the_cap() -> None:
+def test_the_first_of_equal_rows_is_kept_and_copies_of_earlier_sources_do_not_count_towards_the_cap() -> None:
     first, second = [7], [7, 8, 7, 9, 9]
     keys = keys_of(first + second)
     groups = equal_groups(keys)
@@ -101,7 +101,7 @@ def test_of_equal_rows_the_first_is_kept_and_copies_of_earlier_sources_do_not_us
     st.integers(0, 39).map(lambda n: n / 100),
     st.integers(0, 3),
 )
-def test_shares_are_exact_to_the_row_in_all_and_in_each_source(
+def test_shares_are_exact_to_the_row_overall_and_in_each_source(
     counts: list[int], test: float, validation: float, seed: int
 ) -> None:
     starts = np.cumsum([0, *counts])
@@ -111,16 +111,16 @@ def test_shares_are_exact_to_the_row_in_all_and_in_each_source(
         assert abs(sum(found.count(side) for found in names) - share * whole) <= 0.5 + 1e-9
     for count, found in zip(counts, names, strict=True):
         assert abs(found.count("test") - test * count) < 1.5
-        # One source may have no room left for its part where it has a row or two.
+        # A source of a row or two may be too small for its part.
         assert abs(found.count("validation") - validation * count) < 2.5
 
 
-def test_a_share_is_what_is_written_not_what_a_float_holds_and_a_half_goes_up() -> None:
+def test_a_share_is_taken_as_the_decimal_written_and_rounded_half_up() -> None:
     assert [row_count(share, 50) for share in (0, 0.01, 0.03, 0.29, 0.58, 1, 7)] == [0, 1, 2, 15, 29, 1, 7]
     assert row_count(0.05, 88_031) == 4402
 
 
-def test_sources_of_a_row_each_give_all_that_is_asked_for_to_both_sides() -> None:
+def test_sources_of_one_row_fill_both_held_out_sides() -> None:
     names = side_names([KEYS[i : i + 1] for i in range(10)], Split(validation=0.4, test=0.5))
     assert sorted(name for (name,) in names) == ["test"] * 5 + ["train"] + ["validation"] * 4
 
@@ -130,11 +130,11 @@ def test_rows_that_are_added_move_only_rows_at_the_border_of_a_side(old: int, ne
     split = Split(validation=0.1, test=0.2)
     before = side_names([KEYS[:old]], split, seed)[0]
     after = side_names([KEYS[: old + new]], split, seed)[0]
-    place = ranks(KEYS[: old + new], seed, "split")
+    rank_of_row = ranks(KEYS[: old + new], seed, "split")
     moved = {(a, b) for a, b in zip(before, after, strict=False) if a != b}
     assert moved <= {("test", "train"), ("train", "test"), ("validation", "train"), ("train", "validation")}
     # The rows of a side are those on its own side of one border.
-    for names, here in ((before, place[:old]), (after, place)):
+    for names, here in ((before, rank_of_row[:old]), (after, rank_of_row)):
         outside = max([r for r, name in zip(here, names, strict=True) if name == "test"], default=-1.0)
         assert all(r > outside for r, name in zip(here, names, strict=True) if name != "test")
         inside = min([r for r, name in zip(here, names, strict=True) if name == "validation"], default=2.0)
@@ -161,9 +161,7 @@ def test_changing_the_share_of_one_held_out_side_leaves_the_other_as_it_is() -> 
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=4), st.integers(1, 30), st.integers(1, 30))
-def test_numbers_are_taken_exactly_and_from_all_sources_in_proportion(
-    counts: list[int], validation: int, test: int
-) -> None:
+def test_numbers_are_exact_and_in_proportion_to_all_sources(counts: list[int], validation: int, test: int) -> None:
     starts = np.cumsum([0, *counts])
     keys = [KEYS[a:b] for a, b in pairwise(starts)]
     names = side_names(keys, Split(validation=validation, test=test))
@@ -175,7 +173,7 @@ def test_numbers_are_taken_exactly_and_from_all_sources_in_proportion(
         assert abs(found.count("test") - min(test, whole) * count / (whole or 1)) < 1
 
 
-def test_a_number_and_a_share_go_together_and_a_larger_number_holds_the_smaller() -> None:
+def test_a_number_and_a_share_combine_and_a_larger_number_includes_the_smaller() -> None:
     few = side_names([KEYS], Split(validation=0.1, test=100))[0]
     many = side_names([KEYS], Split(validation=0.1, test=300))[0]
     assert (few.count("test"), many.count("test")) == (100, 300)
@@ -194,25 +192,27 @@ def test_rows_of_equal_content_are_never_on_two_sides(first: list[int], second: 
 
 
 @given(st.integers(0, 200), st.lists(st.integers(0, 50), max_size=6))
-def test_proportional_parts_add_up_and_are_never_more_than_there_are(number: int, counts: list[int]) -> None:
+def test_proportional_parts_add_up_and_never_exceed_the_counts(number: int, counts: list[int]) -> None:
     parts = divide_proportionally(number, counts)
     assert sum(parts) == min(number, sum(counts))
     assert all(0 <= part <= count for part, count in zip(parts, counts, strict=True))
 
 
 @given(st.integers(0, 200), st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), max_size=6))
-def test_what_has_no_room_in_one_place_goes_to_the_others(number: int, places: list[tuple[int, int]]) -> None:
-    counts, room = [a + b for a, b in places], [a for a, _ in places]
-    parts = divide_proportionally(number, counts, room)
-    assert sum(parts) == min(number, sum(room))
-    assert all(0 <= part <= free for part, free in zip(parts, room, strict=True))
+def test_what_exceeds_a_limit_goes_to_the_others(number: int, pairs: list[tuple[int, int]]) -> None:
+    counts, limits = [a + b for a, b in pairs], [a for a, _ in pairs]
+    parts = divide_proportionally(number, counts, limits)
+    assert sum(parts) == min(number, sum(limits))
+    assert all(0 <= part <= free for part, free in zip(parts, limits, strict=True))
 
 
 MIXED = st.tuples(st.integers(1, 2000), st.floats(0.001, 1000), st.integers(1, 5))
 
 
 @given(st.lists(MIXED, min_size=1, max_size=6))
-def test_a_mixture_has_the_weights_parts_and_exhausts_a_source(sources: list[tuple[int, float, int]]) -> None:
+def test_a_mixture_has_the_proportions_of_the_weights_and_exhausts_a_source(
+    sources: list[tuple[int, float, int]],
+) -> None:
     rows, weights, repeats = (list(values) for values in zip(*sources, strict=True))
     used = weighted_row_counts(rows, weights, repeats)
     assert all(0 <= n <= most for n, most in zip(used, rows, strict=True))
@@ -236,7 +236,7 @@ def test_mixtures_by_hand() -> None:
 
 
 @given(st.lists(st.integers(0, 60), unique=True, max_size=60), st.integers(0, 30), st.integers(0, 30), st.randoms())
-def test_a_smaller_sample_is_held_in_a_larger_whatever_the_order(
+def test_a_smaller_sample_is_a_subset_of_a_larger_in_any_order(
     numbers: list[int], few: int, more: int, random: object
 ) -> None:
     def sampled(order: list[int], number: int) -> set[int]:
@@ -250,7 +250,7 @@ def test_a_smaller_sample_is_held_in_a_larger_whatever_the_order(
 
 @pytest.mark.parametrize("side", ["validation", "test"])
 @given(rows=st.integers(1, 300))
-def test_the_share_for_one_row_is_enough_and_a_hundredth_less_is_not(rows: int, side: str) -> None:
+def test_the_smallest_share_is_enough_and_a_hundredth_less_is_not(rows: int, side: str) -> None:
     least = smallest_share(rows)
     for share, enough in ((least, True), (round(least - 0.01, 2), False)):
         split = Split(**{"validation": 0, "test": 0} | {side: share})

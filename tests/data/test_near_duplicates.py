@@ -32,7 +32,7 @@ def test_resemblance_is_the_jaccard_index_of_the_shingle_sets(one: list[str], ot
     assert len(shingles(word_hashes(" ".join(one)))) == len(a)
 
 
-def test_rows_that_say_almost_the_same_are_one_group_and_others_are_not() -> None:
+def test_similar_rows_are_one_group_and_others_are_not() -> None:
     first = prose_words(0)
     changed = [*first[:-2], "other", "end"]
     half = [*first[:30], *prose_words(1, 30)]
@@ -43,7 +43,7 @@ def test_rows_that_say_almost_the_same_are_one_group_and_others_are_not() -> Non
     assert groups_of(texts) == [0, 1, 1, 3, 4, 1, 0]
 
 
-def test_of_pairs_well_above_the_threshold_nearly_all_are_found_and_none_below_it() -> None:
+def test_nearly_all_pairs_well_above_the_threshold_are_found_and_none_below() -> None:
     texts: list[str] = []
     for seed in range(200):
         text = prose_words(seed, 100)
@@ -57,7 +57,7 @@ def test_short_rows_are_compared_as_a_whole_and_rows_without_words_are_never_ali
     assert groups_of(["yes", "Yes.", "no", "...", "!!!", "yes no"]) == [0, 0, 2, 3, 4, 5]
 
 
-def test_what_is_left_out_as_near_resembles_what_is_kept() -> None:
+def test_near_duplicates_resemble_the_row_that_is_kept() -> None:
     """A chain of rows, each like the one before it, whose ends have nothing in common."""
     text = prose_words(4, 400)
     chain = [" ".join(text[5 * i : 5 * i + 100]) for i in range(40)]

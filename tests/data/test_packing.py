@@ -26,12 +26,12 @@ def first_fit_decreasing(lengths: list[int], limit: int) -> list[list[int]]:
     room: list[int] = []
     found: list[list[int]] = []
     for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        place = next((p for p, left in enumerate(room) if lengths[item] <= left), len(room))
-        if place == len(room):
+        pack = next((p for p, left in enumerate(room) if lengths[item] <= left), len(room))
+        if pack == len(room):
             room.append(limit)
             found.append([])
-        room[place] -= lengths[item]
-        found[place].append(item)
+        room[pack] -= lengths[item]
+        found[pack].append(item)
     return [sorted(pack) for pack in found]
 
 
@@ -50,6 +50,6 @@ def test_first_fit_decreasing_fills_what_a_plain_first_fit_leaves() -> None:
     assert pack_sequences([2, 5, 4, 7, 1, 3, 8], 10) == [[0, 6], [3, 5], [1, 2, 4]]
 
 
-def test_an_item_over_the_limit_has_a_pack_for_itself_and_nothing_gives_no_packs() -> None:
+def test_an_overlong_item_has_its_own_pack_and_no_items_give_no_packs() -> None:
     assert pack_sequences([3, 20, 3], 10) == [[1], [0, 2]]
     assert pack_sequences([], 10) == []

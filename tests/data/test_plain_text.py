@@ -21,7 +21,7 @@ PIECES = st.lists(
 
 @settings(deadline=None, max_examples=60)
 @given(text=PIECES.map("".join))
-def test_a_document_is_its_text_and_an_end_token_all_of_it_trained(text: str, template: Template) -> None:
+def test_a_document_is_encoded_as_its_text_and_an_end_token_all_trained(text: str, template: Template) -> None:
     encoded = PlainTextEncoder(template).encode(text)
     assert encoded.ids[-1] == template.tokenizer.eos_token_id
     assert not set(encoded.ids[:-1]) & set(template.special_ids)
@@ -42,7 +42,7 @@ def test_half_a_surrogate_pair_is_refused(template: Template) -> None:
         ("smollm2", "", "<|im_end|>"),
     ],
 )
-def test_a_real_tokenizer_s_document_begins_and_ends_as_its_model_was_trained(name: str, begin: str, end: str) -> None:
+def test_a_document_begins_and_ends_as_each_real_model_was_trained(name: str, begin: str, end: str) -> None:
     template = real.template(name)
     tokenizer: Any = template.tokenizer
     plain = PlainTextEncoder(template)

@@ -1,11 +1,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -25,10 +22,9 @@ from corral.progress import Progress
 from corral.recipe import Data, Source, Split
 from corral.storage import tree_hashes
 from corral.template import Template
-from tests.data.conftest import chat, chats, source, write_rows
+from tests.data.conftest import NONE_HELD_OUT, Listener, chat, chats, source, start_script, write_rows
 
 Prepare = Callable[..., Prepared]
-NONE_HELD_OUT = Split(validation=0, test=0)
 
 
 def fates(**counts: int) -> dict[str, int]:
@@ -58,7 +54,7 @@ def test_every_example_is_what_the_template_makes_of_its_record(
     assert sorted(seen) == list(range(1, 61))
 
 
-def test_opening_gives_what_preparing_gave(prepared: Prepare, tmp_path: Path) -> None:
+def test_opening_returns_what_was_prepared(prepared: Prepare, tmp_path: Path) -> None:
     made = prepared(source(write_rows(tmp_path / "a.jsonl", chats(40))), into=tmp_path / "stage")
     opened = Prepared.open(tmp_path / "stage")
     assert list(opened.train) == list(made.train)
@@ -82,18 +78,15 @@ def test_the_same_inputs_give_the_same_bytes(prepared: Prepare, tmp_path: Path) 
 def test_bytes_do_not_depend_on_the_hash_seed_of_the_process(tiny_folder: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl", [*chats(40), {"x": 1, "y": 2}])
     code = (
-        "import sys; from pathlib import Path; from transformers import AutoTokenizer\n"
-        "from corral.data.prepare import prepare; from corral.recipe import Data, Source\n"
-        "from corral.template import Template\n"
-        "template = Template.load(AutoTokenizer.from_pretrained(sys.argv[1]))\n"
         "data = Data(sources=(Source(path='a.jsonl', rows=30, format='messages'),), duplicates='near',\n"
         "    split={'validation': 0.2, 'test': 0.2})\n"
         "prepare(data, template, Path(sys.argv[2]), 0, cache=Path(sys.argv[2] + '-cache'))\n"
     )
     for number in ("1", "2"):
         (tmp_path / number).mkdir()
-        command = [sys.executable, "-c", code, str(tiny_folder), number]
-        subprocess.run(command, cwd=tmp_path, check=True, env=os.environ | {"PYTHONHASHSEED": number})
+        script = start_script(code, tiny_folder, tmp_path, number, PYTHONHASHSEED=number)
+        _, errors = script.communicate()
+        assert script.returncode == 0, errors
     assert tree_hashes(tmp_path / "1") == tree_hashes(tmp_path / "2")
 
 
@@ -108,7 +101,7 @@ def test_no_row_changes_side_when_other_sources_are_added_or_moved(prepared: Pre
         assert alone.items() < mixed.items()
 
 
-def test_rows_that_come_or_go_and_caps_change_the_sides_of_few_rows(prepared: Prepare, tmp_path: Path) -> None:
+def test_added_or_removed_rows_and_caps_move_few_rows_between_sides(prepared: Prepare, tmp_path: Path) -> None:
     a = source(write_rows(tmp_path / "a.jsonl", chats(200)))
     whole = sides_of(prepared(a, split=Split(validation=0.1, test=0.1)))
     for fewer in (a.model_copy(update={"rows": 150}), source(write_rows(tmp_path / "b.jsonl", chats(190, start=10)))):
@@ -131,7 +124,7 @@ def test_training_order_does_not_depend_on_the_order_of_sources_or_rows(prepared
     assert [e.index for e in prepared(a).train] != sorted(e.index for e in prepared(a).train)
 
 
-def test_one_copy_of_equal_rows_is_kept_wherever_the_others_stand(prepared: Prepare, tmp_path: Path) -> None:
+def test_one_of_equal_rows_is_kept_across_sources(prepared: Prepare, tmp_path: Path) -> None:
     rows = chats(30)
     reordered = [{"messages": [dict(reversed(m.items())) for m in row["messages"]], "id": 5} for row in rows[:10]]
     a = source(write_rows(tmp_path / "a.jsonl", [*rows, *rows[:7]]))
@@ -140,13 +133,6 @@ def test_one_copy_of_equal_rows_is_kept_wherever_the_others_stand(prepared: Prep
     assert result.ledger["sources"]["a"]["fates"] == fates(kept=30, duplicate=7)
     assert result.ledger["sources"]["b"]["fates"]["duplicate"] == 10
     assert len(sides_of(result)) == 35 == len(result.train) + len(result.validation) + len(result.test)
-
-
-def test_a_smaller_cap_keeps_a_part_of_what_a_larger_one_keeps(prepared: Prepare, tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "a.jsonl", chats(90))
-    kept = [set(sides_of(prepared(source(path, rows=n), split=NONE_HELD_OUT))) for n in (10, 11, 40, 90, 500)]
-    assert [len(keys) for keys in kept] == [10, 11, 40, 90, 90]
-    assert kept[0] < kept[1] < kept[2] < kept[3] == kept[4]
 
 
 def test_longer_rows_are_dropped_or_truncated_as_the_recipe_says(
@@ -179,7 +165,7 @@ def test_rows_the_template_refuses_are_dropped_with_its_reason(prepared: Prepare
     assert {row["index"] for row in result.left_out} == {21, 22}
 
 
-def test_dropped_rows_are_kept_to_be_looked_at_five_of_each_reason(prepared: Prepare, tmp_path: Path) -> None:
+def test_five_dropped_rows_of_each_reason_are_kept_to_show(prepared: Prepare, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [*chats(20), *[{"messages": [], "n": i} for i in range(9)]])
     with path.open("a") as file:
         file.write("{broken\n")
@@ -193,9 +179,7 @@ def test_dropped_rows_are_kept_to_be_looked_at_five_of_each_reason(prepared: Pre
     assert result.left_out[-1]["text"].startswith("line 30, column 2: ")
 
 
-def test_when_nothing_is_left_the_error_counts_the_main_reasons_and_says_what_to_do(
-    prepared: Prepare, tmp_path: Path
-) -> None:
+def test_a_nothing_left_error_counts_the_main_reasons_with_advice(prepared: Prepare, tmp_path: Path) -> None:
     rows = [*[{"text": str(i)} for i in range(9)], {"messages": []}]
     with pytest.raises(DataError) as caught:
         prepared(source(write_rows(tmp_path / "a.jsonl", rows), format="messages"), into=tmp_path / "stage")
@@ -227,13 +211,6 @@ def test_an_empty_side_is_refused_and_the_share_in_the_hint_fills_it(
     assert (len(result.train), len(result.validation), len(result.test)) == (8, 0, 0)
 
 
-def test_rows_that_are_all_held_out_are_refused(prepared: Prepare, tmp_path: Path) -> None:
-    a = source(write_rows(tmp_path / "a.jsonl", chats(1)))
-    for test_share in (0.99, 0.001):
-        with pytest.raises(DataError, match="all 1 usable rows are held out"):
-            prepared(a, split=Split(validation=0.998 - test_share, test=test_share))
-
-
 def test_a_source_that_changes_while_it_is_read_is_noticed(template: Template, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", chats(120))
 
@@ -256,7 +233,7 @@ def test_preparing_again_replaces_what_was_there(prepared: Prepare, tmp_path: Pa
     assert sorted(p.name for p in stage.iterdir()) == ["ledger.json", "ledger.parquet", "left_out.jsonl", "rows"]
 
 
-def test_a_missing_or_damaged_folder_is_refused_with_the_way_out(prepared: Prepare, tmp_path: Path) -> None:
+def test_a_missing_or_damaged_folder_is_refused_with_advice(prepared: Prepare, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         Prepared.open(tmp_path)
     stage = tmp_path / "stage"
@@ -272,11 +249,7 @@ def test_a_missing_or_damaged_folder_is_refused_with_the_way_out(prepared: Prepa
 def test_a_full_disk_is_a_storage_error_and_leaves_no_rows(tmp_path: Path, tiny_folder: Path, where: str) -> None:
     write_rows(tmp_path / "a.jsonl", chats(400))
     code = (
-        "import signal, sys; from pathlib import Path; from transformers import AutoTokenizer\n"
-        "from corral.data.prepare import prepare; from corral.errors import StorageError\n"
-        "from corral.recipe import Data, Source; from corral.template import Template\n"
-        "import resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "template = Template.load(AutoTokenizer.from_pretrained(sys.argv[1]))\n"
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "def go(folder): prepare(Data(sources=(Source(path='a.jsonl'),)), template, Path(folder), 0, cache=Path('cache'))\n"
         "if sys.argv[2] == 'stage': go('before')\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))\n"
@@ -285,38 +258,28 @@ def test_a_full_disk_is_a_storage_error_and_leaves_no_rows(tmp_path: Path, tiny_
     )
     for name in ("stage", "before"):
         (tmp_path / name).mkdir()
-    command = [sys.executable, "-c", code, str(tiny_folder), where]
-    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert "nothing half-written was left" in done.stdout
-    assert where in done.stdout
+    script = start_script(code, tiny_folder, tmp_path, where)
+    output, errors = script.communicate()
+    assert script.returncode == 2, errors
+    assert "nothing half-written was left" in output
+    assert where in output
     assert not [path for path in (tmp_path / "cache").rglob("*") if ".corral-tmp-" in path.name]
     assert list((tmp_path / "stage").iterdir()) == []
 
 
-def test_progress_is_told_of_reading_and_encoding(template: Template, tmp_path: Path) -> None:
-    told: list[tuple[Any, ...]] = []
-
-    class Listener(Progress):
-        def start(self, title: str, total: int | None) -> None:
-            told.append((title, total))
-
-        def update(self, done: int, note: str = "") -> None:
-            told.append((done, note))
-
-    path = write_rows(tmp_path / "a.jsonl", chats(250))
-    data = Data(sources=(source(path, rows=150),))
-    prepare(data, template, tmp_path, 0, Listener(), cache=tmp_path / "cache")
-    assert told[:4] == [("Reading rows", None), (100, "a"), (200, "a"), ("Encoding rows", 150)]
-    done, note = told[4]
+def test_progress_reports_reading_encoding_and_writing(prepared: Prepare, tmp_path: Path) -> None:
+    a = source(write_rows(tmp_path / "a.jsonl", chats(250)), rows=150)
+    listener = Listener()
+    prepared(a, progress=listener)
+    assert listener.starts[:2] == [("Reading rows", None), ("Encoding rows", 150)]
+    assert listener.titles[2:] == ["Reading words", "Comparing with held-out rows", "Writing rows"]
+    assert listener.updates[:2] == [(100, "a"), (200, "a")]
+    done, note = listener.updates[2]
     assert done == 150
     assert re.fullmatch(r"a, [\d,]+ rows/s", note)
-    assert [what for what, _ in told[5:] if isinstance(what, str)] == [
-        "Reading words", "Comparing with held-out rows", "Writing rows",
-    ]  # fmt: skip
-    told.clear()
-    prepare(data, template, tmp_path, 0, Listener(), cache=tmp_path / "cache")
-    assert [what for what, _ in told] == ["Reading rows", "Comparing with held-out rows", "Writing rows"]
+    again = Listener()
+    prepared(a, progress=again)
+    assert again.titles == ["Reading rows", "Comparing with held-out rows", "Writing rows"]
 
 
 JUNK = st.recursive(
@@ -399,20 +362,10 @@ def test_memory_stays_flat_while_a_large_file_is_read(tiny_folder: Path, tmp_pat
     write_rows(tmp_path / "a.jsonl", (row | {"filler": filler} for row in chats(4000)))
     assert (tmp_path / "a.jsonl").stat().st_size > 80e6
     code = (
-        "import resource, sys; from pathlib import Path; from transformers import AutoTokenizer\n"
-        "from corral.data.prepare import prepare; from corral.recipe import Data, Source\n"
-        "from corral.template import Template\n"
-        "template = Template.load(AutoTokenizer.from_pretrained(sys.argv[1]))\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "from corral.system import peak_memory\n"
+        "before = peak_memory()\n"
         "prepare(Data(sources=(Source(path='a.jsonl'),)), template, Path('.'), 0, cache=Path('cache'))\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+        "print(peak_memory() - before)\n"
     )
-    command = [sys.executable, "-c", code, str(tiny_folder)]
-    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
-    grown = int(done.stdout) * resource_unit()
-    assert grown < 30e6
-
-
-def resource_unit() -> int:
-    """Bytes of one unit of ru_maxrss."""
-    return 1 if sys.platform == "darwin" else 1024
+    output, errors = start_script(code, tiny_folder, tmp_path).communicate()
+    assert int(output) < 30e6, errors

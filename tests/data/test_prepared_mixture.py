@@ -16,10 +16,9 @@ from corral.errors import DataError, GateError
 from corral.messages import Conversation
 from corral.recipe import Split
 from corral.template import Template
-from tests.data.conftest import chat, chats, prose, source, write_rows
+from tests.data.conftest import NONE_HELD_OUT, chat, chats, prose, source, write_rows
 
 Prepare = Callable[..., Prepared]
-NONE_HELD_OUT = Split(validation=0, test=0)
 
 
 def fates_of(result: Prepared, name: str = "a") -> dict[str, int]:
@@ -30,7 +29,7 @@ def table(folder: Path) -> list[dict[str, Any]]:
     return parquet.read_table(folder / "ledger.parquet").to_pylist()
 
 
-def test_near_duplicates_are_left_out_across_sources_when_asked_for(prepared: Prepare, tmp_path: Path) -> None:
+def test_near_duplicates_are_left_out_across_sources_if_the_recipe_says_so(prepared: Prepare, tmp_path: Path) -> None:
     rows = [chat(f"Question {i}: {prose(i)}", prose(100 + i)) for i in range(20)]
     nearly = [chat(f"question {i} {prose(i)}!", prose(100 + i) + " indeed") for i in range(5)]
     a = source(write_rows(tmp_path / "a.jsonl", [*rows, nearly[0], rows[3]]))
@@ -71,9 +70,7 @@ def test_numbers_of_held_out_rows_are_exact_and_in_proportion_to_the_sources(pre
         prepared(a, b, split=Split(validation=0.0001, test=30))
 
 
-def test_a_repeated_source_stands_several_times_in_training_and_once_in_the_others(
-    prepared: Prepare, tmp_path: Path
-) -> None:
+def test_a_repeated_source_is_repeated_in_training_only(prepared: Prepare, tmp_path: Path) -> None:
     a = source(write_rows(tmp_path / "a.jsonl", chats(40)), repeat=3)
     b = source(write_rows(tmp_path / "b.jsonl", chats(40, start=100)))
     result = prepared(a, b)
@@ -87,7 +84,7 @@ def test_a_repeated_source_stands_several_times_in_training_and_once_in_the_othe
     assert set(firsts) == {e.key for e in once.train}
 
 
-def test_weights_make_the_largest_mixture_with_these_parts_and_the_rest_is_not_sampled(
+def test_weights_make_the_largest_mixture_in_proportion_and_the_rest_is_not_sampled(
     prepared: Prepare, tmp_path: Path
 ) -> None:
     a = source(write_rows(tmp_path / "a.jsonl", [*chats(100), chats(1)[0], {"messages": []}]), weight=1)
@@ -111,19 +108,7 @@ def test_weights_make_the_largest_mixture_with_these_parts_and_the_rest_is_not_s
     assert "training_share" in plain.ledger["sources"]["a"]
 
 
-def test_a_smaller_weight_keeps_a_part_of_what_a_larger_one_keeps(prepared: Prepare, tmp_path: Path) -> None:
-    a = source(write_rows(tmp_path / "a.jsonl", chats(60)))
-    b = source(write_rows(tmp_path / "b.jsonl", chats(60, start=100)))
-    kept: list[set[str]] = []
-    for weight in (0.1, 0.25, 0.5, 1):
-        weighted = (source.model_copy(update={"weight": w}) for source, w in ((a, weight), (b, 1)))
-        mixed = prepared(*weighted, split=NONE_HELD_OUT)
-        kept.append({e.key for e in mixed.train if e.source == "a"})
-    assert [len(keys) for keys in kept] == [6, 15, 30, 60]
-    assert kept[0] < kept[1] < kept[2] < kept[3]
-
-
-def test_a_repeated_source_goes_further_in_a_mixture(prepared: Prepare, tmp_path: Path) -> None:
+def test_a_repeated_source_lasts_longer_in_a_mixture(prepared: Prepare, tmp_path: Path) -> None:
     a = source(write_rows(tmp_path / "a.jsonl", chats(60)), weight=3)
     b = source(write_rows(tmp_path / "b.jsonl", chats(10, start=100)), weight=1, repeat=2)
     mixed = prepared(a, b, split=NONE_HELD_OUT)
@@ -133,7 +118,7 @@ def test_a_repeated_source_goes_further_in_a_mixture(prepared: Prepare, tmp_path
     assert Counter(e.source for e in once.train) == {"a": 30, "b": 10}
 
 
-def test_a_weight_is_no_loss_and_does_not_hide_one(prepared: Prepare, tmp_path: Path) -> None:
+def test_a_weight_neither_counts_as_loss_nor_hides_one(prepared: Prepare, tmp_path: Path) -> None:
     a = source(write_rows(tmp_path / "a.jsonl", [*chats(90), *[{"messages": []}] * 10]), weight=1)
     b = source(write_rows(tmp_path / "b.jsonl", chats(90, start=100)), weight=9)
     mixed = prepared(a, b, split=NONE_HELD_OUT, max_loss=0.06)
@@ -145,7 +130,7 @@ def test_a_weight_is_no_loss_and_does_not_hide_one(prepared: Prepare, tmp_path: 
     assert "beyond the weight" not in caught.value.what
 
 
-def test_a_weight_of_a_source_without_rows_to_train_on_is_refused(prepared: Prepare, tmp_path: Path) -> None:
+def test_a_weighted_source_without_training_rows_is_refused(prepared: Prepare, tmp_path: Path) -> None:
     a = source(write_rows(tmp_path / "a.jsonl", chats(20)), weight=1)
     b = source(write_rows(tmp_path / "b.jsonl", chats(20)), weight=2)
     with pytest.raises(DataError, match="'b' has the weight 2 and no row to train on") as caught:
@@ -178,7 +163,7 @@ def test_training_rows_that_share_passages_with_held_out_rows_are_reported_or_dr
     assert prepared(a, split=split, contamination="ignore").ledger["sources"]["a"]["contaminated"] == 0
 
 
-def test_too_great_a_loss_stops_before_training_and_names_the_worst_reasons(prepared: Prepare, tmp_path: Path) -> None:
+def test_too_many_losses_stop_the_run_and_list_the_worst_reasons(prepared: Prepare, tmp_path: Path) -> None:
     rows = [*chats(90), *[{"messages": []}] * 4, *[chat(f"Long {i}?", "yes " * 300) for i in range(6)]]
     a, stage = source(write_rows(tmp_path / "a.jsonl", rows)), tmp_path / "stage"
     with pytest.raises(GateError) as caught:
@@ -197,7 +182,7 @@ def test_too_great_a_loss_stops_before_training_and_names_the_worst_reasons(prep
         prepared(a, max_loss=0.05, overlong="truncate")
 
 
-def test_rows_left_out_on_purpose_are_no_loss_and_a_cap_scales_the_unreadable_ones(
+def test_rows_left_out_on_purpose_are_not_lost_and_a_cap_scales_unreadable_rows(
     prepared: Prepare, tmp_path: Path
 ) -> None:
     rows = [*chats(100), *chats(50), *[{"messages": []}] * 20]

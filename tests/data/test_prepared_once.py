@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ from corral.progress import Progress
 from corral.recipe import Data, Split
 from corral.storage import tree_hashes
 from corral.template import Template
-from tests.data.conftest import chat, chats, source, write_rows
+from tests.data.conftest import Listener, chat, chats, source, start_script, write_rows
 
 Prepare = Callable[..., Prepared]
 
@@ -61,7 +58,7 @@ def test_any_number_of_workers_gives_the_same_bytes(prepared: Prepare, tmp_path:
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_what_was_in_the_cache_before_does_not_show(prepared: Prepare, tmp_path: Path) -> None:
+def test_the_result_does_not_depend_on_the_state_of_the_cache(prepared: Prepare, tmp_path: Path) -> None:
     a, b = mixed_sources(tmp_path)
     for cap in (20, 45, 7):
         prepared(a.model_copy(update={"rows": cap}), b, seed=cap)
@@ -72,21 +69,14 @@ def test_what_was_in_the_cache_before_does_not_show(prepared: Prepare, tmp_path:
 
 @pytest.mark.usefixtures("small_chunks")
 def test_another_cap_encodes_only_rows_that_were_not_encoded_and_another_split_none(
-    template: Template, tmp_path: Path
+    prepared: Prepare, tmp_path: Path
 ) -> None:
     path, cache = write_rows(tmp_path / "a.jsonl", chats(100)), tmp_path / "cache"
-    told: list[tuple[str, int | None]] = []
-
-    class Listener(Progress):
-        def start(self, title: str, total: int | None) -> None:
-            told.append((title, total))
 
     def encoded(cap: int | None, split: Split, seed: int = 0) -> int | None:
-        told.clear()
-        (tmp_path / "out").mkdir(exist_ok=True)
-        data = Data(sources=(source(path, rows=cap),), split=split)
-        prepare(data, template, tmp_path / "out", seed, Listener(), cache=cache)
-        return dict(told).get("Encoding rows")
+        listener = Listener()
+        prepared(source(path, rows=cap), split=split, seed=seed, cache=cache, progress=listener)
+        return dict(listener.starts).get("Encoding rows")
 
     usual = Split(validation=0.2, test=0.2)
     assert encoded(40, usual) == 40
@@ -108,15 +98,12 @@ def test_another_template_or_length_makes_new_tokens_only(
     assert kinds(cache) == {"rows": 1, "tokens": 2, "words": 1}
     source_text = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
     source_text += "{% endgeneration %}{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
-    other = Template(tiny_tokenizer, source_text, "plain")
-    (tmp_path / "other").mkdir()
-    data = Data(sources=(source(path),), split=Split(validation=0.2, test=0.2))
-    prepare(data, other, tmp_path / "other", 0, cache=cache)
+    prepared(source(path), cache=cache, template=Template(tiny_tokenizer, source_text, "plain"))
     assert kinds(cache) == {"rows": 1, "tokens": 3, "words": 1}
     assert before < files(cache)
 
 
-def test_other_content_or_another_format_is_read_anew_and_another_name_or_place_is_not(
+def test_other_content_or_format_is_read_again_and_another_name_or_path_is_not(
     prepared: Prepare, tmp_path: Path
 ) -> None:
     path, cache = write_rows(tmp_path / "a.jsonl", chats(40)), tmp_path / "cache"
@@ -134,7 +121,9 @@ def test_other_content_or_another_format_is_read_anew_and_another_name_or_place_
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_interrupted_run_goes_on_from_its_finished_pieces(template: Template, tmp_path: Path, workers: int) -> None:
+def test_an_interrupted_run_continues_from_its_finished_chunks(
+    template: Template, tmp_path: Path, workers: int
+) -> None:
     data = Data(sources=(source(write_rows(tmp_path / "a.jsonl", chats(100))),))
     cache, out = tmp_path / "cache", tmp_path / "out"
     out.mkdir()
@@ -178,19 +167,13 @@ def test_damaged_rows_in_the_cache_are_read_again(prepared: Prepare, tmp_path: P
 
 def test_two_processes_may_prepare_the_same_rows_at_the_same_time(tiny_folder: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl", chats(600))
-    code = (
-        "import sys; from pathlib import Path; from transformers import AutoTokenizer\n"
-        "from corral.data.prepare import prepare; from corral.recipe import Data, Source\n"
-        "from corral.template import Template\n"
-        "template = Template.load(AutoTokenizer.from_pretrained(sys.argv[1]))\n"
-        "prepare(Data(sources=(Source(path='a.jsonl'),)), template, Path(sys.argv[2]), 0, cache=Path('cache'))\n"
-    )
-    running = []
+    code = "prepare(Data(sources=(Source(path='a.jsonl'),)), template, Path(sys.argv[2]), 0, cache=Path('cache'))"
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        command = [sys.executable, "-c", code, str(tiny_folder), name]
-        running.append(subprocess.Popen(command, cwd=tmp_path, env=dict(os.environ)))
-    assert [process.wait() for process in running] == [0, 0]
+    running = [start_script(code, tiny_folder, tmp_path, name) for name in ("one", "two")]
+    for process in running:
+        process.communicate()
+    assert [process.returncode for process in running] == [0, 0]
     assert tree_hashes(tmp_path / "one") == tree_hashes(tmp_path / "two")
     assert kinds(tmp_path / "cache") == {"rows": 1, "tokens": 1, "words": 1}
 

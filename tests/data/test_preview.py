@@ -26,7 +26,7 @@ def pieces_of(template: Template, conversation: Conversation, kept: int = 10**6)
 
 
 @given(st.text(min_size=1, max_size=40), st.text(min_size=1, max_size=40))
-def test_the_pieces_are_the_text_token_by_token_also_where_a_character_spans_several(
+def test_the_pieces_are_the_text_also_where_a_character_spans_several_tokens(
     template: Template, question: str, answer: str
 ) -> None:
     conversation = Conversation.from_turns(("user", question), ("assistant", answer))
@@ -130,7 +130,7 @@ class Checker(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_is_whole_fetches_nothing_and_escapes_what_rows_hold(mixed: Prepared, template: Template) -> None:
+def test_the_page_is_well_formed_fetches_nothing_and_escapes_values(mixed: Prepared, template: Template) -> None:
     page = to_html(mixed, template, rows=60)
     checker = Checker()
     checker.feed(page)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,20 +18,10 @@ from corral.messages import Record
 from corral.progress import Progress
 from corral.recipe import Data, Split
 from corral.template import Template
-from tests.data.conftest import chat, chats, prose, source, write_rows
+from tests.data.conftest import Listener, chat, chats, prose, source, write_rows
 
 Planned = Callable[..., list[SourcePlan]]
 TRAIN, VALIDATION, TEST = range(3)
-
-
-@dataclass
-class Listener(Progress):
-    """Remembers which pieces of work began."""
-
-    titles: list[str] = field(default_factory=list[str])
-
-    def start(self, title: str, total: int | None) -> None:
-        self.titles.append(title)
 
 
 def data_of(plans: list[SourcePlan], **settings: Any) -> Data:
@@ -55,7 +44,7 @@ def chosen(plans: list[SourcePlan], **settings: Any) -> list[list[str]]:
 # ---- chosen
 
 
-def test_the_first_row_of_equal_ones_is_chosen_and_the_others_are_copies(planned: Planned, tmp_path: Path) -> None:
+def test_the_first_of_equal_rows_is_chosen_and_the_others_are_copies(planned: Planned, tmp_path: Path) -> None:
     one, two, three = chat(prose(1), prose(2)), chat(prose(3), prose(4)), chat(prose(5), prose(6))
     nearly_one = chat(prose(1), prose(2) + " indeed")
     a = source(write_rows(tmp_path / "a.jsonl", [one, two, one, nearly_one]))
@@ -73,7 +62,7 @@ def test_the_first_row_of_equal_ones_is_chosen_and_the_others_are_copies(planned
     assert chosen(planned(b, a), duplicates="near")[0] == ["open", "open", "open", "near duplicate"]
 
 
-def test_copies_take_no_place_under_a_cap_and_say_so(planned: Planned, tmp_path: Path) -> None:
+def test_copies_do_not_count_towards_a_cap(planned: Planned, tmp_path: Path) -> None:
     a = source(write_rows(tmp_path / "a.jsonl", chats(10) * 2), rows=7)
     b = source(write_rows(tmp_path / "b.jsonl", chats(10)))
     plans = planned(a, b)
@@ -122,7 +111,7 @@ def test_a_row_is_overlong_from_the_first_token_beyond_the_limit(
     assert all(int(plan.tokens[0]) == length for plan in cut), "the length is that before the cut"
 
 
-def test_each_way_to_be_untrainable_has_its_fate_reason_and_figures(judged: Callable[..., SourcePlan]) -> None:
+def test_each_untrainable_row_has_its_fate_reason_and_token_counts(judged: Callable[..., SourcePlan]) -> None:
     rows = [chat("Hi?", "Yes."), chat("long " * 60, "Yes."), chat("Hi?", "yes " * 60), chat("no character \ufdd0", "x")]
     cut = judged(rows, max_length=60, overlong="truncate")
     assert fates(cut) == ["kept", "fully masked", "truncated", "dropped"]
@@ -138,7 +127,7 @@ def test_each_way_to_be_untrainable_has_its_fate_reason_and_figures(judged: Call
     assert (dropped.tokens[1:3] > 60).all()
 
 
-def test_a_pair_is_truncated_where_one_answer_is_cut_and_fully_masked_where_the_prompt_fills_all(
+def test_a_pair_is_truncated_if_an_answer_is_cut_and_fully_masked_if_the_prompt_fills_it(
     judged: Callable[..., SourcePlan],
 ) -> None:
     asked = [{"role": "user", "content": "Hi?"}]
@@ -185,7 +174,7 @@ def test_only_what_is_missing_is_computed(planned: Planned, tmp_path: Path) -> N
 # ---- sides, shared passages, weights
 
 
-def test_only_rows_to_be_used_get_a_side(planned: Planned, template: Template, tmp_path: Path) -> None:
+def test_only_kept_and_truncated_rows_get_a_side(planned: Planned, template: Template, tmp_path: Path) -> None:
     rows = [*chats(30), *chats(5), *[chat(f"{i} " * 80, "x") for i in range(5)]]
     rows += [chat(f"Long {i}?", "yes " * 80) for i in range(5)]
     plans = planned(source(write_rows(tmp_path / "a.jsonl", rows)), max_length=80)
@@ -223,14 +212,14 @@ def test_shared_passages_mark_training_rows_and_never_held_out_ones(planned: Pla
         assert bool(listener.titles) == (contamination != "ignore")
 
 
-def test_without_held_out_rows_there_is_nothing_to_compare_with(planned: Planned, tmp_path: Path) -> None:
+def test_without_held_out_rows_nothing_is_compared(planned: Planned, tmp_path: Path) -> None:
     plan = on_sides(planned, tmp_path / "a.jsonl", [TRAIN] * 8)
     listener = Listener()
     selection.mark_contaminated([plan], data_of([plan], contamination="drop"), WorkerPool(listener, 1))
     assert (listener.titles, fates(plan)) == ([], ["kept"] * 8)
 
 
-def test_a_weight_takes_training_rows_only_and_remembers_that_they_were_good(planned: Planned, tmp_path: Path) -> None:
+def test_a_weight_takes_out_training_rows_only_and_marks_them(planned: Planned, tmp_path: Path) -> None:
     sources = [
         source(write_rows(tmp_path / f"{name}.jsonl", chats(20, start)), weight=weight)
         for name, start, weight in (("a", 0, 1), ("b", 100, 2))
@@ -250,7 +239,7 @@ def test_a_weight_takes_training_rows_only_and_remembers_that_they_were_good(pla
     assert all("weight 1 of 3" in str(why) for why, out in zip(reasons(a), beyond, strict=True) if out)
 
 
-def test_without_weights_nothing_is_weighed_out(planned: Planned, tmp_path: Path) -> None:
+def test_without_weights_no_row_is_beyond_one(planned: Planned, tmp_path: Path) -> None:
     plan = on_sides(planned, tmp_path / "a.jsonl", [TRAIN] * 8)
     selection.apply_weights([plan], 0)
     assert (fates(plan), plan.beyond_weight.any()) == (["kept"] * 8, False)

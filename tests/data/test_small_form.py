@@ -46,7 +46,7 @@ def recipe(path: str, more: str = "") -> Recipe:
     return parse(TOML.format(path=path, more=more), where="test")
 
 
-def test_every_named_data_set_has_made_up_rows_of_its_columns() -> None:
+def test_every_public_data_set_has_sample_rows_with_its_columns() -> None:
     hub = {name: entry for name, entry in PUBLIC_DATASETS.items() if entry.hub_ids}
     assert len(hub) == 15
     for name, entry in hub.items():
@@ -55,7 +55,7 @@ def test_every_named_data_set_has_made_up_rows_of_its_columns() -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLE_ROWS)
-def test_made_up_rows_are_read_by_their_format_and_all_differ(name: str, tiny_tokenizer: Any) -> None:
+def test_sample_rows_are_read_by_their_format_and_all_differ(name: str, tiny_tokenizer: Any) -> None:
     rows = [json.loads(json.dumps(SAMPLE_ROWS[name](i))) for i in range(ROWS_PER_SOURCE)]
     records = [FORMATS[name](row) for row in rows]
     assert len({record_key(record) for record in records}) == ROWS_PER_SOURCE
@@ -101,13 +101,13 @@ def test_a_small_form_is_the_same_each_time(tmp_path: Path) -> None:
     assert one.data.sources[0].label == "hub:arcee-ai/The-Tome@abc"
 
 
-def test_a_source_that_is_there_already_is_only_cut(tmp_path: Path) -> None:
+def test_a_local_source_is_only_capped(tmp_path: Path) -> None:
     form = shrink_recipe(recipe("asset:wikibooks-recipes", 'format = "wikibooks-recipes"'), tmp_path)
     source = form.data.sources[0]
     assert (source.path, source.rows) == ("asset:wikibooks-recipes", ROWS_PER_SOURCE)
 
 
-def test_an_unknown_source_elsewhere_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_an_unknown_remote_source_is_refused_with_advice(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no small form") as caught:
         shrink_recipe(recipe("hub:owner/unheard-of"), tmp_path)
     assert "format" in (caught.value.hint or "")

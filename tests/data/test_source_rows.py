@@ -11,7 +11,7 @@ from corral.data.source_rows import SourceRows, load_source_rows
 from corral.errors import DataError
 from corral.messages import Conversation, record_key, record_to_json
 from corral.progress import Progress
-from tests.data.conftest import chat, chats, source, write_rows
+from tests.data.conftest import Listener, chat, chats, source, write_rows
 
 
 def rows_of(path: Path, **settings: object) -> SourceRows:
@@ -34,24 +34,19 @@ def test_usable_rows_are_kept_as_records_and_the_others_with_their_reasons(tmp_p
     assert [json.loads(line) for line in found.record_lines(some)] == [record_to_json(records[i]) for i in some]
 
 
-def test_a_second_look_reads_the_cache_and_not_the_source(tmp_path: Path) -> None:
+def test_a_second_load_reads_the_cache_and_not_the_source(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", chats(60))
-    told: list[int] = []
-
-    class Listener(Progress):
-        def update(self, done: int, note: str = "") -> None:
-            told.append(done)
-
+    listener = Listener()
     many = source(write_rows(path, chats(250)))
-    first = load_source_rows(many, tmp_path / "cache", Listener())
-    assert told == [100, 200]
-    again = load_source_rows(many, tmp_path / "cache", Listener())
-    assert told == [100, 200]
+    first = load_source_rows(many, tmp_path / "cache", listener)
+    assert [done for done, _ in listener.updates] == [100, 200]
+    again = load_source_rows(many, tmp_path / "cache", listener)
+    assert [done for done, _ in listener.updates] == [100, 200]
     assert again.identity == first.identity
     assert (np.asarray(again.keys) == np.asarray(first.keys)).all()
 
 
-def test_every_row_keeps_its_own_reason_and_each_kind_is_shown_a_few_times(tmp_path: Path) -> None:
+def test_every_row_keeps_its_reason_and_each_kind_has_a_few_examples(tmp_path: Path) -> None:
     rows = [chat("a", "b"), *({"messages": [{"role": f"r{i}", "content": "x"}]} for i in range(400))]
     found = rows_of(write_rows(tmp_path / "a.jsonl", rows), format="messages")
     assert len(found.unusable) == 400
@@ -60,7 +55,7 @@ def test_every_row_keeps_its_own_reason_and_each_kind_is_shown_a_few_times(tmp_p
     assert len(found.examples) == EXAMPLES_PER_REASON
 
 
-def test_rows_of_which_nothing_is_known_are_refused_with_their_columns(tmp_path: Path) -> None:
+def test_rows_of_an_unknown_format_are_refused_with_their_columns(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         rows_of(write_rows(tmp_path / "a.jsonl", [{"foo": 1, "bar": 2}] * 3))
     assert "foo" in str(caught.value)

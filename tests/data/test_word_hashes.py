@@ -13,7 +13,7 @@ def test_words_are_letters_and_digits_in_lower_case_whatever_stands_between() ->
     assert len(word_hashes("… !? 🙂")) == 0
 
 
-def test_system_messages_do_not_count_and_the_prompt_is_what_stands_before_the_answer() -> None:
+def test_system_messages_are_ignored_and_the_prompt_is_all_before_the_answer() -> None:
     turns = Conversation.from_turns(("system", "be nice"), ("user", "a b"), ("assistant", "c"), ("user", "d e"))
     whole, asked = record_words(turns.add("assistant", "f g h"))
     assert (len(whole), asked) == (8, 5)

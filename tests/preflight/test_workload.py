@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from corral.data.example_store import ExampleStore, ExampleWriter
 from corral.data.packing import pack_sequences
 from corral.preflight.workload import Workload
 from corral.recipe import Train
 from corral.training.sampler import BatchSampler
+from tests.data.conftest import write_examples
 from tests.training.tiny import make_examples
 
 
@@ -19,12 +19,7 @@ from tests.training.tiny import make_examples
 def prepared(encoded_rows: list[Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
     sides = {}
     for name, rows in (("train", encoded_rows[4:]), ("validation", encoded_rows[:4])):
-        folder = tmp_path_factory.mktemp("rows") / name
-        with ExampleWriter(folder, 3) as writer:
-            for example in make_examples(rows):
-                writer.add(example, truncated=False)
-            writer.finish()
-        sides[name] = ExampleStore(folder)
+        sides[name] = write_examples(tmp_path_factory.mktemp("rows") / name, make_examples(rows), seed=3)
     return SimpleNamespace(**sides)
 
 

@@ -71,8 +71,8 @@ def choose_format(source: Source, rows: Sequence[Mapping[str, Any]]) -> ChosenFo
         source: the recipe's section.
         rows: its first readable rows.
 
-    Raises:
-        DataError: the name or the mapping is invalid, the rows match no format, or their scale or numbering is ambiguous.
+    Raises DataError if the name or the mapping is invalid, the rows match no format, or their scale or numbering is
+    ambiguous.
     """
     if source.mapping is None or has_only_score_range(source.mapping):
         name, why = _name_format(source, rows)

@@ -54,8 +54,7 @@ class TextPattern:
     def parse(cls, name: str, source: str, where: str = _WHERE) -> TextPattern:
         """Parse a setting's text; `where` is the table that holds the setting.
 
-        Raises:
-            DataError: a brace is not paired, or a placeholder names no column.
+        Raises DataError if a brace is not paired, or a placeholder names no column.
         """
         parts: list[str | Path] = []
         end = 0
@@ -200,9 +199,8 @@ def compile_mapping(
         rows: the first rows of the source.
         where: the table, for errors.
 
-    Raises:
-        DataError: a text cannot be parsed; the keys make no record; a column is in none of the rows; or the scale of the
-            scores cannot be inferred.
+    Raises DataError if a text cannot be parsed, the keys make no record, or a column is in none of the rows, or the scale
+    of the scores cannot be inferred.
     """
     given = settings.model_dump(exclude={"score_range", "role", "content", "roles"}, exclude_none=True)
     _check_keys(settings, where)

@@ -121,8 +121,7 @@ def _checked(name: str, labels: list[Any], options: list[Any]) -> tuple[list[str
 def infer_numbering(rows: Iterable[Mapping[str, Any]], where: str) -> tuple[AnswerNumbering, str]:
     """(what the numbers in a source's answers mean, a note on it), inferred from its first rows.
 
-    Raises:
-        DataError: options are counted from 0 in some rows and from 1 in others.
+    Raises DataError if options are counted from 0 in some rows and from 1 in others.
     """
     from_0 = from_1 = numbers = only_position = only_text = False
     for row in rows:

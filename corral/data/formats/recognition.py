@@ -226,8 +226,7 @@ def recognise(rows: Sequence[Mapping[str, Any]], where: str = "data.sources") ->
         rows: the first rows of a source.
         where: the source, for errors.
 
-    Raises:
-        DataError: no format matches, or two that use different columns.
+    Raises DataError if no format matches, or two that use different columns.
     """
     if not rows:
         raise DataError("there is no row to tell the format from", where=where, hint="name it with `format`")

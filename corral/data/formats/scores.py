@@ -98,8 +98,7 @@ def infer_scale(values: Iterable[Any], name: str, where: str, advice: str = "") 
         where: the source, for errors.
         advice: added to the hint of the error.
 
-    Raises:
-        DataError: the scale is ambiguous.
+    Raises DataError if the scale is ambiguous.
     """
     numbers = [parse_judgement(value, name) for value in values if is_judgement(value)]
     outside = [number for number in numbers if not 0 <= number <= 1]

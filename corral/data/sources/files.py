@@ -162,8 +162,7 @@ def require_kind(name: str, where: str) -> tuple[str, str]:
 def select_row_files(names: list[str], where: str, say: Callable[[str], None]) -> list[str]:
     """The file names below a folder that hold rows, sorted. Hidden files are ignored; others of unknown kinds are reported.
 
-    Raises:
-        DataError: there are none, or of several kinds, as the same rows in two kinds would count twice.
+    Raises DataError if there are none, or of several kinds, as the same rows in two kinds would count twice.
     """
     visible = sorted(name for name in names if not any(part.startswith((".", "_")) for part in name.split("/")))
     kinds = {name: kind[0] for name in visible if (kind := parse_kind(name))}

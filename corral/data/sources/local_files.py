@@ -20,8 +20,7 @@ _CLOCK_TICK = 2 * 10**9  # nanoseconds: the coarsest disks tell times of change 
 def find_local_files(spec: str, say: Callable[[str], None]) -> list[SourceFile]:
     """The files of a path. `say` reports files in a folder that are left out, and which of several files are empty.
 
-    Raises:
-        DataError: there are none, all are empty, or one is of an unknown kind.
+    Raises DataError if there are none, all are empty, or one is of an unknown kind.
     """
     path = Path(spec)
     try:

@@ -119,7 +119,7 @@ def test_sharegpt_is_read_in_every_spelling(user: str, assistant: str, author: s
 
 
 @pytest.mark.parametrize("function", [openai_messages, sharegpt])
-def test_a_system_column_comes_first_and_is_not_said_twice(function: Any) -> None:
+def test_a_system_column_comes_first_and_is_not_repeated(function: Any) -> None:
     expected = Conversation.from_turns(("system", "Be brief."), ("user", "Hello?"), ("assistant", "Hello."))
     turns = [USER, ASSISTANT]
     assert function({"messages": turns, "system": "Be brief."}) == expected
@@ -140,7 +140,7 @@ def test_a_system_column_comes_first_and_is_not_said_twice(function: Any) -> Non
         {"role": "assistant", "tool_calls": [{"id": 1}]},
     ],
 )
-def test_a_conversation_in_which_tools_are_called_is_left_out_whole_and_the_reason_says_so(
+def test_a_conversation_with_tool_calls_is_refused_with_that_reason(
     call: dict[str, Any],
 ) -> None:
     turns = [{"role": "user", "content": "Weather?"}, call, {"role": "assistant", "content": "Fine."}]
@@ -149,7 +149,7 @@ def test_a_conversation_in_which_tools_are_called_is_left_out_whole_and_the_reas
             assert reason(function, {"messages": turns}) == "tools are called in the conversation: it is left out whole"
 
 
-def test_a_null_list_beside_a_good_one_is_passed_over() -> None:
+def test_a_null_list_is_skipped_if_another_column_has_one() -> None:
     assert openai_messages({"messages": None, "conversations": [USER, ASSISTANT]}).answered
     assert reason(openai_messages, {"messages": None}) == "messages is null: expected a list"
 
@@ -173,7 +173,7 @@ def test_a_dialogue_of_hh_is_split_at_its_speakers() -> None:
         (["\n\nHuman: Hi"], "chosen is a list: expected text"),
     ],
 )
-def test_a_dialogue_that_is_none_is_refused(chosen: Any, expected: str) -> None:
+def test_an_invalid_dialogue_is_refused(chosen: Any, expected: str) -> None:
     assert reason(hh_chosen, {"chosen": chosen}) == expected
 
 

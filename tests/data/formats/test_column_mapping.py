@@ -92,12 +92,12 @@ def test_a_row_that_cannot_fill_a_text_is_refused(source: str, expected: str) ->
     ],
     ids=str.split("surrogate NUL NaN infinity digits lists"),
 )
-def test_a_value_that_is_no_text_is_refused(value: Any, expected: str) -> None:
+def test_a_value_that_is_not_text_is_refused(value: Any, expected: str) -> None:
     assert reason(TextPattern.parse("prompt", "Say {title}").fill, {"title": value}) == expected
 
 
 @pytest.mark.parametrize("source", ["{", "}", "{title", "title}", "{{title}", "{title}}", "{a{b}}", "a } b"])
-def test_a_brace_without_its_other_half_is_refused(source: str) -> None:
+def test_an_unpaired_brace_is_refused(source: str) -> None:
     with pytest.raises(DataError, match="without its other half") as caught:
         TextPattern.parse("prompt", source)
     assert caught.value.where == "data.sources.mapping.prompt"
@@ -112,7 +112,7 @@ def test_a_placeholder_that_names_nothing_is_refused(source: str) -> None:
         TextPattern.parse("prompt", source)
 
 
-def test_the_keys_given_say_what_a_row_becomes() -> None:
+def test_the_keys_of_a_mapping_decide_the_record() -> None:
     prompt = Conversation.from_turns(("user", "Hats"))
     conversation = compiled(Mapping(prompt="{title}", completion="{n}"), [ROW])
     assert conversation(ROW) == prompt.add("assistant", "3")
@@ -170,7 +170,7 @@ def test_a_mapping_that_makes_no_record_is_refused(settings_: dict[str, Any], wh
     assert caught.value.hint
 
 
-def test_an_unknown_column_is_answered_with_the_nearest_and_with_all() -> None:
+def test_an_unknown_column_error_suggests_the_nearest_and_lists_all() -> None:
     with pytest.raises(DataError) as caught:
         compiled(Mapping(prompt="{titel}", completion="{n}"), [{"n": 1}, {"title": "x"}])
     assert caught.value.hint == "did you mean {title}? the columns are 'n', 'title'"
@@ -218,7 +218,7 @@ def test_doubled_braces_write_any_text_as_it_is(text: str) -> None:
     assert "".join(map(str, parts)) == text
 
 
-def test_a_mapping_compares_by_what_it_says() -> None:
+def test_equal_mappings_compile_to_equal_values() -> None:
     settings_ = Mapping(prompt="{title}", completion="{n}")
     assert isinstance(compiled(settings_, []), ColumnMapping)
     assert compiled(settings_, []) == compiled(settings_, [ROW])
@@ -234,13 +234,15 @@ DIALOGUE = [
 
 @pytest.mark.parametrize("column", ["talk.turns", "{talk.turns}"])
 def test_messages_are_read_with_the_keys_and_roles_that_the_mapping_names(column: str) -> None:
-    said = Conversation.from_turns(("user", "Which?"), ("assistant", "Red."), ("user", "Why?"), ("assistant", "It is."))
+    expected = Conversation.from_turns(
+        ("user", "Which?"), ("assistant", "Red."), ("user", "Why?"), ("assistant", "It is.")
+    )
     given = Mapping(messages=column, role="who", content="said", roles={"caller": "user", "Desk": "assistant"})
     for turns in (DIALOGUE, json.dumps(DIALOGUE)):
         row = {"about": "hats", "talk": {"turns": turns}}
-        assert compiled(given, [row])(row) == said
+        assert compiled(given, [row])(row) == expected
         with_system = given.model_copy(update={"system": "Of {about}."})
-        assert compiled(with_system, [row])(row) == Conversation((Message("system", "Of hats."), *said.messages))
+        assert compiled(with_system, [row])(row) == Conversation((Message("system", "Of hats."), *expected.messages))
     assert compiled(given, [row]).record_type == "a conversation"
     assert reason(compiled(given, []), {"talk": {"turns": [{"who": "x", "said": "y"}]}}).startswith(
         "talk.turns.0.who is 'x': expected system, user or assistant, another word for them, or one of the mapping's"
@@ -263,7 +265,7 @@ def test_a_mapping_of_messages_that_makes_no_record_is_refused(settings_: dict[s
     assert caught.value.what.startswith(what)
 
 
-def test_a_null_in_a_text_is_an_empty_cell() -> None:
+def test_a_null_counts_as_an_empty_text() -> None:
     mapped = compiled(Mapping(prompt="{title}\n{body}", completion="{a}"), [])
     rows: list[dict[str, Any]] = [{"title": "T", "body": body, "a": "A"} for body in (None, "")]
     assert mapped(rows[0]) == mapped(rows[1]) == Conversation.from_turns(("user", "T\n"), ("assistant", "A"))
@@ -271,14 +273,14 @@ def test_a_null_in_a_text_is_an_empty_cell() -> None:
         assert reason(mapped, {"title": "T", "body": "B", "a": blank}) == "completion is empty"
 
 
-def test_the_scale_of_scores_is_stated_or_told_from_the_rows_or_refused() -> None:
+def test_the_scale_of_scores_is_stated_or_inferred_or_refused() -> None:
     judged = Mapping(prompt="{q}", completion="{a}", score="{s}")
 
     def rows(*scores: Any) -> list[dict[str, Any]]:
         return [{"q": "x", "a": "y", "s": score} for score in scores]
 
-    mapped, said = compile_mapping(judged, rows(1, -1, "-1"))
-    assert said == "; `s` is -1 for the worst and 1 for the best"
+    mapped, note = compile_mapping(judged, rows(1, -1, "-1"))
+    assert note == "; `s` is -1 for the worst and 1 for the best"
     assert [mapped(row) for row in rows(-1, 1)] == [
         Feedback(Conversation.from_turns(("user", "x")), "y", score) for score in (0.0, 1.0)
     ]

@@ -30,7 +30,7 @@ def test_options_and_answer_are_read_in_every_form(options: dict[str, Any], answ
     assert multiple_choice(QUESTION | options | {"answer": answer}) == EXPECTED
 
 
-def test_labels_of_the_data_set_are_known_and_written_as_letters() -> None:
+def test_option_labels_are_matched_and_written_as_letters() -> None:
     row = QUESTION | {"choices": {"label": ["1", "2"], "text": ["red", "blue"]}, "answerKey": "2"}
     asked = ("user", "Which?\n\nA. red\nB. blue")
     assert multiple_choice(row) == Conversation.from_turns(asked, ("assistant", "B. blue"))
@@ -57,7 +57,7 @@ def test_labels_of_the_data_set_are_known_and_written_as_letters() -> None:
         ({"choices": {"label": [1, 2], "text": ["red", "blue"]}}, "a label in choices is a number: expected text"),
     ],
 )
-def test_what_is_no_question_with_options_is_refused(changes: dict[str, Any], expected: str) -> None:
+def test_an_invalid_multiple_choice_row_is_refused(changes: dict[str, Any], expected: str) -> None:
     assert reason(multiple_choice, QUESTION | {"choices": ["red", "blue"], "answer": 0} | changes) == expected
 
 
@@ -70,20 +70,20 @@ def rows(answers: list[Any], **changes: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", [int, float, str])
 @pytest.mark.parametrize(
-    ("answers", "expected", "said"),
+    ("answers", "expected", "note"),
     [
         ([1, 2, 3, 4], AnswerNumbering(1, True, True), "; answers are counted from 1"),
         ([0, 1, 2, 3], AnswerNumbering(0, True, True), "; answers are counted from 0"),
         ([1, 2, 3], AnswerNumbering(0, False, True), "; answers are counted from 0"),
     ],
 )
-def test_the_first_rows_say_from_where_options_are_counted(
-    answers: list[int], expected: AnswerNumbering, said: str, kind: type
+def test_the_first_rows_decide_where_options_are_counted_from(
+    answers: list[int], expected: AnswerNumbering, note: str, kind: type
 ) -> None:
-    assert infer_numbering(rows([kind(answer) for answer in answers]), "a") == (expected, said)
+    assert infer_numbering(rows([kind(answer) for answer in answers]), "a") == (expected, note)
 
 
-def test_letters_texts_and_labels_say_nothing_of_numbers() -> None:
+def test_letters_texts_and_labels_do_not_decide_the_numbering() -> None:
     assert infer_numbering(rows(["A", "z", "B"]), "a") == (AnswerNumbering(), "")
     labelled = {"label": ["1", "2"], "text": ["red", "blue"]}
     assert infer_numbering(rows(["1", 2], choices=labelled), "a") == (AnswerNumbering(), "")
@@ -95,7 +95,7 @@ def test_answers_counted_from_0_and_from_1_at_once_are_refused() -> None:
         infer_numbering(rows([0, 1, 4]), "a")
 
 
-def test_a_row_that_contradicts_the_first_rows_is_no_fault_of_its_own() -> None:
+def test_a_row_that_contradicts_the_first_rows_refuses_the_source() -> None:
     for answer, counting in ((4, AnswerNumbering(0, confirmed=False)), (0, AnswerNumbering(1))):
         with pytest.raises(ContradictionError, match="outside the 4 options"):
             multiple_choice(rows([answer])[0], counting)
@@ -103,11 +103,11 @@ def test_a_row_that_contradicts_the_first_rows_is_no_fault_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("kind", [int, str])
-def test_a_number_that_is_one_options_text_and_anothers_place_is_refused_unless_other_rows_decide(kind: type) -> None:
+def test_an_ambiguous_answer_number_is_refused_unless_other_rows_decide(kind: type) -> None:
     numbers = {"choices": ["3", "2", "1", "0"]}
-    for places, right in ((True, "B. 2"), (False, "C. 1")):
+    for are_positions, right in ((True, "B. 2"), (False, "C. 1")):
         row = rows([kind(1)], **numbers)[0]
-        assert multiple_choice(row, AnswerNumbering(are_positions=places)).messages[-1].content == right
+        assert multiple_choice(row, AnswerNumbering(are_positions=are_positions)).messages[-1].content == right
     with pytest.raises(ContradictionError, match="the text of one option and the number of another"):
         multiple_choice(rows([kind(1)], **numbers)[0], AnswerNumbering(are_positions=None))
     assert infer_numbering(rows([kind(1)], **numbers), "a")[0].are_positions is None

@@ -90,7 +90,7 @@ def test_prompt_and_answer_make_up_the_texts_again(chosen: str, rejected: str) -
         ),
     ],
 )
-def test_what_is_no_pair_is_refused(row: dict[str, Any], expected: str) -> None:
+def test_an_invalid_pair_is_refused(row: dict[str, Any], expected: str) -> None:
     assert reason(preference, row) == expected
 
 
@@ -132,7 +132,7 @@ def test_a_label_or_a_score_is_a_number_from_0_to_1(judged: dict[str, Any], scor
         ({"label": [1]}, "label is a list: expected a number, true or false"),
     ],
 )
-def test_a_judgement_that_is_none_is_refused(judged: dict[str, Any], expected: str) -> None:
+def test_an_invalid_judgement_is_refused(judged: dict[str, Any], expected: str) -> None:
     assert reason(feedback, {"prompt": "Hello?", "completion": "Hello."} | judged) == expected
 
 

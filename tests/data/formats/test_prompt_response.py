@@ -63,7 +63,7 @@ def test_a_context_follows_the_question_as_its_input() -> None:
     assert reason(question_answer, row | {"context": ["Ada came."]}) == "context is a list: expected text"
 
 
-def test_a_document_is_a_text_and_no_conversation() -> None:
+def test_a_document_becomes_a_text_record() -> None:
     assert plain_text({"text": "Once\n", "meta": 1}) == Text("Once\n")
     assert plain_text({"content": "Once"}) == Text("Once")
 

@@ -21,7 +21,7 @@ def test_the_row_tested_has_the_columns_of_the_entry(name: str) -> None:
     assert set(GOOD[name][0]) >= set(PUBLIC_DATASETS[name].columns)
 
 
-def test_no_two_entries_claim_one_data_set() -> None:
+def test_no_two_entries_share_a_hub_id() -> None:
     ids = [hub.casefold() for entry in PUBLIC_DATASETS.values() for hub in entry.hub_ids]
     assert len(ids) == len(set(ids)) == 22
     assert all(
@@ -62,7 +62,7 @@ def test_ultrafeedback_is_read_as_each_of_its_publishers_writes_it(row: dict[str
     assert FORMATS["ultrafeedback-binarized"](row) == PAIR
 
 
-def test_calculator_marks_are_taken_out_of_gsm8k_and_nothing_else() -> None:
+def test_only_calculator_marks_are_removed_from_gsm8k() -> None:
     row = {"question": "?", "answer": "5 < 6 and 2*3=<<2*3=6>>6, 6/2=<<6/2=3.0>>3 << no\n#### 3"}
     record = FORMATS["gsm8k"](row)
     assert isinstance(record, Conversation)

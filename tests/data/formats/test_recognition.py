@@ -1,4 +1,4 @@
-"""Formats told from the first rows: what is chosen, what is said, and what is refused."""
+"""Formats recognised by the first rows: what is chosen, reported and refused."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def refusal(rows: list[dict[str, Any]]) -> DataError:
         ),
     ],
 )
-def test_the_format_is_told_from_the_columns_and_said(row: dict[str, Any], why: str) -> None:
+def test_the_format_is_recognised_by_the_columns_and_reported(row: dict[str, Any], why: str) -> None:
     found = recognise([row] * 3)
     assert found.why == f"format: {why}"
     assert found.name == why.split(",")[0]
 
 
 @pytest.mark.parametrize("name", ["dolly", "hotpot_qa", "trivia_qa", "truthfulqa", "wikibooks-recipes"])
-def test_a_data_set_of_no_common_form_is_known_by_all_its_columns(name: str) -> None:
+def test_a_public_data_set_is_recognised_by_all_its_columns(name: str) -> None:
     assert recognise([GOOD[name][0]]).name == name
 
 
@@ -80,7 +80,7 @@ def test_a_few_bad_rows_do_not_hide_the_format() -> None:
     refusal([*bad, *[{"messages": TURNS}] * 3])
 
 
-def test_values_decide_where_columns_do_not() -> None:
+def test_values_decide_if_columns_do_not() -> None:
     assert recognise([{"messages": SAID}]).name == "sharegpt"
     assert "close: question-answer (`answer` is a number)" in str(refusal([{"question": "q", "answer": 3}]).hint)
 
@@ -93,7 +93,7 @@ def test_two_formats_in_one_row_are_refused() -> None:
     assert error.hint == 'name one: format = "messages"'
 
 
-def test_rows_of_no_format_are_answered_with_their_columns_what_is_close_and_a_mapping() -> None:
+def test_an_unknown_format_error_lists_columns_close_formats_and_a_mapping() -> None:
     error = refusal([{"instruction": "x", "reply": "y"}, {"instruction": "x", "why": None}])
     assert error.what == "the rows are of no known format: their columns are `instruction`, `reply`, `why`"
     assert error.hint is not None
@@ -137,18 +137,18 @@ def outcome(rows: list[dict[str, Any]]) -> tuple[str | None, DataError | None]:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_no_format_is_told_where_its_row_lacks_the_text(name: str) -> None:
+def test_no_format_is_recognised_without_its_text(name: str) -> None:
     row, path, _ = SHAPES[name]
     rest = {column: value for column, value in row.items() if column != path[0]}
     assert outcome([rest])[0] is None
 
 
-def test_two_columns_are_not_enough_to_know_a_data_set_by() -> None:
+def test_two_columns_are_not_enough_to_recognise_a_data_set() -> None:
     # GSM8K has these two columns, and HotpotQA a context of this form.
     assert outcome([{"question": "q", "answer": "a", "context": {"title": ["x"]}}])[0] is None
 
 
-def test_a_rendered_text_beside_parts_of_a_row_is_not_taken_for_the_row() -> None:
+def test_a_rendered_text_column_beside_its_parts_is_ignored() -> None:
     error = refusal([{"instruction": "x", "reply": "y", "text": "x y"}])
     assert 'format = "text" would train `text` as it is' in str(error.hint)
     assert recognise([{"text": "x", "score": 0.5, "label": 1, "url": "u"}]).name == "text"
@@ -170,7 +170,9 @@ ROWS = [
 
 @pytest.mark.parametrize("extra", [{}, SYSTEM, {"system": None, "system_prompt": "S"}])
 @pytest.mark.parametrize("row", ROWS)
-def test_what_is_said_to_be_used_is_what_changes_the_record(row: dict[str, Any], extra: dict[str, Any]) -> None:
+def test_the_columns_reported_as_used_are_those_that_change_the_record(
+    row: dict[str, Any], extra: dict[str, Any]
+) -> None:
     row = row | {name: value for name, value in extra.items() if name not in row}
     if row.keys() & {"items"}:
         row = {name: row[name] for name in row if name != "history"}
@@ -196,7 +198,7 @@ def _used(name: str, row: dict[str, Any]) -> set[str]:
 @pytest.mark.parametrize("answer", ["yes", "maybe", "3 stars", [1]])
 @pytest.mark.parametrize(("prompt", "completion"), [("prompt", "completion"), ("instruction", "output")])
 @pytest.mark.parametrize("column", ["label", "score"])
-def test_judged_answers_are_never_taken_for_good_ones(prompt: str, completion: str, column: str, answer: Any) -> None:
+def test_answers_with_unreadable_judgements_are_refused(prompt: str, completion: str, column: str, answer: Any) -> None:
     rows = [{prompt: "p", completion: "c", column: answer}, {prompt: "p", completion: "d", column: answer}]
     if answer == "yes":
         assert recognise(rows).name == "feedback"
@@ -207,7 +209,7 @@ def test_judged_answers_are_never_taken_for_good_ones(prompt: str, completion: s
     assert recognise([row | {column: None} for row in rows]).name in ("prompt-completion", "alpaca")
 
 
-def test_a_history_or_items_count_as_the_conversation_only_where_they_are_alone() -> None:
+def test_history_and_items_hold_the_conversation_only_without_other_columns() -> None:
     assert recognise([{"history": TURNS, "id": 3}]).name == "messages"
     assert recognise([{"items": SAID}]).name == "sharegpt"
     both = recognise([{"prompt": "p", "completion": "c", "history": TURNS}])
@@ -223,5 +225,5 @@ def test_a_history_or_items_count_as_the_conversation_only_where_they_are_alone(
         ({"q": "x", "stars": 3, "a": "y"}, 'mapping = { prompt = "{q}", completion = "{a}" }'),
     ],
 )
-def test_a_mapping_is_suggested_of_two_columns_that_hold_texts_or_not_at_all(row: dict[str, Any], ending: str) -> None:
+def test_a_mapping_is_suggested_only_from_two_columns_of_text(row: dict[str, Any], ending: str) -> None:
     assert str(refusal([row]).hint).endswith(ending)

@@ -15,7 +15,7 @@ from tests.data.formats.reasons import reason
 RECIPE = {"title": "Toast", "ingredients": ["bread", "butter", "salt"], "steps": ["Toast the bread.", "Butter it."]}
 
 
-def test_a_recipe_is_asked_for_by_its_ingredients_and_answered_in_a_fixed_form() -> None:
+def test_a_recipe_becomes_a_request_with_ingredients_and_an_answer_in_fixed_form() -> None:
     assert wikibooks_recipes(RECIPE) == Conversation.from_turns(
         ("user", "Write a recipe with these ingredients:\n- bread\n- butter\n- salt"),
         (
@@ -56,7 +56,7 @@ def test_a_recipe_that_cannot_be_learned_from_is_refused(changes: dict[str, Any]
         ("water (< 40°F)", "water (< 40°F)"),
     ],
 )
-def test_wiki_markup_is_taken_out_of_an_ingredient(raw: str, clean: str) -> None:
+def test_wiki_markup_is_removed_from_an_ingredient(raw: str, clean: str) -> None:
     record = wikibooks_recipes(RECIPE | {"ingredients": [raw, "butter", "salt"]})
     assert isinstance(record, Conversation)
     assert record.messages[0].content.splitlines()[1] == f"- {clean}"

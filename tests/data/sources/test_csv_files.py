@@ -22,11 +22,11 @@ def test_cells_are_text_with_line_breaks_and_doubled_quotes(tmp_path: Path) -> N
     assert [(row.index, row.location) for row in rows] == [(1, "row 1 (line 2)"), (2, "row 2 (line 5)")]
 
 
-def test_the_ending_says_what_stands_between_cells(tmp_path: Path) -> None:
+def test_the_extension_sets_the_delimiter(tmp_path: Path) -> None:
     assert values_of(written(tmp_path / "a.tsv", "a\tb\n1,5\t2\n")) == [{"a": "1,5", "b": "2"}]
 
 
-def test_a_row_of_another_length_or_with_broken_quotes_is_a_fault_and_reading_goes_on(tmp_path: Path) -> None:
+def test_a_row_with_extra_cells_or_broken_quotes_is_a_fault_and_reading_continues(tmp_path: Path) -> None:
     path = written(tmp_path / "a.csv", 'a,b\n1,2\n1\n1,2,3\n"x"y,2\n3,4\n"open,5\n6,7\n')
     rows = rows_of(path)
     good = [row.value for row in rows if row.value]
@@ -72,9 +72,7 @@ def spoilt(tmp_path: Path, changes: dict[int, str], name: str = "a.csv") -> list
         ),
     ],
 )
-def test_a_stray_quote_costs_its_own_row_and_no_other(
-    tmp_path: Path, name: str, changes: dict[int, str], reason: str
-) -> None:
+def test_a_stray_quote_loses_one_row(tmp_path: Path, name: str, changes: dict[int, str], reason: str) -> None:
     rows = spoilt(tmp_path, changes, name)
     assert len(rows) == 1000
     assert [(row.index, row.reason) for row in rows if row.value is None] == [(500, reason)]
@@ -83,7 +81,7 @@ def test_a_stray_quote_costs_its_own_row_and_no_other(
     assert max(len(str(row.value)) for row in rows) < 100
 
 
-def test_stray_quotes_all_over_a_table_cost_their_rows(tmp_path: Path) -> None:
+def test_stray_quotes_all_over_a_table_lose_only_their_rows(tmp_path: Path) -> None:
     wrong = {number: f'why {number}?,"he said' for number in range(50, 1000, 97)}
     rows = spoilt(tmp_path, wrong)
     assert len(rows) == 1000
@@ -139,12 +137,12 @@ def test_lines_that_end_in_carriage_returns_alone_or_twice_are_read(tmp_path: Pa
 
 @pytest.mark.parametrize("mark", [",", ";", "|", "\t"])
 @pytest.mark.parametrize("line", ["sep=MARK\n", "SEP=MARK\r\n", '"sep=MARK"\n'])
-def test_a_first_line_that_names_the_separator_is_followed(tmp_path: Path, mark: str, line: str) -> None:
+def test_a_first_line_sep_sets_the_delimiter(tmp_path: Path, mark: str, line: str) -> None:
     text = line.replace("MARK", mark) + f"a{mark}b\n1{mark}2\n"
     assert values_of(written(tmp_path / "a.csv", f"\ufeff{text}")) == [{"a": "1", "b": "2"}]
 
 
-def test_an_unnamed_column_is_called_by_its_number(tmp_path: Path) -> None:
+def test_an_unnamed_column_is_named_by_its_number(tmp_path: Path) -> None:
     assert values_of(written(tmp_path / "a.csv", ",a\n0,x\n")) == [{"column 1": "0", "a": "x"}]
 
 
@@ -175,7 +173,7 @@ cells = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 
 @settings(deadline=None)
 @given(rows=st.lists(st.tuples(cells, cells, cells), min_size=1, max_size=6), name=st.sampled_from(["a.csv", "a.tsv"]))
-def test_what_pythons_writer_writes_is_read_back(
+def test_tables_written_by_python_are_read_back(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str, str]], name: str
 ) -> None:
     text = io.StringIO(newline="")

@@ -155,7 +155,7 @@ def hub() -> Iterator[tuple[str, list[str]]]:
         yield address, Hub.asked
 
 
-def ask(endpoint: str, place: Path, *sources: dict[str, str], offline: bool = False) -> list[dict[str, Any]]:
+def ask(endpoint: str, folder: Path, *sources: dict[str, str], offline: bool = False) -> list[dict[str, Any]]:
     """What reading each source gives, in a process with its own hub settings and caches."""
     code = """
 import json, sys
@@ -165,13 +165,13 @@ from corral.progress import Progress
 from corral.recipe import Source
 class Listener(Progress):
     def say(self, text):
-        said.append(text)
+        messages.append(text)
 for settings in sys.argv[1:]:
-    said = []
+    messages = []
     source = Source(**json.loads(settings))
     try:
         rows = list(read_rows(source, Listener()))
-        answer = {"values": [row.value for row in rows], "places": [row.location for row in rows], "said": said}
+        answer = {"values": [row.value for row in rows], "locations": [row.location for row in rows], "messages": messages}
         answer["faults"] = [row.fault for row in rows if row.fault]
         answer["identity"] = hash_source(source)
     except CorralError as error:
@@ -182,9 +182,9 @@ for settings in sys.argv[1:]:
         **os.environ,
         "HF_ENDPOINT": endpoint,
         "HF_HUB_OFFLINE": str(int(offline)),
-        "HF_HOME": str(place / "hf"),
+        "HF_HOME": str(folder / "hf"),
     }
-    environment |= {"CORRAL_CACHE": str(place / "cache"), "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"CORRAL_CACHE": str(folder / "cache"), "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
     environment.pop("HF_DATASETS_OFFLINE", None)
     done = subprocess.run(
         [sys.executable, "-c", code, *map(json.dumps, sources)],
@@ -218,8 +218,8 @@ def test_a_configuration_and_split_are_read_once_pinned_and_found_again_offline(
     answers = ask(endpoint, tmp_path, *sources)
     train, test, other, tabs, plain, listed, pinned, converted = answers
     assert train["values"] == [{"question": "1?", "answer": "1"}, {"question": "2?", "answer": "2"}]
-    assert train["places"][1] == "main/train-00001-of-00002.parquet, row 1"
-    assert train["said"] == [f"hub:good/configs: train at revision {COMMIT}"]
+    assert train["locations"][1] == "main/train-00001-of-00002.parquet, row 1"
+    assert train["messages"] == [f"hub:good/configs: train at revision {COMMIT}"]
     assert test["values"] == [{"question": "3?", "answer": "3"}, None]
     assert test["faults"][0].startswith("line 2, column 13: not valid JSON")
     assert (other["values"], tabs["values"]) == ([{"a": "1", "b": "2"}], [{"a": "1", "b": "2,3"}])
@@ -264,7 +264,7 @@ def test_each_refusal_says_what_to_do(hub: tuple[str, list[str]], tmp_path: Path
     assert "hub:good/script@refs/convert/parquet" in answers["is a Python script"]["hint"]
 
 
-def test_a_hub_that_cannot_be_reached_is_said_to_be_so(tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_reported(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"

@@ -56,7 +56,7 @@ ONE, TWO, THREE = (json.dumps(row) for row in CHAT)
         ('[{"a": 1}, ' + "[" * 20_000 + "]" * 20_000 + ', {"a": 3}]', [1, 3], "row 2: nested too deeply"),
     ],
 )
-def test_a_broken_row_of_a_list_costs_itself_and_is_named_with_line_and_column(
+def test_a_broken_row_of_a_list_loses_only_itself_and_reports_line_and_column(
     tmp_path: Path, text: str, good: list[int], fault: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(json_files, "_CHUNK", chunk)
@@ -105,7 +105,7 @@ def test_many_broken_rows_on_one_line_are_counted_one_by_one(tmp_path: Path) -> 
     assert [row.index - 1 for row in rows if row.value is None] == list(range(5, 3000, 7))
 
 
-def test_bytes_of_another_encoding_cost_their_row(tmp_path: Path) -> None:
+def test_bytes_of_another_encoding_lose_their_row(tmp_path: Path) -> None:
     content = b'[{"a": "Gr\xfc\xdfe"}, {"a": "two"},\n{"\xe4": "x", "a": 3}, {"a": "\xc3\xbc"}, {"a": "\xc3'
     rows = rows_of(written(tmp_path / "a.json", content))
     assert [row.value for row in rows] == [None, {"a": "two"}, None, {"a": "ü"}, None]
@@ -114,7 +114,7 @@ def test_bytes_of_another_encoding_cost_their_row(tmp_path: Path) -> None:
     assert reasons[1].startswith("row 3, line 2, column 3: not UTF-8 text; `iconv")
 
 
-def test_the_place_of_a_fault_is_right_far_behind_the_start_too(tmp_path: Path) -> None:
+def test_the_location_of_a_fault_is_right_far_into_the_file(tmp_path: Path) -> None:
     row = json.dumps({"text": "word " * 50})
     one_line = "[" + ", ".join([row] * 5000)
     *rows, broken, last = rows_of(written(tmp_path / "a.json", f"{one_line}, {{, {row}]"))
@@ -141,7 +141,7 @@ def test_an_unusable_json_file_is_refused(tmp_path: Path, content: str | bytes, 
     assert says in refusal(written(tmp_path / "a.json", content)).what
 
 
-def test_a_row_that_would_fill_the_memory_costs_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_overlong_row_loses_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_files, "MAX_ROW_BYTES", 2**21)
     long = "x" * 2**23
     rows = rows_of(written(tmp_path / "a.json", f'[{{"a": 1}}, {{"a": "{long}"}}, {{"a": 3}}]'))
@@ -149,7 +149,7 @@ def test_a_row_that_would_fill_the_memory_costs_itself(tmp_path: Path, monkeypat
     assert "the row is longer than 2 MiB" in str(rows[1].fault)
 
 
-def test_a_json_file_of_objects_on_lines_is_read_as_what_it_is(tmp_path: Path) -> None:
+def test_a_json_file_with_an_object_per_line_is_read_as_jsonl(tmp_path: Path) -> None:
     rows = rows_of(written(tmp_path / "a.json", '\ufeff{"a": 1}\n\n{"a": NaN}\n{"a": 3}'))
     assert [(row.index, row.value) for row in rows] == [(1, {"a": 1}), (3, None), (4, {"a": 3})]
 

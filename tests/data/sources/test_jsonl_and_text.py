@@ -13,7 +13,7 @@ from corral.recipe import Source
 from tests.data.sources.conftest import refusal, rows_of, values_of, written
 
 
-def test_a_broken_line_in_the_middle_is_a_fault_with_its_place_and_reading_goes_on(tmp_path: Path) -> None:
+def test_a_broken_line_is_a_fault_with_its_location_and_reading_continues(tmp_path: Path) -> None:
     path = written(tmp_path / "a.jsonl", '{"a": 1}\n{"a": 2,, "b": 3}\n{"a": 3}\n')
     first, broken, last = rows_of(path)
     assert (first.value, last.value) == ({"a": 1}, {"a": 3})
@@ -63,7 +63,7 @@ def test_line_separators_inside_a_string_do_not_end_a_line(tmp_path: Path) -> No
         ("[" * 100_000, "nested too deeply"),
     ],
 )
-def test_what_strict_json_forbids_is_a_fault_of_that_row_alone(tmp_path: Path, line: str, reason: str) -> None:
+def test_what_strict_json_forbids_is_a_fault_of_its_row_alone(tmp_path: Path, line: str, reason: str) -> None:
     path = written(tmp_path / "a.jsonl", f'{{"good": 1}}\n{line}\n{{"good": 2}}\n')
     rows = rows_of(path)
     assert [row.value for row in rows] == [{"good": 1}, None, {"good": 2}]
@@ -71,7 +71,7 @@ def test_what_strict_json_forbids_is_a_fault_of_that_row_alone(tmp_path: Path, l
     assert rows[1].fault == f"line 2: {reason}"
 
 
-def test_a_whole_surrogate_pair_is_the_character_it_stands_for(tmp_path: Path) -> None:
+def test_a_surrogate_pair_is_decoded_to_its_character(tmp_path: Path) -> None:
     assert values_of(written(tmp_path / "a.jsonl", r'{"a": "\ud83d\ude00 \\ud800"}')) == [{"a": "😀 \\ud800"}]
 
 
@@ -109,7 +109,7 @@ def test_utf_16_is_refused_with_the_way_to_convert_it(tmp_path: Path, name: str,
         (b"\x7fELF\x01", "a program"),
     ],
 )
-def test_a_file_that_is_not_what_its_name_says_is_told_by_its_first_bytes(
+def test_a_file_of_another_kind_than_its_name_is_recognised_by_its_first_bytes(
     tmp_path: Path, content: bytes, says: str
 ) -> None:
     assert says in refusal(written(tmp_path / "a.jsonl", content)).what
@@ -124,7 +124,7 @@ def test_each_line_of_a_txt_file_is_a_document(tmp_path: Path) -> None:
     ]
 
 
-def test_a_line_that_would_fill_the_memory_is_a_fault_and_the_next_is_read(tmp_path: Path) -> None:
+def test_an_overlong_line_is_a_fault_and_the_next_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     with path.open("wb") as file:
         file.write(b'{"a": "')

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from corral.data.sources import hash_source, read_rows
 from corral.errors import AssetError, DataError, MissingExtraError, RecipeError
-from corral.progress import Progress
 from corral.recipe import Source, parse
+from tests.data.conftest import Listener
 from tests.data.sources.conftest import refusal, rows_of, values_of, written
 
 
@@ -46,7 +46,7 @@ CONTENT = {
 
 @pytest.mark.parametrize("kind", CONTENT)
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
-def test_each_kind_is_read_plain_and_packed(tmp_path: Path, kind: str, ending: str) -> None:
+def test_each_kind_is_read_plain_and_compressed(tmp_path: Path, kind: str, ending: str) -> None:
     content = packed(CONTENT[kind], ending) if ending else CONTENT[kind]
     assert values_of(written(tmp_path / f"a{kind}{ending}", content)) == [
         {"text": "one"} if kind == ".txt" else {"t": "one"}
@@ -54,7 +54,7 @@ def test_each_kind_is_read_plain_and_packed(tmp_path: Path, kind: str, ending: s
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
-def test_a_packed_file_cut_short_is_an_error_that_says_how_far_it_was_read(tmp_path: Path, ending: str) -> None:
+def test_a_compressed_file_cut_short_raises_an_error_with_the_rows_read(tmp_path: Path, ending: str) -> None:
     content = packed(b"".join(b'{"a": "%d %s"}\n' % (i, os.urandom(20).hex().encode()) for i in range(9000)), ending)
     error = refusal(written(tmp_path / f"a.jsonl{ending}", content[: len(content) // 2]))
     assert "damaged or cut short: reading ended after " in error.what
@@ -65,12 +65,12 @@ def test_a_packed_file_cut_short_is_an_error_that_says_how_far_it_was_read(tmp_p
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
-def test_packed_pieces_one_behind_the_other_are_one_file(tmp_path: Path, ending: str) -> None:
+def test_concatenated_compressed_parts_are_one_file(tmp_path: Path, ending: str) -> None:
     path = written(tmp_path / f"a.jsonl{ending}", packed(b'{"a": 1}\n', ending) + packed(b'{"a": 2}\n', ending))
     assert values_of(path) == [{"a": 1}, {"a": 2}]
 
 
-def test_the_files_of_a_folder_are_read_by_name_with_rising_numbers_and_their_place(tmp_path: Path) -> None:
+def test_the_files_of_a_folder_are_read_by_name_with_rising_numbers_and_locations(tmp_path: Path) -> None:
     written(tmp_path / "b.jsonl", '\n{"a": 3}\n\n{"a": NaN}\n')
     written(tmp_path / "a" / "x.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a": 2}\n'))
     for hidden in (".cache/y.jsonl", "_SUCCESS", ".c.jsonl"):
@@ -85,7 +85,7 @@ def test_the_files_of_a_folder_are_read_by_name_with_rising_numbers_and_their_pl
     assert rows[3].fault == "b.jsonl, line 4: NaN is not a JSON number"
 
 
-def test_a_glob_takes_what_matches_and_a_file_with_such_a_name_is_that_file(tmp_path: Path) -> None:
+def test_a_glob_selects_matching_files_and_a_file_with_a_globs_name_is_itself(tmp_path: Path) -> None:
     for name in ("a-1.jsonl", "a-2.jsonl", "b-1.jsonl", "sub/a-3.jsonl"):
         written(tmp_path / name, f'{{"n": "{name}"}}')
     assert values_of(tmp_path / "a-*.jsonl") == [{"n": "a-1.jsonl"}, {"n": "a-2.jsonl"}]
@@ -96,18 +96,13 @@ def test_a_glob_takes_what_matches_and_a_file_with_such_a_name_is_that_file(tmp_
     assert "no folder" in str(refusal(tmp_path / "nowhere" / "*.jsonl").hint)
 
 
-def test_what_in_a_folder_is_no_rows_is_said_and_several_kinds_are_refused(tmp_path: Path) -> None:
-    said: list[str] = []
-
-    class Listener(Progress):
-        def say(self, text: str) -> None:
-            said.append(text)
-
+def test_other_files_in_a_folder_are_reported_and_several_kinds_are_refused(tmp_path: Path) -> None:
+    listener = Listener()
     written(tmp_path / "README.md", "x")
     assert "no file that can be read: it holds README.md" in refusal(tmp_path).what
     written(tmp_path / "a.jsonl", "{}")
-    assert len(list(read_rows(Source(path=str(tmp_path)), Listener()))) == 1
-    assert said == [f"{tmp_path}: left out, as they hold no rows: README.md"]
+    assert len(list(read_rows(Source(path=str(tmp_path)), listener))) == 1
+    assert listener.messages == [f"{tmp_path}: left out, as they hold no rows: README.md"]
     written(tmp_path / "a.csv", "a\n1")
     error = refusal(tmp_path)
     assert "several kinds: .csv, .jsonl" in error.what
@@ -126,21 +121,14 @@ def test_what_in_a_folder_is_no_rows_is_said_and_several_kinds_are_refused(tmp_p
         (".parquet", "", "the file is empty"),
     ],
 )
-def test_a_file_without_rows_beside_others_is_said_and_does_not_stop_them(
-    tmp_path: Path, kind: str, blank: str, what: str
-) -> None:
-    said: list[str] = []
-
-    class Listener(Progress):
-        def say(self, text: str) -> None:
-            said.append(text)
-
+def test_an_empty_file_among_others_is_reported_and_skipped(tmp_path: Path, kind: str, blank: str, what: str) -> None:
+    listener = Listener()
     written(tmp_path / f"a{kind}", CONTENT[kind])
     written(tmp_path / f"c{kind}", CONTENT[kind])
     path = written(tmp_path / f"b{kind}", blank)
-    rows = list(read_rows(Source(path=str(tmp_path)), Listener()))
+    rows = list(read_rows(Source(path=str(tmp_path)), listener))
     assert [(row.index, row.value) for row in rows] == [(1, {"t": "one"}), (2, {"t": "one"})]
-    assert said == [f"{path}: {what}"]
+    assert listener.messages == [f"{path}: {what}"]
     for name in "ac":
         (tmp_path / f"{name}{kind}").write_bytes(path.read_bytes())
     assert refusal(tmp_path).what in ("all 3 files are empty", "none of the 3 files holds a row")
@@ -148,12 +136,12 @@ def test_a_file_without_rows_beside_others_is_said_and_does_not_stop_them(
 
 @pytest.mark.parametrize("kind", CONTENT)
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
-def test_a_packed_file_under_a_plain_name_is_read(tmp_path: Path, kind: str, ending: str) -> None:
+def test_a_compressed_file_without_the_extension_is_read(tmp_path: Path, kind: str, ending: str) -> None:
     path = written(tmp_path / f"a{kind}", packed(CONTENT[kind], ending))
     assert values_of(path) == values_of(written(tmp_path / f"b{kind}", CONTENT[kind]))
 
 
-def test_a_file_packed_twice_is_told_so_and_not_taken_for_utf_16(tmp_path: Path) -> None:
+def test_a_file_compressed_twice_is_reported_as_such_and_not_as_utf_16(tmp_path: Path) -> None:
     twice = gzip.compress(gzip.compress(CONTENT[".jsonl"]))
     assert "packed twice" in refusal(written(tmp_path / "a.jsonl.gz", twice)).what
 
@@ -177,7 +165,7 @@ def test_an_unusable_file_is_refused_with_what_where_and_hint(
     assert error.where == str(tmp_path / name)
 
 
-def test_a_missing_file_is_answered_with_the_nearest_name_in_its_folder(tmp_path: Path) -> None:
+def test_a_missing_file_error_suggests_the_nearest_name(tmp_path: Path) -> None:
     written(tmp_path / "questions.jsonl", "{}")
     assert refusal(tmp_path / "question.jsonl").hint == "did you mean 'questions.jsonl'?"
     assert "there are questions.jsonl" in str(refusal(tmp_path / "zzz.jsonl").hint)
@@ -185,7 +173,7 @@ def test_a_missing_file_is_answered_with_the_nearest_name_in_its_folder(tmp_path
     assert "it is empty" in refusal((tmp_path / "new").mkdir() or tmp_path / "new").what
 
 
-def test_identity_is_of_names_below_the_source_and_content_not_of_the_place(tmp_path: Path) -> None:
+def test_the_hash_depends_on_names_below_the_source_and_content_not_on_the_path(tmp_path: Path) -> None:
     def of(path: Path) -> str:
         return hash_source(Source(path=str(path)))
 
@@ -211,7 +199,7 @@ def test_s3_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch)
     assert "corral[s3]" in str(caught.value.hint)
 
 
-def test_a_recipe_leaves_addresses_as_they_are_and_splits_belong_to_the_hub() -> None:
+def test_a_recipe_keeps_addresses_and_allows_splits_on_the_hub_only() -> None:
     text = 'name = "x"\n[model]\nbase = "asset:a"\n[[train]]\n[[data.sources]]\npath = "{}"\n'
     paths = ["s3://bucket/rows/*.jsonl", "hub:owner/name@main", "asset:wikibooks-recipes", "rows/*.csv.gz"]
     read = [parse(text.format(path), where="x", base=Path("/data")).data.sources[0].path for path in paths]

@@ -32,7 +32,7 @@ def test_nested_columns_become_lists_and_objects(tmp_path: Path) -> None:
     assert [(row.index, row.location) for row in read] == [(1, "row 1"), (2, "row 2")]
 
 
-def test_rows_of_several_row_groups_are_counted_on(tmp_path: Path) -> None:
+def test_rows_are_numbered_across_row_groups(tmp_path: Path) -> None:
     path = table(tmp_path / "a.parquet", {"a": list(range(2500))}, row_group_size=700)
     assert [(row.index, row.value) for row in rows_of(path)] == [(i + 1, {"a": i}) for i in range(2500)]
 
@@ -49,7 +49,7 @@ def test_memory_depends_on_the_row_groups_and_not_on_the_file(tmp_path: Path) ->
     assert max(held) < 10_000_000
 
 
-def test_values_that_json_has_not_become_text_or_none(tmp_path: Path) -> None:
+def test_values_without_a_json_type_become_text_or_none(tmp_path: Path) -> None:
     moment = datetime.datetime(2024, 5, 1, 12, 30, tzinfo=datetime.UTC)
     columns = {
         "day": pa.array([datetime.date(2024, 5, 1)]),

@@ -51,7 +51,7 @@ def bucket(server: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     return system
 
 
-def test_an_object_a_prefix_and_a_glob_are_read_with_their_places(bucket: Any) -> None:
+def test_an_object_a_prefix_and_a_glob_are_read_with_locations(bucket: Any) -> None:
     bucket.pipe("rows/set/b.jsonl", b'{"a": 3}\n{"a": \n')
     bucket.pipe("rows/set/a.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a": 2}\n'))
     bucket.pipe("rows/set/_SUCCESS", b"x")
@@ -65,7 +65,7 @@ def test_an_object_a_prefix_and_a_glob_are_read_with_their_places(bucket: Any) -
     assert [row.location for row in rows_of("s3://rows/*/*.jsonl*")][:1] == ["set/a.jsonl.gz, line 1"]
 
 
-def test_a_parquet_object_of_several_blocks_is_read_from_where_it_lies(bucket: Any) -> None:
+def test_a_parquet_object_of_several_blocks_is_read_from_s3(bucket: Any) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -76,7 +76,7 @@ def test_a_parquet_object_of_several_blocks_is_read_from_where_it_lies(bucket: A
     assert values_of("s3://rows/a.parquet") == [{"t": value} for value in values]
 
 
-def test_identity_is_of_content_and_names_below_the_prefix(bucket: Any) -> None:
+def test_the_hash_depends_on_content_and_names_below_the_prefix(bucket: Any) -> None:
     def of(path: str) -> str:
         return hash_source(Source(path=path))
 
