@@ -38,8 +38,9 @@ from corral.engines.base import Engine, Sampling
 from corral.engines.embedding import Embedder
 from corral.engines.registry import load_engine
 from corral.evaluation import scorecard, tasks
-from corral.evaluation.inference import Item, Maker, RowFile
-from corral.evaluation.measurements import Material, Measurements, Subject, items_of
+from corral.evaluation.inference import Item
+from corral.evaluation.measurements import EvaluationData, Measurements, VariantSpec, task_items
+from corral.evaluation.row_file import RowFile, RowOrigin
 from corral.evaluation.scorecard import Scorecard
 from corral.evaluation.scoring import Row, VariantRows
 from corral.evaluation.tasks import Task
@@ -89,10 +90,10 @@ class Bench:
 
     def task(self, name: str, max_tokens: int, share: float = 1.0) -> Task:
         """A task of the size that this run has."""
-        return tasks.load(name, max(2, round(self.rows * share)), seed=SEED, max_tokens=max_tokens)
+        return tasks.load_task(name, max(2, round(self.rows * share)), seed=SEED, max_tokens=max_tokens)
 
-    def subject(self, name: str, settings: Mapping[str, Any], model: str, *, loss: bool = False) -> Subject:
-        return Subject(name, f"{model} openvino", Answer.model_validate(settings), SEED, loss)
+    def subject(self, name: str, settings: Mapping[str, Any], model: str, *, loss: bool = False) -> VariantSpec:
+        return VariantSpec(name, f"{model} openvino", Answer.model_validate(settings), SEED, loss)
 
 
 def main() -> None:
@@ -104,8 +105,8 @@ def main() -> None:
     arithmetic = bench.task("arithmetic", 160)
     began = time.perf_counter()
     with opened(model) as session:
-        asked = measured(bench, "asked", session, ASKED, Material(tasks=[arithmetic]))
-        lean = measured(bench, "lean", session, LEAN, Material(tasks=[arithmetic]), baseline="8 examples")
+        asked = measured(bench, "asked", session, ASKED, EvaluationData(tasks=[arithmetic]))
+        lean = measured(bench, "lean", session, LEAN, EvaluationData(tasks=[arithmetic]), baseline="8 examples")
         votes = {
             "arithmetic": voted(bench, session, arithmetic, ASKED["steps + static shots"], share=0.5),
             "truthfulqa": voted(bench, session, bench.task("truthfulqa", 64, 0.5), {}, share=1),
@@ -173,7 +174,7 @@ def measured(
     part: str,
     session: Session,
     ways: Mapping[str, Mapping[str, Any]],
-    material: Material,
+    material: EvaluationData,
     *,
     baseline: str | None = None,
 ) -> Scorecard:
@@ -182,21 +183,21 @@ def measured(
     into = taken_up(bench.folder / part, subjects, material)
     for subject in subjects:
         session.run(into.measure(subject, session.engine, bench.template, material, bench.progress))
-    return scorecard.build(
-        {subject.name: into.rows_of(subject.name) for subject in subjects},
+    return scorecard.build_scorecard(
+        {subject.name: into.variant_rows(subject.name) for subject in subjects},
         baseline=baseline or subjects[0].name,
         seed=SEED,
     )
 
 
-def taken_up(folder: Path, subjects: Sequence[Subject], material: Material) -> Measurements:
+def taken_up(folder: Path, subjects: Sequence[VariantSpec], material: EvaluationData) -> Measurements:
     """The measurements in a folder, without the rows that were made for other settings."""
     before = folder.with_name(f"{folder.name}.before")
     if folder.exists() and not before.exists():
         folder.rename(before)
     remove_tree(folder)
     with new_directory(folder) as made:
-        Measurements(made).take_over(before, subjects, material)
+        Measurements(made).reuse_rows(before, subjects, material)
     remove_tree(before)
     return Measurements(folder)
 
@@ -214,16 +215,16 @@ def voted(bench: Bench, session: Session, task: Task, settings: Mapping[str, Any
     """Candidates drawn once, and voted on in every way."""
     answer = Answer.model_validate({**settings, "max_tokens": task.max_tokens})
     questions = task.questions[: max(2, round(len(task.questions) * share))]
-    items = items_of(replace(task, questions=questions))
+    items = task_items(replace(task, questions=questions))
     digest = f"{model_identity(bench.model)[:16]} {answer.model_dump_json()} {bench.rows}"
-    maker, file = Maker(task.name, digest), RowFile(bench.folder / f"votes-{task.name}.jsonl")
+    maker, file = RowOrigin(task.name, digest), RowFile(bench.folder / f"votes-{task.name}.jsonl")
     sampling = Sampling(task.max_tokens or 64, n=CANDIDATES, temperature=0.7, top_p=0.9, seed=SEED, logprobs=True)
     answerer = build_answerer(
         session.engine, bench.template, answer, examples=lambda: task.examples(reasoning=answer.reasoning), seed=SEED
     )
     bench.progress.start(f"Candidates: {task.name}", len(items))
     session.run(_draw(answerer, maker, items, sampling, file, bench.progress))
-    drawn = file.of(maker)
+    drawn = file.rows_of(maker)
     embedder, rows = Embedder(), {"first candidate": list[Row]()} | {method: list[Row]() for method in METHODS}
     if task.kind == "text":  # a majority counts results, and texts have none
         rows = {name: rows[name] for name in ("first candidate", "rouge-l", "cosine")}
@@ -234,14 +235,14 @@ def voted(bench: Bench, session: Session, task: Task, settings: Mapping[str, Any
             if method != "first candidate":
                 place = Consensus(method, stop="never", embed=embedder).vote(candidates).winner  # pyright: ignore[reportArgumentType]
             text = candidates[place].text
-            assert item.judge is not None
-            of_method.append(tasks.answered_row({"id": item.id, "answer": text, **item.judge(text)}))
+            assert item.grade is not None
+            of_method.append(tasks.row_from_answer({"id": item.id, "answer": text, **item.grade(text)}))
     cards = {method: VariantRows([], {}, {task.name: of_method}) for method, of_method in rows.items()}
-    return scorecard.build(cards, baseline="first candidate", seed=SEED)
+    return scorecard.build_scorecard(cards, baseline="first candidate", seed=SEED)
 
 
 async def _draw(
-    answerer: Answerer, maker: Maker, items: Sequence[Item], sampling: Sampling, into: RowFile, progress: Progress
+    answerer: Answerer, maker: RowOrigin, items: Sequence[Item], sampling: Sampling, into: RowFile, progress: Progress
 ) -> None:
     limit = asyncio.Semaphore(AT_ONCE)
 
@@ -255,9 +256,9 @@ async def _draw(
                 for text, done in zip(answer.texts, answer.completions, strict=True)
             ]
             into.add(maker, item.id, candidates=pairs)
-            progress.update(len(into.of(maker)))
+            progress.update(len(into.rows_of(maker)))
 
-    known = into.of(maker)
+    known = into.rows_of(maker)
     async with asyncio.TaskGroup() as group:
         for item in items:
             if item.id not in known:
@@ -294,7 +295,7 @@ def precisions(bench: Bench, arithmetic: Task) -> tuple[Scorecard, dict[str, Any
     """The model in float32 and in int8: answers, options, loss on reference summaries; size and memory."""
     short = [q for q in bench.task("xsum", 64, 3).questions if len(q.prompt.split()) < 250][: max(2, bench.rows // 3)]
     summaries = [Item(question.id, question.example) for question in short]
-    material = Material(to_score=summaries, tasks=[arithmetic, bench.task("commonsense_qa", 24, 0.5)])
+    material = EvaluationData(loss_items=summaries, tasks=[arithmetic, bench.task("commonsense_qa", 24, 0.5)])
     places = {
         name: export_form(bench.model, bench.folder / "forms", form, bench.progress)
         for name, form in PRECISIONS.items()
@@ -304,14 +305,14 @@ def precisions(bench: Bench, arithmetic: Task) -> tuple[Scorecard, dict[str, Any
     memory: dict[str, Any] = {}
     for name, subject in subjects.items():
         known = bench.folder / f"memory-{name}.json"
-        if known.exists() and into.complete(subject, material):
+        if known.exists() and into.is_complete(subject, material):
             memory[name] = json.loads(known.read_text("utf-8"))
             continue
         with opened(places[name]) as session:
             memory[name] = kept(known, bench.rows, partial(probed, bench, session, arithmetic, places[name]))
             session.run(into.measure(subject, session.engine, bench.template, material, bench.progress))
-    rows = {name: into.rows_of(name) for name in subjects}
-    return scorecard.build(rows, baseline="float32", seed=SEED), memory
+    rows = {name: into.variant_rows(name) for name in subjects}
+    return scorecard.build_scorecard(rows, baseline="float32", seed=SEED), memory
 
 
 def probed(bench: Bench, session: Session, task: Task, place: Path) -> dict[str, Any]:
@@ -349,7 +350,7 @@ def own_rows(bench: Bench, path: Path) -> Scorecard:
     records = [test[i] for i in range(min(len(test), max(2, bench.rows // 5)))]
     items = [Item(e.key, e.record) for e in records if isinstance(e.record, Conversation)]
     fingerprint = json.loads((run.path / "prepare" / "stage.json").read_text("utf-8"))["fingerprint"]
-    material = Material(items, items, (), lambda: training_examples(run, SEED), fingerprint)
+    material = EvaluationData(items, items, (), lambda: training_examples(run, SEED), fingerprint)
     folders = {"base": resolve_model(run.recipe.model.base).folder, "tuned": run.merged_model}
     ways: dict[str, dict[str, Any]] = {"": {}, " + static shots": {"shots": {"count": 2}}}
     ways[" + similar shots"] = {"shots": {"count": 2, "choose": "similar"}}
@@ -363,16 +364,16 @@ def own_rows(bench: Bench, path: Path) -> Scorecard:
     every = [subject for of_model in subjects.values() for subject in of_model]
     into = taken_up(bench.folder / "run", every, material)
     for model, folder in folders.items():
-        if all(into.complete(subject, material) for subject in subjects[model]):
+        if all(into.is_complete(subject, material) for subject in subjects[model]):
             continue
         template = Template.load(load_tokenizer(folder), run.recipe.model.template if model == "base" else "tokenizer")
         with opened(folder) as session:
             for subject in subjects[model]:
                 session.run(into.measure(subject, session.engine, template, material, bench.progress))
-    return scorecard.build(
-        {subject.name: into.rows_of(subject.name) for subject in every},
+    return scorecard.build_scorecard(
+        {subject.name: into.variant_rows(subject.name) for subject in every},
         baseline="base",
-        against={subject.name: "tuned" for subject in subjects["tuned"][1:]},
+        compared_with={subject.name: "tuned" for subject in subjects["tuned"][1:]},
         seed=SEED,
     )
 

@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from corral.evaluation.scorecard import SIGNIFICANT, Comparison, Scorecard, cost_rows, table_rows
-from corral.evaluation.scoring import Metric, metric
+from corral.evaluation.scoring import Metric, known_metric
 
 MDE = "smallest difference shown with 80 % power"
 
@@ -89,14 +89,14 @@ def _parts(found: Findings) -> Iterator[tuple[str, str, Scorecard]]:
 
 def sentence(comparison: Comparison) -> str:
     """What one comparison shows, and no more."""
-    known = metric(comparison.metric) or Metric(comparison.metric, "", comparison.better, 3)
+    known = known_metric(comparison.metric) or Metric(comparison.metric, "", comparison.better, 3)
     digits, label = known.digits, known.label
     figures = f"{comparison.difference:+.{digits}f}"
     if comparison.low is not None and comparison.high is not None:
         figures += f", interval {comparison.low:+.{digits}f} to {comparison.high:+.{digits}f}"
     p = f"p = {comparison.p_holm:.3f}" if comparison.p_holm >= 0.001 else "p < 0.001"
     pair = f"**{comparison.a}** and **{comparison.b}**"
-    if comparison.is_same:
+    if comparison.is_identical:
         most = 1 - 0.05 ** (1 / comparison.n)
         return (
             f"{pair} came out the same in each of {comparison.n} rows by {label}; of such rows at most {most:.0%} differ, at "
@@ -144,7 +144,7 @@ def _table(card: Scorecard) -> list[str]:
     cells = []
     for row, key in zip(rows, _in_order(card, names), strict=True):
         found = mde.get(key)
-        digits = (metric(key[1]) or Metric("", "", "higher", 3)).digits
+        digits = (known_metric(key[1]) or Metric("", "", "higher", 3)).digits
         cells.append((*row, "" if found is None or not found.mde else f"{found.mde:.{digits}f}"))
     lines = _markdown((*header, MDE), cells)
     head, *costs = cost_rows({name: variant.info for name, variant in card.variants.items()})
@@ -153,9 +153,9 @@ def _table(card: Scorecard) -> list[str]:
 
 def _in_order(card: Scorecard, names: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """(variant, metric) in the order of `table_rows`."""
-    from corral.evaluation.scoring import ordered
+    from corral.evaluation.scoring import sort_metrics
 
-    places = {name: place for place, name in enumerate(ordered(name for _, name in names))}
+    places = {name: place for place, name in enumerate(sort_metrics(name for _, name in names))}
     variants = list(card.variants)
     return sorted(names, key=lambda key: (places[key[1]], variants.index(key[0])))
 

@@ -80,7 +80,7 @@ def measure_vote(words: list[str], rng: random.Random, prompts: int = 2_750) -> 
     """Agreement of five answers of 200 words to a tenth of 27,500 prompts, and what all of them would take."""
     rouge = Rouge(stemmer=True, unicode=True)
     answers = [[" ".join(window(words, 200, rng)) for _ in range(5)] for _ in range(prompts)]
-    seconds, _ = timed(lambda: [rouge.agreement(five) for five in answers])
+    seconds, _ = timed(lambda: [rouge.pairwise_rouge_l(five) for five in answers])
     print(f"agreement of 5 answers of 200 words: {seconds / prompts * 27_500:.1f} s for 27,500 prompts")
     return {"prompts_measured": prompts, "seconds": seconds, "seconds_for_27500": seconds / prompts * 27_500}
 

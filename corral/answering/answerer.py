@@ -72,7 +72,7 @@ class Answer:
     @property
     def result(self) -> str:
         """What follows the last `Answer:` or a similar marker in the text; without a marker, the whole text."""
-        return answer_extraction.final(self.text) or self.text
+        return answer_extraction.marked_text(self.text) or self.text
 
     @property
     def completion_tokens(self) -> int:

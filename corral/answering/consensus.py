@@ -171,9 +171,9 @@ class Ballot:
     def _result(self, text: str) -> str | None:
         match self._consensus.method:
             case "majority":
-                return answer_extraction.result(text)
+                return answer_extraction.extract_result(text)
             case "rouge-l+math":
-                return answer_extraction.number(text)
+                return answer_extraction.extract_number(text)
             case _:
                 return None
 
@@ -206,7 +206,7 @@ class Ballot:
             not_empty = np.array([bool(text.strip()) for text in texts])
             matrix = vectors @ vectors.T * np.outer(not_empty, not_empty)
         else:
-            matrix = self._consensus.rouge.agreement(texts)
+            matrix = self._consensus.rouge.pairwise_rouge_l(texts)
         np.fill_diagonal(matrix, 0.0)
         return (matrix.sum(axis=1) / (len(indexes) - 1)).tolist()
 

@@ -41,7 +41,7 @@ def _print_scorecard(out: Path) -> Any:
     from corral.evaluation import scorecard
 
     card = scorecard.Scorecard.from_json((out / "evaluate" / "scorecard.json").read_text("utf-8"))
-    Console().print(scorecard.render(card))
+    Console().print(scorecard.render_scores(card))
     if set(card.variants) > {"base", "tuned"} or any("/" in name for v in card.variants.values() for name in v.metrics):
         Console().print(scorecard.render_costs(card))
     return card
@@ -206,19 +206,19 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     if parse_variant(args.a) == parse_variant(args.b):
         raise InputError(f"both are {args.a!r}", hint="name two different ones: RUN, or RUN:VARIANT")
     rows = {spec: read_variant_rows(*parse_variant(spec)) for spec in (args.a, args.b)}
-    card = scorecard.build(rows, baseline=args.b, seed=0)
+    card = scorecard.build_scorecard(rows, baseline=args.b, seed=0)
     if not args.json:
-        Console().print(scorecard.render(card))
+        Console().print(scorecard.render_scores(card))
         Console().print(scorecard.render_costs(card))
     return json.loads(card.to_json())
 
 
 def report(args: argparse.Namespace) -> dict[str, Any]:
     """Write a run's report again."""
-    from corral.report.write import build
+    from corral.report.write import write_report
     from corral.run.directory import Run
 
-    page = build(Run(Path(args.run)).path)
+    page = write_report(Run(Path(args.run)).path)
     if not args.json:
         print(f"report  {page}")
     return {"report": str(page)}

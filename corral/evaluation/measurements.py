@@ -1,28 +1,29 @@
-"""One variant measured on everything it is to be measured on, into files that let it go on where it was stopped.
+"""Measures one variant on all its rows, and keeps the rows in files so that a stopped evaluation can continue.
 
-A row carries the hash of all that it depends on besides its own content (`made`): a variant whose settings change is measured
-anew, the others are not. Knows nothing about runs, recipes as a whole or where models lie.
+Each row carries the hash of everything that it depends on besides its own content (`made` in the file): when the settings of
+a variant change, only its rows are measured again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import corral
 from corral.answering.answerer import Answerer
 from corral.answering.build import build_answerer
+from corral.answering.identity import row_digest
 from corral.engines.base import Engine
 from corral.engines.embedding import Embedder
 from corral.evaluation import tasks
-from corral.evaluation.inference import Item, Maker, RowFile, answer_items, score_items, score_options
+from corral.evaluation.inference import Item, compute_losses, compute_option_logprobs, generate_answers
 from corral.evaluation.question_sets import Question
+from corral.evaluation.row_file import RowFile, RowOrigin
 from corral.evaluation.scoring import Row, VariantRows
 from corral.evaluation.tasks import Task
 from corral.messages import Conversation
@@ -34,52 +35,51 @@ LOSSES, ANSWERS, SECONDS = "losses.jsonl", "completions.jsonl", "seconds.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
-    """A variant: a model behind an engine, asked in one way.
+class VariantSpec:
+    """A variant: a model behind an engine, and the settings for its answers.
 
     Attributes:
-        name: what the scorecard calls it.
-        model: hash of the weights, the template, the engine and its precision.
-        settings: how answers are asked for, drawn and chosen.
-        seed: of all sampling, and of the choice of examples.
-        loss: whether its held-out loss is to be measured: that of a variant that is only asked in another way is its
-            model's.
-        examples: hash of the rows of `settings.shots.source`, if examples are taken of them.
+        name: its name in the scorecard.
+        model_identity: hash of the weights, the template, the engine and its precision.
+        settings: how answers are prompted, sampled and chosen.
+        seed: for sampling and for the choice of examples.
+        with_loss: whether to measure its held-out loss; variants of one model differ in settings only and share one loss.
+        examples_identity: hash of the rows of `settings.shots.source`, if the examples come from there.
     """
 
     name: str
-    model: str
+    model_identity: str
     settings: Answer
     seed: int
-    loss: bool = True
-    examples: str = ""
+    with_loss: bool = True
+    examples_identity: str = ""
 
 
 @dataclass(frozen=True)
-class Material:
+class EvaluationData:
     """What variants are measured on.
 
     Attributes:
-        to_score: rows for the held-out loss.
-        to_answer: rows to answer.
+        loss_items: rows for the held-out loss.
+        answer_items: rows to answer.
         tasks: public questions.
-        examples: answered conversations for few-shot prompting on `to_answer`; read when a variant wants them.
-        examples_from: hash of where those come from.
+        load_examples: reads answered conversations for few-shot prompting on `answer_items`; called when a variant needs them.
+        examples_identity: hash of the source of those examples.
     """
 
-    to_score: Sequence[Item] = ()
-    to_answer: Sequence[Item] = ()
+    loss_items: Sequence[Item] = ()
+    answer_items: Sequence[Item] = ()
     tasks: Sequence[Task] = ()
-    examples: Callable[[], Sequence[Conversation]] = tuple
-    examples_from: str = ""
+    load_examples: Callable[[], Sequence[Conversation]] = tuple
+    examples_identity: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """One thing that a variant is measured by: its file, and the rows it comes to."""
+class _RowSet:
+    """The rows of one variant in one file."""
 
     file: str
-    maker: Maker
+    origin: RowOrigin
     ids: frozenset[str]
 
 
@@ -91,134 +91,122 @@ class Measurements:
     the options), and `seconds.jsonl` (time spent on answers).
 
     Attributes:
-        embed: finds similar examples and votes by meaning, for all variants.
+        embed: embeds texts for similar examples and for votes by meaning; shared by all variants.
     """
 
     folder: Path
     embed: Embedder = field(default_factory=Embedder)
     _files: dict[str, RowFile] = field(default_factory=dict[str, RowFile])
 
-    def file(self, name: str) -> RowFile:
-        """One of the files, read once."""
+    def row_file(self, name: str) -> RowFile:
+        """One of the files; it is read once."""
         if name not in self._files:
             self._files[name] = RowFile(self.folder / name)
         return self._files[name]
 
-    def take_over(self, old: Path, subjects: Sequence[Subject], material: Material) -> None:
-        """Copy from another folder what these variants made there of the same rows with the same settings."""
-        wanted: dict[str, dict[Maker, Collection[str]]] = {SECONDS: {}}
-        for subject in subjects:
-            for part in _parts(subject, material):
-                wanted.setdefault(part.file, {})[part.maker] = part.ids
-                wanted[SECONDS][part.maker] = (part.file,)
-        for name, of_file in wanted.items():
-            self.file(name).take_over(old / name, of_file)
+    def reuse_rows(self, old: Path, variants: Sequence[VariantSpec], data: EvaluationData) -> None:
+        """Copy from another folder the rows that these variants have there with the same settings."""
+        wanted: dict[str, dict[RowOrigin, Collection[str]]] = {SECONDS: {}}
+        for variant in variants:
+            for rows in _row_sets(variant, data):
+                wanted.setdefault(rows.file, {})[rows.origin] = rows.ids
+                wanted[SECONDS][rows.origin] = (rows.file,)
+        for name, ids_by_origin in wanted.items():
+            self.row_file(name).reuse_rows(old / name, ids_by_origin)
 
-    def complete(self, subject: Subject, material: Material) -> bool:
-        """Whether nothing of a variant is missing."""
-        return all(part.ids <= self.file(part.file).of(part.maker).keys() for part in _parts(subject, material))
+    def is_complete(self, variant: VariantSpec, data: EvaluationData) -> bool:
+        """Whether a variant has all its rows."""
+        return all(rows.ids <= self._finished(rows).keys() for rows in _row_sets(variant, data))
 
     async def measure(
-        self, subject: Subject, engine: Engine, template: Template, material: Material, progress: Progress
+        self, variant: VariantSpec, engine: Engine, template: Template, data: EvaluationData, progress: Progress
     ) -> None:
-        """Fill in what is missing of a variant.
+        """Measure the rows that a variant lacks.
 
         Raises:
-            EngineError, TemplateError: it cannot be asked, or fails.
-            DataError, AssetError: its examples cannot be had.
+            EngineError, TemplateError: the model cannot answer or score.
+            DataError, AssetError: the examples cannot be read.
             StorageError: a file cannot be written.
         """
-        losses, answers, *of_tasks = _parts(subject, material)
-        if subject.loss and material.to_score:
-            progress.start(f"Evaluating {subject.name}: held-out loss", len(material.to_score))
-            plain = Answerer(engine, template)
-            await score_items(plain, losses.maker, material.to_score, self.file(losses.file), progress.update)
-        if material.to_answer:
-            progress.start(f"Evaluating {subject.name}: answers", len(material.to_answer))
-            answerer = self._answerer(subject, engine, template, subject.settings, material.examples)
-            await self._answers(answerer, answers, material.to_answer, progress)
-        for task in material.tasks:
-            for part in [part for part in of_tasks if part.file.startswith(f"tasks/{task.name}.")]:
-                await self._task(subject, engine, template, task, part, progress)
 
-    async def _task(
-        self, subject: Subject, engine: Engine, template: Template, task: Task, part: _Part, progress: Progress
-    ) -> None:
-        settings = _of_task(subject.settings, task)
-        progress.start(f"Evaluating {subject.name}: {task.name}", len(part.ids))
-        if part.file == _answers_of(task):
+        def answerer(settings: Answer, examples: Callable[[], Sequence[Conversation]]) -> Answerer:
+            return build_answerer(engine, template, settings, examples=examples, seed=variant.seed, embed=self.embed)
 
-            def examples() -> Sequence[Conversation]:
-                return task.examples(reasoning=settings.reasoning)
+        def start(what: str, count: int) -> None:
+            progress.start(f"Evaluating {variant.name}: {what}", count)
 
-            answerer = self._answerer(subject, engine, template, settings, examples)
-            await self._answers(answerer, part, items_of(task), progress)
-        else:
-            answerer = self._answerer(subject, engine, template, settings, lambda: task.examples_of_options)
-            await score_options(answerer, part.maker, task.questions, self.file(part.file), progress.update)
+        if variant.with_loss and data.loss_items:
+            start("held-out loss", len(data.loss_items))
+            rows = _loss_rows(variant, data)
+            file = self.row_file(rows.file)
+            await compute_losses(Answerer(engine, template), rows.origin, data.loss_items, file, progress.update)
+        if data.answer_items:
+            start("answers", len(data.answer_items))
+            rows = _answer_rows(variant, data)
+            await self._answer_timed(answerer(variant.settings, data.load_examples), rows, data.answer_items, progress)
+        for task in data.tasks:
+            settings = _task_settings(variant.settings, task)
+            for rows in _task_rows(variant, task):
+                start(task.name, len(rows.ids))
+                if rows.file == _answers_file(task.name):
+                    asked = answerer(settings, partial(task.examples, reasoning=settings.reasoning))
+                    await self._answer_timed(asked, rows, task_items(task), progress)
+                else:
+                    asked = answerer(settings, task.option_examples)
+                    file = self.row_file(rows.file)
+                    await compute_option_logprobs(asked, rows.origin, task.questions, file, progress.update)
 
-    def _answerer(
-        self,
-        subject: Subject,
-        engine: Engine,
-        template: Template,
-        settings: Answer,
-        examples: Callable[[], Sequence[Conversation]],
-    ) -> Answerer:
-        return build_answerer(engine, template, settings, examples=examples, seed=subject.seed, embed=self.embed)
+    def _finished(self, rows: _RowSet) -> Mapping[str, dict[str, Any]]:
+        return self.row_file(rows.file).rows_of(rows.origin)
 
-    async def _answers(self, answerer: Answerer, part: _Part, items: Sequence[Item], progress: Progress) -> None:
-        into, seconds = self.file(part.file), self.file(SECONDS)
-        before = len(into.of(part.maker))
-        missing = next((item for item in items if item.id not in into.of(part.maker)), None)
+    async def _answer_timed(self, answerer: Answerer, rows: _RowSet, items: Sequence[Item], progress: Progress) -> None:
+        """Generate the missing answers, and add the time they took to `seconds.jsonl`."""
+        finished = self._finished(rows)
+        finished_before = len(finished)
+        missing = next((item for item in items if item.id not in finished), None)
         if missing is None:
             return
-        # What is loaded and computed once is no part of what an answer takes.
+        # What is loaded and computed once is not part of the time of an answer.
         await answerer.encode_prompt(missing.conversation.split_answer()[0])
         if answerer.consensus is not None and answerer.consensus.method == "cosine":
             await asyncio.to_thread(self.embed, [""])
-        began = time.perf_counter()
+        started = time.perf_counter()
         try:
-            await answer_items(answerer, part.maker, items, into, progress.update)
+            await generate_answers(answerer, rows.origin, items, self.row_file(rows.file), progress.update)
         finally:
-            if done := len(into.of(part.maker)) - before:
-                known = seconds.of(part.maker).get(part.file, {"seconds": 0.0, "answers": 0})
-                spent = known["seconds"] + time.perf_counter() - began
-                seconds.add(part.maker, part.file, seconds=spent, answers=known["answers"] + done)
+            if added := len(self._finished(rows)) - finished_before:
+                seconds = self.row_file(SECONDS)
+                known = seconds.rows_of(rows.origin).get(rows.file, {"seconds": 0.0, "answers": 0})
+                spent = known["seconds"] + time.perf_counter() - started
+                seconds.add(rows.origin, rows.file, seconds=spent, answers=known["answers"] + added)
 
-    def rows_of(self, variant: str) -> VariantRows:
-        """All rows of a variant, with what its answers took. Empty for one that was never measured here."""
-        answers = self.file(ANSWERS).of_variant(variant)
-        found = {task: self._task_rows(task, variant) for task in self.tasks()}
-        info = self._info(ANSWERS, variant)
-        for task in found:
-            info |= {f"{task}/{name}": value for name, value in self._info(f"tasks/{task}.jsonl", variant).items()}
-        losses = self.file(LOSSES).of_variant(variant)
+    def variant_rows(self, variant: str) -> VariantRows:
+        """All rows of a variant, with the costs of its answers. Empty for a variant that was never measured here."""
+        task_names = sorted({path.name.partition(".")[0] for path in (self.folder / "tasks").glob("*.jsonl")})
+        info = self._answer_costs(ANSWERS, variant)
+        task_rows: dict[str, list[Row]] = {}
+        for task in task_names:
+            files = (self.row_file(name) for name in (_answers_file(task), _options_file(task)))
+            task_rows[task] = tasks.join_rows(*(file.rows_of_variant(variant) for file in files))
+            costs = self._answer_costs(_answers_file(task), variant)
+            info |= {f"{task}/{name}": value for name, value in costs.items()}
+        losses, answers = (self.row_file(name).rows_of_variant(variant) for name in (LOSSES, ANSWERS))
         rows: list[Row] = []
         for id_ in sorted(losses.keys() | answers.keys()):
             loss, answer = losses.get(id_, {}), answers.get(id_, {})
             rows.append(Row(id_, loss.get("nll"), loss.get("tokens"), answer.get("reference"), answer.get("answer")))
-        return VariantRows(rows, info, found)
+        return VariantRows(rows, info, task_rows)
 
-    def tasks(self) -> list[str]:
-        """The names of the tasks that there are rows of."""
-        return sorted({path.name.partition(".")[0] for path in (self.folder / "tasks").glob("*.jsonl")})
+    def _answer_costs(self, name: str, variant: str) -> dict[str, float]:
+        """Tokens and seconds of the answers in a file. Tokens include those of examples and of all candidates; votes add the
+        number of candidates and how many of them were cancelled.
 
-    def _task_rows(self, task: str, variant: str) -> list[Row]:
-        answers, options = (self.file(f"tasks/{task}{end}").of_variant(variant) for end in (".jsonl", ".options.jsonl"))
-        return tasks.rows(answers, options)
-
-    def _info(self, name: str, variant: str) -> dict[str, float]:
-        """What the answers in a file took: tokens (of examples and of all candidates too) and seconds; of votes also the
-        candidates, and how many of them were not needed.
-
-        Where some were made by a process that was killed, or others were made with them, their part of the time is that of
-        the rest.
+        Where the time of some answers is missing, or covers more answers than these, it is scaled to their number.
         """
-        rows = self.file(name).of_variant(variant).values()
+        rows = self.row_file(name).rows_of_variant(variant).values()
         if not rows:
             return {}
-        timed = self.file(SECONDS).of_variant(variant).get(name)
+        timed = self.row_file(SECONDS).rows_of_variant(variant).get(name)
         seconds: float = timed["seconds"] / timed["answers"] * len(rows) if timed else 0.0
         tokens = sum(row["tokens"] for row in rows)
         finishes = [finish for row in rows for finish in row.get("finishes", ())]
@@ -232,58 +220,72 @@ class Measurements:
         } | ({"candidates": len(finishes), "cancelled": finishes.count("cancelled")} if finishes else {})
 
 
-def items_of(task: Task) -> list[Item]:
+def task_items(task: Task) -> list[Item]:
     """A task's questions as rows to answer."""
 
     def item(question: Question) -> Item:
-        def judged(text: str) -> Mapping[str, Any]:
-            return tasks.judge(task.kind, question, text) or {"references": list(question.references)}
+        def grade(text: str) -> Mapping[str, Any]:
+            return tasks.grade_answer(task.kind, question, text) or {"references": list(question.references)}
 
-        return Item(question.id, question.example, judged)
+        return Item(question.id, question.example, grade)
 
     return [item(question) for question in task.questions]
 
 
-def _parts(subject: Subject, material: Material) -> list[_Part]:
-    """Held-out loss and answers, which may come to no rows; then what there is of each task."""
-    settings, examples = subject.settings, material.examples_from
-    parts = [
-        _Part(LOSSES, _maker(subject, "loss"), _ids(material.to_score if subject.loss else ())),
-        _Part(ANSWERS, _maker(subject, "answers", settings, examples), _ids(material.to_answer)),
+def _row_sets(variant: VariantSpec, data: EvaluationData) -> list[_RowSet]:
+    """All rows of a variant; those of the held-out loss or of the answers may be none."""
+    of_tasks = [rows for task in data.tasks for rows in _task_rows(variant, task)]
+    return [_loss_rows(variant, data), _answer_rows(variant, data), *of_tasks]
+
+
+def _loss_rows(variant: VariantSpec, data: EvaluationData) -> _RowSet:
+    return _RowSet(LOSSES, _row_origin(variant, "loss"), _ids(data.loss_items if variant.with_loss else ()))
+
+
+def _answer_rows(variant: VariantSpec, data: EvaluationData) -> _RowSet:
+    origin = _row_origin(variant, "answers", variant.settings, data.examples_identity)
+    return _RowSet(ANSWERS, origin, _ids(data.answer_items))
+
+
+def _task_rows(variant: VariantSpec, task: Task) -> list[_RowSet]:
+    """Answers, and log-probabilities of the options where the settings allow them."""
+    settings = _task_settings(variant.settings, task)
+    # The examples are drawn from the questions that are not asked, so they depend on how many are asked.
+    pool = [question.id for question in task.example_pool] if settings.shots.count else []
+    pool_identity = hashlib.sha256("".join(pool).encode()).hexdigest()
+    parts = {_answers_file(task.name): task.name}
+    if task.kind == "choice" and not settings.reasoning and settings.consensus.method == "none":
+        parts[_options_file(task.name)] = f"{task.name} options"
+    return [
+        _RowSet(file, _row_origin(variant, part, settings, pool_identity), _ids(task.questions))
+        for file, part in parts.items()
     ]
-    for task in material.tasks:
-        of_task = _of_task(settings, task)
-        # The questions asked are not among the examples: how many are asked changes those.
-        others = [question.id for question in task.others] if settings.shots.count else []
-        rest = hashlib.sha256("".join(others).encode()).hexdigest()
-        parts.append(_Part(_answers_of(task), _maker(subject, task.name, of_task, rest), _ids(task.questions)))
-        if task.kind == "choice" and not settings.reasoning and settings.consensus.method == "none":
-            maker = _maker(subject, f"{task.name} options", of_task, rest)
-            parts.append(_Part(f"tasks/{task.name}.options.jsonl", maker, _ids(task.questions)))
-    return parts
 
 
 def _ids(rows: Sequence[Item] | Sequence[Question]) -> frozenset[str]:
     return frozenset(row.id for row in rows)
 
 
-def _answers_of(task: Task) -> str:
-    return f"tasks/{task.name}.jsonl"
+def _answers_file(task: str) -> str:
+    return f"tasks/{task}.jsonl"
 
 
-def _of_task(settings: Answer, task: Task) -> Answer:
-    """How a task is asked: with examples of its own, whatever the others are shown."""
+def _options_file(task: str) -> str:
+    return f"tasks/{task}.options.jsonl"
+
+
+def _task_settings(settings: Answer, task: Task) -> Answer:
+    """A variant's settings for a task, which has its own limit of tokens and its own examples."""
     changes: dict[str, Any] = {} if task.max_tokens is None else {"max_tokens": task.max_tokens}
     if settings.shots.source is not None:
         changes["shots"] = settings.shots.model_copy(update={"source": None})
     return settings.model_copy(update=changes)
 
 
-def _maker(subject: Subject, what: str, settings: Answer | None = None, examples: str = "") -> Maker:
-    depends: list[Any] = [corral.__version__, subject.model, what]
-    if settings is not None:
-        depends += [settings.model_dump(mode="json"), subject.seed]
-        if settings.shots.count:
-            depends.append(examples if settings.shots.source is None else subject.examples)
-    digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
-    return Maker(subject.name, digest[:16])
+def _row_origin(
+    variant: VariantSpec, measurement: str, settings: Answer | None = None, examples: str = ""
+) -> RowOrigin:
+    digest = row_digest(
+        variant.model_identity, measurement, settings, variant.seed, own=examples, source=variant.examples_identity
+    )
+    return RowOrigin(variant.name, digest)

@@ -17,7 +17,7 @@ from corral.assets import fetch
 from corral.errors import DataError
 from corral.messages import Conversation, with_input
 
-Kind: TypeAlias = Literal["number", "choice", "text"]
+AnswerKind: TypeAlias = Literal["number", "choice", "text"]
 LETTERS = "ABCDEFGH"
 
 _ONE_NUMBER = re.compile(r"-?\d[\d,]*(\.\d+)?(?!\s*[\d:/])\D*")
@@ -49,7 +49,7 @@ class Question:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
-    def right_option(self) -> int:
+    def correct_option(self) -> int:
         """The place of the right option."""
         return self.options.index(self.references[0])
 
@@ -59,7 +59,7 @@ class Question:
         return Conversation.from_turns(("user", self.prompt), ("assistant", self.answer))
 
     @property
-    def example_of_options(self) -> Conversation:
+    def option_example(self) -> Conversation:
         """The question without its options, answered by the right one's text."""
         return Conversation.from_turns(("user", self.stem), ("assistant", self.references[0]))
 
@@ -68,27 +68,27 @@ class Question:
 class QuestionSet:
     """A set: what its answers are, its file in the asset `question-sets`, and how a row is read.
 
-    `read` gives None for a row that cannot be scored.
+    `parse_row` gives None for a row that cannot be scored.
     """
 
-    kind: Kind
+    kind: AnswerKind
     file: str
-    read: Callable[[Mapping[str, Any]], Question | None]
+    parse_row: Callable[[Mapping[str, Any]], Question | None]
 
 
-def read(name: str) -> list[Question]:
+def load_questions(name: str) -> list[Question]:
     """The questions of a set, fetched if need be, in the order of the file; copies and what cannot be scored are left out.
 
     Raises:
         AssetError: it cannot be fetched.
         DataError: a row is not of the set's schema.
     """
-    wanted = SETS[name]
+    wanted = QUESTION_SETS[name]
     fetched = fetch("question-sets")
-    return parse(wanted, (fetched.path / wanted.file).read_text("utf-8").splitlines(), where=wanted.file)
+    return parse_questions(wanted, (fetched.path / wanted.file).read_text("utf-8").splitlines(), where=wanted.file)
 
 
-def parse(wanted: QuestionSet, lines: Iterable[str], *, where: str) -> list[Question]:
+def parse_questions(wanted: QuestionSet, lines: Iterable[str], *, where: str) -> list[Question]:
     """The same from lines of JSON. Raises: DataError."""
     return list({question.id: question for question in _parsed(wanted, lines, where)}.values())
 
@@ -96,7 +96,7 @@ def parse(wanted: QuestionSet, lines: Iterable[str], *, where: str) -> list[Ques
 def _parsed(wanted: QuestionSet, lines: Iterable[str], where: str) -> Iterator[Question]:
     for number, line in enumerate(lines, start=1):
         try:
-            question = wanted.read(json.loads(line))
+            question = wanted.parse_row(json.loads(line))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"this row has not the form of its question set: {type(error).__name__}: {error}",
@@ -107,7 +107,7 @@ def _parsed(wanted: QuestionSet, lines: Iterable[str], where: str) -> Iterator[Q
             yield question
 
 
-def worked_problems() -> list[Conversation]:
+def load_worked_problems() -> list[Conversation]:
     """Word problems with the steps to their result, which follows `Answer:`, from the asset `gsm8k-examples`.
 
     Raises: AssetError.
@@ -115,10 +115,10 @@ def worked_problems() -> list[Conversation]:
     import yaml
 
     value = cast("dict[str, Any]", yaml.safe_load(fetch("gsm8k-examples").files[0].read_text("utf-8")))
-    return [worked_problem(sample["question"], sample["target"]) for sample in value["fewshot_config"]["samples"]]
+    return [parse_worked_problem(sample["question"], sample["target"]) for sample in value["fewshot_config"]["samples"]]
 
 
-def worked_problem(question: str, target: str) -> Conversation:
+def parse_worked_problem(question: str, target: str) -> Conversation:
     """One of them, from a target that ends in `The answer is 6.`"""
     steps, _, result = target.rpartition("The answer is ")
     return Conversation.from_turns(
@@ -165,7 +165,7 @@ def _xsum(row: Mapping[str, Any]) -> Question:
     return Question(with_input("Summarise this article in one sentence.", row["document"].strip()), summary, (summary,))
 
 
-SETS: Mapping[str, QuestionSet] = {
+QUESTION_SETS: Mapping[str, QuestionSet] = {
     "arithmetic": QuestionSet("number", "ASDiv/test.jsonl", _asdiv),
     "commonsense_qa": QuestionSet("choice", "CommonsenseQA/validation.jsonl", _lettered),
     "mmlu": QuestionSet("choice", "MMLU/test.jsonl", _lettered),

@@ -14,8 +14,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from corral.errors import InputError
 from corral.evaluation import statistics
-from corral.evaluation.scoring import Direction, Metric, RowScores, VariantRows, listed, ordered, score_variant
-from corral.evaluation.scoring import metric as known_metric
+from corral.evaluation.scoring import (
+    Direction,
+    Metric,
+    MetricColumns,
+    VariantRows,
+    abbreviate,
+    score_variant,
+    sort_metrics,
+)
+from corral.evaluation.scoring import known_metric as known_metric
 from corral.metrics.bleu import bleu_signature
 from corral.metrics.rouge import Rouge, rouge_signature
 
@@ -60,7 +68,7 @@ class Comparison(_Record):
     better: Direction
 
     @property
-    def is_same(self) -> bool:
+    def is_identical(self) -> bool:
         """Whether no row differs."""
         return self.difference == 0 and not self.mde and self.low == 0 == self.high
 
@@ -128,7 +136,7 @@ class Scorecard(_Record):
             ) from error
 
 
-def compare(a: RowScores, b: RowScores, *, names: tuple[str, str], seed: int) -> list[Comparison]:
+def compare_variants(a: MetricColumns, b: MetricColumns, *, names: tuple[str, str], seed: int) -> list[Comparison]:
     """a against b, on every metric that both were measured by.
 
     Raises:
@@ -138,7 +146,7 @@ def compare(a: RowScores, b: RowScores, *, names: tuple[str, str], seed: int) ->
     for name in metrics:
         _check_paired(name, a, b, names)
     results = [
-        statistics.compare(a[name].measure, b[name].measure, seed=seed, metrics=len(metrics)) for name in metrics
+        statistics.compare(a[name].measure, b[name].measure, seed=seed, metric_count=len(metrics)) for name in metrics
     ]
     adjusted = statistics.holm([result.p for result in results])
     return [
@@ -159,8 +167,8 @@ def compare(a: RowScores, b: RowScores, *, names: tuple[str, str], seed: int) ->
     ]
 
 
-def build(
-    variants: Mapping[str, VariantRows], *, baseline: str, against: Mapping[str, str] | None = None, seed: int = 0
+def build_scorecard(
+    variants: Mapping[str, VariantRows], *, baseline: str, compared_with: Mapping[str, str] | None = None, seed: int = 0
 ) -> Scorecard:
     """Scores all variants and compares each with another one (difference = variant − the other).
 
@@ -173,10 +181,12 @@ def build(
         InputError: `baseline`, or a variant named by `against`, is not among the variants; or as `score_rows` and `compare`
             say.
     """
-    pairs = {name: (against or {}).get(name, baseline) for name in variants if name != baseline}
+    pairs = {name: (compared_with or {}).get(name, baseline) for name in variants if name != baseline}
     for name in (baseline, *pairs.values()):
         if name not in variants:
-            raise InputError(f"no variant is called {name!r}", where="baseline", hint=f"choose of {listed(variants)}")
+            raise InputError(
+                f"no variant is called {name!r}", where="baseline", hint=f"choose of {abbreviate(variants)}"
+            )
     rouge = Rouge()
     scores = {name: score_variant(name, rows, rouge) for name, rows in variants.items()}
     return Scorecard(
@@ -187,7 +197,7 @@ def build(
         comparisons=[
             comparison
             for name, other in pairs.items()
-            for comparison in compare(scores[name], scores[other], names=(name, other), seed=seed)
+            for comparison in compare_variants(scores[name], scores[other], names=(name, other), seed=seed)
         ],
         baseline=baseline,
         seed=seed,
@@ -196,7 +206,7 @@ def build(
     )
 
 
-def _unpaired(a: str, b: str, scores: Mapping[str, RowScores]) -> Unpaired | None:
+def _unpaired(a: str, b: str, scores: Mapping[str, MetricColumns]) -> Unpaired | None:
     only_a, only_b = ([name for name in scores[one] if name not in scores[other]] for one, other in ((a, b), (b, a)))
     return Unpaired(a=a, b=b, only_a=only_a, only_b=only_b) if only_a or only_b else None
 
@@ -212,7 +222,7 @@ def table_rows(card: Scorecard) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [
         ("metric", "variant", "mean ± se", "rows", one, f"{statistics.LEVEL:.0%} interval", "p")
     ]
-    for name in ordered(metric for measured in card.variants.values() for metric in measured.metrics):
+    for name in sort_metrics(metric for measured in card.variants.values() for metric in measured.metrics):
         metric = known_metric(name) or Metric(name, "", "higher", 3)
         label = f"{metric.label} {'↓' if metric.better == 'lower' else '↑'}"
         for variant, measured in card.variants.items():
@@ -223,7 +233,7 @@ def table_rows(card: Scorecard) -> list[tuple[str, ...]]:
     return rows
 
 
-COSTS = (
+COST_NAMES = (
     *("answers", "prompt_tokens", "answer_tokens", "seconds", "answers_per_second"),
     *("candidates", "cancelled"),
 )
@@ -245,7 +255,7 @@ def cost_rows(infos: Mapping[str, Mapping[str, float]]) -> list[tuple[str, ...]]
         label = task or "test rows"
         for name, info in infos.items():
             answers, prompt, answer, seconds, rate, candidates, cancelled = (
-                info.get(f"{task}/{cost}" if task else cost, 0.0) for cost in COSTS
+                info.get(f"{task}/{cost}" if task else cost, 0.0) for cost in COST_NAMES
             )
             if answers:
                 each = (f"{answers:.0f}", f"{prompt / answers:.1f}", f"{answer / answers:.1f}")
@@ -255,13 +265,15 @@ def cost_rows(infos: Mapping[str, Mapping[str, float]]) -> list[tuple[str, ...]]
     return rows
 
 
-def render(card: Scorecard) -> Table:
+def render_scores(card: Scorecard) -> Table:
     """`table_rows` as a table for a terminal, 80 columns wide with names of usual length."""
     caption = [f"p: Holm over metrics; better ✓ or worse ✗ at {SIGNIFICANT}"]
     for pair in card.unpaired:
         for name, metrics in ((pair.a, pair.only_a), (pair.b, pair.only_b)):
             if metrics:
-                labels = listed([(known_metric(metric) or UNKNOWN).label or metric for metric in metrics], len(metrics))
+                labels = abbreviate(
+                    [(known_metric(metric) or UNKNOWN).label or metric for metric in metrics], len(metrics)
+                )
                 caption.append(f"{pair.a} and {pair.b}, not compared: only {name} has {labels}")
     return _table(table_rows(card), "\n".join(caption))
 
@@ -287,21 +299,21 @@ def _table(rows: Sequence[tuple[str, ...]], caption: str) -> Table:
     return table
 
 
-def _metric_values(scores: RowScores, seed: int) -> dict[str, MetricValue]:
+def _metric_values(scores: MetricColumns, seed: int) -> dict[str, MetricValue]:
     return {
         name: MetricValue(**asdict(statistics.estimate(column.measure, seed=seed))) for name, column in scores.items()
     }
 
 
-def _check_paired(metric: str, a: RowScores, b: RowScores, names: tuple[str, str]) -> None:
+def _check_paired(metric: str, a: MetricColumns, b: MetricColumns, names: tuple[str, str]) -> None:
     one, other = a[metric], b[metric]
     where = f"{names[0]} against {names[1]}"
     of = f" of {task}" if (task := metric.rpartition("/")[0]) else ""
     if one.ids != other.ids:
         sides = (sorted(set(one.ids) - set(other.ids)), sorted(set(other.ids) - set(one.ids)))
-        faults = [f"only in {name}: {listed(ids)}" for name, ids in zip(names, sides, strict=True) if ids]
+        faults = [f"only in {name}: {abbreviate(ids)}" for name, ids in zip(names, sides, strict=True) if ids]
         raise InputError(
-            f"the rows{of} with {one.kind} are not the same: {'; '.join(faults)}",
+            f"the rows{of} with {one.source} are not the same: {'; '.join(faults)}",
             where=where,
             hint="evaluate both variants on the same rows",
         )
@@ -309,7 +321,7 @@ def _check_paired(metric: str, a: RowScores, b: RowScores, names: tuple[str, str
         pairs = zip(one.ids, one.references, other.references, strict=True)
         differing = [name for name, first, second in pairs if first != second]
         raise InputError(
-            f"the reference text differs in rows {listed(differing)}",
+            f"the reference text differs in rows {abbreviate(differing)}",
             where=where,
             hint="compare variants that were evaluated on the same data",
         )

@@ -46,7 +46,7 @@ METRICS: Mapping[str, Metric] = {
 with the highest log-probability; `logprob_byte`: the same divided by the bytes of the option's text (lm-eval's acc_norm)."""
 
 
-def metric(name: str) -> Metric | None:
+def known_metric(name: str) -> Metric | None:
     """What is known of a metric, by its full name; None for one that is not corral's."""
     task, _, short = name.rpartition("/")
     known = METRICS.get(short)
@@ -55,7 +55,7 @@ def metric(name: str) -> Metric | None:
     return Metric(f"{task}: {known.label}", known.unit, known.better, known.digits)
 
 
-def ordered(names: Iterable[str]) -> list[str]:
+def sort_metrics(names: Iterable[str]) -> list[str]:
     """Metrics as they are shown: a run's own rows first, then task by task; those that corral does not know last."""
     places = {name: place for place, name in enumerate(METRICS)}
 
@@ -85,8 +85,8 @@ class Row:
     tokens: int | None = None
     reference: str | None = None
     answer: str | None = None
-    others: tuple[str, ...] = ()
-    right: Mapping[str, bool] = field(default_factory=dict[str, bool])
+    other_references: tuple[str, ...] = ()
+    correct: Mapping[str, bool] = field(default_factory=dict[str, bool])
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,24 +110,24 @@ class Column:
     """
 
     ids: tuple[str, ...]
-    kind: str
+    source: str
     measure: Measure
     references: tuple[tuple[str, ...], ...] = ()
 
 
-RowScores: TypeAlias = Mapping[str, Column]
+MetricColumns: TypeAlias = Mapping[str, Column]
 """A column for each metric that was measured, by its full name, in the order in which they are shown."""
 
 
-def score_variant(variant: str, rows: VariantRows, rouge: Rouge | None = None) -> RowScores:
+def score_variant(variant: str, rows: VariantRows, rouge: Rouge | None = None) -> MetricColumns:
     """All that a variant was measured by. Raises: as `score_rows`."""
     columns = dict(score_rows(variant, rows.rows, rouge))
     for task, of_task in rows.tasks.items():
         columns |= {f"{task}/{name}": c for name, c in score_rows(f"{variant}, task {task}", of_task, rouge).items()}
-    return {name: columns[name] for name in ordered(columns)}
+    return {name: columns[name] for name in sort_metrics(columns)}
 
 
-def score_rows(variant: str, rows: Sequence[Row], rouge: Rouge | None = None) -> RowScores:
+def score_rows(variant: str, rows: Sequence[Row], rouge: Rouge | None = None) -> MetricColumns:
     """Scores rows once. Text metrics are taken of rows with both a reference and an answer.
 
     Args:
@@ -141,27 +141,27 @@ def score_rows(variant: str, rows: Sequence[Row], rouge: Rouge | None = None) ->
     where = f"variant {variant}"
     repeated = sorted(name for name, times in Counter(row.id for row in rows).items() if times > 1)
     if repeated:
-        raise InputError(f"row ids appear more than once: {listed(repeated)}", where=where, hint="one row per id")
+        raise InputError(f"row ids appear more than once: {abbreviate(repeated)}", where=where, hint="one row per id")
     rows = sorted(rows, key=lambda row: row.id)
-    found = {**_loss(rows, where), **_texts(rows, rouge or Rouge()), **_right(rows)}
+    found = {**_loss_columns(rows, where), **_text_columns(rows, rouge or Rouge()), **_correctness_columns(rows)}
     return {name: column for name, column in found.items() if column.ids}
 
 
-def _loss(rows: Sequence[Row], where: str) -> dict[str, Column]:
-    losses = [(row.id, *_loss_of(row, where)) for row in rows if row.nll is not None or row.tokens is not None]
+def _loss_columns(rows: Sequence[Row], where: str) -> dict[str, Column]:
+    losses = [(row.id, *_checked_loss(row, where)) for row in rows if row.nll is not None or row.tokens is not None]
     sums = np.array([(nll, tokens) for _, nll, tokens in losses], dtype=np.float64).reshape(-1, 2)
     return {"loss": Column(tuple(name for name, _, _ in losses), "loss", Measure.ratio(sums[:, 0], sums[:, 1]))}
 
 
-def _texts(rows: Sequence[Row], rouge: Rouge) -> dict[str, Column]:
+def _text_columns(rows: Sequence[Row], rouge: Rouge) -> dict[str, Column]:
     texts = [(row, row.reference, row.answer) for row in rows if row.reference is not None and row.answer is not None]
     if not texts:
         return {}
     ids, answers = tuple(row.id for row, _, _ in texts), [answer for _, _, answer in texts]
-    references = tuple((reference, *row.others) for row, reference, _ in texts)
+    references = tuple((reference, *row.other_references) for row, reference, _ in texts)
     scores = np.array(
         [
-            rouge.score_all(several, [answer] * len(several)).max(axis=0)
+            rouge.score_pairs(several, [answer] * len(several)).max(axis=0)
             for several, answer in zip(references, answers, strict=True)
         ]
     )
@@ -175,16 +175,16 @@ def _texts(rows: Sequence[Row], rouge: Rouge) -> dict[str, Column]:
     return columns
 
 
-def _right(rows: Sequence[Row]) -> dict[str, Column]:
+def _correctness_columns(rows: Sequence[Row]) -> dict[str, Column]:
     columns: dict[str, Column] = {}
     for name, kind in (("accuracy", "answers"), ("logprob", "options"), ("logprob_byte", "options")):
-        judged = [(row.id, row.right[name]) for row in rows if name in row.right]
+        judged = [(row.id, row.correct[name]) for row in rows if name in row.correct]
         values = np.array([right for _, right in judged], dtype=np.float64)
         columns[name] = Column(tuple(id_ for id_, _ in judged), kind, Measure.mean(values))
     return columns
 
 
-def _loss_of(row: Row, where: str) -> tuple[float, int]:
+def _checked_loss(row: Row, where: str) -> tuple[float, int]:
     if row.nll is None or row.tokens is None:
         missing = "tokens" if row.tokens is None else "nll"
         raise InputError(f"row {row.id} has no {missing}", where=where, hint="a loss needs both nll and tokens")
@@ -197,7 +197,7 @@ def _loss_of(row: Row, where: str) -> tuple[float, int]:
     return row.nll, row.tokens
 
 
-def listed(names: Sequence[str] | Mapping[str, object], limit: int = 5) -> str:
+def abbreviate(names: Sequence[str] | Mapping[str, object], limit: int = 5) -> str:
     """Names for a message: the first few, and how many more there are."""
     shown = list(names)[:limit]
     return ", ".join(shown) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -28,7 +28,7 @@ POWER = 0.80
 _Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 _Z_POWER = NormalDist().inv_cdf(POWER)
 # Rows × trials held at once: 32 MB of float64.
-_CELLS = 4_000_000
+_MAX_CELLS = 4_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class PairedDifference:
     """What comparing a with b on the same n rows gives.
 
     Attributes:
@@ -113,7 +113,7 @@ def estimate(measure: Measure, *, seed: int, trials: int = TRIALS) -> Estimate:
     Raises:
         InputError: there are no rows.
     """
-    n = _rows(measure)
+    n = _row_count(measure)
     value = measure.value
     if n == 1:
         return Estimate(value, None, None, None, 1)
@@ -121,11 +121,11 @@ def estimate(measure: Measure, *, seed: int, trials: int = TRIALS) -> Estimate:
         se = _standard_error(_influence(measure))
         return Estimate(value, se, value - _Z * se, value + _Z * se, n)
     scores = np.concatenate([measure.score(w @ measure.statistics) for w in _resamples(n, seed, trials)])
-    low, high = _interval(scores)
+    low, high = _percentile_interval(scores)
     return Estimate(value, float(scores.std(ddof=1)), low, high, n)
 
 
-def compare(a: Measure, b: Measure, *, seed: int, trials: int = TRIALS, metrics: int = 1) -> Difference:
+def compare(a: Measure, b: Measure, *, seed: int, trials: int = TRIALS, metric_count: int = 1) -> PairedDifference:
     """Compares two variants of one metric whose rows are the same, in the same order.
 
     The interval is the percentile interval of `trials` paired bootstrap resamples (Koehn, 2004). p comes from `trials`
@@ -141,22 +141,22 @@ def compare(a: Measure, b: Measure, *, seed: int, trials: int = TRIALS, metrics:
     Raises:
         InputError: there are no rows, or not the same number on both sides.
     """
-    n = _rows(a)
+    n = _row_count(a)
     if len(b) != n:
         raise InputError(f"{n} rows cannot be paired with {len(b)}", hint="compare two variants on the same rows")
     difference = a.value - b.value
     p = _randomisation_p(a, b, seed, trials)
     if n == 1:
-        return Difference(difference, None, None, p, None, None, 1)
+        return PairedDifference(difference, None, None, p, None, None, 1)
     differences = np.concatenate(
         [a.score(w @ a.statistics) - b.score(w @ b.statistics) for w in _resamples(n, seed, trials)]
     )
-    low, high = _interval(differences)
+    low, high = _percentile_interval(differences)
     se = _standard_error(_influence(a) - _influence(b)) if a.linear and b.linear else float(differences.std(ddof=1))
     # Rows that differ by the same have no spread but what rounding leaves, and tell of no smaller difference.
     has_spread = se > 1e-9 * max(abs(a.value), abs(b.value))
-    mde = (NormalDist().inv_cdf(1 - (1 - LEVEL) / (2 * metrics)) + _Z_POWER) * se if has_spread else None
-    return Difference(difference, low, high, p, se, mde, n)
+    mde = (NormalDist().inv_cdf(1 - (1 - LEVEL) / (2 * metric_count)) + _Z_POWER) * se if has_spread else None
+    return PairedDifference(difference, low, high, p, se, mde, n)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -169,7 +169,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _rows(measure: Measure) -> int:
+def _row_count(measure: Measure) -> int:
     if not len(measure):
         raise InputError("there are no rows to estimate from", hint="evaluate on at least one row")
     return len(measure)
@@ -189,7 +189,7 @@ def _standard_error(influence: Floats) -> float:
     return float(influence.std(ddof=1)) / math.sqrt(len(influence))
 
 
-def _interval(scores: Floats) -> tuple[float, float]:
+def _percentile_interval(scores: Floats) -> tuple[float, float]:
     low, high = np.quantile(scores, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
@@ -216,6 +216,6 @@ def _randomisation_p(a: Measure, b: Measure, seed: int, trials: int) -> float:
 
 
 def _chunks(n: int, trials: int) -> Iterator[int]:
-    size = max(1, _CELLS // n)
+    size = max(1, _MAX_CELLS // n)
     for start in range(0, trials, size):
         yield min(size, trials - start)

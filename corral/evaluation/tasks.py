@@ -1,18 +1,14 @@
-"""A task: which questions of a set are asked, which are examples, and whether an answer is right.
-
-Knows nothing about models or files of rows; the sets themselves are read by `questions`.
-"""
+"""A task: the questions of a set that are asked, the examples for them, and whether an answer is right."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any
 
 from corral.evaluation import question_sets
-from corral.evaluation.question_sets import LETTERS, Kind, Question
+from corral.evaluation.question_sets import LETTERS, AnswerKind, Question
 from corral.evaluation.scoring import Row
 from corral.messages import Conversation
 from corral.metrics import answer_extraction
@@ -24,95 +20,84 @@ class Task:
 
     Attributes:
         name: of the set.
-        kind: what its answers are.
+        kind: of its answers.
         questions: those that are asked.
-        others: the rest of the set, which examples are taken of.
-        max_tokens: most tokens of an answer, where that is not as elsewhere.
+        example_pool: the other questions of the set; examples are taken from these.
+        max_tokens: limit for an answer, if it differs from the recipe's.
     """
 
     name: str
-    kind: Kind
+    kind: AnswerKind
     questions: Sequence[Question]
-    others: Sequence[Question]
+    example_pool: Sequence[Question]
     max_tokens: int | None = None
 
     def examples(self, *, reasoning: bool) -> Sequence[Conversation]:
-        """Solved questions to show. With `reasoning`, word problems with their steps for a task of numbers; the other sets
-        have no steps to show."""
+        """Answered questions for few-shot prompting. With `reasoning`, a task of numbers shows problems worked in steps; the
+        other sets have no steps."""
         if reasoning and self.kind == "number":
-            return self._worked
-        return [question.example for question in self.others]
+            return question_sets.load_worked_problems()
+        return [question.example for question in self.example_pool]
 
-    @cached_property
-    def _worked(self) -> Sequence[Conversation]:
-        return question_sets.worked_problems()
-
-    @property
-    def examples_of_options(self) -> Sequence[Conversation]:
-        """Questions without their options, answered by the right one's text."""
-        return [question.example_of_options for question in self.others]
+    def option_examples(self) -> Sequence[Conversation]:
+        """Questions without their options, answered by the text of the correct one."""
+        return [question.option_example for question in self.example_pool]
 
 
-def load(name: str, rows: int, *, seed: int, max_tokens: int | None = None) -> Task:
-    """A task by its name. Raises: AssetError, DataError."""
-    return draw(name, question_sets.read(name), rows, seed=seed, max_tokens=max_tokens)
+def load_task(name: str, rows: int, *, seed: int, max_tokens: int | None = None) -> Task:
+    """A task of `rows` questions of the set with this name. Raises: AssetError, DataError."""
+    return sample_task(name, question_sets.load_questions(name), rows, seed=seed, max_tokens=max_tokens)
 
 
-def draw(name: str, every: Sequence[Question], rows: int, *, seed: int, max_tokens: int | None = None) -> Task:
-    """The questions of lowest hash (of content and seed) are asked, so that fewer are a part of more, in any order."""
+def sample_task(
+    name: str, questions: Sequence[Question], rows: int, *, seed: int, max_tokens: int | None = None
+) -> Task:
+    """Ask the `rows` questions with the lowest hash of seed and content: a smaller sample is part of a larger one, whatever the
+    order of the questions."""
 
-    def place(question: Question) -> str:
+    def hash_of(question: Question) -> str:
         return hashlib.sha256(f"{seed}:{question.id}".encode()).hexdigest()
 
-    drawn = sorted(every, key=place)
-    return Task(name, question_sets.SETS[name].kind, drawn[:rows], drawn[rows:], max_tokens)
+    shuffled = sorted(questions, key=hash_of)
+    return Task(name, question_sets.QUESTION_SETS[name].kind, shuffled[:rows], shuffled[rows:], max_tokens)
 
 
-def judge(kind: Kind, question: Question, text: str) -> dict[str, Any]:
-    """What a text answers: `result` (None where it gives none) and whether that is `right`; nothing for a task of texts."""
+def grade_answer(kind: AnswerKind, question: Question, text: str) -> dict[str, Any]:
+    """Fields of a finished row: `result` extracted from the answer (None if it has none) and whether it is `right`; no fields
+    for a task of texts."""
     match kind:
         case "number":
-            result = answer_extraction.number(text)
-            return {
-                "result": result,
-                "right": result is not None and result == answer_extraction.number(question.answer),
-            }
+            result = answer_extraction.extract_number(text)
+            expected = answer_extraction.extract_number(question.answer)
+            return {"result": result, "right": result is not None and result == expected}
         case "choice":
-            result = answer_extraction.choice(text, question.options)
-            return {"result": result, "right": result == LETTERS[question.right_option]}
+            result = answer_extraction.extract_choice(text, question.options)
+            return {"result": result, "right": result == LETTERS[question.correct_option]}
         case "text":
             return {}
 
 
-def answered_row(row: Mapping[str, Any]) -> Row:
-    """A finished answer as what scores are taken of."""
+def row_from_answer(row: Mapping[str, Any]) -> Row:
+    """The row to score for a finished answer."""
     if "right" in row:
-        return Row(row["id"], right={"accuracy": row["right"]})
+        return Row(row["id"], correct={"accuracy": row["right"]})
     first, *others = row["references"]
-    return Row(row["id"], reference=first, answer=row["answer"], others=tuple(others))
+    return Row(row["id"], reference=first, answer=row["answer"], other_references=tuple(others))
 
 
-def chosen_row(row: Mapping[str, Any]) -> Row:
-    """The options' log-probabilities as what scores are taken of: which is highest, as a whole and by byte."""
-    by_byte = [value / size for value, size in zip(row["logprobs"], row["bytes"], strict=True)]
-    return Row(
-        row["id"],
-        right={
-            "logprob": _highest(row["logprobs"]) == row["gold"],
-            "logprob_byte": _highest(by_byte) == row["gold"],
-        },
-    )
+def row_from_options(row: Mapping[str, Any]) -> Row:
+    """The row to score for the log-probabilities of options: whether the correct option has the highest, and the highest per
+    byte."""
+    per_byte = [logprob / size for logprob, size in zip(row["logprobs"], row["bytes"], strict=True)]
+    scores = {"logprob": row["logprobs"], "logprob_byte": per_byte}
+    return Row(row["id"], correct={name: values.index(max(values)) == row["gold"] for name, values in scores.items()})
 
 
-def rows(answers: Mapping[str, Mapping[str, Any]], options: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-    """A task's rows of one variant, answers and log-probabilities of the options joined by id."""
-    made: list[Row] = []
+def join_rows(answers: Mapping[str, Mapping[str, Any]], options: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """A variant's rows of a task: answers and log-probabilities of options, joined by id."""
+    rows: list[Row] = []
     for id_ in sorted(answers.keys() | options.keys()):
-        row = answered_row(answers[id_]) if id_ in answers else Row(id_)
-        right = dict(row.right) | (dict(chosen_row(options[id_]).right) if id_ in options else {})
-        made.append(Row(id_, reference=row.reference, answer=row.answer, others=row.others, right=right))
-    return made
-
-
-def _highest(values: Sequence[float]) -> int:
-    return max(range(len(values)), key=values.__getitem__)
+        row = row_from_answer(answers[id_]) if id_ in answers else Row(id_)
+        correct = dict(row.correct) | (dict(row_from_options(options[id_]).correct) if id_ in options else {})
+        rows.append(replace(row, correct=correct))
+    return rows

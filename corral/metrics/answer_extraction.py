@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Sequence
 from fractions import Fraction
 
-MARKER = "Answer:"
+RESULT_MARKER = "Answer:"
 """What a model is asked to write before its result."""
 
 # What is said before a result: by MARKER, in GSM8K, in MetaMathQA and MATH. The last one counts.
@@ -36,7 +36,7 @@ _LONE = re.compile(r"[\s*_`\"'(\[]*([A-Za-z])[\s*_`\"')\].:]*")
 _WORDS = re.compile(r"[^\W_]+")
 
 
-def final(text: str) -> str | None:
+def marked_text(text: str) -> str | None:
     """What follows the last marker of a result (`Answer:`, `####`, `the answer is`, `\\boxed{…}`), up to the end of its line.
 
     Returns: None where there is no marker, or nothing after it.
@@ -45,7 +45,7 @@ def final(text: str) -> str | None:
     return said
 
 
-def number(text: str) -> str | None:
+def extract_number(text: str) -> str | None:
     """The number that an answer comes to: the first one after the last marker, or without a marker the last of the text.
 
     Returns: its shortest decimal form, or a fraction p/q where it has none; without sign of thousands, unit or currency, so
@@ -67,7 +67,7 @@ def number(text: str) -> str | None:
     return _canonical(found.group())
 
 
-def choice(text: str, options: Sequence[str] = ()) -> str | None:
+def extract_choice(text: str, options: Sequence[str] = ()) -> str | None:
     """The letter of the option that an answer names: after the last marker, at its beginning, or by the option's own text.
 
     Args:
@@ -95,13 +95,13 @@ def choice(text: str, options: Sequence[str] = ()) -> str | None:
     return None
 
 
-def result(text: str) -> str | None:
+def extract_result(text: str) -> str | None:
     """What an answer comes to, where the kind of question is not known: a choice's letter, else a number, else the short text
     after the marker (what is boxed by its signs, else by its words). None where there is nothing of the kind."""
     said, boxed = _said(text)
-    if letter := choice(text):
+    if letter := extract_choice(text):
         return letter
-    if (found := number(text)) is not None:
+    if (found := extract_number(text)) is not None:
         return found
     if said is None:
         return None

@@ -117,12 +117,12 @@ class Rouge:
             _f_measure(LCSseq.similarity(a, b), len(a), len(b)),
         )
 
-    def score_all(self, references: Sequence[str], candidates: Sequence[str]) -> Floats:
+    def score_pairs(self, references: Sequence[str], candidates: Sequence[str]) -> Floats:
         """[n, 3] F-measures (ROUGE-1, ROUGE-2, ROUGE-L) of n candidates, each against the reference at its place."""
         pairs = zip(references, candidates, strict=True)
         return np.array([self.score(*pair) for pair in pairs], dtype=np.float64).reshape(-1, 3)
 
-    def agreement(self, texts: Sequence[str]) -> Floats:
+    def pairwise_rouge_l(self, texts: Sequence[str]) -> Floats:
         """[n, n] ROUGE-L F between every two of n texts, symmetric: what a vote among answers adds up.
 
         Each text is read once. The diagonal is 1, or 0 for a text without words.

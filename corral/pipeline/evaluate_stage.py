@@ -19,7 +19,7 @@ from corral.storage import write_atomic
 
 if TYPE_CHECKING:
     from corral.engines.registry import LocalEngine
-    from corral.evaluation.measurements import Material, Measurements, Subject
+    from corral.evaluation.measurements import EvaluationData, Measurements, VariantSpec
     from corral.evaluation.scoring import VariantRows
     from corral.export_forms import ExportForm
 
@@ -52,27 +52,27 @@ def evaluate(context: RunContext, stage: Stage) -> None:
     measurements = Measurements(stage.path)
     for old in sorted((context.run.path / "superseded").glob("evaluate-*")):
         if old.name != "evaluate-damaged":
-            measurements.take_over(old, all_subjects, material)
+            measurements.reuse_rows(old, all_subjects, material)
     for model, variants in subjects.items():
-        missing = [subject for subject in variants if not measurements.complete(subject, material)]
+        missing = [subject for subject in variants if not measurements.is_complete(subject, material)]
         if missing:
             _measure(context, model, missing, measurements, material)
-    card = scorecard.build(
+    card = scorecard.build_scorecard(
         {
-            name: measurements.rows_of(name)
+            name: measurements.variant_rows(name)
             for name in (*BUILT_IN_VARIANTS, *(variant.name for variant in config.variants))
         },
         baseline=BASELINE,
-        against={variant.name: variant.compared_with for variant in config.variants},
+        compared_with={variant.name: variant.compared_with for variant in config.variants},
         seed=context.recipe.seed,
     )
     write_atomic(stage.path / SCORECARD, card.to_json())
 
 
-def _subjects(context: RunContext) -> dict[_Model, list[Subject]]:
+def _subjects(context: RunContext) -> dict[_Model, list[VariantSpec]]:
     """The variants by their model, so that each model is loaded once."""
     from corral.answering.identity import source_examples_digest
-    from corral.evaluation.measurements import Subject
+    from corral.evaluation.measurements import VariantSpec
 
     recipe, default = context.recipe, evaluation_engine(context)
     asked = [(name, _Model(name, None, default), recipe.answer) for name in BUILT_IN_VARIANTS]
@@ -80,12 +80,19 @@ def _subjects(context: RunContext) -> dict[_Model, list[Subject]]:
         own = "openvino" if variant.form is not None and variant.form.target == "openvino" else default
         model = _Model(variant.model, variant.form, variant.engine or own)
         asked.append((variant.name, model, variant.answer_settings(recipe.answer)))
-    subjects: dict[_Model, list[Subject]] = {}
+    subjects: dict[_Model, list[VariantSpec]] = {}
     for name, model, settings in asked:
         variants = subjects.setdefault(model, [])
         examples = source_examples_digest(settings.shots)
         variants.append(
-            Subject(name, _model_digest(context, model), settings, recipe.seed, loss=not variants, examples=examples)
+            VariantSpec(
+                name,
+                _model_digest(context, model),
+                settings,
+                recipe.seed,
+                with_loss=not variants,
+                examples_identity=examples,
+            )
         )
     return subjects
 
@@ -103,12 +110,12 @@ def _fingerprint(context: RunContext, stage: str) -> str:
     return json.loads((context.run.path / stage / "stage.json").read_text("utf-8"))["fingerprint"]
 
 
-def _material(context: RunContext) -> Material:
+def _material(context: RunContext) -> EvaluationData:
     """The rows and questions that all variants are measured on."""
     from corral.answering.examples import training_examples
     from corral.evaluation import tasks
     from corral.evaluation.inference import Item
-    from corral.evaluation.measurements import Material
+    from corral.evaluation.measurements import EvaluationData
     from corral.messages import Conversation
 
     config, test = context.recipe.evaluate, context.prepared.test
@@ -116,17 +123,21 @@ def _material(context: RunContext) -> Material:
     items = [Item(e.key, e.record) for e in examples if isinstance(e.record, Conversation)]
     if config.tasks:
         context.progress.start("Reading questions", None)
-    return Material(
+    return EvaluationData(
         items[: config.loss_rows],
         items[: config.answer_rows],
-        [tasks.load(t.name, t.rows, seed=context.recipe.seed, max_tokens=t.max_tokens) for t in config.tasks],
+        [tasks.load_task(t.name, t.rows, seed=context.recipe.seed, max_tokens=t.max_tokens) for t in config.tasks],
         lambda: training_examples(context.run, context.recipe.seed),
         _fingerprint(context, "prepare"),
     )
 
 
 def _measure(
-    context: RunContext, model: _Model, subjects: Sequence[Subject], measurements: Measurements, material: Material
+    context: RunContext,
+    model: _Model,
+    subjects: Sequence[VariantSpec],
+    measurements: Measurements,
+    material: EvaluationData,
 ) -> None:
     """Load a model and measure what is missing of its variants."""
     from corral.answering.answerer import Answerer
@@ -173,7 +184,7 @@ def read_variant_rows(folder: Path, name: str) -> VariantRows:
         raise InputError(
             f"this run has no variant {name!r}", where=str(folder.parent), hint=f"it has {', '.join(known)}"
         )
-    return Measurements(folder).rows_of(name)
+    return Measurements(folder).variant_rows(name)
 
 
 def parse_variant(spec: str) -> tuple[Path, str]:

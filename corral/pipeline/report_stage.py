@@ -16,7 +16,7 @@ def inputs(context: RunContext, done: Mapping[str, str]) -> dict[str, Any]:
 
 def report(context: RunContext, stage: Stage) -> None:
     """Write the page."""
-    from corral.report.write import build
+    from corral.report.write import write_report
 
     context.progress.start("Writing the report", None)
-    build(context.run.path)
+    write_report(context.run.path)

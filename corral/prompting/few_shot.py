@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corral.messages import Conversation, Message
-from corral.metrics.answer_extraction import MARKER
+from corral.metrics.answer_extraction import RESULT_MARKER
 
 Choose: TypeAlias = Literal["static", "similar"]
 Embed: TypeAlias = Callable[[Sequence[str]], NDArray[np.float64]]
 
-STEP_BY_STEP = f"Think step by step. Then give the result in a last line that begins with `{MARKER}`"
+STEP_BY_STEP = f"Think step by step. Then give the result in a last line that begins with `{RESULT_MARKER}`"
 """Added to a question for a chain of thought (Wei et al. 2022, arXiv 2201.11903; Kojima et al. 2022, 2205.11916)."""
 
 POOL_SIZE = 2000

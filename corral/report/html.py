@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from corral.data.ledger import FATES
 from corral.evaluation.scorecard import cost_rows
 from corral.report import formatting, verdict
-from corral.report.run_record import Record, Table, Training, finite, rows, series, table
+from corral.report.run_record import JsonObject, RunRecord, Training, as_number, as_object, as_objects, series
 from corral.report.verdict import Score
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Picture:
     narrow_dark: Png | None = None
 
 
-def render(record: Record, scores: Sequence[Score], pictures: Mapping[str, Picture]) -> str:
+def render(record: RunRecord, scores: Sequence[Score], pictures: Mapping[str, Picture]) -> str:
     """The page.
 
     Args:
@@ -90,22 +90,22 @@ def render(record: Record, scores: Sequence[Score], pictures: Mapping[str, Pictu
         exports=[contract(form) for form in record.exports],
         stages=stages(record.lineage),
         trainings=[(training, _flat(training.settings)) for training in record.trainings],
-        packages=table(record.environment.get("packages")),
+        packages=as_object(record.environment.get("packages")),
         machine=_machine(record.environment),
         outputs=_outputs(record.lineage),
-        model=_flat(table(record.lineage.get("model"))),
-        signatures=_flat(table(record.scorecard.get("signatures"))),
+        model=_flat(as_object(record.lineage.get("model"))),
+        signatures=_flat(as_object(record.scorecard.get("signatures"))),
         finished=_finished(record.lineage),
         command=shlex.join(["corral", "chat", str(record.path)]),
     )
 
 
-def facts(record: Record) -> list[tuple[str, str]]:
+def facts(record: RunRecord) -> list[tuple[str, str]]:
     """What was trained on what, how long it took and on which machine: label and text, those that are known."""
     recipe = record.recipe
-    sources = [str(s.get("name") or s.get("path")) for s in rows(table(recipe.get("data")).get("sources"))]
+    sources = [str(s.get("name") or s.get("path")) for s in as_objects(as_object(recipe.get("data")).get("sources"))]
     found = [
-        ("Model", str(table(recipe.get("model")).get("base", ""))),
+        ("Model", str(as_object(recipe.get("model")).get("base", ""))),
         ("Data", _data_fact(record, formatting.listing(sources))),
         *((_training_label(record, t), _training_fact(t)) for t in record.trainings),
         ("Speed and memory", "; ".join(s for t in record.trainings if (s := _speed_fact(t)))),
@@ -117,23 +117,23 @@ def facts(record: Record) -> list[tuple[str, str]]:
     return [(label, text) for label, text in found if text]
 
 
-def _data_fact(record: Record, sources: str) -> str:
+def _data_fact(record: RunRecord, sources: str) -> str:
     rows_in = _sides(record.ledger).get("train")
     return f"{formatting.count(rows_in)} rows to train on, from {sources}" if rows_in and sources else sources
 
 
-def _training_label(record: Record, training: Training) -> str:
+def _training_label(record: RunRecord, training: Training) -> str:
     return "Training" if len(record.trainings) == 1 else training.name
 
 
 def _training_fact(training: Training) -> str:
     settings = training.settings
     parts = [str(settings["objective"])] if "objective" in settings else []
-    lora = table(settings.get("lora"))
+    lora = as_object(settings.get("lora"))
     if "rank" in lora:
         parts.append(f"LoRA of rank {lora['rank']}")
-    steps = int(finite(training.metrics[-1].get("step")) or 0)
-    batch = finite(settings.get("batch_size"))
+    steps = int(as_number(training.metrics[-1].get("step")) or 0)
+    batch = as_number(settings.get("batch_size"))
     parts.append(f"{formatting.count(steps)} steps" + (f" of {formatting.count(batch)} examples" if batch else ""))
     _, tokens = series(training.metrics, "tokens")
     if tokens:
@@ -154,11 +154,11 @@ def _speed_fact(training: Training) -> str:
     return ", ".join(part for part in (speed, peak) if part)
 
 
-def _answers_fact(record: Record) -> str:
+def _answers_fact(record: RunRecord) -> str:
     parts: list[str] = []
-    for name, variant in table(record.scorecard.get("variants")).items():
-        info = table(table(variant).get("info"))
-        tokens, seconds = finite(info.get("answer_tokens")), finite(info.get("seconds"))
+    for name, variant in as_object(record.scorecard.get("variants")).items():
+        info = as_object(as_object(variant).get("info"))
+        tokens, seconds = as_number(info.get("answer_tokens")), as_number(info.get("seconds"))
         if tokens and seconds:
             rate = f"{formatting.count(tokens / seconds)} tokens/s"
             parts.append(f"{name}: {formatting.count(tokens)} tokens in {formatting.duration(seconds)}, {rate}")
@@ -166,7 +166,7 @@ def _answers_fact(record: Record) -> str:
     return "; ".join(parts) + (f" ({engine} engine)" if parts and engine else "")
 
 
-def _time_fact(lineage: Table) -> str:
+def _time_fact(lineage: JsonObject) -> str:
     known = [(stage["name"], stage["seconds"]) for stage in stages(lineage) if stage["seconds"] is not None]
     if not known:
         return ""
@@ -174,30 +174,30 @@ def _time_fact(lineage: Table) -> str:
     return f"{formatting.duration(sum(seconds for _, seconds in known))} ({each})"
 
 
-def _machine_fact(environment: Table) -> str:
-    cores, memory = finite(environment.get("cores")), finite(environment.get("memory_bytes"))
+def _machine_fact(environment: JsonObject) -> str:
+    cores, memory = as_number(environment.get("cores")), as_number(environment.get("memory_bytes"))
     parts = [str(environment[key]) for key in ("device", "cpu") if environment.get(key)]
     parts += [f"{formatting.count(cores)} cores"] if cores else []
     parts += [f"{formatting.size(memory)} of memory"] if memory else []
     return ", ".join(parts)
 
 
-def ledger(ledger: Table) -> dict[str, Any]:
+def ledger(ledger: JsonObject) -> dict[str, Any]:
     """The ledger as the template draws it: fates in order, sources with counts and bars, sides, reasons."""
-    sources = {name: table(value) for name, value in table(ledger.get("sources")).items()}
+    sources = {name: as_object(value) for name, value in as_object(ledger.get("sources")).items()}
     present = {fate for source in (ledger, *sources.values()) for fate, n in _counts(source, "fates").items() if n}
     fates: list[str] = [*(f for f in FATES if f in present), *sorted(present.difference(FATES))]
     reasons = [
-        (name, reason, finite(table(entry).get("count")), _example_texts(table(entry).get("examples")))
+        (name, reason, as_number(as_object(entry).get("count")), _example_texts(as_object(entry).get("examples")))
         for name, source in sources.items()
-        for reason, entry in table(source.get("reasons")).items()
+        for reason, entry in as_object(source.get("reasons")).items()
     ]
     return {
-        "rows": finite(ledger.get("rows")),
+        "rows": as_number(ledger.get("rows")),
         "fates": fates,
         "numbers": {fate: _fate_number(fate) for fate in fates},
         "sources": [
-            (name, finite(source.get("rows")), counts := _counts(source, "fates"), _bar(counts, fates))
+            (name, as_number(source.get("rows")), counts := _counts(source, "fates"), _bar(counts, fates))
             for name, source in sources.items()
         ],
         "total": _counts(ledger, "fates"),
@@ -206,12 +206,12 @@ def ledger(ledger: Table) -> dict[str, Any]:
     }
 
 
-def _counts(source: Table, key: str) -> dict[str, float]:
-    return {name: n for name, value in table(source.get(key)).items() if (n := finite(value)) is not None}
+def _counts(source: JsonObject, key: str) -> dict[str, float]:
+    return {name: n for name, value in as_object(source.get(key)).items() if (n := as_number(value)) is not None}
 
 
-def _sides(ledger: Table) -> dict[str, float]:
-    each = [_counts(table(source), "sides") for source in table(ledger.get("sources")).values()]
+def _sides(ledger: JsonObject) -> dict[str, float]:
+    each = [_counts(as_object(source), "sides") for source in as_object(ledger.get("sources")).values()]
     return _counts(ledger, "sides") or _sum(each)
 
 
@@ -244,22 +244,22 @@ def _example_texts(examples: Any) -> list[str]:
     return [formatting.shortened(_plain(example), 160) for example in listed[:_EXAMPLES]]
 
 
-def contract(contract: Table) -> dict[str, Any]:
+def contract(contract: JsonObject) -> dict[str, Any]:
     """The checks as a table whose columns are what the checks hold."""
-    checks = rows(contract.get("checks"))
+    checks = as_objects(contract.get("checks"))
     columns = [key for key in dict.fromkeys(k for c in checks for k in c) if key not in ("name", "passed")]
     columns = [key for key in columns if any(c.get(key) not in (None, 0, "") for c in checks)]
     return {"passed": contract.get("passed"), "checks": checks, "columns": columns, "form": contract.get("form")}
 
 
-def stages(lineage: Table) -> list[dict[str, Any]]:
+def stages(lineage: JsonObject) -> list[dict[str, Any]]:
     """Stages but the report, whose own time would make every report of one run a different file."""
-    found = [stage for stage in rows(lineage.get("stages")) if stage.get("name") != "report"]
-    longest = max((finite(stage.get("seconds")) or 0.0 for stage in found), default=0.0) or 1.0
+    found = [stage for stage in as_objects(lineage.get("stages")) if stage.get("name") != "report"]
+    longest = max((as_number(stage.get("seconds")) or 0.0 for stage in found), default=0.0) or 1.0
     return [
         {
             "name": str(stage.get("name", "")),
-            "seconds": (seconds := finite(stage.get("seconds"))),
+            "seconds": (seconds := as_number(stage.get("seconds"))),
             "share": round(100 * (seconds or 0.0) / longest, 3),
             "status": str(stage.get("status", "")),
             "started": formatting.moment(stage["started"]) if "started" in stage else "",
@@ -270,33 +270,33 @@ def stages(lineage: Table) -> list[dict[str, Any]]:
     ]
 
 
-def _finished(lineage: Table) -> str:
+def _finished(lineage: JsonObject) -> str:
     times = [stage["finished"] for stage in stages(lineage) if stage["finished"]]
     return max(times, default="")
 
 
-def _outputs(lineage: Table) -> list[tuple[str, str]]:
-    found = [stage for stage in rows(lineage.get("stages")) if stage.get("name") != "report"]
+def _outputs(lineage: JsonObject) -> list[tuple[str, str]]:
+    found = [stage for stage in as_objects(lineage.get("stages")) if stage.get("name") != "report"]
     return [
         (f"{stage.get('name')}/{file}", str(digest))
         for stage in found
-        for file, digest in table(stage.get("outputs")).items()
+        for file, digest in as_object(stage.get("outputs")).items()
     ]
 
 
-def _machine(environment: Table) -> list[tuple[str, str]]:
+def _machine(environment: JsonObject) -> list[tuple[str, str]]:
     shown = {key: value for key, value in environment.items() if key != "packages"}
-    if (memory := finite(shown.get("memory_bytes"))) is not None:
+    if (memory := as_number(shown.get("memory_bytes"))) is not None:
         shown["memory_bytes"] = f"{formatting.count(memory)} ({formatting.size(memory)})"
     return _flat(shown)
 
 
-def _answer_figures(completions: Sequence[Table]) -> list[tuple[str, int, float | None, int]]:
+def _answer_figures(completions: Sequence[JsonObject]) -> list[tuple[str, int, float | None, int]]:
     """(variant, answers, mean tokens, answers cut off by the token limit) of each variant."""
     figures: list[tuple[str, int, float | None, int]] = []
     for variant in dict.fromkeys(str(line.get("variant")) for line in completions):
         lines = [line for line in completions if str(line.get("variant")) == variant]
-        tokens = [n for line in lines if (n := finite(line.get("tokens"))) is not None]
+        tokens = [n for line in lines if (n := as_number(line.get("tokens"))) is not None]
         cut = sum(line.get("finish") == "length" for line in lines)
         figures.append((variant, len(lines), sum(tokens) / len(tokens) if tokens else None, cut))
     return figures
@@ -307,21 +307,21 @@ def _comparison_name(scores: Sequence[Score]) -> str:
     return formatting.listing(list(dict.fromkeys(f"{d.a} − {d.b}" for score in scores for d in score.differences)))
 
 
-def _costs(record: Record) -> list[tuple[str, ...]]:
+def _costs(record: RunRecord) -> list[tuple[str, ...]]:
     """What each variant's answers cost, header first."""
     infos: dict[str, dict[str, float]] = {}
-    for name, variant in table(record.scorecard.get("variants")).items():
-        info = table(table(variant).get("info"))
-        infos[name] = {key: figure for key, value in info.items() if (figure := finite(value)) is not None}
+    for name, variant in as_object(record.scorecard.get("variants")).items():
+        info = as_object(as_object(variant).get("info"))
+        infos[name] = {key: figure for key, value in info.items() if (figure := as_number(value)) is not None}
     return cost_rows(infos)
 
 
-def _flat(value: Table, prefix: str = "") -> list[tuple[str, str]]:
+def _flat(value: JsonObject, prefix: str = "") -> list[tuple[str, str]]:
     """Dotted keys and plain values of nested tables."""
     pairs: list[tuple[str, str]] = []
     for key, inner in value.items():
         if isinstance(inner, dict):
-            pairs += _flat(table(inner), f"{prefix}{key}.")
+            pairs += _flat(as_object(inner), f"{prefix}{key}.")
         else:
             pairs.append((f"{prefix}{key}", inner if isinstance(inner, str) else _plain(inner)))
     return pairs
@@ -338,7 +338,7 @@ def _cell(value: Any) -> Markup:
     from markupsafe import Markup, escape
 
     if isinstance(value, dict):
-        parts = [Markup("{} {}").format(key, _cell(inner)) for key, inner in table(value).items()]
+        parts = [Markup("{} {}").format(key, _cell(inner)) for key, inner in as_object(value).items()]
         return Markup(", ").join(parts)
     if isinstance(value, float):
         return data(value, formatting.compact(value))

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, cast
 
 from corral.errors import RunError
 
-Table: TypeAlias = Mapping[str, Any]
+JsonObject: TypeAlias = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +25,12 @@ class Training:
     """One training stage: its directory's name, its table in the recipe, and the lines of its metrics.jsonl by step."""
 
     name: str
-    metrics: Sequence[Table]
-    settings: Table = field(default_factory=dict[str, Any])
+    metrics: Sequence[JsonObject]
+    settings: JsonObject = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class RunRecord:
     """What a run directory holds. A missing part is empty.
 
     Attributes:
@@ -44,15 +44,15 @@ class Record:
 
     path: Path
     recipe_text: str
-    recipe: Table
-    environment: Table
-    lineage: Table
-    ledger: Table
+    recipe: JsonObject
+    environment: JsonObject
+    lineage: JsonObject
+    ledger: JsonObject
     trainings: Sequence[Training]
-    contract: Table
-    exports: Sequence[Table]
-    scorecard: Table
-    completions: Sequence[Table]
+    contract: JsonObject
+    exports: Sequence[JsonObject]
+    scorecard: JsonObject
+    completions: Sequence[JsonObject]
     promoted: bool
     notes: Sequence[str]
 
@@ -62,36 +62,40 @@ class Record:
         return str(self.recipe.get("name") or self.path.resolve().name)
 
 
-def table(value: Any) -> Table:
+def as_object(value: Any) -> JsonObject:
     """The value if it is a JSON object, else an empty one."""
-    return cast(Table, value) if isinstance(value, dict) else {}
+    return cast(JsonObject, value) if isinstance(value, dict) else {}
 
 
-def rows(value: Any) -> list[Table]:
+def as_objects(value: Any) -> list[JsonObject]:
     """The JSON objects in a list, else nothing."""
-    return [table(item) for item in cast(list[Any], value) if isinstance(item, dict)] if isinstance(value, list) else []
+    return (
+        [as_object(item) for item in cast(list[Any], value) if isinstance(item, dict)]
+        if isinstance(value, list)
+        else []
+    )
 
 
-def finite(value: Any) -> float | None:
+def as_number(value: Any) -> float | None:
     """The value if it is a finite number, else None."""
     ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return cast(float, value) if ok else None
 
 
-def series(metrics: Sequence[Table], key: str) -> tuple[list[float], list[float]]:
+def series(metrics: Sequence[JsonObject], key: str) -> tuple[list[float], list[float]]:
     """Steps and values of one column of metrics.jsonl, where it holds a finite number."""
-    pairs = [(finite(line.get("step")), finite(line.get(key))) for line in metrics]
+    pairs = [(as_number(line.get("step")), as_number(line.get(key))) for line in metrics]
     whole = [(step, value) for step, value in pairs if step is not None and value is not None]
     return [step for step, _ in whole], [value for _, value in whole]
 
 
-def _exports(run: Path, notes: list[str]) -> list[Table]:
+def _exports(run: Path, notes: list[str]) -> list[JsonObject]:
     found = [*run.glob("export/*.contract.json"), *run.glob("export/*/contract.json")]
     contracts = [_json(run, str(path.relative_to(run)), notes) for path in sorted(found)]
     return [contract for contract in contracts if contract]
 
 
-def read(run: Path) -> Record:
+def read_run(run: Path) -> RunRecord:
     """Read a run directory.
 
     Raises:
@@ -113,7 +117,7 @@ def read(run: Path) -> Record:
         ) from None
     notes: list[str] = []
     promoted = (run / "merge" / "model").is_dir()
-    return Record(
+    return RunRecord(
         path=run,
         recipe_text=text,
         recipe=recipe,
@@ -130,20 +134,20 @@ def read(run: Path) -> Record:
     )
 
 
-def _trainings(run: Path, recipe: Table, notes: list[str]) -> list[Training]:
+def _trainings(run: Path, recipe: JsonObject, notes: list[str]) -> list[Training]:
     numbered = [(int(m[1]), path.name) for path in run.glob("train-*") if (m := re.match(r"train-(\d+)\b", path.name))]
-    settings = rows(recipe.get("train"))
+    settings = as_objects(recipe.get("train"))
     trainings: list[Training] = []
     for number, name in sorted(numbered):
         # A stage that was resumed may have written a step twice: the later line is the one that counts.
         lines = _json_lines(run, f"{name}/metrics.jsonl", notes)
-        by_step = {step: line for line in lines if (step := finite(line.get("step"))) is not None}
+        by_step = {step: line for line in lines if (step := as_number(line.get("step"))) is not None}
         metrics = [by_step[step] for step in sorted(by_step)]
         trainings.append(Training(name, metrics, settings[number - 1] if 0 < number <= len(settings) else {}))
     return [training for training in trainings if training.metrics]
 
 
-def _json(run: Path, name: str, notes: list[str]) -> Table:
+def _json(run: Path, name: str, notes: list[str]) -> JsonObject:
     try:
         value = json.loads((run / name).read_bytes())
     except FileNotFoundError:
@@ -153,10 +157,10 @@ def _json(run: Path, name: str, notes: list[str]) -> Table:
         return {}
     if not isinstance(value, dict):
         notes.append(f"{name} is not a JSON object")
-    return table(value)
+    return as_object(value)
 
 
-def _json_lines(run: Path, name: str, notes: list[str]) -> list[Table]:
+def _json_lines(run: Path, name: str, notes: list[str]) -> list[JsonObject]:
     try:
         data = (run / name).read_bytes()
     except FileNotFoundError:
@@ -164,7 +168,7 @@ def _json_lines(run: Path, name: str, notes: list[str]) -> list[Table]:
     except OSError as error:
         notes.append(f"{name} cannot be read: {error}")
         return []
-    lines: list[Table] = []
+    lines: list[JsonObject] = []
     bad: list[int] = []
     pieces = data.split(b"\n")
     for place, line in enumerate(pieces, start=1):
@@ -173,7 +177,7 @@ def _json_lines(run: Path, name: str, notes: list[str]) -> list[Table]:
         except ValueError:
             value = None
         if isinstance(value, dict):
-            lines.append(table(value))
+            lines.append(as_object(value))
         elif line.strip() and place < len(pieces):  # what follows the last newline may be a line still being written
             bad.append(place)
     if bad:

@@ -14,7 +14,7 @@ from corral.evaluation import scoring
 from corral.evaluation.scorecard import SIGNIFICANT
 from corral.metrics.rouge import Rouge
 from corral.report.formatting import JOIN, count, listing, number, p_value, signed
-from corral.report.run_record import Record, Table, finite, rows, series, table
+from corral.report.run_record import JsonObject, RunRecord, as_number, as_object, as_objects, series
 
 Outcome = Literal["better", "worse", "different", "undecided"]
 Tone = Literal["better", "worse", "undecided", "pending"]
@@ -95,29 +95,31 @@ class Example:
     """One held-out prompt with each variant's line of completions.jsonl, in the order of the variants."""
 
     title: str
-    prompt: Sequence[Table]
+    prompt: Sequence[JsonObject]
     reference: str | None
-    answers: Mapping[str, Table]
+    answers: Mapping[str, JsonObject]
     scores: Mapping[str, float]
 
 
-def scores(scorecard: Table) -> list[Score]:
+def scores(scorecard: JsonObject) -> list[Score]:
     """The scorecard by metric: those corral knows in its own order, task by task, then others by name."""
-    variants = {name: table(table(v).get("metrics")) for name, v in table(scorecard.get("variants")).items()}
-    comparisons = rows(scorecard.get("comparisons"))
+    variants = {
+        name: as_object(as_object(v).get("metrics")) for name, v in as_object(scorecard.get("variants")).items()
+    }
+    comparisons = as_objects(scorecard.get("comparisons"))
     found = {metric for metrics in variants.values() for metric in metrics}
     found |= {str(c.get("metric")) for c in comparisons}
     made = [
         _score(metric, variants, [c for c in comparisons if c.get("metric") == metric])
-        for metric in scoring.ordered(found)
+        for metric in scoring.sort_metrics(found)
     ]
     return [score for score in made if score.values or score.differences]
 
 
-def _score(metric: str, variants: Mapping[str, Table], comparisons: Sequence[Table]) -> Score:
-    known = scoring.metric(metric)
+def _score(metric: str, variants: Mapping[str, JsonObject], comparisons: Sequence[JsonObject]) -> Score:
+    known = scoring.known_metric(metric)
     better = known.better if known else next((str(c["better"]) for c in comparisons if c.get("better")), None)
-    values = [value for name, metrics in variants.items() if (value := _value(name, table(metrics.get(metric))))]
+    values = [value for name, metrics in variants.items() if (value := _value(name, as_object(metrics.get(metric))))]
     largest = max((abs(value.mean) for value in values), default=0.0)
     return Score(
         metric=metric,
@@ -130,23 +132,23 @@ def _score(metric: str, variants: Mapping[str, Table], comparisons: Sequence[Tab
     )
 
 
-def _value(variant: str, figures: Table) -> Value | None:
-    mean, se = finite(figures.get("mean")), finite(figures.get("se"))
+def _value(variant: str, figures: JsonObject) -> Value | None:
+    mean, se = as_number(figures.get("mean")), as_number(figures.get("se"))
     if mean is None:
         return None
-    low, high = finite(figures.get("low")), finite(figures.get("high"))
+    low, high = as_number(figures.get("low")), as_number(figures.get("high"))
     if (low is None or high is None) and se is not None:
         low, high = mean - _Z * se, mean + _Z * se
     return Value(variant, mean, low, high, _whole(figures.get("n")))
 
 
-def _difference(comparison: Table, better: str | None) -> Difference | None:
-    difference = finite(comparison.get("difference"))
+def _difference(comparison: JsonObject, better: str | None) -> Difference | None:
+    difference = as_number(comparison.get("difference"))
     if difference is None:
         return None
-    low, high = finite(comparison.get("low")), finite(comparison.get("high"))
-    holm = finite(comparison.get("p_holm"))
-    p = finite(comparison.get("p")) if holm is None else holm
+    low, high = as_number(comparison.get("low")), as_number(comparison.get("high"))
+    holm = as_number(comparison.get("p_holm"))
+    p = as_number(comparison.get("p")) if holm is None else holm
     told = p < SIGNIFICANT if p is not None else low is not None and high is not None and (low > 0 or high < 0)
     outcome: Outcome = "undecided"
     if told and difference:
@@ -159,14 +161,14 @@ def _difference(comparison: Table, better: str | None) -> Difference | None:
         high=high,
         p=p,
         adjusted=holm is not None,
-        mde=finite(comparison.get("mde")) or None,
+        mde=as_number(comparison.get("mde")) or None,
         n=_whole(comparison.get("n")),
         outcome=outcome,
     )
 
 
 def _whole(value: Any) -> int | None:
-    number = finite(value)
+    number = as_number(value)
     return None if number is None else int(number)
 
 
@@ -175,10 +177,12 @@ def variants(all_scores: Sequence[Score]) -> list[str]:
     return list(dict.fromkeys(name for score in all_scores for name, _, _ in score.lines))
 
 
-def verdict(record: Record, all_scores: Sequence[Score]) -> Verdict:
+def verdict(record: RunRecord, all_scores: Sequence[Score]) -> Verdict:
     """What the run came to, as far as it got."""
     if record.contract.get("passed") is False:
-        failed = listing([str(c.get("name")) for c in rows(record.contract.get("checks")) if c.get("passed") is False])
+        failed = listing(
+            [str(c.get("name")) for c in as_objects(record.contract.get("checks")) if c.get("passed") is False]
+        )
         broken = f" ({failed})" if failed else ""
         return Verdict(
             f"The merged model is not the model that was trained: its contract failed{broken}.",
@@ -244,11 +248,11 @@ def _in_sentence(label: str) -> str:
     return label[0].lower() + label[1:] if label[1:2].islower() else label
 
 
-def _unevaluated(record: Record) -> Verdict:
+def _unevaluated(record: RunRecord) -> Verdict:
     if record.trainings:
         training = record.trainings[-1]
         steps, losses = series(training.metrics, "eval_loss")
-        last = int(finite(training.metrics[-1].get("step")) or 0)
+        last = int(as_number(training.metrics[-1].get("step")) or 0)
         if len(losses) > 1:
             text = f"held-out loss went from {number(losses[0])} to {number(losses[-1])} at step {int(steps[-1])}"
         else:
@@ -261,18 +265,18 @@ def _unevaluated(record: Record) -> Verdict:
             "pending",
             details=["The model has not been evaluated yet."],
         )
-    if (total := finite(record.ledger.get("rows"))) is not None:
+    if (total := as_number(record.ledger.get("rows"))) is not None:
         return Verdict(f"{count(total)} rows are prepared; training has not begun.", "pending")
     return Verdict("This run has a recipe and nothing else yet.", "pending")
 
 
-def examples(completions: Sequence[Table], scorecard: Table, each: int = 2) -> tuple[str, list[Example]]:
+def examples(completions: Sequence[JsonObject], scorecard: JsonObject, each: int = 2) -> tuple[str, list[Example]]:
     """Prompts to show, and how they were chosen.
 
     With two variants whose answers can be scored: the `each` prompts where ROUGE-L rose most, the `each` around the
     median, and the `each` where it fell most (or rose least); else the first 3 × `each` prompts.
     """
-    by_id: dict[str, dict[str, Table]] = {}
+    by_id: dict[str, dict[str, JsonObject]] = {}
     for line in completions:
         by_id.setdefault(str(line.get("id")), {})[str(line.get("variant"))] = line
     order = _variant_order(completions, scorecard)
@@ -314,22 +318,24 @@ def _titled(item: tuple[float, Example], group: str, pair: Sequence[str]) -> Exa
     return Example(title, example.prompt, example.reference, example.answers, example.scores)
 
 
-def _variant_order(completions: Sequence[Table], scorecard: Table) -> list[str]:
+def _variant_order(completions: Sequence[JsonObject], scorecard: JsonObject) -> list[str]:
     """The baseline first, the tuned model last, others as they come."""
     names = list(dict.fromkeys(str(line.get("variant")) for line in completions))
     baseline = scorecard.get("baseline", "base")
     return sorted(names, key=lambda name: (name != baseline, name == "tuned"))
 
 
-def _example(answers: Mapping[str, Table], order: Sequence[str], rouge: Rouge) -> Example:
+def _example(answers: Mapping[str, JsonObject], order: Sequence[str], rouge: Rouge) -> Example:
     lines = {name: answers[name] for name in order if name in answers}
     first = next(iter(lines.values()))
     reference = first.get("reference")
     scored: dict[str, float] = {}
     for name, line in lines.items():
-        score = finite(table(line.get("scores")).get("rougeL"))
+        score = as_number(as_object(line.get("scores")).get("rougeL"))
         if score is None and isinstance(line.get("answer"), str) and isinstance(reference, str):
             score = rouge.score(reference, line["answer"]).rougeL
         if score is not None:
             scored[name] = score
-    return Example("", rows(first.get("prompt")), reference if isinstance(reference, str) else None, lines, scored)
+    return Example(
+        "", as_objects(first.get("prompt")), reference if isinstance(reference, str) else None, lines, scored
+    )

@@ -18,7 +18,7 @@ from corral.report.verdict import Score
 from corral.storage import remove_tree, write_atomic
 
 
-def build(run_dir: Path) -> Path:
+def write_report(run_dir: Path) -> Path:
     """Write a run's report; of a run that is not finished, as much as there is.
 
     The same run gives the same bytes: times are the run's own. What is shown of a run may be written on while it is read,
@@ -31,7 +31,7 @@ def build(run_dir: Path) -> Path:
         RunError: there is no recipe.toml, or it is damaged.
         StorageError: the disk is full, or the place cannot be written.
     """
-    record = run_record.read(run_dir)
+    record = run_record.read_run(run_dir)
     scores = verdict.scores(record.scorecard)
     pictures = _pictures(record.trainings, scores)
     folder = run_dir / "report"

@@ -141,7 +141,7 @@ def test_a_lossless_stop_says_what_the_whole_vote_says(method: Method, texts: li
 def test_the_bound_behind_the_lossless_stop_holds_for_every_short_text() -> None:
     """2d/(1 + d) is a metric, hence c − b ≤ 4a/(1 + 3a) for distances a, b, c of three texts: all of up to 3 words of 2."""
     texts = [" ".join(words) for n in range(1, 4) for words in itertools.product("ab", repeat=n)]
-    distance = 1 - Rouge(unicode=True).agreement(texts)
+    distance = 1 - Rouge(unicode=True).pairwise_rouge_l(texts)
     assert len(texts) == 14
     for i, j, k in itertools.product(range(len(texts)), repeat=3):
         a, b, c = distance[i, j], distance[j, k], distance[i, k]

@@ -13,8 +13,9 @@ import pytest
 from corral.answering.answerer import Answerer
 from corral.engines.base import Sampling
 from corral.engines.scripted import ScriptedEngine
-from corral.evaluation.inference import Item, Maker, RowFile
-from corral.evaluation.scorecard import Comparison, Scorecard, build
+from corral.evaluation.inference import Item
+from corral.evaluation.row_file import RowFile, RowOrigin
+from corral.evaluation.scorecard import Comparison, Scorecard, build_scorecard
 from corral.evaluation.scoring import Row, VariantRows
 from corral.messages import Conversation
 from corral.progress import Progress
@@ -34,7 +35,7 @@ def card(*shares: float, names: tuple[str, ...] = ("one", "two", "three")) -> Sc
     variants: dict[str, VariantRows] = {}
     for i, (name, share) in enumerate(zip(names, shares, strict=False)):
         made = random.Random(i)
-        rows = [Row(f"q{n}", right={"accuracy": made.random() < share}) for n in range(80)]
+        rows = [Row(f"q{n}", correct={"accuracy": made.random() < share}) for n in range(80)]
         info = {
             "answers": 80.0,
             "prompt_tokens": 800.0 * (i + 1),
@@ -45,7 +46,7 @@ def card(*shares: float, names: tuple[str, ...] = ("one", "two", "three")) -> Sc
         variants[name] = VariantRows(
             [], {f"arithmetic/{key}": value for key, value in info.items()}, {"arithmetic": rows}
         )
-    return build(variants, baseline=names[0], seed=0)
+    return build_scorecard(variants, baseline=names[0], seed=0)
 
 
 def comparison(difference: float, p: float, mde: float | None = 0.05, spread: float = 0.03) -> Comparison:
@@ -95,7 +96,7 @@ def test_an_answer_without_tokens_has_no_mean_log_probability(
 ) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     findings = importlib.import_module("findings")
-    file, maker = RowFile(tmp_path / "votes.jsonl"), Maker("arithmetic", "made")
+    file, maker = RowFile(tmp_path / "votes.jsonl"), RowOrigin("arithmetic", "made")
     item = Item("a", Conversation.from_turns(("user", "now"), ("assistant", "x")))
     sampling = Sampling(8, n=2, logprobs=True)
 
@@ -104,7 +105,7 @@ def test_an_answer_without_tokens_has_no_mean_log_probability(
             await findings._draw(Answerer(engine, template), maker, [item], sampling, file, Progress())
 
     asyncio.run(draw())
-    assert [mean for _, mean in file.of(maker)["a"]["candidates"]] == [None, -0.5]
+    assert [mean for _, mean in file.rows_of(maker)["a"]["candidates"]] == [None, -0.5]
 
 
 def test_the_page_tells_every_comparison_once_with_machine_versions_and_seed(page: Any) -> None:

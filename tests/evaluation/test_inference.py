@@ -11,13 +11,14 @@ from corral.answering.answerer import Answerer
 from corral.engines.base import Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.errors import EngineError
-from corral.evaluation.inference import Item, Maker, RowFile, answer_items, option_logprob, score_options
+from corral.evaluation.inference import Item, compute_option_logprobs, generate_answers, option_logprob
 from corral.evaluation.question_sets import Question
+from corral.evaluation.row_file import RowFile, RowOrigin
 from corral.messages import Conversation
 from corral.prompting.few_shot import Prompting
 from corral.template import Template
 
-ME = Maker("tuned", "abc")
+ME = RowOrigin("tuned", "abc")
 
 
 def lines(path: Path) -> list[bytes]:
@@ -30,25 +31,25 @@ def test_a_half_written_last_line_is_cut_off_and_done_again(tmp_path: Path) -> N
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"variant": "tuned", "id": "b", "nl')
     again = RowFile(path)
-    assert again.of(ME).keys() == {"a"}
+    assert again.rows_of(ME).keys() == {"a"}
     again.add(ME, "b", nll=2.0)
     assert path.read_bytes().startswith(whole)
-    assert RowFile(path).of(ME).keys() == {"a", "b"}
+    assert RowFile(path).rows_of(ME).keys() == {"a", "b"}
 
 
 def test_rows_of_other_settings_are_not_a_variants(tmp_path: Path) -> None:
     file = RowFile(tmp_path / "rows.jsonl")
-    file.add(Maker("tuned", "old"), "a", nll=1.0)
-    assert file.of(ME) == {}
-    assert file.of_variant("tuned").keys() == {"a"}
+    file.add(RowOrigin("tuned", "old"), "a", nll=1.0)
+    assert file.rows_of(ME) == {}
+    assert file.rows_of_variant("tuned").keys() == {"a"}
 
 
 def test_taking_over_copies_the_wanted_lines_byte_for_byte_and_none_twice(tmp_path: Path) -> None:
     old = RowFile(tmp_path / "old.jsonl")
     for maker, id_ in (
         (ME, "a"),
-        (Maker("tuned", "other"), "a"),
-        (Maker("base", "x"), "a"),
+        (RowOrigin("tuned", "other"), "a"),
+        (RowOrigin("base", "x"), "a"),
         (ME, "b"),
         (ME, "not asked"),
     ):
@@ -58,10 +59,10 @@ def test_taking_over_copies_the_wanted_lines_byte_for_byte_and_none_twice(tmp_pa
     new.add(ME, "b", text="mine")
     mine = new.path.read_bytes()
     for _ in range(2):
-        new.take_over(old.path, {ME: {"a", "b"}})
+        new.reuse_rows(old.path, {ME: {"a", "b"}})
     assert new.path.read_bytes() == mine + lines(old.path)[0]
-    assert RowFile(new.path).of(ME).keys() == {"a", "b"}
-    new.take_over(tmp_path / "no such file", {ME: {"a"}})
+    assert RowFile(new.path).rows_of(ME).keys() == {"a", "b"}
+    new.reuse_rows(tmp_path / "no such file", {ME: {"a"}})
 
 
 def test_a_failure_keeps_what_was_done_and_going_on_does_only_the_rest(template: Template, tmp_path: Path) -> None:
@@ -79,7 +80,7 @@ def test_a_failure_keeps_what_was_done_and_going_on_does_only_the_rest(template:
     async def go() -> None:
         async with ScriptedEngine(reply) as engine:
             file = RowFile(tmp_path / "rows.jsonl")
-            await answer_items(Answerer(engine, template, Sampling(32)), ME, items, file, lambda done: None)
+            await generate_answers(Answerer(engine, template, Sampling(32)), ME, items, file, lambda done: None)
 
     with pytest.raises(EngineError, match="a fault on purpose"):
         asyncio.run(go())
@@ -89,7 +90,7 @@ def test_a_failure_keeps_what_was_done_and_going_on_does_only_the_rest(template:
     asyncio.run(go())
     assert len(asked) == so_far + 6 - len(done)
     assert lines(tmp_path / "rows.jsonl")[: len(done)] == done
-    assert RowFile(tmp_path / "rows.jsonl").of(ME).keys() == {item.id for item in items}
+    assert RowFile(tmp_path / "rows.jsonl").rows_of(ME).keys() == {item.id for item in items}
 
 
 def test_all_candidates_and_examples_are_counted_and_the_judge_is_asked(template: Template, tmp_path: Path) -> None:
@@ -101,8 +102,8 @@ def test_all_candidates_and_examples_are_counted_and_the_judge_is_asked(template
     async def go(**how: Any) -> dict[str, Any]:
         async with ScriptedEngine([65, 66, 67]) as engine:
             file = RowFile(tmp_path / f"{len(how)}.jsonl")
-            await answer_items(Answerer(engine, template, Sampling(8), **how), ME, [item], file, lambda done: None)
-            return dict(file.of(ME)["a"])
+            await generate_answers(Answerer(engine, template, Sampling(8), **how), ME, [item], file, lambda done: None)
+            return dict(file.rows_of(ME)["a"])
 
     plain = asyncio.run(go())
     shown = asyncio.run(go(prompting=Prompting([example], 1), consensus=Consensus("rouge-l", n=3, stop="never")))
@@ -138,10 +139,12 @@ def test_an_options_log_probability_equals_a_direct_computation(
         async with TransformersEngine(model) as engine:
             answerer = Answerer(engine, template, prompting=prompting)
             file = RowFile(tmp_path / "options.jsonl")
-            await score_options(answerer, ME, [question], file, lambda done: None)
+            await compute_option_logprobs(answerer, ME, [question], file, lambda done: None)
             prompt = await answerer.encode_prompt(stem)
-            assert file.of(ME)[question.id]["logprobs"][1] == await option_logprob(answerer, prompt, stem, "on land")
-            return dict(file.of(ME)[question.id])
+            assert file.rows_of(ME)[question.id]["logprobs"][1] == await option_logprob(
+                answerer, prompt, stem, "on land"
+            )
+            return dict(file.rows_of(ME)[question.id])
 
     row = asyncio.run(scored())
     assert (row["bytes"], row["gold"]) == ([6, 7], 1)

@@ -19,9 +19,9 @@ from corral.engines.scripted import ScriptedEngine
 from corral.errors import EngineError
 from corral.evaluation import measurements
 from corral.evaluation.inference import Item
-from corral.evaluation.measurements import Material, Measurements, Subject
+from corral.evaluation.measurements import EvaluationData, Measurements, VariantSpec
 from corral.evaluation.question_sets import Question
-from corral.evaluation.tasks import draw
+from corral.evaluation.tasks import sample_task
 from corral.messages import Conversation
 from corral.progress import Progress
 from corral.recipe import Answer
@@ -43,12 +43,14 @@ PLAIN = Answer(max_tokens=6)
 SHOTS = Answer.model_validate({"max_tokens": 6, "shots": {"count": 2}})
 
 
-def material(rows: int = 5, questions: int = 4) -> Material:
-    return Material(ROWS[:rows], ROWS[:rows], [draw("mmlu", SET, questions, seed=0)], lambda: EXAMPLES, "examples")
+def dataset(rows: int = 5, questions: int = 4) -> EvaluationData:
+    return EvaluationData(
+        ROWS[:rows], ROWS[:rows], [sample_task("mmlu", SET, questions, seed=0)], lambda: EXAMPLES, "examples"
+    )
 
 
-def subject(name: str = "tuned", settings: Answer = PLAIN, **changes: Any) -> Subject:
-    return replace(Subject(name, "model", settings, seed=0), **changes)
+def spec(name: str = "tuned", settings: Answer = PLAIN, **changes: Any) -> VariantSpec:
+    return replace(VariantSpec(name, "model", settings, seed=0), **changes)
 
 
 class Engine(ScriptedEngine):
@@ -74,14 +76,18 @@ class Engine(ScriptedEngine):
 
 
 def measure(
-    folder: Path, template: Template, *subjects: Subject, of: Material | None = None, fails_after: int | None = None
+    folder: Path,
+    template: Template,
+    *variants: VariantSpec,
+    data: EvaluationData | None = None,
+    fails_after: int | None = None,
 ) -> Engine:
     async def go() -> Engine:
         async with Engine(template, fails_after) as engine:
-            into = Measurements(folder)
-            for one in subjects:
-                await into.measure(one, engine, template, of or material(), Progress())
-                assert into.complete(one, of or material())
+            measurements = Measurements(folder)
+            for variant in variants:
+                await measurements.measure(variant, engine, template, data or dataset(), Progress())
+                assert measurements.is_complete(variant, data or dataset())
             return engine
 
     return asyncio.run(go())
@@ -92,48 +98,50 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_variant_is_measured_by_all_there_is_and_its_rows_say_so(template: Template, tmp_path: Path) -> None:
-    engine = measure(tmp_path, template, subject())
+    engine = measure(tmp_path, template, spec())
     files = {"completions.jsonl", "losses.jsonl", "seconds.jsonl", "tasks/mmlu.jsonl", "tasks/mmlu.options.jsonl"}
     assert contents(tmp_path).keys() == files
     assert (engine.asked, engine.scored) == (5 + 4, 5 + 2 * 4)
-    rows = Measurements(tmp_path).rows_of("tuned")
+    rows = Measurements(tmp_path).variant_rows("tuned")
     assert len(rows.rows) == 5
     assert all(row.nll is not None and row.answer is not None for row in rows.rows)
     assert len(rows.tasks["mmlu"]) == 4
-    assert all(row.right.keys() == {"accuracy", "logprob", "logprob_byte"} for row in rows.tasks["mmlu"])
-    asked = draw("mmlu", SET, 4, seed=0).questions
-    assert {row.id: row.right["accuracy"] for row in rows.tasks["mmlu"]} == {q.id: q.right_option == 0 for q in asked}
+    assert all(row.correct.keys() == {"accuracy", "logprob", "logprob_byte"} for row in rows.tasks["mmlu"])
+    asked = sample_task("mmlu", SET, 4, seed=0).questions
+    assert {row.id: row.correct["accuracy"] for row in rows.tasks["mmlu"]} == {
+        q.id: q.correct_option == 0 for q in asked
+    }
     assert rows.info["answers"] == 5
     assert rows.info["mmlu/answers"] == 4
     assert rows.info["answers_per_second"] == pytest.approx(5 / rows.info["seconds"])
 
 
 def test_measuring_again_asks_nothing_and_changes_nothing(template: Template, tmp_path: Path) -> None:
-    measure(tmp_path, template, subject())
+    measure(tmp_path, template, spec())
     before = contents(tmp_path)
-    engine = measure(tmp_path, template, subject())
+    engine = measure(tmp_path, template, spec())
     assert (engine.asked, engine.scored) == (0, 0)
     assert contents(tmp_path) == before
 
 
 def test_what_was_stopped_goes_on_without_doing_anything_twice(template: Template, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="stopped on purpose"):
-        measure(tmp_path, template, subject(), fails_after=3)
+        measure(tmp_path, template, spec(), fails_after=3)
     before = contents(tmp_path)
     done = before["completions.jsonl"].count(b"\n")
     assert 0 < done < 5
-    engine = measure(tmp_path, template, subject())
+    engine = measure(tmp_path, template, spec())
     assert engine.asked == 5 - done + 4
     after = contents(tmp_path)
     assert all(after[name].startswith(before[name]) for name in before)
-    assert len(Measurements(tmp_path).rows_of("tuned").rows) == 5
+    assert len(Measurements(tmp_path).variant_rows("tuned").rows) == 5
 
 
 def test_another_variant_keeps_the_rows_of_those_there_are_byte_for_byte(template: Template, tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
-    measure(old, template, subject("base"), subject())
-    every = [subject("base"), subject(), subject("shots", SHOTS, loss=False)]
-    Measurements(new).take_over(old, every, material())
+    measure(old, template, spec("base"), spec())
+    every = [spec("base"), spec(), spec("shots", SHOTS, with_loss=False)]
+    Measurements(new).reuse_rows(old, every, dataset())
     assert contents(new) == contents(old)
     engine = measure(new, template, *every)
     assert (engine.asked, engine.scored) == (5 + 4, 2 * 4)
@@ -146,35 +154,35 @@ def test_another_variant_keeps_the_rows_of_those_there_are_byte_for_byte(templat
     [
         ({"settings": Answer(max_tokens=7)}, 9, 8),
         ({"seed": 1}, 9, 8),
-        ({"model": "another model"}, 9, 13),
+        ({"model_identity": "another model"}, 9, 13),
         ({"settings": Answer.model_validate({"max_tokens": 6, "reasoning": True})}, 9, 0),
-        ({"loss": False}, 0, 0),
+        ({"with_loss": False}, 0, 0),
     ],
 )
 def test_a_variant_that_changes_is_measured_anew_as_far_as_it_changed(
     template: Template, tmp_path: Path, change: dict[str, Any], answers: int, scores: int
 ) -> None:
-    measure(tmp_path / "old", template, subject("base"), subject())
-    changed = [subject("base"), subject(**change)]
-    Measurements(tmp_path / "new").take_over(tmp_path / "old", changed, material())
+    measure(tmp_path / "old", template, spec("base"), spec())
+    changed = [spec("base"), spec(**change)]
+    Measurements(tmp_path / "new").reuse_rows(tmp_path / "old", changed, dataset())
     engine = measure(tmp_path / "new", template, *changed)
     assert (engine.asked, engine.scored) == (answers, scores)
 
 
 def test_fewer_rows_are_taken_over_with_their_part_of_the_time(template: Template, tmp_path: Path) -> None:
-    measure(tmp_path / "old", template, subject())
-    fewer = material(rows=2, questions=3)
+    measure(tmp_path / "old", template, spec())
+    fewer = dataset(rows=2, questions=3)
     new = Measurements(tmp_path / "new")
-    new.take_over(tmp_path / "old", [subject()], fewer)
-    assert new.complete(subject(), fewer)
-    rows, all_rows = new.rows_of("tuned"), Measurements(tmp_path / "old").rows_of("tuned")
+    new.reuse_rows(tmp_path / "old", [spec()], fewer)
+    assert new.is_complete(spec(), fewer)
+    rows, all_rows = new.variant_rows("tuned"), Measurements(tmp_path / "old").variant_rows("tuned")
     assert [row.id for row in rows.rows] == ["row-0", "row-1"]
     assert rows.info["seconds"] == pytest.approx(all_rows.info["seconds"] * 2 / 5)
     assert rows.info["answers_per_second"] == pytest.approx(all_rows.info["answers_per_second"])
 
 
 def test_examples_come_from_the_run_and_from_questions_that_are_not_asked(template: Template, tmp_path: Path) -> None:
-    measure(tmp_path, template, subject("plain"), subject("shots", SHOTS))
+    measure(tmp_path, template, spec("plain"), spec("shots", SHOTS))
     counted = {
         name: [json.loads(line) for line in contents(tmp_path)[name].splitlines()]
         for name in ("completions.jsonl", "tasks/mmlu.jsonl")
@@ -189,12 +197,12 @@ def test_examples_come_from_the_run_and_from_questions_that_are_not_asked(templa
 
 
 def test_other_examples_are_other_answers_only_where_examples_are_shown(template: Template, tmp_path: Path) -> None:
-    every = [subject("plain"), subject("shots", SHOTS)]
+    every = [spec("plain"), spec("shots", SHOTS)]
     measure(tmp_path / "old", template, *every)
-    other = replace(material(), examples_from=hashlib.sha256(b"other").hexdigest())
+    other = replace(dataset(), examples_from=hashlib.sha256(b"other").hexdigest())
     new = Measurements(tmp_path / "new")
-    new.take_over(tmp_path / "old", every, other)
-    engine = measure(tmp_path / "new", template, *every, of=other)
+    new.reuse_rows(tmp_path / "old", every, other)
+    engine = measure(tmp_path / "new", template, *every, data=other)
     assert engine.asked == 5
 
 
@@ -204,7 +212,7 @@ def test_other_rows_of_a_source_are_other_answers_and_a_task_keeps_examples_of_i
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"{n}? " * 40, "completion": str(n)}) + "\n" for n in range(9)))
     named = Answer.model_validate({"max_tokens": 6, "shots": {"count": 2, "source": {"path": str(rows)}}})
-    before = [subject("own", SHOTS), subject("named", named, examples="before")]
+    before = [spec("own", SHOTS), spec("named", named, examples_identity="before")]
     measure(tmp_path / "old", template, *before)
     of = {
         (name, row["variant"]): row["prompt_tokens"]
@@ -213,9 +221,9 @@ def test_other_rows_of_a_source_are_other_answers_and_a_task_keeps_examples_of_i
     }
     assert of["completions.jsonl", "named"] > 2 * of["completions.jsonl", "own"]
     assert of["tasks/mmlu.jsonl", "named"] == of["tasks/mmlu.jsonl", "own"]
-    after = [subject("own", SHOTS), subject("named", named, examples="after")]
+    after = [spec("own", SHOTS), spec("named", named, examples_identity="after")]
     new = Measurements(tmp_path / "new")
-    new.take_over(tmp_path / "old", after, material())
+    new.reuse_rows(tmp_path / "old", after, dataset())
     engine = measure(tmp_path / "new", template, *after)
     assert (engine.asked, engine.scored) == (5, 0)
 
@@ -252,7 +260,7 @@ def test_what_is_loaded_and_embedded_once_is_no_part_of_the_time(
             for name, settings in (("similar", similar), ("vote", vote)):
                 for _ in range(2):
                     events.clear()
-                    await into.measure(subject(name, settings), engine, template, material(), Progress())
+                    await into.measure(spec(name, settings), engine, template, dataset(), Progress())
                     told[name].append(list(events))
 
     told: dict[str, list[list[str]]] = {"similar": [], "vote": []}
@@ -267,10 +275,10 @@ def test_what_is_loaded_and_embedded_once_is_no_part_of_the_time(
 
 def test_a_vote_tells_how_many_candidates_it_did_not_need(template: Template, tmp_path: Path) -> None:
     vote = Answer.model_validate({"max_tokens": 6, "consensus": {"method": "rouge-l", "n": 5, "stop": "lossless"}})
-    measure(tmp_path, template, subject("plain"), subject("vote", vote))
+    measure(tmp_path, template, spec("plain"), spec("vote", vote))
     rows = [json.loads(line) for line in contents(tmp_path)["completions.jsonl"].splitlines()]
     finishes = [finish for row in rows for finish in row.get("finishes", [])]
-    info = Measurements(tmp_path).rows_of("vote").info
+    info = Measurements(tmp_path).variant_rows("vote").info
     assert (info["candidates"], info["cancelled"]) == (25, finishes.count("cancelled"))
     assert info["mmlu/candidates"] == 20
-    assert "candidates" not in Measurements(tmp_path).rows_of("plain").info
+    assert "candidates" not in Measurements(tmp_path).variant_rows("plain").info

@@ -9,7 +9,7 @@ import pytest
 
 from corral.errors import DataError
 from corral.evaluation import question_sets
-from corral.evaluation.question_sets import SETS, Question, worked_problem
+from corral.evaluation.question_sets import QUESTION_SETS, Question, parse_worked_problem
 from corral.metrics import answer_extraction
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -27,12 +27,12 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 def one(name: str, **changes: Any) -> Question:
-    (question,) = question_sets.parse(SETS[name], [json.dumps(ROWS[name] | changes)], where="made")
+    (question,) = question_sets.parse_questions(QUESTION_SETS[name], [json.dumps(ROWS[name] | changes)], where="made")
     return question
 
 
 def test_every_set_has_a_row_made_here() -> None:
-    assert ROWS.keys() == SETS.keys()
+    assert ROWS.keys() == QUESTION_SETS.keys()
 
 
 def test_a_word_problem_is_its_passage_and_question_and_the_number_of_its_answer() -> None:
@@ -46,25 +46,25 @@ def test_a_word_problem_is_its_passage_and_question_and_the_number_of_its_answer
 )
 def test_a_word_problem_without_one_number_as_its_answer_is_left_out(answer: str) -> None:
     row = json.dumps(ROWS["arithmetic"] | {"answer": answer})
-    assert question_sets.parse(SETS["arithmetic"], [row], where="made") == []
+    assert question_sets.parse_questions(QUESTION_SETS["arithmetic"], [row], where="made") == []
 
 
 @pytest.mark.parametrize(("name", "place", "text"), [("commonsense_qa", 1, "harbour"), ("mmlu", 2, "4")])
 def test_options_are_shown_with_their_letters_and_the_stem_has_none(name: str, place: int, text: str) -> None:
     question = one(name)
     assert question.options[place] == text == question.references[0]
-    assert question.right_option == place
+    assert question.correct_option == place
     assert question.stem == ROWS[name]["question"]
     assert question.prompt.startswith(f"{question.stem}\nA. ")
     assert question.prompt.count("\n") == len(question.options)
-    assert question.example_of_options.messages[-1].content == text
-    assert answer_extraction.choice(question.answer, question.options) == "ABCDE"[place]
+    assert question.option_example.messages[-1].content == text
+    assert answer_extraction.extract_choice(question.answer, question.options) == "ABCDE"[place]
 
 
 def test_options_that_cannot_be_told_apart_or_read_are_left_out() -> None:
     faults = ({"options": "A. 3\nB. 4\nC. 4\nD. 22", "answer": "C. 4"}, {"answer": "C. 44"}, {"options": "A. 3\nC. 4"})
     lines = [json.dumps(ROWS["mmlu"] | fault) for fault in faults]
-    assert question_sets.parse(SETS["mmlu"], lines, where="made") == []
+    assert question_sets.parse_questions(QUESTION_SETS["mmlu"], lines, where="made") == []
 
 
 def test_the_other_sets_are_read() -> None:
@@ -77,22 +77,24 @@ def test_the_other_sets_are_read() -> None:
 
 def test_copies_are_one_question_and_a_foreign_row_is_named_by_its_line() -> None:
     line = json.dumps(ROWS["mmlu"])
-    assert len(question_sets.parse(SETS["mmlu"], [line, line], where="made")) == 1
+    assert len(question_sets.parse_questions(QUESTION_SETS["mmlu"], [line, line], where="made")) == 1
     with pytest.raises(DataError, match=r"has not the form of its question set: KeyError: 'answer'") as caught:
-        question_sets.parse(SETS["mmlu"], [line, '{"question": "", "options": ""}'], where="made.jsonl")
+        question_sets.parse_questions(
+            QUESTION_SETS["mmlu"], [line, '{"question": "", "options": ""}'], where="made.jsonl"
+        )
     assert caught.value.where == "made.jsonl, line 2"
 
 
 def test_a_worked_problem_ends_in_a_result_that_is_found() -> None:
     steps = "Two pens and 3 are 2 + 3 = 5. The answer is 5."
-    asked, told = worked_problem("How many?", steps).messages
+    asked, told = parse_worked_problem("How many?", steps).messages
     assert asked.content == "How many?"
     assert told.content == "Two pens and 3 are 2 + 3 = 5.\nAnswer: 5"
-    assert answer_extraction.number(told.content) == "5"
+    assert answer_extraction.extract_number(told.content) == "5"
 
 
 def test_the_sets_in_the_package_are_read_whole() -> None:
-    found = {name: question_sets.read(name) for name in SETS}
+    found = {name: question_sets.load_questions(name) for name in QUESTION_SETS}
     assert {name: len(of_set) for name, of_set in found.items()} == {
         "arithmetic": 2085,
         "commonsense_qa": 1209,
@@ -106,14 +108,14 @@ def test_the_sets_in_the_package_are_read_whole() -> None:
         for question in of_set:
             assert question.prompt.strip()
             assert all(question.references)
-            assert bool(question.options) == (SETS[name].kind == "choice")
-    assert all(answer_extraction.number(question.answer) for question in found["arithmetic"])
+            assert bool(question.options) == (QUESTION_SETS[name].kind == "choice")
+    assert all(answer_extraction.extract_number(question.answer) for question in found["arithmetic"])
     lettered = [*found["commonsense_qa"], *found["mmlu"]]
-    unread = [q for q in lettered if answer_extraction.choice(q.answer, q.options) != "ABCDE"[q.right_option]]
+    unread = [q for q in lettered if answer_extraction.extract_choice(q.answer, q.options) != "ABCDE"[q.correct_option]]
     assert unread == []
 
 
 def test_the_worked_problems_in_the_package_are_eight_with_results() -> None:
-    problems = question_sets.worked_problems()
-    results = [answer_extraction.number(problem.messages[-1].content) for problem in problems]
+    problems = question_sets.load_worked_problems()
+    results = [answer_extraction.extract_number(problem.messages[-1].content) for problem in problems]
     assert results == ["6", "5", "39", "8", "9", "29", "33", "8"]

@@ -10,7 +10,14 @@ from rich.console import Console
 
 from corral.errors import InputError
 from corral.evaluation import statistics
-from corral.evaluation.scorecard import Scorecard, build, compare, cost_rows, render, table_rows
+from corral.evaluation.scorecard import (
+    Scorecard,
+    build_scorecard,
+    compare_variants,
+    cost_rows,
+    render_scores,
+    table_rows,
+)
 from corral.evaluation.scoring import Row, VariantRows, score_rows
 from corral.evaluation.statistics import holm
 from corral.metrics.bleu import bleu, bleu_statistics
@@ -38,7 +45,7 @@ def rows(quality: float, *, seed: int, count: int = 40) -> list[Row]:
 def card() -> Scorecard:
     info = {"tokens": 800.0, "seconds": 2.5, "tokens_per_second": 320.0}
     variants = {"base": VariantRows(rows(0.4, seed=1)), "tuned": VariantRows(rows(0.8, seed=2), info)}
-    return build(variants, baseline="base", seed=3)
+    return build_scorecard(variants, baseline="base", seed=3)
 
 
 def test_each_metric_is_computed_as_what_it_is(card: Scorecard) -> None:
@@ -47,7 +54,7 @@ def test_each_metric_is_computed_as_what_it_is(card: Scorecard) -> None:
     references, answers = [row.reference or "" for row in made], [row.answer or "" for row in made]
     assert list(metrics) == ["loss", "rouge1", "rouge2", "rougeL", "bleu"]
     assert metrics["loss"].mean == pytest.approx(sum(r.nll or 0 for r in made) / sum(r.tokens or 0 for r in made))
-    rouge = Rouge().score_all(references, answers).mean(axis=0)
+    rouge = Rouge().score_pairs(references, answers).mean(axis=0)
     assert [metrics[name].mean for name in ("rouge1", "rouge2", "rougeL")] == pytest.approx(rouge.tolist())
     assert metrics["bleu"].mean == pytest.approx(float(bleu(bleu_statistics(references, answers).sum(axis=0))))
     assert {value.n for value in metrics.values()} == {40}
@@ -93,14 +100,14 @@ def test_a_difference_is_a_minus_b_and_the_better_side_follows_the_metrics_direc
 
 def test_p_is_adjusted_over_the_metrics_of_a_pair() -> None:
     a, b = score_rows("a", rows(0.52, seed=1)), score_rows("b", rows(0.5, seed=2))
-    compared = compare(a, b, names=("a", "b"), seed=0)
+    compared = compare_variants(a, b, names=("a", "b"), seed=0)
     assert [c.p_holm for c in compared] == holm([c.p for c in compared])
     assert any(c.p_holm > c.p for c in compared)
 
 
 def test_comparing_the_other_way_round_turns_differences_and_keeps_the_winner() -> None:
     a, b = score_rows("a", rows(0.8, seed=1)), score_rows("b", rows(0.4, seed=2))
-    there, back = compare(a, b, names=("a", "b"), seed=0), compare(b, a, names=("b", "a"), seed=0)
+    there, back = compare_variants(a, b, names=("a", "b"), seed=0), compare_variants(b, a, names=("b", "a"), seed=0)
     for one, other in zip(there, back, strict=True):
         assert one.difference == -other.difference
         assert (one.p, one.n, one.winner) == (other.p, other.n, other.winner)
@@ -108,21 +115,21 @@ def test_comparing_the_other_way_round_turns_differences_and_keeps_the_winner() 
 
 def test_identical_variants_differ_by_nothing_and_nobody_wins() -> None:
     same = rows(0.5, seed=1)
-    card = build({"one": VariantRows(same), "two": VariantRows(same)}, baseline="one")
+    card = build_scorecard({"one": VariantRows(same), "two": VariantRows(same)}, baseline="one")
     assert len(card.comparisons) == 5
     for comparison in card.comparisons:
         assert (comparison.difference, comparison.low, comparison.high) == (0.0, 0.0, 0.0)
         assert (comparison.p, comparison.p_holm, comparison.winner) == (1.0, 1.0, None)
         assert comparison.mde is None
-        assert comparison.is_same
+        assert comparison.is_identical
 
 
 def test_what_the_data_could_have_shown_is_what_would_have_won_among_all_metrics() -> None:
     a, b = score_rows("a", rows(0.52, seed=1)), score_rows("b", rows(0.5, seed=2))
-    together = compare(a, b, names=("a", "b"), seed=0)
-    (alone,) = compare({"loss": a["loss"]}, b, names=("a", "b"), seed=0)
-    assert together[0].mde == statistics.compare(a["loss"].measure, b["loss"].measure, seed=0, metrics=5).mde
-    assert not together[0].is_same
+    together = compare_variants(a, b, names=("a", "b"), seed=0)
+    (alone,) = compare_variants({"loss": a["loss"]}, b, names=("a", "b"), seed=0)
+    assert together[0].mde == statistics.compare(a["loss"].measure, b["loss"].measure, seed=0, metric_count=5).mde
+    assert not together[0].is_identical
     assert alone.mde is not None
     assert (together[0].mde or 0) > 1.1 * alone.mde
 
@@ -130,13 +137,13 @@ def test_what_the_data_could_have_shown_is_what_would_have_won_among_all_metrics
 def test_the_order_of_rows_changes_nothing() -> None:
     base, tuned = rows(0.4, seed=1), rows(0.5, seed=2)
     shuffled = random.Random(0).sample(tuned, len(tuned))
-    one = build({"base": VariantRows(base), "tuned": VariantRows(tuned)}, baseline="base")
-    assert build({"base": VariantRows(base), "tuned": VariantRows(shuffled)}, baseline="base") == one
+    one = build_scorecard({"base": VariantRows(base), "tuned": VariantRows(tuned)}, baseline="base")
+    assert build_scorecard({"base": VariantRows(base), "tuned": VariantRows(shuffled)}, baseline="base") == one
 
 
 def test_every_variant_is_compared_with_the_baseline() -> None:
     variants = {name: VariantRows(rows(0.5, seed=i, count=5)) for i, name in enumerate(("base", "sft", "dpo"))}
-    pairs = {(c.a, c.b) for c in build(variants, baseline="base").comparisons}
+    pairs = {(c.a, c.b) for c in build_scorecard(variants, baseline="base").comparisons}
     assert pairs == {("sft", "base"), ("dpo", "base")}
 
 
@@ -145,7 +152,7 @@ def test_loss_is_over_rows_with_a_loss_and_text_metrics_over_rows_with_an_answer
         silent = [replace(row, answer=None, reference=None) for row in made[:25]]
         return silent + [replace(row, nll=None, tokens=None) for row in made[25:]]
 
-    card = build(
+    card = build_scorecard(
         {"base": VariantRows(half(rows(0.4, seed=1))), "tuned": VariantRows(half(rows(0.8, seed=2)))}, baseline="base"
     )
     assert {name: value.n for name, value in card.variants["base"].metrics.items()} == {
@@ -163,10 +170,10 @@ def test_an_empty_answer_counts_as_a_bad_one_and_a_missing_answer_does_not_count
 
 def test_a_metric_without_rows_is_absent_and_not_compared() -> None:
     silent = [replace(row, answer=None) for row in rows(0.4, seed=1)]
-    card = build({"base": VariantRows(rows(0.4, seed=1)), "tuned": VariantRows(silent)}, baseline="base")
+    card = build_scorecard({"base": VariantRows(rows(0.4, seed=1)), "tuned": VariantRows(silent)}, baseline="base")
     assert list(card.variants["tuned"].metrics) == ["loss"]
     assert [c.metric for c in card.comparisons] == ["loss"]
-    nothing = build({"base": VariantRows([])}, baseline="base")
+    nothing = build_scorecard({"base": VariantRows([])}, baseline="base")
     assert nothing.variants["base"].metrics == {}
     assert nothing.comparisons == []
 
@@ -174,13 +181,13 @@ def test_a_metric_without_rows_is_absent_and_not_compared() -> None:
 def test_metrics_that_only_one_side_has_are_named(several: Scorecard, card: Scorecard) -> None:
     loss_only = [replace(row, answer=None) for row in rows(0.4, seed=1)]
     of_task = VariantRows(loss_only, {}, {"mmlu": answered(0.5, seed=1)})
-    made = build({"a": VariantRows(rows(0.4, seed=1)), "b": of_task}, baseline="a")
+    made = build_scorecard({"a": VariantRows(rows(0.4, seed=1)), "b": of_task}, baseline="a")
     (pair,) = made.unpaired
     assert (pair.a, pair.only_a) == ("b", ["mmlu/accuracy", "mmlu/logprob", "mmlu/logprob_byte"])
     assert (pair.b, pair.only_b) == ("a", ["rouge1", "rouge2", "rougeL", "bleu"])
     assert Scorecard.from_json(made.to_json()) == made
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(render(made))
+    console.print(render_scores(made))
     printed = " ".join(console.export_text().split())
     assert "b and a, not compared: only b has mmlu: accuracy, mmlu: by log-prob, mmlu: by log-prob/byte" in printed
     assert "b and a, not compared: only a has ROUGE-1, ROUGE-2, ROUGE-L, BLEU" in printed
@@ -192,7 +199,7 @@ def test_metrics_that_only_one_side_has_are_named(several: Scorecard, card: Scor
 
 def test_one_row_gives_figures_without_uncertainty_and_a_valid_file() -> None:
     variants = {"base": VariantRows(rows(0.4, seed=1, count=1)), "tuned": VariantRows(rows(0.8, seed=2, count=1))}
-    card = build(variants, baseline="base")
+    card = build_scorecard(variants, baseline="base")
     content = json.loads(card.to_json())
     assert content["variants"]["base"]["metrics"]["loss"]["se"] is None
     assert all(c.p == 1.0 and c.low is None and c.winner is None for c in card.comparisons)
@@ -204,7 +211,7 @@ def test_row_sets_that_differ_are_refused_with_the_ids_of_both_sides() -> None:
     a = score_rows("a", rows(0.5, seed=1)[:-1])
     b = score_rows("b", rows(0.5, seed=1)[8:])
     with pytest.raises(InputError) as caught:
-        compare(a, b, names=("tuned", "base"), seed=0)
+        compare_variants(a, b, names=("tuned", "base"), seed=0)
     message = str(caught.value)
     assert "only in tuned: row-00, row-01, row-02, row-03, row-04 and 3 more; only in base: row-39" in message
     assert "tuned against base" in message
@@ -213,7 +220,7 @@ def test_row_sets_that_differ_are_refused_with_the_ids_of_both_sides() -> None:
 def test_answers_missing_on_one_side_only_are_refused_though_losses_match() -> None:
     made = rows(0.5, seed=1)
     with pytest.raises(InputError, match="rows with answers are not the same: only in b: row-00"):
-        compare(
+        compare_variants(
             score_rows("a", [replace(made[0], answer=None), *made[1:]]), score_rows("b", made), names=("a", "b"), seed=0
         )
 
@@ -222,7 +229,7 @@ def test_other_references_for_the_same_rows_are_refused() -> None:
     made = rows(0.5, seed=1)
     changed = [replace(made[0], reference="something else"), *made[1:]]
     with pytest.raises(InputError, match="reference text differs in rows row-00"):
-        compare(score_rows("a", made), score_rows("b", changed), names=("a", "b"), seed=0)
+        compare_variants(score_rows("a", made), score_rows("b", changed), names=("a", "b"), seed=0)
 
 
 @pytest.mark.parametrize(
@@ -238,13 +245,13 @@ def test_other_references_for_the_same_rows_are_refused() -> None:
 )
 def test_rows_that_cannot_be_scored_are_refused_by_id(bad: list[Row], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        build({"tuned": VariantRows(bad)}, baseline="tuned")
+        build_scorecard({"tuned": VariantRows(bad)}, baseline="tuned")
     assert caught.value.where == "variant tuned"
 
 
 def test_an_unknown_baseline_is_refused_with_the_names_there_are() -> None:
     with pytest.raises(InputError, match="no variant is called 'bass'") as caught:
-        build({"base": VariantRows([]), "tuned": VariantRows([])}, baseline="bass")
+        build_scorecard({"base": VariantRows([]), "tuned": VariantRows([])}, baseline="bass")
     assert "base, tuned" in str(caught.value)
 
 
@@ -262,7 +269,7 @@ def test_the_table_has_a_line_for_each_metric_of_each_variant(card: Scorecard) -
 
 def test_the_table_fits_a_terminal_of_80_columns(card: Scorecard) -> None:
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(render(card))
+    console.print(render_scores(card))
     printed = console.export_text()
     assert "…" in printed
     assert all(label in printed for label in ("Held-out loss ↓", "ROUGE-L ↑", "BLEU ↑"))
@@ -274,7 +281,7 @@ def answered(right: float, *, seed: int, count: int = 60) -> list[Row]:
     """Rows of a task, each right with that probability; which are hard depends on their number only."""
     made = random.Random(seed)
     return [
-        Row(f"q-{n:02}", right={"accuracy": made.random() < right, "logprob": n % 3 == 0, "logprob_byte": n % 2 == 0})
+        Row(f"q-{n:02}", correct={"accuracy": made.random() < right, "logprob": n % 3 == 0, "logprob_byte": n % 2 == 0})
         for n in range(count)
     ]
 
@@ -294,7 +301,7 @@ def several() -> Scorecard:
         )
         for i, (name, right) in enumerate(asked.items())
     }
-    return build(variants, baseline="base", against={"shots": "tuned", "int8": "tuned"}, seed=3)
+    return build_scorecard(variants, baseline="base", compared_with={"shots": "tuned", "int8": "tuned"}, seed=3)
 
 
 def test_each_variant_is_compared_with_the_one_it_belongs_beside(several: Scorecard) -> None:
@@ -302,12 +309,14 @@ def test_each_variant_is_compared_with_the_one_it_belongs_beside(several: Scorec
     assert pairs == {("tuned", "base"), ("shots", "tuned"), ("int8", "tuned")}
     assert all(c.metric != "loss" for c in several.comparisons if c.a == "shots")
     with pytest.raises(InputError, match="no variant is called 'nobody'"):
-        build({"base": VariantRows([]), "tuned": VariantRows([])}, baseline="base", against={"tuned": "nobody"})
+        build_scorecard(
+            {"base": VariantRows([]), "tuned": VariantRows([])}, baseline="base", compared_with={"tuned": "nobody"}
+        )
 
 
 def test_accuracy_is_the_share_of_right_answers_with_its_standard_error(several: Scorecard) -> None:
     for name, seed, right in (("base", 0, 0.3), ("shots", 2, 0.9)):
-        hits = [row.right["accuracy"] for row in answered(right, seed=seed)]
+        hits = [row.correct["accuracy"] for row in answered(right, seed=seed)]
         share = sum(hits) / 60
         value = several.variants[name].metrics["mmlu/accuracy"]
         assert (value.mean, value.n) == (pytest.approx(share), 60)
@@ -355,7 +364,7 @@ def test_what_a_vote_saved_stands_beside_what_it_cost(several: Scorecard) -> Non
 
 
 def test_the_best_of_several_references_counts_and_there_is_no_bleu() -> None:
-    made = [Row("a", reference="nothing alike", answer="eggs and peas", others=("eggs and peas", "rice"))]
+    made = [Row("a", reference="nothing alike", answer="eggs and peas", other_references=("eggs and peas", "rice"))]
     columns = score_rows("v", made)
     assert columns.keys() == {"rouge1", "rouge2", "rougeL"}
     assert columns["rougeL"].measure.value == 1.0
@@ -365,4 +374,4 @@ def test_rows_of_a_task_that_differ_are_named_with_the_task() -> None:
     one = VariantRows([], {}, {"mmlu": answered(0.5, seed=1)})
     other = VariantRows([], {}, {"mmlu": answered(0.5, seed=1)[1:]})
     with pytest.raises(InputError, match="the rows of mmlu with answers are not the same: only in tuned: q-00"):
-        build({"base": other, "tuned": one}, baseline="base")
+        build_scorecard({"base": other, "tuned": one}, baseline="base")

@@ -106,7 +106,7 @@ def test_the_minimum_detectable_effect_is_seen_four_times_in_five(kind: str, met
     seen = 0
     for seed in range(rounds):
         a, b = measure(kind, 80, seed=1000 + seed), measure(kind, 80, seed=9000 + seed)
-        mde = compare(a, b, seed=seed, trials=2, metrics=metrics).mde
+        mde = compare(a, b, seed=seed, trials=2, metric_count=metrics).mde
         assert mde is not None
         shifted = Measure.ratio(a.statistics[:, 0] + mde * a.statistics[:, 1], a.statistics[:, 1])
         # The smallest p of several that are looked at together counts below 5 % divided by their number.
@@ -195,7 +195,7 @@ def test_different_numbers_of_rows_are_refused() -> None:
 def test_many_rows_are_resampled_in_pieces_without_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = measure("ratio", 50, seed=1), measure("ratio", 50, seed=2)
     whole = compare(a, b, seed=0, trials=1000)
-    monkeypatch.setattr("corral.evaluation.statistics._CELLS", 50 * 7)
+    monkeypatch.setattr("corral.evaluation.statistics._MAX_CELLS", 50 * 7)
     pieces = compare(a, b, seed=0, trials=1000)
     assert pieces.p == whole.p
     assert (pieces.low, pieces.high) == pytest.approx((whole.low, whole.high), rel=1e-12)

@@ -6,7 +6,7 @@ import pytest
 
 from corral.evaluation import tasks
 from corral.evaluation.question_sets import Question
-from corral.evaluation.tasks import Task, draw
+from corral.evaluation.tasks import Task, sample_task
 
 PROBLEMS = [Question(f"What is {i} plus {i}?", str(2 * i), (str(2 * i),)) for i in range(50)]
 PLACES = [
@@ -23,13 +23,13 @@ PLACES = [
 
 def test_fewer_questions_are_a_part_of_more_in_whatever_order_the_set_is() -> None:
     shuffled = random.Random(0).sample(PROBLEMS, len(PROBLEMS))
-    few, many = draw("arithmetic", PROBLEMS, 10, seed=4), draw("arithmetic", shuffled, 30, seed=4)
+    few, many = sample_task("arithmetic", PROBLEMS, 10, seed=4), sample_task("arithmetic", shuffled, 30, seed=4)
     assert list(few.questions) == list(many.questions)[:10]
-    assert draw("arithmetic", PROBLEMS, 10, seed=5).questions != few.questions
+    assert sample_task("arithmetic", PROBLEMS, 10, seed=5).questions != few.questions
 
 
 def test_examples_are_never_questions_that_are_asked() -> None:
-    task = draw("arithmetic", PROBLEMS, 10, seed=4)
+    task = sample_task("arithmetic", PROBLEMS, 10, seed=4)
     asked = {question.prompt for question in task.questions}
     shown = {example.messages[0].content for example in task.examples(reasoning=False)}
     assert len(asked) == 10
@@ -37,10 +37,10 @@ def test_examples_are_never_questions_that_are_asked() -> None:
 
 
 def test_word_problems_have_worked_examples_where_steps_are_asked_for_and_other_sets_their_own() -> None:
-    worked = draw("arithmetic", PROBLEMS, 10, seed=4).examples(reasoning=True)
+    worked = sample_task("arithmetic", PROBLEMS, 10, seed=4).examples(reasoning=True)
     assert len(worked) == 8
     assert all("Answer:" in example.messages[-1].content for example in worked)
-    assert len(draw("mmlu", PLACES, 5, seed=4).examples(reasoning=True)) == 15
+    assert len(sample_task("mmlu", PLACES, 5, seed=4).examples(reasoning=True)) == 15
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_word_problems_have_worked_examples_where_steps_are_asked_for_and_other_
     ],
 )
 def test_a_number_is_right_if_it_is_equal(text: str, result: str | None, right: bool) -> None:
-    assert tasks.judge("number", PROBLEMS[6], text) == {"result": result, "right": right}
+    assert tasks.grade_answer("number", PROBLEMS[6], text) == {"result": result, "right": right}
 
 
 @pytest.mark.parametrize(
@@ -61,19 +61,19 @@ def test_a_number_is_right_if_it_is_equal(text: str, result: str | None, right: 
     [("B. on land", "B", True), ("It is on land.", "B", True), ("A", "A", False), ("who knows", None, False)],
 )
 def test_a_choice_is_right_by_its_letter_or_its_text(text: str, result: str | None, right: bool) -> None:
-    assert tasks.judge("choice", PLACES[0], text) == {"result": result, "right": right}
+    assert tasks.grade_answer("choice", PLACES[0], text) == {"result": result, "right": right}
 
 
 def test_log_probabilities_choose_as_a_whole_and_by_byte() -> None:
     row = {"id": "a", "logprobs": [-4.0, -5.0], "bytes": [2, 10], "gold": 1}
-    assert tasks.chosen_row(row).right == {"logprob": False, "logprob_byte": True}
+    assert tasks.row_from_options(row).correct == {"logprob": False, "logprob_byte": True}
 
 
 def test_answers_and_options_of_one_question_are_one_row() -> None:
     answers = {"a": {"id": "a", "right": True}, "b": {"id": "b", "right": False}}
     options = {"a": {"id": "a", "logprobs": [-1.0, -2.0], "bytes": [4, 4], "gold": 0}}
-    made = tasks.rows(answers, options)
-    assert [dict(row.right) for row in made] == [
+    made = tasks.join_rows(answers, options)
+    assert [dict(row.correct) for row in made] == [
         {"accuracy": True, "logprob": True, "logprob_byte": True},
         {"accuracy": False},
     ]
@@ -81,6 +81,6 @@ def test_answers_and_options_of_one_question_are_one_row() -> None:
 
 def test_a_task_of_texts_is_held_against_all_its_references() -> None:
     task = Task("truthfulqa", "text", [], [])
-    assert tasks.judge(task.kind, PROBLEMS[0], "anything") == {}
-    row = tasks.answered_row({"id": "a", "answer": "seeds", "references": ["insects", "seeds"]})
-    assert (row.reference, row.others, row.answer) == ("insects", ("seeds",), "seeds")
+    assert tasks.grade_answer(task.kind, PROBLEMS[0], "anything") == {}
+    row = tasks.row_from_answer({"id": "a", "answer": "seeds", "references": ["insects", "seeds"]})
+    assert (row.reference, row.other_references, row.answer) == ("insects", ("seeds",), "seeds")

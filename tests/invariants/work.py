@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
-from corral.evaluation.inference import RowFile
+from corral.evaluation.row_file import RowFile
 from corral.model import adapters, loading
 from corral.model.quantisation import Quantization
 from corral.recipe import Lora, Optimizer, Train

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corral.metrics.answer_extraction import choice, final, number, result
+from corral.metrics.answer_extraction import extract_choice, extract_number, extract_result, marked_text
 
 
 @pytest.mark.parametrize(
@@ -66,17 +66,17 @@ from corral.metrics.answer_extraction import choice, final, number, result
     ],
 )
 def test_a_number_is_the_one_after_the_last_marker_or_else_the_last(text: str, expected: str | None) -> None:
-    assert number(text) == expected
+    assert extract_number(text) == expected
 
 
 @given(st.fractions(min_value=-(10**6), max_value=10**6, max_denominator=1000))
 def test_equal_numbers_are_equal_texts_however_they_are_written(value: Fraction) -> None:
-    written = number(f"Answer: {value.numerator}/{value.denominator}")
+    written = extract_number(f"Answer: {value.numerator}/{value.denominator}")
     assert written is not None
     assert Fraction(written) == value
-    assert number(f"so we get {written}") == written
+    assert extract_number(f"so we get {written}") == written
     if value.denominator == 1:
-        assert number(f"Answer: {value.numerator:,}.00") == written
+        assert extract_number(f"Answer: {value.numerator:,}.00") == written
 
 
 OPTIONS = ["blue", "light blue", "a dog", "none of them"]
@@ -106,12 +106,12 @@ OPTIONS = ["blue", "light blue", "a dog", "none of them"]
     ],
 )
 def test_a_choice_is_named_by_its_letter_or_by_its_text_alone(text: str, expected: str | None) -> None:
-    assert choice(text, OPTIONS) == expected
+    assert extract_choice(text, OPTIONS) == expected
 
 
 def test_without_options_any_letter_is_a_choice_but_an_article_is_not() -> None:
-    assert choice("E) something") == "E"
-    assert choice("A dog is an animal") is None
+    assert extract_choice("E) something") == "E"
+    assert extract_choice("A dog is an animal") is None
 
 
 @pytest.mark.parametrize(
@@ -127,10 +127,16 @@ def test_without_options_any_letter_is_a_choice_but_an_article_is_not() -> None:
     ],
 )
 def test_a_result_of_any_kind_is_a_letter_a_number_or_what_follows_the_marker(text: str, expected: str | None) -> None:
-    assert result(text) == expected
+    assert extract_result(text) == expected
 
 
 @given(st.text(max_size=200))
 def test_any_text_has_a_result_or_none(text: str) -> None:
-    for found in (final(text), number(text), choice(text), choice(text, OPTIONS), result(text)):
+    for found in (
+        marked_text(text),
+        extract_number(text),
+        extract_choice(text),
+        extract_choice(text, OPTIONS),
+        extract_result(text),
+    ):
         assert found is None or found.strip()

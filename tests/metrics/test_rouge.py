@@ -78,10 +78,10 @@ def test_score_all_is_score_row_by_row_and_refuses_lists_of_different_length() -
     rouge = Rouge()
     references, candidates = ["a b c", "", "one two"], ["a c", "x", "one two"]
     expected = [rouge.score(*pair) for pair in zip(references, candidates, strict=True)]
-    assert rouge.score_all(references, candidates).tolist() == [list(scores) for scores in expected]
-    assert rouge.score_all([], []).shape == (0, 3)
+    assert rouge.score_pairs(references, candidates).tolist() == [list(scores) for scores in expected]
+    assert rouge.score_pairs([], []).shape == (0, 3)
     with pytest.raises(ValueError):
-        rouge.score_all(references, candidates[:2])
+        rouge.score_pairs(references, candidates[:2])
 
 
 def test_scores_do_not_change_when_the_vocabulary_starts_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,11 +107,11 @@ def test_one_rouge_serves_several_threads() -> None:
 
 
 def test_agreement_is_symmetric_and_one_with_itself() -> None:
-    matrix = Rouge().agreement(["the cat sat", "", "the cat ran off", "a dog"])
+    matrix = Rouge().pairwise_rouge_l(["the cat sat", "", "the cat ran off", "a dog"])
     assert np.array_equal(matrix, matrix.T)
     assert np.diag(matrix).tolist() == [1.0, 0.0, 1.0, 1.0]
     assert matrix[0, 2] == pytest.approx(4 / 7)
-    assert Rouge().agreement([]).shape == (0, 0)
+    assert Rouge().pairwise_rouge_l([]).shape == (0, 0)
 
 
 def test_the_signature_tells_the_settings_apart() -> None:

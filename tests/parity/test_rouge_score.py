@@ -63,7 +63,7 @@ def test_pairwise_agreement_is_rouge_scores_rouge_l_between_every_two_texts() ->
     rng = random.Random(3)
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     texts = [" ".join(rng.choices(WORDS, k=k)) for k in (30, 20, 0, 1, 25)]
-    matrix = Rouge().agreement(texts)
+    matrix = Rouge().pairwise_rouge_l(texts)
     for i, a in enumerate(texts):
         for j, b in enumerate(texts):
             assert matrix[i, j] == scorer.score(a, b)["rougeL"].fmeasure

@@ -180,7 +180,7 @@ def _card() -> str:
             for i, (n, loss) in enumerate(base)
         ]
         variants[variant] = VariantRows(rows, {"tokens_per_second": 31.5})
-    return scorecard.build(variants, baseline="base", seed=7).to_json()
+    return scorecard.build_scorecard(variants, baseline="base", seed=7).to_json()
 
 
 def ledger() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from corral.report.write import build
+from corral.report.write import write_report
 from tests.report.conftest import (
     ENVIRONMENT,
     PARTS,
@@ -69,7 +69,7 @@ class Page(HTMLParser):
 
 
 def page_of(run: Path) -> Page:
-    return Page(build(run).read_text("utf-8"))
+    return Page(write_report(run).read_text("utf-8"))
 
 
 @pytest.fixture(scope="module")

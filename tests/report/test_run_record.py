@@ -10,7 +10,7 @@ from tests.report.conftest import Maker, completions, metrics
 
 
 def test_a_whole_run_is_read_without_notes(make_run: Maker) -> None:
-    record = run_record.read(make_run())
+    record = run_record.read_run(make_run())
     assert record.name == "quickstart"
     assert [(t.name, len(t.metrics), t.settings["steps"]) for t in record.trainings] == [("train-1-sft", 61, 60)]
     assert record.completions == completions()
@@ -19,7 +19,7 @@ def test_a_whole_run_is_read_without_notes(make_run: Maker) -> None:
 
 
 def test_a_recipe_alone_is_a_run(make_run: Maker) -> None:
-    record = run_record.read(make_run("nothing else"))
+    record = run_record.read_run(make_run("nothing else"))
     assert (record.trainings, record.completions, record.scorecard, record.promoted) == ([], [], {}, False)
     assert record.notes == []
 
@@ -28,7 +28,7 @@ def test_a_directory_without_a_recipe_is_refused_with_what_to_do(make_run: Maker
     run = make_run("nothing else")
     (run / "recipe.toml").unlink()
     with pytest.raises(RunError, match=r"no recipe\.toml") as caught:
-        run_record.read(run)
+        run_record.read_run(run)
     assert caught.value.where == str(run)
     assert caught.value.hint
 
@@ -38,14 +38,14 @@ def test_a_damaged_recipe_is_refused(make_run: Maker, content: bytes) -> None:
     run = make_run("nothing else")
     (run / "recipe.toml").write_bytes(content)
     with pytest.raises(RunError, match="damaged"):
-        run_record.read(run)
+        run_record.read_run(run)
 
 
 @pytest.mark.parametrize("content", [b'{"variants": {', b"\xff\x00", b"[1, 2]", b""])
 def test_a_damaged_file_is_named_and_hides_nothing_else(make_run: Maker, content: bytes) -> None:
     run = make_run()
     (run / "evaluate" / "scorecard.json").write_bytes(content)
-    record = run_record.read(run)
+    record = run_record.read_run(run)
     assert record.scorecard == {}
     assert len(record.notes) == 1
     assert "evaluate/scorecard.json" in record.notes[0]
@@ -56,7 +56,7 @@ def test_a_half_written_last_line_is_left_out_without_a_word(make_run: Maker) ->
     run = make_run("metrics")
     with (run / "train-1-sft" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 61, "lo')
-    record = run_record.read(run)
+    record = run_record.read_run(run)
     assert record.trainings[0].metrics == metrics()
     assert record.notes == []
 
@@ -67,7 +67,7 @@ def test_bad_lines_in_the_middle_are_named(make_run: Maker) -> None:
     lines = path.read_text().splitlines()
     lines[3], lines[6] = "{", "17"
     path.write_text("\n".join(lines))
-    record = run_record.read(run)
+    record = run_record.read_run(run)
     assert len(record.completions) == 46
     assert record.notes == ["evaluate/completions.jsonl: left out what is not a JSON object: line 4, 7"]
 
@@ -77,21 +77,21 @@ def test_a_step_that_was_written_twice_counts_as_written_last(make_run: Maker) -
     again = metrics()[30] | {"loss": 9.5}
     with (run / "train-1-sft" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(again) + "\n")
-    read = run_record.read(run).trainings[0].metrics
+    read = run_record.read_run(run).trainings[0].metrics
     assert len(read) == 61
     assert read[30]["loss"] == 9.5
 
 
 def test_training_stages_come_in_the_order_of_their_numbers(make_run: Maker) -> None:
     names = [f"train-{number}-sft" for number in (10, 2, 1)]
-    record = run_record.read(make_run("metrics", stages=tuple(names)))
+    record = run_record.read_run(make_run("metrics", stages=tuple(names)))
     assert [t.name for t in record.trainings] == ["train-1-sft", "train-2-sft", "train-10-sft"]
 
 
 def test_the_contract_of_a_model_that_was_not_promoted_is_read(make_run: Maker) -> None:
     run = make_run("contract")
     (run / "merge" / "model").rename(run / "merge" / "candidate")
-    record = run_record.read(run)
+    record = run_record.read_run(run)
     assert not record.promoted
     assert len(record.contract["checks"]) == 3
 

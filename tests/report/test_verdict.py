@@ -37,7 +37,7 @@ def scorecard(**comparison: Any) -> dict[str, Any]:
 def verdict_of(make_run: Maker, value: dict[str, Any]) -> Verdict:
     run = make_run("nothing else")
     write(run / "evaluate" / "scorecard.json", value)
-    record = run_record.read(run)
+    record = run_record.read_run(run)
     return verdict.verdict(record, verdict.scores(record.scorecard))
 
 
@@ -133,7 +133,7 @@ def test_unknown_metrics_come_last_and_claim_no_direction() -> None:
 def test_a_broken_contract_comes_before_any_score(make_run: Maker) -> None:
     run = make_run()
     write(run / "merge" / "model" / "contract.json", contract(passed=False))
-    record = run_record.read(run)
+    record = run_record.read_run(run)
     found = verdict.verdict(record, verdict.scores(record.scorecard))
     assert "its contract failed (adapter and merged model)" in found.headline
     assert found.tone == "worse"
@@ -148,7 +148,7 @@ def test_a_broken_contract_comes_before_any_score(make_run: Maker) -> None:
     ],
 )
 def test_an_unfinished_run_says_how_far_it_got(make_run: Maker, parts: list[str], words: str) -> None:
-    found = verdict.verdict(run_record.read(make_run(*parts)), [])
+    found = verdict.verdict(run_record.read_run(make_run(*parts)), [])
     assert words in found.headline
     assert found.tone == "pending"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from corral.report.write import build
+from corral.report.write import write_report
 from tests.report.conftest import PARTS, Maker, lineage, metrics, write, write_lines
 
 PICTURES = {"loss.png", "learning-rate.png", "throughput.png", "scorecard.png"}
@@ -15,7 +15,7 @@ PICTURES = {"loss.png", "learning-rate.png", "throughput.png", "scorecard.png"}
 
 def test_a_page_and_four_pictures_are_written(make_run: Maker) -> None:
     run = make_run()
-    index = build(run)
+    index = write_report(run)
     assert index == run / "report" / "index.html"
     assert {path.name for path in index.parent.iterdir()} == {"index.html", *PICTURES}
     for name in PICTURES:
@@ -26,7 +26,7 @@ def test_a_page_and_four_pictures_are_written(make_run: Maker) -> None:
 
 def test_the_same_run_gives_the_same_bytes(make_run: Maker) -> None:
     run = make_run()
-    first = {path.name: path.read_bytes() for path in build(run).parent.iterdir()}
+    first = {path.name: path.read_bytes() for path in write_report(run).parent.iterdir()}
     shutil.rmtree(run / "report")
     # The report stage itself is recorded only afterwards, with another time each time.
     value = lineage()
@@ -36,30 +36,30 @@ def test_the_same_run_gives_the_same_bytes(make_run: Maker) -> None:
         "outputs": {"report/index.html": "f" * 64},
     }
     write(run / "lineage.json", value)
-    assert {path.name: path.read_bytes() for path in build(run).parent.iterdir()} == first
+    assert {path.name: path.read_bytes() for path in write_report(run).parent.iterdir()} == first
 
 
 def test_another_figure_gives_another_page(make_run: Maker) -> None:
     run = make_run("scorecard")
-    first = build(run).read_bytes()
+    first = write_report(run).read_bytes()
     path = run / "evaluate" / "scorecard.json"
     value = json.loads(path.read_text())
     value["variants"]["tuned"]["metrics"]["loss"]["mean"] += 0.01
     write(path, value)
-    assert build(run).read_bytes() != first
+    assert write_report(run).read_bytes() != first
 
 
 @pytest.mark.parametrize("missing", ["metrics", "scorecard", "completions"])
 def test_a_run_that_lacks_one_part_is_reported(make_run: Maker, missing: str) -> None:
     run = make_run(*(part for part in PARTS if part != missing))
-    names = {path.name for path in build(run).parent.iterdir()}
+    names = {path.name for path in write_report(run).parent.iterdir()}
     lacking = {"metrics": PICTURES - {"scorecard.png"}, "scorecard": {"scorecard.png"}}.get(missing, set())
     assert names == {"index.html"} | PICTURES - lacking
 
 
 @pytest.mark.parametrize("only", ["nothing", *PARTS])
 def test_a_run_that_has_one_part_is_reported(make_run: Maker, only: str) -> None:
-    page = build(make_run(only)).read_text("utf-8")
+    page = write_report(make_run(only)).read_text("utf-8")
     sections = {
         "ledger": "data",
         "metrics": "training",
@@ -74,9 +74,9 @@ def test_a_run_that_has_one_part_is_reported(make_run: Maker, only: str) -> None
 
 def test_a_picture_whose_figures_are_gone_goes_too(make_run: Maker) -> None:
     run = make_run()
-    build(run)
+    write_report(run)
     (run / "evaluate" / "scorecard.json").unlink()
-    build(run)
+    write_report(run)
     assert not (run / "report" / "scorecard.png").exists()
     assert (run / "report" / "loss.png").exists()
 
@@ -84,7 +84,7 @@ def test_a_picture_whose_figures_are_gone_goes_too(make_run: Maker) -> None:
 def test_a_damaged_file_is_named_on_the_page(make_run: Maker) -> None:
     run = make_run("ledger", "scorecard")
     (run / "prepare" / "ledger.json").write_text('{"rows": 12')
-    page = build(run).read_text("utf-8")
+    page = write_report(run).read_text("utf-8")
     assert "prepare/ledger.json cannot be read" in page
     assert '<section id="scores">' in page
 
@@ -107,13 +107,13 @@ def test_files_of_quite_another_shape_do_not_stop_the_report(make_run: Maker) ->
     )
     write_lines(run / "train-1-sft" / "metrics.jsonl", [{"step": 1}, {"step": "two"}])
     (run / "recipe.toml").write_text('name = 5\ntrain = "none"\ndata = []\nmodel = 1\n')
-    assert "<h1" in build(run).read_text("utf-8")
+    assert "<h1" in write_report(run).read_text("utf-8")
 
 
 def test_several_training_stages_are_shown_each(make_run: Maker) -> None:
     run = make_run(stages=("train-1-sft", "train-2-dpo"))
     write_lines(run / "train-2-dpo" / "metrics.jsonl", metrics(12))
-    page = build(run).read_text("utf-8")
+    page = write_report(run).read_text("utf-8")
     assert "<dt>train-1-sft</dt>" in page
     assert "<dt>train-2-dpo</dt><dd>12 steps" in page
 
@@ -123,5 +123,5 @@ def test_the_report_of_a_relative_run_names_it_as_it_was_given(
 ) -> None:
     run = make_run("contract")
     monkeypatch.chdir(run.parent.parent)
-    page = build(Path("runs") / run.name).read_text("utf-8")
+    page = write_report(Path("runs") / run.name).read_text("utf-8")
     assert "<pre>corral chat runs/quickstart</pre>" in page
