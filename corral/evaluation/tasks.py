@@ -52,8 +52,8 @@ def load_task(name: str, rows: int, *, seed: int, max_tokens: int | None = None)
 def sample_task(
     name: str, questions: Sequence[Question], rows: int, *, seed: int, max_tokens: int | None = None
 ) -> Task:
-    """Ask the `rows` questions with the lowest hash of seed and content: a smaller sample is part of a larger one, whatever the
-    order of the questions."""
+    """Ask the `rows` questions with the lowest hash of seed and content: a smaller sample is part of a larger one, whatever
+    the order of the questions."""
 
     def hash_of(question: Question) -> str:
         return hashlib.sha256(f"{seed}:{question.id}".encode()).hexdigest()

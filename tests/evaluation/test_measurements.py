@@ -199,7 +199,7 @@ def test_examples_come_from_the_run_and_from_questions_that_are_not_asked(templa
 def test_other_examples_are_other_answers_only_where_examples_are_shown(template: Template, tmp_path: Path) -> None:
     every = [spec("plain"), spec("shots", SHOTS)]
     measure(tmp_path / "old", template, *every)
-    other = replace(dataset(), examples_from=hashlib.sha256(b"other").hexdigest())
+    other = replace(dataset(), examples_identity=hashlib.sha256(b"other").hexdigest())
     new = Measurements(tmp_path / "new")
     new.reuse_rows(tmp_path / "old", every, other)
     engine = measure(tmp_path / "new", template, *every, data=other)
