@@ -68,7 +68,7 @@ def test_replicas_that_die_are_left_out_and_come_back_and_without_any_the_server
 def alive(models: Models) -> int:
     """How many replicas may be asked."""
     engine: Any = models.all()[0].answerer.engine
-    return sum(endpoint.probe is None for endpoint in engine._endpoints._endpoints)
+    return len(engine._endpoints.available)
 
 
 ONE_TOKEN: Any = {"choices": [{"index": 0, "text": "x", "token_ids": [50], "finish_reason": "stop"}]}

@@ -1,6 +1,6 @@
-"""What all have in common who speak to an OpenAI-compatible server: its address, the key, and what its errors say.
+"""The address, the key and the error messages of an OpenAI-compatible server.
 
-It does not know what is asked, and imports no more than the HTTP client that it is used with.
+The chat client uses this module on machines that have neither torch nor OpenAI's package: it imports the HTTP client only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 def api_url(given: str) -> str:
-    """The URL of an API with its `/v1`, and nothing that must not be shown. Raises: InputError."""
+    """The URL of an API, with `/v1` where it has no path. Raises: InputError, which does not show a password in it."""
     try:
         url = httpx2.URL(given.strip())
     except httpx2.InvalidURL as error:
@@ -30,15 +30,15 @@ def api_url(given: str) -> str:
         what = "a URL of an endpoint may hold no password and no query"
         raise InputError(what, where=url.host, hint=f"put the key into {KEY_VARIABLE}")
     if url.scheme not in ("http", "https") or not url.host:
-        raise InputError(f"{given!r} is no http or https URL", hint="give one such as http://127.0.0.1:8000/v1")
+        raise InputError(f"{given!r} is not an http or https URL", hint="give one such as http://127.0.0.1:8000/v1")
     return str(url.copy_with(path=url.path.rstrip("/") or "/v1", fragment=None))
 
 
 def auth_header(key: str | None, *urls: str) -> dict[str, str]:
-    """The header that carries a key to these URLs; it is said who gets it, where that may not be meant.
+    """The header that sends a key to these URLs. Logs a warning if they are on several hosts, or not encrypted.
 
     Raises:
-        InputError: the key holds what no header can.
+        InputError: the key holds characters that a header cannot carry.
     """
     if not key:
         return {}
@@ -48,30 +48,30 @@ def auth_header(key: str | None, *urls: str) -> dict[str, str]:
     if len(hosts := sorted({part.host for part in parts})) > 1:
         _log.warning("the one key is sent to several hosts: %s", ", ".join(hosts))
     for part in parts:
-        if part.scheme == "http" and not _is_local(part.host):
+        if part.scheme == "http" and not _is_loopback(part.host):
             _log.warning("the key is sent to %s unencrypted; https would keep it secret", part.host)
     return {"authorization": f"Bearer {key}"}
 
 
-def error_message(text: str, key: str | None = None) -> str:
-    """What the body of an error says, in OpenAI's form or in those that stand in for it, on one line without the key."""
-    found: Any = None
-    with suppress(ValueError):
-        found = json.loads(text)
+def error_message(body: str, key: str | None = None) -> str:
+    """The message in the body of an error response (OpenAI's form or similar ones), on one line, without the key."""
+    content: Any = None
+    with suppress(ValueError, RecursionError):
+        content = json.loads(body)
     for name in ("error", "message", "detail"):
-        found = found.get(name, found) if isinstance(found, dict) else found
-    return one_line(found if isinstance(found, str) else text, key)
+        content = content.get(name, content) if isinstance(content, dict) else content
+    return one_line(content if isinstance(content, str) else body, key)
 
 
 def one_line(text: str, key: str | None = None) -> str:
-    """One line of it, with nothing of the key, and nothing that steers a terminal."""
-    shown = "".join(c for c in text if c.isprintable() or c.isspace())
-    # Before it is cut: what is left of a key is not the key any more.
-    line = " ".join((shown.replace(key, "***") if key else shown).split())
+    """At most 300 characters of a text on one line, without the key and without control characters."""
+    printable = "".join(c for c in text if c.isprintable() or c.isspace())
+    # The key is removed before the text is cut: a part of a key would not be recognised.
+    line = " ".join((printable.replace(key, "***") if key else printable).split())
     return line if len(line) <= 300 else line[:297] + "…"
 
 
-def _is_local(host: str) -> bool:
+def _is_loopback(host: str) -> bool:
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"

@@ -1,4 +1,4 @@
-"""Endpoints that misbehave, as a test says, on loopback sockets; and the remote engine that asks them."""
+"""A fake OpenAI-compatible server on a loopback socket, which does what a test says; and the remote engine that asks it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ VOCABULARY_OF_SCRIPTED = 2**20
 
 
 def remote(*urls: str, vocabulary: int = VOCABULARY_OF_SCRIPTED, **options: Any) -> RemoteEngine:
-    """As a user makes it, but less patient."""
-    given: Any = {"model": None, "backoff_seconds": 0.05, "retries": 3} | options
-    return RemoteEngine([f"{url}/v1" for url in urls], vocabulary=vocabulary, **given)
+    """A remote engine that waits shorter and gives up earlier than by default."""
+    arguments: Any = {"model": None, "backoff_seconds": 0.05, "retries": 3} | options
+    return RemoteEngine([f"{url}/v1" for url in urls], vocabulary=vocabulary, **arguments)
 
 
 def ask(engine: Engine, ids: Sequence[int] = (1, 2), sampling: Sampling = DRAWN) -> list[Completion]:
@@ -32,19 +32,21 @@ def ask(engine: Engine, ids: Sequence[int] = (1, 2), sampling: Sampling = DRAWN)
 
 
 class FakeServer(Request):
-    """An endpoint with the model `m`, which does to a completion what a test says."""
+    """An endpoint with the model `m`; `completion` answers a request, and may read `requests`."""
 
     protocol_version = "HTTP/1.1"
-    asked: list[Any]
-    keys: list[str | None]
+    requests: list[Any]
+    headers_of_requests: list[dict[str, str]]
+    headers_of_lists: list[dict[str, str]]
     models: list[dict[str, Any]]
 
     def do_GET(self) -> None:
-        self.keys.append(self.headers["authorization"])
+        self.headers_of_lists.append({name.lower(): value for name, value in self.headers.items()})
         self.answer(200, {}, json.dumps({"data": self.models}).encode())
 
     def do_POST(self) -> None:
-        self.asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        self.headers_of_requests.append({name.lower(): value for name, value in self.headers.items()})
+        self.requests.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
         self.completion()
 
     def completion(self) -> None:
@@ -56,8 +58,9 @@ class FakeServer(Request):
 
 
 def fake_server(completion: Callable[[Any], None], **attributes: Any) -> type[FakeServer]:
-    base: dict[str, Any] = {"asked": [], "keys": [], "models": [{"id": "m", "max_model_len": 8192}]}
-    return type("Made", (FakeServer,), base | attributes | {"completion": completion})
+    lists: dict[str, Any] = {"requests": [], "headers_of_requests": [], "headers_of_lists": []}
+    models = {"models": [{"id": "m", "max_model_len": 8192}]}
+    return type("Fake", (FakeServer,), lists | models | {"completion": completion} | attributes)
 
 
 def chunk(*ids: int, index: int = 0, finish: str | None = None, **more: Any) -> dict[str, Any]:
@@ -71,7 +74,7 @@ def answers_well(self: FakeServer) -> None:
 def first_then(
     first: Callable[[FakeServer], None], then: Callable[[FakeServer], None] = answers_well
 ) -> Callable[[FakeServer], None]:
-    return lambda self: (first if len(self.asked) == 1 else then)(self)
+    return lambda self: (first if len(self.requests) == 1 else then)(self)
 
 
 def refuses_with(status: int, message: str = "no", **headers: str) -> Callable[[FakeServer], None]:
@@ -91,7 +94,7 @@ def breaks_off(self: FakeServer) -> None:
 def wait_for(condition: Callable[[], bool]) -> None:
     until = time.monotonic() + 30
     while not condition():
-        assert time.monotonic() < until, "it never came to be"
+        assert time.monotonic() < until, "the condition never held"
         time.sleep(0.01)
 
 
@@ -101,11 +104,11 @@ def free_port() -> int:
 
 
 def knows_fields(**known: Any) -> Callable[[FakeServer], None]:
-    """A server that knows these fields besides the usual ones, and refuses others as OpenAI's does."""
+    """A server that takes these fields besides OpenAI's, and refuses others as OpenAI's does."""
     usual = {"model", "prompt", "stream", "max_tokens", "n", "temperature", "top_p", "seed"}
 
     def answer(self: FakeServer) -> None:
-        body = self.asked[-1]
+        body = self.requests[-1]
         if foreign := set(body) - usual - set(known):
             refuses_with(400, f"unknown parameter {min(foreign)}")(self)
             return
@@ -113,8 +116,8 @@ def knows_fields(**known: Any) -> Callable[[FakeServer], None]:
         if "return_token_ids" in body:
             choice["token_ids"] = [98, 99][: body["max_tokens"]]
         if "logprobs" in body:
-            told = [None, -1.0] if body.get("echo") else []
-            choice["logprobs"] = {"token_logprobs": [*told, *[-0.5] * len(choice["token_ids"])]}
+            prompt = [None, -1.0] if body.get("echo") else []
+            choice["logprobs"] = {"token_logprobs": [*prompt, *[-0.5] * len(choice["token_ids"])]}
         if body.get("stream"):
             self.events({"choices": [choice | {"index": i} for i in range(body["n"])]})
         else:

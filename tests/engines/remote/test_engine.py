@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import re
 import subprocess
 import sys
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,7 +23,6 @@ from tests.conftest import web_server
 from tests.engines.conformance import DRAWN, GREEDY, EngineConformance, Failing, Subject, complete, deltas_of
 from tests.engines.remote.fake_server import (
     FakeServer,
-    answers_well,
     ask,
     breaks_off,
     chunk,
@@ -39,7 +36,7 @@ from tests.engines.test_scripted import PROMPTS, babble, breaking
 from tests.engines.tiny import CONTEXT, VOCABULARY, tiny_llama
 from tests.serving.conftest import Endless, running
 
-DOCS = Path(__file__).parent.parent.parent / "docs/serving.md"
+DOCS = Path(__file__).parents[3] / "docs/serving.md"
 
 
 class TestRemoteScripted(EngineConformance):
@@ -102,26 +99,26 @@ def test_it_is_the_engine_behind_the_endpoint_in_ids_log_probs_scores_and_featur
 
 
 def test_a_request_says_all_that_decides_the_answer() -> None:
-    answers = fake_server(lambda self: self.events(chunk(7, finish="stop"), chunk(8, index=1, finish="stop")))
-    with web_server(answers) as url:
+    server = fake_server(lambda self: self.events(chunk(7, finish="stop"), chunk(8, index=1, finish="stop")))
+    with web_server(server) as url:
         ask(remote(url), (3, 4), Sampling(9, 2, 0.5, 0.9, 7, seed=11, stop_ids=(2, 5)))
     asked = {"model": "m", "prompt": [3, 4], "stream": True, "max_tokens": 9, "n": 2, "seed": 11}
     drawn = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.0, "repetition_penalty": 1.0}
     ends = {"return_token_ids": True, "ignore_eos": True, "stop_token_ids": [2, 5]}
-    assert answers.asked == [asked | drawn | ends]
+    assert server.requests == [asked | drawn | ends]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "seeded"])
 def test_an_answer_that_broke_off_is_taken_up_where_it_must_come_out_the_same(sampling: Sampling) -> None:
-    answers = fake_server(first_then(breaks_off))
-    with web_server(answers) as url:
+    server = fake_server(first_then(breaks_off))
+    with web_server(server) as url:
 
         async def test() -> list[tuple[int, ...]]:
             async with remote(url) as engine:
                 return [delta.ids for delta in await deltas_of(engine.submit([1], sampling))]
 
         assert asyncio.run(test()) == [(7, 8), (9,)], "nothing twice"
-    assert answers.asked[0] == answers.asked[1]
+    assert server.requests[0] == server.requests[1]
 
 
 def test_an_answer_by_chance_that_broke_off_is_not_patched_but_one_that_had_not_begun_is_asked_again() -> None:
@@ -143,49 +140,6 @@ def test_an_answer_that_would_go_on_differently_is_an_error() -> None:
         ask(remote(url))
 
 
-GARBAGE: dict[str, Any] = {
-    "a page": lambda self: self.answer(200, {"content-type": "text/html"}, b"<html>"),
-    "no JSON": lambda self: self.events(end=b"data: {]\n\n"),
-    "another choice": lambda self: self.events(chunk(1, index=5)),
-    "ids that are none": lambda self: self.events({"choices": [{"index": 0, "token_ids": ["a"]}]}),
-    "no ids": lambda self: self.events({"choices": [{"index": 0, "text": "hello"}]}),
-    "too many ids": lambda self: self.events(chunk(*range(13))),
-    "no log-probs": lambda self: self.events(chunk(1, 2, logprobs=None)),
-    "a reason nobody knows": lambda self: self.events(chunk(1, finish="tired", logprobs={"token_logprobs": [-1]})),
-    "an error amid the answer": lambda self: self.events({"error": {"message": "out of memory", "code": 500}}),
-}
-
-
-@pytest.mark.parametrize("case", GARBAGE)
-def test_nonsense_is_an_error_that_names_the_endpoint(case: str) -> None:
-    answers = fake_server(GARBAGE[case])
-    sampling = Sampling(max_tokens=12, logprobs=case in ("no log-probs", "a reason nobody knows"))
-    with web_server(answers) as url, pytest.raises(EngineError) as caught:
-        ask(remote(url), sampling=sampling)
-    assert url in str(caught.value)
-    assert len(answers.asked) == 1
-    assert case != "no ids" or "encode" in str(caught.value)
-
-
-def test_an_event_that_says_the_endpoint_goes_down_is_asked_elsewhere() -> None:
-    down = {"error": {"message": "the engine of this server is closed", "code": "engine_unavailable"}}
-    with web_server(fake_server(first_then(lambda self: self.events(chunk(7), down)))) as url:
-        assert ask(remote(url))[0].ids == (7, 8, 9)
-
-
-def test_a_score_that_is_none_is_an_error() -> None:
-    answer = {"choices": [{"index": 0, "text": "", "logprobs": {"token_logprobs": [-1.0]}}]}
-    with web_server(fake_server(lambda self: self.answer(200, {}, json.dumps(answer).encode()))) as url:
-
-        async def test() -> None:
-            async with remote(url) as engine:
-                with pytest.raises(EngineError, match="1 log-probabilities of a prompt of 3") as caught:
-                    await engine.score([1, 2, 3])
-                assert "echo" in str(caught.value)
-
-        asyncio.run(test())
-
-
 def test_a_stop_id_at_the_end_of_the_ids_as_vllm_sends_it_is_left_out() -> None:
     def answer(self: FakeServer) -> None:
         self.events(
@@ -203,14 +157,14 @@ def test_text_of_a_server_that_gives_no_ids_is_made_into_ids_where_the_caller_sa
         texts = [("a", None), ("bc", None), ("", "stop")]
         self.events(*({"choices": [{"index": 0, "text": t, "finish_reason": f}]} for t, f in texts))
 
-    answers = fake_server(answer)
-    with web_server(answers) as url:
+    server = fake_server(answer)
+    with web_server(server) as url:
         engine = remote(url, encode=lambda text: [ord(c) for c in text])
         assert not engine.features.logprobs
         assert not engine.features.score
         (done,) = ask(engine)
     assert (done.ids, done.finish) == ((97, 98, 99), "stop")
-    assert {"return_token_ids", "ignore_eos", "stop_token_ids", "min_p"}.isdisjoint(answers.asked[0])
+    assert {"return_token_ids", "ignore_eos", "stop_token_ids", "min_p"}.isdisjoint(server.requests[0])
 
 
 SERVER = """
@@ -239,7 +193,7 @@ asyncio.run(server.serve(sockets=[listener]))
 
 def test_a_server_that_is_killed_amid_its_answers_costs_none(tiny_folder: Path, template: Template) -> None:
     command = [sys.executable, "-c", SERVER, str(tiny_folder)]
-    doomed = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent.parent)
+    doomed = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3])
     work = [([i + 1], Sampling(100, 2, 1.0, seed=i, logprobs=True)) for i in range(12)]
     try:
         assert doomed.stdout
@@ -301,7 +255,7 @@ def test_a_fault_of_ours_is_logged_without_what_was_answered(caplog: pytest.LogC
     diary = {"choices": [{"index": 0, "text": "my diary", "finish_reason": "stop"}]}
     with web_server(fake_server(lambda self: self.events(diary))) as url, pytest.raises(EngineError):
         ask(remote(url, encode=encode))
-    assert re.search(r"ValueError at .*test_remote\.py:\d+", caplog.text)
+    assert re.search(r"ValueError at .*test_engine\.py:\d+", caplog.text)
     assert "diary" not in caplog.text
 
 
@@ -309,15 +263,6 @@ def test_corrals_own_server_is_found_able_to_do_all_of_it(tiny: str) -> None:
     engine = remote(tiny, vocabulary=VOCABULARY, probe=True)
     assert engine.features == Features(CONTEXT, VOCABULARY, logprobs=True, score=True)
     asyncio.run(engine.close())
-
-
-def test_a_context_that_is_known_is_that_of_endpoints_that_tell_none_and_the_most_of_others() -> None:
-    untold, long = fake_server(answers_well, models=[{"id": "m"}]), fake_server(answers_well)
-    with web_server(untold) as url, web_server(long) as other:
-        for known in (77, 9000):
-            engine = remote(url, other, max_length=known)
-            assert engine.features.max_length == min(known, 8192)
-            asyncio.run(engine.close())
 
 
 def test_a_vote_among_the_answers_of_a_server_without_log_probs_is_held(tiny_folder: Path) -> None:

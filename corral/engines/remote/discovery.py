@@ -1,0 +1,72 @@
+"""What the endpoints offer: the model, the length of its context, and what they return besides text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import httpx2
+
+from corral.engines.remote.client import Chunk, ListedModel
+from corral.engines.remote.failover import FailoverClient
+from corral.engines.remote.protocol import one_line
+from corral.errors import EngineError, EngineUnavailableError, InputError, ModelError, RequestError
+
+RETURN_IDS: dict[str, Any] = {"return_token_ids": True, "ignore_eos": True, "stop_token_ids": []}
+"""Fields of a request that make a server return token ids, and end at stop ids only."""
+
+
+async def probe(endpoints: FailoverClient, model: str) -> tuple[bool, bool, bool]:
+    """Ask for one token, and for less of the rest until the server knows all fields.
+
+    Returns: whether it returns token ids, their log-probabilities, and log-probabilities of the prompt. All of it if the
+        endpoints are too busy to answer: they are taken to be corral's own.
+
+    Raises:
+        ModelError: the server completes no token ids.
+    """
+
+    async def read(response: httpx2.Response) -> tuple[bool, bool, bool]:
+        chunk = Chunk.model_validate_json(await response.aread())
+        if not chunk.choices or chunk.choices[0].token_ids is None:
+            return False, False, False
+        return True, bool(chunk.logprobs), len(chunk.logprobs) > 1 and chunk.logprobs[1] is not None
+
+    logprobs, echo = {"logprobs": 0}, {"echo": True}
+    refusal = EngineError("")
+    for fields in (RETURN_IDS | logprobs | echo, RETURN_IDS | logprobs, RETURN_IDS, {}):
+        try:
+            body = {"model": model, "prompt": [1, 2], "max_tokens": 1} | fields
+            return await endpoints.post("/completions", body, read)
+        except RequestError as error:
+            refusal = error
+        except EngineUnavailableError:
+            return True, True, True
+        except EngineError as error:
+            refusal = error
+            break
+    hint = "it must complete token ids at /v1/completions, as corral serve, vLLM and llama.cpp's server do"
+    raise ModelError(refusal.what, where=refusal.where, hint=hint)
+
+
+def find_model(listed: Sequence[tuple[str, Sequence[ListedModel]]], name: str | None) -> list[ListedModel]:
+    """The entry of the model in the list of each endpoint. Raises: ModelError."""
+    entries: list[ListedModel] = []
+    for url, all_models in listed:
+        models = {model.id: model for model in reversed(all_models) if model.task == "chat"}
+        names = one_line(", ".join(reversed(models))) or "none"
+        if name is None and len(models) != 1:
+            raise ModelError(f"the endpoint has several models, or none: {names}", where=url, hint="name one of them")
+        name = name or next(iter(models))  # the other endpoints must have it too
+        if name not in models:
+            raise ModelError(f"the endpoint has no model {name!r}; it has: {names}", where=url, hint="name one of them")
+        entries.append(models[name])
+    return entries
+
+
+def shortest_context(models: Sequence[ListedModel], known: int | None) -> int:
+    """The context length that all endpoints have. Raises: InputError (an endpoint lists none, and none is known)."""
+    lengths = [length for model in models if (length := model.max_model_len or known)]
+    if len(lengths) != len(models):
+        raise InputError("an endpoint does not tell the model's context", hint="give max_length, in tokens")
+    return min(lengths if known is None else [*lengths, known])
