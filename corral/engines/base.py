@@ -1,9 +1,8 @@
-"""The protocol between what asks for text and what computes it: token ids in, token ids out.
+"""The engine protocol: token ids in, token ids out.
 
-An engine knows no text, no template and no conversation. It takes the ids of one prompt and a Sampling, and yields
-Deltas: new ids of one of the n choices. It says in `features` what it can do; what it cannot do it refuses with RequestError
-before any work, never by doing something else. `tests/engines/conformance.py` states the protocol as tests that every
-engine passes.
+An engine takes the ids of one prompt and a Sampling, and yields Deltas: new ids of one of the n choices. It knows no text, no
+template and no conversation. `features` says what it can do; a request for anything else is refused with RequestError before
+any work. Every engine passes the tests in `tests/engines/conformance.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ import asyncio
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 from types import TracebackType
 from typing import Literal, Self, TypeAlias
 
@@ -23,29 +23,29 @@ Finish: TypeAlias = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How completions of one prompt are drawn."""
+    """How to sample completions of one prompt."""
 
     max_tokens: int = 256
     """The most tokens per choice."""
     n: int = 1
-    """Choices drawn from one prompt; the prompt is computed once for all of them."""
+    """Completions of the prompt, which is computed once for all of them."""
     temperature: float = 0.0
     """0 takes the most likely token at each step."""
     top_p: float = 1.0
-    """Draw from the smallest set of tokens whose probability reaches this; 1 draws from all."""
+    """Sample from the smallest set of tokens whose probability reaches this; 1 samples from all."""
     top_k: int = 0
-    """Draw from this many most likely tokens; 0 draws from all."""
+    """Sample from this many most likely tokens; 0 samples from all."""
     seed: int | None = None
-    """The same seed gives the same ids, alone or in a batch, where weights and products are float32; with coarser ones,
-    rounding depends on what else is in the batch, and may turn a draw. None draws anew each time."""
+    """The same seed gives the same ids, alone or in a batch, if weights and products are float32. With a lower precision,
+    rounding depends on the other rows of the batch, and may change an id. None gives other ids each time."""
     stop_ids: tuple[int, ...] = ()
-    """A choice ends when it draws one of these. The stop id is not part of the completion."""
+    """A choice ends when one of these is sampled. The stop id is not part of the completion."""
     logprobs: bool = False
     """Whether Deltas carry the log-probability of each id under the model (before temperature and top-p)."""
 
 
 CHAT_SAMPLING = {"max_tokens": 512, "temperature": 0.7, "top_p": 0.9}
-"""How a model is talked with, and answers clients, where nobody says how: it belongs to no run."""
+"""Default sampling for chat, and for clients that give no settings. It belongs to no run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Features:
     vocabulary: int
     """Ids are in range(vocabulary)."""
     logprobs: bool
-    """Whether Sampling.logprobs may be asked for."""
+    """Whether Sampling.logprobs is supported."""
     score: bool
     """Whether `score` works."""
 
@@ -81,18 +81,11 @@ class Completion:
     finish: Finish
 
 
-@dataclass(slots=True)
-class _Open:
-    ids: list[int] = field(default_factory=list[int])
-    logprobs: list[float] | None = None
-    finish: Finish | None = None
-
-
 class Generation:
     """A request under way: an async iterator of Deltas, which may be cancelled whole or by choice.
 
-    The asking side iterates (once) or awaits `completions()`; where that ends early (a break, an error, a cancelled
-    task), the choices still open are cancelled. The engine's side calls `push` and `fail`, from any thread.
+    The caller iterates (once) or awaits `completions()`; if that ends early (a break, an error, a cancelled task), the
+    unfinished choices are cancelled. The engine calls `push` and `fail`, from any thread.
     """
 
     def __init__(self, prompt_tokens: int, n: int, on_cancel: Callable[[int | None], None]) -> None:
@@ -104,15 +97,15 @@ class Generation:
         self._unfinished = set(range(n))
 
     def push(self, delta: Delta) -> None:
-        """Engine's side: hand over new ids. Thread-safe; quietly dropped when the asking loop is gone."""
+        """For engines: hand over new ids. Thread-safe; dropped if the caller's event loop is closed."""
         self._put(delta)
 
     def fail(self, error: EngineError) -> None:
-        """Engine's side: end the request with an error, which the asking side's iteration raises. Thread-safe."""
+        """For engines: end the request with an error, which the caller's iteration raises. Thread-safe."""
         self._put(error)
 
     def _put(self, item: Delta | EngineError) -> None:
-        # A closed loop has nobody left to read, and it may close at any moment; the engine's thread must not die of it.
+        # The caller's loop may close at any moment, and the engine's thread must not die of it.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
@@ -139,17 +132,20 @@ class Generation:
 
         Returns: n Completions, in the order of their choice index.
         """
-        choices = [_Open() for _ in range(self.n)]
+        deltas: list[list[Delta]] = [[] for _ in range(self.n)]
         async for delta in self:
-            choice = choices[delta.choice]
-            choice.ids.extend(delta.ids)
-            if delta.logprobs is not None:
-                choice.logprobs = [*(choice.logprobs or []), *delta.logprobs]
-            choice.finish = delta.finish or choice.finish
-        return [
-            Completion(tuple(c.ids), None if c.logprobs is None else tuple(c.logprobs), c.finish or "cancelled")
-            for c in choices
-        ]
+            deltas[delta.choice].append(delta)
+        return [_join(of_choice) for of_choice in deltas]
+
+
+def _join(deltas: Sequence[Delta]) -> Completion:
+    """All Deltas of one choice as a Completion."""
+    logprobs = [delta.logprobs for delta in deltas if delta.logprobs is not None]
+    return Completion(
+        tuple(chain.from_iterable(delta.ids for delta in deltas)),
+        tuple(chain.from_iterable(logprobs)) if logprobs else None,
+        next((delta.finish for delta in deltas if delta.finish), "cancelled"),
+    )
 
 
 class Engine(ABC):
@@ -160,17 +156,17 @@ class Engine(ABC):
 
     @property
     def ready(self) -> bool:
-        """Whether it can compute, as far as it knows without trying."""
+        """Whether it can compute now, as far as it knows without trying."""
         return True
 
     @abstractmethod
     def submit(self, ids: Sequence[int], sampling: Sampling) -> Generation:
-        """Ask for completions of a prompt. Returns at once; must be called in a running event loop.
+        """Start completions of a prompt. Returns at once; must be called in a running event loop.
 
         Raises:
             RequestError: the engine cannot do this (too long, id outside the vocabulary, feature it lacks).
             EngineClosedError: the engine was closed.
-            EngineUnavailableError: it cannot compute now; perhaps this comes later, from the generation.
+            EngineUnavailableError: it cannot compute now. The generation may raise this later instead.
         """
 
     @abstractmethod
@@ -195,7 +191,7 @@ class Engine(ABC):
         await self.close()
 
     def check_submit(self, ids: Sequence[int], sampling: Sampling) -> None:
-        """Refuse what no engine can do, or this one does not; for implementations of `submit`. Raises: RequestError."""
+        """For implementations of `submit`: raises RequestError if no engine, or not this one, can serve the request."""
         limit = self.features.max_length
         faults = (
             (sampling.n < 1, f"n = {sampling.n}: at least one choice is needed"),
@@ -205,9 +201,9 @@ class Engine(ABC):
             (sampling.top_k < 0, f"top_k = {sampling.top_k}: must be 0 (off) or more"),
             (sampling.logprobs and not self.features.logprobs, f"engine {self.name!r} gives no log-probabilities"),
         )
-        for is_fault, what in faults:
+        for is_fault, message in faults:
             if is_fault:
-                raise RequestError(what)
+                raise RequestError(message)
         self._check_ids(ids)
         if len(ids) + sampling.max_tokens > limit:
             raise RequestError(
@@ -216,7 +212,7 @@ class Engine(ABC):
             )
 
     def check_score(self, ids: Sequence[int], start: int) -> None:
-        """The same for implementations of `score`. Raises: RequestError."""
+        """For implementations of `score`: raises RequestError if the request cannot be served."""
         if not self.features.score:
             raise RequestError(f"engine {self.name!r} cannot score given ids")
         if not 1 <= start <= len(ids):

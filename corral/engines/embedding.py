@@ -1,7 +1,6 @@
-"""Sentence embeddings: texts → vectors of length 1 whose product is how alike they are in meaning.
+"""Sentence embeddings: texts → unit vectors whose dot product is the similarity of meaning.
 
-The model is all-MiniLM-L6-v2 (an asset; Reimers & Gurevych 2019, arXiv 1908.10084), computed by transformers on the CPU. It
-does not know what the vectors are for.
+The model is all-MiniLM-L6-v2 (an asset; Reimers & Gurevych 2019, arXiv 1908.10084), computed by transformers on the CPU.
 """
 
 from __future__ import annotations
@@ -15,36 +14,32 @@ from numpy.typing import NDArray
 
 ASSET = "all-minilm-l6-v2"
 MAX_TOKENS = 256
-"""Tokens of a text that are read; the model was trained on no longer ones."""
+"""Tokens of a text that are used; the model was trained on no longer texts."""
 DIMENSIONS = 384
-"""Numbers of a vector."""
+"""Length of a vector."""
 _BATCH = 32
 
 
 class Embedder:
-    """Loads with the first text. Safe to call from several threads."""
+    """The model, loaded at the first call. Safe to call from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._loaded: tuple[Any, Any] | None = None
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """[n, 384] vectors of length 1, in the order of the n texts.
-
-        Raises:
-            AssetError: the model cannot be had.
-        """
+        """[n, 384] unit vectors, in the order of the n texts. Raises: AssetError (the model cannot be fetched)."""
         import torch
 
         with self._lock:
-            tokenizer, model = self._ready()
+            tokenizer, model = self._load()
             vectors = np.empty((len(texts), model.config.hidden_size))
-            # Texts of about one length together, so that little is filled up.
+            # Sorted by length, so that little is padding.
             order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
             for start in range(0, len(order), _BATCH):
-                places = order[start : start + _BATCH]
+                indices = order[start : start + _BATCH]
                 batch = tokenizer(
-                    [texts[i] for i in places],
+                    [texts[i] for i in indices],
                     padding=True,
                     truncation=True,
                     max_length=MAX_TOKENS,
@@ -54,32 +49,32 @@ class Embedder:
                     hidden = model(**batch).last_hidden_state
                 weights = batch["attention_mask"].unsqueeze(-1)
                 mean = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
-                vectors[places] = torch.nn.functional.normalize(mean, dim=-1).numpy()
+                vectors[indices] = torch.nn.functional.normalize(mean, dim=-1).numpy()
         return vectors
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """How many tokens each text has, with the two around it; `MAX_TOKENS` of them are read. Raises: AssetError."""
+        """The tokens of each text, with the two special ones around it; `MAX_TOKENS` of them are used. Raises: AssetError."""
         with self._lock:
-            tokenizer, _ = self._ready()
+            tokenizer, _ = self._load()
             return [len(ids) for ids in tokenizer([*texts], verbose=False)["input_ids"]]
 
-    def _ready(self) -> tuple[Any, Any]:
-        self._loaded = self._loaded or _load()
+    def _load(self) -> tuple[Any, Any]:
+        self._loaded = self._loaded or _load_model()
         return self._loaded
 
 
-def _load() -> tuple[Any, Any]:
+def _load_model() -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
     from corral.assets import fetch
 
     folder = fetch(ASSET).path
-    shown = logging.is_progress_bar_enabled()
+    was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         model = AutoModel.from_pretrained(folder, local_files_only=True, dtype="float32")
         return AutoTokenizer.from_pretrained(folder, local_files_only=True), model.eval()
     finally:
-        if shown:
+        if was_enabled:
             logging.enable_progress_bar()

@@ -1,8 +1,7 @@
-"""OpenVINO GenAI on a CPU: continuous batching in a child process behind the async protocol.
+"""OpenVINO GenAI on a CPU: continuous batching in a child process (`openvino_process`).
 
-This half keeps count of what was asked, hands it to the child (`openvino_child`) and turns the child's events into Deltas.
-If the child dies, what was under way fails with EngineError, and the next request starts a new one. It knows nothing about
-how OpenVINO computes, nor about text.
+This side keeps track of requests, sends them to the child and turns the child's events into Deltas. If the child dies, the
+requests under way fail with EngineError, and the next request starts a new child.
 """
 
 from __future__ import annotations
@@ -17,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -33,33 +33,32 @@ if TYPE_CHECKING:
 
 MAX_SEQUENCES = 256
 """Sequences that OpenVINO computes together."""
-_HINTS = {"float32": "f32", "bfloat16": "bf16"}
+_PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
 
 @dataclass
-class _Asked:
-    """A request under way: a Generation and its open choices, or a score."""
+class _Pending:
+    """A request under way: a generation and its unfinished choices, or a score."""
 
-    generation: Generation | None
-    open: set[int]
-    score: asyncio.Future[list[float]] | None = None
-    loop: asyncio.AbstractEventLoop | None = None
+    generation: Generation | None = None
+    unfinished: set[int] = field(default_factory=set[int])
+    score: Future[list[float]] = field(default_factory=Future[list[float]])
 
     def fail(self, error: EngineError) -> None:
         if self.generation is not None:
             self.generation.fail(error)
-        elif self.loop is not None and self.score is not None:
-            _settle(self.loop, self.score, error)
+        else:
+            self.score.set_exception(error)
 
 
 class OpenVinoEngine(Engine):
-    """An OpenVINO folder (`openvino_model.xml`), or any Llama folder, which is converted once and kept in the cache.
+    """Computes an OpenVINO folder (`openvino_model.xml`), or any Llama folder, which is converted once into the cache.
 
     Args:
         folder: of the model.
         dtype: `float32` computes and caches in float32; `bfloat16` in bfloat16 where the processor has it.
-        exact: do not round activations before products with int8 and int4 weights. Several times slower; a contract
-            measures so whether the weights are those meant.
+        exact: do not round activations before products with int8 and int4 weights. Several times slower; a contract check
+            uses it to tell whether the weights are right.
 
     Raises:
         MissingExtraError: the extra `openvino` is not installed.
@@ -68,72 +67,56 @@ class OpenVinoEngine(Engine):
 
     def __init__(self, folder: Path, *, dtype: DType = "float32", exact: bool = False, name: str = "openvino") -> None:
         require("openvino_genai", "openvino")
-        if dtype not in _HINTS:
+        if dtype not in _PRECISIONS:
             raise ModelError(f"the openvino engine does not compute in {dtype}", hint="use float32 or bfloat16")
         self.name = name
         self._folder = folder
-        self._is_form = (folder / OPENVINO_MODEL).is_file()
+        self._is_converted = (folder / OPENVINO_MODEL).is_file()
         self._precision: OpenVinoType = "f32" if dtype == "float32" else "f16"
-        form = self._form()
-        cache = _Cache.fitting(form, 4 if dtype == "float32" else 2)
-        properties = {"INFERENCE_PRECISION_HINT": _HINTS[dtype], "KV_CACHE_PRECISION": _HINTS[dtype]}
+        cache = _CacheSize.fitting(self._converted(), 4 if dtype == "float32" else 2)
+        properties = {"INFERENCE_PRECISION_HINT": _PRECISIONS[dtype], "KV_CACHE_PRECISION": _PRECISIONS[dtype]}
         if exact:
             properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
         self.features = Features(max_length=cache.longest, vocabulary=cache.vocabulary, logprobs=True, score=True)
-        self._settings = {
-            "properties": properties,
-            "blocks": cache.blocks,
-            "score_blocks": cache.score_blocks,
-        }
+        self._settings = {"properties": properties, "blocks": cache.blocks, "score_blocks": cache.score_blocks}
         self._lock = threading.Lock()
-        self._asked: dict[int, _Asked] = {}
-        self._next = 0
+        self._pending: dict[int, _Pending] = {}
+        self._next_id = 0
         self._closed = False
-        self._able = True
-        self._child: _Child | None = self._start(wait=True)
+        self._can_start = True
+        """Whether the last child that died had loaded the model."""
+        self._child: _Child | None = self._start_child(wait=True)
 
     @property
     def ready(self) -> bool:
         """False when the child could not be started, until one could."""
         child = self._child
-        return not self._closed and (self._able or (child is not None and child.ready))
+        return not self._closed and (self._can_start or (child is not None and child.ready))
 
-    def submit(self, ids: Sequence[int], sampling: Sampling) -> Generation:
-        """See Engine."""
-        self._refuse_closed()
+    def submit(self, ids: Sequence[int], sampling: Sampling) -> Generation:  # noqa: D102 (see Engine)
+        self._raise_if_closed()
         self.check_submit(ids, sampling)
-        with self._lock:
-            self._refuse_closed()  # another thread may have closed it meanwhile
-            child = self._alive()
-            request = self._new_id()
-            generation = Generation(len(ids), sampling.n, lambda choice: self._cancel(request, choice))
-            self._asked[request] = _Asked(generation, set(range(sampling.n)))
-            child.send(["submit", request, [*map(int, ids)], asdict(sampling), _seeds(sampling)])
+        generation = Generation(len(ids), sampling.n, lambda choice: self._cancel(request, choice))
+        pending = _Pending(generation, set(range(sampling.n)))
+        request = self._start_request(pending, "submit", [*map(int, ids)], asdict(sampling), _choice_seeds(sampling))
         return generation
 
-    async def score(self, ids: Sequence[int], start: int = 1) -> list[float]:
-        """See Engine."""
-        self._refuse_closed()
+    async def score(self, ids: Sequence[int], start: int = 1) -> list[float]:  # noqa: D102
+        self._raise_if_closed()
         self.check_score(ids, start)
         if start == len(ids):
             return []
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[list[float]] = loop.create_future()
-        with self._lock:
-            self._refuse_closed()
-            child = self._alive()
-            request = self._new_id()
-            self._asked[request] = _Asked(None, set(), future, loop)
-            child.send(["score", request, [*map(int, ids)]])
+        pending = _Pending()
+        pending.score.set_running_or_notify_cancel()  # from here on a cancelled task cannot cancel it under the reader
+        request = self._start_request(pending, "score", [*map(int, ids)])
         try:
-            return (await future)[start:]
+            return (await asyncio.wrap_future(pending.score))[start:]
         finally:
             with self._lock:
-                if self._asked.pop(request, None) is not None:
+                if self._pending.pop(request, None) is not None:
                     self._send(["cancel", request, None])
 
-    async def close(self) -> None:
-        """See Engine."""
+    async def close(self) -> None:  # noqa: D102
         with self._lock:
             self._closed = True
             child, self._child = self._child, None
@@ -141,167 +124,190 @@ class OpenVinoEngine(Engine):
         if child is not None:
             await asyncio.to_thread(child.stop)
 
-    def _refuse_closed(self) -> None:
+    def _raise_if_closed(self) -> None:
         if self._closed:
             raise closed_error(self)
 
-    def _new_id(self) -> int:
-        self._next += 1
-        return self._next
+    def _start_request(self, pending: _Pending, command: str, *arguments: Any) -> int:
+        """Send a request to the child, starting one if it died. Returns: the request's number.
 
-    def _form(self) -> Path:
+        Raises:
+            EngineClosedError, EngineError (no child can be started).
+        """
+        with self._lock:
+            self._raise_if_closed()  # another thread may have closed it since the first check
+            if self._child is None:
+                try:
+                    self._child = self._start_child(wait=False)
+                except CorralError as error:
+                    raise EngineError(f"engine {self.name!r} cannot be started again: {error.what}") from error
+            self._next_id += 1
+            self._pending[self._next_id] = pending
+            self._send([command, self._next_id, *arguments])
+            return self._next_id
+
+    def _converted(self) -> Path:
+        """The OpenVINO folder; converts again if the cache has dropped it."""
         from corral.model.openvino_graph import cached_form
 
-        return self._folder if self._is_form else cached_form(self._folder, self._precision)
+        return self._folder if self._is_converted else cached_form(self._folder, self._precision)
 
-    def _start(self, *, wait: bool) -> _Child:
-        # The form anew: the cache may have dropped it since.
-        return _Child({**self._settings, "folder": str(self._form())}, self._events, self._died, wait=wait)
-
-    def _alive(self) -> _Child:
-        """With the lock held: the child, started anew if it died. Raises: EngineError (the model is gone)."""
-        if self._child is None:
-            try:
-                self._child = self._start(wait=False)
-            except CorralError as error:
-                raise EngineError(f"engine {self.name!r} cannot be started again: {error.what}") from error
-        return self._child
+    def _start_child(self, *, wait: bool) -> _Child:
+        return _Child(
+            {**self._settings, "folder": str(self._converted())}, self._handle_events, self._handle_exit, wait=wait
+        )
 
     def _send(self, command: list[Any]) -> None:
-        """With the lock held, to a child that lives."""
+        """Send to the child, if it lives. The lock must be held."""
         if self._child is not None:
             self._child.send(command)
 
     def _cancel(self, request: int, choice: int | None) -> None:
         with self._lock:
-            asked = self._asked.get(request)
-            if asked is None or asked.generation is None:
+            pending = self._pending.get(request)
+            if pending is None or pending.generation is None:
                 return
-            ended = [c for c in sorted(asked.open) if choice in (None, c)]
-            if not ended:
+            cancelled = [c for c in sorted(pending.unfinished) if choice in (None, c)]
+            if not cancelled:
                 return
-            asked.open.difference_update(ended)
-            if not asked.open:
-                del self._asked[request]
-            for c in ended:
-                asked.generation.push(Delta(c, (), None, "cancelled"))
+            for c in cancelled:
+                self._finish_choice(request, pending, c)
+                pending.generation.push(Delta(c, (), None, "cancelled"))
             self._send(["cancel", request, choice])
 
-    def _events(self, events: list[list[Any]]) -> None:
-        """From the child's reader thread."""
+    def _finish_choice(self, request: int, pending: _Pending, choice: int) -> None:
+        pending.unfinished.discard(choice)
+        if not pending.unfinished:
+            del self._pending[request]
+
+    def _handle_events(self, events: list[list[Any]]) -> None:
+        """Called by the child's reader thread."""
         with self._lock:
             for kind, request, *rest in events:
-                asked = self._asked.get(request)
-                if asked is None:
+                pending = self._pending.get(request)
+                if pending is None:
                     continue
                 if kind == "fail":
-                    del self._asked[request]
-                    asked.fail(EngineError(f"engine {self.name!r}: {rest[0]}"))
+                    del self._pending[request]
+                    pending.fail(EngineError(f"engine {self.name!r}: {rest[0]}"))
                     self._send(["cancel", request, None])
                 elif kind == "score":
-                    del self._asked[request]
-                    if asked.loop is not None and asked.score is not None:
-                        _settle(asked.loop, asked.score, cast("list[float]", rest[0]))
-                elif asked.generation is not None and rest[0] in asked.open:
+                    del self._pending[request]
+                    pending.score.set_result(rest[0])
+                elif pending.generation is not None and rest[0] in pending.unfinished:
                     choice, ids, logprobs, finish = rest
                     delta = Delta(choice, tuple(ids), None if logprobs is None else tuple(logprobs), finish)
-                    asked.generation.push(delta)
+                    pending.generation.push(delta)
                     if finish:
-                        asked.open.discard(choice)
-                        if not asked.open:
-                            del self._asked[request]
+                        self._finish_choice(request, pending, choice)
 
-    def _died(self, child: _Child, why: str) -> None:
-        """From the child's reader thread."""
+    def _handle_exit(self, child: _Child, reason: str) -> None:
+        """Called by the child's reader thread."""
         with self._lock:
             if self._child is not child:
                 return
             self._child = None
-            self._able = child.ready
+            self._can_start = child.ready
             self._fail_all(
-                EngineError(f"the process of engine {self.name!r} ended: {why}", hint="ask again: it is started anew")
+                EngineError(
+                    f"the process of engine {self.name!r} ended: {reason}", hint="ask again: it is started anew"
+                )
             )
 
     def _fail_all(self, error: EngineError) -> None:
-        """With the lock held, so that what is asked of the next child does not fail with this one."""
-        asked, self._asked = self._asked, {}
-        for each in asked.values():
+        """The lock must be held, so that requests to the next child do not fail with this one."""
+        pending, self._pending = self._pending, {}
+        for each in pending.values():
             each.fail(error)
 
 
 class _Child:
-    """The child process and the two threads that talk with it.
+    """The child process and the two threads that write to it and read from it.
 
-    A pipe may be full while the child computes, so writing has a thread: nobody who asks is made to wait.
+    Writing has a thread of its own, as the pipe may be full while the child computes: no caller must wait for that.
+
+    Args:
+        handle_events: called with the events of each line that the child writes.
+        handle_exit: called with this child and the reason when it has ended by itself.
+        wait: until the child has loaded the model.
+
+    Raises:
+        ModelError: it could not load the model (only with `wait`).
     """
 
-    def __init__(self, settings: dict[str, Any], events: Any, died: Any, *, wait: bool) -> None:
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        handle_events: Callable[[list[list[Any]]], None],
+        handle_exit: Callable[[_Child, str], None],
+        *,
+        wait: bool,
+    ) -> None:
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the child)
-        # -P: a file `openvino.py` where the user stands must not be taken for the package.
+        # -P: a file `openvino.py` in the current directory must not be imported in place of the package.
         command = [sys.executable, "-P", "-m", "corral.engines.openvino_process", json.dumps(settings)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, env=_environment()
         )
-        self._out: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._stdin, self._stdout = cast("IO[bytes]", self.process.stdin), cast("IO[bytes]", self.process.stdout)
+        self._commands: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._stopping = False
-        self.ready = wait and self._first_line()
+        self.ready = wait and bool(self._stdout.readline())
         """Whether it has loaded the model."""
         if wait and not self.ready:
-            why = self._end()
-            cast("IO[bytes]", self.process.stdin).close()
-            raise ModelError(f"OpenVINO cannot load the model: {why}", where=settings["folder"])
-        threads = ((self._write, ()), (self._read, (events, died)))
+            reason = self._wait_for_exit()
+            self._stdin.close()
+            raise ModelError(f"OpenVINO cannot load the model: {reason}", where=settings["folder"])
+        threads = ((self._write, ()), (self._read, (handle_events, handle_exit)))
         self._threads = [threading.Thread(target=f, args=a, name="corral-openvino", daemon=True) for f, a in threads]
         for thread in self._threads:
             thread.start()
 
     def send(self, command: list[Any]) -> None:
-        self._out.put(json.dumps(command).encode() + b"\n")
+        self._commands.put(json.dumps(command).encode() + b"\n")
 
     def stop(self) -> None:
-        """End the process and wait for it; nothing in it is worth saving."""
+        """Kill the process, which has nothing to save, and wait for it."""
         self._stopping = True
         self.process.kill()
-        self._out.put(None)
+        self._commands.put(None)
         for thread in self._threads:
             thread.join()
 
-    def _first_line(self) -> bool:
-        return bool(cast("IO[bytes]", self.process.stdout).readline())
-
     def _write(self) -> None:
-        pipe = cast("IO[bytes]", self.process.stdin)
-        with contextlib.suppress(OSError):  # the reader learns of the death, and tells
-            while (line := self._out.get()) is not None:
-                pipe.write(line)
-                pipe.flush()
+        with contextlib.suppress(OSError):  # the reader reports that the child died
+            while (line := self._commands.get()) is not None:
+                self._stdin.write(line)
+                self._stdin.flush()
         with contextlib.suppress(OSError):
-            pipe.close()
+            self._stdin.close()
 
-    def _read(self, events: Any, died: Any) -> None:
-        for line in cast("IO[bytes]", self.process.stdout):
+    def _read(
+        self, handle_events: Callable[[list[list[Any]]], None], handle_exit: Callable[[_Child, str], None]
+    ) -> None:
+        for line in self._stdout:
             if line.endswith(b"\n"):
                 self.ready = True
-                events([event for event in json.loads(line) if event[0] != "ready"])
-        why = self._end()
-        self._out.put(None)
+                handle_events([event for event in json.loads(line) if event[0] != "ready"])
+        reason = self._wait_for_exit()
+        self._commands.put(None)
         if not self._stopping:
-            died(self, why)
+            handle_exit(self, reason)
 
-    def _end(self) -> str:
-        """Wait for the process; what it said last."""
+    def _wait_for_exit(self) -> str:
+        """Wait for the process to end. Returns: its exit code and its last line of errors."""
         code = self.process.wait()
-        cast("IO[bytes]", self.process.stdout).close()
+        self._stdout.close()
         with self._errors as file:
             file.seek(max(0, file.seek(0, 2) - 4000))
             lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
-        said = f", saying: {lines[-1]}" if lines else ""
-        return (f"signal {-code}" if code < 0 else f"exit code {code}") + said
+        last_words = f", saying: {lines[-1]}" if lines else ""
+        return (f"signal {-code}" if code < 0 else f"exit code {code}") + last_words
 
 
 @dataclass(frozen=True)
-class _Cache:
-    """How much room keys and values get, in blocks, and how long a text may be in it."""
+class _CacheSize:
+    """The size of the key-value caches, in blocks, and the longest text that fits."""
 
     vocabulary: int
     longest: int
@@ -309,46 +315,41 @@ class _Cache:
     score_blocks: int
 
     @classmethod
-    def fitting(cls, form: Path, width: int) -> _Cache:
-        """A quarter of the memory that is free now, 4 GiB at most; never more than MAX_SEQUENCES texts of full length need."""
+    def fitting(cls, folder: Path, itemsize: int) -> _CacheSize:
+        """A quarter of the free memory, 4 GiB at most; never more than MAX_SEQUENCES texts of full length need.
+
+        Args:
+            folder: whose config.json gives the model's shape.
+            itemsize: bytes of a number in the cache.
+
+        Raises:
+            ModelError: config.json cannot be read.
+        """
         import psutil
 
         try:
-            config: dict[str, Any] = json.loads((form / "config.json").read_text("utf-8"))
+            config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
             heads = config["num_attention_heads"]
-            size = config.get("head_dim") or config["hidden_size"] // heads
-            kept = config.get("num_key_value_heads") or heads
-            block = config["num_hidden_layers"] * 2 * kept * size * BLOCK_TOKENS * width
+            head_size = config.get("head_dim") or config["hidden_size"] // heads
+            kv_heads = config.get("num_key_value_heads") or heads
+            block_bytes = config["num_hidden_layers"] * 2 * kv_heads * head_size * BLOCK_TOKENS * itemsize
             context, vocabulary = int(config["max_position_embeddings"]), int(config["vocab_size"])
         except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-            raise ModelError(f"config.json cannot be read: {error!r}", where=str(form)) from error
-        whole = -(-context // BLOCK_TOKENS) + 1  # one to grow into
-        room = max(2, int(min(4 * 2**30, psutil.virtual_memory().available / 4) // block))
-        longest = min(context, (room - 1) * BLOCK_TOKENS)
-        return cls(vocabulary, longest, min(room, whole * MAX_SEQUENCES), min(room, whole * 4))
+            raise ModelError(f"config.json cannot be read: {error!r}", where=str(folder)) from error
+        context_blocks = -(-context // BLOCK_TOKENS) + 1  # one to grow into
+        blocks = max(2, int(min(4 * 2**30, psutil.virtual_memory().available / 4) // block_bytes))
+        longest = min(context, (blocks - 1) * BLOCK_TOKENS)
+        return cls(vocabulary, longest, min(blocks, context_blocks * MAX_SEQUENCES), min(blocks, context_blocks * 4))
 
 
-def _seeds(sampling: Sampling) -> list[int]:
-    """A seed for each choice, which follows from the request's and the choice's number."""
+def _choice_seeds(sampling: Sampling) -> list[int]:
+    """A seed for each choice, from the request's seed and the number of the choice."""
     if sampling.seed is None:
         return [int.from_bytes(os.urandom(4)) for _ in range(sampling.n)]
-    made = (hashlib.sha256(f"{sampling.seed} {choice}".encode()).digest() for choice in range(sampling.n))
-    return [int.from_bytes(digest[:4]) for digest in made]
-
-
-def _settle(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any], result: Any) -> None:
-    def settle() -> None:
-        if future.done():
-            return
-        if isinstance(result, BaseException):
-            future.set_exception(result)
-        else:
-            future.set_result(result)
-
-    with contextlib.suppress(RuntimeError):  # the loop that asked is gone
-        loop.call_soon_threadsafe(settle)
+    digests = (hashlib.sha256(f"{sampling.seed} {choice}".encode()).digest() for choice in range(sampling.n))
+    return [int.from_bytes(digest[:4]) for digest in digests]
 
 
 def _environment() -> dict[str, str]:
-    """The child finds corral where this process found it, and tells nobody that it was used."""
+    """The child's: it imports corral from where this process did, and OpenVINO sends no telemetry."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OPENVINO_TELEMETRY": "0"}

@@ -1,4 +1,4 @@
-"""Engines by name: from a model folder to an Engine. Knows which engines there are; does not know how they work."""
+"""Engines by name: load a model folder into one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ENGINE_NAMES: tuple[EngineName, ...] = (*LOCAL_ENGINES, "remote")
 
 
 def default_engine(device: str, *, adapter: bool = False) -> LocalEngine:
-    """The fastest engine for a device that is installed, and that can compute an adapter apart from its model if asked."""
+    """The fastest installed engine for a device. `adapter`: it must compute an adapter that is not merged into its model."""
     if device == "cpu":
         return "openvino" if not adapter and find_spec("openvino_genai") else "transformers"
     return "vllm" if find_spec("vllm") else "transformers"
@@ -48,15 +48,13 @@ def load_engine(name: LocalEngine, folder: Path, *, dtype: DType, device: str, a
 def load_engines(
     name: LocalEngine, folder: Path, *, dtype: DType, device: str, adapters: Sequence[Path | None]
 ) -> list[Engine]:
-    """The same for several adapters of a model, whose weights are loaded once: one engine for each.
+    """Load a model folder once and make an engine for each of several adapters of it; see `load_engine`.
 
     Args:
         adapters: all different; None is the model without an adapter.
-
-    Raises: as `load_engine`.
     """
     if name == "openvino":
-        return [_openvino(folder, dtype, device, adapters)]
+        return [_load_openvino(folder, dtype, device, adapters)]
     folders = [adapter for adapter in adapters if adapter is not None]
     for adapter in folders:
         check_fit(adapter, folder)
@@ -81,11 +79,13 @@ def load_engines(
     shared = SharedModel(adapted)
     names = dict(zip(folders, adapted.peft_config, strict=True))
     share = free_bytes(model.device) // len(adapters)
-    of = [None if adapter is None else names[adapter] for adapter in adapters]
-    return [TransformersEngine(adapted, name=name, cache_bytes=share, turn=partial(shared.use, each)) for each in of]
+    return [
+        TransformersEngine(adapted, name=name, cache_bytes=share, turn=partial(shared.use, adapter and names[adapter]))
+        for adapter in adapters
+    ]
 
 
-def _openvino(folder: Path, dtype: DType, device: str, adapters: Sequence[Path | None]) -> Engine:
+def _load_openvino(folder: Path, dtype: DType, device: str, adapters: Sequence[Path | None]) -> Engine:
     if device != "cpu":
         raise ModelError(
             f"the openvino engine computes on the CPU, not on {device!r}",
@@ -94,7 +94,7 @@ def _openvino(folder: Path, dtype: DType, device: str, adapters: Sequence[Path |
     for adapter in adapters:
         if adapter is not None:
             raise ModelError(
-                "the openvino engine computes no adapters apart from their model",
+                "the openvino engine computes only adapters that are merged into their model",
                 where=str(adapter),
                 hint="use the transformers engine, or name the merged model (a run keeps it beside the adapter, in merged)",
             )

@@ -1,7 +1,6 @@
-"""One model that several engines compute with, each with its own adapter: they take turns, first come, first served.
+"""One model with several adapters, shared by several engines, each with its own adapter: they take turns in order of arrival.
 
-An adapter is a switch in the model's layers, so two of them cannot be computed at once, and each engine has a batch of its
-own. It knows PEFT's switches; it does not know what is computed in a turn.
+An adapter is a switch in the model's layers, so two adapters cannot be computed at once, and each engine has its own batch.
 """
 
 from __future__ import annotations
@@ -17,54 +16,54 @@ if TYPE_CHECKING:
 
 
 class SharedModel:
-    """Who may compute with a model that holds several adapters.
+    """A lock on a PEFT model, which also switches its adapters.
 
     Args:
-        model: with its adapters; none but the engines of these turns may use it.
+        model: with its adapters. Nothing else may compute with it.
     """
 
     def __init__(self, model: PeftModel) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self._layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-        self._on: str | None = None
+        self._active: str | None = None
         self._lock = threading.Lock()
-        self._taken = False
+        self._in_use = False
         self._waiting: deque[threading.Event] = deque()
         self._switch(None)
 
     @contextlib.contextmanager
     def use(self, adapter: str | None) -> Generator[None]:
-        """The model for oneself, with that adapter on; None: with none. Waits for those who asked earlier."""
-        self._take()
+        """Use the model alone, with that adapter, or with none. Waits for earlier callers."""
+        self._acquire()
         try:
-            if adapter != self._on:
+            if adapter != self._active:
                 self._switch(adapter)
             yield
         finally:
-            self._give()
+            self._release()
 
-    def _take(self) -> None:
+    def _acquire(self) -> None:
         with self._lock:
-            if not self._taken:
-                self._taken = True
+            if not self._in_use:
+                self._in_use = True
                 return
-            # A lock of Python's would go to whoever asks at the right moment: most often to the one that just had it.
+            # A threading.Lock is not fair: most often the thread that released it gets it again.
             turn = threading.Event()
             self._waiting.append(turn)
         turn.wait()
 
-    def _give(self) -> None:
+    def _release(self) -> None:
         with self._lock:
             if self._waiting:
                 self._waiting.popleft().set()
             else:
-                self._taken = False
+                self._in_use = False
 
     def _switch(self, adapter: str | None) -> None:
-        # PEFT's own switches walk through all the model and set gradients besides, which takes half as long as a step.
+        # PEFT's own switches walk through the whole model and also set gradients, which takes half as long as a step.
         for layer in self._layers:
             layer._disable_adapters = adapter is None
             if adapter is not None:
                 layer._active_adapter = [adapter]
-        self._on = adapter
+        self._active = adapter

@@ -1,6 +1,6 @@
-"""From logits to ids: greedy, temperature, top-k and top-p for a whole batch, each row in its own way.
+"""Logits → ids: greedy, temperature, top-k and top-p sampling of a batch whose rows have different settings.
 
-Knows nothing about models, caches or requests. Randomness comes from outside, one number for each row.
+The caller gives the random numbers, one for each row.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from torch import Tensor
 
 from corral.engines.base import Sampling
 
-_NUCLEUS = 256  # tokens sorted for top-p at first: sorting all 49,152 of 100 rows takes 18 times as long
+_SORTED_AT_FIRST = 256  # tokens, for top-p: sorting all 49,152 of 100 rows takes 18 times as long
 
 
 def sample(logits: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> Tensor:
-    """Draw one id for each row: temperature, then top-k, then top-p (nucleus sampling, Holtzman et al. 2020).
+    """Sample one id for each row: temperature, then top-k, then top-p (nucleus sampling, Holtzman et al. 2020).
 
     Args:
         logits: [rows, vocabulary], float32, finite or −inf, not all −inf.
         samplings: one for each row.
-        uniforms: for each row, a number over 0 and at most 1: how far up the cumulated probabilities to go. One number a
-            step, whatever else is in the batch, is what lets a seed give the same ids in every batch.
+        uniforms: for each row, a random number over 0 and at most 1: the first id is taken at which the cumulated
+            probabilities reach it. One number for each row and step makes a seed give the same ids in every batch.
 
     Returns: [rows] ids.
     """
@@ -30,13 +30,15 @@ def sample(logits: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[flo
     numbers = logits.new_tensor(
         [[s.temperature or 1.0, s.top_k, s.top_p, u] for s, u in zip(samplings, uniforms, strict=True)]
     )
-    kinds = [_greedy if s.temperature == 0 else _whole if s.top_k == 0 and s.top_p == 1 else _cut for s in samplings]
-    for kind in (_greedy, _whole, _cut):
-        rows = [i for i, of_row in enumerate(kinds) if of_row is kind]
+    methods = [
+        _greedy if s.temperature == 0 else _full if s.top_k == 0 and s.top_p == 1 else _truncated for s in samplings
+    ]
+    for method in (_greedy, _full, _truncated):
+        rows = [i for i, of_row in enumerate(methods) if of_row is method]
         if len(rows) == len(logits):
-            return kind(logits, numbers)
+            return method(logits, numbers)
         if rows:
-            ids[rows] = kind(logits[rows], numbers[rows])
+            ids[rows] = method(logits[rows], numbers[rows])
     return ids
 
 
@@ -44,19 +46,19 @@ def _greedy(logits: Tensor, numbers: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
-def _whole(logits: Tensor, numbers: Tensor) -> Tensor:
-    """Draw from all tokens."""
+def _full(logits: Tensor, numbers: Tensor) -> Tensor:
+    """Sample from all tokens."""
     temperature, _, _, uniform = numbers.unbind(1)
-    return _pick((logits / temperature[:, None]).softmax(-1), uniform)
+    return _search((logits / temperature[:, None]).softmax(-1), uniform)
 
 
-def _cut(logits: Tensor, numbers: Tensor) -> Tensor:
-    """Draw from the top-k and top-p tokens."""
-    return _cut_sorted((logits / numbers[:, :1]).softmax(-1), numbers, _NUCLEUS)
+def _truncated(logits: Tensor, numbers: Tensor) -> Tensor:
+    """Sample from the top-k and top-p tokens."""
+    return _truncated_sorted((logits / numbers[:, :1]).softmax(-1), numbers, _SORTED_AT_FIRST)
 
 
-def _cut_sorted(probabilities: Tensor, numbers: Tensor, width: int) -> Tensor:
-    """The same with the `width` best tokens sorted; with all of them for rows where those do not reach top-p."""
+def _truncated_sorted(probabilities: Tensor, numbers: Tensor, width: int) -> Tensor:
+    """Sort the `width` most likely tokens; all of them in rows where those do not reach top-p."""
     _, top_k, top_p, uniform = numbers.unbind(1)
     vocabulary = probabilities.shape[1]
     width = min(vocabulary, max(width, int(top_k.max())))
@@ -65,18 +67,18 @@ def _cut_sorted(probabilities: Tensor, numbers: Tensor, width: int) -> Tensor:
     ranks = torch.arange(width, device=best.device)
     best = torch.where(limited & (ranks >= top_k[:, None]), 0, best)
     best = torch.where(limited, best / best.sum(-1, keepdim=True), best)
-    # A token stays while those before it have not reached top-p: the smallest set that does, never an empty one.
+    # A token is kept while those before it have not reached top-p: the smallest set that does, and never an empty one.
     kept = torch.where(best.cumsum(-1) - best < top_p[:, None], best, 0)
-    # A sum in parallel may waver by a rounding; what was cut must not be drawn for that.
-    at = torch.minimum(_pick(kept, uniform), kept.count_nonzero(-1) - 1)
-    drawn = ids.gather(1, at[:, None]).squeeze(1)
+    # The rounding of a parallel sum may vary; it must not lead to a token that was cut off.
+    column = torch.minimum(_search(kept, uniform), kept.count_nonzero(-1) - 1)
+    sampled = ids.gather(1, column[:, None]).squeeze(1)
     wide = (best.sum(-1) < top_p) & (top_k == 0)
     if width < vocabulary and wide.any():
-        drawn[wide] = _cut_sorted(probabilities[wide], numbers[wide], vocabulary)
-    return drawn
+        sampled[wide] = _truncated_sorted(probabilities[wide], numbers[wide], vocabulary)
+    return sampled
 
 
-def _pick(weights: Tensor, uniform: Tensor) -> Tensor:
+def _search(weights: Tensor, uniform: Tensor) -> Tensor:
     """The first column of [rows, columns] at which the cumulated weights reach the share `uniform` of their sum."""
     cumulated = weights.cumsum(-1)
     target = (uniform * cumulated[:, -1])[:, None]

@@ -163,8 +163,8 @@ def test_scores_are_those_of_transformers_also_of_what_was_just_generated(shared
 def tight(form: Path) -> Iterator[OpenVinoEngine]:
     """An engine whose cache holds one or two texts of the length it allows, where OpenVINO would take blocks back."""
     with pytest.MonkeyPatch.context() as patched:
-        room = engines._Cache(VOCABULARY, 200, blocks=12, score_blocks=8)
-        patched.setattr(engines._Cache, "fitting", lambda form, width: room)
+        size = engines._CacheSize(VOCABULARY, 200, blocks=12, score_blocks=8)
+        patched.setattr(engines._CacheSize, "fitting", lambda folder, itemsize: size)
         engine = OpenVinoEngine(form)
     yield engine
     asyncio.run(engine.close())

@@ -7,7 +7,7 @@ log-probabilities), and OpenAI's stream reader has no limit on the size of an ev
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar, cast
@@ -229,7 +229,7 @@ class EndpointClient:
         return kind(f"the endpoint {what}", where=where, hint=hint, status=status)
 
 
-async def chunks(response: httpx2.Response) -> AsyncIterator[Chunk]:
+async def chunks(response: httpx2.Response) -> AsyncGenerator[Chunk]:
     """The events of a streamed response; ends with `[DONE]`, or with the connection.
 
     Raises:
