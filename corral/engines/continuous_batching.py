@@ -1,12 +1,11 @@
-"""What computes for the transformers engine, in a thread of its own: continuous batching.
+"""Continuous batching: the worker thread of the transformers engine.
 
-Each running choice holds one row of a key-value cache, at a length of its own; every step computes one token for all rows. So
-a request joins between two steps and a finished or cancelled row leaves at once: no group waits for its longest member. A
-prompt is computed once, all but its last token, and copied to the rows of its choices; the last token is their first step, so
-all logits come from the same place. `score` goes through `corral.model.packed_forward`.
+Each running choice has one row of a key-value cache; every step computes one token for all rows. A request joins between two
+steps and a finished or cancelled row leaves at once, so no request waits for the longest one. A prompt, without its last token,
+is computed once and copied to the rows of its choices; the last token is their first step, so that all logits are computed in
+the same way. Scores are computed by `corral.model.packed_forward`.
 
-It does not know how requests come to be, or who waits for them. It does not reuse the cache of one request for the next, and
-computes no two steps at a time (speculation).
+The cache of one request is not reused for the next, and there is no speculative decoding.
 """
 
 from __future__ import annotations
@@ -32,20 +31,20 @@ from corral.engines.token_sampling import sample
 from corral.errors import EngineClosedError, EngineError
 from corral.model import packed_forward
 
-_FORWARD_TOKENS = 4096  # prompt or scored tokens in one forward pass: cancelling waits for no longer than this
+_FORWARD_TOKENS = 4096  # prompt or scored tokens in one forward pass, which cancelling may have to wait for
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """Completions that were asked for, until all choices have ended."""
+    """A request for completions, until all choices have ended."""
 
     ids: tuple[int, ...]
     sampling: Sampling
     generation: Generation
     waiting: list[int] = field(init=False)
-    """Choices that were given no row yet."""
+    """Choices that have no row yet."""
     unfinished: set[int] = field(init=False)
     seed: int = field(init=False)
 
@@ -60,19 +59,19 @@ class Request:
         return len(self.ids) + self.sampling.max_tokens
 
     def end(self, choice: int, finish: Finish) -> None:
-        """A choice draws no more."""
+        """End one choice."""
         self.unfinished.discard(choice)
         self.generation.push(Delta(choice, (), () if self.sampling.logprobs else None, finish))
 
     def fail(self, error: EngineError) -> None:
-        """No choice draws any more."""
+        """End all choices with an error."""
         self.unfinished.clear()
         self.generation.fail(error)
 
 
 @dataclass(slots=True, eq=False)
 class Score:
-    """Log-probabilities that were asked for: of ids[start:]."""
+    """A request for the log-probabilities of ids[start:]."""
 
     ids: tuple[int, ...]
     start: int
@@ -81,13 +80,13 @@ class Score:
 
 @dataclass(slots=True, eq=False)
 class Cancel:
-    """That a choice, or all of them, is not wanted any longer."""
+    """Cancels one choice of a request, or all."""
 
     request: Request
     choice: int | None
 
 
-Message: TypeAlias = Request | Score | Cancel
+Command: TypeAlias = Request | Score | Cancel
 
 
 @dataclass(slots=True, eq=False)
@@ -97,11 +96,12 @@ class _Row:
     request: Request
     choice: int
     last: int
-    """The id to compute next."""
+    """The id that the next step computes."""
     position: int
-    """Where in the sequence, and in the cache, it stands."""
+    """Of that id, in the sequence and in the cache."""
     random: random.Random
-    drawn: int = 0
+    sampled: int = 0
+    """Ids so far."""
 
     @property
     def live(self) -> bool:
@@ -109,7 +109,7 @@ class _Row:
 
 
 class Worker:
-    """What runs in the engine's thread. `send` and `stop` are for others; all else is the thread's own."""
+    """Runs in the engine's thread. Other threads may call `enqueue` and `stop` only."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class Worker:
         self._max_rows = max_rows
         self._max_cache_tokens = max_cache_tokens
         self._turn = turn
-        self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False
         self._waiting: deque[Request] = deque()
@@ -133,22 +133,22 @@ class Worker:
         self._rows: list[_Row] = []
         self._cache = RowCache(self._model.config.num_hidden_layers)
 
-    def enqueue(self, message: Message) -> bool:
-        """Hand over work; false if the worker has ended. What was handed over is always answered."""
+    def enqueue(self, command: Command) -> bool:
+        """Hand over work, which is always answered. Returns: false if the worker has ended."""
         with self._lock:
             if not self._closed:
-                self._inbox.put(message)
+                self._inbox.put(command)
             return not self._closed
 
     def stop(self) -> None:
-        """End after the present step; what is under way fails."""
+        """End after the current step; requests under way fail."""
         with self._lock:
             if not self._closed:
                 self._closed = True
                 self._inbox.put(None)
 
     def run(self) -> None:
-        """Serve until stopped."""
+        """Compute until stopped."""
         try:
             with torch.inference_mode():
                 while self._receive():
@@ -162,55 +162,55 @@ class Worker:
             self._fail_everything()
 
     def _receive(self) -> bool:
-        """Take what came in, waiting for it if there is nothing else to do. Returns: whether to go on."""
+        """Take the commands that have come, or wait for one if there is no work. Returns: whether to go on."""
         idle = not (self._rows or self._waiting or self._scores)
         while True:
             try:
-                message = self._inbox.get(block=idle)
+                command = self._inbox.get(block=idle)
             except queue.Empty:
                 return True
             idle = False
-            match message:
+            match command:
                 case None:
                     return False
                 case Request():
-                    self._waiting.append(message)
+                    self._waiting.append(command)
                 case Score():
-                    self._scores.append(message)
+                    self._scores.append(command)
                 case Cancel(request, choice):
                     for each in sorted(request.unfinished) if choice is None else {choice} & request.unfinished:
                         request.end(each, "cancelled")
 
     def _drop_finished(self) -> None:
-        """Close the ranks: rows from the end move to where rows have finished."""
+        """Remove finished rows: rows from the end move into their places."""
         live = [i for i, row in enumerate(self._rows) if row.live]
         if len(live) == len(self._rows):
             return
-        holes = [i for i in range(len(live)) if not self._rows[i].live]
+        free = [i for i in range(len(live)) if not self._rows[i].live]
         movers = [i for i in live if i >= len(live)]
         if movers:
-            self._cache.move_rows(movers, holes)
-        for hole, mover in zip(holes, movers, strict=True):
-            self._rows[hole] = self._rows[mover]
+            self._cache.move_rows(movers, free)
+        for target, mover in zip(free, movers, strict=True):
+            self._rows[target] = self._rows[mover]
         del self._rows[len(live) :]
         if not self._rows:
             self._cache.clear()
 
     def _admit(self) -> None:
-        """Give rows to waiting choices: the oldest request's, and those of others whose prompts are about as long."""
+        """Give rows to waiting choices: of the oldest request, and of others whose prompts are about as long."""
         group: list[tuple[Request, list[int]]] = []
         taken = len(self._rows)
         longest = max((row.request.longest for row in self._rows), default=0)
         for request in self._waiting:
             choices = [choice for choice in request.waiting if choice in request.unfinished]
             lengths = [len(request.ids), *(len(other.ids) for other, _ in group)]
-            if choices and (not group or _alike(lengths)):
-                room = min(self._max_rows, self._max_cache_tokens // max(longest, request.longest)) - taken
-                room = max(room, 0 if taken else 1)  # one row runs, however long
-                if room <= 0:
+            if choices and (not group or _fit_one_forward(lengths)):
+                free = min(self._max_rows, self._max_cache_tokens // max(longest, request.longest)) - taken
+                free = max(free, 0 if taken else 1)  # one row runs, however long
+                if free <= 0:
                     break
                 longest = max(longest, request.longest)
-                choices, request.waiting = choices[:room], choices[room:]
+                choices, request.waiting = choices[:free], choices[free:]
                 taken += len(choices)
                 group.append((request, choices))
         self._waiting = deque(request for request in self._waiting if request.unfinished.intersection(request.waiting))
@@ -221,11 +221,11 @@ class Worker:
                 self._fail([request for request, _ in group], error)
 
     def _prefill(self, group: list[tuple[Request, list[int]]]) -> None:
-        """Compute the prompts but for their last tokens, and set up their rows."""
+        """Compute the prompts, but for their last tokens, and fill the rows of their choices."""
         width = max(len(request.ids) for request, _ in group) - 1
         prompts = DynamicCache()
         if width:
-            # Padded on the right, where causal attention does not look; so no mask, and positions start at 0.
+            # Padded on the right, which causal attention does not see: no mask is needed, and positions start at 0.
             padded = [[*request.ids[:-1], *[0] * (width + 1 - len(request.ids))] for request, _ in group]
             ids = torch.tensor(padded, device=self._model.device)
             self._backbone(input_ids=ids, past_key_values=prompts, use_cache=True)
@@ -247,22 +247,22 @@ class Worker:
         if not self._rows:
             return
         try:
-            ids, logprobs, sound = self._next_ids()
+            ids, logprobs, finite = self._next_ids()
         except Exception as error:
             failed, self._rows = {row.request for row in self._rows}, []
             self._cache.clear()
             self._fail(failed, error)
             return
-        for row, id_, logprob, is_sound in zip(self._rows, ids, logprobs, sound, strict=True):
-            if row.live and is_sound:
-                self._take(row, id_, logprob)
+        for row, id_, logprob, is_finite in zip(self._rows, ids, logprobs, finite, strict=True):
+            if row.live and is_finite:
+                self._push(row, id_, logprob)
             elif row.live:
                 row.request.fail(EngineError(f"engine {self._name!r}: the model's logits are not finite numbers"))
-        if not all(sound):
-            self._cache.zero_rows([i for i, is_sound in enumerate(sound) if not is_sound])
+        if not all(finite):
+            self._cache.zero_rows([i for i, is_finite in enumerate(finite) if not is_finite])
 
     def _next_ids(self) -> tuple[list[int], list[float], list[bool]]:
-        """Compute every row's last token. Returns, for each row: an id, its log-probability, whether these are sound."""
+        """Compute every row's last token. Returns, for each row: next id, its log-probability, whether logits are finite."""
         device = self._model.device
         span = 1 + max(row.position for row in self._rows)
         columns = torch.tensor([row.position for row in self._rows], device=device)
@@ -277,26 +277,26 @@ class Worker:
             use_cache=True,
         )
         logits = output.logits[:, -1].float()
-        sound = logits.amax(-1).isfinite()
-        if not sound.all():
-            logits = logits.where(sound[:, None], 0)
+        finite = logits.amax(-1).isfinite()
+        if not finite.all():
+            logits = logits.where(finite[:, None], 0)
         samplings = [row.request.sampling for row in self._rows]
-        # 1 − u: `draw` wants numbers that may be 1 but not 0.
+        # 1 − u: `sample` takes numbers that may be 1 but not 0.
         ids = sample(logits, samplings, [1 - row.random.random() for row in self._rows])
         logprobs = torch.zeros(len(ids), device=device)
-        asked = [i for i, sampling in enumerate(samplings) if sampling.logprobs]
-        if asked:
-            logprobs[asked] = logits[asked].log_softmax(-1).gather(1, ids[asked, None]).squeeze(1)
-        return ids.tolist(), logprobs.tolist(), sound.tolist()
+        needed = [i for i, sampling in enumerate(samplings) if sampling.logprobs]
+        if needed:
+            logprobs[needed] = logits[needed].log_softmax(-1).gather(1, ids[needed, None]).squeeze(1)
+        return ids.tolist(), logprobs.tolist(), finite.tolist()
 
-    def _take(self, row: _Row, id_: int, logprob: float) -> None:
-        """Hand over a drawn id, or end the choice."""
+    def _push(self, row: _Row, id_: int, logprob: float) -> None:
+        """Pass a sampled id on, or end the choice."""
         request, sampling = row.request, row.request.sampling
         if id_ in sampling.stop_ids:
             request.end(row.choice, "stop")
             return
-        row.last, row.position, row.drawn = id_, row.position + 1, row.drawn + 1
-        finish: Finish | None = "length" if row.drawn == sampling.max_tokens else None
+        row.last, row.position, row.sampled = id_, row.position + 1, row.sampled + 1
+        finish: Finish | None = "length" if row.sampled == sampling.max_tokens else None
         request.generation.push(Delta(row.choice, (id_,), (logprob,) if sampling.logprobs else None, finish))
         if finish:
             request.unfinished.discard(row.choice)
@@ -327,32 +327,32 @@ class Worker:
         self._waiting = deque(request for request in self._waiting if request.unfinished)
 
     def _failure(self, error: Exception) -> EngineError:
-        # Without `from error`: its traceback would keep the tensors of the failed step alive.
+        # Not `from error`: its traceback would keep the tensors of the failed step alive.
         _log.debug("engine %r failed", self._name, exc_info=error)
         return EngineError(f"engine {self._name!r}: {type(error).__name__}: {error}")
 
     def _fail_everything(self) -> None:
-        """Answer all that was handed over and not finished."""
-        what = f"engine {self._name!r} was closed while it worked"
+        """Fail all requests that are not finished."""
+        message = f"engine {self._name!r} was closed while it worked"
         rows, self._rows = self._rows, []
         requests = {row.request for row in rows} | set(self._waiting)
         scores = [*self._scores]
         while not self._inbox.empty():
-            message = self._inbox.get()
-            if isinstance(message, Request):
-                requests.add(message)
-            elif isinstance(message, Score):
-                scores.append(message)
+            command = self._inbox.get()
+            if isinstance(command, Request):
+                requests.add(command)
+            elif isinstance(command, Score):
+                scores.append(command)
         self._cache.clear()
         for request in requests:
             if request.unfinished:
-                request.fail(EngineClosedError(what))
+                request.fail(EngineClosedError(message))
         for job in scores:
             if job.result.set_running_or_notify_cancel():
-                job.result.set_exception(EngineClosedError(what))
+                job.result.set_exception(EngineClosedError(message))
 
 
-def _alike(lengths: Sequence[int]) -> bool:
-    """Whether prompts of these lengths go into one forward pass: it has room for them, and little of it is padding."""
+def _fit_one_forward(lengths: Sequence[int]) -> bool:
+    """Whether prompts of these lengths are computed in one forward pass: they fit, and little is padding."""
     longest = max(lengths)
     return longest * len(lengths) <= _FORWARD_TOKENS and longest <= 2 * min(lengths) + 64

@@ -1,9 +1,7 @@
-"""A key-value cache for rows that come, go and have lengths of their own.
+"""A key-value cache for continuous batching: rows start and end at any step, and differ in length.
 
 Row r's token at position p lies in column p of row r, whatever the other rows hold, so no row is padded on the left and a
-row can be replaced between two steps. The reader must mask the columns over a row's own position.
-
-Knows the shape of transformers' caches; nothing about requests, sampling or when a row starts and ends.
+row can be replaced between two steps. The caller must mask the columns above a row's own position.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-_GROWTH = 64  # columns by which the cache grows: it is copied at every 64th step, not at each
+_GROWTH = 64  # columns: growing copies the cache, which happens at every 64th step
 
 
 class RowCache(Cache):
@@ -28,20 +26,20 @@ class RowCache(Cache):
         self.clear()
 
     def clear(self) -> None:
-        """Give the memory back."""
-        self.room = (0, 0)
+        """Free the memory."""
+        self.capacity = (0, 0)
         for layer in self._layers:
             layer.keys = layer.values = None
 
     def reserve(self, rows: int, columns: int) -> None:
-        """Make room. What is larger than needed in one direction shrinks when the other must grow."""
-        if rows > self.room[0] or columns > self.room[1]:
-            # Many short rows, then few long ones: the largest of both together may be more memory than there is.
-            self.room = (rows, columns + _GROWTH)
+        """Grow to this size. If one dimension must grow, the other shrinks to what is needed."""
+        if rows > self.capacity[0] or columns > self.capacity[1]:
+            # Many short rows, then few long ones: the maximum of both dimensions may be more than fits in memory.
+            self.capacity = (rows, columns + _GROWTH)
 
     def set_columns(self, columns: Tensor, span: int) -> None:
-        """Say where the next step's keys and values go: those of row i to columns[i]; all are below `span`."""
-        self.at = torch.arange(len(columns), device=columns.device), columns
+        """Set where the next step's keys and values go: those of row i to columns[i]; all are below `span`."""
+        self.targets = torch.arange(len(columns), device=columns.device), columns
         self.span = span
 
     def copy_prompt(self, prompts: DynamicCache, source: int, columns: int, rows: slice) -> None:
@@ -53,12 +51,12 @@ class RowCache(Cache):
                 buffer[rows, :, :columns] = prompt[source, :, :columns]
 
     def move_rows(self, sources: list[int], targets: list[int]) -> None:
-        """Copy rows over other rows."""
+        """Copy rows onto other rows."""
         for buffer in self._buffers():
             buffer[targets] = buffer[sources]
 
     def zero_rows(self, rows: list[int]) -> None:
-        """Zero rows that hold what is not a number: a mask would not keep that from their successors (0 × NaN is NaN)."""
+        """Zero rows that hold NaN: a mask would not keep it from the rows' next users (0 × NaN is NaN)."""
         for buffer in self._buffers():
             buffer[rows] = 0
 
@@ -70,31 +68,31 @@ class RowCache(Cache):
 
 
 class _Layer(DynamicLayer):
-    """What one attention layer sees of a RowCache."""
+    """The part of a RowCache that belongs to one attention layer."""
 
     def __init__(self, cache: RowCache) -> None:
         super().__init__()
         self._cache = cache
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add [rows, heads, 1, head size] where `place` said. Returns: keys and values of these rows up to the span."""
-        (rows, columns), span = self._cache.at, self._cache.span
+        """Add [rows, heads, 1, head size] at the columns set before. Returns: these rows' keys and values up to the span."""
+        (rows, columns), span = self._cache.targets, self._cache.span
         keys, values = self.buffers(key_states, value_states)
         keys[rows, :, columns] = key_states[:, :, 0]
         values[rows, :, columns] = value_states[:, :, 0]
         return keys[: len(rows), :, :span], values[: len(rows), :, :span]
 
     def buffers(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """This layer's buffers with the reserved room; heads, dtype and device are those of `keys` and `values`."""
-        kept = self._fit(self.keys, keys), self._fit(self.values, values)
-        self.keys, self.values = kept
-        return kept
+        """This layer's buffers at the reserved size; heads, dtype and device are those of `keys` and `values`."""
+        buffers = self._resized(self.keys, keys), self._resized(self.values, values)
+        self.keys, self.values = buffers
+        return buffers
 
-    def _fit(self, old: Tensor | None, like: Tensor) -> Tensor:
-        rows, columns = self._cache.room
+    def _resized(self, old: Tensor | None, like: Tensor) -> Tensor:
+        rows, columns = self._cache.capacity
         if old is not None and old.shape[0] == rows and old.shape[2] == columns:
             return old
-        # Zeros: what a mask hides must still be a number.
+        # Zeros, as masked values must be numbers too.
         new = like.new_zeros(rows, like.shape[1], columns, like.shape[3])
         if old is not None:
             r, c = min(rows, old.shape[0]), min(columns, old.shape[2])

@@ -63,7 +63,7 @@ def load_engines(
 
         engine = VllmEngine(folder, dtype=dtype, device=device, adapters=folders)
         return [engine.with_adapter(adapter) for adapter in adapters]
-    from corral.engines.transformers import TransformersEngine, free_bytes
+    from corral.engines.transformers import TransformersEngine, default_cache_bytes
     from corral.model.loading import load_model
 
     model = load_model(folder, dtype=dtype, device=device)
@@ -78,7 +78,7 @@ def load_engines(
 
     shared = SharedModel(adapted)
     names = dict(zip(folders, adapted.peft_config, strict=True))
-    share = free_bytes(model.device) // len(adapters)
+    share = default_cache_bytes(model.device) // len(adapters)
     return [
         TransformersEngine(adapted, name=name, cache_bytes=share, turn=partial(shared.use, adapter and names[adapter]))
         for adapter in adapters

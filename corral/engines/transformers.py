@@ -1,7 +1,6 @@
-"""The reference engine: a transformers model in this process, on any device, with continuous batching (`batching`).
+"""The reference engine: a transformers model in this process, on any device, with continuous batching.
 
-One worker thread owns the model, or shares it with the workers of other engines, turn by turn. It knows no text, no templates
-and no files, and neither loads nor saves models.
+One worker thread (`continuous_batching`) owns the model, or takes turns with the workers of other engines.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ class TransformersEngine(Engine):
     """Completes and scores with a loaded causal language model.
 
     The model belongs to the engine until it is closed: it is put into evaluation mode and its attention implementation is
-    set to `packed.ATTENTION`. Adapters count as they are switched at the time of the call.
+    set to `packed_forward.ATTENTION`. Adapters are used as they are switched at the time of the call.
 
     Args:
         model: a causal language model of the Llama kind (full attention in every layer, one cache of keys and values), on
             any device, or a PEFT model that changes its layers (LoRA and its kin; not prompt tuning).
         name: what errors and records call this engine.
-        max_batch: the most choices computed at a time; others wait.
-        cache_bytes: the most memory for keys and values. None: half of what is free on a GPU, 2 GiB elsewhere. A choice
-            that needs more by itself runs alone.
-        turn: entered around each step, where other engines compute with the same model.
+        max_batch: most choices computed at a time; others wait.
+        cache_bytes: most memory for keys and values. None: half of what is free on a GPU, 2 GiB elsewhere. A choice
+            that needs more runs alone.
+        turn: entered around each step, if other engines compute with the same model (`SharedModel.use`).
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class TransformersEngine(Engine):
         model.eval()
         causal.set_attn_implementation(packed_forward.ATTENTION_NAME)
         context: int = causal.config.max_position_embeddings
-        # Within its window, sliding attention is full attention.
+        # Sliding attention is full attention for texts up to its window.
         window: int | None = getattr(causal.config, "sliding_window", None)
         self.name = name
         self.features = Features(
@@ -63,15 +62,15 @@ class TransformersEngine(Engine):
             logprobs=True,
             score=True,
         )
-        tokens = max(1, (cache_bytes or free_bytes(causal.device)) // bytes_per_token(causal))
+        tokens = max(1, (cache_bytes or default_cache_bytes(causal.device)) // bytes_per_token(causal))
         self._worker = Worker(causal, name, max_batch, tokens, turn)
-        # A program that forgets to close its engine must still end: the interpreter waits for no daemon, and would not
-        # survive one that computes while it goes.
+        # A program that does not close its engine must still end: a daemon thread, as the interpreter does not wait for
+        # one, which `atexit` stops, as the interpreter would crash if it computed during shutdown.
         self._thread = threading.Thread(target=self._worker.run, name=f"corral-{name}", daemon=True)
         self._thread.start()
         atexit.register(self._end)
 
-    def submit(self, ids: Sequence[int], sampling: Sampling) -> Generation:  # noqa: D102 (the protocol says it)
+    def submit(self, ids: Sequence[int], sampling: Sampling) -> Generation:  # noqa: D102 (see Engine)
         self.check_submit(ids, sampling)
         request: Request
 
@@ -101,6 +100,6 @@ class TransformersEngine(Engine):
         self._thread.join()
 
 
-def free_bytes(device: torch.device) -> int:
-    """The memory that an engine takes for keys and values by itself."""
+def default_cache_bytes(device: torch.device) -> int:
+    """Memory for keys and values by default."""
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _CPU_CACHE_BYTES

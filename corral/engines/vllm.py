@@ -1,14 +1,12 @@
-"""vLLM: the engine for GPUs, with its scheduler, paged cache and kernels, behind the same protocol.
+"""vLLM: the engine for GPUs, with vLLM's scheduler, paged cache and kernels.
 
-vLLM computes in processes of its own and is asked through an event loop of its own, in a thread, so that this engine serves
-any number of the callers' loops. A request for n choices is n requests to vLLM, which computes their common prompt once (its
-prefix cache): so it does with n itself, but its choice 1 of seed 7 would be choice 0 of seed 8, and no choice could be
-cancelled alone.
+vLLM computes in processes of its own. The engine talks to it through an event loop in a thread, so that it serves callers of
+any number of loops. A request for n choices is n requests to vLLM, which computes their common prompt once (prefix cache).
+vLLM's own n does the same, but its choice 1 of seed 7 is choice 0 of seed 8, and no choice can be cancelled alone.
 
-What vLLM cannot do: temperatures over 0 and under 0.01 (refused; it would take 0.01 without a word), DoRA adapters (refused),
-scoring with adapters on a CPU (refused; beside another request its kernels there end its processes),
-computing again after its processes died (`ready` is false then), noticing logits that are not finite. It knows no text here:
-no tokenizer is loaded.
+Limits of vLLM: temperatures over 0 and under 0.01 are refused (it would silently take 0.01), so are DoRA adapters, and scores
+with adapters on a CPU (in a batch with another request its CPU kernels end its processes). It does not start again after its
+processes died (`ready` is then false), and does not notice logits that are not finite. No tokenizer is loaded.
 """
 
 from __future__ import annotations
@@ -39,29 +37,29 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_COLDEST = 0.01
+_MIN_TEMPERATURE = 0.01
 _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-    "VLLM_NO_USAGE_STATS": "1",  # it would tell its makers about the machine and the model
+    "VLLM_NO_USAGE_STATS": "1",  # no report about the machine and the model to its makers
 }
 
 
 class VllmEngine(Engine):
-    """A Llama folder in vLLM. By itself it computes with the first of its adapters, if it has any; see `on`.
+    """Computes a Llama folder in vLLM, with the first of its adapters if there are any; for the others see `with_adapter`.
 
-    Where memory does not hold the keys and values of the model's whole context, `features.max_length` is what it holds.
+    `features.max_length` is less than the model's context if its keys and values do not fit in memory.
 
     Args:
         folder: of the model.
-        dtype: to compute in; keys and values are kept in it too.
+        dtype: of the computation, and of keys and values.
         device: `cuda`, or `cpu` with a build of vLLM for CPUs.
-        adapters: folders of PEFT LoRA adapters of that model, which stay apart from its weights.
+        adapters: folders of PEFT LoRA adapters of that model, which are not merged into its weights.
 
     Raises:
         MissingExtraError: vLLM is not installed.
-        ModelError: the folder holds no model that vLLM can load, an adapter is of a kind it cannot apply, or this build of
-            vLLM is for another device.
+        ModelError: the folder holds no model that vLLM can load, vLLM cannot apply an adapter, or this build of vLLM is for
+            another device.
     """
 
     def __init__(
@@ -88,7 +86,7 @@ class VllmEngine(Engine):
         settings = model_settings(folder, dtype, device) | (lora_settings(adapters) if adapters else {})
         started: Future[None] = Future()
         self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._live(settings, adapters, started)), name=f"corral-{name}", daemon=True
+            target=lambda: asyncio.run(self._serve(settings, adapters, started)), name=f"corral-{name}", daemon=True
         )
         self._thread.start()
         try:
@@ -97,7 +95,7 @@ class VllmEngine(Engine):
             raise ModelError(
                 f"vLLM cannot load the model: {type(error).__name__}: {error}",
                 where=str(self._adapter or folder),
-                hint="what it said is above; with VLLM_LOGGING_LEVEL=INFO it says more",
+                hint="see its messages above; with VLLM_LOGGING_LEVEL=INFO there are more",
             ) from error
         config = self._llm.model_config
         self.features = Features(
@@ -114,47 +112,44 @@ class VllmEngine(Engine):
         return not self._closed and self._alive()
 
     def with_adapter(self, adapter: Path | None) -> Engine:
-        """This engine with one of its adapters, or with none. Closing one of them closes all."""
-        return self if adapter == self._adapter else _Adapted(self, adapter)
+        """This engine with another of its adapters, or with none. Closing one closes all."""
+        return self if adapter == self._adapter else _WithAdapter(self, adapter)
 
-    def submit(self, ids: Sequence[int], sampling: Sampling) -> Generation:
-        """See Engine."""
-        return self.submit_to(self._adapter, ids, sampling)
+    def submit(self, ids: Sequence[int], sampling: Sampling) -> Generation:  # noqa: D102 (see Engine)
+        return self.submit_with(self._adapter, ids, sampling)
 
-    def submit_to(self, adapter: Path | None, ids: Sequence[int], sampling: Sampling) -> Generation:
-        """`submit` to the model with that adapter."""
+    def submit_with(self, adapter: Path | None, ids: Sequence[int], sampling: Sampling) -> Generation:
+        """`submit`, computed with that adapter."""
         self.check_submit(ids, sampling)
-        if 0 < sampling.temperature < _COLDEST:
+        if 0 < sampling.temperature < _MIN_TEMPERATURE:
             raise RequestError(
-                f"temperature = {sampling.temperature}: engine {self.name!r} draws at {_COLDEST} or more",
+                f"temperature = {sampling.temperature}: engine {self.name!r} samples at {_MIN_TEMPERATURE} or more",
                 hint="take 0 for the most likely token",
             )
         request: _Request
 
         def cancel(choice: int | None) -> None:
-            with contextlib.suppress(RuntimeError):  # the engine has ended, and so has the request
+            with contextlib.suppress(RuntimeError):  # the engine was closed, and its requests with it
                 self._loop.call_soon_threadsafe(request.cancel, choice)
 
         request = _Request([*map(int, ids)], sampling, Generation(len(ids), sampling.n, cancel), adapter)
         with self._lock:
-            self._refuse_closed()
+            self._raise_if_closed()
             self._loop.call_soon_threadsafe(self._begin, request)
         return request.generation
 
-    async def score(self, ids: Sequence[int], start: int = 1) -> list[float]:
-        """See Engine."""
+    async def score(self, ids: Sequence[int], start: int = 1) -> list[float]:  # noqa: D102
         return await self.score_with(self._adapter, ids, start)
 
     async def score_with(self, adapter: Path | None, ids: Sequence[int], start: int) -> list[float]:
-        """`score` of the model with that adapter."""
+        """`score`, computed with that adapter."""
         self.check_score(ids, start)
         with self._lock:
-            self._refuse_closed()
+            self._raise_if_closed()
             scores = asyncio.run_coroutine_threadsafe(self._score([*map(int, ids)], adapter), self._loop)
         return (await asyncio.wrap_future(scores))[start - 1 :]
 
-    async def close(self) -> None:
-        """See Engine."""
+    async def close(self) -> None:  # noqa: D102
         await asyncio.to_thread(self._end)
         atexit.unregister(self._end)
 
@@ -165,21 +160,21 @@ class VllmEngine(Engine):
                 self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
 
-    def _refuse_closed(self) -> None:
+    def _raise_if_closed(self) -> None:
         if self._closed:
             raise closed_error(self)
 
-    # What follows runs in the engine's own thread and loop.
+    # The methods below run in the engine's own thread and loop.
 
-    async def _live(self, settings: dict[str, Any], adapters: Sequence[Path], started: Future[None]) -> None:
+    async def _serve(self, settings: dict[str, Any], adapters: Sequence[Path], started: Future[None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         try:
-            self._llm = _start(settings)
+            self._llm = _start_vllm(settings)
             for number, adapter in enumerate(adapters, start=1):
                 from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
-                # Two adapters in folders of one name are two.
+                # The number makes the names of adapters in folders of the same name differ.
                 self._loras[adapter] = LoRARequest(f"{number}-{adapter.name}", number, str(adapter.absolute()))
                 await self._llm.add_lora(self._loras[adapter])
         except BaseException as error:
@@ -194,7 +189,7 @@ class VllmEngine(Engine):
         self._shut_down()
 
     def _shut_down(self) -> None:
-        llm, self._llm = self._llm, None  # it must not live on until the interpreter takes apart what it needs to end
+        llm, self._llm = self._llm, None  # it needs parts of the interpreter to shut down, so it must not outlive them
         if llm is not None:
             llm.shutdown()
 
@@ -202,8 +197,8 @@ class VllmEngine(Engine):
         llm = self._llm
         return llm is not None and not llm.errored
 
-    def _keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """A task that closing cancels; the loop itself would forget it."""
+    def _start_task(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Start a task that `close` cancels."""
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -211,13 +206,13 @@ class VllmEngine(Engine):
 
     def _begin(self, request: _Request) -> None:
         for choice in range(request.sampling.n):
-            request.tasks[choice] = self._keep(self._draw(request, choice))
+            request.tasks[choice] = self._start_task(self._complete(request, choice))
 
-    async def _draw(self, request: _Request, choice: int) -> None:
-        """Hand over the ids of one choice as they come."""
+    async def _complete(self, request: _Request, choice: int) -> None:
+        """Pass the ids of one choice on as they come."""
         sampling = request.sampling
         try:
-            sampled = sampling_params(
+            parameters = sampling_params(
                 max_tokens=sampling.max_tokens,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
@@ -226,9 +221,9 @@ class VllmEngine(Engine):
                 stop_token_ids=[*sampling.stop_ids],
                 logprobs=0 if sampling.logprobs else None,
             )
-            async with contextlib.aclosing(self._generate(request.ids, sampled, request.adapter)) as outputs:
+            async with contextlib.aclosing(self._generate(request.ids, parameters, request.adapter)) as outputs:
                 async for output in outputs:
-                    request.take(choice, output.outputs[0])
+                    request.push(choice, output.outputs[0])
         except asyncio.CancelledError:
             if self._closed:
                 request.fail(closed_error(self))
@@ -238,26 +233,28 @@ class VllmEngine(Engine):
 
     async def _score(self, ids: list[int], adapter: Path | None) -> list[float]:
         """Log-probabilities of ids[1:]."""
-        work = self._keep(self._scored(ids, adapter))
+        work = self._start_task(self._compute_score(ids, adapter))
         try:
             return await work
         except asyncio.CancelledError:
-            self._refuse_closed()
+            self._raise_if_closed()
             work.cancel()
             raise
 
-    async def _scored(self, ids: list[int], adapter: Path | None) -> list[float]:
+    async def _compute_score(self, ids: list[int], adapter: Path | None) -> list[float]:
         *prompt, last = ids
         if not prompt:
             return []
-        # vLLM wants room to draw one more, so the last id is not part of the prompt but a candidate for what follows it.
-        scored = sampling_params(max_tokens=1, temperature=0, prompt_logprobs=0, logprobs=1, logprob_token_ids=[last])
+        # vLLM needs room for one more id, so the last id is not part of the prompt but a candidate for the next one.
+        parameters = sampling_params(
+            max_tokens=1, temperature=0, prompt_logprobs=0, logprobs=1, logprob_token_ids=[last]
+        )
         scores: list[float] = []
         try:
-            async with contextlib.aclosing(self._generate(prompt, scored, adapter)) as outputs:
+            async with contextlib.aclosing(self._generate(prompt, parameters, adapter)) as outputs:
                 async for output in outputs:
-                    places = (output.prompt_logprobs or [])[1:]
-                    scores += [place[id_].logprob for id_, place in zip(prompt[1:], places, strict=True)]
+                    logprobs = (output.prompt_logprobs or [])[1:]
+                    scores += [by_id[id_].logprob for id_, by_id in zip(prompt[1:], logprobs, strict=True)]
                     scores.append(output.outputs[0].logprobs[0][last].logprob)
         except Exception as error:
             raise self._failure(error) from None
@@ -266,7 +263,7 @@ class VllmEngine(Engine):
     def _generate(self, ids: list[int], params: Any, adapter: Path | None) -> Any:
         from vllm.inputs import tokens_input  # pyright: ignore[reportMissingImports]
 
-        self._refuse_closed()
+        self._raise_if_closed()
         lora = None if adapter is None else self._loras[adapter]
         return self._llm.generate(tokens_input(ids), params, str(next(self._numbers)), lora_request=lora)
 
@@ -279,8 +276,8 @@ class VllmEngine(Engine):
         return EngineError(f"engine {self.name!r}: {type(cause).__name__}: {cause}")
 
 
-class _Adapted(Engine):
-    """An engine with another of its adapters than the first."""
+class _WithAdapter(Engine):
+    """A VllmEngine with another adapter than its first."""
 
     def __init__(self, engine: VllmEngine, adapter: Path | None) -> None:
         self.name = engine.name
@@ -293,7 +290,7 @@ class _Adapted(Engine):
         return self._engine.ready
 
     def submit(self, ids: Sequence[int], sampling: Sampling) -> Generation:
-        return self._engine.submit_to(self._adapter, ids, sampling)
+        return self._engine.submit_with(self._adapter, ids, sampling)
 
     async def score(self, ids: Sequence[int], start: int = 1) -> list[float]:
         return await self._engine.score_with(self._adapter, ids, start)
@@ -309,7 +306,7 @@ class _Request:
     generation: Generation
     adapter: Path | None
     tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict[int, "asyncio.Task[None]"])
-    """Of the choices that have not ended."""
+    """Of the unfinished choices."""
 
     def cancel(self, choice: int | None) -> None:
         for each in [c for c in sorted(self.tasks) if choice in (None, c)]:
@@ -322,8 +319,8 @@ class _Request:
         while self.tasks:
             self.tasks.popitem()[1].cancel()
 
-    def take(self, choice: int, new: Any) -> None:
-        """New ids of a choice, as vLLM puts them."""
+    def push(self, choice: int, new: Any) -> None:
+        """Pass on vLLM's output for one choice."""
         if new.finish_reason not in (None, "stop", "length"):
             raise EngineError(f"vLLM ended the request: {new.finish_reason}")
         ids = [*new.token_ids]
@@ -331,19 +328,19 @@ class _Request:
             ids = ids[:-1]  # the stop id
         logprobs = None
         if self.sampling.logprobs:
-            places = (new.logprobs or [])[: len(ids)]
-            logprobs = tuple(place[id_].logprob for id_, place in zip(ids, places, strict=True))
+            given = (new.logprobs or [])[: len(ids)]
+            logprobs = tuple(by_id[id_].logprob for id_, by_id in zip(ids, given, strict=True))
         if new.finish_reason:
             del self.tasks[choice]
         self.generation.push(Delta(choice, tuple(ids), logprobs, new.finish_reason))
 
 
-def _start(settings: dict[str, Any]) -> Any:
+def _start_vllm(settings: dict[str, Any]) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
     from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
 
-    # Ctrl-C in a terminal reaches every process. It is for ours to decide what becomes of answers under way, so those that
-    # this thread starts have SIGINT blocked; starting the resource tracker would let it through again.
+    # Ctrl-C in a terminal reaches every process, but only ours decides what becomes of requests under way: SIGINT is blocked
+    # in the processes that this thread starts. Starting the resource tracker would unblock it, so it is started before.
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))

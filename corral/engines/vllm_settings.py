@@ -1,4 +1,4 @@
-"""What vLLM is told: of a model and its adapters when it starts, of each request. Knows nothing of how it is asked."""
+"""vLLM's settings: for a model and its adapters when it starts, and for each request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CPU_CACHE_BYTES = 2 * 2**30
 
 
 def model_settings(folder: Path, dtype: DType, device: str) -> dict[str, Any]:
-    """Of a model folder. Raises: ModelError (this build of vLLM is for another device)."""
+    """Engine arguments for a model folder. Raises: ModelError (this build of vLLM is for another device)."""
     from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
     if current_platform.device_type != device.partition(":")[0]:
@@ -29,42 +29,41 @@ def model_settings(folder: Path, dtype: DType, device: str) -> dict[str, Any]:
         "model": str(folder),
         "skip_tokenizer_init": True,
         "load_format": "safetensors",
-        "generation_config": "vllm",  # not the model's own ideas of sampling
+        "generation_config": "vllm",  # not the sampling defaults of the model's folder
         "dtype": dtype,
         "max_model_len": -1,  # as long as model and memory allow
         "logprobs_mode": "raw_logprobs",
         "enable_prefix_caching": True,
-        "seed": secrets.randbits(31),  # of draws without one
+        "seed": secrets.randbits(31),  # for requests without one
         "disable_log_stats": True,
     }
     if current_platform.device_type == "cuda":
         import torch
 
-        torch.cuda.empty_cache()  # of what was trained in this process before
+        torch.cuda.empty_cache()  # a model may have been trained in this process before
         free, total = torch.cuda.mem_get_info()
-        settings["gpu_memory_utilization"] = (
-            0.9 * free / total
-        )  # it counts in shares of the whole, and refuses more than is free
+        # A share of the total memory; vLLM refuses more than is free.
+        settings["gpu_memory_utilization"] = 0.9 * free / total
     if current_platform.device_type == "cpu":
         import psutil
 
         settings["kv_cache_memory_bytes"] = int(min(_CPU_CACHE_BYTES, psutil.virtual_memory().available / 4))
-        settings["enforce_eager"] = True  # compiling takes minutes; who wants speed on a CPU takes openvino
+        settings["enforce_eager"] = True  # compiling takes minutes; the fast engine on a CPU is openvino
     return settings
 
 
 def lora_settings(adapters: Sequence[Path]) -> dict[str, Any]:
-    """Of adapters. Raises: ModelError (vLLM cannot compute one of them)."""
+    """Engine arguments for adapters. Raises: ModelError (vLLM cannot compute one of them)."""
     from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
-    # Its kernels for CPUs take the last slot for a request without an adapter that is beside others: one that stays empty.
+    # Its CPU kernels use the last slot for a request without an adapter in a batch with others, so one slot must stay empty.
     spare = 1 if current_platform.device_type == "cpu" else 0
     rank = max(map(_rank, adapters))
     return {"enable_lora": True, "max_loras": len(adapters) + spare, "max_lora_rank": rank}
 
 
 def _rank(adapter: Path) -> int:
-    """The smallest rank that vLLM has and that holds an adapter. Raises: ModelError (vLLM cannot compute it)."""
+    """The smallest rank of vLLM's that an adapter fits in. Raises: ModelError (vLLM cannot compute it)."""
     from vllm.config.lora import MaxLoRARanks  # pyright: ignore[reportMissingImports]
 
     try:
@@ -82,12 +81,12 @@ def _rank(adapter: Path) -> int:
 
 
 def sampling_params(**changes: Any) -> Any:
-    """Of a request: vLLM's SamplingParams, with these changes."""
+    """vLLM's SamplingParams for a request, with these changes."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams  # pyright: ignore[reportMissingImports]
 
     return SamplingParams(
         n=1,
-        ignore_eos=True,  # a choice ends at the stop ids that were asked for
+        ignore_eos=True,  # a choice ends at its own stop ids
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
         **changes,

@@ -52,7 +52,7 @@ def test_many_short_rows_then_a_long_one_do_not_add_up() -> None:
     cache = RowCache(1)
     step(cache, [0] * 100)
     step(cache, [1000])
-    rows, columns = cache.room
+    rows, columns = cache.capacity
     assert rows * columns < 2 * 1000
 
 
