@@ -141,7 +141,7 @@ class Generation:
 def _join(deltas: Sequence[Delta]) -> Completion:
     """All Deltas of one choice as a Completion."""
     logprobs = [delta.logprobs for delta in deltas if delta.logprobs is not None]
-    finishes = [delta.finish for delta in deltas if delta.finish]
+    finishes: list[Finish] = [delta.finish for delta in deltas if delta.finish]
     return Completion(
         tuple(chain.from_iterable(delta.ids for delta in deltas)),
         tuple(chain.from_iterable(logprobs)) if logprobs else None,

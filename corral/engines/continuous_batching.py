@@ -1,7 +1,7 @@
 """Continuous batching: the worker thread of the transformers engine.
 
 Each running choice has one row of a key-value cache; every step computes one token for all rows. A request joins between two
-steps and a finished or cancelled row leaves at once, so no request waits for the longest one. A prompt, without its last token,
+steps and a finished or cancelled row leaves at once. A prompt, without its last token,
 is computed once and copied to the rows of its choices; the last token is their first step, so that all logits are computed in
 the same way. Scores are computed by `corral.model.packed_forward`.
 
