@@ -287,7 +287,7 @@ def correctness(device: str) -> dict[str, float]:
     """Gradients of a tiny model's adapter beside the plain path on the CPU in float32, relative, as one vector."""
     import torch
 
-    from corral.model.cpu_fused import fuse
+    from corral.model.compute.fused_forwards import fuse
     from corral.model.packed_forward import target_logprobs
 
     rows = [((row := documents(1, n, TINY["vocab_size"])[0])[0], row[1]) for n in (7, 130, 2, 64)]

@@ -125,7 +125,7 @@ def side_gemm(steps: int) -> dict[str, Any]:
     """The rate of the model's products as a pass of 512 tokens, half of them trained, goes through them."""
     import torch
 
-    from corral.model.cpu_gemm import times_transposed
+    from corral.model.compute.cpu_matmul import times_transposed
     from corral.model.loading import load_model, resolve_model
 
     model: Any = load_model(resolve_model("asset:smollm2-135m-instruct").folder, dtype="float32", device="cpu")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corral.errors import ModelError
-from corral.model.cpu_fused import fuse
-from corral.model.cpu_gemm import replace_forward
+from corral.model.compute.fused_forwards import fuse
+from corral.model.compute.lora_linear import replace_forward
 from corral.model.loading import quiet
 
 if TYPE_CHECKING:

@@ -124,7 +124,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     from corral.model import quantisation
-    from corral.model.cpu_gemm import accelerate
+    from corral.model.compute.lora_linear import accelerate
 
     settings: dict[str, Any] = {}
     if quantization is not None:
@@ -164,7 +164,7 @@ def load_model(
     if quantization is None:
         cast("Any", model).to(device)
     else:
-        quantisation.speed_up(model)
+        quantisation.accelerate_quantised(model)
     return model.eval()
 
 

@@ -78,7 +78,8 @@ def measure_pass(model: Any, ids: Sequence[Sequence[int]], positions: Sequence[S
     """One forward pass: bytes of `activations` kept by the layers, bytes of the output layer's `head`, and `pack_tokens`."""
     import torch
 
-    from corral.model.packed_forward import head_weight, hidden_states, token_logprobs
+    from corral.model.compute.token_logprobs import token_logprobs
+    from corral.model.packed_forward import head_weight, hidden_states
 
     model.train()
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -184,7 +185,7 @@ def matmul_rate(device: str, dtype: Any) -> float:
     """FLOP/s of a large matrix product, as training computes them."""
     import torch
 
-    from corral.model.cpu_gemm import times_transposed
+    from corral.model.compute.cpu_matmul import times_transposed
 
     size = 8192 if device == "cuda" else 1024
     x, weight = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Packed ≡ alone, chunked head ≡ plain head, forwards and backwards."""
+"""A sequence in a pack gets what it gets alone, forwards and backwards."""
 
 from __future__ import annotations
 
@@ -70,29 +70,6 @@ def test_gradients_of_a_pack_are_the_sum_of_those_alone() -> None:
     alone = gradients(lambda: torch.stack([plain_logprobs(model, r).sum() for r in rows]).sum())
     for name, expected in alone.items():
         assert torch.allclose(together[name], expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item()), name
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 50, 10**6])
-@pytest.mark.parametrize("train_head", [True, False])
-def test_the_chunked_head_equals_log_softmax(chunk: int, train_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_forward, "_CHUNK_ELEMENTS", 300 * chunk)
-    torch.manual_seed(0)
-    hidden = torch.randn(50, 64, requires_grad=True)
-    weight = torch.randn(300, 64, requires_grad=train_head)
-    targets = torch.randint(0, 300, (50,))
-    share = torch.randn(50)
-    ours = packed_forward.token_logprobs(hidden, weight, targets)
-    (ours * share).sum().backward()
-    found = (hidden.grad, weight.grad)
-    hidden.grad, weight.grad = None, None
-    plain = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
-    (plain * share).sum().backward()
-    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found[0], hidden.grad, rtol=1e-4, atol=1e-4)
-    if train_head:
-        torch.testing.assert_close(found[1], weight.grad, rtol=1e-4, atol=1e-4)
-    else:
-        assert found[1] is None
 
 
 def test_generation_still_works_on_a_model_that_was_packed() -> None:

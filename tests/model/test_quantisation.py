@@ -9,11 +9,13 @@ from typing import Any, Literal
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from corral.errors import MissingExtraError
 from corral.model import quantisation
-from corral.model.cpu_fused import fuse
+from corral.model.compute.fused_forwards import fuse
+from corral.model.compute.quantised_weights import dequantise_weight, is_int8, is_nf4
 from corral.model.loading import load_model
 from corral.model.quantisation import Quantization
 from tests.conftest import make_tiny_model
@@ -63,7 +65,7 @@ def test_only_the_linear_layers_before_the_head_are_quantised(
     kind: Quantization, dtype: Literal["float32", "bfloat16"], untied: Path
 ) -> None:
     model: Any = load_model(untied, dtype=dtype, quantization=kind)
-    of_kind = quantisation.is_nf4 if kind.kind == "nf4" else quantisation.is_int8
+    of_kind = is_nf4 if kind.kind == "nf4" else is_int8
     layers = linears(model)
     assert len(layers) == 2 * 7 + 1
     assert {n for n, m in layers.items() if not of_kind(m)} == {"lm_head"}
@@ -91,7 +93,7 @@ def test_an_nf4_weight_is_restored_from_its_table_bit_for_bit(untied: Path) -> N
     codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten()
     scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
     expected = (state.code[codes].view(-1, 64) * scales[:, None]).view(128, 64)
-    assert torch.equal(quantisation.dequantise_weight(layer), expected)
+    assert torch.equal(dequantise_weight(layer), expected)
     exact = make_tiny_model(300, tie_word_embeddings=False).model.layers[0].mlp.up_proj.weight
     assert 0.02 < ((expected - exact).norm() / exact.norm()).item() < 0.15
 
@@ -129,7 +131,7 @@ def test_outliers_above_the_threshold_are_multiplied_unquantised(untied: Path) -
 
     x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     x[:, 5] *= 100
-    exact = x @ quantisation.dequantise_weight(layer(6.0)).T
+    exact = x @ dequantise_weight(layer(6.0)).T
     all_rounded, apart = (layer(threshold)(x) for threshold in (0.0, 6.0))
     assert (apart - exact).norm() < 0.1 * (all_rounded - exact).norm()
 
@@ -137,9 +139,8 @@ def test_outliers_above_the_threshold_are_multiplied_unquantised(untied: Path) -
 def test_one_product_for_an_adapter_only_where_it_is_exact(untied: Path) -> None:
     def replaced(model: Any) -> set[str]:
         fuse(model)
-        forward = quantisation._nf4_lora_forward  # pyright: ignore[reportPrivateUsage]
-        own = {n: m.__dict__.get("forward") for n, m in model.named_modules()}
-        return {n.rpartition(".")[2] for n, f in own.items() if getattr(f, "func", None) is forward}
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+        return {n.rpartition(".")[2] for n, m in layers.items() if "forward" in vars(m)}
 
     nf4, int8 = KINDS
     assert replaced(adapted(load_model(untied, quantization=nf4))) == {"q_proj", "o_proj", "up_proj"}
@@ -160,7 +161,7 @@ def test_with_the_adapter_off_it_is_the_quantised_base(untied: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.kind)
 def test_a_restored_model_is_a_plain_one(kind: Quantization, untied: Path, tmp_path: Path) -> None:
     model: Any = load_model(untied, quantization=kind)
-    weights = {n: quantisation.dequantise_weight(m) for n, m in linears(model).items() if n != "lm_head"}
+    weights = {n: dequantise_weight(m) for n, m in linears(model).items() if n != "lm_head"}
     quantisation.dequantise_model(model, torch.float32)
     assert {type(m) for m in linears(model).values()} == {nn.Linear}
     assert all(torch.equal(linears(model)[n].weight, w) for n, w in weights.items())

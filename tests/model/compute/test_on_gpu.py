@@ -1,6 +1,6 @@
 """On a GPU: the same losses and gradients as on a CPU, one program for all packs, and nothing that waits for the device.
 
-`pytest tests/model/test_packed_gpu.py` on a machine with one; skipped elsewhere.
+`pytest tests/model/compute/test_on_gpu.py` on a machine with one; skipped elsewhere.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from corral.model import gpu_layers, packed_forward
-from corral.model.cpu_fused import fuse
+from corral.model import packed_forward
+from corral.model.compute import gpu_attention, gpu_compile
+from corral.model.compute.fused_forwards import fuse
+from corral.model.compute.token_logprobs import token_logprobs
 from tests.conftest import make_tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -97,7 +99,7 @@ def test_in_bfloat16_they_are_as_near_as_those_of_plain_transformers_and_peft(ch
 def test_uncompiled_layers_are_as_near(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = plain(adapted("cpu", torch.float32, fused=False), rows())
     theirs = plain(adapted("cuda", torch.bfloat16, fused=False), rows())
-    monkeypatch.setattr(gpu_layers, "compiles", lambda _: False)  # pyright: ignore[reportUnknownLambdaType]
+    monkeypatch.setattr(gpu_compile, "can_compile", lambda _: False)  # pyright: ignore[reportUnknownLambdaType]
     found = losses_and_gradients(adapted("cuda", torch.bfloat16, fused=True), rows())
     for ours, plain_ones, expected in zip(found, theirs, exact, strict=True):
         assert gap(ours, expected) < 1.25 * gap(plain_ones, expected)
@@ -105,8 +107,8 @@ def test_uncompiled_layers_are_as_near(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_kernel_takes_grouped_heads_from_ampere_on() -> None:
     grouped = torch.cuda.get_device_capability() >= (8, 0)
-    assert gpu_layers._kernel(0, torch.bfloat16, 128) == ("grouped" if grouped else None)  # pyright: ignore[reportPrivateUsage]
-    assert gpu_layers._kernel(0, torch.float32, 128) is None  # pyright: ignore[reportPrivateUsage]
+    assert gpu_attention._kernel(0, torch.bfloat16, 128) == ("grouped" if grouped else None)  # pyright: ignore[reportPrivateUsage]
+    assert gpu_attention._kernel(0, torch.float32, 128) is None  # pyright: ignore[reportPrivateUsage]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -114,9 +116,9 @@ def test_attention_over_a_pack_is_that_of_each_sequence_alone(dtype: torch.dtype
     torch.manual_seed(0)
     q = torch.randn(203, 8, 64, device="cuda", dtype=dtype)
     k, v = (torch.randn(203, 2, 64, device="cuda", dtype=dtype) for _ in range(2))
-    ends = gpu_layers.ends_of(LENGTHS, q.device)
+    ends = gpu_attention.sequence_ends(LENGTHS, q.device)
     assert ends is not None
-    found = gpu_layers.attend(q, k, v, 0.125, LENGTHS, ends)
+    found = gpu_attention.attend(q, k, v, 0.125, LENGTHS, ends)
     wide = (t.float().repeat_interleave(8 // t.shape[1], 1).transpose(0, 1)[None].split(LENGTHS, 2) for t in (q, k, v))
     alone = [F.scaled_dot_product_attention(*three, is_causal=True, scale=0.125) for three in zip(*wide, strict=True)]
     assert gap(found.float(), torch.cat(alone, 2)[0].transpose(0, 1)) < (1e-5 if dtype == torch.float32 else 1e-2)
@@ -143,7 +145,7 @@ def test_the_head_gives_what_it_gives_on_the_cpu() -> None:
     results: list[tuple[Tensor, Tensor]] = []
     for device in ("cpu", "cuda"):
         h = hidden.to(device).requires_grad_()
-        found = packed_forward.token_logprobs(h, weight.to(device), targets.to(device))
+        found = token_logprobs(h, weight.to(device), targets.to(device))
         found.square().sum().backward()
         assert h.grad is not None
         results.append((found.detach().cpu(), h.grad.cpu()))

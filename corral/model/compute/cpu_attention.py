@@ -1,11 +1,9 @@
-"""Causal attention within each sequence of a pack, forwards and backwards, from oneDNN's products on a CPU.
+"""Causal attention within each sequence of a pack on a CPU, forwards and backwards, through oneDNN.
 
-torch's own attention on a CPU multiplies small blocks by MKL. Here a block is all query heads that share a key head, times
-128 positions, so that products are large enough for oneDNN, and the scores of a block stay in the processor's cache. Only
-keys that a block may see are multiplied; a sequence's last block is filled up to one of few sizes (`gemm.fill`). Backward
-forms the scores again, as flash attention does (Dao et al. 2022, arXiv 2205.14135); nothing of the square is kept.
-
-Knows nothing about models, rotary positions or adapters.
+torch's own attention on a CPU multiplies small blocks by MKL. Here a block is 128 positions of all query heads that share a
+key head: large enough for fast products, small enough for its scores to stay in the processor's cache. Keys that no query of a
+block may see are skipped. The backward pass computes the scores again, as flash attention does (Dao et al. 2022, arXiv
+2205.14135), so no [tokens, tokens] tensor is kept.
 """
 
 from __future__ import annotations
@@ -19,17 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from corral.model import cpu_gemm
-from corral.model.cpu_gemm import times_transposed
+from corral.model.compute.cpu_matmul import padding_rows, times_transposed
 
-_POSITIONS = 128  # few enough to skip most of what is masked, enough for fast products
+_BLOCK = 128
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, lengths: Sequence[int]) -> Tensor:
     """Attention within each of `lengths`, differentiable, for tensors as transformers has them.
 
     Args:
-        query: [1, heads, tokens, head size]; key and value with as many heads or a part of them.
+        query: [1, heads, tokens, head size]; key and value with as many heads or fewer.
         scale: of the scores.
         lengths: see `attend`.
 
@@ -40,7 +37,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, le
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
-    """softmax(Q Kᵀ, causal within each sequence) V; not differentiable, see `attend_backward`.
+    """softmax(Q Kᵀ, causal within each sequence) V. Its gradients come from `attend_backward`.
 
     Args:
         query: [key heads, tokens, group, head size], contiguous and scaled; `group` query heads share a key head.
@@ -52,39 +49,39 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) ->
     out = torch.empty_like(query)
     for start, length in _spans(lengths):
         q, k, v = (_sequence(t, start, length) for t in (query, key, value))
-        found = torch.empty_like(q)
-        for q1, k1, v1, out1 in zip(*(t.unbind() for t in (q, k, v, found)), strict=True):
+        attended = torch.empty_like(q)
+        for q1, k1, v1, attended1 in zip(*(t.unbind() for t in (q, k, v, attended)), strict=True):
             for first, last in _blocks(len(q1)):
-                shares = _shares(q1[first:last], k1[:last])
-                out1[first:last] = times_transposed(shares, v1[:last].T).view_as(q1[first:last])
-        out[:, start : start + length] = found[:, :length]
+                weights = _attention_weights(q1[first:last], k1[:last])
+                attended1[first:last] = times_transposed(weights, v1[:last].T).view_as(q1[first:last])
+        out[:, start : start + length] = attended[:, :length]
     return out
 
 
 def attend_backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by query, key and value of `attend`, given that by its result (contiguous); shapes as there."""
+    """Gradients of the query, key and value of `attend`, given that of its result (contiguous); shapes as there."""
     of_query, of_key, of_value = (torch.empty_like(t) for t in (query, key, value))
     for start, length in _spans(lengths):
         q, k, v, g = (_sequence(t, start, length) for t in (query, key, value, gradient))
         of_q = torch.empty_like(q)
-        # Summed over blocks in the shape that the products give, [key heads, head size, positions].
+        # Summed over blocks as the products come, [key heads, head size, positions].
         of_k, of_v = (torch.zeros(t.transpose(1, 2).shape, dtype=t.dtype) for t in (k, v))
         for q1, k1, v1, g1, of_q1, of_k1, of_v1 in zip(
             *(t.unbind() for t in (q, k, v, g, of_q, of_k, of_v)), strict=True
         ):
             for first, last in _blocks(len(q1)):
                 rows, of_rows = q1[first:last], g1[first:last].flatten(0, 1)
-                shares = _shares(rows, k1[:last])
-                of_shares = times_transposed(of_rows, v1[:last])
-                of_scores = torch.ops.aten._softmax_backward_data(of_shares, shares, -1, shares.dtype)
+                weights = _attention_weights(rows, k1[:last])
+                of_weights = times_transposed(of_rows, v1[:last])
+                of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
                 of_q1[first:last] = times_transposed(of_scores, k1[:last].T).view_as(rows)
                 of_k1[:, :last].add_(times_transposed(rows.flatten(0, 1).T, of_scores.T))
-                of_v1[:, :last].add_(times_transposed(of_rows.T, shares.T))
-        here = slice(start, start + length)
-        of_query[:, here] = of_q[:, :length]
-        of_key[:, here], of_value[:, here] = (t[:, :, :length].transpose(1, 2) for t in (of_k, of_v))
+                of_v1[:, :last].add_(times_transposed(of_rows.T, weights.T))
+        span = slice(start, start + length)
+        of_query[:, span] = of_q[:, :length]
+        of_key[:, span], of_value[:, span] = (t[:, :, :length].transpose(1, 2) for t in (of_k, of_v))
     return of_query, of_key, of_value
 
 
@@ -97,30 +94,32 @@ def _spans(lengths: Sequence[int]) -> Generator[tuple[int, int]]:
 
 
 def _sequence(tensor: Tensor, start: int, length: int) -> Tensor:
-    """One sequence's part of [key heads, tokens, …], filled up with zeros: as keys they come later than all others and are
-    seen by none, as queries they get no gradient."""
+    """One sequence's part of [key heads, tokens, …], padded with zeros to one of few lengths.
+
+    Padding keys come last, so no query sees them; padding queries get no gradient.
+    """
     part = tensor.narrow(1, start, length)
-    fill = cpu_gemm.fill(length, 32)
-    return F.pad(part, (*(0, 0) * (tensor.dim() - 2), 0, fill)) if fill else part
+    padding = padding_rows(length, 32)
+    return F.pad(part, (*(0, 0) * (tensor.dim() - 2), 0, padding)) if padding else part
 
 
 def _blocks(length: int) -> Generator[tuple[int, int]]:
-    """(first, last) position of the queries of each block; the last one takes a small rest along."""
-    firsts = range(0, max(1, length - _POSITIONS // 2), _POSITIONS)
+    """(first, end) position of the queries of each block; fewer than half a block at the end join the last block."""
+    firsts = range(0, max(1, length - _BLOCK // 2), _BLOCK)
     yield from pairwise((*firsts, length))
 
 
-def _shares(query: Tensor, key: Tensor) -> Tensor:
-    """The softmax of a block, [positions · group, keys]: its last positions' queries see all keys but later ones."""
+def _attention_weights(query: Tensor, key: Tensor) -> Tensor:
+    """The softmax of a block's scores, [positions · group, keys]; its queries are at the last positions of `key`."""
     positions, group, _ = query.shape
     scores = times_transposed(query.flatten(0, 1), key)
-    scores.view(positions, group, -1)[:, :, -positions:].add_(_later(positions))
+    scores.view(positions, group, -1)[:, :, -positions:].add_(_causal_mask(positions))
     return scores.softmax(-1)
 
 
 @cache
-def _later(positions: int) -> Tensor:
-    """−∞ where a key comes after the query, else 0, for all of a group alike: [positions, 1, positions]."""
+def _causal_mask(positions: int) -> Tensor:
+    """−∞ where a key comes after the query, else 0: [positions, 1 (for the group), positions]."""
     return torch.full((positions, positions), -torch.inf).triu_(1).unsqueeze(1)
 
 
@@ -130,14 +129,12 @@ def by_token(heads: Tensor) -> Tensor:
 
 
 def by_head(tokens: Tensor, like: Tensor) -> Tensor:
-    """The opposite of `by_token`: [tokens, …] → the shape of `like`, contiguous."""
+    """The inverse of `by_token`: [tokens, …] → the shape of `like`, contiguous."""
     key_heads, length, group, size = like.shape
     return tokens.view(length, key_heads, group, size).transpose(0, 1).contiguous()
 
 
 class _PackedAttention(torch.autograd.Function):
-    """See `packed_attention`."""
-
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, lengths: tuple[int, ...]) -> Tensor:
         heads = key.shape[1]

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 
-from corral.model.cpu_fused import fuse
+from corral.model.compute.fused_forwards import fuse
 from tests.conftest import make_tiny_model
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -52,11 +53,9 @@ def test_the_adapter_can_still_be_switched_off_and_merged() -> None:
 
 
 def test_dropout_and_biases_keep_pefts_own_path() -> None:
-    from corral.model.cpu_fused import _lora_forward  # pyright: ignore[reportPrivateUsage]
-
     def replaced(model: Any) -> set[str]:
-        forwards = {n: m.__dict__.get("forward") for n, m in model.named_modules()}
-        return {n.rpartition(".")[2] for n, f in forwards.items() if getattr(f, "func", None) is _lora_forward}
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+        return {n.rpartition(".")[2] for n, m in layers.items() if "forward" in vars(m)}
 
     assert replaced(adapted(ALL, fused=True)) == set(ALL)
     assert replaced(adapted(ALL, fused=True, dropout=0.1)) == set()

@@ -11,8 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from corral.model import cpu_decoder_layer
 from corral.model.adapters import attach
+from corral.model.compute import cpu_decoder_layer
 from corral.model.loading import load_model
 from corral.model.packed_forward import target_logprobs
 from corral.model.quantisation import Quantization
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def entered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The lengths that `decoder.forward` was called with, call by call."""
+    """The lengths that `cpu_decoder_layer.forward` was called with, call by call."""
     calls: list[tuple[int, ...]] = []
     real = cpu_decoder_layer.forward
 
