@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from corral.engines.base import Engine
 from corral.errors import ModelError
-from corral.model.folder import check_fit
+from corral.model.adapters import check_fit
 
 if TYPE_CHECKING:
     from corral.model.loading import DType

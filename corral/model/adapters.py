@@ -1,7 +1,4 @@
-"""What of a model is trained: LoRA adapters through PEFT (attach, save, load), or all of its weights.
-
-Knows nothing about training. What is saved is PEFT's own format, so that any tool that reads PEFT adapters reads ours.
-"""
+"""LoRA adapters, in PEFT's own format: attach, save and load them, check their files, and find their base model."""
 
 from __future__ import annotations
 
@@ -10,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corral.errors import ModelError
-from corral.model.compute.fused_forwards import fuse
-from corral.model.compute.lora_linear import replace_forward
-from corral.model.loading import quiet
+from corral.model.folder import ADAPTER_CONFIG, read_json, tensor_shapes, weight_files
+from corral.model.hub import HUB_ID
+from corral.model.loading import quiet, resolve_model
+from corral.run.directory import is_run
 
 if TYPE_CHECKING:
     import torch
@@ -21,14 +19,18 @@ if TYPE_CHECKING:
 
     from corral.recipe import Lora
 
+_WEIGHTS = "adapter_model.safetensors"
+
 
 def attach(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
-    """Freeze a model and put fresh adapters on it, ready to train; their first weights depend on the seed alone.
+    """Freeze a model and add a fresh adapter, ready to train. Its initial weights depend on the seed only.
 
     Raises:
         ModelError: no layer of the model has one of the target names, or it is the output layer's.
     """
     import torch
+
+    from corral.model.compute.fused_forwards import fuse
 
     with quiet():
         from peft import LoraConfig, get_peft_model
@@ -71,72 +73,23 @@ def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
             )
 
 
-def train_all_weights(model: PreTrainedModel, compute: torch.dtype) -> PreTrainedModel:
-    """A model of which every weight is trained, tied ones as one.
-
-    Weights and their gradients stay in float32: in bfloat16 an update smaller than 1/256 of a weight is lost. With bfloat16 to
-    compute in, the layers see weights and activations rounded to it, and the head computes in float32. float16, too narrow
-    for that, is float32 throughout.
-
-    Args:
-        model: in float32.
-        compute: the dtype that the layers compute in.
-    """
-    import torch
-
-    model.requires_grad_(True)
-    if compute == torch.bfloat16:
-        _compute_in_bfloat16(model)
-    else:
-        fuse(model)
-    return model
-
-
-def _compute_in_bfloat16(model: PreTrainedModel) -> None:
-    from torch import nn
-
-    backbone: Any = model.base_model
-    last = {id(child) for child in backbone.children()}
-    for module in backbone.modules():
-        if isinstance(module, nn.Linear):
-            replace_forward(module, _rounded_linear)
-        elif isinstance(module, nn.Embedding):
-            replace_forward(module, _rounded_embedding)
-        elif next(module.parameters(recurse=False), None) is not None and id(module) not in last:  # a norm in a layer
-            replace_forward(module, _rounded_norm)
-
-
-def _rounded_linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    import torch.nn.functional as F
-
-    return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
-
-
-def _rounded_embedding(embedding: Any, ids: torch.Tensor) -> torch.Tensor:
-    return type(embedding).forward(embedding, ids).bfloat16()
-
-
-def _rounded_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    return type(norm).forward(norm, x).to(x.dtype)
-
-
 def save(model: PeftModel, folder: Path, *, base: str, weights: Mapping[str, torch.Tensor] | None = None) -> None:
     """Write the adapter (never the base) into an existing folder.
 
     Args:
-        base: recorded as the model it belongs to.
-        weights: the trained parameters by name, instead of those the model holds; with several processes it holds parts.
+        base: the base model's name, as it is recorded in the adapter's config.
+        weights: the trained parameters by name, if the model itself holds only this process's part of them.
     """
     model.peft_config["default"].base_model_name_or_path = base
     state = None if weights is None else dict(weights)
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False, state_dict=state)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card is a form with nothing filled in
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card is an empty form
 
 
 def load(model: PreTrainedModel, *folders: Path) -> PeftModel:
-    """The model with adapters from folders on it, the first one switched on, in eval mode.
+    """The model with the adapters of some folders, the first one active, in eval mode.
 
-    In its `peft_config` the first is called "default"; they stand there in the order given.
+    In its `peft_config` they are in the given order; the first is called "default".
 
     Raises:
         ModelError: a folder holds no adapter.
@@ -145,7 +98,7 @@ def load(model: PreTrainedModel, *folders: Path) -> PeftModel:
         from peft import PeftModel
 
     for folder in folders:
-        if not (folder / "adapter_model.safetensors").is_file():
+        if not (folder / _WEIGHTS).is_file():
             hint = "give a folder that PEFT or corral wrote"
             raise ModelError("there is no adapter here", where=str(folder), hint=hint)
     first, *others = folders
@@ -154,3 +107,81 @@ def load(model: PreTrainedModel, *folders: Path) -> PeftModel:
         for number, folder in enumerate(others, start=2):
             adapted.load_adapter(str(folder), f"adapter-{number}")
     return adapted.eval()
+
+
+def check_adapter(folder: Path) -> str:
+    """Check that a PEFT adapter can be loaded, from its config and the header of its weights.
+
+    Returns: its base model, as its config names it.
+
+    Raises:
+        ModelError: its config or its weights cannot be used, or it is no LoRA adapter.
+    """
+    path = folder / ADAPTER_CONFIG
+    config = read_json(path)
+    if config.get("peft_type") != "LORA":
+        raise ModelError(
+            f"the adapter's peft_type is {config.get('peft_type')!r}; corral loads LoRA adapters",
+            where=str(path),
+            hint="merge it with the program that made it, and name the merged model",
+        )
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ModelError(
+            "the adapter does not say which model it belongs to (base_model_name_or_path)",
+            where=str(path),
+            hint="write the model's name or folder there",
+        )
+    weights = folder / _WEIGHTS
+    if not weights.is_file():
+        raise ModelError(f"the adapter has no {_WEIGHTS}, and corral reads no other weights", where=str(folder))
+    tensor_shapes(weights)
+    return base
+
+
+def find_base_model(adapter: Path) -> Path:
+    """The folder of an adapter's base model: `asset:`, `hub:`, a folder or a hub id, as the adapter's config names it.
+
+    If that folder is gone and the adapter lies in a run (which may have been moved), the folder of that name in the run.
+
+    Raises:
+        ModelError: the adapter cannot be used, or its base model is not found or cannot be loaded.
+        AssetError: an unknown, unreachable or damaged asset.
+    """
+    base = check_adapter(adapter)
+    if not base.startswith(("asset:", "hub:")) and not Path(base).expanduser().exists():
+        run = adapter.absolute().parents[1]
+        merged = run.joinpath(*Path(base).parts[-2:])
+        if is_run(run) and merged.is_dir():
+            base = str(merged)
+        elif HUB_ID.fullmatch(base):
+            base = f"hub:{base}"
+    try:
+        return resolve_model(base).folder
+    except ModelError as error:
+        raise ModelError(f"the base model of the adapter: {error.what}", where=str(adapter), hint=error.hint) from error
+
+
+def check_fit(adapter: Path, folder: Path) -> None:
+    """Check that the matrices of a LoRA adapter have the sizes of a model's weights.
+
+    Without this, PEFT skips layers that the model lacks, and vLLM writes a small matrix into the corner of a large one.
+
+    Raises:
+        ModelError: it names the layer.
+    """
+    weights = {name: shape for path in weight_files(folder) for name, shape in tensor_shapes(path).items()}
+    for key, shape in tensor_shapes(adapter / _WEIGHTS).items():
+        layer, _, part = key.removeprefix("base_model.model.").partition(".lora_")
+        weight = weights.get(f"{layer}.weight")
+        if weight is None:
+            problem = f"{folder} has no layer {layer!r}"
+        elif (part == "A.weight" and shape[1] != weight[1]) or (part == "B.weight" and shape[0] != weight[0]):
+            problem = f"its {key} is {shape}, the model's weight {weight}"
+        else:
+            continue
+        raise ModelError(
+            f"the adapter does not fit the model: {problem}",
+            where=str(adapter),
+            hint="name the model that it was trained on as base_model_name_or_path in its adapter_config.json",
+        )

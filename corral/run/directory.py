@@ -47,6 +47,11 @@ class Stage:
     done: bool
 
 
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run directory."""
+    return (path / "recipe.toml").is_file()
+
+
 class Run:
     """An existing run directory; `Run.open` for writing, `Run(path)` for reading.
 
@@ -56,7 +61,7 @@ class Run:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not (path / "recipe.toml").is_file():
+        if not is_run(path):
             raise RunError(
                 "this is not a run directory: it has no recipe.toml",
                 where=str(path),

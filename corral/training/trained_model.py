@@ -138,10 +138,10 @@ def make_trainable(model: PreTrainedModel, setup: TrainingSetup, *, seed: int) -
     """
     import torch
 
-    from corral.model import adapters
+    from corral.model import adapters, full_finetuning
 
     if setup.config.method == "full":
-        return adapters.train_all_weights(model, getattr(torch, setup.dtype))
+        return full_finetuning.train_all_weights(model, getattr(torch, setup.dtype))
     return adapters.attach(model, setup.config.lora, seed=seed)
 
 

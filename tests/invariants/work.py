@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 from corral.evaluation.row_file import RowFile
 from corral.model import adapters, loading
+from corral.model.full_finetuning import train_all_weights
 from corral.model.quantisation import Quantization
 from corral.recipe import Lora, Optimizer, Train
 from corral.storage import new_directory
@@ -70,7 +71,7 @@ class Job:
             quantization = Quantization(config.quantization, config.int8_threshold)
         model: Any = loading.load_model(base, dtype="float32", device="cpu", quantization=quantization)
         if config.method == "full":
-            model = adapters.train_all_weights(model, torch.float32)
+            model = train_all_weights(model, torch.float32)
         else:
             model = adapters.attach(model, config.lora, seed=3)
 

@@ -193,20 +193,18 @@ def test_a_weight_file_cut_anywhere_is_refused_before_it_is_loaded(folder: Path)
         path.write_bytes(data[:cut])
         assert "cut short or damaged" in refusal(folder).what, cut
     path.write_bytes(data + b"\0")
-    assert f"it has {len(data) + 1} bytes, its header says {len(data)}" in refusal(folder).what
+    assert "cut short or damaged" in refusal(folder).what
     path.write_bytes(data)
     assert resolve_model(str(folder)).folder == folder
 
 
 def test_a_weight_header_that_lies_about_its_tensors_is_refused(folder: Path) -> None:
-    for entry in ({"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}, {"dtype": "F32"}, 7, {"dtype": "X"}):
-        header = json.dumps({"w": entry}).encode()
-        (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-        assert "cut short or damaged" in refusal(folder).what
     whole = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-    header = json.dumps({"w": whole, "on top of it": whole}).encode()
-    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    assert "gap or overlap" in refusal(folder).what
+    wrong: list[Any] = [whole | {"shape": [4]}, {"dtype": "F32"}, 7, {"dtype": "X"}]
+    for header in (*({"w": entry} for entry in wrong), {"w": whole, "overlaps": whole | {"data_offsets": [4, 12]}}):
+        text = json.dumps(header).encode()
+        (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+        assert "cut short or damaged" in refusal(folder).what, header
 
 
 def test_a_missing_part_of_a_split_model_is_named(folder: Path) -> None:
@@ -257,7 +255,7 @@ def test_weights_that_do_not_fit_the_config_are_refused_where_random_ones_would_
 
 def test_nothing_is_printed_while_loading(folder: Path) -> None:
     code = "import sys; from pathlib import Path; from corral.model.loading import *\n"
-    code += "f = Path(sys.argv[1]); s = resolve(str(f)); load_model(s); load_tokenizer(f)"
+    code += "f = Path(sys.argv[1]); s = resolve_model(str(f)); load_model(s); load_tokenizer(f)"
     environment = {**os.environ, "CORRAL_CACHE": str(folder.parent / "cache")}
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False, env=environment

@@ -10,6 +10,7 @@ import torch
 
 from corral.errors import ModelError, RecipeError
 from corral.model import adapters, loading
+from corral.model.full_finetuning import train_all_weights
 from corral.model.quantisation import Quantization
 from corral.preflight import estimate, memory
 from corral.preflight.estimate import DEVICES, Device, ModelShape, PackShape
@@ -55,7 +56,7 @@ def test_what_layers_keep_and_weights_take_is_as_estimated(name: str, folder: Pa
     quantization = None if train.quantization == "none" else Quantization(train.quantization)
     model: Any = loading.load_model(folder, dtype="float32" if full else dtype, quantization=quantization)
     compute = getattr(torch, dtype)
-    trained = adapters.train_all_weights(model, compute) if full else adapters.attach(model, train.lora, seed=0)
+    trained = train_all_weights(model, compute) if full else adapters.attach(model, train.lora, seed=0)
     if train.gradient_checkpointing:
         trained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     measured = memory.measure_pass(trained, IDS, POSITIONS)

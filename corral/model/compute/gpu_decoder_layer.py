@@ -96,8 +96,8 @@ def after_attention(
     return x + _linear(F.silu(_linear(normed, gate)) * _linear(normed, up), down)
 
 
-# `torch.compile` fuses the elementwise operations of these three with their neighbours and derives their gradients. So they are
-# written out here, not shared with `lora_linear` (whose backward pass is its own) or torch's rms_norm (a kernel of its own).
+# `torch.compile` fuses the elementwise operations of these three with their neighbours and derives their gradients. So they
+# are written out here, not shared with `lora_linear` (its backward pass is its own) or torch's rms_norm (a separate kernel).
 
 
 def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
