@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from corral.engines.base import Engine
 from corral.errors import ModelError
-from corral.model.adapters import check_fit
 
 if TYPE_CHECKING:
     from corral.model.loading import DType
@@ -55,6 +54,8 @@ def load_engines(
     """
     if name == "openvino":
         return [_load_openvino(folder, dtype, device, adapters)]
+    from corral.model.adapters import check_fit
+
     folders = [adapter for adapter in adapters if adapter is not None]
     for adapter in folders:
         check_fit(adapter, folder)

@@ -16,7 +16,7 @@ def train_all_weights(model: PreTrainedModel, compute: torch.dtype) -> PreTraine
 
     Args:
         model: in float32.
-        compute: bfloat16 makes layers compute with weights and activations rounded to it, and the head in float32. With another
+        compute: with bfloat16, layers compute with weights and activations rounded to it, the head in float32. With another
             dtype (float16 has too small a range), everything computes in float32.
     """
     import torch
