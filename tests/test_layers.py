@@ -97,3 +97,31 @@ def test_help_needs_no_heavy_package() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_module_is_imported_where_posix_only_modules_are_missing() -> None:
+    """As on Windows. Other packages have their own ways there, so that only imports by corral are refused."""
+    code = """
+import builtins, importlib, os, signal, sys
+POSIX_ONLY = {"fcntl", "grp", "posix", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty"}
+original = builtins.__import__
+def refuse(name, globals=None, locals=None, fromlist=(), level=0):
+    if name in POSIX_ONLY and (globals or {}).get("__name__", "").startswith("corral."):
+        raise ModuleNotFoundError(f"{globals['__name__']} imports {name}", name=name)
+    return original(name, globals, locals, fromlist, level)
+builtins.__import__ = refuse
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+for module, names in ((os, ("geteuid", "sched_getaffinity", "sysconf")), (signal, ("SIGHUP", "SIGKILL"))):
+    for name in names:
+        delattr(module, name)
+from corral import interrupts, system
+from corral.run.directory import environment
+assert system.peak_memory() is system.total_memory() is system.process_limit("NOFILE") is None
+assert environment()["memory_bytes"] is None
+with importlib.reload(interrupts).Interrupts():
+    pass
+"""
+    names = [name for name in modules() if name != "corral.__main__" and ".migrations" not in name]
+    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
