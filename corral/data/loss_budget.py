@@ -42,7 +42,7 @@ def check_loss_budget(data: Data, ledger: Mapping[str, Any], where: Path) -> Non
     raise GateError(
         "\n".join(lines),
         where=str(where),
-        hint="mend what the reasons name (`corral inspect RECIPE` shows such rows), or raise data.max_loss",
+        hint="fix what the reasons name (`corral inspect RECIPE` shows such rows), or raise data.max_loss",
     )
 
 
@@ -126,7 +126,7 @@ def _nothing_left_error(data: Data, ledger: Mapping[str, Any], where: str) -> Da
     reasons = [(reason, entry) for reason, entry in all_reasons if entry["fate"] in LOST_FATES]
     lines = [f"no row is left to train on: {ledger['rows']:,} rows read, {counts}", *_reason_lines(reasons)]
     worst = max(reasons, key=lambda item: item[1]["count"], default=("", None))[0]
-    hint = "mend the rows, or set the `format` of data.sources that says what they look like"
+    hint = "fix the rows, or set the `format` of data.sources that says what they look like"
     if worst.startswith(("longer than", "fully masked")):
         hint = f"raise data.max_length (it is {data.max_length})"
         hint += ', or set data.overlong = "truncate"' if data.overlong == "drop" else ""

@@ -161,7 +161,7 @@ def _read_into(source: Source, folder: Path, progress: Progress) -> None:
         raise DataError(
             f"none of the first {len(first)} rows can be read: {first[0].fault}",
             where=source.label,
-            hint="mend the file; broken rows among good ones are left out and counted",
+            hint="fix the file; broken rows among good ones are left out and counted",
         )
     chosen = formats.choose_format(source, [row.value for row in first if row.value is not None])
     with (folder / "records.jsonl").open("wb") as file:

@@ -6,8 +6,9 @@ Takes safetensors, config, tokenizer and licence files only. This module knows n
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from corral.errors import ModelError
 from corral.storage import storage_errors
@@ -33,7 +34,7 @@ def download(spec: str, *, offline: bool, say: Callable[[str], None]) -> Path:
     match = HUB_ID.fullmatch(spec.removeprefix("hub:"))
     if match is None:
         raise ModelError(f"{spec!r} is not a hub id", hint="write hub:OWNER/NAME or hub:OWNER/NAME@REVISION")
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import constants, errors, snapshot_download
 
     repo, revision = match["repo"], match["revision"]
     say(f"fetching {spec}")
@@ -42,63 +43,79 @@ def download(spec: str, *, offline: bool, say: Callable[[str], None]) -> Path:
             repo, revision=revision, allow_patterns=_WANTED, ignore_patterns=["*/*"], local_files_only=offline
         )
     except Exception as error:
-        translated = _hub_error(error, repo, revision)
-        if translated is None:
+        problem = explain_hub_error(error, repo, revision, "model")
+        if problem is None and isinstance(error, errors.EntryNotFoundError):
+            where, hint = f"{constants.ENDPOINT}/{repo}", "choose a repository with safetensors"
+            raise ModelError(f"hub:{repo} holds no file of a model", where=where, hint=hint) from error
+        if problem is None:
             with storage_errors(Path(constants.HF_HUB_CACHE)):
                 raise
-        raise translated from error
+        raise ModelError(problem.what, where=problem.where, hint=problem.hint) from error
     return Path(folder)
 
 
-def _hub_error(error: Exception, repo: str, revision: str | None) -> ModelError | None:
-    """What went wrong at the model hub, in words; None if it is not the hub's doing (a full disk, say)."""
+class HubProblem(NamedTuple):
+    """What an error says about the hub, in the parts of a CorralError."""
+
+    what: str
+    where: str
+    hint: str
+    is_unreachable: bool = False
+
+
+def explain_hub_error(
+    error: Exception, repo: str, revision: str | None, kind: Literal["model", "data set"]
+) -> HubProblem | None:
+    """What went wrong at the hub; None if the error is not the hub's (a full disk, say)."""
     from huggingface_hub import constants, errors
 
-    endpoint = constants.ENDPOINT
-    page = f"{endpoint}/{repo}"
+    page = f"{constants.ENDPOINT}/{'' if kind == 'model' else 'datasets/'}{repo}"
+    terms = "licence" if kind == "model" else "terms"
     token = "make a token there, then set HF_TOKEN or run `hf auth login`"
     # A refusal other than 401 comes wrapped in "not in the local cache".
-    status = next((s for s in map(_status, (error, error.__cause__)) if s is not None), None)
-    if isinstance(error, errors.GatedRepoError) or status == 403:
-        return ModelError(
-            f"hub:{repo} is gated: its licence must be accepted first (HTTP {status})",
-            where=page,
-            hint=f"sign in at {page}, accept the licence, {token}",
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return ModelError(
-            f"hub:{repo} has no revision {revision!r}", where=page, hint="leave @REVISION out, or correct it"
-        )
-    if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
-        return ModelError(
-            f"the hub knows no model {repo!r}, or it is private (HTTP {status})",
-            where=page,
-            hint=f"check the spelling; for a private or gated model, {token}",
-        )
-    if isinstance(error, errors.HFValidationError):
-        return ModelError(f"{repo!r} is not a hub id: {error}", hint="write hub:OWNER/NAME")
-    if status is not None:
-        return ModelError(f"the model hub answered HTTP {status} for {repo}", where=page, hint="try again later")
-    if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)) or _is_network(error):
-        return ModelError(
-            f"hub:{repo} is not in the local cache, and the model hub cannot be reached",
-            where=endpoint,
-            hint="check the network and HF_ENDPOINT (HF_HUB_OFFLINE must not be set), or use an asset: or a local folder",
-        )
-    if isinstance(error, errors.EntryNotFoundError):
-        return ModelError(
-            f"hub:{repo} holds no file of a model", where=page, hint="choose a repository with safetensors"
-        )
+    causes = list(_causes(error))
+    statuses = (getattr(getattr(cause, "response", None), "status_code", None) for cause in causes)
+    status: int | None = next((status for status in statuses if status is not None), None)
+
+    def caused_by(*types: type[BaseException]) -> bool:
+        return any(isinstance(cause, types) for cause in causes)
+
+    if caused_by(errors.GatedRepoError) or status == 403:
+        what = f"hub:{repo} is gated: its {terms} must be accepted first (HTTP {status})"
+        return HubProblem(what, page, f"sign in at {page}, accept the {terms}, {token}")
+    if caused_by(errors.RevisionNotFoundError):
+        return HubProblem(f"hub:{repo} has no revision {revision!r}", page, "leave @REVISION out, or correct it")
+    if caused_by(errors.RepositoryNotFoundError) or status == 401:
+        what = f"the hub knows no {kind} {repo!r}, or it is private (HTTP {status})"
+        return HubProblem(what, page, f"check the spelling; for a private or gated {kind}, {token}")
+    if caused_by(errors.HFValidationError):
+        return HubProblem(f"{repo!r} is not a hub id: {error}", page, "write hub:OWNER/NAME")
+    # `datasets` asks for files that need not exist.
+    if status is not None and status >= 400 and (status != 404 or kind == "model"):
+        return HubProblem(f"the hub answered HTTP {status} for {repo}", page, "try again later")
+    # The base class varies with the HTTP client that huggingface_hub was built on.
+    http_error: type[Exception] = vars(errors)["HTTPError"]
+    if caused_by(
+        errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, http_error, ConnectionError, TimeoutError
+    ):
+        return unreachable_hub(repo, kind)
     return None
 
 
-def _status(error: BaseException | None) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
+def unreachable_hub(repo: str, kind: Literal["model", "data set"]) -> HubProblem:
+    """The problem that the hub cannot be reached, or that offline mode forbids it."""
+    from huggingface_hub import constants
+
+    instead = "use an asset: or a local folder" if kind == "model" else "name a local file or folder"
+    return HubProblem(
+        f"hub:{repo} is not in the local cache, and the hub cannot be reached",
+        constants.ENDPOINT,
+        f"check the network and HF_ENDPOINT (HF_HUB_OFFLINE must not be set), or {instead}",
+        is_unreachable=True,
+    )
 
 
-def _is_network(error: Exception) -> bool:
-    """Whether an HTTP client raised it: its base class varies with the client that huggingface_hub was built on."""
-    from huggingface_hub import errors
-
-    http_error: type[Exception] = vars(errors)["HTTPError"]
-    return isinstance(error, (http_error, ConnectionError, TimeoutError))
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -188,7 +188,7 @@ def test_work_is_done_once_for_each_item_in_this_process_or_in_others(workers: i
 
 def refuse(item: int) -> int:
     if item == 3:
-        raise DataError("row 3 is bad", where="here", hint="mend it")
+        raise DataError("row 3 is bad", where="here", hint="fix it")
     return item
 
 
@@ -196,7 +196,7 @@ def refuse(item: int) -> int:
 def test_an_error_in_a_worker_reaches_the_caller_with_location_and_hint(workers: int) -> None:
     with pytest.raises(DataError) as caught:
         list(map_in_processes(refuse, range(8), workers))
-    assert (caught.value.what, caught.value.where, caught.value.hint) == ("row 3 is bad", "here", "mend it")
+    assert (caught.value.what, caught.value.where, caught.value.hint) == ("row 3 is bad", "here", "fix it")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="work is done in other processes on Linux only")

@@ -1,4 +1,4 @@
-"""Plans and ledgers made on the spot; that `prepare` refuses is in test_prepared and test_prepared_mixture."""
+"""Losses of plans and ledgers made for the test; `prepare` as a whole is tested in test_prepare and test_prepare_mixture."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_the_worst_reason_decides_the_advice_of_a_nothing_left_error(check: Chec
     lines, hint = said({"no answer": 3, "longer than 60 tokens": 2}, max_length=60)
     assert lines[0] == "no row is left to train on: 5 rows read, 5 dropped"
     assert lines[1].startswith("  3 × no answer")
-    assert hint.startswith("mend the rows, or set the `format`")
+    assert hint.startswith("fix the rows, or set the `format`")
     _, hint = said({"no answer": 1, "longer than 60 tokens": 2}, max_length=60)
     assert hint == 'raise data.max_length (it is 60), or set data.overlong = "truncate"'
     _, hint = said({"fully masked: none of its first": 2}, max_length=60, overlong="truncate")

@@ -1,4 +1,4 @@
-"""Each step on the plans of real rows; the whole, from files to sides, is in test_prepared and test_prepared_mixture."""
+"""Each step on the plans of real rows; `prepare` as a whole is tested in test_prepare and test_prepare_mixture."""
 
 from __future__ import annotations
 

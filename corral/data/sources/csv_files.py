@@ -50,7 +50,7 @@ def read_csv(file: SourceFile) -> Iterator[RawRow]:
         if cells is None:
             return
         if reason is not None:
-            raise DataError(f"the header cannot be read: {reason}", where=file.where, hint="mend the first line")
+            raise DataError(f"the header cannot be read: {reason}", where=file.where, hint="fix the first line")
     names = _check_header(cells, file, delimiter)
     spaced = any(f"{delimiter} " in text for _, text, _ in feed.record)
     number = 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
@@ -20,7 +20,7 @@ from typing import Any
 from corral.data.sources.files import SourceFile, require_kind
 from corral.data.sources.local_files import make_local_file
 from corral.errors import CorralError, DataError, StorageError
-from corral.model.hub import HUB_ID
+from corral.model.hub import HUB_ID, HubProblem, explain_hub_error, unreachable_hub
 from corral.recipe import Source
 from corral.storage import cache_root, storage_errors, write_json
 
@@ -80,7 +80,7 @@ def _resolve_split(repo: str, revision: str | None, config: str | None, split: s
     pinned_file = cache_root() / "identities" / f"hub-{key}.json"
     try:
         if constants.HF_HUB_OFFLINE:
-            raise _unreachable_error(repo)
+            raise _data_error(unreachable_hub(repo, "data set"))
         resolved = _query_hub(repo, revision, config, split)
     except _UnreachableError:
         with suppress(OSError, ValueError, KeyError, TypeError):
@@ -159,54 +159,15 @@ class _UnreachableError(DataError):
     """The hub cannot be reached, or offline mode forbids it."""
 
 
-def _unreachable_error(repo: str) -> _UnreachableError:
-    from huggingface_hub import constants
-
-    return _UnreachableError(
-        f"hub:{repo} is not in the local cache, and the hub cannot be reached",
-        where=constants.ENDPOINT,
-        hint="check the network and HF_ENDPOINT (HF_HUB_OFFLINE must not be set), or name a local file or folder",
-    )
-
-
 def _hub_error(error: Exception, repo: str, revision: str | None) -> DataError | None:
     """The DataError for an error of the hub; None if the error is not the hub's."""
-    from huggingface_hub import errors
+    problem = explain_hub_error(error, repo, revision, "data set")
+    return None if problem is None else _data_error(problem)
 
-    page = _page(repo)
-    token = "make a token there, then set HF_TOKEN or run `hf auth login`"
-    causes = list(_causes(error))
-    status = next((s for s in map(_http_status, causes) if s is not None), None)
 
-    def caused_by(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(cause, kinds) for cause in causes)
-
-    if caused_by(errors.GatedRepoError) or status == 403:
-        return DataError(
-            f"hub:{repo} is gated: its terms must be accepted first (HTTP {status})",
-            where=page,
-            hint=f"sign in at {page}, accept the terms, {token}",
-        )
-    if caused_by(errors.RevisionNotFoundError):
-        return DataError(
-            f"hub:{repo} has no revision {revision!r}", where=page, hint="leave @REVISION out, or correct it"
-        )
-    if caused_by(errors.RepositoryNotFoundError) or status == 401:
-        return DataError(
-            f"the hub knows no data set {repo!r}, or it is private (HTTP {status})",
-            where=page,
-            hint=f"check the spelling; for a private or gated data set, {token}",
-        )
-    if caused_by(errors.HFValidationError):
-        return DataError(f"{repo!r} is not a hub id", hint="write hub:OWNER/NAME")
-    if status is not None and status >= 400 and status != 404:
-        return DataError(f"the hub answered HTTP {status} for {repo}", where=page, hint="try again later")
-    http_error: type[Exception] = vars(errors)["HTTPError"]
-    if caused_by(
-        errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, http_error, ConnectionError, TimeoutError
-    ):
-        return _unreachable_error(repo)
-    return None
+def _data_error(problem: HubProblem) -> DataError:
+    error = _UnreachableError if problem.is_unreachable else DataError
+    return error(problem.what, where=problem.where, hint=problem.hint)
 
 
 def _builder_error(error: Exception, repo: str, config: str | None) -> DataError | None:
@@ -246,13 +207,3 @@ def _page(repo: str) -> str:
     from huggingface_hub import constants
 
     return f"{constants.ENDPOINT}/datasets/{repo}"
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _http_status(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)

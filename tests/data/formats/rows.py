@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import pytest
+
+from corral.data.formats import FormatError
 from corral.messages import Conversation, Feedback, Preference, Record, Text
 
 TURNS = [{"role": "user", "content": "Which is larger?"}, {"role": "assistant", "content": "The sun."}]
@@ -190,3 +194,10 @@ NAMED: dict[str, tuple[dict[str, Any], tuple[str | int, ...], Record]] = {
     ),
 }
 GOOD = SHAPES | NAMED
+
+
+def reason(function: Callable[[Mapping[str, Any]], Any], row: Mapping[str, Any]) -> str:
+    """The reason a format gives for refusing a row."""
+    with pytest.raises(FormatError) as caught:
+        function(row)
+    return caught.value.reason

@@ -9,7 +9,7 @@ import pytest
 
 from corral.data.formats.chat_messages import hh_chosen, openai_messages, sharegpt
 from corral.messages import Conversation
-from tests.data.formats.reasons import reason
+from tests.data.formats.rows import reason
 
 USER = {"role": "user", "content": "Hello?"}
 ASSISTANT = {"role": "assistant", "content": "Hello."}

@@ -17,7 +17,7 @@ from corral.data.formats.fields import ContradictionError
 from corral.errors import DataError
 from corral.messages import Conversation, Feedback, Message, Preference
 from corral.recipe import Mapping
-from tests.data.formats.reasons import reason
+from tests.data.formats.rows import reason
 
 ROW: dict[str, Any] = {
     "title": "Hats",

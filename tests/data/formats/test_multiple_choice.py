@@ -8,7 +8,7 @@ from corral.data.formats.fields import ContradictionError
 from corral.data.formats.multiple_choice import AnswerNumbering, infer_numbering, multiple_choice
 from corral.errors import DataError
 from corral.messages import Conversation
-from tests.data.formats.reasons import reason
+from tests.data.formats.rows import reason
 
 QUESTION = {"question": "Which?"}
 EXPECTED = Conversation.from_turns(("user", "Which?\n\nA. red\nB. blue\nC. B"), ("assistant", "B. blue"))

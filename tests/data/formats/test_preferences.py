@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from corral.data.formats.preferences import feedback, preference
 from corral.messages import Conversation, Feedback, Preference
-from tests.data.formats.reasons import reason
-from tests.data.formats.rows import HH, HH_WORSE
+from tests.data.formats.rows import HH, HH_WORSE, reason
 
 PROMPT = Conversation.from_turns(("user", "Hello?"))
 PAIR = Preference(PROMPT, "Hello.", "No.")

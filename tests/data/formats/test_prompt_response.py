@@ -6,7 +6,7 @@ import pytest
 
 from corral.data.formats.prompt_response import alpaca, plain_text, prompt_completion, question_answer
 from corral.messages import INPUT_HEADING, Conversation, Text
-from tests.data.formats.reasons import reason
+from tests.data.formats.rows import reason
 
 
 @pytest.mark.parametrize("empty", [{}, {"input": ""}, {"input": None}, {"input": " \n"}, {"input": float("nan")}])

@@ -9,8 +9,7 @@ import pytest
 from corral.data.formats import FORMATS
 from corral.data.formats.public_datasets import PUBLIC_DATASETS, find_by_hub_path
 from corral.messages import Conversation
-from tests.data.formats.reasons import reason
-from tests.data.formats.rows import GOOD, TURNS
+from tests.data.formats.rows import GOOD, TURNS, reason
 
 PAIR = GOOD["ultrafeedback-binarized"][2]
 WORSE = [TURNS[0], {"role": "assistant", "content": "The moon."}]

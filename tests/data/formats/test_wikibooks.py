@@ -10,7 +10,7 @@ from corral.data.formats.wikibooks import wikibooks_recipes
 from corral.data.sources import read_rows
 from corral.messages import Conversation
 from corral.recipe import Source
-from tests.data.formats.reasons import reason
+from tests.data.formats.rows import reason
 
 RECIPE = {"title": "Toast", "ingredients": ["bread", "butter", "salt"], "steps": ["Toast the bread.", "Butter it."]}
 

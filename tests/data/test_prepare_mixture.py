@@ -130,17 +130,6 @@ def test_a_weight_neither_counts_as_loss_nor_hides_one(prepared: Prepare, tmp_pa
     assert "beyond the weight" not in caught.value.what
 
 
-def test_a_weighted_source_without_training_rows_is_refused(prepared: Prepare, tmp_path: Path) -> None:
-    a = source(write_rows(tmp_path / "a.jsonl", chats(20)), weight=1)
-    b = source(write_rows(tmp_path / "b.jsonl", chats(20)), weight=2)
-    with pytest.raises(DataError, match="'b' has the weight 2 and no row to train on") as caught:
-        prepared(a, b, into=tmp_path / "stage")
-    assert "remove this source, or every `weight`" in str(caught.value.hint)
-    assert {row["fate"] for row in table(tmp_path / "stage") if row["source"] == "b"} == {"duplicate"}
-    with pytest.raises(DataError, match="no row is left to train on: 1 rows read, 1 dropped"):
-        prepared(source(write_rows(tmp_path / "c.jsonl", [{"messages": []}]), format="messages", weight=1))
-
-
 def test_training_rows_that_share_passages_with_held_out_rows_are_reported_or_dropped(
     prepared: Prepare, tmp_path: Path
 ) -> None:
