@@ -22,7 +22,7 @@ from corral.interrupts import Interrupts
 def say(text):
     print(text, flush=True)
 
-def work(deferred, seconds=30.0, on_request=lambda: say("asked")):
+def work(deferred, seconds=30.0, on_request=lambda: say("requested")):
     interrupts = Interrupts(on_request)
     with interrupts:
         try:
@@ -52,15 +52,15 @@ def start(code: str, **kwargs: object) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_the_first_signal_asks_and_the_work_ends_in_order(number: signal.Signals) -> None:
+def test_the_first_signal_requests_a_stop_and_the_work_ends_in_order(number: signal.Signals) -> None:
     process = start("work(deferred=True)")
     process.send_signal(number)
-    assert process.communicate()[0] == "asked\ncheckpoint\nstopped\n"
+    assert process.communicate()[0] == "requested\ncheckpoint\nstopped\n"
     assert process.returncode == 128 + number
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_where_nothing_is_gentle_a_signal_stops_at_once(number: signal.Signals) -> None:
+def test_outside_deferred_a_signal_stops_at_once(number: signal.Signals) -> None:
     process = start("work(deferred=False)")
     process.send_signal(number)
     assert process.communicate()[0] == "stopped\n"
@@ -71,7 +71,7 @@ def test_the_second_signal_stops_at_once() -> None:
     process = start("work(deferred=True)")
     process.send_signal(signal.SIGTERM)
     assert process.stdout is not None
-    assert process.stdout.readline() == "asked\n"
+    assert process.stdout.readline() == "requested\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate()[0] == "stopped\n", "no checkpoint"
     assert process.returncode == 130
@@ -83,11 +83,11 @@ def test_under_nohup_a_closed_terminal_stops_nothing() -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.2)
     process.send_signal(signal.SIGTERM)
-    assert process.communicate()[0] == "asked\ncheckpoint\nstopped\n"
+    assert process.communicate()[0] == "requested\ncheckpoint\nstopped\n"
 
 
 @pytest.mark.parametrize("fault", ["OSError('nobody listens')", "RuntimeError('reentrant call')"])
-def test_a_request_that_cannot_be_told_is_a_request_all_the_same(fault: str) -> None:
+def test_a_request_that_cannot_be_reported_still_stops_the_work(fault: str) -> None:
     process = start(f"def fail(): raise {fault}\nwork(deferred=True, on_request=fail)")
     process.send_signal(signal.SIGTERM)
     assert process.communicate()[0] == "checkpoint\nstopped\n"
@@ -116,7 +116,7 @@ work(deferred=True)
     os.close(master)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 129
-    assert log.read_text() == "ready\nasked\ncheckpoint\nstopped\n"
+    assert log.read_text() == "ready\nrequested\ncheckpoint\nstopped\n"
 
 
 def test_a_worker_thread_is_not_interrupted_and_the_main_thread_is() -> None:
@@ -151,13 +151,13 @@ def test_afterwards_the_handlers_are_those_from_before(handlers: dict[int, objec
 
 
 def test_in_another_thread_handlers_are_left_alone(handlers: dict[int, object]) -> None:
-    found: list[dict[int, object]] = []
+    seen: list[dict[int, object]] = []
 
     def enter() -> None:
         with Interrupts():
-            found.append({n: signal.getsignal(n) for n in handlers})
+            seen.append({n: signal.getsignal(n) for n in handlers})
 
     thread = threading.Thread(target=enter)
     thread.start()
     thread.join()
-    assert found == [handlers]
+    assert seen == [handlers]

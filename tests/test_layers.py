@@ -27,15 +27,15 @@ def modules() -> dict[str, ast.Module]:
 
 
 def imports(tree: ast.Module, known: set[str]) -> set[str]:
-    found: set[str] = set()
+    imported_names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imported_names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            found |= {
+            imported_names |= {
                 f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in known else node.module for a in node.names
             }
-    return {name for name in found if name.startswith("corral.")}
+    return {name for name in imported_names if name.startswith("corral.")}
 
 
 def top(name: str) -> str:
@@ -78,7 +78,7 @@ def test_packages_import_each_other_without_a_circle() -> None:
     for name, tree in trees.items():
         if name != "corral":
             graph.setdefault(top(name), set()).update(top(i) for i in imports(tree, set(trees)) if i != "corral")
-    assert_no_circle({name: found - {name} for name, found in graph.items()})
+    assert_no_circle({name: imported_names - {name} for name, imported_names in graph.items()})
 
 
 def test_every_module_has_a_docstring_and_every_package_but_eight_files_is_a_folder() -> None:

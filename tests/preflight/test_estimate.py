@@ -49,7 +49,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_layers_keep_and_weights_take_is_as_estimated(name: str, folder: Path) -> None:
+def test_measured_activations_and_weights_are_as_estimated(name: str, folder: Path) -> None:
     settings, lora, dtype = CASES[name]
     full = settings.get("method") == "full"
     train = Train.model_validate(settings if full else {**settings, "lora": lora})
@@ -96,19 +96,19 @@ def test_rates_are_those_that_the_assumed_share_was_taken_from() -> None:
 def test_a_setting_that_saves_memory_or_costs_time_does_so_in_the_estimate() -> None:
     device, pack = DEVICES["a100-80g"], PackShape(8192, 2000, 300)
 
-    def of(**settings: Any) -> tuple[int, float]:
+    def estimate_with(**settings: Any) -> tuple[int, float]:
         train = Train(**settings)
         return (
             estimate.memory(LLAMA_8B, train, pack, device, "bfloat16").total,
             estimate.tokens_per_second(LLAMA_8B, train, pack, device, "bfloat16"),
         )
 
-    memory, rate = of()
+    memory, rate = estimate_with()
     for settings in ({"gradient_checkpointing": True}, {"quantization": "nf4"}, {"quantization": "int8"}):
-        less, slower = of(**settings)
+        less, slower = estimate_with(**settings)
         assert less < memory
         assert slower < rate
-    more, _ = of(method="full")
+    more, _ = estimate_with(method="full")
     assert more > memory + 8e9 * 12
 
 

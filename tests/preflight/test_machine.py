@@ -1,4 +1,4 @@
-"""Limits of memory, read from files laid out as Linux has them."""
+"""Memory limits, read from files as Linux lays them out."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ def _cgroup(folder: Path, version: int, limit: str, used: int, files: int) -> No
     (folder / "memory.stat").write_text(f"anon 1\n{'' if version == 2 else 'total_'}inactive_file {files}\n")
 
 
-def test_the_tightest_cgroup_of_a_process_counts_and_read_files_do_not(tmp_path: Path) -> None:
+def test_the_lowest_limit_of_a_processs_cgroups_counts_without_its_page_cache(tmp_path: Path) -> None:
     listing = tmp_path / "cgroup"
     listing.write_text("0::/user/session\n")
     _cgroup(tmp_path / "user", 2, "8000", 3000, 500)
     _cgroup(tmp_path / "user/session", 2, "max", 100, 0)
-    found = list(machine.cgroup_limits(tmp_path, listing))
-    assert [(each.free, each.total) for each in found] == [(5500, 8000)]
+    limits = list(machine.cgroup_limits(tmp_path, listing))
+    assert [(each.free, each.total) for each in limits] == [(5500, 8000)]
 
 
 def test_cgroups_of_the_first_version_and_inside_a_container(tmp_path: Path) -> None:
     listing = tmp_path / "cgroup"
     listing.write_text("5:devices:/\n4:memory:/docker/abc\n")
     _cgroup(tmp_path / "memory", 1, "6000", 1000, 200)
-    found = list(machine.cgroup_limits(tmp_path, listing))
-    assert [(each.free, each.total) for each in found] == [(5200, 6000)]
+    limits = list(machine.cgroup_limits(tmp_path, listing))
+    assert [(each.free, each.total) for each in limits] == [(5200, 6000)]
     _cgroup(tmp_path / "memory", 1, str(2**63 - 4096), 1000, 200)
     assert list(machine.cgroup_limits(tmp_path, listing)) == []
 
@@ -37,6 +37,6 @@ def test_cgroups_of_the_first_version_and_inside_a_container(tmp_path: Path) -> 
 def test_this_machine_has_memory_and_disk(tmp_path: Path) -> None:
     here = machine.cpu_memory()
     assert 0 < here.free <= here.total
-    free, place = machine.free_disk(tmp_path / "not" / "there")
+    free, folder = machine.free_disk(tmp_path / "not" / "there")
     assert free > 0
-    assert place == tmp_path
+    assert folder == tmp_path

@@ -33,7 +33,7 @@ class Listener(Progress):
         self._act(title)
 
 
-def make(folder: Path, model: Path, *settings: str, rows: int = 40) -> recipes.Recipe:
+def make_recipe(folder: Path, model: Path, *settings: str, rows: int = 40) -> recipes.Recipe:
     lines = [
         json.dumps(
             {
@@ -57,7 +57,7 @@ def make(folder: Path, model: Path, *settings: str, rows: int = 40) -> recipes.R
     return recipes.parse(text, where="test", base=folder, overrides=settings)
 
 
-def shown(plan: Plan) -> str:
+def rendered(plan: Plan) -> str:
     console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(render(plan))
     return console.export_text()
@@ -66,7 +66,7 @@ def shown(plan: Plan) -> str:
 @pytest.fixture(scope="module")
 def measured(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Listener, Path]:
     folder, listener = tmp_path_factory.mktemp("plan"), Listener()
-    plan = planner.plan(make(folder, tiny_folder), folder / "runs" / "tiny", listener)
+    plan = planner.plan(make_recipe(folder, tiny_folder), folder / "runs" / "tiny", listener)
     return plan, listener, folder
 
 
@@ -99,16 +99,16 @@ def test_the_estimate_for_this_machine_is_near_what_was_measured(measured: tuple
     off = plan.stages[0].estimate_error
     assert off is not None
     assert abs(off["memory"]) < 0.3
-    assert f"{off['memory']:+.0%} in memory" in shown(plan)
+    assert f"{off['memory']:+.0%} in memory" in rendered(plan)
 
 
-def test_nothing_is_left_where_the_run_is_going_to_be(measured: tuple[Plan, Listener, Path]) -> None:
+def test_nothing_is_left_beside_the_future_run(measured: tuple[Plan, Listener, Path]) -> None:
     assert [path.name for path in measured[2].iterdir()] == ["rows.jsonl"]
 
 
 def test_a_plan_reads_well_in_a_terminal_and_as_json(measured: tuple[Plan, Listener, Path]) -> None:
     plan = measured[0]
-    text = shown(plan)
+    text = rendered(plan)
     assert max(map(len, text.splitlines())) <= 100
     for words in ("gradients and optimizer", "kill -9 and resume", "verdict: fits", "checkpoints", "tokens/s"):
         assert words in text
@@ -121,21 +121,23 @@ def test_too_little_memory_is_a_verdict_with_what_to_change(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "cpu_memory", lambda: MemoryLimit(40_000_000, 10**9, "a limit"))
-    plan = planner.plan(make(tmp_path, tiny_folder), tmp_path / "run", Listener())
+    plan = planner.plan(make_recipe(tmp_path, tiny_folder), tmp_path / "run", Listener())
     (stage,) = plan.stages
     assert plan.verdict == stage.verdict == "does not fit"
     assert "ran out of memory while" in stage.reason
-    assert "verdict: does not fit" in shown(plan)
+    assert "verdict: does not fit" in rendered(plan)
 
 
-def test_a_child_that_something_kills_leaves_the_verdict_undecided(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_child_killed_from_outside_leaves_the_verdict_undecided(tiny_folder: Path, tmp_path: Path) -> None:
     def kill(title: str) -> None:
         if title.endswith("training on the longest rows"):
             for child in multiprocessing.active_children():
                 os.kill(child.pid or 0, signal.SIGKILL)
 
     plan = planner.plan(
-        make(tmp_path, tiny_folder, "train.0.steps=4000", "train.0.batch_size=20"), tmp_path / "run", Listener(kill)
+        make_recipe(tmp_path, tiny_folder, "train.0.steps=4000", "train.0.batch_size=20"),
+        tmp_path / "run",
+        Listener(kill),
     )
     assert plan.verdict == "undecided"
     assert "it was killed while training on the longest rows" in plan.reasons[0]
@@ -147,27 +149,29 @@ def test_an_estimate_needs_no_weights(tiny_folder: Path, tmp_path: Path) -> None
     for file in tiny_folder.iterdir():
         if file.suffix != ".safetensors":
             (bare / file.name).write_bytes(file.read_bytes())
-    plan = planner.plan(make(tmp_path, bare), tmp_path / "run", Listener(), device="t4")
+    plan = planner.plan(make_recipe(tmp_path, bare), tmp_path / "run", Listener(), device="t4")
     assert plan.estimated
     assert plan.verdict == "fits"
     assert plan.stages[0].tried is None
     assert any("not checked on this machine: its weights are not here" in note for note in plan.notes)
-    assert "estimate for T4" in shown(plan)
+    assert "estimate for T4" in rendered(plan)
     with pytest.raises(ModelError):
-        planner.plan(make(tmp_path, bare), tmp_path / "run", Listener())
+        planner.plan(make_recipe(tmp_path, bare), tmp_path / "run", Listener())
 
 
-def test_what_makes_a_recipe_impossible_is_one_error(tiny_folder: Path, tmp_path: Path) -> None:
+def test_an_impossible_recipe_is_one_error(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no figure for the device 'abacus'"):
-        planner.plan(make(tmp_path, tiny_folder), tmp_path / "run", Listener(), device="abacus")
+        planner.plan(make_recipe(tmp_path, tiny_folder), tmp_path / "run", Listener(), device="abacus")
     with pytest.raises(DataError):
-        planner.plan(make(tmp_path, tiny_folder, rows=0), tmp_path / "run", Listener())
+        planner.plan(make_recipe(tmp_path, tiny_folder, rows=0), tmp_path / "run", Listener())
     with pytest.raises(ModelError, match="no linear layer called 'w_proj'"):
-        planner.plan(make(tmp_path, tiny_folder, 'train.0.lora.targets=["w_proj"]'), tmp_path / "run", Listener())
+        planner.plan(
+            make_recipe(tmp_path, tiny_folder, 'train.0.lora.targets=["w_proj"]'), tmp_path / "run", Listener()
+        )
 
 
-def test_a_batch_larger_than_the_rows_is_said(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_batch_larger_than_the_rows_is_noted(tiny_folder: Path, tmp_path: Path) -> None:
     plan: Any = planner.plan(
-        make(tmp_path, tiny_folder, "train.0.batch_size=200"), tmp_path / "run", Listener(), device="h100"
+        make_recipe(tmp_path, tiny_folder, "train.0.batch_size=200"), tmp_path / "run", Listener(), device="h100"
     )
     assert any("more than once" in note for note in plan.notes)

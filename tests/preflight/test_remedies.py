@@ -16,7 +16,7 @@ LLAMA_8B = ModelShape(32, 4096, 14336, 32, 8, 128, 128256, tied=False)
 LENGTHS = [300] * 90 + [1800] * 10
 
 
-def find(train: Train, device: str, *, max_length: int = 2048, correction: int = 0) -> list[Remedy]:
+def remedies_for(train: Train, device: str, *, max_length: int = 2048, correction: int = 0) -> list[Remedy]:
     longest = PackShape(8192, 4000, 700)
     work = Workload(100, 10**6, 100, (0,), longest, (0,), longest, 1, 1000, (0,), 100, 1, 8192, exact=True)
     of = DEVICES[device]
@@ -25,33 +25,33 @@ def find(train: Train, device: str, *, max_length: int = 2048, correction: int =
     )
 
 
-def test_what_costs_nothing_comes_first_and_the_first_that_is_enough_is_the_last() -> None:
-    found = find(Train(), "t4")
-    assert found[0].settings == ("train.0.pack_length=4096",)
-    keys = [remedy.settings[0].split("=")[0] for remedy in found]
+def test_free_changes_come_first_and_the_list_ends_with_the_first_that_is_enough() -> None:
+    remedies = remedies_for(Train(), "t4")
+    assert remedies[0].settings == ("train.0.pack_length=4096",)
+    keys = [remedy.settings[0].split("=")[0] for remedy in remedies]
     assert keys.index("train.0.gradient_checkpointing") < keys.index("train.0.quantization")
-    assert [remedy.fits for remedy in found] == [False] * (len(found) - 1) + [True]
-    assert all(later.memory < earlier.memory for earlier, later in pairwise(found))
+    assert [remedy.fits for remedy in remedies] == [False] * (len(remedies) - 1) + [True]
+    assert all(later.memory < earlier.memory for earlier, later in pairwise(remedies))
 
 
-def test_full_training_is_given_up_for_an_adapter_before_weights_are_rounded() -> None:
-    keys = [remedy.settings[0] for remedy in find(Train(method="full"), "t4")]
+def test_an_adapter_instead_of_full_training_comes_before_rounded_weights() -> None:
+    keys = [remedy.settings[0] for remedy in remedies_for(Train(method="full"), "t4")]
     assert keys.index("train.0.optimizer.kind=adamw_8bit") < keys.index("train.0.method=lora")
     assert keys.index("train.0.method=lora") < keys.index("train.0.quantization=nf4")
 
 
 def test_shorter_rows_come_late_and_say_how_many_are_lost() -> None:
-    found = find(Train(), "t4", correction=8 * 10**9)
-    shorter = [remedy for remedy in found if remedy.settings[0].startswith("data.max_length")]
+    remedies = remedies_for(Train(), "t4", correction=8 * 10**9)
+    shorter = [remedy for remedy in remedies if remedy.settings[0].startswith("data.max_length")]
     assert shorter[0].settings == ("data.max_length=1024", "train.0.pack_length=1024")
     assert shorter[0].cost.startswith("10.0%")
-    assert "nf4" in found[found.index(shorter[0]) - 1].settings[0]
+    assert "nf4" in remedies[remedies.index(shorter[0]) - 1].settings[0]
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_every_change_is_a_setting_that_a_recipe_takes_after_those_before_it(method: str) -> None:
+def test_a_recipe_accepts_every_change_together_with_those_before_it(method: str) -> None:
     settings: list[str] = []
-    for remedy in find(Train.model_validate({"method": method}), "t4", correction=20 * 10**9):
+    for remedy in remedies_for(Train.model_validate({"method": method}), "t4", correction=20 * 10**9):
         settings += remedy.settings
         text = 'name = "x"\nmodel.base = "x"\ndata = { max_length = 2048, sources = [{ path = "x" }] }\n'
         text += f'train = [{{ method = "{method}" }}]'

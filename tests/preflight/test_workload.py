@@ -1,4 +1,4 @@
-"""What a stage has to compute, from rows made here."""
+"""The workload of a stage, from rows made here."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_steps_tokens_and_the_longest_pack_are_those_of_the_order(prepared: Any)
     assert work.evaluated == int(prepared.validation.lengths.sum())
 
 
-def test_packs_made_shorter_are_no_longer_than_asked(prepared: Any) -> None:
+def test_shorter_packs_have_at_most_the_given_length(prepared: Any) -> None:
     work = Workload.from_stage(Train(steps=2, batch_size=8), prepared, 128, 1, "cpu")
     assert work.longest_within(10**6) == work.longest
     assert work.longest_within(50).tokens == 50

@@ -24,39 +24,41 @@ def recipe(*variants: str, base: Path | None = None, more: str = "") -> Recipe:
     return parse(PLAIN + more + "".join(f"[[evaluate.variants]]\n{v}\n" for v in variants), where="test", base=base)
 
 
-def test_a_variant_differs_from_answer_by_what_it_names_only() -> None:
-    made = recipe('name = "shots"\nanswer = { shots = { count = 4 }, consensus = { method = "rouge-l" } }')
-    settings = made.evaluate.variants[0].answer_settings(made.answer)
+def test_a_variant_takes_settings_that_it_does_not_give_from_answer() -> None:
+    loaded = recipe('name = "shots"\nanswer = { shots = { count = 4 }, consensus = { method = "rouge-l" } }')
+    settings = loaded.evaluate.variants[0].answer_settings(loaded.answer)
     assert (settings.shots.count, settings.consensus.method) == (4, "rouge-l")
     assert (settings.max_tokens, settings.temperature, settings.consensus.n) == (64, 0.5, 5)
 
 
-def test_a_variant_follows_answer_also_after_the_recipe_was_written_out() -> None:
-    made = recipe('name = "shots"\nanswer = { shots = { count = 4 } }')
-    again = parse(made.to_toml(), where="written", overrides=["answer.max_tokens=9"])
-    assert parse(made.to_toml(), where="written") == made
+def test_a_variant_follows_answer_after_the_recipe_was_written_out() -> None:
+    loaded = recipe('name = "shots"\nanswer = { shots = { count = 4 } }')
+    again = parse(loaded.to_toml(), where="written", overrides=["answer.max_tokens=9"])
+    assert parse(loaded.to_toml(), where="written") == loaded
     settings = again.evaluate.variants[0].answer_settings(again.answer)
     assert (settings.max_tokens, settings.shots.count) == (9, 4)
 
 
-def test_a_source_of_examples_is_replaced_as_a_whole_and_its_path_is_the_recipes(tmp_path: Path) -> None:
+def test_a_variants_source_of_examples_replaces_the_whole_source_and_is_relative_to_the_recipe(tmp_path: Path) -> None:
     source = '[answer.shots.source]\npath = "a.jsonl"\nrows = 3\n'
-    made = recipe('name = "other"\nanswer = { shots = { source = { path = "b.jsonl" } } }', base=tmp_path, more=source)
-    assert made.answer.shots.source is not None
-    assert made.answer.shots.source.path == str(tmp_path / "a.jsonl")
-    settings = made.evaluate.variants[0].answer_settings(made.answer)
+    loaded = recipe(
+        'name = "other"\nanswer = { shots = { source = { path = "b.jsonl" } } }', base=tmp_path, more=source
+    )
+    assert loaded.answer.shots.source is not None
+    assert loaded.answer.shots.source.path == str(tmp_path / "a.jsonl")
+    settings = loaded.evaluate.variants[0].answer_settings(loaded.answer)
     assert settings.shots.source is not None
     assert (settings.shots.source.path, settings.shots.source.rows) == (str(tmp_path / "b.jsonl"), None)
 
 
-def test_a_variant_stands_beside_the_plain_one_of_its_model_unless_it_names_another() -> None:
-    made = recipe('name = "a"', 'name = "b"\nmodel = "base"', 'name = "c"\nmodel = "gguf-q8_0"\nagainst = "a"')
-    assert [v.compared_with for v in made.evaluate.variants] == ["tuned", "base", "a"]
-    assert [str(v.form) if v.form else None for v in made.evaluate.variants] == [None, None, "gguf q8_0"]
+def test_a_variant_is_compared_with_the_built_in_one_of_its_model_unless_it_names_another() -> None:
+    loaded = recipe('name = "a"', 'name = "b"\nmodel = "base"', 'name = "c"\nmodel = "gguf-q8_0"\nagainst = "a"')
+    assert [v.compared_with for v in loaded.evaluate.variants] == ["tuned", "base", "a"]
+    assert [str(v.form) if v.form else None for v in loaded.evaluate.variants] == [None, None, "gguf q8_0"]
 
 
 @pytest.mark.parametrize(
-    ("variants", "said"),
+    ("variants", "message"),
     [
         (['name = "tuned"'], "every run has a variant 'tuned'"),
         (['name = "a"', 'name = "a"'], "two variants are called 'a'"),
@@ -71,13 +73,13 @@ def test_a_variant_stands_beside_the_plain_one_of_its_model_unless_it_names_anot
         (['name = "a"\nanswer = { temperature = -1 }'], "evaluate.variants.0.answer.temperature"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(variants: list[str], said: str) -> None:
+def test_an_invalid_variant_is_refused_with_the_key_and_value(variants: list[str], message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         recipe(*variants)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_a_change_that_does_not_go_with_answer_is_refused_with_both() -> None:
+def test_a_change_that_is_invalid_together_with_answer_is_refused_naming_both() -> None:
     cosine = '[answer.consensus]\nmethod = "cosine"\n'
     with pytest.raises(
         RecipeError, match=r"`evaluate.variants.0.answer` with `\[answer\]`: `consensus.stop` = \"adaptive\""
@@ -85,14 +87,14 @@ def test_a_change_that_does_not_go_with_answer_is_refused_with_both() -> None:
         recipe('name = "a"\nanswer = { consensus = { stop = "adaptive" } }', more=cosine)
 
 
-def test_another_way_to_vote_leaves_an_adaptive_stop_behind() -> None:
+def test_a_method_without_votes_resets_an_adaptive_stop() -> None:
     adaptive = '[answer.consensus]\nmethod = "majority"\nstop = "adaptive"\nn = 7\n'
-    found = recipe('name = "a"\nanswer = { consensus = { method = "cosine" } }', more=adaptive)
-    asked = found.evaluate.variants[0].answer_settings(found.answer).consensus
-    assert (asked.method, asked.stop, asked.n) == ("cosine", "lossless", 7)
+    loaded = recipe('name = "a"\nanswer = { consensus = { method = "cosine" } }', more=adaptive)
+    consensus = loaded.evaluate.variants[0].answer_settings(loaded.answer).consensus
+    assert (consensus.method, consensus.stop, consensus.n) == ("cosine", "lossless", 7)
 
 
-def test_a_task_may_be_named_once() -> None:
+def test_a_task_can_be_given_only_once() -> None:
     task = '[[evaluate.tasks]]\nname = "mmlu"\n'
     assert recipe(more=task).evaluate.tasks[0].rows == 200
     with pytest.raises(RecipeError, match="two tasks are called 'mmlu'"):

@@ -1,4 +1,4 @@
-"""A recipe that reads is a recipe that makes sense; one that does not is refused with key, value and next step."""
+"""A valid recipe reads back as itself; an invalid one is refused with key, value and next step."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ steps = 3
 
 
 def test_every_recipe_that_ships_is_valid() -> None:
-    found = [*sorted((ROOT / "recipes").glob("*.toml")), ROOT / "corral" / "recipe" / "starter.toml"]
-    assert len(found) >= 2
-    for path in found:
+    paths = [*sorted((ROOT / "recipes").glob("*.toml")), ROOT / "corral" / "recipe" / "starter.toml"]
+    assert len(paths) >= 2
+    for path in paths:
         recipe.load(path)
 
 
@@ -91,17 +91,17 @@ def test_a_missing_or_binary_recipe_is_one_clear_error(tmp_path: Path) -> None:
 
 
 def test_set_overrides_nested_settings_and_list_entries() -> None:
-    made = recipe.parse(
+    loaded = recipe.parse(
         GOOD,
         where="x",
         overrides=["train.0.optimizer.lr=1e-5", "data.max_length=64", "name=b", "model.template=chatml"],
     )
-    assert made.train[0].optimizer.lr == 1e-5
-    assert (made.data.max_length, made.name, made.model.template) == (64, "b", "chatml")
+    assert loaded.train[0].optimizer.lr == 1e-5
+    assert (loaded.data.max_length, loaded.name, loaded.model.template) == (64, "b", "chatml")
 
 
 @pytest.mark.parametrize("override", ["train.7.steps=1", "nonsense", "train.x.steps=1", "name.first=1", "=3"])
-def test_an_override_that_names_nothing_is_refused(override: str) -> None:
+def test_an_override_of_no_setting_is_refused(override: str) -> None:
     with pytest.raises(RecipeError):
         recipe.parse(GOOD, where="x", overrides=[override])
 

@@ -1,4 +1,4 @@
-"""A run directory: locked, never mixed up, and nothing in it is lost when the recipe changes."""
+"""A run directory is locked while it is written, and nothing in it is lost when the recipe changes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_stage_is_done_for_the_same_inputs_and_not_for_others(recipe: Recipe, 
         assert not run.claim_stage("one", {"a": 2}).done
 
 
-def test_what_is_superseded_is_kept_and_comes_back_with_its_inputs(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_superseded_stage_is_kept_and_comes_back_with_its_inputs(recipe: Recipe, tmp_path: Path) -> None:
     with Run.open(tmp_path, recipe) as run:
         finish(run, {"a": 1}, "first")
         finish(run, {"a": 2}, "second")
@@ -45,7 +45,7 @@ def test_what_is_superseded_is_kept_and_comes_back_with_its_inputs(recipe: Recip
         assert (forth.path / "out.txt").read_text() == "second"
 
 
-def test_an_unfinished_stage_is_taken_up_where_it_was(recipe: Recipe, tmp_path: Path) -> None:
+def test_an_unfinished_stage_keeps_its_files_without_temporary_ones(recipe: Recipe, tmp_path: Path) -> None:
     with Run.open(tmp_path, recipe) as run:
         stage = run.claim_stage("one", {"a": 1})
         (stage.path / "half").write_text("x")
@@ -89,7 +89,7 @@ def test_a_run_in_use_names_the_process(recipe: Recipe, tmp_path: Path) -> None:
         pass
 
 
-def test_a_directory_that_is_no_run_or_anothers_is_left_alone(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_directory_with_other_files_or_another_recipes_run_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("x")
     with pytest.raises(RunError, match="is not a run"), Run.open(tmp_path, recipe):
         pass
@@ -107,6 +107,6 @@ def test_the_environment_names_versions_and_no_host() -> None:
     import json
     import platform
 
-    found = environment()
-    assert found["packages"]["torch"]
-    assert platform.node() not in json.dumps(found) or len(platform.node()) < 4
+    values = environment()
+    assert values["packages"]["torch"]
+    assert platform.node() not in json.dumps(values) or len(platform.node()) < 4

@@ -19,7 +19,7 @@ _LLAMA3_SPECIAL = (
     *("step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"),
 )
 
-# The way Llama 2's chat models are asked, in words of our own.
+# The way Llama 2's chat models are prompt_turns, in words of our own.
 LLAMA_2 = (
     "{% set first = 1 if messages[0].role == 'system' else 0 %}{% for m in messages[first:] %}"
     "{% if m.role == 'user' %}{% set text = m.content %}{% if loop.first and first %}"
@@ -27,7 +27,7 @@ LLAMA_2 = (
     "{{ bos_token + '[INST] ' + text.strip() + ' [/INST]' }}{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}"
     "{% endif %}{% endfor %}"
 )
-# The way TinyLlama's and Zephyr's models are asked: over several lines, which the sandbox's trimming joins.
+# The way TinyLlama's and Zephyr's models are prompt_turns: over several lines, which the sandbox's trimming joins.
 ZEPHYR = (
     "{% for m in messages %}\n{% if m.role == 'user' %}\n{{ '<|user|>\\n' + m.content + eos_token }}\n"
     "{% elif m.role == 'system' %}\n{{ '<|system|>\\n' + m.content + eos_token }}\n"
@@ -40,7 +40,7 @@ POLITE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# The first published Llama-3 template: it asks for an answer whether one is asked for or not.
+# The first published Llama-3 template: it asks for an answer whether one is prompt_turns for or not.
 ALWAYS_ASKS = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
     "{{ m.content | trim }}<|eot_id|>{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"

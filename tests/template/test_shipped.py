@@ -174,14 +174,14 @@ def test_only_the_answers_with_their_end_tokens_are_trained(name: str) -> None:
 def test_the_saved_form_gives_transformers_the_same_ids_and_plain_jinja2_the_same_text(name: str) -> None:
     chosen = template(name)
     for talk in TALKS:
-        asked, _ = talk.split_answer()
-        messages = asked.to_json()["messages"]
-        theirs = chosen.tokenizer.apply_chat_template(
+        prompt_turns, _ = talk.split_answer()
+        messages = prompt_turns.to_json()["messages"]
+        transformers_ids = chosen.tokenizer.apply_chat_template(
             messages, chat_template=chosen.source, add_generation_prompt=True, return_dict=False
         )
-        assert chosen.prompt(asked) == list(theirs)
+        assert chosen.prompt(prompt_turns) == list(transformers_ids)
         if name in SHIPPED:
-            assert rendered(chosen, asked, ask=True) == chosen._rendering.text(messages, generation_prompt=True)
+            assert rendered(chosen, prompt_turns, ask=True) == chosen._rendering.text(messages, generation_prompt=True)
 
 
 @pytest.mark.parametrize("name", ["instruction on Llama-2", "stock Llama-3.2", "stock SmolLM2"])
@@ -194,10 +194,10 @@ def test_a_saved_tokenizer_read_again_gives_the_same_ids(name: str, tmp_path: Pa
     again = Template.load(saved)
     assert again.digest == chosen.digest
     for talk in TALKS:
-        asked, _ = talk.split_answer()
-        messages = asked.to_json()["messages"]
-        theirs = saved.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        assert list(theirs) == again.prompt(asked) == chosen.prompt(asked)
+        prompt_turns, _ = talk.split_answer()
+        messages = prompt_turns.to_json()["messages"]
+        transformers_ids = saved.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert list(transformers_ids) == again.prompt(prompt_turns) == chosen.prompt(prompt_turns)
         assert again.encode(talk) == chosen.encode(talk)
 
 

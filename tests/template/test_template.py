@@ -57,9 +57,9 @@ def test_a_prompt_is_always_a_prefix_of_prompt_and_answer(
     kind: str, question: str, answer: str, tiny_tokenizer: Any
 ) -> None:
     template = make(tiny_tokenizer, kind)
-    asked = Conversation.from_turns(("user", question))
-    prompt = template.prompt(asked)
-    encoded = template.encode(asked.add("assistant", answer))
+    prompt_turns = Conversation.from_turns(("user", question))
+    prompt = template.prompt(prompt_turns)
+    encoded = template.encode(prompt_turns.add("assistant", answer))
     assert list(encoded.ids[: len(prompt)]) == prompt
     assert not any(encoded.trained[: len(prompt)])
     assert encoded.trained[len(prompt)]
@@ -82,16 +82,19 @@ def test_typed_special_strings_never_become_special_tokens_and_no_text_is_lost(
 
 
 def test_ids_equal_transformers_own_chat_templating(template: Template) -> None:
-    for asked in (
+    for prompt_turns in (
         Conversation.from_turns(("user", "Hello there")),
         Conversation.from_turns(
             ("system", "Be kind."), ("user", "Grüße, 東京 🙂"), ("assistant", "Hi."), ("user", "  more ")
         ),
     ):
-        theirs = template.tokenizer.apply_chat_template(
-            asked.to_json()["messages"], chat_template=template.source, add_generation_prompt=True, return_dict=False
+        transformers_ids = template.tokenizer.apply_chat_template(
+            prompt_turns.to_json()["messages"],
+            chat_template=template.source,
+            add_generation_prompt=True,
+            return_dict=False,
         )
-        assert template.prompt(asked) == theirs
+        assert template.prompt(prompt_turns) == transformers_ids
 
 
 def test_a_saved_template_gives_the_same_ids_and_has_no_markers(tiny_tokenizer: Any, tmp_path: Any) -> None:
