@@ -1,4 +1,4 @@
-"""From rows in files to token ids on disk: read, understand, choose, split, encode, account for.
+"""Turns rows in files into token ids on disk: read, parse, sample, split, encode, account for.
 
-`prepared.prepare` does the whole of it; the other modules are its steps. None of them knows about models or training.
+`prepare.prepare` runs all steps; the other modules are the steps.
 """

@@ -78,9 +78,10 @@ def encode_rows(records: Iterable[Record], template: Template, limit: int) -> di
     trained = [[sum(s.trained[1:limit]) for s in row] for row in rows]
     ends = np.cumsum([0, *lengths])
     sequence_ends = np.cumsum([0, *map(len, rows)])
+    total = int(ends[-1])
     return {
-        "ids": np.fromiter((i for s in sequences for i in s.ids[:limit]), np.uint32, ends[-1]),
-        "trained": np.fromiter((t for s in sequences for t in s.trained[:limit]), np.bool_, ends[-1]),
+        "ids": np.fromiter((i for s in sequences for i in s.ids[:limit]), np.uint32, total),
+        "trained": np.fromiter((t for s in sequences for t in s.trained[:limit]), np.bool_, total),
         "sequence_lengths": np.array(lengths, np.int64),
         "sequence_ends": sequence_ends,
         "token_ends": ends[sequence_ends],
