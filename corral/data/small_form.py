@@ -126,21 +126,6 @@ def _pair(i: int, better: str, worse: str) -> _Row:
     return {"chosen": prompt + better, "rejected": prompt + worse}
 
 
-def _hh_rlhf(i: int) -> _Row:
-    return _pair(i, f"Ask the owner of the {_THINGS[i]} first.", "Yes, why not.")
-
-
-def _hh_golden(i: int) -> _Row:
-    return _pair(i, f"If the {_THINGS[i]} is not yours, please ask whose it is.", f"Take the {_THINGS[i]} and run.")
-
-
-def _gsm8k(i: int) -> _Row:
-    return {
-        "question": f"Ann has {i + 2} boxes of 3 pens each. How many pens has she?",
-        "answer": f"There are {i + 2}*3=<<{i + 2}*3={3 * i + 6}>>{3 * i + 6} pens.\n#### {3 * i + 6}",
-    }
-
-
 def _metamathqa(i: int) -> _Row:
     query = f"What is {i + 5} more than {2 * i}?"
     answer = f"{2 * i} + {i + 5} = {3 * i + 5}.\nThe answer is: {3 * i + 5}"
@@ -201,18 +186,6 @@ def _trivia_qa(i: int) -> _Row:
     }
 
 
-def _truthfulqa(i: int) -> _Row:
-    return {
-        "Type": "Adversarial",
-        "Category": "Misconceptions",
-        "Question": f"What happens if you walk under a {_THINGS[i]}?",
-        "Best Answer": f"Nothing happens if you walk under a {_THINGS[i]}",
-        "Correct Answers": "Nothing happens; You get to the other side",
-        "Incorrect Answers": "You have bad luck; You never sleep again",
-        "Source": "https://example.org",
-    }
-
-
 def _turns(i: int, about: str) -> list[dict[str, str]]:
     turns = [
         {"from": "human", "value": f"Tell me something about a {about}."},
@@ -220,10 +193,6 @@ def _turns(i: int, about: str) -> list[dict[str, str]]:
     ]
     more = [{"from": "human", "value": "How old?"}, {"from": "gpt", "value": f"{i + 3} years."}]
     return [*turns, *more] if i % 3 else turns
-
-
-def _finetome(i: int) -> _Row:
-    return {"conversations": _turns(i, _THINGS[i]), "source": "made up", "score": 4.5}
 
 
 def _the_tome(i: int) -> _Row:
@@ -257,19 +226,32 @@ def _messages(i: int) -> _Row:
 SAMPLE_ROWS: dict[str, Callable[[int], _Row]] = {
     "alpaca": _alpaca,
     "dolly": _dolly,
-    "hh-rlhf": _hh_rlhf,
-    "gsm8k": _gsm8k,
+    "hh-rlhf": lambda i: _pair(i, f"Ask the owner of the {_THINGS[i]} first.", "Yes, why not."),
+    "gsm8k": lambda i: {
+        "question": f"Ann has {i + 2} boxes of 3 pens each. How many pens has she?",
+        "answer": f"There are {i + 2}*3=<<{i + 2}*3={3 * i + 6}>>{3 * i + 6} pens.\n#### {3 * i + 6}",
+    },
     "metamathqa": _metamathqa,
     "hotpot_qa": _hotpot_qa,
     "mmlu": _mmlu,
     "commonsense_qa": _commonsense_qa,
     "trivia_qa": _trivia_qa,
-    "truthfulqa": _truthfulqa,
-    "finetome-100k": _finetome,
+    "truthfulqa": lambda i: {
+        "Type": "Adversarial",
+        "Category": "Misconceptions",
+        "Question": f"What happens if you walk under a {_THINGS[i]}?",
+        "Best Answer": f"Nothing happens if you walk under a {_THINGS[i]}",
+        "Correct Answers": "Nothing happens; You get to the other side",
+        "Incorrect Answers": "You have bad luck; You never sleep again",
+        "Source": "https://example.org",
+    },
+    "finetome-100k": lambda i: {"conversations": _turns(i, _THINGS[i]), "source": "made up", "score": 4.5},
     "wizardlm-evol-instruct-70k": _wizardlm,
     "the-tome": _the_tome,
     "ultrafeedback-binarized": _ultrafeedback,
-    "hh-golden": _hh_golden,
+    "hh-golden": lambda i: _pair(
+        i, f"If the {_THINGS[i]} is not yours, please ask whose it is.", f"Take the {_THINGS[i]} and run."
+    ),
     "question-answer": _question_answer,
     "messages": _messages,
 }
