@@ -10,11 +10,9 @@ import torch
 
 from corral.model import adapters
 from corral.recipe import Lora, Optimizer, Train
-from corral.training.loop import Trainer
-from corral.training.objectives import OBJECTIVES
 from corral.training.sampler import BatchSampler
 from tests.conftest import make_tiny_model
-from tests.training.tiny import make_examples
+from tests.training.tiny import make_trainer
 
 STEPS, BATCH, LR = 6, 4, 2e-3
 
@@ -22,21 +20,10 @@ STEPS, BATCH, LR = 6, 4, 2e-3
 def ours(encoded: list[Any], vocabulary: int, folder: Path) -> tuple[list[float], list[float], dict[str, Any]]:
     model = adapters.attach(make_tiny_model(vocabulary), Lora(rank=4, alpha=8), seed=1)
     config = Train(steps=STEPS, batch_size=BATCH, optimizer=Optimizer(lr=LR, schedule="constant", warmup_ratio=0))
-    folder.mkdir()
-    training = Trainer(
-        model,
-        make_examples(encoded),
-        [],
-        OBJECTIVES["sft"],
-        config,
-        pack_length=512,
-        seed=0,
-        folder=folder,
-        save_best=lambda _: None,
-    )
+    trainer = make_trainer(model, encoded, config, folder, held_out=0, seed=0)
     log: list[Any] = []
-    training.run(on_step=log.append)
-    return [m.loss for m in log], [m.grad_norm for m in log], dict(training.parameters)
+    trainer.run(on_step=log.append)
+    return [m.loss for m in log], [m.grad_norm for m in log], dict(trainer.parameters)
 
 
 def plain_peft(vocabulary: int) -> Any:

@@ -1,4 +1,4 @@
-"""A tiny training stage that any test can start, stop and look at."""
+"""A tiny training stage that a test can start, stop and inspect."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
-from tests.training.tiny import make_training
+from corral.training.loop import Trainer
+from tests.training.tiny import make_tiny_trainer
 
 
-@pytest.fixture
-def training(encoded_rows: list[Any], tiny_tokenizer: Any) -> Callable[..., Any]:
-    def make(folder: Path, **settings: Any) -> Any:
-        return make_training(folder, encoded_rows, len(tiny_tokenizer), **settings)
+@pytest.fixture(scope="session")
+def tiny_trainer(encoded_rows: list[Any], tiny_tokenizer: Any) -> Callable[..., Trainer]:
+    """Creates a trainer in a folder; see `make_tiny_trainer` for its settings."""
+
+    def make(folder: Path, **settings: Any) -> Trainer:
+        return make_tiny_trainer(folder, encoded_rows, len(tiny_tokenizer), **settings)
 
     return make

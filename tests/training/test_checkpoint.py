@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is not there; a damaged one is passed over; nothing is lost when the disk fills."""
+"""Checkpoints are whole or absent; a damaged one is reported and skipped; nothing is lost when the disk fills."""
 
 from __future__ import annotations
 
@@ -19,17 +19,36 @@ from corral.training import checkpoint, optimizers, sharding
 from corral.training.checkpoint import TrainingState
 from corral.training.distributed import World
 from corral.training.divergence import DivergenceMonitor
+from corral.training.loop import Trainer
 from tests.conftest import unprivileged
+from tests.training.tiny import newest_checkpoint, run_until
+
+MakeTrainer = Callable[..., Trainer]
 
 
-def newest(folder: Path) -> Path:
-    return sorted((folder / "checkpoints").glob("step-*"))[-1]
+@pytest.fixture(scope="module")
+def stopped_at_7(tiny_trainer: MakeTrainer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stopped")
+    run_until(tiny_trainer(folder), 7)
+    return folder
 
 
-def stop_at(training: Any, step: int) -> None:
-    seen: list[int] = []
-    with pytest.raises(KeyboardInterrupt):
-        training.run(on_step=lambda m: seen.append(m.step), should_stop=lambda: seen[-1] >= step)
+@pytest.fixture
+def stage(stopped_at_7: Path, tmp_path: Path) -> Path:
+    """A copy of a training that was stopped at step 7, with checkpoints of steps 6 and 7."""
+    return Path(shutil.copytree(stopped_at_7, tmp_path / "stage"))
+
+
+def resume(tiny_trainer: MakeTrainer, stage: Path) -> tuple[list[int], list[str]]:
+    """Train to the end. Returns: steps, warnings."""
+    steps: list[int] = []
+    warnings: list[str] = []
+    tiny_trainer(stage).run(on_step=lambda metrics: steps.append(metrics.step), warn=warnings.append)
+    return steps, warnings
+
+
+def kept_steps(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.iterdir())
 
 
 def flip(path: Path) -> None:
@@ -51,7 +70,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "state changed": (lambda p: flip(p / "state.json"), "state.json has sha256"),
     "manifest cut short": (lambda p: (p / "manifest.json").write_text("{"), "manifest.json: "),
     "manifest of something else": (lambda p: (p / "manifest.json").write_text("[1]"), "manifest.json does not name"),
-    "manifest that vouches for nothing": (lambda p: (p / "manifest.json").write_text("{}"), "manifest.json does not"),
+    "empty manifest": (lambda p: (p / "manifest.json").write_text("{}"), "manifest.json does not"),
     "manifest missing": (lambda p: (p / "manifest.json").unlink(), "manifest.json is missing"),
     "empty": (empty, "manifest.json is missing"),
     "a file in its place": (
@@ -62,58 +81,51 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_checkpoint_is_said_and_an_older_one_taken(
-    name: str, training: Callable[..., Any], tmp_path: Path
+def test_a_damaged_checkpoint_is_reported_and_an_older_one_used(
+    name: str, tiny_trainer: MakeTrainer, stage: Path
 ) -> None:
-    damage, said = DAMAGE[name]
-    stop_at(training(tmp_path), 7)
-    damage(newest(tmp_path))
-    told: list[str] = []
-    seen: list[int] = []
-    training(tmp_path).run(on_step=lambda m: seen.append(m.step), warn=told.append)
-    assert "step-000007 is damaged" in told[0]
-    assert said in told[0]
-    assert seen == list(range(7, 13))
-    kept = sorted(p.name for p in (tmp_path / "checkpoints").glob("[!x]*"))
-    assert kept == ["step-000009", "step-000012"], "a damaged one is not among those that are kept"
+    damage, expected = DAMAGE[name]
+    damage(newest_checkpoint(stage))
+    steps, warnings = resume(tiny_trainer, stage)
+    assert "step-000007 is damaged" in warnings[0]
+    assert expected in warnings[0]
+    assert steps == list(range(7, 13))
+    kept = sorted(p.name for p in (stage / "checkpoints").glob("[!x]*"))
+    assert kept == ["step-000009", "step-000012"], "the damaged one does not count among those that are kept"
 
 
-def test_a_checkpoint_that_may_not_be_read_is_passed_over(tmp_path: Path) -> None:
-    weight, optimizer = made("adamw")
+def test_a_checkpoint_that_the_user_may_not_read_is_skipped(tmp_path: Path) -> None:
+    weight, optimizer = make_optimizer("adamw")
     for step in (1, 2):
-        sharding.save(tmp_path, {"w": weight}, optimizer, state(step), World())
+        save(tmp_path, weight, optimizer, state(step))
     (tmp_path / "step-000002" / "optimizer.safetensors").chmod(0)
-    told: list[str] = []
+    warnings: list[str] = []
     with unprivileged(tmp_path):
-        found = sharding.restore(tmp_path, {"w": weight}, optimizer, World(), warn=told.append)
-    assert found is not None
-    assert found.step == 1
-    assert "optimizer.safetensors cannot be read: Permission denied" in told[0]
+        restored = sharding.restore(tmp_path, {"w": weight}, optimizer, World(), warn=warnings.append)
+    assert restored is not None
+    assert restored.step == 1
+    assert "optimizer.safetensors cannot be read: Permission denied" in warnings[0]
 
 
-def test_files_that_are_too_many_harm_nothing(training: Callable[..., Any], tmp_path: Path) -> None:
-    stop_at(training(tmp_path), 7)
-    (newest(tmp_path) / "notes.txt").write_text("mine")
-    (tmp_path / "checkpoints" / "step-9").mkdir()
-    (tmp_path / "checkpoints" / "step-best").mkdir()
-    (tmp_path / "checkpoints" / ".corral-tmp-step-000008.abcdefgh").mkdir()
-    seen: list[int] = []
-    training(tmp_path).run(on_step=lambda m: seen.append(m.step))
-    assert seen == list(range(8, 13))
-    names = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+def test_foreign_files_are_ignored_and_unfinished_checkpoints_removed(tiny_trainer: MakeTrainer, stage: Path) -> None:
+    (newest_checkpoint(stage) / "notes.txt").write_text("mine")
+    for name in ("step-9", "step-best", ".corral-tmp-step-000008.abcdefgh"):
+        (stage / "checkpoints" / name).mkdir()
+    steps, _ = resume(tiny_trainer, stage)
+    assert steps == list(range(8, 13))
+    names = {p.name for p in (stage / "checkpoints").iterdir()}
     assert names == {"step-000009", "step-000012", "step-best"}
 
 
-def test_when_all_are_damaged_it_says_so_and_touches_nothing(training: Callable[..., Any], tmp_path: Path) -> None:
-    stop_at(training(tmp_path), 7)
-    for path in (tmp_path / "checkpoints").glob("step-*"):
+def test_when_all_are_damaged_training_stops_and_changes_nothing(tiny_trainer: MakeTrainer, stage: Path) -> None:
+    for path in (stage / "checkpoints").glob("step-*"):
         (path / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="all 2 checkpoints are damaged"):
-        training(tmp_path).run()
-    assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 2
+        tiny_trainer(stage).run()
+    assert kept_steps(stage / "checkpoints") == [6, 7]
 
 
-def made(kind: str, steps: int = 3) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
+def make_optimizer(kind: str, steps: int = 3) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(96, 64))
     optimizer = optimizers.build_optimizer([weight], Optimizer(kind=kind))  # pyright: ignore[reportArgumentType]
@@ -128,45 +140,49 @@ def step(weight: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
-def state(number: int) -> TrainingState:
-    return TrainingState(number, 0, 0.0, 0, None, 0, DivergenceMonitor((1.5, 2.0), 1.0, 0.1))
+def save(folder: Path, weight: torch.nn.Parameter, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
+    sharding.save(folder, {"w": weight}, optimizer, state, World())
 
 
-def test_any_changed_byte_is_found_or_makes_no_difference(tmp_path: Path) -> None:
-    weight, optimizer = made("adamw_8bit")
-    sharding.save(tmp_path, {"w": weight}, optimizer, state(3), World())
+def state(step: int, monitor: DivergenceMonitor = DivergenceMonitor((1.5, 2.0), 1.0, 0.1)) -> TrainingState:  # noqa: B008
+    return TrainingState(step, 0, 0.0, 0, None, 0, monitor)
+
+
+def test_any_changed_byte_is_found_or_has_no_effect(tmp_path: Path) -> None:
+    weight, optimizer = make_optimizer("adamw_8bit")
+    save(tmp_path, weight, optimizer, state(3))
     (folder,) = tmp_path.iterdir()
     expected = checkpoint.read_newest(tmp_path, warn=print)
     assert expected is not None
     generator = random.Random(0)
-    found = 0
+    detected = 0
     for path in sorted(folder.iterdir()):
         good = path.read_bytes()
         for _ in range(150):
-            data, place = bytearray(good), generator.randrange(len(good))
-            data[place] ^= generator.randrange(1, 256)
+            data, position = bytearray(good), generator.randrange(len(good))
+            data[position] ^= generator.randrange(1, 256)
             path.write_bytes(data)
-            told: list[str] = []
+            warnings: list[str] = []
             try:
-                saved = checkpoint.read_newest(tmp_path, warn=told.append)
+                saved = checkpoint.read_newest(tmp_path, warn=warnings.append)
             except CheckpointError:
-                assert path.name in told[0] or path.name == "manifest.json"
-                found += 1
+                assert path.name in warnings[0] or path.name == "manifest.json"
+                detected += 1
             else:
                 assert path.name == "manifest.json"
-                assert data.split() == good.split(), "only one kind of white space for another goes unseen"
+                assert data.split() == good.split(), "only white space replaced by other white space goes unnoticed"
                 assert saved is not None
                 assert saved.state == expected.state
         path.write_bytes(good)
-    assert found > 550
+    assert detected > 550
     assert checkpoint.read_newest(tmp_path, warn=print) is not None
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
-def test_a_fresh_optimizer_is_given_all_that_the_saved_one_held(kind: str, tmp_path: Path) -> None:
-    weight, optimizer = made(kind)
-    sharding.save(tmp_path, {"w": weight}, optimizer, state(3), World())
-    other, fresh = made(kind, steps=0)
+def test_a_fresh_optimizer_gets_all_state_of_the_saved_one(kind: str, tmp_path: Path) -> None:
+    weight, optimizer = make_optimizer(kind)
+    save(tmp_path, weight, optimizer, state(3))
+    other, fresh = make_optimizer(kind, steps=0)
     assert sharding.restore(tmp_path, {"w": other}, fresh, World(), warn=print) == state(3)
     ours, theirs = fresh.state[other], optimizer.state[weight]
     assert ours.keys() == theirs.keys()
@@ -182,7 +198,7 @@ def test_a_fresh_optimizer_is_given_all_that_the_saved_one_held(kind: str, tmp_p
     assert torch.equal(weight, other)
 
 
-def test_what_several_parameters_share_is_written_for_each(tmp_path: Path) -> None:
+def test_a_tensor_that_parameters_share_is_written_for_each(tmp_path: Path) -> None:
     parameters = {name: torch.nn.Parameter(torch.randn(96, 64)) for name in "ab"}
     optimizer = optimizers.build_optimizer(parameters.values(), Optimizer(kind="adamw_8bit"))
     sum(p.square().mean() for p in parameters.values()).backward()  # pyright: ignore[reportAttributeAccessIssue]
@@ -190,15 +206,14 @@ def test_what_several_parameters_share_is_written_for_each(tmp_path: Path) -> No
     sharding.save(tmp_path, parameters, optimizer, state(1), World())
     saved = checkpoint.read_newest(tmp_path, warn=print)
     assert saved is not None
-    assert all(
-        torch.equal(saved.optimizer_state[name]["qmap1"], optimizer.state[parameters["a"]]["qmap1"]) for name in "ab"
-    )  # pyright: ignore
+    expected: Any = optimizer.state[parameters["a"]]["qmap1"]
+    assert all(torch.equal(saved.optimizer_state[name]["qmap1"], expected) for name in "ab")  # pyright: ignore
 
 
 @pytest.mark.parametrize("other", [torch.randn(96, 32), torch.randn(96, 64, dtype=torch.float64)])
 def test_a_checkpoint_of_another_model_is_refused_before_anything_changes(other: Any, tmp_path: Path) -> None:
-    weight, optimizer = made("adamw")
-    sharding.save(tmp_path, {"w": weight}, optimizer, state(1), World())
+    weight, optimizer = make_optimizer("adamw")
+    save(tmp_path, weight, optimizer, state(1))
     different = torch.nn.Parameter(other.clone())
     fresh = optimizers.build_optimizer([different], Optimizer())
     with pytest.raises(CheckpointError, match=r"in the checkpoint w is \[96, 64\] torch.float32, in the model"):
@@ -208,50 +223,47 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_changes(other:
     assert torch.equal(different, other)
 
 
-def test_only_the_adapter_is_in_a_checkpoint(training: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_checkpoint_holds_only_the_adapter(stopped_at_7: Path) -> None:
     from safetensors import safe_open
 
-    stop_at(training(tmp_path), 3)
-    with safe_open(newest(tmp_path) / "adapter.safetensors", "pt") as file:
+    with safe_open(newest_checkpoint(stopped_at_7) / "adapter.safetensors", "pt") as file:
         assert all("lora_" in name for name in file.keys())  # noqa: SIM118  (safetensors' handle is no mapping)
 
 
-def test_while_the_loss_is_in_doubt_checkpoints_from_before_stay(tmp_path: Path) -> None:
-    weight, optimizer = made("adamw")
-    watch = DivergenceMonitor()
+def test_while_the_loss_is_above_its_bound_earlier_checkpoints_stay(tmp_path: Path) -> None:
+    weight, optimizer = make_optimizer("adamw")
+    monitor = DivergenceMonitor()
     for loss in [1.0] * 220:
-        watch = watch.updated(loss, 1.0)
+        monitor = monitor.updated(loss, 1.0)
     for number in range(121, 130):
-        watch = watch.updated(9.0 if number > 124 else 1.0, 1.0)
-        sharding.save(tmp_path, {"w": weight}, optimizer, TrainingState(number, 0, 0.0, 0, None, 0, watch), World())
-    assert sorted(int(p.name[5:]) for p in tmp_path.iterdir()) == [123, 124, 125, 126, 127, 128, 129]
-    sharding.save(
-        tmp_path, {"w": weight}, optimizer, TrainingState(130, 0, 0.0, 0, None, 0, watch.updated(1.0, 1.0)), World()
-    )
-    assert sorted(int(p.name[5:]) for p in tmp_path.iterdir()) == [129, 130]
+        monitor = monitor.updated(9.0 if number > 124 else 1.0, 1.0)
+        save(tmp_path, weight, optimizer, state(number, monitor))
+    assert kept_steps(tmp_path) == [123, 124, 125, 126, 127, 128, 129]
+    save(tmp_path, weight, optimizer, state(130, monitor.updated(1.0, 1.0)))
+    assert kept_steps(tmp_path) == [129, 130]
 
 
-def test_a_limit_on_files_stops_with_what_to_do_and_older_checkpoints_stand(tmp_path: Path) -> None:
-    weight, optimizer = made("adamw")
-    sharding.save(tmp_path, {"w": weight}, optimizer, state(4), World())
+def test_a_limit_on_file_sizes_stops_with_advice_and_older_checkpoints_stay(tmp_path: Path) -> None:
+    weight, optimizer = make_optimizer("adamw")
+    save(tmp_path, weight, optimizer, state(4))
     before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (9000, hard))
     try:
         with pytest.raises(StorageError, match="larger than this disk or user may write") as full:
-            sharding.save(tmp_path, {"w": weight}, optimizer, state(6), World())
+            save(tmp_path, weight, optimizer, state(6))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
     assert str(full.value.hint).endswith("then run the same command again: it resumes from step 4")
-    assert [p.name for p in tmp_path.iterdir()] == ["step-000004"]
+    assert kept_steps(tmp_path) == [4]
 
 
-def test_a_disk_without_room_for_a_checkpoint_is_refused_with_its_size(
+def test_a_checkpoint_larger_than_the_free_space_is_refused_with_its_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weight, optimizer = made("adamw")
+    weight, optimizer = make_optimizer("adamw")
     real = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: real._replace(free=100_000))
     with pytest.raises(StorageError, match=r"the disk is full: .* free, .* needed") as full:
-        sharding.save(tmp_path, {"w": weight}, optimizer, state(6), World())
+        save(tmp_path, weight, optimizer, state(6))
     assert str(full.value.hint).endswith("then run the same command again: it resumes from the start of this stage")
     assert list(tmp_path.iterdir()) == []

@@ -1,11 +1,10 @@
-"""Two processes over gloo train as one does, end together, and go on where another number of processes stopped.
+"""Two processes over gloo train as one does, end together, and resume with another number of processes.
 
-All of it is one launch of two processes, which go through `SCENES` in order; the tests look at what they left.
+One launch of two processes goes through `SCENARIOS` in order; the tests look at what it left.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import shutil
@@ -24,123 +23,118 @@ from safetensors.torch import load_file
 from corral.errors import TrainingError
 from corral.training import sharding
 from corral.training.distributed import World, world_from_environment
-from tests.training.tiny import make_training
+from corral.training.loop import Trainer
+from tests.training.tiny import make_tiny_trainer, read_metrics, run_until
 
 ROOT = Path(__file__).parent.parent.parent
+# With packs of 110 tokens the two shares of a step make unequal numbers of passes.
 SETTINGS: dict[str, Any] = {"steps": 8, "pack_length": 110}
+SHARDED: dict[str, Any] = {**SETTINGS, "sharding": "full"}
 FULL: dict[str, Any] = {**SETTINGS, "method": "full", "lr": 1e-3}
-"""Packs of 110 tokens: the two shares of a step make unequal numbers of passes."""
+DROPOUT: dict[str, Any] = {**SETTINGS, "dropout": 0.2}
+
+MakeTrainer = Callable[..., Trainer]
+Scenario = Callable[[MakeTrainer, Path, World], Any]
 
 
-def stop_after(step: int, world: World, rank: int = 1) -> Callable[[], bool]:
-    """A request to stop that one process alone gets, after so many steps of its own."""
-    asked = iter(range(1, 1000))
-    return lambda: next(asked) >= step and world.rank == rank
+def train_to_the_end(**settings: Any) -> Scenario:
+    return lambda make_trainer, folder, _: train(make_trainer(folder, **settings), folder)
 
 
-Scene = Callable[[Callable[..., Any], Path, World], Any]
-
-
-def plain(**settings: Any) -> Scene:
-    return lambda make, folder, _: keep(make(folder, **settings), folder)
-
-
-def keep(training: Any, folder: Path) -> Any:
-    outcome = training.run()
-    weights = training.weights()
+def train(trainer: Trainer, folder: Path) -> tuple[int, list[int]]:
+    """Train and save the weights. Returns: steps, examples in each forward pass."""
+    passes: list[int] = []
+    pass_loss = trainer._pass_loss
+    trainer._pass_loss = lambda examples: passes.append(len(examples)) or pass_loss(examples)
+    outcome = trainer.run()
+    weights = trainer.weights()
     if weights:
         torch.save(weights, folder / "weights.pt")
-    return outcome.steps, training.passes_made
+    return outcome.steps, passes
 
 
-def stopped(then: dict[str, Any], **settings: Any) -> Scene:
-    """Stopped by a request to the second process; goes on with other settings."""
+def stop_and_resume(resume_with: dict[str, Any], **settings: Any) -> Scenario:
+    """Stopped after step 5 by a request to rank 1 only; resumed with other settings."""
 
-    def scene(make: Callable[..., Any], folder: Path, world: World) -> Any:
+    def scenario(make_trainer: MakeTrainer, folder: Path, world: World) -> Any:
+        checks = iter(range(1, 1000))
         try:
-            make(folder, **settings).run(should_stop=stop_after(5, world))
+            make_trainer(folder, **settings).run(should_stop=lambda: next(checks) >= 5 and world.rank == 1)
         except KeyboardInterrupt:
-            shutil.copytree(folder, folder.with_name(folder.name + "-at-5")) if world.is_main else None
-            return keep(make(folder, **then), folder)
+            if world.is_main:
+                shutil.copytree(folder, folder.with_name(folder.name + "-at-5"))
+            return train(make_trainer(folder, **resume_with), folder)
         raise AssertionError("it did not stop")
 
-    return scene
+    return scenario
 
 
-def poisoned(make: Callable[..., Any], folder: Path, world: World) -> Any:
-    """A weight that is no number, on the second process alone."""
-    training = make(folder, **SETTINGS, held_out=0)
-    training.run(should_stop=lambda: poison(training) if world.rank else False)
+def nan_on_rank_1(make_trainer: MakeTrainer, folder: Path, world: World) -> Any:
+    trainer = make_trainer(folder, **SETTINGS, held_out=0)
+
+    def spoil() -> bool:
+        if world.rank:
+            next(iter(trainer.parameters.values())).data.fill_(float("nan"))
+        return False
+
+    trainer.run(should_stop=spoil)
 
 
-def poison(training: Any) -> bool:
-    with torch.no_grad():
-        next(iter(training.parameters.values())).fill_(float("nan"))
-    return False
-
-
-NF4: dict[str, Any] = {**SETTINGS, "quantization": "nf4", "optimizer": "adamw_8bit"}
-SHARDED = {**SETTINGS, "sharding": "full"}
-SCENES: dict[str, Scene] = {
-    "none": plain(**SETTINGS),
-    "full": plain(**SHARDED),
-    "checkpointed": plain(**SHARDED, gradient_checkpointing=True),
-    "all weights, none": plain(**FULL),
-    "all weights, full": plain(**FULL, sharding="full"),
-    "one row a step": plain(**SHARDED, batch_size=1),
-    "nf4": plain(**NF4),
-    "dropout": plain(**SETTINGS, dropout=0.2),
-    "dropout, stopped": stopped({**SETTINGS, "dropout": 0.2}, **SETTINGS, dropout=0.2),
-    "none, then full": stopped(SHARDED, **SETTINGS),
-    "full, then none": stopped(SETTINGS, **SHARDED),
-    "from one": plain(**SHARDED),
-    "early": plain(**SETTINGS | {"steps": 12, "lr": 2.0, "evaluate_every": 1, "early_stopping": 2}),
-    "poisoned": poisoned,
+# Name → settings; each runs in one process too, for comparison.
+COMPARED: dict[str, dict[str, Any]] = {
+    "adapter": SETTINGS,
+    "all weights": FULL,
+    "one row a step": {**SETTINGS, "batch_size": 1},
+    "nf4": {**SETTINGS, "quantization": "nf4", "optimizer": "adamw_8bit"},
+    "early stopping": {**SETTINGS, "steps": 12, "lr": 2.0, "evaluate_every": 1, "early_stopping": 2},
+}
+SCENARIOS: dict[str, Scenario] = {
+    **{name: train_to_the_end(**settings) for name, settings in COMPARED.items()},
+    "adapter, sharded": train_to_the_end(**SHARDED),
+    "adapter, sharded, gradient checkpointing": train_to_the_end(**SHARDED, gradient_checkpointing=True),
+    "all weights, sharded": train_to_the_end(**FULL, sharding="full"),
+    "one row a step, sharded": train_to_the_end(**SHARDED, batch_size=1),
+    "dropout": train_to_the_end(**DROPOUT),
+    "dropout, stopped": stop_and_resume(DROPOUT, **DROPOUT),
+    "stopped, then sharded": stop_and_resume(SHARDED, **SETTINGS),
+    "sharded, stopped, then not": stop_and_resume(SETTINGS, **SHARDED),
+    "stopped with one process": train_to_the_end(**SHARDED),
+    "nan on rank 1": nan_on_rank_1,
 }
 
 
-def work(job: Path, folder: Path) -> None:
-    """One process of two: go through the scenes, and note what became of each."""
-    rows, vocabulary = pickle.loads(job.read_bytes())
-    seen: dict[str, Any] = {}
+def work(rows_file: Path, folder: Path) -> None:
+    """One of the two processes: go through the scenarios and save what each returns."""
+    rows, vocabulary = pickle.loads(rows_file.read_bytes())
+    results: dict[str, Any] = {}
     with world_from_environment() as world:
 
-        def make(place: Path, **settings: Any) -> Any:
-            training = make_training(place, rows, vocabulary, world=world, **settings)
-            training.passes_made = count_passes(training)
-            return training
+        def make_trainer(stage: Path, **settings: Any) -> Trainer:
+            return make_tiny_trainer(stage, rows, vocabulary, world=world, **settings)
 
-        for name, scene in SCENES.items():
+        for name, scenario in SCENARIOS.items():
             try:
-                seen[name] = scene(make, folder / name, world)
+                results[name] = scenario(make_trainer, folder / name, world)
             except TrainingError as error:
-                seen[name] = str(error)
-        (folder / f"rank-{world.rank}").write_bytes(pickle.dumps(seen))
+                results[name] = str(error)
+        (folder / f"rank-{world.rank}").write_bytes(pickle.dumps(results))
+
+        def die_at_a_checkpoint() -> bool:
+            if world.rank and (folder / "killed" / "checkpoints").exists():
+                os.kill(os.getpid(), signal.SIGKILL)
+            return False
+
         with world.peer_errors():
-            make(folder / "killed", **SETTINGS).run(should_stop=lambda: die_at_a_checkpoint(folder, world))
+            make_trainer(folder / "killed", **SETTINGS).run(should_stop=die_at_a_checkpoint)
 
 
-def die_at_a_checkpoint(folder: Path, world: World) -> bool:
-    """The second process is killed in the middle; the end of everything."""
-    if world.rank and (folder / "killed" / "checkpoints").exists():
-        os.kill(os.getpid(), signal.SIGKILL)
-    return False
-
-
-def count_passes(training: Any) -> list[int]:
-    made: list[int] = []
-    forward = training._pass_loss
-    training._pass_loss = lambda examples: made.append(len(examples)) or forward(examples)
-    return made
-
-
-def launch(job: Path, folder: Path) -> list[tuple[int, str]]:
-    """Do the work in two processes. Returns: exit code and standard error of each."""
+def launch(rows_file: Path, folder: Path) -> list[tuple[int, str]]:
+    """Run `work` in two processes. Returns: exit code and standard error of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     code = "from pathlib import Path; from tests.training.test_distributed import work; "
-    code += f"work(Path({str(job)!r}), Path({str(folder)!r}))"
+    code += f"work(Path({str(rows_file)!r}), Path({str(folder)!r}))"
     environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     started = [
         subprocess.Popen(
@@ -156,161 +150,136 @@ def launch(job: Path, folder: Path) -> list[tuple[int, str]]:
 
 
 @pytest.fixture(scope="module")
-def job(encoded_rows: list[Any], tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("job") / "rows"
+def rows_file(encoded_rows: list[Any], tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows"
     path.write_bytes(pickle.dumps((encoded_rows, len(tiny_tokenizer))))
     return path
 
 
 @pytest.fixture(scope="module")
-def alone(encoded_rows: list[Any], tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with one process; and a run of one that was stopped."""
-    folder = tmp_path_factory.mktemp("alone")
-
-    def make(place: Path, **settings: Any) -> Any:
-        return make_training(place, encoded_rows, len(tiny_tokenizer), **settings)
-
-    for name in ("none", "all weights, none", "one row a step", "nf4", "early"):
-        training = make(folder / name, **scenes_settings(name))
-        training.passes_made = []
-        keep(training, folder / name)
-    with pytest.raises(KeyboardInterrupt):
-        make(folder / "stopped", **SETTINGS).run(should_stop=stop_after(5, World(), rank=0))
+def one_process(tiny_trainer: MakeTrainer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of the same trainings with one process, and of one that was stopped."""
+    folder = tmp_path_factory.mktemp("one")
+    for name, settings in COMPARED.items():
+        train(tiny_trainer(folder / name, **settings), folder / name)
+    run_until(tiny_trainer(folder / "stopped", **SETTINGS), 5)
     return folder
-
-
-def scenes_settings(name: str) -> dict[str, Any]:
-    return {
-        "none": SETTINGS,
-        "all weights, none": FULL,
-        "one row a step": {**SETTINGS, "batch_size": 1},
-        "nf4": NF4,
-        "early": {**SETTINGS, "steps": 12, "lr": 2.0, "evaluate_every": 1, "early_stopping": 2},
-    }[name]
 
 
 @pytest.fixture(scope="module")
-def two(job: Path, alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_processes(rows_file: Path, one_process: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of the scenarios, `rank-0` and `rank-1` with their results, and `exits` of the processes."""
     folder = tmp_path_factory.mktemp("two")
-    shutil.copytree(alone / "stopped", folder / "from one")
-    ended = launch(job, folder)
-    assert (folder / "rank-0").exists(), ended
-    (folder / "ended").write_bytes(pickle.dumps(ended))
+    shutil.copytree(one_process / "stopped", folder / "stopped with one process")
+    exits = launch(rows_file, folder)
+    assert (folder / "rank-0").exists(), exits
+    (folder / "exits").write_bytes(pickle.dumps(exits))
     return folder
 
 
-def curve(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def notes(folder: Path, name: str) -> list[Any]:
+def results(folder: Path, name: str) -> list[Any]:
+    """What a scenario returned on each rank."""
     return [pickle.loads((folder / f"rank-{rank}").read_bytes())[name] for rank in range(2)]
 
 
 def assert_alike(folder: Path, expected: Path, weights: dict[str, Any] | None = None) -> None:
-    """Losses, norms and weights are equal to rounding."""
-    ours, theirs = curve(folder), curve(expected)
+    """Assert that losses, norms and weights are equal to rounding."""
+    ours, theirs = read_metrics(folder), read_metrics(expected)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for line, other in zip(ours, theirs, strict=True):
         for key in ("loss", "eval_loss", "grad_norm", "lr"):
-            wanted = other[key] if other[key] is None else pytest.approx(other[key], rel=1e-4)
-            assert line[key] == wanted, (line["step"], key)
+            value = other[key] if other[key] is None else pytest.approx(other[key], rel=1e-4)
+            assert line[key] == value, (line["step"], key)
         assert line["tokens"] == other["tokens"]
-    found = weights or torch.load(folder / "weights.pt")
-    right = torch.load(expected / "weights.pt")
-    assert found.keys() == right.keys()
-    for name, value in right.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
+    weights = weights or torch.load(folder / "weights.pt")
+    expected_weights = torch.load(expected / "weights.pt")
+    assert weights.keys() == expected_weights.keys()
+    for name, value in expected_weights.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["none", "full", "checkpointed"])
-def test_two_processes_train_as_one_does(name: str, two: Path, alone: Path) -> None:
-    assert_alike(two / name, alone / "none")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("adapter", "adapter"),
+        ("adapter, sharded", "adapter"),
+        ("adapter, sharded, gradient checkpointing", "adapter"),
+        ("all weights", "all weights"),
+        ("all weights, sharded", "all weights"),
+        ("one row a step", "one row a step"),
+        ("one row a step, sharded", "one row a step"),
+        ("nf4", "nf4"),
+        ("stopped, then sharded", "adapter"),
+        ("sharded, stopped, then not", "adapter"),
+        ("stopped with one process", "adapter"),
+    ],
+)
+def test_two_processes_train_as_one_does(name: str, expected: str, two_processes: Path, one_process: Path) -> None:
+    assert_alike(two_processes / name, one_process / expected)
+    if expected == "all weights":
+        assert "model.embed_tokens.weight" in torch.load(two_processes / name / "weights.pt")
 
 
-@pytest.mark.parametrize("name", ["all weights, none", "all weights, full"])
-def test_so_they_do_when_all_weights_are_trained(name: str, two: Path, alone: Path) -> None:
-    assert_alike(two / name, alone / "all weights, none")
-    assert "model.embed_tokens.weight" in torch.load(two / name / "weights.pt")
+def test_passes_are_equalised_only_where_layers_are_sharded(two_processes: Path) -> None:
+    for name, equal in (("adapter", False), ("adapter, sharded", True)):
+        (_, first), (_, second) = results(two_processes, name)
+        assert (len(first) == len(second)) is equal
 
 
-def test_a_process_without_rows_in_a_step_changes_nothing(two: Path, alone: Path) -> None:
-    assert_alike(two / "one row a step", alone / "one row a step")
-
-
-def test_so_they_do_on_quantised_weights_with_moments_in_8_bits(two: Path, alone: Path) -> None:
-    assert_alike(two / "nf4", alone / "nf4")
-
-
-def test_passes_are_unequal_and_made_equal_only_where_layers_are_sharded(two: Path) -> None:
-    (_, first), (_, second) = notes(two, "none")
-    assert len(first) != len(second)
-    (_, first), (_, second) = notes(two, "full")
-    assert len(first) == len(second)
-
-
-def test_each_process_drops_out_by_itself_and_resumes_to_the_last_bit(two: Path) -> None:
-    whole, resumed = (torch.load(two / name / "weights.pt") for name in ("dropout", "dropout, stopped"))
+def test_dropout_differs_by_process_and_resumes_bit_for_bit(two_processes: Path) -> None:
+    whole, resumed = (torch.load(two_processes / name / "weights.pt") for name in ("dropout", "dropout, stopped"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    numbers = {make_random(rank) for rank in range(4)}
-    assert len(numbers) == 4
+    assert len({step_seed(rank) for rank in range(4)}) == 4
 
 
-def make_random(rank: int) -> int:
+def step_seed(rank: int) -> int:
     from types import SimpleNamespace
-
-    from corral.training.loop import Trainer
 
     return Trainer._step_seed(SimpleNamespace(world=World(rank, 4), seed=3), 7)  # pyright: ignore
 
 
-@pytest.mark.parametrize("name", ["none, then full", "full, then none", "from one"])
-def test_a_run_goes_on_with_another_sharding_and_from_one_process(name: str, two: Path, alone: Path) -> None:
-    assert_alike(two / name, alone / "none")
-
-
-@pytest.mark.parametrize("name", ["none, then full-at-5", "full, then none-at-5"])
-def test_a_run_of_two_processes_goes_on_with_one(
-    name: str, two: Path, alone: Path, training: Callable[..., Any], tmp_path: Path
+@pytest.mark.parametrize("name", ["stopped, then sharded-at-5", "sharded, stopped, then not-at-5"])
+def test_a_run_of_two_processes_resumes_with_one(
+    name: str, two_processes: Path, one_process: Path, tiny_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(two / name, tmp_path / "run"))
-    assert curve(folder)[-1]["step"] == 5
-    made = training(folder, **SETTINGS)
-    made.run()
-    assert_alike(folder, alone / "none", made.weights())
+    folder = Path(shutil.copytree(two_processes / name, tmp_path / "run"))
+    assert read_metrics(folder)[-1]["step"] == 5
+    trainer = tiny_trainer(folder, **SETTINGS)
+    trainer.run()
+    assert_alike(folder, one_process / "adapter", trainer.weights())
 
 
-def test_a_checkpoint_of_shards_is_that_of_one_process(two: Path, alone: Path) -> None:
-    ours, theirs = (folder / "checkpoints" / "step-000008" for folder in (two / "full", alone / "none"))
-    for name in ("adapter.safetensors", "optimizer.safetensors"):
-        found, wanted = load_file(ours / name), load_file(theirs / name)
-        assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in wanted.items()}
+@pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors"])
+def test_a_checkpoint_of_shards_is_that_of_one_process(name: str, two_processes: Path, one_process: Path) -> None:
+    path = Path("checkpoints") / "step-000008" / name
+    tensors, expected = load_file(two_processes / "adapter, sharded" / path), load_file(one_process / "adapter" / path)
+    assert {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in expected.items()}
 
 
-def test_both_end_early_at_the_same_step(two: Path, alone: Path) -> None:
-    (first, _), (second, _) = notes(two, "early")
-    assert first == second == curve(alone / "early")[-1]["step"] < 12
+def test_both_processes_stop_early_at_the_same_step(two_processes: Path, one_process: Path) -> None:
+    (first, _), (second, _) = results(two_processes, "early stopping")
+    assert first == second == read_metrics(one_process / "early stopping")[-1]["step"] < 12
 
 
-def test_a_number_that_is_none_on_one_process_stops_both_and_names_the_rows(two: Path) -> None:
-    first, second = notes(two, "poisoned")
+def test_a_nan_on_one_process_stops_both_and_names_the_rows(two_processes: Path) -> None:
+    first, second = results(two_processes, "nan on rank 1")
     assert first == second
     assert "loss is nan" in first
     assert "made row" in first
 
 
-def test_when_one_process_is_killed_the_other_says_so_and_ends(two: Path) -> None:
-    (code, error), (other, _) = pickle.loads((two / "ended").read_bytes())
-    assert other == -signal.SIGKILL
+def test_when_one_process_is_killed_the_other_reports_it_and_ends(two_processes: Path) -> None:
+    (code, error), (killed_code, _) = pickle.loads((two_processes / "exits").read_bytes())
+    assert killed_code == -signal.SIGKILL
     assert code == 1
     assert "PeerError: another process of this run has ended" in error
 
 
-def test_shares_hold_each_row_once_and_about_as_many_tokens() -> None:
+def test_balancing_assigns_each_row_once_and_about_as_many_tokens_to_each_process() -> None:
     lengths = [7, 500, 3, 3, 480, 20, 90, 1, 512, 30]
-    found = sharding.balance_by_tokens(lengths, 3)
-    assert sorted(place for share in found for place in share) == list(range(10))
-    tokens = [sum(lengths[i] for i in share) for share in found]
+    shares = sharding.balance_by_tokens(lengths, 3)
+    assert sorted(i for share in shares for i in share) == list(range(10))
+    tokens = [sum(lengths[i] for i in share) for share in shares]
     assert max(tokens) - min(tokens) < 40
     assert sharding.balance_by_tokens(lengths, 1) == [list(range(10))]
     assert sharding.balance_by_tokens([5], 2) == [[0], []]

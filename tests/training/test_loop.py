@@ -1,25 +1,23 @@
-"""The loop: what a step is, what is logged, how it ends."""
+"""The training loop: steps, metrics, and how it ends."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import pytest
 import torch
 
-from corral.errors import TrainingError
+from corral.training.loop import Trainer
+from tests.training.tiny import read_metrics
 
 
-def weights(training: Any) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in training.parameters.items()}
+def copy_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.parameters.items()}
 
 
-def test_training_lowers_the_loss_and_logs_every_step(training: Callable[..., Any], tmp_path: Path) -> None:
-    outcome = training(tmp_path, steps=20).run()
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+def test_training_lowers_the_loss_and_logs_every_step(tiny_trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    outcome = tiny_trainer(tmp_path, steps=20).run()
+    lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines] == list(range(21))
     assert lines[0]["loss"] is None
     assert [line["step"] for line in lines if line["eval_loss"] is not None] == [0, 4, 8, 12, 16, 20]
@@ -30,33 +28,26 @@ def test_training_lowers_the_loss_and_logs_every_step(training: Callable[..., An
     assert all(line["peak_memory_bytes"] > 0 for line in lines)
 
 
-def test_one_pack_of_eight_equals_eight_packs_of_one(training: Callable[..., Any], tmp_path: Path) -> None:
-    whole = training(tmp_path / "a", batch_size=8, steps=3, pack_length=4096)
-    single = training(tmp_path / "b", batch_size=8, steps=3, pack_length=1)
-    whole.run()
+def test_one_pack_of_eight_equals_eight_packs_of_one(tiny_trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    packed = tiny_trainer(tmp_path / "a", batch_size=8, steps=3, pack_length=4096)
+    single = tiny_trainer(tmp_path / "b", batch_size=8, steps=3, pack_length=1)
+    packed.run()
     single.run()
-    for name, expected in weights(whole).items():
-        torch.testing.assert_close(weights(single)[name], expected, rtol=1e-3, atol=1e-4)
+    for name, expected in copy_weights(packed).items():
+        torch.testing.assert_close(copy_weights(single)[name], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_an_epoch_that_does_not_divide_ends_with_a_smaller_batch(training: Callable[..., Any], tmp_path: Path) -> None:
-    made = training(tmp_path, steps=None, epochs=1, batch_size=8)
-    made.run()
-    per_row = [sum(len(s.ids) for s in e.sequences) for e in made.examples]
-    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
-    assert made.total_steps == 3
-    assert last["tokens"] == sum(per_row)
+def test_an_epoch_that_does_not_divide_ends_with_a_smaller_batch(
+    tiny_trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    trainer = tiny_trainer(tmp_path, steps=None, epochs=1, batch_size=8)
+    trainer.run()
+    per_row = [sum(len(s.ids) for s in e.sequences) for e in trainer.examples]
+    assert trainer.total_steps == 3
+    assert read_metrics(tmp_path)[-1]["tokens"] == sum(per_row)
 
 
-def test_a_loss_that_is_not_a_number_stops_and_names_the_rows(training: Callable[..., Any], tmp_path: Path) -> None:
-    made = training(tmp_path, held_out=0)
-    with torch.no_grad():
-        next(iter(made.parameters.values())).fill_(float("nan"))
-    with pytest.raises(TrainingError, match="made row"):
-        made.run()
-
-
-def test_without_held_out_rows_nothing_is_evaluated(training: Callable[..., Any], tmp_path: Path) -> None:
-    outcome = training(tmp_path, held_out=0).run()
+def test_without_held_out_rows_nothing_is_evaluated(tiny_trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    outcome = tiny_trainer(tmp_path, held_out=0).run()
     assert outcome.best_loss is None
     assert outcome.steps == 12

@@ -37,8 +37,8 @@ def test_warm_up_in_steps_may_outlast_the_training() -> None:
     assert rates == [step / 51 for step in range(1, 41)]
 
 
-def trained(kind: str, steps: int = 30) -> Any:
-    """A matrix after some steps towards a target, and the optimizer."""
+def train_matrix(kind: str, steps: int = 30) -> Any:
+    """A matrix after some steps towards a target, and its optimizer."""
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(128, 64))
     target = torch.randn(128, 64)
@@ -52,10 +52,10 @@ def trained(kind: str, steps: int = 30) -> Any:
 
 
 def test_paged_32_bit_adamw_is_adamw() -> None:
-    torch.testing.assert_close(trained("paged_adamw_32bit")[0], trained("adamw")[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(train_matrix("paged_adamw_32bit")[0], train_matrix("adamw")[0], rtol=1e-5, atol=1e-6)
 
 
-def test_that_nothing_is_paged_without_a_gpu_is_known() -> None:
+def test_without_a_gpu_a_paged_optimizer_is_reported() -> None:
     paged, plain = Optimizer(kind="paged_adamw_32bit"), Optimizer(kind="adamw_8bit")
     assert "nothing is paged" in (unsupported(paged, "cpu") or "")
     assert unsupported(paged, "cuda:0") is None
@@ -64,15 +64,15 @@ def test_that_nothing_is_paged_without_a_gpu_is_known() -> None:
 
 @pytest.mark.parametrize("kind", ["adamw_8bit", "paged_adamw_8bit"])
 def test_8_bit_adamw_keeps_its_moments_in_bytes_and_stays_near_adamw(kind: str) -> None:
-    weight, optimizer = trained(kind)
+    weight, optimizer = train_matrix(kind)
     (state,) = optimizer.state.values()
     assert state["state1"].dtype == state["state2"].dtype == torch.uint8
-    exact, start = trained("adamw")[0], trained("adamw", steps=0)[0]
+    exact, start = train_matrix("adamw")[0], train_matrix("adamw", steps=0)[0]
     assert (weight - exact).norm() < 0.05 * (exact - start).norm()
 
 
 def test_without_bitsandbytes_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(MissingExtraError, match="bitsandbytes") as refused:
-        trained("adamw_8bit")
+        train_matrix("adamw_8bit")
     assert "corral[quant]" in str(refused.value.hint)

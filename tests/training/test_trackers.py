@@ -26,12 +26,12 @@ def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
 
 
 def send(folder: Path, *lines: StepMetrics) -> list[str]:
-    said: list[str] = []
-    trackers = Trackers(["tensorboard"], folder, "recipe", {"lr": 1e-4}, said.append)
+    warnings: list[str] = []
+    trackers = Trackers(["tensorboard"], folder, "recipe", {"lr": 1e-4}, warnings.append)
     for line in lines:
         trackers.log(line)
     trackers.finish()
-    return said
+    return warnings
 
 
 def test_tensorboard_shows_training_and_held_out_loss(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_tensorboard_shows_training_and_held_out_loss(tmp_path: Path) -> None:
     assert [step for step, rate in scalars(tmp_path, "train/lr") if math.isclose(rate, 1e-4, rel_tol=1e-6)] == [0, 1, 2]
 
 
-def test_a_resumed_stage_replaces_the_steps_that_are_done_again(tmp_path: Path) -> None:
+def test_a_resumed_stage_replaces_the_steps_that_it_repeats(tmp_path: Path) -> None:
     send(tmp_path, metrics(0, None), metrics(1, 3.0), metrics(2, 9.0), metrics(3, 9.0))
     send(tmp_path, metrics(2, 2.0), metrics(3, 1.0))
     assert scalars(tmp_path, "train/loss") == [(1, 3.0), (2, 2.0), (3, 1.0)]
@@ -53,7 +53,7 @@ def test_a_tracker_that_cannot_start_stops_before_the_first_step(tmp_path: Path)
         send(tmp_path, metrics(0, None))
 
 
-def test_a_tracker_that_fails_later_is_given_up_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_fails_later_is_dropped_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate.tracking import TensorBoardTracker
 
     log = TensorBoardTracker.log
@@ -64,6 +64,6 @@ def test_a_tracker_that_fails_later_is_given_up_and_said(tmp_path: Path, monkeyp
         log(self, values, step)
 
     monkeypatch.setattr(TensorBoardTracker, "log", full)
-    said = send(tmp_path, metrics(0, None, 2.5), metrics(1, 2.0), metrics(2, 1.5))
-    assert said == ["tensorboard failed at step 1 and gets no more metrics: [Errno 28] No space left on device"]
+    warnings = send(tmp_path, metrics(0, None, 2.5), metrics(1, 2.0), metrics(2, 1.5))
+    assert warnings == ["tensorboard failed at step 1 and gets no more metrics: [Errno 28] No space left on device"]
     assert scalars(tmp_path, "eval/loss") == [(0, 2.5)]

@@ -1,11 +1,14 @@
-"""A tiny training stage: random Llama, LoRA with dropout if asked for, rows that are at hand."""
+"""A tiny training stage: a random Llama, its adapter or all its weights, and rows that are given."""
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -26,20 +29,49 @@ def make_examples(encoded: list[Any]) -> list[Example]:
     ]
 
 
-def quantise(model: Any) -> Any:
-    """The same model as it is loaded in NF4."""
+def make_trainer(
+    model: Any,
+    encoded: list[Any],
+    config: Train,
+    folder: Path,
+    *,
+    held_out: int = 4,
+    pack_length: int = 512,
+    seed: int = 5,
+    save_best: Callable[[int], None] = lambda _: None,
+    world: World | None = None,
+) -> Trainer:
+    """A trainer on the rows, of which the first ones are held out."""
+    examples = make_examples(encoded)
+    folder.mkdir(parents=True, exist_ok=True)
+    return Trainer(
+        model,
+        examples[held_out:],
+        examples[:held_out],
+        OBJECTIVES[config.objective],
+        config,
+        pack_length=pack_length,
+        seed=seed,
+        folder=folder,
+        save_best=save_best,
+        world=world,
+    )
+
+
+def load_in_nf4(model: Any) -> Any:
+    """The same model, saved and loaded in NF4."""
     from corral.model.loading import load_model
     from corral.model.quantisation import Quantization
 
     with tempfile.TemporaryDirectory() as folder:
-        # `save_pretrained` writes in the first of several processes only.
+        # `save_pretrained` writes only in the first of several processes.
         model.config.save_pretrained(folder)
         weights = {name: value.clone() for name, value in model.named_parameters()}
         save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
         return load_model(Path(folder), quantization=Quantization("nf4"))
 
 
-def make_training(
+def make_tiny_trainer(
     folder: Path,
     encoded: list[Any],
     vocabulary: int,
@@ -53,10 +85,10 @@ def make_training(
     world: World | None = None,
     **settings: Any,
 ) -> Trainer:
-    examples = make_examples(encoded)
+    """A trainer of the tiny model; other settings are those of a recipe's stage."""
     model: Any = make_tiny_model(vocabulary).to(dtype)
     if settings.get("quantization") == "nf4":
-        model = quantise(model)
+        model = load_in_nf4(model)
     if settings.get("method") == "full":
         model.requires_grad_(True)
     else:
@@ -66,16 +98,20 @@ def make_training(
         | settings
         | {"optimizer": Optimizer(kind=optimizer, lr=lr, warmup_ratio=0.1)}
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    return Trainer(
-        model,
-        examples[held_out:],
-        examples[:held_out],
-        OBJECTIVES["sft"],
-        config,
-        pack_length=pack_length,
-        seed=5,
-        folder=folder,
-        save_best=lambda _: None,
-        world=world,
-    )
+    return make_trainer(model, encoded, config, folder, held_out=held_out, pack_length=pack_length, world=world)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a stage's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    return sorted((folder / "checkpoints").glob("step-*"))[-1]
+
+
+def run_until(trainer: Trainer, step: int) -> None:
+    """Train, and stop on request after a step."""
+    steps: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(on_step=lambda metrics: steps.append(metrics.step), should_stop=lambda: steps[-1] >= step)
