@@ -1,31 +1,38 @@
-"""What more than one folder of tests uses: a tiny tokenizer, a tiny random Llama, rows, a web server on this machine."""
+"""Fixtures that several folders of tests use: a tiny tokenizer and Llama, a finished run, rows, a local web server."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
-# No test may reach a model hub: what it needs comes from packages or is made here.
+# No test may reach a model hub: what it needs comes from packages or is created here.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Runs are compared bit for bit, which needs the same number of threads in all of them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# In the background of a shell, or under nohup, these are ignored, and so would they be in what the tests start.
+# A background shell and nohup ignore these signals, and child processes would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_data(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keys and conversations of whoever runs the tests are none of theirs."""
+    """Keep the tests away from the keys and conversations of the user who runs them."""
     os.environ["XDG_DATA_HOME"] = str(tmp_path_factory.mktemp("data"))
 
 
@@ -40,7 +47,7 @@ CORPUS = [
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
-    """A byte-level BPE tokenizer with ChatML's special tokens, made on the spot."""
+    """A byte-level BPE tokenizer with ChatML's special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -60,7 +67,7 @@ def tiny_tokenizer() -> Any:
 
 @pytest.fixture
 def tiny_model(tiny_tokenizer: Any) -> Any:
-    """A random Llama of two layers with grouped-query attention, the same at each call."""
+    """A random Llama of two layers with grouped-query attention, with the same weights in every test."""
     return make_tiny_model(len(tiny_tokenizer))
 
 
@@ -80,20 +87,114 @@ def make_tiny_model(vocabulary: int, **changes: Any) -> Any:
         "initializer_range": 0.2,
         "bos_token_id": 1,
         "eos_token_id": 2,
-        "pad_token_id": 0,  # its embedding starts as zeros, which is what an untrained token looks like
+        "pad_token_id": 0,  # its embedding starts as zeros, like that of an untrained token
     }
     return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
 
 
-@pytest.fixture(scope="session")
-def tiny_folder(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model and tokenizer as a Hugging Face folder with a ChatML template."""
-    from corral.template import Template
-
-    folder = tmp_path_factory.mktemp("tiny")
-    make_tiny_model(len(tiny_tokenizer)).save_pretrained(folder)
-    Template.load(tiny_tokenizer, "chatml").save(folder)
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """Let the first of several pytest-xdist workers build a folder; the others wait for it."""
+    done = folder.with_name(f"{folder.name}.done")
+    with FileLock(f"{folder}.lock"):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            build(folder)
+            done.touch()
     return folder
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A temporary folder that all pytest-xdist workers of a session share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_tokenizer: Any, shared_folder: Path) -> Path:
+    """The tiny model and tokenizer as a Hugging Face folder with a ChatML template."""
+
+    def build(folder: Path) -> None:
+        from corral.template import Template
+
+        make_tiny_model(len(tiny_tokenizer)).save_pretrained(folder)
+        Template.load(tiny_tokenizer, "chatml").save(folder)
+
+    return build_once(shared_folder / "tiny", build)
+
+
+RECIPE = """
+name = "tiny"
+seed = 3
+[model]
+base = "{model}"
+[data]
+max_length = 128
+[[data.sources]]
+path = "rows.jsonl"
+[data.split]
+validation = 0.15
+test = 0.2
+[[train]]
+steps = 8
+batch_size = 4
+evaluate_every = 4
+checkpoint_every = 2
+[train.lora]
+rank = 4
+[train.optimizer]
+lr = 5e-3
+[evaluate]
+engine = "transformers"
+loss_rows = 12
+answer_rows = 6
+[answer]
+max_tokens = 12
+"""
+
+
+def write_rows(path: Path, count: int = 80) -> None:
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {i} plus {i}?"},
+                {"role": "assistant", "content": f"{2 * i}."},
+            ]
+        }
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_workspace(folder: Path, model: Path) -> None:
+    """Write the tiny recipe `r.toml` and its `rows.jsonl`."""
+    (folder / "r.toml").write_text(RECIPE.format(model=model))
+    write_rows(folder / "rows.jsonl")
+
+
+def corral(*args: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user does."""
+    command = [sys.executable, "-m", "corral", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_folder: Path, shared_folder: Path) -> Path:
+    """The tiny recipe's run directory, made once by `corral run`; its parent has `r.toml` and `rows.jsonl`. Read only."""
+
+    def build(folder: Path) -> None:
+        write_workspace(folder, tiny_folder)
+        done = corral("run", folder / "r.toml", "--out", folder / "run")
+        assert done.returncode == 0, done.stderr
+
+    return build_once(shared_folder / "finished", build) / "run"
+
+
+@pytest.fixture
+def run_copy(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run directory, which a test may change; its parent has `r.toml` and `rows.jsonl` too."""
+    return Path(shutil.copytree(finished_run.parent, tmp_path / "workspace")) / "run"
 
 
 @pytest.fixture(scope="session")
@@ -125,7 +226,7 @@ def template(tiny_folder: Path) -> Any:
 
 @contextmanager
 def unprivileged(folder: Path) -> Generator[None]:
-    """Root may read and write anything: be somebody else for a while, who may look into `folder`."""
+    """As root, which may read and write everything, become another user for a while, who may list `folder`."""
     if os.geteuid() != 0:
         yield
         return
@@ -140,10 +241,10 @@ def unprivileged(folder: Path) -> Generator[None]:
 
 
 class Request(BaseHTTPRequestHandler):
-    """A request to a web server on this machine: a test says what to answer. Nothing is written to a log."""
+    """A handler of requests to a local web server, which logs nothing; tests override its `do_…` methods."""
 
     def answer(self, status: int, headers: Mapping[str, str], body: bytes = b"{}") -> None:
-        """The whole answer, without its body if only the head is asked for."""
+        """Send a response; without its body to a HEAD request."""
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
@@ -157,7 +258,7 @@ class Request(BaseHTTPRequestHandler):
 
 @contextmanager
 def web_server(answers: type[Request], port: int = 0) -> Generator[str]:
-    """The address of a web server, on this machine while the block runs; at any free port unless one is given."""
+    """Run a local web server during the block, on any free port unless one is given; yields its address."""
     with ThreadingHTTPServer(("127.0.0.1", port), answers) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         try:

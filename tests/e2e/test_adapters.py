@@ -1,4 +1,4 @@
-"""An adapter that a run trained is a model wherever a model is named: on its base, it answers as the merged one."""
+"""An adapter that a run trained can be named wherever a model can; it answers as the merged model does."""
 
 from __future__ import annotations
 
@@ -13,35 +13,37 @@ import pytest
 from corral.answering.open_model import open_model
 from corral.engines.base import Sampling
 from corral.messages import Conversation
-from tests.e2e.conftest import corral
+from tests.conftest import corral
 from tests.e2e.test_serve import address, serving
 
-ASKED = [f"What is {i} plus {i}?" for i in range(4)]
+QUESTIONS = [f"What is {i} plus {i}?" for i in range(4)]
 
 
 @pytest.fixture(scope="module")
-def adapter(finished: Path) -> Path:
-    return finished / "run" / "train-1-sft" / "adapter"
+def adapter(finished_run: Path) -> Path:
+    return finished_run / "train-1-sft" / "adapter"
 
 
-def answers(spec: Path) -> list[tuple[str, tuple[float, ...], float]]:
-    """Greedy text with its log-probabilities, and the score of one given answer."""
+def answer_and_score(model: Path) -> list[tuple[str, tuple[float, ...], float]]:
+    """For each question the greedy answer, its log-probabilities, and the negative log-likelihood of a given answer."""
 
-    async def ask() -> list[tuple[str, tuple[float, ...], float]]:
-        opened = open_model(str(spec), "transformers", Sampling(max_tokens=16, logprobs=True))
+    async def work() -> list[tuple[str, tuple[float, ...], float]]:
+        opened = open_model(str(model), "transformers", Sampling(max_tokens=16, logprobs=True))
         async with opened.answerer.engine:
-            found: list[tuple[str, tuple[float, ...], float]] = []
-            for asked in ASKED:
-                answer = await opened.answerer.answer(Conversation.from_turns(("user", asked)))
-                score = await opened.answerer.score(Conversation.from_turns(("user", asked), ("assistant", "It is 6.")))
-                found.append((answer.text, answer.completions[0].logprobs or (), score.nll))
-            return found
+            results: list[tuple[str, tuple[float, ...], float]] = []
+            for question in QUESTIONS:
+                answer = await opened.answerer.answer(Conversation.from_turns(("user", question)))
+                score = await opened.answerer.score(
+                    Conversation.from_turns(("user", question), ("assistant", "It is 6."))
+                )
+                results.append((answer.text, answer.completions[0].logprobs or (), score.nll))
+            return results
 
-    return asyncio.run(ask())
+    return asyncio.run(work())
 
 
-def test_it_says_what_the_merged_model_says_as_surely(adapter: Path, finished: Path, tiny_folder: Path) -> None:
-    unmerged, merged, base = answers(adapter), answers(finished / "run"), answers(tiny_folder)
+def test_an_adapter_answers_as_the_merged_model_does(adapter: Path, finished_run: Path, tiny_folder: Path) -> None:
+    unmerged, merged, base = map(answer_and_score, (adapter, finished_run, tiny_folder))
     for one, other in zip(unmerged, merged, strict=True):
         assert one[0] == other[0]
         assert one[1] == pytest.approx(other[1], abs=2e-3)
@@ -49,20 +51,20 @@ def test_it_says_what_the_merged_model_says_as_surely(adapter: Path, finished: P
     assert [nll for _, _, nll in unmerged] != pytest.approx([nll for _, _, nll in base], abs=0.1), "it was trained"
 
 
-def test_chat_and_serve_take_it(adapter: Path, finished: Path) -> None:
+def test_chat_and_serve_accept_an_adapter(adapter: Path, finished_run: Path) -> None:
     options = ("--max-tokens", 8, "--temperature", 0)
-    talks = [corral("chat", spec, *options, input=f"{ASKED[3]}\n") for spec in (adapter, finished / "run")]
-    assert [talk.returncode for talk in talks] == [0, 0], talks[0].stderr
-    assert talks[0].stdout == talks[1].stdout
-    with serving(adapter) as (said, _):
-        body = {"messages": [{"role": "user", "content": ASKED[3]}], "max_tokens": 8, "temperature": 0}
+    chats = [corral("chat", model, *options, input=f"{QUESTIONS[3]}\n") for model in (adapter, finished_run)]
+    assert [chat.returncode for chat in chats] == [0, 0], chats[0].stderr
+    assert chats[0].stdout == chats[1].stdout
+    with serving(adapter) as (output, _):
+        body = {"messages": [{"role": "user", "content": QUESTIONS[3]}], "max_tokens": 8, "temperature": 0}
         request = urllib.request.Request(
-            f"{address(said)}/v1/chat/completions",
+            f"{address(output)}/v1/chat/completions",
             json.dumps({"model": "tiny-train-1-sft", **body}).encode(),
             {"content-type": "application/json"},
         )
-        with urllib.request.urlopen(request) as answer:
-            text = json.load(answer)["choices"][0]["message"]["content"]
-    shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)  # a terminal is not steered by what a model says
-    assert shown.strip()
-    assert shown in talks[0].stdout
+        with urllib.request.urlopen(request) as response:
+            text = json.load(response)["choices"][0]["message"]["content"]
+    printable = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)  # chat removes control characters from answers
+    assert printable.strip()
+    assert printable in chats[0].stdout

@@ -4,52 +4,47 @@ from __future__ import annotations
 
 import json
 import resource
-import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import corral, write_rows
-
-NOT_UTF8 = b'{"messages": "\xe9"}\n' * 3
-NO_ANSWER = '{"messages": [{"role": "user", "content": "a?"}]}\n' * 3
+from tests.conftest import corral
 
 
 def edit(old: str, new: str) -> Callable[[Path], object]:
     return lambda f: (f / "r.toml").write_text((f / "r.toml").read_text().replace(old, new))
 
 
-def rows(content: bytes | str) -> Callable[[Path], object]:
-    data = content if isinstance(content, bytes) else content.encode()
-    return lambda f: (f / "rows.jsonl").write_bytes(data)
+def rows(content: bytes) -> Callable[[Path], object]:
+    return lambda f: (f / "rows.jsonl").write_bytes(content)
 
 
-CASES: dict[str, tuple[Callable[[Path], object], int, list[str]]] = {
-    "wrong key": (edit("rank = 4", "rnk = 4"), 2, ["train.0.lora.rnk", "did you mean 'rank'", "r.toml"]),
-    "wrong type": (edit("steps = 8", 'steps = "x"'), 2, ["train.0.steps", "'x'"]),
-    "impossible pair": (edit("steps = 8", "steps = 8\nepochs = 1"), 2, ["`epochs` = 1 and `steps` = 8"]),
-    "broken toml": (edit("[model]", "[model"), 2, ["not valid TOML", "line"]),
-    "unknown asset": (edit('base = "', 'base = "asset:smollm#'), 2, ["smollm", "asset"]),
-    "missing model folder": (edit('base = "', 'base = "/nowhere'), 2, ["/nowhere"]),
-    "missing data": (lambda f: (f / "rows.jsonl").rename(f / "row.jsonl"), 2, ["rows.jsonl", "row.jsonl"]),
-    "empty data": (rows(""), 2, ["rows.jsonl", "empty"]),
-    "binary data": (rows(b"\x00\x01\x02" * 50), 2, ["rows.jsonl"]),
-    "not utf-8": (rows(NOT_UTF8), 2, ["rows.jsonl", "UTF-8", "line 1"]),
-    "no answers": (rows(NO_ANSWER), 2, ["no answer"]),
-    "all over the limit": (edit("max_length = 128", "max_length = 16"), 2, ["16 tokens"]),
-    "unknown layer": (edit("rank = 4", 'rank = 4\ntargets = ["qproj"]'), 2, ["'qproj'", "q_proj"]),
-    "unknown template": (edit("[data]", 'template = "chatlm"\n[data]'), 2, ["'chatlm'", "chatml"]),
+CASES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "wrong key": (edit("rank = 4", "rnk = 4"), ["train.0.lora.rnk", "did you mean 'rank'", "r.toml"]),
+    "wrong type": (edit("steps = 8", 'steps = "x"'), ["train.0.steps", "'x'"]),
+    "impossible pair": (edit("steps = 8", "steps = 8\nepochs = 1"), ["`epochs` = 1 and `steps` = 8"]),
+    "broken toml": (edit("[model]", "[model"), ["not valid TOML", "line"]),
+    "unknown asset": (edit('base = "', 'base = "asset:smollm#'), ["smollm", "asset"]),
+    "missing model folder": (edit('base = "', 'base = "/nowhere'), ["/nowhere"]),
+    "missing data": (lambda f: (f / "rows.jsonl").rename(f / "row.jsonl"), ["rows.jsonl", "row.jsonl"]),
+    "empty data": (rows(b""), ["rows.jsonl", "empty"]),
+    "binary data": (rows(b"\x00\x01\x02" * 50), ["rows.jsonl"]),
+    "not utf-8": (rows(b'{"messages": "\xe9"}\n' * 3), ["rows.jsonl", "UTF-8", "line 1"]),
+    "no answers": (rows(b'{"messages": [{"role": "user", "content": "a?"}]}\n' * 3), ["no answer"]),
+    "all over the limit": (edit("max_length = 128", "max_length = 16"), ["16 tokens"]),
+    "unknown layer": (edit("rank = 4", 'rank = 4\ntargets = ["qproj"]'), ["'qproj'", "q_proj"]),
+    "unknown template": (edit("[data]", 'template = "chatlm"\n[data]'), ["'chatlm'", "chatml"]),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_fault_is_one_clear_error(case: str, workspace: Callable[[], Path]) -> None:
-    spoil, code, expected = CASES[case]
-    folder = workspace()
-    spoil(folder)
-    done = corral("run", folder / "r.toml", "--out", folder / "run")
-    assert done.returncode == code, done.stderr
+def test_each_fault_is_one_clear_error(case: str, workspace: Path) -> None:
+    spoil, expected = CASES[case]
+    spoil(workspace)
+    done = corral("run", workspace / "r.toml", "--out", workspace / "run")
+    assert done.returncode == 2, done.stderr
     for part in expected:
         assert part in done.stderr, done.stderr
     assert "next:" in done.stderr
@@ -57,55 +52,47 @@ def test_each_fault_is_one_clear_error(case: str, workspace: Callable[[], Path])
     assert done.stdout == ""
 
 
-def test_a_line_broken_in_the_middle_is_one_lost_row_in_the_ledger(workspace: Callable[[], Path]) -> None:
-    folder = workspace()
-    lines = (folder / "rows.jsonl").read_text().splitlines()
+def test_one_broken_line_is_one_dropped_row_in_the_ledger(workspace: Path) -> None:
+    lines = (workspace / "rows.jsonl").read_text().splitlines()
     lines[40] = lines[40][:30]
-    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
-    done = corral("inspect", folder / "r.toml", "--json")
+    (workspace / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    done = corral("inspect", workspace / "r.toml", "--json")
     assert done.returncode == 0, done.stderr
     ledger = json.loads(done.stdout)["ledger"]
     assert ledger["rows"] == 80
     assert ledger["fates"]["dropped"] == 1
 
 
-def test_another_recipes_run_directory_is_refused(finished: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(finished, tmp_path / "copy"))
-    done = corral("run", folder / "r.toml", "--out", folder / "run", "--set", "name=other")
+def test_the_run_directory_of_another_recipe_is_refused(run_copy: Path) -> None:
+    done = corral("run", run_copy.parent / "r.toml", "--out", run_copy, "--set", "name=other")
     assert done.returncode == 2
     assert "'tiny'" in done.stderr
     assert "--out" in done.stderr
 
 
-def test_a_full_disk_is_said_and_nothing_is_lost(workspace: Callable[[], Path]) -> None:
-    """A limit on the size of a file stands for the disk: the system's error reaches corral in the same way."""
-    folder = workspace()
-    (folder / "rows.jsonl").unlink()
-    write_rows(folder / "rows.jsonl", 80)
+def test_a_full_disk_is_reported_and_nothing_is_lost(workspace: Path) -> None:
+    """A limit on file sizes stands in for the disk: the system's error reaches corral in the same way."""
 
     def limit() -> None:
-        import signal
-
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
-    full = corral("run", folder / "r.toml", "--out", folder / "run", preexec_fn=limit)
+    command = ("run", workspace / "r.toml", "--out", workspace / "run")
+    full = corral(*command, preexec_fn=limit)
     assert full.returncode == 2, full.stderr
     assert "next:" in full.stderr
     assert "Traceback" not in full.stderr
-    assert not list(folder.rglob(".corral-tmp-*"))
-    assert corral("run", folder / "r.toml", "--out", folder / "run").returncode == 0
+    assert not list(workspace.rglob(".corral-tmp-*"))
+    assert corral(*command).returncode == 0
 
 
-def test_all_checkpoints_damaged_is_said_and_touches_nothing(workspace: Callable[[], Path]) -> None:
-    folder = workspace()
-    assert corral("run", folder / "r.toml", "--out", folder / "run").returncode == 0
-    stage = folder / "run/train-1-sft"
+def test_when_all_checkpoints_are_damaged_the_run_stops(run_copy: Path) -> None:
+    stage = run_copy / "train-1-sft"
     record = json.loads((stage / "stage.json").read_text())
     (stage / "stage.json").write_text(json.dumps(record | {"status": "running"}))
     for checkpoint in (stage / "checkpoints").glob("step-*"):
         (checkpoint / "adapter.safetensors").write_bytes(b"x")
-    done = corral("run", folder / "r.toml", "--out", folder / "run")
+    done = corral("run", run_copy.parent / "r.toml", "--out", run_copy)
     assert done.returncode == 2, done.stderr
     assert "checkpoints are damaged" in done.stderr
 
@@ -119,9 +106,14 @@ def test_all_checkpoints_damaged_is_said_and_touches_nothing(workspace: Callable
         (("compare", "nowhere", "elsewhere"), "not a run"),
         (("assets", "--fetch", "smollm"), "smollm"),
         (("run", "none.toml"), "there is no recipe"),
+        (("serve", "nowhere"), "nowhere"),
+        (("serve", "nowhere", "--host", "0.0.0.0"), "--insecure"),
+        (("serve", "nowhere", "--port", "99999"), "not a port"),
+        (("serve", "nowhere", "--port", "http"), "--port"),
+        (("serve", "nowhere", "--engine", "warp"), "warp"),
     ],
 )
-def test_verbs_given_something_that_is_not_there(args: tuple[str, ...], part: str, tmp_path: Path) -> None:
+def test_an_impossible_command_is_one_clear_error(args: tuple[str, ...], part: str, tmp_path: Path) -> None:
     done = corral(*args, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert part in done.stderr

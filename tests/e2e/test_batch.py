@@ -1,4 +1,4 @@
-"""`corral batch` as a user runs it: killed, repeated, refused; and what the documentation shows."""
+"""`corral batch`: killed and resumed, refused input, and the commands of its documentation."""
 
 from __future__ import annotations
 
@@ -17,46 +17,44 @@ import pytest
 
 from corral.cli import main, parser
 from tests.batch.work import finished_rows
-from tests.e2e.conftest import corral
+from tests.conftest import corral
 
 DOCS = (Path(__file__).parent.parent.parent / "docs/batch.md").read_text("utf-8")
 ENGINE = ("--engine", "transformers")
 
 
-def prompts(folder: Path, rows: int = 12) -> Path:
+def write_prompts(folder: Path, rows: int = 12) -> Path:
     path = folder / "prompts.jsonl"
     path.write_text("".join(json.dumps({"id": i, "prompt": f"What is {i} plus {i}?"}) + "\n" for i in range(rows)))
     return path
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def test_a_run_answers_with_its_recipes_settings_and_others_where_they_are_given(
-    finished: Path, tmp_path: Path
-) -> None:
+def test_options_override_the_answer_settings_of_the_run(finished_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
-    done = corral("batch", finished / "run", prompts(tmp_path), "--out", out, *ENGINE, "--max-tokens", 8, "--json")
+    done = corral("batch", finished_run, write_prompts(tmp_path), "--out", out, *ENGINE, "--max-tokens", 8, "--json")
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert said["figures"]["rows"] == said["answered"] == 12
-    rows = read(out)
+    summary = json.loads(done.stdout)
+    assert summary["figures"]["rows"] == summary["answered"] == 12
+    rows = read_rows(out)
     assert [row["id"] for row in rows] == list(range(12))
     assert all(row["tokens"] <= 8 for row in rows)
     voted = ("--consensus", "rouge-l", "--n", 3, "--shots", 1, "--max-tokens", 8)
-    done = corral("batch", finished / "run", tmp_path / "prompts.jsonl", "--out", tmp_path / "v.jsonl", *ENGINE, *voted)
+    done = corral("batch", finished_run, tmp_path / "prompts.jsonl", "--out", tmp_path / "v.jsonl", *ENGINE, *voted)
     assert done.returncode == 0, done.stderr
     assert "12 rows" in done.stdout
-    for plain, row in zip(rows, read(tmp_path / "v.jsonl"), strict=True):
+    for plain, row in zip(rows, read_rows(tmp_path / "v.jsonl"), strict=True):
         assert len(row["candidates"]) == len(row["votes"]) == 3
         assert row["answer"] == row["candidates"][row["winner"]]
-        assert row["prompt_tokens"] > plain["prompt_tokens"], "the example counts"
+        assert row["prompt_tokens"] > plain["prompt_tokens"], "the shown example is part of the prompt"
 
 
-def test_killed_and_repeated_it_ends_with_what_it_would_have_ended_with(tiny_folder: Path, tmp_path: Path) -> None:
-    path = prompts(tmp_path, 700)
-    # Drawn at random, a row in some hundreds differs by rounding when others are computed beside it: greedily, none here.
+def test_killed_and_repeated_it_writes_the_answers_of_an_uninterrupted_run(tiny_folder: Path, tmp_path: Path) -> None:
+    path = write_prompts(tmp_path, 700)
+    # Sampled at random, one row in hundreds differs by rounding when it is batched with other rows; greedily none here.
     common = (*ENGINE, "--max-tokens", 24, "--temperature", 0)
     whole = corral("batch", tiny_folder, path, "--out", tmp_path / "whole.jsonl", *common)
     assert whole.returncode == 0, whole.stderr
@@ -80,9 +78,9 @@ def test_killed_and_repeated_it_ends_with_what_it_would_have_ended_with(tiny_fol
     again = corral(*command[3:])
     assert again.returncode == 0
     assert "already done" in again.stdout
-    other = corral(*command[3:], "--seed", 5)
-    assert other.returncode == 2
-    assert "seed = 0 there, 5 here" in other.stderr
+    changed = corral(*command[3:], "--seed", 5)
+    assert changed.returncode == 2
+    assert "seed = 0 there, 5 here" in changed.stderr
 
 
 CASES: dict[str, tuple[str, tuple[object, ...], list[str]]] = {
@@ -92,32 +90,32 @@ CASES: dict[str, tuple[str, tuple[object, ...], list[str]]] = {
     "no such engine": ('{"prompt": "a"}\n', ("--engine", "warp"), ["warp"]),
     "nothing to vote on": ('{"prompt": "a"}\n', ("--n", 3), ["--consensus"]),
     "an output that is a folder": ('{"prompt": "a"}\n', ("--out", "/"), ["/"]),
-    "two that compute": ('{"prompt": "a"}\n', ("--ray", "--url", "http://127.0.0.1:1/v1"), ["--ray"]),
+    "two backends": ('{"prompt": "a"}\n', ("--ray", "--url", "http://127.0.0.1:1/v1"), ["--ray"]),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_cannot_be_answered_is_one_clear_error_and_leaves_nothing(
+def test_bad_input_is_one_clear_error_and_leaves_no_file(
     case: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text, options, expected = CASES[case]
     (tmp_path / "prompts.jsonl").write_text(text)
-    how = options if "--ray" in options else (*ENGINE, *options)
-    command = ("batch", tiny_folder, tmp_path / "prompts.jsonl", "--out", tmp_path / "a.jsonl", *how)
+    backend = options if "--ray" in options else (*ENGINE, *options)
+    command = ("batch", tiny_folder, tmp_path / "prompts.jsonl", "--out", tmp_path / "a.jsonl", *backend)
     try:
         code = main([*map(str, command)])
     except SystemExit as end:
         code = end.code
-    said = capsys.readouterr()
-    assert code == 2, said.err
-    assert said.out == ""
+    output = capsys.readouterr()
+    assert code == 2, output.err
+    assert output.out == ""
     for part in expected:
-        assert part in said.err
+        assert part in output.err
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
 
 
-def test_every_command_and_row_in_the_documentation_is_true(finished: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished / "run", tmp_path / "runs/quickstart")
+def test_every_command_and_row_of_the_documentation_is_correct(finished_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run, tmp_path / "runs/quickstart")
     (rows,) = re.findall(r"```json\n(\{\"id\".*?)```", DOCS, re.S)
     (tmp_path / "prompts.jsonl").write_text(rows)
     commands = re.findall(r"^corral batch .*$", DOCS, re.M)
@@ -129,5 +127,5 @@ def test_every_command_and_row_in_the_documentation_is_true(finished: Path, tmp_
             done = corral(*words, *ENGINE, "--max-tokens", 8, cwd=tmp_path)
             assert done.returncode == 0, done.stderr
     shown = [json.loads(line) for line in re.findall(r"^\{\"index\".*\}$", DOCS, re.M)]
-    made = [*read(tmp_path / "answers.jsonl"), *read(tmp_path / "voted.jsonl")[:1]]
-    assert [row.keys() for row in shown] == [row.keys() for row in made]
+    written = [*read_rows(tmp_path / "answers.jsonl"), *read_rows(tmp_path / "voted.jsonl")[:1]]
+    assert [row.keys() for row in shown] == [row.keys() for row in written]

@@ -1,4 +1,4 @@
-"""lm-eval as a user runs it, against `corral serve`: both of its clients measure what the model says."""
+"""lm-eval as a user runs it, against `corral serve`: both of its clients get the model's answers and log-probs."""
 
 from __future__ import annotations
 
@@ -36,37 +36,48 @@ doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{answer}}}}"
 target_delimiter: ""
 """
-SAYS = """generation_kwargs: {until: ["\\n\\n"], max_gen_toks: 8, do_sample: false}
+GENERATE = """generation_kwargs: {until: ["\\n\\n"], max_gen_toks: 8, do_sample: false}
 metric_list: [{metric: exact_match}]
 """
-SCORES = """metric_list: [{metric: acc}]
+SCORE = """metric_list: [{metric: acc}]
 """
 
 
 @pytest.fixture(scope="module")
 def url(tiny_folder: Path) -> Generator[str]:
-    with serving(tiny_folder, "--name", "tiny", "--database", "none") as (said, _):
-        yield address(said)
+    with serving(tiny_folder, "--name", "tiny", "--database", "none") as (output, _):
+        yield address(output)
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two tasks of the same rows: `says` and `scores`."""
+    """A folder with two tasks of the same rows: `generate` and `score`."""
     folder = tmp_path_factory.mktemp("tasks")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    for name, kind, rest in (("says", "generate_until", SAYS), ("scores", "loglikelihood", SCORES)):
+    for name, kind, rest in (("generate", "generate_until", GENERATE), ("score", "loglikelihood", SCORE)):
         head = TASK.format(name=name, kind=kind, rows=folder / "rows.jsonl")
         (folder / f"{name}.yaml").write_text(head + rest)
     return folder
 
 
-def measured(client: str, task: str, tasks: Path, out: Path, *options: str, **settings: object) -> list[Any]:
-    """What lm-eval was answered to each row."""
-    told = ",".join(f"{name}={value}" for name, value in {"model": "tiny", **settings}.items())
-    where = ["--tasks", task, "--include_path", str(tasks), "--output_path", str(out), "--log_samples"]
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", client, "--model_args", told, *where, *options]
-    own = {"HF_HOME": str(out / "cache"), "HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "none"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | own)
+def run_lm_eval(client: str, task: str, tasks: Path, out: Path, *options: str, **settings: object) -> list[Any]:
+    """The response that lm-eval recorded for each row."""
+    model_args = ",".join(f"{name}={value}" for name, value in {"model": "tiny", **settings}.items())
+    task_args = ["--tasks", task, "--include_path", str(tasks), "--output_path", str(out), "--log_samples"]
+    command = [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "run",
+        "--model",
+        client,
+        "--model_args",
+        model_args,
+        *task_args,
+        *options,
+    ]
+    environment = {"HF_HOME": str(out / "cache"), "HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "none"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
     (samples,) = out.rglob(f"samples_{task}_*.jsonl")
     rows = [json.loads(line) for line in samples.read_text("utf-8").splitlines()]
@@ -74,11 +85,11 @@ def measured(client: str, task: str, tasks: Path, out: Path, *options: str, **se
     return [row["resps"][0][0] for row in sorted(rows, key=lambda row: row["doc_id"])]
 
 
-def test_local_completions_is_told_what_the_server_says_and_the_log_probs_of_the_engine(
+def test_local_completions_gets_the_texts_of_the_server_and_the_log_probs_of_the_engine(
     url: str, tasks: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    reads = {"base_url": f"{url}/v1/completions", "tokenizer": tiny_folder, "tokenizer_backend": "huggingface"}
-    texts = measured("local-completions", "says", tasks, tmp_path / "says", max_length=512, **reads)
+    settings = {"base_url": f"{url}/v1/completions", "tokenizer": tiny_folder, "tokenizer_backend": "huggingface"}
+    texts = run_lm_eval("local-completions", "generate", tasks, tmp_path / "generate", max_length=512, **settings)
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         assert texts == [
             client.completions.create(
@@ -88,26 +99,26 @@ def test_local_completions_is_told_what_the_server_says_and_the_log_probs_of_the
             .text
             for row in ROWS
         ]
-    scores = measured("local-completions", "scores", tasks, tmp_path / "scores", max_length=512, **reads)
+    scores = run_lm_eval("local-completions", "score", tasks, tmp_path / "score", max_length=512, **settings)
 
     async def expected() -> list[float]:
         answerer = open_model(str(tiny_folder), "transformers").answerer
         encode = answerer.template.tokenizer.backend_tokenizer.encode
         async with answerer.engine as engine:
-            found: list[float] = []
+            totals: list[float] = []
             for row in ROWS:
                 ids = encode(row["question"] + row["answer"], add_special_tokens=False).ids
                 start = len(encode(row["question"], add_special_tokens=False).ids)
-                found.append(sum(await engine.score(ids, start)))
-        return found
+                totals.append(sum(await engine.score(ids, start)))
+        return totals
 
     assert [float(total) for total, _ in scores] == pytest.approx(asyncio.run(expected()), abs=1e-3)
     assert {str(is_greedy) for _, is_greedy in scores} <= {"True", "False"}
 
 
-def test_local_chat_completions_is_told_what_the_server_says(url: str, tasks: Path, tmp_path: Path) -> None:
-    out, at = tmp_path / "says", f"{url}/v1/chat/completions"
-    texts = measured("local-chat-completions", "says", tasks, out, "--apply_chat_template", base_url=at)
+def test_local_chat_completions_gets_the_texts_of_the_server(url: str, tasks: Path, tmp_path: Path) -> None:
+    out, base_url = tmp_path / "generate", f"{url}/v1/chat/completions"
+    texts = run_lm_eval("local-chat-completions", "generate", tasks, out, "--apply_chat_template", base_url=base_url)
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         answers = [
             client.chat.completions.create(

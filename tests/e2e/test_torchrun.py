@@ -1,4 +1,4 @@
-"""`torchrun … -m corral run`: two processes make the run that one makes, and one of them tells of it."""
+"""`torchrun … -m corral run`: two processes give the run that one process gives, and only one reports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,52 +31,49 @@ def torchrun(folder: Path, *args: object) -> subprocess.Popen[str]:
     )
 
 
-def curve(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "run/train-1-sft/metrics.jsonl"
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    path = run / "train-1-sft/metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def second_process(started: subprocess.Popen[str]) -> int:
-    """The process id of rank 1."""
-    for child in Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split():
+def rank_1_pid(launcher: subprocess.Popen[str]) -> int:
+    for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
         if b"RANK=1" in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
             return int(child)
-    raise AssertionError("torchrun has no second process")
+    raise AssertionError("torchrun has no process of rank 1")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_a_run_of_two_processes_is_killed_in_one_and_goes_on_to_what_one_process_makes(
-    workspace: Callable[[], Path], finished: Path
+def test_after_one_of_two_processes_is_killed_the_run_resumes_to_the_result_of_one_process(
+    workspace: Path, finished_run: Path
 ) -> None:
-    folder = workspace()
-    started = torchrun(folder)
-    while started.poll() is None and len(curve(folder)) < 4:
+    run = workspace / "run"
+    started = torchrun(workspace)
+    while started.poll() is None and len(read_metrics(run)) < 4:
         time.sleep(0.01)
-    os.kill(second_process(started), signal.SIGKILL)
+    os.kill(rank_1_pid(started), signal.SIGKILL)
     _, error = started.communicate()
     assert started.returncode != 0
-    # Which of the two it learns first, that the other is gone or that torchrun ends it, is a matter of milliseconds.
+    # Rank 0 loses its peer and gets SIGTERM from torchrun within milliseconds of each other.
     assert re.search("corral: another process of this run has ended|stopped; the same command goes on from here", error)
-    done = torchrun(folder, "--json", "--set", "train.0.sharding=full")
+    done = torchrun(workspace, "--json", "--set", "train.0.sharding=full")
     out, error = done.communicate()
     assert done.returncode == 0, error
     assert set(json.loads(out)["stages"]) == {"prepare", "train-1-sft", "merge", "evaluate", "report"}
     assert len(re.findall("rows to train on", error)) <= 1
-    ours, theirs = curve(folder), curve(finished)
-    assert [line["step"] for line in ours] == list(range(9))
-    for line, other in zip(ours[1:], theirs[1:], strict=True):
-        assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
-    adapters = [load_file(f / "run/train-1-sft/adapter/adapter_model.safetensors") for f in (folder, finished)]
+    metrics, expected = read_metrics(run), read_metrics(finished_run)
+    assert [line["step"] for line in metrics] == list(range(9))
+    assert [line["loss"] for line in metrics[1:]] == pytest.approx([line["loss"] for line in expected[1:]], rel=1e-4)
+    adapters = [load_file(r / "train-1-sft/adapter/adapter_model.safetensors") for r in (run, finished_run)]
     assert adapters[0].keys() == adapters[1].keys()
     for name, value in adapters[1].items():
         assert (adapters[0][name] - value).norm() < 1e-2 * value.norm(), name
-    stages = [json.loads((f / "run/train-1-sft/stage.json").read_text()) for f in (folder, finished)]
-    assert stages[0]["fingerprint"] == stages[1]["fingerprint"], "one process takes the stage for its own"
+    stages = [json.loads((r / "train-1-sft/stage.json").read_text()) for r in (run, finished_run)]
+    assert stages[0]["fingerprint"] == stages[1]["fingerprint"], "the stage counts as finished for one process too"
 
 
-def test_a_fault_that_all_have_is_told_once(workspace: Callable[[], Path]) -> None:
-    folder = workspace()
-    started = torchrun(folder, "--set", 'train.0.lora.targets=["none_such"]')
+def test_an_error_that_all_processes_have_is_printed_once(workspace: Path) -> None:
+    started = torchrun(workspace, "--set", 'train.0.lora.targets=["none_such"]')
     _, error = started.communicate()
     assert started.returncode != 0
     assert error.count("no linear layer called 'none_such'") == 1, error

@@ -1,20 +1,88 @@
-"""The settings of a training stage, through `corral run`."""
+"""The settings of a training stage, through `corral run`: ways to hold and train weights, optimizers, early stopping."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from tests.e2e.conftest import corral
+from corral import cli
+from tests.conftest import RECIPE, corral
+
+LORA = "[train.lora]\nrank = 4\n"
+# Replacement of the recipe's [train.lora], the dtype, and the last checks of the contract.
+WEIGHTS = {
+    "nf4": (f'quantization = "nf4"\nmerge = "best"\n{LORA}', "float32", ["choice of the merge"]),
+    "int8": (f'quantization = "int8"\n{LORA}', "float32", ["held-out loss, merged and int8"]),
+    "full": ('method = "full"\n', "float32", ["trained and saved model"]),
+    "full, bfloat16": (
+        'method = "full"\n',
+        "bfloat16",
+        ["trained and saved model", "loss, saved model and training"],
+    ),
+}
 
 
-@pytest.fixture(scope="module")
-def tuned(workspace: Callable[[], Path]) -> Path:
-    """A run with TensorBoard, a profile, 8-bit AdamW, length grouping and an early stop; its output is in `said`."""
-    folder = workspace()
+def run_edited(workspace: Path, *edits: tuple[str, str]) -> int:
+    """Run the recipe with parts of its text replaced, and one answer instead of six. Returns the exit code."""
+    text = (workspace / "r.toml").read_text()
+    for old, new in (*edits, ("answer_rows = 6", "answer_rows = 1")):
+        assert old in text
+        text = text.replace(old, new)
+    (workspace / "r.toml").write_text(text)
+    return cli.main(["run", str(workspace / "r.toml"), "--out", str(workspace / "run")])
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_recipe_gives_a_model_with_a_contract(name: str, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings, dtype, last_checks = WEIGHTS[name]
+    assert run_edited(workspace, (LORA, settings), ("[model]", f'[model]\ndtype = "{dtype}"')) == 0, capsys.readouterr()
+    run = workspace / "run"
+    record = read_json(run / "merge/model/contract.json")
+    first = "trained and saved weights" if name.startswith("full") else "adapter and merged model"
+    assert record["passed"]
+    assert [c["name"] for c in record["checks"]][2:] == [first, *last_checks]
+    printed = " ".join(capsys.readouterr().err.split())
+    assert all(check["detail"] in printed for check in record["checks"])
+    config = read_json(run / "merge/model/config.json")
+    assert "quantization_config" not in config
+    assert config["dtype"] == dtype
+    loss = {
+        name: v["metrics"]["loss"]["mean"] for name, v in read_json(run / "evaluate/scorecard.json")["variants"].items()
+    }
+    assert loss["tuned"] < loss["base"] - 0.5
+
+
+def test_a_second_stage_quantises_the_model_that_the_first_one_left(workspace: Path) -> None:
+    stage = RECIPE[RECIPE.index("[[train]]") : RECIPE.index("[evaluate]")]
+    short = stage.replace("steps = 8", 'steps = 4\nquantization = "nf4"')
+    assert run_edited(workspace, (stage, short * 2)) == 0
+    run = workspace / "run"
+    adapter = read_json(run / "train-2-sft/adapter/adapter_config.json")
+    assert adapter["base_model_name_or_path"] == str(run / "train-1-sft/merged")
+    assert read_json(run / "merge/model/contract.json")["passed"]
+
+
+def test_without_bitsandbytes_a_quantised_run_stops_before_it_prepares(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert run_edited(workspace, (LORA, WEIGHTS["nf4"][0])) == 3
+    assert 'pip install "corral[quant]"' in capsys.readouterr().err
+    assert not (workspace / "run/prepare/ledger.json").exists()
+
+
+def test_early_stopping_tensorboard_the_profile_and_a_paged_optimizer(workspace: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     settings = {
         "trackers": '["tensorboard"]',
         "train.0.optimizer.kind": "paged_adamw_8bit",
@@ -26,42 +94,25 @@ def tuned(workspace: Callable[[], Path]) -> Path:
         "train.0.steps": "40",
     }
     options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    done = corral("run", folder / "r.toml", "--out", folder / "run", "--profile", *options, cwd=folder)
+    done = corral("run", workspace / "r.toml", "--out", workspace / "run", "--profile", *options, cwd=workspace)
     assert done.returncode == 0, done.stderr
-    (folder / "said").write_text(done.stderr)
-    return folder
+    stage = workspace / "run/train-1-sft"
 
-
-def metrics(run: Path) -> list[dict[str, float | None]]:
-    return [json.loads(line) for line in (run / "train-1-sft" / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_training_ends_early_once_the_held_out_loss_no_longer_falls(tuned: Path) -> None:
-    lines = metrics(tuned / "run")
-    losses = [line["eval_loss"] for line in lines if line["eval_loss"] is not None]
+    metrics = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["eval_loss"] for line in metrics if line["eval_loss"] is not None]
     best = losses.index(min(losses))
     assert len(losses) == best + 3
-    assert lines[-1]["step"] == 2 * (best + 2)
-    assert json.loads((tuned / "run/train-1-sft/outcome.json").read_text())["best_step"] == 2 * best
+    assert metrics[-1]["step"] == 2 * (best + 2)
+    assert read_json(stage / "outcome.json")["best_step"] == 2 * best
 
-
-def test_tensorboard_holds_the_metrics_of_the_run(tuned: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tuned / "run/train-1-sft/tensorboard"))
+    events = EventAccumulator(str(stage / "tensorboard"))
     events.Reload()
-    losses = [event.value for event in events.Scalars("train/loss")]
-    assert losses == pytest.approx([line["loss"] for line in metrics(tuned / "run") if line["loss"] is not None])
+    logged = [event.value for event in events.Scalars("train/loss")]
+    assert logged == pytest.approx([line["loss"] for line in metrics if line["loss"] is not None])
 
-
-def test_the_profile_is_printed_and_its_trace_kept(tuned: Path) -> None:
-    assert "processor time of 3 steps, by operation" in (tuned / "said").read_text()
-    trace = json.loads((tuned / "run/train-1-sft/profile/trace.json").read_text())
+    assert "processor time of 3 steps, by operation" in done.stderr
+    trace = read_json(stage / "profile/trace.json")
     assert any(event.get("name") == "aten::mm" for event in trace["traceEvents"])
 
-
-def test_what_an_optimizer_does_not_do_here_is_said(tuned: Path) -> None:
-    import torch
-
     if not torch.cuda.is_available():
-        assert "paged_adamw_8bit: there is no GPU" in (tuned / "said").read_text()
+        assert "paged_adamw_8bit: there is no GPU" in done.stderr

@@ -1,9 +1,9 @@
-"""Variants and public questions in a run's evaluation, and variants of runs side by side."""
+"""Variants and benchmark tasks in a run's evaluation, and comparisons of variants."""
 
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +15,40 @@ SHOTS = '{name = "shots", answer = {shots = {count = 1}}}'
 TASK = '[{name = "commonsense_qa", rows = 3, max_tokens = 4}]'
 
 
-def evaluate(capsys: pytest.CaptureFixture[str], run: Path, *settings: str) -> dict[str, Any]:
-    """The scorecard that `corral evaluate` prints."""
-    arguments = [part for setting in settings for part in ("--set", setting)]
-    assert cli.main(["evaluate", str(run), "--json", *arguments]) == 0, capsys.readouterr().err
-    return json.loads(capsys.readouterr().out)
+Evaluate = Callable[..., dict[str, Any]]
 
 
-def lines(path: Path) -> list[bytes]:
+@pytest.fixture
+def evaluate(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> Evaluate:
+    """Runs `corral evaluate` on the copy of the finished run with some settings; returns the scorecard it prints."""
+
+    def call(*settings: str) -> dict[str, Any]:
+        arguments = [part for setting in settings for part in ("--set", setting)]
+        assert cli.main(["evaluate", str(run_copy), "--json", *arguments]) == 0, capsys.readouterr().err
+        return json.loads(capsys.readouterr().out)
+
+    return call
+
+
+def read_lines(path: Path) -> list[bytes]:
     return path.read_bytes().splitlines(keepends=True)
 
 
-def test_a_variant_and_a_task_are_added_without_doing_the_others_again(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_added_variant_and_task_leave_earlier_rows_as_they_are(
+    evaluate: Evaluate, run_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = Path(shutil.copytree(finished / "run", tmp_path / "run"))
-    before = {name: lines(run / "evaluate" / name) for name in ("losses.jsonl", "completions.jsonl", "seconds.jsonl")}
-    card = evaluate(capsys, run, f"evaluate.variants=[{SHOTS}]", f"evaluate.tasks={TASK}")
+    run = run_copy
+    before = {
+        name: read_lines(run / "evaluate" / name) for name in ("losses.jsonl", "completions.jsonl", "seconds.jsonl")
+    }
+    card = evaluate(f"evaluate.variants=[{SHOTS}]", f"evaluate.tasks={TASK}")
     assert list(card["variants"]) == ["base", "tuned", "shots"]
     assert {(c["a"], c["b"]) for c in card["comparisons"]} == {("tuned", "base"), ("shots", "tuned")}
-    assert all(lines(run / "evaluate" / name)[: len(of_name)] == of_name for name, of_name in before.items())
-    assert lines(run / "evaluate" / "losses.jsonl") == before["losses.jsonl"]
+    assert all(read_lines(run / "evaluate" / name)[: len(rows)] == rows for name, rows in before.items())
+    assert read_lines(run / "evaluate" / "losses.jsonl") == before["losses.jsonl"]
     added = [
-        json.loads(line) for line in lines(run / "evaluate" / "completions.jsonl")[len(before["completions.jsonl"]) :]
+        json.loads(line)
+        for line in read_lines(run / "evaluate" / "completions.jsonl")[len(before["completions.jsonl"]) :]
     ]
     assert {row["variant"] for row in added} == {"shots"}
     for name, variant in card["variants"].items():
@@ -57,62 +68,57 @@ def test_a_variant_and_a_task_are_added_without_doing_the_others_again(
     assert cli.main(["compare", *both, "--json"]) == 0
     compared = json.loads(capsys.readouterr().out)
     assert compared["baseline"] == str(run)
-    of_card = {c["metric"]: c["difference"] for c in card["comparisons"] if c["a"] == "shots"}
-    assert {c["metric"]: c["difference"] for c in compared["comparisons"]} == of_card
+    expected = {c["metric"]: c["difference"] for c in card["comparisons"] if c["a"] == "shots"}
+    assert {c["metric"]: c["difference"] for c in compared["comparisons"]} == expected
     assert cli.main(["compare", f"{run}:nobody", str(run)]) == 2
     assert "base, tuned, shots" in capsys.readouterr().err
     assert cli.main(["compare", f"{run}:tuned", str(run)]) == 2
 
 
-def test_a_changed_variant_is_redone_and_settings_elsewhere_are_refused(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_changed_variant_is_evaluated_again_and_other_settings_are_refused(
+    evaluate: Evaluate, run_copy: Path, finished_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = Path(shutil.copytree(finished / "run", tmp_path / "run"))
-    card = evaluate(capsys, run, "answer.max_tokens=3")
+    run = run_copy
+    card = evaluate("answer.max_tokens=3")
     assert card["variants"]["tuned"]["metrics"]["loss"]["n"] == 12
-    answers = [json.loads(line) for line in lines(run / "evaluate" / "completions.jsonl")]
+    answers = [json.loads(line) for line in read_lines(run / "evaluate" / "completions.jsonl")]
     assert len(answers) == 12
     assert all(row["tokens"] <= 3 for row in answers)
-    assert lines(run / "evaluate" / "losses.jsonl") == lines(finished / "run" / "evaluate" / "losses.jsonl")
+    assert read_lines(run / "evaluate" / "losses.jsonl") == read_lines(finished_run / "evaluate" / "losses.jsonl")
     assert cli.main(["evaluate", str(run), "--set", "model.base=x"]) == 2
     assert "neither evaluation nor answers" in capsys.readouterr().err
 
 
-def test_other_rows_in_a_source_of_examples_are_noticed(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = Path(shutil.copytree(finished / "run", tmp_path / "run"))
+def test_changed_rows_in_a_source_of_examples_are_noticed(evaluate: Evaluate, tmp_path: Path) -> None:
     rows = tmp_path / "examples.jsonl"
     variant = f'{{name = "shown", answer = {{shots = {{count = 2, source = {{path = "{rows}"}}}}}}}}'
 
     def shown(completion: str) -> dict[str, Any]:
         rows.write_text("".join(json.dumps({"prompt": f"{n}?", "completion": completion}) + "\n" for n in range(4)))
-        return evaluate(capsys, run, f"evaluate.variants=[{variant}]")["variants"]["shown"]["info"]
+        return evaluate(f"evaluate.variants=[{variant}]")["variants"]["shown"]["info"]
 
     few, many = shown("so"), shown("so it is, and " * 5)
     assert many["prompt_tokens"] > few["prompt_tokens"]
 
 
-def test_an_adapter_in_a_run_is_asked_as_its_run_is(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_adapter_in_a_run_gets_the_examples_of_its_run(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "How long does rice take?"}\n')
-    asked = {"plain": [], "shown": ["--shots", "2"]}
-    for name, options in asked.items():
-        arguments = ["batch", str(finished / "run" / "train-1-sft" / "adapter"), str(prompts)]
+    variants = {"plain": [], "with examples": ["--shots", "2"]}
+    for name, options in variants.items():
+        arguments = ["batch", str(finished_run / "train-1-sft" / "adapter"), str(prompts)]
         assert cli.main([*arguments, "--out", str(tmp_path / name), *options]) == 0, capsys.readouterr().err
-    plain, shown = (json.loads((tmp_path / name).read_text("utf-8"))["prompt_tokens"] for name in asked)
-    assert shown > plain + 10
+    plain, with_examples = (json.loads((tmp_path / name).read_text("utf-8"))["prompt_tokens"] for name in variants)
+    assert with_examples > plain + 10
 
 
 @pytest.mark.full
-def test_an_exported_form_is_a_variant_and_is_exported_first(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = Path(shutil.copytree(finished / "run", tmp_path / "run"))
+def test_a_variant_in_another_form_is_exported_first(evaluate: Evaluate, run_copy: Path) -> None:
+    run = run_copy
     forms = '[{name = "int8", model = "openvino-int8"}, {name = "q8", model = "gguf-q8_0", engine = "transformers"}]'
-    card = evaluate(capsys, run, f"evaluate.variants={forms}")
+    card = evaluate(f"evaluate.variants={forms}")
     assert (run / "export" / "openvino-int8" / "contract.json").is_file()
     assert (run / "export" / "model-q8_0.gguf").is_file()
     loss = {name: variant["metrics"]["loss"]["mean"] for name, variant in card["variants"].items()}

@@ -1,4 +1,4 @@
-"""Imported once by the process that the others are forked from: what takes seconds to import."""
+"""Imports that take seconds, done once by the server process that the others are forked from."""
 
 import os
 

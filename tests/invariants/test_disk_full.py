@@ -1,6 +1,6 @@
-"""A disk that fills while training writes: one clear error, nothing lost, and after room is made the same result.
+"""A disk that fills while training writes: one clear error, nothing lost, and the same result once there is space.
 
-The system itself refuses to write: by a limit on the size of files, which any user may set, and by a small disk where one may
+The system itself refuses to write: through a limit on file sizes, which any user may set, and on a small disk where one may
 be mounted.
 """
 
@@ -20,21 +20,16 @@ from tests.invariants.work import Case, Job, assert_same
 CASE = Case({"checkpoint_every": 5}, {"kind": "adamw_8bit"}, {"rank": 64})
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
-    job = Job(rows, CASE)
-    folder = tmp_path_factory.mktemp("whole")
-    job.run(folder)
-    return job, folder
+Uninterrupted = Callable[[Case], tuple[Job, Path]]
 
 
-def check_what_stands(folder: Path, step: int) -> None:
+def assert_intact(folder: Path, step: int) -> None:
     assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step-{step:06d}"]
     assert (folder / "best" / "weights.safetensors").stat().st_size > 30_000
     assert not list(folder.rglob(".corral-*"))
 
 
-# Which step the limit comes after, how large a file may then be, and what cannot be written.
+# The step after which the limit is set, the limit, and the path that then cannot be written.
 LIMITS: dict[str, tuple[int, Callable[[Path], int], str]] = {
     "a checkpoint": (9, lambda _: 40_000, "checkpoints/step-000010"),
     "the best weights": (7, lambda _: 30_000, "best"),
@@ -43,60 +38,60 @@ LIMITS: dict[str, tuple[int, Callable[[Path], int], str]] = {
 
 
 @pytest.mark.parametrize("name", LIMITS)
-def test_a_file_that_may_not_grow(name: str, uninterrupted: tuple[Job, Path], tmp_path: Path) -> None:
-    job, expected = uninterrupted
-    after, most, place = LIMITS[name]
+def test_a_file_that_exceeds_a_limit(name: str, uninterrupted: Uninterrupted, tmp_path: Path) -> None:
+    job, expected = uninterrupted(CASE)
+    after, largest, path = LIMITS[name]
     before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(step: int) -> None:
         if step == after:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (most(tmp_path), hard))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest(tmp_path), hard))
 
     try:
         with pytest.raises(StorageError, match="larger than this disk or user may write") as full:
             job.run(tmp_path, on_step=lambda m: limit(m.step))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
-    assert full.value.where == str(tmp_path / place)
+    assert full.value.where == str(tmp_path / path)
     assert "ulimit -f" in str(full.value.hint)
-    check_what_stands(tmp_path, 5)
+    assert_intact(tmp_path, 5)
     job.run(tmp_path)
     assert_same(tmp_path, expected)
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "small-disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
+    disk = tmp_path / "small-disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("this user may not mount a small disk; limits on files are tested all the same")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+        pytest.skip("this user may not mount a small disk; limits on file sizes are tested in any case")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-@pytest.mark.parametrize(("after", "place"), [(9, "checkpoints/step-000010"), (7, "best"), (6, "metrics.jsonl")])
-def test_a_disk_that_is_full(after: int, place: str, uninterrupted: tuple[Job, Path], small_disk: Path) -> None:
-    job, expected = uninterrupted
+@pytest.mark.parametrize(("after", "path"), [(9, "checkpoints/step-000010"), (7, "best"), (6, "metrics.jsonl")])
+def test_a_disk_that_is_full(after: int, path: str, uninterrupted: Uninterrupted, small_disk: Path) -> None:
+    job, expected = uninterrupted(CASE)
     ballast = small_disk / "ballast"
 
     def fill(step: int) -> None:
         if step == after:
             with ballast.open("wb", buffering=0) as file:
-                # A disk with nothing left stops at the next line of metrics; one with a few pages at what is larger.
+                # With no space left the next line of metrics fails; with a few pages left, the next larger file.
                 free = os.statvfs(small_disk)
-                file.write(b"x" * free.f_frsize * (free.f_bavail - (0 if place == "metrics.jsonl" else 8)))
+                file.write(b"x" * free.f_frsize * (free.f_bavail - (0 if path == "metrics.jsonl" else 8)))
 
     folder = small_disk / "training"
     with pytest.raises(StorageError, match="the disk is full") as full:
-        # What is left of the last page of metrics takes a few lines more.
+        # The last page of the metrics file has space for a few more lines.
         job.run(folder, on_step=lambda m: fill(m.step))
     assert "free some space" in str(full.value.hint)
-    if place.startswith("checkpoints"):
-        assert full.value.where == str(folder / place)
+    if path.startswith("checkpoints"):
+        assert full.value.where == str(folder / path)
         assert "resumes from step 5" in str(full.value.hint)
         assert "needed" in full.value.what
-    check_what_stands(folder, 5)
+    assert_intact(folder, 5)
     ballast.unlink()
     job.run(folder)
     assert_same(folder, expected)

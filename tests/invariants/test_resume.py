@@ -1,20 +1,24 @@
-"""Resumed ≡ uninterrupted, to the last bit on a CPU, over a table of what can be trained: weights, moments, best weights,
-metrics."""
+"""Resumed ≡ uninterrupted, bit for bit on a CPU, for a table of settings: weights, moments, best weights, metrics."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
 from corral.recipe import Optimizer, Train
 from corral.training.objectives import OBJECTIVES
-from tests.invariants.work import Case, Instant, Job, assert_same, left, newest, train
+from tests.invariants.work import Case, Instant, Job, assert_same, killed, read_result, train
+from tests.training.tiny import newest_checkpoint, run_until
 
-# Moments are in 8 bits from 4,096 weights on: an adapter of rank 64 on this model has as many.
+Uninterrupted = Callable[[Case], tuple[Job, Path]]
+# Only parameters of at least 4,096 weights get 8-bit moments: an adapter of rank 64 on this model has such.
 CASES = {
     "an adapter": Case(),
     "dropout, grouped by length, gradient checkpointing": Case(
@@ -55,55 +59,36 @@ def test_the_table_has_every_objective_optimizer_quantisation_and_method() -> No
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_stopped_on_request_and_resumed(name: str, rows: Path, tmp_path: Path) -> None:
-    job = Job(rows, CASES[name])
-    outcome = job.run(tmp_path / "whole")
-    for stop in (1, min(7, outcome.steps - 1)):
-        with pytest.raises(KeyboardInterrupt):
-            stop_after(stop, job, tmp_path / "parts")
-        assert newest(tmp_path / "parts").name == f"step-{stop:06d}"
-    assert job.run(tmp_path / "parts").best_step == outcome.best_step
-    assert_same(tmp_path / "parts", tmp_path / "whole")
+def test_stopped_on_request_and_resumed(name: str, uninterrupted: Uninterrupted, tmp_path: Path) -> None:
+    job, expected = uninterrupted(CASES[name])
+    last = read_result(expected)["state"]
+    for step in (1, min(7, last["step"] - 1)):
+        run_until(job.trainer(tmp_path), step)
+        assert newest_checkpoint(tmp_path).name == f"step-{step:06d}"
+    assert job.run(tmp_path).best_step == last["best_step"]
+    assert_same(tmp_path, expected)
 
 
-def stop_after(step: int, job: Job, folder: Path) -> None:
-    seen: list[int] = []
-    job.run(folder, on_step=lambda m: seen.append(m.step), should_stop=lambda: seen[-1] >= step)
+def test_the_cases_do_what_their_names_say(uninterrupted: Uninterrupted) -> None:
+    early, result = (read_result(uninterrupted(CASES[name])[1]) for name in ("ended early", "8-bit moments"))
+    assert early["state"]["best_step"] < early["state"]["step"] < 40
+    assert {str(t.dtype) for t in result["moments"].values()} == {"torch.uint8", "torch.float32"}
+    assert set(result["numbers"].values()) == {"12"}, "bitsandbytes counts steps in a plain number"
 
 
-def test_the_table_is_about_what_it_says(rows: Path, tmp_path: Path) -> None:
-    stopped = Job(rows, CASES["ended early"]).run(tmp_path / "early")
-    assert stopped.best_step < stopped.steps < 40
-    job = Job(rows, CASES["8-bit moments"])
-    job.run(tmp_path / "bits")
-    kinds = {str(t.dtype) for t in left(tmp_path / "bits")["moments"].values()}
-    assert kinds == {"torch.uint8", "torch.float32"}
-    assert set(left(tmp_path / "bits")["numbers"].values()) == {"12"}, "bitsandbytes counts steps in a plain number"
-
-
-def test_what_is_compared_would_show_one_flipped_bit(rows: Path, tmp_path: Path) -> None:
-    job = Job(rows)
-    job.run(tmp_path / "a")
-    job.run(tmp_path / "b")
-    assert_same(tmp_path / "a", tmp_path / "b")
-    path = newest(tmp_path / "b") / "optimizer.safetensors"
+def test_the_comparison_finds_one_flipped_bit(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
+    _, expected = uninterrupted(CASES["an adapter"])
+    copy = Path(shutil.copytree(expected, tmp_path / "copy"))
+    assert_same(copy, expected)
+    path = newest_checkpoint(copy) / "optimizer.safetensors"
+    with safetensors.safe_open(path, "pt") as file:
+        numbers = file.metadata()
     tensors = load_file(path)
     name = next(n for n in tensors if n.endswith("exp_avg"))
     tensors[name].view(torch.int32).view(-1)[0] ^= 1
-    save_file(tensors, path, metadata={})
+    save_file(tensors, path, metadata=numbers)
     with pytest.raises(AssertionError, match="exp_avg"):
-        assert_same(tmp_path / "a", tmp_path / "b")
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
-    """A job and what it leaves, done in a process of its own."""
-    job = Job(rows, CASES["nf4, dropout, 8-bit moments"])
-    folder = tmp_path_factory.mktemp("whole")
-    process = train(job, folder)
-    process.join()
-    assert process.exitcode == 0
-    return job, folder
+        assert_same(copy, expected)
 
 
 INSTANTS = {
@@ -116,10 +101,8 @@ INSTANTS = {
 
 
 @pytest.mark.parametrize("name", INSTANTS)
-def test_killed_and_resumed(name: str, uninterrupted: tuple[Job, Path], tmp_path: Path) -> None:
-    job, expected = uninterrupted
-    process = train(job, tmp_path, INSTANTS[name])
-    process.join()
-    assert process.exitcode == -9
+def test_killed_and_resumed(name: str, uninterrupted: Uninterrupted, tmp_path: Path) -> None:
+    job, expected = uninterrupted(CASES["nf4, dropout, 8-bit moments"])
+    assert killed(train(job, tmp_path, INSTANTS[name]))
     job.run(tmp_path)
     assert_same(tmp_path, expected)

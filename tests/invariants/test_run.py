@@ -1,4 +1,4 @@
-"""`corral run`, killed and stopped anywhere on its way: the same command goes on, and ends with the same model."""
+"""`corral run`, killed or stopped anywhere: the same command resumes, and ends with the same model."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ SAME_BYTES = (
     "merge/model/model.safetensors",
     "merge/model/contract.json",
 )
-"""Of what a run leaves, all in which no time is written."""
+"""Files that a run writes without times."""
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:
     for name in SAME_BYTES:
         assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
     for name in ("losses", "completions"):
-        assert evaluated(folder / f"evaluate/{name}.jsonl") == evaluated(expected / f"evaluate/{name}.jsonl")
+        assert read_rows(folder / f"evaluate/{name}.jsonl") == read_rows(expected / f"evaluate/{name}.jsonl")
     metrics = [(f / "train-1-sft/metrics.jsonl").read_text().splitlines() for f in (folder, expected)]
     assert len(metrics[0]) == len(metrics[1]) == 9
-    assert not [p for p in folder.rglob(".*") if p.is_dir()], "nothing half written is left that could fill the disk"
+    assert not [p for p in folder.rglob(".*") if p.is_dir()], "no half-written directories are left"
 
 
-def evaluated(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+def read_rows(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     rows = {(row["variant"], row["id"]): {k: v for k, v in row.items() if k != "seconds"} for row in lines}
-    assert len(rows) == len(lines), "no row is there twice"
+    assert len(rows) == len(lines), "no row is repeated"
     return rows
 
 
@@ -51,15 +51,17 @@ INSTANTS = {
 }
 
 
-def test_killed_at_one_instant_after_another(run_recipe: Callable[..., Any], finished: Path, tmp_path: Path) -> None:
+def test_killed_at_one_instant_after_another(
+    run_recipe: Callable[..., Any], finished_run: Path, tmp_path: Path
+) -> None:
     for name, instant in INSTANTS.items():
         assert killed(run_recipe(tmp_path / "run", instant=instant)), name
     assert not killed(run_recipe(tmp_path / "run"))
-    assert_same_run(tmp_path / "run", finished)
+    assert_same_run(tmp_path / "run", finished_run)
 
 
 @pytest.mark.full
-def test_killed_at_any_write_of_a_file(run_recipe: Callable[..., Any], finished: Path, tmp_path: Path) -> None:
+def test_killed_at_any_write_of_a_file(run_recipe: Callable[..., Any], finished_run: Path, tmp_path: Path) -> None:
     generator = random.Random(0)
     kills = rounds = 0
     while kills < 30 or rounds < 2:
@@ -67,7 +69,7 @@ def test_killed_at_any_write_of_a_file(run_recipe: Callable[..., Any], finished:
         if killed(run_recipe(tmp_path / f"run-{rounds}", instant=instant)):
             kills += 1
         else:
-            assert_same_run(tmp_path / f"run-{rounds}", finished)
+            assert_same_run(tmp_path / f"run-{rounds}", finished_run)
             rounds += 1
 
 
@@ -81,7 +83,7 @@ STOPS = {
 
 
 def test_stopped_by_a_signal_in_one_stage_after_another(
-    run_recipe: Callable[..., Any], finished: Path, tmp_path: Path
+    run_recipe: Callable[..., Any], finished_run: Path, tmp_path: Path
 ) -> None:
     for stage, instant in STOPS.items():
         process = run_recipe(tmp_path / "run", instant=instant)
@@ -95,11 +97,11 @@ def test_stopped_by_a_signal_in_one_stage_after_another(
                 "step-000003",
             ]
     assert not killed(run_recipe(tmp_path / "run"))
-    assert_same_run(tmp_path / "run", finished)
+    assert_same_run(tmp_path / "run", finished_run)
 
 
 def test_a_disk_that_refuses_stops_with_2_and_afterwards_it_goes_on(
-    run_recipe: Callable[..., Any], finished: Path, tmp_path: Path
+    run_recipe: Callable[..., Any], finished_run: Path, tmp_path: Path
 ) -> None:
     for largest, reached in ((30_000, "train-1-sft"), (100_000, "train-1-sft/last")):
         process = run_recipe(tmp_path / "run", largest=largest)
@@ -108,4 +110,4 @@ def test_a_disk_that_refuses_stops_with_2_and_afterwards_it_goes_on(
         assert (tmp_path / "run" / reached).is_dir()
         assert not (tmp_path / "run" / "merge").exists()
     assert not killed(run_recipe(tmp_path / "run"))
-    assert_same_run(tmp_path / "run", finished)
+    assert_same_run(tmp_path / "run", finished_run)

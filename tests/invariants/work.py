@@ -1,7 +1,7 @@
-"""Trainings that are stopped and killed: what is trained, a process to do it in, and the instants at which it dies.
+"""Trainings and runs in processes that are stopped or killed at a given call, and a comparison of what they leave.
 
-The instants are exact: the process kills itself (`kill -9`) at a named call, so that a test does not depend on luck. Nothing
-of what it does before is changed. Processes are forked from one that has imported everything and done nothing yet.
+A process kills itself (`kill -9`) just before a named call, so that no test depends on timing; until then nothing is
+changed. Processes are forked from a server process that has imported everything and done nothing else.
 """
 
 from __future__ import annotations
@@ -31,15 +31,14 @@ from corral.recipe import Lora, Optimizer, Train
 from corral.storage import new_directory
 from corral.training import step_metrics
 from corral.training.loop import Outcome, Trainer
-from corral.training.objectives import OBJECTIVES
-from tests.training.tiny import make_examples
+from tests.training.tiny import make_trainer, newest_checkpoint, read_metrics
 
 STEPS = 12
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained and how; `train` and `optimizer` as in a recipe."""
+    """Settings of a training stage, of its optimizer and its adapter, as in a recipe."""
 
     train: Mapping[str, Any] = field(default_factory=dict[str, Any])
     optimizer: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -57,13 +56,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Job:
-    """A case, and the file with the rows and the model's folder."""
+    """A case, and the file with its rows and the model's folder."""
 
     rows: Path
     case: Case = field(default_factory=Case)
 
-    def training(self, folder: Path) -> Trainer:
-        """The training as a stage sets it up, with its best weights in `folder/best`."""
+    def trainer(self, folder: Path) -> Trainer:
+        """The trainer as a stage sets it up, with its best weights in `folder/best`."""
         encoded, base = pickle.loads(self.rows.read_bytes())
         config = self.case.config
         quantization = None
@@ -77,40 +76,24 @@ class Job:
 
         def save_best(_: int) -> None:
             with new_directory(folder / "best") as new:
-                weights = {name: p.detach().contiguous() for name, p in training.parameters.items()}
+                weights = {name: p.detach().contiguous() for name, p in trainer.parameters.items()}
                 safetensors.torch.save_file(weights, new / "weights.safetensors")
 
-        folder.mkdir(parents=True, exist_ok=True)
-        examples = make_examples(encoded)
-        training = Trainer(
-            model,
-            examples[4:],
-            examples[:4],
-            OBJECTIVES[config.objective],
-            config,
-            pack_length=512,
-            seed=5,
-            folder=folder,
-            save_best=save_best,
-        )
-        return training
+        trainer = make_trainer(model, encoded, config, folder, save_best=save_best)
+        return trainer
 
     def run(self, folder: Path, **run: Any) -> Outcome:
-        return self.training(folder).run(**run)
+        return self.trainer(folder).run(**run)
 
 
-def newest(folder: Path) -> Path:
-    return sorted((folder / "checkpoints").glob("step-*"))[-1]
-
-
-def left(folder: Path) -> dict[str, Any]:
-    """All that a training leaves, but for times and memory: weights, moments, position, best weights, metrics."""
-    last = newest(folder)
+def read_result(folder: Path) -> dict[str, Any]:
+    """All that a training leaves, except times and memory: weights, moments, position, best weights, metrics."""
+    last = newest_checkpoint(folder)
     state = json.loads((last / "state.json").read_text())
     del state["seconds"]
     with safetensors.safe_open(last / "optimizer.safetensors", "pt") as file:
         numbers = file.metadata()
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    keys = ("step", "loss", "eval_loss", "lr", "grad_norm", "tokens")
     return {
         "step": last.name,
         "state": state,
@@ -118,13 +101,13 @@ def left(folder: Path) -> dict[str, Any]:
         "weights": load_file(last / "adapter.safetensors"),
         "moments": load_file(last / "optimizer.safetensors"),
         "best": load_file(folder / "best" / "weights.safetensors"),
-        "curve": [[line[key] for key in ("step", "loss", "eval_loss", "lr", "grad_norm", "tokens")] for line in lines],
+        "metrics": [[line[key] for key in keys] for line in read_metrics(folder)],
     }
 
 
 def assert_same(folder: Path, expected: Path) -> None:
-    """That two trainings left the same, to the last bit, and nothing half done."""
-    ours, theirs = left(folder), left(expected)
+    """Assert that two trainings left the same, bit for bit, and nothing half written."""
+    ours, theirs = read_result(folder), read_result(expected)
     for part, value in theirs.items():
         if part in ("weights", "moments", "best"):
             assert ours[part].keys() == value.keys()
@@ -134,14 +117,12 @@ def assert_same(folder: Path, expected: Path) -> None:
             assert not different, f"{part}: {different}"
         else:
             assert ours[part] == value, part
-    half_done = [path for path in folder.rglob("*") if path.name.startswith((".corral", "damaged-")) and path.is_dir()]
-    assert not half_done
+    assert not [p for p in folder.rglob("*") if p.name.startswith((".corral", "damaged-")) and p.is_dir()]
 
 
 @dataclass(frozen=True)
 class Instant:
-    """Just before the `nth` call of something, counted from 1, that has `within` in a path it is given; and which signal the
-    process then gets."""
+    """Just before the `nth` call (from 1) of a function with `within` in one of its paths; the signal sent then."""
 
     call: str
     within: str = ""
@@ -150,7 +131,7 @@ class Instant:
 
 
 def die_at(instant: Instant) -> None:
-    """Send this process its signal when the instant comes; by `kill -9` half of what was about to be written is left."""
+    """Send this process the signal at the instant. `kill -9` leaves half of what was about to be written."""
     owner, name = {
         "backward": (torch.Tensor, "backward"),
         "rename": (os, "rename"),
@@ -163,7 +144,7 @@ def die_at(instant: Instant) -> None:
     original = getattr(owner, name)
     count = 0
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
         count += instant.within in " ".join(map(str, args if instant.call in ("rename", "replace") else args[1:]))
         if count == instant.nth:
@@ -180,7 +161,7 @@ def die_at(instant: Instant) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
 
-    setattr(owner, name, watched)
+    setattr(owner, name, wrapper)
 
 
 def _train(job: Job, folder: Path, instant: Instant | None) -> None:
@@ -214,17 +195,21 @@ def _start(target: Callable[..., None], *arguments: Any) -> Any:
 
 
 def train(job: Job, folder: Path, instant: Instant | None = None) -> Any:
-    """A process that trains, and dies at the instant."""
+    """Start a process that trains and is killed at the instant."""
     return _start(_train, job, folder, instant)
 
 
 def corral(*arguments: object, instant: Instant | None = None, largest: int | None = None) -> Any:
-    """A process that is the command line, and gets a signal at the instant; `largest`: bytes it may write to one file."""
+    """Start a process that runs the command line and gets a signal at the instant.
+
+    Args:
+        largest: bytes it may write to one file.
+    """
     return _start(_corral, [str(a) for a in arguments], instant, largest)
 
 
 def killed(process: Any) -> bool:
-    """Whether a process ended by `kill -9`; any other end but a good one is an error."""
+    """Whether a process ended by `kill -9`; any other failure is an error."""
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
     return process.exitcode != 0

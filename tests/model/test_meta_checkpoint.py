@@ -17,7 +17,7 @@ from corral.errors import ModelError
 from corral.model import meta_checkpoint
 from corral.model.loading import load_model, load_tokenizer, resolve_model
 from corral.model.meta_checkpoint import convert, is_meta_checkpoint
-from tests.e2e.conftest import corral, write_rows
+from tests.conftest import corral, write_rows
 from tests.model.meta import (
     LLAMA_2,
     LLAMA_3,
