@@ -1,11 +1,11 @@
-"""A batch with a vote on a CPU: `corral batch` beside plain transformers, one by one and batched, and bare OpenVINO GenAI.
+"""A batch with votes on a CPU: `corral batch` against plain transformers, one by one and batched, and OpenVINO GenAI.
 
 200 prompts (recipes from Wikibooks) × 5 samples of SmolLM2-135M-Instruct, temperature 0.7, top-p 0.9, at most 128 new tokens,
 answers end where the model ends them; the mean length is printed. Equal precision: float32 weights, products, keys and
-values. corral's side is the whole command: rows read, answers drawn, voted on by ROUGE-L (all candidates to their end, so
-that all sides draw equally many) and written. Each side runs in a process of its own, one after another; loading is not
-counted, and each warms up on one short answer. A claim is the median over rounds of the ratio of completions a second; their
-lengths differ by chance alone, and tokens a second are printed beside them.
+values. corral's side is the whole command: read rows, generate answers, vote by ROUGE-L (every candidate is completed, so
+that all sides generate equally many) and write. Each side runs in a process of its own, one after another; loading is not
+counted, and each warms up on one short answer. A claim is the median over rounds of the ratio of completions per second; their
+lengths differ by chance only, and tokens per second are printed too.
 
 `sequential`: `generate` for one completion at a time, timed on 15, of 15 prompts spread over all. `batched`: `generate` with
 the batch size that is fastest here, found among `--sizes` on part of the prompts; then timed on `--part` of them, sorted by
@@ -60,8 +60,8 @@ def template() -> Any:
     return Template.load(load_tokenizer(base_folder()))
 
 
-def rendered(rows: list[dict[str, Any]]) -> tuple[list[list[int]], tuple[int, ...]]:
-    """(the ids of each prompt, the ids that end an answer)."""
+def render(rows: list[dict[str, Any]]) -> tuple[list[list[int]], tuple[int, ...]]:
+    """(token ids of each prompt, ids that end an answer)."""
     from corral.messages import Conversation
 
     made = template()
@@ -81,11 +81,11 @@ class Plain:
         torch.manual_seed(0)
         self.generate([[5, 6, 7]], 1, tokens=4)
 
-    def generate(self, asked: list[list[int]], samples: int, tokens: int = TOKENS) -> int:
-        """Tokens drawn, end tokens aside."""
-        width = max(map(len, asked))
-        ids = self._torch.tensor([[0] * (width - len(p)) + p for p in asked])
-        mask = self._torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in asked])
+    def generate(self, prompt_ids: list[list[int]], samples: int, tokens: int = TOKENS) -> int:
+        """Returns: tokens generated, without end tokens."""
+        width = max(map(len, prompt_ids))
+        ids = self._torch.tensor([[0] * (width - len(p)) + p for p in prompt_ids])
+        mask = self._torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompt_ids])
         out = self._model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -95,29 +95,29 @@ class Plain:
             pad_token_id=0,
             **SAMPLED,
         )
-        return sum(drawn(row, self._stops) for row in out[:, width:].tolist())
+        return sum(count_tokens(row, self._stops) for row in out[:, width:].tolist())
 
 
-def drawn(ids: list[int], stops: tuple[int, ...]) -> int:
+def count_tokens(ids: list[int], stops: tuple[int, ...]) -> int:
     return next((i for i, id_ in enumerate(ids) if id_ in stops), len(ids))
 
 
 def side_sequential(rows: list[dict[str, Any]], _: Any) -> dict[str, Any]:
-    asked, stops = rendered(rows)
+    prompt_ids, stops = render(rows)
     model = Plain(stops)
-    chosen = [asked[i * len(asked) // ALONE] for i in range(ALONE)]
+    chosen = [prompt_ids[i * len(prompt_ids) // ALONE] for i in range(ALONE)]
     began = time.perf_counter()
     tokens = sum(model.generate([ids], 1) for ids in chosen)
     return figures(ALONE, tokens, began)
 
 
 def side_batched(rows: list[dict[str, Any]], options: Any) -> dict[str, Any]:
-    asked, stops = rendered(rows)
-    asked.sort(key=len)
+    prompt_ids, stops = render(rows)
+    prompt_ids.sort(key=len)
     model = Plain(stops)
 
     def timed(prompts: list[list[int]], size: int) -> dict[str, Any]:
-        """In batches of so many completions."""
+        """Generate in batches of this many completions."""
         each = max(1, size // SAMPLES)
         began = time.perf_counter()
         tokens = sum(model.generate(prompts[i : i + each], SAMPLES) for i in range(0, len(prompts), each))
@@ -125,11 +125,11 @@ def side_batched(rows: list[dict[str, Any]], options: Any) -> dict[str, Any]:
 
     speeds: dict[int, float] = {}
     for size in options.sizes:
-        # A whole batch at least: a larger one is not to be judged by a smaller.
-        some = asked[:: max(1, min(10, len(asked) * SAMPLES // size))]
+        # At least one full batch, so that a large size is not judged by a small batch.
+        some = prompt_ids[:: max(1, min(10, len(prompt_ids) * SAMPLES // size))]
         speeds[size] = timed(some, size)["completions_per_second"]
     best = max(speeds, key=lambda size: speeds[size])
-    part = asked[:: max(1, round(1 / options.part))]
+    part = prompt_ids[:: max(1, round(1 / options.part))]
     return timed(part, best) | {"batch_size": best, "completions_per_second_by_batch_size": speeds}
 
 
@@ -141,7 +141,7 @@ def side_raw(rows: list[dict[str, Any]], _: Any) -> dict[str, Any]:
     from corral.engines.openvino import OpenVinoEngine
     from corral.model.openvino_graph import cached_form
 
-    asked, stops = rendered(rows)
+    prompt_ids, stops = render(rows)
     form = cached_form(base_folder(), "f32")
     scheduler = genai.SchedulerConfig()
     scheduler.num_kv_blocks = cache_blocks(OpenVinoEngine, base_folder())
@@ -150,22 +150,22 @@ def side_raw(rows: list[dict[str, Any]], _: Any) -> dict[str, Any]:
     pipeline = genai.ContinuousBatchingPipeline(str(form), scheduler, "CPU", PRECISION)
 
     def config(n: int, tokens: int) -> Any:
-        made = genai.GenerationConfig(max_new_tokens=tokens, num_return_sequences=n, do_sample=True)
-        made.temperature, made.top_p = TEMPERATURE, TOP_P
-        made.stop_token_ids = set(stops)
-        made.set_eos_token_id(stops[0])
-        return made
+        settings = genai.GenerationConfig(max_new_tokens=tokens, num_return_sequences=n, do_sample=True)
+        settings.temperature, settings.top_p = TEMPERATURE, TOP_P
+        settings.stop_token_ids = set(stops)
+        settings.set_eos_token_id(stops[0])
+        return settings
 
-    inputs = [ov.Tensor(np.array([p], dtype=np.int64)) for p in asked]
+    inputs = [ov.Tensor(np.array([p], dtype=np.int64)) for p in prompt_ids]
     pipeline.generate(inputs[:1], [config(1, 4)])
     began = time.perf_counter()
     results = pipeline.generate(inputs, [config(SAMPLES, TOKENS)] * len(inputs))
-    found = [drawn(list(ids), stops) for result in results for ids in result.m_generation_ids]
+    found = [count_tokens(list(ids), stops) for result in results for ids in result.m_generation_ids]
     return figures(len(found), sum(found), began)
 
 
 def cache_blocks(engine: Any, folder: Path) -> int:
-    """Of keys and values, as corral's engine would have them now."""
+    """Number of key-value cache blocks that corral's engine would allocate now."""
     import asyncio
 
     loaded = engine(folder, dtype="float32")

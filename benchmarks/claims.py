@@ -1,7 +1,6 @@
-"""The form all benchmarks share: claims with goals, printed as a table and written as JSON.
+"""Claims with goals, which all benchmarks print as a table and write as JSON.
 
-Knows nothing about what is measured. `python benchmarks/NAME.py [--json FILE]` exits with 0 if every claim is met, else
-with 1.
+`python benchmarks/NAME.py [--json FILE]` exits with 0 if every claim is met, else with 1.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A measured value and the goal it is held to; `direction` says on which side of the goal it must lie."""
+    """A measured value and its goal; `direction` says on which side of the goal the value must be."""
 
     name: str
     value: float
@@ -43,14 +42,16 @@ class Claim:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser that knows `--json`; a benchmark adds its own options."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--json", type=Path, metavar="FILE", help="write claims, raw figures, versions and machine here")
-    return made
+    """An argument parser with `--json`, to which a benchmark adds its own options."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument(
+        "--json", type=Path, metavar="FILE", help="write claims, raw figures, versions and machine here"
+    )
+    return options
 
 
 def report(claims: Sequence[Claim], raw: Any, packages: Sequence[str], json_file: Path | None) -> int:
-    """Prints the table, writes `json_file` if there is one; 0 if every claim is met, else 1."""
+    """Print the table, and write `json_file` if it is given. Returns: the exit code."""
     width = max(len(claim.name) for claim in claims)
     print(f"\n{'claim':<{width}}  {'value':>10}  {'goal':>10}  met")
     for claim in claims:
@@ -69,7 +70,7 @@ def report(claims: Sequence[Claim], raw: Any, packages: Sequence[str], json_file
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on, and nothing that names the machine or its owner."""
+    """The hardware and system that the figures depend on; nothing that identifies the machine or its owner."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),

@@ -1,12 +1,12 @@
-"""What prompting, votes, precision and batching are worth on a small model, measured, and told in docs/findings.md.
+"""Measures what prompting, votes, precision and batching gain on a small model, and writes docs/findings.md.
 
-Every sentence of that page is made from the figures (`findings_page`); whatever comes out is what it says. Rows are kept as
-they come, under `--work`, so that a run that was stopped goes on, and a part that did not change is not measured again. Times
-are only worth something on a machine that does nothing else.
+Every sentence of that page is generated from the figures (`findings_page`). Rows are saved under `--work` as they are
+computed, so that a stopped run resumes, and parts that did not change are not measured again. Times are meaningful only on an
+otherwise idle machine.
 
     python benchmarks/findings.py [--rows N] [--run RUN] [--work FOLDER] [--out PAGE]
 
-The model is the starter model as its makers left it, in float32 by the openvino engine. `--run` adds the held-out rows of a
+The model is the unchanged starter model, in float32 on the openvino engine. `--run` adds the held-out rows of a
 finished run, answered by its base and its tuned model.
 """
 
@@ -59,13 +59,13 @@ MODEL = "asset:smollm2-135m-instruct"
 SEED = 1
 ROWS = 300
 CANDIDATES = 5
-AT_ONCE = 32
+CONCURRENCY = 32
 ROUNDS = 3
 PACKAGES = ("openvino-genai", "openvino", "torch", "transformers", "rapidfuzz", "sacrebleu")
 
 SHOTS = {"shots": {"count": 4}}
 SIMILAR = {"shots": {"count": 4, "choose": "similar"}}
-ASKED: Mapping[str, dict[str, Any]] = {
+PROMPTINGS: Mapping[str, dict[str, Any]] = {
     "zero-shot": {},
     "static shots": SHOTS,
     "similar shots": SIMILAR,
@@ -73,14 +73,14 @@ ASKED: Mapping[str, dict[str, Any]] = {
     "steps + static shots": {"reasoning": True, **SHOTS},
     "steps + similar shots": {"reasoning": True, **SIMILAR},
 }
-"""How word problems are asked. With steps the examples are worked ones."""
-LEAN: Mapping[str, dict[str, Any]] = {f"{n} examples": {"shots": {"count": n}} for n in (8, 4, 2)}
+"""Ways to prompt for word problems. With steps, the examples are worked ones."""
+FEWER_EXAMPLES: Mapping[str, dict[str, Any]] = {f"{n} examples": {"shots": {"count": n}} for n in (8, 4, 2)}
 PRECISIONS = {"float32": ExportForm("openvino", "f32"), "int8": ExportForm("openvino", "int8")}
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What all parts share: sizes, where rows are kept, and who is told."""
+    """What all parts share: sizes, the folder for rows, the model, and the progress display."""
 
     rows: int
     folder: Path
@@ -89,7 +89,7 @@ class Bench:
     progress: Progress
 
     def task(self, name: str, max_tokens: int, share: float = 1.0) -> Task:
-        """A task of the size that this run has."""
+        """A task with this run's number of rows, or a share of it."""
         return tasks.load_task(name, max(2, round(self.rows * share)), seed=SEED, max_tokens=max_tokens)
 
     def subject(self, name: str, settings: Mapping[str, Any], model: str, *, loss: bool = False) -> VariantSpec:
@@ -104,16 +104,18 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     arithmetic = bench.task("arithmetic", 160)
     began = time.perf_counter()
-    with opened(model) as session:
-        asked = measured(bench, "asked", session, ASKED, EvaluationData(tasks=[arithmetic]))
-        lean = measured(bench, "lean", session, LEAN, EvaluationData(tasks=[arithmetic]), baseline="8 examples")
+    with open_session(model) as session:
+        asked = evaluate_promptings(bench, "asked", session, PROMPTINGS, EvaluationData(tasks=[arithmetic]))
+        lean = evaluate_promptings(
+            bench, "lean", session, FEWER_EXAMPLES, EvaluationData(tasks=[arithmetic]), baseline="8 examples"
+        )
         votes = {
-            "arithmetic": voted(bench, session, arithmetic, ASKED["steps + static shots"], share=0.5),
-            "truthfulqa": voted(bench, session, bench.task("truthfulqa", 64, 0.5), {}, share=1),
+            "arithmetic": compare_votes(bench, session, arithmetic, PROMPTINGS["steps + static shots"], share=0.5),
+            "truthfulqa": compare_votes(bench, session, bench.task("truthfulqa", 64, 0.5), {}, share=1),
         }
-        batching = kept(bench.folder / "batching.json", bench.rows, lambda: batched(bench, session, arithmetic))
-    precision, memory = precisions(bench, arithmetic)
-    own = own_rows(bench, options.run) if options.run else None
+        batching = cached(bench.folder / "batching.json", bench.rows, lambda: time_batching(bench, session, arithmetic))
+    precision, memory = compare_precisions(bench, arithmetic)
+    own = compare_run(bench, options.run) if options.run else None
     spent = time.perf_counter() - began
     progress.stop()
     found = Findings(
@@ -147,15 +149,15 @@ def _parser() -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class Session:
-    """An engine, and what runs a coroutine on it."""
+    """An engine, and a function that runs coroutines in its event loop."""
 
     engine: Engine
     run: Callable[[Coroutine[Any, Any, Any]], Any]
 
 
 @contextmanager
-def opened(folder: Path) -> Generator[Session]:
-    """A model folder behind the openvino engine, with a loop of its own; closed with the context."""
+def open_session(folder: Path) -> Generator[Session]:
+    """Load a model folder into the openvino engine, with an event loop of its own; closed with the context."""
 
     async def load() -> Engine:
         return load_engine("openvino", folder, dtype="float32", device="cpu")
@@ -169,18 +171,18 @@ def opened(folder: Path) -> Generator[Session]:
             gc.collect()
 
 
-def measured(
+def evaluate_promptings(
     bench: Bench,
     part: str,
     session: Session,
-    ways: Mapping[str, Mapping[str, Any]],
+    promptings: Mapping[str, Mapping[str, Any]],
     material: EvaluationData,
     *,
     baseline: str | None = None,
 ) -> Scorecard:
-    """A model asked in several ways, each set beside the first one."""
-    subjects = [bench.subject(name, settings, model_identity(bench.model)) for name, settings in ways.items()]
-    into = taken_up(bench.folder / part, subjects, material)
+    """Evaluate a model with several promptings, and compare each with the baseline (default: the first)."""
+    subjects = [bench.subject(name, settings, model_identity(bench.model)) for name, settings in promptings.items()]
+    into = open_measurements(bench.folder / part, subjects, material)
     for subject in subjects:
         session.run(into.measure(subject, session.engine, bench.template, material, bench.progress))
     return scorecard.build_scorecard(
@@ -190,8 +192,8 @@ def measured(
     )
 
 
-def taken_up(folder: Path, subjects: Sequence[VariantSpec], material: EvaluationData) -> Measurements:
-    """The measurements in a folder, without the rows that were made for other settings."""
+def open_measurements(folder: Path, subjects: Sequence[VariantSpec], material: EvaluationData) -> Measurements:
+    """Open the measurements in a folder, and drop rows that were computed with other settings."""
     before = folder.with_name(f"{folder.name}.before")
     if folder.exists() and not before.exists():
         folder.rename(before)
@@ -202,8 +204,8 @@ def taken_up(folder: Path, subjects: Sequence[VariantSpec], material: Evaluation
     return Measurements(folder)
 
 
-def kept(path: Path, rows: int, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Figures from a file, if they are of so many rows; else measured and written there."""
+def cached(path: Path, rows: int, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Figures from a file if they are for this number of rows; else measured and written there."""
     if path.exists() and (known := json.loads(path.read_text("utf-8")))["rows"] == rows:
         return known
     figures = measure() | {"rows": rows}
@@ -211,8 +213,10 @@ def kept(path: Path, rows: int, measure: Callable[[], dict[str, Any]]) -> dict[s
     return figures
 
 
-def voted(bench: Bench, session: Session, task: Task, settings: Mapping[str, Any], *, share: float) -> Scorecard:
-    """Candidates drawn once, and voted on in every way."""
+def compare_votes(
+    bench: Bench, session: Session, task: Task, settings: Mapping[str, Any], *, share: float
+) -> Scorecard:
+    """Generate candidates once, and compare every way to vote on them."""
     answer = Answer.model_validate({**settings, "max_tokens": task.max_tokens})
     questions = task.questions[: max(2, round(len(task.questions) * share))]
     items = task_items(replace(task, questions=questions))
@@ -223,10 +227,10 @@ def voted(bench: Bench, session: Session, task: Task, settings: Mapping[str, Any
         session.engine, bench.template, answer, examples=lambda: task.examples(reasoning=answer.reasoning), seed=SEED
     )
     bench.progress.start(f"Candidates: {task.name}", len(items))
-    session.run(_draw(answerer, maker, items, sampling, file, bench.progress))
+    session.run(_generate(answerer, maker, items, sampling, file, bench.progress))
     drawn = file.rows_of(maker)
     embedder, rows = Embedder(), {"first candidate": list[Row]()} | {method: list[Row]() for method in METHODS}
-    if task.kind == "text":  # a majority counts results, and texts have none
+    if task.kind == "text":  # a majority vote counts results, which free texts do not have
         rows = {name: rows[name] for name in ("first candidate", "rouge-l", "cosine")}
     for item in items:
         candidates = [Candidate(text, mean) for text, mean in drawn[item.id]["candidates"]]
@@ -241,16 +245,16 @@ def voted(bench: Bench, session: Session, task: Task, settings: Mapping[str, Any
     return scorecard.build_scorecard(cards, baseline="first candidate", seed=SEED)
 
 
-async def _draw(
+async def _generate(
     answerer: Answerer, maker: RowOrigin, items: Sequence[Item], sampling: Sampling, into: RowFile, progress: Progress
 ) -> None:
-    limit = asyncio.Semaphore(AT_ONCE)
+    limit = asyncio.Semaphore(CONCURRENCY)
 
     async def one(item: Item) -> None:
         async with limit:
             prompt, _ = item.conversation.split_answer()
             answer = await answerer.answer(prompt, sampling)
-            # An answer without tokens has no mean, which is not the best there could be.
+            # An answer without tokens has no mean log-probability.
             pairs = [
                 (text, sum(done.logprobs) / len(done.logprobs) if done.logprobs else None)
                 for text, done in zip(answer.texts, answer.completions, strict=True)
@@ -265,11 +269,11 @@ async def _draw(
                 group.create_task(one(item))
 
 
-def batched(bench: Bench, session: Session, task: Task) -> dict[str, Any]:
-    """The same questions answered one after the other, and handed over together, in turns."""
+def time_batching(bench: Bench, session: Session, task: Task) -> dict[str, Any]:
+    """Time the same questions answered one by one and all at once, in alternating rounds."""
     settings = Answer(max_tokens=48)
     answerer = build_answerer(session.engine, bench.template, settings, examples=tuple, seed=SEED)
-    prompts = [question.example.split_answer()[0] for question in task.questions[:AT_ONCE]]
+    prompts = [question.example.split_answer()[0] for question in task.questions[:CONCURRENCY]]
 
     async def one_by_one() -> int:
         return sum([len((await answerer.answer(prompt)).completions[0].ids) for prompt in prompts])
@@ -291,8 +295,8 @@ def batched(bench: Bench, session: Session, task: Task) -> dict[str, Any]:
     return {"prompts": len(prompts), "seconds": seconds, "tokens": tokens}
 
 
-def precisions(bench: Bench, arithmetic: Task) -> tuple[Scorecard, dict[str, Any]]:
-    """The model in float32 and in int8: answers, options, loss on reference summaries; size and memory."""
+def compare_precisions(bench: Bench, arithmetic: Task) -> tuple[Scorecard, dict[str, Any]]:
+    """Compare float32 and int8: answers, multiple choice, loss on reference summaries; size and memory."""
     short = [q for q in bench.task("xsum", 64, 3).questions if len(q.prompt.split()) < 250][: max(2, bench.rows // 3)]
     summaries = [Item(question.id, question.example) for question in short]
     material = EvaluationData(loss_items=summaries, tasks=[arithmetic, bench.task("commonsense_qa", 24, 0.5)])
@@ -301,22 +305,22 @@ def precisions(bench: Bench, arithmetic: Task) -> tuple[Scorecard, dict[str, Any
         for name, form in PRECISIONS.items()
     }
     subjects = {name: bench.subject(name, SHOTS, model_identity(place), loss=True) for name, place in places.items()}
-    into = taken_up(bench.folder / "precision", list(subjects.values()), material)
+    into = open_measurements(bench.folder / "precision", list(subjects.values()), material)
     memory: dict[str, Any] = {}
     for name, subject in subjects.items():
         known = bench.folder / f"memory-{name}.json"
         if known.exists() and into.is_complete(subject, material):
             memory[name] = json.loads(known.read_text("utf-8"))
             continue
-        with opened(places[name]) as session:
-            memory[name] = kept(known, bench.rows, partial(probed, bench, session, arithmetic, places[name]))
+        with open_session(places[name]) as session:
+            memory[name] = cached(known, bench.rows, partial(measure_memory, bench, session, arithmetic, places[name]))
             session.run(into.measure(subject, session.engine, bench.template, material, bench.progress))
     rows = {name: into.variant_rows(name) for name in subjects}
     return scorecard.build_scorecard(rows, baseline="float32", seed=SEED), memory
 
 
-def probed(bench: Bench, session: Session, task: Task, place: Path) -> dict[str, Any]:
-    """Bytes of the weights, and of the engine's process at its largest while it answers a few questions at once."""
+def measure_memory(bench: Bench, session: Session, task: Task, place: Path) -> dict[str, Any]:
+    """Size of the weights, and peak memory of the engine's process while it answers a few questions at once."""
     answerer = build_answerer(session.engine, bench.template, Answer(max_tokens=32), examples=tuple, seed=SEED)
     prompts = [question.example.split_answer()[0] for question in task.questions[:8]]
 
@@ -329,7 +333,7 @@ def probed(bench: Bench, session: Session, task: Task, place: Path) -> dict[str,
 
 
 def _peak_of_children() -> int:
-    """Peak resident bytes of this process's children, summed (Linux)."""
+    """Sum of the peak resident sizes of this process's children, in bytes (Linux)."""
     peak = 0
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
@@ -341,8 +345,8 @@ def _peak_of_children() -> int:
     return peak
 
 
-def own_rows(bench: Bench, path: Path) -> Scorecard:
-    """A run's held-out rows, answered by its base and its tuned model, without and with examples from its training rows."""
+def compare_run(bench: Bench, path: Path) -> Scorecard:
+    """Compare a run's base and tuned models on its held-out rows, without and with examples from its training rows."""
     from corral.data.prepare import Prepared
 
     run = Run(path)
@@ -352,22 +356,22 @@ def own_rows(bench: Bench, path: Path) -> Scorecard:
     fingerprint = json.loads((run.path / "prepare" / "stage.json").read_text("utf-8"))["fingerprint"]
     material = EvaluationData(items, items, (), lambda: training_examples(run, SEED), fingerprint)
     folders = {"base": resolve_model(run.recipe.model.base).folder, "tuned": run.merged_model}
-    ways: dict[str, dict[str, Any]] = {"": {}, " + static shots": {"shots": {"count": 2}}}
-    ways[" + similar shots"] = {"shots": {"count": 2, "choose": "similar"}}
+    promptings: dict[str, dict[str, Any]] = {"": {}, " + static shots": {"shots": {"count": 2}}}
+    promptings[" + similar shots"] = {"shots": {"count": 2, "choose": "similar"}}
     subjects = {
         model: [
             bench.subject(f"{model}{name}", {"max_tokens": 128, **way}, model_identity(folder), loss=not name)
-            for name, way in ways.items()
+            for name, way in promptings.items()
         ]
         for model, folder in folders.items()
     }
     every = [subject for of_model in subjects.values() for subject in of_model]
-    into = taken_up(bench.folder / "run", every, material)
+    into = open_measurements(bench.folder / "run", every, material)
     for model, folder in folders.items():
         if all(into.is_complete(subject, material) for subject in subjects[model]):
             continue
         template = Template.load(load_tokenizer(folder), run.recipe.model.template if model == "base" else "tokenizer")
-        with opened(folder) as session:
+        with open_session(folder) as session:
             for subject in subjects[model]:
                 session.run(into.measure(subject, session.engine, template, material, bench.progress))
     return scorecard.build_scorecard(

@@ -1,12 +1,12 @@
-"""Answers on a CPU: corral's openvino engine beside transformers' batched generate and the bare OpenVINO GenAI library.
+"""Generation on a CPU: corral's openvino engine against transformers' batched generate and plain OpenVINO GenAI.
 
 20 prompts (recipes from Wikibooks) × 5 samples × 128 tokens of SmolLM2-135M-Instruct, temperature 0.7, top-p 0.9, end
-tokens ignored so that all sides draw equally many. Equal precision: float32 weights, products and keys and values. Each side
+tokens ignored so that all sides generate equally many. Equal precision: float32 weights, products, keys and values. Each side
 runs in a process of its own, one after another, `--rounds` times; a claim is the median over rounds of the ratio within a
-round. Loading is not counted, and each side warms up on one short answer. transformers runs one batch of 100; the bare
-library gets the same model files, and five samples of each prompt as one request.
+round. Loading is not counted, and each side warms up on one short answer. transformers runs one batch of 100; plain OpenVINO
+GenAI gets the same model files, and five samples of each prompt as one request.
 
-int8 and int4 run beside them, with what their contracts say of the loss.
+int8 and int4 are measured too, with the change of loss from their contracts.
 
     python benchmarks/generate_cpu.py [--rounds 3] [--json FILE]
 """
@@ -51,14 +51,14 @@ def prompts() -> list[list[int]]:
         return [template.prompt(test[i].record.split_answer()[0]) for i in range(PROMPTS)]
 
 
-def side_transformers(asked: list[list[int]]) -> dict[str, Any]:
+def side_transformers(prompt_ids: list[list[int]]) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base_folder(), dtype=torch.float32).eval()
-    width = max(map(len, asked))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in asked])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in asked])
+    width = max(map(len, prompt_ids))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompt_ids])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompt_ids])
     settings = {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0, "pad_token_id": 0}
     model.generate(input_ids=ids[:1], attention_mask=mask[:1], max_new_tokens=4, **settings)
     torch.manual_seed(0)
@@ -74,7 +74,7 @@ def side_transformers(asked: list[list[int]]) -> dict[str, Any]:
     return figures(out[:, width:].numel(), began)
 
 
-def side_raw(asked: list[list[int]]) -> dict[str, Any]:
+def side_raw(prompt_ids: list[list[int]]) -> dict[str, Any]:
     import numpy as np
     import openvino as ov
     import openvino_genai as genai
@@ -86,19 +86,21 @@ def side_raw(asked: list[list[int]]) -> dict[str, Any]:
     pipeline = genai.ContinuousBatchingPipeline(str(cached_form(base_folder(), "f32")), scheduler, "CPU", PRECISION)
 
     def config(n: int, tokens: int) -> Any:
-        made = genai.GenerationConfig(max_new_tokens=tokens, num_return_sequences=n, do_sample=True, ignore_eos=True)
-        made.temperature, made.top_p = TEMPERATURE, TOP_P
-        made.set_eos_token_id(0)
-        return made
+        settings = genai.GenerationConfig(
+            max_new_tokens=tokens, num_return_sequences=n, do_sample=True, ignore_eos=True
+        )
+        settings.temperature, settings.top_p = TEMPERATURE, TOP_P
+        settings.set_eos_token_id(0)
+        return settings
 
-    inputs = [ov.Tensor(np.array([p], dtype=np.int64)) for p in asked]
+    inputs = [ov.Tensor(np.array([p], dtype=np.int64)) for p in prompt_ids]
     pipeline.generate(inputs[:1], [config(1, 4)])
     began = time.perf_counter()
     results = pipeline.generate(inputs, [config(SAMPLES, TOKENS)] * len(inputs))
     return figures(sum(len(ids) for result in results for ids in result.m_generation_ids), began)
 
 
-def side_corral(asked: list[list[int]], folder: Path | None = None) -> dict[str, Any]:
+def side_corral(prompt_ids: list[list[int]], folder: Path | None = None) -> dict[str, Any]:
     import asyncio
 
     from corral.engines.base import Sampling
@@ -108,9 +110,9 @@ def side_corral(asked: list[list[int]], folder: Path | None = None) -> dict[str,
 
     async def work() -> dict[str, Any]:
         async with load_engine("openvino", folder or base_folder(), dtype="float32", device="cpu") as engine:
-            await engine.submit(asked[0], Sampling(max_tokens=4)).completions()
+            await engine.submit(prompt_ids[0], Sampling(max_tokens=4)).completions()
             began = time.perf_counter()
-            done = await asyncio.gather(*(engine.submit(p, sampling).completions() for p in asked))
+            done = await asyncio.gather(*(engine.submit(p, sampling).completions() for p in prompt_ids))
             return figures(sum(len(c.ids) for each in done for c in each), began)
 
     return asyncio.run(work())
@@ -121,17 +123,17 @@ def figures(tokens: int, began: float) -> dict[str, Any]:
     return {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
 
 
-def exported(kind: str, out: Path) -> tuple[Path, dict[str, Any]]:
-    """The base in another form, and what its contract says of it."""
+def export_base(kind: str, out: Path) -> tuple[Path, dict[str, Any]]:
+    """Export the base in another form. Returns: its folder, and the checks of its contract by name."""
     from corral.export import contract
     from corral.export.export import export_form
     from corral.export_forms import ExportForm
     from corral.progress import Progress
 
     form = ExportForm("openvino", kind)
-    place = export_form(base_folder(), out, form, Progress())
+    folder = export_form(base_folder(), out, form, Progress())
     checks = contract.read(form.contract_path(out))["checks"]
-    return place, {check["name"]: check["detail"] for check in checks}
+    return folder, {check["name"]: check["detail"] for check in checks}
 
 
 SIDES = {"transformers": side_transformers, "openvino-raw": side_raw, "corral": side_corral}
@@ -142,7 +144,7 @@ def measure(side: str, *extra: str) -> dict[str, Any]:
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     result = json.loads(output.splitlines()[-1])
     if result["tokens"] != PROMPTS * SAMPLES * TOKENS:
-        sys.exit(f"{side} drew {result['tokens']} tokens")
+        sys.exit(f"{side} generated {result['tokens']} tokens")
     return result
 
 
@@ -153,8 +155,8 @@ def main() -> int:
     parser.add_argument("--form", type=Path, help="an exported folder, for corral's side")
     args = parser.parse_args()
     if args.side:
-        asked = prompts()
-        print(json.dumps(side_corral(asked, args.form) if args.form else SIDES[args.side](asked)))
+        prompt_ids = prompts()
+        print(json.dumps(side_corral(prompt_ids, args.form) if args.form else SIDES[args.side](prompt_ids)))
         return 0
     rounds: list[dict[str, dict[str, Any]]] = []
     for _ in range(args.rounds):
@@ -165,14 +167,14 @@ def main() -> int:
     forms: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         for kind in ("int8", "int4"):
-            place, says = exported(kind, Path(name))
-            forms[kind] = measure("corral", "--form", str(place)) | {"contract": says}
-            print(f"{kind} {forms[kind]['tokens_per_second']:.1f}  {says['as served']}", flush=True)
+            folder, checks = export_base(kind, Path(name))
+            forms[kind] = measure("corral", "--form", str(folder)) | {"contract": checks}
+            print(f"{kind} {forms[kind]['tokens_per_second']:.1f}  {checks['as served']}", flush=True)
 
     def ratio(other: str) -> float:
         return statistics.median(r["corral"]["tokens_per_second"] / r[other]["tokens_per_second"] for r in rounds)
 
-    found = [
+    results = [
         claims.Claim("generate_vs_transformers", ratio("transformers"), "×", 3.5),
         claims.Claim("generate_vs_openvino", ratio("openvino-raw"), "×", 0.95),
     ]
@@ -180,7 +182,7 @@ def main() -> int:
         kind: float(re.search(r": ([+-][\d.]+) \(allowed", forms[kind]["contract"]["as served"])[1]) for kind in forms
     }
     raw = {"rounds": rounds, "forms": forms, "loss_shift": shifts}
-    return claims.report(found, raw, ["torch", "transformers", "openvino", "openvino-genai"], args.json)
+    return claims.report(results, raw, ["torch", "transformers", "openvino", "openvino-genai"], args.json)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,25 @@
-"""LoRA fine-tuning on a GPU: corral beside plain transformers + PEFT, in bfloat16, one after the other in one process.
+"""LoRA fine-tuning on a GPU: corral against plain transformers + PEFT, in bfloat16, one after the other in one process.
 
-Models with the published shapes of Llama-3.2-3B and Llama-3.1-8B and random weights, so nothing is downloaded. LoRA of rank 16
-on q, k, v and o, AdamW, float32 adapters, the same rows in the same order. Two kinds of rows:
+The models have the published shapes of Llama-3.2-3B and Llama-3.1-8B and random weights, so nothing is downloaded. LoRA
+of rank 16 on q, k, v and o, AdamW, float32 adapters, the same rows in the same order. Two kinds of rows:
 
 - `long`: documents of 4,096 tokens, all trained, 8 a step;
-- `mix`: rows with the lengths of R1's ten sources (see `gpu_rows`), answers
-  trained, 32 a step.
+- `mix`: rows with the lengths of R1's ten sources (see `gpu_rows`), answers trained, 32 a step.
 
-corral trains through its own loop, packs of 16,384 tokens. Beside it a careful loop of the usual kind: transformers' model
-with SDPA, PEFT, autocast, fused AdamW, the rows of a step sorted by length into micro-batches padded to their longest, as
-large as memory allows, with gradient checkpointing only if one row does not fit without. Speed counts real tokens (no
-padding) after the first steps, in which things are compiled; memory is the most that torch had allocated after them.
+corral trains in its own loop with packs of 16,384 tokens. It is compared with a careful loop of the usual kind: transformers'
+model with SDPA, PEFT, autocast, fused AdamW, the rows of a step sorted by length into padded micro-batches as large as memory
+allows, with gradient checkpointing only if a single row does not fit without. Speed counts real tokens (no padding) after
+the first steps, in which kernels are compiled; memory is torch's peak allocation after them.
 
-MFU is 4·N·tokens/s over the peak rate of the processor: a frozen weight costs a product forwards and one for its input's
-gradient, none for its own; N counts all parameters, attention's own products are left out. The results also give the same with
-6·N (as for full fine-tuning), and 4·N with attention against the rate of a large product measured in the same run.
+MFU is 4·N·tokens/s over the peak rate of the GPU: a frozen weight takes one product in the forward pass and one for its
+input's gradient, none for its own; N counts all parameters; attention's own products are not counted. The results also give
+6·N (as for full fine-tuning), and 4·N with attention relative to the rate of a large product measured in the same run.
 
-First a tiny model's losses and gradients on the GPU are compared with the plain path on the CPU in float32: in float32 to
-rounding, in bfloat16 beside what plain transformers + PEFT loses there.
+First a tiny model's losses and gradients on the GPU are compared with plain transformers on the CPU in float32: float32 to
+rounding, and bfloat16 next to the error of plain transformers + PEFT in bfloat16.
 
-Needs torch ≥ 2.11, transformers ≥ 5.17, peft, numpy and pydantic; corral itself need not be installed. Without a GPU all of it
-runs on tiny models on the CPU, and what it claims is written as "not run".
+Needs torch ≥ 2.11, transformers ≥ 5.17, peft, numpy and pydantic; corral itself need not be installed. Without a GPU
+everything runs on tiny models on the CPU, and the claims are written as "not run".
 
     python benchmarks/gpu.py [--json FILE] [--quick]
 """
@@ -101,7 +100,7 @@ GOALS: dict[str, tuple[str, float, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much is run where."""
+    """Device, dtype and size of what is run."""
 
     device: str
     dtype: str
@@ -123,7 +122,7 @@ def sizes(*, quick: bool) -> Sizes:
 
 
 def base_model(shape: dict[str, Any], device: str, dtype: str) -> Any:
-    """A model with random weights, the same at each call on the same device."""
+    """A model with random weights, which are the same at each call on the same device."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -157,13 +156,12 @@ def side_corral(base: Any, batches: Sequence[Sequence[Row]], size: Sizes) -> dic
     examples = [Example(str(i), "random", i, (Encoded(*row),), record) for i, row in enumerate(rows)]
     model = adapters.attach(base, Lora(rank=16, targets=TARGETS), seed=1)
     clock, config = Clock(size), settings(len(batches[0]), len(batches))
-    # Rows are numbered by their place in the batches, so they come in the order that the loop would draw them in.
-    places = iter(order_of(rows, config))
+    # The trainer shuffles; put each example where the trainer will look for it at its turn.
     shuffled: list[Any] = [None] * len(rows)
-    for example in examples:
-        shuffled[next(places)] = example
+    for index, example in zip(training_order(rows, config), examples, strict=True):
+        shuffled[index] = example
     with tempfile.TemporaryDirectory() as name:
-        training = Trainer(
+        trainer = Trainer(
             model,
             shuffled,
             [],
@@ -174,7 +172,7 @@ def side_corral(base: Any, batches: Sequence[Sequence[Row]], size: Sizes) -> dic
             folder=Path(name),
             save_best=lambda _: None,
         )
-        training.run(on_step=lambda m: clock.tick(m.loss or math.nan, m.tokens))
+        trainer.run(on_step=lambda m: clock.tick(m.loss or math.nan, m.tokens))
     return clock.figures(len(batches[0]))
 
 
@@ -185,22 +183,22 @@ def settings(per_step: int, steps: int) -> Any:
     return Train(steps=steps, batch_size=per_step, checkpoint_every=10**6, optimizer=rate)
 
 
-def order_of(rows: Sequence[Row], config: Any) -> list[int]:
-    """In which order the loop draws rows: the place of each in what it is given."""
+def training_order(rows: Sequence[Row], config: Any) -> list[int]:
+    """Indices of the rows in the order in which the trainer takes them."""
     from corral.training.sampler import BatchSampler
 
-    order = BatchSampler(config, [1] * len(rows), 0)
-    return [i for step in range(1, order.steps + 1) for i in order.batch(step)]
+    sampler = BatchSampler(config, [1] * len(rows), 0)
+    return [i for step in range(1, sampler.steps + 1) for i in sampler.batch(step)]
 
 
 class Clock:
-    """Times of steps; what is compiled and allocated in the first ones is not counted."""
+    """Times of steps; the first ones, in which kernels are compiled and memory is allocated, are not counted."""
 
     def __init__(self, size: Sizes) -> None:
         self._size, self._log = size, [(time.perf_counter(), 0, math.nan)]
 
     def tick(self, loss: float, tokens: int) -> None:
-        """A step has ended, on the device as well; `tokens` so far."""
+        """Record the end of a step, also on the device; `tokens` is the total so far."""
         self._log.append((time.perf_counter(), tokens, loss))
         if len(self._log) == self._size.warm + 1 and self._size.device == "cuda":
             import torch
@@ -223,7 +221,7 @@ class Clock:
 
 
 def side_plain(base: Any, batches: Sequence[Sequence[Row]], size: Sizes) -> dict[str, Any]:
-    """transformers + PEFT; as many rows at a time as fit, and gradient checkpointing if not even one does."""
+    """transformers + PEFT, with as many rows at a time as fit, and gradient checkpointing if not even one fits."""
     import torch
 
     model = plain_adapter(base)
@@ -268,7 +266,7 @@ def plain_steps(model: Any, batches: Sequence[Sequence[Row]], at_once: int, size
 
 
 def plain_loss(model: Any, batch: Sequence[Row], device: str) -> Any:
-    """The negative log-likelihood of the trained tokens of a padded batch, summed: transformers' own loss."""
+    """transformers' own loss: the summed negative log-likelihood of the trained tokens of a padded batch."""
     import torch
 
     longest = max(len(ids) for ids, _ in batch)
@@ -284,7 +282,7 @@ def plain_loss(model: Any, batch: Sequence[Row], device: str) -> Any:
 
 
 def correctness(device: str) -> dict[str, float]:
-    """Gradients of a tiny model's adapter beside the plain path on the CPU in float32, relative, as one vector."""
+    """Relative error of the gradients of a tiny model's adapter, against plain transformers on the CPU in float32."""
     import torch
 
     from corral.model.compute.fused_forwards import fuse
@@ -317,7 +315,7 @@ def correctness(device: str) -> dict[str, float]:
 
 
 def product_rate(size: Sizes) -> float:
-    """FLOP/s of a product of the shape of the 3B model's MLP, in the dtype that is trained in."""
+    """FLOP/s of a matrix product with the shape of the 3B model's MLP, in the dtype of training."""
     import torch
 
     n, shape = min(size.pack, 16_384), size.shapes["3b"]
@@ -342,14 +340,14 @@ def synchronise(size: Sizes) -> None:
 
 
 def shares(name: str, parameters: int, found: dict[str, Any], size: Sizes, rate: float) -> dict[str, float | None]:
-    """What of the machine is used by the side's tokens of long documents, by three conventions."""
+    """Share of the GPU's rate that a side reaches on long documents, by three conventions."""
     import torch
 
     shape = size.shapes[name]
     gpu = torch.cuda.get_device_name() if size.device == "cuda" else ""
     peak = next((peak for part, peak in PEAKS.items() if part in gpu), None)
     speed = found["tokens_per_second"]
-    # Scores and weighted values, causal: half of 4 · length · heads · head size forwards, twice and a half that backwards.
+    # Causal scores and weighted values: half of 4 · length · heads · head size in the forward pass, 2.5 times that backward.
     square = 3.5 * 2 * size.document * shape["num_attention_heads"] * shape["head_dim"] * shape["num_hidden_layers"]
     return {
         "mfu_4n": 4 * parameters * speed / peak if peak else None,
@@ -359,7 +357,7 @@ def shares(name: str, parameters: int, found: dict[str, Any], size: Sizes, rate:
 
 
 def measured(name: str, kind: str, size: Sizes) -> dict[str, Any]:
-    """Both sides on one model and kind of rows."""
+    """Run both sides on one model and kind of rows."""
     import torch
 
     shape = size.shapes[name]
@@ -378,12 +376,12 @@ def measured(name: str, kind: str, size: Sizes) -> dict[str, Any]:
         gc.collect()
         if size.device == "cuda":
             torch.cuda.empty_cache()
-        told = {k: v for k, v in result[side].items() if k != "losses"}
-        print(f"{name} {kind} {side}: {json.dumps(told)}", flush=True)
+        printed = {k: v for k, v in result[side].items() if k != "losses"}
+        print(f"{name} {kind} {side}: {json.dumps(printed)}", flush=True)
     return result
 
 
-def found_claims(raw: dict[str, Any]) -> Iterator[claims.Claim]:
+def make_claims(raw: dict[str, Any]) -> Iterator[claims.Claim]:
     three, eight, mixed = raw["3b long"], raw["8b long"], raw["3b mix"]
     values = {
         "mfu_3b": three["shares"]["mfu_4n"] or math.nan,
@@ -403,7 +401,7 @@ def found_claims(raw: dict[str, Any]) -> Iterator[claims.Claim]:
 
 
 def not_run(json_file: Path | None) -> int:
-    print("\nthere is no GPU: the same was run on tiny models on the CPU, and nothing is claimed")
+    print("\nthere is no GPU: tiny models were run on the CPU, and nothing is claimed")
     if json_file:
         stated = [
             {"name": name, "value": None, "unit": unit, "goal": goal, "direction": direction, "met": "not run"}
@@ -440,7 +438,7 @@ def main() -> int:
     if size.device != "cuda":
         return not_run(args.json)
     raw["gpu"] = torch.cuda.get_device_name()
-    return claims.report(list(found_claims(raw)), raw, ["torch", "transformers", "peft", "triton"], args.json)
+    return claims.report(list(make_claims(raw)), raw, ["torch", "transformers", "peft", "triton"], args.json)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Rows of token ids for `gpu.py`: long documents, and rows with the lengths of R1's mix. Knows nothing about models.
+"""Rows of random token ids for `gpu.py`: long documents, and rows with the lengths of R1's mix.
 
-The ids are random. Lengths of the mix are words of rows that `prepare.py` makes in the form of R1's ten data sets, 1.35 tokens
-a word, with some for the prompt's frame, cut at 512.
+The lengths of the mix come from rows that `prepare.py` generates in the form of R1's ten data sets: 1.35 tokens per word, plus
+some for the prompt's template, cut at 512.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def mix(count: int, vocabulary: int) -> list[Row]:
 
     rng = np.random.default_rng(0)
     names, weights = list(prepare.SOURCES), np.array(list(prepare.SOURCES.values()))
-    say = prepare.Speaker(["word"] * 100, 0)
+    text = prepare.TextGenerator(["word"] * 100, 0)
     rows: list[Row] = []
     for i, at in enumerate(rng.choice(len(names), count, p=weights / weights.sum())):
-        prompt, answer = words(names[at], prepare.ROW[names[at]](say, i))
+        prompt, answer = words(names[at], prepare.MAKE_ROW[names[at]](text, i))
         before = min(CUT - 8, FRAME + round(prompt * TOKENS_PER_WORD))
         after = min(CUT - before, 2 + round(answer * TOKENS_PER_WORD))
         ids = tuple(rng.integers(3, vocabulary, before + after).tolist())

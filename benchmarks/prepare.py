@@ -1,19 +1,19 @@
-"""Preparing R1's mix at its full size: 88,031 rows from ten sources, tokenised, masked and packed at 512 tokens.
+"""Data preparation of R1's mix at full size: 88,031 rows from ten sources, tokenised, masked and packed at 512 tokens.
 
-The rows have the true columns of the ten data sets and lengths like theirs, as the data sets themselves cannot be shipped;
-their words are pieces of a book of recipes (seeded), so that numbers, punctuation and rare words are as in real text.
-Seven are written as JSON lines, three as parquet; those that R1 caps at 10,000 rows hold a tenth more. Preparation is what
-`corral run` does, with nothing in its cache: read, format, hash, remove copies, choose, tokenise, mask, split, compare with
-the held-out rows, write, then pack the training rows. It is measured again with 300,000 rows of the same kinds. Memory is
-the largest sum over all processes at one time (pages that processes share counted once). Beside it TRL prepares the same
-rows with the same template and tokenizer: the files loaded and formatted with `datasets`, then SFTTrainer's own preparation,
-packed, as it comes.
+The data sets cannot be shipped, so the rows are generated with their columns and similar lengths; the words are pieces of a
+book of recipes (seeded), so that numbers, punctuation and rare words are as in real text. Seven are written as JSON lines,
+three as parquet; those that R1 caps at 10,000 rows have a tenth more. Preparation is what `corral run` does with an empty
+cache: read, format, hash, remove duplicates, select, tokenise, mask, split, compare with the held-out rows, write, then pack
+the training rows. It is measured again with 300,000 rows of the same kinds. Memory is the largest sum over all processes at
+one time (shared pages counted once). TRL prepares the same rows with the same template and tokenizer: the files are loaded and
+formatted with `datasets`, then prepared and packed by SFTTrainer with its default settings.
 
     python benchmarks/prepare.py [--json FILE] [--rows 88031] [--without-trl]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import subprocess
@@ -32,9 +32,9 @@ ROWS, MANY = 88_031, 300_000
 LENGTH = 512
 TOKENIZER = "asset:smollm2-135m-instruct"
 TEXT = "wikibooks-recipes"
-PIECE = 12  # words that stay together: less than counts as a passage shared with a held-out row
+PIECE = 12  # consecutive words; fewer than what counts as a passage shared with a held-out row
 TEMPLATE = "instruction"
-# Rows of each source in R1; a number that is no cap is all there are.
+# Rows of each source in R1: the cap, or all that the data set has.
 SOURCES = {
     "alpaca": 10_000,
     "dolly": 10_000,
@@ -51,16 +51,16 @@ CAP = 10_000
 PARQUET = {"metamathqa", "hotpot_qa", "mmlu"}
 
 
-class Speaker:
-    """Texts of given lengths, in words, around which they vary as texts do (log-normal)."""
+class TextGenerator:
+    """Generates texts whose numbers of words are log-normal around a given mean, as in real texts."""
 
     def __init__(self, words: list[str], seed: int) -> None:
         self._rng = np.random.default_rng(seed)
         self._words = words
         self._starts: list[int] = []
 
-    def say(self, words: float, spread: float = 0.6) -> str:
-        return " ".join(self.take(max(1, int(words * np.exp(spread * self._rng.standard_normal() - spread**2 / 2)))))
+    def words(self, mean: float, spread: float = 0.6) -> str:
+        return " ".join(self.take(max(1, int(mean * np.exp(spread * self._rng.standard_normal() - spread**2 / 2)))))
 
     def take(self, count: int) -> list[str]:
         taken: list[str] = []
@@ -78,13 +78,13 @@ class Speaker:
         return bool(self._rng.random() < share)
 
 
-def hotpot(say: Speaker, i: int) -> dict[str, Any]:
-    titles = [f"{say.say(3, 0.1)} {k}" for k in range(10)]
-    sentences = [[" " + say.say(22) + "." for _ in range(4)] for _ in titles]
+def hotpot(text: TextGenerator, i: int) -> dict[str, Any]:
+    titles = [f"{text.words(3, 0.1)} {k}" for k in range(10)]
+    sentences = [[" " + text.words(22) + "." for _ in range(4)] for _ in titles]
     return {
         "id": f"{i:024x}",
-        "question": say.say(17) + "?",
-        "answer": say.say(2.5),
+        "question": text.words(17) + "?",
+        "answer": text.words(2.5),
         "type": "bridge",
         "level": "medium",
         "supporting_facts": {"title": [titles[2], titles[7]], "sent_id": [0, 1]},
@@ -92,29 +92,29 @@ def hotpot(say: Speaker, i: int) -> dict[str, Any]:
     }
 
 
-def hh(say: Speaker, _: int) -> dict[str, Any]:
-    turns = [f"\n\nHuman: {say.say(20)}\n\nAssistant: {say.say(38)}" for _ in range(1 + say.draw(3))]
-    shared = "".join(turns) + f"\n\nHuman: {say.say(16)}\n\nAssistant:"
-    return {"chosen": f"{shared} {say.say(42)}", "rejected": f"{shared} {say.say(38)}"}
+def hh(text: TextGenerator, _: int) -> dict[str, Any]:
+    turns = [f"\n\nHuman: {text.words(20)}\n\nAssistant: {text.words(38)}" for _ in range(1 + text.draw(3))]
+    shared = "".join(turns) + f"\n\nHuman: {text.words(16)}\n\nAssistant:"
+    return {"chosen": f"{shared} {text.words(42)}", "rejected": f"{shared} {text.words(38)}"}
 
 
-def commonsense(say: Speaker, i: int) -> dict[str, Any]:
-    choices = {"label": list("ABCDE"), "text": [say.say(1.6) for _ in range(5)]}
+def commonsense(text: TextGenerator, i: int) -> dict[str, Any]:
+    choices = {"label": list("ABCDE"), "text": [text.words(1.6) for _ in range(5)]}
     return {
         "id": f"{i:032x}",
-        "question": say.say(13, 0.4) + "?",
-        "question_concept": say.say(1),
+        "question": text.words(13, 0.4) + "?",
+        "question_concept": text.words(1),
         "choices": choices,
-        "answerKey": "ABCDE"[say.draw(5)],
+        "answerKey": "ABCDE"[text.draw(5)],
     }
 
 
-def trivia(say: Speaker, i: int) -> dict[str, Any]:
-    value = say.say(2.2)
-    answer = {"aliases": [say.say(2) for _ in range(8)], "value": value, "normalized_value": value.lower()}
+def trivia(text: TextGenerator, i: int) -> dict[str, Any]:
+    value = text.words(2.2)
+    answer = {"aliases": [text.words(2) for _ in range(8)], "value": value, "normalized_value": value.lower()}
     empty: dict[str, list[str]] = {"title": [], "filename": []}
     return {
-        "question": say.say(15) + "?",
+        "question": text.words(15) + "?",
         "question_id": f"tc_{i}",
         "question_source": "x",
         "entity_pages": empty,
@@ -123,45 +123,49 @@ def trivia(say: Speaker, i: int) -> dict[str, Any]:
     }
 
 
-def truthful(say: Speaker, _: int) -> dict[str, Any]:
+def truthful(text: TextGenerator, _: int) -> dict[str, Any]:
     return {
         "Type": "Adversarial",
-        "Category": say.say(1),
-        "Question": say.say(10, 0.4) + "?",
-        "Best Answer": say.say(10),
-        "Correct Answers": "; ".join(say.say(9) for _ in range(3)),
-        "Incorrect Answers": "; ".join(say.say(9) for _ in range(4)),
-        "Source": say.say(3),
+        "Category": text.words(1),
+        "Question": text.words(10, 0.4) + "?",
+        "Best Answer": text.words(10),
+        "Correct Answers": "; ".join(text.words(9) for _ in range(3)),
+        "Incorrect Answers": "; ".join(text.words(9) for _ in range(4)),
+        "Source": text.words(3),
     }
 
 
-def alpaca(say: Speaker, _: int) -> dict[str, Any]:
-    row = {"instruction": say.say(11), "input": say.say(13) if say.maybe(0.4) else "", "output": say.say(46, 0.8)}
+def alpaca(text: TextGenerator, _: int) -> dict[str, Any]:
+    row = {
+        "instruction": text.words(11),
+        "input": text.words(13) if text.maybe(0.4) else "",
+        "output": text.words(46, 0.8),
+    }
     return row | {"text": "\n".join(row.values())}
 
 
-ROW: dict[str, Callable[[Speaker, int], dict[str, Any]]] = {
+MAKE_ROW: dict[str, Callable[[TextGenerator, int], dict[str, Any]]] = {
     "alpaca": alpaca,
-    "dolly": lambda say, _: {
-        "instruction": say.say(12),
-        "context": say.say(190, 0.8) if say.maybe(0.3) else "",
-        "response": say.say(59, 0.8),
+    "dolly": lambda text, _: {
+        "instruction": text.words(12),
+        "context": text.words(190, 0.8) if text.maybe(0.3) else "",
+        "response": text.words(59, 0.8),
         "category": "open_qa",
     },
     "hh-rlhf": hh,
-    "gsm8k": lambda say, i: {"question": say.say(46, 0.4), "answer": f"{say.say(52, 0.5)}\n#### {i}"},
-    "metamathqa": lambda say, i: {
+    "gsm8k": lambda text, i: {"question": text.words(46, 0.4), "answer": f"{text.words(52, 0.5)}\n#### {i}"},
+    "metamathqa": lambda text, i: {
         "type": "GSM_Rephrased",
-        "query": say.say(45, 0.4),
-        "original_question": say.say(45, 0.4),
-        "response": f"{say.say(105, 0.5)} The answer is: {i}",
+        "query": text.words(45, 0.4),
+        "original_question": text.words(45, 0.4),
+        "response": f"{text.words(105, 0.5)} The answer is: {i}",
     },
     "hotpot_qa": hotpot,
-    "mmlu": lambda say, _: {
-        "question": say.say(35, 0.9),
+    "mmlu": lambda text, _: {
+        "question": text.words(35, 0.9),
         "subject": "",
-        "choices": [say.say(6) for _ in range(4)],
-        "answer": say.draw(4),
+        "choices": [text.words(6) for _ in range(4)],
+        "answer": text.draw(4),
     },
     "commonsense_qa": commonsense,
     "trivia_qa": trivia,
@@ -170,16 +174,16 @@ ROW: dict[str, Callable[[Speaker, int], dict[str, Any]]] = {
 
 
 def write_sources(folder: Path, rows: int, words: list[str]) -> None:
-    """The ten files, with rows in R1's proportions."""
+    """Write the ten files, with rows in R1's proportions."""
     import pyarrow as pa
     from pyarrow import parquet
 
     folder.mkdir()
     for seed, (name, count) in enumerate(SOURCES.items()):
         kept = round(count * rows / ROWS)
-        there = kept + kept // 10 if count == CAP else kept
-        say = Speaker(words, seed)
-        made: Iterator[dict[str, Any]] = (ROW[name](say, i) for i in range(there))
+        available = kept + kept // 10 if count == CAP else kept
+        text = TextGenerator(words, seed)
+        made: Iterator[dict[str, Any]] = (MAKE_ROW[name](text, i) for i in range(available))
         if name in PARQUET:
             writer = None
             while batch := [row for row, _ in zip(made, range(2000), strict=False)]:
@@ -194,7 +198,7 @@ def write_sources(folder: Path, rows: int, words: list[str]) -> None:
 
 
 def running_text() -> list[str]:
-    """The words of a book of recipes as they stand, with their numbers, punctuation and capitals."""
+    """The words of a book of recipes in their order, with numbers, punctuation and capitals."""
     from corral.assets import fetch
 
     recipes: dict[str, dict[str, Any]] = json.loads(fetch(TEXT).files[0].read_text("utf-8"))
@@ -262,7 +266,7 @@ def side_trl(folder: Path, rows: int) -> dict[str, Any]:
 
     disable_progress_bars()
     tokenizer = load_tokenizer(resolve_model(TOKENIZER).folder)
-    tokenizer.chat_template = (resources.files("corral.templates") / f"{TEMPLATE}.jinja").read_text("utf-8")
+    tokenizer.chat_template = (resources.files("corral.template") / "shipped" / f"{TEMPLATE}.jinja").read_text("utf-8")
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **small))
     with tempfile.TemporaryDirectory(dir=folder.parent) as out:
@@ -290,13 +294,13 @@ def side_trl(folder: Path, rows: int) -> dict[str, Any]:
 
 
 def processor_seconds() -> float:
-    """Of this process and its children, imports included: what the clock would say on one core with nothing else to do."""
+    """CPU time of this process and its children, imports included."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in used)
 
 
-def measured(side: str, folder: Path, rows: int) -> dict[str, Any]:
-    """One side in a process of its own, with the most memory that it and its children held at one time, in MB."""
+def run_side(side: str, folder: Path, rows: int) -> dict[str, Any]:
+    """Run one side in a process of its own. Returns its figures, with the peak memory of it and its children in MB."""
     command = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--rows", str(rows)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     peak = [0]
@@ -318,7 +322,7 @@ def measured(side: str, folder: Path, rows: int) -> dict[str, Any]:
 
 
 def tree_memory(pid: int) -> int:
-    """Bytes of a process and its children: proportional set sizes, so that shared pages count once."""
+    """Memory of a process and its children in bytes: proportional set sizes, so that shared pages count once."""
     total = 0
     waiting = [pid]
     while waiting:
@@ -336,10 +340,12 @@ def tree_memory(pid: int) -> int:
 
 def main() -> int:
     options = claims.parser(__doc__)
-    options.add_argument("--rows", type=int, default=ROWS, help="for a quick look: fewer rows in the same proportions")
+    options.add_argument(
+        "--rows", type=int, default=ROWS, help="number of rows; fewer for a quick look, in the same proportions"
+    )
     options.add_argument("--without-trl", action="store_true", help="leave out TRL")
-    options.add_argument("--side", choices=("corral", "trl"), help="(how it calls itself)")
-    options.add_argument("--folder", type=Path, help="(how it calls itself)")
+    options.add_argument("--side", choices=("corral", "trl"), help=argparse.SUPPRESS)
+    options.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = options.parse_args()
     if args.side:
         print(json.dumps({"corral": side_corral, "trl": side_trl}[args.side](args.folder, args.rows)))
@@ -349,20 +355,20 @@ def main() -> int:
         words = running_text()
         for rows in (args.rows, many):
             write_sources(Path(name) / str(rows), rows, words)
-        one = measured("corral", Path(name) / str(args.rows), args.rows)
-        large = measured("corral", Path(name) / str(many), many)
-        trl = None if args.without_trl else measured("trl", Path(name) / str(args.rows), args.rows)
+        one = run_side("corral", Path(name) / str(args.rows), args.rows)
+        large = run_side("corral", Path(name) / str(many), many)
+        trl = None if args.without_trl else run_side("trl", Path(name) / str(args.rows), args.rows)
     linearity = (large["seconds"] / many) / (one["seconds"] / args.rows)
-    found = [
+    results = [
         claims.Claim("prepare_seconds_88031", one["seconds"], "s", 90, "<="),
         claims.Claim("prepare_peak_mb", max(one["peak_mb"], large["peak_mb"]), "MB, all processes", 1500, "<="),
         claims.Claim("prepare_linearity_300k", linearity, "× the time of a row", 1.2, "<="),
     ]
     if trl is not None:
-        found.append(claims.Claim("prepare_speed_vs_trl", trl["seconds"] / one["seconds"], "×", 1.0))
+        results.append(claims.Claim("prepare_speed_vs_trl", trl["seconds"] / one["seconds"], "×", 1.0))
     raw = {"rows": args.rows, "many": many, "corral": one, "corral_many": large, "trl": trl}
     packages = ["numpy", "tokenizers", "transformers", "datasets", "pyarrow", "trl"]
-    return claims.report(found, raw, packages, args.json)
+    return claims.report(results, raw, packages, args.json)
 
 
 if __name__ == "__main__":

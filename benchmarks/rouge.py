@@ -1,11 +1,11 @@
-"""ROUGE against rouge-score: how much faster, and whether every score is the same.
+"""ROUGE against rouge-score: speed, and whether every score is equal.
 
-Speed is end to end: raw texts of 300 words in, F of ROUGE-1, -2 and -L with stemming out; the same pairs, one after the
-other in one process on one thread. Each repeat has pairs of its own, so that nothing can be reused but the stems of
-words seen before; `cold_ratio` in the raw figures is the first repeat's, when corral had yet to stem every word.
+Speed is end to end, from raw texts of 300 words to the F of ROUGE-1, -2 and -L with stemming; the same pairs, one after the
+other in one process on one thread. Each repeat has its own pairs, so that only the stems of words seen before can be reused;
+`cold_ratio` in the raw figures is that of the first repeat, when no stems were cached.
 
-The texts are windows of the prose that ships with Python (`pydoc_data`); a candidate is the first half of its reference
-and a window from elsewhere, with a tenth of the words replaced. Exactness is counted on other pairs: odd words, random
+The texts are excerpts of the prose that ships with Python (`pydoc_data`); a candidate is the first half of its reference
+followed by another excerpt, with a tenth of the words replaced. Equality is counted on other pairs: unusual words, random
 characters of any script, repeats and empty texts, scored with and without stemming.
 """
 
@@ -50,7 +50,7 @@ def main() -> int:
 
 
 def measure_speed() -> dict[str, Any]:
-    """Seconds of both over PAIRS pairs, REPEATS times; corral's `Rouge` is made once, as an evaluation makes it."""
+    """Seconds of both for PAIRS pairs, REPEATS times; corral's `Rouge` is created once, as in an evaluation."""
     rng = random.Random(SEED)
     words = " ".join(topics.values()).split()
     ours = Rouge(stemmer=True)
@@ -77,7 +77,7 @@ def measure_speed() -> dict[str, Any]:
 
 
 def measure_vote(words: list[str], rng: random.Random, prompts: int = 2_750) -> dict[str, float]:
-    """Agreement of five answers of 200 words to a tenth of 27,500 prompts, and what all of them would take."""
+    """Time of the agreement of five answers of 200 words, for a tenth of 27,500 prompts, and extrapolated to all."""
     rouge = Rouge(stemmer=True, unicode=True)
     answers = [[" ".join(window(words, 200, rng)) for _ in range(5)] for _ in range(prompts)]
     seconds, _ = timed(lambda: [rouge.pairwise_rouge_l(five) for five in answers])
@@ -86,7 +86,7 @@ def measure_vote(words: list[str], rng: random.Random, prompts: int = 2_750) -> 
 
 
 def count_different() -> int:
-    """How many of EXACT_PAIRS odd pairs get any score that is not bit-equal, stemmed or not."""
+    """Number of the EXACT_PAIRS unusual pairs with any score that is not bit-equal, with or without stemming."""
     rng = random.Random(SEED + 1)
     vocabulary = sorted(set(" ".join(topics.values()).split()))
     both = {
@@ -126,7 +126,7 @@ def prose_pair(words: list[str], rng: random.Random) -> tuple[str, str]:
 
 
 def odd_pair(vocabulary: list[str], rng: random.Random) -> tuple[str, str]:
-    """Up to 60 words, from few enough to repeat; odd tokens, random characters and empty texts among them."""
+    """Two texts of up to 60 words from a small vocabulary, with unusual tokens, random characters and empty texts."""
     few = rng.sample(vocabulary, 12) + rng.sample(ODD_TOKENS, 6) + ["".join(random_characters(rng)) for _ in range(2)]
     reference, candidate = (rng.choices(few, k=rng.choice((0, 1, 2, 5, 20, 60))) for _ in range(2))
     if rng.random() < 0.3:

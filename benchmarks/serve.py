@@ -1,16 +1,18 @@
-"""The server beside what it stands on: the engine alone, and `corral batch`; many streams; ten times too many requests.
+"""The server against the engine alone and against `corral batch`; many streams; ten times too many requests.
 
-`overhead`: a scripted engine (20 tokens in 0.2 s) answers 100 requests a second, sent when they are due, beside 64 open
-streams of 20 tokens a second; the same load first on the engine itself, in a process of its own. The claim is the difference
-of the medians, seen by a client. The server has a database and a key, as one that others reach.
+`overhead`: a scripted engine (20 tokens in 0.2 s) answers 100 requests per second at fixed times, next to 64 open
+streams of 20 tokens per second; the same load is first measured on the engine itself, in a process of its own. The
+claim is the difference of the median latencies, as a client sees them. The server has a database and an API key, as a
+public one would.
 
-`streams`: 256 clients stream at the same time; an error is any answer that is not whole.
+`streams`: 256 clients stream at the same time; any incomplete answer counts as an error.
 
-`batch`: SmolLM2-135M-Instruct on the default engine of a CPU: 128 prompts, each asked by a client of its own at the same time,
-and by `corral batch`, which has as many under way; tokens a second, loading not counted, median over rounds.
+`batch`: SmolLM2-135M-Instruct on the default CPU engine: 128 prompts, sent by as many clients at the same time, and
+answered by `corral batch` with the same concurrency; tokens per second without loading, median over rounds.
 
-`overload`: ten times as many requests a second as the engine can answer. Growth of the server's memory from the first tenth of
-the time to its end, and the median latency of admitted requests in the last third over that in the first.
+`overload`: ten times as many requests per second as the engine can answer. Claims: growth of the server's memory from
+the first tenth of the time to the end, and the median latency of admitted requests in the last third relative to the
+first.
 
     python benchmarks/serve.py [--only SIDE …] [--seconds 30] [--json FILE]
 """
@@ -46,7 +48,7 @@ PROMPTS, ANSWER, ROUNDS = 128, 96, 3
 
 
 def scripted(delay: float) -> Any:
-    """A model that says letters for ever, one each `delay` seconds."""
+    """An engine that generates letters endlessly, one every `delay` seconds."""
     import itertools
 
     from corral.engines.scripted import ScriptedEngine
@@ -63,7 +65,7 @@ def template() -> Any:
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Serve until the standard input ends; the first line of output is the port and the key."""
+    """Serve until standard input is closed; the first line of output is the port and the API key."""
     import socket
     import threading
 
@@ -108,7 +110,7 @@ def serve(options: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def server(delay: float, places: int = 512, waiting: int = 512) -> Generator[tuple[Client, int]]:
-    """(a client of a server process, the process' id)."""
+    """Start a server process. Yields: a client, the process id."""
     command = [sys.executable, __file__, "--serve", "--delay", str(delay)]
     command += ["--places", str(places), "--waiting", str(waiting)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -131,7 +133,7 @@ def request(tokens: int, *, stream: bool = False, text: str = "say something") -
 
 
 async def beside_streams(one: Any, stream: Any, seconds: float) -> list[float]:
-    """Seconds that each request of the open loop took."""
+    """Latency in seconds of each request of the open loop, next to open streams."""
     streams = [asyncio.ensure_future(stream()) for _ in range(STREAMS)]
     await asyncio.sleep(2)
     found = await open_loop(RATE, seconds, one)
@@ -145,7 +147,7 @@ async def beside_streams(one: Any, stream: Any, seconds: float) -> list[float]:
 
 
 async def bare(seconds: float) -> list[float]:
-    """The load on the engine itself."""
+    """Run the load on the engine itself."""
     from corral.engines.base import Sampling
 
     fast, slow = scripted(DELAY), scripted(SLOW)
@@ -212,7 +214,7 @@ def side_batch(_: argparse.Namespace) -> dict[str, Any]:
 
 
 async def _served(rows: Sequence[dict[str, Any]]) -> float:
-    """Tokens a second."""
+    """Tokens per second of the server."""
     with server(0) as (client, _):
         await client.ask(request(4))
         began = time.perf_counter()
@@ -224,7 +226,7 @@ async def _served(rows: Sequence[dict[str, Any]]) -> float:
 
 
 def _batched(rows: Sequence[dict[str, Any]]) -> float:
-    """Tokens a second, loading not counted."""
+    """Tokens per second of `corral batch`, without loading."""
     with tempfile.TemporaryDirectory() as name:
         prompts, out = Path(name) / "prompts.jsonl", Path(name) / "answers.jsonl"
         prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -289,8 +291,8 @@ def show(name: str, found: Any) -> None:
 SIDES = {"overhead": side_overhead, "streams": side_streams, "batch": side_batch, "overload": side_overload}
 
 
-def made(found: dict[str, Any]) -> list[claims.Claim]:
-    """The claims that can be made from what was measured."""
+def make_claims(found: dict[str, Any]) -> list[claims.Claim]:
+    """The claims for the sides that were measured."""
     result: list[claims.Claim] = []
     if part := found.get("overhead"):
         value = part["served"]["p50_ms"] - part["bare"]["p50_ms"]
@@ -312,8 +314,8 @@ def made(found: dict[str, Any]) -> list[claims.Claim]:
 
 def main() -> int:
     parser = claims.parser(__doc__)
-    parser.add_argument("--only", nargs="+", choices=SIDES, default=list(SIDES), help="measure these only")
-    parser.add_argument("--seconds", type=float, default=30, help="of load, for overhead and overload")
+    parser.add_argument("--only", nargs="+", choices=SIDES, default=list(SIDES), help="measure only these")
+    parser.add_argument("--seconds", type=float, default=30, help="duration of the load, for overhead and overload")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--delay", type=float, default=0, help=argparse.SUPPRESS)
@@ -327,7 +329,7 @@ def main() -> int:
         print(json.dumps(asyncio.run(bare(options.seconds))))
         return 0
     found = {name: SIDES[name](options) for name in options.only}
-    return claims.report(made(found), found, ["fastapi", "uvicorn", "openvino-genai", "torch"], options.json)
+    return claims.report(make_claims(found), found, ["fastapi", "uvicorn", "openvino-genai", "torch"], options.json)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A load of HTTP requests from one process, at the price of few: sockets and as much of HTTP/1.1 as corral's server speaks.
+"""A cheap load of HTTP requests from one process: sockets, and as much of HTTP/1.1 as corral's server uses.
 
-An HTTP library would take more of the machine than the server that is measured beside it. It knows no benchmark.
+An HTTP library would need more CPU time than the server that is measured on the same machine.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-_KEPT_SECONDS = 2.0  # the server closes idle connections after 5
+_IDLE_SECONDS = 2.0  # the server closes idle connections after 5
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came of a request.
+    """The outcome of a request.
 
     Attributes:
-        status: of HTTP; 0 where the connection broke.
-        body: the body, or what came of it.
-        began: when it was to be sent, in seconds of the monotonic clock.
+        status: HTTP status; 0 if the connection broke.
+        body: the body, or the error.
+        began: when it was due, in seconds of the performance counter.
         seconds: from then to the last byte.
-        retry: whether it says when to ask again.
+        retry: whether it has a retry-after header.
     """
 
     status: int
@@ -35,15 +35,15 @@ class Reply:
 
 
 class Client:
-    """Requests for chat completions, over connections that are kept and used again."""
+    """Sends requests for chat completions over reused connections."""
 
     def __init__(self, port: int, key: str | None = None) -> None:
         self._port = port
         self._key = f"authorization: Bearer {key}\r\n" if key else ""
-        self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter, float]] = []
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter, float]] = []
 
     async def ask(self, body: dict[str, Any], due: float | None = None) -> Reply:
-        """One request, whole or as a stream, to its end; `due`: when it should have been sent."""
+        """Send one request and read its whole response or stream; `due` is when it should have been sent."""
         began = time.perf_counter() if due is None else due
         content = json.dumps(body).encode()
         head = (
@@ -53,7 +53,7 @@ class Client:
         connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         keep = False
         try:
-            connection = self._kept() or await self._connected()
+            connection = self._reuse() or await self._connect()
             reader, writer = connection
             writer.write(head.encode() + content)
             status, headers = _head(await reader.readuntil(b"\r\n\r\n"))
@@ -63,25 +63,25 @@ class Client:
             return Reply(0, repr(error).encode(), began, time.perf_counter() - began)
         finally:
             if connection is not None and keep:
-                self._free.append((*connection, time.monotonic()))
+                self._idle.append((*connection, time.monotonic()))
             elif connection is not None:
                 connection[1].close()
         return Reply(status, b"".join(parts), began, time.perf_counter() - began, "retry-after" in headers)
 
-    def _kept(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
-        """The connection that was used last; those that the server may be about to close are not used again."""
-        if self._free and self._free[-1][2] < time.monotonic() - _KEPT_SECONDS:
+    def _reuse(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+        """The connection that was used last, unless the server may be about to close it."""
+        if self._idle and self._idle[-1][2] < time.monotonic() - _IDLE_SECONDS:
             self.close()
-        return self._free.pop()[:2] if self._free else None
+        return self._idle.pop()[:2] if self._idle else None
 
-    async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_connection("127.0.0.1", self._port, limit=2**20)
 
     def close(self) -> None:
-        """Close what is kept."""
-        for _, writer, _ in self._free:
+        """Close idle connections."""
+        for _, writer, _ in self._idle:
             writer.close()
-        self._free.clear()
+        self._idle.clear()
 
 
 def _head(data: bytes) -> tuple[int, dict[str, str]]:
@@ -100,7 +100,7 @@ async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> AsyncG
 
 
 async def open_loop(rate: float, seconds: float, one: Callable[[float], Awaitable[Reply]]) -> list[Reply]:
-    """Begin `rate` requests a second, whether earlier ones have ended or not, and wait for all."""
+    """Start `rate` requests per second, whether earlier ones have ended or not, and wait for all."""
     tasks: list[asyncio.Task[Reply]] = []
     start = time.perf_counter()
     for i in range(int(rate * seconds)):

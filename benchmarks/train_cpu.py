@@ -1,4 +1,4 @@
-"""LoRA fine-tuning on a CPU: corral beside TRL's SFTTrainer, on the same rows, one process after another.
+"""LoRA fine-tuning on a CPU: corral against TRL's SFTTrainer on the same rows, one process after another.
 
 Each side trains the same adapter (rank 16 on q, k, v, o; float32) of SmolLM2-135M-Instruct on the same recipes from
 Wikibooks, 8 rows a step, loss on the answers only. Speed counts real tokens (no padding) from the end of the first step to
@@ -39,7 +39,7 @@ LR = 2e-4
 WARM_UP = 2  # rounds of products that are not counted
 
 
-def prepared(folder: Path, rows: int) -> Any:
+def prepare_rows(folder: Path, rows: int) -> Any:
     """(model folder, tokenizer, the first `rows` training examples in step order)."""
     from corral.data.prepare import prepare
     from corral.model.loading import load_tokenizer, resolve_model
@@ -52,8 +52,13 @@ def prepared(folder: Path, rows: int) -> Any:
     template = Template.load(load_tokenizer(base))
     data = Data(sources=(Source(path="asset:wikibooks-recipes", format="wikibooks-recipes"),), max_length=512)
     train = prepare(data, template, folder, 0, Progress()).train
-    order = BatchSampler(Train(steps=rows // ROWS_PER_STEP, batch_size=ROWS_PER_STEP), train.lengths.tolist(), 0)
-    return base, template.tokenizer, train, [train[i] for step in range(1, order.steps + 1) for i in order.batch(step)]
+    sampler = BatchSampler(Train(steps=rows // ROWS_PER_STEP, batch_size=ROWS_PER_STEP), train.lengths.tolist(), 0)
+    return (
+        base,
+        template.tokenizer,
+        train,
+        [train[i] for step in range(1, sampler.steps + 1) for i in sampler.batch(step)],
+    )
 
 
 def side_corral(steps: int, *, nf4: bool = False) -> dict[str, Any]:
@@ -66,7 +71,7 @@ def side_corral(steps: int, *, nf4: bool = False) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base, _, train, examples = prepared(folder, steps * ROWS_PER_STEP)
+        base, _, train, examples = prepare_rows(folder, steps * ROWS_PER_STEP)
         quantization = Quantization("nf4") if nf4 else None
         loaded = loading.load_model(base, dtype="float32", device="cpu", quantization=quantization)
         model = adapters.attach(loaded, Lora(), seed=0)
@@ -76,7 +81,7 @@ def side_corral(steps: int, *, nf4: bool = False) -> dict[str, Any]:
             checkpoint_every=10**6,
             optimizer=Optimizer(lr=LR, schedule="constant", warmup_ratio=0),
         )
-        training = Trainer(
+        trainer = Trainer(
             model,
             train,
             [],
@@ -88,7 +93,7 @@ def side_corral(steps: int, *, nf4: bool = False) -> dict[str, Any]:
             save_best=lambda _: None,
         )
         log: list[tuple[float, int, float]] = []
-        training.run(on_step=lambda m: log.append((time.perf_counter(), m.tokens, m.loss or 0.0)))
+        trainer.run(on_step=lambda m: log.append((time.perf_counter(), m.tokens, m.loss or 0.0)))
     seconds, tokens = log[-1][0] - log[0][0], log[-1][1] - log[0][1]
     measured = [s for e in examples[ROWS_PER_STEP:] for s in e.sequences]
     return {
@@ -154,7 +159,7 @@ def side_trl(steps: int, *, packed: bool, nf4: bool = False) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base, tokenizer, _, examples = prepared(folder, steps * ROWS_PER_STEP)
+        base, tokenizer, _, examples = prepare_rows(folder, steps * ROWS_PER_STEP)
         rows = [
             {"input_ids": list(s.ids), "completion_mask": [int(t) for t in s.trained]}
             for e in examples
@@ -231,7 +236,7 @@ SIDES: dict[str, Callable[[int], dict[str, Any]]] = {
 
 
 def measure(side: str, steps: int) -> dict[str, Any]:
-    """What a side gives in a process of its own."""
+    """Run one side in a process of its own. Returns its figures."""
     command = [sys.executable, __file__, "--side", side, "--steps", str(steps)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     result = json.loads(output.splitlines()[-1])
@@ -248,7 +253,9 @@ def measure(side: str, steps: int) -> dict[str, Any]:
 
 def main() -> int:
     parser = claims.parser(__doc__)
-    parser.add_argument("--steps", type=int, default=9, help="of the longest TRL side; others follow from it")
+    parser.add_argument(
+        "--steps", type=int, default=9, help="steps of the longest TRL side, from which the others follow"
+    )
     parser.add_argument("--side", choices=SIDES, help="measure one side in this process and print JSON")
     args = parser.parse_args()
     if args.side:
@@ -258,11 +265,11 @@ def main() -> int:
         return 0
     sides = {side: measure(side, args.steps) for side in SIDES}
     packages = ["torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes"]
-    return claims.report(found(sides), sides, packages, args.json)
+    return claims.report(make_claims(sides), sides, packages, args.json)
 
 
-def found(sides: dict[str, dict[str, Any]]) -> list[claims.Claim]:
-    """The claims, from what the sides gave."""
+def make_claims(sides: dict[str, dict[str, Any]]) -> list[claims.Claim]:
+    """The claims from the figures of all sides."""
     speeds = {side: result["tokens_per_second"] for side, result in sides.items() if "tokens_per_second" in result}
     theirs = (sides["trl"], sides["trl-packed"])
     ours = sides["corral"]

@@ -1,13 +1,13 @@
-"""The vote among answers: how long it takes, and whether it chooses as rouge-score would.
+"""Votes among answers: how long they take, and whether they choose as rouge-score would.
 
-27,500 sets of 5 answers of 200 words, as in a large batch with self-consistency, voted on one after the other on one core:
-`Consensus("rouge-l").vote`, raw texts in, the choice out. The texts are windows of the prose that ships with Python
-(`pydoc_data`); the answers of a set begin alike and go on differently, with some words replaced. Stems of words are
-remembered from one set to the next, as they are in a batch.
+27,500 sets of 5 answers of 200 words, as in a large batch with self-consistency, are voted on one after the other on
+one core: `Consensus("rouge-l").vote`, from raw texts to the choice. The texts are excerpts of the prose that ships with
+Python (`pydoc_data`); the answers of a set begin alike and then differ, with some words replaced. Word stems are cached
+from one set to the next, as in a batch.
 
-`vote_agrees_with_rouge_score`: on 2,000 other sets of 2 to 7 answers (odd words, empty texts, repeats) the share in which the
-choice is the one with the highest mean of rouge-score's own ROUGE-L F, ties to the first; with the Latin words that
-rouge-score sees.
+`vote_agrees_with_rouge_score`: the share of 2,000 other sets of 2 to 7 answers (unusual words, empty texts, repeats) in
+which the choice has the highest mean ROUGE-L F by rouge-score, ties to the first; with the Latin words that rouge-score
+recognises.
 
     python benchmarks/vote.py [--json FILE]
 """
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def measure_speed(words: list[str]) -> float:
-    """Seconds for all sets; making them is not counted."""
+    """Seconds for all sets, without generating them."""
     rng = random.Random(SEED)
     consensus = Consensus("rouge-l", ANSWERS)
     seconds, winners = 0.0, [0] * ANSWERS
@@ -61,25 +61,25 @@ def measure_speed(words: list[str]) -> float:
         winner = consensus.vote(candidates).winner
         seconds += time.perf_counter() - began
         winners[winner] += 1
-    print(f"{SETS:,} votes: {seconds:.1f} s; chosen by place: {winners}")
+    print(f"{SETS:,} votes: {seconds:.1f} s; chosen by position: {winners}")
     return seconds
 
 
 def answers(words: list[str], rng: random.Random, n: int, length: int) -> list[str]:
-    """Texts that share a beginning."""
+    """Texts with a common beginning."""
     start, shared = rng.randrange(len(words) - length), rng.randrange(length // 4, length)
-    made: list[str] = []
+    texts: list[str] = []
     for _ in range(n):
         other = rng.randrange(len(words) - length)
         text = words[start : start + shared] + words[other : other + length - shared]
-        for place in rng.sample(range(length), length // 10):
-            text[place] = rng.choice(words)
-        made.append(" ".join(text))
-    return made
+        for position in rng.sample(range(length), length // 10):
+            text[position] = rng.choice(words)
+        texts.append(" ".join(text))
+    return texts
 
 
 def count_agreeing(words: list[str]) -> int:
-    """In how many sets both choose the same."""
+    """In how many sets both make the same choice."""
     rng = random.Random(SEED + 1)
     theirs: Any = RougeScorer(["rougeL"], use_stemmer=True)
     agreeing = 0
