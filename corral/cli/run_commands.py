@@ -1,4 +1,4 @@
-"""The verbs about recipes and runs: parse, call, print. Knows nothing that the modules it calls should know."""
+"""The verbs init, run, plan, inspect, evaluate, compare and report."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def _recipe(args: argparse.Namespace) -> Any:
     return load(args.recipe, args.set)
 
 
-def execute_recipe(recipe: Any, out: Path, args: argparse.Namespace, **how: Any) -> dict[str, Any]:
-    """Run a recipe's stages, and say what was done already."""
+def execute_recipe(recipe: Any, out: Path, args: argparse.Namespace, **options: Any) -> dict[str, Any]:
+    """Run a recipe's stages, and say which were done already."""
     from corral.pipeline import execution
 
-    outcome = execution.execute(recipe, out, TerminalProgress(), **how)
+    outcome = execution.execute(recipe, out, TerminalProgress(), **options)
     skipped = [name for name, what in outcome.items() if what == "skipped"]
     if skipped and not args.json:
         print(f"already done: {', '.join(skipped)}", file=sys.stderr)
@@ -99,7 +99,7 @@ def _run(args: argparse.Namespace, world: World) -> dict[str, Any]:
 
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
-    """Before training: measure what a recipe needs here, or estimate it for another device."""
+    """Measure what training a recipe needs on this machine, or estimate it for another device."""
     import tempfile
 
     from rich.console import Console
@@ -133,7 +133,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def inspect(args: argparse.Namespace) -> dict[str, Any]:
-    """Show what a recipe trains on: rows in colour, and the ledger."""
+    """Show the rows that a recipe trains on, coloured by token, and what became of all others."""
     import tempfile
 
     from rich.console import Console
@@ -153,7 +153,7 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
     )
     with tempfile.TemporaryDirectory() as folder:
         try:
-            # A recipe whose loss is too great is what one most wants to look into.
+            # A recipe that loses too many rows is one that the user wants to inspect.
             data = recipe.data.model_copy(update={"max_loss": None})
             prepared = prepare(data, template, Path(folder), recipe.seed, progress)
         finally:
@@ -176,7 +176,7 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Evaluate a run again, perhaps with other settings, variants or tasks."""
+    """Evaluate a run again, optionally with other settings, variants or tasks."""
     from corral.recipe import parse
     from corral.run.directory import Run
 
@@ -185,7 +185,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     for override in args.set:
         if not override.startswith(("evaluate.", "answer.")):
             raise RecipeError(
-                f"{override!r} is about neither evaluation nor answers",
+                f"{override!r} is a setting of neither [evaluate] nor [answer]",
                 where="--set",
                 hint="use `corral run RECIPE --set …` instead",
             )
@@ -197,14 +197,14 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Set variants of runs side by side, by default their tuned models, on the rows both were evaluated on."""
+    """Compare variants of runs, by default their tuned models, on the rows on which both were evaluated."""
     from rich.console import Console
 
     from corral.evaluation import scorecard
     from corral.pipeline.evaluate_stage import parse_variant, read_variant_rows
 
     if parse_variant(args.a) == parse_variant(args.b):
-        raise InputError(f"both are {args.a!r}", hint="name two different ones: RUN, or RUN:VARIANT")
+        raise InputError(f"both are {args.a!r}", hint="name two different ones, each as RUN or RUN:VARIANT")
     rows = {spec: read_variant_rows(*parse_variant(spec)) for spec in (args.a, args.b)}
     card = scorecard.build_scorecard(rows, baseline=args.b, seed=0)
     if not args.json:
@@ -214,7 +214,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(args: argparse.Namespace) -> dict[str, Any]:
-    """Write a run's report again."""
+    """Write the report of a run again."""
     from corral.report.write import write_report
     from corral.run.directory import Run
 

@@ -1,4 +1,4 @@
-"""The verbs about serving: serve, keys. Knows nothing that the modules it calls should know."""
+"""The verbs serve and keys."""
 
 from __future__ import annotations
 
@@ -12,51 +12,49 @@ if TYPE_CHECKING:
 
 
 def add_serve(sub: Any, *, models: str, engines: tuple[str, ...], positive: Any) -> None:
-    """What `corral serve` takes."""
-    sub.add_argument("model", nargs="+", help=f"{models}; or NAME=ONE, by which name clients ask for it")
+    """Add the arguments of `corral serve`."""
+    sub.add_argument("model", nargs="+", help=f"{models}; or NAME=MODEL to choose the name that clients use")
     sub.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1, this machine)")
-    sub.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes any that is free")
-    best = "what computes the answers (default: the best one for this machine)"
-    sub.add_argument("--engine", choices=engines, help=best)
-    sub.add_argument("--name", help="what clients call the model, if it is one (default: the run's name)")
-    url = "let this endpoint, which serves the models, compute; may be given again, for replicas"
+    sub.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes any free port")
+    engine = "the engine that computes answers (default: the best one for this machine)"
+    sub.add_argument("--engine", choices=engines, help=engine)
+    sub.add_argument("--name", help="the name that clients use, for a single model (default: the run's name)")
+    url = "an endpoint that serves the models and computes in place of this machine; can be repeated, for replicas"
     sub.add_argument("--url", action="append", default=[], help=url)
-    sub.add_argument("--embeddings", action="store_true", help="serve /v1/embeddings as well")
-    _database(sub, "with keys and conversations", "; `none`: neither")
+    sub.add_argument("--embeddings", action="store_true", help="also serve /v1/embeddings")
+    _add_database(sub, "of keys and conversations", "; `none`: keep neither")
     sub.add_argument(
-        "--insecure", action="store_true", help="allow addresses other machines reach, though there are no keys"
+        "--insecure", action="store_true", help="allow an address that other machines can reach although no key exists"
     )
-    cors = "let pages from this origin ask, e.g. https://chat.example.org; may be given again"
+    cors = "allow requests from pages of this origin, e.g. https://chat.example.org; can be repeated"
     sub.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help=cors)
-    sub.add_argument(
-        "--at-once", type=positive, metavar="N", help="requests that are worked on at a time (default: 128)"
-    )
-    sub.add_argument("--waiting", type=int, metavar="N", help="requests that may wait for that (default: 512)")
-    seconds = "the most a request may take, waiting included (default: 600)"
+    sub.add_argument("--at-once", type=positive, metavar="N", help="requests that are processed at once (default: 128)")
+    sub.add_argument("--waiting", type=int, metavar="N", help="requests that may wait in the queue (default: 512)")
+    seconds = "the longest a request may take, including the queue (default: 600)"
     sub.add_argument("--max-seconds", type=float, metavar="S", help=seconds)
 
 
 def add_keys(sub: Any, *, positive: Any) -> None:
-    """What `corral keys` takes."""
+    """Add the arguments of `corral keys`."""
     sub.add_argument("action", choices=("add", "list", "revoke"), nargs="?", default="list", help="default: list")
-    sub.add_argument("name", nargs="?", help="of the key to add, or name or id of the one to revoke")
+    sub.add_argument("name", nargs="?", help="the name of the key to add; the name or id of the key to revoke")
     sub.add_argument(
-        "--requests-per-minute", type=positive, metavar="N", help="the most it may send (default: no limit)"
+        "--requests-per-minute", type=positive, metavar="N", help="the most requests per minute (default: no limit)"
     )
-    day = "the most tokens of prompts and answers a day, UTC (default: no limit)"
+    day = "the most tokens of prompts and answers per day, UTC (default: no limit)"
     sub.add_argument("--tokens-per-day", type=positive, metavar="N", help=day)
-    sub.add_argument("--at-once", type=positive, metavar="N", help="requests at a time (default: no limit)")
-    sub.add_argument("--days", type=positive, metavar="N", help="after which it ends (default: never)")
-    _database(sub, "of the server", "")
+    sub.add_argument("--at-once", type=positive, metavar="N", help="the most requests at once (default: no limit)")
+    sub.add_argument("--days", type=positive, metavar="N", help="days until it expires (default: never)")
+    _add_database(sub, "of the server", "")
 
 
-def _database(sub: Any, what: str, more: str) -> None:
+def _add_database(sub: Any, what: str, more: str) -> None:
     file = f"the database {what} (default: a SQLite file in ~/.local/share/corral{more})"
     sub.add_argument("--database", metavar="URL", help=file)
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Serve models over HTTP, in the OpenAI protocol."""
+    """Serve models over HTTP with the OpenAI protocol."""
     from corral.serving.admission import Bounds
     from corral.serving.database import default_url
     from corral.serving.server import Place, Wanted
@@ -65,7 +63,9 @@ def serve(args: argparse.Namespace) -> None:
     given = {"at_once": args.at_once, "waiting": args.waiting, "max_seconds": args.max_seconds}
     for name, value in given.items():
         if value is not None and (value < 0 or value != value or (value == 0 and name == "max_seconds")):
-            raise InputError(f"{value} cannot be", where=f"--{name.replace('_', '-')}", hint="give a greater number")
+            raise InputError(
+                f"{value} is not allowed", where=f"--{name.replace('_', '-')}", hint="give a greater number"
+            )
     listen(
         Wanted(args.model, args.engine, args.url, args.name, args.embeddings),
         Place(args.host, args.port, args.insecure, args.cors),
@@ -75,7 +75,7 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def keys(args: argparse.Namespace) -> dict[str, Any]:
-    """Make keys for a server, list them, or take one back."""
+    """Add, list or revoke API keys of a server."""
     import contextlib
 
     from corral.serving.api_keys import Keys, today
@@ -84,10 +84,10 @@ def keys(args: argparse.Namespace) -> dict[str, Any]:
     quotas = (args.requests_per_minute, args.tokens_per_day, args.at_once, args.days)
     if args.action != "add" and any(value is not None for value in quotas):
         raise InputError(
-            "what a key may use is said when it is made", where=f"keys {args.action}", hint="corral keys add NAME …"
+            "the limits of a key are given when it is added", where=f"keys {args.action}", hint="corral keys add NAME …"
         )
     if (args.action == "list") == bool(args.name):
-        what = f"{args.name!r} is given, and nothing to do with it" if args.name else "no key is named"
+        what = f"{args.name!r} is given, and `list` takes no name" if args.name else "no key is named"
         raise InputError(what, where=f"keys {args.action}", hint="corral keys add NAME, or corral keys revoke NAME")
     with contextlib.closing(Database(args.database or default_url())) as database:
         held = Keys(database)
@@ -114,13 +114,13 @@ def _add(held: Any, args: argparse.Namespace) -> dict[str, Any]:
     key, secret = held.add(args.name, quota, expires=expires)
     if not args.json:
         print(
-            f"{key.name} ({key.id}): this is shown once, and not kept; send it as `Authorization: Bearer KEY`",
+            f"{key.name} ({key.id}): this is shown only once and not stored; send it as `Authorization: Bearer KEY`",
             file=sys.stderr,
         )
         print(secret)
         if len(held.all()) == 1:
-            what = "from now on a server with this database lets nobody in without a key; what was begun without one,"
-            print(f"{what} conversations and responses, belongs to no key and cannot be read any more", file=sys.stderr)
+            what = "from now on a server with this database refuses requests without a key; conversations and responses"
+            print(f"{what} begun without a key belong to no key and cannot be read any more", file=sys.stderr)
     return {"name": key.name, "id": key.id, "key": secret}
 
 

@@ -1,7 +1,4 @@
-"""Progress on a terminal: a live line with bar and time left; plain lines now and then where there is no terminal.
-
-Knows nothing about the work it tells of.
-"""
+"""Progress in a terminal: a live line with a bar and the time left; without a terminal, a plain line now and then."""
 
 from __future__ import annotations
 
@@ -15,11 +12,11 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-_QUIET_SECONDS = 15.0  # between lines where there is no terminal
+_QUIET_SECONDS = 15.0  # between plain lines
 
 
 class TerminalProgress(Progress):
-    """Draws on standard error."""
+    """Writes progress to standard error."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -28,25 +25,25 @@ class TerminalProgress(Progress):
         self._live = sys.stderr.isatty()
         self._bar: Bar | None = None
         self._task: TaskID | None = None
-        self._title, self._total, self._began, self._told = "", None, 0.0, 0.0
+        self._title, self._total, self._began, self._printed = "", None, 0.0, 0.0
 
     def say(self, text: str) -> None:
-        """A line worth keeping."""
+        """Print a line that stays."""
         self._console.print(f"  {text}", markup=False, soft_wrap=True)
 
     def start(self, title: str, total: int | None) -> None:
-        """A piece of work begins."""
+        """Begin a task; `total` counts its parts, if known."""
         self.stop()
         self._title, self._total, self._began = title, total, time.monotonic()
-        self._told = self._began
+        self._printed = self._began
         if not self._live:
             self._console.print(title, markup=False)
             return
-        self._bar = self._drawn()
+        self._bar = self._new_bar()
         self._task = self._bar.add_task(title, total=total, note="")
         self._bar.start()
 
-    def _drawn(self) -> Bar:
+    def _new_bar(self) -> Bar:
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -68,23 +65,21 @@ class TerminalProgress(Progress):
         )
 
     def update(self, done: int, note: str = "") -> None:
-        """So many parts are done."""
+        """So many parts of the task are done."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, note=note)
             return
         now = time.monotonic()
-        if not self._live and now - self._told >= _QUIET_SECONDS:
-            self._told = now
-            of = f" of {self._total}" if self._total else ""
+        if not self._live and now - self._printed >= _QUIET_SECONDS:
+            self._printed = now
+            total = f" of {self._total}" if self._total else ""
             left = ""
             if self._total and 0 < done < self._total:
                 left = f", about {(now - self._began) / done * (self._total - done):.0f} s left"
-            self._console.print(
-                f"  {self._title}: {done}{of}{left}{', ' + note if note else ''}", markup=False, soft_wrap=True
-            )
+            self.say(f"{self._title}: {done}{total}{left}{', ' + note if note else ''}")
 
     def stop(self) -> None:
-        """The work ends; what it took is kept where the live line was."""
+        """End the task; the live line is replaced by the time it took."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

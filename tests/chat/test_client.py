@@ -1,4 +1,4 @@
-"""The client against corral's own server, and against others: what it sends, what it shows, what it says when that fails."""
+"""The chat client against corral's own server and others: its requests, its output and its errors."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def template(tiny_folder: Path) -> Template:
     return Template.load(load_tokenizer(tiny_folder))
 
 
-def saying(template: Template, *texts: str, name: str = "m", **engine: Any) -> Served:
-    """A model whose choices say these texts."""
+def model_replying(template: Template, *texts: str, name: str = "m", **engine: Any) -> Served:
+    """A model whose choices reply with these texts."""
     ids = [template.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     return Served(Answerer(ScriptedEngine(lambda *of: ids[of[2] % len(ids)], **engine), template), name)
 
 
-def said(server: ServerBackend, conversation: Conversation = ASKED) -> list[AnswerPiece]:
+def collect(server: ServerBackend, conversation: Conversation = ASKED) -> list[AnswerPiece]:
     try:
         return list(server.stream(conversation))
     finally:
@@ -49,7 +49,7 @@ def said(server: ServerBackend, conversation: Conversation = ASKED) -> list[Answ
 
 
 class Other(Request):
-    """Another server: it answers a question as a test says."""
+    """Another server, which answers as `completion` does."""
 
     asked: list[Any]
     paths: list[str]
@@ -83,26 +83,28 @@ def delta(text: str | None, finish: str | None = None) -> dict[str, Any]:
     return {"choices": [{"index": 0, "delta": {"role": "assistant", "content": text}, "finish_reason": finish}]}
 
 
-def well(self: Other) -> None:
+def thanks(self: Other) -> None:
     self.events(delta(""), delta("Well, "), delta("thanks."), delta(None, "stop"), {"choices": [], "usage": {}})
 
 
-# What is asked, and what comes
+# Requests and answers
 
 
-def test_an_answer_comes_in_pieces_as_the_server_draws_it(template: Template) -> None:
-    with running(saying(template, "Four, I think.")) as url:
-        pieces = said(ServerBackend(url))
+def test_an_answer_is_streamed(template: Template) -> None:
+    with running(model_replying(template, "Four, I think.")) as url:
+        pieces = collect(ServerBackend(url))
     assert len(pieces) > 2
     assert "".join(piece.text for piece in pieces) == "Four, I think."
     assert {piece.note for piece in pieces} == {""}
 
 
-def test_the_whole_conversation_is_sent_and_what_was_asked_for_and_nothing_else() -> None:
-    answers = other(well)
+def test_the_whole_conversation_is_sent_with_the_given_options_and_no_others() -> None:
+    answers = other(thanks)
     with web_server(answers) as url:
-        assert "".join(p.text for p in said(ServerBackend(f"{url}/v1/", options={"max_tokens": 7}))) == "Well, thanks."
-        said(ServerBackend(f"{url}/openai/v1", model="gpt-5"))
+        assert (
+            "".join(p.text for p in collect(ServerBackend(f"{url}/v1/", options={"max_tokens": 7}))) == "Well, thanks."
+        )
+        collect(ServerBackend(f"{url}/openai/v1", model="gpt-5"))
     messages = ASKED.to_json()["messages"]
     assert answers.asked == [
         {"model": "other", "messages": messages, "stream": True, "max_tokens": 7},
@@ -111,30 +113,30 @@ def test_the_whole_conversation_is_sent_and_what_was_asked_for_and_nothing_else(
     assert answers.paths == ["/v1/models", "/v1/chat/completions", "/openai/v1/chat/completions"]
 
 
-def test_a_vote_is_told_beside_its_winner(template: Template) -> None:
+def test_the_winner_of_a_vote_is_shown_with_its_score(template: Template) -> None:
     wish = {"consensus": {"method": "majority", "n": 3, "stop": "never"}}
-    with running(saying(template, "It is 5.", "It is 4.", "It is 4.")) as url:
-        pieces = said(ServerBackend(url, options=wish))
+    with running(model_replying(template, "It is 5.", "It is 4.", "It is 4.")) as url:
+        pieces = collect(ServerBackend(url, options=wish))
     assert "".join(piece.text for piece in pieces) == "It is 4."
     assert [piece.note for piece in pieces if piece.note] == ["[answer 2: majority 0.67 among 3]"]
 
 
-def test_the_only_model_that_talks_is_taken_and_of_several_one_must_be_named(template: Template) -> None:
+def test_the_only_chat_model_is_the_default_and_one_of_several_must_be_named(template: Template) -> None:
     from corral.engines.embedding import Embedder
 
-    models = Models([saying(template, "a", name="cook")], Embedder())
+    models = Models([model_replying(template, "a", name="cook")], Embedder())
     with running(models) as url:
         server = ServerBackend(url)
         assert (server.model, server.url) == ("cook", f"{url}/v1")
         server.close()
-    with running(Models([saying(template, "a", name=name) for name in ("cook", "poet")])) as url:
+    with running(Models([model_replying(template, "a", name=name) for name in ("cook", "poet")])) as url:
         with pytest.raises(ModelError, match="cook, poet") as caught:
             ServerBackend(url)
         assert "--model" in str(caught.value.hint)
-        assert said(ServerBackend(url, model="poet"))
+        assert collect(ServerBackend(url, model="poet"))
 
 
-def test_closing_an_answer_frees_the_servers_work(template: Template) -> None:
+def test_closing_an_answer_cancels_it_on_the_server(template: Template) -> None:
 
     endless = Endless()
     with running(Served(Answerer(endless.engine, template), "m")) as url:
@@ -146,7 +148,7 @@ def test_closing_an_answer_frees_the_servers_work(template: Template) -> None:
         server.close()
 
 
-# What fails
+# Failures
 
 
 FAULTS: dict[str, tuple[Callable[[Any], None], str]] = {
@@ -159,26 +161,26 @@ FAULTS: dict[str, tuple[Callable[[Any], None], str]] = {
     "no object": (lambda self: self.events([1]), "cannot be read"),
     "an error amid": (lambda self: self.events(delta("So"), {"error": {"message": "out of memory"}}), "out of memory"),
     "cut off": (lambda self: self.events(delta("So"), end=""), "lost amid"),
-    "nonsense in a vote": (lambda self: self.events(delta("So", "stop") | {"consensus": {"winner": 3}}), "a vote"),
+    "a malformed vote": (lambda self: self.events(delta("So", "stop") | {"consensus": {"winner": 3}}), "a vote"),
     "nothing": (lambda self: self.finish(), "lost"),
 }
 
 
 @pytest.mark.parametrize("case", FAULTS)
-def test_what_goes_wrong_is_one_line_with_what_the_server_said(case: str) -> None:
+def test_a_failed_answer_is_one_line_with_the_servers_message(case: str) -> None:
     completion, part = FAULTS[case]
     with web_server(other(completion)) as url, pytest.raises(EngineError) as caught:
-        said(ServerBackend(url))
+        collect(ServerBackend(url))
     line = f"{caught.value.what}; {caught.value.hint}"
     assert part in line
     assert "\n" not in line
 
 
-def test_a_server_that_is_not_there_or_is_none_is_said_at_once() -> None:
+def test_an_address_without_an_openai_compatible_server_is_reported_at_once() -> None:
     with pytest.raises(ModelError, match="cannot be reached") as caught:
         ServerBackend("http://127.0.0.1:9")
     assert "http://127.0.0.1:9/v1" in str(caught.value)
-    with web_server(other(well, do_GET=lambda self: self.answer(200, {}, b"<html>"))) as url:
+    with web_server(other(thanks, do_GET=lambda self: self.answer(200, {}, b"<html>"))) as url:
         with pytest.raises(ModelError, match="cannot be read") as caught:
             ServerBackend(url)
         assert "/v1" in str(caught.value.hint)
@@ -189,17 +191,17 @@ def test_a_server_that_is_not_there_or_is_none_is_said_at_once() -> None:
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_wrong_key_is_said_and_not_shown_even_if_the_server_shows_it(status: int) -> None:
+def test_a_wrong_key_is_reported_without_showing_it_even_if_the_server_does(status: int) -> None:
     body = b'{"error": {"message": "no such key: sesame-1"}}'
     refuses: Any = lambda self: self.answer(status, {}, body)  # noqa: E731
-    for answers in (other(refuses), other(well, do_GET=refuses)):
+    for answers in (other(refuses), other(thanks, do_GET=refuses)):
         with web_server(answers) as url, pytest.raises(CorralError) as caught:
-            said(ServerBackend(url, key="sesame-1"))
+            collect(ServerBackend(url, key="sesame-1"))
         assert "CORRAL_API_KEY" in str(caught.value)
         assert "sesame" not in str(caught.value) + repr(caught.value)
 
 
-def test_whatever_a_server_or_a_person_sends_costs_no_more_than_a_turn(
+def test_malformed_events_and_input_cost_one_turn_at_most(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     vote = {"method": "rouge-l", "winner": float("inf"), "candidates": [{"score": 1.0}], "cancelled": 0}
@@ -207,7 +209,7 @@ def test_whatever_a_server_or_a_person_sends_costs_no_more_than_a_turn(
         lambda self: self.events(delta("half \ud800 a character", "stop")),
         lambda self: self.answer(200, {"content-type": "text/event-stream"}, b"data: " + b"[" * 10**5 + b"\n\n"),
         lambda self: self.events(delta("So", "stop") | {"consensus": vote}),
-        well,
+        thanks,
     ]
     answers = other(lambda self: sent[len(self.asked) - 1](self))
     with web_server(answers) as url:
@@ -216,12 +218,12 @@ def test_whatever_a_server_or_a_person_sends_costs_no_more_than_a_turn(
     shown = capsys.readouterr()
     assert "half \ufffd a character" in shown.out
     assert shown.err.count("the server's answer cannot be read") == 2
-    said_before = [message["content"] for message in answers.asked[-1]["messages"]]
-    assert said_before == ["Hello", "half \ufffd a character", "last"], "what was said is still known"
+    sent_before = [message["content"] for message in answers.asked[-1]["messages"]]
+    assert sent_before == ["Hello", "half \ufffd a character", "last"], "the conversation is kept"
     assert answers.asked[1]["messages"][-1]["content"] == "byte \ufffd"
 
 
-def test_errors_votes_and_names_from_elsewhere_do_not_steer_the_terminal_either(
+def test_control_characters_in_errors_votes_and_model_names_do_not_reach_the_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     steering = "\x1b]0;title\x07\x1b[2J\x9b2J\u202e"
@@ -238,25 +240,25 @@ def test_errors_votes_and_names_from_elsewhere_do_not_steer_the_terminal_either(
     with web_server(answers) as url:
         monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nagain\n"))
         assert main(["chat", "--url", url]) == 0
-        told = capsys.readouterr().err
+        errors = capsys.readouterr().err
         assert answers.asked[0]["model"] == name
         two = json.dumps({"data": [{"id": name}] * 2}).encode()
-        several = other(well, do_GET=lambda self: self.answer(200, {}, two))
+        several = other(thanks, do_GET=lambda self: self.answer(200, {}, two))
         with web_server(several) as second:
             assert main(["chat", "--url", second]) == 2
-        told += capsys.readouterr().err
-    for part in ("talking with ", "rouge-l 1.00 among 1]", "too long", "the server has 2 models"):
-        assert part in told
-    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(told)
+        errors += capsys.readouterr().err
+    for part in ("chatting with ", "rouge-l 1.00 among 1]", "too long", "the server has 2 models"):
+        assert part in errors
+    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(errors)
 
 
-# From the command line
+# The command line
 
 
 def test_the_key_comes_from_the_option_or_the_environment(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answers = other(well)
+    answers = other(thanks)
     monkeypatch.delenv("CORRAL_API_KEY", raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", "of openai")
     with web_server(answers) as url:
@@ -269,7 +271,7 @@ def test_the_key_comes_from_the_option_or_the_environment(
     assert capsys.readouterr().out.splitlines().count("Well, thanks.") == 3
 
 
-def test_openais_key_goes_to_openai_and_to_nobody_else(
+def test_the_key_of_openai_is_sent_to_openai_only(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sent: list[tuple[str | None, str]] = []
@@ -284,14 +286,14 @@ def test_openais_key_goes_to_openai_and_to_nobody_else(
     elsewhere = "http://api.openai.com", "https://api.openai.com.example/v1", "https://example.com/api.openai.com/v1"
     for url in ("https://api.openai.com", "https://API.openai.com:443/v1/", *elsewhere):
         monkeypatch.setattr("sys.stdin", io.StringIO(""))
-        assert main(["chat", "--url", url, "--model", "m"]) == 0, "nothing is asked"
+        assert main(["chat", "--url", url, "--model", "m"]) == 0, "no request is sent"
     assert [key for key, _ in sent] == ["of openai"] * 2 + [None] * 3
 
 
-def test_host_and_port_are_another_way_to_say_the_url_and_options_are_sent(
+def test_host_and_port_replace_the_url_and_options_are_sent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    answers = other(well)
+    answers = other(thanks)
     with web_server(answers) as url:
         port = url.rpartition(":")[2]
         for options in (["--host", "127.0.0.1", "--port", port], ["--port", port]):
@@ -319,15 +321,14 @@ def test_host_and_port_are_another_way_to_say_the_url_and_options_are_sent(
         (["nowhere", "--key", "k"], "--key"),
     ],
 )
-def test_what_says_two_things_or_nothing_is_refused(
+def test_options_that_contradict_each_other_or_name_no_server_are_refused(
     options: list[str], part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["chat", *options]) == 2
     assert part in capsys.readouterr().err
 
 
-def test_it_loads_nothing_that_a_thin_machine_lacks() -> None:
-    """Of what is not Python's own, the HTTP client and what it needs."""
+def test_chat_with_a_server_imports_only_the_http_client() -> None:
     code = """
 import io, sys
 from corral.cli import main
@@ -338,13 +339,13 @@ own = {"corral", "__main__", "httpx2", "httpcore2", "h11", "idna", "certifi", "t
 foreign = {name for name in loaded - own if not name.startswith(("_", "typing_extensions"))}
 sys.exit(f"loaded: {sorted(foreign)}" if foreign else 0)
 """
-    with web_server(other(well)) as url:
+    with web_server(other(thanks)) as url:
         done = subprocess.run([sys.executable, "-c", code, url], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["Well, thanks."] * 2 + [""]
 
 
-def test_a_sampling_of_the_command_line_reaches_the_engine(template: Template) -> None:
+def test_sampling_options_reach_the_engine(template: Template) -> None:
     drawn: list[Sampling] = []
 
     def reply(ids: Any, sampling: Sampling, choice: int) -> list[int]:
@@ -352,5 +353,5 @@ def test_a_sampling_of_the_command_line_reaches_the_engine(template: Template) -
         return [50]
 
     with running(Served(Answerer(ScriptedEngine(reply), template), "m")) as url:
-        said(ServerBackend(url, options={"max_tokens": 9, "temperature": 0.25, "top_p": 0.5}))
+        collect(ServerBackend(url, options={"max_tokens": 9, "temperature": 0.25, "top_p": 0.5}))
     assert [(s.max_tokens, s.temperature, s.top_p) for s in drawn] == [(9, 0.25, 0.5)]

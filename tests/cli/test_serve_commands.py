@@ -1,4 +1,4 @@
-"""`corral keys` and what `corral serve` is told, in this process."""
+"""`corral keys`, and the arguments of `corral serve`, in this process."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'a.db'}"
 
 
-def test_a_key_is_made_shown_once_listed_and_taken_back(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_key_is_added_shown_once_listed_and_revoked(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     database = ["--database", url]
     assert main(["keys", "add", "alice", "--tokens-per-day", "1000", "--at-once", "2", "--days", "7", *database]) == 0
-    out, told = capsys.readouterr()
+    out, message = capsys.readouterr()
     secret = out.strip()
     assert secret.startswith("corral_")
-    assert "shown once" in told
+    assert "shown only once" in message
     with contextlib.closing(Database(url)) as opened:
         (key,) = Keys(opened).all()
         assert key.opens_with(secret)
@@ -47,12 +47,14 @@ def test_a_key_is_made_shown_once_listed_and_taken_back(url: str, capsys: pytest
     assert row["revoked"]
 
 
-def test_the_first_key_says_what_it_ends(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    told: list[str] = []
+def test_adding_the_first_key_warns_that_requests_without_a_key_end(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    received: list[str] = []
     for args in (["add", "alice"], ["add", "bob"], ["revoke", "bob"], ["add", "bob"]):
         assert main(["keys", *args, "--database", url]) == 0
-        told.append(capsys.readouterr().err)
-    assert ["begun without one" in words for words in told] == [True, False, False, False]
+        received.append(capsys.readouterr().err)
+    assert ["begun without a key" in words for words in received] == [True, False, False, False]
 
 
 @pytest.mark.parametrize(
@@ -61,12 +63,12 @@ def test_the_first_key_says_what_it_ends(url: str, capsys: pytest.CaptureFixture
         (["add"], "no key is named"),
         (["revoke"], "no key is named"),
         (["revoke", "bob"], "there is no key named 'bob'"),
-        (["list", "bob"], "nothing to do"),
+        (["list", "bob"], "takes no name"),
         (["add", "a b"], "cannot be the name"),
-        (["revoke", "bob", "--at-once", "2"], "when it is made"),
+        (["revoke", "bob", "--at-once", "2"], "when it is added"),
     ],
 )
-def test_what_cannot_be_done_is_one_clear_error(
+def test_a_keys_command_that_makes_no_sense_is_one_clear_error(
     args: list[str], part: str, url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["keys", *args, "--database", url]) == 2
@@ -76,14 +78,14 @@ def test_what_cannot_be_done_is_one_clear_error(
     assert not out
 
 
-def test_what_serve_is_told_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[Any] = []
-    monkeypatch.setattr(server, "serve", lambda *args: told.extend(args))
+def test_the_arguments_of_serve_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[Any] = []
+    monkeypatch.setattr(server, "serve", lambda *args: received.extend(args))
     command = "serve a b=runs/c --host ::1 --port 1 --engine remote --url http://x/v1 --url http://y/v1 --embeddings"
     command += " --insecure --cors https://a.example --at-once 3 --waiting 0 --max-seconds 1.5 --database none"
     assert main(command.split()) == 0
     urls = ["http://x/v1", "http://y/v1"]
-    assert told == [
+    assert received == [
         server.Wanted(["a", "b=runs/c"], "remote", urls, None, True),
         server.Place("::1", 1, True, ["https://a.example"]),
         Bounds(at_once=3, waiting=0, max_seconds=1.5),
@@ -91,18 +93,18 @@ def test_what_serve_is_told_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_serve_uses_a_file_among_the_users_data_unless_told_otherwise(
+def test_the_default_database_of_serve_is_a_file_in_the_users_data_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    told: list[Any] = []
+    received: list[Any] = []
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    monkeypatch.setattr(server, "serve", lambda *args: told.append(args[3]))
+    monkeypatch.setattr(server, "serve", lambda *args: received.append(args[3]))
     main(["serve", "a"])
     main(["serve", "a", "--database", "postgresql://u@h/d"])
-    assert told == [f"sqlite:///{tmp_path / 'corral' / 'server.db'}", "postgresql://u@h/d"]
+    assert received == [f"sqlite:///{tmp_path / 'corral' / 'server.db'}", "postgresql://u@h/d"]
 
 
 @pytest.mark.parametrize("wrong", ["--waiting -1", "--max-seconds 0", "--max-seconds nan", "--max-seconds -2"])
-def test_bounds_that_cannot_be_are_said(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_limits_are_refused(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "a", *wrong.split()]) == 2
     assert wrong.split()[0] in capsys.readouterr().err

@@ -86,7 +86,7 @@ def test_a_changed_variant_is_evaluated_again_and_other_settings_are_refused(
     assert all(row["tokens"] <= 3 for row in answers)
     assert read_lines(run / "evaluate" / "losses.jsonl") == read_lines(finished_run / "evaluate" / "losses.jsonl")
     assert cli.main(["evaluate", str(run), "--set", "model.base=x"]) == 2
-    assert "neither evaluation nor answers" in capsys.readouterr().err
+    assert "neither [evaluate] nor [answer]" in capsys.readouterr().err
 
 
 def test_changed_rows_in_a_source_of_examples_are_noticed(evaluate: Evaluate, tmp_path: Path) -> None:
