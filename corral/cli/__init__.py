@@ -28,6 +28,7 @@ _MODELS = "a run directory, a model or exported folder, a .gguf file, asset:NAME
 
 
 def positive_int(text: str) -> int:
+    """An argument that is a whole number from 1. Raises: ValueError."""
     value = int(text)
     if value < 1:
         raise ValueError(text)
@@ -75,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
             return f"(default: [answer] of the run's recipe{otherwise})"
 
         sub.add_argument(
-            "--consensus", choices=_METHODS, help=f"sample several answers and vote among them {default('consensus')}"
+            "--consensus", choices=_METHODS, help=f"sample several answers and vote {default('consensus')}"
         )
         sub.add_argument("--n", type=positive_int, help=f"answers sampled for a vote {default('n')}")
         sub.add_argument("--shots", type=int, help=f"solved examples shown before the question {default('shots')}")

@@ -36,9 +36,7 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
     path = Path(args.model)
     if (path / "recipe.toml").is_file():
         if args.out:
-            raise InputError(
-                f"--out {args.out} is given for a run", hint=f"leave it out: a run is exported to {path / 'export'}"
-            )
+            raise InputError(f"--out {args.out} is given for a run", hint=f"a run is exported to {path / 'export'}")
         recipe = Run(path).recipe
         if form is not None:
             recipe = recipe.with_export(form.target, form.type)

@@ -276,11 +276,11 @@ def test_the_key_of_openai_is_sent_to_openai_only(
 ) -> None:
     sent: list[tuple[str | None, str]] = []
 
-    def bearer(key: str | None, url: str) -> dict[str, str]:
+    def auth_header(key: str | None, url: str) -> dict[str, str]:
         sent.append((key, url))
         return {}
 
-    monkeypatch.setattr("corral.chat.client.bearer", bearer)
+    monkeypatch.setattr("corral.chat.client.auth_header", auth_header)
     monkeypatch.setenv("OPENAI_API_KEY", "of openai")
     monkeypatch.delenv("CORRAL_API_KEY", raising=False)
     elsewhere = "http://api.openai.com", "https://api.openai.com.example/v1", "https://example.com/api.openai.com/v1"
