@@ -46,22 +46,19 @@ def evaluate(context: RunContext, stage: Stage) -> None:
     from corral.evaluation import scorecard
     from corral.evaluation.measurements import Measurements
 
-    config, material = context.recipe.evaluate, _material(context)
-    subjects = _subjects(context)
-    all_subjects = [subject for variants in subjects.values() for subject in variants]
+    config, data = context.recipe.evaluate, _evaluation_data(context)
+    variants_by_model = _variants_by_model(context)
+    all_variants = [variant for variants in variants_by_model.values() for variant in variants]
     measurements = Measurements(stage.path)
     for old in sorted((context.run.path / "superseded").glob("evaluate-*")):
         if old.name != "evaluate-damaged":
-            measurements.reuse_rows(old, all_subjects, material)
-    for model, variants in subjects.items():
-        missing = [subject for subject in variants if not measurements.is_complete(subject, material)]
+            measurements.reuse_rows(old, all_variants, data)
+    for model, variants in variants_by_model.items():
+        missing = [variant for variant in variants if not measurements.is_complete(variant, data)]
         if missing:
-            _measure(context, model, missing, measurements, material)
+            _measure(context, model, missing, measurements, data)
     card = scorecard.build_scorecard(
-        {
-            name: measurements.variant_rows(name)
-            for name in (*BUILT_IN_VARIANTS, *(variant.name for variant in config.variants))
-        },
+        {name: measurements.variant_rows(name) for name in (*BUILT_IN_VARIANTS, *(v.name for v in config.variants))},
         baseline=BASELINE,
         compared_with={variant.name: variant.compared_with for variant in config.variants},
         seed=context.recipe.seed,
@@ -69,7 +66,7 @@ def evaluate(context: RunContext, stage: Stage) -> None:
     write_atomic(stage.path / SCORECARD, card.to_json())
 
 
-def _subjects(context: RunContext) -> dict[_Model, list[VariantSpec]]:
+def _variants_by_model(context: RunContext) -> dict[_Model, list[VariantSpec]]:
     """The variants by their model, so that each model is loaded once."""
     from corral.answering.identity import source_examples_digest
     from corral.evaluation.measurements import VariantSpec
@@ -80,9 +77,9 @@ def _subjects(context: RunContext) -> dict[_Model, list[VariantSpec]]:
         own = "openvino" if variant.form is not None and variant.form.target == "openvino" else default
         model = _Model(variant.model, variant.form, variant.engine or own)
         asked.append((variant.name, model, variant.answer_settings(recipe.answer)))
-    subjects: dict[_Model, list[VariantSpec]] = {}
+    by_model: dict[_Model, list[VariantSpec]] = {}
     for name, model, settings in asked:
-        variants = subjects.setdefault(model, [])
+        variants = by_model.setdefault(model, [])
         examples = source_examples_digest(settings.shots)
         variants.append(
             VariantSpec(
@@ -94,7 +91,7 @@ def _subjects(context: RunContext) -> dict[_Model, list[VariantSpec]]:
                 examples_identity=examples,
             )
         )
-    return subjects
+    return by_model
 
 
 def _model_digest(context: RunContext, model: _Model) -> str:
@@ -110,7 +107,7 @@ def _fingerprint(context: RunContext, stage: str) -> str:
     return json.loads((context.run.path / stage / "stage.json").read_text("utf-8"))["fingerprint"]
 
 
-def _material(context: RunContext) -> EvaluationData:
+def _evaluation_data(context: RunContext) -> EvaluationData:
     """The rows and questions that all variants are measured on."""
     from corral.answering.examples import training_examples
     from corral.evaluation import tasks
@@ -135,9 +132,9 @@ def _material(context: RunContext) -> EvaluationData:
 def _measure(
     context: RunContext,
     model: _Model,
-    subjects: Sequence[VariantSpec],
+    variants: Sequence[VariantSpec],
     measurements: Measurements,
-    material: EvaluationData,
+    data: EvaluationData,
 ) -> None:
     """Load a model and measure what is missing of its variants."""
     from corral.answering.answerer import Answerer
@@ -160,8 +157,8 @@ def _measure(
         device, dtype = choose_device("cpu", context.recipe.model.dtype)
     engine = load_engine(model.engine, folder, dtype=dtype, device=device)
     with SyncAnswerer(Answerer(engine, template)) as sync:
-        for subject in subjects:
-            sync.run(measurements.measure(subject, engine, template, material, context.progress))
+        for variant in variants:
+            sync.run(measurements.measure(variant, engine, template, data, context.progress))
     del engine, sync
     gc.collect()  # two models may not fit into memory together
 
