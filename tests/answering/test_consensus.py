@@ -1,4 +1,4 @@
-"""Votes: the choice is the one that the definitions give, whatever the order, and an early stop never changes it."""
+"""Votes follow their definitions in any order of arrival, and an early stop does not change them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def votes(method: Method, *texts: str, stop: StopRule = "never") -> Consensus:
 
 
 def letters(texts: Sequence[str]) -> np.ndarray:
-    """How often each letter stands in a text, to the length of 1: an embedding that needs no model."""
+    """Counts of letters, as vectors of length 1: an embedding that needs no model."""
     counts = np.array([[text.lower().count(c) for c in "abcdefghijklmnopqrstuvwxyz"] for text in texts]) + 1e-3
     return counts / np.linalg.norm(counts, axis=1, keepdims=True)
 
@@ -42,14 +42,14 @@ def test_rouge_l_takes_the_answer_that_is_most_like_the_others() -> None:
     assert vote.cancelled == 0
 
 
-def test_rouge_l_hears_scripts_that_rouge_score_is_deaf_to() -> None:
+def test_rouge_l_compares_words_of_scripts_that_rouge_score_drops() -> None:
     texts = ("кошка сидит", "собака лежит дома", "собака лежит тут")
     assert chosen("rouge-l", *texts) in (1, 2)
-    deaf = Consensus("rouge-l", 3, rouge=Rouge(unicode=False)).vote([Candidate(t) for t in texts])
-    assert deaf.scores == (0.0, 0.0, 0.0)
+    latin_only = Consensus("rouge-l", 3, rouge=Rouge(unicode=False)).vote([Candidate(t) for t in texts])
+    assert latin_only.scores == (0.0, 0.0, 0.0)
 
 
-def test_cosine_takes_the_answer_that_means_most_what_the_others_do() -> None:
+def test_cosine_takes_the_answer_whose_embedding_is_most_like_the_others() -> None:
     assert chosen("cosine", "zzz", "abc abd", "abc") == 2
     with pytest.raises(ValueError, match="embed"):
         Consensus("cosine")
@@ -63,7 +63,7 @@ def test_empty_answers_do_not_agree_with_each_other() -> None:
         assert vote.winner == 3
 
 
-def test_an_answer_without_log_probabilities_comes_last_among_its_equals() -> None:
+def test_an_answer_without_log_probabilities_loses_ties() -> None:
     assert chosen("majority", "1", "it is 1", "", logprobs=[-2.0, -0.5, None]) == 1
     assert chosen("majority", "1", "it is 1", "1.0", logprobs=[None, -0.5, -3.0]) == 1
     assert chosen("majority", "1", "it is 1", "1.0") == 0
@@ -80,7 +80,7 @@ def test_a_majority_counts_results_and_drops_what_has_none() -> None:
     assert chosen("majority", "who", "knows") == 0
 
 
-def test_the_hybrid_counts_numbers_where_most_answers_have_one_and_words_elsewhere() -> None:
+def test_the_hybrid_counts_numbers_if_most_answers_have_one_else_compares_words() -> None:
     numbers = (
         "He pays 5 dollars",
         "She pays 7 dollars now",
@@ -119,7 +119,7 @@ ANSWERS = st.lists(
 @pytest.mark.parametrize("method", ["rouge-l", "cosine", "majority", "rouge-l+math"])
 @settings(max_examples=300)
 @given(texts=ANSWERS)
-def test_a_lossless_stop_says_what_the_whole_vote_says(method: Method, texts: list[str]) -> None:
+def test_a_lossless_stop_does_not_change_the_answer(method: Method, texts: list[str]) -> None:
     consensus = votes(method, *texts, stop="lossless")
     whole = consensus.vote([Candidate(t) for t in texts])
     ballot = consensus.new_ballot()
@@ -178,6 +178,6 @@ def test_the_certainty_of_a_lead_is_that_of_the_beta_distribution() -> None:
     assert lead_probability(7, 3) == pytest.approx(float((draws > 0.5).mean()), abs=0.005)
 
 
-def test_a_vote_of_nobody_is_refused() -> None:
+def test_a_vote_without_answers_is_refused() -> None:
     with pytest.raises(ValueError, match="no answer"):
         Consensus("rouge-l").new_ballot().vote()

@@ -1,4 +1,4 @@
-"""What a user names becomes an Answerer with a name and a fingerprint."""
+"""Models that a user names are opened as Answerers with a name and a fingerprint."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ async def answered(engine: Engine, ids: list[int]) -> tuple[tuple[int, ...], tup
         return done.ids, done.logprobs or ()
 
 
-def test_a_folder_is_served_under_its_name_and_answers(tiny_folder: Path) -> None:
+def test_a_folder_is_opened_under_its_name_and_answers(tiny_folder: Path) -> None:
     async def work() -> None:
         made = open_model(f"{tiny_folder}/", "transformers", Sampling(max_tokens=4))
         async with made.answerer.engine:
@@ -103,7 +103,7 @@ def test_the_fingerprint_follows_weights_and_template_and_nothing_else(tiny_fold
     assert opened(other).fingerprint != opened(tiny_folder).fingerprint
 
 
-def test_a_model_that_is_not_there_is_said() -> None:
+def test_a_missing_model_is_an_error() -> None:
     with pytest.raises(ModelError, match="nowhere"):
         open_model("nowhere")
 
@@ -149,9 +149,7 @@ def test_an_adapter_in_a_run_that_was_moved_finds_the_runs_model_and_template(
     assert both.answerer.template.name == "chatml"
 
 
-def test_an_adapter_trained_on_quantised_weights_is_not_put_on_full_ones(
-    adapter: Path, tiny_folder: Path, tmp_path: Path
-) -> None:
+def test_an_adapter_trained_on_quantised_weights_is_refused(adapter: Path, tiny_folder: Path, tmp_path: Path) -> None:
     made = run_with(adapter, tiny_folder, tmp_path / "run", quantization="nf4")
     with pytest.raises(ModelError, match="nf4") as caught:
         find_model_files(str(made))
@@ -187,12 +185,12 @@ def test_an_adapter_without_safe_weights_is_refused(adapter: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("engine", "urls"), [("remote", ()), ("transformers", ("http://127.0.0.1:1/v1",))])
-def test_urls_and_the_remote_engine_come_together(tiny_folder: Path, engine: Any, urls: tuple[str, ...]) -> None:
+def test_only_the_remote_engine_takes_urls(tiny_folder: Path, engine: Any, urls: tuple[str, ...]) -> None:
     with pytest.raises(InputError, match=engine):
         open_model(str(tiny_folder), engine, urls=urls)
 
 
-def test_an_endpoint_answers_for_a_model_of_which_only_template_and_vocabulary_are_read(tiny_folder: Path) -> None:
+def test_an_endpoint_computes_for_a_local_template_and_vocabulary(tiny_folder: Path) -> None:
     from corral.serving.generation import Served
     from tests.serving.conftest import running
 

@@ -1,4 +1,4 @@
-"""How a model is asked: the recipe's `[answer]`, and what the command line says otherwise."""
+"""The settings of an Answerer: the recipe's `[answer]` with the overrides of the command line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(folder: Path, consensus: str = "") -> str:
     return str(folder)
 
 
-def test_a_runs_recipe_says_how_answers_are_drawn_and_a_model_has_the_defaults(tmp_path: Path) -> None:
+def test_a_run_has_the_settings_of_its_recipe_and_a_model_the_defaults(tmp_path: Path) -> None:
     assert load_answer_settings(run(tmp_path), {}) == (Answer(max_tokens=33), 11)
     assert load_answer_settings("asset:smollm2-135m-instruct", {}) == (Answer(), 0)
 
@@ -57,7 +57,7 @@ def test_the_command_line_overrides(case: str, tmp_path: Path) -> None:
     assert load_answer_settings(run(tmp_path), changes | {"seed": 5}) == (expected, 5)
 
 
-def test_a_vote_of_the_recipe_can_be_left_out_or_have_another_number(tmp_path: Path) -> None:
+def test_a_vote_of_the_recipe_can_be_turned_off_or_have_another_number_of_answers(tmp_path: Path) -> None:
     mine = run(tmp_path, '[answer.consensus]\nmethod = "majority"\nn = 9')
     assert load_answer_settings(mine, {"n": 3})[0].consensus == Consensus(method="majority", n=3)
     answer, seed = load_answer_settings(mine, {"consensus": "none", "temperature": 0.5})
@@ -67,7 +67,7 @@ def test_a_vote_of_the_recipe_can_be_left_out_or_have_another_number(tmp_path: P
     ] == [1, 9]
 
 
-def test_another_way_to_vote_or_none_leaves_an_adaptive_stop_of_the_recipe_behind(tmp_path: Path) -> None:
+def test_overriding_the_method_of_a_vote_drops_an_adaptive_stop_of_the_recipe(tmp_path: Path) -> None:
     mine = run(tmp_path, '[answer.consensus]\nmethod = "majority"\nstop = "adaptive"')
     assert load_answer_settings(mine, {"n": 3})[0].consensus.stop == "adaptive"
     assert load_answer_settings(mine, {"consensus": "rouge-l"})[0].consensus == Consensus(method="rouge-l")
@@ -85,7 +85,7 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", IMPOSSIBLE)
-def test_what_cannot_be_is_refused(case: str) -> None:
+def test_impossible_overrides_are_refused(case: str) -> None:
     changes, expected = IMPOSSIBLE[case]
     with pytest.raises(RecipeError) as refused:
         load_answer_settings("asset:smollm2-135m-instruct", changes)
@@ -93,9 +93,9 @@ def test_what_cannot_be_is_refused(case: str) -> None:
     assert refused.value.hint
 
 
-def test_the_same_model_settings_and_engine_make_the_same_and_others_another(tiny_folder: Path) -> None:
-    made = AnswererSettings(str(tiny_folder), Answer(), 0).identity()
-    assert AnswererSettings(str(tiny_folder), Answer(), 0).identity() == made
+def test_the_identity_follows_model_settings_and_engine_but_not_the_address_of_a_server(tiny_folder: Path) -> None:
+    identity = AnswererSettings(str(tiny_folder), Answer(), 0).identity()
+    assert AnswererSettings(str(tiny_folder), Answer(), 0).identity() == identity
     remote = AnswererSettings(str(tiny_folder), Answer(), 0, None, ("http://127.0.0.1:1/v1",))
     others = [
         AnswererSettings(str(tiny_folder), Answer(max_tokens=9), 0),
@@ -103,17 +103,17 @@ def test_the_same_model_settings_and_engine_make_the_same_and_others_another(tin
         AnswererSettings(str(tiny_folder), Answer(), 0, "transformers"),
         remote,
     ]
-    assert all(other.identity() != made for other in others)
+    assert all(other.identity() != identity for other in others)
     elsewhere = AnswererSettings(str(tiny_folder), Answer(), 0, None, ("http://127.0.0.1:2/v1",))
     assert elsewhere.identity() == remote.identity(), "a server may move"
 
 
-def test_the_engine_that_computes_is_told_and_another_one_or_another_corral_is_not_the_same(
+def test_the_identity_names_the_engine_its_dtype_and_the_version_of_corral(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = AnswererSettings(str(tiny_folder), Answer(), 0)
 
-    def made(engine: str, device: str = "cpu") -> dict[str, Any]:
+    def identity(engine: str, device: str = "cpu") -> dict[str, Any]:
         def default(_: str, *, adapter: bool = False) -> str:
             return engine
 
@@ -122,16 +122,16 @@ def test_the_engine_that_computes_is_told_and_another_one_or_another_corral_is_n
         monkeypatch.setattr("corral.model.device.choose_device", lambda *_: (device, dtype))
         return settings.identity()
 
-    before = made("transformers")
+    before = identity("transformers")
     assert (before["engine"], before["dtype"]) == ("transformers", "float32")
-    assert made("openvino") != before, "OpenVINO was installed on the way"
-    assert made("transformers", "cuda") != before, "it goes on where there is a GPU"
-    assert made("transformers") == before
+    assert identity("openvino") != before, "OpenVINO was installed on the way"
+    assert identity("transformers", "cuda") != before, "it goes on where there is a GPU"
+    assert identity("transformers") == before
     monkeypatch.setattr("corral.__version__", "0.0.0")
-    assert made("transformers") != before
+    assert identity("transformers") != before
 
 
-def test_other_rows_of_a_source_of_examples_are_not_the_same(tiny_folder: Path, tmp_path: Path) -> None:
+def test_the_identity_follows_the_rows_of_a_source_of_examples(tiny_folder: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     shown = Answer.model_validate({"shots": {"count": 2, "source": {"path": str(rows)}}})
     unused = Answer.model_validate({"shots": {"source": {"path": str(rows)}}})
@@ -146,7 +146,7 @@ def test_an_adapter_belongs_to_the_run_it_lies_in(tmp_path: Path) -> None:
     mine = run(tmp_path)
     adapter = tmp_path / "train-1-sft" / "adapter"
     adapter.mkdir(parents=True)
-    assert find_run(str(adapter)) is None, "a folder of a run that is no adapter"
+    assert find_run(str(adapter)) is None, "a folder of a run without an adapter"
     (adapter / "adapter_config.json").write_text("{}")
     found = find_run(str(adapter))
     assert found is not None
@@ -162,7 +162,7 @@ def test_examples_of_a_model_that_is_no_run_must_be_named(tiny_folder: Path) -> 
         AnswererSettings(str(tiny_folder), Answer(shots=Shots(count=2)), 0, "transformers").open_answerer()
 
 
-def test_the_command_line_knows_every_way_to_vote() -> None:
+def test_the_command_line_accepts_every_method_of_a_vote() -> None:
     methods = get_args(Consensus.model_fields["method"].annotation)
     for method in methods:
         assert parser().parse_args(["batch", "m", "p", "--out", "o", "--consensus", method]).consensus == method

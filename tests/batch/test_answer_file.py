@@ -22,7 +22,7 @@ ROWS = 300
 
 
 def questions(batch: Batch) -> list[int]:
-    """The numbers of the questions that were put to the engine, in order of number."""
+    """The numbers of the questions that the engine got, sorted."""
     numbers = {asked(i): i for i in range(ROWS)}
     found = [[n for question, n in numbers.items() if question in text] for text in batch.called()]
     assert all(len(each) == 1 for each in found)
@@ -34,12 +34,12 @@ def ended(running: Any) -> int:
     return running.exitcode
 
 
-def test_answers_stand_in_the_order_of_their_prompts(make: Callable[..., Batch]) -> None:
+def test_answers_are_in_the_order_of_their_prompts(make: Callable[..., Batch]) -> None:
     batch = make(ROWS)
     outcome = batch.run()
     rows = read(batch.out)
     assert [(row["index"], row["id"]) for row in rows] == [(i, f"q{i}") for i in range(ROWS)]
-    assert len({row["answer"] for row in rows}) > ROWS / 2, "each row has draws of its own"
+    assert len({row["answer"] for row in rows}) > ROWS / 2, "each row has its own seed"
     assert outcome.answered == outcome.figures.rows == ROWS
     assert outcome.figures.tokens == sum(row["tokens"] for row in rows)
     assert questions(batch) == list(range(ROWS))
@@ -48,7 +48,7 @@ def test_answers_stand_in_the_order_of_their_prompts(make: Callable[..., Batch])
     assert not batch.calls.exists()
 
 
-def test_bad_rows_stand_beside_the_good(make: Callable[..., Batch]) -> None:
+def test_bad_rows_have_an_error_in_their_place(make: Callable[..., Batch]) -> None:
     batch = make([{"prompt": "a"}, "no json", "", {"prompt": "b", "id": 1}, {"id": 2}, {"prompt": "c " * 9000}])
     figures = batch.run().figures
     rows = read(batch.out)
@@ -59,7 +59,7 @@ def test_bad_rows_stand_beside_the_good(make: Callable[..., Batch]) -> None:
     assert [fault.partition(":")[0] for fault in figures.faults] == ["row 1", "row 3", "row 4"]
 
 
-def test_where_all_rows_are_bad_no_model_is_loaded_and_nothing_is_left(make: Callable[..., Batch]) -> None:
+def test_if_all_rows_are_bad_no_model_is_loaded_and_no_file_is_left(make: Callable[..., Batch]) -> None:
     batch = make(["[", {"prompt": ""}])
     with pytest.raises(InputError, match="all 2 rows are bad") as refused:
         replace(batch, tokenizer=batch.out).run()
@@ -67,7 +67,7 @@ def test_where_all_rows_are_bad_no_model_is_loaded_and_nothing_is_left(make: Cal
     assert [path.name for path in batch.out.parent.iterdir()] == ["prompts.jsonl"]
 
 
-def test_a_vote_in_a_batch_is_the_same_whenever_it_is_taken(make: Callable[..., Batch]) -> None:
+def test_votes_are_reproducible(make: Callable[..., Batch]) -> None:
     batch = make(60, consensus=Consensus("rouge-l", n=5))
     outcome = batch.run()
     rows = read(batch.out)
@@ -78,7 +78,7 @@ def test_a_vote_in_a_batch_is_the_same_whenever_it_is_taken(make: Callable[..., 
     assert [row["answer"] for row in read(again.out)] == [row["answer"] for row in rows]
 
 
-def test_killed_at_one_instant_after_another_nothing_is_lost_or_done_twice(make: Callable[..., Batch]) -> None:
+def test_a_batch_killed_at_any_instant_loses_no_row_and_answers_none_twice(make: Callable[..., Batch]) -> None:
     batch = make(ROWS)
     batch.run()
     expected = batch.out.read_bytes()
@@ -95,7 +95,7 @@ def test_killed_at_one_instant_after_another_nothing_is_lost_or_done_twice(make:
 
 
 @pytest.mark.full
-def test_killed_at_random_until_it_is_done(make: Callable[..., Batch]) -> None:
+def test_a_batch_killed_at_random_ends_with_the_same_output(make: Callable[..., Batch]) -> None:
     batch = make(ROWS * 20)
     batch.run()
     slow = replace(batch, out=batch.out.with_name("slow.jsonl"), delay_seconds=0.02)
@@ -112,7 +112,7 @@ def test_killed_at_random_until_it_is_done(make: Callable[..., Batch]) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_in_order_and_the_same_goes_on(number: signal.Signals, make: Callable[..., Batch]) -> None:
+def test_a_batch_stopped_by_a_signal_resumes(number: signal.Signals, make: Callable[..., Batch]) -> None:
     batch = make(ROWS * 20)
     running = process(replace(batch, delay_seconds=0.02))
     wait_for_rows(batch, 10)
@@ -126,7 +126,7 @@ def test_a_signal_stops_in_order_and_the_same_goes_on(number: signal.Signals, ma
     assert len(read(batch.out)) == ROWS * 20
 
 
-def test_prompts_that_change_meanwhile_are_noticed(make: Callable[..., Batch]) -> None:
+def test_prompts_that_change_while_they_are_answered_are_an_error(make: Callable[..., Batch]) -> None:
     batch = make(ROWS)
 
     class Changes(Progress):
@@ -142,16 +142,16 @@ def test_prompts_that_change_meanwhile_are_noticed(make: Callable[..., Batch]) -
         batch.run()
 
 
-def test_progress_counts_what_is_left_and_tells_the_speed(make: Callable[..., Batch]) -> None:
+def test_progress_shows_the_rows_that_are_left_and_the_speed(make: Callable[..., Batch]) -> None:
     batch = make(ROWS)
     assert ended(process(batch, "before a row is written")) == -signal.SIGKILL
 
-    said: list[str] = []
+    messages: list[str] = []
     started: list[tuple[str, int | None]] = []
 
-    class Listens(Progress):
+    class Recorder(Progress):
         def say(self, text: str) -> None:
-            said.append(text)
+            messages.append(text)
 
         def start(self, title: str, total: int | None) -> None:
             started.append((title, total))
@@ -160,8 +160,8 @@ def test_progress_counts_what_is_left_and_tells_the_speed(make: Callable[..., Ba
             assert "prompts/s" in note
             assert "tokens/s" in note
 
-    outcome = batch.run(progress=Listens())
-    assert said == ["149 of 300 rows are done already"]
+    outcome = batch.run(progress=Recorder())
+    assert messages == ["149 of 300 rows are done already"]
     assert started[-1] == ("Answering 151 prompts", 151)
     assert outcome.answered == 151
     assert outcome.prompts_per_second > 0

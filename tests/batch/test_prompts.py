@@ -1,4 +1,4 @@
-"""Rows as prompts: what may be asked, and why the rest may not."""
+"""Rows read as prompts, and why some cannot be."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def prompts(path: Path, *rows: Any) -> list[Prompt]:
     return list(PromptFile(str(path), Progress()))
 
 
-def test_a_row_asks_with_a_prompt_or_with_messages(tmp_path: Path) -> None:
+def test_a_row_has_a_prompt_or_messages(tmp_path: Path) -> None:
     found = prompts(
         tmp_path / "p.jsonl",
         {"prompt": "Hi?"},
@@ -42,7 +42,7 @@ def test_a_row_asks_with_a_prompt_or_with_messages(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["a", "", "ü東", 0, 7, -1.5, True, None])
-def test_any_scalar_is_an_id_and_is_carried_over(value: Any, tmp_path: Path) -> None:
+def test_any_scalar_is_an_id_and_is_kept(value: Any, tmp_path: Path) -> None:
     (found,) = prompts(tmp_path / "p.jsonl", {"prompt": "Hi?", "id": value})
     assert found.id_field == {"id": value}
     assert found.error_row("no") == {"index": 0, "id": value, "error": "no"}
@@ -66,7 +66,7 @@ BAD: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_row_that_asks_nothing_has_a_fault_that_names_its_line(case: str, tmp_path: Path) -> None:
+def test_a_row_without_a_usable_prompt_has_a_fault_that_names_its_line(case: str, tmp_path: Path) -> None:
     row, reason = BAD[case]
     before, found, after = prompts(tmp_path / "p.jsonl", {"prompt": "a"}, row, {"prompt": "b"})
     assert found.conversation is None
@@ -82,7 +82,7 @@ def test_the_id_of_a_bad_row_is_kept(tmp_path: Path) -> None:
     assert found.id_field == {"id": 9}
 
 
-def test_a_survey_counts_and_names_what_is_ignored_once(tmp_path: Path) -> None:
+def test_a_survey_counts_rows_and_names_each_unknown_key_once(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "topic": 1, "id": 0}, {"prompt": ""}, "x", {"prompt": "b", "topic": 2, "level": 3}]
     prompts(tmp_path / "p.jsonl", *rows)
     survey = PromptFile(str(tmp_path / "p.jsonl"), Progress()).survey(max_faults=1)
@@ -90,7 +90,7 @@ def test_a_survey_counts_and_names_what_is_ignored_once(tmp_path: Path) -> None:
     assert survey.faults == ["line 2: prompt is empty"]
 
 
-def test_packed_files_and_tables_are_read_as_data_is(tmp_path: Path) -> None:
+def test_compressed_files_and_tables_are_read(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "p.jsonl.gz", "wt") as file:
         file.write('{"prompt": "Hi?"}\n')
     (tmp_path / "p.csv").write_text("id,prompt\n1,Hi?\n")

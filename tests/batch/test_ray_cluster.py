@@ -54,7 +54,7 @@ def cluster() -> Generator[str]:
 
 
 def nothing() -> Answerer:
-    raise AssertionError("nothing is open_journal")
+    raise AssertionError("a model was loaded")
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +64,7 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     assert "corral[ray]" in str(missing.value.hint)
 
 
-def test_a_worker_tells_a_row_that_breaks_its_engine_from_an_engine_that_is_broken(make: Callable[..., Batch]) -> None:
+def test_a_worker_tells_a_bad_row_from_a_broken_engine(make: Callable[..., Batch]) -> None:
     import pyarrow as pa
 
     rows = [{"prompt": "Break it." if i == 7 else asked(i)} for i in range(16)]
@@ -97,7 +97,7 @@ def test_rows_that_break_an_engine_are_bad_and_all_others_are_answered(
 
 @pytest.mark.full
 @needs_ray
-def test_a_worker_is_killed_and_every_row_comes_out_once_in_order(
+def test_after_a_worker_is_killed_every_row_is_answered_once_in_order(
     cluster: str, make: Callable[..., Batch], tmp_path: Path
 ) -> None:
     here = make(ROWS)
@@ -120,7 +120,6 @@ def test_a_worker_is_killed_and_every_row_comes_out_once_in_order(
     outcome = answer_file(str(batch.prompts), batch.out, IDENTITY, answering, Progress())
     killer.join()
     assert outcome.answered == ROWS
-    # Whether one takes the place of the killed in time to do something is Ray's affair: the other may have done it all.
     assert not done_at_kill[0], "it was killed on the way"
     assert str(killed[0]) in {path.name for path in workers.iterdir()}
     assert batch.out.read_bytes() == here.out.read_bytes()
@@ -128,7 +127,7 @@ def test_a_worker_is_killed_and_every_row_comes_out_once_in_order(
 
 @pytest.mark.full
 @needs_ray
-def test_stopped_it_goes_on_here_or_there(cluster: str, make: Callable[..., Batch], tmp_path: Path) -> None:
+def test_a_stopped_batch_resumes(cluster: str, make: Callable[..., Batch], tmp_path: Path) -> None:
     here = make(ROWS)
     here.run()
     there = Batch(here.prompts, tmp_path / "ray.jsonl", here.tokenizer, here.calls, delay_seconds=0.2)
@@ -153,7 +152,7 @@ def _no_model() -> Any:
 
 @pytest.mark.full
 @needs_ray
-def test_what_a_worker_meets_is_told_as_it_would_be_here(cluster: str, make: Callable[..., Batch]) -> None:
+def test_errors_of_a_worker_are_those_of_a_local_batch(cluster: str, make: Callable[..., Batch]) -> None:
     batch = make(40)
     answering = partial(answer_on_ray, cluster, _no_model, 1, 7)
     with pytest.raises(EngineError, match="no such model here"):
@@ -167,7 +166,7 @@ def test_what_a_worker_meets_is_told_as_it_would_be_here(cluster: str, make: Cal
 
 @pytest.mark.full
 @needs_ray
-def test_a_cluster_that_is_not_there_is_one_clear_error() -> None:
+def test_an_unreachable_cluster_is_one_clear_error() -> None:
     with pytest.raises(InputError, match="no Ray cluster") as refused:
         answer_on_ray("127.0.0.1:1", _no_model, 1, 0, iter([]), print)
     assert refused.value.where == "127.0.0.1:1"

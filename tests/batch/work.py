@@ -1,6 +1,6 @@
-"""Batches with a scripted engine, here and in processes that are killed: the engine writes down what it is asked.
+"""Batches with a scripted engine that records its prompts, in this process or in one that is killed.
 
-An answer depends on the prompt, the seed and the choice, so that equal outputs mean equal questions and equal seeds.
+An answer depends on the prompt, the seed and the choice, so that equal outputs mean equal prompts and equal seeds.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ IDENTITY: dict[str, Any] = {"model": "scripted"}
 
 
 def write_prompts(path: Path, rows: Iterable[Mapping[str, Any] | str]) -> Path:
-    """A `.jsonl` file of rows; of lines that are given as they are."""
+    """A `.jsonl` file of rows; text is written as it is."""
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
 
@@ -52,7 +52,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Batch:
-    """A file of prompts, where its answers go, and the engine's: a folder with a tokenizer, and what it writes down."""
+    """A file of prompts, its output, a folder with a tokenizer, and the file in which the engine records its prompts."""
 
     prompts: Path
     out: Path
@@ -61,7 +61,7 @@ class Batch:
     consensus: Consensus | None = None
     delay_seconds: float = 0.0
     breaks_at: str | None = None
-    """What a prompt contains that the engine fails at, with all that is under way."""
+    """Text of a prompt on which the engine fails, with all requests in flight."""
 
     def open(self) -> Answerer:
         template = Template.load(load_tokenizer(self.tokenizer))
@@ -84,7 +84,7 @@ class Batch:
         return answer_file(str(self.prompts), self.out, identity, answering, progress or Progress())
 
     def called(self) -> list[str]:
-        """What was asked since the last call, as text."""
+        """The prompts that the engine got since the last call."""
         if not self.calls.exists():
             return []
         lines: list[Any] = read(self.calls)
@@ -151,7 +151,7 @@ def _run(batch: Batch, instant: str | None) -> None:
 
 
 def process(batch: Batch, instant: str | None = None) -> Any:
-    """A process that works on the batch, and kills itself at the instant."""
+    """A process that runs the batch, and kills itself at the instant."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.invariants.preload"])
     started = context.Process(target=_run, args=(batch, instant))

@@ -1,4 +1,4 @@
-"""Prompting: what a question is shown before it, and what is added to it."""
+"""Prompting: the examples before a question, and the instruction after it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXAMPLES = [
 
 
 def alike(texts: Sequence[str]) -> np.ndarray:
-    """Which of four words stands in a text, apples and pears being nearly the same."""
+    """An embedding of which of four words is in a text; apples and pears are nearly the same."""
     axes = {"apples": (1, 0.1, 0), "pears": (1, 0, 0), "cats": (0, 0, 1), "dogs": (0, 0.1, 1)}
     vectors = np.array([next((v for w, v in axes.items() if w in t), (0, 1, 0)) for t in texts], dtype=float)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -47,7 +47,7 @@ def test_a_question_is_never_shown_its_own_answer() -> None:
             assert len(prompting.choose_examples(question)) == 3
 
 
-def test_similar_examples_stand_nearest_last() -> None:
+def test_the_most_similar_example_comes_last() -> None:
     prompting = Prompting(EXAMPLES, 2, "similar", embed=alike)
     assert shown(prompting, "do you like pears?") == ["apples", "pears"]
     assert shown(prompting, "cats or not?") == ["dogs", "cats"]
@@ -68,7 +68,7 @@ def test_examples_come_after_the_system_message_and_before_the_first_question() 
     assert insert_examples((), talk) == talk
 
 
-def test_reasoning_is_asked_for_at_the_end_of_the_last_question_only() -> None:
+def test_the_instruction_for_steps_is_added_to_the_last_question_only() -> None:
     talk = Prompting(reasoning=True).apply(asked("three"), EXAMPLES[:1])
     assert talk.messages[-1].content == f"three\n\n{STEP_BY_STEP}"
     assert talk.messages[0].content == "how many apples?"
