@@ -52,18 +52,13 @@ def start(code: str, **kwargs: object) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_the_first_signal_requests_a_stop_and_the_work_ends_in_order(number: signal.Signals) -> None:
-    process = start("work(deferred=True)")
+@pytest.mark.parametrize(("deferred", "output"), [(True, "requested\ncheckpoint\nstopped\n"), (False, "stopped\n")])
+def test_a_signal_stops_the_work_at_once_or_if_deferred_in_order(
+    deferred: bool, output: str, number: signal.Signals
+) -> None:
+    process = start(f"work(deferred={deferred})")
     process.send_signal(number)
-    assert process.communicate()[0] == "requested\ncheckpoint\nstopped\n"
-    assert process.returncode == 128 + number
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_outside_deferred_a_signal_stops_at_once(number: signal.Signals) -> None:
-    process = start("work(deferred=False)")
-    process.send_signal(number)
-    assert process.communicate()[0] == "stopped\n"
+    assert process.communicate()[0] == output
     assert process.returncode == 128 + number
 
 
@@ -138,26 +133,25 @@ finally:
     assert process.returncode == 143
 
 
-@pytest.fixture
 def handlers() -> dict[int, object]:
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    return {n: signal.getsignal(n) for n in numbers}
+    return {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
 
-def test_afterwards_the_handlers_are_those_from_before(handlers: dict[int, object]) -> None:
+def test_afterwards_the_handlers_are_those_from_before() -> None:
+    before = handlers()
     with Interrupts():
-        assert all(signal.getsignal(n) != handler for n, handler in handlers.items())
-    assert all(signal.getsignal(n) == handler for n, handler in handlers.items())
+        assert all(signal.getsignal(n) != handler for n, handler in before.items())
+    assert handlers() == before
 
 
-def test_in_another_thread_handlers_are_left_alone(handlers: dict[int, object]) -> None:
+def test_in_another_thread_handlers_are_left_alone() -> None:
     seen: list[dict[int, object]] = []
 
     def enter() -> None:
         with Interrupts():
-            seen.append({n: signal.getsignal(n) for n in handlers})
+            seen.append(handlers())
 
     thread = threading.Thread(target=enter)
     thread.start()
     thread.join()
-    assert seen == [handlers]
+    assert seen == [handlers()]

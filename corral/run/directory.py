@@ -151,17 +151,18 @@ class Run:
 
     def finish_stage(self, stage: Stage, seconds: float) -> None:
         """Record a stage as done, with the sha256 and size of every output file."""
-        record: dict[str, Any] = json.loads((stage.path / "stage.json").read_text("utf-8"))
         outputs = {name: digest for name, digest in tree_hashes(stage.path).items() if name != "stage.json"}
         sizes = {name: (stage.path / name).stat().st_size for name in outputs}
-        seconds += record.get("seconds", 0.0)
-        record |= {"status": "done", "finished": _now(), "seconds": seconds, "outputs": outputs, "sizes": sizes}
-        write_json(stage.path / "stage.json", record)
+        self._update_record(stage, seconds, status="done", finished=_now(), outputs=outputs, sizes=sizes)
 
     def record_interruption(self, stage: Stage, seconds: float) -> None:
         """Add the time of an attempt that did not finish."""
-        record: dict[str, Any] = json.loads((stage.path / "stage.json").read_text("utf-8"))
-        write_json(stage.path / "stage.json", record | {"seconds": record.get("seconds", 0.0) + seconds})
+        self._update_record(stage, seconds)
+
+    def _update_record(self, stage: Stage, seconds: float, **values: Any) -> None:
+        path = stage.path / "stage.json"
+        record: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        write_json(path, record | values | {"seconds": record.get("seconds", 0.0) + seconds})
 
     def write_lineage(self, stages: list[str], extra: Mapping[str, Any]) -> None:
         """Write lineage.json: each stage's inputs, outputs and their hashes."""

@@ -19,7 +19,7 @@ class TextPrompts:
 
     def ids(self, text: str, *, begin: bool = True) -> list[int]:
         """The ids of a text; `begin` puts before them what the tokenizer puts before every text. Raises: TemplateError."""
-        ids = self._tokens.tokenize([(self._tokens.escape(text), False)])[0]
+        ids = self._tokens.tokenize([(self._tokens.escape(text), False)]).ids
         return [*self._beginning, *ids] if begin else [*ids]
 
     @cached_property

@@ -3,6 +3,7 @@
 `rendering` turns messages into text, `tokenization` turns text into ids, and `template` combines the two and checks them.
 """
 
-from corral.template.template import Encoded, Template
+from corral.template.template import Template
+from corral.template.tokenization import Encoded
 
 __all__ = ["Encoded", "Template"]

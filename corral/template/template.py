@@ -16,7 +16,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -26,7 +25,7 @@ from corral.errors import TemplateError
 from corral.messages import Conversation
 from corral.template.decoding import StreamDecoder, TokenBytes
 from corral.template.rendering import JinjaTemplate, Messages, Pieces
-from corral.template.tokenization import PieceTokenizer
+from corral.template.tokenization import Encoded, PieceTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -45,14 +44,6 @@ _EQUIVALENCE_PROBES = (
         ("system", " Be brief.\n"), ("user", "\n a \n"), ("assistant", " b\n\n"), ("user", "c "), ("assistant", "\td")
     ),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Token ids of a conversation, and whether each one is trained."""
-
-    ids: tuple[int, ...]
-    trained: tuple[bool, ...]
 
 
 class _UnmaskableError(TemplateError):
@@ -147,7 +138,7 @@ class Template:
             pieces = self._pieces(messages, generation_prompt=True)
         except _UnmaskableError:
             pieces = [(self._rendering.text(messages, generation_prompt=True), False)]
-        return list(self._piece_tokenizer.tokenize(pieces)[0])
+        return list(self._piece_tokenizer.tokenize(pieces).ids)
 
     def encode(self, conversation: Conversation) -> Encoded:
         """Ids of the whole conversation; only the assistant's answers and their end tokens are trained.
@@ -155,7 +146,7 @@ class Template:
         Raises:
             TemplateError: the template refuses the conversation, or its answers cannot be separated from the other text.
         """
-        return Encoded(*self._piece_tokenizer.tokenize(self._checked_pieces(conversation)))
+        return self._piece_tokenizer.tokenize(self._checked_pieces(conversation))
 
     def encode_batch(self, conversations: Sequence[Conversation]) -> list[Encoded | TemplateError]:
         """For each what `encode` returns or raises, a little faster; batches of some hundreds are large enough."""
@@ -166,7 +157,7 @@ class Template:
             except TemplateError as error:
                 checked.append(error)
         encoded = iter(self._piece_tokenizer.tokenize_batch([c for c in checked if not isinstance(c, TemplateError)]))
-        return [c if isinstance(c, TemplateError) else Encoded(*next(encoded)) for c in checked]
+        return [c if isinstance(c, TemplateError) else next(encoded) for c in checked]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-TokenizedPieces: TypeAlias = tuple[tuple[int, ...], tuple[bool, ...]]
-"""Ids, and whether each one is trained."""
-
 # Encoders: of text at the start, after a special token, and within running text.
 _AT_START, _AFTER_SPECIAL, _RUNNING = range(3)
 # Words repeat, and so do the pieces that a template writes between its special tokens; longer texts do not.
@@ -29,6 +27,14 @@ _LONGEST_CACHED = 24
 _MOST_CACHED = 100_000
 
 _WordIds: TypeAlias = dict[str, list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of a text, and whether each one is trained."""
+
+    ids: tuple[int, ...]
+    trained: tuple[bool, ...]
 
 
 class PieceTokenizer:
@@ -85,15 +91,15 @@ class PieceTokenizer:
         """The last special token in a text that does not begin before `start`."""
         return max(self._control_pattern.finditer(text, start), key=lambda m: m.start(), default=None)
 
-    def tokenize(self, pieces: Pieces) -> TokenizedPieces:
+    def tokenize(self, pieces: Pieces) -> Encoded:
         """The ids of all pieces in order, each piece tokenised separately, and whether each id's piece is trained."""
         return self.tokenize_batch([pieces])[0]
 
-    def tokenize_batch(self, texts: Sequence[Pieces]) -> list[TokenizedPieces]:
+    def tokenize_batch(self, texts: Sequence[Pieces]) -> list[Encoded]:
         """The same for several texts, in few calls of the tokenizer, which may use several cores for each."""
         plans = [list(self._plan(pieces)) for pieces in texts]
         new_ids = self._encode_new_words(plans)
-        results: list[TokenizedPieces] = []
+        results: list[Encoded] = []
         for plan in plans:
             ids: list[int] = []
             trained: list[bool] = []
@@ -105,7 +111,7 @@ class PieceTokenizer:
                     self._look_up(encoder, words[:1], new_ids, ids)
                     self._look_up(self._first_equal[_RUNNING], words[1:], new_ids, ids)
                 trained += [is_trained] * (len(ids) - start)
-            results.append((tuple(ids), tuple(trained)))
+            results.append(Encoded(tuple(ids), tuple(trained)))
         return results
 
     def _plan(self, pieces: Pieces) -> Iterable[tuple[int, list[str], bool]]:
