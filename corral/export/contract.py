@@ -1,9 +1,7 @@
-"""Parity records: proof that two forms of a model are the same model, which travels with it.
+"""Parity records ("contracts"): a file beside a model that shows it to be the same model as the one it was made from.
 
-A contract holds a fixed probe set as token ids, the log-probabilities the model gives them, and the checks that were made
-when it was written. Whoever loads the model later, in any engine, can measure the same probes and compare: `verify`.
-
-This module does not know how models are merged, exported or served; it measures engines and compares numbers.
+A contract holds a fixed set of probes as token ids, the log-probabilities that the model gives them, and the checks made when
+it was written. Later, in any engine, `verify` measures the same probes and compares.
 """
 
 from __future__ import annotations
@@ -51,7 +49,7 @@ PROBES = (
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """How far log-probabilities (nats per token) of two forms of one model may lie apart."""
+    """How much log-probabilities (nats per token) of two forms of one model may differ."""
 
     mean: float
     largest: float
@@ -64,11 +62,11 @@ TOLERANCES = {
     "int8": Tolerance(mean=0.1, largest=1.5),
     "int4": Tolerance(mean=0.2, largest=3.0),
 }
-"""By the less exact dtype of the two; int8 and int4 round activations too, differently on each kind of processor. Measured on
-SmolLM2-135M: float32 arithmetic in another order moves them by under 1e-5 on average. bfloat16 arithmetic rounds every
-activation, so that any two ways of computing one model differ: an adapter and its merged model by 0.042 to 0.054 on average
-and 0.53 at most, as much as computing in bfloat16 instead of float32 does (0.046 and 0.5). float16 rounds to an eighth of
-that."""
+"""By the less precise dtype of the two; int8 and int4 round activations too, differently on each kind of processor.
+
+Measured on SmolLM2-135M: float32 arithmetic in another order changes them by under 1e-5 on average. bfloat16 arithmetic rounds
+every activation, so any two ways of computing one model differ: an adapter and its merged model by 0.042 to 0.054 on average
+and 0.53 at most, as much as bfloat16 and float32 (0.046 and 0.5). float16 differs by an eighth of that."""
 
 ACROSS_ENGINES = Tolerance(mean=5e-4, largest=5e-3)
 """Between two programs that compute the same weights in float32; 9e-5 and 3e-4 measured on SmolLM2-135M, transformers against
@@ -85,7 +83,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One comparison and how it came out."""
+    """The result of one comparison."""
 
     name: str
     passed: bool
@@ -97,27 +95,27 @@ class Check:
 
 
 def make_probes(template: Template, conversations: Sequence[Conversation] = PROBES) -> list[Probe]:
-    """The probe set through a template; scored are the tokens from the first trained one on."""
-    made: list[Probe] = []
-    for conversation in renderable_conversations(template, conversations):
-        encoded = template.encode(conversation)
-        made.append(Probe(encoded.ids, max(1, encoded.trained.index(True))))
-    return made
+    """Conversations as probes; the tokens from the first trained one on are scored."""
+    encoded = [template.encode(c) for c in renderable_conversations(template, conversations)]
+    return [Probe(e.ids, max(1, e.trained.index(True))) for e in encoded]
 
 
 def renderable_conversations(template: Template, conversations: Sequence[Conversation] = PROBES) -> list[Conversation]:
-    """The conversations that a template takes: some know no system message, or one turn only. Raises: TemplateError."""
-    taken: list[Conversation] = []
-    refusal: TemplateError | None = None
+    """The conversations that a template can render: some take no system message, or one turn only.
+
+    Raises: TemplateError (it renders none).
+    """
+    renderable: list[Conversation] = []
+    last_error: TemplateError | None = None
     for conversation in conversations:
         try:
             template.encode(conversation)
-            taken.append(conversation)
+            renderable.append(conversation)
         except TemplateError as error:
-            refusal = error
-    if refusal is not None and not taken:
-        raise refusal
-    return taken
+            last_error = error
+    if last_error is not None and not renderable:
+        raise last_error
+    return renderable
 
 
 async def measure(engine: Engine, probe_set: Sequence[Probe]) -> list[list[float]]:
@@ -128,7 +126,7 @@ async def measure(engine: Engine, probe_set: Sequence[Probe]) -> list[list[float
 def compare_logprobs(
     name: str, a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], tolerance: Tolerance
 ) -> Check:
-    """Hold two measurements of one probe set against each other. NaN never passes."""
+    """Compare two measurements of one probe set. NaN never passes."""
     gaps = [abs(x - y) for xs, ys in zip(a, b, strict=True) for x, y in zip(xs, ys, strict=True)]
     mean, largest = sum(gaps) / len(gaps), max(gaps)
     passed = mean <= tolerance.mean and all(gap <= tolerance.largest for gap in gaps)
@@ -142,9 +140,9 @@ def compare_logprobs(
 async def measure_greedy(
     engine: Engine, probe_set: Sequence[Probe], tokens: int = 40
 ) -> list[tuple[Probe, list[float]]]:
-    """The engine's own greedy answers to the probes' prompts, as probes, with the log-probabilities it gave on the way.
+    """The engine's greedy answers to the probes' prompts, as probes, with the log-probabilities it reported for them.
 
-    Scoring computes a text in one go; this is the way of an answer, token by token from kept keys and values.
+    Scoring computes a text in one pass; answering computes it token by token from cached keys and values.
     """
     sampling = Sampling(max_tokens=tokens, logprobs=True)
     prompts = [probe.ids[: probe.start] for probe in probe_set]
@@ -168,7 +166,7 @@ def compare_losses(name: str, a: Sequence[Sequence[float]], b: Sequence[Sequence
 
 
 def check_token_ids(template: Template, folder: Path) -> Check:
-    """Whether a saved model folder gives the same ids: read by corral, and by transformers' own chat templating."""
+    """Whether a saved model folder gives the same ids, in corral and in transformers' own chat templating."""
     from transformers import AutoTokenizer
 
     name = "token ids"
@@ -187,18 +185,16 @@ def check_token_ids(template: Template, folder: Path) -> Check:
         for end, message in enumerate(conversation.messages):
             if message.role != "assistant":
                 continue
-            asked = Conversation(conversation.messages[:end])
-            theirs = saved.apply_chat_template(
-                asked.to_json()["messages"], add_generation_prompt=True, return_dict=False
-            )
-            if list(theirs) != template.prompt(asked):
-                return Check(name, False, f"transformers gives other ids for {asked.messages[-1].content!r}")
+            prompt = Conversation(conversation.messages[:end])
+            ids = saved.apply_chat_template(prompt.to_json()["messages"], add_generation_prompt=True, return_dict=False)
+            if list(ids) != template.prompt(prompt):
+                return Check(name, False, f"transformers gives other ids for {prompt.messages[-1].content!r}")
             turns += 1
     return Check(name, True, f"{turns} prompts and {len(conversations)} conversations have equal ids", n=turns)
 
 
 def check_stop_ids(template: Template, folder: Path) -> Check:
-    """Whether the folder tells other programs every id that ends an answer."""
+    """Whether the folder's generation config lists every id that ends an answer."""
     config: dict[str, Any] = json.loads((folder / "generation_config.json").read_text("utf-8"))
     saved = config.get("eos_token_id")
     saved_ids = {saved} if isinstance(saved, int) else set(saved or ())
@@ -222,10 +218,10 @@ def write(
 
     Args:
         record: the file to write.
-        logprobs: what this form gives the probes, as it is served.
-        form: what the weights are stored as: a dtype, or the name of an exported form.
-        files: what the form is made of (weights, config, tokenizer, template); they lie beside the record.
-        source: the weights this form was made from, `{file: sha256}`.
+        logprobs: of the probes, in this form as it is served.
+        form: how the weights are stored: a dtype, or the name of an exported form.
+        files: the form's files (weights, config, tokenizer, template), in the folder of `record`.
+        source: the weights that this form was made from, `{file: sha256}`.
     """
     value = {
         "version": VERSION,
@@ -244,14 +240,14 @@ def write(
 
 
 def model_files(folder: Path) -> list[Path]:
-    """What a model folder is made of, as far as answers depend on it."""
+    """The files of a model folder that answers depend on."""
     names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    found = [folder / name for name in names if (folder / name).is_file()]
-    return [*found, *sorted(folder.glob("*.safetensors")), *sorted(folder.glob("openvino_model.*"))]
+    texts = [folder / name for name in names if (folder / name).is_file()]
+    return [*texts, *sorted(folder.glob("*.safetensors")), *sorted(folder.glob("openvino_model.*"))]
 
 
 def read(record: Path) -> dict[str, Any]:
-    """A contract as written. Raises: ModelError (there is none, it cannot be read, or it is of another version)."""
+    """A contract as it is in its file. Raises: ModelError (it is missing, cannot be read, or has another version)."""
     try:
         value: Any = json.loads(record.read_text("utf-8"))
     except FileNotFoundError:
@@ -277,17 +273,17 @@ def read(record: Path) -> dict[str, Any]:
 
 
 def check_unchanged(record: Path, template: Template) -> list[Check]:
-    """Whether a model's files and template are those its contract was written for; nothing is computed.
+    """Whether a model's files and template are those its contract was written for. No model is loaded.
 
-    Hashes are remembered by size and time of change, so that only the first look reads gigabytes.
+    Hashes are cached by size and modification time, so only the first call reads gigabytes.
 
     Raises: ModelError, as `read`.
     """
     contract = read(record)
     files: dict[str, str] = contract["files"]
-    there = [record.parent / name for name in files if (record.parent / name).is_file()]
-    found = cached_file_hashes(record.parent, there)
-    changed = [name for name, digest in files.items() if found.get(name) != digest]
+    existing = [record.parent / name for name in files if (record.parent / name).is_file()]
+    hashes = cached_file_hashes(record.parent, existing)
+    changed = [name for name, digest in files.items() if hashes.get(name) != digest]
     same = template.digest == contract["template"].get("sha256")
     return [
         Check("files", not changed, f"changed or missing: {', '.join(changed)}" if changed else "as recorded"),
@@ -296,7 +292,7 @@ def check_unchanged(record: Path, template: Template) -> list[Check]:
 
 
 async def verify(record: Path, engine: Engine) -> Check:
-    """Hold what a model gives its probes, now and in this engine, against its contract. Raises: ModelError, as `read`."""
+    """Compare the log-probabilities of the probes in an engine with those in the contract. Raises: ModelError, as `read`."""
     contract = read(record)
     name = f"engine {engine.name}"
     try:
@@ -309,7 +305,7 @@ async def verify(record: Path, engine: Engine) -> Check:
         raise ModelError(f"the contract is damaged: {error!r}", where=str(record)) from None
     tolerance = TOLERANCES.get(contract["form"].rpartition(" ")[2], ACROSS_ENGINES)
     if tolerance.mean < ACROSS_ENGINES.mean:
-        tolerance = ACROSS_ENGINES  # who wrote the contract may have been another engine
+        tolerance = ACROSS_ENGINES  # the contract may have been measured in another engine
     return compare_logprobs(name, measured, recorded, tolerance)
 
 
@@ -318,7 +314,7 @@ def _finite(value: Any) -> Any:
 
 
 def raise_if_failed(checks: Sequence[Check], *, where: Path) -> None:
-    """Raise for the checks that failed. Raises: ContractError."""
+    """Raises: ContractError (it lists the checks that failed)."""
     failed = [c for c in checks if not c.passed]
     if failed:
         raise ContractError(

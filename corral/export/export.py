@@ -1,11 +1,10 @@
-"""A merged model in another form, made, measured against its source, and kept only if it is the same model.
+"""Export a merged model to another form, compare it with its source, and keep it only if it is the same model.
 
-Each form is proved twice. Its weights, read back and computed exactly, must give the log-probabilities that the source
-gives with its weights rounded in the same way: to rounding of float32, whatever the form, so that a wrong rotary rule, row
-order or scale cannot hide behind the loss of quantisation. And the form as it will be served must not lose more on the
-probes than its type may.
+There are two comparisons of log-probabilities on a set of probes:
 
-This module does not know how the forms are written (`model`) or compared (`contract`).
+- The form's weights, read back and computed in float32, against the source with its weights rounded in the same way. They must
+  agree to float32 rounding, whatever the form, so a wrong rotary rule, row order or scale cannot hide behind quantisation.
+- The form as it will be served against the source. The loss may rise by what its type allows.
 """
 
 from __future__ import annotations
@@ -32,22 +31,22 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 ALLOWED_LOSS_INCREASE = {"f32": 1e-3, "f16": 0.01, "int8": 0.1, "q8_0": 0.02, "int4": 0.6, "q4_0": 0.6}
-"""How much a type may add to the loss on the probes (nats per token). Four bits cost a model of 135M parameters a quarter
-of a nat and one of billions a twentieth; held-out data say what it is worth, the contract only that nothing broke."""
+"""How much a type may add to the loss on the probes (nats per token). Four bits cost a model of 135M parameters a quarter of a
+nat and one of billions a twentieth. The contract only shows that nothing broke; held-out data show how good the form is."""
 
 
 def export_form(folder: Path, out: Path, form: ExportForm, progress: Progress) -> Path:
-    """Write a model folder's form into `out`, unless it is there already, made from the same weights and template.
+    """Export a model folder into `out`, unless `out` holds that form of the same weights and template already.
 
     Args:
         folder: a Hugging Face folder, as `corral run` merges it.
-        out: the export directory; it is made if need be, and other forms in it stay.
+        out: the export directory; it is created if it is missing, and other forms in it stay.
 
     Returns: `form.path(out)`.
 
     Raises:
-        ContractError: what was made is not the same model; it stays in `out` as a candidate, with its contract.
-        ModelError, MissingExtraError, StorageError: it cannot be made.
+        ContractError: the exported model differs from its source; it stays in `out` as a candidate, with its contract.
+        ModelError, MissingExtraError, StorageError: the model cannot be exported.
     """
     from corral.model.folder import check_folder, weight_files
     from corral.model.loading import load_tokenizer
@@ -63,43 +62,37 @@ def export_form(folder: Path, out: Path, form: ExportForm, progress: Progress) -
         out.mkdir(parents=True, exist_ok=True)
     candidate = out / f"candidate-{form.target}-{form.type}"
     progress.start(f"Exporting to {form}", None)
-    make = _gguf_candidate if form.target == "gguf" else _openvino_candidate
-    with make(folder, candidate, form, template, progress) as made:
-        progress.start(f"Proving {form}", None)
-        served, checks = _check_candidate(folder, template, made, ALLOWED_LOSS_INCREASE[form.type])
-    contract.write(
-        candidate / form.contract_path(out).name,
-        template,
-        contract.make_probes(template),
-        served,
-        checks,
-        form=str(form),
-        files=made.files,
-        source=source,
-    )
+    build = _gguf_candidate if form.target == "gguf" else _openvino_candidate
+    with build(folder, candidate, form, template, progress) as built:
+        progress.start(f"Checking {form}", None)
+        served, checks = _check_candidate(folder, template, built, ALLOWED_LOSS_INCREASE[form.type])
+    contract_path = candidate / form.contract_path(out).name
+    probes = contract.make_probes(template)
+    contract.write(contract_path, template, probes, served, checks, form=str(form), files=built.files, source=source)
     contract.raise_if_failed(checks, where=candidate)
-    _promote(candidate, out, form)
+    _move_into_place(candidate, out, form)
     for check in checks:
         progress.say(f"contract of {form}, {check.name}: {check.detail}")
     return form.path(out)
 
 
-def _is_current(record: Path, source: dict[str, str], template: Template) -> bool:
+def _is_current(contract_path: Path, source: dict[str, str], template: Template) -> bool:
     try:
-        found = contract.read(record)
+        recorded = contract.read(contract_path)
     except ModelError:
         return False
-    whole = all((record.parent / name).is_file() for name in found["files"])
-    return whole and found["passed"] and found["source"] == source and found["template"]["sha256"] == template.digest
+    complete = all((contract_path.parent / name).is_file() for name in recorded["files"])
+    same = recorded["source"] == source and recorded["template"]["sha256"] == template.digest
+    return complete and same and recorded["passed"]
 
 
-def _promote(candidate: Path, out: Path, form: ExportForm) -> None:
+def _move_into_place(candidate: Path, out: Path, form: ExportForm) -> None:
     with storage_errors(out):
         if form.target == "openvino":
             remove_tree(form.path(out))
             candidate.rename(form.path(out))
             return
-        # The contract last: while it is missing, the form does not count as done.
+        # The contract last: without it, the form counts as unfinished.
         for path in sorted(candidate.iterdir(), key=lambda path: path.name.endswith(".contract.json")):
             path.replace(out / path.name)
         candidate.rmdir()
@@ -107,17 +100,18 @@ def _promote(candidate: Path, out: Path, form: ExportForm) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """A candidate, and what it takes to prove it."""
+    """An exported model that is not checked yet, and what the checks need."""
 
     files: list[Path]
-    """What the form is made of."""
-    speaks: Path
-    """A folder whose tokenizer, template and generation config are what the form says of itself."""
-    restored: Callable[[str, Any], Any]
-    """(name, float32 weight) → the weight as the form holds it."""
+    """All that answers depend on."""
+    text_folder: Path
+    """A folder with the tokenizer, template and generation config as they are in the form."""
+    stored_weight: Callable[[str, Any], Any]
+    """(name, float32 weight) → the weight as the form holds it, in float32."""
     exact: Callable[[], Engine]
+    """Loads an engine that computes the form in float32."""
     served: Callable[[], Engine] | None
-    """An engine that computes the form as it will be served, where that is not the exact one."""
+    """Loads an engine that computes the form as it will be served, if that is another."""
 
 
 @contextmanager
@@ -136,13 +130,13 @@ def _openvino_candidate(
         template.save(new)
         for licence in licence_texts(folder):
             shutil.copyfile(licence, new / licence.name)
-        unlike = openvino_graph.write_tokenizer(template, new)
-    if unlike:
-        progress.say(f"OpenVINO's own tokenizer is left out, as it gives other ids for {unlike!r}")
+        differing_text = openvino_graph.write_tokenizer(template, new)
+    if differing_text:
+        progress.say(f"OpenVINO's own tokenizer is left out, as it gives other ids for {differing_text!r}")
     yield _Candidate(
         files=contract.model_files(candidate),
-        speaks=candidate,
-        restored=lambda name, weight: openvino_graph.stored_weight(name, weight, precision),
+        text_folder=candidate,
+        stored_weight=lambda name, weight: openvino_graph.stored_weight(name, weight, precision),
         exact=lambda: OpenVinoEngine(candidate, exact=True),
         served=None if precision in ("f32", "f16") else lambda: OpenVinoEngine(candidate),
     )
@@ -167,22 +161,22 @@ def _gguf_candidate(
             shutil.copyfile(licence, new / licence.name)
     path = form.path(candidate)
     types = {tensor.name: tensor.type for tensor in gguf_reader.read_header(path).tensors}
-    with tempfile.TemporaryDirectory(dir=candidate.parent, prefix=".corral-") as back:
+    with tempfile.TemporaryDirectory(dir=candidate.parent, prefix=".corral-") as read_back:
         with quiet():
-            gguf_reader.convert_to_folder(path, Path(back))
+            gguf_reader.convert_to_folder(path, Path(read_back))
         yield _Candidate(
             files=[path],
-            speaks=Path(back),
-            restored=lambda name, weight: gguf_writer.stored_weight(name, weight, types),
-            exact=lambda: TransformersEngine(load_model(Path(back))),
+            text_folder=Path(read_back),
+            stored_weight=lambda name, weight: gguf_writer.stored_weight(name, weight, types),
+            exact=lambda: TransformersEngine(load_model(Path(read_back))),
             served=None,
         )
 
 
 def _check_candidate(
-    folder: Path, template: Template, made: _Candidate, allowed: float
+    folder: Path, template: Template, candidate: _Candidate, allowed: float
 ) -> tuple[list[list[float]], list[Check]]:
-    """What the form, as served, gives the probes; and every check of it."""
+    """The log-probabilities that the form, as served, gives the probes; and all checks."""
     import torch
 
     from corral.engines.transformers import TransformersEngine
@@ -191,33 +185,37 @@ def _check_candidate(
     probe_set = contract.make_probes(template)
     model: Any = load_model(folder)
 
-    def source(probes: Sequence[contract.Probe]) -> list[list[float]]:
+    def measure_source(probes: Sequence[contract.Probe]) -> list[list[float]]:
         return _with_engine(lambda: TransformersEngine(model), lambda engine: contract.measure(engine, probes))
 
-    full = source(probe_set)
+    full = measure_source(probe_set)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(made.restored(name, parameter.numpy())))
-    exact = _with_engine(made.exact, lambda engine: contract.measure(engine, probe_set))
-    answers = _with_engine(made.exact, lambda engine: contract.measure_greedy(engine, probe_set))
-    served = _with_engine(made.served, lambda engine: contract.measure(engine, probe_set)) if made.served else exact
+            parameter.copy_(torch.from_numpy(candidate.stored_weight(name, parameter.numpy())))
+    exact = _with_engine(candidate.exact, lambda engine: contract.measure(engine, probe_set))
+    answers = _with_engine(candidate.exact, lambda engine: contract.measure_greedy(engine, probe_set))
+    served = (
+        _with_engine(candidate.served, lambda engine: contract.measure(engine, probe_set))
+        if candidate.served
+        else exact
+    )
     return served, [
-        contract.check_token_ids(template, made.speaks),
-        contract.check_stop_ids(template, made.speaks),
-        contract.compare_logprobs("weights", exact, source(probe_set), contract.ACROSS_ENGINES),
+        contract.check_token_ids(template, candidate.text_folder),
+        contract.check_stop_ids(template, candidate.text_folder),
+        contract.compare_logprobs("weights", exact, measure_source(probe_set), contract.ACROSS_ENGINES),
         contract.compare_logprobs(
             "greedy answers",
             [values for _, values in answers],
-            source([probe for probe, _ in answers]),
+            measure_source([probe for probe, _ in answers]),
             contract.ACROSS_ENGINES,
         ),
         contract.compare_losses("as served", served, full, allowed),
     ]
 
 
-def _with_engine(make: Callable[[], Engine], ask: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
-    async def asked() -> T:
-        async with make() as engine:
-            return await ask(engine)
+def _with_engine(load: Callable[[], Engine], use: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
+    async def run() -> T:
+        async with load() as engine:
+            return await use(engine)
 
-    return asyncio.run(asked())
+    return asyncio.run(run())

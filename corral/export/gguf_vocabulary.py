@@ -22,14 +22,11 @@ from typing import Any, cast
 
 from corral.errors import ModelError
 from corral.model.loading import load_tokenizer, quiet
+from corral.model.meta_tokenizer import LLAMA3_SPLIT
 from corral.template import Template
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _SPACE = "\u2581"
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\b")
 _STOPS = ("eos", "eot", "eom")
@@ -218,7 +215,7 @@ def _splitting_rule(state: dict[str, Any], refuse: _Refusal) -> str:
 
 
 def _is_llama3_split(part: dict[str, Any]) -> bool:
-    return part["pattern"] == {"Regex": _LLAMA3_SPLIT} and part["behavior"] == "Isolated" and not part["invert"]
+    return part["pattern"] == {"Regex": LLAMA3_SPLIT} and part["behavior"] == "Isolated" and not part["invert"]
 
 
 def _byte_characters() -> list[str]:

@@ -1,4 +1,4 @@
-"""Where to compute and in what numbers: a recipe's `auto` resolved on this machine. Knows nothing about models."""
+"""Device, dtype and pack length for this machine: what `auto` in a recipe means."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from corral.errors import ModelError
 if TYPE_CHECKING:
     from corral.model.loading import DType
 
-# A GPU wants long passes to be busy; a CPU is as fast with short ones, which need less memory.
+# A GPU needs long passes to be busy; a CPU is as fast with short ones, which need less memory.
 _PACK_LENGTHS = {"cuda": 8192, "cpu": 512}
 
 
-def pack_length(asked: int | None, longest: int, device: str) -> int:
-    """Most tokens of one forward pass in training.
+def pack_length(configured: int | None, longest: int, device: str) -> int:
+    """The most tokens of one forward pass in training.
 
     Args:
-        asked: by the recipe, if it does.
-        longest: most tokens of an example.
+        configured: the recipe's value, if it has one.
+        longest: tokens of the longest example.
         device: as torch names it.
     """
-    return asked or max(_PACK_LENGTHS[device.partition(":")[0]], longest)
+    return configured or max(_PACK_LENGTHS[device.partition(":")[0]], longest)
 
 
 def choose_device(
@@ -30,7 +30,7 @@ def choose_device(
     """(device, dtype). `auto` is the first GPU, else the CPU; and bfloat16 on a GPU that has it, float32 on a CPU.
 
     Raises:
-        ModelError: a GPU is asked for, and there is none.
+        ModelError: `device` is "cuda", and there is no GPU.
     """
     import torch
 
@@ -39,6 +39,6 @@ def choose_device(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
-        # bfloat16 works on most CPUs, and is several times slower there than float32 where the processor only emulates it.
+        # bfloat16 works on most CPUs, but is several times slower than float32 on those that emulate it.
         dtype = "float32" if device == "cpu" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
     return device, dtype

@@ -23,9 +23,9 @@ def download(spec: str, *, offline: bool, say: Callable[[str], None]) -> Path:
     """The folder of `hub:OWNER/NAME[@REVISION]`; its name is the commit.
 
     Args:
-        spec: with the `hub:` prefix; without a revision the main branch is meant.
-        offline: only look into the hub library's cache.
-        say: told in words what takes time.
+        spec: with the `hub:` prefix; without a revision, the main branch.
+        offline: look only in the hub library's cache.
+        say: called with a message before the download.
 
     Raises:
         ModelError: no such model or revision, gated, private, or not reachable; it says what to do.
@@ -72,7 +72,7 @@ def explain_hub_error(
     page = f"{constants.ENDPOINT}/{'' if kind == 'model' else 'datasets/'}{repo}"
     terms = "licence" if kind == "model" else "terms"
     token = "make a token there, then set HF_TOKEN or run `hf auth login`"
-    # A refusal other than 401 comes wrapped in "not in the local cache".
+    # An HTTP status other than 401 comes as the cause of a "not in the local cache" error.
     causes = list(_causes(error))
     statuses = (getattr(getattr(cause, "response", None), "status_code", None) for cause in causes)
     status: int | None = next((status for status in statuses if status is not None), None)

@@ -1,10 +1,4 @@
-"""What a recipe calls a model → a folder of safetensors → a model and a tokenizer in memory.
-
-`resolve` ends in a plain Hugging Face folder, whatever it starts from, and has it checked (`model.folder`) before
-anything is loaded.
-
-This module knows nothing about adapters, templates or training, nor how quantised weights compute.
-"""
+"""Load models and tokenizers: from the name in a recipe to a checked folder of safetensors, and from there into memory."""
 
 from __future__ import annotations
 
@@ -40,8 +34,8 @@ class ModelSource:
     Args:
         spec: as the recipe names it.
         folder: safetensors, config and tokenizer.
-        revision: what `spec` meant when it was resolved: the hub's commit, the sha256 of the GGUF file or of the list of
-            Meta's files it was made from, or "" for a folder.
+        revision: which version of `spec` this is: the hub's commit, the sha256 of the GGUF file or of the list of Meta's files
+            that the folder was converted from, or "" for a folder.
         licence_files: texts that must travel with the model and with what is made from it.
         identity: sha256 over weights, config and tokenizer: equal content, equal identity, wherever it lies.
     """
@@ -54,22 +48,21 @@ class ModelSource:
 
 
 def resolve_model(spec: str, *, offline: bool = False, progress: Callable[[str], None] | None = None) -> ModelSource:
-    """Finds or makes the folder of `asset:NAME`, `hub:OWNER/NAME[@REVISION]`, a local folder or a local `.gguf` file.
+    """The checked folder of `asset:NAME`, `hub:OWNER/NAME[@REVISION]`, a local folder or a local `.gguf` file.
 
-    A local folder may hold Meta's own checkpoint (`meta_checkpoint`). Downloads and conversions happen once and are kept in
-    the cache.
+    A local folder may hold Meta's own checkpoint (`meta_checkpoint`). Downloads and conversions are kept in the cache.
 
     Args:
         spec: one of the four forms.
         offline: never download.
-        progress: told in words what takes time, and the licence of what was downloaded.
+        progress: called with messages about steps that take time, and with the licence of what was downloaded.
 
     Raises:
-        ModelError: it is not found, not reachable, gated, damaged, or of a kind that corral does not load.
+        ModelError: the model is not found, not reachable, gated, damaged, or of a kind that corral does not load.
         AssetError: an unknown, unreachable or damaged asset.
         StorageError: the cache cannot be written.
     """
-    say = progress or _silent
+    say = progress or (lambda _: None)
     revision = ""
     licences: list[Path] | None = None
     if spec.startswith("asset:"):
@@ -110,12 +103,12 @@ def load_model(
         dtype: of the weights in memory, whatever they are stored in.
         device: as torch names it.
         attention: name of an attention implementation known to transformers.
-        quantization: quantise the linear layers while loading, on the device, part by part; all else stays in `dtype`.
+        quantization: quantise the linear layers on the device while loading; all else stays in `dtype`.
 
     Raises:
         MissingExtraError: quantised weights need bitsandbytes, and it is not installed.
-        ModelError: the folder is not a whole Llama-family model; also when a weight is missing, too many, or of the wrong
-            shape, where transformers would fill in random numbers or drop it.
+        ModelError: the folder is not a complete Llama-family model. This includes missing, unexpected and misshapen weights,
+            for which transformers would use random numbers or which it would drop.
     """
     folder = source.folder if isinstance(source, ModelSource) else source
     check_folder(folder)
@@ -169,10 +162,10 @@ def load_model(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model folder, exactly as its `tokenizer.json` states it.
+    """The tokenizer of a model folder, exactly as its `tokenizer.json` defines it.
 
-    transformers' automatic choice may rebuild a tokenizer by its class name, with other splitting rules; it is used only
-    for folders without a `tokenizer.json`.
+    transformers' AutoTokenizer may rebuild a tokenizer by its class name, with other splitting rules. It is used only for
+    folders without a `tokenizer.json`.
 
     Raises:
         ModelError: there is no tokenizer, or it cannot be read.
@@ -200,17 +193,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def untrained_special_tokens(model: PreTrainedModel, token_ids: Sequence[int]) -> list[int]:
-    """Which of `token_ids` the model never learnt, judged by their input embeddings.
+    """Those of `token_ids` that look untrained in the model's input embeddings.
 
     A row is untrained if it is zero, its norm is below a tenth of the median norm, it equals another row bit for bit (as
-    reserved rows do that were filled alike), or it does not exist.
+    reserved rows often do), or it does not exist.
 
     Args:
         model: its input embedding has shape [vocabulary, hidden].
         token_ids: ids to judge.
 
-    Returns:
-        The untrained ones, in the given order.
+    Returns: the untrained ones, in the given order.
     """
     import torch
 
@@ -221,15 +213,15 @@ def untrained_special_tokens(model: PreTrainedModel, token_ids: Sequence[int]) -
     def untrained(token: int) -> bool:
         if not 0 <= token < len(weight) or norms[token] == 0 or norms[token] < least:
             return True
-        alike = (norms == norms[token]).nonzero()[:, 0].tolist()  # equal rows have equal norms: few are left to compare
-        return any(other != token and torch.equal(weight[other], weight[token]) for other in alike)
+        same_norm = (norms == norms[token]).nonzero()[:, 0].tolist()  # equal rows have equal norms, so few are compared
+        return any(other != token and torch.equal(weight[other], weight[token]) for other in same_norm)
 
     return [token for token in token_ids if untrained(token)]
 
 
 @contextmanager
 def quiet() -> Generator[None]:
-    """Keeps the progress bars and advice of transformers and huggingface_hub off the user's screen; errors still raise."""
+    """Silence the progress bars and log messages of transformers and huggingface_hub. Errors still raise."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
@@ -242,7 +234,7 @@ def quiet() -> Generator[None]:
     disable_progress_bars()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of peft calling what transformers renamed
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses names that transformers deprecated
             yield
     finally:
         logging.set_verbosity(verbosity)
@@ -252,13 +244,9 @@ def quiet() -> Generator[None]:
             enable_progress_bars()
 
 
-def _silent(_: str) -> None:
-    return
-
-
 def _names(keys: Any) -> list[str]:
     names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
-    # Old Llama-2 folders store a buffer that is computed now.
+    # Old Llama-2 folders store this buffer; transformers now computes it.
     return [name for name in names if not name.endswith("rotary_emb.inv_freq")]
 
 
@@ -279,7 +267,7 @@ def _from_asset(name: str, offline: bool, say: Callable[[str], None]) -> tuple[P
 
 
 def _from_gguf(path: Path, label: str, sha256: str, say: Callable[[str], None]) -> Path:
-    """The folder made from a GGUF file of that hash, from the cache or made now."""
+    """The converted folder of a GGUF file with that hash, from the cache or converted now."""
 
     def needed() -> int:
         return 4 * sum(prod(tensor.shape) for tensor in gguf_reader.read_header(path).tensors)
@@ -291,7 +279,7 @@ def _from_gguf(path: Path, label: str, sha256: str, say: Callable[[str], None]) 
 
 
 def _from_meta(path: Path, say: Callable[[str], None]) -> tuple[Path, str]:
-    """The folder made from a checkpoint of Meta's with those files, from the cache or made now; what they hash to."""
+    """The converted folder of a checkpoint of Meta's, from the cache or converted now; and the hash of its files."""
     files = meta_checkpoint.checkpoint_files(path)
     try:
         hashes = cached_file_hashes(path, files)
@@ -319,7 +307,7 @@ def _converted(
     write: Callable[[Path], None],
     say: Callable[[str], None],
 ) -> Path:
-    """The cache's folder of what `content` identifies; made by `write`, with `needed` bytes free, if it is not there."""
+    """The cached folder for `content`, an identifier. If it is missing, `write` makes it; it needs `needed` free bytes."""
     key = hashlib.sha256(content.encode()).hexdigest()[:12]
     folder = cache_root() / "models" / f"{label}-{key}"
     with file_lock(folder.with_name(f"{folder.name}.lock")):

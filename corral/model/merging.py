@@ -1,7 +1,4 @@
-"""A trained model as a plain Hugging Face folder that stands by itself.
-
-Knows nothing about whether the result is good: `contract` measures it.
-"""
+"""Merge an adapter into its model, and save a trained model as a complete Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def merge_adapter(model: PeftModel) -> PreTrainedModel:
-    """The model with the adapter's update added to its weights, which must not be quantised. The adapted one is consumed.
+    """The model with the adapter's update added to its weights, which must not be quantised. Consumes `model`.
 
     Raises:
         ModelError: the update is not finite.
@@ -51,13 +48,13 @@ def save_model(
 ) -> None:
     """Write a model into an existing folder.
 
-    The folder then holds safetensors weights, config, tokenizer, `chat_template.jinja` in the form that others render,
-    `generation_config.json` with every id that ends an answer, and the licence texts of the base. transformers and vLLM
-    load it as it is.
+    The folder then holds safetensors weights, config, tokenizer, `chat_template.jinja` as other programs render it,
+    `generation_config.json` with every id that ends an answer, and the base model's licence texts. transformers and vLLM load
+    it as it is.
 
     Args:
-        weights: the parameters by name, instead of those the model holds; with several processes it holds parts only.
-        dtype: what they are rounded to on disk; by default they are written as they are.
+        weights: the parameters by name, if the model itself holds only this process's part of them.
+        dtype: to round `weights` to; by default they are written as they are.
     """
     written: Any = model
     generation = written.generation_config
@@ -65,14 +62,14 @@ def save_model(
     generation.bos_token_id = template.tokenizer.bos_token_id
     pad: Any = template.tokenizer.pad_token_id
     generation.pad_token_id = template.stop_ids[0] if pad is None else pad
-    # The base's advice on sampling is for the base.
+    # The base model's sampling settings are not meant for the trained model.
     generation.do_sample, generation.temperature, generation.top_p, generation.top_k = False, None, None, None
     settings: dict[str, Any] = {}
     if weights is not None:
         settings["state_dict"] = {n: w.detach().to("cpu", dtype or w.dtype).contiguous() for n, w in weights.items()}
     with quiet():
         written.save_pretrained(str(folder), safe_serialization=True, **settings)
-    if dtype is not None:  # transformers writes down what the model itself is in
+    if dtype is not None:  # transformers records the dtype of the model in memory
         config = json.loads((folder / "config.json").read_text("utf-8"))
         write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
     template.save(folder)

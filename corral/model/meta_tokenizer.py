@@ -24,10 +24,11 @@ from corral.errors import ModelError
 _SPACE = "\u2581"
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # kinds of pieces
 _BPE = 2  # a kind of model
-_SPLIT = (
+LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+"""How Llama 3 splits text into words."""
 _SPECIALS = 256
 _LLAMA_3 = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
 _LLAMA_3_1 = _LLAMA_3 | {4: "finetune_right_pad_id", 8: "eom_id", 10: "python_tag"}
@@ -93,7 +94,7 @@ def _tiktoken(data: bytes, scaled_rope: bool) -> MetaTokenizer:
     backend: Any = Tokenizer(models.BPE(vocab=vocab, merges=_merges(list(vocab), vocab), ignore_merges=True))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

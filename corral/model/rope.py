@@ -1,10 +1,7 @@
-"""Rotary position embeddings as GGUF files state them: Llama-3.1's scaling as one divisor per frequency, and back.
+"""Convert Llama-3.1's rotary scaling between transformers' rule and a GGUF file's divisors.
 
-transformers keeps the rule (`rope_type: llama3` with four numbers), a GGUF file what the rule gives: `rope_freqs.weight`, by
-which llama.cpp divides each frequency. One direction is arithmetic; the other is solved for and then proved by computing
-the divisors again.
-
-This module knows nothing about files, other kinds of scaling, or how attention uses the frequencies.
+transformers stores the rule (`rope_type: llama3` with four numbers); a GGUF file stores its result, `rope_freqs.weight`, by
+which llama.cpp divides each frequency. From divisors, a rule is solved for and then checked by computing the divisors again.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ _AGREE = 2e-6
 
 
 def llama3_divisors(config: Any) -> NDArray[np.float32]:
-    """What each rotary frequency is divided by, by transformers' own rule.
+    """The divisor of each rotary frequency, by transformers' own rule.
 
     Args:
         config: a LlamaConfig whose `rope_parameters` are of type llama3.
@@ -38,10 +35,10 @@ def llama3_divisors(config: Any) -> NDArray[np.float32]:
 
 
 def llama3_parameters(divisors: NDArray[np.float32], theta: float) -> dict[str, Any] | None:
-    """The rule that gives these divisors, as transformers' `rope_parameters`; None if none is found that proves equal.
+    """The rule that gives these divisors, as transformers' `rope_parameters`; None if no rule is found.
 
-    The rule has one degree of freedom that changes nothing (both frequency factors and the original length times any
-    number), so the published low factor, 1, stands for all.
+    Multiplying both frequency factors and the original length by a number changes nothing, so the low factor is taken as 1, as
+    published.
 
     Args:
         divisors: [head_dim / 2], of a `rope_freqs.weight`.
@@ -71,7 +68,7 @@ def llama3_parameters(divisors: NDArray[np.float32], theta: float) -> dict[str, 
             num_attention_heads=1,
             head_dim=dimension,
             rope_parameters=rule,
-            # Only a bound here: transformers asks that the original length is not longer.
+            # transformers requires this to be no less than the original length.
             max_position_embeddings=max(original, 1) * 2,
         )
         if np.allclose(llama3_divisors(config), values, rtol=_AGREE, atol=0):

@@ -1,8 +1,7 @@
-"""Weights in 8 and 4 bits by rounding to nearest: a matrix → small integers with scales, and back.
+"""Round weights to 8 and 4 bits (a matrix → small integers with scales), and back.
 
-`int8` is symmetric with one scale for each output row. `int4` is asymmetric with a scale and a zero point for each 32
-weights of a row, as GPTQ (arXiv 2210.17323) calls its round-to-nearest baseline. Pure arithmetic on arrays; this module
-knows nothing about models, files or who computes with the result.
+`int8` is symmetric, with one scale for each output row. `int4` is asymmetric, with a scale and a zero point for each 32
+weights of a row: the round-to-nearest baseline of GPTQ (arXiv 2210.17323).
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 GROUP = 32
-"""Weights that share a scale in int4. Small groups cost half a bit per weight more than groups of 128, and are what
-keeps a model of 135M parameters usable; 32 also divides the width of every Llama."""
+"""Weights that share a scale in int4. Groups of 32 cost half a bit per weight more than groups of 128, but keep a model of
+135M parameters usable, and 32 divides the width of every Llama."""
 
 Floats: TypeAlias = NDArray[np.float32]
 
@@ -28,7 +27,7 @@ class Int8:
     scales: NDArray[np.float16]
 
     def dequantise(self) -> Floats:
-        """What a program computes with: float32 [rows, columns]."""
+        """The rounded weights, float32 [rows, columns]."""
         return self.values.astype(np.float32) * self.scales.astype(np.float32)
 
 
@@ -41,7 +40,7 @@ class Int4:
     scales: NDArray[np.float16]
 
     def dequantise(self) -> Floats:
-        """What a program computes with: float32 [rows, columns]."""
+        """The rounded weights, float32 [rows, columns]."""
         whole = (self.values.astype(np.float32) - self.zeros.astype(np.float32)) * self.scales.astype(np.float32)
         return whole.reshape(len(whole), -1)
 
@@ -77,6 +76,6 @@ def pack_int4(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _scales(exact: Floats) -> NDArray[np.float16]:
-    """float16 scales over zero: the smallest normal float16 at least, as below it they lose their precision."""
+    """float16 scales, at least the smallest normal float16: smaller ones lose precision."""
     tiny = float(np.finfo(np.float16).tiny)
     return np.maximum(exact, tiny).astype(np.float16)

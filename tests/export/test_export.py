@@ -48,7 +48,7 @@ FORMS = [ExportForm(to, kind) for to, kinds in EXPORT_TYPES.items() for kind in 
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_each_form_is_proved_and_carries_its_contract(source: Path, tmp_path: Path, form: ExportForm) -> None:
+def test_each_form_passes_its_checks_and_carries_its_contract(source: Path, tmp_path: Path, form: ExportForm) -> None:
     place = export.export_form(source, tmp_path, form, Progress())
     assert place == form.path(tmp_path)
     assert place.exists()
@@ -121,7 +121,7 @@ def other_template(folder: Path) -> None:
 
 @pytest.mark.parametrize("form", [ExportForm("openvino", "f32"), ExportForm("gguf", "f16")], ids=str)
 @pytest.mark.parametrize(("fault", "name"), [(without_end, "stop ids"), (other_template, "token ids")])
-def test_a_form_that_says_something_else_of_itself_is_refused(
+def test_a_form_with_another_tokenizer_template_or_stop_id_is_refused(
     source: Path,
     tmp_path: Path,
     form: ExportForm,
@@ -129,26 +129,26 @@ def test_a_form_that_says_something_else_of_itself_is_refused(
     name: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    make = {"gguf": "_make_gguf", "openvino": "_make_openvino"}[form.target]
+    make = {"gguf": "_gguf_candidate", "openvino": "_openvino_candidate"}[form.target]
     real = getattr(export, make)
 
     def faulty(folder: Path, candidate: Path, form: ExportForm, template: Template, progress: Progress) -> Any:
         wrong = Path(shutil.copytree(folder, tmp_path / "wrong"))
         fault(wrong)
-        return real(wrong, candidate, form, _spoken(wrong), progress)
+        return real(wrong, candidate, form, _template_of(wrong), progress)
 
     monkeypatch.setattr(export, make, faulty)
     with pytest.raises(ContractError, match=name):
         export.export_form(source, tmp_path / "out", form, Progress())
 
 
-def _spoken(folder: Path) -> Template:
+def _template_of(folder: Path) -> Template:
     from corral.model.loading import load_tokenizer
 
     return Template.load(load_tokenizer(folder))
 
 
-def test_what_is_there_already_is_left_and_what_is_stale_is_made_anew(source: Path, tmp_path: Path) -> None:
+def test_a_current_export_is_kept_and_a_stale_one_is_made_again(source: Path, tmp_path: Path) -> None:
     form = ExportForm("openvino", "f32")
     folder = Path(shutil.copytree(source, tmp_path / "model"))
     place = export.export_form(folder, tmp_path / "out", form, Progress())
@@ -161,7 +161,7 @@ def test_what_is_there_already_is_left_and_what_is_stale_is_made_anew(source: Pa
     with torch.no_grad():
         model.model.norm.weight.mul_(1.1)
     model.save_pretrained(folder)
-    Template.load(_spoken(source).tokenizer).save(folder)
+    Template.load(_template_of(source).tokenizer).save(folder)
     shutil.copy(source / "generation_config.json", folder)
     export.export_form(folder, tmp_path / "out", form, told)
     assert (place / openvino_graph.MODEL_FILE).stat().st_mtime_ns != before
@@ -170,7 +170,7 @@ def test_what_is_there_already_is_left_and_what_is_stale_is_made_anew(source: Pa
     assert (place / openvino_graph.MODEL_FILE).with_suffix(".bin").is_file()
 
 
-def test_forms_are_taken_over_from_an_older_export(source: Path, tmp_path: Path) -> None:
+def test_forms_are_copied_from_an_older_export(source: Path, tmp_path: Path) -> None:
     forms = [ExportForm("openvino", "f32"), ExportForm("gguf", "q8_0")]
     for form in forms:
         export.export_form(source, tmp_path / "old", form, Progress())
@@ -182,7 +182,7 @@ def test_forms_are_taken_over_from_an_older_export(source: Path, tmp_path: Path)
         assert "already done" in told.lines[0]
 
 
-def test_a_type_that_a_target_does_not_have_is_refused_with_those_it_has() -> None:
+def test_an_unknown_type_is_refused_with_a_list_of_the_known_ones() -> None:
     with pytest.raises(InputError, match="q8_0") as caught:
         ExportForm("openvino", "q8_0")
     assert "int8, int4" in str(caught.value)
