@@ -83,7 +83,7 @@ def test_int4_equals_torchs_own_quantisation_by_group() -> None:
 @pytest.mark.parametrize("to", [to_int8, to_int4])
 @pytest.mark.parametrize("value", [0.0, 1e-30, -1e-30, 1e-6, 1.0, -3.0, 60000.0, -60000.0])
 def test_rows_of_one_value_stay_what_they_are(to: Any, value: float) -> None:
-    restored = to(np.full((2, GROUP), value, np.float32)).restored()
+    restored = to(np.full((2, GROUP), value, np.float32)).dequantise()
     assert np.abs(restored - value).max() <= max(abs(value) * 1e-3, TINY / 2)
 
 
@@ -91,7 +91,7 @@ def test_rows_of_one_value_stay_what_they_are(to: Any, value: float) -> None:
 def test_one_large_weight_spoils_its_own_row_or_group_only(to: Any) -> None:
     weight = np.full((2, 2 * GROUP), 0.01, np.float32)
     weight[0, 0] = 1000
-    restored = to(weight).restored()
+    restored = to(weight).dequantise()
     assert np.allclose(restored[1], 0.01, rtol=1e-3)
     assert restored[0, 0] == pytest.approx(1000, rel=1e-3)
     assert (restored[0, GROUP:] == 0).all() == (to is to_int8), "int4 has a scale for each group"
