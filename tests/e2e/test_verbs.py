@@ -15,23 +15,8 @@ from corral.cli import main, parser
 from tests.conftest import corral
 
 ROOT = Path(__file__).parent.parent.parent
-VERBS = (
-    "init",
-    "run",
-    "plan",
-    "inspect",
-    "evaluate",
-    "compare",
-    "report",
-    "export",
-    "verify",
-    "chat",
-    "batch",
-    "serve",
-    "keys",
-    "assets",
-    "cache",
-)
+VERB_NAMES = "init run plan inspect evaluate compare report export verify chat batch serve keys assets cache"
+VERBS = VERB_NAMES.split()
 
 
 @pytest.mark.parametrize("verb", VERBS)
