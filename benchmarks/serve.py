@@ -71,26 +71,26 @@ def serve(options: argparse.Namespace) -> None:
 
     from corral.answering.answerer import Answerer
     from corral.answering.open_model import open_model
-    from corral.serving.admission import Bounds, Door
-    from corral.serving.api_keys import Keys
+    from corral.serving.admission import Admission, ServerLimits
+    from corral.serving.api_keys import KeyStore
     from corral.serving.app import build_app
-    from corral.serving.conversation_store import Conversations
+    from corral.serving.conversation_store import ConversationStore
     from corral.serving.database import Database
-    from corral.serving.generation import Served
-    from corral.serving.responses_routes import routes
-    from corral.serving.served_models import Models
-    from corral.serving.server import http_server
+    from corral.serving.generation import ServedModel
+    from corral.serving.responses_routes import build_router
+    from corral.serving.served_models import ServedModels
+    from corral.serving.server import build_http_server
 
     if options.delay:
         engines = {"model": scripted(options.delay), "slow": scripted(SLOW)}
-        models = Models([Served(Answerer(engine, template()), name) for name, engine in engines.items()])
+        models = ServedModels([ServedModel(Answerer(engine, template()), name) for name, engine in engines.items()])
     else:
-        models = Models([Served(open_model(MODEL, None).answerer, "model")])
+        models = ServedModels([ServedModel(open_model(MODEL, None).answerer, "model")])
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(Database(f"sqlite:///{folder}/db")) as database:
-        _, secret = Keys(database).add("bench")
-        door = Door(Bounds(at_once=options.places, waiting=options.waiting), Keys(database))
-        app = build_app(models, door, routers=[routes(models, Conversations(database), door)])
-        server = http_server(app, door)
+        _, secret = KeyStore(database).add("bench")
+        admission = Admission(ServerLimits(at_once=options.places, waiting=options.waiting), KeyStore(database))
+        app = build_app(models, admission, routers=[build_router(models, ConversationStore(database), admission)])
+        server = build_http_server(app, admission)
         listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         print(listener.getsockname()[1], secret, flush=True)
 
@@ -103,7 +103,7 @@ def serve(options: argparse.Namespace) -> None:
         async def work() -> None:
             await server.serve(sockets=[listener])
             await models.close()
-            await door.close()
+            await admission.close()
 
         asyncio.run(work())
 

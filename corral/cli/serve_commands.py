@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from corral.errors import InputError
 
 if TYPE_CHECKING:
-    from corral.serving.api_keys import Key, Used
+    from corral.serving.api_keys import Key, KeyUsage
 
 
 def add_serve(sub: Any, *, models: str, engines: tuple[str, ...], positive: Any) -> None:
@@ -55,9 +55,9 @@ def _add_database(sub: Any, what: str, more: str) -> None:
 
 def serve(args: argparse.Namespace) -> None:
     """Serve models over HTTP with the OpenAI protocol."""
-    from corral.serving.admission import Bounds
+    from corral.serving.admission import ServerLimits
     from corral.serving.database import default_url
-    from corral.serving.server import Place, Wanted
+    from corral.serving.server import ListenOptions, ModelOptions
     from corral.serving.server import serve as listen
 
     given = {"at_once": args.at_once, "waiting": args.waiting, "max_seconds": args.max_seconds}
@@ -67,9 +67,9 @@ def serve(args: argparse.Namespace) -> None:
                 f"{value} is not allowed", where=f"--{name.replace('_', '-')}", hint="give a greater number"
             )
     listen(
-        Wanted(args.model, args.engine, args.url, args.name, args.embeddings),
-        Place(args.host, args.port, args.insecure, args.cors),
-        Bounds(**{name: value for name, value in given.items() if value is not None}),
+        ModelOptions(args.model, args.engine, args.url, args.name, args.embeddings),
+        ListenOptions(args.host, args.port, args.insecure, args.cors),
+        ServerLimits(**{name: value for name, value in given.items() if value is not None}),
         None if args.database == "none" else args.database or default_url(),
     )
 
@@ -78,7 +78,7 @@ def keys(args: argparse.Namespace) -> dict[str, Any]:
     """Add, list or revoke API keys of a server."""
     import contextlib
 
-    from corral.serving.api_keys import Keys, today
+    from corral.serving.api_keys import KeyStore, today
     from corral.serving.database import Database, default_url
 
     quotas = (args.requests_per_minute, args.tokens_per_day, args.at_once, args.days)
@@ -90,7 +90,7 @@ def keys(args: argparse.Namespace) -> dict[str, Any]:
         what = f"{args.name!r} is given, and `list` takes no name" if args.name else "no key is named"
         raise InputError(what, where=f"keys {args.action}", hint="corral keys add NAME, or corral keys revoke NAME")
     with contextlib.closing(Database(args.database or default_url())) as database:
-        held = Keys(database)
+        held = KeyStore(database)
         match args.action:
             case "add":
                 return _add(held, args)
@@ -100,7 +100,7 @@ def keys(args: argparse.Namespace) -> dict[str, Any]:
                     print(f"revoked {key.name} ({key.id}); running servers refuse it within seconds")
                 return {"revoked": key.id, "name": key.name}
             case _:
-                return _list(held.all(), held.used(today()), args)
+                return _list(held.all(), held.usage_on(today()), args)
 
 
 def _add(held: Any, args: argparse.Namespace) -> dict[str, Any]:
@@ -124,10 +124,10 @@ def _add(held: Any, args: argparse.Namespace) -> dict[str, Any]:
     return {"name": key.name, "id": key.id, "key": secret}
 
 
-def _list(found: list[Key], used: dict[str, Used], args: argparse.Namespace) -> dict[str, Any]:
+def _list(found: list[Key], used: dict[str, KeyUsage], args: argparse.Namespace) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from corral.serving.api_keys import Used
+    from corral.serving.api_keys import KeyUsage
 
     rows: list[dict[str, Any]] = [
         {
@@ -136,9 +136,9 @@ def _list(found: list[Key], used: dict[str, Used], args: argparse.Namespace) -> 
             "created": key.created,
             "expires": key.expires,
             "revoked": key.revoked,
-            "works": key.works,
+            "works": key.is_active,
             **asdict(key.quota),
-            "tokens_today": used.get(key.id, Used()).tokens,
+            "tokens_today": used.get(key.id, KeyUsage()).tokens,
         }
         for key in found
     ]

@@ -1,2 +1,1 @@
-"""The server: what goes over the wire (`protocol`), what becomes of it (`completions`), routes (`app`), the process
-(`server`). Knows nothing about how a model was made."""
+"""The HTTP server: protocols as types, handlers that answer them, admission, keys, stored conversations, and the process."""

@@ -1,7 +1,7 @@
-"""Who may come in, how many at once, for how long, and what is counted of it.
+"""Admits requests for model work: quota, queue, deadline, client disconnect, and usage counts.
 
-Every request for work, on whichever route, goes through `Door.answer`: quota, queue, deadline, the client that goes, usage. It
-does not know what is asked or how it is answered: a request under way is Work to it.
+Every route that uses an engine goes through `Admission.handle`. What a request asks for, and how it is answered, is the
+business of its `RequestHandler`.
 """
 
 from __future__ import annotations
@@ -17,201 +17,197 @@ from typing import Any, Protocol
 from fastapi import Request, Response
 from pydantic import BaseModel
 
-from corral.serving.api_keys import Keys
-from corral.serving.auth import Caller, Callers
+from corral.serving.api_keys import KeyStore
+from corral.serving.auth import Accounts, Caller
 from corral.serving.http_responses import (
-    FAULT,
+    INTERNAL_ERROR,
     ClientGone,
     Event,
     EventStream,
     Outcome,
-    json_reply,
-    trace,
+    json_response,
+    traceback_without_message,
     while_connected,
 )
 from corral.serving.prometheus import Metrics
 from corral.serving.protocol import Refused, Usage
-from corral.serving.request_queue import Busy, Place, Places
-
-__all__ = ["Bounds", "Caller", "Door", "Event", "Work"]
+from corral.serving.request_queue import Busy, RequestQueue, Slot
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
-    """What all requests together, and one alone, may take of a server; what one may ask of a model is in Limits."""
+class ServerLimits:
+    """Limits of the whole server and of its connections; `RequestLimits` holds those of one request."""
 
     at_once: int = 128
-    """Requests that are worked on at the same time."""
+    """Requests that run at the same time."""
     waiting: int = 512
-    """Requests that wait for that."""
+    """Requests that wait in the queue."""
     max_seconds: float = 600
-    """From when a request has come whole to the end of its answer."""
+    """From when a request was received completely to the end of its response."""
     header_bytes: int = 16 * 2**10
-    """Request line and headers."""
+    """Size of request line and headers."""
     header_seconds: float = 10
-    """For which a connection may take over request line and headers."""
+    """Time to send request line and headers."""
     body_seconds: float = 30
-    """For which a request may take over its body."""
+    """Time to send a body."""
     stalled_seconds: float = 60
-    """For which a client may read nothing of what was sent."""
+    """Time without reading after which a client is disconnected."""
 
     @property
-    def under_way(self) -> int:
-        """Requests of any kind at the same time: those for work, and some for what takes no work."""
+    def max_open(self) -> int:
+        """Requests of any kind at the same time: those that run or wait, and some that need no engine."""
         return self.at_once + self.waiting + 64
 
 
-class Work(Protocol):
-    """A request under way, on whichever route."""
+class RequestHandler(Protocol):
+    """A request that an engine is working on."""
 
     @property
     def usage(self) -> Usage:
-        """The tokens of prompt and answer so far; read at any time, also while it works and after it was cancelled."""
+        """Tokens of prompt and answer so far; may be read at any time, also after `cancel`."""
         ...
 
-    def whole(self) -> Coroutine[Any, Any, BaseModel]:
-        """The answer."""
+    def result(self) -> Coroutine[Any, Any, BaseModel]:
+        """The complete response."""
         ...
 
     def events(self) -> AsyncGenerator[Event, None]:
-        """The events of a stream."""
+        """The events of a streamed response."""
         ...
 
     def cancel(self) -> None:
-        """Stop the work; harmless once it has ended. Called once it is over, however it ended."""
+        """Stop the work. Called once at the end of every request; does nothing if the work is done."""
         ...
 
 
-class Door:
-    """The one way to the engines.
+class Admission:
+    """The way to the engines for all requests of a server.
 
     Args:
-        keys: where keys are kept; None: anybody may ask.
+        keys: the API keys; None: no key is needed.
     """
 
-    def __init__(self, bounds: Bounds | None = None, keys: Keys | None = None) -> None:
-        self.bounds = bounds or Bounds()
-        self.callers = Callers(keys)
-        # Where there are no keys, all who ask are one.
-        reserved = 0 if keys is None or self.bounds.at_once == 1 else max(1, self.bounds.at_once // 8)
-        self.places = Places(self.bounds.at_once, self.bounds.waiting, reserved)
-        self.metrics = Metrics(self.places)
-        self.is_closing = False
-        """Whether new work is refused, so that what is under way may end."""
+    def __init__(self, limits: ServerLimits | None = None, keys: KeyStore | None = None) -> None:
+        self.limits = limits or ServerLimits()
+        self.accounts = Accounts(keys)
+        # Without keys all callers are one, so slots reserved for others would stay empty.
+        reserved = 0 if keys is None or self.limits.at_once == 1 else max(1, self.limits.at_once // 8)
+        self.queue = RequestQueue(self.limits.at_once, self.limits.waiting, reserved)
+        self.metrics = Metrics(self.queue)
+        self.is_draining = False
+        """Whether new work is refused because the server is shutting down."""
 
-    async def caller(self, request: Request) -> Caller:
-        """Who asks; the guard in front of the routes found it out."""
-        return request.state.caller
-
-    async def answer(
-        self, request: Request, make: Callable[[], Awaitable[Work]], *, stream: bool, model: str
+    async def handle(
+        self, request: Request, start: Callable[[], Awaitable[RequestHandler]], *, stream: bool, model: str
     ) -> Response:
-        """Answer a request whose body was read, whole or as a stream.
+        """Answer a request whose body was read, as one response or as a stream.
 
         Args:
-            make: begins the work; awaited once there is a place. It may raise Refused, and may be cancelled.
-            model: the name of a model that is served: never what a client wrote.
+            start: starts the work; awaited once a slot is free. It may raise Refused, and may be cancelled.
+            model: the name of a served model, for the metrics: never text from a client.
 
         Raises:
-            Refused: 429: the key's quota; 503: no place, or the server ends; 504: its time was up; what `make` and the work
-                raise.
+            Refused: 429: the key's quota is used up; 503: the queue is full, or the server is shutting down; 504: the
+                deadline passed; anything that `start` or the handler raises.
         """
-        self._admit(request.state.caller)
-        visit = _Visit(self, request.state.caller, model)
-        limit = asyncio.timeout_at(visit.deadline)
+        self._check_quota(request.state.caller)
+        admitted = _AdmittedRequest(self, request.state.caller, model)
+        timeout = asyncio.timeout_at(admitted.deadline)
         outcome: Outcome = "failed"
         response: Response | None = None
         try:
-            async with limit:
-                work = await while_connected(request.receive, visit.enter(make))
+            async with timeout:
+                handler = await while_connected(request.receive, admitted.start(start))
                 if stream:
-                    response = EventStream(visit.events(work), visit.end, visit.deadline, _late())
+                    response = EventStream(
+                        admitted.events(handler), admitted.finish, admitted.deadline, _deadline_error()
+                    )
                     return response
-                answer = await while_connected(request.receive, work.whole())
+                result = await while_connected(request.receive, handler.result())
                 outcome = "ended"
-                return json_reply(answer)
+                return json_response(result)
         except ClientGone:
             outcome = "gone"
             return Response(status_code=499)  # nobody reads it
         except TimeoutError:
-            if not limit.expired():
+            if not timeout.expired():
                 raise
             outcome = "late"
-            raise _late() from None
+            raise _deadline_error() from None
         finally:
             if response is None:
-                visit.end(outcome)
+                admitted.finish(outcome)
 
     async def close(self) -> None:
-        """Write down what was used."""
-        await self.callers.close()
+        """Write usage counts to the database."""
+        await self.accounts.close()
 
-    def _admit(self, caller: Caller) -> None:
+    def _check_quota(self, caller: Caller) -> None:
         """Raises: Busy."""
-        if self.is_closing:
-            what = "this server is ending, and takes no more requests"
+        if self.is_draining:
+            what = "this server is shutting down and takes no more requests"
             raise Busy(503, what, retry_seconds=5, code="shutting_down")
-        self.callers.admit(caller, self.places.seconds_each)
+        self.accounts.admit(caller, self.queue.seconds_per_request)
 
 
-def _late() -> Refused:
-    return Refused(504, "the time that this server gives a request was up", code="deadline_exceeded")
+def _deadline_error() -> Refused:
+    return Refused(504, "the request took longer than this server allows", code="deadline_exceeded")
 
 
-class _Visit:
-    """One request for work, from the queue to its end."""
+class _AdmittedRequest:
+    """One request within its quota, from the queue to its end."""
 
-    def __init__(self, door: Door, caller: Caller, model: str) -> None:
-        self.deadline = asyncio.get_running_loop().time() + door.bounds.max_seconds
-        self._door = door
+    def __init__(self, admission: Admission, caller: Caller, model: str) -> None:
+        self.deadline = asyncio.get_running_loop().time() + admission.limits.max_seconds
+        self._admission = admission
         self._caller = caller
         self._model = model
-        self._came = time.perf_counter()
-        self._place: Place | None = None
-        self._work: Work | None = None
+        self._arrived = time.perf_counter()
+        self._slot: Slot | None = None
+        self._handler: RequestHandler | None = None
         self._has_failed = False
 
-    async def enter(self, make: Callable[[], Awaitable[Work]]) -> Work:
-        """Wait for a place, and begin. Raises: Refused."""
-        door = self._door
+    async def start(self, start: Callable[[], Awaitable[RequestHandler]]) -> RequestHandler:
+        """Wait for a slot and start the work. Raises: Refused."""
+        admission = self._admission
         try:
-            self._place = await door.places.take(self._caller.key)
+            self._slot = await admission.queue.acquire(self._caller.key_id)
         except Busy:
-            door.callers.turned_away(self._caller)
+            admission.accounts.uncount_request(self._caller)
             raise
-        door.metrics.entered(self._seconds)
-        self._work = work = await make()
-        door.callers.began(self._caller, work)
-        return work
+        admission.metrics.observe_queue_time(self._seconds)
+        self._handler = handler = await start()
+        admission.accounts.started(self._caller, handler)
+        return handler
 
-    async def events(self, work: Work) -> AsyncGenerator[Event, None]:
-        """The work's events; a fault of ours is the last one."""
-        has_begun = False
+    async def events(self, handler: RequestHandler) -> AsyncGenerator[Event, None]:
+        """The handler's events; an unexpected exception becomes the last event."""
+        has_first_token = False
         try:
-            async with contextlib.aclosing(work.events()) as events:
+            async with contextlib.aclosing(handler.events()) as events:
                 async for event in events:
-                    if not has_begun and work.usage.completion_tokens:
-                        has_begun = True
-                        self._door.metrics.began(self._model, self._seconds)
+                    if not has_first_token and handler.usage.completion_tokens:
+                        has_first_token = True
+                        self._admission.metrics.observe_first_token(self._model, self._seconds)
                     yield event
         except Exception as error:
             self._has_failed = True
-            _log.error("a stream broke: %s", trace(error))
-            yield Event(FAULT.body().model_dump_json())
+            _log.error("a stream failed: %s", traceback_without_message(error))
+            yield Event(INTERNAL_ERROR.body().model_dump_json())
 
-    def end(self, outcome: Outcome) -> None:
-        """Leave: stop the work, count it, give the place back."""
-        door = self._door
-        if self._work is not None:
-            self._work.cancel()
+    def finish(self, outcome: Outcome) -> None:
+        """Stop the work, count its usage, release the slot."""
+        admission = self._admission
+        if self._handler is not None:
+            self._handler.cancel()
             outcome = "failed" if self._has_failed else outcome
-            door.metrics.ended(self._model, outcome, self._seconds, self._work.usage)
-        door.callers.left(self._caller, self._work)
-        if self._place is not None:
-            door.places.give_back(self._place)
+            admission.metrics.count_request(self._model, outcome, self._seconds, self._handler.usage)
+        admission.accounts.finished(self._caller, self._handler)
+        if self._slot is not None:
+            admission.queue.release(self._slot)
 
     @property
     def _seconds(self) -> float:
-        return time.perf_counter() - self._came
+        return time.perf_counter() - self._arrived

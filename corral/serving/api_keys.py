@@ -1,9 +1,8 @@
-"""Keys: made and shown once, kept as a hash, with a name, what they may use, and what they have used.
+"""API keys in the database: created and shown once, stored as a hash, with a name, a quota and usage per day.
 
-A key is `corral_ID_SECRET`. The id is public (lists, conversations and counts go by it), the secret is 256 random bits. What
-is kept is its SHA-256. Salt and slow hashes make up for passwords that can be guessed; nobody guesses 256 random bits, and a
-hash that takes long would be paid for with each request. It does not know requests: when a key is asked for, and what happens
-to who has none.
+A key is `corral_ID_SECRET`. The id is public: lists, conversations and usage refer to it. The secret is 256 random bits, and
+its SHA-256 is stored. Salt and slow hashes protect passwords that can be guessed; 256 random bits cannot, and a slow hash
+would delay every request.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from corral.errors import InputError
 from corral.serving.database import Base, Database
 
-_KEY = re.compile(r"corral_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
-_NAME = re.compile(r"(?![0-9a-f]{12}\Z)[^\W_][\w.@+-]{0,63}")  # none that could be the id of another key
+_KEY_FORMAT = re.compile(r"corral_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
+_NAME_FORMAT = re.compile(r"(?![0-9a-f]{12}\Z)[^\W_][\w.@+-]{0,63}")  # not 12 hex digits, as an id is
 
 
 class KeyRow(Base):
-    """A key. It stays when it is revoked, as conversations and counts belong to it."""
+    """A key. Revoked ones stay, because conversations and usage refer to them."""
 
     __tablename__ = "keys"
 
@@ -45,7 +44,7 @@ class KeyRow(Base):
     at_once: Mapped[int | None] = mapped_column(BigInteger)
 
     __table_args__ = (
-        # A name stands for one key at a time; a revoked one's can be given anew.
+        # Names of active keys are unique; the name of a revoked key may be used again.
         Index(
             "ux_keys_name",
             "name",
@@ -70,17 +69,17 @@ class UsageRow(Base):
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """What a key may use; None: as much as the server gives."""
+    """What a key may use; None means no limit of its own."""
 
     requests_per_minute: int | None = None
-    """In any 60 seconds, of each server process."""
+    """In any 60 seconds; counted by each server process for itself."""
     tokens_per_day: int | None = None
-    """Of prompts and answers, per day (UTC), of all server processes on one database."""
+    """Of prompts and answers, per day (UTC); counted over all server processes on one database."""
     at_once: int | None = None
-    """Requests under way or waiting, of each server process."""
+    """Running and waiting requests; counted by each server process for itself."""
 
 
-class Used(NamedTuple):
+class KeyUsage(NamedTuple):
     """What a key used on one day."""
 
     requests: int = 0
@@ -89,17 +88,17 @@ class Used(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Of prompts and answers."""
+        """Tokens of prompts and answers."""
         return self.prompt_tokens + self.completion_tokens
 
-    def plus(self, other: Used) -> Used:
-        """Both together."""
-        return Used(*(a + b for a, b in zip(self, other, strict=True)))
+    def plus(self, other: KeyUsage) -> KeyUsage:
+        """The sum of both."""
+        return KeyUsage(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A key as it is kept. Times are in seconds since 1970."""
+    """A stored key. Times are in seconds since 1970."""
 
     id: str
     name: str
@@ -111,35 +110,35 @@ class Key:
     quota: Quota
 
     @property
-    def works(self) -> bool:
-        """Whether it opens the door now."""
+    def is_active(self) -> bool:
+        """Whether the key is neither revoked nor expired."""
         return self.revoked is None and (self.expires is None or time.time() < self.expires)
 
-    def opens_with(self, secret: str) -> bool:
-        """Whether this is the key, compared in a time that does not depend on where they differ."""
-        return hmac.compare_digest(self.digest, digest(secret))
+    def matches(self, secret: str) -> bool:
+        """Whether `secret` is this key; compared in constant time."""
+        return hmac.compare_digest(self.digest, hash_key(secret))
 
 
-class Keys:
-    """The keys of a database. Its calls block, and wait for no connection that something else holds."""
+class KeyStore:
+    """The keys of a database. Its methods block, but use connections of their own, so that other calls do not delay them."""
 
     def __init__(self, database: Database) -> None:
-        self._database = database.apart()
+        self._database = database.with_own_connections()
 
     def add(self, name: str, quota: Quota | None = None, *, expires: int | None = None) -> tuple[Key, str]:
-        """Make a key.
+        """Create a key.
 
         Args:
-            name: for people; no key that works has it.
-            expires: when it ends, in seconds since 1970.
+            name: for people; unique among keys that are not revoked.
+            expires: in seconds since 1970.
 
-        Returns: the key, and what its owner sends: it is not kept and cannot be shown again.
+        Returns: the key, and the secret that its owner sends, which is not stored and cannot be shown again.
 
         Raises:
-            InputError: the name is in use, or is none.
-            DatabaseError: see `Database.session`.
+            InputError: the name is in use or invalid.
+            DatabaseError: see `Database.write_session`.
         """
-        if not _NAME.fullmatch(name):
+        if not _NAME_FORMAT.fullmatch(name):
             raise InputError(
                 f"{name!r} cannot be the name of a key",
                 hint="use up to 64 letters, digits and . _ - @ +, beginning with a letter or digit; not 12 hex digits",
@@ -150,7 +149,7 @@ class Keys:
         row = KeyRow(
             id=id_,
             name=name,
-            digest=digest(secret),
+            digest=hash_key(secret),
             created=int(time.time()),
             expires=expires,
             requests_per_minute=quota.requests_per_minute,
@@ -158,32 +157,32 @@ class Keys:
             at_once=quota.at_once,
         )
         try:
-            with self._database.session() as session:
+            with self._database.write_session() as session:
                 session.add(row)
         except IntegrityError:
             raise InputError(
                 f"there is a key named {name!r}", hint=f"take another name, or first: corral keys revoke {name}"
             ) from None
-        return _key(row), secret
+        return _from_row(row), secret
 
     def all(self) -> list[Key]:
-        """All keys, with those that work no more, oldest first. Raises: DatabaseError."""
-        with self._database.reading() as session:
-            return [_key(row) for row in session.scalars(select(KeyRow).order_by(KeyRow.created, KeyRow.id))]
+        """All keys, including revoked and expired ones, oldest first. Raises: DatabaseError."""
+        with self._database.read_session() as session:
+            return [_from_row(row) for row in session.scalars(select(KeyRow).order_by(KeyRow.created, KeyRow.id))]
 
     def revoke(self, name: str) -> Key:
-        """Take a key back; running servers know it within seconds.
+        """Revoke a key; running servers notice within seconds.
 
         Args:
-            name: its name, or its id.
+            name: the key's name or id.
 
         Raises:
-            InputError: no key that was not revoked has it.
-            DatabaseError: see `Database.session`.
+            InputError: there is no such key, or it was revoked before.
+            DatabaseError: see `Database.write_session`.
         """
-        with self._database.session() as session:
-            is_it = (KeyRow.name == name) | (KeyRow.id == name)
-            row = session.scalars(select(KeyRow).where(is_it, KeyRow.revoked.is_(None))).first()
+        with self._database.write_session() as session:
+            is_match = (KeyRow.name == name) | (KeyRow.id == name)
+            row = session.scalars(select(KeyRow).where(is_match, KeyRow.revoked.is_(None))).first()
             if row is None:
                 names = session.scalars(select(KeyRow.name).where(KeyRow.revoked.is_(None)).order_by(KeyRow.name)).all()
                 raise InputError(
@@ -192,59 +191,59 @@ class Keys:
                 )
             row.revoked = int(time.time())
             session.flush()
-            return _key(row)
+            return _from_row(row)
 
-    def used(self, day: str) -> dict[str, Used]:
-        """What each key used on a day, by key id. Raises: DatabaseError."""
-        with self._database.reading() as session:
+    def usage_on(self, day: str) -> dict[str, KeyUsage]:
+        """The usage of a day, by key id. Raises: DatabaseError."""
+        with self._database.read_session() as session:
             rows = session.scalars(select(UsageRow).where(UsageRow.day == day))
-            return {row.key: Used(row.requests, row.prompt_tokens, row.completion_tokens) for row in rows}
+            return {row.key: KeyUsage(row.requests, row.prompt_tokens, row.completion_tokens) for row in rows}
 
-    def count(self, day: str, used: Mapping[str, Used]) -> None:
-        """Add to what keys used on a day, by key id. Raises: DatabaseError."""
-        with self._database.session() as session:
-            # In one order everywhere, so that two processes never wait for each other's rows.
-            for key in sorted(used):
-                _count(session, key, day, used[key])
+    def add_usage(self, day: str, usage: Mapping[str, KeyUsage]) -> None:
+        """Add to the usage of a day, by key id. Raises: DatabaseError."""
+        with self._database.write_session() as session:
+            # Sorted, so that two processes lock rows in the same order and cannot deadlock.
+            for key in sorted(usage):
+                _add_usage(session, key, day, usage[key])
 
 
-def _count(session: Session, key: str, day: str, used: Used) -> None:
-    more = (
+def _add_usage(session: Session, key: str, day: str, usage: KeyUsage) -> None:
+    statement = (
         update(UsageRow)
         .where(UsageRow.key == key, UsageRow.day == day)
         .values(
-            requests=UsageRow.requests + used.requests,
-            prompt_tokens=UsageRow.prompt_tokens + used.prompt_tokens,
-            completion_tokens=UsageRow.completion_tokens + used.completion_tokens,
+            requests=UsageRow.requests + usage.requests,
+            prompt_tokens=UsageRow.prompt_tokens + usage.prompt_tokens,
+            completion_tokens=UsageRow.completion_tokens + usage.completion_tokens,
         )
         .returning(UsageRow.key)
     )
     options = {"synchronize_session": False}
-    if session.execute(more, execution_options=options).first() is not None:
+    if session.execute(statement, execution_options=options).first() is not None:
         return
     try:
         with session.begin_nested():
-            session.add(UsageRow(key=key, day=day, **used._asdict()))
-    except IntegrityError:  # another process was first
-        session.execute(more, execution_options=options)
+            session.add(UsageRow(key=key, day=day, **usage._asdict()))
+    except IntegrityError:  # another process inserted the row first
+        session.execute(statement, execution_options=options)
 
 
-def key_id(secret: str) -> str | None:
-    """The id within what a client sent, if it has the form of a key."""
-    match = _KEY.fullmatch(secret)
+def parse_key_id(secret: str) -> str | None:
+    """The id in a string of the form of a key, else None."""
+    match = _KEY_FORMAT.fullmatch(secret)
     return match and match[1]
 
 
-def digest(secret: str) -> str:
-    """The hash that is kept of a key, in hexadecimal."""
+def hash_key(secret: str) -> str:
+    """The hash that is stored of a key, in hexadecimal."""
     return hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()
 
 
 def today() -> str:
-    """The day (UTC) that usage counts for, as 2026-12-31."""
+    """Today's date (UTC), as 2026-12-31; usage is counted per such day."""
     return datetime.now(UTC).date().isoformat()
 
 
-def _key(row: KeyRow) -> Key:
+def _from_row(row: KeyRow) -> Key:
     quota = Quota(row.requests_per_minute, row.tokens_per_day, row.at_once)
     return Key(row.id, row.name, row.digest, row.created, row.expires, row.revoked, quota)

@@ -1,8 +1,7 @@
-"""Routes: HTTP ↔ work. Built from what it serves and the door in front of it; holds no settings of its own and nothing global.
+"""The ASGI application: routes for models, health and metrics, middleware, and errors in OpenAI's form.
 
-A route for work makes it and hands it to the door, which knows when to begin and when to stop. Every answer that is no success
-has OpenAI's shape. Prompts are neither logged nor kept. It does not know sockets, signals, how the engines came to be, or who
-may ask.
+It is built from its dependencies and holds no settings. A route that needs an engine passes a function that starts the work
+to `Admission.handle`, which decides when to start it and when to stop it.
 """
 
 from __future__ import annotations
@@ -19,41 +18,39 @@ from starlette.middleware.cors import CORSMiddleware
 import corral
 from corral.engines.base import Engine, Sampling
 from corral.errors import DatabaseError
-from corral.serving.admission import Door
-from corral.serving.chat_handler import asked
+from corral.serving.admission import Admission
+from corral.serving.chat_handler import start_chat
 from corral.serving.chat_protocol import ChatRequest
-from corral.serving.completions_handler import asked_text
+from corral.serving.completions_handler import start_completions
 from corral.serving.completions_protocol import CompletionRequest
-from corral.serving.generation import faults
-from corral.serving.http_responses import error_reply, json_reply
-from corral.serving.middleware import Envelope, Guard
+from corral.serving.generation import translate_errors
+from corral.serving.http_responses import error_response, json_response
+from corral.serving.middleware import AccessMiddleware, ResponseMiddleware
 from corral.serving.prometheus import CONTENT_TYPE
-from corral.serving.protocol import ModelList, Refused, refusal
+from corral.serving.protocol import ModelList, Refused, validation_error
 from corral.serving.request_queue import Busy
-from corral.serving.served_models import Models
+from corral.serving.served_models import ServedModels
 
-_WORDS = {404: "there is no such route", 405: "this route has no such method"}
-_LOOK_SECONDS = 1.0  # anybody may ask whether the engines take work: they are not asked more often than this
+_HTTP_MESSAGES = {404: "there is no such route", 405: "this route has no such method"}
+_READINESS_SECONDS = 1.0  # the route is open to anybody, so engines are probed at most this often
 
 
 def build_app(
-    models: Models,
-    door: Door,
+    models: ServedModels,
+    admission: Admission,
     *,
     routers: Sequence[APIRouter] = (),
     hosts: Collection[str] = (),
     cors: Sequence[str] = (),
 ) -> FastAPI:
-    """The server as an ASGI application. The engines and the door stay the caller's to close.
+    """Build the application. The caller closes `models` and `admission`.
 
     Args:
-        models: what is served.
-        door: what all work goes through.
         routers: further routes.
-        hosts: names by which the server may be called (see `Guard`). None given: any name.
-        cors: origins whose pages may ask, as `https://host`. None given: none.
+        hosts: accepted `Host` headers (see `AccessMiddleware`). Empty: any.
+        cors: origins whose pages may send requests, as `https://host`.
     """
-    # No pages of documentation: they would load scripts from elsewhere. The document itself is for programs.
+    # No documentation pages: they load scripts from other hosts. The OpenAPI document is for programs.
     app = FastAPI(
         title="corral",
         version=corral.__version__,
@@ -61,11 +58,11 @@ def build_app(
         redoc_url=None,
         openapi_url="/openapi.json",
         redirect_slashes=False,
-        strict_content_type=True,  # a page elsewhere can send a body without its type unasked, but not one of JSON
+        strict_content_type=True,  # a page of another origin can send an untyped body without a preflight, but not JSON
     )
     body_bytes = max(served.limits.body_bytes for served in models.all())
-    # The last one added is the first to meet a request.
-    app.add_middleware(Guard, door=door, body_bytes=body_bytes, hosts=hosts)
+    # The middleware added last runs first.
+    app.add_middleware(AccessMiddleware, admission=admission, body_bytes=body_bytes, hosts=hosts)
     if cors:
         app.add_middleware(
             CORSMiddleware,
@@ -74,98 +71,102 @@ def build_app(
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    app.add_middleware(Envelope, door=door)
+    app.add_middleware(ResponseMiddleware, admission=admission)
     _handle_errors(app)
-    app.include_router(_work(models, door))
-    app.include_router(_state(models, door))
+    app.include_router(_model_routes(models, admission))
+    app.include_router(_status_routes(models, admission))
     for router in routers:
         app.include_router(router)
     return app
 
 
-def _work(models: Models, door: Door) -> APIRouter:
-    """Chat and completions, and what there is to ask."""
+def _model_routes(models: ServedModels, admission: Admission) -> APIRouter:
+    """Chat, completions and the list of models."""
     router = APIRouter(prefix="/v1")
 
     @router.post("/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
-        served = models.find(body.model)
-        return await door.answer(request, lambda: asked(served, body), stream=bool(body.stream), model=served.name)
+        served = models.get(body.model)
+        return await admission.handle(
+            request, lambda: start_chat(served, body), stream=bool(body.stream), model=served.name
+        )
 
     @router.post("/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
-        served = models.find(body.model)
-        return await door.answer(request, lambda: asked_text(served, body), stream=bool(body.stream), model=served.name)
+        served = models.get(body.model)
+        return await admission.handle(
+            request, lambda: start_completions(served, body), stream=bool(body.stream), model=served.name
+        )
 
     @router.get("/models")
     async def listed() -> Response:  # pyright: ignore[reportUnusedFunction]
-        return json_reply(ModelList(data=models.listed()))
+        return json_response(ModelList(data=models.list_entries()))
 
     @router.get("/models/{name:path}")
     async def one(name: str) -> Response:  # pyright: ignore[reportUnusedFunction]
-        for model in models.listed():
+        for model in models.list_entries():
             if model.id == name:
-                return json_reply(model)
+                return json_response(model)
         raise Refused(404, f"the model {name!r} does not exist", param="model", code="model_not_found")
 
     return router
 
 
 class Health(BaseModel):
-    """`/health`, and `/health/ready`. They are open, so they tell nothing else."""
+    """The response of `/health` and `/health/ready`, which need no key."""
 
     status: str
 
 
-def _state(models: Models, door: Door) -> APIRouter:
-    """How the server is."""
+def _status_routes(models: ServedModels, admission: Admission) -> APIRouter:
+    """Health and metrics."""
     router = APIRouter()
     readiness = _Readiness(models)
 
     @router.get("/health")
     async def alive() -> Response:  # pyright: ignore[reportUnusedFunction]
-        return json_reply(Health(status="ok"))
+        return json_response(Health(status="ok"))
 
     @router.get("/health/ready")
     async def ready() -> Response:  # pyright: ignore[reportUnusedFunction]
-        if door.is_closing:
-            raise Busy(503, "this server is ending", retry_seconds=5, code="shutting_down")
+        if admission.is_draining:
+            raise Busy(503, "this server is shutting down", retry_seconds=5, code="shutting_down")
         readiness.check()
-        return json_reply(Health(status="ready"))
+        return json_response(Health(status="ready"))
 
     @router.get("/metrics")
     async def metrics() -> Response:  # pyright: ignore[reportUnusedFunction]
-        return Response(door.metrics.text(), headers={"content-type": CONTENT_TYPE})
+        return Response(admission.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
     return router
 
 
 class _Readiness:
-    """Whether the engines take work, asked at most once a second."""
+    """Whether the engines take work, probed at most once a second."""
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: ServedModels) -> None:
         self._models = models
-        self._looked = float("-inf")
-        self._fault: Refused | None = None
+        self._last_check = float("-inf")
+        self._error: Refused | None = None
 
     def check(self) -> None:
         """Raises: Refused (503)."""
         now = time.monotonic()
-        if now - self._looked > _LOOK_SECONDS:
-            self._looked = now
+        if now - self._last_check > _READINESS_SECONDS:
+            self._last_check = now
             try:
-                self._look()
-                self._fault = None
+                self._probe()
+                self._error = None
             except Refused as fault:
-                self._fault = fault
-        if self._fault is not None:
-            raise self._fault
+                self._error = fault
+        if self._error is not None:
+            raise self._error
 
-    def _look(self) -> None:
+    def _probe(self) -> None:
         engines: dict[int, Engine] = {id(each.answerer.engine): each.answerer.engine for each in self._models.all()}
         for engine in engines.values():
-            with faults():
-                # Only the engine knows whether it takes work, and says so when it is given some.
+            with translate_errors():
+                # Only submitting work shows whether an engine takes it.
                 engine.submit([0], Sampling(max_tokens=1)).cancel()
         if not self._models.ready:
             what = "an engine of this server cannot compute"
@@ -173,24 +174,24 @@ class _Readiness:
 
 
 def _handle_errors(app: FastAPI) -> None:
-    """Give every error OpenAI's shape; what is none of these is a fault of ours (see `Envelope`)."""
+    """Give every expected error OpenAI's form; `ResponseMiddleware` handles all others."""
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, Refused)
-        return error_reply(error)
+        return error_response(error)
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return error_reply(refusal(error.errors()))
+        return error_response(validation_error(error.errors()))
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        what = _WORDS.get(error.status_code, str(error.detail))
-        return error_reply(Refused(error.status_code, what), error.headers)
+        what = _HTTP_MESSAGES.get(error.status_code, str(error.detail))
+        return error_response(Refused(error.status_code, what), error.headers)
 
     async def no_database(request: Request, error: Exception) -> Response:
         what = "the database of this server cannot be reached"
-        return error_reply(Refused(503, what, code="database_unavailable", retry_seconds=1))
+        return error_response(Refused(503, what, code="database_unavailable", retry_seconds=1))
 
     app.add_exception_handler(Refused, refused)
     app.add_exception_handler(RequestValidationError, invalid)

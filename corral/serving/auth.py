@@ -1,7 +1,7 @@
-"""Who asks, as a running server knows it: keys read from the database every second or so, and what each may still use.
+"""Authenticates callers by API key, enforces their quotas and counts their usage.
 
-What is used is counted here and added to the database every second or so, so that no request waits for a write and no token
-costs one; a server that is killed loses the count of a second. It does not know what a request is for, or what it waits for.
+Keys are read from the database about once a second. Usage is counted in memory and added to the database about once a second,
+so no request waits for a write; a server that is killed loses up to a second of counts.
 """
 
 from __future__ import annotations
@@ -17,277 +17,276 @@ from datetime import UTC, datetime
 from typing import NamedTuple, Protocol
 
 from corral.errors import DatabaseError
-from corral.serving.api_keys import Key, Keys, Quota, Used, key_id, today
-from corral.serving.database import beside
-from corral.serving.http_responses import trace
+from corral.serving.api_keys import Key, KeyStore, KeyUsage, Quota, parse_key_id, today
+from corral.serving.database import run_in_thread
+from corral.serving.http_responses import traceback_without_message
 from corral.serving.protocol import Refused, Usage
 from corral.serving.request_queue import Busy
 
-_FRESH_SECONDS = 1.0
-_PATIENT_SECONDS = 1.0  # for which a request waits to hear anew what is known already
-_READ_SECONDS = 5.0  # after which a reading is given up, and the next one made over another connection
-_STALE_SECONDS = 30.0  # for which a database that cannot be reached is forgiven; then nobody is let in on old knowledge
+_REFRESH_SECONDS = 1.0  # age after which keys are read again
+_WAIT_SECONDS = 1.0  # most that a request waits for such a read while the known keys are recent enough
+_READ_SECONDS = 5.0  # timeout of a read; the next one uses another connection
+_MAX_AGE_SECONDS = 30.0  # if the keys could not be read for this long, nobody is let in
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks: a key, or anybody where there are none."""
+    """Who sent a request: the owner of a key, or anybody on a server without keys."""
 
-    key: str
-    """The key's id: what conversations belong to. Empty for anybody."""
+    key_id: str
+    """Conversations belong to this id. Empty for `ANONYMOUS`."""
     name: str
     """For people."""
     quota: Quota = field(default_factory=Quota)
 
 
-ANYBODY = Caller("", "anybody")
+ANONYMOUS = Caller("", "anybody")
 
 
-class Counts(Protocol):
-    """What uses tokens as it goes on."""
+class HasUsage(Protocol):
+    """A request in progress, whose token count grows."""
 
     @property
     def usage(self) -> Usage:
-        """So far."""
+        """Tokens so far."""
         ...
 
 
-class _Known(NamedTuple):
-    """What the database said of keys."""
+class _KeySnapshot(NamedTuple):
+    """The keys as last read from the database."""
 
     keys: Mapping[str, Key]
-    at: float
-    """When, on the monotonic clock."""
+    """By id."""
+    read_at: float
+    """On the monotonic clock."""
 
 
-class Callers:
-    """The callers of a server.
+class Accounts:
+    """The callers of a server, with their quotas and usage.
 
     Args:
-        keys: where keys are kept; None: there are none, and anybody may ask.
+        keys: the API keys; None: no key is needed.
     """
 
-    def __init__(self, keys: Keys | None = None) -> None:
+    def __init__(self, keys: KeyStore | None = None) -> None:
         self._keys = keys
-        self._known: _Known | None = None
-        self._tried = float("-inf")
-        self.is_locked = False
-        """Whether nobody comes in without a key even if there is none: once there was one, and where the server says so."""
-        self._reading: asyncio.Task[None] | None = None
-        self._settling: asyncio.Task[None] | None = None
-        self._awaited: Sequence[asyncio.Task[None]] = ()
-        """What began with the last reading, and itself."""
-        self._later: asyncio.TimerHandle | None = None
-        self._pending: dict[str, dict[str, Used]] = {}
-        """Day → key → used, not in the database yet."""
-        self._used: tuple[str, Mapping[str, Used]] = ("", {})
-        """(a day, what keys used on it as the database said)"""
-        self._held: Counter[str] = Counter()
-        """Requests of a key that are under way or wait."""
-        self._working: defaultdict[str, dict[int, Counts]] = defaultdict(dict)
-        """Key → what works for it, by its `id`."""
-        self._windows: dict[str, Window] = {}
+        self._snapshot: _KeySnapshot | None = None
+        self._last_read = float("-inf")
+        self.requires_key = False
+        """Refuse requests without a key even if there are no keys. Set by the server, and once any key was seen."""
+        self._read_task: asyncio.Task[None] | None = None
+        self._flush_task: asyncio.Task[None] | None = None
+        self._awaited_tasks: Sequence[asyncio.Task[None]] = ()
+        """The last read, and the flush that started with it, if any."""
+        self._flush_timer: asyncio.TimerHandle | None = None
+        self._unwritten: dict[str, dict[str, KeyUsage]] = {}
+        """Day → key id → usage that is not in the database yet."""
+        self._stored_usage: tuple[str, Mapping[str, KeyUsage]] = ("", {})
+        """(day, key id → usage of that day as last read from the database)"""
+        self._open_requests: Counter[str] = Counter()
+        """Running and waiting requests of each key."""
+        self._running: defaultdict[str, dict[int, HasUsage]] = defaultdict(dict)
+        """Key id → its running requests, by their `id()`."""
+        self._windows: dict[str, RateWindow] = {}
 
-    async def identify(self, authorization: str | None) -> Caller:
-        """Who sends this header.
+    async def authenticate(self, authorization: str | None) -> Caller:
+        """Return the caller who sent this `Authorization` header.
 
         Raises:
-            Refused: 401: there are keys, and this is none of them; 503: the database that knows cannot be reached.
+            Refused: 401: the server needs a key, and this is not a valid one; 503: the keys could not be read.
         """
         if self._keys is None:
-            return ANYBODY
-        known = await self._fresh()
-        if not known.keys and not self.is_locked:
-            return ANYBODY
+            return ANONYMOUS
+        snapshot = await self._current_keys()
+        if not snapshot.keys and not self.requires_key:
+            return ANONYMOUS
         scheme, _, secret = (authorization or "").partition(" ")
         if scheme.lower() != "bearer":
-            raise _unknown("a key is needed, as the header 'Authorization: Bearer KEY'")
+            raise _invalid_key("a key is needed, as the header 'Authorization: Bearer KEY'")
         secret = secret.strip()
-        key = known.keys.get(key_id(secret) or "")
-        if key is None or not key.opens_with(secret):
-            raise _unknown("this key is not known here")
-        if not key.works:
-            raise _unknown(f"this key {'has expired' if key.revoked is None else 'was revoked'}")
+        key = snapshot.keys.get(parse_key_id(secret) or "")
+        if key is None or not key.matches(secret):
+            raise _invalid_key("this key is not known here")
+        if not key.is_active:
+            raise _invalid_key(f"this key {'has expired' if key.revoked is None else 'was revoked'}")
         return Caller(key.id, key.name, key.quota)
 
-    def came(self, caller: Caller) -> None:
-        """Count a request of any kind against those that its key may send in a minute. Raises: Busy (429)."""
+    def count_request(self, caller: Caller) -> None:
+        """Count a request of any kind towards the key's requests per minute. Raises: Busy (429)."""
         most = caller.quota.requests_per_minute
         if most is None:
             return
-        window = self._windows.setdefault(caller.key, Window())
+        window = self._windows.setdefault(caller.key_id, RateWindow())
         wait = window.seconds_until(most)
         if wait > 0:
             what = f"this key may send {most} requests a minute"
             raise Busy(429, what, retry_seconds=wait, code="rate_limit_exceeded")
         window.add()
 
-    def admit(self, caller: Caller, seconds_each: float = 0.0) -> None:
-        """Hold a request for work against what its key may use; every return needs a `left`.
+    def uncount_request(self, caller: Caller) -> None:
+        """Take back `count_request` for an admitted request that the full queue refused."""
+        if caller.key_id in self._windows:
+            self._windows[caller.key_id].remove_last()
 
-        Tokens may be overdrawn by what is under way when they run out.
+    def admit(self, caller: Caller, seconds_per_request: float = 0.0) -> None:
+        """Check a request for model work against the key's quota; each admitted request must be `finished`.
+
+        Running requests are not stopped when the day's tokens run out, so these may be overdrawn.
 
         Args:
-            seconds_each: how long a request takes of late.
+            seconds_per_request: how long recent requests took; for the estimate in `Retry-After`.
 
         Raises:
-            Busy: 429: the key has nothing left, and when it will.
+            Busy: 429: the quota is used up.
         """
         quota = caller.quota
-        if quota.at_once is not None and self._held[caller.key] >= quota.at_once:
+        if quota.at_once is not None and self._open_requests[caller.key_id] >= quota.at_once:
             what = f"this key may have {quota.at_once} requests under way at once"
-            wait = seconds_each / quota.at_once
+            wait = seconds_per_request / quota.at_once
             raise Busy(429, what, retry_seconds=wait, code="rate_limit_exceeded")
-        if quota.tokens_per_day is not None and self._tokens(caller.key) >= quota.tokens_per_day:
+        if quota.tokens_per_day is not None and self._tokens_today(caller.key_id) >= quota.tokens_per_day:
             what = f"this key's {quota.tokens_per_day} tokens for today are used up"
-            raise Busy(429, what, retry_seconds=_until_tomorrow(), code="insufficient_quota")
-        self._held[caller.key] += 1
+            raise Busy(429, what, retry_seconds=_seconds_until_midnight(), code="insufficient_quota")
+        self._open_requests[caller.key_id] += 1
 
-    def turned_away(self, caller: Caller) -> None:
-        """An admitted request found no place: it is none of those a minute."""
-        if caller.key in self._windows:
-            self._windows[caller.key].take_back()
+    def started(self, caller: Caller, handler: HasUsage) -> None:
+        """An admitted request has a slot, and its tokens count from now on."""
+        self._running[caller.key_id][id(handler)] = handler
 
-    def began(self, caller: Caller, work: Counts) -> None:
-        """An admitted request is worked on."""
-        self._working[caller.key][id(work)] = work
-
-    def left(self, caller: Caller, work: Counts | None) -> None:
-        """An admitted request is over; `work`, if it was worked on."""
-        self._held[caller.key] -= 1
-        if not self._held[caller.key]:
-            del self._held[caller.key]
-        if work is None:
+    def finished(self, caller: Caller, handler: HasUsage | None) -> None:
+        """An admitted request is over; `handler` is the one given to `started`, or None if it never started."""
+        self._open_requests[caller.key_id] -= 1
+        if not self._open_requests[caller.key_id]:
+            del self._open_requests[caller.key_id]
+        if handler is None:
             return
-        del self._working[caller.key][id(work)]
-        if not self._working[caller.key]:
-            del self._working[caller.key]
-        if caller.key:
-            self._count(caller.key, work.usage)
+        del self._running[caller.key_id][id(handler)]
+        if not self._running[caller.key_id]:
+            del self._running[caller.key_id]
+        if caller.key_id:
+            self._record_usage(caller.key_id, handler.usage)
 
-    def used_today(self, key: str) -> Used:
-        """What a key used today, as far as this server knows."""
+    def usage_today(self, key_id: str) -> KeyUsage:
+        """What a key used today, as far as this server knows; without running requests."""
         day = today()
-        used = self._pending.get(day, {}).get(key, Used())
-        known_day, known = self._used
-        return used.plus(known.get(key, Used())) if known_day == day else used
+        usage = self._unwritten.get(day, {}).get(key_id, KeyUsage())
+        stored_day, stored = self._stored_usage
+        return usage.plus(stored.get(key_id, KeyUsage())) if stored_day == day else usage
 
     async def close(self) -> None:
-        """Write down what was used. What cannot be written, or is not yet when this is cancelled, is logged."""
-        if self._later is not None:
-            self._later.cancel()
+        """Write usage counts to the database; log those that could not be written, also if this is cancelled."""
+        if self._flush_timer is not None:
+            self._flush_timer.cancel()
         try:
-            for _ in range(2):  # what is written just now may have been taken before the last request ended
-                if self._keys is not None and self._pending:
-                    await asyncio.wait([self._settle()])
+            for _ in range(2):  # a flush that is already running may have started before the last request finished
+                if self._keys is not None and self._unwritten:
+                    await asyncio.wait([self._start_flush()])
         finally:
-            for day, of_day in self._pending.items():
-                for key, used in of_day.items():
+            for day, usage_by_key in self._unwritten.items():
+                for key_id, usage in usage_by_key.items():
                     what = "not written: on %s key %s used %d requests, %d tokens of prompts and %d of answers"
-                    _log.error(what, day, key, *used)
+                    _log.error(what, day, key_id, *usage)
 
-    def _tokens(self, key: str) -> int:
-        """Used today, with those of what is under way."""
-        return self.used_today(key).tokens + sum(
-            work.usage.total_tokens for work in self._working.get(key, {}).values()
-        )
+    def _tokens_today(self, key_id: str) -> int:
+        """Tokens used today, with those of running requests."""
+        running = self._running.get(key_id, {}).values()
+        return self.usage_today(key_id).tokens + sum(handler.usage.total_tokens for handler in running)
 
-    def _count(self, key: str, usage: Usage) -> None:
-        of_day = self._pending.setdefault(today(), {})
-        used = Used(1, usage.prompt_tokens, usage.completion_tokens)
-        of_day[key] = of_day.get(key, Used()).plus(used)
-        if self._later is None:
-            self._later = asyncio.get_running_loop().call_later(_FRESH_SECONDS, self._write)
+    def _record_usage(self, key_id: str, usage: Usage) -> None:
+        usage_by_key = self._unwritten.setdefault(today(), {})
+        new = KeyUsage(1, usage.prompt_tokens, usage.completion_tokens)
+        usage_by_key[key_id] = usage_by_key.get(key_id, KeyUsage()).plus(new)
+        if self._flush_timer is None:
+            self._flush_timer = asyncio.get_running_loop().call_later(_REFRESH_SECONDS, self._flush_after_timer)
 
-    async def _fresh(self) -> _Known:
-        """What is known, read anew if it has to be. A database that is slow to answer delays nobody for long.
+    async def _current_keys(self) -> _KeySnapshot:
+        """Return the keys, read again if they are older than a second. A slow database delays no request for long.
 
         Raises:
-            Refused: 503: what is known is too old.
+            Refused: 503: the keys are too old, and could not be read.
         """
-        now, known = time.monotonic(), self._known
-        is_due = self._reading is not None or now - self._tried >= _FRESH_SECONDS
-        if is_due and (known is None or now - known.at >= _FRESH_SECONDS):
-            reading = self._read_anew()
-            # Who waits may go: that does not end what is waited for.
-            await asyncio.wait(self._awaited, timeout=max(0.0, self._tried + _PATIENT_SECONDS - now))
-            if self._recent() is None:
-                await asyncio.wait([reading])  # which is given up in time
-        known = self._recent()
-        if known is None:
+        now, snapshot = time.monotonic(), self._snapshot
+        is_due = self._read_task is not None or now - self._last_read >= _REFRESH_SECONDS
+        if is_due and (snapshot is None or now - snapshot.read_at >= _REFRESH_SECONDS):
+            read_task = self._start_read()
+            # `wait` does not cancel the tasks if this request is cancelled.
+            await asyncio.wait(self._awaited_tasks, timeout=max(0.0, self._last_read + _WAIT_SECONDS - now))
+            if self._usable_snapshot() is None:
+                await asyncio.wait([read_task])  # has a timeout of its own
+        snapshot = self._usable_snapshot()
+        if snapshot is None:
             what = "the database of this server cannot be reached"
             raise Refused(503, what, code="database_unavailable", retry_seconds=1)
-        return known
+        return snapshot
 
-    def _recent(self) -> _Known | None:
-        """What is known, if it may still be gone by."""
-        known = self._known
-        return None if known is None or time.monotonic() - known.at > _STALE_SECONDS else known
+    def _usable_snapshot(self) -> _KeySnapshot | None:
+        """The known keys, unless they are too old."""
+        snapshot = self._snapshot
+        return None if snapshot is None or time.monotonic() - snapshot.read_at > _MAX_AGE_SECONDS else snapshot
 
-    def _read_anew(self) -> asyncio.Task[None]:
-        if self._reading is None:
-            self._tried = time.monotonic()
-            self._reading = asyncio.create_task(self._read())
-            # A settling that still waits for the database is not waited for again.
-            self._awaited = (self._reading, *([] if self._settling else [self._settle()]))
-        return self._reading
+    def _start_read(self) -> asyncio.Task[None]:
+        if self._read_task is None:
+            self._last_read = time.monotonic()
+            self._read_task = asyncio.create_task(self._read_keys())
+            # If an older flush is still pending, requests do not wait for it again.
+            self._awaited_tasks = (self._read_task, *([] if self._flush_task else [self._start_flush()]))
+        return self._read_task
 
-    def _settle(self) -> asyncio.Task[None]:
-        """Apart from the keys: a database that is full, or that another program has locked, can be read all the same."""
-        if self._settling is None:
-            self._settling = asyncio.create_task(self._exchange())
-        return self._settling
+    def _start_flush(self) -> asyncio.Task[None]:
+        """Separate from reading keys: a database that is full or locked can still be read."""
+        if self._flush_task is None:
+            self._flush_task = asyncio.create_task(self._flush())
+        return self._flush_task
 
-    def _write(self) -> None:
-        self._later = None
-        self._settle()
+    def _flush_after_timer(self) -> None:
+        self._flush_timer = None
+        self._start_flush()
 
-    async def _read(self) -> None:
-        """Learn which keys there are."""
+    async def _read_keys(self) -> None:
         assert self._keys is not None
-        at = time.monotonic()
+        started = time.monotonic()
         try:
-            with _logged():
-                keys = await asyncio.wait_for(beside(self._keys.all), _READ_SECONDS)
-                self._known = _Known({key.id: key for key in keys}, at)
-                self.is_locked = self.is_locked or bool(keys)
+            with _log_failures():
+                keys = await asyncio.wait_for(run_in_thread(self._keys.all), _READ_SECONDS)
+                self._snapshot = _KeySnapshot({key.id: key for key in keys}, started)
+                self.requires_key = self.requires_key or bool(keys)
         finally:
-            self._reading = None
+            self._read_task = None
 
-    async def _exchange(self) -> None:
-        """Write what was used, read what all servers used; what cannot be written is kept for the next time."""
+    async def _flush(self) -> None:
+        """Write this server's usage, read that of all servers; keep what could not be written for the next time."""
         assert self._keys is not None
         try:
-            with _logged():
-                for day, used in list(self._pending.items()):
-                    counted = dict(used)
-                    await beside(self._keys.count, day, counted)
-                    self._subtract(day, counted)
-            with _logged():
+            with _log_failures():
+                for day, usage_by_key in list(self._unwritten.items()):
+                    written = dict(usage_by_key)
+                    await run_in_thread(self._keys.add_usage, day, written)
+                    self._mark_written(day, written)
+            with _log_failures():
                 day = today()
-                self._used = (day, await beside(self._keys.used, day))
+                self._stored_usage = (day, await run_in_thread(self._keys.usage_on, day))
         finally:
-            self._settling = None
+            self._flush_task = None
 
-    def _subtract(self, day: str, counted: Mapping[str, Used]) -> None:
-        """Take what was written from what is pending, and keep it in what is known until that is read anew."""
-        of_day = self._pending[day]
-        for key, used in counted.items():
-            left = Used(*(a - b for a, b in zip(of_day.pop(key), used, strict=True)))
-            if any(left):
-                of_day[key] = left
-        if not of_day:
-            del self._pending[day]
-        known_day, known = self._used
-        if known_day == day:
-            both = {key: known.get(key, Used()).plus(used) for key, used in counted.items()}
-            self._used = (day, {**known, **both})
+    def _mark_written(self, day: str, written: Mapping[str, KeyUsage]) -> None:
+        """Move usage from `_unwritten` to `_stored_usage`."""
+        unwritten = self._unwritten[day]
+        for key_id, usage in written.items():
+            rest = KeyUsage(*(a - b for a, b in zip(unwritten.pop(key_id), usage, strict=True)))
+            if any(rest):
+                unwritten[key_id] = rest
+        if not unwritten:
+            del self._unwritten[day]
+        stored_day, stored = self._stored_usage
+        if stored_day == day:
+            sums = {key_id: stored.get(key_id, KeyUsage()).plus(usage) for key_id, usage in written.items()}
+            self._stored_usage = (day, {**stored, **sums})
 
 
 @contextlib.contextmanager
-def _logged() -> Generator[None]:
-    """What the database fails in is logged; what is known stays, and grows old."""
+def _log_failures() -> Generator[None]:
+    """Log errors of the database and go on with what is known."""
     try:
         yield
     except DatabaseError as error:
@@ -295,36 +294,36 @@ def _logged() -> Generator[None]:
     except TimeoutError:
         _log.error("the database does not answer")
     except Exception as error:
-        _log.error("the database failed: %s", trace(error))
+        _log.error("the database failed: %s", traceback_without_message(error))
 
 
-class Window:
-    """At most so many events in any 60 seconds."""
+class RateWindow:
+    """Counts events of the last 60 seconds."""
 
     def __init__(self) -> None:
         self._times: deque[float] = deque()
 
     def seconds_until(self, most: int) -> float:
-        """How long until one more is allowed; 0: now."""
+        """How long until there are fewer than `most` events; 0 if there are now."""
         now = time.monotonic()
         while self._times and self._times[0] <= now - 60:
             self._times.popleft()
         return 0.0 if len(self._times) < most else self._times[len(self._times) - most] + 60 - now
 
     def add(self) -> None:
-        """One more happens now."""
+        """Count an event that happens now."""
         self._times.append(time.monotonic())
 
-    def take_back(self) -> None:
-        """The last did not happen after all."""
+    def remove_last(self) -> None:
+        """Forget the newest event, if there is one."""
         if self._times:
             self._times.pop()
 
 
-def _unknown(what: str) -> Refused:
+def _invalid_key(what: str) -> Refused:
     return Refused(401, what, code="invalid_api_key")
 
 
-def _until_tomorrow() -> float:
+def _seconds_until_midnight() -> float:
     now = datetime.now(UTC)
     return 86400 - (now.hour * 3600 + now.minute * 60 + now.second)

@@ -1,7 +1,4 @@
-"""OpenAI's chat protocol as types: requests and answers.
-
-As in `protocol`, they hold what can be judged from the request alone: they do not know the model or its context.
-"""
+"""OpenAI's chat protocol as types: requests and responses."""
 
 from __future__ import annotations
 
@@ -9,30 +6,41 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from corral.serving.protocol import USUAL, AskConversation, Body, Empty, Ignored, Nothing, Usage, VoteShown, Zero, only
+from corral.serving.protocol import (
+    DEFAULT_LIMITS,
+    ConsensusResult,
+    ConversationRequest,
+    IgnoredObject,
+    MustBeEmpty,
+    MustBeNull,
+    MustBeZero,
+    StrictModel,
+    Usage,
+    unsupported_except,
+)
 
 
-class TextPart(Body):
-    """A part of a message; text is the only kind."""
+class TextPart(StrictModel):
+    """A part of a message; text is the only supported type."""
 
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(Body):
-    """One message. `developer` is another name for `system`. Parts are joined as they are, with nothing between them."""
+class ChatMessage(StrictModel):
+    """One message. `developer` is another name for `system`. Parts are joined without a separator."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(max_length=USUAL.parts, fail_fast=True)]
-    # What an answer's message holds, for those who send it back as they got it.
-    refusal: Nothing = None
-    annotations: Empty = None
-    audio: Nothing = None
-    name: Nothing = None
-    tool_calls: Empty = None
-    function_call: Nothing = None
-    # What some clients put beside the role, as for a part or an item.
-    type: Annotated[Any, only(None, "text", "message")] = None
+    content: str | Annotated[list[TextPart], Field(max_length=DEFAULT_LIMITS.parts, fail_fast=True)]
+    # Fields of a response's message, for clients that send it back unchanged.
+    refusal: MustBeNull = None
+    annotations: MustBeEmpty = None
+    audio: MustBeNull = None
+    name: MustBeNull = None
+    tool_calls: MustBeEmpty = None
+    function_call: MustBeNull = None
+    # Some clients add the type, as in a part or an item.
+    type: Annotated[Any, unsupported_except(None, "text", "message")] = None
 
     @property
     def text(self) -> str:
@@ -40,46 +48,46 @@ class ChatMessage(Body):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class ChatRequest(AskConversation):
+class ChatRequest(ConversationRequest):
     """`POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=USUAL.messages, fail_fast=True)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=DEFAULT_LIMITS.messages, fail_fast=True)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: Zero = None
+    top_logprobs: MustBeZero = None
 
-    # Sent by habit; they concern the account, not the answer.
-    metadata: Ignored = None
+    # Accepted without effect: they concern the account, not the answer.
+    metadata: IgnoredObject = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
-    prompt_cache_options: Ignored = None
+    prompt_cache_options: IgnoredObject = None
     service_tier: str | None = None
     parallel_tool_calls: bool | None = None
-    store: Annotated[Any, only(None, False)] = None
+    store: Annotated[Any, unsupported_except(None, False)] = None
 
-    # Would change the answer, save for the values that do not.
-    tools: Empty = None
-    tool_choice: Annotated[Any, only(None, "none", "auto")] = None
-    functions: Empty = None
-    function_call: Annotated[Any, only(None, "none", "auto")] = None
-    response_format: Annotated[Any, only(None, {"type": "text"})] = None
-    modalities: Annotated[Any, only(None, ["text"])] = None
-    audio: Nothing = None
-    prediction: Nothing = None
-    moderation: Nothing = None
-    reasoning_effort: Annotated[Any, only(None, "none")] = None
-    verbosity: Nothing = None
-    web_search_options: Nothing = None
+    # Unsupported, except for values that change nothing.
+    tools: MustBeEmpty = None
+    tool_choice: Annotated[Any, unsupported_except(None, "none", "auto")] = None
+    functions: MustBeEmpty = None
+    function_call: Annotated[Any, unsupported_except(None, "none", "auto")] = None
+    response_format: Annotated[Any, unsupported_except(None, {"type": "text"})] = None
+    modalities: Annotated[Any, unsupported_except(None, ["text"])] = None
+    audio: MustBeNull = None
+    prediction: MustBeNull = None
+    moderation: MustBeNull = None
+    reasoning_effort: Annotated[Any, unsupported_except(None, "none")] = None
+    verbosity: MustBeNull = None
+    web_search_options: MustBeNull = None
 
     @property
-    def wants_logprobs(self) -> bool:  # noqa: D102 (see Ask)
+    def wants_logprobs(self) -> bool:  # noqa: D102 (see GenerationRequest)
         return bool(self.logprobs)
 
 
 class Message(BaseModel):
-    """The assistant's message in an answer."""
+    """The assistant's message."""
 
     role: Literal["assistant"] = "assistant"
     content: str
@@ -87,7 +95,7 @@ class Message(BaseModel):
 
 
 class TokenLogprob(BaseModel):
-    """A drawn token. `bytes` are what it adds to the text; null for a special token, which adds none."""
+    """A generated token. `bytes` are what it adds to the text; null for a special token, which adds nothing."""
 
     token: str
     bytes: list[int] | None
@@ -96,7 +104,7 @@ class TokenLogprob(BaseModel):
 
 
 class Logprobs(BaseModel):
-    """The tokens of a text."""
+    """The tokens of an answer."""
 
     content: list[TokenLogprob]
     refusal: None = None
@@ -116,7 +124,7 @@ def _is_none(value: object) -> bool:
 
 
 class ChatCompletion(BaseModel):
-    """A whole answer."""
+    """A complete response."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -125,8 +133,8 @@ class ChatCompletion(BaseModel):
     system_fingerprint: str | None
     choices: list[Choice]
     usage: Usage
-    consensus: VoteShown | None = Field(None, exclude_if=_is_none)
-    """Where the answer was chosen from several; an extension."""
+    consensus: ConsensusResult | None = Field(None, exclude_if=_is_none)
+    """Present if the answer was chosen from several; an extension."""
 
 
 class ChunkChoice(BaseModel):
@@ -148,5 +156,5 @@ class Chunk(BaseModel):
     system_fingerprint: str | None
     choices: list[ChunkChoice]
     usage: Usage | None = None
-    consensus: VoteShown | None = Field(None, exclude_if=_is_none)
-    """In the chunk that ends the answer, where it was chosen from several; an extension."""
+    consensus: ConsensusResult | None = Field(None, exclude_if=_is_none)
+    """In the chunk that ends an answer that was chosen from several; an extension."""

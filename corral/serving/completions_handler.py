@@ -1,7 +1,6 @@
-"""Between OpenAI's older protocol and an engine: text or ids → their continuation, as ids and as text.
+"""Answers a CompletionRequest: continues text or token ids, without a template.
 
-It goes by ids: every id an engine draws is sent on at once, with its log-probability and the text it completes. No template is
-applied. It does not know HTTP: who is connected, how events are sent, or that there are routes.
+It works on ids: every id from the engine is sent on at once, with its log-probability and the text that it completes.
 """
 
 from __future__ import annotations
@@ -17,91 +16,91 @@ from typing import Any
 from corral.answering.answerer import StopStringCutter
 from corral.engines.base import Delta, Finish, Generation
 from corral.errors import TemplateError
-from corral.serving.admission import Event
-from corral.serving.chat_handler import DONE
 from corral.serving.completions_protocol import CompletionRequest, TextChoice, TextCompletion, TextLogprobs
 from corral.serving.generation import (
-    Served,
-    check,
+    ServedModel,
+    build_sampling,
     check_characters,
-    check_length,
-    faults,
+    check_max_tokens,
+    check_request,
+    check_rules,
+    count_usage,
     finish_reason,
-    room,
-    sampling,
-    usage,
+    tokens_left,
+    translate_errors,
 )
-from corral.serving.prompt_logprobs import Likelihood, Steps, likelihoods, worst
+from corral.serving.http_responses import DONE, Event
+from corral.serving.prompt_logprobs import GreedySteps, TokenLikelihood, max_step_tokens, score_prompt
 from corral.serving.protocol import MAX_STOPS, Refused, Usage
 
 _DEFAULT_TOKENS = 16  # OpenAI's
-_CHARACTERS_OF_A_TOKEN = 4  # about what it takes to tell one
-_IMPOSSIBLE = -9999.0  # JSON has no infinity; vLLM's number
+_CHARACTERS_PER_TOKEN = 4  # rough cost of formatting one, to decide whether to use a thread
+_IMPOSSIBLE_LOGPROB = -9999.0  # as vLLM; JSON has no infinity
 
 
-async def asked_text(served: Served, request: CompletionRequest) -> AskedText:
-    """Ask a model for what a request wants. Raises: Refused (it cannot be answered)."""
-    _check(served, request)
+async def start_completions(served: ServedModel, request: CompletionRequest) -> CompletionsHandler:
+    """Start to answer a request. Raises: Refused."""
+    _check_request(served, request)
     lengths = [len(prompt) for prompt in request.prompt if isinstance(prompt, str)]
     check_characters(served, max(lengths, default=0), param="prompt")
-    return AskedText(
-        served, request, await served.answerer.run_in_thread_if_long(sum(lengths), _prompts, served, request)
+    return CompletionsHandler(
+        served, request, await served.answerer.run_in_thread_if_long(sum(lengths), _tokenize_all, served, request)
     )
 
 
-class AskedText:
-    """A request under way, made by `asked_text`: its text as it comes (`events`) or at its end (`whole`).
+class CompletionsHandler:
+    """A completion request that is being answered, from `start_completions`; see `RequestHandler`.
 
-    The model's prompting and vote do not apply.
+    The model's prompting and consensus do not apply.
 
     Args:
-        request: held against the model and the limits, save for its tokens.
+        request: checked against the model and the limits, except for its number of tokens.
         prompts: its prompts as ids.
 
     Raises:
-        Refused: it wants too many tokens, or the engine takes no work.
+        Refused: too many tokens, or the engine takes no work.
     """
 
-    def __init__(self, served: Served, request: CompletionRequest, prompts: Sequence[list[int]]) -> None:
+    def __init__(self, served: ServedModel, request: CompletionRequest, prompts: Sequence[list[int]]) -> None:
         self._served = served
         self._request = request
         self._id = f"cmpl-{secrets.token_hex(12)}"
         self._created = int(time.time())
         self._prompts = prompts
-        self._steps = Steps(served.answerer.engine)
+        self._steps = GreedySteps(served.answerer.engine)
         stop_ids = () if request.ignore_eos else served.answerer.template.stop_ids
         stop_ids = tuple(dict.fromkeys((*(request.stop_token_ids or ()), *stop_ids)))
-        # Whoever asks what the one next token is, as lm-eval does, counts on being told, also where it ends the text.
-        self._ends = stop_ids if request.wants_logprobs and request.max_tokens == 1 else ()
+        # A client that asks for the one next token with its log-prob, as lm-eval does, needs it even if it ends the text.
+        self._shown_stop_ids = stop_ids if request.wants_logprobs and request.max_tokens == 1 else ()
         self._generations: list[Generation] = []
-        with faults():
-            self._submit(() if self._ends else stop_ids)
+        with translate_errors():
+            self._submit(() if self._shown_stop_ids else stop_ids)
         n = request.n or 1
         stops = list(dict.fromkeys(request.stops))
         self._choices = [
-            _Choice(place * n + i, served, request, ids, self._ends, stops)
-            for place, ids in enumerate(self._prompts)
+            _ChoiceBuilder(prompt_index * n + i, served, request, ids, self._shown_stop_ids, stops)
+            for prompt_index, ids in enumerate(self._prompts)
             for i in range(n)
         ]
 
-    async def whole(self) -> TextCompletion:
-        """The answer. Raises: Refused (the engine failed)."""
+    async def result(self) -> TextCompletion:
+        """The complete response. Raises: Refused (the engine failed)."""
         joined: dict[int, TextChoice] = {}
-        with faults():
+        with translate_errors():
             async with contextlib.aclosing(self._pieces()) as pieces:
                 async for piece in pieces:
                     if piece.index in joined:
-                        _extend(joined[piece.index], piece)
+                        _append(joined[piece.index], piece)
                     else:
                         joined[piece.index] = piece
         return self._completion([joined[i] for i in sorted(joined)], self.usage)
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        """The data of each event, as JSON, and "[DONE]". A fault is the last event, with nothing after it."""
-        # OpenAI sends `usage` (null in all chunks but the last) only to those who asked for it.
+        """Chunks as JSON, then `DONE`. If the answer fails, the error is the last event."""
+        # As OpenAI, send `usage` (null in all chunks but the last) only if the client asked for it.
         hidden = None if self._request.wants_usage else {"usage"}
         try:
-            with faults():
+            with translate_errors():
                 async with contextlib.aclosing(self._pieces()) as pieces:
                     async for piece in pieces:
                         yield Event(self._completion([piece]).model_dump_json(exclude=hidden))
@@ -113,11 +112,12 @@ class AskedText:
 
     @property
     def usage(self) -> Usage:
-        """Tokens so far, of all prompts and choices; the most likely tokens of prompts count as what it took to draw them."""
-        return usage(sum(map(len, self._prompts)) + self._steps.tokens, sum(choice.drawn for choice in self._choices))
+        """Tokens so far, of all prompts and choices; the steps that find the most likely tokens count as prompt tokens."""
+        prompt_tokens = sum(map(len, self._prompts)) + self._steps.tokens
+        return count_usage(prompt_tokens, sum(choice.token_count for choice in self._choices))
 
     def cancel(self) -> None:
-        """Stop the work; harmless once it has ended."""
+        """Stop the work; does nothing if it is done."""
         for generation in self._generations:
             generation.cancel()
 
@@ -125,7 +125,7 @@ class AskedText:
         request, engine = self._request, self._served.answerer.engine
         lengths: list[int] = []
         for ids in self._prompts:
-            left = room(self._served, len(ids), request.max_tokens, param="prompt")
+            left = tokens_left(self._served, len(ids), request.max_tokens, param="prompt")
             default = min(left, _DEFAULT_TOKENS, self._served.limits.max_tokens)
             lengths.append(default if request.max_tokens is None else request.max_tokens)
             if request.echo and request.wants_logprobs:
@@ -135,52 +135,52 @@ class AskedText:
             return
         try:
             for ids, length in zip(self._prompts, lengths, strict=True):
-                drawn = sampling(request, length)
-                self._generations.append(engine.submit(ids, replace(drawn, stop_ids=stop_ids)))
+                sampling = replace(build_sampling(request, length), stop_ids=stop_ids)
+                self._generations.append(engine.submit(ids, sampling))
         except BaseException:
             self.cancel()
             raise
 
-    def _check_tokens(self, answers: int) -> None:
-        """Hold what the whole request may come to against the limit; `answers`: with one for each prompt. Raises: Refused."""
+    def _check_tokens(self, answer_tokens: int) -> None:
+        """Check the tokens of the whole request, given those of one answer to each prompt. Raises: Refused."""
         n, most = self._request.n or 1, self._served.limits.tokens
-        told = n if self._request.echo else 1
-        tokens = told * sum(map(len, self._prompts)) + n * answers
+        prompt_copies = n if self._request.echo else 1
+        tokens = prompt_copies * sum(map(len, self._prompts)) + n * answer_tokens
         if tokens > most:
             what = (
-                f"'prompt': at most {most} tokens are served in one request, and prompts and answers may have {tokens}"
+                f"'prompt': at most {most} tokens are served in one request; its prompts and answers may have {tokens}"
             )
             raise Refused(400, what, param="prompt")
         if not (self._request.echo and self._request.logprobs):
             return
-        steps, most = sum(worst(len(ids)) for ids in self._prompts), self._served.limits.step_tokens
+        steps, most = sum(max_step_tokens(len(ids)) for ids in self._prompts), self._served.limits.step_tokens
         if steps > most:
             what = (
-                f"'logprobs': to find the most likely tokens of these prompts may take {steps} tokens, and at most {most} are "
+                f"'logprobs': finding the most likely tokens of these prompts may take {steps} tokens, and at most {most} are "
                 "served in one request: send fewer or shorter prompts, or 'logprobs': 0, which costs one pass"
             )
             raise Refused(400, what, param="logprobs")
 
     async def _pieces(self) -> AsyncGenerator[TextChoice, None]:
-        """What is sent of each choice, in order; the choices of several prompts as they come."""
+        """Parts of all choices as they are ready; those of one choice in order."""
         queue: asyncio.Queue[TextChoice | BaseException | None] = asyncio.Queue()
 
-        async def pump(work: Coroutine[Any, Any, None]) -> None:
+        async def run(prompt: Coroutine[Any, Any, None]) -> None:
             try:
-                await work
+                await prompt
                 queue.put_nowait(None)
             except BaseException as error:
                 queue.put_nowait(error)
 
-        tasks = [asyncio.create_task(pump(self._prompt(i, queue))) for i in range(len(self._prompts))]
-        left = len(tasks)
+        tasks = [asyncio.create_task(run(self._run_prompt(i, queue))) for i in range(len(self._prompts))]
+        running = len(tasks)
         try:
-            while left:
+            while running:
                 item = await queue.get()
                 if isinstance(item, BaseException):
                     raise item
                 if item is None:
-                    left -= 1
+                    running -= 1
                 else:
                     yield item
         finally:
@@ -188,43 +188,41 @@ class AskedText:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _prompt(self, place: int, queue: asyncio.Queue[Any]) -> None:
-        """All of one prompt's choices."""
+    async def _run_prompt(self, index: int, queue: asyncio.Queue[Any]) -> None:
+        """Put all parts of one prompt's choices into the queue."""
         request, n = self._request, self._request.n or 1
-        choices = self._choices[place * n : (place + 1) * n]
+        choices = self._choices[index * n : (index + 1) * n]
         if request.echo or request.return_token_ids:
-            known = await self._likelihoods(self._prompts[place]) if request.echo else []
-            ids = self._prompts[place]
-            size = _CHARACTERS_OF_A_TOKEN * len(ids)
+            ids = self._prompts[index]
+            likelihoods = await self._score_prompt(ids) if request.echo else []
+            size = _CHARACTERS_PER_TOKEN * len(ids)
             for choice in choices:
-                head = await self._served.answerer.run_in_thread_if_long(
-                    size, choice.head, request.prompt[place], ids, known
+                part = await self._served.answerer.run_in_thread_if_long(
+                    size, choice.prompt_part, request.prompt[index], ids, likelihoods
                 )
-                queue.put_nowait(head)
-                await asyncio.sleep(0)  # one that is short is told here, and others wait
+                queue.put_nowait(part)
+                await asyncio.sleep(0)  # short prompts are formatted on the event loop: let other requests run
         if not self._generations:
             return
-        generation = self._generations[place]
+        generation = self._generations[index]
         async with contextlib.aclosing(aiter(generation)) as deltas:
             async for delta in deltas:
                 choice = choices[delta.choice]
                 if choice.finish is not None:
-                    continue  # drawn before the engine heard of the stop string
-                piece = choice.take(delta)
+                    continue  # generated before the engine was told to cancel
+                piece = choice.add(delta)
                 if choice.finish is not None and delta.finish is None:
                     generation.cancel(delta.choice)
                 queue.put_nowait(piece)
                 if all(each.finish is not None for each in choices):
                     return
 
-    async def _likelihoods(self, ids: Sequence[int]) -> list[Likelihood | None]:
-        """One for each id of a prompt; None for the first."""
-        request = self._request
-        if request.logprobs is None:
+    async def _score_prompt(self, ids: Sequence[int]) -> list[TokenLikelihood | None]:
+        """One likelihood for each id of a prompt, None for the first; empty if none were requested."""
+        if self._request.logprobs is None:
             return []
-        steps = self._steps if request.logprobs > 0 else None
-        found = await likelihoods(self._served.answerer.engine, ids, steps)
-        return [None, *found]
+        steps = self._steps if self._request.logprobs > 0 else None
+        return [None, *await score_prompt(self._served.answerer.engine, ids, steps)]
 
     def _completion(self, choices: list[TextChoice], usage: Usage | None = None) -> TextCompletion:
         return TextCompletion(
@@ -237,73 +235,75 @@ class AskedText:
         )
 
 
-class _Choice:
-    """One continuation on its way from ids to text."""
+class _ChoiceBuilder:
+    """Builds one choice from the engine's ids."""
 
     def __init__(
         self,
         index: int,
-        served: Served,
+        served: ServedModel,
         request: CompletionRequest,
         prompt: Sequence[int],
-        ends: Sequence[int],
+        shown_stop_ids: Sequence[int],
         stops: Sequence[str],
     ) -> None:
         self.finish: Finish | None = None
-        self.drawn = 0
-        """Tokens, without one that ended the text."""
+        self.token_count = 0
+        """Generated tokens, without an end token."""
         self._index = index
         self._request = request
-        self._ends = ends
+        self._shown_stop_ids = shown_stop_ids
         self._template = served.answerer.template
         self._cutter = StopStringCutter(stops)
-        # The text goes on from the prompt's: within a character, perhaps, and with the space that would begin a text.
+        # The decoder starts after the prompt, which may end within a character, and keeps the space of a first word.
         self._decoder = self._template.stream_decoder()
         if not request.echo:
             self._decoder.push(prompt)
-        self._at = 0
-        """Characters so far, as `text_offset` counts them."""
+        self._offset = 0
+        """Characters so far, for `text_offset`."""
 
-    def head(self, prompt: str | list[int], ids: Sequence[int], known: Sequence[Likelihood | None]) -> TextChoice:
-        """The prompt's part: its text and log-probabilities, where they are asked for, and its ids."""
+    def prompt_part(
+        self, prompt: str | list[int], ids: Sequence[int], likelihoods: Sequence[TokenLikelihood | None]
+    ) -> TextChoice:
+        """The part that describes the prompt: its text, log-probabilities and ids, as far as they were requested."""
         text = ""
-        shown = TextLogprobs()
+        logprobs = TextLogprobs()
         if self._request.echo:
-            for place, id_ in enumerate(ids):
-                if known:
-                    self._add(shown, id_, known[place])
+            for position, id_ in enumerate(ids):
+                if likelihoods:
+                    self._add_logprob(logprobs, id_, likelihoods[position])
                 new = self._decoder.push((id_,))
-                self._at += len(new)
+                self._offset += len(new)
                 text += new
         ends_here = self._request.max_tokens == 0
         with_ids = self._request.return_token_ids
         return TextChoice(
             index=self._index,
             text=prompt if self._request.echo and isinstance(prompt, str) else text,
-            logprobs=self._shown(shown),
+            logprobs=self._requested_logprobs(logprobs),
             finish_reason="length" if ends_here else None,
             token_ids=[] if with_ids else None,
             prompt_token_ids=list(ids) if with_ids else None,
         )
 
-    def take(self, delta: Delta) -> TextChoice:
-        """What new ids add. Raises: Refused (the engine cut the choice off)."""
+    def add(self, delta: Delta) -> TextChoice:
+        """The part for new ids. Raises: Refused (the engine cancelled the choice)."""
         text = ""
-        shown = TextLogprobs()
+        logprobs = TextLogprobs()
         ids: list[int] = []
         self.finish = delta.finish
-        for place, id_ in enumerate(delta.ids):
+        for position, id_ in enumerate(delta.ids):
             ids.append(id_)
             if delta.logprobs is not None:
-                logprob = delta.logprobs[place]
+                logprob = delta.logprobs[position]
                 best = (id_, logprob) if self._request.temperature == 0 else None
-                self._add(shown, id_, Likelihood(logprob, best))
-            if id_ in self._ends:
+                self._add_logprob(logprobs, id_, TokenLikelihood(logprob, best))
+            if id_ in self._shown_stop_ids:
                 self.finish = "stop"
                 break
-            self.drawn += 1
+            self.token_count += 1
             new = self._decoder.push((id_,))
-            self._at += len(new)
+            self._offset += len(new)
             text += self._cutter.push(new)
             if self._cutter.stopped:
                 break
@@ -315,33 +315,33 @@ class _Choice:
         return TextChoice(
             index=self._index,
             text=text,
-            logprobs=self._shown(shown),
+            logprobs=self._requested_logprobs(logprobs),
             finish_reason=None if self.finish is None else finish_reason(self.finish),
             token_ids=ids if self._request.return_token_ids else None,
         )
 
-    def _shown(self, logprobs: TextLogprobs) -> TextLogprobs | None:
+    def _requested_logprobs(self, logprobs: TextLogprobs) -> TextLogprobs | None:
         return logprobs if self._request.wants_logprobs else None
 
-    def _add(self, shown: TextLogprobs, id_: int, known: Likelihood | None) -> None:
-        name = self._name(id_)
-        logprob = None if known is None else max(known.logprob, _IMPOSSIBLE)
-        shown.tokens.append(name)
-        shown.token_logprobs.append(logprob)
-        shown.text_offset.append(self._at)
+    def _add_logprob(self, logprobs: TextLogprobs, id_: int, likelihood: TokenLikelihood | None) -> None:
+        name = self._token_name(id_)
+        logprob = None if likelihood is None else max(likelihood.logprob, _IMPOSSIBLE_LOGPROB)
+        logprobs.tokens.append(name)
+        logprobs.token_logprobs.append(logprob)
+        logprobs.text_offset.append(self._offset)
         if not self._request.logprobs:
             return
-        best = None
-        if known is not None and known.best is not None and logprob is not None:
-            # Two ids may have one name: what is the greatest here is the greatest of all.
-            best = {name: logprob}
-            other = self._name(known.best[0])
-            best[other] = max(best.get(other, _IMPOSSIBLE), known.best[1])
-        if shown.top_logprobs is None:
-            shown.top_logprobs = []
-        shown.top_logprobs.append(best)
+        top = None
+        if likelihood is not None and likelihood.best is not None and logprob is not None:
+            # Two ids may have the same name: keep the greater value.
+            top = {name: logprob}
+            best_name = self._token_name(likelihood.best[0])
+            top[best_name] = max(top.get(best_name, _IMPOSSIBLE_LOGPROB), likelihood.best[1])
+        if logprobs.top_logprobs is None:
+            logprobs.top_logprobs = []
+        logprobs.top_logprobs.append(top)
 
-    def _name(self, id_: int) -> str:
+    def _token_name(self, id_: int) -> str:
         data = self._template.token_bytes[id_]
         if not data:
             return self._template.tokenizer.backend_tokenizer.id_to_token(id_) or f"token_id:{id_}"
@@ -351,7 +351,7 @@ class _Choice:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def _extend(choice: TextChoice, piece: TextChoice) -> None:
+def _append(choice: TextChoice, piece: TextChoice) -> None:
     choice.text += piece.text
     choice.finish_reason = piece.finish_reason
     if choice.token_ids is not None:
@@ -364,35 +364,33 @@ def _extend(choice: TextChoice, piece: TextChoice) -> None:
             choice.logprobs.top_logprobs = (choice.logprobs.top_logprobs or []) + piece.logprobs.top_logprobs
 
 
-def _check(served: Served, request: CompletionRequest) -> None:
-    """Hold the request against the model and the limits. Raises: Refused."""
-    check(served, request, most_stops=MAX_STOPS)
-    check_length(served, request.max_tokens)
+def _check_request(served: ServedModel, request: CompletionRequest) -> None:
+    """Check a request against the model and the limits. Raises: Refused."""
+    check_request(served, request, most_stops=MAX_STOPS)
+    check_max_tokens(served, request.max_tokens)
     most, choices = served.limits.prompts, served.limits.choices
     can_score = served.answerer.engine.features.score
     scores = bool(request.echo) and request.wants_logprobs
-    best = "0 or 1: the most likely token is all that is told beside the token itself"
+    at_most_one = "0 or 1: besides the token itself, only the most likely one is returned"
     rules = (
         (len(request.prompt) > most, "prompt", f"at most {most} prompts are served"),
         (len(request.prompt) * (request.n or 1) > choices, "n", f"at most {choices} choices of all prompts are served"),
-        ((request.logprobs or 0) > 1, "logprobs", best),
+        ((request.logprobs or 0) > 1, "logprobs", at_most_one),
         (request.max_tokens == 0 and not request.echo, "max_tokens", "0 leaves nothing to answer without 'echo': true"),
-        (scores and not can_score, "logprobs", "the engine of this server tells none of a prompt"),
+        (scores and not can_score, "logprobs", "the engine of this server gives none for a prompt"),
     )
-    for is_broken, param, what in rules:
-        if is_broken:
-            raise Refused(400, f"{param!r}: {what}", param=param)
+    check_rules(rules)
 
 
-def _prompts(served: Served, request: CompletionRequest) -> list[list[int]]:
+def _tokenize_all(served: ServedModel, request: CompletionRequest) -> list[list[int]]:
     """All prompts as ids. Raises: Refused."""
-    return [_ids(served, request, prompt) for prompt in request.prompt]
+    return [_tokenize(served, request, prompt) for prompt in request.prompt]
 
 
-def _ids(served: Served, request: CompletionRequest, prompt: str | list[int]) -> list[int]:
+def _tokenize(served: ServedModel, request: CompletionRequest, prompt: str | list[int]) -> list[int]:
     begins = request.add_special_tokens is not False
     try:
-        ids = prompt if isinstance(prompt, list) else served.texts.ids(prompt, begin=begins)
+        ids = prompt if isinstance(prompt, list) else served.plain_text.ids(prompt, begin=begins)
     except TemplateError as error:
         raise Refused(400, f"'prompt': {error.what}", param="prompt") from error
     vocabulary = served.answerer.engine.features.vocabulary

@@ -1,8 +1,4 @@
-"""A connection of the HTTP server that does not wait for ever: for the head of a request, or for a client to read; and that
-takes no more of a body than is of use. There are so many of them and no more.
-
-Kept apart from what is said over it: it does not know routes, keys or answers.
-"""
+"""HTTP connections with limits: time to send a head, time without reading, size of refused bodies, and their number."""
 
 from __future__ import annotations
 
@@ -15,101 +11,104 @@ from typing import Any, ClassVar
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from corral.serving.admission import Bounds
-from corral.serving.http_responses import request_number
+from corral.serving.admission import ServerLimits
+from corral.serving.http_responses import new_request_id
 from corral.serving.protocol import Refused
 from corral.system import process_limit
 
-_MOST_PIECES = 4096
-_UNWANTED_BYTES = 2**21  # twice the largest body: who sends that much in vain still hears why
-_SPARE_CONNECTIONS = 256  # for those who have not asked yet
+_MAX_BODY_CHUNKS = 4096
+_MAX_DISCARDED_BYTES = 2**21  # twice the largest body, so that a client that sends one in vain still gets the error
+_SPARE_CONNECTIONS = 256  # for clients that have not sent a request yet
 
 
-def connection_type(bounds: Bounds) -> type[H11Protocol]:
-    """The class of connections that keep to these bounds, for uvicorn."""
-    most = bounds.under_way + _SPARE_CONNECTIONS
+def connection_type(limits: ServerLimits) -> type[H11Protocol]:
+    """Create the class of connections with these limits, for uvicorn."""
+    max_connections = limits.max_open + _SPARE_CONNECTIONS
     if files := process_limit("NOFILE"):
-        most = min(most, files * 3 // 4)  # the rest is for models, a database, replicas
-    return type("BoundedConnection", (Connection,), {"bounds": bounds, "most": most, "waiting": {}})
+        max_connections = min(max_connections, files * 3 // 4)  # the rest is for models, a database, replicas
+    return type("LimitedConnection", (Connection,), {"limits": limits, "max_connections": max_connections, "idle": {}})
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, closed when a head takes too long to come, what was sent too long to be read, or what is sent in
-    vain does not end. Where there are too many, the one that has been between requests for longest gives way to the newest."""
+    """uvicorn's connection with limits.
 
-    bounds: Bounds
-    most: ClassVar[int]
-    """Of this class at a time."""
-    waiting: ClassVar[dict[Connection, None]]
-    """Those between requests, in the order in which they came to be so."""
-    _head: asyncio.TimerHandle | None = None
-    _stalled: asyncio.TimerHandle | None = None
-    _unwanted = 0
-    """Bytes since the last answer."""
+    It is closed when a head takes too long to arrive, when the client does not read, and when the client goes on sending
+    a body that was refused. If there are too many connections, a new one replaces the one that has been idle for longest.
+    """
+
+    limits: ServerLimits
+    max_connections: ClassVar[int]
+    idle: ClassVar[dict[Connection, None]]
+    """Connections between requests, the longest idle first."""
+    _head_timer: asyncio.TimerHandle | None = None
+    _stall_timer: asyncio.TimerHandle | None = None
+    _discarded_bytes = 0
+    """Bytes received since the last response."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for a head."""
+        """Start to wait for a head."""
         super().connection_made(transport)
-        # asyncio does so for sockets it made itself. A body is sent after its head, and would wait for the client's
-        # acknowledgement of that, which takes 40 ms.
+        # asyncio sets this only for sockets it created. Without it, a body waits 40 ms for the acknowledgement of its head.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.conn = _Reader(h11.SERVER, self.bounds.header_bytes)
-        self._wait_for_head()
-        if len(self.connections) > self.most:
-            oldest = next(iter(self.waiting))
-            oldest._forget_head()
+        self.conn = _ChunkCountingReader(h11.SERVER, self.limits.header_bytes)
+        self._start_head_timer()
+        if len(self.connections) > self.max_connections:
+            oldest = next(iter(self.idle))
+            oldest._stop_head_timer()
             oldest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End all waiting."""
+        """Cancel the timers."""
         super().connection_lost(exc)
-        self._forget_head()
-        self._stalled = _stopped(self._stalled)
+        self._stop_head_timer()
+        self._stall_timer = _cancel(self._stall_timer)
 
     def data_received(self, data: bytes) -> None:
-        """Take what came. Between requests it is part of a head, or of a body that nobody wanted."""
+        """Process received bytes. Between requests they are part of a head, or of a body that was refused."""
         super().data_received(data)
         if self._is_answering:
-            self._forget_head()
+            self._stop_head_timer()
             return
-        self._wait_for_head()
-        self._unwanted += len(data)
-        if self._unwanted > _UNWANTED_BYTES:
+        self._start_head_timer()
+        self._discarded_bytes += len(data)
+        if self._discarded_bytes > _MAX_DISCARDED_BYTES:
             self.transport.abort()
 
     def on_response_complete(self) -> None:
-        """Go on: with a request that has come already, or between requests."""
+        """Count the connection as idle, unless the next request has arrived already."""
         super().on_response_complete()
         if not self._is_answering and not self.transport.is_closing():
-            self.waiting[self] = None
+            self.idle[self] = None
 
     def pause_writing(self) -> None:
-        """The client does not read as fast as is written."""
+        """The client does not read: start the timer."""
         super().pause_writing()
-        self._stalled = _stopped(self._stalled)
-        self._stalled = self.loop.call_later(self.bounds.stalled_seconds, self.transport.abort)
+        self._stall_timer = _cancel(self._stall_timer)
+        self._stall_timer = self.loop.call_later(self.limits.stalled_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """It has read."""
+        """The client has read: stop the timer."""
         super().resume_writing()
-        self._stalled = _stopped(self._stalled)
+        self._stall_timer = _cancel(self._stall_timer)
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP, or has too large a head, in OpenAI's shape."""
+        """Answer malformed HTTP, a head that is too large or a body of too many chunks with an error in OpenAI's form."""
         error = sys.exception()
         hint = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
-        most = self.bounds.header_bytes
-        words = {
-            413: f"the body comes in more than the {_MOST_PIECES} pieces this server takes",
+        most = self.limits.header_bytes
+        messages = {
+            413: f"the body comes in more than the {_MAX_BODY_CHUNKS} chunks this server takes",
             431: f"request line and headers are larger than the {most} bytes this server takes",
         }
-        refused = Refused(hint, words[hint]) if hint in words else Refused(400, "this is not a request in HTTP/1.1")
+        refused = (
+            Refused(hint, messages[hint]) if hint in messages else Refused(400, "this is not a request in HTTP/1.1")
+        )
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps(refused.body().model_dump()).encode()
             headers = [
                 ("content-type", "application/json"),
                 ("content-length", str(len(body))),
-                ("x-request-id", request_number()),
+                ("x-request-id", new_request_id()),
                 ("connection", "close"),
             ]
             for event in (
@@ -126,34 +125,34 @@ class Connection(H11Protocol):
         cycle: Any = self.cycle
         return cycle is not None and not cycle.response_complete
 
-    def _wait_for_head(self) -> None:
-        if self._head is None and not self.transport.is_closing():
-            self._head = self.loop.call_later(self.bounds.header_seconds, self.transport.abort)
-            self.waiting[self] = None
-            self._unwanted = 0
+    def _start_head_timer(self) -> None:
+        if self._head_timer is None and not self.transport.is_closing():
+            self._head_timer = self.loop.call_later(self.limits.header_seconds, self.transport.abort)
+            self.idle[self] = None
+            self._discarded_bytes = 0
 
-    def _forget_head(self) -> None:
-        self._head = _stopped(self._head)
-        self.waiting.pop(self, None)
+    def _stop_head_timer(self) -> None:
+        self._head_timer = _cancel(self._head_timer)
+        self.idle.pop(self, None)
 
 
-class _Reader(h11.Connection):
-    """h11's, for bodies of so many pieces: each takes as long to read as a kilobyte, and a piece may be a byte."""
+class _ChunkCountingReader(h11.Connection):
+    """h11's connection, for bodies of a limited number of chunks: a chunk of one byte takes as long to read as a kilobyte."""
 
-    _pieces = 0
+    _chunks = 0
 
     def next_event(self) -> Any:
-        """The next event. Raises: h11.RemoteProtocolError (this is no HTTP, or a body comes in too many pieces)."""
+        """The next event. Raises: h11.RemoteProtocolError (malformed HTTP, or a body of too many chunks)."""
         event = super().next_event()
         if isinstance(event, h11.Data):
-            self._pieces += 1
-            if self._pieces > _MOST_PIECES:
-                raise h11.RemoteProtocolError("too many pieces", error_status_hint=413)
+            self._chunks += 1
+            if self._chunks > _MAX_BODY_CHUNKS:
+                raise h11.RemoteProtocolError("too many chunks", error_status_hint=413)
         elif isinstance(event, h11.Request):
-            self._pieces = 0
+            self._chunks = 0
         return event
 
 
-def _stopped(timer: asyncio.TimerHandle | None) -> None:
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
     if timer is not None:
         timer.cancel()

@@ -1,13 +1,12 @@
-"""The database of a server: a SQLite file, or PostgreSQL by URL. Opened, brought up to date, used in short transactions.
+"""The database of a server: a SQLite file, or PostgreSQL by URL. Opens it, migrates it, and runs short transactions.
 
-It does not know what is stored: tables are declared on `Base` by the modules that use them, and made by the files in
-`migrations/versions`. Calls block, so code that is async makes them `beside` itself.
+Modules declare their tables on `Base`; the files in `migrations/versions` create them. Calls block, so async code uses
+`run_in_thread`.
 
-SQLite gives a transaction that reads first and writes later no second chance when another wrote in between. So those that may
-write take the write lock when they begin (`BEGIN IMMEDIATE`) and wait for it; those that only read wait for nobody.
+In SQLite, a transaction that reads first and writes later fails if another one wrote in between. So transactions that may
+write take the write lock at their start (`BEGIN IMMEDIATE`) and wait for it; those that only read never wait.
 
-Nothing waits for ever: a lock, a connection, a statement that takes longer than the seconds below is an error, and so is a
-PostgreSQL that is not heard of.
+Nothing waits for ever: locks, connections and statements have the timeouts below.
 """
 
 from __future__ import annotations
@@ -48,32 +47,34 @@ from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
 from corral.errors import DatabaseError
 from corral.extras import require
 
-VERSIONS = "corral_version"
-"""The table that says which migration a database is at: under corral's own name, since others may use the database too."""
+VERSION_TABLE = "corral_version"
+"""The table with the current migration. It has a name of corral's own, as other programs may use the database too."""
 MIGRATIONS = Path(__file__).parent / "migrations"
 
-Number = BigInteger().with_variant(Integer, "sqlite")
-"""The type of a primary key that counts up: SQLite counts only what it calls INTEGER."""
+AutoNumber = BigInteger().with_variant(Integer, "sqlite")
+"""The type of an auto-increment primary key: SQLite increments only INTEGER."""
 
 T = TypeVar("T")
 
-_OPEN_SECONDS = 30  # to open a SQLite file, which others may be bringing up to date
-_LOCK_SECONDS = 5  # for what another transaction holds
+_OPEN_SECONDS = 30  # to open a SQLite file, which another process may be migrating
+_LOCK_SECONDS = 5  # for a lock or a connection
 _STATEMENT_SECONDS = 20
-_CONNECTION = {
-    # Of libpq. What was sent and is not received for ten seconds, or a connection over which nothing comes, is lost.
+_POSTGRES_OPTIONS = {
+    # libpq's options: a connection is lost when sent data is not acknowledged, or nothing arrives, for ten seconds.
     "connect_timeout": "5",
     "keepalives_idle": "5",
     "keepalives_interval": "2",
     "keepalives_count": "3",
     "tcp_user_timeout": "10000",
 }
-_LOCK = 0x636F7272616C  # "corral": PostgreSQL's advisory locks have numbers, one space for the whole database
-_FORMS = "sqlite:////path/of/a.db, or postgresql://user:password@host/name"
+_MIGRATION_LOCK = (
+    0x636F7272616C  # "corral": advisory locks of PostgreSQL are numbers, shared by all programs of a database
+)
+_URL_FORMS = "sqlite:////path/of/a.db, or postgresql://user:password@host/name"
 
 
 class Base(DeclarativeBase):
-    """What all tables are declared on."""
+    """The base class of all tables."""
 
     metadata = MetaData(
         naming_convention={
@@ -86,7 +87,7 @@ class Base(DeclarativeBase):
 
 
 def default_url() -> str:
-    """The file of a server that is told no other: `corral/server.db` in `$XDG_DATA_HOME`, else in `~/.local/share`."""
+    """The default database: the file `corral/server.db` in `$XDG_DATA_HOME`, else in `~/.local/share`."""
     xdg = os.environ.get("XDG_DATA_HOME", "")
     # The XDG specification: a relative path is invalid and is ignored.
     base = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".local" / "share"
@@ -94,51 +95,51 @@ def default_url() -> str:
 
 
 class Database:
-    """A database that is there and has every table. Its methods may be called from any thread.
+    """An open, migrated database. Its methods may be called from any thread.
 
-    Opening makes the file of a SQLite database, for its owner's eyes only, with the folder it lies in; and brings an older
-    database up to date. Processes that open one at the same time wait for each other.
+    Opening creates the file of a SQLite database and its folder, readable only by their owner, and migrates an older database.
+    Processes that open the same database at the same time wait for each other.
 
     Args:
         url: `sqlite:///relative.db`, `sqlite:////absolute.db` or `postgresql://user:password@host:port/name`.
 
     Raises:
-        DatabaseError: it cannot be reached or used, or a newer corral wrote it. It tells no password.
+        DatabaseError: it cannot be reached or used, or a newer corral wrote it. The message contains no password.
         MissingExtraError: the driver for PostgreSQL is not installed.
     """
 
     def __init__(self, url: str) -> None:
-        self._url = _parsed(url)
-        self.where = self._url.set(query={}).render_as_string(hide_password=True)
-        """The address for people, without the password."""
-        with self._told(SQLAlchemyError, sqlite3.Error, OSError):
+        self._url = _parse_url(url)
+        self.address = self._url.set(query={}).render_as_string(hide_password=True)
+        """The URL for messages, without the password."""
+        with self._translate_errors(SQLAlchemyError, sqlite3.Error, OSError):
             if self._path:
-                _make_file(self._path)
+                _create_file(self._path)
             self._migrate()
-        self._writers = threading.Lock()
+        self._writer_lock = threading.Lock()
         self._engines: list[Engine] = []
         self._connect()
 
-    def apart(self) -> Database:
-        """The same database over connections of its own: who uses it waits for none that others hold. Closed with this one."""
+    def with_own_connections(self) -> Database:
+        """The same database with connections of its own, for calls that must not wait for others. Closed with this one."""
         other = copy.copy(self)
         other._connect()
         return other
 
     @contextlib.contextmanager
-    def session(self) -> Generator[Session]:
-        """A transaction that may write: committed at the end, rolled back by an exception.
+    def write_session(self) -> Generator[Session]:
+        """A transaction that may write: committed at the end, rolled back on an exception.
 
         Raises:
-            DatabaseError: the database cannot be reached, is locked for too long, or has no room left.
+            DatabaseError: the database cannot be reached, stays locked, or is full.
         """
-        with self._told(*_AWAY), self._alone(), self._writing.begin() as session:
+        with self._translate_errors(*_UNAVAILABLE), self._one_writer(), self._new_write_session.begin() as session:
             yield session
 
     @contextlib.contextmanager
-    def reading(self) -> Generator[Session]:
-        """A transaction that only reads. Raises: as `session`."""
-        with self._told(*_AWAY), self._reading.begin() as session:
+    def read_session(self) -> Generator[Session]:
+        """A transaction that only reads. Raises: as `write_session`."""
+        with self._translate_errors(*_UNAVAILABLE), self._new_read_session.begin() as session:
             yield session
 
     def close(self) -> None:
@@ -147,92 +148,91 @@ class Database:
             engine.dispose()
 
     def _connect(self) -> None:
-        engine = self._made(pool_timeout=_LOCK_SECONDS)
+        engine = self._create_engine(pool_timeout=_LOCK_SECONDS)
         self._engines.append(engine)
-        self._writing = sessionmaker(engine, expire_on_commit=False)
-        self._reading = sessionmaker(engine.execution_options(reading=True), expire_on_commit=False)
+        self._new_write_session = sessionmaker(engine, expire_on_commit=False)
+        self._new_read_session = sessionmaker(engine.execution_options(reading=True), expire_on_commit=False)
 
     @contextlib.contextmanager
-    def _alone(self) -> Generator[None]:
-        """Of the writers of this process, let one at a time to SQLite, which makes them poll: some would wait for seconds."""
+    def _one_writer(self) -> Generator[None]:
+        """Let one writer of this process at a time use SQLite, which makes waiting writers poll, some of them for seconds."""
         if not self._path:
             yield
             return
-        if not self._writers.acquire(timeout=_LOCK_SECONDS):
-            raise DatabaseError("the database is locked", where=self.where, hint="another transaction does not end")
+        if not self._writer_lock.acquire(timeout=_LOCK_SECONDS):
+            raise DatabaseError("the database is locked", where=self.address, hint="another transaction does not end")
         try:
             yield
         finally:
-            self._writers.release()
+            self._writer_lock.release()
 
     @property
     def _path(self) -> Path | None:
         return Path(self._url.database or "") if self._url.get_backend_name() == "sqlite" else None
 
-    def _made(self, **options: Any) -> Engine:
-        options["hide_parameters"] = True  # they are what people wrote, and errors are logged
-        is_to_change = "poolclass" in options
+    def _create_engine(self, **options: Any) -> Engine:
+        options["hide_parameters"] = True  # errors are logged, and parameters hold what users wrote
+        is_for_migration = "poolclass" in options
         if not self._path:
-            # A server that was started anew has closed its connections: each is tried before it is used.
+            # Test connections before use: a server that was restarted has closed them.
             engine = create_engine(self._url, pool_pre_ping=True, **options)
-            if not is_to_change:
-                event.listen(engine, "connect", _in_bounded_time)
+            if not is_for_migration:
+                event.listen(engine, "connect", _set_timeouts)
             return engine
-        seconds = _OPEN_SECONDS if is_to_change else _LOCK_SECONDS
+        seconds = _OPEN_SECONDS if is_for_migration else _LOCK_SECONDS
         engine = create_engine(self._url, connect_args={"timeout": seconds}, **options)
-        # While tables change, foreign keys are not followed: SQLite alters a table by making it anew, and dropping the old
-        # one would take along what refers to it.
-        event.listen(engine, "connect", _changing_tables if is_to_change else _following_keys)
-        event.listen(engine, "begin", _begin)
+        # No foreign keys during migrations: SQLite alters a table by recreating it, and dropping the old one would delete
+        # the rows that refer to it.
+        event.listen(engine, "connect", _disable_foreign_keys if is_for_migration else _enable_foreign_keys)
+        event.listen(engine, "begin", _begin_transaction)
         return engine
 
     def _migrate(self) -> None:
-        engine = self._made(poolclass=NullPool)
+        engine = self._create_engine(poolclass=NullPool)
         with engine.begin() as connection:
             if not self._path:
-                connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": _LOCK})
+                connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": _MIGRATION_LOCK})
             self._refuse_newer(connection)
-            command.upgrade(configuration(connection), "head")
+            command.upgrade(alembic_config(connection), "head")
 
     def _refuse_newer(self, connection: Connection) -> None:
         known = {script.revision for script in ScriptDirectory(str(MIGRATIONS)).walk_revisions()}
-        context = MigrationContext.configure(connection, opts={"version_table": VERSIONS})
+        context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
         newer = set(context.get_current_heads()) - known
         if newer:
             raise DatabaseError(
-                f"a newer version of corral made this database: it is at {max(newer)}, and this one knows {max(known)}",
-                where=self.where,
-                hint="use that version, or give another database",
+                f"a newer version of corral wrote this database: it has migration {max(newer)}, this one knows {max(known)}",
+                where=self.address,
+                hint="use that version, or another database",
             )
 
     @contextlib.contextmanager
-    def _told(self, *kinds: type[Exception]) -> Generator[None]:
+    def _translate_errors(self, *kinds: type[Exception]) -> Generator[None]:
         try:
             yield
         except kinds as error:
-            hint = "may the file and its folder be written, and is there room?"
+            hint = "check that the file and its folder may be written, and that the disk is not full"
             if not self._path:
-                hint = "is it running, and are host, port, user, password and name right?"
+                hint = "check that it is running, and host, port, user, password and name"
             raise DatabaseError(
-                f"the database cannot be used: {self._words(error)}", where=self.where, hint=hint
+                f"the database cannot be used: {self._driver_message(error)}", where=self.address, hint=hint
             ) from None
 
-    def _words(self, error: Exception) -> str:
-        """What the driver says, on one line, without the password."""
-        words = " ".join(str(error.orig if isinstance(error, DBAPIError) else error).split())
+    def _driver_message(self, error: Exception) -> str:
+        """The driver's message on one line, without the password."""
+        message = " ".join(str(error.orig if isinstance(error, DBAPIError) else error).split())
         for secret in (self._url.password, self._url.query.get("password")):
-            words = words.replace(str(secret), "***") if secret else words
-        return words
+            message = message.replace(str(secret), "***") if secret else message
+        return message
 
 
-_AWAY = (OperationalError, InterfaceError, PoolTimeoutError)
+_UNAVAILABLE = (OperationalError, InterfaceError, PoolTimeoutError)
 
 
-async def beside(call: Callable[..., T], *arguments: Any) -> T:
-    """What a call returns that blocks, from a thread of its own.
+async def run_in_thread(call: Callable[..., T], *arguments: Any) -> T:
+    """Run a blocking call in a new daemon thread and return its result.
 
-    So it waits for no other call, as it would for the threads of a pool when all of them wait for a database; and the process
-    can end without it.
+    Unlike with a thread pool, the call never waits for others that hang, and the process can exit while it hangs.
     """
     done: Future[T] = Future()
 
@@ -248,39 +248,39 @@ async def beside(call: Callable[..., T], *arguments: Any) -> T:
     return await asyncio.wrap_future(done)
 
 
-def configuration(connection: Connection) -> Config:
-    """Of alembic, for the migrations of corral over this connection, whose transaction they become part of."""
+def alembic_config(connection: Connection) -> Config:
+    """Alembic's configuration to run corral's migrations on this connection, in its transaction."""
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     config.attributes["connection"] = connection
     return config
 
 
-def _parsed(url: str) -> URL:
-    """Raises: DatabaseError (no URL of a database corral knows), MissingExtraError."""
+def _parse_url(url: str) -> URL:
+    """Raises: DatabaseError (not a URL of a supported database), MissingExtraError."""
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
-        # It may hold a password, and nobody knows where.
-        raise DatabaseError("this is not the URL of a database", hint=f"give {_FORMS}") from None
+        # Not quoted: it may contain a password anywhere.
+        raise DatabaseError("this is not the URL of a database", hint=f"give {_URL_FORMS}") from None
     match parsed.drivername:
         case "sqlite":
             if parsed.database in (None, "", ":memory:") or parsed.query:
                 what = "a SQLite database is a file: its URL has a path, and nothing after it"
-                raise DatabaseError(what, where=f"sqlite:///{parsed.database or ''}", hint=f"give {_FORMS}")
+                raise DatabaseError(what, where=f"sqlite:///{parsed.database or ''}", hint=f"give {_URL_FORMS}")
             return parsed
         case "postgresql" | "postgres" | "postgresql+psycopg":
             require("psycopg", "postgres")
-            told = {name: value for name, value in _CONNECTION.items() if name not in parsed.query}
-            return parsed.set(drivername="postgresql+psycopg").update_query_dict(told)
+            options = {name: value for name, value in _POSTGRES_OPTIONS.items() if name not in parsed.query}
+            return parsed.set(drivername="postgresql+psycopg").update_query_dict(options)
         case other:
-            raise DatabaseError(f"{other!r} is not a kind of database corral can use", hint=f"give {_FORMS}")
+            raise DatabaseError(f"{other!r} is not a kind of database corral can use", hint=f"give {_URL_FORMS}")
 
 
-def _make_file(path: Path) -> None:
-    """Make a database's file where there is none, and have it keep a log beside it (WAL), so that readers never wait."""
+def _create_file(path: Path) -> None:
+    """Create a SQLite file if there is none, and switch it to WAL, so that readers never wait."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Only a new file is opened: closing one that SQLite has open in this process would drop its locks.
+    # O_EXCL: closing a file that SQLite has open in this process would drop its locks.
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
     with contextlib.closing(sqlite3.connect(path, timeout=_OPEN_SECONDS)) as connection:
@@ -290,29 +290,29 @@ def _make_file(path: Path) -> None:
                 connection.execute("PRAGMA journal_mode = WAL")
                 return
             except sqlite3.OperationalError as error:
-                # For this one statement SQLite does not wait by itself while another process does the same.
+                # SQLite's own timeout does not apply to this statement while another process runs the same.
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
                 time.sleep(0.02)
 
 
-def _in_bounded_time(connection: Any, record: object) -> None:
-    """Not as options of the connection, which poolers between here and PostgreSQL may refuse."""
+def _set_timeouts(connection: Any, record: object) -> None:
+    """Set timeouts by statements: connection poolers may refuse them as connection options."""
     connection.execute(f"SET lock_timeout = '{_LOCK_SECONDS}s'")
     connection.execute(f"SET statement_timeout = '{_STATEMENT_SECONDS}s'")
     connection.commit()
 
 
-def _changing_tables(connection: Any, record: object) -> None:
-    connection.isolation_level = None  # Python's driver would begin transactions by itself, and not for every statement
+def _disable_foreign_keys(connection: Any, record: object) -> None:
+    connection.isolation_level = None  # else the driver starts transactions itself, for some statements only
     connection.execute("PRAGMA foreign_keys = OFF")
 
 
-def _following_keys(connection: Any, record: object) -> None:
+def _enable_foreign_keys(connection: Any, record: object) -> None:
     connection.isolation_level = None
     connection.execute("PRAGMA foreign_keys = ON")
 
 
-def _begin(connection: Connection) -> None:
+def _begin_transaction(connection: Connection) -> None:
     is_reading = connection.get_execution_options().get("reading")
     connection.exec_driver_sql("BEGIN" if is_reading else "BEGIN IMMEDIATE")

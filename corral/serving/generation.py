@@ -1,7 +1,6 @@
-"""What a request comes to on a model, whichever protocol it came by: limits, prompting, sampling, a vote; an answer under way.
+"""From a request of any protocol to a running answer: limits, prompting, sampling and consensus.
 
-Every fault becomes a Refused with the status and the words OpenAI's clients expect. It does not know routes, events or the
-form of answers.
+Errors of corral become `Refused`, with the status and code that OpenAI's clients expect.
 """
 
 from __future__ import annotations
@@ -28,35 +27,36 @@ from corral.errors import (
 )
 from corral.messages import Conversation
 from corral.serving.protocol import (
-    Ask,
-    AskConversation,
-    CandidateShown,
-    ConsensusWish,
-    Limits,
+    ConsensusCandidate,
+    ConsensusOptions,
+    ConsensusResult,
+    ConversationRequest,
+    GenerationRequest,
     Refused,
+    RequestLimits,
     Usage,
-    VoteShown,
 )
-from corral.serving.text_prompts import TextPrompts
+from corral.template import Template
+from corral.template.tokenization import PieceTokenizer
 
-_MOST_STOPS = 4
-_LATER_SECONDS = 5  # after which a request that met no engine may be tried again
+_MAX_STOPS = 4
+_RETRY_SECONDS = 5  # `Retry-After` of a request that found no engine
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """A model as clients see it."""
 
     answerer: Answerer
     name: str
-    limits: Limits = field(default_factory=Limits)
+    limits: RequestLimits = field(default_factory=RequestLimits)
     fingerprint: str | None = None
     """Changes when the same request and seed may give another answer."""
     created: int = field(default_factory=lambda: int(time.time()))
-    """When serving began, in seconds since 1970."""
+    """When the server started, in seconds since 1970."""
     embed: Embed | None = None
-    """For votes by cosine; without it they are refused."""
+    """For cosine consensus, which is refused without it."""
 
     @property
     def context(self) -> int:
@@ -64,97 +64,121 @@ class Served:
         return self.answerer.engine.features.max_length
 
     @cached_property
-    def texts(self) -> TextPrompts:
+    def plain_text(self) -> PlainTextTokenizer:
         """For prompts without a template."""
-        return TextPrompts(self.answerer.template)
+        return PlainTextTokenizer(self.answerer.template)
 
 
-class Answering:
-    """An answer under way, made by `begin`: iterate over `deltas` (once), or await `whole`.
+class PlainTextTokenizer:
+    """Tokenises prompts that are plain text, with the tokenizer's usual start (BOS if it has one).
+
+    A special token's name in the text stays text, as in a chat message. A client that means the token sends its id.
+    """
+
+    def __init__(self, template: Template) -> None:
+        self._template = template
+
+    def ids(self, text: str, *, begin: bool = True) -> list[int]:
+        """The ids of a text, after those that the tokenizer puts before every text if `begin`. Raises: TemplateError."""
+        ids = self._tokens.tokenize([(self._tokens.escape(text), False)]).ids
+        return [*self._prefix, *ids] if begin else [*ids]
+
+    @cached_property
+    def _tokens(self) -> PieceTokenizer:
+        return PieceTokenizer(self._template.tokenizer, self._template.source)
+
+    @cached_property
+    def _prefix(self) -> list[int]:
+        encoded = self._template.tokenizer.backend_tokenizer.encode("a", add_special_tokens=True)
+        return encoded.ids[: encoded.special_tokens_mask.index(0)]
+
+
+class RunningAnswer:
+    """An answer being generated, from `start_answer`: iterate over `deltas` once, or await `result`.
 
     Args:
-        stream: of all choices, or of all candidates.
-        consensus: chooses among the candidates.
+        stream: the text of all choices, or of all candidates.
+        consensus: chooses one of the candidates; None: all choices are returned.
     """
 
     def __init__(self, stream: TextStream, consensus: Consensus | None) -> None:
         self._stream = stream
         self._consensus = consensus
-        self.vote: VoteShown | None = None
-        """How the answer was chosen from several, once it was."""
+        self.consensus_result: ConsensusResult | None = None
+        """How the answer was chosen, once it is."""
 
-    async def whole(self) -> Answer:
-        """The answer. Raises: Refused (the engine failed)."""
-        with faults():
+    async def result(self) -> Answer:
+        """The complete answer. Raises: Refused (the engine failed)."""
+        with translate_errors():
             answer = await self._stream.collect(self._consensus)
         if self._consensus is not None:
-            self.vote = _shown(answer)
+            self.consensus_result = _consensus_result(answer)
         return answer
 
     async def deltas(self) -> AsyncGenerator[TextDelta, None]:
-        """Its text as it comes; with consensus the winner, as choice 0, once it is known. Raises: Refused."""
+        """The text as it is generated; with consensus the chosen answer, as choice 0, once it is known. Raises: Refused."""
         if self._consensus is not None:
-            answer = await self.whole()
+            answer = await self.result()
             tokens = answer.tokens[answer.winner] if answer.tokens else ()
             yield TextDelta(0, answer.text, answer.finish, tokens, answer.vote)
             return
-        with faults():
+        with translate_errors():
             async with contextlib.aclosing(aiter(self._stream)) as deltas:
                 async for delta in deltas:
                     yield delta
 
     @property
     def usage(self) -> Usage:
-        """Tokens so far, of all candidates."""
-        return usage(self._stream.prompt_tokens, self._stream.completion_tokens)
+        """Tokens so far, of all choices or candidates."""
+        return count_usage(self._stream.prompt_tokens, self._stream.completion_tokens)
 
     def cancel(self) -> None:
-        """Stop the work; harmless once it has ended."""
+        """Stop the work; does nothing if it is done."""
         self._stream.cancel()
 
 
-async def begin(
-    served: Served, conversation: Conversation, ask: AskConversation, *, max_tokens: int | None, param: str
-) -> Answering:
-    """Ask a model for what a request wants, with the model's prompting and, unless the request says otherwise, its vote.
+async def start_answer(
+    served: ServedModel, conversation: Conversation, request: ConversationRequest, *, max_tokens: int | None, param: str
+) -> RunningAnswer:
+    """Start to answer a conversation, with the model's prompting and, unless the request says otherwise, its consensus.
 
     Args:
-        conversation: ends with the user.
-        max_tokens: of each choice; None takes what the context and the limits leave.
+        conversation: its last message is the user's.
+        max_tokens: of each choice; None: as many as the context and the limits leave.
         param: the field of the request that holds the conversation.
 
     Raises:
         Refused: the request cannot be answered.
     """
-    check(served, ask, most_stops=_MOST_STOPS)
-    check_length(served, max_tokens)
-    check_size(served, conversation, param=param)
-    consensus = _consensus(served, ask)
+    check_request(served, request, most_stops=_MAX_STOPS)
+    check_max_tokens(served, max_tokens)
+    check_conversation(served, conversation, param=param)
+    consensus = _choose_consensus(served, request)
     answerer = served.answerer
-    with faults():
+    with translate_errors():
         try:
-            # Examples make room for the answer: for one of the usual length, where the request names none.
-            kept = max_tokens or answerer.sampling.max_tokens
-            ids = await answerer.encode_prompt(conversation, replace(answerer.sampling, max_tokens=kept))
+            # Few-shot examples are dropped to leave room for the answer, of the model's usual length if none is given.
+            reserved = max_tokens or answerer.sampling.max_tokens
+            ids = await answerer.encode_prompt(conversation, replace(answerer.sampling, max_tokens=reserved))
         except TemplateError as error:
             raise Refused(400, error.what, param=param) from error
-        left = room(served, len(ids), max_tokens, param=param)
+        left = tokens_left(served, len(ids), max_tokens, param=param)
         length = max_tokens or min(left, served.limits.default_tokens, served.limits.max_tokens)
-        drawn = sampling(ask, length, usual(served, ask))
+        drawn = build_sampling(request, length, sampling_defaults(served, request))
         if consensus is not None:
             # Log-probabilities break ties.
             drawn = replace(drawn, n=consensus.n, logprobs=answerer.engine.features.logprobs)
-        return Answering(answerer.start(ids, drawn, list(dict.fromkeys(ask.stops))), consensus)
+        return RunningAnswer(answerer.start(ids, drawn, list(dict.fromkeys(request.stops))), consensus)
 
 
-def _shown(answer: Answer) -> VoteShown:
+def _consensus_result(answer: Answer) -> ConsensusResult:
     vote = answer.vote
     assert vote is not None
-    return VoteShown(
+    return ConsensusResult(
         method=vote.method,
         winner=vote.winner,
         candidates=[
-            CandidateShown(text=text, finish_reason=completion.finish, score=score, result=result)
+            ConsensusCandidate(text=text, finish_reason=completion.finish, score=score, result=result)
             for text, completion, score, result in zip(
                 answer.texts, answer.completions, vote.scores, vote.results, strict=True
             )
@@ -163,38 +187,38 @@ def _shown(answer: Answer) -> VoteShown:
     )
 
 
-def usage(prompt: int, completion: int) -> Usage:
-    """Tokens of prompt and completion, and their sum."""
+def count_usage(prompt: int, completion: int) -> Usage:
+    """Counts of prompt and completion tokens, and their sum."""
     return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
 
-def _consensus(served: Served, ask: AskConversation) -> Consensus | None:
-    """What chooses the answer. Raises: Refused."""
-    if "consensus" not in ask.model_fields_set:
-        # Several choices are asked for to be seen, and the most likely answer is the same each time.
-        asks_otherwise = (ask.n or 1) > 1 or ask.temperature == 0
-        return None if asks_otherwise else served.answerer.consensus
-    wish = ask.consensus
-    if wish is None:
+def _choose_consensus(served: ServedModel, request: ConversationRequest) -> Consensus | None:
+    """The consensus that applies to a request. Raises: Refused."""
+    if "consensus" not in request.model_fields_set:
+        # With n > 1 the client wants all answers; at temperature 0 all candidates are the same.
+        is_excluded = (request.n or 1) > 1 or request.temperature == 0
+        return None if is_excluded else served.answerer.consensus
+    options = request.consensus
+    if options is None:
         return None
-    _check_wish(served, ask, wish)
-    default = served.answerer.consensus or Consensus(wish.method, embed=served.embed)
-    return replace(default, method=wish.method, n=wish.n, stop=wish.stop, embed=served.embed)
+    _check_consensus(served, request, options)
+    default = served.answerer.consensus or Consensus(options.method, embed=served.embed)
+    return replace(default, method=options.method, n=options.n, stop=options.stop, embed=served.embed)
 
 
-def _check_wish(served: Served, ask: AskConversation, wish: ConsensusWish) -> None:
-    by_meaning = "cosine needs embeddings, and this server was started without them"
+def _check_consensus(served: ServedModel, request: ConversationRequest, options: ConsensusOptions) -> None:
+    no_embeddings = "cosine needs embeddings, and this server was started without them"
     rules = (
-        ((ask.n or 1) > 1, "n", "a vote gives one answer: say how many are drawn in 'consensus'"),
-        (ask.temperature == 0, "temperature", "0 draws the same answer each time, so there is nothing to vote on"),
-        (wish.n > served.limits.n, "consensus.n", f"at most {served.limits.n} candidates are drawn"),
-        (wish.method == "cosine" and served.embed is None, "consensus.method", by_meaning),
+        ((request.n or 1) > 1, "n", "a vote gives one answer: set the number of candidates in 'consensus'"),
+        (request.temperature == 0, "temperature", "0 draws the same answer each time, so there is nothing to vote on"),
+        (options.n > served.limits.n, "consensus.n", f"at most {served.limits.n} candidates are drawn"),
+        (options.method == "cosine" and served.embed is None, "consensus.method", no_embeddings),
     )
-    _refuse_if_broken(rules)
+    check_rules(rules)
 
 
-def check(served: Served, request: Ask, *, most_stops: int) -> None:
-    """Hold what is asked against the model and the limits. Raises: Refused."""
+def check_request(served: ServedModel, request: GenerationRequest, *, most_stops: int) -> None:
+    """Check the fields that all protocols share against the model and the limits. Raises: Refused."""
     limits = served.limits
     lengths = [len(stop) for stop in request.stops]
     can_logprobs = served.answerer.engine.features.logprobs
@@ -206,46 +230,47 @@ def check(served: Served, request: Ask, *, most_stops: int) -> None:
         (request.stream_options is not None and not request.stream, "stream_options", "needs 'stream': true"),
         (request.wants_logprobs and not can_logprobs, "logprobs", "the engine of this server gives none"),
     )
-    _refuse_if_broken(rules)
+    check_rules(rules)
 
 
-def check_length(served: Served, wanted: int | None) -> None:
-    """Hold the length of the answer that is asked for against the limits. Raises: Refused."""
+def check_max_tokens(served: ServedModel, max_tokens: int | None) -> None:
+    """Raises: Refused (`max_tokens` is over the limit)."""
     most = served.limits.max_tokens
-    _refuse_if_broken((((wanted or 0) > most, "max_tokens", f"at most {most} tokens are drawn for one choice"),))
+    check_rules((((max_tokens or 0) > most, "max_tokens", f"at most {most} tokens are generated for one choice"),))
 
 
-def check_size(served: Served, conversation: Conversation, *, param: str) -> None:
-    """Hold a conversation against the limits before it is made a prompt, which takes longer. Raises: Refused."""
-    check_messages(served, len(conversation.messages), param=param)
+def check_conversation(served: ServedModel, conversation: Conversation, *, param: str) -> None:
+    """Check a conversation's size before it is rendered, which takes longer. Raises: Refused."""
+    check_message_count(served, len(conversation.messages), param=param)
     check_characters(served, conversation.characters, param=param)
 
 
-def check_messages(served: Served, count: int, *, param: str) -> None:
-    """Raises: Refused (there are more than the limit)."""
+def check_message_count(served: ServedModel, count: int, *, param: str) -> None:
+    """Raises: Refused (there are too many messages)."""
     most = served.limits.messages
-    _refuse_if_broken(((count > most, param, f"at most {most} messages are served, and there are {count}"),))
+    check_rules(((count > most, param, f"at most {most} messages are served, and there are {count}"),))
 
 
-def check_characters(served: Served, count: int, *, param: str) -> None:
-    """Raises: Refused (a prompt has more than the limit)."""
+def check_characters(served: ServedModel, count: int, *, param: str) -> None:
+    """Raises: Refused (a prompt has too many characters)."""
     most = served.limits.prompt_characters
     if count > most:
         what = f"{param!r}: at most {most} characters of a prompt are served, and it has {count}"
         raise Refused(400, what, param=param, code="context_length_exceeded")
 
 
-def _refuse_if_broken(rules: tuple[tuple[bool, str, str], ...]) -> None:
+def check_rules(rules: tuple[tuple[bool, str, str], ...]) -> None:
+    """Refuse a request by the first broken rule of (is broken, field, message). Raises: Refused."""
     for is_broken, param, what in rules:
         if is_broken:
             raise Refused(400, f"{param!r}: {what}", param=param)
 
 
-def room(served: Served, prompt_tokens: int, wanted: int | None, *, param: str) -> int:
-    """Tokens that a prompt leaves for its answer. Raises: Refused (none, or fewer than wanted; a prompt over the limit)."""
+def tokens_left(served: ServedModel, prompt_tokens: int, max_tokens: int | None, *, param: str) -> int:
+    """Tokens that the context has left after a prompt. Raises: Refused (fewer than `max_tokens`, or none; a long prompt)."""
     left = served.context - prompt_tokens
-    if (1 if wanted is None else wanted) > left:
-        asked = f" and {wanted} were asked for" if wanted else ", which leaves none for an answer"
+    if (1 if max_tokens is None else max_tokens) > left:
+        asked = f" and {max_tokens} were asked for" if max_tokens else ", which leaves none for an answer"
         what = f"the context of this model is {served.context} tokens: {param!r} takes {prompt_tokens}{asked}"
         raise Refused(400, what, param=param, code="context_length_exceeded")
     most = served.limits.prompt_tokens
@@ -255,33 +280,37 @@ def room(served: Served, prompt_tokens: int, wanted: int | None, *, param: str) 
     return left
 
 
-class Odds(NamedTuple):
-    """How likely tokens are drawn. The defaults are OpenAI's."""
+class SamplingDefaults(NamedTuple):
+    """Sampling of a request that does not say. The field defaults are OpenAI's."""
 
     temperature: float = 1.0
     top_p: float = 1.0
 
 
-_OPENAIS = Odds()
+_OPENAI_DEFAULTS = SamplingDefaults()
 
 
-def usual(served: Served, ask: AskConversation) -> Odds:
-    """How a model's answers are drawn where a request does not say: as it was evaluated. Raises: Refused (as `begin`)."""
-    consensus = _consensus(served, ask)
+def sampling_defaults(served: ServedModel, request: ConversationRequest) -> SamplingDefaults:
+    """The sampling with which the model was evaluated. Raises: Refused (as `start_answer`)."""
+    consensus = _choose_consensus(served, request)
     if consensus is not None:
-        return Odds(consensus.temperature, consensus.top_p)
+        return SamplingDefaults(consensus.temperature, consensus.top_p)
     own = served.answerer.sampling
-    # Several answers of a model that takes the most likely token each time would be one.
-    return Odds(own.temperature, own.top_p) if own.temperature or (ask.n or 1) == 1 else _OPENAIS
+    # With greedy decoding, n answers would be the same.
+    return (
+        SamplingDefaults(own.temperature, own.top_p) if own.temperature or (request.n or 1) == 1 else _OPENAI_DEFAULTS
+    )
 
 
-def sampling(request: Ask, max_tokens: int, usually: Odds = _OPENAIS) -> Sampling:
-    """How a request wants its answers drawn, or how they usually are."""
+def build_sampling(
+    request: GenerationRequest, max_tokens: int, defaults: SamplingDefaults = _OPENAI_DEFAULTS
+) -> Sampling:
+    """The sampling of a request."""
     return Sampling(
         max_tokens=max_tokens,
         n=request.n or 1,
-        temperature=usually.temperature if request.temperature is None else request.temperature,
-        top_p=usually.top_p if request.top_p is None else request.top_p,
+        temperature=defaults.temperature if request.temperature is None else request.temperature,
+        top_p=defaults.top_p if request.top_p is None else request.top_p,
         top_k=request.top_k or 0,
         seed=request.seed,
         logprobs=request.wants_logprobs,
@@ -289,26 +318,26 @@ def sampling(request: Ask, max_tokens: int, usually: Odds = _OPENAIS) -> Samplin
 
 
 def finish_reason(finish: Finish) -> Literal["stop", "length"]:
-    """The reason as OpenAI names it. Raises: Refused (the engine cancelled the answer)."""
+    """OpenAI's name of the finish reason. Raises: Refused (the engine cancelled the answer)."""
     if finish == "cancelled":
         raise _unavailable("the answer was cut off by the engine")
     return finish
 
 
 def _unavailable(what: str, retry_seconds: float | None = None) -> Refused:
-    later = _LATER_SECONDS if retry_seconds is None else max(1, math.ceil(retry_seconds))
-    return Refused(503, what, code="engine_unavailable", retry_seconds=later)
+    seconds = _RETRY_SECONDS if retry_seconds is None else max(1, math.ceil(retry_seconds))
+    return Refused(503, what, code="engine_unavailable", retry_seconds=seconds)
 
 
-def _kind(error: CorralError) -> str:
-    """What may be logged of an error: what an endpoint says may quote the prompt."""
+def _loggable(error: CorralError) -> str:
+    """Type, status and place of an error for the log, without its message, which may quote the prompt."""
     status = f" {error.status}" if isinstance(error, EngineError) and error.status else ""
     return f"{type(error).__name__}{status}" + (f" at {error.where}" if error.where else "")
 
 
 @contextlib.contextmanager
-def faults() -> Generator[None]:
-    """Errors of corral → Refused. What is no CorralError passes: it is a fault in the server."""
+def translate_errors() -> Generator[None]:
+    """Turn errors of corral into Refused; other exceptions pass, as they are bugs in the server."""
     try:
         yield
     except Refused:
@@ -316,10 +345,10 @@ def faults() -> Generator[None]:
     except RequestError as error:
         raise Refused(400, error.what) from error
     except EngineUnavailableError as error:
-        _log.warning("no engine computes: %s", _kind(error))
-        raise _unavailable("nothing computes this model just now", error.retry_seconds) from error
+        _log.warning("no engine is available: %s", _loggable(error))
+        raise _unavailable("no engine of this model is available now", error.retry_seconds) from error
     except EngineClosedError as error:
         raise _unavailable("the engine of this server is closed") from error
     except CorralError as error:
-        _log.error("the engine failed: %s", _kind(error))
+        _log.error("the engine failed: %s", _loggable(error))
         raise Refused(500, "the engine failed on this request", code="engine_failed") from error

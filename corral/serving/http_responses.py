@@ -1,7 +1,4 @@
-"""How answers go over HTTP: JSON, errors in OpenAI's shape, streams of events, and work that stops when its client goes.
-
-It does not know what is answered, who asked, or what a request may cost.
-"""
+"""How responses go over HTTP: JSON bodies, errors in OpenAI's form, event streams, and work that stops on disconnect."""
 
 from __future__ import annotations
 
@@ -21,48 +18,57 @@ from corral.serving.protocol import Refused
 
 T = TypeVar("T")
 
-FAULT = Refused(500, "this is a fault in the server, not in the request", code="internal_error")
-"""What a client is told of a fault of ours: nothing of its inside."""
+INTERNAL_ERROR = Refused(500, "this is a fault in the server, not in the request", code="internal_error")
+"""What a client sees of an unexpected exception: no details."""
 
 
 class Event(NamedTuple):
-    """One server-sent event: its data, and its name where it has one (the Responses protocol names them)."""
+    """One server-sent event."""
 
     data: str
+    """One line, as JSON is."""
     name: str = ""
+    """Only the Responses protocol names its events."""
 
     def encode(self) -> bytes:
-        """As it is sent. The data must be one line, as JSON is."""
+        """The bytes on the wire."""
         return (f"event: {self.name}\n" if self.name else "").encode() + f"data: {self.data}\n\n".encode()
 
 
-Outcome: TypeAlias = Literal["ended", "failed", "gone", "late"]
-"""Of a request: it was answered, an error ended it, its client went, or its time was up."""
+DONE = Event("[DONE]")
+"""Ends a stream of chat or of text completions."""
 
-_FAREWELL_SECONDS = 1
+Outcome: TypeAlias = Literal["ended", "failed", "gone", "late"]
+"""How a request finished: it was answered, it failed, its client disconnected, or its deadline passed."""
+
+_LAST_SEND_SECONDS = 1
 
 
 class EventStream(Response):
-    """A stream of server-sent events, which ends early when its client goes or its time is up.
+    """A stream of server-sent events, which ends early when the client disconnects or the deadline passes.
 
     Args:
         events: what is sent.
-        ended: called once, however it ends.
-        deadline: when its time is up, on the loop's clock; a client that reads too slowly is not waited for either.
-        late: what it then ends with.
+        on_end: called once, however the stream ends.
+        deadline: on the event loop's clock; it also holds for a client that reads too slowly.
+        deadline_error: the last event if the deadline passes.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncGenerator[Event, None], ended: Callable[[Outcome], None], deadline: float, late: Refused
+        self,
+        events: AsyncGenerator[Event, None],
+        on_end: Callable[[Outcome], None],
+        deadline: float,
+        deadline_error: Refused,
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache"})
         del self.headers["content-length"]
         self._events = events
-        self._ended = ended
+        self._on_end = on_end
         self._deadline = deadline
-        self._late = late
+        self._deadline_error = deadline_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
@@ -72,7 +78,7 @@ class EventStream(Response):
         except ClientGone:
             outcome = "gone"
         finally:
-            self._ended(outcome)
+            self._on_end(outcome)
 
     async def _send(self, send: Send) -> Outcome:
         outcome: Outcome = "ended"
@@ -80,19 +86,19 @@ class EventStream(Response):
         try:
             async with asyncio.timeout_at(self._deadline), contextlib.aclosing(self._events) as events:
                 async for event in events:
-                    await send(_part(event.encode()))
+                    await send(_body_message(event.encode()))
         except TimeoutError:
             outcome = "late"
-        # Who does not read is not waited for: the connection is closed without an end.
+        # If the client does not read, the connection is closed without a proper end.
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_FAREWELL_SECONDS):
+            async with asyncio.timeout(_LAST_SEND_SECONDS):
                 if outcome == "late":
-                    await send(_part(Event(self._late.body().model_dump_json()).encode()))
+                    await send(_body_message(Event(self._deadline_error.body().model_dump_json()).encode()))
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         return outcome
 
 
-def _part(body: bytes) -> Message:
+def _body_message(body: bytes) -> Message:
     return {"type": "http.response.body", "body": body, "more_body": True}
 
 
@@ -100,47 +106,47 @@ class ClientGone(Exception):
     """The client closed its connection."""
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client goes. The request's body must have been read.
+async def while_connected(receive: Receive, coroutine: Coroutine[Any, Any, T]) -> T:
+    """Return the coroutine's result; cancel it if the client disconnects. The request's body must have been read.
 
     Raises:
-        ClientGone: it went before the work was done.
+        ClientGone: the client disconnected first.
     """
-    task = asyncio.create_task(work)
-    gone = asyncio.create_task(_disconnected(receive))
+    task = asyncio.create_task(coroutine)
+    disconnect = asyncio.create_task(_wait_for_disconnect(receive))
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, disconnect), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         raise ClientGone
     finally:
         task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        disconnect.cancel()
+        await asyncio.gather(task, disconnect, return_exceptions=True)
 
 
-async def _disconnected(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-def request_number() -> str:
-    """A new one, for `X-Request-Id`."""
+def new_request_id() -> str:
+    """A new value for `X-Request-Id`."""
     return f"req_{secrets.token_hex(12)}"
 
 
-def json_reply(body: BaseModel, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A body as JSON, in ASCII, since an error may quote half a character of the request."""
+def json_response(body: BaseModel, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON response in ASCII, because an error may quote a lone surrogate from the request."""
     return Response(json.dumps(body.model_dump()), status, dict(headers or {}), "application/json")
 
 
-def error_reply(refused: Refused, headers: Mapping[str, str] | None = None) -> Response:
-    """An error in OpenAI's shape; one that says when to come back carries it as `Retry-After`."""
+def error_response(refused: Refused, headers: Mapping[str, str] | None = None) -> Response:
+    """An error in OpenAI's form, with `Retry-After` if the error says when to try again."""
     retry = {} if refused.retry_seconds is None else {"retry-after": str(refused.retry_seconds)}
-    return json_reply(refused.body(), refused.status, {**retry, **(headers or {})})
+    return json_response(refused.body(), refused.status, {**retry, **(headers or {})})
 
 
-def trace(error: BaseException) -> str:
-    """What kind of error arose where, for a log: without its words, which may quote a request."""
+def traceback_without_message(error: BaseException) -> str:
+    """An exception's type and stack for the log, without its message, which may quote a request."""
     frames = traceback.extract_tb(error.__traceback__)
     return "\n".join([type(error).__name__, *(f"  {f.filename}:{f.lineno} in {f.name}" for f in frames)])

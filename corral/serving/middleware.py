@@ -1,9 +1,4 @@
-"""In front of all routes, known and unknown: who may ask, by what name, how much at once. And around every answer: its number,
-its count, and the end of what went wrong.
-
-Everything but `/health` is closed to those whom the door does not know, before a byte of the body is read. It does not know
-the routes, nor what they do.
-"""
+"""ASGI middleware around all routes: access control before a body is read, and request ids, counts and errors of responses."""
 
 from __future__ import annotations
 
@@ -17,100 +12,101 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from corral.serving.admission import Door
+from corral.serving.admission import Admission
 from corral.serving.auth import Caller
-from corral.serving.http_responses import FAULT, error_reply, request_number, trace
+from corral.serving.http_responses import INTERNAL_ERROR, error_response, new_request_id, traceback_without_message
 from corral.serving.protocol import Refused
 from corral.serving.request_queue import Busy
 
 _log = logging.getLogger(__name__)
 
 
-class Envelope:
-    """Numbers and counts every answer, and turns what nobody caught into one."""
+class ResponseMiddleware:
+    """Gives every response a request id, counts it, and turns unexpected exceptions into a 500."""
 
-    def __init__(self, app: ASGIApp, door: Door) -> None:
+    def __init__(self, app: ASGIApp, admission: Admission) -> None:
         self._app = app
-        self._door = door
+        self._admission = admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on."""
+        """Handle one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        number = request_number()
-        has_begun = False
+        request_id = new_request_id()
+        has_started = False
 
-        async def numbered(message: Message) -> None:
-            nonlocal has_begun
+        async def send_with_id(message: Message) -> None:
+            nonlocal has_started
             if message["type"] == "http.response.start":
-                has_begun = True
-                MutableHeaders(scope=message)["x-request-id"] = number
-                self._door.metrics.answered(_route(scope), message["status"])
+                has_started = True
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+                self._admission.metrics.count_response(_route_path(scope), message["status"])
             await send(message)
 
         try:
-            await self._app(scope, receive, numbered)
+            await self._app(scope, receive, send_with_id)
         except Exception as error:
-            _log.error("a fault in the server, on request %s: %s", number, trace(error))
-            if not has_begun:  # else the connection is closed, with the answer cut off
-                await error_reply(FAULT)(scope, receive, numbered)
+            _log.error("a fault in the server, on request %s: %s", request_id, traceback_without_message(error))
+            if not has_started:  # else the connection is closed, and the response is cut off
+                await error_response(INTERNAL_ERROR)(scope, receive, send_with_id)
 
 
-def _route(scope: Scope) -> str:
-    """The path as the routes have it: what clients wrote would make a count of its own each time."""
+def _route_path(scope: Scope) -> str:
+    """The path as declared by the route: the client's own path would add a new metric label each time."""
     return getattr(scope.get("route"), "path", "none")
 
 
-class Guard:
-    """Lets requests through that may come in.
+class AccessMiddleware:
+    """Checks headers, API key, request rate and open requests before a body is read, then limits the body's size and time.
+
+    Everything but `/health` needs a key, if the server has keys; also paths that do not exist.
 
     Args:
         body_bytes: the largest body.
-        hosts: names by which the server may be called; others are refused, which keeps a page in a browser from reaching a
-            local server through a name of its own (DNS rebinding). None given: any name.
+        hosts: accepted values of the `Host` header; others are refused, so that a page in a browser cannot reach a local
+            server through a name of its own (DNS rebinding). Empty: any name.
     """
 
-    def __init__(self, app: ASGIApp, door: Door, body_bytes: int, hosts: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, admission: Admission, body_bytes: int, hosts: Collection[str]) -> None:
         self._app = app
-        self._door = door
+        self._admission = admission
         self._body_bytes = body_bytes
         self._hosts = hosts
-        self._under_way: Counter[str] = Counter()
-        """Requests of each key."""
+        self._open_by_key: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or refuse it."""
+        """Handle one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         caller = None
         try:
             headers = Headers(scope=scope)
-            self._check_head(scope, headers)
-            if not _is_open(scope["path"]):
-                caller = await self._door.callers.identify(headers.get("authorization"))
+            self._check_headers(scope, headers)
+            if not _needs_no_key(scope["path"]):
+                caller = await self._admission.accounts.authenticate(headers.get("authorization"))
                 scope.setdefault("state", {})["caller"] = caller
-                self._check_room(caller, headers)
+                self._check_capacity(caller, headers)
                 if scope["path"].startswith("/v1/"):
-                    self._door.callers.came(caller)
+                    self._admission.accounts.count_request(caller)
         except Refused as refused:
             challenge = {"www-authenticate": "Bearer"} if refused.status == 401 else None
-            await error_reply(refused, challenge)(scope, receive, send)
+            await error_response(refused, challenge)(scope, receive, send)
             return
-        if caller is None:  # those whom nobody knows take no room from the others
-            await self._app(scope, self._bounded(receive), send)
+        if caller is None:  # requests without a key do not count, so they take no capacity from others
+            await self._app(scope, self._limit_body(receive), send)
             return
-        self._under_way[caller.key] += 1
+        self._open_by_key[caller.key_id] += 1
         try:
-            await self._app(scope, self._bounded(receive), send)
+            await self._app(scope, self._limit_body(receive), send)
         finally:
-            self._under_way[caller.key] -= 1
-            if not self._under_way[caller.key]:
-                del self._under_way[caller.key]
+            self._open_by_key[caller.key_id] -= 1
+            if not self._open_by_key[caller.key_id]:
+                del self._open_by_key[caller.key_id]
 
-    def _check_head(self, scope: Scope, headers: Headers) -> None:
-        most = self._door.bounds.header_bytes
+    def _check_headers(self, scope: Scope, headers: Headers) -> None:
+        most = self._admission.limits.header_bytes
         line = len(scope["raw_path"]) + len(scope["query_string"])
         if line + sum(len(name) + len(value) + 4 for name, value in headers.raw) > most:
             raise Refused(431, f"request line and headers are larger than the {most} bytes this server takes")
@@ -118,14 +114,14 @@ class Guard:
         if self._hosts and name not in self._hosts:
             raise Refused(403, f"this server does not answer to the name {name!r}", code="unknown_host")
 
-    def _check_room(self, caller: Caller, headers: Headers) -> None:
-        door, count = self._door, self._under_way.total()
-        bounds = door.bounds
-        # One key alone leaves some room, by which others come as far as the queue, where turns are fair.
-        has_its_share = caller.key and self._under_way[caller.key] >= bounds.at_once + bounds.waiting
-        if count >= bounds.under_way or has_its_share:
+    def _check_capacity(self, caller: Caller, headers: Headers) -> None:
+        limits, queue = self._admission.limits, self._admission.queue
+        count = self._open_by_key.total()
+        # One key alone may not use the last `max_open` places, so that others reach the queue, which is fair to them.
+        is_over_share = caller.key_id and self._open_by_key[caller.key_id] >= limits.at_once + limits.waiting
+        if count >= limits.max_open or is_over_share:
             what = f"this server is full: {count} requests are under way"
-            wait = door.places.wait_seconds(door.places.waiting + 1)
+            wait = queue.wait_seconds(queue.waiting + 1)
             raise Busy(503, what, retry_seconds=wait, code="server_full")
         if int(headers.get("content-length", "0")) > self._body_bytes:
             raise Refused(413, self._too_large)
@@ -134,32 +130,31 @@ class Guard:
     def _too_large(self) -> str:
         return f"the body is larger than the {self._body_bytes} bytes this server takes"
 
-    def _bounded(self, receive: Receive) -> Receive:
-        """The same, for a body that is not too large and comes in time."""
-        seconds = self._door.bounds.body_seconds
+    def _limit_body(self, receive: Receive) -> Receive:
+        """Wrap `receive` to refuse a body that is too large or too slow."""
+        seconds = self._admission.limits.body_seconds
         deadline = asyncio.get_running_loop().time() + seconds
-        come = 0
-        is_whole = False
+        received = 0
+        is_complete = False
 
-        async def bounded() -> Message:
-            nonlocal come, is_whole
-            if is_whole:
+        async def receive_limited() -> Message:
+            nonlocal received, is_complete
+            if is_complete:
                 return await receive()
             try:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                what = f"the body did not come within {seconds:g} seconds"
+                what = f"the body did not arrive within {seconds:g} seconds"
                 raise HTTPException(408, what, {"connection": "close"}) from None
-            come += len(message.get("body", b""))
-            if come > self._body_bytes:
+            received += len(message.get("body", b""))
+            if received > self._body_bytes:
                 raise HTTPException(413, self._too_large)
-            is_whole = not message.get("more_body", False)
+            is_complete = not message.get("more_body", False)
             return message
 
-        return bounded
+        return receive_limited
 
 
-def _is_open(path: str) -> bool:
-    """Whether a route needs no key."""
+def _needs_no_key(path: str) -> bool:
     return path == "/health" or path.startswith("/health/")

@@ -1,9 +1,8 @@
-"""What the routes of OpenAI's protocols share, as types: the limits, a refusal, the fields of every request, usage and votes.
+"""Types that OpenAI's protocols share: request limits, errors, common request fields, usage and consensus results.
 
-A field that would change the answer and is not supported is refused by name, and so is a field nobody knows; what clients
-send by habit and changes nothing is accepted. The types hold what can be judged from the request alone, in a time that a
-wrong request cannot stretch: of a long list the first wrong entry is told, and of many unknown fields one. They do not know
-the model, its context, or the limits of a server that has others than the usual ones.
+A field that is unknown, or would change the answer and is not supported, is refused by name; fields that change nothing are
+accepted. The types check what can be checked without the model, and stop at the first fault, so that a large malformed
+request costs no more than a good one. They use the default limits; a server's own are checked in `generation`.
 """
 
 from __future__ import annotations
@@ -20,50 +19,49 @@ from corral.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What one request may ask of the server."""
+class RequestLimits:
+    """Limits of one request; `ServerLimits` holds those of the whole server."""
 
     body_bytes: int = 2**20
     n: int = 16
     """Choices of one prompt."""
     prompts: int = 64
-    """Prompts of one request, where a request may hold several."""
+    """Prompts of one `/v1/completions` request."""
     choices: int = 64
-    """Choices of all its prompts."""
+    """Choices of all prompts of one request."""
     inputs: int = 1024
-    """Texts of one request that are embedded."""
+    """Texts of one `/v1/embeddings` request."""
     stop_characters: int = 256
     """Length of one stop string."""
     messages: int = 2048
-    """Of one prompt, with those that were stored before."""
+    """Messages of one prompt, with those of the stored conversation."""
     parts: int = 1024
     """Parts of one message."""
     prompt_characters: int = 2**18
-    """Characters of one prompt as it came, which are counted before its tokens are."""
+    """Characters of one prompt, checked before it is tokenised."""
     prompt_tokens: int = 32768
-    """Tokens of one prompt, with all that is shown before the question."""
+    """Tokens of one prompt, with few-shot examples."""
     max_tokens: int = 8192
-    """The most tokens of one choice that may be asked for."""
+    """Largest `max_tokens` of a request."""
     default_tokens: int = 4096
-    """The most tokens of an answer whose request does not say how many it wants; the context may set fewer."""
+    """`max_tokens` of a request that gives none; less if the context leaves less."""
     step_tokens: int = 2**25
-    """Tokens of one request that may have to be read again to find the most likely ones of its prompts: half the square of the
-    length of each, which one prompt of 8192 comes to."""
+    """Tokens that finding the most likely tokens of prompts may read again, in one request: half the square of the length of
+    each prompt; one prompt of 8192 tokens reaches it."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of one request, of all its prompts and of the answers they may get: what one prompt may come to with `n`
-        choices."""
+        """Tokens of all prompts and answers of one request: as many as one prompt of the largest size with `n` choices."""
         return self.prompt_tokens + self.n * self.max_tokens
 
 
-USUAL = Limits()
-"""To which the types hold lists before they look at the entries."""
+DEFAULT_LIMITS = RequestLimits()
+"""The types check lengths of lists against these before they look at the entries."""
 MAX_STOPS = 16
-"""Stop strings of a request of `/v1/completions`: tasks of lm-eval have more than OpenAI's four, which other routes take."""
+"""Stop strings of a `/v1/completions` request: tasks of lm-eval have more than the four that other routes take, as OpenAI."""
 MAX_ID = 2**31
-"""Over every id of a token, and every count of them: engines compute with numbers of a fixed size."""
-_MOST_SHOWN = 1000
+"""Greater than all token ids and counts of tokens: engines use integers of a fixed size."""
+_MAX_QUOTED = 1000
 
 
 class Refused(InputError):
@@ -71,10 +69,10 @@ class Refused(InputError):
 
     Args:
         status: the HTTP status.
-        what: the fault, for the person who reads it.
-        param: the field it is about.
-        code: what programs know it by.
-        retry_seconds: after how long the same request may fare better.
+        what: the message for people.
+        param: the field of the request.
+        code: the error code for programs.
+        retry_seconds: when the same request may succeed.
     """
 
     def __init__(
@@ -92,16 +90,16 @@ class Refused(InputError):
         self.retry_seconds = retry_seconds
 
     def body(self) -> ErrorBody:
-        """The form it is sent in."""
+        """The body of the response."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        param = None if self.where is None else _short(self.where)
-        return ErrorBody(error=ErrorDetail(message=_short(self.what), type=kind, param=param, code=self.code))
+        param = None if self.where is None else _shorten(self.where)
+        return ErrorBody(error=ErrorDetail(message=_shorten(self.what), type=kind, param=param, code=self.code))
 
 
-def _short(text: str) -> str:
-    """A text that may quote what a client sent, without the middle where it is long."""
-    half = _MOST_SHOWN // 2
-    return text if len(text) <= _MOST_SHOWN else f"{text[:half]} … {text[-half:]}"
+def _shorten(text: str) -> str:
+    """Leave out the middle of a long text, which may quote what a client sent."""
+    half = _MAX_QUOTED // 2
+    return text if len(text) <= _MAX_QUOTED else f"{text[:half]} … {text[-half:]}"
 
 
 class ErrorDetail(BaseModel):
@@ -114,14 +112,14 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of every answer that is not a success, and the last event of a stream that broke."""
+    """The body of an error response, and the last event of a stream that failed."""
 
     error: ErrorDetail
 
 
 @dataclass(frozen=True)
-class _Only(AfterValidator):
-    """A check that the OpenAPI document tells."""
+class _UnsupportedExcept(AfterValidator):
+    """A validator that also appears in the OpenAPI document, as an enum."""
 
     harmless: tuple[object, ...] = ()
 
@@ -129,8 +127,8 @@ class _Only(AfterValidator):
         return {"enum": [*self.harmless]}
 
 
-def only(*harmless: object) -> AfterValidator:
-    """Accepts values that change nothing, and refuses a field that would have to be supported otherwise."""
+def unsupported_except(*harmless: object) -> AfterValidator:
+    """Accept values that change nothing, and refuse all others as unsupported."""
 
     def check(value: object) -> object:
         if value not in harmless:
@@ -140,25 +138,25 @@ def only(*harmless: object) -> AfterValidator:
             )
         return value
 
-    return _Only(check, harmless)
+    return _UnsupportedExcept(check, harmless)
 
 
-Nothing: TypeAlias = Annotated[Any, only(None)]
-Empty: TypeAlias = Annotated[Any, only(None, [], {})]
-Zero: TypeAlias = Annotated[Any, only(None, 0)]
-Ignored: TypeAlias = dict[Any, Any] | None
+MustBeNull: TypeAlias = Annotated[Any, unsupported_except(None)]
+MustBeEmpty: TypeAlias = Annotated[Any, unsupported_except(None, [], {})]
+MustBeZero: TypeAlias = Annotated[Any, unsupported_except(None, 0)]
+IgnoredObject: TypeAlias = dict[Any, Any] | None
 """An object whose fields change nothing."""
 
 
-class Body(BaseModel):
-    """Base of all that a request may hold."""
+class StrictModel(BaseModel):
+    """Base of all parts of a request: unknown fields and values of other types are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _one_unknown(cls, data: Any) -> Any:
-        """Leave one unknown field of many: it is refused all the same, and the others are not looked at."""
+    def _keep_one_unknown(cls, data: Any) -> Any:
+        """Keep one unknown field, which is enough to refuse the request, so that pydantic does not list thousands."""
         fields = cls.model_fields
         if not isinstance(data, dict) or len(cast(dict[str, Any], data)) <= len(fields):
             return cast(Any, data)
@@ -167,15 +165,15 @@ class Body(BaseModel):
         return {name: value for name, value in sent.items() if name in fields or name is unknown}
 
 
-class StreamOptions(Body):
-    """How a stream is sent."""
+class StreamOptions(StrictModel):
+    """Options of a streamed response."""
 
     include_usage: bool | None = None
-    include_obfuscation: Annotated[Any, only(None, False)] = None
+    include_obfuscation: Annotated[Any, unsupported_except(None, False)] = None
 
 
-class Ask(Body):
-    """What every request for text may hold. `top_k` is an extension."""
+class GenerationRequest(StrictModel):
+    """Fields of every request that generates text. `top_k` is an extension."""
 
     model: str
     n: int | None = Field(None, ge=1)
@@ -187,13 +185,13 @@ class Ask(Body):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, lt=MAX_ID)
 
-    # Sent by habit.
+    # Accepted without effect.
     user: str | None = None
 
-    # Would change the answer, save for the values that do not.
-    presence_penalty: Zero = None
-    frequency_penalty: Zero = None
-    logit_bias: Empty = None
+    # Unsupported, except for values that change nothing.
+    presence_penalty: MustBeZero = None
+    frequency_penalty: MustBeZero = None
+    logit_bias: MustBeEmpty = None
 
     @property
     def stops(self) -> list[str]:
@@ -202,103 +200,102 @@ class Ask(Body):
 
     @property
     def wants_logprobs(self) -> bool:
-        """Whether the answer tells log-probabilities."""
+        """Whether the response includes log-probabilities."""
         return False
 
     @property
     def wants_usage(self) -> bool:
-        """Whether a stream ends with its usage."""
+        """Whether a stream ends with a usage chunk."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
-class ConsensusWish(Body):
-    """That several answers are drawn and the one is given that agrees best with the others."""
+class ConsensusOptions(StrictModel):
+    """Ask for several answers, of which the one that agrees best with the others is returned."""
 
     method: Method
     n: int = Field(5, ge=2)
-    """Answers drawn."""
+    """Number of answers."""
     stop: StopRule = "lossless"
-    """When the rest is cancelled: `never`, `lossless` (once they cannot change the choice), or `adaptive` (also at a lead that
-    is 95 % certain; of votes only)."""
+    """When unfinished answers are cancelled: `never`, `lossless` (once they cannot change the choice), or `adaptive` (also
+    once the lead is 95 % certain; for majority votes only)."""
 
     @model_validator(mode="after")
-    def _votes(self) -> Self:
+    def _check_stop(self) -> Self:
         if self.stop == "adaptive" and self.method not in ("majority", "rouge-l+math"):
             raise PydanticCustomError("adaptive", "'stop': \"adaptive\" counts votes, and this method has none")
         return self
 
 
-class AskConversation(Ask):
-    """What every request may hold that is about a conversation. `consensus` is an extension.
+class ConversationRequest(GenerationRequest):
+    """Fields of every request about a conversation. `consensus` is an extension.
 
-    Left out, the answer is chosen as the server was told; null turns that off.
+    Left out, the model's own consensus applies; null turns it off.
     """
 
-    consensus: ConsensusWish | None = None
+    consensus: ConsensusOptions | None = None
 
 
-def refusal(faults: Sequence[Any]) -> Refused:
-    """What pydantic found wrong with a request → a 400 that names the field."""
-    # Of a union, pydantic lists the faults of each alternative: the deepest is of the one that was meant; where all are as
-    # deep, the one that is about more than the type.
-    fault = max(faults, key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")))
-    if fault["type"] == "json_invalid":
+def validation_error(errors: Sequence[Any]) -> Refused:
+    """Turn pydantic's errors into a 400 that names the field."""
+    # For a union, pydantic lists the errors of each alternative. The deepest one belongs to the alternative that was meant;
+    # among equally deep ones, prefer an error that is not about the type.
+    error = max(errors, key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")))
+    if error["type"] == "json_invalid":
         return Refused(400, "the body is not valid JSON")
-    place: list[Any] = list(fault["loc"])[1:]
-    if not place:
-        return Refused(400, f"the body must be a JSON object, sent as application/json: {fault['msg']}")
-    is_unknown = fault["type"] == "extra_forbidden"
-    fields = _fields(Body)
-    named = [p for p in place[:-1] if isinstance(p, int) or p in fields]
-    if is_unknown or isinstance(place[-1], int) or place[-1] in fields:
-        named.append(place[-1])
+    path: list[Any] = list(error["loc"])[1:]
+    if not path:
+        return Refused(400, f"the body must be a JSON object, sent as application/json: {error['msg']}")
+    is_unknown = error["type"] == "extra_forbidden"
+    fields = _field_names(StrictModel)
+    named = [part for part in path[:-1] if isinstance(part, int) or part in fields]
+    if is_unknown or isinstance(path[-1], int) or path[-1] in fields:
+        named.append(path[-1])
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in named).lstrip(".")
     if is_unknown:
         return Refused(400, f"{param!r} is not a field this server knows", param=param, code="unknown_parameter")
-    if fault["type"] == "unsupported":
-        return Refused(400, f"{param!r} {fault['msg']}", param=param, code="unsupported_parameter")
-    return Refused(400, f"{param!r}: {fault['msg']}", param=param)
+    if error["type"] == "unsupported":
+        return Refused(400, f"{param!r} {error['msg']}", param=param, code="unsupported_parameter")
+    return Refused(400, f"{param!r}: {error['msg']}", param=param)
 
 
-def _fields(body: type[Body]) -> set[str]:
-    """The names of all fields that a request may hold."""
-    return set(body.model_fields).union(*map(_fields, body.__subclasses__()))
+def _field_names(body: type[StrictModel]) -> set[str]:
+    """The names of all fields of all requests."""
+    return set(body.model_fields).union(*map(_field_names, body.__subclasses__()))
 
 
 class Usage(BaseModel):
-    """Tokens: the prompt's once, with the examples shown before the question, and those drawn for all choices or candidates (a
-    stop token is not counted)."""
+    """Token counts: of the prompt, once, with few-shot examples; of all choices or candidates, without end tokens."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 
-class CandidateShown(BaseModel):
-    """One of the answers that were voted on."""
+class ConsensusCandidate(BaseModel):
+    """One of the answers that consensus chose from."""
 
     text: str
     finish_reason: Literal["stop", "length", "cancelled"]
-    """`cancelled`: it was not needed, and is as far as it came."""
+    """`cancelled`: it was not needed; `text` is what there was of it."""
     score: float | None
-    """Mean agreement with the others, or the share of the votes; null if it was not needed."""
+    """Mean agreement with the others, or share of the votes; null for a cancelled one."""
     result: str | None
-    """What was counted, where votes were."""
+    """The extracted result that was counted in a majority vote."""
 
 
-class VoteShown(BaseModel):
+class ConsensusResult(BaseModel):
     """How the answer was chosen."""
 
     method: Method
     winner: int
-    """Its place among the candidates."""
-    candidates: list[CandidateShown]
+    """Index of the chosen candidate."""
+    candidates: list[ConsensusCandidate]
     cancelled: int
-    """Candidates that were not needed."""
+    """Number of cancelled candidates."""
 
 
 class Model(BaseModel):
-    """An entry of `/v1/models`. Extensions: `max_model_len`, most tokens of prompt and answer together, and `task`."""
+    """An entry of `/v1/models`. Extensions: `max_model_len` (most tokens of prompt and answer together) and `task`."""
 
     id: str
     object: Literal["model"] = "model"

@@ -1,7 +1,6 @@
-"""The one bounded queue before the engines: so many requests inside, so many waiting, and turns that go from key to key.
+"""The bounded queue in front of the engines: how many requests run, how many wait, and which API key is next.
 
-Over its bounds a request is refused at once, with an estimate of when it is worth asking again; nothing grows without end.
-It does not know what a request is, who stands behind a key, or what the key may use.
+A request over the bounds is refused at once, with an estimate of when to try again.
 """
 
 from __future__ import annotations
@@ -14,151 +13,148 @@ from typing import NamedTuple
 
 from corral.serving.protocol import Refused
 
-_LONGEST_WAIT = 3600
-_WEIGHT = 0.1  # of the newest request in the mean of how long they take
+_MAX_WAIT_SECONDS = 3600
+_MEAN_WEIGHT = 0.1  # of the newest request in the running mean of request durations
 
 
 class Busy(Refused):
-    """A request that may be sent again, after so many seconds.
+    """A request that may be sent again later.
 
     Args:
-        status: 429, where the caller's key is used up; 503, where the server is full.
-        what: the fault, for the person who reads it.
-        retry_seconds: what `Retry-After` says.
-        code: what programs know it by.
+        status: 429 if the caller's quota is used up; 503 if the server is full.
+        what: the message for people.
+        retry_seconds: the value of `Retry-After`; rounded up to whole seconds, at least 1.
+        code: the error code for programs.
     """
 
     def __init__(self, status: int, what: str, *, retry_seconds: float, code: str) -> None:
         super().__init__(status, what, code=code, retry_seconds=max(1, math.ceil(retry_seconds)))
 
 
-class Place(NamedTuple):
-    """A place inside."""
+class Slot(NamedTuple):
+    """Permission for one request to run."""
 
     key: str
-    began: float
-    """When it was taken, on the monotonic clock."""
+    started: float
+    """When it was granted, on the monotonic clock."""
 
 
-class Places:
-    """Room for `at_once` requests inside, and `waiting` outside.
+class RequestQueue:
+    """Lets `at_once` requests run and `waiting` requests wait.
 
-    A place goes to the key that has the fewest inside, of several to each in turn, one request each; some are only for keys
-    that have none inside, so that one key's long requests keep nobody waiting. Where all places outside are taken, whoever
-    has fewer there than the key with the most takes the place of that key's newest: one key's thousand requests keep nobody
-    else out.
+    The next slot goes to the key with the fewest running requests; keys with equally many take turns, one request each. Some
+    slots are reserved for keys with no running request, so that one key's long requests do not block the others. When the
+    queue is full, a new request replaces the newest one of the key with the most waiting requests, if its own key has fewer:
+    one key cannot fill the queue.
 
     Args:
-        at_once: the most inside; at least 1.
-        waiting: the most that wait; 0 refuses whatever finds no place inside.
-        reserved: of `at_once`, for keys that have none inside; less than that.
+        at_once: most running requests; at least 1.
+        waiting: most waiting requests; with 0, a request that cannot run at once is refused.
+        reserved: how many of `at_once` are only for keys with no running request; less than `at_once`.
     """
 
     def __init__(self, at_once: int, waiting: int, reserved: int = 0) -> None:
         assert at_once > reserved >= 0
         assert waiting >= 0
         self.at_once = at_once
-        self.most_waiting = waiting
+        self.max_waiting = waiting
         self.reserved = reserved
-        self.inside = 0
+        self.running = 0
         self.waiting = 0
-        self._inside: Counter[str] = Counter()
-        """Of each key."""
-        self._queues: OrderedDict[str, deque[asyncio.Future[Place]]] = OrderedDict()
-        self._mean = 0.0
-        """Seconds that requests were inside, the latest weighing most; 0 before any has ended."""
-        self._began = 0.0
-        """When those inside began, summed."""
+        self._running_by_key: Counter[str] = Counter()
+        self._queues: OrderedDict[str, deque[asyncio.Future[Slot]]] = OrderedDict()
+        self._mean_seconds = 0.0
+        """Running mean of request durations; 0 until one has finished."""
+        self._start_sum = 0.0
+        """Sum of the start times of running requests."""
 
-    async def take(self, key: str) -> Place:
-        """Wait for a place inside.
-
-        Returns: what `give_back` wants to have back, which must be called.
+    async def acquire(self, key: str) -> Slot:
+        """Wait for a slot, which the caller must `release`.
 
         Raises:
-            Busy: there is no place to wait (503), or it went to somebody with fewer requests.
+            Busy: 503: the queue is full, or this request was evicted for a key with fewer requests.
         """
-        # Nobody waits who might enter.
-        if self._may_enter(key):
-            return self._enter(key)
-        if self.waiting >= self.most_waiting:
-            self._make_room(key)
-        turn: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
-        self._queues.setdefault(key, deque()).append(turn)
+        # No queued request could start now (`release` would have started it), so this one overtakes nobody.
+        if self._can_start(key):
+            return self._start(key)
+        if self.waiting >= self.max_waiting:
+            self._evict_newest(key)
+        waiter: asyncio.Future[Slot] = asyncio.get_running_loop().create_future()
+        self._queues.setdefault(key, deque()).append(waiter)
         self.waiting += 1
         try:
-            return await turn
+            return await waiter
         except BaseException:
-            if turn.done() and not turn.cancelled() and turn.exception() is None:
-                self.give_back(turn.result())  # it got its place as it gave up
-            elif turn in self._queues.get(key, ()):
-                self._queues[key].remove(turn)
-                self._left(key)
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                self.release(waiter.result())  # the slot was granted in the moment of the cancellation
+            elif waiter in self._queues.get(key, ()):
+                self._queues[key].remove(waiter)
+                self._removed(key)
             raise
 
-    def give_back(self, place: Place) -> None:
-        """Leave the inside. `place` is what `take` returned."""
-        seconds = time.monotonic() - place.began
-        self._mean = seconds if not self._mean else (1 - _WEIGHT) * self._mean + _WEIGHT * seconds
-        self.inside -= 1
-        self._began = self._began - place.began if self.inside else 0.0
-        self._inside[place.key] -= 1
-        if not self._inside[place.key]:
-            del self._inside[place.key]
+    def release(self, slot: Slot) -> None:
+        """Give back a slot, and start as many waiting requests as now may run."""
+        seconds = time.monotonic() - slot.started
+        if self._mean_seconds:
+            seconds = (1 - _MEAN_WEIGHT) * self._mean_seconds + _MEAN_WEIGHT * seconds
+        self._mean_seconds = seconds
+        self.running -= 1
+        self._start_sum = self._start_sum - slot.started if self.running else 0.0
+        self._running_by_key[slot.key] -= 1
+        if not self._running_by_key[slot.key]:
+            del self._running_by_key[slot.key]
         while (
-            key := min(filter(self._may_enter, self._queues), key=self._inside.__getitem__, default=None)
+            key := min(filter(self._can_start, self._queues), key=self._running_by_key.__getitem__, default=None)
         ) is not None:
-            self._admit(key)
+            self._start_next(key)
 
     @property
-    def seconds_each(self) -> float:
-        """How long a request is inside, going by how long requests take of late; 0 where nothing is known."""
-        age = time.monotonic() - self._began / self.inside if self.inside else 0.0
-        return max(self._mean, age)  # those inside take longer than they have taken so far
+    def seconds_per_request(self) -> float:
+        """How long recent requests took to run; 0 if nothing is known."""
+        mean_age = time.monotonic() - self._start_sum / self.running if self.running else 0.0
+        return max(self._mean_seconds, mean_age)  # running requests take at least as long as they have run so far
 
     def wait_seconds(self, ahead: int) -> float:
-        """How long `ahead` requests take to get inside."""
-        return min(_LONGEST_WAIT, max(1.0, self.seconds_each * ahead / self.at_once))
+        """Estimate how long it takes to start `ahead` requests."""
+        return min(_MAX_WAIT_SECONDS, max(1.0, self.seconds_per_request * ahead / self.at_once))
 
-    def _may_enter(self, key: str) -> bool:
-        return self.inside < self.at_once - (self.reserved if self._inside[key] else 0)
+    def _can_start(self, key: str) -> bool:
+        return self.running < self.at_once - (self.reserved if self._running_by_key[key] else 0)
 
-    def _enter(self, key: str) -> Place:
-        place = Place(key, time.monotonic())
-        self.inside += 1
-        self._inside[key] += 1
-        self._began += place.began
-        return place
+    def _start(self, key: str) -> Slot:
+        slot = Slot(key, time.monotonic())
+        self.running += 1
+        self._running_by_key[key] += 1
+        self._start_sum += slot.started
+        return slot
 
-    def _admit(self, key: str) -> None:
+    def _start_next(self, key: str) -> None:
         queue = self._queues[key]
         self._queues.move_to_end(key)
-        turn = queue.popleft()
-        self.waiting -= 1
-        if not queue:
-            del self._queues[key]
-        if not turn.done():  # else it was cancelled, and is not yet aware of it
-            turn.set_result(self._enter(key))
+        waiter = queue.popleft()
+        self._removed(key)
+        if not waiter.done():  # else it was cancelled, and its task has not run since
+            waiter.set_result(self._start(key))
 
-    def _make_room(self, key: str) -> None:
-        """Send the newest of the longest queue away. Raises: Busy (none is longer than the key's own would be)."""
+    def _evict_newest(self, key: str) -> None:
+        """Refuse the newest request of the longest queue. Raises: Busy (no queue is longer than the key's own would be)."""
         own = len(self._queues.get(key, ()))
         longest = max(self._queues, key=lambda each: len(self._queues[each]), default=key)
         full = Busy(
             503,
-            f"this server is full: {self.inside} requests are under way and {self.waiting} wait",
+            f"this server is full: {self.running} requests are running and {self.waiting} are waiting",
             retry_seconds=self.wait_seconds(self.waiting + 1),
             code="server_full",
         )
         if len(self._queues.get(longest, ())) <= own + 1:
             raise full
-        turn = self._queues[longest].pop()
-        self._left(longest)
-        if not turn.done():
-            turn.set_exception(full)
+        waiter = self._queues[longest].pop()
+        self._removed(longest)
+        if not waiter.done():
+            waiter.set_exception(full)
 
-    def _left(self, key: str) -> None:
-        """One of a key's turns was taken out of its queue."""
+    def _removed(self, key: str) -> None:
+        """Account for a waiter that was taken out of its key's queue."""
         self.waiting -= 1
         if not self._queues[key]:
             del self._queues[key]

@@ -1,11 +1,10 @@
-"""Stored responses, and the turns they come from: what was said before, and what becomes of an answer, whole or not.
+"""Stores responses: from pending, with a lease on their conversation, to finished, discarded or lost.
 
-A turn is begun and ended, each in one transaction; in between it holds its conversation, so that two turns of one conversation
-never mix: the second is refused. Who holds one says every few seconds that it lives (`renew`). A process that was killed does
-not, so what it held is free again soon, and of its answer nothing is stored but that it was asked for.
+A response is begun and finished, each in one transaction. In between it locks its conversation, and a second response for that
+conversation is refused. Its server renews the lease every few seconds. If the server is killed, the lease ends, the
+conversation is unlocked, and the response counts as lost.
 
-Calls block. It does not know models, HTTP, or what the body of a response says. Where several machines share a database, their
-clocks must agree within a few seconds.
+Calls block. If several machines share a database, their clocks must agree within a few seconds.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ from corral.serving.database import Database
 from corral.serving.protocol import Refused
 from corral.serving.tables import (
     ROW_BYTES,
-    Caps,
     ConversationRow,
     Item,
     ItemRow,
     Page,
     ResponseRow,
-    bytes_of,
-    is_id,
-    missing,
-    page_of,
-    some_of,
+    StorageLimits,
+    is_valid_id,
+    not_found,
+    read_page,
+    read_rows,
+    storage_bytes,
 )
 
 _SWEEP_SECONDS = 3600
@@ -41,284 +40,289 @@ _DAY = 86400
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """A question, and where it belongs. At most one of `conversation` and `previous` is given."""
+class PendingResponse:
+    """A response that is being generated. At most one of `conversation` and `previous` is given."""
 
     id: str
-    """Of the response."""
     owner: str
     inputs: tuple[Item, ...]
     stored: bool
-    """Whether the response can be had later. What is said in a conversation is stored with that in any case."""
+    """Whether the response can be retrieved later. Items of a conversation are stored in any case."""
     conversation: str | None = None
     previous: str | None = None
-    """The response that this one goes on from."""
+    """The id of the response that this one continues."""
 
     @property
-    def leaves_a_trace(self) -> bool:
-        """Whether anything of it is written."""
+    def is_written(self) -> bool:
+        """Whether anything is written to the database."""
         return self.stored or self.conversation is not None
 
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """A response as it was stored."""
+    """A response from the database."""
 
     body: dict[str, Any]
     outputs: list[Item]
     is_lost: bool
-    """Its maker died before it was done."""
+    """Its lease ended before it was finished: its server died."""
 
 
-class Turns:
-    """All responses of a server.
+class ResponseStore:
+    """All responses of a database.
 
     Args:
-        caps: how much is stored.
-        lease_seconds: for how long a turn is taken to live without a sign of it.
+        lease_seconds: time after which a pending response without a heartbeat counts as lost.
     """
 
-    def __init__(self, database: Database, caps: Caps, *, lease_seconds: float) -> None:
+    def __init__(self, database: Database, limits: StorageLimits, *, lease_seconds: float) -> None:
         self.lease_seconds = lease_seconds
         self._database = database
-        self._signs = database.apart()  # of life: they must come though all other connections are waited for
-        self._caps = caps
-        self._swept = 0.0
+        # Heartbeats must not wait for connections that other calls hold.
+        self._heartbeat_database = database.with_own_connections()
+        self._limits = limits
+        self._last_sweep = 0.0
 
-    def begin(self, turn: Turn, body: dict[str, Any]) -> list[Item]:
-        """Take hold of a turn's conversation, and store that its response is being made.
+    def begin(self, pending: PendingResponse, body: dict[str, Any]) -> list[Item]:
+        """Lock the conversation and store the pending response.
 
         Args:
-            body: of the response, as far as it is known.
+            body: the response's JSON so far.
 
-        Returns: what was said before, in order.
+        Returns: the items before this response, in order.
 
         Raises:
-            Refused: conversation or previous response are missing (404), an answer is being made there (409), or it is over
-                a cap.
+            Refused: 404: no such conversation or previous response; 409: another response is pending there; 400: a storage
+                limit.
         """
-        if not turn.leaves_a_trace:
-            with self._database.reading() as session:
-                return self._before(session, turn)
-        with self._database.session() as session:
-            self._forget_old(session)
+        if not pending.is_written:
+            with self._database.read_session() as session:
+                return self._history(session, pending)
+        with self._database.write_session() as session:
+            self._delete_expired(session)
             conversation = None
-            if turn.conversation is not None:
-                conversation = owned(session, turn.owner, turn.conversation, to_write=True, param="conversation")
-                check_free(conversation)
-                check_caps(conversation.items, conversation.bytes, turn.inputs, self._caps)
-                check_total(session, turn.owner, turn.inputs, self._caps)
-                conversation.turn, conversation.turn_until = turn.id, self._until
-            before = self._before(session, turn)
-            if turn.stored:
-                size = _size(body, () if conversation else turn.inputs)
-                self._make_room(session, turn.owner, size)
+            if pending.conversation is not None:
+                conversation = get_conversation_row(
+                    session, pending.owner, pending.conversation, to_write=True, param="conversation"
+                )
+                check_unlocked(conversation)
+                check_conversation_size(conversation.items, conversation.bytes, pending.inputs, self._limits)
+                check_total_size(session, pending.owner, pending.inputs, self._limits)
+                conversation.turn, conversation.turn_until = pending.id, self._lease_end
+            history = self._history(session, pending)
+            if pending.stored:
+                size = _response_bytes(body, () if conversation else pending.inputs)
+                self._evict_oldest(session, pending.owner, size)
                 row = ResponseRow(
-                    id=turn.id,
-                    owner=turn.owner,
+                    id=pending.id,
+                    owner=pending.owner,
                     conversation=conversation.number if conversation else None,
-                    previous=turn.previous,
+                    previous=pending.previous,
                     created_at=int(time.time()),
-                    until=self._until,
+                    until=self._lease_end,
                     body=body,
                     bytes=size,
                 )
                 session.add(row)
-            return before
+            return history
 
-    def renew(self, turn: Turn) -> None:
-        """Say that a turn is still being answered."""
-        conversations = update(ConversationRow).where(ConversationRow.turn == turn.id)
-        responses = update(ResponseRow).where(ResponseRow.id == turn.id, ResponseRow.until.is_not(None))
-        with self._signs.session() as session:
-            session.execute(conversations.values(turn_until=self._until))
-            session.execute(responses.values(until=self._until))
+    def renew_lease(self, pending: PendingResponse) -> None:
+        """Extend the lease of a pending response."""
+        conversations = update(ConversationRow).where(ConversationRow.turn == pending.id)
+        responses = update(ResponseRow).where(ResponseRow.id == pending.id, ResponseRow.until.is_not(None))
+        with self._heartbeat_database.write_session() as session:
+            session.execute(conversations.values(turn_until=self._lease_end))
+            session.execute(responses.values(until=self._lease_end))
 
-    def drop(self, turn: Turn) -> None:
-        """End a turn as if it had not been."""
-        with self._database.session() as session:
-            session.execute(delete(ResponseRow).where(ResponseRow.id == turn.id))
+    def discard(self, pending: PendingResponse) -> None:
+        """Delete a pending response and unlock its conversation."""
+        with self._database.write_session() as session:
+            session.execute(delete(ResponseRow).where(ResponseRow.id == pending.id))
             session.execute(
-                update(ConversationRow).where(ConversationRow.turn == turn.id).values(turn=None, turn_until=None)
+                update(ConversationRow).where(ConversationRow.turn == pending.id).values(turn=None, turn_until=None)
             )
 
-    def end(self, turn: Turn, body: dict[str, Any], output: Item | None, *, kept: bool) -> None:
-        """Store what a turn came to and let its conversation go.
+    def finish(self, pending: PendingResponse, body: dict[str, Any], output: Item | None, *, is_kept: bool) -> None:
+        """Store a finished response and unlock its conversation.
 
         Args:
-            body: of the response.
+            body: the response's JSON.
             output: the answer, if there is any.
-            kept: whether question and answer become part of the conversation.
+            is_kept: whether inputs and answer become part of the conversation.
 
         Raises:
-            Refused: the conversation was deleted meanwhile (404), or another turn holds it, as this one was taken for dead
-                (409). Nothing is stored then.
+            Refused: 404: the conversation was deleted; 409: the lease had ended, and another response holds the conversation.
+                Nothing is stored then.
         """
-        with self._database.session() as session:
+        with self._database.write_session() as session:
             conversation = None
-            if turn.conversation is not None:
-                conversation = owned(session, turn.owner, turn.conversation, to_write=True, param="conversation")
-                if conversation.turn != turn.id:
-                    raise _held(conversation)
+            if pending.conversation is not None:
+                conversation = get_conversation_row(
+                    session, pending.owner, pending.conversation, to_write=True, param="conversation"
+                )
+                if conversation.turn != pending.id:
+                    raise _locked(conversation)
                 conversation.turn = conversation.turn_until = None
-            row = session.scalar(select(ResponseRow).where(ResponseRow.id == turn.id))
-            holder = conversation if kept else None
-            said = [(item, False) for item in turn.inputs]
+            row = session.scalar(select(ResponseRow).where(ResponseRow.id == pending.id))
+            holder = conversation if is_kept else None
+            items = [(item, False) for item in pending.inputs]
             if output is not None:
-                said.append((output, True))
+                items.append((output, True))
             if row is not None:
                 row.body, row.until = body, None
-                row.bytes = _size(body, () if holder else [item for item, _ in said])
+                row.bytes = _response_bytes(body, () if holder else [item for item, _ in items])
             elif holder is None:
                 return
-            for item, is_output in said:
-                _write(session, item, holder, response=row.number if row else None, is_output=is_output)
+            for item, is_output in items:
+                _add_item(session, item, holder, response=row.number if row else None, is_output=is_output)
 
-    def response(self, owner: str, id_: str) -> StoredResponse:
+    def get(self, owner: str, id_: str) -> StoredResponse:
         """One response. Raises: Refused (404)."""
-        with self._database.reading() as session:
-            row = _response(session, owner, id_)
+        with self._database.read_session() as session:
+            row = _get_response_row(session, owner, id_)
             outputs = select(ItemRow).where(ItemRow.response == row.number, ItemRow.is_output)
-            items = [Item.of(item) for item in session.scalars(outputs.order_by(ItemRow.number))]
+            items = [Item.from_row(item) for item in session.scalars(outputs.order_by(ItemRow.number))]
             return StoredResponse(row.body, items, is_lost=row.until is not None and row.until < time.time())
 
-    def inputs(self, owner: str, id_: str, page: Page) -> tuple[list[Item], bool]:
-        """(what a response was asked with, whether there is more). Raises: Refused (404, or an id that is not in the list)."""
-        with self._database.reading() as session:
-            number = _response(session, owner, id_).number
+    def list_inputs(self, owner: str, id_: str, page: Page) -> tuple[list[Item], bool]:
+        """Return (the response's inputs, whether there are more). Raises: Refused (404, or an id that is not in the list)."""
+        with self._database.read_session() as session:
+            number = _get_response_row(session, owner, id_).number
             query = select(ItemRow).where(ItemRow.response == number, ~ItemRow.is_output)
-            rows, has_more = page_of(session, query, ItemRow, page)
-            return [Item.of(row) for row in rows], has_more
+            rows, has_more = read_page(session, query, ItemRow, page)
+            return [Item.from_row(row) for row in rows], has_more
 
     def delete(self, owner: str, id_: str) -> None:
-        """Delete a response; what it says stays in its conversation, if it has one. Raises: Refused (404)."""
-        with self._database.session() as session:
-            row = _response(session, owner, id_)
-            forget(session, select(ResponseRow.number).where(ResponseRow.number == row.number))
+        """Delete a response; its items stay in its conversation, if it has one. Raises: Refused (404)."""
+        with self._database.write_session() as session:
+            row = _get_response_row(session, owner, id_)
+            delete_responses(session, select(ResponseRow.number).where(ResponseRow.number == row.number))
 
     @property
-    def _until(self) -> float:
+    def _lease_end(self) -> float:
         return time.time() + self.lease_seconds
 
-    def _before(self, session: Session, turn: Turn) -> list[Item]:
-        if turn.conversation is not None:
-            number = owned(session, turn.owner, turn.conversation, param="conversation").number
+    def _history(self, session: Session, pending: PendingResponse) -> list[Item]:
+        if pending.conversation is not None:
+            number = get_conversation_row(session, pending.owner, pending.conversation, param="conversation").number
             query = select(ItemRow).where(ItemRow.conversation == number)
-        elif turn.previous is not None:
-            query = select(ItemRow).where(self._chain(session, turn.owner, turn.previous))
+        elif pending.previous is not None:
+            query = select(ItemRow).where(self._chain(session, pending.owner, pending.previous))
         else:
-            if turn.leaves_a_trace:
-                check_caps(0, 0, turn.inputs, self._caps)
+            if pending.is_written:
+                check_conversation_size(0, 0, pending.inputs, self._limits)
             return []
-        rows, _ = some_of(session, query.order_by(ItemRow.number).limit(self._caps.items + 1), self._caps.bytes)
-        items = [Item.of(row) for row in rows]
-        check_caps(len(items), sum(item.bytes for item in items), turn.inputs, self._caps)
+        rows, _ = read_rows(
+            session, query.order_by(ItemRow.number).limit(self._limits.max_items + 1), self._limits.max_bytes
+        )
+        items = [Item.from_row(row) for row in rows]
+        check_conversation_size(len(items), sum(item.bytes for item in items), pending.inputs, self._limits)
         return items
 
     def _chain(self, session: Session, owner: str, previous: str) -> ColumnElement[bool]:
-        """Which items a response goes back to: its own, and those of the ones before it, or of its conversation till then."""
-        row = _response(session, owner, previous, param="previous_response_id")
+        """The items up to a response: its own, those of the chain before it, and those of a conversation where that begins."""
+        row = _get_response_row(session, owner, previous, param="previous_response_id")
         has_answer = select(ItemRow.number).where(ItemRow.response == row.number, ItemRow.is_output).limit(1)
         if session.scalar(has_answer) is None:
-            is_under_way = row.until is not None and row.until > time.time()
-            what = "is still being made" if is_under_way else "has no answer to go on from"
-            raise Refused(
-                409 if is_under_way else 400, f"the response {previous!r} {what}", param="previous_response_id"
-            )
+            is_pending = row.until is not None and row.until > time.time()
+            what = "is still being generated" if is_pending else "has no answer to continue"
+            raise Refused(409 if is_pending else 400, f"the response {previous!r} {what}", param="previous_response_id")
         columns = (ResponseRow.number, ResponseRow.previous, ResponseRow.conversation)
         chain = select(*columns, literal(0).label("depth")).where(ResponseRow.number == row.number).cte(recursive=True)
         older = aliased(ResponseRow)
         chain = chain.union_all(
             select(older.number, older.previous, older.conversation, chain.c.depth + 1)
             .join(chain, older.id == chain.c.previous)
-            .where(older.owner == owner, chain.c.conversation.is_(None), chain.c.depth < self._caps.items)
+            .where(older.owner == owner, chain.c.conversation.is_(None), chain.c.depth < self._limits.max_items)
         )
         links = session.execute(select(chain.c.number, chain.c.previous, chain.c.conversation, chain.c.depth)).all()
         first = max(links, key=lambda link: link.depth)
         if first.conversation is None:
             if first.previous is not None:
-                raise missing("response", first.previous, "previous_response_id")
+                raise not_found("response", first.previous, "previous_response_id")
             return ItemRow.response.in_([link.number for link in links])
-        till = select(func.max(ItemRow.number)).where(ItemRow.response == first.number).scalar_subquery()
-        in_conversation = and_(ItemRow.conversation == first.conversation, ItemRow.number <= till)
+        last = select(func.max(ItemRow.number)).where(ItemRow.response == first.number).scalar_subquery()
+        in_conversation = and_(ItemRow.conversation == first.conversation, ItemRow.number <= last)
         return or_(ItemRow.response.in_([link.number for link in links]), in_conversation)
 
-    def _forget_old(self, session: Session) -> None:
-        if time.monotonic() - self._swept < _SWEEP_SECONDS and self._swept:
+    def _delete_expired(self, session: Session) -> None:
+        if time.monotonic() - self._last_sweep < _SWEEP_SECONDS and self._last_sweep:
             return
-        self._swept = time.monotonic()
-        is_old = ResponseRow.created_at < time.time() - self._caps.days * _DAY
-        forget(session, select(ResponseRow.number).where(ResponseRow.conversation.is_(None), is_old))
+        self._last_sweep = time.monotonic()
+        is_old = ResponseRow.created_at < time.time() - self._limits.response_days * _DAY
+        delete_responses(session, select(ResponseRow.number).where(ResponseRow.conversation.is_(None), is_old))
 
-    def _make_room(self, session: Session, owner: str, size: int) -> None:
-        """Forget the oldest responses of an owner until one more has room. Raises: Refused (it alone is too large)."""
-        if size > self._caps.responses_bytes:
+    def _evict_oldest(self, session: Session, owner: str, size: int) -> None:
+        """Delete the oldest responses of an owner until a new one fits. Raises: Refused (it alone is too large)."""
+        if size > self._limits.max_responses_bytes:
             raise Refused(
-                400, f"a response takes at most {self._caps.responses_bytes} bytes", code="response_too_large"
+                400, f"a response takes at most {self._limits.max_responses_bytes} bytes", code="response_too_large"
             )
         mine = ResponseRow.owner == owner
         while True:
             count, held = session.execute(select(func.count(), func.sum(ResponseRow.bytes)).where(mine)).one()
-            if count < self._caps.responses and (held or 0) + size <= self._caps.responses_bytes:
+            if count < self._limits.max_responses and (held or 0) + size <= self._limits.max_responses_bytes:
                 return
-            # Some more than need be, so that not every turn has to.
+            # More than necessary, so that not every request has to delete some.
             oldest = select(ResponseRow.number).where(mine).order_by(ResponseRow.number).limit(1 + count // 10)
-            forget(session, oldest)
+            delete_responses(session, oldest)
 
 
-def owned(
+def get_conversation_row(
     session: Session, owner: str, id_: str, *, to_write: bool = False, param: str | None = None
 ) -> ConversationRow:
-    """A conversation of this owner; with `to_write`, no other transaction writes it until this one ends. Raises: Refused."""
+    """The row of an owner's conversation; `to_write` locks it until the transaction ends. Raises: Refused (404)."""
     query = select(ConversationRow).where(ConversationRow.id == id_, ConversationRow.owner == owner)
-    row = session.scalar(query.with_for_update() if to_write else query) if is_id(id_) else None
+    row = session.scalar(query.with_for_update() if to_write else query) if is_valid_id(id_) else None
     if row is None:
-        raise missing("conversation", id_, param)
+        raise not_found("conversation", id_, param)
     return row
 
 
-def check_free(row: ConversationRow) -> None:
-    """Nothing is added to a conversation while an answer is being made for it. Raises: Refused (409)."""
+def check_unlocked(row: ConversationRow) -> None:
+    """Raises: Refused (409: a response is pending in the conversation)."""
     if row.turn is not None and (row.turn_until or 0) > time.time():
-        raise _held(row)
+        raise _locked(row)
 
 
-def check_caps(items: int, size: int, new: Sequence[Item], caps: Caps) -> None:
-    """Raises: Refused (with the new ones there would be too many items, or too many bytes)."""
-    if items + len(new) > caps.items or size + sum(item.bytes for item in new) > caps.bytes:
-        what = f"a conversation holds at most {caps.items} items and {caps.bytes} bytes of text: begin another"
+def check_conversation_size(items: int, size: int, new: Sequence[Item], limits: StorageLimits) -> None:
+    """Raises: Refused (with the new items, a conversation would have too many items or bytes)."""
+    if items + len(new) > limits.max_items or size + sum(item.bytes for item in new) > limits.max_bytes:
+        what = (
+            f"a conversation holds at most {limits.max_items} items and {limits.max_bytes} bytes of text: start another"
+        )
         raise Refused(400, what, code="conversation_full")
 
 
-def check_total(session: Session, owner: str, new: Sequence[Item], caps: Caps) -> None:
-    """Raises: Refused (with the new ones there would be too much in all conversations of this owner together)."""
+def check_total_size(session: Session, owner: str, new: Sequence[Item], limits: StorageLimits) -> None:
+    """Raises: Refused (with the new items, all conversations of the owner would be too large)."""
     sums = select(func.count(), func.sum(ConversationRow.items), func.sum(ConversationRow.bytes))
     count, items, size = session.execute(sums.where(ConversationRow.owner == owner)).one()
-    if (size or 0) + (count + (items or 0)) * ROW_BYTES + bytes_of(new) > caps.total:
-        what = f"conversations hold at most {caps.total} bytes together: delete some"
+    if (size or 0) + (count + (items or 0)) * ROW_BYTES + storage_bytes(new) > limits.max_total_bytes:
+        what = f"conversations hold at most {limits.max_total_bytes} bytes together: delete some"
         raise Refused(400, what, code="storage_full")
 
 
-def add(session: Session, row: ConversationRow, items: Sequence[Item], caps: Caps) -> None:
-    """Add items to a conversation. Raises: Refused (over a cap)."""
-    check_caps(row.items, row.bytes, items, caps)
-    check_total(session, row.owner, items, caps)
+def add_items(session: Session, row: ConversationRow, items: Sequence[Item], limits: StorageLimits) -> None:
+    """Add items to a conversation. Raises: Refused (a storage limit)."""
+    check_conversation_size(row.items, row.bytes, items, limits)
+    check_total_size(session, row.owner, items, limits)
     for item in items:
-        _write(session, item, row, response=None, is_output=False)
+        _add_item(session, item, row, response=None, is_output=False)
 
 
-def _size(body: dict[str, Any], items: Sequence[Item]) -> int:
-    """What a response takes of its owner's share."""
-    return len(json.dumps(body)) + ROW_BYTES + bytes_of(items)
+def _response_bytes(body: dict[str, Any], items: Sequence[Item]) -> int:
+    """Bytes that a response takes of its owner's share."""
+    return len(json.dumps(body)) + ROW_BYTES + storage_bytes(items)
 
 
-def forget(session: Session, responses: Select[int]) -> None:
-    """Delete responses by their numbers; what they say stays in their conversations."""
+def delete_responses(session: Session, responses: Select[int]) -> None:
+    """Delete responses by their numbers; their items stay in their conversations."""
     session.execute(delete(ItemRow).where(ItemRow.response.in_(responses), ItemRow.conversation.is_(None)))
     session.execute(delete(ResponseRow).where(ResponseRow.number.in_(responses)))
 
 
-def _write(
+def _add_item(
     session: Session, item: Item, conversation: ConversationRow | None, *, response: int | None, is_output: bool
 ) -> None:
     number = None
@@ -326,18 +330,18 @@ def _write(
         number = conversation.number
         conversation.items += 1
         conversation.bytes += item.bytes
-    session.add(item.row(conversation=number, response=response, is_output=is_output))
-    session.flush()  # one by one, since their numbers are their order
+    session.add(item.to_row(conversation=number, response=response, is_output=is_output))
+    session.flush()  # one by one, because their numbers are their order
 
 
-def _held(row: ConversationRow) -> Refused:
-    what = f"an answer is being made in the conversation {row.id!r}: wait for it, or stop it"
+def _locked(row: ConversationRow) -> Refused:
+    what = f"an answer is being generated in the conversation {row.id!r}: wait for it, or cancel it"
     return Refused(409, what, param="conversation", code="conversation_locked")
 
 
-def _response(session: Session, owner: str, id_: str, param: str | None = None) -> ResponseRow:
+def _get_response_row(session: Session, owner: str, id_: str, param: str | None = None) -> ResponseRow:
     query = select(ResponseRow).where(ResponseRow.id == id_, ResponseRow.owner == owner)
-    row = session.scalar(query) if is_id(id_) else None
+    row = session.scalar(query) if is_valid_id(id_) else None
     if row is None:
-        raise missing("response", id_, param)
+        raise not_found("response", id_, param)
     return row

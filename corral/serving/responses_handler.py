@@ -1,7 +1,7 @@
-"""Between the Responses protocol and an answer under way: a ResponsesRequest → a response, whole or as events, and stored.
+"""Answers a ResponsesRequest with a response or its events, and stores it.
 
-An answer is stored before its end is told. Of one that is broken off, what a client has seen as a stream is kept, marked
-incomplete; what it has not seen is not, so that it can ask again. It does not know HTTP, or how an answer is drawn or chosen.
+A response is stored before the client is told that it is complete. If a stream is cancelled, the text that was sent is kept,
+marked incomplete; without a stream nothing is kept, so that the client can ask again.
 """
 
 from __future__ import annotations
@@ -20,253 +20,249 @@ from pydantic import BaseModel
 from corral.engines.base import Finish
 from corral.errors import DatabaseError, TemplateError
 from corral.messages import Conversation
-from corral.serving.admission import Event
-from corral.serving.database import beside
+from corral.serving.database import run_in_thread
 from corral.serving.generation import (
-    Answering,
-    Served,
-    begin,
-    check_messages,
-    check_size,
-    faults,
+    RunningAnswer,
+    ServedModel,
+    build_sampling,
+    check_conversation,
+    check_message_count,
     finish_reason,
-    room,
-    sampling,
-    usual,
+    sampling_defaults,
+    start_answer,
+    tokens_left,
+    translate_errors,
 )
+from corral.serving.http_responses import Event
 from corral.serving.protocol import Refused, Usage
-from corral.serving.response_store import Turn, Turns
+from corral.serving.response_store import PendingResponse, ResponseStore
 from corral.serving.responses_protocol import (
-    Fault,
-    Incomplete,
-    ItemShown,
-    OutputPartShown,
-    ResponseShown,
+    IncompleteDetails,
+    ItemObject,
+    OutputTextPart,
+    ResponseError,
+    ResponseObject,
     ResponsesRequest,
     ResponseUsage,
-    conversation_of,
+    build_conversation,
 )
 from corral.serving.tables import Item, new_id
 
 T = TypeVar("T")
 
-_BEATS = 4  # signs of life per lease
-_STORE_SECONDS = 30  # more than a database that answers takes to fail
+_HEARTBEATS_PER_LEASE = 4
+_STORE_SECONDS = 30  # timeout of a call of the store; the database's own timeouts are shorter
 _log = logging.getLogger(__name__)
 
 
-async def responding(served: Served, turns: Turns, owner: str, request: ResponsesRequest) -> Responding:
-    """Ask a model for what a request wants, after what was said before.
+async def start_response(
+    served: ServedModel, store: ResponseStore, owner: str, request: ResponsesRequest
+) -> ResponsesHandler:
+    """Start to answer a request, with the history of its conversation or previous response.
 
     Raises:
-        Refused: it cannot be answered; nothing of it is stored then.
+        Refused: it cannot be answered; nothing is stored.
     """
     if None not in (request.conversation, request.previous_response_id):
-        what = "'previous_response_id': a response goes on from it or from 'conversation', not from both"
+        what = "'previous_response_id': give either it or 'conversation'"
         raise Refused(400, what, param="previous_response_id")
     if isinstance(request.input, list):
-        check_messages(served, len(request.input), param="input")
+        check_message_count(served, len(request.input), param="input")
     is_stored = request.store is not False
-    turn = Turn(new_id("resp"), owner, request.items, is_stored, request.conversation_id, request.previous_response_id)
-    drawn = sampling(request, 0, usual(served, request))
-    shown = ResponseShown.begun(turn.id, int(time.time()), served.name, request, drawn)
-    hold = Hold(turns, turn)
-    before = await hold.take(shown)
+    pending = PendingResponse(
+        new_id("resp"), owner, request.items, is_stored, request.conversation_id, request.previous_response_id
+    )
+    sampling = build_sampling(request, 0, sampling_defaults(served, request))
+    response = ResponseObject.from_request(pending.id, int(time.time()), served.name, request, sampling)
+    lease = Lease(store, pending)
+    history = await lease.acquire(response)
     try:
-        conversation = conversation_of(request.instructions, [*before, *turn.inputs])
+        conversation = build_conversation(request.instructions, [*history, *pending.inputs])
         if request.truncation == "auto":
-            conversation = await _fitting(served, conversation, request.max_output_tokens)
-        wanted = request.max_output_tokens
-        answering = await begin(served, conversation, request, max_tokens=wanted, param="input")
+            conversation = await _truncate_to_fit(served, conversation, request.max_output_tokens)
+        answer = await start_answer(served, conversation, request, max_tokens=request.max_output_tokens, param="input")
     except BaseException:
-        await hold.drop()
+        await lease.discard()
         raise
-    return Responding(shown, answering, hold)
+    return ResponsesHandler(response, answer, lease)
 
 
-class Responding:
-    """A request under way, made by `responding`: its text as it comes (`events`) or at its end (`whole`)."""
+class ResponsesHandler:
+    """A Responses request that is being answered, from `start_response`; see `RequestHandler`."""
 
-    def __init__(self, shown: ResponseShown, answering: Answering, hold: Hold) -> None:
-        self._shown = shown
-        self._answering = answering
-        self._hold = hold
-        self._item = new_id("msg")
+    def __init__(self, response: ResponseObject, answer: RunningAnswer, lease: Lease) -> None:
+        self._response = response
+        self._answer = answer
+        self._lease = lease
+        self._item_id = new_id("msg")
         self._text = ""
-        """What was sent."""
-        self._sent = 0
-        """Events."""
-        self._ending: asyncio.Task[None] | None = None
+        """The text sent so far."""
+        self._events_sent = 0
+        self._cleanup_task: asyncio.Task[None] | None = None
 
     @property
     def usage(self) -> Usage:
         """Tokens so far, of all candidates."""
-        return self._answering.usage
+        return self._answer.usage
 
-    async def whole(self) -> ResponseShown:
-        """The response, which is stored. Raises: Refused (the engine or the store failed)."""
+    async def result(self) -> ResponseObject:
+        """The complete, stored response. Raises: Refused (the engine or the store failed)."""
         try:
-            answer = await self._answering.whole()
-            return await self._done(answer.text, answer.finish)
+            answer = await self._answer.result()
+            return await self._complete(answer.text, answer.finish)
         except Refused as refused:
-            await self._failed(refused)
+            await self._fail(refused)
             raise
         finally:
-            await self._broken_off()
+            await self._cancel_unfinished()
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        """The events, of which the last holds the whole response."""
+        """OpenAI's events; the last one contains the complete response."""
         try:
-            yield self._event("response.created", response=self._shown)
-            yield self._event("response.in_progress", response=self._shown)
-            place = {"item_id": self._item, "output_index": 0, "content_index": 0}
-            begun = ItemShown(id=self._item, role="assistant", status="in_progress", content=[])
-            yield self._event("response.output_item.added", output_index=0, item=begun)
-            yield self._event("response.content_part.added", **place, part=OutputPartShown(text=""))
+            yield self._event("response.created", response=self._response)
+            yield self._event("response.in_progress", response=self._response)
+            position = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
+            item = ItemObject(id=self._item_id, role="assistant", status="in_progress", content=[])
+            yield self._event("response.output_item.added", output_index=0, item=item)
+            yield self._event("response.content_part.added", **position, part=OutputTextPart(text=""))
             finish: Finish = "cancelled"
-            async with contextlib.aclosing(self._answering.deltas()) as deltas:
+            async with contextlib.aclosing(self._answer.deltas()) as deltas:
                 async for delta in deltas:
                     if delta.text:
                         self._text += delta.text
-                        yield self._event("response.output_text.delta", **place, delta=delta.text, logprobs=[])
+                        yield self._event("response.output_text.delta", **position, delta=delta.text, logprobs=[])
                     finish = delta.finish or finish
-            done = await self._done(self._text, finish)
-            part = OutputPartShown(text=self._text)
-            yield self._event("response.output_text.done", **place, text=self._text, logprobs=[])
-            yield self._event("response.content_part.done", **place, part=part)
+            done = await self._complete(self._text, finish)
+            part = OutputTextPart(text=self._text)
+            yield self._event("response.output_text.done", **position, text=self._text, logprobs=[])
+            yield self._event("response.content_part.done", **position, part=part)
             yield self._event("response.output_item.done", output_index=0, item=done.output[0])
             yield self._event(f"response.{done.status}", response=done)
         except Refused as refused:
-            yield self._event("response.failed", response=await self._failed(refused))
+            yield self._event("response.failed", response=await self._fail(refused))
         finally:
-            await self._broken_off()
+            await self._cancel_unfinished()
 
     def cancel(self) -> None:
-        """Stop the work; harmless once it has ended."""
-        self._answering.cancel()
-        if not self._hold.is_over:
-            # It was neither awaited nor iterated over: nobody else will let go.
-            self._ending = asyncio.get_running_loop().create_task(self._broken_off())
+        """Stop the work and release the lease; does nothing if that is done."""
+        self._answer.cancel()
+        if not self._lease.is_closed:
+            # Neither `result` nor `events` was run, so they did not release it.
+            self._cleanup_task = asyncio.get_running_loop().create_task(self._cancel_unfinished())
 
-    async def _done(self, text: str, finish: Finish) -> ResponseShown:
+    async def _complete(self, text: str, finish: Finish) -> ResponseObject:
         is_cut = finish_reason(finish) == "length"
-        item = Item(self._item, "assistant", (text,), "incomplete" if is_cut else "completed")
-        self._shown = self._shown.model_copy(
-            update={
-                "status": "incomplete" if is_cut else "completed",
-                "incomplete_details": Incomplete() if is_cut else None,
-                "completed_at": None if is_cut else int(time.time()),
-                "consensus": self._answering.vote,
-                "usage": ResponseUsage.of(self.usage),
-            }
+        item = Item(self._item_id, "assistant", (text,), "incomplete" if is_cut else "completed")
+        self._update(
+            status="incomplete" if is_cut else "completed",
+            incomplete_details=IncompleteDetails() if is_cut else None,
+            completed_at=None if is_cut else int(time.time()),
+            consensus=self._answer.consensus_result,
         )
-        await self._hold.end(self._shown, item, kept=True)
-        return self._shown.model_copy(update={"output": [ItemShown.of(item)]})
+        await self._lease.finish(self._response, item, is_kept=True)
+        return self._response.model_copy(update={"output": [ItemObject.from_item(item)]})
 
-    async def _failed(self, refused: Refused) -> ResponseShown:
-        """The response as it is now; what was sent of it stays visible in it, and is in no conversation."""
-        self._shown = self._shown.model_copy(
-            update={
-                "status": "failed",
-                "error": Fault(message=refused.what),
-                "incomplete_details": None,
-                "usage": ResponseUsage.of(self.usage),
-            }
-        )
-        item = self._partial()
+    async def _fail(self, refused: Refused) -> ResponseObject:
+        """Store the response as failed. Text that was sent stays in it, but not in the conversation."""
+        self._update(status="failed", error=ResponseError(message=refused.what), incomplete_details=None)
+        item = self._partial_item()
         with contextlib.suppress(Refused):  # the store may be what failed
-            await self._hold.end(self._shown, item, kept=False)
-        return self._shown.model_copy(update={"output": [ItemShown.of(item)] if item else []})
+            await self._lease.finish(self._response, item, is_kept=False)
+        return self._response.model_copy(update={"output": [ItemObject.from_item(item)] if item else []})
 
-    async def _broken_off(self) -> None:
-        if self._hold.is_over:
+    async def _cancel_unfinished(self) -> None:
+        if self._lease.is_closed:
             return
-        self._answering.cancel()
-        self._shown = self._shown.model_copy(update={"status": "cancelled", "usage": ResponseUsage.of(self.usage)})
-        item = self._partial()
+        self._answer.cancel()
+        self._update(status="cancelled")
+        item = self._partial_item()
         with contextlib.suppress(Refused):
-            await self._hold.end(self._shown, item, kept=item is not None)
+            await self._lease.finish(self._response, item, is_kept=item is not None)
 
-    def _partial(self) -> Item | None:
-        return Item(self._item, "assistant", (self._text,), "incomplete") if self._text else None
+    def _update(self, **changes: Any) -> None:
+        usage = ResponseUsage.from_usage(self.usage)
+        self._response = self._response.model_copy(update={**changes, "usage": usage})
+
+    def _partial_item(self) -> Item | None:
+        return Item(self._item_id, "assistant", (self._text,), "incomplete") if self._text else None
 
     def _event(self, type_: str, **fields: Any) -> Event:
-        data: dict[str, Any] = {"type": type_, "sequence_number": self._sent}
+        data: dict[str, Any] = {"type": type_, "sequence_number": self._events_sent}
         for name, value in fields.items():
             data[name] = value.model_dump() if isinstance(value, BaseModel) else value
-        self._sent += 1
+        self._events_sent += 1
         return Event(json.dumps(data), type_)
 
 
-class Hold:
-    """A turn, held for as long as it is answered, by coroutines that may be cancelled anywhere."""
+class Lease:
+    """Holds a pending response and its conversation while it is answered, by coroutines that may be cancelled anywhere."""
 
-    def __init__(self, turns: Turns, turn: Turn) -> None:
-        self.is_over = False
-        self._turns = turns
-        self._turn = turn
-        self._beat: asyncio.Task[None] | None = None
+    def __init__(self, store: ResponseStore, pending: PendingResponse) -> None:
+        self.is_closed = False
+        self._store = store
+        self._pending = pending
+        self._heartbeat: asyncio.Task[None] | None = None
 
-    async def take(self, shown: ResponseShown) -> list[Item]:
-        """Begin. Returns: what was said before. Raises: Refused."""
-        taking = asyncio.create_task(stored(self._turns.begin, self._turn, shown.body))
+    async def acquire(self, shown: ResponseObject) -> list[Item]:
+        """Begin the pending response. Returns: the items before it. Raises: Refused."""
+        begin_task = asyncio.create_task(call_store(self._store.begin, self._pending, shown.stored_body))
         try:
-            before = await asyncio.shield(taking)
+            history = await asyncio.shield(begin_task)
         except asyncio.CancelledError:
             with contextlib.suppress(Refused):
-                await taking
-                await self.drop()
+                await begin_task
+                await self.discard()
             raise
-        if self._turn.leaves_a_trace:
-            self._beat = asyncio.create_task(self._live())
-        return before
+        if self._pending.is_written:
+            self._heartbeat = asyncio.create_task(self._send_heartbeats())
+        return history
 
-    async def drop(self) -> None:
-        """End as if it had not been."""
-        if self._over():
-            with contextlib.suppress(Refused):  # then it is taken for dead before long
-                await stored(self._turns.drop, self._turn)
+    async def discard(self) -> None:
+        """Delete the pending response, unless the lease is closed."""
+        if self._close():
+            with contextlib.suppress(Refused):  # then the lease expires
+                await call_store(self._store.discard, self._pending)
 
-    async def end(self, shown: ResponseShown, output: Item | None, *, kept: bool) -> None:
-        """Store what came of it. Does nothing once it is over. Raises: Refused."""
-        if self._over():
-            await stored(partial(self._turns.end, self._turn, shown.body, output, kept=kept))
+    async def finish(self, shown: ResponseObject, output: Item | None, *, is_kept: bool) -> None:
+        """Store the finished response, unless the lease is closed. Raises: Refused."""
+        if self._close():
+            await call_store(partial(self._store.finish, self._pending, shown.stored_body, output, is_kept=is_kept))
 
-    def _over(self) -> bool:
-        """End once. Returns: whether there is anything to write."""
-        was_over, self.is_over = self.is_over, True
-        if self._beat is not None:
-            self._beat.cancel()
-        return not was_over and self._turn.leaves_a_trace
+    def _close(self) -> bool:
+        """Returns: whether there is something to write: the lease was open, and the response is stored."""
+        was_closed, self.is_closed = self.is_closed, True
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+        return not was_closed and self._pending.is_written
 
-    async def _live(self) -> None:
+    async def _send_heartbeats(self) -> None:
         while True:
-            await asyncio.sleep(self._turns.lease_seconds / _BEATS)
+            await asyncio.sleep(self._store.lease_seconds / _HEARTBEATS_PER_LEASE)
             with contextlib.suppress(Refused):
-                await stored(self._turns.renew, self._turn)
+                await call_store(self._store.renew_lease, self._pending)
 
 
-async def stored(call: Callable[..., T], *arguments: Any) -> T:
-    """What a call of the store returns, from a thread; it is made to its end even if nobody waits for it.
+async def call_store(call: Callable[..., T], *arguments: Any) -> T:
+    """Run a call of the store in a thread and return its result; the call is completed even if this is cancelled.
 
     Raises:
-        Refused: what the call raises, or 503 where the database cannot be used, or does not answer.
+        Refused: from the call; or 503: the database cannot be used, or does not answer.
     """
     try:
         async with asyncio.timeout(_STORE_SECONDS):
-            return await asyncio.shield(asyncio.create_task(beside(call, *arguments)))
+            return await asyncio.shield(asyncio.create_task(run_in_thread(call, *arguments)))
     except (DatabaseError, TimeoutError) as error:
         _log.error("%s", error.what if isinstance(error, DatabaseError) else "the database does not answer")
-        what = "the store of this server cannot be used just now"
+        what = "the store of this server cannot be used now"
         raise Refused(503, what, code="database_unavailable", retry_seconds=1) from None
 
 
-async def _fitting(served: Served, conversation: Conversation, wanted: int | None) -> Conversation:
-    """A conversation without its oldest turns, as far as it takes to leave room for the answer.
+async def _truncate_to_fit(served: ServedModel, conversation: Conversation, max_tokens: int | None) -> Conversation:
+    """Drop as many of the oldest turns as necessary to leave room for the answer.
 
-    A system message stays, and so does the last question: if that does not fit alone, it is refused like any other.
+    The system message and the last question stay, even if they do not fit.
     """
-    if await _fits(served, conversation, wanted):
+    if await _fits(served, conversation, max_tokens):
         return conversation
     messages = conversation.messages
     head = messages[:1] if messages[0].role == "system" else ()
@@ -274,25 +270,25 @@ async def _fitting(served: Served, conversation: Conversation, wanted: int | Non
     low, high = 0, len(starts) - 1
     while low < high:
         middle = (low + high) // 2
-        if await _fits(served, Conversation((*head, *messages[starts[middle] :])), wanted):
+        if await _fits(served, Conversation((*head, *messages[starts[middle] :])), max_tokens):
             high = middle
         else:
             low = middle + 1
     return Conversation((*head, *messages[starts[low] :]))
 
 
-async def _fits(served: Served, conversation: Conversation, wanted: int | None) -> bool:
+async def _fits(served: ServedModel, conversation: Conversation, max_tokens: int | None) -> bool:
     try:
-        check_size(served, conversation, param="input")
+        check_conversation(served, conversation, param="input")
     except Refused:
         return False
-    with faults():
+    with translate_errors():
         try:
             ids = await served.answerer.encode_prompt(conversation)
         except TemplateError as error:
             raise Refused(400, error.what, param="input") from error
     try:
-        room(served, len(ids), wanted, param="input")
+        tokens_left(served, len(ids), max_tokens, param="input")
     except Refused:
         return False
     return True

@@ -1,7 +1,6 @@
-"""OpenAI's protocol for stored conversations and responses as types: what may be asked, and what is shown of what is stored.
+"""OpenAI's protocol for responses and stored conversations as types, and conversions to and from stored values.
 
-Text is the only kind of content, and messages the only kind of item. As in `protocol`, what would change the answer and is not
-supported is refused by name. It does not know the store, the model, or the limits of a server that has others than the usual.
+Text is the only supported content, and messages are the only supported items.
 """
 
 from __future__ import annotations
@@ -15,82 +14,82 @@ from pydantic_core import PydanticCustomError
 from corral.engines.base import Sampling
 from corral.messages import Conversation
 from corral.messages import Role as PlainRole
-from corral.serving.conversation_store import Stored
+from corral.serving.conversation_store import StoredConversation
 from corral.serving.protocol import (
-    USUAL,
-    AskConversation,
-    Body,
-    Empty,
-    Ignored,
-    Nothing,
+    DEFAULT_LIMITS,
+    ConsensusResult,
+    ConversationRequest,
+    IgnoredObject,
+    MustBeEmpty,
+    MustBeNull,
+    MustBeZero,
     Refused,
+    StrictModel,
     Usage,
-    VoteShown,
-    Zero,
-    only,
+    unsupported_except,
 )
 from corral.serving.response_store import StoredResponse
 from corral.serving.tables import Item, Page, Role
 
-_MOST_PAIRS = 16
+_MAX_PAIRS = 16
 
 
-def _few_pairs(value: Any) -> Any:
-    """pydantic would look at all of them first, and list each that is wrong."""
-    if isinstance(value, dict) and len(cast(dict[str, Any], value)) > _MOST_PAIRS:
-        raise PydanticCustomError("too_long", "has more than {most} pairs", {"most": _MOST_PAIRS})
+def _limit_pairs(value: Any) -> Any:
+    """Refuse many pairs before pydantic looks at them all and lists each one that is wrong."""
+    if isinstance(value, dict) and len(cast(dict[str, Any], value)) > _MAX_PAIRS:
+        raise PydanticCustomError("too_long", "has more than {most} pairs", {"most": _MAX_PAIRS})
     return cast(Any, value)
 
 
 Metadata: TypeAlias = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
-    Field(max_length=_MOST_PAIRS),
-    BeforeValidator(_few_pairs),
+    Field(max_length=_MAX_PAIRS),
+    BeforeValidator(_limit_pairs),
 ]
 ResponseStatus: TypeAlias = Literal["in_progress", "completed", "incomplete", "failed", "cancelled"]
 
-_MOST_ITEMS = 20
+_MAX_ITEMS = 20
 
 
-class InputText(Body):
-    """A part of a message. The kinds differ in name only."""
+class InputText(StrictModel):
+    """A part of a message. The types are equivalent."""
 
     type: Literal["input_text", "output_text", "text"]
     text: str
-    # What an answer's part holds, for those who send it back as they got it.
-    annotations: Empty = None
-    logprobs: Empty = None
+    # Fields of a response's part, for clients that send it back unchanged.
+    annotations: MustBeEmpty = None
+    logprobs: MustBeEmpty = None
 
 
-class InputMessage(Body):
-    """A message to be asked about or to be stored. It gets an id of its own."""
+class InputMessage(StrictModel):
+    """A message to answer or to store. It gets a new id."""
 
     type: Literal["message"] = "message"
     role: Role
-    content: str | Annotated[list[InputText], Field(max_length=USUAL.parts, fail_fast=True)]
-    # What an item holds, for those who send it back as they got it.
+    content: str | Annotated[list[InputText], Field(max_length=DEFAULT_LIMITS.parts, fail_fast=True)]
+    # Fields of an item, for clients that send it back unchanged.
     id: str | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
-    phase: Nothing = None
+    phase: MustBeNull = None
 
     @property
     def item(self) -> Item:
-        """To be stored."""
+        """The item to store."""
         texts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
         return Item.new(self.role, texts)
 
 
-class ConversationId(Body):
-    """A conversation, by name."""
+class ConversationId(StrictModel):
+    """A conversation by its id."""
 
     id: str
 
 
-class ResponsesRequest(AskConversation):
+class ResponsesRequest(ConversationRequest):
     """`POST /v1/responses`. `consensus`, `stop`, `seed` and `top_k` are extensions."""
 
-    input: str | Annotated[list[InputMessage], Field(max_length=USUAL.messages, fail_fast=True)] | None = None
-    """May be left out where the conversation ends with the user."""
+    input: str | Annotated[list[InputMessage], Field(max_length=DEFAULT_LIMITS.messages, fail_fast=True)] | None = None
+    """May be left out if the conversation ends with the user's message."""
     instructions: str | None = None
     conversation: str | ConversationId | None = None
     previous_response_id: str | None = None
@@ -98,30 +97,30 @@ class ResponsesRequest(AskConversation):
     max_output_tokens: int | None = Field(None, ge=1)
     truncation: Literal["auto", "disabled"] | None = None
     metadata: Metadata | None = None
-    n: Annotated[Any, only(None, 1)] = None
+    n: Annotated[Any, unsupported_except(None, 1)] = None
 
-    # Sent by habit.
+    # Accepted without effect.
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
-    prompt_cache_options: Ignored = None
+    prompt_cache_options: IgnoredObject = None
     service_tier: str | None = None
     parallel_tool_calls: bool | None = None
     max_tool_calls: int | None = None
 
-    # Would change the answer, save for the values that do not.
-    background: Annotated[Any, only(None, False)] = None
-    include: Empty = None
-    tools: Empty = None
-    tool_choice: Annotated[Any, only(None, "none", "auto")] = None
-    text: Annotated[Any, only(None, {}, {"format": {"type": "text"}})] = None
-    reasoning: Annotated[Any, only(None, {}, {"effort": "none"}, {"effort": None})] = None
-    top_logprobs: Zero = None
-    prompt: Nothing = None
-    moderation: Nothing = None
-    context_management: Empty = None
-    access_programs: Nothing = None
-    image: Nothing = None
+    # Unsupported, except for values that change nothing.
+    background: Annotated[Any, unsupported_except(None, False)] = None
+    include: MustBeEmpty = None
+    tools: MustBeEmpty = None
+    tool_choice: Annotated[Any, unsupported_except(None, "none", "auto")] = None
+    text: Annotated[Any, unsupported_except(None, {}, {"format": {"type": "text"}})] = None
+    reasoning: Annotated[Any, unsupported_except(None, {}, {"effort": "none"}, {"effort": None})] = None
+    top_logprobs: MustBeZero = None
+    prompt: MustBeNull = None
+    moderation: MustBeNull = None
+    context_management: MustBeEmpty = None
+    access_programs: MustBeNull = None
+    image: MustBeNull = None
 
     @property
     def items(self) -> tuple[Item, ...]:
@@ -134,33 +133,33 @@ class ResponsesRequest(AskConversation):
 
     @property
     def conversation_id(self) -> str | None:
-        """The conversation this is part of."""
+        """The id of the conversation, if one is given."""
         return self.conversation.id if isinstance(self.conversation, ConversationId) else self.conversation
 
 
-class CreateConversation(Body):
+class CreateConversation(StrictModel):
     """`POST /v1/conversations`."""
 
     metadata: Metadata | None = None
-    items: Annotated[list[InputMessage], Field(max_length=_MOST_ITEMS, fail_fast=True)] | None = None
+    items: Annotated[list[InputMessage], Field(max_length=_MAX_ITEMS, fail_fast=True)] | None = None
 
 
-class UpdateConversation(Body):
-    """`POST /v1/conversations/{id}`: the metadata takes the place of what was there. Its `title` is what people see."""
+class UpdateConversation(StrictModel):
+    """`POST /v1/conversations/{id}`: replaces the metadata, of which `title` is for people."""
 
     metadata: Metadata | None
 
 
-class CreateItems(Body):
+class CreateItems(StrictModel):
     """`POST /v1/conversations/{id}/items`."""
 
-    items: list[InputMessage] = Field(min_length=1, max_length=_MOST_ITEMS, fail_fast=True)
+    items: list[InputMessage] = Field(min_length=1, max_length=_MAX_ITEMS, fail_fast=True)
 
 
-class PageQuery(Body):
-    """The part of a list that is asked for, in the address; `before` is an extension."""
+class PageQuery(StrictModel):
+    """Query parameters of a list; `before` is an extension."""
 
-    model_config = ConfigDict(strict=False)  # all that an address holds is text
+    model_config = ConfigDict(strict=False)  # query parameters are strings
 
     after: str | None = None
     before: str | None = None
@@ -169,19 +168,19 @@ class PageQuery(Body):
 
     @property
     def page(self) -> Page:
-        """The same for the store."""
+        """The page to read from the store."""
         return Page(self.after, self.before, self.limit, self.order == "asc")
 
 
-class InputPartShown(BaseModel):
-    """A part of what people say."""
+class InputTextPart(BaseModel):
+    """A part of a message that is not the model's."""
 
     type: Literal["input_text"] = "input_text"
     text: str
 
 
-class OutputPartShown(BaseModel):
-    """A part of what a model says."""
+class OutputTextPart(BaseModel):
+    """A part of the model's message."""
 
     type: Literal["output_text"] = "output_text"
     text: str
@@ -189,23 +188,23 @@ class OutputPartShown(BaseModel):
     logprobs: list[Any] = []
 
 
-class ItemShown(BaseModel):
+class ItemObject(BaseModel):
     """A message."""
 
     id: str
     type: Literal["message"] = "message"
     role: Role
     status: Literal["in_progress", "completed", "incomplete"]
-    content: list[InputPartShown | OutputPartShown]
+    content: list[InputTextPart | OutputTextPart]
 
     @classmethod
-    def of(cls, item: Item) -> ItemShown:
-        """What is stored."""
-        part = OutputPartShown if item.role == "assistant" else InputPartShown
+    def from_item(cls, item: Item) -> ItemObject:
+        """Convert an item."""
+        part = OutputTextPart if item.role == "assistant" else InputTextPart
         return cls(id=item.id, role=item.role, status=item.status, content=[part(text=text) for text in item.texts])
 
 
-class ConversationShown(BaseModel):
+class ConversationObject(BaseModel):
     """A conversation without its items."""
 
     id: str
@@ -214,77 +213,77 @@ class ConversationShown(BaseModel):
     metadata: dict[str, str]
 
     @classmethod
-    def of(cls, stored: Stored) -> ConversationShown:
-        """What is stored."""
+    def from_stored(cls, stored: StoredConversation) -> ConversationObject:
+        """Convert a stored conversation."""
         return cls(id=stored.id, created_at=stored.created_at, metadata=stored.metadata)
 
 
-class ListShown(BaseModel):
+class ListObject(BaseModel):
     """A page of a list."""
 
     object: Literal["list"] = "list"
-    data: Sequence[ItemShown | ConversationShown]
+    data: Sequence[ItemObject | ConversationObject]
     first_id: str | None
     last_id: str | None
     has_more: bool
 
     @classmethod
-    def of(cls, data: Sequence[ItemShown | ConversationShown], *, has_more: bool = False) -> ListShown:
-        """A page of these."""
+    def from_objects(cls, data: Sequence[ItemObject | ConversationObject], *, has_more: bool = False) -> ListObject:
+        """Build a page of objects."""
         first, last = (data[0].id, data[-1].id) if data else (None, None)
         return cls(data=data, first_id=first, last_id=last, has_more=has_more)
 
     @classmethod
-    def of_items(cls, items: Sequence[Item], has_more: bool = False) -> ListShown:
-        """A page of these."""
-        return cls.of([ItemShown.of(item) for item in items], has_more=has_more)
+    def from_items(cls, items: Sequence[Item], has_more: bool = False) -> ListObject:
+        """Build a page of items."""
+        return cls.from_objects([ItemObject.from_item(item) for item in items], has_more=has_more)
 
 
-class DeletedShown(BaseModel):
-    """That something is gone."""
+class DeletedObject(BaseModel):
+    """The response to a deletion."""
 
     id: str
     object: Literal["conversation.deleted", "response.deleted"]
     deleted: Literal[True] = True
 
 
-class ExportShown(BaseModel):
-    """All of a conversation; an extension. `messages` is the same in the form that training data has."""
+class ExportObject(BaseModel):
+    """A complete conversation; an extension. `messages` has the form of training data."""
 
     id: str
     object: Literal["conversation.export"] = "conversation.export"
     created_at: int
     metadata: dict[str, str]
-    items: list[ItemShown]
+    items: list[ItemObject]
     messages: list[dict[str, str]]
 
     @classmethod
-    def of(cls, stored: Stored, items: Sequence[Item]) -> ExportShown:
-        """What is stored."""
+    def from_stored(cls, stored: StoredConversation, items: Sequence[Item]) -> ExportObject:
+        """Convert a stored conversation with its items."""
         return cls(
             id=stored.id,
             created_at=stored.created_at,
             metadata=stored.metadata,
-            items=[ItemShown.of(item) for item in items],
-            messages=[{"role": _plain(item.role), "content": item.text} for item in items],
+            items=[ItemObject.from_item(item) for item in items],
+            messages=[{"role": _plain_role(item.role), "content": item.text} for item in items],
         )
 
 
 class InputDetails(BaseModel):
-    """Of what the prompt's tokens were; which of them were cached is not told."""
+    """Details of the prompt tokens; cached tokens are not reported."""
 
     cached_tokens: int = 0
     cache_write_tokens: int = 0
 
 
 class OutputDetails(BaseModel):
-    """Of what the answer's tokens were."""
+    """Details of the answer tokens."""
 
     reasoning_tokens: int = 0
 
 
 class ResponseUsage(BaseModel):
-    """Tokens, as the Responses protocol names them."""
+    """Token counts, as the Responses protocol names them."""
 
     input_tokens: int
     input_tokens_details: InputDetails = InputDetails()
@@ -293,41 +292,41 @@ class ResponseUsage(BaseModel):
     total_tokens: int
 
     @classmethod
-    def of(cls, usage: Usage) -> ResponseUsage:
-        """The same, as the chat protocol names them."""
+    def from_usage(cls, usage: Usage) -> ResponseUsage:
+        """Convert from the chat protocol's names."""
         return cls(
             input_tokens=usage.prompt_tokens, output_tokens=usage.completion_tokens, total_tokens=usage.total_tokens
         )
 
 
-class Fault(BaseModel):
+class ResponseError(BaseModel):
     """Why a response failed."""
 
     code: Literal["server_error"] = "server_error"
     message: str
 
 
-class Incomplete(BaseModel):
+class IncompleteDetails(BaseModel):
     """Why a response is incomplete."""
 
     reason: Literal["max_output_tokens"] = "max_output_tokens"
 
 
-class ResponseShown(BaseModel):
-    """A response: what was asked for, and what came of it."""
+class ResponseObject(BaseModel):
+    """A response, with the request's settings."""
 
     id: str
     object: Literal["response"] = "response"
     created_at: int
     completed_at: int | None = None
     status: ResponseStatus = "in_progress"
-    error: Fault | None = None
-    incomplete_details: Incomplete | None = None
+    error: ResponseError | None = None
+    incomplete_details: IncompleteDetails | None = None
     model: str
-    output: list[ItemShown] = []
+    output: list[ItemObject] = []
     usage: ResponseUsage | None = None
-    consensus: VoteShown | None = None
-    """How the answer was chosen from several, where it was; an extension."""
+    consensus: ConsensusResult | None = None
+    """How the answer was chosen, if from several; an extension."""
     conversation: ConversationId | None = None
     previous_response_id: str | None = None
     instructions: str | None = None
@@ -347,8 +346,10 @@ class ResponseShown(BaseModel):
     top_logprobs: Literal[0] = 0
 
     @classmethod
-    def begun(cls, id_: str, created: int, model: str, request: ResponsesRequest, drawn: Sampling) -> ResponseShown:
-        """One that is being made, of tokens drawn so."""
+    def from_request(
+        cls, id_: str, created: int, model: str, request: ResponsesRequest, sampling: Sampling
+    ) -> ResponseObject:
+        """Create a response in progress."""
         conversation = request.conversation_id
         return cls(
             id=id_,
@@ -359,37 +360,39 @@ class ResponseShown(BaseModel):
             instructions=request.instructions,
             max_output_tokens=request.max_output_tokens,
             metadata=request.metadata or {},
-            temperature=drawn.temperature,
-            top_p=drawn.top_p,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
             truncation=request.truncation or "disabled",
             store=request.store is not False,
             user=request.user,
         )
 
     @classmethod
-    def of(cls, stored: StoredResponse) -> ResponseShown:
-        """What is stored."""
-        shown = cls.model_validate({**stored.body, "output": [ItemShown.of(item) for item in stored.outputs]})
+    def from_stored(cls, stored: StoredResponse) -> ResponseObject:
+        """Convert a stored response; a lost one has failed."""
+        response = cls.model_validate(
+            {**stored.body, "output": [ItemObject.from_item(item) for item in stored.outputs]}
+        )
         if not stored.is_lost:
-            return shown
-        fault = Fault(message="the server ended before this answer was whole")
-        return shown.model_copy(update={"status": "failed", "error": fault})
+            return response
+        error = ResponseError(message="the server ended before this answer was complete")
+        return response.model_copy(update={"status": "failed", "error": error})
 
     @property
-    def body(self) -> dict[str, Any]:
-        """What is stored of it beside its items."""
+    def stored_body(self) -> dict[str, Any]:
+        """The JSON to store; items are stored separately."""
         return self.model_dump(exclude={"output"})
 
 
-def conversation_of(instructions: str | None, items: Sequence[Item]) -> Conversation:
-    """What a model is asked with. Raises: Refused (it does not end with the user, or a system message is not the first)."""
+def build_conversation(instructions: str | None, items: Sequence[Item]) -> Conversation:
+    """Build the conversation to answer. Raises: Refused (the last message is not the user's; a late system message)."""
     turns: list[tuple[PlainRole, str]] = []
     if instructions:
         turns.append(("system", instructions))
     for item in items:
-        role = _plain(item.role)
+        role = _plain_role(item.role)
         if role == "system" and turns:
-            what = "there is one system message at most, and it comes first; 'instructions' are one too"
+            what = "only the first message may be a system message; 'instructions' count as one"
             raise Refused(400, f"'input': {what}", param="input")
         turns.append((role, item.text))
     if not turns or turns[-1][0] != "user":
@@ -397,5 +400,5 @@ def conversation_of(instructions: str | None, items: Sequence[Item]) -> Conversa
     return Conversation.from_turns(*turns)
 
 
-def _plain(role: Role) -> PlainRole:
+def _plain_role(role: Role) -> PlainRole:
     return "system" if role == "developer" else role

@@ -1,4 +1,4 @@
-"""The process of `corral serve`: an address, a database, loaded models, and an orderly end. Knows nothing about requests."""
+"""The process of `corral serve`: binds the address, opens database and models, serves, and shuts down in order."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ from corral.engines.registry import EngineName
 from corral.errors import InputError
 from corral.interrupts import Interrupts, Stopped
 from corral.serving import embeddings, responses_routes
-from corral.serving.admission import Bounds, Door
-from corral.serving.api_keys import Keys
+from corral.serving.admission import Admission, ServerLimits
+from corral.serving.api_keys import KeyStore
 from corral.serving.app import build_app
 from corral.serving.connections import connection_type
-from corral.serving.conversation_store import Conversations
+from corral.serving.conversation_store import ConversationStore
 from corral.serving.database import Database
-from corral.serving.served_models import Models, open_served
+from corral.serving.served_models import ServedModels, open_served_models
 
-_GRACE_SECONDS = 25.0  # for answers under way when the server is told to end; under the 30 that Kubernetes gives
-_LAST_SECONDS = 2  # for what is not work, after that, and for the last counts
-_HURRIED_SECONDS = 0.2  # for the last counts, told twice: a database that works needs less
+_GRACE_SECONDS = 25.0  # for running requests after a signal; less than the 30 that Kubernetes gives
+_CLOSE_SECONDS = 2  # after that, for other requests, and then for usage counts
+_FORCED_CLOSE_SECONDS = 0.2  # for usage counts after a second signal; a working database needs less
 _ORIGIN = re.compile(r"https?://[^/\s*?#@]+")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a server listens, and to whom."""
+class ListenOptions:
+    """The address of a server, and who may use it."""
 
     host: str = "127.0.0.1"
     port: int = 8000
-    """0 takes any free one."""
+    """0 takes any free port."""
     insecure: bool = False
-    """Allow addresses that other machines reach, though there are no keys, and any name for this machine."""
+    """Allow addresses that other machines can reach without keys, and any `Host` header."""
     cors: Sequence[str] = ()
-    """Origins whose pages may ask."""
+    """Origins whose pages may send requests."""
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """What a server serves; see `open_served`."""
+class ModelOptions:
+    """The models of a server; see `open_served_models`."""
 
     specs: Sequence[str]
     engine: EngineName | None = None
@@ -59,62 +59,61 @@ class Wanted:
     embeddings: bool = False
 
 
-def serve(wanted: Wanted, place: Place, bounds: Bounds, database: str | None) -> None:
-    """Serve models until SIGINT or SIGTERM; a second one does not wait for answers under way.
+def serve(options: ModelOptions, listen: ListenOptions, limits: ServerLimits, database: str | None) -> None:
+    """Serve models until SIGINT or SIGTERM; a second signal does not wait for running requests.
 
     Args:
-        bounds: what requests may take.
         database: the URL of the database with keys and conversations; None: there are neither.
 
     Raises:
         InputError: the address cannot be used, or a model cannot be found or loaded.
         DatabaseError: the database cannot be used.
-        TemplateError, MissingExtraError: see `open_served`.
-        Stopped: a signal ended it, in good order.
+        TemplateError, MissingExtraError: see `open_served_models`.
+        Stopped: a signal ended the server in order.
     """
-    _check_origins(place.cors)
+    _check_origins(listen.cors)
     with Interrupts() as interrupts:
         try:
-            # The address first: to say that it is taken should not wait for a model to load.
-            with contextlib.closing(_bind(place)) as listener, _opened(database) as opened:
-                has_keys = opened is not None and any(key.works for key in Keys(opened).all())
-                _check_reach(place, listener, has_keys)
+            # The address first, so that an error about it does not wait for a model to load.
+            with contextlib.closing(_bind(listen)) as listener, _open_database(database) as opened:
+                has_keys = opened is not None and any(key.is_active for key in KeyStore(opened).all())
+                _check_exposure(listen, listener, has_keys)
                 print("loading …", file=sys.stderr)
-                models = open_served(
-                    wanted.specs,
-                    engine=wanted.engine,
-                    urls=wanted.urls,
-                    name=wanted.name,
-                    embeddings=wanted.embeddings,
-                    at_once=bounds.at_once,
+                models = open_served_models(
+                    options.specs,
+                    engine=options.engine,
+                    urls=options.urls,
+                    name=options.name,
+                    embeddings=options.embeddings,
+                    at_once=limits.at_once,
                 )
-                number = asyncio.run(_run(models, place, listener, bounds, opened, has_keys=has_keys))
+                number = asyncio.run(_run(models, listen, listener, limits, opened, has_keys=has_keys))
         except KeyboardInterrupt:
             raise Stopped(interrupts.signal) from None
     raise Stopped(number)
 
 
 async def _run(
-    models: Models,
-    place: Place,
+    models: ServedModels,
+    listen: ListenOptions,
     listener: socket.socket,
-    bounds: Bounds,
+    limits: ServerLimits,
     database: Database | None,
     *,
     has_keys: bool,
 ) -> int | None:
-    """Serve until told to end. Returns: the signal that told so."""
+    """Serve until a signal arrives. Returns: the signal."""
     address, port = listener.getsockname()[:2]
-    door = door_at(str(address), place, bounds, database, has_keys=has_keys)
-    # A page in a browser cannot know a key; where there may be none, it must not come by a name of its own.
-    hosts = ("localhost", "127.0.0.1", "::1", str(address)) if _is_local(str(address)) and not place.insecure else ()
-    app = build_app(models, door, routers=_routers(models, door, database), hosts=hosts, cors=place.cors)
-    server = http_server(app, door)
+    admission = build_admission(str(address), listen, limits, database, has_keys=has_keys)
+    # Without keys, a page in a browser must not reach the server through a name of its own (DNS rebinding).
+    hosts = ("localhost", "127.0.0.1", "::1", str(address)) if _is_local(str(address)) and not listen.insecure else ()
+    app = build_app(models, admission, routers=_routers(models, admission, database), hosts=hosts, cors=listen.cors)
+    server = build_http_server(app, admission)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.stop, number)
-    listener.listen(1024)  # from here on clients may connect, so what is printed is true
-    _announce(models, f"http://{f'[{address}]' if ':' in address else address}:{port}", has_keys=has_keys)
+    listener.listen(1024)  # from here on clients can connect
+    _print_address(models, f"http://{f'[{address}]' if ':' in address else address}:{port}", has_keys=has_keys)
     try:
         await server.serve(sockets=[listener])
     finally:
@@ -123,39 +122,41 @@ async def _run(
     return server.stopped_by
 
 
-def door_at(address: str, place: Place, bounds: Bounds, database: Database | None, *, has_keys: bool) -> Door:
-    """What stands between an address and the engines.
+def build_admission(
+    address: str, listen: ListenOptions, limits: ServerLimits, database: Database | None, *, has_keys: bool
+) -> Admission:
+    """Create the admission of a server at this address.
 
-    A server that may listen there only because there are keys lets nobody in when they are gone, as from a database that was
-    emptied or put back.
+    A server that may use the address only because there are keys lets nobody in when the keys are gone, for example because
+    the database was emptied or restored.
     """
-    door = Door(bounds, None if database is None else Keys(database))
-    door.callers.is_locked = has_keys or not (place.insecure or _is_local(address))
-    return door
+    admission = Admission(limits, None if database is None else KeyStore(database))
+    admission.accounts.requires_key = has_keys or not (listen.insecure or _is_local(address))
+    return admission
 
 
-def _routers(models: Models, door: Door, database: Database | None) -> list[APIRouter]:
-    """The routes that only some servers have."""
+def _routers(models: ServedModels, admission: Admission, database: Database | None) -> list[APIRouter]:
+    """The optional routes."""
     routers: list[APIRouter] = []
     if database is not None:
-        routers.append(responses_routes.routes(models, Conversations(database), door))
+        routers.append(responses_routes.build_router(models, ConversationStore(database), admission))
     if models.embed is not None:
-        routers.append(embeddings.routes(models, door))
+        routers.append(embeddings.build_router(models, admission))
     return routers
 
 
-def _is_fault(record: logging.LogRecord) -> bool:
-    """Whether a line of uvicorn's log is about one: answers that are cut off at the end are counted in a line of their own."""
+def _is_not_cancellation(record: logging.LogRecord) -> bool:
+    """Drop uvicorn's tracebacks of requests cancelled at shutdown, which it also counts in a line of its own."""
     return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
-def http_server(app: FastAPI, door: Door) -> Server:
-    """What answers HTTP, on the sockets given to its `serve`."""
-    logging.getLogger("uvicorn.error").addFilter(_is_fault)
+def build_http_server(app: FastAPI, admission: Admission) -> Server:
+    """Create the HTTP server; its `serve` takes the sockets."""
+    logging.getLogger("uvicorn.error").addFilter(_is_not_cancellation)
     config = uvicorn.Config(
         app,
-        http=connection_type(door.bounds),
-        h11_max_incomplete_event_size=door.bounds.header_bytes,
+        http=connection_type(admission.limits),
+        h11_max_incomplete_event_size=admission.limits.header_bytes,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -163,54 +164,52 @@ def http_server(app: FastAPI, door: Door) -> Server:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        timeout_graceful_shutdown=_LAST_SECONDS,
+        timeout_graceful_shutdown=_CLOSE_SECONDS,
     )
-    return Server(config, door)
+    return Server(config, admission)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which leaves signals to corral: it would raise them again before the engines are closed.
-
-    Args:
-        door: is closed to new work when the server is told to stop.
-    """
+    """uvicorn's server without its signal handlers, which would raise the signal again before the engines are closed."""
 
     stopped_by: int | None = None
     grace_seconds = _GRACE_SECONDS
 
-    def __init__(self, config: uvicorn.Config, door: Door) -> None:
+    def __init__(self, config: uvicorn.Config, admission: Admission) -> None:
         super().__init__(config)
-        self._door = door
-        self._draining: asyncio.Task[None] | None = None
-        self._closing: asyncio.Timeout | None = None
+        self._admission = admission
+        self._drain_task: asyncio.Task[None] | None = None
+        self._close_timeout: asyncio.Timeout | None = None
 
-    def stop(self, number: int) -> None:
-        """End once the work under way is done; told again, end at once.
+    def stop(self, signal_number: int) -> None:
+        """Shut down once running requests are done; when called again, at once.
 
-        Until then the server still listens: it refuses work, and its readiness tells those who watch it.
+        Until then the server listens, refuses new work, and `/health/ready` answers 503.
         """
-        self.stopped_by = self.stopped_by or number
-        self._door.is_closing = True
-        if self._draining is None:
-            self._draining = asyncio.get_running_loop().create_task(self._drain())
+        self.stopped_by = self.stopped_by or signal_number
+        self._admission.is_draining = True
+        if self._drain_task is None:
+            self._drain_task = asyncio.get_running_loop().create_task(self._drain())
             return
         self.should_exit = self.force_exit = True
-        if self._closing is not None and not self._closing.expired():
-            self._closing.reschedule(asyncio.get_running_loop().time() + _HURRIED_SECONDS)
+        if self._close_timeout is not None and not self._close_timeout.expired():
+            self._close_timeout.reschedule(asyncio.get_running_loop().time() + _FORCED_CLOSE_SECONDS)
         for connection in list(self.server_state.connections):
             connection.transport.abort()
 
     async def close(self) -> None:
-        """Close the door, which waits a moment for the database and no longer, and yet less when told to end again."""
+        """Close the admission, which writes usage counts, with a timeout; a second signal shortens it."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_HURRIED_SECONDS if self.force_exit else _LAST_SECONDS) as self._closing:
-                await self._door.close()
-        self._closing = None
+            async with asyncio.timeout(
+                _FORCED_CLOSE_SECONDS if self.force_exit else _CLOSE_SECONDS
+            ) as self._close_timeout:
+                await self._admission.close()
+        self._close_timeout = None
 
     async def _drain(self) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.grace_seconds):
-                while self._door.places.inside or self._door.places.waiting:
+                while self._admission.queue.running or self._admission.queue.waiting:
                     await asyncio.sleep(0.05)
         self.should_exit = True
 
@@ -220,7 +219,7 @@ class Server(uvicorn.Server):
         yield
 
 
-def _announce(models: Models, url: str, *, has_keys: bool) -> None:
+def _print_address(models: ServedModels, url: str, *, has_keys: bool) -> None:
     names = [served.name for served in models.all()]
     engines = dict.fromkeys(served.answerer.engine.name for served in models.all())
     body = f'{{"model": "{names[0]}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
@@ -234,7 +233,7 @@ def _announce(models: Models, url: str, *, has_keys: bool) -> None:
 
 
 @contextlib.contextmanager
-def _opened(url: str | None) -> Generator[Database | None]:
+def _open_database(url: str | None) -> Generator[Database | None]:
     """Raises: DatabaseError."""
     if url is None:
         yield None
@@ -253,13 +252,13 @@ def _check_origins(origins: Collection[str]) -> None:
             )
 
 
-def _check_reach(place: Place, listener: socket.socket, has_keys: bool) -> None:
-    """Raises: InputError (anybody on the network could ask)."""
-    if not (place.insecure or has_keys or _is_local(str(listener.getsockname()[0]))):
+def _check_exposure(listen: ListenOptions, listener: socket.socket, has_keys: bool) -> None:
+    """Raises: InputError (without keys, anybody on the network could send requests)."""
+    if not (listen.insecure or has_keys or _is_local(str(listener.getsockname()[0]))):
         raise InputError(
-            f"{place.host} can be reached from other machines, and there are no keys",
-            where=f"--host {place.host} --port {place.port}",
-            hint="make one with `corral keys add NAME`, or accept that anybody may ask with --insecure",
+            f"{listen.host} can be reached from other machines, and there are no keys",
+            where=f"--host {listen.host} --port {listen.port}",
+            hint="create a key with `corral keys add NAME`, or allow requests from anybody with --insecure",
         )
 
 
@@ -267,18 +266,18 @@ def _is_local(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
-def _bind(place: Place) -> socket.socket:
-    """A socket at an address that this machine has; nobody can connect yet. Raises: InputError."""
-    where = f"--host {place.host} --port {place.port}"
-    if not 0 <= place.port <= 65535:
+def _bind(listen: ListenOptions) -> socket.socket:
+    """Bind a socket to the address, without listening yet. Raises: InputError."""
+    where = f"--host {listen.host} --port {listen.port}"
+    if not 0 <= listen.port <= 65535:
         raise InputError(
-            f"{place.port} is not a port", where=where, hint="use one from 1 to 65535, or 0 for any that is free"
+            f"{listen.port} is not a port", where=where, hint="use one from 1 to 65535, or 0 for any that is free"
         )
     try:
-        family, kind, _, _, address = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)[0]
+        family, kind, _, _, address = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError):
         raise InputError(
-            f"{place.host!r} is not an address of this machine", where=where, hint="leave out --host, or try 127.0.0.1"
+            f"{listen.host!r} is not an address of this machine", where=where, hint="leave out --host, or try 127.0.0.1"
         ) from None
     listener = socket.socket(family, kind)
     try:

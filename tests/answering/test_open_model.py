@@ -191,11 +191,11 @@ def test_only_the_remote_engine_takes_urls(tiny_folder: Path, engine: Any, urls:
 
 
 def test_an_endpoint_computes_for_a_local_template_and_vocabulary(tiny_folder: Path) -> None:
-    from corral.serving.generation import Served
-    from tests.serving.conftest import running
+    from corral.serving.generation import ServedModel
+    from tests.serving.conftest import serve_in_thread
 
     there = open_model(str(tiny_folder), "transformers")
-    with running(Served(there.answerer, "tiny")) as url:
+    with serve_in_thread(ServedModel(there.answerer, "tiny")) as url:
         here = open_model(str(tiny_folder), sampling=Sampling(max_tokens=8), urls=[f"{url}/v1"])
 
         async def work() -> None:

@@ -21,11 +21,11 @@ from corral.engines.scripted import ScriptedEngine
 from corral.errors import CorralError, EngineError, InputError, ModelError
 from corral.messages import Conversation
 from corral.model.loading import load_tokenizer
-from corral.serving.generation import Served
-from corral.serving.served_models import Models
+from corral.serving.generation import ServedModel
+from corral.serving.served_models import ServedModels
 from corral.template import Template
 from tests.conftest import Request, web_server
-from tests.serving.conftest import Endless, running
+from tests.serving.conftest import Endless, serve_in_thread
 
 ASKED = Conversation.from_turns(("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi."), ("user", "And you?"))
 
@@ -35,10 +35,10 @@ def template(tiny_folder: Path) -> Template:
     return Template.load(load_tokenizer(tiny_folder))
 
 
-def model_replying(template: Template, *texts: str, name: str = "m", **engine: Any) -> Served:
+def model_replying(template: Template, *texts: str, name: str = "m", **engine: Any) -> ServedModel:
     """A model whose choices reply with these texts."""
     ids = [template.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-    return Served(Answerer(ScriptedEngine(lambda *of: ids[of[2] % len(ids)], **engine), template), name)
+    return ServedModel(Answerer(ScriptedEngine(lambda *of: ids[of[2] % len(ids)], **engine), template), name)
 
 
 def collect(server: ServerBackend, conversation: Conversation = ASKED) -> list[AnswerPiece]:
@@ -91,7 +91,7 @@ def thanks(self: Other) -> None:
 
 
 def test_an_answer_is_streamed(template: Template) -> None:
-    with running(model_replying(template, "Four, I think.")) as url:
+    with serve_in_thread(model_replying(template, "Four, I think.")) as url:
         pieces = collect(ServerBackend(url))
     assert len(pieces) > 2
     assert "".join(piece.text for piece in pieces) == "Four, I think."
@@ -115,7 +115,7 @@ def test_the_whole_conversation_is_sent_with_the_given_options_and_no_others() -
 
 def test_the_winner_of_a_vote_is_shown_with_its_score(template: Template) -> None:
     wish = {"consensus": {"method": "majority", "n": 3, "stop": "never"}}
-    with running(model_replying(template, "It is 5.", "It is 4.", "It is 4.")) as url:
+    with serve_in_thread(model_replying(template, "It is 5.", "It is 4.", "It is 4.")) as url:
         pieces = collect(ServerBackend(url, options=wish))
     assert "".join(piece.text for piece in pieces) == "It is 4."
     assert [piece.note for piece in pieces if piece.note] == ["[answer 2: majority 0.67 among 3]"]
@@ -124,12 +124,12 @@ def test_the_winner_of_a_vote_is_shown_with_its_score(template: Template) -> Non
 def test_the_only_chat_model_is_the_default_and_one_of_several_must_be_named(template: Template) -> None:
     from corral.engines.embedding import Embedder
 
-    models = Models([model_replying(template, "a", name="cook")], Embedder())
-    with running(models) as url:
+    models = ServedModels([model_replying(template, "a", name="cook")], Embedder())
+    with serve_in_thread(models) as url:
         server = ServerBackend(url)
         assert (server.model, server.url) == ("cook", f"{url}/v1")
         server.close()
-    with running(Models([model_replying(template, "a", name=name) for name in ("cook", "poet")])) as url:
+    with serve_in_thread(ServedModels([model_replying(template, "a", name=name) for name in ("cook", "poet")])) as url:
         with pytest.raises(ModelError, match="cook, poet") as caught:
             ServerBackend(url)
         assert "--model" in str(caught.value.hint)
@@ -139,12 +139,12 @@ def test_the_only_chat_model_is_the_default_and_one_of_several_must_be_named(tem
 def test_closing_an_answer_cancels_it_on_the_server(template: Template) -> None:
 
     endless = Endless()
-    with running(Served(Answerer(endless.engine, template), "m")) as url:
+    with serve_in_thread(ServedModel(Answerer(endless.engine, template), "m")) as url:
         server = ServerBackend(url)
         answer = server.stream(ASKED)
         next(answer)
         answer.close()
-        assert endless.ends(within=0.5)
+        assert endless.has_stopped(within=0.5)
         server.close()
 
 
@@ -352,6 +352,6 @@ def test_sampling_options_reach_the_engine(template: Template) -> None:
         drawn.append(sampling)
         return [50]
 
-    with running(Served(Answerer(ScriptedEngine(reply), template), "m")) as url:
+    with serve_in_thread(ServedModel(Answerer(ScriptedEngine(reply), template), "m")) as url:
         collect(ServerBackend(url, options={"max_tokens": 9, "temperature": 0.25, "top_p": 0.5}))
     assert [(s.max_tokens, s.temperature, s.top_p) for s in drawn] == [(9, 0.25, 0.5)]

@@ -11,8 +11,8 @@ import pytest
 
 from corral.cli import main
 from corral.serving import server
-from corral.serving.admission import Bounds
-from corral.serving.api_keys import Keys, Used, today
+from corral.serving.admission import ServerLimits
+from corral.serving.api_keys import KeyStore, KeyUsage, today
 from corral.serving.database import Database
 
 
@@ -29,11 +29,11 @@ def test_a_key_is_added_shown_once_listed_and_revoked(url: str, capsys: pytest.C
     assert secret.startswith("corral_")
     assert "shown only once" in message
     with contextlib.closing(Database(url)) as opened:
-        (key,) = Keys(opened).all()
-        assert key.opens_with(secret)
+        (key,) = KeyStore(opened).all()
+        assert key.matches(secret)
         assert (key.quota.tokens_per_day, key.quota.at_once) == (1000, 2)
         assert key.expires == key.created + 7 * 86400
-        Keys(opened).count(today(), {key.id: Used(1, 700, 34)})
+        KeyStore(opened).add_usage(today(), {key.id: KeyUsage(1, 700, 34)})
     assert main(["keys", *database]) == 0
     listed, _ = capsys.readouterr()
     for part in ("alice", key.id, "works", "1,000", "734"):
@@ -86,9 +86,9 @@ def test_the_arguments_of_serve_reach_the_server(monkeypatch: pytest.MonkeyPatch
     assert main(command.split()) == 0
     urls = ["http://x/v1", "http://y/v1"]
     assert received == [
-        server.Wanted(["a", "b=runs/c"], "remote", urls, None, True),
-        server.Place("::1", 1, True, ["https://a.example"]),
-        Bounds(at_once=3, waiting=0, max_seconds=1.5),
+        server.ModelOptions(["a", "b=runs/c"], "remote", urls, None, True),
+        server.ListenOptions("::1", 1, True, ["https://a.example"]),
+        ServerLimits(at_once=3, waiting=0, max_seconds=1.5),
         None,
     ]
 

@@ -20,9 +20,9 @@ from corral.answering.answerer import Answerer
 from corral.engines.base import Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.model.loading import load_tokenizer
-from corral.serving.generation import Served
+from corral.serving.generation import ServedModel
 from corral.template import Template
-from tests.serving.conftest import running
+from tests.serving.conftest import serve_in_thread
 
 # Makes the pseudo-terminal the controlling one, so that Ctrl-C sends a signal.
 START = """
@@ -98,7 +98,7 @@ def url(tiny_folder: Path, generated: list[int]) -> Generator[str]:
             generated[-1] += 1
             yield id_
 
-    with running(Served(Answerer(ScriptedEngine(reply, delay_seconds=0.01), template), "m")) as address:
+    with serve_in_thread(ServedModel(Answerer(ScriptedEngine(reply, delay_seconds=0.01), template), "m")) as address:
         yield address
 
 
@@ -167,8 +167,8 @@ def test_a_server_that_restarts_loses_only_the_turn_in_between(
 ) -> None:
     template = Template.load(load_tokenizer(tiny_folder))
     ids = template.tokenizer.backend_tokenizer.encode("again", add_special_tokens=False).ids
-    served = Served(Answerer(ScriptedEngine(ids), template), "m")
-    with running(served) as url:
+    served = ServedModel(Answerer(ScriptedEngine(ids), template), "m")
+    with serve_in_thread(served) as url:
         chat = terminal("--url", url)
         chat.wait_for("> ")
         chat.press("Hello\n")
@@ -177,7 +177,7 @@ def test_a_server_that_restarts_loses_only_the_turn_in_between(
     chat.press("Are you there?\n")
     chat.wait_for("cannot be reached")
     chat.wait_for("> ")
-    with running(served, port=int(url.rpartition(":")[2])):
+    with serve_in_thread(served, port=int(url.rpartition(":")[2])):
         chat.press("/retry\n")
         chat.wait_for("again")
         chat.wait_for("> ")

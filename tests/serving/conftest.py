@@ -22,35 +22,42 @@ from corral.engines.base import Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.engines.transformers import TransformersEngine
 from corral.model.loading import load_model, load_tokenizer
-from corral.serving.admission import Door
+from corral.serving.admission import Admission
 from corral.serving.app import build_app
 from corral.serving.database import Database
-from corral.serving.generation import Served
-from corral.serving.served_models import Models
-from corral.serving.server import Server, http_server
+from corral.serving.generation import ServedModel
+from corral.serving.served_models import ServedModels
+from corral.serving.server import Server, build_http_server
 from corral.template import Template
 from tests.serving.postgres import PostgreSQL, postgresql
 
 
 @contextlib.contextmanager
-def running(
-    served: Served | Models, hosts: Sequence[str] = (), door: Door | None = None, *, port: int = 0, **app: Any
+def serve_in_thread(
+    served: ServedModel | ServedModels,
+    hosts: Sequence[str] = (),
+    admission: Admission | None = None,
+    *,
+    port: int = 0,
+    **app: Any,
 ) -> Generator[str]:
     """Serve in a thread; yields the address. `app`: what `build_app` takes besides."""
-    models = served if isinstance(served, Models) else Models([served])
-    with serving(models, door or Door(), port=port, hosts=hosts, **app) as (url, _):
+    models = served if isinstance(served, ServedModels) else ServedModels([served])
+    with serve_with_handle(models, admission or Admission(), port=port, hosts=hosts, **app) as (url, _):
         yield url
 
 
 @contextlib.contextmanager
-def serving(models: Models, door: Door, port: int = 0, **app: Any) -> Generator[tuple[str, Server]]:
+def serve_with_handle(
+    models: ServedModels, admission: Admission, port: int = 0, **app: Any
+) -> Generator[tuple[str, Server]]:
     """The same; yields the server as well."""
     listener = socket.create_server(("127.0.0.1", port), backlog=1024)
-    server = http_server(build_app(models, door, **app), door)
+    server = build_http_server(build_app(models, admission, **app), admission)
 
     async def work() -> None:
         await server.serve(sockets=[listener])
-        await door.close()
+        await admission.close()
 
     thread = threading.Thread(target=lambda: asyncio.run(work()))
     thread.start()
@@ -66,10 +73,10 @@ class Endless:
 
     def __init__(self, delay_seconds: float = 0.01) -> None:
         self.drawn = 0
-        self.began = threading.Event()
+        self.started = threading.Event()
         self.engine = ScriptedEngine(self._reply, delay_seconds=delay_seconds)
 
-    def ends(self, within: float = 1) -> bool:
+    def has_stopped(self, within: float = 1) -> bool:
         """Whether it comes no further after so many seconds."""
         time.sleep(within)
         then = self.drawn
@@ -80,11 +87,11 @@ class Endless:
         for id_ in itertools.cycle(range(40, 60)):
             self.drawn += 1
             if self.drawn > 3:
-                self.began.set()
+                self.started.set()
             yield id_
 
 
-def ask_and_leave(url: str, path: str, body: Any, when: threading.Event) -> None:
+def post_and_disconnect(url: str, path: str, body: Any, when: threading.Event) -> None:
     """Send a request, and close the connection at that moment, before the answer ended."""
     place, data = urlsplit(url), json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
@@ -120,37 +127,37 @@ def tiny_template(tiny_folder: Path) -> Template:
 
 
 @pytest.fixture
-def says(tiny_template: Template) -> Callable[..., Served]:
-    """`says("text")`: a model that answers this to everything."""
+def scripted_model(tiny_template: Template) -> Callable[..., ServedModel]:
+    """`scripted_model("text")`: a model that answers this to everything."""
 
-    def make(text: str, **engine: Any) -> Served:
+    def make(text: str, **engine: Any) -> ServedModel:
         ids = tiny_template.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-        return Served(Answerer(ScriptedEngine(ids, **engine), tiny_template), "scripted", fingerprint="fp_1")
+        return ServedModel(Answerer(ScriptedEngine(ids, **engine), tiny_template), "scripted", fingerprint="fp_1")
 
     return make
 
 
 @pytest.fixture(scope="session")
-def tiny_served(tiny_folder: Path, tiny_template: Template) -> Generator[Served]:
+def tiny_served(tiny_folder: Path, tiny_template: Template) -> Generator[ServedModel]:
     """The tiny model on the transformers engine."""
     engine = TransformersEngine(load_model(tiny_folder))
-    yield Served(Answerer(engine, tiny_template), "tiny")
+    yield ServedModel(Answerer(engine, tiny_template), "tiny")
     asyncio.run(engine.close())
 
 
 @pytest.fixture(scope="session")
-def tiny_url(tiny_served: Served) -> Generator[str]:
+def tiny_url(tiny_served: ServedModel) -> Generator[str]:
     """Its address."""
-    with running(tiny_served) as url:
+    with serve_in_thread(tiny_served) as url:
         yield url
 
 
-def client_of(url: str, *, api_key: str = "none", **options: Any) -> openai.OpenAI:
+def openai_client(url: str, *, api_key: str = "none", **options: Any) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key=api_key, max_retries=0, **options)
 
 
 @pytest.fixture
 def client(tiny_url: str) -> Generator[openai.OpenAI]:
     """OpenAI's client of the tiny model."""
-    with client_of(tiny_url) as made:
+    with openai_client(tiny_url) as made:
         yield made

@@ -21,16 +21,16 @@ from corral.answering.answerer import Answerer
 from corral.engines.base import Features, Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.model.loading import load_tokenizer
-from corral.serving.admission import Door
+from corral.serving.admission import Admission
 from corral.serving.app import build_app
-from corral.serving.conversation_store import Conversations
+from corral.serving.conversation_store import ConversationStore
 from corral.serving.database import Database
-from corral.serving.generation import Served
-from corral.serving.responses_routes import routes
-from corral.serving.served_models import Models
-from corral.serving.server import http_server
+from corral.serving.generation import ServedModel
+from corral.serving.responses_routes import build_router
+from corral.serving.served_models import ServedModels
+from corral.serving.server import build_http_server
 from corral.template import Template
-from tests.serving.conftest import running
+from tests.serving.conftest import serve_in_thread
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 ASK: Any = {"model": "echo", "max_output_tokens": 400}
 
 
-def echo(template: Template, *, delay_seconds: float = 0.0, context: int = 8192) -> Served:
+def echo_model(template: Template, *, delay_seconds: float = 0.0, context: int = 8192) -> ServedModel:
     """A model that answers with the prompt's text, which ChatML begins each message of with its role."""
     special = set(template.tokenizer.all_special_ids)
 
@@ -46,30 +46,34 @@ def echo(template: Template, *, delay_seconds: float = 0.0, context: int = 8192)
         return [id_ for id_ in ids if id_ not in special]
 
     features = Features(max_length=context, vocabulary=2**20, logprobs=True, score=True)
-    return Served(Answerer(ScriptedEngine(reply, features=features, delay_seconds=delay_seconds), template), "echo")
+    return ServedModel(
+        Answerer(ScriptedEngine(reply, features=features, delay_seconds=delay_seconds), template), "echo"
+    )
 
 
 @contextlib.contextmanager
-def stateful(
-    served: Served,
+def serve_with_store(
+    served: ServedModel,
     database: str | Database,
     *,
-    door: Door | None = None,
+    admission: Admission | None = None,
     lease_seconds: float = 20,
 ) -> Generator[str]:
     """Serve in a thread; yields the address."""
     opened = Database(database) if isinstance(database, str) else database
-    models, door = Models([served]), door or Door()
-    conversations = Conversations(opened, lease_seconds=lease_seconds)
+    models, admission = ServedModels([served]), admission or Admission()
+    conversations = ConversationStore(opened, lease_seconds=lease_seconds)
     try:
-        with running(models, door=door, routers=[routes(models, conversations, door)]) as url:
+        with serve_in_thread(
+            models, admission=admission, routers=[build_router(models, conversations, admission)]
+        ) as url:
             yield url
     finally:
         opened.close()
 
 
 @contextlib.contextmanager
-def process(
+def serve_in_process(
     folder: Path, database: str, *, delay: float = 0.0, lease: float = 20
 ) -> Generator[tuple[str, subprocess.Popen[str]]]:
     """Serve in a process, which is killed at the end; yields the address and the process."""
@@ -82,22 +86,27 @@ def process(
             child.kill()
 
 
-def said(client: openai.OpenAI, conversation: str) -> list[tuple[str, str, str]]:
+def list_items(client: openai.OpenAI, conversation: str) -> list[tuple[str, str, str]]:
     """(role, status, text) of each item of a conversation."""
     items = client.conversations.items.list(conversation, order="asc")
     return [(item.role, item.status, "".join(part.text for part in item.content)) for item in items]  # type: ignore[union-attr]
 
 
-def prompt(*turns: str) -> str:
-    """What the echo says when it was asked with these turns, from the user's on."""
+def echoed(*turns: str) -> str:
+    """What the echo scripted_model when it was asked with these turns, from the user's on."""
     names = ["assistant" if i % 2 else "user" for i in range(len(turns))]
     return "".join(f"{name}\n{text}\n" for name, text in zip(names, turns, strict=True)) + "assistant\n"
 
 
 def main(folder: str, url: str, delay: str, lease: str) -> None:
-    models, door = Models([echo(Template.load(load_tokenizer(Path(folder))), delay_seconds=float(delay))]), Door()
-    conversations = Conversations(Database(url), lease_seconds=float(lease))
-    server = http_server(build_app(models, door, routers=[routes(models, conversations, door)]), door)
+    models, admission = (
+        ServedModels([echo_model(Template.load(load_tokenizer(Path(folder))), delay_seconds=float(delay))]),
+        Admission(),
+    )
+    conversations = ConversationStore(Database(url), lease_seconds=float(lease))
+    server = build_http_server(
+        build_app(models, admission, routers=[build_router(models, conversations, admission)]), admission
+    )
     listener = socket.create_server(("127.0.0.1", 0))
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
     asyncio.run(server.serve(sockets=[listener]))

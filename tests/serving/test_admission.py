@@ -17,21 +17,21 @@ import pytest
 from corral.answering.answerer import Answerer
 from corral.engines.base import Sampling
 from corral.engines.scripted import ScriptedEngine
-from corral.serving.admission import Bounds, Door
-from corral.serving.api_keys import Keys, Quota, today
+from corral.serving.admission import Admission, ServerLimits
+from corral.serving.api_keys import KeyStore, Quota, today
 from corral.serving.database import Database
-from corral.serving.generation import Served
+from corral.serving.generation import ServedModel
 from corral.template import Template
-from tests.serving.conftest import Endless, client_of, running
+from tests.serving.conftest import Endless, openai_client, serve_in_thread
 from tests.serving.test_app import ASKED, CHAT, call, wait_for
 
 BODY = {"model": "m", "messages": ASKED}
 
 
 @pytest.fixture
-def keys(tmp_path: Path) -> Iterator[Keys]:
+def keys(tmp_path: Path) -> Iterator[KeyStore]:
     with contextlib.closing(Database(f"sqlite:///{tmp_path / 'a.db'}")) as database:
-        yield Keys(database)
+        yield KeyStore(database)
 
 
 def bearer(secret: str) -> dict[str, str]:
@@ -45,7 +45,7 @@ class Gated:
         self.gate = threading.Event()
         self.order: list[int] = []
         self.engine = ScriptedEngine(self._reply, delay_seconds=0.002)
-        self.served = Served(Answerer(self.engine, template), "m")
+        self.served = ServedModel(Answerer(self.engine, template), "m")
 
     def _reply(self, ids: Sequence[int], sampling: Sampling, choice: int) -> Iterator[int]:
         self.order.append(len(ids))
@@ -59,15 +59,15 @@ async def ask(client: httpx2.AsyncClient, headers: Any = None, **body: Any) -> h
 
 
 def test_a_full_server_says_when_to_come_back_and_serves_who_waits(tiny_template: Template) -> None:
-    gated, door = Gated(tiny_template), Door(Bounds(at_once=2, waiting=3))
-    with running(gated.served, door=door) as url:
+    gated, admission = Gated(tiny_template), Admission(ServerLimits(at_once=2, waiting=3))
+    with serve_in_thread(gated.served, admission=admission) as url:
 
         async def work() -> Counter[int]:
             async with httpx2.AsyncClient(base_url=url, timeout=60) as client:
                 tasks = [asyncio.create_task(ask(client, max_tokens=4000)) for _ in range(9)]
                 while sum(task.done() for task in tasks) < 4:
                     await asyncio.sleep(0.01)
-                assert (door.places.inside, door.places.waiting) == (2, 3)
+                assert (admission.queue.running, admission.queue.waiting) == (2, 3)
                 for task in tasks:
                     if task.done():
                         answer = task.result()
@@ -77,23 +77,23 @@ def test_a_full_server_says_when_to_come_back_and_serves_who_waits(tiny_template
                 return Counter([(await task).status_code for task in tasks])
 
         assert asyncio.run(work()) == {200: 5, 503: 4}
-    assert (door.places.inside, door.places.waiting) == (0, 0)
+    assert (admission.queue.running, admission.queue.waiting) == (0, 0)
 
 
-def test_ten_times_more_clients_than_places(tiny_template: Template, keys: Keys) -> None:
+def test_ten_times_more_clients_than_places(tiny_template: Template, keys: KeyStore) -> None:
     """Every answer is good, or says when to come back; the queue stays bounded; a flood gets no more than its turn."""
     flood, calm = keys.add("flood")[1], keys.add("calm")[1]
-    served = Served(Answerer(ScriptedEngine([40] * 5, delay_seconds=0.002), tiny_template), "m")
-    door = Door(Bounds(at_once=4, waiting=12), keys)
+    served = ServedModel(Answerer(ScriptedEngine([40] * 5, delay_seconds=0.002), tiny_template), "m")
+    admission = Admission(ServerLimits(at_once=4, waiting=12), keys)
     deepest = 0
-    with running(served, door=door) as url:
+    with serve_in_thread(served, admission=admission) as url:
         loud: list[httpx2.Response] = []
         quiet: list[httpx2.Response] = []
 
         async def one(client: httpx2.AsyncClient, secret: str, found: list[httpx2.Response]) -> None:
             nonlocal deepest
             found.append(await ask(client, bearer(secret), stream=len(found) % 3 == 0))
-            deepest = max(deepest, door.places.waiting)
+            deepest = max(deepest, admission.queue.waiting)
             if found[-1].status_code != 200:
                 await asyncio.sleep(0.02)
 
@@ -119,26 +119,26 @@ def test_ten_times_more_clients_than_places(tiny_template: Template, keys: Keys)
     assert any(answer.status_code == 503 for answer in loud), "it was an overload"
     assert deepest <= 12
     assert all(answer.status_code == 200 for answer in quiet), "who sends two at a time always finds a place"
-    assert (door.places.inside, door.places.waiting) == (0, 0)
+    assert (admission.queue.running, admission.queue.waiting) == (0, 0)
 
 
-def test_one_key_with_many_requests_does_not_starve_another(tiny_template: Template, keys: Keys) -> None:
+def test_one_key_with_many_requests_does_not_starve_another(tiny_template: Template, keys: KeyStore) -> None:
     gated = Gated(tiny_template)
     flood, calm = keys.add("flood")[1], keys.add("calm")[1]
-    door = Door(Bounds(at_once=1, waiting=200), keys)
-    with running(gated.served, door=door) as url:
+    admission = Admission(ServerLimits(at_once=1, waiting=200), keys)
+    with serve_in_thread(gated.served, admission=admission) as url:
 
         async def work() -> list[int]:
             limits = httpx2.Limits(max_connections=200)
             async with httpx2.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
                 long = [{"role": "user", "content": "Hello Hello Hello"}]
                 tasks = [asyncio.create_task(ask(client, bearer(flood), max_tokens=4000)) for _ in range(50)]
-                while door.places.waiting < 49:
+                while admission.queue.waiting < 49:
                     await asyncio.sleep(0.01)
                 tasks += [
                     asyncio.create_task(ask(client, bearer(calm), max_tokens=4000, messages=long)) for _ in range(3)
                 ]
-                while door.places.waiting < 52:
+                while admission.queue.waiting < 52:
                     await asyncio.sleep(0.01)
                 gated.gate.set()
                 assert {(await task).status_code for task in tasks} == {200}
@@ -150,13 +150,13 @@ def test_one_key_with_many_requests_does_not_starve_another(tiny_template: Templ
     assert places[-1] <= 6, "one in turn with those of the flood"
 
 
-def test_what_a_key_may_use_is_held_and_told_with_429(tiny_template: Template, keys: Keys) -> None:
-    served = Served(Answerer(ScriptedEngine([40] * 5), tiny_template), "m")
+def test_what_a_key_may_use_is_held_and_told_with_429(tiny_template: Template, keys: KeyStore) -> None:
+    served = ServedModel(Answerer(ScriptedEngine([40] * 5), tiny_template), "m")
     minute = keys.add("minute", Quota(requests_per_minute=3))[1]
     day = keys.add("day", Quota(tokens_per_day=30))[1]
     free = keys.add("free")[1]
     asked = json.dumps(BODY)
-    with running(served, door=Door(keys=keys)) as url:
+    with serve_in_thread(served, admission=Admission(keys=keys)) as url:
         for secret, code, most_seconds in ((minute, "rate_limit_exceeded", 60), (day, "insufficient_quota", 86400)):
             answers = [call(url, "POST", CHAT, asked, bearer(secret)) for _ in range(6)]
             statuses = [status for status, _, _ in answers]
@@ -167,17 +167,17 @@ def test_what_a_key_may_use_is_held_and_told_with_429(tiny_template: Template, k
             assert 1 <= int(answers[-1][2]["retry-after"]) <= most_seconds
         assert call(url, "POST", CHAT, asked, bearer(free))[0] == 200
         assert statuses.count(200) < 6
-    used = {key.name: keys.used(today()).get(key.id) for key in keys.all()}
+    used = {key.name: keys.usage_on(today()).get(key.id) for key in keys.all()}
     assert used["minute"]
     assert used["minute"].requests == 3, "those refused are not counted"
     assert used["day"]
     assert used["day"].tokens >= 30
 
 
-def test_requests_of_a_key_at_once_are_bounded(tiny_template: Template, keys: Keys) -> None:
+def test_requests_of_a_key_at_once_are_bounded(tiny_template: Template, keys: KeyStore) -> None:
     gated = Gated(tiny_template)
     secret = keys.add("alice", Quota(at_once=2))[1]
-    with running(gated.served, door=Door(keys=keys)) as url:
+    with serve_in_thread(gated.served, admission=Admission(keys=keys)) as url:
 
         async def work() -> list[int]:
             async with httpx2.AsyncClient(base_url=url, timeout=60) as client:
@@ -193,63 +193,63 @@ def test_requests_of_a_key_at_once_are_bounded(tiny_template: Template, keys: Ke
 @pytest.mark.parametrize("waits", [False, True])
 def test_a_request_whose_time_is_up_ends_with_504_and_its_work_stops(waits: bool, tiny_template: Template) -> None:
     endless = Endless()
-    served = Served(Answerer(endless.engine, tiny_template), "m")
-    door = Door(Bounds(at_once=1, max_seconds=0.5))
-    with running(served, door=door) as url:
+    served = ServedModel(Answerer(endless.engine, tiny_template), "m")
+    admission = Admission(ServerLimits(at_once=1, max_seconds=0.5))
+    with serve_in_thread(served, admission=admission) as url:
         holder = threading.Thread(target=call, args=(url, "POST", CHAT, json.dumps(BODY)))
         if waits:
             holder.start()
-            assert wait_for(lambda: door.places.inside == 1)
+            assert wait_for(lambda: admission.queue.running == 1)
         status, answer, _ = call(url, "POST", CHAT, json.dumps(BODY))
         assert (status, answer["error"]["code"]) == (504, "deadline_exceeded")
         if waits:
             holder.join()
-        assert wait_for(lambda: (door.places.inside, door.places.waiting) == (0, 0))
-        assert endless.ends(within=0)
+        assert wait_for(lambda: (admission.queue.running, admission.queue.waiting) == (0, 0))
+        assert endless.has_stopped(within=0)
 
 
 def test_a_stream_whose_time_is_up_ends_with_the_error(tiny_template: Template) -> None:
     endless = Endless()
-    door = Door(Bounds(max_seconds=0.5))
-    with running(Served(Answerer(endless.engine, tiny_template), "m"), door=door) as url:
+    admission = Admission(ServerLimits(max_seconds=0.5))
+    with serve_in_thread(ServedModel(Answerer(endless.engine, tiny_template), "m"), admission=admission) as url:
         with httpx2.Client(base_url=url, timeout=60) as client:
             text = client.post(CHAT, json=BODY | {"stream": True}).text
         events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
         assert len(events) > 5
         assert json.loads(events[-1])["error"]["code"] == "deadline_exceeded"
         assert "[DONE]" not in text
-        assert wait_for(lambda: b'outcome="late"} 1.0' in door.metrics.text())
-        assert endless.ends(within=0)
+        assert wait_for(lambda: b'outcome="late"} 1.0' in admission.metrics.render())
+        assert endless.has_stopped(within=0)
 
 
 def test_who_goes_while_waiting_gives_up_the_place(tiny_template: Template) -> None:
-    gated, door = Gated(tiny_template), Door(Bounds(at_once=1, waiting=5))
-    with running(gated.served, door=door) as url, httpx2.Client(base_url=url, timeout=60) as client:
+    gated, admission = Gated(tiny_template), Admission(ServerLimits(at_once=1, waiting=5))
+    with serve_in_thread(gated.served, admission=admission) as url, httpx2.Client(base_url=url, timeout=60) as client:
         holder = threading.Thread(target=lambda: client.post(CHAT, json=BODY | {"max_tokens": 4000}))
         holder.start()
-        assert wait_for(lambda: door.places.inside == 1)
+        assert wait_for(lambda: admission.queue.running == 1)
         with pytest.raises(httpx2.TimeoutException):
             httpx2.post(url + CHAT, json=BODY, timeout=0.3)
-        assert wait_for(lambda: door.places.waiting == 0)
+        assert wait_for(lambda: admission.queue.waiting == 0)
         gated.gate.set()
         holder.join()
     assert len(gated.order) == 1, "it was never begun"
 
 
-def test_a_request_that_cannot_be_begun_gives_its_place_back(says: Callable[..., Served]) -> None:
-    door = Door(Bounds(at_once=1, waiting=0))
-    with running(says("Hello"), door=door) as url:
+def test_a_request_that_cannot_be_begun_gives_its_place_back(scripted_model: Callable[..., ServedModel]) -> None:
+    admission = Admission(ServerLimits(at_once=1, waiting=0))
+    with serve_in_thread(scripted_model("Hello"), admission=admission) as url:
         for _ in range(3):
             body = json.dumps({"model": "scripted", "messages": ASKED, "n": 1000})
             assert call(url, "POST", CHAT, body)[0] == 400
         assert call(url, "POST", CHAT, json.dumps({"model": "scripted", "messages": ASKED}))[0] == 200
 
 
-def test_openais_client_comes_back_after_the_time_it_was_told(tiny_template: Template, keys: Keys) -> None:
+def test_openais_client_comes_back_after_the_time_it_was_told(tiny_template: Template, keys: KeyStore) -> None:
     """It retries 429 by itself, going by Retry-After."""
     secret = keys.add("alice", Quota(at_once=1))[1]
-    served = Served(Answerer(ScriptedEngine([40] * 5, delay_seconds=0.05), tiny_template), "m")
-    with running(served, door=Door(keys=keys)) as url, client_of(url, api_key=secret) as client:
+    served = ServedModel(Answerer(ScriptedEngine([40] * 5, delay_seconds=0.05), tiny_template), "m")
+    with serve_in_thread(served, admission=Admission(keys=keys)) as url, openai_client(url, api_key=secret) as client:
         patient = client.with_options(max_retries=5)
         found: list[Any] = []
 

@@ -10,107 +10,107 @@ from pathlib import Path
 import pytest
 
 from corral.errors import InputError
-from corral.serving.api_keys import Keys, Quota, Used, digest, key_id
+from corral.serving.api_keys import KeyStore, KeyUsage, Quota, hash_key, parse_key_id
 from corral.serving.database import Database
 
 
 @pytest.fixture
-def keys(database: Database) -> Keys:
-    return Keys(database)
+def keys(database: Database) -> KeyStore:
+    return KeyStore(database)
 
 
-def test_a_key_opens_and_nothing_else_does(keys: Keys) -> None:
+def test_a_key_opens_and_nothing_else_does(keys: KeyStore) -> None:
     made, secret = keys.add("alice")
     (kept,) = keys.all()
     assert kept == made
-    assert kept.works
-    assert key_id(secret) == kept.id
-    assert kept.opens_with(secret)
+    assert kept.is_active
+    assert parse_key_id(secret) == kept.id
+    assert kept.matches(secret)
     other = keys.add("bob")[1]
     for wrong in (other, secret[:-1], f"{secret}a", secret.swapcase(), "", f"corral_{kept.id}_{'A' * 43}"):
-        assert not kept.opens_with(wrong)
+        assert not kept.matches(wrong)
 
 
 def test_the_database_holds_no_secret(tmp_path: Path) -> None:
     with contextlib.closing(Database(f"sqlite:///{tmp_path / 'a.db'}")) as database:
-        key, secret = Keys(database).add("alice")
+        key, secret = KeyStore(database).add("alice")
     random_part = secret.rpartition(f"{key.id}_")[2]
     assert len(random_part) == 43, "256 bits in base64"
     files = [file.read_bytes() for file in tmp_path.iterdir()]
     assert any(key.digest.encode() in data for data in files)
     assert not any(random_part.encode() in data for data in files)
-    assert digest(secret) == key.digest
+    assert hash_key(secret) == key.digest
 
 
 def test_what_has_not_the_form_of_a_key_has_no_id() -> None:
     good = f"corral_{'a' * 12}_{'B' * 43}"
-    assert key_id(good) == "a" * 12
+    assert parse_key_id(good) == "a" * 12
     for text in ("", "none", "corral_", good[:-1], good + "=", good.replace("corral", "Corral"), f"{good}\n", "ä" * 63):
-        assert key_id(text) is None
+        assert parse_key_id(text) is None
 
 
-def test_keys_are_told_apart_and_keep_what_they_may_use(keys: Keys) -> None:
+def test_keys_are_told_apart_and_keep_what_they_may_use(keys: KeyStore) -> None:
     quota = Quota(requests_per_minute=5, tokens_per_day=1000, at_once=2)
     keys.add("alice", quota, expires=int(time.time()) + 1000)
     keys.add("bob")
     alice, bob = sorted(keys.all(), key=lambda key: key.name)
-    assert (alice.name, alice.quota, alice.works) == ("alice", quota, True)
+    assert (alice.name, alice.quota, alice.is_active) == ("alice", quota, True)
     assert (bob.name, bob.quota, bob.expires) == ("bob", Quota(), None)
 
 
-def test_a_revoked_key_stays_in_the_list_and_its_name_is_free_again(keys: Keys) -> None:
+def test_a_revoked_key_stays_in_the_list_and_its_name_is_free_again(keys: KeyStore) -> None:
     first, secret = keys.add("alice")
     with pytest.raises(InputError, match="there is a key named 'alice'"):
         keys.add("alice")
     assert keys.revoke("alice").id == first.id
     second, _ = keys.add("alice")
-    assert [(key.id, key.works) for key in sorted(keys.all(), key=lambda key: key.works)] == [
+    assert [(key.id, key.is_active) for key in sorted(keys.all(), key=lambda key: key.is_active)] == [
         (first.id, False),
         (second.id, True),
     ]
-    assert next(key for key in keys.all() if not key.works).opens_with(secret)
+    assert next(key for key in keys.all() if not key.is_active).matches(secret)
     assert keys.revoke(second.id).name == "alice", "its id does as well"
     with pytest.raises(InputError, match="no key named 'alice'"):
         keys.revoke("alice")
 
 
-def test_an_expired_key_works_no_more(keys: Keys) -> None:
-    assert not keys.add("past", expires=int(time.time()) - 1)[0].works
-    assert keys.add("future", expires=int(time.time()) + 60)[0].works
+def test_an_expired_key_works_no_more(keys: KeyStore) -> None:
+    assert not keys.add("past", expires=int(time.time()) - 1)[0].is_active
+    assert keys.add("future", expires=int(time.time()) + 60)[0].is_active
 
 
 @pytest.mark.parametrize("name", ["", " ", "a b", "-a", "_a", "a" * 65, "a\n", "a/b", "<b>", "0123456789ab"])
-def test_a_name_that_is_none_is_refused(name: str, keys: Keys) -> None:
+def test_a_name_that_is_none_is_refused(name: str, keys: KeyStore) -> None:
     with pytest.raises(InputError, match="cannot be the name"):
         keys.add(name)
 
 
-def test_names_that_only_look_like_ids_are_names(keys: Keys) -> None:
+def test_names_that_only_look_like_ids_are_names(keys: KeyStore) -> None:
     for name in ("0123456789a", "0123456789abc", "0123456789aB", "0123456789ag", "Ärzte"):
         assert keys.add(name)[0].name == name
 
 
-def test_what_is_used_adds_up_by_key_and_day(keys: Keys) -> None:
+def test_what_is_used_adds_up_by_key_and_day(keys: KeyStore) -> None:
     alice, bob = keys.add("alice")[0].id, keys.add("bob")[0].id
-    keys.count("2026-01-01", {alice: Used(1, 10, 5)})
-    keys.count("2026-01-01", {bob: Used(1, 1, 1), alice: Used(2, 20, 7)})
-    keys.count("2026-01-02", {bob: Used(1, 3, 4)})
-    assert keys.used("2026-01-01") == {alice: Used(3, 30, 12), bob: Used(1, 1, 1)}
-    assert keys.used("2026-01-02")[bob].tokens == 7
-    assert keys.used("2026-01-03") == {}
+    keys.add_usage("2026-01-01", {alice: KeyUsage(1, 10, 5)})
+    keys.add_usage("2026-01-01", {bob: KeyUsage(1, 1, 1), alice: KeyUsage(2, 20, 7)})
+    keys.add_usage("2026-01-02", {bob: KeyUsage(1, 3, 4)})
+    assert keys.usage_on("2026-01-01") == {alice: KeyUsage(3, 30, 12), bob: KeyUsage(1, 1, 1)}
+    assert keys.usage_on("2026-01-02")[bob].tokens == 7
+    assert keys.usage_on("2026-01-03") == {}
 
 
 def test_two_servers_that_count_at_the_same_time_lose_nothing(database_url: str) -> None:
     with contextlib.closing(Database(database_url)) as one, contextlib.closing(Database(database_url)) as other:
-        ids = [Keys(one).add(name)[0].id for name in ("alice", "bob")]
+        ids = [KeyStore(one).add(name)[0].id for name in ("alice", "bob")]
 
         def count(database: Database) -> None:
             for _ in range(20):
-                Keys(database).count("2026-01-01", {id_: Used(1, 2, 3) for id_ in ids})
+                KeyStore(database).add_usage("2026-01-01", {id_: KeyUsage(1, 2, 3) for id_ in ids})
 
         threads = [threading.Thread(target=count, args=(each,)) for each in (one, other)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert Keys(one).used("2026-01-01") == {id_: Used(40, 80, 120) for id_ in ids}
+        assert KeyStore(one).usage_on("2026-01-01") == {id_: KeyUsage(40, 80, 120) for id_ in ids}

@@ -20,11 +20,11 @@ import pytest
 from corral.answering.answerer import Answerer
 from corral.engines.scripted import ScriptedEngine
 from corral.errors import EngineClosedError
-from corral.serving.admission import Bounds, Door
-from corral.serving.generation import Served
-from corral.serving.protocol import Limits
+from corral.serving.admission import Admission, ServerLimits
+from corral.serving.generation import ServedModel
+from corral.serving.protocol import RequestLimits
 from corral.template import Template
-from tests.serving.conftest import Endless, ask_and_leave, client_of, running
+from tests.serving.conftest import Endless, openai_client, post_and_disconnect, serve_in_thread
 
 ASKED: Any = [{"role": "user", "content": "Hello"}]
 CHAT = "/v1/chat/completions"
@@ -52,8 +52,8 @@ def wait_for(is_so: Callable[[], bool], seconds: float = 20) -> bool:
 
 
 @pytest.fixture
-def url(says: Callable[..., Served]) -> Iterator[str]:
-    with running(says("Hello")) as address:
+def url(scripted_model: Callable[..., ServedModel]) -> Iterator[str]:
+    with serve_in_thread(scripted_model("Hello")) as address:
         yield address
 
 
@@ -113,12 +113,12 @@ def test_a_wrong_method_says_which_is_right(url: str) -> None:
 
 
 def test_a_body_over_the_limit_is_refused_by_its_header_and_by_its_length(
-    says: Callable[..., Served],
+    scripted_model: Callable[..., ServedModel],
 ) -> None:
-    said = says("Hello")
-    served = Served(said.answerer, said.name, Limits(body_bytes=4000))
+    said = scripted_model("Hello")
+    served = ServedModel(said.answerer, said.name, RequestLimits(body_bytes=4000))
     good = json.dumps({"model": "scripted", "messages": ASKED}).encode()
-    with running(served) as url:
+    with serve_in_thread(served) as url:
         assert call(url, "POST", CHAT, good.ljust(4000))[0] == 200
         assert call(url, "POST", CHAT, good.ljust(4001))[0] == 413
         assert call(url, "POST", CHAT, iter([good, b" " * 3000]))[0] == 200  # no length is given: it comes in chunks
@@ -127,8 +127,8 @@ def test_a_body_over_the_limit_is_refused_by_its_header_and_by_its_length(
         assert "4000" in answer["error"]["message"]
 
 
-def test_a_page_that_gave_the_server_a_name_of_its_own_is_refused(says: Callable[..., Served]) -> None:
-    with running(says("Hello"), hosts=["127.0.0.1", "localhost", "::1"]) as url:
+def test_a_page_that_gave_the_server_a_name_of_its_own_is_refused(scripted_model: Callable[..., ServedModel]) -> None:
+    with serve_in_thread(scripted_model("Hello"), hosts=["127.0.0.1", "localhost", "::1"]) as url:
         for name in ("127.0.0.1:8000", "LOCALHOST", "[::1]:80"):
             assert call(url, "GET", "/v1/models", headers={"host": name})[0] == 200
         for name in ("evil.example", "127.0.0.1.evil.example:8000", "[::1", ""):
@@ -142,26 +142,32 @@ def test_a_page_that_gave_the_server_a_name_of_its_own_is_refused(says: Callable
 def test_a_client_that_goes_away_stops_the_work(stream: bool, tiny_template: Template) -> None:
     endless = Endless()
     body = {"model": "m", "messages": ASKED, "stream": stream, "n": 2}
-    with running(Served(Answerer(endless.engine, tiny_template), "m")) as url:
-        ask_and_leave(url, CHAT, body, endless.began)
-        assert endless.ends(), "the engine still works for nobody"
+    with serve_in_thread(ServedModel(Answerer(endless.engine, tiny_template), "m")) as url:
+        post_and_disconnect(url, CHAT, body, endless.started)
+        assert endless.has_stopped(), "the engine still works for nobody"
         assert call(url, "GET", "/health")[0] == 200
 
 
 def test_openais_client_leaving_a_stream_stops_the_work(tiny_template: Template) -> None:
     endless = Endless()
-    with running(Served(Answerer(endless.engine, tiny_template), "m")) as url, client_of(url) as client:
+    with (
+        serve_in_thread(ServedModel(Answerer(endless.engine, tiny_template), "m")) as url,
+        openai_client(url) as client,
+    ):
         with client.chat.completions.create(model="m", messages=ASKED, stream=True) as stream:
             for _ in stream:
-                if endless.began.is_set():
+                if endless.started.is_set():
                     break
-        assert endless.ends()
+        assert endless.has_stopped()
 
 
 def test_a_client_that_goes_away_before_the_first_token_stops_the_work(tiny_template: Template) -> None:
     """The engine takes long over the prompt: nothing is sent for seconds, and the loss is seen all the same."""
     endless = Endless(delay_seconds=0.6)
-    with running(Served(Answerer(endless.engine, tiny_template), "m")) as url, client_of(url, timeout=0.3) as client:
+    with (
+        serve_in_thread(ServedModel(Answerer(endless.engine, tiny_template), "m")) as url,
+        openai_client(url, timeout=0.3) as client,
+    ):
         with pytest.raises(openai.APITimeoutError):
             client.chat.completions.create(model="m", messages=ASKED)
         time.sleep(1)
@@ -185,8 +191,8 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_engine_that_fails_is_a_server_error_without_its_inner_words(fault: str, tiny_template: Template) -> None:
     error, status, code = FAULTS[fault]
-    served = Served(Answerer(ScriptedEngine(breaking(error, 3)), tiny_template), "m")
-    with running(served) as url, client_of(url) as client:
+    served = ServedModel(Answerer(ScriptedEngine(breaking(error, 3)), tiny_template), "m")
+    with serve_in_thread(served) as url, openai_client(url) as client:
         with pytest.raises(openai.InternalServerError) as caught:
             client.chat.completions.create(model="m", messages=ASKED)
         assert (caught.value.status_code, caught.value.code) == (status, code)
@@ -195,8 +201,8 @@ def test_an_engine_that_fails_is_a_server_error_without_its_inner_words(fault: s
 
 
 def test_a_stream_that_breaks_ends_with_the_error_and_no_done(tiny_template: Template) -> None:
-    served = Served(Answerer(ScriptedEngine(breaking(RuntimeError("secret"), 3)), tiny_template), "m")
-    with running(served) as url:
+    served = ServedModel(Answerer(ScriptedEngine(breaking(RuntimeError("secret"), 3)), tiny_template), "m")
+    with serve_in_thread(served) as url:
         connection = http.client.HTTPConnection(urlsplit(url).netloc)
         connection.request("POST", CHAT, json.dumps({"model": "m", "messages": ASKED, "stream": True}), JSON)
         answer = connection.getresponse()
@@ -207,7 +213,7 @@ def test_a_stream_that_breaks_ends_with_the_error_and_no_done(tiny_template: Tem
         assert json.loads(events[-1])["error"]["code"] == "engine_failed"
         assert len(events) == 5  # the role, three tokens, the error
         assert not any("DONE" in event or "secret" in event for event in events)
-        with client_of(url) as client, pytest.raises(openai.APIError, match="engine failed"):
+        with openai_client(url) as client, pytest.raises(openai.APIError, match="engine failed"):
             list(client.chat.completions.create(model="m", messages=ASKED, stream=True))
 
 
@@ -222,12 +228,12 @@ def test_a_stream_that_ends_well_ends_with_one_done(url: str) -> None:
 
 
 def test_a_fault_of_ours_is_500_without_a_traceback(
-    says: Callable[..., Served], caplog: pytest.LogCaptureFixture
+    scripted_model: Callable[..., ServedModel], caplog: pytest.LogCaptureFixture
 ) -> None:
-    served = says("Hello")
+    served = scripted_model("Hello")
     served.answerer.template.prompt = None  # type: ignore[method-assign,assignment]
     try:
-        with running(served) as url:
+        with serve_in_thread(served) as url:
             body = json.dumps({"model": "scripted", "messages": [{"role": "user", "content": "my diary"}]})
             status, answer, _ = call(url, "POST", CHAT, body)
     finally:
@@ -241,15 +247,15 @@ def test_a_fault_of_ours_is_500_without_a_traceback(
 
 
 def test_a_fault_that_quotes_the_prompt_is_logged_without_its_words(
-    says: Callable[..., Served], caplog: pytest.LogCaptureFixture
+    scripted_model: Callable[..., ServedModel], caplog: pytest.LogCaptureFixture
 ) -> None:
     def quote(*_: Any) -> Any:
         raise ValueError("cannot do my diary")
 
-    served = says("Hello")
+    served = scripted_model("Hello")
     served.answerer.template.prompt = quote  # type: ignore[method-assign]
     try:
-        with running(served) as url:
+        with serve_in_thread(served) as url:
             body = json.dumps({"model": "scripted", "messages": [{"role": "user", "content": "my diary"}]})
             assert call(url, "POST", CHAT, body)[0] == 500
     finally:
@@ -258,9 +264,9 @@ def test_a_fault_that_quotes_the_prompt_is_logged_without_its_words(
     assert "diary" not in caplog.text
 
 
-def test_liveness_is_the_process_and_readiness_the_engine(says: Callable[..., Served]) -> None:
-    served = says("Hello")
-    with running(served) as url:
+def test_liveness_is_the_process_and_readiness_the_engine(scripted_model: Callable[..., ServedModel]) -> None:
+    served = scripted_model("Hello")
+    with serve_in_thread(served) as url:
         assert call(url, "GET", "/health")[:2] == (200, {"status": "ok"})
         assert call(url, "GET", "/health/ready")[:2] == (200, {"status": "ready"})
         asyncio.run(served.answerer.engine.close())
@@ -278,9 +284,9 @@ def test_every_answer_has_a_number_of_its_own(url: str) -> None:
     assert len(set(answers)) == 3
 
 
-def test_only_pages_from_an_allowed_origin_may_ask(says: Callable[..., Served]) -> None:
+def test_only_pages_from_an_allowed_origin_may_ask(scripted_model: Callable[..., ServedModel]) -> None:
     allowed, asks = "https://chat.example.org", {"access-control-request-method": "POST"}
-    with running(says("Hello"), cors=[allowed]) as url:
+    with serve_in_thread(scripted_model("Hello"), cors=[allowed]) as url:
         for origin in (allowed, "https://evil.example"):
             connection = http.client.HTTPConnection(urlsplit(url).netloc)
             connection.request("OPTIONS", CHAT, headers={**asks, "origin": origin})
@@ -292,12 +298,12 @@ def test_only_pages_from_an_allowed_origin_may_ask(says: Callable[..., Served]) 
             connection.close()
             seen = call(url, "GET", "/v1/models", headers={"origin": origin})[2]["access-control-allow-origin"]
             assert seen == (origin if is_allowed else None)
-    with running(says("Hello")) as url:
+    with serve_in_thread(scripted_model("Hello")) as url:
         assert call(url, "GET", "/v1/models", headers={"origin": allowed})[2]["access-control-allow-origin"] is None
 
 
-def test_a_head_over_the_limit_is_refused_in_openais_shape(says: Callable[..., Served]) -> None:
-    with running(says("Hello"), door=Door(Bounds(header_bytes=2000))) as url:
+def test_a_head_over_the_limit_is_refused_in_openais_shape(scripted_model: Callable[..., ServedModel]) -> None:
+    with serve_in_thread(scripted_model("Hello"), admission=Admission(ServerLimits(header_bytes=2000))) as url:
         assert call(url, "GET", "/v1/models", headers={"x-a": "a" * 1000})[0] == 200
         for size in (2000, 200_000):  # the one comes in a piece, the other is cut short
             status, answer, _ = call(url, "GET", "/v1/models", headers={"x-a": "a" * size})
@@ -316,7 +322,7 @@ def test_what_is_no_http_is_refused_in_openais_shape(url: str) -> None:
     assert set(json.loads(answer.partition(b"\r\n\r\n")[2])["error"]) == {"message", "type", "param", "code"}
 
 
-def test_prompts_are_not_logged(says: Callable[..., Served], caplog: pytest.LogCaptureFixture) -> None:
+def test_prompts_are_not_logged(scripted_model: Callable[..., ServedModel], caplog: pytest.LogCaptureFixture) -> None:
     """At the lowest level of every logger, asked well and badly, on every route for text."""
     loggers = [logging.getLogger(name) for name in ("", "uvicorn.error", "uvicorn.access", "asyncio", "corral")]
     levels = [logger.level for logger in loggers]
@@ -330,7 +336,7 @@ def test_prompts_are_not_logged(says: Callable[..., Served], caplog: pytest.LogC
         ("/my diary?my diary", {}),
     ]
     try:
-        with running(says("an answer")) as url:
+        with serve_in_thread(scripted_model("an answer")) as url:
             for logger in loggers:
                 logger.setLevel(1)
             logging.getLogger("corral").debug("a line that is logged")

@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 
 from corral.serving import auth as module
-from corral.serving.api_keys import Key, Keys, Quota, Used, today
-from corral.serving.auth import ANYBODY, Caller, Callers, Window
+from corral.serving.api_keys import Key, KeyStore, KeyUsage, Quota, today
+from corral.serving.auth import ANONYMOUS, Accounts, Caller, RateWindow
 from corral.serving.database import Database
-from corral.serving.generation import usage
+from corral.serving.generation import count_usage
 from corral.serving.protocol import Refused, Usage
 from corral.serving.request_queue import Busy
 
 
 @pytest.fixture
-def keys(tmp_path: Path) -> Iterator[Keys]:
+def keys(tmp_path: Path) -> Iterator[KeyStore]:
     with contextlib.closing(Database(f"sqlite:///{tmp_path / 'a.db'}")) as database:
-        yield Keys(database)
+        yield KeyStore(database)
 
 
 @dataclass
@@ -32,40 +32,40 @@ class Counted:
     usage: Usage
 
 
-def use(callers: Callers, caller: Caller, counted: Counted) -> None:
+def use(callers: Accounts, caller: Caller, counted: Counted) -> None:
     """A request from its beginning to its end."""
     callers.admit(caller)
-    callers.began(caller, counted)
-    callers.left(caller, counted)
+    callers.started(caller, counted)
+    callers.finished(caller, counted)
 
 
 def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(work())
 
 
-async def refusal(callers: Callers, authorization: str | None) -> Refused:
+async def refusal(callers: Accounts, authorization: str | None) -> Refused:
     with pytest.raises(Refused) as caught:
-        await callers.identify(authorization)
+        await callers.authenticate(authorization)
     return caught.value
 
 
-def test_without_a_database_and_without_keys_anybody_may_ask(keys: Keys) -> None:
+def test_without_a_database_and_without_keys_anybody_may_ask(keys: KeyStore) -> None:
     async def work() -> None:
-        for callers in (Callers(), Callers(keys)):
-            assert await callers.identify(None) == ANYBODY
-            assert await callers.identify("Bearer none") == ANYBODY
+        for callers in (Accounts(), Accounts(keys)):
+            assert await callers.authenticate(None) == ANONYMOUS
+            assert await callers.authenticate("Bearer none") == ANONYMOUS
 
     run(work)
 
 
-def test_with_keys_only_a_key_opens(keys: Keys) -> None:
+def test_with_keys_only_a_key_opens(keys: KeyStore) -> None:
     alice, secret = keys.add("alice")
     bob, other = keys.add("bob", Quota(at_once=3))
 
     async def work() -> None:
-        callers = Callers(keys)
-        assert await callers.identify(f"Bearer {secret}") == Caller(alice.id, "alice")
-        assert await callers.identify(f"bearer  {other}") == Caller(bob.id, "bob", Quota(at_once=3))
+        callers = Accounts(keys)
+        assert await callers.authenticate(f"Bearer {secret}") == Caller(alice.id, "alice")
+        assert await callers.authenticate(f"bearer  {other}") == Caller(bob.id, "bob", Quota(at_once=3))
         wrong = f"corral_{alice.id}_{'A' * 43}"
         for header in (None, "", secret, f"Basic {secret}", "Bearer", "Bearer none", f"Bearer {wrong}", "Bearer \xff"):
             refused = await refusal(callers, header)
@@ -75,17 +75,17 @@ def test_with_keys_only_a_key_opens(keys: Keys) -> None:
     run(work)
 
 
-def test_a_revoked_key_stops_within_seconds_and_the_door_stays_locked(keys: Keys) -> None:
+def test_a_revoked_key_stops_within_seconds_and_the_door_stays_locked(keys: KeyStore) -> None:
     _, secret = keys.add("alice")
 
     async def work() -> None:
-        callers = Callers(keys)
-        await callers.identify(f"Bearer {secret}")
+        callers = Accounts(keys)
+        await callers.authenticate(f"Bearer {secret}")
         keys.revoke("alice")
         since = time.monotonic()
         while time.monotonic() < since + 5:
             with contextlib.suppress(Refused):
-                await callers.identify(f"Bearer {secret}")
+                await callers.authenticate(f"Bearer {secret}")
                 await asyncio.sleep(0.05)
                 continue
             break
@@ -95,93 +95,97 @@ def test_a_revoked_key_stops_within_seconds_and_the_door_stays_locked(keys: Keys
     run(work)
 
 
-def test_a_server_that_was_idle_lets_nobody_in_on_old_knowledge(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_was_idle_lets_nobody_in_on_old_knowledge(
+    keys: KeyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, secret = keys.add("alice")
 
     async def work() -> None:
-        callers = Callers(keys)
-        await callers.identify(f"Bearer {secret}")
+        callers = Accounts(keys)
+        await callers.authenticate(f"Bearer {secret}")
         keys.revoke("alice")
-        monkeypatch.setattr(module, "_FRESH_SECONDS", 0.0)
-        monkeypatch.setattr(module, "_PATIENT_SECONDS", 60.0)
-        found = await asyncio.gather(*(callers.identify(f"Bearer {secret}") for _ in range(5)), return_exceptions=True)
+        monkeypatch.setattr(module, "_REFRESH_SECONDS", 0.0)
+        monkeypatch.setattr(module, "_WAIT_SECONDS", 60.0)
+        found = await asyncio.gather(
+            *(callers.authenticate(f"Bearer {secret}") for _ in range(5)), return_exceptions=True
+        )
         assert all(isinstance(each, Refused) and each.status == 401 for each in found), found
 
     run(work)
 
 
-def test_an_expired_key_is_told_so(keys: Keys) -> None:
+def test_an_expired_key_is_told_so(keys: KeyStore) -> None:
     _, secret = keys.add("alice", expires=int(time.time()) - 1)
 
     async def work() -> None:
-        assert "expired" in (await refusal(Callers(keys), f"Bearer {secret}")).what
+        assert "expired" in (await refusal(Accounts(keys), f"Bearer {secret}")).what
 
     run(work)
 
 
-def test_the_door_stays_locked_when_the_database_is_emptied(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_FRESH_SECONDS", 0.0)
-    monkeypatch.setattr(module, "_PATIENT_SECONDS", 60.0)
+def test_the_door_stays_locked_when_the_database_is_emptied(keys: KeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr(module, "_WAIT_SECONDS", 60.0)
     _, secret = keys.add("alice")
 
     async def work() -> None:
-        callers = Callers(keys)
-        await callers.identify(f"Bearer {secret}")
+        callers = Accounts(keys)
+        await callers.authenticate(f"Bearer {secret}")
         monkeypatch.setattr(keys, "all", list[Key])
         for header in (None, f"Bearer {secret}"):
             assert (await refusal(callers, header)).status == 401
-        assert await Callers(keys).identify(None) == ANYBODY
-        told = Callers(keys)
-        told.is_locked = True
+        assert await Accounts(keys).authenticate(None) == ANONYMOUS
+        told = Accounts(keys)
+        told.requires_key = True
         assert (await refusal(told, None)).status == 401
 
     run(work)
 
 
 def test_tokens_of_a_day_are_counted_with_those_under_way_and_by_all_servers(
-    keys: Keys, monkeypatch: pytest.MonkeyPatch
+    keys: KeyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_FRESH_SECONDS", 0.0)
-    monkeypatch.setattr(module, "_PATIENT_SECONDS", 60.0)
+    monkeypatch.setattr(module, "_REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr(module, "_WAIT_SECONDS", 60.0)
     _, secret = keys.add("alice", Quota(tokens_per_day=100))
 
     async def work() -> None:
-        one, other = Callers(keys), Callers(keys)
-        caller = await one.identify(f"Bearer {secret}")
-        work = Counted(usage(10, 0))
+        one, other = Accounts(keys), Accounts(keys)
+        caller = await one.authenticate(f"Bearer {secret}")
+        work = Counted(count_usage(10, 0))
         one.admit(caller)
-        one.began(caller, work)
+        one.started(caller, work)
         one.admit(caller)
-        work.usage = usage(10, 90)
+        work.usage = count_usage(10, 90)
         with pytest.raises(Busy) as caught:
             one.admit(caller)
         assert (caught.value.status, caught.value.code) == (429, "insufficient_quota")
         assert 0 < (caught.value.retry_seconds or 0) <= 86400
-        other.admit(await other.identify(f"Bearer {secret}"))
-        work.usage = usage(10, 95)
-        one.left(caller, work)
-        assert one.used_today(caller.key) == Used(1, 10, 95)
+        other.admit(await other.authenticate(f"Bearer {secret}"))
+        work.usage = count_usage(10, 95)
+        one.finished(caller, work)
+        assert one.usage_today(caller.key_id) == KeyUsage(1, 10, 95)
         await one.close()
-        assert one.used_today(caller.key) == Used(1, 10, 95), "written, and counted once"
-        assert keys.used(today()) == {caller.key: Used(1, 10, 95)}
+        assert one.usage_today(caller.key_id) == KeyUsage(1, 10, 95), "written, and counted once"
+        assert keys.usage_on(today()) == {caller.key_id: KeyUsage(1, 10, 95)}
         with pytest.raises(Busy):
-            other.admit(await other.identify(f"Bearer {secret}"))
+            other.admit(await other.authenticate(f"Bearer {secret}"))
 
     run(work)
 
 
-def test_what_was_used_is_written_within_seconds_though_nobody_asks_again(keys: Keys) -> None:
+def test_what_was_used_is_written_within_seconds_though_nobody_asks_again(keys: KeyStore) -> None:
     _, secret = keys.add("alice")
 
     async def work() -> None:
-        callers = Callers(keys)
-        caller = await callers.identify(f"Bearer {secret}")
+        callers = Accounts(keys)
+        caller = await callers.authenticate(f"Bearer {secret}")
         for _ in range(50):
-            counted = Counted(usage(1, 2))
+            counted = Counted(count_usage(1, 2))
             use(callers, caller, counted)
-        while not keys.used(today()):
+        while not keys.usage_on(today()):
             await asyncio.sleep(0.05)
-        assert keys.used(today()) == {caller.key: Used(50, 50, 100)}
+        assert keys.usage_on(today()) == {caller.key_id: KeyUsage(50, 50, 100)}
 
     run(work)
 
@@ -191,20 +195,20 @@ def test_requests_at_once_and_a_minute_are_bounded_and_what_found_no_place_does_
 ) -> None:
     clock = [1000.0]
     monkeypatch.setattr("corral.serving.auth.time.monotonic", lambda: clock[0])
-    callers = Callers()
+    callers = Accounts()
     caller = Caller("k", "alice", Quota(requests_per_minute=2, at_once=3))
 
     def retry(seconds_each: float = 0.0) -> int | None:
         try:
-            callers.came(caller)
+            callers.count_request(caller)
             callers.admit(caller, seconds_each)
         except Busy as busy:
             return busy.retry_seconds if (busy.status, busy.code) == (429, "rate_limit_exceeded") else None
         return None
 
     assert retry() is None
-    callers.turned_away(caller)
-    callers.left(caller, None)
+    callers.uncount_request(caller)
+    callers.finished(caller, None)
     assert retry() is None
     clock[0] += 20
     assert retry() is None
@@ -214,15 +218,15 @@ def test_requests_at_once_and_a_minute_are_bounded_and_what_found_no_place_does_
     clock[0] += 60
     assert retry() == 1, "three are under way"
     assert retry(seconds_each=30) == 10, "one of the three ends in that time"
-    callers.left(caller, None)
+    callers.finished(caller, None)
     clock[0] += 60
     assert retry() is None
 
 
 def test_a_window_is_the_last_sixty_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    window = Window()
+    window = RateWindow()
     assert window.seconds_until(1) == 0
-    window.take_back()
+    window.remove_last()
     for _ in range(3):
         window.add()
     assert window.seconds_until(4) == 0
@@ -235,11 +239,11 @@ def test_a_window_is_the_last_sixty_seconds(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_who_has_no_key_is_not_counted_by_key() -> None:
     async def work() -> None:
-        callers = Callers()
-        counted = Counted(usage(1, 1))
+        callers = Accounts()
+        counted = Counted(count_usage(1, 1))
         for _ in range(1000):
-            callers.admit(ANYBODY)
-        use(callers, ANYBODY, counted)
+            callers.admit(ANONYMOUS)
+        use(callers, ANONYMOUS, counted)
         await callers.close()
 
     run(work)

@@ -14,16 +14,16 @@ from corral.answering.answerer import Answerer
 from corral.engines.base import Features, Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.messages import Conversation
-from corral.serving.generation import Served
+from corral.serving.generation import ServedModel
 from corral.template import Template
-from tests.serving.conftest import client_of, running
+from tests.serving.conftest import openai_client, serve_in_thread
 
 ASKED: Any = [{"role": "user", "content": "What is two plus two?"}]
 CONVERSATION = Conversation.from_turns(("user", "What is two plus two?"))
 SETTINGS: Any = {"model": "tiny", "messages": ASKED, "seed": 5, "max_tokens": 16, "temperature": 1.0}
 
 
-def whole(served: Served, sampling: Sampling, conversation: Conversation = CONVERSATION) -> Any:
+def whole(served: ServedModel, sampling: Sampling, conversation: Conversation = CONVERSATION) -> Any:
     return asyncio.run(served.answerer.answer(conversation, sampling))
 
 
@@ -38,7 +38,7 @@ def joined(stream: Any) -> tuple[dict[int, str], dict[int, str]]:
     return texts, finishes
 
 
-def test_an_answer_is_the_answerers_own_for_the_same_seed(client: openai.OpenAI, tiny_served: Served) -> None:
+def test_an_answer_is_the_answerers_own_for_the_same_seed(client: openai.OpenAI, tiny_served: ServedModel) -> None:
     drawn: Any = SETTINGS | {"temperature": 0.8, "top_p": 0.9}
     answer = client.chat.completions.create(**drawn, n=3, extra_body={"top_k": 40})
     expected = whole(tiny_served, Sampling(16, 3, temperature=0.8, top_p=0.9, top_k=40, seed=5))
@@ -63,8 +63,8 @@ def test_as_many_tokens_as_the_context_leaves_are_drawn_unless_a_request_says(
         return [50] * 3
 
     features = Features(max_length=context, vocabulary=400, logprobs=True, score=True)
-    served = Served(Answerer(ScriptedEngine(reply, features=features), tiny_template), "m")
-    with running(served) as url, client_of(url) as client:
+    served = ServedModel(Answerer(ScriptedEngine(reply, features=features), tiny_template), "m")
+    with serve_in_thread(served) as url, openai_client(url) as client:
         answer = client.chat.completions.create(model="m", messages=ASKED, n=None, stop=None, temperature=None)
     assert answer.usage
     left = most or context - answer.usage.prompt_tokens
@@ -96,7 +96,10 @@ def test_answers_are_drawn_as_the_model_was_evaluated_unless_a_request_says(
         asked.append(sampling)
         return [50]
 
-    with running(Served(Answerer(ScriptedEngine(reply), tiny_template, own), "m")) as url, client_of(url) as client:
+    with (
+        serve_in_thread(ServedModel(Answerer(ScriptedEngine(reply), tiny_template, own), "m")) as url,
+        openai_client(url) as client,
+    ):
         client.chat.completions.create(model="m", messages=ASKED, **request_)
     assert {(sampling.temperature, sampling.top_p) for sampling in asked} == {expected}
 
@@ -144,11 +147,11 @@ def test_async_client_many_at_once(tiny_url: str, client: openai.OpenAI) -> None
 
 
 @pytest.mark.parametrize("stop", ["END", ["nowhere", "END"], ["🙂 w", "d. END"]])
-def test_a_stop_string_ends_the_answer_and_is_not_in_it(stop: Any, says: Callable[..., Served]) -> None:
+def test_a_stop_string_ends_the_answer_and_is_not_in_it(stop: Any, scripted_model: Callable[..., ServedModel]) -> None:
     text = "Hello 🙂 world. END and more"
     stops = [stop] if isinstance(stop, str) else stop
     cut = text[: min(text.find(s) for s in stops if s in text)]
-    with running(says(text)) as url, client_of(url) as client:
+    with serve_in_thread(scripted_model(text)) as url, openai_client(url) as client:
         asked: Any = {"model": "scripted", "messages": ASKED, "stop": stop}
         answer = client.chat.completions.create(**asked)
         assert answer.choices[0].message.content == cut
@@ -159,7 +162,9 @@ def test_a_stop_string_ends_the_answer_and_is_not_in_it(stop: Any, says: Callabl
         assert chunks[-1].usage == answer.usage
 
 
-def test_log_probs_are_of_the_tokens_of_the_text_streamed_or_not(client: openai.OpenAI, tiny_served: Served) -> None:
+def test_log_probs_are_of_the_tokens_of_the_text_streamed_or_not(
+    client: openai.OpenAI, tiny_served: ServedModel
+) -> None:
     answer = client.chat.completions.create(**SETTINGS, logprobs=True, top_logprobs=0)
     (expected,) = whole(tiny_served, Sampling(16, temperature=1.0, seed=5, logprobs=True)).completions
     choice = answer.choices[0]
@@ -180,7 +185,7 @@ def test_log_probs_are_of_the_tokens_of_the_text_streamed_or_not(client: openai.
 
 
 def test_content_in_parts_developer_messages_and_a_message_sent_back_as_it_came(
-    client: openai.OpenAI, tiny_served: Served
+    client: openai.OpenAI, tiny_served: ServedModel
 ) -> None:
     first = client.chat.completions.create(**SETTINGS).choices[0].message
     messages: Any = [
@@ -306,7 +311,7 @@ def test_a_prompt_that_leaves_no_room_is_context_length_exceeded(
     ],
 )
 def test_more_than_is_served_is_refused_by_what_it_is_made_of(messages: Any, told: list[str], tiny_url: str) -> None:
-    with client_of(tiny_url) as client, pytest.raises(openai.BadRequestError) as caught:
+    with openai_client(tiny_url) as client, pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**(SETTINGS | {"messages": messages}))
     assert caught.value.param == "messages"
     assert [words for words in told if words not in caught.value.message] == []
@@ -333,7 +338,7 @@ def test_models_are_listed_and_found(client: openai.OpenAI) -> None:
 
 def test_log_probs_of_an_engine_that_has_none_are_refused(tiny_template: Template) -> None:
     features = Features(max_length=500, vocabulary=400, logprobs=False, score=False)
-    served = Served(Answerer(ScriptedEngine([50], features=features), tiny_template), "plain")
-    with running(served) as url, client_of(url) as client, pytest.raises(openai.BadRequestError) as caught:
+    served = ServedModel(Answerer(ScriptedEngine([50], features=features), tiny_template), "plain")
+    with serve_in_thread(served) as url, openai_client(url) as client, pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="plain", messages=ASKED, logprobs=True)
     assert caught.value.param == "logprobs"

@@ -18,13 +18,12 @@ import pytest
 from corral.answering.answerer import Answerer
 from corral.engines.base import Completion, Features, Sampling
 from corral.engines.scripted import ScriptedEngine
-from corral.serving.completions_handler import _Choice, asked_text  # pyright: ignore[reportPrivateUsage]
+from corral.serving.completions_handler import _ChoiceBuilder, start_completions  # pyright: ignore[reportPrivateUsage]
 from corral.serving.completions_protocol import CompletionRequest, TextCompletion
-from corral.serving.generation import Served
-from corral.serving.protocol import Limits
-from corral.serving.text_prompts import TextPrompts
+from corral.serving.generation import PlainTextTokenizer, ServedModel
+from corral.serving.protocol import RequestLimits
 from corral.template import Template
-from tests.serving.conftest import Endless, ask_and_leave, client_of, running
+from tests.serving.conftest import Endless, openai_client, post_and_disconnect, serve_in_thread
 
 TEXT = "What is two plus two? Ünïcode"
 SETTINGS: Any = {"model": "tiny", "prompt": TEXT, "seed": 5, "max_tokens": 16}
@@ -35,7 +34,7 @@ def ids_of(template: Template, text: str) -> list[int]:
     return template.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def drawn(served: Served, ids: Sequence[int], sampling: Sampling) -> list[Completion]:
+def drawn(served: ServedModel, ids: Sequence[int], sampling: Sampling) -> list[Completion]:
     async def work() -> list[Completion]:
         return await served.answerer.engine.submit(ids, sampling).completions()
 
@@ -68,7 +67,7 @@ def joined(chunks: Sequence[Any]) -> list[dict[str, Any]]:
     return [choices[i] for i in sorted(choices)]
 
 
-def test_a_text_goes_on_as_the_engine_draws_it(client: openai.OpenAI, tiny_served: Served) -> None:
+def test_a_text_goes_on_as_the_engine_draws_it(client: openai.OpenAI, tiny_served: ServedModel) -> None:
     template = tiny_served.answerer.template
     answer = client.completions.create(**SETTINGS, n=3, temperature=0.8, top_p=0.9, extra_body={"top_k": 40})
     sampling = Sampling(16, 3, temperature=0.8, top_p=0.9, top_k=40, seed=5, stop_ids=template.stop_ids)
@@ -143,7 +142,7 @@ def test_a_text_begins_with_bos_where_the_tokenizer_has_one_unless_told_otherwis
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
-    texts = TextPrompts(Template.load(tokenizer, "chatml"))
+    texts = PlainTextTokenizer(Template.load(tokenizer, "chatml"))
     for text in (TEXT, "", " a\n"):
         assert texts.ids(text) == tokenizer(text).input_ids
         assert texts.ids(text, begin=False) == tokenizer(text, add_special_tokens=False).input_ids
@@ -152,11 +151,11 @@ def test_a_text_begins_with_bos_where_the_tokenizer_has_one_unless_told_otherwis
 
 
 @pytest.mark.parametrize("stop", ["END", ["nowhere", "END"], [f"no {i}" for i in range(15)] + ["🙂 w"]])
-def test_a_stop_string_ends_the_text_and_is_not_in_it(stop: Any, says: Callable[..., Served]) -> None:
+def test_a_stop_string_ends_the_text_and_is_not_in_it(stop: Any, scripted_model: Callable[..., ServedModel]) -> None:
     text = "Hello 🙂 world. END and more"
     cut = text[: min(text.find(s) for s in ([stop] if isinstance(stop, str) else stop) if s in text)]
     asked: Any = {"model": "scripted", "prompt": "Say", "stop": stop, "max_tokens": 100}
-    with running(says(text)) as url, client_of(url) as client:
+    with serve_in_thread(scripted_model(text)) as url, openai_client(url) as client:
         answer = client.completions.create(**asked)
         assert (answer.choices[0].text, answer.choices[0].finish_reason) == (cut, "stop")
         assert answer.system_fingerprint == "fp_1"
@@ -168,7 +167,7 @@ def test_a_stop_string_ends_the_text_and_is_not_in_it(stop: Any, says: Callable[
 def test_what_ends_a_text_is_the_templates_ends_and_those_given_or_the_latter_alone(tiny_template: Template) -> None:
     (end, *_) = tiny_template.stop_ids
     engine = ScriptedEngine([50, 51, end, 52, 53], chunk=2)
-    with running(Served(Answerer(engine, tiny_template), "m")) as url:
+    with serve_in_thread(ServedModel(Answerer(engine, tiny_template), "m")) as url:
         asked = {"model": "m", "prompt": [9], "max_tokens": 5, "return_token_ids": True}
         for extra, ids, finish in (
             ({}, [50, 51], "stop"),
@@ -187,7 +186,7 @@ def test_the_text_goes_on_within_a_character_that_the_prompt_began(tiny_template
     found = [tiny_template.tokenizer.backend_tokenizer.token_to_id(c) for c in "ðŁĻĤ"]  # the bytes of 🙂, one by one
     ids = [id_ for id_ in found if id_ is not None]
     assert len(ids) == 4
-    with running(Served(Answerer(ScriptedEngine(ids[2:]), tiny_template), "m")) as url:
+    with serve_in_thread(ServedModel(Answerer(ScriptedEngine(ids[2:]), tiny_template), "m")) as url:
         _, answer = post(url, {"model": "m", "prompt": ids[:2], "echo": True, "logprobs": 0})
         (choice,) = answer["choices"]
         assert choice["text"] == "🙂"
@@ -196,7 +195,7 @@ def test_the_text_goes_on_within_a_character_that_the_prompt_began(tiny_template
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_echo_with_no_new_tokens_is_the_engines_score_of_the_prompt(
-    stream: bool, tiny_url: str, tiny_served: Served
+    stream: bool, tiny_url: str, tiny_served: ServedModel
 ) -> None:
     ids = [1, *ids_of(tiny_served.answerer.template, TEXT)]
     body = {"model": "tiny", "prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 0, "stream": stream}
@@ -255,9 +254,9 @@ def test_a_drawn_tokens_rival_is_not_made_up(tiny_url: str) -> None:
 def test_a_client_that_goes_away_stops_the_work(extra: Any, tiny_template: Template) -> None:
     endless = Endless()
     body = {"model": "m", "prompt": "count", "max_tokens": 4000} | extra
-    with running(Served(Answerer(endless.engine, tiny_template), "m")) as url:
-        ask_and_leave(url, PATH, body, endless.began)
-        assert endless.ends(), "the engine still works for nobody"
+    with serve_in_thread(ServedModel(Answerer(endless.engine, tiny_template), "m")) as url:
+        post_and_disconnect(url, PATH, body, endless.started)
+        assert endless.has_stopped(), "the engine still works for nobody"
 
 
 REFUSED: Any = {
@@ -304,16 +303,16 @@ def test_ids_by_the_hundred_thousand_are_refused_at_once(tiny_url: str) -> None:
     assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
 
 
-SMALL = Limits(prompt_tokens=10, n=2, max_tokens=5)
+SMALL = RequestLimits(prompt_tokens=10, n=2, max_tokens=5)
 
 
 @pytest.mark.parametrize(
     ("limits", "body", "param"),
     [
-        (Limits(), {"prompt": ["a"] * 4, "n": 16}, None),
-        (Limits(), {"prompt": ["a"] * 5, "n": 13}, "n"),
-        (Limits(), {"prompt": ["a"] * 64}, None),
-        (Limits(), {"prompt": ["a"] * 64, "n": 2}, "n"),
+        (RequestLimits(), {"prompt": ["a"] * 4, "n": 16}, None),
+        (RequestLimits(), {"prompt": ["a"] * 5, "n": 13}, "n"),
+        (RequestLimits(), {"prompt": ["a"] * 64}, None),
+        (RequestLimits(), {"prompt": ["a"] * 64, "n": 2}, "n"),
         (SMALL, {"prompt": [50] * 10, "max_tokens": 5, "n": 2}, None),
         (SMALL, {"prompt": [[50] * 5] * 2, "max_tokens": 5}, None),
         (SMALL, {"prompt": [[50] * 6] * 2, "max_tokens": 5}, "prompt"),
@@ -322,17 +321,21 @@ SMALL = Limits(prompt_tokens=10, n=2, max_tokens=5)
         (SMALL, {"prompt": [[50] * 10] * 2, "max_tokens": 0, "echo": True, "logprobs": 1}, None),
         (SMALL, {"prompt": [[50] * 10] * 3, "max_tokens": 0, "echo": True, "logprobs": 1}, "prompt"),
         (SMALL, {"prompt": [50] * 10, "max_tokens": 1, "n": 2, "echo": True}, "prompt"),
-        (Limits(step_tokens=64), {"prompt": [[50] * 8] * 2, "max_tokens": 0, "echo": True, "logprobs": 1}, None),
-        (Limits(step_tokens=63), {"prompt": [[50] * 8] * 2, "max_tokens": 0, "echo": True, "logprobs": 1}, "logprobs"),
-        (Limits(step_tokens=63), {"prompt": [[50] * 8] * 2, "max_tokens": 0, "echo": True, "logprobs": 0}, None),
-        (Limits(step_tokens=63), {"prompt": [[50] * 8] * 2, "max_tokens": 1, "logprobs": 1}, None),
-        (Limits(), {"prompt": [[50] * 2000] * 17, "max_tokens": 0, "echo": True, "logprobs": 1}, "logprobs"),
-        (Limits(prompt_characters=20), {"prompt": ["a" * 20, "a"]}, None),
-        (Limits(prompt_characters=20), {"prompt": ["a", "a" * 21]}, "prompt"),
+        (RequestLimits(step_tokens=64), {"prompt": [[50] * 8] * 2, "max_tokens": 0, "echo": True, "logprobs": 1}, None),
+        (
+            RequestLimits(step_tokens=63),
+            {"prompt": [[50] * 8] * 2, "max_tokens": 0, "echo": True, "logprobs": 1},
+            "logprobs",
+        ),
+        (RequestLimits(step_tokens=63), {"prompt": [[50] * 8] * 2, "max_tokens": 0, "echo": True, "logprobs": 0}, None),
+        (RequestLimits(step_tokens=63), {"prompt": [[50] * 8] * 2, "max_tokens": 1, "logprobs": 1}, None),
+        (RequestLimits(), {"prompt": [[50] * 2000] * 17, "max_tokens": 0, "echo": True, "logprobs": 1}, "logprobs"),
+        (RequestLimits(prompt_characters=20), {"prompt": ["a" * 20, "a"]}, None),
+        (RequestLimits(prompt_characters=20), {"prompt": ["a", "a" * 21]}, "prompt"),
     ],
 )
 def test_choices_and_tokens_of_all_prompts_and_characters_of_each_are_bounded(
-    limits: Limits, body: Any, param: str | None, tiny_template: Template
+    limits: RequestLimits, body: Any, param: str | None, tiny_template: Template
 ) -> None:
     asked: list[int] = []
 
@@ -340,7 +343,7 @@ def test_choices_and_tokens_of_all_prompts_and_characters_of_each_are_bounded(
         asked.append(choice)
         return [50]
 
-    with running(Served(Answerer(ScriptedEngine(reply), tiny_template), "m", limits)) as url:
+    with serve_in_thread(ServedModel(Answerer(ScriptedEngine(reply), tiny_template), "m", limits)) as url:
         status, answer = post(url, {"model": "m"} | body)
     if param is None:
         assert status == 200, answer
@@ -351,9 +354,9 @@ def test_choices_and_tokens_of_all_prompts_and_characters_of_each_are_bounded(
 
 def test_a_long_prompt_is_told_while_the_loop_goes_on(tiny_template: Template, monkeypatch: pytest.MonkeyPatch) -> None:
     features = Features(max_length=16384, vocabulary=400, logprobs=True, score=True)
-    served = Served(Answerer(ScriptedEngine([50], features=features, logprob=-0.1), tiny_template), "m")
+    served = ServedModel(Answerer(ScriptedEngine([50], features=features, logprob=-0.1), tiny_template), "m")
     may_go_on = threading.Event()
-    head = _Choice.head
+    head = _ChoiceBuilder.prompt_part
 
     def held(*arguments: Any) -> Any:
         assert may_go_on.wait(10), "the loop stood still"
@@ -361,11 +364,11 @@ def test_a_long_prompt_is_told_while_the_loop_goes_on(tiny_template: Template, m
 
     async def work() -> TextCompletion:
         request = CompletionRequest(model="m", prompt=[50] * 8000, max_tokens=0, echo=True, logprobs=0)
-        asked = await asked_text(served, request)
+        asked = await start_completions(served, request)
         asyncio.get_running_loop().call_later(0.01, may_go_on.set)
-        return await asked.whole()
+        return await asked.result()
 
-    monkeypatch.setattr(_Choice, "head", held)
+    monkeypatch.setattr(_ChoiceBuilder, "prompt_part", held)
     (choice,) = asyncio.run(work()).choices
     assert choice.logprobs
     assert len(choice.logprobs.tokens) == 8000
@@ -374,9 +377,9 @@ def test_a_long_prompt_is_told_while_the_loop_goes_on(tiny_template: Template, m
 def test_the_texts_of_a_long_request_are_tokenised_while_the_loop_goes_on(
     tiny_template: Template, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    served = Served(Answerer(ScriptedEngine([50]), tiny_template), "m")
+    served = ServedModel(Answerer(ScriptedEngine([50]), tiny_template), "m")
     may_go_on = threading.Event()
-    ids = served.texts.ids
+    ids = served.plain_text.ids
 
     def held(text: str, *, begin: bool = True) -> list[int]:
         assert may_go_on.wait(10), "the loop stood still"
@@ -385,9 +388,9 @@ def test_the_texts_of_a_long_request_are_tokenised_while_the_loop_goes_on(
     async def work() -> TextCompletion:
         asyncio.get_running_loop().call_later(0.01, may_go_on.set)
         request = CompletionRequest(model="m", prompt=["word " * 500] * 2, return_token_ids=True)
-        return await (await asked_text(served, request)).whole()
+        return await (await start_completions(served, request)).result()
 
-    monkeypatch.setattr(served.texts, "ids", held)
+    monkeypatch.setattr(served.plain_text, "ids", held)
     assert [choice.prompt_token_ids for choice in asyncio.run(work()).choices] == [ids("word " * 500)] * 2
 
 
@@ -400,8 +403,8 @@ def test_every_parameter_of_openais_client_is_known_to_the_protocol() -> None:
 
 def test_log_probs_of_an_engine_that_has_none_are_refused(tiny_template: Template) -> None:
     features = Features(max_length=500, vocabulary=400, logprobs=True, score=False)
-    served = Served(Answerer(ScriptedEngine([50], features=features), tiny_template), "m")
-    with running(served) as url:
+    served = ServedModel(Answerer(ScriptedEngine([50], features=features), tiny_template), "m")
+    with serve_in_thread(served) as url:
         assert post(url, {"model": "m", "prompt": "a", "logprobs": 0})[0] == 200
         status, answer = post(url, {"model": "m", "prompt": "a", "logprobs": 0, "echo": True})
         assert (status, answer["error"]["param"]) == (400, "logprobs")
@@ -412,7 +415,7 @@ def test_a_stream_that_breaks_ends_with_the_error_and_no_done(tiny_template: Tem
         yield 50
         raise RuntimeError("secret of the machine")
 
-    with running(Served(Answerer(ScriptedEngine(reply), tiny_template), "m")) as url:
+    with serve_in_thread(ServedModel(Answerer(ScriptedEngine(reply), tiny_template), "m")) as url:
         _, events = post(url, {"model": "m", "prompt": "a", "stream": True})
         assert [len(event.get("choices", ())) for event in events] == [1, 0]
         assert events[-1]["error"]["code"] == "engine_failed"

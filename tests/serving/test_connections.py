@@ -13,20 +13,20 @@ import pytest
 
 from corral.answering.answerer import Answerer
 from corral.serving import connections
-from corral.serving.admission import Bounds, Door
-from corral.serving.api_keys import Keys
+from corral.serving.admission import Admission, ServerLimits
+from corral.serving.api_keys import KeyStore
 from corral.serving.connections import Connection, connection_type
 from corral.serving.database import Database
-from corral.serving.generation import Served
-from corral.serving.served_models import Models
+from corral.serving.generation import ServedModel
+from corral.serving.served_models import ServedModels
 from corral.template import Template
-from tests.serving.conftest import Endless, running, serving
+from tests.serving.conftest import Endless, serve_in_thread, serve_with_handle
 from tests.serving.test_app import ASKED, CHAT, call, wait_for
 
 
-def test_a_head_or_a_body_that_does_not_come_is_not_waited_for(says: Callable[..., Served]) -> None:
-    door = Door(Bounds(header_seconds=0.4, body_seconds=0.4))
-    with serving(Models([says("Hello")]), door) as (url, _):
+def test_a_head_or_a_body_that_does_not_come_is_not_waited_for(scripted_model: Callable[..., ServedModel]) -> None:
+    admission = Admission(ServerLimits(header_seconds=0.4, body_seconds=0.4))
+    with serve_with_handle(ServedModels([scripted_model("Hello")]), admission) as (url, _):
         place = (str(urlsplit(url).hostname), urlsplit(url).port or 0)
         head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n"
         for sent, answered in (("", b""), ("POST / HT", b""), (head, b""), (head + "\r\n{", b"HTTP/1.1 408")):
@@ -49,7 +49,7 @@ def test_a_head_or_a_body_that_does_not_come_is_not_waited_for(says: Callable[..
 
 
 def test_an_answers_body_does_not_wait_until_its_head_is_acknowledged(
-    says: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+    scripted_model: Callable[..., ServedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = Connection.connection_made
     found: list[int] = []
@@ -59,15 +59,18 @@ def test_an_answers_body_does_not_wait_until_its_head_is_acknowledged(
         found.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
 
     monkeypatch.setattr(Connection, "connection_made", seen)
-    with running(says("Hello")) as url:
+    with serve_in_thread(scripted_model("Hello")) as url:
         assert call(url, "GET", "/health")[0] == 200
     assert found == [1]
 
 
 def test_a_client_that_does_not_read_is_not_waited_for(tiny_template: Template) -> None:
     endless = Endless(delay_seconds=0)
-    door = Door(Bounds(stalled_seconds=0.5))
-    with serving(Models([Served(Answerer(endless.engine, tiny_template), "m")]), door) as (url, _):
+    admission = Admission(ServerLimits(stalled_seconds=0.5))
+    with serve_with_handle(ServedModels([ServedModel(Answerer(endless.engine, tiny_template), "m")]), admission) as (
+        url,
+        _,
+    ):
         place = urlsplit(url)
         body = json.dumps({"model": "m", "stream": True, "messages": ASKED, "n": 16, "max_tokens": 8000}).encode()
         head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
@@ -75,13 +78,13 @@ def test_a_client_that_does_not_read_is_not_waited_for(tiny_template: Template) 
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             raw.connect((str(place.hostname), place.port or 0))
             raw.sendall(head.encode() + b"\r\n" + body)
-            assert wait_for(lambda: door.places.inside == 1)
-            assert wait_for(lambda: door.places.inside == 0)
+            assert wait_for(lambda: admission.queue.running == 1)
+            assert wait_for(lambda: admission.queue.running == 0)
 
 
-def test_a_body_that_nobody_wanted_is_not_taken_for_ever(says: Callable[..., Served]) -> None:
-    door = Door(Bounds(header_seconds=0.4))
-    with serving(Models([says("Hello")]), door) as (url, _):
+def test_a_body_that_nobody_wanted_is_not_taken_for_ever(scripted_model: Callable[..., ServedModel]) -> None:
+    admission = Admission(ServerLimits(header_seconds=0.4))
+    with serve_with_handle(ServedModels([scripted_model("Hello")]), admission) as (url, _):
         place = (str(urlsplit(url).hostname), urlsplit(url).port or 0)
         with socket.create_connection(place, timeout=30) as raw:
             raw.sendall(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999\r\n\r\n".encode())
@@ -93,8 +96,8 @@ def test_a_body_that_nobody_wanted_is_not_taken_for_ever(says: Callable[..., Ser
         assert call(url, "GET", "/health")[0] == 200
 
 
-def test_of_a_body_that_nobody_wanted_so_much_is_taken(says: Callable[..., Served]) -> None:
-    with serving(Models([says("Hello")]), Door()) as (url, _):
+def test_of_a_body_that_nobody_wanted_so_much_is_taken(scripted_model: Callable[..., ServedModel]) -> None:
+    with serve_with_handle(ServedModels([scripted_model("Hello")]), Admission()) as (url, _):
         place = (str(urlsplit(url).hostname), urlsplit(url).port or 0)
         with socket.create_connection(place, timeout=30) as raw:
             raw.sendall(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999\r\n\r\n".encode())
@@ -108,12 +111,12 @@ def test_of_a_body_that_nobody_wanted_so_much_is_taken(says: Callable[..., Serve
 
 
 def test_a_body_in_very_many_pieces_ends_the_connection_of_strangers_and_of_others(
-    says: Callable[..., Served], database: Database
+    scripted_model: Callable[..., ServedModel], database: Database
 ) -> None:
-    secret = Keys(database).add("alice")[1]
+    secret = KeyStore(database).add("alice")[1]
     asked = json.dumps({"model": "scripted", "messages": ASKED})
     head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n"
-    with serving(Models([says("Hello")]), Door(keys=Keys(database))) as (url, _):
+    with serve_with_handle(ServedModels([scripted_model("Hello")]), Admission(keys=KeyStore(database))) as (url, _):
         place = (str(urlsplit(url).hostname), urlsplit(url).port or 0)
         for key in ("", f"authorization: Bearer {secret}\r\n"):
             with socket.create_connection(place, timeout=30) as raw:
@@ -135,12 +138,15 @@ def test_a_body_in_very_many_pieces_ends_the_connection_of_strangers_and_of_othe
 
 
 def test_where_there_are_too_many_connections_the_one_that_waited_longest_gives_way(
-    says: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+    scripted_model: Callable[..., ServedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connections, "_SPARE_CONNECTIONS", 0)
-    door = Door(Bounds(at_once=1, waiting=0))
-    most = door.bounds.under_way
-    with serving(Models([says("Hello")]), door) as (url, server), contextlib.ExitStack() as stack:
+    admission = Admission(ServerLimits(at_once=1, waiting=0))
+    most = admission.limits.max_open
+    with (
+        serve_with_handle(ServedModels([scripted_model("Hello")]), admission) as (url, server),
+        contextlib.ExitStack() as stack,
+    ):
         place = (str(urlsplit(url).hostname), urlsplit(url).port or 0)
         idle = [stack.enter_context(socket.create_connection(place, timeout=30)) for _ in range(most)]
         assert wait_for(lambda: len(server.server_state.connections) == most)
@@ -163,10 +169,10 @@ def test_where_there_are_too_many_connections_the_one_that_waited_longest_gives_
 def test_connections_leave_a_quarter_of_the_files_that_a_process_may_open(monkeypatch: pytest.MonkeyPatch) -> None:
     for files, most in ((256, 192), (10**6, 704 + 256), (None, 704 + 256)):
         monkeypatch.setattr("corral.serving.connections.process_limit", lambda _, files=files: files)
-        assert connection_type(Bounds()).most == most
+        assert connection_type(ServerLimits()).max_connections == most
 
 
-def test_a_large_body_that_is_refused_at_once_still_gets_its_answer(says: Callable[..., Served]) -> None:
-    with serving(Models([says("Hello")]), Door()) as (url, _):
+def test_a_large_body_that_is_refused_at_once_still_gets_its_answer(scripted_model: Callable[..., ServedModel]) -> None:
+    with serve_with_handle(ServedModels([scripted_model("Hello")]), Admission()) as (url, _):
         for path, status in (("/nowhere", 404), ("/v1/models", 405)):
             assert call(url, "POST", path, b" " * 900_000)[0] == status

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from corral.serving.conversation_store import Conversations
+from corral.serving.conversation_store import ConversationStore
 from corral.serving.database import Database
 from corral.serving.protocol import Refused
-from corral.serving.response_store import Turn
-from corral.serving.tables import Caps, Item, ItemRow, Page, ResponseRow, new_id
+from corral.serving.response_store import PendingResponse
+from corral.serving.tables import Item, ItemRow, Page, ResponseRow, StorageLimits, new_id
 
 
 @pytest.fixture
-def store(database: Database) -> Conversations:
-    return Conversations(database)
+def store(database: Database) -> ConversationStore:
+    return ConversationStore(database)
 
 
 def said(*texts: str) -> list[Item]:
@@ -32,18 +32,18 @@ def texts(items: Sequence[Item]) -> list[str]:
     return [item.text for item in items]
 
 
-def turn(text: str, *, owner: str = "a", stored: bool = True, **place: Any) -> Turn:
-    return Turn(new_id("resp"), owner, (Item.new("user", [text]),), stored, **place)
+def turn(text: str, *, owner: str = "a", stored: bool = True, **place: Any) -> PendingResponse:
+    return PendingResponse(new_id("resp"), owner, (Item.new("user", [text]),), stored, **place)
 
 
-def answer(store: Conversations, question: Turn, text: str = "Yes.") -> list[str]:
+def answer(store: ConversationStore, question: PendingResponse, text: str = "Yes.") -> list[str]:
     """Go through a whole turn. Returns: what was said before."""
-    before = store.turns.begin(question, {"status": "in_progress"})
-    store.turns.end(question, {"status": "completed"}, Item.new("assistant", [text]), kept=True)
+    before = store.responses.begin(question, {"status": "in_progress"})
+    store.responses.finish(question, {"status": "completed"}, Item.new("assistant", [text]), is_kept=True)
     return texts(before)
 
 
-def whole(store: Conversations, id_: str, owner: str = "a") -> list[str]:
+def whole(store: ConversationStore, id_: str, owner: str = "a") -> list[str]:
     return texts(store.export(owner, id_)[1])
 
 
@@ -56,16 +56,16 @@ def status_of(call: Callable[[], object]) -> int:
 def test_what_was_stored_is_there_after_the_database_was_opened_anew(database_url: str) -> None:
     odd = "a zero byte \0, a 漢, and half a character \ud800"
     first = Database(database_url)
-    made = Conversations(first).create("a", {"title": "Böse"}, [Item.new("user", ["one", odd])])
+    made = ConversationStore(first).create("a", {"title": "Böse"}, [Item.new("user", ["one", odd])])
     first.close()
     second = Database(database_url)
-    stored, items = Conversations(second).export("a", made.id)
+    stored, items = ConversationStore(second).export("a", made.id)
     second.close()
     assert (stored, items[0].texts) == (made, ("one", odd))
     assert items[0].text == "one" + odd
 
 
-def test_pages_go_through_a_list_once_in_both_directions(store: Conversations) -> None:
+def test_pages_go_through_a_list_once_in_both_directions(store: ConversationStore) -> None:
     made = store.create("a", {}, said(*map(str, range(7))))
     for ascending in (False, True):
         order = [str(i) for i in range(7)][:: 1 if ascending else -1]
@@ -73,97 +73,97 @@ def test_pages_go_through_a_list_once_in_both_directions(store: Conversations) -
         mores: list[bool] = []
         while not mores or mores[-1]:
             after = seen[-1].id if seen else None
-            items, has_more = store.items("a", made.id, Page(after, None, 3, ascending))
+            items, has_more = store.list_items("a", made.id, Page(after, None, 3, ascending))
             seen += items
             mores.append(has_more)
         assert texts(seen) == order
         assert mores == [True, True, False]
-        back, has_more = store.items("a", made.id, Page(None, seen[5].id, 3, ascending))
+        back, has_more = store.list_items("a", made.id, Page(None, seen[5].id, 3, ascending))
         assert (texts(back), has_more) == (order[2:5], True)
-        back, has_more = store.items("a", made.id, Page(None, seen[2].id, 3, ascending))
+        back, has_more = store.list_items("a", made.id, Page(None, seen[2].id, 3, ascending))
         assert (texts(back), has_more) == (order[:2], False)
-        between, _ = store.items("a", made.id, Page(seen[0].id, seen[3].id, 3, ascending))
+        between, _ = store.list_items("a", made.id, Page(seen[0].id, seen[3].id, 3, ascending))
         assert texts(between) == order[1:3]
 
 
-def test_an_id_that_is_in_no_list_is_no_place_to_go_on_from(store: Conversations) -> None:
+def test_an_id_that_is_in_no_list_is_no_place_to_go_on_from(store: ConversationStore) -> None:
     made, other = (store.create("a", {}, said("Hi")) for _ in range(2))
     foreign = store.export("a", other.id)[1][0].id
     for id_ in (foreign, "msg_" + "0" * 32, "", "\0", "'; DROP TABLE items"):
-        assert status_of(lambda id_=id_: store.items("a", made.id, Page(after=id_))) == 400
-        assert status_of(lambda id_=id_: store.all("a", Page(before=id_))) == 400
+        assert status_of(lambda id_=id_: store.list_items("a", made.id, Page(after=id_))) == 400
+        assert status_of(lambda id_=id_: store.list_page("a", Page(before=id_))) == 400
 
 
-def test_conversations_are_listed_newest_first_and_only_to_their_owner(store: Conversations) -> None:
+def test_conversations_are_listed_newest_first_and_only_to_their_owner(store: ConversationStore) -> None:
     mine = [store.create("a", {"title": str(i)}) for i in range(3)]
     store.create("b", {"title": "theirs"})
-    assert store.all("a", Page())[0] == mine[::-1]
-    assert [c.metadata["title"] for c in store.all("b", Page())[0]] == ["theirs"]
-    assert store.all("", Page())[0] == []
+    assert store.list_page("a", Page())[0] == mine[::-1]
+    assert [c.metadata["title"] for c in store.list_page("b", Page())[0]] == ["theirs"]
+    assert store.list_page("", Page())[0] == []
 
 
-def test_nobody_else_finds_reads_changes_or_goes_on_from_anything(store: Conversations) -> None:
+def test_nobody_else_finds_reads_changes_or_goes_on_from_anything(store: ConversationStore) -> None:
     made = store.create("a", {"title": "mine"}, said("secret"))
     item = store.export("a", made.id)[1][0].id
     mine = turn("more", conversation=made.id)
     answer(store, mine)
     before = store.export("a", made.id)
-    turns = store.turns
+    turns = store.responses
     for who, id_, response in (("b", made.id, mine.id), ("", made.id, mine.id), ("a", new_id("conv"), new_id("resp"))):
         calls: list[Callable[[], object]] = [
             lambda who=who, id_=id_: store.get(who, id_),
             lambda who=who, id_=id_: store.update(who, id_, {}),
             lambda who=who, id_=id_: store.delete(who, id_),
             lambda who=who, id_=id_: store.export(who, id_),
-            lambda who=who, id_=id_: store.add(who, id_, said("x")),
-            lambda who=who, id_=id_: store.items(who, id_, Page()),
-            lambda who=who, id_=id_: store.item(who, id_, item),
+            lambda who=who, id_=id_: store.add_items(who, id_, said("x")),
+            lambda who=who, id_=id_: store.list_items(who, id_, Page()),
+            lambda who=who, id_=id_: store.get_item(who, id_, item),
             lambda who=who, id_=id_: store.delete_item(who, id_, item),
             lambda who=who, id_=id_: turns.begin(turn("x", owner=who, conversation=id_), {}),
             lambda who=who, id_=response: turns.begin(turn("x", owner=who, previous=id_), {}),
-            lambda who=who, id_=response: turns.response(who, id_),
-            lambda who=who, id_=response: turns.inputs(who, id_, Page()),
+            lambda who=who, id_=response: turns.get(who, id_),
+            lambda who=who, id_=response: turns.list_inputs(who, id_, Page()),
             lambda who=who, id_=response: turns.delete(who, id_),
         ]
         assert [status_of(call) for call in calls] == [404] * len(calls)
     assert store.export("a", made.id) == before
 
 
-def test_an_item_of_one_conversation_is_not_found_in_another(store: Conversations) -> None:
+def test_an_item_of_one_conversation_is_not_found_in_another(store: ConversationStore) -> None:
     made, other = (store.create("a", {}, said("Hi")) for _ in range(2))
     item = store.export("a", made.id)[1][0]
-    assert store.item("a", made.id, item.id) == item
-    assert status_of(lambda: store.item("a", other.id, item.id)) == 404
+    assert store.get_item("a", made.id, item.id) == item
+    assert status_of(lambda: store.get_item("a", other.id, item.id)) == 404
     assert status_of(lambda: store.delete_item("a", other.id, item.id)) == 404
 
 
 def test_caps_hold_and_what_was_deleted_makes_room(database: Database) -> None:
-    store = Conversations(database, Caps(items=3, bytes=20, conversations=2))
+    store = ConversationStore(database, StorageLimits(max_items=3, max_bytes=20, max_conversations=2))
     made = store.create("a", {}, said("1", "2", "3"))
-    assert status_of(lambda: store.add("a", made.id, said("4"))) == 400
-    assert status_of(lambda: store.turns.begin(turn("4", conversation=made.id), {})) == 400
+    assert status_of(lambda: store.add_items("a", made.id, said("4"))) == 400
+    assert status_of(lambda: store.responses.begin(turn("4", conversation=made.id), {})) == 400
     store.delete_item("a", made.id, store.export("a", made.id)[1][0].id)
-    store.add("a", made.id, said("4"))
+    store.add_items("a", made.id, said("4"))
     assert whole(store, made.id) == ["2", "3", "4"]
     big = store.create("a", {}, said("ä" * 10))
-    assert status_of(lambda: store.add("a", big.id, said("x"))) == 400
+    assert status_of(lambda: store.add_items("a", big.id, said("x"))) == 400
     assert status_of(lambda: store.create("a", {})) == 400
     assert store.create("b", {})
     store.delete("a", big.id)
     assert store.create("a", {}, said("x" * 20))
     assert status_of(lambda: store.create("b", {}, said("x" * 21))) == 400
-    assert len(store.all("b", Page())[0]) == 1, "what is refused leaves nothing behind"
+    assert len(store.list_page("b", Page())[0]) == 1, "what is refused leaves nothing behind"
 
 
 def rows(database: Database) -> list[int]:
     """How many conversations, responses and items there are."""
-    with database.reading() as session:
+    with database.read_session() as session:
         tables = ("conversations", "responses", "items")
         return [session.execute(text(f"SELECT COUNT(*) FROM {table}")).scalar() or 0 for table in tables]
 
 
 def test_the_oldest_responses_of_an_owner_give_way_to_new_ones(database: Database) -> None:
-    store = Conversations(database, Caps(responses=5))
+    store = ConversationStore(database, StorageLimits(max_responses=5))
     theirs = turn("theirs", owner="b")
     answer(store, theirs)
     mine = [turn(str(i)) for i in range(12)]
@@ -171,110 +171,112 @@ def test_the_oldest_responses_of_an_owner_give_way_to_new_ones(database: Databas
         answer(store, each)
     assert rows(database) == [0, 6, 12]
     for each in mine[:7]:
-        assert status_of(lambda each=each: store.turns.response("a", each.id)) == 404
+        assert status_of(lambda each=each: store.responses.get("a", each.id)) == 404
     for each in mine[7:]:
-        assert [*texts(store.turns.inputs("a", each.id, Page())[0]), "Yes."] == [
+        assert [*texts(store.responses.list_inputs("a", each.id, Page())[0]), "Yes."] == [
             *texts(each.inputs),
-            *texts(store.turns.response("a", each.id).outputs),
+            *texts(store.responses.get("a", each.id).outputs),
         ]
-    assert store.turns.response("b", theirs.id)
+    assert store.responses.get("b", theirs.id)
 
 
 @pytest.mark.parametrize("place", ["alone", "in a conversation"])
 def test_bytes_of_responses_are_bounded_with_all_that_their_bodies_say(place: str, database: Database) -> None:
-    store = Conversations(database, Caps(responses_bytes=50_000))
+    store = ConversationStore(database, StorageLimits(max_responses_bytes=50_000))
     where: dict[str, Any] = {} if place == "alone" else {"conversation": store.create("a", {}).id}
     body = {"instructions": "é" * 1000, "metadata": {"a": "b" * 500}}
     last = ""
     for _ in range(30):
         each = turn("x" * 1000, **where)
-        store.turns.begin(each, body)
-        store.turns.end(each, body, Item.new("assistant", ["y" * 1000]), kept=True)
+        store.responses.begin(each, body)
+        store.responses.finish(each, body, Item.new("assistant", ["y" * 1000]), is_kept=True)
         last = each.id
-    with database.reading() as session:
+    with database.read_session() as session:
         held = session.query(ResponseRow).all()
         items = session.query(ItemRow).where(ItemRow.conversation.is_(None)).all()
         kept = sum(len(json.dumps(row.body)) for row in held) + sum(item.bytes for item in items)
     assert 20_000 < kept < 50_000 + 2000, "the answer that crosses it is still stored"
-    assert texts(store.turns.response("a", last).outputs) == ["y" * 1000]
+    assert texts(store.responses.get("a", last).outputs) == ["y" * 1000]
     if where:
         assert len(whole(store, where["conversation"])) == 60, "what they say stays in their conversation"
     before = rows(database)
-    assert status_of(lambda: store.turns.begin(turn("x"), {"instructions": "x" * 60_000})) == 400
+    assert status_of(lambda: store.responses.begin(turn("x"), {"instructions": "x" * 60_000})) == 400
     assert rows(database) == before, "what is refused makes no room"
 
 
 def test_one_question_alone_is_bounded_too(database: Database) -> None:
-    store = Conversations(database, Caps(items=2, bytes=20))
+    store = ConversationStore(database, StorageLimits(max_items=2, max_bytes=20))
     for inputs in (said("1", "2", "3"), said("x" * 21)):
-        question = Turn(new_id("resp"), "a", tuple(inputs), stored=True)
-        assert status_of(lambda question=question: store.turns.begin(question, {})) == 400
+        question = PendingResponse(new_id("resp"), "a", tuple(inputs), stored=True)
+        assert status_of(lambda question=question: store.responses.begin(question, {})) == 400
     assert rows(database) == [0, 0, 0]
 
 
 def test_all_conversations_of_an_owner_are_bounded_together_down_to_empty_messages(database: Database) -> None:
-    store = Conversations(database, Caps(total=10_000))
+    store = ConversationStore(database, StorageLimits(max_total_bytes=10_000))
     first = store.create("a", {}, said(*["x" * 1000] * 3))
     second = store.create("a", {}, said(*[""] * 15))
     assert status_of(lambda: store.create("a", {}, said("x" * 2000))) == 400
-    assert status_of(lambda: store.add("a", second.id, said("x" * 2000))) == 400
-    assert status_of(lambda: store.turns.begin(turn("x" * 2000, conversation=first.id), {})) == 400
-    assert status_of(lambda: store.add("a", second.id, said(*[""] * 10))) == 400
+    assert status_of(lambda: store.add_items("a", second.id, said("x" * 2000))) == 400
+    assert status_of(lambda: store.responses.begin(turn("x" * 2000, conversation=first.id), {})) == 400
+    assert status_of(lambda: store.add_items("a", second.id, said(*[""] * 10))) == 400
     assert store.create("b", {}, said("x" * 2000))
     store.delete("a", first.id)
     assert answer(store, turn("x" * 2000, conversation=second.id)) == [""] * 15
 
 
 def test_caps_hold_for_chains_of_responses_too(database: Database) -> None:
-    store = Conversations(database, Caps(items=4))
+    store = ConversationStore(database, StorageLimits(max_items=4))
     first = turn("1")
     answer(store, first, "2")
     second = turn("3", previous=first.id)
     answer(store, second, "4")
-    assert status_of(lambda: store.turns.begin(turn("5", previous=second.id), {})) == 400
+    assert status_of(lambda: store.responses.begin(turn("5", previous=second.id), {})) == 400
 
 
-def test_a_deleted_conversation_is_gone_with_its_items_and_responses(store: Conversations, database: Database) -> None:
+def test_a_deleted_conversation_is_gone_with_its_items_and_responses(
+    store: ConversationStore, database: Database
+) -> None:
     made = store.create("a", {}, said("Hi", "Hello"))
     mine = turn("more", conversation=made.id)
     answer(store, mine)
     failed = turn("failed", conversation=made.id)
-    store.turns.begin(failed, {})
-    store.turns.end(failed, {}, None, kept=False)
+    store.responses.begin(failed, {})
+    store.responses.finish(failed, {}, None, is_kept=False)
     store.delete("a", made.id)
     assert status_of(lambda: store.get("a", made.id)) == 404
-    assert status_of(lambda: store.turns.response("a", mine.id)) == 404
+    assert status_of(lambda: store.responses.get("a", mine.id)) == 404
     assert rows(database) == [0, 0, 0]
 
 
-def test_a_deleted_response_takes_its_text_along_save_for_what_a_conversation_holds(store: Conversations) -> None:
+def test_a_deleted_response_takes_its_text_along_save_for_what_a_conversation_holds(store: ConversationStore) -> None:
     made = store.create("a", {})
     inside, alone = turn("in", conversation=made.id), turn("alone")
     for each in (inside, alone):
         answer(store, each)
-        store.turns.delete("a", each.id)
-        assert status_of(lambda each=each: store.turns.response("a", each.id)) == 404
+        store.responses.delete("a", each.id)
+        assert status_of(lambda each=each: store.responses.get("a", each.id)) == 404
     assert whole(store, made.id) == ["in", "Yes."]
-    assert status_of(lambda: store.turns.begin(turn("x", previous=alone.id), {})) == 404
+    assert status_of(lambda: store.responses.begin(turn("x", previous=alone.id), {})) == 404
 
 
-def test_a_turn_knows_what_was_said_before_in_its_conversation(store: Conversations) -> None:
+def test_a_turn_knows_what_was_said_before_in_its_conversation(store: ConversationStore) -> None:
     made = store.create("a", {}, [Item.new("system", ["Be brief."])])
     assert answer(store, turn("One?", conversation=made.id), "1") == ["Be brief."]
     assert answer(store, turn("Two?", conversation=made.id), "2") == ["Be brief.", "One?", "1"]
     assert whole(store, made.id) == ["Be brief.", "One?", "1", "Two?", "2"]
 
 
-def test_a_turn_knows_the_responses_it_goes_back_to_and_no_others(store: Conversations) -> None:
+def test_a_turn_knows_the_responses_it_goes_back_to_and_no_others(store: ConversationStore) -> None:
     first = turn("1")
     answer(store, first, "one")
     left, right = (turn(side, previous=first.id) for side in ("left", "right"))
     assert answer(store, left, "L") == answer(store, right, "R") == ["1", "one"]
     assert answer(store, turn("on", previous=left.id)) == ["1", "one", "left", "L"]
-    assert texts(store.turns.inputs("a", left.id, Page())[0]) == ["left"]
+    assert texts(store.responses.list_inputs("a", left.id, Page())[0]) == ["left"]
 
 
-def test_a_chain_may_begin_in_a_conversation_as_it_was_then(store: Conversations) -> None:
+def test_a_chain_may_begin_in_a_conversation_as_it_was_then(store: ConversationStore) -> None:
     made = store.create("a", {}, said("0", "zero"))
     first = turn("1", conversation=made.id)
     answer(store, first, "one")
@@ -285,31 +287,31 @@ def test_a_chain_may_begin_in_a_conversation_as_it_was_then(store: Conversations
     assert whole(store, made.id) == ["0", "zero", "1", "one", "2", "two"]
 
 
-def test_a_chain_with_a_link_missing_is_refused_not_shortened(store: Conversations) -> None:
+def test_a_chain_with_a_link_missing_is_refused_not_shortened(store: ConversationStore) -> None:
     first = turn("1")
     answer(store, first)
     second = turn("2", previous=first.id)
     answer(store, second)
-    store.turns.delete("a", first.id)
-    assert status_of(lambda: store.turns.begin(turn("3", previous=second.id), {})) == 404
+    store.responses.delete("a", first.id)
+    assert status_of(lambda: store.responses.begin(turn("3", previous=second.id), {})) == 404
 
 
-def test_while_an_answer_is_made_nothing_else_is_added_and_after_it_all_is_as_usual(store: Conversations) -> None:
+def test_while_an_answer_is_made_nothing_else_is_added_and_after_it_all_is_as_usual(store: ConversationStore) -> None:
     made = store.create("a", {}, said("Hi", "Hello"))
     item = store.export("a", made.id)[1][0].id
     first = turn("first", conversation=made.id)
-    store.turns.begin(first, {"status": "in_progress"})
-    assert status_of(lambda: store.turns.begin(turn("second", conversation=made.id), {})) == 409
-    assert status_of(lambda: store.add("a", made.id, said("x"))) == 409
+    store.responses.begin(first, {"status": "in_progress"})
+    assert status_of(lambda: store.responses.begin(turn("second", conversation=made.id), {})) == 409
+    assert status_of(lambda: store.add_items("a", made.id, said("x"))) == 409
     assert status_of(lambda: store.delete_item("a", made.id, item)) == 409
     assert whole(store, made.id) == ["Hi", "Hello"], "a question without an answer is not there yet"
-    assert status_of(lambda: store.turns.begin(turn("x", previous=first.id), {})) == 409
+    assert status_of(lambda: store.responses.begin(turn("x", previous=first.id), {})) == 409
     store.update("a", made.id, {"title": "renamed meanwhile"})
-    store.turns.end(first, {"status": "completed"}, Item.new("assistant", ["done"]), kept=True)
+    store.responses.finish(first, {"status": "completed"}, Item.new("assistant", ["done"]), is_kept=True)
     assert answer(store, turn("second", conversation=made.id)) == ["Hi", "Hello", "first", "done"]
 
 
-def test_of_turns_that_begin_at_the_same_time_one_is_served(store: Conversations) -> None:
+def test_of_turns_that_begin_at_the_same_time_one_is_served(store: ConversationStore) -> None:
     made = store.create("a", {})
     outcomes: list[int] = []
     barrier = threading.Barrier(6)
@@ -317,7 +319,7 @@ def test_of_turns_that_begin_at_the_same_time_one_is_served(store: Conversations
     def begin() -> None:
         barrier.wait()
         try:
-            store.turns.begin(turn("me", conversation=made.id), {})
+            store.responses.begin(turn("me", conversation=made.id), {})
             outcomes.append(200)
         except Refused as refused:
             outcomes.append(refused.status)
@@ -330,50 +332,50 @@ def test_of_turns_that_begin_at_the_same_time_one_is_served(store: Conversations
     assert sorted(outcomes) == [200, *[409] * 5]
 
 
-def test_a_turn_that_was_dropped_has_never_been(store: Conversations) -> None:
+def test_a_turn_that_was_dropped_has_never_been(store: ConversationStore) -> None:
     made = store.create("a", {})
     dropped = turn("no", conversation=made.id)
-    store.turns.begin(dropped, {})
-    store.turns.drop(dropped)
-    assert status_of(lambda: store.turns.response("a", dropped.id)) == 404
+    store.responses.begin(dropped, {})
+    store.responses.discard(dropped)
+    assert status_of(lambda: store.responses.get("a", dropped.id)) == 404
     assert answer(store, turn("yes", conversation=made.id)) == []
 
 
 def test_what_a_dead_maker_held_is_free_again_and_its_response_is_lost(database: Database) -> None:
-    store = Conversations(database, lease_seconds=1)
+    store = ConversationStore(database, lease_seconds=1)
     made = store.create("a", {})
     dead = turn("dead", conversation=made.id)
-    store.turns.begin(dead, {"status": "in_progress"})
+    store.responses.begin(dead, {"status": "in_progress"})
     for _ in range(3):
         time.sleep(0.4)
-        store.turns.renew(dead)
-    assert status_of(lambda: store.turns.begin(turn("early", conversation=made.id), {})) == 409
-    assert not store.turns.response("a", dead.id).is_lost
+        store.responses.renew_lease(dead)
+    assert status_of(lambda: store.responses.begin(turn("early", conversation=made.id), {})) == 409
+    assert not store.responses.get("a", dead.id).is_lost
     time.sleep(1.1)
-    assert store.turns.response("a", dead.id).is_lost
+    assert store.responses.get("a", dead.id).is_lost
     next_ = turn("next", conversation=made.id)
-    assert store.turns.begin(next_, {}) == []
+    assert store.responses.begin(next_, {}) == []
     # It was not dead, only late: the conversation belongs to the other turn now.
     late = Item.new("assistant", ["late"])
-    assert status_of(lambda: store.turns.end(dead, {}, late, kept=True)) == 409
-    store.turns.end(next_, {}, Item.new("assistant", ["next one"]), kept=True)
+    assert status_of(lambda: store.responses.finish(dead, {}, late, is_kept=True)) == 409
+    store.responses.finish(next_, {}, Item.new("assistant", ["next one"]), is_kept=True)
     assert whole(store, made.id) == ["next", "next one"]
 
 
 def test_responses_without_a_conversation_are_forgotten_after_their_days(database: Database) -> None:
-    store = Conversations(database, Caps(days=30))
+    store = ConversationStore(database, StorageLimits(response_days=30))
     made = store.create("a", {})
     old, in_conversation, new = turn("old"), turn("kept", conversation=made.id), turn("new")
     for each in (old, in_conversation, new):
         answer(store, each)
-    with database.session() as session:
+    with database.write_session() as session:
         for row in session.query(ResponseRow).where(ResponseRow.id.in_([old.id, in_conversation.id])):
             row.created_at -= 31 * 86400
-    answer(Conversations(database, Caps(days=30)), turn("today"))
-    assert status_of(lambda: store.turns.response("a", old.id)) == 404
-    assert texts(store.turns.response("a", in_conversation.id).outputs) == ["Yes."]
-    assert texts(store.turns.response("a", new.id).outputs) == ["Yes."]
-    with database.reading() as session:
+    answer(ConversationStore(database, StorageLimits(response_days=30)), turn("today"))
+    assert status_of(lambda: store.responses.get("a", old.id)) == 404
+    assert texts(store.responses.get("a", in_conversation.id).outputs) == ["Yes."]
+    assert texts(store.responses.get("a", new.id).outputs) == ["Yes."]
+    with database.read_session() as session:
         count = (
             session.connection()
             .exec_driver_sql("SELECT COUNT(*) FROM items WHERE CAST(texts AS TEXT) LIKE '%%old%%'")

@@ -22,7 +22,7 @@ from sqlalchemy import create_engine, inspect, make_url, text
 from corral.errors import DatabaseError, MissingExtraError
 from corral.serving import api_keys, tables
 from corral.serving import database as module
-from corral.serving.database import VERSIONS, Base, Database, beside, configuration, default_url
+from corral.serving.database import VERSION_TABLE, Base, Database, alembic_config, default_url, run_in_thread
 from corral.serving.tables import ROW_BYTES, ConversationRow
 from tests.conftest import unprivileged
 from tests.serving.postgres import PostgreSQL
@@ -45,7 +45,9 @@ def differences(url: str) -> list[Any]:
     """Between what the migrations make and what the code declares."""
     with create_engine(make_url(url)).connect() as connection:
         assert set(inspect(connection).get_table_names()) > TABLES
-        return compare_metadata(MigrationContext.configure(connection, opts={"version_table": VERSIONS}), Base.metadata)
+        return compare_metadata(
+            MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}), Base.metadata
+        )
 
 
 def conversation(owner: str = "k", number: int = 0) -> ConversationRow:
@@ -55,7 +57,7 @@ def conversation(owner: str = "k", number: int = 0) -> ConversationRow:
 def test_a_new_file_and_its_folder_are_for_its_owner_alone(tmp_path: Path) -> None:
     folder = tmp_path / "own"
     database = Database(f"sqlite:///{folder / 'server.db'}")
-    with database.session() as session:
+    with database.write_session() as session:
         session.add(conversation())
     files = sorted(folder.iterdir())
     assert len(files) == 3, "the file, its log, and the log's index"
@@ -82,7 +84,7 @@ def at_first_revision(url: str) -> None:
     """A database as the first version made it, with a conversation."""
     engine = create_engine(make_url(url))
     with engine.begin() as connection:
-        command.upgrade(configuration(connection), "0001")
+        command.upgrade(alembic_config(connection), "0001")
         for statement in (
             "INSERT INTO conversations (number, id, owner, created_at, metadata, items, bytes)"
             " VALUES (7, 'conv_1', 'k', 1, '{\"title\": \"é\"}', 2, 5)",
@@ -124,7 +126,7 @@ def test_a_database_of_the_first_version_is_brought_up_to_date_without_loss(url:
     database = Database(url)
     assert rows_of(url) == before
     assert [len(rows) for rows in before.values()] == [1, 1, 3]
-    with database.reading() as session:
+    with database.read_session() as session:
         assert session.scalars(text("SELECT id FROM conversations")).all() == ["conv_1"]
         assert session.execute(text("SELECT COUNT(*) FROM keys")).scalar() == 0
         size = session.execute(text("SELECT bytes FROM responses")).scalar()
@@ -137,7 +139,7 @@ def test_a_database_of_the_first_version_is_brought_up_to_date_without_loss(url:
 def test_a_database_that_a_newer_version_made_is_refused_and_not_touched(url: str) -> None:
     Database(url).close()
     with contextlib.closing(sqlite3.connect(make_url(url).database or "")) as connection, connection:
-        connection.execute(f"UPDATE {VERSIONS} SET version_num = '9999'")
+        connection.execute(f"UPDATE {VERSION_TABLE} SET version_num = '9999'")
     error = faults_of(url)
     assert "newer" in error.what
     assert "9999" in error.what
@@ -145,7 +147,7 @@ def test_a_database_that_a_newer_version_made_is_refused_and_not_touched(url: st
     assert "server.db" in error.where
     assert error.hint
     with contextlib.closing(sqlite3.connect(make_url(url).database or "")) as connection:
-        assert connection.execute(f"SELECT version_num FROM {VERSIONS}").fetchall() == [("9999",)]
+        assert connection.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchall() == [("9999",)]
 
 
 def open_in_processes(url: str, count: int, go: Path) -> list[str]:
@@ -213,7 +215,7 @@ def test_a_folder_that_may_not_be_written_is_said(tmp_path: Path) -> None:
 def test_a_server_that_is_not_there_is_said_without_the_password() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-    # The second password is a word that the driver says by chance.
+    # The second password is a word that the driver scripted_model by chance.
     for url in (f"postgresql://me:secret@{address}/db", f"postgresql://{address}/db?user=me&password=failed"):
         error = faults_of(url)
         assert "refused" in error.what
@@ -233,26 +235,26 @@ def test_a_transaction_is_all_or_nothing(url: str) -> None:
     database = Database(url)
 
     def fail() -> None:
-        with database.session() as session:
+        with database.write_session() as session:
             session.add(conversation())
             session.flush()
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
-    with database.session() as session:
+    with database.write_session() as session:
         assert session.query(ConversationRow).count() == 0
     database.close()
 
 
 def test_writers_wait_for_each_other_and_readers_for_nobody(url: str) -> None:
     database = Database(url)
-    with database.session() as session:
+    with database.write_session() as session:
         session.add(conversation())
 
     def count() -> None:
         for _ in range(25):
-            with database.session() as session:
+            with database.write_session() as session:
                 row = session.query(ConversationRow).one()
                 row.items += 1
 
@@ -261,10 +263,10 @@ def test_writers_wait_for_each_other_and_readers_for_nobody(url: str) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    with database.session() as writer:
+    with database.write_session() as writer:
         writer.query(ConversationRow).one().items += 1
         writer.flush()
-        with database.reading() as reader:
+        with database.read_session() as reader:
             assert reader.query(ConversationRow).one().items == 75, "what was committed, at once"
     database.close()
 
@@ -276,10 +278,10 @@ def test_a_file_that_another_program_has_locked_is_an_error_and_can_be_read(
     database = Database(url)
     with contextlib.closing(sqlite3.connect(make_url(url).database or "", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        for each in (database, database.apart()):
-            with pytest.raises(DatabaseError, match="locked"), each.session() as session:
+        for each in (database, database.with_own_connections()):
+            with pytest.raises(DatabaseError, match="locked"), each.write_session() as session:
                 session.execute(text("SELECT 1"))
-            with each.reading() as session:
+            with each.read_session() as session:
                 assert session.query(ConversationRow).count() == 0
     database.close()
 
@@ -288,9 +290,9 @@ def test_a_transaction_of_this_process_that_does_not_end_is_not_waited_for_for_e
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_LOCK_SECONDS", 0.2)
-    with contextlib.closing(Database(url)) as database, database.session():
+    with contextlib.closing(Database(url)) as database, database.write_session():
         since = time.monotonic()
-        with pytest.raises(DatabaseError, match="locked"), database.session():
+        with pytest.raises(DatabaseError, match="locked"), database.write_session():
             pass
         assert time.monotonic() - since < 15
 
@@ -298,15 +300,15 @@ def test_a_transaction_of_this_process_that_does_not_end_is_not_waited_for_for_e
 def test_what_is_apart_has_connections_though_all_others_are_taken(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LOCK_SECONDS", 0.2)
     database = Database(url)
-    apart = database.apart()
+    apart = database.with_own_connections()
 
     def count(of: Database) -> int:
-        with of.reading() as session:
+        with of.read_session() as session:
             return session.query(ConversationRow).count()
 
     with contextlib.ExitStack() as taken:
         for _ in range(15):
-            taken.enter_context(database.reading()).execute(text("SELECT 1"))
+            taken.enter_context(database.read_session()).execute(text("SELECT 1"))
         with pytest.raises(DatabaseError):
             count(database)
         assert count(apart) == 0
@@ -319,9 +321,9 @@ def test_what_is_made_beside_waits_for_no_other_and_fails_as_it_would_here() -> 
 
     async def work() -> None:
         async with asyncio.timeout(30):  # else they would wait for each other's threads
-            assert sorted(await asyncio.gather(*(beside(meet.wait) for _ in range(40)))) == list(range(40))
+            assert sorted(await asyncio.gather(*(run_in_thread(meet.wait) for _ in range(40)))) == list(range(40))
         with pytest.raises(ZeroDivisionError):
-            await beside(divmod, 1, 0)
+            await run_in_thread(divmod, 1, 0)
 
     asyncio.run(work())
 
@@ -342,13 +344,13 @@ def test_a_full_disk_is_an_error_that_says_so(url: str) -> None:
     database = Database(url)
 
     def fill() -> None:
-        with database.session() as session:
+        with database.write_session() as session:
             session.execute(text("PRAGMA max_page_count = 1"))
             session.add_all(conversation(number=number) for number in range(2000))
 
     with pytest.raises(DatabaseError, match="full"):
         fill()
-    with database.reading() as session:
+    with database.read_session() as session:
         assert session.query(ConversationRow).count() == 0
     database.close()
 
@@ -380,28 +382,28 @@ def test_postgresql_refuses_without_telling_the_password(postgres: PostgreSQL) -
 @pytest.mark.full
 def test_a_connection_to_postgresql_waits_for_nothing_for_ever(postgres: PostgreSQL) -> None:
     with contextlib.closing(Database(postgres.new_database() + "?tcp_user_timeout=7000")) as database:
-        with database.session() as session:
+        with database.write_session() as session:
             assert session.scalar(text("SHOW statement_timeout")) == "20s"
             assert session.scalar(text("SHOW lock_timeout")) == "5s"
             driver: Any = session.connection().connection.driver_connection
             told = driver.info.get_parameters()
-            assert told["tcp_user_timeout"] == "7000", "what the URL says counts"
+            assert told["tcp_user_timeout"] == "7000", "what the URL scripted_model counts"
             assert (told["connect_timeout"], told["keepalives_idle"]) == ("5", "5")
             session.rollback()
-        with database.reading() as session:
+        with database.read_session() as session:
             assert session.scalar(text("SHOW statement_timeout")) == "20s"
 
 
 @pytest.mark.full
 def test_a_postgresql_that_was_started_anew_is_used_again(postgres: PostgreSQL) -> None:
     database = Database(postgres.new_database())
-    with database.session() as session:
+    with database.write_session() as session:
         session.add(conversation())
     postgres.stop()
-    with pytest.raises(DatabaseError) as caught, database.reading() as session:
+    with pytest.raises(DatabaseError) as caught, database.read_session() as session:
         session.query(ConversationRow).count()
     assert postgres.password not in str(caught.value)
     postgres.start()
-    with database.reading() as session:
+    with database.read_session() as session:
         assert session.query(ConversationRow).count() == 1
     database.close()

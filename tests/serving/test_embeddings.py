@@ -15,11 +15,11 @@ import pytest
 from numpy.typing import NDArray
 
 from corral.engines.embedding import Embedder
-from corral.serving.admission import Door
-from corral.serving.embeddings import routes
-from corral.serving.generation import Served
-from corral.serving.served_models import Models
-from tests.serving.conftest import client_of, running
+from corral.serving.admission import Admission
+from corral.serving.embeddings import build_router
+from corral.serving.generation import ServedModel
+from corral.serving.served_models import ServedModels
+from tests.serving.conftest import openai_client, serve_in_thread
 from tests.serving.test_app import wait_for
 
 TEXTS = ["Boil the eggs for six minutes.", "Eggs are cooked in hot water.", "The court refused the appeal."]
@@ -32,9 +32,12 @@ def embedder() -> Embedder:
 
 
 @pytest.fixture(scope="module")
-def embedding(tiny_served: Served, embedder: Embedder) -> Generator[openai.OpenAI]:
-    models, door = Models([tiny_served], embedder), Door()
-    with running(models, door=door, routers=[routes(models, door)]) as url, client_of(url) as client:
+def embedding(tiny_served: ServedModel, embedder: Embedder) -> Generator[openai.OpenAI]:
+    models, admission = ServedModels([tiny_served], embedder), Admission()
+    with (
+        serve_in_thread(models, admission=admission, routers=[build_router(models, admission)]) as url,
+        openai_client(url) as client,
+    ):
         yield client
 
 
@@ -117,19 +120,21 @@ class Slow(Embedder):
             assert self.gate.wait(60)
             return np.ones((len(texts), 384))
 
-    def tokens(self, texts: Sequence[str]) -> list[int]:
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
         with self._counted():
             return [1] * len(texts)
 
 
-def test_what_nobody_waits_for_any_more_leaves_the_next_its_turn_and_others_their_threads(tiny_served: Served) -> None:
-    slow, door = Slow(), Door()
-    models = Models([tiny_served], slow)
-    with running(models, door=door, routers=[routes(models, door)]) as url:
+def test_what_nobody_waits_for_any_more_leaves_the_next_its_turn_and_others_their_threads(
+    tiny_served: ServedModel,
+) -> None:
+    slow, admission = Slow(), Admission()
+    models = ServedModels([tiny_served], slow)
+    with serve_in_thread(models, admission=admission, routers=[build_router(models, admission)]) as url:
         for _ in range(5):
             with pytest.raises(httpx2.TimeoutException):
                 httpx2.post(f"{url}/v1/embeddings", json={"model": MODEL, "input": "Hi"}, timeout=0.3)
-            assert wait_for(lambda: door.places.inside == 0)
+            assert wait_for(lambda: admission.queue.running == 0)
         assert slow.most == 1, "the thread ends what it computes, and begins nothing beside it"
         slow.gate.set()
         assert httpx2.post(f"{url}/v1/embeddings", json={"model": MODEL, "input": "Hi"}, timeout=60).status_code == 200

@@ -18,10 +18,10 @@ from corral.engines.scripted import ScriptedEngine
 from corral.errors import EngineUnavailableError
 from corral.messages import Conversation
 from corral.prompting.few_shot import STEP_BY_STEP, Prompting
-from corral.serving.generation import Served, finish_reason
-from corral.serving.protocol import Limits, Refused
+from corral.serving.generation import ServedModel, finish_reason
+from corral.serving.protocol import Refused, RequestLimits
 from corral.template import Template
-from tests.serving.conftest import client_of, running
+from tests.serving.conftest import openai_client, serve_in_thread
 from tests.serving.test_app import CHAT, call
 
 ASKED: Any = [{"role": "user", "content": "What is two plus two?"}]
@@ -51,9 +51,9 @@ def vote_of(answer: Any) -> dict[str, Any]:
 
 def test_a_vote_gives_its_winner_as_the_one_choice_and_shows_every_candidate(tiny_template: Template) -> None:
     said = Candidates(tiny_template)
-    served = Served(Answerer(said.engine, tiny_template), "m")
+    served = ServedModel(Answerer(said.engine, tiny_template), "m")
     wish = {"method": "majority", "n": 3, "stop": "never"}
-    with running(served) as url, client_of(url) as client:
+    with serve_in_thread(served) as url, openai_client(url) as client:
         answer = client.chat.completions.create(model="m", messages=ASKED, extra_body={"consensus": wish})
         plain = client.chat.completions.create(model="m", messages=ASKED)
     assert [(c.index, c.message.content, c.finish_reason) for c in answer.choices] == [(0, SAID[0], "stop")]
@@ -70,9 +70,9 @@ def test_a_vote_gives_its_winner_as_the_one_choice_and_shows_every_candidate(tin
 
 def test_a_stream_with_a_vote_is_the_winner_and_the_vote_comes_with_its_end(tiny_template: Template) -> None:
     said = Candidates(tiny_template, ("wrong", "right", "right"))
-    served = Served(Answerer(said.engine, tiny_template), "m")
+    served = ServedModel(Answerer(said.engine, tiny_template), "m")
     body = {"consensus": {"method": "rouge-l", "n": 3, "stop": "never"}}
-    with running(served) as url, client_of(url) as client:
+    with serve_in_thread(served) as url, openai_client(url) as client:
         asked: Any = {"model": "m", "messages": ASKED, "extra_body": body}
         whole = client.chat.completions.create(**asked)
         chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
@@ -87,8 +87,8 @@ def test_a_stream_with_a_vote_is_the_winner_and_the_vote_comes_with_its_end(tiny
 def test_candidates_that_cannot_change_the_choice_are_cancelled_and_told_so(tiny_template: Template) -> None:
     long = "The answer is 5. " * 50
     said = Candidates(tiny_template, (SAID[0], long, SAID[0], long, SAID[0]), delay_seconds=0.001)
-    served = Served(Answerer(said.engine, tiny_template), "m")
-    with running(served) as url, client_of(url) as client:
+    served = ServedModel(Answerer(said.engine, tiny_template), "m")
+    with serve_in_thread(served) as url, openai_client(url) as client:
         answer = client.chat.completions.create(
             model="m", messages=ASKED, extra_body={"consensus": {"method": "majority", "n": 5}}
         )
@@ -101,7 +101,7 @@ def test_candidates_that_cannot_change_the_choice_are_cancelled_and_told_so(tiny
 def test_the_servers_own_vote_holds_unless_a_request_says_otherwise(tiny_template: Template) -> None:
     said = Candidates(tiny_template)
     consensus = Consensus("majority", 3, temperature=0.6, top_p=0.8, stop="never")
-    served = Served(Answerer(said.engine, tiny_template, consensus=consensus), "m")
+    served = ServedModel(Answerer(said.engine, tiny_template, consensus=consensus), "m")
     changes: list[dict[str, Any]] = [
         {},
         {"temperature": 0.9, "top_p": 0.5},
@@ -110,7 +110,7 @@ def test_the_servers_own_vote_holds_unless_a_request_says_otherwise(tiny_templat
         {"n": 2},
         {"temperature": 0},
     ]
-    with running(served) as url, client_of(url) as client:
+    with serve_in_thread(served) as url, openai_client(url) as client:
         answers = [client.chat.completions.create(model="m", messages=ASKED, **each) for each in changes]
     methods = [(answer.model_extra or {}).get("consensus", {}).get("method") for answer in answers]
     assert methods == ["majority", "majority", "rouge-l", None, None, None]
@@ -131,8 +131,8 @@ WISHES: Any = {
 @pytest.mark.parametrize("param", WISHES)
 def test_a_vote_that_cannot_be_held_is_refused_by_name(param: str, tiny_template: Template) -> None:
     said = Candidates(tiny_template)
-    served = Served(Answerer(said.engine, tiny_template), "m")
-    with running(served) as url, client_of(url) as client, pytest.raises(openai.BadRequestError) as caught:
+    served = ServedModel(Answerer(said.engine, tiny_template), "m")
+    with serve_in_thread(served) as url, openai_client(url) as client, pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="m", messages=ASKED, extra_body=WISHES[param])
     assert caught.value.param == param
     assert not said.asked
@@ -143,9 +143,9 @@ def test_a_vote_by_meaning_uses_the_servers_embeddings(tiny_template: Template) 
         return np.array([[1.0, 0.0] if "4" in text else [0.0, 1.0] for text in texts])
 
     said = Candidates(tiny_template)
-    served = Served(Answerer(said.engine, tiny_template), "m", embed=embed)
+    served = ServedModel(Answerer(said.engine, tiny_template), "m", embed=embed)
     body = {"consensus": {"method": "cosine", "n": 3, "stop": "never"}}
-    with running(served) as url, client_of(url) as client:
+    with serve_in_thread(served) as url, openai_client(url) as client:
         answer = client.chat.completions.create(model="m", messages=ASKED, extra_body=body)
     assert [each["score"] for each in vote_of(answer)["candidates"]] == [0.5, 0.0, 0.5]
 
@@ -157,7 +157,7 @@ def test_the_prompting_of_the_model_applies_and_its_examples_are_counted(tiny_te
     said = Candidates(tiny_template)
     prompting = Prompting(EXAMPLES, 2, reasoning=True)
     answerer = Answerer(said.engine, tiny_template, prompting=prompting)
-    with running(Served(answerer, "m")) as url, client_of(url) as client:
+    with serve_in_thread(ServedModel(answerer, "m")) as url, openai_client(url) as client:
         answer = client.chat.completions.create(model="m", messages=ASKED, max_tokens=16)
     conversation = Conversation.from_turns(("user", ASKED[0]["content"]))
     expected = asyncio.run(answerer.encode_prompt(conversation, Sampling(16)))
@@ -173,7 +173,7 @@ def test_examples_make_room_for_the_answer_that_is_asked_for(tiny_template: Temp
     features = Features(max_length=200, vocabulary=400, logprobs=True, score=True)
     said = Candidates(tiny_template, features=features)
     answerer = Answerer(said.engine, tiny_template, Sampling(20), prompting=Prompting(EXAMPLES, 2))
-    with running(Served(answerer, "m")) as url, client_of(url) as client:
+    with serve_in_thread(ServedModel(answerer, "m")) as url, openai_client(url) as client:
         for most in (None, 170):
             client.chat.completions.create(model="m", messages=ASKED, max_tokens=most)
         with pytest.raises(openai.BadRequestError):
@@ -186,17 +186,17 @@ def test_examples_make_room_for_the_answer_that_is_asked_for(tiny_template: Temp
 @pytest.mark.parametrize(
     ("limits", "changes", "param"),
     [
-        (Limits(max_tokens=8), {"max_tokens": 9}, "max_tokens"),
-        (Limits(max_tokens=8), {"max_completion_tokens": 9}, "max_tokens"),
-        (Limits(prompt_tokens=8), {}, "messages"),
+        (RequestLimits(max_tokens=8), {"max_tokens": 9}, "max_tokens"),
+        (RequestLimits(max_tokens=8), {"max_completion_tokens": 9}, "max_tokens"),
+        (RequestLimits(prompt_tokens=8), {}, "messages"),
     ],
 )
 def test_more_tokens_than_the_server_serves_are_refused(
-    limits: Limits, changes: Any, param: str, tiny_template: Template
+    limits: RequestLimits, changes: Any, param: str, tiny_template: Template
 ) -> None:
     said = Candidates(tiny_template)
-    served = Served(Answerer(said.engine, tiny_template), "m", limits)
-    with running(served) as url, client_of(url) as client:
+    served = ServedModel(Answerer(said.engine, tiny_template), "m", limits)
+    with serve_in_thread(served) as url, openai_client(url) as client:
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(model="m", messages=ASKED, **changes)
         assert caught.value.param == param
@@ -210,7 +210,10 @@ def test_more_tokens_than_the_server_serves_are_refused(
 
 def test_an_answer_whose_length_is_not_said_is_no_longer_than_the_limit(tiny_template: Template) -> None:
     said = Candidates(tiny_template)
-    with running(Served(Answerer(said.engine, tiny_template), "m", Limits(max_tokens=8))) as url, client_of(url) as c:
+    with (
+        serve_in_thread(ServedModel(Answerer(said.engine, tiny_template), "m", RequestLimits(max_tokens=8))) as url,
+        openai_client(url) as c,
+    ):
         c.chat.completions.create(model="m", messages=ASKED)
     assert [sampling.max_tokens for sampling in said.asked] == [8]
 
@@ -237,8 +240,8 @@ def test_an_engine_that_is_closed_cut_off_or_broken_is_said_with_503_and_when_to
     asyncio.run(closed.close())
     faults: list[tuple[int, dict[str, str]]] = []
     for engine, method, path in ((closed, "POST", CHAT), (Broken([40]), "GET", "/health/ready")):
-        served = Served(Answerer(engine, tiny_template), "m")
-        with running(served) as url:
+        served = ServedModel(Answerer(engine, tiny_template), "m")
+        with serve_in_thread(served) as url:
             status, _, headers = call(url, method, path, json.dumps({"model": "m", "messages": ASKED}))
             faults.append((status, headers))
     for status, headers in faults:
@@ -253,8 +256,12 @@ def test_an_engine_that_is_closed_cut_off_or_broken_is_said_with_503_and_when_to
 def test_where_nothing_computes_it_is_said_with_503_and_when_to_try_again_and_not_where(
     stream: bool, tiny_template: Template
 ) -> None:
-    served = Served(Answerer(Away([1]), tiny_template), "m")
-    with running(served) as url, client_of(url) as client, pytest.raises(openai.InternalServerError) as caught:
+    served = ServedModel(Answerer(Away([1]), tiny_template), "m")
+    with (
+        serve_in_thread(served) as url,
+        openai_client(url) as client,
+        pytest.raises(openai.InternalServerError) as caught,
+    ):
         client.chat.completions.create(model="m", messages=ASKED, stream=stream)
     assert (caught.value.status_code, caught.value.code) == (503, "engine_unavailable")
     assert int(caught.value.response.headers["retry-after"]) > 0

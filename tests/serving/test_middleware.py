@@ -14,14 +14,14 @@ from fastapi.routing import APIRoute
 from starlette.routing import Route
 
 from corral.serving import responses_routes
-from corral.serving.admission import Bounds, Door
-from corral.serving.api_keys import Keys, Quota
+from corral.serving.admission import Admission, ServerLimits
+from corral.serving.api_keys import KeyStore, Quota
 from corral.serving.app import build_app
-from corral.serving.conversation_store import Conversations
+from corral.serving.conversation_store import ConversationStore
 from corral.serving.database import Database
-from corral.serving.generation import Served
-from corral.serving.served_models import Models
-from tests.serving.conftest import client_of, running, serving
+from corral.serving.generation import ServedModel
+from corral.serving.served_models import ServedModels
+from tests.serving.conftest import openai_client, serve_in_thread, serve_with_handle
 from tests.serving.test_app import ASKED, CHAT, JSON, call, wait_for
 
 
@@ -43,20 +43,20 @@ def routes_of(app: Any) -> list[tuple[str, str]]:
 
 
 def test_every_route_but_health_needs_a_key_also_those_there_are_not(
-    says: Callable[..., Served], database: Database
+    scripted_model: Callable[..., ServedModel], database: Database
 ) -> None:
-    keys = Keys(database)
+    keys = KeyStore(database)
     _, secret = keys.add("alice")
-    models, door = Models([says("Hello")]), Door(keys=keys)
-    routers = [responses_routes.routes(models, Conversations(database), door)]
-    routes = routes_of(build_app(models, door, routers=routers))
+    models, admission = ServedModels([scripted_model("Hello")]), Admission(keys=keys)
+    routers = [responses_routes.build_router(models, ConversationStore(database), admission)]
+    routes = routes_of(build_app(models, admission, routers=routers))
     assert len(routes) > 15
     assert {"/metrics", "/openapi.json", CHAT, "/v1/responses", "/v1/conversations"} <= {path for _, path in routes}
     open_ones = {path for _, path in routes if path.startswith("/health")}
     assert open_ones == {"/health", "/health/ready"}
     unknown = [("GET", "/"), ("GET", "/nowhere"), ("POST", "/v1/chat"), ("GET", "/healthy"), ("OPTIONS", CHAT)]
     unknown += [("GET", "/health%2F..%2Fmetrics"), ("GET", "//health"), ("TRACE", "/metrics"), ("GET", "/HEALTH")]
-    with serving(models, door, routers=routers) as (url, _):
+    with serve_with_handle(models, admission, routers=routers) as (url, _):
         for method, path in [*routes, *unknown]:
             for headers in ({}, {"authorization": f"Bearer {secret[:-1]}x"}):
                 connection = http.client.HTTPConnection(urlsplit(url).netloc)
@@ -80,11 +80,11 @@ def test_every_route_but_health_needs_a_key_also_those_there_are_not(
         assert call(url, "POST", CHAT, asked, good)[0] == 200
 
 
-def test_openais_client_comes_in_with_its_key(says: Callable[..., Served], database: Database) -> None:
-    keys = Keys(database)
+def test_openais_client_comes_in_with_its_key(scripted_model: Callable[..., ServedModel], database: Database) -> None:
+    keys = KeyStore(database)
     _, secret = keys.add("alice")
-    with running(says("Hello"), door=Door(keys=keys)) as url:
-        with client_of(url, api_key=secret) as client:
+    with serve_in_thread(scripted_model("Hello"), admission=Admission(keys=keys)) as url:
+        with openai_client(url, api_key=secret) as client:
             answer = client.chat.completions.create(model="scripted", messages=ASKED)
             assert answer.choices[0].message.content == "Hello"
         keys.revoke("alice")
@@ -94,21 +94,23 @@ def test_openais_client_comes_in_with_its_key(says: Callable[..., Served], datab
 
 
 def test_a_stranger_is_refused_before_a_byte_of_the_body_is_read(
-    says: Callable[..., Served], database: Database
+    scripted_model: Callable[..., ServedModel], database: Database
 ) -> None:
-    keys = Keys(database)
+    keys = KeyStore(database)
     keys.add("alice")
-    with running(says("Hello"), door=Door(keys=keys)) as url:
+    with serve_in_thread(scripted_model("Hello"), admission=Admission(keys=keys)) as url:
         place = urlsplit(url)
         with socket.create_connection((str(place.hostname), place.port or 0), timeout=30) as raw:
             raw.sendall(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\n".encode())
             assert raw.recv(12) == b"HTTP/1.1 401"
 
 
-def test_requests_of_any_kind_are_bounded_before_their_bodies_are_read(says: Callable[..., Served]) -> None:
-    door = Door(Bounds(at_once=1, waiting=0))
-    most = door.bounds.under_way
-    with running(says("Hello"), door=door) as url:
+def test_requests_of_any_kind_are_bounded_before_their_bodies_are_read(
+    scripted_model: Callable[..., ServedModel],
+) -> None:
+    admission = Admission(ServerLimits(at_once=1, waiting=0))
+    most = admission.limits.max_open
+    with serve_in_thread(scripted_model("Hello"), admission=admission) as url:
         place = (str(urlsplit(url).hostname), urlsplit(url).port or 0)
         with contextlib.ExitStack() as stack:
             head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{{"
@@ -123,11 +125,11 @@ def test_requests_of_any_kind_are_bounded_before_their_bodies_are_read(says: Cal
 
 
 def test_requests_of_every_kind_count_among_those_of_a_minute_once_each(
-    says: Callable[..., Served], database: Database
+    scripted_model: Callable[..., ServedModel], database: Database
 ) -> None:
     """Also those that are refused: whatever is sent costs something."""
-    keys = Keys(database)
-    models, door = Models([says("Hello")]), Door(keys=keys)
+    keys = KeyStore(database)
+    models, admission = ServedModels([scripted_model("Hello")]), Admission(keys=keys)
     asked = json.dumps({"model": "scripted", "messages": ASKED})
     kinds: list[tuple[str, str, str | None, int]] = [
         ("POST", CHAT, asked, 200),
@@ -138,7 +140,11 @@ def test_requests_of_every_kind_count_among_those_of_a_minute_once_each(
         ("GET", "/v1/nowhere", None, 404),
     ]
     secrets = [keys.add(f"key-{i}", Quota(requests_per_minute=3))[1] for i in range(len(kinds))]
-    with running(models, door=door, routers=[responses_routes.routes(models, Conversations(database), door)]) as url:
+    with serve_in_thread(
+        models,
+        admission=admission,
+        routers=[responses_routes.build_router(models, ConversationStore(database), admission)],
+    ) as url:
         for secret, (method, path, body, status) in zip(secrets, kinds, strict=True):
             headers = {**JSON, "authorization": f"Bearer {secret}"}
             for _ in range(3):
@@ -151,17 +157,17 @@ def test_requests_of_every_kind_count_among_those_of_a_minute_once_each(
 
 
 def test_one_key_whose_bodies_do_not_come_leaves_room_for_others(
-    says: Callable[..., Served], database: Database
+    scripted_model: Callable[..., ServedModel], database: Database
 ) -> None:
-    keys = Keys(database)
+    keys = KeyStore(database)
     slow, other = ({**JSON, "authorization": f"Bearer {keys.add(name)[1]}"} for name in ("slow", "other"))
-    door = Door(Bounds(at_once=2, waiting=3), keys)
-    with running(says("Hello"), door=door) as url:
+    admission = Admission(ServerLimits(at_once=2, waiting=3), keys)
+    with serve_in_thread(scripted_model("Hello"), admission=admission) as url:
         place = (str(urlsplit(url).hostname), urlsplit(url).port or 0)
         with contextlib.ExitStack() as stack:
             head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9\r\n"
             head += f"authorization: {slow['authorization']}\r\n\r\n{{"
-            for _ in range(door.bounds.under_way):
+            for _ in range(admission.limits.max_open):
                 stack.enter_context(socket.create_connection(place)).sendall(head.encode())
             assert wait_for(lambda: call(url, "GET", "/v1/models", headers=slow)[0] == 503)
             assert call(url, "GET", "/v1/models", headers=other)[0] == 200

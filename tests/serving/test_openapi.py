@@ -23,14 +23,14 @@ from corral.answering.answerer import Answerer
 from corral.engines.embedding import ASSET, DIMENSIONS, Embedder
 from corral.engines.scripted import ScriptedEngine
 from corral.serving import embeddings, responses_routes
-from corral.serving.admission import Bounds, Door
-from corral.serving.api_keys import Keys
-from corral.serving.conversation_store import Conversations
+from corral.serving.admission import Admission, ServerLimits
+from corral.serving.api_keys import KeyStore
+from corral.serving.conversation_store import ConversationStore
 from corral.serving.database import Database
-from corral.serving.generation import Served
-from corral.serving.served_models import Models
+from corral.serving.generation import ServedModel
+from corral.serving.served_models import ServedModels
 from corral.template import Template
-from tests.serving.conftest import serving
+from tests.serving.conftest import serve_with_handle
 from tests.serving.test_app import call
 
 _MODES = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
@@ -43,19 +43,22 @@ class Same(Embedder):
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float64]:
         return np.full((len(texts), DIMENSIONS), DIMENSIONS**-0.5)
 
-    def tokens(self, texts: Sequence[str]) -> list[int]:
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
         return [len(text) for text in texts]
 
 
 @pytest.fixture
 def server(tiny_template: Template, tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """The address of a server with every route, and what opens it."""
-    models = Models([Served(Answerer(ScriptedEngine([40] * 3), tiny_template), "m")], Same())
+    models = ServedModels([ServedModel(Answerer(ScriptedEngine([40] * 3), tiny_template), "m")], Same())
     with contextlib.closing(Database(f"sqlite:///{tmp_path / 'a.db'}")) as database:
-        _, secret = Keys(database).add("alice")
-        door = Door(Bounds(max_seconds=20), Keys(database))
-        routers = [responses_routes.routes(models, Conversations(database), door), embeddings.routes(models, door)]
-        with serving(models, door, routers=routers) as (url, _):
+        _, secret = KeyStore(database).add("alice")
+        admission = Admission(ServerLimits(max_seconds=20), KeyStore(database))
+        routers = [
+            responses_routes.build_router(models, ConversationStore(database), admission),
+            embeddings.build_router(models, admission),
+        ]
+        with serve_with_handle(models, admission, routers=routers) as (url, _):
             yield url, {"authorization": f"Bearer {secret}"}
 
 

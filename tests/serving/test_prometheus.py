@@ -11,12 +11,12 @@ from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
 from corral.answering.answerer import Answerer
-from corral.serving.admission import Bounds, Door
-from corral.serving.generation import Served
+from corral.serving.admission import Admission, ServerLimits
+from corral.serving.generation import ServedModel
 from corral.serving.prometheus import Metrics
-from corral.serving.request_queue import Places
+from corral.serving.request_queue import RequestQueue
 from corral.template import Template
-from tests.serving.conftest import Endless, client_of, running
+from tests.serving.conftest import Endless, openai_client, serve_in_thread
 from tests.serving.test_app import ASKED, CHAT, call, wait_for
 
 
@@ -40,10 +40,10 @@ def read(text: str) -> dict[str, float]:
     return found
 
 
-def test_answers_tokens_times_and_ends_are_counted(says: Callable[..., Served]) -> None:
-    served = says("one two three")
+def test_answers_tokens_times_and_ends_are_counted(scripted_model: Callable[..., ServedModel]) -> None:
+    served = scripted_model("one two three")
     drawn = len(served.answerer.template.tokenizer("one two three").input_ids)
-    with running(served) as url, client_of(url) as client:
+    with serve_in_thread(served) as url, openai_client(url) as client:
         answer = client.chat.completions.create(model="scripted", messages=ASKED)
         list(client.chat.completions.create(model="scripted", messages=ASKED, stream=True))
         call(url, "GET", "/v1/models/nobody's")
@@ -67,9 +67,9 @@ def test_answers_tokens_times_and_ends_are_counted(says: Callable[..., Served]) 
 
 def test_the_queue_is_seen_and_clients_that_go_are_counted(tiny_template: Template) -> None:
     endless = Endless()
-    served = Served(Answerer(endless.engine, tiny_template), "m")
+    served = ServedModel(Answerer(endless.engine, tiny_template), "m")
     asked = json.dumps({"model": "m", "messages": ASKED, "stream": True})
-    with running(served, door=Door(Bounds(at_once=2))) as url:
+    with serve_in_thread(served, admission=Admission(ServerLimits(at_once=2))) as url:
         connections = [http.client.HTTPConnection(urlsplit(url).netloc) for _ in range(5)]
         for connection in connections:
             connection.request("POST", CHAT, asked, {"content-type": "application/json"})
@@ -86,8 +86,8 @@ def test_the_queue_is_seen_and_clients_that_go_are_counted(tiny_template: Templa
     assert endless.drawn
 
 
-def test_what_clients_write_makes_no_counts_of_its_own(says: Callable[..., Served]) -> None:
-    with running(says("a")) as url:
+def test_what_clients_write_makes_no_counts_of_its_own(scripted_model: Callable[..., ServedModel]) -> None:
+    with serve_in_thread(scripted_model("a")) as url:
         figures(url)
         before = len(figures(url))
         for i in range(20):
@@ -100,8 +100,8 @@ def test_what_clients_write_makes_no_counts_of_its_own(says: Callable[..., Serve
 
 
 def test_two_servers_in_one_process_count_apart_and_nothing_is_global() -> None:
-    one, other = Metrics(Places(1, 1)), Metrics(Places(1, 1))
-    one.answered("/a", 200)
-    assert "corral_http_answers_total{route=/a,status=200}" in read(one.text().decode())
-    assert "/a" not in other.text().decode()
+    one, other = Metrics(RequestQueue(1, 1)), Metrics(RequestQueue(1, 1))
+    one.count_response("/a", 200)
+    assert "corral_http_answers_total{route=/a,status=200}" in read(one.render().decode())
+    assert "/a" not in other.render().decode()
     assert not any(family.name.startswith("corral") for family in REGISTRY.collect())

@@ -18,11 +18,11 @@ from corral.engines.base import Features, Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.errors import EngineError
 from corral.model.loading import load_model
-from corral.serving.generation import Served
-from corral.serving.prompt_logprobs import Steps, likelihoods
+from corral.serving.generation import ServedModel
+from corral.serving.prompt_logprobs import GreedySteps, score_prompt
 from corral.template import Template
-from tests.serving.conftest import client_of, running
-from tests.serving.test_legacy import TEXT, drawn, ids_of, post
+from tests.serving.conftest import openai_client, serve_in_thread
+from tests.serving.test_completions_handler import TEXT, drawn, ids_of, post
 
 IDS = [1, 88, 12, 300, 45, 45, 45, 7, 210, 33, 160, 5, 91]
 
@@ -36,7 +36,7 @@ def truth(folder: Path, ids: list[int]) -> list[tuple[float, int, float]]:
     return [(float(logprobs[at, id_]), int(best.indices[at]), float(best.values[at])) for at, id_ in enumerate(ids[1:])]
 
 
-def greedy_from(served: Served, ids: list[int], count: int) -> list[int]:
+def greedy_from(served: ServedModel, ids: list[int], count: int) -> list[int]:
     async def work() -> Any:
         return await served.answerer.engine.submit(ids, Sampling(count)).completions()
 
@@ -45,7 +45,7 @@ def greedy_from(served: Served, ids: list[int], count: int) -> list[int]:
 
 @pytest.mark.parametrize("written_by", ["chance", "the model", "both"])
 def test_the_most_likely_token_of_each_place_is_the_models(
-    written_by: str, tiny_served: Served, tiny_folder: Path
+    written_by: str, tiny_served: ServedModel, tiny_folder: Path
 ) -> None:
     ids = {
         "chance": IDS,
@@ -53,7 +53,7 @@ def test_the_most_likely_token_of_each_place_is_the_models(
         "both": [*greedy_from(tiny_served, IDS[:4], 6), *IDS[4:]],
     }[written_by]
     engine = tiny_served.answerer.engine
-    found = asyncio.run(likelihoods(engine, ids, Steps(engine)))
+    found = asyncio.run(score_prompt(engine, ids, GreedySteps(engine)))
     for one, given, (logprob, best, of_best) in zip(found, ids[1:], truth(tiny_folder, ids), strict=True):
         assert one.logprob == pytest.approx(logprob, abs=1e-4)
         assert one.best is not None
@@ -64,10 +64,10 @@ def test_the_most_likely_token_of_each_place_is_the_models(
     assert all(greedy) == (written_by == "the model")
 
 
-def test_without_the_most_likely_nothing_is_drawn(tiny_served: Served) -> None:
+def test_without_the_most_likely_nothing_is_drawn(tiny_served: ServedModel) -> None:
     drawn: list[int] = []
     engine = ScriptedEngine(lambda ids, sampling, choice: drawn, logprob=-3.0)
-    found = asyncio.run(likelihoods(engine, IDS))
+    found = asyncio.run(score_prompt(engine, IDS))
     assert [(one.logprob, one.best) for one in found] == [(-3.0, None)] * (len(IDS) - 1)
 
 
@@ -81,8 +81,8 @@ def test_a_token_with_more_than_half_of_the_probability_needs_no_step() -> None:
     for logprob, steps in ((-0.5, []), (-0.69, [1, 2, 3])):
         asked.clear()
         engine = ScriptedEngine(reply, logprob=logprob)
-        taken = Steps(engine)
-        found = asyncio.run(likelihoods(engine, [5, 6, 9, 9], taken))
+        taken = GreedySteps(engine)
+        found = asyncio.run(score_prompt(engine, [5, 6, 9, 9], taken))
         assert sorted(asked) == steps
         assert taken.tokens == sum(steps) + len(steps), "what they read, and a token drawn by each"
         assert [one.best[0] for one in found if one.best] == ([6, 9, 9] if not steps else [9, 9, 9])
@@ -98,7 +98,7 @@ def test_where_one_step_fails_the_others_are_stopped() -> None:
     features = Features(max_length=500, vocabulary=400, logprobs=True, score=True)
     engine = ScriptedEngine(reply, features=features, logprob=-3.0)
     with pytest.raises(EngineError, match="on purpose"):
-        asyncio.run(likelihoods(engine, [5] * 400, Steps(engine)))
+        asyncio.run(score_prompt(engine, [5] * 400, GreedySteps(engine)))
     assert next(began) < 399
 
 
@@ -118,8 +118,8 @@ def test_texts_that_share_their_steps_take_so_many_at_a_time_together() -> None:
 
     async def work() -> None:
         engine = Stuck(reply, delay_seconds=3600)
-        steps = Steps(engine)
-        working = [asyncio.create_task(likelihoods(engine, [5] * 400, steps)) for _ in range(8)]
+        steps = GreedySteps(engine)
+        working = [asyncio.create_task(score_prompt(engine, [5] * 400, steps)) for _ in range(8)]
         await asyncio.sleep(0.1)
         assert len(asked) == 32
         assert steps.tokens == sum(asked) + 32
@@ -139,7 +139,9 @@ def lm_eval_reads(answer: Any, context: int) -> tuple[float, bool]:
     return sum(values), values == most
 
 
-def test_lm_evals_log_likelihoods_are_right_also_where_the_model_would_end(tiny_url: str, tiny_served: Served) -> None:
+def test_lm_evals_log_likelihoods_are_right_also_where_the_model_would_end(
+    tiny_url: str, tiny_served: ServedModel
+) -> None:
     engine, template = tiny_served.answerer.engine, tiny_served.answerer.template
     context = ids_of(template, TEXT)
     (greedy,) = drawn(tiny_served, context, Sampling(5))
@@ -165,7 +167,10 @@ def test_a_client_that_goes_away_while_its_prompt_is_scored_stops_the_steps(tiny
         return [50]
 
     engine = ScriptedEngine(reply, delay_seconds=0.1, logprob=-5.0)
-    with running(Served(Answerer(engine, tiny_template), "m")) as url, client_of(url, timeout=0.5) as client:
+    with (
+        serve_in_thread(ServedModel(Answerer(engine, tiny_template), "m")) as url,
+        openai_client(url, timeout=0.5) as client,
+    ):
         with pytest.raises(openai.APITimeoutError):
             client.completions.create(model="m", prompt=[50] * 2000, max_tokens=0, echo=True, logprobs=1)
         time.sleep(1)
@@ -173,9 +178,9 @@ def test_a_client_that_goes_away_while_its_prompt_is_scored_stops_the_steps(tiny
 
 
 def test_what_it_takes_to_find_the_most_likely_tokens_of_a_prompt_is_counted(tiny_template: Template) -> None:
-    served = Served(Answerer(ScriptedEngine([50], logprob=-5.0), tiny_template), "m")
+    served = ServedModel(Answerer(ScriptedEngine([50], logprob=-5.0), tiny_template), "m")
     body = {"model": "m", "prompt": [[50] * 9] * 8, "max_tokens": 0, "echo": True}
-    with running(served) as url:
+    with serve_in_thread(served) as url:
         used = [post(url, body | {"logprobs": logprobs})[1]["usage"] for logprobs in (0, 1)]
     steps = sum(length + 1 for length in range(1, 9))
     assert [(each["prompt_tokens"], each["completion_tokens"]) for each in used] == [(72, 0), (72 + 8 * steps, 0)]
@@ -185,9 +190,9 @@ def test_one_prompt_of_eight_thousand_tokens_may_have_its_most_likely_tokens_fou
     tiny_template: Template,
 ) -> None:
     features = Features(max_length=16384, vocabulary=400, logprobs=True, score=True)
-    served = Served(Answerer(ScriptedEngine([50], features=features, logprob=-0.1), tiny_template), "m")
+    served = ServedModel(Answerer(ScriptedEngine([50], features=features, logprob=-0.1), tiny_template), "m")
     body = {"model": "m", "max_tokens": 1, "echo": True, "logprobs": 1}  # as lm-eval asks
-    with running(served) as url:
+    with serve_in_thread(served) as url:
         assert post(url, body | {"prompt": [[50] * 8192]})[0] == 200
         status, answer = post(url, body | {"prompt": [[50] * 8193]})
         assert (status, answer["error"]["param"]) == (400, "logprobs")

@@ -14,10 +14,10 @@ from pydantic import ValidationError
 from corral.serving.chat_protocol import ChatRequest
 from corral.serving.completions_protocol import CompletionRequest
 from corral.serving.embeddings import EmbeddingRequest
-from corral.serving.generation import Served
-from corral.serving.protocol import Body, Refused, refusal
+from corral.serving.generation import ServedModel
+from corral.serving.protocol import Refused, StrictModel, validation_error
 from corral.serving.responses_protocol import CreateConversation, CreateItems, ResponsesRequest
-from tests.serving.conftest import running
+from tests.serving.conftest import serve_in_thread
 from tests.serving.test_app import ASKED, CHAT, call
 
 MANY = 30_000
@@ -28,7 +28,7 @@ PART = {"type": "text", "text": ""}
 TEXT = {"model": "m", "prompt": "x"}
 
 # (kind, body, the field that is told, a word of why)
-WRONG: dict[str, tuple[type[Body], Any, str, str]] = {
+WRONG: dict[str, tuple[type[StrictModel], Any, str, str]] = {
     "numbers for messages": (ChatRequest, {"model": "m", "messages": [1] * MANY}, "messages[0]", "valid dictionary"),
     "empty messages": (ChatRequest, {"model": "m", "messages": [{}] * MANY}, "messages[0].role", "required"),
     "too many messages": (ChatRequest, {"model": "m", "messages": [USER] * MANY}, "messages", "at most 2048"),
@@ -86,17 +86,17 @@ def test_of_a_body_that_is_wrong_all_over_a_few_faults_are_found_and_the_first_i
     with pytest.raises(ValidationError) as caught:
         kind.model_validate(body)
     assert caught.value.error_count() < 50
-    told = refusal([{**fault, "loc": ("body", *fault["loc"])} for fault in caught.value.errors()])
+    told = validation_error([{**fault, "loc": ("body", *fault["loc"])} for fault in caught.value.errors()])
     assert (told.status, told.where) == (400, param)
     assert why in told.what
     assert told.what.startswith(f"{param!r}")
 
 
-def test_the_largest_wrong_bodies_at_once_leave_the_server_awake(says: Callable[..., Served]) -> None:
+def test_the_largest_wrong_bodies_at_once_leave_the_server_awake(scripted_model: Callable[..., ServedModel]) -> None:
     body = f'{{"model": "scripted", "messages": [{",".join(["1"] * 520_000)}]}}'
     statuses: list[int] = []
     slowest = 0.0
-    with running(says("Hello")) as url:
+    with serve_in_thread(scripted_model("Hello")) as url:
         threads = [threading.Thread(target=lambda: statuses.append(call(url, "POST", CHAT, body)[0])) for _ in range(4)]
         for thread in threads:
             thread.start()
@@ -114,9 +114,9 @@ def test_what_changes_nothing_may_hold_anything() -> None:
     assert ChatRequest.model_validate({"model": "m", "messages": ASKED, **habits})
 
 
-def test_an_error_quotes_the_beginning_and_the_end_of_what_is_long(says: Callable[..., Served]) -> None:
+def test_an_error_quotes_the_beginning_and_the_end_of_what_is_long(scripted_model: Callable[..., ServedModel]) -> None:
     long = "m" * 900_000
-    with running(says("Hello")) as url:
+    with serve_in_thread(scripted_model("Hello")) as url:
         for changes, status in (({"model": long}, 404), ({long: 1}, 400)):
             body = json.dumps({"model": "scripted", "messages": ASKED} | changes)
             got, answer, _ = call(url, "POST", CHAT, body)

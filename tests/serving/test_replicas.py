@@ -15,15 +15,15 @@ import pytest
 
 from corral.engines.base import Engine, Sampling
 from corral.errors import InputError
-from corral.serving.generation import Served
-from corral.serving.served_models import Models, open_served
+from corral.serving.generation import ServedModel
+from corral.serving.served_models import ServedModels, open_served_models
 from tests.conftest import Request, web_server
 from tests.engines.remote.fake_server import wait_for
-from tests.serving.conftest import client_of, running
+from tests.serving.conftest import openai_client, serve_in_thread
 
 
 def test_replicas_that_die_are_left_out_and_come_back_and_without_any_the_server_says_so(
-    tiny_served: Served, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_served: ServedModel, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("corral.serving.served_models._CHECK_SECONDS", 0.1)
     asked: Any = {
@@ -38,34 +38,34 @@ def test_replicas_that_die_are_left_out_and_come_back_and_without_any_the_server
     def ask(client: openai.OpenAI) -> str:
         return str(client.chat.completions.create(**asked).choices[0].message.content)
 
-    with running(tiny_served) as first, client_of(first) as direct:
+    with serve_in_thread(tiny_served) as first, openai_client(first) as direct:
         expected = ask(direct)
-        with running(tiny_served) as second:
-            models = open_served([f"tiny={tiny_folder}"], urls=[f"{first}/v1", f"{second}/v1"])
+        with serve_in_thread(tiny_served) as second:
+            models = open_served_models([f"tiny={tiny_folder}"], urls=[f"{first}/v1", f"{second}/v1"])
         # The second is gone by now.
-        with running(models) as front, client_of(front) as client:
+        with serve_in_thread(models) as front, openai_client(front) as client:
             assert [ask(client) for _ in range(4)] == [expected] * 4, "nobody is sent to the one that died"
             assert models.ready
             port = int(second.rpartition(":")[2])
-            with running(tiny_served, port=port) as again:
+            with serve_in_thread(tiny_served, port=port) as again:
                 assert again == second
                 wait_for(lambda: alive(models) == 2)
             wait_for(lambda: alive(models) == 1)
             assert ask(client) == expected
-    with running(models) as front, client_of(front) as client:
+    with serve_in_thread(models) as front, openai_client(front) as client:
         wait_for(lambda: not models.ready)
         for stream in (False, True):
             with pytest.raises(openai.InternalServerError) as caught:
                 client.chat.completions.create(**asked, stream=stream)
             assert caught.value.status_code == 503
             assert caught.value.response.headers["retry-after"]
-        with running(tiny_served, port=int(first.rpartition(":")[2])):
+        with serve_in_thread(tiny_served, port=int(first.rpartition(":")[2])):
             wait_for(lambda: models.ready)
             assert ask(client) == expected
     asyncio.run(models.close())
 
 
-def alive(models: Models) -> int:
+def alive(models: ServedModels) -> int:
     """How many replicas may be asked."""
     engine: Any = models.all()[0].answerer.engine
     return len(engine._endpoints.available)
@@ -75,7 +75,7 @@ ONE_TOKEN: Any = {"choices": [{"index": 0, "text": "x", "token_ids": [50], "fini
 
 
 class Replica(Request):
-    """A server that says one token, always; a test says what else becomes of a client's request."""
+    """A server that scripted_model one token, always; a test scripted_model what else becomes of a client's request."""
 
     names: tuple[str, ...] = ("m",)
 
@@ -109,8 +109,8 @@ def test_of_several_models_each_is_asked_for_by_its_name_there(tiny_folder: Path
             self.well()
 
     with web_server(Two) as url:
-        models = open_served([f"cook={tiny_folder}", f"poet={tiny_folder}"], urls=[url])
-        engines: Sequence[Engine] = [models.find(name).answerer.engine for name in ("poet", "cook")]
+        models = open_served_models([f"cook={tiny_folder}", f"poet={tiny_folder}"], urls=[url])
+        engines: Sequence[Engine] = [models.get(name).answerer.engine for name in ("poet", "cook")]
         for engine in engines:
             asyncio.run(completed(engine))
         asyncio.run(models.close())
@@ -141,8 +141,8 @@ def test_what_one_request_meets_at_the_only_replica_is_told_to_that_one_and_to_n
                 self.finish()
 
     with web_server(Once) as replica:
-        models = open_served([f"m={tiny_folder}"], urls=[replica])
-        with running(models) as front, client_of(front) as client:
+        models = open_served_models([f"m={tiny_folder}"], urls=[replica])
+        with serve_in_thread(models) as front, openai_client(front) as client:
             with pytest.raises(openai.InternalServerError) as caught:
                 client.chat.completions.create(**ASKED_OVER_HTTP)
             later = int(caught.value.response.headers["retry-after"])
@@ -172,24 +172,24 @@ def test_replicas_have_room_for_what_the_server_lets_in_and_no_more_comes_to_the
         await asyncio.gather(*tasks)
 
     with web_server(Slow) as one, web_server(Slow) as other:
-        models = open_served([f"m={tiny_folder}"], urls=[one, other], at_once=2)
-        asyncio.run(asked(models.find("m").answerer.engine))
+        models = open_served_models([f"m={tiny_folder}"], urls=[one, other], at_once=2)
+        asyncio.run(asked(models.get("m").answerer.engine))
         asyncio.run(models.close())
 
 
 def test_the_server_tells_how_many_requests_it_lets_in(monkeypatch: pytest.MonkeyPatch) -> None:
     from corral.serving import server
-    from corral.serving.admission import Bounds
+    from corral.serving.admission import ServerLimits
 
     told: dict[str, Any] = {}
 
-    def enough(specs: Sequence[str], **options: Any) -> Models:
+    def enough(specs: Sequence[str], **options: Any) -> ServedModels:
         told.update(options)
         raise InputError("enough")
 
-    monkeypatch.setattr(server, "open_served", enough)
+    monkeypatch.setattr(server, "open_served_models", enough)
     with pytest.raises(InputError, match="enough"):
-        server.serve(server.Wanted(["m"]), server.Place(port=0), Bounds(at_once=7), None)
+        server.serve(server.ModelOptions(["m"]), server.ListenOptions(port=0), ServerLimits(at_once=7), None)
     assert told["at_once"] == 7
 
 
@@ -211,8 +211,8 @@ def test_what_a_replica_says_of_a_prompt_is_not_logged(
             QUOTES[quote](self)
 
     with web_server(Quoting) as replica:
-        models = open_served([f"m={tiny_folder}"], urls=[replica])
-        with running(models) as front, client_of(front) as client, caplog.at_level(1):
+        models = open_served_models([f"m={tiny_folder}"], urls=[replica])
+        with serve_in_thread(models) as front, openai_client(front) as client, caplog.at_level(1):
             for stream in (False, True):
                 with pytest.raises(openai.APIError):
                     list(client.chat.completions.create(**ASKED_OVER_HTTP, stream=stream))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from corral.serving.request_queue import Busy, Place, Places
+from corral.serving.request_queue import Busy, RequestQueue, Slot
 
 
 def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -19,11 +19,11 @@ def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
 class Crowd:
     """Requests at a queue: who got in, in order, and who was sent away."""
 
-    def __init__(self, places: Places) -> None:
+    def __init__(self, places: RequestQueue) -> None:
         self.places = places
         self.entered: list[str] = []
         self.refused: list[tuple[str, Busy]] = []
-        self.inside: list[Place] = []
+        self.inside: list[Slot] = []
 
     async def come(self, *keys: str) -> list[asyncio.Task[None]]:
         tasks = [asyncio.create_task(self.one(key)) for key in keys]
@@ -32,7 +32,7 @@ class Crowd:
 
     async def leave(self) -> None:
         """The one who is inside for longest goes."""
-        self.places.give_back(self.inside.pop(0))
+        self.places.release(self.inside.pop(0))
         await self.settle()
 
     async def leave_all(self) -> None:
@@ -46,7 +46,7 @@ class Crowd:
 
     async def one(self, key: str) -> None:
         try:
-            place = await self.places.take(key)
+            place = await self.places.acquire(key)
         except Busy as busy:
             self.refused.append((key, busy))
             return
@@ -56,20 +56,20 @@ class Crowd:
 
 def test_as_many_areinside_and_wait_as_there_are_places_and_the_next_is_refused() -> None:
     async def work() -> None:
-        crowd = Crowd(Places(2, 3))
+        crowd = Crowd(RequestQueue(2, 3))
         await crowd.come(*"aaaaaaa")
-        assert (crowd.places.inside, crowd.places.waiting, len(crowd.refused)) == (2, 3, 2)
+        assert (crowd.places.running, crowd.places.waiting, len(crowd.refused)) == (2, 3, 2)
         assert all((busy.status, busy.code) == (503, "server_full") for _, busy in crowd.refused)
         await crowd.leave_all()
         assert len(crowd.entered) == 5
-        assert (crowd.places.inside, crowd.places.waiting) == (0, 0)
+        assert (crowd.places.running, crowd.places.waiting) == (0, 0)
 
     run(work)
 
 
 def test_turns_go_round_the_keys_that_wait() -> None:
     async def work() -> None:
-        crowd = Crowd(Places(1, 100))
+        crowd = Crowd(RequestQueue(1, 100))
         await crowd.come(*"aaaaaa", *"bb", *"ccc")
         await crowd.leave_all()
         assert "".join(crowd.entered) == "a" + "abc" + "abc" + "ac" + "aa"
@@ -79,7 +79,7 @@ def test_turns_go_round_the_keys_that_wait() -> None:
 
 def test_a_key_that_has_none_inside_need_not_wait_for_another_keys_long_requests() -> None:
     async def work() -> None:
-        crowd = Crowd(Places(4, 100, reserved=1))
+        crowd = Crowd(RequestQueue(4, 100, reserved=1))
         await crowd.come(*"aaaaaa")
         assert (crowd.entered, crowd.places.waiting) == (["a"] * 3, 3)
         await crowd.come(*"bb")
@@ -88,14 +88,14 @@ def test_a_key_that_has_none_inside_need_not_wait_for_another_keys_long_requests
         await crowd.leave()
         assert crowd.entered[4:] == ["c"], "and takes no turn from those who have none inside"
         await crowd.leave_all()
-        assert (len(crowd.entered), crowd.places.inside, crowd.places.waiting) == (9, 0, 0)
+        assert (len(crowd.entered), crowd.places.running, crowd.places.waiting) == (9, 0, 0)
 
     run(work)
 
 
 def test_the_fewer_a_key_has_inside_the_sooner_is_its_turn() -> None:
     async def work() -> None:
-        crowd = Crowd(Places(4, 100))
+        crowd = Crowd(RequestQueue(4, 100))
         await crowd.come(*"aaab")
         await crowd.come(*"aabb")
         await crowd.leave()
@@ -107,7 +107,7 @@ def test_the_fewer_a_key_has_inside_the_sooner_is_its_turn() -> None:
 
 def test_one_key_with_a_thousand_requests_keeps_nobody_out() -> None:
     async def work() -> None:
-        crowd = Crowd(Places(4, 32))
+        crowd = Crowd(RequestQueue(4, 32))
         await crowd.come(*(["flood"] * 1000))
         before = len(crowd.refused)
         assert before == 1000 - 36
@@ -125,7 +125,7 @@ def test_one_key_with_a_thousand_requests_keeps_nobody_out() -> None:
 
 def test_full_of_keys_with_one_request_each_it_refuses_another_key() -> None:
     async def work() -> None:
-        crowd = Crowd(Places(1, 3))
+        crowd = Crowd(RequestQueue(1, 3))
         await crowd.come(*"abcde")
         assert [key for key, _ in crowd.refused] == ["e"]
 
@@ -134,7 +134,7 @@ def test_full_of_keys_with_one_request_each_it_refuses_another_key() -> None:
 
 def test_who_gives_up_leaves_no_trace() -> None:
     async def work() -> None:
-        crowd = Crowd(Places(1, 10))
+        crowd = Crowd(RequestQueue(1, 10))
         tasks = await crowd.come(*"abca")
         tasks[1].cancel()
         tasks[3].cancel()
@@ -142,21 +142,21 @@ def test_who_gives_up_leaves_no_trace() -> None:
         assert crowd.places.waiting == 1
         await crowd.leave_all()
         assert crowd.entered == ["a", "c"]
-        assert (crowd.places.inside, crowd.places.waiting) == (0, 0)
+        assert (crowd.places.running, crowd.places.waiting) == (0, 0)
 
     run(work)
 
 
 def test_a_place_that_is_given_to_one_who_gives_up_in_that_moment_goes_to_the_next() -> None:
     async def work() -> None:
-        crowd = Crowd(Places(1, 10))
+        crowd = Crowd(RequestQueue(1, 10))
         tasks = await crowd.come(*"abc")
-        crowd.places.give_back(crowd.inside.pop())  # b's turn is there, and b has not seen it
+        crowd.places.release(crowd.inside.pop())  # b's turn is there, and b has not seen it
         tasks[1].cancel()
         await crowd.settle()
         assert crowd.entered == ["a", "c"]
         await crowd.leave_all()
-        assert (crowd.places.inside, crowd.places.waiting) == (0, 0)
+        assert (crowd.places.running, crowd.places.waiting) == (0, 0)
 
     run(work)
 
@@ -166,7 +166,7 @@ def test_a_place_that_is_given_to_one_who_gives_up_in_that_moment_goes_to_the_ne
 def test_whatever_happens_its_counts_are_right(seed: int, reserved: int) -> None:
     async def work() -> None:
         draw = random.Random(seed)
-        crowd = Crowd(Places(3, 5, reserved))
+        crowd = Crowd(RequestQueue(3, 5, reserved))
         tasks: list[asyncio.Task[None]] = []
         for _ in range(300):
             match draw.randrange(4):
@@ -177,15 +177,15 @@ def test_whatever_happens_its_counts_are_right(seed: int, reserved: int) -> None
                         draw.choice(tasks).cancel()
                 case _:
                     if crowd.inside:
-                        crowd.places.give_back(crowd.inside.pop(draw.randrange(len(crowd.inside))))
+                        crowd.places.release(crowd.inside.pop(draw.randrange(len(crowd.inside))))
             if draw.random() < 0.5:
                 await crowd.settle()
-                assert crowd.places.inside == len(crowd.inside) <= 3
+                assert crowd.places.running == len(crowd.inside) <= 3
                 assert crowd.places.waiting <= 5
-                assert crowd.places.waiting == 0 or crowd.places.inside >= 3 - reserved
+                assert crowd.places.waiting == 0 or crowd.places.running >= 3 - reserved
         await crowd.settle()
         await crowd.leave_all()
-        assert (crowd.places.inside, crowd.places.waiting) == (0, 0)
+        assert (crowd.places.running, crowd.places.waiting) == (0, 0)
 
     run(work)
 
@@ -195,18 +195,18 @@ def test_what_it_says_of_the_wait_goes_by_how_long_requests_take(monkeypatch: py
     monkeypatch.setattr("corral.serving.request_queue.time.monotonic", lambda: clock[0])
 
     async def work() -> None:
-        places = Places(2, 4)
-        assert places.wait_seconds(3) == 1, "nothing is known, and it says the least it can"
-        began = [await places.take("a") for _ in range(2)]
+        places = RequestQueue(2, 4)
+        assert places.wait_seconds(3) == 1, "nothing is known, and it scripted_model the least it can"
+        began = [await places.acquire("a") for _ in range(2)]
         clock[0] += 30
         assert places.wait_seconds(2) == pytest.approx(30), "none has ended, and they take 30 seconds at least"
         for each in began:
-            places.give_back(each)
+            places.release(each)
         assert places.wait_seconds(4) == pytest.approx(60)
         for _ in range(100):
-            each = await places.take("a")
+            each = await places.acquire("a")
             clock[0] += 10
-            places.give_back(each)
+            places.release(each)
         assert places.wait_seconds(4) == pytest.approx(20, rel=0.01), "what happened lately counts"
         assert places.wait_seconds(10**6) == 3600
 

@@ -22,29 +22,29 @@ from corral.answering.answerer import Answerer
 from corral.engines.scripted import ScriptedEngine
 from corral.serving import database as database_module
 from corral.serving import responses_handler as module
-from corral.serving.conversation_store import Conversations
+from corral.serving.conversation_store import ConversationStore
 from corral.serving.database import Database
-from corral.serving.generation import Served
-from corral.serving.protocol import Limits, Refused
-from corral.serving.response_store import Turn
-from corral.serving.responses_handler import responding, stored
+from corral.serving.generation import ServedModel
+from corral.serving.protocol import Refused, RequestLimits
+from corral.serving.response_store import PendingResponse
+from corral.serving.responses_handler import call_store, start_response
 from corral.serving.responses_protocol import ResponsesRequest
 from corral.serving.tables import Page
 from corral.template import Template
-from tests.serving.conftest import Endless, client_of
-from tests.serving.stateful import ASK, echo, prompt, said, stateful
+from tests.serving.conftest import Endless, openai_client
+from tests.serving.stateful import ASK, echo_model, echoed, list_items, serve_with_store
 
 
 @pytest.fixture
 def client(database_url: str, tiny_template: Template) -> Generator[openai.OpenAI]:
-    with stateful(echo(tiny_template), database_url) as url, client_of(url) as made:
+    with serve_with_store(echo_model(tiny_template), database_url) as url, openai_client(url) as made:
         yield made
 
 
 @contextlib.contextmanager
 def locked(url: str) -> Generator[None]:
     """Whoever writes waits, as for another program; reading goes on."""
-    with contextlib.closing(Database(url)) as other, other.session() as writer:
+    with contextlib.closing(Database(url)) as other, other.write_session() as writer:
         lock = "LOCK TABLE conversations, responses, items IN EXCLUSIVE MODE" if "postgresql" in url else "SELECT 1"
         writer.execute(text(lock))  # a file is locked by whoever begins to write
         yield
@@ -53,32 +53,32 @@ def locked(url: str) -> Generator[None]:
 def test_a_turn_that_is_cancelled_while_it_is_begun_lets_go(
     database_url: str, database: Database, tiny_template: Template
 ) -> None:
-    store = Conversations(database)
+    store = ConversationStore(database)
     made = store.create("a", {})
     request = ResponsesRequest(model="echo", input="Hi", conversation=made.id)
 
     async def work() -> None:
-        served = echo(tiny_template)
+        served = echo_model(tiny_template)
         with locked(database_url):
-            asking = asyncio.create_task(responding(served, store.turns, "a", request))
+            asking = asyncio.create_task(start_response(served, store.responses, "a", request))
             await asyncio.sleep(0.2)
             asking.cancel()
             await asyncio.sleep(0.05)
             assert not asking.done(), "it must not leave before it knows what it took"
         with pytest.raises(asyncio.CancelledError):
             await asking
-        answer = await (await responding(served, store.turns, "a", request)).whole()
+        answer = await (await start_response(served, store.responses, "a", request)).result()
         assert answer.status == "completed"
 
     asyncio.run(work())
-    assert len(store.items("a", made.id, Page())[0]) == 2
+    assert len(store.list_items("a", made.id, Page())[0]) == 2
 
 
 def test_of_a_database_that_is_locked_it_is_said_with_503_and_when_to_try_again_and_it_can_be_read(
     database_url: str, tiny_template: Template, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database_module, "_LOCK_SECONDS", 1)
-    with stateful(echo(tiny_template), database_url) as url, client_of(url) as client:
+    with serve_with_store(echo_model(tiny_template), database_url) as url, openai_client(url) as client:
         kept = client.conversations.create()
         with locked(database_url), ThreadPoolExecutor(12) as threads:
             asking = [threads.submit(client.conversations.create) for _ in range(12)]
@@ -98,7 +98,7 @@ def test_a_store_that_is_silent_is_not_waited_for_for_ever(monkeypatch: pytest.M
 
     async def work() -> Refused:
         with pytest.raises(Refused) as caught:
-            await stored(over.wait, 60)
+            await call_store(over.wait, 60)
         assert not over.is_set()
         return caught.value
 
@@ -112,37 +112,37 @@ def test_a_store_that_is_silent_is_not_waited_for_for_ever(monkeypatch: pytest.M
 def test_signs_of_life_come_though_all_connections_are_taken(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = Conversations(database, lease_seconds=1000)
+    store = ConversationStore(database, lease_seconds=1000)
     made = store.create("a", {})
-    turn = Turn("resp_1", "a", (), stored=False, conversation=made.id)
-    store.turns.begin(turn, {})
+    turn = PendingResponse("resp_1", "a", (), stored=False, conversation=made.id)
+    store.responses.begin(turn, {})
     monkeypatch.setattr(time, "time", lambda now=time.time: now() + 900)
     with contextlib.ExitStack() as taken:
         for _ in range(15):
-            taken.enter_context(database.reading()).execute(text("SELECT 1"))
-        store.turns.renew(turn)
+            taken.enter_context(database.read_session()).execute(text("SELECT 1"))
+        store.responses.renew_lease(turn)
     monkeypatch.setattr(time, "time", lambda now=time.time: now() + 900)
-    with pytest.raises(Refused, match="being made"):
-        store.turns.begin(replace(turn, id="resp_2"), {})
+    with pytest.raises(Refused, match="being generated"):
+        store.responses.begin(replace(turn, id="resp_2"), {})
 
 
 def test_work_that_nobody_waited_for_lets_go_when_it_is_cancelled(database: Database, tiny_template: Template) -> None:
-    store = Conversations(database)
+    store = ConversationStore(database)
     made = store.create("a", {})
     request = ResponsesRequest(model="echo", input="Hi", conversation=made.id)
 
     async def work() -> str:
-        served = echo(tiny_template)
-        left = await responding(served, store.turns, "a", request)
+        served = echo_model(tiny_template)
+        left = await start_response(served, store.responses, "a", request)
         left.cancel()
         left.cancel()
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             await asyncio.wait([task], timeout=5)
-        answer = await (await responding(served, store.turns, "a", request)).whole()
+        answer = await (await start_response(served, store.responses, "a", request)).result()
         return answer.status
 
     assert asyncio.run(work()) == "completed"
-    assert len(store.items("a", made.id, Page())[0]) == 2
+    assert len(store.list_items("a", made.id, Page())[0]) == 2
 
 
 def test_a_stream_has_openais_events_in_order_and_ends_with_what_is_stored(client: openai.OpenAI) -> None:
@@ -175,7 +175,7 @@ def test_the_clients_own_stream_helper_understands_it(client: openai.OpenAI) -> 
     with client.responses.stream(**ASK, input="Hello") as stream:
         for _ in stream:
             pass
-        assert stream.get_final_response().output_text == prompt("Hello")
+        assert stream.get_final_response().output_text == echoed("Hello")
 
 
 def test_the_events_are_named_as_openais_are(client: openai.OpenAI) -> None:
@@ -197,7 +197,7 @@ def test_an_answer_that_was_cut_is_incomplete_and_says_why(client: openai.OpenAI
     assert cut.status == "incomplete"
     assert cut.incomplete_details
     assert cut.incomplete_details.reason == "max_output_tokens"
-    assert said(client, conversation.id)[-1][:2] == ("assistant", "incomplete")
+    assert list_items(client, conversation.id)[-1][:2] == ("assistant", "incomplete")
     *_, last = client.responses.create(model="echo", input="Hello", max_output_tokens=3, stream=True)
     assert last.type == "response.incomplete"
 
@@ -206,9 +206,9 @@ def test_a_vote_chooses_the_answer_and_is_shown(database_url: str, tiny_template
     spoken = [
         tiny_template.tokenizer.backend_tokenizer.encode(t, add_special_tokens=False).ids for t in ("no", "yes", "yes")
     ]
-    served = Served(Answerer(ScriptedEngine(lambda ids, sampling, choice: spoken[choice]), tiny_template), "echo")
+    served = ServedModel(Answerer(ScriptedEngine(lambda ids, sampling, choice: spoken[choice]), tiny_template), "echo")
     wish = {"consensus": {"method": "rouge-l", "n": 3, "stop": "never"}}
-    with stateful(served, database_url) as url, client_of(url) as client:
+    with serve_with_store(served, database_url) as url, openai_client(url) as client:
         conversation = client.conversations.create()
         made = client.responses.create(**ASK, input="?", conversation=conversation.id, extra_body=wish)
         assert made.output_text == "yes"
@@ -217,13 +217,13 @@ def test_a_vote_chooses_the_answer_and_is_shown(database_url: str, tiny_template
         *_, last = client.responses.create(**ASK, input="?", conversation=conversation.id, stream=True, extra_body=wish)
         assert last.type == "response.completed"
         assert last.response.output_text == "yes"
-        assert [text for _, _, text in said(client, conversation.id)] == ["?", "yes"] * 2
+        assert [text for _, _, text in list_items(client, conversation.id)] == ["?", "yes"] * 2
 
 
 def test_a_long_conversation_is_refused_or_loses_its_beginning_if_that_is_wished(
     database_url: str, tiny_template: Template
 ) -> None:
-    with stateful(echo(tiny_template, context=200), database_url) as url, client_of(url) as client:
+    with serve_with_store(echo_model(tiny_template, context=200), database_url) as url, openai_client(url) as client:
         items: Any = [{"role": "system", "content": "Be kind."}]
         for i in range(9):
             items += [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i}"}]
@@ -237,20 +237,22 @@ def test_a_long_conversation_is_refused_or_loses_its_beginning_if_that_is_wished
         assert 70 < made.usage.input_tokens <= 140
         assert made.output_text.startswith("system\nBe kind.\nuser\nquestion ")
         assert "question 0" not in made.output_text
-        assert len(said(client, conversation.id)) == 21, "nothing is deleted"
+        assert len(list_items(client, conversation.id)) == 21, "nothing is deleted"
         with pytest.raises(openai.BadRequestError) as caught:
             client.responses.create(**(ask | {"input": "long " * 200}), truncation="auto")
         assert caught.value.code == "context_length_exceeded"
 
 
 @pytest.mark.parametrize(
-    ("limits", "told"), [(Limits(messages=6), "6 messages"), (Limits(prompt_characters=60), "60 characters")], ids=str
+    ("limits", "told"),
+    [(RequestLimits(messages=6), "6 messages"), (RequestLimits(prompt_characters=60), "60 characters")],
+    ids=str,
 )
 def test_what_was_stored_counts_as_what_is_sent_and_gives_way_if_that_is_wished(
-    limits: Limits, told: str, database_url: str, tiny_template: Template
+    limits: RequestLimits, told: str, database_url: str, tiny_template: Template
 ) -> None:
-    served = replace(echo(tiny_template), limits=limits)
-    with stateful(served, database_url) as url, client_of(url) as client:
+    served = replace(echo_model(tiny_template), limits=limits)
+    with serve_with_store(served, database_url) as url, openai_client(url) as client:
         items: Any = []
         for i in range(9):
             items += [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i}"}]
@@ -260,24 +262,27 @@ def test_what_was_stored_counts_as_what_is_sent_and_gives_way_if_that_is_wished(
             client.responses.create(**ask)
         assert (caught.value.param, told in caught.value.message) == ("input", True)
         made = client.responses.create(**ask, truncation="auto")
-        assert made.output_text == prompt("question 7", "answer 7", "question 8", "answer 8", "The last one")
+        assert made.output_text == echoed("question 7", "answer 7", "question 8", "answer 8", "The last one")
 
 
 def test_more_messages_than_are_served_are_refused_before_any_is_stored(
     database: Database, tiny_template: Template
 ) -> None:
     request = ResponsesRequest.model_validate({"model": "echo", "input": [{"role": "user", "content": ""}] * 21})
-    served = replace(echo(tiny_template), limits=Limits(messages=20))
+    served = replace(echo_model(tiny_template), limits=RequestLimits(messages=20))
     with pytest.raises(Refused, match="20 messages"):
-        asyncio.run(responding(served, Conversations(database).turns, "a", request))
-    with database.reading() as session:
+        asyncio.run(start_response(served, ConversationStore(database).responses, "a", request))
+    with database.read_session() as session:
         assert session.scalar(text("SELECT count(*) FROM responses")) == 0
 
 
 def test_a_second_turn_of_a_conversation_waits_for_nobody_and_is_refused(
     database_url: str, tiny_template: Template
 ) -> None:
-    with stateful(echo(tiny_template, delay_seconds=0.02), database_url) as url, client_of(url) as client:
+    with (
+        serve_with_store(echo_model(tiny_template, delay_seconds=0.02), database_url) as url,
+        openai_client(url) as client,
+    ):
         conversation = client.conversations.create()
         stream = client.responses.create(**ASK, input="First", conversation=conversation.id, stream=True)
         next(iter(stream))
@@ -291,14 +296,14 @@ def test_a_second_turn_of_a_conversation_waits_for_nobody_and_is_refused(
         last = list(stream)[-1]
         assert last.type == "response.completed"
         second = client.responses.create(**ASK, input="Second", conversation=conversation.id)
-        assert second.output_text == prompt("First", last.response.output_text, "Second")
+        assert second.output_text == echoed("First", last.response.output_text, "Second")
 
 
 def test_an_answer_that_takes_longer_than_a_lease_keeps_its_conversation(
     database_url: str, tiny_template: Template
 ) -> None:
-    served = Served(Answerer(Endless().engine, tiny_template), "echo")
-    with stateful(served, database_url, lease_seconds=2) as url, client_of(url) as client:
+    served = ServedModel(Answerer(Endless().engine, tiny_template), "echo")
+    with serve_with_store(served, database_url, lease_seconds=2) as url, openai_client(url) as client:
         conversation = client.conversations.create()
         with client.responses.create(model="echo", input="Go", conversation=conversation.id, stream=True) as stream:
             next(iter(stream))
@@ -314,8 +319,8 @@ def eventually(found: Callable[[], bool]) -> bool:
 
 def test_of_a_stream_that_was_left_what_was_seen_is_kept_and_marked(database_url: str, tiny_template: Template) -> None:
     endless = Endless()
-    served = Served(Answerer(endless.engine, tiny_template), "echo")
-    with stateful(served, database_url) as url, client_of(url) as client:
+    served = ServedModel(Answerer(endless.engine, tiny_template), "echo")
+    with serve_with_store(served, database_url) as url, openai_client(url) as client:
         conversation = client.conversations.create()
         id_ = seen = ""
         with client.responses.create(model="echo", input="Go", conversation=conversation.id, stream=True) as stream:
@@ -331,23 +336,23 @@ def test_of_a_stream_that_was_left_what_was_seen_is_kept_and_marked(database_url
         assert kept.output_text.startswith(seen)
         assert kept.usage
         assert kept.usage.output_tokens > 0
-        assert said(client, conversation.id) == [
+        assert list_items(client, conversation.id) == [
             ("user", "completed", "Go"),
             ("assistant", "incomplete", kept.output_text),
         ]
-        assert endless.ends(within=0), "the engine still works for nobody"
+        assert endless.has_stopped(within=0), "the engine still works for nobody"
         with client.responses.create(model="echo", input="Go on", conversation=conversation.id, stream=True) as stream:
             assert next(iter(stream)).type == "response.created", "the conversation is free"
 
 
 def test_of_an_answer_that_nobody_saw_nothing_is_kept(database_url: str, tiny_template: Template) -> None:
     endless = Endless()
-    served = Served(Answerer(endless.engine, tiny_template), "echo")
-    with stateful(served, database_url) as url, client_of(url) as client:
+    served = ServedModel(Answerer(endless.engine, tiny_template), "echo")
+    with serve_with_store(served, database_url) as url, openai_client(url) as client:
         conversation = client.conversations.create()
-        with pytest.raises(openai.APITimeoutError), client_of(url, timeout=0.5) as hasty:
+        with pytest.raises(openai.APITimeoutError), openai_client(url, timeout=0.5) as hasty:
             hasty.responses.create(model="echo", input="Go", conversation=conversation.id)
-        assert endless.began.is_set()
+        assert endless.started.is_set()
 
         def is_free() -> bool:
             try:
@@ -357,7 +362,7 @@ def test_of_an_answer_that_nobody_saw_nothing_is_kept(database_url: str, tiny_te
             return True
 
         assert eventually(is_free)
-        assert [text for _, _, text in said(client, conversation.id)] == ["again"]
+        assert [text for _, _, text in list_items(client, conversation.id)] == ["again"]
 
 
 def breaking(after: int) -> Any:
@@ -371,8 +376,8 @@ def breaking(after: int) -> Any:
 def test_an_engine_that_fails_fails_the_response_and_spares_the_conversation(
     database_url: str, tiny_template: Template
 ) -> None:
-    served = Served(Answerer(ScriptedEngine(breaking(3)), tiny_template), "echo")
-    with stateful(served, database_url) as url, client_of(url) as client:
+    served = ServedModel(Answerer(ScriptedEngine(breaking(3)), tiny_template), "echo")
+    with serve_with_store(served, database_url) as url, openai_client(url) as client:
         conversation = client.conversations.create()
         with pytest.raises(openai.InternalServerError) as caught:
             client.responses.create(model="echo", input="Go", conversation=conversation.id)
@@ -384,13 +389,16 @@ def test_an_engine_that_fails_fails_the_response_and_spares_the_conversation(
         assert last.response.error.code == "server_error"
         assert "secret" not in last.response.error.message
         assert client.responses.retrieve(last.response.id) == last.response
-        assert said(client, conversation.id) == []
+        assert list_items(client, conversation.id) == []
 
 
 def test_a_conversation_that_is_deleted_amid_its_answer_fails_the_answer(
     database_url: str, tiny_template: Template
 ) -> None:
-    with stateful(echo(tiny_template, delay_seconds=0.02), database_url) as url, client_of(url) as client:
+    with (
+        serve_with_store(echo_model(tiny_template, delay_seconds=0.02), database_url) as url,
+        openai_client(url) as client,
+    ):
         conversation = client.conversations.create()
         stream = client.responses.create(**ASK, input="Go", conversation=conversation.id, stream=True)
         first = next(iter(stream))

@@ -10,18 +10,18 @@ from typing import Any
 import openai
 import pytest
 
-from corral.serving.admission import Door
-from corral.serving.api_keys import Keys
+from corral.serving.admission import Admission
+from corral.serving.api_keys import KeyStore
 from corral.serving.database import Database
 from corral.template import Template
-from tests.serving.conftest import client_of
+from tests.serving.conftest import openai_client
 from tests.serving.postgres import PostgreSQL
-from tests.serving.stateful import ASK, echo, process, prompt, said, stateful
+from tests.serving.stateful import ASK, echo_model, echoed, list_items, serve_in_process, serve_with_store
 
 
 @pytest.fixture
 def client(database_url: str, tiny_template: Template) -> Generator[openai.OpenAI]:
-    with stateful(echo(tiny_template), database_url) as url, client_of(url) as made:
+    with serve_with_store(echo_model(tiny_template), database_url) as url, openai_client(url) as made:
         yield made
 
 
@@ -29,7 +29,7 @@ def test_a_response_says_what_was_asked_for_and_can_be_had_again(client: openai.
     made = client.responses.create(
         **ASK, input="Hello", instructions="Be kind.", temperature=0.5, top_p=0.9, metadata={"a": "b"}, user="me"
     )
-    assert made.output_text == f"system\nBe kind.\n{prompt('Hello')}"
+    assert made.output_text == f"system\nBe kind.\n{echoed('Hello')}"
     assert (made.object, made.status, made.model, made.error) == ("response", "completed", "echo", None)
     assert (made.temperature, made.top_p, made.max_output_tokens) == (0.5, 0.9, 400)
     assert (made.instructions, made.metadata, made.user) == ("Be kind.", {"a": "b"}, "me")
@@ -52,8 +52,8 @@ def test_turns_of_a_conversation_know_what_was_said_before(client: openai.OpenAI
     assert done.type == "response.completed"
     assert done.response.conversation
     assert done.response.conversation.id == conversation.id
-    assert done.response.output_text == prompt("What is 2 + 2?", first.output_text, "And 3?")
-    assert said(client, conversation.id) == [
+    assert done.response.output_text == echoed("What is 2 + 2?", first.output_text, "And 3?")
+    assert list_items(client, conversation.id) == [
         ("user", "completed", "What is 2 + 2?"),
         ("assistant", "completed", first.output_text),
         ("user", "completed", "And 3?"),
@@ -65,11 +65,11 @@ def test_turns_by_the_previous_response_know_it_and_may_branch(client: openai.Op
     first = client.responses.create(**ASK, input="One", instructions="Be kind.")
     second = client.responses.create(**ASK, input="Two", previous_response_id=first.id)
     other = client.responses.create(**ASK, input="Other", previous_response_id=first.id)
-    assert second.output_text == prompt("One", first.output_text, "Two"), "instructions are not carried over"
-    assert other.output_text == prompt("One", first.output_text, "Other")
+    assert second.output_text == echoed("One", first.output_text, "Two"), "instructions are not carried over"
+    assert other.output_text == echoed("One", first.output_text, "Other")
     assert second.previous_response_id == first.id
     third = client.responses.create(**ASK, input="Three", previous_response_id=second.id)
-    assert third.output_text == prompt("One", first.output_text, "Two", second.output_text, "Three")
+    assert third.output_text == echoed("One", first.output_text, "Two", second.output_text, "Three")
 
 
 def test_messages_of_every_form_are_read_and_an_answer_can_be_sent_back(client: openai.OpenAI) -> None:
@@ -85,12 +85,12 @@ def test_messages_of_every_form_are_read_and_an_answer_can_be_sent_back(client: 
         {"role": "user", "content": "Two"},
     ]
     second = client.responses.create(**ASK, input=history)
-    assert second.output_text == "system\nBe kind.\n" + prompt("One", first.output_text, "Two")
+    assert second.output_text == "system\nBe kind.\n" + echoed("One", first.output_text, "Two")
 
 
 def test_a_conversation_that_ends_with_the_user_needs_no_input(client: openai.OpenAI) -> None:
     conversation = client.conversations.create(items=[{"role": "user", "content": "Hello"}])
-    assert client.responses.create(**ASK, conversation=conversation.id).output_text == prompt("Hello")
+    assert client.responses.create(**ASK, conversation=conversation.id).output_text == echoed("Hello")
 
 
 def test_what_is_not_to_be_stored_is_not_and_a_conversation_goes_on_all_the_same(client: openai.OpenAI) -> None:
@@ -102,7 +102,7 @@ def test_what_is_not_to_be_stored_is_not_and_a_conversation_goes_on_all_the_same
             client.responses.retrieve(made.id)
         with pytest.raises(openai.NotFoundError):
             client.responses.create(**ASK, input="on", previous_response_id=made.id)
-    assert [text for _, _, text in said(client, conversation.id)] == ["Said", inside.output_text]
+    assert [text for _, _, text in list_items(client, conversation.id)] == ["Said", inside.output_text]
 
 
 def test_a_deleted_response_is_gone(client: openai.OpenAI) -> None:
@@ -154,7 +154,7 @@ def test_what_changes_nothing_is_accepted(client: openai.OpenAI) -> None:
         "truncation": "disabled",
         "top_logprobs": 0,
     }
-    assert client.responses.create(**ASK, input="Hi", **habits).output_text == prompt("Hi")
+    assert client.responses.create(**ASK, input="Hi", **habits).output_text == echoed("Hi")
 
 
 def test_a_refused_question_leaves_its_conversation_free_and_unchanged(client: openai.OpenAI) -> None:
@@ -162,7 +162,7 @@ def test_a_refused_question_leaves_its_conversation_free_and_unchanged(client: o
     for _ in range(2):
         with pytest.raises(openai.BadRequestError):
             client.responses.create(**ASK, input=[{"role": "assistant", "content": "x"}], conversation=conversation.id)
-    assert said(client, conversation.id) == []
+    assert list_items(client, conversation.id) == []
     assert client.responses.create(**ASK, input="Hi", conversation=conversation.id).status == "completed"
 
 
@@ -215,7 +215,7 @@ def test_items_are_added_paged_read_and_deleted(client: openai.OpenAI) -> None:
     assert client.conversations.items.delete(str(one.id), conversation_id=conversation.id).id == conversation.id
     with pytest.raises(openai.NotFoundError):
         client.conversations.items.retrieve(str(one.id), conversation_id=conversation.id)
-    assert [text for _, _, text in said(client, conversation.id)] == ["0", "2", "3", "4"]
+    assert [text for _, _, text in list_items(client, conversation.id)] == ["0", "2", "3", "4"]
     with pytest.raises(openai.BadRequestError) as caught:
         client.conversations.items.create(conversation.id, items=[{"role": "user", "content": "x"}] * 21)
     assert caught.value.param == "items"
@@ -267,16 +267,16 @@ def test_the_async_client_and_many_conversations_at_once(client: openai.OpenAI) 
             return await asyncio.gather(*(talk(asynchronous, who) for who in range(8)))
 
     for who, (first, second) in enumerate(asyncio.run(all_())):
-        assert first == prompt(f"{who}, 0")
-        assert second == prompt(f"{who}, 0", first, f"{who}, 1")
+        assert first == echoed(f"{who}, 0")
+        assert second == echoed(f"{who}, 0", first, f"{who}, 1")
 
 
 def test_with_keys_each_sees_its_own_and_the_rest_is_as_if_it_were_not(
     database: Database, tiny_template: Template
 ) -> None:
-    keys = Keys(database)
+    keys = KeyStore(database)
     secrets = [keys.add(name)[1] for name in ("ann", "bob")]
-    with stateful(echo(tiny_template), database, door=Door(keys=keys)) as url:
+    with serve_with_store(echo_model(tiny_template), database, admission=Admission(keys=keys)) as url:
         ann, bob = (openai.OpenAI(base_url=f"{url}/v1", api_key=secret, max_retries=0) for secret in secrets)
         conversation = ann.conversations.create(items=[{"role": "user", "content": "secret"}])
         item = ann.conversations.items.list(conversation.id).data[0].id
@@ -319,7 +319,7 @@ def test_with_keys_each_sees_its_own_and_the_rest_is_as_if_it_were_not(
 def test_a_server_killed_amid_a_stream_has_lost_nothing_it_acknowledged(
     database_url: str, tiny_folder: Path, tiny_template: Template
 ) -> None:
-    with process(tiny_folder, database_url, delay=0.02, lease=1) as (url, child), client_of(url) as client:
+    with serve_in_process(tiny_folder, database_url, delay=0.02, lease=1) as (url, child), openai_client(url) as client:
         conversation = client.conversations.create(metadata={"title": "kept"})
         first = client.responses.create(**ASK, input="First", conversation=conversation.id)
         stream = iter(client.responses.create(**ASK, input="Second", conversation=conversation.id, stream=True))
@@ -330,15 +330,18 @@ def test_a_server_killed_amid_a_stream_has_lost_nothing_it_acknowledged(
         child.kill()
         with pytest.raises(openai.APIConnectionError):
             list(stream)
-    with stateful(echo(tiny_template), database_url, lease_seconds=1) as url, client_of(url) as client:
+    with (
+        serve_with_store(echo_model(tiny_template), database_url, lease_seconds=1) as url,
+        openai_client(url) as client,
+    ):
         assert client.conversations.retrieve(conversation.id) == conversation
         assert client.responses.retrieve(first.id) == first
         before = [("user", "completed", "First"), ("assistant", "completed", first.output_text)]
-        assert said(client, conversation.id) == before, "no half an answer, and no question without one"
+        assert list_items(client, conversation.id) == before, "no half an answer, and no question without one"
         # The client tries again by itself while the dead process still holds the conversation.
         patient = client.with_options(max_retries=6)
         third = patient.responses.create(**ASK, input="Third", conversation=conversation.id)
-        assert third.output_text == prompt("First", first.output_text, "Third")
+        assert third.output_text == echoed("First", first.output_text, "Third")
         dead = client.responses.retrieve(created.response.id)
         assert (dead.status, dead.output) == ("failed", [])
         assert dead.error
@@ -350,20 +353,20 @@ def test_two_servers_share_conversations_in_postgresql(
 ) -> None:
     url = postgres.new_database()
     with (
-        process(tiny_folder, url, delay=0.02, lease=2) as (left_url, left),
-        process(tiny_folder, url, delay=0.02, lease=2) as (right_url, _),
-        client_of(left_url) as one,
-        client_of(right_url) as other,
+        serve_in_process(tiny_folder, url, delay=0.02, lease=2) as (left_url, left),
+        serve_in_process(tiny_folder, url, delay=0.02, lease=2) as (right_url, _),
+        openai_client(left_url) as one,
+        openai_client(right_url) as other,
     ):
         conversation = one.conversations.create(metadata={"title": "shared \0"})
         first = one.responses.create(**ASK, input="First", conversation=conversation.id)
         second = other.responses.create(**ASK, input="Second", conversation=conversation.id)
-        assert second.output_text == prompt("First", first.output_text, "Second")
+        assert second.output_text == echoed("First", first.output_text, "Second")
         assert one.conversations.retrieve(conversation.id).metadata == {"title": "shared \0"}
         chained = other.responses.create(**ASK, input="Aside", previous_response_id=first.id)
-        assert chained.output_text == prompt("First", first.output_text, "Aside")
-        before = said(one, conversation.id)
-        assert said(other, conversation.id) == before
+        assert chained.output_text == echoed("First", first.output_text, "Aside")
+        before = list_items(one, conversation.id)
+        assert list_items(other, conversation.id) == before
         stream = iter(one.responses.create(**ASK, input="Third", conversation=conversation.id, stream=True))
         next(stream)
         with pytest.raises(openai.ConflictError):
@@ -374,7 +377,7 @@ def test_two_servers_share_conversations_in_postgresql(
         patient = other.with_options(max_retries=6)
         last = patient.responses.create(**ASK, input="Fourth", conversation=conversation.id)
         assert "Third" not in last.output_text
-        assert said(other, conversation.id)[: len(before)] == before
+        assert list_items(other, conversation.id)[: len(before)] == before
         postgres.stop()
         with pytest.raises(openai.InternalServerError) as caught:
             other.conversations.retrieve(conversation.id)

@@ -16,11 +16,11 @@ from corral.answering.consensus import Consensus
 from corral.engines.base import Sampling
 from corral.errors import InputError, ModelError
 from corral.messages import Conversation
-from corral.serving.generation import Served
+from corral.serving.generation import ServedModel
 from corral.serving.protocol import Refused
-from corral.serving.served_models import Models, open_served
+from corral.serving.served_models import ServedModels, open_served_models
 from corral.template import Template
-from tests.serving.conftest import client_of, running
+from tests.serving.conftest import openai_client, serve_in_thread
 
 ASKED = Conversation.from_turns(("user", "What is two plus two?"))
 RECIPE = """
@@ -72,12 +72,12 @@ def two(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return an_adapter(tiny_folder, folder / "cook", 1), an_adapter(tiny_folder, folder / "poet", 2)
 
 
-def opened(*specs: object, **options: Any) -> Models:
+def opened(*specs: object, **options: Any) -> ServedModels:
     given: Any = {"engine": "transformers"} | options
-    return open_served([str(spec) for spec in specs], **given)
+    return open_served_models([str(spec) for spec in specs], **given)
 
 
-def closed(models: Models) -> list[str]:
+def closed(models: ServedModels) -> list[str]:
     """Their names; they are not needed any longer."""
     asyncio.run(models.close())
     return [served.name for served in models.all()]
@@ -108,11 +108,11 @@ def test_names_that_do_not_tell_models_apart_are_refused_before_anything_is_load
         assert "NAME=MODEL" in str(caught.value.hint)
 
 
-def test_another_name_is_not_found_and_the_error_tells_which_there_are(tiny_served: Served) -> None:
-    models = Models([tiny_served])
-    assert models.find("tiny") is tiny_served
+def test_another_name_is_not_found_and_the_error_tells_which_there_are(tiny_served: ServedModel) -> None:
+    models = ServedModels([tiny_served])
+    assert models.get("tiny") is tiny_served
     with pytest.raises(Refused, match="'tiny'") as caught:
-        models.find("gpt-5")
+        models.get("gpt-5")
     assert (caught.value.status, caught.value.code) == (404, "model_not_found")
 
 
@@ -154,13 +154,13 @@ def test_adapters_by_name_answer_as_each_does_alone_also_when_they_are_asked_at_
     specs = {"base": tiny_folder, "cook": two[0], "poet": two[1]}
     work = [(f"What is {i} plus {i}?", Sampling(24, 2, 0.8, seed=i, logprobs=True)) for i in range(6)]
 
-    async def answers(models: Models, name: str) -> list[Any]:
-        answerer = models.find(name).answerer
+    async def answers(models: ServedModels, name: str) -> list[Any]:
+        answerer = models.get(name).answerer
         found = [await answerer.answer(Conversation.from_turns(("user", text)), sampling) for text, sampling in work]
         ids = answerer.template.prompt(ASKED)
         return [(answer.texts, answer.completions) for answer in found] + [await answerer.engine.score(ids)]
 
-    async def at_once(models: Models) -> list[list[Any]]:
+    async def at_once(models: ServedModels) -> list[list[Any]]:
         found = await asyncio.gather(*(answers(models, name) for name in (*specs, *reversed(specs))))
         await models.close()
         return found
@@ -196,7 +196,7 @@ def test_a_busy_adapter_does_not_keep_another_waiting(two: tuple[Path, Path]) ->
     models = opened(f"cook={two[0]}", f"poet={two[1]}")
 
     async def work() -> None:
-        busy, other = (models.find(name).answerer.engine for name in ("cook", "poet"))
+        busy, other = (models.get(name).answerer.engine for name in ("cook", "poet"))
         endless = [busy.submit([5], Sampling(400, 4, 1.0)) for _ in range(2)]
         waiting = [asyncio.create_task(generation.completions()) for generation in endless]
         await asyncio.sleep(0.05)
@@ -212,7 +212,7 @@ def test_a_busy_adapter_does_not_keep_another_waiting(two: tuple[Path, Path]) ->
 
 def test_adapters_are_selected_by_name_over_http_and_each_is_listed(two: tuple[Path, Path]) -> None:
     models = opened(f"cook={two[0]}", f"poet={two[1]}")
-    with running(models) as url, client_of(url) as client:
+    with serve_in_thread(models) as url, openai_client(url) as client:
         assert [model.id for model in client.models.list()] == ["cook", "poet"]
         said = {
             name: client.chat.completions.create(
@@ -248,9 +248,9 @@ def test_an_engine_that_several_names_share_is_closed_once_and_readiness_needs_a
             await super().close()
 
     one, away = Counted([1], name="one"), Counted([1], name="away")
-    shared = [Served(Answerer(one, tiny_template), name) for name in ("a", "b")]
-    assert Models(shared).ready
-    models = Models([*shared, Served(Answerer(away, tiny_template), "c")])
+    shared = [ServedModel(Answerer(one, tiny_template), name) for name in ("a", "b")]
+    assert ServedModels(shared).ready
+    models = ServedModels([*shared, ServedModel(Answerer(away, tiny_template), "c")])
     assert not models.ready
     closed(models)
     assert sorted(closings) == ["away", "one"]

@@ -24,21 +24,21 @@ from corral.engines.scripted import ScriptedEngine
 from corral.errors import InputError
 from corral.interrupts import Stopped
 from corral.serving import server as module
-from corral.serving.admission import Bounds, Door
-from corral.serving.api_keys import Keys, Used
+from corral.serving.admission import Admission, ServerLimits
+from corral.serving.api_keys import KeyStore, KeyUsage
 from corral.serving.database import Database
-from corral.serving.generation import Served
-from corral.serving.served_models import Models
-from corral.serving.server import Place, Server, Wanted, door_at, serve
+from corral.serving.generation import ServedModel
+from corral.serving.served_models import ServedModels
+from corral.serving.server import ListenOptions, ModelOptions, Server, build_admission, serve
 from corral.template import Template
-from tests.serving.conftest import Endless, serving
+from tests.serving.conftest import Endless, serve_with_handle
 from tests.serving.test_app import ASKED, CHAT, call, wait_for
 
 
 def refused(host: str = "127.0.0.1", port: int = 0, *, insecure: bool = False) -> InputError:
     """The address is tried before the model: a name that is no model shows that nothing was loaded."""
     with pytest.raises(InputError) as caught:
-        serve(Wanted(["nowhere"]), Place(host, port, insecure), Bounds(), None)
+        serve(ModelOptions(["nowhere"]), ListenOptions(host, port, insecure), ServerLimits(), None)
     return caught.value
 
 
@@ -78,15 +78,15 @@ def test_a_key_opens_an_address_that_others_reach_and_a_revoked_one_does_not(tmp
 
     def fault() -> str:
         with pytest.raises(InputError) as caught:
-            serve(Wanted(["nowhere"]), Place("0.0.0.0", 0), Bounds(), url)
+            serve(ModelOptions(["nowhere"]), ListenOptions("0.0.0.0", 0), ServerLimits(), url)
         return caught.value.what
 
     assert "there are no keys" in fault()
     with contextlib.closing(Database(url)) as database:
-        Keys(database).add("alice")
+        KeyStore(database).add("alice")
     assert "nowhere" in fault(), "the address was taken: the model is what is missing"
     with contextlib.closing(Database(url)) as database:
-        Keys(database).revoke("alice")
+        KeyStore(database).revoke("alice")
     assert "there are no keys" in fault()
 
 
@@ -102,19 +102,26 @@ def test_a_key_opens_an_address_that_others_reach_and_a_revoked_one_does_not(tmp
     ],
 )
 def test_a_server_that_began_with_keys_lets_nobody_in_when_they_are_gone(
-    address: str, insecure: bool, has_keys: bool, status: int, tmp_path: Path, says: Callable[..., Served]
+    address: str,
+    insecure: bool,
+    has_keys: bool,
+    status: int,
+    tmp_path: Path,
+    scripted_model: Callable[..., ServedModel],
 ) -> None:
     """The keys were gone before the first request came; the listener of the test is a local one all the same."""
     with contextlib.closing(Database(f"sqlite:///{tmp_path / 'a.db'}")) as empty:
-        door = door_at(address, Place(address, insecure=insecure), Bounds(), empty, has_keys=has_keys)
-        with serving(Models([says("Hello")]), door) as (url, _):
+        admission = build_admission(
+            address, ListenOptions(address, insecure=insecure), ServerLimits(), empty, has_keys=has_keys
+        )
+        with serve_with_handle(ServedModels([scripted_model("Hello")]), admission) as (url, _):
             assert call(url, "GET", "/v1/models")[0] == status
 
 
 @pytest.mark.parametrize("origin", ["*", "example.org", "https://*.example.org", "https://a.example/page", "null"])
 def test_what_is_no_origin_of_one_page_is_refused(origin: str) -> None:
     with pytest.raises(InputError, match="origin"):
-        serve(Wanted(["nowhere"]), Place(port=0, cors=[origin]), Bounds(), None)
+        serve(ModelOptions(["nowhere"]), ListenOptions(port=0, cors=[origin]), ServerLimits(), None)
 
 
 class Stream:
@@ -136,9 +143,9 @@ class Stream:
 
 
 @contextlib.contextmanager
-def of(served: Served) -> Generator[tuple[str, Server, Callable[[], None]]]:
+def of(served: ServedModel) -> Generator[tuple[str, Server, Callable[[], None]]]:
     """A running server, and what sends it a signal."""
-    with serving(Models([served]), Door()) as (url, server):
+    with serve_with_handle(ServedModels([served]), Admission()) as (url, server):
         loops: list[asyncio.AbstractEventLoop] = []
         drained = server.on_tick
 
@@ -160,7 +167,7 @@ def test_told_to_end_it_finishes_streams_and_takes_no_new_work(tiny_template: Te
             yield 41
         yield 42
 
-    served = Served(Answerer(ScriptedEngine(reply, delay_seconds=0.01), tiny_template), "m")
+    served = ServedModel(Answerer(ScriptedEngine(reply, delay_seconds=0.01), tiny_template), "m")
     with of(served) as (url, server, stop):
         stream = Stream(url)
         assert call(url, "GET", "/health/ready")[0] == 200
@@ -178,28 +185,28 @@ def test_told_to_end_it_finishes_streams_and_takes_no_new_work(tiny_template: Te
 
 def test_told_twice_it_ends_at_once(tiny_template: Template) -> None:
     endless = Endless()
-    with of(Served(Answerer(endless.engine, tiny_template), "m")) as (url, server, stop):
+    with of(ServedModel(Answerer(endless.engine, tiny_template), "m")) as (url, server, stop):
         stream = Stream(url)
         stop()
         assert wait_for(lambda: call(url, "GET", "/health/ready")[0] == 503)
         stop()
         assert stream.rest() == "cut off"
         assert server.force_exit
-    assert endless.ends(within=0)
+    assert endless.has_stopped(within=0)
 
 
 def test_answers_that_do_not_end_are_cancelled_after_the_grace_and_are_no_faults(
     tiny_template: Template, caplog: pytest.LogCaptureFixture
 ) -> None:
     endless = Endless()
-    with of(Served(Answerer(endless.engine, tiny_template), "m")) as (url, server, stop):
+    with of(ServedModel(Answerer(endless.engine, tiny_template), "m")) as (url, server, stop):
         server.grace_seconds = 0.3
         server.config.timeout_graceful_shutdown = 1
         stream = Stream(url)
-        assert endless.began.wait(30)
+        assert endless.started.wait(30)
         stop()
         assert stream.rest() == "cut off"
-    assert endless.ends(within=0)
+    assert endless.has_stopped(within=0)
     assert "Cancel 1 running task" in caplog.text
     assert "Traceback" not in caplog.text
 
@@ -208,25 +215,25 @@ def test_answers_that_do_not_end_are_cancelled_after_the_grace_and_are_no_faults
 def test_it_ends_though_what_was_used_cannot_be_written_and_logs_that(
     is_told_again: bool,
     tmp_path: Path,
-    says: Callable[..., Served],
+    scripted_model: Callable[..., ServedModel],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """As `serve` runs it, with signals."""
-    monkeypatch.setattr(module, "_LAST_SECONDS", 60 if is_told_again else 0.2)
-    monkeypatch.setattr(module, "open_served", lambda *_, **__: Models([says("Hello")]))
+    monkeypatch.setattr(module, "_CLOSE_SECONDS", 60 if is_told_again else 0.2)
+    monkeypatch.setattr(module, "open_served_models", lambda *_, **__: ServedModels([scripted_model("Hello")]))
     over, written = threading.Event(), threading.Event()
 
-    class Locked(Keys):
+    class Locked(KeyStore):
         """Keys of a database in which nothing can be written for as long as a server might wait."""
 
-        def count(self, day: str, used: Mapping[str, Used]) -> None:
+        def add_usage(self, day: str, usage: Mapping[str, KeyUsage]) -> None:
             if not over.wait(20):
                 written.set()
 
-    monkeypatch.setattr(module, "Keys", Locked)
+    monkeypatch.setattr(module, "KeyStore", Locked)
     urls: queue.Queue[str] = queue.Queue()
-    monkeypatch.setattr(module, "_announce", lambda _, url, **__: urls.put(url))
+    monkeypatch.setattr(module, "_print_address", lambda _, url, **__: urls.put(url))
     closing = threading.Event()
     close = Server.close
 
@@ -237,7 +244,7 @@ def test_it_ends_though_what_was_used_cannot_be_written_and_logs_that(
     monkeypatch.setattr(Server, "close", watched)
     url = f"sqlite:///{tmp_path / 'a.db'}"
     with contextlib.closing(Database(url)) as database:
-        key, secret = Keys(database).add("alice")
+        key, secret = KeyStore(database).add("alice")
 
     def ask_and_tell_to_end() -> None:
         headers = {"content-type": "application/json", "authorization": f"Bearer {secret}"}
@@ -253,7 +260,7 @@ def test_it_ends_though_what_was_used_cannot_be_written_and_logs_that(
     with ThreadPoolExecutor(1) as threads:
         asking = threads.submit(ask_and_tell_to_end)
         with pytest.raises(Stopped) as caught:
-            serve(Wanted(["m"]), Place(port=0), Bounds(), url)
+            serve(ModelOptions(["m"]), ListenOptions(port=0), ServerLimits(), url)
         asking.result()
     over.set()
     assert not written.is_set(), "it waited"

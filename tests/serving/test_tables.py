@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import pytest
 from sqlalchemy import update
 
-from corral.serving.conversation_store import Conversations
+from corral.serving.conversation_store import ConversationStore
 from corral.serving.database import Database
 from corral.serving.protocol import Refused
-from corral.serving.tables import Caps, ConversationRow, Item, ItemRow, Page
+from corral.serving.tables import ConversationRow, Item, ItemRow, Page, StorageLimits
 
 
 def many_parts(count: int, times: int = 1) -> list[Item]:
@@ -23,20 +23,20 @@ def ids(items: Sequence[Item]) -> list[str]:
 
 def test_parts_of_a_message_count_also_where_they_are_empty(database: Database) -> None:
     assert [Item.new("user", texts).bytes for texts in ([], [""], ["ü"], ["ü", ""], [""] * 101)] == [0, 0, 2, 66, 6400]
-    store = Conversations(database, Caps(bytes=64_000))
+    store = ConversationStore(database, StorageLimits(max_bytes=64_000))
     made = store.create("a", {}, many_parts(501))
     for items in (many_parts(502), many_parts(300, times=2)):
         with pytest.raises(Refused) as caught:
-            store.add("a", made.id, items)
+            store.add_items("a", made.id, items)
         assert caught.value.code == "conversation_full"
-    store.add("a", made.id, many_parts(501))
-    item = store.items("a", made.id, Page())[0][0]
+    store.add_items("a", made.id, many_parts(501))
+    item = store.list_items("a", made.id, Page())[0][0]
     store.delete_item("a", made.id, item.id)
-    store.add("a", made.id, many_parts(501))
+    store.add_items("a", made.id, many_parts(501))
 
 
 def test_a_page_ends_where_its_items_are_long_and_the_next_goes_on(database: Database) -> None:
-    store = Conversations(database)
+    store = ConversationStore(database)
     long = [Item.new("user", ["x" * 300_000]) for _ in range(10)]
     made = store.create("a", {}, [*long, *many_parts(1, times=5)])
     for ascending in (True, False):
@@ -44,23 +44,23 @@ def test_a_page_ends_where_its_items_are_long_and_the_next_goes_on(database: Dat
         seen: list[str] = []
         has_more = True
         while has_more:
-            items, has_more = store.items("a", made.id, Page(seen[-1] if seen else None, None, 100, ascending))
+            items, has_more = store.list_items("a", made.id, Page(seen[-1] if seen else None, None, 100, ascending))
             assert sum(item.bytes for item in items) <= 2**20 + 300_000
             seen += ids(items)
         assert seen == whole
-        items, has_more = store.items("a", made.id, Page(None, whole[-1], 100, ascending))
+        items, has_more = store.list_items("a", made.id, Page(None, whole[-1], 100, ascending))
         assert has_more
         assert ids(items) == whole[-1 - len(items) : -1], "those next to the one that was named"
 
 
 def test_what_was_stored_when_parts_did_not_count_is_read_in_pages_and_not_at_once(database: Database) -> None:
-    store = Conversations(database, Caps(bytes=2**40))
+    store = ConversationStore(database, StorageLimits(max_bytes=2**40))
     made = store.create("a", {}, many_parts(20_000, times=12))
-    with database.session() as session:  # as it was written then
+    with database.write_session() as session:  # as it was written then
         session.execute(update(ItemRow).values(bytes=0))
         session.execute(update(ConversationRow).values(bytes=0))
-    store = Conversations(database)
-    items, has_more = store.items("a", made.id, Page(limit=100))
+    store = ConversationStore(database)
+    items, has_more = store.list_items("a", made.id, Page(limit=100))
     assert (len(items), has_more) == (1, True)
     with pytest.raises(Refused) as caught:
         store.export("a", made.id)

@@ -1,16 +1,16 @@
-"""What alembic runs to migrate: the revisions in `versions`, over the connection it was given. Knows no tables.
+"""Alembic's entry point: runs the migrations in `versions` on the connection it was given.
 
-A migration is written by hand, runs in one transaction, and loses nothing; `tests/serving/test_database.py` holds that the
-tables it leaves are those that the code declares.
+Migrations are written by hand and run in one transaction; `tests/serving/test_database.py` checks that they lose nothing and
+produce the tables that the code declares.
 """
 
 from alembic import context
 
-from corral.serving.database import VERSIONS
+from corral.serving.database import VERSION_TABLE
 
 context.configure(
     connection=context.config.attributes["connection"],
-    version_table=VERSIONS,
+    version_table=VERSION_TABLE,
     render_as_batch=True,
 )
 with context.begin_transaction():

@@ -17,7 +17,7 @@ from corral.engines.base import Completion, Features, Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.engines.transformers import TransformersEngine
 from corral.errors import EngineError
-from corral.serving.generation import Served
+from corral.serving.generation import ServedModel
 from corral.template import Template
 from tests.conftest import web_server
 from tests.engines.conformance import DRAWN, GREEDY, EngineConformance, Failing, Subject, complete, deltas_of
@@ -34,7 +34,7 @@ from tests.engines.remote.fake_server import (
 )
 from tests.engines.test_scripted import PROMPTS, babble, breaking
 from tests.engines.tiny import CONTEXT, VOCABULARY, tiny_llama
-from tests.serving.conftest import Endless, running
+from tests.serving.conftest import Endless, serve_in_thread
 
 DOCS = Path(__file__).parents[3] / "docs/serving.md"
 
@@ -43,7 +43,7 @@ class TestRemoteScripted(EngineConformance):
     @pytest.fixture(scope="class")
     def urls(self, template: Template) -> Generator[tuple[str, str]]:
         engines = ScriptedEngine(babble, delay_seconds=0.001), ScriptedEngine(breaking)
-        first, second = (running(Served(Answerer(engine, template), "m")) for engine in engines)
+        first, second = (serve_in_thread(ServedModel(Answerer(engine, template), "m")) for engine in engines)
         with first as url, second as breaks:
             yield url, breaks
 
@@ -63,7 +63,7 @@ def behind() -> Generator[TransformersEngine]:
 @pytest.fixture(scope="module")
 def tiny(behind: TransformersEngine, template: Template) -> Generator[str]:
     """The address of a model that computes."""
-    with running(Served(Answerer(behind, template), "tiny")) as url:
+    with serve_in_thread(ServedModel(Answerer(behind, template), "tiny")) as url:
         yield url
 
 
@@ -185,8 +185,8 @@ listener = socket.create_server(("127.0.0.1", 0))
 template = Template.load(load_tokenizer(Path(sys.argv[1])))
 served = Served(Answerer(ScriptedEngine(babble, delay_seconds=0.01), template), "m")
 print(listener.getsockname()[1], flush=True)
-door = Door()
-server = http_server(build_app(Models([served]), door), door)
+admission = Door()
+server = http_server(build_app(Models([served]), admission), admission)
 asyncio.run(server.serve(sockets=[listener]))
 """
 
@@ -198,7 +198,7 @@ def test_a_server_that_is_killed_amid_its_answers_costs_none(tiny_folder: Path, 
     try:
         assert doomed.stdout
         port = doomed.stdout.readline().strip()
-        with running(Served(Answerer(ScriptedEngine(babble, delay_seconds=0.01), template), "m")) as url:
+        with serve_in_thread(ServedModel(Answerer(ScriptedEngine(babble, delay_seconds=0.01), template), "m")) as url:
 
             async def test() -> tuple[list[list[Completion]], int, list[list[Completion]]]:
                 async with remote(url, f"http://127.0.0.1:{port}") as engine:
@@ -222,26 +222,26 @@ def test_a_server_that_is_killed_amid_its_answers_costs_none(tiny_folder: Path, 
 def test_cancelling_frees_the_servers_work_also_of_a_choice_that_nobody_waits_for(template: Template) -> None:
     for whole in (True, False):
         endless = Endless()
-        with running(Served(Answerer(endless.engine, template), "m")) as url:
+        with serve_in_thread(ServedModel(Answerer(endless.engine, template), "m")) as url:
 
             async def test(url: str = url, endless: Endless = endless, whole: bool = whole) -> None:
                 async with remote(url) as engine:
                     generation = engine.submit([1], Sampling(5000, 2, stop_ids=() if whole else (43,)))
                     if whole:
-                        assert await asyncio.to_thread(endless.began.wait, 30)
+                        assert await asyncio.to_thread(endless.started.wait, 30)
                         generation.cancel()
                     else:
                         generation.cancel(1)  # the other ends by itself, at its third token
                     finishes = [completion.finish for completion in await generation.completions()]
                     assert finishes == (["cancelled"] * 2 if whole else ["stop", "cancelled"])
-                    assert await asyncio.to_thread(endless.ends), "the server still works for nobody"
+                    assert await asyncio.to_thread(endless.has_stopped), "the server still works for nobody"
 
             asyncio.run(test())
 
 
 def test_the_example_in_the_documentation_works(template: Template) -> None:
     (code,) = re.findall(r"```py\n(.*?)```", DOCS.read_text("utf-8"), re.S)
-    with running(Served(Answerer(ScriptedEngine(babble), template), "quickstart")) as url:
+    with serve_in_thread(ServedModel(Answerer(ScriptedEngine(babble), template), "quickstart")) as url:
         script = code.replace("http://127.0.0.1:8000", url).replace("http://127.0.0.1:8001", url)
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Conversations, responses and their items, as they were first. It knows nothing of what came later."""
+"""Create the tables of conversations, responses and items."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,7 +10,7 @@ _NUMBER = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 
 def upgrade() -> None:
-    """Make the tables."""
+    """Create the tables."""
     op.create_table(
         "conversations",
         sa.Column("number", _NUMBER, nullable=False),

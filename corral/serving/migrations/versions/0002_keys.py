@@ -1,4 +1,4 @@
-"""Keys, and what they used on each day. Knows nothing of `keys.py`: it stays as it is when that changes."""
+"""Create the tables of API keys and of their usage per day."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
-    """Make the tables."""
+    """Create the tables."""
     op.create_table(
         "keys",
         sa.Column("id", sa.String(12), nullable=False),

@@ -1,4 +1,4 @@
-"""What an owner's responses take of the store, and what sums it up quickly. It knows nothing of what came later."""
+"""Add the size of responses, and indexes to sum up an owner's share of the store."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,7 +10,7 @@ _ROW_BYTES = 256
 
 
 def upgrade() -> None:
-    """Add the column, as it would have been counted from the first."""
+    """Add the column, filled for existing responses, and the indexes."""
     op.add_column("responses", sa.Column("bytes", sa.BigInteger(), nullable=False, server_default="0"))
     op.execute(
         "UPDATE responses SET bytes = "

@@ -15,16 +15,16 @@ from sqlalchemy import make_url, text
 
 from corral.errors import DatabaseError
 from corral.serving import auth as module
-from corral.serving.api_keys import Key, Keys, Used, today
-from corral.serving.auth import Callers
+from corral.serving.api_keys import Key, KeyStore, KeyUsage, today
+from corral.serving.auth import Accounts
 from corral.serving.database import Database
-from corral.serving.generation import usage
+from corral.serving.generation import count_usage
 from corral.serving.protocol import Refused
 from tests.serving.postgres import PostgreSQL, Proxy
-from tests.serving.test_callers import Counted, refusal, run, use
+from tests.serving.test_auth import Counted, refusal, run, use
 
 
-class Away(Keys):
+class Away(KeyStore):
     """A database that can be unplugged."""
 
     away = False
@@ -33,9 +33,9 @@ class Away(Keys):
         self._look()
         return super().all()
 
-    def count(self, day: str, used: Mapping[str, Used]) -> None:
+    def add_usage(self, day: str, usage: Mapping[str, KeyUsage]) -> None:
         self._look()
-        super().count(day, used)
+        super().add_usage(day, usage)
 
     def _look(self) -> None:
         if self.away:
@@ -45,33 +45,33 @@ class Away(Keys):
 def test_a_database_that_is_away_is_forgiven_for_a_while_and_then_nobody_comes_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_FRESH_SECONDS", 0.0)
-    monkeypatch.setattr(module, "_PATIENT_SECONDS", 60.0)
+    monkeypatch.setattr(module, "_REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr(module, "_WAIT_SECONDS", 60.0)
     with contextlib.closing(Database(f"sqlite:///{tmp_path / 'a.db'}")) as database:
         keys = Away(database)
         key, secret = keys.add("alice")
 
         async def work() -> None:
-            callers = Callers(keys)
-            caller = await callers.identify(f"Bearer {secret}")
+            callers = Accounts(keys)
+            caller = await callers.authenticate(f"Bearer {secret}")
             keys.away = True
-            assert await callers.identify(f"Bearer {secret}") == caller
-            counted = Counted(usage(1, 2))
+            assert await callers.authenticate(f"Bearer {secret}") == caller
+            counted = Counted(count_usage(1, 2))
             use(callers, caller, counted)
-            monkeypatch.setattr(module, "_STALE_SECONDS", 0.0)
+            monkeypatch.setattr(module, "_MAX_AGE_SECONDS", 0.0)
             refused = await refusal(callers, f"Bearer {secret}")
             assert (refused.status, refused.code, refused.retry_seconds) == (503, "database_unavailable", 1)
-            assert (await refusal(Callers(keys), None)).status == 503, "and not: there are no keys"
+            assert (await refusal(Accounts(keys), None)).status == 503, "and not: there are no keys"
             keys.away = False
-            monkeypatch.setattr(module, "_STALE_SECONDS", 30.0)
-            assert await callers.identify(f"Bearer {secret}") == caller
+            monkeypatch.setattr(module, "_MAX_AGE_SECONDS", 30.0)
+            assert await callers.authenticate(f"Bearer {secret}") == caller
             await callers.close()
-            assert keys.used(today()) == {key.id: Used(1, 1, 2)}, "what was used meanwhile is not lost"
+            assert keys.usage_on(today()) == {key.id: KeyUsage(1, 1, 2)}, "what was used meanwhile is not lost"
 
         run(work)
 
 
-class Unwritable(Keys):
+class Unwritable(KeyStore):
     """A database that can be read, and where nothing can be written until it is mended."""
 
     def __init__(self, database: Database, fault: Exception | None) -> None:
@@ -80,44 +80,44 @@ class Unwritable(Keys):
         self._fault = fault
         self.tried = 0
 
-    def count(self, day: str, used: Mapping[str, Used]) -> None:
+    def add_usage(self, day: str, usage: Mapping[str, KeyUsage]) -> None:
         self.tried += 1
         if self._fault is None:
             assert self.mended.wait(60), "as a file that another program has locked"
         elif not self.mended.is_set():
             raise self._fault
-        super().count(day, used)
+        super().add_usage(day, usage)
 
 
 @pytest.mark.parametrize("fault", [DatabaseError("the disk is full"), KeyError("a fault of ours"), None])
 def test_while_nothing_can_be_written_keys_are_read_and_nothing_used_is_lost(
     fault: Exception | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(module, "_REFRESH_SECONDS", 0.0)
     with contextlib.closing(Database(f"sqlite:///{tmp_path / 'a.db'}")) as database:
         keys = Unwritable(database, fault)
         alice, secret = keys.add("alice")
 
         async def work() -> None:
-            callers = Callers(keys)
-            caller = await callers.identify(f"Bearer {secret}")
-            use(callers, caller, Counted(usage(1, 2)))
+            callers = Accounts(keys)
+            caller = await callers.authenticate(f"Bearer {secret}")
+            use(callers, caller, Counted(count_usage(1, 2)))
             while not keys.tried:
-                assert await callers.identify(f"Bearer {secret}") == caller
+                assert await callers.authenticate(f"Bearer {secret}") == caller
             # Far longer than a reading takes on a machine that does much else.
-            monkeypatch.setattr(module, "_STALE_SECONDS", 5.0)
+            monkeypatch.setattr(module, "_MAX_AGE_SECONDS", 5.0)
             since = time.monotonic()
             while time.monotonic() < since + 5.5:
-                assert await callers.identify(f"Bearer {secret}") == caller
+                assert await callers.authenticate(f"Bearer {secret}") == caller
                 await asyncio.sleep(0.01)
             keys.revoke("alice")
-            while (await asyncio.gather(callers.identify(f"Bearer {secret}"), return_exceptions=True))[0] == caller:
+            while (await asyncio.gather(callers.authenticate(f"Bearer {secret}"), return_exceptions=True))[0] == caller:
                 await asyncio.sleep(0.01)
             assert "revoked" in (await refusal(callers, f"Bearer {secret}")).what
-            assert callers.used_today(caller.key) == Used(1, 1, 2)
+            assert callers.usage_today(caller.key_id) == KeyUsage(1, 1, 2)
             keys.mended.set()
             await callers.close()
-            assert keys.used(today()) == {alice.id: Used(1, 1, 2)}
+            assert keys.usage_on(today()) == {alice.id: KeyUsage(1, 1, 2)}
 
         try:
             run(work)
@@ -133,15 +133,15 @@ def test_a_server_that_was_idle_waits_for_the_keys_and_not_for_what_is_to_be_wri
         alice, secret = keys.add("alice")
 
         async def work() -> None:
-            callers = Callers(keys)
-            caller = await callers.identify(f"Bearer {secret}")
-            monkeypatch.setattr(module, "_FRESH_SECONDS", 60.0)
-            use(callers, caller, Counted(usage(1, 2)))
-            monkeypatch.setattr(module, "_FRESH_SECONDS", 0.0)
-            monkeypatch.setattr(module, "_STALE_SECONDS", 5.0)
+            callers = Accounts(keys)
+            caller = await callers.authenticate(f"Bearer {secret}")
+            monkeypatch.setattr(module, "_REFRESH_SECONDS", 60.0)
+            use(callers, caller, Counted(count_usage(1, 2)))
+            monkeypatch.setattr(module, "_REFRESH_SECONDS", 0.0)
+            monkeypatch.setattr(module, "_MAX_AGE_SECONDS", 5.0)
             await asyncio.sleep(5.1)
             async with asyncio.timeout(20):  # else it would wait for what is never written
-                assert await callers.identify(f"Bearer {secret}") == caller
+                assert await callers.authenticate(f"Bearer {secret}") == caller
             assert keys.tried == 1
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.1):
@@ -157,12 +157,12 @@ def test_a_server_that_was_idle_waits_for_the_keys_and_not_for_what_is_to_be_wri
 def test_keys_are_read_though_all_threads_and_connections_are_taken(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = Keys(database)
+    keys = KeyStore(database)
     _, secret = keys.add("alice")
     over = threading.Event()
 
     def hold() -> None:
-        with contextlib.suppress(DatabaseError), database.reading() as session:
+        with contextlib.suppress(DatabaseError), database.read_session() as session:
             session.execute(text("SELECT 1"))
             over.wait(60)
 
@@ -173,14 +173,14 @@ def test_keys_are_read_though_all_threads_and_connections_are_taken(
             threads.submit(hold)
         try:
             async with asyncio.timeout(20):
-                assert (await Callers(keys).identify(f"Bearer {secret}")).name == "alice"
+                assert (await Accounts(keys).authenticate(f"Bearer {secret}")).name == "alice"
         finally:
             over.set()
 
     run(work)
 
 
-class Silent(Keys):
+class Silent(KeyStore):
     """A database that takes questions and does not answer, while `silent`."""
 
     silent = False
@@ -198,23 +198,23 @@ class Silent(Keys):
 def test_a_database_that_is_silent_delays_nobody_whom_the_server_knows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(module, "_REFRESH_SECONDS", 0.0)
     with contextlib.closing(Database(f"sqlite:///{tmp_path / 'a.db'}")) as database:
         keys = Silent(database)
         _, secret = keys.add("alice")
 
         async def work() -> None:
-            callers = Callers(keys)
-            caller = await callers.identify(f"Bearer {secret}")
+            callers = Accounts(keys)
+            caller = await callers.authenticate(f"Bearer {secret}")
             keys.silent = True
-            monkeypatch.setattr(module, "_PATIENT_SECONDS", 0.1)
+            monkeypatch.setattr(module, "_WAIT_SECONDS", 0.1)
             async with asyncio.timeout(20):  # else it would wait for ever
                 for _ in range(50):
-                    assert await callers.identify(f"Bearer {secret}") == caller
+                    assert await callers.authenticate(f"Bearer {secret}") == caller
             keys.silent = False
             keys.revoke("alice")
             keys.over.set()
-            monkeypatch.setattr(module, "_PATIENT_SECONDS", 60.0)
+            monkeypatch.setattr(module, "_WAIT_SECONDS", 60.0)
             await asyncio.sleep(0.1)
             assert "revoked" in (await refusal(callers, f"Bearer {secret}")).what
 
@@ -227,24 +227,24 @@ def test_a_database_that_is_silent_delays_nobody_whom_the_server_knows(
 def test_a_reading_that_hangs_is_given_up_and_the_next_one_is_answered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(module, "_REFRESH_SECONDS", 0.0)
     with contextlib.closing(Database(f"sqlite:///{tmp_path / 'a.db'}")) as database:
         keys = Silent(database)
         _, secret = keys.add("alice")
 
         async def work() -> None:
-            callers = Callers(keys)
-            await callers.identify(f"Bearer {secret}")
+            callers = Accounts(keys)
+            await callers.authenticate(f"Bearer {secret}")
             keys.silent = True
             monkeypatch.setattr(module, "_READ_SECONDS", 0.5)
-            monkeypatch.setattr(module, "_STALE_SECONDS", 0.0)
+            monkeypatch.setattr(module, "_MAX_AGE_SECONDS", 0.0)
             async with asyncio.timeout(20):
                 refused = await refusal(callers, f"Bearer {secret}")
                 assert (refused.status, refused.code, refused.retry_seconds) == (503, "database_unavailable", 1)
                 keys.silent = False
                 monkeypatch.setattr(module, "_READ_SECONDS", 20.0)
-                monkeypatch.setattr(module, "_STALE_SECONDS", 30.0)
-                assert (await callers.identify(f"Bearer {secret}")).name == "alice"
+                monkeypatch.setattr(module, "_MAX_AGE_SECONDS", 30.0)
+                assert (await callers.authenticate(f"Bearer {secret}")).name == "alice"
             assert not keys.over.is_set(), "the first still hangs"
 
         try:
@@ -257,25 +257,27 @@ def test_a_reading_that_hangs_is_given_up_and_the_next_one_is_answered(
 def test_connections_that_fall_silent_are_left_for_new_ones(
     postgres: PostgreSQL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(module, "_REFRESH_SECONDS", 0.0)
     url = make_url(postgres.new_database())
     with Proxy(url.port or 0) as proxy:
         through = url.set(port=proxy.port).render_as_string(hide_password=False)
         with contextlib.closing(Database(through)) as database:
-            keys = Keys(database)
+            keys = KeyStore(database)
             _, secret = keys.add("alice")
 
             async def work() -> None:
-                callers = Callers(keys)
-                caller = await callers.identify(f"Bearer {secret}")
+                callers = Accounts(keys)
+                caller = await callers.authenticate(f"Bearer {secret}")
                 proxy.silence()
                 monkeypatch.setattr(module, "_READ_SECONDS", 1.0)
-                monkeypatch.setattr(module, "_STALE_SECONDS", 0.5)
+                monkeypatch.setattr(module, "_MAX_AGE_SECONDS", 0.5)
                 await asyncio.sleep(0.6)
                 statuses = [503]
                 async with asyncio.timeout(30):
                     while statuses[-1] == 503:
-                        found = (await asyncio.gather(callers.identify(f"Bearer {secret}"), return_exceptions=True))[0]
+                        found = (
+                            await asyncio.gather(callers.authenticate(f"Bearer {secret}"), return_exceptions=True)
+                        )[0]
                         statuses.append(found.status if isinstance(found, Refused) else 200)
                 assert found == caller
                 assert statuses.count(503) > 1, "the old connections were silent"
