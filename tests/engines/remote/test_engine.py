@@ -173,20 +173,20 @@ from pathlib import Path
 from corral.answering.answerer import Answerer
 from corral.engines.scripted import ScriptedEngine
 from corral.model.loading import load_tokenizer
-from corral.serving.generation import Served
+from corral.serving.generation import ServedModel
 from corral.serving.app import build_app
-from corral.serving.admission import Door
-from corral.serving.served_models import Models
-from corral.serving.server import http_server
+from corral.serving.admission import Admission
+from corral.serving.served_models import ServedModels
+from corral.serving.server import build_http_server
 from corral.template import Template
 from tests.engines.test_scripted import babble
 
 listener = socket.create_server(("127.0.0.1", 0))
 template = Template.load(load_tokenizer(Path(sys.argv[1])))
-served = Served(Answerer(ScriptedEngine(babble, delay_seconds=0.01), template), "m")
+served = ServedModel(Answerer(ScriptedEngine(babble, delay_seconds=0.01), template), "m")
 print(listener.getsockname()[1], flush=True)
-admission = Door()
-server = http_server(build_app(Models([served]), admission), admission)
+admission = Admission()
+server = build_http_server(build_app(ServedModels([served]), admission), admission)
 asyncio.run(server.serve(sockets=[listener]))
 """
 
