@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from corral.evaluation.scorecard import SIGNIFICANT, Comparison, Scorecard, cost_rows, table_rows
-from corral.evaluation.scoring import Metric, known_metric
+from corral.evaluation.scorecard import SIGNIFICANT, Comparison, Scorecard
+from corral.evaluation.scoring import describe_metric, sort_metrics
+from corral.evaluation.tables import cost_rows, format_p_equation, table_rows
 
 MDE = "smallest difference shown with 80 % power"
 
@@ -88,24 +89,23 @@ def _parts(findings: Findings) -> Iterator[tuple[str, str, Scorecard]]:
 
 def sentence(comparison: Comparison) -> str:
     """One sentence that says no more than the comparison shows."""
-    known = known_metric(comparison.metric) or Metric(comparison.metric, "", comparison.better, 3)
+    known = describe_metric(comparison.metric)
     digits, label = known.digits, known.label
     figures = f"{comparison.difference:+.{digits}f}"
     if comparison.low is not None and comparison.high is not None:
         figures += f", interval {comparison.low:+.{digits}f} to {comparison.high:+.{digits}f}"
-    p = f"p = {comparison.p_holm:.3f}" if comparison.p_holm >= 0.001 else "p < 0.001"
+    p = format_p_equation(comparison.p_holm)
     pair = f"**{comparison.a}** and **{comparison.b}**"
     if comparison.is_identical:
-        most = 1 - 0.05 ** (1 / comparison.n)
         return (
-            f"{pair} came out the same in each of {comparison.n} rows by {label}; of such rows at most {most:.0%} differ, at "
-            "the 95 % level."
+            f"{pair} came out the same in each of {comparison.n} rows by {label}; of such rows at most "
+            f"{comparison.differing_at_most:.0%} differ, at the 95 % level."
         )
-    if comparison.winner is None:
+    if comparison.outcome == "undecided":
         shown = "" if comparison.mde is None else f"; the data could have shown ≥ {comparison.mde:.{digits}f}"
         return f"{pair} could not be told apart by {label} at n = {comparison.n} ({figures}, {p}{shown})."
-    word = "better" if comparison.winner == comparison.a else "worse"
-    return f"**{comparison.a}** was {word} than **{comparison.b}** by {label} at n = {comparison.n} ({figures}, {p})."
+    verdict = f"**{comparison.a}** was {comparison.outcome} than **{comparison.b}** by {label}"
+    return f"{verdict} at n = {comparison.n} ({figures}, {p})."
 
 
 def _comparison_lines(card: Scorecard) -> list[str]:
@@ -143,17 +143,15 @@ def _table(card: Scorecard) -> list[str]:
     cells = []
     for row, key in zip(rows, _in_order(card, names), strict=True):
         found = mde.get(key)
-        digits = (known_metric(key[1]) or Metric("", "", "higher", 3)).digits
+        digits = describe_metric(key[1]).digits
         cells.append((*row, "" if found is None or not found.mde else f"{found.mde:.{digits}f}"))
     lines = _markdown((*header, MDE), cells)
-    head, *costs = cost_rows({name: variant.info for name, variant in card.variants.items()})
+    head, *costs = cost_rows(card.variants)
     return [*lines, "", *_markdown(head, costs)] if costs else lines
 
 
 def _in_order(card: Scorecard, names: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """(variant, metric) in the order of `table_rows`."""
-    from corral.evaluation.scoring import sort_metrics
-
     places = {name: place for place, name in enumerate(sort_metrics(name for _, name in names))}
     variants = list(card.variants)
     return sorted(names, key=lambda key: (places[key[1]], variants.index(key[0])))

@@ -38,12 +38,13 @@ def execute_recipe(recipe: Any, out: Path, args: argparse.Namespace, **options: 
 def _print_scorecard(out: Path) -> Any:
     from rich.console import Console
 
-    from corral.evaluation import scorecard
+    from corral.evaluation import tables
+    from corral.evaluation.scorecard import Scorecard
 
-    card = scorecard.Scorecard.from_json((out / "evaluate" / "scorecard.json").read_text("utf-8"))
-    Console().print(scorecard.render_scores(card))
+    card = Scorecard.from_json((out / "evaluate" / "scorecard.json").read_text("utf-8"))
+    Console().print(tables.render_scores(card))
     if set(card.variants) > {"base", "tuned"} or any("/" in name for v in card.variants.values() for name in v.metrics):
-        Console().print(scorecard.render_costs(card))
+        Console().print(tables.render_costs(card))
     return card
 
 
@@ -200,16 +201,17 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Compare variants of runs, by default their tuned models, on the rows on which both were evaluated."""
     from rich.console import Console
 
-    from corral.evaluation import scorecard
+    from corral.evaluation import tables
+    from corral.evaluation.scorecard import build_scorecard
     from corral.pipeline.evaluate_stage import parse_variant, read_variant_rows
 
     if parse_variant(args.a) == parse_variant(args.b):
         raise InputError(f"both are {args.a!r}", hint="name two different ones, each as RUN or RUN:VARIANT")
     rows = {spec: read_variant_rows(*parse_variant(spec)) for spec in (args.a, args.b)}
-    card = scorecard.build_scorecard(rows, baseline=args.b, seed=0)
+    card = build_scorecard(rows, baseline=args.b, seed=0)
     if not args.json:
-        Console().print(scorecard.render_scores(card))
-        Console().print(scorecard.render_costs(card))
+        Console().print(tables.render_scores(card))
+        Console().print(tables.render_costs(card))
     return json.loads(card.to_json())
 
 

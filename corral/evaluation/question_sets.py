@@ -1,8 +1,4 @@
-"""Public question sets: rows as they lie in the packages → questions of one form. For evaluation only.
-
-Knows the schema of each file, and how a question is put to a model; nothing about how it is answered, by whom, or whether
-the answer is right.
-"""
+"""Public question sets: reads the rows of each packaged file as questions of one form. For evaluation only."""
 
 from __future__ import annotations
 
@@ -29,11 +25,11 @@ class Question:
     """One question.
 
     Attributes:
-        prompt: what the model is asked.
-        answer: a right answer, as an example shows it.
-        references: what an answer is held against: the number, the right option's text, or texts that are as good.
-        options: their texts, in the order they are shown, or none.
-        stem: what the options' log-probabilities are taken after: the question without them.
+        prompt: the text that the model is asked.
+        answer: a right answer, as a few-shot example shows it.
+        references: what an answer is compared with: the number, the correct option's text, or several equally good texts.
+        options: their texts in the order they are shown, or none.
+        stem: the question without its options, for the log-probability of each option as the answer.
     """
 
     prompt: str
@@ -44,13 +40,13 @@ class Question:
 
     @property
     def id(self) -> str:
-        """Names its content, the same in every run."""
+        """Hash of its content."""
         text = json.dumps([self.prompt, self.answer], ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def correct_option(self) -> int:
-        """The place of the right option."""
+        """The index of the correct option."""
         return self.options.index(self.references[0])
 
     @property
@@ -60,16 +56,14 @@ class Question:
 
     @property
     def option_example(self) -> Conversation:
-        """The question without its options, answered by the right one's text."""
+        """The question without its options, answered by the text of the correct one."""
         return Conversation.from_turns(("user", self.stem), ("assistant", self.references[0]))
 
 
 @dataclass(frozen=True, slots=True)
 class QuestionSet:
-    """A set: what its answers are, its file in the asset `question-sets`, and how a row is read.
-
-    `parse_row` gives None for a row that cannot be scored.
-    """
+    """A set: the kind of its answers, its file in the asset `question-sets`, and the parser of its rows, which returns None
+    for a row that cannot be scored."""
 
     kind: AnswerKind
     file: str
@@ -77,41 +71,38 @@ class QuestionSet:
 
 
 def load_questions(name: str) -> list[Question]:
-    """The questions of a set, fetched if need be, in the order of the file; copies and what cannot be scored are left out.
+    """The questions of a set in the order of the file, without duplicates and rows that cannot be scored.
 
     Raises:
-        AssetError: it cannot be fetched.
-        DataError: a row is not of the set's schema.
+        AssetError: the file cannot be fetched.
+        DataError: a row does not have the set's schema.
     """
-    wanted = QUESTION_SETS[name]
-    fetched = fetch("question-sets")
-    return parse_questions(wanted, (fetched.path / wanted.file).read_text("utf-8").splitlines(), where=wanted.file)
+    question_set = QUESTION_SETS[name]
+    path = fetch("question-sets").path / question_set.file
+    return parse_questions(question_set, path.read_text("utf-8").splitlines(), where=question_set.file)
 
 
-def parse_questions(wanted: QuestionSet, lines: Iterable[str], *, where: str) -> list[Question]:
-    """The same from lines of JSON. Raises: DataError."""
-    return list({question.id: question for question in _parsed(wanted, lines, where)}.values())
+def parse_questions(question_set: QuestionSet, lines: Iterable[str], *, where: str) -> list[Question]:
+    """As `load_questions`, from lines of JSON. Raises: DataError."""
+    return list({question.id: question for question in _parse_rows(question_set, lines, where)}.values())
 
 
-def _parsed(wanted: QuestionSet, lines: Iterable[str], where: str) -> Iterator[Question]:
+def _parse_rows(question_set: QuestionSet, lines: Iterable[str], where: str) -> Iterator[Question]:
     for number, line in enumerate(lines, start=1):
         try:
-            question = wanted.parse_row(json.loads(line))
+            question = question_set.parse_row(json.loads(line))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"this row has not the form of its question set: {type(error).__name__}: {error}",
+                f"this row does not have the schema of its question set: {type(error).__name__}: {error}",
                 where=f"{where}, line {number}",
-                hint="the file is not the one corral knows: `corral cache clear question-sets`",
+                hint="fetch the file again: `corral cache clear question-sets`",
             ) from None
         if question is not None:
             yield question
 
 
 def load_worked_problems() -> list[Conversation]:
-    """Word problems with the steps to their result, which follows `Answer:`, from the asset `gsm8k-examples`.
-
-    Raises: AssetError.
-    """
+    """Word problems worked in steps, with the result after `Answer:`, from the asset `gsm8k-examples`. Raises: AssetError."""
     import yaml
 
     value = cast("dict[str, Any]", yaml.safe_load(fetch("gsm8k-examples").files[0].read_text("utf-8")))
@@ -119,7 +110,7 @@ def load_worked_problems() -> list[Conversation]:
 
 
 def parse_worked_problem(question: str, target: str) -> Conversation:
-    """One of them, from a target that ends in `The answer is 6.`"""
+    """One worked problem, from a target that ends in `The answer is 6.`"""
     steps, _, result = target.rpartition("The answer is ")
     return Conversation.from_turns(
         ("user", question), ("assistant", f"{steps.strip()}\nAnswer: {result.strip().rstrip('.')}")
@@ -127,7 +118,7 @@ def parse_worked_problem(question: str, target: str) -> Conversation:
 
 
 def _asdiv(row: Mapping[str, Any]) -> Question | None:
-    """ASDiv: passage, question, and an answer with its unit. Times, ratios, dates and names are not one number."""
+    """ASDiv: passage, question, and an answer with its unit. Answers that are times, ratios, dates or names are skipped."""
     answer = row["answer"].strip()
     if not _ONE_NUMBER.fullmatch(answer):
         return None
@@ -136,10 +127,10 @@ def _asdiv(row: Mapping[str, Any]) -> Question | None:
 
 
 def _lettered(row: Mapping[str, Any]) -> Question | None:
-    """CommonsenseQA and MMLU: options as lines `A. …`, and the right one as such a line."""
+    """CommonsenseQA and MMLU: options as lines `A. …`, and the correct one as such a line."""
     lines = _OPTION.split(row["options"].strip())
     if row["answer"] not in lines:
-        return None  # three rows of CommonsenseQA hold a line break within an option
+        return None  # three rows of CommonsenseQA have a line break within an option
     options = tuple(line.partition(". ")[2].strip() for line in lines)
     right = options[lines.index(row["answer"])]
     if [line[0] for line in lines] != list(LETTERS[: len(lines)]) or options.count(right) > 1 or "" in options:
@@ -173,4 +164,4 @@ QUESTION_SETS: Mapping[str, QuestionSet] = {
     "truthfulqa": QuestionSet("text", "TruthfulQA/combined.jsonl", _truthfulqa),
     "xsum": QuestionSet("text", "XSum/test.jsonl", _xsum),
 }
-"""By the name of their task. TruthfulQA lies in the package with its true answers only, so that there is no choice (mc1)."""
+"""By the name of their task. The packaged TruthfulQA has true answers only, so its multiple choice (mc1) cannot be asked."""

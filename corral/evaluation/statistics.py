@@ -1,9 +1,8 @@
-"""Estimates with their uncertainty, and comparisons of two variants on the same rows. Pure numpy.
+"""Estimates with their uncertainty, and comparisons of two variants on the same rows.
 
-Knows nothing about models, texts or which metric it looks at: a `Measure` is a table of per-row statistics and the
-function that turns their column sums into the score. That one form covers means, ratios and corpus metrics, so each is
-resampled as what it is: a corpus BLEU is never treated as a mean of sentence scores, nor a loss per token as a mean of
-row losses.
+A `Measure` is a table of per-row statistics with the function that turns their column sums into the score. This form covers
+means, ratios and corpus metrics, so each is resampled correctly: corpus BLEU is not a mean of sentence scores, nor loss per
+token a mean of row losses.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ class Measure:
     """One metric on n rows.
 
     Attributes:
-        statistics: [n, k] what each row adds to the sums.
+        statistics: [n, k] each row's addends to the k sums.
         score: [..., k] sums → [...] scores.
-        linear: the score is column 0 over column 1 of the sums, so that a row's influence has a closed form.
+        linear: the score is sum 0 over sum 1, so that the standard error has a closed form.
     """
 
     statistics: Floats
@@ -47,17 +46,17 @@ class Measure:
 
     @classmethod
     def ratio(cls, numerators: Floats, denominators: Floats) -> Measure:
-        """Σ numerators / Σ denominators, rows being the clusters: loss per token from each row's nll and tokens."""
+        """Σ numerators / Σ denominators, clustered by row: loss per token from each row's nll and tokens."""
         return cls(np.stack([numerators, denominators], axis=1).astype(np.float64), _quotient, linear=True)
 
     @classmethod
     def mean(cls, values: Floats) -> Measure:
-        """The mean of one value a row: the ratio whose denominators are 1."""
+        """The mean of one value per row: the ratio whose denominators are 1."""
         return cls.ratio(values, np.ones(len(values)))
 
     @classmethod
     def corpus(cls, statistics: Floats, score: Callable[[Floats], Floats]) -> Measure:
-        """Any score of summed statistics, such as BLEU: nothing but resampling knows its uncertainty."""
+        """Any score of summed statistics, such as BLEU; its uncertainty comes from resampling."""
         return cls(statistics.astype(np.float64), score, linear=False)
 
     @property
@@ -71,7 +70,7 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A score, its standard error and 95 % interval; None where one row cannot tell."""
+    """A score, its standard error and 95 % interval (None if there is one row only), over n rows."""
 
     mean: float
     se: float | None
@@ -82,16 +81,15 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class PairedDifference:
-    """What comparing a with b on the same n rows gives.
+    """a compared with b on the same n rows.
 
     Attributes:
         difference: a − b.
-        low, high: 95 % interval of the difference; None where one row cannot tell.
-        p: two-sided, that a and b are interchangeable row by row.
+        low, high: 95 % interval of the difference; None if there is one row only.
+        p: two-sided p-value of the hypothesis that a and b are interchangeable row by row.
         se: standard error of the difference, or None.
-        mde: smallest true difference that n such rows show with 80 % power at the 5 % level, which is shared among the
-            metrics that are looked at together; None where nothing tells: one row, or no spread (no row differs).
-        n: rows.
+        mde: smallest true difference that n such rows show with 80 % power at the 5 % level, which is divided among the
+            metrics that are compared together; None if unknown: one row, or no spread (no row differs).
     """
 
     difference: float
@@ -126,17 +124,16 @@ def estimate(measure: Measure, *, seed: int, trials: int = TRIALS) -> Estimate:
 
 
 def compare(a: Measure, b: Measure, *, seed: int, trials: int = TRIALS, metric_count: int = 1) -> PairedDifference:
-    """Compares two variants of one metric whose rows are the same, in the same order.
+    """Compare two variants on one metric; their rows are the same, in the same order.
 
     The interval is the percentile interval of `trials` paired bootstrap resamples (Koehn, 2004). p comes from `trials`
-    rounds of approximate randomisation (Noreen, 1989): each swaps a and b in the rows for which a coin shows heads,
-    which for a mean flips the sign of those rows' differences; p = (c + 1) / (trials + 1), where c counts the rounds
-    whose difference is at least as large. The standard error is the linearised one of the paired difference, or the
-    bootstrap's for a corpus score.
+    rounds of approximate randomisation (Noreen, 1989): each swaps a and b in each row with probability 1/2, and
+    p = (c + 1) / (trials + 1), where c counts the rounds whose difference is at least as large as the observed one. The
+    standard error is the linearised one of the paired difference, or the bootstrap's for a corpus score.
 
     Args:
-        metrics: how many are looked at together, and adjusted by `holm`. The smallest of their p must be below 5 % divided by
-            their number, so the `mde` is for that level (Bonferroni's); the others have an easier time.
+        metric_count: number of metrics that are compared together and adjusted by `holm`. The smallest p must be below 5 %
+            divided by this number, so `mde` is for that level (Bonferroni's).
 
     Raises:
         InputError: there are no rows, or not the same number on both sides.
@@ -153,14 +150,14 @@ def compare(a: Measure, b: Measure, *, seed: int, trials: int = TRIALS, metric_c
     )
     low, high = _percentile_interval(differences)
     se = _standard_error(_influence(a) - _influence(b)) if a.linear and b.linear else float(differences.std(ddof=1))
-    # Rows that differ by the same have no spread but what rounding leaves, and tell of no smaller difference.
+    # If all rows differ by the same amount, the spread is rounding only, and says nothing about smaller differences.
     has_spread = se > 1e-9 * max(abs(a.value), abs(b.value))
     mde = (NormalDist().inv_cdf(1 - (1 - LEVEL) / (2 * metric_count)) + _Z_POWER) * se if has_spread else None
     return PairedDifference(difference, low, high, p, se, mde, n)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for being looked at together (Holm, 1979), each at its place."""
+    """p-values adjusted for multiple comparisons (Holm, 1979), in the order given."""
     adjusted = [0.0] * len(p_values)
     running = 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
@@ -180,7 +177,7 @@ def _quotient(sums: Floats) -> Floats:
 
 
 def _influence(measure: Measure) -> Floats:
-    """[n] how far each row pulls the ratio, to first order; the mean is 0."""
+    """[n] each row's first-order effect on the ratio; the mean is 0."""
     numerators, denominators = measure.statistics.T
     return (numerators - measure.value * denominators) / denominators.mean()
 
@@ -195,7 +192,7 @@ def _percentile_interval(scores: Floats) -> tuple[float, float]:
 
 
 def _resamples(n: int, seed: int, trials: int) -> Iterator[Floats]:
-    """Chunks [m, n], `trials` rows in all: how often each row was drawn in n draws with replacement."""
+    """Chunks [m, n], `trials` in all: how often each of n rows was drawn in n draws with replacement."""
     rng = np.random.default_rng(seed)
     for m in _chunks(n, trials):
         drawn = rng.integers(n, size=(m, n)) + n * np.arange(m)[:, None]
@@ -206,12 +203,12 @@ def _randomisation_p(a: Measure, b: Measure, seed: int, trials: int) -> float:
     rng = np.random.default_rng(seed)
     sums_a, sums_b = a.statistics.sum(axis=0), b.statistics.sum(axis=0)
     observed = abs(a.value - b.value)
-    # The same difference reached by another order of additions is a tie, not a smaller one.
+    # Differences that are equal except for rounding count as ties.
     threshold = observed - 1e-9 * max(abs(a.value), abs(b.value))
     as_large = 0
     for m in _chunks(len(a), trials):
-        moved = rng.integers(2, size=(m, len(a))).astype(np.float64) @ (b.statistics - a.statistics)
-        as_large += int(np.count_nonzero(np.abs(a.score(sums_a + moved) - b.score(sums_b - moved)) >= threshold))
+        swapped = rng.integers(2, size=(m, len(a))).astype(np.float64) @ (b.statistics - a.statistics)
+        as_large += int(np.count_nonzero(np.abs(a.score(sums_a + swapped) - b.score(sums_b - swapped)) >= threshold))
     return (as_large + 1) / (trials + 1)
 
 

@@ -1,4 +1,4 @@
-"""Numbers, times and names as people read them. Knows nothing about runs or pages."""
+"""Numbers, times and lists as text for people."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 MINUS = "−"
-# A number and its unit stay on one line.
+# Keeps a number and its unit on one line.
 JOIN = "\N{NO-BREAK SPACE}"
 
 
 def number(value: float, digits: int = 3) -> str:
-    """Fixed digits after the point, thousands parted by commas, and a true minus; nothing is ever `−0.000`."""
+    """Fixed digits after the point, commas between thousands, and a true minus; never `−0.000`."""
     text = f"{value:,.{digits}f}"
     if text.startswith("-"):
         text = MINUS + text[1:] if text.strip("-0.,") else text[1:]
@@ -20,24 +20,19 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def signed(value: float, digits: int = 3) -> str:
-    """As `number`, with a plus where it is above 0."""
+    """As `number`, with a plus for values above 0."""
     text = number(value, digits)
     return text if text.startswith(MINUS) or not text.strip("0.,") else f"+{text}"
 
 
 def compact(value: float) -> str:
-    """Three significant digits, for values whose size is not known beforehand."""
+    """Three significant digits, for values of unknown size."""
     return f"{value:.3g}".replace("-", MINUS)
 
 
 def count(value: float) -> str:
-    """A whole number, thousands parted by commas."""
+    """A whole number, with commas between thousands."""
     return number(value, 0)
-
-
-def p_value(p: float) -> str:
-    """`p = 0.012`, or `p < 0.001`."""
-    return f"p{JOIN}<{JOIN}0.001" if p < 0.001 else f"p{JOIN}={JOIN}{p:.3f}"
 
 
 def size(value: float) -> str:
@@ -62,7 +57,7 @@ def duration(seconds: float) -> str:
 
 
 def moment(value: Any) -> str:
-    """An ISO 8601 time, or seconds since 1970, in UTC to the minute; anything else as it is."""
+    """An ISO 8601 time, or seconds since 1970, in UTC to the minute; anything else unchanged."""
     try:
         if isinstance(value, int | float) and not isinstance(value, bool):
             time = datetime.fromtimestamp(value, UTC)
@@ -79,7 +74,7 @@ def listing(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def shortened(text: str, most: int) -> str:
-    """One line of at most `most` characters."""
+def shorten(text: str, limit: int) -> str:
+    """One line of at most `limit` characters."""
     line = " ".join(text.split())
-    return line if len(line) <= most else line[: most - 1].rstrip() + "…"
+    return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"

@@ -1,7 +1,7 @@
-"""A run directory, read as far as it goes.
+"""Reads the files of a run directory for the report.
 
-Only `recipe.toml` must be there. A file that is absent leaves its part of the record empty; a damaged one is named in
-`notes`, so that one bad file never hides the others. Knows nothing about how the files were made, nor what a page shows.
+Only `recipe.toml` must exist. The part of a missing file is empty; a damaged file is named in `notes` and does not hide the
+others.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
-from corral.errors import RunError
+from corral.errors import InputError, RunError
+from corral.evaluation.scorecard import Scorecard
+from corral.evaluation.scoring import abbreviate
 
 JsonObject: TypeAlias = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """One training stage: its directory's name, its table in the recipe, and the lines of its metrics.jsonl by step."""
+    """One training stage: the name of its directory, the lines of its metrics.jsonl by step, and its table in the recipe."""
 
     name: str
     metrics: Sequence[JsonObject]
@@ -34,12 +36,12 @@ class RunRecord:
     """What a run directory holds. A missing part is empty.
 
     Attributes:
-        path: the directory, as it was named.
+        path: the directory, as the caller gave it.
         recipe_text, recipe: recipe.toml as text and as a table.
         completions: lines of evaluate/completions.jsonl.
-        exports: contracts of the forms in export/, by file name.
-        promoted: whether merge/model is there.
-        notes: what could not be read, a sentence each.
+        exports: contracts of the forms in export/, in the order of their file names.
+        promoted: whether merge/model exists.
+        notes: one sentence for each file that could not be read.
     """
 
     path: Path
@@ -51,24 +53,24 @@ class RunRecord:
     trainings: Sequence[Training]
     contract: JsonObject
     exports: Sequence[JsonObject]
-    scorecard: JsonObject
+    scorecard: Scorecard | None
     completions: Sequence[JsonObject]
     promoted: bool
     notes: Sequence[str]
 
     @property
     def name(self) -> str:
-        """The recipe's name, or the directory's."""
+        """The recipe's name, else the directory's."""
         return str(self.recipe.get("name") or self.path.resolve().name)
 
 
 def as_object(value: Any) -> JsonObject:
-    """The value if it is a JSON object, else an empty one."""
+    """The value if it is a JSON object, else an empty object."""
     return cast(JsonObject, value) if isinstance(value, dict) else {}
 
 
 def as_objects(value: Any) -> list[JsonObject]:
-    """The JSON objects in a list, else nothing."""
+    """The JSON objects in a list; none if the value is not a list."""
     return (
         [as_object(item) for item in cast(list[Any], value) if isinstance(item, dict)]
         if isinstance(value, list)
@@ -89,27 +91,17 @@ def series(metrics: Sequence[JsonObject], key: str) -> tuple[list[float], list[f
     return [step for step, _ in whole], [value for _, value in whole]
 
 
-def _exports(run: Path, notes: list[str]) -> list[JsonObject]:
-    found = [*run.glob("export/*.contract.json"), *run.glob("export/*/contract.json")]
-    contracts = [_json(run, str(path.relative_to(run)), notes) for path in sorted(found)]
-    return [contract for contract in contracts if contract]
-
-
 def read_run(run: Path) -> RunRecord:
-    """Read a run directory.
-
-    Raises:
-        RunError: it has no recipe.toml, or one that is not TOML.
-    """
+    """Read a run directory. Raises: RunError (it has no recipe.toml, or one that is not TOML)."""
     path = run / "recipe.toml"
     try:
         text = path.read_bytes().decode("utf-8")
         recipe = tomllib.loads(text)
     except OSError:
         raise RunError(
-            "this is not a run directory: it has no recipe.toml that can be read",
+            "this is not a run directory: it has no readable recipe.toml",
             where=str(run),
-            hint="give the directory that `corral run` filled",
+            hint="give the directory that `corral run` wrote",
         ) from None
     except ValueError as error:
         raise RunError(
@@ -127,7 +119,7 @@ def read_run(run: Path) -> RunRecord:
         trainings=_trainings(run, recipe, notes),
         contract=_json(run, f"merge/{'model' if promoted else 'candidate'}/contract.json", notes),
         exports=_exports(run, notes),
-        scorecard=_json(run, "evaluate/scorecard.json", notes),
+        scorecard=_scorecard(run, notes),
         completions=_json_lines(run, "evaluate/completions.jsonl", notes),
         promoted=promoted,
         notes=notes,
@@ -139,7 +131,7 @@ def _trainings(run: Path, recipe: JsonObject, notes: list[str]) -> list[Training
     settings = as_objects(recipe.get("train"))
     trainings: list[Training] = []
     for number, name in sorted(numbered):
-        # A stage that was resumed may have written a step twice: the later line is the one that counts.
+        # A resumed stage may have written a step twice; the later line counts.
         lines = _json_lines(run, f"{name}/metrics.jsonl", notes)
         by_step = {step: line for line in lines if (step := as_number(line.get("step"))) is not None}
         metrics = [by_step[step] for step in sorted(by_step)]
@@ -147,12 +139,27 @@ def _trainings(run: Path, recipe: JsonObject, notes: list[str]) -> list[Training
     return [training for training in trainings if training.metrics]
 
 
-def _json(run: Path, name: str, notes: list[str]) -> JsonObject:
+def _exports(run: Path, notes: list[str]) -> list[JsonObject]:
+    paths = [*run.glob("export/*.contract.json"), *run.glob("export/*/contract.json")]
+    contracts = [_json(run, str(path.relative_to(run)), notes) for path in sorted(paths)]
+    return [contract for contract in contracts if contract]
+
+
+def _scorecard(run: Path, notes: list[str]) -> Scorecard | None:
+    name = "evaluate/scorecard.json"
+    data = _read(run, name, notes)
     try:
-        value = json.loads((run / name).read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
+        return None if data is None else Scorecard.from_json(data.decode("utf-8"))
+    except (UnicodeDecodeError, InputError) as error:
+        notes.append(f"{name} cannot be read: {error.what if isinstance(error, InputError) else error}")
+        return None
+
+
+def _json(run: Path, name: str, notes: list[str]) -> JsonObject:
+    data = _read(run, name, notes)
+    try:
+        value = {} if data is None else json.loads(data)
+    except ValueError as error:
         notes.append(f"{name} cannot be read: {error}")
         return {}
     if not isinstance(value, dict):
@@ -161,26 +168,28 @@ def _json(run: Path, name: str, notes: list[str]) -> JsonObject:
 
 
 def _json_lines(run: Path, name: str, notes: list[str]) -> list[JsonObject]:
-    try:
-        data = (run / name).read_bytes()
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        notes.append(f"{name} cannot be read: {error}")
-        return []
     lines: list[JsonObject] = []
-    bad: list[int] = []
-    pieces = data.split(b"\n")
-    for place, line in enumerate(pieces, start=1):
+    bad: list[str] = []
+    pieces = (_read(run, name, notes) or b"").split(b"\n")
+    for number, line in enumerate(pieces, start=1):
         try:
             value = json.loads(line)
         except ValueError:
             value = None
         if isinstance(value, dict):
             lines.append(as_object(value))
-        elif line.strip() and place < len(pieces):  # what follows the last newline may be a line still being written
-            bad.append(place)
+        elif line.strip() and number < len(pieces):  # the last line may still be being written
+            bad.append(str(number))
     if bad:
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        notes.append(f"{name}: left out what is not a JSON object: line {', '.join(map(str, bad[:5]))}{more}")
+        notes.append(f"{name}: skipped lines that are not JSON objects: {abbreviate(bad)}")
     return lines
+
+
+def _read(run: Path, name: str, notes: list[str]) -> bytes | None:
+    try:
+        return (run / name).read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        notes.append(f"{name} cannot be read: {error}")
+        return None

@@ -78,7 +78,7 @@ def test_the_other_sets_are_read() -> None:
 def test_copies_are_one_question_and_a_foreign_row_is_named_by_its_line() -> None:
     line = json.dumps(ROWS["mmlu"])
     assert len(question_sets.parse_questions(QUESTION_SETS["mmlu"], [line, line], where="made")) == 1
-    with pytest.raises(DataError, match=r"has not the form of its question set: KeyError: 'answer'") as caught:
+    with pytest.raises(DataError, match=r"does not have the schema of its question set: KeyError: 'answer'") as caught:
         question_sets.parse_questions(
             QUESTION_SETS["mmlu"], [line, '{"question": "", "options": ""}'], where="made.jsonl"
         )

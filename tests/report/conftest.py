@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from corral.data.ledger import Ledger
-from corral.evaluation import scorecard
+from corral.evaluation.scorecard import Comparison, MetricValue, Scorecard, Variant, build_scorecard
 from corral.evaluation.scoring import Row, VariantRows
 from corral.export.contract import Check, Tolerance
 from corral.recipe import parse
 
-Maker = Callable[..., Path]
+MakeRun = Callable[..., Path]
 
 RECIPE = """
 name = "quickstart"
@@ -65,7 +65,7 @@ STEPS = [
 
 
 @pytest.fixture
-def make_run(tmp_path: Path) -> Maker:
+def make_run(tmp_path: Path) -> MakeRun:
     """`make_run(*parts)` fills a directory with the parts named, or all."""
 
     def make(*parts: str, name: str = "quickstart", stages: tuple[str, ...] = ("train-1-sft",)) -> Path:
@@ -155,14 +155,9 @@ def completions(rows: int = 24) -> list[dict[str, Any]]:
     return lines
 
 
-def card() -> dict[str, Any]:
-    """A real scorecard, a new copy each time: of `completions`, and of losses of 100 rows."""
-    value: dict[str, Any] = json.loads(_card())
-    return value
-
-
 @lru_cache(maxsize=1)
-def _card() -> str:
+def card() -> Scorecard:
+    """A real scorecard: of `completions`, and of losses of 100 rows."""
     rng = random.Random(3)
     lines = completions()
     base = [(rng.randint(60, 200), rng.gauss(2.28, 0.3)) for _ in range(100)]
@@ -180,7 +175,23 @@ def _card() -> str:
             for i, (n, loss) in enumerate(base)
         ]
         variants[variant] = VariantRows(rows, {"tokens_per_second": 31.5})
-    return scorecard.build_scorecard(variants, baseline="base", seed=7).to_json()
+    return build_scorecard(variants, baseline="base", seed=7)
+
+
+def tiny_card(**changes: Any) -> Scorecard:
+    """A scorecard of one metric and one comparison, with these changes."""
+    comparison: dict[str, Any] = {"difference": -0.44, "low": -0.47, "high": -0.41, "p": 0.0001, "p_holm": 0.0001}
+    comparison |= {"a": "tuned", "b": "base", "metric": "loss", "n": 100, "mde": None, "better": "lower"}
+    return Scorecard(
+        variants={
+            "base": Variant(metrics={"loss": MetricValue(mean=2.28, se=0.03, n=100)}),
+            "tuned": Variant(metrics={"loss": MetricValue(mean=1.84, se=0.02, n=100)}),
+        },
+        comparisons=[Comparison.model_validate(comparison | changes)],
+        baseline="base",
+        seed=0,
+        signatures={},
+    )
 
 
 def ledger() -> dict[str, Any]:
@@ -257,6 +268,6 @@ PARTS: dict[str, Callable[[Path], None]] = {
     "ledger": lambda run: write(run / "prepare" / "ledger.json", ledger()),
     "metrics": lambda run: None,  # by `fill`, for each stage
     "contract": lambda run: write(run / "merge" / "model" / "contract.json", contract()),
-    "scorecard": lambda run: write(run / "evaluate" / "scorecard.json", card()),
+    "scorecard": lambda run: write(run / "evaluate" / "scorecard.json", card().to_json()),
     "completions": lambda run: write_lines(run / "evaluate" / "completions.jsonl", completions()),
 }

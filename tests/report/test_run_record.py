@@ -6,10 +6,10 @@ import pytest
 
 from corral.errors import RunError
 from corral.report import run_record
-from tests.report.conftest import Maker, completions, metrics
+from tests.report.conftest import MakeRun, completions, metrics
 
 
-def test_a_whole_run_is_read_without_notes(make_run: Maker) -> None:
+def test_a_whole_run_is_read_without_notes(make_run: MakeRun) -> None:
     record = run_record.read_run(make_run())
     assert record.name == "quickstart"
     assert [(t.name, len(t.metrics), t.settings["steps"]) for t in record.trainings] == [("train-1-sft", 61, 60)]
@@ -18,23 +18,23 @@ def test_a_whole_run_is_read_without_notes(make_run: Maker) -> None:
     assert record.notes == []
 
 
-def test_a_recipe_alone_is_a_run(make_run: Maker) -> None:
+def test_a_recipe_alone_is_a_run(make_run: MakeRun) -> None:
     record = run_record.read_run(make_run("nothing else"))
-    assert (record.trainings, record.completions, record.scorecard, record.promoted) == ([], [], {}, False)
+    assert (record.trainings, record.completions, record.scorecard, record.promoted) == ([], [], None, False)
     assert record.notes == []
 
 
-def test_a_directory_without_a_recipe_is_refused_with_what_to_do(make_run: Maker) -> None:
+def test_a_directory_without_a_recipe_is_refused_with_what_to_do(make_run: MakeRun) -> None:
     run = make_run("nothing else")
     (run / "recipe.toml").unlink()
-    with pytest.raises(RunError, match=r"no recipe\.toml") as caught:
+    with pytest.raises(RunError, match=r"no readable recipe\.toml") as caught:
         run_record.read_run(run)
     assert caught.value.where == str(run)
     assert caught.value.hint
 
 
 @pytest.mark.parametrize("content", [b"name = ", b"\xff\xfe\x00"])
-def test_a_damaged_recipe_is_refused(make_run: Maker, content: bytes) -> None:
+def test_a_damaged_recipe_is_refused(make_run: MakeRun, content: bytes) -> None:
     run = make_run("nothing else")
     (run / "recipe.toml").write_bytes(content)
     with pytest.raises(RunError, match="damaged"):
@@ -42,17 +42,17 @@ def test_a_damaged_recipe_is_refused(make_run: Maker, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("content", [b'{"variants": {', b"\xff\x00", b"[1, 2]", b""])
-def test_a_damaged_file_is_named_and_hides_nothing_else(make_run: Maker, content: bytes) -> None:
+def test_a_damaged_file_is_named_and_hides_nothing_else(make_run: MakeRun, content: bytes) -> None:
     run = make_run()
     (run / "evaluate" / "scorecard.json").write_bytes(content)
     record = run_record.read_run(run)
-    assert record.scorecard == {}
+    assert record.scorecard is None
     assert len(record.notes) == 1
     assert "evaluate/scorecard.json" in record.notes[0]
     assert len(record.completions) == 48
 
 
-def test_a_half_written_last_line_is_left_out_without_a_word(make_run: Maker) -> None:
+def test_a_half_written_last_line_is_left_out_without_a_word(make_run: MakeRun) -> None:
     run = make_run("metrics")
     with (run / "train-1-sft" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 61, "lo')
@@ -61,7 +61,7 @@ def test_a_half_written_last_line_is_left_out_without_a_word(make_run: Maker) ->
     assert record.notes == []
 
 
-def test_bad_lines_in_the_middle_are_named(make_run: Maker) -> None:
+def test_bad_lines_in_the_middle_are_named(make_run: MakeRun) -> None:
     run = make_run("completions")
     path = run / "evaluate" / "completions.jsonl"
     lines = path.read_text().splitlines()
@@ -69,10 +69,10 @@ def test_bad_lines_in_the_middle_are_named(make_run: Maker) -> None:
     path.write_text("\n".join(lines))
     record = run_record.read_run(run)
     assert len(record.completions) == 46
-    assert record.notes == ["evaluate/completions.jsonl: left out what is not a JSON object: line 4, 7"]
+    assert record.notes == ["evaluate/completions.jsonl: skipped lines that are not JSON objects: 4, 7"]
 
 
-def test_a_step_that_was_written_twice_counts_as_written_last(make_run: Maker) -> None:
+def test_a_step_that_was_written_twice_counts_as_written_last(make_run: MakeRun) -> None:
     run = make_run("metrics")
     again = metrics()[30] | {"loss": 9.5}
     with (run / "train-1-sft" / "metrics.jsonl").open("a") as file:
@@ -82,13 +82,13 @@ def test_a_step_that_was_written_twice_counts_as_written_last(make_run: Maker) -
     assert read[30]["loss"] == 9.5
 
 
-def test_training_stages_come_in_the_order_of_their_numbers(make_run: Maker) -> None:
+def test_training_stages_come_in_the_order_of_their_numbers(make_run: MakeRun) -> None:
     names = [f"train-{number}-sft" for number in (10, 2, 1)]
     record = run_record.read_run(make_run("metrics", stages=tuple(names)))
     assert [t.name for t in record.trainings] == ["train-1-sft", "train-2-sft", "train-10-sft"]
 
 
-def test_the_contract_of_a_model_that_was_not_promoted_is_read(make_run: Maker) -> None:
+def test_the_contract_of_a_model_that_was_not_promoted_is_read(make_run: MakeRun) -> None:
     run = make_run("contract")
     (run / "merge" / "model").rename(run / "merge" / "candidate")
     record = run_record.read_run(run)

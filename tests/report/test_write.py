@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from corral.report.write import write_report
-from tests.report.conftest import PARTS, Maker, lineage, metrics, write, write_lines
+from tests.report.conftest import PARTS, MakeRun, lineage, metrics, write, write_lines
 
 PICTURES = {"loss.png", "learning-rate.png", "throughput.png", "scorecard.png"}
 
 
-def test_a_page_and_four_pictures_are_written(make_run: Maker) -> None:
+def test_a_page_and_four_pictures_are_written(make_run: MakeRun) -> None:
     run = make_run()
     index = write_report(run)
     assert index == run / "report" / "index.html"
@@ -24,7 +24,7 @@ def test_a_page_and_four_pictures_are_written(make_run: Maker) -> None:
             assert image.format == "PNG"
 
 
-def test_the_same_run_gives_the_same_bytes(make_run: Maker) -> None:
+def test_the_same_run_gives_the_same_bytes(make_run: MakeRun) -> None:
     run = make_run()
     first = {path.name: path.read_bytes() for path in write_report(run).parent.iterdir()}
     shutil.rmtree(run / "report")
@@ -39,7 +39,7 @@ def test_the_same_run_gives_the_same_bytes(make_run: Maker) -> None:
     assert {path.name: path.read_bytes() for path in write_report(run).parent.iterdir()} == first
 
 
-def test_another_figure_gives_another_page(make_run: Maker) -> None:
+def test_another_figure_gives_another_page(make_run: MakeRun) -> None:
     run = make_run("scorecard")
     first = write_report(run).read_bytes()
     path = run / "evaluate" / "scorecard.json"
@@ -50,7 +50,7 @@ def test_another_figure_gives_another_page(make_run: Maker) -> None:
 
 
 @pytest.mark.parametrize("missing", ["metrics", "scorecard", "completions"])
-def test_a_run_that_lacks_one_part_is_reported(make_run: Maker, missing: str) -> None:
+def test_a_run_that_lacks_one_part_is_reported(make_run: MakeRun, missing: str) -> None:
     run = make_run(*(part for part in PARTS if part != missing))
     names = {path.name for path in write_report(run).parent.iterdir()}
     lacking = {"metrics": PICTURES - {"scorecard.png"}, "scorecard": {"scorecard.png"}}.get(missing, set())
@@ -58,7 +58,7 @@ def test_a_run_that_lacks_one_part_is_reported(make_run: Maker, missing: str) ->
 
 
 @pytest.mark.parametrize("only", ["nothing", *PARTS])
-def test_a_run_that_has_one_part_is_reported(make_run: Maker, only: str) -> None:
+def test_a_run_that_has_one_part_is_reported(make_run: MakeRun, only: str) -> None:
     page = write_report(make_run(only)).read_text("utf-8")
     sections = {
         "ledger": "data",
@@ -72,7 +72,7 @@ def test_a_run_that_has_one_part_is_reported(make_run: Maker, only: str) -> None
         assert (f'href="#{section}"' in page) == (part == only)
 
 
-def test_a_picture_whose_figures_are_gone_goes_too(make_run: Maker) -> None:
+def test_a_picture_whose_figures_are_gone_goes_too(make_run: MakeRun) -> None:
     run = make_run()
     write_report(run)
     (run / "evaluate" / "scorecard.json").unlink()
@@ -81,7 +81,7 @@ def test_a_picture_whose_figures_are_gone_goes_too(make_run: Maker) -> None:
     assert (run / "report" / "loss.png").exists()
 
 
-def test_a_damaged_file_is_named_on_the_page(make_run: Maker) -> None:
+def test_a_damaged_file_is_named_on_the_page(make_run: MakeRun) -> None:
     run = make_run("ledger", "scorecard")
     (run / "prepare" / "ledger.json").write_text('{"rows": 12')
     page = write_report(run).read_text("utf-8")
@@ -89,7 +89,7 @@ def test_a_damaged_file_is_named_on_the_page(make_run: Maker) -> None:
     assert '<section id="scores">' in page
 
 
-def test_files_of_quite_another_shape_do_not_stop_the_report(make_run: Maker) -> None:
+def test_files_of_quite_another_shape_do_not_stop_the_report(make_run: MakeRun) -> None:
     run = make_run("nothing else")
     for name in (
         "environment.json",
@@ -110,7 +110,7 @@ def test_files_of_quite_another_shape_do_not_stop_the_report(make_run: Maker) ->
     assert "<h1" in write_report(run).read_text("utf-8")
 
 
-def test_several_training_stages_are_shown_each(make_run: Maker) -> None:
+def test_several_training_stages_are_shown_each(make_run: MakeRun) -> None:
     run = make_run(stages=("train-1-sft", "train-2-dpo"))
     write_lines(run / "train-2-dpo" / "metrics.jsonl", metrics(12))
     page = write_report(run).read_text("utf-8")
@@ -119,7 +119,7 @@ def test_several_training_stages_are_shown_each(make_run: Maker) -> None:
 
 
 def test_the_report_of_a_relative_run_names_it_as_it_was_given(
-    make_run: Maker, monkeypatch: pytest.MonkeyPatch
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run("contract")
     monkeypatch.chdir(run.parent.parent)
