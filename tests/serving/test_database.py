@@ -331,9 +331,9 @@ def test_what_is_made_beside_waits_for_no_other_and_fails_as_it_would_here() -> 
 def test_a_process_ends_though_a_call_hangs() -> None:
     code = (
         "import asyncio, threading\n"
-        "from corral.serving.database import beside\n"
+        "from corral.serving.database import run_in_thread\n"
         "async def work():\n"
-        "    asyncio.create_task(beside(threading.Event().wait))\n"
+        "    asyncio.create_task(run_in_thread(threading.Event().wait))\n"
         "    await asyncio.sleep(0.1)\n"
         "asyncio.run(work())\n"
     )
