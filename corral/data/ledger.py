@@ -80,7 +80,7 @@ class Ledger:
 
     def add_fate(
         self, source: str, index: int, fate: Fate, reason: str | None = None, side: Side | None = None
-    ) -> bool:
+    ) -> None:
         """Count a row with its fate.
 
         Args:
