@@ -20,10 +20,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, cast
 
 from corral.engines.base import Delta, Engine, Features, Generation, Sampling, closed_error
-from corral.engines.openvino_process import BLOCK_TOKENS
+from corral.engines.openvino_process import BLOCK_TOKENS, Event
 from corral.errors import CorralError, EngineError, ModelError
 from corral.export_forms import OPENVINO_MODEL, OpenVinoType
 from corral.extras import require
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 MAX_SEQUENCES = 256
 """Sequences that OpenVINO computes together."""
+_EventHandler: TypeAlias = Callable[[list[Event]], None]
+_ExitHandler: TypeAlias = "Callable[[_Child, str], None]"
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
 
@@ -180,7 +182,7 @@ class OpenVinoEngine(Engine):
         if not pending.unfinished:
             del self._pending[request]
 
-    def _handle_events(self, events: list[list[Any]]) -> None:
+    def _handle_events(self, events: list[Event]) -> None:
         """Called by the child's reader thread."""
         with self._lock:
             for kind, request, *rest in events:
@@ -224,24 +226,12 @@ class OpenVinoEngine(Engine):
 class _Child:
     """The child process and the two threads that write to it and read from it.
 
-    Writing has a thread of its own, as the pipe may be full while the child computes: no caller must wait for that.
-
-    Args:
-        handle_events: called with the events of each line that the child writes.
-        handle_exit: called with this child and the reason when it has ended by itself.
-        wait: until the child has loaded the model.
-
-    Raises:
-        ModelError: it could not load the model (only with `wait`).
+    Writing has a thread of its own, as the pipe may be full while the child computes: no caller must wait for that. With
+    `wait` it waits until the child has loaded the model. Raises: ModelError (the child could not).
     """
 
     def __init__(
-        self,
-        settings: dict[str, Any],
-        handle_events: Callable[[list[list[Any]]], None],
-        handle_exit: Callable[[_Child, str], None],
-        *,
-        wait: bool,
+        self, settings: dict[str, Any], handle_events: _EventHandler, handle_exit: _ExitHandler, *, wait: bool
     ) -> None:
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the child)
         # -P: a file `openvino.py` in the current directory must not be imported in place of the package.
@@ -282,9 +272,7 @@ class _Child:
         with contextlib.suppress(OSError):
             self._stdin.close()
 
-    def _read(
-        self, handle_events: Callable[[list[list[Any]]], None], handle_exit: Callable[[_Child, str], None]
-    ) -> None:
+    def _read(self, handle_events: _EventHandler, handle_exit: _ExitHandler) -> None:
         for line in self._stdout:
             if line.endswith(b"\n"):
                 self.ready = True
@@ -318,12 +306,7 @@ class _CacheSize:
     def fitting(cls, folder: Path, itemsize: int) -> _CacheSize:
         """A quarter of the free memory, 4 GiB at most; never more than MAX_SEQUENCES texts of full length need.
 
-        Args:
-            folder: whose config.json gives the model's shape.
-            itemsize: bytes of a number in the cache.
-
-        Raises:
-            ModelError: config.json cannot be read.
+        `itemsize`: bytes of a number in the cache. Raises: ModelError (config.json cannot be read).
         """
         import psutil
 

@@ -1,13 +1,13 @@
-"""The engine protocol as tests: what every engine must do, whatever computes its tokens.
+"""The engine protocol as tests, which every engine passes.
 
-A test file subclasses `EngineConformance` and gives it a `subject`. What an engine says in its features that it cannot do is
-not asked of it, except that it must refuse. Nothing here knows how an engine works inside.
+A test file subclasses `EngineConformance` and gives it a `subject`. A feature that an engine does not have must be refused.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ DRAWN = Sampling(max_tokens=12, temperature=1.0, seed=7)
 
 @dataclass(frozen=True)
 class Failing:
-    """An engine that breaks on one prompt, and works on the subject's."""
+    """An engine that fails on one prompt, and computes the subject's."""
 
     make: Callable[[], AbstractAsyncContextManager[Engine]]
     prompt: Sequence[int]
@@ -35,9 +35,9 @@ class Failing:
 @dataclass(frozen=True)
 class Subject:
     make: Callable[[], AbstractAsyncContextManager[Engine]]
-    """Opens a fresh engine that can compute 1,000 tokens of one prompt, on the way not so fast that nobody can cancel."""
+    """Opens a fresh engine that can compute 1,000 tokens of one prompt, slowly enough to be cancelled before the end."""
     prompts: Sequence[Sequence[int]]
-    """At least four, of plainly different lengths, one of them a single id."""
+    """At least four, of very different lengths, one of them a single id."""
     failing: Failing | None = None
     tolerance: float = 1e-3
     """Between log-probabilities that are the same in theory."""
@@ -56,11 +56,17 @@ async def complete(engine: Engine, ids: Sequence[int], sampling: Sampling) -> li
 
 
 def finishes(deltas: Sequence[Delta]) -> dict[int, list[Finish]]:
-    found: dict[int, list[Finish]] = {}
+    reasons: dict[int, list[Finish]] = {}
     for delta in deltas:
-        assert delta.choice not in found or not found[delta.choice], f"choice {delta.choice} went on after its end"
-        found.setdefault(delta.choice, []).extend([delta.finish] if delta.finish else [])
-    return found
+        assert delta.choice not in reasons or not reasons[delta.choice], f"choice {delta.choice} went on after its end"
+        reasons.setdefault(delta.choice, []).extend([delta.finish] if delta.finish else [])
+    return reasons
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Polls for as long as it takes: a test that would wait for ever fails by never ending."""
+    while not condition():
+        time.sleep(0.02)
 
 
 def differ_in(completions: Sequence[Completion]) -> int:
@@ -72,7 +78,7 @@ class EngineConformance:
 
     @pytest.fixture
     def subject(self) -> Subject:
-        raise NotImplementedError("a subclass says which engine is tested")
+        raise NotImplementedError("a subclass defines the engine to test")
 
     @pytest.fixture
     def run(self, subject: Subject) -> Callable[[Callable[[Engine], Awaitable[T]]], T]:

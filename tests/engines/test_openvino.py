@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +23,19 @@ from corral.engines.openvino import OpenVinoEngine
 from corral.errors import EngineClosedError, EngineError, MissingExtraError, ModelError
 from corral.export.contract import TOLERANCES, compare_logprobs
 from corral.model.openvino_graph import MODEL_FILE, write_model
-from tests.engines.conformance import DRAWN, GREEDY, EngineConformance, Subject, complete, deltas_of, finishes, long_run
-from tests.engines.test_transformers import PROMPTS, generated, model
-from tests.engines.tiny import CONTEXT, VOCABULARY, tiny_llama
+from tests.engines.conformance import (
+    DRAWN,
+    GREEDY,
+    EngineConformance,
+    Subject,
+    complete,
+    deltas_of,
+    finishes,
+    long_run,
+    wait_for,
+)
+from tests.engines.test_transformers import PROMPTS, model
+from tests.engines.tiny import CONTEXT, VOCABULARY, generated, random_ids, scores, tiny_llama
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,17 +64,6 @@ class TestConformance(EngineConformance):
         return Subject(lambda: OpenVinoEngine(form), PROMPTS)
 
 
-def prompt_of(length: int) -> list[int]:
-    return torch.randint(0, VOCABULARY, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-
-
-def scores(of: Any, ids: Sequence[int], start: int = 1) -> list[float]:
-    """What transformers says of ids[start:]."""
-    with torch.no_grad():
-        logprobs = of(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-    return logprobs.gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1)[start - 1 :].tolist()
-
-
 def child_of(engine: OpenVinoEngine) -> psutil.Process:
     assert engine._child is not None
     return psutil.Process(engine._child.process.pid)
@@ -73,12 +71,6 @@ def child_of(engine: OpenVinoEngine) -> psutil.Process:
 
 def ended(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Polls for as long as it takes: a test that would wait for ever fails by never ending."""
-    while not condition():
-        time.sleep(0.02)
 
 
 # ---- n choices of one prompt
@@ -98,11 +90,11 @@ async def _deltas(engine: Engine, ids: Sequence[int], sampling: Sampling) -> lis
     return await deltas_of(engine.submit(ids, sampling))
 
 
-LONG = prompt_of(1500)
+LONG = random_ids(1500)
 """Takes the leader several steps, in which its followers wait."""
 
 
-@pytest.mark.parametrize("prompt", [LONG, prompt_of(40), prompt_of(20)], ids=len)
+@pytest.mark.parametrize("prompt", [LONG, random_ids(40), random_ids(20)], ids=len)
 @pytest.mark.parametrize("cancelled", [{0}, {1}, {2}, {0, 1}, {1, 2}, {0, 1, 2}], ids=str)
 def test_any_choices_may_be_cancelled_before_the_prompt_is_computed(
     shared: OpenVinoEngine, prompt: list[int], cancelled: set[int]
@@ -131,7 +123,7 @@ def test_any_choices_may_be_cancelled_before_the_prompt_is_computed(
 def test_prompts_around_the_size_of_a_block_are_answered_as_by_transformers_the_second_time_too(
     shared: OpenVinoEngine, length: int
 ) -> None:
-    prompt = prompt_of(length)
+    prompt = random_ids(length)
 
     async def test() -> list[list[Completion]]:
         return [await complete(shared, prompt, replace(GREEDY, n=2, max_tokens=40, logprobs=True)) for _ in range(2)]
@@ -148,7 +140,7 @@ def test_prompts_around_the_size_of_a_block_are_answered_as_by_transformers_the_
 def test_scores_are_those_of_transformers_also_of_what_was_just_generated(shared: OpenVinoEngine) -> None:
     async def test() -> None:
         for length in (2, 32, 256, 257, 700, CONTEXT):
-            ids = prompt_of(length)
+            ids = random_ids(length)
             assert await shared.score(ids) == pytest.approx(scores(model(), ids), abs=1e-3)
         (completion,) = await complete(shared, LONG, replace(DRAWN, max_tokens=70))
         ids = [*LONG, *completion.ids]
@@ -172,25 +164,25 @@ def tight(form: Path) -> Iterator[OpenVinoEngine]:
 
 def test_a_cache_too_small_for_all_changes_no_answer(tight: OpenVinoEngine, shared: OpenVinoEngine) -> None:
     shapes = [(30 + 7 * i, replace(DRAWN, n=4, max_tokens=60, seed=i, logprobs=True)) for i in range(6)]
-    texts = [prompt_of(150 + i) for i in range(8)]
+    texts = [random_ids(150 + i) for i in range(8)]
 
     async def test(engine: Engine) -> list[list[Completion]]:
         for text, scored in zip(texts, await asyncio.gather(*map(engine.score, texts)), strict=True):
             assert scored == pytest.approx(scores(model(), text), abs=1e-3)
-        return await asyncio.gather(*(complete(engine, prompt_of(length), sampling) for length, sampling in shapes))
+        return await asyncio.gather(*(complete(engine, random_ids(length), sampling) for length, sampling in shapes))
 
     for (length, _), ours, theirs in zip(shapes, asyncio.run(test(tight)), asyncio.run(test(shared)), strict=True):
         for one, other in zip(ours, theirs, strict=True):
             assert one.ids == other.ids
-            expected = scores(model(), [*prompt_of(length), *one.ids], length)
+            expected = scores(model(), [*random_ids(length), *one.ids], length)
             assert one.logprobs == pytest.approx(expected, abs=1e-3)
 
 
 def test_prompts_that_share_a_beginning_in_a_full_cache_are_answered_right_while_others_are_cancelled(
     tight: OpenVinoEngine,
 ) -> None:
-    beginning = prompt_of(96)
-    prompts = [beginning[: 32 * (i % 4)] + prompt_of(5 + i) for i in range(24)]
+    beginning = random_ids(96)
+    prompts = [beginning[: 32 * (i % 4)] + random_ids(5 + i) for i in range(24)]
     sampling = replace(DRAWN, n=2, max_tokens=30, logprobs=True)
 
     async def one(number: int, prompt: list[int]) -> list[Completion]:
@@ -267,7 +259,7 @@ def test_a_killed_child_is_an_error_for_all_it_did_and_the_next_request_starts_a
         for _ in range(2):
             child = child_of(engine)
             work: list[Any] = [asyncio.create_task(complete(engine, prompt, long_run(n=2))) for prompt in PROMPTS]
-            work += [asyncio.create_task(engine.score(prompt_of(2000))) for _ in range(50)]
+            work += [asyncio.create_task(engine.score(random_ids(2000))) for _ in range(50)]
             await begun(engine.submit(PROMPTS[0], long_run()))
             os.kill(child.pid, signal.SIGKILL)
             for result in await asyncio.gather(*work, return_exceptions=True):
@@ -561,7 +553,7 @@ def test_bfloat16_is_within_the_tolerance_that_contracts_have_for_it(
 ) -> None:
     monkeypatch.setenv("CORRAL_CACHE", str(tmp_path / "cache"))
     tiny_llama().save_pretrained(tmp_path / "model")
-    texts = [prompt_of(length) for length in (100, 200, 300)]
+    texts = [random_ids(length) for length in (100, 200, 300)]
 
     async def test() -> list[list[float]]:
         async with OpenVinoEngine(tmp_path / "model", dtype="bfloat16") as engine:

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from corral.engines.base import Sampling
 from corral.engines.token_sampling import sample
+from tests.engines.tiny import distribution
 
 VOCABULARY = 1000
 SAMPLINGS = (
@@ -25,34 +25,19 @@ def logits(spread: float) -> torch.Tensor:
     return torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(3)) * spread
 
 
-def exact(row: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """The distribution by transformers' own logits processors."""
-    if sampling.temperature == 0:
-        return torch.nn.functional.one_hot(row.argmax(), VOCABULARY).float()
-    nothing = torch.zeros(1, 1, dtype=torch.long)
-    scores = TemperatureLogitsWarper(sampling.temperature)(nothing, row[None])
-    if sampling.top_k:
-        scores = TopKLogitsWarper(sampling.top_k)(nothing, scores)
-    if sampling.top_p < 1:
-        scores = TopPLogitsWarper(sampling.top_p)(nothing, scores)
-    return scores.softmax(-1)[0]
-
-
 @pytest.mark.parametrize("spread", [0.1, 1.0, 5.0])
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: f"T={s.temperature} top_p={s.top_p} top_k={s.top_k}")
-def test_evenly_spread_uniforms_meet_each_id_as_often_as_its_probability_says(
-    sampling: Sampling, spread: float
-) -> None:
-    # No chance in it: over a grid of uniforms, an interval of length p holds N p points, give or take one.
+def test_a_grid_of_uniforms_samples_each_id_in_proportion_to_its_probability(sampling: Sampling, spread: float) -> None:
+    # Not random: over a grid of uniforms, an interval of length p holds N p points, give or take one.
     row, count = logits(spread), 4000
     ids = sample(row.expand(count, -1), [sampling] * count, [(i + 1) / count for i in range(count)])
     seen = ids.bincount(minlength=VOCABULARY) / count
-    expected = exact(row, sampling)
+    expected = distribution(row, sampling)
     assert (seen - expected).abs().max() <= 1.01 / count + 1e-5
     assert not seen[expected == 0].any()
 
 
-def test_a_row_is_drawn_alike_whatever_is_beside_it() -> None:
+def test_a_row_is_sampled_alike_in_every_batch() -> None:
     rows = torch.stack([logits(spread) for spread in (0.1, 1.0, 5.0) for _ in SAMPLINGS])
     samplings = [*SAMPLINGS] * 3
     uniforms = torch.rand(len(rows), generator=torch.Generator().manual_seed(5)).clamp(min=1e-6).tolist()
@@ -62,9 +47,9 @@ def test_a_row_is_drawn_alike_whatever_is_beside_it() -> None:
 
 
 @pytest.mark.parametrize("uniform", [1e-12, 1.0])
-def test_the_ends_of_the_interval_draw_ids_that_can_be_drawn(uniform: float) -> None:
+def test_the_smallest_and_largest_uniform_sample_possible_ids(uniform: float) -> None:
     row = logits(1.0)
     row[:5] = row[-5:] = float("-inf")
     for sampling in SAMPLINGS:
         (id_,) = sample(row[None], [sampling], [uniform]).tolist()
-        assert exact(row, sampling)[id_] > 0
+        assert distribution(row, sampling)[id_] > 0

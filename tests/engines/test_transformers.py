@@ -21,22 +21,16 @@ from corral.engines.shared_model import SharedModel
 from corral.engines.transformers import TransformersEngine
 from corral.errors import EngineClosedError, EngineError, RequestError
 from tests.engines.conformance import DRAWN, GREEDY, EngineConformance, Failing, Subject, complete
-from tests.engines.tiny import CONTEXT, VOCABULARY, tiny_llama
+from tests.engines.tiny import CONTEXT, VOCABULARY, distribution, generated, tiny_llama
 
 PROMPTS = ([3], [4, 5, 6], list(range(10, 30)), list(range(30, 130)))
 POISON = 200
+BYTES_PER_TOKEN = 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, head size, float32
 
 
 @functools.cache
 def model() -> LlamaForCausalLM:
     return tiny_llama()
-
-
-def generated(of: Any, prompt: Sequence[int], count: int) -> list[int]:
-    """What transformers' own generate gives, greedily."""
-    ids = torch.tensor([prompt])
-    options: dict[str, Any] = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    return of.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
 
 
 def complete_all(
@@ -66,6 +60,16 @@ def two_adapters() -> Any:
 @functools.cache
 def shared_model() -> SharedModel:
     return SharedModel(two_adapters())
+
+
+def spied_llama() -> tuple[LlamaForCausalLM, list[tuple[int, int]]]:
+    """A model, and the (rows, columns) of ids of each forward pass."""
+    shapes: list[tuple[int, int]] = []
+    spied = tiny_llama()
+    spied.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    return spied, shapes
 
 
 def not_a_number() -> LlamaForCausalLM:
@@ -135,21 +139,6 @@ def test_requests_that_join_a_running_batch_are_answered_as_alone(prompts: Seque
         assert list(completion.ids) == generated(model(), prompt, 60 if i % 2 else 15)
 
 
-def exact(prompt: Sequence[int], sampling: Sampling) -> torch.Tensor:
-    """The distribution of the first id, by transformers' own logits processors."""
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    ids = torch.tensor([prompt])
-    with torch.no_grad():
-        logits: Any = model()(ids).logits[:, -1]
-    logits = TemperatureLogitsWarper(sampling.temperature)(ids, logits)
-    if sampling.top_k:
-        logits = TopKLogitsWarper(sampling.top_k)(ids, logits)
-    if sampling.top_p < 1:
-        logits = TopPLogitsWarper(sampling.top_p)(ids, logits)
-    return logits.softmax(-1)[0]
-
-
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -166,7 +155,9 @@ def test_first_ids_are_drawn_from_the_exact_distribution(sampling: Sampling) -> 
     sampling = replace(sampling, n=draws, max_tokens=1, seed=11)
     (completions,) = complete_all(TransformersEngine(model(), max_batch=draws), [prompt], sampling)
     counts = Counter(completion.ids[0] for completion in completions)
-    expected = exact(prompt, sampling) * draws
+    with torch.no_grad():
+        logits: Any = model()(torch.tensor([prompt])).logits[0, -1]
+    expected = distribution(logits, sampling) * draws
     assert set(counts) <= set(expected.nonzero().squeeze(1).tolist())
     # Pearson's chi-square; ids expected fewer than 5 times count as one. Mean k, variance 2k: 5 standard deviations.
     usual = [i for i in range(VOCABULARY) if expected[i] >= 5]
@@ -225,34 +216,29 @@ def test_a_model_with_a_window_of_attention_is_used_within_it() -> None:
 
 def test_a_cache_too_small_for_all_changes_no_answer() -> None:
     sampling = replace(DRAWN, n=3, max_tokens=20)
-    bytes_per_token = 2 * 2 * 2 * 16 * 4
     roomy = complete_all(TransformersEngine(model()), PROMPTS, sampling)
     for tokens in (1, 60, 300):
-        tight = TransformersEngine(model(), cache_bytes=tokens * bytes_per_token)
+        tight = TransformersEngine(model(), cache_bytes=tokens * BYTES_PER_TOKEN)
         assert complete_all(tight, PROMPTS, sampling) == roomy
 
 
-def test_the_batch_never_holds_more_than_it_may() -> None:
-    widths: list[int] = []
-    spied = tiny_llama()
-    spied.register_forward_pre_hook(
-        lambda module, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    bytes_per_token = 2 * 2 * 2 * 16 * 4
+def steps(shapes: Sequence[tuple[int, int]]) -> list[int]:
+    """Rows of each step that computes one token of each row."""
+    return [rows for rows, columns in shapes if columns == 1]
+
+
+def test_a_batch_has_at_most_max_batch_rows_and_as_many_as_the_cache_holds() -> None:
     sampling = replace(DRAWN, n=4, max_tokens=20)
+    spied, shapes = spied_llama()
     complete_all(TransformersEngine(spied, max_batch=5), PROMPTS[:3], sampling)
-    assert max(widths) == 5
-    widths.clear()
-    complete_all(TransformersEngine(spied, cache_bytes=90 * bytes_per_token), PROMPTS[:3], sampling)
-    assert max(widths) == 4  # 21 tokens at most for each row of the shortest prompt
+    assert max(steps(shapes)) == 5
+    shapes.clear()
+    complete_all(TransformersEngine(spied, cache_bytes=90 * BYTES_PER_TOKEN), PROMPTS[:3], sampling)
+    assert max(steps(shapes)) == 4  # 21 tokens at most for each row of the shortest prompt
 
 
 def test_finished_and_cancelled_choices_leave_the_batch() -> None:
-    widths: list[int] = []
-    spied = tiny_llama()
-    spied.register_forward_pre_hook(
-        lambda module, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
+    spied, shapes = spied_llama()
 
     async def test() -> None:
         async with TransformersEngine(spied) as engine:
@@ -262,27 +248,20 @@ def test_finished_and_cancelled_choices_leave_the_batch() -> None:
             await long.completions()
 
     asyncio.run(test())
-    assert max(widths) == 5
-    assert widths[-1] == 1
-    assert widths.count(5) <= 5
+    rows = steps(shapes)
+    assert max(rows) == 5
+    assert rows[-1] == 1
+    assert rows.count(5) <= 5
 
 
 def test_a_prompt_is_computed_once_for_all_its_choices() -> None:
-    shapes: list[tuple[int, ...]] = []
-    spied = tiny_llama()
-    spied.model.register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
+    spied, shapes = spied_llama()
     complete_all(TransformersEngine(spied), [PROMPTS[3]], replace(DRAWN, n=6, max_tokens=3))
     assert shapes == [(1, len(PROMPTS[3]) - 1), (6, 1), (6, 1), (6, 1)]
 
 
 def test_prompts_of_unlike_lengths_are_not_padded_to_each_other() -> None:
-    shapes: list[tuple[int, ...]] = []
-    spied = tiny_llama()
-    spied.model.register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
+    spied, shapes = spied_llama()
     prompts = [[1 + i] * length for i, length in enumerate((10, 1000, 20, 900, 1100))]
     complete_all(TransformersEngine(spied), prompts, GREEDY)
     prefilled = sum(rows * columns for rows, columns in shapes if columns > 1)

@@ -11,8 +11,7 @@ import json
 import os
 import shutil
 import signal
-import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
@@ -33,8 +32,9 @@ from corral.engines.vllm import VllmEngine
 from corral.errors import EngineError, ModelError, RequestError
 from corral.export import contract
 from tests.conftest import make_tiny_model
-from tests.engines.conformance import DRAWN, GREEDY, EngineConformance, Subject, complete, long_run
-from tests.engines.test_transformers import PROMPTS, generated
+from tests.engines.conformance import DRAWN, GREEDY, EngineConformance, Subject, complete, long_run, wait_for
+from tests.engines.test_transformers import PROMPTS
+from tests.engines.tiny import generated, random_ids, scores
 
 T = TypeVar("T")
 
@@ -101,47 +101,30 @@ class TestConformance(EngineConformance):
         return Subject(lambda: contextlib.nullcontext(engine), PROMPTS)
 
 
-def scores(of: Any, ids: Sequence[int]) -> list[float]:
-    """What transformers says of ids[1:]."""
-    with torch.no_grad():
-        logprobs = of(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-    return logprobs.gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1).tolist()
-
-
-def ids_of(length: int) -> list[int]:
-    return torch.randint(0, VOCABULARY, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-
-
-def on(engine: Engine, work: Callable[[Engine], Awaitable[T]]) -> T:
+def run_with(engine: Engine, work: Callable[[Engine], Awaitable[T]]) -> T:
     async def test() -> T:
         return await work(engine)
 
     return asyncio.run(test())
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Polls for as long as it takes: a test that would wait for ever fails by never ending."""
-    while not condition():
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize("length", [1, 16, 17, 128, 129, 700])
 def test_greedy_ids_and_their_logprobs_are_those_of_transformers_the_second_time_too(
     shared: VllmEngine, length: int
 ) -> None:
-    prompt = ids_of(length)
+    prompt = random_ids(length)
 
     async def twice(engine: Engine) -> list[list[Completion]]:
         return [await complete(engine, prompt, replace(GREEDY, n=2, max_tokens=40, logprobs=True)) for _ in range(2)]
 
     expected = generated(model(), prompt, 40)
-    for completion in (each for completions in on(shared, twice) for each in completions):
+    for completion in (each for completions in run_with(shared, twice) for each in completions):
         assert list(completion.ids) == expected
         assert completion.logprobs == pytest.approx(scores(model(), [*prompt, *expected])[length - 1 :], abs=1e-3)
 
 
 def test_scores_are_those_of_transformers_up_to_the_whole_context_and_beside_draws(shared: VllmEngine) -> None:
-    texts = [ids_of(length) for length in (2, 3, 300, CONTEXT)]
+    texts = [random_ids(length) for length in (2, 3, 300, CONTEXT)]
 
     async def work(engine: Engine) -> list[list[float]]:
         drawing = [engine.submit(text[:2], replace(DRAWN, n=3, logprobs=True, max_tokens=60)) for text in texts]
@@ -150,7 +133,7 @@ def test_scores_are_those_of_transformers_up_to_the_whole_context_and_beside_dra
             assert all(len(done.logprobs or ()) == 60 for done in await generation.completions())
         return found
 
-    for text, found in zip(texts, on(shared, work), strict=True):
+    for text, found in zip(texts, run_with(shared, work), strict=True):
         assert found == pytest.approx(scores(model(), text), abs=1e-3)
 
 
@@ -158,7 +141,7 @@ def test_a_choice_does_not_repeat_in_the_next_seed(shared: VllmEngine) -> None:
     async def work(engine: Engine) -> list[list[Completion]]:
         return [await complete(engine, PROMPTS[2], replace(DRAWN, n=2, seed=seed)) for seed in (7, 8)]
 
-    seven, eight = on(shared, work)
+    seven, eight = run_with(shared, work)
     assert seven[1].ids != eight[0].ids
 
 
@@ -167,7 +150,7 @@ def test_a_temperature_that_vllm_would_raise_is_refused(shared: VllmEngine) -> N
         with pytest.raises(RequestError, match=r"0\.005"):
             engine.submit(PROMPTS[0], replace(DRAWN, temperature=0.005))
 
-    on(shared, work)
+    run_with(shared, work)
 
 
 def test_ctrl_c_reaches_its_processes_and_leaves_what_they_do_to_us(shared: VllmEngine) -> None:
@@ -186,7 +169,7 @@ def test_ctrl_c_reaches_its_processes_and_leaves_what_they_do_to_us(shared: Vllm
         assert sum(lengths) >= 590
         return await complete(engine, PROMPTS[1], GREEDY)
 
-    assert on(shared, work)[0].finish == "length"
+    assert run_with(shared, work)[0].finish == "length"
     assert shared.ready
 
 
@@ -204,7 +187,7 @@ def test_an_adapter_on_its_base_computes_as_their_merged_model(adapted: Engine, 
             return [(each, None) for each in done]
         return [(each, await engine.score([*p, *each.ids])) for p, each in zip(PROMPTS, done, strict=True)]
 
-    for prompt, (completion, found) in zip(PROMPTS, on(adapted, work), strict=True):
+    for prompt, (completion, found) in zip(PROMPTS, run_with(adapted, work), strict=True):
         expected = generated(merged, prompt, 40)
         assert list(completion.ids) == expected != generated(model(), prompt, 40)
         own = scores(merged, [*prompt, *expected])
@@ -303,4 +286,4 @@ def test_where_its_processes_die_requests_fail_and_it_says_that_it_is_not_ready(
             await complete(engine, PROMPTS[1], Sampling(max_tokens=2))
         await engine.close()
 
-    on(adapted, work)
+    run_with(adapted, work)

@@ -1,9 +1,14 @@
-"""A Llama of 100,000 random weights: grouped-query attention, two layers, 256 ids. Knows nothing about engines."""
+"""A Llama of 100,000 random weights (grouped-query attention, two layers, 256 ids), and what transformers computes with it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from corral.engines.base import Sampling
 
 VOCABULARY = 256
 CONTEXT = 2048
@@ -24,3 +29,35 @@ def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(config).eval()
+
+
+def random_ids(length: int) -> list[int]:
+    """The same for the same length."""
+    return torch.randint(0, VOCABULARY, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+def generated(model: Any, prompt: Sequence[int], count: int) -> list[int]:
+    """What transformers' own generate gives, greedily."""
+    ids = torch.tensor([prompt])
+    options: dict[str, Any] = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+
+
+def scores(model: Any, ids: Sequence[int], start: int = 1) -> list[float]:
+    """Log-probabilities of ids[start:] by transformers."""
+    with torch.no_grad():
+        logprobs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    return logprobs.gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1)[start - 1 :].tolist()
+
+
+def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Probabilities of the next id from [vocabulary] logits, by transformers' own logits processors."""
+    if sampling.temperature == 0:
+        return torch.nn.functional.one_hot(logits.argmax(), len(logits)).float()
+    ids: Any = torch.zeros(1, 1, dtype=torch.long)
+    scaled: Any = TemperatureLogitsWarper(sampling.temperature)(ids, logits[None])  # type: ignore[arg-type]
+    if sampling.top_k:
+        scaled = TopKLogitsWarper(sampling.top_k)(ids, scaled)
+    if sampling.top_p < 1:
+        scaled = TopPLogitsWarper(sampling.top_p)(ids, scaled)
+    return scaled.softmax(-1)[0]

@@ -18,7 +18,7 @@ from corral.errors import InputError
 from corral.serving.generation import ServedModel
 from corral.serving.served_models import ServedModels, open_served_models
 from tests.conftest import Request, web_server
-from tests.engines.remote.fake_server import wait_for
+from tests.engines.conformance import wait_for
 from tests.serving.conftest import openai_client, serve_in_thread
 
 

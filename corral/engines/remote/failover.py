@@ -127,20 +127,18 @@ class FailoverClient:
         read: Callable[[httpx2.Response], Awaitable[T]],
         may_repeat: Callable[[], bool] = lambda: True,
     ) -> T:
-        """Send a request to one endpoint after another until one answers it, and to the same ones again.
+        """Send a JSON body to one endpoint after another until one answers it, and to the same ones again.
 
         Args:
             path: below the URL.
-            body: sent as JSON.
             read: reads a successful response, once for each try; may raise TransientError.
             may_repeat: whether another try is allowed after what `read` has read so far.
 
         Returns: what `read` returned.
 
         Raises:
-            RequestError: the endpoint refuses this request.
             EngineUnavailableError: no endpoint may be asked, after all retries.
-            EngineError: the endpoint refuses the key, does not have the model, or its answer cannot be read.
+            RequestError, EngineError: as `EndpointClient.request`.
         """
         async with self._slots:
             waits = 0

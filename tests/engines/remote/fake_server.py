@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -89,13 +88,6 @@ def breaks_off(self: FakeServer) -> None:
     self.end_headers()
     self.wfile.write(f"data: {json.dumps(chunk(7, 8))}\n\n".encode())
     self.close_connection = True
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < until, "the condition never held"
-        time.sleep(0.01)
 
 
 def free_port() -> int:

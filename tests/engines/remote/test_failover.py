@@ -11,7 +11,7 @@ import pytest
 
 from corral.errors import EngineError, EngineUnavailableError
 from tests.conftest import web_server
-from tests.engines.conformance import DRAWN, complete
+from tests.engines.conformance import DRAWN, complete, wait_for
 from tests.engines.remote.fake_server import (
     FakeServer,
     answers_well,
@@ -20,7 +20,6 @@ from tests.engines.remote.fake_server import (
     first_then,
     refuses_with,
     remote,
-    wait_for,
 )
 
 
