@@ -51,13 +51,13 @@ class ChatHandler:
     async def result(self) -> ChatCompletion:
         """The complete response; with consensus, its only choice is the chosen answer. Raises: Refused (the engine failed)."""
         answer = await self._answer.result()
-        places = range(len(answer.texts)) if answer.vote is None else [answer.winner]
+        indices = range(len(answer.texts)) if answer.vote is None else [answer.winner]
         return ChatCompletion(
             id=self._id,
             created=self._created,
             model=self._served.name,
             system_fingerprint=self._served.fingerprint,
-            choices=[self._choice(answer, place, index) for index, place in enumerate(places)],
+            choices=[self._choice(answer, source, index) for index, source in enumerate(indices)],
             usage=self.usage,
             consensus=self._answer.consensus_result,
         )
@@ -86,13 +86,13 @@ class ChatHandler:
         """Stop the work; does nothing if it is done."""
         self._answer.cancel()
 
-    def _choice(self, answer: Answer, place: int, index: int) -> Choice:
-        tokens = answer.tokens[place] if answer.tokens and self._request.logprobs else None
+    def _choice(self, answer: Answer, source: int, index: int) -> Choice:
+        tokens = answer.tokens[source] if answer.tokens and self._request.logprobs else None
         return Choice(
             index=index,
-            message=Message(content=answer.texts[place]),
+            message=Message(content=answer.texts[source]),
             logprobs=None if tokens is None else self._logprobs(tokens),
-            finish_reason=finish_reason(answer.completions[place].finish),
+            finish_reason=finish_reason(answer.completions[source].finish),
         )
 
     def _choices(self, delta: TextDelta) -> list[ChunkChoice]:

@@ -164,11 +164,11 @@ async def start_answer(
             raise Refused(400, error.what, param=param) from error
         left = tokens_left(served, len(ids), max_tokens, param=param)
         length = max_tokens or min(left, served.limits.default_tokens, served.limits.max_tokens)
-        drawn = build_sampling(request, length, sampling_defaults(served, request))
+        sampling = build_sampling(request, length, sampling_defaults(served, request))
         if consensus is not None:
             # Log-probabilities break ties.
-            drawn = replace(drawn, n=consensus.n, logprobs=answerer.engine.features.logprobs)
-        return RunningAnswer(answerer.start(ids, drawn, list(dict.fromkeys(request.stops))), consensus)
+            sampling = replace(sampling, n=consensus.n, logprobs=answerer.engine.features.logprobs)
+        return RunningAnswer(answerer.start(ids, sampling, list(dict.fromkeys(request.stops))), consensus)
 
 
 def _consensus_result(answer: Answer) -> ConsensusResult:
@@ -211,7 +211,7 @@ def _check_consensus(served: ServedModel, request: ConversationRequest, options:
     rules = (
         ((request.n or 1) > 1, "n", "a vote gives one answer: set the number of candidates in 'consensus'"),
         (request.temperature == 0, "temperature", "0 draws the same answer each time, so there is nothing to vote on"),
-        (options.n > served.limits.n, "consensus.n", f"at most {served.limits.n} candidates are drawn"),
+        (options.n > served.limits.n, "consensus.n", f"at most {served.limits.n} candidates are generated"),
         (options.method == "cosine" and served.embed is None, "consensus.method", no_embeddings),
     )
     check_rules(rules)
@@ -270,8 +270,8 @@ def tokens_left(served: ServedModel, prompt_tokens: int, max_tokens: int | None,
     """Tokens that the context has left after a prompt. Raises: Refused (fewer than `max_tokens`, or none; a long prompt)."""
     left = served.context - prompt_tokens
     if (1 if max_tokens is None else max_tokens) > left:
-        asked = f" and {max_tokens} were asked for" if max_tokens else ", which leaves none for an answer"
-        what = f"the context of this model is {served.context} tokens: {param!r} takes {prompt_tokens}{asked}"
+        need = f" and {max_tokens} were asked for" if max_tokens else ", which leaves none for an answer"
+        what = f"the context of this model is {served.context} tokens: {param!r} takes {prompt_tokens}{need}"
         raise Refused(400, what, param=param, code="context_length_exceeded")
     most = served.limits.prompt_tokens
     if prompt_tokens > most:

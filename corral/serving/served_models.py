@@ -42,12 +42,12 @@ class ServedModels:
 
     def get(self, name: str) -> ServedModel:
         """The model of that name. Raises: Refused (404, `model_not_found`)."""
-        found = self._served.get(name)
-        if found is None:
+        served = self._served.get(name)
+        if served is None:
             names = ", ".join(map(repr, self._served))
             what = f"the model {name!r} does not exist: this server has {names}"
             raise Refused(404, what, param="model", code="model_not_found")
-        return found
+        return served
 
     def all(self) -> Sequence[ServedModel]:
         """All models, in the given order."""
