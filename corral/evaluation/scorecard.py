@@ -155,14 +155,9 @@ def compare_variants(a: MetricColumns, b: MetricColumns, *, names: tuple[str, st
             a=names[0],
             b=names[1],
             metric=name,
-            difference=result.difference,
-            low=result.low,
-            high=result.high,
-            p=result.p,
-            n=result.n,
             p_holm=p_holm,
-            mde=result.mde,
             better=describe_metric(name).better or "higher",
+            **asdict(result),
         )
         for name, result, p_holm in zip(metrics, results, adjusted, strict=True)
     ]

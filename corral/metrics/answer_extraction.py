@@ -1,7 +1,4 @@
-"""The result of an answer, out of its text: a number, a choice, or a short text, in a form in which equal results are equal.
-
-Pure, and by rules that can be read here. It does not know what the question was, nor whether the result is right.
-"""
+"""Extracts the result of an answer from its text by rules: a number, a choice or a short text, in comparable form."""
 
 from __future__ import annotations
 
@@ -11,12 +8,12 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 RESULT_MARKER = "Answer:"
-"""What a model is asked to write before its result."""
+"""Models are asked to write this before their result."""
 
-# What is said before a result: by MARKER, in GSM8K, in MetaMathQA and MATH. The last one counts.
+# Markers of results: RESULT_MARKER, and those of GSM8K, MetaMathQA and MATH. The last one counts.
 _MARKERS = re.compile(r"####|\b(?:final\s+)?answer\s*(?:is\b(?!\s+not\b)|:|=)(?:\s*:)?|\\boxed\s*(?=\{)", re.IGNORECASE)
-# Letters of scripts that put spaces between words: a digit right after one is a part of its word, as in "B12". In Chinese
-# and Japanese a number stands among letters.
+# Letters of scripts with spaces between words: a digit right after one belongs to its word, as in "B12". In Chinese and
+# Japanese, numbers follow letters directly.
 _SPACED = r"A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u052f"
 _WHOLE = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
 _NUMBER = re.compile(
@@ -37,34 +34,33 @@ _WORDS = re.compile(r"[^\W_]+")
 
 
 def marked_text(text: str) -> str | None:
-    """What follows the last marker of a result (`Answer:`, `####`, `the answer is`, `\\boxed{…}`), up to the end of its line.
+    """The text after the last result marker (`Answer:`, `####`, `the answer is`, `\\boxed{…}`), up to the end of its line.
 
-    Returns: None where there is no marker, or nothing after it.
+    Returns: None if there is no marker, or nothing after it.
     """
-    said, _ = _said(text)
-    return said
+    return _after_marker(text)[0]
 
 
 def extract_number(text: str) -> str | None:
-    """The number that an answer comes to: the first one after the last marker, or without a marker the last of the text.
+    """The number that an answer comes to: the first after the last marker, or the last of a text without a marker.
 
-    Returns: its shortest decimal form, or a fraction p/q where it has none; without sign of thousands, unit or currency, so
-        that equal numbers are equal texts. None where there is no number, or where what is boxed is not just a number.
+    Returns: its shortest decimal form, or a fraction p/q if it has none, without thousands separators, unit or currency, so
+        that equal numbers are equal texts. None if there is no number, or a box holds more than a number.
     """
-    said, boxed = _said(text)
-    if said is None:
-        within = list(_NUMBER.finditer(_plain(text)))
-        return _canonical(within[-1].group()) if within else None
-    said = _plain(said)
-    # "3 + 4 = 7": what stands after the sign of equality is the result; not so in "7 (= 3 + 4)".
-    outside = re.sub(r"\([^()]*\)", "", said)
-    if "=" in outside and (after := _NUMBER.search(outside, outside.rindex("="))):
-        said = outside[after.start() :]
-    if not (found := _NUMBER.search(said)):
+    marked, boxed = _after_marker(text)
+    if marked is None:
+        numbers = list(_NUMBER.finditer(_without_latex(text)))
+        return _canonical(numbers[-1].group()) if numbers else None
+    marked = _without_latex(marked)
+    # In "3 + 4 = 7" the result is after the last equals sign; in "7 (= 3 + 4)" it is not.
+    outside = re.sub(r"\([^()]*\)", "", marked)
+    if "=" in outside and (number := _NUMBER.search(outside, outside.rindex("="))):
+        marked = outside[number.start() :]
+    if not (number := _NUMBER.search(marked)):
         return None
-    if boxed and (said[: found.start()].strip() or not _UNITS.fullmatch(said[found.end() :])):
+    if boxed and (marked[: number.start()].strip() or not _UNITS.fullmatch(marked[number.end() :])):
         return None
-    return _canonical(found.group())
+    return _canonical(number.group())
 
 
 def extract_choice(text: str, options: Sequence[str] = ()) -> str | None:
@@ -72,65 +68,60 @@ def extract_choice(text: str, options: Sequence[str] = ()) -> str | None:
 
     Args:
         text: the answer.
-        options: the options' texts, in the order of their letters; without them any letter is taken.
+        options: the options' texts, in the order of their letters; without them any letter is accepted.
 
-    Returns: a capital letter, or None where the answer names none, or several.
+    Returns: a capital letter, or None if the answer names no option or several.
     """
     last = chr(ord("A") + len(options) - 1) if options else "Z"
-    said, _ = _said(text)
-    said = None if said is None else _plain(said)
-    if said is not None and (found := _LONE.fullmatch(said)) and found[1].upper() <= last:
-        return found[1].upper()
-    for part in (said, text):
-        if part is not None and (found := _LETTER.match(part)) and found[1] <= last:
-            return found[1]
-    for part in (said, text):
-        if part is not None and options:
-            words = _key(part)
-            named = [i for i, option in enumerate(options) if _key(option) and f" {_key(option)} " in f" {words} "]
-            # "blue" within "light blue": the longer one is meant.
-            longest = [i for i in named if not any(i != j and _key(options[i]) in _key(options[j]) for j in named)]
-            if len(longest) == 1:
-                return chr(ord("A") + longest[0])
+    marked, _ = _after_marker(text)
+    marked = None if marked is None else _without_latex(marked)
+    if marked is not None and (letter := _LONE.fullmatch(marked)) and letter[1].upper() <= last:
+        return letter[1].upper()
+    parts = [part for part in (marked, text) if part is not None]
+    for part in parts:
+        if (letter := _LETTER.match(part)) and letter[1] <= last:
+            return letter[1]
+    keys = [_words_of(option) for option in options]
+    for part in parts:
+        words = f" {_words_of(part)} "
+        named = [i for i, key in enumerate(keys) if key and f" {key} " in words]
+        # Of "light blue" and "blue" within it, the longer one is meant.
+        longest = [i for i in named if not any(i != j and keys[i] in keys[j] for j in named)]
+        if len(longest) == 1:
+            return chr(ord("A") + longest[0])
     return None
 
 
 def extract_result(text: str) -> str | None:
-    """What an answer comes to, where the kind of question is not known: a choice's letter, else a number, else the short text
-    after the marker (what is boxed by its signs, else by its words). None where there is nothing of the kind."""
-    said, boxed = _said(text)
-    if letter := extract_choice(text):
-        return letter
-    if (found := extract_number(text)) is not None:
-        return found
-    if said is None:
+    """The result of an answer to a question of unknown kind: a choice's letter, else a number, else the text after the marker
+    (without spaces if it is boxed, else its words). None if there is none of these."""
+    if result := extract_choice(text) or extract_number(text):
+        return result
+    marked, boxed = _after_marker(text)
+    if marked is None:
         return None
-    return (re.sub(r"\s+", "", _plain(said)).casefold() if boxed else _key(said)) or None
+    return (re.sub(r"\s+", "", _without_latex(marked)).casefold() if boxed else _words_of(marked)) or None
 
 
-def _said(text: str) -> tuple[str | None, bool]:
-    """(what follows the last marker, whether it is boxed)."""
+def _after_marker(text: str) -> tuple[str | None, bool]:
+    """(the text after the last marker, whether it is boxed)."""
     for marker in reversed(list(_MARKERS.finditer(text))):
         rest = text[marker.end() :]
         boxed = rest.startswith("{")
-        if boxed:
-            said = _braced(rest)
-        else:
-            lines = [line for line in rest.splitlines() if line.strip(" *_`")]
-            said = lines[0] if lines else ""
-        if said := said.strip().strip("*_`").strip():
-            return said, boxed
+        marked = _braced(rest) if boxed else next((line for line in rest.splitlines() if line.strip(" *_`")), "")
+        if marked := marked.strip().strip("*_`").strip():
+            return marked, boxed
     return None, False
 
 
-def _plain(text: str) -> str:
-    """Without what LaTeX writes about numbers: `\\frac{1}{2}` is 1/2, `\\text{cm}` is cm."""
+def _without_latex(text: str) -> str:
+    """Replace LaTeX around numbers: `\\frac{1}{2}` by 1/2, `\\text{cm}` by cm."""
     text = _FRACTION.sub(lambda m: f"{m[1] + ' ' if m[1] else ''}{m[2] or m[4]}/{m[3] or m[5]}", text)
     return _LATEX.sub(lambda m: m[1] or m[2] or m[3] or "", text)
 
 
-def _canonical(found: str) -> str | None:
-    whole, _, part = found.strip().rpartition(" ") if re.search(r"\d\s\d", found) else ("", "", found)
+def _canonical(number: str) -> str | None:
+    whole, _, part = number.strip().rpartition(" ") if re.search(r"\d\s\d", number) else ("", "", number)
     try:
         value = _fraction(part)
         if whole:
@@ -152,12 +143,12 @@ def _canonical(found: str) -> str | None:
     return f"{'-' if value < 0 else ''}{digits[:-places]}.{digits[-places:]}"
 
 
-def _fraction(written: str) -> Fraction:
-    return Fraction(re.sub(r"[\s,$€£+]", "", written).replace("−", "-"))
+def _fraction(text: str) -> Fraction:
+    return Fraction(re.sub(r"[\s,$€£+]", "", text).replace("−", "-"))
 
 
 def _braced(text: str) -> str:
-    """What is in the braces that a text begins with."""
+    """The content of the braces that a text begins with."""
     depth = 0
     for i, character in enumerate(text):
         depth += (character == "{") - (character == "}")
@@ -166,6 +157,6 @@ def _braced(text: str) -> str:
     return text[1:]
 
 
-def _key(text: str) -> str:
-    """The words of a text, for comparing."""
+def _words_of(text: str) -> str:
+    """The words of a text, normalised for comparison."""
     return " ".join(_WORDS.findall(unicodedata.normalize("NFKC", text).casefold()))

@@ -1,7 +1,6 @@
-"""BLEU: two lists of texts → statistics that can be summed and resampled. Knows nothing about models, rows or significance.
+"""BLEU (Papineni et al., 2002) as per-text counts that can be summed and resampled.
 
-The counting (Papineni et al., 2002) is sacrebleu's own; only the last step, sums → score, is here, because a bootstrap takes
-it ten thousand times.
+sacrebleu counts; the step from sums to the score is here in numpy, because a bootstrap repeats it ten thousand times.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ def bleu_statistics(references: Sequence[str], candidates: Sequence[str]) -> Flo
     """
     from sacrebleu.metrics.bleu import BLEU
 
-    # Effective order changes the sentence score, which is thrown away, and keeps sacrebleu from warning about it.
+    # Effective order changes only the sentence score, which is not used, and silences sacrebleu's warning about it.
     metric = BLEU(effective_order=True)
     rows = np.zeros((len(candidates), 2 + 2 * BLEU_ORDERS))
     for row, reference, candidate in zip(rows, references, candidates, strict=True):
@@ -50,9 +49,9 @@ def bleu(sums: Floats) -> Floats:
 
 
 def bleu_signature() -> str:
-    """How this BLEU was computed, in sacrebleu's notation, so that a figure can be compared with others'."""
+    """sacrebleu's signature of this BLEU, for comparison with other people's scores."""
     from sacrebleu.metrics.bleu import BLEU
 
     metric = BLEU()
-    metric.corpus_score(["a"], [["a"]])  # a signature names the number of references, known only after scoring
+    metric.corpus_score(["a"], [["a"]])  # the signature contains the number of references, which is known after scoring
     return str(metric.get_signature())

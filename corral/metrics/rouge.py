@@ -1,7 +1,7 @@
-"""ROUGE between texts, for scoring and for votes. Knows nothing about models, rows or significance.
+"""ROUGE (Lin, 2004) between texts, for scoring and for votes.
 
-It (Lin, 2004) equals rouge-score 0.1.2 to the last bit and is a hundred times faster: words become small integers once, and
-the longest common subsequence is rapidfuzz's bit-parallel one.
+It equals rouge-score 0.1.2 to the last bit and is a hundred times faster: words become small integers once, and rapidfuzz
+computes the longest common subsequence.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 Floats: TypeAlias = NDArray[np.float64]
 
-# Beyond this many words the vocabulary starts afresh, so that a server that votes for months does not grow.
+# The vocabulary is emptied beyond this many words, so that the memory of a long-running server stays bounded.
 VOCABULARY_LIMIT = 1 << 18
 
 _ASCII_WORDS = bytes(b if chr(b) in "abcdefghijklmnopqrstuvwxyz0123456789" else ord(" ") for b in range(256))
-# Scripts written without spaces: each character, with the marks it carries, is a token.
+# Scripts written without spaces: each character with its marks is a token.
 _UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 
 
@@ -39,7 +39,7 @@ class RougeScores(NamedTuple):
 
 
 def ascii_words(text: str) -> list[str]:
-    """Lower-case runs of `a-z0-9`, which is all that rouge-score sees: text in other scripts has no words here."""
+    """Lower-case runs of `a-z0-9`, as in rouge-score; text in other scripts has no words."""
     return text.lower().encode("ascii", "replace").translate(_ASCII_WORDS).decode("ascii").split()
 
 
@@ -99,7 +99,7 @@ class Rouge:
         self._vocabulary = _Vocabulary(stemmer)
 
     def encode(self, texts: Sequence[str]) -> list[array[int]]:
-        """Each text as the integers of its words: equal integers mean equal (stemmed) words *within one call*."""
+        """Each text as the integers of its words; equal integers mean equal (stemmed) words *within one call*."""
         if len(self._vocabulary) > VOCABULARY_LIMIT:
             self._vocabulary = _Vocabulary(self._stemmer)
         number = self._vocabulary.__getitem__
@@ -118,15 +118,12 @@ class Rouge:
         )
 
     def score_pairs(self, references: Sequence[str], candidates: Sequence[str]) -> Floats:
-        """[n, 3] F-measures (ROUGE-1, ROUGE-2, ROUGE-L) of n candidates, each against the reference at its place."""
+        """[n, 3] F-measures (ROUGE-1, ROUGE-2, ROUGE-L) of n candidates, each against its own reference."""
         pairs = zip(references, candidates, strict=True)
         return np.array([self.score(*pair) for pair in pairs], dtype=np.float64).reshape(-1, 3)
 
     def pairwise_rouge_l(self, texts: Sequence[str]) -> Floats:
-        """[n, n] ROUGE-L F between every two of n texts, symmetric: what a vote among answers adds up.
-
-        Each text is read once. The diagonal is 1, or 0 for a text without words.
-        """
+        """[n, n] ROUGE-L F between all pairs of n texts, symmetric. The diagonal is 1, or 0 for a text without words."""
         encoded = self.encode(texts)
         matrix = np.zeros((len(texts), len(texts)))
         for i, a in enumerate(encoded):
@@ -140,7 +137,7 @@ class Rouge:
 def _grams(tokens: array[int]) -> NDArray[np.uint64]:
     """[2n] from n > 0 tokens: the tokens sorted, the pairs of neighbours sorted, and a number that nothing else equals.
 
-    A pair is one number too, above all tokens, so that one search serves both.
+    A pair is one number above all tokens, so that one search finds both.
     """
     n = len(tokens)
     grams = np.empty(2 * n, dtype=np.uint64)
@@ -153,8 +150,8 @@ def _grams(tokens: array[int]) -> NDArray[np.uint64]:
 
 
 def _overlaps(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> tuple[int, int]:
-    """How many tokens, and how many pairs, two `_grams` share, counting repeats: Σ min(times in a, times in b)."""
-    # The k-th repeat of a gram in b is matched if a has a k-th one too: k places after its first.
+    """Numbers of tokens and of pairs that two `_grams` share: Σ min(count in a, count in b)."""
+    # The k-th occurrence of a gram in b matches if a has a k-th one: k places after its first.
     repeat = np.arange(len(b)) - b.searchsorted(b)
     matched = a.take(a.searchsorted(b) + repeat, mode="clip") == b
     n = len(b) // 2
@@ -164,11 +161,11 @@ def _overlaps(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> tuple[int, int]:
 def _f_measure(common: int, reference_size: int, candidate_size: int) -> float:
     if not common:
         return 0.0
-    # In the order rouge-score takes them: the last bit depends on it.
+    # In the order of rouge-score; the last bit depends on it.
     precision, recall = common / candidate_size, common / reference_size
     return 2 * precision * recall / (precision + recall)
 
 
 def rouge_signature(*, stemmer: bool = True, unicode: bool = False) -> str:
-    """How `Rouge` with these settings computes, in the same notation; `words:ascii` is rouge-score 0.1.2."""
+    """The signature of `Rouge` with these settings; `words:ascii` equals rouge-score 0.1.2."""
     return f"value:f|stem:{'porter' if stemmer else 'no'}|words:{'unicode' if unicode else 'ascii'}"

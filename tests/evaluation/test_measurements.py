@@ -17,7 +17,6 @@ from corral.engines.base import Sampling
 from corral.engines.embedding import Embedder
 from corral.engines.scripted import ScriptedEngine
 from corral.errors import EngineError
-from corral.evaluation import measurements
 from corral.evaluation.inference import Item
 from corral.evaluation.measurements import EvaluationData, Measurements, VariantSpec
 from corral.evaluation.question_sets import Question
@@ -53,19 +52,19 @@ def spec(name: str = "tuned", settings: Answer = PLAIN, **changes: Any) -> Varia
     return replace(VariantSpec(name, "model", settings, seed=0), **changes)
 
 
-class Engine(ScriptedEngine):
-    """Says A to everything; counts what it is asked, and fails once it was asked for `fails_after` answers."""
+class CountingEngine(ScriptedEngine):
+    """Answers A to everything, counts its calls, and fails after `fails_after` answers."""
 
     def __init__(self, template: Template, fails_after: int | None = None) -> None:
-        self.asked, self.scored = 0, 0
-        (said,) = template.tokenizer.encode("A", add_special_tokens=False)
+        self.answered, self.scored = 0, 0
+        (token,) = template.tokenizer.encode("A", add_special_tokens=False)
 
         def reply(ids: Sequence[int], sampling: Sampling, choice: int) -> Iterator[int]:
-            self.asked += 1
-            late = fails_after is not None and self.asked > fails_after
-            yield said
-            if late:  # the others are done by then
-                yield from (said, said)
+            self.answered += 1
+            fails = fails_after is not None and self.answered > fails_after
+            yield token
+            if fails:  # the others have finished by then
+                yield from (token, token)
                 raise RuntimeError("stopped on purpose")
 
         super().__init__(reply)
@@ -81,155 +80,138 @@ def measure(
     *variants: VariantSpec,
     data: EvaluationData | None = None,
     fails_after: int | None = None,
-) -> Engine:
-    async def go() -> Engine:
-        async with Engine(template, fails_after) as engine:
-            measurements = Measurements(folder)
-            for variant in variants:
-                await measurements.measure(variant, engine, template, data or dataset(), Progress())
-                assert measurements.is_complete(variant, data or dataset())
-            return engine
+    reuse: Path | None = None,
+) -> tuple[int, int]:
+    """Measure variants, after a reuse of rows from another folder. Returns: numbers of answers and of scores."""
+    data = data or dataset()
 
-    return asyncio.run(go())
+    async def run() -> tuple[int, int]:
+        async with CountingEngine(template, fails_after) as engine:
+            measurements = Measurements(folder)
+            if reuse:
+                measurements.reuse_rows(reuse, variants, data)
+            for variant in variants:
+                await measurements.measure(variant, engine, template, data, Progress())
+                assert measurements.is_complete(variant, data)
+            return engine.answered, engine.scored
+
+    return asyncio.run(run())
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.jsonl"))}
 
 
-def test_a_variant_is_measured_by_all_there_is_and_its_rows_say_so(template: Template, tmp_path: Path) -> None:
-    engine = measure(tmp_path, template, spec())
+def json_rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def prompt_tokens(folder: Path, name: str, variant: str) -> dict[str, int]:
+    return {row["id"]: row["prompt_tokens"] for row in json_rows(folder, name) if row["variant"] == variant}
+
+
+def test_a_variant_is_measured_on_everything_and_its_rows_say_so(template: Template, tmp_path: Path) -> None:
+    assert measure(tmp_path, template, spec()) == (5 + 4, 5 + 2 * 4)
     files = {"completions.jsonl", "losses.jsonl", "seconds.jsonl", "tasks/mmlu.jsonl", "tasks/mmlu.options.jsonl"}
     assert contents(tmp_path).keys() == files
-    assert (engine.asked, engine.scored) == (5 + 4, 5 + 2 * 4)
     rows = Measurements(tmp_path).variant_rows("tuned")
     assert len(rows.rows) == 5
     assert all(row.nll is not None and row.answer is not None for row in rows.rows)
     assert len(rows.tasks["mmlu"]) == 4
     assert all(row.correct.keys() == {"accuracy", "logprob", "logprob_byte"} for row in rows.tasks["mmlu"])
-    asked = sample_task("mmlu", SET, 4, seed=0).questions
-    assert {row.id: row.correct["accuracy"] for row in rows.tasks["mmlu"]} == {
-        q.id: q.correct_option == 0 for q in asked
-    }
-    assert rows.info["answers"] == 5
-    assert rows.info["mmlu/answers"] == 4
+    questions = sample_task("mmlu", SET, 4, seed=0).questions
+    correct = {row.id: row.correct["accuracy"] for row in rows.tasks["mmlu"]}
+    assert correct == {question.id: question.correct_option == 0 for question in questions}
+    assert (rows.info["answers"], rows.info["mmlu/answers"]) == (5, 4)
     assert rows.info["answers_per_second"] == pytest.approx(5 / rows.info["seconds"])
 
 
 def test_measuring_again_asks_nothing_and_changes_nothing(template: Template, tmp_path: Path) -> None:
     measure(tmp_path, template, spec())
     before = contents(tmp_path)
-    engine = measure(tmp_path, template, spec())
-    assert (engine.asked, engine.scored) == (0, 0)
+    assert measure(tmp_path, template, spec()) == (0, 0)
     assert contents(tmp_path) == before
 
 
-def test_what_was_stopped_goes_on_without_doing_anything_twice(template: Template, tmp_path: Path) -> None:
+def test_a_stopped_evaluation_continues_without_repeating_a_row(template: Template, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="stopped on purpose"):
         measure(tmp_path, template, spec(), fails_after=3)
     before = contents(tmp_path)
-    done = before["completions.jsonl"].count(b"\n")
-    assert 0 < done < 5
-    engine = measure(tmp_path, template, spec())
-    assert engine.asked == 5 - done + 4
+    finished = before["completions.jsonl"].count(b"\n")
+    assert 0 < finished < 5
+    assert measure(tmp_path, template, spec())[0] == 5 - finished + 4
     after = contents(tmp_path)
     assert all(after[name].startswith(before[name]) for name in before)
     assert len(Measurements(tmp_path).variant_rows("tuned").rows) == 5
 
 
-def test_another_variant_keeps_the_rows_of_those_there_are_byte_for_byte(template: Template, tmp_path: Path) -> None:
+def test_a_new_variant_keeps_the_rows_of_the_others_byte_for_byte(template: Template, tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     measure(old, template, spec("base"), spec())
-    every = [spec("base"), spec(), spec("shots", SHOTS, with_loss=False)]
-    Measurements(new).reuse_rows(old, every, dataset())
+    variants = [spec("base"), spec(), spec("shots", SHOTS, with_loss=False)]
+    Measurements(new).reuse_rows(old, variants, dataset())
     assert contents(new) == contents(old)
-    engine = measure(new, template, *every)
-    assert (engine.asked, engine.scored) == (5 + 4, 2 * 4)
+    assert measure(new, template, *variants) == (5 + 4, 2 * 4)
     assert all(contents(new)[name].startswith(before) for name, before in contents(old).items())
     assert b"shots" not in contents(new)["losses.jsonl"]
 
 
 @pytest.mark.parametrize(
-    ("change", "answers", "scores"),
+    ("change", "measured"),
     [
-        ({"settings": Answer(max_tokens=7)}, 9, 8),
-        ({"seed": 1}, 9, 8),
-        ({"model_identity": "another model"}, 9, 13),
-        ({"settings": Answer.model_validate({"max_tokens": 6, "reasoning": True})}, 9, 0),
-        ({"with_loss": False}, 0, 0),
+        ({"settings": Answer(max_tokens=7)}, (9, 8)),
+        ({"seed": 1}, (9, 8)),
+        ({"model_identity": "another model"}, (9, 13)),
+        ({"settings": Answer.model_validate({"max_tokens": 6, "reasoning": True})}, (9, 0)),
+        ({"with_loss": False}, (0, 0)),
     ],
 )
-def test_a_variant_that_changes_is_measured_anew_as_far_as_it_changed(
-    template: Template, tmp_path: Path, change: dict[str, Any], answers: int, scores: int
+def test_a_changed_variant_is_measured_again_as_far_as_it_changed(
+    template: Template, tmp_path: Path, change: dict[str, Any], measured: tuple[int, int]
 ) -> None:
-    measure(tmp_path / "old", template, spec("base"), spec())
-    changed = [spec("base"), spec(**change)]
-    Measurements(tmp_path / "new").reuse_rows(tmp_path / "old", changed, dataset())
-    engine = measure(tmp_path / "new", template, *changed)
-    assert (engine.asked, engine.scored) == (answers, scores)
+    old, new = tmp_path / "old", tmp_path / "new"
+    measure(old, template, spec("base"), spec())
+    assert measure(new, template, spec("base"), spec(**change), reuse=old) == measured
 
 
-def test_fewer_rows_are_taken_over_with_their_part_of_the_time(template: Template, tmp_path: Path) -> None:
+def test_fewer_rows_are_reused_with_their_share_of_the_time(template: Template, tmp_path: Path) -> None:
     measure(tmp_path / "old", template, spec())
-    fewer = dataset(rows=2, questions=3)
-    new = Measurements(tmp_path / "new")
-    new.reuse_rows(tmp_path / "old", [spec()], fewer)
-    assert new.is_complete(spec(), fewer)
-    rows, all_rows = new.variant_rows("tuned"), Measurements(tmp_path / "old").variant_rows("tuned")
+    assert measure(tmp_path / "new", template, spec(), data=dataset(2, 3), reuse=tmp_path / "old") == (0, 0)
+    rows, all_rows = (Measurements(tmp_path / name).variant_rows("tuned") for name in ("new", "old"))
     assert [row.id for row in rows.rows] == ["row-0", "row-1"]
     assert rows.info["seconds"] == pytest.approx(all_rows.info["seconds"] * 2 / 5)
     assert rows.info["answers_per_second"] == pytest.approx(all_rows.info["answers_per_second"])
 
 
 def test_examples_come_from_the_run_and_from_questions_that_are_not_asked(template: Template, tmp_path: Path) -> None:
-    measure(tmp_path, template, spec("plain"), spec("shots", SHOTS))
-    counted = {
-        name: [json.loads(line) for line in contents(tmp_path)[name].splitlines()]
-        for name in ("completions.jsonl", "tasks/mmlu.jsonl")
-    }
-    for rows in counted.values():
-        of = {
-            variant: {r["id"]: r["prompt_tokens"] for r in rows if r["variant"] == variant}
-            for variant in ("plain", "shots")
-        }
-        assert of["plain"].keys() == of["shots"].keys()
-        assert all(of["shots"][id_] > of["plain"][id_] + 10 for id_ in of["plain"])
-
-
-def test_other_examples_are_other_answers_only_where_examples_are_shown(template: Template, tmp_path: Path) -> None:
-    every = [spec("plain"), spec("shots", SHOTS)]
-    measure(tmp_path / "old", template, *every)
+    old, variants = tmp_path / "old", (spec("plain"), spec("shots", SHOTS))
+    measure(old, template, *variants)
+    for name in ("completions.jsonl", "tasks/mmlu.jsonl"):
+        plain, shots = (prompt_tokens(old, name, variant) for variant in ("plain", "shots"))
+        assert plain.keys() == shots.keys()
+        assert all(shots[id_] > plain[id_] + 10 for id_ in plain)
+    # Other examples change only the answers that are asked with examples of the run.
     other = replace(dataset(), examples_identity=hashlib.sha256(b"other").hexdigest())
-    new = Measurements(tmp_path / "new")
-    new.reuse_rows(tmp_path / "old", every, other)
-    engine = measure(tmp_path / "new", template, *every, data=other)
-    assert engine.asked == 5
+    assert measure(tmp_path / "new", template, *variants, data=other, reuse=old) == (5, 0)
 
 
-def test_other_rows_of_a_source_are_other_answers_and_a_task_keeps_examples_of_its_own(
-    template: Template, tmp_path: Path
-) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": f"{n}? " * 40, "completion": str(n)}) + "\n" for n in range(9)))
-    named = Answer.model_validate({"max_tokens": 6, "shots": {"count": 2, "source": {"path": str(rows)}}})
-    before = [spec("own", SHOTS), spec("named", named, examples_identity="before")]
-    measure(tmp_path / "old", template, *before)
-    of = {
-        (name, row["variant"]): row["prompt_tokens"]
+def test_examples_of_a_source_change_the_answers_and_not_those_of_a_task(template: Template, tmp_path: Path) -> None:
+    old, source = tmp_path / "old", tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps({"prompt": f"{n}? " * 40, "completion": str(n)}) + "\n" for n in range(9)))
+    named = Answer.model_validate({"max_tokens": 6, "shots": {"count": 2, "source": {"path": str(source)}}})
+    measure(old, template, spec("own", SHOTS), spec("named", named, examples_identity="before"))
+    answers, task = (
+        {variant: next(iter(prompt_tokens(old, name, variant).values())) for variant in ("own", "named")}
         for name in ("completions.jsonl", "tasks/mmlu.jsonl")
-        for row in map(json.loads, contents(tmp_path / "old")[name].splitlines())
-    }
-    assert of["completions.jsonl", "named"] > 2 * of["completions.jsonl", "own"]
-    assert of["tasks/mmlu.jsonl", "named"] == of["tasks/mmlu.jsonl", "own"]
-    after = [spec("own", SHOTS), spec("named", named, examples_identity="after")]
-    new = Measurements(tmp_path / "new")
-    new.reuse_rows(tmp_path / "old", after, dataset())
-    engine = measure(tmp_path / "new", template, *after)
-    assert (engine.asked, engine.scored) == (5, 0)
+    )
+    assert answers["named"] > 2 * answers["own"]
+    assert task["named"] == task["own"]
+    changed = [spec("own", SHOTS), spec("named", named, examples_identity="after")]
+    assert measure(tmp_path / "new", template, *changed, reuse=old) == (5, 0)
 
 
-class Watched(Embedder):
-    """Vectors without a meaning; writes down how many texts it is given."""
+class LoggingEmbedder(Embedder):
+    """Returns vectors without a meaning, and logs how many texts it was given."""
 
     def __init__(self, events: list[str]) -> None:
         super().__init__()
@@ -240,44 +222,43 @@ class Watched(Embedder):
         return np.ones((len(texts), 4)) / 2
 
 
-def test_what_is_loaded_and_embedded_once_is_no_part_of_the_time(
+def test_what_is_loaded_and_embedded_once_is_not_part_of_the_time(
     template: Template, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
     clock = itertools.count()
 
-    def tell() -> float:
-        events.append("looks at the clock")
+    def read_clock() -> float:
+        events.append("reads the clock")
         return float(next(clock))
 
-    monkeypatch.setattr(measurements.time, "perf_counter", tell)
-    similar = Answer.model_validate({"shots": {"count": 2, "choose": "similar"}})
-    vote = Answer.model_validate({"consensus": {"method": "cosine", "n": 2, "stop": "never"}})
-    into = Measurements(tmp_path, Watched(events))
+    monkeypatch.setattr("corral.evaluation.measurements.time.perf_counter", read_clock)
+    measurements = Measurements(tmp_path, LoggingEmbedder(events))
 
-    async def go() -> None:
-        async with Engine(template) as engine:
-            for name, settings in (("similar", similar), ("vote", vote)):
-                for _ in range(2):
-                    events.clear()
-                    await into.measure(spec(name, settings), engine, template, dataset(), Progress())
-                    told[name].append(list(events))
+    async def measured_twice(name: str, settings: dict[str, Any]) -> list[list[str]]:
+        logs: list[list[str]] = []
+        variant = spec(name, Answer.model_validate(settings))
+        async with CountingEngine(template) as engine:
+            for _ in range(2):
+                events.clear()
+                await measurements.measure(variant, engine, template, dataset(), Progress())
+                logs.append(list(events))
+        return logs
 
-    told: dict[str, list[list[str]]] = {"similar": [], "vote": []}
-    asyncio.run(go())
-    (similar_once, similar_again), (vote_once, vote_again) = told.values()
-    assert similar_once[:3] == [f"embeds {len(EXAMPLES)}", "embeds 1", "looks at the clock"]
-    # Of the rows, and of the two ways to ask a task.
-    assert sum(event in ("embeds 8", "embeds 10") for event in similar_once) == 3
-    assert vote_once[:2] == ["embeds 1", "looks at the clock"]
-    assert similar_again == vote_again == [], "what is there is neither loaded for nor timed"
+    first, second = asyncio.run(measured_twice("similar", {"shots": {"count": 2, "choose": "similar"}}))
+    assert first[:3] == [f"embeds {len(EXAMPLES)}", "embeds 1", "reads the clock"]
+    # The rows of the run, and the two ways to ask a task.
+    assert sum(event in ("embeds 8", "embeds 10") for event in first) == 3
+    assert second == [], "nothing is loaded or timed for finished rows"
+    first, second = asyncio.run(measured_twice("vote", {"consensus": {"method": "cosine", "n": 2, "stop": "never"}}))
+    assert first[:2] == ["embeds 1", "reads the clock"]
+    assert second == []
 
 
-def test_a_vote_tells_how_many_candidates_it_did_not_need(template: Template, tmp_path: Path) -> None:
+def test_a_vote_records_how_many_candidates_it_did_not_need(template: Template, tmp_path: Path) -> None:
     vote = Answer.model_validate({"max_tokens": 6, "consensus": {"method": "rouge-l", "n": 5, "stop": "lossless"}})
     measure(tmp_path, template, spec("plain"), spec("vote", vote))
-    rows = [json.loads(line) for line in contents(tmp_path)["completions.jsonl"].splitlines()]
-    finishes = [finish for row in rows for finish in row.get("finishes", [])]
+    finishes = [finish for row in json_rows(tmp_path, "completions.jsonl") for finish in row.get("finishes", [])]
     info = Measurements(tmp_path).variant_rows("vote").info
     assert (info["candidates"], info["cancelled"]) == (25, finishes.count("cancelled"))
     assert info["mmlu/candidates"] == 20
