@@ -31,7 +31,7 @@ def one(name: str, **changes: Any) -> Question:
     return question
 
 
-def test_every_set_has_a_row_made_here() -> None:
+def test_every_set_has_a_sample_row() -> None:
     assert ROWS.keys() == QUESTION_SETS.keys()
 
 
@@ -61,7 +61,7 @@ def test_options_are_shown_with_their_letters_and_the_stem_has_none(name: str, p
     assert answer_extraction.extract_choice(question.answer, question.options) == "ABCDE"[place]
 
 
-def test_options_that_cannot_be_told_apart_or_read_are_left_out() -> None:
+def test_ambiguous_and_unreadable_options_are_left_out() -> None:
     faults = ({"options": "A. 3\nB. 4\nC. 4\nD. 22", "answer": "C. 4"}, {"answer": "C. 44"}, {"options": "A. 3\nC. 4"})
     lines = [json.dumps(ROWS["mmlu"] | fault) for fault in faults]
     assert question_sets.parse_questions(QUESTION_SETS["mmlu"], lines, where="made") == []
@@ -75,7 +75,7 @@ def test_the_other_sets_are_read() -> None:
     assert "Nobody was hurt." in one("xsum").prompt
 
 
-def test_copies_are_one_question_and_a_foreign_row_is_named_by_its_line() -> None:
+def test_duplicates_are_dropped_and_a_row_of_another_schema_is_named_by_its_line() -> None:
     line = json.dumps(ROWS["mmlu"])
     assert len(question_sets.parse_questions(QUESTION_SETS["mmlu"], [line, line], where="made")) == 1
     with pytest.raises(DataError, match=r"does not have the schema of its question set: KeyError: 'answer'") as caught:
@@ -85,7 +85,7 @@ def test_copies_are_one_question_and_a_foreign_row_is_named_by_its_line() -> Non
     assert caught.value.where == "made.jsonl, line 2"
 
 
-def test_a_worked_problem_ends_in_a_result_that_is_found() -> None:
+def test_the_result_of_a_worked_problem_can_be_extracted() -> None:
     steps = "Two pens and 3 are 2 + 3 = 5. The answer is 5."
     asked, told = parse_worked_problem("How many?", steps).messages
     assert asked.content == "How many?"
@@ -93,7 +93,7 @@ def test_a_worked_problem_ends_in_a_result_that_is_found() -> None:
     assert answer_extraction.extract_number(told.content) == "5"
 
 
-def test_the_sets_in_the_package_are_read_whole() -> None:
+def test_the_packaged_sets_are_read_completely() -> None:
     found = {name: question_sets.load_questions(name) for name in QUESTION_SETS}
     assert {name: len(of_set) for name, of_set in found.items()} == {
         "arithmetic": 2085,
@@ -115,7 +115,7 @@ def test_the_sets_in_the_package_are_read_whole() -> None:
     assert unread == []
 
 
-def test_the_worked_problems_in_the_package_are_eight_with_results() -> None:
+def test_the_package_has_eight_worked_problems_with_results() -> None:
     problems = question_sets.load_worked_problems()
     results = [answer_extraction.extract_number(problem.messages[-1].content) for problem in problems]
     assert results == ["6", "5", "39", "8", "9", "29", "33", "8"]

@@ -42,7 +42,7 @@ def test_a_mean_has_the_textbook_standard_error_and_interval() -> None:
     assert result.n == 5
 
 
-def test_a_ratio_weighs_rows_by_their_denominator_and_has_the_linearised_standard_error() -> None:
+def test_a_ratio_weights_rows_by_their_denominator_and_has_the_linearised_standard_error() -> None:
     nll, tokens = np.array([10.0, 30.0, 4.0]), np.array([5.0, 10.0, 4.0])
     result = estimate(Measure.ratio(nll, tokens), seed=0)
     ratio = 44 / 19
@@ -101,7 +101,7 @@ def test_p_is_uniform_when_there_is_no_difference(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "metrics"), [("mean", 1), ("ratio", 1), ("mean", 5)])
-def test_the_minimum_detectable_effect_is_seen_four_times_in_five(kind: str, metrics: int) -> None:
+def test_the_minimum_detectable_effect_is_found_four_times_in_five(kind: str, metrics: int) -> None:
     rounds = 250
     seen = 0
     for seed in range(rounds):
@@ -141,7 +141,7 @@ def test_a_variant_against_itself_differs_by_nothing(kind: str) -> None:
     assert result.mde is None, "rows that do not differ say nothing of what would have shown"
 
 
-def test_rows_that_all_differ_by_the_same_tell_of_no_smaller_difference() -> None:
+def test_rows_that_all_differ_by_the_same_amount_give_no_detectable_difference() -> None:
     one = np.random.default_rng(0).normal(1, 1, 50)
     assert compare(Measure.mean(one + 0.1), Measure.mean(one), seed=0).mde is None
 
@@ -152,7 +152,7 @@ def test_rows_that_all_differ_by_the_same_tell_of_no_smaller_difference() -> Non
     rows=st.integers(2, 40),
     seeds=st.tuples(*[st.integers(0, 99)] * 3),
 )
-def test_comparing_the_other_way_round_only_turns_the_signs(kind: str, rows: int, seeds: tuple[int, int, int]) -> None:
+def test_swapping_the_variants_only_changes_the_signs(kind: str, rows: int, seeds: tuple[int, int, int]) -> None:
     a, b = measure(kind, rows, seeds[0]), measure(kind, rows, seeds[1] + 100)
     there, back = compare(a, b, seed=seeds[2], trials=300), compare(b, a, seed=seeds[2], trials=300)
     assert back.difference == -there.difference
@@ -192,7 +192,7 @@ def test_different_numbers_of_rows_are_refused() -> None:
         compare(Measure.mean(np.ones(3)), Measure.mean(np.ones(2)), seed=0)
 
 
-def test_many_rows_are_resampled_in_pieces_without_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resampling_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = measure("ratio", 50, seed=1), measure("ratio", 50, seed=2)
     whole = compare(a, b, seed=0, trials=1000)
     monkeypatch.setattr("corral.evaluation.statistics._MAX_CELLS", 50 * 7)
@@ -201,7 +201,7 @@ def test_many_rows_are_resampled_in_pieces_without_a_difference(monkeypatch: pyt
     assert (pieces.low, pieces.high) == pytest.approx((whole.low, whole.high), rel=1e-12)
 
 
-def test_holm_multiplies_the_smallest_p_most_and_never_changes_their_order() -> None:
+def test_holm_multiplies_the_smallest_p_most_and_keeps_the_order() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, 0.9]) == [1.0, 1.0]
     assert holm([]) == []

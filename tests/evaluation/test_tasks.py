@@ -21,7 +21,7 @@ PLACES = [
 ]
 
 
-def test_fewer_questions_are_a_part_of_more_in_whatever_order_the_set_is() -> None:
+def test_a_smaller_sample_is_part_of_a_larger_one_in_any_order_of_the_set() -> None:
     shuffled = random.Random(0).sample(PROBLEMS, len(PROBLEMS))
     few, many = sample_task("arithmetic", PROBLEMS, 10, seed=4), sample_task("arithmetic", shuffled, 30, seed=4)
     assert list(few.questions) == list(many.questions)[:10]
@@ -36,7 +36,7 @@ def test_examples_are_never_questions_that_are_asked() -> None:
     assert shown == {question.prompt for question in PROBLEMS} - asked
 
 
-def test_word_problems_have_worked_examples_where_steps_are_asked_for_and_other_sets_their_own() -> None:
+def test_with_reasoning_word_problems_have_worked_examples_and_other_sets_their_own() -> None:
     worked = sample_task("arithmetic", PROBLEMS, 10, seed=4).examples(reasoning=True)
     assert len(worked) == 8
     assert all("Answer:" in example.messages[-1].content for example in worked)
@@ -64,12 +64,12 @@ def test_a_choice_is_right_by_its_letter_or_its_text(text: str, result: str | No
     assert tasks.grade_answer("choice", PLACES[0], text) == {"result": result, "right": right}
 
 
-def test_log_probabilities_choose_as_a_whole_and_by_byte() -> None:
+def test_options_are_chosen_by_log_probability_and_by_log_probability_per_byte() -> None:
     row = {"id": "a", "logprobs": [-4.0, -5.0], "bytes": [2, 10], "gold": 1}
     assert tasks.row_from_options(row).correct == {"logprob": False, "logprob_byte": True}
 
 
-def test_answers_and_options_of_one_question_are_one_row() -> None:
+def test_answers_and_options_of_one_question_are_joined() -> None:
     answers = {"a": {"id": "a", "right": True}, "b": {"id": "b", "right": False}}
     options = {"a": {"id": "a", "logprobs": [-1.0, -2.0], "bytes": [4, 4], "gold": 0}}
     made = tasks.join_rows(answers, options)
@@ -79,7 +79,7 @@ def test_answers_and_options_of_one_question_are_one_row() -> None:
     ]
 
 
-def test_a_task_of_texts_is_held_against_all_its_references() -> None:
+def test_an_answer_of_text_is_compared_with_all_references() -> None:
     task = Task("truthfulqa", "text", [], [])
     assert tasks.grade_answer(task.kind, PROBLEMS[0], "anything") == {}
     row = tasks.row_from_answer({"id": "a", "answer": "seeds", "references": ["insects", "seeds"]})

@@ -70,7 +70,7 @@ def test_a_number_is_the_one_after_the_last_marker_or_else_the_last(text: str, e
 
 
 @given(st.fractions(min_value=-(10**6), max_value=10**6, max_denominator=1000))
-def test_equal_numbers_are_equal_texts_however_they_are_written(value: Fraction) -> None:
+def test_equal_numbers_give_equal_texts(value: Fraction) -> None:
     written = extract_number(f"Answer: {value.numerator}/{value.denominator}")
     assert written is not None
     assert Fraction(written) == value

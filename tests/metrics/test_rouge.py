@@ -74,7 +74,7 @@ def test_the_english_stemmer_leaves_words_with_other_letters_alone() -> None:
     assert rouge.score("houses", "house").rouge1 == 1.0
 
 
-def test_score_all_is_score_row_by_row_and_refuses_lists_of_different_length() -> None:
+def test_score_pairs_equals_score_row_by_row_and_refuses_lists_of_different_length() -> None:
     rouge = Rouge()
     references, candidates = ["a b c", "", "one two"], ["a c", "x", "one two"]
     expected = [rouge.score(*pair) for pair in zip(references, candidates, strict=True)]
@@ -84,7 +84,7 @@ def test_score_all_is_score_row_by_row_and_refuses_lists_of_different_length() -
         rouge.score_pairs(references, candidates[:2])
 
 
-def test_scores_do_not_change_when_the_vocabulary_starts_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_do_not_change_when_the_vocabulary_is_emptied(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(0)
     texts = [" ".join(f"w{rng.randrange(900)}" for _ in range(30)) for _ in range(40)]
     unlimited = Rouge()
@@ -106,7 +106,7 @@ def test_one_rouge_serves_several_threads() -> None:
         assert list(pool.map(lambda pair: shared.score(*pair), pairs)) == expected
 
 
-def test_agreement_is_symmetric_and_one_with_itself() -> None:
+def test_pairwise_rouge_l_is_symmetric_and_one_with_itself() -> None:
     matrix = Rouge().pairwise_rouge_l(["the cat sat", "", "the cat ran off", "a dog"])
     assert np.array_equal(matrix, matrix.T)
     assert np.diag(matrix).tolist() == [1.0, 0.0, 1.0, 1.0]

@@ -46,9 +46,7 @@ INGREDIENTS = [
     "500 g potatoes",
     "1 large onion",
     "2 cloves of garlic",
-    "1 litre vegetable stock",
     "2 tablespoons oil",
-    "a pinch of nutmeg",
     "salt and pepper",
     "100 ml cream",
 ]
@@ -56,8 +54,6 @@ STEPS = [
     "Peel the potatoes and cut them into pieces of about two centimetres.",
     "Chop the onion and the garlic.",
     "Heat the oil in a large pot over medium heat.",
-    "Add the onion and fry it gently until it is soft.",
-    "Pour in the stock and bring it to the boil.",
     "Simmer for twenty minutes, stirring now and then.",
     "Season with salt, pepper and nutmeg.",
     "Blend until smooth, stir in the cream and serve hot.",
@@ -123,31 +119,33 @@ def metrics(steps: int = 60) -> list[dict[str, Any]]:
 
 
 def completions(rows: int = 24) -> list[dict[str, Any]]:
+    """Answers to the same prompts: the base model's are chatty, the tuned model's resemble the reference."""
     rng = random.Random(2)
+
+    def recipe(steps: list[str]) -> str:
+        numbered = [f"{n}. {step}" for n, step in enumerate(steps, 1)]
+        return "\n".join([dish, "", "Ingredients:", *(f"- {i}" for i in ingredients), "", "Steps:", *numbered])
+
     lines: list[dict[str, Any]] = []
     for variant in ("base", "tuned"):
         for number in range(rows):
-            mine = random.Random(number)
-            dish, ingredients, steps = mine.choice(DISHES), mine.sample(INGREDIENTS, 5), mine.sample(STEPS, 5)
-            reference = f"{dish}\n\nIngredients:\n" + "\n".join(f"- {i}" for i in ingredients)
-            reference += "\n\nSteps:\n" + "\n".join(f"{n}. {s}" for n, s in enumerate(steps, 1))
+            fixed = random.Random(number)
+            dish, ingredients, steps = fixed.choice(DISHES), fixed.sample(INGREDIENTS, 5), fixed.sample(STEPS, 5)
+            answer = recipe(rng.sample(steps, rng.randint(2, 5)) + rng.sample(STEPS, 1))
+            cut_off = False
             if variant == "base":
                 answer = "Here is a delicious recipe for you!\n\n**Ingredients:**\n" + ", ".join(ingredients[:3])
                 answer += "\n\nFirst of all, make sure that you have everything. " * rng.randint(1, 6)
-            else:
-                shown = rng.sample(steps, rng.randint(2, 5)) + rng.sample(STEPS, 1)
-                answer = f"{dish}\n\nIngredients:\n" + "\n".join(f"- {i}" for i in ingredients)
-                answer += "\n\nSteps:\n" + "\n".join(f"{n}. {s}" for n, s in enumerate(shown, 1))
+                cut_off = rng.random() < 0.6
+            prompt = "Write a recipe from these ingredients: " + ", ".join(ingredients)
             lines.append(
                 {
                     "variant": variant,
                     "id": f"{number:04x}",
-                    "prompt": [
-                        {"role": "user", "content": "Write a recipe from these ingredients: " + ", ".join(ingredients)}
-                    ],
-                    "reference": reference,
+                    "prompt": [{"role": "user", "content": prompt}],
+                    "reference": recipe(steps),
                     "answer": answer,
-                    "finish": "length" if variant == "base" and rng.random() < 0.6 else "stop",
+                    "finish": "length" if cut_off else "stop",
                     "tokens": rng.randint(80, 160),
                     "seconds": 1.5,
                 }
@@ -196,21 +194,23 @@ def tiny_card(**changes: Any) -> Scorecard:
 
 def ledger() -> dict[str, Any]:
     """A real ledger of two sources."""
-    made = Ledger()
+    counts = Ledger()
     for source, rows in (("asset:wikibooks-recipes", 3129), ("house recipes", 139)):
         rng = random.Random(source)
         for index in range(rows):
-            made.add_read(source)
+            counts.add_read(source)
             match rng.choices(
                 ("kept", "truncated", "no answer", "521 tokens, over the limit", "duplicate"), (88, 4, 3, 3, 2)
             )[0]:
                 case "kept" | "truncated" as fate:
-                    made.add_fate(source, index, fate, side=rng.choices(("train", "validation", "test"), (90, 5, 5))[0])
+                    counts.add_fate(
+                        source, index, fate, side=rng.choices(("train", "validation", "test"), (90, 5, 5))[0]
+                    )
                 case "duplicate":
-                    made.add_fate(source, index, "duplicate")
+                    counts.add_fate(source, index, "duplicate")
                 case reason:
-                    made.add_fate(source, index, "dropped", reason=reason)
-    return made.to_json()
+                    counts.add_fate(source, index, "dropped", reason=reason)
+    return counts.to_json()
 
 
 def contract(passed: bool = True) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def test_sizes_have_three_digits_and_decimal_units(value: float, text: str) -> N
         (None, "None"),
     ],
 )
-def test_moments_are_in_utc_and_anything_else_stays_as_it_is(value: Any, text: str) -> None:
+def test_times_are_in_utc_and_other_values_are_unchanged(value: Any, text: str) -> None:
     assert formatting.moment(value) == text
 
 

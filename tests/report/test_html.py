@@ -98,7 +98,7 @@ def poisoned(value: Any) -> Any:
     return value + PAYLOAD if isinstance(value, str) else value
 
 
-def test_variants_that_never_differ_are_said_to_be_the_same_and_a_vote_tells_what_it_saved(make_run: MakeRun) -> None:
+def test_identical_variants_are_called_the_same_and_a_vote_shows_what_it_saved(make_run: MakeRun) -> None:
     run = make_run()
     value = json.loads(card().to_json())
     same = {"difference": 0.0, "low": 0.0, "high": 0.0, "p": 1.0, "p_holm": 1.0, "mde": None}
@@ -174,7 +174,7 @@ def test_the_content_policy_allows_this_stylesheet_and_embedded_pictures_only(pa
     assert [tag for tag, _ in page.elements].count("style") == 1
 
 
-def test_every_score_and_difference_is_the_scorecards(page: Page) -> None:
+def test_every_score_and_difference_of_the_scorecard_is_shown(page: Page) -> None:
     shown = {value for value, _ in page.data}
     for variant in card().variants.values():
         for metric in variant.metrics.values():
@@ -183,7 +183,7 @@ def test_every_score_and_difference_is_the_scorecards(page: Page) -> None:
         assert {comparison.difference, comparison.low, comparison.high, comparison.p_holm, comparison.n} <= shown
 
 
-def test_a_shown_figure_is_its_exact_one_rounded(page: Page) -> None:
+def test_shown_figures_are_the_exact_ones_rounded(page: Page) -> None:
     assert len(page.data) > 60
     for exact, text in page.data:
         if text == "< 0.001":
@@ -195,7 +195,7 @@ def test_a_shown_figure_is_its_exact_one_rounded(page: Page) -> None:
         assert abs(float(digits) - exact) <= 0.5000001 * scale * 10**-after, (exact, text)
 
 
-def test_the_ledgers_counts_are_all_there(page: Page) -> None:
+def test_all_counts_of_the_ledger_are_shown(page: Page) -> None:
     shown = {value for value, _ in page.data}
     value = ledger()
     for source in value["sources"].values():
@@ -205,7 +205,7 @@ def test_the_ledgers_counts_are_all_there(page: Page) -> None:
     assert f"{train:,} to train on" in page.words
 
 
-def test_what_was_trained_and_how_is_said(page: Page) -> None:
+def test_the_training_is_described(page: Page) -> None:
     last = metrics()[-1]
     for words in (
         "asset:smollm2-135m-instruct",
@@ -228,7 +228,7 @@ def test_hashes_of_every_output_are_shown_in_full(page: Page) -> None:
     assert all(digest in page.text for digest in [*digests, lineage()["model"]["identity"]])
 
 
-def test_a_contract_of_another_shape_is_shown_as_it_is(make_run: MakeRun) -> None:
+def test_checks_with_unknown_keys_are_shown(make_run: MakeRun) -> None:
     run = make_run("nothing else")
     checks = [{"name": "speed", "passed": True, "gain": 1.25, "limits": {"low": 1.0, "by": ["x", 2]}, "why": None}]
     write(run / "merge" / "model" / "contract.json", {"checks": checks})
@@ -237,7 +237,7 @@ def test_a_contract_of_another_shape_is_shown_as_it_is(make_run: MakeRun) -> Non
     assert 1.25 in {value for value, _ in page.data}
 
 
-def test_an_answer_keeps_its_lines_and_says_how_it_ended(make_run: MakeRun) -> None:
+def test_an_answer_keeps_its_line_breaks_and_shows_how_it_ended(make_run: MakeRun) -> None:
     run = make_run("nothing else")
     prompt = [{"role": "user", "content": "List them."}]
     line = {"id": "1", "variant": "base", "prompt": prompt, "reference": None}
@@ -254,7 +254,7 @@ def test_an_answer_keeps_its_lines_and_says_how_it_ended(make_run: MakeRun) -> N
     assert "said nothing" in page.words
 
 
-def test_each_exported_form_is_shown_with_what_its_contract_says(make_run: MakeRun) -> None:
+def test_each_exported_form_is_shown_with_its_contract(make_run: MakeRun) -> None:
     run = make_run()
     checks = [{"name": "as served", "passed": True, "detail": "loss 1.9 against 1.8"}]
     write(run / "export" / "model-q8_0.contract.json", {"form": "gguf q8_0", "passed": True, "checks": checks})

@@ -52,7 +52,7 @@ def test_a_damaged_file_is_named_and_hides_nothing_else(make_run: MakeRun, conte
     assert len(record.completions) == 48
 
 
-def test_a_half_written_last_line_is_left_out_without_a_word(make_run: MakeRun) -> None:
+def test_a_half_written_last_line_is_ignored_without_a_note(make_run: MakeRun) -> None:
     run = make_run("metrics")
     with (run / "train-1-sft" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 61, "lo')
@@ -72,7 +72,7 @@ def test_bad_lines_in_the_middle_are_named(make_run: MakeRun) -> None:
     assert record.notes == ["evaluate/completions.jsonl: skipped lines that are not JSON objects: 4, 7"]
 
 
-def test_a_step_that_was_written_twice_counts_as_written_last(make_run: MakeRun) -> None:
+def test_the_last_line_of_a_repeated_step_counts(make_run: MakeRun) -> None:
     run = make_run("metrics")
     again = metrics()[30] | {"loss": 9.5}
     with (run / "train-1-sft" / "metrics.jsonl").open("a") as file:

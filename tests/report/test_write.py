@@ -72,7 +72,7 @@ def test_a_run_that_has_one_part_is_reported(make_run: MakeRun, only: str) -> No
         assert (f'href="#{section}"' in page) == (part == only)
 
 
-def test_a_picture_whose_figures_are_gone_goes_too(make_run: MakeRun) -> None:
+def test_a_picture_is_removed_when_its_data_is_gone(make_run: MakeRun) -> None:
     run = make_run()
     write_report(run)
     (run / "evaluate" / "scorecard.json").unlink()
@@ -89,7 +89,7 @@ def test_a_damaged_file_is_named_on_the_page(make_run: MakeRun) -> None:
     assert '<section id="scores">' in page
 
 
-def test_files_of_quite_another_shape_do_not_stop_the_report(make_run: MakeRun) -> None:
+def test_files_of_an_unexpected_shape_do_not_stop_the_report(make_run: MakeRun) -> None:
     run = make_run("nothing else")
     for name in (
         "environment.json",
@@ -118,9 +118,7 @@ def test_several_training_stages_are_shown_each(make_run: MakeRun) -> None:
     assert "<dt>train-2-dpo</dt><dd>12 steps" in page
 
 
-def test_the_report_of_a_relative_run_names_it_as_it_was_given(
-    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_path_of_the_run_is_shown_as_given(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run("contract")
     monkeypatch.chdir(run.parent.parent)
     page = write_report(Path("runs") / run.name).read_text("utf-8")
