@@ -170,7 +170,7 @@ def _draw_values(axes: Axes, score: MetricScores, lines: Mapping[str, int], name
         _draw_interval(axes, value, line, **_mark(place, marker="|"))
         axes.plot([value.mean], [line], **_mark(place))
     arrow = ARROWS.get(score.metric.better or "", "")
-    _set_title(axes, f"{shorten(score.metric.label, 30)} {arrow}")
+    _set_title(axes, f"{shorten(score.metric.label, 33)} {arrow}")
     _hide_y_axis(axes, len(lines))
 
 
@@ -240,7 +240,8 @@ def _label_steps(axes: Axes) -> None:
 
 
 def _set_title(axes: Axes, text: str) -> None:
-    axes.set_title(text, loc="left", fontsize="medium", fontweight="bold")
+    size = "small" if len(text) > 24 else "medium"  # titles of two columns stand side by side
+    axes.set_title(text, loc="left", fontsize=size, fontweight="bold")
 
 
 def _picture(draw: Callable[[Figure], None], *, height: float) -> bytes:

@@ -143,6 +143,8 @@ def test_nothing_that_came_from_the_run_becomes_markup(make_run: MakeRun) -> Non
         if tag == "img":
             assert (attributes["src"] or "").startswith("data:image/png;base64,")
     # It is all there to be read, in every part of the page.
+    sections = {attributes["id"] for tag, attributes in page.elements if tag == "section"}
+    assert sections == {"what", "data", "training", "scores", "answers", "contract", "provenance"}
     assert page.text.count("<script>alert(1)</script>") > 40
     assert "{{ 7*7 }}" in page.text
     assert "corral chat '" in page.words
