@@ -149,12 +149,12 @@ class Measurements:
             for rows in _task_rows(variant, task):
                 start(task.name, len(rows.ids))
                 if rows.file == _answers_file(task.name):
-                    asked = answerer(settings, partial(task.examples, reasoning=settings.reasoning))
-                    await self._answer_timed(asked, rows, task_items(task), progress)
+                    task_answerer = answerer(settings, partial(task.examples, reasoning=settings.reasoning))
+                    await self._answer_timed(task_answerer, rows, task_items(task), progress)
                 else:
-                    asked = answerer(settings, task.option_examples)
+                    task_answerer = answerer(settings, task.option_examples)
                     file = self.row_file(rows.file)
-                    await compute_option_logprobs(asked, rows.origin, task.questions, file, progress.update)
+                    await compute_option_logprobs(task_answerer, rows.origin, task.questions, file, progress.update)
 
     def _finished(self, rows: _RowSet) -> Mapping[str, dict[str, Any]]:
         return self.row_file(rows.file).rows_of(rows.origin)

@@ -106,12 +106,12 @@ def test_an_options_log_probability_equals_a_direct_computation(
 
     row = asyncio.run(scored())
     assert (row["bytes"], row["gold"]) == ([6, 7], 1)
-    asked = Conversation((*(m for shot in prompting.choose_examples(stem) for m in shot.messages), *stem.messages))
-    assert len(asked.messages) == 2 * shots + 1
-    for option, found in zip(question.options, row["logprobs"], strict=True):
-        ids = template.prompt(asked)
+    prompt = Conversation((*(m for shot in prompting.choose_examples(stem) for m in shot.messages), *stem.messages))
+    assert len(prompt.messages) == 2 * shots + 1
+    for option, logprob in zip(question.options, row["logprobs"], strict=True):
+        ids = template.prompt(prompt)
         answer = template.tokenizer.encode(option, add_special_tokens=False)
         with torch.inference_mode():
             logprobs = model(torch.tensor([[*ids, *answer]])).logits[0].log_softmax(-1)
         direct = sum(float(logprobs[len(ids) + i - 1, id_]) for i, id_ in enumerate(answer))
-        assert found == pytest.approx(direct, abs=1e-4)
+        assert logprob == pytest.approx(direct, abs=1e-4)

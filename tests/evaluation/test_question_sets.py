@@ -87,15 +87,15 @@ def test_duplicates_are_dropped_and_a_row_of_another_schema_is_named_by_its_line
 
 def test_the_result_of_a_worked_problem_can_be_extracted() -> None:
     steps = "Two pens and 3 are 2 + 3 = 5. The answer is 5."
-    asked, told = parse_worked_problem("How many?", steps).messages
-    assert asked.content == "How many?"
-    assert told.content == "Two pens and 3 are 2 + 3 = 5.\nAnswer: 5"
-    assert answer_extraction.extract_number(told.content) == "5"
+    question, answer = parse_worked_problem("How many?", steps).messages
+    assert question.content == "How many?"
+    assert answer.content == "Two pens and 3 are 2 + 3 = 5.\nAnswer: 5"
+    assert answer_extraction.extract_number(answer.content) == "5"
 
 
 def test_the_packaged_sets_are_read_completely() -> None:
-    found = {name: question_sets.load_questions(name) for name in QUESTION_SETS}
-    assert {name: len(of_set) for name, of_set in found.items()} == {
+    sets = {name: question_sets.load_questions(name) for name in QUESTION_SETS}
+    assert {name: len(questions) for name, questions in sets.items()} == {
         "arithmetic": 2085,
         "commonsense_qa": 1209,
         "mmlu": 2842,
@@ -103,14 +103,14 @@ def test_the_packaged_sets_are_read_completely() -> None:
         "truthfulqa": 817,
         "xsum": 1000,
     }
-    for name, of_set in found.items():
-        assert len({question.id for question in of_set}) == len(of_set)
-        for question in of_set:
+    for name, questions in sets.items():
+        assert len({question.id for question in questions}) == len(questions)
+        for question in questions:
             assert question.prompt.strip()
             assert all(question.references)
             assert bool(question.options) == (QUESTION_SETS[name].kind == "choice")
-    assert all(answer_extraction.extract_number(question.answer) for question in found["arithmetic"])
-    lettered = [*found["commonsense_qa"], *found["mmlu"]]
+    assert all(answer_extraction.extract_number(question.answer) for question in sets["arithmetic"])
+    lettered = [*sets["commonsense_qa"], *sets["mmlu"]]
     unread = [q for q in lettered if answer_extraction.extract_choice(q.answer, q.options) != "ABCDE"[q.correct_option]]
     assert unread == []
 

@@ -30,10 +30,10 @@ def test_a_smaller_sample_is_part_of_a_larger_one_in_any_order_of_the_set() -> N
 
 def test_examples_are_never_questions_that_are_asked() -> None:
     task = sample_task("arithmetic", PROBLEMS, 10, seed=4)
-    asked = {question.prompt for question in task.questions}
+    questions = {question.prompt for question in task.questions}
     shown = {example.messages[0].content for example in task.examples(reasoning=False)}
-    assert len(asked) == 10
-    assert shown == {question.prompt for question in PROBLEMS} - asked
+    assert len(questions) == 10
+    assert shown == {question.prompt for question in PROBLEMS} - questions
 
 
 def test_with_reasoning_word_problems_have_worked_examples_and_other_sets_their_own() -> None:
@@ -72,8 +72,8 @@ def test_options_are_chosen_by_log_probability_and_by_log_probability_per_byte()
 def test_answers_and_options_of_one_question_are_joined() -> None:
     answers = {"a": {"id": "a", "right": True}, "b": {"id": "b", "right": False}}
     options = {"a": {"id": "a", "logprobs": [-1.0, -2.0], "bytes": [4, 4], "gold": 0}}
-    made = tasks.join_rows(answers, options)
-    assert [dict(row.correct) for row in made] == [
+    rows = tasks.join_rows(answers, options)
+    assert [dict(row.correct) for row in rows] == [
         {"accuracy": True, "logprob": True, "logprob_byte": True},
         {"accuracy": False},
     ]

@@ -132,11 +132,11 @@ def test_a_result_of_any_kind_is_a_letter_a_number_or_what_follows_the_marker(te
 
 @given(st.text(max_size=200))
 def test_any_text_has_a_result_or_none(text: str) -> None:
-    for found in (
+    for result in (
         marked_text(text),
         extract_number(text),
         extract_choice(text),
         extract_choice(text, OPTIONS),
         extract_result(text),
     ):
-        assert found is None or found.strip()
+        assert result is None or result.strip()
