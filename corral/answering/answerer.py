@@ -251,12 +251,10 @@ class Answerer:
         )
 
     async def _example_sets(self, conversation: Conversation) -> list[list[Conversation]]:
-        """The examples for a conversation, then ever fewer of them; the most useful ones stay longest."""
         if self.prompting is None:
             return []
         # Choosing similar examples computes embeddings: in a thread, so as not to block the loop.
-        examples = await asyncio.to_thread(self.prompting.choose_examples, conversation)
-        return [examples[first:] for first in range(len(examples))]
+        return await asyncio.to_thread(self.prompting.example_sets, conversation)
 
     def _with_stop_ids(self, sampling: Sampling | None) -> Sampling:
         sampling = sampling or self.sampling

@@ -140,7 +140,7 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
     from rich.console import Console
 
     from corral.data import preview
-    from corral.data.loss_budget import check_loss_budget
+    from corral.data.lost_rows_budget import check_loss_budget
     from corral.data.prepare import prepare
     from corral.model.loading import load_tokenizer, resolve_model
     from corral.storage import write_atomic

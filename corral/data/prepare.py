@@ -26,7 +26,7 @@ from corral.data import selection
 from corral.data.encoding import Sequences, encode_record
 from corral.data.example_store import Example, ExampleStore, ExampleWriter, RowOrigin, json_line
 from corral.data.ledger import EXAMPLES_PER_REASON, FATES, LEDGER_FILE, Fate, Ledger, LedgerWriter, RowFates
-from corral.data.loss_budget import check_loss_budget, check_not_empty, count_losses
+from corral.data.lost_rows_budget import check_loss_budget, check_not_empty, count_losses
 from corral.data.mixture import SIDES, Side
 from corral.data.selection import UNSET, SourcePlan, WorkerPool, fate_code
 from corral.data.source_rows import EXCERPT_CHARACTERS, load_source_rows

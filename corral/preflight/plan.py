@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from corral.preflight.estimate import MemoryParts
+from corral.preflight.memory_estimate import MemoryParts
 from corral.preflight.remedies import Remedy
 from corral.preflight.workload import Workload
 

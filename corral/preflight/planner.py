@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from corral.errors import CorralError, InputError, StorageError, TrainingError
-from corral.preflight import estimate, machine, trial
-from corral.preflight.estimate import DEVICES, Device, MemoryParts, ModelShape
+from corral.preflight import machine, memory_estimate, trial
 from corral.preflight.machine import MemoryLimit
+from corral.preflight.memory_estimate import DEVICES, Device, MemoryParts, ModelShape
 from corral.preflight.plan import Figures, Plan, StagePlan, TrialResult, Verdict
 from corral.preflight.remedies import Remedy, find_remedies
 from corral.preflight.workload import Workload
@@ -285,10 +285,10 @@ class _Planner:
 
 
 def _estimate_figures(shape: ModelShape, train: Train, work: Workload, device: Device, dtype: DType) -> Figures:
-    parts = estimate.memory(shape, train, work.longest, device, dtype)
-    rate = estimate.tokens_per_second(shape, train, work.common, device, dtype)
-    per_step = estimate.optimizer_seconds(shape, train, device)
-    checkpoint = int(shape.trained_weights(train) * (4 + estimate.MOMENT_BYTES[train.optimizer.kind]))
+    parts = memory_estimate.memory(shape, train, work.longest, device, dtype)
+    rate = memory_estimate.tokens_per_second(shape, train, work.common, device, dtype)
+    per_step = memory_estimate.optimizer_seconds(shape, train, device)
+    checkpoint = int(shape.trained_weights(train) * (4 + memory_estimate.MOMENT_BYTES[train.optimizer.kind]))
     seconds = _stage_seconds(work, rate, per_step, rate * 2, 0.0, checkpoint / _DISK_RATE)
     return Figures(parts, parts.total, rate, seconds, checkpoint)
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from corral.preflight import estimate
-from corral.preflight.estimate import Device, ModelShape, PackShape
+from corral.preflight import memory_estimate
+from corral.preflight.memory_estimate import Device, ModelShape, PackShape
 from corral.preflight.workload import Workload
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def find_remedies(
     """
 
     def predict(train: Train, pack: PackShape) -> int:
-        return estimate.memory(shape, train, pack, device, dtype).total + correction
+        return memory_estimate.memory(shape, train, pack, device, dtype).total + correction
 
     remedies: list[Remedy] = []
     pack = workload.longest

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corral.errors import CorralError
-from corral.preflight import memory
+from corral.preflight import measured_memory
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -95,7 +95,7 @@ def run_trial(job: TrialJob, pipe: Connection, resume: bool) -> None:
 
 
 def _exit_above(limit: int, send: Callable[[str, Any], None]) -> None:
-    while (used := memory.resident_bytes()) < limit:
+    while (used := measured_memory.resident_bytes()) < limit:
         time.sleep(_WATCH_INTERVAL)
     send("memory", f"it had grown to {used / 1e9:.2f} GB")
     os._exit(1)
@@ -110,7 +110,7 @@ class _Trial:
     def run(self) -> None:
         """Runs the trial and ends this process."""
         self._phase("Loading the model again, after kill -9" if self._resume else "Loading the model")
-        self._memory = memory.MemoryMeter(self._job.start.device)
+        self._memory = measured_memory.MemoryMeter(self._job.start.device)
         self._figures["process"] = self._memory.baseline
         began = time.perf_counter()
         self._training = self._build()
@@ -201,22 +201,22 @@ class _Trial:
         positions = [trained_positions(s) for s in sequences]
         dtype = torch.float32 if start.config.method == "full" else getattr(torch, start.dtype)
         self._figures |= {
-            "weights": memory.weights_bytes(model),
+            "weights": measured_memory.weights_bytes(model),
             "parameters": sum(p.numel() for p in training.parameters.values()),
-            "gemm": memory.matmul_rate(start.device, dtype),
-            **memory.measure_pass(model, [s.ids for s in sequences], positions),
+            "gemm": measured_memory.matmul_rate(start.device, dtype),
+            **measured_memory.measure_pass(model, [s.ids for s in sequences], positions),
         }
 
     def _before_optimizer(self, *_: Any) -> None:
         gradients = [p.grad for p in self._training.parameters.values() if p.grad is not None]
         self._figures["gradients"] = sum(g.nbytes for g in gradients)
-        memory.synchronize(self._job.start.device)
+        measured_memory.synchronize(self._job.start.device)
         self._optimizer_start = time.perf_counter()
 
     def _after_optimizer(self, *_: Any) -> None:
-        memory.synchronize(self._job.start.device)
+        measured_memory.synchronize(self._job.start.device)
         self._figures["optimizer_seconds"] = time.perf_counter() - self._optimizer_start
-        self._figures["moments"] = memory.tensor_bytes(self._training.optimizer.state.values())
+        self._figures["moments"] = measured_memory.tensor_bytes(self._training.optimizer.state.values())
 
     def _on_step(self, metrics: StepMetrics) -> None:
         now, figures = time.perf_counter(), self._figures
@@ -229,7 +229,7 @@ class _Trial:
         else:
             training = self._training
             step = metrics.seconds - figures.get("heavy_seconds", metrics.seconds)
-            surplus = memory.unused_mapped_bytes(training.model) if self._job.start.device == "cpu" else 0
+            surplus = measured_memory.unused_mapped_bytes(training.model) if self._job.start.device == "cpu" else 0
             checkpoint = self._job.folder / "checkpoints" / f"step-{HEAVY_STEP:06d}"
             figures |= {
                 "typical_rate": metrics.tokens_per_second,

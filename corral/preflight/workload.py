@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from corral.data.packing import pack_sequences
 from corral.model.device import pack_length
-from corral.preflight.estimate import PackShape
+from corral.preflight.memory_estimate import PackShape
 from corral.training.sampler import BatchSampler
 
 if TYPE_CHECKING:

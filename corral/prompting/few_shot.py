@@ -84,6 +84,14 @@ class Prompting:
             others = sorted(others, key=lambda i: (-similarity[i], i))[: self.count][::-1]
         return [self._pool[i] for i in others[: self.count]]
 
+    def example_sets(self, conversation: Conversation) -> list[list[Conversation]]:
+        """The examples for a question, then ever fewer of them, for prompts that do not fit the context.
+
+        The first ones are dropped first: the most useful stand next to the question. Thread-safe.
+        """
+        examples = self.choose_examples(conversation)
+        return [examples[dropped:] for dropped in range(len(examples))]
+
     def apply(self, conversation: Conversation, examples: Sequence[Conversation]) -> Conversation:
         """The conversation, which ends with the user, with examples before it and the instruction for steps."""
         messages = insert_examples(examples, conversation).messages

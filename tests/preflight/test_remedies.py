@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from corral import recipe as recipes
-from corral.preflight.estimate import DEVICES, ModelShape, PackShape
+from corral.preflight.memory_estimate import DEVICES, ModelShape, PackShape
 from corral.preflight.remedies import Remedy, find_remedies
 from corral.preflight.workload import Workload
 from corral.recipe import Train

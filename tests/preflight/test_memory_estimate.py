@@ -12,8 +12,8 @@ from corral.errors import ModelError, RecipeError
 from corral.model import adapters, loading
 from corral.model.full_finetuning import train_all_weights
 from corral.model.quantisation import Quantization
-from corral.preflight import estimate, memory
-from corral.preflight.estimate import DEVICES, Device, ModelShape, PackShape
+from corral.preflight import measured_memory, memory_estimate
+from corral.preflight.memory_estimate import DEVICES, Device, ModelShape, PackShape
 from corral.recipe import Train
 from tests.conftest import make_tiny_model
 
@@ -59,13 +59,13 @@ def test_measured_activations_and_weights_are_as_estimated(name: str, folder: Pa
     trained = train_all_weights(model, compute) if full else adapters.attach(model, train.lora, seed=0)
     if train.gradient_checkpointing:
         trained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    measured = memory.measure_pass(trained, IDS, POSITIONS)
+    measured = measured_memory.measure_pass(trained, IDS, POSITIONS)
     shape = ModelShape.from_folder(folder)
-    parts = estimate.memory(shape, train, PACK, HERE, dtype)
+    parts = memory_estimate.memory(shape, train, PACK, HERE, dtype)
     assert measured["pack_tokens"] == PACK.tokens
     assert parts.activations == pytest.approx(measured["activations"], rel=0.15)
     assert 0.7 < parts.head / measured["head"] < 3
-    assert parts.weights == pytest.approx(memory.weights_bytes(trained), rel=0.02)
+    assert parts.weights == pytest.approx(measured_memory.weights_bytes(trained), rel=0.02)
     assert shape.trained_weights(train) == sum(p.numel() for p in trained.parameters() if p.requires_grad)
 
 
@@ -76,20 +76,24 @@ def test_the_sizes_of_llama_3_1_8b_are_as_published() -> None:
 
 def test_an_8b_model_takes_its_weights_and_nf4_brings_it_to_a_small_card() -> None:
     pack = PackShape(2048, 1000, 500)
-    in_half = estimate.memory(LLAMA_8B, Train(), pack, DEVICES["t4"], "float16")
+    in_half = memory_estimate.memory(LLAMA_8B, Train(), pack, DEVICES["t4"], "float16")
     assert in_half.weights == pytest.approx(16.1e9, rel=0.01)
     assert in_half.total > DEVICES["t4"].memory
     small = Train(quantization="nf4", gradient_checkpointing=True)
-    assert estimate.memory(LLAMA_8B, small, pack, DEVICES["t4"], "float16").total < DEVICES["t4"].memory
+    assert memory_estimate.memory(LLAMA_8B, small, pack, DEVICES["t4"], "float16").total < DEVICES["t4"].memory
 
 
 def test_rates_are_those_that_the_assumed_share_was_taken_from() -> None:
     # NeMo AutoModel: Llama-3.1-8B, LoRA, 4096 tokens: 12,473 tokens/s on an H100.
-    rate = estimate.tokens_per_second(LLAMA_8B, Train(), PackShape(4096, 4096, 2048), DEVICES["h100"], "bfloat16")
+    rate = memory_estimate.tokens_per_second(
+        LLAMA_8B, Train(), PackShape(4096, 4096, 2048), DEVICES["h100"], "bfloat16"
+    )
     assert 0.75 < rate / 12_473 < 1.1
     # torchtune: Llama-3.2-3B, LoRA, 4096 tokens: 8,210 tokens/s on an A100.
     llama_3b = ModelShape(28, 3072, 8192, 24, 8, 128, 128256, tied=True)
-    rate = estimate.tokens_per_second(llama_3b, Train(), PackShape(4096, 4096, 2048), DEVICES["a100-80g"], "bfloat16")
+    rate = memory_estimate.tokens_per_second(
+        llama_3b, Train(), PackShape(4096, 4096, 2048), DEVICES["a100-80g"], "bfloat16"
+    )
     assert 0.75 < rate / 8_210 < 1.2
 
 
@@ -99,17 +103,17 @@ def test_a_setting_that_saves_memory_or_costs_time_does_so_in_the_estimate() -> 
     def estimate_with(**settings: Any) -> tuple[int, float]:
         train = Train(**settings)
         return (
-            estimate.memory(LLAMA_8B, train, pack, device, "bfloat16").total,
-            estimate.tokens_per_second(LLAMA_8B, train, pack, device, "bfloat16"),
+            memory_estimate.memory(LLAMA_8B, train, pack, device, "bfloat16").total,
+            memory_estimate.tokens_per_second(LLAMA_8B, train, pack, device, "bfloat16"),
         )
 
-    memory, rate = estimate_with()
+    measured_memory, rate = estimate_with()
     for settings in ({"gradient_checkpointing": True}, {"quantization": "nf4"}, {"quantization": "int8"}):
         less, slower = estimate_with(**settings)
-        assert less < memory
+        assert less < measured_memory
         assert slower < rate
     more, _ = estimate_with(method="full")
-    assert more > memory + 8e9 * 12
+    assert more > measured_memory + 8e9 * 12
 
 
 def test_bfloat16_on_a_device_without_it_is_refused() -> None:

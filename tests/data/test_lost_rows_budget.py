@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from corral.data.ledger import Fate, Ledger
-from corral.data.loss_budget import check_loss_budget, check_not_empty, count_losses
+from corral.data.lost_rows_budget import check_loss_budget, check_not_empty, count_losses
 from corral.data.mixture import SIDES, Side
 from corral.data.selection import SourcePlan
 from corral.errors import DataError, GateError
