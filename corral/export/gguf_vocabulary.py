@@ -1,14 +1,14 @@
-"""A tokenizer → the `tokenizer.ggml.*` metadata with which llama.cpp gives the same ids, or the reason why none does.
+"""Translates a tokenizer into the `tokenizer.ggml.*` metadata of a GGUF file, so that llama.cpp gives the same ids.
 
-llama.cpp knows splitting rules by name and cannot be told new ones, so each part of `tokenizer.json` is recognised by what it
-says, never by the model's name, and what has no equal there is refused. Two families are written: byte-level BPE (GPT-2,
-SmolLM, Llama 3) and SentencePiece-like BPE (Llama 1 and 2).
+llama.cpp has a fixed list of named splitting rules. This module recognises each part of `tokenizer.json` by its content, not
+by the model's name, and raises ModelError for a part that llama.cpp cannot reproduce. It supports two families: byte-level
+BPE (GPT-2, SmolLM, Llama 3) and SentencePiece-like BPE (Llama 1 and 2).
 
-Where llama.cpp and corral differ, the chat decides: corral adds no BOS token that a template does not write, and never an
-EOS token after a prompt, so neither does the file of a model with a chat template.
+If the model has a chat template, the metadata follows corral's chat prompts: llama.cpp adds a BOS token only if the rendered
+template begins with one, and never adds an EOS token.
 
-This module knows nothing about weights, and does not write files. It cannot see how a program other than llama.cpp reads
-the metadata; text that spells a special token is split by corral and becomes that token in llama.cpp.
+Known limits: only llama.cpp's reading of the metadata is considered. corral splits text that spells a special token;
+llama.cpp turns it into that token.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ _STOPS = ("eos", "eot", "eom")
 
 @dataclass(frozen=True, slots=True)
 class GgufVocabulary:
-    """Everything a GGUF file says about a tokenizer.
+    """The tokenizer metadata of a GGUF file.
 
     Args:
-        model: llama.cpp's name of the algorithm.
-        pre: its name of the splitting rule.
-        tokens: text by id, as many as there are embedding rows.
-        types: kind by id.
-        scores: by id, for `llama`; empty for `gpt2`.
-        merges: in order, for `gpt2`; empty for `llama`.
-        add_space_prefix: for `llama`: whether text at the start and after a special token gets a space before it.
-        add_bos: whether llama.cpp puts the BOS token before a text (a template's own is not doubled).
-        add_eos: whether it puts the EOS token after a text.
-        ids: of special tokens: bos, eos, eot, eom, unknown, padding; what there is.
-        chat_template: Jinja2 without `{% generation %}` markers.
+        model: llama.cpp's name of the algorithm: `llama` or `gpt2`.
+        pre: llama.cpp's name of the splitting rule.
+        tokens: text by id, one for each embedding row.
+        types: token type by id.
+        scores: merge scores by id, for `llama`; empty for `gpt2`.
+        merges: merges in order, for `gpt2`; empty for `llama`.
+        add_space_prefix: for `llama`: whether llama.cpp puts a space before text at the start and after a special token.
+        add_bos: whether llama.cpp puts the BOS token before a text. It does not double a BOS token that the template writes.
+        add_eos: whether llama.cpp puts the EOS token after a text.
+        ids: ids of the special tokens that the tokenizer has, by name: bos, eos, eot, eom, unknown, padding.
+        chat_template: Jinja2 source without `{% generation %}` markers.
     """
 
     model: str
@@ -64,15 +64,15 @@ class GgufVocabulary:
 
 
 def read_vocabulary(folder: Path, rows: int) -> GgufVocabulary:
-    """The tokenizer of a model folder in GGUF's terms.
+    """Reads the tokenizer of a model folder and translates it for a GGUF file.
 
     Args:
-        folder: with `tokenizer.json`, `tokenizer_config.json` and `generation_config.json`.
-        rows: of the embedding; ids without a token are filled with unused ones.
+        folder: contains `tokenizer.json`, `tokenizer_config.json` and `generation_config.json`.
+        rows: number of embedding rows. Ids without a token get an unused placeholder token.
 
     Raises:
-        ModelError: it cannot be read, or llama.cpp would give other ids.
-        TemplateError: its chat template has markers and cannot be used.
+        ModelError: if the tokenizer cannot be read, or llama.cpp would give other ids.
+        TemplateError: if the chat template has generation markers and cannot be used.
     """
     tokenizer: Any = load_tokenizer(folder)
     state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -111,10 +111,10 @@ def read_vocabulary(folder: Path, rows: int) -> GgufVocabulary:
 
 
 def stop_ids(folder: Path, tokenizer: Any) -> list[int]:
-    """The ids that end an answer, the tokenizer's own EOS first: at most the three that llama.cpp reads.
+    """The ids that end an answer, the tokenizer's own EOS first. llama.cpp reads at most three.
 
     Raises:
-        ModelError: there is none, or a fourth.
+        ModelError: if there are none, or more than three.
     """
     stated: Any = None
     for name in ("generation_config.json", "config.json"):
@@ -133,7 +133,7 @@ def stop_ids(folder: Path, tokenizer: Any) -> list[int]:
 
 
 class _Refusal:
-    """Makes the errors of this module."""
+    """Builds the ModelErrors of this module, all with the same location and hint."""
 
     def __init__(self, folder: Path) -> None:
         self.where = str(folder / "tokenizer.json")
@@ -205,7 +205,7 @@ def _splitting_rule(state: dict[str, Any], refuse: _Refusal) -> str:
         name = "llama-bpe"
     else:
         raise refuse(f"it splits text by {json.dumps(rule, ensure_ascii=False)[:300]}")
-    # llama.cpp takes a word that is a token for that token in Llama 3 only, and always there.
+    # Only llama.cpp's Llama 3 rule has ignore_merges (a whole word that is a token becomes that token); it cannot be off.
     if ignores != (name == "llama-bpe") and not _merges_suffice(state):
         raise refuse(f"ignore_merges is {ignores}, and some of its tokens cannot be merged from smaller ones")
     missing = 256 - sum(token in state["model"]["vocab"] for token in _byte_characters())
@@ -225,7 +225,7 @@ def _byte_characters() -> list[str]:
 
 
 def _merges_suffice(state: dict[str, Any]) -> bool:
-    """Whether merging alone makes each token: then it is the same whether or not merges are ignored for whole words."""
+    """Whether the merges alone produce every token. If so, `ignore_merges` makes no difference."""
     from tokenizers import Tokenizer, models
 
     added = {token["id"] for token in state["added_tokens"]}
@@ -236,10 +236,11 @@ def _merges_suffice(state: dict[str, Any]) -> bool:
 
 
 def _scores(state: dict[str, Any], tokens: list[str], types: list[int], refuse: _Refusal) -> list[float]:
-    """A score per token that makes llama.cpp merge in the order of the merge list.
+    """Token scores that make llama.cpp merge in the order of the merge list.
 
-    llama.cpp joins any two neighbours that make a token, best score first, the left one where two are equal; a merge list
-    names the pairs. The two agree if the list names every pair, token by token.
+    llama.cpp joins any two neighbours that form a token: highest score first, and the leftmost pair if scores are equal. A
+    merge list joins only the pairs that it names. The two agree if the list names every pair that forms a token, and the
+    pairs of one token follow one another.
     """
     if not state["model"].get("fuse_unk") and state["model"].get("unk_token") is None:
         raise refuse("it has no unknown token")
@@ -276,7 +277,7 @@ def _space_prefix(state: dict[str, Any], chat_opens_with_bos: bool, refuse: _Ref
         if steps == [replaces]:
             return False
     elif normal is None and before.get("type") == "Metaspace":
-        # "first" puts a space before the first text only, and a chat begins with the BOS token: so nowhere in a chat.
+        # "first" puts a space before the first text only. A chat that begins with the BOS token therefore gets none.
         nowhere = ("never", "first") if chat_opens_with_bos else ("never",)
         if before["replacement"] == _SPACE and not before["split"] and before["prepend_scheme"] in nowhere:
             return False
@@ -286,7 +287,7 @@ def _space_prefix(state: dict[str, Any], chat_opens_with_bos: bool, refuse: _Ref
 
 
 def _chat(tokenizer: Any, refuse: _Refusal) -> tuple[str | None, bool]:
-    """The template without markers, and whether what it renders begins with the BOS token."""
+    """The chat template without generation markers, and whether its rendered text begins with the BOS token."""
     source: Any = tokenizer.chat_template
     if source is None:
         return None, False
@@ -316,7 +317,7 @@ def _chat(tokenizer: Any, refuse: _Refusal) -> tuple[str | None, bool]:
 
 
 def _ends(tokenizer: Any) -> tuple[bool, bool]:
-    """Whether the tokenizer puts the BOS token before a text, and the EOS token after it."""
+    """Whether the tokenizer adds the BOS token before a text, and whether it adds the EOS token after it."""
     inner = tokenizer("x", add_special_tokens=False)["input_ids"]
     whole = tokenizer("x", add_special_tokens=True)["input_ids"]
     extra = len(whole) - len(inner)

@@ -1,15 +1,15 @@
-"""A merged model folder → one GGUF file for llama.cpp and what is built on it.
+"""Writes a merged model folder as one GGUF file for llama.cpp and programs built on it.
 
-Weights are read, turned and written a few rows at a time, so a model larger than memory can be exported. Names, row order
-and metadata are those of llama.cpp's own converter; types are those of its quantiser, with one exception:
+Weights are read, permuted and written a few rows at a time, so a model larger than memory can be exported. Names, row order
+and metadata follow llama.cpp's own converter. Tensor types follow its quantiser, with one exception (the last rule):
 
-- norms and rope divisors are float32, every other tensor has the asked type;
-- rows whose length 32 does not divide cannot be cut into blocks, and stay float16;
-- in a q4_0 file the output matrix (with tied embeddings: the embeddings) is q8_0, where llama.cpp takes q6_K if it can.
-  That is a little larger and more exact, and is what llama.cpp itself falls back to.
+- Norms and rope divisors are float32. Every other tensor has the requested type.
+- Rows whose length is not a multiple of 32 cannot be cut into blocks, and are stored as float16.
+- In a q4_0 file the output matrix (with tied embeddings: the embeddings) is q8_0, where llama.cpp uses q6_K if it can. q8_0
+  is a little larger and more exact, and is llama.cpp's own fallback.
 
-A GGUF file has a key for the licence's name but none for its text: that goes into the Modelfile, and should lie beside the
-file. This module does not know whether the result computes what the folder did (`contract` measures it), and reads no GGUF.
+GGUF has a metadata key for the licence's name but none for its text. The Modelfile holds the text, and the licence file
+should be kept next to the GGUF file. This module does not check the result; `export.contract` compares it with the folder.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _INNER = {
 }
 _ROPE_DIVISORS = "rope_freqs.weight"
 _ALIGNMENT = 32
-_LARGEST = 65504.0  # of float16, in which the scales of the quantised types are too
+_LARGEST = 65504.0  # the largest float16; the scales of the quantised types are float16 too
 _CHUNK = 2**22  # elements read at once: 16 MiB as float32
 _LICENCES = (
     (re.compile(r"\s*Apache License\s+Version 2\.0"), "apache-2.0", "Apache License 2.0"),
@@ -79,21 +79,21 @@ def write_gguf(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Writes the model of a Hugging Face folder as a GGUF file, whole or not at all.
+    """Writes the model of a Hugging Face folder as a GGUF file. The write is atomic.
 
-    Two writers of one `path` must hold a lock (`storage.locked`) between them.
+    Concurrent writers of one `path` must share a lock (`storage.file_lock`).
 
     Args:
-        folder: safetensors (in parts or not), config, generation config, tokenizer and chat template.
-        path: the file to create or replace; its folder is created.
-        type: of the matrices.
-        progress: told (bytes written, bytes in all) of the weights, after each piece.
+        folder: safetensors (one file or several), config, generation config, tokenizer and chat template.
+        path: the file to create or replace; its folder is created if missing.
+        type: type of the matrices.
+        progress: called with (bytes of weights written, bytes in total) after each piece.
 
     Raises:
-        ModelError: the folder is no Llama model, or has something that llama.cpp would compute or split otherwise; weights
-            that float16 cannot hold.
-        TemplateError: the chat template has generation markers and cannot be used.
-        StorageError: the disk is full, or the place cannot be written.
+        ModelError: if the folder is not a Llama model, if llama.cpp would compute the model or split text differently, or if
+            a weight does not fit float16.
+        TemplateError: if the chat template has generation markers and cannot be used.
+        StorageError: if the disk is full or `path` cannot be written.
     """
     check_folder(folder)
     config = _config(folder)
@@ -110,21 +110,22 @@ def write_gguf(
 
 @dataclass(frozen=True, slots=True)
 class _Weight:
-    """One tensor to be: its GGUF name, its shape (rows first), and its rows from one on as float32."""
+    """A tensor to write: its GGUF name, its shape (rows first), and a function that reads rows [first, last) as float32."""
 
     name: str
     shape: tuple[int, ...]
     rows: Callable[[int, int], NDArray[np.float32]]
     step: int
-    """Rows that must be read together."""
+    """Rows are read in multiples of this number."""
 
 
 def stored_weight(name: str, weight: NDArray[np.float32], types: Mapping[str, str]) -> NDArray[np.float32]:
-    """What a program that computes in float32 makes of a weight as a GGUF file holds it.
+    """Rounds a weight as the GGUF file stores it, and converts it back to float32.
 
     Args:
-        name: as transformers has it.
-        types: of the file's tensors, by name, as `gguf.read_header` gives them.
+        name: the weight's name in transformers.
+        weight: the unrounded weight.
+        types: type of each tensor of the file by its GGUF name, from `gguf_reader.read_header`.
     """
     import numpy as np
     from gguf import GGMLQuantizationType
@@ -135,12 +136,14 @@ def stored_weight(name: str, weight: NDArray[np.float32], types: Mapping[str, st
 
 
 def permute_rotary_rows(rows: NDArray[np.float32], head_dim: int) -> NDArray[np.float32]:
-    """Rows of whole query or key heads in llama.cpp's order.
+    """Reorders the rows of query or key heads from transformers' order to llama.cpp's.
 
-    transformers keeps a head's two rotary halves one after the other, llama.cpp rotates neighbours.
+    transformers pairs each row of a head's first half with a row of its second half for the rotation; llama.cpp pairs
+    neighbouring rows.
 
     Args:
-        rows: [heads × head_dim, hidden]
+        rows: [heads × head_dim, hidden], whole heads only.
+        head_dim: rows of one head.
     """
     heads = rows.shape[0] // head_dim
     return rows.reshape(heads, 2, head_dim // 2, -1).swapaxes(1, 2).reshape(rows.shape)
@@ -173,7 +176,7 @@ def _config(folder: Path) -> Any:
 
 
 def _weights(folder: Path, config: Any, stack: ExitStack) -> list[_Weight]:
-    """Every tensor of the file in its order. Raises: ModelError (one is missing, unknown, or of another shape)."""
+    """All tensors in file order. Raises ModelError if a tensor is missing, unknown or has the wrong shape."""
     from safetensors import safe_open
 
     found: dict[str, Any] = {}
@@ -216,7 +219,7 @@ def _weights(folder: Path, config: Any, stack: ExitStack) -> list[_Weight]:
 
 
 def _gguf_name(name: str) -> str:
-    """transformers' name of a weight → GGUF's."""
+    """Converts transformers' name of a weight to its GGUF name."""
     if name in _OUTER:
         return _OUTER[name]
     _, _, layer, inner = name.removesuffix(".weight").split(".", 3)
@@ -258,7 +261,7 @@ def _padded(size: int) -> int:
 
 @contextmanager
 def _new_file(path: Path, needed: int) -> Generator[Path]:
-    """A path beside `path` to write to, which takes its place when the block ends well and is removed when not."""
+    """Yields a temporary path next to `path`. It replaces `path` if the block succeeds; otherwise it is deleted."""
     temporary = path.with_name(f".corral-tmp-{path.name}")
     with storage_errors(path, needed=needed):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -285,11 +288,11 @@ def _write_head(
     plan: list[tuple[_Weight, GGMLQuantizationType]],
     asked: GgufType,
 ) -> None:
-    """Header, metadata and the table of tensors."""
+    """Writes the header, the metadata and the tensor table."""
     import numpy as np
     from gguf import GGUFWriter
 
-    path.unlink(missing_ok=True)  # what a killed writer left
+    path.unlink(missing_ok=True)  # a killed writer may have left one
     writer = GGUFWriter(str(path), "llama")
     try:
         _add_model(writer, folder, config, asked)
@@ -383,7 +386,7 @@ def _write_data(
 
 
 def _encoded(weight: _Weight, kind: GGMLQuantizationType) -> Iterator[bytes]:
-    """The tensor's bytes, some rows at a time."""
+    """Yields the tensor's encoded bytes, some rows at a time."""
     import numpy as np
     from gguf.quants import quantize
 

@@ -1,11 +1,12 @@
-"""An Ollama Modelfile for an exported GGUF file: template, stop tokens, licence.
+"""Writes an Ollama Modelfile for an exported GGUF file: template, stop tokens, licence.
 
-Ollama renders chats by a Go template and does not run the Jinja template inside a GGUF file; without a TEMPLATE line it takes
-the nearest of its own. So the chat template is learnt from what it renders, as six texts around the messages, and tried on
-conversations that were not learnt from; a Go template is written only where all of them come out the same.
+Ollama renders chats with a Go template and does not run the Jinja template in a GGUF file. Without a TEMPLATE line it picks
+the most similar of its built-in templates. This module therefore renders sample conversations with the chat template,
+extracts the six texts that it puts around messages, and builds a Go template from them. It then renders other conversations
+both ways, and writes the Go template only if all of them are equal.
 
-This module does not know the weights, and has no Ollama to ask. Ollama joins neighbouring messages of one role; no template
-can undo that.
+The Go side of the comparison is computed by `_Form.render`; Ollama itself is never run. Ollama joins consecutive messages
+of one role, which no template can prevent.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ _EDGES = (Conversation.from_turns(("user", " \n hi \n"), ("assistant", "\n so \t
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """The texts that a chat template puts around messages: system (if any), then user and assistant in turn.
+    """The texts that a chat template puts around messages: an optional system message, then user and assistant in turn.
 
     Args:
-        opens: before the first message if it is the user's.
-        system: before a system message, or None if the template takes none.
-        after_system: between it and the user's message.
-        answers: between a user's message and an answer.
-        continues: between an answer and the user's next message.
-        asks: after the last user's message.
+        opens: before the first message, if it is a user message.
+        system: before a system message; None if the template does not accept one.
+        after_system: between the system message and the user message.
+        answers: between a user message and an answer.
+        continues: between an answer and the next user message.
+        asks: after the last user message.
     """
 
     opens: str
@@ -75,11 +76,12 @@ def modelfile(folder: Path, gguf: str) -> str:
 
     Args:
         folder: the model folder that the GGUF file was written from.
-        gguf: name of the GGUF file, which must lie beside the Modelfile.
+        gguf: name of the GGUF file, which must be in the Modelfile's folder.
 
     Raises:
-        ModelError: as `gguf_export.write_gguf`, of the tokenizer.
-        TemplateError: the chat template has generation markers and cannot be used.
+        ModelError: if the tokenizer cannot be translated (as in `gguf_writer.write_gguf`), or a licence text contains
+            triple quotes.
+        TemplateError: if the chat template has generation markers and cannot be used.
     """
     tokenizer: Any = load_tokenizer(folder)
     words = read_vocabulary(folder, _rows(folder, tokenizer))
@@ -129,7 +131,7 @@ def _template_lines(tokenizer: Any, source: str | None, *, add_bos: bool) -> lis
 
 
 def _learn(render: Any) -> tuple[_Form, bool] | None:
-    """The form of a template and whether it strips messages; None if it has no such form, or Go could not say it."""
+    """The template's form, and whether it strips messages. None if it has no such form or a Modelfile cannot hold it."""
     marks = ["\u2983u1\u2984", "\u2983a1\u2984", "\u2983u2\u2984"]
     turns = Conversation.from_turns(("user", marks[0]), ("assistant", marks[1]), ("user", marks[2]))
     plain = _between(render, turns, marks)
@@ -150,7 +152,10 @@ def _learn(render: Any) -> tuple[_Form, bool] | None:
 
 
 def _between(render: Any, conversation: Conversation, marks: Sequence[str]) -> list[str] | None:
-    """The texts before, between and after the messages; None if it is refused, or messages are not there once in order."""
+    """The texts before, between and after the messages.
+
+    None if the template rejects the conversation, or does not render each message exactly once and in order.
+    """
     text = _rendered(render, conversation)
     parts: list[str] = []
     for mark in marks:
@@ -171,7 +176,7 @@ def _rendered(render: Any, conversation: Conversation) -> str | None:
 
 
 def _go(form: _Form) -> str:
-    """The form in the language of Go's text/template, with Ollama's names."""
+    """Writes the form as a Go text/template with Ollama's variable names."""
     after = ""
     system = ""
     if form.system is not None:

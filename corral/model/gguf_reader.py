@@ -1,14 +1,15 @@
-"""GGUF files: checked before anything else reads them, and turned into a plain safetensors folder.
+"""Checks GGUF files, and converts them to a safetensors folder.
 
-A GGUF file is a header, key-value metadata, a table of tensors and their data. Readers that trust its counts, lengths and
-offsets can be led outside the file (CVE-2026-7482 is one such reader), so `read_header` checks each against the file's size
-first. The layout is that of the specification, version 2 and 3, little-endian.
+A GGUF file consists of a header, key-value metadata, a tensor table and the tensors' data. A reader that trusts the file's
+counts, lengths and offsets can be made to read outside the file (CVE-2026-7482 is an example). `read_header` therefore
+checks each of them against the file's size before any other reader opens the file. It supports versions 2 and 3 of the
+specification, little-endian.
 
-`convert_to_folder` also refuses what transformers' converter would drop without a word (experts, rope scaling whose rule
-cannot be proved), and rebuilds the splitting rule that it does not know, so that token ids are those the model was trained
-with.
+`convert_to_folder` uses transformers' converter, and rejects files with features that the converter silently drops: experts,
+and rope scaling that matches no known rule. It also rebuilds the tokenizer's splitting rule where the converter does not
+support it, so that token ids are those the model was trained with.
 
-This module knows nothing about the cache, assets or licences, and does not write GGUF files.
+The caller caches the converted folder (`model.loading`); `export.gguf_writer` writes GGUF files.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _MAX_DIMENSIONS = 4
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _MIN_TENSOR_ENTRY = 8 + 1 + 4 + 8 + 4 + 8  # name length, name, dimension count, one dimension, type, offset
-# Far more than any vocabulary: a sparse file of any size is easily made, and what is read of it must fit into memory.
+# Far above any real vocabulary. The file's size is no bound: a sparse file can have any size, and entries are held in memory.
 _MOST_ENTRIES = 2**24
 _LONGEST_TEXT = 2**26
 _MIN_FIELD = 8 + 1 + 4 + 1
@@ -46,12 +47,12 @@ _USER_DEFINED = 4  # a token type
 _SPLITS = ("smollm", "gpt-2", *_LLAMA3_NAMES)
 
 CONVERSION_VERSION = 2
-"""Raised whenever `convert_to_folder` would write other bytes for the same file, so that what is cached is made anew."""
+"""Increase it when `convert_to_folder` would write other bytes for the same file: cached conversions are then redone."""
 
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """One entry of the tensor table: `shape` in GGUF order (fastest first), `offset` and `size` in bytes in the file."""
+    """One entry of the tensor table. `shape` is in GGUF order (fastest first); `offset` and `size` are bytes in the file."""
 
     name: str
     shape: tuple[int, ...]
@@ -62,7 +63,7 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """Metadata by key (arrays as lists), and the tensors, all of which lie inside the file and do not overlap."""
+    """The metadata by key (arrays as lists) and the tensors. All tensors lie inside the file and do not overlap."""
 
     version: int
     metadata: dict[str, Any]
@@ -70,11 +71,11 @@ class GgufHeader:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Reads and checks everything but the tensors' data.
+    """Reads and checks everything except the tensors' data.
 
     Raises:
-        ModelError: the file cannot be read, is no GGUF file, is truncated, or states a count, length, type or offset that
-            does not fit; it names the value and the byte where it stands.
+        ModelError: if the file cannot be read, is not a GGUF file, is truncated, or has an invalid count, length, type or
+            offset. The message names the value and its byte position.
     """
     try:
         with open(path, "rb") as file:
@@ -84,7 +85,7 @@ def read_header(path: Path) -> GgufHeader:
 
 
 class _Reader:
-    """Reads little-endian values and never past the end of the file."""
+    """Reads little-endian values. Raises ModelError instead of reading past the end of the file."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path = path
@@ -112,7 +113,7 @@ class _Reader:
         return int(struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}"), what))[0])
 
     def count(self, what: str, unit: int) -> int:
-        """A count of things that take at least `unit` bytes each."""
+        """Reads a count of items that take at least `unit` bytes each, and checks that the file can hold them."""
         start = self.at
         value = self.number("Q", what)
         if value * unit > self.size - self.at:
@@ -144,7 +145,7 @@ class _Reader:
         kind = self.number("I", f"element type of {what}")
         if kind == _STRING:
             return [self.string(f"{what}[{i}]") for i in range(self.count(f"length of {what}", 8))]
-        if kind not in _SCALARS:  # nested arrays included: nothing writes them, and their depth has no bound
+        if kind not in _SCALARS:  # nested arrays too: no program writes them, and their depth is unbounded
             raise self.fail(f"{what} is an array of unknown type {kind}")
         width = struct.calcsize(f"<{_SCALARS[kind]}")
         length = self.count(f"length of {what}", width)
@@ -176,7 +177,7 @@ class _Reader:
         return GgufHeader(version, metadata, self.placed(entries, start, alignment))
 
     def tensor(self, index: int) -> GgufTensor:
-        """One entry; its offset is still relative to the data."""
+        """Reads one entry of the tensor table. Its offset is still relative to the start of the data."""
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
         start = self.at
@@ -192,13 +193,13 @@ class _Reader:
         except ValueError as error:
             raise self.fail(f"tensor {name!r} has unknown type {kind}", start) from error
         block, width = GGML_QUANT_SIZES[quantization]
-        elements = prod(shape)  # Python's integers do not overflow, which is what the attack on other readers needs
+        elements = prod(shape)  # Python's integers cannot overflow; the attack on other readers relies on that
         if elements == 0 or shape[0] % block:
             raise self.fail(f"tensor {name!r} has shape {shape}, which type {quantization.name} cannot have", start)
         return GgufTensor(name, shape, quantization.name, offset, elements // block * width)
 
     def placed(self, entries: list[GgufTensor], start: int, alignment: int) -> tuple[GgufTensor, ...]:
-        """The tensors with offsets in the file, once none leaves it, overlaps another or shares its name."""
+        """The tensors with absolute offsets. Raises ModelError if one leaves the file, overlaps another or shares its name."""
         names: set[str] = set()
         placed: list[GgufTensor] = []
         for entry in entries:
@@ -220,14 +221,14 @@ class _Reader:
 
 
 def convert_to_folder(path: Path, folder: Path) -> None:
-    """Writes the model of a GGUF file as a Hugging Face folder: float32 safetensors, tokenizer, template, stop ids.
+    """Converts a GGUF file to a Hugging Face folder: float32 safetensors, tokenizer, template, stop ids.
 
     Args:
-        path: a GGUF file of the llama architecture; checked with `read_header` first.
-        folder: an existing, empty directory (`storage.new_directory` makes it atomic).
+        path: a GGUF file of the llama architecture. It is checked with `read_header` first.
+        folder: an existing, empty directory. `storage.new_directory` makes the conversion atomic.
 
     Raises:
-        ModelError: the file is damaged, or states something the folder could not say.
+        ModelError: if the file is damaged, or has a feature that the folder cannot express.
     """
     header = read_header(path)
     try:
@@ -236,7 +237,7 @@ def convert_to_folder(path: Path, folder: Path) -> None:
         _verify(path, folder, header)
     except (CorralError, OSError):
         raise
-    except Exception as error:  # what a damaged value can raise in three libraries has no common class
+    except Exception as error:  # three libraries raise for damaged values, without a common class
         raise ModelError(
             f"cannot convert this GGUF file: {type(error).__name__}: {error}",
             where=str(path),
@@ -249,8 +250,8 @@ def _convert(path: Path, folder: Path, header: GgufHeader) -> None:
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    # Alone in a folder, as files beside it (a config, an adapter, a template) would be read too. The converter draws a
-    # progress bar that no setting turns off.
+    # The converter would also read other files in the folder (a config, an adapter, a template), so the file is linked into
+    # an empty one. No setting turns off the converter's progress bar, so stderr is redirected.
     with TemporaryDirectory() as alone, redirect_stderr(StringIO()):
         link = Path(alone) / "model.gguf"
         link.symlink_to(path.absolute())
@@ -268,7 +269,7 @@ def _convert(path: Path, folder: Path, header: GgufHeader) -> None:
     wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "mismatched_keys") if info.get(kind)}
     if wrong:
         raise ModelError(f"the GGUF file lacks weights of its architecture: {wrong}", where=str(path))
-    # The weights are plain float32 now; while these two say otherwise, saving raises.
+    # The weights are plain float32 now. Saving raises unless these two attributes are cleared.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -283,7 +284,7 @@ def _convert(path: Path, folder: Path, header: GgufHeader) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    config.pop("_model_name_or_path", None)  # the file's free-text name, which readers take for a path
+    config.pop("_model_name_or_path", None)  # free text from the file, which readers would treat as a path
     write_json(folder / "config.json", config)
 
 
@@ -323,7 +324,7 @@ def _refuse_unconvertible(path: Path, header: GgufHeader) -> None:
 
 
 def _rope(path: Path, header: GgufHeader) -> dict[str, Any]:
-    """The file's rotary embedding as transformers' `rope_parameters`, which its converter reads the base of only."""
+    """The file's rotary embedding as transformers' `rope_parameters`; transformers' converter reads only the base."""
     import numpy as np
 
     metadata = header.metadata
@@ -351,40 +352,41 @@ def _rope(path: Path, header: GgufHeader) -> dict[str, Any]:
 
 
 def _tokenizer(path: Path, metadata: dict[str, Any]) -> Any:
-    """The tokenizer as the file means it: transformers' conversion, less what it adds and plus what it leaves out."""
+    """transformers' conversion of the tokenizer, corrected where it differs from the file."""
     from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     converted: Any = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
     tokens = cast("list[str]", metadata["tokenizer.ggml.tokens"])
     state = json.loads(converted.backend_tokenizer.to_str())
-    # Its default unknown token is made a new one, beyond the embeddings, where the file has none of that name.
+    # If the file lacks transformers' default unknown token, transformers adds it with an id beyond the embeddings: drop it.
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < len(tokens)]
-    # And the tokens that are matched in text without being special are left to merging.
+    # transformers leaves user-defined tokens to the merges. They must be matched in text, without being special.
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
     known = {token["id"] for token in state["added_tokens"]}
     types = enumerate(metadata.get("tokenizer.ggml.token_type", [])[: len(tokens)])
     own = [token for token, kind in types if kind == _USER_DEFINED and token not in known]
     state["added_tokens"] += [{"id": token, "content": tokens[token], **flags} for token in own]
     vocab: dict[str, int] = state["model"]["vocab"]
-    kept = {text: token for text, token in vocab.items() if token not in own}  # theirs write a space in another way
+    # transformers writes the spaces of user-defined tokens differently, so the file's own texts replace its texts.
+    kept = {text: token for text, token in vocab.items() if token not in own}
     state["model"]["vocab"] = kept | {tokens[token]: token for token in own}
     state["added_tokens"].sort(key=lambda token: token["id"])
     if state["model"].get("unk_token") not in tokens:
         state["model"]["unk_token"] = None
     split = metadata.get("tokenizer.ggml.pre")
     if metadata["tokenizer.ggml.model"] == "gpt2" and split in _LLAMA3_NAMES:
-        state["model"]["ignore_merges"] = True  # a word that is a token is that token, whatever the merges say
+        state["model"]["ignore_merges"] = True  # a whole word that is a token becomes that token, without merging
     backend: Any = Tokenizer.from_str(json.dumps(state))
     if metadata["tokenizer.ggml.model"] == "llama":
-        # SentencePiece puts its space before every text, also one that starts with spaces; theirs leaves those out.
+        # SentencePiece puts a space before every text, even one that starts with spaces; transformers skips those.
         steps: list[Any] = [normalizers.Replace(" ", _SPACE)]
         if metadata.get("tokenizer.ggml.add_space_prefix", True):
             steps.insert(0, normalizers.Prepend(_SPACE))
         backend.normalizer = normalizers.Sequence(steps)
         backend.pre_tokenizer = None
     elif split == "smollm":
-        # Digits stand alone; without this, white space before a digit is cut in another way.
+        # Digits are split off one by one. Without this step, white space before a digit is split differently.
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
@@ -415,7 +417,7 @@ def _tokenizer(path: Path, metadata: dict[str, Any]) -> Any:
 
 
 def _verify(path: Path, folder: Path, header: GgufHeader) -> None:
-    """Reads the folder back: what was written is what the GGUF file said."""
+    """Reads the folder back and compares it with the GGUF header. Raises ModelError if they differ."""
     from safetensors import safe_open
     from transformers import AutoConfig, PreTrainedTokenizerFast
 

@@ -1,9 +1,7 @@
-"""Which tensors a Llama's metadata in a GGUF file calls for, held against those that are there.
+"""Compares the tensors of a GGUF file with those that its Llama metadata requires.
 
-A reader that builds the model first and fills it later can be made to build billions of layers by a few changed bytes; so
-the two are compared before anything is built.
-
-This module knows nothing about files, types or what is in the tensors.
+transformers builds a model from the metadata before it loads the tensors, so a few changed bytes could make it build
+billions of layers. This check runs before any model is built. It looks at names and shapes only, not at types or data.
 """
 
 from __future__ import annotations
@@ -16,11 +14,11 @@ _PER_LAYER = 9
 
 
 def find_shape_error(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """What does not fit, in words; None if everything does.
+    """Describes the first mismatch between metadata and tensors; None if there is none.
 
     Args:
-        metadata: of the llama architecture.
-        shapes: of each tensor, in GGUF's order (the row length first).
+        metadata: metadata of a file of the llama architecture.
+        shapes: shape of each tensor by name, in GGUF's order (the row length first).
     """
     names = ("embedding_length", "feed_forward_length", "block_count", "attention.head_count")
     numbers = {name: metadata.get(f"llama.{name}") for name in names}

@@ -1,6 +1,6 @@
-"""A model on a model hub → a folder in the hub library's cache, or the reason why not, in words.
+"""Downloads a model from the Hugging Face hub into the hub library's cache, and explains hub errors.
 
-Takes safetensors, config, tokenizer and licence files only. This module knows nothing about what is in them.
+Only safetensors, config, tokenizer and licence files are downloaded; their content is not checked here.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ _WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "LICEN[SC]E*
 
 
 def download(spec: str, *, offline: bool, say: Callable[[str], None]) -> Path:
-    """The folder of `hub:OWNER/NAME[@REVISION]`; its name is the commit.
+    """Downloads `hub:OWNER/NAME[@REVISION]` and returns its folder, which is named after the commit.
 
     Args:
-        spec: with the `hub:` prefix; without a revision, the main branch.
+        spec: the model, with the `hub:` prefix. The default revision is the main branch.
         offline: look only in the hub library's cache.
         say: called with a message before the download.
 
     Raises:
-        ModelError: no such model or revision, gated, private, or not reachable; it says what to do.
-        StorageError: the hub library's cache cannot be written.
+        ModelError: if the model or revision does not exist, is gated or private, or the hub is not reachable. The hint says
+            what to do.
+        StorageError: if the hub library's cache cannot be written.
     """
     match = HUB_ID.fullmatch(spec.removeprefix("hub:"))
     if match is None:
@@ -55,7 +56,7 @@ def download(spec: str, *, offline: bool, say: Callable[[str], None]) -> Path:
 
 
 class HubProblem(NamedTuple):
-    """What an error says about the hub, in the parts of a CorralError."""
+    """A hub error as the parts of a CorralError."""
 
     what: str
     where: str
@@ -66,13 +67,13 @@ class HubProblem(NamedTuple):
 def explain_hub_error(
     error: Exception, repo: str, revision: str | None, kind: Literal["model", "data set"]
 ) -> HubProblem | None:
-    """What went wrong at the hub; None if the error is not the hub's (a full disk, say)."""
+    """Explains an error of a hub request. None if the error has another cause, such as a full disk."""
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{'' if kind == 'model' else 'datasets/'}{repo}"
     terms = "licence" if kind == "model" else "terms"
     token = "make a token there, then set HF_TOKEN or run `hf auth login`"
-    # An HTTP status other than 401 comes as the cause of a "not in the local cache" error.
+    # For an HTTP status other than 401, the hub library raises a "not in the local cache" error with the status as its cause.
     causes = list(_causes(error))
     statuses = (getattr(getattr(cause, "response", None), "status_code", None) for cause in causes)
     status: int | None = next((status for status in statuses if status is not None), None)
@@ -90,10 +91,10 @@ def explain_hub_error(
         return HubProblem(what, page, f"check the spelling; for a private or gated {kind}, {token}")
     if caused_by(errors.HFValidationError):
         return HubProblem(f"{repo!r} is not a hub id: {error}", page, "write hub:OWNER/NAME")
-    # `datasets` asks for files that need not exist.
+    # `datasets` requests optional files, so status 404 is normal there.
     if status is not None and status >= 400 and (status != 404 or kind == "model"):
         return HubProblem(f"the hub answered HTTP {status} for {repo}", page, "try again later")
-    # The base class varies with the HTTP client that huggingface_hub was built on.
+    # The class of HTTPError depends on the HTTP client that this version of huggingface_hub uses.
     http_error: type[Exception] = vars(errors)["HTTPError"]
     if caused_by(
         errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, http_error, ConnectionError, TimeoutError
@@ -103,7 +104,7 @@ def explain_hub_error(
 
 
 def unreachable_hub(repo: str, kind: Literal["model", "data set"]) -> HubProblem:
-    """The problem that the hub cannot be reached, or that offline mode forbids it."""
+    """The problem for a hub that cannot be reached, or that offline mode forbids to contact."""
     from huggingface_hub import constants
 
     instead = "use an asset: or a local folder" if kind == "model" else "name a local file or folder"

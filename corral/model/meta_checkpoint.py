@@ -1,21 +1,20 @@
-"""Meta's original checkpoint folders (`params.json`, `consolidated.*.pth`, `tokenizer.model`) → a Hugging Face folder.
+"""Converts Meta's original checkpoints (`params.json`, `consolidated.*.pth`, `tokenizer.model`) to a Hugging Face folder.
 
-Llama 2, 3, 3.1, 3.2 (text) and 3.3, also split over several files for model parallelism. The files are pickles: they are
-read by torch's restricted reader, which runs no code, and mapped into memory, never read whole; what is written is at most
-a gigabyte (or one tensor) at a time. Weights keep the type they are stored in.
+Supported are Llama 2, 3, 3.1, 3.2 (text) and 3.3, including checkpoints split into several files for model parallelism. The
+files are pickles. torch's restricted reader maps them into memory and runs no code from them. At most one gigabyte (or one
+tensor) is assembled and written at a time. Weights keep their stored type.
 
-Two things `params.json` does not say are decided here as transformers' own converter has its user decide them:
+`params.json` does not contain two values, which the user of transformers' own converter must supply. Here they are derived:
 
-- The context: 4,096 for Llama 2, 16,384 with its rotary base raised (Code Llama), 8,192 for Llama 3, 131,072 with scaled
-  rotary frequencies.
-- By what the frequencies are scaled: 32 where the output layer is tied to the embedding, which of all Llama models only the
-  small ones of 3.2 have, else 8. A `rope_scaling_factor` or `rope_high_freq_factor` in `params.json` goes before that.
+- Context length: 4,096 for Llama 2, 16,384 for Llama 2 with a raised rotary base (Code Llama), 8,192 for Llama 3, and
+  131,072 with scaled rotary frequencies.
+- Factor of the rotary scaling: 32 if the output layer is tied to the embedding (only the small Llama 3.2 models are), else
+  8. A `rope_scaling_factor` or `rope_high_freq_factor` in `params.json` takes precedence.
 
-No chat template is written: a recipe names one (`llama-2`, `llama-3`, `llama-3.1`). Stop ids are those of Meta's own code.
+No chat template is written; the recipe names one (`llama-2`, `llama-3`, `llama-3.1`). Stop ids are those of Meta's code.
 
-This module does not know Llama 1 (whose files look like Llama 2's), Llama 4, mixtures of experts, images, quantised
-checkpoints, nor checkpoints of more parts than key-value heads; but for the first it refuses them. It knows nothing about
-the cache.
+Not supported, and rejected: Llama 4, mixtures of experts, image models, quantised checkpoints, and checkpoints with more
+parts than key-value heads. Llama 1 is not supported either, but is not detected: its files look like Llama 2's.
 """
 
 from __future__ import annotations
@@ -38,17 +37,25 @@ if TYPE_CHECKING:
     import torch
 
 CONVERSION_VERSION = 1
-"""Raised whenever `convert` would write other bytes for the same files, so that what is cached is made anew."""
+"""Increase it when `convert` would write other bytes for the same files: cached conversions are then redone."""
 
 _PART = re.compile(r"consolidated\.(\d+)\.pth")
 _FILE_BYTES = 2**30
 _EMBEDDING, _OUTPUT = "tok_embeddings.weight", "output.weight"
-_IGNORED = "rope.freqs"  # a buffer that is computed now
+_IGNORED = "rope.freqs"  # a buffer that transformers computes
 
 
 @dataclass(frozen=True, slots=True)
 class _Weight:
-    """One tensor of the model: `split` is the dimension along which the parts cut it, `heads` of rotary layers only."""
+    """One tensor of the model.
+
+    Args:
+        target: name in the Hugging Face folder.
+        source: name in Meta's checkpoint.
+        shape: shape of the whole tensor.
+        split: dimension along which the tensor is split over the parts; None if every part holds all of it.
+        heads: number of heads, for query and key projections only.
+    """
 
     target: str
     source: str
@@ -61,19 +68,19 @@ _Part: TypeAlias = "dict[str, torch.Tensor]"
 
 
 def is_meta_checkpoint(folder: Path) -> bool:
-    """Whether a folder is (meant as) a checkpoint in Meta's layout and not also one in Hugging Face's."""
+    """Whether a folder has a file of Meta's layout and no `config.json` of Hugging Face's. It may be incomplete."""
     if (folder / "config.json").exists():
         return False
     return (folder / "params.json").exists() or any(_PART.fullmatch(path.name) for path in folder.glob("*.pth"))
 
 
 def checkpoint_files(source: Path) -> list[Path]:
-    """What the conversion depends on: `params.json`, the tokenizer, the parts in order.
+    """The input files of the conversion: `params.json`, the tokenizer, and the parts in order.
 
-    The tokenizer may lie in the folder above, where the download of Llama 2 leaves it, one for all sizes.
+    The tokenizer may be in the parent folder, where the download of Llama 2 puts one for all sizes.
 
     Raises:
-        ModelError: one of them is missing.
+        ModelError: if one of the files is missing.
     """
     params = source / "params.json"
     if not params.is_file():
@@ -98,12 +105,12 @@ def convert(source: Path, folder: Path, progress: Callable[[str], None]) -> None
 
     Args:
         source: Meta's folder.
-        folder: an existing, empty directory (`storage.new_directory` makes it atomic).
-        progress: told what was decided where `params.json` does not say.
+        folder: an existing, empty directory. `storage.new_directory` makes the conversion atomic.
+        progress: called with a message if the rotary scaling factor had to be derived.
 
     Raises:
-        ModelError: a file is missing, damaged or holds code; the params make no sense, or are of another architecture; the
-            weights or the tokenizer do not fit them.
+        ModelError: if a file is missing, damaged or contains code; if the parameters are invalid or of another
+            architecture; or if the weights or the tokenizer do not match them.
     """
     params_path, tokenizer_path, *paths = checkpoint_files(source)
     params = read_params(params_path)
@@ -122,7 +129,7 @@ def convert(source: Path, folder: Path, progress: Callable[[str], None]) -> None
     config = _config(params, tokenizer, tied=tied, say=progress)
     config["dtype"] = str(parts[0][_EMBEDDING].dtype).removeprefix("torch.")
     sizes = [math.prod(weight.shape) * parts[0][weight.source].element_size() for weight in weights]
-    del parts  # what was read of a mapped file stays in memory until it is closed
+    del parts  # pages read from a mapped file stay in memory until it is closed
     _write_weights(weights, sizes, paths, folder)
     _write_texts(config, tokenizer, folder)
     for licence in licence_texts(source) or licence_texts(tokenizer_path.parent):
@@ -133,7 +140,7 @@ def convert(source: Path, folder: Path, progress: Callable[[str], None]) -> None
 
 
 def _config(params: MetaParams, tokenizer: MetaTokenizer, *, tied: bool, say: Callable[[str], None]) -> dict[str, Any]:
-    # What Meta's code has where the file says nothing.
+    # The defaults of Meta's code for values that the file lacks.
     theta = params.rope_theta or (500000.0 if tokenizer.tiktoken else 10000.0)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     context = 8192 if tokenizer.tiktoken else (16384 if theta > 10000 else 4096)
@@ -178,7 +185,7 @@ def _write_texts(config: dict[str, Any], tokenizer: MetaTokenizer, folder: Path)
 
 
 def _open_part(path: Path) -> _Part:
-    """The tensors of one file, mapped, not read. Raises: ModelError."""
+    """Maps the tensors of one file into memory. Raises ModelError if it is damaged, or holds code or quantised weights."""
     import pickle
 
     import torch
@@ -191,7 +198,7 @@ def _open_part(path: Path) -> _Part:
             where=str(path),
             hint=f"do not load it with anything else before you know where it comes from; {AGAIN}",
         ) from error
-    except Exception as error:  # torch's reader has no class of its own for a damaged file
+    except Exception as error:  # torch has no error class for damaged files
         raise ModelError(
             f"the checkpoint's part is cut short or damaged: {_first_line(error)}", where=str(path), hint=AGAIN
         ) from error
@@ -217,7 +224,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _is_tied(parts: list[_Part], params: MetaParams) -> bool:
-    """Whether the output layer is the embedding: there again bit for bit, or left out, as only Llama 3.2 may."""
+    """Whether the output layer is tied to the embedding: bit-identical to it, or absent (allowed for Llama 3.2 only)."""
     import torch
 
     if not any(_OUTPUT in part for part in parts):
@@ -228,11 +235,11 @@ def _is_tied(parts: list[_Part], params: MetaParams) -> bool:
 
 
 def _layout(params: MetaParams, rows: int, parts: list[_Part], *, tied: bool) -> Iterator[_Weight]:
-    """The model's tensors in order, with where Meta keeps them. It ends early where a layer is not there at all."""
+    """Yields the model's tensors in order, with Meta's names. It stops early if a whole layer is missing."""
     dim, hidden = params.dim, params.hidden
     kv = dim // params.n_heads * params.n_kv_heads
     embedding = parts[0].get(_EMBEDDING)
-    by_rows = embedding is None or embedding.ndim != 2 or embedding.shape[1] == dim  # Llama 2 cuts it the other way
+    by_rows = embedding is None or embedding.ndim != 2 or embedding.shape[1] == dim  # Llama 2 splits the columns
     yield _Weight("model.embed_tokens.weight", _EMBEDDING, (rows, dim), 0 if by_rows else 1)
     for layer in range(params.n_layers):
         theirs, ours = f"layers.{layer}", f"model.layers.{layer}"
@@ -258,7 +265,7 @@ def _layout(params: MetaParams, rows: int, parts: list[_Part], *, tied: bool) ->
 
 
 def _check_weights(weights: list[_Weight], parts: list[_Part], paths: list[Path]) -> None:
-    """Every part has its share of every tensor, and nothing else. Raises: ModelError."""
+    """Raises ModelError unless every part holds its share of every tensor, and no other tensor."""
     known = {weight.source for weight in weights} | {_OUTPUT}
     for part, path in zip(parts, paths, strict=True):
         for weight in weights:
@@ -284,7 +291,7 @@ def _fits(weight: _Weight, found: tuple[int, ...], parts: int) -> bool:
 
 
 def _parts_of(weights: list[_Weight], part: _Part, there: int) -> int | None:
-    """How many parts there must have been for all tensors of one to fit, if that is more than there are."""
+    """The number of parts for which all tensors of `part` have the right shape, if above `there`; None if there is none."""
     shapes = [(weight, tuple(part[weight.source].shape)) for weight in weights if weight.source in part]
     counts = range(there + 1, 129)
     return next((count for count in counts if all(_fits(weight, shape, count) for weight, shape in shapes)), None)
@@ -303,11 +310,13 @@ def _wrong_shape(weight: _Weight, found: tuple[int, ...], paths: list[Path], pat
 
 
 def _write_weights(weights: list[_Weight], sizes: list[int], paths: list[Path], folder: Path) -> None:
-    """Safetensors files of at most `_FILE_BYTES` (one tensor at least), and their index if there are several.
+    """Writes safetensors files of at most `_FILE_BYTES` (or one tensor), and an index if there are several.
 
     Args:
-        sizes: bytes of each of `weights`.
-        paths: of the parts, opened anew for each file so that what was read for the last one is let go.
+        weights: the tensors to write, in order.
+        sizes: bytes of each tensor.
+        paths: the parts. They are reopened for each output file, which frees the memory of the previous one.
+        folder: the directory to write into.
     """
     from safetensors.torch import save_file
 
@@ -324,7 +333,7 @@ def _write_weights(weights: list[_Weight], sizes: list[int], paths: list[Path], 
     for number, group in enumerate(groups, 1):
         name = f"model-{number:05d}-of-{len(groups):05d}.safetensors" if several else "model.safetensors"
         parts = [_open_part(path) for path in paths]
-        # transformers wants to be told which library's tensors these are.
+        # transformers requires the "format" entry: it names the library of the tensors.
         save_file({w.target: _whole(w, parts) for w in group}, folder / name, metadata={"format": "pt"})
         places |= {weight.target: name for weight in group}
     if several:
@@ -333,10 +342,10 @@ def _write_weights(weights: list[_Weight], sizes: list[int], paths: list[Path], 
 
 
 def _whole(weight: _Weight, parts: list[_Part]) -> torch.Tensor:
-    """One tensor put together, in memory of its own; rotary layers in the order that transformers turns them.
+    """Assembles one tensor from its parts, in newly allocated memory. Query and key rows get transformers' rotary order.
 
-    Meta turns neighbours, (0, 1), (2, 3) …, as in Su et al. 2021 (arXiv 2104.09864); transformers turns each row of a head's
-    first half with its equal in the second.
+    Meta rotates neighbouring rows, (0, 1), (2, 3) …, as in Su et al. 2021 (arXiv 2104.09864). transformers rotates each row
+    of a head's first half together with the corresponding row of the second half.
     """
     import torch
 

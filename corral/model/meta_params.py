@@ -1,7 +1,6 @@
-"""`params.json` of Meta's checkpoints → the shape of a dense Llama, or the reason why it is none.
+"""Reads and checks `params.json` of Meta's checkpoints: the hyperparameters of a dense Llama.
 
-Names and defaults are those of Meta's code. What is stated beyond them changes the model in a way that is not known here,
-and is refused. This module knows nothing about weights, tokenizers or Hugging Face's names.
+Names and defaults are those of Meta's code. An unknown key could change the architecture, so it is an error.
 """
 
 from __future__ import annotations
@@ -16,17 +15,18 @@ from typing import Any, cast
 from corral.errors import ModelError
 
 AGAIN = "fetch the folder again as Meta publishes it, and compare with its checklist.chk"
-"""What to do about a damaged checkpoint."""
+"""Error hint for a damaged checkpoint."""
 OTHER = "corral converts Meta's Llama 2 and Llama 3 text models; for others use a Hugging Face folder"
-"""What to do about one of another architecture."""
-_RUNTIME = frozenset({"max_seq_len", "max_batch_size"})  # how much Meta's own program keeps in memory
+"""Error hint for a checkpoint of another architecture."""
+_RUNTIME = frozenset({"max_seq_len", "max_batch_size"})  # buffer sizes of Meta's own program
 
 
 @dataclass(frozen=True, slots=True)
 class MetaParams:
-    """`params.json`, checked; names are Meta's, but for `hidden`, the width of the feed-forward layers that they give.
+    """The checked values of `params.json`, under Meta's names.
 
-    None stands for what the file leaves to others: `vocab_size` to the tokenizer, the rope values to Meta's code.
+    `hidden` is not in the file: it is the width of the feed-forward layers, computed from the other values. If `vocab_size`
+    is None, the tokenizer determines it. If a rope value is None, the default of Meta's code applies.
     """
 
     dim: int
@@ -43,10 +43,10 @@ class MetaParams:
 
 
 def read_params(path: Path) -> MetaParams:
-    """Reads and checks the file.
+    """Reads and checks `params.json`.
 
     Raises:
-        ModelError: it cannot be read, a value makes no sense, or it describes another architecture.
+        ModelError: if the file cannot be read, a value is invalid, or it describes another architecture.
     """
 
     def fail(what: str) -> ModelError:
@@ -73,14 +73,14 @@ def read_params(path: Path) -> MetaParams:
             raise fail(f"does not say {key}")
         return found
 
-    if stated.get("vocab_size") == -1:  # Llama 2: as many as the tokenizer has
+    if stated.get("vocab_size") == -1:  # in Llama 2: the size of the tokenizer
         del stated["vocab_size"]
     dim, heads = count("dim"), count("n_heads")
     kv_heads: int = number("n_kv_heads", int, heads)
     scaled = stated.pop("use_scaled_rope", False)
     if not isinstance(scaled, bool):
         raise fail(f"has use_scaled_rope {scaled!r}, which is not true or false")
-    # The published rule of the feed-forward width: two thirds of four times the width, stretched, rounded up.
+    # Meta's rule for the feed-forward width: 2/3 of 4 × dim, times ffn_dim_multiplier, rounded up to a multiple.
     stretched = int(number("ffn_dim_multiplier", float, 1.0, most=1000) * int(8 * dim / 3))
     multiple: int = number("multiple_of", int, 256)
     factor: float | None = number("rope_scaling_factor", float)
@@ -107,7 +107,7 @@ def read_params(path: Path) -> MetaParams:
 
 
 def _refuse_others(rest: dict[str, Any], fail: Callable[[str], ModelError]) -> None:
-    """Whatever else is stated and not off changes the model in a way that is not known here. Raises: ModelError."""
+    """Raises ModelError for any remaining key, unless it is switched off or a runtime setting."""
     unknown = sorted(key for key, entry in rest.items() if entry not in (False, {}, -1) and key not in _RUNTIME)
     if unknown:
         error = fail(f"says {', '.join(unknown[:4])}: this is not a dense Llama 2 or 3 for text alone")

@@ -1,12 +1,16 @@
-"""The `tokenizer.model` beside Meta's checkpoints → a tokenizer with the same ids.
+"""Converts the `tokenizer.model` of Meta's checkpoints to a `tokenizers` tokenizer with the same ids.
 
-There are two kinds under one name. Llama 2's is a SentencePiece model (a protocol buffer): any two neighbours that make a
-piece are joined, best score first. Llama 3's is a tiktoken file (a line per token: base64 and rank): the same with ranks, on
-words cut by a rule that stands in Meta's code, as do the names of its 256 special tokens. Both become byte-pair encoding of
-the `tokenizers` library, whose merge list names every pair that makes a token, in the order of the tokens.
+Two file formats share this name:
 
-It writes no chat template: nothing beside the weights says whether they were tuned to chat. What it does not know of
-SentencePiece (user-defined pieces, normalisation, other algorithms) it refuses. This module knows nothing about weights.
+- Llama 2: a SentencePiece model (a protocol buffer). Neighbours that form a piece are joined, highest score first.
+- Llama 3: a tiktoken file (one token per line: base64 and rank). Tokens are joined in the same way by rank, within words.
+  The file lacks the rule that splits text into words and the names of the 256 special tokens; both are from Meta's code.
+
+Both become byte-pair encoding of the `tokenizers` library. The merge list names every pair that forms a token, in the order
+of the tokens.
+
+No chat template is written, because a checkpoint does not say whether it was tuned for chat. SentencePiece features that are
+not supported (user-defined pieces, normalisation, other algorithms) raise an error.
 """
 
 from __future__ import annotations
@@ -22,13 +26,13 @@ from typing import Any, TypeAlias, cast
 from corral.errors import ModelError
 
 _SPACE = "\u2581"
-_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # kinds of pieces
-_BPE = 2  # a kind of model
+_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # SentencePiece piece types
+_BPE = 2  # a SentencePiece model type
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-"""How Llama 3 splits text into words."""
+"""Llama 3's regular expression for splitting text into words."""
 _SPECIALS = 256
 _LLAMA_3 = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
 _LLAMA_3_1 = _LLAMA_3 | {4: "finetune_right_pad_id", 8: "eom_id", 10: "python_tag"}
@@ -38,14 +42,14 @@ _Fields: TypeAlias = Iterator[tuple[int, int | bytes]]
 
 @dataclass(frozen=True, slots=True)
 class MetaTokenizer:
-    """What a `tokenizer.model` says.
+    """A converted `tokenizer.model`.
 
     Args:
         fast: a `PreTrainedTokenizerFast` that puts the BOS token before a text.
-        size: number of ids, special ones included.
-        bos: id that a text begins with.
-        stops: ids at which Meta's own generation stops, the end of text first.
-        tiktoken: whether it is Llama 3's kind.
+        size: number of ids, including special tokens.
+        bos: id of the BOS token.
+        stops: ids at which Meta's own code stops generating; the end-of-text id is first.
+        tiktoken: whether the file has Llama 3's format.
     """
 
     fast: Any
@@ -56,14 +60,14 @@ class MetaTokenizer:
 
 
 def read_tokenizer(path: Path, *, scaled_rope: bool) -> MetaTokenizer:
-    """The tokenizer of a checkpoint.
+    """Reads and converts the tokenizer of a checkpoint.
 
     Args:
-        path: its `tokenizer.model`.
-        scaled_rope: Llama 3.1 and later, which gave three of Llama 3's reserved tokens a name.
+        path: the checkpoint's `tokenizer.model`.
+        scaled_rope: whether the model is Llama 3.1 or later, which named three of Llama 3's reserved tokens.
 
     Raises:
-        ModelError: the file cannot be read, is damaged, or asks for what this module does not know.
+        ModelError: if the file cannot be read, is damaged, or uses an unsupported feature.
     """
     try:
         data = path.read_bytes()
@@ -90,7 +94,7 @@ def _tiktoken(data: bytes, scaled_rope: bool) -> MetaTokenizer:
     missing = [byte for byte in range(256) if letters[byte] not in vocab]
     if missing:
         raise ValueError(f"the byte 0x{missing[0]:02X} has no token")
-    # A word that is a token is that token, whatever the merges say.
+    # A whole word that is a token becomes that token, without merging.
     backend: Any = Tokenizer(models.BPE(vocab=vocab, merges=_merges(list(vocab), vocab), ignore_merges=True))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -108,7 +112,7 @@ def _tiktoken(data: bytes, scaled_rope: bool) -> MetaTokenizer:
 
 
 def _ranked(data: bytes) -> list[bytes]:
-    """The tokens in order of rank. Raises: ValueError."""
+    """The tokens in order of rank. Raises ValueError if a line or the ranks are invalid."""
     ranked: dict[int, bytes] = {}
     for number, line in enumerate(data.splitlines(), 1):
         try:
@@ -125,7 +129,7 @@ def _ranked(data: bytes) -> list[bytes]:
 
 
 def _byte_letters() -> dict[int, str]:
-    """The letter that byte-level tokenizers write for each byte: its own where that can be seen, else one from 256 on."""
+    """Byte-level tokenizers' character for each byte: itself if printable, otherwise a character with a code from 256 on."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     alphabet: list[str] = sorted(ByteLevel.alphabet())
@@ -135,7 +139,7 @@ def _byte_letters() -> dict[int, str]:
 
 
 def _special_names(named: dict[int, str]) -> list[str]:
-    """The special tokens in order: places without a name of their own are counted as reserved."""
+    """The special tokens in id order. Unnamed ones are numbered as reserved tokens."""
     reserved = (place for place in range(_SPECIALS) if place not in named)
     names = named | {place: f"reserved_special_token_{count}" for count, place in enumerate(reserved)}
     return [f"<|{names[place]}|>" for place in range(_SPECIALS)]
@@ -146,10 +150,10 @@ def _special_names(named: dict[int, str]) -> list[str]:
 
 @dataclass(slots=True)
 class _Model:
-    """What matters of a SentencePiece model; defaults are its format's."""
+    """The fields of a SentencePiece model that the conversion uses. Defaults are those of the format."""
 
     pieces: list[tuple[str, float, int]] = field(default_factory=list[tuple[str, float, int]])
-    """Text, score, kind, by id."""
+    """Text, score and type of each piece, by id."""
     kind: int = 1
     byte_fallback: bool = False
     suffix_space: bool = False
@@ -186,7 +190,7 @@ def _sentencepiece(data: bytes) -> MetaTokenizer:
 
 
 def _refuse_unknown(model: _Model) -> None:
-    """Raises: ValueError: byte-pair encoding without normalisation could not give its ids."""
+    """Raises ValueError if byte-pair encoding without normalisation cannot give the model's ids."""
     kinds = {kind for _, _, kind in model.pieces}
     texts = {text for text, _, _ in model.pieces}
     bytes_there = sum(kind == _BYTE for _, _, kind in model.pieces)
@@ -207,7 +211,7 @@ def _refuse_unknown(model: _Model) -> None:
 
 
 def _parsed(data: bytes) -> _Model:
-    """Reads the fields of a `ModelProto` that matter here. Raises: ValueError."""
+    """Reads the fields of a `ModelProto` that the conversion uses. Raises ValueError if the data is malformed."""
     model = _Model()
     for number, value in _fields(data):
         if number == 1:
@@ -235,7 +239,7 @@ def _parsed(data: bytes) -> _Model:
 
 
 def _fields(data: bytes) -> _Fields:
-    """(number, value) of each field of a protocol buffer's message. Raises: ValueError."""
+    """Yields (number, value) of each field of a protocol buffer message. Raises ValueError if it is malformed."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -259,7 +263,7 @@ def _fields(data: bytes) -> _Fields:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number of 7 bits a byte, least first, and the place after it. Raises: ValueError."""
+    """Decodes a varint (7 bits per byte, lowest first). Returns it and the next position. Raises ValueError if truncated."""
     value = 0
     for shift, byte in enumerate(data[at : at + 10]):
         value |= (byte & 127) << (7 * shift)
@@ -284,7 +288,7 @@ def _number(value: int | bytes) -> int:
 
 
 def _merges(texts: list[str], ids: dict[str, int]) -> list[tuple[str, str]]:
-    """Every pair of tokens that makes a token, in the order of `texts`, the pairs of one token by their ids."""
+    """Every pair of tokens that forms a token, in the order of `texts`. Pairs of one token are sorted by their ids."""
     merges: list[tuple[str, str]] = []
     for text in texts:
         pairs = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
@@ -294,7 +298,7 @@ def _merges(texts: list[str], ids: dict[str, int]) -> list[tuple[str, str]]:
 
 
 def _finished(backend: Any, specials: list[str], bos: str, ids: dict[str, int], **named: str) -> Any:
-    """`backend` with special tokens and the BOS token before each text, as a `PreTrainedTokenizerFast`."""
+    """Adds special tokens and a leading BOS token to `backend`, and wraps it as a `PreTrainedTokenizerFast`."""
     from tokenizers import AddedToken, processors
     from transformers import PreTrainedTokenizerFast
 

@@ -1,12 +1,11 @@
-"""A Llama folder → OpenVINO's form of the model, in f32, f16, int8 or int4.
+"""Converts a Llama folder to an OpenVINO model in f32, f16, int8 or int4.
 
-The graph is built here, node by node, from the config and the safetensors weights. OpenVINO's own GGUF reader takes the
-rotary frequencies from their base alone, and so gets every Llama 3.1 and 3.2 wrong without a word; here they are those of
-transformers' own rule for the config (Llama-3 scaling, linear, YaRN, …). The graph keeps keys and values as state, in the
-pattern that OpenVINO GenAI turns into paged attention.
+This module builds the graph node by node from the config and the safetensors weights. OpenVINO's own GGUF reader is not
+used: it computes the rotary frequencies from their base alone, and so silently gets every Llama 3.1 and 3.2 model wrong. Here
+transformers computes the frequencies from the config (Llama-3 scaling, linear, YaRN, …). The graph keeps keys and values as
+state, in the pattern that OpenVINO GenAI turns into paged attention.
 
-Importing this module needs the extra `openvino`. It knows nothing about how the form is run (`engines.openvino`) or whether
-it is right (`contract`).
+Importing this module needs the extra `openvino`. `engines.openvino` runs the model; `export.contract` checks its results.
 """
 
 from __future__ import annotations
@@ -39,9 +38,9 @@ Precision: TypeAlias = OpenVinoType
 MODEL_FILE = OPENVINO_MODEL
 
 BYTES_PER_WEIGHT = {"f32": 4.0, "f16": 2.0, "int8": 1.01, "int4": 0.6}
-"""Bytes per weight on disk, about: int4 keeps embeddings and output head, which suffer most, in int8."""
+"""Approximate bytes per weight on disk. int4 keeps the embeddings and the output head in int8: they lose the most."""
 
-_CONVERSION = 1  # raised whenever other bytes would be written for the same folder
+_CONVERSION = 1  # increase it when other bytes would be written for the same folder
 _KEPT = 4
 _TEXTS = (
     "The year 1984, 3.14159 and 1,000,000.",
@@ -59,14 +58,15 @@ def write_model(
     """Write `openvino_model.xml` and `.bin` into an existing directory.
 
     Args:
-        folder: a checked Hugging Face folder of a Llama model.
-        precision: of the weights: `f32`, `f16`, `int8` (a scale for each row) or `int4` (a scale for each 32 weights;
-            embeddings, head and rows that 32 does not divide in int8). Norms stay f32.
-        progress: told (layers done, layers in all).
+        folder: the Hugging Face folder of a Llama model.
+        out: the directory to write into.
+        precision: type of the weights: `f32`, `f16`, `int8` (one scale per row) or `int4` (one scale per 32 weights; int8
+            for embeddings, head, and rows whose length is not a multiple of 32). Norms stay f32.
+        progress: called with (layers done, layers in total).
 
     Raises:
-        ModelError: the folder lacks a weight, or has one of another shape, with a value that is not finite or that
-            `precision` cannot hold; its rotary embedding changes with the length of the text; its activation is not SiLU.
+        ModelError: if a weight is missing, has the wrong shape, or has a value that is not finite or that `precision` cannot
+            hold; if the rotary embedding changes with the length of the text; or if the activation is not SiLU.
     """
     from corral.model.folder import check_folder
 
@@ -77,9 +77,10 @@ def write_model(
 
 
 def write_tokenizer(template: Template, out: Path) -> str | None:
-    """Write `openvino_tokenizer.xml` and `openvino_detokenizer.xml`, by which OpenVINO's own programs read text.
+    """Write `openvino_tokenizer.xml` and `openvino_detokenizer.xml` for OpenVINO's own programs.
 
-    They are written only if they give the template's ids: returned is a text for which they do not, or None.
+    Both are compared with the template's tokenizer on sample texts. If the ids of a text differ, the files are deleted and
+    that text is returned; otherwise None is returned.
     """
     tokenizers = require("openvino_tokenizers", "openvino")
     genai = require("openvino_genai", "openvino")
@@ -99,10 +100,11 @@ def write_tokenizer(template: Template, out: Path) -> str | None:
 
 
 def cached_form(folder: Path, precision: Precision) -> Path:
-    """The OpenVINO form of a model folder: made once, kept in the cache, the four used last.
+    """The OpenVINO form of a model folder, converted on first use. The cache keeps the four forms used last.
 
     Raises:
-        ModelError, StorageError: as `write_model`, and where the cache cannot be written.
+        ModelError: as for `write_model`.
+        StorageError: if the cache cannot be written.
     """
     from corral.model.folder import check_folder, model_identity, weight_files
 
@@ -119,7 +121,7 @@ def cached_form(folder: Path, precision: Precision) -> Path:
                         shutil.copyfile(folder / name, temporary / name)
         os.utime(form)
         forms = [path for path in place.iterdir() if path.is_dir()]
-        abandoned = [path for path in forms if path.name.startswith(".")]  # by killed writers: the lock is ours
+        abandoned = [path for path in forms if path.name.startswith(".")]  # by killed writers: we hold the lock
         kept = sorted(set(forms).difference(abandoned), key=lambda path: path.stat().st_mtime, reverse=True)
         for old in (*abandoned, *kept[_KEPT:]):
             remove_tree(old)
@@ -127,11 +129,12 @@ def cached_form(folder: Path, precision: Precision) -> Path:
 
 
 def stored_weight(name: str, weight: Any, precision: Precision) -> Any:
-    """What a program that computes in float32 makes of a weight stored in `precision`.
+    """Rounds a weight as `write_model` stores it, and converts it back to float32.
 
     Args:
-        name: of the weight, as safetensors has it.
+        name: the weight's name in safetensors.
         weight: float32 array.
+        precision: type of the model's weights, as for `write_model`.
 
     Returns: float32 array of the same shape.
     """
@@ -153,13 +156,13 @@ def _kind(name: str, weight: Any, precision: Precision) -> Precision:
 
 @contextmanager
 def _weights(folder: Path) -> Generator[Callable[[str], Any]]:
-    """A function that reads a weight by name, as a float32 array; one is in memory at a time."""
+    """Yields a function that reads one weight by name, as a float32 array."""
     from safetensors import SafetensorError, safe_open
 
     from corral.model.folder import weight_files
 
     files = [safe_open(path, "pt") for path in weight_files(folder)]
-    place = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (no mapping)
+    place = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (not a mapping)
 
     def read(name: str) -> Any:
         try:
@@ -176,7 +179,7 @@ def _weights(folder: Path) -> Generator[Callable[[str], Any]]:
 
 
 def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Of each weight, as transformers reads the config. OpenVINO takes many a wrong one without a word."""
+    """The shape of each weight by name, computed by transformers from the config. OpenVINO accepts many wrong shapes."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -185,7 +188,7 @@ def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
 
 
 class _Graph:
-    """Builds one model; names of weights are those of transformers' Llama."""
+    """Builds one model. Weights have the names of transformers' Llama."""
 
     def __init__(
         self, folder: Path, precision: Precision, read: Callable[[str], Any], progress: Callable[[int, int], None]
@@ -211,7 +214,7 @@ class _Graph:
         self.sinks: list[Any] = []
 
     def model(self) -> Any:
-        """The whole model: ids, mask and positions → logits, with keys and values as state."""
+        """The whole model: ids, mask and positions → logits. Keys and values are state."""
         config = self.config
         inputs = {name: _parameter(name, [-1, -1], "i64") for name in ("input_ids", "attention_mask", "position_ids")}
         inputs["beam_idx"] = _parameter("beam_idx", [-1], "i32")
@@ -232,7 +235,7 @@ class _Graph:
         return ov.Model([op.result(logits, name="logits")], self.sinks, list(inputs.values()), "llama")
 
     def layer(self, layer: int, x: Any, cos: Any, sin: Any, mask: Any) -> Any:
-        """One decoder layer: x [batch, length, hidden] → the same."""
+        """One decoder layer: x [batch, length, hidden] → the same shape."""
         config, at = self.config, f"model.layers.{layer}."
         h = self.norm(x, f"{at}input_layernorm.weight")
         q, k, v = (self.linear(h, f"{at}self_attn.{name}_proj") for name in "qkv")
@@ -249,7 +252,7 @@ class _Graph:
         return op.add(x, self.linear(op.multiply(gate, self.linear(h, f"{at}mlp.up_proj")), f"{at}mlp.down_proj"))
 
     def read(self, name: str) -> Any:
-        """A weight as float32 array, of the shape that the config says."""
+        """Reads a weight as a float32 array. Raises ModelError if its shape differs from the config's."""
         array = self._read(name)
         if array.shape != self._shapes[name]:
             raise ModelError(
@@ -260,13 +263,13 @@ class _Graph:
         return array
 
     def linear(self, x: Any, name: str) -> Any:
-        """x [..., in] → [..., out], with the bias where the config has one."""
+        """x [..., in] → [..., out], with the bias if the config has one."""
         y = op.matmul(x, self.weight(f"{name}.weight"), False, True)
         biased = self.config.mlp_bias if ".mlp." in name else self.config.attention_bias
         return op.add(y, _const(self.read(f"{name}.bias").reshape(1, 1, -1), "f32")) if biased else y
 
     def norm(self, x: Any, name: str) -> Any:
-        """RMSNorm, in the form that OpenVINO fuses."""
+        """RMSNorm, as a sequence of operations that OpenVINO fuses."""
         mean = op.reduce_mean(op.power(x, _const(2.0, "f32")), _const([-1], "i32"), keep_dims=True)
         root = op.sqrt(op.add(mean, _const(self.config.rms_norm_eps, "f32")))
         scaled = op.multiply(x, op.divide(_const(1.0, "f32"), root))
@@ -285,7 +288,7 @@ class _Graph:
         return tuple(op.unsqueeze(scaled(f(angles)), _const(1)) for f in (op.cos, op.sin))  # pyright: ignore[reportReturnType]
 
     def rotated(self, x: Any, cos: Any, sin: Any) -> Any:
-        """Rotary embedding of [batch, heads, length, head size], halves against halves as transformers lays them out."""
+        """Rotary embedding of [batch, heads, length, head size]. As in transformers, the two halves of a head are paired."""
         half = self.head_size // 2
         second = op.slice(x, _const([half]), _const([_NEVER]), _const([1]), _const([3]))
         first = op.slice(x, _const([0]), _const([half]), _const([1]), _const([3]))
@@ -297,7 +300,7 @@ class _Graph:
         return op.transpose(op.reshape(x, _const([0, 0, count, self.head_size]), True), _const([0, 2, 1, 3], "i32"))
 
     def kept(self, x: Any, layer: int, kind: str) -> Any:
-        """Past keys or values with these after them, kept as the model's state."""
+        """Appends keys or values to the past ones, and stores the result as the model's state."""
         count = self.config.num_key_value_heads
         info = variables.VariableInfo()
         info.data_shape = ov.PartialShape([-1, count, -1, self.head_size])
@@ -311,7 +314,7 @@ class _Graph:
         return whole
 
     def repeated(self, x: Any) -> Any:
-        """Key-value heads, each as often as query heads share it."""
+        """Repeats each key-value head once per query head that shares it."""
         queries, kept = self.config.num_attention_heads, self.config.num_key_value_heads
         if queries == kept:
             return x
@@ -320,7 +323,7 @@ class _Graph:
         return op.reshape(wide, _const([0, queries, -1, self.head_size]), True)
 
     def weight(self, name: str) -> Any:
-        """A matrix [out, in] as stored, with the steps that make float32 of it."""
+        """A matrix [out, in] in its stored type, followed by the operations that convert it to float32."""
         array = self.read(name)
         kind = _kind(name, array, self.precision)
         if kind == "f32":
@@ -341,14 +344,14 @@ class _Graph:
 
 
 def _four_bits(values: Any) -> Any:
-    # A Tensor made of an array borrows its memory, without keeping it alive: so the memory must be OpenVINO's own.
+    # A Tensor built from an array borrows its memory without keeping it alive, so OpenVINO must allocate the memory.
     tensor = ov.Tensor(ov.Type.u4, list(values.shape))
     tensor.data.reshape(-1)[:] = weight_rounding.pack_int4(values)
     return op.constant(tensor)
 
 
 def _causal_mask(ids: Any, attention_mask: Any) -> Any:
-    """[batch, 1, new, all]: 0 where a position may look, −65504 where it lies ahead or is padding."""
+    """[batch, 1, new, all]: 0 where a query may attend to a key, −65504 where the key is later or padding."""
     new, whole = (op.gather(op.shape_of(x), _const(1), _const(0)) for x in (ids, attention_mask))
     keys = op.range(_const(0), whole, _const(1), "i64")
     queries = op.range(op.subtract(whole, new), whole, _const(1), "i64")
@@ -368,7 +371,7 @@ def _const(value: Any, kind: str = "i64") -> Any:
 
 
 def _rope(config: Any, folder: Path) -> tuple[Any, float]:
-    """Inverse frequencies [head size / 2] and the factor on cosine and sine, by transformers' rule for this config."""
+    """Inverse frequencies [head size / 2] and the factor on cosine and sine, as transformers computes them."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     rule = LlamaRotaryEmbedding(config)
