@@ -26,7 +26,7 @@ class MetaParams:
     """The checked values of `params.json`, under Meta's names.
 
     `hidden` is not in the file: it is the width of the feed-forward layers, computed from the other values. If `vocab_size`
-    is None, the tokenizer determines it. If a rope value is None, the default of Meta's code applies.
+    is None, the tokenizer determines it. If a rope value is None, `meta_checkpoint` chooses it.
     """
 
     dim: int
