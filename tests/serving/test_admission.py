@@ -58,7 +58,7 @@ async def ask(client: httpx2.AsyncClient, headers: Any = None, **body: Any) -> h
     return await client.post(CHAT, json=BODY | body, headers=headers)
 
 
-def test_a_full_server_says_when_to_come_back_and_serves_who_waits(tiny_template: Template) -> None:
+def test_a_full_server_gives_retry_after_and_serves_its_queue(tiny_template: Template) -> None:
     gated, admission = Gated(tiny_template), Admission(ServerLimits(at_once=2, waiting=3))
     with serve_in_thread(gated.served, admission=admission) as url:
 
@@ -80,7 +80,7 @@ def test_a_full_server_says_when_to_come_back_and_serves_who_waits(tiny_template
     assert (admission.queue.running, admission.queue.waiting) == (0, 0)
 
 
-def test_ten_times_more_clients_than_places(tiny_template: Template, keys: KeyStore) -> None:
+def test_ten_times_more_clients_than_slots_are_served_or_get_503(tiny_template: Template, keys: KeyStore) -> None:
     """Every answer is good, or says when to come back; the queue stays bounded; a flood gets no more than its turn."""
     flood, calm = keys.add("flood")[1], keys.add("calm")[1]
     served = ServedModel(Answerer(ScriptedEngine([40] * 5, delay_seconds=0.002), tiny_template), "m")
@@ -150,7 +150,7 @@ def test_one_key_with_many_requests_does_not_starve_another(tiny_template: Templ
     assert places[-1] <= 6, "one in turn with those of the flood"
 
 
-def test_what_a_key_may_use_is_held_and_told_with_429(tiny_template: Template, keys: KeyStore) -> None:
+def test_exceeding_a_quota_gives_429_with_retry_after(tiny_template: Template, keys: KeyStore) -> None:
     served = ServedModel(Answerer(ScriptedEngine([40] * 5), tiny_template), "m")
     minute = keys.add("minute", Quota(requests_per_minute=3))[1]
     day = keys.add("day", Quota(tokens_per_day=30))[1]
@@ -174,7 +174,7 @@ def test_what_a_key_may_use_is_held_and_told_with_429(tiny_template: Template, k
     assert used["day"].tokens >= 30
 
 
-def test_requests_of_a_key_at_once_are_bounded(tiny_template: Template, keys: KeyStore) -> None:
+def test_concurrent_requests_of_a_key_are_bounded(tiny_template: Template, keys: KeyStore) -> None:
     gated = Gated(tiny_template)
     secret = keys.add("alice", Quota(at_once=2))[1]
     with serve_in_thread(gated.served, admission=Admission(keys=keys)) as url:
@@ -191,7 +191,7 @@ def test_requests_of_a_key_at_once_are_bounded(tiny_template: Template, keys: Ke
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_a_request_whose_time_is_up_ends_with_504_and_its_work_stops(waits: bool, tiny_template: Template) -> None:
+def test_a_request_over_its_time_limit_gets_504_and_its_work_stops(waits: bool, tiny_template: Template) -> None:
     endless = Endless()
     served = ServedModel(Answerer(endless.engine, tiny_template), "m")
     admission = Admission(ServerLimits(at_once=1, max_seconds=0.5))
@@ -208,7 +208,7 @@ def test_a_request_whose_time_is_up_ends_with_504_and_its_work_stops(waits: bool
         assert endless.has_stopped(within=0)
 
 
-def test_a_stream_whose_time_is_up_ends_with_the_error(tiny_template: Template) -> None:
+def test_a_stream_over_its_time_limit_ends_with_the_error(tiny_template: Template) -> None:
     endless = Endless()
     admission = Admission(ServerLimits(max_seconds=0.5))
     with serve_in_thread(ServedModel(Answerer(endless.engine, tiny_template), "m"), admission=admission) as url:
@@ -222,7 +222,7 @@ def test_a_stream_whose_time_is_up_ends_with_the_error(tiny_template: Template) 
         assert endless.has_stopped(within=0)
 
 
-def test_who_goes_while_waiting_gives_up_the_place(tiny_template: Template) -> None:
+def test_a_client_that_disconnects_while_queued_leaves_the_queue(tiny_template: Template) -> None:
     gated, admission = Gated(tiny_template), Admission(ServerLimits(at_once=1, waiting=5))
     with serve_in_thread(gated.served, admission=admission) as url, httpx2.Client(base_url=url, timeout=60) as client:
         holder = threading.Thread(target=lambda: client.post(CHAT, json=BODY | {"max_tokens": 4000}))
@@ -236,7 +236,7 @@ def test_who_goes_while_waiting_gives_up_the_place(tiny_template: Template) -> N
     assert len(gated.order) == 1, "it was never begun"
 
 
-def test_a_request_that_cannot_be_begun_gives_its_place_back(scripted_model: Callable[..., ServedModel]) -> None:
+def test_a_request_that_fails_to_start_releases_its_slot(scripted_model: Callable[..., ServedModel]) -> None:
     admission = Admission(ServerLimits(at_once=1, waiting=0))
     with serve_in_thread(scripted_model("Hello"), admission=admission) as url:
         for _ in range(3):
@@ -245,7 +245,7 @@ def test_a_request_that_cannot_be_begun_gives_its_place_back(scripted_model: Cal
         assert call(url, "POST", CHAT, json.dumps({"model": "scripted", "messages": ASKED}))[0] == 200
 
 
-def test_openais_client_comes_back_after_the_time_it_was_told(tiny_template: Template, keys: KeyStore) -> None:
+def test_openais_client_retries_after_the_retry_after_time(tiny_template: Template, keys: KeyStore) -> None:
     """It retries 429 by itself, going by Retry-After."""
     secret = keys.add("alice", Quota(at_once=1))[1]
     served = ServedModel(Answerer(ScriptedEngine([40] * 5, delay_seconds=0.05), tiny_template), "m")

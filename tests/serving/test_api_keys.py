@@ -19,7 +19,7 @@ def keys(database: Database) -> KeyStore:
     return KeyStore(database)
 
 
-def test_a_key_opens_and_nothing_else_does(keys: KeyStore) -> None:
+def test_only_a_stored_key_authenticates(keys: KeyStore) -> None:
     made, secret = keys.add("alice")
     (kept,) = keys.all()
     assert kept == made
@@ -31,7 +31,7 @@ def test_a_key_opens_and_nothing_else_does(keys: KeyStore) -> None:
         assert not kept.matches(wrong)
 
 
-def test_the_database_holds_no_secret(tmp_path: Path) -> None:
+def test_the_database_contains_no_secret(tmp_path: Path) -> None:
     with contextlib.closing(Database(f"sqlite:///{tmp_path / 'a.db'}")) as database:
         key, secret = KeyStore(database).add("alice")
     random_part = secret.rpartition(f"{key.id}_")[2]
@@ -42,14 +42,14 @@ def test_the_database_holds_no_secret(tmp_path: Path) -> None:
     assert hash_key(secret) == key.digest
 
 
-def test_what_has_not_the_form_of_a_key_has_no_id() -> None:
+def test_malformed_keys_have_no_id() -> None:
     good = f"corral_{'a' * 12}_{'B' * 43}"
     assert parse_key_id(good) == "a" * 12
     for text in ("", "none", "corral_", good[:-1], good + "=", good.replace("corral", "Corral"), f"{good}\n", "ä" * 63):
         assert parse_key_id(text) is None
 
 
-def test_keys_are_told_apart_and_keep_what_they_may_use(keys: KeyStore) -> None:
+def test_each_key_keeps_its_own_quota_and_expiry(keys: KeyStore) -> None:
     quota = Quota(requests_per_minute=5, tokens_per_day=1000, at_once=2)
     keys.add("alice", quota, expires=int(time.time()) + 1000)
     keys.add("bob")
@@ -74,23 +74,23 @@ def test_a_revoked_key_stays_in_the_list_and_its_name_is_free_again(keys: KeySto
         keys.revoke("alice")
 
 
-def test_an_expired_key_works_no_more(keys: KeyStore) -> None:
+def test_an_expired_key_does_not_authenticate(keys: KeyStore) -> None:
     assert not keys.add("past", expires=int(time.time()) - 1)[0].is_active
     assert keys.add("future", expires=int(time.time()) + 60)[0].is_active
 
 
 @pytest.mark.parametrize("name", ["", " ", "a b", "-a", "_a", "a" * 65, "a\n", "a/b", "<b>", "0123456789ab"])
-def test_a_name_that_is_none_is_refused(name: str, keys: KeyStore) -> None:
+def test_an_invalid_key_name_is_refused(name: str, keys: KeyStore) -> None:
     with pytest.raises(InputError, match="cannot be the name"):
         keys.add(name)
 
 
-def test_names_that_only_look_like_ids_are_names(keys: KeyStore) -> None:
+def test_names_that_look_like_ids_are_names(keys: KeyStore) -> None:
     for name in ("0123456789a", "0123456789abc", "0123456789aB", "0123456789ag", "Ärzte"):
         assert keys.add(name)[0].name == name
 
 
-def test_what_is_used_adds_up_by_key_and_day(keys: KeyStore) -> None:
+def test_usage_is_summed_by_key_and_day(keys: KeyStore) -> None:
     alice, bob = keys.add("alice")[0].id, keys.add("bob")[0].id
     keys.add_usage("2026-01-01", {alice: KeyUsage(1, 10, 5)})
     keys.add_usage("2026-01-01", {bob: KeyUsage(1, 1, 1), alice: KeyUsage(2, 20, 7)})
@@ -100,7 +100,7 @@ def test_what_is_used_adds_up_by_key_and_day(keys: KeyStore) -> None:
     assert keys.usage_on("2026-01-03") == {}
 
 
-def test_two_servers_that_count_at_the_same_time_lose_nothing(database_url: str) -> None:
+def test_usage_counted_by_two_servers_at_once_is_not_lost(database_url: str) -> None:
     with contextlib.closing(Database(database_url)) as one, contextlib.closing(Database(database_url)) as other:
         ids = [KeyStore(one).add(name)[0].id for name in ("alice", "bob")]
 

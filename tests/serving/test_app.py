@@ -97,18 +97,18 @@ def test_every_error_has_openais_shape(case: str, url: str) -> None:
     assert answer["error"]["message"]
 
 
-def test_the_body_of_those_cases_is_good_when_it_is_sent_as_json(url: str) -> None:
+def test_the_body_of_the_error_cases_is_valid_when_sent_as_json(url: str) -> None:
     assert call(url, "POST", CHAT, GOOD)[0] == 200
 
 
-def test_half_a_character_in_a_name_is_quoted_not_choked_on(url: str) -> None:
+def test_a_lone_surrogate_in_a_model_name_is_a_client_error(url: str) -> None:
     body = b'{"model": "\\ud800", "messages": [{"role": "user", "content": "a"}]}'
     status, answer, _ = call(url, "POST", CHAT, body)
     assert status in (400, 404)
     assert answer["error"]["param"] == "model"
 
 
-def test_a_wrong_method_says_which_is_right(url: str) -> None:
+def test_a_wrong_method_lists_the_allowed_methods(url: str) -> None:
     assert call(url, "PUT", CHAT)[2]["allow"] == "POST"
 
 
@@ -127,7 +127,7 @@ def test_a_body_over_the_limit_is_refused_by_its_header_and_by_its_length(
         assert "4000" in answer["error"]["message"]
 
 
-def test_a_page_that_gave_the_server_a_name_of_its_own_is_refused(scripted_model: Callable[..., ServedModel]) -> None:
+def test_requests_for_an_unknown_host_name_are_refused(scripted_model: Callable[..., ServedModel]) -> None:
     with serve_in_thread(scripted_model("Hello"), hosts=["127.0.0.1", "localhost", "::1"]) as url:
         for name in ("127.0.0.1:8000", "LOCALHOST", "[::1]:80"):
             assert call(url, "GET", "/v1/models", headers={"host": name})[0] == 200
@@ -189,7 +189,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_an_engine_that_fails_is_a_server_error_without_its_inner_words(fault: str, tiny_template: Template) -> None:
+def test_an_engine_error_is_a_server_error_without_its_message(fault: str, tiny_template: Template) -> None:
     error, status, code = FAULTS[fault]
     served = ServedModel(Answerer(ScriptedEngine(breaking(error, 3)), tiny_template), "m")
     with serve_in_thread(served) as url, openai_client(url) as client:
@@ -200,7 +200,7 @@ def test_an_engine_that_fails_is_a_server_error_without_its_inner_words(fault: s
         assert "secret" not in caught.value.message
 
 
-def test_a_stream_that_breaks_ends_with_the_error_and_no_done(tiny_template: Template) -> None:
+def test_a_stream_that_fails_ends_with_the_error_and_without_done(tiny_template: Template) -> None:
     served = ServedModel(Answerer(ScriptedEngine(breaking(RuntimeError("secret"), 3)), tiny_template), "m")
     with serve_in_thread(served) as url:
         connection = http.client.HTTPConnection(urlsplit(url).netloc)
@@ -217,7 +217,7 @@ def test_a_stream_that_breaks_ends_with_the_error_and_no_done(tiny_template: Tem
             list(client.chat.completions.create(model="m", messages=ASKED, stream=True))
 
 
-def test_a_stream_that_ends_well_ends_with_one_done(url: str) -> None:
+def test_a_complete_stream_ends_with_one_done(url: str) -> None:
     connection = http.client.HTTPConnection(urlsplit(url).netloc)
     connection.request("POST", CHAT, json.dumps({"model": "scripted", "messages": ASKED, "stream": True}), JSON)
     events = connection.getresponse().read().decode().split("\n\n")
@@ -227,7 +227,7 @@ def test_a_stream_that_ends_well_ends_with_one_done(url: str) -> None:
     assert all(event.startswith("data: ") for event in events[:-1])
 
 
-def test_a_fault_of_ours_is_500_without_a_traceback(
+def test_an_unexpected_exception_is_500_without_a_traceback(
     scripted_model: Callable[..., ServedModel], caplog: pytest.LogCaptureFixture
 ) -> None:
     served = scripted_model("Hello")
@@ -246,7 +246,7 @@ def test_a_fault_of_ours_is_500_without_a_traceback(
     assert "my diary" not in caplog.text
 
 
-def test_a_fault_that_quotes_the_prompt_is_logged_without_its_words(
+def test_an_exception_that_quotes_the_prompt_is_logged_without_its_message(
     scripted_model: Callable[..., ServedModel], caplog: pytest.LogCaptureFixture
 ) -> None:
     def quote(*_: Any) -> Any:
@@ -264,7 +264,7 @@ def test_a_fault_that_quotes_the_prompt_is_logged_without_its_words(
     assert "diary" not in caplog.text
 
 
-def test_liveness_is_the_process_and_readiness_the_engine(scripted_model: Callable[..., ServedModel]) -> None:
+def test_liveness_reports_the_process_and_readiness_the_engine(scripted_model: Callable[..., ServedModel]) -> None:
     served = scripted_model("Hello")
     with serve_in_thread(served) as url:
         assert call(url, "GET", "/health")[:2] == (200, {"status": "ok"})
@@ -277,14 +277,14 @@ def test_liveness_is_the_process_and_readiness_the_engine(scripted_model: Callab
         assert call(url, "GET", "/v1/models")[0] == 200
 
 
-def test_every_answer_has_a_number_of_its_own(url: str) -> None:
+def test_every_response_has_a_unique_request_id(url: str) -> None:
     asked = json.dumps({"model": "scripted", "messages": ASKED})
     answers = [call(url, *of)[2]["x-request-id"] for of in (("GET", "/health"), ("GET", "/no"), ("POST", CHAT, asked))]
     assert all(number.startswith("req_") for number in answers)
     assert len(set(answers)) == 3
 
 
-def test_only_pages_from_an_allowed_origin_may_ask(scripted_model: Callable[..., ServedModel]) -> None:
+def test_only_pages_from_an_allowed_origin_may_send_requests(scripted_model: Callable[..., ServedModel]) -> None:
     allowed, asks = "https://chat.example.org", {"access-control-request-method": "POST"}
     with serve_in_thread(scripted_model("Hello"), cors=[allowed]) as url:
         for origin in (allowed, "https://evil.example"):
@@ -302,7 +302,7 @@ def test_only_pages_from_an_allowed_origin_may_ask(scripted_model: Callable[...,
         assert call(url, "GET", "/v1/models", headers={"origin": allowed})[2]["access-control-allow-origin"] is None
 
 
-def test_a_head_over_the_limit_is_refused_in_openais_shape(scripted_model: Callable[..., ServedModel]) -> None:
+def test_headers_over_the_limit_are_refused_in_openais_shape(scripted_model: Callable[..., ServedModel]) -> None:
     with serve_in_thread(scripted_model("Hello"), admission=Admission(ServerLimits(header_bytes=2000))) as url:
         assert call(url, "GET", "/v1/models", headers={"x-a": "a" * 1000})[0] == 200
         for size in (2000, 200_000):  # the one comes in a piece, the other is cut short
@@ -312,7 +312,7 @@ def test_a_head_over_the_limit_is_refused_in_openais_shape(scripted_model: Calla
         assert call(url, "GET", f"/v1/models/{'a' * 2000}")[0] == 431
 
 
-def test_what_is_no_http_is_refused_in_openais_shape(url: str) -> None:
+def test_malformed_http_is_refused_in_openais_shape(url: str) -> None:
     place = urlsplit(url)
     with socket.create_connection((str(place.hostname), place.port or 0)) as raw:
         raw.sendall(b"HELO there\r\n\r\n")
@@ -387,7 +387,7 @@ sys.addaudithook(_watch)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_no_path_template_or_address_of_a_client_is_followed(choice: str, url: str) -> None:
+def test_no_path_template_or_url_from_a_client_is_used(choice: str, url: str) -> None:
     body = {"model": "scripted", "messages": ASKED} | CHOICES[choice]
     WATCHED.clear()
     _is_watching.set()

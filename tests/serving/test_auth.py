@@ -49,7 +49,7 @@ async def refusal(callers: Accounts, authorization: str | None) -> Refused:
     return caught.value
 
 
-def test_without_a_database_and_without_keys_anybody_may_ask(keys: KeyStore) -> None:
+def test_without_a_database_or_keys_every_request_is_accepted(keys: KeyStore) -> None:
     async def work() -> None:
         for callers in (Accounts(), Accounts(keys)):
             assert await callers.authenticate(None) == ANONYMOUS
@@ -58,7 +58,7 @@ def test_without_a_database_and_without_keys_anybody_may_ask(keys: KeyStore) -> 
     run(work)
 
 
-def test_with_keys_only_a_key_opens(keys: KeyStore) -> None:
+def test_with_keys_only_requests_with_a_valid_key_are_accepted(keys: KeyStore) -> None:
     alice, secret = keys.add("alice")
     bob, other = keys.add("bob", Quota(at_once=3))
 
@@ -75,7 +75,7 @@ def test_with_keys_only_a_key_opens(keys: KeyStore) -> None:
     run(work)
 
 
-def test_a_revoked_key_stops_within_seconds_and_the_door_stays_locked(keys: KeyStore) -> None:
+def test_a_revoked_key_stops_within_seconds_and_keys_stay_required(keys: KeyStore) -> None:
     _, secret = keys.add("alice")
 
     async def work() -> None:
@@ -95,7 +95,7 @@ def test_a_revoked_key_stops_within_seconds_and_the_door_stays_locked(keys: KeyS
     run(work)
 
 
-def test_a_server_that_was_idle_lets_nobody_in_on_old_knowledge(
+def test_an_idle_server_reads_the_keys_again_before_accepting_one(
     keys: KeyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, secret = keys.add("alice")
@@ -114,7 +114,7 @@ def test_a_server_that_was_idle_lets_nobody_in_on_old_knowledge(
     run(work)
 
 
-def test_an_expired_key_is_told_so(keys: KeyStore) -> None:
+def test_an_expired_key_is_refused_as_expired(keys: KeyStore) -> None:
     _, secret = keys.add("alice", expires=int(time.time()) - 1)
 
     async def work() -> None:
@@ -123,7 +123,7 @@ def test_an_expired_key_is_told_so(keys: KeyStore) -> None:
     run(work)
 
 
-def test_the_door_stays_locked_when_the_database_is_emptied(keys: KeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_stay_required_when_the_database_is_emptied(keys: KeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_REFRESH_SECONDS", 0.0)
     monkeypatch.setattr(module, "_WAIT_SECONDS", 60.0)
     _, secret = keys.add("alice")
@@ -142,9 +142,7 @@ def test_the_door_stays_locked_when_the_database_is_emptied(keys: KeyStore, monk
     run(work)
 
 
-def test_tokens_of_a_day_are_counted_with_those_under_way_and_by_all_servers(
-    keys: KeyStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_daily_tokens_include_running_requests_and_all_servers(keys: KeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_REFRESH_SECONDS", 0.0)
     monkeypatch.setattr(module, "_WAIT_SECONDS", 60.0)
     _, secret = keys.add("alice", Quota(tokens_per_day=100))
@@ -174,7 +172,7 @@ def test_tokens_of_a_day_are_counted_with_those_under_way_and_by_all_servers(
     run(work)
 
 
-def test_what_was_used_is_written_within_seconds_though_nobody_asks_again(keys: KeyStore) -> None:
+def test_usage_is_written_within_seconds_without_a_further_request(keys: KeyStore) -> None:
     _, secret = keys.add("alice")
 
     async def work() -> None:
@@ -190,7 +188,7 @@ def test_what_was_used_is_written_within_seconds_though_nobody_asks_again(keys: 
     run(work)
 
 
-def test_requests_at_once_and_a_minute_are_bounded_and_what_found_no_place_does_not_count(
+def test_request_quotas_are_enforced_and_rejected_requests_do_not_count(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = [1000.0]
@@ -223,7 +221,7 @@ def test_requests_at_once_and_a_minute_are_bounded_and_what_found_no_place_does_
     assert retry() is None
 
 
-def test_a_window_is_the_last_sixty_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_request_quota_counts_the_last_sixty_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     window = RateWindow()
     assert window.seconds_until(1) == 0
     window.remove_last()
@@ -237,7 +235,7 @@ def test_a_window_is_the_last_sixty_seconds(monkeypatch: pytest.MonkeyPatch) -> 
     assert window.seconds_until(1) == 60, "the old ones are forgotten"
 
 
-def test_who_has_no_key_is_not_counted_by_key() -> None:
+def test_anonymous_requests_have_no_quota_and_no_usage() -> None:
     async def work() -> None:
         callers = Accounts()
         counted = Counted(count_usage(1, 1))

@@ -42,7 +42,7 @@ class Away(KeyStore):
             raise DatabaseError("the database cannot be used: it is away")
 
 
-def test_a_database_that_is_away_is_forgiven_for_a_while_and_then_nobody_comes_in(
+def test_known_keys_work_for_a_while_without_the_database_and_then_get_503(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_REFRESH_SECONDS", 0.0)
@@ -90,7 +90,7 @@ class Unwritable(KeyStore):
 
 
 @pytest.mark.parametrize("fault", [DatabaseError("the disk is full"), KeyError("a fault of ours"), None])
-def test_while_nothing_can_be_written_keys_are_read_and_nothing_used_is_lost(
+def test_while_writes_fail_keys_are_read_and_no_usage_is_lost(
     fault: Exception | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_REFRESH_SECONDS", 0.0)
@@ -125,7 +125,7 @@ def test_while_nothing_can_be_written_keys_are_read_and_nothing_used_is_lost(
             keys.mended.set()
 
 
-def test_a_server_that_was_idle_waits_for_the_keys_and_not_for_what_is_to_be_written(
+def test_an_idle_server_waits_for_reading_keys_but_not_for_writing_usage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with contextlib.closing(Database(f"sqlite:///{tmp_path / 'a.db'}")) as database:
@@ -154,7 +154,7 @@ def test_a_server_that_was_idle_waits_for_the_keys_and_not_for_what_is_to_be_wri
             keys.mended.set()
 
 
-def test_keys_are_read_though_all_threads_and_connections_are_taken(
+def test_keys_are_read_when_all_threads_and_connections_are_in_use(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = KeyStore(database)
@@ -195,7 +195,7 @@ class Silent(KeyStore):
         return super().all()
 
 
-def test_a_database_that_is_silent_delays_nobody_whom_the_server_knows(
+def test_a_database_that_does_not_respond_does_not_delay_known_keys(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_REFRESH_SECONDS", 0.0)
@@ -224,7 +224,7 @@ def test_a_database_that_is_silent_delays_nobody_whom_the_server_knows(
             keys.over.set()
 
 
-def test_a_reading_that_hangs_is_given_up_and_the_next_one_is_answered(
+def test_a_hanging_read_of_the_keys_times_out_and_the_next_one_succeeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_REFRESH_SECONDS", 0.0)
@@ -254,9 +254,7 @@ def test_a_reading_that_hangs_is_given_up_and_the_next_one_is_answered(
 
 
 @pytest.mark.full
-def test_connections_that_fall_silent_are_left_for_new_ones(
-    postgres: PostgreSQL, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_connections_that_stop_responding_are_replaced(postgres: PostgreSQL, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_REFRESH_SECONDS", 0.0)
     url = make_url(postgres.new_database())
     with Proxy(url.port or 0) as proxy:

@@ -38,7 +38,7 @@ def joined(stream: Any) -> tuple[dict[int, str], dict[int, str]]:
     return texts, finishes
 
 
-def test_an_answer_is_the_answerers_own_for_the_same_seed(client: openai.OpenAI, tiny_served: ServedModel) -> None:
+def test_an_answer_equals_the_answerers_for_the_same_seed(client: openai.OpenAI, tiny_served: ServedModel) -> None:
     drawn: Any = SETTINGS | {"temperature": 0.8, "top_p": 0.9}
     answer = client.chat.completions.create(**drawn, n=3, extra_body={"top_k": 40})
     expected = whole(tiny_served, Sampling(16, 3, temperature=0.8, top_p=0.9, top_k=40, seed=5))
@@ -53,7 +53,7 @@ def test_an_answer_is_the_answerers_own_for_the_same_seed(client: openai.OpenAI,
 
 
 @pytest.mark.parametrize(("context", "most"), [(500, None), (9000, 4096)])
-def test_as_many_tokens_as_the_context_leaves_are_drawn_unless_a_request_says(
+def test_max_tokens_defaults_to_what_the_context_leaves(
     context: int, most: int | None, tiny_template: Template
 ) -> None:
     asked: list[Sampling] = []
@@ -87,7 +87,7 @@ USUAL = Sampling(512, temperature=0.3, top_p=0.8)
     ],
     ids=str,
 )
-def test_answers_are_drawn_as_the_model_was_evaluated_unless_a_request_says(
+def test_sampling_defaults_to_the_evaluated_settings(
     own: Sampling, request_: dict[str, Any], expected: tuple[float, float], tiny_template: Template
 ) -> None:
     asked: list[Sampling] = []
@@ -104,7 +104,7 @@ def test_answers_are_drawn_as_the_model_was_evaluated_unless_a_request_says(
     assert {(sampling.temperature, sampling.top_p) for sampling in asked} == {expected}
 
 
-def test_a_stream_is_the_whole_answer_in_pieces_and_tells_its_usage_when_asked(client: openai.OpenAI) -> None:
+def test_a_stream_adds_up_to_the_whole_answer_and_reports_usage_on_request(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(**SETTINGS, n=3)
     chunks = list(client.chat.completions.create(**SETTINGS, n=3, stream=True, stream_options={"include_usage": True}))
     texts, finishes = joined(chunks)
@@ -118,7 +118,7 @@ def test_a_stream_is_the_whole_answer_in_pieces_and_tells_its_usage_when_asked(c
     assert all("usage" not in c.model_fields_set for c in without)
 
 
-def test_the_same_seed_gives_the_same_answer_and_none_gives_others(client: openai.OpenAI) -> None:
+def test_the_same_seed_repeats_the_answer_and_no_seed_varies_it(client: openai.OpenAI) -> None:
     def ask(**changes: Any) -> str:
         return str(client.chat.completions.create(**(SETTINGS | changes)).choices[0].message.content)
 
@@ -128,7 +128,7 @@ def test_the_same_seed_gives_the_same_answer_and_none_gives_others(client: opena
     assert ask(temperature=0, seed=1) == ask(temperature=0, seed=2)
 
 
-def test_async_client_many_at_once(tiny_url: str, client: openai.OpenAI) -> None:
+def test_the_async_client_sends_many_requests_at_once(tiny_url: str, client: openai.OpenAI) -> None:
     alone = [client.chat.completions.create(**(SETTINGS | {"seed": i})).choices[0].message.content for i in range(12)]
 
     async def work() -> list[str]:
@@ -162,7 +162,7 @@ def test_a_stop_string_ends_the_answer_and_is_not_in_it(stop: Any, scripted_mode
         assert chunks[-1].usage == answer.usage
 
 
-def test_log_probs_are_of_the_tokens_of_the_text_streamed_or_not(
+def test_log_probs_match_the_tokens_of_the_text_streamed_or_not(
     client: openai.OpenAI, tiny_served: ServedModel
 ) -> None:
     answer = client.chat.completions.create(**SETTINGS, logprobs=True, top_logprobs=0)
@@ -184,7 +184,7 @@ def test_log_probs_are_of_the_tokens_of_the_text_streamed_or_not(
     assert [(t.token, t.bytes) for t in streamed] == [(t.token, t.bytes) for t in choice.logprobs.content]
 
 
-def test_content_in_parts_developer_messages_and_a_message_sent_back_as_it_came(
+def test_content_parts_developer_messages_and_returned_messages_are_accepted(
     client: openai.OpenAI, tiny_served: ServedModel
 ) -> None:
     first = client.chat.completions.create(**SETTINGS).choices[0].message
@@ -217,7 +217,7 @@ HABITS: Any = {
 }
 
 
-def test_what_clients_send_by_habit_changes_nothing(client: openai.OpenAI) -> None:
+def test_common_client_defaults_do_not_change_the_answer(client: openai.OpenAI) -> None:
     answers = [client.chat.completions.create(**SETTINGS, **extra) for extra in ({}, HABITS)]
     assert answers[0].choices == answers[1].choices
     typed: Any = [[{"type": kind, **ASKED[0]}] for kind in ("text", "message")]
@@ -248,9 +248,7 @@ CHANGES: Any = {
 
 
 @pytest.mark.parametrize("field", CHANGES)
-def test_what_would_change_the_answer_and_is_not_supported_is_refused_by_name(
-    field: str, client: openai.OpenAI
-) -> None:
+def test_unsupported_parameters_that_change_the_answer_are_refused_by_name(field: str, client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**(SETTINGS | {field: CHANGES[field]}))
     assert caught.value.param in (field, "max_tokens")
@@ -285,7 +283,7 @@ MESSAGES: Any = {
 
 
 @pytest.mark.parametrize("param", MESSAGES)
-def test_messages_that_cannot_be_asked_are_refused_by_place(param: str, client: openai.OpenAI) -> None:
+def test_invalid_messages_are_refused_by_their_position(param: str, client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**(SETTINGS | {"messages": MESSAGES[param]}))
     assert caught.value.param == param
@@ -293,7 +291,7 @@ def test_messages_that_cannot_be_asked_are_refused_by_place(param: str, client: 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("changes", [{"max_tokens": 600}, {"messages": [{"role": "user", "content": "word " * 600}]}])
-def test_a_prompt_that_leaves_no_room_is_context_length_exceeded(
+def test_a_prompt_too_long_for_the_context_is_context_length_exceeded(
     changes: Any, stream: bool, client: openai.OpenAI
 ) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
@@ -310,7 +308,9 @@ def test_a_prompt_that_leaves_no_room_is_context_length_exceeded(
         ([{"role": "user", "content": "word " * 30_000}] * 2, ["262144 characters", "300000"]),
     ],
 )
-def test_more_than_is_served_is_refused_by_what_it_is_made_of(messages: Any, told: list[str], tiny_url: str) -> None:
+def test_oversized_messages_are_refused_with_the_limit_they_exceed(
+    messages: Any, told: list[str], tiny_url: str
+) -> None:
     with openai_client(tiny_url) as client, pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**(SETTINGS | {"messages": messages}))
     assert caught.value.param == "messages"

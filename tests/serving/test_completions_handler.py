@@ -67,7 +67,7 @@ def joined(chunks: Sequence[Any]) -> list[dict[str, Any]]:
     return [choices[i] for i in sorted(choices)]
 
 
-def test_a_text_goes_on_as_the_engine_draws_it(client: openai.OpenAI, tiny_served: ServedModel) -> None:
+def test_a_completion_is_what_the_engine_generates(client: openai.OpenAI, tiny_served: ServedModel) -> None:
     template = tiny_served.answerer.template
     answer = client.completions.create(**SETTINGS, n=3, temperature=0.8, top_p=0.9, extra_body={"top_k": 40})
     sampling = Sampling(16, 3, temperature=0.8, top_p=0.9, top_k=40, seed=5, stop_ids=template.stop_ids)
@@ -81,7 +81,7 @@ def test_a_text_goes_on_as_the_engine_draws_it(client: openai.OpenAI, tiny_serve
     assert (answer.object, answer.model) == ("text_completion", "tiny")
 
 
-def test_a_stream_is_the_whole_answer_in_pieces_and_tells_its_usage_when_asked(client: openai.OpenAI) -> None:
+def test_a_stream_adds_up_to_the_whole_answer_and_reports_usage_on_request(client: openai.OpenAI) -> None:
     answer = client.completions.create(**SETTINGS, n=3)
     chunks = list(client.completions.create(**SETTINGS, n=3, stream=True, stream_options={"include_usage": True}))
     texts = [
@@ -119,7 +119,7 @@ def test_texts_and_ids_alone_and_in_lists_are_the_same_prompts(client: openai.Op
     ]
 
 
-def test_special_tokens_in_a_text_are_text_and_those_meant_are_sent_as_ids(
+def test_special_tokens_in_a_text_are_plain_text_and_ids_are_kept(
     client: openai.OpenAI, tiny_template: Template, tiny_url: str
 ) -> None:
     text = "a<|im_end|>b"
@@ -133,7 +133,7 @@ def test_special_tokens_in_a_text_are_text_and_those_meant_are_sent_as_ids(
     assert answer["choices"][0]["prompt_token_ids"] == special
 
 
-def test_a_text_begins_with_bos_where_the_tokenizer_has_one_unless_told_otherwise(tiny_tokenizer: Any) -> None:
+def test_a_text_starts_with_bos_by_default_if_the_tokenizer_has_one(tiny_tokenizer: Any) -> None:
     import copy
 
     from tokenizers.processors import TemplateProcessing
@@ -164,7 +164,7 @@ def test_a_stop_string_ends_the_text_and_is_not_in_it(stop: Any, scripted_model:
         assert [c.choices[0].finish_reason for c in chunks if c.choices[0].finish_reason] == ["stop"]
 
 
-def test_what_ends_a_text_is_the_templates_ends_and_those_given_or_the_latter_alone(tiny_template: Template) -> None:
+def test_template_stop_ids_apply_with_the_given_ones_unless_ignore_eos(tiny_template: Template) -> None:
     (end, *_) = tiny_template.stop_ids
     engine = ScriptedEngine([50, 51, end, 52, 53], chunk=2)
     with serve_in_thread(ServedModel(Answerer(engine, tiny_template), "m")) as url:
@@ -182,7 +182,7 @@ def test_what_ends_a_text_is_the_templates_ends_and_those_given_or_the_latter_al
             assert answer["usage"]["completion_tokens"] == len(ids)
 
 
-def test_the_text_goes_on_within_a_character_that_the_prompt_began(tiny_template: Template) -> None:
+def test_a_completion_may_finish_a_character_begun_in_the_prompt(tiny_template: Template) -> None:
     found = [tiny_template.tokenizer.backend_tokenizer.token_to_id(c) for c in "ðŁĻĤ"]  # the bytes of 🙂, one by one
     ids = [id_ for id_ in found if id_ is not None]
     assert len(ids) == 4
@@ -242,7 +242,7 @@ def test_a_stream_with_ids_and_log_probs_is_the_whole_answer(extra: Any, tiny_ur
                 assert streamed["lists"][name] == values
 
 
-def test_a_drawn_tokens_rival_is_not_made_up(tiny_url: str) -> None:
+def test_top_log_probs_of_sampled_tokens_are_null(tiny_url: str) -> None:
     body = {"model": "tiny", "prompt": TEXT, "max_tokens": 4, "logprobs": 1, "seed": 3, "ignore_eos": True}
     for temperature in (0, 1):
         logprobs = post(tiny_url, body | {"temperature": temperature})[1]["choices"][0]["logprobs"]
@@ -278,7 +278,7 @@ REFUSED: Any = {
 
 
 @pytest.mark.parametrize("field", REFUSED)
-def test_what_is_wrong_or_not_supported_is_refused_by_name(field: str, tiny_url: str) -> None:
+def test_invalid_or_unsupported_parameters_are_refused_by_name(field: str, tiny_url: str) -> None:
     for value in REFUSED[field]:
         status, answer = post(tiny_url, SETTINGS | {field: value})
         assert status == 400, (value, answer)
@@ -286,7 +286,7 @@ def test_what_is_wrong_or_not_supported_is_refused_by_name(field: str, tiny_url:
         assert answer["error"]["type"] == "invalid_request_error"
 
 
-def test_an_unknown_model_field_or_too_many_prompts_and_a_prompt_that_fills_the_context(tiny_url: str) -> None:
+def test_unknown_models_or_fields_and_too_many_or_too_long_prompts_are_refused(tiny_url: str) -> None:
     assert post(tiny_url, SETTINGS | {"model": "gpt"})[0] == 404
     assert post(tiny_url, SETTINGS | {"colour": 1})[1]["error"]["code"] == "unknown_parameter"
     assert post(tiny_url, SETTINGS | {"prompt": ["a"] * 65})[1]["error"]["param"] == "prompt"
@@ -298,7 +298,7 @@ def test_an_unknown_model_field_or_too_many_prompts_and_a_prompt_that_fills_the_
     assert post(tiny_url, SETTINGS | scored | {"prompt": [50] * 513})[0] == 400
 
 
-def test_ids_by_the_hundred_thousand_are_refused_at_once(tiny_url: str) -> None:
+def test_hundreds_of_thousands_of_token_ids_are_refused_at_once(tiny_url: str) -> None:
     status, answer = post(tiny_url, SETTINGS | {"prompt": [7] * 300_000})
     assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
 
@@ -334,7 +334,7 @@ SMALL = RequestLimits(prompt_tokens=10, n=2, max_tokens=5)
         (RequestLimits(prompt_characters=20), {"prompt": ["a", "a" * 21]}, "prompt"),
     ],
 )
-def test_choices_and_tokens_of_all_prompts_and_characters_of_each_are_bounded(
+def test_total_choices_and_tokens_and_characters_of_each_prompt_are_bounded(
     limits: RequestLimits, body: Any, param: str | None, tiny_template: Template
 ) -> None:
     asked: list[int] = []
@@ -352,7 +352,9 @@ def test_choices_and_tokens_of_all_prompts_and_characters_of_each_are_bounded(
         assert not asked
 
 
-def test_a_long_prompt_is_told_while_the_loop_goes_on(tiny_template: Template, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_prompt_is_echoed_without_blocking_the_event_loop(
+    tiny_template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
     features = Features(max_length=16384, vocabulary=400, logprobs=True, score=True)
     served = ServedModel(Answerer(ScriptedEngine([50], features=features, logprob=-0.1), tiny_template), "m")
     may_go_on = threading.Event()
@@ -374,7 +376,7 @@ def test_a_long_prompt_is_told_while_the_loop_goes_on(tiny_template: Template, m
     assert len(choice.logprobs.tokens) == 8000
 
 
-def test_the_texts_of_a_long_request_are_tokenised_while_the_loop_goes_on(
+def test_long_texts_are_tokenised_without_blocking_the_event_loop(
     tiny_template: Template, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = ServedModel(Answerer(ScriptedEngine([50]), tiny_template), "m")
@@ -410,7 +412,7 @@ def test_log_probs_of_an_engine_that_has_none_are_refused(tiny_template: Templat
         assert (status, answer["error"]["param"]) == (400, "logprobs")
 
 
-def test_a_stream_that_breaks_ends_with_the_error_and_no_done(tiny_template: Template) -> None:
+def test_a_stream_that_fails_ends_with_the_error_and_without_done(tiny_template: Template) -> None:
     def reply(ids: Any, sampling: Sampling, choice: int) -> Any:
         yield 50
         raise RuntimeError("secret of the machine")

@@ -24,7 +24,7 @@ from tests.serving.conftest import Endless, serve_in_thread, serve_with_handle
 from tests.serving.test_app import ASKED, CHAT, call, wait_for
 
 
-def test_a_head_or_a_body_that_does_not_come_is_not_waited_for(scripted_model: Callable[..., ServedModel]) -> None:
+def test_headers_or_a_body_that_do_not_arrive_time_out(scripted_model: Callable[..., ServedModel]) -> None:
     admission = Admission(ServerLimits(header_seconds=0.4, body_seconds=0.4))
     with serve_with_handle(ServedModels([scripted_model("Hello")]), admission) as (url, _):
         place = (str(urlsplit(url).hostname), urlsplit(url).port or 0)
@@ -48,7 +48,7 @@ def test_a_head_or_a_body_that_does_not_come_is_not_waited_for(scripted_model: C
                     pass
 
 
-def test_an_answers_body_does_not_wait_until_its_head_is_acknowledged(
+def test_connections_are_opened_with_tcp_nodelay(
     scripted_model: Callable[..., ServedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = Connection.connection_made
@@ -64,7 +64,7 @@ def test_an_answers_body_does_not_wait_until_its_head_is_acknowledged(
     assert found == [1]
 
 
-def test_a_client_that_does_not_read_is_not_waited_for(tiny_template: Template) -> None:
+def test_a_client_that_does_not_read_is_disconnected(tiny_template: Template) -> None:
     endless = Endless(delay_seconds=0)
     admission = Admission(ServerLimits(stalled_seconds=0.5))
     with serve_with_handle(ServedModels([ServedModel(Answerer(endless.engine, tiny_template), "m")]), admission) as (
@@ -82,7 +82,7 @@ def test_a_client_that_does_not_read_is_not_waited_for(tiny_template: Template) 
             assert wait_for(lambda: admission.queue.running == 0)
 
 
-def test_a_body_that_nobody_wanted_is_not_taken_for_ever(scripted_model: Callable[..., ServedModel]) -> None:
+def test_discarding_a_refused_body_is_bounded_in_time(scripted_model: Callable[..., ServedModel]) -> None:
     admission = Admission(ServerLimits(header_seconds=0.4))
     with serve_with_handle(ServedModels([scripted_model("Hello")]), admission) as (url, _):
         place = (str(urlsplit(url).hostname), urlsplit(url).port or 0)
@@ -96,7 +96,7 @@ def test_a_body_that_nobody_wanted_is_not_taken_for_ever(scripted_model: Callabl
         assert call(url, "GET", "/health")[0] == 200
 
 
-def test_of_a_body_that_nobody_wanted_so_much_is_taken(scripted_model: Callable[..., ServedModel]) -> None:
+def test_discarding_a_refused_body_is_bounded_in_bytes(scripted_model: Callable[..., ServedModel]) -> None:
     with serve_with_handle(ServedModels([scripted_model("Hello")]), Admission()) as (url, _):
         place = (str(urlsplit(url).hostname), urlsplit(url).port or 0)
         with socket.create_connection(place, timeout=30) as raw:
@@ -110,7 +110,7 @@ def test_of_a_body_that_nobody_wanted_so_much_is_taken(scripted_model: Callable[
             assert sent < 2**25, "two MiB, and what the system holds on the way"
 
 
-def test_a_body_in_very_many_pieces_ends_the_connection_of_strangers_and_of_others(
+def test_a_body_in_too_many_chunks_closes_the_connection_with_or_without_a_key(
     scripted_model: Callable[..., ServedModel], database: Database
 ) -> None:
     secret = KeyStore(database).add("alice")[1]
@@ -137,7 +137,7 @@ def test_a_body_in_very_many_pieces_ends_the_connection_of_strangers_and_of_othe
                     pass
 
 
-def test_where_there_are_too_many_connections_the_one_that_waited_longest_gives_way(
+def test_over_the_connection_limit_the_longest_idle_one_is_closed(
     scripted_model: Callable[..., ServedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connections, "_SPARE_CONNECTIONS", 0)
@@ -166,13 +166,13 @@ def test_where_there_are_too_many_connections_the_one_that_waited_longest_gives_
                 assert raw.recv(65536), "it is open"
 
 
-def test_connections_leave_a_quarter_of_the_files_that_a_process_may_open(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connections_use_at_most_three_quarters_of_the_open_file_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     for files, most in ((256, 192), (10**6, 704 + 256), (None, 704 + 256)):
         monkeypatch.setattr("corral.serving.connections.process_limit", lambda _, files=files: files)
         assert connection_type(ServerLimits()).max_connections == most
 
 
-def test_a_large_body_that_is_refused_at_once_still_gets_its_answer(scripted_model: Callable[..., ServedModel]) -> None:
+def test_a_large_body_that_is_refused_at_once_still_gets_a_response(scripted_model: Callable[..., ServedModel]) -> None:
     with serve_with_handle(ServedModels([scripted_model("Hello")]), Admission()) as (url, _):
         for path, status in (("/nowhere", 404), ("/v1/models", 405)):
             assert call(url, "POST", path, b" " * 900_000)[0] == status

@@ -53,7 +53,7 @@ def status_of(call: Callable[[], object]) -> int:
     return caught.value.status
 
 
-def test_what_was_stored_is_there_after_the_database_was_opened_anew(database_url: str) -> None:
+def test_stored_conversations_survive_reopening_the_database(database_url: str) -> None:
     odd = "a zero byte \0, a 漢, and half a character \ud800"
     first = Database(database_url)
     made = ConversationStore(first).create("a", {"title": "Böse"}, [Item.new("user", ["one", odd])])
@@ -65,7 +65,7 @@ def test_what_was_stored_is_there_after_the_database_was_opened_anew(database_ur
     assert items[0].text == "one" + odd
 
 
-def test_pages_go_through_a_list_once_in_both_directions(store: ConversationStore) -> None:
+def test_paging_visits_every_item_once_in_both_directions(store: ConversationStore) -> None:
     made = store.create("a", {}, said(*map(str, range(7))))
     for ascending in (False, True):
         order = [str(i) for i in range(7)][:: 1 if ascending else -1]
@@ -86,7 +86,7 @@ def test_pages_go_through_a_list_once_in_both_directions(store: ConversationStor
         assert texts(between) == order[1:3]
 
 
-def test_an_id_that_is_in_no_list_is_no_place_to_go_on_from(store: ConversationStore) -> None:
+def test_a_page_cursor_that_is_not_in_the_list_gives_400(store: ConversationStore) -> None:
     made, other = (store.create("a", {}, said("Hi")) for _ in range(2))
     foreign = store.export("a", other.id)[1][0].id
     for id_ in (foreign, "msg_" + "0" * 32, "", "\0", "'; DROP TABLE items"):
@@ -94,7 +94,7 @@ def test_an_id_that_is_in_no_list_is_no_place_to_go_on_from(store: ConversationS
         assert status_of(lambda id_=id_: store.list_page("a", Page(before=id_))) == 400
 
 
-def test_conversations_are_listed_newest_first_and_only_to_their_owner(store: ConversationStore) -> None:
+def test_conversations_are_listed_newest_first_and_only_for_their_owner(store: ConversationStore) -> None:
     mine = [store.create("a", {"title": str(i)}) for i in range(3)]
     store.create("b", {"title": "theirs"})
     assert store.list_page("a", Page())[0] == mine[::-1]
@@ -102,7 +102,7 @@ def test_conversations_are_listed_newest_first_and_only_to_their_owner(store: Co
     assert store.list_page("", Page())[0] == []
 
 
-def test_nobody_else_finds_reads_changes_or_goes_on_from_anything(store: ConversationStore) -> None:
+def test_other_owners_cannot_find_read_change_or_continue_a_conversation(store: ConversationStore) -> None:
     made = store.create("a", {"title": "mine"}, said("secret"))
     item = store.export("a", made.id)[1][0].id
     mine = turn("more", conversation=made.id)
@@ -137,7 +137,7 @@ def test_an_item_of_one_conversation_is_not_found_in_another(store: Conversation
     assert status_of(lambda: store.delete_item("a", other.id, item.id)) == 404
 
 
-def test_caps_hold_and_what_was_deleted_makes_room(database: Database) -> None:
+def test_storage_limits_are_enforced_and_deleting_frees_space(database: Database) -> None:
     store = ConversationStore(database, StorageLimits(max_items=3, max_bytes=20, max_conversations=2))
     made = store.create("a", {}, said("1", "2", "3"))
     assert status_of(lambda: store.add_items("a", made.id, said("4"))) == 400
@@ -162,7 +162,7 @@ def rows(database: Database) -> list[int]:
         return [session.execute(text(f"SELECT COUNT(*) FROM {table}")).scalar() or 0 for table in tables]
 
 
-def test_the_oldest_responses_of_an_owner_give_way_to_new_ones(database: Database) -> None:
+def test_the_oldest_responses_of_an_owner_are_deleted_for_new_ones(database: Database) -> None:
     store = ConversationStore(database, StorageLimits(max_responses=5))
     theirs = turn("theirs", owner="b")
     answer(store, theirs)
@@ -181,7 +181,7 @@ def test_the_oldest_responses_of_an_owner_give_way_to_new_ones(database: Databas
 
 
 @pytest.mark.parametrize("place", ["alone", "in a conversation"])
-def test_bytes_of_responses_are_bounded_with_all_that_their_bodies_say(place: str, database: Database) -> None:
+def test_stored_response_bytes_are_bounded_including_instructions_and_metadata(place: str, database: Database) -> None:
     store = ConversationStore(database, StorageLimits(max_responses_bytes=50_000))
     where: dict[str, Any] = {} if place == "alone" else {"conversation": store.create("a", {}).id}
     body = {"instructions": "é" * 1000, "metadata": {"a": "b" * 500}}
@@ -204,7 +204,7 @@ def test_bytes_of_responses_are_bounded_with_all_that_their_bodies_say(place: st
     assert rows(database) == before, "what is refused makes no room"
 
 
-def test_one_question_alone_is_bounded_too(database: Database) -> None:
+def test_a_response_without_a_conversation_is_bounded_too(database: Database) -> None:
     store = ConversationStore(database, StorageLimits(max_items=2, max_bytes=20))
     for inputs in (said("1", "2", "3"), said("x" * 21)):
         question = PendingResponse(new_id("resp"), "a", tuple(inputs), stored=True)
@@ -212,7 +212,7 @@ def test_one_question_alone_is_bounded_too(database: Database) -> None:
     assert rows(database) == [0, 0, 0]
 
 
-def test_all_conversations_of_an_owner_are_bounded_together_down_to_empty_messages(database: Database) -> None:
+def test_total_bytes_of_an_owner_are_bounded_and_empty_messages_count(database: Database) -> None:
     store = ConversationStore(database, StorageLimits(max_total_bytes=10_000))
     first = store.create("a", {}, said(*["x" * 1000] * 3))
     second = store.create("a", {}, said(*[""] * 15))
@@ -225,7 +225,7 @@ def test_all_conversations_of_an_owner_are_bounded_together_down_to_empty_messag
     assert answer(store, turn("x" * 2000, conversation=second.id)) == [""] * 15
 
 
-def test_caps_hold_for_chains_of_responses_too(database: Database) -> None:
+def test_storage_limits_apply_to_response_chains(database: Database) -> None:
     store = ConversationStore(database, StorageLimits(max_items=4))
     first = turn("1")
     answer(store, first, "2")
@@ -234,9 +234,7 @@ def test_caps_hold_for_chains_of_responses_too(database: Database) -> None:
     assert status_of(lambda: store.responses.begin(turn("5", previous=second.id), {})) == 400
 
 
-def test_a_deleted_conversation_is_gone_with_its_items_and_responses(
-    store: ConversationStore, database: Database
-) -> None:
+def test_deleting_a_conversation_deletes_its_items_and_responses(store: ConversationStore, database: Database) -> None:
     made = store.create("a", {}, said("Hi", "Hello"))
     mine = turn("more", conversation=made.id)
     answer(store, mine)
@@ -249,7 +247,7 @@ def test_a_deleted_conversation_is_gone_with_its_items_and_responses(
     assert rows(database) == [0, 0, 0]
 
 
-def test_a_deleted_response_takes_its_text_along_save_for_what_a_conversation_holds(store: ConversationStore) -> None:
+def test_deleting_a_response_deletes_its_text_unless_a_conversation_holds_it(store: ConversationStore) -> None:
     made = store.create("a", {})
     inside, alone = turn("in", conversation=made.id), turn("alone")
     for each in (inside, alone):
@@ -260,14 +258,14 @@ def test_a_deleted_response_takes_its_text_along_save_for_what_a_conversation_ho
     assert status_of(lambda: store.responses.begin(turn("x", previous=alone.id), {})) == 404
 
 
-def test_a_turn_knows_what_was_said_before_in_its_conversation(store: ConversationStore) -> None:
+def test_a_turn_includes_the_earlier_messages_of_its_conversation(store: ConversationStore) -> None:
     made = store.create("a", {}, [Item.new("system", ["Be brief."])])
     assert answer(store, turn("One?", conversation=made.id), "1") == ["Be brief."]
     assert answer(store, turn("Two?", conversation=made.id), "2") == ["Be brief.", "One?", "1"]
     assert whole(store, made.id) == ["Be brief.", "One?", "1", "Two?", "2"]
 
 
-def test_a_turn_knows_the_responses_it_goes_back_to_and_no_others(store: ConversationStore) -> None:
+def test_a_turn_includes_only_the_responses_in_its_own_chain(store: ConversationStore) -> None:
     first = turn("1")
     answer(store, first, "one")
     left, right = (turn(side, previous=first.id) for side in ("left", "right"))
@@ -276,7 +274,7 @@ def test_a_turn_knows_the_responses_it_goes_back_to_and_no_others(store: Convers
     assert texts(store.responses.list_inputs("a", left.id, Page())[0]) == ["left"]
 
 
-def test_a_chain_may_begin_in_a_conversation_as_it_was_then(store: ConversationStore) -> None:
+def test_a_chain_may_start_from_an_earlier_state_of_a_conversation(store: ConversationStore) -> None:
     made = store.create("a", {}, said("0", "zero"))
     first = turn("1", conversation=made.id)
     answer(store, first, "one")
@@ -287,7 +285,7 @@ def test_a_chain_may_begin_in_a_conversation_as_it_was_then(store: ConversationS
     assert whole(store, made.id) == ["0", "zero", "1", "one", "2", "two"]
 
 
-def test_a_chain_with_a_link_missing_is_refused_not_shortened(store: ConversationStore) -> None:
+def test_a_chain_with_a_missing_response_is_refused(store: ConversationStore) -> None:
     first = turn("1")
     answer(store, first)
     second = turn("2", previous=first.id)
@@ -296,7 +294,7 @@ def test_a_chain_with_a_link_missing_is_refused_not_shortened(store: Conversatio
     assert status_of(lambda: store.responses.begin(turn("3", previous=second.id), {})) == 404
 
 
-def test_while_an_answer_is_made_nothing_else_is_added_and_after_it_all_is_as_usual(store: ConversationStore) -> None:
+def test_a_conversation_is_locked_during_an_answer_and_unlocked_after_it(store: ConversationStore) -> None:
     made = store.create("a", {}, said("Hi", "Hello"))
     item = store.export("a", made.id)[1][0].id
     first = turn("first", conversation=made.id)
@@ -311,7 +309,7 @@ def test_while_an_answer_is_made_nothing_else_is_added_and_after_it_all_is_as_us
     assert answer(store, turn("second", conversation=made.id)) == ["Hi", "Hello", "first", "done"]
 
 
-def test_of_turns_that_begin_at_the_same_time_one_is_served(store: ConversationStore) -> None:
+def test_only_one_of_several_simultaneous_turns_is_accepted(store: ConversationStore) -> None:
     made = store.create("a", {})
     outcomes: list[int] = []
     barrier = threading.Barrier(6)
@@ -332,7 +330,7 @@ def test_of_turns_that_begin_at_the_same_time_one_is_served(store: ConversationS
     assert sorted(outcomes) == [200, *[409] * 5]
 
 
-def test_a_turn_that_was_dropped_has_never_been(store: ConversationStore) -> None:
+def test_a_discarded_turn_leaves_nothing_behind(store: ConversationStore) -> None:
     made = store.create("a", {})
     dropped = turn("no", conversation=made.id)
     store.responses.begin(dropped, {})
@@ -341,7 +339,7 @@ def test_a_turn_that_was_dropped_has_never_been(store: ConversationStore) -> Non
     assert answer(store, turn("yes", conversation=made.id)) == []
 
 
-def test_what_a_dead_maker_held_is_free_again_and_its_response_is_lost(database: Database) -> None:
+def test_an_expired_lease_frees_the_conversation_and_marks_the_response_lost(database: Database) -> None:
     store = ConversationStore(database, lease_seconds=1)
     made = store.create("a", {})
     dead = turn("dead", conversation=made.id)
@@ -362,7 +360,7 @@ def test_what_a_dead_maker_held_is_free_again_and_its_response_is_lost(database:
     assert whole(store, made.id) == ["next", "next one"]
 
 
-def test_responses_without_a_conversation_are_forgotten_after_their_days(database: Database) -> None:
+def test_responses_without_a_conversation_are_deleted_after_response_days(database: Database) -> None:
     store = ConversationStore(database, StorageLimits(response_days=30))
     made = store.create("a", {})
     old, in_conversation, new = turn("old"), turn("kept", conversation=made.id), turn("new")

@@ -54,7 +54,7 @@ def conversation(owner: str = "k", number: int = 0) -> ConversationRow:
     return ConversationRow(id=f"conv_{number:032x}", owner=owner, created_at=1, labels={})
 
 
-def test_a_new_file_and_its_folder_are_for_its_owner_alone(tmp_path: Path) -> None:
+def test_a_new_file_and_its_folder_are_readable_only_by_their_owner(tmp_path: Path) -> None:
     folder = tmp_path / "own"
     database = Database(f"sqlite:///{folder / 'server.db'}")
     with database.write_session() as session:
@@ -66,7 +66,7 @@ def test_a_new_file_and_its_folder_are_for_its_owner_alone(tmp_path: Path) -> No
     database.close()
 
 
-def test_the_default_is_a_file_among_the_users_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_is_a_file_in_the_users_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     Database(default_url()).close()
     assert (tmp_path / "data" / "corral" / "server.db").is_file()
@@ -75,7 +75,7 @@ def test_the_default_is_a_file_among_the_users_data(tmp_path: Path, monkeypatch:
     assert default_url() == f"sqlite:///{tmp_path}/.local/share/corral/server.db"
 
 
-def test_what_the_migrations_make_is_what_the_code_declares(url: str) -> None:
+def test_the_migrated_schema_equals_the_declared_tables(url: str) -> None:
     Database(url).close()
     assert differences(url) == []
 
@@ -120,7 +120,7 @@ def rows_of(url: str) -> dict[str, list[Any]]:
     return found
 
 
-def test_a_database_of_the_first_version_is_brought_up_to_date_without_loss(url: str) -> None:
+def test_a_database_of_the_first_version_is_migrated_without_loss(url: str) -> None:
     at_first_revision(url)
     before = rows_of(url)
     database = Database(url)
@@ -136,7 +136,7 @@ def test_a_database_of_the_first_version_is_brought_up_to_date_without_loss(url:
     assert rows_of(url) == before, "opened again, nothing is done twice"
 
 
-def test_a_database_that_a_newer_version_made_is_refused_and_not_touched(url: str) -> None:
+def test_a_database_of_a_newer_version_is_refused_and_unchanged(url: str) -> None:
     Database(url).close()
     with contextlib.closing(sqlite3.connect(make_url(url).database or "")) as connection, connection:
         connection.execute(f"UPDATE {VERSION_TABLE} SET version_num = '9999'")
@@ -186,7 +186,7 @@ BAD: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_is_no_url_of_a_database_is_refused_without_its_password(case: str) -> None:
+def test_an_invalid_database_url_is_refused_without_its_password(case: str) -> None:
     url, words = BAD[case]
     error = faults_of(url)
     assert words in error.what
@@ -195,7 +195,7 @@ def test_what_is_no_url_of_a_database_is_refused_without_its_password(case: str)
     assert "secret" not in str(error)
 
 
-def test_a_file_that_is_no_database_and_a_folder_are_refused_by_name(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_database_and_a_folder_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("these are notes, and no database at all. " * 100)
     (tmp_path / "folder").mkdir()
     for name in ("notes.txt", "folder"):
@@ -205,14 +205,14 @@ def test_a_file_that_is_no_database_and_a_folder_are_refused_by_name(tmp_path: P
     assert (tmp_path / "notes.txt").read_text().startswith("these are notes")
 
 
-def test_a_folder_that_may_not_be_written_is_said(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_an_error(tmp_path: Path) -> None:
     with unprivileged(tmp_path):
         error = faults_of(f"sqlite:///{tmp_path / 'new' / 'server.db'}")
     assert "ermission" in error.what
     assert "written" in str(error.hint)
 
 
-def test_a_server_that_is_not_there_is_said_without_the_password() -> None:
+def test_an_unreachable_server_is_an_error_without_the_password() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
     # The second password is a word that the driver scripted_model by chance.
@@ -224,14 +224,14 @@ def test_a_server_that_is_not_there_is_said_without_the_password() -> None:
         assert "failed" not in str(error) or "secret" in url
 
 
-def test_a_missing_driver_names_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_driver_error_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(MissingExtraError, match="psycopg") as caught:
         Database("postgresql://localhost/db")
     assert caught.value.hint == 'pip install "corral[postgres]"'
 
 
-def test_a_transaction_is_all_or_nothing(url: str) -> None:
+def test_a_failed_transaction_is_rolled_back(url: str) -> None:
     database = Database(url)
 
     def fail() -> None:
@@ -247,7 +247,7 @@ def test_a_transaction_is_all_or_nothing(url: str) -> None:
     database.close()
 
 
-def test_writers_wait_for_each_other_and_readers_for_nobody(url: str) -> None:
+def test_writers_wait_for_each_other_and_readers_do_not_wait(url: str) -> None:
     database = Database(url)
     with database.write_session() as session:
         session.add(conversation())
@@ -271,7 +271,7 @@ def test_writers_wait_for_each_other_and_readers_for_nobody(url: str) -> None:
     database.close()
 
 
-def test_a_file_that_another_program_has_locked_is_an_error_and_can_be_read(
+def test_writing_a_file_locked_by_another_program_fails_and_reading_works(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_LOCK_SECONDS", 0.2)
@@ -286,9 +286,7 @@ def test_a_file_that_another_program_has_locked_is_an_error_and_can_be_read(
     database.close()
 
 
-def test_a_transaction_of_this_process_that_does_not_end_is_not_waited_for_for_ever(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_waiting_for_a_transaction_of_the_same_process_times_out(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LOCK_SECONDS", 0.2)
     with contextlib.closing(Database(url)) as database, database.write_session():
         since = time.monotonic()
@@ -297,7 +295,7 @@ def test_a_transaction_of_this_process_that_does_not_end_is_not_waited_for_for_e
         assert time.monotonic() - since < 15
 
 
-def test_what_is_apart_has_connections_though_all_others_are_taken(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_separate_pool_has_connections_when_all_others_are_in_use(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LOCK_SECONDS", 0.2)
     database = Database(url)
     apart = database.with_own_connections()
@@ -316,7 +314,7 @@ def test_what_is_apart_has_connections_though_all_others_are_taken(url: str, mon
     database.close()
 
 
-def test_what_is_made_beside_waits_for_no_other_and_fails_as_it_would_here() -> None:
+def test_run_in_thread_starts_at_once_and_raises_the_calls_exception() -> None:
     meet = threading.Barrier(40)
 
     async def work() -> None:
@@ -328,7 +326,7 @@ def test_what_is_made_beside_waits_for_no_other_and_fails_as_it_would_here() -> 
     asyncio.run(work())
 
 
-def test_a_process_ends_though_a_call_hangs() -> None:
+def test_a_process_ends_while_a_database_call_hangs() -> None:
     code = (
         "import asyncio, threading\n"
         "from corral.serving.database import run_in_thread\n"
@@ -340,7 +338,7 @@ def test_a_process_ends_though_a_call_hangs() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_a_full_disk_is_an_error_that_says_so(url: str) -> None:
+def test_a_full_disk_is_reported_as_an_error(url: str) -> None:
     database = Database(url)
 
     def fill() -> None:
@@ -356,7 +354,7 @@ def test_a_full_disk_is_an_error_that_says_so(url: str) -> None:
 
 
 @pytest.mark.full
-def test_postgresql_is_migrated_as_a_file_is(postgres: PostgreSQL, tmp_path: Path) -> None:
+def test_postgresql_is_migrated_like_sqlite(postgres: PostgreSQL, tmp_path: Path) -> None:
     url = postgres.new_database()
     assert open_in_processes(url, 4, tmp_path / "go") == [""] * 4
     assert differences(url) == []
@@ -369,7 +367,7 @@ def test_postgresql_is_migrated_as_a_file_is(postgres: PostgreSQL, tmp_path: Pat
 
 
 @pytest.mark.full
-def test_postgresql_refuses_without_telling_the_password(postgres: PostgreSQL) -> None:
+def test_a_refused_postgresql_login_does_not_show_the_password(postgres: PostgreSQL) -> None:
     url = make_url(postgres.new_database())
     wrong = url.set(password="not-this-one").render_as_string(hide_password=False)
     assert "password" in faults_of(wrong).what
@@ -380,7 +378,7 @@ def test_postgresql_refuses_without_telling_the_password(postgres: PostgreSQL) -
 
 
 @pytest.mark.full
-def test_a_connection_to_postgresql_waits_for_nothing_for_ever(postgres: PostgreSQL) -> None:
+def test_a_postgresql_connection_has_a_time_limit_for_every_wait(postgres: PostgreSQL) -> None:
     with contextlib.closing(Database(postgres.new_database() + "?tcp_user_timeout=7000")) as database:
         with database.write_session() as session:
             assert session.scalar(text("SHOW statement_timeout")) == "20s"
@@ -395,7 +393,7 @@ def test_a_connection_to_postgresql_waits_for_nothing_for_ever(postgres: Postgre
 
 
 @pytest.mark.full
-def test_a_postgresql_that_was_started_anew_is_used_again(postgres: PostgreSQL) -> None:
+def test_a_restarted_postgresql_is_used_again(postgres: PostgreSQL) -> None:
     database = Database(postgres.new_database())
     with database.write_session() as session:
         session.add(conversation())

@@ -55,7 +55,7 @@ def test_vectors_are_the_embedders_in_the_order_of_the_texts(embedding: openai.O
     assert near > far + 0.2
 
 
-def test_one_text_is_taken_alone_and_usage_counts_its_tokens(embedding: openai.OpenAI, embedder: Embedder) -> None:
+def test_a_single_text_is_accepted_and_usage_counts_its_tokens(embedding: openai.OpenAI, embedder: Embedder) -> None:
     answer = embedding.embeddings.create(model=MODEL, input=TEXTS[0], dimensions=384, user="me")
     assert len(answer.data) == 1
     assert answer.usage.prompt_tokens == answer.usage.total_tokens == embedder.count_tokens(TEXTS[:1])[0] > 5
@@ -76,20 +76,22 @@ def test_one_text_is_taken_alone_and_usage_counts_its_tokens(embedding: openai.O
         ({"extra_body": {"path": "/etc/passwd"}}, "path"),
     ],
 )
-def test_what_cannot_be_embedded_is_refused_by_name(changes: Any, param: str, embedding: openai.OpenAI) -> None:
+def test_unsupported_embedding_parameters_are_refused_by_name(
+    changes: Any, param: str, embedding: openai.OpenAI
+) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         embedding.embeddings.create(**({"model": MODEL, "input": TEXTS} | changes))
     assert caught.value.param == param
 
 
-def test_a_model_that_talks_does_not_embed_and_one_that_embeds_does_not_talk(embedding: openai.OpenAI) -> None:
+def test_chat_models_do_not_embed_and_embedding_models_do_not_chat(embedding: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
         embedding.embeddings.create(model="tiny", input=TEXTS)
     with pytest.raises(openai.NotFoundError):
         embedding.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "hi"}])
 
 
-def test_it_is_listed_where_it_is_offered_and_elsewhere_there_is_no_such_route(
+def test_the_embedding_model_is_listed_and_without_one_the_route_is_404(
     embedding: openai.OpenAI, client: openai.OpenAI
 ) -> None:
     listed = {model.id: (model.model_extra or {})["task"] for model in embedding.models.list()}
@@ -125,7 +127,7 @@ class Slow(Embedder):
             return [1] * len(texts)
 
 
-def test_what_nobody_waits_for_any_more_leaves_the_next_its_turn_and_others_their_threads(
+def test_cancelled_embeddings_are_not_started_and_one_runs_at_a_time(
     tiny_served: ServedModel,
 ) -> None:
     slow, admission = Slow(), Admission()

@@ -49,7 +49,7 @@ def vote_of(answer: Any) -> dict[str, Any]:
     return answer.model_extra["consensus"]
 
 
-def test_a_vote_gives_its_winner_as_the_one_choice_and_shows_every_candidate(tiny_template: Template) -> None:
+def test_a_vote_returns_its_winner_and_lists_every_candidate(tiny_template: Template) -> None:
     said = Candidates(tiny_template)
     served = ServedModel(Answerer(said.engine, tiny_template), "m")
     wish = {"method": "majority", "n": 3, "stop": "never"}
@@ -68,7 +68,7 @@ def test_a_vote_gives_its_winner_as_the_one_choice_and_shows_every_candidate(tin
     assert "consensus" not in (plain.model_extra or {})
 
 
-def test_a_stream_with_a_vote_is_the_winner_and_the_vote_comes_with_its_end(tiny_template: Template) -> None:
+def test_a_stream_with_a_vote_sends_the_winner_and_ends_with_the_vote(tiny_template: Template) -> None:
     said = Candidates(tiny_template, ("wrong", "right", "right"))
     served = ServedModel(Answerer(said.engine, tiny_template), "m")
     body = {"consensus": {"method": "rouge-l", "n": 3, "stop": "never"}}
@@ -84,7 +84,7 @@ def test_a_stream_with_a_vote_is_the_winner_and_the_vote_comes_with_its_end(tiny
     assert chunks[-1].usage == whole.usage
 
 
-def test_candidates_that_cannot_change_the_choice_are_cancelled_and_told_so(tiny_template: Template) -> None:
+def test_candidates_that_cannot_change_the_choice_are_reported_as_cancelled(tiny_template: Template) -> None:
     long = "The answer is 5. " * 50
     said = Candidates(tiny_template, (SAID[0], long, SAID[0], long, SAID[0]), delay_seconds=0.001)
     served = ServedModel(Answerer(said.engine, tiny_template), "m")
@@ -98,7 +98,7 @@ def test_candidates_that_cannot_change_the_choice_are_cancelled_and_told_so(tiny
     assert [each["score"] for each in vote["candidates"]] == [1.0, None] * 2 + [1.0]
 
 
-def test_the_servers_own_vote_holds_unless_a_request_says_otherwise(tiny_template: Template) -> None:
+def test_the_servers_vote_setting_is_the_default_for_requests(tiny_template: Template) -> None:
     said = Candidates(tiny_template)
     consensus = Consensus("majority", 3, temperature=0.6, top_p=0.8, stop="never")
     served = ServedModel(Answerer(said.engine, tiny_template, consensus=consensus), "m")
@@ -129,7 +129,7 @@ WISHES: Any = {
 
 
 @pytest.mark.parametrize("param", WISHES)
-def test_a_vote_that_cannot_be_held_is_refused_by_name(param: str, tiny_template: Template) -> None:
+def test_an_impossible_vote_is_refused_by_name(param: str, tiny_template: Template) -> None:
     said = Candidates(tiny_template)
     served = ServedModel(Answerer(said.engine, tiny_template), "m")
     with serve_in_thread(served) as url, openai_client(url) as client, pytest.raises(openai.BadRequestError) as caught:
@@ -169,7 +169,7 @@ def test_the_prompting_of_the_model_applies_and_its_examples_are_counted(tiny_te
     assert text.count("<|im_start|>assistant") == 3
 
 
-def test_examples_make_room_for_the_answer_that_is_asked_for(tiny_template: Template) -> None:
+def test_examples_are_dropped_to_fit_the_requested_answer(tiny_template: Template) -> None:
     features = Features(max_length=200, vocabulary=400, logprobs=True, score=True)
     said = Candidates(tiny_template, features=features)
     answerer = Answerer(said.engine, tiny_template, Sampling(20), prompting=Prompting(EXAMPLES, 2))
@@ -191,7 +191,7 @@ def test_examples_make_room_for_the_answer_that_is_asked_for(tiny_template: Temp
         (RequestLimits(prompt_tokens=8), {}, "messages"),
     ],
 )
-def test_more_tokens_than_the_server_serves_are_refused(
+def test_more_tokens_than_the_servers_limit_are_refused(
     limits: RequestLimits, changes: Any, param: str, tiny_template: Template
 ) -> None:
     said = Candidates(tiny_template)
@@ -208,7 +208,7 @@ def test_more_tokens_than_the_server_serves_are_refused(
     assert not said.asked
 
 
-def test_an_answer_whose_length_is_not_said_is_no_longer_than_the_limit(tiny_template: Template) -> None:
+def test_answers_without_max_tokens_are_bounded_by_the_servers_limit(tiny_template: Template) -> None:
     said = Candidates(tiny_template)
     with (
         serve_in_thread(ServedModel(Answerer(said.engine, tiny_template), "m", RequestLimits(max_tokens=8))) as url,
@@ -233,7 +233,7 @@ class Broken(ScriptedEngine):
         return False
 
 
-def test_an_engine_that_is_closed_cut_off_or_broken_is_said_with_503_and_when_to_try_again(
+def test_a_closed_or_broken_engine_gives_503_with_retry_after(
     tiny_template: Template,
 ) -> None:
     closed = ScriptedEngine([40])
@@ -253,7 +253,7 @@ def test_an_engine_that_is_closed_cut_off_or_broken_is_said_with_503_and_when_to
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_where_nothing_computes_it_is_said_with_503_and_when_to_try_again_and_not_where(
+def test_an_unreachable_engine_gives_503_with_retry_after_and_hides_its_address(
     stream: bool, tiny_template: Template
 ) -> None:
     served = ServedModel(Answerer(Away([1]), tiny_template), "m")

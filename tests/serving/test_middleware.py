@@ -42,7 +42,7 @@ def routes_of(app: Any) -> list[tuple[str, str]]:
     return found
 
 
-def test_every_route_but_health_needs_a_key_also_those_there_are_not(
+def test_every_route_but_health_needs_a_key_even_unknown_ones(
     scripted_model: Callable[..., ServedModel], database: Database
 ) -> None:
     keys = KeyStore(database)
@@ -80,7 +80,9 @@ def test_every_route_but_health_needs_a_key_also_those_there_are_not(
         assert call(url, "POST", CHAT, asked, good)[0] == 200
 
 
-def test_openais_client_comes_in_with_its_key(scripted_model: Callable[..., ServedModel], database: Database) -> None:
+def test_openais_client_is_accepted_with_its_key_until_it_is_revoked(
+    scripted_model: Callable[..., ServedModel], database: Database
+) -> None:
     keys = KeyStore(database)
     _, secret = keys.add("alice")
     with serve_in_thread(scripted_model("Hello"), admission=Admission(keys=keys)) as url:
@@ -93,7 +95,7 @@ def test_openais_client_comes_in_with_its_key(scripted_model: Callable[..., Serv
         )
 
 
-def test_a_stranger_is_refused_before_a_byte_of_the_body_is_read(
+def test_a_request_without_a_key_is_refused_before_its_body_is_read(
     scripted_model: Callable[..., ServedModel], database: Database
 ) -> None:
     keys = KeyStore(database)
@@ -105,7 +107,7 @@ def test_a_stranger_is_refused_before_a_byte_of_the_body_is_read(
             assert raw.recv(12) == b"HTTP/1.1 401"
 
 
-def test_requests_of_any_kind_are_bounded_before_their_bodies_are_read(
+def test_all_requests_are_bounded_before_their_bodies_are_read(
     scripted_model: Callable[..., ServedModel],
 ) -> None:
     admission = Admission(ServerLimits(at_once=1, waiting=0))
@@ -124,7 +126,7 @@ def test_requests_of_any_kind_are_bounded_before_their_bodies_are_read(
         assert wait_for(lambda: call(url, "GET", "/v1/models")[0] == 200)
 
 
-def test_requests_of_every_kind_count_among_those_of_a_minute_once_each(
+def test_every_request_counts_once_towards_the_quota_per_minute(
     scripted_model: Callable[..., ServedModel], database: Database
 ) -> None:
     """Also those that are refused: whatever is sent costs something."""
@@ -156,7 +158,7 @@ def test_requests_of_every_kind_count_among_those_of_a_minute_once_each(
             assert call(url, "GET", "/openapi.json", headers=headers)[0] == 200
 
 
-def test_one_key_whose_bodies_do_not_come_leaves_room_for_others(
+def test_a_key_whose_bodies_do_not_arrive_does_not_block_others(
     scripted_model: Callable[..., ServedModel], database: Database
 ) -> None:
     keys = KeyStore(database)

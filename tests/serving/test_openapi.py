@@ -75,9 +75,7 @@ def check(answer: Any) -> None:
 
 
 @pytest.mark.parametrize("cases", [500, pytest.param(10_000, marks=pytest.mark.full)])
-def test_what_has_the_form_of_a_request_is_answered_and_never_with_a_fault(
-    cases: int, server: tuple[str, dict[str, str]]
-) -> None:
+def test_generated_requests_never_cause_a_server_error(cases: int, server: tuple[str, dict[str, str]]) -> None:
     url, key = server
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json", headers=key)
     operations: list[Any] = [found.ok() for found in schema.get_all_operations()]  # pyright: ignore[reportAttributeAccessIssue]
@@ -126,7 +124,7 @@ def _try(
     one()
 
 
-def test_the_document_is_behind_the_door_and_no_page_loads_scripts(server: tuple[str, dict[str, str]]) -> None:
+def test_the_openapi_document_needs_a_key_and_no_page_loads_scripts(server: tuple[str, dict[str, str]]) -> None:
     url, key = server
     assert call(url, "GET", "/openapi.json")[0] == 401
     status, document, _ = call(url, "GET", "/openapi.json", headers=key)

@@ -13,7 +13,7 @@ BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 
 
 @pytest.mark.full
-def test_ten_minutes_of_ten_times_too_many_requests_change_nothing(tmp_path: Path) -> None:
+def test_ten_minutes_of_tenfold_overload_leave_the_server_unchanged(tmp_path: Path) -> None:
     command = [sys.executable, BENCHMARKS / "serve.py", "--only", "overload", "--seconds", "600"]
     subprocess.run([*command, "--json", tmp_path / "found.json"], check=False)
     claims = json.loads((tmp_path / "found.json").read_text())["claims"]

@@ -40,7 +40,7 @@ def read(text: str) -> dict[str, float]:
     return found
 
 
-def test_answers_tokens_times_and_ends_are_counted(scripted_model: Callable[..., ServedModel]) -> None:
+def test_responses_tokens_times_and_finish_reasons_are_counted(scripted_model: Callable[..., ServedModel]) -> None:
     served = scripted_model("one two three")
     drawn = len(served.answerer.template.tokenizer("one two three").input_ids)
     with serve_in_thread(served) as url, openai_client(url) as client:
@@ -65,7 +65,7 @@ def test_answers_tokens_times_and_ends_are_counted(scripted_model: Callable[...,
     assert (found["corral_requests_waiting{}"], found["corral_requests_in_flight{}"]) == (0, 0)
 
 
-def test_the_queue_is_seen_and_clients_that_go_are_counted(tiny_template: Template) -> None:
+def test_queue_length_and_client_disconnects_are_reported(tiny_template: Template) -> None:
     endless = Endless()
     served = ServedModel(Answerer(endless.engine, tiny_template), "m")
     asked = json.dumps({"model": "m", "messages": ASKED, "stream": True})
@@ -86,7 +86,7 @@ def test_the_queue_is_seen_and_clients_that_go_are_counted(tiny_template: Templa
     assert endless.drawn
 
 
-def test_what_clients_write_makes_no_counts_of_its_own(scripted_model: Callable[..., ServedModel]) -> None:
+def test_client_text_does_not_become_a_metric_label(scripted_model: Callable[..., ServedModel]) -> None:
     with serve_in_thread(scripted_model("a")) as url:
         figures(url)
         before = len(figures(url))
@@ -99,7 +99,7 @@ def test_what_clients_write_makes_no_counts_of_its_own(scripted_model: Callable[
     assert not any("made" in name for name in found)
 
 
-def test_two_servers_in_one_process_count_apart_and_nothing_is_global() -> None:
+def test_two_servers_in_one_process_have_separate_metrics() -> None:
     one, other = Metrics(RequestQueue(1, 1)), Metrics(RequestQueue(1, 1))
     one.count_response("/a", 200)
     assert "corral_http_answers_total{route=/a,status=200}" in read(one.render().decode())

@@ -44,7 +44,7 @@ def greedy_from(served: ServedModel, ids: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("written_by", ["chance", "the model", "both"])
-def test_the_most_likely_token_of_each_place_is_the_models(
+def test_the_most_likely_token_at_each_position_is_the_models(
     written_by: str, tiny_served: ServedModel, tiny_folder: Path
 ) -> None:
     ids = {
@@ -64,7 +64,7 @@ def test_the_most_likely_token_of_each_place_is_the_models(
     assert all(greedy) == (written_by == "the model")
 
 
-def test_without_the_most_likely_nothing_is_drawn(tiny_served: ServedModel) -> None:
+def test_without_top_log_probs_no_token_is_generated(tiny_served: ServedModel) -> None:
     drawn: list[int] = []
     engine = ScriptedEngine(lambda ids, sampling, choice: drawn, logprob=-3.0)
     found = asyncio.run(score_prompt(engine, IDS))
@@ -88,7 +88,7 @@ def test_a_token_with_more_than_half_of_the_probability_needs_no_step() -> None:
         assert [one.best[0] for one in found if one.best] == ([6, 9, 9] if not steps else [9, 9, 9])
 
 
-def test_where_one_step_fails_the_others_are_stopped() -> None:
+def test_a_failed_step_stops_the_others() -> None:
     began = itertools.count()
 
     def reply(ids: Any, sampling: Sampling, choice: int) -> list[int]:
@@ -109,7 +109,7 @@ class Stuck(ScriptedEngine):
         return [-3.0] * (len(ids) - start)
 
 
-def test_texts_that_share_their_steps_take_so_many_at_a_time_together() -> None:
+def test_texts_scored_together_share_the_limit_of_concurrent_steps() -> None:
     asked: list[int] = []
 
     def reply(ids: Sequence[int], sampling: Sampling, choice: int) -> list[int]:
@@ -139,7 +139,7 @@ def lm_eval_reads(answer: Any, context: int) -> tuple[float, bool]:
     return sum(values), values == most
 
 
-def test_lm_evals_log_likelihoods_are_right_also_where_the_model_would_end(
+def test_lm_evals_log_likelihoods_are_right_even_where_the_model_would_stop(
     tiny_url: str, tiny_served: ServedModel
 ) -> None:
     engine, template = tiny_served.answerer.engine, tiny_served.answerer.template
@@ -177,7 +177,7 @@ def test_a_client_that_goes_away_while_its_prompt_is_scored_stops_the_steps(tiny
         assert len(steps) < 1000
 
 
-def test_what_it_takes_to_find_the_most_likely_tokens_of_a_prompt_is_counted(tiny_template: Template) -> None:
+def test_finding_the_most_likely_prompt_tokens_counts_towards_usage(tiny_template: Template) -> None:
     served = ServedModel(Answerer(ScriptedEngine([50], logprob=-5.0), tiny_template), "m")
     body = {"model": "m", "prompt": [[50] * 9] * 8, "max_tokens": 0, "echo": True}
     with serve_in_thread(served) as url:
@@ -186,7 +186,7 @@ def test_what_it_takes_to_find_the_most_likely_tokens_of_a_prompt_is_counted(tin
     assert [(each["prompt_tokens"], each["completion_tokens"]) for each in used] == [(72, 0), (72 + 8 * steps, 0)]
 
 
-def test_one_prompt_of_eight_thousand_tokens_may_have_its_most_likely_tokens_found_and_more_may_not(
+def test_top_prompt_log_probs_are_limited_to_one_prompt_of_eight_thousand_tokens(
     tiny_template: Template,
 ) -> None:
     features = Features(max_length=16384, vocabulary=400, logprobs=True, score=True)

@@ -81,7 +81,7 @@ WRONG: dict[str, tuple[type[StrictModel], Any, str, str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_of_a_body_that_is_wrong_all_over_a_few_faults_are_found_and_the_first_is_told(case: str) -> None:
+def test_validation_stops_after_a_few_errors_and_reports_the_first(case: str) -> None:
     kind, body, param, why = WRONG[case]
     with pytest.raises(ValidationError) as caught:
         kind.model_validate(body)
@@ -92,7 +92,9 @@ def test_of_a_body_that_is_wrong_all_over_a_few_faults_are_found_and_the_first_i
     assert told.what.startswith(f"{param!r}")
 
 
-def test_the_largest_wrong_bodies_at_once_leave_the_server_awake(scripted_model: Callable[..., ServedModel]) -> None:
+def test_the_largest_invalid_bodies_at_once_leave_the_server_responsive(
+    scripted_model: Callable[..., ServedModel],
+) -> None:
     body = f'{{"model": "scripted", "messages": [{",".join(["1"] * 520_000)}]}}'
     statuses: list[int] = []
     slowest = 0.0
@@ -109,12 +111,12 @@ def test_the_largest_wrong_bodies_at_once_leave_the_server_awake(scripted_model:
     assert slowest < 1
 
 
-def test_what_changes_nothing_may_hold_anything() -> None:
+def test_ignored_parameters_accept_any_value() -> None:
     habits = {"metadata": UNKNOWN | HALVES, "prompt_cache_options": {"a": [None]}}
     assert ChatRequest.model_validate({"model": "m", "messages": ASKED, **habits})
 
 
-def test_an_error_quotes_the_beginning_and_the_end_of_what_is_long(scripted_model: Callable[..., ServedModel]) -> None:
+def test_an_error_quotes_only_the_start_and_end_of_a_long_value(scripted_model: Callable[..., ServedModel]) -> None:
     long = "m" * 900_000
     with serve_in_thread(scripted_model("Hello")) as url:
         for changes, status in (({"model": long}, 404), ({long: 1}, 400)):

@@ -22,7 +22,7 @@ from tests.engines.conformance import wait_for
 from tests.serving.conftest import openai_client, serve_in_thread
 
 
-def test_replicas_that_die_are_left_out_and_come_back_and_without_any_the_server_says_so(
+def test_dead_replicas_are_skipped_until_they_return_and_with_none_left_requests_fail(
     tiny_served: ServedModel, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("corral.serving.served_models._CHECK_SECONDS", 0.1)
@@ -98,7 +98,7 @@ class Replica(Request):
         self.answer(200, {"content-type": "text/event-stream"}, data)
 
 
-def test_of_several_models_each_is_asked_for_by_its_name_there(tiny_folder: Path) -> None:
+def test_each_model_is_requested_from_the_replica_by_its_own_name(tiny_folder: Path) -> None:
     asked: list[str] = []
 
     class Two(Replica):
@@ -125,9 +125,7 @@ ASKED_OVER_HTTP: Any = {"model": "m", "messages": [{"role": "user", "content": "
 
 
 @pytest.mark.parametrize("fault", ["busy", "reset"])
-def test_what_one_request_meets_at_the_only_replica_is_told_to_that_one_and_to_no_other(
-    fault: str, tiny_folder: Path
-) -> None:
+def test_an_error_of_the_only_replica_affects_one_request_only(fault: str, tiny_folder: Path) -> None:
     first: list[Any] = []
 
     class Once(Replica):
@@ -153,7 +151,7 @@ def test_what_one_request_meets_at_the_only_replica_is_told_to_that_one_and_to_n
         asyncio.run(models.close())
 
 
-def test_replicas_have_room_for_what_the_server_lets_in_and_no_more_comes_to_them(tiny_folder: Path) -> None:
+def test_replicas_get_no_more_requests_at_once_than_the_server_admits(tiny_folder: Path) -> None:
     inside: list[int] = []
     may_end = threading.Event()
 
@@ -177,7 +175,7 @@ def test_replicas_have_room_for_what_the_server_lets_in_and_no_more_comes_to_the
         asyncio.run(models.close())
 
 
-def test_the_server_tells_how_many_requests_it_lets_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_reports_how_many_requests_it_admits(monkeypatch: pytest.MonkeyPatch) -> None:
     from corral.serving import server
     from corral.serving.admission import ServerLimits
 
@@ -203,7 +201,7 @@ QUOTES: dict[str, Callable[[Any], None]] = {
 
 
 @pytest.mark.parametrize("quote", QUOTES)
-def test_what_a_replica_says_of_a_prompt_is_not_logged(
+def test_replica_errors_that_quote_a_prompt_are_not_logged(
     quote: str, tiny_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Quoting(Replica):

@@ -54,7 +54,7 @@ class Crowd:
         self.inside.append(place)
 
 
-def test_as_many_areinside_and_wait_as_there_are_places_and_the_next_is_refused() -> None:
+def test_running_and_waiting_requests_are_bounded_and_the_next_is_refused() -> None:
     async def work() -> None:
         crowd = Crowd(RequestQueue(2, 3))
         await crowd.come(*"aaaaaaa")
@@ -67,7 +67,7 @@ def test_as_many_areinside_and_wait_as_there_are_places_and_the_next_is_refused(
     run(work)
 
 
-def test_turns_go_round_the_keys_that_wait() -> None:
+def test_waiting_keys_take_turns() -> None:
     async def work() -> None:
         crowd = Crowd(RequestQueue(1, 100))
         await crowd.come(*"aaaaaa", *"bb", *"ccc")
@@ -77,7 +77,7 @@ def test_turns_go_round_the_keys_that_wait() -> None:
     run(work)
 
 
-def test_a_key_that_has_none_inside_need_not_wait_for_another_keys_long_requests() -> None:
+def test_a_key_with_none_running_does_not_wait_for_another_keys_long_requests() -> None:
     async def work() -> None:
         crowd = Crowd(RequestQueue(4, 100, reserved=1))
         await crowd.come(*"aaaaaa")
@@ -93,7 +93,7 @@ def test_a_key_that_has_none_inside_need_not_wait_for_another_keys_long_requests
     run(work)
 
 
-def test_the_fewer_a_key_has_inside_the_sooner_is_its_turn() -> None:
+def test_the_key_with_the_fewest_running_requests_is_next() -> None:
     async def work() -> None:
         crowd = Crowd(RequestQueue(4, 100))
         await crowd.come(*"aaab")
@@ -105,7 +105,7 @@ def test_the_fewer_a_key_has_inside_the_sooner_is_its_turn() -> None:
     run(work)
 
 
-def test_one_key_with_a_thousand_requests_keeps_nobody_out() -> None:
+def test_one_key_with_a_thousand_requests_does_not_block_others() -> None:
     async def work() -> None:
         crowd = Crowd(RequestQueue(4, 32))
         await crowd.come(*(["flood"] * 1000))
@@ -123,7 +123,7 @@ def test_one_key_with_a_thousand_requests_keeps_nobody_out() -> None:
     run(work)
 
 
-def test_full_of_keys_with_one_request_each_it_refuses_another_key() -> None:
+def test_a_queue_full_of_keys_with_one_request_each_refuses_another_key() -> None:
     async def work() -> None:
         crowd = Crowd(RequestQueue(1, 3))
         await crowd.come(*"abcde")
@@ -132,7 +132,7 @@ def test_full_of_keys_with_one_request_each_it_refuses_another_key() -> None:
     run(work)
 
 
-def test_who_gives_up_leaves_no_trace() -> None:
+def test_a_cancelled_wait_leaves_the_queue_unchanged() -> None:
     async def work() -> None:
         crowd = Crowd(RequestQueue(1, 10))
         tasks = await crowd.come(*"abca")
@@ -147,7 +147,7 @@ def test_who_gives_up_leaves_no_trace() -> None:
     run(work)
 
 
-def test_a_place_that_is_given_to_one_who_gives_up_in_that_moment_goes_to_the_next() -> None:
+def test_a_slot_granted_to_a_request_being_cancelled_goes_to_the_next() -> None:
     async def work() -> None:
         crowd = Crowd(RequestQueue(1, 10))
         tasks = await crowd.come(*"abc")
@@ -163,7 +163,7 @@ def test_a_place_that_is_given_to_one_who_gives_up_in_that_moment_goes_to_the_ne
 
 @pytest.mark.parametrize("reserved", [0, 1])
 @pytest.mark.parametrize("seed", range(5))
-def test_whatever_happens_its_counts_are_right(seed: int, reserved: int) -> None:
+def test_the_queue_counts_stay_consistent(seed: int, reserved: int) -> None:
     async def work() -> None:
         draw = random.Random(seed)
         crowd = Crowd(RequestQueue(3, 5, reserved))
@@ -190,7 +190,7 @@ def test_whatever_happens_its_counts_are_right(seed: int, reserved: int) -> None
     run(work)
 
 
-def test_what_it_says_of_the_wait_goes_by_how_long_requests_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_estimated_wait_follows_recent_request_durations(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1000.0]
     monkeypatch.setattr("corral.serving.request_queue.time.monotonic", lambda: clock[0])
 
@@ -213,8 +213,8 @@ def test_what_it_says_of_the_wait_goes_by_how_long_requests_take(monkeypatch: py
     run(work)
 
 
-def test_retry_after_is_whole_seconds_and_never_none() -> None:
-    def of(seconds: float) -> int | None:
+def test_retry_after_is_whole_seconds_and_at_least_one() -> None:
+    def retry_after(seconds: float) -> int | None:
         return Busy(429, "what", retry_seconds=seconds, code="code").retry_seconds
 
-    assert [of(0), of(0.2), of(1), of(1.01)] == [1, 1, 1, 2]
+    assert [retry_after(0), retry_after(0.2), retry_after(1), retry_after(1.01)] == [1, 1, 1, 2]

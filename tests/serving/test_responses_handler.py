@@ -50,7 +50,7 @@ def locked(url: str) -> Generator[None]:
         yield
 
 
-def test_a_turn_that_is_cancelled_while_it_is_begun_lets_go(
+def test_a_turn_cancelled_while_it_starts_releases_its_conversation(
     database_url: str, database: Database, tiny_template: Template
 ) -> None:
     store = ConversationStore(database)
@@ -74,7 +74,7 @@ def test_a_turn_that_is_cancelled_while_it_is_begun_lets_go(
     assert len(store.list_items("a", made.id, Page())[0]) == 2
 
 
-def test_of_a_database_that_is_locked_it_is_said_with_503_and_when_to_try_again_and_it_can_be_read(
+def test_a_locked_database_gives_503_with_retry_after_and_can_be_read(
     database_url: str, tiny_template: Template, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database_module, "_LOCK_SECONDS", 1)
@@ -92,7 +92,7 @@ def test_of_a_database_that_is_locked_it_is_said_with_503_and_when_to_try_again_
         assert client.conversations.create().id
 
 
-def test_a_store_that_is_silent_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_does_not_respond_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_STORE_SECONDS", 0.1)
     over = threading.Event()
 
@@ -109,7 +109,7 @@ def test_a_store_that_is_silent_is_not_waited_for_for_ever(monkeypatch: pytest.M
     assert (refused.status, refused.code, refused.retry_seconds) == (503, "database_unavailable", 1)
 
 
-def test_signs_of_life_come_though_all_connections_are_taken(
+def test_heartbeats_are_written_when_all_connections_are_in_use(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = ConversationStore(database, lease_seconds=1000)
@@ -126,7 +126,7 @@ def test_signs_of_life_come_though_all_connections_are_taken(
         store.responses.begin(replace(turn, id="resp_2"), {})
 
 
-def test_work_that_nobody_waited_for_lets_go_when_it_is_cancelled(database: Database, tiny_template: Template) -> None:
+def test_a_cancelled_response_releases_its_conversation(database: Database, tiny_template: Template) -> None:
     store = ConversationStore(database)
     made = store.create("a", {})
     request = ResponsesRequest(model="echo", input="Hi", conversation=made.id)
@@ -145,7 +145,7 @@ def test_work_that_nobody_waited_for_lets_go_when_it_is_cancelled(database: Data
     assert len(store.list_items("a", made.id, Page())[0]) == 2
 
 
-def test_a_stream_has_openais_events_in_order_and_ends_with_what_is_stored(client: openai.OpenAI) -> None:
+def test_a_stream_has_openais_events_in_order_and_ends_with_the_stored_response(client: openai.OpenAI) -> None:
     events = list(client.responses.create(**ASK, input="Hello", stream=True))
     kinds = [event.type for event in events]
     deltas = kinds.count("response.output_text.delta")
@@ -171,14 +171,14 @@ def test_a_stream_has_openais_events_in_order_and_ends_with_what_is_stored(clien
     assert {e.item_id for e in events if e.type == "response.output_text.delta"} == {last.response.output[0].id}
 
 
-def test_the_clients_own_stream_helper_understands_it(client: openai.OpenAI) -> None:
+def test_openais_stream_helper_reads_the_stream(client: openai.OpenAI) -> None:
     with client.responses.stream(**ASK, input="Hello") as stream:
         for _ in stream:
             pass
         assert stream.get_final_response().output_text == echoed("Hello")
 
 
-def test_the_events_are_named_as_openais_are(client: openai.OpenAI) -> None:
+def test_stream_events_have_openais_names(client: openai.OpenAI) -> None:
     place = urlsplit(str(client.base_url))
     connection = http.client.HTTPConnection(place.netloc)
     body = json.dumps({**ASK, "input": "Hi", "stream": True})
@@ -191,7 +191,7 @@ def test_the_events_are_named_as_openais_are(client: openai.OpenAI) -> None:
         assert name == f"event: {json.loads(data.removeprefix('data: '))['type']}"
 
 
-def test_an_answer_that_was_cut_is_incomplete_and_says_why(client: openai.OpenAI) -> None:
+def test_a_truncated_answer_is_incomplete_with_a_reason(client: openai.OpenAI) -> None:
     conversation = client.conversations.create()
     cut = client.responses.create(model="echo", input="Hello", max_output_tokens=3, conversation=conversation.id)
     assert cut.status == "incomplete"
@@ -202,7 +202,7 @@ def test_an_answer_that_was_cut_is_incomplete_and_says_why(client: openai.OpenAI
     assert last.type == "response.incomplete"
 
 
-def test_a_vote_chooses_the_answer_and_is_shown(database_url: str, tiny_template: Template) -> None:
+def test_a_vote_chooses_the_answer_and_is_reported(database_url: str, tiny_template: Template) -> None:
     spoken = [
         tiny_template.tokenizer.backend_tokenizer.encode(t, add_special_tokens=False).ids for t in ("no", "yes", "yes")
     ]
@@ -220,9 +220,7 @@ def test_a_vote_chooses_the_answer_and_is_shown(database_url: str, tiny_template
         assert [text for _, _, text in list_items(client, conversation.id)] == ["?", "yes"] * 2
 
 
-def test_a_long_conversation_is_refused_or_loses_its_beginning_if_that_is_wished(
-    database_url: str, tiny_template: Template
-) -> None:
+def test_a_long_conversation_is_refused_or_truncated_on_request(database_url: str, tiny_template: Template) -> None:
     with serve_with_store(echo_model(tiny_template, context=200), database_url) as url, openai_client(url) as client:
         items: Any = [{"role": "system", "content": "Be kind."}]
         for i in range(9):
@@ -248,7 +246,7 @@ def test_a_long_conversation_is_refused_or_loses_its_beginning_if_that_is_wished
     [(RequestLimits(messages=6), "6 messages"), (RequestLimits(prompt_characters=60), "60 characters")],
     ids=str,
 )
-def test_what_was_stored_counts_as_what_is_sent_and_gives_way_if_that_is_wished(
+def test_stored_messages_count_towards_the_limits_or_are_truncated_on_request(
     limits: RequestLimits, told: str, database_url: str, tiny_template: Template
 ) -> None:
     served = replace(echo_model(tiny_template), limits=limits)
@@ -265,9 +263,7 @@ def test_what_was_stored_counts_as_what_is_sent_and_gives_way_if_that_is_wished(
         assert made.output_text == echoed("question 7", "answer 7", "question 8", "answer 8", "The last one")
 
 
-def test_more_messages_than_are_served_are_refused_before_any_is_stored(
-    database: Database, tiny_template: Template
-) -> None:
+def test_too_many_messages_are_refused_before_any_is_stored(database: Database, tiny_template: Template) -> None:
     request = ResponsesRequest.model_validate({"model": "echo", "input": [{"role": "user", "content": ""}] * 21})
     served = replace(echo_model(tiny_template), limits=RequestLimits(messages=20))
     with pytest.raises(Refused, match="20 messages"):
@@ -276,9 +272,7 @@ def test_more_messages_than_are_served_are_refused_before_any_is_stored(
         assert session.scalar(text("SELECT count(*) FROM responses")) == 0
 
 
-def test_a_second_turn_of_a_conversation_waits_for_nobody_and_is_refused(
-    database_url: str, tiny_template: Template
-) -> None:
+def test_a_second_turn_during_an_answer_is_refused_at_once(database_url: str, tiny_template: Template) -> None:
     with (
         serve_with_store(echo_model(tiny_template, delay_seconds=0.02), database_url) as url,
         openai_client(url) as client,
@@ -317,7 +311,7 @@ def eventually(found: Callable[[], bool]) -> bool:
     return any(found() or time.sleep(0.02) for _ in range(500))
 
 
-def test_of_a_stream_that_was_left_what_was_seen_is_kept_and_marked(database_url: str, tiny_template: Template) -> None:
+def test_a_stream_the_client_leaves_keeps_its_text_as_cancelled(database_url: str, tiny_template: Template) -> None:
     endless = Endless()
     served = ServedModel(Answerer(endless.engine, tiny_template), "echo")
     with serve_with_store(served, database_url) as url, openai_client(url) as client:
@@ -345,7 +339,7 @@ def test_of_a_stream_that_was_left_what_was_seen_is_kept_and_marked(database_url
             assert next(iter(stream)).type == "response.created", "the conversation is free"
 
 
-def test_of_an_answer_that_nobody_saw_nothing_is_kept(database_url: str, tiny_template: Template) -> None:
+def test_an_answer_whose_client_left_before_it_ended_is_not_kept(database_url: str, tiny_template: Template) -> None:
     endless = Endless()
     served = ServedModel(Answerer(endless.engine, tiny_template), "echo")
     with serve_with_store(served, database_url) as url, openai_client(url) as client:
@@ -373,7 +367,7 @@ def breaking(after: int) -> Any:
     return reply
 
 
-def test_an_engine_that_fails_fails_the_response_and_spares_the_conversation(
+def test_an_engine_error_fails_the_response_and_keeps_the_conversation(
     database_url: str, tiny_template: Template
 ) -> None:
     served = ServedModel(Answerer(ScriptedEngine(breaking(3)), tiny_template), "echo")
@@ -392,9 +386,7 @@ def test_an_engine_that_fails_fails_the_response_and_spares_the_conversation(
         assert list_items(client, conversation.id) == []
 
 
-def test_a_conversation_that_is_deleted_amid_its_answer_fails_the_answer(
-    database_url: str, tiny_template: Template
-) -> None:
+def test_deleting_a_conversation_during_its_answer_fails_the_answer(database_url: str, tiny_template: Template) -> None:
     with (
         serve_with_store(echo_model(tiny_template, delay_seconds=0.02), database_url) as url,
         openai_client(url) as client,

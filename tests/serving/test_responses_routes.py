@@ -25,7 +25,7 @@ def client(database_url: str, tiny_template: Template) -> Generator[openai.OpenA
         yield made
 
 
-def test_a_response_says_what_was_asked_for_and_can_be_had_again(client: openai.OpenAI) -> None:
+def test_a_response_repeats_its_settings_and_can_be_retrieved(client: openai.OpenAI) -> None:
     made = client.responses.create(
         **ASK, input="Hello", instructions="Be kind.", temperature=0.5, top_p=0.9, metadata={"a": "b"}, user="me"
     )
@@ -45,7 +45,7 @@ def test_a_response_says_what_was_asked_for_and_can_be_had_again(client: openai.
     assert [(item.type, item.role, item.content[0].text) for item in asked] == [("message", "user", "Hello")]  # type: ignore[union-attr]
 
 
-def test_turns_of_a_conversation_know_what_was_said_before(client: openai.OpenAI) -> None:
+def test_turns_of_a_conversation_include_its_earlier_messages(client: openai.OpenAI) -> None:
     conversation = client.conversations.create(metadata={"title": "Sums"})
     first = client.responses.create(**ASK, input="What is 2 + 2?", conversation=conversation.id)
     *_, done = client.responses.create(**ASK, input="And 3?", conversation={"id": conversation.id}, stream=True)
@@ -61,7 +61,7 @@ def test_turns_of_a_conversation_know_what_was_said_before(client: openai.OpenAI
     ]
 
 
-def test_turns_by_the_previous_response_know_it_and_may_branch(client: openai.OpenAI) -> None:
+def test_turns_by_previous_response_include_it_and_may_branch(client: openai.OpenAI) -> None:
     first = client.responses.create(**ASK, input="One", instructions="Be kind.")
     second = client.responses.create(**ASK, input="Two", previous_response_id=first.id)
     other = client.responses.create(**ASK, input="Other", previous_response_id=first.id)
@@ -72,7 +72,7 @@ def test_turns_by_the_previous_response_know_it_and_may_branch(client: openai.Op
     assert third.output_text == echoed("One", first.output_text, "Two", second.output_text, "Three")
 
 
-def test_messages_of_every_form_are_read_and_an_answer_can_be_sent_back(client: openai.OpenAI) -> None:
+def test_messages_of_every_form_are_accepted_including_a_returned_answer(client: openai.OpenAI) -> None:
     first = client.responses.create(**ASK, input="One", store=False)
     history: Any = [
         {"role": "developer", "content": "Be kind."},
@@ -93,7 +93,7 @@ def test_a_conversation_that_ends_with_the_user_needs_no_input(client: openai.Op
     assert client.responses.create(**ASK, conversation=conversation.id).output_text == echoed("Hello")
 
 
-def test_what_is_not_to_be_stored_is_not_and_a_conversation_goes_on_all_the_same(client: openai.OpenAI) -> None:
+def test_store_false_keeps_no_response_and_continues_the_conversation(client: openai.OpenAI) -> None:
     alone = client.responses.create(**ASK, input="Secret", store=False)
     conversation = client.conversations.create()
     inside = client.responses.create(**ASK, input="Said", store=False, conversation=conversation.id)
@@ -138,14 +138,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def test_what_is_not_supported_is_refused_by_name(client: openai.OpenAI) -> None:
+def test_unsupported_parameters_are_refused_by_name(client: openai.OpenAI) -> None:
     for case, (changes, param) in REFUSED.items():
         with pytest.raises(openai.BadRequestError) as caught:
             client.responses.create(**ASK, **({"input": "Hi"} if "input" not in changes else {}), extra_body=changes)
         assert str(caught.value.param).startswith(param), case
 
 
-def test_what_changes_nothing_is_accepted(client: openai.OpenAI) -> None:
+def test_parameters_without_effect_are_accepted(client: openai.OpenAI) -> None:
     habits: Any = {"tools": [], "tool_choice": "auto", "text": {"format": {"type": "text"}}, "service_tier": "auto"}
     habits |= {
         "parallel_tool_calls": True,
@@ -157,7 +157,7 @@ def test_what_changes_nothing_is_accepted(client: openai.OpenAI) -> None:
     assert client.responses.create(**ASK, input="Hi", **habits).output_text == echoed("Hi")
 
 
-def test_a_refused_question_leaves_its_conversation_free_and_unchanged(client: openai.OpenAI) -> None:
+def test_a_refused_request_leaves_its_conversation_unlocked_and_unchanged(client: openai.OpenAI) -> None:
     conversation = client.conversations.create()
     for _ in range(2):
         with pytest.raises(openai.BadRequestError):
@@ -166,7 +166,7 @@ def test_a_refused_question_leaves_its_conversation_free_and_unchanged(client: o
     assert client.responses.create(**ASK, input="Hi", conversation=conversation.id).status == "completed"
 
 
-def test_an_unknown_model_and_unknown_pasts_are_404(client: openai.OpenAI) -> None:
+def test_unknown_models_conversations_and_previous_responses_are_404(client: openai.OpenAI) -> None:
     for changes, param in (
         ({"model": "other"}, "model"),
         ({"conversation": "conv_" + "0" * 32}, "conversation"),
@@ -179,7 +179,7 @@ def test_an_unknown_model_and_unknown_pasts_are_404(client: openai.OpenAI) -> No
         assert caught.value.param == param
 
 
-def test_conversations_are_made_renamed_listed_exported_and_deleted(client: openai.OpenAI) -> None:
+def test_conversations_are_created_renamed_listed_exported_and_deleted(client: openai.OpenAI) -> None:
     made = client.conversations.create(
         metadata={"title": "Old"}, items=[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     )
@@ -221,7 +221,7 @@ def test_items_are_added_paged_read_and_deleted(client: openai.OpenAI) -> None:
     assert caught.value.param == "items"
 
 
-def test_a_message_has_so_many_parts_and_no_more(client: openai.OpenAI) -> None:
+def test_the_parts_of_a_message_are_bounded(client: openai.OpenAI) -> None:
     part: Any = {"type": "input_text", "text": ""}
     conversation = client.conversations.create(items=[{"role": "user", "content": [part] * 1024}])
     (item,) = client.conversations.items.list(conversation.id).data
@@ -231,7 +231,7 @@ def test_a_message_has_so_many_parts_and_no_more(client: openai.OpenAI) -> None:
     assert caught.value.param == "items[0].content"
 
 
-def test_parameters_of_an_address_are_held_and_unknown_ones_refused(client: openai.OpenAI) -> None:
+def test_query_parameters_are_validated_and_unknown_ones_refused(client: openai.OpenAI) -> None:
     conversation = client.conversations.create()
     path = f"/conversations/{conversation.id}"
     for address, param in (
@@ -271,7 +271,7 @@ def test_the_async_client_and_many_conversations_at_once(client: openai.OpenAI) 
         assert second == echoed(f"{who}, 0", first, f"{who}, 1")
 
 
-def test_with_keys_each_sees_its_own_and_the_rest_is_as_if_it_were_not(
+def test_each_key_sees_only_its_own_conversations_and_others_are_404(
     database: Database, tiny_template: Template
 ) -> None:
     keys = KeyStore(database)
@@ -316,7 +316,7 @@ def test_with_keys_each_sees_its_own_and_the_rest_is_as_if_it_were_not(
             made.close()
 
 
-def test_a_server_killed_amid_a_stream_has_lost_nothing_it_acknowledged(
+def test_a_server_killed_during_a_stream_loses_nothing_it_acknowledged(
     database_url: str, tiny_folder: Path, tiny_template: Template
 ) -> None:
     with serve_in_process(tiny_folder, database_url, delay=0.02, lease=1) as (url, child), openai_client(url) as client:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs/security.md").read_text("utf-8")
 
 
-def test_every_test_that_the_document_names_is_there() -> None:
+def test_every_test_named_in_the_document_exists() -> None:
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", DOCUMENT)
     assert len(named) > 40
     functions: dict[str, set[str]] = {}

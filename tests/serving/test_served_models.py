@@ -97,7 +97,7 @@ def test_a_folder_with_an_equals_sign_in_its_name_is_a_folder(tiny_folder: Path,
     assert closed(opened(folder)) == ["rate=1e-4"]
 
 
-def test_names_that_do_not_tell_models_apart_are_refused_before_anything_is_loaded(tiny_folder: Path) -> None:
+def test_ambiguous_model_names_are_refused_before_loading(tiny_folder: Path) -> None:
     for specs, options, part in (
         (["a=nowhere", "a=elsewhere"], {}, "'a'"),
         (["nowhere", "elsewhere"], {"name": "m"}, "--name"),
@@ -108,7 +108,7 @@ def test_names_that_do_not_tell_models_apart_are_refused_before_anything_is_load
         assert "NAME=MODEL" in str(caught.value.hint)
 
 
-def test_another_name_is_not_found_and_the_error_tells_which_there_are(tiny_served: ServedModel) -> None:
+def test_an_unknown_model_name_is_not_found_and_the_error_lists_the_names(tiny_served: ServedModel) -> None:
     models = ServedModels([tiny_served])
     assert models.get("tiny") is tiny_served
     with pytest.raises(Refused, match="'tiny'") as caught:
@@ -119,7 +119,7 @@ def test_another_name_is_not_found_and_the_error_tells_which_there_are(tiny_serv
 # Runs
 
 
-def test_a_run_is_asked_as_its_recipe_says(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_run_is_served_with_the_settings_of_its_recipe(tiny_folder: Path, tmp_path: Path) -> None:
     rows = [
         {"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"{i}."}]}
         for i in range(9)
@@ -148,7 +148,7 @@ def test_a_run_is_asked_as_its_recipe_says(tiny_folder: Path, tmp_path: Path) ->
 # Adapters of one base
 
 
-def test_adapters_by_name_answer_as_each_does_alone_also_when_they_are_asked_at_once(
+def test_concurrent_adapters_answer_as_each_does_alone(
     two: tuple[Path, Path], tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from corral.model import loading
@@ -194,7 +194,7 @@ def test_adapters_by_name_answer_as_each_does_alone_also_when_they_are_asked_at_
     assert len({found[0][0] for found in alone}) == 3, "they are different models"
 
 
-def test_a_busy_adapter_does_not_keep_another_waiting(two: tuple[Path, Path]) -> None:
+def test_a_busy_adapter_does_not_delay_another(two: tuple[Path, Path]) -> None:
     models = opened(f"cook={two[0]}", f"poet={two[1]}")
 
     async def work() -> None:
@@ -230,12 +230,12 @@ def test_adapters_are_selected_by_name_over_http_and_each_is_listed(two: tuple[P
     closed(models)
 
 
-def test_adapters_for_an_engine_that_computes_none_are_refused(two: tuple[Path, Path]) -> None:
+def test_adapters_are_refused_by_an_engine_without_adapter_support(two: tuple[Path, Path]) -> None:
     with pytest.raises(ModelError, match="openvino"):
         opened(*two, engine="openvino")
 
 
-def test_an_engine_that_several_names_share_is_closed_once_and_readiness_needs_all(tiny_template: Template) -> None:
+def test_a_shared_engine_is_closed_once_and_readiness_needs_all_engines(tiny_template: Template) -> None:
     from corral.engines.scripted import ScriptedEngine
 
     closings: list[str] = []

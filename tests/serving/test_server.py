@@ -42,7 +42,7 @@ def refused(host: str = "127.0.0.1", port: int = 0, *, insecure: bool = False) -
     return caught.value
 
 
-def test_a_port_in_use_and_one_that_is_none_are_said_before_a_model_is_loaded() -> None:
+def test_a_used_or_invalid_port_is_an_error_before_a_model_is_loaded() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert "in use" in refused(port=port).what
@@ -52,28 +52,28 @@ def test_a_port_in_use_and_one_that_is_none_are_said_before_a_model_is_loaded() 
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
-def test_an_address_that_others_reach_needs_insecure(host: str) -> None:
+def test_a_non_loopback_address_needs_insecure(host: str) -> None:
     error = refused(host)
     assert "keys" in error.what
     assert "--insecure" in str(error.hint)
 
 
-def test_insecure_takes_it() -> None:
+def test_insecure_allows_a_non_loopback_address() -> None:
     assert "nowhere" in refused("0.0.0.0", insecure=True).what, "the address was taken: the model is what is missing"
 
 
-def test_a_host_that_is_not_this_machines_is_said() -> None:
+def test_a_host_that_is_not_this_machines_is_an_error() -> None:
     assert "no-such-host.invalid" in refused("no-such-host.invalid").what
     assert "address" in refused("192.0.2.1", insecure=True).what
     assert "''" in refused("").what
 
 
-def test_loopback_addresses_are_taken() -> None:
+def test_loopback_addresses_are_accepted() -> None:
     for host in ("127.0.0.1", "localhost", "127.8.8.8"):
         assert "nowhere" in refused(host).what
 
 
-def test_a_key_opens_an_address_that_others_reach_and_a_revoked_one_does_not(tmp_path: Path) -> None:
+def test_a_valid_key_allows_a_non_loopback_address_and_a_revoked_one_does_not(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'a.db'}"
 
     def fault() -> str:
@@ -101,7 +101,7 @@ def test_a_key_opens_an_address_that_others_reach_and_a_revoked_one_does_not(tmp
         ("::", False, False, 401),
     ],
 )
-def test_a_server_that_began_with_keys_lets_nobody_in_when_they_are_gone(
+def test_a_server_started_with_keys_refuses_requests_when_they_are_gone(
     address: str,
     insecure: bool,
     has_keys: bool,
@@ -119,7 +119,7 @@ def test_a_server_that_began_with_keys_lets_nobody_in_when_they_are_gone(
 
 
 @pytest.mark.parametrize("origin", ["*", "example.org", "https://*.example.org", "https://a.example/page", "null"])
-def test_what_is_no_origin_of_one_page_is_refused(origin: str) -> None:
+def test_an_invalid_cors_origin_is_refused(origin: str) -> None:
     with pytest.raises(InputError, match="origin"):
         serve(ModelOptions(["nowhere"]), ListenOptions(port=0, cors=[origin]), ServerLimits(), None)
 
@@ -143,7 +143,7 @@ class Stream:
 
 
 @contextlib.contextmanager
-def of(served: ServedModel) -> Generator[tuple[str, Server, Callable[[], None]]]:
+def running_server(served: ServedModel) -> Generator[tuple[str, Server, Callable[[], None]]]:
     """A running server, and what sends it a signal."""
     with serve_with_handle(ServedModels([served]), Admission()) as (url, server):
         loops: list[asyncio.AbstractEventLoop] = []
@@ -158,7 +158,7 @@ def of(served: ServedModel) -> Generator[tuple[str, Server, Callable[[], None]]]
         yield url, server, lambda: loops[0].call_soon_threadsafe(server.stop, signal.SIGTERM) and None
 
 
-def test_told_to_end_it_finishes_streams_and_takes_no_new_work(tiny_template: Template) -> None:
+def test_sigterm_finishes_running_streams_and_refuses_new_requests(tiny_template: Template) -> None:
     gate = threading.Event()
 
     def reply(ids: Any, sampling: Any, choice: int) -> Iterator[int]:
@@ -168,7 +168,7 @@ def test_told_to_end_it_finishes_streams_and_takes_no_new_work(tiny_template: Te
         yield 42
 
     served = ServedModel(Answerer(ScriptedEngine(reply, delay_seconds=0.01), tiny_template), "m")
-    with of(served) as (url, server, stop):
+    with running_server(served) as (url, server, stop):
         stream = Stream(url)
         assert call(url, "GET", "/health/ready")[0] == 200
         stop()
@@ -183,9 +183,9 @@ def test_told_to_end_it_finishes_streams_and_takes_no_new_work(tiny_template: Te
         assert wait_for(lambda: server.should_exit)
 
 
-def test_told_twice_it_ends_at_once(tiny_template: Template) -> None:
+def test_a_second_signal_stops_the_server_at_once(tiny_template: Template) -> None:
     endless = Endless()
-    with of(ServedModel(Answerer(endless.engine, tiny_template), "m")) as (url, server, stop):
+    with running_server(ServedModel(Answerer(endless.engine, tiny_template), "m")) as (url, server, stop):
         stream = Stream(url)
         stop()
         assert wait_for(lambda: call(url, "GET", "/health/ready")[0] == 503)
@@ -195,11 +195,11 @@ def test_told_twice_it_ends_at_once(tiny_template: Template) -> None:
     assert endless.has_stopped(within=0)
 
 
-def test_answers_that_do_not_end_are_cancelled_after_the_grace_and_are_no_faults(
+def test_answers_over_the_grace_period_are_cancelled_without_a_traceback(
     tiny_template: Template, caplog: pytest.LogCaptureFixture
 ) -> None:
     endless = Endless()
-    with of(ServedModel(Answerer(endless.engine, tiny_template), "m")) as (url, server, stop):
+    with running_server(ServedModel(Answerer(endless.engine, tiny_template), "m")) as (url, server, stop):
         server.grace_seconds = 0.3
         server.config.timeout_graceful_shutdown = 1
         stream = Stream(url)
@@ -212,7 +212,7 @@ def test_answers_that_do_not_end_are_cancelled_after_the_grace_and_are_no_faults
 
 
 @pytest.mark.parametrize("is_told_again", [False, True])
-def test_it_ends_though_what_was_used_cannot_be_written_and_logs_that(
+def test_a_server_that_cannot_write_usage_logs_it_and_exits(
     is_told_again: bool,
     tmp_path: Path,
     scripted_model: Callable[..., ServedModel],

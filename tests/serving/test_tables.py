@@ -21,7 +21,7 @@ def ids(items: Sequence[Item]) -> list[str]:
     return [item.id for item in items]
 
 
-def test_parts_of_a_message_count_also_where_they_are_empty(database: Database) -> None:
+def test_empty_message_parts_count_towards_the_stored_bytes(database: Database) -> None:
     assert [Item.new("user", texts).bytes for texts in ([], [""], ["ü"], ["ü", ""], [""] * 101)] == [0, 0, 2, 66, 6400]
     store = ConversationStore(database, StorageLimits(max_bytes=64_000))
     made = store.create("a", {}, many_parts(501))
@@ -35,7 +35,7 @@ def test_parts_of_a_message_count_also_where_they_are_empty(database: Database) 
     store.add_items("a", made.id, many_parts(501))
 
 
-def test_a_page_ends_where_its_items_are_long_and_the_next_goes_on(database: Database) -> None:
+def test_a_page_of_long_items_ends_early_and_the_next_continues(database: Database) -> None:
     store = ConversationStore(database)
     long = [Item.new("user", ["x" * 300_000]) for _ in range(10)]
     made = store.create("a", {}, [*long, *many_parts(1, times=5)])
@@ -53,7 +53,7 @@ def test_a_page_ends_where_its_items_are_long_and_the_next_goes_on(database: Dat
         assert ids(items) == whole[-1 - len(items) : -1], "those next to the one that was named"
 
 
-def test_what_was_stored_when_parts_did_not_count_is_read_in_pages_and_not_at_once(database: Database) -> None:
+def test_items_stored_before_parts_were_counted_are_read_in_bounded_pages(database: Database) -> None:
     store = ConversationStore(database, StorageLimits(max_bytes=2**40))
     made = store.create("a", {}, many_parts(20_000, times=12))
     with database.write_session() as session:  # as it was written then
