@@ -153,7 +153,7 @@ def file_lock(path: Path, *, wait: bool = True) -> Generator[None]:
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(path)
+    lock = FileLock(path, fallback_to_soft=False)
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(Timeout):
@@ -170,20 +170,30 @@ def file_lock(path: Path, *, wait: bool = True) -> Generator[None]:
 def read_write_lock(path: Path, mode: Literal["read", "write"], *, wait: bool = True) -> Generator[None]:
     """Holds the lock file `path` (created if need be) together with other readers, or alone as the writer.
 
-    The system releases it when the process ends. Raises StorageError if the file cannot be written, or if the lock is
-    held elsewhere and `wait` is False.
+    The system releases it when the process ends. Where it has no shared locks (Windows), readers take turns. Raises
+    StorageError if the file cannot be written, or if the lock is held elsewhere and `wait` is False.
     """
-    from filelock import ReadWriteLock
+    try:
+        from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, flock
+    except ImportError:
+        from filelock import FileLock
 
+        lock = FileLock(path, fallback_to_soft=False)
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=wait)
+        try:
+            yield
+        finally:
+            lock.release()
+        return
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()  # with the usual permissions: other users may share the cache
-        lock = ReadWriteLock(path, is_singleton=False)
-        (lock.acquire_read if mode == "read" else lock.acquire_write)(blocking=wait)
-    try:
+        file = path.open("ab")
+    with file:
+        with storage_errors(path):
+            flock(file, (LOCK_SH if mode == "read" else LOCK_EX) | (0 if wait else LOCK_NB))
         yield
-    finally:
-        lock.close()
 
 
 def remove_tree(path: Path) -> None:

@@ -10,7 +10,6 @@ import errno
 import json
 import os
 import sqlite3
-import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -32,9 +31,6 @@ _ERRNO = {
     sqlite3.SQLITE_PERM: errno.EACCES,
     sqlite3.SQLITE_CANTOPEN: errno.EACCES,
 }
-_SYNC_SECONDS = (
-    1.0  # every commit survives the end of the process; at most this much is lost if the machine loses power
-)
 
 
 @dataclass(slots=True)
@@ -67,7 +63,6 @@ class Journal:
         self.path = _journal_path(out)
         self._database = database
         self._identity = identity
-        self._synced = time.monotonic()
         (self.count,) = database.execute("SELECT count(*) FROM rows").fetchone()
         """Rows in it."""
 
@@ -75,15 +70,10 @@ class Journal:
         return self._database.execute("SELECT 1 FROM rows WHERE position = ?", (index,)).fetchone() is not None
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Keep a finished row; it survives a kill of this process. Raises: StorageError."""
+        """Keep a finished row: it is on the disk when this returns. Raises: StorageError."""
         text = json.dumps(row, ensure_ascii=False, allow_nan=False).translate(_LINE_BREAKS)
         with _storage_errors(self.path):
-            if is_due := time.monotonic() - self._synced >= _SYNC_SECONDS:
-                self._database.execute("PRAGMA synchronous = FULL")
             self._database.execute("INSERT INTO rows VALUES (?, ?)", (row["index"], text.encode()))
-            if is_due:
-                self._database.execute("PRAGMA synchronous = NORMAL")
-                self._synced = time.monotonic()
         self.count += 1
 
     def finish(self, rows: int) -> Totals:
@@ -122,7 +112,7 @@ class Journal:
         """Close and delete it. Raises: StorageError."""
         self._database.close()
         with storage_errors(self.path):
-            self.path.unlink(missing_ok=True)
+            _delete(self.path)
 
     def _size(self) -> int:
         return self._database.execute("SELECT coalesce(sum(length(row) + 1), 0) FROM rows").fetchone()[0]
@@ -147,25 +137,25 @@ def open_journal(out: Path, identity: Mapping[str, Any]) -> Generator[Journal | 
         out.parent.mkdir(parents=True, exist_ok=True)
         database = _connect(path)
         is_new = not database.execute("SELECT name FROM sqlite_master").fetchall()
-    is_needless = is_new
+    remove_file = is_new
     try:
         totals = _finished_totals(out, identity)
         if not is_new:
             _refuse_other(_stored_identity(database, path), identity, path, "remove it")
         if totals is not None:
-            is_needless = True  # new, or left by a process that was killed just before it removed the journal
+            remove_file = True  # new, or left by a process that was killed just before it removed the journal
             yield totals
             return
         with _storage_errors(path):
             if is_new:
                 _create_tables(database, identity)
             journal = Journal(out, database, identity)
-        is_needless = False
+        remove_file = False
         yield journal
     finally:
         database.close()
-        if is_needless:
-            path.unlink(missing_ok=True)
+        if remove_file:
+            _delete(path)
 
 
 def all_rows_bad(rows: int, faults: list[str], where: str) -> InputError:
@@ -183,6 +173,12 @@ def _journal_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.partial")
 
 
+def _delete(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    # SQLite removes its log when it closes the file, unless the disk is full then.
+    path.with_name(f"{path.name}-wal").unlink(missing_ok=True)
+
+
 def _connect(path: Path) -> sqlite3.Connection:
     """Open and lock an SQLite file, created if necessary. Raises: InputError, OSError, sqlite3.DatabaseError."""
     while True:
@@ -192,7 +188,7 @@ def _connect(path: Path) -> sqlite3.Connection:
         try:
             # An exclusive connection keeps its lock until it is closed, and in WAL mode needs no shared memory.
             database.execute("PRAGMA locking_mode = EXCLUSIVE")
-            database.execute("PRAGMA synchronous = NORMAL")
+            database.execute("PRAGMA synchronous = FULL")
             database.execute("BEGIN IMMEDIATE")
             database.execute("COMMIT")
             # The process that had it locked may have removed it in between.
@@ -200,13 +196,13 @@ def _connect(path: Path) -> sqlite3.Connection:
                 return database
         except sqlite3.DatabaseError as error:
             database.close()
-            if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+            if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
                 raise InputError(
                     "another process is writing this output",
                     where=str(path),
                     hint="wait until it ends, or give another file with --out",
                 ) from None
-            if error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
+            if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_NOTADB:
                 raise _not_a_journal(path) from None
             raise
         database.close()
@@ -222,7 +218,7 @@ def _stored_identity(database: sqlite3.Connection, path: Path) -> dict[str, Any]
 
 def _not_a_journal(path: Path) -> InputError:
     return InputError(
-        "this is no journal of this version of corral, and cannot be resumed",
+        "this is not a journal of this version of corral, and cannot be resumed",
         where=str(path),
         hint="finish the batch with the version of corral that began it, or remove the file to begin again",
     )
@@ -252,36 +248,36 @@ def _finished_totals(out: Path, identity: Mapping[str, Any]) -> Totals | None:
     """The totals of an output that exists. Raises: InputError (it is not the output of this batch)."""
     if not out.exists():
         return None
-    way_out = "move it away"
-    hint = f"give another file with --out, or {way_out}"
+    instead = "move it away"
+    hint = f"give another file with --out, or {instead}"
     try:
         record: dict[str, Any] = json.loads(record_path(out).read_text("utf-8"))
-        there, size, totals = record["made_of"], record["bytes"], Totals(**record["figures"])
+        stored, size, totals = record["made_of"], record["bytes"], Totals(**record["figures"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise InputError("this file exists, and is no output of corral", where=str(out), hint=hint) from None
-    _refuse_other(there, identity, out, way_out)
+        raise InputError("this file exists, and is not an output of corral", where=str(out), hint=hint) from None
+    _refuse_other(stored, identity, out, instead)
     if out.stat().st_size != size:
         raise InputError("this output was changed after it was written", where=str(out), hint=hint)
     return totals
 
 
-def _refuse_other(there: Mapping[str, Any], here: Mapping[str, Any], where: Path, way_out: str) -> None:
+def _refuse_other(stored: Mapping[str, Any], requested: Mapping[str, Any], where: Path, instead: str) -> None:
     """Raises InputError, naming what differs, unless both identities are the same."""
-    if there == here:
+    if stored == requested:
         return
-    there, here = _flatten(there), _flatten(here)
-    names = [name for name in dict.fromkeys((*there, *here)) if there.get(name) != here.get(name)]
+    stored, requested = _flatten(stored), _flatten(requested)
+    names = [name for name in dict.fromkeys((*stored, *requested)) if stored.get(name) != requested.get(name)]
     raise InputError(
-        f"this holds the answers of another batch: {'; '.join(_difference(name, there, here) for name in names)}",
+        f"this holds the answers of another batch: {'; '.join(_difference(name, stored, requested) for name in names)}",
         where=str(where),
-        hint=f"give another file with --out, or {way_out}",
+        hint=f"give another file with --out, or {instead}",
     )
 
 
-def _difference(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    if isinstance(there.get(name), str) and len(there[name]) == 64:
+def _difference(name: str, stored: Mapping[str, Any], requested: Mapping[str, Any]) -> str:
+    if isinstance(stored.get(name), str) and len(stored[name]) == 64:
         return f"other {name}"
-    return f"{name} = {json.dumps(there.get(name))} there, {json.dumps(here.get(name))} here"
+    return f"{name} = {json.dumps(stored.get(name))} there, {json.dumps(requested.get(name))} here"
 
 
 def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -265,8 +266,7 @@ def _new_file(path: Path, needed: int) -> Generator[Path]:
     temporary = path.with_name(f".corral-tmp-{path.name}")
     with storage_errors(path, needed=needed):
         path.parent.mkdir(parents=True, exist_ok=True)
-        room = os.statvfs(path.parent)
-        if room.f_bavail * room.f_frsize < needed:
+        if shutil.disk_usage(path.parent).free < needed:
             raise OSError(ENOSPC, os.strerror(ENOSPC), str(path))
         try:
             yield temporary

@@ -309,7 +309,7 @@ def _saved_by_adapters(shape: ModelShape, train: Train, device: Device, size: in
 
 
 def _uses_cpu_decoder(train: Train, device: Device, size: int) -> bool:
-    """Whether `model/cpu_decoder_layer.py` computes the layers."""
+    """Whether `model/compute/cpu_decoder_layer.py` computes the layers."""
     plain = train.lora.dropout == 0 and not train.lora.dora
     return device.kind == "cpu" and size == 4 and train.method == "lora" and train.quantization != "int8" and plain
 

@@ -2,7 +2,7 @@
 
 Each stage is tried in a process of its own (`trial`): the real model and rows, a step with the longest packs of the stage,
 an evaluation, a checkpoint, a `kill -9`, and the same step again from the checkpoint. Running out of memory is a result.
-Estimates are those of `estimate`; every measured stage says how far they were off.
+Estimates are those of `memory_estimate`; every measured stage says how far they were off.
 
 A trial is one process, and training alone: merging, evaluation of answers and exports need less memory than training, and
 their time is not counted.
@@ -55,7 +55,7 @@ def plan(recipe: Recipe, out: Path, progress: Progress, *, device: str | None = 
     Args:
         recipe: as `recipe.load` gives it.
         out: the future run directory; nothing is written there, but a hidden folder beside it is used.
-        device: one of `estimate.DEVICES`, for an estimate; else this machine is measured.
+        device: one of `memory_estimate.DEVICES`, for an estimate; else this machine is measured.
 
     Raises:
         DataError, TemplateError, ModelError …: what a run would raise too.

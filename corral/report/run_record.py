@@ -21,6 +21,8 @@ from corral.evaluation.scoring import abbreviate
 
 JsonObject: TypeAlias = Mapping[str, Any]
 
+SCORECARD = "evaluate/scorecard.json"
+
 
 @dataclass(frozen=True, slots=True)
 class Training:
@@ -146,12 +148,11 @@ def _exports(run: Path, notes: list[str]) -> list[JsonObject]:
 
 
 def _scorecard(run: Path, notes: list[str]) -> Scorecard | None:
-    name = "evaluate/scorecard.json"
-    data = _read(run, name, notes)
+    data = _read(run, SCORECARD, notes)
     try:
         return None if data is None else Scorecard.from_json(data.decode("utf-8"))
     except (UnicodeDecodeError, InputError) as error:
-        notes.append(f"{name} cannot be read: {error.what if isinstance(error, InputError) else error}")
+        notes.append(f"{SCORECARD} cannot be read: {error.what if isinstance(error, InputError) else error}")
         return None
 
 

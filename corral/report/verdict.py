@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 from corral.evaluation.scorecard import Comparison, Outcome
 from corral.evaluation.tables import format_p_equation
 from corral.report.formatting import JOIN, count, listing, number, signed
-from corral.report.run_record import RunRecord, as_number, as_objects, series
+from corral.report.run_record import SCORECARD, RunRecord, as_number, as_objects, series
 from corral.report.scores import MetricScores
 
 Tone: TypeAlias = Outcome | Literal["pending"]
@@ -99,6 +99,7 @@ def _lower_first(label: str) -> str:
 
 
 def _not_evaluated(record: RunRecord) -> Verdict:
+    damaged = any(note.startswith(SCORECARD) for note in record.notes)
     if record.trainings:
         training = record.trainings[-1]
         steps, losses = series(training.metrics, "eval_loss")
@@ -113,7 +114,7 @@ def _not_evaluated(record: RunRecord) -> Verdict:
         return Verdict(
             f"{training.name} has reached step {last}: {text}.",
             "pending",
-            details=["The model has not been evaluated yet."],
+            details=["The scorecard cannot be read." if damaged else "The model has not been evaluated yet."],
         )
     if (total := as_number(record.ledger.get("rows"))) is not None:
         return Verdict(f"{count(total)} rows are prepared; training has not begun.", "pending")

@@ -89,6 +89,14 @@ def test_a_damaged_file_is_named_on_the_page(make_run: MakeRun) -> None:
     assert '<section id="scores">' in page
 
 
+def test_a_damaged_scorecard_is_not_taken_for_a_missing_one(make_run: MakeRun) -> None:
+    run = make_run()
+    (run / "evaluate" / "scorecard.json").write_text('{"variants": ')
+    page = write_report(run).read_text("utf-8")
+    assert "The scorecard cannot be read." in page
+    assert "has not been evaluated" not in page
+
+
 def test_files_of_an_unexpected_shape_do_not_stop_the_report(make_run: MakeRun) -> None:
     run = make_run("nothing else")
     for name in (
