@@ -159,3 +159,9 @@ class EngineUnavailableError(EngineError):
 
 class EngineClosedError(EngineError):
     """The engine was shut down, or its process died."""
+
+
+def first_error(errors: BaseExceptionGroup[CorralError]) -> CorralError:
+    """The first error of a group, for tasks that all fail in the same way: a user needs to read only one."""
+    error = errors.exceptions[0]
+    return first_error(error) if isinstance(error, BaseExceptionGroup) else error

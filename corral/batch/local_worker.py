@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from corral.answering.answerer import Answerer
 from corral.batch.prompts import Prompt
-from corral.errors import CorralError, EngineError, RequestError, TemplateError
+from corral.errors import CorralError, EngineError, RequestError, TemplateError, first_error
 from corral.interrupts import Interrupts, Stopped
 from corral.messages import Conversation
 
@@ -167,14 +167,8 @@ class _LocalBatch:
                     for _ in range(at_once):
                         group.create_task(self._answer_next())
             except* CorralError as errors:
-                # Many rows fail in the same way: one error is enough.
-                raise _first(errors) from None
+                raise first_error(errors) from None
 
     async def _answer_next(self) -> None:
         for prompt in self._prompts:
             self._keep(await self._rows.answer(prompt))
-
-
-def _first(errors: BaseExceptionGroup[CorralError]) -> CorralError:
-    error = errors.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error

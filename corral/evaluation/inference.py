@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from corral.answering.answerer import Answerer
-from corral.errors import CorralError
+from corral.errors import CorralError, first_error
 from corral.evaluation.question_sets import Question
 from corral.evaluation.row_file import RowFile, RowOrigin
 from corral.messages import Conversation
@@ -140,10 +140,4 @@ async def _for_missing(
             for row in missing:
                 group.create_task(process_limited(row))
     except* CorralError as errors:
-        # Many rows fail in the same way; a person can read one error.
-        raise _first_error(errors) from None
-
-
-def _first_error(errors: BaseExceptionGroup[CorralError]) -> CorralError:
-    error = errors.exceptions[0]
-    return _first_error(error) if isinstance(error, BaseExceptionGroup) else error
+        raise first_error(errors) from None

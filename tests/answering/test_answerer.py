@@ -239,7 +239,7 @@ def test_choices_that_cannot_change_the_vote_are_cancelled_in_the_engine(templat
         assert [c.finish for c in answer.completions] == ["stop"] * 3 + ["cancelled"] * 2
         assert answer.vote.scores[3:] == (None, None)
         sync.run(asyncio.sleep(0))
-        assert not engine._open, "requests are still open"  # pyright: ignore[reportPrivateUsage]
+        assert not engine._requests, "requests are still open"  # pyright: ignore[reportPrivateUsage]
 
 
 def test_a_choice_ended_by_a_stop_string_votes_with_the_text_before_it(template: Template) -> None:

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,13 +18,7 @@ from corral.engines.base import Sampling
 from corral.engines.scripted import Reply, ScriptedEngine
 from corral.errors import EngineError, StorageError
 from corral.messages import Conversation
-from corral.model.loading import load_tokenizer
 from corral.template import Template
-
-
-@pytest.fixture(scope="module")
-def template(tiny_folder: Path) -> Template:
-    return Template.load(load_tokenizer(tiny_folder))
 
 
 def prompt(index: int, text: str = "Hi?") -> Prompt:
@@ -110,7 +103,7 @@ def test_as_many_completions_are_in_flight_as_keep_an_engine_full(choices: int, 
         def submit(self, *args: Any) -> Any:
             nonlocal most
             given = super().submit(*args)
-            most = max(most, len(self._open))
+            most = max(most, len(self._requests))
             return given
 
     taken = 0
@@ -139,7 +132,7 @@ def failing(template: Template, fails: Callable[[str], bool]) -> Callable[[], An
     def reply(asked: Sequence[int], _: Sampling, __: int) -> list[int]:
         text = template.tokenizer.decode(list(asked))
         if fails(text):
-            for request in list(engine._open):
+            for request in list(engine._requests):
                 request.generation.fail(EngineError("the process ended"))
         return [5]
 
@@ -187,7 +180,7 @@ def test_a_row_that_broke_the_engine_is_asked_again_alone(template: Template) ->
         def submit(self, ids: Sequence[int], sampling: Sampling) -> Any:
             given = super().submit(ids, sampling)
             if "break it" in template.tokenizer.decode(list(ids)):
-                beside.append(len(self._open))
+                beside.append(len(self._requests))
             return given
 
     def reply(asked: Sequence[int], _: Sampling, __: int) -> list[int]:

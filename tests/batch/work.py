@@ -70,7 +70,7 @@ class Batch:
             with self.calls.open("a") as file:
                 file.write(json.dumps(list(ids)) + "\n")
             if self.breaks_at is not None and self.breaks_at in template.tokenizer.decode(list(ids)):
-                for request in list(engine._open):
+                for request in list(engine._requests):
                     request.generation.fail(EngineError("the engine is broken"))
             word = f"{sampling.seed} {choice // 2} {len(ids)}"
             return template.tokenizer.encode(word, add_special_tokens=False)

@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +19,6 @@ from corral.engines.base import Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.errors import CorralError, EngineError, InputError, ModelError
 from corral.messages import Conversation
-from corral.model.loading import load_tokenizer
 from corral.serving.generation import ServedModel
 from corral.serving.served_models import ServedModels
 from corral.template import Template
@@ -28,11 +26,6 @@ from tests.conftest import Request, web_server
 from tests.serving.conftest import Endless, serve_in_thread
 
 ASKED = Conversation.from_turns(("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi."), ("user", "And you?"))
-
-
-@pytest.fixture(scope="module")
-def template(tiny_folder: Path) -> Template:
-    return Template.load(load_tokenizer(tiny_folder))
 
 
 def model_replying(template: Template, *texts: str, name: str = "m", **engine: Any) -> ServedModel:
