@@ -116,7 +116,7 @@ def test_a_user_talks_stops_an_answer_retries_saves_and_exits(
     url: str, generated: list[int], terminal: Callable[..., Terminal], tmp_path: Path
 ) -> None:
     chat = terminal("--url", url)
-    chat.wait_for("talking with m at ")
+    chat.wait_for("chatting with m at ")
     chat.wait_for("> ")
     chat.press("Hello\n")
     chat.wait_for("one")

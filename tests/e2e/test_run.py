@@ -211,7 +211,7 @@ def test_a_broken_contract_stops_the_run_with_4_and_promotes_nothing(
             model.get_base_model().model.layers[0].mlp.down_proj.weight.mul_(1.1)
         return honest(model)
 
-    monkeypatch.setattr(merging, "merged", faulty)
+    monkeypatch.setattr(merging, "merge_adapter", faulty)
     assert cli.main(["run", str(workspace / "r.toml"), "--out", str(workspace / "run")]) == 4
     assert not (workspace / "run/merge/model").exists()
     record = read_json(workspace / "run/merge/candidate/contract.json")
