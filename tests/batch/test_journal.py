@@ -140,7 +140,7 @@ def test_a_finished_output_is_not_written_again(tmp_path: Path) -> None:
 def test_an_output_that_corral_did_not_write_or_that_was_edited_is_not_overwritten(tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
     out.write_text("mine\n")
-    with pytest.raises(InputError, match="no output of corral"), open_journal(out, IDENTITY):
+    with pytest.raises(InputError, match="not an output of corral"), open_journal(out, IDENTITY):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
     out.unlink()

@@ -215,7 +215,7 @@ def test_an_unwritable_folder_is_an_error(tmp_path: Path) -> None:
 def test_an_unreachable_server_is_an_error_without_the_password() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-    # The second password is a word that the driver scripted_model by chance.
+    # The second password is a word that the driver says by chance.
     for url in (f"postgresql://me:secret@{address}/db", f"postgresql://{address}/db?user=me&password=failed"):
         error = faults_of(url)
         assert "refused" in error.what

@@ -196,7 +196,7 @@ def test_the_estimated_wait_follows_recent_request_durations(monkeypatch: pytest
 
     async def work() -> None:
         places = RequestQueue(2, 4)
-        assert places.wait_seconds(3) == 1, "nothing is known, and it scripted_model the least it can"
+        assert places.wait_seconds(3) == 1, "nothing is known, and it says the least it can"
         began = [await places.acquire("a") for _ in range(2)]
         clock[0] += 30
         assert places.wait_seconds(2) == pytest.approx(30), "none has ended, and they take 30 seconds at least"
