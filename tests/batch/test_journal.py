@@ -87,7 +87,7 @@ def test_a_file_that_is_no_journal_is_refused_and_left_alone(case: str, tmp_path
     NO_JOURNALS[case](path)
     before = path.read_bytes()
     with (
-        pytest.raises(InputError, match="no journal of this version") as refused,
+        pytest.raises(InputError, match="not a journal of this version") as refused,
         open_journal(tmp_path / "a.jsonl", IDENTITY),
     ):
         pass
