@@ -125,7 +125,7 @@ def llama3_tokenizer() -> Any:
             return ranks
 
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-    backend = Converter("ranks", pattern=gguf_vocabulary._LLAMA3_SPLIT, extra_special_tokens=special).converted()
+    backend = Converter("ranks", pattern=gguf_vocabulary.LLAMA3_SPLIT, extra_special_tokens=special).converted()
     backend.post_processor = processors.TemplateProcessing(
         single="<|begin_of_text|> $A", pair="<|begin_of_text|> $A $B", special_tokens=[("<|begin_of_text|>", 8000)]
     )
@@ -479,7 +479,7 @@ def another_template(tokenizer: Any, refuse: Any) -> tuple[str, bool]:
 
 
 FAULTS: dict[str, tuple[Any, str, Any, str]] = {
-    "query and key rows left as they are": (gguf_writer, "permuted", reversed_heads, "log-probs"),
+    "query and key rows left as they are": (gguf_writer, "permute_rotary_rows", reversed_heads, "log-probs"),
     "no rope divisors": (
         gguf_writer,
         "llama3_divisors",
