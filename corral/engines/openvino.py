@@ -75,8 +75,10 @@ class OpenVinoEngine(Engine):
         self._folder = folder
         self._is_converted = (folder / OPENVINO_MODEL).is_file()
         self._precision: OpenVinoType = "f32" if dtype == "float32" else "f16"
-        cache = _CacheSize.fitting(self._converted(), 4 if dtype == "float32" else 2)
-        properties = {"INFERENCE_PRECISION_HINT": _PRECISIONS[dtype], "KV_CACHE_PRECISION": _PRECISIONS[dtype]}
+        # On some processors OpenVINO 2026.4 computes in bfloat16 but refuses a cache of it: keys and values are float32 there.
+        cache_precision = "f32" if dtype == "bfloat16" else _PRECISIONS[dtype]
+        cache = _CacheSize.fitting(self._converted(), 4 if cache_precision == "f32" else 2)
+        properties = {"INFERENCE_PRECISION_HINT": _PRECISIONS[dtype], "KV_CACHE_PRECISION": cache_precision}
         if exact:
             properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
         self.features = Features(max_length=cache.longest, vocabulary=cache.vocabulary, logprobs=True, score=True)

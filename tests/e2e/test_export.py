@@ -62,7 +62,7 @@ def test_a_model_outside_a_run_is_exported_to_the_given_folder(finished_run: Pat
 FAULTS = {
     "a type of another form": (("--to", "gguf", "--type", "int8"), ("'int8'", "q8_0")),
     "a type without a form": (("--type", "q8_0"), ("q8_0", "--to gguf")),
-    "nothing to export": ((), ("no other form", "--to")),
+    "nothing to export": ((), ("no format", "--to")),
     "--out for a run": (("--to", "gguf", "--out", "elsewhere"), ("--out",)),
 }
 
