@@ -447,14 +447,14 @@ def test_a_killed_conversion_leaves_nothing_that_is_taken_for_whole(folder: Path
     program = """
 import os, signal, sys
 from pathlib import Path
-from corral.model import openvino
+from corral.model import openvino_graph
 
 def killed(model, path, **options):
     save(model, path, **options)
     os.kill(os.getpid(), signal.SIGKILL)
 
-save, openvino.ov.save_model = openvino.ov.save_model, killed
-openvino.cached(Path(sys.argv[1]), "f32")
+save, openvino_graph.ov.save_model = openvino_graph.ov.save_model, killed
+openvino_graph.cached_form(Path(sys.argv[1]), "f32")
 """
     killed = subprocess.run([sys.executable, "-c", program, str(folder)], check=False)
     assert killed.returncode == -signal.SIGKILL
