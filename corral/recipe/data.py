@@ -16,8 +16,9 @@ class Model(Section):
     """`asset:NAME` (a model in a Python package), `hub:OWNER/NAME[@REVISION]`, a folder, or a `.gguf` file. A folder may also
     hold Llama 2 or 3 as Meta publishes it (`params.json`, `consolidated.*.pth`, `tokenizer.model`); it is converted once."""
     template: str = "tokenizer"
-    """Chat template: `tokenizer` (the model's own), one that ships with corral (`chatml`, `instruction`, `question`,
-    `llama-2`, `llama-3`, `llama-3.1`, `smollm2`, `zephyr`), or a `.jinja` file."""
+    """Chat template: `tokenizer` (the model's own), one that ships with corral (`alpaca`, `chatml`, `hermes`,
+    `instruction`, `llama-2`, `llama-3`, `llama-3.1`, `llama-4`, `question`, `smollm2`, `tulu`, `vicuna`, `zephyr`), or a
+    `.jinja` file."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of weights and computation. `auto`: bfloat16 on a GPU that supports it, float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -18,8 +18,11 @@ _LLAMA3_SPECIAL = (
     *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1", "finetune_right_pad_id"),
     *("step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"),
 )
+# Llama 4's names on Llama 3's vocabulary: its own ships in no package that the tests use. Hermes 3 is a Llama 3.
+_LLAMA4_SPECIAL = ("begin_of_text", "end_of_text", "header_start", "header_end", "eom", "eot", "step")
+_HERMES3_SPECIAL = ("begin_of_text", "end_of_text", "im_start", "im_end")
 
-# The way Llama 2's chat models are prompt_turns, in words of our own.
+# The way Llama 2's chat models are prompted, in words of our own.
 LLAMA_2 = (
     "{% set first = 1 if messages[0].role == 'system' else 0 %}{% for m in messages[first:] %}"
     "{% if m.role == 'user' %}{% set text = m.content %}{% if loop.first and first %}"
@@ -27,12 +30,33 @@ LLAMA_2 = (
     "{{ bos_token + '[INST] ' + text.strip() + ' [/INST]' }}{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}"
     "{% endif %}{% endfor %}"
 )
-# The way TinyLlama's and Zephyr's models are prompt_turns: over several lines, which the sandbox's trimming joins.
+# The way TinyLlama's and Zephyr's models are prompted: over several lines, which the sandbox's trimming joins.
 ZEPHYR = (
     "{% for m in messages %}\n{% if m.role == 'user' %}\n{{ '<|user|>\\n' + m.content + eos_token }}\n"
     "{% elif m.role == 'system' %}\n{{ '<|system|>\\n' + m.content + eos_token }}\n"
     "{% else %}\n{{ '<|assistant|>\\n' + m.content + eos_token }}\n{% endif %}\n"
     "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+)
+# The way Tulu 2 and 3 are prompted.
+TULU = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>\n{{ m.content + eos_token }}"
+    "{% if not loop.last %}{{ '\n' }}{% endif %}{% else %}{{ '<|' + m.role + '|>\n' + m.content + '\n' }}{% endif %}"
+    "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}"
+)
+# The way Hermes 3 is prompted.
+HERMES = (
+    "{{ bos_token }}{% for m in messages %}{% if loop.first and m.role != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# The way Llama 4 is prompted, without its tools.
+LLAMA_4 = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}"
+    "{{ '<|header_start|>system<|header_end|>\n\n' + messages[0].content.strip() + '<|eot|>' }}"
+    "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}"
+    "{{ '<|header_start|>' + m.role + '<|header_end|>\n\n' + m.content + '<|eot|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|header_start|>assistant<|header_end|>\n\n' }}{% endif %}"
 )
 # ChatML with a default system message that no template of ours has.
 POLITE = (
@@ -40,7 +64,7 @@ POLITE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# The first published Llama-3 template: it asks for an answer whether one is prompt_turns for or not.
+# The first published Llama-3 template: it asks for an answer whether one is due or not.
 ALWAYS_ASKS = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
     "{{ m.content | trim }}<|eot_id|>{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
@@ -56,8 +80,15 @@ SHIPPED = {
     "question on SmolLM2": ("smollm2", "question"),
     "llama-2": ("llama-2", "llama-2"),
     "zephyr": ("llama-2", "zephyr"),
+    "vicuna": ("llama-2", "vicuna"),
+    "alpaca": ("llama-2", "alpaca"),
+    "alpaca on SmolLM2": ("smollm2", "alpaca"),
+    "tulu": ("llama-3", "tulu"),
     "llama-3": ("llama-3", "llama-3"),
     "llama-3.1": ("llama-3", "llama-3.1"),
+    "llama-4": ("llama-4", "llama-4"),
+    "hermes": ("hermes-3", "hermes"),
+    "hermes on SmolLM2": ("smollm2", "hermes"),
     "chatml": ("smollm2", "chatml"),
     "smollm2": ("smollm2", "smollm2"),
 }
@@ -68,6 +99,9 @@ STOCK = {
     "stock Llama-3": ("llama-3", "trl:llama3", "markers of llama-3"),
     "stock Llama-3.1": ("llama-3", "trl:llama3_1", "markers of llama-3.1"),
     "stock Llama-3.2": ("llama-3", "trl:llama3_2", "markers of llama-3.1"),
+    "stock Llama-4": ("llama-4", LLAMA_4, "markers of llama-4"),
+    "stock Tulu": ("llama-3", TULU, "markers of tulu"),
+    "stock Hermes": ("hermes-3", HERMES, "markers of hermes"),
     "stock SmolLM2": ("smollm2", "tokenizer", "markers of smollm2"),
     "stock ChatML with its own default": ("smollm2", POLITE, "difference"),
 }
@@ -85,10 +119,13 @@ def tokenizer(name: str) -> Any:
         file = str(fetch("llama-2-tokenizer").files[0])
         return PreTrainedTokenizerFast(tokenizer_file=file, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     begin, end = "<|begin_of_text|>", "<|end_of_text|>"
-    return PreTrainedTokenizerFast(tokenizer_object=_llama3(), bos_token=begin, eos_token=end)
+    tokens = {"llama-3": _LLAMA3_SPECIAL, "llama-4": _LLAMA4_SPECIAL, "hermes-3": _HERMES3_SPECIAL}[name]
+    end = {"llama-4": "<|eot|>", "hermes-3": "<|im_end|>"}.get(name, end)
+    return PreTrainedTokenizerFast(tokenizer_object=_llama3(tokens), bos_token=begin, eos_token=end)
 
 
-def _llama3() -> Any:
+def _llama3(names: tuple[str, ...]) -> Any:
+    """Llama-3's vocabulary, whose first special tokens have these names."""
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     lines = fetch("llama-3-tokenizer").files[0].read_bytes().splitlines()
@@ -98,8 +135,8 @@ def _llama3() -> Any:
         def load_tiktoken_bpe(self, tiktoken_url: str) -> dict[bytes, int]:
             return ranks
 
-    reserved = [f"reserved_special_token_{i}" for i in range(2, 256 - len(_LLAMA3_SPECIAL) + 2)]
-    special = [f"<|{name}|>" for name in (*_LLAMA3_SPECIAL, *reserved)]
+    reserved = [f"reserved_special_token_{i}" for i in range(2, 256 - len(names) + 2)]
+    special = [f"<|{name}|>" for name in (*names, *reserved)]
     return Converter("ranks", pattern=_LLAMA3_SPLIT, extra_special_tokens=special).converted()
 
 

@@ -66,7 +66,7 @@ def trained_text(chosen: Template, talk: Conversation) -> str:
 
 def test_every_template_that_ships_is_tested_on_a_real_tokenizer() -> None:
     assert {spec for _, spec in SHIPPED.values()} == set(shipped_templates())
-    assert len(ALL) == 19
+    assert len(ALL) == 29
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -206,10 +206,10 @@ def test_a_conversation_opens_with_the_bos_token_at_most_once(name: str) -> None
     chosen = template(name)
     ids = chosen.encode(TALKS[2]).ids
     bos = chosen.tokenizer.bos_token_id
-    writes_none = {"smollm2", "zephyr"} | {"stock Zephyr"}
+    writes_none = {"smollm2", "zephyr", "tulu", "stock Zephyr", "stock Tulu"}
     kind = STOCK.get(name, SHIPPED.get(name))[0]
     if kind == "smollm2" or name in writes_none:  # SmolLM2's BOS is the token that opens each turn
-        assert (ids[0] == bos) == (kind == "smollm2" and not name.startswith(("instruction", "question")))
+        assert (ids[0] == bos) == (kind == "smollm2" and not name.startswith(("instruction", "question", "alpaca")))
     elif "llama-2" in name.lower() and "on" not in name.split():  # Llama-2's chat models read one before each exchange
         assert ids[0] == bos
         assert ids.count(bos) == 2
@@ -259,7 +259,70 @@ def test_the_question_form_puts_its_context_first() -> None:
     )
 
 
+EXCHANGE = (("user", "Hello"), ("assistant", "Hi!"), ("user", "Why? "))
+# As the authors of each format publish it: (template, conversation, the text of its prompt).
+KNOWN = [
+    (
+        "llama-4",
+        (("system", " Be brief.\n"), *EXCHANGE),
+        "<|begin_of_text|><|header_start|>system<|header_end|>\n\nBe brief.<|eot|>"
+        "<|header_start|>user<|header_end|>\n\nHello<|eot|><|header_start|>assistant<|header_end|>\n\nHi!<|eot|>"
+        "<|header_start|>user<|header_end|>\n\nWhy? <|eot|><|header_start|>assistant<|header_end|>\n\n",
+    ),
+    (
+        "hermes",
+        EXCHANGE,
+        "<|begin_of_text|><|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
+        "<|im_start|>assistant\nHi!<|im_end|>\n<|im_start|>user\nWhy? <|im_end|>\n<|im_start|>assistant\n",
+    ),
+    (
+        "hermes",
+        (("system", "Be brief."), ("user", "Hello")),
+        "<|begin_of_text|><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
+        "<|im_start|>assistant\n",
+    ),
+    (
+        "tulu",
+        (("system", "Be brief."), *EXCHANGE),
+        "<|system|>\nBe brief.\n<|user|>\nHello\n<|assistant|>\nHi!<|end_of_text|>\n<|user|>\nWhy? \n<|assistant|>\n",
+    ),
+    (
+        "vicuna",
+        EXCHANGE,
+        "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+        "and polite answers to the user's questions. USER: Hello ASSISTANT: Hi!</s>USER: Why?  ASSISTANT:",
+    ),
+    ("vicuna", (("system", "Be brief."), ("user", "Hello")), "<s>Be brief. USER: Hello ASSISTANT:"),
+    (
+        "alpaca",
+        (("user", "Name a river."),),
+        "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nName a river.\n\n### Response:\n",
+    ),
+    (
+        "alpaca",
+        (("user", with_input("Sum up.", "It rains.")),),
+        "<s>Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n"
+        "### Instruction:\nSum up.\n\n### Input:\nIt rains.\n\n### Response:\n",
+    ),
+    (
+        "alpaca",
+        (("system", "Be brief."), *EXCHANGE),
+        "<s>Be brief.\n\n### Instruction:\nHello\n\n### Response:\nHi!</s>\n\n### Instruction:\nWhy? \n\n### Response:\n",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "turns", "text"), KNOWN)
+def test_a_shipped_template_renders_the_published_format(name: str, turns: Any, text: str) -> None:
+    assert rendered(template(name), Conversation.from_turns(*turns), ask=True) == text
+
+
 def test_base_models_are_given_only_tokens_that_they_know() -> None:
+    for name in ("alpaca", "vicuna"):
+        known = template(name)
+        assert set(known.tokenizer.convert_ids_to_tokens(known.special_ids)) == {"<s>", "</s>"}
     for name in ("instruction", "question"):
         llama3, llama2 = template(f"{name} on Llama-3"), template(f"{name} on Llama-2")
         written = llama3.tokenizer.convert_ids_to_tokens(llama3.special_ids)
@@ -278,6 +341,7 @@ def test_a_tokenizer_without_an_end_token_is_refused_by_name() -> None:
         Template.load(endless, "instruction")
 
 
-def test_a_template_made_of_tokens_that_the_tokenizer_lacks_is_refused() -> None:
+@pytest.mark.parametrize(("kind", "name"), [("llama-2", "llama-3"), ("llama-3", "llama-4"), ("llama-3", "hermes")])
+def test_a_template_made_of_tokens_that_the_tokenizer_lacks_is_refused(kind: str, name: str) -> None:
     with pytest.raises(TemplateError, match="no special token"):
-        Template.load(tokenizer("llama-2"), "llama-3")
+        Template.load(tokenizer(kind), name)
