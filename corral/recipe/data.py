@@ -6,16 +6,16 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from corral.recipe.section import Fraction, PositiveInt, Section
+from corral.recipe.section import Fraction, PathText, PositiveInt, Section
 
 
 class Model(Section):
     """The model to start from."""
 
-    base: str
+    base: PathText
     """`asset:NAME` (a model in a Python package), `hub:OWNER/NAME[@REVISION]`, a folder, or a `.gguf` file. A folder may also
     hold Llama 2 or 3 as Meta publishes it (`params.json`, `consolidated.*.pth`, `tokenizer.model`); it is converted once."""
-    template: str = "tokenizer"
+    template: PathText = "tokenizer"
     """Chat template: `tokenizer` (the model's own), one that ships with corral (`alpaca`, `chatml`, `hermes`,
     `instruction`, `llama-2`, `llama-3`, `llama-3.1`, `llama-4`, `question`, `smollm2`, `tulu`, `vicuna`, `zephyr`), or a
     `.jinja` file."""
@@ -59,7 +59,7 @@ class Mapping(Section):
 class Source(Section):
     """One source of rows."""
 
-    path: str
+    path: PathText
     """`asset:NAME`, `hub:OWNER/NAME[@REVISION]`, `s3://BUCKET/KEY`, or a file, folder or glob of `.jsonl`, `.json`, `.csv`,
     `.tsv`, `.parquet` or `.txt` files, which may be compressed (`.gz`, `.zst`). A relative path is relative to the recipe.
     A `.jsonl` file has one object per line, a `.json` file a list of objects, a `.txt` file one document per line. `.csv` and

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import re
 import tomllib
@@ -17,6 +18,9 @@ from corral.recipe.data import Source
 from corral.recipe.recipe import Recipe
 from corral.recipe.section import section_type
 
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_ERROR_LINE = re.compile(r"at line (\d+)")
+_QUOTED_BACKSLASH = re.compile(r'"([^"]*\\[^"]*)"')
 _UNION_MEMBER = re.compile(r"(tuple|literal|list|dict)\[|constrained-|(int|float|str|bool)$")
 
 
@@ -32,7 +36,14 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        text = path.read_bytes().decode("utf-8")
+        content = path.read_bytes()
+        if content.startswith(_UTF_16):
+            raise RecipeError(
+                "the recipe cannot be read: it is UTF-16 text, and TOML is UTF-8",
+                where=str(path),
+                hint="save it as UTF-8; in Windows PowerShell write it with `Set-Content -Encoding utf8` instead of `>`",
+            )
+        text = content.decode("utf-8")
     except FileNotFoundError:
         raise RecipeError(
             f"there is no recipe {str(path)!r}",
@@ -46,10 +57,11 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 def parse(text: str, *, where: str, base: Path | None = None, overrides: Iterable[str] = ()) -> Recipe:
     """Validate the text of a recipe; `where` names it in errors, `base` resolves relative paths. Raises RecipeError."""
+    text = text.removeprefix("\ufeff")  # the byte order mark of editors on Windows
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"not valid TOML: {error}", where=where, hint="correct the line named above") from None
+        raise RecipeError(f"not valid TOML: {error}", where=where, hint=_toml_hint(text, str(error))) from None
     for override in overrides:
         _apply_override(raw, override)
     try:
@@ -61,6 +73,19 @@ def parse(text: str, *, where: str, base: Path | None = None, overrides: Iterabl
             hint="`docs/recipe.md` lists every setting with its type and meaning",
         ) from None
     return recipe if base is None else _resolve_paths(recipe, base)
+
+
+def _toml_hint(text: str, message: str) -> str:
+    """The next step after TOML's error message, which names a line of the text."""
+    number = _ERROR_LINE.search(message)
+    line = text.splitlines()[int(number[1]) - 1] if number else ""
+    quoted = _QUOTED_BACKSLASH.search(line)
+    if quoted is None:
+        return "correct the line named above"
+    path = quoted[1].replace("\\\\", "\\")
+    return (
+        f"a path with backslashes needs single quotes: '{path}'; or write it with /: \"{path.replace(chr(92), '/')}\""
+    )
 
 
 def _resolve_paths(recipe: Recipe, base: Path) -> Recipe:

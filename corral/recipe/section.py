@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+
+def _refuse_control_characters(path: str) -> str:
+    """Raises ValueError for a path such as "C:\\temp", in which TOML reads backslash and t as a tab."""
+    if path.isprintable():
+        return path
+    raise ValueError(
+        f"{path!r} holds a tab, a line break or another character that no path has: between double quotes, backslash and t "
+        "is a tab; put a path with backslashes between single quotes, or write it with /"
+    )
+
+
+PathText = Annotated[str, AfterValidator(_refuse_control_characters)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 

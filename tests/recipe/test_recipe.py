@@ -90,6 +90,38 @@ def test_a_missing_or_binary_recipe_is_one_clear_error(tmp_path: Path) -> None:
         recipe.load(tmp_path / "binary.toml")
 
 
+def test_a_recipe_written_on_windows_is_read(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())
+    assert recipe.load(tmp_path / "r.toml").model_dump() == load_text(tmp_path, GOOD).model_dump()
+    (tmp_path / "wide.toml").write_bytes(GOOD.encode("utf-16"))
+    with pytest.raises(RecipeError, match="UTF-16") as caught:
+        recipe.load(tmp_path / "wide.toml")
+    assert "save it as UTF-8" in str(caught.value)
+
+
+def load_text(folder: Path, text: str) -> recipe.Recipe:
+    (folder / "plain.toml").write_text(text)
+    return recipe.load(folder / "plain.toml")
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        (r"C:\models\tiny", "'C:\\models\\tiny'; or write it with /: \"C:/models/tiny\""),
+        (r"C:\\models\data", "'C:\\models\\data'"),  # one backslash escaped, and the other not
+        (r"C:\Users\me", "'C:\\Users\\me'"),
+        (r"C:\temp\new", "model.base (line 4): 'C:\\temp\\new' holds a tab"),  # valid TOML: a tab and a line break
+    ],
+)
+def test_a_path_with_backslashes_is_refused_with_the_way_to_write_it(path: str, expected: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipe.parse(GOOD.replace("asset:smollm2-135m-instruct", path), where="r.toml")
+    assert expected in str(caught.value)
+    assert "single quotes" in str(caught.value)
+    in_single_quotes = GOOD.replace('"asset:smollm2-135m-instruct"', f"'{path}'")
+    assert recipe.parse(in_single_quotes, where="r.toml").model.base == path
+
+
 def test_set_overrides_nested_settings_and_list_entries() -> None:
     loaded = recipe.parse(
         GOOD,
