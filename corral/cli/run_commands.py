@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 STARTER = Path(__file__).parent.parent / "recipe" / "starter.toml"
 
 
-def _recipe(args: argparse.Namespace) -> Any:
+def _recipe(args: argparse.Namespace, *, stages_required: bool = True) -> Any:
     from corral.recipe import load
 
-    return load(args.recipe, args.set)
+    return load(args.recipe, args.set, stages_required=stages_required)
 
 
 def execute_recipe(recipe: Any, out: Path, args: argparse.Namespace, **options: Any) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
     from corral.storage import write_atomic
     from corral.template import Template
 
-    recipe = _recipe(args)
+    recipe = _recipe(args, stages_required=False)
     progress = TerminalProgress()
     progress.start("Preparing rows", None)
     template = Template.load(

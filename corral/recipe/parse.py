@@ -24,12 +24,14 @@ _QUOTED_BACKSLASH = re.compile(r'"([^"]*\\[^"]*)"')
 _UNION_MEMBER = re.compile(r"(tuple|literal|list|dict)\[|constrained-|(int|float|str|bool)$")
 
 
-def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+def load(path: str | Path, overrides: Iterable[str] = (), *, stages_required: bool = True) -> Recipe:
     """Read and validate a recipe.
 
     Args:
         path: a TOML file. Relative paths in it are resolved against its folder.
         overrides: `key=value` strings, e.g. `train.0.optimizer.lr=1e-4`; a value is TOML, or else a plain string.
+        stages_required: False accepts a recipe without `[[train]]` and gives it one stage of defaults, for who only looks at
+            its rows.
 
     Raises:
         RecipeError: the file cannot be read, is not TOML, or is not a valid recipe; all faults are listed.
@@ -52,11 +54,21 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"the recipe cannot be read: {error}", where=str(path), hint="give a TOML file") from None
-    return parse(text, where=str(path), base=path.parent, overrides=overrides)
+    return parse(text, where=str(path), base=path.parent, overrides=overrides, stages_required=stages_required)
 
 
-def parse(text: str, *, where: str, base: Path | None = None, overrides: Iterable[str] = ()) -> Recipe:
-    """Validate the text of a recipe; `where` names it in errors, `base` resolves relative paths. Raises RecipeError."""
+def parse(
+    text: str,
+    *,
+    where: str,
+    base: Path | None = None,
+    overrides: Iterable[str] = (),
+    stages_required: bool = True,
+) -> Recipe:
+    """Validate the text of a recipe; `where` names it in errors, `base` resolves relative paths, and the rest is as in `load`.
+
+    Raises RecipeError.
+    """
     text = text.removeprefix("\ufeff")  # the byte order mark of editors on Windows
     try:
         raw = tomllib.loads(text)
@@ -64,6 +76,8 @@ def parse(text: str, *, where: str, base: Path | None = None, overrides: Iterabl
         raise RecipeError(f"not valid TOML: {error}", where=where, hint=_toml_hint(text, str(error))) from None
     for override in overrides:
         _apply_override(raw, override)
+    if not stages_required:
+        raw.setdefault("train", [{}])
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:

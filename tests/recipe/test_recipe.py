@@ -122,6 +122,12 @@ def test_a_path_with_backslashes_is_refused_with_the_way_to_write_it(path: str, 
     assert recipe.parse(in_single_quotes, where="r.toml").model.base == path
 
 
+def test_a_recipe_to_look_at_needs_no_training_stage() -> None:
+    loaded = recipe.parse(GOOD.replace("[[train]]\nsteps = 3", ""), where="x", stages_required=False)
+    assert loaded.train == (recipe.Train(),)
+    assert recipe.parse(GOOD, where="x", stages_required=False) == recipe.parse(GOOD, where="x")
+
+
 def test_set_overrides_nested_settings_and_list_entries() -> None:
     loaded = recipe.parse(
         GOOD,
