@@ -16,7 +16,7 @@ from corral.data.sources.files import SourceFile
 from corral.data.sources.hub_datasets import find_hub_files
 from corral.data.sources.json_files import read_json, read_json_values
 from corral.data.sources.jsonl_and_text import read_jsonl, read_txt
-from corral.data.sources.local_files import find_local_files, make_local_file
+from corral.data.sources.local_files import find_local_files, hash_local_files, make_local_file
 from corral.data.sources.parquet_files import read_parquet
 from corral.data.sources.raw_row import RawRow
 from corral.data.sources.s3_files import find_s3_files, is_s3_error
@@ -66,8 +66,10 @@ def hash_source(source: Source, progress: Progress | None = None) -> str:
         return assets.find_asset(source.path.removeprefix("asset:")).wheel_sha256
     files = _find_files(source, progress or Progress())
     is_single = len(files) == 1
+    hashes = hash_local_files([file.path for file in files if file.path and not file.digest])
     lines = [
-        f"{file.kind}{file.compression}{'' if is_single else f' {file.name}'}\t{file.digest()}\n" for file in files
+        f"{file.kind}{file.compression}{'' if is_single else f' {file.name}'}\t{file.digest or hashes[file.path]}\n"
+        for file in files
     ]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

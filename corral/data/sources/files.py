@@ -50,7 +50,7 @@ class SourceFile:
         kind: one of KINDS.
         compression: one of COMPRESSIONS, or empty, by its name.
         open_stored: opens its bytes as they are stored. Raises OSError.
-        digest: returns a string that changes with its content. Raises OSError.
+        digest: changes with its content, where the address tells it; else a local file's bytes are hashed.
         path: of the file, if it is local.
     """
 
@@ -59,7 +59,7 @@ class SourceFile:
     kind: str
     compression: str
     open_stored: Callable[[], IO[bytes]]
-    digest: Callable[[], str]
+    digest: str | None = None
     path: Path | None = None
 
     @contextmanager

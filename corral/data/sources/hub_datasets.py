@@ -61,15 +61,10 @@ def find_hub_files(source: Source, say: Callable[[str], None]) -> list[SourceFil
         where = f"hub:{repo}@{split.commit}/{name}"
         kind, compression = require_kind(name, where)
         path = _download(repo, split.commit, name)
-        files.append(
-            _with_commit(make_local_file(name, path, ".tsv" if split.sep == "\t" else kind, compression), where)
-        )
+        file = make_local_file(name, path, ".tsv" if split.sep == "\t" else kind, compression)
+        # Address and commit determine the content: no need to hash it.
+        files.append(replace(file, where=where, digest=where))
     return files
-
-
-def _with_commit(file: SourceFile, where: str) -> SourceFile:
-    # Address and commit determine the content: no need to hash it.
-    return replace(file, where=where, digest=lambda: where)
 
 
 @cache  # a run reads a source more than once, and must see the same commit

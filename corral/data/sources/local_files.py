@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -34,16 +34,16 @@ def find_local_files(spec: str, say: Callable[[str], None]) -> list[SourceFile]:
         else:
             raise DataError(f"there is no file {path.name!r}", where=spec, hint=_suggest_name(path))
         files = [make_local_file(name, file, *require_kind(file.name, str(file))) for name, file in matches]
-        filled = [file for file, (_, match) in zip(files, matches, strict=True) if match.stat().st_size]
+        sizes = [match.stat().st_size for _, match in matches]
     except OSError as error:
         raise _read_error(error, path) from None
-    if not filled:
+    if not any(sizes):
         what = "the file is empty" if len(files) == 1 else f"all {len(files)} files are empty"
         raise DataError(what, where=files[0].where, hint="write rows into it, or leave it out")
-    for file in files:
-        if file not in filled:
+    for file, size in zip(files, sizes, strict=True):
+        if not size:
             say(f"{file.where}: the file is empty")
-    return filled
+    return [file for file, size in zip(files, sizes, strict=True) if size]
 
 
 def open_local_file(path: Path) -> IO[bytes]:
@@ -56,17 +56,30 @@ def open_local_file(path: Path) -> IO[bytes]:
 
 def make_local_file(name: str, path: Path, kind: str, compression: str = "") -> SourceFile:
     """A local file whose kind is known."""
-    return SourceFile(name, str(path), kind, compression, partial(open_local_file, path), partial(_sha256, path), path)
+    return SourceFile(name, str(path), kind, compression, partial(open_local_file, path), path=path)
 
 
-def _sha256(path: Path) -> str:
-    try:
-        # A file changed just now may change again within the same tick of its disk's clock: do not remember its hash.
-        if time.time_ns() - path.stat().st_mtime_ns < _CLOCK_TICK:
-            return sha256_file(path)
-        return cached_file_hashes(path.parent, [path])[path.name]
-    except OSError as error:
-        raise _read_error(error, path) from None
+def hash_local_files(paths: Sequence[Path]) -> dict[Path, str]:
+    """The sha256 of each file, those of a folder together: the hashes kept of a folder are one file. Raises DataError."""
+    hashes: dict[Path, str] = {}
+    known: dict[Path, list[Path]] = {}
+    now = time.time_ns()
+    for path in paths:
+        try:
+            # A file changed just now may change again within the same tick of its disk's clock: do not remember its hash.
+            if now - path.stat().st_mtime_ns < _CLOCK_TICK:
+                hashes[path] = sha256_file(path)
+            else:
+                known.setdefault(path.parent, []).append(path)
+        except OSError as error:
+            raise _read_error(error, path) from None
+    for folder, files in known.items():
+        try:
+            of_name = cached_file_hashes(folder, files)
+        except OSError as error:
+            raise _read_error(error, folder) from None
+        hashes |= {file: of_name[file.name] for file in files}
+    return hashes
 
 
 def _match_glob(path: Path) -> list[tuple[str, Path]]:

@@ -69,7 +69,7 @@ def _make_file(system: Any, key: str, name: str, info: dict[str, Any]) -> Source
         raise DataError("the object is empty", where=where, hint="write rows into it, or leave it out")
     digest = f"{info['ETag'].strip(chr(34))} {info['size']}"
     start = partial(system.open, key, "rb", block_size=_BLOCK, cache_type="readahead")
-    return SourceFile(name, where, kind, compression, start, lambda: digest)
+    return SourceFile(name, where, kind, compression, start, digest)
 
 
 def _translate(error: Exception, spec: str) -> DataError | None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import os
 import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from corral import storage
 from corral.data.sources import hash_source, read_rows
 from corral.errors import AssetError, DataError, MissingExtraError, RecipeError
 from corral.recipe import Source, parse
@@ -251,3 +253,15 @@ def test_any_bytes_give_rows_faults_or_a_data_error_and_nothing_else(
     assert bool(rows) != bool(refused)
     assert refused is None or (refused.where == str(path) and refused.hint)
     assert all((row.value is None) == (row.fault is not None) == (row.reason is not None) for row in rows)
+
+
+def test_the_hashes_of_a_folder_are_read_and_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CORRAL_CACHE", str(tmp_path / "cache"))
+    long_ago = time.time() - 3600
+    for i in range(20):
+        path = written(tmp_path / "rows" / f"{i % 2}" / f"{i}.jsonl", f'{{"a": {i}}}')
+        os.utime(path, (long_ago, long_ago))
+    calls: list[Path] = []
+    monkeypatch.setattr(storage, "write_json", lambda path, value: calls.append(path))
+    hash_source(Source(path=str(tmp_path / "rows")))
+    assert len(calls) == 2, "one for each folder, whatever the number of files"
