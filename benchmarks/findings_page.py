@@ -12,7 +12,8 @@ from typing import Any
 
 from corral.evaluation.scorecard import SIGNIFICANT, Comparison, Scorecard
 from corral.evaluation.scoring import describe_metric, sort_metrics
-from corral.evaluation.tables import cost_rows, format_p_equation, table_rows
+from corral.evaluation.tables import cost_rows, table_rows
+from corral.formatting import format_p_equation
 
 MDE = "smallest difference shown with 80 % power"
 

@@ -27,6 +27,9 @@ these three and no traceback.
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 
 class CorralError(Exception):
     """Base of all errors that corral raises on purpose.
@@ -165,3 +168,17 @@ def first_error(errors: BaseExceptionGroup[CorralError]) -> CorralError:
     """The first error of a group, for tasks that all fail in the same way: a user needs to read only one."""
     error = errors.exceptions[0]
     return first_error(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+def require(module: str, extra: str) -> Any:
+    """Import a module of an optional package.
+
+    Raises:
+        MissingExtraError: the module, or a package that it needs, is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"the package {error.name!r} is not installed", hint=f'pip install "corral[{extra}]"'
+        ) from None

@@ -21,6 +21,7 @@ from secrets import token_hex
 from typing import Any, Literal, cast
 
 from corral.errors import CorralError, StorageError
+from corral.formatting import format_bytes
 
 _TEMPORARY = ".corral-tmp-"
 _REPLACED = ".corral-old-"
@@ -372,11 +373,11 @@ def _find_os_error(error: BaseException, path: Path) -> OSError | None:
 
 
 def _storage_error(error: OSError, path: Path, needed: int | None) -> StorageError:
-    size = _format_bytes(needed) if needed else ""
+    size = format_bytes(needed) if needed else ""
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
             free = _free_bytes(path)
-            what = f"the disk is full: {_format_bytes(free)} free" if free is not None else "the disk is full"
+            what = f"the disk is full: {format_bytes(free)} free" if free is not None else "the disk is full"
             what += f", {size} needed" if size else ""
             hint = "free some space and run the same command again, or choose another folder; nothing half-written was left"
         case errno.EFBIG:
@@ -412,12 +413,3 @@ def _describe_owner(path: Path) -> str:
         user = f"; you are {os.geteuid()}" if hasattr(os, "geteuid") else ""
         return f"{existing} has mode {stat.filemode(status.st_mode)}, owner {status.st_uid}{user}"
     return str(existing)
-
-
-def _format_bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"

@@ -333,7 +333,7 @@ def test_a_disk_that_cannot_take_the_asset_is_a_storage_error_and_nothing_is_lef
     code += "try: fetch('toy')\nexcept CorralError as error: print(type(error).__name__, error)"
     done = subprocess.run(child(code, asset), capture_output=True, text=True, check=False)
     assert done.stdout.startswith(StorageError.__name__), done.stderr
-    assert "of 3.0 MB" in done.stdout
+    assert "of 3.00 MB" in done.stdout
     assert [Path(name).suffix for name in everything_under(own_cache)] == [".lock"]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {
-    0: ["errors", "extras", "messages", "progress", "interrupts", "system"],
+    0: ["errors", "formatting", "messages", "progress", "interrupts", "system"],
     1: ["storage", "export_forms", "assets", "metrics", "recipe", "run", "template"],
     2: ["data", "engines", "model", "prompting"],
     3: ["answering", "export", "training"],

@@ -98,11 +98,11 @@ class AnswererSettings:
 def find_run(model: str) -> Run | None:
     """The run that a model spec belongs to: the spec is a run directory, or an adapter inside one."""
     from corral.model.folder import ADAPTER_CONFIG
-    from corral.run.directory import Run
+    from corral.run.directory import Run, is_run
 
     path = Path(model).expanduser()
     folders = [path, path.absolute().parent.parent] if (path / ADAPTER_CONFIG).is_file() else [path]
-    return next((Run(folder) for folder in folders if (folder / "recipe.toml").is_file()), None)
+    return next((Run(folder) for folder in folders if is_run(folder)), None)
 
 
 def load_answer_settings(model: str, overrides: Mapping[str, Any]) -> tuple[Answer, int]:

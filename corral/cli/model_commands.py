@@ -26,7 +26,7 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
     """Convert a run's model to GGUF or OpenVINO, and check it against a contract."""
     from corral.export.export import export_form
     from corral.export_forms import EXPORT_TYPES, ExportForm
-    from corral.run.directory import Run
+    from corral.run.directory import Run, is_run
 
     if args.type and not args.to:
         raise InputError(
@@ -34,7 +34,7 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
         )
     form = ExportForm(args.to, args.type or DEFAULT_TYPES[args.to]) if args.to else None
     path = Path(args.model)
-    if (path / "recipe.toml").is_file():
+    if is_run(path):
         if args.out:
             raise InputError(f"--out {args.out} is given for a run", hint=f"a run is exported to {path / 'export'}")
         recipe = Run(path).recipe

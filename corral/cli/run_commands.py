@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _run(args: argparse.Namespace, world: World) -> dict[str, Any]:
-    from corral.run.directory import Run
+    from corral.run.directory import Run, is_run
 
     recipe = _recipe(args)
     out = Path(args.out or Path("runs") / (f"{recipe.name}-small" if args.small else recipe.name))
@@ -85,7 +85,7 @@ def _run(args: argparse.Namespace, world: World) -> dict[str, Any]:
         from corral.data.small_form import shrink_recipe
 
         recipe = shrink_recipe(recipe, out / ".corral-small-rows")
-    if (out / "recipe.toml").is_file():
+    if is_run(out):
         recipe = recipe.with_exports(Run(out).recipe.export)  # what `corral export` added stays
     result = execute_recipe(recipe, out, args, world=world, profile=args.profile)
     if not args.json:

@@ -24,9 +24,8 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias, cast
 
 from corral.engines.base import Delta, Engine, Features, Generation, Sampling, closed_error
 from corral.engines.openvino_process import BLOCK_TOKENS, Event
-from corral.errors import CorralError, EngineError, ModelError
+from corral.errors import CorralError, EngineError, ModelError, require
 from corral.export_forms import OPENVINO_MODEL, OpenVinoType
-from corral.extras import require
 
 if TYPE_CHECKING:
     from corral.model.loading import DType

@@ -28,8 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from corral.engines.base import Delta, Engine, Features, Generation, Sampling, closed_error
 from corral.engines.vllm_settings import lora_settings, model_settings, sampling_params
-from corral.errors import EngineError, ModelError, RequestError
-from corral.extras import require
+from corral.errors import EngineError, ModelError, RequestError, require
 from corral.model.folder import check_folder
 
 if TYPE_CHECKING:

@@ -8,26 +8,18 @@ from typing import TYPE_CHECKING
 from corral.evaluation.scorecard import SIGNIFICANT, Comparison, MetricValue, Scorecard, Variant
 from corral.evaluation.scoring import Metric, describe_metric, sort_metrics
 from corral.evaluation.statistics import LEVEL
+from corral.formatting import format_p
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 ARROWS = {"lower": "↓", "higher": "↑"}
+OUTCOME_MARKS = {"better": "✓", "worse": "✗", "undecided": " "}
 COST_NAMES = (
     *("answers", "prompt_tokens", "answer_tokens", "seconds", "answers_per_second"),
     *("candidates", "cancelled"),
 )
 """Keys of `Variant.info` that `cost_rows` shows; those of a task's answers are `TASK/NAME`."""
-
-
-def format_p(p: float) -> str:
-    """`0.012`, or `<0.001`."""
-    return f"{p:.3f}" if p >= 0.001 else "<0.001"
-
-
-def format_p_equation(p: float) -> str:
-    """`p = 0.012`, or `p < 0.001`."""
-    return f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
 
 
 def table_rows(card: Scorecard) -> list[tuple[str, ...]]:
@@ -120,6 +112,6 @@ def _comparison_cells(comparison: Comparison | None, metric: Metric, *, name_cou
     interval = ""
     if comparison.low is not None and comparison.high is not None:
         interval = f"{comparison.low:+.{digits}f} … {comparison.high:+.{digits}f}"
-    mark = {"better": " ✓", "worse": " ✗", "undecided": "  "}[comparison.outcome]
     counterpart = f" vs {comparison.b}" if name_counterpart else ""
-    return f"{comparison.difference:+.{digits}f}{counterpart}", interval, format_p(comparison.p_holm) + mark
+    p = f"{format_p(comparison.p_holm)} {OUTCOME_MARKS[comparison.outcome]}"
+    return f"{comparison.difference:+.{digits}f}{counterpart}", interval, p

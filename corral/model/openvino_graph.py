@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from corral.errors import ModelError
+from corral.errors import ModelError, require
 from corral.export_forms import OPENVINO_MODEL, OpenVinoType
-from corral.extras import require
 from corral.model import weight_rounding
 from corral.storage import cache_root, file_lock, new_directory, remove_tree
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from corral.extras import require
+from corral.errors import require
 from corral.model.compute.cpu_matmul import times_transposed
 from corral.model.compute.lora_linear import LoraLinear, accelerate, replace_forward
 from corral.model.compute.quantised_weights import dequantise_rows, dequantise_weight, int8_codes, is_int8, is_nf4

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from corral.errors import RunError, StorageError
+from corral.errors import RunError, StorageError, require
 from corral.interrupts import Interrupts, Stopped
 from corral.pipeline import evaluate_stage, export_stage, merge_stage, prepare_stage, report_stage, train_stage
 from corral.pipeline.context import RunContext, training_stage_name
@@ -157,7 +157,6 @@ def _run_stages(context: RunContext, allowed: Collection[str] | None) -> dict[st
 
 def _require_extras(context: RunContext) -> None:
     """Check now for packages that would be missing after hours of training. Raises: MissingExtraError."""
-    from corral.extras import require
 
     engines = {
         evaluate_stage.evaluation_engine(context),

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from corral.formatting import format_bytes, format_duration
 from corral.preflight.memory_estimate import MemoryParts
 from corral.preflight.remedies import Remedy
 from corral.preflight.workload import Workload
@@ -180,7 +181,7 @@ def _stage_lines(plan: Plan, stage: StagePlan) -> list[Any]:
     if figures is not None:
         evaluated = f"{work.evaluations} evaluations and {work.checkpoints} checkpoints"
         lines.append(
-            f"time: {_format_duration(figures.seconds)} for the stage, at {figures.tokens_per_second:,.0f} tokens/s, "
+            f"time: {format_duration(figures.seconds)} for the stage, at {figures.tokens_per_second:,.0f} tokens/s, "
             f"with {evaluated}"
         )
     if stage.tried is not None and stage.tried.resumed is not None:
@@ -209,10 +210,10 @@ def _memory_table(plan: Plan, stage: StagePlan) -> Table:
         table.add_column(title, justify="right")
     for field in fields(MemoryParts):
         table.add_row(
-            f"  {_PART_LABELS[field.name]}", *(_format_bytes(getattr(parts, field.name)) for _, parts, _ in columns)
+            f"  {_PART_LABELS[field.name]}", *(format_bytes(getattr(parts, field.name)) for _, parts, _ in columns)
         )
-    table.add_row("  together", *(_format_bytes(peak) for _, _, peak in columns))
-    table.add_row(f"  available ({plan.memory_why})", _format_bytes(plan.memory))
+    table.add_row("  together", *(format_bytes(peak) for _, _, peak in columns))
+    table.add_row(f"  available ({plan.memory_why})", format_bytes(plan.memory))
     return table
 
 
@@ -224,7 +225,7 @@ def _remedy_lines(stage: StagePlan) -> list[Any]:
     table = Table("", "change (with those above it)", "predicted", "cost", box=None, pad_edge=False)
     for remedy in stage.remedies:
         settings = " ".join(f"--set {setting}" for setting in remedy.settings)
-        table.add_row("→" if remedy.fits else "", settings, _format_bytes(remedy.memory), remedy.cost)
+        table.add_row("→" if remedy.fits else "", settings, format_bytes(remedy.memory), remedy.cost)
     last = "all of these together are not enough: take a smaller model or a larger machine"
     return ["what to change, cheapest first:", table, *([] if stage.remedies[-1].fits else [last])]
 
@@ -235,25 +236,11 @@ def _disk_table(plan: Plan) -> list[Any]:
     table = Table("disk", box=None, pad_edge=False)
     table.add_column("at most", justify="right")
     for name, size in plan.disk.items():
-        table.add_row(f"  {name}", _format_bytes(size))
-    table.add_row("  together", _format_bytes(sum(plan.disk.values())))
-    table.add_row(f"  free at {plan.disk_place}", _format_bytes(plan.disk_free))
+        table.add_row(f"  {name}", format_bytes(size))
+    table.add_row("  together", format_bytes(sum(plan.disk.values())))
+    table.add_row(f"  free at {plan.disk_place}", format_bytes(plan.disk_free))
     return [table]
-
-
-def _format_bytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def _format_count(count: int) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
-
-
-def _format_duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 120:
-        return f"{minutes} min"
-    hours = round(minutes / 60)
-    return f"{hours} h" if hours < 72 else f"{hours / 24:.1f} days"

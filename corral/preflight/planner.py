@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from corral.errors import CorralError, InputError, StorageError, TrainingError
+from corral.formatting import format_bytes
 from corral.preflight import machine, memory_estimate, trial
 from corral.preflight.machine import MemoryLimit
 from corral.preflight.memory_estimate import DEVICES, Device, MemoryParts, ModelShape
@@ -132,7 +133,7 @@ class _Planner:
         verdicts: list[Verdict] = [s.verdict for s in stages]
         if target is None and sum(disk.values()) > disk_free:
             verdicts.append("does not fit")
-            text = f"the disk has {disk_free / 1e9:.1f} GB free and the run needs {sum(disk.values()) / 1e9:.1f} GB"
+            text = f"the disk has {format_bytes(disk_free)} free and the run needs {format_bytes(sum(disk.values()))}"
             reasons.append(f"{text}: free some space, or give another folder with --out")
         for stage in stages:
             if stage.tried is not None and stage.tried.resumed is False and self.placement[0] == "cpu":
@@ -234,7 +235,7 @@ class _Planner:
             if not any(self.folder.glob("*.safetensors")):
                 obstacle = "its weights are not here"
             elif expected.peak > 0.8 * self.local_memory.free:
-                obstacle = f"it would need about {expected.peak / 1e9:.0f} GB here"
+                obstacle = f"it would need about {format_bytes(expected.peak)} here"
             elif seconds > _LONGEST_TRIAL:
                 obstacle = f"that would take about {seconds / 60:.0f} minutes"
             if obstacle:
@@ -253,11 +254,11 @@ class _Planner:
             assert here is not None
             if tried.out_of_memory is None:
                 return "undecided", tried.failure
-            text = f"{here.peak / 1e9:.1f} GB estimated, {free / 1e9:.1f} GB available"
+            text = f"{format_bytes(here.peak)} estimated, {format_bytes(free)} available"
             return "does not fit", f"{tried.failure}; {text}"
         else:
             spread, peak, method = _MEASURED_SPREAD, tried.figures.peak, "measured"
-        text = f"{peak / 1e9:.1f} GB {method}, {free / 1e9:.1f} GB available"
+        text = f"{format_bytes(peak)} {method}, {format_bytes(free)} available"
         # Of an estimate only the memory that is held between steps is certain.
         certain, tolerance = (estimated.parts.held, spread) if estimated is not None else (peak, 0.0)
         if certain > free or peak > free * (1 + tolerance):

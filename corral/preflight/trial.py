@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corral.errors import CorralError
+from corral.formatting import format_bytes
 from corral.preflight import measured_memory
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def run_trial(job: TrialJob, pipe: Connection, resume: bool) -> None:
 def _exit_above(limit: int, send: Callable[[str, Any], None]) -> None:
     while (used := measured_memory.resident_bytes()) < limit:
         time.sleep(_WATCH_INTERVAL)
-    send("memory", f"it had grown to {used / 1e9:.2f} GB")
+    send("memory", f"it had grown to {format_bytes(used)}")
     os._exit(1)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from corral.formatting import count, number, signed
 from corral.metrics.rouge import Rouge
-from corral.report.formatting import count, number, signed
 from corral.report.run_record import JsonObject, as_number, as_object, as_objects
 
 

@@ -17,12 +17,24 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 from corral.data.ledger import FATES
-from corral.evaluation.tables import ARROWS, cost_rows, format_p
+from corral.evaluation.tables import ARROWS, OUTCOME_MARKS, cost_rows
+from corral.formatting import (
+    compact,
+    count,
+    format_bytes,
+    format_duration,
+    format_p,
+    listing,
+    moment,
+    number,
+    shorten,
+    signed,
+    unbroken,
+)
 from corral.report.answer_examples import choose_examples
-from corral.report.formatting import compact, count, duration, listing, moment, number, shorten, signed, size
 from corral.report.plots import DOTS_PER_INCH
 from corral.report.run_record import JsonObject, RunRecord, Training, as_number, as_object, as_objects, series
-from corral.report.scores import MetricScores
+from corral.report.scores import OUTCOME_WORDS, MetricScores
 from corral.report.verdict import give_verdict
 
 if TYPE_CHECKING:
@@ -30,7 +42,6 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 _SIDES = {"train": "to train on", "validation": "for validation", "test": "for testing"}
-_OUTCOMES = {"better": "✓ better", "worse": "✗ worse", "undecided": "not told apart"}
 _MAX_LEDGER_EXAMPLES = 5  # for each reason; the ledger has more
 
 
@@ -73,7 +84,7 @@ def render_page(record: RunRecord, scores: Sequence[MetricScores], pictures: Map
         verdict=give_verdict(record, scores),
         scores=scores,
         arrows=ARROWS,
-        outcomes=_OUTCOMES,
+        outcomes={key: f"{OUTCOME_MARKS[key]} {word}".strip() for key, word in OUTCOME_WORDS.items()},
         pairs=list(pairs),
         costs=cost_rows(card.variants if card else {}),
         signatures=card.signatures if card else {},
@@ -142,7 +153,7 @@ def _training_fact(training: Training) -> str:
 def _speed_fact(training: Training) -> str:
     tokens, seconds, memory = (series(training.metrics, key)[1] for key in ("tokens", "seconds", "peak_memory_bytes"))
     speed = f"{count(tokens[-1] / seconds[-1])} tokens/s" if tokens and seconds and seconds[-1] > 0 else ""
-    peak = f"{size(max(memory))} at the peak" if memory and max(memory) > 0 else ""
+    peak = f"{unbroken(format_bytes(max(memory)))} at the peak" if memory and max(memory) > 0 else ""
     return ", ".join(part for part in (speed, peak) if part)
 
 
@@ -151,23 +162,27 @@ def _answers_fact(record: RunRecord) -> str:
     for name, variant in (record.scorecard.variants if record.scorecard else {}).items():
         tokens, seconds = variant.info.get("answer_tokens"), variant.info.get("seconds")
         if tokens and seconds:
-            parts.append(f"{name}: {count(tokens)} tokens in {duration(seconds)}, {count(tokens / seconds)} tokens/s")
+            parts.append(f"{name}: {count(tokens)} tokens in {_duration(seconds)}, {count(tokens / seconds)} tokens/s")
     engine = record.environment.get("engine")
     return "; ".join(parts) + (f" ({engine} engine)" if parts and engine else "")
 
 
 def _time_fact(lineage: JsonObject) -> str:
     known = {stage["name"]: stage["seconds"] for stage in _stages(lineage) if stage["seconds"] is not None}
-    each = ", ".join(f"{name} {duration(seconds)}" for name, seconds in known.items())
-    return f"{duration(sum(known.values()))} ({each})" if known else ""
+    each = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in known.items())
+    return f"{_duration(sum(known.values()))} ({each})" if known else ""
 
 
 def _machine_fact(environment: JsonObject) -> str:
     cores, memory = as_number(environment.get("cores")), as_number(environment.get("memory_bytes"))
     parts = [str(environment[key]) for key in ("device", "cpu") if environment.get(key)]
     parts += [f"{count(cores)} cores"] if cores else []
-    parts += [f"{size(memory)} of memory"] if memory else []
+    parts += [f"{unbroken(format_bytes(memory))} of memory"] if memory else []
     return ", ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    return unbroken(format_duration(seconds))
 
 
 def _ledger_view(ledger: JsonObject) -> dict[str, Any]:
@@ -269,7 +284,7 @@ def _outputs(lineage: JsonObject) -> list[tuple[str, str]]:
 def _machine(environment: JsonObject) -> list[tuple[str, str]]:
     shown = {key: value for key, value in environment.items() if key != "packages"}
     if (memory := as_number(shown.get("memory_bytes"))) is not None:
-        shown["memory_bytes"] = f"{count(memory)} ({size(memory)})"
+        shown["memory_bytes"] = f"{count(memory)} ({unbroken(format_bytes(memory))})"
     return _flatten(shown)
 
 
@@ -347,7 +362,7 @@ def _environment() -> Environment:
     filters: dict[str, Any] = {
         "check_cell": _check_cell,
         "count": count,
-        "duration": duration,
+        "duration": _duration,
         "figure": _figure,
         "listing": listing,
         "p": _p,

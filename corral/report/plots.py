@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from corral.evaluation.scorecard import Comparison, MetricValue
 from corral.evaluation.tables import ARROWS
-from corral.report.formatting import shorten
+from corral.formatting import shorten
 from corral.report.run_record import Training, series
-from corral.report.scores import MetricScores, variant_names
+from corral.report.scores import OUTCOME_WORDS, MetricScores, variant_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +28,7 @@ GROUND = "#ffffff"
 _INK, _FAINT, _GRID = "#22252a", "#5f656c", "#e9e9e6"
 _BLUE, _VERMILION, _GREEN = "#0072b2", "#d55e00", "#009e73"
 _FONT_POINTS = 10.5
-_OUTCOMES = {"better": (_GREEN, "better"), "worse": (_VERMILION, "worse"), "undecided": (_FAINT, "not told apart")}
+_OUTCOME_COLOURS = {"better": _GREEN, "worse": _VERMILION, "undecided": _FAINT}
 
 
 def draw_loss(trainings: Sequence[Training]) -> bytes:
@@ -178,11 +178,11 @@ def _draw_differences(axes: Axes, score: MetricScores, lines: Mapping[str, int],
     axes.axvline(0, color=_FAINT, linewidth=1, linestyle=(0, (4, 3)))
     for comparison in score.comparisons:
         line, place = lines[comparison.a], names.index(comparison.a)
-        colour, _ = _OUTCOMES[comparison.outcome]
+        colour = _OUTCOME_COLOURS[comparison.outcome]
         fill = GROUND if comparison.outcome == "undecided" else colour
         _draw_interval(axes, comparison, line, marker="|", markersize=6.5, color=colour, linewidth=2)
         axes.plot([comparison.difference], [line], **_mark(place, color=colour, markerfacecolor=fill))
-    phrases = [_OUTCOMES[comparison.outcome][1] for comparison in score.comparisons]
+    phrases = [OUTCOME_WORDS[comparison.outcome] for comparison in score.comparisons]
     _set_title(axes, phrases[0] if len(phrases) == 1 else "difference")
     axes.set_visible(bool(score.comparisons))
     _hide_y_axis(axes, len(lines))

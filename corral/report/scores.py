@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from corral.evaluation.scorecard import Comparison, MetricValue, Scorecard
 from corral.evaluation.scoring import Metric, describe_metric, sort_metrics
 
+OUTCOME_WORDS = {"better": "better", "worse": "worse", "undecided": "not told apart"}
+
 
 @dataclass(frozen=True, slots=True)
 class MetricScores:

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from corral.evaluation.scorecard import Comparison, Outcome
-from corral.evaluation.tables import format_p_equation
-from corral.report.formatting import JOIN, count, listing, number, signed
+from corral.formatting import JOIN, count, format_p_equation, listing, number, signed, unbroken
 from corral.report.run_record import SCORECARD, RunRecord, as_number, as_objects, series
-from corral.report.scores import MetricScores
+from corral.report.scores import OUTCOME_WORDS, MetricScores
 
 Tone: TypeAlias = Outcome | Literal["pending"]
-_OUTCOME_PHRASES = {"better": "better on", "worse": "worse on", "undecided": "not told apart by"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +61,7 @@ def _compared(compared: Sequence[MetricScores]) -> Verdict:
     facts = [f"difference {signed(main.difference, digits)}"]
     if main.low is not None and main.high is not None:
         facts.append(f"95{JOIN}% interval {signed(main.low, digits)} to {signed(main.high, digits)}")
-    facts.append(format_p_equation(main.p_holm).replace(" ", JOIN))
+    facts.append(unbroken(format_p_equation(main.p_holm)))
     figures = f"({', '.join(facts)}) on {count(main.n)} row{'s' * (main.n != 1)}."
     return Verdict(headline, main.outcome, figures, [*_sensitivity(main, digits), *_other_metrics(others, main)])
 
@@ -81,7 +79,7 @@ def _sensitivity(main: Comparison, digits: int) -> list[str]:
 def _other_metrics(others: Sequence[MetricScores], main: Comparison) -> list[str]:
     """One sentence on the other metrics of the same pair."""
     parts: list[str] = []
-    for outcome, phrase in _OUTCOME_PHRASES.items():
+    for outcome, word in OUTCOME_WORDS.items():
         labels = [
             score.metric.label
             for score in others
@@ -89,7 +87,7 @@ def _other_metrics(others: Sequence[MetricScores], main: Comparison) -> list[str
             if (c.a, c.b, c.outcome) == (main.a, main.b, outcome)
         ]
         if labels:
-            parts.append(f"{phrase} {listing(labels)}")
+            parts.append(f"{word} {'by' if outcome == 'undecided' else 'on'} {listing(labels)}")
     return [f"Other metrics: {'; '.join(parts)}."] if parts else []
 
 

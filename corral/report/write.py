@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from corral.formatting import count, listing, number
 from corral.report import html, plots
-from corral.report.formatting import count, listing, number
 from corral.report.html import Picture
 from corral.report.run_record import Training, read_run, series
 from corral.report.scores import MetricScores, scores_by_metric

@@ -44,8 +44,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, Operationa
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
 
-from corral.errors import DatabaseError
-from corral.extras import require
+from corral.errors import DatabaseError, require
 
 VERSION_TABLE = "corral_version"
 """The table with the current migration. It has a name of corral's own, as other programs may use the database too."""

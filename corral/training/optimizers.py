@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from corral.extras import require
+from corral.errors import require
 
 if TYPE_CHECKING:
     from torch import nn

@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import io
 
-import pytest
 from rich.console import Console
 
-from corral.evaluation import tables
 from corral.evaluation.scorecard import Scorecard, Variant, build_scorecard
 from corral.evaluation.scoring import VariantRows
 from corral.evaluation.tables import cost_rows, render_scores, table_rows
@@ -16,14 +14,6 @@ def printed(card: Scorecard) -> str:
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(render_scores(card))
     return console.export_text()
-
-
-@pytest.mark.parametrize(
-    ("p", "cell", "equation"),
-    [(0.0001, "<0.001", "p < 0.001"), (0.001, "0.001", "p = 0.001"), (1.0, "1.000", "p = 1.000")],
-)
-def test_small_p_values_are_not_shown_as_zero(p: float, cell: str, equation: str) -> None:
-    assert (tables.format_p(p), tables.format_p_equation(p)) == (cell, equation)
 
 
 def test_the_table_has_a_line_for_each_metric_of_each_variant(card: Scorecard) -> None:

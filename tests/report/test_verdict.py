@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from corral.evaluation.scorecard import Scorecard
-from corral.report.formatting import JOIN
+from corral.formatting import JOIN
 from corral.report.run_record import read_run
 from corral.report.scores import scores_by_metric
 from corral.report.verdict import Verdict, give_verdict

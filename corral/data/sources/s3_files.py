@@ -12,8 +12,7 @@ from functools import partial
 from typing import Any
 
 from corral.data.sources.files import SourceFile, require_kind, select_row_files
-from corral.errors import DataError
-from corral.extras import require
+from corral.errors import DataError, require
 
 _KEYS = "AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 _BLOCK = 8 * 2**20

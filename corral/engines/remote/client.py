@@ -18,16 +18,20 @@ from pydantic import BaseModel, ValidationError
 
 from corral import __version__
 from corral.engines.base import Finish
-from corral.engines.remote.protocol import KEY_VARIABLE, error_message, one_line
+from corral.engines.remote.protocol import (
+    CONNECT_SECONDS,
+    KEY_VARIABLE,
+    MAX_ERROR_BYTES,
+    NOT_OPENAI,
+    error_message,
+    one_line,
+)
 from corral.errors import EngineError, RequestError
 
 T = TypeVar("T")
 
-_NOT_OPENAI = "is this the address of an OpenAI-compatible server? It usually ends in /v1"
-_CONNECT_SECONDS = 10.0
 _KEEP_ALIVE_SECONDS = 2.0  # uvicorn closes idle connections after 5: a request on one it just closed would fail
 _MAX_EVENT_BYTES = 2**24  # the first event may repeat the ids of a long prompt
-_MAX_ERROR_BYTES = 2**16
 _MAX_RETRY_AFTER = 1e9  # seconds
 _BUSY = (429, 503, 504)  # the endpoint does not take this request now, and may take the next one
 _TRANSIENT = (*_BUSY, 408, 502)
@@ -141,7 +145,7 @@ class EndpointClient:
             max_retries=0,
             default_headers={"user-agent": f"corral/{__version__}"},
             http_client=httpx2.AsyncClient(
-                timeout=httpx2.Timeout(timeout_seconds, connect=_CONNECT_SECONDS, pool=None),
+                timeout=httpx2.Timeout(timeout_seconds, connect=CONNECT_SECONDS, pool=None),
                 limits=httpx2.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE_SECONDS),
                 event_hooks={"request": [_remove_other_headers], "response": [_cut_error]},
             ),
@@ -187,7 +191,7 @@ class EndpointClient:
             # pydantic's message would hold a part of the input, which the key's removal might miss.
             reason = error.errors(include_input=False)[0]["msg"] if isinstance(error, ValidationError) else str(error)
             what = f"the endpoint's answer cannot be read: {one_line(reason, self._key)}"
-            raise EngineError(what, where=self.url, hint=_NOT_OPENAI) from None
+            raise EngineError(what, where=self.url, hint=NOT_OPENAI) from None
         except httpx2.TransportError as error:
             raise self._connection_error(error) from None
         except EngineError as error:
@@ -203,7 +207,7 @@ class EndpointClient:
 
     def _connection_error(self, error: BaseException) -> TransientError:
         if isinstance(error, httpx2.ConnectTimeout):
-            return TransientError(f"does not answer within {_CONNECT_SECONDS:.0f} s", unreachable=True)
+            return TransientError(f"does not answer within {CONNECT_SECONDS:.0f} s", unreachable=True)
         if isinstance(error, httpx2.TimeoutException):
             return TransientError("fell silent")
         reason = one_line(str(error) or type(error).__name__, self._key)
@@ -223,7 +227,7 @@ class EndpointClient:
         elif status in (400, 413, 422):
             kind, hint = RequestError, "shorten the prompt or lower max_tokens" if "context" in message else None
         elif path == "/models":
-            where, hint = self.url + path, _NOT_OPENAI
+            where, hint = self.url + path, NOT_OPENAI
         else:
             hint = f"see which models it has: {self.url}/models" if status == 404 else "its log may say more"
         return kind(f"the endpoint {what}", where=where, hint=hint, status=status)
@@ -258,10 +262,10 @@ async def _cut_error(response: httpx2.Response) -> None:
     beginning, stream = b"", cast("httpx2.AsyncByteStream", response.stream)
     async for data in stream:
         beginning += data
-        if len(beginning) > _MAX_ERROR_BYTES:
+        if len(beginning) > MAX_ERROR_BYTES:
             break
     await stream.aclose()
-    response.stream = httpx2.ByteStream(beginning[:_MAX_ERROR_BYTES])
+    response.stream = httpx2.ByteStream(beginning[:MAX_ERROR_BYTES])
 
 
 def _retry_after(value: str | None) -> float | None:

@@ -16,6 +16,10 @@ import httpx2
 from corral.errors import InputError
 
 KEY_VARIABLE = "CORRAL_API_KEY"
+CONNECT_SECONDS = 10.0
+MAX_ERROR_BYTES = 2**16
+"""The most that is read of the body of an error response."""
+NOT_OPENAI = "is this the address of an OpenAI-compatible server? It usually ends in /v1"
 
 _log = logging.getLogger(__name__)
 

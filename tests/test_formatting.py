@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 
-from corral.report import formatting
-from corral.report.formatting import JOIN
+from corral import formatting
 
 
 @pytest.mark.parametrize(
@@ -34,14 +33,14 @@ def test_signed_numbers_show_a_plus_unless_they_read_as_zero(value: float, text:
     ],
 )
 def test_durations_are_read_at_a_glance(seconds: float, text: str) -> None:
-    assert formatting.duration(seconds).replace(JOIN, " ") == text
+    assert formatting.format_duration(seconds) == text
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(12, "12 bytes"), (8192, "8.19 kB"), (93e6, "93.0 MB"), (7.97e9, "7.97 GB"), (141e9, "141 GB")]
 )
 def test_sizes_have_three_digits_and_decimal_units(value: float, text: str) -> None:
-    assert formatting.size(value).replace(JOIN, " ") == text
+    assert formatting.format_bytes(value) == text
 
 
 @pytest.mark.parametrize(
@@ -70,3 +69,11 @@ def test_listings_end_with_and(words: list[str], text: str) -> None:
 def test_shortened_text_is_one_line_of_at_most_that_many_characters() -> None:
     assert formatting.shorten("a\n b\tc", 10) == "a b c"
     assert formatting.shorten("abcdefgh ij", 10) == "abcdefgh…"
+
+
+@pytest.mark.parametrize(
+    ("p", "cell", "equation"),
+    [(0.0001, "<0.001", "p < 0.001"), (0.001, "0.001", "p = 0.001"), (1.0, "1.000", "p = 1.000")],
+)
+def test_small_p_values_are_not_shown_as_zero(p: float, cell: str, equation: str) -> None:
+    assert (formatting.format_p(p), formatting.format_p_equation(p)) == (cell, equation)

@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 MINUS = "−"
-# Keeps a number and its unit on one line.
 JOIN = "\N{NO-BREAK SPACE}"
 
 
@@ -35,25 +34,35 @@ def count(value: float) -> str:
     return number(value, 0)
 
 
-def size(value: float) -> str:
-    """Bytes in decimal units, three digits."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+def format_bytes(value: float) -> str:
+    """Bytes in decimal units, three digits: `12 bytes`, `8.19 kB`, `141 GB`."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if value >= scale:
-            return f"{value / scale:.{max(0, 3 - len(str(int(value / scale))))}f}{JOIN}{unit}"
-    return f"{value:.0f}{JOIN}bytes"
+            return f"{value / scale:.{max(0, 3 - len(str(int(value / scale))))}f} {unit}"
+    return f"{value:.0f} bytes"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`0.8 s`, `42 s`, `6 min 12 s`, `3 h 05 min`."""
     if seconds < 9.95:
-        return f"{seconds:.1f}{JOIN}s"
+        return f"{seconds:.1f} s"
     whole = round(seconds)
     if whole < 60:
-        return f"{whole}{JOIN}s"
+        return f"{whole} s"
     if whole < 3600:
-        return f"{whole // 60}{JOIN}min{JOIN}{whole % 60:02d}{JOIN}s"
+        return f"{whole // 60} min {whole % 60:02d} s"
     minutes = round(seconds / 60)
-    return f"{minutes // 60:,}{JOIN}h{JOIN}{minutes % 60:02d}{JOIN}min"
+    return f"{minutes // 60:,} h {minutes % 60:02d} min"
+
+
+def format_p(p: float) -> str:
+    """A p-value: `0.012`, or `<0.001`."""
+    return f"{p:.3f}" if p >= 0.001 else "<0.001"
+
+
+def format_p_equation(p: float) -> str:
+    """`p = 0.012`, or `p < 0.001`."""
+    return f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
 
 
 def moment(value: Any) -> str:
@@ -72,6 +81,11 @@ def moment(value: Any) -> str:
 def listing(words: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def unbroken(text: str) -> str:
+    """A text that stays on one line of a page, such as a number and its unit."""
+    return text.replace(" ", JOIN)
 
 
 def shorten(text: str, limit: int) -> str:

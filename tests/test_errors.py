@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from corral.errors import MissingExtraError
-from corral.extras import require
+from corral.errors import MissingExtraError, require
 
 
 def test_what_is_installed_is_imported() -> None:
