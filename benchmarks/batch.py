@@ -64,8 +64,8 @@ def render(rows: list[dict[str, Any]]) -> tuple[list[list[int]], tuple[int, ...]
     """(token ids of each prompt, ids that end an answer)."""
     from corral.messages import Conversation
 
-    made = template()
-    return [made.prompt(Conversation.from_json(row)) for row in rows], made.stop_ids
+    chat_template = template()
+    return [chat_template.prompt(Conversation.from_json(row)) for row in rows], chat_template.stop_ids
 
 
 class Plain:
@@ -160,8 +160,8 @@ def side_raw(rows: list[dict[str, Any]], _: Any) -> dict[str, Any]:
     pipeline.generate(inputs[:1], [config(1, 4)])
     began = time.perf_counter()
     results = pipeline.generate(inputs, [config(SAMPLES, TOKENS)] * len(inputs))
-    found = [count_tokens(list(ids), stops) for result in results for ids in result.m_generation_ids]
-    return figures(len(found), sum(found), began)
+    lengths = [count_tokens(list(ids), stops) for result in results for ids in result.m_generation_ids]
+    return figures(len(lengths), sum(lengths), began)
 
 
 def cache_blocks(engine: Any, folder: Path) -> int:
@@ -200,10 +200,10 @@ def side_corral(rows: list[dict[str, Any]], _: Any) -> dict[str, Any]:
         began = time.perf_counter()
         answering = partial(answer_locally, opened, settings.choices_per_prompt, settings.seed)
         outcome = answer_file(str(prompts), out, made_of, answering, Progress())
-        found = figures(len(rows) * SAMPLES, outcome.figures.tokens, began)
+        result = figures(len(rows) * SAMPLES, outcome.figures.tokens, began)
     if outcome.figures.bad:
         sys.exit(f"bad rows: {outcome.figures.faults}")
-    return found
+    return result
 
 
 def warm(answerer: Any) -> Any:
@@ -237,14 +237,14 @@ def measure(side: str, options: Any) -> dict[str, Any]:
     command = [sys.executable, __file__, "--side", side, "--prompts", str(options.prompts), "--part", str(options.part)]
     command += ["--sizes", *map(str, options.sizes)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    found: dict[str, Any] = json.loads(output.splitlines()[-1])
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
     print(
-        f"{side:<10}  {found['completions_per_second']:8.2f} completions/s  {found['tokens_per_second']:8.1f} tokens/s  "
-        f"{found['completions']:5} completions of {found['mean_length']:.1f} tokens on average"
-        + (f", batch of {found['batch_size']}" if "batch_size" in found else ""),
+        f"{side:<10}  {result['completions_per_second']:8.2f} completions/s  {result['tokens_per_second']:8.1f} tokens/s  "
+        f"{result['completions']:5} completions of {result['mean_length']:.1f} tokens on average"
+        + (f", batch of {result['batch_size']}" if "batch_size" in result else ""),
         flush=True,
     )
-    return found
+    return result
 
 
 def main() -> int:
@@ -264,13 +264,13 @@ def main() -> int:
         speed = "completions_per_second"
         return statistics.median(each["corral"][speed] / each[other][speed] for each in rounds)
 
-    found = [
+    results = [
         claims.Claim("batch_vs_sequential", ratio("sequential"), "×", 25),
         claims.Claim("batch_vs_batched_transformers", ratio("batched"), "×", 3.5),
         claims.Claim("batch_vs_raw_engine", ratio("raw"), "×", 0.95),
     ]
     raw = {"prompts": args.prompts, "samples": SAMPLES, "max_tokens": TOKENS, "rounds": rounds}
-    return claims.report(found, raw, ["torch", "transformers", "openvino", "openvino-genai"], args.json)
+    return claims.report(results, raw, ["torch", "transformers", "openvino", "openvino-genai"], args.json)
 
 
 if __name__ == "__main__":

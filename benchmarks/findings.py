@@ -118,7 +118,7 @@ def main() -> None:
     own = compare_run(bench, options.run) if options.run else None
     spent = time.perf_counter() - began
     progress.stop()
-    found = Findings(
+    findings = Findings(
         model=MODEL.partition(":")[2],
         machine=machine(),
         versions={name: version(name) for name in PACKAGES},
@@ -132,19 +132,19 @@ def main() -> None:
         batching=batching,
         run=own,
     )
-    write_atomic(options.out, write_page(found))
+    write_atomic(options.out, write_page(findings))
     print(f"wrote {options.out} after {spent / 60:.1f} minutes")
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument(
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
         "--rows", type=int, default=ROWS, help=f"word problems; other sets in proportion (default: {ROWS})"
     )
-    made.add_argument("--run", type=Path, help="a finished run, whose held-out rows are answered too")
-    made.add_argument("--work", type=Path, default=Path("build/findings"), help="where rows are kept")
-    made.add_argument("--out", type=Path, default=Path("docs/findings.md"))
-    return made
+    parser.add_argument("--run", type=Path, help="a finished run, whose held-out rows are answered too")
+    parser.add_argument("--work", type=Path, default=Path("build/findings"), help="where rows are kept")
+    parser.add_argument("--out", type=Path, default=Path("docs/findings.md"))
+    return parser
 
 
 @dataclass(frozen=True)
@@ -198,8 +198,8 @@ def open_measurements(folder: Path, subjects: Sequence[VariantSpec], material: E
     if folder.exists() and not before.exists():
         folder.rename(before)
     remove_tree(folder)
-    with new_directory(folder) as made:
-        Measurements(made).reuse_rows(before, subjects, material)
+    with new_directory(folder) as new:
+        Measurements(new).reuse_rows(before, subjects, material)
     remove_tree(before)
     return Measurements(folder)
 
@@ -234,14 +234,14 @@ def compare_votes(
         rows = {name: rows[name] for name in ("first candidate", "rouge-l", "cosine")}
     for item in items:
         candidates = [Candidate(text, mean) for text, mean in drawn[item.id]["candidates"]]
-        for method, of_method in rows.items():
-            place = 0
+        for method, method_rows in rows.items():
+            winner = 0
             if method != "first candidate":
-                place = Consensus(method, stop="never", embed=embedder).vote(candidates).winner  # pyright: ignore[reportArgumentType]
-            text = candidates[place].text
+                winner = Consensus(method, stop="never", embed=embedder).vote(candidates).winner  # pyright: ignore[reportArgumentType]
+            text = candidates[winner].text
             assert item.grade is not None
-            of_method.append(tasks.row_from_answer({"id": item.id, "answer": text, **item.grade(text)}))
-    cards = {method: VariantRows([], {}, {task.name: of_method}) for method, of_method in rows.items()}
+            method_rows.append(tasks.row_from_answer({"id": item.id, "answer": text, **item.grade(text)}))
+    cards = {method: VariantRows([], {}, {task.name: method_rows}) for method, method_rows in rows.items()}
     return scorecard.build_scorecard(cards, baseline="first candidate", seed=SEED)
 
 
@@ -287,11 +287,11 @@ def time_batching(bench: Bench, session: Session, task: Task) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {"sequential": [], "batched": []}
     tokens: dict[str, int] = {}
     for turn in range(ROUNDS):
-        for place, (name, work) in enumerate((("sequential", one_by_one), ("batched", together))):
+        for index, (name, work) in enumerate((("sequential", one_by_one), ("batched", together))):
             began = time.perf_counter()
             tokens[name] = session.run(work())
             seconds[name].append(time.perf_counter() - began)
-            bench.progress.update(2 * turn + place + 1)
+            bench.progress.update(2 * turn + index + 1)
     return {"prompts": len(prompts), "seconds": seconds, "tokens": tokens}
 
 
@@ -300,11 +300,11 @@ def compare_precisions(bench: Bench, arithmetic: Task) -> tuple[Scorecard, dict[
     short = [q for q in bench.task("xsum", 64, 3).questions if len(q.prompt.split()) < 250][: max(2, bench.rows // 3)]
     summaries = [Item(question.id, question.example) for question in short]
     material = EvaluationData(loss_items=summaries, tasks=[arithmetic, bench.task("commonsense_qa", 24, 0.5)])
-    places = {
+    folders = {
         name: export_form(bench.model, bench.folder / "forms", form, bench.progress)
         for name, form in PRECISIONS.items()
     }
-    subjects = {name: bench.subject(name, SHOTS, model_identity(place), loss=True) for name, place in places.items()}
+    subjects = {name: bench.subject(name, SHOTS, model_identity(folder), loss=True) for name, folder in folders.items()}
     into = open_measurements(bench.folder / "precision", list(subjects.values()), material)
     memory: dict[str, Any] = {}
     for name, subject in subjects.items():
@@ -312,14 +312,14 @@ def compare_precisions(bench: Bench, arithmetic: Task) -> tuple[Scorecard, dict[
         if known.exists() and into.is_complete(subject, material):
             memory[name] = json.loads(known.read_text("utf-8"))
             continue
-        with open_session(places[name]) as session:
-            memory[name] = cached(known, bench.rows, partial(measure_memory, bench, session, arithmetic, places[name]))
+        with open_session(folders[name]) as session:
+            memory[name] = cached(known, bench.rows, partial(measure_memory, bench, session, arithmetic, folders[name]))
             session.run(into.measure(subject, session.engine, bench.template, material, bench.progress))
     rows = {name: into.variant_rows(name) for name in subjects}
     return scorecard.build_scorecard(rows, baseline="float32", seed=SEED), memory
 
 
-def measure_memory(bench: Bench, session: Session, task: Task, place: Path) -> dict[str, Any]:
+def measure_memory(bench: Bench, session: Session, task: Task, folder: Path) -> dict[str, Any]:
     """Size of the weights, and peak memory of the engine's process while it answers a few questions at once."""
     answerer = build_answerer(session.engine, bench.template, Answer(max_tokens=32), examples=tuple, seed=SEED)
     prompts = [question.example.split_answer()[0] for question in task.questions[:8]]
@@ -328,7 +328,7 @@ def measure_memory(bench: Bench, session: Session, task: Task, place: Path) -> d
         await asyncio.gather(*(answerer.answer(prompt) for prompt in prompts))
 
     session.run(together())
-    weights = (place / "openvino_model.bin").stat().st_size
+    weights = (folder / "openvino_model.bin").stat().st_size
     return {"weights_bytes": weights, "peak_bytes": _peak_of_children(), "at_once": len(prompts)}
 
 
@@ -365,7 +365,7 @@ def compare_run(bench: Bench, path: Path) -> Scorecard:
         ]
         for model, folder in folders.items()
     }
-    every = [subject for of_model in subjects.values() for subject in of_model]
+    every = [subject for model_subjects in subjects.values() for subject in model_subjects]
     into = open_measurements(bench.folder / "run", every, material)
     for model, folder in folders.items():
         if all(into.is_complete(subject, material) for subject in subjects[model]):

@@ -143,9 +143,9 @@ def _table(card: Scorecard) -> list[str]:
     ]
     cells = []
     for row, key in zip(rows, _in_order(card, names), strict=True):
-        found = mde.get(key)
+        comparison = mde.get(key)
         digits = describe_metric(key[1]).digits
-        cells.append((*row, "" if found is None or not found.mde else f"{found.mde:.{digits}f}"))
+        cells.append((*row, "" if comparison is None or not comparison.mde else f"{comparison.mde:.{digits}f}"))
     lines = _markdown((*header, MDE), cells)
     head, *costs = cost_rows(card.variants)
     return [*lines, "", *_markdown(head, costs)] if costs else lines
@@ -153,9 +153,9 @@ def _table(card: Scorecard) -> list[str]:
 
 def _in_order(card: Scorecard, names: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """(variant, metric) in the order of `table_rows`."""
-    places = {name: place for place, name in enumerate(sort_metrics(name for _, name in names))}
+    order = {name: position for position, name in enumerate(sort_metrics(name for _, name in names))}
     variants = list(card.variants)
-    return sorted(names, key=lambda key: (places[key[1]], variants.index(key[0])))
+    return sorted(names, key=lambda key: (order[key[1]], variants.index(key[0])))
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -231,8 +231,8 @@ def side_plain(base: Any, batches: Sequence[Sequence[Row]], size: Sizes) -> dict
         at_once = len(batches[0])
         while at_once:
             try:
-                found = plain_steps(model, batches, at_once, size)
-                return found | {"rows_at_once": at_once, "gradient_checkpointing": checkpointing}
+                figures = plain_steps(model, batches, at_once, size)
+                return figures | {"rows_at_once": at_once, "gradient_checkpointing": checkpointing}
             except torch.OutOfMemoryError:
                 at_once //= 2
             gc.collect()
@@ -298,8 +298,8 @@ def correctness(device: str) -> dict[str, float]:
         model.to(where).train()
         if ours:
             fuse(model)
-            found = target_logprobs(model, [ids for ids, _ in rows], [range(1, len(ids)) for ids, _ in rows])
-            loss = -torch.cat(found).sum()
+            logprobs = target_logprobs(model, [ids for ids, _ in rows], [range(1, len(ids)) for ids, _ in rows])
+            loss = -torch.cat(logprobs).sum()
         else:
             loss = torch.stack([plain_loss(model, [row], where) for row in rows]).sum()
         loss.backward()
@@ -339,14 +339,14 @@ def synchronise(size: Sizes) -> None:
         torch.cuda.synchronize()
 
 
-def shares(name: str, parameters: int, found: dict[str, Any], size: Sizes, rate: float) -> dict[str, float | None]:
+def shares(name: str, parameters: int, figures: dict[str, Any], size: Sizes, rate: float) -> dict[str, float | None]:
     """Share of the GPU's rate that a side reaches on long documents, by three conventions."""
     import torch
 
     shape = size.shapes[name]
     gpu = torch.cuda.get_device_name() if size.device == "cuda" else ""
     peak = next((peak for part, peak in PEAKS.items() if part in gpu), None)
-    speed = found["tokens_per_second"]
+    speed = figures["tokens_per_second"]
     # Causal scores and weighted values: half of 4 · length · heads · head size in the forward pass, 2.5 times that backward.
     square = 3.5 * 2 * size.document * shape["num_attention_heads"] * shape["head_dim"] * shape["num_hidden_layers"]
     return {
@@ -428,13 +428,13 @@ def main() -> int:
     for name, kind in (("3b", "long"), ("3b", "mix"), ("8b", "long")):
         if name == "8b":
             torch.compiler.reset()  # other shapes: torch keeps few programs of one function
-        found = measured(name, kind, size)
+        figures = measured(name, kind, size)
         if kind == "long":
-            found["shares"] = shares(name, found["parameters"], found["corral"], size, raw["product_rate"])
-        found["first_loss_gap"] = gap = abs(found["corral"]["losses"][0] - found["plain"]["losses"][0])
+            figures["shares"] = shares(name, figures["parameters"], figures["corral"], size, raw["product_rate"])
+        figures["first_loss_gap"] = gap = abs(figures["corral"]["losses"][0] - figures["plain"]["losses"][0])
         if size.device == "cpu" and gap > 1e-3:
             raise SystemExit(f"{name} {kind}: the first losses are {gap:.3g} apart")
-        raw[f"{name} {kind}"] = found
+        raw[f"{name} {kind}"] = figures
     if size.device != "cuda":
         return not_run(args.json)
     raw["gpu"] = torch.cuda.get_device_name()

@@ -183,10 +183,10 @@ def write_sources(folder: Path, rows: int, words: list[str]) -> None:
         kept = round(count * rows / ROWS)
         available = kept + kept // 10 if count == CAP else kept
         text = TextGenerator(words, seed)
-        made: Iterator[dict[str, Any]] = (MAKE_ROW[name](text, i) for i in range(available))
+        new_rows: Iterator[dict[str, Any]] = (MAKE_ROW[name](text, i) for i in range(available))
         if name in PARQUET:
             writer = None
-            while batch := [row for row, _ in zip(made, range(2000), strict=False)]:
+            while batch := [row for row, _ in zip(new_rows, range(2000), strict=False)]:
                 table = pa.Table.from_pylist(batch)
                 writer = writer or parquet.ParquetWriter(folder / f"{name}.parquet", table.schema)
                 writer.write_table(table)
@@ -194,7 +194,7 @@ def write_sources(folder: Path, rows: int, words: list[str]) -> None:
             writer.close()
         else:
             with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in made)
+                file.writelines(json.dumps(row) + "\n" for row in new_rows)
 
 
 def running_text() -> list[str]:

@@ -136,14 +136,14 @@ async def beside_streams(one: Any, stream: Any, seconds: float) -> list[float]:
     """Latency in seconds of each request of the open loop, next to open streams."""
     streams = [asyncio.ensure_future(stream()) for _ in range(STREAMS)]
     await asyncio.sleep(2)
-    found = await open_loop(RATE, seconds, one)
+    replies = await open_loop(RATE, seconds, one)
     for each in streams:
         each.cancel()
     await asyncio.gather(*streams, return_exceptions=True)
-    bad = Counter(reply.status for reply in found if reply.status != 200)
+    bad = Counter(reply.status for reply in replies if reply.status != 200)
     if bad:
         sys.exit(f"failed: {dict(bad)}")
-    return [reply.seconds for reply in found]
+    return [reply.seconds for reply in replies]
 
 
 async def bare(seconds: float) -> list[float]:
@@ -177,9 +177,9 @@ def side_overhead(options: argparse.Namespace) -> dict[str, Any]:
             )
 
     served = asyncio.run(beside())
-    found = {"bare": quantiles(alone), "served": quantiles(served)}
-    show("overhead", found)
-    return found
+    figures = {"bare": quantiles(alone), "served": quantiles(served)}
+    show("overhead", figures)
+    return figures
 
 
 def side_streams(_: argparse.Namespace) -> dict[str, Any]:
@@ -191,9 +191,9 @@ def side_streams(_: argparse.Namespace) -> dict[str, Any]:
 
     replies = asyncio.run(work())
     errors = sum(not whole(reply, expected) for reply in replies)
-    found = {"clients": CLIENTS, "errors": errors, "seconds": quantiles([reply.seconds for reply in replies])}
-    show("streams", found)
-    return found
+    figures = {"clients": CLIENTS, "errors": errors, "seconds": quantiles([reply.seconds for reply in replies])}
+    show("streams", figures)
+    return figures
 
 
 def whole(reply: Reply, tokens: int) -> bool:
@@ -260,7 +260,7 @@ def side_overload(options: argparse.Namespace) -> dict[str, Any]:
     third = len(admitted) // 3
     first, last = (statistics.median(r.seconds for r in part) for part in (admitted[:third], admitted[-third:]))
     refused = [r for r in replies if r.status in (429, 503) and r.retry]
-    found = {
+    figures = {
         "requests_per_second": rate,
         "seconds": options.seconds,
         "statuses": dict(Counter(str(r.status) for r in replies)),
@@ -270,8 +270,8 @@ def side_overload(options: argparse.Namespace) -> dict[str, Any]:
         "refused": quantiles([r.seconds for r in refused]),
         "memory_mb": {"early": max(memory[5:15]), "end": memory[-1], "peak": max(memory)},
     }
-    show("overload", found)
-    return found
+    show("overload", figures)
+    return figures
 
 
 def resident_mb(process: int) -> float:
@@ -284,25 +284,25 @@ def quantiles(seconds: Sequence[float]) -> dict[str, float]:
     return {f"p{q}_ms": 1000 * ordered[min(len(ordered) - 1, len(ordered) * q // 100)] for q in (50, 90, 99)}
 
 
-def show(name: str, found: Any) -> None:
-    print(f"{name}: {json.dumps(found)}", flush=True)
+def show(name: str, figures: Any) -> None:
+    print(f"{name}: {json.dumps(figures)}", flush=True)
 
 
 SIDES = {"overhead": side_overhead, "streams": side_streams, "batch": side_batch, "overload": side_overload}
 
 
-def make_claims(found: dict[str, Any]) -> list[claims.Claim]:
+def make_claims(figures: dict[str, Any]) -> list[claims.Claim]:
     """The claims for the sides that were measured."""
     result: list[claims.Claim] = []
-    if part := found.get("overhead"):
+    if part := figures.get("overhead"):
         value = part["served"]["p50_ms"] - part["bare"]["p50_ms"]
         result.append(claims.Claim("serve_overhead_p50_ms_64", value, "ms", 5, "<="))
-    if part := found.get("streams"):
+    if part := figures.get("streams"):
         result.append(claims.Claim("serve_errors_256", part["errors"], "errors", 0, "<="))
-    if part := found.get("batch"):
+    if part := figures.get("batch"):
         ratio = statistics.median(each["served"] / each["batch"] for each in part["rounds"])
         result.append(claims.Claim("serve_vs_batch", ratio, "×", 0.95))
-    if part := found.get("overload"):
+    if part := figures.get("overload"):
         memory = part["memory_mb"]
         growth, steady = memory["end"] - memory["early"], part["admitted_p50_last"] / part["admitted_p50_first"]
         result.append(claims.Claim("overload_memory_growth_mb", growth, "MB", 20, "<="))
@@ -328,8 +328,8 @@ def main() -> int:
     if options.bare:
         print(json.dumps(asyncio.run(bare(options.seconds))))
         return 0
-    found = {name: SIDES[name](options) for name in options.only}
-    return claims.report(make_claims(found), found, ["fastapi", "uvicorn", "openvino-genai", "torch"], options.json)
+    figures = {name: SIDES[name](options) for name in options.only}
+    return claims.report(make_claims(figures), figures, ["fastapi", "uvicorn", "openvino-genai", "torch"], options.json)
 
 
 if __name__ == "__main__":

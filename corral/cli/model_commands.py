@@ -43,8 +43,8 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
         execute_recipe(recipe, path, args, allowed=("export", "report"))
         from corral.pipeline.export_stage import requested_forms
 
-        places = [str(each.path(path / "export")) for each in requested_forms(recipe)]
-        if not places:
+        paths = [str(each.path(path / "export")) for each in requested_forms(recipe)]
+        if not paths:
             raise InputError("the recipe of this run names no format", where=args.model, hint="add --to gguf")
     else:
         from corral.model.loading import resolve_model
@@ -56,13 +56,13 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
                 raise InputError(
                     f"{args.model!r} is not a run", hint="for a model, add --to FORMAT and --out DIRECTORY"
                 )
-            places = [str(export_form(folder, Path(args.out), form, progress))]
+            paths = [str(export_form(folder, Path(args.out), form, progress))]
         finally:
             progress.stop()
     if not args.json:
-        for place in places:
-            print(f"export  {place}")
-    return {"exported": places}
+        for exported in paths:
+            print(f"export  {exported}")
+    return {"exported": paths}
 
 
 def verify(args: argparse.Namespace) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def verify(args: argparse.Namespace) -> dict[str, Any]:
     from corral.template import Template
 
     folder, record = find_model_folder(args.model), find_contract(args.model)
-    found = contract.read(record)
+    recorded = contract.read(record)
     template = Template.load(load_tokenizer(folder))
     checks = contract.check_unchanged(record, template)
     if all(check.passed for check in checks):
@@ -93,7 +93,7 @@ def verify(args: argparse.Namespace) -> dict[str, Any]:
         for check in checks:
             print(f"{'holds ' if check.passed else 'BROKEN'}  {check.name}: {check.detail}", flush=True)
     contract.raise_if_failed(checks, where=record)
-    return {"model": str(record.parent), "form": found["form"], "checks": [asdict(check) for check in checks]}
+    return {"model": str(record.parent), "form": recorded["form"], "checks": [asdict(check) for check in checks]}
 
 
 def chat(args: argparse.Namespace) -> None:

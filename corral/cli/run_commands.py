@@ -92,8 +92,8 @@ def _run(args: argparse.Namespace, world: World) -> dict[str, Any]:
         _print_scorecard(out)
         print(f"model   {out / 'merge' / 'model'}")
         print(f"report  {out / 'report' / 'index.html'}")
-        for place in sorted((out / "export").glob("*.gguf")) + sorted((out / "export").glob("openvino-*")):
-            print(f"export  {place}")
+        for exported in sorted((out / "export").glob("*.gguf")) + sorted((out / "export").glob("openvino-*")):
+            print(f"export  {exported}")
         print(f"chat    corral chat {out}")
         print(f"serve   corral serve {out}")
     return result
@@ -118,18 +118,20 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
                 from corral.data.small_form import shrink_recipe
 
                 recipe = shrink_recipe(recipe, Path(rows))
-            found = find_out(recipe, out, progress, device=args.device)
+            outcome = find_out(recipe, out, progress, device=args.device)
         except KeyboardInterrupt:
             raise Stopped(interrupts.signal) from None
         finally:
             progress.stop()
-    result = found.to_json()
+    result = outcome.to_json()
     if not args.json:
-        Console().print(render(found))
-    if found.verdict == "does not fit":
+        Console().print(render(outcome))
+    if outcome.verdict == "does not fit":
         if args.json:
             print(json.dumps(result, ensure_ascii=False))
-        raise GateError("this recipe does not fit", where=found.reasons[0], hint="make the changes that the plan lists")
+        raise GateError(
+            "this recipe does not fit", where=outcome.reasons[0], hint="make the changes that the plan lists"
+        )
     return result
 
 

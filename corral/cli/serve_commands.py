@@ -124,7 +124,7 @@ def _add(held: Any, args: argparse.Namespace) -> dict[str, Any]:
     return {"name": key.name, "id": key.id, "key": secret}
 
 
-def _list(found: list[Key], used: dict[str, KeyUsage], args: argparse.Namespace) -> dict[str, Any]:
+def _list(api_keys: list[Key], used: dict[str, KeyUsage], args: argparse.Namespace) -> dict[str, Any]:
     from dataclasses import asdict
 
     from corral.serving.api_keys import KeyUsage
@@ -140,7 +140,7 @@ def _list(found: list[Key], used: dict[str, KeyUsage], args: argparse.Namespace)
             **asdict(key.quota),
             "tokens_today": used.get(key.id, KeyUsage()).tokens,
         }
-        for key in found
+        for key in api_keys
     ]
     if not args.json:
         from rich.console import Console

@@ -135,7 +135,7 @@ class Generation:
         deltas: list[list[Delta]] = [[] for _ in range(self.n)]
         async for delta in self:
             deltas[delta.choice].append(delta)
-        return [_join(of_choice) for of_choice in deltas]
+        return [_join(parts) for parts in deltas]
 
 
 def _join(deltas: Sequence[Delta]) -> Completion:

@@ -34,7 +34,7 @@ def sample(logits: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[flo
         _greedy if s.temperature == 0 else _full if s.top_k == 0 and s.top_p == 1 else _truncated for s in samplings
     ]
     for method in (_greedy, _full, _truncated):
-        rows = [i for i, of_row in enumerate(methods) if of_row is method]
+        rows = [i for i, row_method in enumerate(methods) if row_method is method]
         if len(rows) == len(logits):
             return method(logits, numbers)
         if rows:

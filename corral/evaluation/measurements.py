@@ -106,12 +106,12 @@ class Measurements:
 
     def reuse_rows(self, old: Path, variants: Sequence[VariantSpec], data: EvaluationData) -> None:
         """Copy from another folder the rows that these variants have there with the same settings."""
-        wanted: dict[str, dict[RowOrigin, Collection[str]]] = {SECONDS: {}}
+        reusable: dict[str, dict[RowOrigin, Collection[str]]] = {SECONDS: {}}
         for variant in variants:
             for rows in _row_sets(variant, data):
-                wanted.setdefault(rows.file, {})[rows.origin] = rows.ids
-                wanted[SECONDS][rows.origin] = (rows.file,)
-        for name, ids_by_origin in wanted.items():
+                reusable.setdefault(rows.file, {})[rows.origin] = rows.ids
+                reusable[SECONDS][rows.origin] = (rows.file,)
+        for name, ids_by_origin in reusable.items():
             self.row_file(name).reuse_rows(old / name, ids_by_origin)
 
     def is_complete(self, variant: VariantSpec, data: EvaluationData) -> bool:
@@ -234,8 +234,8 @@ def task_items(task: Task) -> list[Item]:
 
 def _row_sets(variant: VariantSpec, data: EvaluationData) -> list[_RowSet]:
     """All rows of a variant; those of the held-out loss or of the answers may be none."""
-    of_tasks = [rows for task in data.tasks for rows in _task_rows(variant, task)]
-    return [_loss_rows(variant, data), _answer_rows(variant, data), *of_tasks]
+    task_rows = [rows for task in data.tasks for rows in _task_rows(variant, task)]
+    return [_loss_rows(variant, data), _answer_rows(variant, data), *task_rows]
 
 
 def _loss_rows(variant: VariantSpec, data: EvaluationData) -> _RowSet:

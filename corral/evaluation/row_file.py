@@ -54,7 +54,7 @@ class RowFile:
             id_: row for origin, rows in self._rows.items() if origin.variant == variant for id_, row in rows.items()
         }
 
-    def reuse_rows(self, old: Path, wanted: Mapping[RowOrigin, Collection[str]]) -> None:
+    def reuse_rows(self, old: Path, ids_by_origin: Mapping[RowOrigin, Collection[str]]) -> None:
         """Copy the lines with these origins and ids from another file, unless this file has them. Raises: StorageError."""
         if not old.is_file():
             return
@@ -62,7 +62,7 @@ class RowFile:
         for line in _complete_lines(old.read_bytes()).splitlines(keepends=True):
             row = json.loads(line)
             origin = _origin(row)
-            if row["id"] in wanted.get(origin, ()) and row["id"] not in self.rows_of(origin):
+            if row["id"] in ids_by_origin.get(origin, ()) and row["id"] not in self.rows_of(origin):
                 lines.append(line)
                 self._remember(row)
         if lines:

@@ -59,11 +59,11 @@ def describe_metric(name: str) -> Metric:
 
 def sort_metrics(names: Iterable[str]) -> list[str]:
     """Metrics in the order they are shown: those of the run's own rows, then task by task, then unknown ones by name."""
-    places = {name: place for place, name in enumerate(METRICS)}
+    order = {name: position for position, name in enumerate(METRICS)}
 
     def key(name: str) -> tuple[bool, str, int, str]:
         task, _, short = name.rpartition("/")
-        return short not in places, task, places.get(short, 0), name
+        return short not in order, task, order.get(short, 0), name
 
     return sorted(set(names), key=key)
 
@@ -169,15 +169,15 @@ def _text_columns(rows: Sequence[Row], rouge: Rouge) -> dict[str, Column]:
     references = tuple((reference, *row.other_references) for row, reference, _ in texts)
     scores = np.array(
         [
-            rouge.score_pairs(of_row, [answer] * len(of_row)).max(axis=0)
-            for of_row, answer in zip(references, answers, strict=True)
+            rouge.score_pairs(row_references, [answer] * len(row_references)).max(axis=0)
+            for row_references, answer in zip(references, answers, strict=True)
         ]
     )
     columns = {
-        name: Column(ids, "answers", Measure.mean(scores[:, place]), references)
-        for place, name in enumerate(RougeScores._fields)
+        name: Column(ids, "answers", Measure.mean(scores[:, index]), references)
+        for index, name in enumerate(RougeScores._fields)
     }
-    if all(len(of_row) == 1 for of_row in references):
+    if all(len(row_references) == 1 for row_references in references):
         counts = bleu_statistics([first for first, *_ in references], answers)
         columns["bleu"] = Column(ids, "answers", Measure.corpus(counts, bleu), references)
     return columns

@@ -121,15 +121,15 @@ def stop_ids(folder: Path, tokenizer: Any) -> list[int]:
         if stated is None and (folder / name).is_file():
             stated = cast("dict[str, Any]", json.loads((folder / name).read_text("utf-8"))).get("eos_token_id")
     eos: Any = tokenizer.eos_token_id
-    found: list[int] = [stated] if isinstance(stated, int) else list(cast("Sequence[int]", stated or ()))
-    found = sorted(set(found) or ({int(eos)} if eos is not None else set()), key=lambda token: (token != eos, token))
-    if not 1 <= len(found) <= len(_STOPS):
+    stops: list[int] = [stated] if isinstance(stated, int) else list(cast("Sequence[int]", stated or ()))
+    stops = sorted(set(stops) or ({int(eos)} if eos is not None else set()), key=lambda token: (token != eos, token))
+    if not 1 <= len(stops) <= len(_STOPS):
         raise ModelError(
-            f"generation_config.json names {len(found)} tokens that end an answer; a GGUF file holds 1 to {len(_STOPS)}",
+            f"generation_config.json names {len(stops)} tokens that end an answer; a GGUF file holds 1 to {len(_STOPS)}",
             where=str(folder),
             hint="name in eos_token_id the tokens that the chat template ends an answer with",
         )
-    return found
+    return stops
 
 
 class _Refusal:
@@ -232,7 +232,7 @@ def _merges_suffice(state: dict[str, Any]) -> bool:
     vocab: dict[str, int] = state["model"]["vocab"]
     merging = Tokenizer(models.BPE(vocab=vocab, merges=_pairs(state)))
     texts = [text for text, token in vocab.items() if token not in added]
-    return all(len(made.ids) == 1 for made in merging.encode_batch(texts, add_special_tokens=False))
+    return all(len(encoding.ids) == 1 for encoding in merging.encode_batch(texts, add_special_tokens=False))
 
 
 def _scores(state: dict[str, Any], tokens: list[str], types: list[int], refuse: _Refusal) -> list[float]:

@@ -180,10 +180,10 @@ def _weights(folder: Path, config: Any, stack: ExitStack) -> list[_Weight]:
     """All tensors in file order. Raises ModelError if a tensor is missing, unknown or has the wrong shape."""
     from safetensors import safe_open
 
-    found: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
     for file in weight_files(folder):
         opened: Any = stack.enter_context(safe_open(file, "pt"))
-        found |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+        tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
     head_dim = config.head_dim
     wide, narrow = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     hidden, inner = config.hidden_size, config.intermediate_size
@@ -200,11 +200,11 @@ def _weights(folder: Path, config: Any, stack: ExitStack) -> list[_Weight]:
     names = {name: _gguf_name(name) for name in ordered}
     if config.tie_word_embeddings:
         del names["lm_head.weight"]
-        found.pop("lm_head.weight", None)
-    known = {key for key in found if key.endswith("rotary_emb.inv_freq")} | names.keys()
-    wrong = {"lacks": sorted(names.keys() - found.keys()), "has unknown": sorted(found.keys() - known)}
-    wrong |= {"has in another shape": [key for key, name in names.items() if key in found
-              and tuple(found[key].get_shape()) != sizes[name.split(".")[-2]]]}  # fmt: skip
+        tensors.pop("lm_head.weight", None)
+    known = {key for key in tensors if key.endswith("rotary_emb.inv_freq")} | names.keys()
+    wrong = {"lacks": sorted(names.keys() - tensors.keys()), "has unknown": sorted(tensors.keys() - known)}
+    wrong |= {"has in another shape": [key for key, name in names.items() if key in tensors
+              and tuple(tensors[key].get_shape()) != sizes[name.split(".")[-2]]]}  # fmt: skip
     for what, keys in wrong.items():
         if keys:
             raise ModelError(
@@ -212,7 +212,7 @@ def _weights(folder: Path, config: Any, stack: ExitStack) -> list[_Weight]:
                 where=str(folder),
                 hint="export a model folder that transformers loads without a warning",
             )
-    weights = [_weight(names[key], found[key], head_dim) for key in names]
+    weights = [_weight(names[key], tensors[key], head_dim) for key in names]
     if config.rope_parameters["rope_type"] == "llama3":
         divisors = llama3_divisors(config)
         weights.append(_Weight(_ROPE_DIVISORS, divisors.shape, lambda a, b: divisors[a:b], 1))
@@ -237,14 +237,14 @@ def _weight(name: str, source: Any, head_dim: int) -> _Weight:
     return _Weight(name, tuple(source.get_shape()), rows, head_dim if turned else 1)
 
 
-def _type_of(weight: _Weight, asked: GgufType, *, tied: bool) -> GGMLQuantizationType:
+def _type_of(weight: _Weight, form_type: GgufType, *, tied: bool) -> GGMLQuantizationType:
     from gguf import GGMLQuantizationType
 
     if len(weight.shape) == 1:
         return GGMLQuantizationType.F32
-    if asked == "f16" or weight.shape[-1] % 32:
+    if form_type == "f16" or weight.shape[-1] % 32:
         return GGMLQuantizationType.F16
-    if asked == "q8_0" or weight.name == ("token_embd.weight" if tied else "output.weight"):
+    if form_type == "q8_0" or weight.name == ("token_embd.weight" if tied else "output.weight"):
         return GGMLQuantizationType.Q8_0
     return GGMLQuantizationType.Q4_0
 
@@ -286,7 +286,7 @@ def _write_head(
     config: Any,
     words: GgufVocabulary,
     plan: list[tuple[_Weight, GGMLQuantizationType]],
-    asked: GgufType,
+    form_type: GgufType,
 ) -> None:
     """Writes the header, the metadata and the tensor table."""
     import numpy as np
@@ -295,7 +295,7 @@ def _write_head(
     path.unlink(missing_ok=True)  # a killed writer may have left one
     writer = GGUFWriter(str(path), "llama")
     try:
-        _add_model(writer, folder, config, asked)
+        _add_model(writer, folder, config, form_type)
         _add_vocabulary(writer, words)
         for weight, kind in plan:
             size = _size(weight.shape, kind)
@@ -307,7 +307,7 @@ def _write_head(
         writer.close()
 
 
-def _add_model(writer: GGUFWriter, folder: Path, config: Any, asked: GgufType) -> None:
+def _add_model(writer: GGUFWriter, folder: Path, config: Any, form_type: GgufType) -> None:
     from gguf import GGML_QUANT_VERSION, RopeScalingType
 
     writer.add_type("model")
@@ -322,7 +322,7 @@ def _add_model(writer: GGUFWriter, folder: Path, config: Any, asked: GgufType) -
         else:
             continue
         break
-    writer.add_file_type(_FILE_TYPES[asked])
+    writer.add_file_type(_FILE_TYPES[form_type])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)

@@ -144,9 +144,9 @@ def _learn(render: Any) -> tuple[_Form, bool] | None:
     form = _Form(plain[0], led[0] if led else None, led[1] if led else "", plain[1], plain[2], plain[3])
     if any(part in text for text in (*plain, *(led or ())) for part in ("{{", '"""')):
         return None
-    asked = [c for c in _UNLEARNT if form.system is not None or c.messages[0].role != "system"]
+    unlearnt = [c for c in _UNLEARNT if form.system is not None or c.messages[0].role != "system"]
     for strips in (False, True):
-        if all(_rendered(render, c) == form.render(c, strip=strips) for c in (*asked, *_EDGES)):
+        if all(_rendered(render, c) == form.render(c, strip=strips) for c in (*unlearnt, *_EDGES)):
             return form, strips
     return None
 

@@ -130,17 +130,17 @@ def _canonical(number: str) -> str | None:
         return None
     if value.denominator == 1:
         return str(value.numerator)
-    rest, places = value.denominator, 0
+    rest, decimals = value.denominator, 0
     for prime in (2, 5):
         power = 0
         while rest % prime == 0:
             rest //= prime
             power += 1
-        places = max(places, power)
+        decimals = max(decimals, power)
     if rest != 1:
         return f"{value.numerator}/{value.denominator}"
-    digits = str(abs(value * 10**places)).zfill(places + 1)
-    return f"{'-' if value < 0 else ''}{digits[:-places]}.{digits[-places:]}"
+    digits = str(abs(value * 10**decimals)).zfill(decimals + 1)
+    return f"{'-' if value < 0 else ''}{digits[:-decimals]}.{digits[-decimals:]}"
 
 
 def _fraction(text: str) -> Fraction:

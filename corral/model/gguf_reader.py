@@ -310,9 +310,9 @@ def _refuse_unconvertible(path: Path, header: GgufHeader) -> None:
     embedding = next((tensor for tensor in header.tensors if tensor.name == "token_embd.weight"), None)
     tokens = metadata.get("tokenizer.ggml.tokens")
     if embedding is None or not isinstance(tokens, list) or embedding.shape[-1] < len(cast("list[Any]", tokens)):
-        found = "none" if embedding is None else f"of shape {embedding.shape}"
+        embeddings = "none" if embedding is None else f"of shape {embedding.shape}"
         raise ModelError(
-            f"cannot use this GGUF file: token embeddings {found}, and a vocabulary of "
+            f"cannot use this GGUF file: token embeddings {embeddings}, and a vocabulary of "
             f"{len(cast('list[Any]', tokens)) if isinstance(tokens, list) else 'no'} tokens",
             where=str(path),
             hint=other,
@@ -342,9 +342,9 @@ def _rope(path: Path, header: GgufHeader) -> dict[str, Any]:
             file.seek(tensor.offset)
             rule = llama3_parameters(np.frombuffer(file.read(tensor.size), "<f4"), theta)
     if rule is None:
-        found = f"rope scaling by a factor of {factor}" if tensor is None else f"{ROPE_DIVISORS} ({tensor.type})"
+        stored = f"rope scaling by a factor of {factor}" if tensor is None else f"{ROPE_DIVISORS} ({tensor.type})"
         raise ModelError(
-            f"cannot use this GGUF file: it holds {found}, and no rule of Llama 3.1 or linear scaling was proved to make it",
+            f"cannot use this GGUF file: it holds {stored}, and no rule of Llama 3.1 or linear scaling was proved to make it",
             where=str(path),
             hint="use the model's safetensors folder instead",
         )
@@ -437,6 +437,6 @@ def _verify(path: Path, folder: Path, header: GgufHeader) -> None:
         pairs.append(
             (f"{name} id", metadata.get(f"tokenizer.ggml.{key}_token_id"), getattr(tokenizer, f"{name}_token_id"))
         )
-    for what, stated, found in pairs:
-        if stated != found:
-            raise ModelError(f"the GGUF file states {what} {stated}, its conversion has {found}", where=str(path))
+    for what, stated, actual in pairs:
+        if stated != actual:
+            raise ModelError(f"the GGUF file states {what} {stated}, its conversion has {actual}", where=str(path))

@@ -51,9 +51,9 @@ def find_shape_error(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int
             return f"it lacks {name}"
     expected |= optional
     for name, shape in shapes.items():
-        wanted = expected.get(name)
-        if wanted != shape:
-            return f"{name} has shape {shape}, " + (f"not {wanted}" if wanted else "and no Llama has such a tensor")
+        if shape != expected.get(name):
+            fault = f"not {expected[name]}" if name in expected else "and no Llama has such a tensor"
+            return f"{name} has shape {shape}, {fault}"
     return None
 
 

@@ -85,12 +85,12 @@ def checkpoint_files(source: Path) -> list[Path]:
     params = source / "params.json"
     if not params.is_file():
         raise ModelError("the checkpoint has no params.json", where=str(source), hint=AGAIN)
-    numbered = {int(found[1]): path for path in source.glob("*.pth") if (found := _PART.fullmatch(path.name))}
+    numbered = {int(match[1]): path for path in source.glob("*.pth") if (match := _PART.fullmatch(path.name))}
     gap = next((number for number in range(len(numbered) or 1) if number not in numbered), None)
     if gap is not None:
         raise ModelError(f"the checkpoint's part consolidated.{gap:02d}.pth is missing", where=str(source), hint=AGAIN)
-    places = [source / "tokenizer.model", source.absolute().parent / "tokenizer.model"]
-    tokenizer = next((path for path in places if path.is_file()), None)
+    tokenizers = [source / "tokenizer.model", source.absolute().parent / "tokenizer.model"]
+    tokenizer = next((path for path in tokenizers if path.is_file()), None)
     if tokenizer is None:
         raise ModelError(
             "the checkpoint has no tokenizer.model",
@@ -174,9 +174,9 @@ def _config(params: MetaParams, tokenizer: MetaTokenizer, *, tied: bool, say: Ca
 def _write_texts(config: dict[str, Any], tokenizer: MetaTokenizer, folder: Path) -> None:
     from transformers import GenerationConfig, LlamaConfig
 
-    made = LlamaConfig(**config)
-    made.save_pretrained(folder)
-    GenerationConfig.from_model_config(made).save_pretrained(folder)
+    model_config = LlamaConfig(**config)
+    model_config.save_pretrained(folder)
+    GenerationConfig.from_model_config(model_config).save_pretrained(folder)
     tokenizer.fast.model_max_length = config["max_position_embeddings"]
     tokenizer.fast.save_pretrained(folder)
 
@@ -205,8 +205,8 @@ def _open_part(path: Path) -> _Part:
     tensors = {name: tensor for name, tensor in value.items() if name != _IGNORED} if isinstance(value, dict) else {}
     odd = [str(name) for name, tensor in tensors.items() if not (isinstance(name, str) and torch.is_tensor(tensor))]
     if odd or not tensors:
-        found = f"{odd[0]!r} is none" if odd else "there are none"
-        raise ModelError(f"the checkpoint's part is no table of tensors: {found}", where=str(path), hint=AGAIN)
+        detail = f"{odd[0]!r} is none" if odd else "there are none"
+        raise ModelError(f"the checkpoint's part is no table of tensors: {detail}", where=str(path), hint=AGAIN)
     floats = (torch.float32, torch.bfloat16, torch.float16)
     quantised = [name for name, tensor in tensors.items() if tensor.dtype not in floats]
     if quantised:
@@ -272,9 +272,9 @@ def _check_weights(weights: list[_Weight], parts: list[_Part], paths: list[Path]
             tensor = part.get(weight.source)
             if tensor is None:
                 raise ModelError(f"the checkpoint lacks {weight.source}", where=str(path), hint=AGAIN)
-            found = tuple(tensor.shape)
-            if not _fits(weight, found, len(parts)):
-                raise _wrong_shape(weight, found, paths, path, _parts_of(weights, part, len(paths)))
+            shape = tuple(tensor.shape)
+            if not _fits(weight, shape, len(parts)):
+                raise _wrong_shape(weight, shape, paths, path, _parts_of(weights, part, len(paths)))
         others = sorted(set(part) - known)
         if others:
             raise ModelError(
@@ -284,8 +284,8 @@ def _check_weights(weights: list[_Weight], parts: list[_Part], paths: list[Path]
             )
 
 
-def _fits(weight: _Weight, found: tuple[int, ...], parts: int) -> bool:
-    whole = tuple(size * parts if axis == weight.split else size for axis, size in enumerate(found))
+def _fits(weight: _Weight, shape: tuple[int, ...], parts: int) -> bool:
+    whole = tuple(size * parts if axis == weight.split else size for axis, size in enumerate(shape))
     in_heads = weight.heads is None or weight.heads % parts == 0
     return whole == weight.shape and in_heads
 
@@ -297,13 +297,13 @@ def _parts_of(weights: list[_Weight], part: _Part, there: int) -> int | None:
     return next((count for count in counts if all(_fits(weight, shape, count) for weight, shape in shapes)), None)
 
 
-def _wrong_shape(weight: _Weight, found: tuple[int, ...], paths: list[Path], path: Path, of: int | None) -> ModelError:
+def _wrong_shape(weight: _Weight, shape: tuple[int, ...], paths: list[Path], path: Path, of: int | None) -> ModelError:
     if of is not None:
         what = f"the checkpoint's part consolidated.{len(paths):02d}.pth is missing: {path.name} is one of {of} parts"
         return ModelError(what, where=str(path.parent), hint=AGAIN)
     shared = f" in {len(paths)} parts" if len(paths) > 1 else ""
     return ModelError(
-        f"{weight.source} has shape {list(found)}, and params.json asks for {list(weight.shape)}{shared}",
+        f"{weight.source} has shape {list(shape)}, and params.json asks for {list(weight.shape)}{shared}",
         where=str(path),
         hint="params.json and the consolidated files must be of the same model: fetch the folder again",
     )
@@ -329,15 +329,15 @@ def _write_weights(weights: list[_Weight], sizes: list[int], paths: list[Path], 
         groups[-1].append(weight)
         filled += size
     several = len(groups) > 1
-    places: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     for number, group in enumerate(groups, 1):
         name = f"model-{number:05d}-of-{len(groups):05d}.safetensors" if several else "model.safetensors"
         parts = [_open_part(path) for path in paths]
         # transformers requires the "format" entry: it names the library of the tensors.
         save_file({w.target: _whole(w, parts) for w in group}, folder / name, metadata={"format": "pt"})
-        places |= {weight.target: name for weight in group}
+        file_of |= {weight.target: name for weight in group}
     if several:
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": places}
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": file_of}
         write_json(folder / "model.safetensors.index.json", index)
 
 

@@ -61,17 +61,17 @@ def read_params(path: Path) -> MetaParams:
     stated = {key: entry for key, entry in cast("dict[str, Any]", value).items() if entry is not None}
 
     def number(key: str, kind: type[int] | type[float], default: Any = None, most: float = 2**31) -> Any:
-        found = stated.pop(key, default)
-        fits = isinstance(found, (int, kind)) and not isinstance(found, bool)
-        if found is not default and not (fits and 0 < found <= most):
-            raise fail(f"has {key} {found!r}, which is not {'a count' if kind is int else 'a number above 0'}")
-        return found
+        value = stated.pop(key, default)
+        fits = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        if value is not default and not (fits and 0 < value <= most):
+            raise fail(f"has {key} {value!r}, which is not {'a count' if kind is int else 'a number above 0'}")
+        return value
 
     def count(key: str) -> int:
-        found = number(key, int)
-        if found is None:
+        value = number(key, int)
+        if value is None:
             raise fail(f"does not say {key}")
-        return found
+        return value
 
     if stated.get("vocab_size") == -1:  # in Llama 2: the size of the tokenizer
         del stated["vocab_size"]

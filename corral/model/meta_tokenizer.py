@@ -104,7 +104,7 @@ def _tiktoken(data: bytes, scaled_rope: bool) -> MetaTokenizer:
     )
     backend.decoder = decoders.ByteLevel()
     names = _special_names(_LLAMA_3_1 if scaled_rope else _LLAMA_3)
-    ids = {name: len(vocab) + place for place, name in enumerate(names)}
+    ids = {name: len(vocab) + index for index, name in enumerate(names)}
     pad = {"pad_token": "<|finetune_right_pad_id|>"} if scaled_rope else {}
     fast = _finished(backend, names, "<|begin_of_text|>", ids, eos_token="<|end_of_text|>", **pad)
     stops = [ids[name] for name in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>") if name in ids]
@@ -117,15 +117,15 @@ def _ranked(data: bytes) -> list[bytes]:
     for number, line in enumerate(data.splitlines(), 1):
         try:
             token, rank = line.split()
-            text, place = base64.b64decode(token, validate=True), int(rank)
+            text, rank_number = base64.b64decode(token, validate=True), int(rank)
         except (ValueError, binascii.Error) as error:
             raise ValueError(f"line {number} is not a token in base64 and its rank: {line[:40]!r}") from error
-        if place in ranked or not text:
-            raise ValueError(f"line {number} gives rank {place} again, or to nothing")
-        ranked[place] = text
+        if rank_number in ranked or not text:
+            raise ValueError(f"line {number} gives rank {rank_number} again, or to nothing")
+        ranked[rank_number] = text
     if set(ranked) != set(range(len(ranked))):
         raise ValueError(f"its {len(ranked)} ranks are not 0 to {len(ranked) - 1}")
-    return [ranked[place] for place in range(len(ranked))]
+    return [ranked[rank_number] for rank_number in range(len(ranked))]
 
 
 def _byte_letters() -> dict[int, str]:
@@ -140,9 +140,9 @@ def _byte_letters() -> dict[int, str]:
 
 def _special_names(named: dict[int, str]) -> list[str]:
     """The special tokens in id order. Unnamed ones are numbered as reserved tokens."""
-    reserved = (place for place in range(_SPECIALS) if place not in named)
-    names = named | {place: f"reserved_special_token_{count}" for count, place in enumerate(reserved)}
-    return [f"<|{names[place]}|>" for place in range(_SPECIALS)]
+    reserved = (index for index in range(_SPECIALS) if index not in named)
+    names = named | {index: f"reserved_special_token_{count}" for count, index in enumerate(reserved)}
+    return [f"<|{names[index]}|>" for index in range(_SPECIALS)]
 
 
 # ---- Llama 2
@@ -169,10 +169,10 @@ def _sentencepiece(data: bytes) -> MetaTokenizer:
 
     model = _parsed(data)
     _refuse_unknown(model)
-    vocab = {text: place for place, (text, _, _) in enumerate(model.pieces)}
-    normal = [place for place, (_, _, kind) in enumerate(model.pieces) if kind == _NORMAL]
-    best_first = sorted(normal, key=lambda place: (-model.pieces[place][1], place))
-    texts = [model.pieces[place][0] for place in best_first]
+    vocab = {text: index for index, (text, _, _) in enumerate(model.pieces)}
+    normal = [index for index, (_, _, kind) in enumerate(model.pieces) if kind == _NORMAL]
+    best_first = sorted(normal, key=lambda index: (-model.pieces[index][1], index))
+    texts = [model.pieces[index][0] for index in best_first]
     unknown, bos, eos = (model.pieces[model.ids[name]][0] for name in ("unk", "bos", "eos"))
     merges = _merges(texts, {text: vocab[text] for text in texts})
     backend: Any = Tokenizer(
@@ -205,9 +205,9 @@ def _refuse_unknown(model: _Model) -> None:
     for what, wrong in faults.items():
         if wrong:
             raise ValueError(what)
-    for name, place in model.ids.items():
-        if place >= len(model.pieces) or model.pieces[place][2] not in (_UNKNOWN, _CONTROL):
-            raise ValueError(f"its {name} id is {place}, which is no special piece")
+    for name, index in model.ids.items():
+        if index >= len(model.pieces) or model.pieces[index][2] not in (_UNKNOWN, _CONTROL):
+            raise ValueError(f"its {name} id is {index}, which is no special piece")
 
 
 def _parsed(data: bytes) -> _Model:
@@ -226,14 +226,14 @@ def _parsed(data: bytes) -> _Model:
             model.suffix_space = bool(trainer.get(24, 0))
             model.byte_fallback = bool(trainer.get(35, 0))
             model.ids = {
-                name: _number(trainer.get(place, model.ids[name]))
-                for name, place in (("unk", 40), ("bos", 41), ("eos", 42))
+                name: _number(trainer.get(field, model.ids[name]))
+                for name, field in (("unk", 40), ("bos", 41), ("eos", 42))
             }
         elif number == 3:
             rules = dict(_fields(_bytes(value)))
             model.rules = _bytes(rules.get(2, b"")) + _bytes(rules.get(6, b""))
             model.prefix_space, model.squeezes_spaces, model.escapes_spaces = (
-                bool(rules.get(place, 1)) for place in (3, 4, 5)
+                bool(rules.get(field, 1)) for field in (3, 4, 5)
             )
     return model
 

@@ -108,9 +108,9 @@ def cached_form(folder: Path, precision: Precision) -> Path:
     from corral.model.folder import check_folder, model_identity, weight_files
 
     check_folder(folder)
-    place = cache_root() / "openvino"
-    form = place / f"{model_identity(folder)[:16]}-{precision}-{_CONVERSION}"
-    with file_lock(place / "lock"):
+    cache = cache_root() / "openvino"
+    form = cache / f"{model_identity(folder)[:16]}-{precision}-{_CONVERSION}"
+    with file_lock(cache / "lock"):
         if not (form / MODEL_FILE).is_file():
             size = sum(path.stat().st_size for path in weight_files(folder))
             with new_directory(form, needed=int(size * BYTES_PER_WEIGHT[precision] / 2)) as temporary:
@@ -119,7 +119,7 @@ def cached_form(folder: Path, precision: Precision) -> Path:
                     if (folder / name).is_file():
                         shutil.copyfile(folder / name, temporary / name)
         os.utime(form)
-        forms = [path for path in place.iterdir() if path.is_dir()]
+        forms = [path for path in cache.iterdir() if path.is_dir()]
         abandoned = [path for path in forms if path.name.startswith(".")]  # by killed writers: we hold the lock
         kept = sorted(set(forms).difference(abandoned), key=lambda path: path.stat().st_mtime, reverse=True)
         for old in (*abandoned, *kept[_KEPT:]):
@@ -161,11 +161,11 @@ def _weights(folder: Path) -> Generator[Callable[[str], Any]]:
     from corral.model.folder import weight_files
 
     files = [safe_open(path, "pt") for path in weight_files(folder)]
-    place = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (not a mapping)
 
     def read(name: str) -> Any:
         try:
-            array = place[name].get_tensor(name).float().numpy()
+            array = file_of[name].get_tensor(name).float().numpy()
         except (KeyError, SafetensorError) as error:
             raise ModelError(
                 f"the weights lack {name!r}", where=str(folder), hint="fetch or merge the model again"

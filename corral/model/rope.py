@@ -81,17 +81,17 @@ def _candidates(values: NDArray[np.float64], wavelengths: NDArray[np.float64]) -
     import numpy as np
 
     factor = float(f"{values.max():.6g}")  # the largest divisor, unless all frequencies are faster than the blend
-    found = [(factor, 4.0, 8192)]
+    candidates = [(factor, 4.0, 8192)]
     blended = (values > 1 + 1e-4) & (values < factor * (1 - 1e-4))
     if not blended.any() or factor <= 1:
-        return found
+        return candidates
     # Within the blend 1/divisor = (1 - s)/factor + s, and s = (original/wavelength - low) / (high - low).
     share = (1 / values[blended] - 1 / factor) / (1 - 1 / factor)
     lengths = wavelengths[blended]
-    found += [(factor, 4.0, round(length * (3 * s + 1))) for length, s in zip(lengths, share, strict=True)]
+    candidates += [(factor, 4.0, round(length * (3 * s + 1))) for length, s in zip(lengths, share, strict=True)]
     if len(lengths) > 1:
         slope, intercept = np.polyfit(1 / lengths, share, 1)
         if intercept < 0 < slope:
             high = 1 - 1 / intercept
-            found += [(factor, float(f"{high:.{digits}g}"), round(-slope / intercept)) for digits in (3, 6)]
-    return found
+            candidates += [(factor, float(f"{high:.{digits}g}"), round(-slope / intercept)) for digits in (3, 6)]
+    return candidates

@@ -72,13 +72,13 @@ def _variants_by_model(context: RunContext) -> dict[_Model, list[VariantSpec]]:
     from corral.evaluation.measurements import VariantSpec
 
     recipe, default = context.recipe, evaluation_engine(context)
-    asked = [(name, _Model(name, None, default), recipe.answer) for name in BUILT_IN_VARIANTS]
+    specs = [(name, _Model(name, None, default), recipe.answer) for name in BUILT_IN_VARIANTS]
     for variant in recipe.evaluate.variants:
         own = "openvino" if variant.form is not None and variant.form.target == "openvino" else default
         model = _Model(variant.model, variant.form, variant.engine or own)
-        asked.append((variant.name, model, variant.answer_settings(recipe.answer)))
+        specs.append((variant.name, model, variant.answer_settings(recipe.answer)))
     by_model: dict[_Model, list[VariantSpec]] = {}
-    for name, model, settings in asked:
+    for name, model, settings in specs:
         variants = by_model.setdefault(model, [])
         examples = source_examples_digest(settings.shots)
         variants.append(
@@ -197,8 +197,8 @@ def inputs(context: RunContext, done: Mapping[str, str]) -> dict[str, Any]:
     from corral.answering.identity import source_examples_digest
 
     recipe = context.recipe
-    asked = [recipe.answer, *(variant.answer_settings(recipe.answer) for variant in recipe.evaluate.variants)]
-    examples = [source_examples_digest(settings.shots) for settings in asked]
+    answer_settings = [recipe.answer, *(variant.answer_settings(recipe.answer) for variant in recipe.evaluate.variants)]
+    examples = [source_examples_digest(settings.shots) for settings in answer_settings]
     return {
         "merge": done["merge"],
         "evaluate": recipe.evaluate.model_dump(mode="json") | {"engine": evaluation_engine(context)},

@@ -179,16 +179,18 @@ class _Planner:
         work = Workload.from_stage(train, self.prepared, max_length, seed, "cuda") if target else local_work
         if train.batch_size > work.rows:
             self.notes.append(f"a step of {train.batch_size} examples goes through the {work.rows} rows more than once")
-        tried = earlier or self._run_trial(shape, train, number, local_work)
-        local_device = self._local_device(tried)
-        here = None if tried is None else _estimate_figures(shape, train, local_work, local_device, local_dtype)
+        trial_result = earlier or self._run_trial(shape, train, number, local_work)
+        local_device = self._local_device(trial_result)
+        local_estimate = (
+            None if trial_result is None else _estimate_figures(shape, train, local_work, local_device, local_dtype)
+        )
         estimated = None if target is None else _estimate_figures(shape, train, work, target, dtype)
-        verdict, reason = self._verdict(estimated, tried, here)
+        verdict, reason = self._verdict(estimated, trial_result, local_estimate)
         remedies: list[Remedy] = []
         if verdict != "fits":
             correction = 0
-            if estimated is None and here is not None and tried is not None and tried.figures is not None:
-                correction = tried.figures.peak - here.peak
+            if estimated is None and local_estimate and trial_result and trial_result.figures:
+                correction = trial_result.figures.peak - local_estimate.peak
             spread = _MEASURED_SPREAD if correction else _ESTIMATE_SPREAD
             remedies = find_remedies(
                 shape,
@@ -203,12 +205,14 @@ class _Planner:
                 correction,
             )
         trained = shape.trained_weights(train)
-        return StagePlan(number, train, trained, work, estimated, tried, here, verdict, reason, remedies)
+        return StagePlan(
+            number, train, trained, work, estimated, trial_result, local_estimate, verdict, reason, remedies
+        )
 
-    def _local_device(self, tried: TrialResult | None) -> Device:
+    def _local_device(self, trial_result: TrialResult | None) -> Device:
         """This machine, with the rate of matrix products and the process's memory as a trial measured them."""
         kind, dtype = self.placement
-        measured: dict[str, Any] = tried.raw[0] if tried is not None and tried.raw else {}
+        measured: dict[str, Any] = trial_result.raw[0] if trial_result is not None and trial_result.raw else {}
         cuda = kind == "cuda"
         flops = float(measured.get("gemm", 1e14 if cuda else 1e11))
         return Device(
@@ -244,20 +248,20 @@ class _Planner:
         return _StageTrial(self, train, number, work).result()
 
     def _verdict(
-        self, estimated: Figures | None, tried: TrialResult | None, here: Figures | None
+        self, estimated: Figures | None, trial_result: TrialResult | None, local_estimate: Figures | None
     ) -> tuple[Verdict, str]:
         free = self.memory
         if estimated is not None:
             spread, peak, method = _ESTIMATE_SPREAD, estimated.peak, "estimated"
-        elif tried is None or tried.figures is None:
-            assert tried is not None
-            assert here is not None
-            if tried.out_of_memory is None:
-                return "undecided", tried.failure
-            text = f"{format_bytes(here.peak)} estimated, {format_bytes(free)} available"
-            return "does not fit", f"{tried.failure}; {text}"
+        elif trial_result is None or trial_result.figures is None:
+            assert trial_result is not None
+            assert local_estimate is not None
+            if trial_result.out_of_memory is None:
+                return "undecided", trial_result.failure
+            text = f"{format_bytes(local_estimate.peak)} estimated, {format_bytes(free)} available"
+            return "does not fit", f"{trial_result.failure}; {text}"
         else:
-            spread, peak, method = _MEASURED_SPREAD, tried.figures.peak, "measured"
+            spread, peak, method = _MEASURED_SPREAD, trial_result.figures.peak, "measured"
         text = f"{format_bytes(peak)} {method}, {format_bytes(free)} available"
         # Of an estimate only the memory that is held between steps is certain.
         certain, tolerance = (estimated.parts.held, spread) if estimated is not None else (peak, 0.0)

@@ -57,8 +57,8 @@ def _draw_loss_axes(axes: Axes, training: Training) -> None:
         axes.plot(held_out_steps, held_out, "o--", color=_VERMILION, **style)
         best = held_out.index(min(held_out))
         axes.plot(held_out_steps[best], held_out[best], "o", markersize=10, markerfacecolor="none", color=_VERMILION)
-        for place in sorted({0, best}):
-            _annotate(axes, place, held_out_steps, held_out)
+        for index in sorted({0, best}):
+            _annotate(axes, index, held_out_steps, held_out)
     _label_steps(axes)
     objective = training.settings.get("objective", training.name.rpartition("-")[2])
     axes.set_ylabel("loss (nats per token)" if objective == "sft" else "loss")
@@ -67,14 +67,14 @@ def _draw_loss_axes(axes: Axes, training: Training) -> None:
         axes.legend(loc="best")
 
 
-def _annotate(axes: Axes, place: int, steps: Sequence[float], values: Sequence[float]) -> None:
+def _annotate(axes: Axes, index: int, steps: Sequence[float], values: Sequence[float]) -> None:
     """Write a value beside its point: the first to the right, above the falling line; others below."""
     from matplotlib.patheffects import withStroke
 
-    first, last = place == 0, place == len(values) - 1
+    first, last = index == 0, index == len(values) - 1
     axes.annotate(
-        f"{values[place]:.3f}",
-        (steps[place], values[place]),
+        f"{values[index]:.3f}",
+        (steps[index], values[index]),
         xytext=(8, 5) if first else (0, -15),
         textcoords="offset points",
         color=_VERMILION,
@@ -141,14 +141,14 @@ def draw_scores(scores: Sequence[MetricScores]) -> bytes:
             lines = {name: line for line, name in enumerate(dict.fromkeys(name for name, _, _ in score.lines))}
             _draw_values(left, score, lines, names)
             _draw_differences(right, score, lines, names)
-        marks = [figure.axes[0].plot([], [], **_mark(place))[0] for place in range(len(names))]
+        marks = [figure.axes[0].plot([], [], **_mark(index))[0] for index in range(len(names))]
         figure.legend(marks, [shorten(name, 24) for name in names], loc="outside upper left", ncols=3)
 
     height = 0.45 + 0.2 * ((len(names) - 1) // 3) + sum(0.6 + 0.18 * count for count in line_counts)
     return _picture(draw, height=height)
 
 
-def _mark(place: int, **changes: Any) -> dict[str, Any]:
+def _mark(index: int, **changes: Any) -> dict[str, Any]:
     """The style of a variant: an open grey square for the baseline, a shape and colour of its own for each other one."""
     style: dict[str, Any] = {
         "marker": "s",
@@ -157,8 +157,8 @@ def _mark(place: int, **changes: Any) -> dict[str, Any]:
         "linewidth": 1.6,
         "markersize": 6,
     }
-    if place:
-        number = (place - 1) % 4
+    if index:
+        number = (index - 1) % 4
         colour = (_BLUE, _VERMILION, _GREEN, _INK)[number]
         style = {"marker": "oD^v"[number], "color": colour, "linewidth": 1.8, "markersize": 6.5}
     return style | changes
@@ -166,9 +166,9 @@ def _mark(place: int, **changes: Any) -> dict[str, Any]:
 
 def _draw_values(axes: Axes, score: MetricScores, lines: Mapping[str, int], names: Sequence[str]) -> None:
     for variant, value in score.values.items():
-        line, place = lines[variant], names.index(variant)
-        _draw_interval(axes, value, line, **_mark(place, marker="|"))
-        axes.plot([value.mean], [line], **_mark(place))
+        line, index = lines[variant], names.index(variant)
+        _draw_interval(axes, value, line, **_mark(index, marker="|"))
+        axes.plot([value.mean], [line], **_mark(index))
     arrow = ARROWS.get(score.metric.better or "", "")
     _set_title(axes, f"{shorten(score.metric.label, 33)} {arrow}")
     _hide_y_axis(axes, len(lines))
@@ -177,11 +177,11 @@ def _draw_values(axes: Axes, score: MetricScores, lines: Mapping[str, int], name
 def _draw_differences(axes: Axes, score: MetricScores, lines: Mapping[str, int], names: Sequence[str]) -> None:
     axes.axvline(0, color=_FAINT, linewidth=1, linestyle=(0, (4, 3)))
     for comparison in score.comparisons:
-        line, place = lines[comparison.a], names.index(comparison.a)
+        line, index = lines[comparison.a], names.index(comparison.a)
         colour = _OUTCOME_COLOURS[comparison.outcome]
         fill = GROUND if comparison.outcome == "undecided" else colour
         _draw_interval(axes, comparison, line, marker="|", markersize=6.5, color=colour, linewidth=2)
-        axes.plot([comparison.difference], [line], **_mark(place, color=colour, markerfacecolor=fill))
+        axes.plot([comparison.difference], [line], **_mark(index, color=colour, markerfacecolor=fill))
     phrases = [OUTCOME_WORDS[comparison.outcome] for comparison in score.comparisons]
     _set_title(axes, phrases[0] if len(phrases) == 1 else "difference")
     axes.set_visible(bool(score.comparisons))

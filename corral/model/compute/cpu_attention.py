@@ -62,27 +62,27 @@ def attend_backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the query, key and value of `attend`, given that of its result (contiguous); shapes as there."""
-    of_query, of_key, of_value = (torch.empty_like(t) for t in (query, key, value))
+    grad_query, grad_key, grad_value = (torch.empty_like(t) for t in (query, key, value))
     for start, length in _spans(lengths):
         q, k, v, g = (_sequence(t, start, length) for t in (query, key, value, gradient))
-        of_q = torch.empty_like(q)
+        grad_q = torch.empty_like(q)
         # Summed over blocks as the products come, [key heads, head size, positions].
-        of_k, of_v = (torch.zeros(t.transpose(1, 2).shape, dtype=t.dtype) for t in (k, v))
-        for q1, k1, v1, g1, of_q1, of_k1, of_v1 in zip(
-            *(t.unbind() for t in (q, k, v, g, of_q, of_k, of_v)), strict=True
+        grad_k, grad_v = (torch.zeros(t.transpose(1, 2).shape, dtype=t.dtype) for t in (k, v))
+        for q1, k1, v1, g1, grad_q1, grad_k1, grad_v1 in zip(
+            *(t.unbind() for t in (q, k, v, g, grad_q, grad_k, grad_v)), strict=True
         ):
             for first, last in _blocks(len(q1)):
-                rows, of_rows = q1[first:last], g1[first:last].flatten(0, 1)
+                rows, grad_rows = q1[first:last], g1[first:last].flatten(0, 1)
                 weights = _attention_weights(rows, k1[:last])
-                of_weights = times_transposed(of_rows, v1[:last])
-                of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-                of_q1[first:last] = times_transposed(of_scores, k1[:last].T).view_as(rows)
-                of_k1[:, :last].add_(times_transposed(rows.flatten(0, 1).T, of_scores.T))
-                of_v1[:, :last].add_(times_transposed(of_rows.T, weights.T))
+                grad_weights = times_transposed(grad_rows, v1[:last])
+                grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+                grad_q1[first:last] = times_transposed(grad_scores, k1[:last].T).view_as(rows)
+                grad_k1[:, :last].add_(times_transposed(rows.flatten(0, 1).T, grad_scores.T))
+                grad_v1[:, :last].add_(times_transposed(grad_rows.T, weights.T))
         span = slice(start, start + length)
-        of_query[:, span] = of_q[:, :length]
-        of_key[:, span], of_value[:, span] = (t[:, :, :length].transpose(1, 2) for t in (of_k, of_v))
-    return of_query, of_key, of_value
+        grad_query[:, span] = grad_q[:, :length]
+        grad_key[:, span], grad_value[:, span] = (t[:, :, :length].transpose(1, 2) for t in (grad_k, grad_v))
+    return grad_query, grad_key, grad_value
 
 
 def _spans(lengths: Sequence[int]) -> Generator[tuple[int, int]]:
@@ -148,6 +148,6 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v = ctx.saved_tensors
         gradient = by_head(gradients[0][0], q)
-        of_q, of_k, of_v = attend_backward(gradient, q, k, v, ctx.lengths)
-        of_query = of_q.mul_(ctx.scale).transpose(1, 2).flatten(0, 1)
-        return of_query[None], of_k[None], of_v[None], None, None
+        grad_q, grad_k, grad_v = attend_backward(gradient, q, k, v, ctx.lengths)
+        grad_query = grad_q.mul_(ctx.scale).transpose(1, 2).flatten(0, 1)
+        return grad_query[None], grad_k[None], grad_v[None], None, None

@@ -85,22 +85,22 @@ class _AttentionHalf(torch.autograd.Function):
         x, inverse, q, k, v, attended, *_ = ctx.saved_tensors
         layer: DecoderLayer = ctx.layer
         gradient = gradients[0].contiguous()
-        of_attended = times_transposed(gradient, layer.o.weight().T)
-        of_o = layer.o.adapter_gradients(attended, gradient)
-        of_q, of_k, of_v = attend_backward(by_head(of_attended, q), q, k, v, ctx.lengths)
-        of_projected = torch.empty(len(x), q.shape[0] * (q.shape[2] + 2), layer.head_size)
-        to_q, to_k, to_v = _split_qkv(of_projected, layer)
-        _rotate(of_q.transpose(0, 1), ctx.rotation, layer.scale, to_q, back=True)
-        _rotate(of_k.transpose(0, 1), ctx.rotation, 1.0, to_k, back=True)
-        to_v.copy_(of_v.transpose(0, 1))
+        grad_attended = times_transposed(gradient, layer.o.weight().T)
+        grad_o = layer.o.adapter_gradients(attended, gradient)
+        grad_q, grad_k, grad_v = attend_backward(by_head(grad_attended, q), q, k, v, ctx.lengths)
+        grad_projected = torch.empty(len(x), q.shape[0] * (q.shape[2] + 2), layer.head_size)
+        to_q, to_k, to_v = _split_qkv(grad_projected, layer)
+        _rotate(grad_q.transpose(0, 1), ctx.rotation, layer.scale, to_q, back=True)
+        _rotate(grad_k.transpose(0, 1), ctx.rotation, 1.0, to_k, back=True)
+        to_v.copy_(grad_v.transpose(0, 1))
         normed = _normalise(layer.attention_norm, x, inverse)
         qkv = zip((layer.q, layer.k, layer.v), (to_q, to_k, to_v), strict=True)
-        of_qkv = [g for linear, part in qkv for g in linear.adapter_gradients(normed, part.flatten(1))]
-        of_x = None
+        grad_qkv = [g for linear, part in qkv for g in linear.adapter_gradients(normed, part.flatten(1))]
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            of_normed = times_transposed(of_projected.flatten(1), _stacked_qkv(layer).T)
-            of_x = _norm_gradient(layer.attention_norm, x, inverse, of_normed, gradient)
-        return of_x, None, None, None, *of_qkv, *of_o
+            grad_normed = times_transposed(grad_projected.flatten(1), _stacked_qkv(layer).T)
+            grad_x = _norm_gradient(layer.attention_norm, x, inverse, grad_normed, gradient)
+        return grad_x, None, None, None, *grad_qkv, *grad_o
 
 
 class _MlpHalf(torch.autograd.Function):
@@ -121,21 +121,21 @@ class _MlpHalf(torch.autograd.Function):
         x, inverse, gate, up, *_ = ctx.saved_tensors
         layer: DecoderLayer = ctx.layer
         gradient = gradients[0].contiguous()
-        of_product = times_transposed(gradient, layer.down.weight().T)
+        grad_product = times_transposed(gradient, layer.down.weight().T)
         silu = F.silu(gate)
-        of_down = layer.down.adapter_gradients(silu * up, gradient) if layer.down.adapter else ()
-        of_up = silu.mul_(of_product)
-        of_gate = torch.ops.aten.silu_backward(of_product.mul_(up), gate)
-        of_gate_up: tuple[Tensor, ...] = ()
+        grad_down = layer.down.adapter_gradients(silu * up, gradient) if layer.down.adapter else ()
+        grad_up = silu.mul_(grad_product)
+        grad_gate = torch.ops.aten.silu_backward(grad_product.mul_(up), gate)
+        grad_gate_up: tuple[Tensor, ...] = ()
         if layer.gate.adapter or layer.up.adapter:
             normed = _normalise(layer.mlp_norm, x, inverse)
-            of_gate_up = layer.gate.adapter_gradients(normed, of_gate) + layer.up.adapter_gradients(normed, of_up)
-        of_x = None
+            grad_gate_up = layer.gate.adapter_gradients(normed, grad_gate) + layer.up.adapter_gradients(normed, grad_up)
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            of_normed = times_transposed(of_gate, layer.gate.weight().T)
-            of_normed = times_transposed(of_up, layer.up.weight().T, of_normed)
-            of_x = _norm_gradient(layer.mlp_norm, x, inverse, of_normed, gradient)
-        return of_x, None, *of_gate_up, *of_down
+            grad_normed = times_transposed(grad_gate, layer.gate.weight().T)
+            grad_normed = times_transposed(grad_up, layer.up.weight().T, grad_normed)
+            grad_x = _norm_gradient(layer.mlp_norm, x, inverse, grad_normed, gradient)
+        return grad_x, None, *grad_gate_up, *grad_down
 
 
 # Both halves keep 1 / √(mean x² + ε) from the forward pass and normalise again in the backward pass; torch's own rms_norm
@@ -152,11 +152,11 @@ def _normalise(norm: RmsNorm, x: Tensor, inverse: Tensor) -> Tensor:
     return (x * inverse).mul_(norm.weight)
 
 
-def _norm_gradient(norm: RmsNorm, x: Tensor, inverse: Tensor, of_result: Tensor, of_residual: Tensor) -> Tensor:
-    """Gradient of x, which goes through the norm and the residual beside it; `of_result` is overwritten."""
-    of_result.mul_(norm.weight)
-    along_x = torch.linalg.vecdot(of_result, x).unsqueeze(1).mul_(inverse.pow(3)).div_(x.shape[-1])
-    return of_result.mul_(inverse).addcmul_(x, along_x, value=-1).add_(of_residual)
+def _norm_gradient(norm: RmsNorm, x: Tensor, inverse: Tensor, grad_normed: Tensor, grad_residual: Tensor) -> Tensor:
+    """Gradient of x, which goes through the norm and the residual beside it; `grad_normed` is overwritten."""
+    grad_normed.mul_(norm.weight)
+    along_x = torch.linalg.vecdot(grad_normed, x).unsqueeze(1).mul_(inverse.pow(3)).div_(x.shape[-1])
+    return grad_normed.mul_(inverse).addcmul_(x, along_x, value=-1).add_(grad_residual)
 
 
 def _stacked_qkv(layer: DecoderLayer) -> Tensor:

@@ -69,9 +69,9 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        of_up = F.silu(gate).mul_(gradients[0])
-        of_gate = torch.ops.aten.silu_backward(gradients[0] * up, gate)
-        return of_gate, of_up
+        grad_up = F.silu(gate).mul_(gradients[0])
+        grad_gate = torch.ops.aten.silu_backward(gradients[0] * up, gate)
+        return grad_gate, grad_up
 
 
 def _mlp_forward(mlp: Any, x: Tensor) -> Tensor:

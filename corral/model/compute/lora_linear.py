@@ -80,6 +80,12 @@ class LoraLinear:
         return result
 
 
+# The backward passes read W from the layer instead of saving it. W + s·BA, or W out of NF4, is a new tensor as large as W:
+# saved, one for every linear layer would be held until the backward pass reaches it (under gradient checkpointing, one for
+# every linear layer of the block that is computed again). The price is that autograd does not notice if W is changed in place
+# between the two passes: the gradients are then those of the new W. A and B are saved, so changing those is an error.
+
+
 class _Merged(torch.autograd.Function):
     """Keeps x if there is an adapter, and no merged or dequantised weight."""
 
@@ -93,10 +99,10 @@ class _Merged(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         linear: LoraLinear = ctx.linear
         gradient = gradients[0].contiguous()
-        of_x = times_transposed(gradient, linear.weight().T) if ctx.needs_input_grad[0] else None
+        grad_x = times_transposed(gradient, linear.weight().T) if ctx.needs_input_grad[0] else None
         saved = ctx.saved_tensors
-        of_adapter = linear.adapter_gradients(saved[0].flatten(0, -2), gradient.flatten(0, -2)) if saved else ()
-        return of_x, None, *of_adapter
+        grad_adapter = linear.adapter_gradients(saved[0].flatten(0, -2), gradient.flatten(0, -2)) if saved else ()
+        return grad_x, None, *grad_adapter
 
 
 class _Branched(torch.autograd.Function):
@@ -116,11 +122,11 @@ class _Branched(torch.autograd.Function):
         linear: LoraLinear = ctx.linear
         x, inner, a, b = ctx.saved_tensors
         gradient = gradients[0].flatten(0, -2)
-        of_x = None
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            of_x = gradient @ linear.layer.weight
-            of_x = of_x.addmm_(gradient @ b.to(x.dtype), a.to(x.dtype), alpha=linear.scale).view_as(x)
-        return of_x, None, *linear.adapter_gradients(x.flatten(0, -2), gradient, inner.flatten(0, -2))
+            grad_x = gradient @ linear.layer.weight
+            grad_x = grad_x.addmm_(gradient @ b.to(x.dtype), a.to(x.dtype), alpha=linear.scale).view_as(x)
+        return grad_x, None, *linear.adapter_gradients(x.flatten(0, -2), gradient, inner.flatten(0, -2))
 
 
 def read_lora_linear(layer: Any) -> LoraLinear | None:

@@ -53,11 +53,14 @@ class _ByColumns(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        of_hidden, of_weight = ctx.needs_input_grad[:2]
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         padding = padding_rows(len(hidden), 64) if hidden.device.type == "cpu" else 0
         rows = F.pad(hidden, (0, 0, 0, padding)) if padding else hidden
         highest = torch.full((len(rows), 1), -torch.inf, device=rows.device)
-        total, weighted = torch.zeros_like(highest), torch.zeros(rows.shape, device=rows.device) if of_hidden else None
+        total, weighted = (
+            torch.zeros_like(highest),
+            torch.zeros(rows.shape, device=rows.device) if needs_hidden else None,
+        )
         at_target = torch.empty(len(hidden), device=rows.device)
         for start, part in _weight_parts(weight, len(rows)):
             logits = times_transposed(rows, part).float()
@@ -75,23 +78,23 @@ class _ByColumns(torch.autograd.Function):
         slopes = None
         if weighted is not None:
             slopes = (weight[targets] - weighted.div_(total)[: len(hidden)]).to(hidden.dtype)
-        ctx.save_for_backward(slopes, *((hidden, weight, targets, normaliser) if of_weight else ()))
+        ctx.save_for_backward(slopes, *((hidden, weight, targets, normaliser) if needs_weight else ()))
         return at_target - normaliser.squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (gradient,) = gradients
         slopes, *saved = ctx.saved_tensors
-        of_weight = None
+        grad_weight = None
         if saved:
             hidden, weight, targets, normaliser = saved
-            of_weight = torch.empty_like(weight)
+            grad_weight = torch.empty_like(weight)
             for start, part in _weight_parts(weight, len(hidden)):
                 probabilities = (hidden @ part.T).float().sub_(normaliser).exp_()
                 scaled = probabilities.mul_(-gradient[:, None]).to(hidden.dtype)
-                of_weight[start : start + len(part)] = scaled.T @ hidden
-            of_weight.index_add_(0, targets, hidden * gradient[:, None].to(hidden.dtype))
-        return _hidden_gradient(slopes, gradient), of_weight, None
+                grad_weight[start : start + len(part)] = scaled.T @ hidden
+            grad_weight.index_add_(0, targets, hidden * gradient[:, None].to(hidden.dtype))
+        return _hidden_gradient(slopes, gradient), grad_weight, None
 
 
 def _weight_parts(weight: Tensor, rows: int) -> Generator[tuple[int, Tensor]]:
@@ -104,32 +107,32 @@ def _weight_parts(weight: Tensor, rows: int) -> Generator[tuple[int, Tensor]]:
 class _ByRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        of_hidden, of_weight = ctx.needs_input_grad[:2]
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         softmax_at = _softmax_function(hidden.device)
         logprobs = torch.empty(len(hidden), device=hidden.device)
-        slopes = torch.empty_like(hidden) if of_hidden else None
+        slopes = torch.empty_like(hidden) if needs_hidden else None
         for part in _row_parts(hidden, weight):
             logprobs[part], probabilities = softmax_at(F.linear(hidden[part], weight), targets[part])
             if slopes is not None:
                 torch.sub(weight[targets[part]], probabilities @ weight, out=slopes[part])
-        ctx.save_for_backward(slopes, *((hidden, weight, targets) if of_weight else ()))
+        ctx.save_for_backward(slopes, *((hidden, weight, targets) if needs_weight else ()))
         return logprobs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (gradient,) = gradients
         slopes, *saved = ctx.saved_tensors
-        of_weight = None
+        grad_weight = None
         if saved:
             hidden, weight, targets = saved
             softmax_at = _softmax_function(hidden.device)
-            of_weight = torch.zeros_like(weight)
+            grad_weight = torch.zeros_like(weight)
             for part in _row_parts(hidden, weight):
                 _, probabilities = softmax_at(F.linear(hidden[part], weight), targets[part])
                 scaled = hidden[part] * gradient[part, None].to(hidden.dtype)
-                of_weight.addmm_(probabilities.T, scaled, alpha=-1)
-                of_weight.index_add_(0, targets[part], scaled)
-        return _hidden_gradient(slopes, gradient), of_weight, None
+                grad_weight.addmm_(probabilities.T, scaled, alpha=-1)
+                grad_weight.index_add_(0, targets[part], scaled)
+        return _hidden_gradient(slopes, gradient), grad_weight, None
 
 
 def _row_parts(hidden: Tensor, weight: Tensor) -> Generator[slice]:
