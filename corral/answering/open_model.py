@@ -158,14 +158,13 @@ def connect_model(
 
 def _find_checked(spec: str) -> tuple[ModelFiles, Template]:
     """The files of a model and its template, checked against its contract if there is one."""
-    from corral.model.loading import load_tokenizer
+    from corral.model.loading import load_template
 
     files = find_model_files(spec)
-    tokenizer = load_tokenizer(files.folder)
     record = files.folder / CONTRACT_FILE if files.adapter else find_contract(spec)
     if record.is_file():
-        contract.raise_if_failed(contract.check_unchanged(record, Template.load(tokenizer)), where=record)
-    return files, Template.load(tokenizer, files.template or "tokenizer")
+        contract.raise_if_failed(contract.check_unchanged(record, load_template(files.folder)), where=record)
+    return files, load_template(files.folder, files.template, files.template_variables)
 
 
 def _opened_model(

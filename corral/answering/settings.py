@@ -49,12 +49,11 @@ class AnswererSettings:
         """
         from corral.answering import identity
         from corral.answering.open_model import check_engine, choose_engine
-        from corral.model.loading import load_tokenizer
+        from corral.model.loading import load_template
         from corral.model.naming import find_model_files
-        from corral.template import Template
 
         files = find_model_files(self.model)
-        template = Template.load(load_tokenizer(files.folder), files.template or "tokenizer")
+        template = load_template(files.folder, files.template, files.template_variables)
         local = check_engine(self.engine, self.urls)
         # Another machine or server may go on with a batch; another kind of engine or precision may not.
         engine, dtype = "remote", None

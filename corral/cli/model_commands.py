@@ -72,13 +72,12 @@ def verify(args: argparse.Namespace) -> dict[str, Any]:
 
     from corral.answering.open_model import open_model
     from corral.export import contract
-    from corral.model.loading import load_tokenizer
+    from corral.model.loading import load_template
     from corral.model.naming import find_contract, find_model_folder
-    from corral.template import Template
 
     folder, record = find_model_folder(args.model), find_contract(args.model)
     recorded = contract.read(record)
-    template = Template.load(load_tokenizer(folder))
+    template = load_template(folder)
     checks = contract.check_unchanged(record, template)
     if all(check.passed for check in checks):
         checks += [contract.check_token_ids(template, folder), contract.check_stop_ids(template, folder)]

@@ -144,26 +144,24 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
     from corral.data import preview
     from corral.data.lost_rows_budget import check_loss_budget
     from corral.data.prepare import prepare
-    from corral.model.loading import load_tokenizer, resolve_model
+    from corral.model.loading import load_template, resolve_model
     from corral.storage import write_atomic
-    from corral.template import Template
 
     recipe = _recipe(args, stages_required=False)
     progress = TerminalProgress()
     progress.start("Preparing rows", None)
-    template = Template.load(
-        load_tokenizer(resolve_model(recipe.model.base, progress=progress.say).folder), recipe.model.template
-    )
-    with tempfile.TemporaryDirectory() as folder:
+    folder = resolve_model(recipe.model.base, progress=progress.say).folder
+    template = load_template(folder, recipe.model.template, recipe.model.template_variables)
+    with tempfile.TemporaryDirectory() as rows:
         try:
             # A recipe that loses too many rows is one that the user wants to inspect.
             data = recipe.data.model_copy(update={"max_loss": None})
-            prepared = prepare(data, template, Path(folder), recipe.seed, progress)
+            prepared = prepare(data, template, Path(rows), recipe.seed, progress)
         finally:
             progress.stop()
         if args.html:
             write_atomic(Path(args.html), preview.to_html(prepared, template, rows=args.rows))
-        ledger: dict[str, Any] = json.loads((Path(folder) / "ledger.json").read_text("utf-8"))
+        ledger: dict[str, Any] = json.loads((Path(rows) / "ledger.json").read_text("utf-8"))
         if not args.json:
             Console().print(preview.to_terminal(prepared, template, rows=args.rows))
     refused = None

@@ -69,6 +69,8 @@ def encode_rows(records: Iterable[Record], template: Template, limit: int) -> di
         lost_end: whether a trained token, so the end of an answer, was cut off. [rows]
         reason: index into `reasons` of why the template refuses the row, else -1. [rows]
         reasons: a JSON list, as bytes.
+
+    Raises ModelError if a row has a token that the model's embedding does not have.
     """
     results = list(_encode_all(list(records), template, limit))
     reasons = list(dict.fromkeys(r.what for r in results if isinstance(r, TemplateError)))
@@ -77,11 +79,12 @@ def encode_rows(records: Iterable[Record], template: Template, limit: int) -> di
     lengths = [min(len(s.ids), limit) for s in sequences]
     trained = [[sum(s.trained[1:limit]) for s in row] for row in rows]
     ends = np.cumsum([0, *lengths])
+    ids = np.fromiter((i for s in sequences for i in s.ids[:limit]), np.uint32, int(ends[-1]))
+    template.check_embedded([int(ids.max(initial=0))])
     sequence_ends = np.cumsum([0, *map(len, rows)])
-    total = int(ends[-1])
     return {
-        "ids": np.fromiter((i for s in sequences for i in s.ids[:limit]), np.uint32, total),
-        "trained": np.fromiter((t for s in sequences for t in s.trained[:limit]), np.bool_, total),
+        "ids": ids,
+        "trained": np.fromiter((t for s in sequences for t in s.trained[:limit]), np.bool_, len(ids)),
         "sequence_lengths": np.array(lengths, np.int64),
         "sequence_ends": sequence_ends,
         "token_ends": ends[sequence_ends],

@@ -49,11 +49,10 @@ def export_form(folder: Path, out: Path, form: ExportForm, progress: Progress) -
         ModelError, MissingExtraError, StorageError: the model cannot be exported.
     """
     from corral.model.folder import check_folder, weight_files
-    from corral.model.loading import load_tokenizer
-    from corral.template import Template
+    from corral.model.loading import load_template
 
     check_folder(folder)
-    template = Template.load(load_tokenizer(folder))
+    template = load_template(folder)
     source = {path.name: sha256_file(path) for path in weight_files(folder)}
     if _is_current(form.contract_path(out), source, template):
         progress.say(f"{form.path(out)}: already done")

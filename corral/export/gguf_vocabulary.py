@@ -23,7 +23,7 @@ from typing import Any, cast
 from corral.errors import ModelError
 from corral.model.loading import load_tokenizer, quiet
 from corral.model.meta_tokenizer import LLAMA3_SPLIT
-from corral.template import Template
+from corral.template import Template, own_templates
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _SPACE = "\u2581"
@@ -288,12 +288,13 @@ def _space_prefix(state: dict[str, Any], chat_opens_with_bos: bool, refuse: _Ref
 
 def _chat(tokenizer: Any, refuse: _Refusal) -> tuple[str | None, bool]:
     """The chat template without generation markers, and whether its rendered text begins with the BOS token."""
-    source: Any = tokenizer.chat_template
-    if source is None:
+    templates = own_templates(tokenizer)
+    if not templates:
         return None, False
-    if not isinstance(source, str):
+    source = templates.get("default")
+    if source is None:
         raise ModelError(
-            "the tokenizer has several chat templates",
+            f"the tokenizer has several chat templates, {', '.join(sorted(templates))}, and none is called default",
             where=refuse.where,
             hint="keep one in chat_template.jinja: a GGUF file holds one",
         )

@@ -17,6 +17,8 @@ HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 """`OWNER/NAME` or `OWNER/NAME@REVISION`."""
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "LICEN[SC]E*", "NOTICE*", "USE_POLICY*"]
+# Of the folders in a repository only templates are wanted: `additional_chat_templates/NAME.jinja`.
+_NOT_WANTED = [f"*/{pattern}" for pattern in _WANTED if pattern != "*.jinja"]
 
 
 def download(spec: str, *, offline: bool, say: Callable[[str], None]) -> Path:
@@ -41,7 +43,7 @@ def download(spec: str, *, offline: bool, say: Callable[[str], None]) -> Path:
     say(f"fetching {spec}")
     try:
         folder = snapshot_download(
-            repo, revision=revision, allow_patterns=_WANTED, ignore_patterns=["*/*"], local_files_only=offline
+            repo, revision=revision, allow_patterns=_WANTED, ignore_patterns=_NOT_WANTED, local_files_only=offline
         )
     except Exception as error:
         problem = explain_hub_error(error, repo, revision, "model")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 from corral.assets import CATALOGUE, fetch, find_asset
 from corral.errors import ModelError
 from corral.model import gguf_reader, hub, meta_checkpoint
-from corral.model.folder import check_folder, licence_texts, model_identity
+from corral.model.folder import check_folder, licence_texts, model_identity, read_json
 from corral.storage import cache_root, cached_file_hashes, file_lock, new_directory
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from corral.model.quantisation import Quantization
+    from corral.template import Template, Variables
 
 DType: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
@@ -190,6 +191,25 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             f"the tokenizer is a {type(tokenizer).__name__}, which has no tokenizer.json form", where=str(folder)
         )
     return tokenizer
+
+
+def load_template(folder: Path, spec: str = "tokenizer", variables: Variables | None = None) -> Template:
+    """A chat template on the tokenizer of a model folder, which may write only tokens that the model's embedding has.
+
+    Args:
+        folder: of the model.
+        spec: as `model.template` of a recipe.
+        variables: as `model.template_variables`.
+
+    Raises:
+        ModelError: there is no tokenizer or config.json, or the embedding lacks a token of the template.
+        TemplateError: there is no such template, or it cannot be used.
+    """
+    from corral.template import Template
+
+    rows: Any = read_json(folder / "config.json").get("vocab_size")
+    embedding_rows = rows if isinstance(rows, int) else None
+    return Template.load(load_tokenizer(folder), spec, variables=variables, embedding_rows=embedding_rows)
 
 
 def untrained_special_tokens(model: PreTrainedModel, token_ids: Sequence[int]) -> list[int]:

@@ -11,7 +11,9 @@ from corral.model.adapters import find_base_model
 from corral.model.folder import ADAPTER_CONFIG
 from corral.model.hub import download
 from corral.model.loading import quiet, resolve_model
+from corral.recipe import Model
 from corral.run.directory import Run, is_run
+from corral.template import Variables
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +23,10 @@ class ModelFiles:
     folder: Path
     """Of the model; of the base model, if an adapter is named."""
     adapter: Path | None
-    template: str | None
-    """The adapter's chat template, as `Template.load` takes it; None: use that of the model's tokenizer."""
+    template: str = "tokenizer"
+    """The chat template, as `model.template` of a recipe."""
+    template_variables: Variables | None = None
+    """As `model.template_variables`."""
 
 
 def find_model_files(spec: str) -> ModelFiles:
@@ -35,12 +39,13 @@ def find_model_files(spec: str) -> ModelFiles:
     """
     adapter = _find_adapter_folder(spec)
     if adapter is None:
-        return ModelFiles(find_model_folder(spec), None, None)
+        return ModelFiles(find_model_folder(spec), None)
     base = find_base_model(adapter)
     if is_run(adapter.absolute().parents[1]):
-        return ModelFiles(base, adapter, _template_in_run(adapter))
+        model = _model_of_run(adapter)
+        return ModelFiles(base, adapter, model.template, model.template_variables)
     template = adapter / "chat_template.jinja"
-    return ModelFiles(base, adapter, str(template) if template.is_file() else None)
+    return ModelFiles(base, adapter, str(template)) if template.is_file() else ModelFiles(base, adapter)
 
 
 def find_model_folder(spec: str) -> Path:
@@ -80,8 +85,8 @@ def _find_adapter_folder(spec: str) -> Path | None:
     return folder if (folder / ADAPTER_CONFIG).is_file() else None
 
 
-def _template_in_run(adapter: Path) -> str | None:
-    """The template of the recipe of an adapter's run. Raises: ModelError (its base was quantised), RecipeError."""
+def _model_of_run(adapter: Path) -> Model:
+    """`[model]` of the recipe of an adapter's run. Raises: ModelError (its base was quantised), RecipeError."""
     stage = adapter.absolute().parent
     recipe = Run(stage.parent).recipe
     number = stage.name.split("-")[1:2]
@@ -92,4 +97,4 @@ def _template_in_run(adapter: Path) -> str | None:
             where=str(adapter),
             hint=f"name the model it was merged into: {stage / 'merged'}",
         )
-    return recipe.model.template
+    return recipe.model

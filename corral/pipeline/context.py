@@ -47,10 +47,10 @@ class RunContext:
     @cached_property
     def template(self) -> Template:
         """The recipe's chat template, with the tokenizer of the base model."""
-        from corral.model.loading import load_tokenizer
-        from corral.template import Template
+        from corral.model.loading import load_template
 
-        return Template.load(load_tokenizer(self.base.folder), self.recipe.model.template)
+        model = self.recipe.model
+        return load_template(self.base.folder, model.template, model.template_variables)
 
     @cached_property
     def placement(self) -> tuple[str, DType]:

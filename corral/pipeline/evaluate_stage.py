@@ -141,9 +141,8 @@ def _measure(
     from corral.answering.sync import SyncAnswerer
     from corral.engines.registry import load_engine
     from corral.model.device import choose_device
-    from corral.model.loading import load_tokenizer
+    from corral.model.loading import load_template
     from corral.model.naming import find_model_folder
-    from corral.template import Template
 
     context.progress.start(f"Evaluating {model.name}: loading", None)
     if model.form is not None:
@@ -151,7 +150,7 @@ def _measure(
     else:
         folder = context.base.folder if model.name == "base" else context.run.merged_model
     # The tuned model is asked with the template in its own folder, as its users will ask it.
-    template = context.template if model.name == "base" else Template.load(load_tokenizer(folder))
+    template = context.template if model.name == "base" else load_template(folder)
     device, dtype = context.placement
     if model.engine == "openvino" and context.recipe.model.device == "auto":
         device, dtype = choose_device("cpu", context.recipe.model.dtype)

@@ -104,10 +104,10 @@ class _Planner:
     @cached_property
     def prepared(self) -> Prepared:
         from corral.data.prepare import prepare
-        from corral.model.loading import load_tokenizer
-        from corral.template import Template
+        from corral.model.loading import load_template
 
-        template = Template.load(load_tokenizer(self.folder), self.recipe.model.template)
+        model = self.recipe.model
+        template = load_template(self.folder, model.template, model.template_variables)
         self.progress.start("Preparing rows", None)
         folder = self.scratch / "prepare"
         folder.mkdir()
@@ -320,6 +320,7 @@ class _StageTrial:
             start=TrainingSetup(planner.folder, train, device, dtype),
             base=recipe.model.base,
             template=recipe.model.template,
+            template_variables=recipe.model.template_variables,
             prepared=planner.scratch / "prepare",
             heavy=work.heavy,
             typical=work.typical,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from corral.errors import CorralError
 from corral.formatting import format_bytes
 from corral.preflight import measured_memory
+from corral.template import Variables
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -42,7 +43,7 @@ class TrialJob:
     Args:
         start: the model and the stage's settings.
         base: the model's name, for the adapter's record.
-        template: the recipe's chat template.
+        template, template_variables: the recipe's.
         prepared: the folder of prepared rows.
         heavy: rows of the first step, which make the longest packs.
         typical: rows of the second step.
@@ -56,6 +57,7 @@ class TrialJob:
     start: TrainingSetup
     base: str
     template: str
+    template_variables: Variables | None
     prepared: Path
     heavy: tuple[int, ...]
     typical: tuple[int, ...]
@@ -133,8 +135,7 @@ class _Trial:
     def _build(self) -> Trainer:
         from corral.data.prepare import Prepared
         from corral.export import contract
-        from corral.model.loading import load_tokenizer
-        from corral.template import Template
+        from corral.model.loading import load_template
         from corral.training import trained_model
         from corral.training.loop import Trainer
         from corral.training.objectives import OBJECTIVES
@@ -142,7 +143,7 @@ class _Trial:
 
         job, start = self._job, self._job.start
         rows = Prepared.open(job.prepared)
-        template = Template.load(load_tokenizer(start.folder), job.template)
+        template = load_template(start.folder, job.template, job.template_variables)
         probes = contract.make_probes(template)
         model = trained_model.load_base(start)
         if start.config.method == "lora":

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from corral.recipe.section import Fraction, PathText, PositiveInt, Section
+from corral.template.rendering import RESERVED_VARIABLES
 
 
 class Model(Section):
@@ -16,13 +17,23 @@ class Model(Section):
     """`asset:NAME` (a model in a Python package), `hub:OWNER/NAME[@REVISION]`, a folder, or a `.gguf` file. A folder may also
     hold Llama 2 or 3 as Meta publishes it (`params.json`, `consolidated.*.pth`, `tokenizer.model`); it is converted once."""
     template: PathText = "tokenizer"
-    """Chat template: `tokenizer` (the model's own), one that ships with corral (`alpaca`, `chatml`, `hermes`,
-    `instruction`, `llama-2`, `llama-3`, `llama-3.1`, `llama-4`, `question`, `smollm2`, `tulu`, `vicuna`, `zephyr`), or a
-    `.jinja` file."""
+    """Chat template: `tokenizer` (the model's own), `tokenizer:NAME` (one of several that it has), one that ships with corral
+    (`alpaca`, `chatml`, `hermes`, `instruction`, `llama-2`, `llama-3`, `llama-3.1`, `llama-4`, `question`, `smollm2`, `tulu`,
+    `vicuna`, `zephyr`), or a `.jinja` file."""
+    template_variables: dict[str, bool | int | float | str] | None = None
+    """Values of further variables that the template reads, such as `{ enable_thinking = false }`, in training, evaluation and
+    serving. The template that is saved with the model has them as defaults."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of weights and computation. `auto`: bfloat16 on a GPU that supports it, float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to compute on. `auto`: the first GPU, else the CPU."""
+
+    @field_validator("template_variables")
+    @classmethod
+    def _check_variable_names(cls, variables: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name in RESERVED_VARIABLES & (variables or {}).keys():
+            raise ValueError(f"{name!r} is given to every template by corral itself: remove it")
+        return variables
 
 
 class Mapping(Section):

@@ -23,12 +23,38 @@ Messages: TypeAlias = list[dict[str, str]]
 Pieces: TypeAlias = list[tuple[str, bool]]
 """A rendered text in pieces; each is an answer with its end token (True) or other text."""
 
+Variables: TypeAlias = Mapping[str, bool | int | float | str]
+"""Values of a recipe for variables that its template reads."""
+RESERVED_VARIABLES = frozenset(
+    {
+        *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"),
+        *(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")),
+        *("additional_special_tokens", "strftime_now", "raise_exception", "namespace", "dict", "range", "loop"),
+    }
+)
+"""Names that a template reads and that no recipe sets: what every rendering gives, and Jinja2's own."""
+
 # No message contains SEPARATOR, so none can contain these marks.
 _OPEN, _CLOSE = SEPARATOR + "\ufdd1", SEPARATOR + "\ufdd2"
 # Today's date in a template would change its ids every day; the default date of Meta's templates is used instead.
 _FIXED_DATE = date(2024, 7, 26)
+# What each directive of strftime writes for it, in any locale.
+_DATE_PARTS = """
+a=Fri A=Friday w=5 u=5 d=26 e=26 -d=26 j=208 -j=208 b=Jul h=Jul B=July m=07 -m=7 y=24 Y=2024 G=2024 C=20 U=29 V=30 W=30
+H=00 -H=0 I=12 -I=12 p=AM M=00 -M=0 S=00 -S=0 f=000000 z= Z= D=07/26/24 x=07/26/24 F=2024-07-26 T=00:00:00 X=00:00:00
+R=00:00
+"""
+_DIRECTIVES = dict(pair.split("=") for pair in _DATE_PARTS.split())
+_DIRECTIVES |= {"c": "Fri Jul 26 00:00:00 2024", "%": "%"}
+# Takes the place of strftime_now where a template computes the format, which is known only when it is rendered.
+_DATE_MACRO = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('%{directive}', '{value}')" for directive, value in _DIRECTIVES.items())
+    + " }}{% endmacro %}"
+)
 _MARKER = re.compile(r"\{%(?P<before>-?)\s*(?:end)?generation\s*(?P<after>-?)%\}")
-_STRFTIME = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>.*?)(?P=quote)\s*\)")
+_STRFTIME = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>(?:(?!(?P=quote)).)*)(?P=quote)\s*\)")
+_STRFTIME_TEST = re.compile(r"strftime_now\s+is\s+(not\s+)?defined")
 
 
 class JinjaTemplate:
@@ -36,7 +62,7 @@ class JinjaTemplate:
 
     Args:
         source: Jinja2 text, with or without `{% generation %}` markers.
-        variables: what it may read besides the messages: the tokenizer's special tokens by their roles.
+        special_tokens: the tokenizer's, by their roles, which it may read besides the messages.
         name: its name in errors.
 
     Attributes:
@@ -44,11 +70,11 @@ class JinjaTemplate:
         marked: whether it has generation markers.
     """
 
-    def __init__(self, source: str, variables: Mapping[str, Any], name: str) -> None:
-        self.source = _STRFTIME.sub(lambda m: json.dumps(_FIXED_DATE.strftime(m["format"])), source)
+    def __init__(self, source: str, special_tokens: Mapping[str, Any], name: str) -> None:
+        self.source = _fix_dates(source)
         self.marked = _MARKER.search(self.source) is not None
         self.name = name
-        self._variables = {"tools": None, "documents": None, **variables}
+        self._variables = {"tools": None, "documents": None, **special_tokens}
         self._compiled: Any = None
 
     def stripped(self) -> JinjaTemplate:
@@ -77,6 +103,48 @@ class JinjaTemplate:
             answer, _, after = other.partition(_CLOSE)
             pieces += [(answer, True), (after, False)]
         return [piece for piece in pieces if piece[0]]
+
+
+def with_defaults(source: str, values: Variables, name: str) -> str:
+    """A template in which variables have these values wherever it is rendered without them.
+
+    Raises TemplateError if the template, called `name`, reads no variable of that name.
+    """
+    from jinja2 import Environment, meta
+    from jinja2 import TemplateError as JinjaError
+
+    if not values:
+        return source
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        read = meta.find_undeclared_variables(environment.parse(_MARKER.sub("", source)))
+    except JinjaError as error:
+        raise TemplateError(f"the template is not valid Jinja2: {error}", where=name) from None
+    for variable in values:
+        if variable not in read:
+            raise TemplateError(
+                f"the template reads no variable {variable!r}",
+                where=f"model.template_variables, {name}",
+                hint=f"the variables that it reads: {', '.join(sorted(read - RESERVED_VARIABLES)) or 'none'}",
+            )
+    defaults = [
+        f"{{% if {variable} is not defined %}}{{% set {variable} = {json.dumps(value, ensure_ascii=False)} %}}{{% endif %}}"
+        for variable, value in values.items()
+    ]
+    return _put_before("".join(defaults), source)
+
+
+def _fix_dates(source: str) -> str:
+    """The template with the fixed date in place of today's; one whose dates are fixed stays as it is."""
+    source = _STRFTIME.sub(lambda m: json.dumps(_FIXED_DATE.strftime(m["format"])), source)
+    if _DATE_MACRO in source or "strftime_now" not in _STRFTIME_TEST.sub("", source):
+        return source
+    return _put_before(_DATE_MACRO, source)
+
+
+def _put_before(statements: str, source: str) -> str:
+    # White space that trimming removes at the start of a line stays there; the sandbox trims the new line break itself.
+    return statements + ("\n" if source[:1].isspace() else "") + source
 
 
 def _compile(source: str) -> Any:

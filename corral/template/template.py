@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corral.errors import TemplateError
+from corral.errors import ModelError, TemplateError
 from corral.messages import Conversation
 from corral.template.decoding import StreamDecoder, TokenBytes
-from corral.template.rendering import JinjaTemplate, Messages, Pieces
+from corral.template.rendering import JinjaTemplate, Messages, Pieces, Variables, with_defaults
 from corral.template.tokenization import Encoded, PieceTokenizer
 
 if TYPE_CHECKING:
@@ -57,16 +58,30 @@ class Template:
         tokenizer: a fast tokenizer. It is not changed.
         source: Jinja2 text, with or without `{% generation %}` markers.
         name: its name in errors and reports.
+        variables: values of further variables that it reads, here and wherever its saved form is rendered.
+        embedding_rows: how many tokens the model's embedding has, from id 0; None if it is not known.
 
     Raises:
+        ModelError: it writes a token that the embedding does not have.
         TemplateError: it cannot be rendered or masked, or writes no end token after an answer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, source: str, name: str) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        source: str,
+        name: str,
+        *,
+        variables: Variables | None = None,
+        embedding_rows: int | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.name = name
+        self._embedding_rows = embedding_rows
         self._backend: Tokenizer = tokenizer.backend_tokenizer
-        self._rendering = JinjaTemplate(source, tokenizer.special_tokens_map, name)
+        self._rendering = JinjaTemplate(
+            with_defaults(source, variables or {}, name), tokenizer.special_tokens_map, name
+        )
         self._marked_source = self._rendering.source
         self._stripped = self._rendering.stripped()
         self.source = self._stripped.source
@@ -77,30 +92,20 @@ class Template:
         """Ids that end an answer: the token that the template puts after answers, and the tokenizer's end of sequence."""
 
     @classmethod
-    def load(cls, tokenizer: PreTrainedTokenizerFast, spec: str = "tokenizer") -> Template:
-        """The template of `model.template`: `tokenizer`, a shipped one, or a `.jinja` file. Raises TemplateError."""
-        if spec == "tokenizer":
-            source = tokenizer.chat_template
-            if not isinstance(source, str):
-                raise TemplateError(
-                    "the model's tokenizer has no chat template",
-                    where="model.template",
-                    hint='it is a base model: name a template made of tokens that it knows, e.g. `template = "instruction"`',
-                )
-            return cls(tokenizer, source, "the tokenizer's own template")
-        templates = shipped_templates()
-        if spec in templates:
-            return cls(tokenizer, templates[spec], spec)
-        if spec.endswith(".jinja"):
-            try:
-                return cls(tokenizer, Path(spec).read_bytes().decode("utf-8"), Path(spec).name)
-            except (OSError, UnicodeDecodeError) as error:
-                raise TemplateError(f"the template {spec!r} cannot be read: {error}", where="model.template") from None
-        raise TemplateError(
-            f"there is no template {spec!r}",
-            where="model.template",
-            hint=f"use `tokenizer`, a .jinja file, or one of: {', '.join(templates)}",
-        )
+    def load(
+        cls,
+        tokenizer: PreTrainedTokenizerFast,
+        spec: str = "tokenizer",
+        *,
+        variables: Variables | None = None,
+        embedding_rows: int | None = None,
+    ) -> Template:
+        """The template of `model.template`: `tokenizer`, `tokenizer:NAME`, a shipped one, or a `.jinja` file.
+
+        Raises: as the class.
+        """
+        source, name = _read_source(tokenizer, spec)
+        return cls(tokenizer, source, name, variables=variables, embedding_rows=embedding_rows)
 
     @property
     def masked_by(self) -> str:
@@ -119,7 +124,9 @@ class Template:
     def fingerprint(self) -> str:
         """sha256 (hex) of everything that ids and mask depend on: `digest`, the markers and the whole tokenizer."""
         markers = self._marked_source if self._equivalent is None else self._equivalent.source
-        parts = [self.digest, markers, self._backend.to_str()]
+        parts: list[Any] = [self.digest, markers, self._backend.to_str()]
+        if self._embedding_rows is not None and max(self._backend.get_vocab().values()) >= self._embedding_rows:
+            parts.append(self._embedding_rows)  # which rows can be encoded depends on it
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
@@ -127,6 +134,19 @@ class Template:
         """Ids of the special tokens that this template writes, ascending."""
         written = {i for i in self.encode(_PROBES[0]).ids if i in self._piece_tokenizer.control_ids}
         return tuple(sorted(written | set(self.stop_ids)))
+
+    def check_embedded(self, ids: Iterable[int]) -> None:
+        """Raises ModelError if the model's embedding does not have one of these tokens."""
+        rows = self._embedding_rows
+        beyond = [] if rows is None else [id_ for id_ in ids if id_ >= rows]
+        if beyond:
+            raise ModelError(
+                f"the tokenizer has the token {self._backend.id_to_token(beyond[0])!r} with id {beyond[0]}, and the model's "
+                f"embedding has {rows} rows, for ids 0 to {rows - 1}",
+                where=self.name,
+                hint="give the model a row for each token (in transformers: model.resize_token_embeddings(len(tokenizer))) or "
+                "use the tokenizer that it was made with",
+            )
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """Ids of the prompt for the next answer. Raises TemplateError (already answered, or refused by the template)."""
@@ -173,8 +193,9 @@ class Template:
         return TokenBytes(self._backend)
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer with the saved form of this template into a model folder."""
+        """Write the tokenizer with the saved form of this template, and no other template, into a model folder."""
         self.tokenizer.save_pretrained(folder)
+        shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
         (folder / "chat_template.jinja").write_text(self.source, "utf-8")
         config_path = folder / "tokenizer_config.json"
         config: dict[str, Any] = json.loads(config_path.read_text("utf-8"))
@@ -208,6 +229,7 @@ class Template:
                 )
             if len(encoded.ids) > 1 and encoded.ids[0] == encoded.ids[1] == self.tokenizer.bos_token_id:
                 raise TemplateError("the template writes the BOS token twice at the start", where=self.name)
+            self.check_embedded(encoded.ids)
             messages = self._messages(probe)
             if self._stripped.text(messages) != self._rendering.text(messages):
                 raise TemplateError(
@@ -285,6 +307,47 @@ class Template:
             if any(texts) and texts == [_text_or_none(other, *turn) for turn in turns]:
                 return other
         return None
+
+
+def own_templates(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+    """The chat templates that come with a tokenizer, by name; a single one is `default`."""
+    given: Any = tokenizer.chat_template
+    return {"default": given} if isinstance(given, str) else dict(given or {})
+
+
+def _read_source(tokenizer: PreTrainedTokenizerFast, spec: str) -> tuple[str, str]:
+    """(Jinja2 source, name in errors) of `model.template`. Raises TemplateError."""
+    kind, _, choice = spec.partition(":")
+    if kind == "tokenizer":
+        own = own_templates(tokenizer)
+        if choice in own:
+            return own[choice], f"the tokenizer's template {choice!r}"
+        if not choice and "default" in own:
+            return own["default"], "the tokenizer's own template"
+        if own:
+            raise TemplateError(
+                f"the model's tokenizer has no chat template {choice or 'default'!r}: it has {', '.join(sorted(own))}",
+                where="model.template",
+                hint=f'choose one by its name, e.g. `template = "tokenizer:{min(own)}"`',
+            )
+        raise TemplateError(
+            "the model's tokenizer has no chat template",
+            where="model.template",
+            hint='it is a base model: name a template made of tokens that it knows, e.g. `template = "instruction"`',
+        )
+    templates = shipped_templates()
+    if spec in templates:
+        return templates[spec], spec
+    if spec.endswith(".jinja"):
+        try:
+            return Path(spec).read_bytes().decode("utf-8"), Path(spec).name
+        except (OSError, UnicodeDecodeError) as error:
+            raise TemplateError(f"the template {spec!r} cannot be read: {error}", where="model.template") from None
+    raise TemplateError(
+        f"there is no template {spec!r}",
+        where="model.template",
+        hint=f"use `tokenizer`, `tokenizer:NAME`, a .jinja file, or one of: {', '.join(templates)}",
+    )
 
 
 def shipped_templates() -> dict[str, str]:

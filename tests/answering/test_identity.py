@@ -32,9 +32,7 @@ def test_what_is_hashed_stays_the_same_so_that_finished_rows_are_recognised(
 ) -> None:
     monkeypatch.setattr("corral.__version__", "1.2.3")
     text = f"{model_identity(tiny_folder)} {'d' * 64} vllm"
-    assert (
-        model_digest(ModelFiles(tiny_folder, None, None), TEMPLATE, "vllm") == hashlib.sha256(text.encode()).hexdigest()
-    )
+    assert model_digest(ModelFiles(tiny_folder, None), TEMPLATE, "vllm") == hashlib.sha256(text.encode()).hexdigest()
     assert (
         variant_digest("w", TEMPLATE, "openvino", "cpu", "float32")
         == "807b58fd23acff970e090bd8b40cb2a5744ac491d98c5034405ac7ca9ef5d8ae"

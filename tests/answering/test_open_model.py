@@ -149,6 +149,19 @@ def test_an_adapter_in_a_run_that_was_moved_finds_the_runs_model_and_template(
     assert both.answerer.template.name == "chatml"
 
 
+def test_an_adapter_in_a_run_has_the_template_variables_of_its_recipe(
+    adapter: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    made = run_with(adapter, tiny_folder, tmp_path / "run")
+    source = (tiny_folder / "chat_template.jinja").read_text("utf-8")
+    (tmp_path / "run" / "polite.jinja").write_text("{{ opening }}" + source)
+    text = (tmp_path / "run" / "recipe.toml").read_text()
+    settings = f'template = "{tmp_path / "run" / "polite.jinja"}"\ntemplate_variables = {{ opening = "Please." }}'
+    (tmp_path / "run" / "recipe.toml").write_text(text.replace('template = "chatml"', settings))
+    template = opened(made).answerer.template
+    assert template.decode(template.prompt(ASKED)).startswith("Please.user")
+
+
 def test_an_adapter_trained_on_quantised_weights_is_refused(adapter: Path, tiny_folder: Path, tmp_path: Path) -> None:
     made = run_with(adapter, tiny_folder, tmp_path / "run", quantization="nf4")
     with pytest.raises(ModelError, match="nf4") as caught:

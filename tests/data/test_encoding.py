@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corral.data.encoding import encode_record, encode_rows
-from corral.errors import TemplateError
+from corral.errors import ModelError, TemplateError
 from corral.messages import Conversation, Feedback, Preference, Record, Text
 from corral.template import Template
 
@@ -62,6 +64,42 @@ def test_rows_that_the_template_refuses_are_empty_and_say_why(template: Template
     for record in bad:
         with pytest.raises(TemplateError):
             encode_record(record, template)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        Conversation.from_turns(("user", "Name a kubectl verb."), ("assistant", "get")),
+        Conversation.from_turns(("user", "a"), ("assistant", "kubectl")),
+        Preference(Conversation.from_turns(("user", "a")), "b", "kubectl"),
+        Feedback(Conversation.from_turns(("user", "a")), "kubectl", 0.5),
+        Text("Use kubectl."),
+    ],
+    ids=["conversation", "answer", "preference", "feedback", "text"],
+)
+def test_a_row_with_a_token_that_the_embedding_lacks_is_an_error(record: Record, tiny_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens(["unused", "kubectl"])
+    good = Conversation.from_turns(("user", "a"), ("assistant", "b"))
+    rows = len(tiny_tokenizer)
+    template = Template.load(tokenizer, "chatml", embedding_rows=rows)
+    encode_rows([good], template, 80)
+    with pytest.raises(ModelError, match=rf"the token 'kubectl' with id {rows + 1}, .* has {rows} rows") as caught:
+        encode_rows([good, record], template, 80)
+    assert "resize_token_embeddings" in str(caught.value)
+    encode_rows([good, record], Template.load(tokenizer, "chatml", embedding_rows=rows + 2), 80)
+
+
+def test_rows_are_encoded_anew_for_a_model_with_fewer_tokens(tiny_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens(["kubectl"])
+
+    def fingerprint(rows: int | None) -> str:
+        return Template.load(tokenizer, "chatml", embedding_rows=rows).fingerprint
+
+    size = len(tokenizer)
+    assert fingerprint(None) == fingerprint(size) == fingerprint(size + 64)
+    assert fingerprint(size - 1) != fingerprint(size)
 
 
 def test_answers_within_a_prompt_are_context_in_a_preference_and_trained_in_a_conversation(template: Template) -> None:

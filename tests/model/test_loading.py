@@ -18,7 +18,14 @@ from corral import storage
 from corral.assets import fetch
 from corral.errors import AssetError, ModelError
 from corral.model.folder import model_identity
-from corral.model.loading import load_model, load_tokenizer, quiet, resolve_model, untrained_special_tokens
+from corral.model.loading import (
+    load_model,
+    load_template,
+    load_tokenizer,
+    quiet,
+    resolve_model,
+    untrained_special_tokens,
+)
 from tests.conftest import Request, make_tiny_model, web_server
 
 
@@ -300,6 +307,24 @@ def test_untrained_tokens_are_those_with_zero_small_repeated_or_no_embeddings() 
     assert untrained_special_tokens(model.to(torch.bfloat16), ids) == [14, 13, 11, 10, 100]
 
 
+def test_a_template_of_tokens_that_the_embedding_lacks_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|ask|>", "<|done|>"]})
+    tokenizer.save_pretrained(folder)
+    rows = len(tokenizer) - 2
+    assert load_template(folder, "chatml").name == "chatml"  # tokens that are there and not used do no harm
+    (folder / "asking.jinja").write_text(
+        "{% for m in messages %}{{ '<|ask|>' + m.content if m.role == 'user' else m.content + '<|done|>' }}{% endfor %}"
+    )
+    with pytest.raises(ModelError, match=rf"the token '<\|ask\|>' with id {rows}, .* has {rows} rows"):
+        load_template(folder, str(folder / "asking.jinja"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": rows + 2}))
+    load_template(folder, str(folder / "asking.jinja"))
+
+
 # ---- the model hub, played by a server on this machine
 
 COMMIT = hashlib.sha1(b"a commit").hexdigest()
@@ -309,6 +334,7 @@ COMMIT = hashlib.sha1(b"a commit").hexdigest()
 def hub(tiny_folder: Path) -> Iterator[tuple[str, list[str]]]:
     """Serves the tiny model as `good/model`, and refusals by name. Yields its address and the files it was asked for."""
     extra = {"pytorch_model.bin": b"pickle", "original/consolidated.00.pth": b"pickle", "LICENSE": b"terms"}
+    extra |= {"additional_chat_templates/rag.jinja": b"{{ 1 }}", "original/params.json": b"{}", "onnx/LICENSE": b""}
     files = {path.name: path.read_bytes() for path in tiny_folder.iterdir()} | extra
     given: list[str] = []
     refusals = {
@@ -380,7 +406,8 @@ def test_a_hub_model_is_fetched_without_pickles_and_found_again_offline(
     assert answer["revision"] == COMMIT
     assert answer["licences"] == ["LICENSE"]
     assert "model.safetensors" in given
-    assert not {"pytorch_model.bin", "original/consolidated.00.pth"} & set(given)
+    assert {name for name in given if "/" in name} == {"additional_chat_templates/rag.jinja"}
+    assert "pytorch_model.bin" not in given
     assert answer["identity"] == model_identity(tiny_folder), "the same content as on this disk"
     asked = len(given)
     again = ask_hub(endpoint, tmp_path, f"hub:good/model@{COMMIT}", offline=True)

@@ -61,6 +61,12 @@ def test_a_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
             'train.0.lora.targets (line 10): a list is needed here, in brackets: ["q_proj"]; or ',
         ),
         (("[[train]]", "[data.split]\ntest = 0\n[[train]]"), "`data.split.test` is 0"),
+        (
+            ("[[data", "template_variables = { bos_token = 'x' }\n[[data"),
+            "model.template_variables (line 5): 'bos_token' is given to every template by corral itself",
+        ),
+        (("[[data", "template_variables = { level = [1] }\n[[data"), "model.template_variables.level"),
+        (("[[data", "template_variables = { level = inf }\n[[data"), "model.template_variables.level"),
     ],
 )
 def test_each_fault_names_its_key_and_what_to_do(change: tuple[str, str], expected: str) -> None:
@@ -120,6 +126,13 @@ def test_a_path_with_backslashes_is_refused_with_the_way_to_write_it(path: str, 
     assert "single quotes" in str(caught.value)
     in_single_quotes = GOOD.replace('"asset:smollm2-135m-instruct"', f"'{path}'")
     assert recipe.parse(in_single_quotes, where="r.toml").model.base == path
+
+
+def test_template_variables_keep_their_types_and_can_be_overridden() -> None:
+    table = "template_variables = { thinking = true, level = 1, share = 1.0, style = '1' }\n[[data"
+    loaded = recipe.parse(GOOD.replace("[[data", table), where="x", overrides=["model.template_variables.level=2"])
+    assert repr(loaded.model.template_variables) == "{'thinking': True, 'level': 2, 'share': 1.0, 'style': '1'}"
+    assert recipe.parse(loaded.to_toml(), where="x") == loaded
 
 
 def test_a_recipe_to_look_at_needs_no_training_stage() -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import re
+import shutil
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -10,7 +15,7 @@ from hypothesis import strategies as st
 
 from corral.errors import TemplateError
 from corral.messages import Conversation
-from corral.template import Template
+from corral.template import Template, rendering
 
 # A stock template of the usual kind: no markers, a default system message, ChatML turns.
 STOCK = (
@@ -125,6 +130,138 @@ def test_todays_date_is_fixed_in_what_is_rendered_and_saved(tiny_tokenizer: Any)
     template = Template(tiny_tokenizer, dated, "dated")
     assert "26 Jul 2024" in template.source
     assert "26 Jul 2024" in template.decode(template.prompt(Conversation.from_turns(("user", "a"))))
+
+
+@pytest.mark.parametrize(
+    "dated",
+    [
+        "{% set f = '%d %b %Y' %}{{ strftime_now(f) }}",
+        "{% set f = '%A, %-d %B %Y' %}{% macro today() %}{{ strftime_now(format=f) }}{% endmacro %}{{ today() }}",
+        "{{ strftime_now('%d' ~ ' %b') }}",
+        "{% for year in ('%Y', '%Y') %}{% if loop.first %}{{ strftime_now(year) }}{% endif %}{% endfor %}",
+        "{% set now = strftime_now %}{{ now('%H:%M %j') }}",
+        "\n{% if strftime_now is not defined %}never{% else %}{{ strftime_now('%' + 'F') }}{% endif %}",
+    ],
+)
+def test_a_date_whose_format_is_computed_is_fixed_too(dated: str, tiny_tokenizer: Any, tmp_path: Any) -> None:
+    from transformers import AutoTokenizer
+
+    chosen = Template(tiny_tokenizer, dated + STOCK, "dated")
+    talk = Conversation.from_turns(("user", "a"), ("assistant", "b"))
+    prompt = chosen.decode(chosen.prompt(talk.split_answer()[0]))
+    assert re.match(r"\n?(26 Jul 2024|Friday, 26 July 2024|26 Jul|2024|00:00 208|2024-07-26)system", prompt), prompt
+    # Other programs have today's date, and must not use it either.
+    chosen.save(tmp_path)
+    saved: Any = AutoTokenizer.from_pretrained(tmp_path)
+    messages = talk.split_answer()[0].to_json()["messages"]
+    assert saved.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == chosen.prompt(
+        talk.split_answer()[0]
+    )
+    again = Template.load(saved)
+    assert (again.source, again.digest) == (chosen.source, chosen.digest)
+
+
+def test_the_fixed_date_reads_as_strftime_writes_it() -> None:
+    at = datetime(2024, 7, 26)
+    assert all(at.strftime(f"%{directive}") == value for directive, value in rendering._DIRECTIVES.items())
+
+
+THINKING = STOCK.replace("Be brief.", "Be brief.{{ ' Think first.' if enable_thinking }}")
+VARIABLES = {"enable_thinking": True, "style": 'a "b" %}\n\\ é🙂', "level": 2, "share": 0.5}
+
+
+def test_variables_of_the_recipe_reach_every_rendering_and_the_saved_form(tiny_tokenizer: Any, tmp_path: Any) -> None:
+    from transformers import AutoTokenizer
+
+    source = "{% macro note() %}{{ style }}{% endmacro %}{{ level + 1 }} {{ share }} {{ note() }}" + THINKING
+    chosen = Template(tiny_tokenizer, source, "thinking", variables=VARIABLES)
+    turns = Conversation.from_turns(("user", "a"))
+    prompt = chosen.decode(chosen.prompt(turns))
+    assert prompt.startswith('3 0.5 a "b" %}\n\\ é🙂system\nBe brief. Think first.')
+    chosen.save(tmp_path)
+    saved: Any = AutoTokenizer.from_pretrained(tmp_path)
+    messages = turns.to_json()["messages"]
+    again = Template.load(saved)
+    assert again.digest == chosen.digest
+    assert again.prompt(turns) == chosen.prompt(turns)
+    assert saved.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == chosen.prompt(turns)
+    # What is given still counts: in other programs, and in the recipe of a model made of this one.
+    given = saved.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, enable_thinking=False)
+    assert "Think" not in given
+    other = Template.load(saved, variables={"enable_thinking": False})
+    assert "Think" not in other.decode(other.prompt(turns))
+
+
+def test_variables_are_part_of_the_digest_and_the_fingerprint(tiny_tokenizer: Any) -> None:
+    made = [
+        Template(tiny_tokenizer, STOCK + "{{ '' if level == 7 }}", "x", variables=values)
+        for values in (None, {}, {"level": 1}, {"level": 2})
+    ]
+    assert len({template.digest for template in made}) == len({template.fingerprint for template in made}) == 3
+
+
+@pytest.mark.parametrize("start", ["\n", "  {% if true %}x{% endif %}", "\n\n{{ level }}"])
+def test_a_variable_does_not_change_the_white_space_at_the_start(start: str, tiny_tokenizer: Any) -> None:
+    source = start + STOCK + "{{ '' if level is defined }}"
+    turns = Conversation.from_turns(("user", "a"))
+    plain = tiny_tokenizer.apply_chat_template(
+        turns.to_json()["messages"], chat_template=source, add_generation_prompt=True, return_dict=False, level=3
+    )
+    assert Template(tiny_tokenizer, source, "spaces", variables={"level": 3}).prompt(turns) == plain
+
+
+def test_a_variable_that_the_template_does_not_read_is_refused_with_those_that_it_reads(tiny_tokenizer: Any) -> None:
+    with pytest.raises(TemplateError, match="no variable 'enable_thinkin'") as caught:
+        Template(tiny_tokenizer, THINKING, "thinking", variables={"enable_thinkin": False})
+    assert "the variables that it reads: enable_thinking" in str(caught.value)
+
+
+def named(tokenizer: Any, **templates: str) -> Any:
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = templates
+    return changed
+
+
+def test_of_several_templates_the_default_or_the_named_one_is_used(tiny_tokenizer: Any, tmp_path: Any) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = named(tiny_tokenizer, default=STOCK, brief=STOCK.replace("Be brief.", "Be terse."))
+    turns = Conversation.from_turns(("user", "a"))
+    assert "Be brief." in (default := Template.load(tokenizer)).decode(default.prompt(turns))
+    brief = Template.load(tokenizer, "tokenizer:brief")
+    assert "Be terse." in brief.decode(brief.prompt(turns))
+    assert Template.load(tokenizer, "tokenizer:default").digest == default.digest
+    # A model that was trained on one is saved with that one alone.
+    brief.save(tmp_path)
+    saved: Any = AutoTokenizer.from_pretrained(tmp_path)
+    assert saved.chat_template == brief.source
+    assert Template.load(saved).digest == brief.digest
+
+
+@pytest.mark.parametrize("form", ["list", "files"])
+def test_both_forms_of_several_templates_are_read_from_a_folder(form: str, tiny_tokenizer: Any, tmp_path: Any) -> None:
+    from transformers import AutoTokenizer
+
+    templates = {"default": STOCK, "tool_use": STOCK.replace("Be brief.", "Use tools.")}
+    named(tiny_tokenizer, **templates).save_pretrained(tmp_path)
+    assert (tmp_path / "additional_chat_templates" / "tool_use.jinja").is_file()
+    if form == "list":  # as older versions of transformers write it
+        shutil.rmtree(tmp_path / "additional_chat_templates")
+        (tmp_path / "chat_template.jinja").unlink()
+        config = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))
+        config["chat_template"] = [{"name": name, "template": source} for name, source in templates.items()]
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+    read: Any = AutoTokenizer.from_pretrained(tmp_path)
+    assert Template.load(read).source == STOCK
+    assert Template.load(read, "tokenizer:tool_use").source == templates["tool_use"]
+
+
+def test_a_name_that_is_not_there_names_those_that_are(tiny_tokenizer: Any) -> None:
+    with pytest.raises(TemplateError, match="no chat template 'rag': it has default, tool_use"):
+        Template.load(named(tiny_tokenizer, default=STOCK, tool_use=STOCK), "tokenizer:rag")
+    with pytest.raises(TemplateError, match="no chat template 'default': it has rag, tool_use") as caught:
+        Template.load(named(tiny_tokenizer, tool_use=STOCK, rag=STOCK))
+    assert 'template = "tokenizer:rag"' in str(caught.value)
 
 
 def test_streamed_text_equals_the_decoded_whole_at_every_cut(template: Template) -> None:
