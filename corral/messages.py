@@ -20,10 +20,22 @@ ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `content` is plain text, also where it looks like a special token."""
+    """One turn.
+
+    Args:
+        role: who writes it.
+        content: plain text, also where it looks like a special token.
+        trained: for an answer, whether it is trained on; otherwise it is context, as every other turn is.
+    """
 
     role: Role
     content: str
+    trained: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"role", "content"}`, with `"trained": false` for an answer that is not trained on."""
+        mark: dict[str, Any] = {} if self.trained else {"trained": False}
+        return {"role": self.role, "content": self.content, **mark}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +69,13 @@ class Conversation:
         return Conversation(self.messages[:-1]), self.messages[-1].content
 
     def to_json(self) -> dict[str, Any]:
-        """`{"messages": [{"role", "content"}, …]}`, the OpenAI form."""
-        return {"messages": [{"role": m.role, "content": m.content} for m in self.messages]}
+        """`{"messages": [{"role", "content"}, …]}`, the OpenAI form; see `Message.to_json`."""
+        return {"messages": [message.to_json() for message in self.messages]}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Conversation:
         """The inverse of `to_json`; rows of other programs are read by `data.formats`."""
-        return cls(tuple(Message(m["role"], m["content"]) for m in value["messages"]))
+        return cls(tuple(Message(m["role"], m["content"], m.get("trained", True)) for m in value["messages"]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from corral.data.formats.chat_messages import OPENAI, read_messages
-from corral.data.formats.fields import FormatError, check_turn_order, column_text, describe_type
+from corral.data.formats.fields import FormatError, column_text, describe_type
+from corral.data.formats.turns import check_turn_order
 from corral.data.sources import hash_source, read_rows
 from corral.data.sources.raw_row import RawRow
 from corral.messages import Conversation, Message

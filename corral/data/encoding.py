@@ -1,11 +1,17 @@
-"""Turns records into the token sequences that are trained on."""
+"""Turns records into the token sequences that are trained on, and fits those that are too long.
+
+A document becomes windows of tokens. A conversation that is too long is split at the ends of answers into windows, each with
+the system message and whole exchanges (a question and its answer); or only the first window stays; or it is left out.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, TypeAlias
+from itertools import pairwise
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,11 +19,16 @@ from numpy.typing import NDArray
 from corral.data.plain_text import PlainTextEncoder, split_windows
 from corral.errors import TemplateError
 from corral.messages import Conversation, Feedback, Preference, Record, Text
+from corral.recipe import Data
 from corral.template import Encoded, Template
 
 Sequences: TypeAlias = tuple[Encoded, ...]
+Fit: TypeAlias = Literal["kept", "split", "trimmed", "truncated", "fully masked", "dropped"]
+FITS: tuple[Fit, ...] = ("kept", "split", "trimmed", "truncated", "fully masked", "dropped")
+"""What becomes of a row when it is encoded: all of it in one sequence; in several; only some of its turns; cut at the limit;
+nothing of it is trained; it is left out."""
 
-VERSION = 1
+VERSION = 2
 
 
 def encode_record(record: Record, template: Template) -> Sequences:
@@ -25,7 +36,7 @@ def encode_record(record: Record, template: Template) -> Sequences:
 
     A conversation is one sequence, in which the answers are trained. A preference is two, prompt + chosen and prompt +
     rejected, and feedback is one, prompt + completion; nothing of their prompts is trained. A text is one sequence, all of
-    it trained; `encode_rows` splits one that is too long.
+    it trained.
 
     Raises TemplateError if the template refuses the record.
     """
@@ -56,59 +67,209 @@ def _plain_text_encoder(template: Template) -> PlainTextEncoder:
     return PlainTextEncoder(template)
 
 
-def encode_rows(records: Iterable[Record], template: Template, limit: int) -> dict[str, NDArray[Any]]:
-    """Encode rows and truncate their sequences at `limit` tokens; a plain text is split instead, so that it loses nothing.
+@dataclass(frozen=True, slots=True)
+class EncodedRow:
+    """The sequences of one row, each no longer than the limit.
+
+    Args:
+        fit: what became of it.
+        sequences: none if the row is left out.
+        parts: for each window of a conversation or text the [start, end) of its messages, without the system message, or of
+            its characters; (0, 0) for a sequence that is no window.
+        tokens: of the whole row.
+        lost_end: whether the end of an answer that is trained was cut off.
+        reason: why it is left out.
+    """
+
+    fit: Fit
+    sequences: Sequences = ()
+    parts: tuple[tuple[int, int], ...] = ()
+    tokens: int = 0
+    lost_end: bool = False
+    reason: str | None = None
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that count in the loss."""
+        return sum(map(_count_trained, self.sequences))
+
+
+def cut_record(record: Record, start: int, end: int) -> Record:
+    """The part of a conversation or text that an `EncodedRow` names."""
+    match record:
+        case Conversation(messages) if messages[0].role == "system":
+            return Conversation((messages[0], *messages[1 + start : 1 + end]))
+        case Conversation(messages):
+            return Conversation(messages[start:end])
+        case Text(content):
+            return Text(content[start:end])
+        case _:
+            raise AssertionError(f"a {type(record).__name__} has no parts")
+
+
+def _count_trained(sequence: Encoded) -> int:
+    return sum(sequence.trained[1:])
+
+
+class RowEncoder:
+    """Encodes records as the recipe's settings say.
+
+    Args:
+        template: makes ids and masks.
+        data: `max_length`, `overlong` and `train_on` are used.
+    """
+
+    def __init__(self, template: Template, data: Data) -> None:
+        self.template = template
+        self.limit, self.overlong, self.train_on = data.max_length, data.overlong, data.train_on
+
+    def encode_all(self, records: Iterable[Record]) -> Iterator[EncodedRow]:
+        """Each record's sequences. Conversations are encoded in one batch, which is faster."""
+        records = [self._select_answers(record) for record in records]
+        conversations = [record for record in records if isinstance(record, Conversation)]
+        encoded = iter(self.template.encode_batch(conversations))
+        for record in records:
+            try:
+                if isinstance(record, Conversation):
+                    whole = next(encoded)
+                    if isinstance(whole, TemplateError):
+                        raise whole
+                    row = self._fit_conversation(record, whole)
+                elif isinstance(record, Text):
+                    row = self._fit_text(record.content)
+                else:
+                    row = self._fit_answers(encode_record(record, self.template))
+            except TemplateError as error:
+                yield EncodedRow("dropped", reason=error.what)
+            else:
+                yield self._refuse_untrained(row)
+
+    def _select_answers(self, record: Record) -> Record:
+        if self.train_on == "answers" or not isinstance(record, Conversation):
+            return record
+        earlier = (replace(message, trained=message.role != "assistant") for message in record.messages[:-1])
+        return Conversation((*earlier, record.messages[-1]))
+
+    def _refuse_untrained(self, row: EncodedRow) -> EncodedRow:
+        """The row, or one that is fully masked if one of its answers, or all of its windows, have no trained token."""
+        if row.reason is not None or (row.sequences and all(map(_count_trained, row.sequences))):
+            return row
+        cut = f"none of the first {self.limit} tokens" if row.fit == "truncated" else "none of its tokens"
+        reason = f"fully masked: {cut} is trained"
+        return EncodedRow("fully masked", tokens=row.tokens, lost_end=row.lost_end, reason=reason)
+
+    def _too_long(self, tokens: int) -> EncodedRow:
+        return EncodedRow("dropped", tokens=tokens, reason=f"longer than {self.limit} tokens")
+
+    def _fit_text(self, text: str) -> EncodedRow:
+        encoder = _plain_text_encoder(self.template)
+        whole = encoder.encode(text)
+        windows = split_windows(whole, self.limit)
+        if len(windows) == 1:
+            return EncodedRow("kept", windows, ((0, 0),), len(whole.ids))
+        borders = [0, *encoder.character_ends(text, [i * (self.limit - 1) for i in range(1, len(windows))]), len(text)]
+        parts = tuple(pairwise(borders))
+        return EncodedRow("split", windows, parts, len(whole.ids))
+
+    def _fit_answers(self, sequences: Sequences) -> EncodedRow:
+        """Of a preference or feedback: each answer with its prompt."""
+        tokens = sum(len(sequence.ids) for sequence in sequences)
+        if all(len(sequence.ids) <= self.limit for sequence in sequences):
+            return EncodedRow("kept", sequences, ((0, 0),) * len(sequences), tokens)
+        return self._truncate(sequences, tokens) if self.overlong == "truncate" else self._too_long(tokens)
+
+    def _truncate(self, sequences: Sequences, tokens: int) -> EncodedRow:
+        cut = tuple(Encoded(s.ids[: self.limit], s.trained[: self.limit]) for s in sequences)
+        lost_end = any(any(s.trained[self.limit :]) for s in sequences)
+        return EncodedRow("truncated", cut, ((0, 0),) * len(cut), tokens, lost_end)
+
+    def _fit_conversation(self, conversation: Conversation, whole: Encoded) -> EncodedRow:
+        tokens, turns = len(whole.ids), len(conversation.messages)
+        turns -= conversation.messages[0].role == "system"
+        if tokens <= self.limit:
+            return EncodedRow("kept", (whole,), ((0, 0),), tokens)
+        if self.overlong == "drop" or (self.overlong == "split" and turns <= 2):
+            return self._too_long(tokens)
+        windows = self._windows(conversation, turns)
+        if self.overlong == "truncate":
+            first = next(windows, None)
+            if first is None or first[0][0] > 0:  # not even the first exchange fits: its answer is cut
+                return self._truncate((whole,), tokens)
+            return EncodedRow("truncated", (first[1],), ((0, 0),), tokens)
+        kept = list(windows)
+        covered = sum(end - start for (start, end), _ in kept)
+        if not kept:
+            return self._too_long(tokens)
+        kept = [window for window in kept if _count_trained(window[1])]
+        fit: Fit = "split" if covered == turns else "trimmed"
+        return EncodedRow(fit, tuple(w for _, w in kept), tuple(part for part, _ in kept), tokens)
+
+    def _windows(self, conversation: Conversation, turns: int) -> Iterator[tuple[tuple[int, int], Encoded]]:
+        """([start, end) of its turns, its ids) of each window: as many whole exchanges as fit; one that does not fit by itself
+        is in none."""
+
+        def encode(start: int, end: int) -> Encoded:
+            part = cut_record(conversation, start, end)
+            assert isinstance(part, Conversation)
+            return self.template.encode(part)
+
+        alone = [len(encode(start, start + 2).ids) for start in range(0, turns, 2)]
+        # What the exchanges of a window share: the system message and what the template puts before the first turn.
+        shared = max(0, alone[0] + alone[1] - len(encode(0, 4).ids)) if len(alone) > 1 else 0
+        start = 0
+        while start < turns:
+            end, length = start + 2, alone[start // 2]
+            while end < turns and length + alone[end // 2] - shared <= self.limit:
+                length += alone[end // 2] - shared
+                end += 2
+            # The sum is an estimate: tokens may differ where exchanges meet.
+            window = encode(start, end)
+            while len(window.ids) > self.limit and end > start + 2:
+                end -= 2
+                window = encode(start, end)
+            if len(window.ids) <= self.limit:
+                yield (start, end), window
+            start = end
+
+
+def encode_rows(records: Iterable[Record], template: Template, data: Data) -> dict[str, NDArray[Any]]:
+    """Encode rows as `RowEncoder` does.
 
     Returns these arrays:
         ids, trained: [tokens].
-        sequence_lengths: [sequences].
+        sequence_lengths, part_starts, part_ends: as in `EncodedRow`. [sequences]
         token_ends, sequence_ends: where each row's tokens and sequences begin. [rows + 1]
-        tokens, longest: tokens of all sequences and of the longest one, before truncation. [rows]
-        trained_tokens, least_trained: tokens that count in the loss after truncation, of all sequences and of the one that
-            has fewest. [rows]
-        lost_end: whether a trained token, so the end of an answer, was cut off. [rows]
-        reason: index into `reasons` of why the template refuses the row, else -1. [rows]
+        tokens: of the whole row. [rows]
+        trained_tokens: tokens that count in the loss. [rows]
+        fit: index into `FITS`. [rows]
+        lost_end: whether the end of a trained answer was cut off. [rows]
+        reason: index into `reasons` of why the row is left out, else -1. [rows]
         reasons: a JSON list, as bytes.
 
     Raises ModelError if a row has a token that the model's embedding does not have.
     """
-    results = list(_encode_all(list(records), template, limit))
-    reasons = list(dict.fromkeys(r.what for r in results if isinstance(r, TemplateError)))
-    rows: list[Sequences] = [() if isinstance(r, TemplateError) else r for r in results]
-    sequences = [sequence for row in rows for sequence in row]
-    lengths = [min(len(s.ids), limit) for s in sequences]
-    trained = [[sum(s.trained[1:limit]) for s in row] for row in rows]
+    rows = list(RowEncoder(template, data).encode_all(records))
+    reasons = list(dict.fromkeys(row.reason for row in rows if row.reason is not None))
+    codes = {reason: code for code, reason in enumerate(reasons)}
+    sequences = [sequence for row in rows for sequence in row.sequences]
+    parts = np.array([part for row in rows for part in row.parts], np.int64).reshape(-1, 2)
+    lengths = [len(sequence.ids) for sequence in sequences]
     ends = np.cumsum([0, *lengths])
-    ids = np.fromiter((i for s in sequences for i in s.ids[:limit]), np.uint32, int(ends[-1]))
+    sequence_ends = np.cumsum([0, *(len(row.sequences) for row in rows)])
+    ids = np.fromiter((i for s in sequences for i in s.ids), np.uint32, int(ends[-1]))
     template.check_embedded([int(ids.max(initial=0))])
-    sequence_ends = np.cumsum([0, *map(len, rows)])
     return {
         "ids": ids,
-        "trained": np.fromiter((t for s in sequences for t in s.trained[:limit]), np.bool_, len(ids)),
+        "trained": np.fromiter((t for s in sequences for t in s.trained), np.bool_, len(ids)),
         "sequence_lengths": np.array(lengths, np.int64),
+        "part_starts": parts[:, 0],
+        "part_ends": parts[:, 1],
         "sequence_ends": sequence_ends,
         "token_ends": ends[sequence_ends],
-        "tokens": np.array([sum(len(s.ids) for s in row) for row in rows], np.int64),
-        "longest": np.array([max((len(s.ids) for s in row), default=0) for row in rows], np.int64),
-        "trained_tokens": np.array([sum(counts) for counts in trained], np.int64),
-        "least_trained": np.array([min(counts, default=0) for counts in trained], np.int64),
-        "lost_end": np.array([any(any(s.trained[limit:]) for s in row) for row in rows], np.bool_),
-        "reason": np.array([reasons.index(r.what) if isinstance(r, TemplateError) else -1 for r in results], np.int64),
+        "tokens": np.array([row.tokens for row in rows], np.int64),
+        "trained_tokens": np.array([row.trained_tokens for row in rows], np.int64),
+        "fit": np.array([FITS.index(row.fit) for row in rows], np.int8),
+        "lost_end": np.array([row.lost_end for row in rows], np.bool_),
+        "reason": np.array([-1 if row.reason is None else codes[row.reason] for row in rows], np.int64),
         "reasons": np.frombuffer(json.dumps(reasons).encode(), np.uint8),
     }
-
-
-def _encode_all(records: Sequence[Record], template: Template, limit: int) -> Iterator[Sequences | TemplateError]:
-    """The sequences of each record, or the error. Conversations are encoded in one batch, which is faster."""
-    conversations = [record for record in records if isinstance(record, Conversation)]
-    encoded = iter(template.encode_batch(conversations))
-    for record in records:
-        if isinstance(record, Conversation):
-            whole = next(encoded)
-            yield whole if isinstance(whole, TemplateError) else (whole,)
-        else:
-            try:
-                whole = encode_record(record, template)
-                yield split_windows(whole[0], limit) if isinstance(record, Text) else whole
-            except TemplateError as error:
-                yield error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, overload
@@ -143,9 +143,8 @@ class ExampleWriter:
         record: bytes,
         ids: NDArray[np.uint32],
         trained: NDArray[np.bool_],
-        lengths: Iterable[int],
+        lengths: Sequence[int],
         *,
-        trained_tokens: int,
         truncated: bool,
         repeat: int = 1,
     ) -> None:
@@ -157,14 +156,14 @@ class ExampleWriter:
             ids: of all its sequences.
             trained: for each id whether it is trained.
             lengths: of its sequences.
-            trained_tokens: tokens that count in the loss.
             truncated: whether its sequences are cut.
             repeat: how often it occurs in the shuffled order.
         """
         self._ids.append(ids)
         self._trained.append(trained)
+        starts = np.cumsum([0, *lengths[:-1]])
         for length in lengths:
-            self._sequence_ends.append(self._sequence_ends[-1] + int(length))
+            self._sequence_ends.append(self._sequence_ends[-1] + length)
         self._example_ends.append(len(self._sequence_ends) - 1)
         head = json.dumps({"key": origin.key, "source": origin.source, "index": origin.index}, separators=(",", ":"))
         line = head[:-1].encode() + b"," + record[1:] + b"\n"
@@ -173,7 +172,8 @@ class ExampleWriter:
         for copy in range(repeat):
             self._ranks.append(rank(f"{origin.key}/{copy}" if copy else origin.key, self._seed, "order"))
             self._ranked.append(len(self._truncated))
-        self._trained_tokens.append(trained_tokens)
+        # The first token of a sequence is predicted from nothing.
+        self._trained_tokens.append(int(trained.sum()) - int(trained[starts].sum()))
         self._truncated.append(truncated)
 
     def finish(self) -> None:

@@ -20,10 +20,21 @@ from corral.data.mixture import SIDES, Side
 from corral.storage import storage_errors
 
 Fate: TypeAlias = Literal[
-    "kept", "truncated", "dropped", "fully masked", "duplicate", "near duplicate", "contaminated", "not sampled"
+    "kept",
+    "trimmed",
+    "split",
+    "truncated",
+    "dropped",
+    "fully masked",
+    "duplicate",
+    "near duplicate",
+    "contaminated",
+    "not sampled",
 ]
 FATES: tuple[Fate, ...] = (
     "kept",
+    "trimmed",
+    "split",
     "truncated",
     "dropped",
     "fully masked",
@@ -32,6 +43,9 @@ FATES: tuple[Fate, ...] = (
     "contaminated",
     "not sampled",
 )
+USED_FATES: tuple[Fate, ...] = ("kept", "trimmed", "split", "truncated")
+"""Fates of rows that are on a side. `trimmed`: some turns are left out or merged; `split`: in several examples; `truncated`:
+cut at the maximum length."""
 LOST_FATES: frozenset[Fate] = frozenset({"truncated", "dropped", "fully masked"})
 """Fates that count against `data.max_loss`: the row was wanted, and not all of it is trained on."""
 FATES_WITH_REASON: frozenset[Fate] = frozenset({"dropped", "fully masked", "not sampled"})
@@ -88,10 +102,10 @@ class Ledger:
             index: the row's number in it.
             fate: what became of it.
             reason: why; given exactly for the fates in `FATES_WITH_REASON`.
-            side: where it went; given exactly for `kept` and `truncated`.
+            side: where it went; given exactly for the fates in `USED_FATES`.
         """
         assert (reason is not None) == (fate in FATES_WITH_REASON), f"a {fate} row with the reason {reason!r}"
-        assert (side is not None) == (fate in ("kept", "truncated")), f"a {fate} row on the side {side!r}"
+        assert (side is not None) == (fate in USED_FATES), f"a {fate} row on the side {side!r}"
         entry = self._sources.setdefault(source, _Source())
         entry.fates[fate] += 1
         if side is not None:
@@ -113,7 +127,7 @@ class Ledger:
         for label, s in self._sources.items():
             fates = s.fates.total()
             assert fates == s.rows, f"ledger: {label}: {s.rows} rows were read, {fates} have a fate"
-            sides, kept = s.sides.total(), s.fates["kept"] + s.fates["truncated"]
+            sides, kept = s.sides.total(), sum(s.fates[fate] for fate in USED_FATES)
             assert sides == kept, f"ledger: {label}: {kept} rows are kept, {sides} have a side"
             reasons = sum(reason.count for reason in s.reasons.values())
             left_out = sum(s.fates[fate] for fate in FATES_WITH_REASON)

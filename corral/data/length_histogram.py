@@ -14,7 +14,12 @@ import numpy as np
 
 Group: TypeAlias = Literal["trained on", "cut", "left out"]
 GROUPS: tuple[Group, ...] = ("trained on", "cut", "left out")
-_GROUP_OF_FATE: dict[str, Group] = {"kept": "trained on", "truncated": "cut"}
+_GROUP_OF_FATE: dict[str, Group] = {
+    "kept": "trained on",
+    "trimmed": "trained on",
+    "split": "trained on",
+    "truncated": "cut",
+}
 _FIRST_BIN_END = 16
 _BAR_WIDTH = 40
 

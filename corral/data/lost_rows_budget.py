@@ -129,7 +129,7 @@ def _nothing_left_error(data: Data, ledger: Mapping[str, Any], where: str) -> Da
     hint = "fix the rows, or set the `format` of data.sources that says what they look like"
     if worst.startswith(("longer than", "fully masked")):
         hint = f"raise data.max_length (it is {data.max_length})"
-        hint += ', or set data.overlong = "truncate"' if data.overlong == "drop" else ""
+        hint += ', or set data.overlong = "truncate"' if data.overlong != "truncate" else ""
     return DataError("\n".join(lines), where=where, hint=hint)
 
 

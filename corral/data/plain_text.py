@@ -6,6 +6,7 @@ The names of special tokens in a document become ordinary tokens, as in a Templa
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from corral.errors import TemplateError
@@ -52,6 +53,11 @@ class PlainTextEncoder:
             raise TemplateError("a special token's name in the text cannot be told from the token")
         whole = (*self._begin, *ids, *self._end)
         return Encoded(whole, (False,) * len(self._begin) + (True,) * (len(whole) - len(self._begin)))
+
+    def character_ends(self, text: str, positions: Sequence[int]) -> list[int]:
+        """Where in the text the tokens at these positions of its ids end, in characters."""
+        offsets = self._backend.encode(text, add_special_tokens=False).offsets
+        return [offsets[min(max(0, at - len(self._begin)), len(offsets) - 1)][1] for at in positions]
 
 
 def split_windows(encoded: Encoded, limit: int) -> tuple[Encoded, ...]:

@@ -23,14 +23,15 @@ from numpy.typing import NDArray
 
 from corral.data import cache as caches
 from corral.data import selection
-from corral.data.encoding import Sequences, encode_record
-from corral.data.example_store import Example, ExampleStore, ExampleWriter, RowOrigin, json_line
-from corral.data.ledger import EXAMPLES_PER_REASON, FATES, LEDGER_FILE, Fate, Ledger, LedgerWriter, RowFates
+from corral.data.encoding import Sequences, cut_record, encode_record
+from corral.data.example_store import Example, ExampleStore, ExampleWriter, RowOrigin, json_line, record_from_json
+from corral.data.ledger import EXAMPLES_PER_REASON, FATES, LEDGER_FILE, USED_FATES, Fate, Ledger, LedgerWriter, RowFates
 from corral.data.lost_rows_budget import check_loss_budget, check_not_empty, count_losses
 from corral.data.mixture import SIDES, Side
 from corral.data.selection import UNSET, SourcePlan, WorkerPool, fate_code
 from corral.data.source_rows import EXCERPT_CHARACTERS, load_source_rows
 from corral.errors import DataError
+from corral.messages import record_key, record_to_json
 from corral.progress import Progress
 from corral.recipe import Data
 from corral.storage import new_directory, write_atomic, write_json
@@ -38,7 +39,7 @@ from corral.template import Template
 
 __all__ = ["Example", "Prepared", "Sequences", "encode_record", "prepare"]
 
-_VERSION = 2
+_VERSION = 3
 _PROGRESS_EVERY = 1000
 _ROW_GROUP = 50_000  # rows of a row group of the ledger
 _ROWS = "rows"
@@ -124,7 +125,9 @@ def prepare(
     with caches.hold_cache(cache) as used:
         progress.start("Reading rows", None)
         plans = [
-            SourcePlan.from_source(source, load_source_rows(source, cache, progress), template, data.max_length, cache)
+            SourcePlan.from_source(
+                source, load_source_rows(source, cache, progress, turns=data.turns), template, data, cache
+            )
             for source in data.sources
         ]
         used.update(folder for plan in plans for folder in plan.cache_folders)
@@ -161,19 +164,30 @@ def _write_rows(plans: Sequence[SourcePlan], folder: Path, data: Data, seed: int
 
 
 def _write_row(writer: ExampleWriter, plan: SourcePlan, position: int, record: bytes) -> None:
+    """Write a row as one example, or each of its windows as an example of its own."""
     arrays, i = plan.encoded.locate(position)
-    tokens = slice(int(arrays["token_ends"][i]), int(arrays["token_ends"][i + 1]))
-    sequences = slice(int(arrays["sequence_ends"][i]), int(arrays["sequence_ends"][i + 1]))
-    writer.add(
-        RowOrigin(bytes(plan.rows.keys[position]).hex(), plan.source.label, int(plan.rows.index[position])),
-        record,
-        arrays["ids"][tokens],
-        arrays["trained"][tokens],
-        arrays["sequence_lengths"][sequences],
-        trained_tokens=int(plan.trained_tokens[position]),
-        truncated=bool(plan.fate[position] == fate_code("truncated")),
-        repeat=plan.source.repeat if plan.side[position] == SIDES.index("train") else 1,
-    )
+    first, last = int(arrays["sequence_ends"][i]), int(arrays["sequence_ends"][i + 1])
+    lengths = arrays["sequence_lengths"][first:last].tolist()
+    key, at = bytes(plan.rows.keys[position]).hex(), int(arrays["token_ends"][i])
+    windows = list(zip(arrays["part_starts"][first:last], arrays["part_ends"][first:last], strict=True))
+    if not windows[0][1]:
+        examples = [(key, record, lengths)]
+    else:
+        whole = record_from_json(json.loads(record))
+        cuts = [cut_record(whole, int(start), int(end)) for start, end in windows]
+        lines = [json_line(record_to_json(cut)).encode()[:-1] for cut in cuts]
+        examples = [(record_key(c), line, [n]) for c, line, n in zip(cuts, lines, lengths, strict=True)]
+    for key, line, sequence_lengths in examples:
+        tokens = slice(at, at := at + sum(sequence_lengths))
+        writer.add(
+            RowOrigin(key, plan.source.label, int(plan.rows.index[position])),
+            line,
+            arrays["ids"][tokens],
+            arrays["trained"][tokens],
+            sequence_lengths,
+            truncated=bool(plan.fate[position] == fate_code("truncated")),
+            repeat=plan.source.repeat if plan.side[position] == SIDES.index("train") else 1,
+        )
 
 
 def _write_ledger(plans: Sequence[SourcePlan], folder: Path) -> dict[str, Any]:
@@ -262,7 +276,7 @@ def _left_out_examples(plan: SourcePlan) -> Iterator[dict[str, Any]]:
 def _source_figures(plan: SourcePlan) -> dict[str, Any]:
     """What the summary says about a source besides its counts."""
     asked, lost = count_losses(plan)
-    used = plan.rows_with("kept", "truncated")
+    used = plan.rows_with(*USED_FATES)
     return {
         "format": plan.rows.format,
         "why": plan.rows.why,

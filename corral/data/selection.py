@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 import corral.template
 from corral.data import contamination, encoding, mixture, near_duplicates, plain_text, word_hashes
 from corral.data.cache import ChunkStore, cache_name, hash_code, map_in_processes, split_positions
-from corral.data.ledger import FATES, Fate
+from corral.data.ledger import FATES, USED_FATES, Fate
 from corral.data.mixture import SIDES
 from corral.data.source_rows import SourceRows
 from corral.messages import Record
@@ -76,12 +76,13 @@ class SourcePlan:
         self.lost_end, self.contaminated, self.beyond_weight = (np.zeros(n, bool) for _ in range(3))
 
     @classmethod
-    def from_source(cls, source: Source, rows: SourceRows, template: Template, limit: int, cache: Path) -> SourcePlan:
-        """A plan in which every fate is undecided; `limit` is the maximum length in tokens."""
+    def from_source(cls, source: Source, rows: SourceRows, template: Template, data: Data, cache: Path) -> SourcePlan:
+        """A plan in which every fate is undecided."""
         encoding_code = hash_code(
             Path(corral.template.__file__).parent, Path(encoding.__file__), Path(plain_text.__file__)
         )
-        encoding_key = (rows.identity, template.fingerprint, limit, encoding_code, version("tokenizers"))
+        settings = data.model_dump(mode="json", include={"max_length", "overlong", "train_on"})
+        encoding_key = (rows.identity, template.fingerprint, settings, encoding_code, version("tokenizers"))
         words_key = (rows.identity, hash_code(Path(word_hashes.__file__), Path(near_duplicates.__file__)))
         return cls(
             source,
@@ -197,42 +198,33 @@ def _group_near_duplicates(plans: Sequence[SourcePlan], starts: NDArray[Any], eq
 
 
 def encode_selected(plans: Sequence[SourcePlan], data: Data, template: Template, pool: WorkerPool) -> None:
-    """Encode the undecided rows and set their fates: kept, truncated, fully masked or dropped."""
-    limit = data.max_length
+    """Encode the undecided rows and set their fates, as `encoding.FITS`."""
     work = [(plan, plan.encoded, plan.rows_with()) for plan in plans]
-    pool.compute_missing("Encoding rows", work, lambda records: encoding.encode_rows(records, template, limit))
+    pool.compute_missing("Encoding rows", work, lambda records: encoding.encode_rows(records, template, data))
     for plan, encoded, positions in work:
         for name in ("tokens", "trained_tokens", "lost_end"):
             getattr(plan, name)[positions] = encoded.column(name, positions)
-        _set_encoding_fates(plan, positions, data)
+        _set_encoding_fates(plan, positions)
 
 
-def _set_encoding_fates(plan: SourcePlan, positions: Ints, data: Data) -> None:
-    limit = data.max_length
-    reason, longest = (plan.encoded.column(name, positions) for name in ("reason", "longest"))
+def _set_encoding_fates(plan: SourcePlan, positions: Ints) -> None:
+    fit, reason = (plan.encoded.column(name, positions) for name in ("fit", "reason"))
+    for code, fate in enumerate(encoding.FITS):
+        plan.set_fate(positions[(fit == code) & (reason < 0)], fate)
     for position in positions[reason >= 0]:
         arrays, i = plan.encoded.locate(int(position))
         reasons: list[str] = json.loads(arrays["reasons"].tobytes())
-        plan.set_fate(np.array([position]), "dropped", reasons[int(arrays["reason"][i])])
-    refused = reason >= 0
-    plan.tokens[positions[refused]] = plan.trained_tokens[positions[refused]] = UNSET
-    overlong = ~refused & (longest > limit)
-    masked = ~refused & (plan.encoded.column("least_trained", positions) == 0)
-    if data.overlong == "drop":
-        plan.set_fate(positions[overlong], "dropped", f"longer than {limit} tokens")
-        masked &= ~overlong
-        plan.lost_end[positions] = False
-    all_masked = f"fully masked: none of the first {limit} tokens is trained"
-    plan.set_fate(positions[masked & overlong], "fully masked", all_masked)
-    plan.set_fate(positions[masked & ~overlong], "fully masked", "fully masked: none of its tokens is trained")
-    plan.set_fate(positions[overlong & ~masked & (data.overlong == "truncate")], "truncated")
-    plan.set_fate(positions[~overlong & ~masked & ~refused], "kept")
+        plan.set_fate(np.array([position]), encoding.FITS[arrays["fit"][i]], reasons[int(arrays["reason"][i])])
+    refused = positions[(reason >= 0) & (plan.tokens[positions] == 0)]
+    plan.tokens[refused] = plan.trained_tokens[refused] = UNSET
+    mended = positions[plan.rows.mended[positions]]
+    plan.set_fate(mended[plan.fate[mended] == fate_code("kept")], "trimmed")
 
 
 def assign_sides(plans: Sequence[SourcePlan], data: Data, seed: int) -> None:
-    """Put the kept and truncated rows on a side: train, validation or test."""
-    positions = [plan.rows_with("kept", "truncated") for plan in plans]
-    keys = [np.asarray(plan.rows.keys[part]) for plan, part in zip(plans, positions, strict=True)]
+    """Put the rows that are used on a side: train, validation or test."""
+    positions = [plan.rows_with(*USED_FATES) for plan in plans]
+    keys = [np.asarray(plan.rows.group_keys[part]) for plan, part in zip(plans, positions, strict=True)]
     for plan, part, sides in zip(plans, positions, mixture.split_sides(keys, seed, data.split), strict=True):
         plan.side[part] = sides
 
@@ -241,7 +233,7 @@ def mark_contaminated(plans: Sequence[SourcePlan], data: Data, pool: WorkerPool)
     """Mark training rows that share passages with held-out rows; drop them if the recipe says so."""
     if data.contamination == "ignore" or not any((plan.side > _TRAIN).any() for plan in plans):
         return
-    used = [(plan, plan.words, plan.rows_with("kept", "truncated")) for plan in plans]
+    used = [(plan, plan.words, plan.rows_with(*USED_FATES)) for plan in plans]
     pool.compute_missing("Reading words", used, word_hashes.word_columns)
     pool.progress.start("Comparing with held-out rows", None)
     train = [np.flatnonzero(plan.side == _TRAIN) for plan in plans]

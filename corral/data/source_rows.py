@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,18 +21,20 @@ from numpy.typing import NDArray
 from corral.data import formats, sources
 from corral.data.cache import cache_name, hash_code
 from corral.data.example_store import json_line, record_from_json
-from corral.data.formats import ContradictionError, FormatError
+from corral.data.formats import ContradictionError, Format, FormatError
+from corral.data.formats.turns import TurnOrderError, mend_turns
 from corral.data.ledger import EXAMPLES_PER_REASON, OTHER_REASONS, reason_kind
 from corral.data.sources import RawRow
 from corral.errors import DataError
-from corral.messages import Record, record_key, record_to_json
+from corral.messages import Feedback, Preference, Record, record_key, record_to_json
 from corral.progress import Progress
 from corral.recipe import Source
 from corral.storage import file_lock, new_directory
 
 Ints: TypeAlias = NDArray[np.int64]
+TurnSetting: TypeAlias = Literal["mend", "strict"]
 
-VERSION = 1
+VERSION = 2
 EXCERPT_CHARACTERS = 2000
 """How much of an unusable row is kept to be shown."""
 # A reason may quote a row's value: junk could make as many reasons as rows.
@@ -49,6 +51,8 @@ class SourceRows:
         identity: stands for the content, in the names of what is computed from it.
         format: the name of the format that was used; `why` says how it was chosen.
         keys: sha256 of each row's content. [usable rows, 32]
+        group_keys: what rows share that must be on one side: a judged answer's prompt, else the row's key. [usable rows, 32]
+        mended: whether turns were left out or merged, so that the others are in order. [usable rows]
         index: the row number in the source. [usable rows]
         unusable: the row number in the source of each unusable row; `reasons[reason_codes[i]]` says why. [rows]
         examples: some unusable rows: `{"index", "reason", "text"}`.
@@ -62,14 +66,19 @@ class SourceRows:
         self.reasons: list[str] = meta["reasons"]
         self.examples: list[dict[str, Any]] = meta["examples"]
         self.keys: NDArray[np.uint8] = np.load(folder / "keys.npy", mmap_mode="r").reshape(-1, 32)
+        self.group_keys: NDArray[np.uint8] = np.load(folder / "group_keys.npy", mmap_mode="r").reshape(-1, 32)
+        self.mended: NDArray[np.bool_] = np.load(folder / "mended.npy", mmap_mode="r")
         self.index: Ints = np.load(folder / "index.npy", mmap_mode="r")
         self.unusable: Ints = np.load(folder / "unusable.npy", mmap_mode="r")
         self.reason_codes: NDArray[np.int16] = np.load(folder / "reason_codes.npy", mmap_mode="r")
         self._ends: Ints = np.load(folder / "ends.npy", mmap_mode="r")
         self._path = folder / "records.jsonl"
-        usable, unusable = meta["usable"], meta["unusable"]
-        lengths = (len(self.keys), len(self.index), len(self._ends) - 1, len(self.unusable), len(self.reason_codes))
-        if lengths != (usable, usable, usable, unusable, unusable) or self._ends[-1] != self._path.stat().st_size:
+        by_row = (self.keys, self.group_keys, self.mended, self.index, self._ends[1:])
+        fits = {meta["usable"]} == set(map(len, by_row)) and {meta["unusable"]} == {
+            len(self.unusable),
+            len(self.reason_codes),
+        }
+        if not fits or self._ends[-1] != self._path.stat().st_size:
             raise ValueError("its files do not fit each other")
 
     def __len__(self) -> int:
@@ -96,8 +105,8 @@ class SourceRows:
         return (record_from_json(json.loads(line)) for line in self.record_lines(positions))
 
 
-def load_source_rows(source: Source, cache: Path, progress: Progress) -> SourceRows:
-    """A source's rows, from the cache if they are there, else read now.
+def load_source_rows(source: Source, cache: Path, progress: Progress, *, turns: TurnSetting = "mend") -> SourceRows:
+    """A source's rows, from the cache if they are there, else read now; `turns` as in the recipe.
 
     Raises:
         DataError: the source cannot be read, its format is not recognised, or it changes while it is read.
@@ -106,7 +115,7 @@ def load_source_rows(source: Source, cache: Path, progress: Progress) -> SourceR
     """
     source_hash = sources.hash_source(source)
     settings = source.model_dump(mode="json", include={"config", "split", "format", "mapping"})
-    folder = cache / cache_name("rows", VERSION, source_hash, settings, _hash_reading_code())
+    folder = cache / cache_name("rows", VERSION, source_hash, settings, turns, _hash_reading_code())
     with file_lock(cache / f".{folder.name}.lock"):
         try:
             return SourceRows(folder)
@@ -115,7 +124,7 @@ def load_source_rows(source: Source, cache: Path, progress: Progress) -> SourceR
         except (OSError, ValueError, KeyError) as error:
             progress.say(f"the cached rows of {source.label} are damaged ({error}): they are read again")
         with new_directory(folder) as new:
-            _read_into(source, new, progress)
+            _read_into(source, new, progress, turns)
             if sources.hash_source(source) != source_hash:
                 raise DataError(
                     "the source changed while it was read",
@@ -153,8 +162,24 @@ class _UnusableRows:
             self.examples.append({"index": row.index, "reason": reason, "text": (text or "")[:EXCERPT_CHARACTERS]})
 
 
-def _read_into(source: Source, folder: Path, progress: Progress) -> None:
-    keys, index, ends, unusable = bytearray(), array("q"), array("q", [0]), _UnusableRows()
+def _read_record(read: Format, row: Mapping[str, Any], turns: TurnSetting) -> tuple[Record, bool]:
+    """(the record of a row, whether its turns were mended). Raises FormatError."""
+    try:
+        return read(row), False
+    except TurnOrderError as error:
+        if turns == "strict":
+            raise
+        return mend_turns(error), True
+
+
+def _group_key(record: Record, key: str) -> str:
+    """What rows share that must be on one side: the prompt of judged answers, else their content, `key`."""
+    return record_key(record.prompt) if isinstance(record, Preference | Feedback) else key
+
+
+def _read_into(source: Source, folder: Path, progress: Progress, turns: TurnSetting) -> None:
+    keys, group_keys, mended = bytearray(), bytearray(), bytearray()
+    index, ends, unusable = array("q"), array("q", [0]), _UnusableRows()
     rows = sources.read_rows(source, progress)
     first = list(islice(rows, _ROWS_TO_RECOGNISE))
     if first and all(row.value is None for row in first) and source.format == "auto" and source.mapping is None:
@@ -170,8 +195,11 @@ def _read_into(source: Source, folder: Path, progress: Progress) -> None:
                 unusable.add(row, row.reason or "unreadable")
             else:
                 try:
-                    record = chosen.to_record(row.value)
-                    keys += bytes.fromhex(record_key(record))
+                    record, is_mended = _read_record(chosen.to_record, row.value, turns)
+                    key = record_key(record)
+                    keys += bytes.fromhex(key)
+                    group_keys += bytes.fromhex(_group_key(record, key))
+                    mended.append(is_mended)
                     line = json_line(record_to_json(record)).encode()
                     file.write(line)
                     ends.append(ends[-1] + len(line))
@@ -184,6 +212,8 @@ def _read_into(source: Source, folder: Path, progress: Progress) -> None:
             if done % _PROGRESS_EVERY == 0:
                 progress.update(done, source.label)
     np.save(folder / "keys.npy", np.frombuffer(keys, np.uint8))
+    np.save(folder / "group_keys.npy", np.frombuffer(group_keys, np.uint8))
+    np.save(folder / "mended.npy", np.frombuffer(mended, np.bool_))
     np.save(folder / "index.npy", np.asarray(index, np.int64))
     np.save(folder / "ends.npy", np.asarray(ends, np.int64))
     np.save(folder / "unusable.npy", np.asarray(unusable.index, np.int64))

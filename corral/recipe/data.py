@@ -142,8 +142,18 @@ class Data(Section):
     """One `[[data.sources]]` table for each source."""
     max_length: Annotated[int, Field(ge=16)] = 1024
     """Most tokens of one example."""
-    overlong: Literal["drop", "truncate"] = "drop"
-    """What to do with longer examples. `truncate` cuts off the end, with the end token. The ledger counts them."""
+    overlong: Literal["split", "truncate", "drop"] = "split"
+    """What to do with longer rows. `split` cuts a conversation at the ends of answers into several examples, each with the
+    system message; an exchange that is too long by itself is left out, and so are single questions with their answers and
+    preferences. `truncate` keeps the beginning, to the end of an answer if one fits, else with the answer cut off. `drop`
+    leaves the row out. Documents become windows in any case. The ledger counts them."""
+    turns: Literal["mend", "strict"] = "mend"
+    """What to do with conversations whose turns are out of order. `mend` leaves out answers before the first question and
+    questions after the last answer, and joins consecutive turns of one side with a blank line; the ledger counts such rows as
+    `trimmed`. `strict` leaves such conversations out."""
+    train_on: Literal["answers", "last_answer"] = "answers"
+    """Which answers of a conversation are trained: all, or the last one only. An answer that its row marks as not to be
+    trained (`weight` 0, `train` or `loss` false) never is."""
     duplicates: Literal["exact", "near", "keep"] = "exact"
     """Which duplicate rows are left out: `exact`: rows of equal content; `near`: also rows with almost the same words (MinHash
     of 5-word shingles); `keep`: none."""

@@ -161,7 +161,7 @@ class Template:
         return list(self._piece_tokenizer.tokenize(pieces).ids)
 
     def encode(self, conversation: Conversation) -> Encoded:
-        """Ids of the whole conversation; only the assistant's answers and their end tokens are trained.
+        """Ids of the whole conversation; only the answers that are to be trained, and their end tokens, are.
 
         Raises:
             TemplateError: the template refuses the conversation, or its answers cannot be separated from the other text.
@@ -255,7 +255,19 @@ class Template:
                 where=self.name,
                 hint="use a template whose answers end in one of the tokenizer's special tokens",
             )
-        return pieces
+        trained = [message.trained for message in conversation.messages if message.role == "assistant"]
+        return pieces if all(trained) else self._mark_trained(pieces, trained)
+
+    def _mark_trained(self, pieces: Pieces, trained: Sequence[bool]) -> Pieces:
+        """The pieces with only those answers trained for which `trained` says so."""
+        if sum(is_answer for _, is_answer in pieces) != len(trained):
+            raise TemplateError(
+                "the template does not render one text for each answer, and not all answers are to be trained",
+                where=self.name,
+                hint="use a template that renders every answer",
+            )
+        flags = iter(trained)
+        return [(text, is_answer and next(flags)) for text, is_answer in pieces]
 
     def _pieces(self, messages: Messages, *, generation_prompt: bool) -> Pieces:
         """The rendered text, split into answers and other text. Raises TemplateError."""

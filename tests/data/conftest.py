@@ -63,6 +63,14 @@ def chats(count: int, start: int = 0) -> list[dict[str, Any]]:
     return [chat(f"What is {i} plus {i}?", f"It is {2 * i}." + " Yes." * (i % 5)) for i in range(start, start + count)]
 
 
+def dialogue(exchanges: int, words: int, system: str = "") -> dict[str, Any]:
+    """A conversation in which each question and each answer has its own number, and so many words."""
+    turns = [{"role": "system", "content": system}] if system else []
+    for i in range(exchanges):
+        turns += chat(f"{i}? " + "so " * words, f"{i}! " + "yes " * words)["messages"]
+    return {"messages": turns}
+
+
 def write_rows(path: Path, rows: Iterable[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return path
@@ -97,7 +105,6 @@ def write_examples(
                 np.array([i for s in example.sequences for i in s.ids], np.uint32),
                 np.array([t for s in example.sequences for t in s.trained], np.bool_),
                 [len(s.ids) for s in example.sequences],
-                trained_tokens=sum(sum(s.trained[1:]) for s in example.sequences),
                 truncated=example.index in truncated,
             )
         writer.finish()
@@ -150,13 +157,13 @@ def prepared(template: Template, tmp_path: Path) -> Callable[..., Prepared]:
 
 @pytest.fixture
 def planned(template: Template, tmp_path: Path) -> Callable[..., list[SourcePlan]]:
-    """`planned(source, …, max_length=…)`: plans of the sources, every fate undecided."""
+    """`planned(source, …, max_length=…, …)`: plans of the sources, every fate undecided."""
 
-    def plan_sources(*sources: Source, max_length: int = 1024) -> list[SourcePlan]:
-        cache = tmp_path / "cache"
+    def plan_sources(*sources: Source, **settings: Any) -> list[SourcePlan]:
+        cache, data = tmp_path / "cache", Data(sources=sources, **settings)
         rows = [load_source_rows(source, cache, Progress()) for source in sources]
         return [
-            SourcePlan.from_source(source, source_rows, template, max_length, cache)
+            SourcePlan.from_source(source, source_rows, template, data, cache)
             for source, source_rows in zip(sources, rows, strict=True)
         ]
 

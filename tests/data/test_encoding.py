@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corral.data.encoding import encode_record, encode_rows
+from corral.data.encoding import FITS, EncodedRow, RowEncoder, cut_record, encode_record, encode_rows
 from corral.errors import ModelError, TemplateError
 from corral.messages import Conversation, Feedback, Preference, Record, Text
+from corral.recipe import Data, Source
 from corral.template import Template
+from tests.data.conftest import dialogue
 
 WORDS = st.text(st.sampled_from("abc 鯨\n"), min_size=1, max_size=60)
 ASKED = st.builds(lambda q: Conversation.from_turns(("user", q)), WORDS)
@@ -24,16 +26,32 @@ RECORD = st.one_of(
 )
 
 
+def settings(limit: int, **others: Any) -> Data:
+    return Data(sources=(Source(path="a.jsonl"),), max_length=limit, **others)
+
+
+def encode(template: Template, record: Record, limit: int, **others: Any) -> EncodedRow:
+    (row,) = RowEncoder(template, settings(limit, **others)).encode_all([record])
+    return row
+
+
+def trained_text(template: Template, row: EncodedRow) -> list[str]:
+    return [template.decode([i for i, t in zip(s.ids, s.trained, strict=True) if t]) for s in row.sequences]
+
+
 @given(st.lists(RECORD, max_size=8), st.integers(16, 80))
 def test_columns_hold_each_rows_sequences_cut_at_the_limit(
     template: Template, records: list[Record], limit: int
 ) -> None:
-    found = encode_rows(records, template, limit)
+    found = encode_rows(records, template, settings(limit, overlong="truncate"))
     for i, record in enumerate(records):
         ids = found["ids"][found["token_ends"][i] : found["token_ends"][i + 1]]
         trained = found["trained"][found["token_ends"][i] : found["token_ends"][i + 1]]
         lengths = found["sequence_lengths"][found["sequence_ends"][i] : found["sequence_ends"][i + 1]]
         whole = encode_record(record, template)
+        if FITS[found["fit"][i]] == "fully masked":
+            assert min(sum(s.trained[1:limit]) for s in whole) == 0
+            continue
         assert lengths.sum() == len(ids) == len(trained)
         assert (lengths <= limit).all()
         assert found["reason"][i] == -1
@@ -47,15 +65,13 @@ def test_columns_hold_each_rows_sequences_cut_at_the_limit(
         assert ids.tolist() == [token for s in whole for token in s.ids[:limit]]
         assert trained.tolist() == [flag for s in whole for flag in s.trained[:limit]]
         assert found["tokens"][i] == sum(len(s.ids) for s in whole)
-        assert found["longest"][i] == max(len(s.ids) for s in whole)
-        assert found["least_trained"][i] == min(sum(s.trained[1:limit]) for s in whole)
         assert found["lost_end"][i] == any(any(s.trained[limit:]) for s in whole)
 
 
 def test_rows_that_the_template_refuses_are_empty_and_say_why(template: Template) -> None:
     good = Conversation.from_turns(("user", "a"), ("assistant", "b"))
     bad = [Conversation.from_turns(("user", "a"), ("assistant", "\ufdd0")), Text("\ud800")]
-    found = encode_rows([good, bad[0], good, bad[1], bad[0]], template, 50)
+    found = encode_rows([good, bad[0], good, bad[1], bad[0]], template, settings(50))
     reasons = json.loads(found["reasons"].tobytes())
     assert found["reason"].tolist() == [-1, 0, -1, 1, 0]
     assert "U+FDD0" in reasons[0]
@@ -83,11 +99,11 @@ def test_a_row_with_a_token_that_the_embedding_lacks_is_an_error(record: Record,
     good = Conversation.from_turns(("user", "a"), ("assistant", "b"))
     rows = len(tiny_tokenizer)
     template = Template.load(tokenizer, "chatml", embedding_rows=rows)
-    encode_rows([good], template, 80)
+    encode_rows([good], template, settings(80))
     with pytest.raises(ModelError, match=rf"the token 'kubectl' with id {rows + 1}, .* has {rows} rows") as caught:
-        encode_rows([good, record], template, 80)
+        encode_rows([good, record], template, settings(80))
     assert "resize_token_embeddings" in str(caught.value)
-    encode_rows([good, record], Template.load(tokenizer, "chatml", embedding_rows=rows + 2), 80)
+    encode_rows([good, record], Template.load(tokenizer, "chatml", embedding_rows=rows + 2), settings(80))
 
 
 def test_rows_are_encoded_anew_for_a_model_with_fewer_tokens(tiny_tokenizer: Any) -> None:
@@ -112,3 +128,86 @@ def test_answers_within_a_prompt_are_context_in_a_preference_and_trained_in_a_co
     assert template.decode([i for i, t in zip(rejected.ids, rejected.trained, strict=True) if t]) == "no"
     (judged,) = encode_record(Feedback(asked, "yes", 0.1), template)
     assert judged == chosen
+
+
+@given(
+    exchanges=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=8),
+    system=st.sampled_from(["", "Be brief."]),
+    limit=st.integers(40, 200),
+)
+def test_a_split_conversation_trains_each_exchange_once_in_windows_that_fit(
+    template: Template, exchanges: list[tuple[int, int]], system: str, limit: int
+) -> None:
+    turns: list[tuple[Any, str]] = [("system", system)] if system else []
+    for i, (asked, said) in enumerate(exchanges):
+        turns += [("user", f"{i}?" + " so" * asked), ("assistant", f"{i}!" + " yes" * said)]
+    whole = Conversation.from_turns(*turns)
+    row = encode(template, whole, limit)
+    alone = [
+        len(template.encode(Conversation.from_turns(*turns[: bool(system)], *turns[i : i + 2])).ids)
+        for i in range(bool(system), len(turns), 2)
+    ]
+    fitting = [i for i, length in enumerate(alone) if length <= limit]
+    if len(template.encode(whole).ids) <= limit:
+        assert (row.fit, row.parts) == ("kept", ((0, 0),))
+        return
+    if not fitting:
+        assert (row.fit, row.reason) == ("dropped", f"longer than {limit} tokens")
+        return
+    if len(exchanges) > 1:
+        assert row.fit == ("split" if len(fitting) == len(exchanges) else "trimmed")
+    assert [i for start, end in row.parts for i in range(start // 2, end // 2)] == fitting
+    for sequence, (start, end) in zip(row.sequences, row.parts, strict=True):
+        window = cut_record(whole, start, end)
+        assert isinstance(window, Conversation)
+        assert (window.messages[0].role == "system") == bool(system)
+        assert template.encode(window) == sequence
+        assert len(sequence.ids) <= limit
+        # No window could have taken the next exchange.
+        longer = cut_record(whole, start, end + 2)
+        if end // 2 < len(exchanges) and end // 2 in fitting:
+            assert isinstance(longer, Conversation)
+            assert len(template.encode(longer).ids) > limit - 2
+
+
+def test_truncating_ends_at_an_answers_end_if_one_fits(template: Template) -> None:
+    whole = Conversation.from_json(dialogue(4, 10, system="Be brief."))
+    two = cut_record(whole, 0, 4)
+    assert isinstance(two, Conversation)
+    ids = template.encode(two).ids
+    cut = encode(template, whole, len(ids) + 5, overlong="truncate")
+    assert (cut.fit, cut.sequences[0].ids, cut.lost_end) == ("truncated", ids, False)
+    asked = len(template.prompt(Conversation(whole.messages[:2])))
+    short = encode(template, whole, asked + 3, overlong="truncate")
+    assert (short.fit, len(short.sequences[0].ids), short.lost_end) == ("truncated", asked + 3, True)
+    assert encode(template, whole, len(ids), overlong="drop").reason == f"longer than {len(ids)} tokens"
+
+
+def test_an_answer_that_is_not_to_be_trained_is_context(template: Template) -> None:
+    turns = dialogue(3, 2)["messages"]
+    turns[1]["trained"] = False
+    whole = Conversation.from_json({"messages": turns})
+    assert trained_text(template, encode(template, whole, 500)) == [turns[3]["content"] + turns[5]["content"]]
+    plain = Conversation.from_json(dialogue(3, 2))
+    assert template.encode(whole).ids == template.encode(plain).ids
+    assert trained_text(template, encode(template, plain, 500, train_on="last_answer")) == [turns[5]["content"]]
+    for turn in turns:
+        turn["trained"] = False
+    masked = encode(template, Conversation.from_json({"messages": turns}), 500)
+    assert (masked.fit, masked.reason) == ("fully masked", "fully masked: none of its tokens is trained")
+    # Windows without anything to train are not examples; the row is not less split for it.
+    split = encode(template, Conversation.from_json(dialogue(12, 20)), 400, train_on="last_answer")
+    assert (split.fit, len(split.sequences)) == ("split", 1)
+    assert trained_text(template, split)[0].startswith("11!")
+
+
+@given(st.text(st.sampled_from("abc 鯨🙂\n"), min_size=1, max_size=400))
+def test_the_windows_of_a_text_are_named_by_characters_that_join_to_it(template: Template, text: str) -> None:
+    row = encode(template, Text(text), 20)
+    if row.fit == "kept":
+        assert row.parts == ((0, 0),)
+        return
+    assert row.fit == "split"
+    assert all(len(s.ids) <= 20 for s in row.sequences)
+    pieces = [cut_record(Text(text), start, end) for start, end in row.parts]
+    assert "".join(piece.content for piece in pieces if isinstance(piece, Text)) == text

@@ -98,7 +98,7 @@ def test_a_repeated_example_occurs_several_times_in_the_order_and_once_on_disk(t
             record = b'{"text":"x"}'
             origin = RowOrigin(f"{i:064x}", "a", i)
             repeat = 3 if i < 20 else 1
-            writer.add(origin, record, ids, trained, [2], trained_tokens=1, truncated=False, repeat=repeat)
+            writer.add(origin, record, ids, trained, [2], truncated=False, repeat=repeat)
         assert len(writer) == 100
         writer.finish()
     rows = ExampleStore(tmp_path / "side")

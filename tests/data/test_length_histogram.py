@@ -14,6 +14,8 @@ from corral.data.length_histogram import Bin, read_histogram, to_html, to_lines
 from corral.data.prepare import Prepared
 from tests.data.conftest import chat, chats, source, write_rows
 
+TRAINED = ("kept", "trimmed", "split")
+
 
 def written(path: Path, groups: list[list[tuple[Fate, int]]]) -> Path:
     """A ledger's table with a row group for each list of (fate, tokens)."""
@@ -37,7 +39,9 @@ def test_every_encoded_row_is_in_the_bin_that_holds_its_length(
     assert sum(b.total for b in bins) == len(lengths)
     for b in bins:
         assert b.total == sum(b.min_tokens <= t <= b.max_tokens for t in lengths)
-        kept = sum(b.min_tokens <= t <= b.max_tokens and fate == "kept" for rows in groups for fate, t in rows if t > 0)
+        kept = sum(
+            b.min_tokens <= t <= b.max_tokens and fate in TRAINED for rows in groups for fate, t in rows if t > 0
+        )
         assert b.counts[0] == kept
     assert all(later.min_tokens == earlier.max_tokens + 1 for earlier, later in pairwise(bins))
     assert not bins or (bins[0].total and bins[-1].total)

@@ -203,7 +203,7 @@ def test_preferences_and_feedback_train_on_their_answers_only_and_texts_on_all(
         split=NONE_HELD_OUT,
         max_length=64,
     )
-    assert result.ledger["fates"]["kept"] == 7
+    assert (result.ledger["fates"]["kept"], result.ledger["fates"]["split"]) == (6, 1)
     by_source: dict[str, list[Any]] = {}
     for example in result.train:
         by_source.setdefault(example.source, []).append(example)
@@ -214,12 +214,18 @@ def test_preferences_and_feedback_train_on_their_answers_only_and_texts_on_all(
         assert sequence.trained.index(True) == len(template.prompt(asked))
         assert template.decode([i for i, t in zip(sequence.ids, sequence.trained, strict=True) if t]) == answer
     assert {example.record.score for example in by_source["judged"]} == {0.0, 1.0}
-    short, divided = sorted(by_source["texts"], key=lambda e: len(e.record.content))
+    (short,) = (e for e in by_source["texts"] if e.record.content.startswith("hello"))
     assert all(short.sequences[0].trained)
     assert 2 not in short.sequences[0].ids[:-1]
-    assert len(divided.sequences) > 1
-    assert max(len(s.ids) for s in divided.sequences) <= 64
-    rest = [i for s in divided.sequences for i, trained in zip(s.ids, s.trained, strict=True) if trained]
+    windows = [e for e in by_source["texts"] if e is not short]
+    assert {e.index for e in windows} == {2}
+    assert len({e.key for e in windows}) == len(windows) > 1, "each window is an example of its own"
+    assert all(len(e.sequences) == 1 and len(e.sequences[0].ids) <= 64 for e in windows)
+    windows.sort(key=lambda e: long.index(e.record.content))
+    assert "".join(e.record.content for e in windows) == long
+    rest = [
+        i for e in windows for i, trained in zip(e.sequences[0].ids, e.sequences[0].trained, strict=True) if trained
+    ]
     assert template.decode(rest) == long
 
 

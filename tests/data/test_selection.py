@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from corral.data import selection
-from corral.data.ledger import FATES, FATES_WITH_REASON
+from corral.data.ledger import FATES, FATES_WITH_REASON, USED_FATES
 from corral.data.mixture import SIDES
 from corral.data.selection import UNSET, SourcePlan, WorkerPool
 from corral.messages import Record
 from corral.progress import Progress
 from corral.recipe import Data, Split
 from corral.template import Template
-from tests.data.conftest import Listener, chat, chats, prose, source, write_rows
+from tests.data.conftest import Listener, chat, chats, dialogue, prose, source, write_rows
 
 Planned = Callable[..., list[SourcePlan]]
 TRAIN, VALIDATION, TEST = range(3)
@@ -85,7 +85,7 @@ def judged(planned: Planned, template: Template, tmp_path: Path) -> Callable[...
 
     def judge(rows: Iterable[Any], **settings: Any) -> SourcePlan:
         path = write_rows(tmp_path / "judged.jsonl", rows)
-        plans = planned(source(path), max_length=settings["max_length"])
+        plans = planned(source(path), **settings)
         selection.encode_selected(plans, data_of(plans, **settings), template, WorkerPool(Progress(), 1))
         return plans[0]
 
@@ -174,10 +174,10 @@ def test_only_what_is_missing_is_computed(planned: Planned, tmp_path: Path) -> N
 # ---- sides, shared passages, weights
 
 
-def test_only_kept_and_truncated_rows_get_a_side(planned: Planned, template: Template, tmp_path: Path) -> None:
+def test_only_rows_that_are_used_get_a_side(planned: Planned, template: Template, tmp_path: Path) -> None:
     rows = [*chats(30), *chats(5), *[chat(f"{i} " * 80, "x") for i in range(5)]]
     rows += [chat(f"Long {i}?", "yes " * 80) for i in range(5)]
-    plans = planned(source(write_rows(tmp_path / "a.jsonl", rows)), max_length=80)
+    plans = planned(source(write_rows(tmp_path / "a.jsonl", rows)), max_length=80, overlong="truncate")
     data = data_of(plans, max_length=80, overlong="truncate", split=Split(validation=7, test=8))
     chosen(plans)
     selection.encode_selected(plans, data, template, WorkerPool(Progress(), 1))
@@ -253,12 +253,18 @@ def test_every_row_ends_with_one_fate_and_the_side_or_reason_that_goes_with_it(
 ) -> None:
     rows = [chat(f"{start}{prose(i)}", f"{start}answer {i}.") for start in ("", "Please: ") for i in range(15)]
     rows += [*rows[:4], chat("long " * 400, "x"), chat("Long?", "yes " * 400), chat("no character \ufdd0", "x")]
+    long = dialogue(12, 40)
+    rows += [
+        long,
+        {"messages": long["messages"][1:]},
+        {"messages": [*chat("Early?", "x")["messages"], *long["messages"][:1]]},
+    ]
     a = source(write_rows(tmp_path / "a.jsonl", rows), weight=1)
     b = source(write_rows(tmp_path / "b.jsonl", [*rows[2:6], *chats(30)]), rows=20, weight=1)
     seen: set[str] = set()
-    choices = product(("exact", "near", "keep"), ("drop", "truncate"), ("report", "drop", "ignore"))
+    choices = product(("exact", "near", "keep"), ("drop", "truncate", "split"), ("report", "drop", "ignore"))
     for duplicates, overlong, contamination in choices:
-        plans = planned(a, b, max_length=600)
+        plans = planned(a, b, max_length=600, overlong=overlong)
         data = data_of(plans, duplicates=duplicates, overlong=overlong, contamination=contamination, max_length=600)
         data = data.model_copy(update={"split": Split(validation=0.2, test=0.2)})
         hands = WorkerPool(Progress(), 1)
@@ -271,6 +277,6 @@ def test_every_row_ends_with_one_fate_and_the_side_or_reason_that_goes_with_it(
             for fate, why, side in zip(fates(plan), reasons(plan), plan.side.tolist(), strict=True):
                 assert fate in FATES
                 assert (why is not None) == (fate in FATES_WITH_REASON)
-                assert (side in range(len(SIDES))) == (fate in ("kept", "truncated"))
+                assert (side in range(len(SIDES))) == (fate in USED_FATES)
             seen.update(fates(plan))
     assert seen == set(FATES)

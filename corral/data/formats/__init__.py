@@ -18,8 +18,9 @@ from corral.data.formats.multiple_choice import infer_numbering, multiple_choice
 from corral.data.formats.preferences import feedback, infer_feedback_scale, preference
 from corral.data.formats.prompt_response import alpaca, plain_text, prompt_completion, question_answer
 from corral.data.formats.public_datasets import PUBLIC_DATASETS, find_by_hub_path
-from corral.data.formats.recognition import RecognisedFormat, recognise
+from corral.data.formats.recognition import RecognisedFormat, recognise, respell_columns
 from corral.errors import DataError
+from corral.messages import Record
 from corral.recipe import Source
 
 __all__ = [
@@ -75,12 +76,39 @@ def choose_format(source: Source, rows: Sequence[Mapping[str, Any]]) -> ChosenFo
     ambiguous.
     """
     if source.mapping is None or has_only_score_range(source.mapping):
-        name, why = _name_format(source, rows)
-        to_record, note = _bind_reader(name, source, rows)
-        return ChosenFormat(name, to_record, why + note)
+        return _choose_by_columns(source, rows)
     mapping, note = compile_mapping(source.mapping, rows, f"{source.label}: data.sources.mapping")
     columns = dict.fromkeys(f"`{path[0]}`" for path in mapping.paths)
     return ChosenFormat("mapping", mapping, f"format: a mapping of {', '.join(columns)} to {mapping.record_type}{note}")
+
+
+def _choose_by_columns(source: Source, rows: Sequence[Mapping[str, Any]]) -> ChosenFormat:
+    """The format of rows without a mapping of columns. Raises DataError."""
+    known = {} if source.format in PUBLIC_DATASETS else respell_columns(rows)
+    try:
+        name, why = _name_format(source, rows)
+    except DataError:
+        if not known:
+            raise
+        rows = [_respell(row, known) for row in rows]
+        name, why = _name_format(source, rows)
+    else:
+        # What was recognised by its columns as they are written needs no other spelling.
+        known = known if source.format != "auto" else {}
+        rows = [_respell(row, known) for row in rows] if known else rows
+    to_record, note = _bind_reader(name, source, rows)
+    if known:
+        note += f"; read without regard to capitals and spaces: {', '.join(f'`{column}`' for column in known)}"
+        to_record = partial(_read_respelled, read=to_record, known=known)
+    return ChosenFormat(name, to_record, why + note)
+
+
+def _respell(row: Mapping[str, Any], known: Mapping[str, str]) -> dict[str, Any]:
+    return {known.get(name, name): value for name, value in row.items()}
+
+
+def _read_respelled(row: Mapping[str, Any], read: Format, known: Mapping[str, str]) -> Record:
+    return read(_respell(row, known))
 
 
 def _name_format(source: Source, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from corral.data.formats.context_columns import REASONING_COLUMNS, check_context_columns
 from corral.data.formats.fields import (
     FormatError,
-    check_turn_order,
     describe_type,
     find_column,
     nonblank_text,
@@ -18,6 +18,8 @@ from corral.data.formats.fields import (
     short_repr,
     valid_text,
 )
+from corral.data.formats.rendered_text import refuse_rendered
+from corral.data.formats.turns import ordered_conversation
 from corral.messages import Conversation, Message, Role
 
 SYSTEM_COLUMNS = ("system", "system_prompt")
@@ -92,33 +94,46 @@ SHAREGPT = ChatDialect(
 )
 
 
+@check_context_columns
 def openai_messages(row: Mapping[str, Any]) -> Conversation:
     """OpenAI's form: `{"messages": [{"role", "content"}, …]}`, also called `conversations`, `dialogue`, `turns`, `chat` ….
 
     At most one system message, first (or in a column `system`); then user and assistant by turns, the assistant last.
-    The list may be JSON text; content may be a list of text parts. Other keys are ignored.
+    The list may be JSON text; content may be a list of text parts. A message of the assistant with `weight` 0 (or `train` or
+    `loss` false) is not trained. A line of a batch file has the list in `body`.
 
-    Raises FormatError if the row has another form, a message holds no text, or tools are called.
+    Raises:
+        TurnOrderError: the turns are out of order.
+        FormatError: the row has another form, a message holds no text, or what it holds would be left out: calls of tools,
+            images, reasoning.
     """
+    body = row.get("body")
+    if isinstance(body, dict) and "messages" in body and "messages" not in row:
+        row = cast("dict[str, Any]", body)
     return _conversation(row, OPENAI)
 
 
+@check_context_columns
 def sharegpt(row: Mapping[str, Any]) -> Conversation:
     """ShareGPT's form: `{"conversations": [{"from", "value"}, …]}`, with human or user or prompter, gpt or assistant or
     chatgpt or bing or bard …, and a system message or column.
 
-    Raises FormatError if the row has another form; the order is that of `openai_messages`.
+    Raises what `openai_messages` does.
     """
     return _conversation(row, SHAREGPT)
 
 
 def _conversation(row: Mapping[str, Any], dialect: ChatDialect) -> Conversation:
+    turns = add_system_column(read_messages(*_message_list(row, dialect), dialect), row)
+    return ordered_conversation(turns)
+
+
+def _message_list(row: Mapping[str, Any], dialect: ChatDialect) -> tuple[Any, str]:
+    """(the list of messages, the name of its column). Raises FormatError."""
     # A column with one of the names may hold something else, such as the number of turns.
     name = next((name for name in dialect.columns if isinstance(parse_json_list(row.get(name)), list)), None)
     name, value = find_column(row, dialect.columns if name is None else (name,))
-    turns = add_system_column(read_messages(value, name, dialect), row)
-    check_turn_order(turns)
-    return Conversation(tuple(turns))
+    return value, name
 
 
 def add_system_column(turns: list[Message], row: Mapping[str, Any]) -> list[Message]:
@@ -181,10 +196,46 @@ def _message(item: Any, name: str, i: int, dialect: ChatDialect) -> Message:
     role = dialect.role(author)
     if role is None:
         raise FormatError(f"{name}.{i}.{author_key} is {short_repr(author)}: expected {dialect.expected_roles}")
-    content = valid_text(_join_text_parts(content), f"{name}.{i}.{content_key}")
+    content = valid_text(_join_text_parts(content, f"{name}.{i}"), f"{name}.{i}.{content_key}")
     if not content or content.isspace():
         raise FormatError(f"empty content in turn {i + 1}")
-    return Message(role, content)
+    reasoning = next((key for key in REASONING_COLUMNS if fields.get(key)), None)
+    if reasoning is not None:
+        raise FormatError(f"a message has `{reasoning}`, which would be left out: put it into its content")
+    return Message(role, refuse_rendered(content, f"{name}.{i}.{content_key}"), _is_trained(fields, role))
+
+
+_TRAINING_KEYS = ("weight", "train", "loss")
+
+
+def _is_trained(fields: Mapping[str, Any], role: Role) -> bool:
+    """What a message says of its own training: OpenAI's `weight` (0 or 1), Axolotl's `train`, ms-swift's `loss`.
+
+    Raises FormatError if it says something else, or a message that is no answer is to be trained.
+    """
+    is_trained = True
+    for key in _TRAINING_KEYS:
+        value = fields.get(key)
+        if value is None:
+            continue
+        if value not in (0, 1):  # True and False equal 1 and 0
+            raise FormatError(f"a message has `{key}` {short_repr(value)}: only 0, 1, true and false are known")
+        if value and role != "assistant" and key != "weight":
+            raise FormatError(f"a message of the {role} has `{key}` true: only answers are trained")
+        is_trained = is_trained and bool(value)
+    if fields.get("train_detail"):
+        raise FormatError("a message has `train_detail`: parts of an answer cannot be trained alone")
+    return is_trained or role != "assistant"
+
+
+def unused_message_keys(rows: Iterable[Mapping[str, Any]], column: str) -> list[str]:
+    """The keys of the messages in a column that are not read, in order of appearance."""
+    known = {*SHAREGPT.author_keys, *SHAREGPT.content_keys, *REASONING_COLUMNS, *_TRAINING_KEYS}
+    known |= {"tool_calls", "function_call", "train_detail"}
+    items = (parse_json_list(row.get(column)) for row in rows)
+    messages = (cast("dict[str, Any]", m) for item in items if isinstance(item, list) for m in cast("list[Any]", item))
+    keys = (key for message in messages for key, value in message.items() if value not in (None, "", [], {}))
+    return list(dict.fromkeys(key for key in keys if key not in known))
 
 
 def _first_key(fields: Mapping[str, Any], names: Sequence[str], message: str) -> str:
@@ -194,8 +245,8 @@ def _first_key(fields: Mapping[str, Any], names: Sequence[str], message: str) ->
     raise FormatError(f"{message} has no {names[0]}")
 
 
-def _join_text_parts(content: Any) -> Any:
-    """The text of `[{"type": "text", "text": …}, …]`; anything else as it is."""
+def _join_text_parts(content: Any, message: str) -> Any:
+    """The text of `[{"type": "text", "text": …}, …]`; anything else as it is. Raises FormatError for images and sounds."""
     if not isinstance(content, list) or not content:
         return content
     texts: list[str] = []
@@ -203,6 +254,8 @@ def _join_text_parts(content: Any) -> Any:
         if not isinstance(part, dict):
             return cast("Any", content)
         fields = cast("dict[str, Any]", part)
+        if any(kind in str(fields.get("type")) for kind in ("image", "audio", "video", "file")):
+            raise FormatError(f"{message} holds {short_repr(fields['type'])}: corral trains on text only")
         if fields.get("type") != "text" or not isinstance(fields.get("text"), str):
             return cast("Any", content)
         texts.append(fields["text"])
@@ -238,5 +291,4 @@ def read_hh_dialogue(value: Any, name: str) -> list[Message]:
 def hh_chosen(row: Mapping[str, Any]) -> Conversation:
     """The chosen dialogue of a row of HH as a conversation. Raises FormatError."""
     turns = read_hh_dialogue(*reversed(find_column(row, ("chosen",))))
-    check_turn_order(turns)
-    return Conversation(tuple(turns))
+    return ordered_conversation(turns)

@@ -18,7 +18,6 @@ from typing import Any, TypeAlias
 from corral.data.formats.chat_messages import SHAREGPT, ChatDialect, read_messages
 from corral.data.formats.fields import (
     FormatError,
-    check_turn_order,
     column_names,
     describe_type,
     format_path,
@@ -27,6 +26,7 @@ from corral.data.formats.fields import (
     value_at_path,
 )
 from corral.data.formats.scores import Scale, infer_scale
+from corral.data.formats.turns import ordered_conversation
 from corral.errors import DataError
 from corral.messages import Conversation, Feedback, Message, Preference
 from corral.recipe import Mapping as MappingSettings
@@ -153,8 +153,7 @@ class ColumnMapping:
         turns = [] if self.system is None else [Message("system", self.system.fill(row))]
         if self.messages is not None:
             turns += read_messages(_value_at(row, self.messages), format_path(self.messages), self.dialect)
-            check_turn_order(turns)
-            return Conversation(tuple(turns))
+            return ordered_conversation(turns)
         assert self.prompt is not None, "compile_mapping refuses a mapping without messages and prompt"
         prompt = Conversation((*turns, Message("user", self.prompt.fill(row))))
         if self.chosen is not None and self.rejected is not None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
-from corral.messages import Message, Record
+from corral.messages import Record
 
 Format: TypeAlias = Callable[[Mapping[str, Any]], Record]
 """Turns a raw row into a record. Raises FormatError."""
@@ -119,25 +119,6 @@ def value_at_path(row: Mapping[str, Any], path: Sequence[str | int]) -> Any:
 def format_path(path: Sequence[str | int]) -> str:
     """`("answer", "aliases", 0)` → `answer.aliases[0]`."""
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
-
-
-def check_turn_order(turns: Sequence[Message]) -> None:
-    """Check that a system message comes first, if there is one, then user and assistant by turns, the assistant last.
-
-    Raises FormatError.
-    """
-    if not turns:
-        raise FormatError("there are no messages")
-    for number, turn in enumerate(turns[1:], start=2):
-        if turn.role == "system":
-            ordinal = {2: "second", 3: "third"}.get(number, f"{number}th")
-            raise FormatError(f"system message in {ordinal} place: it must be the first")
-        if turn.role == turns[number - 2].role:
-            raise FormatError(f"turns {number - 1} and {number} are both from the {turn.role}")
-    if turns[-1].role != "assistant":
-        raise FormatError(f"no answer: the last message is from the {turns[-1].role}")
-    if turns[turns[0].role == "system"].role != "user":
-        raise FormatError("no question: the first message is from the assistant")
 
 
 def describe_type(value: Any) -> str:

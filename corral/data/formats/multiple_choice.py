@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+from corral.data.formats.context_columns import check_context_columns, context_text
 from corral.data.formats.fields import (
     ContradictionError,
     FormatError,
@@ -22,7 +23,7 @@ from corral.data.formats.fields import (
 )
 from corral.data.formats.prompt_response import single_turn
 from corral.errors import DataError
-from corral.messages import Conversation
+from corral.messages import Conversation, with_input
 
 CHOICES_COLUMNS = ("choices", "options")
 ANSWER_COLUMNS = ("answer", "answerKey", "answer_key", "answer_index", "label")
@@ -48,11 +49,13 @@ class AnswerNumbering:
     are_positions: bool | None = None
 
 
+@check_context_columns
 def multiple_choice(row: Mapping[str, Any], numbering: AnswerNumbering | None = None) -> Conversation:
     """A question with options.
 
     Options are a list of texts (MMLU), an object of `label` and `text` lists (CommonsenseQA, ARC), a list of such objects,
-    an object of label to text, or columns `A`, `B` …. The answer is a place, a label, or the text of an option.
+    an object of label to text, or columns `A`, `B` …. A passage in
+    `context` follows them. The answer is a place, a label, or the text of an option.
 
     Args:
         row: the row.
@@ -70,7 +73,8 @@ def multiple_choice(row: Mapping[str, Any], numbering: AnswerNumbering | None = 
         raise FormatError(f"more than {len(_LETTERS)} options")
     right = _find_answer(*find_column(row, ANSWER_COLUMNS), labels, options, numbering or AnswerNumbering())
     lines = "\n".join(f"{letter}. {option}" for letter, option in zip(_LETTERS, options, strict=False))
-    return single_turn(row, f"{question}\n\n{lines}", f"{_LETTERS[right]}. {options[right]}")
+    request = with_input(f"{question}\n\n{lines}", context_text(row))
+    return single_turn(row, request, f"{_LETTERS[right]}. {options[right]}")
 
 
 def _options(row: Mapping[str, Any]) -> tuple[list[str], list[str]]:

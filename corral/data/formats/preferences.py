@@ -7,19 +7,31 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from corral.data.formats.chat_messages import add_system_column, is_hh, parse_json_list, read_hh_dialogue, read_messages
-from corral.data.formats.fields import FormatError, check_turn_order, describe_type, find_column, nonblank_text
+from corral.data.formats.chat_messages import (
+    add_system_column,
+    is_hh,
+    parse_json_list,
+    read_hh_dialogue,
+    read_messages,
+    sharegpt,
+)
+from corral.data.formats.context_columns import check_context_columns
+from corral.data.formats.fields import FormatError, describe_type, find_column, nonblank_text
 from corral.data.formats.prompt_response import COMPLETION_COLUMNS, read_answer, read_prompt
 from corral.data.formats.scores import Scale, infer_scale
+from corral.data.formats.turns import TurnOrderError, check_turn_order
 from corral.messages import Conversation, Feedback, Message, Preference
 
-PREFERENCE_PROMPT_COLUMNS = ("prompt", "question", "instruction", "conversations", "conversation")
+PREFERENCE_PROMPT_COLUMNS = ("prompt", "question", "instruction", "query", "input", "conversations", "conversation")
 FEEDBACK_PROMPT_COLUMNS = ("prompt", "query", "question", "instruction")
 CHOSEN_COLUMNS = ("chosen", "chosen_response")
 REJECTED_COLUMNS = ("rejected", "rejected_response")
-SCORE_COLUMNS = ("label", "score")
+SCORE_COLUMNS = ("label", "score", "kto_tag")
+CONVERSATION_SCORE_COLUMNS = ("kto_tag", "label")
+"""Columns that judge the last answer of a list of messages, if they hold true or false."""
 
 
+@check_context_columns
 def preference(row: Mapping[str, Any]) -> Preference:
     """A pair of answers, in any of the usual forms:
 
@@ -84,9 +96,10 @@ def _require_different(chosen: str, rejected: str) -> tuple[str, str]:
     return chosen, rejected
 
 
+@check_context_columns
 def feedback(row: Mapping[str, Any], scale: Scale | None = None) -> Feedback:
     """`prompt`, `completion` (or `response`, `output`), and `label` (true or false, in their words too; KTO, Ethayarajh et al.
-    2024, arXiv 2402.01306) or `score`.
+    2024, arXiv 2402.01306) or `score`; or a list of messages, the last of them judged by `label` or `kto_tag`.
 
     Args:
         row: the row.
@@ -96,10 +109,23 @@ def feedback(row: Mapping[str, Any], scale: Scale | None = None) -> Feedback:
         ContradictionError: the score is outside a scale that was inferred.
         FormatError: the row has another form.
     """
-    prompt = read_prompt(*find_column(row, FEEDBACK_PROMPT_COLUMNS), row)
-    completion = read_answer(*find_column(row, COMPLETION_COLUMNS))
     name, value = find_column(row, SCORE_COLUMNS)
-    return Feedback(prompt, completion, (scale or Scale()).normalise(value, name))
+    score = (scale or Scale()).normalise(value, name)
+    if set(COMPLETION_COLUMNS).isdisjoint(row):
+        return _judged_conversation(row, score)
+    prompt = read_prompt(*find_column(row, FEEDBACK_PROMPT_COLUMNS), row)
+    return Feedback(prompt, read_answer(*find_column(row, COMPLETION_COLUMNS)), score)
+
+
+def _judged_conversation(row: Mapping[str, Any], score: float) -> Feedback:
+    try:
+        conversation = sharegpt(row)
+    except TurnOrderError as error:
+        # A mended conversation might end with another answer than the one that is judged.
+        raise FormatError(error.reason) from None
+    if not conversation.messages[-1].trained:
+        raise FormatError("the answer is judged, and not to be trained on, as it says itself")
+    return Feedback(*conversation.split_answer(), score)
 
 
 def infer_feedback_scale(rows: Sequence[Mapping[str, Any]], where: str) -> tuple[Scale, str]:

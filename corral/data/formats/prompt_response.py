@@ -12,50 +12,82 @@ from corral.data.formats.chat_messages import (
     read_hh_dialogue,
     read_messages,
 )
+from corral.data.formats.context_columns import check_context_columns, context_text, earlier_turns
 from corral.data.formats.fields import (
     FormatError,
-    check_turn_order,
-    column_text,
     find_column,
     nonblank_text,
     optional_column_text,
 )
+from corral.data.formats.rendered_text import parse_rendered, refuse_rendered
+from corral.data.formats.turns import check_turn_order, ordered_conversation
 from corral.messages import Conversation, Message, Text, with_input
 
-PROMPT_COLUMNS = ("prompt", "query", "input")
-COMPLETION_COLUMNS = ("completion", "response", "output")
+PROMPT_COLUMNS = ("prompt", "query", "input", "user")
+COMPLETION_COLUMNS = ("completion", "response", "output", "answer", "assistant")
 TEXT_COLUMNS = ("text", "content")
 
 
 def single_turn(row: Mapping[str, Any], request: str, answer: str) -> Conversation:
-    """A conversation of a request and its answer, with the system message of the row's own column if it has one."""
-    return Conversation(tuple(add_system_column([Message("user", request), Message("assistant", answer)], row)))
+    """A conversation of a request and its answer, after the turns in the row's `history` and with the system message of its
+    own column, if it has them. Raises FormatError."""
+    exchange = [Message("user", request), Message("assistant", answer)]
+    return Conversation(tuple(add_system_column([*earlier_turns(row), *exchange], row)))
 
 
+@check_context_columns
 def alpaca(row: Mapping[str, Any]) -> Conversation:
-    """Alpaca's form: `instruction`, `input` (may be empty), `output`. Raises FormatError."""
-    request = with_input(column_text(row, "instruction"), optional_column_text(row, "input"))
-    return single_turn(row, request, column_text(row, "output"))
+    """Alpaca's form: `instruction`, `input` or `context` (may be empty), `output` (or `response` …). Raises FormatError."""
+    material = "\n\n".join(text for text in (optional_column_text(row, "input"), context_text(row)) if text)
+    request = with_input(_message_text(row, "instruction"), material)
+    return single_turn(row, request, _message_text(row, "output", *COMPLETION_COLUMNS))
 
 
+@check_context_columns
 def question_answer(row: Mapping[str, Any]) -> Conversation:
-    """`question`, `answer` and perhaps a `context`, which follows the question as its input. Raises FormatError."""
-    request = with_input(column_text(row, "question"), optional_column_text(row, "context"))
-    return single_turn(row, request, column_text(row, "answer"))
+    """`question`, `answer` (or `response` …) and perhaps a `context`, which follows the question as its input.
+
+    Raises FormatError.
+    """
+    request = with_input(_message_text(row, "question"), context_text(row))
+    return single_turn(row, request, _message_text(row, "answer", *COMPLETION_COLUMNS))
 
 
-def plain_text(row: Mapping[str, Any]) -> Text:
-    """A document in `text` or `content`; all of it is trained. Raises FormatError."""
-    return Text(column_text(row, *TEXT_COLUMNS))
+def _message_text(row: Mapping[str, Any], *names: str) -> str:
+    """The text of one message in the first of these columns. Raises FormatError."""
+    name, value = find_column(row, names)
+    return refuse_rendered(nonblank_text(value, name), name)
 
 
+def plain_text(row: Mapping[str, Any]) -> Text | Conversation:
+    """A document in `text` or `content`, all of it trained; a conversation if the text is the rendering of one.
+
+    Raises:
+        TurnOrderError: a rendered conversation is out of order.
+        FormatError: there is no text, or it begins as a rendering and is none to its end.
+    """
+    name, value = find_column(row, TEXT_COLUMNS)
+    text = nonblank_text(value, name)
+    turns = parse_rendered(text, name)
+    return Text(text) if turns is None else ordered_conversation(add_system_column(turns, row))
+
+
+@check_context_columns
 def prompt_completion(row: Mapping[str, Any]) -> Conversation:
-    """`prompt` and `completion` (or `query` and `response`, or `input` and `output`): texts, or lists of messages.
+    """`prompt` and `completion` (or `query` and `response`, or `input` and `output` …): texts, or lists of messages.
+
+    Both together may be a conversation that a template has rendered.
 
     Raises FormatError if the row has another form; the order of messages is that of `openai_messages`.
     """
-    prompt = read_prompt(*find_column(row, PROMPT_COLUMNS), row)
-    return prompt.add("assistant", read_answer(*find_column(row, COMPLETION_COLUMNS)))
+    prompt_name, prompt = find_column(row, PROMPT_COLUMNS)
+    completion_name, completion = find_column(row, COMPLETION_COLUMNS)
+    if isinstance(prompt, str) and isinstance(completion, str):
+        rendered = parse_rendered(prompt, prompt_name)
+        if rendered is not None:
+            turns = parse_rendered(prompt + completion, prompt_name) or []
+            return ordered_conversation(add_system_column(turns, row))
+    return read_prompt(prompt_name, prompt, row).add("assistant", read_answer(completion_name, completion))
 
 
 def read_prompt(name: str, value: Any, row: Mapping[str, Any]) -> Conversation:
@@ -64,17 +96,22 @@ def read_prompt(name: str, value: Any, row: Mapping[str, Any]) -> Conversation:
     Args:
         name: the column, for reasons.
         value: its value.
-        row: may hold a system message in a column of its own.
+        row: may hold a system message, and for a text earlier turns and context, in columns of their own.
 
     Raises FormatError if the value is something else.
     """
     value = parse_json_list(value)
+    history, context = earlier_turns(row), context_text(row)
     if isinstance(value, list):
         turns = read_messages(value, name)
     elif isinstance(value, str) and value.startswith("\n\nHuman:"):
         turns = read_hh_dialogue(value.rstrip().removesuffix("\n\nAssistant:"), name)
     else:
-        turns = [Message("user", nonblank_text(value, name))]
+        text = refuse_rendered(nonblank_text(value, name), name)
+        turns, history, context = [*history, Message("user", with_input(text, context))], [], ""
+    if history or context:
+        extra = "history" if history else "context"
+        raise FormatError(f"{name} is a conversation, and `{extra}` beside it would be left out")
     system = optional_column_text(row, *SYSTEM_COLUMNS)
     if system and turns[0].role != "system":
         turns.insert(0, Message("system", system))
@@ -88,10 +125,12 @@ def read_answer(name: str, value: Any) -> str:
     """An answer: a text, or one message of the assistant, alone or in a list. Raises FormatError."""
     value = parse_json_list(value)
     if value is None or not isinstance(value, list | dict):
-        return nonblank_text(value, name)
+        return refuse_rendered(nonblank_text(value, name), name)
     turns = read_messages(cast("Any", [value] if isinstance(value, dict) else value), name)
     if len(turns) > 1:
         raise FormatError(f"{name} has several messages: expected one answer")
     if turns[0].role != "assistant":
         raise FormatError(f"{name} is from the {turns[0].role}: expected an answer of the assistant")
+    if not turns[0].trained:
+        raise FormatError(f"{name} is not to be trained on, as it says itself")
     return turns[0].content

@@ -6,6 +6,7 @@ its accesses are recorded.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
@@ -14,16 +15,20 @@ from corral.data.formats.chat_messages import (
     COLUMNS_IF_ALONE,
     OPENAI,
     SHAREGPT,
+    SYSTEM_COLUMNS,
     all_objects,
     openai_messages,
     parse_json_list,
     sharegpt,
+    unused_message_keys,
     uses_tools,
 )
+from corral.data.formats.context_columns import MEDIA_COLUMNS, REASONING_COLUMNS, TOOL_COLUMNS
 from corral.data.formats.fields import Format, FormatError, column_names, describe_type, short_repr
 from corral.data.formats.multiple_choice import ANSWER_COLUMNS, CHOICES_COLUMNS, FIRST_OPTION_COLUMNS, multiple_choice
 from corral.data.formats.preferences import (
     CHOSEN_COLUMNS,
+    CONVERSATION_SCORE_COLUMNS,
     FEEDBACK_PROMPT_COLUMNS,
     PREFERENCE_PROMPT_COLUMNS,
     REJECTED_COLUMNS,
@@ -33,7 +38,6 @@ from corral.data.formats.preferences import (
 )
 from corral.data.formats.prompt_response import (
     COMPLETION_COLUMNS,
-    PROMPT_COLUMNS,
     TEXT_COLUMNS,
     alpaca,
     plain_text,
@@ -92,6 +96,14 @@ def _is_choices(value: Any) -> bool:
     return isinstance(value, list | dict)
 
 
+def _is_true_or_false(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_batch_body(value: Any) -> bool:
+    return isinstance(value, dict) and _is_openai(cast("dict[str, Any]", value).get("messages"))
+
+
 def _is_scalar(value: Any) -> bool:
     return isinstance(value, str | int | float) and not isinstance(value, bool)
 
@@ -140,25 +152,41 @@ class _FormatRule:
 
 _FROM_VALUE = "with `from` and `value`, in one of their spellings"
 _CONVERSATIONS = tuple(name for name in OPENAI.columns if name not in COLUMNS_IF_ALONE)
+_ANSWERS = tuple(name for name in COMPLETION_COLUMNS if name != "assistant")
 _QUESTION = _ColumnRule(("question",), _is_text)
 _RULES = (
     _FormatRule("messages", openai_messages, (_ColumnRule(_CONVERSATIONS, _is_openai, "with `role` and `content`"),)),
     _FormatRule("sharegpt", sharegpt, (_ColumnRule(_CONVERSATIONS, _is_sharegpt, _FROM_VALUE),)),
+    _FormatRule("messages", openai_messages, (_ColumnRule(("body",), _is_batch_body, "with `messages`"),)),
+    *(
+        _FormatRule(
+            "feedback",
+            feedback,
+            (_ColumnRule(_CONVERSATIONS, _is_sharegpt_like), _ColumnRule((judgement,), _is_true_or_false)),
+        )
+        for judgement in CONVERSATION_SCORE_COLUMNS
+    ),
     _FormatRule(
         "alpaca",
         alpaca,
-        (_ColumnRule(("instruction",), _is_text), _ColumnRule(("output",), _is_text)),
-        (_ColumnRule(("input",), _is_text),),
+        (_ColumnRule(("instruction",), _is_text), _ColumnRule(("output", *_ANSWERS), _is_text)),
+        (_ColumnRule(("input",), _is_text), _ColumnRule(("context",), _is_text)),
     ),
     _FormatRule(
         "prompt-completion",
         prompt_completion,
-        (_ColumnRule(PROMPT_COLUMNS, _is_text_or_messages), _ColumnRule(COMPLETION_COLUMNS, _is_answer)),
+        (_ColumnRule(("prompt", "query", "input"), _is_text_or_messages), _ColumnRule(_ANSWERS, _is_answer)),
+        (_ColumnRule(("context",), _is_text),),
+    ),
+    _FormatRule(
+        "prompt-completion",
+        prompt_completion,
+        (_ColumnRule(("user",), _is_text), _ColumnRule(("assistant",), _is_text)),
     ),
     _FormatRule(
         "question-answer",
         question_answer,
-        (_QUESTION, _ColumnRule(("answer",), _is_text)),
+        (_QUESTION, _ColumnRule(("answer", *_ANSWERS), _is_text)),
         (_ColumnRule(("context",), _is_text),),
     ),
     _FormatRule(
@@ -172,7 +200,7 @@ _RULES = (
         feedback,
         (
             _ColumnRule(FEEDBACK_PROMPT_COLUMNS, _is_text_or_messages),
-            _ColumnRule(COMPLETION_COLUMNS, _is_answer),
+            _ColumnRule(_ANSWERS, _is_answer),
             _ColumnRule(SCORE_COLUMNS, is_judgement),
         ),
     ),
@@ -206,8 +234,27 @@ _PART_COLUMNS = {
     name
     for rule in _RULES
     for column in rule.required
-    if column.names not in (SCORE_COLUMNS, ANSWER_COLUMNS)
+    if not {*column.names} <= {*SCORE_COLUMNS, *ANSWER_COLUMNS, "user"}
     for name in column.names
+}
+_KNOWN_COLUMNS = {
+    *(
+        name
+        for rule in (*_RULES, *_FALLBACK_RULES)
+        for part in (rule.required, rule.optional)
+        for c in part
+        for name in c.names
+    ),
+    *(
+        *SYSTEM_COLUMNS,
+        *TEXT_COLUMNS,
+        *MEDIA_COLUMNS,
+        *TOOL_COLUMNS,
+        *REASONING_COLUMNS,
+        "history",
+        "context",
+        "weight",
+    ),
 }
 
 
@@ -340,6 +387,8 @@ def _describe_match(rule: _FormatRule, columns: Sequence[str], rows: Sequence[Ma
     unused = [name for name in column_names(rows) if name not in read]
     if unused:
         why += f"; not used: {_quote(unused)}"
+    if rule.name in ("messages", "sharegpt") and (keys := unused_message_keys(rows, columns[0])):
+        why += f"; keys of messages that are not used: {_quote(keys)}"
     return RecognisedFormat(rule.name, why)
 
 
@@ -352,8 +401,9 @@ def _unknown_format_error(rows: Sequence[Mapping[str, Any]], where: str, plain: 
     usable = [name for name in texts if name.isprintable() and not set(name) & set("{}[]\"'")]
     advice += "Name a format"
     if len(usable) > 1:
-        mapping = f'mapping = {{ prompt = "{{{usable[0]}}}", completion = "{{{usable[-1]}}}" }}'
-        advice += f", or say what becomes of the columns: {mapping}"
+        request, answer = (_column_called(words, usable) for words in (_REQUEST_WORDS, _ANSWER_WORDS))
+        advice += ", or say what becomes of the columns: "
+        advice += f'mapping = {{ prompt = "{{{request or "COLUMN"}}}", completion = "{{{answer or "COLUMN"}}}" }}'
     if len(usable) == 1 and not plain:
         advice += f"; to train {_quote(usable)} as a document, call it `text`"
     return DataError(
@@ -361,6 +411,31 @@ def _unknown_format_error(rows: Sequence[Mapping[str, Any]], where: str, plain: 
         where=where,
         hint=advice,
     )
+
+
+_REQUEST_WORDS = ("instruction", "prompt", "question", "query", "request", "user", "human", "input")
+_ANSWER_WORDS = ("answer", "response", "completion", "reply", "output", "assistant")
+
+
+def _column_called(words: Sequence[str], names: Sequence[str]) -> str | None:
+    """The only one of the columns whose name holds one of the words."""
+    matches = [name for name in names if any(word in name.casefold() for word in words)]
+    return matches[0] if len(matches) == 1 else None
+
+
+def respell_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """For each column that is a known one but for capitals, spaces around it or spaces for `_`, the known name.
+
+    A column is left alone if the known one is there too, or two columns would become it.
+    """
+    names = column_names(rows)
+    targets = {name: "_".join(name.split()).casefold() for name in names if name not in _KNOWN_COLUMNS}
+    counts = Counter(targets.values())
+    return {
+        name: target
+        for name, target in targets.items()
+        if target in _KNOWN_COLUMNS and target not in names and counts[target] == 1
+    }
 
 
 def _closest_formats(rows: Sequence[Mapping[str, Any]]) -> list[str]:

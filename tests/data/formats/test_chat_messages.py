@@ -87,7 +87,7 @@ def test_content_may_be_a_list_of_text_parts_and_nothing_else() -> None:
     image = [*parts, {"type": "image_url", "image_url": {"url": "x"}}]
     assert (
         reason(openai_messages, {"messages": [{"role": "user", "content": image}, ASSISTANT]})
-        == "messages.0.content is a list: expected text"
+        == "messages.0 holds 'image_url': corral trains on text only"
     )
 
 

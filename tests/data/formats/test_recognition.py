@@ -69,7 +69,7 @@ def test_the_format_is_recognised_by_the_columns_and_reported(row: dict[str, Any
     assert found.name == why.split(",")[0]
 
 
-@pytest.mark.parametrize("name", ["dolly", "hotpot_qa", "trivia_qa", "truthfulqa", "wikibooks-recipes"])
+@pytest.mark.parametrize("name", ["hotpot_qa", "trivia_qa", "truthfulqa", "wikibooks-recipes"])
 def test_a_public_data_set_is_recognised_by_all_its_columns(name: str) -> None:
     assert recognise([GOOD[name][0]]).name == name
 
@@ -174,7 +174,7 @@ def test_the_columns_reported_as_used_are_those_that_change_the_record(
     row: dict[str, Any], extra: dict[str, Any]
 ) -> None:
     row = row | {name: value for name, value in extra.items() if name not in row}
-    if row.keys() & {"items"}:
+    if row.keys() & {"items"} or isinstance(row.get("prompt"), list):
         row = {name: row[name] for name in row if name != "history"}
     found = recognise([row] * 3)
     _, _, unused = found.why.partition("; not used: ")
@@ -222,7 +222,11 @@ def test_history_and_items_hold_the_conversation_only_without_other_columns() ->
         ({"reply": "x"}, "Name a format; to train `reply` as a document, call it `text`"),
         ({"reply": "x", "stars": 3, "parts": [1]}, "to train `reply` as a document, call it `text`"),
         ({"stars": 3}, "Name a format"),
-        ({"q": "x", "stars": 3, "a": "y"}, 'mapping = { prompt = "{q}", completion = "{a}" }'),
+        ({"q": "x", "stars": 3, "a": "y"}, 'mapping = { prompt = "{COLUMN}", completion = "{COLUMN}" }'),
+        (
+            {"id": "x", "my question": "y", "why": "z"},
+            'mapping = { prompt = "{my question}", completion = "{COLUMN}" }',
+        ),
     ],
 )
 def test_a_mapping_is_suggested_only_from_two_columns_of_text(row: dict[str, Any], ending: str) -> None:

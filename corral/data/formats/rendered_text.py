@@ -1,0 +1,116 @@
+"""Reads text that a chat template has rendered already (ChatML, Llama 2 and 3) back into turns.
+
+Only a text that is a rendering from its first character to its last is read so. A text that merely mentions such a token is
+text. One that begins as a rendering and is none to its end is refused, as templating it again would train it wrongly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from corral.data.formats.fields import FormatError
+from corral.messages import Message, Role
+
+END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "</s>")
+"""Strings of tokens that end an answer in the templates of Llama's family."""
+_BEGIN_TOKENS = ("<|begin_of_text|>", "<s>", "<|startoftext|>")
+_ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+def parse_rendered(text: str, name: str) -> list[Message] | None:
+    """The turns of a rendered conversation; None if the text does not begin as one. `name` is its column, for reasons.
+
+    An answer at the end may lack its end token. A last turn without content (a generation prompt) is left out.
+
+    Raises FormatError if the text begins as a rendering and cannot be read as one to its end.
+    """
+    body = text.strip()
+    for token in _BEGIN_TOKENS:
+        body = body.removeprefix(token).lstrip()
+    for start, style, parse in _STYLES:
+        if body.startswith(start):
+            turns = parse(body)
+            if turns is None:
+                raise FormatError(
+                    f"{name} begins as a conversation rendered by {style}, and is none to its end: give its turns as messages"
+                )
+            return turns
+    return None
+
+
+def refuse_rendered(text: str, name: str) -> str:
+    """The text of one message. Raises FormatError if it is a rendered conversation, or ends in an end token."""
+    if "<" in text or "[" in text:
+        if parse_rendered(text, name) is not None:
+            raise FormatError(
+                f"{name} is a whole conversation that a template has rendered: give its turns as messages"
+            )
+        token = next((token for token in END_TOKENS if text.rstrip().endswith(token)), None)
+        if token is not None:
+            raise FormatError(f"{name} ends in {token}, which the template writes: remove it from the text")
+    return text
+
+
+def _without_end(text: str) -> str:
+    """A turn's text without the end token behind it, and without the white space around both."""
+    text = text.strip()
+    for token in END_TOKENS:
+        text = text.removesuffix(token).rstrip()
+    return text
+
+
+def _parse_headers(body: str, open_token: str, close_role: str) -> list[Message] | None:
+    """The turns of `OPEN role CLOSE content END …`."""
+    turns: list[Message] = []
+    parts = body.split(open_token)[1:]
+    for number, part in enumerate(parts, start=1):
+        author, closed, content = part.partition(close_role)
+        role = _ROLES.get(author.strip())
+        is_last = number == len(parts)
+        if role is None or not (closed or is_last):
+            return None
+        if not is_last and not content.rstrip().endswith(END_TOKENS):
+            return None
+        content = _without_end(content)
+        if any(token in content for token in END_TOKENS):
+            return None
+        if content:
+            turns.append(Message(role, content))
+        elif not is_last:
+            return None
+    return turns or None
+
+
+def _parse_chatml(body: str) -> list[Message] | None:
+    return _parse_headers(body, "<|im_start|>", "\n")
+
+
+def _parse_llama_3(body: str) -> list[Message] | None:
+    return _parse_headers(body, "<|start_header_id|>", "<|end_header_id|>")
+
+
+def _parse_llama_2(body: str) -> list[Message] | None:
+    turns: list[Message] = []
+    for number, part in enumerate(body.split("[INST]")[1:]):
+        question, closed, answer = part.partition("[/INST]")
+        question = question.strip()
+        if number == 0 and question.startswith("<<SYS>>"):
+            system, ended, question = question.removeprefix("<<SYS>>").partition("<</SYS>>")
+            if not ended or not system.strip():
+                return None
+            turns.append(Message("system", system.strip()))
+            question = question.strip()
+        answer = _without_end(answer.strip().removesuffix("<s>"))
+        if not closed or not question or any(token in answer for token in (*END_TOKENS, "[/INST]")):
+            return None
+        turns.append(Message("user", question))
+        if answer:
+            turns.append(Message("assistant", answer))
+    return turns or None
+
+
+_STYLES: tuple[tuple[str, str, Callable[[str], list[Message] | None]], ...] = (
+    ("<|im_start|>", "ChatML", _parse_chatml),
+    ("<|start_header_id|>", "Llama 3's template", _parse_llama_3),
+    ("[INST]", "Llama 2's template", _parse_llama_2),
+)

@@ -1,0 +1,119 @@
+"""Columns and keys beside a row's texts: used, or the row is left out with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from corral.data.formats import FORMATS, choose_format
+from corral.messages import Conversation, Feedback, Message, Preference
+from corral.recipe import Source
+from tests.data.formats.rows import SHAPES, TURNS, reason
+
+ALPACA = {"instruction": "And how long?", "input": "", "output": "Long."}
+
+
+def read(row: dict[str, Any]) -> Any:
+    return choose_format(Source(path="a.jsonl"), [row]).to_record(row)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("images", ["a.png"]),
+        ("image", {"bytes": "…"}),
+        ("videos", ["a.mp4"]),
+        ("tools", [{"type": "function"}]),
+        ("tools", '[{"name": "f"}]'),
+        ("reasoning_content", "Hm."),
+        ("thinking", "Hm."),
+        ("weight", 0),
+        ("weight", "0.5"),
+    ],
+)
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "text"])
+def test_a_row_with_what_would_be_left_out_is_left_out_itself(name: str, column: str, value: Any) -> None:
+    row, _, expected = SHAPES[name]
+    assert f"`{column}`" in reason(FORMATS[name], row | {column: value})
+    for nothing in (None, "", "[]", [], float("nan")):
+        assert FORMATS[name](row | {column: nothing}) == expected
+    assert FORMATS[name](row | {"weight": 1}) == expected
+
+
+def test_history_context_and_query_are_used() -> None:
+    earlier = [["Which river?", "The Rhine."], ["Where?", "In Europe."]]
+    assert read(ALPACA | {"history": earlier, "system": "You know rivers."}) == Conversation.from_turns(
+        ("system", "You know rivers."),
+        ("user", "Which river?"),
+        ("assistant", "The Rhine."),
+        ("user", "Where?"),
+        ("assistant", "In Europe."),
+        ("user", "And how long?"),
+        ("assistant", "Long."),
+    )
+    asked = Conversation.from_turns(("user", "Who?\n\n### Input:\nAda came."))
+    context = {"context": "Ada came."}
+    assert read({"prompt": "Who?", "response": "Ada", **context}) == asked.add("assistant", "Ada")
+    assert read({"instruction": "Who?", "response": "Ada", **context}) == asked.add("assistant", "Ada")
+    assert read({"query": "Who?", "chosen": "Ada", "rejected": "Bob", **context}) == Preference(asked, "Ada", "Bob")
+    assert reason(FORMATS["alpaca"], ALPACA | {"history": ["Which river?"]}).startswith("history.0 is not a pair")
+    assert "`history` beside it" in reason(
+        FORMATS["prompt-completion"], {"prompt": TURNS[:1], "completion": "x", "history": earlier}
+    )
+
+
+@pytest.mark.parametrize(("key", "no", "yes"), [("weight", 0, 1), ("train", False, True), ("loss", False, True)])
+def test_what_a_message_says_of_its_own_training_is_honoured(key: str, no: Any, yes: Any) -> None:
+    turns = [*TURNS, TURNS[0], TURNS[1] | {key: yes}]
+    turns[1] = TURNS[1] | {key: no}
+    assert [message.trained for message in read({"messages": turns}).messages] == [True, False, True, True]
+    assert "only 0, 1, true and false" in reason(FORMATS["messages"], {"messages": [TURNS[0], TURNS[1] | {key: 0.5}]})
+    if key != "weight":
+        assert "only answers are trained" in reason(
+            FORMATS["messages"], {"messages": [TURNS[0] | {key: yes}, TURNS[1]]}
+        )
+
+
+@pytest.mark.parametrize("column", ["label", "kto_tag"])
+def test_messages_with_a_judgement_are_feedback_and_never_trained_as_an_answer(column: str) -> None:
+    record = read({"messages": TURNS, column: False})
+    assert record == Feedback(Conversation((Message("user", TURNS[0]["content"]),)), TURNS[1]["content"], 0.0)
+    assert isinstance(read({"messages": TURNS, column: "news"}), Conversation)
+
+
+def test_reasoning_in_a_message_is_refused_and_other_keys_are_reported() -> None:
+    turns = [TURNS[0], TURNS[1] | {"reasoning_content": "Hm."}]
+    assert reason(FORMATS["messages"], {"messages": turns}).startswith("a message has `reasoning_content`")
+    named = [{**turn, "name": "Ada"} for turn in TURNS]
+    why = choose_format(Source(path="a.jsonl"), [{"messages": named}]).why
+    assert why.endswith("; keys of messages that are not used: `name`")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"Department": "HR", "Question": "Who?", "Answer": "Ada"}, ("Who?", "Ada")),
+        ({" Prompt ": "Who?", " Completion ": "Ada"}, ("Who?", "Ada")),
+        ({"Instruction": "Who?", "Response": "Ada"}, ("Who?", "Ada")),
+        ({"user": "Who?", "assistant": "Ada"}, ("Who?", "Ada")),
+        ({"instruction": "Who?", "response": "Ada"}, ("Who?", "Ada")),
+        ({"body": {"messages": TURNS}, "custom_id": "1"}, (TURNS[0]["content"], TURNS[1]["content"])),
+    ],
+)
+def test_columns_are_known_in_other_spellings(row: dict[str, Any], expected: tuple[str, str]) -> None:
+    assert read(row) == Conversation.from_turns(("user", expected[0]), ("assistant", expected[1]))
+
+
+def test_a_named_format_reads_columns_in_other_spellings_and_says_so() -> None:
+    row = {"Question": "Who?", "Answer": "Ada"}
+    chosen = choose_format(Source(path="a.csv", format="question-answer"), [row])
+    assert chosen.to_record(row) == Conversation.from_turns(("user", "Who?"), ("assistant", "Ada"))
+    assert chosen.why.endswith("; read without regard to capitals and spaces: `Question`, `Answer`")
+
+
+def test_the_columns_of_openorca_are_known() -> None:
+    row = {"id": "niv.1", "system_prompt": "You are a geographer.", "question": "Who?", "response": "Ada"}
+    assert read(row) == Conversation.from_turns(
+        ("system", "You are a geographer."), ("user", "Who?"), ("assistant", "Ada")
+    )
