@@ -257,7 +257,7 @@ def encode_rows(records: Iterable[Record], template: Template, data: Data) -> di
     ends = np.cumsum([0, *lengths])
     sequence_ends = np.cumsum([0, *(len(row.sequences) for row in rows)])
     ids = np.fromiter((i for s in sequences for i in s.ids), np.uint32, int(ends[-1]))
-    template.check_embedded([int(ids.max(initial=0))])
+    template.check_embedded([int(ids.max(initial=0))], "a row to train on or to evaluate")
     return {
         "ids": ids,
         "trained": np.fromiter((t for s in sequences for t in s.trained), np.bool_, len(ids)),

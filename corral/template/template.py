@@ -135,15 +135,15 @@ class Template:
         written = {i for i in self.encode(_PROBES[0]).ids if i in self._piece_tokenizer.control_ids}
         return tuple(sorted(written | set(self.stop_ids)))
 
-    def check_embedded(self, ids: Iterable[int]) -> None:
-        """Raises ModelError if the model's embedding does not have one of these tokens."""
+    def check_embedded(self, ids: Iterable[int], where: str) -> None:
+        """Raises ModelError if the model's embedding does not have one of these tokens, which occur at `where`."""
         rows = self._embedding_rows
         beyond = [] if rows is None else [id_ for id_ in ids if id_ >= rows]
         if beyond:
             raise ModelError(
                 f"the tokenizer has the token {self._backend.id_to_token(beyond[0])!r} with id {beyond[0]}, and the model's "
                 f"embedding has {rows} rows, for ids 0 to {rows - 1}",
-                where=self.name,
+                where=where,
                 hint="give the model a row for each token (in transformers: model.resize_token_embeddings(len(tokenizer))) or "
                 "use the tokenizer that it was made with",
             )
@@ -229,7 +229,7 @@ class Template:
                 )
             if len(encoded.ids) > 1 and encoded.ids[0] == encoded.ids[1] == self.tokenizer.bos_token_id:
                 raise TemplateError("the template writes the BOS token twice at the start", where=self.name)
-            self.check_embedded(encoded.ids)
+            self.check_embedded(encoded.ids, self.name)
             messages = self._messages(probe)
             if self._stripped.text(messages) != self._rendering.text(messages):
                 raise TemplateError(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import random
 import re
@@ -16,7 +17,7 @@ from pyarrow import parquet
 
 from corral.data.ledger import FATES, FATES_WITH_REASON
 from corral.data.prepare import Prepared, prepare
-from corral.errors import DataError
+from corral.errors import DataError, ModelError
 from corral.messages import Conversation, record_key
 from corral.progress import Progress
 from corral.recipe import Data, Source, Split
@@ -33,6 +34,16 @@ def fates(**counts: int) -> dict[str, int]:
 
 def sides_of(rows: Prepared) -> dict[str, str]:
     return {e.key: side for side in ("train", "validation", "test") for e in rows.side(side)}
+
+
+def test_a_token_that_the_embedding_lacks_stops_the_preparation(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens(["kubectl"])
+    template = Template.load(tokenizer, "chatml", embedding_rows=len(tiny_tokenizer))
+    path = write_rows(tmp_path / "rows.jsonl", [*chats(600), chat("What is kubectl?", "A program.")])
+    data = Data(sources=(source(path),))
+    with pytest.raises(ModelError, match="'kubectl' with id 400"):
+        prepare(data, template, tmp_path, 0, cache=tmp_path / "cache", workers=2)
 
 
 def test_every_example_is_what_the_template_makes_of_its_record(
