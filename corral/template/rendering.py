@@ -44,8 +44,11 @@ a=Fri A=Friday w=5 u=5 d=26 e=26 -d=26 j=208 -j=208 b=Jul h=Jul B=July m=07 -m=7
 H=00 -H=0 I=12 -I=12 p=AM M=00 -M=0 S=00 -S=0 f=000000 z= Z= D=07/26/24 x=07/26/24 F=2024-07-26 T=00:00:00 X=00:00:00
 R=00:00
 """
-_DIRECTIVES = dict(pair.split("=") for pair in _DATE_PARTS.split())
-_DIRECTIVES |= {"c": "Fri Jul 26 00:00:00 2024", "%": "%"}
+_DIRECTIVES = {
+    **{directive: value for directive, _, value in (pair.partition("=") for pair in _DATE_PARTS.split())},
+    "c": "Fri Jul 26 00:00:00 2024",
+    "%": "%",
+}
 # Takes the place of strftime_now where a template computes the format, which is known only when it is rendered.
 _DATE_MACRO = (
     "{% macro strftime_now(format) %}{{ format"

@@ -138,11 +138,11 @@ class Template:
     def check_embedded(self, ids: Iterable[int], where: str) -> None:
         """Raises ModelError if the model's embedding does not have one of these tokens, which occur at `where`."""
         rows = self._embedding_rows
-        beyond = [] if rows is None else [id_ for id_ in ids if id_ >= rows]
-        if beyond:
+        beyond = next((id_ for id_ in ids if rows is not None and id_ >= rows), None)
+        if beyond is not None:
             raise ModelError(
-                f"the tokenizer has the token {self._backend.id_to_token(beyond[0])!r} with id {beyond[0]}, and the model's "
-                f"embedding has {rows} rows, for ids 0 to {rows - 1}",
+                f"the tokenizer has the token {self._backend.id_to_token(beyond)!r} with id {beyond}, and the model's "
+                f"embedding has {rows} rows, from id 0",
                 where=where,
                 hint="give the model a row for each token (in transformers: model.resize_token_embeddings(len(tokenizer))) or "
                 "use the tokenizer that it was made with",

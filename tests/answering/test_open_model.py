@@ -14,6 +14,7 @@ from corral.answering.open_model import OpenedModel, open_model
 from corral.engines.base import Engine, Sampling
 from corral.errors import InputError, ModelError
 from corral.messages import Conversation
+from corral.model.loading import load_tokenizer
 from corral.model.naming import find_model_files
 
 ASKED = Conversation.from_turns(("user", "Hello"))
@@ -147,6 +148,17 @@ def test_an_adapter_in_a_run_that_was_moved_finds_the_runs_model_and_template(
     both = opened(made)
     assert both.name == "mine-train-2-sft"
     assert both.answerer.template.name == "chatml"
+
+
+def test_a_model_without_the_tokens_of_its_template_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    template = (folder / "chat_template.jinja").read_text("utf-8").replace("<|im_end|>", "<|done|>")
+    (folder / "chat_template.jinja").write_text(template)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|done|>"]})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"'<\|done\|>' with id 400, and the model's embedding has 400 rows"):
+        opened(folder)
 
 
 def test_an_adapter_in_a_run_has_the_template_variables_of_its_recipe(
