@@ -165,7 +165,7 @@ def test_only_text_that_may_become_a_stop_string_is_held_back(
     assert given_text + cutter.finish() == cut(text, stops)[0]
 
 
-def test_a_stop_string_cancels_its_choice_in_the_engine_while_others_go_on(tiny_tokenizer: Any) -> None:
+async def test_a_stop_string_cancels_its_choice_in_the_engine_while_others_go_on(tiny_tokenizer: Any) -> None:
     texts = {0: "one END" + " more" * 50, 1: "two" + " more" * 50}
     cancelled: list[int | None] = []
 
@@ -178,15 +178,11 @@ def test_a_stop_string_cancels_its_choice_in_the_engine_while_others_go_on(tiny_
 
     engine = Watched(lambda ids, sampling, choice: ids_of(tiny_tokenizer, texts[choice], by_byte=True))
     answerer = Answerer(engine, Template.load(tiny_tokenizer, "chatml"))
-
-    async def work() -> None:
-        stream = answerer.start([1, 2, 3], Sampling(max_tokens=100, n=2), ["END"])
-        answer = await stream.collect()
-        assert answer.texts == ("one ", texts[1][:100])
-        assert [c.finish for c in answer.completions] == ["stop", "length"]
-        assert (stream.prompt_tokens, stream.completion_tokens) == (3, len("one END") + 100)
-
-    asyncio.run(work())
+    stream = answerer.start([1, 2, 3], Sampling(max_tokens=100, n=2), ["END"])
+    answer = await stream.collect()
+    assert answer.texts == ("one ", texts[1][:100])
+    assert [c.finish for c in answer.completions] == ["stop", "length"]
+    assert (stream.prompt_tokens, stream.completion_tokens) == (3, len("one END") + 100)
     assert cancelled[0] == 0
 
 

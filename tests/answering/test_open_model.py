@@ -81,14 +81,11 @@ async def answered(engine: Engine, ids: list[int]) -> tuple[tuple[int, ...], tup
         return done.ids, done.logprobs or ()
 
 
-def test_a_folder_is_opened_under_its_name_and_answers(tiny_folder: Path) -> None:
-    async def work() -> None:
-        made = open_model(f"{tiny_folder}/", "transformers", Sampling(max_tokens=4))
-        async with made.answerer.engine:
-            assert made.name == tiny_folder.name
-            assert len((await made.answerer.answer(ASKED)).completions[0].ids) <= 4
-
-    asyncio.run(work())
+async def test_a_folder_is_opened_under_its_name_and_answers(tiny_folder: Path) -> None:
+    made = open_model(f"{tiny_folder}/", "transformers", Sampling(max_tokens=4))
+    async with made.answerer.engine:
+        assert made.name == tiny_folder.name
+        assert len((await made.answerer.answer(ASKED)).completions[0].ids) <= 4
 
 
 def test_the_fingerprint_follows_weights_and_template_and_nothing_else(tiny_folder: Path, tmp_path: Path) -> None:
@@ -215,20 +212,16 @@ def test_only_the_remote_engine_takes_urls(tiny_folder: Path, engine: Any, urls:
         open_model(str(tiny_folder), engine, urls=urls)
 
 
-def test_an_endpoint_computes_for_a_local_template_and_vocabulary(tiny_folder: Path) -> None:
+async def test_an_endpoint_computes_for_a_local_template_and_vocabulary(tiny_folder: Path) -> None:
     from corral.serving.generation import ServedModel
     from tests.serving.conftest import serve_in_thread
 
     there = open_model(str(tiny_folder), "transformers")
     with serve_in_thread(ServedModel(there.answerer, "tiny")) as url:
         here = open_model(str(tiny_folder), sampling=Sampling(max_tokens=8), urls=[f"{url}/v1"])
-
-        async def work() -> None:
-            async with here.answerer.engine:
-                assert here.answerer.engine.name == "remote"
-                expected = await there.answerer.answer(ASKED, Sampling(max_tokens=8))
-                assert (await here.answerer.answer(ASKED)).completions == expected.completions
-            await there.answerer.engine.close()
-
-        asyncio.run(work())
+        async with here.answerer.engine:
+            assert here.answerer.engine.name == "remote"
+            expected = await there.answerer.answer(ASKED, Sampling(max_tokens=8))
+            assert (await here.answerer.answer(ASKED)).completions == expected.completions
+        await there.answerer.engine.close()
     assert here.fingerprint != there.fingerprint

@@ -8,17 +8,15 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
 from corral.engines.base import Completion, Delta, Engine, Finish, Generation, Sampling
 from corral.errors import EngineClosedError, EngineError, RequestError
-
-T = TypeVar("T")
 
 GREEDY = Sampling(max_tokens=12)
 DRAWN = Sampling(max_tokens=12, temperature=1.0, seed=7)
@@ -80,69 +78,49 @@ class EngineConformance:
     def subject(self) -> Subject:
         raise NotImplementedError("a subclass defines the engine to test")
 
-    @pytest.fixture
-    def run(self, subject: Subject) -> Callable[[Callable[[Engine], Awaitable[T]]], T]:
-        """Run `test(engine)` with a fresh engine in a fresh event loop."""
-
-        async def opened(test: Callable[[Engine], Awaitable[T]]) -> T:
-            async with subject.make() as engine:
-                return await test(engine)
-
-        return lambda test: asyncio.run(opened(test))
-
     # What a completion is
 
-    def test_each_of_n_choices_finishes_exactly_once_and_nothing_follows(self, run: Any, subject: Subject) -> None:
-        async def test(engine: Engine) -> list[Delta]:
-            return await deltas_of(engine.submit(subject.prompts[0], replace(DRAWN, n=5)))
-
-        ended = finishes(run(test))
+    async def test_each_of_n_choices_finishes_exactly_once_and_nothing_follows(self, subject: Subject) -> None:
+        async with subject.make() as engine:
+            ended = finishes(await deltas_of(engine.submit(subject.prompts[0], replace(DRAWN, n=5))))
         assert sorted(ended) == [0, 1, 2, 3, 4]
         assert all(len(each) == 1 for each in ended.values())
 
     @pytest.mark.parametrize("max_tokens", [1, 2, 9])
-    def test_max_tokens_ends_with_length_after_exactly_that_many(
-        self, run: Any, subject: Subject, max_tokens: int
-    ) -> None:
-        async def test(engine: Engine) -> list[Completion]:
-            return await complete(engine, subject.prompts[1], replace(DRAWN, n=3, max_tokens=max_tokens))
-
-        for completion in run(test):
+    async def test_max_tokens_ends_with_length_after_exactly_that_many(self, subject: Subject, max_tokens: int) -> None:
+        async with subject.make() as engine:
+            completions = await complete(engine, subject.prompts[1], replace(DRAWN, n=3, max_tokens=max_tokens))
+        for completion in completions:
             assert completion.finish == "length"
             assert len(completion.ids) == max_tokens
 
-    def test_a_stop_id_ends_its_choice_and_is_left_out(self, run: Any, subject: Subject) -> None:
-        async def test(engine: Engine) -> tuple[list[Completion], list[Completion], int]:
+    async def test_a_stop_id_ends_its_choice_and_is_left_out(self, subject: Subject) -> None:
+        async with subject.make() as engine:
             sampling = replace(DRAWN, n=2, max_tokens=20)
             free = await complete(engine, subject.prompts[2], sampling)
             stop = free[0].ids[5]
-            return free, await complete(engine, subject.prompts[2], replace(sampling, stop_ids=(stop,))), stop
-
-        free, stopped, stop = run(test)
+            stopped = await complete(engine, subject.prompts[2], replace(sampling, stop_ids=(stop,)))
         for whole, cut in zip(free, stopped, strict=True):
             assert cut.finish == ("stop" if stop in whole.ids else "length")
             assert cut.ids == (whole.ids[: whole.ids.index(stop)] if stop in whole.ids else whole.ids)
 
-    def test_a_stop_id_at_once_leaves_an_empty_completion(self, run: Any, subject: Subject) -> None:
-        async def test(engine: Engine) -> list[Completion]:
+    async def test_a_stop_id_at_once_leaves_an_empty_completion(self, subject: Subject) -> None:
+        async with subject.make() as engine:
             (free,) = await complete(engine, subject.prompts[0], GREEDY)
             logprobs = engine.features.logprobs
-            return await complete(
+            (empty,) = await complete(
                 engine, subject.prompts[0], replace(GREEDY, stop_ids=(free.ids[0],), logprobs=logprobs)
             )
-
-        (empty,) = run(test)
         assert (empty.ids, empty.finish) == ((), "stop")
         assert empty.logprobs in ((), None)
 
-    def test_streamed_deltas_put_together_are_the_completions(self, run: Any, subject: Subject) -> None:
-        async def test(engine: Engine) -> tuple[list[Delta], list[Completion]]:
+    async def test_streamed_deltas_put_together_are_the_completions(self, subject: Subject) -> None:
+        async with subject.make() as engine:
             sampling = replace(DRAWN, n=3, logprobs=engine.features.logprobs)
             generation = engine.submit(subject.prompts[1], sampling)
             assert generation.prompt_tokens == len(subject.prompts[1])
-            return await deltas_of(generation), await complete(engine, subject.prompts[1], sampling)
-
-        deltas, completions = run(test)
+            deltas = await deltas_of(generation)
+            completions = await complete(engine, subject.prompts[1], sampling)
         for choice, completion in enumerate(completions):
             own = [delta for delta in deltas if delta.choice == choice]
             assert tuple(id_ for delta in own for id_ in delta.ids) == completion.ids
@@ -152,38 +130,32 @@ class EngineConformance:
 
     # How it is drawn
 
-    def test_greedy_gives_the_same_ids_every_time_alone_and_among_others(self, run: Any, subject: Subject) -> None:
-        async def test(engine: Engine) -> tuple[list[list[Completion]], list[list[Completion]]]:
+    async def test_greedy_gives_the_same_ids_every_time_alone_and_among_others(self, subject: Subject) -> None:
+        async with subject.make() as engine:
             alone = [await complete(engine, prompt, GREEDY) for prompt in subject.prompts]
-            return alone, await asyncio.gather(*(complete(engine, prompt, GREEDY) for prompt in subject.prompts))
+            together = await asyncio.gather(*(complete(engine, prompt, GREEDY) for prompt in subject.prompts))
+        assert alone == together
 
-        alone, together = run(test)
-        assert alone == list(together)
-
-    def test_a_seed_gives_the_same_ids_alone_and_among_others(self, run: Any, subject: Subject) -> None:
+    async def test_a_seed_gives_the_same_ids_alone_and_among_others(self, subject: Subject) -> None:
         samplings = [replace(DRAWN, n=2), replace(DRAWN, top_p=0.8), replace(DRAWN, top_k=20, temperature=0.5), GREEDY]
 
-        async def test(engine: Engine) -> tuple[list[list[Completion]], list[list[Completion]]]:
+        async with subject.make() as engine:
             work = list(zip(subject.prompts, samplings, strict=False))
             alone = [await complete(engine, *each) for each in work]
-            return alone, await asyncio.gather(*(complete(engine, *each) for each in work))
+            together = await asyncio.gather(*(complete(engine, *each) for each in work))
+        assert alone == together
 
-        alone, together = run(test)
-        assert alone == list(together)
-
-    def test_another_seed_another_choice_or_no_seed_gives_other_ids(self, run: Any, subject: Subject) -> None:
-        async def test(engine: Engine) -> list[Completion]:
+    async def test_another_seed_another_choice_or_no_seed_gives_other_ids(self, subject: Subject) -> None:
+        async with subject.make() as engine:
             samplings = [replace(DRAWN, n=2), replace(DRAWN, seed=8), *[replace(DRAWN, seed=None)] * 2]
             done = await asyncio.gather(*(complete(engine, subject.prompts[0], each) for each in samplings))
-            return [completion for completions in done for completion in completions]
-
-        completions = run(test)
+            completions = [completion for completions in done for completion in completions]
         assert differ_in(completions) == len(completions) == 5
 
     # Log-probabilities
 
-    def test_logprobs_come_when_asked_for_and_only_then(self, run: Any, subject: Subject) -> None:
-        async def test(engine: Engine) -> None:
+    async def test_logprobs_come_when_asked_for_and_only_then(self, subject: Subject) -> None:
+        async with subject.make() as engine:
             (without,) = await complete(engine, subject.prompts[0], DRAWN)
             assert without.logprobs is None
             if engine.features.logprobs:
@@ -195,13 +167,11 @@ class EngineConformance:
                 with pytest.raises(RequestError):
                     engine.submit(subject.prompts[0], replace(DRAWN, logprobs=True))
 
-        run(test)
-
     @pytest.mark.parametrize(
         "sampling", [GREEDY, replace(DRAWN, n=2, temperature=0.6, top_p=0.9)], ids=["greedy", "drawn"]
     )
-    def test_logprobs_of_a_completion_are_its_scores(self, run: Any, subject: Subject, sampling: Sampling) -> None:
-        async def test(engine: Engine) -> None:
+    async def test_logprobs_of_a_completion_are_its_scores(self, subject: Subject, sampling: Sampling) -> None:
+        async with subject.make() as engine:
             if not (engine.features.logprobs and engine.features.score):
                 pytest.skip("the engine gives log-probabilities in one way at most")
             for prompt in subject.prompts:
@@ -209,12 +179,10 @@ class EngineConformance:
                     scores = await engine.score([*prompt, *completion.ids], len(prompt))
                     assert scores == pytest.approx(completion.logprobs, abs=subject.tolerance)
 
-        run(test)
-
-    def test_scores_are_as_many_as_asked_for_and_the_same_together(self, run: Any, subject: Subject) -> None:
+    async def test_scores_are_as_many_as_asked_for_and_the_same_together(self, subject: Subject) -> None:
         longest = max(subject.prompts, key=len)
 
-        async def test(engine: Engine) -> None:
+        async with subject.make() as engine:
             if not engine.features.score:
                 with pytest.raises(RequestError):
                     await engine.score(longest)
@@ -225,14 +193,12 @@ class EngineConformance:
             for start, scores in enumerate(together, start=1):
                 assert scores == pytest.approx(whole[start - 1 :], abs=subject.tolerance)
 
-        run(test)
-
     # Cancelling
 
-    def test_cancelling_scores_that_wait_leaves_the_others(self, run: Any, subject: Subject) -> None:
+    async def test_cancelling_scores_that_wait_leaves_the_others(self, subject: Subject) -> None:
         longest = max(subject.prompts, key=len)
 
-        async def test(engine: Engine) -> None:
+        async with subject.make() as engine:
             if not engine.features.score:
                 pytest.skip("the engine does not score")
             alone = await engine.score(longest)
@@ -248,36 +214,30 @@ class EngineConformance:
                 )
             assert await engine.score(longest) == pytest.approx(alone, abs=subject.tolerance)
 
-        run(test)
-
-    def test_cancelling_one_choice_leaves_the_others(self, run: Any, subject: Subject) -> None:
-        async def test(engine: Engine) -> dict[int, list[Finish]]:
+    async def test_cancelling_one_choice_leaves_the_others(self, subject: Subject) -> None:
+        async with subject.make() as engine:
             generation = engine.submit(subject.prompts[0], long_run(n=3))
             deltas: list[Delta] = []
             async for delta in generation:
                 if not deltas:
                     generation.cancel(1)
                 deltas.append(delta)
-            return finishes(deltas)
+        assert finishes(deltas) == {0: ["length"], 1: ["cancelled"], 2: ["length"]}
 
-        assert run(test) == {0: ["length"], 1: ["cancelled"], 2: ["length"]}
-
-    def test_cancelling_all_ends_every_choice_before_its_time(self, run: Any, subject: Subject) -> None:
-        async def test(engine: Engine) -> tuple[list[Completion], list[Completion]]:
+    async def test_cancelling_all_ends_every_choice_before_its_time(self, subject: Subject) -> None:
+        async with subject.make() as engine:
             generation = engine.submit(subject.prompts[0], long_run(n=3))
             asyncio.get_running_loop().call_soon(generation.cancel)
             at_once = await generation.completions()
             generation = engine.submit(subject.prompts[0], long_run(n=3))
             asyncio.get_running_loop().call_later(0.02, generation.cancel)
-            return at_once, await generation.completions()
+            later = await generation.completions()
+        for completion in (*at_once, *later):
+            assert completion.finish == "cancelled"
+            assert len(completion.ids) < 1000
 
-        for completions in run(test):
-            for completion in completions:
-                assert completion.finish == "cancelled"
-                assert len(completion.ids) < 1000
-
-    def test_cancelling_what_has_ended_or_never_was_does_nothing(self, run: Any, subject: Subject) -> None:
-        async def test(engine: Engine) -> None:
+    async def test_cancelling_what_has_ended_or_never_was_does_nothing(self, subject: Subject) -> None:
+        async with subject.make() as engine:
             generation = engine.submit(subject.prompts[0], GREEDY)
             generation.cancel(5)
             (completion,) = await generation.completions()
@@ -286,10 +246,8 @@ class EngineConformance:
             generation.cancel(0)
             assert await complete(engine, subject.prompts[0], GREEDY) == [completion]
 
-        run(test)
-
-    def test_cancelling_the_task_that_asks_frees_its_work(self, run: Any, subject: Subject) -> None:
-        async def test(engine: Engine) -> None:
+    async def test_cancelling_the_task_that_asks_frees_its_work(self, subject: Subject) -> None:
+        async with subject.make() as engine:
             generation = engine.submit(subject.prompts[0], long_run(n=2))
             task = asyncio.create_task(generation.completions())
             await asyncio.sleep(0.02)
@@ -301,17 +259,13 @@ class EngineConformance:
             (completion,) = await complete(engine, subject.prompts[0], GREEDY)
             assert completion.finish == "length"
 
-        run(test)
-
-    def test_leaving_a_stream_early_frees_its_work(self, run: Any, subject: Subject) -> None:
-        async def test(engine: Engine) -> None:
+    async def test_leaving_a_stream_early_frees_its_work(self, subject: Subject) -> None:
+        async with subject.make() as engine:
             generation = engine.submit(subject.prompts[0], long_run(n=2))
             async for _ in generation:
                 break
             rest = await deltas_of(generation)
             assert [delta.finish for delta in rest if delta.finish] == ["cancelled"] * 2
-
-        run(test)
 
     # Refusing, failing, closing
 
@@ -331,19 +285,17 @@ class EngineConformance:
         ],
         ids=str,
     )
-    def test_impossible_sampling_is_refused_before_any_work(
-        self, run: Any, subject: Subject, change: dict[str, Any]
+    async def test_impossible_sampling_is_refused_before_any_work(
+        self, subject: Subject, change: dict[str, Any]
     ) -> None:
-        async def test(engine: Engine) -> None:
+        async with subject.make() as engine:
             with pytest.raises(RequestError) as caught:
                 engine.submit(subject.prompts[0], replace(DRAWN, **change))
             (value,) = change.values()
             assert str(value) in str(caught.value)
 
-        run(test)
-
-    def test_impossible_ids_are_refused_before_any_work(self, run: Any, subject: Subject) -> None:
-        async def test(engine: Engine) -> None:
+    async def test_impossible_ids_are_refused_before_any_work(self, subject: Subject) -> None:
+        async with subject.make() as engine:
             too_long = [*subject.prompts[0], *[1] * engine.features.max_length]
             for ids in ([], [engine.features.vocabulary], [1, -1], too_long):
                 with pytest.raises(RequestError):
@@ -354,10 +306,8 @@ class EngineConformance:
                 with pytest.raises(RequestError):
                     await engine.score([1, 2, 3], start)
 
-        run(test)
-
-    def test_prompt_and_completion_may_fill_the_context_but_not_exceed_it(self, run: Any, subject: Subject) -> None:
-        async def test(engine: Engine) -> None:
+    async def test_prompt_and_completion_may_fill_the_context_but_not_exceed_it(self, subject: Subject) -> None:
+        async with subject.make() as engine:
             room = 3
             ids = [subject.prompts[0][0]] * (engine.features.max_length - room)
             with pytest.raises(RequestError, match=str(engine.features.max_length)):
@@ -365,28 +315,22 @@ class EngineConformance:
             (completion,) = await complete(engine, ids, replace(GREEDY, max_tokens=room))
             assert len(completion.ids) == room
 
-        run(test)
-
-    def test_an_error_reaches_its_request_and_the_engine_goes_on(self, subject: Subject) -> None:
+    async def test_an_error_reaches_its_request_and_the_engine_goes_on(self, subject: Subject) -> None:
         failing = subject.failing
         if failing is None:
             pytest.skip("this engine cannot be made to fail on one prompt")
+        async with failing.make() as engine:
+            before = [await complete(engine, prompt, GREEDY) for prompt in subject.prompts]
+            with pytest.raises(EngineError):
+                await complete(engine, failing.prompt, replace(GREEDY, n=3))
+            mixed = [complete(engine, prompt, GREEDY) for prompt in (*subject.prompts, failing.prompt)]
+            *others, failed = await asyncio.gather(*mixed, return_exceptions=True)
+            assert isinstance(failed, EngineError)
+            assert others == before
+            assert [await complete(engine, prompt, GREEDY) for prompt in subject.prompts] == before
 
-        async def test() -> None:
-            async with failing.make() as engine:
-                before = [await complete(engine, prompt, GREEDY) for prompt in subject.prompts]
-                with pytest.raises(EngineError):
-                    await complete(engine, failing.prompt, replace(GREEDY, n=3))
-                mixed = [complete(engine, prompt, GREEDY) for prompt in (*subject.prompts, failing.prompt)]
-                *others, failed = await asyncio.gather(*mixed, return_exceptions=True)
-                assert isinstance(failed, EngineError)
-                assert others == before
-                assert [await complete(engine, prompt, GREEDY) for prompt in subject.prompts] == before
-
-        asyncio.run(test())
-
-    def test_closing_fails_what_is_under_way_and_closing_again_is_allowed(self, run: Any, subject: Subject) -> None:
-        async def test(engine: Engine) -> None:
+    async def test_closing_fails_what_is_under_way_and_closing_again_is_allowed(self, subject: Subject) -> None:
+        async with subject.make() as engine:
             tasks = [asyncio.create_task(complete(engine, prompt, long_run(n=2))) for prompt in subject.prompts]
             longest = max(subject.prompts, key=len)
             scores = [asyncio.create_task(engine.score(longest)) for _ in range(20 if engine.features.score else 0)]
@@ -398,10 +342,8 @@ class EngineConformance:
                 assert isinstance(result, list | EngineClosedError)
             await engine.close()
 
-        run(test)
-
-    def test_a_closed_engine_refuses(self, run: Any, subject: Subject) -> None:
-        async def test(engine: Engine) -> None:
+    async def test_a_closed_engine_refuses(self, subject: Subject) -> None:
+        async with subject.make() as engine:
             await engine.close()
             with pytest.raises(EngineClosedError):
                 engine.submit(subject.prompts[0], GREEDY)
@@ -409,20 +351,16 @@ class EngineConformance:
                 with pytest.raises(EngineClosedError):
                     await engine.score(max(subject.prompts, key=len))
 
-        run(test)
-
     # Many at once, and many loops
 
-    def test_32_requests_at_once_are_all_answered_as_alone(self, run: Any, subject: Subject) -> None:
-        async def test(engine: Engine) -> None:
+    async def test_32_requests_at_once_are_all_answered_as_alone(self, subject: Subject) -> None:
+        async with subject.make() as engine:
             work = [(subject.prompts[i % 4], replace(DRAWN, n=1 + i % 3, max_tokens=1 + i, seed=i)) for i in range(32)]
             together = await asyncio.gather(*(complete(engine, *each) for each in work))
             for (_, sampling), completions in zip(work, together, strict=True):
                 assert [len(completion.ids) for completion in completions] == [sampling.max_tokens] * sampling.n
             for i in (0, 13, 31):
                 assert await complete(engine, *work[i]) == together[i]
-
-        run(test)
 
     def test_one_engine_serves_several_event_loops_one_after_another_and_side_by_side(self, subject: Subject) -> None:
         engine = asyncio.run(_enter(subject.make()))

@@ -96,21 +96,17 @@ LONG = random_ids(1500)
 
 @pytest.mark.parametrize("prompt", [LONG, random_ids(40), random_ids(20)], ids=len)
 @pytest.mark.parametrize("cancelled", [{0}, {1}, {2}, {0, 1}, {1, 2}, {0, 1, 2}], ids=str)
-def test_any_choices_may_be_cancelled_before_the_prompt_is_computed(
+async def test_any_choices_may_be_cancelled_before_the_prompt_is_computed(
     shared: OpenVinoEngine, prompt: list[int], cancelled: set[int]
 ) -> None:
     sampling = replace(DRAWN, n=3)
-
-    async def test() -> tuple[list[Completion], list[Completion]]:
-        whole = await complete(shared, prompt, sampling)
-        generation = shared.submit(prompt[::-1], sampling)  # no prefix that is cached already
-        for choice in cancelled:
-            generation.cancel(choice)
-        cut = await generation.completions()
-        assert await complete(shared, prompt, sampling) == whole
-        return cut, await complete(shared, prompt[::-1], sampling)
-
-    cut, whole = asyncio.run(test())
+    whole = await complete(shared, prompt, sampling)
+    generation = shared.submit(prompt[::-1], sampling)  # no prefix that is cached already
+    for choice in cancelled:
+        generation.cancel(choice)
+    cut = await generation.completions()
+    assert await complete(shared, prompt, sampling) == whole
+    whole = await complete(shared, prompt[::-1], sampling)
     for choice in range(3):
         if choice in cancelled:
             assert cut[choice].finish == "cancelled"  # the child may have been quicker by a token
@@ -120,15 +116,13 @@ def test_any_choices_may_be_cancelled_before_the_prompt_is_computed(
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 63, 64, 65, 512, 513])
-def test_prompts_around_the_size_of_a_block_are_answered_as_by_transformers_the_second_time_too(
+async def test_prompts_around_the_size_of_a_block_are_answered_as_by_transformers_the_second_time_too(
     shared: OpenVinoEngine, length: int
 ) -> None:
     prompt = random_ids(length)
-
-    async def test() -> list[list[Completion]]:
-        return [await complete(shared, prompt, replace(GREEDY, n=2, max_tokens=40, logprobs=True)) for _ in range(2)]
-
-    first, second = asyncio.run(test())
+    first, second = [
+        await complete(shared, prompt, replace(GREEDY, n=2, max_tokens=40, logprobs=True)) for _ in range(2)
+    ]
     ids = first[0].ids
     assert list(ids) == generated(model(), prompt, 40)
     expected = scores(model(), [*prompt, *ids], length)
@@ -137,18 +131,15 @@ def test_prompts_around_the_size_of_a_block_are_answered_as_by_transformers_the_
         assert completion.logprobs == pytest.approx(expected, abs=1e-3)
 
 
-def test_scores_are_those_of_transformers_also_of_what_was_just_generated(shared: OpenVinoEngine) -> None:
-    async def test() -> None:
-        for length in (2, 32, 256, 257, 700, CONTEXT):
-            ids = random_ids(length)
-            assert await shared.score(ids) == pytest.approx(scores(model(), ids), abs=1e-3)
-        (completion,) = await complete(shared, LONG, replace(DRAWN, max_tokens=70))
-        ids = [*LONG, *completion.ids]
-        expected = scores(model(), ids)
-        for _ in range(2):
-            assert await shared.score(ids) == pytest.approx(expected, abs=1e-3)
-
-    asyncio.run(test())
+async def test_scores_are_those_of_transformers_also_of_what_was_just_generated(shared: OpenVinoEngine) -> None:
+    for length in (2, 32, 256, 257, 700, CONTEXT):
+        ids = random_ids(length)
+        assert await shared.score(ids) == pytest.approx(scores(model(), ids), abs=1e-3)
+    (completion,) = await complete(shared, LONG, replace(DRAWN, max_tokens=70))
+    ids = [*LONG, *completion.ids]
+    expected = scores(model(), ids)
+    for _ in range(2):
+        assert await shared.score(ids) == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -216,23 +207,22 @@ def test_prompts_that_share_a_beginning_in_a_full_cache_are_answered_right_while
 # ---- seeds
 
 
-def test_a_seed_gives_the_same_ids_in_another_process_and_no_seed_others(form: Path, shared: OpenVinoEngine) -> None:
+async def test_a_seed_gives_the_same_ids_in_another_process_and_no_seed_others(
+    form: Path, shared: OpenVinoEngine
+) -> None:
     work = [(prompt, replace(DRAWN, n=5, max_tokens=30, seed=seed)) for prompt in PROMPTS for seed in (0, 2**40, -1)]
 
     async def together(engine: Engine) -> list[list[Completion]]:
         return await asyncio.gather(*(complete(engine, *each) for each in work))
 
-    async def test() -> None:
-        alone = [await complete(shared, *each) for each in work]
-        async with OpenVinoEngine(form) as other:
-            assert child_of(other) != child_of(shared)
-            assert await together(other) == alone == await together(shared)
-        assert len({completion.ids for completions in alone for completion in completions}) == 5 * len(work)
-        unseeded = replace(DRAWN, n=5, max_tokens=30, seed=None)
-        drawn = [await complete(shared, PROMPTS[2], unseeded) for _ in range(4)]
-        assert len({completion.ids for completions in drawn for completion in completions}) == 20
-
-    asyncio.run(test())
+    alone = [await complete(shared, *each) for each in work]
+    async with OpenVinoEngine(form) as other:
+        assert child_of(other) != child_of(shared)
+        assert await together(other) == alone == await together(shared)
+    assert len({completion.ids for completions in alone for completion in completions}) == 5 * len(work)
+    unseeded = replace(DRAWN, n=5, max_tokens=30, seed=None)
+    drawn = [await complete(shared, PROMPTS[2], unseeded) for _ in range(4)]
+    assert len({completion.ids for completions in drawn for completion in completions}) == 20
 
 
 # ---- the child dies
@@ -252,77 +242,66 @@ async def begun(generation: Generation) -> None:
     await anext(stream)
 
 
-def test_a_killed_child_is_an_error_for_all_it_did_and_the_next_request_starts_another(engine: OpenVinoEngine) -> None:
-    async def test() -> None:
-        expected = await complete(engine, PROMPTS[2], replace(DRAWN, n=3))
-        scored = await engine.score(PROMPTS[2])
-        for _ in range(2):
-            child = child_of(engine)
-            work: list[Any] = [asyncio.create_task(complete(engine, prompt, long_run(n=2))) for prompt in PROMPTS]
-            work += [asyncio.create_task(engine.score(random_ids(2000))) for _ in range(50)]
-            await begun(engine.submit(PROMPTS[0], long_run()))
-            os.kill(child.pid, signal.SIGKILL)
-            for result in await asyncio.gather(*work, return_exceptions=True):
-                assert isinstance(result, EngineError)
-                assert "signal 9" in str(result)
-                assert "ask again" in (result.hint or "")
-            assert ended(child)
-            assert await complete(engine, PROMPTS[2], replace(DRAWN, n=3)) == expected
-            assert child_of(engine) != child
-            assert await engine.score(PROMPTS[2]) == pytest.approx(scored, abs=1e-4)
-
-    asyncio.run(test())
-
-
-def test_a_child_killed_while_idle_is_replaced_without_an_error(engine: OpenVinoEngine) -> None:
-    async def test() -> None:
-        expected = await complete(engine, PROMPTS[2], DRAWN)
+async def test_a_killed_child_is_an_error_for_all_it_did_and_the_next_request_starts_another(
+    engine: OpenVinoEngine,
+) -> None:
+    expected = await complete(engine, PROMPTS[2], replace(DRAWN, n=3))
+    scored = await engine.score(PROMPTS[2])
+    for _ in range(2):
         child = child_of(engine)
-        child.kill()
+        work: list[Any] = [asyncio.create_task(complete(engine, prompt, long_run(n=2))) for prompt in PROMPTS]
+        work += [asyncio.create_task(engine.score(random_ids(2000))) for _ in range(50)]
+        await begun(engine.submit(PROMPTS[0], long_run()))
+        os.kill(child.pid, signal.SIGKILL)
+        for result in await asyncio.gather(*work, return_exceptions=True):
+            assert isinstance(result, EngineError)
+            assert "signal 9" in str(result)
+            assert "ask again" in (result.hint or "")
+        assert ended(child)
+        assert await complete(engine, PROMPTS[2], replace(DRAWN, n=3)) == expected
+        assert child_of(engine) != child
+        assert await engine.score(PROMPTS[2]) == pytest.approx(scored, abs=1e-4)
+
+
+async def test_a_child_killed_while_idle_is_replaced_without_an_error(engine: OpenVinoEngine) -> None:
+    expected = await complete(engine, PROMPTS[2], DRAWN)
+    child = child_of(engine)
+    child.kill()
+    while engine._child is not None:
+        await asyncio.sleep(0.01)
+    assert ended(child)
+    assert await complete(engine, PROMPTS[2], DRAWN) == expected
+
+
+async def test_a_child_that_cannot_start_again_is_an_error_each_time(form: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(form, tmp_path / "form"))
+    async with OpenVinoEngine(folder) as engine:
+        shutil.rmtree(folder)
+        child_of(engine).kill()
         while engine._child is not None:
             await asyncio.sleep(0.01)
-        assert ended(child)
-        assert await complete(engine, PROMPTS[2], DRAWN) == expected
-
-    asyncio.run(test())
-
-
-def test_a_child_that_cannot_start_again_is_an_error_each_time(form: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(form, tmp_path / "form"))
-
-    async def test() -> None:
-        async with OpenVinoEngine(folder) as engine:
-            shutil.rmtree(folder)
-            child_of(engine).kill()
-            while engine._child is not None:
-                await asyncio.sleep(0.01)
-            for ask in (lambda: complete(engine, PROMPTS[2], DRAWN), lambda: engine.score(PROMPTS[2])):
-                results = await asyncio.gather(*(ask() for _ in range(5)), return_exceptions=True)
-                for result in results:
-                    assert isinstance(result, EngineError)
-                    assert str(folder) in str(result), "it says what is wrong, not only that it ended"
-            await asyncio.sleep(0.2)
-            assert engine._child is None, "nobody asks, and so nothing is started"
-            shutil.copytree(form, folder)
-            assert len(await engine.score(PROMPTS[2])) == len(PROMPTS[2]) - 1
-
-    asyncio.run(test())
+        for ask in (lambda: complete(engine, PROMPTS[2], DRAWN), lambda: engine.score(PROMPTS[2])):
+            results = await asyncio.gather(*(ask() for _ in range(5)), return_exceptions=True)
+            for result in results:
+                assert isinstance(result, EngineError)
+                assert str(folder) in str(result), "it says what is wrong, not only that it ended"
+        await asyncio.sleep(0.2)
+        assert engine._child is None, "nobody asks, and so nothing is started"
+        shutil.copytree(form, folder)
+        assert len(await engine.score(PROMPTS[2])) == len(PROMPTS[2]) - 1
 
 
-def test_what_one_request_breaks_spares_the_others_and_the_child(shared: OpenVinoEngine) -> None:
-    async def test() -> None:
-        child = child_of(shared)
-        running = asyncio.create_task(complete(shared, PROMPTS[1], long_run()))
-        for n in (1, 3):
-            with pytest.raises(EngineError):
-                await complete(shared, PROMPTS[2], replace(DRAWN, n=n, stop_ids=(2**70,)))
-        assert [completion.finish for completion in await running] == ["length"]
-        assert child_of(shared) == child
-
-    asyncio.run(test())
+async def test_what_one_request_breaks_spares_the_others_and_the_child(shared: OpenVinoEngine) -> None:
+    child = child_of(shared)
+    running = asyncio.create_task(complete(shared, PROMPTS[1], long_run()))
+    for n in (1, 3):
+        with pytest.raises(EngineError):
+            await complete(shared, PROMPTS[2], replace(DRAWN, n=n, stop_ids=(2**70,)))
+    assert [completion.finish for completion in await running] == ["length"]
+    assert child_of(shared) == child
 
 
-def test_a_model_that_breaks_openvino_is_an_error_which_says_how(tmp_path: Path) -> None:
+async def test_a_model_that_breaks_openvino_is_an_error_which_says_how(tmp_path: Path) -> None:
     broken = tiny_llama()
     with torch.no_grad():
         for name in ("model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj", "lm_head"):
@@ -331,14 +310,10 @@ def test_a_model_that_breaks_openvino_is_an_error_which_says_how(tmp_path: Path)
     (tmp_path / "form").mkdir()
     write_model(tmp_path / "model", tmp_path / "form", "f32")
     shutil.copyfile(tmp_path / "model" / "config.json", tmp_path / "form" / "config.json")
-
-    async def test() -> None:
-        async with OpenVinoEngine(tmp_path / "form") as engine:
-            for _ in range(2):
-                with pytest.raises(EngineError, match=r"exit code 1, saying: .*error.*logprobs"):
-                    await engine.score(PROMPTS[2])
-
-    asyncio.run(test())
+    async with OpenVinoEngine(tmp_path / "form") as engine:
+        for _ in range(2):
+            with pytest.raises(EngineError, match=r"exit code 1, saying: .*error.*logprobs"):
+                await engine.score(PROMPTS[2])
 
 
 # ---- cancelling and closing
@@ -349,46 +324,40 @@ def cpu(process: psutil.Process) -> float:
     return times.user + times.system
 
 
-def test_cancelled_work_is_not_computed(shared: OpenVinoEngine) -> None:
-    async def test() -> float:
-        child = child_of(shared)
-        started = cpu(child)
-        whole = shared.submit(PROMPTS[2], long_run(n=20))
-        await whole.completions()
-        full = cpu(child) - started
-        for _ in range(10):
-            generation = shared.submit(PROMPTS[2], long_run(n=20))
-            async for _ in generation:
-                break
-        task = [asyncio.create_task(shared.score(LONG)) for _ in range(100)]
-        await asyncio.sleep(0)
-        for each in task:
-            each.cancel()
-        await complete(shared, PROMPTS[2], GREEDY)
-        await asyncio.sleep(1)
-        spent = cpu(child)
-        await asyncio.sleep(0.5)
-        assert cpu(child) - spent < 0.1, "it is idle"
-        return (spent - started - full) / full
-
-    assert asyncio.run(test()) < 1, "ten times the work was begun, and next to nothing of it done"
+async def test_cancelled_work_is_not_computed(shared: OpenVinoEngine) -> None:
+    child = child_of(shared)
+    started = cpu(child)
+    whole = shared.submit(PROMPTS[2], long_run(n=20))
+    await whole.completions()
+    full = cpu(child) - started
+    for _ in range(10):
+        generation = shared.submit(PROMPTS[2], long_run(n=20))
+        async for _ in generation:
+            break
+    task = [asyncio.create_task(shared.score(LONG)) for _ in range(100)]
+    await asyncio.sleep(0)
+    for each in task:
+        each.cancel()
+    await complete(shared, PROMPTS[2], GREEDY)
+    await asyncio.sleep(1)
+    spent = cpu(child)
+    await asyncio.sleep(0.5)
+    assert cpu(child) - spent < 0.1, "it is idle"
+    assert spent - started - full < full, "ten times the work was begun, and next to nothing of it done"
 
 
-def test_closing_ends_the_child_at_once_whatever_it_computes(form: Path) -> None:
-    async def test() -> None:
-        engine = OpenVinoEngine(form)
-        child = child_of(engine)
-        work: list[Any] = [asyncio.create_task(complete(engine, PROMPTS[3], long_run(n=50)))]
-        work += [asyncio.create_task(engine.score(LONG)) for _ in range(20)]
-        await begun(engine.submit(PROMPTS[0], long_run()))
-        await engine.close()
-        assert ended(child)
-        for result in await asyncio.gather(*work, return_exceptions=True):
-            assert isinstance(result, EngineClosedError)
-        await asyncio.sleep(0.1)
-        assert engine._child is None, "what is cancelled by then starts no other"
-
-    asyncio.run(test())
+async def test_closing_ends_the_child_at_once_whatever_it_computes(form: Path) -> None:
+    engine = OpenVinoEngine(form)
+    child = child_of(engine)
+    work: list[Any] = [asyncio.create_task(complete(engine, PROMPTS[3], long_run(n=50)))]
+    work += [asyncio.create_task(engine.score(LONG)) for _ in range(20)]
+    await begun(engine.submit(PROMPTS[0], long_run()))
+    await engine.close()
+    assert ended(child)
+    for result in await asyncio.gather(*work, return_exceptions=True):
+        assert isinstance(result, EngineClosedError)
+    await asyncio.sleep(0.1)
+    assert engine._child is None, "what is cancelled by then starts no other"
 
 
 def test_nothing_is_left_of_engines_that_were_closed_or_never_opened(form: Path, tmp_path: Path) -> None:
@@ -533,19 +502,15 @@ def test_without_the_package_the_extra_is_named(form: Path, monkeypatch: pytest.
 # ---- other ways to open one
 
 
-def test_a_llama_folder_is_converted_and_answers_as_transformers(
+async def test_a_llama_folder_is_converted_and_answers_as_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CORRAL_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "openvino.py").write_text("raise SystemError('not the package')")
     tiny_llama().save_pretrained(tmp_path / "model")
-
-    async def test() -> None:
-        async with OpenVinoEngine(Path("model")) as engine:
-            assert await engine.score(PROMPTS[3]) == pytest.approx(scores(model(), PROMPTS[3]), abs=1e-3)
-
-    asyncio.run(test())
+    async with OpenVinoEngine(Path("model")) as engine:
+        assert await engine.score(PROMPTS[3]) == pytest.approx(scores(model(), PROMPTS[3]), abs=1e-3)
 
 
 def test_bfloat16_is_within_the_tolerance_that_contracts_have_for_it(

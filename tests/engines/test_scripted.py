@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import random
 import subprocess
 import sys
@@ -49,65 +48,47 @@ class TestScriptedEngineWithoutScores(EngineConformance):
         return Subject(lambda: ScriptedEngine(babble, features=features, delay_seconds=0.001), PROMPTS)
 
 
-def test_a_fixed_reply_is_given_to_everybody_and_stops_by_itself() -> None:
-    async def test() -> None:
-        async with ScriptedEngine([5, 6, 7]) as engine:
-            for completion in await complete(engine, [1, 2], Sampling(n=2)):
-                assert (completion.ids, completion.finish) == ((5, 6, 7), "stop")
-
-    asyncio.run(test())
+async def test_a_fixed_reply_is_given_to_everybody_and_stops_by_itself() -> None:
+    async with ScriptedEngine([5, 6, 7]) as engine:
+        for completion in await complete(engine, [1, 2], Sampling(n=2)):
+            assert (completion.ids, completion.finish) == ((5, 6, 7), "stop")
 
 
-def test_a_reply_that_ends_with_a_chunk_ends_with_stop_too() -> None:
-    async def test() -> None:
-        async with ScriptedEngine([5, 6, 7, 8], chunk=2) as engine:
-            deltas = await deltas_of(engine.submit([1], Sampling()))
-        assert [delta.ids for delta in deltas] == [(5, 6), (7, 8), ()]
-        assert deltas[-1].finish == "stop"
-
-    asyncio.run(test())
+async def test_a_reply_that_ends_with_a_chunk_ends_with_stop_too() -> None:
+    async with ScriptedEngine([5, 6, 7, 8], chunk=2) as engine:
+        deltas = await deltas_of(engine.submit([1], Sampling()))
+    assert [delta.ids for delta in deltas] == [(5, 6), (7, 8), ()]
+    assert deltas[-1].finish == "stop"
 
 
-def test_a_reply_may_depend_on_prompt_sampling_and_choice() -> None:
-    async def test() -> None:
-        async with ScriptedEngine(lambda ids, sampling, choice: [*ids, sampling.max_tokens, choice]) as engine:
-            completions = await complete(engine, [8, 9], Sampling(n=2, max_tokens=50))
-        assert [completion.ids for completion in completions] == [(8, 9, 50, 0), (8, 9, 50, 1)]
-
-    asyncio.run(test())
+async def test_a_reply_may_depend_on_prompt_sampling_and_choice() -> None:
+    async with ScriptedEngine(lambda ids, sampling, choice: [*ids, sampling.max_tokens, choice]) as engine:
+        completions = await complete(engine, [8, 9], Sampling(n=2, max_tokens=50))
+    assert [completion.ids for completion in completions] == [(8, 9, 50, 0), (8, 9, 50, 1)]
 
 
-def test_what_was_written_before_a_failure_still_arrives() -> None:
-    async def test() -> None:
-        async with ScriptedEngine(breaking) as engine:
-            stream = aiter(engine.submit([13], GREEDY))
-            assert len((await anext(stream)).ids) == 1
-            with pytest.raises(EngineError, match="on purpose"):
-                await anext(stream)
-
-    asyncio.run(test())
+async def test_what_was_written_before_a_failure_still_arrives() -> None:
+    async with ScriptedEngine(breaking) as engine:
+        stream = aiter(engine.submit([13], GREEDY))
+        assert len((await anext(stream)).ids) == 1
+        with pytest.raises(EngineError, match="on purpose"):
+            await anext(stream)
 
 
-def test_an_error_of_the_tree_passes_as_it_is() -> None:
+async def test_an_error_of_the_tree_passes_as_it_is() -> None:
     def refuse(ids: Sequence[int], sampling: Sampling, choice: int) -> list[int]:
         raise RequestError("not today", hint="ask tomorrow")
 
-    async def test() -> None:
-        async with ScriptedEngine(refuse) as engine:
-            with pytest.raises(RequestError, match="not today"):
-                await complete(engine, [1], DRAWN)
-
-    asyncio.run(test())
+    async with ScriptedEngine(refuse) as engine:
+        with pytest.raises(RequestError, match="not today"):
+            await complete(engine, [1], DRAWN)
 
 
-def test_every_id_has_the_given_logprob() -> None:
-    async def test() -> None:
-        async with ScriptedEngine([5, 6], logprob=-2.0) as engine:
-            assert await engine.score([1, 2, 3]) == [-2.0, -2.0]
-            (completion,) = await complete(engine, [1], Sampling(logprobs=True))
-            assert completion.logprobs == (-2.0, -2.0)
-
-    asyncio.run(test())
+async def test_every_id_has_the_given_logprob() -> None:
+    async with ScriptedEngine([5, 6], logprob=-2.0) as engine:
+        assert await engine.score([1, 2, 3]) == [-2.0, -2.0]
+        (completion,) = await complete(engine, [1], Sampling(logprobs=True))
+        assert completion.logprobs == (-2.0, -2.0)
 
 
 def test_the_fake_is_light_to_import() -> None:

@@ -178,40 +178,29 @@ def adapted() -> Any:
     return peft
 
 
-def test_a_peft_model_answers_and_scores_with_its_adapter_and_without_dropout() -> None:
+async def test_a_peft_model_answers_and_scores_with_its_adapter_and_without_dropout() -> None:
     peft = adapted().train()
-
-    async def test() -> None:
-        async with TransformersEngine(peft) as engine:
-            (completion,) = await complete(engine, PROMPTS[2], replace(GREEDY, max_tokens=30, logprobs=True))
-            scores = await engine.score([*PROMPTS[2], *completion.ids], len(PROMPTS[2]))
-        assert list(completion.ids) == generated(peft, PROMPTS[2], 30)
-        assert list(completion.ids) != generated(model(), PROMPTS[2], 30)
-        assert scores == pytest.approx(completion.logprobs, abs=1e-3)
-
-    asyncio.run(test())
+    async with TransformersEngine(peft) as engine:
+        (completion,) = await complete(engine, PROMPTS[2], replace(GREEDY, max_tokens=30, logprobs=True))
+        scores = await engine.score([*PROMPTS[2], *completion.ids], len(PROMPTS[2]))
+    assert list(completion.ids) == generated(peft, PROMPTS[2], 30)
+    assert list(completion.ids) != generated(model(), PROMPTS[2], 30)
+    assert scores == pytest.approx(completion.logprobs, abs=1e-3)
 
 
-def test_out_of_context_is_refused_with_both_numbers() -> None:
-    async def test() -> None:
-        async with TransformersEngine(model()) as engine:
-            with pytest.raises(RequestError, match=f"2000 prompt .* 100 new .* {CONTEXT}"):
-                engine.submit([1] * 2000, Sampling(max_tokens=100))
-            with pytest.raises(RequestError, match=str(CONTEXT)):
-                await engine.score([1] * (CONTEXT + 1))
-
-    asyncio.run(test())
+async def test_out_of_context_is_refused_with_both_numbers() -> None:
+    async with TransformersEngine(model()) as engine:
+        with pytest.raises(RequestError, match=f"2000 prompt .* 100 new .* {CONTEXT}"):
+            engine.submit([1] * 2000, Sampling(max_tokens=100))
+        with pytest.raises(RequestError, match=str(CONTEXT)):
+            await engine.score([1] * (CONTEXT + 1))
 
 
-def test_a_model_with_a_window_of_attention_is_used_within_it() -> None:
+async def test_a_model_with_a_window_of_attention_is_used_within_it() -> None:
     windowed = tiny_llama()
     windowed.config.sliding_window = 100
-
-    async def test() -> None:
-        async with TransformersEngine(windowed) as engine:
-            assert engine.features.max_length == 100
-
-    asyncio.run(test())
+    async with TransformersEngine(windowed) as engine:
+        assert engine.features.max_length == 100
 
 
 def test_a_cache_too_small_for_all_changes_no_answer() -> None:
@@ -237,17 +226,13 @@ def test_a_batch_has_at_most_max_batch_rows_and_as_many_as_the_cache_holds() -> 
     assert max(steps(shapes)) == 4  # 21 tokens at most for each row of the shortest prompt
 
 
-def test_finished_and_cancelled_choices_leave_the_batch() -> None:
+async def test_finished_and_cancelled_choices_leave_the_batch() -> None:
     spied, shapes = spied_llama()
-
-    async def test() -> None:
-        async with TransformersEngine(spied) as engine:
-            long = engine.submit(PROMPTS[0], Sampling(n=2, max_tokens=300))
-            await complete(engine, PROMPTS[1], Sampling(n=3, max_tokens=5))
-            long.cancel(0)
-            await long.completions()
-
-    asyncio.run(test())
+    async with TransformersEngine(spied) as engine:
+        long = engine.submit(PROMPTS[0], Sampling(n=2, max_tokens=300))
+        await complete(engine, PROMPTS[1], Sampling(n=3, max_tokens=5))
+        long.cancel(0)
+        await long.completions()
     rows = steps(shapes)
     assert max(rows) == 5
     assert rows[-1] == 1
@@ -268,7 +253,7 @@ def test_prompts_of_unlike_lengths_are_not_padded_to_each_other() -> None:
     assert prefilled < 1.2 * sum(map(len, prompts))
 
 
-def test_waiting_scores_are_computed_together_in_bounded_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_waiting_scores_are_computed_together_in_bounded_packs(monkeypatch: pytest.MonkeyPatch) -> None:
     from corral.model import packed_forward
 
     packs: list[int] = []
@@ -279,18 +264,14 @@ def test_waiting_scores_are_computed_together_in_bounded_packs(monkeypatch: pyte
         return score(of, sequences, starts)
 
     monkeypatch.setattr(packed_forward, "score", spied)
-
-    async def test() -> None:
-        async with TransformersEngine(model()) as engine:
-            await asyncio.gather(*(engine.score([1 + i] * 200, 150) for i in range(100)))
-
-    asyncio.run(test())
+    async with TransformersEngine(model()) as engine:
+        await asyncio.gather(*(engine.score([1 + i] * 200, 150) for i in range(100)))
     assert sum(packs) == 100 * 200
     assert max(packs) <= 4096
     assert len(packs) <= 8
 
 
-def test_a_step_that_fails_reaches_those_in_it_and_spares_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_step_that_fails_reaches_those_in_it_and_spares_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tiny_llama()
     calls = 0
 
@@ -301,21 +282,17 @@ def test_a_step_that_fails_reaches_those_in_it_and_spares_the_next(monkeypatch: 
             raise torch.OutOfMemoryError("on purpose")
 
     broken.register_forward_pre_hook(fail_at_5)
-
-    async def test() -> None:
-        async with TransformersEngine(broken, max_batch=4) as engine:
-            running = [complete(engine, prompt, replace(GREEDY, n=2)) for prompt in PROMPTS]
-            results = await asyncio.gather(*running, return_exceptions=True)
-            failed = [result for result in results if isinstance(result, EngineError)]
-            assert 1 <= len(failed) <= 2
-            assert "OutOfMemoryError: on purpose" in str(failed[0])
-            (completion,) = await complete(engine, PROMPTS[2], GREEDY)
-            assert list(completion.ids) == generated(model(), PROMPTS[2], GREEDY.max_tokens)
-
-    asyncio.run(test())
+    async with TransformersEngine(broken, max_batch=4) as engine:
+        running = [complete(engine, prompt, replace(GREEDY, n=2)) for prompt in PROMPTS]
+        results = await asyncio.gather(*running, return_exceptions=True)
+        failed = [result for result in results if isinstance(result, EngineError)]
+        assert 1 <= len(failed) <= 2
+        assert "OutOfMemoryError: on purpose" in str(failed[0])
+        (completion,) = await complete(engine, PROMPTS[2], GREEDY)
+        assert list(completion.ids) == generated(model(), PROMPTS[2], GREEDY.max_tokens)
 
 
-def test_a_prompt_or_score_that_fails_leaves_running_requests_alone() -> None:
+async def test_a_prompt_or_score_that_fails_leaves_running_requests_alone() -> None:
     broken = tiny_llama()
 
     def fail_on_poison(module: Any, args: Any) -> None:
@@ -323,52 +300,41 @@ def test_a_prompt_or_score_that_fails_leaves_running_requests_alone() -> None:
             raise RuntimeError("on purpose")
 
     broken.model.embed_tokens.register_forward_pre_hook(fail_on_poison)
-
-    async def test() -> None:
-        async with TransformersEngine(broken) as engine:
-            running = asyncio.create_task(complete(engine, PROMPTS[0], replace(GREEDY, max_tokens=400)))
-            await complete(engine, PROMPTS[0], GREEDY)
-            bad = [POISON] * 40
-            for _ in range(2):
-                with pytest.raises(EngineError, match="on purpose"):
-                    await complete(engine, bad, replace(GREEDY, n=3))
-                with pytest.raises(EngineError, match="on purpose"):
-                    await engine.score(bad)
-            (completion,) = await running
-            assert list(completion.ids) == generated(model(), PROMPTS[0], 400)
-
-    asyncio.run(test())
+    async with TransformersEngine(broken) as engine:
+        running = asyncio.create_task(complete(engine, PROMPTS[0], replace(GREEDY, max_tokens=400)))
+        await complete(engine, PROMPTS[0], GREEDY)
+        bad = [POISON] * 40
+        for _ in range(2):
+            with pytest.raises(EngineError, match="on purpose"):
+                await complete(engine, bad, replace(GREEDY, n=3))
+            with pytest.raises(EngineError, match="on purpose"):
+                await engine.score(bad)
+        (completion,) = await running
+        assert list(completion.ids) == generated(model(), PROMPTS[0], 400)
 
 
-def test_what_is_not_a_number_does_not_outlive_its_request() -> None:
-    async def test() -> None:
-        async with TransformersEngine(not_a_number()) as engine:
-            (alone,) = await complete(engine, PROMPTS[1], GREEDY)
-            # Keeps the cache from being emptied between the two, and all columns in view.
-            running = engine.submit(PROMPTS[3], replace(GREEDY, max_tokens=1500))
-            with pytest.raises(EngineError, match="not finite"):
-                await complete(engine, [POISON] * 60, replace(GREEDY, n=3))
-            assert await complete(engine, PROMPTS[1], replace(GREEDY, n=3)) == [alone] * 3
-            running.cancel()
-            (completion,) = await running.completions()
-            assert completion.finish == "cancelled"
-
-    asyncio.run(test())
+async def test_what_is_not_a_number_does_not_outlive_its_request() -> None:
+    async with TransformersEngine(not_a_number()) as engine:
+        (alone,) = await complete(engine, PROMPTS[1], GREEDY)
+        # Keeps the cache from being emptied between the two, and all columns in view.
+        running = engine.submit(PROMPTS[3], replace(GREEDY, max_tokens=1500))
+        with pytest.raises(EngineError, match="not finite"):
+            await complete(engine, [POISON] * 60, replace(GREEDY, n=3))
+        assert await complete(engine, PROMPTS[1], replace(GREEDY, n=3)) == [alone] * 3
+        running.cancel()
+        (completion,) = await running.completions()
+        assert completion.finish == "cancelled"
 
 
-def test_nothing_hangs_when_the_worker_itself_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_nothing_hangs_when_the_worker_itself_dies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("threading.excepthook", lambda args: None)
-
-    async def test() -> None:
-        engine = TransformersEngine(model())
-        monkeypatch.setattr(engine._worker, "_drop_finished", lambda: 1 / 0)
-        with pytest.raises(EngineClosedError):
-            await complete(engine, PROMPTS[0], GREEDY)
-        with pytest.raises(EngineClosedError):
-            await engine.score(PROMPTS[2])
-        await engine.close()
-
-    asyncio.run(test())
+    engine = TransformersEngine(model())
+    monkeypatch.setattr(engine._worker, "_drop_finished", lambda: 1 / 0)
+    with pytest.raises(EngineClosedError):
+        await complete(engine, PROMPTS[0], GREEDY)
+    with pytest.raises(EngineClosedError):
+        await engine.score(PROMPTS[2])
+    await engine.close()
 
 
 def test_a_program_that_forgets_to_close_still_ends() -> None:

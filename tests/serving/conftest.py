@@ -22,7 +22,9 @@ from corral.engines.base import Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.engines.transformers import TransformersEngine
 from corral.model.loading import load_model, load_tokenizer
+from corral.serving import auth
 from corral.serving.admission import Admission
+from corral.serving.api_keys import KeyStore
 from corral.serving.app import build_app
 from corral.serving.database import Database
 from corral.serving.generation import ServedModel
@@ -119,6 +121,29 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def database(database_url: str) -> Generator[Database]:
     with contextlib.closing(Database(database_url)) as opened:
         yield opened
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path) -> Generator[Database]:
+    """A new database in a file."""
+    with contextlib.closing(Database(f"sqlite:///{tmp_path / 'server.db'}")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def keys(sqlite: Database) -> KeyStore:
+    return KeyStore(sqlite)
+
+
+@pytest.fixture
+def set_seconds(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`set_seconds(max_age=5.0)` sets `_MAX_AGE_SECONDS` of `corral.serving.auth`."""
+
+    def set_constants(**seconds: float) -> None:
+        for name, value in seconds.items():
+            monkeypatch.setattr(auth, f"_{name.upper()}_SECONDS", value)
+
+    return set_constants
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -19,19 +17,12 @@ from corral.engines.base import Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.serving.admission import Admission, ServerLimits
 from corral.serving.api_keys import KeyStore, Quota, today
-from corral.serving.database import Database
 from corral.serving.generation import ServedModel
 from corral.template import Template
 from tests.serving.conftest import Endless, openai_client, serve_in_thread
 from tests.serving.test_app import ASKED, CHAT, call, wait_for
 
 BODY = {"model": "m", "messages": ASKED}
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> Iterator[KeyStore]:
-    with contextlib.closing(Database(f"sqlite:///{tmp_path / 'a.db'}")) as database:
-        yield KeyStore(database)
 
 
 def bearer(secret: str) -> dict[str, str]:
@@ -80,7 +71,7 @@ def test_a_full_server_gives_retry_after_and_serves_its_queue(tiny_template: Tem
     assert (admission.queue.running, admission.queue.waiting) == (0, 0)
 
 
-def test_ten_times_more_clients_than_slots_are_served_or_get_503(tiny_template: Template, keys: KeyStore) -> None:
+async def test_ten_times_more_clients_than_slots_are_served_or_get_503(tiny_template: Template, keys: KeyStore) -> None:
     """Every answer is good, or says when to come back; the queue stays bounded; a flood gets no more than its turn."""
     flood, calm = keys.add("flood")[1], keys.add("calm")[1]
     served = ServedModel(Answerer(ScriptedEngine([40] * 5, delay_seconds=0.002), tiny_template), "m")
@@ -97,21 +88,18 @@ def test_ten_times_more_clients_than_slots_are_served_or_get_503(tiny_template: 
             if found[-1].status_code != 200:
                 await asyncio.sleep(0.02)
 
-        async def work() -> None:
-            limits = httpx2.Limits(max_connections=200, max_keepalive_connections=200)
-            async with httpx2.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+        limits = httpx2.Limits(max_connections=200, max_keepalive_connections=200)
+        async with httpx2.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
 
-                async def calm_one() -> None:
-                    for _ in range(6):
-                        await one(client, calm, quiet)
+            async def calm_one() -> None:
+                for _ in range(6):
+                    await one(client, calm, quiet)
 
-                async def loud_one() -> None:
-                    while len(quiet) < 12:
-                        await one(client, flood, loud)
+            async def loud_one() -> None:
+                while len(quiet) < 12:
+                    await one(client, flood, loud)
 
-                await asyncio.gather(calm_one(), calm_one(), *(loud_one() for _ in range(38)))
-
-        asyncio.run(work())
+            await asyncio.gather(calm_one(), calm_one(), *(loud_one() for _ in range(38)))
     for answer in [*loud, *quiet]:
         assert answer.status_code in (200, 503), answer.text
         assert answer.status_code == 200 or int(answer.headers["retry-after"]) >= 1
@@ -122,29 +110,23 @@ def test_ten_times_more_clients_than_slots_are_served_or_get_503(tiny_template: 
     assert (admission.queue.running, admission.queue.waiting) == (0, 0)
 
 
-def test_one_key_with_many_requests_does_not_starve_another(tiny_template: Template, keys: KeyStore) -> None:
+async def test_one_key_with_many_requests_does_not_starve_another(tiny_template: Template, keys: KeyStore) -> None:
     gated = Gated(tiny_template)
     flood, calm = keys.add("flood")[1], keys.add("calm")[1]
     admission = Admission(ServerLimits(at_once=1, waiting=200), keys)
     with serve_in_thread(gated.served, admission=admission) as url:
-
-        async def work() -> list[int]:
-            limits = httpx2.Limits(max_connections=200)
-            async with httpx2.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
-                long = [{"role": "user", "content": "Hello Hello Hello"}]
-                tasks = [asyncio.create_task(ask(client, bearer(flood), max_tokens=4000)) for _ in range(50)]
-                while admission.queue.waiting < 49:
-                    await asyncio.sleep(0.01)
-                tasks += [
-                    asyncio.create_task(ask(client, bearer(calm), max_tokens=4000, messages=long)) for _ in range(3)
-                ]
-                while admission.queue.waiting < 52:
-                    await asyncio.sleep(0.01)
-                gated.gate.set()
-                assert {(await task).status_code for task in tasks} == {200}
-            return gated.order
-
-        order = asyncio.run(work())
+        limits = httpx2.Limits(max_connections=200)
+        async with httpx2.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+            long = [{"role": "user", "content": "Hello Hello Hello"}]
+            tasks = [asyncio.create_task(ask(client, bearer(flood), max_tokens=4000)) for _ in range(50)]
+            while admission.queue.waiting < 49:
+                await asyncio.sleep(0.01)
+            tasks += [asyncio.create_task(ask(client, bearer(calm), max_tokens=4000, messages=long)) for _ in range(3)]
+            while admission.queue.waiting < 52:
+                await asyncio.sleep(0.01)
+            gated.gate.set()
+            assert {(await task).status_code for task in tasks} == {200}
+        order = gated.order
     places = [i for i, length in enumerate(order) if length == max(order)]
     assert len(places) == 3
     assert places[-1] <= 6, "one in turn with those of the flood"

@@ -5,42 +5,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 
-from corral.serving import auth as module
 from corral.serving.api_keys import Key, KeyStore, KeyUsage, Quota, today
 from corral.serving.auth import ANONYMOUS, Accounts, Caller, RateWindow
-from corral.serving.database import Database
 from corral.serving.generation import count_usage
-from corral.serving.protocol import Refused, Usage
+from corral.serving.protocol import Refused
 from corral.serving.request_queue import Busy
 
 
-@pytest.fixture
-def keys(tmp_path: Path) -> Iterator[KeyStore]:
-    with contextlib.closing(Database(f"sqlite:///{tmp_path / 'a.db'}")) as database:
-        yield KeyStore(database)
+class RunningRequest:
+    """A request that used so many tokens until now."""
+
+    def __init__(self, prompt_tokens: int, completion_tokens: int) -> None:
+        self.usage = count_usage(prompt_tokens, completion_tokens)
+
+    def run(self, callers: Accounts, caller: Caller) -> None:
+        """Go from its beginning to its end."""
+        callers.admit(caller)
+        callers.started(caller, self)
+        callers.finished(caller, self)
 
 
-@dataclass
-class Counted:
-    usage: Usage
-
-
-def use(callers: Accounts, caller: Caller, counted: Counted) -> None:
-    """A request from its beginning to its end."""
-    callers.admit(caller)
-    callers.started(caller, counted)
-    callers.finished(caller, counted)
-
-
-def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(work())
+async def authenticate(callers: Accounts, secret: str) -> Caller:
+    return await callers.authenticate(f"Bearer {secret}")
 
 
 async def refusal(callers: Accounts, authorization: str | None) -> Refused:
@@ -49,143 +39,110 @@ async def refusal(callers: Accounts, authorization: str | None) -> Refused:
     return caught.value
 
 
-def test_without_a_database_or_keys_every_request_is_accepted(keys: KeyStore) -> None:
-    async def work() -> None:
-        for callers in (Accounts(), Accounts(keys)):
-            assert await callers.authenticate(None) == ANONYMOUS
-            assert await callers.authenticate("Bearer none") == ANONYMOUS
-
-    run(work)
+async def test_without_a_database_or_keys_every_request_is_accepted(keys: KeyStore) -> None:
+    for callers in (Accounts(), Accounts(keys)):
+        assert await callers.authenticate(None) == ANONYMOUS
+        assert await callers.authenticate("Bearer none") == ANONYMOUS
 
 
-def test_with_keys_only_requests_with_a_valid_key_are_accepted(keys: KeyStore) -> None:
+async def test_with_keys_only_requests_with_a_valid_key_are_accepted(keys: KeyStore) -> None:
     alice, secret = keys.add("alice")
     bob, other = keys.add("bob", Quota(at_once=3))
-
-    async def work() -> None:
-        callers = Accounts(keys)
-        assert await callers.authenticate(f"Bearer {secret}") == Caller(alice.id, "alice")
-        assert await callers.authenticate(f"bearer  {other}") == Caller(bob.id, "bob", Quota(at_once=3))
-        wrong = f"corral_{alice.id}_{'A' * 43}"
-        for header in (None, "", secret, f"Basic {secret}", "Bearer", "Bearer none", f"Bearer {wrong}", "Bearer \xff"):
-            refused = await refusal(callers, header)
-            assert (refused.status, refused.code) == (401, "invalid_api_key")
-            assert wrong not in refused.what
-
-    run(work)
+    callers = Accounts(keys)
+    assert await authenticate(callers, secret) == Caller(alice.id, "alice")
+    assert await callers.authenticate(f"bearer  {other}") == Caller(bob.id, "bob", Quota(at_once=3))
+    wrong = f"corral_{alice.id}_{'A' * 43}"
+    for header in (None, "", secret, f"Basic {secret}", "Bearer", "Bearer none", f"Bearer {wrong}", "Bearer \xff"):
+        refused = await refusal(callers, header)
+        assert (refused.status, refused.code) == (401, "invalid_api_key")
+        assert wrong not in refused.what
 
 
-def test_a_revoked_key_stops_within_seconds_and_keys_stay_required(keys: KeyStore) -> None:
+async def test_a_revoked_key_stops_within_seconds_and_keys_stay_required(keys: KeyStore) -> None:
     _, secret = keys.add("alice")
-
-    async def work() -> None:
-        callers = Accounts(keys)
-        await callers.authenticate(f"Bearer {secret}")
-        keys.revoke("alice")
-        since = time.monotonic()
-        while time.monotonic() < since + 5:
-            with contextlib.suppress(Refused):
-                await callers.authenticate(f"Bearer {secret}")
-                await asyncio.sleep(0.05)
-                continue
-            break
-        assert "revoked" in (await refusal(callers, f"Bearer {secret}")).what
-        assert (await refusal(callers, None)).status == 401, "no key is left, and anybody is still refused"
-
-    run(work)
+    callers = Accounts(keys)
+    await authenticate(callers, secret)
+    keys.revoke("alice")
+    since = time.monotonic()
+    while time.monotonic() < since + 5:
+        with contextlib.suppress(Refused):
+            await authenticate(callers, secret)
+            await asyncio.sleep(0.05)
+            continue
+        break
+    assert "revoked" in (await refusal(callers, f"Bearer {secret}")).what
+    assert (await refusal(callers, None)).status == 401, "no key is left, and anybody is still refused"
 
 
-def test_an_idle_server_reads_the_keys_again_before_accepting_one(
-    keys: KeyStore, monkeypatch: pytest.MonkeyPatch
+async def test_an_idle_server_reads_the_keys_again_before_accepting_one(
+    keys: KeyStore, set_seconds: Callable[..., None]
 ) -> None:
     _, secret = keys.add("alice")
-
-    async def work() -> None:
-        callers = Accounts(keys)
-        await callers.authenticate(f"Bearer {secret}")
-        keys.revoke("alice")
-        monkeypatch.setattr(module, "_REFRESH_SECONDS", 0.0)
-        monkeypatch.setattr(module, "_WAIT_SECONDS", 60.0)
-        found = await asyncio.gather(
-            *(callers.authenticate(f"Bearer {secret}") for _ in range(5)), return_exceptions=True
-        )
-        assert all(isinstance(each, Refused) and each.status == 401 for each in found), found
-
-    run(work)
+    callers = Accounts(keys)
+    await authenticate(callers, secret)
+    keys.revoke("alice")
+    set_seconds(refresh=0.0, wait=60.0)
+    outcomes = await asyncio.gather(*(authenticate(callers, secret) for _ in range(5)), return_exceptions=True)
+    assert all(isinstance(each, Refused) and each.status == 401 for each in outcomes), outcomes
 
 
-def test_an_expired_key_is_refused_as_expired(keys: KeyStore) -> None:
+async def test_an_expired_key_is_refused_as_expired(keys: KeyStore) -> None:
     _, secret = keys.add("alice", expires=int(time.time()) - 1)
-
-    async def work() -> None:
-        assert "expired" in (await refusal(Accounts(keys), f"Bearer {secret}")).what
-
-    run(work)
+    assert "expired" in (await refusal(Accounts(keys), f"Bearer {secret}")).what
 
 
-def test_keys_stay_required_when_the_database_is_emptied(keys: KeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_REFRESH_SECONDS", 0.0)
-    monkeypatch.setattr(module, "_WAIT_SECONDS", 60.0)
+async def test_keys_stay_required_when_the_database_is_emptied(
+    keys: KeyStore, set_seconds: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_seconds(refresh=0.0, wait=60.0)
     _, secret = keys.add("alice")
-
-    async def work() -> None:
-        callers = Accounts(keys)
-        await callers.authenticate(f"Bearer {secret}")
-        monkeypatch.setattr(keys, "all", list[Key])
-        for header in (None, f"Bearer {secret}"):
-            assert (await refusal(callers, header)).status == 401
-        assert await Accounts(keys).authenticate(None) == ANONYMOUS
-        told = Accounts(keys)
-        told.requires_key = True
-        assert (await refusal(told, None)).status == 401
-
-    run(work)
+    callers = Accounts(keys)
+    await authenticate(callers, secret)
+    monkeypatch.setattr(keys, "all", list[Key])
+    for header in (None, f"Bearer {secret}"):
+        assert (await refusal(callers, header)).status == 401
+    assert await Accounts(keys).authenticate(None) == ANONYMOUS
+    keyless = Accounts(keys)
+    keyless.requires_key = True
+    assert (await refusal(keyless, None)).status == 401
 
 
-def test_daily_tokens_include_running_requests_and_all_servers(keys: KeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_REFRESH_SECONDS", 0.0)
-    monkeypatch.setattr(module, "_WAIT_SECONDS", 60.0)
+async def test_daily_tokens_include_running_requests_and_all_servers(
+    keys: KeyStore, set_seconds: Callable[..., None]
+) -> None:
+    set_seconds(refresh=0.0, wait=60.0)
     _, secret = keys.add("alice", Quota(tokens_per_day=100))
-
-    async def work() -> None:
-        one, other = Accounts(keys), Accounts(keys)
-        caller = await one.authenticate(f"Bearer {secret}")
-        work = Counted(count_usage(10, 0))
+    one, other = Accounts(keys), Accounts(keys)
+    caller = await authenticate(one, secret)
+    request = RunningRequest(10, 0)
+    one.admit(caller)
+    one.started(caller, request)
+    one.admit(caller)
+    request.usage = count_usage(10, 90)
+    with pytest.raises(Busy) as caught:
         one.admit(caller)
-        one.started(caller, work)
-        one.admit(caller)
-        work.usage = count_usage(10, 90)
-        with pytest.raises(Busy) as caught:
-            one.admit(caller)
-        assert (caught.value.status, caught.value.code) == (429, "insufficient_quota")
-        assert 0 < (caught.value.retry_seconds or 0) <= 86400
-        other.admit(await other.authenticate(f"Bearer {secret}"))
-        work.usage = count_usage(10, 95)
-        one.finished(caller, work)
-        assert one.usage_today(caller.key_id) == KeyUsage(1, 10, 95)
-        await one.close()
-        assert one.usage_today(caller.key_id) == KeyUsage(1, 10, 95), "written, and counted once"
-        assert keys.usage_on(today()) == {caller.key_id: KeyUsage(1, 10, 95)}
-        with pytest.raises(Busy):
-            other.admit(await other.authenticate(f"Bearer {secret}"))
-
-    run(work)
+    assert (caught.value.status, caught.value.code) == (429, "insufficient_quota")
+    assert 0 < (caught.value.retry_seconds or 0) <= 86400
+    other.admit(await authenticate(other, secret))
+    request.usage = count_usage(10, 95)
+    one.finished(caller, request)
+    assert one.usage_today(caller.key_id) == KeyUsage(1, 10, 95)
+    await one.close()
+    assert one.usage_today(caller.key_id) == KeyUsage(1, 10, 95), "written, and counted once"
+    assert keys.usage_on(today()) == {caller.key_id: KeyUsage(1, 10, 95)}
+    with pytest.raises(Busy):
+        other.admit(await authenticate(other, secret))
 
 
-def test_usage_is_written_within_seconds_without_a_further_request(keys: KeyStore) -> None:
+async def test_usage_is_written_within_seconds_without_a_further_request(keys: KeyStore) -> None:
     _, secret = keys.add("alice")
-
-    async def work() -> None:
-        callers = Accounts(keys)
-        caller = await callers.authenticate(f"Bearer {secret}")
-        for _ in range(50):
-            counted = Counted(count_usage(1, 2))
-            use(callers, caller, counted)
-        while not keys.usage_on(today()):
-            await asyncio.sleep(0.05)
-        assert keys.usage_on(today()) == {caller.key_id: KeyUsage(50, 50, 100)}
-
-    run(work)
+    callers = Accounts(keys)
+    caller = await authenticate(callers, secret)
+    for _ in range(50):
+        RunningRequest(1, 2).run(callers, caller)
+    while not keys.usage_on(today()):
+        await asyncio.sleep(0.05)
+    assert keys.usage_on(today()) == {caller.key_id: KeyUsage(50, 50, 100)}
 
 
 def test_request_quotas_are_enforced_and_rejected_requests_do_not_count(
@@ -235,13 +192,9 @@ def test_the_request_quota_counts_the_last_sixty_seconds(monkeypatch: pytest.Mon
     assert window.seconds_until(1) == 60, "the old ones are forgotten"
 
 
-def test_anonymous_requests_have_no_quota_and_no_usage() -> None:
-    async def work() -> None:
-        callers = Accounts()
-        counted = Counted(count_usage(1, 1))
-        for _ in range(1000):
-            callers.admit(ANONYMOUS)
-        use(callers, ANONYMOUS, counted)
-        await callers.close()
-
-    run(work)
+async def test_anonymous_requests_have_no_quota_and_no_usage() -> None:
+    callers = Accounts()
+    for _ in range(1000):
+        callers.admit(ANONYMOUS)
+    RunningRequest(1, 1).run(callers, ANONYMOUS)
+    await callers.close()

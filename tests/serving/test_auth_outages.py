@@ -6,157 +6,130 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from sqlalchemy import make_url, text
 
 from corral.errors import DatabaseError
-from corral.serving import auth as module
 from corral.serving.api_keys import Key, KeyStore, KeyUsage, today
 from corral.serving.auth import Accounts
 from corral.serving.database import Database
-from corral.serving.generation import count_usage
 from corral.serving.protocol import Refused
 from tests.serving.postgres import PostgreSQL, Proxy
-from tests.serving.test_auth import Counted, refusal, run, use
+from tests.serving.test_auth import RunningRequest, authenticate, refusal
 
 
-class Away(KeyStore):
-    """A database that can be unplugged."""
+class FlakyKeyStore(KeyStore):
+    """Keys in a database of which a test says what works: it may be away, unwritable or silent."""
 
-    away = False
+    is_away = False
+    is_silent = False
+    write_error: Exception | None = None
+    blocks_writes = False
+
+    def __init__(self, database: Database) -> None:
+        super().__init__(database)
+        self.mended = threading.Event()
+        """Ends what is silent or unwritable; set at the end of the test, so that no thread stays behind."""
+        self.writes = 0
 
     def all(self) -> list[Key]:
-        self._look()
+        if self.is_away:
+            raise DatabaseError("the database cannot be used: it is away")
+        if self.is_silent:
+            self.mended.wait(60)
         return super().all()
 
     def add_usage(self, day: str, usage: Mapping[str, KeyUsage]) -> None:
-        self._look()
-        super().add_usage(day, usage)
-
-    def _look(self) -> None:
-        if self.away:
+        self.writes += 1
+        if self.is_away:
             raise DatabaseError("the database cannot be used: it is away")
-
-
-def test_known_keys_work_for_a_while_without_the_database_and_then_get_503(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_REFRESH_SECONDS", 0.0)
-    monkeypatch.setattr(module, "_WAIT_SECONDS", 60.0)
-    with contextlib.closing(Database(f"sqlite:///{tmp_path / 'a.db'}")) as database:
-        keys = Away(database)
-        key, secret = keys.add("alice")
-
-        async def work() -> None:
-            callers = Accounts(keys)
-            caller = await callers.authenticate(f"Bearer {secret}")
-            keys.away = True
-            assert await callers.authenticate(f"Bearer {secret}") == caller
-            counted = Counted(count_usage(1, 2))
-            use(callers, caller, counted)
-            monkeypatch.setattr(module, "_MAX_AGE_SECONDS", 0.0)
-            refused = await refusal(callers, f"Bearer {secret}")
-            assert (refused.status, refused.code, refused.retry_seconds) == (503, "database_unavailable", 1)
-            assert (await refusal(Accounts(keys), None)).status == 503, "and not: there are no keys"
-            keys.away = False
-            monkeypatch.setattr(module, "_MAX_AGE_SECONDS", 30.0)
-            assert await callers.authenticate(f"Bearer {secret}") == caller
-            await callers.close()
-            assert keys.usage_on(today()) == {key.id: KeyUsage(1, 1, 2)}, "what was used meanwhile is not lost"
-
-        run(work)
-
-
-class Unwritable(KeyStore):
-    """A database that can be read, and where nothing can be written until it is mended."""
-
-    def __init__(self, database: Database, fault: Exception | None) -> None:
-        super().__init__(database)
-        self.mended = threading.Event()
-        self._fault = fault
-        self.tried = 0
-
-    def add_usage(self, day: str, usage: Mapping[str, KeyUsage]) -> None:
-        self.tried += 1
-        if self._fault is None:
+        if self.blocks_writes:
             assert self.mended.wait(60), "as a file that another program has locked"
-        elif not self.mended.is_set():
-            raise self._fault
+        elif self.write_error is not None and not self.mended.is_set():
+            raise self.write_error
         super().add_usage(day, usage)
+
+
+@pytest.fixture
+def keys(sqlite: Database) -> Iterator[FlakyKeyStore]:
+    store = FlakyKeyStore(sqlite)
+    yield store
+    store.mended.set()
+
+
+async def test_known_keys_work_for_a_while_without_the_database_and_then_get_503(
+    keys: FlakyKeyStore, set_seconds: Callable[..., None]
+) -> None:
+    set_seconds(refresh=0.0, wait=60.0)
+    key, secret = keys.add("alice")
+    callers = Accounts(keys)
+    caller = await authenticate(callers, secret)
+    keys.is_away = True
+    assert await authenticate(callers, secret) == caller
+    RunningRequest(1, 2).run(callers, caller)
+    set_seconds(max_age=0.0)
+    refused = await refusal(callers, f"Bearer {secret}")
+    assert (refused.status, refused.code, refused.retry_seconds) == (503, "database_unavailable", 1)
+    assert (await refusal(Accounts(keys), None)).status == 503, "and not: there are no keys"
+    keys.is_away = False
+    set_seconds(max_age=30.0)
+    assert await authenticate(callers, secret) == caller
+    await callers.close()
+    assert keys.usage_on(today()) == {key.id: KeyUsage(1, 1, 2)}, "what was used meanwhile is not lost"
 
 
 @pytest.mark.parametrize("fault", [DatabaseError("the disk is full"), KeyError("a fault of ours"), None])
-def test_while_writes_fail_keys_are_read_and_no_usage_is_lost(
-    fault: Exception | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_while_writes_fail_keys_are_read_and_no_usage_is_lost(
+    fault: Exception | None, keys: FlakyKeyStore, set_seconds: Callable[..., None]
 ) -> None:
-    monkeypatch.setattr(module, "_REFRESH_SECONDS", 0.0)
-    with contextlib.closing(Database(f"sqlite:///{tmp_path / 'a.db'}")) as database:
-        keys = Unwritable(database, fault)
-        alice, secret = keys.add("alice")
+    set_seconds(refresh=0.0)
+    keys.write_error, keys.blocks_writes = fault, fault is None
+    alice, secret = keys.add("alice")
+    callers = Accounts(keys)
+    caller = await authenticate(callers, secret)
+    RunningRequest(1, 2).run(callers, caller)
+    while not keys.writes:
+        assert await authenticate(callers, secret) == caller
+    # Far longer than a reading takes on a machine that does much else.
+    set_seconds(max_age=5.0)
+    since = time.monotonic()
+    while time.monotonic() < since + 5.5:
+        assert await authenticate(callers, secret) == caller
+        await asyncio.sleep(0.01)
+    keys.revoke("alice")
+    while (await asyncio.gather(authenticate(callers, secret), return_exceptions=True))[0] == caller:
+        await asyncio.sleep(0.01)
+    assert "revoked" in (await refusal(callers, f"Bearer {secret}")).what
+    assert callers.usage_today(caller.key_id) == KeyUsage(1, 1, 2)
+    keys.mended.set()
+    await callers.close()
+    assert keys.usage_on(today()) == {alice.id: KeyUsage(1, 1, 2)}
 
-        async def work() -> None:
-            callers = Accounts(keys)
-            caller = await callers.authenticate(f"Bearer {secret}")
-            use(callers, caller, Counted(count_usage(1, 2)))
-            while not keys.tried:
-                assert await callers.authenticate(f"Bearer {secret}") == caller
-            # Far longer than a reading takes on a machine that does much else.
-            monkeypatch.setattr(module, "_MAX_AGE_SECONDS", 5.0)
-            since = time.monotonic()
-            while time.monotonic() < since + 5.5:
-                assert await callers.authenticate(f"Bearer {secret}") == caller
-                await asyncio.sleep(0.01)
-            keys.revoke("alice")
-            while (await asyncio.gather(callers.authenticate(f"Bearer {secret}"), return_exceptions=True))[0] == caller:
-                await asyncio.sleep(0.01)
-            assert "revoked" in (await refusal(callers, f"Bearer {secret}")).what
-            assert callers.usage_today(caller.key_id) == KeyUsage(1, 1, 2)
-            keys.mended.set()
+
+async def test_an_idle_server_waits_for_reading_keys_but_not_for_writing_usage(
+    keys: FlakyKeyStore, set_seconds: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    keys.blocks_writes = True
+    alice, secret = keys.add("alice")
+    callers = Accounts(keys)
+    caller = await authenticate(callers, secret)
+    set_seconds(refresh=60.0)
+    RunningRequest(1, 2).run(callers, caller)
+    set_seconds(refresh=0.0, max_age=5.0)
+    await asyncio.sleep(5.1)
+    async with asyncio.timeout(20):  # else it would wait for what is never written
+        assert await authenticate(callers, secret) == caller
+    assert keys.writes == 1
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
             await callers.close()
-            assert keys.usage_on(today()) == {alice.id: KeyUsage(1, 1, 2)}
-
-        try:
-            run(work)
-        finally:
-            keys.mended.set()
+    assert f"key {alice.id} used 1 requests, 1 tokens of prompts and 2 of answers" in caplog.text
 
 
-def test_an_idle_server_waits_for_reading_keys_but_not_for_writing_usage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    with contextlib.closing(Database(f"sqlite:///{tmp_path / 'a.db'}")) as database:
-        keys = Unwritable(database, None)
-        alice, secret = keys.add("alice")
-
-        async def work() -> None:
-            callers = Accounts(keys)
-            caller = await callers.authenticate(f"Bearer {secret}")
-            monkeypatch.setattr(module, "_REFRESH_SECONDS", 60.0)
-            use(callers, caller, Counted(count_usage(1, 2)))
-            monkeypatch.setattr(module, "_REFRESH_SECONDS", 0.0)
-            monkeypatch.setattr(module, "_MAX_AGE_SECONDS", 5.0)
-            await asyncio.sleep(5.1)
-            async with asyncio.timeout(20):  # else it would wait for what is never written
-                assert await callers.authenticate(f"Bearer {secret}") == caller
-            assert keys.tried == 1
-            with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0.1):
-                    await callers.close()
-            assert f"key {alice.id} used 1 requests, 1 tokens of prompts and 2 of answers" in caplog.text
-
-        try:
-            run(work)
-        finally:
-            keys.mended.set()
-
-
-def test_keys_are_read_when_all_threads_and_connections_are_in_use(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_keys_are_read_when_all_threads_and_connections_are_in_use(database: Database) -> None:
     keys = KeyStore(database)
     _, secret = keys.add("alice")
     over = threading.Event()
@@ -166,118 +139,75 @@ def test_keys_are_read_when_all_threads_and_connections_are_in_use(
             session.execute(text("SELECT 1"))
             over.wait(60)
 
-    async def work() -> None:
-        threads = ThreadPoolExecutor(20)
-        asyncio.get_running_loop().set_default_executor(threads)
-        for _ in range(40):
-            threads.submit(hold)
-        try:
-            async with asyncio.timeout(20):
-                assert (await Accounts(keys).authenticate(f"Bearer {secret}")).name == "alice"
-        finally:
-            over.set()
-
-    run(work)
+    threads = ThreadPoolExecutor(20)
+    asyncio.get_running_loop().set_default_executor(threads)
+    for _ in range(40):
+        threads.submit(hold)
+    try:
+        async with asyncio.timeout(20):
+            assert (await authenticate(Accounts(keys), secret)).name == "alice"
+    finally:
+        over.set()
 
 
-class Silent(KeyStore):
-    """A database that takes questions and does not answer, while `silent`."""
-
-    silent = False
-
-    def __init__(self, database: Database) -> None:
-        super().__init__(database)
-        self.over = threading.Event()
-
-    def all(self) -> list[Key]:
-        if self.silent:
-            self.over.wait(60)
-        return super().all()
-
-
-def test_a_database_that_does_not_respond_does_not_delay_known_keys(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_database_that_does_not_respond_does_not_delay_known_keys(
+    keys: FlakyKeyStore, set_seconds: Callable[..., None]
 ) -> None:
-    monkeypatch.setattr(module, "_REFRESH_SECONDS", 0.0)
-    with contextlib.closing(Database(f"sqlite:///{tmp_path / 'a.db'}")) as database:
-        keys = Silent(database)
-        _, secret = keys.add("alice")
-
-        async def work() -> None:
-            callers = Accounts(keys)
-            caller = await callers.authenticate(f"Bearer {secret}")
-            keys.silent = True
-            monkeypatch.setattr(module, "_WAIT_SECONDS", 0.1)
-            async with asyncio.timeout(20):  # else it would wait for ever
-                for _ in range(50):
-                    assert await callers.authenticate(f"Bearer {secret}") == caller
-            keys.silent = False
-            keys.revoke("alice")
-            keys.over.set()
-            monkeypatch.setattr(module, "_WAIT_SECONDS", 60.0)
-            await asyncio.sleep(0.1)
-            assert "revoked" in (await refusal(callers, f"Bearer {secret}")).what
-
-        try:
-            run(work)
-        finally:
-            keys.over.set()
+    set_seconds(refresh=0.0)
+    _, secret = keys.add("alice")
+    callers = Accounts(keys)
+    caller = await authenticate(callers, secret)
+    keys.is_silent = True
+    set_seconds(wait=0.1)
+    async with asyncio.timeout(20):  # else it would wait for ever
+        for _ in range(50):
+            assert await authenticate(callers, secret) == caller
+    keys.is_silent = False
+    keys.revoke("alice")
+    keys.mended.set()
+    set_seconds(wait=60.0)
+    await asyncio.sleep(0.1)
+    assert "revoked" in (await refusal(callers, f"Bearer {secret}")).what
 
 
-def test_a_hanging_read_of_the_keys_times_out_and_the_next_one_succeeds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_hanging_read_of_the_keys_times_out_and_the_next_one_succeeds(
+    keys: FlakyKeyStore, set_seconds: Callable[..., None]
 ) -> None:
-    monkeypatch.setattr(module, "_REFRESH_SECONDS", 0.0)
-    with contextlib.closing(Database(f"sqlite:///{tmp_path / 'a.db'}")) as database:
-        keys = Silent(database)
-        _, secret = keys.add("alice")
-
-        async def work() -> None:
-            callers = Accounts(keys)
-            await callers.authenticate(f"Bearer {secret}")
-            keys.silent = True
-            monkeypatch.setattr(module, "_READ_SECONDS", 0.5)
-            monkeypatch.setattr(module, "_MAX_AGE_SECONDS", 0.0)
-            async with asyncio.timeout(20):
-                refused = await refusal(callers, f"Bearer {secret}")
-                assert (refused.status, refused.code, refused.retry_seconds) == (503, "database_unavailable", 1)
-                keys.silent = False
-                monkeypatch.setattr(module, "_READ_SECONDS", 20.0)
-                monkeypatch.setattr(module, "_MAX_AGE_SECONDS", 30.0)
-                assert (await callers.authenticate(f"Bearer {secret}")).name == "alice"
-            assert not keys.over.is_set(), "the first still hangs"
-
-        try:
-            run(work)
-        finally:
-            keys.over.set()
+    set_seconds(refresh=0.0)
+    _, secret = keys.add("alice")
+    callers = Accounts(keys)
+    await authenticate(callers, secret)
+    keys.is_silent = True
+    set_seconds(read=0.5, max_age=0.0)
+    async with asyncio.timeout(20):
+        refused = await refusal(callers, f"Bearer {secret}")
+        assert (refused.status, refused.code, refused.retry_seconds) == (503, "database_unavailable", 1)
+        keys.is_silent = False
+        set_seconds(read=20.0, max_age=30.0)
+        assert (await authenticate(callers, secret)).name == "alice"
+    assert not keys.mended.is_set(), "the first still hangs"
 
 
 @pytest.mark.full
-def test_connections_that_stop_responding_are_replaced(postgres: PostgreSQL, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_REFRESH_SECONDS", 0.0)
+async def test_connections_that_stop_responding_are_replaced(
+    postgres: PostgreSQL, set_seconds: Callable[..., None]
+) -> None:
+    set_seconds(refresh=0.0)
     url = make_url(postgres.new_database())
     with Proxy(url.port or 0) as proxy:
         through = url.set(port=proxy.port).render_as_string(hide_password=False)
         with contextlib.closing(Database(through)) as database:
             keys = KeyStore(database)
             _, secret = keys.add("alice")
-
-            async def work() -> None:
-                callers = Accounts(keys)
-                caller = await callers.authenticate(f"Bearer {secret}")
-                proxy.silence()
-                monkeypatch.setattr(module, "_READ_SECONDS", 1.0)
-                monkeypatch.setattr(module, "_MAX_AGE_SECONDS", 0.5)
-                await asyncio.sleep(0.6)
-                statuses = [503]
-                async with asyncio.timeout(30):
-                    while statuses[-1] == 503:
-                        found = (
-                            await asyncio.gather(callers.authenticate(f"Bearer {secret}"), return_exceptions=True)
-                        )[0]
-                        statuses.append(found.status if isinstance(found, Refused) else 200)
-                assert found == caller
-                assert statuses.count(503) > 1, "the old connections were silent"
-
-            run(work)
+            callers = Accounts(keys)
+            caller = await authenticate(callers, secret)
+            proxy.silence()
+            set_seconds(read=1.0, max_age=0.5)
+            await asyncio.sleep(0.6)
+            statuses = [503]
+            async with asyncio.timeout(30):
+                while statuses[-1] == 503:
+                    (outcome,) = await asyncio.gather(authenticate(callers, secret), return_exceptions=True)
+                    statuses.append(outcome.status if isinstance(outcome, Refused) else 200)
+            assert outcome == caller
+            assert statuses.count(503) > 1, "the old connections were silent"

@@ -19,7 +19,7 @@ from corral.answering.answerer import Answerer
 from corral.engines.base import Completion, Features, Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.serving.completions_handler import _ChoiceBuilder, start_completions  # pyright: ignore[reportPrivateUsage]
-from corral.serving.completions_protocol import CompletionRequest, TextCompletion
+from corral.serving.completions_protocol import CompletionRequest
 from corral.serving.generation import PlainTextTokenizer, ServedModel
 from corral.serving.protocol import RequestLimits
 from corral.template import Template
@@ -352,7 +352,7 @@ def test_total_choices_and_tokens_and_characters_of_each_prompt_are_bounded(
         assert not asked
 
 
-def test_a_long_prompt_is_echoed_without_blocking_the_event_loop(
+async def test_a_long_prompt_is_echoed_without_blocking_the_event_loop(
     tiny_template: Template, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features = Features(max_length=16384, vocabulary=400, logprobs=True, score=True)
@@ -364,19 +364,16 @@ def test_a_long_prompt_is_echoed_without_blocking_the_event_loop(
         assert may_go_on.wait(10), "the loop stood still"
         return head(*arguments)
 
-    async def work() -> TextCompletion:
-        request = CompletionRequest(model="m", prompt=[50] * 8000, max_tokens=0, echo=True, logprobs=0)
-        asked = await start_completions(served, request)
-        asyncio.get_running_loop().call_later(0.01, may_go_on.set)
-        return await asked.result()
-
     monkeypatch.setattr(_ChoiceBuilder, "prompt_part", held)
-    (choice,) = asyncio.run(work()).choices
+    request = CompletionRequest(model="m", prompt=[50] * 8000, max_tokens=0, echo=True, logprobs=0)
+    asked = await start_completions(served, request)
+    asyncio.get_running_loop().call_later(0.01, may_go_on.set)
+    (choice,) = (await asked.result()).choices
     assert choice.logprobs
     assert len(choice.logprobs.tokens) == 8000
 
 
-def test_long_texts_are_tokenised_without_blocking_the_event_loop(
+async def test_long_texts_are_tokenised_without_blocking_the_event_loop(
     tiny_template: Template, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = ServedModel(Answerer(ScriptedEngine([50]), tiny_template), "m")
@@ -387,13 +384,11 @@ def test_long_texts_are_tokenised_without_blocking_the_event_loop(
         assert may_go_on.wait(10), "the loop stood still"
         return ids(text, begin=begin)
 
-    async def work() -> TextCompletion:
-        asyncio.get_running_loop().call_later(0.01, may_go_on.set)
-        request = CompletionRequest(model="m", prompt=["word " * 500] * 2, return_token_ids=True)
-        return await (await start_completions(served, request)).result()
-
     monkeypatch.setattr(served.plain_text, "ids", held)
-    assert [choice.prompt_token_ids for choice in asyncio.run(work()).choices] == [ids("word " * 500)] * 2
+    asyncio.get_running_loop().call_later(0.01, may_go_on.set)
+    request = CompletionRequest(model="m", prompt=["word " * 500] * 2, return_token_ids=True)
+    answer = await (await start_completions(served, request)).result()
+    assert [choice.prompt_token_ids for choice in answer.choices] == [ids("word " * 500)] * 2
 
 
 def test_every_parameter_of_openais_client_is_known_to_the_protocol() -> None:

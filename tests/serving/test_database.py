@@ -314,16 +314,12 @@ def test_a_separate_pool_has_connections_when_all_others_are_in_use(url: str, mo
     database.close()
 
 
-def test_run_in_thread_starts_at_once_and_raises_the_calls_exception() -> None:
+async def test_run_in_thread_starts_at_once_and_raises_the_calls_exception() -> None:
     meet = threading.Barrier(40)
-
-    async def work() -> None:
-        async with asyncio.timeout(30):  # else they would wait for each other's threads
-            assert sorted(await asyncio.gather(*(run_in_thread(meet.wait) for _ in range(40)))) == list(range(40))
-        with pytest.raises(ZeroDivisionError):
-            await run_in_thread(divmod, 1, 0)
-
-    asyncio.run(work())
+    async with asyncio.timeout(30):  # else they would wait for each other's threads
+        assert sorted(await asyncio.gather(*(run_in_thread(meet.wait) for _ in range(40)))) == list(range(40))
+    with pytest.raises(ZeroDivisionError):
+        await run_in_thread(divmod, 1, 0)
 
 
 def test_a_process_ends_while_a_database_call_hangs() -> None:

@@ -109,26 +109,23 @@ class Stuck(ScriptedEngine):
         return [-3.0] * (len(ids) - start)
 
 
-def test_texts_scored_together_share_the_limit_of_concurrent_steps() -> None:
+async def test_texts_scored_together_share_the_limit_of_concurrent_steps() -> None:
     asked: list[int] = []
 
     def reply(ids: Sequence[int], sampling: Sampling, choice: int) -> list[int]:
         asked.append(len(ids))
         return [9]
 
-    async def work() -> None:
-        engine = Stuck(reply, delay_seconds=3600)
-        steps = GreedySteps(engine)
-        working = [asyncio.create_task(score_prompt(engine, [5] * 400, steps)) for _ in range(8)]
-        await asyncio.sleep(0.1)
-        assert len(asked) == 32
-        assert steps.tokens == sum(asked) + 32
-        for task in working:
-            task.cancel()
-        await asyncio.gather(*working, return_exceptions=True)
-        assert len(asked) == 32, "none goes on for nobody"
-
-    asyncio.run(work())
+    engine = Stuck(reply, delay_seconds=3600)
+    steps = GreedySteps(engine)
+    working = [asyncio.create_task(score_prompt(engine, [5] * 400, steps)) for _ in range(8)]
+    await asyncio.sleep(0.1)
+    assert len(asked) == 32
+    assert steps.tokens == sum(asked) + 32
+    for task in working:
+        task.cancel()
+    await asyncio.gather(*working, return_exceptions=True)
+    assert len(asked) == 32, "none goes on for nobody"
 
 
 def lm_eval_reads(answer: Any, context: int) -> tuple[float, bool]:

@@ -50,27 +50,23 @@ def locked(url: str) -> Generator[None]:
         yield
 
 
-def test_a_turn_cancelled_while_it_starts_releases_its_conversation(
+async def test_a_turn_cancelled_while_it_starts_releases_its_conversation(
     database_url: str, database: Database, tiny_template: Template
 ) -> None:
     store = ConversationStore(database)
     made = store.create("a", {})
     request = ResponsesRequest(model="echo", input="Hi", conversation=made.id)
-
-    async def work() -> None:
-        served = echo_model(tiny_template)
-        with locked(database_url):
-            asking = asyncio.create_task(start_response(served, store.responses, "a", request))
-            await asyncio.sleep(0.2)
-            asking.cancel()
-            await asyncio.sleep(0.05)
-            assert not asking.done(), "it must not leave before it knows what it took"
-        with pytest.raises(asyncio.CancelledError):
-            await asking
-        answer = await (await start_response(served, store.responses, "a", request)).result()
-        assert answer.status == "completed"
-
-    asyncio.run(work())
+    served = echo_model(tiny_template)
+    with locked(database_url):
+        asking = asyncio.create_task(start_response(served, store.responses, "a", request))
+        await asyncio.sleep(0.2)
+        asking.cancel()
+        await asyncio.sleep(0.05)
+        assert not asking.done(), "it must not leave before it knows what it took"
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    answer = await (await start_response(served, store.responses, "a", request)).result()
+    assert answer.status == "completed"
     assert len(store.list_items("a", made.id, Page())[0]) == 2
 
 
@@ -126,22 +122,18 @@ def test_heartbeats_are_written_when_all_connections_are_in_use(
         store.responses.begin(replace(turn, id="resp_2"), {})
 
 
-def test_a_cancelled_response_releases_its_conversation(database: Database, tiny_template: Template) -> None:
+async def test_a_cancelled_response_releases_its_conversation(database: Database, tiny_template: Template) -> None:
     store = ConversationStore(database)
     made = store.create("a", {})
     request = ResponsesRequest(model="echo", input="Hi", conversation=made.id)
-
-    async def work() -> str:
-        served = echo_model(tiny_template)
-        left = await start_response(served, store.responses, "a", request)
-        left.cancel()
-        left.cancel()
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
-            await asyncio.wait([task], timeout=5)
-        answer = await (await start_response(served, store.responses, "a", request)).result()
-        return answer.status
-
-    assert asyncio.run(work()) == "completed"
+    served = echo_model(tiny_template)
+    left = await start_response(served, store.responses, "a", request)
+    left.cancel()
+    left.cancel()
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.wait([task], timeout=5)
+    answer = await (await start_response(served, store.responses, "a", request)).result()
+    assert answer.status == "completed"
     assert len(store.list_items("a", made.id, Page())[0]) == 2
 
 

@@ -17,7 +17,9 @@ def test_every_test_named_in_the_document_exists() -> None:
     for path, name in named:
         if path not in functions:
             tree = ast.parse((ROOT / path).read_text("utf-8"))
-            functions[path] = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+            functions[path] = {
+                node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            }
         assert name in functions[path], f"{path}::{name}"
 
 

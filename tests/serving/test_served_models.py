@@ -194,22 +194,18 @@ def test_concurrent_adapters_answer_as_each_does_alone(
     assert len({found[0][0] for found in alone}) == 3, "they are different models"
 
 
-def test_a_busy_adapter_does_not_delay_another(two: tuple[Path, Path]) -> None:
+async def test_a_busy_adapter_does_not_delay_another(two: tuple[Path, Path]) -> None:
     models = opened(f"cook={two[0]}", f"poet={two[1]}")
-
-    async def work() -> None:
-        busy, other = (models.get(name).answerer.engine for name in ("cook", "poet"))
-        endless = [busy.submit([5], Sampling(400, 4, 1.0)) for _ in range(2)]
-        waiting = [asyncio.create_task(generation.completions()) for generation in endless]
-        await asyncio.sleep(0.05)
-        await other.submit([5], Sampling(8)).completions()
-        assert not any(task.done() for task in waiting)
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
-        await models.close()
-
-    asyncio.run(work())
+    busy, other = (models.get(name).answerer.engine for name in ("cook", "poet"))
+    endless = [busy.submit([5], Sampling(400, 4, 1.0)) for _ in range(2)]
+    waiting = [asyncio.create_task(generation.completions()) for generation in endless]
+    await asyncio.sleep(0.05)
+    await other.submit([5], Sampling(8)).completions()
+    assert not any(task.done() for task in waiting)
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    await models.close()
 
 
 def test_adapters_are_selected_by_name_over_http_and_each_is_listed(two: tuple[Path, Path]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import time
@@ -205,14 +204,10 @@ def test_an_event_that_says_the_endpoint_goes_down_is_retried() -> None:
         assert ask(remote(url))[0].ids == (7, 8, 9)
 
 
-def test_too_few_log_probs_of_a_prompt_are_an_error() -> None:
+async def test_too_few_log_probs_of_a_prompt_are_an_error() -> None:
     answer = {"choices": [{"index": 0, "text": "", "logprobs": {"token_logprobs": [-1.0]}}]}
     with web_server(fake_server(lambda self: self.answer(200, {}, json.dumps(answer).encode()))) as url:
-
-        async def test() -> None:
-            async with remote(url) as engine:
-                with pytest.raises(EngineError, match="1 log-probabilities of a prompt of 3") as caught:
-                    await engine.score([1, 2, 3])
-                assert "echo" in str(caught.value)
-
-        asyncio.run(test())
+        async with remote(url) as engine:
+            with pytest.raises(EngineError, match="1 log-probabilities of a prompt of 3") as caught:
+                await engine.score([1, 2, 3])
+            assert "echo" in str(caught.value)

@@ -74,28 +74,24 @@ class TestRemoteTransformers(EngineConformance):
         return Subject(lambda: remote(tiny, vocabulary=VOCABULARY), PROMPTS)
 
 
-def test_it_is_the_engine_behind_the_endpoint_in_ids_log_probs_scores_and_features(
+async def test_it_is_the_engine_behind_the_endpoint_in_ids_log_probs_scores_and_features(
     tiny: str, behind: TransformersEngine
 ) -> None:
     work = [(prompt, Sampling(20, 3, 0.9, 0.95, 50, seed=i, logprobs=True)) for i, prompt in enumerate(PROMPTS)]
     scored = [random.Random(i).choices(range(VOCABULARY), k=40) for i in range(3)]
-
-    async def test() -> None:
-        async with remote(tiny, vocabulary=VOCABULARY) as engine:
-            assert (engine.model, engine.ready) == ("tiny", True)
-            assert engine.features == Features(CONTEXT, VOCABULARY, logprobs=True, score=True)
-            for far, near in zip(
-                await asyncio.gather(*(complete(engine, *each) for each in work)),
-                [await complete(behind, *each) for each in work],
-                strict=True,
-            ):
-                assert [(one.ids, one.finish) for one in far] == [(one.ids, one.finish) for one in near]
-                for one, other in zip(far, near, strict=True):
-                    assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
-            for ids in scored:
-                assert await engine.score(ids, 7) == pytest.approx(await behind.score(ids, 7), abs=1e-5)
-
-    asyncio.run(test())
+    async with remote(tiny, vocabulary=VOCABULARY) as engine:
+        assert (engine.model, engine.ready) == ("tiny", True)
+        assert engine.features == Features(CONTEXT, VOCABULARY, logprobs=True, score=True)
+        for far, near in zip(
+            await asyncio.gather(*(complete(engine, *each) for each in work)),
+            [await complete(behind, *each) for each in work],
+            strict=True,
+        ):
+            assert [(one.ids, one.finish) for one in far] == [(one.ids, one.finish) for one in near]
+            for one, other in zip(far, near, strict=True):
+                assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        for ids in scored:
+            assert await engine.score(ids, 7) == pytest.approx(await behind.score(ids, 7), abs=1e-5)
 
 
 def test_a_request_says_all_that_decides_the_answer() -> None:

@@ -23,7 +23,7 @@ from tests.engines.remote.fake_server import (
 )
 
 
-def test_requests_go_to_the_endpoint_with_the_fewest_and_no_more_than_concurrency_are_under_way() -> None:
+async def test_requests_go_to_the_endpoint_with_the_fewest_and_no_more_than_concurrency_are_under_way() -> None:
     lock = threading.Lock()
     counts: list[list[int]] = [[], []]
     now = [0, 0]
@@ -41,85 +41,65 @@ def test_requests_go_to_the_endpoint_with_the_fewest_and_no_more_than_concurrenc
         return answer
 
     with web_server(fake_server(counting(0))) as first, web_server(fake_server(counting(1))) as second:
-
-        async def test() -> None:
-            async with remote(first, second, concurrency=6) as engine:
-                await asyncio.gather(*(complete(engine, [1], DRAWN) for _ in range(24)))
-
-        asyncio.run(test())
+        async with remote(first, second, concurrency=6) as engine:
+            await asyncio.gather(*(complete(engine, [1], DRAWN) for _ in range(24)))
     assert len(counts[0]) + len(counts[1]) == 24
     assert max(counts[0] + counts[1]) == 3
 
 
-def test_ready_tells_whether_an_endpoint_may_be_asked() -> None:
+async def test_ready_tells_whether_an_endpoint_may_be_asked() -> None:
     with web_server(fake_server(answers_well, protocol_version="HTTP/1.0")) as url:
         engine = remote(url, retries=0, backoff_seconds=3600)
         assert engine.ready
-
-    async def test() -> None:
-        async with engine:
-            with pytest.raises(EngineError):
-                await complete(engine, [1], DRAWN)
-            await asyncio.sleep(0.1)
-            assert not engine.ready
-
-    asyncio.run(test())
+    async with engine:
+        with pytest.raises(EngineError):
+            await complete(engine, [1], DRAWN)
+        await asyncio.sleep(0.1)
+        assert not engine.ready
 
 
-def test_an_endpoint_that_failed_three_times_is_asked_again_once_it_lists_the_model() -> None:
+async def test_an_endpoint_that_failed_three_times_is_asked_again_once_it_lists_the_model() -> None:
     listed = fake_server(FakeServer.finish, models=[{"id": "m", "max_model_len": 8192}])
     with web_server(listed) as url, web_server(fake_server(answers_well)) as other:
         engine = remote(url, other)
         listed.models = [{"id": "another", "max_model_len": 8192}]
-
-        async def test() -> None:
-            async with engine:
-                for _ in range(8):
-                    await complete(engine, [1], DRAWN)
-                assert len(listed.requests) == 3
-                await asyncio.to_thread(wait_for, lambda: len(listed.headers_of_lists) >= 4)
-                assert len(listed.requests) == 3, "it does not list the model"
-                listed.completion = answers_well  # type: ignore[method-assign]
-                listed.models = [{"id": "m", "max_model_len": 8192}]
-                while len(listed.requests) < 4:
-                    await asyncio.gather(*(complete(engine, [1], DRAWN) for _ in range(2)))
-
-        asyncio.run(test())
+        async with engine:
+            for _ in range(8):
+                await complete(engine, [1], DRAWN)
+            assert len(listed.requests) == 3
+            await asyncio.to_thread(wait_for, lambda: len(listed.headers_of_lists) >= 4)
+            assert len(listed.requests) == 3, "it does not list the model"
+            listed.completion = answers_well  # type: ignore[method-assign]
+            listed.models = [{"id": "m", "max_model_len": 8192}]
+            while len(listed.requests) < 4:
+                await asyncio.gather(*(complete(engine, [1], DRAWN) for _ in range(2)))
 
 
 @pytest.mark.parametrize("retries", [0, 3])
-def test_a_request_that_one_endpoint_is_too_busy_for_goes_to_another_and_the_next_is_still_sent_there(
+async def test_a_request_that_one_endpoint_is_too_busy_for_goes_to_another_and_the_next_is_still_sent_there(
     retries: int,
 ) -> None:
     busy = fake_server(first_then(refuses_with(503, **{"retry-after": "3600"})))
     with web_server(busy) as url, web_server(fake_server(answers_well)) as other:
-
-        async def test() -> None:
-            async with remote(url, other, retries=retries, backoff_seconds=60) as engine:
-                for _ in range(5):
-                    assert (await complete(engine, [1], DRAWN))[0].ids == (7, 8, 9)
-
-        asyncio.run(test())
+        async with remote(url, other, retries=retries, backoff_seconds=60) as engine:
+            for _ in range(5):
+                assert (await complete(engine, [1], DRAWN))[0].ids == (7, 8, 9)
     assert len(busy.requests) == 5
 
 
 @pytest.mark.parametrize("fault", ["busy", "reset"])
-def test_one_failed_request_does_not_keep_the_next_from_the_endpoint(fault: str) -> None:
+async def test_one_failed_request_does_not_keep_the_next_from_the_endpoint(fault: str) -> None:
     first = FakeServer.finish if fault == "reset" else refuses_with(503, "full", **{"retry-after": "20"})
     server = fake_server(first_then(first))
     with web_server(server) as url:
-
-        async def test() -> None:
-            async with remote(url, retries=0, backoff_seconds=60) as engine:
-                with pytest.raises(EngineUnavailableError) as caught:
-                    await complete(engine, [1], DRAWN)
-                reported = (caught.value.status, round(caught.value.retry_seconds or 0))
-                assert reported == ((503, 20) if fault == "busy" else (None, 0))
-                assert url in str(caught.value.where)
-                assert engine.ready
-                assert (await complete(engine, [1], DRAWN))[0].ids == (7, 8, 9)
-
-        asyncio.run(test())
+        async with remote(url, retries=0, backoff_seconds=60) as engine:
+            with pytest.raises(EngineUnavailableError) as caught:
+                await complete(engine, [1], DRAWN)
+            reported = (caught.value.status, round(caught.value.retry_seconds or 0))
+            assert reported == ((503, 20) if fault == "busy" else (None, 0))
+            assert url in str(caught.value.where)
+            assert engine.ready
+            assert (await complete(engine, [1], DRAWN))[0].ids == (7, 8, 9)
     assert len(server.requests) == 2
 
 
@@ -132,51 +112,41 @@ ERRORS: dict[str, Callable[[FakeServer], None]] = {
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_an_endpoint_that_answers_errors_beside_one_that_works_costs_no_request_and_is_left_alone(case: str) -> None:
+async def test_an_endpoint_that_answers_errors_beside_one_that_works_costs_no_request_and_is_left_alone(
+    case: str,
+) -> None:
     broken = fake_server(ERRORS[case])
     with web_server(broken) as url, web_server(fake_server(answers_well)) as other:
-
-        async def test() -> None:
-            async with remote(url, other, retries=0, backoff_seconds=60) as engine:
-                for _ in range(10):
-                    assert (await complete(engine, [1], DRAWN))[0].ids == (7, 8, 9)
-
-        asyncio.run(test())
+        async with remote(url, other, retries=0, backoff_seconds=60) as engine:
+            for _ in range(10):
+                assert (await complete(engine, [1], DRAWN))[0].ids == (7, 8, 9)
     assert len(broken.requests) == 3
 
 
-def test_a_request_that_no_endpoint_can_answer_does_not_count_against_them() -> None:
+async def test_a_request_that_no_endpoint_can_answer_does_not_count_against_them() -> None:
     def poisoned(self: FakeServer) -> None:
         (refuses_with(500) if self.requests[-1]["prompt"] == [0] else answers_well)(self)
 
     first, second = fake_server(poisoned), fake_server(poisoned)
     with web_server(first) as url, web_server(second) as other:
-
-        async def test() -> None:
-            async with remote(url, other, retries=3, backoff_seconds=60) as engine:
-                for _ in range(5):
-                    with pytest.raises(EngineError, match="answered 500"):
-                        await complete(engine, [0], DRAWN)
-                together = [complete(engine, [1], DRAWN) for _ in range(10)]
-                assert all(found[0].ids == (7, 8, 9) for found in await asyncio.gather(*together))
-
-        asyncio.run(test())
+        async with remote(url, other, retries=3, backoff_seconds=60) as engine:
+            for _ in range(5):
+                with pytest.raises(EngineError, match="answered 500"):
+                    await complete(engine, [0], DRAWN)
+            together = [complete(engine, [1], DRAWN) for _ in range(10)]
+            assert all(found[0].ids == (7, 8, 9) for found in await asyncio.gather(*together))
     assert min(len(each.requests) for each in (first, second)) > 5, "both are still asked"
 
 
-def test_the_last_endpoint_rests_only_until_it_lists_its_model() -> None:
+async def test_the_last_endpoint_rests_only_until_it_lists_its_model() -> None:
     server = fake_server(lambda self: (FakeServer.finish if len(self.requests) <= 3 else answers_well)(self))
     with web_server(server) as url:
-
-        async def test() -> None:
-            async with remote(url, retries=0, backoff_seconds=3600) as engine:
-                for _ in range(3):
-                    with pytest.raises(EngineUnavailableError):
-                        await complete(engine, [1], DRAWN)
-                await asyncio.to_thread(wait_for, lambda: engine.ready)
-                assert (await complete(engine, [1], DRAWN))[0].ids == (7, 8, 9)
-
-        asyncio.run(test())
+        async with remote(url, retries=0, backoff_seconds=3600) as engine:
+            for _ in range(3):
+                with pytest.raises(EngineUnavailableError):
+                    await complete(engine, [1], DRAWN)
+            await asyncio.to_thread(wait_for, lambda: engine.ready)
+            assert (await complete(engine, [1], DRAWN))[0].ids == (7, 8, 9)
     assert len(server.headers_of_lists) == 2, "it was asked for its models once more"
 
 
