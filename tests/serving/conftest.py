@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import itertools
 import json
 import socket
@@ -18,7 +19,7 @@ import openai
 import pytest
 
 from corral.answering.answerer import Answerer
-from corral.engines.base import Sampling
+from corral.engines.base import Engine, Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.engines.transformers import TransformersEngine
 from corral.model.loading import load_model, load_tokenizer
@@ -28,6 +29,7 @@ from corral.serving.api_keys import KeyStore
 from corral.serving.app import build_app
 from corral.serving.database import Database
 from corral.serving.generation import ServedModel
+from corral.serving.protocol import RequestLimits
 from corral.serving.served_models import ServedModels
 from corral.serving.server import Server, build_http_server
 from corral.template import Template
@@ -93,13 +95,111 @@ class Endless:
             yield id_
 
 
-def post_and_disconnect(url: str, path: str, body: Any, when: threading.Event) -> None:
-    """Send a request, and close the connection at that moment, before the answer ended."""
-    place, data = urlsplit(url), json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
-    with socket.create_connection((str(place.hostname), place.port or 0)) as raw:
-        raw.sendall(head.encode() + data)
-        assert when.wait(30)
+ASKED: Any = [{"role": "user", "content": "What is two plus two?"}]
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+JSON = {"content-type": "application/json"}
+
+
+def call(url: str, method: str, path: str, body: Any = None, headers: Any = JSON) -> tuple[int, Any, Any]:
+    """(status, JSON body, headers) of one plain request; of a stream, the data of its events in place of the body.
+
+    A dict is sent as JSON, and anything else as it is.
+    """
+    with contextlib.closing(http.client.HTTPConnection(urlsplit(url).netloc)) as connection:
+        connection.request(method, path, json.dumps(body) if isinstance(body, dict) else body, headers)
+        response = connection.getresponse()
+        text = response.read().decode()
+    if not str(response.headers["content-type"]).startswith("text/event-stream"):
+        return response.status, json.loads(text or "null"), response.headers
+    assert text.endswith("\n\n")
+    events = [event.partition("data: ")[2] for event in text.removesuffix("\n\n").split("\n\n")]
+    return response.status, [event if event == "[DONE]" else json.loads(event) for event in events], response.headers
+
+
+def bearer(secret: str) -> dict[str, str]:
+    """The header of a request with this key."""
+    return {"authorization": f"Bearer {secret}"}
+
+
+def wait_for(is_so: Callable[[], bool], seconds: float = 20) -> bool:
+    """Whether it comes to be so."""
+    end = time.monotonic() + seconds
+    while not is_so():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+class RunningServer:
+    """A server in a thread, and ways to ask it."""
+
+    def __init__(self, url: str, server: Server, client: openai.OpenAI) -> None:
+        self.url = url
+        self.server = server
+        self.client = client
+        """OpenAI's client, without a key."""
+
+    def call(self, method: str, path: str, body: Any = None, headers: Any = JSON) -> tuple[int, Any, Any]:
+        return call(self.url, method, path, body, headers)
+
+    def chat(self, headers: Any = JSON, **changes: Any) -> tuple[int, Any, Any]:
+        """(status, body, headers) of a good request for a chat completion, with these changes."""
+        return self.call("POST", CHAT, {"model": "m", "messages": ASKED} | changes, {**JSON, **headers})
+
+    def complete(self, **body: Any) -> tuple[int, Any]:
+        """(status, body) of a request for a completion."""
+        return self.call("POST", COMPLETIONS, {"model": "m"} | body)[:2]
+
+    def connect(self, sent: str = "", receive_buffer: int | None = None) -> socket.socket:
+        """A raw connection over which so much was sent."""
+        raw = socket.socket()
+        raw.settimeout(30)
+        if receive_buffer is not None:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        raw.connect((str(urlsplit(self.url).hostname), urlsplit(self.url).port))
+        raw.sendall(sent.encode())
+        return raw
+
+
+def chat_head(*fields: str, end: str = "\r\n") -> str:
+    """The head of a request for a chat completion, with these header fields besides."""
+    return "\r\n".join((f"POST {CHAT} HTTP/1.1", "host: x", "content-type: application/json", *fields, end))
+
+
+class Serve:
+    """`serve(answers)` serves a model named `m` until the test ends."""
+
+    def __init__(self, template: Template, stack: contextlib.ExitStack) -> None:
+        self.template = template
+        self._stack = stack
+
+    def model(self, answers: str | Engine, limits: RequestLimits | None = None, **served: Any) -> ServedModel:
+        """A model that computes with an engine, or answers a text to everything."""
+        if isinstance(answers, str):
+            encode = self.template.tokenizer.backend_tokenizer.encode
+            answers = ScriptedEngine(encode(answers, add_special_tokens=False).ids)
+        return ServedModel(Answerer(answers, self.template), "m", limits or RequestLimits(), **served)
+
+    def __call__(
+        self,
+        answers: str | Engine | ServedModel | ServedModels,
+        admission: Admission | None = None,
+        limits: RequestLimits | None = None,
+        **app: Any,
+    ) -> RunningServer:
+        if not isinstance(answers, ServedModel | ServedModels):
+            answers = self.model(answers, limits)
+        models = answers if isinstance(answers, ServedModels) else ServedModels([answers])
+        url, server = self._stack.enter_context(serve_with_handle(models, admission or Admission(), **app))
+        return RunningServer(url, server, self._stack.enter_context(openai_client(url)))
+
+
+@pytest.fixture
+def serve(tiny_template: Template) -> Generator[Serve]:
+    with contextlib.ExitStack() as stack:
+        yield Serve(tiny_template, stack)
 
 
 @pytest.fixture(scope="module")
@@ -151,17 +251,6 @@ def tiny_template(tiny_folder: Path) -> Template:
     return Template.load(load_tokenizer(tiny_folder))
 
 
-@pytest.fixture
-def scripted_model(tiny_template: Template) -> Callable[..., ServedModel]:
-    """`scripted_model("text")`: a model that answers this to everything."""
-
-    def make(text: str, **engine: Any) -> ServedModel:
-        ids = tiny_template.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-        return ServedModel(Answerer(ScriptedEngine(ids, **engine), tiny_template), "scripted", fingerprint="fp_1")
-
-    return make
-
-
 @pytest.fixture(scope="session")
 def tiny_served(tiny_folder: Path, tiny_template: Template) -> Generator[ServedModel]:
     """The tiny model on the transformers engine."""
@@ -184,5 +273,5 @@ def openai_client(url: str, *, api_key: str = "none", **options: Any) -> openai.
 @pytest.fixture
 def client(tiny_url: str) -> Generator[openai.OpenAI]:
     """OpenAI's client of the tiny model."""
-    with openai_client(tiny_url) as made:
-        yield made
+    with openai_client(tiny_url) as opened:
+        yield opened

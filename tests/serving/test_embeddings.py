@@ -19,8 +19,7 @@ from corral.serving.admission import Admission
 from corral.serving.embeddings import build_router
 from corral.serving.generation import ServedModel
 from corral.serving.served_models import ServedModels
-from tests.serving.conftest import openai_client, serve_in_thread
-from tests.serving.test_app import wait_for
+from tests.serving.conftest import Serve, openai_client, serve_in_thread, wait_for
 
 TEXTS = ["Boil the eggs for six minutes.", "Eggs are cooked in hot water.", "The court refused the appeal."]
 MODEL = "all-minilm-l6-v2"
@@ -97,6 +96,7 @@ def test_the_embedding_model_is_listed_and_without_one_the_route_is_404(
     listed = {model.id: (model.model_extra or {})["task"] for model in embedding.models.list()}
     assert listed == {"tiny": "chat", MODEL: "embeddings"}
     assert embedding.models.retrieve(MODEL).id == MODEL
+    assert embedding.models.retrieve("tiny").owned_by == "corral"
     assert [model.id for model in client.models.list()] == ["tiny"]
     with pytest.raises(openai.NotFoundError):
         client.embeddings.create(model=MODEL, input=TEXTS)
@@ -127,17 +127,16 @@ class Slow(Embedder):
             return [1] * len(texts)
 
 
-def test_cancelled_embeddings_are_not_started_and_one_runs_at_a_time(
-    tiny_served: ServedModel,
-) -> None:
+def test_cancelled_embeddings_are_not_started_and_one_runs_at_a_time(serve: Serve) -> None:
     slow, admission = Slow(), Admission()
-    models = ServedModels([tiny_served], slow)
-    with serve_in_thread(models, admission=admission, routers=[build_router(models, admission)]) as url:
-        for _ in range(5):
-            with pytest.raises(httpx2.TimeoutException):
-                httpx2.post(f"{url}/v1/embeddings", json={"model": MODEL, "input": "Hi"}, timeout=0.3)
-            assert wait_for(lambda: admission.queue.running == 0)
-        assert slow.most == 1, "the thread ends what it computes, and begins nothing beside it"
-        slow.gate.set()
-        assert httpx2.post(f"{url}/v1/embeddings", json={"model": MODEL, "input": "Hi"}, timeout=60).status_code == 200
+    models = ServedModels([serve.model("Hello")], slow)
+    server = serve(models, admission, routers=[build_router(models, admission)])
+    body = {"model": MODEL, "input": "Hi"}
+    for _ in range(5):
+        with pytest.raises(httpx2.TimeoutException):
+            httpx2.post(f"{server.url}/v1/embeddings", json=body, timeout=0.3)
+        assert wait_for(lambda: admission.queue.running == 0)
+    assert slow.most == 1, "the thread ends what it computes, and begins nothing beside it"
+    slow.gate.set()
+    assert server.call("POST", "/v1/embeddings", body)[0] == 200
     assert slow.most == 1

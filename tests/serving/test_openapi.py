@@ -5,11 +5,9 @@ Cases are drawn by schemathesis from the document, the same each time.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,6 @@ from hypothesis import HealthCheck, Phase, given, settings
 from numpy.typing import NDArray
 from schemathesis import GenerationMode
 
-from corral.answering.answerer import Answerer
 from corral.engines.embedding import ASSET, DIMENSIONS, Embedder
 from corral.engines.scripted import ScriptedEngine
 from corral.serving import embeddings, responses_routes
@@ -27,11 +24,8 @@ from corral.serving.admission import Admission, ServerLimits
 from corral.serving.api_keys import KeyStore
 from corral.serving.conversation_store import ConversationStore
 from corral.serving.database import Database
-from corral.serving.generation import ServedModel
 from corral.serving.served_models import ServedModels
-from corral.template import Template
-from tests.serving.conftest import serve_with_handle
-from tests.serving.test_app import call
+from tests.serving.conftest import RunningServer, Serve, bearer
 
 _MODES = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
 _HANGS_SECONDS = 60  # far over the server's own bound
@@ -48,18 +42,16 @@ class Same(Embedder):
 
 
 @pytest.fixture
-def server(tiny_template: Template, tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """The address of a server with every route, and what opens it."""
-    models = ServedModels([ServedModel(Answerer(ScriptedEngine([40] * 3), tiny_template), "m")], Same())
-    with contextlib.closing(Database(f"sqlite:///{tmp_path / 'a.db'}")) as database:
-        _, secret = KeyStore(database).add("alice")
-        admission = Admission(ServerLimits(max_seconds=20), KeyStore(database))
-        routers = [
-            responses_routes.build_router(models, ConversationStore(database), admission),
-            embeddings.build_router(models, admission),
-        ]
-        with serve_with_handle(models, admission, routers=routers) as (url, _):
-            yield url, {"authorization": f"Bearer {secret}"}
+def server(serve: Serve, sqlite: Database) -> tuple[RunningServer, dict[str, str]]:
+    """A server with every route, and the header that opens it."""
+    models = ServedModels([serve.model(ScriptedEngine([40] * 3))], Same())
+    _, secret = KeyStore(sqlite).add("alice")
+    admission = Admission(ServerLimits(max_seconds=20), KeyStore(sqlite))
+    routers = [
+        responses_routes.build_router(models, ConversationStore(sqlite), admission),
+        embeddings.build_router(models, admission),
+    ]
+    return serve(models, admission, routers=routers), bearer(secret)
 
 
 def check(answer: Any) -> None:
@@ -75,10 +67,12 @@ def check(answer: Any) -> None:
 
 
 @pytest.mark.parametrize("cases", [500, pytest.param(10_000, marks=pytest.mark.full)])
-def test_generated_requests_never_cause_a_server_error(cases: int, server: tuple[str, dict[str, str]]) -> None:
-    url, key = server
-    schema = schemathesis.openapi.from_url(f"{url}/openapi.json", headers=key)
-    operations: list[Any] = [found.ok() for found in schema.get_all_operations()]  # pyright: ignore[reportAttributeAccessIssue]
+def test_generated_requests_never_cause_a_server_error(
+    cases: int, server: tuple[RunningServer, dict[str, str]]
+) -> None:
+    running, key = server
+    schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json", headers=key)
+    operations: list[Any] = [result.ok() for result in schema.get_all_operations()]  # pyright: ignore[reportAttributeAccessIssue]
     assert len(operations) > 15
     statuses: Counter[int] = Counter()
     served: set[str] = set()
@@ -124,12 +118,14 @@ def _try(
     one()
 
 
-def test_the_openapi_document_needs_a_key_and_no_page_loads_scripts(server: tuple[str, dict[str, str]]) -> None:
-    url, key = server
-    assert call(url, "GET", "/openapi.json")[0] == 401
-    status, document, _ = call(url, "GET", "/openapi.json", headers=key)
+def test_the_openapi_document_needs_a_key_and_no_page_loads_scripts(
+    server: tuple[RunningServer, dict[str, str]],
+) -> None:
+    running, key = server
+    assert running.call("GET", "/openapi.json")[0] == 401
+    status, document, _ = running.call("GET", "/openapi.json", headers=key)
     assert status == 200
     assert "/v1/chat/completions" in document["paths"]
     for path in ("/docs", "/redoc", "/docs/oauth2-redirect"):
-        assert call(url, "GET", path, headers=key)[0] == 404
+        assert running.call("GET", path, headers=key)[0] == 404
     assert "http" not in json.dumps(document["paths"])

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
+import openai
 import pytest
 from pydantic import ValidationError
 
 from corral.serving.chat_protocol import ChatRequest
 from corral.serving.completions_protocol import CompletionRequest
 from corral.serving.embeddings import EmbeddingRequest
-from corral.serving.generation import ServedModel
 from corral.serving.protocol import Refused, StrictModel, validation_error
 from corral.serving.responses_protocol import CreateConversation, CreateItems, ResponsesRequest
-from tests.serving.conftest import serve_in_thread
-from tests.serving.test_app import ASKED, CHAT, call
+from tests.serving.conftest import ASKED, CHAT, Serve
 
 MANY = 30_000
 UNKNOWN = {f"a{i}": 1 for i in range(MANY)}
@@ -86,27 +85,25 @@ def test_validation_stops_after_a_few_errors_and_reports_the_first(case: str) ->
     with pytest.raises(ValidationError) as caught:
         kind.model_validate(body)
     assert caught.value.error_count() < 50
-    told = validation_error([{**fault, "loc": ("body", *fault["loc"])} for fault in caught.value.errors()])
-    assert (told.status, told.where) == (400, param)
-    assert why in told.what
-    assert told.what.startswith(f"{param!r}")
+    refused = validation_error([{**fault, "loc": ("body", *fault["loc"])} for fault in caught.value.errors()])
+    assert (refused.status, refused.where) == (400, param)
+    assert why in refused.what
+    assert refused.what.startswith(f"{param!r}")
 
 
-def test_the_largest_invalid_bodies_at_once_leave_the_server_responsive(
-    scripted_model: Callable[..., ServedModel],
-) -> None:
-    body = f'{{"model": "scripted", "messages": [{",".join(["1"] * 520_000)}]}}'
+def test_the_largest_invalid_bodies_at_once_leave_the_server_responsive(serve: Serve) -> None:
+    body = f'{{"model": "m", "messages": [{",".join(["1"] * 520_000)}]}}'
+    server = serve("Hello")
     statuses: list[int] = []
     slowest = 0.0
-    with serve_in_thread(scripted_model("Hello")) as url:
-        threads = [threading.Thread(target=lambda: statuses.append(call(url, "POST", CHAT, body)[0])) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        while any(thread.is_alive() for thread in threads):
-            began = time.monotonic()
-            assert call(url, "GET", "/health")[0] == 200
-            slowest = max(slowest, time.monotonic() - began)
-            time.sleep(0.02)
+    threads = [threading.Thread(target=lambda: statuses.append(server.call("POST", CHAT, body)[0])) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        began = time.monotonic()
+        assert server.call("GET", "/health")[0] == 200
+        slowest = max(slowest, time.monotonic() - began)
+        time.sleep(0.02)
     assert statuses == [400] * 4
     assert slowest < 1
 
@@ -116,15 +113,25 @@ def test_ignored_parameters_accept_any_value() -> None:
     assert ChatRequest.model_validate({"model": "m", "messages": ASKED, **habits})
 
 
-def test_an_error_quotes_only_the_start_and_end_of_a_long_value(scripted_model: Callable[..., ServedModel]) -> None:
-    long = "m" * 900_000
-    with serve_in_thread(scripted_model("Hello")) as url:
-        for changes, status in (({"model": long}, 404), ({long: 1}, 400)):
-            body = json.dumps({"model": "scripted", "messages": ASKED} | changes)
-            got, answer, _ = call(url, "POST", CHAT, body)
-            assert got == status
-            assert len(json.dumps(answer)) < 5000
-            assert "mmm … mmm" in answer["error"]["message"]
-        assert "not a field this server knows" in answer["error"]["message"]
+def test_an_error_quotes_only_the_start_and_end_of_a_long_value(serve: Serve) -> None:
+    long, server = "m" * 900_000, serve("Hello")
+    for changes, expected in (({"model": long}, 404), ({long: 1}, 400)):
+        status, answer, _ = server.chat(**changes)
+        assert status == expected
+        assert len(json.dumps(answer)) < 5000
+        assert "mmm … mmm" in answer["error"]["message"]
+    assert "not a field this server knows" in answer["error"]["message"]
     short = Refused(400, "a" * 1000, param="p").body().error
     assert (short.message, short.param) == ("a" * 1000, "p")
+
+
+@pytest.mark.parametrize("create", ["chat.completions", "completions"])
+def test_every_parameter_of_openais_client_is_known_to_the_protocol(create: str) -> None:
+    client = openai.OpenAI(api_key="none")
+    method, model = {
+        "chat.completions": (client.chat.completions.create, ChatRequest),
+        "completions": (client.completions.create, CompletionRequest),
+    }[create]
+    known = set(inspect.signature(method).parameters) - {"extra_headers", "extra_query", "extra_body", "timeout"}
+    assert len(known) > 15
+    assert known - set(model.model_fields) == set()
