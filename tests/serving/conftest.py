@@ -27,9 +27,11 @@ from corral.serving import auth
 from corral.serving.admission import Admission
 from corral.serving.api_keys import KeyStore
 from corral.serving.app import build_app
+from corral.serving.conversation_store import ConversationStore
 from corral.serving.database import Database
 from corral.serving.generation import ServedModel
 from corral.serving.protocol import RequestLimits
+from corral.serving.responses_routes import build_router
 from corral.serving.served_models import ServedModels
 from corral.serving.server import Server, build_http_server
 from corral.template import Template
@@ -194,6 +196,21 @@ class Serve:
         models = answers if isinstance(answers, ServedModels) else ServedModels([answers])
         url, server = self._stack.enter_context(serve_with_handle(models, admission or Admission(), **app))
         return RunningServer(url, server, self._stack.enter_context(openai_client(url)))
+
+    def with_store(
+        self,
+        answers: str | Engine | ServedModel,
+        database: str | Database,
+        admission: Admission | None = None,
+        lease_seconds: float = 20,
+    ) -> RunningServer:
+        """Serve with conversations and responses in a database."""
+        if isinstance(database, str):
+            database = self._stack.enter_context(contextlib.closing(Database(database)))
+        served = answers if isinstance(answers, ServedModel) else self.model(answers)
+        models, admission = ServedModels([served]), admission or Admission()
+        conversations = ConversationStore(database, lease_seconds=lease_seconds)
+        return self(models, admission, routers=[build_router(models, conversations, admission)])
 
 
 @pytest.fixture

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import http.client
-import inspect
 import itertools
-import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 import openai
 import pytest
 
-from corral.answering.answerer import Answerer
 from corral.engines.base import Completion, Features, Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.serving.completions_handler import _ChoiceBuilder, start_completions  # pyright: ignore[reportPrivateUsage]
@@ -23,11 +18,10 @@ from corral.serving.completions_protocol import CompletionRequest
 from corral.serving.generation import PlainTextTokenizer, ServedModel
 from corral.serving.protocol import RequestLimits
 from corral.template import Template
-from tests.serving.conftest import Endless, openai_client, post_and_disconnect, serve_in_thread
+from tests.serving.conftest import COMPLETIONS, Serve, call
 
 TEXT = "What is two plus two? Ünïcode"
 SETTINGS: Any = {"model": "tiny", "prompt": TEXT, "seed": 5, "max_tokens": 16}
-PATH = "/v1/completions"
 
 
 def ids_of(template: Template, text: str) -> list[int]:
@@ -43,15 +37,7 @@ def drawn(served: ServedModel, ids: Sequence[int], sampling: Sampling) -> list[C
 
 def post(url: str, body: Any) -> tuple[int, Any]:
     """(status, body) of one request; of a stream, the data of its events."""
-    connection = http.client.HTTPConnection(urlsplit(url).netloc)
-    connection.request("POST", PATH, json.dumps(body), {"content-type": "application/json"})
-    answer = connection.getresponse()
-    text = answer.read().decode()
-    connection.close()
-    if answer.headers["content-type"].startswith("text/event-stream"):
-        events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
-        return answer.status, [event if event == "[DONE]" else json.loads(event) for event in events]
-    return answer.status, json.loads(text)
+    return call(url, "POST", COMPLETIONS, body)[:2]
 
 
 def joined(chunks: Sequence[Any]) -> list[dict[str, Any]]:
@@ -92,14 +78,6 @@ def test_a_stream_adds_up_to_the_whole_answer_and_reports_usage_on_request(clien
     assert [chunk.usage for chunk in chunks if chunk.usage] == [answer.usage]
     assert chunks[-1].choices == []
     assert "usage" not in next(iter(client.completions.create(**SETTINGS, stream=True))).model_dump(exclude_unset=True)
-
-
-def test_the_asynchronous_client_gets_the_same(client: openai.OpenAI, tiny_url: str) -> None:
-    async def ask() -> str:
-        async with openai.AsyncOpenAI(base_url=f"{tiny_url}/v1", api_key="none", max_retries=0) as many:
-            return "".join([c.choices[0].text async for c in await many.completions.create(**SETTINGS, stream=True)])
-
-    assert asyncio.run(ask()) == client.completions.create(**SETTINGS).choices[0].text
 
 
 def test_texts_and_ids_alone_and_in_lists_are_the_same_prompts(client: openai.OpenAI, tiny_template: Template) -> None:
@@ -151,46 +129,43 @@ def test_a_text_starts_with_bos_by_default_if_the_tokenizer_has_one(tiny_tokeniz
 
 
 @pytest.mark.parametrize("stop", ["END", ["nowhere", "END"], [f"no {i}" for i in range(15)] + ["🙂 w"]])
-def test_a_stop_string_ends_the_text_and_is_not_in_it(stop: Any, scripted_model: Callable[..., ServedModel]) -> None:
+def test_a_stop_string_ends_the_text_and_is_not_in_it(stop: Any, serve: Serve) -> None:
     text = "Hello 🙂 world. END and more"
     cut = text[: min(text.find(s) for s in ([stop] if isinstance(stop, str) else stop) if s in text)]
-    asked: Any = {"model": "scripted", "prompt": "Say", "stop": stop, "max_tokens": 100}
-    with serve_in_thread(scripted_model(text)) as url, openai_client(url) as client:
-        answer = client.completions.create(**asked)
-        assert (answer.choices[0].text, answer.choices[0].finish_reason) == (cut, "stop")
-        assert answer.system_fingerprint == "fp_1"
-        chunks = list(client.completions.create(**asked, stream=True))
-        assert "".join(chunk.choices[0].text for chunk in chunks) == cut
-        assert [c.choices[0].finish_reason for c in chunks if c.choices[0].finish_reason] == ["stop"]
+    request: Any = {"model": "m", "prompt": "Say", "stop": stop, "max_tokens": 100}
+    client = serve(serve.model(text, fingerprint="fp_1")).client
+    answer = client.completions.create(**request)
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (cut, "stop")
+    assert answer.system_fingerprint == "fp_1"
+    chunks = list(client.completions.create(**request, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == cut
+    assert [c.choices[0].finish_reason for c in chunks if c.choices[0].finish_reason] == ["stop"]
 
 
-def test_template_stop_ids_apply_with_the_given_ones_unless_ignore_eos(tiny_template: Template) -> None:
-    (end, *_) = tiny_template.stop_ids
-    engine = ScriptedEngine([50, 51, end, 52, 53], chunk=2)
-    with serve_in_thread(ServedModel(Answerer(engine, tiny_template), "m")) as url:
-        asked = {"model": "m", "prompt": [9], "max_tokens": 5, "return_token_ids": True}
-        for extra, ids, finish in (
-            ({}, [50, 51], "stop"),
-            ({"stop_token_ids": [51]}, [50], "stop"),
-            ({"ignore_eos": True}, [50, 51, end, 52, 53], "length"),
-            ({"ignore_eos": True, "stop_token_ids": [52]}, [50, 51, end], "stop"),
-        ):
-            status, answer = post(url, asked | extra)
-            assert status == 200, answer
-            choice = answer["choices"][0]
-            assert (choice["token_ids"], choice["finish_reason"]) == (ids, finish)
-            assert answer["usage"]["completion_tokens"] == len(ids)
+def test_template_stop_ids_apply_with_the_given_ones_unless_ignore_eos(serve: Serve) -> None:
+    (end, *_) = serve.template.stop_ids
+    server = serve(ScriptedEngine([50, 51, end, 52, 53], chunk=2))
+    for extra, ids, finish in (
+        ({}, [50, 51], "stop"),
+        ({"stop_token_ids": [51]}, [50], "stop"),
+        ({"ignore_eos": True}, [50, 51, end, 52, 53], "length"),
+        ({"ignore_eos": True, "stop_token_ids": [52]}, [50, 51, end], "stop"),
+    ):
+        status, answer = server.complete(prompt=[9], max_tokens=5, return_token_ids=True, **extra)
+        assert status == 200, answer
+        choice = answer["choices"][0]
+        assert (choice["token_ids"], choice["finish_reason"]) == (ids, finish)
+        assert answer["usage"]["completion_tokens"] == len(ids)
 
 
-def test_a_completion_may_finish_a_character_begun_in_the_prompt(tiny_template: Template) -> None:
-    found = [tiny_template.tokenizer.backend_tokenizer.token_to_id(c) for c in "ðŁĻĤ"]  # the bytes of 🙂, one by one
-    ids = [id_ for id_ in found if id_ is not None]
+def test_a_completion_may_finish_a_character_begun_in_the_prompt(serve: Serve) -> None:
+    token_to_id = serve.template.tokenizer.backend_tokenizer.token_to_id
+    ids = [id_ for id_ in map(token_to_id, "ðŁĻĤ") if id_ is not None]  # the bytes of 🙂, one by one
     assert len(ids) == 4
-    with serve_in_thread(ServedModel(Answerer(ScriptedEngine(ids[2:]), tiny_template), "m")) as url:
-        _, answer = post(url, {"model": "m", "prompt": ids[:2], "echo": True, "logprobs": 0})
-        (choice,) = answer["choices"]
-        assert choice["text"] == "🙂"
-        assert choice["logprobs"]["tokens"] == ["bytes:\\xf0", "bytes:\\x9f", "bytes:\\x99", "bytes:\\x82"]
+    _, answer = serve(ScriptedEngine(ids[2:])).complete(prompt=ids[:2], echo=True, logprobs=0)
+    (choice,) = answer["choices"]
+    assert choice["text"] == "🙂"
+    assert choice["logprobs"]["tokens"] == ["bytes:\\xf0", "bytes:\\x9f", "bytes:\\x99", "bytes:\\x82"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -217,14 +192,7 @@ def test_echo_with_no_new_tokens_is_the_engines_score_of_the_prompt(
 
 @pytest.mark.parametrize("extra", [{}, {"echo": True}, {"echo": True, "logprobs": 1}, {"n": 3, "logprobs": 0}], ids=str)
 def test_a_stream_with_ids_and_log_probs_is_the_whole_answer(extra: Any, tiny_url: str) -> None:
-    body: Any = {
-        "model": "tiny",
-        "prompt": [TEXT, "The"],
-        "seed": 5,
-        "max_tokens": 8,
-        "return_token_ids": True,
-        "temperature": 0.7,
-    }
+    body: Any = SETTINGS | {"prompt": [TEXT, "The"], "max_tokens": 8, "return_token_ids": True, "temperature": 0.7}
     _, whole = post(tiny_url, body | extra)
     _, events = post(tiny_url, body | extra | {"stream": True})
     assert events[-1] == "[DONE]"
@@ -248,15 +216,6 @@ def test_top_log_probs_of_sampled_tokens_are_null(tiny_url: str) -> None:
         logprobs = post(tiny_url, body | {"temperature": temperature})[1]["choices"][0]["logprobs"]
         own = [{token: value} for token, value in zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True)]
         assert logprobs["top_logprobs"] == (own if temperature == 0 else [None] * 4)
-
-
-@pytest.mark.parametrize("extra", [{}, {"stream": True}, {"n": 2, "prompt": ["a", "b", "c"]}], ids=str)
-def test_a_client_that_goes_away_stops_the_work(extra: Any, tiny_template: Template) -> None:
-    endless = Endless()
-    body = {"model": "m", "prompt": "count", "max_tokens": 4000} | extra
-    with serve_in_thread(ServedModel(Answerer(endless.engine, tiny_template), "m")) as url:
-        post_and_disconnect(url, PATH, body, endless.started)
-        assert endless.has_stopped(), "the engine still works for nobody"
 
 
 REFUSED: Any = {
@@ -304,6 +263,7 @@ def test_hundreds_of_thousands_of_token_ids_are_refused_at_once(tiny_url: str) -
 
 
 SMALL = RequestLimits(prompt_tokens=10, n=2, max_tokens=5)
+SCORED = {"prompt": [[50] * 8] * 2, "max_tokens": 0, "echo": True, "logprobs": 1}
 
 
 @pytest.mark.parametrize(
@@ -318,65 +278,60 @@ SMALL = RequestLimits(prompt_tokens=10, n=2, max_tokens=5)
         (SMALL, {"prompt": [[50] * 6] * 2, "max_tokens": 5}, "prompt"),
         (SMALL, {"prompt": [[50] * 2] * 2}, None),
         (SMALL, {"prompt": [[50] * 3] * 3}, "prompt"),
-        (SMALL, {"prompt": [[50] * 10] * 2, "max_tokens": 0, "echo": True, "logprobs": 1}, None),
-        (SMALL, {"prompt": [[50] * 10] * 3, "max_tokens": 0, "echo": True, "logprobs": 1}, "prompt"),
+        (SMALL, SCORED | {"prompt": [[50] * 10] * 2}, None),
+        (SMALL, SCORED | {"prompt": [[50] * 10] * 3}, "prompt"),
         (SMALL, {"prompt": [50] * 10, "max_tokens": 1, "n": 2, "echo": True}, "prompt"),
-        (RequestLimits(step_tokens=64), {"prompt": [[50] * 8] * 2, "max_tokens": 0, "echo": True, "logprobs": 1}, None),
-        (
-            RequestLimits(step_tokens=63),
-            {"prompt": [[50] * 8] * 2, "max_tokens": 0, "echo": True, "logprobs": 1},
-            "logprobs",
-        ),
-        (RequestLimits(step_tokens=63), {"prompt": [[50] * 8] * 2, "max_tokens": 0, "echo": True, "logprobs": 0}, None),
+        (RequestLimits(step_tokens=64), SCORED, None),
+        (RequestLimits(step_tokens=63), SCORED, "logprobs"),
+        (RequestLimits(step_tokens=63), SCORED | {"logprobs": 0}, None),
         (RequestLimits(step_tokens=63), {"prompt": [[50] * 8] * 2, "max_tokens": 1, "logprobs": 1}, None),
-        (RequestLimits(), {"prompt": [[50] * 2000] * 17, "max_tokens": 0, "echo": True, "logprobs": 1}, "logprobs"),
+        (RequestLimits(), SCORED | {"prompt": [[50] * 2000] * 17}, "logprobs"),
         (RequestLimits(prompt_characters=20), {"prompt": ["a" * 20, "a"]}, None),
         (RequestLimits(prompt_characters=20), {"prompt": ["a", "a" * 21]}, "prompt"),
     ],
 )
 def test_total_choices_and_tokens_and_characters_of_each_prompt_are_bounded(
-    limits: RequestLimits, body: Any, param: str | None, tiny_template: Template
+    limits: RequestLimits, body: Any, param: str | None, serve: Serve
 ) -> None:
-    asked: list[int] = []
+    choices: list[int] = []
 
     def reply(ids: Sequence[int], sampling: Sampling, choice: int) -> list[int]:
-        asked.append(choice)
+        choices.append(choice)
         return [50]
 
-    with serve_in_thread(ServedModel(Answerer(ScriptedEngine(reply), tiny_template), "m", limits)) as url:
-        status, answer = post(url, {"model": "m"} | body)
+    status, answer = serve(ScriptedEngine(reply), limits=limits).complete(**body)
     if param is None:
         assert status == 200, answer
     else:
         assert (status, answer["error"]["param"]) == (400, param), answer
-        assert not asked
+        assert not choices
 
 
 async def test_a_long_prompt_is_echoed_without_blocking_the_event_loop(
-    tiny_template: Template, monkeypatch: pytest.MonkeyPatch
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features = Features(max_length=16384, vocabulary=400, logprobs=True, score=True)
-    served = ServedModel(Answerer(ScriptedEngine([50], features=features, logprob=-0.1), tiny_template), "m")
+    served = serve.model(ScriptedEngine([50], features=features, logprob=-0.1))
     may_go_on = threading.Event()
-    head = _ChoiceBuilder.prompt_part
+    prompt_part = _ChoiceBuilder.prompt_part
 
     def held(*arguments: Any) -> Any:
         assert may_go_on.wait(10), "the loop stood still"
-        return head(*arguments)
+        return prompt_part(*arguments)
 
     monkeypatch.setattr(_ChoiceBuilder, "prompt_part", held)
     request = CompletionRequest(model="m", prompt=[50] * 8000, max_tokens=0, echo=True, logprobs=0)
-    asked = await start_completions(served, request)
+    handler = await start_completions(served, request)
     asyncio.get_running_loop().call_later(0.01, may_go_on.set)
-    (choice,) = (await asked.result()).choices
+    (choice,) = (await handler.result()).choices
     assert choice.logprobs
     assert len(choice.logprobs.tokens) == 8000
 
 
 async def test_long_texts_are_tokenised_without_blocking_the_event_loop(
-    tiny_template: Template, monkeypatch: pytest.MonkeyPatch
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    served = ServedModel(Answerer(ScriptedEngine([50]), tiny_template), "m")
+    served = serve.model(ScriptedEngine([50]))
     may_go_on = threading.Event()
     ids = served.plain_text.ids
 
@@ -391,31 +346,9 @@ async def test_long_texts_are_tokenised_without_blocking_the_event_loop(
     assert [choice.prompt_token_ids for choice in answer.choices] == [ids("word " * 500)] * 2
 
 
-def test_every_parameter_of_openais_client_is_known_to_the_protocol() -> None:
-    known = set(inspect.signature(openai.OpenAI(api_key="none").completions.create).parameters)
-    known -= {"extra_headers", "extra_query", "extra_body", "timeout"}
-    assert len(known) > 15
-    assert known - set(CompletionRequest.model_fields) == set()
-
-
-def test_log_probs_of_an_engine_that_has_none_are_refused(tiny_template: Template) -> None:
+def test_log_probs_of_an_engine_that_has_none_are_refused(serve: Serve) -> None:
     features = Features(max_length=500, vocabulary=400, logprobs=True, score=False)
-    served = ServedModel(Answerer(ScriptedEngine([50], features=features), tiny_template), "m")
-    with serve_in_thread(served) as url:
-        assert post(url, {"model": "m", "prompt": "a", "logprobs": 0})[0] == 200
-        status, answer = post(url, {"model": "m", "prompt": "a", "logprobs": 0, "echo": True})
-        assert (status, answer["error"]["param"]) == (400, "logprobs")
-
-
-def test_a_stream_that_fails_ends_with_the_error_and_without_done(tiny_template: Template) -> None:
-    def reply(ids: Any, sampling: Sampling, choice: int) -> Any:
-        yield 50
-        raise RuntimeError("secret of the machine")
-
-    with serve_in_thread(ServedModel(Answerer(ScriptedEngine(reply), tiny_template), "m")) as url:
-        _, events = post(url, {"model": "m", "prompt": "a", "stream": True})
-        assert [len(event.get("choices", ())) for event in events] == [1, 0]
-        assert events[-1]["error"]["code"] == "engine_failed"
-        status, answer = post(url, {"model": "m", "prompt": "a"})
-        assert (status, answer["error"]["code"]) == (500, "engine_failed")
-        assert "secret" not in json.dumps([events, answer])
+    server = serve(ScriptedEngine([50], features=features))
+    assert server.complete(prompt="a", logprobs=0)[0] == 200
+    status, answer = server.complete(prompt="a", logprobs=0, echo=True)
+    assert (status, answer["error"]["param"]) == (400, "logprobs")

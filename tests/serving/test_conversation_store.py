@@ -94,14 +94,6 @@ def test_a_page_cursor_that_is_not_in_the_list_gives_400(store: ConversationStor
         assert status_of(lambda id_=id_: store.list_page("a", Page(before=id_))) == 400
 
 
-def test_conversations_are_listed_newest_first_and_only_for_their_owner(store: ConversationStore) -> None:
-    mine = [store.create("a", {"title": str(i)}) for i in range(3)]
-    store.create("b", {"title": "theirs"})
-    assert store.list_page("a", Page())[0] == mine[::-1]
-    assert [c.metadata["title"] for c in store.list_page("b", Page())[0]] == ["theirs"]
-    assert store.list_page("", Page())[0] == []
-
-
 def test_other_owners_cannot_find_read_change_or_continue_a_conversation(store: ConversationStore) -> None:
     made = store.create("a", {"title": "mine"}, said("secret"))
     item = store.export("a", made.id)[1][0].id
@@ -256,22 +248,6 @@ def test_deleting_a_response_deletes_its_text_unless_a_conversation_holds_it(sto
         assert status_of(lambda each=each: store.responses.get("a", each.id)) == 404
     assert whole(store, made.id) == ["in", "Yes."]
     assert status_of(lambda: store.responses.begin(turn("x", previous=alone.id), {})) == 404
-
-
-def test_a_turn_includes_the_earlier_messages_of_its_conversation(store: ConversationStore) -> None:
-    made = store.create("a", {}, [Item.new("system", ["Be brief."])])
-    assert answer(store, turn("One?", conversation=made.id), "1") == ["Be brief."]
-    assert answer(store, turn("Two?", conversation=made.id), "2") == ["Be brief.", "One?", "1"]
-    assert whole(store, made.id) == ["Be brief.", "One?", "1", "Two?", "2"]
-
-
-def test_a_turn_includes_only_the_responses_in_its_own_chain(store: ConversationStore) -> None:
-    first = turn("1")
-    answer(store, first, "one")
-    left, right = (turn(side, previous=first.id) for side in ("left", "right"))
-    assert answer(store, left, "L") == answer(store, right, "R") == ["1", "one"]
-    assert answer(store, turn("on", previous=left.id)) == ["1", "one", "left", "L"]
-    assert texts(store.responses.list_inputs("a", left.id, Page())[0]) == ["left"]
 
 
 def test_a_chain_may_start_from_an_earlier_state_of_a_conversation(store: ConversationStore) -> None:

@@ -13,15 +13,13 @@ import openai
 import pytest
 import torch
 
-from corral.answering.answerer import Answerer
 from corral.engines.base import Features, Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.errors import EngineError
 from corral.model.loading import load_model
 from corral.serving.generation import ServedModel
 from corral.serving.prompt_logprobs import GreedySteps, score_prompt
-from corral.template import Template
-from tests.serving.conftest import openai_client, serve_in_thread
+from tests.serving.conftest import Serve, openai_client
 from tests.serving.test_completions_handler import TEXT, drawn, ids_of, post
 
 IDS = [1, 88, 12, 300, 45, 45, 45, 7, 210, 33, 160, 5, 91]
@@ -53,39 +51,39 @@ def test_the_most_likely_token_at_each_position_is_the_models(
         "both": [*greedy_from(tiny_served, IDS[:4], 6), *IDS[4:]],
     }[written_by]
     engine = tiny_served.answerer.engine
-    found = asyncio.run(score_prompt(engine, ids, GreedySteps(engine)))
-    for one, given, (logprob, best, of_best) in zip(found, ids[1:], truth(tiny_folder, ids), strict=True):
+    scored = asyncio.run(score_prompt(engine, ids, GreedySteps(engine)))
+    for one, given, (logprob, best, of_best) in zip(scored, ids[1:], truth(tiny_folder, ids), strict=True):
         assert one.logprob == pytest.approx(logprob, abs=1e-4)
         assert one.best is not None
         assert one.best[0] == best
         assert one.best[1] == pytest.approx(of_best, abs=1e-4)
         assert (one.best[1] == one.logprob) == (best == given), "equal to the last bit, as lm-eval compares them"
-    greedy = [one.best is not None and one.best[0] == given for one, given in zip(found, ids[1:], strict=True)]
+    greedy = [one.best is not None and one.best[0] == given for one, given in zip(scored, ids[1:], strict=True)]
     assert all(greedy) == (written_by == "the model")
 
 
 def test_without_top_log_probs_no_token_is_generated(tiny_served: ServedModel) -> None:
     drawn: list[int] = []
     engine = ScriptedEngine(lambda ids, sampling, choice: drawn, logprob=-3.0)
-    found = asyncio.run(score_prompt(engine, IDS))
-    assert [(one.logprob, one.best) for one in found] == [(-3.0, None)] * (len(IDS) - 1)
+    scored = asyncio.run(score_prompt(engine, IDS))
+    assert [(one.logprob, one.best) for one in scored] == [(-3.0, None)] * (len(IDS) - 1)
 
 
 def test_a_token_with_more_than_half_of_the_probability_needs_no_step() -> None:
-    asked: list[int] = []
+    lengths: list[int] = []
 
     def reply(ids: Any, sampling: Sampling, choice: int) -> list[int]:
-        asked.append(len(ids))
+        lengths.append(len(ids))
         return [9]
 
     for logprob, steps in ((-0.5, []), (-0.69, [1, 2, 3])):
-        asked.clear()
+        lengths.clear()
         engine = ScriptedEngine(reply, logprob=logprob)
         taken = GreedySteps(engine)
-        found = asyncio.run(score_prompt(engine, [5, 6, 9, 9], taken))
-        assert sorted(asked) == steps
+        scored = asyncio.run(score_prompt(engine, [5, 6, 9, 9], taken))
+        assert sorted(lengths) == steps
         assert taken.tokens == sum(steps) + len(steps), "what they read, and a token drawn by each"
-        assert [one.best[0] for one in found if one.best] == ([6, 9, 9] if not steps else [9, 9, 9])
+        assert [one.best[0] for one in scored if one.best] == ([6, 9, 9] if not steps else [9, 9, 9])
 
 
 def test_a_failed_step_stops_the_others() -> None:
@@ -110,22 +108,22 @@ class Stuck(ScriptedEngine):
 
 
 async def test_texts_scored_together_share_the_limit_of_concurrent_steps() -> None:
-    asked: list[int] = []
+    lengths: list[int] = []
 
     def reply(ids: Sequence[int], sampling: Sampling, choice: int) -> list[int]:
-        asked.append(len(ids))
+        lengths.append(len(ids))
         return [9]
 
     engine = Stuck(reply, delay_seconds=3600)
     steps = GreedySteps(engine)
     working = [asyncio.create_task(score_prompt(engine, [5] * 400, steps)) for _ in range(8)]
     await asyncio.sleep(0.1)
-    assert len(asked) == 32
-    assert steps.tokens == sum(asked) + 32
+    assert len(lengths) == 32
+    assert steps.tokens == sum(lengths) + 32
     for task in working:
         task.cancel()
     await asyncio.gather(*working, return_exceptions=True)
-    assert len(asked) == 32, "none goes on for nobody"
+    assert len(lengths) == 32, "none goes on for nobody"
 
 
 def lm_eval_reads(answer: Any, context: int) -> tuple[float, bool]:
@@ -156,42 +154,34 @@ def test_lm_evals_log_likelihoods_are_right_even_where_the_model_would_stop(
             assert is_greedy == (list(own.ids) == ids[len(context) :])
 
 
-def test_a_client_that_goes_away_while_its_prompt_is_scored_stops_the_steps(tiny_template: Template) -> None:
+def test_a_client_that_goes_away_while_its_prompt_is_scored_stops_the_steps(serve: Serve) -> None:
     steps: list[int] = []
 
     def reply(ids: Any, sampling: Sampling, choice: int) -> list[int]:
         steps.append(len(ids))
         return [50]
 
-    engine = ScriptedEngine(reply, delay_seconds=0.1, logprob=-5.0)
-    with (
-        serve_in_thread(ServedModel(Answerer(engine, tiny_template), "m")) as url,
-        openai_client(url, timeout=0.5) as client,
-    ):
-        with pytest.raises(openai.APITimeoutError):
-            client.completions.create(model="m", prompt=[50] * 2000, max_tokens=0, echo=True, logprobs=1)
-        time.sleep(1)
-        assert len(steps) < 1000
+    server = serve(ScriptedEngine(reply, delay_seconds=0.1, logprob=-5.0))
+    with openai_client(server.url, timeout=0.5) as client, pytest.raises(openai.APITimeoutError):
+        client.completions.create(model="m", prompt=[50] * 2000, max_tokens=0, echo=True, logprobs=1)
+    time.sleep(1)
+    assert len(steps) < 1000
 
 
-def test_finding_the_most_likely_prompt_tokens_counts_towards_usage(tiny_template: Template) -> None:
-    served = ServedModel(Answerer(ScriptedEngine([50], logprob=-5.0), tiny_template), "m")
-    body = {"model": "m", "prompt": [[50] * 9] * 8, "max_tokens": 0, "echo": True}
-    with serve_in_thread(served) as url:
-        used = [post(url, body | {"logprobs": logprobs})[1]["usage"] for logprobs in (0, 1)]
+def test_finding_the_most_likely_prompt_tokens_counts_towards_usage(serve: Serve) -> None:
+    server = serve(ScriptedEngine([50], logprob=-5.0))
+    body: Any = {"prompt": [[50] * 9] * 8, "max_tokens": 0, "echo": True}
+    used = [server.complete(**body, logprobs=logprobs)[1]["usage"] for logprobs in (0, 1)]
     steps = sum(length + 1 for length in range(1, 9))
     assert [(each["prompt_tokens"], each["completion_tokens"]) for each in used] == [(72, 0), (72 + 8 * steps, 0)]
 
 
-def test_top_prompt_log_probs_are_limited_to_one_prompt_of_eight_thousand_tokens(
-    tiny_template: Template,
-) -> None:
+def test_top_prompt_log_probs_are_limited_to_one_prompt_of_eight_thousand_tokens(serve: Serve) -> None:
     features = Features(max_length=16384, vocabulary=400, logprobs=True, score=True)
-    served = ServedModel(Answerer(ScriptedEngine([50], features=features, logprob=-0.1), tiny_template), "m")
-    body = {"model": "m", "max_tokens": 1, "echo": True, "logprobs": 1}  # as lm-eval asks
-    with serve_in_thread(served) as url:
-        assert post(url, body | {"prompt": [[50] * 8192]})[0] == 200
-        status, answer = post(url, body | {"prompt": [[50] * 8193]})
-        assert (status, answer["error"]["param"]) == (400, "logprobs")
-        assert "'logprobs': 0, which costs one pass" in answer["error"]["message"]
-        assert post(url, body | {"prompt": [[50] * 8193], "logprobs": 0})[0] == 200
+    server = serve(ScriptedEngine([50], features=features, logprob=-0.1))
+    body: Any = {"max_tokens": 1, "echo": True, "logprobs": 1}  # as lm-eval asks
+    assert server.complete(**body, prompt=[[50] * 8192])[0] == 200
+    status, answer = server.complete(**body, prompt=[[50] * 8193])
+    assert (status, answer["error"]["param"]) == (400, "logprobs")
+    assert "'logprobs': 0, which costs one pass" in answer["error"]["message"]
+    assert server.complete(**(body | {"logprobs": 0}), prompt=[[50] * 8193])[0] == 200

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +13,22 @@ import pytest
 from corral.serving.admission import Admission
 from corral.serving.api_keys import KeyStore
 from corral.serving.database import Database
-from corral.template import Template
-from tests.serving.conftest import openai_client
+from tests.serving.conftest import Serve, openai_client
 from tests.serving.postgres import PostgreSQL
-from tests.serving.stateful import ASK, echo_model, echoed, list_items, serve_in_process, serve_with_store
+from tests.serving.stateful import ASK, echo_engine, echoed, list_items, serve_in_process
 
 
 @pytest.fixture
-def client(database_url: str, tiny_template: Template) -> Generator[openai.OpenAI]:
-    with serve_with_store(echo_model(tiny_template), database_url) as url, openai_client(url) as made:
-        yield made
+def client(serve: Serve, database_url: str) -> openai.OpenAI:
+    return serve.with_store(echo_engine(serve.template), database_url).client
 
 
-def test_a_response_repeats_its_settings_and_can_be_retrieved(client: openai.OpenAI) -> None:
+def test_a_response_repeats_its_settings_and_can_be_retrieved_and_deleted(client: openai.OpenAI) -> None:
     made = client.responses.create(
         **ASK, input="Hello", instructions="Be kind.", temperature=0.5, top_p=0.9, metadata={"a": "b"}, user="me"
     )
     assert made.output_text == f"system\nBe kind.\n{echoed('Hello')}"
-    assert (made.object, made.status, made.model, made.error) == ("response", "completed", "echo", None)
+    assert (made.object, made.status, made.model, made.error) == ("response", "completed", "m", None)
     assert (made.temperature, made.top_p, made.max_output_tokens) == (0.5, 0.9, 400)
     assert (made.instructions, made.metadata, made.user) == ("Be kind.", {"a": "b"}, "me")
     assert made.usage
@@ -41,8 +39,11 @@ def test_a_response_repeats_its_settings_and_can_be_retrieved(client: openai.Ope
     assert made.completed_at
     assert made.completed_at >= made.created_at
     assert client.responses.retrieve(made.id) == made
-    asked = client.responses.input_items.list(made.id).data
-    assert [(item.type, item.role, item.content[0].text) for item in asked] == [("message", "user", "Hello")]  # type: ignore[union-attr]
+    inputs = client.responses.input_items.list(made.id).data
+    assert [(item.type, item.role, item.content[0].text) for item in inputs] == [("message", "user", "Hello")]  # type: ignore[union-attr]
+    client.responses.delete(made.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(made.id)
 
 
 def test_turns_of_a_conversation_include_its_earlier_messages(client: openai.OpenAI) -> None:
@@ -68,6 +69,8 @@ def test_turns_by_previous_response_include_it_and_may_branch(client: openai.Ope
     assert second.output_text == echoed("One", first.output_text, "Two"), "instructions are not carried over"
     assert other.output_text == echoed("One", first.output_text, "Other")
     assert second.previous_response_id == first.id
+    inputs = client.responses.input_items.list(second.id).data
+    assert [item.content[0].text for item in inputs] == ["Two"]  # type: ignore[union-attr]
     third = client.responses.create(**ASK, input="Three", previous_response_id=second.id)
     assert third.output_text == echoed("One", first.output_text, "Two", second.output_text, "Three")
 
@@ -103,13 +106,6 @@ def test_store_false_keeps_no_response_and_continues_the_conversation(client: op
         with pytest.raises(openai.NotFoundError):
             client.responses.create(**ASK, input="on", previous_response_id=made.id)
     assert [text for _, _, text in list_items(client, conversation.id)] == ["Said", inside.output_text]
-
-
-def test_a_deleted_response_is_gone(client: openai.OpenAI) -> None:
-    made = client.responses.create(**ASK, input="Hello")
-    client.responses.delete(made.id)
-    with pytest.raises(openai.NotFoundError):
-        client.responses.retrieve(made.id)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -248,76 +244,71 @@ def test_query_parameters_are_validated_and_unknown_ones_refused(client: openai.
         assert caught.value.param == param
 
 
-def test_the_async_client_and_many_conversations_at_once(client: openai.OpenAI) -> None:
-    async def talk(asynchronous: openai.AsyncOpenAI, who: int) -> list[str]:
-        conversation = await asynchronous.conversations.create()
-        answers: list[str] = []
-        for turn in range(2):
-            stream = await asynchronous.responses.create(
-                **ASK, input=f"{who}, {turn}", conversation=conversation.id, stream=True
-            )
-            async for event in stream:
-                if event.type == "response.completed":
-                    answers.append(event.response.output_text)
-        return answers
+async def test_the_async_client_and_many_conversations_at_once(client: openai.OpenAI) -> None:
+    async with openai.AsyncOpenAI(base_url=str(client.base_url), api_key="none", max_retries=0) as asynchronous:
 
-    async def all_() -> list[list[str]]:
-        url = str(client.base_url)
-        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as asynchronous:
-            return await asyncio.gather(*(talk(asynchronous, who) for who in range(8)))
+        async def talk(who: int) -> list[str]:
+            conversation = await asynchronous.conversations.create()
+            answers: list[str] = []
+            for turn in range(2):
+                stream = await asynchronous.responses.create(
+                    **ASK, input=f"{who}, {turn}", conversation=conversation.id, stream=True
+                )
+                async for event in stream:
+                    if event.type == "response.completed":
+                        answers.append(event.response.output_text)
+            return answers
 
-    for who, (first, second) in enumerate(asyncio.run(all_())):
-        assert first == echoed(f"{who}, 0")
-        assert second == echoed(f"{who}, 0", first, f"{who}, 1")
+        for who, (first, second) in enumerate(await asyncio.gather(*(talk(who) for who in range(8)))):
+            assert first == echoed(f"{who}, 0")
+            assert second == echoed(f"{who}, 0", first, f"{who}, 1")
 
 
-def test_each_key_sees_only_its_own_conversations_and_others_are_404(
-    database: Database, tiny_template: Template
-) -> None:
+def test_each_key_sees_only_its_own_conversations_and_others_are_404(database: Database, serve: Serve) -> None:
     keys = KeyStore(database)
     secrets = [keys.add(name)[1] for name in ("ann", "bob")]
-    with serve_with_store(echo_model(tiny_template), database, admission=Admission(keys=keys)) as url:
-        ann, bob = (openai.OpenAI(base_url=f"{url}/v1", api_key=secret, max_retries=0) for secret in secrets)
-        conversation = ann.conversations.create(items=[{"role": "user", "content": "secret"}])
-        item = ann.conversations.items.list(conversation.id).data[0].id
-        response = ann.responses.create(**ASK, conversation=conversation.id)
-        calls: list[Callable[[str, str, str], object]] = [
-            lambda c, r, i: bob.conversations.retrieve(c),
-            lambda c, r, i: bob.conversations.update(c, metadata={}),
-            lambda c, r, i: bob.conversations.delete(c),
-            lambda c, r, i: bob.get(f"/conversations/{c}/export", cast_to=object),
-            lambda c, r, i: bob.conversations.items.list(c),
-            lambda c, r, i: bob.conversations.items.create(c, items=[{"role": "user", "content": "x"}]),
-            lambda c, r, i: bob.conversations.items.retrieve(i, conversation_id=c),
-            lambda c, r, i: bob.conversations.items.delete(i, conversation_id=c),
-            lambda c, r, i: bob.responses.create(**ASK, input="x", conversation=c),
-            lambda c, r, i: bob.responses.create(**ASK, input="x", previous_response_id=r),
-            lambda c, r, i: bob.responses.retrieve(r),
-            lambda c, r, i: bob.responses.delete(r),
-            lambda c, r, i: bob.responses.input_items.list(r),
-        ]
-        for call in calls:
-            words: list[str] = []
-            for ids in (
-                (conversation.id, response.id, str(item)),
-                tuple(f"{k}_{0:032x}" for k in ("conv", "resp", "msg")),
-            ):
-                with pytest.raises(openai.NotFoundError) as caught:
-                    call(*ids)  # type: ignore[call-arg]
-                text = str(caught.value.body)
-                for id_ in ids:
-                    text = text.replace(id_, "ID")
-                words.append(text)
-            assert words[0] == words[1], "nothing tells that it is somebody else's"
-        assert bob.get("/conversations", cast_to=object)["data"] == []  # type: ignore[index]
-        assert ann.conversations.items.list(conversation.id).data[-1].id == item
-        assert ann.responses.retrieve(response.id) == response
-        for made in (ann, bob):
-            made.close()
+    url = serve.with_store(echo_engine(serve.template), database, Admission(keys=keys)).url
+    ann, bob = (openai.OpenAI(base_url=f"{url}/v1", api_key=secret, max_retries=0) for secret in secrets)
+    conversation = ann.conversations.create(items=[{"role": "user", "content": "secret"}])
+    item = ann.conversations.items.list(conversation.id).data[0].id
+    response = ann.responses.create(**ASK, conversation=conversation.id)
+    calls: list[Callable[[str, str, str], object]] = [
+        lambda c, r, i: bob.conversations.retrieve(c),
+        lambda c, r, i: bob.conversations.update(c, metadata={}),
+        lambda c, r, i: bob.conversations.delete(c),
+        lambda c, r, i: bob.get(f"/conversations/{c}/export", cast_to=object),
+        lambda c, r, i: bob.conversations.items.list(c),
+        lambda c, r, i: bob.conversations.items.create(c, items=[{"role": "user", "content": "x"}]),
+        lambda c, r, i: bob.conversations.items.retrieve(i, conversation_id=c),
+        lambda c, r, i: bob.conversations.items.delete(i, conversation_id=c),
+        lambda c, r, i: bob.responses.create(**ASK, input="x", conversation=c),
+        lambda c, r, i: bob.responses.create(**ASK, input="x", previous_response_id=r),
+        lambda c, r, i: bob.responses.retrieve(r),
+        lambda c, r, i: bob.responses.delete(r),
+        lambda c, r, i: bob.responses.input_items.list(r),
+    ]
+    for call in calls:
+        words: list[str] = []
+        for ids in (
+            (conversation.id, response.id, str(item)),
+            tuple(f"{k}_{0:032x}" for k in ("conv", "resp", "msg")),
+        ):
+            with pytest.raises(openai.NotFoundError) as caught:
+                call(*ids)  # type: ignore[call-arg]
+            text = str(caught.value.body)
+            for id_ in ids:
+                text = text.replace(id_, "ID")
+            words.append(text)
+        assert words[0] == words[1], "nothing tells that it is somebody else's"
+    assert bob.get("/conversations", cast_to=object)["data"] == []  # type: ignore[index]
+    assert ann.conversations.items.list(conversation.id).data[-1].id == item
+    assert ann.responses.retrieve(response.id) == response
+    for made in (ann, bob):
+        made.close()
 
 
 def test_a_server_killed_during_a_stream_loses_nothing_it_acknowledged(
-    database_url: str, tiny_folder: Path, tiny_template: Template
+    database_url: str, tiny_folder: Path, serve: Serve
 ) -> None:
     with serve_in_process(tiny_folder, database_url, delay=0.02, lease=1) as (url, child), openai_client(url) as client:
         conversation = client.conversations.create(metadata={"title": "kept"})
@@ -330,27 +321,22 @@ def test_a_server_killed_during_a_stream_loses_nothing_it_acknowledged(
         child.kill()
         with pytest.raises(openai.APIConnectionError):
             list(stream)
-    with (
-        serve_with_store(echo_model(tiny_template), database_url, lease_seconds=1) as url,
-        openai_client(url) as client,
-    ):
-        assert client.conversations.retrieve(conversation.id) == conversation
-        assert client.responses.retrieve(first.id) == first
-        before = [("user", "completed", "First"), ("assistant", "completed", first.output_text)]
-        assert list_items(client, conversation.id) == before, "no half an answer, and no question without one"
-        # The client tries again by itself while the dead process still holds the conversation.
-        patient = client.with_options(max_retries=6)
-        third = patient.responses.create(**ASK, input="Third", conversation=conversation.id)
-        assert third.output_text == echoed("First", first.output_text, "Third")
-        dead = client.responses.retrieve(created.response.id)
-        assert (dead.status, dead.output) == ("failed", [])
-        assert dead.error
+    client = serve.with_store(echo_engine(serve.template), database_url, lease_seconds=1).client
+    assert client.conversations.retrieve(conversation.id) == conversation
+    assert client.responses.retrieve(first.id) == first
+    before = [("user", "completed", "First"), ("assistant", "completed", first.output_text)]
+    assert list_items(client, conversation.id) == before, "no half an answer, and no question without one"
+    # The client tries again by itself while the dead process still holds the conversation.
+    patient = client.with_options(max_retries=6)
+    third = patient.responses.create(**ASK, input="Third", conversation=conversation.id)
+    assert third.output_text == echoed("First", first.output_text, "Third")
+    dead = client.responses.retrieve(created.response.id)
+    assert (dead.status, dead.output) == ("failed", [])
+    assert dead.error
 
 
 @pytest.mark.full
-def test_two_servers_share_conversations_in_postgresql(
-    postgres: PostgreSQL, tiny_folder: Path, tiny_template: Template
-) -> None:
+def test_two_servers_share_conversations_in_postgresql(postgres: PostgreSQL, tiny_folder: Path, serve: Serve) -> None:
     url = postgres.new_database()
     with (
         serve_in_process(tiny_folder, url, delay=0.02, lease=2) as (left_url, left),
