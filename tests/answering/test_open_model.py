@@ -16,6 +16,7 @@ from corral.errors import InputError, ModelError
 from corral.messages import Conversation
 from corral.model.loading import load_tokenizer
 from corral.model.naming import find_model_files
+from tests.engines.tiny import write_adapter
 
 ASKED = Conversation.from_turns(("user", "Hello"))
 RECIPE = """
@@ -34,20 +35,7 @@ quantization = "{quantization}"
 @pytest.fixture(scope="module")
 def adapter(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of the tiny model, on every layer, that plainly changes it."""
-    import torch
-
-    from corral.model import adapters
-    from corral.model.loading import load_model
-    from corral.recipe import Lora
-
-    adapted = adapters.attach(load_model(tiny_folder), Lora(rank=4, targets="all-linear"), seed=1)
-    with torch.no_grad():
-        for name, weight in adapted.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=0.05)
-    folder = tmp_path_factory.mktemp("adapter")
-    adapters.save(adapted, folder, base=str(tiny_folder))
-    return folder
+    return write_adapter(tiny_folder, tmp_path_factory.mktemp("adapter"))
 
 
 def changed(adapter: Path, to: Path, **changes: Any) -> Path:

@@ -23,7 +23,6 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` makes an environment that has it")
 
 import psutil
-import torch
 
 from corral.answering.open_model import open_model
 from corral.engines.base import Completion, Engine, Sampling
@@ -34,7 +33,7 @@ from corral.export import contract
 from tests.conftest import make_tiny_model
 from tests.engines.conformance import DRAWN, GREEDY, EngineConformance, Subject, complete, long_run, wait_for
 from tests.engines.test_transformers import PROMPTS
-from tests.engines.tiny import generated, random_ids, scores
+from tests.engines.tiny import generated, random_ids, scores, write_adapter
 
 T = TypeVar("T")
 
@@ -70,18 +69,7 @@ def shared(folder: Path) -> Iterator[VllmEngine]:
 @pytest.fixture(scope="module")
 def adapter(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of that model, on every layer, that plainly changes it."""
-    from corral.model import adapters
-    from corral.model.loading import load_model
-    from corral.recipe import Lora
-
-    adapted = adapters.attach(load_model(folder), Lora(rank=5, alpha=7, targets="all-linear"), seed=1)
-    with torch.no_grad():
-        for name, weight in adapted.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=0.2)
-    made = tmp_path_factory.mktemp("adapter")
-    adapters.save(adapted, made, base=str(folder))
-    return made
+    return write_adapter(folder, tmp_path_factory.mktemp("adapter"), std=0.2, rank=5, alpha=7)
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,18 @@
-"""A Llama of 100,000 random weights (grouped-query attention, two layers, 256 ids), and what transformers computes with it."""
+"""A tiny Llama of random weights (grouped-query attention, two layers, 256 ids), adapters, and what transformers computes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from corral.engines.base import Sampling
+from corral.model import adapters
+from corral.model.loading import load_model
+from corral.recipe import Lora
 
 VOCABULARY = 256
 CONTEXT = 2048
@@ -61,3 +65,16 @@ def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     if sampling.top_p < 1:
         scaled = TopPLogitsWarper(sampling.top_p)(ids, scaled)
     return scaled.softmax(-1)[0]
+
+
+def write_adapter(base: Path, folder: Path, seed: int = 1, *, std: float = 0.05, **lora: Any) -> Path:
+    """An adapter of that model, on every layer, that plainly changes it; `lora`: other settings of `[train.lora]`."""
+    adapted = adapters.attach(load_model(base), Lora.model_validate({"targets": "all-linear"} | lora), seed=seed)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=std)
+    folder.mkdir(exist_ok=True)
+    adapters.save(adapted, folder, base=str(base))
+    return folder

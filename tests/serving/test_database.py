@@ -35,7 +35,13 @@ def url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'server.db'}"
 
 
-def faults_of(url: str) -> DatabaseError:
+@pytest.fixture
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of databases that are opened from now on, for a lock or a connection."""
+    monkeypatch.setattr(module, "_LOCK_SECONDS", 0.2)
+
+
+def open_error(url: str) -> DatabaseError:
     with pytest.raises(DatabaseError) as caught:
         Database(url)
     return caught.value
@@ -110,14 +116,14 @@ COLUMNS = {
 def rows_of(url: str) -> dict[str, list[Any]]:
     engine = create_engine(make_url(url))
     with engine.connect() as connection:
-        found = {
+        rows = {
             table: [
                 tuple(map(str, row)) for row in connection.execute(text(f"SELECT {columns} FROM {table} ORDER BY 1"))
             ]
             for table, columns in COLUMNS.items()
         }
     engine.dispose()
-    return found
+    return rows
 
 
 def test_a_database_of_the_first_version_is_migrated_without_loss(url: str) -> None:
@@ -140,7 +146,7 @@ def test_a_database_of_a_newer_version_is_refused_and_unchanged(url: str) -> Non
     Database(url).close()
     with contextlib.closing(sqlite3.connect(make_url(url).database or "")) as connection, connection:
         connection.execute(f"UPDATE {VERSION_TABLE} SET version_num = '9999'")
-    error = faults_of(url)
+    error = open_error(url)
     assert "newer" in error.what
     assert "9999" in error.what
     assert error.where
@@ -188,7 +194,7 @@ BAD: dict[str, tuple[str, str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_an_invalid_database_url_is_refused_without_its_password(case: str) -> None:
     url, words = BAD[case]
-    error = faults_of(url)
+    error = open_error(url)
     assert words in error.what
     assert error.hint
     assert "postgresql://" in error.hint
@@ -199,7 +205,7 @@ def test_a_file_that_is_not_a_database_and_a_folder_are_refused_by_name(tmp_path
     (tmp_path / "notes.txt").write_text("these are notes, and no database at all. " * 100)
     (tmp_path / "folder").mkdir()
     for name in ("notes.txt", "folder"):
-        error = faults_of(f"sqlite:///{tmp_path / name}")
+        error = open_error(f"sqlite:///{tmp_path / name}")
         assert "database" in error.what
         assert name in str(error.where)
     assert (tmp_path / "notes.txt").read_text().startswith("these are notes")
@@ -207,7 +213,7 @@ def test_a_file_that_is_not_a_database_and_a_folder_are_refused_by_name(tmp_path
 
 def test_an_unwritable_folder_is_an_error(tmp_path: Path) -> None:
     with unprivileged(tmp_path):
-        error = faults_of(f"sqlite:///{tmp_path / 'new' / 'server.db'}")
+        error = open_error(f"sqlite:///{tmp_path / 'new' / 'server.db'}")
     assert "ermission" in error.what
     assert "written" in str(error.hint)
 
@@ -217,7 +223,7 @@ def test_an_unreachable_server_is_an_error_without_the_password() -> None:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
     # The second password is a word that the driver says by chance.
     for url in (f"postgresql://me:secret@{address}/db", f"postgresql://{address}/db?user=me&password=failed"):
-        error = faults_of(url)
+        error = open_error(url)
         assert "refused" in error.what
         assert f"{address}/db" in str(error.where)
         assert "secret" not in str(error)
@@ -231,30 +237,26 @@ def test_a_missing_driver_error_names_the_extra_to_install(monkeypatch: pytest.M
     assert caught.value.hint == 'pip install "corral[postgres]"'
 
 
-def test_a_failed_transaction_is_rolled_back(url: str) -> None:
-    database = Database(url)
-
+def test_a_failed_transaction_is_rolled_back(sqlite: Database) -> None:
     def fail() -> None:
-        with database.write_session() as session:
+        with sqlite.write_session() as session:
             session.add(conversation())
             session.flush()
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
-    with database.write_session() as session:
+    with sqlite.write_session() as session:
         assert session.query(ConversationRow).count() == 0
-    database.close()
 
 
-def test_writers_wait_for_each_other_and_readers_do_not_wait(url: str) -> None:
-    database = Database(url)
-    with database.write_session() as session:
+def test_writers_wait_for_each_other_and_readers_do_not_wait(sqlite: Database) -> None:
+    with sqlite.write_session() as session:
         session.add(conversation())
 
     def count() -> None:
         for _ in range(25):
-            with database.write_session() as session:
+            with sqlite.write_session() as session:
                 row = session.query(ConversationRow).one()
                 row.items += 1
 
@@ -263,55 +265,48 @@ def test_writers_wait_for_each_other_and_readers_do_not_wait(url: str) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    with database.write_session() as writer:
+    with sqlite.write_session() as writer:
         writer.query(ConversationRow).one().items += 1
         writer.flush()
-        with database.read_session() as reader:
+        with sqlite.read_session() as reader:
             assert reader.query(ConversationRow).one().items == 75, "what was committed, at once"
-    database.close()
 
 
-def test_writing_a_file_locked_by_another_program_fails_and_reading_works(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_LOCK_SECONDS", 0.2)
-    database = Database(url)
+@pytest.mark.usefixtures("short_waits")
+def test_writing_a_file_locked_by_another_program_fails_and_reading_works(url: str, sqlite: Database) -> None:
     with contextlib.closing(sqlite3.connect(make_url(url).database or "", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        for each in (database, database.with_own_connections()):
+        for each in (sqlite, sqlite.with_own_connections()):
             with pytest.raises(DatabaseError, match="locked"), each.write_session() as session:
                 session.execute(text("SELECT 1"))
             with each.read_session() as session:
                 assert session.query(ConversationRow).count() == 0
-    database.close()
 
 
-def test_waiting_for_a_transaction_of_the_same_process_times_out(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LOCK_SECONDS", 0.2)
-    with contextlib.closing(Database(url)) as database, database.write_session():
+@pytest.mark.usefixtures("short_waits")
+def test_waiting_for_a_transaction_of_the_same_process_times_out(sqlite: Database) -> None:
+    with sqlite.write_session():
         since = time.monotonic()
-        with pytest.raises(DatabaseError, match="locked"), database.write_session():
+        with pytest.raises(DatabaseError, match="locked"), sqlite.write_session():
             pass
         assert time.monotonic() - since < 15
 
 
-def test_a_separate_pool_has_connections_when_all_others_are_in_use(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LOCK_SECONDS", 0.2)
-    database = Database(url)
-    apart = database.with_own_connections()
+@pytest.mark.usefixtures("short_waits")
+def test_a_separate_pool_has_connections_when_all_others_are_in_use(sqlite: Database) -> None:
+    apart = sqlite.with_own_connections()
 
-    def count(of: Database) -> int:
-        with of.read_session() as session:
+    def count(pool: Database) -> int:
+        with pool.read_session() as session:
             return session.query(ConversationRow).count()
 
     with contextlib.ExitStack() as taken:
         for _ in range(15):
-            taken.enter_context(database.read_session()).execute(text("SELECT 1"))
+            taken.enter_context(sqlite.read_session()).execute(text("SELECT 1"))
         with pytest.raises(DatabaseError):
-            count(database)
+            count(sqlite)
         assert count(apart) == 0
-    assert count(database) == 0
-    database.close()
+    assert count(sqlite) == 0
 
 
 async def test_run_in_thread_starts_at_once_and_raises_the_calls_exception() -> None:
@@ -334,19 +329,16 @@ def test_a_process_ends_while_a_database_call_hangs() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_a_full_disk_is_reported_as_an_error(url: str) -> None:
-    database = Database(url)
-
+def test_a_full_disk_is_reported_as_an_error(sqlite: Database) -> None:
     def fill() -> None:
-        with database.write_session() as session:
+        with sqlite.write_session() as session:
             session.execute(text("PRAGMA max_page_count = 1"))
             session.add_all(conversation(number=number) for number in range(2000))
 
     with pytest.raises(DatabaseError, match="full"):
         fill()
-    with database.read_session() as session:
+    with sqlite.read_session() as session:
         assert session.query(ConversationRow).count() == 0
-    database.close()
 
 
 @pytest.mark.full
@@ -366,11 +358,11 @@ def test_postgresql_is_migrated_like_sqlite(postgres: PostgreSQL, tmp_path: Path
 def test_a_refused_postgresql_login_does_not_show_the_password(postgres: PostgreSQL) -> None:
     url = make_url(postgres.new_database())
     wrong = url.set(password="not-this-one").render_as_string(hide_password=False)
-    assert "password" in faults_of(wrong).what
-    assert "not-this-one" not in str(faults_of(wrong))
+    assert "password" in open_error(wrong).what
+    assert "not-this-one" not in str(open_error(wrong))
     nowhere = url.set(database="nowhere").render_as_string(hide_password=False)
-    assert "nowhere" in faults_of(nowhere).what
-    assert str(url.password) not in str(faults_of(nowhere))
+    assert "nowhere" in open_error(nowhere).what
+    assert str(url.password) not in str(open_error(nowhere))
 
 
 @pytest.mark.full
@@ -380,9 +372,9 @@ def test_a_postgresql_connection_has_a_time_limit_for_every_wait(postgres: Postg
             assert session.scalar(text("SHOW statement_timeout")) == "20s"
             assert session.scalar(text("SHOW lock_timeout")) == "5s"
             driver: Any = session.connection().connection.driver_connection
-            told = driver.info.get_parameters()
-            assert told["tcp_user_timeout"] == "7000", "what the URL scripted_model counts"
-            assert (told["connect_timeout"], told["keepalives_idle"]) == ("5", "5")
+            parameters = driver.info.get_parameters()
+            assert parameters["tcp_user_timeout"] == "7000", "what the URL says counts"
+            assert (parameters["connect_timeout"], parameters["keepalives_idle"]) == ("5", "5")
             session.rollback()
         with database.read_session() as session:
             assert session.scalar(text("SHOW statement_timeout")) == "20s"

@@ -13,12 +13,14 @@ from typing import Any
 import openai
 import pytest
 
-from corral.engines.base import Engine, Sampling
+from corral.engines.base import Sampling
 from corral.errors import InputError
+from corral.serving import server
+from corral.serving.admission import ServerLimits
 from corral.serving.generation import ServedModel
 from corral.serving.served_models import ServedModels, open_served_models
 from tests.conftest import Request, web_server
-from tests.engines.conformance import wait_for
+from tests.engines.conformance import complete, wait_for
 from tests.serving.conftest import openai_client, serve_in_thread
 
 
@@ -26,7 +28,7 @@ def test_dead_replicas_are_skipped_until_they_return_and_with_none_left_requests
     tiny_served: ServedModel, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("corral.serving.served_models._CHECK_SECONDS", 0.1)
-    asked: Any = {
+    request: Any = {
         "model": "tiny",
         "messages": [{"role": "user", "content": "Hi"}],
         "max_tokens": 8,
@@ -36,7 +38,7 @@ def test_dead_replicas_are_skipped_until_they_return_and_with_none_left_requests
     }
 
     def ask(client: openai.OpenAI) -> str:
-        return str(client.chat.completions.create(**asked).choices[0].message.content)
+        return str(client.chat.completions.create(**request).choices[0].message.content)
 
     with serve_in_thread(tiny_served) as first, openai_client(first) as direct:
         expected = ask(direct)
@@ -56,7 +58,7 @@ def test_dead_replicas_are_skipped_until_they_return_and_with_none_left_requests
         wait_for(lambda: not models.ready)
         for stream in (False, True):
             with pytest.raises(openai.InternalServerError) as caught:
-                client.chat.completions.create(**asked, stream=stream)
+                client.chat.completions.create(**request, stream=stream)
             assert caught.value.status_code == 503
             assert caught.value.response.headers["retry-after"]
         with serve_in_thread(tiny_served, port=int(first.rpartition(":")[2])):
@@ -75,7 +77,7 @@ ONE_TOKEN: Any = {"choices": [{"index": 0, "text": "x", "token_ids": [50], "fini
 
 
 class Replica(Request):
-    """A server that scripted_model one token, always; a test scripted_model what else becomes of a client's request."""
+    """A server that answers one token to everything; a test overrides what it answers to a client's request."""
 
     names: tuple[str, ...] = ("m",)
 
@@ -91,37 +93,32 @@ class Replica(Request):
             self.answer(200, {}, json.dumps(ONE_TOKEN).encode())
 
     def completion(self, body: Any) -> None:
-        self.well()
+        self.send_events()
 
-    def well(self, event: Any = None) -> None:
+    def send_events(self, event: Any = None) -> None:
         data = f"data: {json.dumps(event or ONE_TOKEN)}\n\ndata: [DONE]\n\n".encode()
         self.answer(200, {"content-type": "text/event-stream"}, data)
 
 
-def test_each_model_is_requested_from_the_replica_by_its_own_name(tiny_folder: Path) -> None:
-    asked: list[str] = []
+async def test_each_model_is_requested_from_the_replica_by_its_own_name(tiny_folder: Path) -> None:
+    requested: list[str] = []
 
     class Two(Replica):
         names = ("cook", "poet")
 
         def completion(self, body: Any) -> None:
-            asked.append(body["model"])
-            self.well()
+            requested.append(body["model"])
+            self.send_events()
 
     with web_server(Two) as url:
         models = open_served_models([f"cook={tiny_folder}", f"poet={tiny_folder}"], urls=[url])
-        engines: Sequence[Engine] = [models.get(name).answerer.engine for name in ("poet", "cook")]
-        for engine in engines:
-            asyncio.run(completed(engine))
-        asyncio.run(models.close())
-    assert asked == ["poet", "cook"]
+        for name in ("poet", "cook"):
+            await complete(models.get(name).answerer.engine, [5], Sampling(4))
+        await models.close()
+    assert requested == ["poet", "cook"]
 
 
-async def completed(engine: Engine) -> None:
-    await engine.submit([5], Sampling(4)).completions()
-
-
-ASKED_OVER_HTTP: Any = {"model": "m", "messages": [{"role": "user", "content": "my diary"}], "max_tokens": 4}
+DIARY: Any = {"model": "m", "messages": [{"role": "user", "content": "my diary"}], "max_tokens": 4}
 
 
 @pytest.mark.parametrize("fault", ["busy", "reset"])
@@ -132,7 +129,7 @@ def test_an_error_of_the_only_replica_affects_one_request_only(fault: str, tiny_
         def completion(self, body: Any) -> None:
             first.append(body)
             if len(first) > 1:
-                self.well()
+                self.send_events()
             elif fault == "busy":
                 self.answer(503, {"retry-after": "20"}, b'{"error": {"message": "full"}}')
             else:
@@ -142,16 +139,16 @@ def test_an_error_of_the_only_replica_affects_one_request_only(fault: str, tiny_
         models = open_served_models([f"m={tiny_folder}"], urls=[replica])
         with serve_in_thread(models) as front, openai_client(front) as client:
             with pytest.raises(openai.InternalServerError) as caught:
-                client.chat.completions.create(**ASKED_OVER_HTTP)
+                client.chat.completions.create(**DIARY)
             later = int(caught.value.response.headers["retry-after"])
             assert caught.value.status_code == 503
             assert later == 20 if fault == "busy" else 0 < later < 20
             for _ in range(3):
-                assert client.chat.completions.create(**ASKED_OVER_HTTP).choices[0].finish_reason == "stop"
+                assert client.chat.completions.create(**DIARY).choices[0].finish_reason == "stop"
         asyncio.run(models.close())
 
 
-def test_replicas_get_no_more_requests_at_once_than_the_server_admits(tiny_folder: Path) -> None:
+async def test_replicas_get_no_more_requests_at_once_than_the_server_admits(tiny_folder: Path) -> None:
     inside: list[int] = []
     may_end = threading.Event()
 
@@ -159,44 +156,34 @@ def test_replicas_get_no_more_requests_at_once_than_the_server_admits(tiny_folde
         def completion(self, body: Any) -> None:
             inside.append(1)
             assert may_end.wait(30)
-            self.well()
+            self.send_events()
 
-    async def asked(engine: Engine) -> None:
-        tasks = [asyncio.create_task(completed(engine)) for _ in range(5)]
+    with web_server(Slow) as one, web_server(Slow) as other:
+        models = open_served_models([f"m={tiny_folder}"], urls=[one, other], at_once=2)
+        tasks = [asyncio.create_task(complete(models.get("m").answerer.engine, [5], Sampling(4))) for _ in range(5)]
         await asyncio.to_thread(wait_for, lambda: len(inside) >= 4)
         await asyncio.sleep(0.3)
         assert len(inside) == 4, "two for each of two"
         may_end.set()
         await asyncio.gather(*tasks)
-
-    with web_server(Slow) as one, web_server(Slow) as other:
-        models = open_served_models([f"m={tiny_folder}"], urls=[one, other], at_once=2)
-        asyncio.run(asked(models.get("m").answerer.engine))
-        asyncio.run(models.close())
+        await models.close()
 
 
 def test_the_server_reports_how_many_requests_it_admits(monkeypatch: pytest.MonkeyPatch) -> None:
-    from corral.serving import server
-    from corral.serving.admission import ServerLimits
+    def refuse(specs: Sequence[str], **options: Any) -> ServedModels:
+        raise InputError(f"{options['at_once']} at once")
 
-    told: dict[str, Any] = {}
-
-    def enough(specs: Sequence[str], **options: Any) -> ServedModels:
-        told.update(options)
-        raise InputError("enough")
-
-    monkeypatch.setattr(server, "open_served_models", enough)
-    with pytest.raises(InputError, match="enough"):
+    monkeypatch.setattr(server, "open_served_models", refuse)
+    with pytest.raises(InputError, match="7 at once"):
         server.serve(server.ModelOptions(["m"]), server.ListenOptions(port=0), ServerLimits(at_once=7), None)
-    assert told["at_once"] == 7
 
 
 QUOTES: dict[str, Callable[[Any], None]] = {
     "busy": lambda self: self.answer(503, {}, b'{"error": {"message": "no room for my diary"}}'),
     "refused": lambda self: self.answer(400, {}, b'{"error": {"message": "what is my diary"}}'),
     "failed": lambda self: self.answer(500, {}, b'{"error": {"message": "broken by my diary"}}'),
-    "failed amid": lambda self: self.well({"error": {"message": "broken by my diary", "code": 500}}),
-    "nonsense": lambda self: self.well({"choices": [{"index": 0, "finish_reason": "my diary"}]}),
+    "failed amid": lambda self: self.send_events({"error": {"message": "broken by my diary", "code": 500}}),
+    "nonsense": lambda self: self.send_events({"choices": [{"index": 0, "finish_reason": "my diary"}]}),
 }
 
 
@@ -213,7 +200,7 @@ def test_replica_errors_that_quote_a_prompt_are_not_logged(
         with serve_in_thread(models) as front, openai_client(front) as client, caplog.at_level(1):
             for stream in (False, True):
                 with pytest.raises(openai.APIError):
-                    list(client.chat.completions.create(**ASKED_OVER_HTTP, stream=stream))
+                    list(client.chat.completions.create(**DIARY, stream=stream))
         asyncio.run(models.close())
     ours = [record.getMessage() for record in caplog.records if record.name.startswith("corral")]
     # A request that cannot be answered is told to who asked, and to nobody else.

@@ -8,19 +8,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 
 from corral.answering.answerer import Answerer
 from corral.answering.consensus import Consensus
 from corral.engines.base import Sampling
+from corral.engines.scripted import ScriptedEngine
 from corral.errors import InputError, ModelError
 from corral.messages import Conversation
+from corral.model import loading
 from corral.serving.generation import ServedModel
-from corral.serving.protocol import Refused
 from corral.serving.served_models import ServedModels, open_served_models
 from corral.template import Template
-from tests.serving.conftest import openai_client, serve_in_thread
+from tests.engines.tiny import write_adapter
+from tests.serving.conftest import Serve
 
 ASKED = Conversation.from_turns(("user", "What is two plus two?"))
 RECIPE = """
@@ -46,30 +47,11 @@ n = 4
 """
 
 
-def an_adapter(base: Path, folder: Path, seed: int) -> Path:
-    """An adapter of that model, on every layer, that plainly changes it."""
-    import torch
-
-    from corral.model import adapters
-    from corral.model.loading import load_model
-    from corral.recipe import Lora
-
-    adapted = adapters.attach(load_model(base), Lora(rank=4, targets="all-linear"), seed=seed)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in adapted.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=0.05)
-    folder.mkdir()
-    adapters.save(adapted, folder, base=str(base))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def two(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two adapters of the tiny model."""
     folder = tmp_path_factory.mktemp("adapters")
-    return an_adapter(tiny_folder, folder / "cook", 1), an_adapter(tiny_folder, folder / "poet", 2)
+    return write_adapter(tiny_folder, folder / "cook", 1), write_adapter(tiny_folder, folder / "poet", 2)
 
 
 def opened(*specs: object, **options: Any) -> ServedModels:
@@ -108,14 +90,6 @@ def test_ambiguous_model_names_are_refused_before_loading(tiny_folder: Path) -> 
         assert "NAME=MODEL" in str(caught.value.hint)
 
 
-def test_an_unknown_model_name_is_not_found_and_the_error_lists_the_names(tiny_served: ServedModel) -> None:
-    models = ServedModels([tiny_served])
-    assert models.get("tiny") is tiny_served
-    with pytest.raises(Refused, match="'tiny'") as caught:
-        models.get("gpt-5")
-    assert (caught.value.status, caught.value.code) == (404, "model_not_found")
-
-
 # Runs
 
 
@@ -148,32 +122,23 @@ def test_a_run_is_served_with_the_settings_of_its_recipe(tiny_folder: Path, tmp_
 # Adapters of one base
 
 
-def test_concurrent_adapters_answer_as_each_does_alone(
+async def test_concurrent_adapters_answer_as_each_does_alone(
     two: tuple[Path, Path], tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from corral.model import loading
-
     specs = {"base": tiny_folder, "cook": two[0], "poet": two[1]}
     work = [(f"What is {i} plus {i}?", Sampling(24, 2, 0.8, seed=i, logprobs=True)) for i in range(6)]
 
     async def answers(models: ServedModels, name: str) -> list[Any]:
         answerer = models.get(name).answerer
-        found = [await answerer.answer(Conversation.from_turns(("user", text)), sampling) for text, sampling in work]
-        ids = answerer.template.prompt(ASKED)
-        return [(answer.texts, answer.completions) for answer in found] + [await answerer.engine.score(ids)]
+        given = [await answerer.answer(Conversation.from_turns(("user", text)), sampling) for text, sampling in work]
+        scores = await answerer.engine.score(answerer.template.prompt(ASKED))
+        return [*((answer.texts, answer.completions) for answer in given), scores]
 
-    async def at_once(models: ServedModels) -> list[list[Any]]:
-        found = await asyncio.gather(*(answers(models, name) for name in (*specs, *reversed(specs))))
-        await models.close()
-        return found
-
-    async def one_by_one(name: str, spec: Path) -> list[Any]:
+    alone: list[list[Any]] = []
+    for name, spec in specs.items():
         models = opened(f"{name}={spec}")
-        found = await answers(models, name)
+        alone.append(await answers(models, name))
         await models.close()
-        return found
-
-    alone = [asyncio.run(one_by_one(name, spec)) for name, spec in specs.items()]
     loaded: list[Path] = []
     load = loading.load_model
 
@@ -182,16 +147,18 @@ def test_concurrent_adapters_answer_as_each_does_alone(
         return load(folder, **options)
 
     monkeypatch.setattr(loading, "load_model", counted)
-    together = asyncio.run(at_once(opened(*(f"{name}={spec}" for name, spec in specs.items()))))
+    models = opened(*(f"{name}={spec}" for name, spec in specs.items()))
+    together = await asyncio.gather(*(answers(models, name) for name in (*specs, *reversed(specs))))
+    await models.close()
     assert len(loaded) == 1, "the weights are loaded once"
-    for found, expected in zip(together, [*alone, *reversed(alone)], strict=True):
-        for (texts, completions), (own_texts, own_completions) in zip(found[:-1], expected[:-1], strict=True):
-            assert texts == own_texts
-            for one, own in zip(completions, own_completions, strict=True):
-                assert (one.ids, one.finish) == (own.ids, own.finish)
-                assert one.logprobs == pytest.approx(own.logprobs, abs=1e-4)
-        assert found[-1] == pytest.approx(expected[-1], abs=1e-4)
-    assert len({found[0][0] for found in alone}) == 3, "they are different models"
+    for (*own, own_scores), (*expected, expected_scores) in zip(together, [*alone, *reversed(alone)], strict=True):
+        for (texts, completions), (expected_texts, expected_completions) in zip(own, expected, strict=True):
+            assert texts == expected_texts
+            for one, other in zip(completions, expected_completions, strict=True):
+                assert (one.ids, one.finish) == (other.ids, other.finish)
+                assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        assert own_scores == pytest.approx(expected_scores, abs=1e-4)
+    assert len({given[0][0] for given in alone}) == 3, "they are different models"
 
 
 async def test_a_busy_adapter_does_not_delay_another(two: tuple[Path, Path]) -> None:
@@ -208,21 +175,15 @@ async def test_a_busy_adapter_does_not_delay_another(two: tuple[Path, Path]) -> 
     await models.close()
 
 
-def test_adapters_are_selected_by_name_over_http_and_each_is_listed(two: tuple[Path, Path]) -> None:
+def test_adapters_are_selected_by_name_over_http_and_each_is_listed(two: tuple[Path, Path], serve: Serve) -> None:
     models = opened(f"cook={two[0]}", f"poet={two[1]}")
-    with serve_in_thread(models) as url, openai_client(url) as client:
-        assert [model.id for model in client.models.list()] == ["cook", "poet"]
-        said = {
-            name: client.chat.completions.create(
-                model=name, messages=[{"role": "user", "content": "Hello"}], temperature=0, max_tokens=16
-            )
-            for name in ("cook", "poet")
-        }
-        assert [answer.model for answer in said.values()] == ["cook", "poet"]
-        assert said["cook"].choices[0].message.content != said["poet"].choices[0].message.content
-        assert said["cook"].system_fingerprint != said["poet"].system_fingerprint
-        with pytest.raises(openai.NotFoundError):
-            client.completions.create(model="painter", prompt="a")
+    client = serve(models).client
+    assert [model.id for model in client.models.list()] == ["cook", "poet"]
+    request: Any = {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0, "max_tokens": 16}
+    cook, poet = (client.chat.completions.create(model=name, **request) for name in ("cook", "poet"))
+    assert (cook.model, poet.model) == ("cook", "poet")
+    assert cook.choices[0].message.content != poet.choices[0].message.content
+    assert cook.system_fingerprint != poet.system_fingerprint
     closed(models)
 
 
@@ -232,8 +193,6 @@ def test_adapters_are_refused_by_an_engine_without_adapter_support(two: tuple[Pa
 
 
 def test_a_shared_engine_is_closed_once_and_readiness_needs_all_engines(tiny_template: Template) -> None:
-    from corral.engines.scripted import ScriptedEngine
-
     closings: list[str] = []
 
     class Counted(ScriptedEngine):
