@@ -71,8 +71,8 @@ def test_leaving_a_stream_early_cancels_the_request(answerer: Answerer) -> None:
 
 def test_many_conversations_at_once(answerer: Answerer) -> None:
     async def work() -> list[str]:
-        asked = [Conversation.from_turns(("user", f"{i}?")) for i in range(20)]
-        answers = await asyncio.gather(*(answerer.answer(c, Sampling(max_tokens=6)) for c in asked))
+        questions = [Conversation.from_turns(("user", f"{i}?")) for i in range(20)]
+        answers = await asyncio.gather(*(answerer.answer(c, Sampling(max_tokens=6)) for c in questions))
         return [a.text for a in answers]
 
     with SyncAnswerer(answerer) as sync:
@@ -91,16 +91,16 @@ def test_errors_of_template_and_engine_reach_the_caller(answerer: Answerer) -> N
 
 def cut(text: str, stops: list[str]) -> tuple[str, int]:
     """(text before the stop string that is complete first, where that string ends), on the whole text."""
-    found = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]
-    return (text[: min(found)[1]], min(found)[0]) if found else (text, -1)
+    ends = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]
+    return (text[: min(ends)[1]], min(ends)[0]) if ends else (text, -1)
 
 
 def ids_of(tokenizer: Any, text: str, *, by_byte: bool) -> list[int]:
     if not by_byte:
         return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
     pieces = TokenBytes(tokenizer.backend_tokenizer)
-    of_byte = {pieces[i]: i for i in range(len(tokenizer)) if len(pieces[i]) == 1}
-    return [of_byte[bytes([b])] for b in text.encode()]
+    id_of_byte = {pieces[i]: i for i in range(len(tokenizer)) if len(pieces[i]) == 1}
+    return [id_of_byte[bytes([b])] for b in text.encode()]
 
 
 def ask(answerer: Answerer, sampling: Sampling, stops: list[str]) -> tuple[Answer, list[TextDelta]]:

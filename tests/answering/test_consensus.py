@@ -102,11 +102,11 @@ def test_the_hybrid_counts_numbers_if_most_answers_have_one_else_compares_words(
 @given(texts=st.lists(st.text("ab 12", max_size=12), min_size=1, max_size=6), seed=st.integers(0, 99))
 def test_no_order_of_arrival_changes_the_vote(method: Method, texts: list[str], seed: int) -> None:
     consensus = votes(method, *texts)
-    places = list(range(len(texts)))
-    random.Random(seed).shuffle(places)
+    order = list(range(len(texts)))
+    random.Random(seed).shuffle(order)
     ballot = consensus.new_ballot(len(texts))
-    for place in places:
-        ballot.add(place, Candidate(texts[place], -float(place % 3)))
+    for index in order:
+        ballot.add(index, Candidate(texts[index], -float(index % 3)))
     assert ballot.vote() == consensus.vote([Candidate(t, -float(i % 3)) for i, t in enumerate(texts)])
 
 
@@ -123,8 +123,8 @@ def test_a_lossless_stop_does_not_change_the_answer(method: Method, texts: list[
     consensus = votes(method, *texts, stop="lossless")
     whole = consensus.vote([Candidate(t) for t in texts])
     ballot = consensus.new_ballot()
-    for place, text in enumerate(texts):
-        ballot.add(place, Candidate(text))
+    for index, text in enumerate(texts):
+        ballot.add(index, Candidate(text))
         if ballot.is_decided:
             break
     early = ballot.vote()
@@ -132,8 +132,8 @@ def test_a_lossless_stop_does_not_change_the_answer(method: Method, texts: list[
         if method == "majority" or (method == "rouge-l+math" and early.results[early.winner] is not None):
             assert early.results[early.winner] == whole.results[whole.winner]
         else:
-            said = consensus.rouge.encode([texts[early.winner], texts[whole.winner]])
-            assert said[0] == said[1]
+            encoded = consensus.rouge.encode([texts[early.winner], texts[whole.winner]])
+            assert encoded[0] == encoded[1]
     else:
         assert early == whole
 
@@ -149,26 +149,26 @@ def test_the_bound_behind_the_lossless_stop_holds_for_every_short_text() -> None
 
 
 def test_when_a_vote_is_decided() -> None:
-    def after(method: Method, stop: StopRule, *texts: str, n: int = 5) -> bool:
+    def is_decided_after(method: Method, stop: StopRule, *texts: str, n: int = 5) -> bool:
         ballot = Consensus(method, n, stop=stop, embed=letters).new_ballot()
-        for place, text in enumerate(texts):
-            ballot.add(place, Candidate(text))
+        for index, text in enumerate(texts):
+            ballot.add(index, Candidate(text))
         return ballot.is_decided
 
-    assert after("majority", "lossless", "1", "1", "1"), "three of five agree"
-    assert not after("majority", "lossless", "1", "1", "2")
-    assert not after("majority", "never", "1", "1", "1", "1")
-    assert after("majority", "adaptive", *["1"] * 4, n=20)
-    assert not after("majority", "adaptive", *["1"] * 3, n=20)
-    assert not after("majority", "lossless", *["1"] * 4, n=20)
-    assert after("rouge-l", "lossless", "a b", "A b.", "a b", "a b!")
-    assert not after("rouge-l", "lossless", "a b", "a b", "a b")
-    assert not after("rouge-l", "lossless", "", "", "", "")
-    assert after("cosine", "lossless", *["The cat runs."] * 4)
-    assert not after("cosine", "lossless", *["The cat runs."] * 3, "the cats run")
-    assert not after("cosine", "lossless", "", "", "", "")
-    assert after("rouge-l+math", "lossless", "1", "it is 1", "1 it is")
-    assert not after("rouge-l+math", "lossless", "a", "a", "a", "1")
+    assert is_decided_after("majority", "lossless", "1", "1", "1"), "three of five agree"
+    assert not is_decided_after("majority", "lossless", "1", "1", "2")
+    assert not is_decided_after("majority", "never", "1", "1", "1", "1")
+    assert is_decided_after("majority", "adaptive", *["1"] * 4, n=20)
+    assert not is_decided_after("majority", "adaptive", *["1"] * 3, n=20)
+    assert not is_decided_after("majority", "lossless", *["1"] * 4, n=20)
+    assert is_decided_after("rouge-l", "lossless", "a b", "A b.", "a b", "a b!")
+    assert not is_decided_after("rouge-l", "lossless", "a b", "a b", "a b")
+    assert not is_decided_after("rouge-l", "lossless", "", "", "", "")
+    assert is_decided_after("cosine", "lossless", *["The cat runs."] * 4)
+    assert not is_decided_after("cosine", "lossless", *["The cat runs."] * 3, "the cats run")
+    assert not is_decided_after("cosine", "lossless", "", "", "", "")
+    assert is_decided_after("rouge-l+math", "lossless", "1", "it is 1", "1 it is")
+    assert not is_decided_after("rouge-l+math", "lossless", "a", "a", "a", "1")
 
 
 def test_the_certainty_of_a_lead_is_that_of_the_beta_distribution() -> None:

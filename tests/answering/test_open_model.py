@@ -51,15 +51,15 @@ def run_with(adapter: Path, base: Path, folder: Path, quantization: str = "none"
     folder.mkdir()
     (folder / "recipe.toml").write_text(RECIPE.format(base=base, quantization=quantization))
     shutil.copytree(base, folder / "train-1-sft" / "merged")
-    made = folder / "train-2-sft" / "adapter"
-    changed(adapter, made, base_model_name_or_path="/gone/train-1-sft/merged")
-    return made
+    moved = folder / "train-2-sft" / "adapter"
+    changed(adapter, moved, base_model_name_or_path="/gone/train-1-sft/merged")
+    return moved
 
 
 def opened(folder: Path) -> OpenedModel:
-    made = open_model(str(folder), "transformers", Sampling(max_tokens=4))
-    asyncio.run(made.answerer.engine.close())
-    return made
+    model = open_model(str(folder), "transformers", Sampling(max_tokens=4))
+    asyncio.run(model.answerer.engine.close())
+    return model
 
 
 async def answered(engine: Engine, ids: list[int]) -> tuple[tuple[int, ...], tuple[float, ...]]:
@@ -70,10 +70,10 @@ async def answered(engine: Engine, ids: list[int]) -> tuple[tuple[int, ...], tup
 
 
 async def test_a_folder_is_opened_under_its_name_and_answers(tiny_folder: Path) -> None:
-    made = open_model(f"{tiny_folder}/", "transformers", Sampling(max_tokens=4))
-    async with made.answerer.engine:
-        assert made.name == tiny_folder.name
-        assert len((await made.answerer.answer(ASKED)).completions[0].ids) <= 4
+    model = open_model(f"{tiny_folder}/", "transformers", Sampling(max_tokens=4))
+    async with model.answerer.engine:
+        assert model.name == tiny_folder.name
+        assert len((await model.answerer.answer(ASKED)).completions[0].ids) <= 4
 
 
 def test_the_fingerprint_follows_weights_and_template_and_nothing_else(tiny_folder: Path, tmp_path: Path) -> None:
@@ -99,11 +99,11 @@ def test_an_adapter_is_opened_on_its_base_and_answers_as_the_merged_model(adapte
     from corral.model import adapters, merging
     from corral.model.loading import load_model
 
-    made = open_model(str(adapter))
-    assert made.name == adapter.name
-    assert made.answerer.engine.name == "transformers", "openvino, the default here, computes no adapters"
-    ids = made.answerer.template.prompt(ASKED)
-    unmerged = asyncio.run(answered(made.answerer.engine, ids))
+    model = open_model(str(adapter))
+    assert model.name == adapter.name
+    assert model.answerer.engine.name == "transformers", "openvino, the default here, computes no adapters"
+    ids = model.answerer.template.prompt(ASKED)
+    unmerged = asyncio.run(answered(model.answerer.engine, ids))
     merged = merging.merge_adapter(adapters.load(load_model(tiny_folder), adapter))
     expected = asyncio.run(answered(TransformersEngine(merged), ids))
     assert unmerged[0] == expected[0]
@@ -126,13 +126,13 @@ def test_the_fingerprint_of_an_adapter_follows_its_weights_and_settings(
 def test_an_adapter_in_a_run_that_was_moved_finds_the_runs_model_and_template(
     adapter: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    made = run_with(adapter, tiny_folder, tmp_path / "run")
+    moved = run_with(adapter, tiny_folder, tmp_path / "run")
     (tmp_path / "run" / "train-1-sft" / "merged" / "chat_template.jinja").unlink()  # so it must be the recipe's
-    found = find_model_files(str(made))
-    assert found.folder == tmp_path / "run" / "train-1-sft" / "merged"
-    both = opened(made)
-    assert both.name == "mine-train-2-sft"
-    assert both.answerer.template.name == "chatml"
+    files = find_model_files(str(moved))
+    assert files.folder == tmp_path / "run" / "train-1-sft" / "merged"
+    model = opened(moved)
+    assert model.name == "mine-train-2-sft"
+    assert model.answerer.template.name == "chatml"
 
 
 def test_a_model_without_the_tokens_of_its_template_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
@@ -160,10 +160,10 @@ def test_an_adapter_in_a_run_has_the_template_variables_of_its_recipe(
 
 
 def test_an_adapter_trained_on_quantised_weights_is_refused(adapter: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    made = run_with(adapter, tiny_folder, tmp_path / "run", quantization="nf4")
+    moved = run_with(adapter, tiny_folder, tmp_path / "run", quantization="nf4")
     with pytest.raises(ModelError, match="nf4") as caught:
-        find_model_files(str(made))
-    assert str(made.parent / "merged") in (caught.value.hint or "")
+        find_model_files(str(moved))
+    assert str(moved.parent / "merged") in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize(
@@ -204,12 +204,12 @@ async def test_an_endpoint_computes_for_a_local_template_and_vocabulary(tiny_fol
     from corral.serving.generation import ServedModel
     from tests.serving.conftest import serve_in_thread
 
-    there = open_model(str(tiny_folder), "transformers")
-    with serve_in_thread(ServedModel(there.answerer, "tiny")) as url:
-        here = open_model(str(tiny_folder), sampling=Sampling(max_tokens=8), urls=[f"{url}/v1"])
-        async with here.answerer.engine:
-            assert here.answerer.engine.name == "remote"
-            expected = await there.answerer.answer(ASKED, Sampling(max_tokens=8))
-            assert (await here.answerer.answer(ASKED)).completions == expected.completions
-        await there.answerer.engine.close()
-    assert here.fingerprint != there.fingerprint
+    local = open_model(str(tiny_folder), "transformers")
+    with serve_in_thread(ServedModel(local.answerer, "tiny")) as url:
+        remote = open_model(str(tiny_folder), sampling=Sampling(max_tokens=8), urls=[f"{url}/v1"])
+        async with remote.answerer.engine:
+            assert remote.answerer.engine.name == "remote"
+            expected = await local.answerer.answer(ASKED, Sampling(max_tokens=8))
+            assert (await remote.answerer.answer(ASKED)).completions == expected.completions
+        await local.answerer.engine.close()
+    assert remote.fingerprint != local.fingerprint

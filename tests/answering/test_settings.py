@@ -148,9 +148,9 @@ def test_an_adapter_belongs_to_the_run_it_lies_in(tmp_path: Path) -> None:
     adapter.mkdir(parents=True)
     assert find_run(str(adapter)) is None, "a folder of a run without an adapter"
     (adapter / "adapter_config.json").write_text("{}")
-    found = find_run(str(adapter))
-    assert found is not None
-    assert (found.path, found.recipe.seed) == (Path(mine), 11)
+    owner = find_run(str(adapter))
+    assert owner is not None
+    assert (owner.path, owner.recipe.seed) == (Path(mine), 11)
     assert load_answer_settings(str(adapter), {}) == load_answer_settings(mine, {})
     alone = tmp_path.parent / f"{tmp_path.name}-adapter"
     adapter.rename(alone)

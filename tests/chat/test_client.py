@@ -44,7 +44,7 @@ def collect(server: ServerBackend, conversation: Conversation = ASKED) -> list[A
 class Other(Request):
     """Another server, which answers as `completion` does."""
 
-    asked: list[Any]
+    requests: list[Any]
     paths: list[str]
     keys: list[str | None]
 
@@ -56,7 +56,7 @@ class Other(Request):
     def do_POST(self) -> None:
         self.paths.append(self.path)
         self.keys.append(self.headers["authorization"])
-        self.asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        self.requests.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
         self.completion()
 
     def completion(self) -> None:
@@ -67,8 +67,8 @@ class Other(Request):
         self.answer(200, {"content-type": "text/event-stream"}, data.encode())
 
 
-def other(completion: Callable[[Any], None], **attributes: Any) -> type[Other]:
-    base: dict[str, Any] = {"asked": [], "paths": [], "keys": []}
+def other_server(completion: Callable[[Any], None], **attributes: Any) -> type[Other]:
+    base: dict[str, Any] = {"requests": [], "paths": [], "keys": []}
     return type("Made", (Other,), base | attributes | {"completion": completion})
 
 
@@ -92,14 +92,14 @@ def test_an_answer_is_streamed(template: Template) -> None:
 
 
 def test_the_whole_conversation_is_sent_with_the_given_options_and_no_others() -> None:
-    answers = other(thanks)
+    answers = other_server(thanks)
     with web_server(answers) as url:
         assert (
             "".join(p.text for p in collect(ServerBackend(f"{url}/v1/", options={"max_tokens": 7}))) == "Well, thanks."
         )
         collect(ServerBackend(f"{url}/openai/v1", model="gpt-5"))
     messages = ASKED.to_json()["messages"]
-    assert answers.asked == [
+    assert answers.requests == [
         {"model": "other", "messages": messages, "stream": True, "max_tokens": 7},
         {"model": "gpt-5", "messages": messages, "stream": True},
     ]
@@ -162,7 +162,7 @@ FAULTS: dict[str, tuple[Callable[[Any], None], str]] = {
 @pytest.mark.parametrize("case", FAULTS)
 def test_a_failed_answer_is_one_line_with_the_servers_message(case: str) -> None:
     completion, part = FAULTS[case]
-    with web_server(other(completion)) as url, pytest.raises(EngineError) as caught:
+    with web_server(other_server(completion)) as url, pytest.raises(EngineError) as caught:
         collect(ServerBackend(url))
     line = f"{caught.value.what}; {caught.value.hint}"
     assert part in line
@@ -173,7 +173,7 @@ def test_an_address_without_an_openai_compatible_server_is_reported_at_once() ->
     with pytest.raises(ModelError, match="cannot be reached") as caught:
         ServerBackend("http://127.0.0.1:9")
     assert "http://127.0.0.1:9/v1" in str(caught.value)
-    with web_server(other(thanks, do_GET=lambda self: self.answer(200, {}, b"<html>"))) as url:
+    with web_server(other_server(thanks, do_GET=lambda self: self.answer(200, {}, b"<html>"))) as url:
         with pytest.raises(ModelError, match="cannot be read") as caught:
             ServerBackend(url)
         assert "/v1" in str(caught.value.hint)
@@ -187,7 +187,7 @@ def test_an_address_without_an_openai_compatible_server_is_reported_at_once() ->
 def test_a_wrong_key_is_reported_without_showing_it_even_if_the_server_does(status: int) -> None:
     body = b'{"error": {"message": "no such key: sesame-1"}}'
     refuses: Any = lambda self: self.answer(status, {}, body)  # noqa: E731
-    for answers in (other(refuses), other(thanks, do_GET=refuses)):
+    for answers in (other_server(refuses), other_server(thanks, do_GET=refuses)):
         with web_server(answers) as url, pytest.raises(CorralError) as caught:
             collect(ServerBackend(url, key="sesame-1"))
         assert "CORRAL_API_KEY" in str(caught.value)
@@ -204,16 +204,16 @@ def test_malformed_events_and_input_cost_one_turn_at_most(
         lambda self: self.events(delta("So", "stop") | {"consensus": vote}),
         thanks,
     ]
-    answers = other(lambda self: sent[len(self.asked) - 1](self))
+    answers = other_server(lambda self: sent[len(self.requests) - 1](self))
     with web_server(answers) as url:
         monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nbyte \udcff\nagain\nlast\n"))
         assert main(["chat", "--url", url]) == 0
     shown = capsys.readouterr()
     assert "half \ufffd a character" in shown.out
     assert shown.err.count("the server's answer cannot be read") == 2
-    sent_before = [message["content"] for message in answers.asked[-1]["messages"]]
+    sent_before = [message["content"] for message in answers.requests[-1]["messages"]]
     assert sent_before == ["Hello", "half \ufffd a character", "last"], "the conversation is kept"
-    assert answers.asked[1]["messages"][-1]["content"] == "byte \ufffd"
+    assert answers.requests[1]["messages"][-1]["content"] == "byte \ufffd"
 
 
 def test_control_characters_in_errors_votes_and_model_names_do_not_reach_the_terminal(
@@ -222,10 +222,10 @@ def test_control_characters_in_errors_votes_and_model_names_do_not_reach_the_ter
     steering = "\x1b]0;title\x07\x1b[2J\x9b2J\u202e"
     vote = {"method": f"{steering}rouge-l", "winner": 0, "candidates": [{"score": 1.0}], "cancelled": 0}
     name = f"{steering}other"
-    answers = other(
+    answers = other_server(
         lambda self: (
             self.events(delta("So", "stop") | {"consensus": vote})
-            if len(self.asked) == 1
+            if len(self.requests) == 1
             else self.answer(400, {}, json.dumps({"error": {"message": f"{steering}too long"}}).encode())
         ),
         do_GET=lambda self: self.answer(200, {}, json.dumps({"data": [{"id": name}]}).encode()),
@@ -234,9 +234,9 @@ def test_control_characters_in_errors_votes_and_model_names_do_not_reach_the_ter
         monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nagain\n"))
         assert main(["chat", "--url", url]) == 0
         errors = capsys.readouterr().err
-        assert answers.asked[0]["model"] == name
+        assert answers.requests[0]["model"] == name
         two = json.dumps({"data": [{"id": name}] * 2}).encode()
-        several = other(thanks, do_GET=lambda self: self.answer(200, {}, two))
+        several = other_server(thanks, do_GET=lambda self: self.answer(200, {}, two))
         with web_server(several) as second:
             assert main(["chat", "--url", second]) == 2
         errors += capsys.readouterr().err
@@ -251,7 +251,7 @@ def test_control_characters_in_errors_votes_and_model_names_do_not_reach_the_ter
 def test_the_key_comes_from_the_option_or_the_environment(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answers = other(thanks)
+    answers = other_server(thanks)
     monkeypatch.delenv("CORRAL_API_KEY", raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", "of openai")
     with web_server(answers) as url:
@@ -286,14 +286,14 @@ def test_the_key_of_openai_is_sent_to_openai_only(
 def test_host_and_port_replace_the_url_and_options_are_sent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    answers = other(thanks)
+    answers = other_server(thanks)
     with web_server(answers) as url:
         port = url.rpartition(":")[2]
         for options in (["--host", "127.0.0.1", "--port", port], ["--port", port]):
             monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
             drawn = ["--temperature", "0.5", "--consensus", "rouge-l", "--n", "3", "--system", "Be brief."]
             assert main(["chat", *options, *drawn]) == 0
-    (first, second) = answers.asked
+    (first, second) = answers.requests
     assert first == second
     assert (first["temperature"], first["consensus"]) == (0.5, {"method": "rouge-l", "n": 3})
     assert "max_tokens" not in first
@@ -332,7 +332,7 @@ own = {"corral", "__main__", "httpx2", "httpcore2", "h11", "idna", "certifi", "t
 foreign = {name for name in loaded - own if not name.startswith(("_", "typing_extensions"))}
 sys.exit(f"loaded: {sorted(foreign)}" if foreign else 0)
 """
-    with web_server(other(thanks)) as url:
+    with web_server(other_server(thanks)) as url:
         done = subprocess.run([sys.executable, "-c", code, url], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["Well, thanks."] * 2 + [""]

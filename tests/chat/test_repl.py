@@ -32,17 +32,17 @@ class Echo:
     """Replies with its number and the question; after `fail` it fails in the middle of the answer."""
 
     def __init__(self) -> None:
-        self.asked: list[Conversation] = []
+        self.conversations: list[Conversation] = []
 
     def stream(self, conversation: Conversation) -> Generator[AnswerPiece, None, None]:
-        self.asked.append(conversation)
+        self.conversations.append(conversation)
         question = conversation.messages[-1].content
-        yield AnswerPiece(f"{len(self.asked)}: ")
+        yield AnswerPiece(f"{len(self.conversations)}: ")
         if question == "fail":
             raise EngineError("the connection was lost")
         if question == "stop":
             raise KeyboardInterrupt
-        if question == "fail once" and len(self.asked) == 1:
+        if question == "fail once" and len(self.conversations) == 1:
             raise EngineError("busy", hint="/retry in 7 s")
         yield AnswerPiece(question)
 
@@ -52,7 +52,7 @@ class Echo:
     @property
     def last_messages(self) -> list[tuple[str, str]]:
         """The messages of the last conversation that it was asked."""
-        return [(message.role, message.content) for message in self.asked[-1].messages]
+        return [(message.role, message.content) for message in self.conversations[-1].messages]
 
 
 def test_each_line_is_answered_by_the_chosen_engine(
@@ -92,7 +92,7 @@ def test_an_answer_that_breaks_off_leaves_the_conversation_as_it_was_and_can_be_
 ) -> None:
     echo = Echo()
     run_chat(echo, "one\nfail\n/retry\ntwo\n", monkeypatch)
-    assert [message.content for message in echo.asked[2].messages] == ["one", "1: one", "fail"]
+    assert [message.content for message in echo.conversations[2].messages] == ["one", "1: one", "fail"]
     assert echo.last_messages == [("user", "one"), ("assistant", "1: one"), ("user", "two")]
     output = capsys.readouterr()
     assert output.err.count("corral: the connection was lost; /retry asks again") == 2
@@ -106,7 +106,7 @@ def test_an_answer_that_breaks_off_leaves_the_conversation_as_it_was_and_can_be_
 def test_retry_replaces_the_last_answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     echo = Echo()
     run_chat(echo, "/retry\none\ntwo\n/retry\nthree\n", monkeypatch)
-    assert [m.content for m in echo.asked[-1].messages] == ["one", "1: one", "two", "3: two", "three"]
+    assert [m.content for m in echo.conversations[-1].messages] == ["one", "1: one", "two", "3: two", "three"]
     assert "there is no question yet" in capsys.readouterr().err
 
 
@@ -122,7 +122,7 @@ def test_the_part_of_an_answer_before_it_was_stopped_is_kept(
 def test_a_system_message_can_be_set_for_later_turns_and_retries_and_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     echo = Echo()
     run_chat(echo, "one\n/system Rhyme.\n/retry\n", monkeypatch, "Be brief.")
-    assert echo.asked[0].messages[0].content == "Be brief."
+    assert echo.conversations[0].messages[0].content == "Be brief."
     assert echo.last_messages == [("system", "Rhyme."), ("user", "one")]
     echo = Echo()
     run_chat(echo, "one\n/system\ntwo\n", monkeypatch, "Be brief.")

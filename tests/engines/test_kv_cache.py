@@ -13,8 +13,8 @@ def step(cache: RowCache, columns: list[int]) -> tuple[torch.Tensor, torch.Tenso
     """Add to row i, at columns[i], keys that say (i, column) and values that are their negatives."""
     cache.reserve(len(columns), max(columns) + 1)
     cache.set_columns(torch.tensor(columns), max(columns) + 1)
-    said = torch.tensor([[100.0 * i + column] for i, column in enumerate(columns)])
-    keys = said[:, :, None, None].expand(-1, HEADS, 1, SIZE)
+    tagged = torch.tensor([[100.0 * i + column] for i, column in enumerate(columns)])
+    keys = tagged[:, :, None, None].expand(-1, HEADS, 1, SIZE)
     return cache.update(keys, -keys, 0)
 
 

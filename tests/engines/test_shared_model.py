@@ -41,11 +41,11 @@ def test_in_a_turn_the_adapter_asked_for_is_on_and_no_other(model: Any) -> None:
         model.set_adapter(name)
         expected[name] = logits(model)
     shared = SharedModel(model)
-    found = []
+    outputs = []
     for name in (None, "default", "other", "default", None, "other", None, "default", "default"):
         with shared.use(name):
-            found.append((name, logits(model)))
-    for name, values in found:
+            outputs.append((name, logits(model)))
+    for name, values in outputs:
         torch.testing.assert_close(values, expected[name], rtol=0, atol=0)
     assert not torch.allclose(expected[None], expected["default"])
     assert not torch.allclose(expected["other"], expected["default"])

@@ -47,14 +47,14 @@ def complete_all(
 def two_adapters() -> Any:
     """That model with two adapters that change it."""
     lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
-    made: Any = get_peft_model(tiny_llama(), lora)
-    made.add_adapter("other", lora)
+    adapted_model: Any = get_peft_model(tiny_llama(), lora)
+    adapted_model.add_adapter("other", lora)
     torch.manual_seed(2)
     with torch.no_grad():
-        for name, weight in made.named_parameters():
+        for name, weight in adapted_model.named_parameters():
             if "lora_B" in name:
                 weight.normal_(std=0.1)
-    return made
+    return adapted_model
 
 
 @functools.cache
@@ -162,8 +162,8 @@ def test_first_ids_are_drawn_from_the_exact_distribution(sampling: Sampling) -> 
     # Pearson's chi-square; ids expected fewer than 5 times count as one. Mean k, variance 2k: 5 standard deviations.
     usual = [i for i in range(VOCABULARY) if expected[i] >= 5]
     pairs = [(counts[i], expected[i].item()) for i in usual]
-    pairs.append((draws - sum(seen for seen, _ in pairs), draws - sum(wanted for _, wanted in pairs)))
-    chi_square = sum((seen - wanted) ** 2 / wanted for seen, wanted in pairs if wanted > 1e-2)
+    pairs.append((draws - sum(seen for seen, _ in pairs), draws - sum(likely for _, likely in pairs)))
+    chi_square = sum((seen - likely) ** 2 / likely for seen, likely in pairs if likely > 1e-2)
     assert len(usual) >= 3
     assert chi_square < len(pairs) + 5 * (2 * len(pairs)) ** 0.5
 

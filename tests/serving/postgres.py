@@ -23,11 +23,11 @@ _NOBODY = 65534
 
 
 def _binaries() -> Path:
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
+    candidates = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
     on_path = shutil.which("postgres")
     if on_path:
-        found.append(Path(on_path).resolve())
-    for path in reversed(found):
+        candidates.append(Path(on_path).resolve())
+    for path in reversed(candidates):
         if (path.parent / "initdb").is_file():
             return path.parent
     pytest.skip("PostgreSQL's server (Debian's package postgresql) is not on this machine")

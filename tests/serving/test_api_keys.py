@@ -20,9 +20,9 @@ def keys(database: Database) -> KeyStore:
 
 
 def test_only_a_stored_key_authenticates(keys: KeyStore) -> None:
-    made, secret = keys.add("alice")
+    key, secret = keys.add("alice")
     (kept,) = keys.all()
-    assert kept == made
+    assert kept == key
     assert kept.is_active
     assert parse_key_id(secret) == kept.id
     assert kept.matches(secret)

@@ -23,7 +23,7 @@ def store(database: Database) -> ConversationStore:
     return ConversationStore(database)
 
 
-def said(*texts: str) -> list[Item]:
+def items_saying(*texts: str) -> list[Item]:
     """A user's and an assistant's items, by turns."""
     return [Item.new("assistant" if i % 2 else "user", [text]) for i, text in enumerate(texts)]
 
@@ -36,14 +36,14 @@ def turn(text: str, *, owner: str = "a", stored: bool = True, **place: Any) -> P
     return PendingResponse(new_id("resp"), owner, (Item.new("user", [text]),), stored, **place)
 
 
-def answer(store: ConversationStore, question: PendingResponse, text: str = "Yes.") -> list[str]:
+def run_turn(store: ConversationStore, question: PendingResponse, text: str = "Yes.") -> list[str]:
     """Go through a whole turn. Returns: what was said before."""
     before = store.responses.begin(question, {"status": "in_progress"})
     store.responses.finish(question, {"status": "completed"}, Item.new("assistant", [text]), is_kept=True)
     return texts(before)
 
 
-def whole(store: ConversationStore, id_: str, owner: str = "a") -> list[str]:
+def texts_of(store: ConversationStore, id_: str, owner: str = "a") -> list[str]:
     return texts(store.export(owner, id_)[1])
 
 
@@ -56,58 +56,62 @@ def status_of(call: Callable[[], object]) -> int:
 def test_stored_conversations_survive_reopening_the_database(database_url: str) -> None:
     odd = "a zero byte \0, a 漢, and half a character \ud800"
     first = Database(database_url)
-    made = ConversationStore(first).create("a", {"title": "Böse"}, [Item.new("user", ["one", odd])])
+    conversation = ConversationStore(first).create("a", {"title": "Böse"}, [Item.new("user", ["one", odd])])
     first.close()
     second = Database(database_url)
-    stored, items = ConversationStore(second).export("a", made.id)
+    stored, items = ConversationStore(second).export("a", conversation.id)
     second.close()
-    assert (stored, items[0].texts) == (made, ("one", odd))
+    assert (stored, items[0].texts) == (conversation, ("one", odd))
     assert items[0].text == "one" + odd
 
 
 def test_paging_visits_every_item_once_in_both_directions(store: ConversationStore) -> None:
-    made = store.create("a", {}, said(*map(str, range(7))))
+    conversation = store.create("a", {}, items_saying(*map(str, range(7))))
     for ascending in (False, True):
         order = [str(i) for i in range(7)][:: 1 if ascending else -1]
         seen: list[Item] = []
         mores: list[bool] = []
         while not mores or mores[-1]:
             after = seen[-1].id if seen else None
-            items, has_more = store.list_items("a", made.id, Page(after, None, 3, ascending))
+            items, has_more = store.list_items("a", conversation.id, Page(after, None, 3, ascending))
             seen += items
             mores.append(has_more)
         assert texts(seen) == order
         assert mores == [True, True, False]
-        back, has_more = store.list_items("a", made.id, Page(None, seen[5].id, 3, ascending))
+        back, has_more = store.list_items("a", conversation.id, Page(None, seen[5].id, 3, ascending))
         assert (texts(back), has_more) == (order[2:5], True)
-        back, has_more = store.list_items("a", made.id, Page(None, seen[2].id, 3, ascending))
+        back, has_more = store.list_items("a", conversation.id, Page(None, seen[2].id, 3, ascending))
         assert (texts(back), has_more) == (order[:2], False)
-        between, _ = store.list_items("a", made.id, Page(seen[0].id, seen[3].id, 3, ascending))
+        between, _ = store.list_items("a", conversation.id, Page(seen[0].id, seen[3].id, 3, ascending))
         assert texts(between) == order[1:3]
 
 
 def test_a_page_cursor_that_is_not_in_the_list_gives_400(store: ConversationStore) -> None:
-    made, other = (store.create("a", {}, said("Hi")) for _ in range(2))
+    conversation, other = (store.create("a", {}, items_saying("Hi")) for _ in range(2))
     foreign = store.export("a", other.id)[1][0].id
     for id_ in (foreign, "msg_" + "0" * 32, "", "\0", "'; DROP TABLE items"):
-        assert status_of(lambda id_=id_: store.list_items("a", made.id, Page(after=id_))) == 400
+        assert status_of(lambda id_=id_: store.list_items("a", conversation.id, Page(after=id_))) == 400
         assert status_of(lambda id_=id_: store.list_page("a", Page(before=id_))) == 400
 
 
 def test_other_owners_cannot_find_read_change_or_continue_a_conversation(store: ConversationStore) -> None:
-    made = store.create("a", {"title": "mine"}, said("secret"))
-    item = store.export("a", made.id)[1][0].id
-    mine = turn("more", conversation=made.id)
-    answer(store, mine)
-    before = store.export("a", made.id)
+    conversation = store.create("a", {"title": "mine"}, items_saying("secret"))
+    item = store.export("a", conversation.id)[1][0].id
+    mine = turn("more", conversation=conversation.id)
+    run_turn(store, mine)
+    before = store.export("a", conversation.id)
     turns = store.responses
-    for who, id_, response in (("b", made.id, mine.id), ("", made.id, mine.id), ("a", new_id("conv"), new_id("resp"))):
+    for who, id_, response in (
+        ("b", conversation.id, mine.id),
+        ("", conversation.id, mine.id),
+        ("a", new_id("conv"), new_id("resp")),
+    ):
         calls: list[Callable[[], object]] = [
             lambda who=who, id_=id_: store.get(who, id_),
             lambda who=who, id_=id_: store.update(who, id_, {}),
             lambda who=who, id_=id_: store.delete(who, id_),
             lambda who=who, id_=id_: store.export(who, id_),
-            lambda who=who, id_=id_: store.add_items(who, id_, said("x")),
+            lambda who=who, id_=id_: store.add_items(who, id_, items_saying("x")),
             lambda who=who, id_=id_: store.list_items(who, id_, Page()),
             lambda who=who, id_=id_: store.get_item(who, id_, item),
             lambda who=who, id_=id_: store.delete_item(who, id_, item),
@@ -118,32 +122,32 @@ def test_other_owners_cannot_find_read_change_or_continue_a_conversation(store: 
             lambda who=who, id_=response: turns.delete(who, id_),
         ]
         assert [status_of(call) for call in calls] == [404] * len(calls)
-    assert store.export("a", made.id) == before
+    assert store.export("a", conversation.id) == before
 
 
 def test_an_item_of_one_conversation_is_not_found_in_another(store: ConversationStore) -> None:
-    made, other = (store.create("a", {}, said("Hi")) for _ in range(2))
-    item = store.export("a", made.id)[1][0]
-    assert store.get_item("a", made.id, item.id) == item
+    conversation, other = (store.create("a", {}, items_saying("Hi")) for _ in range(2))
+    item = store.export("a", conversation.id)[1][0]
+    assert store.get_item("a", conversation.id, item.id) == item
     assert status_of(lambda: store.get_item("a", other.id, item.id)) == 404
     assert status_of(lambda: store.delete_item("a", other.id, item.id)) == 404
 
 
 def test_storage_limits_are_enforced_and_deleting_frees_space(database: Database) -> None:
     store = ConversationStore(database, StorageLimits(max_items=3, max_bytes=20, max_conversations=2))
-    made = store.create("a", {}, said("1", "2", "3"))
-    assert status_of(lambda: store.add_items("a", made.id, said("4"))) == 400
-    assert status_of(lambda: store.responses.begin(turn("4", conversation=made.id), {})) == 400
-    store.delete_item("a", made.id, store.export("a", made.id)[1][0].id)
-    store.add_items("a", made.id, said("4"))
-    assert whole(store, made.id) == ["2", "3", "4"]
-    big = store.create("a", {}, said("ä" * 10))
-    assert status_of(lambda: store.add_items("a", big.id, said("x"))) == 400
+    conversation = store.create("a", {}, items_saying("1", "2", "3"))
+    assert status_of(lambda: store.add_items("a", conversation.id, items_saying("4"))) == 400
+    assert status_of(lambda: store.responses.begin(turn("4", conversation=conversation.id), {})) == 400
+    store.delete_item("a", conversation.id, store.export("a", conversation.id)[1][0].id)
+    store.add_items("a", conversation.id, items_saying("4"))
+    assert texts_of(store, conversation.id) == ["2", "3", "4"]
+    big = store.create("a", {}, items_saying("ä" * 10))
+    assert status_of(lambda: store.add_items("a", big.id, items_saying("x"))) == 400
     assert status_of(lambda: store.create("a", {})) == 400
     assert store.create("b", {})
     store.delete("a", big.id)
-    assert store.create("a", {}, said("x" * 20))
-    assert status_of(lambda: store.create("b", {}, said("x" * 21))) == 400
+    assert store.create("a", {}, items_saying("x" * 20))
+    assert status_of(lambda: store.create("b", {}, items_saying("x" * 21))) == 400
     assert len(store.list_page("b", Page())[0]) == 1, "what is refused leaves nothing behind"
 
 
@@ -157,10 +161,10 @@ def rows(database: Database) -> list[int]:
 def test_the_oldest_responses_of_an_owner_are_deleted_for_new_ones(database: Database) -> None:
     store = ConversationStore(database, StorageLimits(max_responses=5))
     theirs = turn("theirs", owner="b")
-    answer(store, theirs)
+    run_turn(store, theirs)
     mine = [turn(str(i)) for i in range(12)]
     for each in mine:
-        answer(store, each)
+        run_turn(store, each)
     assert rows(database) == [0, 6, 12]
     for each in mine[:7]:
         assert status_of(lambda each=each: store.responses.get("a", each.id)) == 404
@@ -190,7 +194,7 @@ def test_stored_response_bytes_are_bounded_including_instructions_and_metadata(p
     assert 20_000 < kept < 50_000 + 2000, "the answer that crosses it is still stored"
     assert texts(store.responses.get("a", last).outputs) == ["y" * 1000]
     if where:
-        assert len(whole(store, where["conversation"])) == 60, "what they say stays in their conversation"
+        assert len(texts_of(store, where["conversation"])) == 60, "what they say stays in their conversation"
     before = rows(database)
     assert status_of(lambda: store.responses.begin(turn("x"), {"instructions": "x" * 60_000})) == 400
     assert rows(database) == before, "what is refused makes no room"
@@ -198,7 +202,7 @@ def test_stored_response_bytes_are_bounded_including_instructions_and_metadata(p
 
 def test_a_response_without_a_conversation_is_bounded_too(database: Database) -> None:
     store = ConversationStore(database, StorageLimits(max_items=2, max_bytes=20))
-    for inputs in (said("1", "2", "3"), said("x" * 21)):
+    for inputs in (items_saying("1", "2", "3"), items_saying("x" * 21)):
         question = PendingResponse(new_id("resp"), "a", tuple(inputs), stored=True)
         assert status_of(lambda question=question: store.responses.begin(question, {})) == 400
     assert rows(database) == [0, 0, 0]
@@ -206,94 +210,94 @@ def test_a_response_without_a_conversation_is_bounded_too(database: Database) ->
 
 def test_total_bytes_of_an_owner_are_bounded_and_empty_messages_count(database: Database) -> None:
     store = ConversationStore(database, StorageLimits(max_total_bytes=10_000))
-    first = store.create("a", {}, said(*["x" * 1000] * 3))
-    second = store.create("a", {}, said(*[""] * 15))
-    assert status_of(lambda: store.create("a", {}, said("x" * 2000))) == 400
-    assert status_of(lambda: store.add_items("a", second.id, said("x" * 2000))) == 400
+    first = store.create("a", {}, items_saying(*["x" * 1000] * 3))
+    second = store.create("a", {}, items_saying(*[""] * 15))
+    assert status_of(lambda: store.create("a", {}, items_saying("x" * 2000))) == 400
+    assert status_of(lambda: store.add_items("a", second.id, items_saying("x" * 2000))) == 400
     assert status_of(lambda: store.responses.begin(turn("x" * 2000, conversation=first.id), {})) == 400
-    assert status_of(lambda: store.add_items("a", second.id, said(*[""] * 10))) == 400
-    assert store.create("b", {}, said("x" * 2000))
+    assert status_of(lambda: store.add_items("a", second.id, items_saying(*[""] * 10))) == 400
+    assert store.create("b", {}, items_saying("x" * 2000))
     store.delete("a", first.id)
-    assert answer(store, turn("x" * 2000, conversation=second.id)) == [""] * 15
+    assert run_turn(store, turn("x" * 2000, conversation=second.id)) == [""] * 15
 
 
 def test_storage_limits_apply_to_response_chains(database: Database) -> None:
     store = ConversationStore(database, StorageLimits(max_items=4))
     first = turn("1")
-    answer(store, first, "2")
+    run_turn(store, first, "2")
     second = turn("3", previous=first.id)
-    answer(store, second, "4")
+    run_turn(store, second, "4")
     assert status_of(lambda: store.responses.begin(turn("5", previous=second.id), {})) == 400
 
 
 def test_deleting_a_conversation_deletes_its_items_and_responses(store: ConversationStore, database: Database) -> None:
-    made = store.create("a", {}, said("Hi", "Hello"))
-    mine = turn("more", conversation=made.id)
-    answer(store, mine)
-    failed = turn("failed", conversation=made.id)
+    conversation = store.create("a", {}, items_saying("Hi", "Hello"))
+    mine = turn("more", conversation=conversation.id)
+    run_turn(store, mine)
+    failed = turn("failed", conversation=conversation.id)
     store.responses.begin(failed, {})
     store.responses.finish(failed, {}, None, is_kept=False)
-    store.delete("a", made.id)
-    assert status_of(lambda: store.get("a", made.id)) == 404
+    store.delete("a", conversation.id)
+    assert status_of(lambda: store.get("a", conversation.id)) == 404
     assert status_of(lambda: store.responses.get("a", mine.id)) == 404
     assert rows(database) == [0, 0, 0]
 
 
 def test_deleting_a_response_deletes_its_text_unless_a_conversation_holds_it(store: ConversationStore) -> None:
-    made = store.create("a", {})
-    inside, alone = turn("in", conversation=made.id), turn("alone")
+    conversation = store.create("a", {})
+    inside, alone = turn("in", conversation=conversation.id), turn("alone")
     for each in (inside, alone):
-        answer(store, each)
+        run_turn(store, each)
         store.responses.delete("a", each.id)
         assert status_of(lambda each=each: store.responses.get("a", each.id)) == 404
-    assert whole(store, made.id) == ["in", "Yes."]
+    assert texts_of(store, conversation.id) == ["in", "Yes."]
     assert status_of(lambda: store.responses.begin(turn("x", previous=alone.id), {})) == 404
 
 
 def test_a_chain_may_start_from_an_earlier_state_of_a_conversation(store: ConversationStore) -> None:
-    made = store.create("a", {}, said("0", "zero"))
-    first = turn("1", conversation=made.id)
-    answer(store, first, "one")
-    answer(store, turn("2", conversation=made.id), "two")
+    conversation = store.create("a", {}, items_saying("0", "zero"))
+    first = turn("1", conversation=conversation.id)
+    run_turn(store, first, "one")
+    run_turn(store, turn("2", conversation=conversation.id), "two")
     aside = turn("aside", previous=first.id)
-    assert answer(store, aside, "A") == ["0", "zero", "1", "one"]
-    assert answer(store, turn("x", previous=aside.id)) == ["0", "zero", "1", "one", "aside", "A"]
-    assert whole(store, made.id) == ["0", "zero", "1", "one", "2", "two"]
+    assert run_turn(store, aside, "A") == ["0", "zero", "1", "one"]
+    assert run_turn(store, turn("x", previous=aside.id)) == ["0", "zero", "1", "one", "aside", "A"]
+    assert texts_of(store, conversation.id) == ["0", "zero", "1", "one", "2", "two"]
 
 
 def test_a_chain_with_a_missing_response_is_refused(store: ConversationStore) -> None:
     first = turn("1")
-    answer(store, first)
+    run_turn(store, first)
     second = turn("2", previous=first.id)
-    answer(store, second)
+    run_turn(store, second)
     store.responses.delete("a", first.id)
     assert status_of(lambda: store.responses.begin(turn("3", previous=second.id), {})) == 404
 
 
 def test_a_conversation_is_locked_during_an_answer_and_unlocked_after_it(store: ConversationStore) -> None:
-    made = store.create("a", {}, said("Hi", "Hello"))
-    item = store.export("a", made.id)[1][0].id
-    first = turn("first", conversation=made.id)
+    conversation = store.create("a", {}, items_saying("Hi", "Hello"))
+    item = store.export("a", conversation.id)[1][0].id
+    first = turn("first", conversation=conversation.id)
     store.responses.begin(first, {"status": "in_progress"})
-    assert status_of(lambda: store.responses.begin(turn("second", conversation=made.id), {})) == 409
-    assert status_of(lambda: store.add_items("a", made.id, said("x"))) == 409
-    assert status_of(lambda: store.delete_item("a", made.id, item)) == 409
-    assert whole(store, made.id) == ["Hi", "Hello"], "a question without an answer is not there yet"
+    assert status_of(lambda: store.responses.begin(turn("second", conversation=conversation.id), {})) == 409
+    assert status_of(lambda: store.add_items("a", conversation.id, items_saying("x"))) == 409
+    assert status_of(lambda: store.delete_item("a", conversation.id, item)) == 409
+    assert texts_of(store, conversation.id) == ["Hi", "Hello"], "a question without an answer is not there yet"
     assert status_of(lambda: store.responses.begin(turn("x", previous=first.id), {})) == 409
-    store.update("a", made.id, {"title": "renamed meanwhile"})
+    store.update("a", conversation.id, {"title": "renamed meanwhile"})
     store.responses.finish(first, {"status": "completed"}, Item.new("assistant", ["done"]), is_kept=True)
-    assert answer(store, turn("second", conversation=made.id)) == ["Hi", "Hello", "first", "done"]
+    assert run_turn(store, turn("second", conversation=conversation.id)) == ["Hi", "Hello", "first", "done"]
 
 
 def test_only_one_of_several_simultaneous_turns_is_accepted(store: ConversationStore) -> None:
-    made = store.create("a", {})
+    conversation = store.create("a", {})
     outcomes: list[int] = []
     barrier = threading.Barrier(6)
 
     def begin() -> None:
         barrier.wait()
         try:
-            store.responses.begin(turn("me", conversation=made.id), {})
+            store.responses.begin(turn("me", conversation=conversation.id), {})
             outcomes.append(200)
         except Refused as refused:
             outcomes.append(refused.status)
@@ -307,45 +311,45 @@ def test_only_one_of_several_simultaneous_turns_is_accepted(store: ConversationS
 
 
 def test_a_discarded_turn_leaves_nothing_behind(store: ConversationStore) -> None:
-    made = store.create("a", {})
-    dropped = turn("no", conversation=made.id)
+    conversation = store.create("a", {})
+    dropped = turn("no", conversation=conversation.id)
     store.responses.begin(dropped, {})
     store.responses.discard(dropped)
     assert status_of(lambda: store.responses.get("a", dropped.id)) == 404
-    assert answer(store, turn("yes", conversation=made.id)) == []
+    assert run_turn(store, turn("yes", conversation=conversation.id)) == []
 
 
 def test_an_expired_lease_frees_the_conversation_and_marks_the_response_lost(database: Database) -> None:
     store = ConversationStore(database, lease_seconds=1)
-    made = store.create("a", {})
-    dead = turn("dead", conversation=made.id)
+    conversation = store.create("a", {})
+    dead = turn("dead", conversation=conversation.id)
     store.responses.begin(dead, {"status": "in_progress"})
     for _ in range(3):
         time.sleep(0.4)
         store.responses.renew_lease(dead)
-    assert status_of(lambda: store.responses.begin(turn("early", conversation=made.id), {})) == 409
+    assert status_of(lambda: store.responses.begin(turn("early", conversation=conversation.id), {})) == 409
     assert not store.responses.get("a", dead.id).is_lost
     time.sleep(1.1)
     assert store.responses.get("a", dead.id).is_lost
-    next_ = turn("next", conversation=made.id)
+    next_ = turn("next", conversation=conversation.id)
     assert store.responses.begin(next_, {}) == []
     # It was not dead, only late: the conversation belongs to the other turn now.
     late = Item.new("assistant", ["late"])
     assert status_of(lambda: store.responses.finish(dead, {}, late, is_kept=True)) == 409
     store.responses.finish(next_, {}, Item.new("assistant", ["next one"]), is_kept=True)
-    assert whole(store, made.id) == ["next", "next one"]
+    assert texts_of(store, conversation.id) == ["next", "next one"]
 
 
 def test_responses_without_a_conversation_are_deleted_after_response_days(database: Database) -> None:
     store = ConversationStore(database, StorageLimits(response_days=30))
-    made = store.create("a", {})
-    old, in_conversation, new = turn("old"), turn("kept", conversation=made.id), turn("new")
+    conversation = store.create("a", {})
+    old, in_conversation, new = turn("old"), turn("kept", conversation=conversation.id), turn("new")
     for each in (old, in_conversation, new):
-        answer(store, each)
+        run_turn(store, each)
     with database.write_session() as session:
         for row in session.query(ResponseRow).where(ResponseRow.id.in_([old.id, in_conversation.id])):
             row.created_at -= 31 * 86400
-    answer(ConversationStore(database, StorageLimits(response_days=30)), turn("today"))
+    run_turn(ConversationStore(database, StorageLimits(response_days=30)), turn("today"))
     assert status_of(lambda: store.responses.get("a", old.id)) == 404
     assert texts(store.responses.get("a", in_conversation.id).outputs) == ["Yes."]
     assert texts(store.responses.get("a", new.id).outputs) == ["Yes."]

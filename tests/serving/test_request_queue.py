@@ -13,8 +13,8 @@ from corral.serving.request_queue import Busy, RequestQueue, Slot
 class Crowd:
     """Requests at a queue: who got in, in order, and who was sent away."""
 
-    def __init__(self, places: RequestQueue) -> None:
-        self.places = places
+    def __init__(self, queue: RequestQueue) -> None:
+        self.queue = queue
         self.entered: list[str] = []
         self.refused: list[tuple[str, Busy]] = []
         self.inside: list[Slot] = []
@@ -26,7 +26,7 @@ class Crowd:
 
     async def leave(self) -> None:
         """The one who is inside for longest goes."""
-        self.places.release(self.inside.pop(0))
+        self.queue.release(self.inside.pop(0))
         await self.settle()
 
     async def leave_all(self) -> None:
@@ -40,22 +40,22 @@ class Crowd:
 
     async def one(self, key: str) -> None:
         try:
-            place = await self.places.acquire(key)
+            slot = await self.queue.acquire(key)
         except Busy as busy:
             self.refused.append((key, busy))
             return
         self.entered.append(key)
-        self.inside.append(place)
+        self.inside.append(slot)
 
 
 async def test_running_and_waiting_requests_are_bounded_and_the_next_is_refused() -> None:
     crowd = Crowd(RequestQueue(2, 3))
     await crowd.come(*"aaaaaaa")
-    assert (crowd.places.running, crowd.places.waiting, len(crowd.refused)) == (2, 3, 2)
+    assert (crowd.queue.running, crowd.queue.waiting, len(crowd.refused)) == (2, 3, 2)
     assert all((busy.status, busy.code) == (503, "server_full") for _, busy in crowd.refused)
     await crowd.leave_all()
     assert len(crowd.entered) == 5
-    assert (crowd.places.running, crowd.places.waiting) == (0, 0)
+    assert (crowd.queue.running, crowd.queue.waiting) == (0, 0)
 
 
 async def test_waiting_keys_take_turns() -> None:
@@ -68,14 +68,14 @@ async def test_waiting_keys_take_turns() -> None:
 async def test_a_key_with_none_running_does_not_wait_for_another_keys_long_requests() -> None:
     crowd = Crowd(RequestQueue(4, 100, reserved=1))
     await crowd.come(*"aaaaaa")
-    assert (crowd.entered, crowd.places.waiting) == (["a"] * 3, 3)
+    assert (crowd.entered, crowd.queue.waiting) == (["a"] * 3, 3)
     await crowd.come(*"bb")
-    assert (crowd.entered[3:], crowd.places.waiting) == (["b"], 4), "its first enters at once, its second waits"
+    assert (crowd.entered[3:], crowd.queue.waiting) == (["b"], 4), "its first enters at once, its second waits"
     await crowd.come("c")
     await crowd.leave()
     assert crowd.entered[4:] == ["c"], "and takes no turn from those who have none inside"
     await crowd.leave_all()
-    assert (len(crowd.entered), crowd.places.running, crowd.places.waiting) == (9, 0, 0)
+    assert (len(crowd.entered), crowd.queue.running, crowd.queue.waiting) == (9, 0, 0)
 
 
 async def test_the_key_with_the_fewest_running_requests_is_next() -> None:
@@ -94,12 +94,12 @@ async def test_one_key_with_a_thousand_requests_does_not_block_others() -> None:
     assert before == 1000 - 36
     await crowd.come(*"bcd")
     assert [key for key, _ in crowd.refused[before:]] == ["flood"] * 3, "the newest of the longest queue makes room"
-    assert crowd.places.waiting == 32
+    assert crowd.queue.waiting == 32
     for _ in range(4):
         await crowd.leave()
     assert sorted(crowd.entered[4:]) == ["b", "c", "d", "flood"], "the others wait for one turn, not for a thousand"
     await crowd.come(*(["flood"] * 1000))
-    assert crowd.places.waiting == 32
+    assert crowd.queue.waiting == 32
 
 
 async def test_a_queue_full_of_keys_with_one_request_each_refuses_another_key() -> None:
@@ -114,21 +114,21 @@ async def test_a_cancelled_wait_leaves_the_queue_unchanged() -> None:
     tasks[1].cancel()
     tasks[3].cancel()
     await crowd.settle()
-    assert crowd.places.waiting == 1
+    assert crowd.queue.waiting == 1
     await crowd.leave_all()
     assert crowd.entered == ["a", "c"]
-    assert (crowd.places.running, crowd.places.waiting) == (0, 0)
+    assert (crowd.queue.running, crowd.queue.waiting) == (0, 0)
 
 
 async def test_a_slot_granted_to_a_request_being_cancelled_goes_to_the_next() -> None:
     crowd = Crowd(RequestQueue(1, 10))
     tasks = await crowd.come(*"abc")
-    crowd.places.release(crowd.inside.pop())  # b's turn is there, and b has not seen it
+    crowd.queue.release(crowd.inside.pop())  # b's turn is there, and b has not seen it
     tasks[1].cancel()
     await crowd.settle()
     assert crowd.entered == ["a", "c"]
     await crowd.leave_all()
-    assert (crowd.places.running, crowd.places.waiting) == (0, 0)
+    assert (crowd.queue.running, crowd.queue.waiting) == (0, 0)
 
 
 @pytest.mark.parametrize("reserved", [0, 1])
@@ -146,34 +146,34 @@ async def test_the_queue_counts_stay_consistent(seed: int, reserved: int) -> Non
                     draw.choice(tasks).cancel()
             case _:
                 if crowd.inside:
-                    crowd.places.release(crowd.inside.pop(draw.randrange(len(crowd.inside))))
+                    crowd.queue.release(crowd.inside.pop(draw.randrange(len(crowd.inside))))
         if draw.random() < 0.5:
             await crowd.settle()
-            assert crowd.places.running == len(crowd.inside) <= 3
-            assert crowd.places.waiting <= 5
-            assert crowd.places.waiting == 0 or crowd.places.running >= 3 - reserved
+            assert crowd.queue.running == len(crowd.inside) <= 3
+            assert crowd.queue.waiting <= 5
+            assert crowd.queue.waiting == 0 or crowd.queue.running >= 3 - reserved
     await crowd.settle()
     await crowd.leave_all()
-    assert (crowd.places.running, crowd.places.waiting) == (0, 0)
+    assert (crowd.queue.running, crowd.queue.waiting) == (0, 0)
 
 
 async def test_the_estimated_wait_follows_recent_request_durations(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1000.0]
     monkeypatch.setattr("corral.serving.request_queue.time.monotonic", lambda: clock[0])
-    places = RequestQueue(2, 4)
-    assert places.wait_seconds(3) == 1, "nothing is known, and it says the least it can"
-    began = [await places.acquire("a") for _ in range(2)]
+    queue = RequestQueue(2, 4)
+    assert queue.wait_seconds(3) == 1, "nothing is known, and it says the least it can"
+    began = [await queue.acquire("a") for _ in range(2)]
     clock[0] += 30
-    assert places.wait_seconds(2) == pytest.approx(30), "none has ended, and they take 30 seconds at least"
+    assert queue.wait_seconds(2) == pytest.approx(30), "none has ended, and they take 30 seconds at least"
     for each in began:
-        places.release(each)
-    assert places.wait_seconds(4) == pytest.approx(60)
+        queue.release(each)
+    assert queue.wait_seconds(4) == pytest.approx(60)
     for _ in range(100):
-        each = await places.acquire("a")
+        each = await queue.acquire("a")
         clock[0] += 10
-        places.release(each)
-    assert places.wait_seconds(4) == pytest.approx(20, rel=0.01), "what happened lately counts"
-    assert places.wait_seconds(10**6) == 3600
+        queue.release(each)
+    assert queue.wait_seconds(4) == pytest.approx(20, rel=0.01), "what happened lately counts"
+    assert queue.wait_seconds(10**6) == 3600
 
 
 def test_retry_after_is_whole_seconds_and_at_least_one() -> None:

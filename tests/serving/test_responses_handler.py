@@ -50,8 +50,8 @@ async def test_a_turn_cancelled_while_it_starts_releases_its_conversation(
     database_url: str, database: Database, serve: Serve
 ) -> None:
     store = ConversationStore(database)
-    made = store.create("a", {})
-    request = ResponsesRequest(model="m", input="Hi", conversation=made.id)
+    conversation = store.create("a", {})
+    request = ResponsesRequest(model="m", input="Hi", conversation=conversation.id)
     served = serve.model(echo_engine(serve.template))
     with locked(database_url):
         asking = asyncio.create_task(start_response(served, store.responses, "a", request))
@@ -63,7 +63,7 @@ async def test_a_turn_cancelled_while_it_starts_releases_its_conversation(
         await asking
     answer = await (await start_response(served, store.responses, "a", request)).result()
     assert answer.status == "completed"
-    assert len(store.list_items("a", made.id, Page())[0]) == 2
+    assert len(store.list_items("a", conversation.id, Page())[0]) == 2
 
 
 def test_a_locked_database_gives_503_with_retry_after_and_can_be_read(
@@ -101,8 +101,8 @@ def test_heartbeats_are_written_when_all_connections_are_in_use(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = ConversationStore(database, lease_seconds=1000)
-    made = store.create("a", {})
-    turn = PendingResponse("resp_1", "a", (), stored=False, conversation=made.id)
+    conversation = store.create("a", {})
+    turn = PendingResponse("resp_1", "a", (), stored=False, conversation=conversation.id)
     store.responses.begin(turn, {})
     monkeypatch.setattr(time, "time", lambda now=time.time: now() + 900)
     with contextlib.ExitStack() as taken:
@@ -116,8 +116,8 @@ def test_heartbeats_are_written_when_all_connections_are_in_use(
 
 async def test_a_cancelled_response_releases_its_conversation(database: Database, serve: Serve) -> None:
     store = ConversationStore(database)
-    made = store.create("a", {})
-    request = ResponsesRequest(model="m", input="Hi", conversation=made.id)
+    conversation = store.create("a", {})
+    request = ResponsesRequest(model="m", input="Hi", conversation=conversation.id)
     served = serve.model(echo_engine(serve.template))
     left = await start_response(served, store.responses, "a", request)
     left.cancel()
@@ -126,7 +126,7 @@ async def test_a_cancelled_response_releases_its_conversation(database: Database
         await asyncio.wait([task], timeout=5)
     answer = await (await start_response(served, store.responses, "a", request)).result()
     assert answer.status == "completed"
-    assert len(store.list_items("a", made.id, Page())[0]) == 2
+    assert len(store.list_items("a", conversation.id, Page())[0]) == 2
 
 
 def test_a_stream_has_openais_events_in_order_and_ends_with_the_stored_response(client: openai.OpenAI) -> None:
@@ -188,10 +188,10 @@ def test_a_vote_chooses_the_answer_and_is_reported(database_url: str, serve: Ser
     wish = {"consensus": {"method": "rouge-l", "n": 3, "stop": "never"}}
     client = serve.with_store(served, database_url).client
     conversation = client.conversations.create()
-    made = client.responses.create(**ASK, input="?", conversation=conversation.id, extra_body=wish)
-    assert made.output_text == "yes"
-    assert [c["text"] for c in made.model_extra["consensus"]["candidates"]] == ["no", "yes", "yes"]  # type: ignore[index]
-    assert client.responses.retrieve(made.id).model_extra == made.model_extra
+    response = client.responses.create(**ASK, input="?", conversation=conversation.id, extra_body=wish)
+    assert response.output_text == "yes"
+    assert [c["text"] for c in response.model_extra["consensus"]["candidates"]] == ["no", "yes", "yes"]  # type: ignore[index]
+    assert client.responses.retrieve(response.id).model_extra == response.model_extra
     *_, last = client.responses.create(**ASK, input="?", conversation=conversation.id, stream=True, extra_body=wish)
     assert last.type == "response.completed"
     assert last.response.output_text == "yes"
@@ -208,11 +208,11 @@ def test_a_long_conversation_is_refused_or_truncated_on_request(database_url: st
     with pytest.raises(openai.BadRequestError) as caught:
         client.responses.create(**ask)
     assert caught.value.code == "context_length_exceeded"
-    made = client.responses.create(**ask, truncation="auto")
-    assert made.usage
-    assert 70 < made.usage.input_tokens <= 140
-    assert made.output_text.startswith("system\nBe kind.\nuser\nquestion ")
-    assert "question 0" not in made.output_text
+    response = client.responses.create(**ask, truncation="auto")
+    assert response.usage
+    assert 70 < response.usage.input_tokens <= 140
+    assert response.output_text.startswith("system\nBe kind.\nuser\nquestion ")
+    assert "question 0" not in response.output_text
     assert len(list_items(client, conversation.id)) == 21, "nothing is deleted"
     with pytest.raises(openai.BadRequestError) as caught:
         client.responses.create(**(ask | {"input": "long " * 200}), truncation="auto")
@@ -237,8 +237,8 @@ def test_stored_messages_count_towards_the_limits_or_are_truncated_on_request(
     with pytest.raises(openai.BadRequestError) as caught:
         client.responses.create(**ask)
     assert (caught.value.param, part in caught.value.message) == ("input", True)
-    made = client.responses.create(**ask, truncation="auto")
-    assert made.output_text == echoed("question 7", "answer 7", "question 8", "answer 8", "The last one")
+    response = client.responses.create(**ask, truncation="auto")
+    assert response.output_text == echoed("question 7", "answer 7", "question 8", "answer 8", "The last one")
 
 
 def test_too_many_messages_are_refused_before_any_is_stored(database: Database, serve: Serve) -> None:

@@ -24,26 +24,26 @@ def client(serve: Serve, database_url: str) -> openai.OpenAI:
 
 
 def test_a_response_repeats_its_settings_and_can_be_retrieved_and_deleted(client: openai.OpenAI) -> None:
-    made = client.responses.create(
+    response = client.responses.create(
         **ASK, input="Hello", instructions="Be kind.", temperature=0.5, top_p=0.9, metadata={"a": "b"}, user="me"
     )
-    assert made.output_text == f"system\nBe kind.\n{echoed('Hello')}"
-    assert (made.object, made.status, made.model, made.error) == ("response", "completed", "m", None)
-    assert (made.temperature, made.top_p, made.max_output_tokens) == (0.5, 0.9, 400)
-    assert (made.instructions, made.metadata, made.user) == ("Be kind.", {"a": "b"}, "me")
-    assert made.usage
-    assert made.usage.total_tokens == made.usage.input_tokens + made.usage.output_tokens
-    assert made.usage.output_tokens > 0
-    assert made.output[0].type == "message"
-    assert (made.output[0].role, made.output[0].status) == ("assistant", "completed")
-    assert made.completed_at
-    assert made.completed_at >= made.created_at
-    assert client.responses.retrieve(made.id) == made
-    inputs = client.responses.input_items.list(made.id).data
+    assert response.output_text == f"system\nBe kind.\n{echoed('Hello')}"
+    assert (response.object, response.status, response.model, response.error) == ("response", "completed", "m", None)
+    assert (response.temperature, response.top_p, response.max_output_tokens) == (0.5, 0.9, 400)
+    assert (response.instructions, response.metadata, response.user) == ("Be kind.", {"a": "b"}, "me")
+    assert response.usage
+    assert response.usage.total_tokens == response.usage.input_tokens + response.usage.output_tokens
+    assert response.usage.output_tokens > 0
+    assert response.output[0].type == "message"
+    assert (response.output[0].role, response.output[0].status) == ("assistant", "completed")
+    assert response.completed_at
+    assert response.completed_at >= response.created_at
+    assert client.responses.retrieve(response.id) == response
+    inputs = client.responses.input_items.list(response.id).data
     assert [(item.type, item.role, item.content[0].text) for item in inputs] == [("message", "user", "Hello")]  # type: ignore[union-attr]
-    client.responses.delete(made.id)
+    client.responses.delete(response.id)
     with pytest.raises(openai.NotFoundError):
-        client.responses.retrieve(made.id)
+        client.responses.retrieve(response.id)
 
 
 def test_turns_of_a_conversation_include_its_earlier_messages(client: openai.OpenAI) -> None:
@@ -100,11 +100,11 @@ def test_store_false_keeps_no_response_and_continues_the_conversation(client: op
     alone = client.responses.create(**ASK, input="Secret", store=False)
     conversation = client.conversations.create()
     inside = client.responses.create(**ASK, input="Said", store=False, conversation=conversation.id)
-    for made in (alone, inside):
+    for response in (alone, inside):
         with pytest.raises(openai.NotFoundError):
-            client.responses.retrieve(made.id)
+            client.responses.retrieve(response.id)
         with pytest.raises(openai.NotFoundError):
-            client.responses.create(**ASK, input="on", previous_response_id=made.id)
+            client.responses.create(**ASK, input="on", previous_response_id=response.id)
     assert [text for _, _, text in list_items(client, conversation.id)] == ["Said", inside.output_text]
 
 
@@ -176,26 +176,26 @@ def test_unknown_models_conversations_and_previous_responses_are_404(client: ope
 
 
 def test_conversations_are_created_renamed_listed_exported_and_deleted(client: openai.OpenAI) -> None:
-    made = client.conversations.create(
+    conversation = client.conversations.create(
         metadata={"title": "Old"}, items=[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     )
-    assert (made.object, made.metadata) == ("conversation", {"title": "Old"})
-    renamed = client.conversations.update(made.id, metadata={"title": "New"})
-    assert renamed == client.conversations.retrieve(made.id)
+    assert (conversation.object, conversation.metadata) == ("conversation", {"title": "Old"})
+    renamed = client.conversations.update(conversation.id, metadata={"title": "New"})
+    assert renamed == client.conversations.retrieve(conversation.id)
     assert renamed.metadata == {"title": "New"}
     other = client.conversations.create()
     listed: Any = client.get("/conversations", cast_to=object, options={"params": {"limit": 1}})
     assert ([each["id"] for each in listed["data"]], listed["has_more"]) == ([other.id], True)
     listed = client.get("/conversations", cast_to=object, options={"params": {"after": listed["last_id"]}})
     assert ([each["metadata"] for each in listed["data"]], listed["has_more"]) == ([{"title": "New"}], False)
-    export: Any = client.get(f"/conversations/{made.id}/export", cast_to=object)
+    export: Any = client.get(f"/conversations/{conversation.id}/export", cast_to=object)
     assert export["metadata"] == {"title": "New"}
     assert export["messages"] == [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     assert [item["content"][0]["type"] for item in export["items"]] == ["input_text", "output_text"]
-    deleted = client.conversations.delete(made.id)
+    deleted = client.conversations.delete(conversation.id)
     assert (deleted.deleted, deleted.object) == (True, "conversation.deleted")
     with pytest.raises(openai.NotFoundError):
-        client.conversations.retrieve(made.id)
+        client.conversations.retrieve(conversation.id)
 
 
 def test_items_are_added_paged_read_and_deleted(client: openai.OpenAI) -> None:
@@ -303,8 +303,8 @@ def test_each_key_sees_only_its_own_conversations_and_others_are_404(database: D
     assert bob.get("/conversations", cast_to=object)["data"] == []  # type: ignore[index]
     assert ann.conversations.items.list(conversation.id).data[-1].id == item
     assert ann.responses.retrieve(response.id) == response
-    for made in (ann, bob):
-        made.close()
+    for client in (ann, bob):
+        client.close()
 
 
 def test_a_server_killed_during_a_stream_loses_nothing_it_acknowledged(

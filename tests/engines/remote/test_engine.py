@@ -98,10 +98,10 @@ def test_a_request_says_all_that_decides_the_answer() -> None:
     server = fake_server(lambda self: self.events(chunk(7, finish="stop"), chunk(8, index=1, finish="stop")))
     with web_server(server) as url:
         ask(remote(url), (3, 4), Sampling(9, 2, 0.5, 0.9, 7, seed=11, stop_ids=(2, 5)))
-    asked = {"model": "m", "prompt": [3, 4], "stream": True, "max_tokens": 9, "n": 2, "seed": 11}
+    body = {"model": "m", "prompt": [3, 4], "stream": True, "max_tokens": 9, "n": 2, "seed": 11}
     drawn = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.0, "repetition_penalty": 1.0}
     ends = {"return_token_ids": True, "ignore_eos": True, "stop_token_ids": [2, 5]}
-    assert server.requests == [asked | drawn | ends]
+    assert server.requests == [body | drawn | ends]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "seeded"])
