@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -226,16 +226,22 @@ def test_with_consensus_the_answer_is_the_winner_and_holds_all_choices(template:
 
 
 def test_choices_that_cannot_change_the_vote_are_cancelled_in_the_engine(template: Template) -> None:
-    long = "a very long story " * 40
-    engine = replying(template, "18", "18", "18", long, long)
-    with SyncAnswerer(Answerer(engine, template, consensus=Consensus("majority", 5))) as sync:
+    drawn: list[int] = []
+
+    def reply(ids: Sequence[int], sampling: Sampling, choice: int) -> Iterator[int]:
+        for id_ in template.tokenizer.encode("18" if choice < 3 else "a very long story " * 40):
+            drawn.append(id_)
+            yield id_
+
+    with SyncAnswerer(Answerer(ScriptedEngine(reply), template, consensus=Consensus("majority", 5))) as sync:
         answer = sync.answer(QUESTION, Sampling(max_tokens=500))
         assert answer.vote is not None
         assert (answer.vote.cancelled, answer.text) == (2, "18")
         assert [c.finish for c in answer.completions] == ["stop"] * 3 + ["cancelled"] * 2
         assert answer.vote.scores[3:] == (None, None)
-        sync.run(asyncio.sleep(0))
-        assert not engine._requests, "requests are still open"  # pyright: ignore[reportPrivateUsage]
+        before = len(drawn)
+        sync.run(asyncio.sleep(0.1))
+        assert len(drawn) == before, "the engine still works for nobody"
 
 
 def test_a_choice_ended_by_a_stop_string_votes_with_the_text_before_it(template: Template) -> None:

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -16,6 +16,7 @@ from corral.chat.client import ServerBackend
 from corral.chat.repl import AnswerPiece
 from corral.cli import main
 from corral.engines.base import Sampling
+from corral.engines.embedding import Embedder
 from corral.engines.scripted import ScriptedEngine
 from corral.errors import CorralError, EngineError, InputError, ModelError
 from corral.messages import Conversation
@@ -80,6 +81,28 @@ def thanks(self: Other) -> None:
     self.events(delta(""), delta("Well, "), delta("thanks."), delta(None, "stop"), {"choices": [], "usage": {}})
 
 
+class Finished(NamedTuple):
+    """What `corral chat` wrote, and its exit status."""
+
+    status: int
+    out: str
+    err: str
+
+
+Chat = Callable[..., Finished]
+
+
+@pytest.fixture
+def corral_chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Chat:
+    """`corral_chat(lines, *options)` runs the command with these lines, as a user types them."""
+
+    def run(lines: str, *options: str) -> Finished:
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        return Finished(main(["chat", *options]), *capsys.readouterr())
+
+    return run
+
+
 # Requests and answers
 
 
@@ -115,8 +138,6 @@ def test_the_winner_of_a_vote_is_shown_with_its_score(template: Template) -> Non
 
 
 def test_the_only_chat_model_is_the_default_and_one_of_several_must_be_named(template: Template) -> None:
-    from corral.engines.embedding import Embedder
-
     models = ServedModels([model_replying(template, "a", name="cook")], Embedder())
     with serve_in_thread(models) as url:
         server = ServerBackend(url)
@@ -130,7 +151,6 @@ def test_the_only_chat_model_is_the_default_and_one_of_several_must_be_named(tem
 
 
 def test_closing_an_answer_cancels_it_on_the_server(template: Template) -> None:
-
     endless = Endless()
     with serve_in_thread(ServedModel(Answerer(endless.engine, template), "m")) as url:
         server = ServerBackend(url)
@@ -194,9 +214,7 @@ def test_a_wrong_key_is_reported_without_showing_it_even_if_the_server_does(stat
         assert "sesame" not in str(caught.value) + repr(caught.value)
 
 
-def test_malformed_events_and_input_cost_one_turn_at_most(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_malformed_events_and_input_cost_one_turn_at_most(corral_chat: Chat) -> None:
     vote = {"method": "rouge-l", "winner": float("inf"), "candidates": [{"score": 1.0}], "cancelled": 0}
     sent: list[Callable[[Other], None]] = [
         lambda self: self.events(delta("half \ud800 a character", "stop")),
@@ -206,9 +224,8 @@ def test_malformed_events_and_input_cost_one_turn_at_most(
     ]
     answers = other_server(lambda self: sent[len(self.requests) - 1](self))
     with web_server(answers) as url:
-        monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nbyte \udcff\nagain\nlast\n"))
-        assert main(["chat", "--url", url]) == 0
-    shown = capsys.readouterr()
+        shown = corral_chat("Hello\nbyte \udcff\nagain\nlast\n", "--url", url)
+    assert shown.status == 0
     assert "half \ufffd a character" in shown.out
     assert shown.err.count("the server's answer cannot be read") == 2
     sent_before = [message["content"] for message in answers.requests[-1]["messages"]]
@@ -216,9 +233,7 @@ def test_malformed_events_and_input_cost_one_turn_at_most(
     assert answers.requests[1]["messages"][-1]["content"] == "byte \ufffd"
 
 
-def test_control_characters_in_errors_votes_and_model_names_do_not_reach_the_terminal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_control_characters_in_errors_votes_and_model_names_do_not_reach_the_terminal(corral_chat: Chat) -> None:
     steering = "\x1b]0;title\x07\x1b[2J\x9b2J\u202e"
     vote = {"method": f"{steering}rouge-l", "winner": 0, "candidates": [{"score": 1.0}], "cancelled": 0}
     name = f"{steering}other"
@@ -231,15 +246,13 @@ def test_control_characters_in_errors_votes_and_model_names_do_not_reach_the_ter
         do_GET=lambda self: self.answer(200, {}, json.dumps({"data": [{"id": name}]}).encode()),
     )
     with web_server(answers) as url:
-        monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nagain\n"))
-        assert main(["chat", "--url", url]) == 0
-        errors = capsys.readouterr().err
-        assert answers.requests[0]["model"] == name
-        two = json.dumps({"data": [{"id": name}] * 2}).encode()
-        several = other_server(thanks, do_GET=lambda self: self.answer(200, {}, two))
-        with web_server(several) as second:
-            assert main(["chat", "--url", second]) == 2
-        errors += capsys.readouterr().err
+        one_model = corral_chat("Hello\nagain\n", "--url", url)
+    assert answers.requests[0]["model"] == name
+    two = json.dumps({"data": [{"id": name}] * 2}).encode()
+    with web_server(other_server(thanks, do_GET=lambda self: self.answer(200, {}, two))) as url:
+        two_models = corral_chat("", "--url", url)
+    assert (one_model.status, two_models.status) == (0, 2)
+    errors = one_model.err + two_models.err
     for part in ("chatting with ", "rouge-l 1.00 among 1]", "too long", "the server has 2 models"):
         assert part in errors
     assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(errors)
@@ -248,9 +261,7 @@ def test_control_characters_in_errors_votes_and_model_names_do_not_reach_the_ter
 # The command line
 
 
-def test_the_key_comes_from_the_option_or_the_environment(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_key_comes_from_the_option_or_the_environment(corral_chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = other_server(thanks)
     monkeypatch.delenv("CORRAL_API_KEY", raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", "of openai")
@@ -258,15 +269,12 @@ def test_the_key_comes_from_the_option_or_the_environment(
         for key, options in ((None, []), ("of corral", []), ("given", ["--key", "given"])):
             if key == "of corral":
                 monkeypatch.setenv("CORRAL_API_KEY", key)
-            monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
-            assert main(["chat", "--url", url, *options]) == 0
+            shown = corral_chat("Hello\n", "--url", url, *options)
+            assert (shown.status, shown.out.splitlines().count("Well, thanks.")) == (0, 1)
     assert answers.keys == [None, None, "Bearer of corral", "Bearer of corral", "Bearer given", "Bearer given"]
-    assert capsys.readouterr().out.splitlines().count("Well, thanks.") == 3
 
 
-def test_the_key_of_openai_is_sent_to_openai_only(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_key_of_openai_is_sent_to_openai_only(corral_chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[str | None, str]] = []
 
     def auth_header(key: str | None, url: str) -> dict[str, str]:
@@ -278,21 +286,17 @@ def test_the_key_of_openai_is_sent_to_openai_only(
     monkeypatch.delenv("CORRAL_API_KEY", raising=False)
     elsewhere = "http://api.openai.com", "https://api.openai.com.example/v1", "https://example.com/api.openai.com/v1"
     for url in ("https://api.openai.com", "https://API.openai.com:443/v1/", *elsewhere):
-        monkeypatch.setattr("sys.stdin", io.StringIO(""))
-        assert main(["chat", "--url", url, "--model", "m"]) == 0, "no request is sent"
+        assert corral_chat("", "--url", url, "--model", "m").status == 0, "no request is sent"
     assert [key for key, _ in sent] == ["of openai"] * 2 + [None] * 3
 
 
-def test_host_and_port_replace_the_url_and_options_are_sent(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_host_and_port_replace_the_url_and_options_are_sent(corral_chat: Chat) -> None:
     answers = other_server(thanks)
     with web_server(answers) as url:
         port = url.rpartition(":")[2]
         for options in (["--host", "127.0.0.1", "--port", port], ["--port", port]):
-            monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
             drawn = ["--temperature", "0.5", "--consensus", "rouge-l", "--n", "3", "--system", "Be brief."]
-            assert main(["chat", *options, *drawn]) == 0
+            assert corral_chat("Hello\n", *options, *drawn).status == 0
     (first, second) = answers.requests
     assert first == second
     assert (first["temperature"], first["consensus"]) == (0.5, {"method": "rouge-l", "n": 3})
@@ -315,10 +319,11 @@ def test_host_and_port_replace_the_url_and_options_are_sent(
     ],
 )
 def test_options_that_contradict_each_other_or_name_no_server_are_refused(
-    options: list[str], part: str, capsys: pytest.CaptureFixture[str]
+    options: list[str], part: str, corral_chat: Chat
 ) -> None:
-    assert main(["chat", *options]) == 2
-    assert part in capsys.readouterr().err
+    refused = corral_chat("", *options)
+    assert refused.status == 2
+    assert part in refused.err
 
 
 def test_chat_with_a_server_imports_only_the_http_client() -> None:

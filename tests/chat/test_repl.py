@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Generator
+import shutil
+from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from corral.answering.settings import AnswererSettings
 from corral.chat.repl import AnswerPiece, ChatBackend, LocalBackend, chat
+from corral.cli import main
 from corral.errors import EngineError
 from corral.messages import Conversation
 from corral.recipe import Answer, Consensus
@@ -22,10 +24,27 @@ def local(model: Path, **answer: Any) -> LocalBackend:
     return LocalBackend(AnswererSettings(str(model), Answer(max_tokens=5, **answer), 0, "transformers"))
 
 
-def run_chat(backend: ChatBackend, lines: str, monkeypatch: pytest.MonkeyPatch, system: str | None = None) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-    with closing(backend):
-        chat(backend, system=system)
+class Output(NamedTuple):
+    """What a chat wrote."""
+
+    out: str
+    err: str
+
+
+RunChat = Callable[..., Output]
+
+
+@pytest.fixture
+def run_chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunChat:
+    """`run_chat(backend, lines, system)` gives a chat these lines, as a user types them."""
+
+    def run(backend: ChatBackend, lines: str, system: str | None = None) -> Output:
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        with closing(backend):
+            chat(backend, system=system)
+        return Output(*capsys.readouterr())
+
+    return run
 
 
 class Echo:
@@ -55,130 +74,105 @@ class Echo:
         return [(message.role, message.content) for message in self.conversations[-1].messages]
 
 
-def test_each_line_is_answered_by_the_chosen_engine(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_each_line_is_answered_by_the_chosen_engine(tiny_folder: Path, run_chat: RunChat) -> None:
     answers = []
     for lines in ("Hello\n", "Hello\n\nAnd you?\nquit\nnot read\n"):
-        run_chat(local(tiny_folder), lines, monkeypatch, "Be brief.")
-        answers.append(capsys.readouterr().out)
+        answers.append(run_chat(local(tiny_folder), lines, "Be brief.").out)
     assert answers[0].strip()
     assert answers[1].startswith(answers[0].rstrip("\n"))
     assert len(answers[1]) > len(answers[0])
 
 
-def test_after_a_turn_that_fails_the_conversation_continues_without_it(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_chat(local(tiny_folder), "word " * 600 + "\nHello\n", monkeypatch)
-    output = capsys.readouterr()
+def test_after_a_turn_that_fails_the_conversation_continues_without_it(tiny_folder: Path, run_chat: RunChat) -> None:
+    output = run_chat(local(tiny_folder), "word " * 600 + "\nHello\n")
     assert "exceed" in output.err
     assert output.out.strip()
 
 
-def test_with_a_vote_the_winner_is_shown_with_its_score(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_with_a_vote_the_winner_is_shown_with_its_score(tiny_folder: Path, run_chat: RunChat) -> None:
     consensus = Consensus(method="rouge-l", n=3, stop="never")
-    run_chat(local(tiny_folder, consensus=consensus), "Hello\n", monkeypatch)
-    output = capsys.readouterr()
+    output = run_chat(local(tiny_folder, consensus=consensus), "Hello\n")
     assert "rouge-l" in output.err
     assert "among 3]" in output.err
     assert output.out.strip()
 
 
-def test_an_answer_that_breaks_off_leaves_the_conversation_as_it_was_and_can_be_retried(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_answer_that_breaks_off_leaves_the_conversation_as_it_was_and_can_be_retried(run_chat: RunChat) -> None:
     echo = Echo()
-    run_chat(echo, "one\nfail\n/retry\ntwo\n", monkeypatch)
+    output = run_chat(echo, "one\nfail\n/retry\ntwo\n")
     assert [message.content for message in echo.conversations[2].messages] == ["one", "1: one", "fail"]
     assert echo.last_messages == [("user", "one"), ("assistant", "1: one"), ("user", "two")]
-    output = capsys.readouterr()
     assert output.err.count("corral: the connection was lost; /retry asks again") == 2
     assert "2:  …" in output.out
     echo = Echo()
-    run_chat(echo, "fail once\n/retry\nmore\n", monkeypatch)
-    assert "busy; /retry in 7 s" in capsys.readouterr().err
+    assert "busy; /retry in 7 s" in run_chat(echo, "fail once\n/retry\nmore\n").err
     assert echo.last_messages == [("user", "fail once"), ("assistant", "2: fail once"), ("user", "more")]
 
 
-def test_retry_replaces_the_last_answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_retry_replaces_the_last_answer(run_chat: RunChat) -> None:
     echo = Echo()
-    run_chat(echo, "/retry\none\ntwo\n/retry\nthree\n", monkeypatch)
+    output = run_chat(echo, "/retry\none\ntwo\n/retry\nthree\n")
     assert [m.content for m in echo.conversations[-1].messages] == ["one", "1: one", "two", "3: two", "three"]
-    assert "there is no question yet" in capsys.readouterr().err
+    assert "there is no question yet" in output.err
 
 
-def test_the_part_of_an_answer_before_it_was_stopped_is_kept(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_part_of_an_answer_before_it_was_stopped_is_kept(run_chat: RunChat) -> None:
     echo = Echo()
-    run_chat(echo, "stop\nmore\n", monkeypatch)
+    output = run_chat(echo, "stop\nmore\n")
     assert echo.last_messages == [("user", "stop"), ("assistant", "1: "), ("user", "more")]
-    assert "1:  …\n" in capsys.readouterr().out
+    assert "1:  …\n" in output.out
 
 
-def test_a_system_message_can_be_set_for_later_turns_and_retries_and_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_message_can_be_set_for_later_turns_and_retries_and_removed(run_chat: RunChat) -> None:
     echo = Echo()
-    run_chat(echo, "one\n/system Rhyme.\n/retry\n", monkeypatch, "Be brief.")
+    run_chat(echo, "one\n/system Rhyme.\n/retry\n", "Be brief.")
     assert echo.conversations[0].messages[0].content == "Be brief."
     assert echo.last_messages == [("system", "Rhyme."), ("user", "one")]
     echo = Echo()
-    run_chat(echo, "one\n/system\ntwo\n", monkeypatch, "Be brief.")
+    run_chat(echo, "one\n/system\ntwo\n", "Be brief.")
     assert echo.last_messages == [("user", "one"), ("assistant", "1: one"), ("user", "two")]
 
 
 def test_a_conversation_is_saved_as_a_data_row_and_no_other_file_is_overwritten(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, run_chat: RunChat
 ) -> None:
     file, other = tmp_path / "talk.jsonl", tmp_path / "other.jsonl"
     other.write_text("mine")
     lines = f"/save {file}\nGrüße\n/save {file}\nmore\n/save {file}\n/save {other}\n/save\n/save {tmp_path}/no/where\n"
-    run_chat(Echo(), lines, monkeypatch, "Be brief.")
+    output = run_chat(Echo(), lines, "Be brief.")
     (row,) = file.read_text("utf-8").splitlines()
     expected = [("system", "Be brief."), ("user", "Grüße"), ("assistant", "1: Grüße"), ("user", "more")]
     assert Conversation.from_json(json.loads(row)) == Conversation.from_turns(*expected, ("assistant", "2: more"))  # type: ignore[arg-type]
     assert other.read_text() == "mine"
-    output = capsys.readouterr().err
     for part in ("there is no answer yet", f"{other} exists", "needs a file name", "cannot be written"):
-        assert part in output
+        assert part in output.err
 
 
-def test_an_unknown_command_is_reported_and_not_sent_and_help_lists_the_commands(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_command_is_reported_and_not_sent_and_help_lists_the_commands(run_chat: RunChat) -> None:
     echo = Echo()
-    run_chat(echo, "/dance\n/help\n /etc is a folder\n", monkeypatch)
+    output = run_chat(echo, "/dance\n/help\n /etc is a folder\n")
     assert echo.last_messages == [("user", " /etc is a folder")]
-    output = capsys.readouterr().err
-    assert "/dance is not a command" in output
+    assert "/dance is not a command" in output.err
     for command in ("/system", "/retry", "/save", "exit"):
-        assert command in output
+        assert command in output.err
 
 
-def test_control_characters_in_an_answer_do_not_reach_the_terminal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_control_characters_in_an_answer_do_not_reach_the_terminal(run_chat: RunChat) -> None:
     echo = Echo()
-    run_chat(echo, "a\x1b]0;title\x07\x9b2Jb\tc\nmore\n", monkeypatch)
-    out = capsys.readouterr().out
+    out = run_chat(echo, "a\x1b]0;title\x07\x9b2Jb\tc\nmore\n").out
     assert "a]0;title2Jb\tc" in out
     assert echo.last_messages[1] == ("assistant", "1: a\x1b]0;title\x07\x9b2Jb\tc"), (
         "the conversation keeps the original text"
     )
 
 
-def test_control_characters_in_errors_and_notes_do_not_reach_the_terminal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_control_characters_in_errors_and_notes_do_not_reach_the_terminal(run_chat: RunChat) -> None:
     class Steering(Echo):
         def stream(self, conversation: Conversation) -> Generator[AnswerPiece, None, None]:
             yield AnswerPiece("So", "[\x1b[2Jone of three]")
             raise EngineError("\x1b]0;title\x07busy", hint="\x9b2Jwait")
 
-    run_chat(Steering(), "Hello\n", monkeypatch)
-    output = capsys.readouterr()
+    output = run_chat(Steering(), "Hello\n")
     assert "[[2Jone of three]" in output.err
     assert "corral: ]0;titlebusy; 2Jwait" in output.err
     assert not {"\x1b", "\x07", "\x9b"} & set(output.err + output.out)
@@ -199,12 +193,12 @@ temperature = 0.0
 
 
 def test_a_run_is_asked_with_the_settings_of_its_recipe_and_the_command_line_overrides_them(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_folder: Path,
+    tmp_path: Path,
+    run_chat: RunChat,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import shutil
-
-    from corral.cli import main
-
     run = tmp_path / "run"
     shutil.copytree(tiny_folder, run / "merge" / "model")
     (run / "recipe.toml").write_text(RECIPE.format(base=tiny_folder))
@@ -214,8 +208,7 @@ def test_a_run_is_asked_with_the_settings_of_its_recipe_and_the_command_line_ove
         assert main(["chat", *options, "--engine", "transformers"]) == 0
         return capsys.readouterr().out
 
-    run_chat(local(tiny_folder), "Hello\n", monkeypatch)
-    five = capsys.readouterr().out.strip()  # greedy, as `Answer` has it
+    five = run_chat(local(tiny_folder), "Hello\n").out.strip()  # greedy, as `Answer` has it
     three = answers(str(run)).strip()
     assert three == answers(str(run)).strip()
     assert five.startswith(three)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from corral.engines import openvino as engines
-from corral.engines.base import Completion, Delta, Engine, Generation, Sampling
+from corral.engines.base import Completion, Delta, Engine, Generation
 from corral.engines.openvino import OpenVinoEngine
-from corral.errors import EngineClosedError, EngineError, MissingExtraError, ModelError
+from corral.errors import EngineClosedError, EngineError, ModelError
 from corral.export.contract import TOLERANCES, compare_logprobs
 from corral.model.openvino_graph import MODEL_FILE, write_model
 from tests.engines.conformance import (
@@ -76,18 +76,14 @@ def ended(process: psutil.Process) -> bool:
 # ---- n choices of one prompt
 
 
-def test_choices_stream_side_by_side(shared: OpenVinoEngine) -> None:
-    deltas = asyncio.run(_deltas(shared, PROMPTS[3], long_run(n=3)))
+async def test_choices_stream_side_by_side(shared: OpenVinoEngine) -> None:
+    deltas = await deltas_of(shared.submit(PROMPTS[3], long_run(n=3)))
     order = [delta.choice for delta in deltas]
     assert set(order[:9]) == {0, 1, 2}, "each has begun before any has got far"
     for choice in range(3):
         own = [delta for delta in deltas if delta.choice == choice]
         assert len(own) > 500, "ids come as they are computed, not in a lump"
     assert finishes(deltas) == {0: ["length"], 1: ["length"], 2: ["length"]}
-
-
-async def _deltas(engine: Engine, ids: Sequence[int], sampling: Sampling) -> list[Delta]:
-    return await deltas_of(engine.submit(ids, sampling))
 
 
 LONG = random_ids(1500)
@@ -153,23 +149,23 @@ def tight(form: Path) -> Iterator[OpenVinoEngine]:
     asyncio.run(engine.close())
 
 
-def test_a_cache_too_small_for_all_changes_no_answer(tight: OpenVinoEngine, shared: OpenVinoEngine) -> None:
+async def test_a_cache_too_small_for_all_changes_no_answer(tight: OpenVinoEngine, shared: OpenVinoEngine) -> None:
     shapes = [(30 + 7 * i, replace(DRAWN, n=4, max_tokens=60, seed=i, logprobs=True)) for i in range(6)]
     texts = [random_ids(150 + i) for i in range(8)]
 
-    async def test(engine: Engine) -> list[list[Completion]]:
+    async def answers(engine: Engine) -> list[list[Completion]]:
         for text, scored in zip(texts, await asyncio.gather(*map(engine.score, texts)), strict=True):
             assert scored == pytest.approx(scores(model(), text), abs=1e-3)
         return await asyncio.gather(*(complete(engine, random_ids(length), sampling) for length, sampling in shapes))
 
-    for (length, _), ours, theirs in zip(shapes, asyncio.run(test(tight)), asyncio.run(test(shared)), strict=True):
+    for (length, _), ours, theirs in zip(shapes, await answers(tight), await answers(shared), strict=True):
         for one, other in zip(ours, theirs, strict=True):
             assert one.ids == other.ids
             expected = scores(model(), [*random_ids(length), *one.ids], length)
             assert one.logprobs == pytest.approx(expected, abs=1e-3)
 
 
-def test_prompts_that_share_a_beginning_in_a_full_cache_are_answered_right_while_others_are_cancelled(
+async def test_prompts_that_share_a_beginning_in_a_full_cache_are_answered_right_while_others_are_cancelled(
     tight: OpenVinoEngine,
 ) -> None:
     beginning = random_ids(96)
@@ -192,11 +188,8 @@ def test_prompts_that_share_a_beginning_in_a_full_cache_are_answered_right_while
             for choice in range(2)
         ]
 
-    async def test() -> list[list[Completion]]:
-        return await asyncio.gather(*(one(number, prompt) for number, prompt in enumerate(prompts)))
-
     for _ in range(2):  # the second time, with a cache that is full of the first
-        answers = asyncio.run(test())
+        answers = await asyncio.gather(*(one(number, prompt) for number, prompt in enumerate(prompts)))
         for prompt, completions in zip(prompts, answers, strict=True):
             for completion in completions:
                 expected = scores(model(), [*prompt, *completion.ids], len(prompt))
@@ -416,9 +409,9 @@ def program(form: Path, then: str) -> subprocess.Popen[str]:
     )
 
 
-def first_number(of: subprocess.Popen[str]) -> int:
-    assert of.stdout is not None
-    return int(of.stdout.readline())
+def first_number(process: subprocess.Popen[str]) -> int:
+    assert process.stdout is not None
+    return int(process.stdout.readline())
 
 
 def test_a_program_that_forgets_to_close_still_ends_and_so_does_the_child(form: Path) -> None:
@@ -492,13 +485,6 @@ def test_another_dtype_is_refused_with_those_there_are(form: Path) -> None:
     assert "bfloat16" in (caught.value.hint or "")
 
 
-def test_without_the_package_the_extra_is_named(form: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "openvino_genai", None)
-    with pytest.raises(MissingExtraError, match="openvino_genai") as caught:
-        OpenVinoEngine(form)
-    assert caught.value.hint == 'pip install "corral[openvino]"'
-
-
 # ---- other ways to open one
 
 
@@ -513,20 +499,16 @@ async def test_a_llama_folder_is_converted_and_answers_as_transformers(
         assert await engine.score(PROMPTS[3]) == pytest.approx(scores(model(), PROMPTS[3]), abs=1e-3)
 
 
-def test_bfloat16_is_within_the_tolerance_that_contracts_have_for_it(
+async def test_bfloat16_is_within_the_tolerance_that_contracts_have_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CORRAL_CACHE", str(tmp_path / "cache"))
     tiny_llama().save_pretrained(tmp_path / "model")
     texts = [random_ids(length) for length in (100, 200, 300)]
-
-    async def test() -> list[list[float]]:
-        async with OpenVinoEngine(tmp_path / "model", dtype="bfloat16") as engine:
-            (completion,) = await complete(engine, PROMPTS[3], replace(GREEDY, max_tokens=40))
-            assert completion.finish == "length"
-            return [await engine.score(text) for text in texts]
-
-    check = compare_logprobs(
-        "bfloat16", asyncio.run(test()), [scores(model(), text) for text in texts], TOLERANCES["bfloat16"]
-    )
+    async with OpenVinoEngine(tmp_path / "model", dtype="bfloat16") as engine:
+        (completion,) = await complete(engine, PROMPTS[3], replace(GREEDY, max_tokens=40))
+        assert completion.finish == "length"
+        scored = [await engine.score(text) for text in texts]
+    expected = [scores(model(), text) for text in texts]
+    check = compare_logprobs("bfloat16", scored, expected, TOLERANCES["bfloat16"])
     assert check.passed, check.detail

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-from corral.engines.base import Completion, Sampling
+from corral.engines.base import Completion, Generation, Sampling
 from corral.engines.shared_model import SharedModel
 from corral.engines.transformers import TransformersEngine
 from corral.errors import EngineClosedError, EngineError, RequestError
@@ -33,14 +33,11 @@ def model() -> LlamaForCausalLM:
     return tiny_llama()
 
 
-def complete_all(
+async def complete_all(
     engine: TransformersEngine, prompts: Sequence[Sequence[int]], sampling: Sampling
 ) -> list[list[Completion]]:
-    async def together() -> list[list[Completion]]:
-        async with engine:
-            return list(await asyncio.gather(*(complete(engine, prompt, sampling) for prompt in prompts)))
-
-    return asyncio.run(together())
+    async with engine:
+        return await asyncio.gather(*(complete(engine, prompt, sampling) for prompt in prompts))
 
 
 @functools.cache
@@ -106,37 +103,32 @@ class TestUnderAnAdapter(EngineConformance):
         )
 
 
-def test_greedy_equals_generate_for_prompts_of_every_length_in_one_batch() -> None:
+async def test_greedy_equals_generate_for_prompts_of_every_length_in_one_batch() -> None:
     prompts = [list(range(1, 1 + length)) for length in (1, 2, 3, 7, 20, 64, 65, 150)]
-    answers = complete_all(TransformersEngine(model()), prompts, replace(GREEDY, max_tokens=80))
+    answers = await complete_all(TransformersEngine(model()), prompts, replace(GREEDY, max_tokens=80))
     for prompt, (completion,) in zip(prompts, answers, strict=True):
         assert list(completion.ids) == generated(model(), prompt, 80)
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[::-1]], ids=["short first", "long first"])
-def test_requests_that_join_a_running_batch_are_answered_as_alone(prompts: Sequence[Sequence[int]]) -> None:
-    async def test() -> list[Completion]:
-        async with TransformersEngine(model()) as engine:
-            tasks: list[asyncio.Task[list[Completion]]] = []
-            for i, prompt in enumerate(prompts):
-                sampling = replace(GREEDY, max_tokens=60 if i % 2 else 15)
-                generation = engine.submit(prompt, sampling)
-                arrived = asyncio.Event()
+async def test_requests_that_join_a_running_batch_are_answered_as_alone(prompts: Sequence[Sequence[int]]) -> None:
+    async def read(generation: Generation, arrived: asyncio.Event) -> list[int]:
+        ids: list[int] = []
+        async for delta in generation:
+            ids.extend(delta.ids)
+            if len(ids) > 4:
+                arrived.set()
+        return ids
 
-                async def read(generation: Any = generation, arrived: asyncio.Event = arrived) -> list[Completion]:
-                    ids: list[int] = []
-                    async for delta in generation:
-                        ids.extend(delta.ids)
-                        if len(ids) > 4:
-                            arrived.set()
-                    return [Completion(tuple(ids), None, "length")]
-
-                tasks.append(asyncio.create_task(read()))
-                await arrived.wait()
-            return [completion for completions in await asyncio.gather(*tasks) for completion in completions]
-
-    for i, (prompt, completion) in enumerate(zip(prompts, asyncio.run(test()), strict=True)):
-        assert list(completion.ids) == generated(model(), prompt, 60 if i % 2 else 15)
+    async with TransformersEngine(model()) as engine:
+        tasks: list[asyncio.Task[list[int]]] = []
+        for i, prompt in enumerate(prompts):
+            arrived = asyncio.Event()
+            generation = engine.submit(prompt, replace(GREEDY, max_tokens=60 if i % 2 else 15))
+            tasks.append(asyncio.create_task(read(generation, arrived)))
+            await arrived.wait()
+        for i, (prompt, task) in enumerate(zip(prompts, tasks, strict=True)):
+            assert await task == generated(model(), prompt, 60 if i % 2 else 15)
 
 
 @pytest.mark.parametrize(
@@ -150,10 +142,10 @@ def test_requests_that_join_a_running_batch_are_answered_as_alone(prompts: Seque
     ],
     ids=lambda s: f"T={s.temperature} top_p={s.top_p} top_k={s.top_k}",
 )
-def test_first_ids_are_drawn_from_the_exact_distribution(sampling: Sampling) -> None:
+async def test_first_ids_are_drawn_from_the_exact_distribution(sampling: Sampling) -> None:
     prompt, draws = [4, 5, 6], 4000
     sampling = replace(sampling, n=draws, max_tokens=1, seed=11)
-    (completions,) = complete_all(TransformersEngine(model(), max_batch=draws), [prompt], sampling)
+    (completions,) = await complete_all(TransformersEngine(model(), max_batch=draws), [prompt], sampling)
     counts = Counter(completion.ids[0] for completion in completions)
     with torch.no_grad():
         logits: Any = model()(torch.tensor([prompt])).logits[0, -1]
@@ -203,12 +195,12 @@ async def test_a_model_with_a_window_of_attention_is_used_within_it() -> None:
         assert engine.features.max_length == 100
 
 
-def test_a_cache_too_small_for_all_changes_no_answer() -> None:
+async def test_a_cache_too_small_for_all_changes_no_answer() -> None:
     sampling = replace(DRAWN, n=3, max_tokens=20)
-    roomy = complete_all(TransformersEngine(model()), PROMPTS, sampling)
+    roomy = await complete_all(TransformersEngine(model()), PROMPTS, sampling)
     for tokens in (1, 60, 300):
         tight = TransformersEngine(model(), cache_bytes=tokens * BYTES_PER_TOKEN)
-        assert complete_all(tight, PROMPTS, sampling) == roomy
+        assert await complete_all(tight, PROMPTS, sampling) == roomy
 
 
 def steps(shapes: Sequence[tuple[int, int]]) -> list[int]:
@@ -216,13 +208,13 @@ def steps(shapes: Sequence[tuple[int, int]]) -> list[int]:
     return [rows for rows, columns in shapes if columns == 1]
 
 
-def test_a_batch_has_at_most_max_batch_rows_and_as_many_as_the_cache_holds() -> None:
+async def test_a_batch_has_at_most_max_batch_rows_and_as_many_as_the_cache_holds() -> None:
     sampling = replace(DRAWN, n=4, max_tokens=20)
     spied, shapes = spied_llama()
-    complete_all(TransformersEngine(spied, max_batch=5), PROMPTS[:3], sampling)
+    await complete_all(TransformersEngine(spied, max_batch=5), PROMPTS[:3], sampling)
     assert max(steps(shapes)) == 5
     shapes.clear()
-    complete_all(TransformersEngine(spied, cache_bytes=90 * BYTES_PER_TOKEN), PROMPTS[:3], sampling)
+    await complete_all(TransformersEngine(spied, cache_bytes=90 * BYTES_PER_TOKEN), PROMPTS[:3], sampling)
     assert max(steps(shapes)) == 4  # 21 tokens at most for each row of the shortest prompt
 
 
@@ -239,16 +231,16 @@ async def test_finished_and_cancelled_choices_leave_the_batch() -> None:
     assert rows.count(5) <= 5
 
 
-def test_a_prompt_is_computed_once_for_all_its_choices() -> None:
+async def test_a_prompt_is_computed_once_for_all_its_choices() -> None:
     spied, shapes = spied_llama()
-    complete_all(TransformersEngine(spied), [PROMPTS[3]], replace(DRAWN, n=6, max_tokens=3))
+    await complete_all(TransformersEngine(spied), [PROMPTS[3]], replace(DRAWN, n=6, max_tokens=3))
     assert shapes == [(1, len(PROMPTS[3]) - 1), (6, 1), (6, 1), (6, 1)]
 
 
-def test_prompts_of_unlike_lengths_are_not_padded_to_each_other() -> None:
+async def test_prompts_of_unlike_lengths_are_not_padded_to_each_other() -> None:
     spied, shapes = spied_llama()
     prompts = [[1 + i] * length for i, length in enumerate((10, 1000, 20, 900, 1100))]
-    complete_all(TransformersEngine(spied), prompts, GREEDY)
+    await complete_all(TransformersEngine(spied), prompts, GREEDY)
     prefilled = sum(rows * columns for rows, columns in shapes if columns > 1)
     assert prefilled < 1.2 * sum(map(len, prompts))
 

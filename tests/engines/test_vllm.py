@@ -11,12 +11,12 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
@@ -34,8 +34,6 @@ from tests.conftest import make_tiny_model
 from tests.engines.conformance import DRAWN, GREEDY, EngineConformance, Subject, complete, long_run, wait_for
 from tests.engines.test_transformers import PROMPTS
 from tests.engines.tiny import generated, random_ids, scores, write_adapter
-
-T = TypeVar("T")
 
 pytestmark = pytest.mark.full
 
@@ -89,101 +87,75 @@ class TestConformance(EngineConformance):
         return Subject(lambda: contextlib.nullcontext(engine), PROMPTS)
 
 
-def run_with(engine: Engine, work: Callable[[Engine], Awaitable[T]]) -> T:
-    async def test() -> T:
-        return await work(engine)
-
-    return asyncio.run(test())
-
-
 @pytest.mark.parametrize("length", [1, 16, 17, 128, 129, 700])
-def test_greedy_ids_and_their_logprobs_are_those_of_transformers_the_second_time_too(
+async def test_greedy_ids_and_their_logprobs_are_those_of_transformers_the_second_time_too(
     shared: VllmEngine, length: int
 ) -> None:
-    prompt = random_ids(length)
-
-    async def twice(engine: Engine) -> list[list[Completion]]:
-        return [await complete(engine, prompt, replace(GREEDY, n=2, max_tokens=40, logprobs=True)) for _ in range(2)]
-
+    prompt, sampling = random_ids(length), replace(GREEDY, n=2, max_tokens=40, logprobs=True)
+    first, second = [await complete(shared, prompt, sampling) for _ in range(2)]
     expected = generated(model(), prompt, 40)
-    for completion in (each for completions in run_with(shared, twice) for each in completions):
+    for completion in (*first, *second):
         assert list(completion.ids) == expected
         assert completion.logprobs == pytest.approx(scores(model(), [*prompt, *expected])[length - 1 :], abs=1e-3)
 
 
-def test_scores_are_those_of_transformers_up_to_the_whole_context_and_beside_draws(shared: VllmEngine) -> None:
+async def test_scores_are_those_of_transformers_up_to_the_whole_context_and_beside_draws(shared: VllmEngine) -> None:
     texts = [random_ids(length) for length in (2, 3, 300, CONTEXT)]
-
-    async def work(engine: Engine) -> list[list[float]]:
-        drawing = [engine.submit(text[:2], replace(DRAWN, n=3, logprobs=True, max_tokens=60)) for text in texts]
-        found = await asyncio.gather(*(engine.score(text) for text in texts))
-        for generation in drawing:
-            assert all(len(done.logprobs or ()) == 60 for done in await generation.completions())
-        return found
-
-    for text, found in zip(texts, run_with(shared, work), strict=True):
-        assert found == pytest.approx(scores(model(), text), abs=1e-3)
+    drawing = [shared.submit(text[:2], replace(DRAWN, n=3, logprobs=True, max_tokens=60)) for text in texts]
+    scored = await asyncio.gather(*(shared.score(text) for text in texts))
+    for generation in drawing:
+        assert all(len(done.logprobs or ()) == 60 for done in await generation.completions())
+    for text, logprobs in zip(texts, scored, strict=True):
+        assert logprobs == pytest.approx(scores(model(), text), abs=1e-3)
 
 
-def test_a_choice_does_not_repeat_in_the_next_seed(shared: VllmEngine) -> None:
-    async def work(engine: Engine) -> list[list[Completion]]:
-        return [await complete(engine, PROMPTS[2], replace(DRAWN, n=2, seed=seed)) for seed in (7, 8)]
-
-    seven, eight = run_with(shared, work)
+async def test_a_choice_does_not_repeat_in_the_next_seed(shared: VllmEngine) -> None:
+    seven, eight = [await complete(shared, PROMPTS[2], replace(DRAWN, n=2, seed=seed)) for seed in (7, 8)]
     assert seven[1].ids != eight[0].ids
 
 
-def test_a_temperature_that_vllm_would_raise_is_refused(shared: VllmEngine) -> None:
-    async def work(engine: Engine) -> None:
-        with pytest.raises(RequestError, match=r"0\.005"):
-            engine.submit(PROMPTS[0], replace(DRAWN, temperature=0.005))
-
-    run_with(shared, work)
+async def test_a_temperature_that_vllm_would_raise_is_refused(shared: VllmEngine) -> None:
+    with pytest.raises(RequestError, match=r"0\.005"):
+        shared.submit(PROMPTS[0], replace(DRAWN, temperature=0.005))
 
 
-def test_ctrl_c_reaches_its_processes_and_leaves_what_they_do_to_us(shared: VllmEngine) -> None:
+async def test_ctrl_c_reaches_its_processes_and_leaves_what_they_do_to_us(shared: VllmEngine) -> None:
     own = psutil.Process().children(recursive=True)
     assert len(own) >= 2
 
-    async def work(engine: Engine) -> list[Completion]:
-        generation = engine.submit(PROMPTS[1], replace(long_run(n=2), max_tokens=300))
-        deltas = aiter(generation)
-        await anext(deltas)
-        for process in own:
-            os.kill(process.pid, signal.SIGINT)
-        lengths = [0, 0]
-        async for delta in deltas:
-            lengths[delta.choice] += len(delta.ids)
-        assert sum(lengths) >= 590
-        return await complete(engine, PROMPTS[1], GREEDY)
-
-    assert run_with(shared, work)[0].finish == "length"
+    deltas = aiter(shared.submit(PROMPTS[1], replace(long_run(n=2), max_tokens=300)))
+    await anext(deltas)
+    for process in own:
+        os.kill(process.pid, signal.SIGINT)
+    lengths = [0, 0]
+    async for delta in deltas:
+        lengths[delta.choice] += len(delta.ids)
+    assert sum(lengths) >= 590
+    (completion,) = await complete(shared, PROMPTS[1], GREEDY)
+    assert completion.finish == "length"
     assert shared.ready
 
 
-def test_an_adapter_on_its_base_computes_as_their_merged_model(adapted: Engine, folder: Path, adapter: Path) -> None:
+async def test_an_adapter_on_its_base_computes_as_their_merged_model(
+    adapted: Engine, folder: Path, adapter: Path
+) -> None:
     from corral.model import adapters, merging
     from corral.model.loading import load_model
 
     merged = merging.merge_adapter(adapters.load(load_model(folder), adapter))
 
-    async def work(engine: Engine) -> list[tuple[Completion, list[float] | None]]:
-        sampling = replace(GREEDY, max_tokens=40, logprobs=True)
-        done = [(await complete(engine, prompt, sampling))[0] for prompt in PROMPTS]
-        if not engine.features.score:
-            assert DEVICE == "cpu", "only its kernels for CPUs cannot"
-            return [(each, None) for each in done]
-        return [(each, await engine.score([*p, *each.ids])) for p, each in zip(PROMPTS, done, strict=True)]
-
-    for prompt, (completion, found) in zip(PROMPTS, run_with(adapted, work), strict=True):
+    assert adapted.features.score or DEVICE == "cpu", "only its kernels for CPUs cannot"
+    for prompt in PROMPTS:
+        (completion,) = await complete(adapted, prompt, replace(GREEDY, max_tokens=40, logprobs=True))
         expected = generated(merged, prompt, 40)
         assert list(completion.ids) == expected != generated(model(), prompt, 40)
-        own = scores(merged, [*prompt, *expected])
-        assert found is None or found == pytest.approx(own, abs=1e-3)
-        assert completion.logprobs == pytest.approx(own[len(prompt) - 1 :], abs=1e-3)
+        logprobs = scores(merged, [*prompt, *expected])
+        assert completion.logprobs == pytest.approx(logprobs[len(prompt) - 1 :], abs=1e-3)
+        if adapted.features.score:
+            assert await adapted.score([*prompt, *expected]) == pytest.approx(logprobs, abs=1e-3)
 
 
-def test_adapters_of_one_model_and_the_model_itself_answer_side_by_side_as_in_transformers(
+async def test_adapters_of_one_model_and_the_model_itself_answer_side_by_side_as_in_transformers(
     folder: Path, adapter: Path, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
@@ -192,21 +164,18 @@ def test_adapters_of_one_model_and_the_model_itself_answer_side_by_side_as_in_tr
     weights = other / "adapter_model.safetensors"
     save_file({name: -value if "lora_B" in name else value for name, value in load_file(weights).items()}, weights)
 
-    async def answers(engines: list[Engine]) -> list[Completion]:
+    async def answers(name: Any) -> list[Completion]:
+        engines = load_engines(name, folder, dtype="float32", device=DEVICE, adapters=[None, adapter, other])
         sampling = replace(GREEDY, max_tokens=24, logprobs=True)
         done = await asyncio.gather(*(complete(engine, prompt, sampling) for prompt in PROMPTS for engine in engines))
         for engine in engines:
             await engine.close()
         return [completion for (completion,) in done]
 
-    def of(name: Any) -> list[Completion]:
-        adapters = [None, adapter, other]
-        return asyncio.run(answers(load_engines(name, folder, dtype="float32", device=DEVICE, adapters=adapters)))
-
-    found, expected = of("vllm"), of("transformers")
-    for one, own in zip(found, expected, strict=True):
-        assert (one.ids, one.finish) == (own.ids, own.finish)
-        assert one.logprobs == pytest.approx(own.logprobs, abs=1e-3)
+    own, expected = await answers("vllm"), await answers("transformers")
+    for one, other_one in zip(own, expected, strict=True):
+        assert (one.ids, one.finish) == (other_one.ids, other_one.finish)
+        assert one.logprobs == pytest.approx(other_one.logprobs, abs=1e-3)
     assert len({completion.ids for completion in expected[-3:]}) == 3, "they are different models"
 
 
@@ -243,35 +212,30 @@ def _computes(process: psutil.Process) -> bool:
     return False
 
 
-def test_smollm2_computes_as_in_transformers_to_the_tolerance_between_engines() -> None:
+async def test_smollm2_computes_as_in_transformers_to_the_tolerance_between_engines() -> None:
     async def measured(name: Any) -> list[list[float]]:
         opened = open_model("asset:smollm2-135m-instruct", name)
         async with opened.answerer.engine as engine:
             sets = contract.make_probes(opened.answerer.template)
             return [await engine.score(probe.ids, probe.start) for probe in sets]
 
-    check = contract.compare_logprobs(
-        "vllm", asyncio.run(measured("vllm")), asyncio.run(measured("transformers")), contract.ACROSS_ENGINES
-    )
+    own, expected = await measured("vllm"), await measured("transformers")
+    check = contract.compare_logprobs("vllm", own, expected, contract.ACROSS_ENGINES)
     print(check.detail)
     assert check.passed, check.detail
 
 
 # Last: it kills the engine it is given.
-def test_where_its_processes_die_requests_fail_and_it_says_that_it_is_not_ready(adapted: Engine) -> None:
-    async def work(engine: Engine) -> None:
-        generation = engine.submit(PROMPTS[1], long_run(n=2))
-        deltas = aiter(generation)
-        await anext(deltas)
-        workers = [p for p in psutil.Process().children(recursive=True) if not p.children() and _computes(p)]
-        for process in workers:
-            process.kill()
-        with pytest.raises(EngineError):
-            async for _ in deltas:
-                pass
-        await asyncio.to_thread(wait_for, lambda: not engine.ready)
-        with pytest.raises(EngineError, match="load the engine again"):
-            await complete(engine, PROMPTS[1], Sampling(max_tokens=2))
-        await engine.close()
-
-    run_with(adapted, work)
+async def test_where_its_processes_die_requests_fail_and_it_says_that_it_is_not_ready(adapted: Engine) -> None:
+    deltas = aiter(adapted.submit(PROMPTS[1], long_run(n=2)))
+    await anext(deltas)
+    workers = [p for p in psutil.Process().children(recursive=True) if not p.children() and _computes(p)]
+    for process in workers:
+        process.kill()
+    with pytest.raises(EngineError):
+        async for _ in deltas:
+            pass
+    await asyncio.to_thread(wait_for, lambda: not adapted.ready)
+    with pytest.raises(EngineError, match="load the engine again"):
+        await complete(adapted, PROMPTS[1], Sampling(max_tokens=2))
+    await adapted.close()

@@ -13,10 +13,14 @@ from pathlib import Path
 import pytest
 
 from corral.answering.answerer import Answerer
-from corral.engines.base import Completion, Features, Sampling
+from corral.answering.build import build_answerer
+from corral.answering.open_model import connect_model
+from corral.engines.base import Features, Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.engines.transformers import TransformersEngine
 from corral.errors import EngineError
+from corral.messages import Conversation
+from corral.recipe import Answer, Consensus
 from corral.serving.generation import ServedModel
 from corral.template import Template
 from tests.conftest import web_server
@@ -105,15 +109,12 @@ def test_a_request_says_all_that_decides_the_answer() -> None:
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "seeded"])
-def test_an_answer_that_broke_off_is_taken_up_where_it_must_come_out_the_same(sampling: Sampling) -> None:
+async def test_an_answer_that_broke_off_is_taken_up_where_it_must_come_out_the_same(sampling: Sampling) -> None:
     server = fake_server(first_then(breaks_off))
     with web_server(server) as url:
-
-        async def test() -> list[tuple[int, ...]]:
-            async with remote(url) as engine:
-                return [delta.ids for delta in await deltas_of(engine.submit([1], sampling))]
-
-        assert asyncio.run(test()) == [(7, 8), (9,)], "nothing twice"
+        async with remote(url) as engine:
+            deltas = await deltas_of(engine.submit([1], sampling))
+    assert [delta.ids for delta in deltas] == [(7, 8), (9,)], "nothing twice"
     assert server.requests[0] == server.requests[1]
 
 
@@ -187,7 +188,7 @@ asyncio.run(server.serve(sockets=[listener]))
 """
 
 
-def test_a_server_that_is_killed_amid_its_answers_costs_none(tiny_folder: Path, template: Template) -> None:
+async def test_a_server_that_is_killed_amid_its_answers_costs_none(tiny_folder: Path, template: Template) -> None:
     command = [sys.executable, "-c", SERVER, str(tiny_folder)]
     doomed = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3])
     work = [([i + 1], Sampling(100, 2, 1.0, seed=i, logprobs=True)) for i in range(12)]
@@ -195,44 +196,36 @@ def test_a_server_that_is_killed_amid_its_answers_costs_none(tiny_folder: Path, 
         assert doomed.stdout
         port = doomed.stdout.readline().strip()
         with serve_in_thread(ServedModel(Answerer(ScriptedEngine(babble, delay_seconds=0.01), template), "m")) as url:
-
-            async def test() -> tuple[list[list[Completion]], int, list[list[Completion]]]:
-                async with remote(url, f"http://127.0.0.1:{port}") as engine:
-                    generations = [engine.submit(*each) for each in work]
-                    tasks = [asyncio.create_task(generation.completions()) for generation in generations]
-                    await asyncio.sleep(0.4)
-                    doomed.kill()
-                    left = sum(not task.done() for task in tasks)
-                    done = await asyncio.gather(*tasks)
-                    return done, left, await asyncio.gather(*(complete(engine, *each) for each in work))
-
-            done, left, again = asyncio.run(test())
+            async with remote(url, f"http://127.0.0.1:{port}") as engine:
+                generations = [engine.submit(*each) for each in work]
+                tasks = [asyncio.create_task(generation.completions()) for generation in generations]
+                await asyncio.sleep(0.4)
+                doomed.kill()
+                assert not any(task.done() for task in tasks), "it was killed amid them"
+                done = await asyncio.gather(*tasks)
+                assert await asyncio.gather(*(complete(engine, *each) for each in work)) == done
     finally:
         doomed.kill()
         doomed.communicate()
-    assert left == 12, "it was killed amid them"
-    assert done == again
     assert all(len(completion.ids) == 100 for completions in done for completion in completions)
 
 
-def test_cancelling_frees_the_servers_work_also_of_a_choice_that_nobody_waits_for(template: Template) -> None:
-    for whole in (True, False):
-        endless = Endless()
-        with serve_in_thread(ServedModel(Answerer(endless.engine, template), "m")) as url:
-
-            async def test(url: str = url, endless: Endless = endless, whole: bool = whole) -> None:
-                async with remote(url) as engine:
-                    generation = engine.submit([1], Sampling(5000, 2, stop_ids=() if whole else (43,)))
-                    if whole:
-                        assert await asyncio.to_thread(endless.started.wait, 30)
-                        generation.cancel()
-                    else:
-                        generation.cancel(1)  # the other ends by itself, at its third token
-                    finishes = [completion.finish for completion in await generation.completions()]
-                    assert finishes == (["cancelled"] * 2 if whole else ["stop", "cancelled"])
-                    assert await asyncio.to_thread(endless.has_stopped), "the server still works for nobody"
-
-            asyncio.run(test())
+@pytest.mark.parametrize("whole", [True, False])
+async def test_cancelling_frees_the_servers_work_also_of_a_choice_that_nobody_waits_for(
+    whole: bool, template: Template
+) -> None:
+    endless = Endless()
+    with serve_in_thread(ServedModel(Answerer(endless.engine, template), "m")) as url:
+        async with remote(url) as engine:
+            generation = engine.submit([1], Sampling(5000, 2, stop_ids=() if whole else (43,)))
+            if whole:
+                assert await asyncio.to_thread(endless.started.wait, 30)
+                generation.cancel()
+            else:
+                generation.cancel(1)  # the other ends by itself, at its third token
+            finishes = [completion.finish for completion in await generation.completions()]
+            assert finishes == (["cancelled"] * 2 if whole else ["stop", "cancelled"])
+            assert await asyncio.to_thread(endless.has_stopped), "the server still works for nobody"
 
 
 def test_the_example_in_the_documentation_works(template: Template) -> None:
@@ -261,11 +254,7 @@ def test_corrals_own_server_is_found_able_to_do_all_of_it(tiny: str) -> None:
     asyncio.run(engine.close())
 
 
-def test_a_vote_among_the_answers_of_a_server_without_log_probs_is_held(tiny_folder: Path) -> None:
-    from corral.answering.build import build_answerer
-    from corral.answering.open_model import connect_model
-    from corral.messages import Conversation
-    from corral.recipe import Answer, Consensus
+async def test_a_vote_among_the_answers_of_a_server_without_log_probs_is_held(tiny_folder: Path) -> None:
 
     with web_server(fake_server(knows_fields(), models=[{"id": "m"}])) as url:
         opened = connect_model(str(tiny_folder), [url])
@@ -274,8 +263,5 @@ def test_a_vote_among_the_answers_of_a_server_without_log_probs_is_held(tiny_fol
         plain = opened.answerer
         answerer = build_answerer(plain.engine, plain.template, settings, examples=list, seed=1)
 
-        async def test() -> str:
-            async with plain.engine:
-                return (await answerer.answer(Conversation.from_turns(("user", "hi")))).text
-
-        assert asyncio.run(test()) == "bc"
+        async with plain.engine:
+            assert (await answerer.answer(Conversation.from_turns(("user", "hi")))).text == "bc"

@@ -165,25 +165,17 @@ def test_with_check_seconds_endpoints_that_nobody_asks_are_checked() -> None:
         assert ask(lazy)[0].ids == (7, 8, 9)
 
 
-def test_without_retries_each_endpoint_is_tried_once_and_a_request_is_refused_while_all_rest() -> None:
+async def test_without_retries_each_endpoint_is_tried_once_and_a_request_is_refused_while_all_rest() -> None:
     first, second = fake_server(refuses_with(503)), fake_server(refuses_with(429))
     with web_server(first) as url, web_server(second) as other:
-
-        async def test() -> None:
-            async with remote(url, other, retries=0, backoff_seconds=60) as engine:
-                with pytest.raises(EngineUnavailableError, match=r"503.*429"):
-                    await complete(engine, [1], DRAWN)
-                assert engine.ready
-
-        asyncio.run(test())
+        async with remote(url, other, retries=0, backoff_seconds=60) as engine:
+            with pytest.raises(EngineUnavailableError, match=r"503.*429"):
+                await complete(engine, [1], DRAWN)
+            assert engine.ready
     assert (len(first.requests), len(second.requests)) == (1, 1)
     with web_server(fake_server(answers_well, protocol_version="HTTP/1.0")) as url:
         engine = remote(url, retries=0, check_seconds=0.05)
     wait_for(lambda: not engine.ready)
-
-    async def refused() -> None:
-        async with engine:
-            with pytest.raises(EngineUnavailableError):
-                engine.submit([1], DRAWN)
-
-    asyncio.run(refused())
+    async with engine:
+        with pytest.raises(EngineUnavailableError):
+            engine.submit([1], DRAWN)
