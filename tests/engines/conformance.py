@@ -308,12 +308,11 @@ class EngineConformance:
 
     async def test_prompt_and_completion_may_fill_the_context_but_not_exceed_it(self, subject: Subject) -> None:
         async with subject.make() as engine:
-            room = 3
-            ids = [subject.prompts[0][0]] * (engine.features.max_length - room)
-            with pytest.raises(RequestError, match=str(engine.features.max_length)):
-                engine.submit(ids, replace(GREEDY, max_tokens=room + 1))
-            (completion,) = await complete(engine, ids, replace(GREEDY, max_tokens=room))
-            assert len(completion.ids) == room
+            ids = [subject.prompts[0][0]] * (engine.features.max_length - 3)
+            with pytest.raises(RequestError, match=f"{len(ids)} prompt .* 4 new .* {engine.features.max_length}"):
+                engine.submit(ids, replace(GREEDY, max_tokens=4))
+            (completion,) = await complete(engine, ids, replace(GREEDY, max_tokens=3))
+            assert len(completion.ids) == 3
 
     async def test_an_error_reaches_its_request_and_the_engine_goes_on(self, subject: Subject) -> None:
         failing = subject.failing

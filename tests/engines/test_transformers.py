@@ -19,9 +19,9 @@ from transformers import LlamaForCausalLM
 from corral.engines.base import Completion, Generation, Sampling
 from corral.engines.shared_model import SharedModel
 from corral.engines.transformers import TransformersEngine
-from corral.errors import EngineClosedError, EngineError, RequestError
+from corral.errors import EngineClosedError, EngineError
 from tests.engines.conformance import DRAWN, GREEDY, EngineConformance, Failing, Subject, complete
-from tests.engines.tiny import CONTEXT, VOCABULARY, distribution, generated, tiny_llama
+from tests.engines.tiny import VOCABULARY, distribution, generated, tiny_llama
 
 PROMPTS = ([3], [4, 5, 6], list(range(10, 30)), list(range(30, 130)))
 POISON = 200
@@ -178,14 +178,6 @@ async def test_a_peft_model_answers_and_scores_with_its_adapter_and_without_drop
     assert list(completion.ids) == generated(peft, PROMPTS[2], 30)
     assert list(completion.ids) != generated(model(), PROMPTS[2], 30)
     assert scores == pytest.approx(completion.logprobs, abs=1e-3)
-
-
-async def test_out_of_context_is_refused_with_both_numbers() -> None:
-    async with TransformersEngine(model()) as engine:
-        with pytest.raises(RequestError, match=f"2000 prompt .* 100 new .* {CONTEXT}"):
-            engine.submit([1] * 2000, Sampling(max_tokens=100))
-        with pytest.raises(RequestError, match=str(CONTEXT)):
-            await engine.score([1] * (CONTEXT + 1))
 
 
 async def test_a_model_with_a_window_of_attention_is_used_within_it() -> None:

@@ -6,6 +6,7 @@ import inspect
 import json
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import openai
@@ -17,47 +18,41 @@ from corral.serving.completions_protocol import CompletionRequest
 from corral.serving.embeddings import EmbeddingRequest
 from corral.serving.protocol import Refused, StrictModel, validation_error
 from corral.serving.responses_protocol import CreateConversation, CreateItems, ResponsesRequest
-from tests.serving.conftest import ASKED, CHAT, Serve
+from tests.serving.conftest import CHAT, Serve
 
 MANY = 30_000
 UNKNOWN = {f"a{i}": 1 for i in range(MANY)}
 HALVES = {f"\ud800{i}": "" for i in range(MANY)}
-USER = {"role": "user", "content": "x"}
+USER: dict[str, Any] = {"role": "user", "content": "x"}
 PART = {"type": "text", "text": ""}
 TEXT = {"model": "m", "prompt": "x"}
 
+
+def chat(*messages: Any, **fields: Any) -> dict[str, Any]:
+    return {"model": "m", "messages": [*messages], **fields}
+
+
+def user(content: Sequence[Any]) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
 # (kind, body, the field that is told, a word of why)
 WRONG: dict[str, tuple[type[StrictModel], Any, str, str]] = {
-    "numbers for messages": (ChatRequest, {"model": "m", "messages": [1] * MANY}, "messages[0]", "valid dictionary"),
-    "empty messages": (ChatRequest, {"model": "m", "messages": [{}] * MANY}, "messages[0].role", "required"),
-    "too many messages": (ChatRequest, {"model": "m", "messages": [USER] * MANY}, "messages", "at most 2048"),
-    "numbers for parts": (
+    "numbers for messages": (ChatRequest, chat(*[1] * MANY), "messages[0]", "valid dictionary"),
+    "empty messages": (ChatRequest, chat(*[{}] * MANY), "messages[0].role", "required"),
+    "too many messages": (ChatRequest, chat(*[USER] * MANY), "messages", "at most 2048"),
+    "numbers for parts": (ChatRequest, chat(user([1] * MANY)), "messages[0].content[0]", "valid dictionary"),
+    "empty parts of messages": (
         ChatRequest,
-        {"model": "m", "messages": [USER | {"content": [1] * MANY}]},
-        "messages[0].content[0]",
-        "valid dictionary",
-    ),
-    "empty parts in each of many messages": (
-        ChatRequest,
-        {"model": "m", "messages": [USER | {"content": [{}] * 1000}] * 2000},
+        chat(*[user([{}] * 1000)] * 2000),
         "messages[0].content[0].type",
         "required",
     ),
-    "too many parts": (
-        ChatRequest,
-        {"model": "m", "messages": [USER | {"content": [PART] * MANY}]},
-        "messages[0].content",
-        "at most 1024",
-    ),
-    "numbers for stops": (ChatRequest, {"model": "m", "messages": ASKED, "stop": [1] * MANY}, "stop[0]", "string"),
-    "too many stops": (ChatRequest, {"model": "m", "messages": ASKED, "stop": ["a"] * MANY}, "stop", "at most 16"),
-    "unknown fields": (ChatRequest, {"model": "m", "messages": ASKED, **UNKNOWN}, "a0", "not a field"),
-    "unknown fields of a message": (
-        ChatRequest,
-        {"model": "m", "messages": [USER | UNKNOWN] * 2},
-        "messages[0].a0",
-        "not a field",
-    ),
+    "too many parts": (ChatRequest, chat(user([PART] * MANY)), "messages[0].content", "at most 1024"),
+    "numbers for stops": (ChatRequest, chat(USER, stop=[1] * MANY), "stop[0]", "string"),
+    "too many stops": (ChatRequest, chat(USER, stop=["a"] * MANY), "stop", "at most 16"),
+    "unknown fields": (ChatRequest, chat(USER, **UNKNOWN), "a0", "not a field"),
+    "unknown fields of a message": (ChatRequest, chat(USER | UNKNOWN), "messages[0].a0", "not a field"),
     "numbers for input": (ResponsesRequest, {"model": "m", "input": [1] * MANY}, "input[0]", "valid dictionary"),
     "too much input": (ResponsesRequest, {"model": "m", "input": [USER] * MANY}, "input", "at most 2048"),
     "wrong metadata": (ResponsesRequest, {"model": "m", "input": "x", "metadata": UNKNOWN}, "metadata", "16"),
@@ -110,7 +105,7 @@ def test_the_largest_invalid_bodies_at_once_leave_the_server_responsive(serve: S
 
 def test_ignored_parameters_accept_any_value() -> None:
     habits = {"metadata": UNKNOWN | HALVES, "prompt_cache_options": {"a": [None]}}
-    assert ChatRequest.model_validate({"model": "m", "messages": ASKED, **habits})
+    assert ChatRequest.model_validate(chat(USER, **habits))
 
 
 def test_an_error_quotes_only_the_start_and_end_of_a_long_value(serve: Serve) -> None:

@@ -37,13 +37,16 @@ class FakeServer(Request):
     requests: list[Any]
     headers_of_requests: list[dict[str, str]]
     headers_of_lists: list[dict[str, str]]
+    paths: list[str]
     models: list[dict[str, Any]]
 
     def do_GET(self) -> None:
+        self.paths.append(self.path)
         self.headers_of_lists.append({name.lower(): value for name, value in self.headers.items()})
         self.answer(200, {}, json.dumps({"data": self.models}).encode())
 
     def do_POST(self) -> None:
+        self.paths.append(self.path)
         self.headers_of_requests.append({name.lower(): value for name, value in self.headers.items()})
         self.requests.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
         self.completion()
@@ -57,7 +60,7 @@ class FakeServer(Request):
 
 
 def fake_server(completion: Callable[[Any], None], **attributes: Any) -> type[FakeServer]:
-    lists: dict[str, Any] = {"requests": [], "headers_of_requests": [], "headers_of_lists": []}
+    lists: dict[str, Any] = {"requests": [], "headers_of_requests": [], "headers_of_lists": [], "paths": []}
     models = {"models": [{"id": "m", "max_model_len": 8192}]}
     return type("Fake", (FakeServer,), lists | models | {"completion": completion} | attributes)
 
