@@ -232,6 +232,20 @@ def test_liveness_reports_the_process_and_readiness_the_engine(serve: Serve) -> 
         assert int(headers["retry-after"]) >= 1
 
 
+class Broken(ScriptedEngine):
+    """An engine that takes work, and lost what it computes with."""
+
+    @property
+    def ready(self) -> bool:
+        return False
+
+
+def test_readiness_is_503_while_an_engine_cannot_compute(serve: Serve) -> None:
+    status, answer, headers = serve(Broken([40])).call("GET", "/health/ready")
+    assert (status, answer["error"]["code"]) == (503, "engine_unavailable")
+    assert int(headers["retry-after"]) >= 1
+
+
 def test_every_response_has_a_unique_request_id(server: RunningServer) -> None:
     answers = (server.call("GET", "/health"), server.call("GET", "/no"), server.chat())
     numbers = {headers["x-request-id"] for _, _, headers in answers}

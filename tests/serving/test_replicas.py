@@ -19,8 +19,9 @@ from corral.serving import server
 from corral.serving.admission import ServerLimits
 from corral.serving.generation import ServedModel
 from corral.serving.served_models import ServedModels, open_served_models
-from tests.conftest import Request, web_server
+from tests.conftest import web_server
 from tests.engines.conformance import complete, wait_for
+from tests.engines.remote.fake_server import FakeServer, chunk, fake_server, refuses_with
 from tests.serving.conftest import openai_client, serve_in_thread
 
 
@@ -73,49 +74,36 @@ def alive(models: ServedModels) -> int:
     return len(engine._endpoints.available)
 
 
-ONE_TOKEN: Any = {"choices": [{"index": 0, "text": "x", "token_ids": [50], "finish_reason": "stop"}]}
+def one_token(self: FakeServer) -> None:
+    self.events(chunk(50, finish="stop"))
 
 
-class Replica(Request):
-    """A server that answers one token to everything; a test overrides what it answers to a client's request."""
+def replica(completion: Callable[[FakeServer], None] = one_token, *names: str) -> type[FakeServer]:
+    """A server of these models; what answers a client's request does not answer a probe, which asks for no stream."""
 
-    names: tuple[str, ...] = ("m",)
-
-    def do_GET(self) -> None:
-        models: list[Any] = [{"id": name, "max_model_len": 512} for name in self.names]
-        self.answer(200, {}, json.dumps({"data": [*models, {"id": "e", "task": "embeddings"}]}).encode())
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        if body.get("stream"):
-            self.completion(body)
+    def answer(self: FakeServer) -> None:
+        if self.requests[-1].get("stream"):
+            completion(self)
         else:
-            self.answer(200, {}, json.dumps(ONE_TOKEN).encode())
+            self.answer(200, {}, json.dumps(chunk(50, finish="stop")).encode())
 
-    def completion(self, body: Any) -> None:
-        self.send_events()
+    models: list[Any] = [{"id": name, "max_model_len": 512} for name in names or ("m",)]
+    return fake_server(answer, models=[*models, {"id": "e", "task": "embeddings"}], protocol_version="HTTP/1.0")
 
-    def send_events(self, event: Any = None) -> None:
-        data = f"data: {json.dumps(event or ONE_TOKEN)}\n\ndata: [DONE]\n\n".encode()
-        self.answer(200, {"content-type": "text/event-stream"}, data)
+
+def streamed(server: type[FakeServer]) -> list[Any]:
+    """The requests of clients."""
+    return [body for body in server.requests if body.get("stream")]
 
 
 async def test_each_model_is_requested_from_the_replica_by_its_own_name(tiny_folder: Path) -> None:
-    requested: list[str] = []
-
-    class Two(Replica):
-        names = ("cook", "poet")
-
-        def completion(self, body: Any) -> None:
-            requested.append(body["model"])
-            self.send_events()
-
-    with web_server(Two) as url:
+    two = replica(one_token, "cook", "poet")
+    with web_server(two) as url:
         models = open_served_models([f"cook={tiny_folder}", f"poet={tiny_folder}"], urls=[url])
         for name in ("poet", "cook"):
             await complete(models.get(name).answerer.engine, [5], Sampling(4))
         await models.close()
-    assert requested == ["poet", "cook"]
+    assert [body["model"] for body in streamed(two)] == ["poet", "cook"]
 
 
 DIARY: Any = {"model": "m", "messages": [{"role": "user", "content": "my diary"}], "max_tokens": 4}
@@ -123,20 +111,10 @@ DIARY: Any = {"model": "m", "messages": [{"role": "user", "content": "my diary"}
 
 @pytest.mark.parametrize("fault", ["busy", "reset"])
 def test_an_error_of_the_only_replica_affects_one_request_only(fault: str, tiny_folder: Path) -> None:
-    first: list[Any] = []
-
-    class Once(Replica):
-        def completion(self, body: Any) -> None:
-            first.append(body)
-            if len(first) > 1:
-                self.send_events()
-            elif fault == "busy":
-                self.answer(503, {"retry-after": "20"}, b'{"error": {"message": "full"}}')
-            else:
-                self.finish()
-
-    with web_server(Once) as replica:
-        models = open_served_models([f"m={tiny_folder}"], urls=[replica])
+    fails = FakeServer.finish if fault == "reset" else refuses_with(503, "full", **{"retry-after": "20"})
+    once = replica(lambda self: (fails if len(streamed(type(self))) == 1 else one_token)(self))
+    with web_server(once) as url:
+        models = open_served_models([f"m={tiny_folder}"], urls=[url])
         with serve_in_thread(models) as front, openai_client(front) as client:
             with pytest.raises(openai.InternalServerError) as caught:
                 client.chat.completions.create(**DIARY)
@@ -152,13 +130,12 @@ async def test_replicas_get_no_more_requests_at_once_than_the_server_admits(tiny
     inside: list[int] = []
     may_end = threading.Event()
 
-    class Slow(Replica):
-        def completion(self, body: Any) -> None:
-            inside.append(1)
-            assert may_end.wait(30)
-            self.send_events()
+    def slow(self: FakeServer) -> None:
+        inside.append(1)
+        assert may_end.wait(30)
+        one_token(self)
 
-    with web_server(Slow) as one, web_server(Slow) as other:
+    with web_server(replica(slow)) as one, web_server(replica(slow)) as other:
         models = open_served_models([f"m={tiny_folder}"], urls=[one, other], at_once=2)
         tasks = [asyncio.create_task(complete(models.get("m").answerer.engine, [5], Sampling(4))) for _ in range(5)]
         await asyncio.to_thread(wait_for, lambda: len(inside) >= 4)
@@ -178,12 +155,12 @@ def test_the_server_reports_how_many_requests_it_admits(monkeypatch: pytest.Monk
         server.serve(server.ModelOptions(["m"]), server.ListenOptions(port=0), ServerLimits(at_once=7), None)
 
 
-QUOTES: dict[str, Callable[[Any], None]] = {
-    "busy": lambda self: self.answer(503, {}, b'{"error": {"message": "no room for my diary"}}'),
-    "refused": lambda self: self.answer(400, {}, b'{"error": {"message": "what is my diary"}}'),
-    "failed": lambda self: self.answer(500, {}, b'{"error": {"message": "broken by my diary"}}'),
-    "failed amid": lambda self: self.send_events({"error": {"message": "broken by my diary", "code": 500}}),
-    "nonsense": lambda self: self.send_events({"choices": [{"index": 0, "finish_reason": "my diary"}]}),
+QUOTES: dict[str, Callable[[FakeServer], None]] = {
+    "busy": refuses_with(503, "no room for my diary"),
+    "refused": refuses_with(400, "what is my diary"),
+    "failed": refuses_with(500, "broken by my diary"),
+    "failed amid": lambda self: self.events({"error": {"message": "broken by my diary", "code": 500}}),
+    "nonsense": lambda self: self.events({"choices": [{"index": 0, "finish_reason": "my diary"}]}),
 }
 
 
@@ -191,12 +168,8 @@ QUOTES: dict[str, Callable[[Any], None]] = {
 def test_replica_errors_that_quote_a_prompt_are_not_logged(
     quote: str, tiny_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Quoting(Replica):
-        def completion(self, body: Any) -> None:
-            QUOTES[quote](self)
-
-    with web_server(Quoting) as replica:
-        models = open_served_models([f"m={tiny_folder}"], urls=[replica])
+    with web_server(replica(QUOTES[quote])) as url:
+        models = open_served_models([f"m={tiny_folder}"], urls=[url])
         with serve_in_thread(models) as front, openai_client(front) as client, caplog.at_level(1):
             for stream in (False, True):
                 with pytest.raises(openai.APIError):
@@ -206,6 +179,6 @@ def test_replica_errors_that_quote_a_prompt_are_not_logged(
     # A request that cannot be answered is told to who asked, and to nobody else.
     assert len(ours) == (0 if quote == "refused" else 2)
     status = {"busy": " 503", "failed": " 500"}.get(quote, "")
-    assert all(re.fullmatch(rf".*: Engine\w*Error{status} at {replica}/v1", line) for line in ours), ours
+    assert all(re.fullmatch(rf".*: Engine\w*Error{status} at {url}/v1", line) for line in ours), ours
     others = [record.getMessage() for record in caplog.records if not record.name.startswith("openai")]
     assert "diary" not in "\n".join(others)
