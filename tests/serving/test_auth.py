@@ -33,6 +33,13 @@ async def authenticate(callers: Accounts, secret: str) -> Caller:
     return await callers.authenticate(f"Bearer {secret}")
 
 
+async def sign_in(keys: KeyStore) -> tuple[Accounts, str, Caller]:
+    """The callers of a server with these keys, a new key, and who sends it."""
+    _, secret = keys.add("alice")
+    callers = Accounts(keys)
+    return callers, secret, await authenticate(callers, secret)
+
+
 async def refusal(callers: Accounts, authorization: str | None) -> Refused:
     with pytest.raises(Refused) as caught:
         await callers.authenticate(authorization)
@@ -59,9 +66,7 @@ async def test_with_keys_only_requests_with_a_valid_key_are_accepted(keys: KeySt
 
 
 async def test_a_revoked_key_stops_within_seconds_and_keys_stay_required(keys: KeyStore) -> None:
-    _, secret = keys.add("alice")
-    callers = Accounts(keys)
-    await authenticate(callers, secret)
+    callers, secret, _ = await sign_in(keys)
     keys.revoke("alice")
     since = time.monotonic()
     while time.monotonic() < since + 5:
@@ -77,9 +82,7 @@ async def test_a_revoked_key_stops_within_seconds_and_keys_stay_required(keys: K
 async def test_an_idle_server_reads_the_keys_again_before_accepting_one(
     keys: KeyStore, set_seconds: Callable[..., None]
 ) -> None:
-    _, secret = keys.add("alice")
-    callers = Accounts(keys)
-    await authenticate(callers, secret)
+    callers, secret, _ = await sign_in(keys)
     keys.revoke("alice")
     set_seconds(refresh=0.0, wait=60.0)
     outcomes = await asyncio.gather(*(authenticate(callers, secret) for _ in range(5)), return_exceptions=True)
@@ -95,9 +98,7 @@ async def test_keys_stay_required_when_the_database_is_emptied(
     keys: KeyStore, set_seconds: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_seconds(refresh=0.0, wait=60.0)
-    _, secret = keys.add("alice")
-    callers = Accounts(keys)
-    await authenticate(callers, secret)
+    callers, secret, _ = await sign_in(keys)
     monkeypatch.setattr(keys, "all", list[Key])
     for header in (None, f"Bearer {secret}"):
         assert (await refusal(callers, header)).status == 401
@@ -135,9 +136,7 @@ async def test_daily_tokens_include_running_requests_and_all_servers(
 
 
 async def test_usage_is_written_within_seconds_without_a_further_request(keys: KeyStore) -> None:
-    _, secret = keys.add("alice")
-    callers = Accounts(keys)
-    caller = await authenticate(callers, secret)
+    callers, _, caller = await sign_in(keys)
     for _ in range(50):
         RunningRequest(1, 2).run(callers, caller)
     while not keys.usage_on(today()):

@@ -18,7 +18,7 @@ from corral.serving.auth import Accounts
 from corral.serving.database import Database
 from corral.serving.protocol import Refused
 from tests.serving.postgres import PostgreSQL, Proxy
-from tests.serving.test_auth import RunningRequest, authenticate, refusal
+from tests.serving.test_auth import RunningRequest, authenticate, refusal, sign_in
 
 
 class FlakyKeyStore(KeyStore):
@@ -64,9 +64,7 @@ async def test_known_keys_work_for_a_while_without_the_database_and_then_get_503
     keys: FlakyKeyStore, set_seconds: Callable[..., None]
 ) -> None:
     set_seconds(refresh=0.0, wait=60.0)
-    key, secret = keys.add("alice")
-    callers = Accounts(keys)
-    caller = await authenticate(callers, secret)
+    callers, secret, caller = await sign_in(keys)
     keys.is_away = True
     assert await authenticate(callers, secret) == caller
     RunningRequest(1, 2).run(callers, caller)
@@ -78,7 +76,7 @@ async def test_known_keys_work_for_a_while_without_the_database_and_then_get_503
     set_seconds(max_age=30.0)
     assert await authenticate(callers, secret) == caller
     await callers.close()
-    assert keys.usage_on(today()) == {key.id: KeyUsage(1, 1, 2)}, "what was used meanwhile is not lost"
+    assert keys.usage_on(today()) == {caller.key_id: KeyUsage(1, 1, 2)}, "what was used meanwhile is not lost"
 
 
 @pytest.mark.parametrize("fault", [DatabaseError("the disk is full"), KeyError("a fault of ours"), None])
@@ -87,9 +85,7 @@ async def test_while_writes_fail_keys_are_read_and_no_usage_is_lost(
 ) -> None:
     set_seconds(refresh=0.0)
     keys.write_error, keys.blocks_writes = fault, fault is None
-    alice, secret = keys.add("alice")
-    callers = Accounts(keys)
-    caller = await authenticate(callers, secret)
+    callers, secret, caller = await sign_in(keys)
     RunningRequest(1, 2).run(callers, caller)
     while not keys.writes:
         assert await authenticate(callers, secret) == caller
@@ -106,16 +102,14 @@ async def test_while_writes_fail_keys_are_read_and_no_usage_is_lost(
     assert callers.usage_today(caller.key_id) == KeyUsage(1, 1, 2)
     keys.mended.set()
     await callers.close()
-    assert keys.usage_on(today()) == {alice.id: KeyUsage(1, 1, 2)}
+    assert keys.usage_on(today()) == {caller.key_id: KeyUsage(1, 1, 2)}
 
 
 async def test_an_idle_server_waits_for_reading_keys_but_not_for_writing_usage(
     keys: FlakyKeyStore, set_seconds: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
     keys.blocks_writes = True
-    alice, secret = keys.add("alice")
-    callers = Accounts(keys)
-    caller = await authenticate(callers, secret)
+    callers, secret, caller = await sign_in(keys)
     set_seconds(refresh=60.0)
     RunningRequest(1, 2).run(callers, caller)
     set_seconds(refresh=0.0, max_age=5.0)
@@ -126,7 +120,7 @@ async def test_an_idle_server_waits_for_reading_keys_but_not_for_writing_usage(
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):
             await callers.close()
-    assert f"key {alice.id} used 1 requests, 1 tokens of prompts and 2 of answers" in caplog.text
+    assert f"key {caller.key_id} used 1 requests, 1 tokens of prompts and 2 of answers" in caplog.text
 
 
 async def test_keys_are_read_when_all_threads_and_connections_are_in_use(database: Database) -> None:
@@ -154,9 +148,7 @@ async def test_a_database_that_does_not_respond_does_not_delay_known_keys(
     keys: FlakyKeyStore, set_seconds: Callable[..., None]
 ) -> None:
     set_seconds(refresh=0.0)
-    _, secret = keys.add("alice")
-    callers = Accounts(keys)
-    caller = await authenticate(callers, secret)
+    callers, secret, caller = await sign_in(keys)
     keys.is_silent = True
     set_seconds(wait=0.1)
     async with asyncio.timeout(20):  # else it would wait for ever
@@ -174,9 +166,7 @@ async def test_a_hanging_read_of_the_keys_times_out_and_the_next_one_succeeds(
     keys: FlakyKeyStore, set_seconds: Callable[..., None]
 ) -> None:
     set_seconds(refresh=0.0)
-    _, secret = keys.add("alice")
-    callers = Accounts(keys)
-    await authenticate(callers, secret)
+    callers, secret, _ = await sign_in(keys)
     keys.is_silent = True
     set_seconds(read=0.5, max_age=0.0)
     async with asyncio.timeout(20):
@@ -198,9 +188,7 @@ async def test_connections_that_stop_responding_are_replaced(
         through = url.set(port=proxy.port).render_as_string(hide_password=False)
         with contextlib.closing(Database(through)) as database:
             keys = KeyStore(database)
-            _, secret = keys.add("alice")
-            callers = Accounts(keys)
-            caller = await authenticate(callers, secret)
+            callers, secret, caller = await sign_in(keys)
             proxy.silence()
             set_seconds(read=1.0, max_age=0.5)
             await asyncio.sleep(0.6)

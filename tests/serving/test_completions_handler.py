@@ -28,11 +28,8 @@ def ids_of(template: Template, text: str) -> list[int]:
     return template.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def drawn(served: ServedModel, ids: Sequence[int], sampling: Sampling) -> list[Completion]:
-    async def work() -> list[Completion]:
-        return await served.answerer.engine.submit(ids, sampling).completions()
-
-    return asyncio.run(work())
+async def generate(served: ServedModel, ids: Sequence[int], sampling: Sampling) -> list[Completion]:
+    return await served.answerer.engine.submit(ids, sampling).completions()
 
 
 def post(url: str, body: Any) -> tuple[int, Any]:
@@ -53,11 +50,11 @@ def joined(chunks: Sequence[Any]) -> list[dict[str, Any]]:
     return [choices[i] for i in sorted(choices)]
 
 
-def test_a_completion_is_what_the_engine_generates(client: openai.OpenAI, tiny_served: ServedModel) -> None:
+async def test_a_completion_is_what_the_engine_generates(client: openai.OpenAI, tiny_served: ServedModel) -> None:
     template = tiny_served.answerer.template
     answer = client.completions.create(**SETTINGS, n=3, temperature=0.8, top_p=0.9, extra_body={"top_k": 40})
     sampling = Sampling(16, 3, temperature=0.8, top_p=0.9, top_k=40, seed=5, stop_ids=template.stop_ids)
-    expected = drawn(tiny_served, ids_of(template, TEXT), sampling)
+    expected = await generate(tiny_served, ids_of(template, TEXT), sampling)
     assert [choice.text for choice in answer.choices] == [template.decode(each.ids) for each in expected]
     assert [choice.finish_reason for choice in answer.choices] == [each.finish for each in expected]
     assert len({choice.text for choice in answer.choices}) > 1

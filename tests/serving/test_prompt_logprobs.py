@@ -20,7 +20,7 @@ from corral.model.loading import load_model
 from corral.serving.generation import ServedModel
 from corral.serving.prompt_logprobs import GreedySteps, score_prompt
 from tests.serving.conftest import Serve, openai_client
-from tests.serving.test_completions_handler import TEXT, drawn, ids_of, post
+from tests.serving.test_completions_handler import TEXT, generate, ids_of, post
 
 IDS = [1, 88, 12, 300, 45, 45, 45, 7, 210, 33, 160, 5, 91]
 
@@ -34,24 +34,22 @@ def truth(folder: Path, ids: list[int]) -> list[tuple[float, int, float]]:
     return [(float(logprobs[at, id_]), int(best.indices[at]), float(best.values[at])) for at, id_ in enumerate(ids[1:])]
 
 
-def greedy_from(served: ServedModel, ids: list[int], count: int) -> list[int]:
-    async def work() -> Any:
-        return await served.answerer.engine.submit(ids, Sampling(count)).completions()
-
-    return [*ids, *asyncio.run(work())[0].ids]
+async def greedy_from(served: ServedModel, ids: list[int], count: int) -> list[int]:
+    (completion,) = await generate(served, ids, Sampling(count))
+    return [*ids, *completion.ids]
 
 
 @pytest.mark.parametrize("written_by", ["chance", "the model", "both"])
-def test_the_most_likely_token_at_each_position_is_the_models(
+async def test_the_most_likely_token_at_each_position_is_the_models(
     written_by: str, tiny_served: ServedModel, tiny_folder: Path
 ) -> None:
     ids = {
         "chance": IDS,
-        "the model": greedy_from(tiny_served, [1], 20),
-        "both": [*greedy_from(tiny_served, IDS[:4], 6), *IDS[4:]],
+        "the model": await greedy_from(tiny_served, [1], 20),
+        "both": [*await greedy_from(tiny_served, IDS[:4], 6), *IDS[4:]],
     }[written_by]
     engine = tiny_served.answerer.engine
-    scored = asyncio.run(score_prompt(engine, ids, GreedySteps(engine)))
+    scored = await score_prompt(engine, ids, GreedySteps(engine))
     for one, given, (logprob, best, of_best) in zip(scored, ids[1:], truth(tiny_folder, ids), strict=True):
         assert one.logprob == pytest.approx(logprob, abs=1e-4)
         assert one.best is not None
@@ -62,14 +60,16 @@ def test_the_most_likely_token_at_each_position_is_the_models(
     assert all(greedy) == (written_by == "the model")
 
 
-def test_without_top_log_probs_no_token_is_generated(tiny_served: ServedModel) -> None:
-    drawn: list[int] = []
-    engine = ScriptedEngine(lambda ids, sampling, choice: drawn, logprob=-3.0)
-    scored = asyncio.run(score_prompt(engine, IDS))
+async def test_without_top_log_probs_no_token_is_generated() -> None:
+    def reply(ids: Any, sampling: Sampling, choice: int) -> list[int]:
+        raise AssertionError("a token was drawn")
+
+    engine = ScriptedEngine(reply, logprob=-3.0)
+    scored = await score_prompt(engine, IDS)
     assert [(one.logprob, one.best) for one in scored] == [(-3.0, None)] * (len(IDS) - 1)
 
 
-def test_a_token_with_more_than_half_of_the_probability_needs_no_step() -> None:
+async def test_a_token_with_more_than_half_of_the_probability_needs_no_step() -> None:
     lengths: list[int] = []
 
     def reply(ids: Any, sampling: Sampling, choice: int) -> list[int]:
@@ -80,13 +80,13 @@ def test_a_token_with_more_than_half_of_the_probability_needs_no_step() -> None:
         lengths.clear()
         engine = ScriptedEngine(reply, logprob=logprob)
         taken = GreedySteps(engine)
-        scored = asyncio.run(score_prompt(engine, [5, 6, 9, 9], taken))
+        scored = await score_prompt(engine, [5, 6, 9, 9], taken)
         assert sorted(lengths) == steps
         assert taken.tokens == sum(steps) + len(steps), "what they read, and a token drawn by each"
         assert [one.best[0] for one in scored if one.best] == ([6, 9, 9] if not steps else [9, 9, 9])
 
 
-def test_a_failed_step_stops_the_others() -> None:
+async def test_a_failed_step_stops_the_others() -> None:
     began = itertools.count()
 
     def reply(ids: Any, sampling: Sampling, choice: int) -> list[int]:
@@ -96,7 +96,7 @@ def test_a_failed_step_stops_the_others() -> None:
     features = Features(max_length=500, vocabulary=400, logprobs=True, score=True)
     engine = ScriptedEngine(reply, features=features, logprob=-3.0)
     with pytest.raises(EngineError, match="on purpose"):
-        asyncio.run(score_prompt(engine, [5] * 400, GreedySteps(engine)))
+        await score_prompt(engine, [5] * 400, GreedySteps(engine))
     assert next(began) < 399
 
 
@@ -134,23 +134,23 @@ def lm_eval_reads(answer: Any, context: int) -> tuple[float, bool]:
     return sum(values), values == most
 
 
-def test_lm_evals_log_likelihoods_are_right_even_where_the_model_would_stop(
+async def test_lm_evals_log_likelihoods_are_right_even_where_the_model_would_stop(
     tiny_url: str, tiny_served: ServedModel
 ) -> None:
     engine, template = tiny_served.answerer.engine, tiny_served.answerer.template
     context = ids_of(template, TEXT)
-    (greedy,) = drawn(tiny_served, context, Sampling(5))
+    (greedy,) = await generate(tiny_served, context, Sampling(5))
     for ids in ([*context, *greedy.ids], [*context, *greedy.ids[:3], 60, 61], [*context, 44]):
         # As lm-eval asks: one token is drawn beside those scored, and left out by the place where it must stand.
         body: Any = {"model": "tiny", "prompt": [ids], "temperature": 0, "max_tokens": 1, "logprobs": 1, "echo": True}
-        (own,) = drawn(tiny_served, context, Sampling(len(ids) - len(context)))
-        (after,) = drawn(tiny_served, ids, Sampling(1))
+        (own,) = await generate(tiny_served, context, Sampling(len(ids) - len(context)))
+        (after,) = await generate(tiny_served, ids, Sampling(1))
         for ends in ([], list(after.ids)):
             status, answer = post(tiny_url, body | {"seed": 1234, "stop_token_ids": ends})
             assert status == 200, answer
             assert answer["choices"][0]["finish_reason"] == ("stop" if ends else "length")
             total, is_greedy = lm_eval_reads(answer, len(context))
-            assert total == pytest.approx(sum(asyncio.run(engine.score(ids, len(context)))), abs=1e-4)
+            assert total == pytest.approx(sum(await engine.score(ids, len(context))), abs=1e-4)
             assert is_greedy == (list(own.ids) == ids[len(context) :])
 
 
