@@ -107,6 +107,10 @@ def hash_code(*paths: Path) -> str:
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
+class DamagedCacheError(Exception):
+    """What the cache holds cannot be read. The damaged file is gone; what it held is computed again by the next attempt."""
+
+
 class ChunkStore:
     """Arrays for some of a source's usable rows, by position: the row's number among them, from 0.
 
@@ -179,12 +183,26 @@ class ChunkStore:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        with np.load(self._files[number], allow_pickle=False) as arrays:
-            loaded = {name: arrays[name] for name in arrays.files}
+        try:
+            with np.load(self._files[number], allow_pickle=False) as arrays:
+                loaded = {name: arrays[name] for name in arrays.files}
+        except _DAMAGE as error:
+            self._remove_damaged()
+            raise DamagedCacheError(str(error)) from error
         self._open[number] = loaded
         if len(self._open) > _OPEN_CHUNKS:
             self._open.popitem(last=False)
         return loaded
+
+    def _remove_damaged(self) -> None:
+        for path in self._files:
+            try:
+                with zipfile.ZipFile(path) as file:  # it has a checksum of each array
+                    damaged = file.testzip() is not None
+            except _DAMAGE:
+                damaged = True
+            if damaged:
+                path.unlink(missing_ok=True)
 
 
 def split_positions(positions: Ints) -> list[Ints]:

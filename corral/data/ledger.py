@@ -159,9 +159,9 @@ class Ledger:
 
 def format_summary(ledger: Mapping[str, Any]) -> str:
     """A few lines for a terminal, from a ledger's JSON form: totals, then each source with its reasons."""
-    lines = [f"{ledger['rows']:,} rows: {_counts(ledger['fates'])}"]
+    lines = [f"{_rows(ledger['rows'])}: {_counts(ledger['fates'])}"]
     for label, source in ledger["sources"].items():
-        lines.append(f"  {label}: {source['rows']:,} rows: {_counts(source['fates'])}")
+        lines.append(f"  {label}: {_rows(source['rows'])}: {_counts(source['fates'])}")
         if sides := _counts(source["sides"]):
             lines.append(f"    sides: {sides}")
         lines += [f"    {fact}" for fact in source_notes(source)]
@@ -172,6 +172,10 @@ def format_summary(ledger: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _rows(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"
+
+
 def source_notes(source: Mapping[str, Any]) -> list[str]:
     """What a source's entry in the JSON summary says besides its counts, as sentences."""
     notes: list[str] = [source["why"]] if "why" in source else []
@@ -180,7 +184,9 @@ def source_notes(source: Mapping[str, Any]) -> list[str]:
     if ends := source.get("lost_ends"):
         notes.append(f"{ends:,} answer{'s' if ends > 1 else ''} lost the end token")
     if shared := source.get("contaminated"):
-        notes.append(f"{shared:,} training row{'s share' if shared > 1 else ' shares'} passages with held-out rows")
+        examples = ", ".join(map(str, source["contaminated_rows"])) + (" …" if shared > EXAMPLES_PER_REASON else "")
+        share = f"row{'s share' if shared > 1 else ' shares'} passages"
+        notes.append(f"{shared:,} training {share} with held-out rows (row{'s' if shared > 1 else ''} {examples})")
     if lost := source.get("lost"):
         notes.append(f"lost: {lost:,.0f} of {source['asked']:,.0f} rows asked for ({lost / source['asked']:.2%})")
     return notes
@@ -210,6 +216,7 @@ class RowFates:
         tokens: of the whole row, or -1 if it was not encoded.
         trained_tokens: that count in the loss, or -1.
         lost_end: whether the end of an answer was cut off.
+        original: of a copy, the row that it copies, as `SOURCE row N`; else None.
         contaminated: whether it shares a passage with a held-out row.
         reasons: the reasons' texts.
     """
@@ -222,6 +229,7 @@ class RowFates:
     tokens: NDArray[np.int64]
     trained_tokens: NDArray[np.int64]
     lost_end: NDArray[np.bool_]
+    original: Sequence[str | None]
     contaminated: NDArray[np.bool_]
     reasons: list[str]
 
@@ -246,6 +254,7 @@ class LedgerWriter:
                 ("tokens", pa.int64()),
                 ("trained_tokens", pa.int64()),
                 ("lost_end", pa.bool_()),
+                ("original", pa.string()),
                 ("contaminated", pa.bool_()),
             ]
         )
@@ -287,6 +296,7 @@ class LedgerWriter:
             nullable(rows.tokens),
             nullable(rows.trained_tokens),
             pa.array(rows.lost_end),
+            pa.array(rows.original, pa.string()),
             pa.array(rows.contaminated),
         ]
         with storage_errors(self._path):

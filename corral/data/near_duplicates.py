@@ -7,7 +7,9 @@ of 8, so that a pair with resemblance 0.8 becomes a candidate with a probability
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,9 @@ VERSION = 2
 SHINGLE = 5
 RESEMBLANCE = 0.8
 BANDS, HASHES_PER_BAND = 16, 8
-_MAX_BUCKET = 32  # rows of one bucket that a new one is compared with; unlike rows seldom share a bucket
+_MAX_BUCKET = 32  # kept rows that a bucket remembers; unlike rows seldom share a bucket
+_MAX_COMPARED = 16  # candidates that a row is compared with; rows of one template may share buckets with hundreds
+_MAX_CACHED = 50_000  # kept rows whose shingles stay in memory
 
 
 def shingles(words: Words) -> Hashes:
@@ -30,8 +34,13 @@ def shingles(words: Words) -> Hashes:
 
 def resemblance(one: Words, other: Words) -> float:
     """The Jaccard index of two rows' shingle sets: shared shingles divided by all shingles of the two."""
-    a, b = shingles(one), shingles(other)
-    shared = len(np.intersect1d(a, b, assume_unique=True))
+    return _jaccard(shingles(one), shingles(other))
+
+
+def _jaccard(a: Hashes, b: Hashes) -> float:
+    joined = np.concatenate([a, b])
+    joined.sort(kind="stable")
+    shared = int((joined[1:] == joined[:-1]).sum())
     return shared / ((len(a) + len(b) - shared) or 1)
 
 
@@ -74,26 +83,33 @@ def band_hashes(words: Words, ends: Ints) -> Hashes:
 
 
 def group_near_duplicates(bands: Hashes, groups: Ints, words_of_row: Callable[[int], Words]) -> Ints:
-    """Assign each row to the first kept row that it resembles.
+    """Assign each row to a kept row that it resembles, the first of those with most bands in common.
 
-    Only rows that are themselves kept count, so every row that is left out resembles one that stays.
+    Only rows that are themselves kept count, so every row that is left out resembles one that stays. A row is compared with
+    the 16 kept rows that share most bands with it: two rows of resemblance 0.8 share 2.7 of 16 on average.
 
     Args:
         bands: `band_hashes` of each row. [rows, BANDS]
         groups: for each row the first row that equals it exactly. [rows]
         words_of_row: a row's words, by its number.
 
-    Returns: for each row the kept row that stands for it: itself, or the first one that it resembles. [rows]
+    Returns: for each row the kept row that stands for it: itself, or one that it resembles. [rows]
     """
     parents = groups.copy()
     distinct = np.flatnonzero((groups == np.arange(len(groups))) & bands.any(axis=1))
     buckets = _number_buckets(bands[distinct])
     kept: dict[int, list[int]] = {}
+
+    @lru_cache(_MAX_CACHED)
+    def shingles_of(row: int) -> Hashes:
+        return shingles(words_of_row(row))
+
     for i in np.flatnonzero((buckets >= 0).any(axis=1)).tolist():
         row, row_buckets = int(distinct[i]), [bucket for bucket in buckets[i].tolist() if bucket >= 0]
-        candidates = sorted({other for bucket in row_buckets for other in kept.get(bucket, ())})
-        words = words_of_row(row)
-        match = next((other for other in candidates if resemblance(words_of_row(other), words) >= RESEMBLANCE), None)
+        shared_bands = Counter(other for bucket in row_buckets for other in kept.get(bucket, ()))
+        candidates = sorted(shared_bands, key=lambda other: (-shared_bands[other], other))[:_MAX_COMPARED]
+        own = shingles(words_of_row(row))
+        match = next((other for other in candidates if _jaccard(shingles_of(other), own) >= RESEMBLANCE), None)
         if match is not None:
             parents[row] = match
             continue

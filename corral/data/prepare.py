@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from corral.data import cache as caches
 from corral.data import selection
+from corral.data.cache import DamagedCacheError
 from corral.data.encoding import Sequences, cut_record, encode_record
 from corral.data.example_store import Example, ExampleStore, ExampleWriter, RowOrigin, json_line, record_from_json
 from corral.data.ledger import EXAMPLES_PER_REASON, FATES, LEDGER_FILE, USED_FATES, Fate, Ledger, LedgerWriter, RowFates
@@ -30,7 +31,7 @@ from corral.data.lost_rows_budget import check_loss_budget, check_not_empty, cou
 from corral.data.mixture import SIDES, Side
 from corral.data.selection import UNSET, SourcePlan, WorkerPool, fate_code
 from corral.data.source_rows import EXCERPT_CHARACTERS, load_source_rows
-from corral.errors import DataError
+from corral.errors import DataError, StorageError
 from corral.messages import record_key, record_to_json
 from corral.progress import Progress
 from corral.recipe import Data
@@ -40,6 +41,7 @@ from corral.template import Template
 __all__ = ["Example", "Prepared", "Sequences", "encode_record", "prepare"]
 
 _VERSION = 3
+_ATTEMPTS = 3  # after the first, what was damaged in the cache is made again
 _PROGRESS_EVERY = 1000
 _ROW_GROUP = 50_000  # rows of a row group of the ledger
 _ROWS = "rows"
@@ -121,7 +123,23 @@ def prepare(
     """
     progress = progress or Progress()
     cache = cache or caches.default_folder()
-    pool = WorkerPool(progress, workers)
+    for attempt in range(_ATTEMPTS):
+        try:
+            _prepare(data, template, folder, seed, cache, WorkerPool(progress, workers))
+            break
+        except DamagedCacheError as error:
+            if attempt + 1 == _ATTEMPTS:
+                raise StorageError(
+                    f"the cache of prepared rows is damaged again and again: {error}",
+                    where=str(cache),
+                    hint="check the disk, or name another folder with CORRAL_CACHE",
+                ) from error
+            progress.say(f"a part of the cache is damaged ({error}): it is made again")
+    return Prepared.open(folder)
+
+
+def _prepare(data: Data, template: Template, folder: Path, seed: int, cache: Path, pool: WorkerPool) -> None:
+    progress = pool.progress
     with caches.hold_cache(cache) as used:
         progress.start("Reading rows", None)
         plans = [
@@ -142,7 +160,6 @@ def prepare(
             check_not_empty(plans, data, ledger)
             check_loss_budget(data, ledger, where=folder / LEDGER_FILE)
             write_json(rows / _META, {"version": _VERSION, "examples": counts})
-    return Prepared.open(folder)
 
 
 def _write_rows(plans: Sequence[SourcePlan], folder: Path, data: Data, seed: int, progress: Progress) -> dict[str, int]:
@@ -194,14 +211,15 @@ def _write_ledger(plans: Sequence[SourcePlan], folder: Path) -> dict[str, Any]:
     """Write the table of all rows, the summary and some rows that are on no side; returns the summary."""
     ledger = Ledger()
     examples: list[dict[str, Any]] = []
+    labels = [plan.source.label for plan in plans]
     with LedgerWriter(folder / LEDGER_FILE) as file:
         for plan in plans:
             label = plan.source.label
             ledger.add_read(label, plan.rows.rows_read)
-            for rows in _row_fates(plan):
+            for rows in _row_fates(plan, labels):
                 file.add(label, rows)
                 _count_fates(ledger, label, rows)
-            examples += _left_out_examples(plan)
+            examples += _left_out_examples(plan, labels)
         summary = ledger.to_json()
     trained = [int((plan.side == SIDES.index("train")).sum()) * plan.source.repeat for plan in plans]
     for plan, count in zip(plans, trained, strict=True):
@@ -213,7 +231,13 @@ def _write_ledger(plans: Sequence[SourcePlan], folder: Path) -> dict[str, Any]:
     return summary
 
 
-def _row_fates(plan: SourcePlan) -> Iterator[RowFates]:
+def _originals(plan: SourcePlan, positions: NDArray[Any], labels: Sequence[str]) -> Iterator[str | None]:
+    """Of each of these rows that is a copy, the row that it copies."""
+    columns = zip(plan.original_source[positions].tolist(), plan.original_row[positions].tolist(), strict=True)
+    return (f"{labels[number]} row {row}" if number >= 0 else None for number, row in columns)
+
+
+def _row_fates(plan: SourcePlan, labels: Sequence[str]) -> Iterator[RowFates]:
     """The fates of all rows of a source, usable or not, in its order, one row group at a time."""
     index = np.concatenate([plan.rows.index, plan.rows.unusable])
     order = np.argsort(index, kind="stable")
@@ -233,6 +257,7 @@ def _row_fates(plan: SourcePlan) -> Iterator[RowFates]:
         reason = column(plan.reason, UNSET)
         reason[~is_usable] = plan.rows.reason_codes[unusable]
         keys = iter(plan.rows.keys[positions])
+        originals = iter(_originals(plan, positions, labels))
         yield RowFates(
             row=index[rows],
             fate=column(plan.fate, fate_code("dropped")),
@@ -242,6 +267,7 @@ def _row_fates(plan: SourcePlan) -> Iterator[RowFates]:
             tokens=column(plan.tokens, UNSET),
             trained_tokens=column(plan.trained_tokens, UNSET),
             lost_end=column(plan.lost_end, False),
+            original=[next(originals) if usable_row else None for usable_row in is_usable],
             contaminated=column(plan.contaminated, False),
             reasons=plan.reasons,
         )
@@ -254,7 +280,7 @@ def _count_fates(ledger: Ledger, label: str, rows: RowFates) -> None:
         ledger.add_fate(label, row, FATES[fate], reason, SIDES[side] if side >= 0 else None)
 
 
-def _left_out_examples(plan: SourcePlan) -> Iterator[dict[str, Any]]:
+def _left_out_examples(plan: SourcePlan, labels: Sequence[str]) -> Iterator[dict[str, Any]]:
     """A few rows of each fate and reason that are on no side."""
     label = plan.source.label
     for example in plan.rows.examples:
@@ -263,12 +289,13 @@ def _left_out_examples(plan: SourcePlan) -> Iterator[dict[str, Any]]:
         positions = plan.rows_with(fate)
         for reason in np.unique(plan.reason[positions]).tolist():
             some = positions[plan.reason[positions] == reason][:EXAMPLES_PER_REASON]
-            for position, line in zip(some, plan.rows.record_lines(some), strict=True):
+            originals = _originals(plan, some, labels)
+            for position, line, original in zip(some, plan.rows.record_lines(some), originals, strict=True):
                 yield {
                     "source": label,
                     "index": int(plan.rows.index[position]),
                     "fate": fate,
-                    "reason": plan.reasons[reason] if reason >= 0 else None,
+                    "reason": f"copy of {original}" if original else plan.reasons[reason] if reason >= 0 else None,
                     "text": json.dumps(json.loads(line), ensure_ascii=False)[:EXCERPT_CHARACTERS],
                 }
 
@@ -284,6 +311,7 @@ def _source_figures(plan: SourcePlan) -> dict[str, Any]:
         "trained_tokens": int(plan.trained_tokens[used].sum()),
         "lost_ends": int(plan.lost_end[used].sum()),
         "contaminated": int(plan.contaminated.sum()),
+        "contaminated_rows": plan.rows.index[plan.contaminated][:EXAMPLES_PER_REASON].tolist(),
         "asked": asked,
         "lost": lost,
     }

@@ -7,6 +7,7 @@ kept too, with the reason.
 from __future__ import annotations
 
 import json
+import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -44,6 +45,14 @@ _PROGRESS_EVERY = 100
 _META = "meta.json"
 
 
+def _crc32(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while content := file.read(2**20):
+            checksum = zlib.crc32(content, checksum)
+    return checksum
+
+
 class SourceRows:
     """The rows of one source. A usable row's position is its number among the usable ones, from 0.
 
@@ -60,6 +69,9 @@ class SourceRows:
 
     def __init__(self, folder: Path) -> None:
         meta: dict[str, Any] = json.loads((folder / _META).read_text("utf-8"))
+        for name, checksum in meta["crc32"].items():
+            if _crc32(folder / name) != checksum:
+                raise ValueError(f"{name} has another checksum")
         self.identity = folder.name
         self.format: str = meta["format"]
         self.why: str = meta["why"]
@@ -225,5 +237,6 @@ def _read_into(source: Source, folder: Path, progress: Progress, turns: TurnSett
         "unusable": len(unusable.index),
         "reasons": list(unusable.code_of_reason),
         "examples": unusable.examples,
+        "crc32": {path.name: _crc32(path) for path in sorted(folder.iterdir())},
     }
     (folder / _META).write_text(json.dumps(meta), "utf-8")

@@ -115,6 +115,7 @@ def rows_of(first: int, fates: list[Fate], reasons: list[str]) -> RowFates:
         tokens=np.array([12 if f == "kept" else -1 for f in fates]),
         trained_tokens=np.array([5 if f == "kept" else -1 for f in fates]),
         lost_end=np.zeros(n, bool),
+        original=["b row 7" if f == "duplicate" else None for f in fates],
         contaminated=np.zeros(n, bool),
         reasons=reasons,
     )

@@ -57,6 +57,16 @@ def test_short_rows_are_compared_as_a_whole_and_rows_without_words_are_never_ali
     assert groups_of(["yes", "Yes.", "no", "...", "!!!", "yes no"]) == [0, 0, 2, 3, 4, 5]
 
 
+def test_near_copies_are_found_among_hundreds_of_rows_of_one_template() -> None:
+    """Rows of one template share words with all others; the copy of one of them resembles it more than they do."""
+    form = prose_words(1, 60)
+    rows = [
+        " ".join([*form[:20], *prose_words(i, 12), *form[20:40], *prose_words(-i, 12), *form[40:]]) for i in range(600)
+    ]
+    copies = [f"{rows[i]} indeed" for i in range(0, 600, 7)]
+    assert groups_of([*rows, *copies])[600:] == list(range(0, 600, 7))
+
+
 def test_near_duplicates_resemble_the_row_that_is_kept() -> None:
     """A chain of rows, each like the one before it, whose ends have nothing in common."""
     text = prose_words(4, 400)

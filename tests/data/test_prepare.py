@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from corral.data.ledger import FATES, FATES_WITH_REASON
+from corral.data.ledger import FATES, FATES_WITH_REASON, USED_FATES
+from corral.data.mixture import SIDES
 from corral.data.prepare import Prepared, prepare
 from corral.errors import DataError, ModelError
 from corral.messages import Conversation, record_key
@@ -376,3 +377,60 @@ def test_memory_stays_flat_while_a_large_file_is_read(tiny_folder: Path, tmp_pat
     )
     output, errors = start_script(code, tiny_folder, tmp_path).communicate()
     assert int(output) < 30e6, errors
+
+
+def sharegpt_log(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Conversations as public logs of chats hold them: 36 % begin with the assistant (chats cut in two), 15 % end with
+    the user, some have two turns of one side, and a third is longer than the context."""
+    random_ = random.Random(seed)
+    rows: list[dict[str, Any]] = []
+    for number in range(count):
+        words = random_.choice((4, 4, 12))
+        turns = [
+            {"from": side, "value": f"{number}.{i} " + "word " * random_.randint(1, words)}
+            for i in range(random_.choice((1, 2, 3, 9)))
+            for side in ("human", "gpt")
+        ]
+        kind = random_.random()
+        if kind < 0.36:
+            turns.insert(0, {"from": "gpt", "value": f"{number}: as I said"})
+        elif kind < 0.51:
+            turns.append({"from": "human", "value": "thanks, bye"})
+        elif kind < 0.56:
+            turns.insert(1, {"from": "human", "value": "I mean, please"})
+        rows.append({"conversations": turns})
+    return rows
+
+
+def test_over_95_percent_of_a_real_chat_log_is_trained_on(prepared: Prepare, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "log.jsonl", sharegpt_log(300))
+    mended = prepared(source(path), max_length=350)
+    fates = mended.ledger["fates"]
+    used = sum(fates[fate] for fate in USED_FATES)
+    assert used > 0.95 * 300, fates
+    assert fates["trimmed"] > 30
+    assert fates["split"] > 30
+    assert max(len(s.ids) for example in mended.train for s in example.sequences) <= 350
+    sides: dict[int, set[str]] = {}
+    for side in SIDES:
+        for example in mended.side(side):
+            sides.setdefault(example.index, set()).add(side)
+    assert all(len(of_row) == 1 for of_row in sides.values()), "the windows of a row are on one side"
+    strict = prepared(source(path), max_length=350, turns="strict", overlong="drop")
+    assert strict.ledger["fates"]["kept"] == fates["kept"] < 0.5 * 300
+
+
+def test_a_copy_names_its_original_and_contaminated_rows_are_listed(prepared: Prepare, tmp_path: Path) -> None:
+    a = source(write_rows(tmp_path / "a.jsonl", chats(30)))
+    same_questions = [chat(f"What is {i} plus {i}?", "No.") for i in range(9)]
+    b = source(write_rows(tmp_path / "b.jsonl", [*chats(3, start=5), *same_questions]))
+    result = prepared(a, b)
+    table = parquet.read_table(result.folder / "ledger.parquet").to_pylist()
+    assert [row["original"] for row in table if row["fate"] == "duplicate"] == ["a row 6", "a row 7", "a row 8"]
+    assert {row["original"] for row in table if row["fate"] != "duplicate"} == {None}
+    assert "copy of a row 6" in [row["reason"] for row in result.left_out]
+    for label, entry in result.ledger["sources"].items():
+        marked = [row["row"] for row in table if row["source"] == label and row["contaminated"]]
+        assert entry["contaminated"] == len(marked)
+        assert entry["contaminated_rows"] == marked[:5]
+    assert sum(entry["contaminated"] for entry in result.ledger["sources"].values()) > 0

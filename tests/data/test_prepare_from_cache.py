@@ -165,6 +165,24 @@ def test_damaged_rows_in_the_cache_are_read_again(prepared: Prepare, tmp_path: P
         assert tree_hashes(tmp_path / "first") == tree_hashes(tmp_path / "again")
 
 
+@pytest.mark.parametrize("kind", ["rows", "tokens", "words"])
+def test_one_flipped_byte_in_the_cache_is_found_and_that_part_made_again(
+    prepared: Prepare, tmp_path: Path, kind: str
+) -> None:
+    a = source(write_rows(tmp_path / "a.jsonl", chats(60)))
+    first = prepared(a)
+    (folder,) = (tmp_path / "cache").glob(f"{kind}-*")
+    unread = ("meta.json", "reason_codes.npy", "unusable.npy")
+    for path in sorted(path for path in folder.iterdir() if path.name not in unread):
+        content = bytearray(path.read_bytes())
+        content[-len(content) // 3] ^= 1
+        path.write_bytes(content)
+        listener = Listener()
+        again = prepared(a, progress=listener)
+        assert any("damaged" in message and "again" in message for message in listener.messages), path.name
+        assert tree_hashes(again.folder) == tree_hashes(first.folder), path.name
+
+
 def test_two_processes_may_prepare_the_same_rows_at_the_same_time(tiny_folder: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl", chats(600))
     code = "prepare(Data(sources=(Source(path='a.jsonl'),)), template, Path(sys.argv[2]), 0, cache=Path('cache'))"
