@@ -54,10 +54,9 @@ def questions(count: int) -> list[dict[str, Any]]:
 
 
 def template() -> Any:
-    from corral.model.loading import load_tokenizer
-    from corral.template import Template
+    from corral.model.loading import load_template
 
-    return Template.load(load_tokenizer(base_folder()))
+    return load_template(base_folder())
 
 
 def render(rows: list[dict[str, Any]]) -> tuple[list[list[int]], tuple[int, ...]]:

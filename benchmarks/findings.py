@@ -48,7 +48,7 @@ from corral.export.export import export_form
 from corral.export_forms import ExportForm
 from corral.messages import Conversation
 from corral.model.folder import model_identity
-from corral.model.loading import load_tokenizer, resolve_model
+from corral.model.loading import load_template, resolve_model
 from corral.progress import Progress
 from corral.recipe import Answer
 from corral.run.directory import Run
@@ -100,7 +100,7 @@ def main() -> None:
     options = _parser().parse_args()
     progress = TerminalProgress()
     model = resolve_model(MODEL, progress=progress.say).folder
-    bench = Bench(options.rows, options.work, model, Template.load(load_tokenizer(model)), progress)
+    bench = Bench(options.rows, options.work, model, load_template(model), progress)
     options.work.mkdir(parents=True, exist_ok=True)
     arithmetic = bench.task("arithmetic", 160)
     began = time.perf_counter()
@@ -370,7 +370,7 @@ def compare_run(bench: Bench, path: Path) -> Scorecard:
     for model, folder in folders.items():
         if all(into.is_complete(subject, material) for subject in subjects[model]):
             continue
-        template = Template.load(load_tokenizer(folder), run.recipe.model.template if model == "base" else "tokenizer")
+        template = load_template(folder, run.recipe.model.template if model == "base" else "tokenizer")
         with open_session(folder) as session:
             for subject in subjects[model]:
                 session.run(into.measure(subject, session.engine, template, material, bench.progress))

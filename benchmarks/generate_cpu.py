@@ -39,12 +39,11 @@ def base_folder() -> Path:
 def prompts() -> list[list[int]]:
     """The first test rows of the quickstart recipe, rendered."""
     from corral.data.prepare import prepare
-    from corral.model.loading import load_tokenizer
+    from corral.model.loading import load_template
     from corral.progress import Progress
     from corral.recipe import Data, Source
-    from corral.template import Template
 
-    template = Template.load(load_tokenizer(base_folder()))
+    template = load_template(base_folder())
     data = Data(sources=(Source(path="asset:wikibooks-recipes", format="wikibooks-recipes"),), max_length=512)
     with tempfile.TemporaryDirectory() as name:
         test = prepare(data, template, Path(name), 7, Progress()).test

@@ -219,10 +219,9 @@ def sources_of(folder: Path, rows: int) -> list[Any]:
 def side_corral(folder: Path, rows: int) -> dict[str, Any]:
     from corral.data.packing import pack_sequences
     from corral.data.prepare import prepare
-    from corral.model.loading import load_tokenizer, resolve_model
+    from corral.model.loading import load_template, resolve_model
     from corral.progress import Progress
     from corral.recipe import Data
-    from corral.template import Template
 
     class Times(Progress):
         def __init__(self) -> None:
@@ -231,7 +230,7 @@ def side_corral(folder: Path, rows: int) -> dict[str, Any]:
         def start(self, title: str, total: int | None) -> None:
             self.began.append((title, time.perf_counter()))
 
-    template = Template.load(load_tokenizer(resolve_model(TOKENIZER).folder), TEMPLATE)
+    template = load_template(resolve_model(TOKENIZER).folder, TEMPLATE)
     data = Data(sources=tuple(sources_of(folder, rows)), max_length=LENGTH, split={"validation": 0, "test": 800})
     times = Times()
     with tempfile.TemporaryDirectory(dir=folder.parent) as out:

@@ -58,10 +58,9 @@ def scripted(delay: float) -> Any:
 
 
 def template() -> Any:
-    from corral.model.loading import load_tokenizer, resolve_model
-    from corral.template import Template
+    from corral.model.loading import load_template, resolve_model
 
-    return Template.load(load_tokenizer(resolve_model(MODEL).folder))
+    return load_template(resolve_model(MODEL).folder)
 
 
 def serve(options: argparse.Namespace) -> None:

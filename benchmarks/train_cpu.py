@@ -42,14 +42,13 @@ WARM_UP = 2  # rounds of products that are not counted
 def prepare_rows(folder: Path, rows: int) -> Any:
     """(model folder, tokenizer, the first `rows` training examples in step order)."""
     from corral.data.prepare import prepare
-    from corral.model.loading import load_tokenizer, resolve_model
+    from corral.model.loading import load_template, resolve_model
     from corral.progress import Progress
     from corral.recipe import Data, Source, Train
-    from corral.template import Template
     from corral.training.sampler import BatchSampler
 
     base = resolve_model("asset:smollm2-135m-instruct").folder
-    template = Template.load(load_tokenizer(base))
+    template = load_template(base)
     data = Data(sources=(Source(path="asset:wikibooks-recipes", format="wikibooks-recipes"),), max_length=512)
     train = prepare(data, template, folder, 0, Progress()).train
     sampler = BatchSampler(Train(steps=rows // ROWS_PER_STEP, batch_size=ROWS_PER_STEP), train.lengths.tolist(), 0)

@@ -28,6 +28,7 @@ class Stopped(KeyboardInterrupt):
 
 class Interrupts:
     """While entered, SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt; within `deferred` the first one only requests a stop.
+    A KeyboardInterrupt leaves the block as `Stopped`.
 
     A closed terminal or a lost connection sends SIGHUP. It stops as the others do, so that a checkpoint is written; under
     `nohup`, where it is ignored, it stays ignored.
@@ -74,9 +75,11 @@ class Interrupts:
             self._previous_handlers = {n: signal.signal(n, self._handle) for n in numbers}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+        if isinstance(error, KeyboardInterrupt) and not isinstance(error, Stopped):
+            raise Stopped(self.signal) from None
 
 
 def _redirect_closed_terminal() -> None:

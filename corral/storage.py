@@ -15,7 +15,7 @@ import re
 import shutil
 import stat
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, Literal, cast
@@ -177,16 +177,10 @@ def read_write_lock(path: Path, mode: Literal["read", "write"], *, wait: bool = 
     try:
         from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, flock
     except ImportError:
-        from filelock import FileLock
-
-        lock = FileLock(path, fallback_to_soft=False)
-        with storage_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire(blocking=wait)
-        try:
+        with ExitStack() as stack:
+            with storage_errors(path):
+                stack.enter_context(file_lock(path, wait=wait))
             yield
-        finally:
-            lock.release()
         return
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

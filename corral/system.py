@@ -33,6 +33,14 @@ def process_limit(kind: Literal["DATA", "AS", "NOFILE"]) -> int | None:
     return None if limit == resource.RLIM_INFINITY else limit
 
 
+def proc_bytes(file: str, name: str) -> int | None:
+    """A field of a file of Linux's `/proc` that counts kB, such as `MemAvailable` of `meminfo`, in bytes."""
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc", file).read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) * 1024
+    return None
+
+
 def total_memory() -> int | None:
     """Bytes of memory of this machine."""
     if not hasattr(os, "sysconf"):

@@ -12,7 +12,7 @@ from corral.batch.journal import Journal, Totals, all_rows_bad, open_journal
 from corral.batch.local_worker import KeepRow
 from corral.batch.prompts import Prompt, PromptFile
 from corral.errors import DataError
-from corral.interrupts import Interrupts, Stopped
+from corral.interrupts import Interrupts
 from corral.progress import Progress
 
 AnswerPrompts: TypeAlias = Callable[[Iterator[Prompt], KeepRow], None]
@@ -59,12 +59,9 @@ def answer_file(
         Stopped: by a signal; calling again resumes.
         CorralError: `answer_prompts` failed; finished rows are kept.
     """
-    interrupts = Interrupts()
-    with interrupts:
+    with Interrupts():
         try:
             return _answer_file(source, out, identity, answer_prompts, progress)
-        except KeyboardInterrupt as stop:
-            raise stop if isinstance(stop, Stopped) else Stopped(interrupts.signal) from None
         finally:
             progress.stop()
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from corral.cli.run_commands import execute_recipe
 from corral.cli.terminal import TerminalProgress
-from corral.engines.base import CHAT_SAMPLING
+from corral.engines.base import CHAT_SAMPLING, run_engine
 from corral.errors import InputError
 
 if TYPE_CHECKING:
@@ -67,7 +67,6 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
 
 def verify(args: argparse.Namespace) -> dict[str, Any]:
     """Check a model against its contract."""
-    import asyncio
     from dataclasses import asdict
 
     from corral.answering.open_model import open_model
@@ -82,12 +81,7 @@ def verify(args: argparse.Namespace) -> dict[str, Any]:
     if all(check.passed for check in checks):
         checks += [contract.check_token_ids(template, folder), contract.check_stop_ids(template, folder)]
         engine = open_model(args.model, args.engine).answerer.engine
-
-        async def measured() -> contract.Check:
-            async with engine:
-                return await contract.verify(record, engine)
-
-        checks.append(asyncio.run(measured()))
+        checks.append(run_engine(engine, lambda engine: contract.verify(record, engine)))
     if not args.json:
         for check in checks:
             print(f"{'holds ' if check.passed else 'BROKEN'}  {check.name}: {check.detail}", flush=True)

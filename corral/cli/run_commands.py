@@ -24,6 +24,10 @@ def _recipe(args: argparse.Namespace, *, stages_required: bool = True) -> Any:
     return load(args.recipe, args.set, stages_required=stages_required)
 
 
+def _run_folder(args: argparse.Namespace, recipe: Any) -> Path:
+    return Path(args.out or Path("runs") / (f"{recipe.name}-small" if args.small else recipe.name))
+
+
 def execute_recipe(recipe: Any, out: Path, args: argparse.Namespace, **options: Any) -> dict[str, Any]:
     """Run a recipe's stages, and say which were done already."""
     from corral.pipeline import execution
@@ -80,7 +84,7 @@ def _run(args: argparse.Namespace, world: World) -> dict[str, Any]:
     from corral.run.directory import Run, is_run
 
     recipe = _recipe(args)
-    out = Path(args.out or Path("runs") / (f"{recipe.name}-small" if args.small else recipe.name))
+    out = _run_folder(args, recipe)
     if args.small:
         from corral.data.small_form import shrink_recipe
 
@@ -105,22 +109,20 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
 
     from rich.console import Console
 
-    from corral.interrupts import Interrupts, Stopped
+    from corral.interrupts import Interrupts
     from corral.preflight.plan import render
     from corral.preflight.planner import plan as find_out
 
     recipe = _recipe(args)
-    out = Path(args.out or Path("runs") / (f"{recipe.name}-small" if args.small else recipe.name))
-    interrupts, progress = Interrupts(), TerminalProgress()
-    with interrupts, tempfile.TemporaryDirectory() as rows:
+    out = _run_folder(args, recipe)
+    progress = TerminalProgress()
+    with Interrupts(), tempfile.TemporaryDirectory() as rows:
         try:
             if args.small:
                 from corral.data.small_form import shrink_recipe
 
                 recipe = shrink_recipe(recipe, Path(rows))
             outcome = find_out(recipe, out, progress, device=args.device)
-        except KeyboardInterrupt:
-            raise Stopped(interrupts.signal) from None
         finally:
             progress.stop()
     result = outcome.to_json()

@@ -10,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from types import TracebackType
-from typing import Literal, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias, TypeVar
 
 from corral.errors import EngineClosedError, EngineError, RequestError
 
+T = TypeVar("T")
 Finish: TypeAlias = Literal["stop", "length", "cancelled"]
 
 
@@ -228,6 +229,16 @@ class Engine(ABC):
         worst = max(ids) if min(ids) >= 0 else min(ids)
         if not 0 <= worst < self.features.vocabulary:
             raise RequestError(f"token id {worst} is outside the vocabulary of {self.features.vocabulary}")
+
+
+def run_engine(engine: Engine, use: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
+    """Run a coroutine that uses an engine, on an event loop of its own, and close the engine."""
+
+    async def run() -> T:
+        async with engine:
+            return await use(engine)
+
+    return asyncio.run(run())
 
 
 def closed_error(engine: Engine) -> EngineClosedError:

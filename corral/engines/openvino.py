@@ -66,11 +66,12 @@ class OpenVinoEngine(Engine):
         ModelError: the folder holds no model that OpenVINO can load, or dtype is another.
     """
 
-    def __init__(self, folder: Path, *, dtype: DType = "float32", exact: bool = False, name: str = "openvino") -> None:
+    name = "openvino"
+
+    def __init__(self, folder: Path, *, dtype: DType = "float32", exact: bool = False) -> None:
         require("openvino_genai", "openvino")
         if dtype not in _PRECISIONS:
             raise ModelError(f"the openvino engine does not compute in {dtype}", hint="use float32 or bfloat16")
-        self.name = name
         self._folder = folder
         self._is_converted = (folder / OPENVINO_MODEL).is_file()
         self._precision: OpenVinoType = "f32" if dtype == "float32" else "f16"

@@ -69,19 +69,19 @@ def load_engines(
 
     model = load_model(folder, dtype=dtype, device=device)
     if not folders:
-        return [TransformersEngine(model, name=name)]
+        return [TransformersEngine(model)]
     from corral.model.adapters import load
 
     adapted = load(model, *folders)
     if len(adapters) == 1:
-        return [TransformersEngine(adapted, name=name)]
+        return [TransformersEngine(adapted)]
     from corral.engines.shared_model import SharedModel
 
     shared = SharedModel(adapted)
     names = dict(zip(folders, adapted.peft_config, strict=True))
     share = default_cache_bytes(model.device) // len(adapters)
     return [
-        TransformersEngine(adapted, name=name, cache_bytes=share, turn=partial(shared.use, adapter and names[adapter]))
+        TransformersEngine(adapted, cache_bytes=share, turn=partial(shared.use, adapter and names[adapter]))
         for adapter in adapters
     ]
 
@@ -92,13 +92,12 @@ def _load_openvino(folder: Path, dtype: DType, device: str, adapters: Sequence[P
             f"the openvino engine computes on the CPU, not on {device!r}",
             hint='use engine = "transformers", or device = "cpu"',
         )
-    for adapter in adapters:
-        if adapter is not None:
-            raise ModelError(
-                "the openvino engine computes only adapters that are merged into their model",
-                where=str(adapter),
-                hint="use the transformers engine, or name the merged model (a run keeps it beside the adapter, in merged)",
-            )
+    if adapter := next(filter(None, adapters), None):
+        raise ModelError(
+            "the openvino engine computes only adapters that are merged into their model",
+            where=str(adapter),
+            hint="use the transformers engine, or name the merged model (a run keeps it beside the adapter, in merged)",
+        )
     from corral.engines.openvino import OpenVinoEngine
 
     return OpenVinoEngine(folder, dtype=dtype)

@@ -32,18 +32,18 @@ class TransformersEngine(Engine):
     Args:
         model: a causal language model of the Llama kind (full attention in every layer, one cache of keys and values), on
             any device, or a PEFT model that changes its layers (LoRA and its kin; not prompt tuning).
-        name: what errors and records call this engine.
         max_batch: most choices computed at a time; others wait.
         cache_bytes: most memory for keys and values. None: half of what is free on a GPU, 2 GiB elsewhere. A choice
             that needs more runs alone.
         turn: entered around each step, if other engines compute with the same model (`SharedModel.use`).
     """
 
+    name = "transformers"
+
     def __init__(
         self,
         model: nn.Module,
         *,
-        name: str = "transformers",
         max_batch: int = 128,
         cache_bytes: int | None = None,
         turn: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -55,7 +55,6 @@ class TransformersEngine(Engine):
         context: int = causal.config.max_position_embeddings
         # Sliding attention is full attention for texts up to its window.
         window: int | None = getattr(causal.config, "sliding_window", None)
-        self.name = name
         self.features = Features(
             max_length=min(context, window or context),
             vocabulary=causal.get_input_embeddings().weight.shape[0],
@@ -63,10 +62,10 @@ class TransformersEngine(Engine):
             score=True,
         )
         tokens = max(1, (cache_bytes or default_cache_bytes(causal.device)) // bytes_per_token(causal))
-        self._worker = Worker(causal, name, max_batch, tokens, turn)
+        self._worker = Worker(causal, self.name, max_batch, tokens, turn)
         # A program that does not close its engine must still end: a daemon thread, as the interpreter does not wait for
         # one, which `atexit` stops, as the interpreter would crash if it computed during shutdown.
-        self._thread = threading.Thread(target=self._worker.run, name=f"corral-{name}", daemon=True)
+        self._thread = threading.Thread(target=self._worker.run, name="corral-transformers", daemon=True)
         self._thread.start()
         atexit.register(self._end)
 

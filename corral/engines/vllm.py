@@ -61,6 +61,8 @@ class VllmEngine(Engine):
             another device.
     """
 
+    name = "vllm"
+
     def __init__(
         self,
         folder: Path,
@@ -68,13 +70,11 @@ class VllmEngine(Engine):
         dtype: DType = "bfloat16",
         device: str = "cuda",
         adapters: Sequence[Path] = (),
-        name: str = "vllm",
     ) -> None:
         for variable, value in _ENVIRONMENT.items():
             os.environ.setdefault(variable, value)
         check_folder(folder)
         require("vllm", "vllm")
-        self.name = name
         self._lock = threading.Lock()
         self._closed = False
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -85,7 +85,7 @@ class VllmEngine(Engine):
         settings = model_settings(folder, dtype, device) | (lora_settings(adapters) if adapters else {})
         started: Future[None] = Future()
         self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._serve(settings, adapters, started)), name=f"corral-{name}", daemon=True
+            target=lambda: asyncio.run(self._serve(settings, adapters, started)), name="corral-vllm", daemon=True
         )
         self._thread.start()
         try:

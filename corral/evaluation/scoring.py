@@ -205,7 +205,7 @@ def _checked_loss(row: Row, where: str) -> tuple[float, int]:
     return row.nll, row.tokens
 
 
-def abbreviate(names: Sequence[str] | Mapping[str, object], limit: int = 5) -> str:
-    """Names for a message: the first few, and how many more there are."""
-    shown = list(names)[:limit]
-    return ", ".join(shown) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def abbreviate(names: Iterable[str]) -> str:
+    """Names for a message: the first five, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

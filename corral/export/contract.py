@@ -94,20 +94,20 @@ class Check:
     n: int = 0
 
 
-def make_probes(template: Template, conversations: Sequence[Conversation] = PROBES) -> list[Probe]:
-    """Conversations as probes; the tokens from the first trained one on are scored."""
-    encoded = [template.encode(c) for c in renderable_conversations(template, conversations)]
+def make_probes(template: Template) -> list[Probe]:
+    """`PROBES` as token ids; those from the first trained one on are scored."""
+    encoded = [template.encode(c) for c in renderable_conversations(template)]
     return [Probe(e.ids, max(1, e.trained.index(True))) for e in encoded]
 
 
-def renderable_conversations(template: Template, conversations: Sequence[Conversation] = PROBES) -> list[Conversation]:
-    """The conversations that a template can render: some take no system message, or one turn only.
+def renderable_conversations(template: Template) -> list[Conversation]:
+    """Those of `PROBES` that a template can render: some take no system message, or one turn only.
 
     Raises: TemplateError (it renders none).
     """
     renderable: list[Conversation] = []
     last_error: TemplateError | None = None
-    for conversation in conversations:
+    for conversation in PROBES:
         try:
             template.encode(conversation)
             renderable.append(conversation)

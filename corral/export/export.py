@@ -9,16 +9,15 @@ There are two comparisons of log-probabilities on a set of probes:
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 import tempfile
-from collections.abc import Callable, Coroutine, Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from corral.engines.base import Engine
+from corral.engines.base import Engine, run_engine
 from corral.errors import ModelError
 from corral.export import contract
 from corral.export.contract import Check
@@ -29,7 +28,6 @@ from corral.storage import new_directory, remove_tree, sha256_file, storage_erro
 if TYPE_CHECKING:
     from corral.template import Template
 
-T = TypeVar("T")
 ALLOWED_LOSS_INCREASE = {"f32": 1e-3, "f16": 0.01, "int8": 0.1, "q8_0": 0.02, "int4": 0.6, "q4_0": 0.6}
 """How much a type may add to the loss on the probes (nats per token). Four bits cost a model of 135M parameters a quarter of a
 nat and one of billions a twentieth. The contract only shows that nothing broke; held-out data show how good the form is."""
@@ -185,16 +183,16 @@ def _check_candidate(
     model: Any = load_model(folder)
 
     def measure_source(probes: Sequence[contract.Probe]) -> list[list[float]]:
-        return _with_engine(lambda: TransformersEngine(model), lambda engine: contract.measure(engine, probes))
+        return run_engine(TransformersEngine(model), lambda engine: contract.measure(engine, probes))
 
     full = measure_source(probe_set)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.from_numpy(candidate.stored_weight(name, parameter.numpy())))
-    exact = _with_engine(candidate.exact, lambda engine: contract.measure(engine, probe_set))
-    answers = _with_engine(candidate.exact, lambda engine: contract.measure_greedy(engine, probe_set))
+    exact = run_engine(candidate.exact(), lambda engine: contract.measure(engine, probe_set))
+    answers = run_engine(candidate.exact(), lambda engine: contract.measure_greedy(engine, probe_set))
     served = (
-        _with_engine(candidate.served, lambda engine: contract.measure(engine, probe_set))
+        run_engine(candidate.served(), lambda engine: contract.measure(engine, probe_set))
         if candidate.served
         else exact
     )
@@ -210,11 +208,3 @@ def _check_candidate(
         ),
         contract.compare_losses("as served", served, full, allowed),
     ]
-
-
-def _with_engine(load: Callable[[], Engine], use: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
-    async def run() -> T:
-        async with load() as engine:
-            return await use(engine)
-
-    return asyncio.run(run())

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from corral.errors import RunError, StorageError, require
-from corral.interrupts import Interrupts, Stopped
+from corral.interrupts import Interrupts
 from corral.pipeline import evaluate_stage, export_stage, merge_stage, prepare_stage, report_stage, train_stage
 from corral.pipeline.context import RunContext, training_stage_name
 from corral.progress import Progress
@@ -90,11 +90,9 @@ def execute(
     with Run.open(out, recipe) as run, interrupts:
         try:
             return _run_stages(RunContext(run, recipe, progress, interrupts, world or World(), profile), allowed)
-        except BaseException as error:
+        except BaseException:
             if before is not None:  # the changed settings took no effect
                 write_atomic(path, before)
-            if isinstance(error, KeyboardInterrupt):
-                raise Stopped(interrupts.signal) from None
             raise
         finally:
             progress.stop()
@@ -111,15 +109,12 @@ def follow(world: World) -> None:
     """
     interrupts = Interrupts()
     with interrupts:
-        try:
-            while "end" not in (message := world.receive_from_main()):
-                run = Run(Path(message["run"]))
-                context = RunContext(run, run.recipe, Progress(), interrupts, world)
-                stage = Stage(message["stage"], run.path / message["stage"], message["fingerprint"], done=False)
-                with world.peer_errors():
-                    train_stage.train(context, stage, message["number"])
-        except KeyboardInterrupt:
-            raise Stopped(interrupts.signal) from None
+        while "end" not in (message := world.receive_from_main()):
+            run = Run(Path(message["run"]))
+            context = RunContext(run, run.recipe, Progress(), interrupts, world)
+            stage = Stage(message["stage"], run.path / message["stage"], message["fingerprint"], done=False)
+            with world.peer_errors():
+                train_stage.train(context, stage, message["number"])
     if message["end"]:
         raise SystemExit(message["end"])
 
@@ -157,7 +152,6 @@ def _run_stages(context: RunContext, allowed: Collection[str] | None) -> dict[st
 
 def _require_extras(context: RunContext) -> None:
     """Check now for packages that would be missing after hours of training. Raises: MissingExtraError."""
-
     engines = {
         evaluate_stage.evaluation_engine(context),
         *(variant.engine for variant in context.recipe.evaluate.variants),

@@ -83,10 +83,9 @@ def _fine_tune(context: RunContext, stage: Stage, setup: TrainingSetup) -> None:
     lora = config.method == "lora"
     # A sharded model may not fit on one device as a whole: it is loaded on the CPU and moved shard by shard.
     sharded = config.sharding == "full" and context.world.size > 1
-    model = trained_model.load_base(replace(setup, device="cpu") if sharded else setup)
-    if lora:
-        trained_model.check_special_tokens(model, context.template)
-    trained: Any = trained_model.make_trainable(model, setup, seed=context.recipe.seed)
+    trained: Any = trained_model.load_trainable(
+        replace(setup, device="cpu") if sharded else setup, context.template, seed=context.recipe.seed
+    )
     probe_set = contract.make_probes(context.template)
 
     def save(name: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from corral.errors import CorralError
-from corral.system import process_limit, total_memory
+from corral.system import proc_bytes, process_limit, total_memory
 
 _UNLIMITED = 2**60  # cgroups of the first version write "no limit" as a huge number
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -41,7 +41,7 @@ def cpu_memory() -> MemoryLimit:
         raise CorralError(
             "this operating system does not say how much memory it has", hint="plan on Linux or macOS, or give --device"
         )
-    limits = [MemoryLimit(_available() or total, total, "this machine"), *cgroup_limits()]
+    limits = [MemoryLimit(proc_bytes("meminfo", "MemAvailable") or total, total, "this machine"), *cgroup_limits()]
     for limit in (process_limit("DATA"), process_limit("AS")):
         if limit is not None:
             limits.append(MemoryLimit(limit, limit, "limit of a process (ulimit)"))
@@ -60,14 +60,6 @@ def free_disk(path: Path) -> tuple[int, Path]:
     """Free bytes where a path is or will be, and the nearest folder that exists."""
     folder = next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
     return shutil.disk_usage(folder).free, folder
-
-
-def _available() -> int | None:
-    """Bytes that Linux can give out without swapping."""
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
-    return None
 
 
 def cgroup_limits(root: Path = _CGROUPS, listing: Path = Path("/proc/self/cgroup")) -> Iterator[MemoryLimit]:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from corral.system import peak_memory
+from corral.system import peak_memory, proc_bytes
 
 _PRODUCTS = 20
 
@@ -25,12 +25,9 @@ def resident_bytes() -> int:
     return (int(pages) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _proc_status_bytes(name: str) -> int:
+def _status_bytes(name: str) -> int:
     """A field of `/proc/self/status` in bytes; where not on Linux, the most that this process ever held."""
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) * 1024
-    return peak_memory() or 0
+    return proc_bytes("self/status", name) or peak_memory() or 0
 
 
 class MemoryMeter:
@@ -52,7 +49,7 @@ class MemoryMeter:
                 self.baseline = torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0]
         else:
             importlib.import_module("corral.preflight.preload")  # what a run has imported when it loads its model
-            self.baseline = _proc_status_bytes("VmRSS")
+            self.baseline = _status_bytes("VmRSS")
 
     def peak(self) -> int:
         """The most bytes in use since `reset`."""
@@ -60,7 +57,7 @@ class MemoryMeter:
             import torch
 
             return torch.cuda.max_memory_reserved() + self.baseline
-        return _proc_status_bytes("VmHWM")
+        return _status_bytes("VmHWM")
 
     def reset(self) -> None:
         """Start a new peak."""

@@ -115,9 +115,7 @@ class _Trial:
         self._phase("Loading the model again, after kill -9" if self._resume else "Loading the model")
         self._memory = measured_memory.MemoryMeter(self._job.start.device)
         self._figures["process"] = self._memory.baseline
-        began = time.perf_counter()
         self._training = self._build()
-        self._figures |= {"load_seconds": time.perf_counter() - began, "load_peak": self._memory.peak()}
         self._memory.reset()
         optimizer = self._training.optimizer
         optimizer.register_step_pre_hook(self._before_optimizer)
@@ -145,10 +143,7 @@ class _Trial:
         rows = Prepared.open(job.prepared)
         template = load_template(start.folder, job.template, job.template_variables)
         probes = contract.make_probes(template)
-        model = trained_model.load_base(start)
-        if start.config.method == "lora":
-            trained_model.check_special_tokens(model, template)
-        trained: Any = trained_model.make_trainable(model, start, seed=job.seed)
+        trained: Any = trained_model.load_trainable(start, template, seed=job.seed)
         config = start.config.model_copy(update={"checkpoint_every": 1, "evaluate_every": 10**9})
 
         class TrialSampler(BatchSampler):
@@ -204,7 +199,6 @@ class _Trial:
         dtype = torch.float32 if start.config.method == "full" else getattr(torch, start.dtype)
         self._figures |= {
             "weights": measured_memory.weights_bytes(model),
-            "parameters": sum(p.numel() for p in training.parameters.values()),
             "gemm": measured_memory.matmul_rate(start.device, dtype),
             **measured_memory.measure_pass(model, [s.ids for s in sequences], positions),
         }
@@ -226,7 +220,7 @@ class _Trial:
             figures["evaluate_seconds"] = now - self._phase_start
             self._phase("Training on the longest rows")
         elif metrics.step == HEAVY_STEP:
-            figures |= {"heavy_seconds": metrics.seconds, "heavy_peak": self._memory.peak()}
+            figures["heavy_seconds"] = metrics.seconds
             self._phase_start = now
         else:
             training = self._training

@@ -44,7 +44,6 @@ class Workload:
         held_out_tokens: tokens of these.
         checkpoints: number of checkpoints written.
         pack_length: most tokens in a forward pass.
-        exact: whether the packs of every step were computed.
     """
 
     steps: int
@@ -60,7 +59,6 @@ class Workload:
     held_out_tokens: int
     checkpoints: int
     pack_length: int
-    exact: bool
 
     @classmethod
     def from_stage(cls, train: Train, prepared: Prepared, max_length: int, seed: int, kind: str) -> Workload:
@@ -96,7 +94,6 @@ class Workload:
             held_out_tokens=sum(held_out[i] for pack in sample for i in pack),
             checkpoints=math.ceil(sampler.steps / train.checkpoint_every),
             pack_length=limit,
-            exact=interval == 1,
         )
 
     def longest_within(self, length: int) -> PackShape:

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import hashlib
 import json
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from corral.engines.base import run_engine
 from corral.errors import ModelError, TemplateError
 from corral.export import contract
 from corral.storage import new_directory, write_atomic, write_json
@@ -157,6 +157,14 @@ def check_special_tokens(model: PreTrainedModel, template: Template) -> None:
             where="model.template",
             hint="use a template made of trained tokens, or start from an instruct model; adapters do not train embeddings",
         )
+
+
+def load_trainable(setup: TrainingSetup, template: Template, *, seed: int) -> PeftModel | PreTrainedModel:
+    """The model that the stage trains. Raises: MissingExtraError, ModelError, TemplateError (as `check_special_tokens`)."""
+    model = load_base(setup)
+    if setup.config.method == "lora":
+        check_special_tokens(model, template)
+    return make_trainable(model, setup, seed=seed)
 
 
 def load_as_trained(setup: TrainingSetup, stage: Path) -> PeftModel:
@@ -331,8 +339,4 @@ def _check_full_model(
 def _probe_logprobs(model: Any, probes: Sequence[Probe]) -> list[list[float]]:
     from corral.engines.transformers import TransformersEngine
 
-    async def measure() -> list[list[float]]:
-        async with TransformersEngine(model) as engine:
-            return await contract.measure(engine, probes)
-
-    return asyncio.run(measure())
+    return run_engine(TransformersEngine(model), lambda engine: contract.measure(engine, probes))

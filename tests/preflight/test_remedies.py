@@ -18,7 +18,7 @@ LENGTHS = [300] * 90 + [1800] * 10
 
 def remedies_for(train: Train, device: str, *, max_length: int = 2048, correction: int = 0) -> list[Remedy]:
     longest = PackShape(8192, 4000, 700)
-    work = Workload(100, 10**6, 100, (0,), longest, (0,), longest, 1, 1000, (0,), 100, 1, 8192, exact=True)
+    work = Workload(100, 10**6, 100, (0,), longest, (0,), longest, 1, 1000, (0,), 100, 1, 8192)
     of = DEVICES[device]
     return find_remedies(
         LLAMA_8B, train, 1, work, LENGTHS, max_length, of, of.dtype("auto"), int(of.memory * 0.8), correction

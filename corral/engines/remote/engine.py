@@ -61,12 +61,13 @@ class RemoteEngine(Engine):
         timeout_seconds: the longest silence of an endpoint that has a request; the first token may take that long.
         check_seconds: how often to check endpoints that nobody asks, so that `ready` is up to date; None checks only
             those that failed.
-        name: what errors and records call this engine.
 
     Raises:
         InputError: a URL cannot be used, or the endpoint does not list the model's context and `max_length` is not given.
         ModelError: no endpoint answers, the key is refused, the model is not there, or the server returns too little.
     """
+
+    name = "remote"
 
     def __init__(
         self,
@@ -83,9 +84,7 @@ class RemoteEngine(Engine):
         backoff_seconds: float = 1.0,
         timeout_seconds: float = 600.0,
         check_seconds: float | None = None,
-        name: str = "remote",
     ) -> None:
-        self.name = name
         self._refuses_while_resting = retries == 0
         self._endpoints = FailoverClient(
             urls,
@@ -102,7 +101,7 @@ class RemoteEngine(Engine):
         self._is_closed = False
         # Engines serve callers of several event loops; connections belong to one.
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name=f"corral-{name}", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="corral-remote", daemon=True)
         self._thread.start()
         try:
             listed = self._run(self._endpoints.models()).result()
