@@ -145,6 +145,7 @@ def _gguf_candidate(
 ) -> Generator[_Candidate]:
     from corral.engines.transformers import TransformersEngine
     from corral.export import gguf_writer
+    from corral.export.ollama_modelfile import modelfile
     from corral.model import gguf_reader
     from corral.model.folder import licence_texts
     from corral.model.loading import load_model, quiet
@@ -153,7 +154,7 @@ def _gguf_candidate(
     with new_directory(candidate) as new:
         path = form.path(new)
         gguf_writer.write_gguf(folder, path, kind, progress=lambda n, of: progress.update(n, f"of {of / 1e6:.0f} MB"))
-        (new / f"Modelfile-{form.type}").write_text(gguf_writer.modelfile(folder, path.name), "utf-8")
+        (new / f"Modelfile-{form.type}").write_text(modelfile(folder, path.name), "utf-8")
         for licence in licence_texts(folder):
             shutil.copyfile(licence, new / licence.name)
     path = form.path(candidate)

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from corral.errors import ModelError
 from corral.export.gguf_vocabulary import GgufVocabulary, read_vocabulary
-from corral.export.ollama_modelfile import modelfile
 from corral.export_forms import GgufType
 from corral.model.folder import check_folder, licence_texts, weight_files
+from corral.model.gguf_shapes import ROPE_DIVISORS
 from corral.model.rope import llama3_divisors
 from corral.storage import storage_errors
 
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     import numpy as np
     from gguf import GGMLQuantizationType, GGUFWriter
     from numpy.typing import NDArray
-
-__all__ = ["TYPES", "GgufType", "modelfile", "permute_rotary_rows", "stored_weight", "write_gguf"]
 
 TYPES: tuple[GgufType, ...] = get_args(GgufType)
 
@@ -59,7 +57,6 @@ _INNER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_ROPE_DIVISORS = "rope_freqs.weight"
 _ALIGNMENT = 32
 _LARGEST = 65504.0  # the largest float16; the scales of the quantised types are float16 too
 _CHUNK = 2**22  # elements read at once: 16 MiB as float32
@@ -215,7 +212,7 @@ def _weights(folder: Path, config: Any, stack: ExitStack) -> list[_Weight]:
     weights = [_weight(names[key], tensors[key], head_dim) for key in names]
     if config.rope_parameters["rope_type"] == "llama3":
         divisors = llama3_divisors(config)
-        weights.append(_Weight(_ROPE_DIVISORS, divisors.shape, lambda a, b: divisors[a:b], 1))
+        weights.append(_Weight(ROPE_DIVISORS, divisors.shape, lambda a, b: divisors[a:b], 1))
     return weights
 
 
@@ -271,11 +268,6 @@ def _new_file(path: Path, needed: int) -> Generator[Path]:
         try:
             yield temporary
             os.replace(temporary, path)
-            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
         finally:
             temporary.unlink(missing_ok=True)
 
