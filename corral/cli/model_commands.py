@@ -59,9 +59,8 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
             paths = [str(export_form(folder, Path(args.out), form, progress))]
         finally:
             progress.stop()
-    if not args.json:
-        for exported in paths:
-            print(f"export  {exported}")
+    for exported in paths:
+        print(f"export  {exported}")
     return {"exported": paths}
 
 
@@ -82,9 +81,8 @@ def verify(args: argparse.Namespace) -> dict[str, Any]:
         checks += [contract.check_token_ids(template, folder), contract.check_stop_ids(template, folder)]
         engine = open_model(args.model, args.engine).answerer.engine
         checks.append(run_engine(engine, lambda engine: contract.verify(record, engine)))
-    if not args.json:
-        for check in checks:
-            print(f"{'holds ' if check.passed else 'BROKEN'}  {check.name}: {check.detail}", flush=True)
+    for check in checks:
+        print(f"{'holds ' if check.passed else 'BROKEN'}  {check.name}: {check.detail}", flush=True)
     contract.raise_if_failed(checks, where=record)
     return {"model": str(record.parent), "form": recorded["form"], "checks": [asdict(check) for check in checks]}
 
@@ -175,8 +173,7 @@ def batch(args: argparse.Namespace) -> dict[str, Any]:
 
         answer_prompts = partial(answer_locally, settings.open_answerer, settings.choices_per_prompt, seed)
     outcome = answer_file(args.prompts, Path(args.out), settings.identity(), answer_prompts, TerminalProgress())
-    if not args.json:
-        _print_outcome(outcome)
+    _print_outcome(outcome)
     return asdict(outcome) | {"out": str(outcome.out)}
 
 

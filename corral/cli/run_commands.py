@@ -39,7 +39,7 @@ def execute_recipe(recipe: Any, out: Path, args: argparse.Namespace, **options: 
     return {"run": str(out), "stages": outcome}
 
 
-def _print_scorecard(out: Path) -> Any:
+def _print_scorecard(out: Path) -> None:
     from rich.console import Console
 
     from corral.evaluation import tables
@@ -49,7 +49,6 @@ def _print_scorecard(out: Path) -> Any:
     Console().print(tables.render_scores(card))
     if set(card.variants) > {"base", "tuned"} or any("/" in name for v in card.variants.values() for name in v.metrics):
         Console().print(tables.render_costs(card))
-    return card
 
 
 def init(args: argparse.Namespace) -> dict[str, Any]:
@@ -61,8 +60,7 @@ def init(args: argparse.Namespace) -> dict[str, Any]:
 
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-") or "starter"
     write_atomic(path, STARTER.read_text("utf-8").replace('name = "starter"', f'name = "{name}"'))
-    if not args.json:
-        print(f"wrote {path}; point its [[data.sources]] at your rows, then: corral run {path}")
+    print(f"wrote {path}; point its [[data.sources]] at your rows, then: corral run {path}")
     return {"recipe": str(path)}
 
 
@@ -76,8 +74,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         from corral.pipeline.execution import follow
 
         follow(world)
-        args.json = False  # the first process prints the result
-        return None
+        return None  # the first process prints the result
 
 
 def _run(args: argparse.Namespace, world: World) -> dict[str, Any]:
@@ -92,14 +89,13 @@ def _run(args: argparse.Namespace, world: World) -> dict[str, Any]:
     if is_run(out):
         recipe = recipe.with_exports(Run(out).recipe.export)  # what `corral export` added stays
     result = execute_recipe(recipe, out, args, world=world, profile=args.profile)
-    if not args.json:
-        _print_scorecard(out)
-        print(f"model   {out / 'merge' / 'model'}")
-        print(f"report  {out / 'report' / 'index.html'}")
-        for exported in sorted((out / "export").glob("*.gguf")) + sorted((out / "export").glob("openvino-*")):
-            print(f"export  {exported}")
-        print(f"chat    corral chat {out}")
-        print(f"serve   corral serve {out}")
+    _print_scorecard(out)
+    print(f"model   {out / 'merge' / 'model'}")
+    print(f"report  {out / 'report' / 'index.html'}")
+    for exported in sorted((out / "export").glob("*.gguf")) + sorted((out / "export").glob("openvino-*")):
+        print(f"export  {exported}")
+    print(f"chat    corral chat {out}")
+    print(f"serve   corral serve {out}")
     return result
 
 
@@ -126,11 +122,10 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         finally:
             progress.stop()
     result = outcome.to_json()
-    if not args.json:
-        Console().print(render(outcome))
+    Console().print(render(outcome))
     if outcome.verdict == "does not fit":
         if args.json:
-            print(json.dumps(result, ensure_ascii=False))
+            print(json.dumps(result, ensure_ascii=False), file=args.stdout)
         raise GateError(
             "this recipe does not fit", where=outcome.reasons[0], hint="make the changes that the plan lists"
         )
@@ -164,16 +159,14 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
         if args.html:
             write_atomic(Path(args.html), preview.to_html(prepared, template, rows=args.rows))
         ledger: dict[str, Any] = json.loads((Path(rows) / "ledger.json").read_text("utf-8"))
-        if not args.json:
-            Console().print(preview.to_terminal(prepared, template, rows=args.rows))
+        Console().print(preview.to_terminal(prepared, template, rows=args.rows))
     refused = None
     try:
         check_loss_budget(recipe.data, ledger, where=Path(args.recipe))
     except GateError as error:
         refused = str(error)
-        if not args.json:
-            print(f"`corral run` stops before training: {refused}")
-    if args.html and not args.json:
+        print(f"`corral run` stops before training: {refused}")
+    if args.html:
         print(f"page    {args.html}")
     return {"ledger": ledger, "html": args.html, "refused": refused}
 
@@ -194,8 +187,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             )
     recipe = parse(text, where=str(out / "recipe.toml"), overrides=args.set)
     execute_recipe(recipe, out, args, allowed=("export", "evaluate", "report"))
-    if not args.json:
-        _print_scorecard(out)
+    _print_scorecard(out)
     return json.loads((out / "evaluate" / "scorecard.json").read_text("utf-8"))
 
 
@@ -211,9 +203,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"both are {args.a!r}", hint="name two different ones, each as RUN or RUN:VARIANT")
     rows = {spec: read_variant_rows(*parse_variant(spec)) for spec in (args.a, args.b)}
     card = build_scorecard(rows, baseline=args.b, seed=0)
-    if not args.json:
-        Console().print(tables.render_scores(card))
-        Console().print(tables.render_costs(card))
+    Console().print(tables.render_scores(card))
+    Console().print(tables.render_costs(card))
     return json.loads(card.to_json())
 
 
@@ -223,6 +214,5 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     from corral.run.directory import Run
 
     page = write_report(Run(Path(args.run)).path)
-    if not args.json:
-        print(f"report  {page}")
+    print(f"report  {page}")
     return {"report": str(page)}

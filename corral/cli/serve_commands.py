@@ -96,11 +96,10 @@ def keys(args: argparse.Namespace) -> dict[str, Any]:
                 return _add(held, args)
             case "revoke":
                 key = held.revoke(args.name)
-                if not args.json:
-                    print(f"revoked {key.name} ({key.id}); running servers refuse it within seconds")
+                print(f"revoked {key.name} ({key.id}); running servers refuse it within seconds")
                 return {"revoked": key.id, "name": key.name}
             case _:
-                return _list(held.all(), held.usage_on(today()), args)
+                return _list(held.all(), held.usage_on(today()))
 
 
 def _add(held: Any, args: argparse.Namespace) -> dict[str, Any]:
@@ -124,8 +123,11 @@ def _add(held: Any, args: argparse.Namespace) -> dict[str, Any]:
     return {"name": key.name, "id": key.id, "key": secret}
 
 
-def _list(api_keys: list[Key], used: dict[str, KeyUsage], args: argparse.Namespace) -> dict[str, Any]:
+def _list(api_keys: list[Key], used: dict[str, KeyUsage]) -> dict[str, Any]:
     from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
 
     from corral.serving.api_keys import KeyUsage
 
@@ -142,15 +144,11 @@ def _list(api_keys: list[Key], used: dict[str, KeyUsage], args: argparse.Namespa
         }
         for key in api_keys
     ]
-    if not args.json:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table("name", "id", "state", "a minute", "tokens a day", "at once", "tokens today", box=None)
-        for row in rows:
-            state = "works" if row["works"] else "revoked" if row["revoked"] else "expired"
-            limits = (row["requests_per_minute"], row["tokens_per_day"], row["at_once"])
-            figures = ("–" if limit is None else f"{limit:,}" for limit in limits)
-            table.add_row(row["name"], row["id"], state, *figures, f"{row['tokens_today']:,}")
-        Console().print(table)
+    table = Table("name", "id", "state", "a minute", "tokens a day", "at once", "tokens today", box=None)
+    for row in rows:
+        state = "works" if row["works"] else "revoked" if row["revoked"] else "expired"
+        limits = (row["requests_per_minute"], row["tokens_per_day"], row["at_once"])
+        figures = ("–" if limit is None else f"{limit:,}" for limit in limits)
+        table.add_row(row["name"], row["id"], state, *figures, f"{row['tokens_today']:,}")
+    Console().print(table)
     return {"keys": rows}
