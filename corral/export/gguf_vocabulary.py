@@ -74,26 +74,40 @@ def read_vocabulary(folder: Path, rows: int) -> GgufVocabulary:
         ModelError: if the tokenizer cannot be read, or llama.cpp would give other ids.
         TemplateError: if the chat template has generation markers and cannot be used.
     """
-    tokenizer: Any = load_tokenizer(folder)
+    try:
+        return _translate(load_tokenizer(folder), folder, rows)
+    except _OtherIdsError as reason:
+        raise ModelError(
+            f"llama.cpp has no tokenizer that gives the same ids: {reason}",
+            where=str(folder / "tokenizer.json"),
+            hint="use the model folder itself, or a base model with the tokenizer of Llama 2, Llama 3, GPT-2 or SmolLM",
+        ) from None
+
+
+class _OtherIdsError(Exception):
+    """Why llama.cpp would give other ids."""
+
+
+def _translate(tokenizer: Any, folder: Path, rows: int) -> GgufVocabulary:
+    where = folder / "tokenizer.json"
     state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    refuse = _Refusal(folder)
-    _check_model(state, refuse)
-    tokens, types = _tokens(state, rows, refuse)
+    _check_model(state)
+    tokens, types = _tokens(state, rows, where)
     bos = tokenizer.bos_token_id
-    chat, opens_with_bos = _chat(tokenizer, refuse)
+    chat, opens_with_bos = _chat(tokenizer, where)
     add_bos, add_eos = _ends(tokenizer)
     special = {"bos": bos, "unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}
     ids = {name: int(token) for name, token in special.items() if token is not None}
     ids |= dict(zip(_STOPS, stop_ids(folder, tokenizer), strict=False))
     pre, scores, merges, space = "default", list[float](), list[str](), None
     if _is_sentencepiece(state):
-        scores = _scores(state, tokens, types, refuse)
-        space = _space_prefix(state, chat is not None and opens_with_bos, refuse)
+        scores = _scores(state, tokens, types)
+        space = _space_prefix(state, chat is not None and opens_with_bos)
         types = [BYTE if _BYTE.fullmatch(t) and kind == NORMAL else kind for t, kind in zip(tokens, types, strict=True)]
         if (unknown := ids.get("unknown")) is not None:
             types[unknown] = UNKNOWN
     else:
-        pre = _splitting_rule(state, refuse)
+        pre = _splitting_rule(state)
         merges = [" ".join(pair) for pair in _pairs(state)]
     return GgufVocabulary(
         model="llama" if scores else "gpt2",
@@ -132,31 +146,17 @@ def stop_ids(folder: Path, tokenizer: Any) -> list[int]:
     return stops
 
 
-class _Refusal:
-    """Builds the ModelErrors of this module, all with the same location and hint."""
-
-    def __init__(self, folder: Path) -> None:
-        self.where = str(folder / "tokenizer.json")
-
-    def __call__(self, what: str) -> ModelError:
-        return ModelError(
-            f"llama.cpp has no tokenizer that gives the same ids: {what}",
-            where=self.where,
-            hint="use the model folder itself, or a base model with the tokenizer of Llama 2, Llama 3, GPT-2 or SmolLM",
-        )
-
-
-def _check_model(state: dict[str, Any], refuse: _Refusal) -> None:
+def _check_model(state: dict[str, Any]) -> None:
     model = state["model"]
     if model.get("type") != "BPE":
-        raise refuse(f"its model is {model.get('type')!r}, not BPE")
+        raise _OtherIdsError(f"its model is {model.get('type')!r}, not BPE")
     odd = {key: model[key] for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)}
     if odd:
-        raise refuse(f"its model has {odd}")
+        raise _OtherIdsError(f"its model has {odd}")
     for token in state["added_tokens"]:
         flags = [flag for flag in ("lstrip", "rstrip", "single_word") if token[flag]]
         if flags:
-            raise refuse(f"its token {token['content']!r} is matched with {', '.join(flags)}")
+            raise _OtherIdsError(f"its token {token['content']!r} is matched with {', '.join(flags)}")
 
 
 def _is_sentencepiece(state: dict[str, Any]) -> bool:
@@ -168,7 +168,7 @@ def _pairs(state: dict[str, Any]) -> list[tuple[str, str]]:
     return [cast("tuple[str, str]", tuple(m.split(" ", 1) if isinstance(m, str) else m)) for m in merges]
 
 
-def _tokens(state: dict[str, Any], rows: int, refuse: _Refusal) -> tuple[list[str], list[int]]:
+def _tokens(state: dict[str, Any], rows: int, where: Path) -> tuple[list[str], list[int]]:
     vocab: dict[str, int] = state["model"]["vocab"]
     by_id = {token: (text, NORMAL) for text, token in vocab.items()}
     for added in state["added_tokens"]:
@@ -176,20 +176,20 @@ def _tokens(state: dict[str, Any], rows: int, refuse: _Refusal) -> tuple[list[st
     if max(by_id) >= rows:
         raise ModelError(
             f"the tokenizer has an id {max(by_id)}, the embedding {rows} rows",
-            where=refuse.where,
+            where=str(where),
             hint="use the tokenizer that the model was trained with",
         )
     filled = [by_id.get(i, (f"[PAD{i}]", UNUSED)) for i in range(rows)]
     texts = [text for text, _ in filled]
     if len(set(texts)) != len(texts):
         twice = next(text for text in texts if texts.count(text) > 1)
-        raise refuse(f"{twice!r} is there under two ids")
+        raise _OtherIdsError(f"{twice!r} is there under two ids")
     return texts, [kind for _, kind in filled]
 
 
-def _splitting_rule(state: dict[str, Any], refuse: _Refusal) -> str:
+def _splitting_rule(state: dict[str, Any]) -> str:
     if state["normalizer"] is not None:
-        raise refuse(f"it changes the text first ({state['normalizer'].get('type')})")
+        raise _OtherIdsError(f"it changes the text first ({state['normalizer'].get('type')})")
     rule: dict[str, Any] = state["pre_tokenizer"] or {}
     parts: list[dict[str, Any]] = rule.get("pretokenizers", [rule])
     kinds = [part.get("type") for part in parts]
@@ -204,13 +204,13 @@ def _splitting_rule(state: dict[str, Any], refuse: _Refusal) -> str:
     elif known and not own_regex and kinds == ["Split", "ByteLevel"] and _is_llama3_split(parts[0]):
         name = "llama-bpe"
     else:
-        raise refuse(f"it splits text by {json.dumps(rule, ensure_ascii=False)[:300]}")
+        raise _OtherIdsError(f"it splits text by {json.dumps(rule, ensure_ascii=False)[:300]}")
     # Only llama.cpp's Llama 3 rule has ignore_merges (a whole word that is a token becomes that token); it cannot be off.
     if ignores != (name == "llama-bpe") and not _merges_suffice(state):
-        raise refuse(f"ignore_merges is {ignores}, and some of its tokens cannot be merged from smaller ones")
+        raise _OtherIdsError(f"ignore_merges is {ignores}, and some of its tokens cannot be merged from smaller ones")
     missing = 256 - sum(token in state["model"]["vocab"] for token in _byte_characters())
     if missing and state["model"].get("unk_token") is not None:
-        raise refuse(f"{missing} bytes have no token of their own and become {state['model']['unk_token']!r}")
+        raise _OtherIdsError(f"{missing} bytes have no token of their own and become {state['model']['unk_token']!r}")
     return name
 
 
@@ -235,7 +235,7 @@ def _merges_suffice(state: dict[str, Any]) -> bool:
     return all(len(encoding.ids) == 1 for encoding in merging.encode_batch(texts, add_special_tokens=False))
 
 
-def _scores(state: dict[str, Any], tokens: list[str], types: list[int], refuse: _Refusal) -> list[float]:
+def _scores(state: dict[str, Any], tokens: list[str], types: list[int]) -> list[float]:
     """Token scores that make llama.cpp merge in the order of the merge list.
 
     llama.cpp joins any two neighbours that form a token: highest score first, and the leftmost pair if scores are equal. A
@@ -243,22 +243,24 @@ def _scores(state: dict[str, Any], tokens: list[str], types: list[int], refuse: 
     pairs of one token follow one another.
     """
     if not state["model"].get("fuse_unk") and state["model"].get("unk_token") is None:
-        raise refuse("it has no unknown token")
+        raise _OtherIdsError("it has no unknown token")
     missing = [i for i in range(256) if f"<0x{i:02X}>" not in state["model"]["vocab"]]
     if missing:
-        raise refuse(f"it has no token for the byte <0x{missing[0]:02X}>")
+        raise _OtherIdsError(f"it has no token for the byte <0x{missing[0]:02X}>")
     order: dict[str, int] = {}
     pairs = _pairs(state)
     for left, right in pairs:
         if order.setdefault(left + right, len(order)) != len(order) - 1:
-            raise refuse(f"the merges that make {left + right!r} do not follow one another")
+            raise _OtherIdsError(f"the merges that make {left + right!r} do not follow one another")
     listed, vocab = set(pairs), set(tokens)
     for token, kind in zip(tokens, types, strict=True):
         if kind == NORMAL and not _BYTE.fullmatch(token):
             for cut in range(1, len(token)):
                 pair = (token[:cut], token[cut:])
                 if pair[0] in vocab and pair[1] in vocab and pair not in listed:
-                    raise refuse(f"{token!r} could be made from {pair[0]!r} and {pair[1]!r}, which no merge says")
+                    raise _OtherIdsError(
+                        f"{token!r} could be made from {pair[0]!r} and {pair[1]!r}, which no merge says"
+                    )
     lowest = float(-len(order))
     return [
         -float(order[token]) if token in order else (lowest if kind == NORMAL and not _BYTE.fullmatch(token) else 0.0)
@@ -266,7 +268,7 @@ def _scores(state: dict[str, Any], tokens: list[str], types: list[int], refuse: 
     ]
 
 
-def _space_prefix(state: dict[str, Any], chat_opens_with_bos: bool, refuse: _Refusal) -> bool:
+def _space_prefix(state: dict[str, Any], chat_opens_with_bos: bool) -> bool:
     normal: Any = state["normalizer"]
     before: Any = state["pre_tokenizer"]
     steps: list[dict[str, Any]] = [] if normal is None else normal.get("normalizers", [normal])
@@ -281,12 +283,12 @@ def _space_prefix(state: dict[str, Any], chat_opens_with_bos: bool, refuse: _Ref
         nowhere = ("never", "first") if chat_opens_with_bos else ("never",)
         if before["replacement"] == _SPACE and not before["split"] and before["prepend_scheme"] in nowhere:
             return False
-    raise refuse(
+    raise _OtherIdsError(
         f"it prepares text by {json.dumps({'normalizer': normal, 'pre_tokenizer': before}, ensure_ascii=False)[:300]}"
     )
 
 
-def _chat(tokenizer: Any, refuse: _Refusal) -> tuple[str | None, bool]:
+def _chat(tokenizer: Any, where: Path) -> tuple[str | None, bool]:
     """The chat template without generation markers, and whether its rendered text begins with the BOS token."""
     templates = own_templates(tokenizer)
     if not templates:
@@ -295,7 +297,7 @@ def _chat(tokenizer: Any, refuse: _Refusal) -> tuple[str | None, bool]:
     if source is None:
         raise ModelError(
             f"the tokenizer has several chat templates, {', '.join(sorted(templates))}, and none is called default",
-            where=refuse.where,
+            where=str(where),
             hint="keep one in chat_template.jinja: a GGUF file holds one",
         )
     if _GENERATION.search(source):
@@ -310,7 +312,7 @@ def _chat(tokenizer: Any, refuse: _Refusal) -> tuple[str | None, bool]:
     except (JinjaError, TypeError, KeyError, ValueError) as error:
         raise ModelError(
             f"the chat template cannot be rendered: {error}",
-            where=str(Path(refuse.where).with_name("chat_template.jinja")),
+            where=str(where.with_name("chat_template.jinja")),
             hint="choose another template in the recipe (model.template)",
         ) from error
     bos: Any = tokenizer.bos_token
