@@ -46,7 +46,7 @@ def export_form(folder: Path, out: Path, form: ExportForm, progress: Progress) -
         ContractError: the exported model differs from its source; it stays in `out` as a candidate, with its contract.
         ModelError, MissingExtraError, StorageError: the model cannot be exported.
     """
-    from corral.model.folder import check_folder, weight_files
+    from corral.model.folder import check_folder, licence_texts, weight_files
     from corral.model.loading import load_template
 
     check_folder(folder)
@@ -63,6 +63,9 @@ def export_form(folder: Path, out: Path, form: ExportForm, progress: Progress) -
     with build(folder, candidate, form, template, progress) as built:
         progress.start(f"Checking {form}", None)
         served, checks = _check_candidate(folder, template, built, ALLOWED_LOSS_INCREASE[form.type])
+    with storage_errors(candidate):
+        for licence in licence_texts(folder):
+            shutil.copyfile(licence, candidate / licence.name)
     contract_path = candidate / form.contract_path(out).name
     probes = contract.make_probes(template)
     contract.write(contract_path, template, probes, served, checks, form=str(form), files=built.files, source=source)
@@ -117,7 +120,6 @@ def _openvino_candidate(
 ) -> Generator[_Candidate]:
     from corral.engines.openvino import OpenVinoEngine
     from corral.model import openvino_graph
-    from corral.model.folder import licence_texts
 
     precision = cast("OpenVinoType", form.type)
     with new_directory(candidate) as new:
@@ -125,8 +127,6 @@ def _openvino_candidate(
         for name in ("config.json", "generation_config.json"):
             shutil.copyfile(folder / name, new / name)
         template.save(new)
-        for licence in licence_texts(folder):
-            shutil.copyfile(licence, new / licence.name)
         differing_text = openvino_graph.write_tokenizer(template, new)
     if differing_text:
         progress.say(f"OpenVINO's own tokenizer is left out, as it gives other ids for {differing_text!r}")
@@ -147,7 +147,6 @@ def _gguf_candidate(
     from corral.export import gguf_writer
     from corral.export.ollama_modelfile import modelfile
     from corral.model import gguf_reader
-    from corral.model.folder import licence_texts
     from corral.model.loading import load_model, quiet
 
     kind = cast("GgufType", form.type)
@@ -155,8 +154,6 @@ def _gguf_candidate(
         path = form.path(new)
         gguf_writer.write_gguf(folder, path, kind, progress=lambda n, of: progress.update(n, f"of {of / 1e6:.0f} MB"))
         (new / f"Modelfile-{form.type}").write_text(modelfile(folder, path.name), "utf-8")
-        for licence in licence_texts(folder):
-            shutil.copyfile(licence, new / licence.name)
     path = form.path(candidate)
     types = {tensor.name: tensor.type for tensor in gguf_reader.read_header(path).tensors}
     with tempfile.TemporaryDirectory(dir=candidate.parent, prefix=".corral-") as read_back:
