@@ -7,15 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
+from corral.answering import identity
+from corral.answering.build import build_answerer
+from corral.answering.examples import training_examples
+from corral.answering.open_model import check_engine, choose_engine, open_model
 from corral.errors import RecipeError
+from corral.model.folder import ADAPTER_CONFIG
+from corral.model.loading import load_template
+from corral.model.naming import find_model_files
 from corral.recipe.answer import Answer
+from corral.run.directory import Run, is_run
 
 if TYPE_CHECKING:
     from corral.answering.answerer import Answerer
     from corral.engines.embedding import Embedder
     from corral.engines.registry import EngineName
     from corral.messages import Conversation
-    from corral.run.directory import Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +56,6 @@ class AnswererSettings:
 
         Raises: as `open_model` and `build_answerer`.
         """
-        from corral.answering import identity
-        from corral.answering.open_model import check_engine, choose_engine
-        from corral.model.loading import load_template
-        from corral.model.naming import find_model_files
-
         files = find_model_files(self.model)
         template = load_template(files.folder, files.template, files.template_variables)
         local = check_engine(self.engine, self.urls)
@@ -69,36 +73,25 @@ class AnswererSettings:
 
     def open_answerer(self) -> Answerer:
         """Load the model, or connect to it. The caller closes the engine. Raises: as `open_model` and `build_answerer`."""
-        from corral.answering.open_model import open_model
-
         return self.build_on(open_model(self.model, self.engine, urls=self.urls).answerer)
 
     def build_on(self, loaded: Answerer, embed: Embedder | None = None) -> Answerer:
         """An Answerer with these settings on the engine and template of another. Args and Raises: as `build_answerer`."""
-        from corral.answering.build import build_answerer
-
         return build_answerer(
             loaded.engine, loaded.template, self.answer, examples=self._examples, seed=self.seed, embed=embed
         )
 
     def _examples(self) -> list[Conversation]:
-        from corral.answering.examples import training_examples
-
         return training_examples(self._run, self.seed or 0)
 
     @property
     def _run(self) -> Run:
         """Raises: RunError (the model belongs to no run)."""
-        from corral.run.directory import Run
-
         return find_run(self.model) or Run(Path(self.model))
 
 
 def find_run(model: str) -> Run | None:
     """The run that a model spec belongs to: the spec is a run directory, or an adapter inside one."""
-    from corral.model.folder import ADAPTER_CONFIG
-    from corral.run.directory import Run, is_run
-
     path = Path(model).expanduser()
     folders = [path, path.absolute().parent.parent] if (path / ADAPTER_CONFIG).is_file() else [path]
     return next((Run(folder) for folder in folders if is_run(folder)), None)
@@ -114,8 +107,6 @@ def load_answer_settings(model: str, overrides: Mapping[str, Any]) -> tuple[Answ
     Raises:
         RecipeError: a value is not allowed, or `n` is given without a vote.
     """
-    from pydantic import ValidationError
-
     run = find_run(model)
     answer, seed = (run.recipe.answer, run.recipe.seed) if run else (Answer(), 0)
     votes = overrides.get("consensus", answer.consensus.method) != "none"

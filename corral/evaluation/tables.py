@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
 
 from corral.evaluation.scorecard import SIGNIFICANT, Comparison, MetricValue, Scorecard, Variant
 from corral.evaluation.scoring import Metric, describe_metric, sort_metrics
 from corral.evaluation.statistics import LEVEL
 from corral.formatting import format_p
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 ARROWS = {"lower": "↓", "higher": "↑"}
 OUTCOME_MARKS = {"better": "✓", "worse": "✗", "undecided": " "}
@@ -88,9 +87,6 @@ def render_costs(card: Scorecard) -> Table:
 
 
 def _render(rows: Sequence[tuple[str, ...]], caption: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
     header, *lines = rows
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False, caption=caption)
     for column, title in enumerate(header):

@@ -15,18 +15,23 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
+
+import torch
 
 from corral.engines.base import Engine, run_engine
+from corral.engines.transformers import TransformersEngine
 from corral.errors import ModelError
-from corral.export import contract
+from corral.export import contract, gguf_writer
 from corral.export.contract import Check
+from corral.export.ollama_modelfile import modelfile
 from corral.export_forms import ExportForm, GgufType, OpenVinoType
+from corral.model import gguf_reader
+from corral.model.folder import check_folder, licence_texts, weight_files
+from corral.model.loading import load_model, load_template, quiet
 from corral.progress import Progress
 from corral.storage import new_directory, remove_tree, sha256_file, storage_errors
-
-if TYPE_CHECKING:
-    from corral.template import Template
+from corral.template import Template
 
 ALLOWED_LOSS_INCREASE = {"f32": 1e-3, "f16": 0.01, "int8": 0.1, "q8_0": 0.02, "int4": 0.6, "q4_0": 0.6}
 """How much a type may add to the loss on the probes (nats per token). Four bits cost a model of 135M parameters a quarter of a
@@ -46,9 +51,6 @@ def export_form(folder: Path, out: Path, form: ExportForm, progress: Progress) -
         ContractError: the exported model differs from its source; it stays in `out` as a candidate, with its contract.
         ModelError, MissingExtraError, StorageError: the model cannot be exported.
     """
-    from corral.model.folder import check_folder, licence_texts, weight_files
-    from corral.model.loading import load_template
-
     check_folder(folder)
     template = load_template(folder)
     source = {path.name: sha256_file(path) for path in weight_files(folder)}
@@ -143,12 +145,6 @@ def _openvino_candidate(
 def _gguf_candidate(
     folder: Path, candidate: Path, form: ExportForm, template: Template, progress: Progress
 ) -> Generator[_Candidate]:
-    from corral.engines.transformers import TransformersEngine
-    from corral.export import gguf_writer
-    from corral.export.ollama_modelfile import modelfile
-    from corral.model import gguf_reader
-    from corral.model.loading import load_model, quiet
-
     kind = cast("GgufType", form.type)
     with new_directory(candidate) as new:
         path = form.path(new)
@@ -172,11 +168,6 @@ def _check_candidate(
     folder: Path, template: Template, candidate: _Candidate, allowed: float
 ) -> tuple[list[list[float]], list[Check]]:
     """The log-probabilities that the form, as served, gives the probes; and all checks."""
-    import torch
-
-    from corral.engines.transformers import TransformersEngine
-    from corral.model.loading import load_model
-
     probe_set = contract.make_probes(template)
     model: Any = load_model(folder)
 

@@ -23,7 +23,15 @@ from dataclasses import dataclass
 from errno import ENOSPC
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
+
+import numpy as np
+from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, RopeScalingType
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.quants import dequantize, quantize
+from numpy.typing import NDArray
+from safetensors import safe_open
+from transformers import LlamaConfig
 
 from corral.errors import ModelError
 from corral.export.gguf_vocabulary import GgufVocabulary, read_vocabulary
@@ -32,11 +40,6 @@ from corral.model.folder import check_folder, licence_texts, weight_files
 from corral.model.gguf_shapes import ROPE_DIVISORS
 from corral.model.rope import llama3_divisors
 from corral.storage import storage_errors
-
-if TYPE_CHECKING:
-    import numpy as np
-    from gguf import GGMLQuantizationType, GGUFWriter
-    from numpy.typing import NDArray
 
 TYPES: tuple[GgufType, ...] = get_args(GgufType)
 
@@ -125,10 +128,6 @@ def stored_weight(name: str, weight: NDArray[np.float32], types: Mapping[str, st
         weight: the unrounded weight.
         types: type of each tensor of the file by its GGUF name, from `gguf_reader.read_header`.
     """
-    import numpy as np
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize, quantize
-
     kind = GGMLQuantizationType[types[_gguf_name(name)]]
     return np.ascontiguousarray(dequantize(quantize(weight, kind), kind), dtype=np.float32).reshape(weight.shape)
 
@@ -148,8 +147,6 @@ def permute_rotary_rows(rows: NDArray[np.float32], head_dim: int) -> NDArray[np.
 
 
 def _config(folder: Path) -> Any:
-    from transformers import LlamaConfig
-
     where = str(folder / "config.json")
     try:
         config: Any = LlamaConfig.from_pretrained(str(folder), local_files_only=True)
@@ -175,8 +172,6 @@ def _config(folder: Path) -> Any:
 
 def _weights(folder: Path, config: Any, stack: ExitStack) -> list[_Weight]:
     """All tensors in file order. Raises ModelError if a tensor is missing, unknown or has the wrong shape."""
-    from safetensors import safe_open
-
     tensors: dict[str, Any] = {}
     for file in weight_files(folder):
         opened: Any = stack.enter_context(safe_open(file, "pt"))
@@ -235,8 +230,6 @@ def _weight(name: str, source: Any, head_dim: int) -> _Weight:
 
 
 def _type_of(weight: _Weight, form_type: GgufType, *, tied: bool) -> GGMLQuantizationType:
-    from gguf import GGMLQuantizationType
-
     if len(weight.shape) == 1:
         return GGMLQuantizationType.F32
     if form_type == "f16" or weight.shape[-1] % 32:
@@ -247,8 +240,6 @@ def _type_of(weight: _Weight, form_type: GgufType, *, tied: bool) -> GGMLQuantiz
 
 
 def _size(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
-    from gguf.constants import GGML_QUANT_SIZES
-
     block, width = GGML_QUANT_SIZES[kind]
     return prod(shape) // block * width
 
@@ -281,9 +272,6 @@ def _write_head(
     form_type: GgufType,
 ) -> None:
     """Writes the header, the metadata and the tensor table."""
-    import numpy as np
-    from gguf import GGUFWriter
-
     path.unlink(missing_ok=True)  # a killed writer may have left one
     writer = GGUFWriter(str(path), "llama")
     try:
@@ -300,8 +288,6 @@ def _write_head(
 
 
 def _add_model(writer: GGUFWriter, folder: Path, config: Any, form_type: GgufType) -> None:
-    from gguf import GGML_QUANT_VERSION, RopeScalingType
-
     writer.add_type("model")
     writer.add_name(folder.resolve().name)
     for text in licence_texts(folder):
@@ -379,9 +365,6 @@ def _write_data(
 
 def _encoded(weight: _Weight, kind: GGMLQuantizationType) -> Iterator[bytes]:
     """Yields the tensor's encoded bytes, some rows at a time."""
-    import numpy as np
-    from gguf.quants import quantize
-
     count = weight.shape[0]
     step = max(1, _CHUNK // prod(weight.shape[1:]) // weight.step) * weight.step
     for first in range(0, count, step):

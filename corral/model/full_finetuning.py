@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from corral.model.compute.fused_forwards import fuse
+from corral.model.compute.lora_linear import replace_forward
 
 
 def train_all_weights(model: PreTrainedModel, compute: torch.dtype) -> PreTrainedModel:
@@ -19,10 +23,6 @@ def train_all_weights(model: PreTrainedModel, compute: torch.dtype) -> PreTraine
         compute: with bfloat16, layers compute with weights and activations rounded to it, the head in float32. With another
             dtype (float16 has too small a range), everything computes in float32.
     """
-    import torch
-
-    from corral.model.compute.fused_forwards import fuse
-
     model.requires_grad_(True)
     if compute == torch.bfloat16:
         _compute_in_bfloat16(model)
@@ -32,10 +32,6 @@ def train_all_weights(model: PreTrainedModel, compute: torch.dtype) -> PreTraine
 
 
 def _compute_in_bfloat16(model: PreTrainedModel) -> None:
-    from torch import nn
-
-    from corral.model.compute.lora_linear import replace_forward
-
     backbone: Any = model.base_model
     top_level = {id(child) for child in backbone.children()}
     for module in backbone.modules():
@@ -50,8 +46,6 @@ def _compute_in_bfloat16(model: PreTrainedModel) -> None:
 
 
 def _rounded_linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    import torch.nn.functional as F
-
     return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
 

@@ -7,11 +7,10 @@ which llama.cpp divides each frequency. From divisors, a rule is solved for and 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+import numpy as np
+from numpy.typing import NDArray
 
 _AGREE = 2e-6
 """Largest relative difference of two divisors that count as equal: a few roundings of float32."""
@@ -44,7 +43,6 @@ def llama3_parameters(divisors: NDArray[np.float32], theta: float) -> dict[str, 
         divisors: [head_dim / 2], of a `rope_freqs.weight`.
         theta: base of the frequencies.
     """
-    import numpy as np
     from transformers import LlamaConfig
 
     values = divisors.astype(np.float64)
@@ -78,8 +76,6 @@ def llama3_parameters(divisors: NDArray[np.float32], theta: float) -> dict[str, 
 
 def _candidates(values: NDArray[np.float64], wavelengths: NDArray[np.float64]) -> list[tuple[float, float, int]]:
     """(factor, high_freq_factor, original length), the published ones first."""
-    import numpy as np
-
     factor = float(f"{values.max():.6g}")  # the largest divisor, unless all frequencies are faster than the blend
     candidates = [(factor, 4.0, 8192)]
     blended = (values > 1 + 1e-4) & (values < factor * (1 - 1e-4))

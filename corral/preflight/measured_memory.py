@@ -11,6 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from corral.model.compute.cpu_matmul import times_transposed
+from corral.model.compute.token_logprobs import token_logprobs
+from corral.model.packed_forward import head_weight, hidden_states
 from corral.system import peak_memory, proc_bytes
 
 _PRODUCTS = 20
@@ -38,8 +44,6 @@ class MemoryMeter:
     """
 
     def __init__(self, device: str) -> None:
-        import torch
-
         self._cuda = device == "cuda"
         if self._cuda:
             free = torch.cuda.mem_get_info()[0]
@@ -54,16 +58,12 @@ class MemoryMeter:
     def peak(self) -> int:
         """The most bytes in use since `reset`."""
         if self._cuda:
-            import torch
-
             return torch.cuda.max_memory_reserved() + self.baseline
         return _status_bytes("VmHWM")
 
     def reset(self) -> None:
         """Start a new peak."""
         if self._cuda:
-            import torch
-
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         else:
@@ -73,11 +73,6 @@ class MemoryMeter:
 
 def measure_pass(model: Any, ids: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> dict[str, int]:
     """One forward pass: bytes of `activations` kept by the layers, bytes of the output layer's `head`, and `pack_tokens`."""
-    import torch
-
-    from corral.model.compute.token_logprobs import token_logprobs
-    from corral.model.packed_forward import head_weight, hidden_states
-
     model.train()
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, Any] = {}
@@ -104,15 +99,11 @@ def measure_pass(model: Any, ids: Sequence[Sequence[int]], positions: Sequence[S
 
 def peak_allocation(compute: Callable[[], Any], device: str) -> int:
     """The most bytes of tensors that a computation allocates at once."""
-    import torch
-
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         compute()
         return torch.cuda.max_memory_allocated() - before
-    from torch.profiler import ProfilerActivity, profile
-
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         compute()
     inner: Any = profiler.profiler
@@ -137,8 +128,6 @@ def weights_bytes(model: Any) -> int:
 
 def tensor_bytes(states: Iterable[Mapping[str, Any]]) -> int:
     """Bytes of the tensors in dictionaries of tensors, lists and other values; shared memory counts once."""
-    import torch
-
     storages: dict[int, int] = {}
     for state in states:
         for value in state.values():
@@ -173,17 +162,11 @@ def unused_mapped_bytes(model: Any) -> int:
 def synchronize(device: str) -> None:
     """Wait until a GPU has finished its work."""
     if device == "cuda":
-        import torch
-
         torch.cuda.synchronize()
 
 
 def matmul_rate(device: str, dtype: Any) -> float:
     """FLOP/s of a large matrix product, as training computes them."""
-    import torch
-
-    from corral.model.compute.cpu_matmul import times_transposed
-
     size = 8192 if device == "cuda" else 1024
     x, weight = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times_transposed(x, weight)

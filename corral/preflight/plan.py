@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 
 from corral.formatting import format_bytes, format_duration
 from corral.preflight.memory_estimate import MemoryParts
 from corral.preflight.remedies import Remedy
 from corral.preflight.workload import Workload
-
-if TYPE_CHECKING:
-    from rich.console import Group
-    from rich.table import Table
-
-    from corral.recipe import Train
+from corral.recipe import Train
 
 Verdict: TypeAlias = Literal["fits", "does not fit", "undecided"]
 
@@ -151,9 +150,6 @@ class Plan:
 
 def render(plan: Plan) -> Group:
     """A plan as text and tables for a terminal, 100 columns wide."""
-    from rich.console import Group
-    from rich.text import Text
-
     where = f"an estimate for {plan.device}: {plan.source}" if plan.estimated else f"measured here ({plan.device})"
     lines: list[Any] = [f"{plan.recipe}: {plan.base}, {_format_count(plan.weights)} weights, {plan.dtype}", where]
     for stage in plan.stages:
@@ -196,8 +192,6 @@ def _stage_lines(plan: Plan, stage: StagePlan) -> list[Any]:
 
 
 def _memory_table(plan: Plan, stage: StagePlan) -> Table:
-    from rich.table import Table
-
     table = Table("memory at the peak of a step", box=None, pad_edge=False)
     columns: list[tuple[str, MemoryParts, int]] = []
     if stage.tried is not None and stage.tried.figures is not None:
@@ -218,8 +212,6 @@ def _memory_table(plan: Plan, stage: StagePlan) -> Table:
 
 
 def _remedy_lines(stage: StagePlan) -> list[Any]:
-    from rich.table import Table
-
     if not stage.remedies:
         return ["no change of the recipe would save enough: take a smaller model or a larger machine"]
     table = Table("", "change (with those above it)", "predicted", "cost", box=None, pad_edge=False)
@@ -231,8 +223,6 @@ def _remedy_lines(stage: StagePlan) -> list[Any]:
 
 
 def _disk_table(plan: Plan) -> list[Any]:
-    from rich.table import Table
-
     table = Table("disk", box=None, pad_edge=False)
     table.add_column("at most", justify="right")
     for name, size in plan.disk.items():

@@ -14,7 +14,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from corral.data.ledger import FATES
 from corral.evaluation.tables import ARROWS, OUTCOME_MARKS, cost_rows
@@ -36,10 +39,6 @@ from corral.report.plots import DOTS_PER_INCH
 from corral.report.run_record import JsonObject, RunRecord, Training, as_number, as_object, as_objects, series
 from corral.report.scores import OUTCOME_WORDS, MetricScores
 from corral.report.verdict import give_verdict
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
-    from markupsafe import Markup
 
 _SIDES = {"train": "to train on", "validation": "for validation", "test": "for testing"}
 _MAX_LEDGER_EXAMPLES = 5  # for each reason; the ledger has more
@@ -320,8 +319,6 @@ def _as_text(value: Any) -> str:
 
 def _check_cell(value: Any) -> Markup:
     """A value of a contract's check, of any JSON type."""
-    from markupsafe import Markup, escape
-
     if isinstance(value, dict):
         return Markup(", ").join(Markup("{} {}").format(key, _check_cell(v)) for key, v in as_object(value).items())
     if isinstance(value, float):
@@ -331,8 +328,6 @@ def _check_cell(value: Any) -> Markup:
 
 def _data(value: float, text: str) -> Markup:
     """A rounded figure for people that carries the exact one for programs."""
-    from markupsafe import Markup
-
     return Markup('<data value="{}">{}</data>').format(repr(value), text)
 
 
@@ -350,8 +345,6 @@ def _p(value: float) -> Any:
 
 @lru_cache(maxsize=1)
 def _environment() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     environment = Environment(
         loader=PackageLoader("corral.report", "."),
         autoescape=True,
@@ -375,6 +368,4 @@ def _environment() -> Environment:
 
 @lru_cache(maxsize=1)
 def _style() -> Markup:
-    from markupsafe import Markup
-
     return Markup(_environment().get_template("style.css.jinja").render())

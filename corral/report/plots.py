@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from corral.evaluation.scorecard import Comparison, MetricValue
 from corral.evaluation.tables import ARROWS
 from corral.formatting import shorten
 from corral.report.run_record import Training, series
 from corral.report.scores import OUTCOME_WORDS, MetricScores, variant_names
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # 520 CSS pixels at 100 per inch, drawn with 2.5 times as many dots, for sharp screens and for widths up to 640.
 WIDTH_INCHES = 5.2
@@ -69,8 +74,6 @@ def _draw_loss_axes(axes: Axes, training: Training) -> None:
 
 def _annotate(axes: Axes, index: int, steps: Sequence[float], values: Sequence[float]) -> None:
     """Write a value beside its point: the first to the right, above the falling line; others below."""
-    from matplotlib.patheffects import withStroke
-
     first, last = index == 0, index == len(values) - 1
     axes.annotate(
         f"{values[index]:.3f}",
@@ -194,8 +197,6 @@ def _draw_interval(axes: Axes, value: MetricValue | Comparison, line: int, **sty
 
 
 def _hide_y_axis(axes: Axes, lines: int) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     axes.set_yticks([])
     axes.set_ylim(max(lines, 2) - 0.4, -0.6)
     axes.margins(x=0.1)
@@ -233,8 +234,6 @@ def _stacked_axes(figure: Figure, trainings: Sequence[Training]) -> list[Axes]:
 
 
 def _label_steps(axes: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
 
@@ -246,12 +245,6 @@ def _set_title(axes: Axes, text: str) -> None:
 
 def _picture(draw: Callable[[Figure], None], *, height: float) -> bytes:
     """Draw a figure and save it with a small palette, since the page embeds every picture."""
-    import matplotlib
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from PIL import Image
-
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DOTS_PER_INCH, layout="constrained")
         canvas: Any = FigureCanvasAgg(figure)

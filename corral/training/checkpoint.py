@@ -16,15 +16,17 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from corral.errors import CheckpointError, StorageError
 from corral.storage import new_directory, remove_tree, sha256_file, write_json
 from corral.training.divergence import DivergenceMonitor
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from torch.optim import Optimizer
 
 _NAME = re.compile(r"step-(\d+)")
 _DAMAGED_PREFIX = "damaged-"
@@ -79,8 +81,6 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
     Raises:
         StorageError: the disk is full or the folder cannot be written; older checkpoints are untouched.
     """
-    from safetensors.torch import save_file
-
     step = checkpoint.state.step
     weights = {name: weight.contiguous() for name, weight in checkpoint.weights.items()}
     tensors, scalars = _flatten(checkpoint.optimizer_state)
@@ -147,8 +147,6 @@ def load_into(
     Raises:
         CheckpointError: it belongs to another model; nothing is changed then.
     """
-    import torch
-
     _check_parameters(checkpoint, parameters, folder / f"step-{checkpoint.state.step:06d}")
     names = {parameter: name for name, parameter in parameters.items()}
     # bitsandbytes allocates a parameter's buffers at its first step, paged ones in memory that GPU and host share, which
@@ -178,9 +176,6 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> Checkpoint:
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-
     try:
         for name, expected in _read_manifest(path).items():
             digest = sha256_file(path / name)
@@ -219,8 +214,6 @@ def _read_manifest(path: Path) -> dict[str, str]:
 
 def _flatten(optimizer_state: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, other values as JSON), both by `parameter|key`."""
-    import torch
-
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, str] = {}
     storages: set[int] = set()
@@ -260,8 +253,6 @@ def _check_parameters(checkpoint: Checkpoint, parameters: Mapping[str, nn.Parame
 
 def _fill(buffer: Any, value: Any, device: Any) -> Any:
     """The optimizer's buffer with the value copied in; without a fitting buffer the value, on the device."""
-    import torch
-
     if not isinstance(value, torch.Tensor):
         return value
     if isinstance(buffer, torch.Tensor) and (buffer.shape, buffer.dtype) == (value.shape, value.dtype):

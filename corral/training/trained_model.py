@@ -20,20 +20,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
+from corral.data.packing import pack_sequences
 from corral.engines.base import run_engine
+from corral.engines.transformers import TransformersEngine
 from corral.errors import ModelError, TemplateError
 from corral.export import contract
+from corral.model import adapters, full_finetuning, loading, merging, quantisation
+from corral.model.loading import untrained_special_tokens
+from corral.model.packed_forward import target_logprobs
+from corral.model.quantisation import Quantization
 from corral.storage import new_directory, write_atomic, write_json
+from corral.training.objectives import trained_positions
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
     from transformers import PreTrainedModel
 
     from corral.data.example_store import Example
     from corral.export.contract import Check, Probe
     from corral.model.loading import DType
-    from corral.model.quantisation import Quantization
     from corral.recipe import Train
     from corral.template import Template
 
@@ -73,8 +80,6 @@ class TrainingSetup:
     @property
     def quantization(self) -> Quantization | None:
         """How the frozen weights are quantised, if they are."""
-        from corral.model.quantisation import Quantization
-
         kind = self.config.quantization
         return None if kind == "none" else Quantization(kind, self.config.int8_threshold)
 
@@ -88,12 +93,6 @@ class ValidationSet:
 
     def logprobs(self, model: Any) -> list[list[float]]:
         """Log-probabilities of the trained tokens of each sequence that has any."""
-        import torch
-
-        from corral.data.packing import pack_sequences
-        from corral.model.packed_forward import target_logprobs
-        from corral.training.objectives import trained_positions
-
         model.eval()
         sequences = [s for row in self.rows for s in row.sequences]
         results: list[list[float]] = [[] for _ in sequences]
@@ -124,8 +123,6 @@ def load_base(setup: TrainingSetup) -> PreTrainedModel:
 
 
 def _load(setup: TrainingSetup, quantization: Quantization | None) -> PreTrainedModel:
-    from corral.model import loading
-
     dtype: DType = "float32" if setup.config.method == "full" else setup.dtype
     return loading.load_model(setup.folder, dtype=dtype, device=setup.device, quantization=quantization)
 
@@ -136,10 +133,6 @@ def make_trainable(model: PreTrainedModel, setup: TrainingSetup, *, seed: int) -
     Raises:
         ModelError: the model has no layer of a name that the adapter targets.
     """
-    import torch
-
-    from corral.model import adapters, full_finetuning
-
     if setup.config.method == "full":
         return full_finetuning.train_all_weights(model, getattr(torch, setup.dtype))
     return adapters.attach(model, setup.config.lora, seed=seed)
@@ -147,8 +140,6 @@ def make_trainable(model: PreTrainedModel, setup: TrainingSetup, *, seed: int) -
 
 def check_special_tokens(model: PreTrainedModel, template: Template) -> None:
     """Raises TemplateError if the template writes special tokens that are untrained and that an adapter cannot learn."""
-    from corral.model.loading import untrained_special_tokens
-
     untrained = untrained_special_tokens(model, template.special_ids)
     if untrained:
         names = ", ".join(template.tokenizer.convert_ids_to_tokens(untrained))
@@ -169,17 +160,11 @@ def load_trainable(setup: TrainingSetup, template: Template, *, seed: int) -> Pe
 
 def load_as_trained(setup: TrainingSetup, stage: Path) -> PeftModel:
     """The stage's adapter on the base it was trained on, quantised as it was then."""
-    from corral.model import adapters
-
     return adapters.load(load_base(setup), stage / ADAPTER_FOLDER)
 
 
 def _load_for_merge(setup: TrainingSetup, stage: Path, base: MergeBase) -> PeftModel:
     """The stage's adapter on weights that it can be merged into."""
-    import torch
-
-    from corral.model import adapters, quantisation
-
     model = _load(setup, setup.quantization if base == "dequantised" else None)
     if base == "dequantised":
         quantisation.dequantise_model(model, getattr(torch, setup.dtype))
@@ -202,8 +187,6 @@ def save_merged_model(
     Raises:
         StorageError, ModelError: an earlier `merged` is untouched.
     """
-    from corral.model import merging
-
     bases: list[MergeBase] = ["base"] if setup.quantization is None else ["dequantised"]
     if setup.config.merge == "best":
         bases.append("full")
@@ -246,10 +229,6 @@ def save_full_model(
         values: its parameters by name.
         scores: log-probabilities of the probes, computed by the model in training.
     """
-    import torch
-
-    from corral.model import merging
-
     dtype = getattr(torch, setup.dtype)
     with new_directory(stage / MERGED_FOLDER) as folder:
         merging.save_model(model, template, folder, licences=licences, weights=values, dtype=dtype)
@@ -258,7 +237,6 @@ def save_full_model(
 
 def _tensor_digests(values: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, str]:
     """sha256 of the bytes of each tensor, rounded to a dtype."""
-    import torch
 
     def digest(value: torch.Tensor) -> str:
         rounded = value.detach().to("cpu", dtype).contiguous()
@@ -280,8 +258,6 @@ def check_merged_model(
 
     Returns: the copy's log-probabilities of the probes, and the checks.
     """
-    from corral.model import loading
-
     model = loading.load_model(candidate, dtype=setup.dtype, device=setup.device)
     merged = _probe_logprobs(model, probes)
     if setup.config.method == "full":
@@ -315,8 +291,6 @@ def _check_full_model(
     setup: TrainingSetup, stage: Path, model: PreTrainedModel, written_scores: list[list[float]]
 ) -> list[Check]:
     """Compare the written model, and the log-probabilities it gives the probes, with `trained.json`."""
-    import torch
-
     record = json.loads((stage / TRAINED_FILE).read_text("utf-8"))
     scores: list[list[float]] = record["probes"]
     trained: dict[str, str] = record["weights"]
@@ -337,6 +311,4 @@ def _check_full_model(
 
 
 def _probe_logprobs(model: Any, probes: Sequence[Probe]) -> list[list[float]]:
-    from corral.engines.transformers import TransformersEngine
-
     return run_engine(TransformersEngine(model), lambda engine: contract.measure(engine, probes))
