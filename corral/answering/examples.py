@@ -5,6 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 
+import numpy as np
+
+from corral.data import cache
+from corral.data.prepare import Prepared
+from corral.data.source_rows import load_source_rows
 from corral.messages import Conversation, Record
 from corral.progress import Progress
 from corral.prompting.few_shot import POOL_SIZE
@@ -16,8 +21,6 @@ _MOST = 2 * POOL_SIZE  # some have more than one turn, and cannot be examples
 
 def training_examples(run: Run, seed: int) -> list[Conversation]:
     """Some of the rows that a run trained on. Raises: DataError (it has not prepared its rows)."""
-    from corral.data.prepare import Prepared
-
     rows = Prepared.open(run.path / "prepare").train
     drawn = random.Random(seed).sample(range(len(rows)), min(len(rows), _MOST))
     return _conversations(rows[i].record for i in sorted(drawn))
@@ -25,11 +28,6 @@ def training_examples(run: Run, seed: int) -> list[Conversation]:
 
 def source_examples(source: Source) -> list[Conversation]:
     """The first rows of a source. Raises: DataError, AssetError, StorageError."""
-    import numpy as np
-
-    from corral.data import cache
-    from corral.data.source_rows import load_source_rows
-
     rows = load_source_rows(source, cache.default_folder(), Progress())
     return _conversations(rows.records(np.arange(min(len(rows), source.rows or _MOST))))
 

@@ -10,7 +10,9 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import corral
+from corral.data.sources import hash_source
 from corral.errors import DataError
+from corral.model.folder import model_identity
 
 if TYPE_CHECKING:
     from corral.model.naming import ModelFiles
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
 
 def model_digest(files: ModelFiles, template: Template, *settings: str) -> str:
     """sha256 (hex) of a model's weights, its adapter's, the chat template, and settings such as the engine's name."""
-    from corral.model.folder import model_identity
-
     weights = [model_identity(folder) for folder in (files.folder, files.adapter) if folder is not None]
     return _sha256(" ".join([*weights, template.digest, *settings]))
 
@@ -79,8 +79,6 @@ def source_examples_digest(shots: Shots) -> str:
     """
     if not shots.count or shots.source is None:
         return ""
-    from corral.data.sources import hash_source
-
     return hash_source(shots.source)
 
 

@@ -9,7 +9,9 @@ import difflib
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
+
+from pydantic import TypeAdapter
 
 from corral.errors import AssetError
 from corral.storage import cache_root
@@ -65,15 +67,9 @@ class Asset:
         return cache_root() / "assets" / f"{self.name}-{self.wheel_sha256[:12]}"
 
 
-def _read_catalogue() -> tuple[Asset, ...]:
-    entries: list[dict[str, Any]] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))["asset"]
-    return tuple(
-        Asset(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
-        for entry in entries
-    )
-
-
-CATALOGUE = _read_catalogue()
+CATALOGUE = TypeAdapter(tuple[Asset, ...]).validate_python(
+    tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))["asset"]
+)
 
 
 def list_assets() -> tuple[Asset, ...]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,8 +70,6 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
 
 def verify(args: argparse.Namespace) -> dict[str, Any]:
     """Check a model against its contract."""
-    from dataclasses import asdict
-
     from corral.answering.open_model import open_model
     from corral.export import contract
     from corral.model.loading import load_template
@@ -89,8 +91,6 @@ def verify(args: argparse.Namespace) -> dict[str, Any]:
 
 def chat(args: argparse.Namespace) -> None:
     """Chat in the terminal with a run's model, or with any OpenAI-compatible server."""
-    from contextlib import closing
-
     from corral.chat import repl
 
     with closing(_server_backend(args) if args.model is None else _local_backend(args)) as backend:
@@ -113,8 +113,6 @@ def _local_backend(args: argparse.Namespace) -> LocalBackend:
 
 
 def _server_backend(args: argparse.Namespace) -> ServerBackend:
-    import os
-
     from corral.chat.client import ServerBackend
     from corral.engines.remote.protocol import KEY_VARIABLE, api_url, one_line
 
@@ -152,9 +150,6 @@ def _consensus_field(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def batch(args: argparse.Namespace) -> dict[str, Any]:
     """Answer a file of prompts; after a stop or a kill the same command goes on."""
-    from dataclasses import asdict
-    from functools import partial
-
     from corral.answering.settings import AnswererSettings
     from corral.batch import answer_file
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,8 +102,6 @@ def _run(args: argparse.Namespace, world: World) -> dict[str, Any]:
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
     """Measure what training a recipe needs on this machine, or estimate it for another device."""
-    import tempfile
-
     from rich.console import Console
 
     from corral.interrupts import Interrupts
@@ -134,8 +133,6 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
 
 def inspect(args: argparse.Namespace) -> dict[str, Any]:
     """Show the rows that a recipe trains on, coloured by token, and what became of all others."""
-    import tempfile
-
     from rich.console import Console
 
     from corral.data import preview

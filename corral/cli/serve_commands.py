@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
+import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from corral.errors import InputError
@@ -76,8 +80,6 @@ def serve(args: argparse.Namespace) -> None:
 
 def keys(args: argparse.Namespace) -> dict[str, Any]:
     """Add, list or revoke API keys of a server."""
-    import contextlib
-
     from corral.serving.api_keys import KeyStore, today
     from corral.serving.database import Database, default_url
 
@@ -103,9 +105,6 @@ def keys(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add(held: Any, args: argparse.Namespace) -> dict[str, Any]:
-    import sys
-    import time
-
     from corral.serving.api_keys import Quota
 
     quota = Quota(args.requests_per_minute, args.tokens_per_day, args.at_once)
@@ -124,8 +123,6 @@ def _add(held: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _list(api_keys: list[Key], used: dict[str, KeyUsage]) -> dict[str, Any]:
-    from dataclasses import asdict
-
     from rich.console import Console
     from rich.table import Table
 

@@ -7,14 +7,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from corral.data.prepare import Prepared
 from corral.interrupts import Interrupts
+from corral.model.device import choose_device
+from corral.model.loading import load_template, resolve_model
 from corral.progress import Progress
 from corral.recipe import Recipe
 from corral.run.directory import Run
 from corral.training.distributed import World
 
 if TYPE_CHECKING:
-    from corral.data.prepare import Prepared
     from corral.model.loading import DType, ModelSource
     from corral.template import Template
 
@@ -36,8 +38,6 @@ class RunContext:
     @cached_property
     def base(self) -> ModelSource:
         """The base model, fetched or converted if necessary."""
-        from corral.model.loading import resolve_model
-
         self.progress.start(f"Fetching {self.recipe.model.base}", None)
         try:
             return resolve_model(self.recipe.model.base, progress=self.progress.say)
@@ -47,23 +47,17 @@ class RunContext:
     @cached_property
     def template(self) -> Template:
         """The recipe's chat template, with the tokenizer of the base model."""
-        from corral.model.loading import load_template
-
         model = self.recipe.model
         return load_template(self.base.folder, model.template, model.template_variables)
 
     @cached_property
     def placement(self) -> tuple[str, DType]:
         """(device, dtype) of training."""
-        from corral.model.device import choose_device
-
         return choose_device(self.recipe.model.device, self.recipe.model.dtype)
 
     @cached_property
     def prepared(self) -> Prepared:
         """The prepared rows."""
-        from corral.data.prepare import Prepared
-
         return Prepared.open(self.run.path / "prepare")
 
     def stage_base(self, number: int) -> Path:

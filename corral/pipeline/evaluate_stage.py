@@ -10,7 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from corral.answering.answerer import Answerer
+from corral.answering.examples import training_examples
+from corral.answering.identity import source_examples_digest, variant_digest
+from corral.answering.sync import SyncAnswerer
+from corral.engines.registry import default_engine, load_engine
 from corral.errors import InputError
+from corral.evaluation import scorecard, tasks
+from corral.evaluation.inference import Item
+from corral.evaluation.measurements import EvaluationData, Measurements, VariantSpec
+from corral.evaluation.scorecard import Scorecard
+from corral.messages import Conversation
+from corral.model.device import choose_device
+from corral.model.loading import load_template
+from corral.model.naming import find_model_folder
 from corral.pipeline.context import RunContext
 from corral.recipe import Recipe
 from corral.recipe.evaluate import BUILT_IN_VARIANTS
@@ -19,7 +32,6 @@ from corral.storage import write_atomic
 
 if TYPE_CHECKING:
     from corral.engines.registry import LocalEngine
-    from corral.evaluation.measurements import EvaluationData, Measurements, VariantSpec
     from corral.evaluation.scoring import VariantRows
     from corral.export_forms import ExportForm
 
@@ -43,9 +55,6 @@ def evaluate(context: RunContext, stage: Stage) -> None:
     Raises:
         CorralError: a variant cannot be loaded or asked; what was measured before is kept.
     """
-    from corral.evaluation import scorecard
-    from corral.evaluation.measurements import Measurements
-
     config, data = context.recipe.evaluate, _evaluation_data(context)
     variants_by_model = _variants_by_model(context)
     all_variants = [variant for variants in variants_by_model.values() for variant in variants]
@@ -68,9 +77,6 @@ def evaluate(context: RunContext, stage: Stage) -> None:
 
 def _variants_by_model(context: RunContext) -> dict[_Model, list[VariantSpec]]:
     """The variants by their model, so that each model is loaded once."""
-    from corral.answering.identity import source_examples_digest
-    from corral.evaluation.measurements import VariantSpec
-
     recipe, default = context.recipe, evaluation_engine(context)
     specs = [(name, _Model(name, None, default), recipe.answer) for name in BUILT_IN_VARIANTS]
     for variant in recipe.evaluate.variants:
@@ -96,8 +102,6 @@ def _variants_by_model(context: RunContext) -> dict[_Model, list[VariantSpec]]:
 
 def _model_digest(context: RunContext, model: _Model) -> str:
     """Hash of the weights, the template, the engine and its device and dtype."""
-    from corral.answering.identity import variant_digest
-
     weights = context.base.identity if model.name == "base" else f"{_fingerprint(context, 'merge')} {model.form or ''}"
     return variant_digest(weights, context.template, model.engine, *context.placement)
 
@@ -109,12 +113,6 @@ def _fingerprint(context: RunContext, stage: str) -> str:
 
 def _evaluation_data(context: RunContext) -> EvaluationData:
     """The rows and questions that all variants are measured on."""
-    from corral.answering.examples import training_examples
-    from corral.evaluation import tasks
-    from corral.evaluation.inference import Item
-    from corral.evaluation.measurements import EvaluationData
-    from corral.messages import Conversation
-
     config, test = context.recipe.evaluate, context.prepared.test
     examples = [test[i] for i in range(min(len(test), max(config.loss_rows, config.answer_rows)))]
     items = [Item(e.key, e.record) for e in examples if isinstance(e.record, Conversation)]
@@ -137,13 +135,6 @@ def _measure(
     data: EvaluationData,
 ) -> None:
     """Load a model and measure what is missing of its variants."""
-    from corral.answering.answerer import Answerer
-    from corral.answering.sync import SyncAnswerer
-    from corral.engines.registry import load_engine
-    from corral.model.device import choose_device
-    from corral.model.loading import load_template
-    from corral.model.naming import find_model_folder
-
     context.progress.start(f"Evaluating {model.name}: loading", None)
     if model.form is not None:
         folder = find_model_folder(str(model.form.path(context.run.path / "export")))
@@ -168,9 +159,6 @@ def read_variant_rows(folder: Path, name: str) -> VariantRows:
     Raises:
         InputError: the run has not been evaluated, or has no such variant.
     """
-    from corral.evaluation.measurements import Measurements
-    from corral.evaluation.scorecard import Scorecard
-
     path = folder / SCORECARD
     if not path.exists():
         run = folder.parent
@@ -193,8 +181,6 @@ def parse_variant(spec: str) -> tuple[Path, str]:
 
 def inputs(context: RunContext, done: Mapping[str, str]) -> dict[str, Any]:
     """What the stage depends on, from the fingerprints of the stages before it."""
-    from corral.answering.identity import source_examples_digest
-
     recipe = context.recipe
     answer_settings = [recipe.answer, *(variant.answer_settings(recipe.answer) for variant in recipe.evaluate.variants)]
     examples = [source_examples_digest(settings.shots) for settings in answer_settings]
@@ -214,8 +200,6 @@ def evaluates_exports(recipe: Recipe) -> bool:
 
 def evaluation_engine(context: RunContext) -> LocalEngine:
     """The engine that evaluates; `auto` is resolved for this machine."""
-    from corral.engines.registry import default_engine
-
     requested = context.recipe.evaluate.engine
     device = context.placement[0]
     if requested != "auto":

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from corral.export_forms import ExportForm
 from corral.pipeline.context import RunContext
 from corral.recipe import Recipe
 from corral.run.directory import Stage
-
-if TYPE_CHECKING:
-    from corral.export_forms import ExportForm
 
 
 def inputs(context: RunContext, done: Mapping[str, str]) -> dict[str, Any]:
@@ -30,8 +28,6 @@ def export(context: RunContext, stage: Stage) -> None:
 
 def requested_forms(recipe: Recipe) -> list[ExportForm]:
     """The forms that the recipe's `[export]` and its evaluated variants name."""
-    from corral.export_forms import ExportForm
-
     exported = [ExportForm("gguf", type_) for type_ in recipe.export.gguf]
     exported += [ExportForm("openvino", type_) for type_ in recipe.export.openvino]
     evaluated = [variant.form for variant in recipe.evaluate.variants if variant.form is not None]

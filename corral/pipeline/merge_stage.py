@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from corral.export import contract
 from corral.pipeline.context import RunContext, training_stage_name
 from corral.pipeline.train_stage import training_setup, validation_set
 from corral.run.directory import Stage
@@ -22,7 +23,6 @@ def merge(context: RunContext, stage: Stage) -> None:
     Raises:
         ContractError: a check fails; the model stays in `candidate`.
     """
-    from corral.export import contract
     from corral.training import trained_model
 
     number = len(context.recipe.train)

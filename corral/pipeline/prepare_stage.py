@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from corral.data.prepare import prepare as prepare_rows
+from corral.data.sources import hash_source
 from corral.errors import DataError
+from corral.messages import Feedback, Preference
 from corral.pipeline.context import RunContext
 from corral.recipe import Recipe
 from corral.run.directory import Stage
@@ -16,8 +19,6 @@ if TYPE_CHECKING:
 
 def inputs(context: RunContext, done: Mapping[str, str]) -> dict[str, Any]:
     """What the stage depends on. The content of a source counts, not its path: a run may be moved with its data."""
-    from corral.data.sources import hash_source
-
     recipe = context.recipe
     return {
         "data": recipe.data.model_dump(mode="json", exclude={"sources": {"__all__": {"path"}}}),
@@ -29,8 +30,6 @@ def inputs(context: RunContext, done: Mapping[str, str]) -> dict[str, Any]:
 
 def prepare(context: RunContext, stage: Stage) -> None:
     """Prepare the rows. Raises: GateError (more rows are lost than the recipe allows), DataError."""
-    from corral.data.prepare import prepare as prepare_rows
-
     context.progress.start("Preparing rows", None)
     rows = prepare_rows(context.recipe.data, context.template, stage.path, context.recipe.seed, context.progress)
     for label, source in rows.ledger["sources"].items():
@@ -54,8 +53,6 @@ def prepare(context: RunContext, stage: Stage) -> None:
 
 def _refuse_preference_rows(recipe: Recipe, rows: Prepared) -> None:
     """Raises DataError if `sft` would train on rejected or badly scored answers."""
-    from corral.messages import Feedback, Preference
-
     if all(stage.objective != "sft" for stage in recipe.train):
         return
     row = next((row for row in rows.train if isinstance(row.record, Preference | Feedback)), None)

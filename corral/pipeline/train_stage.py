@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from corral.export import contract
 from corral.model.device import pack_length
 from corral.pipeline.context import RunContext, training_stage_name
 from corral.progress import Progress
@@ -73,7 +74,6 @@ def validation_set(context: RunContext, setup: TrainingSetup) -> ValidationSet:
 
 
 def _fine_tune(context: RunContext, stage: Stage, setup: TrainingSetup) -> None:
-    from corral.export import contract
     from corral.model import adapters
     from corral.training import optimizers, trained_model
     from corral.training.loop import Trainer

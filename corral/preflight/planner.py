@@ -19,8 +19,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from corral.data.prepare import prepare
 from corral.errors import CorralError, InputError, StorageError, TrainingError
 from corral.formatting import format_bytes
+from corral.model.device import choose_device
+from corral.model.loading import load_template, resolve_model
 from corral.preflight import machine, memory_estimate, trial
 from corral.preflight.machine import MemoryLimit
 from corral.preflight.memory_estimate import DEVICES, Device, MemoryParts, ModelShape
@@ -29,6 +32,7 @@ from corral.preflight.remedies import Remedy, find_remedies
 from corral.preflight.workload import Workload
 from corral.progress import Progress
 from corral.storage import tree_size
+from corral.training.trained_model import TrainingSetup
 
 if TYPE_CHECKING:
     from corral.data.prepare import Prepared
@@ -85,16 +89,12 @@ class _Planner:
     @cached_property
     def placement(self) -> tuple[str, DType]:
         """Device and dtype of this machine; for another machine a trial here only checks the estimate."""
-        from corral.model.device import choose_device
-
         model = self.recipe.model
         return choose_device("auto", "auto") if self.target_device else choose_device(model.device, model.dtype)
 
     @cached_property
     def folder(self) -> Path:
         """The base model's folder; an estimate needs no weights in it."""
-        from corral.model.loading import resolve_model
-
         spec = self.recipe.model.base
         if self.target_device and (Path(spec) / "config.json").is_file():
             return Path(spec)
@@ -103,9 +103,6 @@ class _Planner:
 
     @cached_property
     def prepared(self) -> Prepared:
-        from corral.data.prepare import prepare
-        from corral.model.loading import load_template
-
         model = self.recipe.model
         template = load_template(self.folder, model.template, model.template_variables)
         self.progress.start("Preparing rows", None)
@@ -310,8 +307,6 @@ class _StageTrial:
     """A trial of one stage: a child process that kills itself, and one that goes on from its checkpoint."""
 
     def __init__(self, planner: _Planner, train: Train, number: int, work: Workload) -> None:
-        from corral.training.trained_model import TrainingSetup
-
         self._planner, self._work, self._number = planner, work, number
         folder = planner.scratch / f"train-{number}"
         folder.mkdir()

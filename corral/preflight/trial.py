@@ -18,15 +18,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from corral.data.packing import pack_sequences
+from corral.data.prepare import Prepared
 from corral.errors import CorralError
+from corral.export import contract
 from corral.formatting import format_bytes
+from corral.model import adapters
+from corral.model.loading import load_template
 from corral.preflight import measured_memory
+from corral.storage import new_directory
 from corral.template import Variables
+from corral.training import trained_model
+from corral.training.loop import Trainer
+from corral.training.objectives import OBJECTIVES, trained_positions
+from corral.training.sampler import BatchSampler
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-    from corral.training.loop import Trainer
     from corral.training.step_metrics import StepMetrics
     from corral.training.trained_model import TrainingSetup
 
@@ -131,14 +142,6 @@ class _Trial:
         self._send("phase", text)
 
     def _build(self) -> Trainer:
-        from corral.data.prepare import Prepared
-        from corral.export import contract
-        from corral.model.loading import load_template
-        from corral.training import trained_model
-        from corral.training.loop import Trainer
-        from corral.training.objectives import OBJECTIVES
-        from corral.training.sampler import BatchSampler
-
         job, start = self._job, self._job.start
         rows = Prepared.open(job.prepared)
         template = load_template(start.folder, job.template, job.template_variables)
@@ -158,9 +161,6 @@ class _Trial:
                 scores = training.score([p.ids for p in probes], [p.start for p in probes])
                 trained_model.save_full_model(trained, training.weights(), scores, start, job.folder, template, [])
             else:
-                from corral.model import adapters
-                from corral.storage import new_directory
-
                 with new_directory(job.folder / trained_model.ADAPTER_FOLDER) as folder:
                     adapters.save(trained, folder, base=job.base)
             self._figures["save_seconds"] = time.perf_counter() - began
@@ -182,11 +182,6 @@ class _Trial:
 
     def _measure_longest_pack(self) -> None:
         """Measure the memory of each part on the longest pack, and the rate of matrix products."""
-        import torch
-
-        from corral.data.packing import pack_sequences
-        from corral.training.objectives import trained_positions
-
         self._phase("Measuring the longest pack")
         training, start = self._training, self._job.start
         examples = [training.examples[i] for i in self._job.heavy]
@@ -250,8 +245,6 @@ class _Trial:
 
 def _state_hash(training: Trainer) -> str:
     """sha256 of the trained weights and the optimizer's state."""
-    import torch
-
     digest = hashlib.sha256()
     for name, parameter in training.parameters.items():
         digest.update(name.encode())

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+import torch
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -49,8 +51,6 @@ class Sft:
 
     def loss(self, examples: Sequence[Example], logprobs: Sequence[Sequence[Tensor]]) -> Tensor:
         """−Σ log π(token | preceding tokens)."""
-        import torch
-
         return -torch.cat([t for sequences in logprobs for t in sequences]).sum()
 
 

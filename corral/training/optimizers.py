@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from corral.errors import require
 
 if TYPE_CHECKING:
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: Optimizer) -> TorchOptimizer:
     """AdamW over the parameters. Raises: MissingExtraError (8-bit and paged kinds need bitsandbytes)."""
-    import torch
-
     parameters = list(parameters)
     settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.kind == "adamw":

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch.profiler import ProfilerActivity, profile, schedule
+
 from corral.storage import storage_errors
 
 SKIPPED_STEPS, WARM_UP_STEPS, PROFILED_STEPS = 1, 1, 3
@@ -40,8 +42,6 @@ class StepProfiler:
     """
 
     def __init__(self, folder: Path, report: Callable[[str], None], *, cuda: bool) -> None:
-        from torch.profiler import ProfilerActivity, profile, schedule
-
         self._trace, self._report, self._cuda = folder / "trace.json", report, cuda
         self._steps = 0
         self._rows: list[tuple[float, int, str]] = []
