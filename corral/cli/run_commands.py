@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corral.cli.terminal import TerminalProgress
+from corral.cli.terminal import TerminalProgress, show
 from corral.errors import GateError, InputError, RecipeError
 
 if TYPE_CHECKING:
@@ -41,15 +41,14 @@ def execute_recipe(recipe: Any, out: Path, args: argparse.Namespace, **options: 
 
 
 def _print_scorecard(out: Path) -> None:
-    from rich.console import Console
 
     from corral.evaluation import tables
     from corral.evaluation.scorecard import Scorecard
 
     card = Scorecard.from_json((out / "evaluate" / "scorecard.json").read_text("utf-8"))
-    Console().print(tables.render_scores(card))
+    show(tables.render_scores(card))
     if set(card.variants) > {"base", "tuned"} or any("/" in name for v in card.variants.values() for name in v.metrics):
-        Console().print(tables.render_costs(card))
+        show(tables.render_costs(card))
 
 
 def init(args: argparse.Namespace) -> dict[str, Any]:
@@ -102,7 +101,6 @@ def _run(args: argparse.Namespace, world: World) -> dict[str, Any]:
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
     """Measure what training a recipe needs on this machine, or estimate it for another device."""
-    from rich.console import Console
 
     from corral.interrupts import Interrupts
     from corral.preflight.plan import render
@@ -121,7 +119,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         finally:
             progress.stop()
     result = outcome.to_json()
-    Console().print(render(outcome))
+    show(render(outcome))
     if outcome.verdict == "does not fit":
         if args.json:
             print(json.dumps(result, ensure_ascii=False), file=args.stdout)
@@ -133,7 +131,6 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
 
 def inspect(args: argparse.Namespace) -> dict[str, Any]:
     """Show the rows that a recipe trains on, coloured by token, and what became of all others."""
-    from rich.console import Console
 
     from corral.data import preview
     from corral.data.lost_rows_budget import check_loss_budget
@@ -156,7 +153,7 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
         if args.html:
             write_atomic(Path(args.html), preview.to_html(prepared, template, rows=args.rows))
         ledger: dict[str, Any] = json.loads((Path(rows) / "ledger.json").read_text("utf-8"))
-        Console().print(preview.to_terminal(prepared, template, rows=args.rows))
+        show(preview.to_terminal(prepared, template, rows=args.rows))
     refused = None
     try:
         check_loss_budget(recipe.data, ledger, where=Path(args.recipe))
@@ -190,7 +187,6 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Compare variants of runs, by default their tuned models, on the rows on which both were evaluated."""
-    from rich.console import Console
 
     from corral.evaluation import tables
     from corral.evaluation.scorecard import build_scorecard
@@ -200,8 +196,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"both are {args.a!r}", hint="name two different ones, each as RUN or RUN:VARIANT")
     rows = {spec: read_variant_rows(*parse_variant(spec)) for spec in (args.a, args.b)}
     card = build_scorecard(rows, baseline=args.b, seed=0)
-    Console().print(tables.render_scores(card))
-    Console().print(tables.render_costs(card))
+    show(tables.render_scores(card), tables.render_costs(card))
     return json.loads(card.to_json())
 
 

@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from corral.cli.terminal import show
 from corral.errors import InputError
 
 if TYPE_CHECKING:
@@ -123,7 +124,6 @@ def _add(held: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _list(api_keys: list[Key], used: dict[str, KeyUsage]) -> dict[str, Any]:
-    from rich.console import Console
     from rich.table import Table
 
     from corral.serving.api_keys import KeyUsage
@@ -147,5 +147,5 @@ def _list(api_keys: list[Key], used: dict[str, KeyUsage]) -> dict[str, Any]:
         limits = (row["requests_per_minute"], row["tokens_per_day"], row["at_once"])
         figures = ("–" if limit is None else f"{limit:,}" for limit in limits)
         table.add_row(row["name"], row["id"], state, *figures, f"{row['tokens_today']:,}")
-    Console().print(table)
+    show(table)
     return {"keys": rows}

@@ -15,6 +15,14 @@ if TYPE_CHECKING:
 _QUIET_SECONDS = 15.0  # between plain lines
 
 
+def show(*tables: object) -> None:
+    """Print tables and styled text to standard output."""
+    from rich.console import Console
+
+    for table in tables:
+        Console().print(table)
+
+
 class TerminalProgress(Progress):
     """Writes progress to standard error."""
 

@@ -26,6 +26,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, cast
 
+import numpy as np
+import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from safetensors import safe_open
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
 from corral.errors import CorralError, ModelError
 from corral.model.gguf_shapes import ROPE_DIVISORS, find_shape_error
 from corral.model.rope import llama3_parameters
@@ -178,8 +185,6 @@ class _Reader:
 
     def tensor(self, index: int) -> GgufTensor:
         """Reads one entry of the tensor table. Its offset is still relative to the start of the data."""
-        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
         start = self.at
         name = self.string(f"name of tensor {index}")
         dimensions = self.number("I", f"dimension count of tensor {name!r}")
@@ -247,9 +252,6 @@ def convert_to_folder(path: Path, folder: Path) -> None:
 
 def _convert(path: Path, folder: Path, header: GgufHeader) -> None:
     rope = _rope(path, header)
-    import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
     # The converter would also read other files in the folder (a config, an adapter, a template), so the file is linked into
     # an empty one. No setting turns off the converter's progress bar, so stderr is redirected.
     with TemporaryDirectory() as alone, redirect_stderr(StringIO()):
@@ -325,8 +327,6 @@ def _refuse_unconvertible(path: Path, header: GgufHeader) -> None:
 
 def _rope(path: Path, header: GgufHeader) -> dict[str, Any]:
     """The file's rotary embedding as transformers' `rope_parameters`; transformers' converter reads only the base."""
-    import numpy as np
-
     metadata = header.metadata
     theta = float(metadata.get("llama.rope.freq_base", 10000.0))
     tensor = next((tensor for tensor in header.tensors if tensor.name == ROPE_DIVISORS), None)
@@ -353,9 +353,6 @@ def _rope(path: Path, header: GgufHeader) -> dict[str, Any]:
 
 def _tokenizer(path: Path, metadata: dict[str, Any]) -> Any:
     """transformers' conversion of the tokenizer, corrected where it differs from the file."""
-    from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     converted: Any = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
     tokens = cast("list[str]", metadata["tokenizer.ggml.tokens"])
     state = json.loads(converted.backend_tokenizer.to_str())
@@ -418,9 +415,6 @@ def _tokenizer(path: Path, metadata: dict[str, Any]) -> Any:
 
 def _verify(path: Path, folder: Path, header: GgufHeader) -> None:
     """Reads the folder back and compares it with the GGUF header. Raises ModelError if they differ."""
-    from safetensors import safe_open
-    from transformers import AutoConfig, PreTrainedTokenizerFast
-
     config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     metadata = header.metadata

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from corral.assets import CATALOGUE, fetch, find_asset
 from corral.errors import ModelError
-from corral.model import gguf_reader, hub, meta_checkpoint
+from corral.model import hub, meta_checkpoint
 from corral.model.folder import check_folder, licence_texts, model_identity, read_json
 from corral.storage import cache_root, cached_file_hashes, file_lock, new_directory
 
@@ -288,6 +288,7 @@ def _from_asset(name: str, offline: bool, say: Callable[[str], None]) -> tuple[P
 
 def _from_gguf(path: Path, label: str, sha256: str, say: Callable[[str], None]) -> Path:
     """The converted folder of a GGUF file with that hash, from the cache or converted now."""
+    from corral.model import gguf_reader
 
     def needed() -> int:
         return 4 * sum(prod(tensor.shape) for tensor in gguf_reader.read_header(path).tensors)

@@ -18,10 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from corral.errors import ModelError, require
 from corral.export_forms import OPENVINO_MODEL, OpenVinoType
 from corral.model import weight_rounding
+from corral.model.folder import check_folder, model_identity, weight_files
 from corral.storage import cache_root, file_lock, new_directory, remove_tree
 
 if TYPE_CHECKING:
@@ -67,8 +72,6 @@ def write_model(
         ModelError: if a weight is missing, has the wrong shape, or has a value that is not finite or that `precision` cannot
             hold; if the rotary embedding changes with the length of the text; or if the activation is not SiLU.
     """
-    from corral.model.folder import check_folder
-
     check_folder(folder)
     with _weights(folder) as read:
         model = _Graph(folder, precision, read, progress or (lambda done, total: None)).model()
@@ -105,8 +108,6 @@ def cached_form(folder: Path, precision: Precision) -> Path:
         ModelError: as for `write_model`.
         StorageError: if the cache cannot be written.
     """
-    from corral.model.folder import check_folder, model_identity, weight_files
-
     check_folder(folder)
     cache = cache_root() / "openvino"
     form = cache / f"{model_identity(folder)[:16]}-{precision}-{_CONVERSION}"
@@ -156,10 +157,6 @@ def _kind(name: str, weight: Any, precision: Precision) -> Precision:
 @contextmanager
 def _weights(folder: Path) -> Generator[Callable[[str], Any]]:
     """Yields a function that reads one weight by name, as a float32 array."""
-    from safetensors import SafetensorError, safe_open
-
-    from corral.model.folder import weight_files
-
     files = [safe_open(path, "pt") for path in weight_files(folder)]
     file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (not a mapping)
 
@@ -179,9 +176,6 @@ def _weights(folder: Path) -> Generator[Callable[[str], Any]]:
 
 def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """The shape of each weight by name, computed by transformers from the config. OpenVINO accepts many wrong shapes."""
-    import torch
-    from transformers import LlamaForCausalLM
-
     with torch.device("meta"):
         return {name: tuple(weight.shape) for name, weight in LlamaForCausalLM(config).state_dict().items()}
 
@@ -192,8 +186,6 @@ class _Graph:
     def __init__(
         self, folder: Path, precision: Precision, read: Callable[[str], Any], progress: Callable[[int, int], None]
     ) -> None:
-        from transformers import AutoConfig
-
         self.config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True)
         if self.config.hidden_act not in ("silu", "swish"):
             raise ModelError(
@@ -371,8 +363,6 @@ def _const(value: Any, kind: str = "i64") -> Any:
 
 def _rope(config: Any, folder: Path) -> tuple[Any, float]:
     """Inverse frequencies [head size / 2] and the factor on cosine and sine, as transformers computes them."""
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
     rule = LlamaRotaryEmbedding(config)
     if rule.rope_type not in _STATIC_ROPE:
         raise ModelError(

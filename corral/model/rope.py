@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 _AGREE = 2e-6
 """Largest relative difference of two divisors that count as equal: a few roundings of float32."""
@@ -25,9 +28,6 @@ def llama3_divisors(config: Any) -> NDArray[np.float32]:
     Returns:
         float32 [head_dim / 2], slowest frequency last.
     """
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
     plain, _ = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
     return (plain / scaled).float().numpy()
@@ -43,8 +43,6 @@ def llama3_parameters(divisors: NDArray[np.float32], theta: float) -> dict[str, 
         divisors: [head_dim / 2], of a `rope_freqs.weight`.
         theta: base of the frequencies.
     """
-    from transformers import LlamaConfig
-
     values = divisors.astype(np.float64)
     if not (np.isfinite(values).all() and (values >= 1 - _AGREE).all()) or values.ndim != 1:
         return None
