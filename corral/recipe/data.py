@@ -72,14 +72,24 @@ class Source(Section):
 
     path: PathText
     """`asset:NAME`, `hub:OWNER/NAME[@REVISION]`, `s3://BUCKET/KEY`, or a file, folder or glob of `.jsonl`, `.json`, `.csv`,
-    `.tsv`, `.parquet` or `.txt` files, which may be compressed (`.gz`, `.zst`). A relative path is relative to the recipe.
-    A `.jsonl` file has one object per line, a `.json` file a list of objects, a `.txt` file one document per line. `.csv` and
+    `.tsv`, `.parquet`, `.arrow` or `.txt` files, which may be compressed (`.gz`, `.zst`). A relative path is relative to the
+    recipe. A `.jsonl` file has one object per line, a `.json` file a list of objects, a `.txt` file one document. `.csv` and
     `.tsv` files start with a line of column names, and all their values are text. A folder is read with its subfolders, in
-    alphabetical order."""
+    alphabetical order; of a data set that was cloned from a hub or saved by `datasets`, the train split."""
     config: str | None = None
     """Configuration (subset) of a data set on the hub."""
     split: str = "train"
     """Split of a data set on the hub."""
+    data_dir: str | None = None
+    """Folder within a data set on the hub, whose files alone are read."""
+    data_files: str | tuple[str, ...] | None = None
+    """Files of a data set on the hub, by name or glob, that alone are read, as its train split."""
+    encoding: str | None = None
+    """Encoding of text files, by the name of Python's codec: `cp1252`, `shift_jis` … By default UTF-8. The byte order mark of
+    a file, of UTF-8, UTF-16 or UTF-32, comes before both."""
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    """Character between the cells of `.csv` and `.tsv` files. By default the only one of comma, semicolon, tab and bar that
+    stands in the header."""
     format: str = "auto"
     """Name of the rows' format; `auto` recognises it from the columns and reports which one it is."""
     mapping: Mapping | None = None
@@ -104,11 +114,34 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _check_hub_settings(self) -> Self:
-        if not self.path.startswith("hub:") and (self.config is not None or self.split != "train"):
+        if self.path.startswith("hub:"):
+            return self
+        if self.config is not None or self.split != "train":
             raise ValueError(
                 f"`config` and `split` choose from a data set on the hub, which {self.path!r} is not: remove them"
             )
+        if self.data_dir is not None or self.data_files is not None:
+            raise ValueError(
+                f"`data_dir` and `data_files` choose from a data set on the hub, which {self.path!r} is not: name the "
+                "subfolder or a glob in `path` instead"
+            )
         return self
+
+    @field_validator("encoding")
+    @classmethod
+    def _check_encoding(cls, encoding: str | None) -> str | None:
+        try:
+            "a".encode(encoding or "utf-8")
+        except LookupError:
+            raise ValueError(f"Python knows no encoding {encoding!r}; write it as in `cp1252` or `utf-16-le`") from None
+        return encoding
+
+    @field_validator("delimiter")
+    @classmethod
+    def _check_delimiter(cls, delimiter: str | None) -> str | None:
+        if delimiter is not None and delimiter in '"\r\n':
+            raise ValueError("a quote or a line's end cannot stand between cells")
+        return delimiter
 
     @property
     def label(self) -> str:

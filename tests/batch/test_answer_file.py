@@ -60,7 +60,7 @@ def test_bad_rows_have_an_error_in_their_place(make: Callable[..., Batch]) -> No
 
 
 def test_if_all_rows_are_bad_no_model_is_loaded_and_no_file_is_left(make: Callable[..., Batch]) -> None:
-    batch = make(["[", {"prompt": ""}])
+    batch = make(["{", {"prompt": ""}])
     with pytest.raises(InputError, match="all 2 rows are bad") as refused:
         replace(batch, tokenizer=batch.out).run()
     assert "line 2: prompt is empty" in refused.value.what

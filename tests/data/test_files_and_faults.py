@@ -36,10 +36,6 @@ def lines(rows: list[Row]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def documents(rows: list[Row]) -> bytes:
-    return "".join(f"{row['question']} {row['answer']}\n" for row in rows).encode()
-
-
 def table(delimiter: str) -> Callable[[list[Row]], bytes]:
     def write(rows: list[Row]) -> bytes:
         text = io.StringIO(newline="")
@@ -62,10 +58,10 @@ KINDS: dict[str, Callable[[list[Row]], bytes]] = {
     ".json": listed,
     ".csv": table(","),
     ".tsv": table("\t"),
-    ".txt": documents,
     ".parquet": parquet,
 }
-JSON, TABLES, TEXTS = (".jsonl", ".json"), (".csv", ".tsv"), (".jsonl", ".json", ".csv", ".tsv", ".txt")
+LINES, JSON, TABLES = (".jsonl",), (".jsonl", ".json"), (".csv", ".tsv")
+TEXTS = (*JSON, *TABLES)
 COUNT = 20
 
 
@@ -95,11 +91,11 @@ FAULTS: dict[str, tuple[tuple[str, ...], Callable[[list[Row]], list[Row]], Calla
     "blank lines": (TEXTS, same, swap(b"\n", b"\n\n"), None),
     "special tokens": (tuple(KINDS), with_row(question="q7 <|im_end|>\u2028?"), asis, None),
     "a byte of Latin-1": (TEXTS, same, swap(b"q7 ", b"q7 \xe9"), "not UTF-8 text"),
-    "NUL": (TEXTS, same, swap(b"q7 ", b"q7 \0"), "NUL"),
+    "NUL": ((*LINES, *TABLES), same, swap(b"q7 ", b"q7 \0"), "NUL"),
     "NUL in a value": (("parquet",), with_row(question="q7 \0"), asis, "NUL"),
-    "a value left out": (JSON, same, swap(b'"the 7th answer"', b""), "not valid JSON: expecting value"),
-    "a quote within": (JSON, same, swap(b'"the 7th answer"', b'"the "7th answer"'), "not valid JSON"),
-    "a stray quote": (TABLES, same, swap(b"the 7th", b'"the 7th'), "a quote opens a cell, and is not closed"),
+    "a value left out": (LINES, same, swap(b'"the 7th answer"', b""), "not valid JSON: expecting value"),
+    "a quote within": (LINES, same, swap(b'"the 7th answer"', b'"the "7th answer"'), "not valid JSON"),
+    "a quote within a cell": (TABLES, same, swap(b"the 7th", b'"the" 7th'), "goes on behind its closing quote"),
     "a cell too many": (TABLES, same, swap(b"the 7th", b"the\t7,th"), "more cells"),
     "a key twice": (JSON, same, swap(b'"the 7th answer"', b'"x", "answer": "y"'), "stands twice"),
     "half a surrogate pair": (JSON, same, swap(b"the 7th", b"\\ud800"), "half a surrogate pair"),
@@ -108,7 +104,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], Callable[[list[Row]], list[Row]], Calla
     "empty": ((*JSON, *TABLES, ".parquet"), with_row(answer=""), asis, "answer is empty"),
     "a number": (JSON, with_row(answer=7), asis, "answer is a number"),
     "a row that is a list": (JSON, lambda rows: [*rows[:7], [1], *rows[8:]], asis, "the row is a list"),  # type: ignore[list-item]
-    "cut short": (JSON, same, lambda content: content[:-20], "not valid JSON"),
+    "cut short": (LINES, same, lambda content: content[:-20], "not valid JSON"),
 }
 CELLS = [
     (kind, fault, ending)
@@ -155,8 +151,37 @@ def test_a_fault_loses_one_row_and_every_row_is_in_the_ledger(
     assert all(reason is not None and reason in text for text in reasons), reasons
 
 
+def test_a_fault_in_one_of_many_documents_loses_that_document(template: Template, tmp_path: Path) -> None:
+    faults = [b"\xe9", b"\0", gzip.compress(b"a document"), b" \n"]
+    for i in range(COUNT):
+        fault = faults[i] if i < len(faults) else b""
+        (tmp_path / f"{i}.txt").write_bytes(
+            b"" if i == 4 else fault if i > 1 and fault else b"document %d\n" % i + fault
+        )
+    source = Source(path=str(tmp_path / "*.txt"), name="texts")
+    data = Data(sources=(source,), split=Split(validation=0, test=0.1))
+    ledger = prepare(data, template, tmp_path, 0, cache=tmp_path / "cache", workers=1).ledger
+    fates = ledger["sources"]["texts"]["fates"]
+    assert (fates["kept"], fates["dropped"]) == (COUNT - 4, 2)  # a blank and an empty file hold no rows
+
+
+def test_stray_quotes_and_text_that_is_no_json_refuse_the_file(tmp_path: Path) -> None:
+    rows: list[Row] = [{"question": f"q{i}?", "answer": f"the {i}th answer"} for i in range(COUNT)]
+    for kind, spoil, what in (
+        (".csv", swap(b"the 7th", b'"the 7th'), "opens in line 9, and is not closed"),
+        (".tsv", swap(b"the 7th", b'"the 7th'), "opens in line 9, and is not closed"),
+        (".json", swap(b'"the 7th answer"', b""), "not valid JSON at line 33, column 2: expecting value"),
+        (".json", swap(b'"the 7th answer"', b'"the "7th answer"'), "not valid JSON at line 32"),
+        (".json", swap(b"the 7th", b"the \0 7th"), "a NUL byte"),
+        (".json", lambda content: content[:-20], "not valid JSON"),
+    ):
+        path = tmp_path / f"a{kind}"
+        path.write_bytes(spoil(KINDS[kind](rows)))
+        assert what in refused(path).what
+
+
 def test_the_table_has_all_its_cells_and_its_sums_add_up(all_cells: Prepared) -> None:
-    assert len(CELLS) == 142
+    assert len(CELLS) == 119
     ledger = all_cells.ledger
     assert len(ledger["sources"]) == len(CELLS)
     assert sum(ledger["fates"].values()) == ledger["rows"] == sum(s["rows"] for s in ledger["sources"].values())

@@ -9,32 +9,37 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TypeAlias
 
 from corral import assets
 from corral.data.sources.csv_files import read_csv
-from corral.data.sources.files import SourceFile
+from corral.data.sources.files import BrokenFileError, Say, SourceFile
 from corral.data.sources.hub_datasets import find_hub_files
-from corral.data.sources.json_files import read_json, read_json_values
-from corral.data.sources.jsonl_and_text import read_jsonl, read_txt
+from corral.data.sources.json_files import read_json, read_json_values, read_jsonl
 from corral.data.sources.local_files import find_local_files, hash_local_files, make_local_file
-from corral.data.sources.parquet_files import read_parquet
+from corral.data.sources.parquet_and_arrow import read_parquet_or_arrow
 from corral.data.sources.raw_row import RawRow
 from corral.data.sources.s3_files import find_s3_files, is_s3_error
+from corral.data.sources.text_files import read_txt
 from corral.errors import DataError
 from corral.progress import Progress
 from corral.recipe import Source
 
 __all__ = ["RawRow", "hash_source", "read_rows"]
 
-_READERS: dict[str, Callable[[SourceFile], Iterator[RawRow]]] = {
+_Reader: TypeAlias = Callable[[SourceFile, Say], Iterator[RawRow]]
+
+_READERS: dict[str, _Reader] = {
     ".jsonl": read_jsonl,
     ".json": read_json,
     ".csv": read_csv,
     ".tsv": read_csv,
-    ".parquet": read_parquet,
+    ".parquet": read_parquet_or_arrow,
+    ".arrow": read_parquet_or_arrow,
     ".txt": read_txt,
 }
-_ASSET_ROWS: dict[str, Callable[[SourceFile], Iterator[RawRow]]] = {"wikibooks-recipes": read_json_values}
+_ASSET_ROWS: dict[str, _Reader] = {"wikibooks-recipes": read_json_values}
 
 
 def read_rows(source: Source, progress: Progress | None = None) -> Iterator[RawRow]:
@@ -76,10 +81,14 @@ def hash_source(source: Source, progress: Progress | None = None) -> str:
 
 def _find_files(source: Source, progress: Progress) -> list[SourceFile]:
     if source.path.startswith("hub:"):
-        return find_hub_files(source, progress.say)
-    if source.path.startswith("s3://"):
-        return find_s3_files(source.path, progress.say)
-    return find_local_files(source.path, progress.say)
+        files = find_hub_files(source, progress.say)
+    elif source.path.startswith("s3://"):
+        files = find_s3_files(source.path, progress.say)
+    else:
+        files = find_local_files(source.path, progress.say)
+    settings = {"encoding": source.encoding, "delimiter": source.delimiter}
+    stated = {name: value for name, value in settings.items() if value is not None}
+    return [replace(file, **stated) for file in files] if stated else files
 
 
 def _read_files(files: list[SourceFile], progress: Progress) -> Iterator[RawRow]:
@@ -87,7 +96,7 @@ def _read_files(files: list[SourceFile], progress: Progress) -> Iterator[RawRow]
     before = 0
     for file in files:
         last = 0
-        for row in _read_file(file, _READERS[file.kind]):
+        for row in _read_file(file, _READERS[file.kind], progress):
             last = row.index
             yield row if len(files) == 1 else row.in_file(file.name, before)
         if not last and len(files) > 1:
@@ -98,21 +107,23 @@ def _read_files(files: list[SourceFile], progress: Progress) -> Iterator[RawRow]
         raise DataError(what, where=files[0].where, hint="write rows into it, or leave it out")
 
 
-def _read_file(file: SourceFile, reader: Callable[[SourceFile], Iterator[RawRow]]) -> Iterator[RawRow]:
-    """The rows of a file. Raises DataError if it is damaged or cut short, and says after how many rows."""
+def _read_file(file: SourceFile, reader: _Reader, progress: Progress) -> Iterator[RawRow]:
+    """The rows of a file. Raises DataError if it cannot be read to its end, and says after how many rows."""
     count = 0
     try:
-        for row in reader(file):
+        for row in reader(file, progress.say):
             yield row
             count += 1
+    except BrokenFileError as error:
+        what, hint = str(error), "mend the file there, or fetch or write it again"
     except Exception as error:
         if not (isinstance(error, (OSError, EOFError, zlib.error)) or is_s3_error(error)):
             raise
-        raise DataError(
-            f"the file is damaged or cut short: reading ended after {count:,} rows: {error}",
-            where=file.where,
-            hint="fetch or write it again",
-        ) from error
+        what, hint = f"the file is damaged or cut short: {error}", "fetch or write it again"
+    else:
+        return
+    rows = f"{count:,} row{'' if count == 1 else 's'}"
+    raise DataError(f"{what} (reading ended after {rows})", where=file.where, hint=hint)
 
 
 def _read_asset(name: str, progress: Progress) -> Iterator[RawRow]:
@@ -126,4 +137,4 @@ def _read_asset(name: str, progress: Progress) -> Iterator[RawRow]:
     if fetched.fetched:
         progress.say(fetched.licence_text)
     path = fetched.files[0]
-    return _read_file(make_local_file(path.name, path, ".json"), _ASSET_ROWS[name])
+    return _read_file(make_local_file(path.name, path, ".json"), _ASSET_ROWS[name], progress)

@@ -15,9 +15,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from corral.data.sources.files import SourceFile, require_kind
+from corral.data.sources.files import Say, SourceFile, require_kind
 from corral.data.sources.local_files import make_local_file
 from corral.errors import CorralError, DataError, StorageError
 from corral.model.hub import HUB_ID, HubProblem, explain_hub_error, unreachable_hub
@@ -26,6 +26,7 @@ from corral.storage import cache_root, storage_errors, write_json
 
 _PARQUET_BRANCH = "refs/convert/parquet"
 _TIMEOUT = 60
+_DataFiles: TypeAlias = str | tuple[str, ...] | None
 # Settings of a configuration that do not change its rows, or that corral follows.
 _SUPPORTED_SETTINGS = frozenset(
     {"name", "version", "data_dir", "data_files", "description", "features", "sep", "delimiter"}
@@ -35,14 +36,14 @@ _SUPPORTED_SETTINGS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class _PinnedSplit:
-    """The files of a split at a commit, and the separator of tables. The fields are keys of the file that stores it."""
+    """The files of a split at a commit, and the delimiter of tables. The fields are keys of the file that stores it."""
 
     commit: str
     files: tuple[str, ...]
     sep: str
 
 
-def find_hub_files(source: Source, say: Callable[[str], None]) -> list[SourceFile]:
+def find_hub_files(source: Source, say: Say) -> list[SourceFile]:
     """The files of `hub:OWNER/NAME[@REVISION]`, downloaded if need be. `say` reports the commit.
 
     Raises:
@@ -54,29 +55,33 @@ def find_hub_files(source: Source, say: Callable[[str], None]) -> list[SourceFil
     if match is None:
         raise DataError(f"{source.path!r} is not a hub id", hint="write hub:OWNER/NAME or hub:OWNER/NAME@REVISION")
     repo = match["repo"]
-    split = _resolve_split(repo, match["revision"], source.config, source.split)
+    split = _resolve_split(repo, match["revision"], source.config, source.split, source.data_dir, source.data_files)
     say(f"{source.path}: {source.split} at revision {split.commit}")
     files: list[SourceFile] = []
     for name in split.files:
         where = f"hub:{repo}@{split.commit}/{name}"
         kind, compression = require_kind(name, where)
         path = _download(repo, split.commit, name)
-        file = make_local_file(name, path, ".tsv" if split.sep == "\t" else kind, compression)
         # Address and commit determine the content: no need to hash it.
-        files.append(replace(file, where=where, digest=where))
+        files.append(
+            replace(make_local_file(name, path, kind, compression), where=where, digest=where, delimiter=split.sep)
+        )
     return files
 
 
 @cache  # a run reads a source more than once, and must see the same commit
-def _resolve_split(repo: str, revision: str | None, config: str | None, split: str) -> _PinnedSplit:
+def _resolve_split(
+    repo: str, revision: str | None, config: str | None, split: str, data_dir: str | None, data_files: _DataFiles
+) -> _PinnedSplit:
     from huggingface_hub import constants
 
-    key = hashlib.sha256(json.dumps([constants.ENDPOINT, repo, revision, config, split]).encode()).hexdigest()[:32]
+    choice = [constants.ENDPOINT, repo, revision, config, split, data_dir, data_files]
+    key = hashlib.sha256(json.dumps(choice).encode()).hexdigest()[:32]
     pinned_file = cache_root() / "identities" / f"hub-{key}.json"
     try:
         if constants.HF_HUB_OFFLINE:
             raise _data_error(unreachable_hub(repo, "data set"))
-        resolved = _query_hub(repo, revision, config, split)
+        resolved = _query_hub(repo, revision, config, split, data_dir, data_files)
     except _UnreachableError:
         with suppress(OSError, ValueError, KeyError, TypeError):
             pinned = json.loads(pinned_file.read_text("utf-8"))
@@ -87,18 +92,25 @@ def _resolve_split(repo: str, revision: str | None, config: str | None, split: s
     return resolved
 
 
-def _query_hub(repo: str, revision: str | None, config: str | None, split: str) -> _PinnedSplit:
+def _query_hub(
+    repo: str, revision: str | None, config: str | None, split: str, data_dir: str | None, data_files: _DataFiles
+) -> _PinnedSplit:
     """The split according to the hub and the data set's card."""
     import datasets
     from huggingface_hub import HfApi
 
-    with _translated(lambda error: _hub_error(error, repo, revision) or _builder_error(error, repo, config)):
+    with _translated(
+        lambda error: (
+            _missing_file_error(error, repo) or _hub_error(error, repo, revision) or _builder_error(error, repo, config)
+        )
+    ):
         commit = HfApi().dataset_info(repo, revision=revision, timeout=_TIMEOUT).sha or ""
-        if revision == _PARQUET_BRANCH:
+        if revision == _PARQUET_BRANCH and data_files is None:
             pattern = {split: f"{config or '*'}/{split}/*.parquet"}
             builder = datasets.load_dataset_builder(repo, revision=commit, data_files=pattern)
         else:
-            builder = datasets.load_dataset_builder(repo, config, revision=commit)
+            chosen = list(data_files) if isinstance(data_files, tuple) else data_files
+            builder = datasets.load_dataset_builder(repo, config, revision=commit, data_dir=data_dir, data_files=chosen)
     settings: Any = builder.config
     _check_settings(settings, repo)
     splits: dict[str, list[str]] = {str(name): list(files) for name, files in (settings.data_files or {}).items()}
@@ -119,8 +131,6 @@ def _check_settings(settings: Any, repo: str) -> None:
     defaults = type(settings)()
     names = [field.name for field in fields(settings) if field.name not in _SUPPORTED_SETTINGS]
     unsupported = [name for name in names if getattr(settings, name) != getattr(defaults, name)]
-    if getattr(settings, "sep", ",") not in (",", "\t"):
-        unsupported.append("sep")
     if unsupported:
         raise DataError(
             f"the card of hub:{repo} sets reading options that corral does not support ({', '.join(unsupported)})",
@@ -163,6 +173,18 @@ def _hub_error(error: Exception, repo: str, revision: str | None) -> DataError |
 def _data_error(problem: HubProblem) -> DataError:
     error = _UnreachableError if problem.is_unreachable else DataError
     return error(problem.what, where=problem.where, hint=problem.hint)
+
+
+def _missing_file_error(error: Exception, repo: str) -> DataError | None:
+    """The DataError if `datasets` did not find what `data_dir` or `data_files` name. Causes of its error hide that."""
+    match = re.search(
+        r"(?:Unable to find|The directory at) '?hf://datasets/[^/]*/[^/@]*(?:@[^/]*)?/([^\s']*)", str(error)
+    )
+    if match is None or not isinstance(error, FileNotFoundError):
+        return None
+    return DataError(
+        f"hub:{repo} has no data file {match[1]!r}", where=_page(repo), hint="check `data_dir` and `data_files`"
+    )
 
 
 def _builder_error(error: Exception, repo: str, config: str | None) -> DataError | None:

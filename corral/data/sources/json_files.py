@@ -1,300 +1,261 @@
-"""Reads `.json` files: a list of rows, through a window that moves over the file, so that memory does not depend on its size.
+"""Reads `.json` files, a list of rows, and `.jsonl` files, a row per line. Both are recognised whatever the name says.
 
-A broken row is a fault of that row alone. Reading continues at the next element, found by the brackets of the broken one and
-by the first key of the first element. A `.json` file that holds an object per line is read as `.jsonl`.
+A list is decoded through a window that moves over the file, so that memory does not depend on its size. Text that is no JSON
+ends the reading of a list, as nothing behind it can be trusted; a row of valid JSON that strict readers refuse is a fault of
+that row. (`ijson` would replace half a surrogate pair by a question mark, and keep the last of two equal keys.) An object
+may hold rows in one of its keys, or columns as pandas writes them.
 """
 
 from __future__ import annotations
 
-import codecs
-import io
 import json
-import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from typing import Any, cast
 
-from corral.data.sources.files import MAX_ROW_BYTES, SourceFile
-from corral.data.sources.jsonl_and_text import NOT_UTF8, NUL, read_jsonl
-from corral.data.sources.raw_row import RawRow, faulty_row, row_or_fault
+from corral.data.sources.files import BrokenFileError, Say, SourceFile
+from corral.data.sources.raw_row import RawRow, column_of_turns, faulty_row, row_or_fault
 from corral.data.sources.strict_json import StrictDecoder, explain_error, explain_limit, skip_space
+from corral.data.sources.text_files import MAX_ROW, NUL, Fault, Line, TextReader, open_text, read_lines
 from corral.errors import DataError
+
+MAX_OBJECT = 256_000_000
+"""Characters of a file that holds one object, which is loaded whole."""
 
 _CHUNK = 2**18
 _LONGEST_LITERAL = len("-Infinity")
-_MAX_BROKEN = 2**20  # characters of a broken row that are searched for its end by brackets
-_MAX_SPACE = 2**10  # characters between a comma and the next element
-_BAD_BYTE = re.compile("[\udc80-\udcff]")  # what bytes that are not UTF-8 are decoded to
-_BRACKET_OR_QUOTE = re.compile(r'["\\\n{}\[\],]')
-_ANY_ROW_START = re.compile(r"[,\[}]\s*(?=\{)")
-_FIRST_KEY = re.compile(r'\{\s*("(?:[^"\\\n]|\\.){0,200}")\s*:')
-_OPENS = {"}": "{", "]": "["}
+_FORMS = (
+    '[{…}, {…}], or one object on each line, or {"data": [{…}, {…}]}, or columns {"prompt": […], "completion": […]}'
+)
 
 
-class _BrokenError(Exception):
-    """Text that cannot be read as a row: the reason, and the detail of the location."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.detail = detail
-
-
-def read_json(file: SourceFile) -> Iterator[RawRow]:
-    """The rows of a `.json` file: a list, or an object per line.
+def read_json(file: SourceFile, say: Say) -> Iterator[RawRow]:
+    """The rows of a `.json` file: a list, an object per line, or an object that holds rows or columns.
 
     Raises:
-        DataError: it holds something else, or is UTF-16 or not text at all.
+        DataError: it holds something else, or is not text.
+        BrokenFileError: it is not JSON.
         OSError, EOFError, zlib.error: it cannot be read to its end.
     """
-    with file.open_text() as (stream, _):
-        window = _Window(stream)
+    with open_text(file) as text:
+        window = _Window(text)
         first = window.peek()
+        is_by_line = first == "{" and window.has_object_per_line()
         if first == "[":
             yield from _read_items(window)
-            return
-        object_per_line = first == "{" and window.has_object_per_line()
-    if first and not object_per_line:
-        raise DataError(
-            f"the file holds {'an object' if first == '{' else 'no list'}, where a list of rows is expected",
-            where=file.where,
-            hint="[{…}, {…}], or one object on each line",
-        )
-    if first:
-        yield from read_jsonl(file)
+        elif first == "{" and not is_by_line:
+            rows = _rows_of_object(window.read_whole_object(), file, say)
+            yield from (row_or_fault(i, f"row {i}", row, None) for i, row in enumerate(rows, start=1))
+    if is_by_line:
+        yield from _read_rows_by_line(read_lines(file))
+    elif first not in ("", "[", "{"):
+        raise DataError("the file holds no list of rows", where=file.where, hint=f"write the rows as {_FORMS}")
 
 
-def read_json_values(file: SourceFile) -> Iterator[RawRow]:
-    """Rows that are the values of one object.
-
-    Raises:
-        DataError: the object is broken.
-        OSError, EOFError, zlib.error: it cannot be read to its end.
-    """
-    with file.open_text() as (stream, _):
-        window = _Window(stream)
-        try:
-            separator, number = window.expect("{"), 0
-            while separator != "}":
-                number += 1
-                window.read_value()
-                window.expect(":")
-                value, reason, _ = window.read_value()
-                separator = window.expect(",}")
-                yield row_or_fault(number, f"row {number}", value, reason)
-        except _BrokenError as error:
-            raise DataError(
-                f"broken{error.detail}: {error.reason}", where=file.where, hint="fetch or write it again"
-            ) from None
+def read_json_values(file: SourceFile, _: Say) -> Iterator[RawRow]:
+    """Rows that are the values of one object. Raises as `read_json` does."""
+    with open_text(file) as text:
+        yield from _read_items(_Window(text), "{}")
 
 
-def _read_items(window: _Window) -> Iterator[RawRow]:
-    """The elements of the list that begins at the window's position, broken ones as faults."""
-    number, ended = 0, False
-    window.expect("[")
-    while True:
-        # A comma before the list's end, or a missing one between elements, costs no row.
-        if not ended and window.peek() == "]":
-            window.expect("]")
-            ended = True
-        if ended and not window.peek():
-            return
+def read_jsonl(file: SourceFile, say: Say) -> Iterator[RawRow]:
+    """The rows of a `.jsonl` file; if it is a list of rows, those of the list. Raises as `read_json` does."""
+    lines = read_lines(file)
+    first = next((line for line in lines if line[1].strip()), None)
+    if first is None:
+        return
+    if not first[1].lstrip().startswith("["):
+        yield from _read_rows_by_line(chain([first], lines))
+    elif _is_list_of_rows(first[1], lines):
+        say(f"{file.where}: read as .json, as it is a list and not a row on each line")
+        yield from read_json(file, say)
+    else:
+        yield from _read_rows_by_line(read_lines(file))
+
+
+def _is_list_of_rows(line: str, rest: Iterator[Line]) -> bool:
+    """Whether a file is a list of rows, by its first line and the rest: it runs over several lines, or is the only line and
+    holds objects or lists which are not the turns of one chat."""
+    try:
+        value, _, _ = StrictDecoder().decode(line, skip_space(line, 0))
+    except json.JSONDecodeError:
+        return True
+    except (ValueError, RecursionError):
+        return False
+    holds_rows = bool(value) and isinstance(value[0], dict | list) and column_of_turns(value) is None
+    return holds_rows and not any(text.strip() for _, text, _ in rest)
+
+
+def _read_rows_by_line(lines: Iterable[Line]) -> Iterator[RawRow]:
+    decoder = StrictDecoder()
+    for number, text, fault in lines:
+        location = f"line {number}"
+        if fault is not None:
+            yield faulty_row(number, location, *fault)
+        elif text := text.rstrip():
+            value, reason, detail = None, None, ""
+            try:
+                value, end, reason = decoder.decode(text, skip_space(text, 0))
+                if reason is None and end < len(text):
+                    reason = "more text follows the object on its line"
+            except json.JSONDecodeError as error:
+                # The column differs between rows: it belongs to the location, not to the reason.
+                reason, detail = f"not valid JSON: {explain_error(error)}", f", column {error.colno}"
+            except (ValueError, RecursionError) as error:
+                reason = explain_limit(error)
+            yield row_or_fault(number, location, value, reason, detail)
+
+
+def _read_items(window: _Window, brackets: str = "[]") -> Iterator[RawRow]:
+    """The elements of the list, or the values of the object, that begins at the window's position and ends the file."""
+    opening, closing = brackets
+    window.expect(opening)
+    number = 0
+    while number or window.peek() != closing:
         number += 1
-        try:
-            if ended:
-                raise _BrokenError("text follows the end of the list", window.location())
-            if not window.peek():
-                raise _BrokenError("the list is not closed: the file is cut short", window.location())
-            value, reason, detail = window.read_value()
-        except _BrokenError as error:
-            yield faulty_row(number, f"row {number}", error.reason, error.detail)
-            if not window.skip_broken(within=not ended):
-                return
-            ended = False
-        else:
-            yield row_or_fault(number, f"row {number}", value, reason, detail)
-        if window.peek() == ",":
-            window.expect(",")
+        if opening == "{":
+            window.read_value()
+            window.expect(":")
+        value, fault = window.read_value()
+        yield row_or_fault(number, f"row {number}", value, *(fault or (None, "")))
+        if window.peek() == closing:
+            break
+        window.expect(",")
+    window.expect(closing)
+    if window.peek():
+        raise window.broken_error("text follows the end of the list")
+
+
+def _rows_of_object(value: dict[str, Any], file: SourceFile, say: Say) -> list[Any]:
+    """The rows that an object holds: in columns, or in the one key with a list of objects. Raises DataError."""
+    if value and all(isinstance(column, dict) for column in value.values()):
+        # By index, as pandas writes a table: {"a": {"0": …, "1": …}, "b": {…}}.
+        by_index = cast("dict[str, dict[str, Any]]", value)
+        indices = list(next(iter(by_index.values())))
+        if all(index.isdecimal() for index in indices) and all(list(c) == indices for c in by_index.values()):
+            return [{name: column[index] for name, column in by_index.items()} for index in indices]
+    lists = {name: cast("list[Any]", column) for name, column in value.items() if isinstance(column, list)}
+    of_objects = [name for name, items in lists.items() if _holds_objects(items)]
+    is_table = len(lists) == len(value) and not any(column_of_turns(items) for items in lists.values())
+    if is_table and len(of_objects) < len(lists):
+        lengths = {name: len(column) for name, column in lists.items()}
+        if len(set(lengths.values())) == 1:
+            return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
+        if not of_objects:
+            counts = ", ".join(f"{name!r} {length:,}" for name, length in islice(lengths.items(), 6))
+            raise DataError(f"the columns differ in length: {counts}", where=file.where, hint=_FORMS)
+    if len(of_objects) != 1:
+        what = f"several lists of rows: {', '.join(map(repr, of_objects))}" if of_objects else "an object without rows"
+        raise DataError(f"the file holds {what}", where=file.where, hint=f"write the rows as {_FORMS}")
+    say(f"{file.where}: the rows are those in {of_objects[0]!r}")
+    return lists[of_objects[0]]
+
+
+def _holds_objects(items: list[Any]) -> bool:
+    return bool(items) and all(isinstance(item, dict) for item in items) and column_of_turns(items) is None
 
 
 class _Window:
-    """The part of a file's text that is being decoded.
+    """The part of a file's text that is being decoded."""
 
-    Args:
-        stream: the bytes, behind a byte order mark.
-    """
-
-    def __init__(self, stream: io.BufferedReader[Any]) -> None:
-        self.text = ""
-        self.position = 0
-        self._stream = stream
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    def __init__(self, text: TextReader) -> None:
+        self._file = text
         self._json = StrictDecoder()
+        self._text = ""
+        self._position = 0
         self._ended = False
-        self._has_bad_bytes = False  # whether a byte that is not UTF-8 was read
         self._line = 0  # line breaks before the window
-        self._row_start = _ANY_ROW_START  # what comes before an element, and how it begins
         self._column = 0  # characters between the last of them and the window
 
     def peek(self) -> str:
         """The next character that is not white space; empty at the end."""
         while True:
-            self.position = skip_space(self.text, self.position)
-            if self.position < len(self.text):
-                return self.text[self.position]
+            self._position = skip_space(self._text, self._position)
+            if self._position < len(self._text):
+                return self._text[self._position]
             self._drop_consumed()
             if not self._read_more():
                 return ""
 
-    def expect(self, characters: str) -> str:
-        """Consume the next character, which must be one of these. Raises _BrokenError."""
-        character = self.peek()
-        if not character or character not in characters:
-            raise _BrokenError(f"not valid JSON: expected {' or '.join(map(repr, characters))}", self.location())
-        self.position += 1
-        return character
+    def expect(self, character: str) -> None:
+        """Consume the next character, which must be this one. Raises BrokenFileError."""
+        if (actual := self.peek()) != character:
+            raise self.broken_error(f"expected {character!r}" if actual else "the file is cut short")
+        self._position += 1
 
-    def read_value(self) -> tuple[Any, str | None, str]:
-        """Consume the next value. Returns (value, reason against it if any, detail of its location). Raises _BrokenError."""
+    def read_value(self) -> tuple[Any, Fault | None]:
+        """Consume the next value. Returns it, or the fault of this value alone. Raises BrokenFileError."""
         self.peek()
         self._drop_consumed()
         while True:
             try:
-                value, end, reason = self._json.decode(self.text, self.position)
+                value, end, reason = self._json.decode(self._text, self._position)
             except json.JSONDecodeError as error:
-                if _is_unfinished(error, self.text):
-                    if len(self.text) - self.position > MAX_ROW_BYTES:
-                        raise _BrokenError(
-                            f"the row is longer than {MAX_ROW_BYTES // 2**20} MiB", self.location()
-                        ) from None
+                if _is_unfinished(error, self._text):
+                    if len(self._text) - self._position > MAX_ROW:
+                        raise self.broken_error(f"a row is longer than {MAX_ROW:,} characters") from None
                     if self._read_more():
                         continue
-                self._learn_row_start()
-                if error.pos < len(self.text) and self.text[error.pos] == "\0":
-                    raise _BrokenError(NUL, self.location(error.pos)) from None
-                raise _BrokenError(f"not valid JSON: {explain_error(error)}", self.location(error.pos)) from None
+                is_nul = self._text[error.pos : error.pos + 1] == "\0"
+                raise self.broken_error(NUL if is_nul else explain_error(error), error.pos) from None
             except (ValueError, RecursionError) as error:
-                raise _BrokenError(explain_limit(error)) from None
+                raise self.broken_error(explain_limit(error)) from None
             # A number may continue beyond the window.
-            if end < len(self.text) or not self._read_more():
-                self._learn_row_start()
-                bad = _BAD_BYTE.search(self.text, self.position, end) if self._has_bad_bytes else None
-                detail = self.location(bad.start()) if bad else ""
-                self.position = end
-                return value, NOT_UTF8 if bad else reason, detail
+            if end < len(self._text) or not self._read_more():
+                start, self._position = self._position, end
+                if bad := self._file.find_fault(self._text[start:end]):
+                    return None, (bad[0], f", {self._locate(start + bad[1])}")
+                return value, None if reason is None else (reason, "")
 
-    def _learn_row_start(self) -> None:
-        """Remember the first key of the element here, unless one is known: later rows are expected to begin with it."""
-        if self._row_start is _ANY_ROW_START and (match := _FIRST_KEY.match(self.text, self.position)):
-            self._row_start = re.compile(rf"[,\[}}]\s*(?={{\s*{re.escape(match[1])}\s*:)")
-
-    def skip_broken(self, *, within: bool) -> bool:
-        """Move from the start of broken text to the next element, or to what follows this one; False if there is none.
-
-        Args:
-            within: whether the broken text is an element of the list, not something after the list.
-        """
-        target = None
-        if within:
-            # Brackets alone would skip rows if a quote is missing.
-            limit = self.position + _MAX_BROKEN
-            while len(self.text) < limit and self._read_more():
-                pass
-            target = self._find_next_row(limit)
-            end = self._find_element_end(limit if target is None else target)
-            target = target if end is None else end
-        elif self.text[self.position] == "{":
-            return True
-        while target is None:
-            searched = len(self.text)
-            target = self._find_next_row(searched)
-            if target is None:
-                # The comma and the key of an element may lie on both sides of the window's end.
-                self.position = max(self.position, searched - _MAX_SPACE)
-                self._drop_consumed()
-                if not self._read_more():
-                    self.position = len(self.text)
-                    return False
-        self.position = target
-        return True
-
-    def _find_next_row(self, limit: int) -> int | None:
-        """The index, before `limit`, of the next object that begins like the first element."""
-        match = self._row_start.search(self.text, self.position, limit)
-        return match.end() if match else None
-
-    def _find_element_end(self, limit: int) -> int | None:
-        """The index, before `limit`, where the broken element here ends by its brackets: before a comma and an object, or the
-        list's end."""
-        at, opened, quoted = self.position, list[str](), False
-        while at < limit:
-            match = _BRACKET_OR_QUOTE.search(self.text, at, limit)
-            if match is None:
-                at = min(len(self.text), limit)
-                if at < limit and not self._read_more():
-                    return None
-                continue
-            mark, at = match.group(), match.end()
-            if mark == "\\":
-                at += 1
-            elif mark == '"':
-                quoted = not quoted
-            elif mark == "\n":
-                quoted = False  # no string continues after a line's end
-            elif quoted:
-                continue
-            elif not opened and mark == "{" and match.start() > self.position:
-                return match.start()
-            elif mark in "{[":
-                opened.append(mark)
-            elif not opened and mark in ",]":
-                return match.start() if self._list_continues(match.start()) else None
-            elif mark != "," and (not opened or opened.pop() != _OPENS[mark]):
-                return None
-        return None
-
-    def _list_continues(self, at: int) -> bool:
-        """Whether a comma and an object follow here, or the end of the list and the file."""
-        while (after := skip_space(self.text, at + 1)) >= len(self.text):
-            if not self._read_more():
-                return self.text[at] == "]"
-        return self.text[at] == "," and self.text[after] == "{"
+    def read_whole_object(self) -> dict[str, Any]:
+        """Consume the object that is the whole file. Raises BrokenFileError."""
+        while len(self._text) <= MAX_OBJECT and self._read_more():
+            pass
+        if len(self._text) > MAX_OBJECT:
+            raise BrokenFileError(f"one object of more than {MAX_OBJECT:,} characters: write a list of rows, or .jsonl")
+        value, fault = self.read_value()
+        if fault is not None:
+            raise self.broken_error("".join(fault))
+        if self.peek():
+            raise self.broken_error("text follows the end of the object")
+        return value
 
     def has_object_per_line(self) -> bool:
         """Whether the first line is one JSON value and another line follows."""
-        start = self.position
-        while "\n" not in self.text[start:] and len(self.text) < MAX_ROW_BYTES and self._read_more():
+        start = self._position
+        while "\n" not in self._text[start:] and len(self._text) < MAX_ROW and self._read_more():
             pass
-        first, _, rest = self.text[start:].partition("\n")
+        first, _, rest = self._text[start:].partition("\n")
         try:
             _, end, _ = self._json.decode(first, 0)
         except (ValueError, RecursionError):
             return False
         return not first[end:].strip() and (bool(rest.strip()) or self._read_more())
 
-    def location(self, at: int | None = None) -> str:
-        """The line and column of an index into the window, by default of the position, as the detail of a location."""
-        before = self.text[: self.position if at is None else at]
+    def broken_error(self, reason: str, at: int | None = None) -> BrokenFileError:
+        """The error of text that is not JSON at an index into the window, by default at the position."""
+        return BrokenFileError(f"not valid JSON at {self._locate(self._position if at is None else at)}: {reason}")
+
+    def _locate(self, at: int) -> str:
+        before = self._text[:at]
         line, column = before.count("\n"), len(before) - before.rfind("\n")
-        return f", line {1 + self._line + line}, column {column if line else self._column + len(before) + 1}"
+        return f"line {1 + self._line + line}, column {column if line else self._column + len(before) + 1}"
 
     def _drop_consumed(self) -> None:
         """Drop the text before the position, once it is large."""
-        if self.position >= _CHUNK:
-            before = self.text[: self.position]
+        if self._position >= _CHUNK:
+            before = self._text[: self._position]
             breaks = before.count("\n")
             self._line += breaks
             self._column = len(before) - before.rfind("\n") - 1 if breaks else self._column + len(before)
-            self.text, self.position = self.text[self.position :], 0
+            self._text, self._position = self._text[self._position :], 0
 
     def _read_more(self) -> bool:
         """Read as much as the window holds, so that a long row is not decoded too often; False at the end."""
-        if self._ended:
-            return False
-        content = self._stream.read(max(_CHUNK, len(self.text) - self.position))
-        self._ended = not content
-        text = self._utf8.decode(content, final=self._ended)
-        self._has_bad_bytes = self._has_bad_bytes or (not text.isascii() and _BAD_BYTE.search(text) is not None)
-        self.text += text
+        if not self._ended:
+            content = self._file.read(max(_CHUNK, len(self._text) - self._position))
+            self._ended = not content
+            self._text += content
         return not self._ended
 
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import difflib
 import glob
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO
 
-from corral.data.sources.files import SourceFile, parse_kind, require_kind, select_row_files
+from corral.data.sources.files import Say, SourceFile, parse_kind, require_kind
+from corral.data.sources.folders import select_row_files
 from corral.errors import DataError
 from corral.storage import cached_file_hashes, sha256_file
 
 _CLOCK_TICK = 2 * 10**9  # nanoseconds: the coarsest disks tell times of change to two seconds
 
 
-def find_local_files(spec: str, say: Callable[[str], None]) -> list[SourceFile]:
+def find_local_files(spec: str, say: Say) -> list[SourceFile]:
     """The files of a path. `say` reports files in a folder that are left out, and which of several files are empty.
 
     Raises DataError if there are none, all are empty, or one is of an unknown kind.
@@ -26,7 +27,8 @@ def find_local_files(spec: str, say: Callable[[str], None]) -> list[SourceFile]:
     try:
         if path.is_dir():
             names = [below.relative_to(path).as_posix() for below in path.rglob("*") if below.is_file()]
-            matches = [(name, path / name) for name in select_row_files(names, spec, say)]
+            chosen = select_row_files(names, spec, say, lambda name: (path / name).read_bytes())
+            matches = [(name, path / name) for name in chosen]
         elif path.is_file():
             matches = [(path.name, path)]
         elif glob.has_magic(spec):

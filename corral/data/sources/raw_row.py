@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, cast
 
+_TURN_KEYS = {"messages": {"role", "content"}, "conversations": {"from", "value"}}
+
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
     """One row of a source.
 
     Args:
-        index: its number, from 1, unique and rising in a source: the line in a `.jsonl` or `.txt` file, the number of the
-            row in others; the count continues over the files of a folder.
+        index: its number, unique and rising in a source: the line in a `.jsonl` file, the first line in a `.txt` file, the row
+            of the spreadsheet in a table (its header is row 1), else the number of the row from 1; the count continues over
+            the files of a folder.
         value: the row as JSON values (dict, list, str, int, float, bool, None), or None if there is a fault.
         fault: what is wrong with it and where, for a message: `line 17: not valid JSON: …`.
         reason: the part of `fault` without the location, so that equal faults are counted together.
@@ -37,10 +40,23 @@ def faulty_row(index: int, location: str, reason: str, detail: str = "") -> RawR
 
 
 def row_or_fault(index: int, location: str, value: Any, reason: str | None, detail: str = "") -> RawRow:
-    """The row if `value` is an object and there is no `reason` against it, else a faulty row."""
+    """The row if `value` is an object or a list of chat turns and there is no `reason` against it, else a faulty row."""
+    if column := column_of_turns(value):
+        value = {column: value}
     if reason is None and not isinstance(value, dict):
         kinds = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
         reason = f"the row is {kinds.get(type(value), 'a number')}, where an object is expected"
     if reason is not None:
         return faulty_row(index, location, reason, detail)
     return RawRow(index, cast("dict[str, Any]", value), location=location)
+
+
+def column_of_turns(value: Any) -> str | None:
+    """The column in which a list of chat turns usually stands, by the keys of the turns; None if `value` is no such list."""
+    if not isinstance(value, list) or not value:
+        return None
+    turns = cast("list[Any]", value)
+    for column, keys in _TURN_KEYS.items():
+        if all(isinstance(turn, dict) and keys <= turn.keys() for turn in turns):
+            return column
+    return None

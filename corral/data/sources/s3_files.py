@@ -7,18 +7,18 @@ credentials, region and endpoint that AWS's own tools would find.
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from corral.data.sources.files import SourceFile, require_kind, select_row_files
+from corral.data.sources.files import Say, SourceFile, require_kind
+from corral.data.sources.folders import select_row_files
 from corral.errors import DataError, require
 
 _KEYS = "AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 _BLOCK = 8 * 2**20
 
 
-def find_s3_files(spec: str, say: Callable[[str], None]) -> list[SourceFile]:
+def find_s3_files(spec: str, say: Say) -> list[SourceFile]:
     """The files of `s3://BUCKET/KEY`. `say` reports files below a prefix that are left out.
 
     Raises:
@@ -42,7 +42,7 @@ def is_s3_error(error: BaseException) -> bool:
     return type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp")
 
 
-def _list_objects(system: Any, key: str, spec: str, say: Callable[[str], None]) -> list[SourceFile]:
+def _list_objects(system: Any, key: str, spec: str, say: Say) -> list[SourceFile]:
     if glob.has_magic(key):
         infos: dict[str, Any] = {name: i for name, i in system.glob(key, detail=True).items() if i["type"] == "file"}
         prefix = "/".join(key.split("/")[: next(n for n, part in enumerate(key.split("/")) if glob.has_magic(part))])
@@ -51,7 +51,8 @@ def _list_objects(system: Any, key: str, spec: str, say: Callable[[str], None]) 
         infos = system.find(key, detail=True)
         prefix = key
         below = [name.removeprefix(f"{key}/") for name in infos]
-        names = [f"{key}/{name}" for name in select_row_files(below, spec, say)]
+        chosen = select_row_files(below, spec, say, lambda name: system.cat_file(f"{key}/{name}"))
+        names = [f"{key}/{name}" for name in chosen]
     else:
         infos = {key: system.info(key)}
         prefix, _, _ = key.rpartition("/")

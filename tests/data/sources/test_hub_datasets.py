@@ -44,6 +44,9 @@ configs:
 - config_name: tabs
   data_files: tabs.csv
   sep: "\\t"
+- config_name: semicolons
+  data_files: semicolons.csv
+  sep: ";"
 - config_name: odd
   data_files: other.csv
   skiprows: 1
@@ -69,10 +72,16 @@ FILES: dict[str, dict[str, bytes]] = {
         "README.md": TABLES.encode(),
         "other.csv": b"a,b\n1,2\n",
         "tabs.csv": b"a\tb\n1\t2,3\n",
+        "semicolons.csv": b"a,0;b\n1;2,3\n",
     },
     "good/plain": {
         "train.jsonl.gz": gzip.compress(b'{"chosen": "a", "rejected": "b"}\n'),
         "test.jsonl.gz": gzip.compress(b'{"chosen": "c", "rejected": "d"}\n'),
+    },
+    "good/folders": {
+        "one/train.jsonl": b'{"a": 1}\n',
+        "two/train.jsonl": b'{"a": 2}\n',
+        "two/test.jsonl": b'{"a": 3}\n',
     },
     "good/list": {"README.md": b"# No configuration", "rows.json": b'[{"a": 1}, {"a": 2}]'},
     "good/script": {"script.py": b"import this", "README.md": b"# A script"},
@@ -155,7 +164,7 @@ def hub() -> Iterator[tuple[str, list[str]]]:
         yield address, Hub.asked
 
 
-def ask(endpoint: str, folder: Path, *sources: dict[str, str], offline: bool = False) -> list[dict[str, Any]]:
+def ask(endpoint: str, folder: Path, *sources: dict[str, Any], offline: bool = False) -> list[dict[str, Any]]:
     """What reading each source gives, in a process with its own hub settings and caches."""
     code = """
 import json, sys
@@ -197,7 +206,7 @@ for settings in sys.argv[1:]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def source(path: str, **settings: str) -> dict[str, str]:
+def source(path: str, **settings: Any) -> dict[str, Any]:
     return {"path": f"hub:{path}", **settings}
 
 
@@ -232,6 +241,26 @@ def test_a_configuration_and_split_are_read_once_pinned_and_found_again_offline(
     before = len(asked)
     assert ask(endpoint, tmp_path, *sources, offline=True) == answers
     assert len(asked) == before
+
+
+def test_a_folder_or_files_of_a_data_set_are_chosen(hub: tuple[str, list[str]], tmp_path: Path) -> None:
+    endpoint, _ = hub
+    sources = [
+        source("good/folders", data_dir="one"),
+        source("good/folders", data_dir="two", split="test"),
+        source("good/folders", data_files="two/train.jsonl"),
+        source("good/folders", data_files=["two/*.jsonl", "one/train.jsonl"]),
+        source("good/tables", config="semicolons"),
+    ]
+    answers = ask(endpoint, tmp_path, *sources)
+    values = [[row["a"] for row in answer["values"]] for answer in answers[:4]]
+    assert (*values[:3], sorted(values[3])) == ([1], [3], [2], [1, 2, 3])
+    assert answers[4]["values"] == [{"a,0": "1", "b": "2,3"}]
+    assert ask(endpoint, tmp_path, *sources, offline=True) == answers
+    for settings, name in (({"data_files": "three.jsonl"}, "three.jsonl"), ({"data_dir": "four"}, "four")):
+        (missing,) = ask(endpoint, tmp_path, source("good/folders", **settings))
+        assert missing["what"] == f"hub:good/folders has no data file {name!r}"
+        assert "`data_files`" in missing["hint"]
 
 
 def test_each_refusal_says_what_to_do(hub: tuple[str, list[str]], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Reads `.parquet` files in parts of a row group, so that memory depends on the row groups and not on the file.
+"""Reads `.parquet` and `.arrow` files in parts, so that memory depends on their row groups or batches and not on the file.
 
 Lists, structs and maps become lists and objects. NULL and NaN become None; infinity is a fault of its row. Dates and times
 become ISO 8601 text, decimals and durations their text. Bytes become UTF-8 text, or are a fault.
@@ -10,51 +10,77 @@ import datetime
 import decimal
 import math
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
-from corral.data.sources.files import SourceFile
+from corral.data.sources.files import BrokenFileError, Say, SourceFile
 from corral.data.sources.raw_row import RawRow, faulty_row
 from corral.errors import DataError
 
 _BATCH = 512
 _BUFFER = 2**18
+_ARROW_FILE = b"ARROW1"
 
 
-def read_parquet(file: SourceFile) -> Iterator[RawRow]:
-    """The rows of a `.parquet` file, numbered from 1.
+def read_parquet_or_arrow(file: SourceFile, _: Say) -> Iterator[RawRow]:
+    """The rows of a `.parquet` or `.arrow` file, numbered from 1.
 
     Raises:
-        DataError: it is not a parquet file, is damaged, or has two columns of one name.
-        OSError, EOFError, zlib.error: it cannot be read to its end.
+        DataError: it has two columns of one name, or is a Git LFS pointer.
+        BrokenFileError: it is not such a file, or is damaged.
+        OSError, EOFError, zlib.error: its compressed bytes cannot be read to their end.
     """
     import pyarrow
-    import pyarrow.parquet as pq
 
     number = 0
     with file.local_copy() as path:
         try:
             # By path: pyarrow's threads may still hold a Python file object when the interpreter exits, and abort it.
-            # Unbuffered: pyarrow keeps what it reads ahead, up to the whole file.
-            with pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER) as opened:
-                names: list[str] = list(opened.schema_arrow.names)
+            with (_open_parquet if file.kind == ".parquet" else _open_arrow)(path) as (schema, batches):
+                names: list[str] = list(schema.names)
                 if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
                     raise DataError(
                         f"two columns are called {twice!r}", where=file.where, hint="write it with one of them"
                     )
-                plain = all(_is_plain(opened.schema_arrow.field(i).type) for i in range(len(names)))
-                for batch in opened.iter_batches(batch_size=_BATCH, use_threads=False):
+                plain = all(_is_plain(schema.field(i).type) for i in range(len(names)))
+                for batch in batches:
                     for values in _rows(batch):
                         number += 1
                         yield _row(number, values, plain)
         # A damaged file raises any of pyarrow's errors, and OSError, ValueError or OverflowError.
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
             message = (str(error) or type(error).__name__).splitlines()[0]
-            raise DataError(
-                f"not a parquet file, or damaged: reading ended after {number:,} rows: {message}",
-                where=file.where,
-                hint="write or fetch the file again",
-            ) from None
+            raise BrokenFileError(f"not a {file.kind} file, or damaged: {message}") from None
+
+
+@contextmanager
+def _open_parquet(path: Path) -> Generator[tuple[Any, Iterator[Any]]]:
+    """(schema, batches) of a parquet file."""
+    import pyarrow.parquet as pq
+
+    # Unbuffered: pyarrow keeps what it reads ahead, up to the whole file.
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER) as opened:
+        yield opened.schema_arrow, opened.iter_batches(batch_size=_BATCH, use_threads=False)
+
+
+@contextmanager
+def _open_arrow(path: Path) -> Generator[tuple[Any, Iterator[Any]]]:
+    """(schema, batches) of an Arrow file: of the stream format, which `datasets` writes, or of the file format."""
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as content:
+        is_file = content.read(len(_ARROW_FILE)) == _ARROW_FILE
+        content.seek(0)
+        with pyarrow.ipc.open_file(content) if is_file else pyarrow.ipc.open_stream(content) as opened:
+            whole = (opened.get_batch(i) for i in range(opened.num_record_batches)) if is_file else opened
+            yield opened.schema, (part for batch in whole for part in _slices(batch))
+
+
+def _slices(batch: Any) -> Iterator[Any]:
+    batch.validate(full=True)  # reading a damaged one would read beyond the mapped file
+    return (batch.slice(start, _BATCH) for start in range(0, batch.num_rows, _BATCH))
 
 
 def _rows(batch: Any) -> Iterator[dict[str, Any] | Exception]:

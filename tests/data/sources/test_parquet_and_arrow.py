@@ -93,13 +93,43 @@ def test_values_that_cannot_be_text_are_a_fault_of_their_row(tmp_path: Path) -> 
 def test_a_damaged_file_or_one_without_rows_is_refused(tmp_path: Path) -> None:
     good = table(tmp_path / "a.parquet", {"a": ["word " * 40] * 5000}, row_group_size=1000, use_dictionary=False)
     content = bytearray(good.read_bytes())
-    assert "reading ended after 0 rows" in refusal(written(tmp_path / "b.parquet", bytes(content[:-20]))).what
+    assert "(reading ended after 0 rows)" in refusal(written(tmp_path / "b.parquet", bytes(content[:-20]))).what
     content[len(content) // 2 : len(content) // 2 + 900] = b"\xff" * 900
     error = refusal(written(tmp_path / "c.parquet", bytes(content)))
-    assert "not a parquet file, or damaged: reading ended after " in error.what
+    assert "not a .parquet file, or damaged: " in error.what
+    assert "(reading ended after " in error.what
     assert error.where == str(tmp_path / "c.parquet")
-    assert "not a parquet file" in refusal(written(tmp_path / "d.parquet", b"PAR1")).what
+    assert "not a .parquet file" in refusal(written(tmp_path / "d.parquet", b"PAR1")).what
     assert "holds no rows" in refusal(table(tmp_path / "e.parquet", {"a": pa.array([], pa.string())})).what
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_arrow_files_of_both_formats_are_read_in_parts(tmp_path: Path, as_file: bool) -> None:
+    path = tmp_path / "a.arrow"
+    rows = [
+        {"n": i, "day": datetime.date(2024, 5, 1), "turns": [{"role": "user", "content": "x" * i}]} for i in range(1300)
+    ]
+    data = pa.Table.from_pylist(rows)
+    with (pa.ipc.new_file if as_file else pa.ipc.new_stream)(str(path), data.schema) as writer:
+        writer.write_table(data, max_chunksize=1000)
+    read = rows_of(path)
+    assert [row.value for row in read] == [row | {"day": "2024-05-01"} for row in rows]
+    assert (read[-1].index, read[-1].location) == (1300, "row 1300")
+    cut = written(tmp_path / "b.arrow", path.read_bytes()[:-2000])
+    assert "not a .arrow file, or damaged: " in refusal(cut).what
+    assert "not a .arrow file" in refusal(written(tmp_path / "c.arrow", b"\xff\xff\xff\xff\0\1\0\0" + b"\0" * 64)).what
+
+
+def test_an_arrow_file_with_offsets_beyond_its_values_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "a.arrow"
+    data = pa.table({"t": ["one", "two", "three"]})
+    with pa.ipc.new_stream(str(path), data.schema) as writer:
+        writer.write_table(data)
+    offsets = b"".join(i.to_bytes(4, "little") for i in (0, 3, 6, 11))
+    content = path.read_bytes()
+    assert content.count(offsets) == 1
+    path.write_bytes(content.replace(offsets, offsets[:4] + b"\0\0\0\x70" + offsets[8:]))
+    assert "not a .arrow file, or damaged" in refusal(path).what
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)

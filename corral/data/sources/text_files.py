@@ -1,0 +1,163 @@
+"""Decodes the text of a file, for readers by line or by piece, and reads `.txt` files: a document a file.
+
+Text is UTF-8, what a byte order mark says, or in the encoding that the source states; no encoding is guessed. A line with
+other bytes or a NUL is a fault of its row alone. Files that are no text are recognised by their first bytes and refused.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from typing import TypeAlias
+
+from corral.data.sources.files import SPREADSHEET_HINT, Say, SourceFile
+from corral.data.sources.raw_row import RawRow, faulty_row
+from corral.errors import DataError
+
+MAX_ROW = 64_000_000
+"""Limit of a line or a row in characters. No row that fits a model's context comes near it, and a file without line breaks
+must not fill the memory."""
+MAX_DOCUMENT = 8_000_000
+"""Characters from which a document is cut."""
+NUL = "a NUL byte, which no text holds"
+OVERLONG = f"the line is longer than {MAX_ROW:,} characters"
+
+Fault: TypeAlias = tuple[str, str]
+"""(reason, detail of the location)."""
+Line: TypeAlias = tuple[int, str, Fault | None]
+"""(number from 1, text with its line end, fault). The text of a faulty line may be wrong."""
+
+_FOREIGN = {
+    b"\x1f\x8b": ("packed twice, the second time with gzip", "unpack it"),
+    b"\x28\xb5\x2f\xfd": ("packed twice, the second time with zstd", "unpack it"),
+    b"PK\x03\x04": ("an Excel file or a zip archive", f"{SPREADSHEET_HINT}; unpack an archive"),
+    b"PAR1": ("a parquet file", "its name should end in .parquet"),
+    b"ARRO": ("an Arrow file", "its name should end in .arrow"),
+    b"\x7fELF": ("a program, not text", "check `path` in data.sources"),
+    b"%PDF": ("a PDF, not text", "save its text as .txt"),
+}
+# The mark of UTF-16 begins that of UTF-32.
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+_NOT_IN_CP1252 = frozenset(b"\x81\x8d\x8f\x90\x9d")
+_BAD_BYTE = 0xDC00  # no text holds this character or the 255 after it: one stands for each byte that cannot be decoded
+_MARK_BAD_BYTES = "corral.mark-bad-bytes"
+
+
+def _mark_bad_bytes(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return "".join(chr(_BAD_BYTE + byte) for byte in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error(_MARK_BAD_BYTES, _mark_bad_bytes)
+
+
+class TextReader:
+    """The text of a file.
+
+    Args:
+        stream: its bytes, behind a byte order mark.
+        encoding: how they are decoded.
+    """
+
+    def __init__(self, stream: io.BufferedIOBase, encoding: str) -> None:
+        text = io.TextIOWrapper(stream, encoding, _MARK_BAD_BYTES, newline="\n")
+        self.read = text.read
+        self.readline = text.readline
+        self._encoding = codecs.lookup(encoding).name
+        self._not_cp1252 = False  # whether the file holds a byte that Windows-1252 does not know
+
+    def find_fault(self, text: str) -> tuple[str, int] | None:
+        """(the reason why a part of the text cannot be used, the index of the character), if so."""
+        try:
+            if not text.isascii():
+                text.encode()
+        except UnicodeEncodeError as error:
+            bad = {ord(character) - _BAD_BYTE for character in text[error.start :] if "\udc00" <= character <= "\udcff"}
+            if self._encoding != "utf-8":
+                return f"not {self._encoding} text", error.start
+            self._not_cp1252 |= not _NOT_IN_CP1252.isdisjoint(bad)
+            if self._not_cp1252:
+                return "neither UTF-8 nor Windows-1252 text: set the `encoding` of the source", error.start
+            return 'not UTF-8 text; if it is Windows-1252, set `encoding = "cp1252"`', error.start
+        return (NUL, at) if (at := text.find("\0")) >= 0 else None
+
+    def skip_line(self) -> None:
+        """Read to the end of an overlong line."""
+        while (more := self.readline(2**20)) and not more.endswith("\n"):
+            pass
+
+
+@contextmanager
+def open_text(file: SourceFile) -> Generator[TextReader]:
+    """The text of a file, decompressed.
+
+    Raises:
+        DataError: it is not text, or in UTF-16 without a mark.
+        OSError, EOFError, zlib.error: it is cut short or damaged.
+    """
+    with file.open_unpacked() as stream:
+        head = stream.peek(4)[:4]
+        for magic, (what, hint) in _FOREIGN.items():
+            if head.startswith(magic):
+                raise DataError(f"the file is {what}", where=file.where, hint=hint)
+        mark = next((mark for mark in _MARKS if head.startswith(mark)), b"")
+        if b"\0" in head and not mark and file.encoding is None:
+            raise DataError(
+                "the file is not UTF-8 text: it looks like UTF-16 without a byte order mark, or binary data",
+                where=file.where,
+                hint='if it is UTF-16, set `encoding = "utf-16-le"` (or "utf-16-be"), or save it again as UTF-8',
+            )
+        stream.read(len(mark))
+        yield TextReader(stream, _MARKS[mark] if mark else file.encoding or "utf-8")
+
+
+def read_lines(file: SourceFile) -> Iterator[Line]:
+    """The lines of a file, which end with a line feed. Memory holds one at a time. Raises as `open_text` does."""
+    with open_text(file) as text:
+        number = 0
+        while line := text.readline(MAX_ROW):
+            number += 1
+            fault = None
+            if len(line) == MAX_ROW and not line.endswith("\n"):
+                text.skip_line()
+                fault = (OVERLONG, "")
+            elif found := text.find_fault(line):
+                fault = (found[0], _column(line, found[1]))
+            yield number, line, fault
+
+
+def _column(line: str, index: int) -> str:
+    bad = ord(line[index])
+    return f", column {index + 1}" + (f" (byte 0x{bad - _BAD_BYTE:02x})" if bad >= _BAD_BYTE else "")
+
+
+def read_txt(file: SourceFile, _: Say) -> Iterator[RawRow]:
+    """The document of a `.txt` file, as `{"text": …}`; a long one in several rows, each but the last up to a line's end.
+
+    Raises as `open_text` does.
+    """
+    with open_text(file) as text:
+        number = 1
+        while part := text.read(MAX_DOCUMENT):
+            part += (rest := text.readline(MAX_ROW))
+            location = f"line {number}"
+            if len(rest) == MAX_ROW and not rest.endswith("\n"):
+                text.skip_line()
+                yield faulty_row(number, location, OVERLONG)
+                number += 1
+            elif found := text.find_fault(part):
+                reason, at = found
+                start = part.rfind("\n", 0, at) + 1
+                line = number + part.count("\n", 0, at)
+                yield faulty_row(number, location, reason, f", in line {line}{_column(part[start:], at - start)}")
+            elif part.strip():
+                yield RawRow(number, {"text": part}, location=location)
+            number += part.count("\n")
