@@ -73,7 +73,7 @@ def hash_source(source: Source, progress: Progress | None = None) -> str:
     is_single = len(files) == 1
     hashes = hash_local_files([file.path for file in files if file.path and not file.digest])
     lines = [
-        f"{file.kind}{file.compression}{'' if is_single else f' {file.name}'}\t{file.digest or hashes[file.path]}\n"
+        f"{file.kind}{file.compression}{'' if is_single else f' {file.name}'}\t{file.digest or hashes[file.where]}\n"
         for file in files
     ]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
@@ -122,8 +122,11 @@ def _read_file(file: SourceFile, reader: _Reader, progress: Progress) -> Iterato
         what, hint = f"the file is damaged or cut short: {error}", "fetch or write it again"
     else:
         return
-    rows = f"{count:,} row{'' if count == 1 else 's'}"
-    raise DataError(f"{what} (reading ended after {rows})", where=file.where, hint=hint)
+    raise DataError(f"{what} (reading ended after {_count_rows(count)})", where=file.where, hint=hint)
+
+
+def _count_rows(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"
 
 
 def _read_asset(name: str, progress: Progress) -> Iterator[RawRow]:

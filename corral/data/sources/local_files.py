@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import glob
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -24,7 +25,7 @@ def find_local_files(spec: str, say: Say) -> list[SourceFile]:
     Raises DataError if there are none, all are empty, or one is of an unknown kind.
     """
     path = Path(spec)
-    try:
+    with _read_errors(path):
         if path.is_dir():
             names = [below.relative_to(path).as_posix() for below in path.rglob("*") if below.is_file()]
             chosen = select_row_files(names, spec, say, lambda name: (path / name).read_bytes())
@@ -37,8 +38,6 @@ def find_local_files(spec: str, say: Say) -> list[SourceFile]:
             raise DataError(f"there is no file {path.name!r}", where=spec, hint=_suggest_name(path))
         files = [make_local_file(name, file, *require_kind(file.name, str(file))) for name, file in matches]
         sizes = [match.stat().st_size for _, match in matches]
-    except OSError as error:
-        raise _read_error(error, path) from None
     if not any(sizes):
         what = "the file is empty" if len(files) == 1 else f"all {len(files)} files are empty"
         raise DataError(what, where=files[0].where, hint="write rows into it, or leave it out")
@@ -50,10 +49,8 @@ def find_local_files(spec: str, say: Say) -> list[SourceFile]:
 
 def open_local_file(path: Path) -> IO[bytes]:
     """Open a file for reading. Raises DataError."""
-    try:
+    with _read_errors(path):
         return path.open("rb")
-    except OSError as error:
-        raise _read_error(error, path) from None
 
 
 def make_local_file(name: str, path: Path, kind: str, compression: str = "") -> SourceFile:
@@ -61,26 +58,22 @@ def make_local_file(name: str, path: Path, kind: str, compression: str = "") -> 
     return SourceFile(name, str(path), kind, compression, partial(open_local_file, path), path=path)
 
 
-def hash_local_files(paths: Sequence[Path]) -> dict[Path, str]:
-    """The sha256 of each file, those of a folder together: the hashes kept of a folder are one file. Raises DataError."""
-    hashes: dict[Path, str] = {}
+def hash_local_files(paths: Sequence[Path]) -> dict[str, str]:
+    """`{path: sha256}` of files, a folder at a time: the hashes kept of a folder are one file. Raises DataError."""
+    hashes: dict[str, str] = {}
     known: dict[Path, list[Path]] = {}
     now = time.time_ns()
     for path in paths:
-        try:
+        with _read_errors(path):
             # A file changed just now may change again within the same tick of its disk's clock: do not remember its hash.
             if now - path.stat().st_mtime_ns < _CLOCK_TICK:
-                hashes[path] = sha256_file(path)
+                hashes[str(path)] = sha256_file(path)
             else:
                 known.setdefault(path.parent, []).append(path)
-        except OSError as error:
-            raise _read_error(error, path) from None
     for folder, files in known.items():
-        try:
-            of_name = cached_file_hashes(folder, files)
-        except OSError as error:
-            raise _read_error(error, folder) from None
-        hashes |= {file: of_name[file.name] for file in files}
+        with _read_errors(folder):
+            by_name = cached_file_hashes(folder, files)
+        hashes |= {str(file): by_name[file.name] for file in files}
     return hashes
 
 
@@ -95,11 +88,15 @@ def _match_glob(path: Path) -> list[tuple[str, Path]]:
     return [(file.relative_to(folder).as_posix(), file) for file in files]
 
 
-def _read_error(error: OSError, path: Path) -> DataError:
-    where = error.filename if isinstance(error.filename, str) else str(path)
-    return DataError(
-        f"the file cannot be read: {error.strerror or error}", where=where, hint="check the path and its permissions"
-    )
+@contextmanager
+def _read_errors(path: Path) -> Generator[None]:
+    """Turns an OSError into a DataError about its file, or about `path`."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename if isinstance(error.filename, str) else str(path)
+        what, hint = f"the file cannot be read: {error.strerror or error}", "check the path and its permissions"
+        raise DataError(what, where=where, hint=hint) from None
 
 
 def _suggest_name(path: Path) -> str:

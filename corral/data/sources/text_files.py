@@ -10,7 +10,7 @@ import codecs
 import io
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from corral.data.sources.files import SPREADSHEET_HINT, Say, SourceFile
 from corral.data.sources.raw_row import RawRow, faulty_row
@@ -67,7 +67,7 @@ class TextReader:
         encoding: how they are decoded.
     """
 
-    def __init__(self, stream: io.BufferedIOBase, encoding: str) -> None:
+    def __init__(self, stream: io.BufferedReader[Any], encoding: str) -> None:
         text = io.TextIOWrapper(stream, encoding, _MARK_BAD_BYTES, newline="\n")
         self.read = text.read
         self.readline = text.readline
