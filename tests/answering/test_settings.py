@@ -16,24 +16,26 @@ RECIPE = """
 name = "mine"
 seed = 11
 [model]
-base = "asset:smollm2-135m-instruct"
+base = "{base}"
 [[data.sources]]
 path = "rows.jsonl"
 [[train]]
 steps = 1
 [answer]
-max_tokens = 33
-{consensus}
+{answer}
 """
 
 
-def run(folder: Path, consensus: str = "") -> str:
-    (folder / "recipe.toml").write_text(RECIPE.format(consensus=consensus))
+def write_run(
+    folder: Path, answer: str = "", *, max_tokens: int = 33, base: str | Path = "asset:smollm2-135m-instruct"
+) -> str:
+    """A run whose recipe has this in `[answer]`."""
+    (folder / "recipe.toml").write_text(RECIPE.format(base=base, answer=f"max_tokens = {max_tokens}\n{answer}"))
     return str(folder)
 
 
 def test_a_run_has_the_settings_of_its_recipe_and_a_model_the_defaults(tmp_path: Path) -> None:
-    assert load_answer_settings(run(tmp_path), {}) == (Answer(max_tokens=33), 11)
+    assert load_answer_settings(write_run(tmp_path), {}) == (Answer(max_tokens=33), 11)
     assert load_answer_settings("asset:smollm2-135m-instruct", {}) == (Answer(), 0)
 
 
@@ -53,12 +55,12 @@ CHANGES: dict[str, tuple[dict[str, Any], Answer]] = {
 @pytest.mark.parametrize("case", CHANGES)
 def test_the_command_line_overrides(case: str, tmp_path: Path) -> None:
     changes, expected = CHANGES[case]
-    assert load_answer_settings(run(tmp_path), changes) == (expected, 11)
-    assert load_answer_settings(run(tmp_path), changes | {"seed": 5}) == (expected, 5)
+    assert load_answer_settings(write_run(tmp_path), changes) == (expected, 11)
+    assert load_answer_settings(write_run(tmp_path), changes | {"seed": 5}) == (expected, 5)
 
 
 def test_a_vote_of_the_recipe_can_be_turned_off_or_have_another_number_of_answers(tmp_path: Path) -> None:
-    mine = run(tmp_path, '[answer.consensus]\nmethod = "majority"\nn = 9')
+    mine = write_run(tmp_path, '[answer.consensus]\nmethod = "majority"\nn = 9')
     assert load_answer_settings(mine, {"n": 3})[0].consensus == Consensus(method="majority", n=3)
     answer, seed = load_answer_settings(mine, {"consensus": "none", "temperature": 0.5})
     assert (answer.temperature, answer.consensus.method) == (0.5, "none")
@@ -68,7 +70,7 @@ def test_a_vote_of_the_recipe_can_be_turned_off_or_have_another_number_of_answer
 
 
 def test_overriding_the_method_of_a_vote_drops_an_adaptive_stop_of_the_recipe(tmp_path: Path) -> None:
-    mine = run(tmp_path, '[answer.consensus]\nmethod = "majority"\nstop = "adaptive"')
+    mine = write_run(tmp_path, '[answer.consensus]\nmethod = "majority"\nstop = "adaptive"')
     assert load_answer_settings(mine, {"n": 3})[0].consensus.stop == "adaptive"
     assert load_answer_settings(mine, {"consensus": "rouge-l"})[0].consensus == Consensus(method="rouge-l")
     assert load_answer_settings(mine, {"consensus": "none"})[0].consensus.method == "none"
@@ -143,7 +145,7 @@ def test_the_identity_follows_the_rows_of_a_source_of_examples(tiny_folder: Path
 
 
 def test_an_adapter_belongs_to_the_run_it_lies_in(tmp_path: Path) -> None:
-    mine = run(tmp_path)
+    mine = write_run(tmp_path)
     adapter = tmp_path / "train-1-sft" / "adapter"
     adapter.mkdir(parents=True)
     assert find_run(str(adapter)) is None, "a folder of a run without an adapter"

@@ -68,7 +68,8 @@ def corral_chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 
     def run(lines: str, *options: str) -> Finished:
         monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-        return Finished(main(["chat", *options]), *capsys.readouterr())
+        status, shown = main(["chat", *options]), capsys.readouterr()
+        return Finished(status, shown.out, shown.err)
 
     return run
 

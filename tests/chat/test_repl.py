@@ -18,6 +18,7 @@ from corral.cli import main
 from corral.errors import EngineError
 from corral.messages import Conversation
 from corral.recipe import Answer, Consensus
+from tests.answering.test_settings import write_run
 
 
 def local(model: Path, **answer: Any) -> LocalBackend:
@@ -42,7 +43,8 @@ def run_chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         monkeypatch.setattr("sys.stdin", io.StringIO(lines))
         with closing(backend):
             chat(backend, system=system)
-        return Output(*capsys.readouterr())
+        shown = capsys.readouterr()
+        return Output(shown.out, shown.err)
 
     return run
 
@@ -178,20 +180,6 @@ def test_control_characters_in_errors_and_notes_do_not_reach_the_terminal(run_ch
     assert not {"\x1b", "\x07", "\x9b"} & set(output.err + output.out)
 
 
-RECIPE = """
-name = "mine"
-[model]
-base = "{base}"
-[[data.sources]]
-path = "rows.jsonl"
-[[train]]
-steps = 1
-[answer]
-max_tokens = 3
-temperature = 0.0
-"""
-
-
 def test_a_run_is_asked_with_the_settings_of_its_recipe_and_the_command_line_overrides_them(
     tiny_folder: Path,
     tmp_path: Path,
@@ -201,7 +189,7 @@ def test_a_run_is_asked_with_the_settings_of_its_recipe_and_the_command_line_ove
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(tiny_folder, run / "merge" / "model")
-    (run / "recipe.toml").write_text(RECIPE.format(base=tiny_folder))
+    write_run(run, "temperature = 0.0", max_tokens=3, base=tiny_folder)
 
     def answers(*options: str) -> str:
         monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))

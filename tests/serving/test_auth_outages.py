@@ -192,7 +192,7 @@ async def test_connections_that_stop_responding_are_replaced(
             proxy.silence()
             set_seconds(read=1.0, max_age=0.5)
             await asyncio.sleep(0.6)
-            statuses = [503]
+            statuses, outcome = [503], None
             async with asyncio.timeout(30):
                 while statuses[-1] == 503:
                     (outcome,) = await asyncio.gather(authenticate(callers, secret), return_exceptions=True)

@@ -42,8 +42,10 @@ class Candidates(ScriptedEngine):
 
 
 def chat(client: openai.OpenAI, consensus: dict[str, Any] | None = None, **changes: Any) -> Any:
-    extra = {"extra_body": {"consensus": consensus}} if consensus else {}
-    return client.chat.completions.create(**({"model": "m", "messages": ASKED} | extra | changes))
+    request: Any = {"model": "m", "messages": ASKED} | changes
+    if consensus:
+        request["extra_body"] = {"consensus": consensus}
+    return client.chat.completions.create(**request)
 
 
 def vote_of(answer: Any) -> dict[str, Any]:

@@ -198,12 +198,16 @@ def test_a_vote_chooses_the_answer_and_is_reported(database_url: str, serve: Ser
     assert [text for _, _, text in list_items(client, conversation.id)] == ["?", "yes"] * 2
 
 
+NINE_TURNS: Any = [
+    {"role": role, "content": f"{text} {i}"}
+    for i in range(9)
+    for role, text in (("user", "question"), ("assistant", "answer"))
+]
+
+
 def test_a_long_conversation_is_refused_or_truncated_on_request(database_url: str, serve: Serve) -> None:
     client = serve.with_store(echo_engine(serve.template, context=200), database_url).client
-    items: Any = [{"role": "system", "content": "Be kind."}]
-    for i in range(9):
-        items += [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i}"}]
-    conversation = client.conversations.create(items=items)
+    conversation = client.conversations.create(items=[{"role": "system", "content": "Be kind."}, *NINE_TURNS])
     ask: Any = {"model": "m", "input": "The last one", "max_output_tokens": 60, "conversation": conversation.id}
     with pytest.raises(openai.BadRequestError) as caught:
         client.responses.create(**ask)
@@ -229,10 +233,7 @@ def test_stored_messages_count_towards_the_limits_or_are_truncated_on_request(
 ) -> None:
     served = serve.model(echo_engine(serve.template), limits)
     client = serve.with_store(served, database_url).client
-    items: Any = []
-    for i in range(9):
-        items += [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i}"}]
-    conversation = client.conversations.create(items=items)
+    conversation = client.conversations.create(items=NINE_TURNS)
     ask: Any = ASK | {"input": "The last one", "conversation": conversation.id}
     with pytest.raises(openai.BadRequestError) as caught:
         client.responses.create(**ask)
@@ -241,11 +242,11 @@ def test_stored_messages_count_towards_the_limits_or_are_truncated_on_request(
     assert response.output_text == echoed("question 7", "answer 7", "question 8", "answer 8", "The last one")
 
 
-def test_too_many_messages_are_refused_before_any_is_stored(database: Database, serve: Serve) -> None:
+async def test_too_many_messages_are_refused_before_any_is_stored(database: Database, serve: Serve) -> None:
     request = ResponsesRequest.model_validate({"model": "m", "input": [{"role": "user", "content": ""}] * 21})
     served = serve.model(echo_engine(serve.template), RequestLimits(messages=20))
     with pytest.raises(Refused, match="20 messages"):
-        asyncio.run(start_response(served, ConversationStore(database).responses, "a", request))
+        await start_response(served, ConversationStore(database).responses, "a", request)
     with database.read_session() as session:
         assert session.scalar(text("SELECT count(*) FROM responses")) == 0
 

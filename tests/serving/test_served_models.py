@@ -20,21 +20,12 @@ from corral.model import loading
 from corral.serving.generation import ServedModel
 from corral.serving.served_models import ServedModels, open_served_models
 from corral.template import Template
+from tests.answering.test_settings import write_run
 from tests.engines.tiny import write_adapter
 from tests.serving.conftest import Serve
 
 ASKED = Conversation.from_turns(("user", "What is two plus two?"))
-RECIPE = """
-name = "mine"
-seed = 11
-[model]
-base = "{base}"
-[[data.sources]]
-path = "rows.jsonl"
-[[train]]
-steps = 1
-[answer]
-max_tokens = 33
+ANSWER = """
 temperature = 0.2
 reasoning = true
 [answer.shots]
@@ -101,7 +92,7 @@ def test_a_run_is_served_with_the_settings_of_its_recipe(tiny_folder: Path, tmp_
     (tmp_path / "shown.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = tmp_path / "run"
     shutil.copytree(tiny_folder, run / "merge" / "model")
-    (run / "recipe.toml").write_text(RECIPE.format(base=tiny_folder, rows=tmp_path / "shown.jsonl"))
+    write_run(run, ANSWER.format(rows=tmp_path / "shown.jsonl"), base=tiny_folder)
     models = opened(run, f"plain={tiny_folder}")
     mine, plain = models.all()
     assert (mine.name, plain.name) == ("mine", "plain")
