@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from corral.data.word_hashes import FACTOR, Block, Hashes, Ints, hash_ngrams, mix
+from corral.data.word_hashes import FACTOR, Block, Hashes, Ints, hash_ngrams, hash_spans, mix
 
 NGRAM = 13
 """Words in a row that make a passage."""
@@ -58,8 +58,8 @@ def _prompt_hashes(block: Block) -> tuple[Hashes, Ints]:
     """(a hash of each row's whole prompt, its row). The same words within a longer text have another hash."""
     words, ends, prompt_words = block
     rows = np.flatnonzero(prompt_words > 0)
-    hashes = [hash_ngrams(words[ends[row] : ends[row] + prompt_words[row]], int(prompt_words[row])) for row in rows]
-    return mix(np.concatenate([np.zeros(0, np.uint64), *hashes]) + FACTOR), rows
+    hashes = hash_spans(words, ends[rows], ends[rows] + prompt_words[rows])
+    return mix(hashes + FACTOR), rows
 
 
 def _ngram_hashes(block: Block) -> tuple[Hashes, Ints]:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -256,11 +256,11 @@ def encode_rows(records: Iterable[Record], template: Template, data: Data) -> di
     lengths = [len(sequence.ids) for sequence in sequences]
     ends = np.cumsum([0, *lengths])
     sequence_ends = np.cumsum([0, *(len(row.sequences) for row in rows)])
-    ids = np.fromiter((i for s in sequences for i in s.ids), np.uint32, int(ends[-1]))
+    ids = np.fromiter(chain.from_iterable(s.ids for s in sequences), np.uint32, int(ends[-1]))
     template.check_embedded([int(ids.max(initial=0))], "a row to train on or to evaluate")
     return {
         "ids": ids,
-        "trained": np.fromiter((t for s in sequences for t in s.trained), np.bool_, len(ids)),
+        "trained": np.fromiter(chain.from_iterable(s.trained for s in sequences), np.bool_, len(ids)),
         "sequence_lengths": np.array(lengths, np.int64),
         "part_starts": parts[:, 0],
         "part_ends": parts[:, 1],

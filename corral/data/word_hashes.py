@@ -29,6 +29,7 @@ VERSION = 2
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 """2^64 divided by the golden ratio: odd, so that multiplying by it loses nothing."""
+_INVERSE_FACTOR = np.uint64(pow(int(FACTOR), -1, 2**64))
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
 _SHIFT = np.uint64(31)
 
@@ -46,15 +47,33 @@ def record_words(record: Record) -> tuple[list[int], int]:
             prompt, answers = record.prompt.messages, [record.completion]
         case Text():
             prompt, answers = (), [record.content]
-    words = [word for message in prompt if message.role != "system" for word in _hash_words(message.content)]
+    words: list[int] = []
+    for message in prompt:
+        if message.role != "system":
+            words += _hash_words(message.content)
     prompt_words = len(words)
-    words.extend(word for text in answers for word in _hash_words(text))
+    for text in answers:
+        words += _hash_words(text)
     return words, prompt_words
+
+
+class _WordHashes(dict[str, int]):
+    """The hash of each word, computed once for the words of a text and those before it."""
+
+    def __missing__(self, word: str) -> int:
+        value = self[word] = zlib.crc32(word.encode("utf-8", "surrogatepass"))
+        return value
+
+
+_MOST_REMEMBERED = 200_000
+_known = _WordHashes()
 
 
 def _hash_words(text: str) -> Iterator[int]:
     text = text if text.isascii() else unicodedata.normalize("NFKC", text)
-    return (zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in _WORD.findall(text.lower()))
+    if len(_known) > _MOST_REMEMBERED:
+        _known.clear()
+    return map(_known.__getitem__, _WORD.findall(text.lower()))
 
 
 def word_columns(records: Iterable[Record]) -> dict[str, NDArray[Any]]:
@@ -74,11 +93,23 @@ def word_columns(records: Iterable[Record]) -> dict[str, NDArray[Any]]:
 
 def hash_ngrams(words: Words, n: int) -> Hashes:
     """A hash of each n words in a row. [words - n + 1]"""
-    count = max(0, len(words) - n + 1)
-    hashes = np.zeros(count, np.uint64)
-    for i in range(n):
-        hashes = hashes * FACTOR + words[i : i + count]
-    return mix(hashes)
+    starts = np.arange(max(0, len(words) - n + 1))
+    return hash_spans(words, starts, starts + n)
+
+
+def hash_spans(words: Words, starts: Ints, ends: Ints) -> Hashes:
+    """A hash of the words in each span [start, end), the same wherever the words stand. [spans]
+
+    It is the polynomial in FACTOR whose coefficients are the words, modulo 2^64, as the difference of two prefix sums.
+    """
+    if not len(starts):
+        return np.zeros(0, np.uint64)
+    powers, inverse_powers = (
+        np.cumprod(np.concatenate([[np.uint64(1)], np.full(len(words), factor, np.uint64)]))
+        for factor in (FACTOR, _INVERSE_FACTOR)
+    )
+    sums = np.concatenate([[np.uint64(0)], np.cumsum(words * inverse_powers[:-1], dtype=np.uint64)])
+    return mix((sums[ends] - sums[starts]) * powers[np.maximum(ends, 1) - 1])
 
 
 def mix(hashes: Hashes) -> Hashes:
