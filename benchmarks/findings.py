@@ -370,7 +370,12 @@ def compare_run(bench: Bench, path: Path) -> Scorecard:
     for model, folder in folders.items():
         if all(into.is_complete(subject, material) for subject in subjects[model]):
             continue
-        template = load_template(folder, run.recipe.model.template if model == "base" else "tokenizer")
+        settings = run.recipe.model
+        template = (
+            load_template(folder, settings.template, settings.template_variables)
+            if model == "base"
+            else load_template(folder)
+        )
         with open_session(folder) as session:
             for subject in subjects[model]:
                 session.run(into.measure(subject, session.engine, template, material, bench.progress))

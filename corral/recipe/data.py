@@ -31,8 +31,9 @@ class Model(Section):
     @field_validator("template_variables")
     @classmethod
     def _check_variable_names(cls, variables: dict[str, Any] | None) -> dict[str, Any] | None:
-        for name in RESERVED_VARIABLES & (variables or {}).keys():
-            raise ValueError(f"{name!r} is given to every template by corral itself: remove it")
+        reserved = sorted(RESERVED_VARIABLES & (variables or {}).keys())
+        if reserved:
+            raise ValueError(f"{reserved[0]!r} is given to every template by corral itself: remove it")
         return variables
 
 
