@@ -7,7 +7,6 @@ does not depend on the size of a source. What a row means is decided in `formats
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TypeAlias
@@ -86,9 +85,7 @@ def _find_files(source: Source, progress: Progress) -> list[SourceFile]:
         files = find_s3_files(source.path, progress.say)
     else:
         files = find_local_files(source.path, progress.say)
-    settings = {"encoding": source.encoding, "delimiter": source.delimiter}
-    stated = {name: value for name, value in settings.items() if value is not None}
-    return [replace(file, **stated) for file in files] if stated else files
+    return [replace(file, encoding=source.encoding, delimiter=source.delimiter or file.delimiter) for file in files]
 
 
 def _read_files(files: list[SourceFile], progress: Progress) -> Iterator[RawRow]:
@@ -117,7 +114,7 @@ def _read_file(file: SourceFile, reader: _Reader, progress: Progress) -> Iterato
     except BrokenFileError as error:
         what, hint = str(error), "mend the file there, or fetch or write it again"
     except Exception as error:
-        if not (isinstance(error, (OSError, EOFError, zlib.error)) or is_s3_error(error)):
+        if not (isinstance(error, OSError) or is_s3_error(error)):
             raise
         what, hint = f"the file is damaged or cut short: {error}", "fetch or write it again"
     else:

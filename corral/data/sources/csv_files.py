@@ -50,7 +50,7 @@ def read_csv(file: SourceFile, say: Say) -> Iterator[RawRow]:
     Raises:
         DataError: the header cannot be used, or the file is not text.
         BrokenFileError: a quote is not closed as it should be, so that nothing behind it can be trusted.
-        OSError, EOFError, zlib.error: it cannot be read to its end.
+        OSError: it cannot be read to its end.
     """
     # Python's default limit is 128 KiB; longer documents are valid.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW))

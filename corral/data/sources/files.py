@@ -5,7 +5,6 @@ Compression (gzip, zstd) is detected from the first bytes, whatever the name say
 
 from __future__ import annotations
 
-import gzip
 import io
 import tempfile
 from collections.abc import Callable, Generator
@@ -19,14 +18,14 @@ from corral.storage import storage_errors
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 """Extensions of the files that can be read."""
-COMPRESSIONS = (".gz", ".zst")
-"""Extensions that may follow them."""
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+"""Extensions that may follow them, and Arrow's names for them."""
 SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods")
 SPREADSHEET_HINT = "save the spreadsheet as CSV UTF-8 (.csv)"
 Say: TypeAlias = Callable[[str], None]
 """Reports a message to the user."""
 
-_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
+_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 
@@ -66,22 +65,19 @@ class SourceFile:
 
         Raises:
             DataError: it is a Git LFS pointer.
-            OSError, EOFError, zlib.error: it is cut short or damaged.
+            OSError: it is cut short or damaged.
         """
         with self.open_stored() as raw, _buffered(raw) as stored:
             # A file that is compressed by its name only is damaged: decompressing it fails.
-            compression = self._detect_compression(stored.peek(len(_LFS_POINTER))) or self.compression
-            if compression == ".gz":
-                with io.BufferedReader(gzip.GzipFile(fileobj=stored, mode="rb")) as stream:
-                    yield stream
-            elif compression == ".zst":
-                import pyarrow
-
-                unpacked: Any = pyarrow.CompressedInputStream(pyarrow.PythonFile(stored, mode="r"), "zstd")
-                with io.BufferedReader(unpacked) as stream:
-                    yield stream
-            else:
+            compression = self._detect_compression(stored.peek(len(_LFS_POINTER))) or COMPRESSIONS.get(self.compression)
+            if compression is None:
                 yield stored
+                return
+            import pyarrow
+
+            unpacked: Any = pyarrow.CompressedInputStream(pyarrow.PythonFile(stored, mode="r"), compression)
+            with io.BufferedReader(unpacked) as stream:
+                yield stream
 
     @contextmanager
     def local_copy(self) -> Generator[Path]:
@@ -90,7 +86,7 @@ class SourceFile:
         Raises:
             DataError: it is a Git LFS pointer.
             StorageError: there is no space for the temporary copy.
-            OSError, EOFError, zlib.error: it is cut short or damaged.
+            OSError: it is cut short or damaged.
         """
         if self.path is not None:
             with self.open_stored() as raw:
@@ -105,7 +101,7 @@ class SourceFile:
                     copy.flush()
             yield Path(copy.name)
 
-    def _detect_compression(self, head: bytes) -> str:
+    def _detect_compression(self, head: bytes) -> str | None:
         """The compression of content that begins with these bytes. Raises DataError if they are a Git LFS pointer."""
         if head.startswith(_LFS_POINTER):
             raise DataError(
@@ -113,7 +109,7 @@ class SourceFile:
                 where=self.where,
                 hint="run `git lfs pull` in the folder that was cloned",
             )
-        return next((ending for magic, ending in _MAGIC.items() if head.startswith(magic)), "")
+        return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
 
 
 @contextmanager

@@ -12,10 +12,10 @@ import json
 import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from corral.data.sources.files import Say, SourceFile, require_kind
 from corral.data.sources.local_files import make_local_file
@@ -26,7 +26,6 @@ from corral.storage import cache_root, storage_errors, write_json
 
 _PARQUET_BRANCH = "refs/convert/parquet"
 _TIMEOUT = 60
-_DataFiles: TypeAlias = str | tuple[str, ...] | None
 # Settings of a configuration that do not change its rows, or that corral follows.
 _SUPPORTED_SETTINGS = frozenset(
     {"name", "version", "data_dir", "data_files", "description", "features", "sep", "delimiter"}
@@ -55,33 +54,43 @@ def find_hub_files(source: Source, say: Say) -> list[SourceFile]:
     if match is None:
         raise DataError(f"{source.path!r} is not a hub id", hint="write hub:OWNER/NAME or hub:OWNER/NAME@REVISION")
     repo = match["repo"]
-    split = _resolve_split(repo, match["revision"], source.config, source.split, source.data_dir, source.data_files)
+    split = _resolve_split(
+        _Choice(repo, match["revision"], source.config, source.split, source.data_dir, source.data_files)
+    )
     say(f"{source.path}: {source.split} at revision {split.commit}")
+    delimiter = None if split.sep == "," else split.sep  # a comma is also what a card without `sep` says
     files: list[SourceFile] = []
     for name in split.files:
         where = f"hub:{repo}@{split.commit}/{name}"
         kind, compression = require_kind(name, where)
-        path = _download(repo, split.commit, name)
+        file = make_local_file(name, _download(repo, split.commit, name), kind, compression)
         # Address and commit determine the content: no need to hash it.
-        files.append(
-            replace(make_local_file(name, path, kind, compression), where=where, digest=where, delimiter=split.sep)
-        )
+        files.append(replace(file, where=where, digest=where, delimiter=delimiter))
     return files
 
 
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """What a source names on the hub."""
+
+    repo: str
+    revision: str | None
+    config: str | None
+    split: str
+    data_dir: str | None
+    data_files: str | tuple[str, ...] | None
+
+
 @cache  # a run reads a source more than once, and must see the same commit
-def _resolve_split(
-    repo: str, revision: str | None, config: str | None, split: str, data_dir: str | None, data_files: _DataFiles
-) -> _PinnedSplit:
+def _resolve_split(choice: _Choice) -> _PinnedSplit:
     from huggingface_hub import constants
 
-    choice = [constants.ENDPOINT, repo, revision, config, split, data_dir, data_files]
-    key = hashlib.sha256(json.dumps(choice).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps([constants.ENDPOINT, *astuple(choice)]).encode()).hexdigest()[:32]
     pinned_file = cache_root() / "identities" / f"hub-{key}.json"
     try:
         if constants.HF_HUB_OFFLINE:
-            raise _data_error(unreachable_hub(repo, "data set"))
-        resolved = _query_hub(repo, revision, config, split, data_dir, data_files)
+            raise _data_error(unreachable_hub(choice.repo, "data set"))
+        resolved = _query_hub(choice)
     except _UnreachableError:
         with suppress(OSError, ValueError, KeyError, TypeError):
             pinned = json.loads(pinned_file.read_text("utf-8"))
@@ -92,25 +101,26 @@ def _resolve_split(
     return resolved
 
 
-def _query_hub(
-    repo: str, revision: str | None, config: str | None, split: str, data_dir: str | None, data_files: _DataFiles
-) -> _PinnedSplit:
+def _query_hub(choice: _Choice) -> _PinnedSplit:
     """The split according to the hub and the data set's card."""
     import datasets
     from huggingface_hub import HfApi
 
+    repo, revision, config, split = choice.repo, choice.revision, choice.config, choice.split
     with _translated(
         lambda error: (
             _missing_file_error(error, repo) or _hub_error(error, repo, revision) or _builder_error(error, repo, config)
         )
     ):
         commit = HfApi().dataset_info(repo, revision=revision, timeout=_TIMEOUT).sha or ""
-        if revision == _PARQUET_BRANCH and data_files is None:
+        if revision == _PARQUET_BRANCH and choice.data_files is None:
             pattern = {split: f"{config or '*'}/{split}/*.parquet"}
             builder = datasets.load_dataset_builder(repo, revision=commit, data_files=pattern)
         else:
-            chosen = list(data_files) if isinstance(data_files, tuple) else data_files
-            builder = datasets.load_dataset_builder(repo, config, revision=commit, data_dir=data_dir, data_files=chosen)
+            files: Any = list(choice.data_files) if isinstance(choice.data_files, tuple) else choice.data_files
+            builder = datasets.load_dataset_builder(
+                repo, config, revision=commit, data_dir=choice.data_dir, data_files=files
+            )
     settings: Any = builder.config
     _check_settings(settings, repo)
     splits: dict[str, list[str]] = {str(name): list(files) for name, files in (settings.data_files or {}).items()}

@@ -35,7 +35,7 @@ def read_json(file: SourceFile, say: Say) -> Iterator[RawRow]:
     Raises:
         DataError: it holds something else, or is not text.
         BrokenFileError: it is not JSON.
-        OSError, EOFError, zlib.error: it cannot be read to its end.
+        OSError: it cannot be read to its end.
     """
     with open_text(file) as text:
         window = _Window(text)
@@ -173,7 +173,6 @@ class _Window:
             self._position = skip_space(self._text, self._position)
             if self._position < len(self._text):
                 return self._text[self._position]
-            self._drop_consumed()
             if not self._read_more():
                 return ""
 
@@ -186,7 +185,6 @@ class _Window:
     def read_value(self) -> tuple[Any, Fault | None]:
         """Consume the next value. Returns it, or the fault of this value alone. Raises BrokenFileError."""
         self.peek()
-        self._drop_consumed()
         while True:
             try:
                 value, end, reason = self._json.decode(self._text, self._position)
@@ -222,10 +220,9 @@ class _Window:
 
     def has_object_per_line(self) -> bool:
         """Whether the first line is one JSON value and another line follows."""
-        start = self._position
-        while "\n" not in self._text[start:] and len(self._text) < MAX_ROW and self._read_more():
+        while "\n" not in self._text[self._position :] and len(self._text) < MAX_ROW and self._read_more():
             pass
-        first, _, rest = self._text[start:].partition("\n")
+        first, _, rest = self._text[self._position :].partition("\n")
         try:
             _, end, _ = self._json.decode(first, 0)
         except (ValueError, RecursionError):
@@ -241,21 +238,16 @@ class _Window:
         line, column = before.count("\n"), len(before) - before.rfind("\n")
         return f"line {1 + self._line + line}, column {column if line else self._column + len(before) + 1}"
 
-    def _drop_consumed(self) -> None:
-        """Drop the text before the position, once it is large."""
-        if self._position >= _CHUNK:
-            before = self._text[: self._position]
-            breaks = before.count("\n")
-            self._line += breaks
-            self._column = len(before) - before.rfind("\n") - 1 if breaks else self._column + len(before)
-            self._text, self._position = self._text[self._position :], 0
-
     def _read_more(self) -> bool:
-        """Read as much as the window holds, so that a long row is not decoded too often; False at the end."""
-        if not self._ended:
-            content = self._file.read(max(_CHUNK, len(self._text) - self._position))
-            self._ended = not content
-            self._text += content
+        """Drop what was consumed and read as much as is left, so that a long row is decoded a few times; False at the end."""
+        content = "" if self._ended else self._file.read(max(_CHUNK, len(self._text) - self._position))
+        self._ended = not content
+        if content:
+            consumed = self._text[: self._position]
+            breaks = consumed.count("\n")
+            self._line += breaks
+            self._column = len(consumed) - consumed.rfind("\n") - 1 if breaks else self._column + len(consumed)
+            self._text, self._position = self._text[self._position :] + content, 0
         return not self._ended
 
 

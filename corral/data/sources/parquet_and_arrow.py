@@ -30,7 +30,7 @@ def read_parquet_or_arrow(file: SourceFile, _: Say) -> Iterator[RawRow]:
     Raises:
         DataError: it has two columns of one name, or is a Git LFS pointer.
         BrokenFileError: it is not such a file, or is damaged.
-        OSError, EOFError, zlib.error: its compressed bytes cannot be read to their end.
+        OSError: its compressed bytes cannot be read to their end.
     """
     import pyarrow
 

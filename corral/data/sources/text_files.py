@@ -101,7 +101,7 @@ def open_text(file: SourceFile) -> Generator[TextReader]:
 
     Raises:
         DataError: it is not text, or in UTF-16 without a mark.
-        OSError, EOFError, zlib.error: it is cut short or damaged.
+        OSError: it is cut short or damaged.
     """
     with file.open_unpacked() as stream:
         head = stream.peek(4)[:4]
