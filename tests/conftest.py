@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -179,16 +180,28 @@ def write_rows(path: Path, count: int = 80) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def change_json(path: Path, change: Callable[[dict[str, Any]], object] = lambda _: None, **values: Any) -> None:
+    """Change the JSON object in a file: by a function, and by values of some of its keys."""
+    content = json.loads(path.read_text("utf-8"))
+    change(content)
+    path.write_text(json.dumps(content | values), "utf-8")
+
+
 def write_workspace(folder: Path, model: Path) -> None:
     """Write the tiny recipe `r.toml` and its `rows.jsonl`."""
     (folder / "r.toml").write_text(RECIPE.format(model=model))
     write_rows(folder / "rows.jsonl")
 
 
+def run_python(*args: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    """Run this Python with arguments, in a process of its own."""
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
+
+
 def corral(*args: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user does."""
-    command = [sys.executable, "-m", "corral", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
+    return run_python("-m", "corral", *args, **kwargs)
 
 
 @pytest.fixture(scope="session")
@@ -250,6 +263,30 @@ def unprivileged(folder: Path) -> Generator[None]:
         yield
     finally:
         os.seteuid(0)
+
+
+@contextmanager
+def file_size_limit(largest: int) -> Generator[None]:
+    """Let the system refuse to write files of more bytes to this process."""
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@contextmanager
+def mount_small_disk(folder: Path, size: str) -> Generator[Path]:
+    """A disk of a few pages in a new folder; the test is skipped if this user may not mount one."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("this user may not mount a small disk; limits on file sizes are tested in any case")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 class Request(BaseHTTPRequestHandler):

@@ -10,7 +10,7 @@ from typing import Any
 from corral.assets import fetch
 from corral.template import Template
 
-_LLAMA3_SPLIT = (
+LLAMA_3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
@@ -72,23 +72,22 @@ ALWAYS_ASKS = (
 
 # name: (tokenizer, template)
 SHIPPED = {
-    "instruction on Llama-2": ("llama-2", "instruction"),
-    "instruction on Llama-3": ("llama-3", "instruction"),
-    "instruction on SmolLM2": ("smollm2", "instruction"),
-    "question on Llama-2": ("llama-2", "question"),
-    "question on Llama-3": ("llama-3", "question"),
-    "question on SmolLM2": ("smollm2", "question"),
+    **{
+        f"{form} on {name}": (name, form)
+        for form in ("instruction", "question")
+        for name in ("llama-2", "llama-3", "smollm2")
+    },
     "llama-2": ("llama-2", "llama-2"),
     "zephyr": ("llama-2", "zephyr"),
     "vicuna": ("llama-2", "vicuna"),
     "alpaca": ("llama-2", "alpaca"),
-    "alpaca on SmolLM2": ("smollm2", "alpaca"),
+    "alpaca on smollm2": ("smollm2", "alpaca"),
     "tulu": ("llama-3", "tulu"),
     "llama-3": ("llama-3", "llama-3"),
     "llama-3.1": ("llama-3", "llama-3.1"),
     "llama-4": ("llama-4", "llama-4"),
     "hermes": ("hermes-3", "hermes"),
-    "hermes on SmolLM2": ("smollm2", "hermes"),
+    "hermes on smollm2": ("smollm2", "hermes"),
     "chatml": ("smollm2", "chatml"),
     "smollm2": ("smollm2", "smollm2"),
 }
@@ -104,6 +103,7 @@ STOCK = {
     "stock Hermes": ("hermes-3", HERMES, "markers of hermes"),
     "stock SmolLM2": ("smollm2", "tokenizer", "markers of smollm2"),
     "stock ChatML with its own default": ("smollm2", POLITE, "difference"),
+    "stock ChatML that trims": ("smollm2", POLITE.replace("m.content", "m.content | trim"), "difference"),
 }
 
 
@@ -118,29 +118,42 @@ def tokenizer(name: str) -> Any:
     if name == "llama-2":
         file = str(fetch("llama-2-tokenizer").files[0])
         return PreTrainedTokenizerFast(tokenizer_file=file, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    begin, end = "<|begin_of_text|>", "<|end_of_text|>"
-    tokens = {"llama-3": _LLAMA3_SPECIAL, "llama-4": _LLAMA4_SPECIAL, "hermes-3": _HERMES3_SPECIAL}[name]
-    end = {"llama-4": "<|eot|>", "hermes-3": "<|im_end|>"}.get(name, end)
-    return PreTrainedTokenizerFast(tokenizer_object=_llama3(tokens), bos_token=begin, eos_token=end)
+    names = {"llama-3": _LLAMA3_SPECIAL, "llama-4": _LLAMA4_SPECIAL, "hermes-3": _HERMES3_SPECIAL}[name]
+    reserved = [f"reserved_special_token_{i}" for i in range(2, 256 - len(names) + 2)]
+    special = [f"<|{name}|>" for name in (*names, *reserved)]
+    end = {"llama-4": "<|eot|>", "hermes-3": "<|im_end|>"}.get(name, special[1])
+    return PreTrainedTokenizerFast(tokenizer_object=_llama_3_backend(special), bos_token=special[0], eos_token=end)
 
 
-def _llama3(names: tuple[str, ...]) -> Any:
-    """Llama-3's vocabulary, whose first special tokens have these names."""
+@cache
+def small_llama_3_tokenizer() -> Any:
+    """Llama 3's first 8,000 ranks, which are a byte-level BPE of their own, and the special tokens of its chats."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    begin, end = special[:2]
+    backend = _llama_3_backend(special, 8000)
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=[(begin, 8000)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=begin, eos_token=end)
+
+
+def _llama_3_backend(special: list[str], ranks_used: int | None = None) -> Any:
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    lines = fetch("llama-3-tokenizer").files[0].read_bytes().splitlines()
+    lines = fetch("llama-3-tokenizer").files[0].read_bytes().splitlines()[:ranks_used]
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
 
     class Converter(TikTokenConverter):
         def load_tiktoken_bpe(self, tiktoken_url: str) -> dict[bytes, int]:
             return ranks
 
-    reserved = [f"reserved_special_token_{i}" for i in range(2, 256 - len(names) + 2)]
-    special = [f"<|{name}|>" for name in (*names, *reserved)]
-    return Converter("ranks", pattern=_LLAMA3_SPLIT, extra_special_tokens=special).converted()
+    return Converter("ranks", pattern=LLAMA_3_SPLIT, extra_special_tokens=special).converted()
 
 
-def stock_source(spec: str, tokenizer_name: str) -> str:
+def _stock_source(spec: str, tokenizer_name: str) -> str:
     if spec == "tokenizer":
         return tokenizer(tokenizer_name).chat_template
     if spec.startswith("trl:"):
@@ -157,4 +170,4 @@ def template(name: str) -> Template:
         kind, spec = SHIPPED[name]
         return Template.load(tokenizer(kind), spec)
     kind, spec, _ = STOCK[name]
-    return Template(tokenizer(kind), stock_source(spec, kind), name)
+    return Template(tokenizer(kind), _stock_source(spec, kind), name)

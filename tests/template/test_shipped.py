@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,8 @@ TALKS = (
 # SmolLM2's tokenizer drops some control characters and the planes from U+40000 on: it has no token for their bytes.
 CHARACTERS = st.characters(exclude_categories=["Cs", "Cc", "Cn", "Co"], max_codepoint=0x3FFFF)
 TEXT = st.text(st.one_of(CHARACTERS, st.sampled_from("\n\n\n  \tabc<|s>/")), max_size=30)
-SPECIAL = (
-    "<s>",
-    "</s>",
-    "<|im_end|>",
-    "<|im_start|>",
-    "<|eot_id|>",
-    "<|end_of_text|>",
-    "<|begin_of_text|>",
-    "[INST]",
-    "<|",
-)
-CONTENT = st.lists(st.one_of(TEXT, st.sampled_from((*SPECIAL, "\n", "\n\n", " "))), max_size=4).map("".join)
+SPECIAL = ["<s>", "</s>", "<|im_end|>", "<|im_start|>", "<|eot_id|>", "<|end_of_text|>", "<|begin_of_text|>", "<|"]
+CONTENT = st.lists(st.one_of(TEXT, st.sampled_from([*SPECIAL, "[INST]", "\n", "\n\n", " "])), max_size=4).map("".join)
 EXCHANGES = st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=3)
 
 
@@ -51,11 +42,21 @@ def conversations(draw: st.DrawFn) -> Conversation:
     return Conversation(tuple(turns))
 
 
-def rendered(chosen: Template, talk: Conversation, *, ask: bool = False) -> str:
+def plain_jinja_text(chosen: Template, talk: Conversation, *, ask: bool = False) -> str:
     """The text as plain Jinja2 renders the saved template, without any sandbox, trimming or extension."""
     messages = talk.to_json()["messages"]
     variables = chosen.tokenizer.special_tokens_map
     return jinja2.Template(chosen.source).render(messages=messages, add_generation_prompt=ask, **variables)
+
+
+def transformers_text(chosen: Template, messages: Sequence[Any], *, ask: bool = False) -> str:
+    return chosen.tokenizer.apply_chat_template(
+        messages, chat_template=chosen.source, tokenize=False, add_generation_prompt=ask
+    )
+
+
+def kind_of_tokenizer(name: str) -> str:
+    return (SHIPPED | STOCK)[name][0]
 
 
 def trained_text(chosen: Template, talk: Conversation) -> str:
@@ -66,7 +67,7 @@ def trained_text(chosen: Template, talk: Conversation) -> str:
 
 def test_every_template_that_ships_is_tested_on_a_real_tokenizer() -> None:
     assert {spec for _, spec in SHIPPED.values()} == set(shipped_templates())
-    assert len(ALL) == 29
+    assert len(ALL) == 30
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -91,12 +92,11 @@ def test_no_text_is_lost_and_none_becomes_a_special_token(name: str, talk: Conve
     chosen = template(name)
     ids = chosen.encode(talk).ids
     shape = Conversation(tuple(Message(m.role, "x") for m in talk.messages))
-    special = [i for i in ids if i in chosen._piece_tokenizer.control_ids]
-    assert special == [i for i in chosen.encode(shape).ids if i in chosen._piece_tokenizer.control_ids]
-    escaped = [{"role": m.role, "content": m.content} for m in talk.messages]
-    text = chosen._stripped.text(escaped)
+    special = chosen.tokenizer.added_tokens_decoder.keys()
+    assert [i for i in ids if i in special] == [i for i in chosen.encode(shape).ids if i in special]
+    text = transformers_text(chosen, talk.to_json()["messages"])
     decoded = chosen.tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=False)
-    if STOCK.get(name, SHIPPED.get(name))[0] == "llama-2":  # SentencePiece writes spaces of its own
+    if kind_of_tokenizer(name) == "llama-2":  # SentencePiece writes spaces of its own
         text, decoded = (t.replace(" ", "").replace("▁", "") for t in (text, decoded))
     assert decoded == text
 
@@ -115,34 +115,25 @@ def test_a_batch_has_the_ids_and_masks_of_the_slow_way(name: str, talks: list[Co
 
 def slowly(chosen: Template, talk: Conversation) -> tuple[list[int], list[bool]]:
     """Rendered by transformers itself, cut by the renderings of the first turns, one call of the tokenizer for each text."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     messages = chosen._messages(talk)
-
-    def text(count: int, ask: bool) -> str:
-        variables = chosen.tokenizer.special_tokens_map
-        texts, _ = render_jinja_template(
-            [messages[:count]], chat_template=chosen.source, add_generation_prompt=ask, **variables
-        )
-        return str(texts[0])
-
-    whole, at = text(len(messages), False), 0
+    whole, at = transformers_text(chosen, messages), 0
     ids: list[int] = []
     trained: list[bool] = []
     for i, message in enumerate(messages, start=1):
         if message["role"] == "assistant":
-            start, after = len(text(i - 1, True)), text(i, False)
+            start = len(transformers_text(chosen, messages[: i - 1], ask=True))
+            after = transformers_text(chosen, messages[:i])
             end = max(
                 after.rfind(token) + len(token) for token in chosen._piece_tokenizer.control if token in after[start:]
             )
-            add(chosen, whole[at:start], False, ids, trained)
-            add(chosen, whole[start:end], True, ids, trained)
+            append_tokens(chosen, whole[at:start], False, ids, trained)
+            append_tokens(chosen, whole[start:end], True, ids, trained)
             at = end
-    add(chosen, whole[at:], False, ids, trained)
+    append_tokens(chosen, whole[at:], False, ids, trained)
     return ids, trained
 
 
-def add(chosen: Template, text: str, is_trained: bool, ids: list[int], trained: list[bool]) -> None:
+def append_tokens(chosen: Template, text: str, is_trained: bool, ids: list[int], trained: list[bool]) -> None:
     tokens = chosen._piece_tokenizer
     begins, after_special, continues = tokens._encoders
     encoder = begins if not ids else after_special if ids[-1] in tokens.control_ids else continues
@@ -161,43 +152,44 @@ def add(chosen: Template, text: str, is_trained: bool, ids: list[int], trained: 
 @pytest.mark.parametrize("name", ALL)
 def test_only_the_answers_with_their_end_tokens_are_trained(name: str) -> None:
     chosen = template(name)
-    end = chosen.tokenizer.convert_ids_to_tokens(
-        chosen.encode(TALKS[0]).ids[chosen.encode(TALKS[0]).trained.index(True) :]
-    )
-    close = next(token for token in end if token in chosen._piece_tokenizer.control)
+    encoded = chosen.encode(TALKS[0])
+    (*_, last) = (i for i, is_trained in zip(encoded.ids, encoded.trained, strict=True) if is_trained)
+    close = chosen.tokenizer.convert_ids_to_tokens(last)
+    assert last in chosen.tokenizer.added_tokens_decoder
     assert trained_text(chosen, TALKS[0]).replace(" ", "") == f"Four.{close}"
     assert trained_text(chosen, TALKS[2]).replace(" ", "") == f"b{close}deff(x):\nreturnx{close}"
-    assert chosen.tokenizer.convert_tokens_to_ids(close) in chosen.stop_ids
+    assert last in chosen.stop_ids
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_saved_form_gives_transformers_the_same_ids_and_plain_jinja2_the_same_text(name: str) -> None:
     chosen = template(name)
     for talk in TALKS:
-        prompt_turns, _ = talk.split_answer()
-        messages = prompt_turns.to_json()["messages"]
+        turns, _ = talk.split_answer()
+        messages = turns.to_json()["messages"]
         transformers_ids = chosen.tokenizer.apply_chat_template(
             messages, chat_template=chosen.source, add_generation_prompt=True, return_dict=False
         )
-        assert chosen.prompt(prompt_turns) == list(transformers_ids)
+        assert chosen.prompt(turns) == list(transformers_ids)
         if name in SHIPPED:
-            assert rendered(chosen, prompt_turns, ask=True) == chosen._rendering.text(messages, generation_prompt=True)
+            assert plain_jinja_text(chosen, turns, ask=True) == transformers_text(chosen, messages, ask=True)
 
 
-@pytest.mark.parametrize("name", ["instruction on Llama-2", "stock Llama-3.2", "stock SmolLM2"])
+@pytest.mark.parametrize("name", ["instruction on llama-2", "stock Llama-3.2", "stock SmolLM2"])
 def test_a_saved_tokenizer_read_again_gives_the_same_ids(name: str, tmp_path: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     chosen = template(name)
     chosen.save(tmp_path)
+    assert "generation %" not in (tmp_path / "chat_template.jinja").read_text()
     saved: Any = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     again = Template.load(saved)
     assert again.digest == chosen.digest
     for talk in TALKS:
-        prompt_turns, _ = talk.split_answer()
-        messages = prompt_turns.to_json()["messages"]
+        turns, _ = talk.split_answer()
+        messages = turns.to_json()["messages"]
         transformers_ids = saved.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        assert list(transformers_ids) == again.prompt(prompt_turns) == chosen.prompt(prompt_turns)
+        assert list(transformers_ids) == again.prompt(turns) == chosen.prompt(turns)
         assert again.encode(talk) == chosen.encode(talk)
 
 
@@ -206,8 +198,8 @@ def test_a_conversation_opens_with_the_bos_token_at_most_once(name: str) -> None
     chosen = template(name)
     ids = chosen.encode(TALKS[2]).ids
     bos = chosen.tokenizer.bos_token_id
+    kind = kind_of_tokenizer(name)
     writes_none = {"smollm2", "zephyr", "tulu", "stock Zephyr", "stock Tulu"}
-    kind = STOCK.get(name, SHIPPED.get(name))[0]
     if kind == "smollm2" or name in writes_none:  # SmolLM2's BOS is the token that opens each turn
         assert (ids[0] == bos) == (kind == "smollm2" and not name.startswith(("instruction", "question", "alpaca")))
     elif "llama-2" in name.lower() and "on" not in name.split():  # Llama-2's chat models read one before each exchange
@@ -239,24 +231,28 @@ def test_a_template_that_asks_after_every_answer_is_refused() -> None:
         Template(tokenizer("llama-3"), ALWAYS_ASKS, "always asks")
 
 
-def test_the_instruction_form_reads_as_it_should() -> None:
-    chosen = template("instruction on Llama-3")
-    talk = Conversation.from_turns(("user", with_input("Sum up.", "It rains.")), ("assistant", "Rain."))
-    assert rendered(chosen, talk) == (
-        "<|begin_of_text|>Instruction:\nSum up.\n\n### Input:\nIt rains.\n\n### Response:\nRain.<|end_of_text|>"
-    )
+SHORT_FORMS = {
+    "instruction on llama-3": (
+        with_input("Sum up.", "It rains."),
+        "<|begin_of_text|>Instruction:\nSum up.\n\n### Input:\nIt rains.\n\n### Response:\nFine.<|end_of_text|>",
+    ),
+    "question on llama-2": (
+        "How many days?",
+        "<s>Answer the following question:\n\nQuestion:\nHow many days?\n---\nAnswer:\nFine.</s>",
+    ),
+    "question on smollm2": (
+        with_input("How many?", "Leave: 30 days."),
+        "Answer the following question:\n\nContext:\nLeave: 30 days.\n\nQuestion:\nHow many?\n---\nAnswer:\n"
+        "Fine.<|im_end|>",
+    ),
+}
 
 
-def test_the_question_form_puts_its_context_first() -> None:
-    chosen = template("question on Llama-2")
-    plain = Conversation.from_turns(("user", "How many days?"), ("assistant", "30."))
-    assert rendered(chosen, plain) == (
-        "<s>Answer the following question:\n\nQuestion:\nHow many days?\n---\nAnswer:\n30.</s>"
-    )
-    found = Conversation.from_turns(("user", with_input("How many days?", "Leave: 30 days.")), ("assistant", "30."))
-    assert rendered(chosen, found) == (
-        "<s>Answer the following question:\n\nContext:\nLeave: 30 days.\n\nQuestion:\nHow many days?\n---\nAnswer:\n30.</s>"
-    )
+@pytest.mark.parametrize("name", SHORT_FORMS)
+def test_the_forms_for_base_models_read_as_they_should(name: str) -> None:
+    question, expected = SHORT_FORMS[name]
+    talk = Conversation.from_turns(("user", question), ("assistant", "Fine."))
+    assert plain_jinja_text(template(name), talk) == expected
 
 
 EXCHANGE = (("user", "Hello"), ("assistant", "Hi!"), ("user", "Why? "))
@@ -316,7 +312,7 @@ KNOWN = [
 
 @pytest.mark.parametrize(("name", "turns", "text"), KNOWN)
 def test_a_shipped_template_renders_the_published_format(name: str, turns: Any, text: str) -> None:
-    assert rendered(template(name), Conversation.from_turns(*turns), ask=True) == text
+    assert plain_jinja_text(template(name), Conversation.from_turns(*turns), ask=True) == text
 
 
 def test_base_models_are_given_only_tokens_that_they_know() -> None:
@@ -324,7 +320,7 @@ def test_base_models_are_given_only_tokens_that_they_know() -> None:
         known = template(name)
         assert set(known.tokenizer.convert_ids_to_tokens(known.special_ids)) == {"<s>", "</s>"}
     for name in ("instruction", "question"):
-        llama3, llama2 = template(f"{name} on Llama-3"), template(f"{name} on Llama-2")
+        llama3, llama2 = template(f"{name} on llama-3"), template(f"{name} on llama-2")
         written = llama3.tokenizer.convert_ids_to_tokens(llama3.special_ids)
         assert set(written) == {"<|begin_of_text|>", "<|end_of_text|>"}
         assert set(llama2.tokenizer.convert_ids_to_tokens(llama2.special_ids)) == {"<s>", "</s>"}

@@ -16,14 +16,10 @@ from hypothesis import strategies as st
 from corral.errors import TemplateError
 from corral.messages import Conversation
 from corral.template import Template, rendering
+from tests.template.real import POLITE
 
-# A stock template of the usual kind: no markers, a default system message, ChatML turns.
-STOCK = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-TRIMMING = STOCK.replace("m['content']", "m['content'] | trim")
+STOCK = POLITE.replace("Be polite.", "Be brief.")
+
 TEXT = st.text(
     st.one_of(st.characters(exclude_categories=["Cs"], exclude_characters="\ufdd0"), st.sampled_from("<|im_end>\n ")),
     max_size=40,
@@ -32,86 +28,27 @@ PIECES = st.lists(st.one_of(TEXT, st.sampled_from(["<|im_end|>", "<|im_start|>",
 CONTENT = PIECES.map("".join)
 
 
-@pytest.fixture(params=["chatml", "stock", "trimming"])
-def template(request: pytest.FixtureRequest, tiny_tokenizer: Any) -> Template:
-    return make(tiny_tokenizer, request.param)
+@pytest.fixture(scope="module")
+def chatml(tiny_tokenizer: Any) -> Template:
+    return Template.load(tiny_tokenizer, "chatml")
 
 
-def make(tokenizer: Any, kind: str) -> Template:
-    if kind == "chatml":
-        return Template.load(tokenizer, "chatml")
-    return Template(tokenizer, {"stock": STOCK, "trimming": TRIMMING}[kind], kind)
-
-
-def pieces(template: Template, conversation: Conversation, *, trained: bool) -> str:
-    encoded = template.encode(conversation)
-    ids = [i for i, t in zip(encoded.ids, encoded.trained, strict=True) if t == trained]
-    return template.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
-
-
-def test_only_the_answers_and_their_end_tokens_are_trained(template: Template) -> None:
-    talk = Conversation.from_turns(("user", "a?"), ("assistant", "one"), ("user", "b?"), ("assistant", "two"))
-    assert pieces(template, talk, trained=True) == "one<|im_end|>two<|im_end|>"
-    assert pieces(template, talk, trained=False).endswith("<|im_start|>assistant\n\n")
-
-
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=100)
 @given(question=CONTENT, answer=CONTENT)
-@pytest.mark.parametrize("kind", ["chatml", "stock", "trimming"])
-def test_a_prompt_is_always_a_prefix_of_prompt_and_answer(
-    kind: str, question: str, answer: str, tiny_tokenizer: Any
+def test_a_prompt_is_a_prefix_typed_special_strings_are_text_and_no_text_is_lost(
+    question: str, answer: str, chatml: Template
 ) -> None:
-    template = make(tiny_tokenizer, kind)
-    prompt_turns = Conversation.from_turns(("user", question))
-    prompt = template.prompt(prompt_turns)
-    encoded = template.encode(prompt_turns.add("assistant", answer))
+    prompt = chatml.prompt(Conversation.from_turns(("user", question)))
+    encoded = chatml.encode(Conversation.from_turns(("user", question), ("assistant", answer)))
     assert list(encoded.ids[: len(prompt)]) == prompt
     assert not any(encoded.trained[: len(prompt)])
     assert encoded.trained[len(prompt)]
-
-
-@settings(deadline=None, max_examples=60)
-@given(question=CONTENT, answer=CONTENT)
-def test_typed_special_strings_never_become_special_tokens_and_no_text_is_lost(
-    question: str, answer: str, tiny_tokenizer: Any
-) -> None:
-    template = make(tiny_tokenizer, "chatml")
-    talk = Conversation.from_turns(("user", question), ("assistant", answer))
-    ids = template.encode(talk).ids
-    plain = template.encode(Conversation.from_turns(("user", "x"), ("assistant", "y"))).ids
+    plain = chatml.encode(Conversation.from_turns(("user", "x"), ("assistant", "y"))).ids
     for token in ("<|im_start|>", "<|im_end|>"):
-        special = tiny_tokenizer.convert_tokens_to_ids(token)
-        assert ids.count(special) == plain.count(special)
-    whole = tiny_tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=False)
+        special = chatml.tokenizer.convert_tokens_to_ids(token)
+        assert encoded.ids.count(special) == plain.count(special)
+    whole = chatml.tokenizer.backend_tokenizer.decode(list(encoded.ids), skip_special_tokens=False)
     assert whole == f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
-
-
-def test_ids_equal_transformers_own_chat_templating(template: Template) -> None:
-    for prompt_turns in (
-        Conversation.from_turns(("user", "Hello there")),
-        Conversation.from_turns(
-            ("system", "Be kind."), ("user", "Grüße, 東京 🙂"), ("assistant", "Hi."), ("user", "  more ")
-        ),
-    ):
-        transformers_ids = template.tokenizer.apply_chat_template(
-            prompt_turns.to_json()["messages"],
-            chat_template=template.source,
-            add_generation_prompt=True,
-            return_dict=False,
-        )
-        assert template.prompt(prompt_turns) == transformers_ids
-
-
-def test_a_saved_template_gives_the_same_ids_and_has_no_markers(tiny_tokenizer: Any, tmp_path: Any) -> None:
-    from transformers import AutoTokenizer
-
-    template = make(tiny_tokenizer, "chatml")
-    template.save(tmp_path)
-    assert "generation %" not in (tmp_path / "chat_template.jinja").read_text()
-    again = Template.load(AutoTokenizer.from_pretrained(tmp_path))
-    talk = Conversation.from_turns(("user", "a <|im_end|> b"), ("assistant", "\n\nc"))
-    assert again.digest == template.digest
-    assert again.encode(talk) == template.encode(talk)
 
 
 def test_markers_that_trim_white_space_are_removed_without_changing_the_text(tiny_tokenizer: Any) -> None:
@@ -122,7 +59,9 @@ def test_markers_that_trim_white_space_are_removed_without_changing_the_text(tin
         "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
     )
     template = Template(tiny_tokenizer, source, "trimmed markers")
-    assert pieces(template, Conversation.from_turns(("user", "a"), ("assistant", "b")), trained=True) == "b<|im_end|>"
+    encoded = template.encode(Conversation.from_turns(("user", "a"), ("assistant", "b")))
+    trained = [i for i, is_trained in zip(encoded.ids, encoded.trained, strict=True) if is_trained]
+    assert template.tokenizer.convert_ids_to_tokens(trained) == ["b", "<|im_end|>"]
 
 
 def test_todays_date_is_fixed_in_what_is_rendered_and_saved(tiny_tokenizer: Any) -> None:
@@ -185,19 +124,19 @@ def test_variables_of_the_recipe_reach_every_rendering_and_the_saved_form(tiny_t
     assert again.digest == chosen.digest
     assert again.prompt(turns) == chosen.prompt(turns)
     assert saved.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == chosen.prompt(turns)
-    # What is given still counts: in other programs, and in the recipe of a model made of this one.
-    given = saved.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, enable_thinking=False)
-    assert "Think" not in given
+    # What another program gives still counts: in other programs, and in the recipe of a model made of this one.
+    text = saved.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, enable_thinking=False)
+    assert "Think" not in text
     other = Template.load(saved, variables={"enable_thinking": False})
     assert "Think" not in other.decode(other.prompt(turns))
 
 
 def test_variables_are_part_of_the_digest_and_the_fingerprint(tiny_tokenizer: Any) -> None:
-    made = [
+    templates = [
         Template(tiny_tokenizer, STOCK + "{{ '' if level == 7 }}", "x", variables=values)
         for values in (None, {}, {"level": 1}, {"level": 2})
     ]
-    assert len({template.digest for template in made}) == len({template.fingerprint for template in made}) == 3
+    assert len({template.digest for template in templates}) == len({template.fingerprint for template in templates}) == 3
 
 
 @pytest.mark.parametrize("start", ["\n", "  {% if true %}x{% endif %}", "\n\n{{ level }}"])
@@ -264,14 +203,14 @@ def test_a_name_that_is_not_there_names_those_that_are(tiny_tokenizer: Any) -> N
     assert 'template = "tokenizer:rag"' in str(caught.value)
 
 
-def test_streamed_text_equals_the_decoded_whole_at_every_cut(template: Template) -> None:
+def test_streamed_text_equals_the_decoded_whole_at_every_cut(chatml: Template) -> None:
     text = "Ünïcode — 東京 🙂🙂 end"
-    ids = template.tokenizer.encode(text)
+    ids = chatml.tokenizer.encode(text)
     for cut in range(len(ids) + 1):
-        decoder = template.stream_decoder()
+        decoder = chatml.stream_decoder()
         assert decoder.push(ids[:cut]) + decoder.push(ids[cut:]) + decoder.finish() == text
-    half = template.stream_decoder()
-    assert half.push(ids[:3]) + half.finish() == template.decode(ids[:3])
+    half = chatml.stream_decoder()
+    assert half.push(ids[:3]) + half.finish() == chatml.decode(ids[:3])
 
 
 @pytest.mark.parametrize(
@@ -281,7 +220,7 @@ def test_streamed_text_equals_the_decoded_whole_at_every_cut(template: Template)
         (STOCK.replace("<|im_start|>assistant\n{% endif %}", "assistant: {% endif %}"), "unmaskable"),
         ("{% for m in messages %}{{ m.content }", "refuses"),
         (
-            STOCK.replace("{{ m['content'] }}", "{% generation %}{% endgeneration %}{{ m['content'] }}"),
+            STOCK.replace("{{ m.content }}", "{% generation %}{% endgeneration %}{{ m.content }}"),
             "enclose no answer",
         ),
         (
@@ -307,17 +246,15 @@ def test_a_template_that_cannot_be_masked_or_never_ends_is_refused(
     ],
 )
 def test_a_conversation_that_cannot_be_asked_is_refused_with_a_reason(
-    talk: Conversation, reason: str, tiny_tokenizer: Any
+    talk: Conversation, reason: str, chatml: Template
 ) -> None:
     with pytest.raises(TemplateError, match=reason):
-        make(tiny_tokenizer, "chatml").prompt(talk)
+        chatml.prompt(talk)
 
 
-def test_an_unknown_template_names_those_that_ship(tiny_tokenizer: Any) -> None:
-    with pytest.raises(TemplateError, match="chatml"):
-        Template.load(tiny_tokenizer, "chatlm")
-
-
-def test_a_base_model_without_a_template_is_told_how_to_go_on(tiny_tokenizer: Any) -> None:
-    with pytest.raises(TemplateError, match="name a template"):
-        Template.load(tiny_tokenizer)
+@pytest.mark.parametrize(("spec", "words"), [("chatlm", "chatml"), ("tokenizer", "name a template")])
+def test_a_template_that_is_nowhere_is_refused_with_the_names_of_those_that_ship_or_a_way_on(
+    spec: str, words: str, tiny_tokenizer: Any
+) -> None:
+    with pytest.raises(TemplateError, match=words):
+        Template.load(tiny_tokenizer, spec)
