@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,21 @@ from corral.errors import ContractError, ModelError
 from corral.export import contract
 from corral.model.loading import load_model
 from corral.template import Template
+from tests.conftest import change_json
 
 FLOAT32 = contract.TOLERANCES["float32"]
 
 
-def measured(model: Any, template: Template) -> list[list[float]]:
-    async def work() -> list[list[float]]:
+def with_engine(model: Any, use: Callable[[TransformersEngine], Coroutine[Any, Any, Any]]) -> Any:
+    async def work() -> Any:
         async with TransformersEngine(model) as engine:
-            return await contract.measure(engine, contract.make_probes(template))
+            return await use(engine)
 
     return asyncio.run(work())
+
+
+def measured(model: Any, template: Template) -> list[list[float]]:
+    return with_engine(model, lambda engine: contract.measure(engine, contract.make_probes(template)))
 
 
 @pytest.fixture
@@ -67,17 +73,20 @@ def test_equal_token_ids_and_stop_ids_pass(folder: Path, template: Template) -> 
     assert contract.check_stop_ids(template, folder).passed
 
 
-def test_another_template_is_caught(folder: Path, template: Template) -> None:
+def other_template(folder: Path) -> None:
     path = folder / "chat_template.jinja"
     path.write_text(path.read_text().replace("'\\n'", "' '"))
-    assert not contract.check_token_ids(template, folder).passed
 
 
-def test_another_tokenizer_is_caught(folder: Path, template: Template) -> None:
-    path = folder / "tokenizer.json"
-    value = json.loads(path.read_text())
-    value["model"]["merges"] = value["model"]["merges"][:20]
-    path.write_text(json.dumps(value))
+def other_tokenizer(folder: Path) -> None:
+    change_json(folder / "tokenizer.json", lambda state: state["model"].update(merges=state["model"]["merges"][:20]))
+
+
+@pytest.mark.parametrize("change", [other_template, other_tokenizer])
+def test_another_template_or_tokenizer_is_caught(
+    change: Callable[[Path], None], folder: Path, template: Template
+) -> None:
+    change(folder)
     assert not contract.check_token_ids(template, folder).passed
 
 
@@ -117,11 +126,7 @@ def record(folder: Path, template: Template) -> Path:
 
 
 def verified(record: Path, model: Any) -> contract.Check:
-    async def work() -> contract.Check:
-        async with TransformersEngine(model) as engine:
-            return await contract.verify(record, engine)
-
-    return asyncio.run(work())
+    return with_engine(model, lambda engine: contract.verify(record, engine))
 
 
 def holds(record: Path, template: Template) -> dict[str, bool]:
@@ -134,10 +139,15 @@ def test_a_written_contract_is_enough_to_check_the_folder_again(record: Path, te
     assert verified(record, load_model(record.parent)).passed
 
 
-def test_a_model_that_drifted_from_its_contract_is_caught(record: Path, template: Template) -> None:
-    model = load_model(record.parent)
+@pytest.mark.parametrize(
+    "fault",
+    [lambda m: m.layers[0].mlp.up_proj.weight.mul_(1.05), lambda m: m.norm.weight.fill_(float("nan"))],
+    ids=["a model that drifted", "an engine that fails on the probes"],
+)
+def test_the_check_of_a_contract_fails_for(fault: Callable[[Any], Any], record: Path) -> None:
+    model: Any = load_model(record.parent)
     with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight.mul_(1.05)  # pyright: ignore[reportAttributeAccessIssue]
+        fault(model.model)
     assert not verified(record, model).passed
 
 
@@ -155,13 +165,6 @@ def test_another_template_is_caught_without_computing(record: Path, template: Te
     assert holds(record, other) == {"files": True, "template": False}
 
 
-def test_an_engine_that_fails_on_the_probes_is_a_broken_check(record: Path) -> None:
-    model = load_model(record.parent)
-    with torch.no_grad():
-        model.model.norm.weight.fill_(float("nan"))  # pyright: ignore[reportAttributeAccessIssue]
-    assert not verified(record, model).passed
-
-
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"version": 1}', '{"version": 2}'])
 def test_no_contract_or_an_unreadable_one_is_an_error_that_names_it(tmp_path: Path, content: str | None) -> None:
     if content is not None:
@@ -174,14 +177,13 @@ def test_no_contract_or_an_unreadable_one_is_an_error_that_names_it(tmp_path: Pa
 def test_a_greedy_answer_carries_the_log_probabilities_that_scoring_gives_it(
     tiny_folder: Path, template: Template
 ) -> None:
-    async def work() -> tuple[list[list[float]], list[list[float]]]:
-        async with TransformersEngine(load_model(tiny_folder)) as engine:
-            answers = await contract.measure_greedy(engine, contract.make_probes(template), tokens=12)
-            return [values for _, values in answers], await contract.measure(engine, [probe for probe, _ in answers])
+    async def answer_and_score(engine: TransformersEngine) -> tuple[list[list[float]], list[list[float]]]:
+        answers = await contract.measure_greedy(engine, contract.make_probes(template), tokens=12)
+        return [values for _, values in answers], await contract.measure(engine, [probe for probe, _ in answers])
 
-    given, scored = asyncio.run(work())
-    assert sum(map(len, given)) > 12
-    assert contract.compare_logprobs("answers", given, scored, FLOAT32).passed
+    answered, scored = with_engine(load_model(tiny_folder), answer_and_score)
+    assert sum(map(len, answered)) > 12
+    assert contract.compare_logprobs("answers", answered, scored, FLOAT32).passed
 
 
 @pytest.mark.parametrize(

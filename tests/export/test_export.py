@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
+from safetensors.torch import load_file, save_file
 
 from corral.errors import ContractError, InputError
 from corral.export import contract, export, gguf_writer
@@ -17,13 +17,13 @@ from corral.export_forms import EXPORT_TYPES, ExportForm
 from corral.model import openvino_graph
 from corral.progress import Progress
 from corral.template import Template
-from tests.conftest import make_tiny_model
+from tests.conftest import change_json, make_tiny_model
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA31 = LLAMA3 | {"original_max_position_embeddings": 64}
 
 
-class Told(Progress):
+class Recorder(Progress):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
@@ -49,9 +49,8 @@ FORMS = [ExportForm(to, kind) for to, kinds in EXPORT_TYPES.items() for kind in 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_each_form_passes_its_checks_and_carries_its_contract(source: Path, tmp_path: Path, form: ExportForm) -> None:
-    place = export.export_form(source, tmp_path, form, Progress())
-    assert place == form.path(tmp_path)
-    assert place.exists()
+    assert export.export_form(source, tmp_path, form, Progress()) == form.path(tmp_path)
+    assert form.path(tmp_path).exists()
     record = contract.read(form.contract_path(tmp_path))
     assert record["passed"]
     assert record["form"] == str(form)
@@ -64,7 +63,7 @@ def test_each_form_passes_its_checks_and_carries_its_contract(source: Path, tmp_
     assert not list(tmp_path.glob(".*"))
 
 
-def unscaled(patch: pytest.MonkeyPatch) -> None:
+def leave_out_rope_scaling(patch: pytest.MonkeyPatch) -> None:
     real = openvino_graph._rope  # pyright: ignore[reportPrivateUsage]
 
     def plain(config: Any, folder: Path) -> Any:
@@ -72,27 +71,31 @@ def unscaled(patch: pytest.MonkeyPatch) -> None:
         return real(config, folder)
 
     patch.setattr(openvino_graph, "_rope", plain)
-    patch.setattr(gguf_writer, "llama3_divisors", lambda *_, **__: None)
+    patch.setattr(gguf_writer, "llama3_divisors", lambda config: np.ones(config.head_dim // 2, np.float32))
 
 
-def permuted(patch: pytest.MonkeyPatch) -> None:
+def permute_wrongly(patch: pytest.MonkeyPatch) -> None:
     """OpenVINO's query and key rows as GGUF has them, and GGUF's as transformers has them."""
+    permute = gguf_writer.permute_rotary_rows
     real = openvino_graph._Graph.weight  # pyright: ignore[reportPrivateUsage]
 
     def weight(self: Any, name: str) -> Any:
         read = self.read
         if "q_proj" in name or "k_proj" in name:
-            self.read = lambda name: gguf_writer.permute_rotary_rows(read(name), self.head_size)
+            self.read = lambda name: permute(read(name), self.head_size)
         try:
             return real(self, name)
         finally:
             self.read = read
 
     patch.setattr(openvino_graph._Graph, "weight", weight)  # pyright: ignore[reportPrivateUsage]
+    patch.setattr(gguf_writer, "permute_rotary_rows", lambda rows, head_dim: rows)
 
 
-@pytest.mark.parametrize("form", [ExportForm("openvino", "f32"), ExportForm("openvino", "int4")], ids=str)
-@pytest.mark.parametrize("fault", [unscaled, permuted])
+@pytest.mark.parametrize(
+    "form", [ExportForm("openvino", "f32"), ExportForm("openvino", "int4"), ExportForm("gguf", "f16")], ids=str
+)
+@pytest.mark.parametrize("fault", [leave_out_rope_scaling, permute_wrongly])
 def test_a_form_that_computes_something_else_is_refused_and_kept_as_a_candidate(
     source: Path,
     tmp_path: Path,
@@ -110,8 +113,7 @@ def test_a_form_that_computes_something_else_is_refused_and_kept_as_a_candidate(
 
 
 def without_end(folder: Path) -> None:
-    path = folder / "generation_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 0}))
+    change_json(folder / "generation_config.json", eos_token_id=0)
 
 
 def other_template(folder: Path) -> None:
@@ -151,23 +153,24 @@ def _template_of(folder: Path) -> Template:
 def test_a_current_export_is_kept_and_a_stale_one_is_made_again(source: Path, tmp_path: Path) -> None:
     form = ExportForm("openvino", "f32")
     folder = Path(shutil.copytree(source, tmp_path / "model"))
-    place = export.export_form(folder, tmp_path / "out", form, Progress())
-    before = (place / openvino_graph.MODEL_FILE).stat().st_mtime_ns
-    told = Told()
-    export.export_form(folder, tmp_path / "out", form, told)
-    assert "already done" in told.lines[0]
-    assert (place / openvino_graph.MODEL_FILE).stat().st_mtime_ns == before
-    model = make_tiny_model(json.loads((folder / "config.json").read_text())["vocab_size"], rope_parameters=LLAMA31)
-    with torch.no_grad():
-        model.model.norm.weight.mul_(1.1)
-    model.save_pretrained(folder)
-    Template.load(_template_of(source).tokenizer).save(folder)
-    shutil.copy(source / "generation_config.json", folder)
-    export.export_form(folder, tmp_path / "out", form, told)
-    assert (place / openvino_graph.MODEL_FILE).stat().st_mtime_ns != before
-    (place / openvino_graph.MODEL_FILE).with_suffix(".bin").unlink()
-    export.export_form(folder, tmp_path / "out", form, told)
-    assert (place / openvino_graph.MODEL_FILE).with_suffix(".bin").is_file()
+    output = Recorder()
+
+    def export_again() -> Path:
+        return export.export_form(folder, tmp_path / "out", form, output) / openvino_graph.MODEL_FILE
+
+    before = export_again().stat().st_mtime_ns
+    assert export_again().stat().st_mtime_ns == before
+    assert "already done" in output.lines[-1]
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        weights | {"model.norm.weight": 1.1 * weights["model.norm.weight"]},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    changed = export_again()
+    assert changed.stat().st_mtime_ns != before
+    changed.with_suffix(".bin").unlink()
+    assert export_again().with_suffix(".bin").is_file()
 
 
 def test_forms_are_copied_from_an_older_export(source: Path, tmp_path: Path) -> None:
@@ -177,9 +180,9 @@ def test_forms_are_copied_from_an_older_export(source: Path, tmp_path: Path) -> 
     (tmp_path / "new").mkdir()
     for form in forms:
         form.copy_missing_from(tmp_path / "old", tmp_path / "new")
-        told = Told()
-        export.export_form(source, tmp_path / "new", form, told)
-        assert "already done" in told.lines[0]
+        output = Recorder()
+        export.export_form(source, tmp_path / "new", form, output)
+        assert "already done" in output.lines[0]
 
 
 def test_an_unknown_type_is_refused_with_a_list_of_the_known_ones() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,29 +11,38 @@ import pytest
 from corral.assets import fetch
 from corral.errors import ModelError
 from corral.export.gguf_vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, read_vocabulary
+from corral.template import Template
+from corral.template.template import shipped_templates
+from tests.conftest import change_json
 
 STOPS = '{"eos_token_id": 2}'
 LLAMA2 = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
-def llama2(folder: Path, change: Callable[[dict[str, Any]], object] = lambda state: None, **config: Any) -> Path:
+def save_llama_2(folder: Path, change: Callable[[dict[str, Any]], object] = lambda state: None, **config: Any) -> Path:
     """Meta's tokenizer of Llama 2, changed."""
-    state = json.loads(fetch("llama-2-tokenizer").files[0].read_text("utf-8"))
-    change(state)
     folder.mkdir()
-    (folder / "tokenizer.json").write_text(json.dumps(state), "utf-8")
+    shutil.copy(fetch("llama-2-tokenizer").files[0], folder / "tokenizer.json")
+    change_json(folder / "tokenizer.json", change)
     (folder / "tokenizer_config.json").write_text(json.dumps(LLAMA2 | config), "utf-8")
     (folder / "generation_config.json").write_text(STOPS)
     return folder
 
 
-def byte_level(folder: Path, tokenizer: Any, change: Callable[[dict[str, Any]], object]) -> Path:
+def save_byte_level(
+    folder: Path, tokenizer: Any, change: Callable[[dict[str, Any]], object] = lambda state: None
+) -> Path:
     tokenizer.save_pretrained(folder)
-    state = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-    change(state)
-    (folder / "tokenizer.json").write_text(json.dumps(state), "utf-8")
+    change_json(folder / "tokenizer.json", change)
     (folder / "generation_config.json").write_text(STOPS)
     return folder
+
+
+def move_first_merge_of_several(state: dict[str, Any]) -> None:
+    """Move the first merge of a token that has several to the end."""
+    merges = state["model"]["merges"]
+    tokens = [m.replace(" ", "") for m in merges]
+    merges.append(merges.pop(next(i for i in range(len(tokens)) if tokens[i] == tokens[i + 1])))
 
 
 def metaspace(scheme: str) -> Callable[[dict[str, Any]], None]:
@@ -41,7 +51,7 @@ def metaspace(scheme: str) -> Callable[[dict[str, Any]], None]:
 
 
 def test_llama_2_has_scores_and_types_as_in_sentencepiece(tmp_path: Path) -> None:
-    words = read_vocabulary(llama2(tmp_path / "t"), 32000)
+    words = read_vocabulary(save_llama_2(tmp_path / "t"), 32000)
     assert (words.model, words.pre, words.add_space_prefix, words.add_bos, words.add_eos) == (
         "llama",
         "default",
@@ -64,7 +74,7 @@ def test_metaspace_is_written_where_a_chat_has_the_same_ids(
     scheme: str, template: str | None, prefix: bool, tmp_path: Path
 ) -> None:
     more = {"chat_template": template} if template else {}
-    assert read_vocabulary(llama2(tmp_path / "t", metaspace(scheme), **more), 32000).add_space_prefix is prefix
+    assert read_vocabulary(save_llama_2(tmp_path / "t", metaspace(scheme), **more), 32000).add_space_prefix is prefix
 
 
 SENTENCEPIECE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
@@ -79,10 +89,7 @@ SENTENCEPIECE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda s: s["model"]["merges"].remove("▁ t"),
         "'▁t' could be made from '▁' and 't'",
     ),
-    "merges in a mixed order": (
-        lambda s: s["model"]["merges"].append(s["model"]["merges"].pop(0)),
-        "do not follow one another",
-    ),
+    "merges in a mixed order": (move_first_merge_of_several, "do not follow one another"),
     "two texts of one token": (
         lambda s: s["model"]["vocab"].update({"[PAD32001]": 32002}),
         "'[PAD32001]' is there under two ids",
@@ -93,16 +100,8 @@ SENTENCEPIECE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 @pytest.mark.parametrize("fault", SENTENCEPIECE)
 def test_a_sentencepiece_tokenizer_is_refused_for(fault: str, tmp_path: Path) -> None:
     change, words = SENTENCEPIECE[fault]
-    if fault == "merges in a mixed order":  # of a token with several
-
-        def change(state: dict[str, Any]) -> None:
-            merges = state["model"]["merges"]
-            made = [m.replace(" ", "") for m in merges]
-            first = next(i for i in range(len(made)) if made[i] == made[i + 1])
-            merges.append(merges.pop(first))
-
     with pytest.raises(ModelError) as caught:
-        read_vocabulary(llama2(tmp_path / "t", change), 32003)
+        read_vocabulary(save_llama_2(tmp_path / "t", change), 32003)
     assert words in caught.value.what
     assert caught.value.where
     assert caught.value.hint
@@ -112,13 +111,13 @@ def test_added_tokens_that_are_not_special_are_user_defined(tiny_tokenizer: Any,
     def change(state: dict[str, Any]) -> None:
         state["added_tokens"].append({**state["added_tokens"][0], "id": 400, "content": "<tool>", "special": False})
 
-    words = read_vocabulary(byte_level(tmp_path / "t", tiny_tokenizer, change), 401)
+    words = read_vocabulary(save_byte_level(tmp_path / "t", tiny_tokenizer, change), 401)
     assert (words.tokens[400], words.types[400]) == ("<tool>", USER_DEFINED)
     assert words.types[:4] == [CONTROL] * 3 + [NORMAL]
 
 
 def test_ignored_merges_are_written_only_where_they_change_nothing(tiny_tokenizer: Any, tmp_path: Path) -> None:
-    ignoring = byte_level(tmp_path / "a", tiny_tokenizer, lambda s: s["model"].update(ignore_merges=True))
+    ignoring = save_byte_level(tmp_path / "a", tiny_tokenizer, lambda s: s["model"].update(ignore_merges=True))
     assert read_vocabulary(ignoring, 400).pre == "gpt-2"
 
     def unreachable(state: dict[str, Any]) -> None:
@@ -126,7 +125,7 @@ def test_ignored_merges_are_written_only_where_they_change_nothing(tiny_tokenize
         state["model"]["merges"].pop()
 
     with pytest.raises(ModelError, match="ignore_merges is True"):
-        read_vocabulary(byte_level(tmp_path / "b", tiny_tokenizer, unreachable), 400)
+        read_vocabulary(save_byte_level(tmp_path / "b", tiny_tokenizer, unreachable), 400)
 
 
 def test_of_several_chat_templates_the_default_one_is_written(tmp_path: Path) -> None:
@@ -137,24 +136,22 @@ def test_of_several_chat_templates_the_default_one_is_written(tmp_path: Path) ->
 
 
 def test_a_bos_token_is_added_only_where_the_template_writes_one(tmp_path: Path) -> None:
-    with_it = llama2(tmp_path / "a", chat_template="{{ bos_token }}{{ messages[0]['content'] }}")
-    without = llama2(tmp_path / "b", chat_template="{{ messages[0]['content'] }}")
+    with_it = save_llama_2(tmp_path / "a", chat_template="{{ bos_token }}{{ messages[0]['content'] }}")
+    without = save_llama_2(tmp_path / "b", chat_template="{{ messages[0]['content'] }}")
     assert read_vocabulary(with_it, 32000).add_bos
     assert not read_vocabulary(without, 32000).add_bos
 
 
 def test_generation_markers_are_taken_out_of_the_template(tiny_tokenizer: Any, tmp_path: Path) -> None:
-    from corral.template import Template
-
     template = Template.load(tiny_tokenizer, "chatml")
-    folder = byte_level(tmp_path / "t", tiny_tokenizer, lambda state: None)
-    (folder / "chat_template.jinja").write_text(template._marked_source, "utf-8")
+    folder = save_byte_level(tmp_path / "t", tiny_tokenizer)
+    (folder / "chat_template.jinja").write_text(shipped_templates()["chatml"], "utf-8")
     assert "{% generation %}" in (folder / "chat_template.jinja").read_text("utf-8")
     assert read_vocabulary(folder, 400).chat_template == template.source
 
 
 def test_a_template_that_cannot_be_rendered_is_refused(tiny_tokenizer: Any, tmp_path: Path) -> None:
-    folder = byte_level(tmp_path / "t", tiny_tokenizer, lambda state: None)
+    folder = save_byte_level(tmp_path / "t", tiny_tokenizer)
     (folder / "chat_template.jinja").write_text("{{ nothing.at.all }}", "utf-8")
     with pytest.raises(ModelError, match="cannot be rendered") as caught:
         read_vocabulary(folder, 400)

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-import asyncio
 import errno
 import json
 import math
+import shutil
 import urllib.request
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -15,30 +15,17 @@ import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
-from corral.assets import fetch
-from corral.engines.transformers import TransformersEngine
 from corral.errors import CorralError, ModelError, StorageError
-from corral.export import contract, gguf_vocabulary, gguf_writer
+from corral.export import contract, gguf_writer
 from corral.export.gguf_writer import TYPES, write_gguf
 from corral.messages import Conversation
-from corral.model.gguf_reader import convert_to_folder, read_header
-from corral.model.loading import load_model, load_tokenizer, quiet, resolve_model
+from corral.model.gguf_reader import read_header
+from corral.model.loading import load_model, load_tokenizer, resolve_model
 from corral.template import Template
-from tests.conftest import make_tiny_model
+from tests.conftest import change_json, file_size_limit, make_tiny_model
+from tests.model.gguf import TEXTS, convert
+from tests.template.real import small_llama_3_tokenizer, tokenizer
 
-TEXTS = [
-    "hello  world",
-    "\n1. Step 2,350 g",
-    "  lead and trail  ",
-    "naïve 🍕 東京 ½ cup",
-    "[INST] hi [/INST] ok",
-    " ",
-    "a\n\n\nb\t\tc \n 12 345 6789",
-    "Don't WE'LL they'Ve",
-    "\u200b\u00a0x\u3000y e\u0301",
-    "def f(x):\n    return {'a': [1, 2]}  # ok\r\n",
-    "حروف עברית हिन्दी ไทย",
-]
 CHATS = [
     Conversation.from_turns(("user", "What is 2 + 2?")),
     Conversation.from_turns(
@@ -64,94 +51,33 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def folder_of(path: Path, tokenizer: Any, source: str = "chatml", **changes: Any) -> Path:
+def save_model(folder: Path, tokenizer: Any, source: str = "chatml", **changes: Any) -> Path:
     """A merged folder as corral writes it: a random model, a tokenizer, a template, every stop id."""
     rows = changes.pop("vocab_size", len(tokenizer))
     template = Template.load(tokenizer, source)
     model = make_tiny_model(rows, **changes)
     model.generation_config.eos_token_id = list(template.stop_ids)
-    model.save_pretrained(path)
-    template.save(path)
-    return path
+    model.save_pretrained(folder)
+    template.save(folder)
+    return folder
 
 
-def exported(folder: Path, path: Path, kind: Any = "f16") -> Path:
+def export(folder: Path, path: Path, kind: Any = "f16") -> Path:
     write_gguf(folder, path, kind)
     return path
 
 
-def converted(path: Path) -> Path:
-    folder = path.with_suffix(".back")
-    folder.mkdir()
-    with quiet():
-        convert_to_folder(path, folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def tiny_export(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported(tiny_folder, tmp_path_factory.mktemp("export") / "model-f16.gguf")
+    return export(tiny_folder, tmp_path_factory.mktemp("export") / "model-f16.gguf")
 
 
-# ---- tokenizers of the three families
-
-
-@pytest.fixture(scope="session")
-def llama2_tokenizer() -> Any:
-    from transformers import PreTrainedTokenizerFast
-
-    file = str(fetch("llama-2-tokenizer").files[0])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=file, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
-        "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
-    )
-    return tokenizer
-
-
-@pytest.fixture(scope="session")
-def llama3_tokenizer() -> Any:
-    import base64
-
-    from tokenizers import processors
-    from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
-    lines = fetch("llama-3-tokenizer").files[0].read_bytes().splitlines()[:8000]
-    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
-
-    class Converter(TikTokenConverter):
-        def load_tiktoken_bpe(self, tiktoken_url: str) -> dict[bytes, int]:
-            return ranks
-
-    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-    backend = Converter("ranks", pattern=gguf_vocabulary.LLAMA3_SPLIT, extra_special_tokens=special).converted()
-    backend.post_processor = processors.TemplateProcessing(
-        single="<|begin_of_text|> $A", pair="<|begin_of_text|> $A $B", special_tokens=[("<|begin_of_text|>", 8000)]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>"
-    )
-    tokenizer.chat_template = (
-        "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n'"
-        " + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-    )
-    return tokenizer
-
-
-@pytest.fixture(scope="session")
-def smollm_tokenizer() -> Any:
-    return load_tokenizer(resolve_model("asset:smollm2-135m-instruct").folder)
-
-
-@pytest.fixture(params=["tiny", "smollm", "llama2", "llama3"])
-def any_tokenizer(request: pytest.FixtureRequest) -> Any:
-    return request.getfixturevalue(f"{request.param}_tokenizer")
-
-
-def source_of(tokenizer: Any) -> str:
-    return "tokenizer" if tokenizer.chat_template else "chatml"
+@pytest.fixture(params=["chatml", "smollm2", "llama-2", "llama-3"])
+def any_template(request: pytest.FixtureRequest, tiny_tokenizer: Any) -> Template:
+    """A template of each family on a tokenizer of its kind."""
+    name = request.param
+    small = {"chatml": lambda: tiny_tokenizer, "llama-3": small_llama_3_tokenizer}
+    return Template.load(small[name]() if name in small else tokenizer(name), name)
 
 
 # ---- llama.cpp
@@ -233,8 +159,8 @@ def largest_gap(model: Any, run: Llama, length: int) -> float:
 def test_llama_cpp_computes_what_transformers_does(
     kind: str, tiny_tokenizer: Any, tmp_path: Path, llama: Callable[..., Llama]
 ) -> None:
-    folder = folder_of(tmp_path / "model", tiny_tokenizer, **KINDS[kind])
-    run = llama(exported(folder, tmp_path / "model.gguf"))
+    folder = save_model(tmp_path / "model", tiny_tokenizer, **KINDS[kind])
+    run = llama(export(folder, tmp_path / "model.gguf"))
     model = load_model(folder)
     for length in (5, 300):
         assert largest_gap(model, run, length) < 0.05, length  # rounding to float16; a wrong permutation gives 5
@@ -243,9 +169,9 @@ def test_llama_cpp_computes_what_transformers_does(
 def test_without_rope_freqs_llama_cpp_gives_plainly_other_numbers(
     tiny_tokenizer: Any, tmp_path: Path, llama: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = folder_of(tmp_path / "model", tiny_tokenizer, **KINDS["Llama 3.1"])
+    folder = save_model(tmp_path / "model", tiny_tokenizer, **KINDS["Llama 3.1"])
     monkeypatch.setattr(gguf_writer, "llama3_divisors", lambda config: np.ones(config.head_dim // 2, np.float32))
-    run = llama(exported(folder, tmp_path / "model.gguf"))
+    run = llama(export(folder, tmp_path / "model.gguf"))
     assert largest_gap(load_model(folder), run, 300) > 0.5
 
 
@@ -253,27 +179,26 @@ def test_without_rope_freqs_llama_cpp_gives_plainly_other_numbers(
 def test_llama_cpp_computes_with_the_quantised_weights_that_were_written(
     kind: str, limit: float, tiny_tokenizer: Any, tmp_path: Path, llama: Callable[..., Llama]
 ) -> None:
-    folder = folder_of(tmp_path / "model", tiny_tokenizer)
-    path = exported(folder, tmp_path / "model.gguf", kind)
+    folder = save_model(tmp_path / "model", tiny_tokenizer)
+    path = export(folder, tmp_path / "model.gguf", kind)
     # llama.cpp also quantises what the weights are multiplied with, hence the wider limits.
-    assert largest_gap(load_model(converted(path)), llama(path), 60) < limit
+    assert largest_gap(load_model(convert(path)), llama(path), 60) < limit
 
 
 def test_llama_cpp_gives_the_ids_that_corral_does(
-    any_tokenizer: Any, tmp_path: Path, llama: Callable[..., Llama]
+    any_template: Template, tmp_path: Path, llama: Callable[..., Llama]
 ) -> None:
-    source = source_of(any_tokenizer)
-    rows = len(any_tokenizer) + 7
-    folder = folder_of(tmp_path / "model", any_tokenizer, source, hidden_size=32, num_hidden_layers=1, vocab_size=rows)
-    run = llama(exported(folder, tmp_path / "model.gguf"))
-    specials = [token.content for token in any_tokenizer.added_tokens_decoder.values()]
+    words: Any = any_template.tokenizer
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": len(words) + 7}
+    folder = save_model(tmp_path / "model", words, any_template.name, **small)
+    run = llama(export(folder, tmp_path / "model.gguf"))
+    specials = [token.content for token in words.added_tokens_decoder.values()]
     texts = [*TEXTS, *(f"one{special}two {special} " for special in specials[:6]), "".join(specials[:4])]
     for text in texts:
-        assert run.ids(text, bos=False) == any_tokenizer(text, add_special_tokens=False)["input_ids"], text
-        assert run.ids(text) == any_tokenizer(text)["input_ids"], text
-    template = Template.load(any_tokenizer, source)
+        assert run.ids(text, bos=False) == words(text, add_special_tokens=False)["input_ids"], text
+        assert run.ids(text) == words(text)["input_ids"], text
     for chat in CHATS:
-        assert run.chat_ids(chat) == template.prompt(chat)
+        assert run.chat_ids(chat) == any_template.prompt(chat)
 
 
 def test_smollm2_answers_as_it_does_in_transformers(tmp_path: Path, llama: Callable[..., Llama]) -> None:
@@ -281,14 +206,13 @@ def test_smollm2_answers_as_it_does_in_transformers(tmp_path: Path, llama: Calla
     model, template = load_model(source), Template.load(load_tokenizer(source.folder))
     prompt = template.prompt(Conversation.from_turns(("user", "What is the capital of France?")))
     with torch.no_grad():
-        made: Any = model.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False)  # type: ignore[operator]
-    run = llama(exported(source.folder, tmp_path / "smol.gguf"))
+        whole: Any = model.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False)  # type: ignore[operator]
+    run = llama(export(source.folder, tmp_path / "smol.gguf"))
     assert run.chat_ids(Conversation.from_turns(("user", "What is the capital of France?"))) == prompt
-    ids = made[0, len(prompt) :].tolist()
-    found = run.greedy(prompt, 10)
-    assert found == ids[: len(found)]
-    assert len(found) >= 8
-    assert "Paris" in template.decode(found)
+    answer = run.greedy(prompt, 10)
+    assert answer == whole[0, len(prompt) :].tolist()[: len(answer)]
+    assert len(answer) >= 8
+    assert "Paris" in template.decode(answer)
 
 
 # ---- reading it back
@@ -298,8 +222,8 @@ def test_smollm2_answers_as_it_does_in_transformers(tmp_path: Path, llama: Calla
 def test_a_float16_file_read_back_is_the_model_rounded_to_float16(
     kind: str, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    folder = folder_of(tmp_path / "model", tiny_tokenizer, **KINDS[kind])
-    back = converted(exported(folder, tmp_path / "back.gguf"))
+    folder = save_model(tmp_path / "model", tiny_tokenizer, **KINDS[kind])
+    back = convert(export(folder, tmp_path / "back.gguf"))
     ours, theirs = load_model(folder), load_model(back)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     for name, weight in ours.state_dict().items():
@@ -314,7 +238,7 @@ def test_a_float16_file_read_back_is_the_model_rounded_to_float16(
 def test_types_are_those_of_llama_cpp_and_errors_those_of_their_step(
     kind: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    path = exported(tiny_folder, tmp_path / "m.gguf", kind)
+    path = export(tiny_folder, tmp_path / "m.gguf", kind)
     weights = load_model(tiny_folder).state_dict()
     reader = GGUFReader(str(path))
     types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
@@ -336,19 +260,18 @@ def test_types_are_those_of_llama_cpp_and_errors_those_of_their_step(
 def test_tied_embeddings_are_written_once_and_rows_that_do_not_fit_blocks_stay_float16(
     tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    folder = folder_of(tmp_path / "m", tiny_tokenizer, hidden_size=64, intermediate_size=80, tie_word_embeddings=True)
-    types = {t.name: t.type for t in read_header(exported(folder, tmp_path / "m.gguf", "q4_0")).tensors}
+    folder = save_model(tmp_path / "m", tiny_tokenizer, hidden_size=64, intermediate_size=80, tie_word_embeddings=True)
+    types = {t.name: t.type for t in read_header(export(folder, tmp_path / "m.gguf", "q4_0")).tensors}
     assert "output.weight" not in types
     assert types["token_embd.weight"] == "Q8_0"
     assert (types["blk.0.ffn_down.weight"], types["blk.0.ffn_up.weight"]) == ("F16", "Q4_0")
 
 
-def test_a_read_back_tokenizer_gives_the_same_ids_and_template(any_tokenizer: Any, tmp_path: Path) -> None:
-    source = source_of(any_tokenizer)
-    folder = folder_of(tmp_path / "model", any_tokenizer, source, hidden_size=32, num_hidden_layers=1)
-    back = converted(exported(folder, tmp_path / "back.gguf"))
-    template = Template.load(any_tokenizer, source)
-    checks = [contract.check_token_ids(template, back), contract.check_stop_ids(template, back)]
+def test_a_read_back_tokenizer_gives_the_same_ids_and_template(any_template: Template, tmp_path: Path) -> None:
+    words = any_template.tokenizer
+    folder = save_model(tmp_path / "model", words, any_template.name, hidden_size=32, num_hidden_layers=1)
+    back = convert(export(folder, tmp_path / "back.gguf"))
+    checks = [contract.check_token_ids(any_template, back), contract.check_stop_ids(any_template, back)]
     assert [check.detail for check in checks if not check.passed] == []
     ours, theirs = load_tokenizer(folder), load_tokenizer(back)
     for text in TEXTS:
@@ -362,9 +285,9 @@ def test_tokens_that_are_matched_in_text_survive_in_llama_cpp_and_back(
 
     tokenizer: Any = load_tokenizer(tiny_folder)
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in ("<tool>", "foo bar")])
-    folder = folder_of(tmp_path / "model", tokenizer, "chatml")
-    path = exported(folder, tmp_path / "model.gguf")
-    run, back = llama(path), load_tokenizer(converted(path))
+    folder = save_model(tmp_path / "model", tokenizer, "chatml")
+    path = export(folder, tmp_path / "model.gguf")
+    run, back = llama(path), load_tokenizer(convert(path))
     for text in ("a <tool> b", "xfoo barz", "<tool><tool>foo  bar"):
         ids = tokenizer(text)["input_ids"]
         assert run.ids(text) == back(text)["input_ids"] == ids, text
@@ -375,11 +298,9 @@ def test_tokens_that_are_matched_in_text_survive_in_llama_cpp_and_back(
 
 
 def test_the_metadata_is_complete(tiny_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "fruit").mkdir()
-    for file in tiny_folder.iterdir():
-        (tmp_path / "fruit" / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(tiny_folder, tmp_path / "fruit")
     (tmp_path / "fruit" / "LICENSE").write_text("\n      Apache License\n   Version 2.0, January 2004\n")
-    metadata = read_header(exported(tmp_path / "fruit", tmp_path / "m.gguf", "q8_0")).metadata
+    metadata = read_header(export(tmp_path / "fruit", tmp_path / "m.gguf", "q8_0")).metadata
     stated = {key: value for key, value in metadata.items() if not isinstance(value, list)}
     template = stated.pop("tokenizer.chat_template")
     assert template == (tiny_folder / "chat_template.jinja").read_text("utf-8")
@@ -414,28 +335,27 @@ def test_the_metadata_is_complete(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_rows_without_a_token_are_unused_ones(tiny_tokenizer: Any, tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "m", tiny_tokenizer, vocab_size=403)
-    metadata = read_header(exported(folder, tmp_path / "m.gguf")).metadata
+    folder = save_model(tmp_path / "m", tiny_tokenizer, vocab_size=403)
+    metadata = read_header(export(folder, tmp_path / "m.gguf")).metadata
     assert metadata["tokenizer.ggml.tokens"][-3:] == ["[PAD400]", "[PAD401]", "[PAD402]"]
     assert metadata["tokenizer.ggml.token_type"][-3:] == [5, 5, 5]
 
 
 def test_up_to_three_stop_ids_survive_and_a_fourth_is_refused(tiny_tokenizer: Any, tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "m", tiny_tokenizer)
-    generation = json.loads((folder / "generation_config.json").read_text("utf-8"))
-    (folder / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [0, 1, 2]}))
-    path = exported(folder, tmp_path / "three.gguf")
+    folder = save_model(tmp_path / "m", tiny_tokenizer)
+    change_json(folder / "generation_config.json", eos_token_id=[0, 1, 2])
+    path = export(folder, tmp_path / "three.gguf")
     metadata = read_header(path).metadata
     assert [metadata[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom")] == [2, 0, 1]
-    back = json.loads((converted(path) / "generation_config.json").read_text("utf-8"))
+    back = json.loads((convert(path) / "generation_config.json").read_text("utf-8"))
     assert sorted(back["eos_token_id"]) == [0, 1, 2]
-    (folder / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [0, 1, 2, 7]}))
+    change_json(folder / "generation_config.json", eos_token_id=[0, 1, 2, 7])
     with pytest.raises(ModelError, match="names 4 tokens"):
         write_gguf(folder, tmp_path / "four.gguf", "f16")
 
 
 def test_weights_in_parts_and_in_bfloat16_are_read_as_they_are(tiny_tokenizer: Any, tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "whole", tiny_tokenizer)
+    folder = save_model(tmp_path / "whole", tiny_tokenizer)
     model = load_model(folder).to(torch.bfloat16)  # type: ignore[call-overload]
     for name, size in (("one", "1GB"), ("many", "50KB")):
         model.save_pretrained(tmp_path / name, max_shard_size=size)
@@ -447,7 +367,7 @@ def test_weights_in_parts_and_in_bfloat16_are_read_as_they_are(tiny_tokenizer: A
     assert seen == sorted(seen)
     assert seen[-1][0] == seen[-1][1] > 0
     one, many = (
-        GGUFReader(str(p)) for p in (exported(tmp_path / "one", tmp_path / "a.gguf", "q8_0"), tmp_path / "b.gguf")
+        GGUFReader(str(p)) for p in (export(tmp_path / "one", tmp_path / "a.gguf", "q8_0"), tmp_path / "b.gguf")
     )
     assert all(
         (a.name, a.data.tobytes()) == (b.name, b.data.tobytes()) for a, b in zip(one.tensors, many.tensors, strict=True)
@@ -458,132 +378,61 @@ def test_weights_in_parts_and_in_bfloat16_are_read_as_they_are(tiny_tokenizer: A
 def test_pieces_of_any_size_make_the_same_file(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = exported(tiny_folder, tmp_path / "whole.gguf", "q4_0").read_bytes()
+    whole = export(tiny_folder, tmp_path / "whole.gguf", "q4_0").read_bytes()
     monkeypatch.setattr(gguf_writer, "_CHUNK", 1)
-    assert exported(tiny_folder, tmp_path / "pieces.gguf", "q4_0").read_bytes() == whole
-
-
-# ---- planted faults
-
-
-def reversed_heads(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    return rows
-
-
-def one_stop(folder: Path, tokenizer: Any) -> list[int]:
-    return [tokenizer.convert_tokens_to_ids("<|im_start|>")]
-
-
-def another_template(tokenizer: Any, refuse: Any) -> tuple[str, bool]:
-    return tokenizer.chat_template.replace("'\\n'", "' '"), False
-
-
-FAULTS: dict[str, tuple[Any, str, Any, str]] = {
-    "query and key rows left as they are": (gguf_writer, "permute_rotary_rows", reversed_heads, "log-probs"),
-    "no rope divisors": (
-        gguf_writer,
-        "llama3_divisors",
-        lambda config: np.ones(config.head_dim // 2, np.float32),
-        "log-probs",
-    ),
-    "a missing end token": (gguf_vocabulary, "stop_ids", one_stop, "stop ids"),
-    "another chat template": (gguf_vocabulary, "_chat", another_template, "token ids"),
-}
-
-
-def broken_checks(folder: Path, back: Path) -> list[str]:
-    template = Template.load(load_tokenizer(folder))
-    probes = contract.make_probes(template)
-    measured = [asyncio.run(contract.measure(TransformersEngine(load_model(f)), probes)) for f in (folder, back)]
-    checks = [
-        contract.compare_logprobs("log-probs", *measured, contract.TOLERANCES["float16"]),
-        contract.check_token_ids(template, back),
-        contract.check_stop_ids(template, back),
-    ]
-    return [check.name for check in checks if not check.passed]
-
-
-def test_a_faultless_export_passes_every_check(tiny_tokenizer: Any, tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "model", tiny_tokenizer, **KINDS["Llama 3.1"])
-    assert broken_checks(folder, converted(exported(folder, tmp_path / "back.gguf"))) == []
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_caught(
-    fault: str, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = folder_of(tmp_path / "model", tiny_tokenizer, **KINDS["Llama 3.1"])
-    module, name, replacement, caught_by = FAULTS[fault]
-    monkeypatch.setattr(module, name, replacement)
-    path = exported(folder, tmp_path / "back.gguf")
-    monkeypatch.undo()
-    assert caught_by in broken_checks(folder, converted(path))
+    assert export(tiny_folder, tmp_path / "pieces.gguf", "q4_0").read_bytes() == whole
 
 
 # ---- refusals
 
 
-def changed_json(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    value = json.loads(file.read_text("utf-8"))
-    change(value)
-    file.write_text(json.dumps(value), "utf-8")
+def edit(
+    name: str, change: Callable[[dict[str, Any]], object] = lambda _: None, **values: Any
+) -> Callable[[Path], None]:
+    """Returns a function that changes a JSON file of a folder."""
+    return lambda folder: change_json(folder / name, change, **values)
 
 
-def rope(kind: str) -> Callable[[Path], None]:
+def scale_rope_by(kind: str) -> Callable[[Path], None]:
     parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
-    return lambda f: changed_json(f / "config.json", lambda c: c.update(rope_parameters=parameters))
+    return edit("config.json", rope_parameters=parameters)
 
 
-def split_by(rule: Any) -> Callable[[Path], None]:
-    return lambda f: changed_json(f / "tokenizer.json", lambda t: t.update(pre_tokenizer=rule))
+def remove_end_token(folder: Path) -> None:
+    (folder / "generation_config.json").unlink()
+    change_json(folder / "config.json", lambda c: c.pop("eos_token_id"))
+    change_json(folder / "tokenizer_config.json", lambda c: c.pop("eos_token"))
 
 
+def add_token(state: dict[str, Any]) -> None:
+    state["added_tokens"].append({**state["added_tokens"][0], "id": 400, "content": "<|new|>"})
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "yarn": (rope("yarn"), "rope_type is 'yarn'"),
-    "dynamic scaling": (rope("dynamic"), "rope_type is 'dynamic'"),
-    "another activation": (
-        lambda f: changed_json(f / "config.json", lambda c: c.update(hidden_act="gelu")),
-        "hidden_act is 'gelu'",
-    ),
-    "white-space splitting": (split_by({"type": "Whitespace"}), "it splits text by"),
-    "a space before text": (
-        split_by({"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}),
-        "it splits text by",
-    ),
-    "a normalizer": (
-        lambda f: changed_json(f / "tokenizer.json", lambda t: t.update(normalizer={"type": "NFC"})),
-        "it changes the text first",
-    ),
+    "yarn": (scale_rope_by("yarn"), "rope_type is 'yarn'"),
+    "dynamic scaling": (scale_rope_by("dynamic"), "rope_type is 'dynamic'"),
+    "another activation": (edit("config.json", hidden_act="gelu"), "hidden_act is 'gelu'"),
+    "white-space splitting": (edit("tokenizer.json", pre_tokenizer={"type": "Whitespace"}), "it splits text by"),
+    "a space before text": (edit("tokenizer.json", pre_tokenizer=BYTE_LEVEL), "it splits text by"),
+    "a normalizer": (edit("tokenizer.json", normalizer={"type": "NFC"}), "it changes the text first"),
     "greedy added tokens": (
-        lambda f: changed_json(f / "tokenizer.json", lambda t: t["added_tokens"][0].update(lstrip=True)),
+        edit("tokenizer.json", lambda t: t["added_tokens"][0].update(lstrip=True)),
         "'<|endoftext|>' is matched with lstrip",
     ),
-    "no end token": (
-        lambda f: (
-            (f / "generation_config.json").unlink(),
-            changed_json(f / "config.json", lambda c: c.pop("eos_token_id")),
-            changed_json(f / "tokenizer_config.json", lambda c: c.pop("eos_token")),
-        ),
-        "names 0 tokens",
-    ),
+    "no end token": (remove_end_token, "names 0 tokens"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no safetensors weights"),
     "half the layers": (
-        lambda f: changed_json(f / "config.json", lambda c: c.update(num_hidden_layers=3)),
+        edit("config.json", num_hidden_layers=3),
         "lacks model.layers.2.input_layernorm.weight and 8 more",
     ),
-    "layers too many": (
-        lambda f: changed_json(f / "config.json", lambda c: c.update(num_hidden_layers=1)),
-        "has unknown model.layers.1",
-    ),
+    "layers too many": (edit("config.json", num_hidden_layers=1), "has unknown model.layers.1"),
     "another width": (
-        lambda f: changed_json(f / "config.json", lambda c: c.update(intermediate_size=96)),
+        edit("config.json", intermediate_size=96),
         "in another shape model.layers.0.mlp.gate_proj.weight",
     ),
     "a tokenizer larger than the embedding": (
-        lambda f: changed_json(
-            f / "tokenizer.json",
-            lambda t: t["added_tokens"].append({**t["added_tokens"][0], "id": 400, "content": "<|new|>"}),
-        ),
+        edit("tokenizer.json", add_token),
         "the tokenizer has an id 400, the embedding 400 rows",
     ),
 }
@@ -591,7 +440,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("fault", REFUSED)
 def test_a_folder_is_refused_for(fault: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "m", tiny_tokenizer)
+    folder = save_model(tmp_path / "m", tiny_tokenizer)
     change, words = REFUSED[fault]
     change(folder)
     with pytest.raises(ModelError) as caught:
@@ -612,7 +461,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
 def test_weights_that_float16_cannot_hold_are_refused_and_the_old_file_stays(
     value: float, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    folder = folder_of(tmp_path / "m", tiny_tokenizer)
+    folder = save_model(tmp_path / "m", tiny_tokenizer)
     model = load_model(folder)
     with torch.no_grad():
         model.get_submodule("model.layers.1.mlp.down_proj").weight[3, 5] = value  # type: ignore[index, operator]
@@ -644,22 +493,12 @@ def test_a_full_disk_while_writing_leaves_nothing(
 
 
 def test_a_real_limit_on_file_size_is_reported_and_leaves_nothing(tiny_folder: Path, tmp_path: Path) -> None:
-    import resource
-    import signal
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        with pytest.raises(StorageError, match="larger than this disk or user may write"):
-            write_gguf(tiny_folder, tmp_path / "m.gguf", "f16")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
+    with file_size_limit(100_000), pytest.raises(StorageError, match="larger than this disk or user may write"):
+        write_gguf(tiny_folder, tmp_path / "m.gguf", "f16")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unwritable_place_is_a_storage_error(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written_is_a_storage_error(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError) as caught:
         write_gguf(tiny_folder, tmp_path / "file" / "m.gguf", "f16")
@@ -672,6 +511,6 @@ def test_an_unwritable_place_is_a_storage_error(tiny_folder: Path, tmp_path: Pat
 
 def test_what_a_killed_writer_left_is_written_over(tiny_folder: Path, tmp_path: Path, tiny_export: Path) -> None:
     (tmp_path / ".corral-tmp-m.gguf").write_bytes(b"half" * 100)
-    exported(tiny_folder, tmp_path / "m.gguf")
+    export(tiny_folder, tmp_path / "m.gguf")
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
     assert (tmp_path / "m.gguf").read_bytes() == tiny_export.read_bytes()

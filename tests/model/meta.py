@@ -19,35 +19,16 @@ LLAMA_2: Params = SHAPE | {"vocab_size": -1}
 LLAMA_3: Params = SHAPE | {"n_kv_heads": 2, "ffn_dim_multiplier": 1.3, "rope_theta": 500000.0, "vocab_size": 530}
 LLAMA_3_1: Params = LLAMA_3 | {"use_scaled_rope": True}
 WORDS = ["▁t", "he", "▁the", "in", "▁a", "er", "▁w", "or", "ld", *"▁adehilnortw"]
-JOINED = [
-    "th",
-    "the",
-    " the",
-    "in",
-    " a",
-    "er",
-    " w",
-    "or",
-    "ld",
-    "12",
-    "is",
-    " is",
-    "it",
-    "wor",
-    "world",
-    " q",
-    "ue",
-    "\n\n",
-]
-TOKENS = [text.encode() for text in JOINED]
+JOINED = ["th", "the", " the", "in", " a", "er", " w", "or", "ld", "12", "is", " is", "it", "wor", "world", " q", "ue"]
+TOKENS = [text.encode() for text in [*JOINED, "\n\n"]]
 
 
 def sentencepiece(pieces: list[tuple[str, float, int]], **rules: Any) -> bytes:
     """A SentencePiece model of (text, score, kind), written by Google's own message classes."""
     from transformers.utils import sentencepiece_model_pb2_new as proto
 
-    made: Any = proto
-    model = made.ModelProto()
+    messages: Any = proto
+    model = messages.ModelProto()
     for text, score, kind in pieces:
         model.pieces.add(piece=text, score=score, type=kind)
     stated = {
@@ -57,8 +38,8 @@ def sentencepiece(pieces: list[tuple[str, float, int]], **rules: Any) -> bytes:
         "remove_extra_whitespaces": False,
     } | rules
     for name, value in stated.items():
-        place = model.trainer_spec if name in model.trainer_spec.DESCRIPTOR.fields_by_name else model.normalizer_spec
-        setattr(place, name, value)
+        spec = model.trainer_spec if name in model.trainer_spec.DESCRIPTOR.fields_by_name else model.normalizer_spec
+        setattr(spec, name, value)
     model.normalizer_spec.name = "identity"
     return model.SerializeToString()
 
@@ -86,14 +67,14 @@ def random_weights(params: Params, rows: int, *, tied: bool = False) -> Weights:
     kv = dim // heads * params.get("n_kv_heads", heads)
     hidden = int(params.get("ffn_dim_multiplier", 1) * int(2 * 4 * dim / 3))
     hidden = params["multiple_of"] * -(-hidden // params["multiple_of"])
-    made: Weights = {"tok_embeddings.weight": torch.randn(rows, dim), "norm.weight": 1 + 0.1 * torch.randn(dim)}
+    weights: Weights = {"tok_embeddings.weight": torch.randn(rows, dim), "norm.weight": 1 + 0.1 * torch.randn(dim)}
     for i in range(params["n_layers"]):
         shapes = {"attention.wq": (dim, dim), "attention.wk": (kv, dim), "attention.wv": (kv, dim)}
         shapes |= {"attention.wo": (dim, dim), "feed_forward.w1": (hidden, dim), "feed_forward.w2": (dim, hidden)}
         shapes |= {"feed_forward.w3": (hidden, dim)}
-        made |= {f"layers.{i}.{name}.weight": 0.3 * torch.randn(shape) for name, shape in shapes.items()}
-        made |= {f"layers.{i}.{name}_norm.weight": 1 + 0.1 * torch.randn(dim) for name in ("attention", "ffn")}
-    return made if tied else made | {"output.weight": torch.randn(rows, dim)}
+        weights |= {f"layers.{i}.{name}.weight": 0.3 * torch.randn(shape) for name, shape in shapes.items()}
+        weights |= {f"layers.{i}.{name}_norm.weight": 1 + 0.1 * torch.randn(dim) for name in ("attention", "ffn")}
+    return weights if tied else weights | {"output.weight": torch.randn(rows, dim)}
 
 
 def write(

@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from corral.model.full_finetuning import train_all_weights
+from corral.model.packed_forward import target_logprobs
 from tests.conftest import make_tiny_model
-
-IDS = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(0))
-
-
-def gradients(model: Any) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    model(input_ids=IDS, labels=IDS).loss.backward()
-    return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+from tests.model.tiny import IDS, assert_gradients_equal, gradients, loss_and_gradients
 
 
-def test_of_a_whole_model_every_weight_is_trained_and_tied_ones_are_one() -> None:
+def test_every_weight_of_a_whole_model_is_trained_and_tied_ones_are_one() -> None:
     model = train_all_weights(make_tiny_model(300, tie_word_embeddings=True).requires_grad_(False), torch.float32)
-    plain = make_tiny_model(300, tie_word_embeddings=True)
-    expected = gradients(plain)
+    _, expected = loss_and_gradients(make_tiny_model(300, tie_word_embeddings=True))
     assert "lm_head.weight" not in expected
-    found = gradients(model)
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=2e-5 * gradient.abs().max().item())
+    _, actual = loss_and_gradients(model)
+    assert_gradients_equal(actual, expected)
 
 
 def test_a_whole_model_in_bfloat16_keeps_its_weights_and_gradients_in_float32() -> None:
-    from corral.model.packed_forward import target_logprobs
-
     def trained(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         model = train_all_weights(make_tiny_model(300, initializer_range=0.05), dtype)
         (logprobs,) = target_logprobs(model, [IDS[0].tolist()], [range(1, 40)])
         (-logprobs.sum()).backward()
-        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        return gradients(model)
 
     exact, rounded = trained(torch.float32), trained(torch.bfloat16)
     assert rounded.keys() == exact.keys()

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import base64
 import json
 import os
 import shutil
@@ -23,96 +22,8 @@ from corral.model.gguf_reader import convert_to_folder, read_header
 from corral.model.loading import load_model, load_tokenizer, quiet, resolve_model
 from corral.storage import sha256_file, tree_hashes
 from tests.conftest import make_tiny_model
-
-TEXTS = [
-    "hello  world",
-    "\n1. Step 2,350 g",
-    "  lead",
-    "naïve 🍕 東京",
-    "[INST] hi [/INST] ok",
-    "",
-    " ",
-    "a\n\n\nb\t\tc \n 12",
-    "½ cup",
-    "Don't WE'LL",
-]
-
-
-def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q and k as llama.cpp orders them: each head's two rotary halves interleaved."""
-    rows, columns = weight.shape
-    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
-
-
-def add_model(writer: GGUFWriter, model: Any) -> None:
-    """Metadata and float32 weights of a Llama, as llama.cpp's own converter lays them out."""
-    config = model.config
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    names = {
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }
-    outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    for key, tensor in model.state_dict().items():
-        weight = tensor.numpy()
-        module = key.removesuffix(".weight")
-        if module in outer:
-            writer.add_tensor(f"{outer[module]}.weight", weight)
-            continue
-        _, _, layer, rest = module.split(".", 3)
-        name = names[rest]
-        weight = permuted(weight, heads[name]) if name in heads else weight
-        writer.add_tensor(f"blk.{layer}.{name}.weight", np.ascontiguousarray(weight))
-
-
-def byte_level_tokenizer(writer: GGUFWriter, backend: Any, special: int, pre: str, bos: int, eos: int) -> None:
-    state = json.loads(backend.to_str())
-    tokens = [token for token, _ in sorted(backend.get_vocab().items(), key=lambda item: item[1])]
-    specials = {token["id"] for token in state["added_tokens"]}
-    assert len(specials) == special
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if i in specials else 1 for i in range(len(tokens))])
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in state["model"]["merges"]])
-    writer.add_bos_token_id(bos)
-    writer.add_eos_token_id(eos)
-
-
-def write(path: Path, *parts: Callable[[GGUFWriter], None], architecture: str = "llama") -> Path:
-    writer = GGUFWriter(str(path), architecture)
-    for part in parts:
-        part(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def converted(path: Path) -> Path:
-    folder = path.with_suffix("")
-    folder.mkdir()
-    with quiet():
-        convert_to_folder(path, folder)
-    return folder
+from tests.model.gguf import TEXTS, add_byte_level_tokenizer, add_model, convert, write_gguf_file
+from tests.template.real import small_llama_3_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -122,14 +33,16 @@ def model(tiny_tokenizer: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def write_tiny(model: Any, tiny_tokenizer: Any) -> Callable[..., Path]:
-    def with_tokenizer(writer: GGUFWriter) -> None:
-        byte_level_tokenizer(writer, tiny_tokenizer.backend_tokenizer, 3, "gpt-2", 1, 2)
-        writer.add_chat_template("{{ messages[0]['content'] }}")
+    def write(
+        path: Path, *more: Callable[[GGUFWriter], object], pre: str = "gpt-2", architecture: str = "llama"
+    ) -> Path:
+        def add_tokenizer(writer: GGUFWriter) -> None:
+            add_byte_level_tokenizer(writer, tiny_tokenizer.backend_tokenizer, pre, 1, 2)
+            writer.add_chat_template("{{ messages[0]['content'] }}")
 
-    def make(path: Path, *more: Callable[[GGUFWriter], None], **kind: str) -> Path:
-        return write(path, lambda w: add_model(w, model), with_tokenizer, *more, **kind)
+        return write_gguf_file(path, lambda w: add_model(w, model), add_tokenizer, *more, architecture=architecture)
 
-    return make
+    return write
 
 
 @pytest.fixture(scope="module")
@@ -146,12 +59,12 @@ def test_the_header_is_what_the_reference_reader_finds(tiny_gguf: Path) -> None:
     assert header.version == 3
     assert header.metadata == {name: field.contents() for name, field in fields.items()}
     assert len(header.metadata) > 15
-    found = [(t.name, t.shape, t.type, t.offset, t.size) for t in header.tensors]
-    assert found == [
+    tensors = [(t.name, t.shape, t.type, t.offset, t.size) for t in header.tensors]
+    assert tensors == [
         (t.name, tuple(map(int, t.shape)), t.tensor_type.name, int(t.data_offset), int(t.n_bytes))
         for t in reference.tensors
     ]
-    assert len(found) == 2 * 9 + 3
+    assert len(tensors) == 2 * 9 + 3
 
 
 def test_a_file_cut_anywhere_is_refused_and_the_place_is_named(tiny_gguf: Path, tmp_path: Path) -> None:
@@ -168,13 +81,13 @@ def test_a_file_cut_anywhere_is_refused_and_the_place_is_named(tiny_gguf: Path, 
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(place=st.floats(0, 1), value=st.binary(min_size=1, max_size=9))
+@given(position=st.floats(0, 1), value=st.binary(min_size=1, max_size=9))
 def test_any_change_to_the_header_is_refused_or_stays_inside_the_file(
-    tiny_gguf: Path, tmp_path: Path, place: float, value: bytes
+    tiny_gguf: Path, tmp_path: Path, position: float, value: bytes
 ) -> None:
     data = bytearray(tiny_gguf.read_bytes())
     start = min(tensor.offset for tensor in read_header(tiny_gguf).tensors)
-    at = int(place * (start - len(value)))
+    at = int(position * (start - len(value)))
     data[at : at + len(value)] = value
     path = tmp_path / "changed.gguf"
     path.write_bytes(data)
@@ -289,7 +202,7 @@ def test_a_missing_file_is_a_model_error(tmp_path: Path) -> None:
 
 
 def test_the_converted_model_computes_what_the_original_did(tiny_gguf: Path, model: Any) -> None:
-    folder = converted(tiny_gguf)
+    folder = convert(tiny_gguf)
     again = load_model(folder)
     assert {k: tuple(v.shape) for k, v in again.state_dict().items()} == {
         k: tuple(v.shape) for k, v in model.state_dict().items()
@@ -311,7 +224,7 @@ def test_the_converted_model_computes_what_the_original_did(tiny_gguf: Path, mod
 def test_the_converted_tokenizer_gives_the_same_ids(
     write_tiny: Callable[..., Path], tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    tokenizer = load_tokenizer(converted(write_tiny(tmp_path / "tiny.gguf")))
+    tokenizer = load_tokenizer(convert(write_tiny(tmp_path / "tiny.gguf")))
     for text in [*TEXTS, "<|im_start|>user\nhi<|im_end|>\n"]:
         ids = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids, text
@@ -320,7 +233,7 @@ def test_the_converted_tokenizer_gives_the_same_ids(
 
 
 def test_both_ends_of_an_answer_are_stop_ids(write_tiny: Callable[..., Path], tmp_path: Path) -> None:
-    folder = converted(write_tiny(tmp_path / "tiny.gguf", lambda w: w.add_eot_token_id(0)))
+    folder = convert(write_tiny(tmp_path / "tiny.gguf", lambda w: w.add_eot_token_id(0)))
     assert json.loads((folder / "generation_config.json").read_text("utf-8"))["eos_token_id"] == [2, 0]
 
 
@@ -341,50 +254,30 @@ def test_a_llama_2_tokenizer_survives_conversion(tmp_path: Path) -> None:
         writer.add_eos_token_id(2)
 
     tiny = make_tiny_model(len(tokens), hidden_size=16, num_hidden_layers=1)
-    tokenizer = load_tokenizer(converted(write(tmp_path / "l2.gguf", lambda w: add_model(w, tiny), sentencepiece)))
+    path = write_gguf_file(tmp_path / "l2.gguf", lambda w: add_model(w, tiny), sentencepiece)
+    tokenizer = load_tokenizer(convert(path))
     for text in TEXTS:
         assert tokenizer(text)["input_ids"] == original.encode(text).ids, text
 
 
 def test_a_llama_3_tokenizer_survives_conversion(tmp_path: Path) -> None:
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
-    # The first 8,000 ranks are a byte-level BPE of their own: each token is made from lower ranks.
-    lines = fetch("llama-3-tokenizer").files[0].read_bytes().splitlines()[:8000]
-    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
-
-    class Converter(TikTokenConverter):
-        def load_tiktoken_bpe(self, tiktoken_url: str) -> dict[bytes, int]:
-            return ranks
-
-    split = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-        r"|\s+(?!\S)|\s+"
-    )
-    special = ["<|begin_of_text|>", "<|end_of_text|>"]
-    original = Converter("ranks", pattern=split, extra_special_tokens=special).converted()
-    tiny = make_tiny_model(8002, hidden_size=16, num_hidden_layers=1)
-    path = write(
+    original = small_llama_3_tokenizer()
+    tiny = make_tiny_model(8005, hidden_size=16, num_hidden_layers=1)
+    path = write_gguf_file(
         tmp_path / "l3.gguf",
         lambda w: add_model(w, tiny),
-        lambda w: byte_level_tokenizer(w, original, 2, "llama-bpe", 8000, 8001),
+        lambda w: add_byte_level_tokenizer(w, original.backend_tokenizer, "llama-bpe", 8000, 8001),
     )
-    tokenizer = load_tokenizer(converted(path))
-    assert len(tokenizer) == 8002
+    tokenizer = load_tokenizer(convert(path))
+    assert len(tokenizer) == 8005
     assert json.loads(tokenizer.backend_tokenizer.to_str())["model"]["ignore_merges"], "as Meta's does"
     for text in TEXTS:
-        ids = original.encode(text, add_special_tokens=False).ids
-        assert tokenizer(text)["input_ids"] == [8000, *ids], text
+        assert tokenizer(text)["input_ids"] == original(text)["input_ids"], text
 
 
-def test_smollm_files_cut_digits_one_by_one(tiny_tokenizer: Any, model: Any, tmp_path: Path) -> None:
-    backend = tiny_tokenizer.backend_tokenizer
-    path = write(
-        tmp_path / "smollm.gguf",
-        lambda w: add_model(w, model),
-        lambda w: byte_level_tokenizer(w, backend, 3, "smollm", 1, 2),
-    )
-    rule = load_tokenizer(converted(path)).backend_tokenizer.pre_tokenizer
+def test_smollm_files_cut_digits_one_by_one(write_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "smollm.gguf", pre="smollm")
+    rule = load_tokenizer(convert(path)).backend_tokenizer.pre_tokenizer
     assert [piece for piece, _ in rule.pre_tokenize_str("a \n12 g")] == ["a", "ĠĊ", "1", "2", "Ġg"]
 
 
@@ -403,7 +296,7 @@ def test_the_starter_model_has_the_ids_and_splits_of_its_publisher() -> None:
     assert ids[0] == 1
 
 
-REFUSED: dict[str, tuple[Callable[[GGUFWriter], None], str]] = {
+REFUSED: dict[str, tuple[Callable[[GGUFWriter], object], str]] = {
     "rope divisors that no rule of Llama 3.1 makes": (
         lambda w: w.add_tensor("rope_freqs.weight", np.linspace(1, 8, 8, dtype=np.float32)),
         "rope_freqs.weight (F32), and no rule",
@@ -427,20 +320,24 @@ REFUSED: dict[str, tuple[Callable[[GGUFWriter], None], str]] = {
         lambda w: w.add_tensor("blk.0.surprise.weight", np.ones(8, np.float32)),
         "no Llama has such a tensor",
     ),
+    "a missing weight, for which random numbers would be taken": (
+        lambda w: w.tensors[0].pop("blk.1.ffn_up.weight"),
+        "it lacks blk.1.ffn_up.weight",
+    ),
 }
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(place=st.floats(0, 1), value=st.binary(min_size=1, max_size=3), in_table=st.booleans())
+@given(position=st.floats(0, 1), value=st.binary(min_size=1, max_size=3), in_table=st.booleans())
 def test_any_change_to_the_header_is_converted_or_a_model_error(
-    tiny_gguf: Path, tmp_path: Path, place: float, value: bytes, in_table: bool
+    tiny_gguf: Path, tmp_path: Path, position: float, value: bytes, in_table: bool
 ) -> None:
     data = bytearray(tiny_gguf.read_bytes())
     words = data.index(b"tokenizer.ggml.tokens")
     after = data.index(b"tokenizer.ggml.bos_token_id")
     start = min(tensor.offset for tensor in read_header(tiny_gguf).tensors)
     first, last = (after, start) if in_table else (0, words)
-    at = first + int(place * (last - first - len(value)))
+    at = first + int(position * (last - first - len(value)))
     data[at : at + len(value)] = value
     path = tmp_path / "changed.gguf"
     path.write_bytes(data)
@@ -462,45 +359,24 @@ def test_a_file_is_refused_that_would_convert_wrongly_because_of(
 ) -> None:
     part, words = REFUSED[fault]
     with pytest.raises(ModelError) as caught:
-        converted(write_tiny(tmp_path / "bad.gguf", part))
+        convert(write_tiny(tmp_path / "bad.gguf", part))
     assert words in caught.value.what
     assert str(tmp_path / "bad.gguf") in (caught.value.where or "")
 
 
-def test_another_architecture_is_refused(write_tiny: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="architecture is 'qwen2'"):
-        converted(write_tiny(tmp_path / "qwen.gguf", architecture="qwen2"))
-
-
-@pytest.mark.parametrize("pre", ["qwen2", "default"])
-def test_an_unknown_splitting_rule_is_refused(tiny_tokenizer: Any, model: Any, tmp_path: Path, pre: str) -> None:
-    backend = tiny_tokenizer.backend_tokenizer
-    path = write(
-        tmp_path / "pre.gguf",
-        lambda w: add_model(w, model),
-        lambda w: byte_level_tokenizer(w, backend, 3, pre, 1, 2),
-    )
-    with pytest.raises(ModelError, match=f"tokenizer.ggml.pre is '{pre}'"):
-        converted(path)
-
-
-def test_a_missing_weight_is_refused_where_random_numbers_would_take_its_place(
-    tiny_tokenizer: Any, model: Any, tmp_path: Path
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"architecture": "qwen2"}, "architecture is 'qwen2'"),
+        ({"pre": "qwen2"}, "tokenizer.ggml.pre is 'qwen2'"),
+        ({"pre": "default"}, "tokenizer.ggml.pre is 'default'"),
+    ],
+)
+def test_another_architecture_or_splitting_rule_is_refused(
+    settings: dict[str, str], words: str, write_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    class Lossy(GGUFWriter):
-        def add_tensor(self, name: str, *rest: Any, **more: Any) -> None:
-            if name != "blk.1.ffn_up.weight":
-                super().add_tensor(name, *rest, **more)
-
-    writer = Lossy(str(tmp_path / "lossy.gguf"), "llama")
-    add_model(writer, model)
-    byte_level_tokenizer(writer, tiny_tokenizer.backend_tokenizer, 3, "gpt-2", 1, 2)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(ModelError, match=r"it lacks blk\.1\.ffn_up\.weight"):
-        converted(tmp_path / "lossy.gguf")
+    with pytest.raises(ModelError, match=words):
+        convert(write_tiny(tmp_path / "other.gguf", **settings))
 
 
 def test_files_that_lie_beside_the_gguf_file_play_no_part(
@@ -514,8 +390,8 @@ def test_files_that_lie_beside_the_gguf_file_play_no_part(
         (tmp_path / name).write_text(text)
     apart = tmp_path / "apart"
     apart.mkdir()
-    alone = converted(Path(shutil.copy(path, apart)))
-    assert tree_hashes(converted(path)) == tree_hashes(alone)
+    alone = convert(Path(shutil.copy(path, apart)))
+    assert tree_hashes(convert(path)) == tree_hashes(alone)
 
 
 def test_a_local_gguf_file_is_converted_once_and_again_when_its_content_changes(
@@ -523,10 +399,10 @@ def test_a_local_gguf_file_is_converted_once_and_again_when_its_content_changes(
 ) -> None:
     monkeypatch.setenv("CORRAL_CACHE", str(tmp_path / "cache"))
     path = write_tiny(tmp_path / "mine.gguf")
-    told: list[str] = []
-    first = resolve_model(str(path), progress=told.append)
-    assert resolve_model(str(path), progress=told.append) == first
-    assert told == ["converting mine.gguf to safetensors, once"]
+    messages: list[str] = []
+    first = resolve_model(str(path), progress=messages.append)
+    assert resolve_model(str(path), progress=messages.append) == first
+    assert messages == ["converting mine.gguf to safetensors, once"]
     assert first.revision == sha256_file(path)
     assert [entry.name for entry in list_cache()] == ["mine"]
     path.unlink()
@@ -551,4 +427,4 @@ def test_a_conversion_that_fails_leaves_nothing_in_the_cache(
     with pytest.raises(ModelError, match="expert_count"):
         resolve_model(str(path))
     assert list_cache() == []
-    assert [place.name for place in (tmp_path / "cache" / "models").iterdir() if place.is_dir()] == []
+    assert [path.name for path in (tmp_path / "cache" / "models").iterdir() if path.is_dir()] == []

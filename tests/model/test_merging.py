@@ -18,6 +18,7 @@ from corral.model.quantisation import Quantization
 from corral.recipe import Lora
 from corral.template import Template
 from tests.conftest import make_tiny_model
+from tests.model.tiny import fill_lora_b
 
 SEQUENCES = [list(range(5 * i, 5 * i + 40)) for i in range(6)]
 DType = Literal["float32", "bfloat16"]
@@ -34,12 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def make(lora: Lora) -> Path:
         path = tmp_path_factory.mktemp("adapter")
-        model = adapters.attach(make_tiny_model(300, initializer_range=0.1), lora, seed=3)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+        model = fill_lora_b(adapters.attach(make_tiny_model(300, initializer_range=0.1), lora, seed=3), 0.05)
         adapters.save(model, path, base="tiny")
         return path
 
@@ -70,10 +66,10 @@ def test_the_merged_model_is_the_adapted_one(
     path = adapter(lora)
     adapted = logprobs(adapters.load(load_model(folder, dtype=dtype, quantization=kind), path))
     base = logprobs(load_model(folder, dtype=dtype, quantization=kind))
-    found = logprobs(merged(folder, path, dtype, kind))
+    written = logprobs(merged(folder, path, dtype, kind))
     tolerance = TOLERANCES[dtype]
-    assert not compare_logprobs("changed", base, found, tolerance).passed
-    assert compare_logprobs("merged", adapted, found, tolerance).passed
+    assert not compare_logprobs("changed", base, written, tolerance).passed
+    assert compare_logprobs("merged", adapted, written, tolerance).passed
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -83,10 +79,10 @@ def test_an_int8_model_merges_into_its_restored_weights_and_stays_close_to_what_
     path, int8 = adapter(Lora(targets="all-linear")), Quantization("int8")
     restored = load_model(folder, dtype=dtype, quantization=int8)
     quantisation.dequantise_model(restored, getattr(torch, dtype))
-    found = logprobs(merged(folder, path, dtype, int8))
-    assert compare_logprobs("restored", logprobs(adapters.load(restored, path)), found, TOLERANCES[dtype]).passed
+    written = logprobs(merged(folder, path, dtype, int8))
+    assert compare_logprobs("restored", logprobs(adapters.load(restored, path)), written, TOLERANCES[dtype]).passed
     trained = logprobs(adapters.load(load_model(folder, dtype=dtype, quantization=int8), path))
-    gap = compare_logprobs("trained", trained, found, TOLERANCES["int8"])
+    gap = compare_logprobs("trained", trained, written, TOLERANCES["int8"])
     assert gap.passed
     assert gap.mean is not None
     assert gap.mean > 1e-4, "inputs are rounded too"

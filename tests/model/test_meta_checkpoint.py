@@ -3,8 +3,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from corral.errors import ModelError
 from corral.model import meta_checkpoint
 from corral.model.loading import load_model, load_tokenizer, resolve_model
 from corral.model.meta_checkpoint import convert, is_meta_checkpoint
-from tests.conftest import corral, write_rows
+from tests.conftest import corral, run_python, write_rows
 from tests.model.meta import (
     LLAMA_2,
     LLAMA_3,
@@ -42,14 +40,14 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CORRAL_CACHE", str(tmp_path / "cache"))
 
 
-def made(params: Params, *, tied: bool = False) -> dict[str, torch.Tensor]:
+def weights_for(params: Params, *, tied: bool = False) -> dict[str, torch.Tensor]:
     return random_weights(params, ROWS[params["vocab_size"]], tied=tied)
 
 
-def converted(source: Path, told: list[str] | None = None) -> Path:
+def convert_beside(source: Path, messages: list[str] | None = None) -> Path:
     folder = source.with_name(f"{source.name}-converted")
     folder.mkdir()
-    convert(source, folder, (told if told is not None else []).append)
+    convert(source, folder, (messages if messages is not None else []).append)
     return folder
 
 
@@ -59,7 +57,7 @@ def model_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
         return model(ids[None], position_ids=POSITIONS[None], attention_mask=torch.ones_like(ids)[None]).logits[0]
 
 
-def config_of(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text("utf-8"))
 
 
@@ -80,7 +78,7 @@ MODELS: dict[str, tuple[Params, bool, float | None]] = {
 def test_logits_equal_those_of_metas_formulas(name: str, parts: int, tmp_path: Path) -> None:
     params, tied, factor = MODELS[name]
     shape = {key: value for key, value in params.items() if value is not None}
-    weights = made(shape, tied=tied)
+    weights = weights_for(shape, tied=tied)
     model: Any = load_model(resolve_model(str(write(tmp_path / "meta", params, weights, parts=parts))))
     ids = torch.randint(0, len(weights["tok_embeddings.weight"]), (24,), generator=torch.Generator().manual_seed(1))
     expected = logits(shape, weights, ids, POSITIONS, scaled_by=factor)
@@ -99,7 +97,7 @@ def test_logits_equal_those_of_metas_formulas(name: str, parts: int, tmp_path: P
 
 
 def test_one_file_or_four_give_the_same_model_bit_for_bit(tmp_path: Path) -> None:
-    weights = made(LLAMA_2)
+    weights = weights_for(LLAMA_2)
     one, four = (resolve_model(str(write(tmp_path / f"{n}", LLAMA_2, weights, parts=n))) for n in (1, 4))
     assert one.identity == four.identity
     assert one.revision != four.revision
@@ -109,11 +107,11 @@ def test_one_file_or_four_give_the_same_model_bit_for_bit(tmp_path: Path) -> Non
 
 
 def test_weights_keep_their_type_and_their_bits(tmp_path: Path) -> None:
-    weights = made(LLAMA_2)
-    folder = converted(write(tmp_path / "meta", LLAMA_2, weights, dtype=torch.bfloat16))
+    weights = weights_for(LLAMA_2)
+    folder = convert_beside(write(tmp_path / "meta", LLAMA_2, weights, dtype=torch.bfloat16))
     stored = load_file(folder / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
-    assert config_of(folder)["dtype"] == "bfloat16"
+    assert read_config(folder)["dtype"] == "bfloat16"
     down = stored["model.layers.1.mlp.down_proj.weight"]
     assert torch.equal(down, weights["layers.1.feed_forward.w2.weight"].bfloat16())
     assert sum(tensor.numel() for tensor in stored.values()) == sum(tensor.numel() for tensor in weights.values())
@@ -122,8 +120,8 @@ def test_weights_keep_their_type_and_their_bits(tmp_path: Path) -> None:
 def test_large_models_are_written_in_several_files_with_an_index(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = write(tmp_path / "meta", LLAMA_3, made(LLAMA_3), parts=2)
-    whole = load_file(converted(source) / "model.safetensors")
+    source = write(tmp_path / "meta", LLAMA_3, weights_for(LLAMA_3), parts=2)
+    whole = load_file(convert_beside(source) / "model.safetensors")
     shutil.rmtree(tmp_path / "meta-converted")
     monkeypatch.setattr(meta_checkpoint, "_FILE_BYTES", 40_000)
     folder = resolve_model(str(source)).folder
@@ -155,31 +153,31 @@ ROPE: dict[str, tuple[Params, bool, dict[str, Any], int, str]] = {
 
 
 @pytest.mark.parametrize("name", ROPE)
-def test_positions_are_those_of_the_version_and_what_was_not_stated_is_told(name: str, tmp_path: Path) -> None:
+def test_positions_are_those_of_the_version_and_what_was_not_stated_is_reported(name: str, tmp_path: Path) -> None:
     params, tied, rope, context, words = ROPE[name]
-    told: list[str] = []
-    config = config_of(converted(write(tmp_path / "meta", params, made(params, tied=tied)), told))
+    messages: list[str] = []
+    config = read_config(convert_beside(write(tmp_path / "meta", params, weights_for(params, tied=tied)), messages))
     assert rope.items() <= config["rope_parameters"].items()
     assert config["max_position_embeddings"] == context
-    assert (words in told[0]) if words else told == []
+    assert (words in messages[0]) if words else messages == []
 
 
 def test_an_output_layer_that_repeats_the_embedding_is_tied(tmp_path: Path) -> None:
-    weights = made(LLAMA_3_1, tied=True)
-    left_out = converted(write(tmp_path / "out", LLAMA_3_1, weights))
+    weights = weights_for(LLAMA_3_1, tied=True)
+    left_out = convert_beside(write(tmp_path / "out", LLAMA_3_1, weights))
     again = weights | {"output.weight": weights["tok_embeddings.weight"]}
     for parts in (1, 2):
-        repeated = converted(write(tmp_path / f"again{parts}", LLAMA_3_1, again, parts=parts))
-        assert config_of(repeated) == config_of(left_out)
+        repeated = convert_beside(write(tmp_path / f"again{parts}", LLAMA_3_1, again, parts=parts))
+        assert read_config(repeated) == read_config(left_out)
         assert "lm_head.weight" not in load_file(repeated / "model.safetensors")
-    other = converted(write(tmp_path / "other", LLAMA_3_1, made(LLAMA_3_1)))
-    assert not config_of(other)["tie_word_embeddings"]
+    other = convert_beside(write(tmp_path / "other", LLAMA_3_1, weights_for(LLAMA_3_1)))
+    assert not read_config(other)["tie_word_embeddings"]
     assert "lm_head.weight" in load_file(other / "model.safetensors")
 
 
 @pytest.mark.parametrize(("params", "stops"), [(LLAMA_2, [2]), (LLAMA_3, [275, 283]), (LLAMA_3_1, [275, 282, 283])])
 def test_generation_stops_where_metas_does(params: Params, stops: list[int], tmp_path: Path) -> None:
-    folder = converted(write(tmp_path / "meta", params, made(params)))
+    folder = convert_beside(write(tmp_path / "meta", params, weights_for(params)))
     generation = json.loads((folder / "generation_config.json").read_text("utf-8"))
     stated = generation["eos_token_id"]
     assert ([stated] if isinstance(stated, int) else stated) == stops
@@ -192,24 +190,24 @@ def test_generation_stops_where_metas_does(params: Params, stops: list[int], tmp
 
 
 def test_a_folder_is_converted_once_and_again_when_its_files_change(tmp_path: Path) -> None:
-    source = write(tmp_path / "llama-tiny", LLAMA_2, made(LLAMA_2))
-    told: list[str] = []
-    first = resolve_model(str(source), progress=told.append)
-    assert told == ["converting llama-tiny to safetensors, once"]
-    assert resolve_model(str(source), progress=told.append, offline=True) == first
-    assert len(told) == 1
+    source = write(tmp_path / "llama-tiny", LLAMA_2, weights_for(LLAMA_2))
+    messages: list[str] = []
+    first = resolve_model(str(source), progress=messages.append)
+    assert messages == ["converting llama-tiny to safetensors, once"]
+    assert resolve_model(str(source), progress=messages.append, offline=True) == first
+    assert len(messages) == 1
     assert first.folder.parent == tmp_path / "cache" / "models"
     moved = Path(shutil.move(source, tmp_path / "moved"))
     assert resolve_model(str(moved)).identity == first.identity
-    write(moved, LLAMA_2 | {"norm_eps": 1e-6}, made(LLAMA_2))
+    write(moved, LLAMA_2 | {"norm_eps": 1e-6}, weights_for(LLAMA_2))
     changed = resolve_model(str(moved))
     assert changed.revision != first.revision
-    assert config_of(changed.folder)["rms_norm_eps"] == 1e-6
+    assert read_config(changed.folder)["rms_norm_eps"] == 1e-6
 
 
 def test_a_folder_in_both_layouts_is_used_as_it_is(tmp_path: Path) -> None:
-    source = write(tmp_path / "meta", LLAMA_2, made(LLAMA_2))
-    folder = converted(source)
+    source = write(tmp_path / "meta", LLAMA_2, weights_for(LLAMA_2))
+    folder = convert_beside(source)
     assert is_meta_checkpoint(source)
     assert not is_meta_checkpoint(folder)
     for path in source.iterdir():
@@ -219,20 +217,20 @@ def test_a_folder_in_both_layouts_is_used_as_it_is(tmp_path: Path) -> None:
 
 
 def test_licences_travel_and_the_tokenizer_may_lie_above_as_the_download_leaves_it(tmp_path: Path) -> None:
-    source = write(tmp_path / "llama" / "llama-2-7b", LLAMA_2, made(LLAMA_2))
+    source = write(tmp_path / "llama" / "llama-2-7b", LLAMA_2, weights_for(LLAMA_2))
     shutil.move(source / "tokenizer.model", source.parent)
     (source.parent / "LICENSE").write_text("terms")
     (source.parent / "USE_POLICY.md").write_text("uses")
-    found = resolve_model(str(source))
-    assert [(path.name, path.parent) for path in found.licence_files] == [
-        ("LICENSE", found.folder),
-        ("USE_POLICY.md", found.folder),
+    resolved = resolve_model(str(source))
+    assert [(path.name, path.parent) for path in resolved.licence_files] == [
+        ("LICENSE", resolved.folder),
+        ("USE_POLICY.md", resolved.folder),
     ]
-    assert load_tokenizer(found.folder).convert_ids_to_tokens([259]) == ["▁t"]
+    assert load_tokenizer(resolved.folder).convert_ids_to_tokens([259]) == ["▁t"]
 
 
 def test_a_recipe_with_such_a_base_runs_to_the_end(tmp_path: Path) -> None:
-    write(tmp_path / "llama", LLAMA_3_1, made(LLAMA_3_1, tied=True), parts=2, dtype=torch.bfloat16)
+    write(tmp_path / "llama", LLAMA_3_1, weights_for(LLAMA_3_1, tied=True), parts=2, dtype=torch.bfloat16)
     write_rows(tmp_path / "rows.jsonl", 12)
     (tmp_path / "r.toml").write_text(
         'name = "tiny"\n[model]\nbase = "llama"\ntemplate = "llama-3.1"\n[data]\nmax_length = 256\n'
@@ -243,7 +241,7 @@ def test_a_recipe_with_such_a_base_runs_to_the_end(tmp_path: Path) -> None:
     done = corral("run", tmp_path / "r.toml", "--out", tmp_path / "run", "--json")
     assert done.returncode == 0, done.stderr
     assert set(json.loads(done.stdout)["stages"].values()) == {"done"}
-    merged = config_of(tmp_path / "run/merge/model")
+    merged = read_config(tmp_path / "run/merge/model")
     assert merged["tie_word_embeddings"]
     assert merged["rope_parameters"]["factor"] == 32.0
 
@@ -259,6 +257,10 @@ def change(folder: Path, name: str, edit: Callable[[dict[str, Any]], object]) ->
 
 def cut(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
+
+
+def state(**params: Any) -> Callable[[Path], object]:
+    return lambda folder: (folder / "params.json").write_text(json.dumps(LLAMA_3 | params))
 
 
 class _Evil:
@@ -293,10 +295,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a number": (lambda f: change(f, FIRST, lambda t: t.update(x=3)), "no table of tensors: 'x' is none"),
     "no params.json": (lambda f: (f / "params.json").unlink(), "no params.json"),
     "nonsense in params.json": (lambda f: (f / "params.json").write_text("{}"), "does not say dim"),
-    "experts": (
-        lambda f: (f / "params.json").write_text(json.dumps(LLAMA_3 | {"moe_args": {"top_k": 1}})),
-        "says moe_args",
-    ),
+    "experts": (state(moe_args={"top_k": 1}), "says moe_args"),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "no tokenizer.model"),
     "a broken tokenizer": (lambda f: cut(f / "tokenizer.model", 100), "tokenizer.model cannot be used"),
     "a smaller tokenizer": (
@@ -320,20 +319,14 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: change(f, FIRST, lambda t: t.update(bias=torch.ones(1))),
         "does not ask for (bias)",
     ),
-    "fewer layers stated": (
-        lambda f: (f / "params.json").write_text(json.dumps(LLAMA_3 | {"n_layers": 1})),
-        "9 tensors that params.json does not ask for (layers.1",
-    ),
-    "more layers stated": (
-        lambda f: (f / "params.json").write_text(json.dumps(LLAMA_3 | {"n_layers": 2**31})),
-        "lacks layers.2.attention_norm.weight",
-    ),
+    "fewer layers stated": (state(n_layers=1), "9 tensors that params.json does not ask for (layers.1"),
+    "more layers stated": (state(n_layers=2**31), "lacks layers.2.attention_norm.weight"),
     "another width": (
-        lambda f: (f / "params.json").write_text(json.dumps(LLAMA_3 | {"ffn_dim_multiplier": 2})),
+        state(ffn_dim_multiplier=2),
         "layers.0.feed_forward.w1.weight has shape [56, 32], and params.json asks for [176, 32] in 2 parts",
     ),
     "other heads": (
-        lambda f: (f / "params.json").write_text(json.dumps(LLAMA_3 | {"n_kv_heads": 4})),
+        state(n_kv_heads=4),
         "layers.0.attention.wk.weight has shape [8, 32], and params.json asks for [32, 32]",
     ),
     "quantised": (
@@ -348,7 +341,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_with_one_clear_error(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    source = write(tmp_path / "meta", LLAMA_3, made(LLAMA_3), parts=2)
+    source = write(tmp_path / "meta", LLAMA_3, weights_for(LLAMA_3), parts=2)
     damage, message = FAULTS[fault]
     damage(source)
     with pytest.raises(ModelError) as caught:
@@ -364,7 +357,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_with_one_clear_error(
 
 def test_memory_stays_flat_however_large_the_checkpoint(tmp_path: Path) -> None:
     params = LLAMA_3 | {"dim": 1024, "n_layers": 6, "n_heads": 8, "multiple_of": 256}
-    one = made(params | {"n_layers": 1})
+    one = weights_for(params | {"n_layers": 1})
     weights = {name: tensor.bfloat16() for name, tensor in one.items()}
     for i in range(1, params["n_layers"]):
         weights |= {n.replace("layers.0", f"layers.{i}"): t for n, t in weights.items() if n.startswith("layers.0.")}
@@ -382,9 +375,7 @@ def test_memory_stays_flat_however_large_the_checkpoint(tmp_path: Path) -> None:
         "m.convert(Path(sys.argv[1]), Path(sys.argv[2]), print); print(peak() - before)"
     )
     (tmp_path / "out").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(source), str(tmp_path / "out")], capture_output=True, text=True, check=False
-    )
+    done = run_python("-c", code, source, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert size > 150 * 2**20
     assert int(done.stdout) < 4 * 2**24, "a few times one file, whatever the size of all"

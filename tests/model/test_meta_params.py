@@ -35,7 +35,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-def written(folder: Path, value: Any) -> Path:
+def write_params(folder: Path, value: Any) -> Path:
     path = folder / "params.json"
     path.write_text(value if isinstance(value, str) else json.dumps(value))
     return path
@@ -44,7 +44,7 @@ def written(folder: Path, value: Any) -> Path:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_params_give_the_published_shape(name: str, tmp_path: Path) -> None:
     stated, hidden = PUBLISHED[name]
-    params = read_params(written(tmp_path, stated))
+    params = read_params(write_params(tmp_path, stated))
     assert params.hidden == hidden
     assert params.n_kv_heads == stated.get("n_kv_heads", stated["n_heads"])
     assert params.vocab_size == (None if stated["vocab_size"] == -1 else 128256)
@@ -52,10 +52,10 @@ def test_published_params_give_the_published_shape(name: str, tmp_path: Path) ->
 
 
 def test_what_is_null_or_off_or_of_the_program_alone_changes_nothing(tmp_path: Path) -> None:
-    plain = read_params(written(tmp_path, LLAMA_2_7B))
+    plain = read_params(write_params(tmp_path, LLAMA_2_7B))
     more = {"n_kv_heads": None, "ffn_dim_multiplier": None, "use_scaled_rope": False, "moe_args": None}
     more |= {"vision_chunk_size": -1, "use_qk_norm": False, "max_seq_len": 2048, "max_batch_size": 32}
-    assert read_params(written(tmp_path, LLAMA_2_7B | more)) == plain
+    assert read_params(write_params(tmp_path, LLAMA_2_7B | more)) == plain
 
 
 SCALED = {"use_scaled_rope": True}
@@ -98,7 +98,7 @@ def test_nonsense_and_other_architectures_are_refused(fault: str, tmp_path: Path
     if fault == "not UTF-8":
         path.write_bytes(b"\xff")
     else:
-        written(tmp_path, value)
+        write_params(tmp_path, value)
     with pytest.raises(ModelError) as caught:
         read_params(path)
     assert message in caught.value.what

@@ -15,7 +15,7 @@ from corral.errors import ModelError
 from corral.model.meta_tokenizer import read_tokenizer
 from corral.template import Template
 from tests.model.meta import TOKENS, WORDS, llama_2_pieces, sentencepiece, tiktoken_lines
-from tests.template.real import tokenizer
+from tests.template.real import LLAMA_3_SPLIT, tokenizer
 
 TEXTS = (
     "This is a test sentence.",
@@ -32,12 +32,8 @@ BYTES = [bytes([i]) for i in range(256)]
 
 def tiktoken_ids(text: str, ranks: dict[bytes, int]) -> list[int]:
     """tiktoken's rule in plain words: in each word, join the two neighbours that make the token of lowest rank."""
-    rule = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
     ids: list[int] = []
-    for word in regex.findall(rule, text):
+    for word in regex.findall(LLAMA_3_SPLIT, text):
         whole = word.encode()
         pieces = [whole] if whole in ranks else [bytes([byte]) for byte in whole]
         while len(pieces) > 1:
@@ -50,7 +46,7 @@ def tiktoken_ids(text: str, ranks: dict[bytes, int]) -> list[int]:
     return ids
 
 
-def written(tmp_path: Path, data: bytes) -> Path:
+def write_file(tmp_path: Path, data: bytes) -> Path:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(data)
     return path
@@ -58,46 +54,46 @@ def written(tmp_path: Path, data: bytes) -> Path:
 
 def test_llama_3s_own_file_gives_metas_ids() -> None:
     path = fetch("llama-3-tokenizer").files[0]
-    made = read_tokenizer(path, scaled_rope=True)
-    assert (made.size, made.bos, made.stops, made.tiktoken) == (128256, 128000, [128001, 128008, 128009], True)
+    loaded = read_tokenizer(path, scaled_rope=True)
+    assert (loaded.size, loaded.bos, loaded.stops, loaded.tiktoken) == (128256, 128000, [128001, 128008, 128009], True)
     # The example in the tests of Meta's own tokenizer.
-    assert made.fast("This is a test sentence.")["input_ids"] == [128000, 2028, 374, 264, 1296, 11914, 13]
+    assert loaded.fast("This is a test sentence.")["input_ids"] == [128000, 2028, 374, 264, 1296, 11914, 13]
     lines = (line.split() for line in path.read_bytes().splitlines())
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     for text in TEXTS:
-        ids = made.fast(text, add_special_tokens=False)["input_ids"]
+        ids = loaded.fast(text, add_special_tokens=False)["input_ids"]
         assert ids == tiktoken_ids(text, ranks), text
-        assert made.fast.decode(ids) == text
+        assert loaded.fast.decode(ids) == text
     theirs = json.loads(tokenizer("llama-3").backend_tokenizer.to_str())["model"]
-    assert json.loads(made.fast.backend_tokenizer.to_str())["model"] == theirs
+    assert json.loads(loaded.fast.backend_tokenizer.to_str())["model"] == theirs
 
 
 def test_llama_2s_pieces_give_metas_ids(tmp_path: Path) -> None:
     path = fetch("llama-2-tokenizer").files[0]
     theirs = json.loads(path.read_text("utf-8"))
     words = list(theirs["model"]["vocab"])[259:]
-    made = read_tokenizer(written(tmp_path, sentencepiece(llama_2_pieces(words))), scaled_rope=False)
-    assert (made.size, made.bos, made.stops, made.tiktoken) == (32000, 1, [2], False)
-    assert made.fast("Hello world")["input_ids"] == [1, 15043, 3186]
-    ours = json.loads(made.fast.backend_tokenizer.to_str())
+    loaded = read_tokenizer(write_file(tmp_path, sentencepiece(llama_2_pieces(words))), scaled_rope=False)
+    assert (loaded.size, loaded.bos, loaded.stops, loaded.tiktoken) == (32000, 1, [2], False)
+    assert loaded.fast("Hello world")["input_ids"] == [1, 15043, 3186]
+    ours = json.loads(loaded.fast.backend_tokenizer.to_str())
     assert ours["model"]["vocab"] == theirs["model"]["vocab"]
     assert [" ".join(pair) for pair in ours["model"]["merges"]] == theirs["model"]["merges"]
     reference = tokenizer("llama-2")
     for text in TEXTS:
-        assert made.fast(text)["input_ids"] == reference(text)["input_ids"], text
+        assert loaded.fast(text)["input_ids"] == reference(text)["input_ids"], text
     for name in ("normalizer", "pre_tokenizer", "decoder", "added_tokens"):
         assert ours[name] == theirs[name]
 
 
 def test_the_names_of_special_tokens_are_those_of_the_version(tmp_path: Path) -> None:
-    path = written(tmp_path, tiktoken_lines(BYTES + TOKENS))
+    path = write_file(tmp_path, tiktoken_lines(BYTES + TOKENS))
     first = 256 + len(TOKENS)
     third = read_tokenizer(path, scaled_rope=False)
     later = read_tokenizer(path, scaled_rope=True)
     assert third.size == later.size == first + 256
 
-    def names(made: Any) -> list[str]:
-        return [made.fast.convert_ids_to_tokens(first + place).strip("<|>") for place in (*range(12), 255)]
+    def names(loaded: Any) -> list[str]:
+        return [loaded.fast.convert_ids_to_tokens(first + number).strip("<|>") for number in (*range(12), 255)]
 
     reserved = [f"reserved_special_token_{i}" for i in range(251)]
     start = ["begin_of_text", "end_of_text", *reserved[:2]]
@@ -112,8 +108,8 @@ def test_the_names_of_special_tokens_are_those_of_the_version(tmp_path: Path) ->
 
 
 def test_no_chat_template_is_made_up_and_those_that_ship_fit(tmp_path: Path) -> None:
-    three = read_tokenizer(written(tmp_path, tiktoken_lines(BYTES)), scaled_rope=True)
-    two = read_tokenizer(written(tmp_path, sentencepiece(llama_2_pieces(WORDS))), scaled_rope=False)
+    three = read_tokenizer(write_file(tmp_path, tiktoken_lines(BYTES)), scaled_rope=True)
+    two = read_tokenizer(write_file(tmp_path, sentencepiece(llama_2_pieces(WORDS))), scaled_rope=False)
     assert three.fast.chat_template is None
     assert two.fast.chat_template is None
     assert Template.load(three.fast, "llama-3.1").stop_ids == (three.stops[0], three.stops[2])
@@ -121,12 +117,12 @@ def test_no_chat_template_is_made_up_and_those_that_ship_fit(tmp_path: Path) -> 
 
 
 def test_a_model_without_the_first_space_writes_none(tmp_path: Path) -> None:
-    made = read_tokenizer(
-        written(tmp_path, sentencepiece(llama_2_pieces(WORDS), add_dummy_prefix=False)), scaled_rope=False
+    loaded = read_tokenizer(
+        write_file(tmp_path, sentencepiece(llama_2_pieces(WORDS), add_dummy_prefix=False)), scaled_rope=False
     )
-    ids = made.fast("in the")["input_ids"]
-    assert made.fast.convert_ids_to_tokens(ids) == ["<s>", "in", "▁the"]
-    assert made.fast.decode(ids, skip_special_tokens=True) == "in the"
+    ids = loaded.fast("in the")["input_ids"]
+    assert loaded.fast.convert_ids_to_tokens(ids) == ["<s>", "in", "▁the"]
+    assert loaded.fast.decode(ids, skip_special_tokens=True) == "in the"
 
 
 PIECES = llama_2_pieces(WORDS)
@@ -167,7 +163,7 @@ FAULTS: dict[str, tuple[Callable[[], bytes], str]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_file_that_cannot_give_metas_ids_is_refused(fault: str, tmp_path: Path) -> None:
     make, message = FAULTS[fault]
-    path = written(tmp_path, make())
+    path = write_file(tmp_path, make())
     with pytest.raises(ModelError, match=message) as caught:
         read_tokenizer(path, scaled_rope=False)
     assert caught.value.where == str(path)

@@ -1,15 +1,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +15,7 @@ import numpy as np
 import openvino as ov
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from corral.engines.base import Completion, Sampling
@@ -24,6 +23,7 @@ from corral.engines.openvino import OpenVinoEngine
 from corral.errors import ModelError
 from corral.model import openvino_graph as writer
 from corral.model.openvino_graph import MODEL_FILE, Precision, cached_form, stored_weight, write_model
+from tests.conftest import change_json, run_python
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 CONTEXT = 512
@@ -34,9 +34,9 @@ TOLERANCE = 2e-4
 PLAIN = 0.1
 """What every planted fault exceeds; the mildest, another epsilon, is seen at 0.4."""
 TEXT = torch.randint(0, 256, (230,), generator=torch.Generator().manual_seed(0)).tolist()
-LLAMA3 = {
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 5e5}
+LLAMA3 = PLAIN_ROPE | {
     "rope_type": "llama3",
-    "rope_theta": 5e5,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": ORIGINAL,
@@ -52,37 +52,16 @@ class Family:
 
 
 GQA = {"num_key_value_heads": 2}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": ORIGINAL}
+LLAMA3_2 = {"num_key_value_heads": 1, "head_dim": 32, "tie_word_embeddings": True}
 FAMILIES = {
     "Llama 2": Family({"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
-    "Llama 3": Family(GQA | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
-    "Llama 3.1": Family(
-        GQA | {"rope_parameters": LLAMA3 | {"factor": 8.0}}, {"rope_type": "default", "rope_theta": 5e5}
-    ),
-    "Llama 3.2": Family(
-        {
-            "num_key_value_heads": 1,
-            "head_dim": 32,
-            "tie_word_embeddings": True,
-            "rope_parameters": LLAMA3 | {"factor": 32.0},
-        },
-        {"rope_type": "default", "rope_theta": 5e5},
-    ),
-    "linear": Family(
-        GQA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
-        {"rope_type": "default", "rope_theta": 1e4},
-    ),
-    "YaRN": Family(
-        GQA
-        | {
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 1e4,
-                "factor": 8.0,
-                "original_max_position_embeddings": ORIGINAL,
-            }
-        },
-        {"rope_type": "default", "rope_theta": 1e4},
-    ),
+    "Llama 3": Family(GQA | {"rope_parameters": PLAIN_ROPE}),
+    "Llama 3.1": Family(GQA | {"rope_parameters": LLAMA3 | {"factor": 8.0}}, PLAIN_ROPE),
+    "Llama 3.2": Family(LLAMA3_2 | {"rope_parameters": LLAMA3 | {"factor": 32.0}}, PLAIN_ROPE),
+    "linear": Family(GQA | {"rope_parameters": LINEAR}, PLAIN_ROPE | {"rope_theta": 1e4}),
+    "YaRN": Family(GQA | {"rope_parameters": YARN}, PLAIN_ROPE | {"rope_theta": 1e4}),
     "biases": Family(GQA | {"attention_bias": True, "mlp_bias": True}),
     # 80 is no multiple of 32, 128 is: int4 for some matrices of a layer, int8 for the others.
     "odd width": Family({"hidden_size": 80, "num_attention_heads": 5, "num_key_value_heads": 1}),
@@ -119,13 +98,12 @@ def random_llama(name: str, **changes: Any) -> LlamaForCausalLM:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of each family, made once."""
-    made: dict[str, Path] = {}
 
+    @cache
     def folder(name: str) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp("llama")
-            random_llama(name).save_pretrained(made[name])
-        return made[name]
+        path = tmp_path_factory.mktemp("llama")
+        random_llama(name).save_pretrained(path)
+        return path
 
     return folder
 
@@ -162,16 +140,18 @@ def gap(a: Sequence[float], b: Sequence[float]) -> float:
     return float(np.abs(np.subtract(a, b)).max())
 
 
-def asked(form: Path, text: Sequence[int], sampling: Sampling | None = None) -> tuple[list[float], Completion | None]:
+def score_and_complete(
+    form: Path, text: Sequence[int], sampling: Sampling | None = None
+) -> tuple[list[float], Completion | None]:
     """Scores of a text, and a completion of its first 50 ids, by the engine."""
 
-    async def ask() -> tuple[list[float], Completion | None]:
+    async def work() -> tuple[list[float], Completion | None]:
         async with OpenVinoEngine(form, exact=True) as engine:
             scored = await engine.score(text)
             completions = await engine.submit(text[:50], sampling).completions() if sampling else [None]
             return scored, completions[0]
 
-    return asyncio.run(ask())
+    return asyncio.run(work())
 
 
 # ---- the form computes what transformers computes with the same weights
@@ -182,7 +162,7 @@ def test_scores_and_greedy_completions_are_those_of_transformers(
     folders: Callable[[str], Path], tmp_path: Path, name: str, precision: Precision
 ) -> None:
     form = write(folders(name), tmp_path / "form", precision)
-    scored, completion = asked(form, TEXT, Sampling(max_tokens=100, logprobs=True))
+    scored, completion = score_and_complete(form, TEXT, Sampling(max_tokens=100, logprobs=True))
     model = reference(name, precision)
     expected = scores(model, TEXT)
     assert np.std(expected) > 1, "a model that prefers nothing proves nothing"
@@ -202,8 +182,14 @@ def test_a_model_whose_scaling_is_ignored_is_plainly_another(name: str) -> None:
     assert gap(scores(reference(name, "f32"), TEXT), unscaled) > 1
 
 
-def positions(mask: Any) -> Any:
-    return np.maximum(mask.cumsum(1) - 1, 0)
+BATCH = [TEXT[:90], TEXT[100:150]]
+
+
+def pad_on_the_left(texts: Sequence[list[int]]) -> tuple[Any, Any]:
+    """[texts, longest] each: their ids, and a mask that is 0 for what was added."""
+    pads = [max(map(len, texts)) - len(text) for text in texts]
+    ids = np.array([[0] * pad + text for text, pad in zip(texts, pads, strict=True)])
+    return ids, np.array([[0] * pad + [1] * len(text) for text, pad in zip(texts, pads, strict=True)])
 
 
 @pytest.mark.parametrize("name", ["Llama 2", "Llama 3.1", "Llama 3.2"])
@@ -215,11 +201,9 @@ def test_a_padded_batch_gives_each_text_the_logits_it_has_alone(
     form = write(folders(name), tmp_path / "form", precision)
     exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
     request = ov.Core().compile_model(form / MODEL_FILE, "CPU", exact).create_infer_request()
-    texts, pads, length = [TEXT[:90], TEXT[100:150]], [0, 40], 90
     model = reference(name, precision)
-    expected = [all_logprobs(model, text) for text in texts]
-    whole = np.array([[0] * pad + text for text, pad in zip(texts, pads, strict=True)])
-    mask = np.array([[0] * pad + [1] * (length - pad) for pad in pads])
+    expected = [all_logprobs(model, text) for text in BATCH]
+    whole, mask = pad_on_the_left(BATCH)
     done = 0
     for new in (70, 1, 1, 17):  # a prompt, two ids that follow it, and several at once
         span = slice(done, done + new)
@@ -227,14 +211,14 @@ def test_a_padded_batch_gives_each_text_the_logits_it_has_alone(
         inputs = {
             "input_ids": whole[:, span],
             "attention_mask": mask[:, :done],
-            "position_ids": positions(mask)[:, span],
+            "position_ids": np.maximum(mask.cumsum(1) - 1, 0)[:, span],
             "beam_idx": np.arange(2, dtype=np.int32),
         }
         logits = torch.from_numpy(np.array(request.infer(inputs)["logits"])).log_softmax(-1)
-        for row, (pad, wanted) in enumerate(zip(pads, expected, strict=True)):
+        for row, (pad, alone) in enumerate(zip((0, 40), expected, strict=True)):
             first = max(span.start, pad)
             ours = logits[row, first - span.start :]
-            assert (ours - wanted[first - pad : done - pad]).abs().max() < TOLERANCE
+            assert (ours - alone[first - pad : done - pad]).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["Llama 3.1", "Llama 3.2"])
@@ -248,11 +232,8 @@ def test_openvinos_own_pipeline_without_paged_attention_answers_a_padded_batch_a
     pipeline: Any = openvino_genai.LLMPipeline(str(form), "CPU", **exact)
     config: Any = openvino_genai.GenerationConfig(max_new_tokens=60, ignore_eos=True)
     config.set_eos_token_id(0)
-    texts, pads = [TEXT[:90], TEXT[100:150]], [0, 40]
-    ids = np.array([[0] * pad + text for text, pad in zip(texts, pads, strict=True)])
-    mask = np.array([[0] * pad + [1] * (90 - pad) for pad in pads])
-    answers = pipeline.generate(openvino_genai.TokenizedInputs(ov.Tensor(ids), ov.Tensor(mask)), config).tokens
-    for text, answer in zip(texts, answers, strict=True):
+    inputs = openvino_genai.TokenizedInputs(*map(ov.Tensor, pad_on_the_left(BATCH)))
+    for text, answer in zip(BATCH, pipeline.generate(inputs, config).tokens, strict=True):
         assert len(answer) == 60
         table = all_logprobs(reference(name, "f32"), [*text, *answer])[len(text) - 1 :]
         chosen = table.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
@@ -296,39 +277,34 @@ def without_a_norm(read: Callable[[str], Any], name: str) -> Any:
 
 
 @pytest.mark.parametrize("change", [permuted, swapped, without_a_norm], ids=lambda change: change.__name__)
-def test_weights_in_wrong_places_are_told_by_the_scores(
+def test_weights_in_wrong_places_show_in_the_scores(
     folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any
 ) -> None:
     with read_as(monkeypatch, change):
         form = write(folders("Llama 3.1"), tmp_path / "form", "f32")
-    scored, _ = asked(form, TEXT)
+    scored, _ = score_and_complete(form, TEXT)
     assert gap(scored, scores(reference("Llama 3.1", "f32"), TEXT)) > PLAIN
 
 
-def test_a_rope_without_its_scaling_is_told_by_the_scores(
+def test_a_rope_without_its_scaling_shows_in_the_scores(
     folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = 5e5 ** -(np.arange(0, 16, 2, dtype=np.float32) / 16)
     monkeypatch.setattr(writer, "_rope", lambda config, folder: (plain, 1.0))
-    scored, _ = asked(write(folders("Llama 3.1"), tmp_path / "form", "f32"), TEXT)
+    scored, _ = score_and_complete(write(folders("Llama 3.1"), tmp_path / "form", "f32"), TEXT)
     assert gap(scored, scores(reference("Llama 3.1", "f32"), TEXT)) > PLAIN
     unscaled = reference("Llama 3.1", "f32", rope_parameters=FAMILIES["Llama 3.1"].unscaled)
     assert gap(scored, scores(unscaled, TEXT)) < TOLERANCE, "it is this fault and no other"
 
 
-def test_another_epsilon_of_the_norms_is_told_by_the_scores(folders: Callable[[str], Path], tmp_path: Path) -> None:
+def test_another_epsilon_of_the_norms_shows_in_the_scores(folders: Callable[[str], Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(folders("Llama 2"), tmp_path / "llama"))
-    change_config(folder, rms_norm_eps=1e-6)
-    scored, _ = asked(write(folder, tmp_path / "form", "f32"), TEXT)
+    change_json(folder / "config.json", rms_norm_eps=1e-6)
+    scored, _ = score_and_complete(write(folder, tmp_path / "form", "f32"), TEXT)
     assert gap(scored, scores(reference("Llama 2", "f32"), TEXT)) > PLAIN
 
 
 # ---- refusals
-
-
-def change_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **changes}))
 
 
 @pytest.fixture
@@ -338,62 +314,58 @@ def folder(folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.M
     return Path(shutil.copytree(folders("Llama 3"), tmp_path / "model"))
 
 
-def test_frequencies_that_change_with_the_length_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
-    change_config(folder, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
-    with pytest.raises(ModelError, match="'dynamic'") as caught:
-        write_model(folder, tmp_path, "f32")
-    assert caught.value.where == str(folder / "config.json")
-    assert 'engine = "transformers"' in (caught.value.hint or "")
-
-
-def test_another_activation_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
-    change_config(folder, hidden_act="gelu")
-    with pytest.raises(ModelError, match="'gelu'"):
-        write_model(folder, tmp_path, "f32")
-
-
 def change_weight(folder: Path, name: str, change: Callable[[Any], Any] | None) -> None:
     """Replace a weight, or drop it."""
-    from safetensors.torch import load_file, save_file
-
     path = folder / "model.safetensors"
     weights = load_file(path)
     weight = weights.pop(name)
     save_file(weights | ({name: change(weight)} if change else {}), path, {"format": "pt"})
 
 
-def test_a_missing_weight_is_named(folder: Path, tmp_path: Path) -> None:
-    name = "model.layers.1.mlp.up_proj.weight"
-    change_weight(folder, name, None)
-    with pytest.raises(ModelError, match=name) as caught:
-        write_model(folder, tmp_path, "f32")
-    assert caught.value.where == str(folder)
+def put_into(weight: Any, value: float) -> Any:
+    weight[3, 4] = value
+    return weight
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_weight_of_another_shape_than_the_config_says_is_named(
-    folder: Path, tmp_path: Path, precision: Precision
-) -> None:
-    name = "model.layers.0.self_attn.k_proj.weight"
-    change_weight(folder, name, lambda weight: weight[:16].clone())
-    with pytest.raises(ModelError, match=name):
-        write_model(folder, tmp_path, precision)
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+UP, KEYS = "model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.k_proj.weight"
+# A change, precisions in which it is refused, what the error names.
+REFUSED: dict[str, tuple[Callable[[Path], None], Sequence[Precision], str]] = {
+    "frequencies that change with the length": (
+        lambda f: change_json(f / "config.json", rope_parameters=DYNAMIC),
+        ["f32"],
+        "'dynamic'",
+    ),
+    "another activation": (lambda f: change_json(f / "config.json", hidden_act="gelu"), ["f32"], "'gelu'"),
+    "a missing weight": (lambda f: change_weight(f, UP, None), ["f32"], UP),
+    "a weight of another shape than the config says": (
+        lambda f: change_weight(f, KEYS, lambda weight: weight[:16].clone()),
+        PRECISIONS,
+        KEYS,
+    ),
+    **{
+        f"a weight that the form cannot hold, {value}": (
+            lambda f, value=value: change_weight(f, KEYS, lambda weight: put_into(weight, value)),
+            ["f16", "int8", "int4"],
+            KEYS,
+        )
+        for value in (float("nan"), float("inf"), 1e30)
+    },
+}
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
-@pytest.mark.parametrize("precision", ["f16", "int8", "int4"])
-def test_a_weight_that_the_form_cannot_hold_is_named(
-    folder: Path, tmp_path: Path, precision: Precision, value: float
-) -> None:
-    name = "model.layers.0.self_attn.k_proj.weight"
-
-    def spoiled(weight: Any) -> Any:
-        weight[3, 4] = value
-        return weight
-
-    change_weight(folder, name, spoiled)
-    with pytest.raises(ModelError, match=name):
-        write_model(folder, tmp_path, precision)
+@pytest.mark.parametrize("fault", REFUSED)
+def test_a_model_is_refused_for(fault: str, folder: Path, tmp_path: Path) -> None:
+    change, precisions, words = REFUSED[fault]
+    change(folder)
+    for precision in precisions:
+        with pytest.raises(ModelError, match=words) as caught:
+            write_model(folder, tmp_path, precision)
+    if words == "'dynamic'":
+        assert caught.value.where == str(folder / "config.json")
+        assert 'engine = "transformers"' in (caught.value.hint or "")
+    if words == UP:
+        assert caught.value.where == str(folder)
 
 
 # ---- the cache
@@ -421,7 +393,7 @@ def test_a_folder_is_converted_once_and_equal_content_shares_it(
     assert cached_form(twin, "f32") == form
     assert written == [folder]
     assert cached_form(folder, "f16") != form
-    change_config(twin, rms_norm_eps=1e-3)
+    change_json(twin / "config.json", rms_norm_eps=1e-3)
     assert cached_form(twin, "f32") != form
     assert written == [folder, folder, twin]
     assert {path.name for path in form.iterdir()} >= {MODEL_FILE, "openvino_model.bin", "config.json"}
@@ -431,12 +403,12 @@ def test_the_four_forms_used_last_are_kept(folder: Path, monkeypatch: pytest.Mon
     written = count_writes(monkeypatch)
     forms: list[Path] = []
     for i, epsilon in enumerate((1e-3, 1e-4, 1e-5, 1e-6)):
-        change_config(folder, rms_norm_eps=epsilon)
+        change_json(folder / "config.json", rms_norm_eps=epsilon)
         forms.append(cached_form(folder, "f16"))
         os.utime(forms[-1], (i, i))
-    change_config(folder, rms_norm_eps=1e-3)
+    change_json(folder / "config.json", rms_norm_eps=1e-3)
     assert cached_form(folder, "f16") == forms[0], "used again, and so no longer the oldest"
-    change_config(folder, rms_norm_eps=1e-7)
+    change_json(folder / "config.json", rms_norm_eps=1e-7)
     fifth = cached_form(folder, "f16")
     assert len(written) == 5
     kept = {path for path in fifth.parent.iterdir() if path.is_dir()}
@@ -456,14 +428,14 @@ def killed(model, path, **options):
 save, openvino_graph.ov.save_model = openvino_graph.ov.save_model, killed
 openvino_graph.cached_form(Path(sys.argv[1]), "f32")
 """
-    killed = subprocess.run([sys.executable, "-c", program, str(folder)], check=False)
+    killed = run_python("-c", program, folder)
     assert killed.returncode == -signal.SIGKILL
-    place = Path(os.environ["CORRAL_CACHE"]) / "openvino"
-    left = [path for path in place.iterdir() if path.is_dir()]
+    forms = Path(os.environ["CORRAL_CACHE"]) / "openvino"
+    left = [path for path in forms.iterdir() if path.is_dir()]
     assert len(left) == 1
     assert (left[0] / MODEL_FILE).is_file(), "it was killed late enough to leave a whole model under another name"
-    change_config(folder, rms_norm_eps=1e-3)
+    change_json(folder / "config.json", rms_norm_eps=1e-3)
     other = cached_form(folder, "f32")
-    assert [path for path in place.iterdir() if path.is_dir()] == [other], "what was left is cleared by the next"
-    scored, _ = asked(other, TEXT[:40])
+    assert [path for path in forms.iterdir() if path.is_dir()] == [other], "what was left is cleared by the next"
+    scored, _ = score_and_complete(other, TEXT[:40])
     assert len(scored) == 39

@@ -8,8 +8,6 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from corral.errors import MissingExtraError
@@ -19,9 +17,17 @@ from corral.model.compute.quantised_weights import dequantise_weight, is_int8, i
 from corral.model.loading import load_model
 from corral.model.quantisation import Quantization
 from tests.conftest import make_tiny_model
+from tests.model.tiny import (
+    IDS,
+    assert_gradients_equal,
+    layers_with_replaced_forwards,
+    loss_and_gradients,
+    remove_replaced_forwards,
+    with_adapter,
+)
 
 KINDS = [Quantization("nf4"), Quantization("int8")]
-IDS = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(0))
+TARGETS = ["q_proj", "o_proj", "up_proj"]
 
 
 @pytest.fixture(scope="module")
@@ -35,40 +41,16 @@ def linears(model: Any) -> dict[str, Any]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lora" not in n}
 
 
-def adapted(model: Any, *, dropout: float = 0.0, dora: bool = False) -> Any:
-    torch.manual_seed(1)
-    targets = ["q_proj", "o_proj", "up_proj"]
-    config = LoraConfig(
-        r=4, lora_alpha=8, target_modules=targets, lora_dropout=dropout, use_dora=dora, init_lora_weights=False
-    )
-    if dora:
-        config.init_lora_weights = True
-    return get_peft_model(model, config)
-
-
-def their_own(model: Any) -> Any:
-    """The model with every forward as its library has it."""
-    for module in model.modules():
-        module.__dict__.pop("forward", None)
-    return model
-
-
-def loss_and_gradients(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
-    loss = model(input_ids=IDS, labels=IDS).loss
-    loss.backward()
-    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.kind)
 def test_only_the_linear_layers_before_the_head_are_quantised(
     kind: Quantization, dtype: Literal["float32", "bfloat16"], untied: Path
 ) -> None:
     model: Any = load_model(untied, dtype=dtype, quantization=kind)
-    of_kind = is_nf4 if kind.kind == "nf4" else is_int8
+    is_quantised = is_nf4 if kind.kind == "nf4" else is_int8
     layers = linears(model)
     assert len(layers) == 2 * 7 + 1
-    assert {n for n, m in layers.items() if not of_kind(m)} == {"lm_head"}
+    assert {n for n, m in layers.items() if not is_quantised(m)} == {"lm_head"}
     others = [model.lm_head.weight, model.model.embed_tokens.weight, model.model.norm.weight]
     assert {p.dtype for p in others} == {getattr(torch, dtype)}
     if kind.kind == "nf4":
@@ -100,17 +82,15 @@ def test_an_nf4_weight_is_restored_from_its_table_bit_for_bit(untied: Path) -> N
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.kind)
 def test_losses_and_gradients_are_those_of_bitsandbytes_and_peft(kind: Quantization, untied: Path) -> None:
-    theirs = their_own(adapted(load_model(untied, quantization=kind)))
-    ours = adapted(load_model(untied, quantization=kind))
+    theirs = remove_replaced_forwards(with_adapter(TARGETS, load_model(untied, quantization=kind)))
+    ours = with_adapter(TARGETS, load_model(untied, quantization=kind))
     fuse(ours)
     # bitsandbytes rounds inputs to int8 in evaluation only, and would compute NF4 in bfloat16 there.
     theirs.train(kind.kind == "nf4")
-    expected, their_gradients = loss_and_gradients(theirs)
+    expected_loss, expected = loss_and_gradients(theirs)
     loss, gradients = loss_and_gradients(ours.train())
-    assert loss == pytest.approx(expected, rel=1e-5)
-    assert gradients.keys() == their_gradients.keys()
-    for name, gradient in their_gradients.items():
-        torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=2e-5 * gradient.abs().max().item())
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+    assert_gradients_equal(gradients, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.kind)
@@ -136,22 +116,27 @@ def test_outliers_above_the_threshold_are_multiplied_unquantised(untied: Path) -
     assert (apart - exact).norm() < 0.1 * (all_rounded - exact).norm()
 
 
-def test_one_product_for_an_adapter_only_where_it_is_exact(untied: Path) -> None:
-    def replaced(model: Any) -> set[str]:
-        fuse(model)
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
-        return {n.rpartition(".")[2] for n, m in layers.items() if "forward" in vars(m)}
-
-    nf4, int8 = KINDS
-    assert replaced(adapted(load_model(untied, quantization=nf4))) == {"q_proj", "o_proj", "up_proj"}
-    assert replaced(adapted(load_model(untied, quantization=nf4), dropout=0.1)) == set()
-    assert replaced(adapted(load_model(untied, quantization=nf4), dora=True)) == set()
-    assert replaced(adapted(load_model(untied, quantization=int8))) == set()
+@pytest.mark.parametrize(
+    ("kind", "settings", "replaced"),
+    [
+        (KINDS[0], {}, TARGETS),
+        (KINDS[0], {"lora_dropout": 0.1}, []),
+        (KINDS[0], {"use_dora": True, "init_lora_weights": True}, []),
+        (KINDS[1], {}, []),
+    ],
+    ids=["nf4", "dropout", "dora", "int8"],
+)
+def test_one_product_for_an_adapter_only_where_it_is_exact(
+    kind: Quantization, settings: dict[str, Any], replaced: list[str], untied: Path
+) -> None:
+    model = with_adapter(TARGETS, load_model(untied, quantization=kind), **settings)
+    fuse(model)
+    assert layers_with_replaced_forwards(model) == set(replaced)
 
 
 def test_with_the_adapter_off_it_is_the_quantised_base(untied: Path) -> None:
     base = load_model(untied, quantization=KINDS[0])(input_ids=IDS).logits
-    model = adapted(load_model(untied, quantization=KINDS[0]))
+    model = with_adapter(TARGETS, load_model(untied, quantization=KINDS[0]))
     fuse(model)
     assert not torch.allclose(model(input_ids=IDS).logits, base, atol=1e-2)
     with model.disable_adapter():

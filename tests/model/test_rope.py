@@ -33,20 +33,20 @@ def divisors(stated: dict[str, Any], head_dim: int) -> np.ndarray:
 @pytest.mark.parametrize(("factor", "head_dim"), [(8.0, 128), (32.0, 64)])
 def test_the_published_rules_are_found_again(factor: float, head_dim: int) -> None:
     published = rule(factor, 1.0, 4.0, 8192, 5e5)
-    made = divisors(published, head_dim)
-    assert made.shape == (head_dim // 2,)
-    assert (made[0], made[-1]) == (1, factor)
-    assert llama3_parameters(made, 5e5) == published
+    exact = divisors(published, head_dim)
+    assert exact.shape == (head_dim // 2,)
+    assert (exact[0], exact[-1]) == (1, factor)
+    assert llama3_parameters(exact, 5e5) == published
 
 
 @pytest.mark.parametrize(
     "stated", [rule(16.0, 1.0, 8.0, 4096, 5e5), rule(4.0, 2.0, 6.0, 2048, 1e4), rule(8.0, 1.0, 4.0, 64, 1e4)]
 )
 def test_other_rules_are_solved_for_and_give_the_same_divisors(stated: dict[str, Any]) -> None:
-    made = divisors(stated, 128)
-    found = llama3_parameters(made, stated["rope_theta"])
-    assert found is not None
-    np.testing.assert_allclose(divisors(found, 128), made, rtol=2e-6)
+    exact = divisors(stated, 128)
+    solved = llama3_parameters(exact, stated["rope_theta"])
+    assert solved is not None
+    np.testing.assert_allclose(divisors(solved, 128), exact, rtol=2e-6)
 
 
 def test_divisors_of_one_are_no_scaling() -> None:
@@ -65,5 +65,5 @@ def test_divisors_of_one_are_no_scaling() -> None:
         np.array([1, 1e30]),
     ],
 )
-def test_divisors_that_no_rule_makes_have_none(values: np.ndarray) -> None:
+def test_divisors_that_no_rule_gives_have_no_parameters(values: np.ndarray) -> None:
     assert llama3_parameters(values.astype(np.float32), 5e5) is None

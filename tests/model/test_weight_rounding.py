@@ -29,22 +29,22 @@ def matrices(draw: st.DrawFn, multiple: int) -> Any:
 @given(matrices(multiple=7))
 @settings(max_examples=200, deadline=None)
 def test_int8_is_out_by_half_a_scale_at_most(weight: Any) -> None:
-    made = to_int8(weight)
-    assert made.values.dtype == np.int8
-    assert made.scales.dtype == np.float16
-    assert made.scales.shape == (len(weight), 1)
-    assert (np.abs(made.dequantise() - weight) <= HALF * made.scales.astype(np.float32)).all()
+    rounded = to_int8(weight)
+    assert rounded.values.dtype == np.int8
+    assert rounded.scales.dtype == np.float16
+    assert rounded.scales.shape == (len(weight), 1)
+    assert (np.abs(rounded.dequantise() - weight) <= HALF * rounded.scales.astype(np.float32)).all()
 
 
 @given(matrices(multiple=GROUP))
 @settings(max_examples=200, deadline=None)
 def test_int4_is_out_by_half_a_scale_at_most_and_keeps_every_zero(weight: Any) -> None:
-    made = to_int4(weight)
-    assert made.values.max() <= 15
-    assert made.zeros.max() <= 15
-    restored = made.dequantise()
+    rounded = to_int4(weight)
+    assert rounded.values.max() <= 15
+    assert rounded.zeros.max() <= 15
+    restored = rounded.dequantise()
     assert restored.shape == weight.shape
-    bound = HALF * np.repeat(made.scales.astype(np.float32)[..., 0], GROUP, axis=1)
+    bound = HALF * np.repeat(rounded.scales.astype(np.float32)[..., 0], GROUP, axis=1)
     assert (np.abs(restored - weight) <= bound).all()
     assert (restored[weight == 0] == 0).all()
 
@@ -60,24 +60,24 @@ def test_what_was_rounded_is_not_moved_again_by_more_than_its_scale_is(weight: A
 
 def test_int8_equals_torchs_own_quantisation_by_row() -> None:
     weight = torch.randn(16, 40, generator=torch.Generator().manual_seed(0))
-    made = to_int8(weight.numpy())
-    scales = torch.from_numpy(made.scales.astype(np.float32)).squeeze(1)
+    rounded = to_int8(weight.numpy())
+    scales = torch.from_numpy(rounded.scales.astype(np.float32)).squeeze(1)
     assert torch.allclose(scales, weight.abs().amax(1) / 127, rtol=1e-3)
     theirs = torch.fake_quantize_per_channel_affine(weight, scales, torch.zeros(16, dtype=torch.int32), 0, -127, 127)
-    assert np.allclose(made.dequantise(), theirs.numpy(), atol=1e-6)
+    assert np.allclose(rounded.dequantise(), theirs.numpy(), atol=1e-6)
 
 
 def test_int4_equals_torchs_own_quantisation_by_group() -> None:
     weight = torch.randn(16, 4 * GROUP, generator=torch.Generator().manual_seed(0))
-    made = to_int4(weight.numpy())
+    rounded = to_int4(weight.numpy())
     groups = weight.reshape(-1, GROUP)
-    scales = torch.from_numpy(made.scales.astype(np.float32)).reshape(-1)
-    zeros = torch.from_numpy(made.zeros.astype(np.int32)).reshape(-1)
+    scales = torch.from_numpy(rounded.scales.astype(np.float32)).reshape(-1)
+    zeros = torch.from_numpy(rounded.zeros.astype(np.int32)).reshape(-1)
     spread = groups.amax(1).clamp(min=0) - groups.amin(1).clamp(max=0)
     assert torch.allclose(scales, spread / 15, rtol=1e-3)
     assert torch.equal(zeros, (-groups.amin(1).clamp(max=0) / scales).round().int())
     theirs = torch.fake_quantize_per_channel_affine(groups, scales, zeros, 0, 0, 15)
-    assert np.allclose(made.dequantise(), theirs.reshape(weight.shape).numpy(), atol=1e-6)
+    assert np.allclose(rounded.dequantise(), theirs.reshape(weight.shape).numpy(), atol=1e-6)
 
 
 @pytest.mark.parametrize("to", [to_int8, to_int4])
@@ -100,10 +100,10 @@ def test_one_large_weight_spoils_its_own_row_or_group_only(to: Any) -> None:
 @given(arrays.arrays(np.uint8, st.tuples(rows, st.integers(1, 40)), elements=st.integers(0, 15)))
 @settings(deadline=None)
 def test_packed_holds_each_number_in_its_half_of_a_byte(values: Any) -> None:
-    made = pack_int4(values)
-    assert made.dtype == np.uint8
-    assert len(made) == (values.size + 1) // 2
-    unpacked = np.stack([made & 15, made >> 4], axis=1).reshape(-1)
+    packed = pack_int4(values)
+    assert packed.dtype == np.uint8
+    assert len(packed) == (values.size + 1) // 2
+    unpacked = np.stack([packed & 15, packed >> 4], axis=1).reshape(-1)
     assert np.array_equal(unpacked[: values.size], values.reshape(-1))
     assert (unpacked[values.size :] == 0).all()
 

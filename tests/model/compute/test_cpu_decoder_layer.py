@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,16 @@ from corral.model.packed_forward import target_logprobs
 from corral.model.quantisation import Quantization
 from corral.recipe import Lora
 from tests.conftest import make_tiny_model
+from tests.model.tiny import (
+    ALL_LINEAR,
+    ATTENTION,
+    assert_gradients_equal,
+    gradients,
+    plain_logprobs,
+    remove_replaced_forwards,
+)
 
 LAYERS = 2
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
 # One and two tokens, more than a block of attention, a length that is no multiple of anything; 397 tokens in all.
 LENGTHS = (5, 40, 131, 1, 2, 201, 17)
 _RANDOM = torch.Generator().manual_seed(3)
@@ -40,9 +45,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data.uniform_(0.5, 1.5, generator=generator)
-    made = tmp_path_factory.mktemp("decoder")
-    model.save_pretrained(made)
-    return made
+    folder = tmp_path_factory.mktemp("decoder")
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -68,9 +73,7 @@ def plain_base(folder: Path, kind: str) -> Any:
 
     In training mode: bitsandbytes may compute NF4 in bfloat16 while evaluating.
     """
-    model = base(folder, kind)
-    for module in model.modules():
-        module.__dict__.pop("forward", None)
+    model = remove_replaced_forwards(base(folder, kind))
     model.set_attn_implementation("eager")
     return model.train()
 
@@ -87,12 +90,9 @@ def fill_adapters(model: Any) -> Any:
     return model
 
 
-def plain_logprobs(model: Any) -> Iterator[Tensor]:
-    for ids, positions in zip(SEQUENCES, POSITIONS, strict=True):
-        row = torch.tensor([ids])
-        logprobs = model(input_ids=row, use_cache=False).logits[0, :-1].log_softmax(-1)
-        every = logprobs.gather(1, row[0, 1:, None]).squeeze(1)
-        yield every[[p - 1 for p in positions]]
+def expected_logprobs(model: Any) -> list[Tensor]:
+    rows = [plain_logprobs(model, ids) for ids in SEQUENCES]
+    return [row[[p - 1 for p in positions]] for row, positions in zip(rows, POSITIONS, strict=True)]
 
 
 def backward(logprobs: list[Tensor]) -> None:
@@ -105,16 +105,16 @@ def assert_entered(entered: list[tuple[int, ...]], times: int) -> None:
     assert all(lengths[:-1] == LENGTHS[:-1] and lengths[-1] >= LENGTHS[-1] for lengths in entered)
 
 
-def assert_logprobs_equal(found: list[Tensor], expected: list[Tensor]) -> None:
-    for one, other in zip(found, expected, strict=True):
+def assert_logprobs_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("targets", "kind", "checkpointing", "rslora"),
     [
-        (ATTENTION, "float32", False, False),
-        (ATTENTION, "nf4", True, False),
+        (tuple(ATTENTION), "float32", False, False),
+        (tuple(ATTENTION), "nf4", True, False),
         ("all-linear", "float32", False, True),
         ("all-linear", "float32", True, False),
         ("all-linear", "nf4", False, False),
@@ -133,10 +133,10 @@ def test_log_probs_and_gradients_are_those_of_plain_transformers_and_peft(
     folder: Path,
     entered: list[tuple[int, ...]],
 ) -> None:
-    names: list[str] = [*ATTENTION, *MLP] if isinstance(targets, str) else [*targets]
+    names = ALL_LINEAR if isinstance(targets, str) else [*targets]
     config = LoraConfig(r=4, lora_alpha=6, target_modules=names, use_rslora=rslora, task_type="CAUSAL_LM")
     plain = fill_adapters(get_peft_model(plain_base(folder, kind), config)).train()
-    expected = list(plain_logprobs(plain))
+    expected = expected_logprobs(plain)
     backward(expected)
     assert not entered
 
@@ -144,22 +144,16 @@ def test_log_probs_and_gradients_are_those_of_plain_transformers_and_peft(
     ours: Any = fill_adapters(attach(base(folder, kind), lora, seed=0)).train()
     if checkpointing:
         ours.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    found = list(target_logprobs(ours, SEQUENCES, POSITIONS))
+    actual = list(target_logprobs(ours, SEQUENCES, POSITIONS))
     assert_entered(entered, LAYERS)
-    backward(found)
+    backward(actual)
     assert_entered(entered, LAYERS * (2 if checkpointing else 1))
 
-    assert_logprobs_equal(found, expected)
-    theirs = trained(plain)
-    gradients = {name: parameter.grad for name, parameter in trained(ours).items()}
-    assert gradients.keys() == theirs.keys()
-    assert len(gradients) == LAYERS * len(names) * 2
-    for name, parameter in theirs.items():
-        largest = parameter.grad.abs().max().item()
-        assert largest > 0.0
-        torch.testing.assert_close(
-            gradients[name], parameter.grad, rtol=1e-4, atol=2e-5 * largest, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    assert_logprobs_equal(actual, expected)
+    theirs = gradients(plain)
+    assert len(theirs) == LAYERS * len(names) * 2
+    assert all(g.abs().max() > 0.0 for g in theirs.values())
+    assert_gradients_equal(gradients(ours), theirs, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["float32", "nf4"])
@@ -167,7 +161,7 @@ def test_with_the_adapter_off_log_probs_are_those_of_the_plain_base(
     kind: str, folder: Path, entered: list[tuple[int, ...]]
 ) -> None:
     with torch.no_grad():
-        expected = list(plain_logprobs(plain_base(folder, kind)))
+        expected = expected_logprobs(plain_base(folder, kind))
         lora = Lora(rank=4, alpha=6, targets="all-linear", dropout=0.0)
         ours: Any = fill_adapters(attach(base(folder, kind), lora, seed=0)).train()
         with ours.disable_adapter():

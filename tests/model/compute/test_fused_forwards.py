@@ -2,49 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 
 from corral.model.compute.fused_forwards import fuse
 from tests.conftest import make_tiny_model
-
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-IDS = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(0))
-
-
-def adapted(targets: list[str], *, fused: bool, dropout: float = 0.0, **changes: Any) -> Any:
-    model = make_tiny_model(300, **changes)
-    torch.manual_seed(1)
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, lora_dropout=dropout, init_lora_weights=False)
-    made = get_peft_model(model, lora)
-    if fused:
-        fuse(made)
-    return made
+from tests.model.tiny import (
+    ALL_LINEAR,
+    ATTENTION,
+    IDS,
+    assert_gradients_equal,
+    layers_with_replaced_forwards,
+    loss_and_gradients,
+    with_adapter,
+)
 
 
-def loss_and_gradients(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    loss = model(input_ids=IDS, labels=IDS).loss
-    loss.backward()
-    return loss, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+def fused(targets: Sequence[str], model: Any = None, **settings: Any) -> Any:
+    adapted = with_adapter(targets, model, **settings)
+    fuse(adapted)
+    return adapted
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"], ALL])
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ATTENTION, ALL_LINEAR])
 def test_losses_and_gradients_are_those_of_plain_peft(targets: list[str]) -> None:
-    plain_loss, plain = loss_and_gradients(adapted(targets, fused=False))
-    fused_loss, fused = loss_and_gradients(adapted(targets, fused=True))
+    plain_loss, expected = loss_and_gradients(with_adapter(targets))
+    fused_loss, gradients = loss_and_gradients(fused(targets))
     torch.testing.assert_close(fused_loss, plain_loss, rtol=1e-5, atol=1e-6)
-    assert fused.keys() == plain.keys()
-    for name, expected in plain.items():
-        torch.testing.assert_close(fused[name], expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item() + 1e-7)
+    assert_gradients_equal(gradients, expected, atol=1e-5)
 
 
 def test_the_adapter_can_still_be_switched_off_and_merged() -> None:
     base = make_tiny_model(300)(input_ids=IDS).logits
-    model = adapted(ALL, fused=True)
+    model = fused(ALL_LINEAR)
     on = model(input_ids=IDS).logits
     with model.disable_adapter():
         torch.testing.assert_close(model(input_ids=IDS).logits, base, rtol=1e-4, atol=1e-4)
@@ -53,13 +46,10 @@ def test_the_adapter_can_still_be_switched_off_and_merged() -> None:
 
 
 def test_dropout_and_biases_keep_pefts_own_path() -> None:
-    def replaced(model: Any) -> set[str]:
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
-        return {n.rpartition(".")[2] for n, m in layers.items() if "forward" in vars(m)}
-
-    assert replaced(adapted(ALL, fused=True)) == set(ALL)
-    assert replaced(adapted(ALL, fused=True, dropout=0.1)) == set()
-    assert replaced(adapted(["q_proj", "gate_proj"], fused=True, attention_bias=True)) == {"gate_proj"}
+    biased = make_tiny_model(300, attention_bias=True)
+    assert layers_with_replaced_forwards(fused(ALL_LINEAR)) == set(ALL_LINEAR)
+    assert layers_with_replaced_forwards(fused(ALL_LINEAR, lora_dropout=0.1)) == set()
+    assert layers_with_replaced_forwards(fused(["q_proj", "gate_proj"], biased)) == {"gate_proj"}
 
 
 def test_a_model_that_computes_in_bfloat16_keeps_transformers_norm() -> None:

@@ -19,14 +19,14 @@ def test_attention_without_the_kernel_is_that_of_each_sequence_alone(key_heads: 
     lengths = (5, 1, 12)
     q = torch.randn(18, 4, 8, requires_grad=True)
     k, v = (torch.randn(18, key_heads, 8, requires_grad=True) for _ in range(2))
-    found = gpu_attention.attend(q, k, v, 0.3, lengths, torch.tensor([0, 5, 6, 18], dtype=torch.int32))
+    actual = gpu_attention.attend(q, k, v, 0.3, lengths, torch.tensor([0, 5, 6, 18], dtype=torch.int32))
     mask = torch.block_diag(*(torch.ones(n, n) for n in lengths)).tril().bool()
     scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(4 // key_heads, 1)) * 0.3
     shares = scores.masked_fill(~mask, -torch.inf).softmax(-1)
     expected = torch.einsum("hqk,khd->qhd", shares, v.repeat_interleave(4 // key_heads, 1))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    weights = torch.randn_like(found)
-    ours = torch.autograd.grad((found * weights).sum(), (q, k, v))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    weights = torch.randn_like(actual)
+    ours = torch.autograd.grad((actual * weights).sum(), (q, k, v))
     theirs = torch.autograd.grad((expected * weights).sum(), (q, k, v))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -8,39 +8,30 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from corral.model import packed_forward
 from corral.model.compute import gpu_attention, gpu_compile, gpu_decoder_layer
 from corral.model.compute.fused_forwards import fuse
 from tests.conftest import make_tiny_model
-
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def rows(*lengths: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, 300, (n,), generator=generator).tolist() for n in lengths]
+from tests.model.tiny import (
+    ALL_LINEAR,
+    ATTENTION,
+    packed_losses_and_gradients,
+    plain_losses_and_gradients,
+    random_sequences,
+    with_adapter,
+)
 
 
 def adapted(targets: Sequence[str], dtype: torch.dtype = torch.float32) -> Any:
-    model = make_tiny_model(300).to(dtype)
-    torch.manual_seed(1)
-    return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), init_lora_weights=False))
+    return with_adapter(targets, make_tiny_model(300).to(dtype))
 
 
-def losses_and_gradients(model: Any, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad()
-    losses = torch.cat(packed_forward.target_logprobs(model, sequences, [range(1, len(s)) for s in sequences]))
-    losses.mean().backward()
-    return losses.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
-
-
-def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+def distance(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """The largest relative difference of a gradient, as a whole."""
-    assert found.keys() == expected.keys()
-    return max(((found[n] - e).norm() / e.norm()).item() for n, e in expected.items())
+    assert actual.keys() == expected.keys()
+    return max(((actual[n] - e).norm() / e.norm()).item() for n, e in expected.items())
 
 
 @pytest.fixture
@@ -72,7 +63,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return graphs
 
 
-@pytest.mark.parametrize("targets", [ALL[:4], ALL])
+@pytest.mark.parametrize("targets", [ATTENTION, ALL_LINEAR])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_compiled_layer_computes_what_transformers_and_peft_do(
     targets: list[str], checkpointing: bool, compilations: list[Any]
@@ -81,30 +72,30 @@ def test_a_compiled_layer_computes_what_transformers_and_peft_do(
     fuse(fused)
     if checkpointing:
         fused.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    sequences = rows(7, 31, 2, 60)
-    expected = losses_and_gradients(plain, sequences)
+    sequences = random_sequences(7, 31, 2, 60)
+    expected = packed_losses_and_gradients(plain, sequences)
     assert not compilations
-    found = losses_and_gradients(fused, sequences)
+    actual = packed_losses_and_gradients(fused, sequences)
     assert compilations
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=2e-5)
-    assert distance(found[1], expected[1]) < 1e-4
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-5, atol=2e-5)
+    assert distance(actual[1], expected[1]) < 1e-4
 
 
 def test_one_program_serves_all_layers_and_lengths(compilations: list[Any]) -> None:
-    model = adapted(ALL[:4]).train()
+    model = adapted(ATTENTION).train()
     fuse(model)
-    losses_and_gradients(model, rows(7, 31, 2, 60))
+    packed_losses_and_gradients(model, random_sequences(7, 31, 2, 60))
     after_one = len(compilations)
     for lengths in ((9, 30), (100,), (3, 4, 5, 6, 90), (17, 20)):
-        losses_and_gradients(model, rows(*lengths))
+        packed_losses_and_gradients(model, random_sequences(*lengths))
     # Two functions; the first layer's input, which needs no gradient, makes its own of each.
     assert len(compilations) == after_one == 4
 
 
 def test_an_adapter_that_is_switched_off_is_off_in_compiled_layers(compilations: list[Any]) -> None:
-    model = adapted(ALL)
+    model = adapted(ALL_LINEAR)
     fuse(model)
-    sequences = rows(7, 31)
+    sequences = random_sequences(7, 31)
     base = packed_forward.score(make_tiny_model(300), sequences, [1, 1])
     on = packed_forward.score(model, sequences, [1, 1])
     with model.disable_adapter():
@@ -115,12 +106,12 @@ def test_an_adapter_that_is_switched_off_is_off_in_compiled_layers(compilations:
 
 
 def test_a_part_with_a_hook_is_called(compilations: list[Any]) -> None:
-    model = adapted(ALL[:4])
+    model = adapted(ATTENTION)
     fuse(model)
     seen: list[int] = []
     for layer in model.get_base_model().model.layers:
         layer.mlp.register_forward_hook(lambda *_: seen.append(1))  # pyright: ignore[reportUnknownLambdaType]
-    packed_forward.score(model, rows(5), [1])
+    packed_forward.score(model, random_sequences(5), [1])
     assert len(seen) == 2
     assert not compilations
 
@@ -134,12 +125,12 @@ def test_norms_in_low_precision_are_transformers_to_one_rounding(dtype: torch.dt
     norm.weight.data.normal_(1, 0.2)
     x = torch.randn(40, 64).to(dtype)
     expected = norm(x).float()
-    for found in (
+    for actual in (
         F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon),
         gpu_decoder_layer._rms_norm(x, norm.weight, norm.variance_epsilon),  # pyright: ignore[reportPrivateUsage]
     ):
-        assert found.dtype == dtype
-        assert ((found.float() - expected).abs() <= 2 * torch.finfo(dtype).eps * expected.abs()).all()
+        assert actual.dtype == dtype
+        assert ((actual.float() - expected).abs() <= 2 * torch.finfo(dtype).eps * expected.abs()).all()
 
 
 def test_a_machine_on_which_nothing_compiles_says_so_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,30 +149,24 @@ def test_a_machine_on_which_nothing_compiles_says_so_and_goes_on(monkeypatch: py
 def test_layers_that_are_not_compiled_attend_the_same_way(
     compilations: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, fused = adapted(ALL[:4]), adapted(ALL[:4])
+    plain, fused = adapted(ATTENTION), adapted(ATTENTION)
     fuse(fused)
     monkeypatch.setattr(gpu_compile, "can_compile", lambda _: False)  # pyright: ignore[reportUnknownLambdaType]
-    sequences = rows(7, 31, 2, 60)
-    found, expected = losses_and_gradients(fused, sequences), losses_and_gradients(plain, sequences)
+    sequences = random_sequences(7, 31, 2, 60)
+    actual, expected = packed_losses_and_gradients(fused, sequences), packed_losses_and_gradients(plain, sequences)
     assert not compilations
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=2e-5)
-    assert distance(found[1], expected[1]) < 1e-4
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-5, atol=2e-5)
+    assert distance(actual[1], expected[1]) < 1e-4
 
 
 def test_compiled_layers_in_bfloat16_are_as_near_to_float32_as_transformers_and_peft(compilations: list[Any]) -> None:
-    sequences = rows(7, 31, 2, 60)
-    exact = losses_and_gradients(adapted(ALL, torch.float32), sequences)
-    fused = adapted(ALL, torch.bfloat16)
+    sequences = random_sequences(7, 31, 2, 60)
+    exact = packed_losses_and_gradients(adapted(ALL_LINEAR, torch.float32), sequences)
+    fused = adapted(ALL_LINEAR, torch.bfloat16)
     fuse(fused)
-    found = losses_and_gradients(fused, sequences)
+    actual = packed_losses_and_gradients(fused, sequences)
     assert compilations
-    plain = adapted(ALL, torch.bfloat16)
-    theirs: list[Tensor] = []
-    for s in sequences:
-        logits = plain(input_ids=torch.tensor([s])).logits[0, :-1].float()
-        theirs.append(logits.log_softmax(-1).gather(1, torch.tensor(s[1:])[:, None]).squeeze(1))
-    torch.cat(theirs).mean().backward()
-    gradients = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
-    assert all(g.dtype == torch.float32 for g in found[1].values())
-    assert (found[0] - exact[0]).norm() < 1.5 * (torch.cat(theirs).detach() - exact[0]).norm()
-    assert distance(found[1], exact[1]) < 1.5 * distance(gradients, exact[1])
+    theirs = plain_losses_and_gradients(adapted(ALL_LINEAR, torch.bfloat16), sequences)
+    assert all(g.dtype == torch.float32 for g in actual[1].values())
+    assert (actual[0] - exact[0]).norm() < 1.5 * (theirs[0] - exact[0]).norm()
+    assert distance(actual[1], exact[1]) < 1.5 * distance(theirs[1], exact[1])

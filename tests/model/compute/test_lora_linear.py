@@ -41,16 +41,16 @@ def test_trained_weights_get_their_gradients() -> None:
 
 def layer_pair(dtype: torch.dtype) -> tuple[Any, Any]:
     """The same LoRA layer with PEFT's forward, and with ours for low precision."""
-    made: list[Any] = []
+    layers: list[Any] = []
     for _ in range(2):
         torch.manual_seed(0)
         base = nn.Sequential(nn.Linear(96, 64, bias=False, dtype=dtype))
         model: Any = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["0"], init_lora_weights=False))  # pyright: ignore[reportArgumentType]
-        made.append(model.base_model.model[0])
-    linear = read_lora_linear(made[1])
+        layers.append(model.base_model.model[0])
+    linear = read_lora_linear(layers[1])
     assert linear is not None
-    made[1].forward = linear.branched
-    return made[0], made[1]
+    layers[1].forward = linear.branched
+    return layers[0], layers[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -59,7 +59,7 @@ def test_lora_in_low_precision_is_pefts_to_rounding_and_its_gradients_are_float3
     plain, ours = layer_pair(dtype)
     x = torch.randn(2, 50, 96).to(dtype)
     weights = torch.randn(2, 50, 64)
-    found: list[list[Tensor]] = []
+    actual: list[list[Tensor]] = []
     for layer in (plain, ours):
         inputs = x.clone().requires_grad_()
         out = layer(inputs)
@@ -68,8 +68,8 @@ def test_lora_in_low_precision_is_pefts_to_rounding_and_its_gradients_are_float3
         gradients = [layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad]
         assert all(g.dtype == torch.float32 for g in gradients)
         assert inputs.grad is not None
-        found.append([out, inputs.grad, *gradients])
-    for one, other in zip(*found, strict=True):
+        actual.append([out, inputs.grad, *gradients])
+    for one, other in zip(*actual, strict=True):
         one, other = one.float(), other.float()
         assert ((one - other).norm() / other.norm()).item() < 2 * step
 

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from corral.model import packed_forward
@@ -21,50 +20,43 @@ from corral.model.compute import gpu_attention, gpu_compile
 from corral.model.compute.fused_forwards import fuse
 from corral.model.compute.token_logprobs import token_logprobs
 from tests.conftest import make_tiny_model
+from tests.model.tiny import (
+    ATTENTION,
+    packed_losses_and_gradients,
+    plain_losses_and_gradients,
+    random_sequences,
+    with_adapter,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LENGTHS = (7, 130, 2, 64)
 
 
-def rows(lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, 300, (n,), generator=generator).tolist() for n in lengths]
+ROWS = random_sequences(*LENGTHS)
 
 
 def adapted(device: str, dtype: torch.dtype, *, fused: bool) -> Any:
-    model = make_tiny_model(300, hidden_size=256, head_dim=64, initializer_range=0.1).to(dtype)
-    torch.manual_seed(1)
-    made: Any = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights=False))
-    made.to(device).train()
+    tiny = make_tiny_model(300, hidden_size=256, head_dim=64, initializer_range=0.1).to(dtype)
+    model = with_adapter(ATTENTION, tiny).to(device).train()
     if fused:
-        fuse(made)
-    return made
+        fuse(model)
+    return model
 
 
-def losses_and_gradients(model: Any, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    model.zero_grad()
-    losses = torch.cat(packed_forward.target_logprobs(model, sequences, [range(1, len(s)) for s in sequences]))
-    losses.sum().backward()
-    gradients = [p.grad.float().cpu().flatten() for p in model.parameters() if p.requires_grad]
-    return losses.detach().cpu(), torch.cat(gradients)
+def as_vectors(losses: Tensor, gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    return losses.cpu(), torch.cat([g.float().cpu().flatten() for g in gradients.values()])
 
 
-def plain(model: Any, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    model.zero_grad()
-    parts: list[Tensor] = []
-    for s in sequences:
-        ids = torch.tensor([s], device=model.device)
-        logits = model(input_ids=ids).logits[0, :-1].float()
-        parts.append(logits.log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1))
-    losses = torch.cat(parts)
-    losses.sum().backward()
-    gradients = [p.grad.float().cpu().flatten() for p in model.parameters() if p.requires_grad]
-    return losses.detach().cpu(), torch.cat(gradients)
+def packed(model: Any, sequences: Sequence[Sequence[int]] = ROWS) -> tuple[Tensor, Tensor]:
+    return as_vectors(*packed_losses_and_gradients(model, sequences))
 
 
-def gap(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
+def plain(model: Any) -> tuple[Tensor, Tensor]:
+    return as_vectors(*plain_losses_and_gradients(model, ROWS))
+
+
+def gap(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
 @contextmanager
@@ -78,30 +70,24 @@ def waiting_is_an_error() -> Generator[None]:
 
 
 def test_in_float32_losses_and_gradients_are_those_of_the_cpu() -> None:
-    expected = plain(adapted("cpu", torch.float32, fused=False), rows())
-    found = losses_and_gradients(adapted("cuda", torch.float32, fused=True), rows())
-    assert gap(found[0], expected[0]) < 1e-4
-    assert gap(found[1], expected[1]) < 1e-3
+    expected = plain(adapted("cpu", torch.float32, fused=False))
+    actual = packed(adapted("cuda", torch.float32, fused=True))
+    assert gap(actual[0], expected[0]) < 1e-4
+    assert gap(actual[1], expected[1]) < 1e-3
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_in_bfloat16_they_are_as_near_as_those_of_plain_transformers_and_peft(checkpointing: bool) -> None:
-    exact = plain(adapted("cpu", torch.float32, fused=False), rows())
-    theirs = plain(adapted("cuda", torch.bfloat16, fused=False), rows())
+@pytest.mark.parametrize(("compiled", "checkpointing"), [(True, False), (True, True), (False, False)])
+def test_in_bfloat16_they_are_as_near_as_those_of_plain_transformers_and_peft(
+    compiled: bool, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = plain(adapted("cpu", torch.float32, fused=False))
+    theirs = plain(adapted("cuda", torch.bfloat16, fused=False))
+    if not compiled:
+        monkeypatch.setattr(gpu_compile, "can_compile", lambda _: False)  # pyright: ignore[reportUnknownLambdaType]
     model = adapted("cuda", torch.bfloat16, fused=True)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    found = losses_and_gradients(model, rows())
-    for ours, plain_ones, expected in zip(found, theirs, exact, strict=True):
-        assert gap(ours, expected) < 1.25 * gap(plain_ones, expected)
-
-
-def test_uncompiled_layers_are_as_near(monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = plain(adapted("cpu", torch.float32, fused=False), rows())
-    theirs = plain(adapted("cuda", torch.bfloat16, fused=False), rows())
-    monkeypatch.setattr(gpu_compile, "can_compile", lambda _: False)  # pyright: ignore[reportUnknownLambdaType]
-    found = losses_and_gradients(adapted("cuda", torch.bfloat16, fused=True), rows())
-    for ours, plain_ones, expected in zip(found, theirs, exact, strict=True):
+    for ours, plain_ones, expected in zip(packed(model), theirs, exact, strict=True):
         assert gap(ours, expected) < 1.25 * gap(plain_ones, expected)
 
 
@@ -118,24 +104,24 @@ def test_attention_over_a_pack_is_that_of_each_sequence_alone(dtype: torch.dtype
     k, v = (torch.randn(203, 2, 64, device="cuda", dtype=dtype) for _ in range(2))
     ends = gpu_attention.sequence_ends(LENGTHS, q.device)
     assert ends is not None
-    found = gpu_attention.attend(q, k, v, 0.125, LENGTHS, ends)
+    actual = gpu_attention.attend(q, k, v, 0.125, LENGTHS, ends)
     wide = (t.float().repeat_interleave(8 // t.shape[1], 1).transpose(0, 1)[None].split(LENGTHS, 2) for t in (q, k, v))
     alone = [F.scaled_dot_product_attention(*three, is_causal=True, scale=0.125) for three in zip(*wide, strict=True)]
-    assert gap(found.float(), torch.cat(alone, 2)[0].transpose(0, 1)) < (1e-5 if dtype == torch.float32 else 1e-2)
+    assert gap(actual.float(), torch.cat(alone, 2)[0].transpose(0, 1)) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
 def test_one_program_serves_packs_of_all_lengths_and_nothing_waits_for_the_device() -> None:
     from torch._dynamo.utils import counters
 
     model = adapted("cuda", torch.bfloat16, fused=True)
-    losses_and_gradients(model, rows())
+    packed(model)
     compiled = counters["stats"]["unique_graphs"]
     assert compiled
     for lengths in ((9, 30), (400,), (3, 4, 5, 6, 90)):
-        sequences = rows(lengths)
+        sequences = random_sequences(*lengths)
         with waiting_is_an_error():
-            found = packed_forward.target_logprobs(model, sequences, [range(1, n) for n in lengths])
-            torch.cat(found).sum().backward()
+            actual = packed_forward.target_logprobs(model, sequences, [range(1, n) for n in lengths])
+            torch.cat(actual).sum().backward()
     assert counters["stats"]["unique_graphs"] == compiled
 
 
@@ -145,10 +131,10 @@ def test_the_head_gives_what_it_gives_on_the_cpu() -> None:
     results: list[tuple[Tensor, Tensor]] = []
     for device in ("cpu", "cuda"):
         h = hidden.to(device).requires_grad_()
-        found = token_logprobs(h, weight.to(device), targets.to(device))
-        found.square().sum().backward()
+        actual = token_logprobs(h, weight.to(device), targets.to(device))
+        actual.square().sum().backward()
         assert h.grad is not None
-        results.append((found.detach().cpu(), h.grad.cpu()))
+        results.append((actual.detach().cpu(), h.grad.cpu()))
     for one, other in zip(*results, strict=True):
         assert gap(one, other) < 1e-5
 
@@ -165,7 +151,8 @@ def test_training_gives_the_losses_of_the_cpu(tmp_path: Path) -> None:
 
     record = Conversation.from_turns(("user", "?"), ("assistant", "!"))
     sequences = [
-        Encoded(tuple(ids), (False, *[True] * (len(ids) - 1))) for ids in rows((30, 60, 90, 40, 20, 70, 50, 80))
+        Encoded(tuple(ids), (False, *[True] * (len(ids) - 1)))
+        for ids in random_sequences(30, 60, 90, 40, 20, 70, 50, 80)
     ]
     examples = [Example(str(i), "random", i, (s,), record) for i, s in enumerate(sequences)]
     losses: dict[str, list[float]] = {}
