@@ -26,29 +26,13 @@ from corral.storage import (
     write_atomic,
     write_json,
 )
-from tests.conftest import unprivileged
-
-SMALL = 100_000  # bytes a limited process may write to one file
-
-
-def run_python(code: str, *arguments: object, limit: int | None = None) -> subprocess.CompletedProcess[str]:
-    """A child process; with `limit` the system itself refuses larger files there."""
-    preface = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n" if limit else ""
-    command = [sys.executable, "-c", preface + code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+from tests.conftest import file_size_limit, mount_small_disk, run_python, unprivileged
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "small-disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True, check=False
-    )
-    if mounted.returncode != 0:
-        pytest.skip("this user may not mount a small disk")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+    with mount_small_disk(tmp_path / "small-disk", "256k") as disk:
+        yield disk
 
 
 def names(folder: Path) -> list[str]:
@@ -134,7 +118,7 @@ def test_the_old_directory_is_put_back_when_the_new_one_cannot_take_its_place(
     assert names(tmp_path) == ["model"]
 
 
-def test_a_file_in_the_place_of_a_new_directory_is_not_deleted(tmp_path: Path) -> None:
+def test_a_file_with_the_name_of_a_new_directory_is_not_deleted(tmp_path: Path) -> None:
     final = tmp_path / "model"
     final.write_text("mine")
     with pytest.raises(StorageError, match="not a directory") as caught, new_directory(final):
@@ -167,7 +151,7 @@ with new_directory(Path(sys.argv[1])) as folder:
 if left == 0:
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    done = run_python(code, final, renames_before_the_kill)
+    done = run_python("-c", code, final, renames_before_the_kill)
     assert done.returncode == -signal.SIGKILL, done.stderr
     # One more writer, which fails: afterwards whatever was whole last is in place, and nothing else is left.
     with pytest.raises(KeyboardInterrupt), new_directory(final):
@@ -210,8 +194,8 @@ def test_a_full_disk_is_one_error_with_figures_and_leaves_nothing(small_disk: Pa
         write_atomic(small_disk / "kept", b"x" * 1_000_000)
     assert "1.00 MB needed" in caught.value.what
     assert (small_disk / "kept").read_text() == "old"
-    with pytest.raises(StorageError, match="disk is full"), new_directory(small_disk / "model") as folder:
-        (folder / "weights").write_bytes(b"x" * 1_000_000)
+    with pytest.raises(StorageError, match="disk is full"):
+        write_folder(small_disk / "model", "x" * 1_000_000)
     assert names(small_disk) == ["kept"]
 
 
@@ -236,26 +220,16 @@ def test_a_read_only_disk_is_named_as_such(small_disk: Path) -> None:
 
 
 def test_a_file_size_limit_is_an_error_with_a_next_step_and_leaves_nothing(tmp_path: Path) -> None:
-    code = f"""
-import sys
-from pathlib import Path
-from corral.errors import StorageError
-from corral.storage import new_directory, write_atomic
-folder, large = Path(sys.argv[1]), b"x" * {10 * SMALL}
-def write_model():
-    with new_directory(folder / "model") as model:
-        (model / "weights").write_bytes(large)
-for write in (lambda: write_atomic(folder / "kept", large), write_model):
-    try:
-        write()
-    except StorageError as error:
-        print(error)
-"""
     write_atomic(tmp_path / "kept", "old")
-    done = run_python(code, tmp_path, limit=SMALL)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("larger than this disk or user may write") == 2
-    assert all(text in done.stdout for text in (str(tmp_path / "kept"), str(tmp_path / "model"), "next:"))
+    message = "larger than this disk or user may write"
+    with file_size_limit(100_000):
+        with pytest.raises(StorageError, match=message) as of_file:
+            write_atomic(tmp_path / "kept", b"x" * 1_000_000)
+        with pytest.raises(StorageError, match=message) as of_directory:
+            write_folder(tmp_path / "model", "x" * 1_000_000)
+    assert [error.value.where for error in (of_file, of_directory)] == [str(tmp_path / n) for n in ("kept", "model")]
+    assert of_file.value.hint
+    assert of_directory.value.hint
     assert names(tmp_path) == ["kept"]
     assert (tmp_path / "kept").read_text() == "old"
 
@@ -278,12 +252,12 @@ def test_a_lock_lets_one_process_in_at_a_time(tmp_path: Path) -> None:
 import sys, time
 from pathlib import Path
 from corral.storage import file_lock
-place = Path(sys.argv[1])
+folder = Path(sys.argv[1])
 for _ in range(20):
-    with file_lock(place / "lock"):
-        number = int((place / "number").read_text())
+    with file_lock(folder / "lock"):
+        number = int((folder / "number").read_text())
         time.sleep(0.001)
-        (place / "number").write_text(str(number + 1))
+        (folder / "number").write_text(str(number + 1))
 """
     (tmp_path / "number").write_text("0")
     children = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(3)]

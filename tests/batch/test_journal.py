@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import sqlite3
 from collections.abc import Callable, Generator
@@ -15,16 +14,17 @@ import pytest
 
 from corral.batch.journal import Journal, Totals, open_journal, record_path
 from corral.errors import InputError, StorageError
-from tests.batch.work import read
+from tests.batch.work import read_rows
+from tests.conftest import file_size_limit
 
 IDENTITY = {"prompts": "a" * 64, "answer": {"max_tokens": 8, "consensus": {"method": "none"}}, "seed": 1}
 
 
 @contextmanager
 def journal(out: Path, **changes: Any) -> Generator[Journal]:
-    with open_journal(out, IDENTITY | changes) as found:
-        assert isinstance(found, Journal)
-        yield found
+    with open_journal(out, IDENTITY | changes) as opened:
+        assert isinstance(opened, Journal)
+        yield opened
 
 
 def row(index: int) -> dict[str, Any]:
@@ -33,11 +33,11 @@ def row(index: int) -> dict[str, Any]:
 
 def test_rows_that_finished_in_any_order_are_written_in_order(tmp_path: Path) -> None:
     out = tmp_path / "new" / "a.jsonl"
-    with journal(out) as found:
+    with journal(out) as opened:
         for index in (2, 0, 1):
-            found.add(row(index))
+            opened.add(row(index))
         assert not out.exists()
-        figures = found.finish(3)
+        figures = opened.finish(3)
     assert [json.loads(line) for line in out.read_bytes().split(b"\n")[:-1]] == [row(0), row(1), row(2)]
     assert figures == Totals(3, 0, 9, 6, [])
     assert sorted(path.name for path in out.parent.iterdir()) == ["a.jsonl", "a.jsonl.record.json"]
@@ -46,45 +46,45 @@ def test_rows_that_finished_in_any_order_are_written_in_order(tmp_path: Path) ->
 def test_a_journal_that_is_opened_again_has_its_rows_but_for_one_that_was_half_written(tmp_path: Path) -> None:
     killed = tmp_path / "killed" / "a.jsonl"
     killed.parent.mkdir()
-    with journal(tmp_path / "a.jsonl") as found:
-        found.add(row(1))
-        found.add(row(4))
+    with journal(tmp_path / "a.jsonl") as opened:
+        opened.add(row(1))
+        opened.add(row(4))
         for suffix in ("", "-wal"):
-            shutil.copy(f"{found.path}{suffix}", f"{killed}.partial{suffix}")
-    with journal(tmp_path / "a.jsonl") as found:
-        assert [index for index in range(6) if index in found] == [1, 4]
-        assert found.count == 2
+            shutil.copy(f"{opened.path}{suffix}", f"{killed}.partial{suffix}")
+    with journal(tmp_path / "a.jsonl") as opened:
+        assert [index for index in range(6) if index in opened] == [1, 4]
+        assert opened.count == 2
     log = Path(f"{killed}.partial-wal")
     log.write_bytes(log.read_bytes()[:-100])
-    with journal(killed) as found:
-        assert [index for index in range(6) if index in found] == [1]
-        assert found.count == 1
+    with journal(killed) as opened:
+        assert [index for index in range(6) if index in opened] == [1]
+        assert opened.count == 1
 
 
 def test_an_empty_journal_is_begun_again(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.partial").touch()
-    with journal(tmp_path / "a.jsonl") as found:
-        found.add(row(0))
-        found.finish(1)
-    assert read(tmp_path / "a.jsonl")[0]["index"] == 0
+    with journal(tmp_path / "a.jsonl") as opened:
+        opened.add(row(0))
+        opened.finish(1)
+    assert read_rows(tmp_path / "a.jsonl")[0]["index"] == 0
 
 
-def other_database(path: Path) -> None:
+def create_other_database(path: Path) -> None:
     with closing(sqlite3.connect(path)) as database:
         database.execute("CREATE TABLE other (id)")
 
 
-NO_JOURNALS: dict[str, Callable[[Path], object]] = {
+OTHER_FILES: dict[str, Callable[[Path], object]] = {
     "JSON lines, as older versions wrote": lambda path: path.write_text('{"made_of": {}}\n{"index": 0}\n'),
     "zeros": lambda path: path.write_bytes(bytes(5000)),
-    "another database": other_database,
+    "another database": create_other_database,
 }
 
 
-@pytest.mark.parametrize("case", NO_JOURNALS)
-def test_a_file_that_is_no_journal_is_refused_and_left_alone(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", OTHER_FILES)
+def test_a_file_that_is_not_a_journal_is_refused_and_left_alone(case: str, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.partial"
-    NO_JOURNALS[case](path)
+    OTHER_FILES[case](path)
     before = path.read_bytes()
     with (
         pytest.raises(InputError, match="not a journal of this version") as refused,
@@ -96,7 +96,7 @@ def test_a_file_that_is_no_journal_is_refused_and_left_alone(case: str, tmp_path
     assert path.read_bytes() == before
 
 
-OTHERS: dict[str, tuple[dict[str, Any], list[str]]] = {
+OTHER_BATCHES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "other prompts": ({"prompts": "b" * 64}, ["other prompts"]),
     "another seed": ({"seed": 2}, ["seed = 1 there, 2 here"]),
     "another setting": (
@@ -107,16 +107,16 @@ OTHERS: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("finished", [True, False])
-@pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.parametrize("case", OTHER_BATCHES)
 def test_a_journal_or_output_of_another_batch_is_refused_and_left_alone(
     case: str, finished: bool, tmp_path: Path
 ) -> None:
-    changes, expected = OTHERS[case]
+    changes, expected = OTHER_BATCHES[case]
     out = tmp_path / "a.jsonl"
-    with journal(out) as found:
-        found.add(row(0))
+    with journal(out) as opened:
+        opened.add(row(0))
         if finished:
-            found.finish(1)
+            opened.finish(1)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(InputError) as refused, open_journal(out, IDENTITY | changes):
         pass
@@ -129,9 +129,9 @@ def test_a_journal_or_output_of_another_batch_is_refused_and_left_alone(
 
 def test_a_finished_output_is_not_written_again(tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
-    with journal(out) as found:
-        found.add(row(0))
-        figures = found.finish(1)
+    with journal(out) as opened:
+        opened.add(row(0))
+        figures = opened.finish(1)
     with open_journal(out, IDENTITY) as again:
         assert again == figures
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.jsonl.record.json"]
@@ -144,9 +144,9 @@ def test_an_output_that_corral_did_not_write_or_that_was_edited_is_not_overwritt
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
     out.unlink()
-    with journal(out) as found:
-        found.add(row(0))
-        found.finish(1)
+    with journal(out) as opened:
+        opened.add(row(0))
+        opened.finish(1)
     out.write_text(out.read_text() + "more\n")
     with pytest.raises(InputError, match="changed after"), open_journal(out, IDENTITY):
         pass
@@ -155,20 +155,20 @@ def test_an_output_that_corral_did_not_write_or_that_was_edited_is_not_overwritt
 
 def test_an_output_that_is_being_written_cannot_be_opened_again(tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
-    with journal(out) as found:
+    with journal(out) as opened:
         with pytest.raises(InputError, match="another process"), open_journal(out, IDENTITY):
             pass
-        found.add(row(0))
-        found.finish(1)
+        opened.add(row(0))
+        opened.finish(1)
     assert out.exists()
 
 
 def test_if_every_row_is_bad_nothing_is_written_and_the_first_faults_are_named(tmp_path: Path) -> None:
-    with journal(tmp_path / "a.jsonl") as found:
+    with journal(tmp_path / "a.jsonl") as opened:
         for index in range(9):
-            found.add({"index": index, "error": f"fault {index}"})
+            opened.add({"index": index, "error": f"fault {index}"})
         with pytest.raises(InputError, match="all 9 rows are bad") as refused:
-            found.finish(9)
+            opened.finish(9)
     assert "row 4: fault 4" in refused.value.what
     assert "fault 5" not in refused.value.what
     assert not list(tmp_path.iterdir())
@@ -177,26 +177,17 @@ def test_if_every_row_is_bad_nothing_is_written_and_the_first_faults_are_named(t
 
 def test_a_disk_that_refuses_a_row_or_the_output_is_a_storage_error_and_loses_nothing(tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with journal(out) as found:
-        found.add(row(0))
-        size = Path(f"{found.path}-wal").stat().st_size
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, before[1]))
-            with pytest.raises(StorageError) as full:
-                found.add(row(1))
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert full.value.where == str(found.path)
-    with journal(out) as found:
-        assert [0 in found, 1 in found] == [True, False]
-        found.add(row(1))
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-            with pytest.raises(StorageError):
-                found.finish(2)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with journal(out) as opened:
+        opened.add(row(0))
+        size = Path(f"{opened.path}-wal").stat().st_size
+        with file_size_limit(size + 10), pytest.raises(StorageError) as full:
+            opened.add(row(1))
+    assert full.value.where == str(opened.path)
+    with journal(out) as opened:
+        assert [0 in opened, 1 in opened] == [True, False]
+        opened.add(row(1))
+        with file_size_limit(100), pytest.raises(StorageError):
+            opened.finish(2)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl.partial"]
-    with journal(out) as found:
-        assert found.finish(2).rows == 2
+    with journal(out) as opened:
+        assert opened.finish(2).rows == 2

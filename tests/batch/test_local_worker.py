@@ -29,16 +29,16 @@ def ids(template: Template, text: str) -> list[int]:
     return template.tokenizer.encode(text, add_special_tokens=False)
 
 
-def row(answerer: Answerer, asked: Prompt, seed: int = 0) -> dict[str, Any]:
-    return asyncio.run(answer_row(answerer, asked, seed))
+def answer(answerer: Answerer, request: Prompt, seed: int = 0) -> dict[str, Any]:
+    return asyncio.run(answer_row(answerer, request, seed))
 
 
 def test_a_row_holds_the_answer_and_its_tokens(template: Template) -> None:
     engine = ScriptedEngine(lambda *_: ids(template, "Four.") * 3)
-    found = row(Answerer(engine, template, Sampling(4)), prompt(3))
+    answered = answer(Answerer(engine, template, Sampling(4)), prompt(3))
     text = template.tokenizer.decode((ids(template, "Four.") * 3)[:4])
     size = len(template.prompt(Conversation.from_turns(("user", "Hi?"))))
-    assert found == {
+    assert answered == {
         "index": 3,
         "id": "q3",
         "answer": text,
@@ -52,13 +52,13 @@ def test_a_row_of_a_vote_holds_all_candidates(template: Template) -> None:
     words = ["It is five.", "It is four.", "It is four, yes."]
     engine = ScriptedEngine(lambda _, __, choice: ids(template, words[choice]))
     consensus = Consensus("rouge-l", n=3, stop="never")
-    found = row(Answerer(engine, template, Sampling(32), consensus=consensus), prompt(0))
-    assert found["candidates"] == words
-    assert found["winner"] == 1
-    assert found["answer"] == words[1]
-    assert found["votes"][1] == max(found["votes"])
-    assert found["finishes"] == ["stop"] * 3
-    assert found["tokens"] == sum(len(ids(template, word)) for word in words)
+    answered = answer(Answerer(engine, template, Sampling(32), consensus=consensus), prompt(0))
+    assert answered["candidates"] == words
+    assert answered["winner"] == 1
+    assert answered["answer"] == words[1]
+    assert answered["votes"][1] == max(answered["votes"])
+    assert answered["finishes"] == ["stop"] * 3
+    assert answered["tokens"] == sum(len(ids(template, word)) for word in words)
 
 
 def test_candidates_that_are_not_needed_are_cancelled(template: Template) -> None:
@@ -66,10 +66,10 @@ def test_candidates_that_are_not_needed_are_cancelled(template: Template) -> Non
         return ids(template, "Answer: 4" if choice < 2 else "No answer. " * 9)
 
     answerer = Answerer(ScriptedEngine(reply), template, Sampling(99), consensus=Consensus("majority", n=3))
-    found = row(answerer, prompt(0))
-    assert found["finishes"] == ["stop", "stop", "cancelled"]
-    assert found["result"] == "4"
-    assert found["results"] == ["4", "4", None]
+    answered = answer(answerer, prompt(0))
+    assert answered["finishes"] == ["stop", "stop", "cancelled"]
+    assert answered["result"] == "4"
+    assert answered["results"] == ["4", "4", None]
 
 
 def test_the_seed_of_a_row_follows_from_the_seed_and_its_index(template: Template) -> None:
@@ -81,7 +81,7 @@ def test_the_seed_of_a_row_follows_from_the_seed_and_its_index(template: Templat
 
     answerer = Answerer(ScriptedEngine(reply), template)
     for seed, index in ((0, 0), (0, 1), (1, 0), (0, 0)):
-        row(answerer, prompt(index), seed)
+        answer(answerer, prompt(index), seed)
     assert seeds[0] == seeds[3]
     assert len(set(seeds)) == 3
 
@@ -90,9 +90,9 @@ def test_a_prompt_that_the_engine_or_the_template_refuses_is_a_bad_row(template:
     engine = ScriptedEngine([5])
     engine.features = replace(engine.features, max_length=100)
     answerer = Answerer(engine, template, Sampling(8))
-    assert "exceed" in row(answerer, prompt(0, "word " * 200))["error"]
+    assert "exceed" in answer(answerer, prompt(0, "word " * 200))["error"]
     twice = Prompt(1, {}, Conversation.from_turns(("user", "a"), ("user", "b"), ("assistant", "c")))
-    assert row(answerer, twice).keys() == {"index", "error"}
+    assert answer(answerer, twice).keys() == {"index", "error"}
 
 
 @pytest.mark.parametrize("choices", [1, 5, 1000])
@@ -102,9 +102,9 @@ def test_as_many_completions_are_in_flight_as_keep_an_engine_full(choices: int, 
     class Counting(ScriptedEngine):
         def submit(self, *args: Any) -> Any:
             nonlocal most
-            given = super().submit(*args)
+            submitted = super().submit(*args)
             most = max(most, len(self._requests))
-            return given
+            return submitted
 
     taken = 0
 
@@ -116,8 +116,8 @@ def test_as_many_completions_are_in_flight_as_keep_an_engine_full(choices: int, 
 
     done: list[int] = []
 
-    def keep(found: Any) -> None:
-        done.append(found["index"])
+    def keep(answered: Any) -> None:
+        done.append(answered["index"])
         assert taken - len(done) <= prompts_in_flight(choices), "prompts are read only when they can be answered"
 
     answer_locally(lambda: Answerer(Counting([5, 6]), template), choices, 0, prompts(), keep)
@@ -129,8 +129,8 @@ def test_as_many_completions_are_in_flight_as_keep_an_engine_full(choices: int, 
 def failing(template: Template, fails: Callable[[str], bool]) -> Callable[[], Answerer]:
     """An engine that fails for some prompts, and all that is under way with them."""
 
-    def reply(asked: Sequence[int], _: Sampling, __: int) -> list[int]:
-        text = template.tokenizer.decode(list(asked))
+    def reply(prompt_ids: Sequence[int], _: Sampling, __: int) -> list[int]:
+        text = template.tokenizer.decode(list(prompt_ids))
         if fails(text):
             for request in list(engine._requests):
                 request.generation.fail(EngineError("the process ended"))
@@ -174,17 +174,17 @@ def test_a_row_is_bad_only_if_it_breaks_the_engine_beside_others_and_twice_alone
 
 
 def test_a_row_that_broke_the_engine_is_asked_again_alone(template: Template) -> None:
-    beside: list[int] = []
+    in_flight: list[int] = []
 
     class Watched(ScriptedEngine):
         def submit(self, ids: Sequence[int], sampling: Sampling) -> Any:
-            given = super().submit(ids, sampling)
+            submitted = super().submit(ids, sampling)
             if "break it" in template.tokenizer.decode(list(ids)):
-                beside.append(len(self._requests))
-            return given
+                in_flight.append(len(self._requests))
+            return submitted
 
-    def reply(asked: Sequence[int], _: Sampling, __: int) -> list[int]:
-        if "break it" in template.tokenizer.decode(list(asked)):
+    def reply(prompt_ids: Sequence[int], _: Sampling, __: int) -> list[int]:
+        if "break it" in template.tokenizer.decode(list(prompt_ids)):
             raise RuntimeError("broken")
         return [5, 6, 7]
 
@@ -192,25 +192,25 @@ def test_a_row_that_broke_the_engine_is_asked_again_alone(template: Template) ->
     kept: list[Any] = []
     answer_locally(lambda: Answerer(Watched(reply, delay_seconds=0.001), template), 20, 0, prompts, kept.append)
     assert len(kept) == 60
-    assert sorted(beside)[:4] == [1, 1, 1, 1]
-    assert sorted(beside)[4] > 1
+    assert sorted(in_flight)[:4] == [1, 1, 1, 1]
+    assert sorted(in_flight)[4] > 1
 
 
 def test_an_engine_that_fails_on_every_prompt_ends_the_batch(template: Template) -> None:
     kept: list[int] = []
-    asked = 0
+    requests = 0
 
     def fails(_: str) -> bool:
-        nonlocal asked
-        asked += 1
-        return asked > 10
+        nonlocal requests
+        requests += 1
+        return requests > 10
 
     with pytest.raises(EngineError, match="the process ended"):
         answer_locally(
             failing(template, fails), 80, 0, iter([prompt(i) for i in range(500)]), lambda r: kept.append(r["index"])
         )
     assert len(kept) <= 10, "no row is bad because the engine is broken"
-    assert asked < 60
+    assert requests < 60
 
 
 def test_the_last_row_is_not_bad_if_the_engine_fails_on_a_plain_question_too(template: Template) -> None:

@@ -25,27 +25,27 @@ def prompts(path: Path, *rows: Any) -> list[Prompt]:
 
 
 def test_a_row_has_a_prompt_or_messages(tmp_path: Path) -> None:
-    found = prompts(
+    every = prompts(
         tmp_path / "p.jsonl",
         {"prompt": "Hi?"},
         "",
         {"messages": [SYSTEM, USER, ASSISTANT, USER], "prompt": None},
         {"prompt": '[{"role": "user", "content": "Hi?"}]', "topic": 3},
     )
-    assert [prompt.index for prompt in found] == [0, 1, 2]
-    assert [prompt.conversation for prompt in found] == [
+    assert [prompt.index for prompt in every] == [0, 1, 2]
+    assert [prompt.conversation for prompt in every] == [
         Conversation.from_turns(("user", "Hi?")),
         Conversation.from_turns(("system", "Be brief."), ("user", "Hi?"), ("assistant", "Hello."), ("user", "Hi?")),
         Conversation.from_turns(("user", '[{"role": "user", "content": "Hi?"}]')),
     ]
-    assert not any(prompt.fault or prompt.id_field for prompt in found)
+    assert not any(prompt.fault or prompt.id_field for prompt in every)
 
 
 @pytest.mark.parametrize("value", ["a", "", "ü東", 0, 7, -1.5, True, None])
 def test_any_scalar_is_an_id_and_is_kept(value: Any, tmp_path: Path) -> None:
-    (found,) = prompts(tmp_path / "p.jsonl", {"prompt": "Hi?", "id": value})
-    assert found.id_field == {"id": value}
-    assert found.error_row("no") == {"index": 0, "id": value, "error": "no"}
+    (only,) = prompts(tmp_path / "p.jsonl", {"prompt": "Hi?", "id": value})
+    assert only.id_field == {"id": value}
+    assert only.error_row("no") == {"index": 0, "id": value, "error": "no"}
 
 
 BAD: dict[str, tuple[Any, str]] = {
@@ -68,18 +68,18 @@ BAD: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_a_row_without_a_usable_prompt_has_a_fault_that_names_its_line(case: str, tmp_path: Path) -> None:
     row, reason = BAD[case]
-    before, found, after = prompts(tmp_path / "p.jsonl", {"prompt": "a"}, row, {"prompt": "b"})
-    assert found.conversation is None
-    assert found.fault is not None
-    assert reason in found.fault
-    assert "line 2" in found.fault
-    assert before.fault is after.fault is None
-    assert (before.index, after.index) == (0, 2)
+    first, bad, last = prompts(tmp_path / "p.jsonl", {"prompt": "a"}, row, {"prompt": "b"})
+    assert bad.conversation is None
+    assert bad.fault is not None
+    assert reason in bad.fault
+    assert "line 2" in bad.fault
+    assert first.fault is last.fault is None
+    assert (first.index, last.index) == (0, 2)
 
 
 def test_the_id_of_a_bad_row_is_kept(tmp_path: Path) -> None:
-    (found,) = prompts(tmp_path / "p.jsonl", {"prompt": "", "id": 9})
-    assert found.id_field == {"id": 9}
+    (only,) = prompts(tmp_path / "p.jsonl", {"prompt": "", "id": 9})
+    assert only.id_field == {"id": 9}
 
 
 def test_a_survey_counts_rows_and_names_each_unknown_key_once(tmp_path: Path) -> None:
@@ -95,8 +95,8 @@ def test_compressed_files_and_tables_are_read(tmp_path: Path) -> None:
         file.write('{"prompt": "Hi?"}\n')
     (tmp_path / "p.csv").write_text("id,prompt\n1,Hi?\n")
     for name in ("p.jsonl.gz", "p.csv"):
-        (found,) = PromptFile(str(tmp_path / name), Progress())
-        assert found.conversation == Conversation.from_turns(("user", "Hi?"))
+        (only,) = PromptFile(str(tmp_path / name), Progress())
+        assert only.conversation == Conversation.from_turns(("user", "Hi?"))
 
 
 def test_a_file_that_is_cut_short_is_an_error_while_it_is_read(tmp_path: Path) -> None:

@@ -17,19 +17,19 @@ from typing import Any
 import pytest
 
 from corral.answering.answerer import Answerer
-from corral.batch import answer_file
+from corral.batch import Outcome, answer_file
 from corral.batch.prompts import PromptFile
 from corral.batch.ray_cluster import RayWorker, answer_on_ray
 from corral.errors import EngineError, InputError, MissingExtraError
 from corral.progress import Progress
-from tests.batch.work import IDENTITY, Batch, asked, finished_rows, read, wait_for_rows
+from tests.batch.work import IDENTITY, Batch, finished_rows, question, read_rows, wait_for_rows
 
 ROWS = 400
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="the extra `ray` is not installed")
 
 
 @dataclass(frozen=True)
-class Named:
+class OpensInWorker:
     """Opens a batch's Answerer in a worker, and leaves the worker's process id."""
 
     batch: Batch
@@ -44,65 +44,69 @@ class Named:
 def cluster() -> Generator[str]:
     """The address of a cluster of two machines, which are this one."""
     cluster_utils = pytest.importorskip("ray.cluster_utils")
-    here = str(Path(__file__).parent.parent.parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join([here, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    root = str(Path(__file__).parent.parent.parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join([root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     memory = {"object_store_memory": 100 * 2**20}
-    made = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **memory})
-    made.add_node(num_cpus=1, **memory)
-    yield made.address
-    made.shutdown()
+    started = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **memory})
+    started.add_node(num_cpus=1, **memory)
+    yield started.address
+    started.shutdown()
 
 
-def nothing() -> Answerer:
+def answer_with_ray(cluster: str, batch: Batch, open_answerer: Any = None, progress: Progress | None = None) -> Outcome:
+    answering = partial(answer_on_ray, cluster, open_answerer or batch.open, 1, 7)
+    return answer_file(str(batch.prompts), batch.out, IDENTITY, answering, progress or Progress())
+
+
+def load_no_model() -> Answerer:
     raise AssertionError("a model was loaded")
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match="ray") as missing:
-        answer_on_ray(None, nothing, 1, 0, iter(()), lambda _: None)
+        answer_on_ray(None, load_no_model, 1, 0, iter(()), lambda _: None)
     assert "corral[ray]" in str(missing.value.hint)
 
 
-def test_a_worker_tells_a_bad_row_from_a_broken_engine(make: Callable[..., Batch]) -> None:
+def test_a_worker_tells_a_bad_row_from_a_broken_engine(make_batch: Callable[..., Batch]) -> None:
     import pyarrow as pa
 
-    rows = [{"prompt": "Break it." if i == 7 else asked(i)} for i in range(16)]
-    batch = make(rows, breaks_at="Break it.")
-    given = pa.table({"row": [prompt.to_json() for prompt in PromptFile(str(batch.prompts), Progress())]})
+    rows = [{"prompt": "Break it." if i == 7 else question(i)} for i in range(16)]
+    batch = make_batch(rows, breaks_at="Break it.")
+    table = pa.table({"row": [prompt.to_json() for prompt in PromptFile(str(batch.prompts), Progress())]})
     worker = RayWorker(batch.open, 7)
-    found = [json.loads(row) for row in worker({"row": given["row"]})["row"]]
-    assert [row["index"] for row in found] == list(range(16))
-    assert [row["index"] for row in found if "error" in row] == [7]
+    answered = [json.loads(row) for row in worker({"row": table["row"]})["row"]]
+    assert [row["index"] for row in answered] == list(range(16))
+    assert [row["index"] for row in answered if "error" in row] == [7]
     with pytest.raises(EngineError, match="broken"):
-        RayWorker(replace(batch, breaks_at="").open, 7)({"row": given["row"]})
+        RayWorker(replace(batch, breaks_at="").open, 7)({"row": table["row"]})
 
 
 @pytest.mark.full
 @needs_ray
 def test_rows_that_break_an_engine_are_bad_and_all_others_are_answered(
-    cluster: str, make: Callable[..., Batch], tmp_path: Path
+    cluster: str, make_batch: Callable[..., Batch], tmp_path: Path
 ) -> None:
     breaking = {3, 50, 98, 99}
-    rows = [{"prompt": "Break it." if i in breaking else asked(i)} for i in range(100)]
-    batch = make(rows, breaks_at="Break it.")
-    answering = partial(answer_on_ray, cluster, batch.open, 1, 7)
-    outcome = answer_file(str(batch.prompts), batch.out, IDENTITY, answering, Progress())
+    rows = [{"prompt": "Break it." if i in breaking else question(i)} for i in range(100)]
+    batch = make_batch(rows, breaks_at="Break it.")
+    outcome = answer_with_ray(cluster, batch)
     assert (outcome.figures.rows, outcome.figures.bad) == (100, 4)
-    assert {row["index"] for row in read(batch.out) if "error" in row} == breaking
-    here = replace(batch, out=tmp_path / "here.jsonl")
-    here.run()
-    assert here.out.read_bytes() == batch.out.read_bytes()
+    assert {row["index"] for row in read_rows(batch.out) if "error" in row} == breaking
+    local = replace(batch, out=tmp_path / "local.jsonl")
+    local.run()
+    assert local.out.read_bytes() == batch.out.read_bytes()
 
 
 @pytest.mark.full
 @needs_ray
 def test_after_a_worker_is_killed_every_row_is_answered_once_in_order(
-    cluster: str, make: Callable[..., Batch], tmp_path: Path
+    cluster: str, make_batch: Callable[..., Batch], tmp_path: Path
 ) -> None:
-    here = make(ROWS)
-    here.run()
-    batch = Batch(here.prompts, tmp_path / "ray.jsonl", here.tokenizer, here.calls, delay_seconds=1.0)
+    local = make_batch(ROWS)
+    local.run()
+    batch = Batch(local.prompts, tmp_path / "ray.jsonl", local.tokenizer, local.calls, delay_seconds=1.0)
     workers = tmp_path / "workers"
     workers.mkdir()
     killed: list[int] = []
@@ -116,34 +120,32 @@ def test_after_a_worker_is_killed_every_row_is_answered_once_in_order(
 
     killer = threading.Thread(target=kill)
     killer.start()
-    answering = partial(answer_on_ray, cluster, Named(batch, workers), 1, 7)
-    outcome = answer_file(str(batch.prompts), batch.out, IDENTITY, answering, Progress())
+    outcome = answer_with_ray(cluster, batch, OpensInWorker(batch, workers))
     killer.join()
     assert outcome.answered == ROWS
     assert not done_at_kill[0], "it was killed on the way"
     assert str(killed[0]) in {path.name for path in workers.iterdir()}
-    assert batch.out.read_bytes() == here.out.read_bytes()
+    assert batch.out.read_bytes() == local.out.read_bytes()
 
 
 @pytest.mark.full
 @needs_ray
-def test_a_stopped_batch_resumes(cluster: str, make: Callable[..., Batch], tmp_path: Path) -> None:
-    here = make(ROWS)
-    here.run()
-    there = Batch(here.prompts, tmp_path / "ray.jsonl", here.tokenizer, here.calls, delay_seconds=0.2)
+def test_a_stopped_batch_resumes(cluster: str, make_batch: Callable[..., Batch], tmp_path: Path) -> None:
+    local = make_batch(ROWS)
+    local.run()
+    batch = Batch(local.prompts, tmp_path / "ray.jsonl", local.tokenizer, local.calls, delay_seconds=0.2)
 
     class Stop(Progress):
         def update(self, done: int, note: str = "") -> None:
             if done == 50:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    answering = partial(answer_on_ray, cluster, there.open, 1, 7)
     with pytest.raises(KeyboardInterrupt):
-        answer_file(str(there.prompts), there.out, IDENTITY, answering, Stop())
-    kept = len(finished_rows(there.out))
+        answer_with_ray(cluster, batch, progress=Stop())
+    kept = len(finished_rows(batch.out))
     assert kept >= 50
-    assert answer_file(str(there.prompts), there.out, IDENTITY, answering, Progress()).answered == ROWS - kept
-    assert there.out.read_bytes() == here.out.read_bytes()
+    assert answer_with_ray(cluster, batch).answered == ROWS - kept
+    assert batch.out.read_bytes() == local.out.read_bytes()
 
 
 def _no_model() -> Any:
@@ -152,16 +154,13 @@ def _no_model() -> Any:
 
 @pytest.mark.full
 @needs_ray
-def test_errors_of_a_worker_are_those_of_a_local_batch(cluster: str, make: Callable[..., Batch]) -> None:
-    batch = make(40)
-    answering = partial(answer_on_ray, cluster, _no_model, 1, 7)
+def test_errors_of_a_worker_are_those_of_a_local_batch(cluster: str, make_batch: Callable[..., Batch]) -> None:
+    batch = make_batch(40)
     with pytest.raises(EngineError, match="no such model here"):
-        answer_file(str(batch.prompts), batch.out, IDENTITY, answering, Progress())
-    bad = make([{"prompt": "c " * 9000}, {"prompt": "a"}])
-    answer_file(
-        str(bad.prompts), bad.out.with_name("b"), IDENTITY, partial(answer_on_ray, cluster, bad.open, 1, 7), Progress()
-    )
-    assert ["error" in row for row in read(bad.out.with_name("b"))] == [True, False]
+        answer_with_ray(cluster, batch, _no_model)
+    bad = replace(make_batch([{"prompt": "c " * 9000}, {"prompt": "a"}]), out=batch.out.with_name("b"))
+    answer_with_ray(cluster, bad)
+    assert ["error" in row for row in read_rows(bad.out)] == [True, False]
 
 
 @pytest.mark.full

@@ -42,11 +42,11 @@ def write_prompts(path: Path, rows: Iterable[Mapping[str, Any] | str]) -> Path:
     return path
 
 
-def asked(number: int) -> str:
+def question(number: int) -> str:
     return f"What is {number} plus {number}?"
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
@@ -83,11 +83,11 @@ class Batch:
         answering = partial(answer_locally, self.open, choices, 7)
         return answer_file(str(self.prompts), self.out, identity, answering, progress or Progress())
 
-    def called(self) -> list[str]:
+    def prompts_sent(self) -> list[str]:
         """The prompts that the engine got since the last call."""
         if not self.calls.exists():
             return []
-        lines: list[Any] = read(self.calls)
+        lines: list[Any] = read_rows(self.calls)
         self.calls.unlink()
         tokenizer = load_tokenizer(self.tokenizer)
         return [tokenizer.decode(ids) for ids in lines]
@@ -96,7 +96,7 @@ class Batch:
 Dying = Callable[[], None]
 
 
-def _within(statement: str, nth: int) -> None:
+def _die_within(statement: str, nth: int) -> None:
     """Die in the transaction of the nth such SQL statement."""
     connect, count = sqlite3.connect, 0
 
@@ -114,7 +114,7 @@ def _within(statement: str, nth: int) -> None:
     sqlite3.connect = partial(connect, factory=Watched)
 
 
-def _before(owner: Any, name: str, nth: int = 1) -> None:
+def _die_before(owner: Any, name: str, nth: int = 1) -> None:
     original = getattr(owner, name)
     count = 0
 
@@ -129,14 +129,14 @@ def _before(owner: Any, name: str, nth: int = 1) -> None:
 
 
 INSTANTS: dict[str, Dying] = {
-    "while the journal is created": partial(_within, "INSERT INTO batch", 1),
-    "while the first row is written": partial(_within, "INSERT INTO rows", 1),
-    "while a row is written": partial(_within, "INSERT INTO rows", 100),
-    "before a row is written": partial(_before, Journal, "add", 150),
-    "while the output is put in order": partial(_before, os, "fsync"),
-    "before the record is there": partial(_before, os, "replace", 1),
-    "before the output is there": partial(_before, os, "replace", 2),
-    "before the journal is removed": partial(_before, os, "unlink", 1),
+    "while the journal is created": partial(_die_within, "INSERT INTO batch", 1),
+    "while the first row is written": partial(_die_within, "INSERT INTO rows", 1),
+    "while a row is written": partial(_die_within, "INSERT INTO rows", 100),
+    "before a row is written": partial(_die_before, Journal, "add", 150),
+    "while the output is put in order": partial(_die_before, os, "fsync"),
+    "before the record is there": partial(_die_before, os, "replace", 1),
+    "before the output is there": partial(_die_before, os, "replace", 2),
+    "before the journal is removed": partial(_die_before, os, "unlink", 1),
 }
 
 
@@ -150,7 +150,7 @@ def _run(batch: Batch, instant: str | None) -> None:
     os._exit(0)
 
 
-def process(batch: Batch, instant: str | None = None) -> Any:
+def start_process(batch: Batch, instant: str | None = None) -> Any:
     """A process that runs the batch, and kills itself at the instant."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.invariants.preload"])

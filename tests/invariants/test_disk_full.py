@@ -7,14 +7,14 @@ be mounted.
 from __future__ import annotations
 
 import os
-import resource
-import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from corral.errors import StorageError
+from tests.conftest import file_size_limit, mount_small_disk
 from tests.invariants.work import Case, Job, assert_same
 
 CASE = Case({"checkpoint_every": 5}, {"kind": "adamw_8bit"}, {"rank": 64})
@@ -41,17 +41,14 @@ LIMITS: dict[str, tuple[int, Callable[[Path], int], str]] = {
 def test_a_file_that_exceeds_a_limit(name: str, uninterrupted: Uninterrupted, tmp_path: Path) -> None:
     job, expected = uninterrupted(CASE)
     after, largest, path = LIMITS[name]
-    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with ExitStack() as stack:
 
-    def limit(step: int) -> None:
-        if step == after:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest(tmp_path), hard))
+        def limit(step: int) -> None:
+            if step == after:
+                stack.enter_context(file_size_limit(largest(tmp_path)))
 
-    try:
         with pytest.raises(StorageError, match="larger than this disk or user may write") as full:
             job.run(tmp_path, on_step=lambda m: limit(m.step))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
     assert full.value.where == str(tmp_path / path)
     assert "ulimit -f" in str(full.value.hint)
     assert_intact(tmp_path, 5)
@@ -61,13 +58,8 @@ def test_a_file_that_exceeds_a_limit(name: str, uninterrupted: Uninterrupted, tm
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "small-disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("this user may not mount a small disk; limits on file sizes are tested in any case")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+    with mount_small_disk(tmp_path / "small-disk", "2m") as disk:
+        yield disk
 
 
 @pytest.mark.parametrize(("after", "path"), [(9, "checkpoints/step-000010"), (7, "best"), (6, "metrics.jsonl")])

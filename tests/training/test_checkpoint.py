@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from corral.training.checkpoint import TrainingState
 from corral.training.distributed import World
 from corral.training.divergence import DivergenceMonitor
 from corral.training.loop import Trainer
-from tests.conftest import unprivileged
+from tests.conftest import file_size_limit, unprivileged
 from tests.training.tiny import newest_checkpoint, run_until
 
 MakeTrainer = Callable[..., Trainer]
@@ -246,13 +245,9 @@ def test_while_the_loss_is_above_its_bound_earlier_checkpoints_stay(tmp_path: Pa
 def test_a_limit_on_file_sizes_stops_with_advice_and_older_checkpoints_stay(tmp_path: Path) -> None:
     weight, optimizer = make_optimizer("adamw")
     save(tmp_path, weight, optimizer, state(4))
-    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, hard))
-    try:
-        with pytest.raises(StorageError, match="larger than this disk or user may write") as full:
-            save(tmp_path, weight, optimizer, state(6))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+    message = "larger than this disk or user may write"
+    with file_size_limit(9000), pytest.raises(StorageError, match=message) as full:
+        save(tmp_path, weight, optimizer, state(6))
     assert str(full.value.hint).endswith("then run the same command again: it resumes from step 4")
     assert kept_steps(tmp_path) == [4]
 
