@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.conftest import write_workspace
+from tests.conftest import corral, write_workspace
+
+
+def succeed(*args: object, **settings: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line, and assert that it succeeds."""
+    done = corral(*args, **settings)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def fail(code: int, words: Sequence[str], *args: object, **settings: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line, and assert its exit code and that its error is a message with these words."""
+    done = corral(*args, **settings)
+    assert done.returncode == code, done.stderr
+    for part in words:
+        assert part in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
 
 
 @pytest.fixture

@@ -11,40 +11,31 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from corral.cli import main, parser
-from tests.batch.work import finished_rows
-from tests.conftest import corral
+from tests.batch.work import finished_rows, question, read_rows, write_prompts
+from tests.e2e.conftest import fail, succeed
 
 DOCS = (Path(__file__).parent.parent.parent / "docs/batch.md").read_text("utf-8")
 ENGINE = ("--engine", "transformers")
 
 
-def write_prompts(folder: Path, rows: int = 12) -> Path:
-    path = folder / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"id": i, "prompt": f"What is {i} plus {i}?"}) + "\n" for i in range(rows)))
-    return path
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+def write_questions(folder: Path, count: int = 12) -> Path:
+    return write_prompts(folder / "prompts.jsonl", [{"id": i, "prompt": question(i)} for i in range(count)])
 
 
 def test_options_override_the_answer_settings_of_the_run(finished_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
-    done = corral("batch", finished_run, write_prompts(tmp_path), "--out", out, *ENGINE, "--max-tokens", 8, "--json")
-    assert done.returncode == 0, done.stderr
+    done = succeed("batch", finished_run, write_questions(tmp_path), "--out", out, *ENGINE, "--max-tokens", 8, "--json")
     summary = json.loads(done.stdout)
     assert summary["figures"]["rows"] == summary["answered"] == 12
     rows = read_rows(out)
     assert [row["id"] for row in rows] == list(range(12))
     assert all(row["tokens"] <= 8 for row in rows)
     voted = ("--consensus", "rouge-l", "--n", 3, "--shots", 1, "--max-tokens", 8)
-    done = corral("batch", finished_run, tmp_path / "prompts.jsonl", "--out", tmp_path / "v.jsonl", *ENGINE, *voted)
-    assert done.returncode == 0, done.stderr
+    done = succeed("batch", finished_run, tmp_path / "prompts.jsonl", "--out", tmp_path / "v.jsonl", *ENGINE, *voted)
     assert "12 rows" in done.stdout
     for plain, row in zip(rows, read_rows(tmp_path / "v.jsonl"), strict=True):
         assert len(row["candidates"]) == len(row["votes"]) == 3
@@ -53,11 +44,10 @@ def test_options_override_the_answer_settings_of_the_run(finished_run: Path, tmp
 
 
 def test_killed_and_repeated_it_writes_the_answers_of_an_uninterrupted_run(tiny_folder: Path, tmp_path: Path) -> None:
-    path = write_prompts(tmp_path, 700)
+    path = write_questions(tmp_path, 700)
     # Sampled at random, one row in hundreds differs by rounding when it is batched with other rows; greedily none here.
     common = (*ENGINE, "--max-tokens", 24, "--temperature", 0)
-    whole = corral("batch", tiny_folder, path, "--out", tmp_path / "whole.jsonl", *common)
-    assert whole.returncode == 0, whole.stderr
+    succeed("batch", tiny_folder, path, "--out", tmp_path / "whole.jsonl", *common)
     command = [sys.executable, "-m", "corral", "batch", tiny_folder, path, "--out", tmp_path / "a.jsonl", *common]
     out = tmp_path / "a.jsonl"
     for number in (signal.SIGKILL, signal.SIGTERM):
@@ -71,16 +61,10 @@ def test_killed_and_repeated_it_writes_the_answers_of_an_uninterrupted_run(tiny_
         assert running.returncode in (-number, 128 + number), error
         if number == signal.SIGTERM:
             assert "the same command goes on" in error
-    done = corral(*command[3:])
-    assert done.returncode == 0, done.stderr
-    assert "rows are done already" in done.stderr
+    assert "rows are done already" in succeed(*command[3:]).stderr
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    again = corral(*command[3:])
-    assert again.returncode == 0
-    assert "already done" in again.stdout
-    changed = corral(*command[3:], "--seed", 5)
-    assert changed.returncode == 2
-    assert "seed = 0 there, 5 here" in changed.stderr
+    assert "already done" in succeed(*command[3:]).stdout
+    fail(2, ["seed = 0 there, 5 here"], *command[3:], "--seed", 5)
 
 
 CASES: dict[str, tuple[str, tuple[object, ...], list[str]]] = {
@@ -124,8 +108,7 @@ def test_every_command_and_row_of_the_documentation_is_correct(finished_run: Pat
         words = shlex.split(command)[1:]
         assert parser().parse_args(words).verb == "batch"
         if not {"--ray", "--url"} & set(words):
-            done = corral(*words, *ENGINE, "--max-tokens", 8, cwd=tmp_path)
-            assert done.returncode == 0, done.stderr
+            succeed(*words, *ENGINE, "--max-tokens", 8, cwd=tmp_path)
     shown = [json.loads(line) for line in re.findall(r"^\{\"index\".*\}$", DOCS, re.M)]
     written = [*read_rows(tmp_path / "answers.jsonl"), *read_rows(tmp_path / "voted.jsonl")[:1]]
     assert [row.keys() for row in shown] == [row.keys() for row in written]

@@ -45,8 +45,11 @@ class Terminal:
         os.close(slave)
         self.shown = ""
 
-    def press(self, keys: str) -> None:
+    def press(self, keys: str, *shown: str) -> None:
+        """Press keys, and wait until each of these texts is shown."""
         os.write(self._master, keys.encode())
+        for text in shown:
+            self.wait_for(text)
 
     def wait_for(self, text: str, seconds: float = 30) -> str:
         """Wait until the text is shown; returns what precedes it since the last wait."""
@@ -69,7 +72,6 @@ class Terminal:
         self.wait_for(until)
 
     def exit_code(self) -> int:
-        """The exit code."""
         return self._process.wait(30)
 
     def close(self) -> None:
@@ -118,31 +120,22 @@ def test_a_user_talks_stops_an_answer_retries_saves_and_exits(
     chat = terminal("--url", url)
     chat.wait_for("chatting with m at ")
     chat.wait_for("> ")
-    chat.press("Hello\n")
-    chat.wait_for("one")
-    chat.wait_for("> ")
+    chat.press("Hello\n", "one", "> ")
     chat.press("Count!\n")
     until = time.monotonic() + 30
     while len(generated) < 2 or generated[1] < 5:
         assert time.monotonic() < until
         time.sleep(0.01)
-    chat.press(CTRL_C)
-    chat.wait_for("…")
-    chat.wait_for("> ")
+    chat.press(CTRL_C, "…", "> ")
     time.sleep(0.3)
     after_stop = generated[1]
     time.sleep(0.2)
     assert generated[1] == after_stop, "the server stops generating"
-    chat.press("/retry\n")
-    chat.wait_for("two")
-    chat.wait_for("> ")
-    chat.press("half a li")
-    chat.wait_for("half a li")
+    chat.press("/retry\n", "two", "> ")
+    chat.press("half a li", "half a li")
     chat.stop_line("Ctrl-D ends")
     chat.wait_for("> ")
-    chat.press(f"/save {tmp_path}/talk.jsonl\n")
-    chat.wait_for("saved")
-    chat.wait_for("> ")
+    chat.press(f"/save {tmp_path}/talk.jsonl\n", "saved", "> ")
     chat.press("exit\n")
     assert chat.exit_code() == 0
     saved = (tmp_path / "talk.jsonl").read_text("utf-8")
@@ -153,11 +146,8 @@ def test_a_user_talks_stops_an_answer_retries_saves_and_exits(
 
     again = terminal("--url", url)
     again.wait_for("> ")
-    again.press(UP + UP + UP + UP + UP)
-    again.wait_for("Hello")
-    again.press("\n")
-    again.wait_for("one")
-    again.wait_for("> ")
+    again.press(UP + UP + UP + UP + UP, "Hello")
+    again.press("\n", "one", "> ")
     again.press(CTRL_D)
     assert again.exit_code() == 0
 
@@ -171,15 +161,9 @@ def test_a_server_that_restarts_loses_only_the_turn_in_between(
     with serve_in_thread(served) as url:
         chat = terminal("--url", url)
         chat.wait_for("> ")
-        chat.press("Hello\n")
-        chat.wait_for("again")
-    chat.wait_for("> ")
-    chat.press("Are you there?\n")
-    chat.wait_for("cannot be reached")
-    chat.wait_for("> ")
+        chat.press("Hello\n", "again", "> ")
+    chat.press("Are you there?\n", "cannot be reached", "> ")
     with serve_in_thread(served, port=int(url.rpartition(":")[2])):
-        chat.press("/retry\n")
-        chat.wait_for("again")
-        chat.wait_for("> ")
+        chat.press("/retry\n", "again", "> ")
         chat.press("quit\n")
         assert chat.exit_code() == 0

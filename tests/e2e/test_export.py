@@ -9,17 +9,15 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import corral
+from tests.e2e.conftest import fail, succeed
 
 
 def test_a_form_is_added_to_run_recipe_and_report_and_damage_is_noticed(run_copy: Path) -> None:
     run = run_copy
-    first = corral("export", run, "--to", "gguf", "--type", "f16")
-    assert first.returncode == 0, first.stderr
-    assert str(run / "export" / "model-f16.gguf") in first.stdout
-    modified = (run / "export" / "model-f16.gguf").stat().st_mtime_ns
-    second = corral("export", run, "--to", "openvino", "--json")
-    assert second.returncode == 0, second.stderr
     gguf, openvino = forms = [run / "export" / "model-f16.gguf", run / "export" / "openvino-int8"]
+    assert str(gguf) in succeed("export", run, "--to", "gguf", "--type", "f16").stdout
+    modified = gguf.stat().st_mtime_ns
+    second = succeed("export", run, "--to", "openvino", "--json")
     assert json.loads(second.stdout)["exported"] == [str(form) for form in forms]
     assert gguf.stat().st_size
     assert gguf.stat().st_mtime_ns >= modified
@@ -28,34 +26,25 @@ def test_a_form_is_added_to_run_recipe_and_report_and_damage_is_noticed(run_copy
     page = (run / "report" / "index.html").read_text("utf-8")
     assert "gguf f16: ✓ passed" in page
     assert "openvino int8: ✓ passed" in page
-    again = corral("export", run)
-    assert again.returncode == 0
-    assert "already done: " in again.stderr
+    assert "already done: " in succeed("export", run).stderr
 
     for model in (run, *forms):
-        verified = corral("verify", model)
-        assert verified.returncode == 0, verified.stderr
-        assert verified.stdout.count("holds") == 5
+        assert succeed("verify", model).stdout.count("holds") == 5
 
     weights = openvino / "openvino_model.bin"
     weights.write_bytes(weights.read_bytes()[:-64] + bytes(64))
-    broken = corral("verify", openvino)
-    assert broken.returncode == 4
+    broken = fail(4, ["contract broken"], "verify", openvino)
     assert "BROKEN  files: changed or missing: openvino_model.bin" in broken.stdout
-    assert "contract broken" in broken.stderr
     for verb in ("serve", "chat"):
-        refused = corral(verb, openvino)
-        assert refused.returncode == 4
-        assert "openvino_model.bin" in refused.stderr
-    assert corral("verify", run, "--engine", "openvino").returncode == 0
+        fail(4, ["openvino_model.bin"], verb, openvino)
+    succeed("verify", run, "--engine", "openvino")
     (run / "merge" / "model" / "generation_config.json").write_text("{}")
-    assert corral("verify", run).returncode == 4
+    fail(4, [], "verify", run)
 
 
 def test_a_model_outside_a_run_is_exported_to_the_given_folder(finished_run: Path, tmp_path: Path) -> None:
     model = finished_run / "merge" / "model"
-    done = corral("export", model, "--to", "gguf", "--type", "q8_0", "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    done = succeed("export", model, "--to", "gguf", "--type", "q8_0", "--out", tmp_path / "out")
     assert done.stdout.strip() == f"export  {tmp_path / 'out' / 'model-q8_0.gguf'}"
 
 
@@ -70,10 +59,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_bad_option_is_one_clear_error(fault: str, finished_run: Path, tmp_path: Path) -> None:
     options, expected = FAULTS[fault]
-    done = corral("export", finished_run, *options, cwd=tmp_path)
-    assert done.returncode == 2
-    assert all(part in done.stderr for part in expected)
-    assert "Traceback" not in done.stderr
+    fail(2, expected, "export", finished_run, *options, cwd=tmp_path)
     assert not (finished_run / "export").exists()
 
 
@@ -81,16 +67,11 @@ def test_a_bad_option_is_one_clear_error(fault: str, finished_run: Path, tmp_pat
 def test_a_model_outside_a_run_needs_a_form_and_a_folder(
     options: tuple[str, ...], tiny_folder: Path, tmp_path: Path
 ) -> None:
-    done = corral("export", tiny_folder, *options, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "--to" in done.stderr
-    assert "--out" in done.stderr
+    fail(2, ["--to", "--out"], "export", tiny_folder, *options, cwd=tmp_path)
 
 
 def test_a_model_without_a_contract_cannot_be_verified(tiny_folder: Path) -> None:
-    done = corral("verify", tiny_folder)
-    assert done.returncode == 2
-    assert "no contract" in done.stderr
+    fail(2, ["no contract"], "verify", tiny_folder)
 
 
 def test_a_failed_export_leaves_the_recipe_unchanged(run_copy: Path) -> None:
@@ -102,15 +83,12 @@ def test_a_failed_export_leaves_the_recipe_unchanged(run_copy: Path) -> None:
 
 
 def test_running_the_recipe_again_keeps_an_added_form(run_copy: Path) -> None:
-    assert corral("export", run_copy, "--to", "gguf", "--type", "f16").returncode == 0
-    again = corral("run", run_copy.parent / "r.toml", "--out", run_copy)
-    assert again.returncode == 0, again.stderr
+    succeed("export", run_copy, "--to", "gguf", "--type", "f16")
+    again = succeed("run", run_copy.parent / "r.toml", "--out", run_copy)
     assert (run_copy / "export" / "model-f16.gguf").is_file()
     assert "export" in again.stderr.partition("already done: ")[2]
 
 
 def test_transformers_refuses_an_openvino_form(run_copy: Path) -> None:
-    assert corral("export", run_copy, "--to", "openvino", "--type", "f32").returncode == 0
-    refused = corral("verify", run_copy / "export" / "openvino-f32", "--engine", "transformers")
-    assert refused.returncode == 2
-    assert "OpenVINO's form" in refused.stderr
+    succeed("export", run_copy, "--to", "openvino", "--type", "f32")
+    fail(2, ["OpenVINO's form"], "verify", run_copy / "export" / "openvino-f32", "--engine", "transformers")

@@ -6,8 +6,6 @@ import asyncio
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import openai
 import pytest
 
 from corral.answering.open_model import open_model
+from tests.conftest import run_python
 from tests.e2e.test_serve import address, serving
 
 pytestmark = [
@@ -63,21 +62,10 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_lm_eval(client: str, task: str, tasks: Path, out: Path, *options: str, **settings: object) -> list[Any]:
     """The response that lm-eval recorded for each row."""
     model_args = ",".join(f"{name}={value}" for name, value in {"model": "tiny", **settings}.items())
-    task_args = ["--tasks", task, "--include_path", str(tasks), "--output_path", str(out), "--log_samples"]
-    command = [
-        sys.executable,
-        "-m",
-        "lm_eval",
-        "run",
-        "--model",
-        client,
-        "--model_args",
-        model_args,
-        *task_args,
-        *options,
-    ]
+    command = ["-m", "lm_eval", "run", "--model", client, "--model_args", model_args, "--tasks", task, *options]
+    command += ["--include_path", str(tasks), "--output_path", str(out), "--log_samples"]
     environment = {"HF_HOME": str(out / "cache"), "HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "none"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+    done = run_python(*command, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
     (samples,) = out.rglob(f"samples_{task}_*.jsonl")
     rows = [json.loads(line) for line in samples.read_text("utf-8").splitlines()]

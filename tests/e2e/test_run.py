@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import corral
+from tests.batch.work import read_rows
+from tests.e2e.conftest import succeed
 
 STABLE_NAMES = (
     "recipe.toml",
@@ -35,8 +36,7 @@ STABLE_NAMES = (
 def run(workspace: Path, *settings: str) -> dict[str, str]:
     """Run the recipe into `run`. Returns what happened to each stage."""
     options = [part for setting in settings for part in ("--set", setting)]
-    done = corral("run", workspace / "r.toml", "--out", workspace / "run", "--json", *options)
-    assert done.returncode == 0, done.stderr
+    done = succeed("run", workspace / "r.toml", "--out", workspace / "run", "--json", *options)
     return json.loads(done.stdout)["stages"]
 
 
@@ -49,23 +49,14 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def read_lines(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_a_run_has_the_files_with_stable_names(finished_run: Path) -> None:
     assert not [name for name in STABLE_NAMES if not (finished_run / name).is_file()]
 
 
-def test_the_scorecard_has_the_documented_keys(finished_run: Path) -> None:
+def test_training_lowers_the_held_out_loss_and_the_comparison_is_of_the_means(finished_run: Path) -> None:
     card = read_json(finished_run / "evaluate/scorecard.json")
-    for name in ("base", "tuned"):
-        metrics = card["variants"][name]["metrics"]
-        assert set(metrics) == {"loss", "rouge1", "rouge2", "rougeL", "bleu"}
-        assert all({"mean", "se", "n"} <= set(value) for value in metrics.values())
     (loss,) = [c for c in card["comparisons"] if c["metric"] == "loss"]
     assert (loss["a"], loss["b"]) == ("tuned", "base")
-    assert {"difference", "low", "high", "p", "n"} <= set(loss)
     means = {name: v["metrics"]["loss"]["mean"] for name, v in card["variants"].items()}
     assert loss["difference"] == pytest.approx(means["tuned"] - means["base"])
     assert loss["high"] < 0, "training a tiny model on sums must lower its held-out loss"
@@ -74,7 +65,7 @@ def test_the_scorecard_has_the_documented_keys(finished_run: Path) -> None:
 def test_the_ledger_adds_up_and_test_rows_were_not_trained_on(finished_run: Path) -> None:
     ledger = read_json(finished_run / "prepare/ledger.json")
     assert ledger["rows"] == 80 == sum(ledger["fates"].values())
-    rows = read_lines(finished_run / "evaluate/completions.jsonl")
+    rows = read_rows(finished_run / "evaluate/completions.jsonl")
     trained = (finished_run / "prepare/rows/train/records.jsonl").read_text()
     assert len(rows) == 12
     assert not any(row["id"] in trained for row in rows)
@@ -170,27 +161,11 @@ def test_a_finished_stage_that_lost_a_file_runs_again(name: str, run_copy: Path)
     assert set(run(run_copy.parent).values()) == {"skipped"}
 
 
-def test_a_model_that_was_promoted_but_not_recorded_is_merged_again(run_copy: Path) -> None:
-    record = run_copy / "merge/stage.json"
-    record.write_text(json.dumps(read_json(record) | {"status": "running"}))
-    assert run(run_copy.parent)["merge"] == "done"
-
-
-def test_sigterm_stops_with_143(workspace: Path) -> None:
-    process = start(workspace)
-    while process.poll() is None and not (workspace / "run/train-1-sft/metrics.jsonl").exists():
-        time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
-    process.communicate()
-    assert process.returncode == 143
-
-
 def test_the_quickstart_runs_on_the_real_model(tmp_path: Path) -> None:
     root = Path(__file__).parent.parent.parent
     short = ("train.0.steps=2", "train.0.evaluate_rows=2", "evaluate.loss_rows=4", "evaluate.answer_rows=2")
     sets = [part for s in (*short, "answer.max_tokens=16") for part in ("--set", s)]
-    done = corral("run", root / "recipes/quickstart.toml", "--out", tmp_path / "run", "--json", *sets)
-    assert done.returncode == 0, done.stderr
+    done = succeed("run", root / "recipes/quickstart.toml", "--out", tmp_path / "run", "--json", *sets)
     assert set(json.loads(done.stdout)["stages"].values()) == {"done"}
     ledger = read_json(tmp_path / "run/prepare/ledger.json")
     assert ledger["rows"] == 3129 == sum(ledger["fates"].values())

@@ -23,7 +23,8 @@ from corral.answering.open_model import open_model
 from corral.cli import parser
 from corral.engines.base import Sampling
 from corral.messages import Conversation
-from tests.conftest import corral
+from tests.conftest import run_python
+from tests.e2e.conftest import fail
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = (ROOT / "docs/serving.md").read_text("utf-8")
@@ -85,7 +86,7 @@ def test_the_python_in_the_documentation_works(quickstart: str) -> None:
     outputs = []
     for code in re.findall(r"```python\n(.*?)```", DOCS, re.S):
         script = code.replace("http://127.0.0.1:8000", quickstart)
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        done = run_python("-c", script)
         assert done.returncode == 0, done.stderr
         outputs.append(done.stdout)
     completions, conversations, embeddings = outputs
@@ -149,7 +150,4 @@ def test_a_signal_lets_answers_finish_and_sets_the_exit_code(
 
 def test_a_port_in_use_is_one_clear_error(tiny_folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        done = corral("serve", tiny_folder, "--port", taken.getsockname()[1])
-    assert done.returncode == 2
-    assert "in use" in done.stderr
-    assert "next:" in done.stderr
+        fail(2, ["in use", "next:"], "serve", tiny_folder, "--port", taken.getsockname()[1])

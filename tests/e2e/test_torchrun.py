@@ -10,10 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+
+from tests.training.tiny import read_metrics
 
 
 def torchrun(folder: Path, *args: object) -> subprocess.Popen[str]:
@@ -31,11 +32,6 @@ def torchrun(folder: Path, *args: object) -> subprocess.Popen[str]:
     )
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    path = run / "train-1-sft/metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def rank_1_pid(launcher: subprocess.Popen[str]) -> int:
     for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
         if b"RANK=1" in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
@@ -47,9 +43,9 @@ def rank_1_pid(launcher: subprocess.Popen[str]) -> int:
 def test_after_one_of_two_processes_is_killed_the_run_resumes_to_the_result_of_one_process(
     workspace: Path, finished_run: Path
 ) -> None:
-    run = workspace / "run"
+    run, stage = workspace / "run", workspace / "run/train-1-sft"
     started = torchrun(workspace)
-    while started.poll() is None and len(read_metrics(run)) < 4:
+    while started.poll() is None and not ((stage / "metrics.jsonl").exists() and len(read_metrics(stage)) >= 4):
         time.sleep(0.01)
     os.kill(rank_1_pid(started), signal.SIGKILL)
     _, error = started.communicate()
@@ -61,7 +57,7 @@ def test_after_one_of_two_processes_is_killed_the_run_resumes_to_the_result_of_o
     assert done.returncode == 0, error
     assert set(json.loads(out)["stages"]) == {"prepare", "train-1-sft", "merge", "evaluate", "report"}
     assert len(re.findall("rows to train on", error)) <= 1
-    metrics, expected = read_metrics(run), read_metrics(finished_run)
+    metrics, expected = read_metrics(stage), read_metrics(finished_run / "train-1-sft")
     assert [line["step"] for line in metrics] == list(range(9))
     assert [line["loss"] for line in metrics[1:]] == pytest.approx([line["loss"] for line in expected[1:]], rel=1e-4)
     adapters = [load_file(r / "train-1-sft/adapter/adapter_model.safetensors") for r in (run, finished_run)]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from corral import cli
-from tests.conftest import RECIPE, corral
+from tests.conftest import RECIPE
+from tests.e2e.conftest import succeed
+from tests.e2e.test_run import read_json
+from tests.training.tiny import read_metrics
 
 LORA = "[train.lora]\nrank = 4\n"
 # Replacement of the recipe's [train.lora], the dtype, and the last checks of the contract.
@@ -35,10 +36,6 @@ def run_edited(workspace: Path, *edits: tuple[str, str]) -> int:
         text = text.replace(old, new)
     (workspace / "r.toml").write_text(text)
     return cli.main(["run", str(workspace / "r.toml"), "--out", str(workspace / "run")])
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -94,11 +91,10 @@ def test_early_stopping_tensorboard_the_profile_and_a_paged_optimizer(workspace:
         "train.0.steps": "40",
     }
     options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    done = corral("run", workspace / "r.toml", "--out", workspace / "run", "--profile", *options, cwd=workspace)
-    assert done.returncode == 0, done.stderr
+    done = succeed("run", workspace / "r.toml", "--out", workspace / "run", "--profile", *options, cwd=workspace)
     stage = workspace / "run/train-1-sft"
 
-    metrics = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    metrics = read_metrics(stage)
     losses = [line["eval_loss"] for line in metrics if line["eval_loss"] is not None]
     best = losses.index(min(losses))
     assert len(losses) == best + 3

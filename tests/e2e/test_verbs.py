@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from corral.cli import main, parser
-from tests.conftest import corral
+from tests.conftest import change_json, corral
+from tests.e2e.conftest import fail, succeed
 
 ROOT = Path(__file__).parent.parent.parent
 VERB_NAMES = "init run plan inspect evaluate compare report export verify chat batch serve keys assets cache"
@@ -21,9 +22,7 @@ VERBS = VERB_NAMES.split()
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_each_verb_has_help_with_an_example_that_parses(verb: str) -> None:
-    done = corral(verb, "--help")
-    assert done.returncode == 0
-    example = re.search(r"example: corral (.*)", " ".join(done.stdout.split()))
+    example = re.search(r"example: corral (.*)", " ".join(succeed(verb, "--help").stdout.split()))
     assert example
     assert parser().parse_args(shlex.split(example[1])).verb == verb
 
@@ -61,22 +60,17 @@ def test_every_make_command_in_the_readme_is_a_target() -> None:
 
 
 def test_init_writes_a_recipe_that_runs_on_the_users_rows(workspace: Path, tiny_folder: Path) -> None:
-    done = corral("init", "mine.toml", cwd=workspace)
-    assert done.returncode == 0, done.stderr
+    succeed("init", "mine.toml", cwd=workspace)
     settings = (f"model.base={tiny_folder}", "train.0.epochs=0.1", "data.split.test=0.2", "data.split.validation=0.2")
     sets = [part for s in settings for part in ("--set", s)]
-    assert corral("run", "mine.toml", *sets, cwd=workspace).returncode == 0
+    succeed("run", "mine.toml", *sets, cwd=workspace)
     assert (workspace / "runs/mine/report/index.html").is_file()
-    again = corral("init", "mine.toml", cwd=workspace)
-    assert again.returncode == 2
-    assert "exists" in again.stderr
+    fail(2, ["exists"], "init", "mine.toml", cwd=workspace)
 
 
 def test_inspect_shows_rows_in_the_terminal_and_as_a_page(workspace: Path) -> None:
     page = workspace / "rows.html"
-    done = corral("inspect", workspace / "r.toml", "--rows", 1, "--html", page)
-    assert done.returncode == 0, done.stderr
-    assert "What is" in done.stdout
+    assert "What is" in succeed("inspect", workspace / "r.toml", "--rows", 1, "--html", page).stdout
     assert "What is" in re.sub(r"<[^>]+>", "", page.read_text("utf-8"))
 
 
@@ -97,38 +91,24 @@ def test_a_plan_that_does_not_fit_names_what_to_change_and_has_exit_code_4(
     large = tmp_path / "large"  # an 8B model's sizes, without its weights
     shutil.copytree(tiny_folder, large, ignore=shutil.ignore_patterns("*.safetensors"))
     sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
-    config = json.loads((large / "config.json").read_text()) | sizes | {"num_key_value_heads": 8, "head_dim": 128}
-    (large / "config.json").write_text(json.dumps(config | {"vocab_size": 128256}))
+    change_json(large / "config.json", **sizes, num_key_value_heads=8, head_dim=128, vocab_size=128256)
     arguments = ("plan", workspace / "r.toml", "--set", f"model.base={large}", "--device", "t4")
     (elsewhere := tmp_path / "elsewhere").mkdir()
-    refused = corral(*arguments, cwd=elsewhere)
-    assert refused.returncode == 4, refused.stderr
+    refused = fail(4, ["does not fit"], *arguments, cwd=elsewhere)
     assert "--set train.0.quantization=nf4" in refused.stdout
-    assert "does not fit" in refused.stderr
-    assert "Traceback" not in refused.stderr
-    done = corral(*arguments, "--set", "train.0.quantization=nf4", "--json", cwd=elsewhere)
-    assert done.returncode == 0, done.stderr
+    done = succeed(*arguments, "--set", "train.0.quantization=nf4", "--json", cwd=elsewhere)
     assert json.loads(done.stdout)["verdict"] == "fits"
     assert not list(elsewhere.iterdir())
-    unknown = corral("plan", workspace / "r.toml", "--device", "abacus")
-    assert unknown.returncode == 2
-    assert "abacus" in unknown.stderr
+    fail(2, ["abacus"], "plan", workspace / "r.toml", "--device", "abacus")
 
 
 def test_evaluate_repeats_with_other_settings_of_evaluation_only(run_copy: Path) -> None:
-    run = run_copy
-    done = corral("evaluate", run, "--set", "evaluate.loss_rows=4", "--json")
-    assert done.returncode == 0, done.stderr
+    done = succeed("evaluate", run_copy, "--set", "evaluate.loss_rows=4", "--json")
     assert json.loads(done.stdout)["variants"]["tuned"]["metrics"]["loss"]["n"] == 4
-    refused = corral("evaluate", run, "--set", "train.0.steps=1")
-    assert refused.returncode == 2
-    impossible = corral("evaluate", run, "--set", "answer.max_tokens=9000")
-    assert impossible.returncode == 2, impossible.stderr
-    assert "9000" in impossible.stderr
-    (run / "merge/model/config.json").unlink()
-    unfinished = corral("evaluate", run)
-    assert unfinished.returncode == 2
-    assert "'merge'" in unfinished.stderr
+    fail(2, [], "evaluate", run_copy, "--set", "train.0.steps=1")
+    fail(2, ["9000"], "evaluate", run_copy, "--set", "answer.max_tokens=9000")
+    (run_copy / "merge/model/config.json").unlink()
+    fail(2, ["'merge'"], "evaluate", run_copy)
 
 
 def test_a_package_that_is_not_installed_is_named_with_exit_code_3(
@@ -142,8 +122,7 @@ def test_a_package_that_is_not_installed_is_named_with_exit_code_3(
 
 
 def test_compare_shows_two_runs_side_by_side(finished_run: Path, run_copy: Path) -> None:
-    done = corral("compare", run_copy, finished_run, "--json")
-    assert done.returncode == 0, done.stderr
+    done = succeed("compare", run_copy, finished_run, "--json")
     for comparison in json.loads(done.stdout)["comparisons"]:
         assert comparison["difference"] == 0
         assert comparison["p"] == 1
@@ -151,24 +130,22 @@ def test_compare_shows_two_runs_side_by_side(finished_run: Path, run_copy: Path)
 
 
 def test_the_report_is_the_same_when_it_is_written_again(run_copy: Path) -> None:
-    run = run_copy
-    assert corral("report", run).returncode == 0
-    before = (run / "report/index.html").read_bytes()
-    shutil.rmtree(run / "report")
-    assert corral("report", run).returncode == 0
-    assert (run / "report/index.html").read_bytes() == before
+    succeed("report", run_copy)
+    before = (run_copy / "report/index.html").read_bytes()
+    shutil.rmtree(run_copy / "report")
+    succeed("report", run_copy)
+    assert (run_copy / "report/index.html").read_bytes() == before
 
 
 @pytest.mark.parametrize("end", ["exit\n", "QUIT\n", ""])
 def test_chat_answers_keeps_the_conversation_and_ends(end: str, finished_run: Path) -> None:
     options = ("--max-tokens", 8, "--temperature", 0)
-    once = corral("chat", finished_run, *options, input=f"What is 3 plus 3?\n{end}")
-    assert once.returncode == 0, once.stderr
-    twice = corral("chat", finished_run, *options, input=f"What is 3 plus 3?\n\nAnd again?\n{end}")
-    first, second = twice.stdout.splitlines()[:2]
-    assert first == once.stdout.splitlines()[0]
-    alone = corral("chat", finished_run, *options, input=f"And again?\n{end}")
-    assert second != alone.stdout.splitlines()[0], "the second answer depends on the first question"
+    once, twice, alone = (
+        succeed("chat", finished_run, *options, input=f"{questions}\n{end}").stdout.splitlines()
+        for questions in ("What is 3 plus 3?", "What is 3 plus 3?\n\nAnd again?", "And again?")
+    )
+    assert twice[0] == once[0]
+    assert twice[1] != alone[0], "the second answer depends on the first question"
 
 
 def test_cache_and_assets_list_as_json() -> None:
