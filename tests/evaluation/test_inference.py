@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 from corral.answering.answerer import Answerer
 from corral.engines.base import Sampling
 from corral.engines.scripted import ScriptedEngine
-from corral.errors import EngineError
 from corral.evaluation.inference import Item, compute_option_logprobs, generate_answers, option_logprob
 from corral.evaluation.question_sets import Question
 from corral.evaluation.row_file import RowFile, RowOrigin
@@ -19,34 +17,6 @@ from corral.prompting.few_shot import Prompting
 from corral.template import Template
 
 ME = RowOrigin("tuned", "abc")
-
-
-def test_a_failure_keeps_finished_rows_and_a_second_run_does_only_the_rest(template: Template, tmp_path: Path) -> None:
-    items = [Item(str(i), Conversation.from_turns(("user", f"say {i}"), ("assistant", "x"))) for i in range(6)]
-    started: list[int] = []
-
-    def reply(ids: Sequence[int], sampling: Sampling, choice: int) -> Iterator[int]:
-        started.append(len(started))
-        last = len(started) == 6
-        yield 65
-        if last:  # the others have finished by then
-            yield from [65] * 20
-            raise RuntimeError("a fault on purpose")
-
-    async def answer_all() -> None:
-        async with ScriptedEngine(reply) as engine:
-            file = RowFile(tmp_path / "rows.jsonl")
-            await generate_answers(Answerer(engine, template, Sampling(32)), ME, items, file, lambda done: None)
-
-    with pytest.raises(EngineError, match="a fault on purpose"):
-        asyncio.run(answer_all())
-    done = (tmp_path / "rows.jsonl").read_bytes().splitlines()
-    assert 1 <= len(done) < 6
-    before = len(started)
-    asyncio.run(answer_all())
-    assert len(started) == before + 6 - len(done)
-    assert (tmp_path / "rows.jsonl").read_bytes().splitlines()[: len(done)] == done
-    assert RowFile(tmp_path / "rows.jsonl").rows_of(ME).keys() == {item.id for item in items}
 
 
 def test_all_candidates_and_examples_are_counted_and_the_answer_is_graded(template: Template, tmp_path: Path) -> None:

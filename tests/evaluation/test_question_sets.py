@@ -26,8 +26,8 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-def one(name: str, **changes: Any) -> Question:
-    (question,) = question_sets.parse_questions(QUESTION_SETS[name], [json.dumps(ROWS[name] | changes)], where="made")
+def parse_one(name: str, **changes: Any) -> Question:
+    (question,) = question_sets.parse_questions(QUESTION_SETS[name], [json.dumps(ROWS[name] | changes)], where="a test")
     return question
 
 
@@ -36,7 +36,7 @@ def test_every_set_has_a_sample_row() -> None:
 
 
 def test_a_word_problem_is_its_passage_and_question_and_the_number_of_its_answer() -> None:
-    question = one("arithmetic")
+    question = parse_one("arithmetic")
     assert question.prompt == "Ann has two pens. How many with 3 more?"
     assert (question.answer, question.references) == ("1005", ("1005",))
 
@@ -46,12 +46,12 @@ def test_a_word_problem_is_its_passage_and_question_and_the_number_of_its_answer
 )
 def test_a_word_problem_without_one_number_as_its_answer_is_left_out(answer: str) -> None:
     row = json.dumps(ROWS["arithmetic"] | {"answer": answer})
-    assert question_sets.parse_questions(QUESTION_SETS["arithmetic"], [row], where="made") == []
+    assert question_sets.parse_questions(QUESTION_SETS["arithmetic"], [row], where="a test") == []
 
 
 @pytest.mark.parametrize(("name", "place", "text"), [("commonsense_qa", 1, "harbour"), ("mmlu", 2, "4")])
 def test_options_are_shown_with_their_letters_and_the_stem_has_none(name: str, place: int, text: str) -> None:
-    question = one(name)
+    question = parse_one(name)
     assert question.options[place] == text == question.references[0]
     assert question.correct_option == place
     assert question.stem == ROWS[name]["question"]
@@ -64,25 +64,25 @@ def test_options_are_shown_with_their_letters_and_the_stem_has_none(name: str, p
 def test_ambiguous_and_unreadable_options_are_left_out() -> None:
     faults = ({"options": "A. 3\nB. 4\nC. 4\nD. 22", "answer": "C. 4"}, {"answer": "C. 44"}, {"options": "A. 3\nC. 4"})
     lines = [json.dumps(ROWS["mmlu"] | fault) for fault in faults]
-    assert question_sets.parse_questions(QUESTION_SETS["mmlu"], lines, where="made") == []
+    assert question_sets.parse_questions(QUESTION_SETS["mmlu"], lines, where="a test") == []
 
 
 def test_the_other_sets_are_read() -> None:
-    assert (one("boolq").options, one("boolq").references) == (("yes", "no"), ("no",))
-    assert "A boat floats." in one("boolq").prompt
-    assert one("truthfulqa").references == ("Seeds", "Insects")
-    assert one("xsum").references == ("A boat sank, all are well.",)
-    assert "Nobody was hurt." in one("xsum").prompt
+    assert (parse_one("boolq").options, parse_one("boolq").references) == (("yes", "no"), ("no",))
+    assert "A boat floats." in parse_one("boolq").prompt
+    assert parse_one("truthfulqa").references == ("Seeds", "Insects")
+    assert parse_one("xsum").references == ("A boat sank, all are well.",)
+    assert "Nobody was hurt." in parse_one("xsum").prompt
 
 
 def test_duplicates_are_dropped_and_a_row_of_another_schema_is_named_by_its_line() -> None:
     line = json.dumps(ROWS["mmlu"])
-    assert len(question_sets.parse_questions(QUESTION_SETS["mmlu"], [line, line], where="made")) == 1
+    assert len(question_sets.parse_questions(QUESTION_SETS["mmlu"], [line, line], where="a test")) == 1
     with pytest.raises(DataError, match=r"does not have the schema of its question set: KeyError: 'answer'") as caught:
         question_sets.parse_questions(
-            QUESTION_SETS["mmlu"], [line, '{"question": "", "options": ""}'], where="made.jsonl"
+            QUESTION_SETS["mmlu"], [line, '{"question": "", "options": ""}'], where="rows.jsonl"
         )
-    assert caught.value.where == "made.jsonl, line 2"
+    assert caught.value.where == "rows.jsonl, line 2"
 
 
 def test_the_result_of_a_worked_problem_can_be_extracted() -> None:

@@ -14,6 +14,7 @@ from corral.evaluation.statistics import holm
 from tests.evaluation.conftest import TEXT_METRICS, make_graded_rows, make_rows
 
 NAMES = ("a", "b")
+NEARLY_EQUAL = score_rows("a", make_rows(0.52, seed=1)), score_rows("b", make_rows(0.5, seed=2))
 
 
 def test_the_file_has_the_names_that_others_read(card: Scorecard) -> None:
@@ -56,7 +57,7 @@ def test_a_difference_is_a_minus_b_and_the_better_side_follows_the_metrics_direc
 
 
 def test_p_is_adjusted_over_the_metrics_of_a_pair() -> None:
-    a, b = score_rows("a", make_rows(0.52, seed=1)), score_rows("b", make_rows(0.5, seed=2))
+    a, b = NEARLY_EQUAL
     compared = compare_variants(a, b, names=NAMES, seed=0)
     assert [c.p_holm for c in compared] == holm([c.p for c in compared])
     assert any(c.p_holm > c.p for c in compared)
@@ -67,7 +68,7 @@ def test_p_is_adjusted_over_the_metrics_of_a_pair() -> None:
 
 def test_comparing_the_other_way_round_turns_differences_and_keeps_the_winner() -> None:
     a, b = score_rows("a", make_rows(0.8, seed=1)), score_rows("b", make_rows(0.4, seed=2))
-    forward = compare_variants(a, b, names=("a", "b"), seed=0)
+    forward = compare_variants(a, b, names=NAMES, seed=0)
     backward = compare_variants(b, a, names=("b", "a"), seed=0)
     for one, other in zip(forward, backward, strict=True):
         assert one.difference == -other.difference
@@ -89,7 +90,7 @@ def test_identical_variants_differ_by_nothing_and_nobody_wins() -> None:
 
 
 def test_the_detectable_difference_accounts_for_all_metrics_of_the_pair() -> None:
-    a, b = score_rows("a", make_rows(0.52, seed=1)), score_rows("b", make_rows(0.5, seed=2))
+    a, b = NEARLY_EQUAL
     together = compare_variants(a, b, names=NAMES, seed=0)
     (alone,) = compare_variants({"loss": a["loss"]}, b, names=NAMES, seed=0)
     assert together[0].mde == statistics.compare(a["loss"].measure, b["loss"].measure, seed=0, metric_count=5).mde

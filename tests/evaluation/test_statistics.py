@@ -61,31 +61,21 @@ def test_a_mean_as_a_corpus_metric_has_the_same_error_by_bootstrap() -> None:
     assert resampled.low == pytest.approx(closed.low, abs=0.01)
 
 
+@pytest.mark.parametrize("compared", [False, True], ids=["a value", "a difference"])
 @KINDS
-def test_intervals_cover_the_truth_about_as_often_as_they_say(kind: str) -> None:
-    truth = measure(kind, 400_000, seed=1).value
-    rounds = 400
+def test_intervals_cover_the_truth_about_as_often_as_they_say(kind: str, compared: bool) -> None:
+    shift = 0.1 if compared else 0.0
+    truth = measure(kind, 400_000, seed=1, shift=shift).value
+    truth -= measure(kind, 400_000, seed=2).value if compared else 0.0
+    rounds = 300 if compared else 400
     hits = 0
     for seed in range(rounds):
-        result = estimate(measure(kind, 60, seed=1000 + seed), seed=seed, trials=500)
+        a, b = measure(kind, 60, seed=1000 + seed, shift=shift), measure(kind, 60, seed=9000 + seed)
+        result = compare(a, b, seed=seed, trials=500) if compared else estimate(a, seed=seed, trials=500)
         assert result.low is not None
         assert result.high is not None
         hits += result.low <= truth <= result.high
-    assert 0.90 <= hits / rounds <= 0.98
-
-
-@KINDS
-def test_intervals_of_a_difference_cover_the_truth_about_as_often_as_they_say(kind: str) -> None:
-    truth = measure(kind, 400_000, seed=1, shift=0.1).value - measure(kind, 400_000, seed=2).value
-    rounds = 300
-    hits = 0
-    for seed in range(rounds):
-        a, b = measure(kind, 60, seed=1000 + seed, shift=0.1), measure(kind, 60, seed=9000 + seed)
-        result = compare(a, b, seed=seed, trials=500)
-        assert result.low is not None
-        assert result.high is not None
-        hits += result.low <= truth <= result.high
-    assert 0.89 <= hits / rounds <= 0.98
+    assert (0.89 if compared else 0.90) <= hits / rounds <= 0.98
 
 
 @KINDS

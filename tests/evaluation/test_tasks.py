@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
@@ -44,24 +45,23 @@ def test_with_reasoning_word_problems_have_worked_examples_and_other_sets_their_
 
 
 @pytest.mark.parametrize(
-    ("text", "result", "right"),
+    ("kind", "text", "result", "right"),
     [
-        ("They are 12.", "12", True),
-        ("5 + 7 = 12\nAnswer: 12.0 pens", "12", True),
-        ("13", "13", False),
-        ("none", None, False),
+        ("number", "They are 12.", "12", True),
+        ("number", "5 + 7 = 12\nAnswer: 12.0 pens", "12", True),
+        ("number", "13", "13", False),
+        ("number", "none", None, False),
+        ("choice", "B. on land", "B", True),
+        ("choice", "It is on land.", "B", True),
+        ("choice", "A", "A", False),
+        ("choice", "who knows", None, False),
     ],
 )
-def test_a_number_is_right_if_it_is_equal(text: str, result: str | None, right: bool) -> None:
-    assert tasks.grade_answer("number", PROBLEMS[6], text) == {"result": result, "right": right}
-
-
-@pytest.mark.parametrize(
-    ("text", "result", "right"),
-    [("B. on land", "B", True), ("It is on land.", "B", True), ("A", "A", False), ("who knows", None, False)],
-)
-def test_a_choice_is_right_by_its_letter_or_its_text(text: str, result: str | None, right: bool) -> None:
-    assert tasks.grade_answer("choice", PLACES[0], text) == {"result": result, "right": right}
+def test_a_number_is_right_if_it_is_equal_and_a_choice_by_its_letter_or_its_text(
+    kind: Any, text: str, result: str | None, right: bool
+) -> None:
+    question = PROBLEMS[6] if kind == "number" else PLACES[0]
+    assert tasks.grade_answer(kind, question, text) == {"result": result, "right": right}
 
 
 def test_options_are_chosen_by_log_probability_and_by_log_probability_per_byte() -> None:

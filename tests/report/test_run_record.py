@@ -52,12 +52,16 @@ def test_a_damaged_file_is_named_and_hides_nothing_else(make_run: MakeRun, conte
     assert len(record.completions) == 48
 
 
-def test_a_half_written_last_line_is_ignored_without_a_note(make_run: MakeRun) -> None:
+def test_the_last_line_of_a_repeated_step_counts_and_a_half_written_one_is_ignored_without_a_note(
+    make_run: MakeRun,
+) -> None:
     run = make_run("metrics")
+    lines = metrics()
+    lines[30] |= {"loss": 9.5}
     with (run / "train-1-sft" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 61, "lo')
+        file.write(json.dumps(lines[30]) + '\n{"step": 61, "lo')
     record = run_record.read_run(run)
-    assert record.trainings[0].metrics == metrics()
+    assert record.trainings[0].metrics == lines
     assert record.notes == []
 
 
@@ -70,16 +74,6 @@ def test_bad_lines_in_the_middle_are_named(make_run: MakeRun) -> None:
     record = run_record.read_run(run)
     assert len(record.completions) == 46
     assert record.notes == ["evaluate/completions.jsonl: skipped lines that are not JSON objects: 4, 7"]
-
-
-def test_the_last_line_of_a_repeated_step_counts(make_run: MakeRun) -> None:
-    run = make_run("metrics")
-    again = metrics()[30] | {"loss": 9.5}
-    with (run / "train-1-sft" / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(again) + "\n")
-    read = run_record.read_run(run).trainings[0].metrics
-    assert len(read) == 61
-    assert read[30]["loss"] == 9.5
 
 
 def test_training_stages_come_in_the_order_of_their_numbers(make_run: MakeRun) -> None:
