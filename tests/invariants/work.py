@@ -24,16 +24,11 @@ import torch
 from safetensors.torch import load_file
 
 from corral.evaluation.row_file import RowFile
-from corral.model import adapters, loading
-from corral.model.full_finetuning import train_all_weights
-from corral.model.quantisation import Quantization
-from corral.recipe import Lora, Optimizer, Train
+from corral.recipe import Train
 from corral.storage import new_directory
 from corral.training import step_metrics
 from corral.training.loop import Outcome, Trainer
-from tests.training.tiny import make_trainer, newest_checkpoint, read_metrics
-
-STEPS = 12
+from tests.training.tiny import load_trainable, make_trainer, newest_checkpoint, read_metrics, tiny_config
 
 
 @dataclass(frozen=True)
@@ -46,12 +41,7 @@ class Case:
 
     @property
     def config(self) -> Train:
-        small = {"steps": STEPS, "batch_size": 4, "evaluate_every": 4, "checkpoint_every": 3}
-        if "epochs" in self.train:
-            del small["steps"]
-        lora = {} if self.train.get("method") == "full" else {"lora": Lora(**{"rank": 4, "alpha": 8, **self.lora})}
-        optimizer = Optimizer(**{"lr": 5e-3, "warmup_ratio": 0.1, **self.optimizer})
-        return Train(**{**small, **lora, **self.train, "optimizer": optimizer})
+        return tiny_config(self.train, self.optimizer, self.lora)
 
 
 @dataclass(frozen=True)
@@ -64,22 +54,14 @@ class Job:
     def trainer(self, folder: Path) -> Trainer:
         """The trainer as a stage sets it up, with its best weights in `folder/best`."""
         encoded, base = pickle.loads(self.rows.read_bytes())
-        config = self.case.config
-        quantization = None
-        if config.quantization != "none":
-            quantization = Quantization(config.quantization, config.int8_threshold)
-        model: Any = loading.load_model(base, dtype="float32", device="cpu", quantization=quantization)
-        if config.method == "full":
-            model = train_all_weights(model, torch.float32)
-        else:
-            model = adapters.attach(model, config.lora, seed=3)
+        model = load_trainable(base, self.case.config)
 
         def save_best(_: int) -> None:
             with new_directory(folder / "best") as new:
                 weights = {name: p.detach().contiguous() for name, p in trainer.parameters.items()}
                 safetensors.torch.save_file(weights, new / "weights.safetensors")
 
-        trainer = make_trainer(model, encoded, config, folder, save_best=save_best)
+        trainer = make_trainer(model, encoded, self.case.config, folder, save_best=save_best)
         return trainer
 
     def run(self, folder: Path, **run: Any) -> Outcome:

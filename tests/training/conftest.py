@@ -13,10 +13,10 @@ from tests.training.tiny import make_tiny_trainer
 
 
 @pytest.fixture(scope="session")
-def tiny_trainer(encoded_rows: list[Any], tiny_tokenizer: Any) -> Callable[..., Trainer]:
+def tiny_trainer(encoded_rows: list[Any], tiny_folder: Path) -> Callable[..., Trainer]:
     """Creates a trainer in a folder; see `make_tiny_trainer` for its settings."""
 
     def make(folder: Path, **settings: Any) -> Trainer:
-        return make_tiny_trainer(folder, encoded_rows, len(tiny_tokenizer), **settings)
+        return make_tiny_trainer(folder, encoded_rows, tiny_folder, **settings)
 
     return make

@@ -105,12 +105,12 @@ SCENARIOS: dict[str, Scenario] = {
 
 def work(rows_file: Path, folder: Path) -> None:
     """One of the two processes: go through the scenarios and save what each returns."""
-    rows, vocabulary = pickle.loads(rows_file.read_bytes())
+    rows, base = pickle.loads(rows_file.read_bytes())
     results: dict[str, Any] = {}
     with world_from_environment() as world:
 
         def make_trainer(stage: Path, **settings: Any) -> Trainer:
-            return make_tiny_trainer(stage, rows, vocabulary, world=world, **settings)
+            return make_tiny_trainer(stage, rows, base, world=world, **settings)
 
         for name, scenario in SCENARIOS.items():
             try:
@@ -150,9 +150,9 @@ def launch(rows_file: Path, folder: Path) -> list[tuple[int, str]]:
 
 
 @pytest.fixture(scope="module")
-def rows_file(encoded_rows: list[Any], tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def rows_file(encoded_rows: list[Any], tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("rows") / "rows"
-    path.write_bytes(pickle.dumps((encoded_rows, len(tiny_tokenizer))))
+    path.write_bytes(pickle.dumps((encoded_rows, tiny_folder)))
     return path
 
 

@@ -25,9 +25,9 @@ def saved_scale(folder: Path) -> float:
     return json.loads((newest_checkpoint(folder) / "state.json").read_text())["scale"]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_model_in_half_precision_learns_as_in_float32_with_its_adapter_in_float32(
-    dtype: torch.dtype, tiny_trainer: Callable[..., Trainer], tmp_path: Path
+    dtype: str, tiny_trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:
     half, single = tiny_trainer(tmp_path / "a", dtype=dtype), tiny_trainer(tmp_path / "b")
     assert {p.dtype for p in half.parameters.values()} == {torch.float32}
@@ -36,14 +36,14 @@ def test_a_model_in_half_precision_learns_as_in_float32_with_its_adapter_in_floa
     for ours, theirs in zip(read_metrics(tmp_path / "a")[1:], read_metrics(tmp_path / "b")[1:], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.01)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.1)
-    assert saved_scale(tmp_path / "a") == (2.0**16 if dtype == torch.float16 else 1.0)
+    assert saved_scale(tmp_path / "a") == (2.0**16 if dtype == "float16" else 1.0)
     assert saved_scale(tmp_path / "b") == 1.0
 
 
 def test_the_loss_scale_changes_no_gradient_and_keeps_small_ones_from_vanishing(
     tiny_trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:
-    trainer = tiny_trainer(tmp_path, dtype=torch.float16, held_out=0)
+    trainer = tiny_trainer(tmp_path, dtype="float16", held_out=0)
     batch = [trainer.examples[i] for i in range(4)]
     units = trainer.objective.units
 
@@ -67,7 +67,7 @@ def test_the_loss_scale_changes_no_gradient_and_keeps_small_ones_from_vanishing(
 def test_a_step_whose_gradients_overflow_is_skipped_and_the_scale_halved(
     tiny_trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:
-    trainer = tiny_trainer(tmp_path, dtype=torch.float16, held_out=0)
+    trainer = tiny_trainer(tmp_path, dtype="float16", held_out=0)
     before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
     state, line = trainer._step(replace(START, scale=2.0**40, steps_at_scale=7))
     assert (state.scale, state.steps_at_scale, state.step) == (2.0**39, 0, 1)
@@ -83,7 +83,7 @@ def test_a_step_whose_gradients_overflow_is_skipped_and_the_scale_halved(
 def test_with_a_scale_of_one_gradients_that_are_not_finite_stop_training(
     tiny_trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:
-    trainer = tiny_trainer(tmp_path, dtype=torch.float16, held_out=0)
+    trainer = tiny_trainer(tmp_path, dtype="float16", held_out=0)
     first = next(iter(trainer.parameters.values()))
     first.register_hook(lambda g: g * torch.inf)
     with pytest.raises(TrainingError, match="gradient norm"):
@@ -94,7 +94,7 @@ def test_half_precision_resumes_with_its_scale_bit_for_bit(
     tiny_trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:
     def make(folder: Path) -> Any:
-        trainer = tiny_trainer(folder, dtype=torch.float16, steps=6)
+        trainer = tiny_trainer(folder, dtype="float16", steps=6)
         steps = iter(range(1, 100))
         first = next(iter(trainer.parameters.values()))
         first.register_hook(lambda g: g * torch.inf if next(steps) == 2 else g)
@@ -103,7 +103,7 @@ def test_half_precision_resumes_with_its_scale_bit_for_bit(
     whole = make(tmp_path / "a")
     whole.run()
     run_until(make(tmp_path / "b"), 3)
-    resumed = tiny_trainer(tmp_path / "b", dtype=torch.float16, steps=6)
+    resumed = tiny_trainer(tmp_path / "b", dtype="float16", steps=6)
     resumed.run()
     assert saved_scale(tmp_path / "b") == saved_scale(tmp_path / "a") == 2.0**15
     for name, value in whole.parameters.items():

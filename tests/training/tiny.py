@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from corral.data.prepare import Example
 from corral.messages import Conversation
 from corral.model import adapters
+from corral.model.full_finetuning import train_all_weights
+from corral.model.loading import DType, load_model
+from corral.model.quantisation import Quantization
 from corral.recipe import Lora, Optimizer, Train
 from corral.training.distributed import World
 from corral.training.loop import Trainer
 from corral.training.objectives import OBJECTIVES
-from tests.conftest import make_tiny_model
 
 
 def make_examples(encoded: list[Any]) -> list[Example]:
@@ -58,46 +58,44 @@ def make_trainer(
     )
 
 
-def load_in_nf4(model: Any) -> Any:
-    """The same model, saved and loaded in NF4."""
-    from corral.model.loading import load_model
-    from corral.model.quantisation import Quantization
+def tiny_config(train: Mapping[str, Any], optimizer: Mapping[str, Any], lora: Mapping[str, Any]) -> Train:
+    """A short stage with these settings of the stage, its optimizer and its adapter, as in a recipe."""
+    settings: dict[str, Any] = {"batch_size": 4, "evaluate_every": 4, "checkpoint_every": 3}
+    if "epochs" not in train:
+        settings["steps"] = 12
+    if train.get("method") != "full":
+        settings["lora"] = Lora(**{"rank": 4, "alpha": 8, **lora})
+    return Train(**settings | {**train, "optimizer": Optimizer(**{"lr": 5e-3, "warmup_ratio": 0.1, **optimizer})})
 
-    with tempfile.TemporaryDirectory() as folder:
-        # `save_pretrained` writes only in the first of several processes.
-        model.config.save_pretrained(folder)
-        weights = {name: value.clone() for name, value in model.named_parameters()}
-        save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-        return load_model(Path(folder), quantization=Quantization("nf4"))
+
+def load_trainable(base: Path, config: Train, dtype: DType = "float32") -> Any:
+    """The model of a folder with its weights as the stage holds them, and with what it trains."""
+    quantization = None
+    if config.quantization != "none":
+        quantization = Quantization(config.quantization, config.int8_threshold)
+    model = load_model(base, dtype=dtype, quantization=quantization)
+    if config.method == "full":
+        return train_all_weights(model, torch.float32)
+    return adapters.attach(model, config.lora, seed=3)
 
 
 def make_tiny_trainer(
     folder: Path,
     encoded: list[Any],
-    vocabulary: int,
+    base: Path,
     *,
     pack_length: int = 512,
     held_out: int = 4,
     dropout: float = 0.0,
     lr: float = 5e-3,
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw",
-    dtype: torch.dtype = torch.float32,
+    optimizer: str = "adamw",
+    dtype: DType = "float32",
     world: World | None = None,
     **settings: Any,
 ) -> Trainer:
     """A trainer of the tiny model; other settings are those of a recipe's stage."""
-    model: Any = make_tiny_model(vocabulary).to(dtype)
-    if settings.get("quantization") == "nf4":
-        model = load_in_nf4(model)
-    if settings.get("method") == "full":
-        model.requires_grad_(True)
-    else:
-        model = adapters.attach(model, Lora(rank=4, alpha=8, dropout=dropout), seed=3)
-    config = Train(
-        **{"steps": 12, "batch_size": 4, "evaluate_every": 4, "checkpoint_every": 3}
-        | settings
-        | {"optimizer": Optimizer(kind=optimizer, lr=lr, warmup_ratio=0.1)}
-    )
+    config = tiny_config(settings, {"kind": optimizer, "lr": lr}, {"dropout": dropout})
+    model = load_trainable(base, config, dtype)
     return make_trainer(model, encoded, config, folder, held_out=held_out, pack_length=pack_length, world=world)
 
 
