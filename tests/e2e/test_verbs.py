@@ -77,12 +77,9 @@ def test_inspect_shows_rows_in_the_terminal_and_as_a_page(workspace: Path) -> No
 def test_inspect_needs_no_training_stage_and_run_does(workspace: Path) -> None:
     before, _, rest = (workspace / "r.toml").read_text().partition("[[train]]")
     (workspace / "r.toml").write_text(before + rest[rest.index("[evaluate]") :])
-    done = corral("inspect", workspace / "r.toml", "--json")
-    assert done.returncode == 0, done.stderr
+    done = succeed("inspect", workspace / "r.toml", "--json")
     assert json.loads(done.stdout)["ledger"]["fates"]["kept"] == 80
-    refused = corral("run", workspace / "r.toml", "--out", workspace / "run")
-    assert refused.returncode == 2
-    assert "train: missing" in refused.stderr
+    fail(2, ["train: missing"], "run", workspace / "r.toml", "--out", workspace / "run")
 
 
 def test_a_plan_that_does_not_fit_names_what_to_change_and_has_exit_code_4(

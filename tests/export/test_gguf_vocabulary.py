@@ -130,9 +130,12 @@ def test_ignored_merges_are_written_only_where_they_change_nothing(tiny_tokenize
 
 def test_of_several_chat_templates_the_default_one_is_written(tmp_path: Path) -> None:
     several = [{"name": "rag", "template": "{{ 1 }}"}, {"name": "default", "template": "{{ messages[0]['content'] }}"}]
-    assert read_vocabulary(llama2(tmp_path / "a", chat_template=several), 32000).chat_template == several[1]["template"]
+    assert (
+        read_vocabulary(save_llama_2(tmp_path / "a", chat_template=several), 32000).chat_template
+        == several[1]["template"]
+    )
     with pytest.raises(ModelError, match="several chat templates, rag, and none is called default"):
-        read_vocabulary(llama2(tmp_path / "b", chat_template=several[:1]), 32000)
+        read_vocabulary(save_llama_2(tmp_path / "b", chat_template=several[:1]), 32000)
 
 
 def test_a_bos_token_is_added_only_where_the_template_writes_one(tmp_path: Path) -> None:

@@ -136,7 +136,9 @@ def test_variables_are_part_of_the_digest_and_the_fingerprint(tiny_tokenizer: An
         Template(tiny_tokenizer, STOCK + "{{ '' if level == 7 }}", "x", variables=values)
         for values in (None, {}, {"level": 1}, {"level": 2})
     ]
-    assert len({template.digest for template in templates}) == len({template.fingerprint for template in templates}) == 3
+    assert (
+        len({template.digest for template in templates}) == len({template.fingerprint for template in templates}) == 3
+    )
 
 
 @pytest.mark.parametrize("start", ["\n", "  {% if true %}x{% endif %}", "\n\n{{ level }}"])
