@@ -153,19 +153,19 @@ def put_pickle_in_place(folder: Path) -> None:
 
 CODE = {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}
 GPTQ = {"quantization_config": {"quant_method": "gptq"}}
-REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "pickled weights": (put_pickle_in_place, "pickle files (pytorch_model.bin)"),
-    "code for the tokenizer": (lambda f: change_json(f / "tokenizer_config.json", **CODE), "auto_map"),
-    "code for the model": (lambda f: change_json(f / "config.json", **CODE), "auto_map"),
-    "another family": (lambda f: change_json(f / "config.json", model_type="qwen2"), "model_type is 'qwen2'"),
-    "weights that are quantised already": (lambda f: change_json(f / "config.json", **GPTQ), "quantised (gptq)"),
+REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "pickled weights": (put_pickle_in_place, ["pickle files (pytorch_model.bin)", "save_pretrained"]),
+    "code for the tokenizer": (lambda f: change_json(f / "tokenizer_config.json", **CODE), ["auto_map"]),
+    "code for the model": (lambda f: change_json(f / "config.json", **CODE), ["auto_map", "/config.json\n"]),
+    "another family": (lambda f: change_json(f / "config.json", model_type="qwen2"), ["model_type is 'qwen2'"]),
+    "weights that are quantised already": (lambda f: change_json(f / "config.json", **GPTQ), ["quantised (gptq)"]),
     "an adapter, which would not be loaded": (
         lambda f: (f / "adapter_config.json").write_text("{}"),
-        "holds an adapter",
+        ["holds an adapter"],
     ),
-    "a broken config": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
-    "a config of another shape": (lambda f: (f / "config.json").write_text("[]"), "no JSON object"),
-    "no config": (lambda f: (f / "config.json").unlink(), "there is no config.json"),
+    "a broken config": (lambda f: (f / "config.json").write_text("{"), ["config.json cannot be read"]),
+    "a config of another shape": (lambda f: (f / "config.json").write_text("[]"), ["no JSON object"]),
+    "no config": (lambda f: (f / "config.json").unlink(), ["there is no config.json"]),
 }
 
 
@@ -173,12 +173,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_folder_is_refused_for(fault: str, folder: Path) -> None:
     change, words = REFUSED[fault]
     change(folder)
-    error = refusal(folder)
-    assert words in error.what
-    if fault == "pickled weights":
-        assert "save_pretrained" in (error.hint or "")
-    if fault == "code for the model":
-        assert (error.where or "").endswith("config.json")
+    error = str(refusal(folder))
+    assert all(part in error for part in words)
 
 
 def test_a_weight_file_cut_anywhere_is_refused_before_it_is_loaded(folder: Path) -> None:

@@ -329,25 +329,30 @@ def put_into(weight: Any, value: float) -> Any:
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 UP, KEYS = "model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.k_proj.weight"
-# A change, precisions in which it is refused, what the error names.
-REFUSED: dict[str, tuple[Callable[[Path], None], Sequence[Precision], str]] = {
+OTHER_ENGINE = ["where: {folder}/config.json\n", 'engine = "transformers"']
+# A change, precisions in which it is refused, parts of the error.
+REFUSED: dict[str, tuple[Callable[[Path], None], Sequence[Precision], list[str]]] = {
     "frequencies that change with the length": (
         lambda f: change_json(f / "config.json", rope_parameters=DYNAMIC),
         ["f32"],
-        "'dynamic'",
+        ["'dynamic'", *OTHER_ENGINE],
     ),
-    "another activation": (lambda f: change_json(f / "config.json", hidden_act="gelu"), ["f32"], "'gelu'"),
-    "a missing weight": (lambda f: change_weight(f, UP, None), ["f32"], UP),
+    "another activation": (
+        lambda f: change_json(f / "config.json", hidden_act="gelu"),
+        ["f32"],
+        ["'gelu'", *OTHER_ENGINE],
+    ),
+    "a missing weight": (lambda f: change_weight(f, UP, None), ["f32"], [UP, "where: {folder}\n"]),
     "a weight of another shape than the config says": (
         lambda f: change_weight(f, KEYS, lambda weight: weight[:16].clone()),
         PRECISIONS,
-        KEYS,
+        [KEYS, "where: {folder}\n"],
     ),
     **{
         f"a weight that the form cannot hold, {value}": (
             lambda f, value=value: change_weight(f, KEYS, lambda weight: put_into(weight, value)),
             ["f16", "int8", "int4"],
-            KEYS,
+            [KEYS],
         )
         for value in (float("nan"), float("inf"), 1e30)
     },
@@ -359,13 +364,9 @@ def test_a_model_is_refused_for(fault: str, folder: Path, tmp_path: Path) -> Non
     change, precisions, words = REFUSED[fault]
     change(folder)
     for precision in precisions:
-        with pytest.raises(ModelError, match=words) as caught:
+        with pytest.raises(ModelError) as caught:
             write_model(folder, tmp_path, precision)
-    if words == "'dynamic'":
-        assert caught.value.where == str(folder / "config.json")
-        assert 'engine = "transformers"' in (caught.value.hint or "")
-    if words == UP:
-        assert caught.value.where == str(folder)
+        assert all(part.format(folder=folder) in f"{caught.value}\n" for part in words)
 
 
 # ---- the cache
