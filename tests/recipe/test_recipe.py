@@ -9,6 +9,7 @@ import pytest
 from corral import recipe
 from corral.errors import RecipeError
 from corral.recipe import reference
+from corral.template.template import shipped_templates
 
 ROOT = Path(__file__).parent.parent.parent
 GOOD = """
@@ -161,3 +162,4 @@ def test_the_reference_in_docs_is_up_to_date_and_names_every_setting() -> None:
     written = (ROOT / "docs" / "recipe.md").read_text("utf-8")
     assert written == reference.reference(), "run `make docs`"
     assert "| – |  |" not in written, "a setting has no documentation"
+    assert all(f"`{name}`" in (recipe.Model.model_fields["template"].description or "") for name in shipped_templates())
