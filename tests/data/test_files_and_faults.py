@@ -168,8 +168,8 @@ def test_a_fault_in_one_of_many_documents_loses_that_document(template: Template
 def test_stray_quotes_and_text_that_is_no_json_refuse_the_file(tmp_path: Path) -> None:
     rows: list[Row] = [{"question": f"q{i}?", "answer": f"the {i}th answer"} for i in range(COUNT)]
     for kind, spoil, what in (
-        (".csv", swap(b"the 7th", b'"the 7th'), "opens in line 9, and is not closed"),
-        (".tsv", swap(b"the 7th", b'"the 7th'), "opens in line 9, and is not closed"),
+        (".csv", swap(b"the 7th", b'"the 7th'), "a quote opens in line 9 and is not closed by the end of the file"),
+        (".tsv", swap(b"the 7th", b'"the 7th'), "a quote opens in line 9 and is not closed by the end of the file"),
         (".json", swap(b'"the 7th answer"', b""), "not valid JSON at line 33, column 2: expecting value"),
         (".json", swap(b'"the 7th answer"', b'"the "7th answer"'), "not valid JSON at line 32"),
         (".json", swap(b"the 7th", b"the \0 7th"), "a NUL byte"),

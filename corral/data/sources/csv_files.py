@@ -24,9 +24,7 @@ _DELIMITER_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _SEPARATOR_LINE = re.compile(r'"?sep=([,;|\t])"?\s*', re.IGNORECASE)
 _QUOTED_CELL = re.compile(r'(?:(?<=[,;\t|\n])|^)"(?:[^"]|"")*"')
 _MAX_HEADER_LINES = 100
-_UNFINISHED = "unexpected end of data"
 _ERRORS = {
-    _UNFINISHED: "a quote opens a cell, and is not closed by the end of the file",
     "expected after": "a quoted cell goes on behind its closing quote (a quote within it is written twice)",
     "field limit": f"a cell is longer than {MAX_ROW:,} characters",
     "new-line character": "a carriage return stands alone between cells",
@@ -147,17 +145,16 @@ def _read_records(lines: Iterator[Line], delimiter: str) -> Iterator[_Record]:
             return
         except csv.Error as error:
             message = str(error)
-            reason = next(
-                (text for part, text in _ERRORS.items() if part in message), "it cannot be taken apart into cells"
-            )
-            unfinished = _UNFINISHED in message
+            reason = next((text for part, text in _ERRORS.items() if part in message), "it cannot be taken apart")
+            is_unfinished = "unexpected end of data" in message
             # With an odd number of quotes, the next line may belong to a cell that is still open.
-            if unfinished or len(record) > 1 or record[0][1].count('"') % 2:
-                opening = _line_of_open_quote(record if unfinished else record[:-1], delimiter) or record[0][0]
-                at = "" if unfinished else f" in line {record[-1][0]}"
+            if is_unfinished or len(record) > 1 or record[0][1].count('"') % 2:
+                opening = _line_of_open_quote(record if is_unfinished else record[:-1], delimiter) or record[0][0]
+                how = (
+                    "by the end of the file" if is_unfinished else f"as it should be: in line {record[-1][0]}, {reason}"
+                )
                 raise BrokenFileError(
-                    f"a quoted cell opens in line {opening}, and is not closed as it should be{at}: {reason}; nothing behind "
-                    "this quote can be trusted"
+                    f"a quote opens in line {opening} and is not closed {how}; nothing behind it can be trusted"
                 ) from None
             fault = reason, ""
         for number, _, line_fault in record:
