@@ -19,16 +19,8 @@ from pydantic import BaseModel
 
 from corral.serving.api_keys import KeyStore
 from corral.serving.auth import Accounts, Caller
-from corral.serving.http_responses import (
-    INTERNAL_ERROR,
-    ClientGone,
-    Event,
-    EventStream,
-    Outcome,
-    json_response,
-    traceback_without_message,
-    while_connected,
-)
+from corral.serving.event_stream import ClientGone, Event, EventStream, Outcome, while_connected
+from corral.serving.http_responses import INTERNAL_ERROR, json_response, traceback_without_message
 from corral.serving.prometheus import Metrics
 from corral.serving.protocol import Refused, Usage
 from corral.serving.request_queue import Busy, RequestQueue, Slot

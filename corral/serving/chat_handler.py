@@ -20,8 +20,8 @@ from corral.serving.chat_protocol import (
     Message,
     TokenLogprob,
 )
+from corral.serving.event_stream import DONE, Event
 from corral.serving.generation import RunningAnswer, ServedModel, finish_reason, start_answer
-from corral.serving.http_responses import DONE, Event
 from corral.serving.protocol import ConsensusResult, Refused, Usage
 
 _FIRST_DELTA = {"role": "assistant", "content": ""}

@@ -17,6 +17,7 @@ from corral.answering.answerer import StopStringCutter
 from corral.engines.base import Delta, Finish, Generation
 from corral.errors import TemplateError
 from corral.serving.completions_protocol import CompletionRequest, TextChoice, TextCompletion, TextLogprobs
+from corral.serving.event_stream import DONE, Event
 from corral.serving.generation import (
     ServedModel,
     build_sampling,
@@ -29,7 +30,6 @@ from corral.serving.generation import (
     tokens_left,
     translate_errors,
 )
-from corral.serving.http_responses import DONE, Event
 from corral.serving.prompt_logprobs import GreedySteps, TokenLikelihood, max_step_tokens, score_prompt
 from corral.serving.protocol import MAX_STOPS, Refused, Usage
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from corral.serving.http_responses import Outcome
+from corral.serving.event_stream import Outcome
 from corral.serving.protocol import Usage
 from corral.serving.request_queue import RequestQueue
 

@@ -21,6 +21,7 @@ from corral.engines.base import Finish
 from corral.errors import DatabaseError, TemplateError
 from corral.messages import Conversation
 from corral.serving.database import run_in_thread
+from corral.serving.event_stream import Event
 from corral.serving.generation import (
     RunningAnswer,
     ServedModel,
@@ -33,7 +34,6 @@ from corral.serving.generation import (
     tokens_left,
     translate_errors,
 )
-from corral.serving.http_responses import Event
 from corral.serving.protocol import Refused, Usage
 from corral.serving.response_store import PendingResponse, ResponseStore
 from corral.serving.responses_protocol import (
