@@ -17,8 +17,8 @@ from typing import Any, Protocol
 from fastapi import Request, Response
 from pydantic import BaseModel
 
+from corral.serving.accounts import Accounts, Caller
 from corral.serving.api_keys import KeyStore
-from corral.serving.auth import Accounts, Caller
 from corral.serving.event_stream import ClientGone, Event, EventStream, Outcome, while_connected
 from corral.serving.http_responses import INTERNAL_ERROR, json_response, traceback_without_message
 from corral.serving.prometheus import Metrics

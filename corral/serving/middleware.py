@@ -12,8 +12,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from corral.serving.accounts import Caller
 from corral.serving.admission import Admission
-from corral.serving.auth import Caller
 from corral.serving.http_responses import INTERNAL_ERROR, error_response, new_request_id, traceback_without_message
 from corral.serving.protocol import Refused
 from corral.serving.request_queue import Busy

@@ -23,7 +23,7 @@ from corral.engines.base import Engine, Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.engines.transformers import TransformersEngine
 from corral.model.loading import load_model, load_tokenizer
-from corral.serving import auth
+from corral.serving import accounts
 from corral.serving.admission import Admission
 from corral.serving.api_keys import KeyStore
 from corral.serving.app import build_app
@@ -254,11 +254,11 @@ def keys(sqlite: Database) -> KeyStore:
 
 @pytest.fixture
 def set_seconds(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`set_seconds(max_age=5.0)` sets `_MAX_AGE_SECONDS` of `corral.serving.auth`."""
+    """`set_seconds(max_age=5.0)` sets `_MAX_AGE_SECONDS` of `corral.serving.accounts`."""
 
     def set_constants(**seconds: float) -> None:
         for name, value in seconds.items():
-            monkeypatch.setattr(auth, f"_{name.upper()}_SECONDS", value)
+            monkeypatch.setattr(accounts, f"_{name.upper()}_SECONDS", value)
 
     return set_constants
 

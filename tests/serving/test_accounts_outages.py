@@ -13,12 +13,12 @@ import pytest
 from sqlalchemy import make_url, text
 
 from corral.errors import DatabaseError
+from corral.serving.accounts import Accounts
 from corral.serving.api_keys import Key, KeyStore, KeyUsage, today
-from corral.serving.auth import Accounts
 from corral.serving.database import Database
 from corral.serving.protocol import Refused
 from tests.serving.postgres import PostgreSQL, Proxy
-from tests.serving.test_auth import RunningRequest, authenticate, refusal, sign_in
+from tests.serving.test_accounts import RunningRequest, authenticate, refusal, sign_in
 
 
 class FlakyKeyStore(KeyStore):

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
+from corral.serving.accounts import ANONYMOUS, Accounts, Caller, RateWindow
 from corral.serving.api_keys import Key, KeyStore, KeyUsage, Quota, today
-from corral.serving.auth import ANONYMOUS, Accounts, Caller, RateWindow
 from corral.serving.generation import count_usage
 from corral.serving.protocol import Refused
 from corral.serving.request_queue import Busy
@@ -148,7 +148,7 @@ def test_request_quotas_are_enforced_and_rejected_requests_do_not_count(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = [1000.0]
-    monkeypatch.setattr("corral.serving.auth.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("corral.serving.accounts.time.monotonic", lambda: clock[0])
     callers = Accounts()
     caller = Caller("k", "alice", Quota(requests_per_minute=2, at_once=3))
 
@@ -185,7 +185,7 @@ def test_the_request_quota_counts_the_last_sixty_seconds(monkeypatch: pytest.Mon
         window.add()
     assert window.seconds_until(4) == 0
     assert 59 < window.seconds_until(3) <= 60
-    monkeypatch.setattr("corral.serving.auth.time.monotonic", lambda: 10.0**9)
+    monkeypatch.setattr("corral.serving.accounts.time.monotonic", lambda: 10.0**9)
     assert window.seconds_until(1) == 0
     window.add()
     assert window.seconds_until(1) == 60, "the old ones are forgotten"

@@ -1,4 +1,4 @@
-"""Authenticates callers by API key, enforces their quotas and counts their usage.
+"""The callers of a server: authenticates them by API key, enforces their quotas and requests per minute, counts usage.
 
 Keys are read from the database about once a second. Usage is counted in memory and added to the database about once a second,
 so no request waits for a write; a server that is killed loses up to a second of counts.
