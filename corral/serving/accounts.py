@@ -21,7 +21,7 @@ from corral.serving.api_keys import Key, KeyStore, KeyUsage, Quota, parse_key_id
 from corral.serving.database import run_in_thread
 from corral.serving.http_responses import traceback_without_message
 from corral.serving.protocol import Refused, Usage
-from corral.serving.request_queue import Busy
+from corral.serving.retry_after import DATABASE_SECONDS, Busy
 
 _REFRESH_SECONDS = 1.0  # age after which keys are read again
 _WAIT_SECONDS = 1.0  # most that a request waits for such a read while the known keys are recent enough
@@ -204,7 +204,7 @@ class Accounts:
         """Return the keys, read again if they are older than a second. A slow database delays no request for long.
 
         Raises:
-            Refused: 503: the keys are too old, and could not be read.
+            Busy: 503: the keys are too old, and could not be read.
         """
         now, snapshot = time.monotonic(), self._snapshot
         is_due = self._read_task is not None or now - self._last_read >= _REFRESH_SECONDS
@@ -217,7 +217,7 @@ class Accounts:
         snapshot = self._usable_snapshot()
         if snapshot is None:
             what = "the database of this server cannot be reached"
-            raise Refused(503, what, code="database_unavailable", retry_seconds=1)
+            raise Busy(503, what, retry_seconds=DATABASE_SECONDS, code="database_unavailable")
         return snapshot
 
     def _usable_snapshot(self) -> _KeySnapshot | None:

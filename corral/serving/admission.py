@@ -23,7 +23,8 @@ from corral.serving.event_stream import ClientGone, Event, EventStream, Outcome,
 from corral.serving.http_responses import INTERNAL_ERROR, json_response, traceback_without_message
 from corral.serving.prometheus import Metrics
 from corral.serving.protocol import Refused, Usage
-from corral.serving.request_queue import Busy, RequestQueue, Slot
+from corral.serving.request_queue import RequestQueue, Slot
+from corral.serving.retry_after import SHUTDOWN_SECONDS, Busy
 
 _log = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ class Admission:
         """Raises: Busy."""
         if self.is_draining:
             what = "this server is shutting down and takes no more requests"
-            raise Busy(503, what, retry_seconds=5, code="shutting_down")
+            raise Busy(503, what, retry_seconds=SHUTDOWN_SECONDS, code="shutting_down")
         self.accounts.admit(caller, self.queue.seconds_per_request)
 
 

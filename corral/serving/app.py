@@ -28,7 +28,7 @@ from corral.serving.http_responses import error_response, json_response
 from corral.serving.middleware import AccessMiddleware, ResponseMiddleware
 from corral.serving.prometheus import CONTENT_TYPE
 from corral.serving.protocol import ModelList, Refused, validation_error
-from corral.serving.request_queue import Busy
+from corral.serving.retry_after import DATABASE_SECONDS, ENGINE_SECONDS, SHUTDOWN_SECONDS, Busy
 from corral.serving.served_models import ServedModels
 
 _HTTP_MESSAGES = {404: "there is no such route", 405: "this route has no such method"}
@@ -130,7 +130,8 @@ def _status_routes(models: ServedModels, admission: Admission) -> APIRouter:
     @router.get("/health/ready")
     async def ready() -> Response:  # pyright: ignore[reportUnusedFunction]
         if admission.is_draining:
-            raise Busy(503, "this server is shutting down", retry_seconds=5, code="shutting_down")
+            what = "this server is shutting down"
+            raise Busy(503, what, retry_seconds=SHUTDOWN_SECONDS, code="shutting_down")
         readiness.check()
         return json_response(Health(status="ready"))
 
@@ -170,7 +171,7 @@ class _Readiness:
                 engine.submit([0], Sampling(max_tokens=1)).cancel()
         if not self._models.ready:
             what = "an engine of this server cannot compute"
-            raise Refused(503, what, code="engine_unavailable", retry_seconds=5)
+            raise Busy(503, what, retry_seconds=ENGINE_SECONDS, code="engine_unavailable")
 
 
 def _handle_errors(app: FastAPI) -> None:
@@ -191,7 +192,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     async def no_database(request: Request, error: Exception) -> Response:
         what = "the database of this server cannot be reached"
-        return error_response(Refused(503, what, code="database_unavailable", retry_seconds=1))
+        return error_response(Busy(503, what, retry_seconds=DATABASE_SECONDS, code="database_unavailable"))
 
     app.add_exception_handler(Refused, refused)
     app.add_exception_handler(RequestValidationError, invalid)

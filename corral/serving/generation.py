@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
 from collections.abc import AsyncGenerator, Generator
 from dataclasses import dataclass, field, replace
@@ -36,11 +35,11 @@ from corral.serving.protocol import (
     RequestLimits,
     Usage,
 )
+from corral.serving.retry_after import ENGINE_SECONDS, Busy
 from corral.template import Template
 from corral.template.tokenization import PieceTokenizer
 
 _MAX_STOPS = 4
-_RETRY_SECONDS = 5  # `Retry-After` of a request that found no engine
 _log = logging.getLogger(__name__)
 
 
@@ -324,9 +323,9 @@ def finish_reason(finish: Finish) -> Literal["stop", "length"]:
     return finish
 
 
-def _unavailable(what: str, retry_seconds: float | None = None) -> Refused:
-    seconds = _RETRY_SECONDS if retry_seconds is None else max(1, math.ceil(retry_seconds))
-    return Refused(503, what, code="engine_unavailable", retry_seconds=seconds)
+def _unavailable(what: str, retry_seconds: float | None = None) -> Busy:
+    seconds = ENGINE_SECONDS if retry_seconds is None else retry_seconds
+    return Busy(503, what, retry_seconds=seconds, code="engine_unavailable")
 
 
 def _loggable(error: CorralError) -> str:

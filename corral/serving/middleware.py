@@ -16,7 +16,7 @@ from corral.serving.accounts import Caller
 from corral.serving.admission import Admission
 from corral.serving.http_responses import INTERNAL_ERROR, error_response, new_request_id, traceback_without_message
 from corral.serving.protocol import Refused
-from corral.serving.request_queue import Busy
+from corral.serving.retry_after import Busy
 
 _log = logging.getLogger(__name__)
 

@@ -6,29 +6,14 @@ A request over the bounds is refused at once, with an estimate of when to try ag
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections import Counter, OrderedDict, deque
 from typing import NamedTuple
 
-from corral.serving.protocol import Refused
+from corral.serving.retry_after import Busy
 
 _MAX_WAIT_SECONDS = 3600
 _MEAN_WEIGHT = 0.1  # of the newest request in the running mean of request durations
-
-
-class Busy(Refused):
-    """A request that may be sent again later.
-
-    Args:
-        status: 429 if the caller's quota is used up; 503 if the server is full.
-        what: the message for people.
-        retry_seconds: the value of `Retry-After`; rounded up to whole seconds, at least 1.
-        code: the error code for programs.
-    """
-
-    def __init__(self, status: int, what: str, *, retry_seconds: float, code: str) -> None:
-        super().__init__(status, what, code=code, retry_seconds=max(1, math.ceil(retry_seconds)))
 
 
 class Slot(NamedTuple):

@@ -13,7 +13,7 @@ from corral.serving.accounts import ANONYMOUS, Accounts, Caller, RateWindow
 from corral.serving.api_keys import Key, KeyStore, KeyUsage, Quota, today
 from corral.serving.generation import count_usage
 from corral.serving.protocol import Refused
-from corral.serving.request_queue import Busy
+from corral.serving.retry_after import Busy
 
 
 class RunningRequest:

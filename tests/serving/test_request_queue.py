@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from corral.serving.request_queue import Busy, RequestQueue, Slot
+from corral.serving.request_queue import RequestQueue, Slot
+from corral.serving.retry_after import Busy
 
 
 class Crowd:
@@ -174,10 +175,3 @@ async def test_the_estimated_wait_follows_recent_request_durations(monkeypatch: 
         queue.release(each)
     assert queue.wait_seconds(4) == pytest.approx(20, rel=0.01), "what happened lately counts"
     assert queue.wait_seconds(10**6) == 3600
-
-
-def test_retry_after_is_whole_seconds_and_at_least_one() -> None:
-    def retry_after(seconds: float) -> int | None:
-        return Busy(429, "what", retry_seconds=seconds, code="code").retry_seconds
-
-    assert [retry_after(0), retry_after(0.2), retry_after(1), retry_after(1.01)] == [1, 1, 1, 2]
