@@ -30,14 +30,14 @@ class Example:
     Args:
         key: sha256 of its content.
         source: the label of its source.
-        index: its row number there.
+        index: its row number there, or `FILE:NUMBER` where the source has several files.
         sequences: its token sequences: one for a conversation.
         record: the whole record, even if its sequences are truncated.
     """
 
     key: str
     source: str
-    index: int
+    index: int | str
     sequences: tuple[Encoded, ...]
     record: Record
 
@@ -48,7 +48,7 @@ class RowOrigin:
 
     key: str
     source: str
-    index: int
+    index: int | str
 
 
 class ExampleStore(Sequence[Example]):

@@ -70,7 +70,7 @@ class _Reason:
     text: str
     """The reason, or its kind once two rows differ in it."""
     count: int = 0
-    examples: list[int] = field(default_factory=list[int])
+    examples: list[int | str] = field(default_factory=list[int | str])
 
 
 @dataclass(slots=True)
@@ -93,13 +93,13 @@ class Ledger:
         self._sources.setdefault(source, _Source()).rows += rows
 
     def add_fate(
-        self, source: str, index: int, fate: Fate, reason: str | None = None, side: Side | None = None
+        self, source: str, row: int | str, fate: Fate, reason: str | None = None, side: Side | None = None
     ) -> None:
         """Count a row with its fate.
 
         Args:
             source: the source's label.
-            index: the row's number in it.
+            row: its number in it, or file and number.
             fate: what became of it.
             reason: why; given exactly for the fates in `FATES_WITH_REASON`.
             side: where it went; given exactly for the fates in `USED_FATES`.
@@ -120,7 +120,7 @@ class Ledger:
         if counted.text != reason:
             counted.text = kind
         if len(counted.examples) < EXAMPLES_PER_REASON:
-            counted.examples.append(index)
+            counted.examples.append(row)
 
     def check(self) -> None:
         """Check that every row read has exactly one fate. Raises AssertionError, as a mismatch is a bug in corral."""
@@ -135,7 +135,7 @@ class Ledger:
 
     def to_json(self) -> dict[str, Any]:
         """`{"rows", "fates": {fate: rows}, "sources": {label: {"rows", "fates", "sides", "reasons"}}}`, each reason as
-        `{"fate", "count", "examples": [row numbers, the first 5]}`, most frequent first. Raises AssertionError, as `check`.
+        `{"fate", "count", "examples": [rows, the first 5]}`, most frequent first. Raises AssertionError, as `check`.
         """
         self.check()
         totals = sum((s.fates for s in self._sources.values()), Counter[Fate]())
@@ -208,7 +208,8 @@ class RowFates:
     """Rows of one source, in columns of [rows].
 
     Args:
-        row: number in the source, ascending.
+        row: number in the source or, if it has several files, in the file; ascending.
+        file: index into `files`, or -1 if the source has one file only.
         fate: index into `FATES`.
         reason: index into `reasons`, or -1.
         side: index into `SIDES`, or -1.
@@ -222,6 +223,8 @@ class RowFates:
     """
 
     row: NDArray[np.int64]
+    file: NDArray[np.int64]
+    files: Sequence[str]
     fate: NDArray[np.int8]
     reason: NDArray[np.int16]
     side: NDArray[np.int8]
@@ -246,6 +249,7 @@ class LedgerWriter:
         self._schema: Any = pa.schema(
             [
                 ("source", text),
+                ("file", text),
                 ("row", pa.int64()),
                 ("fate", text),
                 ("reason", text),
@@ -288,6 +292,7 @@ class LedgerWriter:
 
         columns: list[Any] = [
             encode_texts(np.zeros(len(rows.row), np.int32), [source]),
+            encode_texts(rows.file, rows.files),
             pa.array(rows.row),
             encode_texts(rows.fate, FATES),
             encode_texts(rows.reason, rows.reasons),

@@ -197,7 +197,7 @@ def _write_row(writer: ExampleWriter, plan: SourcePlan, position: int, record: b
     for key, line, sequence_lengths in examples:
         tokens = slice(at, at := at + sum(sequence_lengths))
         writer.add(
-            RowOrigin(key, plan.source.label, int(plan.rows.index[position])),
+            RowOrigin(key, plan.source.label, plan.rows.name_row(int(plan.rows.index[position]))),
             line,
             arrays["ids"][tokens],
             arrays["trained"][tokens],
@@ -233,7 +233,7 @@ def _write_ledger(plans: Sequence[SourcePlan], folder: Path) -> dict[str, Any]:
 
 def _originals(plan: SourcePlan, positions: NDArray[Any], labels: Sequence[str]) -> Iterator[str | None]:
     """Of each of these rows that is a copy, the row that it copies."""
-    columns = zip(plan.original_source[positions].tolist(), plan.original_row[positions].tolist(), strict=True)
+    columns = zip(plan.original_source[positions].tolist(), plan.original_row[positions], strict=True)
     return (f"{labels[number]} row {row}" if number >= 0 else None for number, row in columns)
 
 
@@ -258,8 +258,11 @@ def _row_fates(plan: SourcePlan, labels: Sequence[str]) -> Iterator[RowFates]:
         reason[~is_usable] = plan.rows.reason_codes[unusable]
         keys = iter(plan.rows.keys[positions])
         originals = iter(_originals(plan, positions, labels))
+        file, row = plan.rows.row_in_file(index[rows])
         yield RowFates(
-            row=index[rows],
+            row=row,
+            file=file,
+            files=[name for name, _ in plan.rows.files],
             fate=column(plan.fate, fate_code("dropped")),
             reason=reason,
             side=column(plan.side, UNSET),
@@ -274,17 +277,23 @@ def _row_fates(plan: SourcePlan, labels: Sequence[str]) -> Iterator[RowFates]:
 
 
 def _count_fates(ledger: Ledger, label: str, rows: RowFates) -> None:
-    columns = zip(rows.row.tolist(), rows.fate.tolist(), rows.reason.tolist(), rows.side.tolist(), strict=True)
-    for row, fate, reason_code, side in columns:
+    columns = (c.tolist() for c in (rows.row, rows.file, rows.fate, rows.reason, rows.side))
+    for row, file, fate, reason_code, side in zip(*columns, strict=True):
         reason = rows.reasons[reason_code] if reason_code >= 0 else None
-        ledger.add_fate(label, row, FATES[fate], reason, SIDES[side] if side >= 0 else None)
+        ledger.add_fate(
+            label,
+            f"{rows.files[file]}:{row}" if file >= 0 else row,
+            FATES[fate],
+            reason,
+            SIDES[side] if side >= 0 else None,
+        )
 
 
 def _left_out_examples(plan: SourcePlan, labels: Sequence[str]) -> Iterator[dict[str, Any]]:
     """A few rows of each fate and reason that are on no side."""
     label = plan.source.label
     for example in plan.rows.examples:
-        yield {"source": label, "index": example["index"], "fate": "dropped"} | example
+        yield {"source": label, "fate": "dropped"} | example | {"index": plan.rows.name_row(example["index"])}
     for fate in _NO_SIDE:
         positions = plan.rows_with(fate)
         for reason in np.unique(plan.reason[positions]).tolist():
@@ -293,7 +302,7 @@ def _left_out_examples(plan: SourcePlan, labels: Sequence[str]) -> Iterator[dict
             for position, line, original in zip(some, plan.rows.record_lines(some), originals, strict=True):
                 yield {
                     "source": label,
-                    "index": int(plan.rows.index[position]),
+                    "index": plan.rows.name_row(int(plan.rows.index[position])),
                     "fate": fate,
                     "reason": f"copy of {original}" if original else plan.reasons[reason] if reason >= 0 else None,
                     "text": json.dumps(json.loads(line), ensure_ascii=False)[:EXCERPT_CHARACTERS],
@@ -311,7 +320,9 @@ def _source_figures(plan: SourcePlan) -> dict[str, Any]:
         "trained_tokens": int(plan.trained_tokens[used].sum()),
         "lost_ends": int(plan.lost_end[used].sum()),
         "contaminated": int(plan.contaminated.sum()),
-        "contaminated_rows": plan.rows.index[plan.contaminated][:EXAMPLES_PER_REASON].tolist(),
+        "contaminated_rows": [
+            plan.rows.name_row(int(index)) for index in plan.rows.index[plan.contaminated][:EXAMPLES_PER_REASON]
+        ],
         "asked": asked,
         "lost": lost,
     }

@@ -67,7 +67,7 @@ class PreviewRow:
     side: Side
     fate: Literal["kept", "truncated"]
     source: str
-    index: int
+    index: int | str
     tokens: Mapping[TokenKind, int]
     sequences: tuple[tuple[Piece, ...], ...]
 
@@ -168,7 +168,7 @@ def _left_out(prepared: Prepared, rows: int) -> Iterator[tuple[str, str]]:
     def group_key(row: Mapping[str, Any]) -> tuple[int, str, str]:
         return FATES.index(row["fate"]), row["source"], row["reason"] or ""
 
-    ordered = sorted(prepared.left_out, key=lambda row: (*group_key(row), row["index"]))
+    ordered = sorted(prepared.left_out, key=group_key)
     for _, group in groupby(ordered, key=group_key):
         for row in islice(group, rows):
             reason = f" · {row['reason']}" if row["reason"] else ""

@@ -55,8 +55,8 @@ class SourcePlan:
         trained_tokens: tokens that count in the loss, after truncation; -1 if the row was not encoded.
         lost_end: whether the end of an answer was cut off.
         contaminated: whether it is a training row that shares a passage with a held-out row.
-        original_source, original_row: of a copy, the index of the source and the row number there of the row that it copies;
-            -1 for other rows.
+        original_source, original_row: of a copy, the index of the source of the row that it copies, else -1, and that row
+            as `SourceRows.name_row` names it.
         beyond_weight: whether it could be trained on but exceeds its source's weight.
     """
 
@@ -75,7 +75,7 @@ class SourcePlan:
         self.side = np.full(n, UNSET, np.int8)
         self.tokens = np.full(n, UNSET, np.int64)
         self.trained_tokens = np.full(n, UNSET, np.int64)
-        self.original_source, self.original_row = np.full(n, UNSET, np.int16), np.full(n, UNSET, np.int64)
+        self.original_source, self.original_row = np.full(n, UNSET, np.int16), np.full(n, None, object)
         self.lost_end, self.contaminated, self.beyond_weight = (np.zeros(n, bool) for _ in range(3))
 
     @classmethod
@@ -190,8 +190,9 @@ def deduplicate_and_cap(plans: Sequence[SourcePlan], data: Data, seed: int, pool
         originals = groups[part][copies]
         numbers = np.searchsorted(starts, originals, side="right") - 1
         plan.original_source[copies] = numbers
-        rows = [plans[number].rows.index[at - starts[number]] for number, at in zip(numbers, originals, strict=True)]
-        plan.original_row[copies] = rows
+        for position, number, at in zip(np.flatnonzero(copies), numbers, originals, strict=True):
+            rows = plans[number].rows
+            plan.original_row[position] = rows.name_row(int(rows.index[at - starts[number]]))
 
 
 def _group_near_duplicates(plans: Sequence[SourcePlan], starts: NDArray[Any], equal: Ints) -> Ints:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import zlib
 from array import array
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -64,6 +66,7 @@ class SourceRows:
         group_keys: what rows share that must be on one side: a judged answer's prompt, else the row's key. [usable rows, 32]
         mended: whether turns were left out or merged, so that the others are in order. [usable rows]
         index: the row number in the source. [usable rows]
+        files: of a source of several files, each one's name and the last row number of the files before it.
         unusable: the row number in the source of each unusable row; `reasons[reason_codes[i]]` says why. [rows]
         examples: some unusable rows: `{"index", "reason", "text"}`.
     """
@@ -78,6 +81,7 @@ class SourceRows:
         self.why: str = meta["why"]
         self.reasons: list[str] = meta["reasons"]
         self.examples: list[dict[str, Any]] = meta["examples"]
+        self.files: list[tuple[str, int]] = [(name, before) for name, before in meta["files"]]
         self.keys: NDArray[np.uint8] = np.load(folder / "keys.npy", mmap_mode="r").reshape(-1, 32)
         self.group_keys: NDArray[np.uint8] = np.load(folder / "group_keys.npy", mmap_mode="r").reshape(-1, 32)
         self.mended: NDArray[np.bool_] = np.load(folder / "mended.npy", mmap_mode="r")
@@ -101,6 +105,22 @@ class SourceRows:
     def rows_read(self) -> int:
         """All rows that were read, usable or not."""
         return len(self.keys) + len(self.unusable)
+
+    def row_in_file(self, index: Ints) -> tuple[Ints, Ints]:
+        """Of rows by their number in the source: (the index of the file in `files`, or -1 if there is one file only; the
+        number in the file). [rows] each"""
+        if not self.files:
+            return np.full(len(index), -1), index
+        befores = np.array([before for _, before in self.files])
+        files = np.searchsorted(befores, index) - 1
+        return files, index - befores[files]
+
+    def name_row(self, index: int) -> int | str:
+        """A row as the user finds it: its number in the source, or `FILE:NUMBER` where there are several files."""
+        if not self.files:
+            return index
+        name, before = self.files[bisect_left(self.files, index, key=itemgetter(1)) - 1]
+        return f"{name}:{index - before}"
 
     def record_lines(self, positions: Ints) -> Iterator[bytes]:
         """The JSON form of the records at these positions, without line breaks."""
@@ -193,6 +213,7 @@ def _group_key(record: Record, key: str) -> str:
 def _read_into(source: Source, folder: Path, progress: Progress, turns: TurnSetting) -> None:
     keys, group_keys, mended = bytearray(), bytearray(), bytearray()
     index, ends, unusable = array("q"), array("q", [0]), _UnusableRows()
+    files: list[tuple[str, int]] = []
     rows = sources.read_rows(source, progress)
     first = list(islice(rows, _ROWS_TO_RECOGNISE))
     if first and all(row.value is None for row in first) and source.format == "auto" and source.mapping is None:
@@ -204,6 +225,8 @@ def _read_into(source: Source, folder: Path, progress: Progress, turns: TurnSett
     chosen = formats.choose_format(source, [row.value for row in first if row.value is not None])
     with (folder / "records.jsonl").open("wb") as file:
         for done, row in enumerate(chain(first, rows), start=1):
+            if row.file and (not files or files[-1][0] != row.file):
+                files.append((row.file, row.before))
             if row.value is None:
                 unusable.add(row, row.reason or "unreadable")
             else:
@@ -238,6 +261,7 @@ def _read_into(source: Source, folder: Path, progress: Progress, turns: TurnSett
         "unusable": len(unusable.index),
         "reasons": list(unusable.code_of_reason),
         "examples": unusable.examples,
+        "files": files,
         "crc32": {path.name: _crc32(path) for path in sorted(folder.iterdir())},
     }
     (folder / _META).write_text(json.dumps(meta), "utf-8")

@@ -108,6 +108,8 @@ def rows_of(first: int, fates: list[Fate], reasons: list[str]) -> RowFates:
     n = len(fates)
     return RowFates(
         row=np.arange(first, first + n),
+        file=np.full(n, -1),
+        files=[],
         fate=np.array([FATES.index(f) for f in fates], np.int8),
         reason=np.array([0 if f == "dropped" else -1 for f in fates], np.int16),
         side=np.array([0 if f == "kept" else -1 for f in fates], np.int8),

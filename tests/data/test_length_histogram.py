@@ -26,9 +26,22 @@ def written(path: Path, groups: list[list[tuple[Fate, int]]]) -> Path:
             fates = np.array([FATES.index(fate) for fate, _ in rows], np.int8)
             tokens = np.array([t for _, t in rows], np.int64)
             side, reason = nothing.astype(np.int8), nothing.astype(np.int16)
-            file.add(
-                "a", RowFates(np.arange(n), fates, reason, side, [None] * n, tokens, nothing, no, [None] * n, no, [])
+            columns = (
+                np.arange(n),
+                nothing,
+                [],
+                fates,
+                reason,
+                side,
+                [None] * n,
+                tokens,
+                nothing,
+                no,
+                [None] * n,
+                no,
+                [],
             )
+            file.add("a", RowFates(*columns))
     return path
 
 

@@ -434,3 +434,17 @@ def test_a_copy_names_its_original_and_contaminated_rows_are_listed(prepared: Pr
         assert entry["contaminated"] == len(marked)
         assert entry["contaminated_rows"] == marked[:5]
     assert sum(entry["contaminated"] for entry in result.ledger["sources"].values()) > 0
+
+
+def test_rows_of_several_files_are_told_by_file_and_line(prepared: Prepare, tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    for name, first in (("a", 0), ("b", 20)):
+        write_rows(tmp_path / "shards" / f"{name}.jsonl", [*chats(20, first), {"messages": []}, chats(1)[0]])
+    result = prepared(source(tmp_path / "shards"))
+    entry = result.ledger["sources"]["shards"]
+    assert entry["reasons"]["messages is an empty list"]["examples"] == ["a.jsonl:21", "b.jsonl:21"]
+    table = parquet.read_table(result.folder / "ledger.parquet").to_pylist()
+    assert [(row["file"], row["row"]) for row in table] == [(f"{n}.jsonl", i) for n in "ab" for i in range(1, 23)]
+    copies = {(row["file"], row["row"]): row["original"] for row in table if row["fate"] == "duplicate"}
+    assert copies == {("a.jsonl", 22): "shards row a.jsonl:1", ("b.jsonl", 22): "shards row a.jsonl:1"}
+    assert {example.index for example in result.train} <= {f"{n}.jsonl:{i}" for n in "ab" for i in range(1, 21)}

@@ -45,7 +45,7 @@ def test_near_duplicates_are_left_out_across_sources_if_the_recipe_says_so(prepa
     assert fates_of(keep) == {"kept": 22}
     shown = [row for row in near.left_out if row["fate"] == "near duplicate"]
     assert "question 0" in shown[0]["text"]
-    assert shown[0]["reason"] is None
+    assert shown[0]["reason"] == "copy of a row 1"
 
 
 def test_copies_that_are_kept_are_all_on_one_side(prepared: Prepare, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ class RawRow:
         fault: what is wrong with it and where, for a message: `line 17: not valid JSON: …`.
         reason: the part of `fault` without the location, so that equal faults are counted together.
         location: where it is, for a message: `line 17`, or `shard-2.jsonl, line 17` in a source of several files.
+        file: the name of its file in a source of several files; `before` is the last number of the files before it.
     """
 
     index: int
@@ -27,11 +28,14 @@ class RawRow:
     fault: str | None = None
     reason: str | None = None
     location: str = ""
+    file: str = ""
+    before: int = 0
 
     def in_file(self, name: str, before: int) -> RawRow:
         """The row as part of a source of several files, in the file `name`, after `before` rows of earlier files."""
         fault = None if self.fault is None else f"{name}, {self.fault}"
-        return RawRow(self.index + before, self.value, fault, self.reason, f"{name}, {self.location}")
+        location = f"{name}, {self.location}"
+        return RawRow(self.index + before, self.value, fault, self.reason, location, name, before)
 
 
 def faulty_row(index: int, location: str, reason: str, detail: str = "") -> RawRow:
