@@ -132,9 +132,11 @@ class Source(Section):
     @classmethod
     def _check_encoding(cls, encoding: str | None) -> str | None:
         try:
-            "a".encode(encoding or "utf-8")
-        except LookupError:
-            raise ValueError(f"Python knows no encoding {encoding!r}; write it as in `cp1252` or `utf-16-le`") from None
+            b"ab".decode(encoding or "utf-8", "backslashreplace")
+        except (LookupError, UnicodeError):
+            raise ValueError(
+                f"Python decodes no files in {encoding!r}; write it as in `cp1252` or `utf-16-le`"
+            ) from None
         return encoding
 
     @field_validator("delimiter")

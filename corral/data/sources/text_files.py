@@ -64,14 +64,14 @@ class TextReader:
 
     Args:
         stream: its bytes, behind a byte order mark.
-        encoding: how they are decoded.
+        encoding: the codec that decodes them, by its own name.
     """
 
     def __init__(self, stream: io.BufferedReader[Any], encoding: str) -> None:
         text = io.TextIOWrapper(stream, encoding, _MARK_BAD_BYTES, newline="\n")
         self.read = text.read
         self.readline = text.readline
-        self._encoding = codecs.lookup(encoding).name
+        self._encoding = encoding
         self._not_cp1252 = False  # whether the file holds a byte that Windows-1252 does not know
 
     def find_fault(self, text: str) -> tuple[str, int] | None:
@@ -109,14 +109,15 @@ def open_text(file: SourceFile) -> Generator[TextReader]:
             if head.startswith(magic):
                 raise DataError(f"the file is {what}", where=file.where, hint=hint)
         mark = next((mark for mark in _MARKS if head.startswith(mark)), b"")
-        if b"\0" in head and not mark and file.encoding is None:
+        encoding = _MARKS[mark] if mark else codecs.lookup(file.encoding or "utf-8").name
+        if encoding in ("utf-16", "utf-32") or (file.encoding is None and not mark and b"\0" in head):
             raise DataError(
                 "the file is not UTF-8 text: it looks like UTF-16 without a byte order mark, or binary data",
                 where=file.where,
                 hint='if it is UTF-16, set `encoding = "utf-16-le"` (or "utf-16-be"), or save it again as UTF-8',
             )
         stream.read(len(mark))
-        yield TextReader(stream, _MARKS[mark] if mark else file.encoding or "utf-8")
+        yield TextReader(stream, encoding)
 
 
 def read_lines(file: SourceFile) -> Iterator[Line]:

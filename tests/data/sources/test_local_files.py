@@ -223,8 +223,7 @@ def test_a_recipe_keeps_addresses_and_refuses_settings_that_do_not_fit_the_sourc
         ('split = "test"', "choose from a data set on the hub"),
         ('data_dir = "a"', "name the subfolder or a glob in `path`"),
         ('data_files = "a"', "name the subfolder or a glob in `path`"),
-        ('encoding = "windows"', "encoding 'windows'"),
-        ('encoding = "hex"', "encoding 'hex'"),
+        *((f'encoding = "{name}"', f"decodes no files in '{name}'") for name in ("windows", "hex", "idna", "punycode")),
         ('delimiter = ", "', "at most 1 character"),
         ("delimiter = '\"'", "cannot stand between cells"),
     ):

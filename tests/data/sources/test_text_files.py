@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from corral.data.sources import read_rows, text_files
 from corral.data.sources.text_files import MAX_ROW
+from corral.errors import DataError
 from corral.recipe import Source
 from tests.data.sources.conftest import refusal, rows_of, values_of, written
 
@@ -62,6 +66,21 @@ def test_utf_16_without_a_mark_is_refused_with_the_setting_that_reads_it(
     error = refusal(written(tmp_path / name, '[{"a": 1}]'.encode(encoding)))
     assert "UTF-16" in error.what
     assert 'encoding = "utf-16-le"' in str(error.hint)
+    with pytest.raises(DataError, match="UTF-16 without a byte order mark"):
+        list(read_rows(Source(path=str(tmp_path / name), encoding="utf-16")))
+
+
+@given(
+    st.sampled_from(["shift_jis", "utf-7", "cp1252", "iso2022_jp", "utf-16-le", "unicode_escape"]),
+    st.binary(min_size=1),
+)
+def test_any_bytes_in_any_encoding_give_rows_faults_or_a_data_error(
+    tmp_path_factory: pytest.TempPathFactory, encoding: str, content: bytes
+) -> None:
+    for name in ("any.jsonl", "any.csv", "any.txt"):
+        path = written(tmp_path_factory.getbasetemp() / name, content)
+        with suppress(DataError):
+            list(read_rows(Source(path=str(path), encoding=encoding)))
 
 
 def test_bytes_that_windows_1252_does_not_know_are_not_said_to_be_it(tmp_path: Path) -> None:
