@@ -14,9 +14,7 @@ from typing import Any
 from corral.data.sources.files import Say, kind_hint, parse_kind
 from corral.errors import DataError
 
-_METADATA = frozenset(
-    ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
-)  # written by `datasets` and other trainers
+_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 _NOTES = re.compile(r"(readme|licen[cs]e|notice)\.txt", re.IGNORECASE)
 _SPLITS = {"train": "train|training", "validation": "validation|valid|dev|val", "test": "test|testing|eval|evaluation"}
 _SPLIT_WORDS = {split: re.compile(rf"(?<![^-._ 0-9])({words})(?![^-._ 0-9])", re.I) for split, words in _SPLITS.items()}
@@ -33,7 +31,7 @@ def select_row_files(names: list[str], where: str, say: Say, read: Callable[[str
 
     Raises DataError if there are none, or of several kinds, as the same rows in two kinds would count twice.
     """
-    if "dataset_dict.json" in names or "state.json" in names:
+    if "dataset_dict.json" in names or ("state.json" in names and any(name.endswith(".arrow") for name in names)):
         return _saved_to_disk(names, where, say, read)
     visible = sorted(name for name in names if not any(part.startswith((".", "_")) for part in name.split("/")))
     kinds = {name: kind[0] for name in visible if _may_hold_rows(name) and (kind := parse_kind(name))}

@@ -53,8 +53,8 @@ class StrictDecoder:
 
 def skip_space(text: str, at: int) -> int:
     """The index of the next token, from `at`."""
-    found = _SPACE.match(text, at)
-    return found.end() if found else at
+    space = _SPACE.match(text, at)
+    return space.end() if space else at
 
 
 def explain_limit(error: ValueError | RecursionError) -> str:

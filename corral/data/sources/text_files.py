@@ -130,8 +130,9 @@ def read_lines(file: SourceFile) -> Iterator[Line]:
             if len(line) == MAX_ROW and not line.endswith("\n"):
                 text.skip_line()
                 fault = (OVERLONG, "")
-            elif found := text.find_fault(line):
-                fault = (found[0], _column(line, found[1]))
+            elif reason_at := text.find_fault(line):
+                reason, at = reason_at
+                fault = (reason, _column(line, at))
             yield number, line, fault
 
 
@@ -154,8 +155,8 @@ def read_txt(file: SourceFile, _: Say) -> Iterator[RawRow]:
                 text.skip_line()
                 yield faulty_row(number, location, OVERLONG)
                 number += 1
-            elif found := text.find_fault(part):
-                reason, at = found
+            elif reason_at := text.find_fault(part):
+                reason, at = reason_at
                 start = part.rfind("\n", 0, at) + 1
                 line = number + part.count("\n", 0, at)
                 yield faulty_row(number, location, reason, f", in line {line}{_column(part[start:], at - start)}")

@@ -69,7 +69,7 @@ def test_a_file_or_glob_of_another_split_is_read(tmp_path: Path) -> None:
 
 
 def test_metadata_and_notes_are_no_rows(tmp_path: Path) -> None:
-    for name in ("dataset_info.json", "dataset_infos.json", "sub/state.json", "sub/dataset_dict.json"):
+    for name in ("dataset_info.json", "dataset_infos.json", "state.json", "sub/dataset_dict.json"):
         written(tmp_path / name, "{}")
     written(tmp_path / "rows.json", '[{"a": 1}]')
     assert [row.value for row in read(tmp_path)[0]] == [{"a": 1}]
@@ -114,4 +114,5 @@ def test_the_train_split_of_saved_splits_is_read_and_named(tmp_path: Path) -> No
 @pytest.mark.parametrize("state", ["", "{}", "[]", '{"_data_files": [{"name": "x"}]}'])
 def test_a_saved_data_set_without_its_list_of_files_is_refused(tmp_path: Path, state: str) -> None:
     written(tmp_path / "state.json", state)
+    written(tmp_path / "data-00000-of-00001.arrow", b"junk")
     assert "not a data set as `save_to_disk` writes it" in refusal(tmp_path).what
