@@ -23,18 +23,17 @@ def merge(context: RunContext, stage: Stage) -> None:
     Raises:
         ContractError: a check fails; the model stays in `candidate`.
     """
-    from corral.training import trained_model
+    from corral.training.merge_check import check_merged_model
+    from corral.training.trained_model import MERGED_FOLDER
 
     number = len(context.recipe.train)
     setup, trained = training_setup(context, number), context.run.path / training_stage_name(context.recipe, number)
     candidate = stage.path / "candidate"
     with new_directory(candidate) as folder:
-        link_or_copy_tree(trained / trained_model.MERGED_FOLDER, folder)
+        link_or_copy_tree(trained / MERGED_FOLDER, folder)
     probe_set = contract.make_probes(context.template)
     context.progress.start("Measuring the contract", None)
-    measured, model_checks = trained_model.check_merged_model(
-        setup, trained, candidate, probe_set, validation_set(context, setup)
-    )
+    measured, model_checks = check_merged_model(setup, trained, candidate, probe_set, validation_set(context, setup))
     checks = [
         contract.check_token_ids(context.template, candidate),
         contract.check_stop_ids(context.template, candidate),

@@ -9,6 +9,7 @@ from corral.model.loading import quiet
 MODULES = (
     "peft",
     "transformers.models.llama.modeling_llama",
+    "corral.export.contract",
     "corral.model.packed_forward",
     "corral.template",
     "corral.training.loop",

@@ -1,12 +1,8 @@
-"""The model of a training stage: how it is loaded, the merged model the stage leaves, and checks that they are the same.
+"""The model of a training stage: how it is loaded, and the merged model that the stage leaves.
 
-- An adapter on quantised weights is merged into those weights, dequantised, which rounds nothing further. A merge into the
-  full-precision weights gives another model; it is kept only if its held-out loss is lower.
-- NF4 and plain weights: adapter and merged model must give the same log-probabilities. LLM.int8 rounds inputs too, so the
-  merged model is compared with the adapter on dequantised weights by log-probabilities, and with the model that was trained
-  by held-out loss.
-- Full fine-tuning has float32 weights, whatever the dtype of the written model. The written weights must be those rounded,
-  bit for bit, and give the log-probabilities of training as nearly as their dtype allows, with no higher loss.
+An adapter on quantised weights is merged into those weights, dequantised, which rounds nothing further. A merge into the
+full-precision weights gives another model; it is kept only if its held-out loss is lower. `merge_check` compares the merged
+model with the one that was trained.
 """
 
 from __future__ import annotations
@@ -23,10 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from corral.data.packing import pack_sequences
-from corral.engines.base import run_engine
-from corral.engines.transformers import TransformersEngine
 from corral.errors import ModelError, TemplateError
-from corral.export import contract
 from corral.model import adapters, full_finetuning, loading, merging, quantisation
 from corral.model.loading import untrained_special_tokens
 from corral.model.packed_forward import target_logprobs
@@ -39,7 +32,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from corral.data.example_store import Example
-    from corral.export.contract import Check, Probe
     from corral.model.loading import DType
     from corral.recipe import Train
     from corral.template import Template
@@ -48,13 +40,6 @@ ADAPTER_FOLDER = "adapter"
 MERGED_FOLDER = "merged"
 MERGING_FILE = "merging.json"
 TRAINED_FILE = "trained.json"
-
-INT8_MARGIN = 0.02
-"""By how much (nats per token) the held-out loss of a merged model may exceed that of the int8 model it was trained as."""
-
-ROUNDING_MARGIN = 0.03
-"""By how much the loss of a fully fine-tuned model, written in 16 bits, may exceed that of its training (nats per token on
-the probes). Rounding shifts it either way, by -0.012 to +0.005 in four trials on SmolLM2-135M in bfloat16."""
 
 MergeBase = Literal["base", "dequantised", "full"]
 """Weights an adapter can be merged into: those of a model that is not quantised; of a quantised one, the weights it was
@@ -163,7 +148,7 @@ def load_as_trained(setup: TrainingSetup, stage: Path) -> PeftModel:
     return adapters.load(load_base(setup), stage / ADAPTER_FOLDER)
 
 
-def _load_for_merge(setup: TrainingSetup, stage: Path, base: MergeBase) -> PeftModel:
+def load_for_merge(setup: TrainingSetup, stage: Path, base: MergeBase) -> PeftModel:
     """The stage's adapter on weights that it can be merged into."""
     model = _load(setup, setup.quantization if base == "dequantised" else None)
     if base == "dequantised":
@@ -193,7 +178,7 @@ def save_merged_model(
     losses: dict[str, float] = {}
     chosen = bases[0]
     for base in bases:
-        merged = merging.merge_adapter(_load_for_merge(setup, stage, base))
+        merged = merging.merge_adapter(load_for_merge(setup, stage, base))
         if len(bases) > 1:
             losses[base] = validation.loss(merged)
         # A tie keeps the model that was trained.
@@ -205,10 +190,11 @@ def save_merged_model(
         gc.collect()
     write_json(stage / MERGING_FILE, {"into": chosen, "losses": losses, "rows": len(validation.rows)})
     if losses:
-        report(_describe_choice(chosen, losses, len(validation.rows)))
+        report(describe_choice(chosen, losses, len(validation.rows)))
 
 
-def _describe_choice(chosen: str, losses: dict[str, float], rows: int) -> str:
+def describe_choice(chosen: str, losses: dict[str, float], rows: int) -> str:
+    """Which of the merges with `merge = "best"` was kept, for people."""
     words = {"dequantised": "the dequantised weights", "full": "the full-precision weights"}
     figures = ", ".join(f"{loss:.4f} merged into {words[name]}" for name, loss in losses.items())
     return f"held-out loss on {rows} rows: {figures}; kept: {words[chosen]}"
@@ -223,7 +209,7 @@ def save_full_model(
     template: Template,
     licences: Sequence[Path],
 ) -> None:
-    """Write a fully fine-tuned model to `merged`, and to `trained.json` what `check_merged_model` compares it with.
+    """Write a fully fine-tuned model to `merged`, and to `trained.json` what `merge_check` compares it with.
 
     Args:
         values: its parameters by name.
@@ -232,10 +218,10 @@ def save_full_model(
     dtype = getattr(torch, setup.dtype)
     with new_directory(stage / MERGED_FOLDER) as folder:
         merging.save_model(model, template, folder, licences=licences, weights=values, dtype=dtype)
-    write_atomic(stage / TRAINED_FILE, json.dumps({"probes": scores, "weights": _tensor_digests(values, dtype)}))
+    write_atomic(stage / TRAINED_FILE, json.dumps({"probes": scores, "weights": tensor_digests(values, dtype)}))
 
 
-def _tensor_digests(values: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, str]:
+def tensor_digests(values: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, str]:
     """sha256 of the bytes of each tensor, rounded to a dtype."""
 
     def digest(value: torch.Tensor) -> str:
@@ -244,71 +230,3 @@ def _tensor_digests(values: Mapping[str, torch.Tensor], dtype: torch.dtype) -> d
         return hashlib.sha256(data).hexdigest()
 
     return {name: digest(value) for name, value in values.items()}
-
-
-def check_merged_model(
-    setup: TrainingSetup, stage: Path, candidate: Path, probes: Sequence[Probe], validation: ValidationSet
-) -> tuple[list[list[float]], list[Check]]:
-    """Compare a copy of the stage's merged model with what was trained.
-
-    Args:
-        stage: the stage's directory.
-        candidate: the copy.
-        validation: if it has no rows, the probes are used instead.
-
-    Returns: the copy's log-probabilities of the probes, and the checks.
-    """
-    model = loading.load_model(candidate, dtype=setup.dtype, device=setup.device)
-    merged = _probe_logprobs(model, probes)
-    if setup.config.method == "full":
-        return merged, _check_full_model(setup, stage, model, merged)
-    by_loss = setup.config.quantization == "int8"
-    merged_rows = validation.logprobs(model) if by_loss and validation.rows else merged
-    del model
-    gc.collect()
-    record = json.loads((stage / MERGING_FILE).read_text("utf-8"))
-    base: MergeBase = record["into"]
-    if setup.config.quantization == "nf4" and base == "dequantised":
-        adapted = load_as_trained(setup, stage)  # dequantises its weights for each product, with the same result
-    else:
-        adapted = _load_for_merge(setup, stage, base)
-    trained = _probe_logprobs(adapted, probes)
-    del adapted
-    gc.collect()
-    tolerance = contract.TOLERANCES[setup.dtype]
-    checks = [contract.compare_logprobs("adapter and merged model", trained, merged, tolerance)]
-    if by_loss:
-        adapted = load_as_trained(setup, stage)
-        rows = validation.logprobs(adapted) if validation.rows else _probe_logprobs(adapted, probes)
-        checks.append(contract.compare_losses("held-out loss, merged and int8", merged_rows, rows, INT8_MARGIN))
-    if losses := record["losses"]:
-        detail = _describe_choice(base, losses, record["rows"])
-        checks.append(contract.Check("choice of the merge", losses[base] <= min(losses.values()), detail))
-    return merged, checks
-
-
-def _check_full_model(
-    setup: TrainingSetup, stage: Path, model: PreTrainedModel, written_scores: list[list[float]]
-) -> list[Check]:
-    """Compare the written model, and the log-probabilities it gives the probes, with `trained.json`."""
-    record = json.loads((stage / TRAINED_FILE).read_text("utf-8"))
-    scores: list[list[float]] = record["probes"]
-    trained: dict[str, str] = record["weights"]
-    written = _tensor_digests(dict(model.named_parameters()), getattr(torch, setup.dtype))
-    different = sorted(name for name in trained.keys() | written.keys() if trained.get(name) != written.get(name))
-    detail = f"{len(trained)} tensors are equal in {setup.dtype}, bit for bit"
-    if different:
-        detail = f"{len(different)} of {len(trained)} tensors are not those that were trained, e.g. {different[0]}"
-    tolerance = contract.TOLERANCES[setup.dtype]
-    checks = [
-        contract.Check("trained and saved weights", not different, detail, n=len(trained)),
-        contract.compare_logprobs("trained and saved model", scores, written_scores, tolerance),
-    ]
-    if setup.dtype != "float32":
-        name = "loss, saved model and training"
-        checks.append(contract.compare_losses(name, written_scores, scores, ROUNDING_MARGIN))
-    return checks
-
-
-def _probe_logprobs(model: Any, probes: Sequence[Probe]) -> list[list[float]]:
-    return run_engine(TransformersEngine(model), lambda engine: contract.measure(engine, probes))
