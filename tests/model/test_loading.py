@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from corral import storage
 from corral.assets import fetch
 from corral.errors import AssetError, ModelError
 from corral.model.folder import model_identity
@@ -24,6 +23,7 @@ from corral.model.loading import (
     resolve_model,
     untrained_special_tokens,
 )
+from corral.storage import hashes
 from tests.conftest import Request, change_json, make_tiny_model, run_python, web_server
 
 
@@ -93,7 +93,7 @@ def test_equal_content_has_one_identity_wherever_it_lies_and_any_change_another(
 
 def test_the_second_identity_reads_no_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = model_identity(folder)
-    monkeypatch.delattr(storage, "sha256_file")
+    monkeypatch.delattr(hashes, "sha256_file")
     assert model_identity(folder) == first
 
 

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corral import storage
 from corral.data.sources import hash_source, read_rows
 from corral.errors import AssetError, DataError, MissingExtraError, RecipeError
 from corral.recipe import Source, parse
+from corral.storage import hashes
 from tests.data.conftest import Listener
 from tests.data.sources.conftest import refusal, rows_of, values_of, written
 
@@ -282,6 +282,6 @@ def test_the_hashes_of_a_folder_are_read_and_written_once(tmp_path: Path, monkey
         path = written(tmp_path / "rows" / f"{i % 2}" / f"{i}.jsonl", f'{{"a": {i}}}')
         os.utime(path, (long_ago, long_ago))
     calls: list[Path] = []
-    monkeypatch.setattr(storage, "write_json", lambda path, value: calls.append(path))
+    monkeypatch.setattr(hashes, "write_json", lambda path, value: calls.append(path))
     hash_source(Source(path=str(tmp_path / "rows")))
     assert len(calls) == 2, "one for each folder, whatever the number of files"

@@ -1,38 +1,27 @@
+"""Files and directories are there whole or not at all, also after a kill."""
+
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import signal
 import stat
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from corral.errors import ModelError, StorageError
+from corral.errors import StorageError
 from corral.storage import (
     cache_root,
-    file_lock,
     link_or_copy_tree,
     new_directory,
     remove_tree,
-    sha256_file,
     tree_hashes,
-    tree_size,
     write_atomic,
     write_json,
 )
-from tests.conftest import file_size_limit, mount_small_disk, run_python, unprivileged
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    with mount_small_disk(tmp_path / "small-disk", "256k") as disk:
-        yield disk
+from tests.conftest import run_python
 
 
 def names(folder: Path) -> list[str]:
@@ -167,135 +156,6 @@ def test_removing_leftovers_spares_directories_of_other_names(tmp_path: Path) ->
             pass
         assert other.is_dir()
     assert names(tmp_path) == ["a", "a.b"]
-
-
-def test_an_error_about_an_input_is_not_called_a_storage_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), new_directory(tmp_path / "model"):
-        (tmp_path / "missing-input").read_text()
-    with pytest.raises(ModelError), new_directory(tmp_path / "model"):
-        raise ModelError("bad") from OSError(28, "No space left on device")
-    assert names(tmp_path) == []
-
-
-def test_more_space_than_the_disk_has_is_refused_at_once_with_both_figures(tmp_path: Path) -> None:
-    with pytest.raises(StorageError) as caught, new_directory(tmp_path / "model", needed=10**18):
-        pytest.fail("the block must not run")
-    assert "disk is full" in caught.value.what
-    assert "1000000 TB needed" in caught.value.what
-    assert "free" in caught.value.what
-    assert caught.value.where == str(tmp_path / "model")
-    assert caught.value.hint
-    assert names(tmp_path) == []
-
-
-def test_a_full_disk_is_one_error_with_figures_and_leaves_nothing(small_disk: Path) -> None:
-    write_atomic(small_disk / "kept", "old")
-    with pytest.raises(StorageError, match="disk is full") as caught:
-        write_atomic(small_disk / "kept", b"x" * 1_000_000)
-    assert "1.00 MB needed" in caught.value.what
-    assert (small_disk / "kept").read_text() == "old"
-    with pytest.raises(StorageError, match="disk is full"):
-        write_folder(small_disk / "model", "x" * 1_000_000)
-    assert names(small_disk) == ["kept"]
-
-
-def test_torch_and_safetensors_on_a_full_disk_are_storage_errors_too(small_disk: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    weights = {"w": torch.zeros(1_000_000)}
-    with pytest.raises(StorageError, match="disk is full"), new_directory(small_disk / "a") as folder:
-        torch.save(weights, folder / "weights.pt")
-    with pytest.raises(StorageError, match="disk is full"), new_directory(small_disk / "b") as folder:
-        save_file(weights, folder / "weights.safetensors")
-    assert names(small_disk) == []
-
-
-def test_a_read_only_disk_is_named_as_such(small_disk: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(StorageError, match="read-only"):
-        write_atomic(small_disk / "file", "x")
-    with pytest.raises(StorageError, match="read-only"), new_directory(small_disk / "model"):
-        pass
-
-
-def test_a_file_size_limit_is_an_error_with_a_next_step_and_leaves_nothing(tmp_path: Path) -> None:
-    write_atomic(tmp_path / "kept", "old")
-    message = "larger than this disk or user may write"
-    with file_size_limit(100_000):
-        with pytest.raises(StorageError, match=message) as of_file:
-            write_atomic(tmp_path / "kept", b"x" * 1_000_000)
-        with pytest.raises(StorageError, match=message) as of_directory:
-            write_folder(tmp_path / "model", "x" * 1_000_000)
-    assert [error.value.where for error in (of_file, of_directory)] == [str(tmp_path / n) for n in ("kept", "model")]
-    assert of_file.value.hint
-    assert of_directory.value.hint
-    assert names(tmp_path) == ["kept"]
-    assert (tmp_path / "kept").read_text() == "old"
-
-
-def test_a_folder_without_write_permission_is_one_error_that_names_it(tmp_path: Path) -> None:
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0o555)
-    with unprivileged(closed):
-        with pytest.raises(StorageError, match="permission denied") as caught:
-            write_atomic(closed / "file", "x")
-        with pytest.raises(StorageError, match="permission denied"), new_directory(closed / "model"):
-            pass
-    assert caught.value.where == str(closed / "file")
-    assert caught.value.exit_code == 2
-    assert names(closed) == []
-
-
-def test_a_lock_lets_one_process_in_at_a_time(tmp_path: Path) -> None:
-    code = """
-import sys, time
-from pathlib import Path
-from corral.storage import file_lock
-folder = Path(sys.argv[1])
-for _ in range(20):
-    with file_lock(folder / "lock"):
-        number = int((folder / "number").read_text())
-        time.sleep(0.001)
-        (folder / "number").write_text(str(number + 1))
-"""
-    (tmp_path / "number").write_text("0")
-    children = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(3)]
-    assert [child.wait() for child in children] == [0, 0, 0]
-    assert (tmp_path / "number").read_text() == "60"
-
-
-def test_a_lock_that_is_held_is_not_waited_for_on_request_and_a_killed_process_gives_it_back(tmp_path: Path) -> None:
-    code = """
-import os, signal, sys
-from pathlib import Path
-from corral.storage import file_lock
-with file_lock(Path(sys.argv[1])):
-    print("locked", flush=True)
-    sys.stdin.read()
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-    command = [sys.executable, "-c", code, str(tmp_path / "lock")]
-    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "locked\n"
-    with pytest.raises(TimeoutError), file_lock(tmp_path / "lock", wait=False):
-        pass
-    holder.communicate()
-    assert holder.returncode == -signal.SIGKILL
-    with file_lock(tmp_path / "lock", wait=False):
-        pass
-
-
-def test_hashes_are_sha256_by_relative_path_in_order(tmp_path: Path) -> None:
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "x").write_bytes(b"abc")
-    (tmp_path / "a").write_bytes(b"")
-    abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert sha256_file(tmp_path / "b" / "x") == abc
-    assert list(tree_hashes(tmp_path).items()) == [("a", hashlib.sha256(b"").hexdigest()), ("b/x", abc)]
-    assert tree_size(tmp_path) == 3
-    assert tree_size(tmp_path / "missing") == 0
 
 
 def test_a_linked_tree_has_the_same_files_and_shares_their_bytes(tmp_path: Path) -> None:
