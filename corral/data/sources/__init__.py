@@ -49,7 +49,7 @@ def read_rows(source: Source, progress: Progress | None = None) -> Iterator[RawR
 
     Raises:
         DataError: at once if a file is missing or of an unknown kind, all are empty, or a service refuses access; while
-            reading if a file is not text, is damaged, or none holds a row.
+            reading if a file is not text, is damaged or a Git LFS pointer, or none holds a row.
         AssetError: the asset cannot be fetched.
         MissingExtraError: S3 needs a package that is not installed.
         StorageError: what is fetched cannot be written.

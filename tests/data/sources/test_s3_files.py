@@ -65,6 +65,24 @@ def test_an_object_a_prefix_and_a_glob_are_read_with_locations(bucket: Any) -> N
     assert [row.location for row in rows_of("s3://rows/*/*.jsonl*")][:1] == ["set/a.jsonl.gz, line 1"]
 
 
+def test_a_prefix_is_read_as_a_folder_is(bucket: Any) -> None:
+    import pyarrow as pa
+
+    bucket.pipe("rows/clone/train.jsonl", b'{"a": 1}\n')
+    bucket.pipe("rows/clone/test.jsonl", b'{"a": 2}\n')
+    bucket.pipe("rows/clone/dataset_infos.json", b"{}")
+    assert values_of("s3://rows/clone") == [{"a": 1}]
+    data = pa.table({"a": [3]})
+    for split in ("train", "test"):
+        with bucket.open(f"rows/saved/{split}/0.arrow", "wb") as file, pa.ipc.new_stream(file, data.schema) as writer:
+            writer.write_table(data)
+        bucket.pipe(f"rows/saved/{split}/state.json", b'{"_data_files": [{"filename": "0.arrow"}]}')
+    bucket.pipe("rows/saved/dataset_dict.json", b'{"splits": ["train", "test"]}')
+    assert values_of("s3://rows/saved") == [{"a": 3}]
+    bucket.pipe("rows/pointer/a.jsonl", b"version https://git-lfs.github.com/spec/v1\n")
+    assert "a Git LFS pointer" in refusal("s3://rows/pointer").what
+
+
 def test_a_parquet_object_of_several_blocks_is_read_from_s3(bucket: Any) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
