@@ -74,8 +74,7 @@ def _small_source(source: Source, file: Path) -> Source:
     if source.mapping is None and form in SAMPLE_ROWS:
         write_atomic(file, "".join(json_line(SAMPLE_ROWS[form](i)) for i in range(ROWS_PER_SOURCE)))
         update: dict[str, Any] = {"path": str(file), "format": form, "name": source.label}
-        reading = ("config", "split", "data_dir", "data_files", "encoding", "delimiter")
-        return source.model_copy(update=update | {name: Source.model_fields[name].default for name in reading})
+        return source.model_copy(update=update | {name: Source.model_fields[name].default for name in Source.READ_BY})
     if source.path.startswith(("hub:", "s3://")):
         raise RecipeError(
             f"the source {source.label!r} has no small form: the recipe does not tell what its rows look like",

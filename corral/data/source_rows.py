@@ -44,7 +44,6 @@ EXCERPT_CHARACTERS = 2000
 _MAX_REASONS = 10_000
 _ROWS_TO_RECOGNISE = 50  # rows by which the format is recognised
 _PROGRESS_EVERY = 100
-_READ_BY = ("config", "split", "data_dir", "data_files", "encoding", "delimiter")
 _META = "meta.json"
 
 
@@ -147,7 +146,7 @@ def load_source_rows(source: Source, cache: Path, progress: Progress, *, turns: 
         StorageError: the cache cannot be written.
     """
     source_hash = sources.hash_source(source)
-    settings = source.model_dump(mode="json", include={*_READ_BY, "format", "mapping"})
+    settings = source.model_dump(mode="json", include={*Source.READ_BY, "format", "mapping"})
     folder = cache / cache_name("rows", VERSION, source_hash, settings, turns, _hash_reading_code())
     with file_lock(cache / f".{folder.name}.lock"):
         try:

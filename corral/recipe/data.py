@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -70,6 +70,9 @@ class Mapping(Section):
 
 class Source(Section):
     """One source of rows."""
+
+    READ_BY: ClassVar = ("config", "split", "data_dir", "data_files", "encoding", "delimiter")
+    """Settings that decide, with the path, which raw rows are read."""
 
     path: PathText
     """`asset:NAME`, `hub:OWNER/NAME[@REVISION]`, `s3://BUCKET/KEY`, or a file, folder or glob of `.jsonl`, `.json`, `.csv`,
