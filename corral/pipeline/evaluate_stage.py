@@ -27,7 +27,8 @@ from corral.model.naming import find_model_folder
 from corral.pipeline.context import RunContext
 from corral.recipe import Recipe
 from corral.recipe.evaluate import BUILT_IN_VARIANTS
-from corral.run.directory import Run, Stage
+from corral.run.directory import Run
+from corral.run.stage_record import Stage
 from corral.storage import write_atomic
 
 if TYPE_CHECKING:

@@ -1,6 +1,7 @@
 """Runs the stages of a recipe in order: finished ones are skipped, interrupted ones resumed, changed ones redone.
 
-Of several processes the first runs all stages; the others join it in those that train.
+`run.stage_record` decides what is skipped. Of several processes the first runs all stages; the others join it in those that
+train.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from corral.pipeline import evaluate_stage, export_stage, merge_stage, prepare_s
 from corral.pipeline.context import RunContext, training_stage_name
 from corral.progress import Progress
 from corral.recipe import Recipe
-from corral.run.directory import Run, Stage, environment
+from corral.run.directory import Run, environment
+from corral.run.stage_record import Stage, claim_stage, find_stage, finish_stage, record_interruption
 from corral.storage import write_atomic, write_json
 from corral.training.distributed import World
 
@@ -125,7 +127,7 @@ def _run_stages(context: RunContext, allowed: Collection[str] | None) -> dict[st
     done: dict[str, str] = {}
     for step in steps(context):
         is_allowed = allowed is None or step.name in allowed
-        stage = (run.claim_stage if is_allowed else run.find_stage)(step.name, step.inputs(done))
+        stage = (claim_stage if is_allowed else find_stage)(run.path, step.name, step.inputs(done))
         done[step.name] = stage.fingerprint
         outcome[step.name] = "skipped" if stage.done else "done"
         if stage.done:
@@ -182,7 +184,7 @@ def _run_step(step: Step, context: RunContext, stage: Stage) -> None:
     except BaseException:
         context.progress.stop()
         with suppress(StorageError):  # on a full disk the first error is the one to report
-            context.run.record_interruption(stage, time.perf_counter() - began)
+            record_interruption(stage, time.perf_counter() - began)
         raise
     context.progress.stop()
-    context.run.finish_stage(stage, time.perf_counter() - began)
+    finish_stage(stage, time.perf_counter() - began)

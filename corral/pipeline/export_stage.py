@@ -8,7 +8,7 @@ from typing import Any
 from corral.export_forms import ExportForm
 from corral.pipeline.context import RunContext
 from corral.recipe import Recipe
-from corral.run.directory import Stage
+from corral.run.stage_record import Stage
 
 
 def inputs(context: RunContext, done: Mapping[str, str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from corral.export import contract
 from corral.pipeline.context import RunContext, training_stage_name
 from corral.pipeline.train_stage import training_setup, validation_set
-from corral.run.directory import Stage
+from corral.run.stage_record import Stage
 from corral.storage import link_or_copy_tree, new_directory, remove_tree
 
 

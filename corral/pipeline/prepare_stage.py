@@ -11,7 +11,7 @@ from corral.errors import DataError
 from corral.messages import Feedback, Preference
 from corral.pipeline.context import RunContext
 from corral.recipe import Recipe
-from corral.run.directory import Stage
+from corral.run.stage_record import Stage
 
 if TYPE_CHECKING:
     from corral.data.prepare import Prepared

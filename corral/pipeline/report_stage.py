@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from corral.pipeline.context import RunContext
-from corral.run.directory import Stage
+from corral.run.stage_record import Stage
 
 
 def inputs(context: RunContext, done: Mapping[str, str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from corral.export import contract
 from corral.model.device import pack_length
 from corral.pipeline.context import RunContext, training_stage_name
 from corral.progress import Progress
-from corral.run.directory import Stage
+from corral.run.stage_record import Stage
 from corral.storage import new_directory, write_json
 
 if TYPE_CHECKING:

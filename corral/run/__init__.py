@@ -1,1 +1,1 @@
-"""The run directory: paths, fingerprints, lineage and lock."""
+"""The run directory: recipe, lineage and lock; and the record of each stage, which says whether it is done."""

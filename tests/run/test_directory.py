@@ -1,4 +1,4 @@
-"""A run directory is locked while it is written, and nothing in it is lost when the recipe changes."""
+"""A run directory is locked while it is written, and no other folder is taken for one."""
 
 from __future__ import annotations
 
@@ -17,60 +17,6 @@ from tests.recipe.test_recipe import GOOD
 @pytest.fixture
 def recipe() -> Recipe:
     return parse(GOOD, where="x")
-
-
-def finish(run: Run, inputs: dict[str, int], content: str = "x") -> None:
-    stage = run.claim_stage("one", inputs)
-    (stage.path / "out.txt").write_text(content)
-    run.finish_stage(stage, 1.0)
-
-
-def test_a_stage_is_done_for_the_same_inputs_and_not_for_others(recipe: Recipe, tmp_path: Path) -> None:
-    with Run.open(tmp_path, recipe) as run:
-        assert not run.claim_stage("one", {"a": 1}).done
-        finish(run, {"a": 1})
-        assert run.claim_stage("one", {"a": 1}).done
-        assert not run.claim_stage("one", {"a": 2}).done
-
-
-def test_a_superseded_stage_is_kept_and_comes_back_with_its_inputs(recipe: Recipe, tmp_path: Path) -> None:
-    with Run.open(tmp_path, recipe) as run:
-        finish(run, {"a": 1}, "first")
-        finish(run, {"a": 2}, "second")
-        back = run.claim_stage("one", {"a": 1})
-        assert back.done
-        assert (back.path / "out.txt").read_text() == "first"
-        forth = run.claim_stage("one", {"a": 2})
-        assert forth.done
-        assert (forth.path / "out.txt").read_text() == "second"
-
-
-def test_an_unfinished_stage_keeps_its_files_without_temporary_ones(recipe: Recipe, tmp_path: Path) -> None:
-    with Run.open(tmp_path, recipe) as run:
-        stage = run.claim_stage("one", {"a": 1})
-        (stage.path / "half").write_text("x")
-        (stage.path / ".corral-tmp-file").write_text("what a killed writer left")
-        (stage.path / "deep" / ".corral-tmp-folder").mkdir(parents=True)
-        again = run.claim_stage("one", {"a": 1})
-        assert not again.done
-        assert (again.path / "half").exists()
-        assert not list(again.path.rglob(".corral-*"))
-
-
-@pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: p.write_text("longer than it was")])
-def test_a_stage_whose_output_is_missing_or_cut_is_not_done(damage, recipe: Recipe, tmp_path: Path) -> None:  # pyright: ignore
-    with Run.open(tmp_path, recipe) as run:
-        finish(run, {"a": 1})
-        damage(tmp_path / "one" / "out.txt")
-        assert not run.claim_stage("one", {"a": 1}).done
-
-
-def test_a_half_written_stage_record_is_not_trusted(recipe: Recipe, tmp_path: Path) -> None:
-    with Run.open(tmp_path, recipe) as run:
-        finish(run, {"a": 1})
-        (tmp_path / "one" / "stage.json").write_text('{"name": "one", "finger')
-        assert not run.claim_stage("one", {"a": 1}).done
-        assert list((tmp_path / "superseded").iterdir())
 
 
 def test_a_run_in_use_names_the_process(recipe: Recipe, tmp_path: Path) -> None:

@@ -1,0 +1,58 @@
+"""A stage is done for the same inputs while its outputs are whole, and nothing is lost when the recipe changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from corral.run.stage_record import claim_stage, finish_stage
+
+
+def finish(run: Path, inputs: dict[str, int], content: str = "x") -> None:
+    stage = claim_stage(run, "one", inputs)
+    (stage.path / "out.txt").write_text(content)
+    finish_stage(stage, 1.0)
+
+
+def test_a_stage_is_done_for_the_same_inputs_and_not_for_others(tmp_path: Path) -> None:
+    assert not claim_stage(tmp_path, "one", {"a": 1}).done
+    finish(tmp_path, {"a": 1})
+    assert claim_stage(tmp_path, "one", {"a": 1}).done
+    assert not claim_stage(tmp_path, "one", {"a": 2}).done
+
+
+def test_a_superseded_stage_is_kept_and_comes_back_with_its_inputs(tmp_path: Path) -> None:
+    finish(tmp_path, {"a": 1}, "first")
+    finish(tmp_path, {"a": 2}, "second")
+    back = claim_stage(tmp_path, "one", {"a": 1})
+    assert back.done
+    assert (back.path / "out.txt").read_text() == "first"
+    forth = claim_stage(tmp_path, "one", {"a": 2})
+    assert forth.done
+    assert (forth.path / "out.txt").read_text() == "second"
+
+
+def test_an_unfinished_stage_keeps_its_files_without_temporary_ones(tmp_path: Path) -> None:
+    stage = claim_stage(tmp_path, "one", {"a": 1})
+    (stage.path / "half").write_text("x")
+    (stage.path / ".corral-tmp-file").write_text("what a killed writer left")
+    (stage.path / "deep" / ".corral-tmp-folder").mkdir(parents=True)
+    again = claim_stage(tmp_path, "one", {"a": 1})
+    assert not again.done
+    assert (again.path / "half").exists()
+    assert not list(again.path.rglob(".corral-*"))
+
+
+@pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: p.write_text("longer than it was")])
+def test_a_stage_whose_output_is_missing_or_cut_is_not_done(damage, tmp_path: Path) -> None:  # pyright: ignore
+    finish(tmp_path, {"a": 1})
+    damage(tmp_path / "one" / "out.txt")
+    assert not claim_stage(tmp_path, "one", {"a": 1}).done
+
+
+def test_a_half_written_stage_record_is_not_trusted(tmp_path: Path) -> None:
+    finish(tmp_path, {"a": 1})
+    (tmp_path / "one" / "stage.json").write_text('{"name": "one", "finger')
+    assert not claim_stage(tmp_path, "one", {"a": 1}).done
+    assert list((tmp_path / "superseded").iterdir())
