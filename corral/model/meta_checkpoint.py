@@ -140,6 +140,8 @@ def convert(source: Path, folder: Path, progress: Callable[[str], None]) -> None
 
 
 def _config(params: MetaParams, tokenizer: MetaTokenizer, *, tied: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    from corral.model.rope import llama3_rule
+
     # The defaults of Meta's code for values that the file lacks.
     theta = params.rope_theta or (500000.0 if tokenizer.tiktoken else 10000.0)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
@@ -151,8 +153,7 @@ def _config(params: MetaParams, tokenizer: MetaTokenizer, *, tied: bool, say: Ca
                 f"rotary frequencies are scaled by {factor:g}, as in Llama {'3.2 1B and 3B' if tied else '3.1'}: "
                 f"params.json does not say by what, and the output layer is {'' if tied else 'not '}tied to the embedding"
             )
-        rope |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0}
-        rope |= {"high_freq_factor": params.rope_high_freq_factor, "original_max_position_embeddings": 8192}
+        rope = llama3_rule(theta, factor, params.rope_high_freq_factor)
         context = 131072
     return {
         "architectures": ["LlamaForCausalLM"],

@@ -19,6 +19,28 @@ _AGREE = 2e-6
 """Largest relative difference of two divisors that count as equal: a few roundings of float32."""
 
 
+def llama3_rule(theta: float, factor: float, high: float, original: int = 8192) -> dict[str, Any]:
+    """Llama-3.1's scaling as transformers' `rope_parameters`.
+
+    Multiplying both frequency factors and the original length by a number changes nothing, so the low factor is taken as 1, as
+    published.
+
+    Args:
+        theta: base of the frequencies.
+        factor: by which the lowest frequencies are divided.
+        high: `high_freq_factor`; 4 in the published models.
+        original: length of the context before the scaling.
+    """
+    return {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
+
+
 def llama3_divisors(config: Any) -> NDArray[np.float32]:
     """The divisor of each rotary frequency, by transformers' own rule.
 
@@ -36,9 +58,6 @@ def llama3_divisors(config: Any) -> NDArray[np.float32]:
 def llama3_parameters(divisors: NDArray[np.float32], theta: float) -> dict[str, Any] | None:
     """The rule that gives these divisors, as transformers' `rope_parameters`; None if no rule is found.
 
-    Multiplying both frequency factors and the original length by a number changes nothing, so the low factor is taken as 1, as
-    published.
-
     Args:
         divisors: [head_dim / 2], of a `rope_freqs.weight`.
         theta: base of the frequencies.
@@ -51,14 +70,7 @@ def llama3_parameters(divisors: NDArray[np.float32], theta: float) -> dict[str, 
     dimension = 2 * len(values)
     wavelengths = 2 * math.pi * theta ** (np.arange(0, dimension, 2) / dimension)
     for factor, high, original in _candidates(values, wavelengths):
-        rule = {
-            "rope_type": "llama3",
-            "rope_theta": theta,
-            "factor": factor,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": high,
-            "original_max_position_embeddings": original,
-        }
+        rule = llama3_rule(theta, factor, high, original)
         config = LlamaConfig(
             hidden_size=dimension,
             num_attention_heads=1,

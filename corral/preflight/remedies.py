@@ -1,6 +1,6 @@
 """Which settings of a recipe to change when a stage does not fit in memory, cheapest first.
 
-Predictions come from the formulas of `estimate`.
+Predictions come from the formulas of `memory_estimate`.
 """
 
 from __future__ import annotations
