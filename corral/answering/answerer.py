@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from corral.errors import RequestError
 from corral.messages import Conversation
 from corral.metrics import answer_extraction
 from corral.prompting.few_shot import Prompting, insert_examples
-from corral.template import Template
+from corral.template import Encoded, Template
 from corral.template.decoding import StopStringCutter, StreamDecoder
 
 T = TypeVar("T")
@@ -153,14 +153,16 @@ class Answerer:
             TemplateError: the template refuses the conversation.
             AssetError: the embedding model that finds similar examples cannot be loaded.
         """
-        if self.prompting is None:
+        prompting = self.prompting
+        if prompting is None:
             return await self._encode(conversation)
         max_prompt = self.engine.features.max_length - (sampling or self.sampling).max_tokens
-        for examples in await self._example_sets(conversation):
-            ids = await self._encode(self.prompting.apply(conversation, examples))
-            if len(ids) <= max_prompt:
-                return ids
-        return await self._encode(self.prompting.apply(conversation, ()))
+        _, ids = await self._encode_with_examples(
+            conversation,
+            lambda examples: self._encode(prompting.apply(conversation, examples)),
+            lambda ids: len(ids) <= max_prompt,
+        )
+        return ids
 
     async def run_in_thread_if_long(self, characters: int, function: Callable[..., T], *arguments: Any) -> T:
         """Call a function that processes so many characters: a long call runs in a thread, so as not to block the loop."""
@@ -225,16 +227,18 @@ class Answerer:
 
         Raises: as `answer`.
         """
-        encoded = self.template.encode(conversation)
+
+        async def encode(examples: Sequence[Conversation]) -> Encoded:
+            return self.template.encode(insert_examples(examples, conversation))
+
+        examples, encoded = await self._encode_with_examples(
+            conversation, encode, lambda encoded: len(encoded.ids) <= self.engine.features.max_length
+        )
         start = max(1, encoded.trained.index(True))
-        roles = [message.role for message in conversation.messages]
-        head = Conversation(conversation.messages[: roles.index("assistant")])
-        for examples in await self._example_sets(conversation):
-            with_examples = self.template.encode(insert_examples(examples, conversation))
-            if len(with_examples.ids) <= self.engine.features.max_length:
-                # The answers of the examples are trained tokens as well, but are not scored.
-                encoded, start = with_examples, len(self.template.prompt(insert_examples(examples, head)))
-                break
+        if examples:  # their answers are trained tokens as well, but are not scored
+            roles = [message.role for message in conversation.messages]
+            head = Conversation(conversation.messages[: roles.index("assistant")])
+            start = len(self.template.prompt(insert_examples(examples, head)))
         logprobs = await self.engine.score(encoded.ids, start)
         trained = encoded.trained[start:]
         return Score(-sum(p for p, t in zip(logprobs, trained, strict=True) if t), sum(trained))
@@ -250,11 +254,20 @@ class Answerer:
             logprobs=self.engine.features.logprobs,  # they break ties
         )
 
-    async def _example_sets(self, conversation: Conversation) -> list[list[Conversation]]:
-        if self.prompting is None:
-            return []
-        # Choosing similar examples computes embeddings: in a thread, so as not to block the loop.
-        return await asyncio.to_thread(self.prompting.example_sets, conversation)
+    async def _encode_with_examples(
+        self,
+        conversation: Conversation,
+        encode: Callable[[Sequence[Conversation]], Awaitable[T]],
+        fits: Callable[[T], bool],
+    ) -> tuple[Sequence[Conversation], T]:
+        """As many examples of `prompting` as fit, and what `encode` makes of them; fewer are tried until they fit."""
+        if self.prompting is not None:
+            # Choosing similar examples computes embeddings: in a thread, so as not to block the loop.
+            for examples in await asyncio.to_thread(self.prompting.example_sets, conversation):
+                encoding = await encode(examples)
+                if fits(encoding):
+                    return examples, encoding
+        return (), await encode(())
 
     def _with_stop_ids(self, sampling: Sampling | None) -> Sampling:
         sampling = sampling or self.sampling
