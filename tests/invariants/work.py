@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from corral.evaluation.row_file import RowFile
 from corral.recipe import Train
 from corral.storage import new_directory
-from corral.training import step_metrics
+from corral.training import checkpoint, step_metrics
 from corral.training.loop import Outcome, Trainer
 from tests.training.tiny import load_trainable, make_trainer, newest_checkpoint, read_metrics, tiny_config
 
@@ -121,7 +121,7 @@ def die_at(instant: Instant) -> None:
         "fsync": (os, "fsync"),
         "append": (step_metrics, "append"),
         "add": (RowFile, "add"),
-        "save_file": (safetensors.torch, "save_file"),
+        "save_file": (checkpoint, "save_file"),
     }[instant.call]
     original = getattr(owner, name)
     count = 0
