@@ -47,7 +47,7 @@ def read_csv(file: SourceFile, say: Say) -> Iterator[RawRow]:
 
     Raises:
         DataError: the header cannot be used, or the file is not text.
-        BrokenFileError: a quote is not closed as it should be, so that nothing behind it can be trusted.
+        BrokenFileError: a quote is not as it should be, so that nothing behind it can be trusted.
         OSError: it cannot be read to its end.
     """
     # Python's default limit is 128 KiB; longer documents are valid.
@@ -137,31 +137,29 @@ def _read_records(lines: Iterator[Line], delimiter: str) -> Iterator[_Record]:
     while True:
         record.clear()
         row += 1
-        cells: list[str] = []
         fault: Fault | None = None
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            message = str(error)
-            reason = next((text for part, text in _ERRORS.items() if part in message), "it cannot be taken apart")
-            is_unfinished = "unexpected end of data" in message
-            # With an odd number of quotes, the next line may belong to a cell that is still open.
-            if is_unfinished or len(record) > 1 or record[0][1].count('"') % 2:
-                opening = _line_of_open_quote(record if is_unfinished else record[:-1], delimiter) or record[0][0]
-                how = (
-                    "by the end of the file" if is_unfinished else f"as it should be: in line {record[-1][0]}, {reason}"
-                )
-                raise BrokenFileError(
-                    f"a quote opens in line {opening} and is not closed {how}; nothing behind it can be trusted"
-                ) from None
-            fault = reason, ""
+            raise _explain(str(error), record, delimiter) from None
         for number, _, line_fault in record:
             if line_fault is not None:
                 fault = line_fault[0], f", in line {number}{line_fault[1]}" if len(record) > 1 else line_fault[1]
                 break
         yield _Record(cells, fault, row, record[0][0], record[-1][0])
+
+
+def _explain(message: str, record: list[Line], delimiter: str) -> BrokenFileError:
+    """The csv module's error in a record of these lines. What follows may be the rest of a cell, so nothing of it is read."""
+    reason = next((text for part, text in _ERRORS.items() if part in message), "it cannot be taken apart")
+    is_unfinished = "unexpected end of data" in message
+    if not is_unfinished and len(record) == 1:
+        return BrokenFileError(f"line {record[0][0]}: {reason}; nothing behind it can be trusted")
+    opening = _line_of_open_quote(record if is_unfinished else record[:-1], delimiter) or record[0][0]
+    how = "by the end of the file" if is_unfinished else f"as it should be: in line {record[-1][0]}, {reason}"
+    return BrokenFileError(f"a quote opens in line {opening} and is not closed {how}; nothing behind it can be trusted")
 
 
 def _line_of_open_quote(record: list[Line], delimiter: str) -> int | None:
