@@ -34,6 +34,11 @@ def count(value: float) -> str:
     return number(value, 0)
 
 
+def count_of(value: int, noun: str) -> str:
+    """`1 row`, `1,234 rows`."""
+    return f"{value:,} {noun}{'' if value == 1 else 's'}"
+
+
 def format_bytes(value: float) -> str:
     """Bytes in decimal units, three digits: `12 bytes`, `8.19 kB`, `141 GB`."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corral.data.mixture import SIDES, Side
+from corral.formatting import count_of
 from corral.storage import storage_errors
 
 Fate: TypeAlias = Literal[
@@ -159,9 +160,9 @@ class Ledger:
 
 def format_summary(ledger: Mapping[str, Any]) -> str:
     """A few lines for a terminal, from a ledger's JSON form: totals, then each source with its reasons."""
-    lines = [f"{_rows(ledger['rows'])}: {_counts(ledger['fates'])}"]
+    lines = [f"{count_of(ledger['rows'], 'row')}: {_counts(ledger['fates'])}"]
     for label, source in ledger["sources"].items():
-        lines.append(f"  {label}: {_rows(source['rows'])}: {_counts(source['fates'])}")
+        lines.append(f"  {label}: {count_of(source['rows'], 'row')}: {_counts(source['fates'])}")
         if sides := _counts(source["sides"]):
             lines.append(f"    sides: {sides}")
         lines += [f"    {fact}" for fact in source_notes(source)]
@@ -172,23 +173,21 @@ def format_summary(ledger: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _rows(count: int) -> str:
-    return f"{count:,} row{'' if count == 1 else 's'}"
-
-
 def source_notes(source: Mapping[str, Any]) -> list[str]:
     """What a source's entry in the JSON summary says besides its counts, as sentences."""
     notes: list[str] = [source["why"]] if "why" in source else []
     if source.get("training_share", 1) < 1:
         notes.append(f"{source['training_share']:.1%} of the training examples ({source['training_examples']:,})")
     if ends := source.get("lost_ends"):
-        notes.append(f"{ends:,} answer{'s' if ends > 1 else ''} lost the end token")
+        notes.append(f"{count_of(ends, 'answer')} lost the end token")
     if shared := source.get("contaminated"):
         examples = ", ".join(map(str, source["contaminated_rows"])) + (" …" if shared > EXAMPLES_PER_REASON else "")
         share = f"row{'s share' if shared > 1 else ' shares'} passages"
         notes.append(f"{shared:,} training {share} with held-out rows (row{'s' if shared > 1 else ''} {examples})")
     if lost := source.get("lost"):
-        notes.append(f"lost: {lost:,.0f} of {source['asked']:,.0f} rows asked for ({lost / source['asked']:.2%})")
+        notes.append(
+            f"lost: {lost:,.0f} of {count_of(round(source['asked']), 'row')} asked for ({lost / source['asked']:.2%})"
+        )
     return notes
 
 

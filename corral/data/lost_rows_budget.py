@@ -10,6 +10,7 @@ from corral.data.ledger import FATES, LOST_FATES, format_reason
 from corral.data.mixture import SIDES, smallest_share
 from corral.data.selection import SourcePlan
 from corral.errors import DataError, GateError
+from corral.formatting import count_of
 from corral.recipe import Data
 
 
@@ -68,9 +69,10 @@ def check_not_empty(plans: Sequence[SourcePlan], data: Data, ledger: Mapping[str
     _check_lost_sources(ledger, where)
     if not counts["train"]:
         taken = sum(source["contaminated"] for source in ledger["sources"].values())
+        everything = "the only usable row is" if usable == 1 else f"all {usable} usable rows are"
         also = f", and {taken} share passages with them" if taken and data.contamination == "drop" else ""
         raise DataError(
-            f"no row is left to train on: all {usable} usable rows are held out{also}",
+            f"no row is left to train on: {everything} held out{also}",
             where=where,
             hint="lower data.split.validation and data.split.test, or add rows",
         )
@@ -81,13 +83,13 @@ def check_not_empty(plans: Sequence[SourcePlan], data: Data, ledger: Mapping[str
             other = sum(s for s in shares.values() if s < 1) - share
             enough = f"set data.split.{side} to {least:g} or more, " if least + other < 1 else ""
             raise DataError(
-                f"the {side} side is empty: none of the {usable} usable rows falls into its share of {share:g}",
+                f"the {side} side is empty: none of the {count_of(usable, 'usable row')} falls into its share of {share:g}",
                 where=where,
                 hint=f"{enough}set data.split.{side} to 0, or add rows",
             )
         if share >= 1 and not counts[side]:
             raise DataError(
-                f"the {side} side is empty: the other side takes all {usable} usable rows",
+                f"the {side} side is empty: the other side takes all {count_of(usable, 'usable row')}",
                 where=where,
                 hint=f"lower the numbers in data.split, set data.split.{side} to 0, or add rows",
             )
@@ -111,10 +113,10 @@ def _check_lost_sources(ledger: Mapping[str, Any], where: str) -> None:
     for label, source in ledger["sources"].items():
         lost = sum(source["fates"][fate] for fate in LOST_FATES if fate != "truncated")
         if lost and lost == source["rows"]:
+            lines = _reason_lines(source["reasons"].items())
+            everything = "the only row" if lost == 1 else f"all {lost:,} rows"
             raise DataError(
-                "\n".join(
-                    [f"all {lost:,} rows of the source {label!r} are lost", *_reason_lines(source["reasons"].items())]
-                ),
+                "\n".join([f"{everything} of the source {label!r} {'is' if lost == 1 else 'are'} lost", *lines]),
                 where=where,
                 hint="give this source the `format` or `mapping` that fits its rows, or remove it",
             )
@@ -124,7 +126,7 @@ def _nothing_left_error(data: Data, ledger: Mapping[str, Any], where: str) -> Da
     counts = ", ".join(f"{ledger['fates'][fate]:,} {fate}" for fate in FATES if ledger["fates"][fate])
     all_reasons = (item for source in ledger["sources"].values() for item in source["reasons"].items())
     reasons = [(reason, entry) for reason, entry in all_reasons if entry["fate"] in LOST_FATES]
-    lines = [f"no row is left to train on: {ledger['rows']:,} rows read, {counts}", *_reason_lines(reasons)]
+    lines = [f"no row is left to train on: {count_of(ledger['rows'], 'row')} read, {counts}", *_reason_lines(reasons)]
     worst = max(reasons, key=lambda item: item[1]["count"], default=("", None))[0]
     hint = "fix the rows, or set the `format` of data.sources that says what they look like"
     if worst.startswith(("longer than", "fully masked")):

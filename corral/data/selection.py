@@ -25,6 +25,7 @@ from corral.data.cache import ChunkStore, cache_name, hash_code, map_in_processe
 from corral.data.ledger import FATES, USED_FATES, Fate
 from corral.data.mixture import SIDES
 from corral.data.source_rows import SourceRows
+from corral.formatting import count_of
 from corral.messages import Record
 from corral.progress import Progress
 from corral.recipe import Data, Source
@@ -198,7 +199,7 @@ def deduplicate_and_cap(plans: Sequence[SourcePlan], data: Data, seed: int, pool
     for plan, start, end in zip(plans, starts[:-1], starts[1:], strict=True):
         part = slice(int(start), int(end))
         chosen, copies = mixture.choose_distinct(plan.rows.keys, groups[part], taken, seed, plan.source.rows)
-        plan.set_fate(~chosen & ~copies, "not sampled", f"beyond the cap of {plan.source.rows} rows")
+        plan.set_fate(~chosen & ~copies, "not sampled", f"beyond the cap of {count_of(plan.source.rows or 0, 'row')}")
         # A copy that equals no row before it can only be a near one.
         exact = equal[part] != np.arange(part.start, part.stop)
         plan.set_fate(copies & exact, "duplicate")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from corral.data.prepare import prepare as prepare_rows
 from corral.data.sources import hash_source
 from corral.errors import DataError
+from corral.formatting import count_of
 from corral.messages import Feedback, Preference
 from corral.pipeline.context import RunContext
 from corral.recipe import Recipe
@@ -36,17 +37,19 @@ def prepare(context: RunContext, stage: Stage) -> None:
         context.progress.say(f"{label}: {source['why']}")
         if source["lost"]:
             lost, requested = source["lost"], source["asked"]
-            context.progress.say(
-                f"{label}: {lost:,.0f} of {requested:,.0f} rows are lost ({lost / requested:.2%}); the ledger says why"
-            )
+            rows_lost = f"{lost:,.0f} of {count_of(round(requested), 'row')} lost ({lost / requested:.2%})"
+            context.progress.say(f"{label}: {rows_lost}; the ledger says why")
         if source["contaminated"] and context.recipe.data.contamination == "report":
-            context.progress.say(f"{label}: {source['contaminated']:,} training rows share passages with held-out rows")
+            context.progress.say(
+                f"{label}: {count_of(source['contaminated'], 'training row')} with passages of held-out rows"
+            )
     _refuse_preference_rows(context.recipe, rows)
     repeated = (
         f" ({rows.train.distinct_count} of them different)" if rows.train.distinct_count < len(rows.train) else ""
     )
+    held_out = f"{len(rows.validation)} for validation, {len(rows.test)} for testing"
     context.progress.say(
-        f"{len(rows.train)} rows to train on{repeated}, {len(rows.validation)} for validation, {len(rows.test)} for testing; "
+        f"{count_of(len(rows.train), 'row')} to train on{repeated}, {held_out}; "
         f"{int(rows.train.lengths.sum()):,} training tokens, {int(rows.train.trained_tokens.sum()):,} of them trained"
     )
 

@@ -22,6 +22,7 @@ from corral.data.sources.raw_row import RawRow
 from corral.data.sources.s3_files import find_s3_files, is_s3_error
 from corral.data.sources.text_files import read_txt
 from corral.errors import DataError
+from corral.formatting import count_of
 from corral.progress import Progress
 from corral.recipe import Source
 
@@ -119,11 +120,7 @@ def _read_file(file: SourceFile, reader: _Reader, progress: Progress) -> Iterato
         what, hint = f"the file is damaged or cut short: {error}", "fetch or write it again"
     else:
         return
-    raise DataError(f"{what} (reading ended after {_count_rows(count)})", where=file.where, hint=hint)
-
-
-def _count_rows(count: int) -> str:
-    return f"{count:,} row{'' if count == 1 else 's'}"
+    raise DataError(f"{what} (reading ended after {count_of(count, 'row')})", where=file.where, hint=hint)
 
 
 def _read_asset(name: str, progress: Progress) -> Iterator[RawRow]:
