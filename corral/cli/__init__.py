@@ -1,7 +1,7 @@
 """The command line: parses arguments, calls the library and prints results.
 
-Exit codes: 0 done, those of `errors`, 128 + N stopped by signal N (130 for Ctrl-C). Results go to standard output, progress and
-errors to standard error.
+Exit codes: 0 done, those of `errors`, 128 + N stopped by signal N (130 for Ctrl-C). Results go to standard output,
+progress and errors to standard error.
 """
 
 from __future__ import annotations
