@@ -163,7 +163,8 @@ def _find_checked(spec: str) -> tuple[ModelFiles, Template]:
     files = find_model_files(spec)
     record = files.folder / CONTRACT_FILE if files.adapter else find_contract(spec)
     if record.is_file():
-        contract.raise_if_failed(contract.check_unchanged(record, load_template(files.folder)), where=record)
+        checks = contract.check_unchanged(record, load_template(files.folder))
+        contract.raise_if_failed(checks, where=record, hint="restore the files, or merge or export the model again")
     return files, load_template(files.folder, files.template, files.template_variables)
 
 

@@ -85,7 +85,8 @@ def verify(args: argparse.Namespace) -> dict[str, Any]:
         checks.append(run_engine(engine, lambda engine: contract.verify(record, engine)))
     for check in checks:
         print(f"{'holds ' if check.passed else 'BROKEN'}  {check.name}: {check.detail}", flush=True)
-    contract.raise_if_failed(checks, where=record)
+    hint = "if files changed, restore them, or merge or export the model again; if none did, choose another engine"
+    contract.raise_if_failed(checks, where=record, hint=hint)
     return {"model": str(record.parent), "form": recorded["form"], "checks": [asdict(check) for check in checks]}
 
 

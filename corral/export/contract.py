@@ -313,12 +313,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def raise_if_failed(checks: Sequence[Check], *, where: Path) -> None:
-    """Raises: ContractError (it lists the checks that failed)."""
+def raise_if_failed(checks: Sequence[Check], *, where: Path, hint: str) -> None:
+    """Raises: ContractError (it lists the checks that failed), with what the user can do as its hint."""
     failed = [c for c in checks if not c.passed]
     if failed:
         raise ContractError(
             "; ".join(f"contract broken: {c.name}: {c.detail}" for c in failed),
             where=str(where),
-            hint="the model is kept there but not promoted; `contract.json` holds every figure",
+            hint=hint,
         )

@@ -71,7 +71,11 @@ def export_form(folder: Path, out: Path, form: ExportForm, progress: Progress) -
     contract_path = candidate / form.contract_path(out).name
     probes = contract.make_probes(template)
     contract.write(contract_path, template, probes, served, checks, form=str(form), files=built.files, source=source)
-    contract.raise_if_failed(checks, where=candidate)
+    contract.raise_if_failed(
+        checks,
+        where=candidate,
+        hint=f"the model is kept there but not promoted; `{contract_path.name}` holds every figure",
+    )
     _move_into_place(candidate, out, form)
     for check in checks:
         progress.say(f"contract of {form}, {check.name}: {check.detail}")

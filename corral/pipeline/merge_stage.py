@@ -43,7 +43,11 @@ def merge(context: RunContext, stage: Stage) -> None:
     contract.write(
         candidate / contract.CONTRACT_FILE, context.template, probe_set, measured, checks, form=setup.dtype, files=files
     )
-    contract.raise_if_failed(checks, where=candidate)
+    contract.raise_if_failed(
+        checks,
+        where=candidate,
+        hint=f"the model is kept there but not promoted; `{contract.CONTRACT_FILE}` holds every figure",
+    )
     remove_tree(stage.path / "model")  # left by a process that ended between promoting it and recording that
     candidate.rename(stage.path / "model")
     for check in checks:

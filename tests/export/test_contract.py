@@ -63,8 +63,9 @@ def test_a_planted_fault_in_the_model_is_caught(fault: Any, tiny_folder: Path, t
         fault(broken)
     check = contract.compare_logprobs("planted", good, measured(broken, template), FLOAT32)
     assert not check.passed
-    with pytest.raises(ContractError, match="planted"):
-        contract.raise_if_failed([check], where=tiny_folder)
+    with pytest.raises(ContractError, match="planted") as caught:
+        contract.raise_if_failed([check], where=tiny_folder, hint="merge it again")
+    assert caught.value.hint == "merge it again"
 
 
 def test_equal_token_ids_and_stop_ids_pass(folder: Path, template: Template) -> None:
