@@ -43,7 +43,7 @@ def main() -> int:
     different = count_different()
     claims = [
         Claim("rouge_speed_vs_rouge_score", round(speed["median_ratio"], 1), "times faster, median", 100),
-        Claim("rouge_exact", 1.0 - different / EXACT_PAIRS, f"of {EXACT_PAIRS:,} pairs bit-equal", 1),
+        Claim("rouge_exact", 100 * (1 - different / EXACT_PAIRS), f"% of {EXACT_PAIRS:,} pairs bit-equal", 100),
     ]
     raw = {"speed": speed, "exact": {"pairs": EXACT_PAIRS, "stemming": [True, False], "different": different}}
     return report(claims, raw, ["rouge-score", "rapidfuzz", "nltk", "numpy"], options.json)
