@@ -24,14 +24,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from claims import machine
 from findings_page import Findings, write_page
 
 from corral.answering.answerer import Answerer
 from corral.answering.build import build_answerer
-from corral.answering.consensus import METHODS, Candidate, Consensus
+from corral.answering.consensus import Candidate, Consensus, Method
 from corral.answering.examples import training_examples
 from corral.cli.terminal import TerminalProgress
 from corral.engines.base import Engine, Sampling
@@ -229,7 +229,7 @@ def compare_votes(
     bench.progress.start(f"Candidates: {task.name}", len(items))
     session.run(_generate(answerer, maker, items, sampling, file, bench.progress))
     drawn = file.rows_of(maker)
-    embedder, rows = Embedder(), {"first candidate": list[Row]()} | {method: list[Row]() for method in METHODS}
+    embedder, rows = Embedder(), {"first candidate": list[Row]()} | {method: list[Row]() for method in get_args(Method)}
     if task.kind == "text":  # a majority vote counts results, which free texts do not have
         rows = {name: rows[name] for name in ("first candidate", "rouge-l", "cosine")}
     for item in items:

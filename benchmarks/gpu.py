@@ -170,7 +170,7 @@ def side_corral(base: Any, batches: Sequence[Sequence[Row]], size: Sizes) -> dic
             pack_length=size.pack,
             seed=0,
             folder=Path(name),
-            save_best=lambda _: None,
+            save_best=lambda: None,
         )
         trainer.run(on_step=lambda m: clock.tick(m.loss or math.nan, m.tokens))
     return clock.figures(len(batches[0]))

@@ -89,7 +89,7 @@ def side_corral(steps: int, *, nf4: bool = False) -> dict[str, Any]:
             pack_length=pack_length(None, 512, "cpu"),
             seed=0,
             folder=folder,
-            save_best=lambda _: None,
+            save_best=lambda: None,
         )
         log: list[tuple[float, int, float]] = []
         trainer.run(on_step=lambda m: log.append((time.perf_counter(), m.tokens, m.loss or 0.0)))

@@ -15,7 +15,6 @@ INPUT_HEADING = "\n\n### Input:\n"
 """In a user message, the heading between a request and the material that it is about."""
 
 Role: TypeAlias = Literal["system", "user", "assistant"]
-ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True, slots=True)

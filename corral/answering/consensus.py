@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,6 @@ from corral.metrics import answer_extraction
 from corral.metrics.rouge import Rouge
 
 Method: TypeAlias = Literal["rouge-l", "cosine", "majority", "rouge-l+math"]
-METHODS: tuple[Method, ...] = get_args(Method)
 StopRule: TypeAlias = Literal["never", "lossless", "adaptive"]
 Floats: TypeAlias = NDArray[np.float64]
 Embed: TypeAlias = Callable[[Sequence[str]], Floats]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from corral.answering.answerer import Answerer
 from corral.answering.identity import model_digest
-from corral.engines.base import Engine, Sampling
+from corral.engines.base import Engine
 from corral.engines.registry import EngineName, LocalEngine, default_engine, load_engines
 from corral.errors import InputError, ModelError
 from corral.export import contract
@@ -34,15 +34,12 @@ class OpenedModel:
     answerer: Answerer
 
 
-def open_model(
-    spec: str, engine: EngineName | None = None, sampling: Sampling | None = None, *, urls: Sequence[str] = ()
-) -> OpenedModel:
+def open_model(spec: str, engine: EngineName | None = None, *, urls: Sequence[str] = ()) -> OpenedModel:
     """Load a model into an engine on the best device of this machine, or connect to it. The caller closes the engine.
 
     Args:
         spec: what `find_model_files` accepts.
         engine: None takes `remote` if there are URLs, else the best engine for the device.
-        sampling: the Answerer's default.
         urls: of endpoints that serve this model: they compute, and only the template and vocabulary are read here.
 
     A model with a contract, and the base of an adapter, are checked against it as far as no computing is needed
@@ -56,7 +53,7 @@ def open_model(
         InputError: URLs without the remote engine, or the remote engine without URLs.
     """
     local = check_engine(engine, urls)
-    return connect_model(spec, urls, sampling) if urls else open_models([spec], local, sampling)[0]
+    return connect_model(spec, urls) if urls else open_models([spec], local)[0]
 
 
 def check_engine(engine: EngineName | None, urls: Sequence[str]) -> LocalEngine | None:
@@ -77,9 +74,7 @@ def check_engine(engine: EngineName | None, urls: Sequence[str]) -> LocalEngine 
     return engine
 
 
-def open_models(
-    specs: Sequence[str], engine: LocalEngine | None = None, sampling: Sampling | None = None
-) -> list[OpenedModel]:
+def open_models(specs: Sequence[str], engine: LocalEngine | None = None) -> list[OpenedModel]:
     """`open_model` for several models on this machine. A base model and its adapters share the weights of the base.
 
     Raises: as `open_model`.
@@ -96,7 +91,7 @@ def open_models(
         loaded = load_engines(name, folder, dtype=dtype, device=device, adapters=adapters)
         engines |= {(folder, adapter): each for adapter, each in zip(adapters, loaded, strict=True)}
     return [
-        _opened_model(spec, *each, engines[each[0].folder.resolve(), each[0].adapter], sampling)
+        _opened_model(spec, *each, engines[each[0].folder.resolve(), each[0].adapter])
         for spec, each in zip(specs, checked, strict=True)
     ]
 
@@ -115,7 +110,6 @@ def choose_engine(
 def connect_model(
     spec: str,
     urls: Sequence[str],
-    sampling: Sampling | None = None,
     *,
     model: str | None = None,
     concurrency: int = 64,
@@ -153,7 +147,7 @@ def connect_model(
         retries=retries,
         check_seconds=check_seconds,
     )
-    return _opened_model(spec, files, template, engine, sampling, urls)
+    return _opened_model(spec, files, template, engine, urls)
 
 
 def _find_checked(spec: str) -> tuple[ModelFiles, Template]:
@@ -173,8 +167,7 @@ def _opened_model(
     files: ModelFiles,
     template: Template,
     engine: Engine,
-    sampling: Sampling | None,
     urls: Sequence[str] = (),
 ) -> OpenedModel:
     fingerprint = model_digest(files, template, engine.name, *urls)[:12]
-    return OpenedModel(model_name(spec), fingerprint, Answerer(engine, template, sampling))
+    return OpenedModel(model_name(spec), fingerprint, Answerer(engine, template))

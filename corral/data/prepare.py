@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from corral.data import cache as caches
 from corral.data import selection
 from corral.data.cache import DamagedCacheError
-from corral.data.encoding import Sequences, cut_record, encode_record
-from corral.data.example_store import Example, ExampleStore, ExampleWriter, RowOrigin, json_line, record_from_json
+from corral.data.encoding import cut_record, encode_record
+from corral.data.example_store import ExampleStore, ExampleWriter, RowOrigin, json_line, record_from_json
 from corral.data.ledger import EXAMPLES_PER_REASON, FATES, LEDGER_FILE, USED_FATES, Fate, Ledger, LedgerWriter, RowFates
 from corral.data.lost_rows_budget import check_loss_budget, check_not_empty, count_losses
 from corral.data.mixture import SIDES, Side
@@ -38,7 +38,7 @@ from corral.recipe import Data
 from corral.storage import new_directory, write_atomic, write_json
 from corral.template import Template
 
-__all__ = ["Example", "Prepared", "Sequences", "encode_record", "prepare"]
+__all__ = ["Prepared", "encode_record", "prepare"]
 
 _VERSION = 3
 _ATTEMPTS = 3  # after the first, what was damaged in the cache is made again

@@ -137,14 +137,12 @@ def compare_logprobs(
     return Check(name, passed, detail, mean, largest, tolerance, len(gaps))
 
 
-async def measure_greedy(
-    engine: Engine, probe_set: Sequence[Probe], tokens: int = 40
-) -> list[tuple[Probe, list[float]]]:
+async def measure_greedy(engine: Engine, probe_set: Sequence[Probe]) -> list[tuple[Probe, list[float]]]:
     """The engine's greedy answers to the probes' prompts, as probes, with the log-probabilities it reported for them.
 
     Scoring computes a text in one pass; answering computes it token by token from cached keys and values.
     """
-    sampling = Sampling(max_tokens=tokens, logprobs=True)
+    sampling = Sampling(max_tokens=40, logprobs=True)
     prompts = [probe.ids[: probe.start] for probe in probe_set]
     answers = await asyncio.gather(*(engine.submit(ids, sampling).completions() for ids in prompts))
     return [

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from errno import ENOSPC
 from math import prod
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, RopeScalingType
@@ -40,8 +40,6 @@ from corral.model.folder import check_folder, licence_texts, weight_files
 from corral.model.gguf_shapes import ROPE_DIVISORS
 from corral.model.rope import llama3_divisors
 from corral.storage import storage_errors
-
-TYPES: tuple[GgufType, ...] = get_args(GgufType)
 
 _FILE_TYPES: dict[GgufType, int] = {"f16": 1, "q8_0": 7, "q4_0": 2}  # llama.cpp's LLAMA_FTYPE_MOSTLY_…
 _OUTER = {

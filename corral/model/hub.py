@@ -21,12 +21,11 @@ _WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "LICEN[SC]E*
 _NOT_WANTED = [f"*/{pattern}" for pattern in _WANTED if pattern != "*.jinja"]
 
 
-def download(spec: str, *, offline: bool, say: Callable[[str], None]) -> Path:
+def download(spec: str, *, say: Callable[[str], None]) -> Path:
     """Downloads `hub:OWNER/NAME[@REVISION]` and returns its folder, which is named after the commit.
 
     Args:
         spec: the model, with the `hub:` prefix. The default revision is the main branch.
-        offline: look only in the hub library's cache.
         say: called with a message before the download.
 
     Raises:
@@ -42,9 +41,7 @@ def download(spec: str, *, offline: bool, say: Callable[[str], None]) -> Path:
     repo, revision = match["repo"], match["revision"]
     say(f"fetching {spec}")
     try:
-        folder = snapshot_download(
-            repo, revision=revision, allow_patterns=_WANTED, ignore_patterns=_NOT_WANTED, local_files_only=offline
-        )
+        folder = snapshot_download(repo, revision=revision, allow_patterns=_WANTED, ignore_patterns=_NOT_WANTED)
     except Exception as error:
         problem = explain_hub_error(error, repo, revision, "model")
         if problem is None and isinstance(error, errors.EntryNotFoundError):

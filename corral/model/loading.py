@@ -48,14 +48,13 @@ class ModelSource:
     identity: str
 
 
-def resolve_model(spec: str, *, offline: bool = False, progress: Callable[[str], None] | None = None) -> ModelSource:
+def resolve_model(spec: str, *, progress: Callable[[str], None] | None = None) -> ModelSource:
     """The checked folder of `asset:NAME`, `hub:OWNER/NAME[@REVISION]`, a local folder or a local `.gguf` file.
 
     A local folder may hold Meta's own checkpoint (`meta_checkpoint`). Downloads and conversions are kept in the cache.
 
     Args:
         spec: one of the four forms.
-        offline: never download.
         progress: called with messages about steps that take time, and with the licence of what was downloaded.
 
     Raises:
@@ -67,10 +66,10 @@ def resolve_model(spec: str, *, offline: bool = False, progress: Callable[[str],
     revision = ""
     licences: list[Path] | None = None
     if spec.startswith("asset:"):
-        folder, revision, licences = _from_asset(spec.removeprefix("asset:"), offline, say)
+        folder, revision, licences = _from_asset(spec.removeprefix("asset:"), say)
     elif spec.startswith("hub:"):
         with quiet():
-            folder = hub.download(spec, offline=offline, say=say)
+            folder = hub.download(spec, say=say)
         revision = folder.name
     else:
         path = Path(spec).expanduser()
@@ -94,7 +93,6 @@ def load_model(
     *,
     dtype: DType = "float32",
     device: str | torch.device = "cpu",
-    attention: str = "sdpa",
     quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """The causal language model in evaluation mode, its weights in `dtype` on `device`.
@@ -103,7 +101,6 @@ def load_model(
         source: a resolved model, or a folder that corral itself wrote.
         dtype: of the weights in memory, whatever they are stored in.
         device: as torch names it.
-        attention: name of an attention implementation known to transformers.
         quantization: quantise the linear layers on the device while loading; all else stays in `dtype`.
 
     Raises:
@@ -131,7 +128,7 @@ def load_model(
                 AutoModelForCausalLM.from_pretrained(
                     str(folder),
                     dtype=getattr(torch, dtype),
-                    attn_implementation=attention,
+                    attn_implementation="sdpa",
                     use_safetensors=True,
                     trust_remote_code=False,
                     local_files_only=True,
@@ -270,13 +267,13 @@ def _names(keys: Any) -> list[str]:
     return [name for name in names if not name.endswith("rotary_emb.inv_freq")]
 
 
-def _from_asset(name: str, offline: bool, say: Callable[[str], None]) -> tuple[Path, str, list[Path]]:
+def _from_asset(name: str, say: Callable[[str], None]) -> tuple[Path, str, list[Path]]:
     asset = find_asset(name)
     if asset.kind != "model":
         kind = "data" if asset.kind == "data" else f"a {asset.kind}"
         models = ", ".join(f"asset:{other.name}" for other in CATALOGUE if other.kind == "model")
         raise ModelError(f"asset:{name} is {kind}, not a model", hint=f"models: {models}")
-    fetched = fetch(name, offline=offline, progress=say)
+    fetched = fetch(name, progress=say)
     if fetched.fetched:
         say(fetched.licence_text)
     licences = list(fetched.licence_files)

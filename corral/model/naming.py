@@ -79,7 +79,7 @@ def _find_adapter_folder(spec: str) -> Path | None:
     """The folder of the adapter that `spec` names; None if it names no adapter."""
     if spec.startswith("hub:"):
         with quiet():
-            folder = download(spec, offline=False, say=lambda _: None)
+            folder = download(spec, say=lambda _: None)
     else:
         folder = Path(spec).expanduser()
     return folder if (folder / ADAPTER_CONFIG).is_file() else None

@@ -110,7 +110,7 @@ def _fine_tune(context: RunContext, stage: Stage, setup: TrainingSetup) -> None:
         pack_length=validation.pack_length,
         seed=context.recipe.seed,
         folder=stage.path,
-        save_best=lambda _: save(trained_model.ADAPTER_FOLDER),
+        save_best=lambda: save(trained_model.ADAPTER_FOLDER),
         world=context.world,
         device=setup.device,
     )

@@ -155,7 +155,7 @@ class _Trial:
             def batch(self, step: int) -> list[int]:
                 return list(job.heavy if step == HEAVY_STEP else job.typical)
 
-        def save(_: int) -> None:
+        def save() -> None:
             began = time.perf_counter()
             if start.config.method == "full":
                 scores = training.score([p.ids for p in probes], [p.start for p in probes])

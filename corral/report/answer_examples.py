@@ -9,6 +9,8 @@ from corral.formatting import count, number, signed
 from corral.metrics.rouge import Rouge
 from corral.report.run_record import JsonObject, as_number, as_object, as_objects
 
+_EACH = 2  # prompts shown of each group
+
 
 @dataclass(frozen=True, slots=True)
 class AnswerExample:
@@ -25,13 +27,11 @@ class AnswerExample:
     scores: Mapping[str, float]
 
 
-def choose_examples(
-    completions: Sequence[JsonObject], baseline: str = "base", each: int = 2
-) -> tuple[str, list[AnswerExample]]:
+def choose_examples(completions: Sequence[JsonObject], baseline: str = "base") -> tuple[str, list[AnswerExample]]:
     """Prompts to show, and a sentence that says how they were chosen.
 
-    If two variants have scored answers: the `each` prompts where ROUGE-L rose most, the `each` around the median, and the
-    `each` where it fell most (or rose least); else the first 3 × `each` prompts.
+    If two variants have scored answers: the two prompts where ROUGE-L rose most, the two around the median, and the two
+    where it fell most (or rose least); else the first six prompts.
     """
     by_id: dict[str, dict[str, JsonObject]] = {}
     for line in completions:
@@ -50,7 +50,7 @@ def choose_examples(
             ranked.sort(key=lambda item: -item[0])
             chosen = [
                 _add_title(ranked[rank][1], group, before, after)
-                for group, ranks in _ranks_to_show(len(ranked), each).items()
+                for group, ranks in _ranks_to_show(len(ranked)).items()
                 for rank in ranks
             ]
             return (
@@ -58,16 +58,16 @@ def choose_examples(
                 f"changed from {before} to {after}: where it rose most, the most typical, and where it did worst.",
                 chosen,
             )
-    shown = examples[: 3 * each]
+    shown = examples[: 3 * _EACH]
     return f"The first {len(shown)} of {count(len(examples))} prompts, in the order of the file.", shown
 
 
-def _ranks_to_show(n: int, each: int) -> dict[str, list[int]]:
+def _ranks_to_show(n: int) -> dict[str, list[int]]:
     """Ranks of n, without repeats."""
-    best = list(range(min(each, n)))
-    worst = [rank for rank in range(max(0, n - each), n) if rank not in best]
-    middle = max(0, (n - each) // 2)
-    typical = [rank for rank in range(middle, min(n, middle + each)) if rank not in best and rank not in worst]
+    best = list(range(min(_EACH, n)))
+    worst = [rank for rank in range(max(0, n - _EACH), n) if rank not in best]
+    middle = max(0, (n - _EACH) // 2)
+    typical = [rank for rank in range(middle, min(n, middle + _EACH)) if rank not in best and rank not in worst]
     return {"Best": best, "Typical": typical, "Worst": worst}
 
 

@@ -22,7 +22,7 @@ from corral.engines.registry import EngineName
 from corral.errors import InputError
 from corral.model.naming import model_name
 from corral.serving.generation import ServedModel
-from corral.serving.protocol import Model, Refused, RequestLimits
+from corral.serving.protocol import Model, Refused
 
 _CHECK_SECONDS = 5.0  # how often replicas are checked while there are no requests
 _NAME = re.compile(r"(?P<name>[^=/\\:]+)=(?P<spec>.+)", re.DOTALL)
@@ -77,7 +77,6 @@ def open_served_models(
     engine: EngineName | None = None,
     urls: Sequence[str] = (),
     name: str | None = None,
-    limits: RequestLimits | None = None,
     embeddings: bool = False,
     at_once: int = 128,
 ) -> ServedModels:
@@ -89,7 +88,6 @@ def open_served_models(
         engine: the engine's name; None: the default of this device, or `remote` with URLs.
         urls: replicas, which all serve these models; if there are several models, under the same names as here.
         name: the name of the model, if there is only one.
-        limits: of each request.
         embeddings: offer `/v1/embeddings`.
         at_once: requests that this server runs at a time; each URL is sent up to as many.
 
@@ -109,10 +107,7 @@ def open_served_models(
             )
     opened = _connect_remote(named, urls, at_once) if urls else open_models([spec for _, spec in named], local)
     embed = Embedder()
-    limits = limits or RequestLimits()
-    served = [
-        _build_served_model(name, spec, each, limits, embed) for (name, spec), each in zip(named, opened, strict=True)
-    ]
+    served = [_build_served_model(name, spec, each, embed) for (name, spec), each in zip(named, opened, strict=True)]
     if embeddings or any(map(_needs_embeddings, served)):
         embed(["No request should wait for this model to be fetched and loaded."])
         served = [replace(each, embed=embed) for each in served]
@@ -135,15 +130,13 @@ def _connect_remote(named: Sequence[tuple[str, str]], urls: Sequence[str], at_on
     return [connect_model(spec, urls, model=name if several else None, **settings) for name, spec in named]
 
 
-def _build_served_model(
-    name: str, spec: str, opened: OpenedModel, limits: RequestLimits, embed: Embedder
-) -> ServedModel:
+def _build_served_model(name: str, spec: str, opened: OpenedModel, embed: Embedder) -> ServedModel:
     answer, seed = load_answer_settings(spec, {} if find_run(spec) else CHAT_SAMPLING)
     answerer = AnswererSettings(spec, answer, seed).build_on(opened.answerer, embed)
     fingerprint = opened.fingerprint
     if answerer.prompting or answerer.consensus:
         fingerprint = fingerprint_with_settings(fingerprint, answer)
-    return ServedModel(answerer, name, limits, f"fp_{fingerprint}")
+    return ServedModel(answerer, name, fingerprint=f"fp_{fingerprint}")
 
 
 def _needs_embeddings(served: ServedModel) -> bool:

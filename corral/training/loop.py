@@ -72,7 +72,7 @@ class Trainer:
         config: the stage's settings.
         pack_length: maximum tokens of one forward pass.
         folder: gets `metrics.jsonl` and `checkpoints/`; an interrupted stage resumes from what is there.
-        save_best: called with the step when the held-out loss is the lowest so far, on every process: it may call
+        save_best: called when the held-out loss is the lowest so far, on every process: it may call
             `weights`, and only rank 0 should write.
         world: the processes that train together.
         device: where a sharded model computes; its parts are moved there one by one. Default: where the model is.
@@ -89,7 +89,7 @@ class Trainer:
         pack_length: int,
         seed: int,
         folder: Path,
-        save_best: Callable[[int], None],
+        save_best: Callable[[], None],
         world: World | None = None,
         device: str | None = None,
     ) -> None:
@@ -267,7 +267,7 @@ class Trainer:
     def _keep_best(self, state: TrainingState, loss: float) -> TrainingState:
         if state.best_loss is not None and loss >= state.best_loss:
             return replace(state, worse=state.worse + 1)
-        self.save_best(state.step)
+        self.save_best()
         return replace(state, best_step=state.step, best_loss=loss, worse=0)
 
     def _measure_one(self, example: Example) -> tuple[float, float]:

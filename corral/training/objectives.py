@@ -15,7 +15,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from corral.data.prepare import Example
+    from corral.data.example_store import Example
     from corral.template import Encoded
 
 

@@ -57,7 +57,7 @@ def run_with(adapter: Path, base: Path, folder: Path, quantization: str = "none"
 
 
 def opened(folder: Path) -> OpenedModel:
-    model = open_model(str(folder), "transformers", Sampling(max_tokens=4))
+    model = open_model(str(folder), "transformers")
     asyncio.run(model.answerer.engine.close())
     return model
 
@@ -70,10 +70,10 @@ async def answered(engine: Engine, ids: list[int]) -> tuple[tuple[int, ...], tup
 
 
 async def test_a_folder_is_opened_under_its_name_and_answers(tiny_folder: Path) -> None:
-    model = open_model(f"{tiny_folder}/", "transformers", Sampling(max_tokens=4))
+    model = open_model(f"{tiny_folder}/", "transformers")
     async with model.answerer.engine:
         assert model.name == tiny_folder.name
-        assert len((await model.answerer.answer(ASKED)).completions[0].ids) <= 4
+        assert len((await model.answerer.answer(ASKED, Sampling(max_tokens=4))).completions[0].ids) <= 4
 
 
 def test_the_fingerprint_follows_weights_and_template_and_nothing_else(tiny_folder: Path, tmp_path: Path) -> None:
@@ -206,10 +206,10 @@ async def test_an_endpoint_computes_for_a_local_template_and_vocabulary(tiny_fol
 
     local = open_model(str(tiny_folder), "transformers")
     with serve_in_thread(ServedModel(local.answerer, "tiny")) as url:
-        remote = open_model(str(tiny_folder), sampling=Sampling(max_tokens=8), urls=[f"{url}/v1"])
+        remote = open_model(str(tiny_folder), urls=[f"{url}/v1"])
         async with remote.answerer.engine:
             assert remote.answerer.engine.name == "remote"
             expected = await local.answerer.answer(ASKED, Sampling(max_tokens=8))
-            assert (await remote.answerer.answer(ASKED)).completions == expected.completions
+            assert (await remote.answerer.answer(ASKED, Sampling(max_tokens=8))).completions == expected.completions
         await local.answerer.engine.close()
     assert remote.fingerprint != local.fingerprint

@@ -83,11 +83,11 @@ def test_the_id_of_a_bad_row_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_survey_counts_rows_and_names_each_unknown_key_once(tmp_path: Path) -> None:
-    rows = [{"prompt": "a", "topic": 1, "id": 0}, {"prompt": ""}, "x", {"prompt": "b", "topic": 2, "level": 3}]
+    rows = [{"prompt": "a", "topic": 1, "id": 0}, *[{"prompt": ""}] * 5, "x", {"prompt": "b", "topic": 2, "level": 3}]
     prompts(tmp_path / "p.jsonl", *rows)
-    survey = PromptFile(str(tmp_path / "p.jsonl"), Progress()).survey(max_faults=1)
-    assert (survey.rows, survey.bad, list(survey.unknown_keys)) == (4, 2, ["topic", "level"])
-    assert survey.faults == ["line 2: prompt is empty"]
+    survey = PromptFile(str(tmp_path / "p.jsonl"), Progress()).survey()
+    assert (survey.rows, survey.bad, list(survey.unknown_keys)) == (8, 6, ["topic", "level"])
+    assert survey.faults == [f"line {number}: prompt is empty" for number in range(2, 7)]
 
 
 def test_compressed_files_and_tables_are_read(tmp_path: Path) -> None:

@@ -28,11 +28,13 @@ def answer_and_score(model: Path) -> list[tuple[str, tuple[float, ...], float]]:
     """For each question the greedy answer, its log-probabilities, and the negative log-likelihood of a given answer."""
 
     async def work() -> list[tuple[str, tuple[float, ...], float]]:
-        opened = open_model(str(model), "transformers", Sampling(max_tokens=16, logprobs=True))
+        opened = open_model(str(model), "transformers")
         async with opened.answerer.engine:
             results: list[tuple[str, tuple[float, ...], float]] = []
             for question in QUESTIONS:
-                answer = await opened.answerer.answer(Conversation.from_turns(("user", question)))
+                answer = await opened.answerer.answer(
+                    Conversation.from_turns(("user", question)), Sampling(max_tokens=16, logprobs=True)
+                )
                 score = await opened.answerer.score(
                     Conversation.from_turns(("user", question), ("assistant", "It is 6."))
                 )

@@ -179,7 +179,7 @@ def test_a_greedy_answer_carries_the_log_probabilities_that_scoring_gives_it(
     tiny_folder: Path, template: Template
 ) -> None:
     async def answer_and_score(engine: TransformersEngine) -> tuple[list[list[float]], list[list[float]]]:
-        answers = await contract.measure_greedy(engine, contract.make_probes(template), tokens=12)
+        answers = await contract.measure_greedy(engine, contract.make_probes(template))
         return [values for _, values in answers], await contract.measure(engine, [probe for probe, _ in answers])
 
     answered, scored = with_engine(load_model(tiny_folder), answer_and_score)

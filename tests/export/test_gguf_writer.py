@@ -17,7 +17,8 @@ from gguf.quants import dequantize
 
 from corral.errors import CorralError, ModelError, StorageError
 from corral.export import contract, gguf_writer
-from corral.export.gguf_writer import TYPES, write_gguf
+from corral.export.gguf_writer import write_gguf
+from corral.export_forms import EXPORT_TYPES
 from corral.messages import Conversation
 from corral.model.gguf_reader import read_header
 from corral.model.loading import load_model, load_tokenizer, resolve_model
@@ -234,7 +235,7 @@ def test_a_float16_file_read_back_is_the_model_rounded_to_float16(
     assert theirs.config.tie_word_embeddings == ours.config.tie_word_embeddings
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", EXPORT_TYPES["gguf"])
 def test_types_are_those_of_llama_cpp_and_errors_those_of_their_step(
     kind: str, tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -56,7 +56,7 @@ class Job:
         encoded, base = pickle.loads(self.rows.read_bytes())
         model = load_trainable(base, self.case.config)
 
-        def save_best(_: int) -> None:
+        def save_best() -> None:
             with new_directory(folder / "best") as new:
                 weights = {name: p.detach().contiguous() for name, p in trainer.parameters.items()}
                 safetensors.torch.save_file(weights, new / "weights.safetensors")

@@ -194,7 +194,7 @@ def test_a_folder_is_converted_once_and_again_when_its_files_change(tmp_path: Pa
     messages: list[str] = []
     first = resolve_model(str(source), progress=messages.append)
     assert messages == ["converting llama-tiny to safetensors, once"]
-    assert resolve_model(str(source), progress=messages.append, offline=True) == first
+    assert resolve_model(str(source), progress=messages.append) == first
     assert len(messages) == 1
     assert first.folder.parent == tmp_path / "cache" / "models"
     moved = Path(shutil.move(source, tmp_path / "moved"))

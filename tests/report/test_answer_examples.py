@@ -16,13 +16,15 @@ def line(variant: str, number: int, answer: str, **changes: Any) -> dict[str, An
 def test_best_typical_and_worst_prompts_are_shown_by_their_rouge_l_difference() -> None:
     answers = ["one two three four", "one two three", "one two", "one", "x", "x", "x", "x"]
     lines = [line("base", n, "one two") for n in range(8)] + [line("tuned", n, a) for n, a in enumerate(answers)]
-    choice, shown = choose_examples(lines, each=1)
+    choice, shown = choose_examples(lines)
     differences = [example.scores["tuned"] - example.scores["base"] for example in shown]
-    assert [example.title.split(":")[0] for example in shown] == ["Best", "Typical", "Worst"]
-    assert differences[0] == pytest.approx(1 - 2 / 3)
-    assert differences == sorted(differences, reverse=True)
-    assert differences[2] == pytest.approx(-2 / 3)
-    assert choice.startswith("3 of 8 prompts, chosen by how much ROUGE-L")
+    assert [example.title.split(":")[0] for example in shown] == [
+        *["Best"] * 2,
+        *["Typical"] * 2,
+        *["Worst"] * 2,
+    ]
+    assert differences == pytest.approx([score - 2 / 3 for score in (1, 6 / 7, 0.4, 0, 0, 0)])
+    assert choice.startswith("6 of 8 prompts, chosen by how much ROUGE-L")
     assert "changed from base to tuned" in choice
 
 

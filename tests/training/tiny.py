@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from corral.data.prepare import Example
+from corral.data.example_store import Example
 from corral.messages import Conversation
 from corral.model import adapters
 from corral.model.full_finetuning import train_all_weights
@@ -38,7 +38,7 @@ def make_trainer(
     held_out: int = 4,
     pack_length: int = 512,
     seed: int = 5,
-    save_best: Callable[[int], None] = lambda _: None,
+    save_best: Callable[[], None] = lambda: None,
     world: World | None = None,
 ) -> Trainer:
     """A trainer on the rows, of which the first ones are held out."""

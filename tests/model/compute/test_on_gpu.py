@@ -169,7 +169,7 @@ def test_training_gives_the_losses_of_the_cpu(tmp_path: Path) -> None:
             pack_length=256,
             seed=0,
             folder=folder,
-            save_best=lambda _: None,
+            save_best=lambda: None,
         )
         seen: list[float] = []
         training.run(on_step=lambda m, seen=seen: seen.append(m.loss or 0.0))
