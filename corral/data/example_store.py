@@ -16,6 +16,7 @@ from typing import Any, TypeAlias, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from corral.data.ledger import FATES, Fate
 from corral.data.mixture import rank
 from corral.messages import Conversation, Feedback, Preference, Record, Text
 from corral.template import Encoded
@@ -60,7 +61,7 @@ class ExampleStore(Sequence[Example]):
     Attributes:
         lengths: tokens of each example, all its sequences together. [examples]
         trained_tokens: tokens of each that count in the loss: trained, and not the first of a sequence. [examples]
-        truncated: whether it was cut at the maximum length. [examples]
+        fates: what became of its row, as index into `FATES`. [examples]
         distinct_count: examples without their repeats.
     """
 
@@ -74,7 +75,7 @@ class ExampleStore(Sequence[Example]):
         self.distinct_count = len(self._examples) - 1
         self._records = _load(folder, "records")
         self.trained_tokens: Ints = np.asarray(_load(folder, "trained_tokens"))[self._order]
-        self.truncated: NDArray[np.bool_] = np.asarray(_load(folder, "truncated"))[self._order]
+        self.fates: NDArray[np.int8] = np.asarray(_load(folder, "fates"))[self._order]
         bounds = self._sequences[self._examples]
         self.lengths: Ints = np.diff(bounds)[self._order]
         size = (folder / "records.jsonl").stat().st_size
@@ -122,7 +123,7 @@ class ExampleWriter:
         # Eight bytes a row each: what stays in memory until the end must be small.
         self._sequence_ends, self._example_ends, self._record_ends = (array("q", [0]) for _ in range(3))
         self._trained_tokens = array("q")
-        self._truncated = bytearray()
+        self._fates = array("b")
         self._ranks, self._ranked = array("d"), array("q")
 
     def __enter__(self) -> ExampleWriter:
@@ -145,7 +146,7 @@ class ExampleWriter:
         trained: NDArray[np.bool_],
         lengths: Sequence[int],
         *,
-        truncated: bool,
+        fate: Fate,
         repeat: int = 1,
     ) -> None:
         """Write one example.
@@ -156,7 +157,7 @@ class ExampleWriter:
             ids: of all its sequences.
             trained: for each id whether it is trained.
             lengths: of its sequences.
-            truncated: whether its sequences are cut.
+            fate: of its row.
             repeat: how often it occurs in the shuffled order.
         """
         self._ids.append(ids)
@@ -171,10 +172,10 @@ class ExampleWriter:
         self._record_ends.append(self._record_ends[-1] + len(line))
         for copy in range(repeat):
             self._ranks.append(rank(f"{origin.key}/{copy}" if copy else origin.key, self._seed, "order"))
-            self._ranked.append(len(self._truncated))
+            self._ranked.append(len(self._fates))
         # The first token of a sequence is predicted from nothing.
         self._trained_tokens.append(int(trained.sum()) - int(trained[starts].sum()))
-        self._truncated.append(truncated)
+        self._fates.append(FATES.index(fate))
 
     def finish(self) -> None:
         """Write the arrays that are known only at the end."""
@@ -188,7 +189,7 @@ class ExampleWriter:
             ("examples", self._example_ends, integers),
             ("records", self._record_ends, integers),
             ("trained_tokens", self._trained_tokens, integers),
-            ("truncated", np.frombuffer(self._truncated, np.bool_), np.dtype("?")),
+            ("fates", self._fates, np.dtype("i1")),
             ("order", order, integers),
         ):
             writer = _ArrayWriter(self._folder / f"{name}.npy", dtype)

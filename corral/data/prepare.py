@@ -40,7 +40,7 @@ from corral.template import Template
 
 __all__ = ["Prepared", "encode_record", "prepare"]
 
-_VERSION = 3
+_VERSION = 4
 _ATTEMPTS = 3  # after the first, what was damaged in the cache is made again
 _PROGRESS_EVERY = 1000
 _ROW_GROUP = 50_000  # rows of a row group of the ledger
@@ -202,7 +202,7 @@ def _write_row(writer: ExampleWriter, plan: SourcePlan, position: int, record: b
             arrays["ids"][tokens],
             arrays["trained"][tokens],
             sequence_lengths,
-            truncated=bool(plan.fate[position] == fate_code("truncated")),
+            fate=FATES[plan.fate[position]],
             repeat=plan.source.repeat if plan.side[position] == SIDES.index("train") else 1,
         )
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from corral.data import length_histogram
 from corral.data.example_store import Example, ExampleStore
-from corral.data.ledger import FATES, LEDGER_FILE, format_reason, format_summary, source_notes
+from corral.data.ledger import FATES, LEDGER_FILE, USED_FATES, Fate, format_reason, format_summary, source_notes
 from corral.data.mixture import SIDES, Side
 from corral.data.prepare import Prepared, encode_record
 from corral.template import Encoded, Template
@@ -65,7 +65,7 @@ class PreviewRow:
     """One row to show: its source, its fate, token counts by kind, and the pieces of each sequence."""
 
     side: Side
-    fate: Literal["kept", "truncated"]
+    fate: Fate
     source: str
     index: int | str
     tokens: Mapping[TokenKind, int]
@@ -80,14 +80,13 @@ class PreviewRow:
 
 
 def pick_rows(prepared: Prepared, template: Template, rows: int) -> list[PreviewRow]:
-    """The first `rows` kept and the first `rows` truncated rows of each side, in its order."""
+    """The first `rows` examples of each side and fate, in the side's order."""
     special = frozenset({*template.special_ids, *template.tokenizer.all_special_ids})
     picked: list[PreviewRow] = []
-    fates: tuple[Literal["kept", "truncated"], ...] = ("kept", "truncated")
     for side in SIDES:
         examples = prepared.side(side)
-        for fate in fates:
-            indices = (examples.truncated == (fate == "truncated")).nonzero()[0]
+        for fate in USED_FATES:
+            indices = (examples.fates == FATES.index(fate)).nonzero()[0]
             distinct = islice(_distinct_examples(examples, indices), rows)
             picked += [_preview_row(example, side, fate, template, special) for example in distinct]
     return picked
@@ -103,9 +102,7 @@ def _distinct_examples(examples: ExampleStore, indices: NDArray[np.int64]) -> It
             yield example
 
 
-def _preview_row(
-    example: Example, side: Side, fate: Literal["kept", "truncated"], template: Template, special: frozenset[int]
-) -> PreviewRow:
+def _preview_row(example: Example, side: Side, fate: Fate, template: Template, special: frozenset[int]) -> PreviewRow:
     whole = encode_record(example.record, template) if fate == "truncated" else example.sequences
     # The stored ids come first: they are shown as they are even if the template has changed since.
     joined = [

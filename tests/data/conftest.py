@@ -105,7 +105,7 @@ def write_examples(
                 np.array([i for s in example.sequences for i in s.ids], np.uint32),
                 np.array([t for s in example.sequences for t in s.trained], np.bool_),
                 [len(s.ids) for s in example.sequences],
-                truncated=example.index in truncated,
+                fate="truncated" if example.index in truncated else "kept",
             )
         writer.finish()
     return ExampleStore(folder)

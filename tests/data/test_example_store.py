@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corral.data.example_store import Example, ExampleStore, ExampleWriter, RowOrigin, record_from_json
+from corral.data.ledger import FATES
 from corral.messages import Conversation, Feedback, Preference, Record, Text, record_to_json
 from corral.template import Encoded
 from tests.data.conftest import write_examples
@@ -34,7 +35,7 @@ def test_examples_with_one_or_more_sequences_round_trip(
     for i, e in enumerate(rows):
         assert rows.lengths[i] == sum(len(s.ids) for s in e.sequences)
         assert rows.trained_tokens[i] == sum(sum(s.trained[1:]) for s in e.sequences)
-        assert rows.truncated[i] == (e.index in (0, 3))
+        assert FATES[rows.fates[i]] == ("truncated" if e.index in (0, 3) else "kept")
 
 
 def test_rows_are_a_sequence(tmp_path: Path) -> None:
@@ -53,7 +54,7 @@ def test_an_empty_side_is_an_empty_sequence(tmp_path: Path) -> None:
     rows = write_examples(tmp_path / "side", [])
     assert len(rows) == 0
     assert list(rows) == []
-    assert rows.lengths.shape == rows.trained_tokens.shape == rows.truncated.shape == (0,)
+    assert rows.lengths.shape == rows.trained_tokens.shape == rows.fates.shape == (0,)
 
 
 def test_the_arrays_are_plain_numpy_files_with_the_ids_as_uint32(tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_a_repeated_example_occurs_several_times_in_the_order_and_once_on_disk(t
             record = b'{"text":"x"}'
             origin = RowOrigin(f"{i:064x}", "a", i)
             repeat = 3 if i < 20 else 1
-            writer.add(origin, record, ids, trained, [2], truncated=False, repeat=repeat)
+            writer.add(origin, record, ids, trained, [2], fate="kept", repeat=repeat)
         assert len(writer) == 100
         writer.finish()
     rows = ExampleStore(tmp_path / "side")

@@ -160,7 +160,7 @@ def test_longer_rows_are_dropped_or_truncated_as_the_recipe_says(
     assert cut.ledger["fates"] == fates(kept=20, truncated=1) | {"fully masked": 1}
     assert cut.ledger["sources"]["a"]["lost_ends"] == 1
     assert list(cut.ledger["sources"]["a"]["reasons"]) == ["fully masked: none of the first 90 tokens is trained"]
-    (example,) = (e for e, truncated in zip(cut.train, cut.train.truncated, strict=True) if truncated)
+    (example,) = (e for e, fate in zip(cut.train, cut.train.fates, strict=True) if FATES[fate] == "truncated")
     whole = template.encode(example.record)
     assert example.index == 21
     assert example.sequences[0].ids == whole.ids[:90]

@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from corral.data.ledger import FATES
 from corral.data.prepare import Prepared
 from corral.data.preview import Piece, pick_rows, split_pieces, to_html, to_terminal
 from corral.errors import TemplateError
 from corral.messages import Conversation
 from corral.template import Template
-from tests.data.conftest import chat, chats, source, write_rows
+from tests.data.conftest import NONE_HELD_OUT, chat, chats, dialogue, source, write_rows
 
 Prepare = Callable[..., Prepared]
 
@@ -84,13 +85,27 @@ def test_rows_of_each_side_and_fate_are_picked(mixed: Prepared, template: Templa
     shown = pick_rows(mixed, template, rows=2)
     for side in ("train", "validation", "test"):
         for fate in ("kept", "truncated"):
-            wanted = min(2, int((mixed.side(side).truncated == (fate == "truncated")).sum()))
+            wanted = min(2, int((mixed.side(side).fates == FATES.index(fate)).sum()))
             assert sum((row.side, row.fate) == (side, fate) for row in shown) == wanted > 0
     for row in shown:
         assert row.tokens["trained"] > 0
         assert (row.tokens["cut"] > 0) == (row.fate == "truncated")
         if row.fate == "truncated":
             assert row.tokens["trained"] + row.tokens["context"] == 100
+
+
+def test_rows_of_which_a_part_is_used_are_titled_by_their_fate(
+    prepared: Prepare, template: Template, tmp_path: Path
+) -> None:
+    greeting = {"role": "assistant", "content": "Welcome"}
+    mended = [{"messages": [greeting, *row["messages"]]} for row in chats(1, start=50)]
+    a = source(write_rows(tmp_path / "a.jsonl", [*chats(3), *mended, dialogue(exchanges=6, words=20)]))
+    mix = prepared(a, max_length=300, split=NONE_HELD_OUT)
+    fates = {str(row.index): row.fate for row in pick_rows(mix, template, rows=9)}
+    assert fates == {"1": "kept", "2": "kept", "3": "kept", "4": "trimmed", "5": "split"}
+    terminal = to_terminal(mix, template).plain
+    for fate in ("kept", "trimmed", "split"):
+        assert re.search(rf"train · a row \d · {fate} · \d+ context tokens, \d+ trained\n", terminal)
 
 
 def test_the_terminal_shows_the_ledger_a_legend_and_rows_in_colour(mixed: Prepared, template: Template) -> None:
