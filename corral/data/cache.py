@@ -1,42 +1,33 @@
-"""The cache of what was computed from a source's rows, and the processes that compute it.
+"""The cache of what was computed from a source's rows.
 
 A `ChunkStore` is a folder of files with a few hundred rows each, named after everything its content depends on. Rows may be
 computed in any order, by any number of processes and over several runs. Finished chunks are never computed again, so an
-interrupted run continues from them. `hold_cache` keeps the cache within `MAX_BYTES`; `map_in_processes` runs the work.
+interrupted run continues from them. `hold_cache` keeps the cache within `MAX_BYTES`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
-import sys
 import tempfile
-import threading
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from corral.errors import CorralError, StorageError
+from corral.errors import StorageError
 from corral.storage import cache_root, read_write_lock, remove_tree, storage_errors, tree_size
 
 Ints: TypeAlias = NDArray[np.int64]
 Arrays: TypeAlias = dict[str, NDArray[Any]]
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 CHUNK_ROWS = 500
 MAX_BYTES = 20 * 10**9
@@ -208,65 +199,3 @@ class ChunkStore:
 def split_positions(positions: Ints) -> list[Ints]:
     """The positions in pieces of `CHUNK_ROWS`."""
     return [positions[at : at + CHUNK_ROWS] for at in range(0, len(positions), CHUNK_ROWS)]
-
-
-def map_in_processes(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """Yield `function(item)` for each item in any order, as results come in; with one worker, compute in this process.
-
-    Workers are forked, so the function may hold anything. It must not use torch or threads of libraries. Where a fork is
-    not safe (macOS, Windows) this process computes everything.
-
-    Raises what the function raises, and CorralError if a worker was killed. If the caller stops early, items that have
-    begun are finished first.
-    """
-    if workers <= 1 or sys.platform != "linux":
-        yield from map(function, items)
-        return
-    remaining = iter(items)
-    context = multiprocessing.get_context("fork")
-    # The tokenizers library warns about a fork after it used threads, unless it is told not to use them.
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(function,))
-    try:
-        running: set[Future[Any]] = {executor.submit(_run_item, item) for item in islice(remaining, 2 * workers)}
-        while running:
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            running |= {executor.submit(_run_item, item) for item in islice(remaining, len(done))}
-            for future in done:
-                yield future.result()
-    except BrokenProcessPool:
-        raise CorralError(
-            "a worker process was killed while it prepared rows",
-            where=f"{workers} worker processes",
-            hint="most often memory ran out: free some and run again; finished chunks are kept",
-        ) from None
-    finally:
-        executor.shutdown(cancel_futures=True)
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
-
-
-_function: Callable[[Any], Any] = print
-
-
-def _start_worker(function: Callable[[Any], Any]) -> None:
-    global _function
-    _function = function
-    # The parent receives Ctrl-C and lets chunks that have begun be finished.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _run_item(item: Any) -> Any:
-    return _function(item)

@@ -29,8 +29,9 @@ from corral.data.example_store import ExampleStore, ExampleWriter, RowOrigin, js
 from corral.data.ledger import EXAMPLES_PER_REASON, FATES, LEDGER_FILE, USED_FATES, Fate, Ledger, LedgerWriter, RowFates
 from corral.data.lost_rows_budget import check_loss_budget, check_not_empty, count_losses
 from corral.data.mixture import SIDES, Side
-from corral.data.selection import UNSET, SourcePlan, WorkerPool, fate_code
+from corral.data.selection import UNSET, SourcePlan, fate_code
 from corral.data.source_rows import EXCERPT_CHARACTERS, load_source_rows
+from corral.data.worker_pool import WorkerPool
 from corral.errors import DataError, StorageError
 from corral.messages import record_key, record_to_json
 from corral.progress import Progress

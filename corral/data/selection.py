@@ -6,11 +6,8 @@ is costly is computed by several processes and kept in the cache.
 
 from __future__ import annotations
 
-import gc
 import json
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -21,24 +18,20 @@ from numpy.typing import NDArray
 
 import corral.template
 from corral.data import contamination, encoding, mixture, near_duplicates, plain_text, word_hashes
-from corral.data.cache import ChunkStore, cache_name, hash_code, map_in_processes, split_positions
+from corral.data.cache import ChunkStore, cache_name, hash_code, split_positions
 from corral.data.ledger import FATES, USED_FATES, Fate
 from corral.data.mixture import SIDES
 from corral.data.source_rows import SourceRows
+from corral.data.worker_pool import WorkerPool
 from corral.formatting import count_of
-from corral.messages import Record
-from corral.progress import Progress
 from corral.recipe import Data, Source
-from corral.system import available_cores
 from corral.template import Template
 
 Ints: TypeAlias = NDArray[np.int64]
 Bools: TypeAlias = NDArray[np.bool_]
-ComputeColumns: TypeAlias = Callable[[Iterable[Record]], dict[str, NDArray[Any]]]
 
 UNSET = -1
 _TRAIN = SIDES.index("train")
-_ROWS_PER_WORKER = 2000  # rows that are worth the start of a process
 
 
 def fate_code(fate: Fate) -> int:
@@ -124,59 +117,6 @@ class SourcePlan:
             ends = np.concatenate([[0], np.cumsum([len(w) for w in words])]).astype(np.int64)
             prompts = np.array([arrays["prompt_words"][i] for arrays, i in located], np.int64)
             yield np.concatenate(words), ends, prompts
-
-
-@dataclass(frozen=True)
-class WorkerPool:
-    """Processes that compute, and the progress they report to. By default as many `workers` as are worth their start."""
-
-    progress: Progress
-    workers: int | None = None
-
-    def compute_missing(
-        self, title: str, work: Sequence[tuple[SourcePlan, ChunkStore, Ints]], function: ComputeColumns
-    ) -> None:
-        """Compute and store columns for the rows at these positions that the stores lack.
-
-        Finished chunks stay in the cache if this is interrupted.
-        """
-        pieces = [
-            (n, part)
-            for n, (_, store, positions) in enumerate(work)
-            for part in split_positions(store.select_missing(positions))
-        ]
-        total = sum(len(part) for _, part in pieces)
-        if not total:
-            return
-        self.progress.start(title, total)
-
-        def compute_piece(piece: tuple[int, Ints]) -> tuple[str, int]:
-            number, positions = piece
-            plan, store, _ = work[number]
-            with _collection_paused():
-                store.save(positions, function(plan.rows.records(positions)))
-            return plan.source.label, len(positions)
-
-        workers = self.workers or min(available_cores() or 1, max(1, total // _ROWS_PER_WORKER))
-        started, done = time.perf_counter(), 0
-        for label, count in map_in_processes(compute_piece, pieces, workers):
-            done += count
-            self.progress.update(done, f"{label}, {done / (time.perf_counter() - started):,.0f} rows/s")
-        for _, store, _ in work:
-            store.reload()
-
-
-@contextmanager
-def _collection_paused() -> Generator[None]:
-    """Without Python's cyclic garbage collector, which looks at every token id of a chunk again and again and frees nothing: a
-    seventh of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def deduplicate_and_cap(plans: Sequence[SourcePlan], data: Data, seed: int, pool: WorkerPool) -> None:

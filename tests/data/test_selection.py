@@ -13,8 +13,8 @@ import pytest
 from corral.data import selection
 from corral.data.ledger import FATES, FATES_WITH_REASON, USED_FATES
 from corral.data.mixture import SIDES
-from corral.data.selection import UNSET, SourcePlan, WorkerPool
-from corral.messages import Record
+from corral.data.selection import UNSET, SourcePlan
+from corral.data.worker_pool import WorkerPool
 from corral.progress import Progress
 from corral.recipe import Data, Split
 from corral.template import Template
@@ -153,22 +153,6 @@ def test_rows_that_were_not_chosen_are_not_encoded(planned: Planned, template: T
     assert (encoded == (plan.fate == selection.fate_code("kept"))).all()
     assert plan.encoded.select_missing(np.arange(40)).tolist() == np.flatnonzero(~encoded).tolist()
     assert listener.titles == ["Encoding rows"]
-
-
-def test_only_what_is_missing_is_computed(planned: Planned, tmp_path: Path) -> None:
-    (plan,) = planned(source(write_rows(tmp_path / "a.jsonl", chats(20))))
-    listener, seen = Listener(), list[int]()
-
-    def length(records: Iterable[Record]) -> dict[str, Any]:
-        seen.extend(found := [len(str(record)) for record in records])
-        return {"length": np.array(found)}
-
-    for end, computed in ((8, 8), (8, 8), (20, 20)):
-        WorkerPool(listener, 1).compute_missing("Measuring", [(plan, plan.words, np.arange(end))], length)
-        assert len(seen) == computed
-    assert listener.titles == ["Measuring", "Measuring"], "the second time there was nothing to do"
-    expected = [len(str(record)) for record in plan.rows.records(np.arange(20))]
-    assert plan.words.column("length", np.arange(20)).tolist() == expected == seen
 
 
 # ---- sides, shared passages, weights
