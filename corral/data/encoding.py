@@ -89,6 +89,11 @@ class EncodedRow:
     reason: str | None = None
 
     @property
+    def examples(self) -> int:
+        """How many examples it becomes: one for each window, else one."""
+        return sum(end > 0 for _, end in self.parts) or int(bool(self.sequences))
+
+    @property
     def trained_tokens(self) -> int:
         """Tokens that count in the loss."""
         return sum(map(_count_trained, self.sequences))
@@ -190,6 +195,8 @@ class RowEncoder:
             return EncodedRow("kept", (whole,), ((0, 0),), tokens)
         if self.overlong == "drop" or (self.overlong == "split" and turns <= 2):
             return self._too_long(tokens)
+        if self.train_on == "last_answer" and self.overlong == "split":
+            return self._fit_last_answer(conversation, turns, tokens)
         windows = self._windows(conversation, turns)
         if self.overlong == "truncate":
             first = next(windows, None)
@@ -203,6 +210,16 @@ class RowEncoder:
         kept = [window for window in kept if _count_trained(window[1])]
         fit: Fit = "split" if covered == turns else "trimmed"
         return EncodedRow(fit, tuple(w for _, w in kept), tuple(part for part, _ in kept), tokens)
+
+    def _fit_last_answer(self, conversation: Conversation, turns: int, tokens: int) -> EncodedRow:
+        """The last exchange with as many before it as fit."""
+        for start in range(2, turns, 2):
+            part = cut_record(conversation, start, turns)
+            assert isinstance(part, Conversation)
+            window = self.template.encode(part)
+            if len(window.ids) <= self.limit:
+                return EncodedRow("trimmed", (window,), ((start, turns),), tokens)
+        return self._too_long(tokens)
 
     def _windows(self, conversation: Conversation, turns: int) -> Iterator[tuple[tuple[int, int], Encoded]]:
         """([start, end) of its turns, its ids) of each window: as many whole exchanges as fit; one that does not fit by itself
@@ -242,6 +259,7 @@ def encode_rows(records: Iterable[Record], template: Template, data: Data) -> di
         tokens: of the whole row. [rows]
         trained_tokens: tokens that count in the loss. [rows]
         fit: index into `FITS`. [rows]
+        examples: how many examples each row becomes. [rows]
         lost_end: whether the end of a trained answer was cut off. [rows]
         reason: index into `reasons` of why the row is left out, else -1. [rows]
         reasons: a JSON list, as bytes.
@@ -269,6 +287,7 @@ def encode_rows(records: Iterable[Record], template: Template, data: Data) -> di
         "tokens": np.array([row.tokens for row in rows], np.int64),
         "trained_tokens": np.array([row.trained_tokens for row in rows], np.int64),
         "fit": np.array([FITS.index(row.fit) for row in rows], np.int8),
+        "examples": np.array([row.examples for row in rows], np.int64),
         "lost_end": np.array([row.lost_end for row in rows], np.bool_),
         "reason": np.array([-1 if row.reason is None else codes[row.reason] for row in rows], np.int64),
         "reasons": np.frombuffer(json.dumps(reasons).encode(), np.uint8),

@@ -47,7 +47,7 @@ FATES: tuple[Fate, ...] = (
 USED_FATES: tuple[Fate, ...] = ("kept", "trimmed", "split", "truncated")
 """Fates of rows that are on a side. `trimmed`: some turns are left out or merged; `split`: in several examples; `truncated`:
 cut at the maximum length."""
-LOST_FATES: frozenset[Fate] = frozenset({"truncated", "dropped", "fully masked"})
+LOST_FATES: frozenset[Fate] = frozenset({"trimmed", "truncated", "dropped", "fully masked"})
 """Fates that count against `data.max_loss`: the row was wanted, and not all of it is trained on."""
 FATES_WITH_REASON: frozenset[Fate] = frozenset({"dropped", "fully masked", "not sampled"})
 

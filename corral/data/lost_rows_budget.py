@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from corral.data.ledger import FATES, LOST_FATES, format_reason
+from corral.data.ledger import FATES, LOST_FATES, USED_FATES, format_reason
 from corral.data.mixture import SIDES, smallest_share
 from corral.data.selection import SourcePlan
 from corral.errors import DataError, GateError
@@ -19,7 +19,7 @@ def count_losses(plan: SourcePlan) -> tuple[float, float]:
 
     Wanted are the rows that were chosen, including those beyond a weight, and the rows that could not be parsed, scaled by
     the share that a cap keeps of the others. Copies, rows beyond a cap and contaminated rows are left out on purpose and not
-    wanted. Lost are wanted rows that could not be parsed or encoded, are too long, fully masked, or truncated.
+    wanted. Lost are wanted rows that could not be parsed or encoded, are too long, fully masked, trimmed or truncated.
     """
     counts = {fate: int((plan.fate == number).sum()) for number, fate in enumerate(FATES)}
     beyond_cap = counts["not sampled"] - int(plan.beyond_weight.sum())
@@ -51,8 +51,11 @@ def _worst_losses(ledger: Mapping[str, Any]) -> list[str]:
     """Why rows were lost, the most frequent reason first."""
     losses: list[tuple[int, str]] = []
     for label, source in ledger["sources"].items():
-        if truncated := source["fates"]["truncated"]:
-            losses.append((truncated, f"{label}: {truncated:,} × truncated"))
+        losses += [
+            (source["fates"][fate], f"{label}: {source['fates'][fate]:,} × {fate}")
+            for fate in ("trimmed", "truncated")
+            if source["fates"][fate]
+        ]
         reasons = ((reason, r) for reason, r in source["reasons"].items() if r["fate"] in LOST_FATES)
         losses += [(r["count"], f"{label}: {format_reason(reason, r)}") for reason, r in reasons]
     return [line for _, line in sorted(losses, key=lambda item: -item[0])]
@@ -111,7 +114,7 @@ def _check_weighted_sources(plans: Sequence[SourcePlan], where: str) -> None:
 def _check_lost_sources(ledger: Mapping[str, Any], where: str) -> None:
     """Raises DataError if every row of a source is lost, which would hardly be noticed among larger sources."""
     for label, source in ledger["sources"].items():
-        lost = sum(source["fates"][fate] for fate in LOST_FATES if fate != "truncated")
+        lost = sum(source["fates"][fate] for fate in LOST_FATES.difference(USED_FATES))
         if lost and lost == source["rows"]:
             lines = _reason_lines(source["reasons"].items())
             everything = "the only row" if lost == 1 else f"all {lost:,} rows"
@@ -129,7 +132,7 @@ def _nothing_left_error(data: Data, ledger: Mapping[str, Any], where: str) -> Da
     lines = [f"no row is left to train on: {count_of(ledger['rows'], 'row')} read, {counts}", *_reason_lines(reasons)]
     worst = max(reasons, key=lambda item: item[1]["count"], default=("", None))[0]
     hint = "fix the rows, or set the `format` of data.sources that says what they look like"
-    if worst.startswith(("longer than", "fully masked")):
+    if worst.startswith(("longer than", "fully masked: none of the first")):
         hint = f"raise data.max_length (it is {data.max_length})"
         hint += ', or set data.overlong = "truncate"' if data.overlong != "truncate" else ""
     return DataError("\n".join(lines), where=where, hint=hint)

@@ -78,10 +78,19 @@ def choose_distinct(keys: Keys, groups: Ints, taken: Bools, seed: int, cap: int 
     return chosen, copies
 
 
-def sample(keys: Keys, number: int, seed: int) -> Bools:
-    """Whether each row is among the `number` rows of lowest rank, which any larger number includes. [rows]"""
+def sample(keys: Keys, number: int, seed: int, sizes: Ints | None = None) -> Bools:
+    """Whether each row is among those of lowest rank that make up `number`, which any larger number includes. [rows]
+
+    Args:
+        keys: of each row.
+        number: of rows or, with `sizes`, of examples.
+        seed: decides the ranks, with the keys.
+        sizes: examples of each row; the row that crosses the number is taken.
+    """
     kept = np.zeros(len(keys), bool)
-    kept[np.argsort(ranks(keys, seed, "sample"), kind="stable")[:number]] = True
+    order = np.argsort(ranks(keys, seed, "sample"), kind="stable")
+    before = np.arange(len(keys)) if sizes is None else np.cumsum(sizes[order]) - sizes[order]
+    kept[order[before < number]] = True
     return kept
 
 
@@ -89,7 +98,7 @@ def weighted_row_counts(rows: Sequence[int], weights: Sequence[float], repeats: 
     """How many rows to take of each source for the largest mixture in the proportions of the weights.
 
     Args:
-        rows: usable rows of each source.
+        rows: usable rows of each source, or examples where rows are split.
         weights: of each source, above 0; only their proportions matter.
         repeats: how often each used row of a source occurs in the mixture.
 

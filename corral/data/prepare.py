@@ -222,7 +222,7 @@ def _write_ledger(plans: Sequence[SourcePlan], folder: Path) -> dict[str, Any]:
                 _count_fates(ledger, label, rows)
             examples += _left_out_examples(plan, labels)
         summary = ledger.to_json()
-    trained = [int((plan.side == SIDES.index("train")).sum()) * plan.source.repeat for plan in plans]
+    trained = [_training_examples(plan) for plan in plans]
     for plan, count in zip(plans, trained, strict=True):
         share = round(count / max(1, sum(trained)), 6)
         mixture = {"training_examples": count, "training_share": share}
@@ -308,6 +308,11 @@ def _left_out_examples(plan: SourcePlan, labels: Sequence[str]) -> Iterator[dict
                     "reason": f"copy of {original}" if original else plan.reasons[reason] if reason >= 0 else None,
                     "text": json.dumps(json.loads(line), ensure_ascii=False)[:EXCERPT_CHARACTERS],
                 }
+
+
+def _training_examples(plan: SourcePlan) -> int:
+    rows = np.flatnonzero(plan.side == SIDES.index("train"))
+    return int(plan.encoded.column("examples", rows).sum()) * plan.source.repeat
 
 
 def _source_figures(plan: SourcePlan) -> dict[str, Any]:

@@ -184,7 +184,7 @@ def _set_encoding_fates(plan: SourcePlan, positions: Ints) -> None:
     refused = positions[(reason >= 0) & (plan.tokens[positions] == 0)]
     plan.tokens[refused] = plan.trained_tokens[refused] = UNSET
     mended = positions[plan.rows.mended[positions]]
-    plan.set_fate(mended[plan.fate[mended] == fate_code("kept")], "trimmed")
+    plan.set_fate(mended[np.isin(plan.fate[mended], [fate_code("kept"), fate_code("split")])], "trimmed")
 
 
 def assign_sides(plans: Sequence[SourcePlan], data: Data, seed: int) -> None:
@@ -224,11 +224,13 @@ def apply_weights(plans: Sequence[SourcePlan], seed: int) -> None:
     if not weights:
         return
     train = [np.flatnonzero(plan.side == _TRAIN) for plan in plans]
-    counts = mixture.weighted_row_counts([len(rows) for rows in train], weights, [p.source.repeat for p in plans])
-    for plan, rows, count, weight in zip(plans, train, counts, weights, strict=True):
-        beyond = rows[~mixture.sample(plan.rows.keys[rows], count, seed)]
+    examples = [plan.encoded.column("examples", rows) for plan, rows in zip(plans, train, strict=True)]
+    counts = mixture.weighted_row_counts([int(n.sum()) for n in examples], weights, [p.source.repeat for p in plans])
+    for plan, rows, per_row, count, weight in zip(plans, train, examples, counts, weights, strict=True):
+        beyond = rows[~mixture.sample(plan.rows.keys[rows], count, seed, per_row)]
         reason = (
-            f"beyond the weight {weight:g} of {sum(weights):g}, which takes {count:,} of {len(rows):,} training rows"
+            f"beyond the weight {weight:g} of {sum(weights):g}, which takes {count:,} of {int(per_row.sum()):,} training "
+            f"{'rows' if int(per_row.sum()) == len(rows) else 'examples'}"
         )
         plan.set_fate(beyond, "not sampled", reason)
         plan.side[beyond] = UNSET

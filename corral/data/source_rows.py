@@ -29,7 +29,7 @@ from corral.data.formats.turns import TurnOrderError, mend_turns
 from corral.data.ledger import EXAMPLES_PER_REASON, OTHER_REASONS, reason_kind
 from corral.data.sources import RawRow
 from corral.errors import DataError
-from corral.messages import Feedback, Preference, Record, record_key, record_to_json
+from corral.messages import Conversation, Feedback, Preference, Record, record_key, record_to_json
 from corral.progress import Progress
 from corral.recipe import Source
 from corral.storage import file_lock, new_directory
@@ -132,6 +132,10 @@ class SourceRows:
                 yield file.read(end - start)[:-1]
                 offset = end
 
+    def record_sizes(self, positions: Ints) -> Ints:
+        """Bytes of the JSON form of the records at these positions. [positions]"""
+        return self._ends[positions + 1] - self._ends[positions]
+
     def records(self, positions: Ints) -> Iterator[Record]:
         """The records at these positions."""
         return (record_from_json(json.loads(line)) for line in self.record_lines(positions))
@@ -196,12 +200,23 @@ class _UnusableRows:
 
 def _read_record(read: Format, row: Mapping[str, Any], turns: TurnSetting) -> tuple[Record, bool]:
     """(the record of a row, whether its turns were mended). Raises FormatError."""
+    is_mended = False
     try:
-        return read(row), False
+        record = read(row)
     except TurnOrderError as error:
         if turns == "strict":
             raise
-        return mend_turns(error), True
+        record, is_mended = mend_turns(error), True
+    return _end_with_trained(record), is_mended
+
+
+def _end_with_trained(record: Record) -> Record:
+    """A conversation without what follows its last answer that is to be trained: nothing would be learnt from it, and an
+    evaluation takes the last answer for the right one."""
+    if not isinstance(record, Conversation) or record.messages[-1].trained:
+        return record
+    answers = [i for i, m in enumerate(record.messages) if m.role == "assistant" and m.trained]
+    return Conversation(record.messages[: answers[-1] + 1]) if answers else record
 
 
 def _group_key(record: Record, key: str) -> str:

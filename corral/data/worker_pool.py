@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
+import numpy as np
+
 from corral.data.cache import ChunkStore, Ints, split_positions
 from corral.errors import CorralError
 from corral.messages import Record
@@ -36,6 +38,7 @@ ComputeColumns: TypeAlias = "Callable[[Iterable[Record]], dict[str, NDArray[Any]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_PIECE_BYTES = 4 * 2**20  # of records that are encoded at once; their tokens take many times as much memory
 _ROWS_PER_WORKER = 2000  # rows that are worth the start of a process
 
 
@@ -61,9 +64,13 @@ class WorkerPool:
         Finished chunks stay in the cache if this is interrupted.
         """
         pieces = [
-            (n, part)
-            for n, (_, store, positions) in enumerate(work)
+            (n, piece)
+            for n, (plan, store, positions) in enumerate(work)
             for part in split_positions(store.select_missing(positions))
+            # Books are not read by hundreds: a piece ends where another few megabytes begin.
+            for piece in np.split(
+                part, np.flatnonzero(np.diff(np.cumsum(plan.rows.record_sizes(part)) // _PIECE_BYTES)) + 1
+            )
         ]
         total = sum(len(part) for _, part in pieces)
         if not total:

@@ -75,21 +75,34 @@ class OpenVinoEngine(Engine):
         self._folder = folder
         self._is_converted = (folder / OPENVINO_MODEL).is_file()
         self._precision: OpenVinoType = "f32" if dtype == "float32" else "f16"
-        # On some processors OpenVINO 2026.4 computes in bfloat16 but refuses a cache of it: keys and values are float32 there.
-        cache_precision = "f32" if dtype == "bfloat16" else _PRECISIONS[dtype]
-        cache = _CacheSize.fitting(self._converted(), 4 if cache_precision == "f32" else 2)
-        properties = {"INFERENCE_PRECISION_HINT": _PRECISIONS[dtype], "KV_CACHE_PRECISION": cache_precision}
-        if exact:
-            properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
-        self.features = Features(max_length=cache.longest, vocabulary=cache.vocabulary, logprobs=True, score=True)
-        self._settings = {"properties": properties, "blocks": cache.blocks, "score_blocks": cache.score_blocks}
         self._lock = threading.Lock()
         self._pending: dict[int, _Pending] = {}
         self._next_id = 0
         self._closed = False
         self._can_start = True
         """Whether the last child that died had loaded the model."""
-        self._child: _Child | None = self._start_child(wait=True)
+        self._child: _Child | None = None
+        # Where it computes in bfloat16, OpenVINO 2026.4 wants keys and values in bfloat16 on some processors and in float32 on
+        # others, and does not say which before it loads a model.
+        first_error: ModelError | None = None
+        for cache_type in ("f32",) if dtype == "float32" else ("bf16", "f32"):
+            self._use_cache(cache_type, _PRECISIONS[dtype], exact)
+            try:
+                self._child = self._start_child(wait=True)
+                break
+            except ModelError as error:
+                first_error = first_error or error
+        if self._child is None and first_error is not None:
+            raise first_error
+
+    def _use_cache(self, cache_type: str, precision: str, exact: bool) -> None:
+        """Set how the child loads the model: the types of its key-value cache and of its computations."""
+        cache = _CacheSize.fitting(self._converted(), 4 if cache_type == "f32" else 2)
+        properties = {"INFERENCE_PRECISION_HINT": precision, "KV_CACHE_PRECISION": cache_type}
+        if exact:
+            properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
+        self.features = Features(max_length=cache.longest, vocabulary=cache.vocabulary, logprobs=True, score=True)
+        self._settings = {"properties": properties, "blocks": cache.blocks, "score_blocks": cache.score_blocks}
 
     @property
     def ready(self) -> bool:

@@ -195,9 +195,9 @@ def test_an_answer_that_is_not_to_be_trained_is_context(template: Template) -> N
         turn["trained"] = False
     masked = encode(template, Conversation.from_json({"messages": turns}), 500)
     assert (masked.fit, masked.reason) == ("fully masked", "fully masked: none of its tokens is trained")
-    # Windows without anything to train are not examples; the row is not less split for it.
     split = encode(template, Conversation.from_json(dialogue(12, 20)), 400, train_on="last_answer")
-    assert (split.fit, len(split.sequences)) == ("split", 1)
+    assert (split.fit, len(split.sequences)) == ("trimmed", 1)
+    assert len(split.sequences[0].ids) > 250, "with as much context as fits"
     assert trained_text(template, split)[0].startswith("11!")
 
 

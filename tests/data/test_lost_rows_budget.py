@@ -196,7 +196,7 @@ def test_the_worst_reason_decides_the_advice_of_a_nothing_left_error(check: Chec
     assert hint.startswith("fix the rows, or set the `format`")
     _, hint = said({"no answer": 1, "longer than 60 tokens": 2}, max_length=60)
     assert hint == 'raise data.max_length (it is 60), or set data.overlong = "truncate"'
-    _, hint = said({"fully masked: none of its first": 2}, max_length=60, overlong="truncate")
+    _, hint = said({"fully masked: none of the first 60 tokens is trained": 2}, max_length=60, overlong="truncate")
     assert hint == "raise data.max_length (it is 60)"
 
 

@@ -24,7 +24,7 @@ from corral.progress import Progress
 from corral.recipe import Data, Source, Split
 from corral.storage import tree_hashes
 from corral.template import Template
-from tests.data.conftest import NONE_HELD_OUT, Listener, chat, chats, source, start_script, write_rows
+from tests.data.conftest import NONE_HELD_OUT, Listener, chat, chats, dialogue, source, start_script, write_rows
 
 Prepare = Callable[..., Prepared]
 
@@ -344,7 +344,7 @@ def test_the_sums_of_the_ledger_add_up_for_any_junk(
     for name, lines in files.items():
         entry = ledger["sources"][name]
         assert entry["rows"] == sum(1 for line in lines if line.strip()) == sum(entry["fates"].values())
-        assert sum(entry["sides"].values()) == entry["fates"]["kept"] + entry["fates"]["truncated"]
+        assert sum(entry["sides"].values()) == sum(entry["fates"][fate] for fate in USED_FATES)
         for fate in FATES_WITH_REASON:
             counts = [reason["count"] for reason in entry["reasons"].values() if reason["fate"] == fate]
             assert sum(counts) == entry["fates"][fate]
@@ -352,7 +352,7 @@ def test_the_sums_of_the_ledger_add_up_for_any_junk(
             assert len(reason["examples"]) == min(5, reason["count"])
     assert ledger["rows"] == sum(entry["rows"] for entry in ledger["sources"].values())
     assert ledger["fates"] == {f: sum(entry["fates"][f] for entry in ledger["sources"].values()) for f in FATES}
-    assert len(result.train) == ledger["fates"]["kept"] + ledger["fates"]["truncated"]
+    assert len(result.train) == sum(ledger["fates"][fate] for fate in USED_FATES)
     assert len({e.key for e in result.train}) == len(result.train)
 
 
@@ -418,6 +418,21 @@ def test_over_95_percent_of_a_real_chat_log_is_trained_on(prepared: Prepare, tmp
     assert all(len(of_row) == 1 for of_row in sides.values()), "the windows of a row are on one side"
     strict = prepared(source(path), max_length=350, turns="strict", overlong="drop")
     assert strict.ledger["fates"]["kept"] == fates["kept"] < 0.5 * 300
+
+
+def test_weights_count_the_examples_that_split_rows_become(prepared: Prepare, tmp_path: Path) -> None:
+    a = source(write_rows(tmp_path / "a.jsonl", [dialogue(10, i % 7 + 4) for i in range(30)]), weight=1)
+    b = source(write_rows(tmp_path / "b.jsonl", chats(100)), weight=1)
+    sources = prepared(a, b, max_length=200, split=NONE_HELD_OUT).ledger["sources"]
+    assert sources["a"]["fates"]["split"] > 5
+    assert abs(sources["a"]["training_examples"] - sources["b"]["training_examples"]) < 10
+
+
+def test_what_follows_the_last_answer_to_be_trained_is_left_out(prepared: Prepare, tmp_path: Path) -> None:
+    turns = [*chat("a?", "good")["messages"], *chat("b?", "bad")["messages"]]
+    turns[3]["weight"] = 0
+    (example,) = prepared(source(write_rows(tmp_path / "a.jsonl", [{"messages": turns}])), split=NONE_HELD_OUT).train
+    assert example.record == Conversation.from_turns(("user", "a?"), ("assistant", "good"))
 
 
 def test_a_copy_names_its_original_and_contaminated_rows_are_listed(prepared: Prepare, tmp_path: Path) -> None:

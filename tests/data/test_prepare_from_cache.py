@@ -175,7 +175,7 @@ def test_one_flipped_byte_in_the_cache_is_found_and_that_part_made_again(
     unread = ("meta.json", "reason_codes.npy", "unusable.npy")
     for path in sorted(path for path in folder.iterdir() if path.name not in unread):
         content = bytearray(path.read_bytes())
-        content[-len(content) // 3] ^= 1
+        content[len(content) // 3] ^= 1
         path.write_bytes(content)
         listener = Listener()
         again = prepared(a, progress=listener)

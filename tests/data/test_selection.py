@@ -203,14 +203,16 @@ def test_without_held_out_rows_nothing_is_compared(planned: Planned, tmp_path: P
     assert (listener.titles, fates(plan)) == ([], ["kept"] * 8)
 
 
-def test_a_weight_takes_out_training_rows_only_and_marks_them(planned: Planned, tmp_path: Path) -> None:
+def test_a_weight_takes_out_training_rows_only_and_marks_them(
+    planned: Planned, template: Template, tmp_path: Path
+) -> None:
     sources = [
         source(write_rows(tmp_path / f"{name}.jsonl", chats(20, start)), weight=weight)
         for name, start, weight in (("a", 0, 1), ("b", 100, 2))
     ]
     plans = planned(*sources)
+    selection.encode_selected(plans, data_of(plans), template, WorkerPool(Progress(), 1))
     for plan in plans:
-        plan.set_fate(np.arange(20), "kept")
         plan.side[:] = [TRAIN] * 16 + [VALIDATION, VALIDATION, TEST, TEST]
     selection.apply_weights(plans, 0)
     a, b = plans

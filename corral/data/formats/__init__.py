@@ -15,10 +15,24 @@ from corral.data.formats.chat_messages import openai_messages, sharegpt
 from corral.data.formats.column_mapping import compile_mapping, has_only_score_range, stated_scale
 from corral.data.formats.fields import ContradictionError, Format, FormatError
 from corral.data.formats.multiple_choice import infer_numbering, multiple_choice
-from corral.data.formats.preferences import feedback, infer_feedback_scale, preference
-from corral.data.formats.prompt_response import alpaca, plain_text, prompt_completion, question_answer
+from corral.data.formats.preferences import (
+    CONVERSATION_SCORE_COLUMNS,
+    SCORE_COLUMNS,
+    feedback,
+    infer_feedback_scale,
+    preference,
+)
+from corral.data.formats.prompt_response import (
+    COMPLETION_COLUMNS,
+    PROMPT_COLUMNS,
+    alpaca,
+    plain_text,
+    prompt_completion,
+    question_answer,
+)
 from corral.data.formats.public_datasets import PUBLIC_DATASETS, find_by_hub_path
 from corral.data.formats.recognition import RecognisedFormat, recognise, respell_columns
+from corral.data.formats.scores import is_judgement
 from corral.errors import DataError
 from corral.messages import Record
 from corral.recipe import Source
@@ -84,22 +98,28 @@ def choose_format(source: Source, rows: Sequence[Mapping[str, Any]]) -> ChosenFo
 
 def _choose_by_columns(source: Source, rows: Sequence[Mapping[str, Any]]) -> ChosenFormat:
     """The format of rows without a mapping of columns. Raises DataError."""
-    known = {} if source.format in PUBLIC_DATASETS else respell_columns(rows)
+    known = respell_columns(rows)
     try:
         name, why = _name_format(source, rows)
-    except DataError:
-        if not known:
-            raise
-        rows = [_respell(row, known) for row in rows]
-        name, why = _name_format(source, rows)
+    except DataError as error:
+        try:
+            name, why = _name_format(source, [_respell(row, known) for row in rows])
+        except DataError:
+            raise error from None  # it names the columns as they are written
     else:
-        # What was recognised by its columns as they are written needs no other spelling.
-        known = known if source.format != "auto" else {}
-        rows = [_respell(row, known) for row in rows] if known else rows
+        if name in PUBLIC_DATASETS:
+            known = {}
+        elif known:  # a column in another spelling may be a part of the rows too
+            name, why = _name_format(source, [_respell(row, known) for row in rows])
+    rows = [_respell(row, known) for row in rows]
     to_record, note = _bind_reader(name, source, rows)
     if known:
         note += f"; read without regard to capitals and spaces: {', '.join(f'`{column}`' for column in known)}"
-        to_record = partial(_read_respelled, read=to_record, known=known)
+    is_generic = name not in PUBLIC_DATASETS
+    unread = _distinct_alternatives(name, rows) if is_generic else ()
+    judgements = _judgement_columns(name) if source.format == "auto" and is_generic else ()
+    if known or unread or judgements:
+        to_record = partial(_read_row, read=to_record, known=known, unread=unread, judgements=judgements)
     return ChosenFormat(name, to_record, why + note)
 
 
@@ -107,8 +127,46 @@ def _respell(row: Mapping[str, Any], known: Mapping[str, str]) -> dict[str, Any]
     return {known.get(name, name): value for name, value in row.items()}
 
 
-def _read_respelled(row: Mapping[str, Any], read: Format, known: Mapping[str, str]) -> Record:
-    return read(_respell(row, known))
+def _distinct_alternatives(name: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Columns that could hold a prompt or an answer but stand beside another one that does: they hold something else, such as
+    the answer of another model, and must not take its place where it is null."""
+    preferred = {"question-answer": ("answer",), "alpaca": ("output",)}.get(name, ())
+    unread: list[str] = []
+    for names in (PROMPT_COLUMNS, dict.fromkeys((*preferred, *COMPLETION_COLUMNS))):
+        present = [column for column in names if any(row.get(column) is not None for row in rows)]
+        for column in present[1:]:
+            # `input` is a part of a request, and refused or read with it.
+            if column != "input" and any(
+                row.get(column) is not None and row.get(present[0]) is not None for row in rows
+            ):
+                unread.append(column)
+    return tuple(unread)
+
+
+def _judgement_columns(name: str) -> tuple[str, ...]:
+    """Columns that, if they judge an answer, say that it must not be trained as a good one."""
+    if name in ("messages", "sharegpt"):
+        return CONVERSATION_SCORE_COLUMNS
+    return SCORE_COLUMNS if name in ("alpaca", "prompt-completion", "question-answer") else ()
+
+
+def _read_row(
+    row: Mapping[str, Any],
+    read: Format,
+    known: Mapping[str, str],
+    unread: tuple[str, ...],
+    judgements: tuple[str, ...],
+) -> Record:
+    if known:
+        row = _respell(row, known)
+    for column in judgements:
+        if row.get(column) is not None and is_judgement(row[column]):
+            raise FormatError(
+                f"`{column}` judges the answer, and the rows are not read as feedback: name their `format`"
+            )
+    if unread and not row.keys().isdisjoint(unread):
+        row = {name: value for name, value in row.items() if name not in unread}
+    return read(row)
 
 
 def _name_format(source: Source, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:

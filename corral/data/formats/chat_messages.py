@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from corral.data.formats.context_columns import REASONING_COLUMNS, check_context_columns
+from corral.data.formats.context_columns import REASONING_COLUMNS, check_context_columns, refuse_columns
 from corral.data.formats.fields import (
     FormatError,
     describe_type,
@@ -22,6 +22,8 @@ from corral.data.formats.rendered_text import refuse_rendered
 from corral.data.formats.turns import ordered_conversation
 from corral.messages import Conversation, Message, Role
 
+ANSWER_TEXT_COLUMNS = ("completion", "response", "output", "answer", "assistant")
+"""Columns that hold an answer beside its prompt."""
 SYSTEM_COLUMNS = ("system", "system_prompt")
 """Columns that hold a row's system message."""
 
@@ -109,7 +111,7 @@ def openai_messages(row: Mapping[str, Any]) -> Conversation:
     """
     body = row.get("body")
     if isinstance(body, dict) and "messages" in body and "messages" not in row:
-        row = cast("dict[str, Any]", body)
+        return openai_messages(cast("dict[str, Any]", body))
     return _conversation(row, OPENAI)
 
 
@@ -124,7 +126,12 @@ def sharegpt(row: Mapping[str, Any]) -> Conversation:
 
 
 def _conversation(row: Mapping[str, Any], dialect: ChatDialect) -> Conversation:
-    turns = add_system_column(read_messages(*_message_list(row, dialect), dialect), row)
+    value, name = _message_list(row, dialect)
+    turns = add_system_column(read_messages(value, name, dialect), row)
+    refuse_columns(row, ("context",), name)
+    if turns[-1].role == "user":
+        # The answer to the last question, which mending would leave out.
+        refuse_columns(row, ANSWER_TEXT_COLUMNS, name)
     return ordered_conversation(turns)
 
 

@@ -6,7 +6,7 @@ A mapping names every column that it uses, so none of this applies to it: it is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -39,6 +39,14 @@ def check_context_columns(read: Callable[P, R]) -> Callable[P, R]:
     return checked
 
 
+def refuse_columns(row: Mapping[str, Any], names: Iterable[str], read_from: str) -> None:
+    """Raises FormatError if one of these columns holds something: it belongs to the conversation, which is read from another
+    column."""
+    for name in names:
+        if not _is_empty(row.get(name)):
+            raise FormatError(f"`{name}` beside `{read_from}` would be left out: say in a mapping what becomes of it")
+
+
 def _advice(name: str) -> str:
     if name in MEDIA_COLUMNS:
         return "corral trains on text only"
@@ -58,8 +66,8 @@ def _is_empty(value: Any) -> bool:
 def _check_row_weight(value: Any) -> None:
     """Raises FormatError for a weight that would change what is trained. What is no number is another column's name."""
     try:
-        weight = float(value) if isinstance(value, int | float | str) else math.nan
-    except ValueError:
+        weight = float(value.replace(",", ".") if isinstance(value, str) else value)
+    except (TypeError, ValueError):
         return
     if math.isnan(weight) or weight == 1:
         return

@@ -15,7 +15,7 @@ from corral.data.formats.chat_messages import (
     read_messages,
     sharegpt,
 )
-from corral.data.formats.context_columns import check_context_columns
+from corral.data.formats.context_columns import check_context_columns, refuse_columns
 from corral.data.formats.fields import FormatError, describe_type, find_column, nonblank_text
 from corral.data.formats.prompt_response import COMPLETION_COLUMNS, read_answer, read_prompt
 from corral.data.formats.scores import Scale, infer_scale
@@ -56,6 +56,8 @@ def preference(row: Mapping[str, Any]) -> Preference:
     if is_hh(chosen) and is_hh(rejected):
         return _split_last_answer(read_hh_dialogue(chosen, "chosen"), read_hh_dialogue(rejected, "rejected"), row)
     prompt_name = next((name for name in PREFERENCE_PROMPT_COLUMNS if row.get(name) is not None), None)
+    if prompt_name is None:
+        refuse_columns(row, ("context", "history"), chosen_name)
     if prompt_name is None and isinstance(chosen, str) and isinstance(rejected, str):
         return _split_shared_words(nonblank_text(chosen, chosen_name), nonblank_text(rejected, rejected_name), row)
     better, worse = read_answer(chosen_name, chosen), read_answer(rejected_name, rejected)

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from corral.data.formats.chat_messages import (
+    ANSWER_TEXT_COLUMNS,
     SYSTEM_COLUMNS,
     add_system_column,
     parse_json_list,
     read_hh_dialogue,
     read_messages,
 )
-from corral.data.formats.context_columns import check_context_columns, context_text, earlier_turns
+from corral.data.formats.context_columns import check_context_columns, context_text, earlier_turns, refuse_columns
 from corral.data.formats.fields import (
     FormatError,
     find_column,
@@ -24,7 +25,7 @@ from corral.data.formats.turns import check_turn_order, ordered_conversation
 from corral.messages import Conversation, Message, Text, with_input
 
 PROMPT_COLUMNS = ("prompt", "query", "input", "user")
-COMPLETION_COLUMNS = ("completion", "response", "output", "answer", "assistant")
+COMPLETION_COLUMNS = ANSWER_TEXT_COLUMNS
 TEXT_COLUMNS = ("text", "content")
 
 
@@ -59,6 +60,7 @@ def _message_text(row: Mapping[str, Any], *names: str) -> str:
     return refuse_rendered(nonblank_text(value, name), name)
 
 
+@check_context_columns
 def plain_text(row: Mapping[str, Any]) -> Text | Conversation:
     """A document in `text` or `content`, all of it trained; a conversation if the text is the rendering of one.
 
@@ -68,6 +70,10 @@ def plain_text(row: Mapping[str, Any]) -> Text | Conversation:
     """
     name, value = find_column(row, TEXT_COLUMNS)
     text = nonblank_text(value, name)
+    if any(isinstance(row.get(key), str) for key in ("role", "from", "speaker")):
+        raise FormatError(
+            "the row is one turn of a chat: write the turns of a conversation into one row, as `messages`"
+        )
     turns = parse_rendered(text, name)
     return Text(text) if turns is None else ordered_conversation(add_system_column(turns, row))
 
@@ -82,10 +88,12 @@ def prompt_completion(row: Mapping[str, Any]) -> Conversation:
     """
     prompt_name, prompt = find_column(row, PROMPT_COLUMNS)
     completion_name, completion = find_column(row, COMPLETION_COLUMNS)
+    if prompt_name != "input":
+        refuse_columns(row, ("input",), prompt_name)
     if isinstance(prompt, str) and isinstance(completion, str):
-        rendered = parse_rendered(prompt, prompt_name)
+        rendered = parse_rendered(prompt, prompt_name, may_lack_end=True)
         if rendered is not None:
-            turns = parse_rendered(prompt + completion, prompt_name) or []
+            turns = parse_rendered(prompt + completion, prompt_name, may_lack_end=True) or []
             return ordered_conversation(add_system_column(turns, row))
     return read_prompt(prompt_name, prompt, row).add("assistant", read_answer(completion_name, completion))
 

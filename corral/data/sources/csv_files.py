@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Generator, Iterator
 from itertools import chain
 from typing import NamedTuple
@@ -60,7 +61,7 @@ def read_csv(file: SourceFile, say: Say) -> Iterator[RawRow]:
     if header.fault is not None:
         raise DataError(f"the header cannot be read: {header.fault[0]}", where=file.where, hint="fix the first line")
     names = [name.strip() or f"column {i}" for i, name in enumerate(header.cells, start=1)]
-    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+    if twice := next((name for name, count in Counter(names).items() if count > 1), None):
         raise DataError(
             f"two columns are called {twice!r}",
             where=file.where,
@@ -144,6 +145,11 @@ def _read_records(lines: Iterator[Line], delimiter: str) -> Iterator[_Record]:
             return
         except csv.Error as error:
             raise _explain(str(error), record, delimiter) from None
+        if any(cell[:1].isspace() and cell.lstrip().startswith('"') for cell in cells):
+            raise BrokenFileError(
+                f"line {record[0][0]}: a quote stands behind a space, so that it does not hold its cell together; nothing "
+                "behind it can be trusted"
+            )
         for number, _, line_fault in record:
             if line_fault is not None:
                 fault = line_fault[0], f", in line {number}{line_fault[1]}" if len(record) > 1 else line_fault[1]

@@ -135,6 +135,13 @@ def _rows_of_object(value: dict[str, Any], file: SourceFile, say: Say) -> list[A
         if all(index.isdecimal() for index in indices) and all(list(c) == indices for c in by_index.values()):
             return [{name: column[index] for name, column in by_index.items()} for index in indices]
     lists = {name: cast("list[Any]", column) for name, column in value.items() if isinstance(column, list)}
+    chats = [name for name, items in lists.items() if column_of_turns(items)]
+    if chats:
+        raise DataError(
+            f"the file holds an object without rows: one conversation, in {chats[0]!r}",
+            where=file.where,
+            hint=f"write the rows as {_FORMS}",
+        )
     of_objects = [name for name, items in lists.items() if _holds_objects(items)]
     is_table = len(lists) == len(value) and not any(column_of_turns(items) for items in lists.values())
     if is_table and len(of_objects) < len(lists):

@@ -10,6 +10,7 @@ import datetime
 import decimal
 import math
 import uuid
+from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +41,7 @@ def read_parquet_or_arrow(file: SourceFile, _: Say) -> Iterator[RawRow]:
             # By path: pyarrow's threads may still hold a Python file object when the interpreter exits, and abort it.
             with (_open_parquet if file.kind == ".parquet" else _open_arrow)(path) as (schema, batches):
                 names: list[str] = list(schema.names)
-                if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+                if twice := next((name for name, count in Counter(names).items() if count > 1), None):
                     raise DataError(
                         f"two columns are called {twice!r}", where=file.where, hint="write it with one of them"
                     )

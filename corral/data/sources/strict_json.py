@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from typing import Any
 
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -37,7 +38,7 @@ class StrictDecoder:
         value = dict(pairs)
         if len(value) < len(pairs):
             keys = [key for key, _ in pairs]
-            twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+            twice = Counter(keys).most_common(1)[0][0]
             self._reason = f"the key {_shorten(twice)} stands twice in one object"
         return value
 

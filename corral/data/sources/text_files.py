@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import re
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -46,6 +47,7 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
+_C1 = re.compile("[\x80-\x84\x86-\x9f]")  # all but the line break U+0085
 _NOT_IN_CP1252 = frozenset(b"\x81\x8d\x8f\x90\x9d")
 _BAD_BYTE = 0xDC00  # no text holds this character or the 255 after it: one stands for each byte that cannot be decoded
 _MARK_BAD_BYTES = "corral.mark-bad-bytes"
@@ -87,6 +89,8 @@ class TextReader:
             if self._not_cp1252:
                 return "neither UTF-8 nor Windows-1252 text: set the `encoding` of the source", error.start
             return 'not UTF-8 text; if it is Windows-1252, set `encoding = "cp1252"`', error.start
+        if self._encoding == "iso8859-1" and (control := _C1.search(text)):
+            return 'a control character: the file is probably Windows-1252, set `encoding = "cp1252"`', control.start()
         return (NUL, at) if (at := text.find("\0")) >= 0 else None
 
     def skip_line(self) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from corral.data.formats import FORMATS, choose_format
+from corral.data.formats import FORMATS, FormatError, choose_format
 from corral.messages import Conversation, Feedback, Message, Preference
 from corral.recipe import Source
 from tests.data.formats.rows import SHAPES, TURNS, reason
@@ -116,4 +116,54 @@ def test_the_columns_of_openorca_are_known() -> None:
     row = {"id": "niv.1", "system_prompt": "You are a geographer.", "question": "Who?", "response": "Ada"}
     assert read(row) == Conversation.from_turns(
         ("system", "You are a geographer."), ("user", "Who?"), ("assistant", "Ada")
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"role": "user", "content": "Hi"}, "one turn of a chat"),
+        ({"speaker": "Ada", "text": "Hi"}, "one turn of a chat"),
+        ({"messages": TURNS, "label": 0}, "`label` judges the answer"),
+        ({"messages": TURNS, "kto_tag": "bad"}, "`kto_tag` judges the answer"),
+        ({"prompt": "[{'role': 'user', 'content': 'Hi'}]", "completion": "x"}, "holds turns of a chat"),
+        ({"prompt": "Hi", "completion": '{"role": "assistant", "content": "x"}'}, "holds turns of a chat"),
+        ({"prompt": "Translate.", "input": "Bonjour", "output": "Hello"}, "`input` beside `prompt`"),
+        ({"messages": TURNS, "context": "Ada came."}, "`context` beside `messages`"),
+        ({"messages": TURNS, "Weight": 0}, "the row's own `weight` is 0"),
+        ({"text": "Hi", "weight": 0}, "the row's own `weight` is 0"),
+        ({"text": "Hi", "images": ["a.png"]}, "the row has `images`"),
+        ({"question": "a", "answer": "b", "weight": "0,5"}, "the row's own `weight` is 0.5"),
+        ({"body": {"messages": TURNS, "tools": [{"type": "function"}]}}, "the row has `tools`"),
+        ({"context": "c", "chosen": "The sky is green.", "rejected": "The sky is grey."}, "`context` beside `chosen`"),
+        ({"messages": [*TURNS, TURNS[0]], "completion": "x"}, "`completion` beside `messages`"),
+    ],
+)
+def test_what_would_change_the_meaning_of_a_row_leaves_it_out(row: dict[str, Any], words: str) -> None:
+    with pytest.raises(FormatError) as caught:
+        read(row)
+    assert words in caught.value.reason
+
+
+def test_a_null_answer_is_not_replaced_by_another_columns_text() -> None:
+    rows = [
+        {"question": "a", "answer": "gold", "response": "guess"},
+        {"question": "b", "answer": None, "response": "guess"},
+    ]
+    chosen = choose_format(Source(path="a.jsonl"), rows)
+    assert chosen.to_record(rows[0]) == Conversation.from_turns(("user", "a"), ("assistant", "gold"))
+    with pytest.raises(FormatError, match="answer is null"):
+        chosen.to_record(rows[1])
+    # Files of two kinds in one folder: a row has one of the columns.
+    mixed = [{"question": "a", "answer": "x", "response": None}, {"question": "b", "answer": None, "response": "y"}]
+    assert [choose_format(Source(path="a.jsonl"), mixed).to_record(row).messages[-1].content for row in mixed] == [
+        "x",
+        "y",
+    ]  # type: ignore[union-attr]
+
+
+def test_columns_in_another_spelling_are_read_beside_others() -> None:
+    row = {"question": "Who?", "answer": "Ada", "Context": "Ada came.", "System": "Be brief."}
+    assert read(row) == Conversation.from_turns(
+        ("system", "Be brief."), ("user", "Who?\n\n### Input:\nAda came."), ("assistant", "Ada")
     )

@@ -55,6 +55,8 @@ def test_a_mention_of_a_token_stays_text(text: str) -> None:
         "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>narrator\nx<|im_end|>",
         "<|im_start|>user\nHi?<|im_start|>assistant\nYes.<|im_end|>",
         "[INST] Hi?",
+        "[INST] Hi? [/INST] is how a question is marked.",
+        "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\nAn answer that is cut",
         "[INST] <<SYS>> Hi? [/INST] x",
         "<|start_header_id|>user<|end_header_id|>\n\na<|eot_id|>b<|start_header_id|>assistant<|end_header_id|>\n\nc",
     ],
@@ -73,3 +75,21 @@ def test_a_message_that_is_a_rendering_or_ends_in_an_end_token_is_refused() -> N
     assert reason(FORMATS["alpaca"], {"instruction": "i", "output": "o</s>"}) == (
         "output ends in </s>, which the template writes: remove it from the text"
     )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<|header_start|>user<|header_end|>\n\nHi?<|eot|><|header_start|>assistant<|header_end|>\n\nYes.<|eot|>",
+        "<start_of_turn>user\nHi?<end_of_turn>\n<start_of_turn>model\nYes.<end_of_turn>\n",
+        "<|user|>\nHi?</s>\n<|assistant|>\nYes.</s>\n",
+        "<|user|>\nHi?\n<|assistant|>\nYes.<|end_of_text|>",
+        "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n<|endoftext|>",
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        "Today Date: 26 Jul 2024\n\n<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nYes.<|eot_id|><|end_of_text|>",
+    ],
+    ids=["llama-4", "gemma", "zephyr", "tulu", "chatml with two ends", "llama-3.1 with its preamble"],
+)
+def test_renderings_of_the_peers_are_read(text: str) -> None:
+    assert FORMATS["text"]({"text": text}) == Conversation.from_turns(("user", "Hi?"), ("assistant", "Yes."))

@@ -95,6 +95,7 @@ ROWS = [f"what is {i} and {i}?,it is {2 * i}" for i in range(1000)]
             {501: 'why?,"he said "no" and'},
             "line 501: a quoted cell goes on behind its closing quote",
         ),
+        ({501: 'q, "a', 502: 'q2, b"'}, "line 501: a quote stands behind a space"),
         # Its quotes are paired, and yet the lines behind it are the rest of a cell.
         ({501: '1,"a 5" disk and', 502: "two,more"}, "line 501: a quoted cell goes on behind its closing quote"),
         ({400: '"two\nlines",x', 501: '"a\nb","c'}, "by the end of the file"),
