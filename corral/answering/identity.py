@@ -13,6 +13,7 @@ import corral
 from corral.data.sources import hash_source
 from corral.errors import DataError
 from corral.model.folder import model_identity
+from corral.run.stage_record import read_fingerprint
 
 if TYPE_CHECKING:
     from corral.model.naming import ModelFiles
@@ -84,15 +85,14 @@ def source_examples_digest(shots: Shots) -> str:
 
 def training_examples_digest(run: Run) -> str:
     """The same for few-shot examples from the training rows of a run. Raises: DataError (it has not prepared its rows)."""
-    path = run.path / "prepare" / "stage.json"
-    try:
-        return json.loads(path.read_text("utf-8"))["fingerprint"]
-    except (OSError, ValueError, KeyError) as error:
+    fingerprint = read_fingerprint(run.path, "prepare")
+    if fingerprint is None:
         raise DataError(
-            f"the run has no prepared rows to show as examples: {error!r}",
-            where=str(path),
+            "the run has no prepared rows to show as examples",
+            where=str(run.path / "prepare"),
             hint="finish the run, or name rows with [answer.shots.source]",
-        ) from None
+        )
+    return fingerprint
 
 
 def _sha256(text: str) -> str:

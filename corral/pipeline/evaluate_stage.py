@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +26,7 @@ from corral.pipeline.context import RunContext
 from corral.recipe import Recipe
 from corral.recipe.evaluate import BUILT_IN_VARIANTS
 from corral.run.directory import Run
-from corral.run.stage_record import Stage
+from corral.run.stage_record import Stage, read_fingerprint, read_record
 from corral.storage import write_atomic
 
 if TYPE_CHECKING:
@@ -108,8 +106,9 @@ def _model_digest(context: RunContext, model: _Model) -> str:
 
 
 def _fingerprint(context: RunContext, stage: str) -> str:
-    """The fingerprint of a finished stage."""
-    return json.loads((context.run.path / stage / "stage.json").read_text("utf-8"))["fingerprint"]
+    fingerprint = read_fingerprint(context.run.path, stage)
+    assert fingerprint is not None, "the stages before this one are finished"
+    return fingerprint
 
 
 def _evaluation_data(context: RunContext) -> EvaluationData:
@@ -206,9 +205,9 @@ def evaluation_engine(context: RunContext) -> LocalEngine:
     if requested != "auto":
         return requested
     # The engine that evaluated the run before is kept, so that a machine with other packages does not evaluate it again.
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        record = json.loads((context.run.path / "evaluate" / "stage.json").read_text("utf-8"))
+    record = read_record(context.run.path / "evaluate")
+    if record is not None and record["status"] == "done":
         before: LocalEngine = record["inputs"]["evaluate"]["engine"]
-        if record["status"] == "done" and (before != "openvino" or device == "cpu"):
+        if before != "openvino" or device == "cpu":
             return before
     return default_engine(device)

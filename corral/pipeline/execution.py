@@ -27,7 +27,7 @@ from corral.training.distributed import World
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class StageDefinition:
     """A stage of a recipe's pipeline: its name, what it depends on, and its body."""
 
     name: str
@@ -38,11 +38,11 @@ class Step:
     """Number of the training stage, from 1, which all processes take part in; 0 for other stages."""
 
 
-def steps(context: RunContext) -> list[Step]:
+def stages(context: RunContext) -> list[StageDefinition]:
     """The stages of a recipe, in order."""
     recipe = context.recipe
     training = [
-        Step(
+        StageDefinition(
             training_stage_name(recipe, number),
             partial(train_stage.inputs, context, number),
             partial(train_stage.train, number=number),
@@ -50,16 +50,16 @@ def steps(context: RunContext) -> list[Step]:
         )
         for number in range(1, len(recipe.train) + 1)
     ]
-    after_merge = [Step("evaluate", partial(evaluate_stage.inputs, context), evaluate_stage.evaluate)]
+    after_merge = [StageDefinition("evaluate", partial(evaluate_stage.inputs, context), evaluate_stage.evaluate)]
     if export_stage.requested_forms(recipe):
-        export = Step("export", partial(export_stage.inputs, context), export_stage.export)
+        export = StageDefinition("export", partial(export_stage.inputs, context), export_stage.export)
         after_merge.insert(0 if evaluate_stage.evaluates_exports(recipe) else 1, export)
     return [
-        Step("prepare", partial(prepare_stage.inputs, context), prepare_stage.prepare),
+        StageDefinition("prepare", partial(prepare_stage.inputs, context), prepare_stage.prepare),
         *training,
-        Step("merge", partial(merge_stage.inputs, context), merge_stage.merge),
+        StageDefinition("merge", partial(merge_stage.inputs, context), merge_stage.merge),
         *after_merge,
-        Step("report", partial(report_stage.inputs, context), report_stage.report),
+        StageDefinition("report", partial(report_stage.inputs, context), report_stage.report),
     ]
 
 
@@ -125,16 +125,17 @@ def _run_stages(context: RunContext, allowed: Collection[str] | None) -> dict[st
     run = context.run
     outcome: dict[str, str] = {}
     done: dict[str, str] = {}
-    for step in steps(context):
-        is_allowed = allowed is None or step.name in allowed
-        stage = (claim_stage if is_allowed else find_stage)(run.path, step.name, step.inputs(done))
-        done[step.name] = stage.fingerprint
-        outcome[step.name] = "skipped" if stage.done else "done"
+    for definition in stages(context):
+        name = definition.name
+        is_allowed = allowed is None or name in allowed
+        stage = (claim_stage if is_allowed else find_stage)(run.path, name, definition.inputs(done))
+        done[name] = stage.fingerprint
+        outcome[name] = "skipped" if stage.done else "done"
         if stage.done:
             continue
         if not is_allowed:
             raise RunError(
-                f"the stage {step.name!r} of this run is not finished with these settings on this machine",
+                f"the stage {name!r} of this run is not finished with these settings on this machine",
                 where=str(run.path),
                 hint="`corral run RECIPE` runs the missing stages",
             )
@@ -144,7 +145,7 @@ def _run_stages(context: RunContext, allowed: Collection[str] | None) -> dict[st
             run.path / "environment.json",
             environment() | {"device": device, "dtype": dtype, "engine": evaluate_stage.evaluation_engine(context)},
         )
-        _run_step(step, context, stage)
+        _run_stage(definition, context, stage)
         base = context.base
         model = {"spec": context.recipe.model.base, "identity": base.identity, "template": context.template.digest}
         # Later stages may still be those of older settings: the lineage names them once they are done again.
@@ -171,16 +172,16 @@ def _require_extras(context: RunContext) -> None:
         import_bitsandbytes()
 
 
-def _run_step(step: Step, context: RunContext, stage: Stage) -> None:
+def _run_stage(definition: StageDefinition, context: RunContext, stage: Stage) -> None:
     began = time.perf_counter()
-    if step.training:
+    if definition.training:
         run = str(context.run.path.resolve())
         context.world.send_to_others(
-            {"stage": stage.name, "number": step.training, "fingerprint": stage.fingerprint, "run": run}
+            {"stage": stage.name, "number": definition.training, "fingerprint": stage.fingerprint, "run": run}
         )
     try:
         with context.world.peer_errors():
-            step.body(context, stage)
+            definition.body(context, stage)
     except BaseException:
         context.progress.stop()
         with suppress(StorageError):  # on a full disk the first error is the one to report

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from corral.data.ledger import source_notes
 from corral.data.prepare import prepare as prepare_rows
 from corral.data.sources import hash_source
 from corral.errors import DataError
@@ -34,15 +35,8 @@ def prepare(context: RunContext, stage: Stage) -> None:
     context.progress.start("Preparing rows", None)
     rows = prepare_rows(context.recipe.data, context.template, stage.path, context.recipe.seed, context.progress)
     for label, source in rows.ledger["sources"].items():
-        context.progress.say(f"{label}: {source['why']}")
-        if source["lost"]:
-            lost, requested = source["lost"], source["asked"]
-            rows_lost = f"{lost:,.0f} of {count_of(round(requested), 'row')} lost ({lost / requested:.2%})"
-            context.progress.say(f"{label}: {rows_lost}; the ledger says why")
-        if source["contaminated"] and context.recipe.data.contamination == "report":
-            context.progress.say(
-                f"{label}: {count_of(source['contaminated'], 'training row')} with passages of held-out rows"
-            )
+        for note in source_notes(source):
+            context.progress.say(f"{label}: {note}")
     _refuse_preference_rows(context.recipe, rows)
     repeated = (
         f" ({rows.train.distinct_count} of them different)" if rows.train.distinct_count < len(rows.train) else ""

@@ -18,6 +18,8 @@ from typing import Any
 import corral
 from corral.storage import remove_temporary_files, remove_tree, storage_errors, tree_hashes, write_json
 
+_DAMAGED = "damaged"
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
@@ -116,7 +118,13 @@ def read_record(path: Path) -> dict[str, Any] | None:
         return None
     except ValueError:
         # The machine crashed while it was written: the other files cannot be trusted to belong to any fingerprint.
-        return {"fingerprint": "damaged", "status": "running"}
+        return {"fingerprint": _DAMAGED, "status": "running"}
+
+
+def read_fingerprint(run: Path, name: str) -> str | None:
+    """The fingerprint in a stage's record; None if there is no record, or a damaged one."""
+    fingerprint = (read_record(run / name) or {}).get("fingerprint")
+    return None if fingerprint == _DAMAGED else fingerprint
 
 
 def _is_done(path: Path, record: Mapping[str, Any]) -> bool:
