@@ -28,8 +28,11 @@ def training_examples(run: Run, seed: int) -> list[Conversation]:
 
 def source_examples(source: Source) -> list[Conversation]:
     """The first rows of a source. Raises: DataError, AssetError, StorageError."""
-    rows = load_source_rows(source, cache.default_folder(), Progress())
-    return _conversations(rows.records(np.arange(min(len(rows), source.rows or _MOST))))
+    folder = cache.default_folder()
+    with cache.hold_cache(folder) as used:
+        rows = load_source_rows(source, folder, Progress())
+        used.add(folder / rows.identity)
+        return _conversations(rows.records(np.arange(min(len(rows), source.rows or _MOST))))
 
 
 def _conversations(records: Iterable[Record]) -> list[Conversation]:
