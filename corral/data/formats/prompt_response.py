@@ -9,6 +9,7 @@ from corral.data.formats.chat_messages import (
     ANSWER_TEXT_COLUMNS,
     SYSTEM_COLUMNS,
     add_system_column,
+    is_hh,
     parse_json_list,
     read_hh_dialogue,
     read_messages,
@@ -112,7 +113,7 @@ def read_prompt(name: str, value: Any, row: Mapping[str, Any]) -> Conversation:
     history, context = earlier_turns(row), context_text(row)
     if isinstance(value, list):
         turns = read_messages(value, name)
-    elif isinstance(value, str) and value.startswith("\n\nHuman:"):
+    elif is_hh(value) and (value.startswith("\n\n") or value.rstrip().endswith("\n\nAssistant:")):
         turns = read_hh_dialogue(value.rstrip().removesuffix("\n\nAssistant:"), name)
     else:
         text = refuse_rendered(nonblank_text(value, name), name)

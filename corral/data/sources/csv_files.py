@@ -75,6 +75,8 @@ def read_csv(file: SourceFile, say: Say) -> Iterator[RawRow]:
         if fault is None and len(cells) != len(names):
             more = "fewer" if len(cells) < len(names) else "more"
             fault = f"the row has {more} cells than the header, which has {len(names)}", ""
+        elif [cell.strip().removeprefix("\ufeff") for cell in cells] == names:
+            fault = "the header again", ""
         if fault is not None:
             yield faulty_row(row, location, *fault)
         else:

@@ -1,6 +1,6 @@
 """Chooses the files with rows among those of a folder or S3 prefix.
 
-In a data set cloned from a hub, only the files of its train split are chosen; the split is read from the names of files and
+Files of a test or validation split are left out where others remain, as in a data set cloned from a hub; the split is read from the names of files and
 folders as the `datasets` library does. Of a folder that `datasets` wrote with `save_to_disk`, the files that it names are.
 """
 
@@ -16,7 +16,11 @@ from corral.errors import DataError
 
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 _NOTES = re.compile(r"(readme|licen[cs]e|notice)\.txt", re.IGNORECASE)
-_SPLITS = {"train": "train|training", "validation": "validation|valid|dev|val", "test": "test|testing|eval|evaluation"}
+_SPLITS = {
+    "train": "train|training",
+    "validation": "validation|valid|dev|val",
+    "test": "test|testing|testset|eval|evaluation|hold-?out|held-?out",
+}
 _SPLIT_WORDS = {split: re.compile(rf"(?<![^-._ 0-9])({words})(?![^-._ 0-9])", re.I) for split, words in _SPLITS.items()}
 
 
@@ -62,11 +66,11 @@ def _may_hold_rows(name: str) -> bool:
 
 
 def _choose_train_split(names: list[str], where: str, say: Say) -> list[str]:
-    """The names without those of other splits, if some are of the train split."""
+    """The names without those of the validation and test splits, if others remain."""
     by_split: dict[str, list[str]] = {}
     for name in names:
         by_split.setdefault(_find_split(name), []).append(name)
-    if "train" not in by_split:
+    if by_split.keys() <= {"validation", "test"}:
         return names
     for split in ("validation", "test"):
         if files := by_split.get(split):

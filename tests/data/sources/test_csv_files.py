@@ -67,6 +67,11 @@ def test_the_delimiter_of_the_recipe_comes_before_the_one_in_the_file(tmp_path: 
     assert [row.value for row in read_rows(Source(path=str(path), delimiter=":"))] == [{"a": "1", "b;c": "2;3"}]
 
 
+def test_a_header_that_stands_again_within_the_table_is_a_fault(tmp_path: Path) -> None:
+    rows = rows_of(written(tmp_path / "a.csv", "a,b\n1,2\n\ufeffa,b\n3,4\n"))
+    assert [row.value or row.reason for row in rows] == [{"a": "1", "b": "2"}, "the header again", {"a": "3", "b": "4"}]
+
+
 def test_a_row_with_extra_or_missing_cells_is_a_fault_and_reading_continues(tmp_path: Path) -> None:
     path = written(tmp_path / "a.csv", 'a,b\n1,2\n1\n1,2,3\n3,4\n"five\n5",6,\n"s""e",7\n')
     rows = rows_of(path)

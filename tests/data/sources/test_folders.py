@@ -35,6 +35,7 @@ def names(folder: Path, *files: str) -> tuple[list[str], list[str]]:
         "my_training.jsonl",
         "a-train/b.jsonl",
         "Train.jsonl",
+        "instructions.jsonl",
     ],
 )
 @pytest.mark.parametrize(
@@ -43,6 +44,8 @@ def names(folder: Path, *files: str) -> tuple[list[str], list[str]]:
         ("test.jsonl", "test"),
         ("data/test-00000-of-00001.jsonl", "test"),
         ("my.eval.jsonl", "test"),
+        ("testset.jsonl", "test"),
+        ("held-out.jsonl", "test"),
         ("evaluation/0.jsonl", "test"),
         ("dev.jsonl", "validation"),
         ("valid/0.jsonl", "validation"),
@@ -56,9 +59,9 @@ def test_other_splits_of_a_clone_are_left_out_and_reported(tmp_path: Path, train
 
 
 @pytest.mark.parametrize(
-    "files", [("test.jsonl", "dev.jsonl"), ("latest.jsonl", "retrain.jsonl", "devices.jsonl", "test.jsonl")]
+    "files", [("test.jsonl", "dev.jsonl"), ("latest.jsonl", "retrain.jsonl", "devices.jsonl", "protest.jsonl")]
 )
-def test_without_a_train_split_all_files_are_read(tmp_path: Path, files: tuple[str, ...]) -> None:
+def test_files_of_held_out_splits_alone_or_of_none_are_read(tmp_path: Path, files: tuple[str, ...]) -> None:
     assert names(tmp_path, *files) == (sorted(files), [])
 
 
