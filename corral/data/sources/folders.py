@@ -1,7 +1,8 @@
 """Chooses the files with rows among those of a folder or S3 prefix.
 
-Files of a test or validation split are left out where others remain, as in a data set cloned from a hub; the split is read from the names of files and
-folders as the `datasets` library does. Of a folder that `datasets` wrote with `save_to_disk`, the files that it names are.
+Files of a test or validation split are left out where others remain, as in a data set cloned from a hub; the split is read
+from the names of files and folders, as the `datasets` library does. Of a folder that `datasets` wrote with `save_to_disk`, the
+files that it names are chosen.
 """
 
 from __future__ import annotations
