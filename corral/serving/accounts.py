@@ -21,7 +21,7 @@ from corral.serving.api_keys import Key, KeyStore, KeyUsage, Quota, parse_key_id
 from corral.serving.database import run_in_thread
 from corral.serving.http_responses import traceback_without_message
 from corral.serving.protocol import Refused, Usage
-from corral.serving.retry_after import DATABASE_SECONDS, Busy
+from corral.serving.retry_after import Busy, database_unavailable
 
 _REFRESH_SECONDS = 1.0  # age after which keys are read again
 _WAIT_SECONDS = 1.0  # most that a request waits for such a read while the known keys are recent enough
@@ -216,8 +216,7 @@ class Accounts:
                 await asyncio.wait([read_task])  # has a timeout of its own
         snapshot = self._usable_snapshot()
         if snapshot is None:
-            what = "the database of this server cannot be reached"
-            raise Busy(503, what, retry_seconds=DATABASE_SECONDS, code="database_unavailable")
+            raise database_unavailable()
         return snapshot
 
     def _usable_snapshot(self) -> _KeySnapshot | None:

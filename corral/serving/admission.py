@@ -24,7 +24,7 @@ from corral.serving.http_responses import INTERNAL_ERROR, json_response, traceba
 from corral.serving.prometheus import Metrics
 from corral.serving.protocol import Refused, Usage
 from corral.serving.request_queue import RequestQueue, Slot
-from corral.serving.retry_after import SHUTDOWN_SECONDS, Busy
+from corral.serving.retry_after import Busy, shutting_down
 
 _log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class Admission:
             Refused: 429: the key's quota is used up; 503: the queue is full, or the server is shutting down; 504: the
                 deadline passed; anything that `start` or the handler raises.
         """
-        self._check_quota(request.state.caller)
+        self._admit(request.state.caller)
         admitted = _AdmittedRequest(self, request.state.caller, model)
         timeout = asyncio.timeout_at(admitted.deadline)
         outcome: Outcome = "failed"
@@ -137,11 +137,10 @@ class Admission:
         """Write usage counts to the database."""
         await self.accounts.close()
 
-    def _check_quota(self, caller: Caller) -> None:
-        """Raises: Busy."""
+    def _admit(self, caller: Caller) -> None:
+        """Count a request as under way. Raises: Busy (the quota is used up, or the server is shutting down)."""
         if self.is_draining:
-            what = "this server is shutting down and takes no more requests"
-            raise Busy(503, what, retry_seconds=SHUTDOWN_SECONDS, code="shutting_down")
+            raise shutting_down()
         self.accounts.admit(caller, self.queue.seconds_per_request)
 
 

@@ -28,7 +28,7 @@ from corral.serving.http_responses import error_response, json_response
 from corral.serving.middleware import AccessMiddleware, ResponseMiddleware
 from corral.serving.prometheus import CONTENT_TYPE
 from corral.serving.protocol import ModelList, Refused, validation_error
-from corral.serving.retry_after import DATABASE_SECONDS, ENGINE_SECONDS, SHUTDOWN_SECONDS, Busy
+from corral.serving.retry_after import database_unavailable, engine_unavailable, shutting_down
 from corral.serving.served_models import ServedModels
 
 _HTTP_MESSAGES = {404: "there is no such route", 405: "this route has no such method"}
@@ -130,8 +130,7 @@ def _status_routes(models: ServedModels, admission: Admission) -> APIRouter:
     @router.get("/health/ready")
     async def ready() -> Response:  # pyright: ignore[reportUnusedFunction]
         if admission.is_draining:
-            what = "this server is shutting down"
-            raise Busy(503, what, retry_seconds=SHUTDOWN_SECONDS, code="shutting_down")
+            raise shutting_down()
         readiness.check()
         return json_response(Health(status="ready"))
 
@@ -170,8 +169,7 @@ class _Readiness:
                 # Only submitting work shows whether an engine takes it.
                 engine.submit([0], Sampling(max_tokens=1)).cancel()
         if not self._models.ready:
-            what = "an engine of this server cannot compute"
-            raise Busy(503, what, retry_seconds=ENGINE_SECONDS, code="engine_unavailable")
+            raise engine_unavailable("an engine of this server cannot compute")
 
 
 def _handle_errors(app: FastAPI) -> None:
@@ -191,8 +189,7 @@ def _handle_errors(app: FastAPI) -> None:
         return error_response(Refused(error.status_code, what), error.headers)
 
     async def no_database(request: Request, error: Exception) -> Response:
-        what = "the database of this server cannot be reached"
-        return error_response(Busy(503, what, retry_seconds=DATABASE_SECONDS, code="database_unavailable"))
+        return error_response(database_unavailable())
 
     app.add_exception_handler(Refused, refused)
     app.add_exception_handler(RequestValidationError, invalid)

@@ -35,7 +35,7 @@ from corral.serving.protocol import (
     RequestLimits,
     Usage,
 )
-from corral.serving.retry_after import ENGINE_SECONDS, Busy
+from corral.serving.retry_after import engine_unavailable
 from corral.template import Template
 from corral.template.tokenization import PieceTokenizer
 
@@ -319,13 +319,8 @@ def build_sampling(
 def finish_reason(finish: Finish) -> Literal["stop", "length"]:
     """OpenAI's name of the finish reason. Raises: Refused (the engine cancelled the answer)."""
     if finish == "cancelled":
-        raise _unavailable("the answer was cut off by the engine")
+        raise engine_unavailable("the answer was cut off by the engine")
     return finish
-
-
-def _unavailable(what: str, retry_seconds: float | None = None) -> Busy:
-    seconds = ENGINE_SECONDS if retry_seconds is None else retry_seconds
-    return Busy(503, what, retry_seconds=seconds, code="engine_unavailable")
 
 
 def _loggable(error: CorralError) -> str:
@@ -345,9 +340,9 @@ def translate_errors() -> Generator[None]:
         raise Refused(400, error.what) from error
     except EngineUnavailableError as error:
         _log.warning("no engine is available: %s", _loggable(error))
-        raise _unavailable("no engine of this model is available now", error.retry_seconds) from error
+        raise engine_unavailable("no engine of this model is available now", error.retry_seconds) from error
     except EngineClosedError as error:
-        raise _unavailable("the engine of this server is closed") from error
+        raise engine_unavailable("the engine of this server is closed") from error
     except CorralError as error:
         _log.error("the engine failed: %s", _loggable(error))
         raise Refused(500, "the engine failed on this request", code="engine_failed") from error

@@ -16,7 +16,7 @@ from corral.serving.accounts import Caller
 from corral.serving.admission import Admission
 from corral.serving.http_responses import INTERNAL_ERROR, error_response, new_request_id, traceback_without_message
 from corral.serving.protocol import Refused
-from corral.serving.retry_after import Busy
+from corral.serving.retry_after import server_full
 
 _log = logging.getLogger(__name__)
 
@@ -120,9 +120,7 @@ class AccessMiddleware:
         # One key alone may not use the last `max_open` places, so that others reach the queue, which is fair to them.
         is_over_share = caller.key_id and self._open_by_key[caller.key_id] >= limits.at_once + limits.waiting
         if count >= limits.max_open or is_over_share:
-            what = f"this server is full: {count} requests are under way"
-            wait = queue.wait_seconds(queue.waiting + 1)
-            raise Busy(503, what, retry_seconds=wait, code="server_full")
+            raise server_full(f"{count} requests are under way", queue.wait_seconds(queue.waiting + 1))
         if int(headers.get("content-length", "0")) > self._body_bytes:
             raise Refused(413, self._too_large)
 

@@ -10,7 +10,7 @@ import time
 from collections import Counter, OrderedDict, deque
 from typing import NamedTuple
 
-from corral.serving.retry_after import Busy
+from corral.serving.retry_after import server_full
 
 _MAX_WAIT_SECONDS = 3600
 _MEAN_WEIGHT = 0.1  # of the newest request in the running mean of request durations
@@ -125,12 +125,8 @@ class RequestQueue:
         """Refuse the newest request of the longest queue. Raises: Busy (no queue is longer than the key's own would be)."""
         own = len(self._queues.get(key, ()))
         longest = max(self._queues, key=lambda each: len(self._queues[each]), default=key)
-        full = Busy(
-            503,
-            f"this server is full: {self.running} requests are running and {self.waiting} are waiting",
-            retry_seconds=self.wait_seconds(self.waiting + 1),
-            code="server_full",
-        )
+        count = f"{self.running} requests are running and {self.waiting} are waiting"
+        full = server_full(count, self.wait_seconds(self.waiting + 1))
         if len(self._queues.get(longest, ())) <= own + 1:
             raise full
         waiter = self._queues[longest].pop()

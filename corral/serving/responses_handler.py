@@ -46,7 +46,7 @@ from corral.serving.responses_protocol import (
     ResponseUsage,
     build_conversation,
 )
-from corral.serving.retry_after import DATABASE_SECONDS, Busy
+from corral.serving.retry_after import database_unavailable
 from corral.serving.tables import Item, new_id
 
 T = TypeVar("T")
@@ -254,8 +254,7 @@ async def call_store(call: Callable[..., T], *arguments: Any) -> T:
             return await asyncio.shield(asyncio.create_task(run_in_thread(call, *arguments)))
     except (DatabaseError, TimeoutError) as error:
         _log.error("%s", error.what if isinstance(error, DatabaseError) else "the database does not answer")
-        what = "the store of this server cannot be used now"
-        raise Busy(503, what, retry_seconds=DATABASE_SECONDS, code="database_unavailable") from None
+        raise database_unavailable() from None
 
 
 async def _truncate_to_fit(served: ServedModel, conversation: Conversation, max_tokens: int | None) -> Conversation:
