@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import AsyncGenerator, Generator
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
-from corral.answering.answerer import Answer, Answerer, TextDelta, TextStream
-from corral.answering.consensus import Consensus, Embed
+from corral.answering.answerer import Answer, TextDelta, TextStream
+from corral.answering.consensus import Consensus
 from corral.engines.base import Finish, Sampling
 from corral.errors import (
     CorralError,
@@ -32,64 +30,13 @@ from corral.serving.protocol import (
     ConversationRequest,
     GenerationRequest,
     Refused,
-    RequestLimits,
     Usage,
 )
 from corral.serving.retry_after import engine_unavailable
-from corral.template import Template
-from corral.template.tokenization import PieceTokenizer
+from corral.serving.served_models import ServedModel
 
 _MAX_STOPS = 4
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """A model as clients see it."""
-
-    answerer: Answerer
-    name: str
-    limits: RequestLimits = field(default_factory=RequestLimits)
-    fingerprint: str | None = None
-    """Changes when the same request and seed may give another answer."""
-    created: int = field(default_factory=lambda: int(time.time()))
-    """When the server started, in seconds since 1970."""
-    embed: Embed | None = None
-    """For cosine consensus, which is refused without it."""
-
-    @property
-    def context(self) -> int:
-        """Most tokens of prompt and answer together."""
-        return self.answerer.engine.features.max_length
-
-    @cached_property
-    def plain_text(self) -> PlainTextTokenizer:
-        """For prompts without a template."""
-        return PlainTextTokenizer(self.answerer.template)
-
-
-class PlainTextTokenizer:
-    """Tokenises prompts that are plain text, with the tokenizer's usual start (BOS if it has one).
-
-    A special token's name in the text stays text, as in a chat message. A client that means the token sends its id.
-    """
-
-    def __init__(self, template: Template) -> None:
-        self._template = template
-
-    def ids(self, text: str, *, begin: bool = True) -> list[int]:
-        """The ids of a text, after those that the tokenizer puts before every text if `begin`. Raises: TemplateError."""
-        ids = self._tokens.tokenize([(self._tokens.escape(text), False)]).ids
-        return [*self._prefix, *ids] if begin else [*ids]
-
-    @cached_property
-    def _tokens(self) -> PieceTokenizer:
-        return PieceTokenizer(self._template.tokenizer, self._template.source)
-
-    @cached_property
-    def _prefix(self) -> list[int]:
-        encoded = self._template.tokenizer.backend_tokenizer.encode("a", add_special_tokens=True)
-        return encoded.ids[: encoded.special_tokens_mask.index(0)]
 
 
 class RunningAnswer:

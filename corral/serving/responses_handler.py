@@ -24,7 +24,6 @@ from corral.serving.database import run_in_thread
 from corral.serving.event_stream import Event
 from corral.serving.generation import (
     RunningAnswer,
-    ServedModel,
     build_sampling,
     check_conversation,
     check_message_count,
@@ -47,6 +46,7 @@ from corral.serving.responses_protocol import (
     build_conversation,
 )
 from corral.serving.retry_after import database_unavailable
+from corral.serving.served_models import ServedModel
 from corral.serving.tables import Item, new_id
 
 T = TypeVar("T")

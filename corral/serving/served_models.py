@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from corral.answering.answerer import Answerer
+from corral.answering.consensus import Embed
 from corral.answering.identity import fingerprint_with_settings
 from corral.answering.open_model import OpenedModel, check_engine, connect_model, open_models
 from corral.answering.settings import AnswererSettings, find_run, load_answer_settings
@@ -21,11 +25,61 @@ from corral.engines.embedding import ASSET, MAX_TOKENS, Embedder
 from corral.engines.registry import EngineName
 from corral.errors import InputError
 from corral.model.naming import model_name
-from corral.serving.generation import ServedModel
-from corral.serving.protocol import Model, Refused
+from corral.serving.protocol import Model, Refused, RequestLimits
+from corral.template import Template
+from corral.template.tokenization import PieceTokenizer
 
 _CHECK_SECONDS = 5.0  # how often replicas are checked while there are no requests
 _NAME = re.compile(r"(?P<name>[^=/\\:]+)=(?P<spec>.+)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model as clients see it."""
+
+    answerer: Answerer
+    name: str
+    limits: RequestLimits = field(default_factory=RequestLimits)
+    fingerprint: str | None = None
+    """Changes when the same request and seed may give another answer."""
+    created: int = field(default_factory=lambda: int(time.time()))
+    """When the server started, in seconds since 1970."""
+    embed: Embed | None = None
+    """For cosine consensus, which is refused without it."""
+
+    @property
+    def context(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self.answerer.engine.features.max_length
+
+    @cached_property
+    def plain_text(self) -> PlainTextTokenizer:
+        """For prompts without a template."""
+        return PlainTextTokenizer(self.answerer.template)
+
+
+class PlainTextTokenizer:
+    """Tokenises prompts that are plain text, with the tokenizer's usual start (BOS if it has one).
+
+    A special token's name in the text stays text, as in a chat message. A client that means the token sends its id.
+    """
+
+    def __init__(self, template: Template) -> None:
+        self._template = template
+
+    def ids(self, text: str, *, begin: bool = True) -> list[int]:
+        """The ids of a text, after those that the tokenizer puts before every text if `begin`. Raises: TemplateError."""
+        ids = self._tokens.tokenize([(self._tokens.escape(text), False)]).ids
+        return [*self._prefix, *ids] if begin else [*ids]
+
+    @cached_property
+    def _tokens(self) -> PieceTokenizer:
+        return PieceTokenizer(self._template.tokenizer, self._template.source)
+
+    @cached_property
+    def _prefix(self) -> list[int]:
+        encoded = self._template.tokenizer.backend_tokenizer.encode("a", add_special_tokens=True)
+        return encoded.ids[: encoded.special_tokens_mask.index(0)]
 
 
 class ServedModels:

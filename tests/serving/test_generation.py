@@ -16,8 +16,9 @@ from corral.engines.base import Features, Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.messages import Conversation
 from corral.prompting.few_shot import STEP_BY_STEP, Prompting
-from corral.serving.generation import ServedModel, finish_reason
+from corral.serving.generation import finish_reason
 from corral.serving.protocol import Refused, RequestLimits
+from corral.serving.served_models import ServedModel
 from corral.template import Template
 from tests.serving.conftest import ASKED, Serve
 

@@ -17,8 +17,7 @@ from corral.engines.base import Sampling
 from corral.errors import InputError
 from corral.serving import server
 from corral.serving.admission import ServerLimits
-from corral.serving.generation import ServedModel
-from corral.serving.served_models import ServedModels, open_served_models
+from corral.serving.served_models import ServedModel, ServedModels, open_served_models
 from tests.conftest import web_server
 from tests.engines.conformance import complete, wait_for
 from tests.engines.remote.fake_server import FakeServer, chunk, fake_server, refuses_with
