@@ -163,16 +163,6 @@ def test_a_request_over_its_time_limit_gets_504_and_its_work_stops(waits: bool, 
     assert endless.has_stopped(within=0)
 
 
-def test_a_stream_over_its_time_limit_ends_with_the_error(serve: Serve) -> None:
-    endless, admission = Endless(), Admission(ServerLimits(max_seconds=0.5))
-    _, events, _ = serve(endless.engine, admission).chat(stream=True)
-    assert len(events) > 5
-    assert events[-1]["error"]["code"] == "deadline_exceeded"
-    assert "[DONE]" not in events
-    assert wait_for(lambda: b'outcome="late"} 1.0' in admission.metrics.render())
-    assert endless.has_stopped(within=0)
-
-
 def test_a_client_that_disconnects_while_queued_leaves_the_queue(serve: Serve) -> None:
     engine, admission = Gated(), Admission(ServerLimits(at_once=1, waiting=5))
     server = serve(engine, admission)
