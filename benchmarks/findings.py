@@ -40,7 +40,7 @@ from corral.engines.registry import load_engine
 from corral.evaluation import scorecard, tasks
 from corral.evaluation.inference import Item
 from corral.evaluation.measurements import EvaluationData, Measurements, VariantSpec, task_items
-from corral.evaluation.row_file import RowFile, RowOrigin
+from corral.evaluation.row_file import RowFile, RowProducer
 from corral.evaluation.scorecard import Scorecard
 from corral.evaluation.scoring import Row, VariantRows
 from corral.evaluation.tasks import Task
@@ -221,14 +221,14 @@ def compare_votes(
     questions = task.questions[: max(2, round(len(task.questions) * share))]
     items = task_items(replace(task, questions=questions))
     digest = f"{model_identity(bench.model)[:16]} {answer.model_dump_json()} {bench.rows}"
-    maker, file = RowOrigin(task.name, digest), RowFile(bench.folder / f"votes-{task.name}.jsonl")
+    producer, file = RowProducer(task.name, digest), RowFile(bench.folder / f"votes-{task.name}.jsonl")
     sampling = Sampling(task.max_tokens or 64, n=CANDIDATES, temperature=0.7, top_p=0.9, seed=SEED, logprobs=True)
     answerer = build_answerer(
         session.engine, bench.template, answer, examples=lambda: task.examples(reasoning=answer.reasoning), seed=SEED
     )
     bench.progress.start(f"Candidates: {task.name}", len(items))
-    session.run(_generate(answerer, maker, items, sampling, file, bench.progress))
-    drawn = file.rows_of(maker)
+    session.run(_generate(answerer, producer, items, sampling, file, bench.progress))
+    drawn = file.rows_of(producer)
     embedder, rows = Embedder(), {"first candidate": list[Row]()} | {method: list[Row]() for method in get_args(Method)}
     if task.kind == "text":  # a majority vote counts results, which free texts do not have
         rows = {name: rows[name] for name in ("first candidate", "rouge-l", "cosine")}
@@ -246,7 +246,12 @@ def compare_votes(
 
 
 async def _generate(
-    answerer: Answerer, maker: RowOrigin, items: Sequence[Item], sampling: Sampling, into: RowFile, progress: Progress
+    answerer: Answerer,
+    producer: RowProducer,
+    items: Sequence[Item],
+    sampling: Sampling,
+    into: RowFile,
+    progress: Progress,
 ) -> None:
     limit = asyncio.Semaphore(CONCURRENCY)
 
@@ -259,10 +264,10 @@ async def _generate(
                 (text, sum(done.logprobs) / len(done.logprobs) if done.logprobs else None)
                 for text, done in zip(answer.texts, answer.completions, strict=True)
             ]
-            into.add(maker, item.id, candidates=pairs)
-            progress.update(len(into.rows_of(maker)))
+            into.add(producer, item.id, candidates=pairs)
+            progress.update(len(into.rows_of(producer)))
 
-    known = into.rows_of(maker)
+    known = into.rows_of(producer)
     async with asyncio.TaskGroup() as group:
         for item in items:
             if item.id not in known:

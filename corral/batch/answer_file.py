@@ -20,8 +20,8 @@ AnswerPrompts: TypeAlias = Callable[[Iterator[Prompt], KeepRow], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """The outcome of a batch.
+class BatchResult:
+    """The result of a batch.
 
     Args:
         out: the output.
@@ -43,7 +43,7 @@ class Outcome:
 
 def answer_file(
     source: str, out: Path, identity: Mapping[str, Any], answer_prompts: AnswerPrompts, progress: Progress
-) -> Outcome:
+) -> BatchResult:
     """Answer every row of a source that has no answer yet, and write the output when all are finished.
 
     Args:
@@ -68,12 +68,12 @@ def answer_file(
 
 def _answer_file(
     source: str, out: Path, identity: Mapping[str, Any], answer_prompts: AnswerPrompts, progress: Progress
-) -> Outcome:
+) -> BatchResult:
     prompts = PromptFile(source, progress)
     digest = prompts.digest()
     with open_journal(out, {"prompts": digest, **identity}) as journal:
         if isinstance(journal, Totals):
-            return Outcome(out, journal)
+            return BatchResult(out, journal)
         progress.start("Reading prompts", None)
         survey = prompts.survey()
         if survey.bad == survey.rows:
@@ -91,7 +91,7 @@ def _answer_file(
                 where=source,
                 hint=f"remove {journal.path} and start again",
             )
-        return throughput.outcome(journal.finish(survey.rows))
+        return throughput.result(journal.finish(survey.rows))
 
 
 def _unanswered(prompts: PromptFile, journal: Journal, throughput: _Throughput) -> Iterator[Prompt]:
@@ -133,9 +133,11 @@ class _Throughput:
         saved = f", {self._saved():.0%} of candidates saved" if self._cancelled else ""
         self._progress.update(self._rows, f"{prompts:.3g} prompts/s, {tokens:,.0f} tokens/s{saved}")
 
-    def outcome(self, totals: Totals) -> Outcome:
-        """The outcome, once the output is written."""
-        return Outcome(self._journal.out, totals, self._rows, self._last - self._began, *self._speeds(), self._saved())
+    def result(self, totals: Totals) -> BatchResult:
+        """The result, once the output is written."""
+        return BatchResult(
+            self._journal.out, totals, self._rows, self._last - self._began, *self._speeds(), self._saved()
+        )
 
     def _speeds(self) -> tuple[float, float]:
         """(prompts, tokens) per second."""

@@ -18,7 +18,7 @@ from corral.engines.base import CHAT_SAMPLING, run_engine
 from corral.errors import InputError
 
 if TYPE_CHECKING:
-    from corral.batch import Outcome
+    from corral.batch import BatchResult
     from corral.chat.client import ServerBackend
     from corral.chat.repl import LocalBackend
     from corral.recipe import Answer
@@ -168,9 +168,9 @@ def batch(args: argparse.Namespace) -> dict[str, Any]:
         from corral.batch.local_worker import answer_locally
 
         answer_prompts = partial(answer_locally, settings.open_answerer, settings.choices_per_prompt, seed)
-    outcome = answer_file(args.prompts, Path(args.out), settings.identity(), answer_prompts, TerminalProgress())
-    _print_outcome(outcome)
-    return asdict(outcome) | {"out": str(outcome.out)}
+    result = answer_file(args.prompts, Path(args.out), settings.identity(), answer_prompts, TerminalProgress())
+    _print_result(result)
+    return asdict(result) | {"out": str(result.out)}
 
 
 def _answer_settings(args: argparse.Namespace, defaults: Mapping[str, float] | None = None) -> tuple[Answer, int]:
@@ -182,13 +182,13 @@ def _answer_settings(args: argparse.Namespace, defaults: Mapping[str, float] | N
     return load_answer_settings(args.model, dict(defaults or {}) | given)
 
 
-def _print_outcome(outcome: Outcome) -> None:
-    figures = outcome.figures
+def _print_result(result: BatchResult) -> None:
+    figures = result.figures
     bad = f", {figures.bad:,} of them bad" if figures.bad else ""
-    print(f"answers  {outcome.out} ({figures.rows:,} rows{bad}; {figures.tokens:,} tokens)")
-    if outcome.answered:
-        speed = f"{outcome.prompts_per_second:.3g} prompts/s, {outcome.tokens_per_second:,.0f} tokens/s"
-        saved = f", {outcome.saved:.0%} of the candidates ended early" if outcome.saved else ""
+    print(f"answers  {result.out} ({figures.rows:,} rows{bad}; {figures.tokens:,} tokens)")
+    if result.answered:
+        speed = f"{result.prompts_per_second:.3g} prompts/s, {result.tokens_per_second:,.0f} tokens/s"
+        saved = f", {result.saved:.0%} of the candidates ended early" if result.saved else ""
         print(f"speed    {speed}{saved}")
     else:
         print("already done: every row has its answer")

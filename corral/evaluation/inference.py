@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from corral.answering.answerer import Answerer
 from corral.errors import CorralError, first_error
 from corral.evaluation.question_sets import Question
-from corral.evaluation.row_file import RowFile, RowOrigin
+from corral.evaluation.row_file import RowFile, RowProducer
 from corral.messages import Conversation
 
 MAX_CONCURRENT_ROWS = 64  # rows handed to the engine together; the engine batches them
@@ -38,19 +38,19 @@ Progressed = Callable[[int], None]
 
 
 async def compute_losses(
-    answerer: Answerer, origin: RowOrigin, items: Sequence[Item], file: RowFile, on_done: Progressed
+    answerer: Answerer, producer: RowProducer, items: Sequence[Item], file: RowFile, on_done: Progressed
 ) -> None:
     """Add `nll` and `tokens` for each item that is not yet in the file."""
 
     async def add_loss(item: Item) -> None:
         score = await answerer.score(item.conversation)
-        file.add(origin, item.id, nll=score.nll, tokens=score.tokens)
+        file.add(producer, item.id, nll=score.nll, tokens=score.tokens)
 
-    await _for_missing(items, origin, file, add_loss, on_done)
+    await _for_missing(items, producer, file, add_loss, on_done)
 
 
 async def generate_answers(
-    answerer: Answerer, origin: RowOrigin, items: Sequence[Item], file: RowFile, on_done: Progressed
+    answerer: Answerer, producer: RowProducer, items: Sequence[Item], file: RowFile, on_done: Progressed
 ) -> None:
     """Add an answer for each item that is not yet in the file.
 
@@ -63,7 +63,7 @@ async def generate_answers(
         prompt, reference = item.conversation.split_answer()
         answer = await answerer.answer(prompt)
         file.add(
-            origin,
+            producer,
             item.id,
             prompt=prompt.to_json()["messages"],
             reference=reference,
@@ -76,11 +76,11 @@ async def generate_answers(
             **(item.grade(answer.text) if item.grade else {}),
         )
 
-    await _for_missing(items, origin, file, add_answer, on_done)
+    await _for_missing(items, producer, file, add_answer, on_done)
 
 
 async def compute_option_logprobs(
-    answerer: Answerer, origin: RowOrigin, questions: Sequence[Question], file: RowFile, on_done: Progressed
+    answerer: Answerer, producer: RowProducer, questions: Sequence[Question], file: RowFile, on_done: Progressed
 ) -> None:
     """Add the log-probabilities of the options of each question that is not yet in the file.
 
@@ -93,9 +93,9 @@ async def compute_option_logprobs(
         prompt = await answerer.encode_prompt(stem)
         logprobs = [await option_logprob(answerer, prompt, stem, option) for option in question.options]
         lengths = [len(option.encode()) for option in question.options]
-        file.add(origin, question.id, logprobs=logprobs, bytes=lengths, gold=question.correct_option)
+        file.add(producer, question.id, logprobs=logprobs, bytes=lengths, gold=question.correct_option)
 
-    await _for_missing(questions, origin, file, add_logprobs, on_done)
+    await _for_missing(questions, producer, file, add_logprobs, on_done)
 
 
 async def option_logprob(answerer: Answerer, prompt: Sequence[int], stem: Conversation, option: str) -> float:
@@ -120,7 +120,7 @@ async def option_logprob(answerer: Answerer, prompt: Sequence[int], stem: Conver
 
 async def _for_missing(
     rows: Sequence[_RowType],
-    origin: RowOrigin,
+    producer: RowProducer,
     file: RowFile,
     process: Callable[[_RowType], Awaitable[None]],
     on_done: Progressed,
@@ -131,9 +131,9 @@ async def _for_missing(
     async def process_limited(row: _RowType) -> None:
         async with limit:
             await process(row)
-            on_done(len(file.rows_of(origin)))
+            on_done(len(file.rows_of(producer)))
 
-    finished = file.rows_of(origin)
+    finished = file.rows_of(producer)
     missing = [row for row in rows if row.id not in finished]
     try:
         async with asyncio.TaskGroup() as group:

@@ -23,7 +23,7 @@ from corral.engines.embedding import Embedder
 from corral.evaluation import tasks
 from corral.evaluation.inference import Item, compute_losses, compute_option_logprobs, generate_answers
 from corral.evaluation.question_sets import Question
-from corral.evaluation.row_file import RowFile, RowOrigin
+from corral.evaluation.row_file import RowFile, RowProducer
 from corral.evaluation.scoring import Row, VariantRows
 from corral.evaluation.tasks import Task
 from corral.messages import Conversation
@@ -79,7 +79,7 @@ class _RowSet:
     """The rows of one variant in one file."""
 
     file: str
-    origin: RowOrigin
+    producer: RowProducer
     ids: frozenset[str]
 
 
@@ -106,13 +106,13 @@ class Measurements:
 
     def reuse_rows(self, old: Path, variants: Sequence[VariantSpec], data: EvaluationData) -> None:
         """Copy from another folder the rows that these variants have there with the same settings."""
-        reusable: dict[str, dict[RowOrigin, Collection[str]]] = {SECONDS: {}}
+        reusable: dict[str, dict[RowProducer, Collection[str]]] = {SECONDS: {}}
         for variant in variants:
             for rows in _row_sets(variant, data):
-                reusable.setdefault(rows.file, {})[rows.origin] = rows.ids
-                reusable[SECONDS][rows.origin] = (rows.file,)
-        for name, ids_by_origin in reusable.items():
-            self.row_file(name).reuse_rows(old / name, ids_by_origin)
+                reusable.setdefault(rows.file, {})[rows.producer] = rows.ids
+                reusable[SECONDS][rows.producer] = (rows.file,)
+        for name, ids_by_producer in reusable.items():
+            self.row_file(name).reuse_rows(old / name, ids_by_producer)
 
     def is_complete(self, variant: VariantSpec, data: EvaluationData) -> bool:
         """Whether a variant has all its rows."""
@@ -139,7 +139,7 @@ class Measurements:
             start("held-out loss", len(data.loss_items))
             rows = _loss_rows(variant, data)
             file = self.row_file(rows.file)
-            await compute_losses(Answerer(engine, template), rows.origin, data.loss_items, file, progress.update)
+            await compute_losses(Answerer(engine, template), rows.producer, data.loss_items, file, progress.update)
         if data.answer_items:
             start("answers", len(data.answer_items))
             rows = _answer_rows(variant, data)
@@ -154,10 +154,10 @@ class Measurements:
                 else:
                     task_answerer = answerer(settings, task.option_examples)
                     file = self.row_file(rows.file)
-                    await compute_option_logprobs(task_answerer, rows.origin, task.questions, file, progress.update)
+                    await compute_option_logprobs(task_answerer, rows.producer, task.questions, file, progress.update)
 
     def _finished(self, rows: _RowSet) -> Mapping[str, dict[str, Any]]:
-        return self.row_file(rows.file).rows_of(rows.origin)
+        return self.row_file(rows.file).rows_of(rows.producer)
 
     async def _answer_timed(self, answerer: Answerer, rows: _RowSet, items: Sequence[Item], progress: Progress) -> None:
         """Generate the missing answers, and add the time they took to `seconds.jsonl`."""
@@ -172,13 +172,13 @@ class Measurements:
             await asyncio.to_thread(self.embed, [""])
         started = time.perf_counter()
         try:
-            await generate_answers(answerer, rows.origin, items, self.row_file(rows.file), progress.update)
+            await generate_answers(answerer, rows.producer, items, self.row_file(rows.file), progress.update)
         finally:
             if added := len(self._finished(rows)) - finished_before:
                 seconds = self.row_file(SECONDS)
-                known = seconds.rows_of(rows.origin).get(rows.file, {"seconds": 0.0, "answers": 0})
+                known = seconds.rows_of(rows.producer).get(rows.file, {"seconds": 0.0, "answers": 0})
                 spent = known["seconds"] + time.perf_counter() - started
-                seconds.add(rows.origin, rows.file, seconds=spent, answers=known["answers"] + added)
+                seconds.add(rows.producer, rows.file, seconds=spent, answers=known["answers"] + added)
 
     def variant_rows(self, variant: str) -> VariantRows:
         """All rows of a variant, with the costs of its answers. Empty for a variant that was never measured here."""
@@ -239,12 +239,12 @@ def _row_sets(variant: VariantSpec, data: EvaluationData) -> list[_RowSet]:
 
 
 def _loss_rows(variant: VariantSpec, data: EvaluationData) -> _RowSet:
-    return _RowSet(LOSSES, _row_origin(variant, "loss"), _ids(data.loss_items if variant.with_loss else ()))
+    return _RowSet(LOSSES, _row_producer(variant, "loss"), _ids(data.loss_items if variant.with_loss else ()))
 
 
 def _answer_rows(variant: VariantSpec, data: EvaluationData) -> _RowSet:
-    origin = _row_origin(variant, "answers", variant.settings, data.examples_identity)
-    return _RowSet(ANSWERS, origin, _ids(data.answer_items))
+    producer = _row_producer(variant, "answers", variant.settings, data.examples_identity)
+    return _RowSet(ANSWERS, producer, _ids(data.answer_items))
 
 
 def _task_rows(variant: VariantSpec, task: Task) -> list[_RowSet]:
@@ -257,7 +257,7 @@ def _task_rows(variant: VariantSpec, task: Task) -> list[_RowSet]:
     if task.kind == "choice" and not settings.reasoning and settings.consensus.method == "none":
         parts[_options_file(task.name)] = f"{task.name} options"
     return [
-        _RowSet(file, _row_origin(variant, part, settings, pool_identity), _ids(task.questions))
+        _RowSet(file, _row_producer(variant, part, settings, pool_identity), _ids(task.questions))
         for file, part in parts.items()
     ]
 
@@ -282,10 +282,10 @@ def _task_settings(settings: Answer, task: Task) -> Answer:
     return settings.model_copy(update=changes)
 
 
-def _row_origin(
+def _row_producer(
     variant: VariantSpec, measurement: str, settings: Answer | None = None, examples: str = ""
-) -> RowOrigin:
+) -> RowProducer:
     digest = row_digest(
         variant.model_identity, measurement, settings, variant.seed, own=examples, source=variant.examples_identity
     )
-    return RowOrigin(variant.name, digest)
+    return RowProducer(variant.name, digest)

@@ -13,7 +13,7 @@ from corral.storage import storage_errors
 
 
 @dataclass(frozen=True, slots=True)
-class RowOrigin:
+class RowProducer:
     """What produced a row: a variant's name, and the hash of everything that the row depends on besides its own content.
 
     The file's key for the hash is `made`.
@@ -24,12 +24,12 @@ class RowOrigin:
 
 
 class RowFile:
-    """A JSONL file of finished rows, keyed by origin and row id. A half-written last line is ignored, and cut off when
+    """A JSONL file of finished rows, keyed by producer and row id. A half-written last line is ignored, and cut off when
     the next row is added."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._rows: dict[RowOrigin, dict[str, dict[str, Any]]] = {}
+        self._rows: dict[RowProducer, dict[str, dict[str, Any]]] = {}
         self._valid_bytes: int | None = None
         if path.exists():
             data = path.read_bytes()
@@ -38,38 +38,41 @@ class RowFile:
             for line in complete.splitlines():
                 self._remember(json.loads(line))
 
-    def add(self, origin: RowOrigin, id_: str, **fields: Any) -> None:
+    def add(self, producer: RowProducer, id_: str, **fields: Any) -> None:
         """Append a finished row. Raises: StorageError."""
-        row = {"variant": origin.variant, "id": id_, **fields, "made": origin.identity}
+        row = {"variant": producer.variant, "id": id_, **fields, "made": producer.identity}
         self._append((json.dumps(row, ensure_ascii=False) + "\n").encode())
         self._remember(row)
 
-    def rows_of(self, origin: RowOrigin) -> Mapping[str, dict[str, Any]]:
-        """Finished rows of one origin, by id."""
-        return self._rows.get(origin, {})
+    def rows_of(self, producer: RowProducer) -> Mapping[str, dict[str, Any]]:
+        """Finished rows of one producer, by id."""
+        return self._rows.get(producer, {})
 
     def rows_of_variant(self, variant: str) -> Mapping[str, dict[str, Any]]:
         """Finished rows of a variant, by id, whatever its settings were; the last one of an id counts."""
         return {
-            id_: row for origin, rows in self._rows.items() if origin.variant == variant for id_, row in rows.items()
+            id_: row
+            for producer, rows in self._rows.items()
+            if producer.variant == variant
+            for id_, row in rows.items()
         }
 
-    def reuse_rows(self, old: Path, ids_by_origin: Mapping[RowOrigin, Collection[str]]) -> None:
-        """Copy the lines with these origins and ids from another file, unless this file has them. Raises: StorageError."""
+    def reuse_rows(self, old: Path, ids_by_producer: Mapping[RowProducer, Collection[str]]) -> None:
+        """Copy the lines with these producers and ids from another file, unless this file has them. Raises: StorageError."""
         if not old.is_file():
             return
         lines: list[bytes] = []
         for line in _complete_lines(old.read_bytes()).splitlines(keepends=True):
             row = json.loads(line)
-            origin = _origin(row)
-            if row["id"] in ids_by_origin.get(origin, ()) and row["id"] not in self.rows_of(origin):
+            producer = _producer(row)
+            if row["id"] in ids_by_producer.get(producer, ()) and row["id"] not in self.rows_of(producer):
                 lines.append(line)
                 self._remember(row)
         if lines:
             self._append(b"".join(lines))
 
     def _remember(self, row: dict[str, Any]) -> None:
-        self._rows.setdefault(_origin(row), {})[row["id"]] = row
+        self._rows.setdefault(_producer(row), {})[row["id"]] = row
 
     def _append(self, data: bytes) -> None:
         with storage_errors(self.path):
@@ -85,5 +88,5 @@ def _complete_lines(data: bytes) -> bytes:
     return data[: data.rfind(b"\n") + 1]
 
 
-def _origin(row: Mapping[str, Any]) -> RowOrigin:
-    return RowOrigin(row["variant"], row.get("made", ""))
+def _producer(row: Mapping[str, Any]) -> RowProducer:
+    return RowProducer(row["variant"], row.get("made", ""))

@@ -49,7 +49,7 @@ _SCALE_GROWTH_STEPS = 2000
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class TrainingResult:
     """How a training stage ended."""
 
     steps: int
@@ -118,7 +118,7 @@ class Trainer:
         on_step: Callable[[StepMetrics], None] = lambda _: None,
         should_stop: Callable[[], bool] = lambda: False,
         warn: Callable[[str], None] = lambda _: None,
-    ) -> Outcome:
+    ) -> TrainingResult:
         """Train to the end, from the newest intact checkpoint if there is one.
 
         Args:
@@ -156,7 +156,7 @@ class Trainer:
                 sharding.save(checkpoints, self.parameters, self.optimizer, state, self.world)
             if stop:
                 raise KeyboardInterrupt
-        return Outcome(state.step, state.best_step, state.best_loss, state.tokens, state.seconds)
+        return TrainingResult(state.step, state.best_step, state.best_loss, state.tokens, state.seconds)
 
     def weights(self) -> dict[str, Tensor]:
         """Trained parameters by name, as whole tensors on rank 0 and empty on the others; all processes must call it."""

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from corral.answering.answerer import Answerer
-from corral.batch import Outcome, answer_file
+from corral.batch import BatchResult, answer_file
 from corral.batch.prompts import PromptFile
 from corral.batch.ray_cluster import RayWorker, answer_on_ray
 from corral.errors import EngineError, InputError, MissingExtraError
@@ -53,7 +53,9 @@ def cluster() -> Generator[str]:
     started.shutdown()
 
 
-def answer_with_ray(cluster: str, batch: Batch, open_answerer: Any = None, progress: Progress | None = None) -> Outcome:
+def answer_with_ray(
+    cluster: str, batch: Batch, open_answerer: Any = None, progress: Progress | None = None
+) -> BatchResult:
     answering = partial(answer_on_ray, cluster, open_answerer or batch.open, 1, 7)
     return answer_file(str(batch.prompts), batch.out, IDENTITY, answering, progress or Progress())
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from corral.answering.answerer import Answerer
 from corral.answering.consensus import Consensus
-from corral.batch import Outcome, answer_file
+from corral.batch import BatchResult, answer_file
 from corral.batch.journal import Journal
 from corral.batch.local_worker import answer_locally
 from corral.engines.base import Sampling
@@ -78,7 +78,7 @@ class Batch:
         engine = ScriptedEngine(reply, chunk=64, delay_seconds=self.delay_seconds)
         return Answerer(engine, template, Sampling(64), consensus=self.consensus)
 
-    def run(self, identity: Mapping[str, Any] = IDENTITY, progress: Progress | None = None) -> Outcome:
+    def run(self, identity: Mapping[str, Any] = IDENTITY, progress: Progress | None = None) -> BatchResult:
         choices = self.consensus.n if self.consensus else 1
         answering = partial(answer_locally, self.open, choices, 7)
         return answer_file(str(self.prompts), self.out, identity, answering, progress or Progress())

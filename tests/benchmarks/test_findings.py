@@ -14,7 +14,7 @@ from corral.answering.answerer import Answerer
 from corral.engines.base import Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.evaluation.inference import Item
-from corral.evaluation.row_file import RowFile, RowOrigin
+from corral.evaluation.row_file import RowFile, RowProducer
 from corral.evaluation.scorecard import Comparison, Scorecard, build_scorecard
 from corral.evaluation.scoring import Row, VariantRows
 from corral.messages import Conversation
@@ -96,16 +96,16 @@ def test_an_answer_without_tokens_has_no_mean_log_probability(
 ) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     findings = importlib.import_module("findings")
-    file, maker = RowFile(tmp_path / "votes.jsonl"), RowOrigin("arithmetic", "made")
+    file, producer = RowFile(tmp_path / "votes.jsonl"), RowProducer("arithmetic", "made")
     item = Item("a", Conversation.from_turns(("user", "now"), ("assistant", "x")))
     sampling = Sampling(8, n=2, logprobs=True)
 
     async def generate() -> None:
         async with ScriptedEngine(lambda _, __, choice: [65, 66] if choice else []) as engine:
-            await findings._generate(Answerer(engine, template), maker, [item], sampling, file, Progress())
+            await findings._generate(Answerer(engine, template), producer, [item], sampling, file, Progress())
 
     asyncio.run(generate())
-    assert [mean for _, mean in file.rows_of(maker)["a"]["candidates"]] == [None, -0.5]
+    assert [mean for _, mean in file.rows_of(producer)["a"]["candidates"]] == [None, -0.5]
 
 
 def test_the_page_has_every_comparison_once_with_machine_versions_and_seed(page: Any) -> None:

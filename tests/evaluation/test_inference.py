@@ -11,12 +11,12 @@ from corral.engines.base import Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.evaluation.inference import Item, compute_option_logprobs, generate_answers, option_logprob
 from corral.evaluation.question_sets import Question
-from corral.evaluation.row_file import RowFile, RowOrigin
+from corral.evaluation.row_file import RowFile, RowProducer
 from corral.messages import Conversation
 from corral.prompting.few_shot import Prompting
 from corral.template import Template
 
-ME = RowOrigin("tuned", "abc")
+ME = RowProducer("tuned", "abc")
 
 
 def test_all_candidates_and_examples_are_counted_and_the_answer_is_graded(template: Template, tmp_path: Path) -> None:

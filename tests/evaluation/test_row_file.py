@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from corral.evaluation.row_file import RowFile, RowOrigin
+from corral.evaluation.row_file import RowFile, RowProducer
 
-ME = RowOrigin("tuned", "abc")
+ME = RowProducer("tuned", "abc")
 
 
 def test_a_half_written_last_line_is_cut_off_and_written_again(tmp_path: Path) -> None:
@@ -21,15 +21,15 @@ def test_a_half_written_last_line_is_cut_off_and_written_again(tmp_path: Path) -
 
 def test_rows_of_other_settings_belong_to_the_variant_and_not_to_the_origin(tmp_path: Path) -> None:
     file = RowFile(tmp_path / "rows.jsonl")
-    file.add(RowOrigin("tuned", "old"), "a", nll=1.0)
+    file.add(RowProducer("tuned", "old"), "a", nll=1.0)
     assert file.rows_of(ME) == {}
     assert file.rows_of_variant("tuned").keys() == {"a"}
 
 
 def test_reuse_copies_the_wanted_lines_byte_for_byte_and_none_twice(tmp_path: Path) -> None:
     old = RowFile(tmp_path / "old.jsonl")
-    for origin in (ME, RowOrigin("tuned", "other"), RowOrigin("base", "x")):
-        old.add(origin, "a", text="é 東京")
+    for producer in (ME, RowProducer("tuned", "other"), RowProducer("base", "x")):
+        old.add(producer, "a", text="é 東京")
     for id_ in ("b", "not wanted"):
         old.add(ME, id_, text="old")
     old.path.write_bytes(old.path.read_bytes() + b'{"half')

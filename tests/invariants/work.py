@@ -27,7 +27,7 @@ from corral.evaluation.row_file import RowFile
 from corral.recipe import Train
 from corral.storage import new_directory
 from corral.training import checkpoint, step_metrics
-from corral.training.loop import Outcome, Trainer
+from corral.training.loop import Trainer, TrainingResult
 from tests.training.tiny import load_trainable, make_trainer, newest_checkpoint, read_metrics, tiny_config
 
 
@@ -64,7 +64,7 @@ class Job:
         trainer = make_trainer(model, encoded, self.case.config, folder, save_best=save_best)
         return trainer
 
-    def run(self, folder: Path, **run: Any) -> Outcome:
+    def run(self, folder: Path, **run: Any) -> TrainingResult:
         return self.trainer(folder).run(**run)
 
 
