@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, pairwise
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from corral.template import Encoded, Template
 
 Sequences: TypeAlias = tuple[Encoded, ...]
 Fit: TypeAlias = Literal["kept", "split", "trimmed", "truncated", "fully masked", "dropped"]
-FITS: tuple[Fit, ...] = ("kept", "split", "trimmed", "truncated", "fully masked", "dropped")
+FITS: tuple[Fit, ...] = get_args(Fit)
 """What becomes of a row when it is encoded: all of it in one sequence; in several; only some of its turns; cut at the limit;
 nothing of it is trained; it is left out."""
 

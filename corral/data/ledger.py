@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,18 +32,7 @@ Fate: TypeAlias = Literal[
     "contaminated",
     "not sampled",
 ]
-FATES: tuple[Fate, ...] = (
-    "kept",
-    "trimmed",
-    "split",
-    "truncated",
-    "dropped",
-    "fully masked",
-    "duplicate",
-    "near duplicate",
-    "contaminated",
-    "not sampled",
-)
+FATES: tuple[Fate, ...] = get_args(Fate)
 USED_FATES: tuple[Fate, ...] = ("kept", "trimmed", "split", "truncated")
 """Fates of rows that are on a side. `trimmed`: some turns are left out or merged; `split`: in several examples; `truncated`:
 cut at the maximum length."""
