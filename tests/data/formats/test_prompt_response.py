@@ -71,3 +71,10 @@ def test_a_document_becomes_a_text_record() -> None:
 def test_a_prompt_that_only_begins_like_a_dialogue_is_a_text() -> None:
     record = prompt_completion({"prompt": "Human: what is one?", "completion": "You."})
     assert record.messages[0].content == "Human: what is one?"
+
+
+def test_a_dialogue_of_hh_is_a_prompt_with_or_without_its_first_line_breaks() -> None:
+    expected = Conversation.from_turns(("user", "Hi?"), ("assistant", "Yes."))
+    for start in ("\n\n", ""):
+        assert prompt_completion({"prompt": f"{start}Human: Hi?\n\nAssistant:", "completion": "Yes."}) == expected
+    assert prompt_completion({"prompt": "Human: who?", "completion": "A."}).messages[0].content == "Human: who?"

@@ -178,3 +178,10 @@ def test_a_git_lfs_pointer_is_recognised_in_any_file(tmp_path: Path, kind: str) 
 def test_reading_is_lazy(tmp_path: Path) -> None:
     path = written(tmp_path / "a.json", b'[{"a": 1}' + b', {"a": 1}' * 100_000 + b", \xff]")
     assert [row.value for row in islice(read_rows(Source(path=str(path))), 3)] == [{"a": 1}] * 3
+
+
+def test_windows_quotes_read_as_latin_1_are_a_fault_that_names_the_encoding(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "caf\xe9"}\n{"text": "\x93quoted\x94"}\n')
+    good, bad = read_rows(Source(path=str(tmp_path / "a.jsonl"), encoding="latin-1"))
+    assert good.value == {"text": "caf\xe9"}
+    assert 'set `encoding = "cp1252"`' in str(bad.reason)
