@@ -48,7 +48,7 @@ __all__ = [
     "recognise",
 ]
 
-FORMATS: dict[str, Format] = {
+_GENERIC_FORMATS: dict[str, Format] = {
     "messages": openai_messages,
     "sharegpt": sharegpt,
     "alpaca": alpaca,
@@ -58,8 +58,8 @@ FORMATS: dict[str, Format] = {
     "preference": preference,
     "feedback": feedback,
     "multiple-choice": multiple_choice,
-    **{name: entry.read for name, entry in PUBLIC_DATASETS.items()},
 }
+FORMATS: dict[str, Format] = _GENERIC_FORMATS | {name: entry.read for name, entry in PUBLIC_DATASETS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def _choose_by_columns(source: Source, rows: Sequence[Mapping[str, Any]]) -> Cho
         except DataError:
             raise error from None  # it names the columns as they are written
     else:
-        if name in PUBLIC_DATASETS:
+        if name not in _GENERIC_FORMATS:
             known = {}
         elif known:  # a column in another spelling may be a part of the rows too
             name, why = _name_format(source, [_respell(row, known) for row in rows])
@@ -115,9 +115,8 @@ def _choose_by_columns(source: Source, rows: Sequence[Mapping[str, Any]]) -> Cho
     to_record, note = _bind_reader(name, source, rows)
     if known:
         note += f"; read without regard to capitals and spaces: {', '.join(f'`{column}`' for column in known)}"
-    is_generic = name not in PUBLIC_DATASETS
-    unread = _distinct_alternatives(name, rows) if is_generic else ()
-    judgements = _judgement_columns(name) if source.format == "auto" and is_generic else ()
+    unread = _distinct_alternatives(name, rows) if name in _ONE_ANSWER_FORMATS else ()
+    judgements = _judgement_columns(name) if source.format == "auto" else ()
     if known or unread or judgements:
         to_record = partial(_read_row, read=to_record, known=known, unread=unread, judgements=judgements)
     return ChosenFormat(name, to_record, why + note)
@@ -125,6 +124,10 @@ def _choose_by_columns(source: Source, rows: Sequence[Mapping[str, Any]]) -> Cho
 
 def _respell(row: Mapping[str, Any], known: Mapping[str, str]) -> dict[str, Any]:
     return {known.get(name, name): value for name, value in row.items()}
+
+
+_ONE_ANSWER_FORMATS = ("alpaca", "prompt-completion", "question-answer", "feedback")
+"""Formats that read the first of several columns as the prompt, and the first of others as the answer."""
 
 
 def _distinct_alternatives(name: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:

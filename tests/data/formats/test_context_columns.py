@@ -130,6 +130,7 @@ def test_the_columns_of_openorca_are_known() -> None:
         ({"prompt": "Hi", "completion": '{"role": "assistant", "content": "x"}'}, "holds turns of a chat"),
         ({"prompt": "Translate.", "input": "Bonjour", "output": "Hello"}, "`input` beside `prompt`"),
         ({"messages": TURNS, "context": "Ada came."}, "`context` beside `messages`"),
+        (ALPACA | {"System": 3}, "system is a number"),
         ({"messages": TURNS, "Weight": 0}, "the row's own `weight` is 0"),
         ({"text": "Hi", "weight": 0}, "the row's own `weight` is 0"),
         ({"text": "Hi", "images": ["a.png"]}, "the row has `images`"),
@@ -167,3 +168,18 @@ def test_columns_in_another_spelling_are_read_beside_others() -> None:
     assert read(row) == Conversation.from_turns(
         ("system", "Be brief."), ("user", "Who?\n\n### Input:\nAda came."), ("assistant", "Ada")
     )
+
+
+def test_the_right_option_is_not_taken_for_a_second_answer() -> None:
+    row = {"question": "Which is larger?", "choices": ["The moon", "The sun"], "answer": 1, "response": "A. The moon"}
+    expected = SHAPES["multiple-choice"][2]
+    assert choose_format(Source(path="a.jsonl", format="multiple-choice"), [row, row]).to_record(row) == expected
+
+
+@pytest.mark.parametrize("form", [{"instruction": "a", "output": "b"}, {"prompt": "a", "completion": "b"}])
+def test_a_bad_answer_among_rows_that_judge_none_is_not_trained(form: dict[str, Any]) -> None:
+    bad = form | {"label": False}
+    chosen = choose_format(Source(path="a.jsonl"), [form, form, form, bad])
+    assert isinstance(chosen.to_record(form), Conversation)
+    with pytest.raises(FormatError, match="`label` judges the answer"):
+        chosen.to_record(bad)
