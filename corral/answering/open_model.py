@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from corral.template import Template
 
 if TYPE_CHECKING:
     from corral.model.loading import DType
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +106,10 @@ def choose_engine(
     from corral.model.device import choose_device
 
     name = engine or ("openvino" if (folder / OPENVINO_MODEL).is_file() else None)
-    device, dtype = choose_device("cpu" if name == "openvino" else "auto")
-    return name or default_engine(device, adapter=adapter), device, dtype
+    placement = choose_device("cpu" if name == "openvino" else "auto")
+    for note in placement.notes:
+        _log.warning(note)
+    return name or default_engine(placement.device, adapter=adapter), placement.device, placement.dtype
 
 
 def connect_model(

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from corral.model.compute import cpu_attention, gpu_attention
+from corral.model.compute import cpu_attention, gpu_attention, gpu_compile
 from corral.model.compute.cpu_matmul import padding_rows
 from corral.model.compute.token_logprobs import token_logprobs
 
@@ -92,6 +92,17 @@ def hidden_states(model: nn.Module, sequences: Sequence[Sequence[int]]) -> Tenso
 def _causal_model(model: nn.Module) -> PreTrainedModel:
     causal: Any = model
     return causal.get_base_model() if hasattr(causal, "get_base_model") else causal
+
+
+def fallbacks(model: nn.Module) -> list[str]:
+    """Why packs of that model are computed in a slower way than on other GPUs; empty if they are not, or on a CPU."""
+    causal = _causal_model(model)
+    if causal.device.type == "cpu":
+        return []
+    config: Any = causal.config
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    _, reason = gpu_attention.choose_kernel(causal.device, causal.dtype, head_size)
+    return [each for each in (reason, gpu_compile.fault(causal.device)) if each]
 
 
 def head_weight(model: nn.Module) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from corral.data.prepare import Prepared
 from corral.interrupts import Interrupts
-from corral.model.device import choose_device
+from corral.model.device import Placement, choose_device
 from corral.model.loading import load_template, resolve_model
 from corral.progress import Progress
 from corral.recipe import Recipe
@@ -17,7 +17,7 @@ from corral.run.directory import Run
 from corral.training.distributed import World
 
 if TYPE_CHECKING:
-    from corral.model.loading import DType, ModelSource
+    from corral.model.loading import ModelSource
     from corral.template import Template
 
 
@@ -51,9 +51,12 @@ class RunContext:
         return load_template(self.base.folder, model.template, model.template_variables)
 
     @cached_property
-    def placement(self) -> tuple[str, DType]:
-        """(device, dtype) of training."""
-        return choose_device(self.recipe.model.device, self.recipe.model.dtype)
+    def placement(self) -> Placement:
+        """Device and dtype of training. What is unexpected about them is reported when they are first needed."""
+        placement = choose_device(self.recipe.model.device, self.recipe.model.dtype)
+        for note in placement.notes:
+            self.progress.say(note)
+        return placement
 
     @cached_property
     def prepared(self) -> Prepared:

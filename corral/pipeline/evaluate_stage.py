@@ -102,7 +102,7 @@ def _variants_by_model(context: RunContext) -> dict[_Model, list[VariantSpec]]:
 def _model_digest(context: RunContext, model: _Model) -> str:
     """Hash of the weights, the template, the engine and its device and dtype."""
     weights = context.base.identity if model.name == "base" else f"{_fingerprint(context, 'merge')} {model.form or ''}"
-    return variant_digest(weights, context.template, model.engine, *context.placement)
+    return variant_digest(weights, context.template, model.engine, context.placement.device, context.placement.dtype)
 
 
 def _fingerprint(context: RunContext, stage: str) -> str:
@@ -142,10 +142,10 @@ def _measure(
         folder = context.base.folder if model.name == "base" else context.run.merged_model
     # The tuned model is asked with the template in its own folder, as its users will ask it.
     template = context.template if model.name == "base" else load_template(folder)
-    device, dtype = context.placement
+    placement = context.placement
     if model.engine == "openvino" and context.recipe.model.device == "auto":
-        device, dtype = choose_device("cpu", context.recipe.model.dtype)
-    engine = load_engine(model.engine, folder, dtype=dtype, device=device)
+        placement = choose_device("cpu", context.recipe.model.dtype)
+    engine = load_engine(model.engine, folder, dtype=placement.dtype, device=placement.device)
     with SyncAnswerer(Answerer(engine, template)) as sync:
         for variant in variants:
             sync.run(measurements.measure(variant, engine, template, data, context.progress))
@@ -201,7 +201,7 @@ def evaluates_exports(recipe: Recipe) -> bool:
 def evaluation_engine(context: RunContext) -> LocalEngine:
     """The engine that evaluates; `auto` is resolved for this machine."""
     requested = context.recipe.evaluate.engine
-    device = context.placement[0]
+    device = context.placement.device
     if requested != "auto":
         return requested
     # The engine that evaluated the run before is kept, so that a machine with other packages does not evaluate it again.

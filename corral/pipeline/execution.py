@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,11 +140,8 @@ def _run_stages(context: RunContext, allowed: Collection[str] | None) -> dict[st
                 hint="`corral run RECIPE` runs the missing stages",
             )
         _require_extras(context)
-        device, dtype = context.placement
-        write_json(
-            run.path / "environment.json",
-            environment() | {"device": device, "dtype": dtype, "engine": evaluate_stage.evaluation_engine(context)},
-        )
+        machine = asdict(context.placement) | {"engine": evaluate_stage.evaluation_engine(context)}
+        write_json(run.path / "environment.json", environment() | machine)
         _run_stage(definition, context, stage)
         base = context.base
         model = {"spec": context.recipe.model.base, "identity": base.identity, "template": context.template.digest}

@@ -23,14 +23,13 @@ if TYPE_CHECKING:
 def inputs(context: RunContext, number: int, done: Mapping[str, str]) -> dict[str, Any]:
     """What training stage `number` (from 1) depends on, from the fingerprints of the stages before it."""
     recipe = context.recipe
-    device, dtype = context.placement
     before = "prepare" if number == 1 else training_stage_name(recipe, number - 1)
     return {
         # Sharding changes no result: a run may go on with another number of processes.
         "train": recipe.train[number - 1].model_dump(mode="json", exclude={"sharding"}),
         "base": context.base.identity,
-        "dtype": dtype,
-        "device": device,
+        "dtype": context.placement.dtype,
+        "device": context.placement.device,
         "seed": recipe.seed,
         "prepare": done["prepare"],
         "before": done[before],
@@ -61,7 +60,10 @@ def training_setup(context: RunContext, number: int) -> TrainingSetup:
     """The model, settings, device and dtype that training stage `number` starts from."""
     from corral.training.trained_model import TrainingSetup
 
-    return TrainingSetup(context.stage_base(number), context.recipe.train[number - 1], *context.placement)
+    placement = context.placement
+    return TrainingSetup(
+        context.stage_base(number), context.recipe.train[number - 1], placement.device, placement.dtype
+    )
 
 
 def validation_set(context: RunContext, setup: TrainingSetup) -> ValidationSet:

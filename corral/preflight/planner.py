@@ -90,7 +90,9 @@ class _Planner:
     def placement(self) -> tuple[str, DType]:
         """Device and dtype of this machine; for another machine a trial here only checks the estimate."""
         model = self.recipe.model
-        return choose_device("auto", "auto") if self.target_device else choose_device(model.device, model.dtype)
+        chosen = choose_device() if self.target_device else choose_device(model.device, model.dtype)
+        self.notes += chosen.notes
+        return chosen.device, chosen.dtype
 
     @cached_property
     def folder(self) -> Path:

@@ -24,7 +24,8 @@ class Model(Section):
     """Values of further variables that the template reads, such as `{ enable_thinking = false }`, in training, evaluation and
     serving. The template that is saved with the model has them as defaults."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Data type of weights and computation. `auto`: bfloat16 on a GPU that supports it, float32 on a CPU."""
+    """Data type of weights and computation. `auto`: bfloat16 on a GPU that computes in it, float16 on an
+    older GPU, float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to compute on. `auto`: the first GPU, else the CPU."""
 

@@ -10,6 +10,7 @@ import pytest
 from corral.answering.settings import AnswererSettings, find_run, load_answer_settings
 from corral.cli import parser
 from corral.errors import RecipeError, RunError
+from corral.model.device import Placement
 from corral.recipe.answer import Answer, Consensus, Shots
 
 RECIPE = """
@@ -121,7 +122,7 @@ def test_the_identity_names_the_engine_its_dtype_and_the_version_of_corral(
 
         monkeypatch.setattr("corral.answering.open_model.default_engine", default)
         dtype = "float32" if device == "cpu" else "bfloat16"
-        monkeypatch.setattr("corral.model.device.choose_device", lambda *_: (device, dtype))
+        monkeypatch.setattr("corral.model.device.choose_device", lambda *_: Placement(device, dtype))
         return settings.identity()
 
     before = identity("transformers")

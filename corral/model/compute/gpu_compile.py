@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -13,23 +13,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_log = logging.getLogger(__name__)
+
 
 @cache
-def can_compile(device: int | None) -> bool:
-    """Whether `torch.compile` works for that GPU on this machine; warns once if it does not."""
-    if device is None:
-        return False
+def fault(device: torch.device) -> str | None:
+    """Why `torch.compile` is not used for that device, None if it is; a GPU on which it does not work is logged, once."""
+    if device.type != "cuda":
+        return f"layers are compiled for NVIDIA GPUs only, not for {device.type!r}"
 
     def probe(x: Tensor) -> Tensor:
         return x * 2 + 1
 
     try:
-        result: Any = torch.compile(probe)(torch.ones(64, device=torch.device("cuda", device)))
-        return bool(result.sum().item() == 192)
+        with torch.inference_mode(mode=False):
+            result: Any = torch.compile(probe)(torch.ones(64, device=device))
+        problem = None if result.sum().item() == 192 else "its results are wrong"
     except Exception as error:  # of torch, triton, a missing C compiler
-        reason = str(error).strip().partition("\n")[0]
-        warnings.warn(f"torch.compile does not work here, so layers run slower, uncompiled: {reason}", stacklevel=2)
-        return False
+        problem = str(error).strip().partition("\n")[0] or type(error).__name__
+    if problem is None:
+        return None
+    message = f"torch.compile does not work here, so layers run slower, uncompiled: {problem}"
+    _log.warning(message)
+    return message
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether `torch.compile` works for that device on this machine."""
+    return fault(device) is None
 
 
 @cache

@@ -28,7 +28,7 @@ def read_layer(layer: Any, device: torch.device) -> DecoderLayer | None:
 
     Its weights must be in one dtype and not quantised; adapters may be in another.
     """
-    parts = read_decoder_layer(layer) if gpu_compile.can_compile(device.index) else None
+    parts = read_decoder_layer(layer) if gpu_compile.can_compile(device) else None
     if parts is None or any(is_nf4(linear.layer) for linear in parts.linears):
         return None
     dtypes = {linear.dtype for linear in parts.linears} | {norm.weight.dtype for norm in parts.norms}

@@ -146,7 +146,7 @@ def _hidden_gradient(slopes: Tensor | None, gradient: Tensor) -> Tensor | None:
 
 
 def _softmax_function(device: torch.device) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    if device.type != "cuda" or not gpu_compile.can_compile(device.index):
+    if not gpu_compile.can_compile(device):
         return _log_softmax_at
     function = gpu_compile.compiled(_log_softmax_at)
     any_length = gpu_compile.of_any_length

@@ -133,17 +133,21 @@ def test_norms_in_low_precision_are_transformers_to_one_rounding(dtype: torch.dt
         assert ((actual.float() - expected).abs() <= 2 * torch.finfo(dtype).eps * expected.abs()).all()
 
 
-def test_a_machine_on_which_nothing_compiles_says_so_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_on_which_nothing_compiles_says_so_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no triton\nand a long trace")
 
     monkeypatch.setattr(torch, "compile", refuse)
-    gpu_compile.can_compile.cache_clear()
+    gpu_compile.fault.cache_clear()
     try:
-        with pytest.warns(UserWarning, match=r"uncompiled: no triton$"):
-            assert not gpu_compile.can_compile(0)
+        assert not gpu_compile.can_compile(torch.device("cuda", 0))
+        assert not gpu_compile.can_compile(torch.device("cuda", 0))
     finally:
-        gpu_compile.can_compile.cache_clear()
+        gpu_compile.fault.cache_clear()
+    (message,) = caplog.messages
+    assert message.endswith("uncompiled: no triton")
 
 
 def test_layers_that_are_not_compiled_attend_the_same_way(

@@ -93,8 +93,9 @@ def test_in_bfloat16_they_are_as_near_as_those_of_plain_transformers_and_peft(
 
 def test_the_kernel_takes_grouped_heads_from_ampere_on() -> None:
     grouped = torch.cuda.get_device_capability() >= (8, 0)
-    assert gpu_attention._kernel(0, torch.bfloat16, 128) == ("grouped" if grouped else None)  # pyright: ignore[reportPrivateUsage]
-    assert gpu_attention._kernel(0, torch.float32, 128) is None  # pyright: ignore[reportPrivateUsage]
+    gpu = torch.device("cuda", 0)
+    assert gpu_attention.choose_kernel(gpu, torch.bfloat16, 128)[0] == ("grouped" if grouped else None)
+    assert gpu_attention.choose_kernel(gpu, torch.float32, 128)[0] is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
