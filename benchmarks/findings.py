@@ -258,7 +258,7 @@ async def _generate(
     async def one(item: Item) -> None:
         async with limit:
             prompt, _ = item.conversation.split_answer()
-            answer = await answerer.answer(prompt, sampling)
+            answer = await answerer.answer(prompt, sampling.for_row(item.id))
             # An answer without tokens has no mean log-probability.
             pairs = [
                 (text, sum(done.logprobs) / len(done.logprobs) if done.logprobs else None)

@@ -48,6 +48,8 @@ def row_digest(
     depends: list[Any] = [corral.__version__, model, measurement]
     if settings is not None:
         depends += [settings.model_dump(mode="json"), seed]
+        if settings.is_sampled:
+            depends.append("a seed for each row")
         if settings.shots.count:
             depends.append(own if settings.shots.source is None else source)
     return _sha256(json.dumps(depends, sort_keys=True))[:16]

@@ -7,7 +7,6 @@ cannot be seen which of them made it fail; a plain question after each failure t
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -37,8 +36,7 @@ def prompts_in_flight(choices: int) -> int:
 async def answer_row(answerer: Answerer, prompt: Prompt, seed: int) -> dict[str, Any]:
     """The finished row of a prompt, perhaps a bad one. Raises: EngineError (the engine failed)."""
     assert prompt.conversation is not None, "a faulty row has no conversation"
-    digest = hashlib.sha256(f"{seed} {prompt.index}".encode()).digest()
-    sampling = replace(answerer.sampling, seed=int.from_bytes(digest[:4]))
+    sampling = replace(answerer.sampling, seed=seed).for_row(prompt.index)
     try:
         answer = await answerer.answer(prompt.conversation, sampling)
     except (RequestError, TemplateError) as error:

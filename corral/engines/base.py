@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias, TypeVar
@@ -43,6 +44,14 @@ class Sampling:
     """A choice ends when one of these is sampled. The stop id is not part of the completion."""
     logprobs: bool = False
     """Whether Deltas carry the log-probability of each id under the model (before temperature and top-p)."""
+
+    def for_row(self, row: str | int) -> Sampling:
+        """With a seed of its own for one of many rows. Rows with one seed draw the same random numbers, so that their answers
+        go wrong together, and the spread between rows says nothing of the spread between seeds."""
+        if self.seed is None:
+            return self
+        digest = hashlib.sha256(f"{self.seed} {row}".encode()).digest()
+        return replace(self, seed=int.from_bytes(digest[:4]))
 
 
 CHAT_SAMPLING = {"max_tokens": 512, "temperature": 0.7, "top_p": 0.9}

@@ -61,7 +61,7 @@ async def generate_answers(
     async def add_answer(item: Item) -> None:
         started = time.perf_counter()
         prompt, reference = item.conversation.split_answer()
-        answer = await answerer.answer(prompt)
+        answer = await answerer.answer(prompt, answerer.sampling.for_row(item.id))
         file.add(
             producer,
             item.id,

@@ -190,6 +190,7 @@ def inputs(context: RunContext, done: Mapping[str, str]) -> dict[str, Any]:
         "answer": recipe.answer.model_dump(mode="json"),
         "seed": recipe.seed,
         **({"examples": examples} if any(examples) else {}),
+        **({"sampled": "a seed for each row"} if any(settings.is_sampled for settings in answer_settings) else {}),
     }
 
 

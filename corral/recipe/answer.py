@@ -70,6 +70,11 @@ class Answer(Section):
             )
         return self
 
+    @property
+    def is_sampled(self) -> bool:
+        """Whether answers depend on random numbers."""
+        return self.temperature > 0 or self.consensus.method != "none"
+
     def with_changes(self, changes: dict[str, Any]) -> Answer:
         """These settings with some replaced. Raises ValidationError if the result is not valid.
 

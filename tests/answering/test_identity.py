@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import corral
 from corral.answering.identity import (
     fingerprint_with_settings,
     model_digest,
@@ -55,7 +57,16 @@ def test_a_row_depends_on_settings_seed_and_the_examples_that_are_shown() -> Non
         != digest(sourced, own="a", source="b")
     )
     assert digest({}) != digest({}, seed=1)
+    # Rows that were all sampled with one seed must not be taken for rows with seeds of their own.
+    plain, sampled = Answer(), Answer(temperature=0.7)
+    assert row_digest("m", "answers", plain) == _digest_of(["m", "answers", plain.model_dump(mode="json"), 0])
+    assert row_digest("m", "answers", sampled) != _digest_of(["m", "answers", sampled.model_dump(mode="json"), 0])
     assert fingerprint_with_settings("a", Answer()) != fingerprint_with_settings("a", Answer(reasoning=True))
+
+
+def _digest_of(depends: list[Any]) -> str:
+    text = json.dumps([corral.__version__, *depends], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def test_the_digest_of_examples_follows_the_rows_they_come_from(tmp_path: Path) -> None:
