@@ -27,10 +27,10 @@ from corral.export.contract import Check
 from corral.export.ollama_modelfile import modelfile
 from corral.export_forms import ExportForm, GgufType, OpenVinoType
 from corral.model import gguf_reader
-from corral.model.folder import check_folder, licence_texts, weight_files
+from corral.model.folder import check_folder, licence_texts, read_json, weight_files
 from corral.model.loading import load_model, load_template, quiet
 from corral.progress import Progress
-from corral.storage import new_directory, remove_tree, sha256_file, storage_errors
+from corral.storage import new_directory, remove_tree, sha256_file, storage_errors, write_json
 from corral.template import Template
 
 ALLOWED_LOSS_INCREASE = {"f32": 1e-3, "f16": 0.01, "int8": 0.1, "q8_0": 0.02, "int4": 0.6, "q4_0": 0.6}
@@ -130,8 +130,10 @@ def _openvino_candidate(
     precision = cast("OpenVinoType", form.type)
     with new_directory(candidate) as new:
         openvino_graph.write_model(folder, new, precision, progress=lambda n, of: progress.update(n, f"of {of} layers"))
-        for name in ("config.json", "generation_config.json"):
-            shutil.copyfile(folder / name, new / name)
+        shutil.copyfile(folder / "config.json", new / "config.json")
+        generation = folder / "generation_config.json"
+        stated = read_json(generation) if generation.is_file() else {}
+        write_json(new / generation.name, stated | {"eos_token_id": list(template.stop_ids)})
         template.save(new)
         differing_text = openvino_graph.write_tokenizer(template, new)
     if differing_text:
@@ -152,8 +154,14 @@ def _gguf_candidate(
     kind = cast("GgufType", form.type)
     with new_directory(candidate) as new:
         path = form.path(new)
-        gguf_writer.write_gguf(folder, path, kind, progress=lambda n, of: progress.update(n, f"of {of / 1e6:.0f} MB"))
-        (new / f"Modelfile-{form.type}").write_text(modelfile(folder, path.name), "utf-8")
+        gguf_writer.write_gguf(
+            folder,
+            path,
+            kind,
+            stop_ids=template.stop_ids,
+            progress=lambda n, of: progress.update(n, f"of {of / 1e6:.0f} MB"),
+        )
+        (new / f"Modelfile-{form.type}").write_text(modelfile(folder, path.name, template.stop_ids), "utf-8")
     path = form.path(candidate)
     types = {tensor.name: tensor.type for tensor in gguf_reader.read_header(path).tensors}
     with tempfile.TemporaryDirectory(dir=candidate.parent, prefix=".corral-") as read_back:

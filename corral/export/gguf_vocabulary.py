@@ -62,20 +62,26 @@ class GgufVocabulary:
     ids: dict[str, int]
     chat_template: str | None
 
+    @property
+    def end_ids(self) -> list[int]:
+        """The ids that end an answer, the tokenizer's own EOS first."""
+        return [self.ids[name] for name in _STOPS if name in self.ids]
 
-def read_vocabulary(folder: Path, rows: int) -> GgufVocabulary:
+
+def read_vocabulary(folder: Path, rows: int, stop_ids: Sequence[int]) -> GgufVocabulary:
     """Reads the tokenizer of a model folder and translates it for a GGUF file.
 
     Args:
-        folder: contains `tokenizer.json`, `tokenizer_config.json` and `generation_config.json`.
+        folder: contains `tokenizer.json` and `tokenizer_config.json`.
         rows: number of embedding rows. Ids without a token get an unused placeholder token.
+        stop_ids: the ids that end an answer, one to three.
 
     Raises:
-        ModelError: if the tokenizer cannot be read, or llama.cpp would give other ids.
+        ModelError: if the tokenizer cannot be read, llama.cpp would give other ids, or there are too many stop ids.
         TemplateError: if the chat template has generation markers and cannot be used.
     """
     try:
-        return _translate(load_tokenizer(folder), folder, rows)
+        return _translate(load_tokenizer(folder), folder, rows, stop_ids)
     except _OtherIdsError as reason:
         raise ModelError(
             f"llama.cpp has no tokenizer that gives the same ids: {reason}",
@@ -88,7 +94,7 @@ class _OtherIdsError(Exception):
     """Why llama.cpp would give other ids."""
 
 
-def _translate(tokenizer: Any, folder: Path, rows: int) -> GgufVocabulary:
+def _translate(tokenizer: Any, folder: Path, rows: int, stop_ids: Sequence[int]) -> GgufVocabulary:
     where = folder / "tokenizer.json"
     state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     _check_model(state)
@@ -98,7 +104,7 @@ def _translate(tokenizer: Any, folder: Path, rows: int) -> GgufVocabulary:
     add_bos, add_eos = _ends(tokenizer)
     special = {"bos": bos, "unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}
     ids = {name: int(token) for name, token in special.items() if token is not None}
-    ids |= dict(zip(_STOPS, stop_ids(folder, tokenizer), strict=False))
+    ids |= _end_ids(tokenizer, stop_ids, folder)
     pre, scores, merges, space = "default", list[float](), list[str](), None
     if _is_sentencepiece(state):
         scores = _scores(state, tokens, types)
@@ -124,26 +130,16 @@ def _translate(tokenizer: Any, folder: Path, rows: int) -> GgufVocabulary:
     )
 
 
-def stop_ids(folder: Path, tokenizer: Any) -> list[int]:
-    """The ids that end an answer, the tokenizer's own EOS first. llama.cpp reads at most three.
-
-    Raises:
-        ModelError: if there are none, or more than three.
-    """
-    stated: Any = None
-    for name in ("generation_config.json", "config.json"):
-        if stated is None and (folder / name).is_file():
-            stated = cast("dict[str, Any]", json.loads((folder / name).read_text("utf-8"))).get("eos_token_id")
-    eos: Any = tokenizer.eos_token_id
-    stops: list[int] = [stated] if isinstance(stated, int) else list(cast("Sequence[int]", stated or ()))
-    stops = sorted(set(stops) or ({int(eos)} if eos is not None else set()), key=lambda token: (token != eos, token))
-    if not 1 <= len(stops) <= len(_STOPS):
+def _end_ids(tokenizer: Any, stop_ids: Sequence[int], folder: Path) -> dict[str, int]:
+    """The ids that end an answer by llama.cpp's names for them, the tokenizer's own EOS first. Raises ModelError."""
+    if not 1 <= len(stop_ids) <= len(_STOPS):
         raise ModelError(
-            f"generation_config.json names {len(stops)} tokens that end an answer; a GGUF file holds 1 to {len(_STOPS)}",
-            where=str(folder),
-            hint="name in eos_token_id the tokens that the chat template ends an answer with",
+            f"the model has {len(stop_ids)} tokens that end an answer; a GGUF file holds 1 to {len(_STOPS)}",
+            where=str(folder / "generation_config.json"),
+            hint="name in eos_token_id only those that the model writes at the end of an answer",
         )
-    return stops
+    eos = tokenizer.eos_token_id
+    return dict(zip(_STOPS, sorted(stop_ids, key=lambda token: (token != eos, token)), strict=False))
 
 
 def _check_model(state: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from errno import ENOSPC
@@ -76,6 +76,7 @@ def write_gguf(
     path: Path,
     type: GgufType,  # noqa: A002 - as on the command line
     *,
+    stop_ids: Sequence[int],
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Writes the model of a Hugging Face folder as a GGUF file. The write is atomic.
@@ -83,9 +84,10 @@ def write_gguf(
     Concurrent writers of one `path` must share a lock (`storage.file_lock`).
 
     Args:
-        folder: safetensors (one file or several), config, generation config, tokenizer and chat template.
+        folder: safetensors (one file or several), config, tokenizer and chat template.
         path: the file to create or replace; its folder is created if missing.
         type: type of the matrices.
+        stop_ids: the ids that end an answer, one to three.
         progress: called with (bytes of weights written, bytes in total) after each piece.
 
     Raises:
@@ -99,7 +101,7 @@ def write_gguf(
     with ExitStack() as stack:
         weights = _weights(folder, config, stack)
         embedding = next(w for w in weights if w.name == "token_embd.weight")
-        words = read_vocabulary(folder, embedding.shape[0])
+        words = read_vocabulary(folder, embedding.shape[0], stop_ids)
         plan = [(weight, _type_of(weight, type, tied=bool(config.tie_word_embeddings))) for weight in weights]
         total = sum(_padded(_size(weight.shape, kind)) for weight, kind in plan)
         with _new_file(path, total) as temporary:

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from corral.errors import ModelError
-from corral.export.gguf_vocabulary import read_vocabulary, stop_ids
+from corral.export.gguf_vocabulary import read_vocabulary
 from corral.messages import Conversation, Role
 from corral.model.folder import licence_texts
 from corral.model.loading import load_tokenizer, quiet
+from corral.template.decoding import TokenBytes
 
 _TURNS: tuple[tuple[Role, str], ...] = (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
 _UNLEARNT = (
@@ -71,29 +72,51 @@ class _Form:
         return text + self.asks
 
 
-def modelfile(folder: Path, gguf: str) -> str:
+def modelfile(folder: Path, gguf: str, stop_ids: Sequence[int]) -> str:
     """The text of a Modelfile for `ollama create`.
 
     Args:
         folder: the model folder that the GGUF file was written from.
         gguf: name of the GGUF file, which must be in the Modelfile's folder.
+        stop_ids: the ids that end an answer, one to three.
 
     Raises:
-        ModelError: if the tokenizer cannot be translated (as in `gguf_writer.write_gguf`), or a licence text contains
-            triple quotes.
+        ModelError: if the tokenizer cannot be translated (as in `gguf_writer.write_gguf`), or a Modelfile cannot hold a
+            licence or the text of a stop id.
         TemplateError: if the chat template has generation markers and cannot be used.
     """
     tokenizer: Any = load_tokenizer(folder)
-    words = read_vocabulary(folder, _rows(folder, tokenizer))
+    words = read_vocabulary(folder, _rows(folder, tokenizer), stop_ids)
     lines = [f"FROM ./{gguf}", ""]
     lines += _template_lines(tokenizer, words.chat_template, add_bos=words.add_bos)
-    lines += [f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(token)}"' for token in stop_ids(folder, tokenizer)]
+    lines += [f"PARAMETER stop {_quoted(_stop_text(tokenizer, id_, folder), folder)}" for id_ in words.end_ids]
     for path in licence_texts(folder):
-        text = path.read_text("utf-8", errors="replace").strip()
-        if '"""' in text:
-            raise ModelError('a Modelfile cannot hold text with """', where=str(path), hint="write it in another way")
-        lines += ["", f'LICENSE """{text}"""']
+        lines += ["", f"LICENSE {_quoted(path.read_text('utf-8', errors='replace').strip(), path)}"]
     return "\n".join(lines) + "\n"
+
+
+def _stop_text(tokenizer: Any, stop_id: int, folder: Path) -> str:
+    """The text at which Ollama ends an answer. Raises ModelError if it is not printable, or a part of a character."""
+    text = TokenBytes(tokenizer.backend_tokenizer)[stop_id].decode(errors="replace")
+    if "\N{REPLACEMENT CHARACTER}" in text or not _is_kept(text):
+        raise ModelError(
+            f"answers end at token {stop_id}, {text!r}; Ollama ends them at printable texts only",
+            where=str(folder / "generation_config.json"),
+            hint="name in eos_token_id only tokens that the model writes at the end of an answer",
+        )
+    return text or tokenizer.convert_ids_to_tokens(stop_id)  # a special token adds no text to an answer
+
+
+def _is_kept(text: str) -> bool:
+    """Whether Ollama reads all of a text; it leaves out characters that are not printable."""
+    return all(character.isprintable() or character in "\t\r\n" for character in text)
+
+
+def _quoted(text: str, where: Path) -> str:
+    """The text as a Modelfile's value. Raises ModelError if its grammar has no form for it."""
+    if '"""' in text:
+        raise ModelError('a Modelfile cannot hold text with """', where=str(where), hint="write it in another way")
+    return f'"""{text}"""'
 
 
 def _rows(folder: Path, tokenizer: Any) -> int:
@@ -142,7 +165,8 @@ def _learn(render: Any) -> tuple[_Form, bool] | None:
         render, Conversation((*Conversation.from_turns(("system", system)).messages, *turns.messages)), [system, *marks]
     )
     form = _Form(plain[0], led[0] if led else None, led[1] if led else "", plain[1], plain[2], plain[3])
-    if any(part in text for text in (*plain, *(led or ())) for part in ("{{", '"""')):
+    texts = (*plain, *(led or ()))
+    if any(part in text for text in texts for part in ("{{", '"""')) or not all(map(_is_kept, texts)):
         return None
     unlearnt = [c for c in _UNLEARNT if form.system is not None or c.messages[0].role != "system"]
     for strips in (False, True):

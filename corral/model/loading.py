@@ -191,7 +191,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def load_template(folder: Path, spec: str = "tokenizer", variables: Variables | None = None) -> Template:
-    """A chat template on the tokenizer of a model folder, which may write only tokens that the model's embedding has.
+    """A chat template on the tokenizer of a model folder, with every id that ends the model's answers.
+
+    It may write only tokens that the model's embedding has.
 
     Args:
         folder: of the model.
@@ -206,7 +208,33 @@ def load_template(folder: Path, spec: str = "tokenizer", variables: Variables | 
 
     rows: Any = read_json(folder / "config.json").get("vocab_size")
     embedding_rows = rows if isinstance(rows, int) else None
-    return Template.load(load_tokenizer(folder), spec, variables=variables, embedding_rows=embedding_rows)
+    tokenizer = load_tokenizer(folder)
+    known = min(len(tokenizer), embedding_rows or len(tokenizer))
+    end_ids = [id_ for id_ in _declared_end_ids(folder) if id_ < known]
+    return Template.load(tokenizer, spec, variables=variables, end_ids=end_ids, embedding_rows=embedding_rows)
+
+
+def _declared_end_ids(folder: Path) -> list[int]:
+    """The ids that end an answer by `generation_config.json`; by `config.json` if that file is missing or names none.
+
+    Negative ids, which some models name for "none", are left out.
+
+    Raises:
+        ModelError: `eos_token_id` is no id and no list of ids.
+    """
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        stated: Any = read_json(path).get("eos_token_id") if path.is_file() else None
+        if stated is None:
+            continue
+        ids: list[Any] = cast("list[Any]", stated) if isinstance(stated, list) else [stated]
+        if not all(type(id_) is int for id_ in ids):
+            raise ModelError(
+                f"eos_token_id is {stated!r}",
+                where=str(path),
+                hint="write the id of the token that ends an answer, or a list of such ids",
+            )
+        return [id_ for id_ in ids if id_ >= 0]
+    return []
 
 
 def untrained_special_tokens(model: PreTrainedModel, token_ids: Sequence[int]) -> list[int]:

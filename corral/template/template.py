@@ -7,7 +7,7 @@ Training, evaluation and serving all use a Template, so a model is prompted as i
 - The mask comes from the template, never from searching the text: from `{% generation %}` markers where the template has
   them; else from a shipped template that renders exactly the same text; else from the verified difference between
   renderings with and without the answer.
-- Every answer ends in a trained token, and that token is in `stop_ids`.
+- Every answer ends in a trained token, and that token is in `stop_ids`, with all others that end the model's answers.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class Template:
         source: Jinja2 text, with or without `{% generation %}` markers.
         name: its name in errors and reports.
         variables: values of further variables that it reads, here and wherever its saved form is rendered.
+        end_ids: further ids that end the model's answers, as its generation config names them.
         embedding_rows: how many tokens the model's embedding has, from id 0; None if it is not known.
 
     Raises:
@@ -73,6 +74,7 @@ class Template:
         name: str,
         *,
         variables: Variables | None = None,
+        end_ids: Iterable[int] = (),
         embedding_rows: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
@@ -88,8 +90,10 @@ class Template:
         """The saved form, which other programs render: without markers, with a fixed date."""
         self._piece_tokenizer = PieceTokenizer(tokenizer, self._marked_source)
         self._equivalent = None if self._rendering.marked else self._find_equivalent()
-        self.stop_ids = self._verify()
-        """Ids that end an answer: the token that the template puts after answers, and the tokenizer's end of sequence."""
+        self._own_stop_ids = self._verify()
+        self.stop_ids = tuple(sorted({*self._own_stop_ids, *end_ids}))
+        """Ids that end an answer: the token that the template puts after answers, the tokenizer's end of sequence, and
+        `end_ids`."""
 
     @classmethod
     def load(
@@ -98,6 +102,7 @@ class Template:
         spec: str = "tokenizer",
         *,
         variables: Variables | None = None,
+        end_ids: Iterable[int] = (),
         embedding_rows: int | None = None,
     ) -> Template:
         """The template of `model.template`: `tokenizer`, `tokenizer:NAME`, a shipped one, or a `.jinja` file.
@@ -105,7 +110,7 @@ class Template:
         Raises: as the class.
         """
         source, name = _read_source(tokenizer, spec)
-        return cls(tokenizer, source, name, variables=variables, embedding_rows=embedding_rows)
+        return cls(tokenizer, source, name, variables=variables, end_ids=end_ids, embedding_rows=embedding_rows)
 
     @property
     def masked_by(self) -> str:
@@ -133,7 +138,7 @@ class Template:
     def special_ids(self) -> tuple[int, ...]:
         """Ids of the special tokens that this template writes, ascending."""
         written = {i for i in self.encode(_PROBES[0]).ids if i in self._piece_tokenizer.control_ids}
-        return tuple(sorted(written | set(self.stop_ids)))
+        return tuple(sorted(written | set(self._own_stop_ids)))
 
     def check_embedded(self, ids: Iterable[int], where: str) -> None:
         """Raises ModelError if the model's embedding does not have one of these tokens, which occur at `where`."""
@@ -202,8 +207,8 @@ class Template:
         config.pop("chat_template", None)
         config_path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
-    def _verify(self) -> tuple[int, ...]:
-        """Check the module's guarantees on probe conversations; returns the stop ids."""
+    def _verify(self) -> set[int]:
+        """Check the module's guarantees on probe conversations; returns the stop ids of template and tokenizer."""
         stop_ids: set[int] = set()
         for probe in _PROBES:
             try:
@@ -240,7 +245,7 @@ class Template:
         if self.tokenizer.eos_token_id is not None:
             eos: Any = self.tokenizer.eos_token_id
             stop_ids.add(int(eos))
-        return tuple(sorted(stop_ids))
+        return stop_ids
 
     def _messages(self, conversation: Conversation) -> Messages:
         escape = self._piece_tokenizer.escape

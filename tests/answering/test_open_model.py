@@ -12,6 +12,7 @@ import pytest
 
 from corral.answering.open_model import OpenedModel, open_model
 from corral.engines.base import Engine, Sampling
+from corral.engines.registry import LocalEngine
 from corral.errors import InputError, ModelError
 from corral.messages import Conversation
 from corral.model.loading import load_tokenizer
@@ -74,6 +75,24 @@ async def test_a_folder_is_opened_under_its_name_and_answers(tiny_folder: Path) 
     async with model.answerer.engine:
         assert model.name == tiny_folder.name
         assert len((await model.answerer.answer(ASKED, Sampling(max_tokens=4))).completions[0].ids) <= 4
+
+
+@pytest.mark.parametrize("engine", ["transformers", "openvino"])
+async def test_an_answer_ends_at_each_token_that_the_generation_config_names(
+    engine: LocalEngine, tiny_folder: Path, tmp_path: Path
+) -> None:
+    async def answer(folder: Path) -> Any:
+        model = open_model(str(folder), engine)
+        async with model.answerer.engine:
+            return (await model.answerer.answer(ASKED, Sampling(max_tokens=6))).completions[0]
+
+    whole = await answer(tiny_folder)
+    end = whole.ids[3]
+    copy = Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, end]}))
+    short = await answer(copy)
+    assert (whole.finish, short.finish) == ("length", "stop")
+    assert short.ids == whole.ids[: whole.ids.index(end)]
 
 
 def test_the_fingerprint_follows_weights_and_template_and_nothing_else(tiny_folder: Path, tmp_path: Path) -> None:

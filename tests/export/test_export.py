@@ -37,7 +37,7 @@ def source(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("source")
     model = make_tiny_model(len(tiny_tokenizer), rope_parameters=LLAMA31)
     template = Template.load(tiny_tokenizer, "chatml")
-    model.generation_config.eos_token_id = list(template.stop_ids)
+    model.generation_config.eos_token_id = 0  # beside the template's own end, 2
     model.save_pretrained(folder)
     template.save(folder)
     (folder / "LICENSE").write_text("Do as you like.")
@@ -55,6 +55,7 @@ def test_each_form_passes_its_checks_and_carries_its_contract(source: Path, tmp_
     assert record["passed"]
     assert record["form"] == str(form)
     assert set(record["source"]) == {"model.safetensors"}
+    assert record["template"]["stop_ids"] == [0, 2]
     assert {check["name"] for check in record["checks"]} == {
         "token ids", "stop ids", "weights", "greedy answers", "as served",
     }  # fmt: skip

@@ -15,7 +15,7 @@ from corral.template import Template
 from corral.template.template import shipped_templates
 from tests.conftest import change_json
 
-STOPS = '{"eos_token_id": 2}'
+STOPS = (2,)
 LLAMA2 = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
@@ -25,7 +25,6 @@ def save_llama_2(folder: Path, change: Callable[[dict[str, Any]], object] = lamb
     shutil.copy(fetch("llama-2-tokenizer").files[0], folder / "tokenizer.json")
     change_json(folder / "tokenizer.json", change)
     (folder / "tokenizer_config.json").write_text(json.dumps(LLAMA2 | config), "utf-8")
-    (folder / "generation_config.json").write_text(STOPS)
     return folder
 
 
@@ -34,7 +33,6 @@ def save_byte_level(
 ) -> Path:
     tokenizer.save_pretrained(folder)
     change_json(folder / "tokenizer.json", change)
-    (folder / "generation_config.json").write_text(STOPS)
     return folder
 
 
@@ -51,7 +49,7 @@ def metaspace(scheme: str) -> Callable[[dict[str, Any]], None]:
 
 
 def test_llama_2_has_scores_and_types_as_in_sentencepiece(tmp_path: Path) -> None:
-    words = read_vocabulary(save_llama_2(tmp_path / "t"), 32000)
+    words = read_vocabulary(save_llama_2(tmp_path / "t"), 32000, STOPS)
     assert (words.model, words.pre, words.add_space_prefix, words.add_bos, words.add_eos) == (
         "llama",
         "default",
@@ -74,7 +72,10 @@ def test_metaspace_is_written_where_a_chat_has_the_same_ids(
     scheme: str, template: str | None, prefix: bool, tmp_path: Path
 ) -> None:
     more = {"chat_template": template} if template else {}
-    assert read_vocabulary(save_llama_2(tmp_path / "t", metaspace(scheme), **more), 32000).add_space_prefix is prefix
+    assert (
+        read_vocabulary(save_llama_2(tmp_path / "t", metaspace(scheme), **more), 32000, STOPS).add_space_prefix
+        is prefix
+    )
 
 
 SENTENCEPIECE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
@@ -101,7 +102,7 @@ SENTENCEPIECE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 def test_a_sentencepiece_tokenizer_is_refused_for(fault: str, tmp_path: Path) -> None:
     change, words = SENTENCEPIECE[fault]
     with pytest.raises(ModelError) as caught:
-        read_vocabulary(save_llama_2(tmp_path / "t", change), 32003)
+        read_vocabulary(save_llama_2(tmp_path / "t", change), 32003, STOPS)
     assert words in caught.value.what
     assert caught.value.where
     assert caught.value.hint
@@ -111,38 +112,38 @@ def test_added_tokens_that_are_not_special_are_user_defined(tiny_tokenizer: Any,
     def change(state: dict[str, Any]) -> None:
         state["added_tokens"].append({**state["added_tokens"][0], "id": 400, "content": "<tool>", "special": False})
 
-    words = read_vocabulary(save_byte_level(tmp_path / "t", tiny_tokenizer, change), 401)
+    words = read_vocabulary(save_byte_level(tmp_path / "t", tiny_tokenizer, change), 401, STOPS)
     assert (words.tokens[400], words.types[400]) == ("<tool>", USER_DEFINED)
     assert words.types[:4] == [CONTROL] * 3 + [NORMAL]
 
 
 def test_ignored_merges_are_written_only_where_they_change_nothing(tiny_tokenizer: Any, tmp_path: Path) -> None:
     ignoring = save_byte_level(tmp_path / "a", tiny_tokenizer, lambda s: s["model"].update(ignore_merges=True))
-    assert read_vocabulary(ignoring, 400).pre == "gpt-2"
+    assert read_vocabulary(ignoring, 400, STOPS).pre == "gpt-2"
 
     def unreachable(state: dict[str, Any]) -> None:
         state["model"]["ignore_merges"] = True
         state["model"]["merges"].pop()
 
     with pytest.raises(ModelError, match="ignore_merges is True"):
-        read_vocabulary(save_byte_level(tmp_path / "b", tiny_tokenizer, unreachable), 400)
+        read_vocabulary(save_byte_level(tmp_path / "b", tiny_tokenizer, unreachable), 400, STOPS)
 
 
 def test_of_several_chat_templates_the_default_one_is_written(tmp_path: Path) -> None:
     several = [{"name": "rag", "template": "{{ 1 }}"}, {"name": "default", "template": "{{ messages[0]['content'] }}"}]
     assert (
-        read_vocabulary(save_llama_2(tmp_path / "a", chat_template=several), 32000).chat_template
+        read_vocabulary(save_llama_2(tmp_path / "a", chat_template=several), 32000, STOPS).chat_template
         == several[1]["template"]
     )
     with pytest.raises(ModelError, match="several chat templates, rag, and none is called default"):
-        read_vocabulary(save_llama_2(tmp_path / "b", chat_template=several[:1]), 32000)
+        read_vocabulary(save_llama_2(tmp_path / "b", chat_template=several[:1]), 32000, STOPS)
 
 
 def test_a_bos_token_is_added_only_where_the_template_writes_one(tmp_path: Path) -> None:
     with_it = save_llama_2(tmp_path / "a", chat_template="{{ bos_token }}{{ messages[0]['content'] }}")
     without = save_llama_2(tmp_path / "b", chat_template="{{ messages[0]['content'] }}")
-    assert read_vocabulary(with_it, 32000).add_bos
-    assert not read_vocabulary(without, 32000).add_bos
+    assert read_vocabulary(with_it, 32000, STOPS).add_bos
+    assert not read_vocabulary(without, 32000, STOPS).add_bos
 
 
 def test_generation_markers_are_taken_out_of_the_template(tiny_tokenizer: Any, tmp_path: Path) -> None:
@@ -150,12 +151,12 @@ def test_generation_markers_are_taken_out_of_the_template(tiny_tokenizer: Any, t
     folder = save_byte_level(tmp_path / "t", tiny_tokenizer)
     (folder / "chat_template.jinja").write_text(shipped_templates()["chatml"], "utf-8")
     assert "{% generation %}" in (folder / "chat_template.jinja").read_text("utf-8")
-    assert read_vocabulary(folder, 400).chat_template == template.source
+    assert read_vocabulary(folder, 400, STOPS).chat_template == template.source
 
 
 def test_a_template_that_cannot_be_rendered_is_refused(tiny_tokenizer: Any, tmp_path: Path) -> None:
     folder = save_byte_level(tmp_path / "t", tiny_tokenizer)
     (folder / "chat_template.jinja").write_text("{{ nothing.at.all }}", "utf-8")
     with pytest.raises(ModelError, match="cannot be rendered") as caught:
-        read_vocabulary(folder, 400)
+        read_vocabulary(folder, 400, STOPS)
     assert str(folder / "chat_template.jinja") == caught.value.where

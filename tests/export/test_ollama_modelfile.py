@@ -10,8 +10,10 @@ import pytest
 from corral.errors import ModelError
 from corral.export.ollama_modelfile import modelfile
 from corral.messages import Conversation
+from corral.model.loading import load_tokenizer
 from corral.template import Template
 from tests.conftest import make_tiny_model
+from tests.export.modelfile import read_modelfile
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '<|end|>\n\n' + m['content'] | trim"
@@ -87,11 +89,15 @@ def save_model(path: Path, tokenizer: Any, source: str) -> Path:
     return path
 
 
+def values(text: str, command: str) -> list[str]:
+    """What a Modelfile says by a command, as Ollama reads it."""
+    return [value for name, value in read_modelfile(text) if name == command]
+
+
 def go_template(text: str) -> str:
     """The TEMPLATE of a Modelfile."""
-    match = re.search(r'^TEMPLATE """(.*?)"""$', text, re.S | re.M)
-    assert match, text
-    return match[1]
+    (template,) = values(text, "template")
+    return template
 
 
 SOURCES = {"Llama 3": LLAMA3, "Llama 2": LLAMA2, "a default system": DEFAULT, "no system": NO_SYSTEM, "shipped": ""}
@@ -100,7 +106,7 @@ SOURCES = {"Llama 3": LLAMA3, "Llama 2": LLAMA2, "a default system": DEFAULT, "n
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_go_template_renders_what_the_models_own_does(name: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
     source = SOURCES[name] or Template.load(tiny_tokenizer, "chatml").source
-    text = modelfile(save_model(tmp_path / "m", tiny_tokenizer, source), "m.gguf")
+    text = modelfile(save_model(tmp_path / "m", tiny_tokenizer, source), "m.gguf", (2,))
     assert text.startswith("FROM ./m.gguf\n")
     chats = [c.to_json()["messages"] for c in CHATS if source != NO_SYSTEM or c.messages[0].role != "system"]
     assert len(chats) >= 2
@@ -121,7 +127,7 @@ def test_a_bos_token_that_ollama_writes_itself_is_left_out(tiny_tokenizer: Any, 
         single="<|im_start|> $A", pair="<|im_start|> $A $B", special_tokens=[("<|im_start|>", 1)]
     )
     tokenizer.save_pretrained(folder)
-    template = go_template(modelfile(folder, "m.gguf"))
+    template = go_template(modelfile(folder, "m.gguf", (2,)))
     assert render_go(template, CHATS[0].to_json()["messages"]).startswith("<|im_start|>user<|end|>")
 
 
@@ -132,25 +138,35 @@ def test_a_bos_token_that_ollama_writes_itself_is_left_out(tiny_tokenizer: Any, 
         "{{ messages | length }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}",
         "{% for m in messages %}{{ '{{' + m['content'] }}<|im_end|>{% endfor %}",
         "{{ messages[-1]['content'] }}",
+        "{% for m in messages %}{{ m['role'] + ':\u200b' + m['content'] }}<|im_end|>{% endfor %}",
     ],
 )
 def test_a_template_of_another_form_is_left_out_and_said_to_be(
     source: str, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    text = modelfile(save_model(tmp_path / "m", tiny_tokenizer, source), "m.gguf")
-    assert "\nTEMPLATE" not in text
+    text = modelfile(save_model(tmp_path / "m", tiny_tokenizer, source), "m.gguf", (2,))
+    assert values(text, "template") == []
     assert "# No TEMPLATE: none in Ollama's language was proved" in text
 
 
 def test_every_stop_token_and_licence_is_there(tiny_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "m"))
-    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
     (folder / "LICENSE").write_text("Do as you like.\n")
     (folder / "NOTICE").write_text("Made by us.\n")
-    text = modelfile(folder, "m.gguf")
-    assert re.findall(r'^PARAMETER stop "(.*)"$', text, re.M) == ["<|im_end|>", "<|endoftext|>"]
-    assert re.findall(r'^LICENSE """(.*)"""$', text, re.M) == ["Do as you like.", "Made by us."]
+    line_break, quote = (load_tokenizer(folder).encode(text)[0] for text in ("\n", '"'))
+    text = modelfile(folder, "m.gguf", (0, 2, line_break))
+    assert values(text, "from") == ["./m.gguf"]
+    assert values(text, "stop") == ["<|im_end|>", "<|endoftext|>", "\n"]
+    assert values(modelfile(folder, "m.gguf", (quote,)), "stop") == ['"']
+    assert values(text, "license") == ["Do as you like.", "Made by us."]
     (folder / "NOTICE").write_text('"""')
     with pytest.raises(ModelError, match="cannot hold") as caught:
-        modelfile(folder, "m.gguf")
+        modelfile(folder, "m.gguf", (2,))
     assert str(folder / "NOTICE") == caught.value.where
+
+
+@pytest.mark.parametrize("text", ["東", "\x07"], ids=["half a character", "a bell"])
+def test_a_stop_token_that_ollama_cannot_compare_with_is_refused(text: str, tiny_folder: Path) -> None:
+    id_ = load_tokenizer(tiny_folder).encode(text)[0]
+    with pytest.raises(ModelError, match=f"answers end at token {id_}"):
+        modelfile(tiny_folder, "m.gguf", (id_,))

@@ -304,6 +304,36 @@ def test_a_template_of_tokens_that_the_embedding_lacks_is_refused(folder: Path) 
     load_template(folder, str(folder / "asking.jinja"))
 
 
+# What generation_config.json and config.json name, None for a file without it, and the ids that end an answer; 2 is the end
+# token of the template and the tokenizer.
+ENDS: dict[str, tuple[Any, Any, list[int]]] = {
+    "a list": ([0, 2, 198], 2, [0, 2, 198]),
+    "another than the template's": (0, 0, [0, 2]),
+    "the generation config before the config": (0, 5, [0, 2]),
+    "only the config": (None, [5, 6], [2, 5, 6]),
+    "neither": (None, None, [2]),
+    "ids that no token has": ([0, -1, 400, 128009], 2, [0, 2]),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_answers_end_at_every_token_that_template_tokenizer_or_config_names(name: str, folder: Path) -> None:
+    generation, config, expected = ENDS[name]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    change_json(folder / "config.json", eos_token_id=config)
+    template = load_template(folder)
+    assert list(template.stop_ids) == expected
+    assert template.special_ids == (1, 2), "an end token that training never writes need not be trained"
+
+
+@pytest.mark.parametrize("stated", ["2", True, [2, None], {"id": 2}])
+def test_an_end_token_that_is_no_id_is_refused(stated: Any, folder: Path) -> None:
+    change_json(folder / "generation_config.json", eos_token_id=stated)
+    with pytest.raises(ModelError, match="eos_token_id is") as caught:
+        load_template(folder)
+    assert caught.value.where == str(folder / "generation_config.json")
+
+
 # ---- the model hub, played by a server on this machine
 
 COMMIT = hashlib.sha1(b"a commit").hexdigest()
