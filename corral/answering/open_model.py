@@ -117,7 +117,7 @@ def connect_model(
     urls: Sequence[str],
     *,
     model: str | None = None,
-    concurrency: int = 64,
+    concurrency: int | None = None,
     retries: int = 8,
     check_seconds: float | None = None,
 ) -> OpenedModel:

@@ -27,15 +27,13 @@ class BatchResult:
         out: the output.
         figures: totals of the whole output.
         answered: rows that this call answered; the others were finished before.
-        seconds: they took, without loading the model.
-        prompts_per_second, tokens_per_second: since the model was loaded; 0 if nothing was left to do.
+        prompts_per_second, tokens_per_second: of this call, since the model was loaded; 0 if nothing was left to do.
         saved: the share of the candidates that a vote ended early, of those of this call.
     """
 
     out: Path
     figures: Totals
     answered: int = 0
-    seconds: float = 0.0
     prompts_per_second: float = 0.0
     tokens_per_second: float = 0.0
     saved: float = 0.0
@@ -111,6 +109,7 @@ class _Throughput:
 
     def __init__(self, journal: Journal, progress: Progress, rows: int) -> None:
         self._journal = journal
+        self._before = journal.seconds
         self._progress = progress
         self._began = self._last = time.monotonic()
         self._rows = self._tokens = self._candidates = self._cancelled = 0
@@ -122,22 +121,20 @@ class _Throughput:
 
     def keep(self, row: Mapping[str, Any]) -> None:
         """Keep a finished row. Raises: StorageError."""
-        self._journal.add(row)
+        self._last = time.monotonic()
+        self._journal.add(row, self._before + self._last - self._began)
         self._rows += 1
         self._tokens += row.get("tokens", 0)
         finishes: list[str] = row.get("finishes", [])
         self._candidates += len(finishes)
         self._cancelled += finishes.count("cancelled")
-        self._last = time.monotonic()
         prompts, tokens = self._speeds()
         saved = f", {self._saved():.0%} of candidates saved" if self._cancelled else ""
         self._progress.update(self._rows, f"{prompts:.3g} prompts/s, {tokens:,.0f} tokens/s{saved}")
 
     def result(self, totals: Totals) -> BatchResult:
         """The result, once the output is written."""
-        return BatchResult(
-            self._journal.out, totals, self._rows, self._last - self._began, *self._speeds(), self._saved()
-        )
+        return BatchResult(self._journal.out, totals, self._rows, *self._speeds(), self._saved())
 
     def _speeds(self) -> tuple[float, float]:
         """(prompts, tokens) per second."""

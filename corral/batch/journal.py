@@ -43,6 +43,8 @@ class Totals:
     tokens: int = 0
     faults: list[str] = field(default_factory=list[str])
     """Of the first few bad rows."""
+    seconds: float = 0.0
+    """Spent on answering, over all calls, without loading the model."""
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Count a row."""
@@ -63,18 +65,23 @@ class Journal:
         self.path = _journal_path(out)
         self._database = database
         self._identity = identity
-        (self.count,) = database.execute("SELECT count(*) FROM rows").fetchone()
-        """Rows in it."""
+        self.count, self.seconds = database.execute("SELECT count(*), coalesce(max(seconds), 0.0) FROM rows").fetchone()
+        """Rows in it, and the seconds that all calls so far have spent on answering."""
 
     def __contains__(self, index: int) -> bool:
         return self._database.execute("SELECT 1 FROM rows WHERE position = ?", (index,)).fetchone() is not None
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Keep a finished row: it is on the disk when this returns. Raises: StorageError."""
+    def add(self, row: Mapping[str, Any], seconds: float = 0.0) -> None:
+        """Keep a finished row: it is on the disk when this returns. Raises: StorageError.
+
+        Args:
+            seconds: what all calls have spent on answering until now.
+        """
         text = json.dumps(row, ensure_ascii=False, allow_nan=False).translate(_LINE_BREAKS)
         with _storage_errors(self.path):
-            self._database.execute("INSERT INTO rows VALUES (?, ?)", (row["index"], text.encode()))
+            self._database.execute("INSERT INTO rows VALUES (?, ?, ?)", (row["index"], text.encode(), seconds))
         self.count += 1
+        self.seconds = max(self.seconds, seconds)
 
     def finish(self, rows: int) -> Totals:
         """Write the output in order and remove the journal.
@@ -87,7 +94,7 @@ class Journal:
             StorageError: the disk is full; the journal stays.
         """
         assert self.count == rows, "a row is missing"
-        totals = Totals()
+        totals = Totals(seconds=self.seconds)
         ordered = self.path.with_name(f"{self.path.name}.ordered")
         with _storage_errors(self.out, needed=self._size()):
             try:
@@ -228,7 +235,7 @@ def _create_tables(database: sqlite3.Connection, identity: Mapping[str, Any]) ->
     database.execute("PRAGMA journal_mode = WAL")
     database.execute("BEGIN")
     database.execute("CREATE TABLE batch (identity TEXT NOT NULL)")
-    database.execute("CREATE TABLE rows (position INTEGER PRIMARY KEY, row BLOB NOT NULL)")
+    database.execute("CREATE TABLE rows (position INTEGER PRIMARY KEY, row BLOB NOT NULL, seconds REAL NOT NULL)")
     database.execute("INSERT INTO batch VALUES (?)", (json.dumps(identity, ensure_ascii=False),))
     database.execute("COMMIT")
 

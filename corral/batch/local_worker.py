@@ -1,7 +1,7 @@
 """Answers prompts through an Answerer on this machine, as many at once as keep its engine full.
 
-A row that the engine refuses is a bad row. If the engine fails, the rows under way are asked again one by one, because it
-cannot be seen which of them made it fail; a plain question after each failure tells a bad row from a broken engine.
+A row that the engine refuses is a bad row. If the engine fails, the rows under way are asked again in ever smaller
+groups, because it cannot be seen which of them made it fail; a plain question after each failure tells a bad row from a broken engine.
 """
 
 from __future__ import annotations
@@ -28,9 +28,13 @@ _PROBE = Prompt(-1, {}, Conversation.from_turns(("user", "Hello")))
 """A working engine can answer this."""
 
 
-def prompts_in_flight(choices: int) -> int:
-    """How many prompts are answered at once, with so many completions each."""
-    return -(-COMPLETIONS_IN_FLIGHT // choices)
+def prompts_in_flight(choices: int, requests: int | None = None) -> int:
+    """How many prompts are answered at once, with so many completions each.
+
+    Args:
+        requests: how many the engine takes at once, if it says so; a quarter more wait for those that end.
+    """
+    return -(-COMPLETIONS_IN_FLIGHT // choices) if requests is None else -(-5 * requests // 4)
 
 
 async def answer_row(answerer: Answerer, prompt: Prompt, seed: int) -> dict[str, Any]:
@@ -56,8 +60,9 @@ async def answer_row(answerer: Answerer, prompt: Prompt, seed: int) -> dict[str,
 class RowAnswerer:
     """Answers prompts through one Answerer, many at once on one event loop, and tells bad rows from a broken engine.
 
-    A row that fails beside others is asked again alone, up to twice. It is bad if it fails each time while the engine answers
-    a plain question, asked in the same way, after each failure.
+    Rows that fail beside each other are suspects. They are asked again in halves, and the failed ones of a half in halves of
+    that, until those that make the engine fail are alone: one bad row among n costs about 2 log2(n) more rounds. A row is bad
+    if it fails alone twice while the engine answers a plain question, asked in the same way, after each failure.
     """
 
     def __init__(self, answerer: Answerer, seed: int) -> None:
@@ -65,10 +70,10 @@ class RowAnswerer:
         self._seed = seed
         self._together = 0
         """Rows that are being answered beside each other."""
-        self._suspects = 0
-        """Rows that are asked alone, or wait for that; no other row begins meanwhile."""
+        self._suspects: dict[asyncio.Future[dict[str, Any]], Prompt] = {}
+        """Rows that failed, and where their result is awaited; no other row begins meanwhile."""
         self._none_together, self._no_suspects = asyncio.Event(), asyncio.Event()
-        self._alone = asyncio.Lock()
+        self._settling = asyncio.Lock()
 
     async def answer(self, prompt: Prompt) -> dict[str, Any]:
         """The finished row of a prompt, perhaps a bad one. Raises: EngineError (the engine is broken)."""
@@ -76,23 +81,62 @@ class RowAnswerer:
             await self._no_suspects.wait()
         self._together += 1
         self._none_together.clear()
+        result: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         try:
             return await answer_row(self._answerer, prompt, self._seed)
         except EngineError:
-            self._suspects += 1
+            self._suspects[result] = prompt
             self._no_suspects.clear()
         finally:
             self._together -= 1
             if not self._together:
                 self._none_together.set()
+        async with self._settling:  # the first suspect settles all
+            await self._none_together.wait()
+            if not result.done():
+                await self._settle_suspects()
+        return result.result()
+
+    async def _settle_suspects(self) -> None:
+        """Give every suspect its row, or the failure of a broken engine."""
         try:
-            async with self._alone:
-                await self._none_together.wait()
-                return await self._answer_alone(prompt)
+            await self._settle([*self._suspects])
+        except EngineError as failure:
+            for result in self._suspects:
+                if not result.done():
+                    result.set_exception(failure)
+                    result.exception()  # a waiter may have been cancelled
         finally:
-            self._suspects -= 1
-            if not self._suspects:
-                self._no_suspects.set()
+            self._suspects.clear()
+            self._no_suspects.set()
+
+    async def _settle(self, suspects: list[asyncio.Future[dict[str, Any]]]) -> None:
+        """Give each of these its row. Raises: EngineError (the engine is broken)."""
+        if len(suspects) == 1:
+            suspects[0].set_result(await self._answer_alone(self._suspects[suspects[0]]))
+            return
+        middle = len(suspects) // 2
+        for half in (suspects[:middle], suspects[middle:]):
+            if failed := half if len(half) == 1 else await self._ask_together(half):
+                await self._settle(failed)
+
+    async def _ask_together(
+        self, suspects: list[asyncio.Future[dict[str, Any]]]
+    ) -> list[asyncio.Future[dict[str, Any]]]:
+        """Ask suspects beside each other. Returns those that failed again. Raises: EngineError (the engine is broken)."""
+        rows = (answer_row(self._answerer, self._suspects[each], self._seed) for each in suspects)
+        outcomes = await asyncio.gather(*rows, return_exceptions=True)
+        failures: dict[asyncio.Future[dict[str, Any]], EngineError] = {}
+        for result, outcome in zip(suspects, outcomes, strict=True):
+            if isinstance(outcome, EngineError):
+                failures[result] = outcome
+            elif isinstance(outcome, BaseException):
+                raise outcome
+            else:
+                result.set_result(outcome)
+        if failures:
+            await self._raise_if_broken(next(iter(failures.values())))
+        return [*failures]
 
     async def _answer_alone(self, prompt: Prompt) -> dict[str, Any]:
         reason = ""
@@ -134,7 +178,7 @@ def answer_locally(
         interrupts = Interrupts(stop)
         with interrupts, interrupts.deferred():
             try:
-                runner.run(batch.run(prompts_in_flight(choices)))
+                runner.run(batch.run(prompts_in_flight(choices, answerer.engine.features.requests)))
             except asyncio.CancelledError:
                 raise Stopped(interrupts.signal) from None
 

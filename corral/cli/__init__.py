@@ -40,6 +40,15 @@ def positive_int(text: str) -> int:
 positive_int.__name__ = "positive integer"  # the name in argparse's error message
 
 
+def local_path(text: str) -> str:
+    """An argument that is a file or folder of this machine. Raises: ArgumentTypeError (it is an address)."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text} is an address, and results are written to this machine: give a path, then copy the result there"
+        )
+    return text
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
     from corral.engines.registry import ENGINE_NAMES
@@ -95,7 +104,9 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--url", action="append", default=[], help=url)
 
     sub = verb("init", run_commands.init, "corral init my.toml")
-    sub.add_argument("path", nargs="?", default="recipe.toml", help="the file to write (default: recipe.toml)")
+    sub.add_argument(
+        "path", nargs="?", type=local_path, default="recipe.toml", help="the file to write (default: recipe.toml)"
+    )
     sub = verb(
         "run",
         run_commands.run,
@@ -103,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
         settings=True,
     )
     sub.add_argument("recipe", help="a recipe file")
-    sub.add_argument("--out", help="the run directory (default: runs/NAME, or runs/NAME-small)")
+    sub.add_argument("--out", type=local_path, help="the run directory (default: runs/NAME, or runs/NAME-small)")
     small = "try the recipe in minutes: with the starter model, a few made-up rows for each source and a few steps"
     sub.add_argument("--small", action="store_true", help=small)
     profile = "profile some training steps: prints a table and writes a trace to the stage's folder"
@@ -113,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--device", choices=("t4", "24g", "a100-80g", "h100", "h200"), help="estimate for this device instead"
     )
-    sub.add_argument("--out", help="the run directory that is planned (default: as for run)")
+    sub.add_argument("--out", type=local_path, help="the run directory that is planned (default: as for run)")
     sub.add_argument("--small", action="store_true", help="plan the small form of the recipe (run --small)")
     sub = verb(
         "inspect",
@@ -123,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("recipe", help="a recipe file")
     sub.add_argument("--rows", type=int, default=2, help="rows to show of each split and outcome (default: 2)")
-    sub.add_argument("--html", metavar="FILE", help="also write an HTML page")
+    sub.add_argument("--html", type=local_path, metavar="FILE", help="also write an HTML page")
     sub = verb(
         "evaluate", run_commands.evaluate, "corral evaluate runs/quickstart --set evaluate.loss_rows=500", settings=True
     )
@@ -138,7 +149,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--to", choices=EXPORT_TYPES, help="the format (default: those that the recipe names)")
     kinds = "; ".join(f"{to}: {', '.join(types)}" for to, types in EXPORT_TYPES.items())
     sub.add_argument("--type", help=f"the type of the weights; {kinds} (default: q8_0 or int8)")
-    sub.add_argument("--out", help="the folder to write, for a model without a run (a run is exported to RUN/export)")
+    sub.add_argument(
+        "--out",
+        type=local_path,
+        help="the folder to write, for a model without a run (a run is exported to RUN/export)",
+    )
     sub = verb("verify", model_commands.verify, "corral verify runs/quickstart --engine openvino")
     sub.add_argument("model", help="a run directory, a folder with a contract.json, or an exported .gguf file")
     sub.add_argument("--engine", choices=ENGINE_NAMES, help=engine_help)
@@ -155,7 +170,9 @@ def parser() -> argparse.ArgumentParser:
     sub = verb("batch", model_commands.batch, "corral batch runs/quickstart prompts.jsonl --out answers.jsonl")
     sub.add_argument("model", help=_MODELS)
     sub.add_argument("prompts", help="a .jsonl file with a `prompt` or `messages` in each row, and optionally an `id`")
-    sub.add_argument("--out", required=True, help="the file to write: a row for each prompt, in the same order")
+    sub.add_argument(
+        "--out", type=local_path, required=True, help="the file to write: a row for each prompt, in the same order"
+    )
     add_answer_options(sub)
     sub.add_argument("--seed", type=int, help="seed of all sampling (default: the recipe's)")
     ray = "use the Ray cluster at this address (default: the one this machine belongs to, or a new one here)"

@@ -21,7 +21,10 @@ def assets(args: argparse.Namespace) -> dict[str, Any]:
             print(f"{name}  {path}")
         return {"fetched": fetched}
     known = list_assets()
-    table = Table("asset", "kind", "size", "licence", "what it is", box=None)
+    table = Table(box=None)
+    table.add_column("asset", no_wrap=True)
+    for title in ("kind", "size", "licence", "what it is"):
+        table.add_column(title)
     for a in known:
         table.add_row(f"asset:{a.name}", a.kind, format_bytes(a.size), a.licence, a.description)
     show(table)

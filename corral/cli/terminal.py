@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from typing import TYPE_CHECKING
 
+from corral.formatting import format_duration
 from corral.progress import Progress
 
 if TYPE_CHECKING:
@@ -13,14 +15,41 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 _QUIET_SECONDS = 15.0  # between plain lines
+_PACE_SECONDS = 60.0  # the pace is that of the last minute, and of at least one step
 
 
 def show(*tables: object) -> None:
-    """Print tables and styled text to standard output."""
-    from rich.console import Console
+    """Print tables and styled text to standard output. What does not fit into a column goes on in the next line."""
+    from rich.console import Console, Group
+    from rich.table import Table
 
     for table in tables:
+        for each in table.renderables if isinstance(table, Group) else [table]:
+            for column in each.columns if isinstance(each, Table) else []:
+                column.overflow = "fold"
         Console().print(table)
+
+
+class Pace:
+    """How fast a task advances now, whatever it did before."""
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, int]] = deque()
+
+    def add(self, done: int, now: float) -> None:
+        """So many parts are done now. The first call is the start: a resumed task does not start at 0."""
+        self._samples.append((now, done))
+        while len(self._samples) > 2 and self._samples[1][0] <= now - _PACE_SECONDS:
+            self._samples.popleft()
+
+    def seconds_left(self, total: int, now: float) -> float | None:
+        """Until all parts are done; None if that cannot be told yet."""
+        if len(self._samples) < 2:
+            return None
+        (began, first), (last, done) = self._samples[0], self._samples[-1]
+        if done <= first:
+            return None
+        return max(0.0, (total - done) * (last - began) / (done - first) - (now - last))
 
 
 class TerminalProgress(Progress):
@@ -34,6 +63,7 @@ class TerminalProgress(Progress):
         self._bar: Bar | None = None
         self._task: TaskID | None = None
         self._title, self._total, self._began, self._printed = "", None, 0.0, 0.0
+        self._pace = Pace()
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
@@ -44,6 +74,7 @@ class TerminalProgress(Progress):
         self.stop()
         self._title, self._total, self._began = title, total, time.monotonic()
         self._printed = self._began
+        self._pace = Pace()
         if not self._live:
             self._console.print(title, markup=False)
             return
@@ -56,17 +87,24 @@ class TerminalProgress(Progress):
             BarColumn,
             MofNCompleteColumn,
             Progress,
+            ProgressColumn,
             SpinnerColumn,
             TextColumn,
-            TimeRemainingColumn,
         )
+        from rich.text import Text
+
+        left = self._left
+
+        class TimeLeft(ProgressColumn):
+            def render(self, task: object) -> Text:
+                return Text(left(), style="progress.remaining")
 
         return Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            TimeLeft(),
             TextColumn("{task.fields[note]}", markup=False),
             console=self._console,
             transient=True,
@@ -74,17 +112,20 @@ class TerminalProgress(Progress):
 
     def update(self, done: int, note: str = "") -> None:
         """So many parts of the task are done."""
+        now = time.monotonic()
+        self._pace.add(done, now)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, note=note)
             return
-        now = time.monotonic()
         if not self._live and now - self._printed >= _QUIET_SECONDS:
             self._printed = now
             total = f" of {self._total}" if self._total else ""
-            left = ""
-            if self._total and 0 < done < self._total:
-                left = f", about {(now - self._began) / done * (self._total - done):.0f} s left"
-            self.say(f"{self._title}: {done}{total}{left}{', ' + note if note else ''}")
+            self.say(", ".join(filter(None, (f"{self._title}: {done}{total}", self._left(), note))))
+
+    def _left(self) -> str:
+        """The time left in words, or nothing."""
+        seconds = self._pace.seconds_left(self._total, time.monotonic()) if self._total else None
+        return f"about {format_duration(seconds)} left" if seconds else ""
 
     def stop(self) -> None:
         """End the task; the live line is replaced by the time it took."""

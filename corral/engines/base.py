@@ -70,6 +70,8 @@ class Features:
     """Whether Sampling.logprobs is supported."""
     score: bool
     """Whether `score` works."""
+    requests: int | None = None
+    """How many requests it computes at once, if that depends on servers, which say so."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,11 +100,11 @@ def _model_routes(models: ServedModels, admission: Admission) -> APIRouter:
 
     @router.get("/models")
     async def listed() -> Response:  # pyright: ignore[reportUnusedFunction]
-        return json_response(ModelList(data=models.list_entries()))
+        return json_response(ModelList(data=models.list_entries(admission.limits.at_once)))
 
     @router.get("/models/{name:path}")
     async def one(name: str) -> Response:  # pyright: ignore[reportUnusedFunction]
-        for model in models.list_entries():
+        for model in models.list_entries(admission.limits.at_once):
             if model.id == name:
                 return json_response(model)
         raise Refused(404, f"the model {name!r} does not exist", param="model", code="model_not_found")

@@ -295,13 +295,15 @@ class ConsensusResult(BaseModel):
 
 
 class Model(BaseModel):
-    """An entry of `/v1/models`. Extensions: `max_model_len` (most tokens of prompt and answer together) and `task`."""
+    """An entry of `/v1/models`. Extensions: `max_model_len` (most tokens of prompt and answer together), `max_requests` (most
+    requests that run at once, of all models together) and `task`."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "corral"
     max_model_len: int
+    max_requests: int
     task: Literal["chat", "embeddings"] = "chat"
 
 

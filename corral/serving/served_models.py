@@ -107,11 +107,26 @@ class ServedModels:
         """All models, in the given order."""
         return [*self._served.values()]
 
-    def list_entries(self) -> list[Model]:
-        """The entries of `/v1/models`; the embedding model, if there is one, comes last."""
-        entries = [Model(id=each.name, created=each.created, max_model_len=each.context) for each in self.all()]
+    def list_entries(self, max_requests: int) -> list[Model]:
+        """The entries of `/v1/models`; the embedding model, if there is one, comes last.
+
+        Args:
+            max_requests: how many requests the server runs at once.
+        """
+        entries = [
+            Model(id=each.name, created=each.created, max_model_len=each.context, max_requests=max_requests)
+            for each in self.all()
+        ]
         if self.embed is not None:
-            entries.append(Model(id=ASSET, created=entries[0].created, max_model_len=MAX_TOKENS, task="embeddings"))
+            entries.append(
+                Model(
+                    id=ASSET,
+                    created=entries[0].created,
+                    max_model_len=MAX_TOKENS,
+                    max_requests=max_requests,
+                    task="embeddings",
+                )
+            )
         return entries
 
     @property

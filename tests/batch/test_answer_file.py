@@ -121,7 +121,10 @@ def test_a_batch_stopped_by_a_signal_resumes(number: signal.Signals, make_batch:
     left = ROWS * 20 - len(finished_rows(batch.out))
     assert 0 < left < ROWS * 20
     batch.calls.unlink()
-    assert batch.run().answered == left
+    outcome = batch.run()
+    assert outcome.answered == left
+    assert outcome.figures.seconds > left / outcome.prompts_per_second, "with those of the call before"
+    assert batch.run().figures == outcome.figures
     assert len(batch.prompts_sent()) == left
     assert len(read_rows(batch.out)) == ROWS * 20
 

@@ -31,6 +31,20 @@ def row(index: int) -> dict[str, Any]:
     return {"index": index, "answer": f"ü\u2028{index}", "prompt_tokens": 3, "tokens": 2}
 
 
+def test_the_seconds_of_all_calls_are_kept_with_the_rows(tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    with journal(out) as opened:
+        assert opened.seconds == 0
+        opened.add(row(0), 4.0)
+    with journal(out) as opened:
+        assert opened.seconds == 4.0
+        opened.add(row(1), 7.5)
+        assert opened.finish(2).seconds == 7.5
+    with open_journal(out, IDENTITY) as totals:
+        assert isinstance(totals, Totals)
+        assert totals.seconds == 7.5
+
+
 def test_rows_that_finished_in_any_order_are_written_in_order(tmp_path: Path) -> None:
     out = tmp_path / "new" / "a.jsonl"
     with journal(out) as opened:

@@ -173,6 +173,50 @@ def test_a_row_is_bad_only_if_it_breaks_the_engine_beside_others_and_twice_alone
     assert failed == min(times + 1, 3)
 
 
+def requests_for(template: Template, rows: int, breaks: Callable[[str], bool]) -> tuple[list[dict[str, Any]], int, int]:
+    """(finished rows, requests, rounds in which the engine was asked) of a batch that an engine fails on."""
+    kept: list[dict[str, Any]] = []
+    asked: list[int] = []
+
+    class Watched(ScriptedEngine):
+        def submit(self, *args: Any) -> Any:
+            submitted = super().submit(*args)
+            asked.append(len(self._requests))
+            return submitted
+
+    def reply(prompt_ids: Sequence[int], _: Sampling, __: int) -> list[int]:
+        if breaks(template.tokenizer.decode(list(prompt_ids))):
+            for request in list(engine._requests):
+                request.generation.fail(EngineError("the process ended"))
+        return [5]
+
+    engine = Watched(reply, delay_seconds=0.002)
+    prompts = iter([prompt(i, f"Hi {i}?") for i in range(rows)])
+    answer_locally(lambda: Answerer(engine, template), 1, 0, prompts, kept.append)
+    return kept, len(asked), asked.count(1)
+
+
+def test_one_bad_row_among_all_in_flight_is_found_by_halving(template: Template) -> None:
+    kept, requests, rounds = requests_for(template, COMPLETIONS_IN_FLIGHT, lambda text: "Hi 200?" in text)
+    assert [row["index"] for row in kept if "error" in row] == [200]
+    assert len(kept) == COMPLETIONS_IN_FLIGHT
+    assert requests < 3.5 * COMPLETIONS_IN_FLIGHT
+    assert rounds < 40, "not a round for each row"
+
+
+def test_after_a_crash_that_no_row_caused_all_rows_are_asked_once_more(template: Template) -> None:
+    crashes = iter([False] * 100 + [True])
+    kept, requests, rounds = requests_for(template, COMPLETIONS_IN_FLIGHT, lambda _: next(crashes, False))
+    assert not [row for row in kept if "error" in row]
+    assert requests <= 2 * COMPLETIONS_IN_FLIGHT
+    assert rounds < 4
+
+
+def test_an_engine_whose_servers_say_how_much_they_take_gets_that_and_a_quarter_in_waiting() -> None:
+    assert prompts_in_flight(1, 512) == prompts_in_flight(5, 512) == 640
+    assert prompts_in_flight(5) == 64
+
+
 def test_a_row_that_broke_the_engine_is_asked_again_alone(template: Template) -> None:
     in_flight: list[int] = []
 

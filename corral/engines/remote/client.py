@@ -70,10 +70,12 @@ class TransientError(Exception):
 
 
 class ListedModel(BaseModel):
-    """An entry of `/v1/models`. Servers of the vLLM kind give the context length, corral's own server also the task."""
+    """An entry of `/v1/models`. Servers of the vLLM kind give the context length, corral's own server also the task and how
+    many requests it runs at once."""
 
     id: str
     max_model_len: int | None = None
+    max_requests: int | None = None
     task: str = "chat"
 
 

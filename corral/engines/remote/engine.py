@@ -55,7 +55,8 @@ class RemoteEngine(Engine):
         probe: ask for one token at first, to see what the server returns besides text: `encode` is used only if it returns
             no ids, and `features` says whether it gives log-probabilities. Without it a server is taken to give all of
             it, or only text if there is `encode`.
-        concurrency: requests under way at once, over all URLs.
+        concurrency: requests under way at once, over all URLs. None: as many as each endpoint lists that it runs at once
+            (`max_requests`), and 64 at one that lists nothing.
         retries: how often a request waits because no endpoint takes it; the first time about `backoff_seconds`, then
             twice as long each time. With 0, `submit` raises EngineUnavailableError while all endpoints rest.
         timeout_seconds: the longest silence of an endpoint that has a request; the first token may take that long.
@@ -79,7 +80,7 @@ class RemoteEngine(Engine):
         key: str | None = None,
         encode: Encode | None = None,
         probe: bool = False,
-        concurrency: int = 64,
+        concurrency: int | None = None,
         retries: int = 8,
         backoff_seconds: float = 1.0,
         timeout_seconds: float = 600.0,
@@ -122,12 +123,15 @@ class RemoteEngine(Engine):
                     "%s gives no token ids: its text is tokenised here, and there are no log-probabilities",
                     listed[0][0],
                 )
-            self._run(self._endpoints.monitor(self.model)).result()
+            capacities = {
+                url: each.max_requests for (url, _), each in zip(listed, models, strict=True) if each.max_requests
+            }
+            self._run(self._endpoints.monitor(self.model, capacities)).result()
         except BaseException:
             self._end()
             raise
         self._encode = encode
-        self.features = Features(length, vocabulary, gives_logprobs, scores)
+        self.features = Features(length, vocabulary, gives_logprobs, scores, self._endpoints.concurrency)
 
     @property
     def ready(self) -> bool:

@@ -1,6 +1,6 @@
 """Requests to several endpoints that serve the same model: which one to ask, when to ask again, which ones to leave alone.
 
-- A request goes to the endpoint with the fewest requests under way.
+- A request goes to the endpoint with the fewest requests under way, for as many as it runs at once.
 - An endpoint that is busy (429, 503, 504) is not asked again by this request until its Retry-After has passed.
 - An endpoint that cannot be reached, or that fails three times in a row, rests: for a while, longer each time, and until it
   lists its model again.
@@ -26,6 +26,9 @@ from corral.errors import EngineError, EngineUnavailableError, InputError, Model
 
 T = TypeVar("T")
 
+DEFAULT_REQUESTS = 64
+"""Requests under way at once at an endpoint that does not list how many it runs."""
+_MOST_REQUESTS = 1024  # whatever an endpoint lists
 _PROBE_SECONDS = 10.0  # a list of models is no work
 _LONGEST_REST = 300.0  # a request waits for no endpoint that asks for more
 _MAX_FAILURES = 3  # in a row, after which an endpoint rests that can still be reached
@@ -34,6 +37,8 @@ _MAX_FAILURES = 3  # in a row, after which an endpoint rests that can still be r
 @dataclass(slots=True)
 class _Endpoint:
     client: EndpointClient
+    capacity: int = DEFAULT_REQUESTS
+    """How many requests it runs at once."""
     under_way: int = 0
     failures: int = 0
     """Requests in a row that failed, not counting those that it was too busy for."""
@@ -64,7 +69,7 @@ class FailoverClient:
         urls: Sequence[str],
         *,
         key: str | None,
-        concurrency: int,
+        concurrency: int | None,
         timeout_seconds: float,
         retries: int,
         backoff_seconds: float,
@@ -82,16 +87,29 @@ class FailoverClient:
         self._model: str | None = None
         self._any_available = asyncio.Event()
         self._checks: asyncio.Task[None] | None = None
-        self._slots = asyncio.Semaphore(concurrency)
+        self._concurrency = concurrency
+        self._slots = asyncio.Semaphore(self.concurrency)
 
     @property
     def available(self) -> list[str]:
         """URLs of the endpoints that may be asked now."""
         return [endpoint.url for endpoint in self._endpoints if endpoint.recovery is None]
 
-    async def monitor(self, model: str) -> None:
-        """From now on a resting endpoint must list that model to be asked again; starts the regular checks."""
+    @property
+    def concurrency(self) -> int:
+        """Most requests under way at once, over all endpoints."""
+        return self._concurrency or sum(endpoint.capacity for endpoint in self._endpoints)
+
+    async def monitor(self, model: str, capacities: Mapping[str, int]) -> None:
+        """From now on a resting endpoint must list that model to be asked again; starts the regular checks.
+
+        Args:
+            capacities: how many requests an endpoint runs at once, by URL.
+        """
         self._model = model
+        for endpoint in self._endpoints:
+            endpoint.capacity = max(1, min(capacities.get(endpoint.url, DEFAULT_REQUESTS), _MOST_REQUESTS))
+        self._slots = asyncio.Semaphore(self.concurrency)
         if self._check_seconds is not None:
             self._checks = asyncio.create_task(self._check_regularly(self._check_seconds))
 
@@ -189,7 +207,7 @@ class FailoverClient:
 
     def _least_busy(self, excluded: Collection[str]) -> _Endpoint | None:
         candidates = [each for each in self._endpoints if each.recovery is None and each.url not in excluded]
-        return min(candidates, key=lambda endpoint: endpoint.under_way, default=None)
+        return min(candidates, key=lambda endpoint: endpoint.under_way / endpoint.capacity, default=None)
 
     def _count_failure(self, endpoint: _Endpoint, failure: TransientError) -> None:
         """Note a failed request. One failure may be due to the request itself, so the endpoint need not rest yet."""

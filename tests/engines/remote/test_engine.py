@@ -21,6 +21,7 @@ from corral.engines.transformers import TransformersEngine
 from corral.errors import EngineError
 from corral.messages import Conversation
 from corral.recipe import Answer, Consensus
+from corral.serving.admission import ServerLimits
 from corral.serving.served_models import ServedModel
 from corral.template import Template
 from tests.conftest import web_server
@@ -85,7 +86,9 @@ async def test_it_is_the_engine_behind_the_endpoint_in_ids_log_probs_scores_and_
     scored = [random.Random(i).choices(range(VOCABULARY), k=40) for i in range(3)]
     async with remote(tiny, vocabulary=VOCABULARY) as engine:
         assert (engine.model, engine.ready) == ("tiny", True)
-        assert engine.features == Features(CONTEXT, VOCABULARY, logprobs=True, score=True)
+        assert engine.features == Features(
+            CONTEXT, VOCABULARY, logprobs=True, score=True, requests=ServerLimits().at_once
+        )
         for far, near in zip(
             await asyncio.gather(*(complete(engine, *each) for each in work)),
             [await complete(behind, *each) for each in work],
@@ -249,7 +252,7 @@ def test_a_fault_of_ours_is_logged_without_what_was_answered(caplog: pytest.LogC
 
 def test_corrals_own_server_is_found_able_to_do_all_of_it(tiny: str) -> None:
     engine = remote(tiny, vocabulary=VOCABULARY, probe=True)
-    assert engine.features == Features(CONTEXT, VOCABULARY, logprobs=True, score=True)
+    assert engine.features == Features(CONTEXT, VOCABULARY, logprobs=True, score=True, requests=ServerLimits().at_once)
     asyncio.run(engine.close())
 
 

@@ -23,28 +23,50 @@ from tests.engines.remote.fake_server import (
 )
 
 
-async def test_requests_go_to_the_endpoint_with_the_fewest_and_no_more_than_concurrency_are_under_way() -> None:
+def counting(counts: list[int]) -> Callable[[FakeServer], None]:
+    """An answer that notes how many are under way."""
     lock = threading.Lock()
+    now = 0
+
+    def answer(self: FakeServer) -> None:
+        nonlocal now
+        with lock:
+            now += 1
+            counts.append(now)
+        time.sleep(0.05)
+        with lock:
+            now -= 1
+        answers_well(self)
+
+    return answer
+
+
+async def test_requests_go_to_the_endpoint_with_the_fewest_and_no_more_than_concurrency_are_under_way() -> None:
     counts: list[list[int]] = [[], []]
-    now = [0, 0]
-
-    def counting(number: int) -> Callable[[FakeServer], None]:
-        def answer(self: FakeServer) -> None:
-            with lock:
-                now[number] += 1
-                counts[number].append(now[number])
-            time.sleep(0.05)
-            with lock:
-                now[number] -= 1
-            answers_well(self)
-
-        return answer
-
-    with web_server(fake_server(counting(0))) as first, web_server(fake_server(counting(1))) as second:
+    with web_server(fake_server(counting(counts[0]))) as first, web_server(fake_server(counting(counts[1]))) as second:
         async with remote(first, second, concurrency=6) as engine:
             await asyncio.gather(*(complete(engine, [1], DRAWN) for _ in range(24)))
     assert len(counts[0]) + len(counts[1]) == 24
     assert max(counts[0] + counts[1]) == 3
+
+
+async def test_each_endpoint_gets_as_many_requests_as_it_lists_that_it_runs_at_once() -> None:
+    counts: list[list[int]] = [[], []]
+    listed = [[{"id": "m", "max_model_len": 8192, "max_requests": most}] for most in (2, 6)]
+    servers = [fake_server(counting(each), models=models) for each, models in zip(counts, listed, strict=True)]
+    with web_server(servers[0]) as first, web_server(servers[1]) as second:
+        async with remote(first, second) as engine:
+            assert engine.features.requests == 8
+            await asyncio.gather(*(complete(engine, [1], DRAWN) for _ in range(40)))
+    assert [max(each) for each in counts] == [2, 6]
+
+
+@pytest.mark.parametrize(("most", "taken"), [(None, 64), (-3, 1), (10**12, 1024)])
+async def test_what_an_endpoint_lists_is_believed_within_bounds(most: int | None, taken: int) -> None:
+    models = [{"id": "m", "max_model_len": 8192} | ({} if most is None else {"max_requests": most})]
+    with web_server(fake_server(answers_well, models=models)) as url:
+        async with remote(url) as engine:
+            assert engine.features.requests == taken
 
 
 async def test_ready_tells_whether_an_endpoint_may_be_asked() -> None:
