@@ -319,15 +319,14 @@ class TextStream:
                 if ballot is not None and delta.finish is not None:
                     logprobs = self._choices[delta.choice].logprobs
                     mean = sum(logprobs) / len(logprobs) if logprobs else None
-                    ballot.add(delta.choice, Candidate(texts[delta.choice], mean))
-                    if ballot.is_decided:
+                    # Votes read whole answers and compare them: in a thread, so as not to block the loop.
+                    if await asyncio.to_thread(ballot.add, delta.choice, Candidate(texts[delta.choice], mean)):
                         break
         return Answer(
             tuple(texts),
             tuple(choice.completion() for choice in self._choices),
             self.prompt_tokens,
             tuple(map(tuple, tokens)) if any(choice.wants_tokens for choice in self._choices) else (),
-            # A vote by embeddings computes: in a thread.
             await asyncio.to_thread(ballot.vote) if ballot is not None else None,
         )
 

@@ -100,10 +100,11 @@ class Ballot:
         self._candidates: dict[int, Candidate] = {}
         self._results: dict[int, str | None] = {}
 
-    def add(self, index: int, candidate: Candidate) -> None:
-        """Add an answer that has ended."""
+    def add(self, index: int, candidate: Candidate) -> bool:
+        """Add an answer that has ended. Returns: `is_decided`."""
         self._candidates[index] = candidate
         self._results[index] = self._result(candidate.text)
+        return self.is_decided
 
     @property
     def is_decided(self) -> bool:

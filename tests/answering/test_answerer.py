@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from corral.answering.answerer import Answer, Answerer, TextDelta
-from corral.answering.consensus import Candidate, Consensus, Method
+from corral.answering.consensus import Ballot, Candidate, Consensus, Method
 from corral.answering.sync import SyncAnswerer
 from corral.engines.base import Completion, Generation, Sampling
 from corral.engines.scripted import ScriptedEngine
@@ -242,6 +242,29 @@ def test_choices_that_cannot_change_the_vote_are_cancelled_in_the_engine(templat
         before = len(drawn)
         sync.run(asyncio.sleep(0.1))
         assert len(drawn) == before, "the engine still works for nobody"
+
+
+@pytest.mark.parametrize("method", ["majority", "rouge-l", "rouge-l+math"])
+def test_answers_are_read_and_compared_without_blocking_the_event_loop(template: Template, method: Method) -> None:
+    readers: set[int] = set()
+
+    class LoggingBallot(Ballot):
+        def _result(self, text: str) -> str | None:
+            readers.add(threading.get_ident())
+            return super()._result(text)
+
+        def _agreement_decided(self, against: float) -> bool:
+            readers.add(threading.get_ident())
+            return super()._agreement_decided(against)
+
+    class LoggingConsensus(Consensus):
+        def new_ballot(self, n: int | None = None) -> Ballot:
+            return LoggingBallot(self, n or self.n)
+
+    answerer = Answerer(replying(template, "1", "2", "1"), template, consensus=LoggingConsensus(method, 3))
+    assert asyncio.run(answerer.answer(QUESTION)).text == "1"
+    assert readers
+    assert threading.get_ident() not in readers
 
 
 def test_a_choice_ended_by_a_stop_string_votes_with_the_text_before_it(template: Template) -> None:

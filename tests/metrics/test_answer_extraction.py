@@ -59,6 +59,8 @@ from corral.metrics.answer_extraction import extract_choice, extract_number, ext
         (r"\boxed{x^2 + 1}", None),
         ("0." + "1" * 600, "0." + "1" * 600),
         ("9" * 5000, None),
+        ("9" * 4290 + "e50", None),
+        ("1/" + "7" * 4290, "1/" + "7" * 4290),
         ("none at all", None),
         ("", None),
         ("Answer: none", None),
@@ -101,6 +103,13 @@ OPTIONS = ["blue", "light blue", "a dog", "none of them"]
         ("Answer: A, B", None),
         ("Answer: A and B", None),
         ("E. something else", None),
+        ("A: It must be the light blue one.", "B"),
+        ("A: B. light blue", "B"),
+        ("A: I do not know. The answer is C.", "C"),
+        ("A: That would be the dog. The answer is light blue.", "B"),
+        ("A: yes", "A"),
+        ("C, because dogs bark", "C"),
+        ("D. The answer is obvious.", "D"),
         ("I do not know", None),
         ("", None),
     ],
@@ -109,9 +118,9 @@ def test_a_choice_is_named_by_its_letter_or_by_its_text_alone(text: str, expecte
     assert extract_choice(text, OPTIONS) == expected
 
 
-def test_without_options_any_letter_is_a_choice_but_an_article_is_not() -> None:
-    assert extract_choice("E) something") == "E"
-    assert extract_choice("A dog is an animal") is None
+def test_without_options_a_letter_is_a_choice_but_an_article_is_not() -> None:
+    assert extract_result("E) something") == "E"
+    assert extract_result("A dog is an animal") is None
 
 
 @pytest.mark.parametrize(
@@ -124,10 +133,33 @@ def test_without_options_any_letter_is_a_choice_but_an_article_is_not() -> None:
         ("Answer:", None),
         (r"\boxed{x^2 + 1}", "x^2+1"),
         (r"\boxed{x^2 - 1}", "x^2-1"),
+        ("A: There are 15 trees. The answer is 6.", "6"),
+        ("A: There are 15 trees.", "15"),
+        ("X: so Answer: 12", "12"),
+        ("X: so 12", "12"),
+        ("B: light blue", "B"),
+        ("D, because 3 > 2", "D"),
+        ("D, which is 5 more than 2", "2"),
+        ("C. The answer is light blue.", "C"),
+        ("B - the 2 dogs", "B"),
+        ("A - 3 = 9, so A = 12", "12"),
+        ("A - B = 5", "5"),
+        ("A*2 = 6", "6"),
+        ("**B** is 7", "B"),
+        ("N - 5 = 7, so N = 12", "12"),
+        ("Y, the number of trees, is 6.", "6"),
+        ("A.M. it is 5", "5"),
+        ("C\nsince it has 4", "C"),
+        ("Answer: नमस्ते", "नमस्ते"),
     ],
 )
 def test_a_result_of_any_kind_is_a_letter_a_number_or_what_follows_the_marker(text: str, expected: str | None) -> None:
     assert extract_result(text) == expected
+
+
+def test_an_option_in_a_script_without_spaces_is_found_in_a_sentence() -> None:
+    assert extract_choice("我认为是红色。", ["蓝色", "红色", "浅蓝色"]) == "B"
+    assert extract_choice("我认为是浅蓝色。", ["蓝色", "红色", "浅蓝色"]) == "C"
 
 
 @given(st.text(max_size=200))
@@ -135,7 +167,6 @@ def test_any_text_has_a_result_or_none(text: str) -> None:
     for result in (
         marked_text(text),
         extract_number(text),
-        extract_choice(text),
         extract_choice(text, OPTIONS),
         extract_result(text),
     ):
