@@ -164,7 +164,7 @@ def _find_checked(spec: str) -> tuple[ModelFiles, Template]:
     if record.is_file():
         checks = contract.check_unchanged(record, load_template(files.folder))
         contract.raise_if_failed(checks, where=record, hint="restore the files, or merge or export the model again")
-    return files, load_template(files.folder, files.template, files.template_variables)
+    return files, files.load_template()
 
 
 def _opened_model(

@@ -15,7 +15,6 @@ from corral.answering.examples import training_examples
 from corral.answering.open_model import check_engine, choose_engine, open_model
 from corral.errors import RecipeError
 from corral.model.folder import ADAPTER_CONFIG
-from corral.model.loading import load_template
 from corral.model.naming import find_model_files
 from corral.recipe.answer import Answer
 from corral.run.directory import Run, is_run
@@ -57,7 +56,7 @@ class AnswererSettings:
         Raises: as `open_model` and `build_answerer`.
         """
         files = find_model_files(self.model)
-        template = load_template(files.folder, files.template, files.template_variables)
+        template = files.load_template()
         local = check_engine(self.engine, self.urls)
         # Another machine or server may go on with a batch; another kind of engine or precision may not.
         engine, dtype = "remote", None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from corral.engines.base import Engine
 from corral.errors import ModelError
@@ -54,36 +54,49 @@ def load_engines(
     """
     if name == "openvino":
         return [_load_openvino(folder, dtype, device, adapters)]
-    from corral.model.adapters import check_fit
+    from corral.model.adapter_files import AdapterFiles
 
-    folders = [adapter for adapter in adapters if adapter is not None]
-    for adapter in folders:
-        check_fit(adapter, folder)
+    files = [AdapterFiles.read(adapter) for adapter in adapters if adapter is not None]
+    for each in files:
+        each.check_fit(folder)
+        each.check_trained()
     if name == "vllm":
         from corral.engines.vllm import VllmEngine
 
-        engine = VllmEngine(folder, dtype=dtype, device=device, adapters=folders)
+        engine = VllmEngine(folder, dtype=dtype, device=device, adapters=[each.folder for each in files])
         return [engine.with_adapter(adapter) for adapter in adapters]
+    return _load_transformers(folder, dtype, device, adapters, [each.folder for each in files if not each.shares_base])
+
+
+def _load_transformers(
+    folder: Path, dtype: DType, device: str, adapters: Sequence[Path | None], alone: Sequence[Path]
+) -> list[Engine]:
+    """One copy of the model for each adapter of `alone`, which changes it, and one that the others share."""
+    from corral.engines.shared_model import SharedModel
     from corral.engines.transformers import TransformersEngine, default_cache_bytes
+    from corral.model.adapters import load
     from corral.model.loading import load_model
 
-    model = load_model(folder, dtype=dtype, device=device)
-    if not folders:
-        return [TransformersEngine(model)]
-    from corral.model.adapters import load
+    def loaded(folders: Sequence[Path]) -> Any:
+        model = load_model(folder, dtype=dtype, device=device)
+        return load(model, *folders) if folders else model
 
-    adapted = load(model, *folders)
-    if len(adapters) == 1:
-        return [TransformersEngine(adapted)]
-    from corral.engines.shared_model import SharedModel
-
-    shared = SharedModel(adapted)
-    names = dict(zip(folders, adapted.peft_config, strict=True))
-    share = default_cache_bytes(model.device) // len(adapters)
-    return [
-        TransformersEngine(adapted, cache_bytes=share, turn=partial(shared.use, adapter and names[adapter]))
-        for adapter in adapters
-    ]
+    models: dict[Path | None, Any] = {adapter: loaded([adapter]) for adapter in alone}
+    settings: dict[Path | None, dict[str, Any]] = {adapter: {} for adapter in adapters}
+    if sharing := [adapter for adapter in adapters if adapter not in models]:
+        folders = [adapter for adapter in sharing if adapter is not None]
+        model = loaded(folders)
+        models |= dict.fromkeys(sharing, model)
+        if len(sharing) > 1:
+            shared = SharedModel(model)
+            names = dict(zip(folders, model.peft_config, strict=True))
+            for adapter in sharing:
+                settings[adapter]["turn"] = partial(shared.use, adapter and names[adapter])
+    if len(adapters) > 1:
+        share = default_cache_bytes(models[adapters[0]].device) // len(adapters)
+        for adapter in adapters:
+            settings[adapter]["cache_bytes"] = share
+    return [TransformersEngine(models[adapter], **settings[adapter]) for adapter in adapters]
 
 
 def _load_openvino(folder: Path, dtype: DType, device: str, adapters: Sequence[Path | None]) -> Engine:

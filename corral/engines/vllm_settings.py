@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from corral.errors import ModelError
+from corral.model.adapter_files import EMBEDDINGS, AdapterFiles
 
 if TYPE_CHECKING:
     from corral.model.loading import DType
@@ -53,30 +53,47 @@ def model_settings(folder: Path, dtype: DType, device: str) -> dict[str, Any]:
 
 
 def lora_settings(adapters: Sequence[Path]) -> dict[str, Any]:
-    """Engine arguments for adapters. Raises: ModelError (vLLM cannot compute one of them)."""
+    """Engine arguments for adapters. Raises: ModelError (vLLM cannot compute one of them, or would leave a part of it out)."""
+    files = [AdapterFiles.read(adapter) for adapter in adapters]
+    for each in files:
+        _check_computed(each)
     from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
     # Its CPU kernels use the last slot for a request without an adapter in a batch with others, so one slot must stay empty.
     spare = 1 if current_platform.device_type == "cpu" else 0
-    rank = max(map(_rank, adapters))
-    return {"enable_lora": True, "max_loras": len(adapters) + spare, "max_lora_rank": rank}
+    return {"enable_lora": True, "max_loras": len(adapters) + spare, "max_lora_rank": max(map(_rank, files))}
 
 
-def _rank(adapter: Path) -> int:
-    """The smallest rank of vLLM's that an adapter fits in. Raises: ModelError (vLLM cannot compute it)."""
+def _check_computed(adapter: AdapterFiles) -> None:
+    """Raises ModelError unless an adapter is plain LoRA of one rank and scale on linear layers: the rest vLLM ignores."""
+    config = adapter.config
+    reason = "DoRA" if config.get("use_dora") else None
+    for key in ("rank_pattern", "alpha_pattern", "target_parameters"):
+        if config.get(key):
+            reason = f"{key} = {config[key]}"
+    if not adapter.shares_base and config.get("init_lora_weights") not in (None, True, False):
+        reason = f"init_lora_weights = {config['init_lora_weights']!r}, which changes the base"
+    for module, part in adapter.shapes:
+        if part not in ("lora_A.weight", "lora_B.weight") or module in EMBEDDINGS:
+            reason = reason or f"a part of an adapter such as {module}.{part}"
+    if reason:
+        raise ModelError(f"vLLM does not compute {reason}", where=str(adapter.folder), hint=_way_out(adapter))
+
+
+def _way_out(adapter: AdapterFiles) -> str:
+    return f"use --engine transformers, or merge it: corral merge {adapter.folder} --out FOLDER"
+
+
+def _rank(adapter: AdapterFiles) -> int:
+    """The smallest rank of vLLM's that an adapter fits in. Raises: ModelError (vLLM has none)."""
     from vllm.config.lora import MaxLoRARanks  # pyright: ignore[reportMissingImports]
 
-    try:
-        config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
-        needed = max(config["r"], *(config.get("rank_pattern") or {}).values(), 1)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"adapter_config.json cannot be read: {error!r}", where=str(adapter)) from error
-    merge = "merge it into its base model, and name the merged model"
-    if config.get("use_dora"):
-        raise ModelError("vLLM does not compute DoRA adapters", where=str(adapter), hint=merge)
+    needed = max(shape[0] for (_, part), shape in adapter.shapes.items() if part == "lora_A.weight")
     ranks = [rank for rank in get_args(MaxLoRARanks) if rank >= needed]
     if not ranks:
-        raise ModelError(f"vLLM computes no adapters of rank {needed}", where=str(adapter), hint=merge)
+        raise ModelError(
+            f"vLLM computes no adapters of rank {needed}", where=str(adapter.folder), hint=_way_out(adapter)
+        )
     return min(ranks)
 
 

@@ -1,16 +1,15 @@
-"""LoRA adapters, in PEFT's own format: attach, save and load them, check their files, and find their base model."""
+"""LoRA adapters in memory, by PEFT: attach a fresh one to a model, load one or several from their folders, save one."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corral.errors import ModelError
-from corral.model.folder import ADAPTER_CONFIG, read_json, tensor_shapes, weight_files
-from corral.model.hub import HUB_ID
-from corral.model.loading import quiet, resolve_model
-from corral.run.directory import is_run
+from corral.model.adapter_files import AdapterFiles
+from corral.model.loading import quiet
 
 if TYPE_CHECKING:
     import torch
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from corral.recipe import Lora
-
-_WEIGHTS = "adapter_model.safetensors"
 
 
 def attach(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
@@ -86,102 +83,57 @@ def save(model: PeftModel, folder: Path, *, base: str, weights: Mapping[str, tor
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card is an empty form
 
 
-def load(model: PreTrainedModel, *folders: Path) -> PeftModel:
+def load(model: PreTrainedModel, *folders: Path, trainable: bool = False) -> PeftModel:
     """The model with the adapters of some folders, the first one active, in eval mode.
 
-    In its `peft_config` they are in the given order; the first is called "default".
+    In its `peft_config` they are in the given order; the first is called "default". If an adapter was trained on a resized
+    vocabulary, the model's embedding is resized.
+
+    Args:
+        trainable: the adapter is to be trained further.
 
     Raises:
-        ModelError: a folder holds no adapter.
+        ModelError: a folder holds no adapter that corral loads, or it does not fit the model.
     """
     with quiet():
-        from peft import PeftModel
+        from peft import LoraConfig, PeftModelForCausalLM
 
-    for folder in folders:
-        if not (folder / _WEIGHTS).is_file():
-            hint = "give a folder that PEFT or corral wrote"
-            raise ModelError("there is no adapter here", where=str(folder), hint=hint)
-    first, *others = folders
-    with quiet():
-        adapted: Any = PeftModel.from_pretrained(model, str(first))
-        for number, folder in enumerate(others, start=2):
-            adapted.load_adapter(str(folder), f"adapter-{number}")
+    embedding: Any = model.get_input_embeddings()
+    adapted: Any = None
+    for number, folder in enumerate(folders, start=1):
+        name = "default" if number == 1 else f"adapter-{number}"
+        rows = AdapterFiles.read(folder).vocabulary_size
+        try:
+            with quiet(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what PEFT warns of is checked here
+                if adapted is None:
+                    if rows not in (None, embedding.num_embeddings):
+                        model.resize_token_embeddings(rows, mean_resizing=False)
+                    config = LoraConfig.from_pretrained(str(folder))
+                    config.inference_mode = not trainable
+                    adapted = PeftModelForCausalLM(model, config, name)
+                result = adapted.load_adapter(str(folder), name, is_trainable=trainable, torch_device=str(model.device))
+        except (KeyError, ValueError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
+                raise
+            missing = isinstance(error, KeyError)
+            raise _unloadable(folder, f"its weights lack {error}" if missing else str(error).strip()) from error
+        lost = [*result.missing_keys, *(key for key in result.unexpected_keys if "lora_" in key)]
+        if lost:
+            raise _unloadable(folder, f"{lost[0]} is in its weights or in its config, and not in both")
     return adapted.eval()
 
 
-def check_adapter(folder: Path) -> str:
-    """Check that a PEFT adapter can be loaded, from its config and the header of its weights.
-
-    Returns: its base model, as its config names it.
-
-    Raises:
-        ModelError: its config or its weights cannot be used, or it is no LoRA adapter.
-    """
-    path = folder / ADAPTER_CONFIG
-    config = read_json(path)
-    if config.get("peft_type") != "LORA":
-        raise ModelError(
-            f"the adapter's peft_type is {config.get('peft_type')!r}; corral loads LoRA adapters",
-            where=str(path),
-            hint="merge it with the program that made it, and name the merged model",
-        )
-    base = config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise ModelError(
-            "the adapter does not say which model it belongs to (base_model_name_or_path)",
-            where=str(path),
-            hint="write the model's name or folder there",
-        )
-    weights = folder / _WEIGHTS
-    if not weights.is_file():
-        raise ModelError(f"the adapter has no {_WEIGHTS}, and corral reads no other weights", where=str(folder))
-    tensor_shapes(weights)
-    return base
+def _unloadable(folder: Path, reason: str) -> ModelError:
+    return ModelError(
+        f"the adapter cannot be loaded: {reason}", where=str(folder), hint="save it again with the program that made it"
+    )
 
 
-def find_base_model(adapter: Path) -> Path:
-    """The folder of an adapter's base model: `asset:`, `hub:`, a folder or a hub id, as the adapter's config names it.
+def resume(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """The model with the adapter of a folder, to train that adapter further. Raises: ModelError, as `load`."""
+    from corral.model.compute.fused_forwards import fuse
 
-    If that folder is gone and the adapter lies in a run (which may have been moved), the folder of that name in the run.
-
-    Raises:
-        ModelError: the adapter cannot be used, or its base model is not found or cannot be loaded.
-        AssetError: an unknown, unreachable or damaged asset.
-    """
-    base = check_adapter(adapter)
-    if not base.startswith(("asset:", "hub:")) and not Path(base).expanduser().exists():
-        run = adapter.absolute().parents[1]
-        merged = run.joinpath(*Path(base).parts[-2:])
-        if is_run(run) and merged.is_dir():
-            base = str(merged)
-        elif HUB_ID.fullmatch(base):
-            base = f"hub:{base}"
-    try:
-        return resolve_model(base).folder
-    except ModelError as error:
-        raise ModelError(f"the base model of the adapter: {error.what}", where=str(adapter), hint=error.hint) from error
-
-
-def check_fit(adapter: Path, folder: Path) -> None:
-    """Check that the matrices of a LoRA adapter have the sizes of a model's weights.
-
-    Without this, PEFT skips layers that the model lacks, and vLLM writes a small matrix into the corner of a large one.
-
-    Raises:
-        ModelError: it names the layer.
-    """
-    weights = {name: shape for path in weight_files(folder) for name, shape in tensor_shapes(path).items()}
-    for key, shape in tensor_shapes(adapter / _WEIGHTS).items():
-        layer, _, part = key.removeprefix("base_model.model.").partition(".lora_")
-        weight = weights.get(f"{layer}.weight")
-        if weight is None:
-            problem = f"{folder} has no layer {layer!r}"
-        elif (part == "A.weight" and shape[1] != weight[1]) or (part == "B.weight" and shape[0] != weight[0]):
-            problem = f"its {key} is {shape}, the model's weight {weight}"
-        else:
-            continue
-        raise ModelError(
-            f"the adapter does not fit the model: {problem}",
-            where=str(adapter),
-            hint="name the model that it was trained on as base_model_name_or_path in its adapter_config.json",
-        )
+    adapted = load(model, folder, trainable=True)
+    fuse(adapted)
+    return adapted

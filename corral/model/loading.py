@@ -190,7 +190,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load_template(folder: Path, spec: str = "tokenizer", variables: Variables | None = None) -> Template:
+def load_template(
+    folder: Path,
+    spec: str = "tokenizer",
+    variables: Variables | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    embedding_rows: int | None = None,
+) -> Template:
     """A chat template on the tokenizer of a model folder, with every id that ends the model's answers.
 
     It may write only tokens that the model's embedding has.
@@ -199,6 +206,7 @@ def load_template(folder: Path, spec: str = "tokenizer", variables: Variables | 
         folder: of the model.
         spec: as `model.template` of a recipe.
         variables: as `model.template_variables`.
+        tokenizer, embedding_rows: in place of the folder's, for a model with an adapter.
 
     Raises:
         ModelError: there is no tokenizer or config.json, or the embedding lacks a token of the template.
@@ -206,9 +214,9 @@ def load_template(folder: Path, spec: str = "tokenizer", variables: Variables | 
     """
     from corral.template import Template
 
-    rows: Any = read_json(folder / "config.json").get("vocab_size")
+    rows: Any = embedding_rows or read_json(folder / "config.json").get("vocab_size")
     embedding_rows = rows if isinstance(rows, int) else None
-    tokenizer = load_tokenizer(folder)
+    tokenizer = tokenizer or load_tokenizer(folder)
     known = min(len(tokenizer), embedding_rows or len(tokenizer))
     end_ids = [id_ for id_ in _declared_end_ids(folder) if id_ < known]
     return Template.load(tokenizer, spec, variables=variables, end_ids=end_ids, embedding_rows=embedding_rows)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from corral.errors import ModelError
 from corral.model.loading import quiet
@@ -14,7 +17,6 @@ from corral.storage import write_json
 from corral.template import Template
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -22,12 +24,26 @@ if TYPE_CHECKING:
 def merge_adapter(model: PeftModel) -> PreTrainedModel:
     """The model with the adapter's update added to its weights, which must not be quantised. Consumes `model`.
 
+    An embedding that is also the output layer becomes two weights if the adapter changes the two differently.
+
     Raises:
-        ModelError: the update is not finite.
+        ModelError: the update is not finite, or adds a bias to layers that have none.
     """
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if any(any(layer.lora_bias.values()) and getattr(layer.get_base_layer(), "bias", None) is None for layer in layers):
+        raise ModelError(
+            "the adapter cannot be merged: it adds biases (lora_bias) to layers that have none",
+            where="the adapter's weights",
+            hint="use it as it is, with the transformers engine",
+        )
+    _untie(model)
+    adapted: Any = model
     try:
-        with quiet():
-            result: Any = model.merge_and_unload(safe_merge=True)
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's advice for tied weights, which are untied here
+            result: Any = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise ModelError(
             f"the adapter cannot be merged: {error}",
@@ -35,6 +51,28 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
             hint="train it again with a lower learning rate",
         ) from error
     return result.eval()
+
+
+def _untie(model: PeftModel) -> None:
+    """Give the output layer a weight of its own if it shares the embedding's and the adapter may change them differently.
+
+    PEFT would add what the adapter learned for one to both.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import TrainableTokensWrapper
+
+    causal: Any = model.get_base_model()
+    parts: list[Any] = [causal.get_input_embeddings(), causal.get_output_embeddings()]
+    parts = [part.token_adapter if isinstance(part, TrainableTokensWrapper) else part for part in parts]
+    is_adapted = [isinstance(part, BaseTunerLayer) for part in parts]
+    if not any(is_adapted) or getattr(parts[1], "tied_adapter", None) is not None:
+        return
+    embedding, head = (
+        part.get_base_layer() if adapted else part for part, adapted in zip(parts, is_adapted, strict=True)
+    )
+    if head.weight is embedding.weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        causal.config.tie_word_embeddings = False
 
 
 def save_model(

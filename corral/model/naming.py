@@ -7,13 +7,13 @@ from pathlib import Path
 
 from corral.errors import ModelError
 from corral.export_forms import CONTRACT_FILE, OPENVINO_MODEL
-from corral.model.adapters import find_base_model
+from corral.model.adapter_files import AdapterFiles, find_base_model
 from corral.model.folder import ADAPTER_CONFIG
 from corral.model.hub import download
-from corral.model.loading import quiet, resolve_model
+from corral.model.loading import load_template, quiet, resolve_model
 from corral.recipe import Model
 from corral.run.directory import Run, is_run
-from corral.template import Variables
+from corral.template import Template, Variables
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +28,17 @@ class ModelFiles:
     template_variables: Variables | None = None
     """As `model.template_variables`."""
 
+    def load_template(self) -> Template:
+        """The chat template, on the tokenizer of the adapter or of the model. Raises: ModelError, TemplateError."""
+        if self.adapter is None:
+            return load_template(self.folder, self.template, self.template_variables)
+        return AdapterFiles.read(self.adapter).load_template(self.folder, self.template, self.template_variables)
+
 
 def find_model_files(spec: str) -> ModelFiles:
     """The files of the model that a user names, fetched or converted if need be.
 
-    The template of an adapter is that of its run's recipe, its own `chat_template.jinja`, or its base model's.
+    The template of an adapter is that of its run's recipe, its own, or its base model's.
 
     Raises:
         RunError, RecipeError, ModelError, AssetError: there is no such model, or it cannot be loaded.
@@ -40,12 +46,11 @@ def find_model_files(spec: str) -> ModelFiles:
     adapter = _find_adapter_folder(spec)
     if adapter is None:
         return ModelFiles(find_model_folder(spec), None)
-    base = find_base_model(adapter)
-    if is_run(adapter.absolute().parents[1]):
+    base = find_base_model(AdapterFiles.read(adapter))
+    if is_run(adapter.absolute().parent.parent):
         model = _model_of_run(adapter)
         return ModelFiles(base, adapter, model.template, model.template_variables)
-    template = adapter / "chat_template.jinja"
-    return ModelFiles(base, adapter, str(template)) if template.is_file() else ModelFiles(base, adapter)
+    return ModelFiles(base, adapter)
 
 
 def find_model_folder(spec: str) -> Path:
@@ -70,19 +75,31 @@ def model_name(spec: str) -> str:
     if kind in ("asset", "hub") and name:
         return name.partition("@")[0]
     path = Path(spec).expanduser().resolve()
-    if (path / ADAPTER_CONFIG).is_file() and is_run(path.parents[1]):
-        return f"{Run(path.parents[1]).recipe.name}-{path.parent.name}"
+    if (path / ADAPTER_CONFIG).is_file() and is_run(path.parent.parent):
+        return f"{Run(path.parent.parent).recipe.name}-{path.parent.name}"
     return path.stem if path.suffix == ".gguf" else path.name or "model"
 
 
 def _find_adapter_folder(spec: str) -> Path | None:
-    """The folder of the adapter that `spec` names; None if it names no adapter."""
+    """The folder of the adapter that `spec` names; None if it names no adapter.
+
+    Raises: ModelError (it names the folder around several adapters).
+    """
     if spec.startswith("hub:"):
         with quiet():
             folder = download(spec, say=lambda _: None)
     else:
         folder = Path(spec).expanduser()
-    return folder if (folder / ADAPTER_CONFIG).is_file() else None
+    if (folder / ADAPTER_CONFIG).is_file():
+        return folder
+    inner = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    if inner and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"the folder holds no model, but folders with adapters: {', '.join(inner[:5])}",
+            where=str(folder),
+            hint=f"name one of them, such as {folder / inner[0]}",
+        )
+    return None
 
 
 def _model_of_run(adapter: Path) -> Model:

@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from corral.model.compute import cpu_attention, gpu_attention, gpu_compile
 from corral.model.compute.cpu_matmul import padding_rows
-from corral.model.compute.token_logprobs import token_logprobs
+from corral.model.compute.token_logprobs import module_logprobs, token_logprobs
 
 ATTENTION_NAME = "corral_packed"
 """Under which transformers knows this module's attention."""
@@ -105,10 +105,20 @@ def fallbacks(model: nn.Module) -> list[str]:
     return [each for each in (reason, gpu_compile.fault(causal.device)) if each]
 
 
-def head_weight(model: nn.Module) -> Tensor:
-    """The output embedding, [vocabulary, hidden size]."""
+def head_logprobs(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability of each target token by the model's output layer, in float32; differentiable where gradients are on.
+
+    Args:
+        model: a causal language model, or a PEFT model around one, which may change its output layer.
+        hidden: [n, hidden size], the states that predict the targets.
+        targets: [n] token ids.
+
+    Returns: [n].
+    """
     head: Any = _causal_model(model).get_output_embeddings()
-    return head.weight
+    if isinstance(head, nn.Linear) and getattr(head, "bias", None) is None:
+        return token_logprobs(hidden, head.weight, targets)
+    return module_logprobs(head, hidden, targets)
 
 
 def target_logprobs(
@@ -130,7 +140,7 @@ def target_logprobs(
     flat = torch.tensor([start + p - 1 for (start, _), ps in zip(pairwise(starts), positions, strict=True) for p in ps])
     targets = torch.tensor([s[p] for s, ps in zip(sequences, positions, strict=True) for p in ps])
     picked = hidden.index_select(0, gpu_attention.copy_to(flat, hidden.device))
-    logprobs = token_logprobs(picked, head_weight(model), gpu_attention.copy_to(targets, hidden.device))
+    logprobs = head_logprobs(model, picked, gpu_attention.copy_to(targets, hidden.device))
     return logprobs.split([len(ps) for ps in positions])
 
 

@@ -15,8 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from corral.model.compute.cpu_matmul import times_transposed
-from corral.model.compute.token_logprobs import token_logprobs
-from corral.model.packed_forward import head_weight, hidden_states
+from corral.model.packed_forward import head_logprobs, hidden_states
 from corral.system import peak_memory, proc_bytes
 
 _PRODUCTS = 20
@@ -92,7 +91,7 @@ def measure_pass(model: Any, ids: Sequence[Sequence[int]], positions: Sequence[S
     targets = [s[p] for s, ps in zip(ids, positions, strict=True) for p in ps]
     picked = hidden.detach()[torch.tensor(rows, device=hidden.device)].requires_grad_()
     del hidden
-    compute = partial(token_logprobs, picked, head_weight(model), torch.tensor(targets, device=picked.device))
+    compute = partial(head_logprobs, model, picked, torch.tensor(targets, device=picked.device))
     head = peak_allocation(compute, picked.device.type) + picked.nbytes
     return {"activations": activations, "head": head, "pack_tokens": sum(map(len, ids))}
 

@@ -4,15 +4,20 @@ import asyncio
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
 
 from corral.engines import registry
-from corral.engines.registry import LOCAL_ENGINES, LocalEngine, default_engine, load_engine
+from corral.engines.base import Sampling
+from corral.engines.registry import LOCAL_ENGINES, LocalEngine, default_engine, load_engine, load_engines
 from corral.errors import MissingExtraError, ModelError
+from corral.model import adapters, merging, packed_forward
+from corral.model.loading import load_model
 from tests.conftest import make_tiny_model
-from tests.engines.tiny import CONTEXT, VOCABULARY, tiny_llama
+from tests.engines.tiny import CONTEXT, VOCABULARY, generated, tiny_llama
+from tests.model.tiny import ADAPTER_KINDS, write_by_peft
 
 IDS = list(range(1, 40))
 
@@ -70,6 +75,48 @@ def test_an_adapter_of_another_model_is_refused(
     with pytest.raises(ModelError, match=f"does not fit.*{message}") as caught:
         load_engine(name, folder, dtype="float32", device="cpu", adapter=tmp_path)
     assert "base_model_name_or_path" in (caught.value.hint or "")
+
+
+KINDS = ["dora", "all biases", "whole modules", "tokens", "tied head", "parameters", "resized tokens"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_adapter_answers_as_peft_computes_it_beside_its_base_and_another(
+    kind: str, tmp_path: Path
+) -> None:
+    of_model, settings = ADAPTER_KINDS[kind]
+    folder, own, plain = tmp_path / "base", tmp_path / "own", tmp_path / "plain"
+    make_tiny_model(300, **of_model).save_pretrained(folder)
+    expected: dict[Path | None, list[float]] = {
+        own: write_by_peft(own, folder, load_model(folder), ids=IDS, **settings),
+        plain: write_by_peft(plain, folder, load_model(folder), ids=IDS),
+        None: packed_forward.score(load_model(folder), [IDS], [1])[0],
+    }
+    merged = {adapter: merging.merge_adapter(adapters.load(load_model(folder), adapter)) for adapter in (own, plain)}
+    prompt = IDS[:9]
+    answers: dict[Path | None, list[int]] = {adapter: generated(model, prompt, 6) for adapter, model in merged.items()}
+    answers[None] = generated(load_model(folder), prompt, 6)
+
+    async def check() -> None:
+        order = [None, own, plain]
+        engines = load_engines("transformers", folder, dtype="float32", device="cpu", adapters=order)
+        for adapter, engine in [*zip(order, engines, strict=True)] * 2:
+            assert await engine.score(IDS) == pytest.approx(expected[adapter], abs=1e-4)
+            (done,) = await engine.submit(prompt, Sampling(max_tokens=6)).completions()
+            assert [*done.ids] == answers[adapter]
+        for engine in engines:
+            await engine.close()
+
+    asyncio.run(check())
+    assert expected[own] != pytest.approx(expected[None], abs=1e-2)
+
+
+def test_an_adapter_that_was_never_trained_is_not_served_in_place_of_its_base(folder: Path, tmp_path: Path) -> None:
+    adapted: Any = get_peft_model(load_model(folder), LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(str(tmp_path))
+    with pytest.raises(ModelError, match="every B is zero") as caught:
+        load_engine("transformers", folder, dtype="float32", device="cpu", adapter=tmp_path)
+    assert str(folder) in (caught.value.hint or "")
 
 
 def test_openvino_on_another_device_is_refused_with_both_ways_out(folder: Path) -> None:

@@ -179,15 +179,10 @@ async def test_adapters_of_one_model_and_the_model_itself_answer_side_by_side_as
     assert len({completion.ids for completion in expected[-3:]}) == 3, "they are different models"
 
 
-@pytest.mark.parametrize(
-    ("config", "message"), [({"r": 4, "use_dora": True}, "DoRA"), ({"r": 513}, "513"), ({}, "adapter_config")]
-)
-def test_an_adapter_that_vllm_cannot_compute_is_refused_before_it_starts(
-    folder: Path, tmp_path: Path, config: dict[str, Any], message: str
-) -> None:
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=message):
-        VllmEngine(folder, dtype="float32", device=DEVICE, adapters=[tmp_path])
+def test_an_adapter_of_a_rank_that_vllm_does_not_have_is_refused_before_it_starts(folder: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(folder, tmp_path, rank=513)
+    with pytest.raises(ModelError, match="513"):
+        VllmEngine(folder, dtype="float32", device=DEVICE, adapters=[adapter])
 
 
 def test_another_device_than_that_of_this_build_is_refused(folder: Path) -> None:

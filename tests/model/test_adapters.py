@@ -9,16 +9,23 @@ import pytest
 import torch
 
 from corral.errors import ModelError
-from corral.model import adapters
+from corral.model import adapters, merging, packed_forward
+from corral.model.adapter_files import AdapterFiles
+from corral.model.loading import load_model
 from corral.recipe import Lora
-from tests.conftest import make_tiny_model
+from tests.conftest import change_json, make_tiny_model
 from tests.model.tiny import (
+    ADAPTER_KINDS,
     ALL_LINEAR,
     IDS,
     assert_gradients_equal,
     fill_lora_b,
     loss_and_gradients,
+    packed_losses_and_gradients,
+    plain_losses_and_gradients,
     remove_replaced_forwards,
+    with_adapter,
+    write_by_peft,
 )
 
 
@@ -81,3 +88,59 @@ def test_an_adapter_comes_back_as_it_was_saved(lora: Lora, tmp_path: Path) -> No
     for folder in (own, other):
         again = adapters.load(make_tiny_model(300), folder)
         torch.testing.assert_close(again(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+TEXT = (IDS[0] % 290).tolist()
+
+
+@pytest.mark.parametrize("kind", ADAPTER_KINDS)
+def test_an_adapter_of_peft_gives_pefts_log_probabilities_and_so_does_its_merged_model(
+    kind: str, tmp_path: Path
+) -> None:
+    of_model, settings = ADAPTER_KINDS[kind]
+    base, adapter, merged = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
+    make_tiny_model(300, **of_model).save_pretrained(base)
+    expected = write_by_peft(adapter, base, load_model(base), ids=TEXT, **settings)
+    files = AdapterFiles.read(adapter)
+    files.check_fit(base)
+    assert files.vocabulary_size in (None, settings.get("resize", 300))
+    adapted = adapters.load(load_model(base), adapter)
+    assert packed_forward.score(adapted, [TEXT], [1])[0] == pytest.approx(expected, abs=1e-4)
+    assert packed_forward.score(load_model(base), [TEXT], [1])[0] != pytest.approx(expected, abs=1e-2)
+    merging.merge_adapter(adapted).save_pretrained(merged)
+    written: Any = load_model(merged)
+    assert packed_forward.score(written, [TEXT], [1])[0] == pytest.approx(expected, abs=1e-4)
+    assert written.config.vocab_size == settings.get("resize", 300)
+
+
+def test_log_probabilities_through_an_adapted_head_have_the_gradients_of_plain_peft() -> None:
+    model = with_adapter(["q_proj", "lm_head"])
+    ours, actual = packed_losses_and_gradients(model, [TEXT, TEXT[5:]])
+    expected, gradients = plain_losses_and_gradients(remove_replaced_forwards(model), [TEXT, TEXT[5:]])
+    torch.testing.assert_close(ours, expected)
+    assert actual["base_model.model.lm_head.lora_A.default.weight"].abs().max() > 0
+    assert_gradients_equal(actual, gradients)
+
+
+def test_biases_on_layers_without_one_are_computed_and_not_merged(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    make_tiny_model(300).save_pretrained(base)
+    expected = write_by_peft(tmp_path, base, load_model(base), ids=TEXT, lora_bias=True)
+    adapted = adapters.load(load_model(base), tmp_path)
+    assert packed_forward.score(adapted, [TEXT], [1])[0] == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(ModelError, match="lora_bias") as caught:
+        merging.merge_adapter(adapted)
+    assert "transformers engine" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("change", ["missing", "another"])
+def test_an_adapter_whose_config_and_weights_differ_is_refused(change: str, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    make_tiny_model(300).save_pretrained(base)
+    write_by_peft(tmp_path, base, load_model(base), ids=TEXT)
+    change_json(
+        tmp_path / "adapter_config.json",
+        target_modules=["q_proj"] if change == "another" else ["q_proj", "v_proj", "o_proj"],
+    )
+    with pytest.raises(ModelError, match=r"cannot be loaded: .*_proj\.lora_A"):
+        adapters.load(load_model(base), tmp_path)

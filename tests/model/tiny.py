@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,68 @@ def with_adapter(targets: Sequence[str], model: Any = None, **settings: Any) -> 
     torch.manual_seed(1)
     settings = {"r": 4, "lora_alpha": 8, "init_lora_weights": False} | settings
     return get_peft_model(model, LoraConfig(target_modules=list(targets), **settings))
+
+
+TIED = {"tie_word_embeddings": True}
+BIASED = {"attention_bias": True, "mlp_bias": True}
+ADAPTER_KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # name: settings of the model, settings of PEFT's adapter on q and v
+    "rslora": ({}, {"use_rslora": True}),
+    "dora": ({}, {"use_dora": True}),
+    "patterns": ({}, {"rank_pattern": {"layers.1.self_attn.q_proj": 8}, "alpha_pattern": {"v_proj": 2}}),
+    "one layer": ({}, {"layers_to_transform": [1]}),
+    "fan in, fan out": ({}, {"fan_in_fan_out": True}),
+    "lora bias": (BIASED, {"lora_bias": True}),
+    "all biases": (BIASED, {"bias": "all"}),
+    "biases of its layers": (BIASED, {"bias": "lora_only"}),
+    "parameters": (TIED, {"target_parameters": ["mlp.up_proj.weight", "self_attn.o_proj.weight"]}),
+    "a part of the base": ({}, {"init_lora_weights": "olora"}),
+    "whole modules": (TIED, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "whole embedding": (TIED, {"modules_to_save": ["embed_tokens"]}),
+    "whole head": (TIED, {"modules_to_save": ["lm_head"]}),
+    "whole norms": ({}, {"modules_to_save": ["norm"]}),
+    "tokens": (TIED, {"trainable_token_indices": [3, 5]}),
+    "tokens of both": (TIED, {"trainable_token_indices": {"embed_tokens": [3], "lm_head": [5]}}),
+    "head": ({}, {"target_modules": ["q_proj", "lm_head"]}),
+    "tied head": (TIED, {"target_modules": ["q_proj", "lm_head"]}),
+    "tied head with dora": (TIED, {"target_modules": ["q_proj", "lm_head"], "use_dora": True}),
+    "tied embedding": (TIED, {"target_modules": ["q_proj", "embed_tokens"]}),
+    "both, tied": (TIED, {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}),
+    "resized": (TIED, {"resize": 303}),
+    "resized whole modules": ({}, {"resize": 303, "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "resized tokens": (TIED, {"resize": 303, "trainable_token_indices": [301, 302]}),
+    "shrunk": ({}, {"resize": 290}),
+}
+"""Adapters that PEFT writes and corral loads."""
+
+
+def write_by_peft(
+    folder: Path, base: Path, model: Any, *, resize: int | None = None, ids: Sequence[int], **settings: Any
+) -> list[float]:
+    """Write an adapter of a model, with every trained weight changed. Returns: PEFT's own log-probabilities of ids[1:].
+
+    Args:
+        folder: to write it into.
+        base: the model's folder.
+        model: the model.
+        resize: the size of the vocabulary that it is trained on.
+        settings: of LoraConfig.
+    """
+    torch.manual_seed(3)
+    if resize:
+        model.resize_token_embeddings(resize)
+    settings = {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | settings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted: Any = get_peft_model(model, LoraConfig(**settings))
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn(parameter.shape))
+        adapted.peft_config["default"].base_model_name_or_path = str(base)
+        adapted.save_pretrained(str(folder))
+    with torch.no_grad():
+        return plain_logprobs(adapted.eval(), ids).tolist()
 
 
 def fill_lora_b(model: Any, size: float) -> Any:

@@ -4,7 +4,7 @@ The gradient of log softmax(h Wᵀ)[target] with respect to h is W[target] − s
 weighting only scales. So it is computed in the forward pass, where the probabilities are at hand, and the backward pass is a
 multiplication.
 
-The two functions differ in how they cut the logits, as a CPU and a GPU are fast with different shapes.
+`by_columns` and `by_rows` differ in how they cut the logits, as a CPU and a GPU are fast with different shapes.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from corral.model.compute import gpu_compile
 from corral.model.compute.cpu_matmul import padding_rows, times_transposed
 
 _CPU_LOGITS = 2**21  # at once: 8 MiB in float32
 _GPU_LOGITS = 2**27  # at once: 256 MiB in bfloat16; products of fewer would not fill a GPU
+_MODULE_ROWS = 128
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -46,6 +48,24 @@ def by_rows(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """`token_logprobs` with the whole vocabulary, some rows after others."""
     result: Any = _ByRows.apply(hidden, weight, targets)
     return result
+
+
+def module_logprobs(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+    """`token_logprobs` for an output layer that is more than a weight: it has an adapter or a bias, or is one of several.
+
+    Some rows after others; for the gradient, logits are computed again.
+
+    Args:
+        head: [n, hidden size] → logits [n, vocabulary].
+        hidden, targets: as for `token_logprobs`.
+    """
+
+    def logprobs(rows: Tensor, ids: Tensor) -> Tensor:
+        logits = head(rows).float()
+        return logits.gather(1, ids[:, None]).squeeze(1) - logits.logsumexp(-1)
+
+    parts = zip(hidden.split(_MODULE_ROWS), targets.split(_MODULE_ROWS), strict=True)
+    return torch.cat([checkpoint(logprobs, rows, ids, use_reentrant=False) for rows, ids in parts])
 
 
 class _ByColumns(torch.autograd.Function):
