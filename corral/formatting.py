@@ -1,8 +1,9 @@
-"""Numbers, times and lists as text for people."""
+"""Numbers, times and lists as text for people; a row as a line for programs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -37,6 +38,12 @@ def count(value: float) -> str:
 def count_of(value: int, noun: str) -> str:
     """`1 row`, `1,234 rows`."""
     return f"{value:,} {noun}{'' if value == 1 else 's'}"
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """A row as a line of JSON."""
+    # ASCII, as a row may hold half a surrogate pair, which UTF-8 cannot encode.
+    return json.dumps(row, separators=(",", ":")) + "\n"
 
 
 def format_bytes(value: float) -> str:

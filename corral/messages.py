@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -126,6 +127,18 @@ def record_to_json(record: Record) -> dict[str, Any]:
             }
         case Text():
             return {"text": record.content}
+
+
+def record_from_json(row: Mapping[str, Any]) -> Record:
+    """The inverse of `record_to_json`; other keys are ignored."""
+    if "text" in row:
+        return Text(row["text"])
+    if "messages" in row:
+        return Conversation.from_json(dict(row))
+    prompt = Conversation.from_json({"messages": row["prompt"]})
+    if "chosen" in row:
+        return Preference(prompt, row["chosen"], row["rejected"])
+    return Feedback(prompt, row["completion"], row["score"])
 
 
 def record_key(record: Record) -> str:

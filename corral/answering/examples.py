@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 
-import numpy as np
-
 from corral.data import cache
 from corral.data.prepare import Prepared
 from corral.data.source_rows import load_source_rows
@@ -32,7 +30,7 @@ def source_examples(source: Source) -> list[Conversation]:
     with cache.hold_cache(folder) as used:
         rows = load_source_rows(source, folder, Progress())
         used.add(folder / rows.identity)
-        return _conversations(rows.records(np.arange(min(len(rows), source.rows or _MOST))))
+        return _conversations(rows.records(rows.usable[: source.rows or _MOST]))
 
 
 def _conversations(records: Iterable[Record]) -> list[Conversation]:

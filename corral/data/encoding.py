@@ -6,17 +6,16 @@ the system message and whole exchanges (a question and its answer); or only the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, pairwise
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from corral.data.plain_text import PlainTextEncoder, split_windows
+from corral.data.row_store import Column, list_column
 from corral.errors import TemplateError
 from corral.messages import Conversation, Feedback, Preference, Record, Text
 from corral.recipe import Data
@@ -28,7 +27,7 @@ FITS: tuple[Fit, ...] = get_args(Fit)
 """What becomes of a row when it is encoded: all of it in one sequence; in several; only some of its turns; cut at the limit;
 nothing of it is trained; it is left out."""
 
-VERSION = 2
+VERSION = 3
 
 
 def encode_record(record: Record, template: Template) -> Sequences:
@@ -249,46 +248,39 @@ class RowEncoder:
             start = end
 
 
-def encode_rows(records: Iterable[Record], template: Template, data: Data) -> dict[str, NDArray[Any]]:
+def encode_rows(records: Iterable[Record], template: Template, data: Data) -> dict[str, Column]:
     """Encode rows as `RowEncoder` does.
 
-    Returns these arrays:
-        ids, trained: [tokens].
-        sequence_lengths, part_starts, part_ends: as in `EncodedRow`. [sequences]
-        token_ends, sequence_ends: where each row's tokens and sequences begin. [rows + 1]
-        tokens: of the whole row. [rows]
-        trained_tokens: tokens that count in the loss. [rows]
-        fit: index into `FITS`. [rows]
-        examples: how many examples each row becomes. [rows]
-        lost_end: whether the end of a trained answer was cut off. [rows]
-        reason: index into `reasons` of why the row is left out, else -1. [rows]
-        reasons: a JSON list, as bytes.
+    Returns these columns of a `RowStore`:
+        ids, trained: of each row the lists of its sequences.
+        parts: of each row the [start, end) of each sequence, as in `EncodedRow`.
+        tokens: of the whole row.
+        trained_tokens: tokens that count in the loss.
+        fit: index into `FITS`.
+        examples: how many examples each row becomes.
+        lost_end: whether the end of a trained answer was cut off.
+        reason: why the row is left out, or empty.
 
     Raises ModelError if a row has a token that the model's embedding does not have.
     """
+    import pyarrow as pa
+
     rows = list(RowEncoder(template, data).encode_all(records))
-    reasons = list(dict.fromkeys(row.reason for row in rows if row.reason is not None))
-    codes = {reason: code for code, reason in enumerate(reasons)}
     sequences = [sequence for row in rows for sequence in row.sequences]
     parts = np.array([part for row in rows for part in row.parts], np.int64).reshape(-1, 2)
-    lengths = [len(sequence.ids) for sequence in sequences]
-    ends = np.cumsum([0, *lengths])
-    sequence_ends = np.cumsum([0, *(len(row.sequences) for row in rows)])
-    ids = np.fromiter(chain.from_iterable(s.ids for s in sequences), np.uint32, int(ends[-1]))
+    token_bounds = np.cumsum([0, *(len(sequence.ids) for sequence in sequences)])
+    bounds = np.cumsum([0, *(len(row.sequences) for row in rows)])
+    ids = np.fromiter(chain.from_iterable(s.ids for s in sequences), np.uint32, int(token_bounds[-1]))
     template.check_embedded([int(ids.max(initial=0))], "a row to train on or to evaluate")
+    trained = np.fromiter(chain.from_iterable(s.trained for s in sequences), np.bool_, len(ids))
     return {
-        "ids": ids,
-        "trained": np.fromiter(chain.from_iterable(s.trained for s in sequences), np.bool_, len(ids)),
-        "sequence_lengths": np.array(lengths, np.int64),
-        "part_starts": parts[:, 0],
-        "part_ends": parts[:, 1],
-        "sequence_ends": sequence_ends,
-        "token_ends": ends[sequence_ends],
+        "ids": list_column(list_column(ids, token_bounds), bounds),
+        "trained": list_column(list_column(trained, token_bounds), bounds),
+        "parts": list_column(parts, bounds),
         "tokens": np.array([row.tokens for row in rows], np.int64),
         "trained_tokens": np.array([row.trained_tokens for row in rows], np.int64),
         "fit": np.array([FITS.index(row.fit) for row in rows], np.int8),
         "examples": np.array([row.examples for row in rows], np.int64),
         "lost_end": np.array([row.lost_end for row in rows], np.bool_),
-        "reason": np.array([-1 if row.reason is None else codes[row.reason] for row in rows], np.int64),
-        "reasons": np.frombuffer(json.dumps(reasons).encode(), np.uint8),
+        "reason": pa.array([row.reason or "" for row in rows], pa.string()),
     }

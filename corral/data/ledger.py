@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corral.data.mixture import SIDES, Side
+from corral.data.row_store import text_column
 from corral.formatting import count_of
 from corral.storage import storage_errors
 
@@ -270,21 +271,16 @@ class LedgerWriter:
         """Write rows of a source as a row group. More of the source may follow."""
         import pyarrow as pa
 
-        def encode_texts(codes: NDArray[Any], texts: Sequence[str]) -> Any:
-            # Arrow needs null, not a negative code, where there is no text.
-            indices = pa.array(codes.astype(np.int32), mask=codes < 0)
-            return pa.DictionaryArray.from_arrays(indices, pa.array(list(texts), pa.string()))
-
         def nullable(values: NDArray[np.int64]) -> Any:
             return pa.array(values, mask=values < 0)
 
         columns: list[Any] = [
-            encode_texts(np.zeros(len(rows.row), np.int32), [source]),
-            encode_texts(rows.file, rows.files),
+            text_column(np.zeros(len(rows.row), np.int32), [source]),
+            text_column(rows.file, rows.files),
             pa.array(rows.row),
-            encode_texts(rows.fate, FATES),
-            encode_texts(rows.reason, rows.reasons),
-            encode_texts(rows.side, SIDES),
+            text_column(rows.fate, FATES),
+            text_column(rows.reason, rows.reasons),
+            text_column(rows.side, SIDES),
             pa.array(rows.key, pa.string()),
             nullable(rows.tokens),
             nullable(rows.trained_tokens),

@@ -21,11 +21,12 @@ def count_losses(plan: SourcePlan) -> tuple[float, float]:
     the share that a cap keeps of the others. Copies, rows beyond a cap and contaminated rows are left out on purpose and not
     wanted. Lost are wanted rows that could not be parsed or encoded, are too long, fully masked, trimmed or truncated.
     """
-    counts = {fate: int((plan.fate == number).sum()) for number, fate in enumerate(FATES)}
+    usable = plan.rows.reason < 0
+    counts = {fate: int((usable & (plan.fate == number)).sum()) for number, fate in enumerate(FATES)}
     beyond_cap = counts["not sampled"] - int(plan.beyond_weight.sum())
     chosen = sum(counts.values()) - beyond_cap - counts["duplicate"] - counts["near duplicate"]
     wanted_share = chosen / (chosen + beyond_cap) if chosen else 1.0
-    unusable = len(plan.rows.unusable) * wanted_share
+    unusable = int((~usable).sum()) * wanted_share
     lost = unusable + sum(counts[fate] for fate in LOST_FATES)
     return round(unusable + chosen - counts["contaminated"], 6), round(lost, 6)
 

@@ -10,15 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from corral.data.row_store import Column, split_list_column
 from corral.data.word_hashes import FACTOR, Hashes, Ints, Words, hash_ngrams, mix, word_columns
 from corral.messages import Record
 
-VERSION = 2
+VERSION = 3
 SHINGLE = 5
 RESEMBLANCE = 0.8
 BANDS, HASHES_PER_BAND = 16, 8
@@ -44,10 +43,10 @@ def _jaccard(a: Hashes, b: Hashes) -> float:
     return shared / ((len(a) + len(b) - shared) or 1)
 
 
-def band_columns(records: Iterable[Record]) -> dict[str, NDArray[Any]]:
+def band_columns(records: Iterable[Record]) -> dict[str, Column]:
     """`band_hashes` of many rows, as the column `bands`."""
-    columns = word_columns(records)
-    return {"bands": band_hashes(columns["words"], columns["word_ends"])}
+    words, bounds = split_list_column(word_columns(records)["words"])
+    return {"bands": band_hashes(words.to_numpy(), bounds)}
 
 
 def band_hashes(words: Words, ends: Ints) -> Hashes:

@@ -13,27 +13,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from corral.data import cache as caches
 from corral.data import selection
-from corral.data.cache import DamagedCacheError
 from corral.data.encoding import cut_record, encode_record
-from corral.data.example_store import ExampleStore, ExampleWriter, RowOrigin, json_line, record_from_json
+from corral.data.example_store import ExampleStore, ExampleWriter
 from corral.data.ledger import EXAMPLES_PER_REASON, FATES, LEDGER_FILE, USED_FATES, Fate, Ledger, LedgerWriter, RowFates
 from corral.data.lost_rows_budget import check_loss_budget, check_not_empty, count_losses
 from corral.data.mixture import SIDES, Side
-from corral.data.selection import UNSET, SourcePlan, fate_code
+from corral.data.row_store import Batch, Column, Ints, list_column, split_list_column, text_column
+from corral.data.selection import UNSET, SourcePlan
 from corral.data.source_rows import EXCERPT_CHARACTERS, load_source_rows
 from corral.data.worker_pool import WorkerPool
-from corral.errors import DataError, StorageError
-from corral.messages import record_key, record_to_json
+from corral.errors import DataError
+from corral.formatting import json_line
+from corral.messages import record_from_json, record_key, record_to_json
 from corral.progress import Progress
 from corral.recipe import Data
 from corral.storage import new_directory, write_atomic, write_json
@@ -41,9 +40,7 @@ from corral.template import Template
 
 __all__ = ["Prepared", "encode_record", "prepare"]
 
-_VERSION = 4
-_ATTEMPTS = 3  # after the first, what was damaged in the cache is made again
-_PROGRESS_EVERY = 1000
+_VERSION = 5
 _ROW_GROUP = 50_000  # rows of a row group of the ledger
 _ROWS = "rows"
 _META = "prepared.json"
@@ -124,18 +121,7 @@ def prepare(
     """
     progress = progress or Progress()
     cache = cache or caches.default_folder()
-    for attempt in range(_ATTEMPTS):
-        try:
-            _prepare(data, template, folder, seed, cache, WorkerPool(progress, workers))
-            break
-        except DamagedCacheError as error:
-            if attempt + 1 == _ATTEMPTS:
-                raise StorageError(
-                    f"the cache of prepared rows is damaged again and again: {error}",
-                    where=str(cache),
-                    hint="check the disk, or name another folder with CORRAL_CACHE",
-                ) from error
-            progress.say(f"a part of the cache is damaged ({error}): it is made again")
+    _prepare(data, template, folder, seed, cache, WorkerPool(progress, workers))
     return Prepared.open(folder)
 
 
@@ -167,60 +153,67 @@ def _write_rows(plans: Sequence[SourcePlan], folder: Path, data: Data, seed: int
     """Write each side's examples; returns how many each has, repeats included."""
     progress.start("Writing rows", sum(int((plan.side >= 0).sum()) for plan in plans))
     done = 0
-    with ExitStack() as files:
-        writers = [files.enter_context(ExampleWriter(folder / side, seed)) for side in SIDES]
-        for plan in plans:
-            positions = np.flatnonzero(plan.side >= 0)
-            for position, record in zip(positions, plan.rows.record_lines(positions), strict=True):
-                _write_row(writers[plan.side[position]], plan, int(position), record)
-                done += 1
-                if done % _PROGRESS_EVERY == 0:
-                    progress.update(done, plan.source.label)
-        for writer in writers:
-            writer.finish()
-        return {side: len(writer) for side, writer in zip(SIDES, writers, strict=True)}
+    writers = [ExampleWriter(folder / side, seed) for side in SIDES]
+    for plan in plans:
+        for positions, rows in plan.rows.store.read(np.flatnonzero(plan.side >= 0)):
+            examples, row_of_example = _examples_of_rows(plan, positions, rows)
+            sides = plan.side[positions][row_of_example]
+            for code, writer in enumerate(writers):
+                some = np.flatnonzero(sides == code)
+                repeat = plan.source.repeat if code == SIDES.index("train") else 1
+                if len(some):
+                    columns = {name: column.take(some) for name, column in examples.items()}
+                    writer.add(columns, plan.fate[positions][row_of_example][some], repeat)
+            done += len(positions)
+            progress.update(done, plan.source.label)
+    for writer in writers:
+        writer.finish()
+    return {side: len(writer) for side, writer in zip(SIDES, writers, strict=True)}
 
 
-def _write_row(writer: ExampleWriter, plan: SourcePlan, position: int, record: bytes) -> None:
-    """Write a row as one example, or each of its windows as an example of its own."""
-    arrays, i = plan.encoded.locate(position)
-    first, last = int(arrays["sequence_ends"][i]), int(arrays["sequence_ends"][i + 1])
-    lengths = arrays["sequence_lengths"][first:last].tolist()
-    key, at = bytes(plan.rows.keys[position]).hex(), int(arrays["token_ends"][i])
-    windows = list(zip(arrays["part_starts"][first:last], arrays["part_ends"][first:last], strict=True))
-    if not windows[0][1]:
-        examples = [(key, record, lengths)]
-    else:
-        whole = record_from_json(json.loads(record))
-        cuts = [cut_record(whole, int(start), int(end)) for start, end in windows]
-        lines = [json_line(record_to_json(cut)).encode()[:-1] for cut in cuts]
-        examples = [(record_key(c), line, [n]) for c, line, n in zip(cuts, lines, lengths, strict=True)]
-    for key, line, sequence_lengths in examples:
-        tokens = slice(at, at := at + sum(sequence_lengths))
-        writer.add(
-            RowOrigin(key, plan.source.label, plan.rows.name_row(int(plan.rows.index[position]))),
-            line,
-            arrays["ids"][tokens],
-            arrays["trained"][tokens],
-            sequence_lengths,
-            fate=FATES[plan.fate[position]],
-            repeat=plan.source.repeat if plan.side[position] == SIDES.index("train") else 1,
-        )
+def _examples_of_rows(plan: SourcePlan, positions: Ints, rows: Batch) -> tuple[dict[str, Column], Ints]:
+    """(the columns of an `ExampleWriter`, the row of each example): one for each row, or for each of its windows."""
+    import pyarrow as pa
+
+    ((_, encoded),) = plan.encoded.read(positions)
+    sequences, bounds = split_list_column(encoded["ids"])
+    trained, _ = split_list_column(encoded["trained"])
+    parts = split_list_column(encoded["parts"])[0].flatten().to_numpy().reshape(-1, 2)
+    is_first = np.zeros(len(sequences) + 1, bool)
+    is_first[bounds] = True
+    is_window = parts[:, 1] > 0
+    example_bounds = np.flatnonzero(np.append(is_window, False) | is_first)
+    row_of_example = np.searchsorted(bounds, example_bounds[:-1], side="right") - 1
+    records: list[bytes] = [rows["record"][int(row)].as_py() for row in row_of_example]
+    keys = [bytes(key).hex() for key in plan.rows.keys(positions)[row_of_example]]
+    for i in np.flatnonzero(is_window[example_bounds[:-1]]):
+        start, end = parts[example_bounds[i]].tolist()
+        cut = cut_record(record_from_json(json.loads(records[i])), start, end)
+        keys[i], records[i] = record_key(cut), json_line(record_to_json(cut)).encode()[:-1]
+    columns: dict[str, Column] = {
+        "key": pa.array(keys, pa.string()),
+        "source": pa.array([plan.source.label] * len(keys), pa.string()),
+        "file": text_column(rows["file"].to_numpy()[row_of_example], plan.rows.files).cast(pa.string()),
+        "row": rows["row"].take(row_of_example),
+        "record": pa.array(records, pa.large_binary()),
+        "ids": list_column(sequences, example_bounds),
+        "trained": list_column(trained, example_bounds),
+    }
+    return columns, row_of_example
 
 
 def _write_ledger(plans: Sequence[SourcePlan], folder: Path) -> dict[str, Any]:
     """Write the table of all rows, the summary and some rows that are on no side; returns the summary."""
     ledger = Ledger()
     examples: list[dict[str, Any]] = []
-    labels = [plan.source.label for plan in plans]
     with LedgerWriter(folder / LEDGER_FILE) as file:
         for plan in plans:
             label = plan.source.label
-            ledger.add_read(label, plan.rows.rows_read)
-            for rows in _row_fates(plan, labels):
+            ledger.add_read(label, len(plan.rows))
+            for rows in _row_fates(plan, plans):
                 file.add(label, rows)
                 _count_fates(ledger, label, rows)
-            examples += _left_out_examples(plan, labels)
+            examples += _left_out_examples(plan, plans)
         summary = ledger.to_json()
     trained = [_training_examples(plan) for plan in plans]
     for plan, count in zip(plans, trained, strict=True):
@@ -232,47 +225,36 @@ def _write_ledger(plans: Sequence[SourcePlan], folder: Path) -> dict[str, Any]:
     return summary
 
 
-def _originals(plan: SourcePlan, positions: NDArray[Any], labels: Sequence[str]) -> Iterator[str | None]:
-    """Of each of these rows that is a copy, the row that it copies."""
-    columns = zip(plan.original_source[positions].tolist(), plan.original_row[positions], strict=True)
-    return (f"{labels[number]} row {row}" if number >= 0 else None for number, row in columns)
+def _name_originals(plan: SourcePlan, positions: Ints, plans: Sequence[SourcePlan]) -> list[str | None]:
+    """Of each of these rows that is a copy, the row that it copies, as `SOURCE row N`."""
+    names: list[str | None] = [None] * len(positions)
+    sources = plan.original_source[positions]
+    for number in np.unique(sources[sources != UNSET]).tolist():
+        copies = np.flatnonzero(sources == number)
+        originals = plans[number].rows.name_rows(plan.original[positions[copies]])
+        for i, original in zip(copies.tolist(), originals, strict=True):
+            names[i] = f"{plans[number].source.label} row {original}"
+    return names
 
 
-def _row_fates(plan: SourcePlan, labels: Sequence[str]) -> Iterator[RowFates]:
-    """The fates of all rows of a source, usable or not, in its order, one row group at a time."""
-    index = np.concatenate([plan.rows.index, plan.rows.unusable])
-    order = np.argsort(index, kind="stable")
-    usable = len(plan.rows)
-    for start in range(0, len(order), _ROW_GROUP):
-        rows = order[start : start + _ROW_GROUP]
-        is_usable = rows < usable
-        positions, unusable = rows[is_usable], rows[~is_usable] - usable
-
-        def column(
-            values: NDArray[Any], default: Any, is_usable: Any = is_usable, positions: Any = positions
-        ) -> NDArray[Any]:
-            full = np.full(len(is_usable), default, values.dtype)
-            full[is_usable] = values[positions]
-            return full
-
-        reason = column(plan.reason, UNSET)
-        reason[~is_usable] = plan.rows.reason_codes[unusable]
-        keys = iter(plan.rows.keys[positions])
-        originals = iter(_originals(plan, positions, labels))
-        file, row = plan.rows.row_in_file(index[rows])
+def _row_fates(plan: SourcePlan, plans: Sequence[SourcePlan]) -> Iterator[RowFates]:
+    """The fates of all rows of a source, in its order, one row group at a time."""
+    for start in range(0, len(plan.rows), _ROW_GROUP):
+        positions = np.arange(start, min(start + _ROW_GROUP, len(plan.rows)))
+        keys = (bytes(key).hex() for key in plan.rows.keys(positions))
         yield RowFates(
-            row=row,
-            file=file,
-            files=[name for name, _ in plan.rows.files],
-            fate=column(plan.fate, fate_code("dropped")),
-            reason=reason,
-            side=column(plan.side, UNSET),
-            key=[bytes(next(keys)).hex() if usable_row else None for usable_row in is_usable],
-            tokens=column(plan.tokens, UNSET),
-            trained_tokens=column(plan.trained_tokens, UNSET),
-            lost_end=column(plan.lost_end, False),
-            original=[next(originals) if usable_row else None for usable_row in is_usable],
-            contaminated=column(plan.contaminated, False),
+            row=plan.rows.store.column("row", positions),
+            file=plan.rows.store.column("file", positions),
+            files=plan.rows.files,
+            fate=plan.fate[positions],
+            reason=plan.reason[positions],
+            side=plan.side[positions],
+            key=[key if reason < 0 else None for key, reason in zip(keys, plan.rows.reason[positions], strict=True)],
+            tokens=plan.tokens[positions],
+            trained_tokens=plan.trained_tokens[positions],
+            lost_end=plan.lost_end[positions],
+            original=_name_originals(plan, positions, plans),
+            contaminated=plan.contaminated[positions],
             reasons=plan.reasons,
         )
 
@@ -290,20 +272,24 @@ def _count_fates(ledger: Ledger, label: str, rows: RowFates) -> None:
         )
 
 
-def _left_out_examples(plan: SourcePlan, labels: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _left_out_examples(plan: SourcePlan, plans: Sequence[SourcePlan]) -> Iterator[dict[str, Any]]:
     """A few rows of each fate and reason that are on no side."""
     label = plan.source.label
     for example in plan.rows.examples:
-        yield {"source": label, "fate": "dropped"} | example | {"index": plan.rows.name_row(example["index"])}
+        (index,) = plan.rows.name_rows(np.array([example["position"]]))
+        yield {"source": label, "index": index, "fate": "dropped"} | {
+            name: example[name] for name in ("reason", "text")
+        }
     for fate in _NO_SIDE:
         positions = plan.rows_with(fate)
+        positions = positions[plan.rows.reason[positions] < 0]
         for reason in np.unique(plan.reason[positions]).tolist():
             some = positions[plan.reason[positions] == reason][:EXAMPLES_PER_REASON]
-            originals = _originals(plan, some, labels)
-            for position, line, original in zip(some, plan.rows.record_lines(some), originals, strict=True):
+            columns = plan.rows.name_rows(some), plan.rows.record_lines(some), _name_originals(plan, some, plans)
+            for index, line, original in zip(*columns, strict=True):
                 yield {
                     "source": label,
-                    "index": plan.rows.name_row(int(plan.rows.index[position])),
+                    "index": index,
                     "fate": fate,
                     "reason": f"copy of {original}" if original else plan.reasons[reason] if reason >= 0 else None,
                     "text": json.dumps(json.loads(line), ensure_ascii=False)[:EXCERPT_CHARACTERS],
@@ -326,9 +312,7 @@ def _source_figures(plan: SourcePlan) -> dict[str, Any]:
         "trained_tokens": int(plan.trained_tokens[used].sum()),
         "lost_ends": int(plan.lost_end[used].sum()),
         "contaminated": int(plan.contaminated.sum()),
-        "contaminated_rows": [
-            plan.rows.name_row(int(index)) for index in plan.rows.index[plan.contaminated][:EXAMPLES_PER_REASON]
-        ],
+        "contaminated_rows": plan.rows.name_rows(np.flatnonzero(plan.contaminated)[:EXAMPLES_PER_REASON]),
         "asked": asked,
         "lost": lost,
     }

@@ -6,7 +6,6 @@ is costly is computed by several processes and kept in the cache.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -18,9 +17,10 @@ from numpy.typing import NDArray
 
 import corral.template
 from corral.data import contamination, encoding, mixture, near_duplicates, plain_text, word_hashes
-from corral.data.cache import ChunkStore, cache_name, hash_code, split_positions
+from corral.data.cache import cache_name, hash_code
 from corral.data.ledger import FATES, USED_FATES, Fate
 from corral.data.mixture import SIDES
+from corral.data.row_store import RowStore, split_list_column
 from corral.data.source_rows import SourceRows
 from corral.data.worker_pool import WorkerPool
 from corral.formatting import count_of
@@ -41,7 +41,7 @@ def fate_code(fate: Fate) -> int:
 
 @dataclass
 class SourcePlan:
-    """The usable rows of one source and what is known of them, in arrays of [rows].
+    """The rows of one source and what is known of them, in arrays of [rows].
 
     Attributes:
         fate: index into `FATES`; -1 while undecided.
@@ -51,32 +51,33 @@ class SourcePlan:
         trained_tokens: tokens that count in the loss, after truncation; -1 if the row was not encoded.
         lost_end: whether the end of an answer was cut off.
         contaminated: whether it is a training row that shares a passage with a held-out row.
-        original_source, original_row: of a copy, the index of the source of the row that it copies, else -1, and that row
-            as `SourceRows.name_row` names it.
+        original_source, original: of a copy, the index of the source of the row that it copies, and that row's position
+            there; else -1.
         beyond_weight: whether it could be trained on but exceeds its source's weight.
     """
 
     source: Source
     rows: SourceRows
-    encoded: ChunkStore
-    words: ChunkStore
-    bands: ChunkStore
+    encoded: RowStore
+    words: RowStore
+    bands: RowStore
     reasons: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
         n = len(self.rows)
         self.reasons = list(self.rows.reasons)
         self.fate = np.full(n, UNSET, np.int8)
-        self.reason = np.full(n, UNSET, np.int16)
+        self.reason = self.rows.reason.copy()
+        self.fate[self.reason != UNSET] = fate_code("dropped")
         self.side = np.full(n, UNSET, np.int8)
         self.tokens = np.full(n, UNSET, np.int64)
         self.trained_tokens = np.full(n, UNSET, np.int64)
-        self.original_source, self.original_row = np.full(n, UNSET, np.int16), np.full(n, None, object)
+        self.original_source, self.original = np.full(n, UNSET, np.int16), np.full(n, UNSET, np.int64)
         self.lost_end, self.contaminated, self.beyond_weight = (np.zeros(n, bool) for _ in range(3))
 
     @classmethod
     def from_source(cls, source: Source, rows: SourceRows, template: Template, data: Data, cache: Path) -> SourcePlan:
-        """A plan in which every fate is undecided."""
+        """A plan in which the fate of every usable row is undecided."""
         encoding_code = hash_code(
             Path(corral.template.__file__).parent, Path(encoding.__file__), Path(plain_text.__file__)
         )
@@ -86,9 +87,9 @@ class SourcePlan:
         return cls(
             source,
             rows,
-            ChunkStore(cache / cache_name("tokens", encoding.VERSION, *encoding_key)),
-            ChunkStore(cache / cache_name("words", word_hashes.VERSION, *words_key)),
-            ChunkStore(cache / cache_name("bands", near_duplicates.VERSION, *words_key)),
+            RowStore(cache / cache_name("tokens", encoding.VERSION, *encoding_key)),
+            RowStore(cache / cache_name("words", word_hashes.VERSION, *words_key)),
+            RowStore(cache / cache_name("bands", near_duplicates.VERSION, *words_key)),
         )
 
     @property
@@ -111,54 +112,51 @@ class SourcePlan:
 
     def word_blocks(self, positions: Ints) -> Iterator[word_hashes.Block]:
         """The words of rows, some hundreds of rows at a time."""
-        for part in split_positions(positions):
-            located = [self.words.locate(int(position)) for position in part]
-            words = [arrays["words"][arrays["word_ends"][i] : arrays["word_ends"][i + 1]] for arrays, i in located]
-            ends = np.concatenate([[0], np.cumsum([len(w) for w in words])]).astype(np.int64)
-            prompts = np.array([arrays["prompt_words"][i] for arrays, i in located], np.int64)
-            yield np.concatenate(words), ends, prompts
+        for _, batch in self.words.read(positions):
+            words, bounds = split_list_column(batch["words"])
+            yield words.to_numpy(), bounds, batch["prompt_words"].to_numpy()
 
 
 def deduplicate_and_cap(plans: Sequence[SourcePlan], data: Data, seed: int, pool: WorkerPool) -> None:
     """Set the fates of duplicates, near duplicates and rows beyond a source's cap; the others stay undecided."""
+    usable = [plan.rows.usable for plan in plans]
     if data.duplicates == "near":
-        all_rows = [(plan, np.arange(len(plan.rows))) for plan in plans]
-        bands = [(plan, plan.bands, positions) for plan, positions in all_rows]
-        words = [(plan, plan.words, positions) for plan, positions in all_rows]
+        bands = [(plan, plan.bands, positions) for plan, positions in zip(plans, usable, strict=True)]
+        words = [(plan, plan.words, positions) for plan, positions in zip(plans, usable, strict=True)]
         pool.compute_missing("Comparing rows", bands, near_duplicates.band_columns)
         pool.compute_missing("Reading words", words, word_hashes.word_columns)
-    keys = [np.asarray(plan.rows.keys) for plan in plans]
+    keys = [plan.rows.keys(positions) for plan, positions in zip(plans, usable, strict=True)]
     starts = np.cumsum([0, *map(len, keys)])
+    all_positions = np.concatenate(usable)
     equal = mixture.equal_groups(np.concatenate(keys))
     groups = equal
     if data.duplicates == "keep":
         groups = np.arange(len(equal))
     elif data.duplicates == "near":
-        groups = _group_near_duplicates(plans, starts, equal)
+        groups = _group_near_duplicates(plans, all_positions, starts, equal)
     taken = np.zeros(len(groups), bool)
-    for plan, start, end in zip(plans, starts[:-1], starts[1:], strict=True):
-        part = slice(int(start), int(end))
-        chosen, copies = mixture.choose_distinct(plan.rows.keys, groups[part], taken, seed, plan.source.rows)
-        plan.set_fate(~chosen & ~copies, "not sampled", f"beyond the cap of {count_of(plan.source.rows or 0, 'row')}")
+    for number, (plan, positions) in enumerate(zip(plans, usable, strict=True)):
+        part = slice(int(starts[number]), int(starts[number + 1]))
+        chosen, copies = mixture.choose_distinct(keys[number], groups[part], taken, seed, plan.source.rows)
+        reason = f"beyond the cap of {count_of(plan.source.rows or 0, 'row')}"
+        plan.set_fate(positions[~chosen & ~copies], "not sampled", reason)
         # A copy that equals no row before it can only be a near one.
         exact = equal[part] != np.arange(part.start, part.stop)
-        plan.set_fate(copies & exact, "duplicate")
-        plan.set_fate(copies & ~exact, "near duplicate")
+        plan.set_fate(positions[copies & exact], "duplicate")
+        plan.set_fate(positions[copies & ~exact], "near duplicate")
         originals = groups[part][copies]
-        numbers = np.searchsorted(starts, originals, side="right") - 1
-        plan.original_source[copies] = numbers
-        for position, number, at in zip(np.flatnonzero(copies), numbers, originals, strict=True):
-            rows = plans[number].rows
-            plan.original_row[position] = rows.name_row(int(rows.index[at - starts[number]]))
+        plan.original_source[positions[copies]] = np.searchsorted(starts, originals, side="right") - 1
+        plan.original[positions[copies]] = all_positions[originals]
 
 
-def _group_near_duplicates(plans: Sequence[SourcePlan], starts: NDArray[Any], equal: Ints) -> Ints:
-    bands = [p.bands.column("bands", np.arange(len(p.rows))).reshape(-1, near_duplicates.BANDS) for p in plans]
+def _group_near_duplicates(plans: Sequence[SourcePlan], positions: Ints, starts: NDArray[Any], equal: Ints) -> Ints:
+    parts = zip(plans, np.split(positions, starts[1:-1]), strict=True)
+    bands = [plan.bands.column("bands", part).reshape(-1, near_duplicates.BANDS) for plan, part in parts]
 
     def words_of_row(row: int) -> NDArray[np.uint32]:
         number = int(np.searchsorted(starts, row, side="right")) - 1
-        arrays, i = plans[number].words.locate(row - int(starts[number]))
-        return arrays["words"][arrays["word_ends"][i] : arrays["word_ends"][i + 1]]
+        batch, i = plans[number].words.locate(int(positions[row]))
+        return batch["words"][i].values.to_numpy()
 
     return near_duplicates.group_near_duplicates(np.concatenate(bands).astype(np.uint64), equal, words_of_row)
 
@@ -170,27 +168,24 @@ def encode_selected(plans: Sequence[SourcePlan], data: Data, template: Template,
     for plan, encoded, positions in work:
         for name in ("tokens", "trained_tokens", "lost_end"):
             getattr(plan, name)[positions] = encoded.column(name, positions)
-        _set_encoding_fates(plan, positions)
+        if len(positions):
+            _set_encoding_fates(plan, positions)
 
 
 def _set_encoding_fates(plan: SourcePlan, positions: Ints) -> None:
     fit, reason = (plan.encoded.column(name, positions) for name in ("fit", "reason"))
-    for code, fate in enumerate(encoding.FITS):
-        plan.set_fate(positions[(fit == code) & (reason < 0)], fate)
-    for position in positions[reason >= 0]:
-        arrays, i = plan.encoded.locate(int(position))
-        reasons: list[str] = json.loads(arrays["reasons"].tobytes())
-        plan.set_fate(np.array([position]), encoding.FITS[arrays["fit"][i]], reasons[int(arrays["reason"][i])])
-    refused = positions[(reason >= 0) & (plan.tokens[positions] == 0)]
+    for code, text in dict.fromkeys(zip(fit.tolist(), reason.tolist(), strict=True)):
+        plan.set_fate(positions[(fit == code) & (reason == text)], encoding.FITS[code], text or None)
+    refused = positions[(reason != "") & (plan.tokens[positions] == 0)]
     plan.tokens[refused] = plan.trained_tokens[refused] = UNSET
-    mended = positions[plan.rows.mended[positions]]
+    mended = positions[plan.rows.store.column("mended", positions).astype(bool)]
     plan.set_fate(mended[np.isin(plan.fate[mended], [fate_code("kept"), fate_code("split")])], "trimmed")
 
 
 def assign_sides(plans: Sequence[SourcePlan], data: Data, seed: int) -> None:
     """Put the rows that are used on a side: train, validation or test."""
     positions = [plan.rows_with(*USED_FATES) for plan in plans]
-    keys = [np.asarray(plan.rows.group_keys[part]) for plan, part in zip(plans, positions, strict=True)]
+    keys = [plan.rows.keys(part, "group_key") for plan, part in zip(plans, positions, strict=True)]
     for plan, part, sides in zip(plans, positions, mixture.split_sides(keys, seed, data.split), strict=True):
         plan.side[part] = sides
 
@@ -227,7 +222,7 @@ def apply_weights(plans: Sequence[SourcePlan], seed: int) -> None:
     examples = [plan.encoded.column("examples", rows) for plan, rows in zip(plans, train, strict=True)]
     counts = mixture.weighted_row_counts([int(n.sum()) for n in examples], weights, [p.source.repeat for p in plans])
     for plan, rows, per_row, count, weight in zip(plans, train, examples, counts, weights, strict=True):
-        beyond = rows[~mixture.sample(plan.rows.keys[rows], count, seed, per_row)]
+        beyond = rows[~mixture.sample(plan.rows.keys(rows), count, seed, per_row)]
         reason = (
             f"beyond the weight {weight:g} of {sum(weights):g}, which takes {count:,} of {int(per_row.sum()):,} training "
             f"{'rows' if int(per_row.sum()) == len(rows) else 'examples'}"

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from corral.data.example_store import json_line
 from corral.data.formats.public_datasets import find_by_hub_path
 from corral.errors import RecipeError
+from corral.formatting import json_line
 from corral.recipe import Recipe, Source, Split, Train
 from corral.storage import write_atomic
 

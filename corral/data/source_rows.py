@@ -7,14 +7,10 @@ kept too, with the reason.
 from __future__ import annotations
 
 import json
-import zlib
-from array import array
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -23,13 +19,14 @@ from numpy.typing import NDArray
 
 from corral.data import formats, sources
 from corral.data.cache import cache_name, hash_code
-from corral.data.example_store import json_line, record_from_json
 from corral.data.formats import ContradictionError, Format, FormatError
 from corral.data.formats.turns import TurnOrderError, mend_turns
 from corral.data.ledger import EXAMPLES_PER_REASON, OTHER_REASONS, reason_kind
+from corral.data.row_store import CHUNK_ROWS, RowStore
 from corral.data.sources import RawRow
 from corral.errors import DataError
-from corral.messages import Conversation, Feedback, Preference, Record, record_key, record_to_json
+from corral.formatting import json_line
+from corral.messages import Conversation, Feedback, Preference, Record, record_from_json, record_key, record_to_json
 from corral.progress import Progress
 from corral.recipe import Source
 from corral.storage import file_lock, new_directory
@@ -37,108 +34,79 @@ from corral.storage import file_lock, new_directory
 Ints: TypeAlias = NDArray[np.int64]
 TurnSetting: TypeAlias = Literal["mend", "strict"]
 
-VERSION = 2
+VERSION = 3
 EXCERPT_CHARACTERS = 2000
 """How much of an unusable row is kept to be shown."""
 # A reason may quote a row's value: junk could make as many reasons as rows.
 _MAX_REASONS = 10_000
 _ROWS_TO_RECOGNISE = 50  # rows by which the format is recognised
 _PROGRESS_EVERY = 100
+_MAX_UNSAVED_BYTES = 8 * 2**20  # of records: a row may be a book
 _META = "meta.json"
 
 
-def _crc32(path: Path) -> int:
-    checksum = 0
-    with path.open("rb") as file:
-        while content := file.read(2**20):
-            checksum = zlib.crc32(content, checksum)
-    return checksum
-
-
 class SourceRows:
-    """The rows of one source. A usable row's position is its number among the usable ones, from 0.
+    """The rows of one source. A row's position is its number among all that were read, from 0.
+
+    The store holds for each row `key` (sha256 of its content), `group_key` (what rows share that must be on one side: a judged
+    answer's prompt, else the row's key), `mended` (whether turns were left out or merged), `file` (index into `files`), `row`
+    (its number in the file), `record` (its JSON form, or null if it cannot be used), and `reason` (index into `reasons`, or
+    -1).
 
     Attributes:
         identity: stands for the content, in the names of what is computed from it.
         format: the name of the format that was used; `why` says how it was chosen.
-        keys: sha256 of each row's content. [usable rows, 32]
-        group_keys: what rows share that must be on one side: a judged answer's prompt, else the row's key. [usable rows, 32]
-        mended: whether turns were left out or merged, so that the others are in order. [usable rows]
-        index: the row number in the source. [usable rows]
-        files: of a source of several files, each one's name and the last row number of the files before it.
-        unusable: the row number in the source of each unusable row; `reasons[reason_codes[i]]` says why. [rows]
-        examples: some unusable rows: `{"index", "reason", "text"}`.
+        files: of a source of several files, each one's name.
+        reasons: why rows cannot be used.
+        examples: some unusable rows: `{"position", "reason", "text"}`.
+        reason: of each row, index into `reasons`, or -1 if it can be used. [rows]
     """
 
     def __init__(self, folder: Path) -> None:
         meta: dict[str, Any] = json.loads((folder / _META).read_text("utf-8"))
-        for name, checksum in meta["crc32"].items():
-            if _crc32(folder / name) != checksum:
-                raise ValueError(f"{name} has another checksum")
         self.identity = folder.name
         self.format: str = meta["format"]
         self.why: str = meta["why"]
+        self.files: list[str] = meta["files"]
         self.reasons: list[str] = meta["reasons"]
         self.examples: list[dict[str, Any]] = meta["examples"]
-        self.files: list[tuple[str, int]] = [(name, before) for name, before in meta["files"]]
-        self.keys: NDArray[np.uint8] = np.load(folder / "keys.npy", mmap_mode="r").reshape(-1, 32)
-        self.group_keys: NDArray[np.uint8] = np.load(folder / "group_keys.npy", mmap_mode="r").reshape(-1, 32)
-        self.mended: NDArray[np.bool_] = np.load(folder / "mended.npy", mmap_mode="r")
-        self.index: Ints = np.load(folder / "index.npy", mmap_mode="r")
-        self.unusable: Ints = np.load(folder / "unusable.npy", mmap_mode="r")
-        self.reason_codes: NDArray[np.int16] = np.load(folder / "reason_codes.npy", mmap_mode="r")
-        self._ends: Ints = np.load(folder / "ends.npy", mmap_mode="r")
-        self._path = folder / "records.jsonl"
-        by_row = (self.keys, self.group_keys, self.mended, self.index, self._ends[1:])
-        fits = {meta["usable"]} == set(map(len, by_row)) and {meta["unusable"]} == {
-            len(self.unusable),
-            len(self.reason_codes),
-        }
-        if not fits or self._ends[-1] != self._path.stat().st_size:
-            raise ValueError("its files do not fit each other")
+        self.store = RowStore(folder)
+        if len(self.store) != meta["rows"]:
+            raise ValueError(f"{len(self.store)} of {meta['rows']} rows are there")
+        self.reason: NDArray[np.int16] = self.store.column("reason")
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.store)
 
     @property
-    def rows_read(self) -> int:
-        """All rows that were read, usable or not."""
-        return len(self.keys) + len(self.unusable)
+    def usable(self) -> Ints:
+        """Positions of the rows that can be used, ascending."""
+        return np.flatnonzero(self.reason < 0)
 
-    def row_in_file(self, index: Ints) -> tuple[Ints, Ints]:
-        """Of rows by their number in the source: (the index of the file in `files`, or -1 if there is one file only; the
-        number in the file). [rows] each"""
-        if not self.files:
-            return np.full(len(index), -1), index
-        befores = np.array([before for _, before in self.files])
-        files = np.searchsorted(befores, index) - 1
-        return files, index - befores[files]
+    def keys(self, positions: Ints, name: Literal["key", "group_key"] = "key") -> NDArray[np.uint8]:
+        """sha256 of the content of each row, or of what its group shares. [positions, 32]"""
+        return self.store.column(name, positions).reshape(-1, 32)
 
-    def name_row(self, index: int) -> int | str:
-        """A row as the user finds it: its number in the source, or `FILE:NUMBER` where there are several files."""
-        if not self.files:
-            return index
-        name, before = self.files[bisect_left(self.files, index, key=itemgetter(1)) - 1]
-        return f"{name}:{index - before}"
+    def name_rows(self, positions: Ints) -> list[int | str]:
+        """Rows as the user finds them: the number in the file, or `FILE:NUMBER` where there are several files."""
+        files, rows = (self.store.column(name, positions).tolist() for name in ("file", "row"))
+        return [row if file < 0 else f"{self.files[file]}:{row}" for file, row in zip(files, rows, strict=True)]
 
     def record_lines(self, positions: Ints) -> Iterator[bytes]:
-        """The JSON form of the records at these positions, without line breaks."""
-        with self._path.open("rb") as file:
-            offset = 0
-            for position in positions:
-                start, end = int(self._ends[position]), int(self._ends[position + 1])
-                if start != offset:
-                    file.seek(start)
-                yield file.read(end - start)[:-1]
-                offset = end
-
-    def record_sizes(self, positions: Ints) -> Ints:
-        """Bytes of the JSON form of the records at these positions. [positions]"""
-        return self._ends[positions + 1] - self._ends[positions]
+        """The JSON form of the records at these positions."""
+        return (value.as_py() for _, batch in self.store.read(positions) for value in batch["record"])
 
     def records(self, positions: Ints) -> Iterator[Record]:
         """The records at these positions."""
         return (record_from_json(json.loads(line)) for line in self.record_lines(positions))
+
+    def record_sizes(self, positions: Ints) -> Ints:
+        """Bytes of the JSON form of the records at these positions. [positions]"""
+        from pyarrow import compute
+
+        binary_length: Any = compute.binary_length  # type: ignore[reportUnknownMemberType]
+        sizes = [binary_length(batch["record"]).to_numpy() for _, batch in self.store.read(positions)]
+        return np.concatenate([np.zeros(0, np.int64), *sizes])
 
 
 def load_source_rows(source: Source, cache: Path, progress: Progress, *, turns: TurnSetting = "mend") -> SourceRows:
@@ -177,25 +145,64 @@ def _hash_reading_code() -> str:
 
 
 @dataclass
-class _UnusableRows:
-    """Rows that cannot be used, with their reasons and some examples."""
+class _RowWriter:
+    """Writes the rows of a `SourceRows`, and collects what its `meta.json` says of all of them."""
 
-    index: array[int] = field(default_factory=lambda: array("q"))
-    reason_codes: array[int] = field(default_factory=lambda: array("h"))
+    store: RowStore
+    files: list[str] = field(default_factory=list[str])
+    rows: int = 0
     code_of_reason: dict[str, int] = field(default_factory=dict[str, int])
     example_counts: Counter[str] = field(default_factory=Counter[str])
     examples: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    _unsaved: list[tuple[Any, ...]] = field(default_factory=list[tuple[Any, ...]])
+    _unsaved_bytes: int = 0
 
-    def add(self, row: RawRow, reason: str) -> None:
+    def add(self, row: RawRow, record: Record, is_mended: bool) -> None:
+        """A row that can be used."""
+        key = record_key(record)
+        group_key = record_key(record.prompt) if isinstance(record, Preference | Feedback) else key
+        line = json_line(record_to_json(record)).encode()[:-1]
+        self._add(row, line, bytes.fromhex(key), bytes.fromhex(group_key), is_mended, -1)
+
+    def add_unusable(self, row: RawRow, reason: str) -> None:
         if reason not in self.code_of_reason and len(self.code_of_reason) >= _MAX_REASONS:
             reason = OTHER_REASONS
-        self.index.append(row.index)
-        self.reason_codes.append(self.code_of_reason.setdefault(reason, len(self.code_of_reason)))
         kind = reason_kind(reason)
         if self.example_counts[kind] < EXAMPLES_PER_REASON:
             self.example_counts[kind] += 1
             text = row.fault if row.value is None else json.dumps(row.value, ensure_ascii=False, default=str)
-            self.examples.append({"index": row.index, "reason": reason, "text": (text or "")[:EXCERPT_CHARACTERS]})
+            self.examples.append({"position": self.rows, "reason": reason, "text": (text or "")[:EXCERPT_CHARACTERS]})
+        code = self.code_of_reason.setdefault(reason, len(self.code_of_reason))
+        self._add(row, None, bytes(32), bytes(32), False, code)
+
+    def _add(self, row: RawRow, record: bytes | None, *values: Any) -> None:
+        if row.file and (not self.files or self.files[-1] != row.file):
+            self.files.append(row.file)
+        self._unsaved.append((len(self.files) - 1, row.index, record, *values))
+        self.rows += 1
+        self._unsaved_bytes += len(record or b"")
+        if len(self._unsaved) == CHUNK_ROWS or self._unsaved_bytes > _MAX_UNSAVED_BYTES:
+            self.save()
+
+    def save(self) -> None:
+        """Save the rows that are not saved yet."""
+        import pyarrow as pa
+
+        if not self._unsaved:
+            return
+        files, rows, records, keys, group_keys, mended, reasons = zip(*self._unsaved, strict=True)
+        columns = {
+            "file": np.array(files, np.int32),
+            "row": np.array(rows, np.int64),
+            "record": pa.array(records, pa.large_binary()),
+            "key": np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32),
+            "group_key": np.frombuffer(b"".join(group_keys), np.uint8).reshape(-1, 32),
+            "mended": np.array(mended, np.bool_),
+            "reason": np.array(reasons, np.int16),
+        }
+        self.store.save(np.arange(self.rows - len(files), self.rows), columns)
+        self._unsaved.clear()
+        self._unsaved_bytes = 0
 
 
 def _read_record(read: Format, row: Mapping[str, Any], turns: TurnSetting) -> tuple[Record, bool]:
@@ -219,15 +226,7 @@ def _end_with_trained(record: Record) -> Record:
     return Conversation(record.messages[: answers[-1] + 1]) if answers else record
 
 
-def _group_key(record: Record, key: str) -> str:
-    """What rows share that must be on one side: the prompt of judged answers, else their content, `key`."""
-    return record_key(record.prompt) if isinstance(record, Preference | Feedback) else key
-
-
 def _read_into(source: Source, folder: Path, progress: Progress, turns: TurnSetting) -> None:
-    keys, group_keys, mended = bytearray(), bytearray(), bytearray()
-    index, ends, unusable = array("q"), array("q", [0]), _UnusableRows()
-    files: list[tuple[str, int]] = []
     rows = sources.read_rows(source, progress)
     first = list(islice(rows, _ROWS_TO_RECOGNISE))
     if first and all(row.value is None for row in first) and source.format == "auto" and source.mapping is None:
@@ -237,45 +236,27 @@ def _read_into(source: Source, folder: Path, progress: Progress, turns: TurnSett
             hint="fix the file; broken rows among good ones are left out and counted",
         )
     chosen = formats.choose_format(source, [row.value for row in first if row.value is not None])
-    with (folder / "records.jsonl").open("wb") as file:
-        for done, row in enumerate(chain(first, rows), start=1):
-            if row.file and (not files or files[-1][0] != row.file):
-                files.append((row.file, row.before))
-            if row.value is None:
-                unusable.add(row, row.reason or "unreadable")
-            else:
-                try:
-                    record, is_mended = _read_record(chosen.to_record, row.value, turns)
-                    key = record_key(record)
-                    keys += bytes.fromhex(key)
-                    group_keys += bytes.fromhex(_group_key(record, key))
-                    mended.append(is_mended)
-                    line = json_line(record_to_json(record)).encode()
-                    file.write(line)
-                    ends.append(ends[-1] + len(line))
-                    index.append(row.index)
-                except ContradictionError as error:
-                    # The rows before it were read on an assumption that is now known to be wrong.
-                    raise DataError(f"{row.location}: {error.reason}", where=source.label, hint=error.hint) from None
-                except FormatError as error:
-                    unusable.add(row, error.reason)
-            if done % _PROGRESS_EVERY == 0:
-                progress.update(done, source.label)
-    np.save(folder / "keys.npy", np.frombuffer(keys, np.uint8))
-    np.save(folder / "group_keys.npy", np.frombuffer(group_keys, np.uint8))
-    np.save(folder / "mended.npy", np.frombuffer(mended, np.bool_))
-    np.save(folder / "index.npy", np.asarray(index, np.int64))
-    np.save(folder / "ends.npy", np.asarray(ends, np.int64))
-    np.save(folder / "unusable.npy", np.asarray(unusable.index, np.int64))
-    np.save(folder / "reason_codes.npy", np.asarray(unusable.reason_codes, np.int16))
+    writer = _RowWriter(RowStore(folder))
+    for done, row in enumerate(chain(first, rows), start=1):
+        if row.value is None:
+            writer.add_unusable(row, row.reason or "unreadable")
+        else:
+            try:
+                writer.add(row, *_read_record(chosen.to_record, row.value, turns))
+            except ContradictionError as error:
+                # The rows before it were read on an assumption that is now known to be wrong.
+                raise DataError(f"{row.location}: {error.reason}", where=source.label, hint=error.hint) from None
+            except FormatError as error:
+                writer.add_unusable(row, error.reason)
+        if done % _PROGRESS_EVERY == 0:
+            progress.update(done, source.label)
+    writer.save()
     meta = {
         "format": chosen.name,
         "why": chosen.why,
-        "usable": len(index),
-        "unusable": len(unusable.index),
-        "reasons": list(unusable.code_of_reason),
-        "examples": unusable.examples,
-        "files": files,
-        "crc32": {path.name: _crc32(path) for path in sorted(folder.iterdir())},
+        "rows": writer.rows,
+        "files": writer.files,
+        "reasons": list(writer.code_of_reason),
+        "examples": writer.examples,
     }
     (folder / _META).write_text(json.dumps(meta), "utf-8")

@@ -11,11 +11,12 @@ import unicodedata
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from corral.data.row_store import Column, list_column
 from corral.messages import Conversation, Feedback, Preference, Record, Text
 
 Ints: TypeAlias = NDArray[np.int64]
@@ -24,7 +25,7 @@ Words: TypeAlias = NDArray[np.uint32]
 Block: TypeAlias = tuple[Words, Ints, Ints]
 """(words of many rows, [rows + 1] where each row's words begin, [rows] how many of them are the prompt's)."""
 
-VERSION = 2
+VERSION = 3
 
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
@@ -76,17 +77,16 @@ def _hash_words(text: str) -> Iterator[int]:
     return map(_known.__getitem__, _WORD.findall(text.lower()))
 
 
-def word_columns(records: Iterable[Record]) -> dict[str, NDArray[Any]]:
-    """Words of many rows: `words`, `word_ends` (where each row's words begin, [rows + 1]) and `prompt_words` [rows]."""
-    words, ends, prompts = array("I"), array("q", [0]), array("q")
+def word_columns(records: Iterable[Record]) -> dict[str, Column]:
+    """The words of many rows, and how many of each row's are its prompt's: the columns `words` and `prompt_words`."""
+    words, bounds, prompts = array("I"), array("q", [0]), array("q")
     for record in records:
         row_words, prompt_words = record_words(record)
         words.extend(row_words)
-        ends.append(len(words))
+        bounds.append(len(words))
         prompts.append(prompt_words)
     return {
-        "words": np.asarray(words, np.uint32),
-        "word_ends": np.asarray(ends, np.int64),
+        "words": list_column(np.asarray(words, np.uint32), np.asarray(bounds)),
         "prompt_words": np.asarray(prompts, np.int64),
     }
 

@@ -22,19 +22,17 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
-from corral.data.cache import ChunkStore, Ints, split_positions
+from corral.data.row_store import Column, Ints, RowStore, split_positions
 from corral.errors import CorralError
 from corral.messages import Record
 from corral.progress import Progress
 from corral.system import available_cores
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from corral.data.source_rows import SourceRows
     from corral.recipe import Source
 
-ComputeColumns: TypeAlias = "Callable[[Iterable[Record]], dict[str, NDArray[Any]]]"
+ComputeColumns: TypeAlias = "Callable[[Iterable[Record]], dict[str, Column]]"
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -57,12 +55,17 @@ class WorkerPool:
     workers: int | None = None
 
     def compute_missing(
-        self, title: str, work: Sequence[tuple[RowsOfSource, ChunkStore, Ints]], function: ComputeColumns
+        self, title: str, work: Sequence[tuple[RowsOfSource, RowStore, Ints]], function: ComputeColumns
     ) -> None:
         """Compute and store columns for the rows at these positions that the stores lack.
 
         Finished chunks stay in the cache if this is interrupted.
         """
+        for plan, store, _ in work:
+            for path in store.damaged:
+                self.progress.say(f"cached rows of {plan.source.label} are damaged ({path.name}): they are made again")
+                path.unlink(missing_ok=True)
+            store.damaged.clear()
         pieces = [
             (n, piece)
             for n, (plan, store, positions) in enumerate(work)

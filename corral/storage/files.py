@@ -34,8 +34,13 @@ def cache_root() -> Path:
     return base / "corral"
 
 
-def write_atomic(path: Path, content: bytes | str) -> None:
+def write_atomic(path: Path, content: bytes | str, *, flush: bool = True) -> None:
     """Replaces the file at `path`, creating its parent directories. Text is written as UTF-8.
+
+    Args:
+        path: of the file.
+        content: the whole of it.
+        flush: whether it has reached the disk on return, so that no power cut takes it away.
 
     Raises:
         StorageError: the disk is full, or the path cannot be written; the old file is untouched.
@@ -47,14 +52,16 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         try:
             with open(temporary, "xb") as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+                if flush:
+                    file.flush()
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink()
             raise
-        _flush(path.parent)
+        if flush:
+            _flush(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import settings
 
-from corral.data.example_store import Example, ExampleStore, ExampleWriter, RowOrigin
+from corral.data.example_store import Example, ExampleStore, ExampleWriter
+from corral.data.ledger import FATES
 from corral.data.prepare import Prepared, prepare
+from corral.data.row_store import list_column
 from corral.data.selection import SourcePlan
 from corral.data.source_rows import load_source_rows
 from corral.data.word_hashes import Words, record_words
@@ -94,20 +97,26 @@ def source(path: Path, **settings: Any) -> Source:
 
 
 def write_examples(
-    folder: Path, examples: Iterable[Example], truncated: Container[int] = (), seed: int = 0
+    folder: Path, examples: Iterable[Example], truncated: Container[int] = (), seed: int = 0, repeat: int = 1
 ) -> ExampleStore:
     """Store examples; `truncated` has the indices of those that are cut."""
-    with ExampleWriter(folder, seed) as writer:
-        for example in examples:
-            writer.add(
-                RowOrigin(example.key, example.source, example.index),
-                json.dumps(record_to_json(example.record)).encode(),
-                np.array([i for s in example.sequences for i in s.ids], np.uint32),
-                np.array([t for s in example.sequences for t in s.trained], np.bool_),
-                [len(s.ids) for s in example.sequences],
-                fate="truncated" if example.index in truncated else "kept",
-            )
-        writer.finish()
+    writer = ExampleWriter(folder, seed)
+    for example in examples:
+        tokens, bounds = [0, *(len(s.ids) for s in example.sequences)], np.array([0, len(example.sequences)])
+        ids = np.array([i for s in example.sequences for i in s.ids], np.uint32)
+        trained = np.array([t for s in example.sequences for t in s.trained], np.bool_)
+        columns = {
+            "key": pa.array([example.key]),
+            "source": pa.array([example.source]),
+            "file": pa.array([None], pa.string()),
+            "row": pa.array([example.index]),
+            "record": pa.array([json.dumps(record_to_json(example.record)).encode()]),
+            "ids": list_column(list_column(ids, np.cumsum(tokens)), bounds),
+            "trained": list_column(list_column(trained, np.cumsum(tokens)), bounds),
+        }
+        fate = "truncated" if example.index in truncated else "kept"
+        writer.add(columns, np.array([FATES.index(fate)], np.int8), repeat)
+    writer.finish()
     return ExampleStore(folder)
 
 

@@ -3,73 +3,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from corral.data import cache as caches
-from corral.data.cache import ChunkStore, cache_name, hold_cache, split_positions
-
-
-def squares(positions: Iterable[int]) -> dict[str, np.ndarray]:
-    values = np.array(list(positions), np.int64)
-    return {"square": values**2, "pair": np.stack([values, -values], axis=1)}
-
-
-@given(st.lists(st.lists(st.integers(0, 50), unique=True, min_size=1, max_size=20), max_size=5))
-def test_every_saved_row_is_found_whatever_the_chunks(
-    tmp_path_factory: pytest.TempPathFactory, pieces: list[list[int]]
-) -> None:
-    chunks = ChunkStore(tmp_path_factory.mktemp("chunks"))
-    wanted = np.arange(51)
-    for piece in pieces:
-        positions = np.array(sorted(piece))
-        chunks.save(positions, squares(positions))
-    chunks.reload()
-    saved = sorted({position for piece in pieces for position in piece})
-    assert chunks.select_missing(wanted).tolist() == [position for position in range(51) if position not in saved]
-    backwards = np.array(saved[::-1], np.int64)
-    assert chunks.column("square", backwards).tolist() == [position**2 for position in saved[::-1]]
-    for position in saved:
-        arrays, offset = chunks.locate(position)
-        assert arrays["pair"][offset].tolist() == [position, -position]
-
-
-def test_more_chunks_than_are_kept_open_are_all_found(tmp_path: Path) -> None:
-    chunks = ChunkStore(tmp_path)
-    for position in range(60):
-        chunks.save(np.array([position]), squares([position]))
-    chunks.reload()
-    assert [int(chunks.locate(p)[0]["square"][0]) for p in (*range(60), *range(60))] == [p**2 for p in range(60)] * 2
-
-
-@pytest.mark.parametrize("damage", [lambda b: b[:-30], lambda b: b"", lambda b: b"x" * len(b)])
-def test_a_damaged_file_counts_as_missing_and_the_others_stay(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
-    chunks = ChunkStore(tmp_path)
-    for positions in (np.arange(10), np.arange(10, 20)):
-        chunks.save(positions, squares(positions))
-    path = next(p for p in tmp_path.iterdir() if 3 in np.load(p)["positions"])
-    path.write_bytes(damage(path.read_bytes()))
-    chunks.reload()
-    assert chunks.select_missing(np.arange(20)).tolist() == list(range(10))
-    assert not path.exists()
+from corral.data.cache import cache_name, hold_cache
 
 
 def test_cache_names_depend_on_all_their_parts() -> None:
     assert cache_name("rows", 1, {"a": 2, "b": None}) == cache_name("rows", 1, {"b": None, "a": 2})
     assert len({cache_name("rows", 1), cache_name("rows", 2), cache_name("words", 1), cache_name("rows", 1, None)}) == 4
-
-
-def test_chunks_cover_all_positions_in_order() -> None:
-    positions = np.arange(0, 3000, 2)
-    pieces = split_positions(positions)
-    assert [len(p) for p in pieces] == [500, 500, 500]
-    assert np.concatenate(pieces).tolist() == positions.tolist()
-    assert split_positions(positions[:0]) == []
 
 
 def put_folder(cache: Path, name: str, size: int, used: int) -> Path:

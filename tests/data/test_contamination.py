@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from corral.data.contamination import FREQUENT, find_contaminated
+from corral.data.row_store import split_list_column
 from corral.data.word_hashes import Block, word_columns
 from corral.messages import Conversation
 from tests.data.conftest import prose_words
@@ -8,7 +9,8 @@ from tests.data.conftest import prose_words
 
 def block(*conversations: tuple[str, str]) -> Block:
     found = word_columns(Conversation.from_turns(("user", q), ("assistant", a)) for q, a in conversations)
-    return found["words"], found["word_ends"], found["prompt_words"]
+    words, bounds = split_list_column(found["words"])
+    return words.to_numpy(), bounds, found["prompt_words"]
 
 
 def test_thirteen_words_in_a_row_are_a_shared_passage_and_twelve_are_none() -> None:

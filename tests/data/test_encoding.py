@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import copy
-import json
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,25 +43,21 @@ def test_columns_hold_each_rows_sequences_cut_at_the_limit(
 ) -> None:
     found = encode_rows(records, template, settings(limit, overlong="truncate"))
     for i, record in enumerate(records):
-        ids = found["ids"][found["token_ends"][i] : found["token_ends"][i + 1]]
-        trained = found["trained"][found["token_ends"][i] : found["token_ends"][i + 1]]
-        lengths = found["sequence_lengths"][found["sequence_ends"][i] : found["sequence_ends"][i + 1]]
+        sequences, flags = found["ids"][i].as_py(), found["trained"][i].as_py()
         whole = encode_record(record, template)
         if FITS[found["fit"][i]] == "fully masked":
             assert min(sum(s.trained[1:limit]) for s in whole) == 0
             continue
-        assert lengths.sum() == len(ids) == len(trained)
-        assert (lengths <= limit).all()
-        assert found["reason"][i] == -1
-        starts = np.cumsum(lengths) - lengths
-        counted = trained.sum() - trained[starts].sum()
-        assert found["trained_tokens"][i] == counted
+        assert [*map(len, sequences)] == [*map(len, flags)]
+        assert all(len(sequence) <= limit for sequence in sequences)
+        assert found["reason"][i].as_py() == ""
+        assert found["trained_tokens"][i] == sum(sum(sequence[1:]) for sequence in flags)
         if isinstance(record, Text):
             assert found["trained_tokens"][i] == sum(whole[0].trained[1:])
             assert not found["lost_end"][i]
             continue
-        assert ids.tolist() == [token for s in whole for token in s.ids[:limit]]
-        assert trained.tolist() == [flag for s in whole for flag in s.trained[:limit]]
+        assert sequences == [list(s.ids[:limit]) for s in whole]
+        assert flags == [list(s.trained[:limit]) for s in whole]
         assert found["tokens"][i] == sum(len(s.ids) for s in whole)
         assert found["lost_end"][i] == any(any(s.trained[limit:]) for s in whole)
 
@@ -72,11 +66,11 @@ def test_rows_that_the_template_refuses_are_empty_and_say_why(template: Template
     good = Conversation.from_turns(("user", "a"), ("assistant", "b"))
     bad = [Conversation.from_turns(("user", "a"), ("assistant", "\ufdd0")), Text("\ud800")]
     found = encode_rows([good, bad[0], good, bad[1], bad[0]], template, settings(50))
-    reasons = json.loads(found["reasons"].tobytes())
-    assert found["reason"].tolist() == [-1, 0, -1, 1, 0]
-    assert "U+FDD0" in reasons[0]
-    assert "Unicode" in reasons[1]
-    assert np.diff(found["token_ends"])[[1, 3, 4]].tolist() == [0, 0, 0]
+    reasons = found["reason"].to_pylist()
+    assert [reason != "" for reason in reasons] == [False, True, False, True, True]
+    assert "U+FDD0" in reasons[1] == reasons[4]
+    assert "Unicode" in reasons[3]
+    assert [len(sequences) for sequences in found["ids"].to_pylist()] == [1, 0, 1, 0, 0]
     for record in bad:
         with pytest.raises(TemplateError):
             encode_record(record, template)

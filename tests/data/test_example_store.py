@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -8,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corral.data.example_store import Example, ExampleStore, ExampleWriter, RowOrigin, record_from_json
+from corral.data.example_store import Example, ExampleStore
 from corral.data.ledger import FATES
-from corral.messages import Conversation, Feedback, Preference, Record, Text, record_to_json
+from corral.data.row_store import RowStore
+from corral.messages import Conversation, Feedback, Preference, Record, Text, record_from_json, record_to_json
 from corral.template import Encoded
 from tests.data.conftest import write_examples
 
@@ -57,20 +59,20 @@ def test_an_empty_side_is_an_empty_sequence(tmp_path: Path) -> None:
     assert rows.lengths.shape == rows.trained_tokens.shape == rows.fates.shape == (0,)
 
 
-def test_the_arrays_are_plain_numpy_files_with_the_ids_as_uint32(tmp_path: Path) -> None:
-    write_examples(tmp_path / "side", [example(0, Encoded((5, 2**32 - 1, 9), (False, True, True)))])
-    ids = np.load(tmp_path / "side" / "ids.npy", allow_pickle=False)
-    assert ids.dtype == np.uint32
-    assert ids.tolist() == [5, 2**32 - 1, 9]
-    assert np.load(tmp_path / "side" / "trained.npy").tolist() == [False, True, True]
-
-
-@pytest.mark.parametrize("name", ["ids.npy", "trained.npy", "sequences.npy", "order.npy", "records.jsonl"])
-def test_a_file_cut_short_is_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("part", ["examples", "order"])
+@pytest.mark.parametrize("damage", [lambda b: b[:-3], lambda b: b[:500] + bytes([b[500] ^ 1]) + b[501:]])
+def test_a_damaged_file_is_refused(tmp_path: Path, part: str, damage: Callable[[bytes], bytes]) -> None:
     write_examples(tmp_path / "side", [example(i, Encoded((i, 7), (False, True))) for i in range(9)])
-    path = tmp_path / "side" / name
-    path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(ValueError):
+    (path,) = (tmp_path / "side" / part).iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match="is damaged"):
+        ExampleStore(tmp_path / "side")
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    write_examples(tmp_path / "side", [example(i, Encoded((i, 7), (False, True))) for i in range(9)])
+    next((tmp_path / "side" / "examples").iterdir()).unlink()
+    with pytest.raises(ValueError, match="0 examples, 9 in their order"):
         ExampleStore(tmp_path / "side")
 
 
@@ -93,21 +95,12 @@ def test_another_seed_gives_another_order(tmp_path: Path) -> None:
 
 
 def test_a_repeated_example_occurs_several_times_in_the_order_and_once_on_disk(tmp_path: Path) -> None:
-    with ExampleWriter(tmp_path / "side", 0) as writer:
-        for i in range(60):
-            ids, trained = np.array([i, 7], np.uint32), np.array([False, True])
-            record = b'{"text":"x"}'
-            origin = RowOrigin(f"{i:064x}", "a", i)
-            repeat = 3 if i < 20 else 1
-            writer.add(origin, record, ids, trained, [2], fate="kept", repeat=repeat)
-        assert len(writer) == 100
-        writer.finish()
-    rows = ExampleStore(tmp_path / "side")
+    rows = write_examples(tmp_path / "side", [example(i, Encoded((i, 7), (False, True))) for i in range(20)], repeat=3)
     indices = [e.index for e in rows]
-    assert (len(rows), rows.distinct_count, len(rows.lengths)) == (100, 60, 100)
-    assert all(indices.count(i) == (3 if i < 20 else 1) for i in range(60))
-    assert 20 < sum(i < 20 for i in indices[:50]) < 40
-    assert len((tmp_path / "side" / "records.jsonl").read_bytes().splitlines()) == 60
+    assert (len(rows), rows.distinct_count, len(rows.lengths)) == (60, 20, 60)
+    assert all(indices.count(i) == 3 for i in range(20))
+    assert len(set(indices[:20])) > 8, "the copies of one lie apart"
+    assert len(RowStore(tmp_path / "side" / "examples")) == 20
 
 
 def test_every_kind_of_record_round_trips_through_json() -> None:

@@ -192,10 +192,8 @@ def read(path: Path, **settings: Any) -> SourceRows:
 
 
 def records(path: Path, **settings: Any) -> list[Any]:
-    import numpy as np
-
     rows = read(path, **settings)
-    return list(rows.records(np.arange(len(rows))))
+    return list(rows.records(rows.usable))
 
 
 def refused(path: Path, **settings: Any) -> DataError:

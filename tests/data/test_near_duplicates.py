@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corral.data.near_duplicates import RESEMBLANCE, band_hashes, group_near_duplicates, resemblance, shingles
+from corral.data.row_store import split_list_column
 from corral.data.word_hashes import word_columns
 from corral.messages import Conversation, Text
 from tests.data.conftest import prose_words, word_hashes
@@ -15,9 +16,11 @@ from tests.data.conftest import prose_words, word_hashes
 
 def groups_of(texts: list[str]) -> list[int]:
     found = word_columns(Text(text) for text in texts)
-    rows = [found["words"][a:b] for a, b in pairwise(found["word_ends"])]
+    words, bounds = split_list_column(found["words"])
+    words = words.to_numpy()
+    rows = [words[a:b] for a, b in pairwise(bounds)]
     equal = np.array([texts.index(text) for text in texts])
-    return group_near_duplicates(band_hashes(found["words"], found["word_ends"]), equal, lambda row: rows[row]).tolist()
+    return group_near_duplicates(band_hashes(words, bounds), equal, lambda row: rows[row]).tolist()
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=30), st.lists(st.sampled_from("abc"), max_size=30))
@@ -73,8 +76,10 @@ def test_near_duplicates_resemble_the_row_that_is_kept() -> None:
     chain = [" ".join(text[5 * i : 5 * i + 100]) for i in range(40)]
     rows = [Conversation.from_turns(("user", "q"), ("assistant", answer)) for answer in chain]
     found = word_columns(rows)
-    of = [found["words"][a:b] for a, b in pairwise(found["word_ends"])]
-    signatures = band_hashes(found["words"], found["word_ends"])
+    words, bounds = split_list_column(found["words"])
+    words = words.to_numpy()
+    of = [words[a:b] for a, b in pairwise(bounds)]
+    signatures = band_hashes(words, bounds)
     groups = group_near_duplicates(signatures, np.arange(len(rows)), lambda row: of[row])
     kept = sorted(set(groups.tolist()))
     assert 2 < len(kept) < len(rows)

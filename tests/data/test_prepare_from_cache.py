@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from corral.data import cache as caches
+from corral.data import row_store
 from corral.data.prepare import Prepared, prepare
 from corral.errors import DataError
 from corral.progress import Progress
@@ -23,7 +23,7 @@ Prepare = Callable[..., Prepared]
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caches, "CHUNK_ROWS", 10)
+    monkeypatch.setattr(row_store, "CHUNK_ROWS", 10)
 
 
 def kinds(cache: Path) -> dict[str, int]:
@@ -33,7 +33,7 @@ def kinds(cache: Path) -> dict[str, int]:
 
 
 def files(cache: Path) -> set[str]:
-    return {path.relative_to(cache).as_posix() for path in cache.rglob("*.npz")}
+    return {path.relative_to(cache).as_posix() for path in cache.rglob("tokens-*/*.arrow")}
 
 
 def mixed_sources(tmp_path: Path) -> tuple[Any, Any]:
@@ -158,7 +158,7 @@ def test_damaged_rows_in_the_cache_are_read_again(prepared: Prepare, tmp_path: P
     a = source(write_rows(tmp_path / "a.jsonl", chats(40)))
     cache = tmp_path / "cache"
     prepared(a, cache=cache, into=tmp_path / "first")
-    for name in ("records.jsonl", "keys.npy", "meta.json"):
+    for name in ("*.arrow", "meta.json"):
         path = next(cache.glob(f"rows-*/{name}"))
         path.write_bytes(path.read_bytes()[:-5])
         prepared(a, cache=cache, into=tmp_path / "again")
@@ -172,8 +172,7 @@ def test_one_flipped_byte_in_the_cache_is_found_and_that_part_made_again(
     a = source(write_rows(tmp_path / "a.jsonl", chats(60)))
     first = prepared(a)
     (folder,) = (tmp_path / "cache").glob(f"{kind}-*")
-    unread = ("meta.json", "reason_codes.npy", "unusable.npy")
-    for path in sorted(path for path in folder.iterdir() if path.name not in unread):
+    for path in sorted(folder.glob("*.arrow")):
         content = bytearray(path.read_bytes())
         content[len(content) // 3] ^= 1
         path.write_bytes(content)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 from corral.data.ledger import EXAMPLES_PER_REASON
 from corral.data.source_rows import SourceRows, load_source_rows
 from corral.errors import DataError
-from corral.messages import Conversation, record_key, record_to_json
+from corral.messages import Conversation, record_key
 from corral.progress import Progress
 from tests.data.conftest import Listener, chat, chats, source, write_rows
 
@@ -21,17 +20,18 @@ def rows_of(path: Path, **settings: object) -> SourceRows:
 def test_usable_rows_are_kept_as_records_and_the_others_with_their_reasons(tmp_path: Path) -> None:
     rows = [*chats(60), {"messages": []}, *chats(5, start=60), {"messages": 3}, {"messages": []}]
     found = rows_of(write_rows(tmp_path / "a.jsonl", rows))
-    assert (len(found), found.rows_read, found.format) == (65, 68, "messages")
-    records = list(found.records(np.arange(65)))
+    assert (len(found), found.format) == (68, "messages")
+    records = list(found.records(found.usable))
     usable = [row for row in rows if isinstance(row["messages"], list) and row["messages"]]
     assert records == [Conversation.from_json(row) for row in usable]
-    assert [bytes(key).hex() for key in found.keys] == [record_key(record) for record in records]
-    assert found.index.tolist() == [*range(1, 61), *range(62, 67)]
-    why = {n: found.reasons[r] for n, r in zip(found.unusable.tolist(), found.reason_codes.tolist(), strict=True)}
+    assert [bytes(key).hex() for key in found.keys(found.usable)] == [record_key(record) for record in records]
+    assert found.name_rows(found.usable) == [*range(1, 61), *range(62, 67)]
+    why = {n: found.reasons[r] for n, r in enumerate(found.reason.tolist(), start=1) if r >= 0}
     assert why[61] == why[68] == "messages is an empty list"
     assert set(why) == {61, 67, 68}
-    some = np.array([64, 3, 4, 0])
-    assert [json.loads(line) for line in found.record_lines(some)] == [record_to_json(records[i]) for i in some]
+    some = np.array([65, 3, 4, 0])
+    assert list(found.records(some)) == [records[i] for i in (64, 3, 4, 0)]
+    assert found.record_sizes(some).tolist() == [len(line) for line in found.record_lines(some)]
 
 
 def test_a_second_load_reads_the_cache_and_not_the_source(tmp_path: Path) -> None:
@@ -43,14 +43,14 @@ def test_a_second_load_reads_the_cache_and_not_the_source(tmp_path: Path) -> Non
     again = load_source_rows(many, tmp_path / "cache", listener)
     assert [done for done, _ in listener.updates] == [100, 200]
     assert again.identity == first.identity
-    assert (np.asarray(again.keys) == np.asarray(first.keys)).all()
+    assert (again.keys(again.usable) == first.keys(first.usable)).all()
 
 
 def test_every_row_keeps_its_reason_and_each_kind_has_a_few_examples(tmp_path: Path) -> None:
     rows = [chat("a", "b"), *({"messages": [{"role": f"r{i}", "content": "x"}]} for i in range(400))]
     found = rows_of(write_rows(tmp_path / "a.jsonl", rows), format="messages")
-    assert len(found.unusable) == 400
-    assert [found.reasons[number] for number in found.reason_codes] == found.reasons
+    assert found.usable.tolist() == [0]
+    assert [found.reasons[number] for number in found.reason[1:]] == found.reasons
     assert all(f"'r{i}'" in reason for i, reason in enumerate(found.reasons))
     assert len(found.examples) == EXAMPLES_PER_REASON
 

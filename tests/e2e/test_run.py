@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from corral.data.prepare import Prepared
 from tests.batch.work import read_rows
 from tests.e2e.conftest import succeed
 
@@ -66,7 +67,7 @@ def test_the_ledger_adds_up_and_test_rows_were_not_trained_on(finished_run: Path
     ledger = read_json(finished_run / "prepare/ledger.json")
     assert ledger["rows"] == 80 == sum(ledger["fates"].values())
     rows = read_rows(finished_run / "evaluate/completions.jsonl")
-    trained = (finished_run / "prepare/rows/train/records.jsonl").read_text()
+    trained = {example.key for example in Prepared.open(finished_run / "prepare").train}
     assert len(rows) == 12
     assert not any(row["id"] in trained for row in rows)
 

@@ -91,16 +91,16 @@ def _find_files(source: Source, progress: Progress) -> list[SourceFile]:
 
 def _read_files(files: list[SourceFile], progress: Progress) -> Iterator[RawRow]:
     """The rows of files, one after another. Raises DataError if none of them holds a row."""
-    before = 0
+    found_any = False
     for file in files:
-        last = 0
+        is_empty = True
         for row in _read_file(file, _READERS[file.kind], progress):
-            last = row.index
-            yield row if len(files) == 1 else row.in_file(file.name, before)
-        if not last and len(files) > 1:
+            is_empty = False
+            yield row if len(files) == 1 else row.in_file(file.name)
+        if is_empty and len(files) > 1:
             progress.say(f"{file.where}: the file holds no rows")
-        before += last
-    if not before:
+        found_any |= not is_empty
+    if not found_any:
         what = "the file holds no rows" if len(files) == 1 else f"none of the {len(files)} files holds a row"
         raise DataError(what, where=files[0].where, hint="write rows into it, or leave it out")
 

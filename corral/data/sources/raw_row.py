@@ -13,14 +13,13 @@ class RawRow:
     """One row of a source.
 
     Args:
-        index: its number, unique and rising in a source: the line in a `.jsonl` file, the first line in a `.txt` file, the row
-            of the spreadsheet in a table (its header is row 1), else the number of the row from 1; the count continues over
-            the files of a folder.
+        index: its number, unique and rising in its file: the line in a `.jsonl` file, the first line in a `.txt` file, the row
+            of the spreadsheet in a table (its header is row 1), else the number of the row from 1.
         value: the row as JSON values (dict, list, str, int, float, bool, None), or None if there is a fault.
         fault: what is wrong with it and where, for a message: `line 17: not valid JSON: …`.
         reason: the part of `fault` without the location, so that equal faults are counted together.
         location: where it is, for a message: `line 17`, or `shard-2.jsonl, line 17` in a source of several files.
-        file: the name of its file in a source of several files; `before` is the last number of the files before it.
+        file: the name of its file in a source of several files.
     """
 
     index: int
@@ -29,13 +28,11 @@ class RawRow:
     reason: str | None = None
     location: str = ""
     file: str = ""
-    before: int = 0
 
-    def in_file(self, name: str, before: int) -> RawRow:
-        """The row as part of a source of several files, in the file `name`, after `before` rows of earlier files."""
+    def in_file(self, name: str) -> RawRow:
+        """The row as part of a source of several files, in the file `name`."""
         fault = None if self.fault is None else f"{name}, {self.fault}"
-        location = f"{name}, {self.location}"
-        return RawRow(self.index + before, self.value, fault, self.reason, location, name, before)
+        return RawRow(self.index, self.value, fault, self.reason, f"{name}, {self.location}", name)
 
 
 def faulty_row(index: int, location: str, reason: str, detail: str = "") -> RawRow:

@@ -81,7 +81,7 @@ def test_concatenated_compressed_parts_are_one_file(tmp_path: Path, ending: str)
     assert values_of(path) == [{"a": 1}, {"a": 2}]
 
 
-def test_the_files_of_a_folder_are_read_by_name_with_rising_numbers_and_locations(tmp_path: Path) -> None:
+def test_the_files_of_a_folder_are_read_by_name_with_numbers_and_locations(tmp_path: Path) -> None:
     written(tmp_path / "b.jsonl", '\n{"a": 3}\n\n{"a": NaN}\n')
     written(tmp_path / "a" / "x.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a": 2}\n'))
     for hidden in (".cache/y.jsonl", "_SUCCESS", ".c.jsonl"):
@@ -90,8 +90,8 @@ def test_the_files_of_a_folder_are_read_by_name_with_rising_numbers_and_location
     assert [(row.index, row.value, row.location) for row in rows] == [
         (1, {"a": 1}, "a/x.jsonl.gz, line 1"),
         (2, {"a": 2}, "a/x.jsonl.gz, line 2"),
-        (4, {"a": 3}, "b.jsonl, line 2"),
-        (6, None, "b.jsonl, line 4"),
+        (2, {"a": 3}, "b.jsonl, line 2"),
+        (4, None, "b.jsonl, line 4"),
     ]
     assert rows[3].fault == "b.jsonl, line 4: NaN is not a JSON number"
 
@@ -138,8 +138,8 @@ def test_an_empty_file_among_others_is_reported_and_skipped(tmp_path: Path, kind
     written(tmp_path / f"c{kind}", CONTENT[kind])
     path = written(tmp_path / f"b{kind}", blank)
     rows = list(read_rows(Source(path=str(tmp_path)), listener))
-    indices = [2, 4] if kind == ".csv" else [1, 2]  # in a spreadsheet, the header is row 1
-    assert [(row.index, row.value) for row in rows] == [(i, {"t": "one"}) for i in indices]
+    first = 2 if kind == ".csv" else 1  # in a spreadsheet, the header is row 1
+    assert [(row.file, row.index, row.value) for row in rows] == [(f"{n}{kind}", first, {"t": "one"}) for n in "ac"]
     assert listener.messages == [f"{path}: {what}"]
     for name in "ac":
         (tmp_path / f"{name}{kind}").write_bytes(path.read_bytes())
