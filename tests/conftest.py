@@ -249,6 +249,23 @@ def template(tiny_folder: Path) -> Any:
     return Template.load(load_tokenizer(tiny_folder))
 
 
+@pytest.fixture
+def llama() -> Generator[Callable[..., Any]]:
+    """Loads GGUF files in llama.cpp, (path, context) → `Llama`; closes them all."""
+    module = pytest.importorskip("xllamacpp")
+    from tests.llama_cpp import Llama
+
+    opened: list[Llama] = []
+
+    def load(path: Path, context: int = 512) -> Llama:
+        opened.append(Llama(module, path, context))
+        return opened[-1]
+
+    yield load
+    for one in opened:
+        del one.server
+
+
 @contextmanager
 def unprivileged(folder: Path) -> Generator[None]:
     """As root, which may read and write everything, become another user for a while, who may list `folder`."""

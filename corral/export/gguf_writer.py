@@ -31,11 +31,11 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 from safetensors import safe_open
-from transformers import LlamaConfig
 
 from corral.errors import ModelError
 from corral.export.gguf_vocabulary import GgufVocabulary, read_vocabulary
 from corral.export_forms import GgufType
+from corral.model.config import read_config
 from corral.model.folder import check_folder, licence_texts, weight_files
 from corral.model.gguf_shapes import ROPE_DIVISORS
 from corral.model.rope import llama3_divisors
@@ -147,11 +147,7 @@ def permute_rotary_rows(rows: NDArray[np.float32], head_dim: int) -> NDArray[np.
 
 
 def _config(folder: Path) -> Any:
-    where = str(folder / "config.json")
-    try:
-        config: Any = LlamaConfig.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # the config's own validation raises classes of its own
-        raise ModelError(f"config.json cannot be read: {error}", where=where, hint="fetch the model again") from error
+    config: Any = read_config(folder)
     rope: dict[str, Any] = config.rope_parameters
     checks = (
         ("rope_type", rope.get("rope_type"), ("default", "linear", "llama3")),
@@ -164,7 +160,7 @@ def _config(folder: Path) -> Any:
         if value not in known:
             raise ModelError(
                 f"{key} is {value!r}; a GGUF file of the llama architecture can say {' or '.join(map(repr, known))}",
-                where=where,
+                where=str(folder / "config.json"),
                 hint="use the model folder itself; vLLM and transformers read it",
             )
     return config

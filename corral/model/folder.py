@@ -19,6 +19,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 MODEL_TYPES = frozenset({"llama"})
 """Families whose attention, packing and merging corral's tests cover. transformers loads others, untested here."""
 
+ROPE_TYPES = frozenset({"default", "linear", "dynamic", "yarn", "longrope", "llama3"})
+"""Rotary embeddings that transformers 4 and 5 compute for a Llama."""
+
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")
 _IDENTITY = (
     "config.json",
@@ -75,8 +78,49 @@ def check_folder(folder: Path) -> None:
             where=str(config_path),
             hint="use the repository or folder with the original weights",
         )
-    for path in weight_files(folder):
-        tensor_shapes(path)
+    _check_rope(config, config_path)
+    _check_one_set_of_weights(folder)
+
+
+def _check_rope(config: dict[str, Any], path: Path) -> None:
+    """Raises ModelError if programs would compute different rotary embeddings from a config, or none at all."""
+
+    def refuse(reason: str) -> ModelError:
+        hint = "compare config.json with the one that the model was published with"
+        return ModelError(reason, where=str(path), hint=hint)
+
+    # Each setting may stand in several places, and programs differ in which of them they read.
+    stated: dict[str, Any] = {name: config[name] for name in ("rope_theta", "partial_rotary_factor") if name in config}
+    for key in ("rope_parameters", "rope_scaling"):
+        rope: Any = {} if config.get(key) is None else config[key]
+        if not isinstance(rope, dict):
+            raise refuse(f"{key} is {rope!r}, where an object is expected")
+        settings = cast("dict[str, Any]", rope)
+        named = [(("rope_type" if name == "type" else name), value) for name, value in settings.items()]
+        for name, value in named:
+            if stated.setdefault(name, value) != value:
+                raise refuse(f"config.json states {name} twice, as {stated[name]!r} and as {value!r}")
+        kind = dict(named).get("rope_type")
+        if kind is None and settings.keys() - {"rope_theta", "partial_rotary_factor"}:
+            raise refuse(f"{key} names no rope_type: {json.dumps(settings)}")
+        if kind is not None and kind not in ROPE_TYPES:
+            raise refuse(f"the rope_type is {kind!r}; known are {', '.join(sorted(ROPE_TYPES))}")
+    if stated.get("partial_rotary_factor") not in (None, 1):
+        raise refuse(f"partial_rotary_factor is {stated['partial_rotary_factor']!r}; a Llama rotates whole heads")
+
+
+def _check_one_set_of_weights(folder: Path) -> None:
+    """Raises ModelError if a tensor of the model is in two files: programs differ in which of them they read."""
+    weights = weight_files(folder)
+    file_of: dict[str, Path] = {}
+    for path in [*weights, *sorted(set(folder.glob("*.safetensors")) - set(weights))]:
+        for name in tensor_shapes(path):
+            if (other := file_of.setdefault(name, path)) != path:
+                raise ModelError(
+                    f"the weight {name} is in {other.name} and in {path.name}, and programs differ in which they read",
+                    where=str(folder),
+                    hint="keep the files of one model here: model.safetensors, or its parts and model.safetensors.index.json",
+                )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -107,7 +151,10 @@ def weight_files(folder: Path) -> list[Path]:
         missing = sorted(name for name in names if Path(name).name != name or not (folder / name).is_file())
         if missing or not names:
             what = f"names {missing[0]!r}, which is not there" if missing else "names no weight files"
-            raise ModelError(f"the index {what}", where=str(index), hint="fetch the model again: a part is missing")
+            hint = "fetch the model again: a part is missing"
+            if (folder / "model.safetensors").is_file():
+                hint = "if model.safetensors is the whole model, delete the index; otherwise fetch the model again"
+            raise ModelError(f"the index {what}", where=str(index), hint=hint)
         return [folder / name for name in sorted(names)]
     single = folder / "model.safetensors"
     if single.is_file():

@@ -34,9 +34,11 @@ from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, proce
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from corral.errors import CorralError, ModelError
+from corral.model.config import state_for_transformers_4
 from corral.model.gguf_shapes import ROPE_DIVISORS, find_shape_error
 from corral.model.rope import llama3_parameters
 from corral.storage import write_json
+from corral.template.tokenizer_files import save_tokenizer
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -53,7 +55,7 @@ _SPACE = "\u2581"
 _USER_DEFINED = 4  # a token type
 _SPLITS = ("smollm", "gpt-2", *_LLAMA3_NAMES)
 
-CONVERSION_VERSION = 2
+CONVERSION_VERSION = 3
 """Increase it when `convert_to_folder` would write other bytes for the same file: cached conversions are then redone."""
 
 
@@ -284,10 +286,11 @@ def _convert(path: Path, folder: Path, header: GgufHeader) -> None:
     model.config.pad_token_id = metadata.get("tokenizer.ggml.padding_token_id")
     model.generation_config = GenerationConfig.from_model_config(model.config)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     config = json.loads((folder / "config.json").read_text("utf-8"))
     config.pop("_model_name_or_path", None)  # free text from the file, which readers would treat as a path
     write_json(folder / "config.json", config)
+    state_for_transformers_4(folder, model.config)
 
 
 def _refuse_unconvertible(path: Path, header: GgufHeader) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 from corral.assets import CATALOGUE, fetch, find_asset
 from corral.errors import ModelError
 from corral.model import hub, meta_checkpoint
+from corral.model.config import read_config
 from corral.model.folder import check_folder, licence_texts, model_identity, read_json
 from corral.storage import cache_root, cached_file_hashes, file_lock, new_directory
 
@@ -111,7 +112,6 @@ def load_model(
     folder = source.folder if isinstance(source, ModelSource) else source
     check_folder(folder)
     import torch
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
 
     from corral.model import quantisation
@@ -127,6 +127,7 @@ def load_model(
                 "tuple[PreTrainedModel, dict[str, Any]]",
                 AutoModelForCausalLM.from_pretrained(
                     str(folder),
+                    config=read_config(folder),
                     dtype=getattr(torch, dtype),
                     attn_implementation="sdpa",
                     use_safetensors=True,
@@ -136,7 +137,7 @@ def load_model(
                     **settings,
                 ),
             )
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"transformers cannot load the model: {error}", where=str(folder)) from error
     except RuntimeError as error:
         if "size mismatch" not in str(error) and "mismatched" not in str(error):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from corral.errors import ModelError
+from corral.model.config import state_for_transformers_4
 from corral.model.loading import quiet
 from corral.storage import write_json
 from corral.template import Template
@@ -87,8 +88,8 @@ def save_model(
     """Write a model into an existing folder.
 
     The folder then holds safetensors weights, config, tokenizer, `chat_template.jinja` as other programs render it,
-    `generation_config.json` with every id that ends an answer, and the base model's licence texts. transformers and vLLM load
-    it as it is.
+    `generation_config.json` with every id that ends an answer, and the base model's licence texts. transformers 4 and 5 and
+    vLLM load it as it is.
 
     Args:
         weights: the parameters by name, if the model itself holds only this process's part of them.
@@ -96,7 +97,8 @@ def save_model(
     """
     written: Any = model
     generation = written.generation_config
-    generation.eos_token_id = list(template.stop_ids)
+    generation._from_model_config = False  # or transformers would rebuild it
+    generation.eos_token_id = written.config.eos_token_id = list(template.stop_ids)
     generation.bos_token_id = template.tokenizer.bos_token_id
     pad: Any = template.tokenizer.pad_token_id
     generation.pad_token_id = template.stop_ids[0] if pad is None else pad
@@ -110,6 +112,7 @@ def save_model(
     if dtype is not None:  # transformers records the dtype of the model in memory
         config = json.loads((folder / "config.json").read_text("utf-8"))
         write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+    state_for_transformers_4(folder, written.config)
     template.save(folder)
     for licence in licences:
         shutil.copyfile(licence, folder / licence.name)

@@ -28,15 +28,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from corral.errors import ModelError
+from corral.model.config import state_for_transformers_4
 from corral.model.folder import licence_texts
 from corral.model.meta_params import AGAIN, OTHER, MetaParams, read_params
 from corral.model.meta_tokenizer import MetaTokenizer, read_tokenizer
 from corral.storage import write_json
+from corral.template.tokenizer_files import save_tokenizer
 
 if TYPE_CHECKING:
     import torch
 
-CONVERSION_VERSION = 1
+CONVERSION_VERSION = 2
 """Increase it when `convert` would write other bytes for the same files: cached conversions are then redone."""
 
 _PART = re.compile(r"consolidated\.(\d+)\.pth")
@@ -177,9 +179,10 @@ def _write_texts(config: dict[str, Any], tokenizer: MetaTokenizer, folder: Path)
 
     model_config = LlamaConfig(**config)
     model_config.save_pretrained(folder)
+    state_for_transformers_4(folder, model_config)
     GenerationConfig.from_model_config(model_config).save_pretrained(folder)
     tokenizer.fast.model_max_length = config["max_position_embeddings"]
-    tokenizer.fast.save_pretrained(folder)
+    save_tokenizer(tokenizer.fast, folder)
 
 
 # ---- weights

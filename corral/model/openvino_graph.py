@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from corral.errors import ModelError, require
 from corral.export_forms import OPENVINO_MODEL, OpenVinoType
 from corral.model import weight_rounding
+from corral.model.config import read_config
 from corral.model.folder import check_folder, model_identity, weight_files
 from corral.storage import cache_root, file_lock, new_directory, remove_tree
 
@@ -44,7 +45,7 @@ MODEL_FILE = OPENVINO_MODEL
 BYTES_PER_WEIGHT = {"f32": 4.0, "f16": 2.0, "int8": 1.01, "int4": 0.6}
 """Approximate bytes per weight on disk. int4 keeps the embeddings and the output head in int8: they lose the most."""
 
-_CONVERSION = 1  # increase it when other bytes would be written for the same folder
+_CONVERSION = 2  # increase it when other bytes would be written for the same folder
 _KEPT = 4
 _TEXTS = (
     "The year 1984, 3.14159 and 1,000,000.",
@@ -186,7 +187,7 @@ class _Graph:
     def __init__(
         self, folder: Path, precision: Precision, read: Callable[[str], Any], progress: Callable[[int, int], None]
     ) -> None:
-        self.config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        self.config: Any = read_config(folder)
         if self.config.hidden_act not in ("silu", "swish"):
             raise ModelError(
                 f"the activation is {self.config.hidden_act!r}; OpenVINO's form is written for Llama's own, 'silu'",

@@ -24,9 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 from corral.errors import ModelError, TemplateError
 from corral.messages import Conversation
+from corral.storage import write_json
 from corral.template.decoding import StreamDecoder, TokenBytes
 from corral.template.rendering import JinjaTemplate, Messages, Pieces, Variables, with_defaults
 from corral.template.tokenization import Encoded, PieceTokenizer
+from corral.template.tokenizer_files import save_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -199,13 +201,13 @@ class Template:
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer with the saved form of this template, and no other template, into a model folder."""
-        self.tokenizer.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
         shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
         (folder / "chat_template.jinja").write_text(self.source, "utf-8")
         config_path = folder / "tokenizer_config.json"
         config: dict[str, Any] = json.loads(config_path.read_text("utf-8"))
         config.pop("chat_template", None)
-        config_path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        write_json(config_path, config)
 
     def _verify(self) -> set[int]:
         """Check the module's guarantees on probe conversations; returns the stop ids of template and tokenizer."""

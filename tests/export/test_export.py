@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from corral.errors import ContractError, InputError
@@ -62,6 +63,16 @@ def test_each_form_passes_its_checks_and_carries_its_contract(source: Path, tmp_
     assert (form.contract_path(tmp_path).parent / "LICENSE").read_text() == "Do as you like."
     assert not list(tmp_path.glob("candidate*"))
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("form", [ExportForm("gguf", "f16"), ExportForm("openvino", "f32")], ids=str)
+def test_a_head_that_config_json_denies_is_exported(source: Path, tmp_path: Path, form: ExportForm) -> None:
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    assert not torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
+    change_json(folder / "config.json", tie_word_embeddings=True)
+    export.export_form(folder, tmp_path, form, Progress())
+    assert contract.read(form.contract_path(tmp_path))["passed"]
 
 
 def leave_out_rope_scaling(patch: pytest.MonkeyPatch) -> None:

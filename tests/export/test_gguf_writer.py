@@ -4,8 +4,7 @@ import errno
 import json
 import math
 import shutil
-import urllib.request
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from corral.model.gguf_reader import read_header
 from corral.model.loading import load_model, load_tokenizer, resolve_model
 from corral.template import Template
 from tests.conftest import change_json, file_size_limit, make_tiny_model
+from tests.llama_cpp import Llama
 from tests.model.gguf import TEXTS, convert
 from tests.template.real import small_llama_3_tokenizer, tokenizer
 
@@ -82,65 +82,6 @@ def any_template(request: pytest.FixtureRequest, tiny_tokenizer: Any) -> Templat
 
 
 # ---- llama.cpp
-
-
-class Llama:
-    """One GGUF file in llama.cpp."""
-
-    def __init__(self, module: Any, path: Path, context: int) -> None:
-        params = module.CommonParams()
-        params.model.path = str(path)
-        params.n_ctx = context
-        params.n_gpu_layers = 0
-        params.cache_type_k = params.cache_type_v = module.ggml_type.GGML_TYPE_F32
-        params.cache_ram_mib = 0
-        params.n_threads_http = 1
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-        params.warmup = params.fit_params = params.ui = False
-        params.verbosity = -1
-        self.server = module.Server(params)
-
-    def post(self, route: str, **body: Any) -> dict[str, Any]:
-        request = urllib.request.Request(
-            self.server.listening_address + route, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request) as answer:
-            return json.loads(answer.read())
-
-    def ids(self, text: str, *, bos: bool = True) -> list[int]:
-        return self.post("/tokenize", content=text, add_special=bos, parse_special=True)["tokens"]
-
-    def chat_ids(self, conversation: Conversation) -> list[int]:
-        return self.ids(self.post("/apply-template", **conversation.to_json())["prompt"])
-
-    def logprobs(self, ids: list[int], count: int) -> list[float]:
-        """Of each id to follow `ids`, NaN for those that llama.cpp leaves out."""
-        # A letter is made certain, as of an end token, or half a character, nothing would be said; log-probs are from before.
-        body = {"prompt": ids, "n_predict": 1, "temperature": -1, "n_probs": count, "cache_prompt": False}
-        answer = self.server.handle_completions(body | {"logit_bias": [[self.ids("a", bos=False)[0], 1000.0]]})
-        values = [math.nan] * count
-        for entry in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
-            values[entry["id"]] = entry["logprob"]
-        return values
-
-    def greedy(self, ids: list[int], count: int) -> list[int]:
-        body = {"prompt": ids, "n_predict": count, "temperature": 0, "n_probs": 1, "repeat_penalty": 1.0}
-        return [entry["id"] for entry in self.server.handle_completions(body)["choices"][0]["logprobs"]["content"]]
-
-
-@pytest.fixture
-def llama() -> Generator[Callable[..., Llama]]:
-    """Loads GGUF files; closes them all."""
-    module = pytest.importorskip("xllamacpp")
-    opened: list[Llama] = []
-
-    def load(path: Path, context: int = 512) -> Llama:
-        opened.append(Llama(module, path, context))
-        return opened[-1]
-
-    yield load
-    for one in opened:
-        del one.server
 
 
 def next_logprobs(model: Any, ids: list[int]) -> np.ndarray:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from corral.assets import fetch
 from corral.errors import AssetError, ModelError
@@ -46,6 +48,7 @@ def test_the_starter_model_is_converted_once_and_knows_its_licence_and_identity(
     shape = [config[key] for key in ("num_hidden_layers", "hidden_size", "num_key_value_heads", "vocab_size")]
     assert shape == [30, 576, 3, 49152]
     assert config["tie_word_embeddings"]
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1e5, "for transformers 4 and 5"
     assert (source.folder / "chat_template.jinja").is_file()
     assert any("Apache License" in path.read_text("utf-8") for path in source.licence_files)
     assert len(source.identity) == 64
@@ -151,6 +154,32 @@ def put_pickle_in_place(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
 
 
+def save_weights_beside(folder: Path, name: str) -> None:
+    """Put other weights of the same names beside the model's."""
+    weights = load_file(folder / "model.safetensors")
+    save_file({key: torch.randn_like(value) for key, value in weights.items()}, folder / name)
+
+
+def leave_stale_index(folder: Path, *, parts: bool = True) -> None:
+    name = "model-00001-of-00001.safetensors"
+    save_weights_beside(folder, name)
+    with safe_open(folder / name, "pt") as file:
+        index = {"weight_map": dict.fromkeys(file.keys(), name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if not parts:
+        (folder / name).unlink()
+
+
+def state_rope(**values: Any) -> Callable[[Path], None]:
+    """Replaces the rotary embedding in config.json."""
+
+    def change(folder: Path) -> None:
+        change_json(folder / "config.json", lambda config: config.pop("rope_parameters"), **values)
+
+    return change
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
 CODE = {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}
 GPTQ = {"quantization_config": {"quant_method": "gptq"}}
 REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
@@ -163,6 +192,38 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda f: (f / "adapter_config.json").write_text("{}"),
         ["holds an adapter"],
     ),
+    "a file beside the index of its parts": (
+        leave_stale_index,
+        ["is in model-00001-of-00001.safetensors and in model.s"],
+    ),
+    "a file beside an index without parts": (
+        lambda f: leave_stale_index(f, parts=False),
+        ["which is not there", "delete the index"],
+    ),
+    "weights of another name, which vLLM reads too": (
+        lambda f: save_weights_beside(f, "old.safetensors"),
+        ["is in model.safetensors and in old.safetensors"],
+    ),
+    "rotary scaling that is no object": (state_rope(rope_scaling="linear"), ["rope_scaling is 'linear'"]),
+    "rotary scaling without a type": (
+        state_rope(rope_scaling={"factor": 2.0}),
+        ["names no rope_type", '{"factor": 2.0}'],
+    ),
+    "a type of null": (state_rope(rope_scaling={"type": None, "factor": 2.0}), ["names no rope_type"]),
+    "an unknown type": (state_rope(rope_scaling={"type": "su", "factor": 2.0}), ["the rope_type is 'su'"]),
+    "two types": (
+        state_rope(rope_scaling={"type": "dynamic", **LINEAR}),
+        ["states rope_type twice, as 'dynamic' and as 'linear'"],
+    ),
+    "two bases of the frequencies": (
+        state_rope(rope_theta=1e4, rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+        ["states rope_theta twice, as 10000.0 and as 500000.0"],
+    ),
+    "two scalings": (
+        state_rope(rope_parameters=LINEAR, rope_scaling=LINEAR | {"factor": 4.0}),
+        ["states factor twice, as 2.0 and as 4.0"],
+    ),
+    "heads that are rotated in part": (state_rope(partial_rotary_factor=0.5), ["a Llama rotates whole heads"]),
     "a broken config": (lambda f: (f / "config.json").write_text("{"), ["config.json cannot be read"]),
     "a config of another shape": (lambda f: (f / "config.json").write_text("[]"), ["no JSON object"]),
     "no config": (lambda f: (f / "config.json").unlink(), ["there is no config.json"]),
@@ -233,7 +294,7 @@ def test_a_loaded_model_is_the_saved_one_in_the_dtype_asked_for(folder: Path, ti
         ({"num_hidden_layers": 3}, r"missing \(model\.layers\.2"),
         ({"num_hidden_layers": 1}, r"unexpected \(model\.layers\.1"),
         ({"intermediate_size": 64}, "do not fit"),
-        ({"hidden_size": "many"}, "cannot load"),
+        ({"hidden_size": "many"}, "config.json cannot be read"),
     ],
 )
 def test_weights_that_do_not_fit_the_config_are_refused_where_random_ones_would_take_their_place(
