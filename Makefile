@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 VLLM := .venv-vllm
+TRANSFORMERS_4 := .transformers4
 # A machine without a GPU is better served by a CPU build of torch; TORCH_INDEX names a package index to take it from.
 TORCH_INDEX ?=
 
@@ -19,9 +20,15 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 test: $(INSTALLED_DEV)
 	$(TESTS) -m "not full"
 
-test-full: $(INSTALLED_DEV)
+test-full: $(INSTALLED_DEV) $(TRANSFORMERS_4)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[full]"
 	$(TESTS)
+
+# transformers 4, which many programs still use, for tests/consumers: only the packages that differ, which shadow those of .venv.
+$(TRANSFORMERS_4)/.installed: constraints-transformers4.txt $(INSTALLED_DEV)
+	rm -rf $(TRANSFORMERS_4)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(TRANSFORMERS_4) --requirement constraints-transformers4.txt
+	touch $@
 
 # vLLM pins other versions than the rest, so its tests run in an environment of their own, with its CPU build. It is installed
 # without its requirements (--no-deps): constraints-vllm.txt lists what text generation needs, without torchvision and others.
@@ -66,4 +73,4 @@ $(INSTALLED_DEV): $(INSTALLED)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM) $(TRANSFORMERS_4) build dist *.egg-info

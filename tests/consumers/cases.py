@@ -86,7 +86,8 @@ def build(folder: Path, tokenizer: Any, rope: str, *, tied: bool) -> Case:
     change_json(base / "config.json", lambda config: config.pop("rope_parameters"), **older)
     Template.load(tokenizer, "chatml").save(base)
     prompts = [load_template(base).prompt(chat) for chat in CHATS]
-    end = greedy(plain, prompts[0], [2])[4]
+    answer = greedy(plain, prompts[0], [2])[2:]
+    end = next(id_ for id_ in answer if (text := tokenizer.decode([id_])).isascii() and text.isprintable())
     change_json(base / "generation_config.json", eos_token_id=[2, end])
     template = load_template(base)
     merged.mkdir()

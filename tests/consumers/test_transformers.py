@@ -1,4 +1,4 @@
-"""What corral writes is one model to transformers 4 and 5 and their PEFT: same ids, same log-probs, answers that end."""
+"""What corral writes is one model to transformers 4 and 5 and their PEFT."""
 
 from __future__ import annotations
 
@@ -14,22 +14,11 @@ import pytest
 from corral.model import adapters
 from corral.model.loading import load_model
 from corral.recipe import Lora
-from tests.consumers.cases import CASES, CHATS, Case, build, greedy, logprobs
+from tests.consumers.cases import CHATS, Case, greedy, logprobs
 from tests.model.tiny import fill_lora_b
-
-pytestmark = pytest.mark.full
 
 TRANSFORMERS_4 = Path(__file__).parents[2] / ".transformers4"
 """Packages that `make test-full` puts there; they shadow those of this environment."""
-
-
-@pytest.fixture(scope="module")
-def cases(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    folder = tmp_path_factory.mktemp("consumers")
-    return {
-        f"{rope}, {'tied' if tied else 'untied'}": build(folder / f"{rope}-{tied}", tiny_tokenizer, rope, tied=tied)
-        for rope, tied in CASES
-    }
 
 
 def open_in(version: str, cases: dict[str, Case], adapter: Path | None = None) -> dict[str, Any]:
