@@ -1,7 +1,8 @@
 """Answers prompts through an Answerer on this machine, as many at once as keep its engine full.
 
-A row that the engine refuses is a bad row. If the engine fails, the rows under way are asked again in ever smaller
-groups, because it cannot be seen which of them made it fail; a plain question after each failure tells a bad row from a broken engine.
+A row that the engine refuses is a bad row. If the engine fails, the rows under way are asked again in ever smaller groups,
+because it cannot be seen which of them made it fail; a plain question after each failure tells a bad row from a broken
+engine.
 """
 
 from __future__ import annotations

@@ -49,9 +49,9 @@ class SourceRows:
     """The rows of one source. A row's position is its number among all that were read, from 0.
 
     The store holds for each row `key` (sha256 of its content), `group_key` (what rows share that must be on one side: a judged
-    answer's prompt, else the row's key), `mended` (whether turns were left out or merged), `file` (index into `files`), `row`
-    (its number in the file), `record` (its JSON form, or null if it cannot be used), and `reason` (index into `reasons`, or
-    -1).
+    answer's prompt, a document in parts, else the row's key), `mended` (whether turns were left out or merged), `file` (index
+    into `files`), `row` (its number in the file), `record` (its JSON form, or null if it cannot be used), and `reason` (index
+    into `reasons`, or -1).
 
     Attributes:
         identity: stands for the content, in the names of what is computed from it.
@@ -156,11 +156,13 @@ class _RowWriter:
     examples: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     _unsaved: list[tuple[Any, ...]] = field(default_factory=list[tuple[Any, ...]])
     _unsaved_bytes: int = 0
+    _group_key: str = ""
 
     def add(self, row: RawRow, record: Record, is_mended: bool) -> None:
         """A row that can be used."""
         key = record_key(record)
         group_key = record_key(record.prompt) if isinstance(record, Preference | Feedback) else key
+        self._group_key = group_key = self._group_key if row.continues else group_key
         line = json_line(record_to_json(record)).encode()[:-1]
         self._add(row, line, bytes.fromhex(key), bytes.fromhex(group_key), is_mended, -1)
 

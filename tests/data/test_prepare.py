@@ -382,7 +382,8 @@ def test_memory_stays_flat_while_a_large_file_is_read(tiny_folder: Path, tmp_pat
 
 def sharegpt_log(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Conversations as public logs of chats hold them: 36 % begin with the assistant (chats cut in two), 15 % end with
-    the user, some have two turns of one side, and a third is longer than the context."""
+    the user, some have two turns of one side, a third is longer than the context, and 4 % hold an answer that is too long by
+    itself, some as their only one."""
     random_ = random.Random(seed)
     rows: list[dict[str, Any]] = []
     for number in range(count):
@@ -392,6 +393,8 @@ def sharegpt_log(count: int, seed: int = 0) -> list[dict[str, Any]]:
             for i in range(random_.choice((1, 2, 3, 9)))
             for side in ("human", "gpt")
         ]
+        if number % 25 == 0:
+            turns[-1]["value"] += "word " * 400
         kind = random_.random()
         if kind < 0.36:
             turns.insert(0, {"from": "gpt", "value": f"{number}: as I said"})

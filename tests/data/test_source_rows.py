@@ -7,9 +7,11 @@ import pytest
 
 from corral.data.ledger import EXAMPLES_PER_REASON
 from corral.data.source_rows import SourceRows, load_source_rows
+from corral.data.sources import text_files
 from corral.errors import DataError
 from corral.messages import Conversation, record_key
 from corral.progress import Progress
+from corral.recipe import Source
 from tests.data.conftest import Listener, chat, chats, source, write_rows
 
 
@@ -60,3 +62,14 @@ def test_rows_of_an_unknown_format_are_refused_with_their_columns(tmp_path: Path
         rows_of(write_rows(tmp_path / "a.jsonl", [{"foo": 1, "bar": 2}] * 3))
     assert "foo" in str(caught.value)
     assert not list((tmp_path / "cache").glob("rows-*"))
+
+
+def test_the_parts_of_a_long_document_are_of_one_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_files, "MAX_DOCUMENT", 100)
+    for name, line in (("a", "one\n"), ("b", "two\n")):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{i} {line}" for i in range(60)))
+    found = load_source_rows(Source(path=str(tmp_path)), tmp_path / "cache", Progress())
+    groups = [bytes(key) for key in found.keys(found.usable, "group_key")]
+    assert len(groups) > 6
+    assert len(set(groups)) == 2
+    assert found.files == ["a.txt", "b.txt"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 from corral.data.formats.chat_messages import (
@@ -83,7 +84,8 @@ def plain_text(row: Mapping[str, Any]) -> Text | Conversation:
 def prompt_completion(row: Mapping[str, Any]) -> Conversation:
     """`prompt` and `completion` (or `query` and `response`, or `input` and `output` …): texts, or lists of messages.
 
-    Both together may be a conversation that a template has rendered.
+    Both together may be a conversation that a template has rendered. Of a prompt that is a list or a dialogue, earlier answers
+    are context: the completion alone is trained.
 
     Raises FormatError if the row has another form; the order of messages is that of `openai_messages`.
     """
@@ -96,7 +98,10 @@ def prompt_completion(row: Mapping[str, Any]) -> Conversation:
         if rendered is not None:
             turns = parse_rendered(prompt + completion, prompt_name, may_lack_end=True) or []
             return ordered_conversation(add_system_column(turns, row))
-    return read_prompt(prompt_name, prompt, row).add("assistant", read_answer(completion_name, completion))
+    asked = read_prompt(prompt_name, prompt, row)
+    if not earlier_turns(row):
+        asked = Conversation(tuple(replace(message, trained=message.role != "assistant") for message in asked.messages))
+    return asked.add("assistant", read_answer(completion_name, completion))
 
 
 def read_prompt(name: str, value: Any, row: Mapping[str, Any]) -> Conversation:

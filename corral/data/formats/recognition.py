@@ -285,8 +285,13 @@ def recognise(rows: Sequence[Mapping[str, Any]], where: str = "data.sources") ->
         return _describe_match(*matches[0], rows)
     if len(names) > 1:
         listed = "; or ".join(f"{rule.name}, by {_quote(columns)}" for rule, columns in matches)
+        one_row_has_both = any(sum(bool(_columns_used(rule, [row])) for rule, _ in matches) > 1 for row in rows)
         raise DataError(
-            f"the rows could be of two formats: {listed}", where=where, hint=f'name one: format = "{names[0]}"'
+            f"the rows could be of two formats: {listed}",
+            where=where,
+            hint=f'name one: format = "{names[0]}"'
+            if one_row_has_both
+            else "write the rows of each format into a file of their own, and name both as `[[data.sources]]`",
         )
     if public_dataset := _match_public_dataset(rows):
         return public_dataset

@@ -88,12 +88,8 @@ def _split_lines(file: SourceFile) -> Generator[Line]:
     for number, text, fault in read_lines(file):
         if fault is not None and fault[0] == OVERLONG:
             raise BrokenFileError(f"line {number}: {OVERLONG}")
-        if number == 1 and not text.endswith("\n") and "\r" in text:
-            # Lines that end in lone carriage returns are a single line for `read_lines`.
-            yield from ((i, f"{part}\n", fault) for i, part in enumerate(text.split("\r"), start=1))
-        else:
-            # A file converted twice has two carriage returns at each line's end.
-            yield number, text.rstrip("\r\n") + "\r\n" if text.endswith("\r\r\n") else text, fault
+        # A file converted twice has two carriage returns at each line's end.
+        yield number, text.rstrip("\r\n") + "\r\n" if text.endswith("\r\r\n") else text, fault
 
 
 def _find_delimiter(lines: Iterator[Line], file: SourceFile, say: Say) -> tuple[Iterator[Line], str]:

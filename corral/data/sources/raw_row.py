@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 _TURN_KEYS = {"messages": {"role", "content"}, "conversations": {"from", "value"}}
@@ -20,6 +20,7 @@ class RawRow:
         reason: the part of `fault` without the location, so that equal faults are counted together.
         location: where it is, for a message: `line 17`, or `shard-2.jsonl, line 17` in a source of several files.
         file: the name of its file in a source of several files.
+        continues: whether it goes on where the row before it ends, as the parts of a long document do.
     """
 
     index: int
@@ -28,11 +29,12 @@ class RawRow:
     reason: str | None = None
     location: str = ""
     file: str = ""
+    continues: bool = False
 
     def in_file(self, name: str) -> RawRow:
         """The row as part of a source of several files, in the file `name`."""
         fault = None if self.fault is None else f"{name}, {self.fault}"
-        return RawRow(self.index, self.value, fault, self.reason, f"{name}, {self.location}", name)
+        return replace(self, fault=fault, location=f"{name}, {self.location}", file=name)
 
 
 def faulty_row(index: int, location: str, reason: str, detail: str = "") -> RawRow:

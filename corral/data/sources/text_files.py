@@ -125,7 +125,10 @@ def open_text(file: SourceFile) -> Generator[TextReader]:
 
 
 def read_lines(file: SourceFile) -> Iterator[Line]:
-    """The lines of a file, which end with a line feed. Memory holds one at a time. Raises as `open_text` does."""
+    """The lines of a file, which end with a line feed, or all with a carriage return. Memory holds one at a time.
+
+    Raises as `open_text` does.
+    """
     with open_text(file) as text:
         number = 0
         while line := text.readline(MAX_ROW):
@@ -137,7 +140,10 @@ def read_lines(file: SourceFile) -> Iterator[Line]:
             elif reason_at := text.find_fault(line):
                 reason, at = reason_at
                 fault = (reason, _column(line, at))
-            yield number, line, fault
+            if number == 1 and "\r" in line and not line.endswith("\n"):
+                yield from ((i, f"{part}\n", fault) for i, part in enumerate(line.split("\r"), start=1))
+            else:
+                yield number, line, fault
 
 
 def _column(line: str, index: int) -> str:
@@ -151,7 +157,7 @@ def read_txt(file: SourceFile, _: Say) -> Iterator[RawRow]:
     Raises as `open_text` does.
     """
     with open_text(file) as text:
-        number = 1
+        number, continues = 1, False
         while part := text.read(MAX_DOCUMENT):
             part += (rest := text.readline(MAX_ROW))
             location = f"line {number}"
@@ -165,5 +171,6 @@ def read_txt(file: SourceFile, _: Say) -> Iterator[RawRow]:
                 line = number + part.count("\n", 0, at)
                 yield faulty_row(number, location, reason, f", in line {line}{_column(part[start:], at - start)}")
             elif part.strip():
-                yield RawRow(number, {"text": part}, location=location)
+                yield RawRow(number, {"text": part}, location=location, continues=continues)
+                continues = True
             number += part.count("\n")

@@ -43,6 +43,23 @@ def test_prompt_and_completion_may_be_messages() -> None:
 
 
 @pytest.mark.parametrize(
+    "prompt",
+    [
+        [{"role": r, "content": c} for r, c in (("user", "Hi?"), ("assistant", "Hi."), ("user", "More?"))],
+        "\n\nHuman: Hi?\n\nAssistant: Hi.\n\nHuman: More?\n\nAssistant:",
+    ],
+)
+def test_earlier_answers_in_a_prompt_are_context_and_the_completion_is_trained(prompt: Any) -> None:
+    record = prompt_completion({"prompt": prompt, "completion": "Yes."})
+    assert [(m.content, m.trained) for m in record.messages] == [
+        ("Hi?", True),
+        ("Hi.", False),
+        ("More?", True),
+        ("Yes.", True),
+    ]
+
+
+@pytest.mark.parametrize(
     ("row", "expected"),
     [
         ({"prompt": [], "completion": "x"}, "prompt is an empty list"),

@@ -93,6 +93,12 @@ def test_two_formats_in_one_row_are_refused() -> None:
     assert error.hint == 'name one: format = "messages"'
 
 
+def test_rows_of_two_formats_are_to_be_two_sources() -> None:
+    error = refusal([{"instruction": "i", "output": "o"}, {"messages": TURNS}])
+    assert error.what.startswith("the rows could be of two formats")
+    assert "a file of their own" in str(error.hint)
+
+
 def test_an_unknown_format_error_lists_columns_close_formats_and_a_mapping() -> None:
     error = refusal([{"instruction": "x", "reply": "y"}, {"instruction": "x", "why": None}])
     assert error.what == "the rows are of no known format: their columns are `instruction`, `reply`, `why`"

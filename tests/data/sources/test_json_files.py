@@ -323,3 +323,8 @@ def test_a_list_read_in_any_pieces_and_lines_of_the_same_rows_give_the_rows(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_files, "_CHUNK", chunk)
         assert values_of(listed) == rows
+
+
+def test_lines_that_end_in_carriage_returns_alone_are_read(tmp_path: Path) -> None:
+    rows = rows_of(written(tmp_path / "a.jsonl", '{"a": 1}\r{"a": 2}\r{broken\r'))
+    assert [(row.index, row.value) for row in rows] == [(1, {"a": 1}), (2, {"a": 2}), (3, None)]

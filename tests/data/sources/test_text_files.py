@@ -135,6 +135,7 @@ def test_a_long_document_is_cut_at_the_ends_of_lines(tmp_path: Path, end: str, m
     lines = text.split("\n")
     assert all(part.startswith(lines[row.index - 1]) for part, row in zip(parts, rows, strict=True))
     assert [row.location for row in rows] == [f"line {row.index}" for row in rows]
+    assert [row.continues for row in rows] == [False] + [True] * (len(rows) - 1)
 
 
 def test_a_bad_byte_or_nul_costs_the_part_of_the_document_that_holds_it(
