@@ -144,6 +144,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("b", help="the other one; differences are a − b")
     sub = verb("report", run_commands.report, "corral report runs/quickstart")
     sub.add_argument("run", help="a run directory")
+    sub = verb("merge", model_commands.merge, "corral merge my-adapter --out my-model")
+    sub.add_argument("adapter", help="a folder that PEFT or corral wrote, or hub:OWNER/NAME")
+    sub.add_argument("--out", type=local_path, required=True, help="the model folder to write; nothing is overwritten")
+    base = "its base model: a folder, a .gguf file, asset:NAME or hub:OWNER/NAME (default: the one that it names)"
+    sub.add_argument("--base", metavar="MODEL", help=base)
     sub = verb("export", model_commands.export, "corral export runs/quickstart --to gguf --type q8_0")
     sub.add_argument("model", help="a run directory; or a model folder, asset:NAME or hub:OWNER/NAME with --out")
     sub.add_argument("--to", choices=EXPORT_TYPES, help="the format (default: those that the recipe names)")

@@ -1,4 +1,4 @@
-"""The verbs export, verify, chat and batch."""
+"""The verbs merge, export, verify, chat and batch."""
 
 from __future__ import annotations
 
@@ -24,6 +24,21 @@ if TYPE_CHECKING:
     from corral.recipe import Answer
 
 DEFAULT_TYPES = {"gguf": "q8_0", "openvino": "int8"}
+
+
+def merge(args: argparse.Namespace) -> dict[str, Any]:
+    """Merge a LoRA adapter into its base model, and check that the two answer alike."""
+    from corral.export.merge import merge as merge_adapter
+
+    progress = TerminalProgress()
+    try:
+        checks = merge_adapter(args.adapter, Path(args.out), progress, base=args.base)
+    finally:
+        progress.stop()
+    for check in checks:
+        print(f"holds   {check.name}: {check.detail}")
+    print(f"merged  {args.out}")
+    return {"merged": str(args.out), "checks": [asdict(check) for check in checks]}
 
 
 def export(args: argparse.Namespace) -> dict[str, Any]:

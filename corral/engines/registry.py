@@ -109,7 +109,8 @@ def _load_openvino(folder: Path, dtype: DType, device: str, adapters: Sequence[P
         raise ModelError(
             "the openvino engine computes only adapters that are merged into their model",
             where=str(adapter),
-            hint="use the transformers engine, or name the merged model (a run keeps it beside the adapter, in merged)",
+            hint="use the transformers engine, or name the merged model: a run keeps it beside the adapter, in merged; else "
+            f"corral merge {adapter} --out FOLDER",
         )
     from corral.engines.openvino import OpenVinoEngine
 

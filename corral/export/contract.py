@@ -237,6 +237,34 @@ def write(
     write_json(record, value)
 
 
+def certify_merged(
+    folder: Path,
+    template: Template,
+    probe_set: Sequence[Probe],
+    logprobs: Sequence[Sequence[float]],
+    checks: Sequence[Check],
+    *,
+    form: str,
+) -> list[Check]:
+    """Write the contract of a merged model's folder, which is not in its place yet.
+
+    Args:
+        logprobs: of the probes, by the model as it was written.
+        checks: of its weights; those of its tokenizer and its stop ids are made here.
+        form: the dtype of its weights.
+
+    Returns: all checks.
+
+    Raises:
+        ContractError: one fails; the folder stays as it is.
+    """
+    checks = [check_token_ids(template, folder), check_stop_ids(template, folder), *checks]
+    write(folder / CONTRACT_FILE, template, probe_set, logprobs, checks, form=form, files=model_files(folder))
+    hint = f"the model is kept there but not promoted; `{CONTRACT_FILE}` holds every figure"
+    raise_if_failed(checks, where=folder, hint=hint)
+    return checks
+
+
 def model_files(folder: Path) -> list[Path]:
     """The files of a model folder that answers depend on."""
     names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

@@ -19,6 +19,7 @@ from corral.model.loading import load_template, load_tokenizer, resolve_model
 from corral.run.directory import is_run
 
 if TYPE_CHECKING:
+    from corral.model.loading import ModelSource
     from corral.template import Template, Variables
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -199,8 +200,8 @@ class AdapterFiles:
         return {each["name"]: each["template"] for each in template} if isinstance(template, list) else template
 
 
-def find_base_model(adapter: AdapterFiles) -> Path:
-    """The folder of an adapter's base model: `asset:`, `hub:`, a folder or a hub id, as the adapter's config names it.
+def find_base_model(adapter: AdapterFiles) -> ModelSource:
+    """An adapter's base model: `asset:`, `hub:`, a folder or a hub id, as the adapter's config names it.
 
     If that folder is gone and the adapter lies in a run (which may have been moved), the folder of that name in the run.
 
@@ -217,7 +218,7 @@ def find_base_model(adapter: AdapterFiles) -> Path:
         elif HUB_ID.fullmatch(base):
             base = f"hub:{base}"
     try:
-        return resolve_model(base).folder
+        return resolve_model(base)
     except ModelError as error:
         raise ModelError(
             f"the base model of the adapter: {error.what}",

@@ -8,7 +8,7 @@ from pathlib import Path
 from corral.errors import ModelError
 from corral.export_forms import CONTRACT_FILE, OPENVINO_MODEL
 from corral.model.adapter_files import AdapterFiles, find_base_model
-from corral.model.folder import ADAPTER_CONFIG
+from corral.model.folder import ADAPTER_CONFIG, licence_texts
 from corral.model.hub import download
 from corral.model.loading import load_template, quiet, resolve_model
 from corral.recipe import Model
@@ -27,6 +27,8 @@ class ModelFiles:
     """The chat template, as `model.template` of a recipe."""
     template_variables: Variables | None = None
     """As `model.template_variables`."""
+    licences: tuple[Path, ...] = ()
+    """Of an adapter's base: texts that must travel with what is made from it."""
 
     def load_template(self) -> Template:
         """The chat template, on the tokenizer of the adapter or of the model. Raises: ModelError, TemplateError."""
@@ -35,8 +37,12 @@ class ModelFiles:
         return AdapterFiles.read(self.adapter).load_template(self.folder, self.template, self.template_variables)
 
 
-def find_model_files(spec: str) -> ModelFiles:
+def find_model_files(spec: str, *, base: str | None = None) -> ModelFiles:
     """The files of the model that a user names, fetched or converted if need be.
+
+    Args:
+        spec: the model.
+        base: the base model of an adapter, in place of the one that its config names.
 
     The template of an adapter is that of its run's recipe, its own, or its base model's.
 
@@ -46,11 +52,13 @@ def find_model_files(spec: str) -> ModelFiles:
     adapter = _find_adapter_folder(spec)
     if adapter is None:
         return ModelFiles(find_model_folder(spec), None)
-    base = find_base_model(AdapterFiles.read(adapter))
+    files = AdapterFiles.read(adapter)
+    source = find_base_model(files) if base is None else resolve_model(base)
+    template, variables = "tokenizer", None
     if is_run(adapter.absolute().parent.parent):
         model = _model_of_run(adapter)
-        return ModelFiles(base, adapter, model.template, model.template_variables)
-    return ModelFiles(base, adapter)
+        template, variables = model.template, model.template_variables
+    return ModelFiles(source.folder, adapter, template, variables, (*source.licence_files, *licence_texts(adapter)))
 
 
 def find_model_folder(spec: str) -> Path:

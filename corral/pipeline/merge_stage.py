@@ -33,21 +33,8 @@ def merge(context: RunContext, stage: Stage) -> None:
         link_or_copy_tree(trained / MERGED_FOLDER, folder)
     probe_set = contract.make_probes(context.template)
     context.progress.start("Measuring the contract", None)
-    measured, model_checks = check_merged_model(setup, trained, candidate, probe_set, validation_set(context, setup))
-    checks = [
-        contract.check_token_ids(context.template, candidate),
-        contract.check_stop_ids(context.template, candidate),
-        *model_checks,
-    ]
-    files = contract.model_files(candidate)
-    contract.write(
-        candidate / contract.CONTRACT_FILE, context.template, probe_set, measured, checks, form=setup.dtype, files=files
-    )
-    contract.raise_if_failed(
-        checks,
-        where=candidate,
-        hint=f"the model is kept there but not promoted; `{contract.CONTRACT_FILE}` holds every figure",
-    )
+    measured, checks = check_merged_model(setup, trained, candidate, probe_set, validation_set(context, setup))
+    checks = contract.certify_merged(candidate, context.template, probe_set, measured, checks, form=setup.dtype)
     remove_tree(stage.path / "model")  # left by a process that ended between promoting it and recording that
     candidate.rename(stage.path / "model")
     for check in checks:

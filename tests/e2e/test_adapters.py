@@ -70,3 +70,15 @@ def test_chat_and_serve_accept_an_adapter(adapter: Path, finished_run: Path) -> 
     printable = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)  # chat removes control characters from answers
     assert printable.strip()
     assert printable in chats[0].stdout
+
+
+def test_merging_the_adapter_gives_the_runs_own_model(adapter: Path, finished_run: Path, tmp_path: Path) -> None:
+    done = corral("merge", adapter, "--out", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["merged"] == str(tmp_path / "out")
+    own, merged = finished_run / "merge" / "model", tmp_path / "out"
+    for name in ("model.safetensors", "chat_template.jinja", "tokenizer.json", "generation_config.json"):
+        assert (merged / name).read_bytes() == (own / name).read_bytes(), name
+    again = corral("merge", adapter, "--out", tmp_path / "out")
+    assert again.returncode == 2
+    assert "not empty" in again.stderr
