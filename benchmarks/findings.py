@@ -189,6 +189,7 @@ def evaluate_promptings(
         {subject.name: into.variant_rows(subject.name) for subject in subjects},
         baseline=baseline or subjects[0].name,
         seed=SEED,
+        primary=f"{material.tasks[0].name}/accuracy",
     )
 
 
@@ -242,7 +243,9 @@ def compare_votes(
             assert item.grade is not None
             method_rows.append(tasks.row_from_answer({"id": item.id, "answer": text, **item.grade(text)}))
     cards = {method: VariantRows([], {}, {task.name: method_rows}) for method, method_rows in rows.items()}
-    return scorecard.build_scorecard(cards, baseline="first candidate", seed=SEED)
+    # Votes by ROUGE-L are judged by another metric than the one they choose by, as far as the task has one.
+    primary = f"{task.name}/{'rouge1' if task.kind == 'text' else 'accuracy'}"
+    return scorecard.build_scorecard(cards, baseline="first candidate", seed=SEED, primary=primary)
 
 
 async def _generate(

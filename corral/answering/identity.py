@@ -33,6 +33,35 @@ def variant_digest(weights: str, template: Template, engine: str, device: str, d
     return _sha256(json.dumps([weights, template.fingerprint, engine, device, dtype]))
 
 
+def variant_conditions(
+    weights: str, template: Template, engine: str, placement: tuple[str, str], answer: Answer, seed: int, examples: str
+) -> dict[str, Any]:
+    """What the rows of a variant depend on, as JSON values that can be compared one by one; settings without effect are left
+    out.
+
+    Args:
+        placement: device and dtype.
+        examples: hash of the examples that are shown.
+    """
+    conditions: dict[str, Any] = {
+        "corral": corral.__version__,
+        "model": _sha256(weights)[:12],
+        "template": template.digest[:12],
+        "tokenizer": _sha256(template.tokenizer.backend_tokenizer.to_str())[:12],
+        "engine": engine,
+        "device": placement[0],
+        "dtype": placement[1],
+        "answer": answer.model_dump(mode="json", exclude_none=True),
+    }
+    if answer.consensus.method == "none":
+        conditions["answer"]["consensus"] = {"method": "none"}
+    if not answer.shots.count:
+        conditions["answer"]["shots"] = {"count": 0}
+    if answer.is_sampled or answer.shots.count:
+        conditions["seed"] = seed
+    return conditions | ({"examples": examples[:12]} if answer.shots.count else {})
+
+
 def row_digest(
     model: str, measurement: str, settings: Answer | None = None, seed: int = 0, *, own: str = "", source: str = ""
 ) -> str:

@@ -190,12 +190,14 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
     from corral.evaluation import tables
     from corral.evaluation.scorecard import build_scorecard
-    from corral.pipeline.evaluate_stage import parse_variant, read_variant_rows
+    from corral.pipeline.evaluate_stage import parse_variant, read_primary, read_variant_rows
 
-    if parse_variant(args.a) == parse_variant(args.b):
+    sides = {spec: parse_variant(spec) for spec in (args.a, args.b)}
+    if len(set(sides.values())) == 1:
         raise InputError(f"both are {args.a!r}", hint="name two different ones, each as RUN or RUN:VARIANT")
-    rows = {spec: read_variant_rows(*parse_variant(spec)) for spec in (args.a, args.b)}
-    card = build_scorecard(rows, baseline=args.b, seed=0)
+    rows = {spec: read_variant_rows(*side) for spec, side in sides.items()}
+    primary = read_primary([folder for folder, _ in sides.values()])
+    card = build_scorecard(rows, baseline=args.b, seed=0, primary=primary)
     show(tables.render_scores(card), tables.render_costs(card))
     return json.loads(card.to_json())
 

@@ -1,4 +1,7 @@
-"""Asks an Answerer for the losses, answers and option log-probabilities of rows, and adds each finished row to a file."""
+"""Asks an Answerer for the losses, answers and option log-probabilities of rows, and adds each finished row to a file.
+
+A row that the engine or the template refuses, such as one that is too long, is finished too: its field `skipped` says why.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from corral.answering.answerer import Answerer
-from corral.errors import CorralError, first_error
+from corral.errors import CorralError, RequestError, TemplateError, first_error
 from corral.evaluation.question_sets import Question
 from corral.evaluation.row_file import RowFile, RowProducer
 from corral.messages import Conversation
@@ -125,13 +128,21 @@ async def _for_missing(
     process: Callable[[_RowType], Awaitable[None]],
     on_done: Progressed,
 ) -> None:
-    """Process the rows that are not yet in the file, several at a time; raises the first error of several."""
+    """Process the rows that are not yet in the file, several at a time; raises the first error of several.
+
+    Rows that are refused are added last, and only if some row was processed: if all are refused, the fault is not in the rows,
+    and the first refusal is raised.
+    """
     limit = asyncio.Semaphore(MAX_CONCURRENT_ROWS)
+    refusals: dict[str, RequestError | TemplateError] = {}
 
     async def process_limited(row: _RowType) -> None:
         async with limit:
-            await process(row)
-            on_done(len(file.rows_of(producer)))
+            try:
+                await process(row)
+            except (RequestError, TemplateError) as error:
+                refusals[row.id] = error
+            on_done(len(file.rows_of(producer)) + len(refusals))
 
     finished = file.rows_of(producer)
     missing = [row for row in rows if row.id not in finished]
@@ -141,3 +152,7 @@ async def _for_missing(
                 group.create_task(process_limited(row))
     except* CorralError as errors:
         raise first_error(errors) from None
+    if refusals and not file.rows_of(producer):
+        raise next(iter(refusals.values()))
+    for id_, refusal in refusals.items():
+        file.add(producer, id_, skipped=refusal.what)

@@ -7,10 +7,12 @@ a variant change, only its rows are measured again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,18 +22,20 @@ from corral.answering.build import build_answerer
 from corral.answering.identity import row_digest
 from corral.engines.base import Engine
 from corral.engines.embedding import Embedder
+from corral.errors import TemplateError
 from corral.evaluation import tasks
 from corral.evaluation.inference import Item, compute_losses, compute_option_logprobs, generate_answers
 from corral.evaluation.question_sets import Question
 from corral.evaluation.row_file import RowFile, RowProducer
 from corral.evaluation.scoring import Row, VariantRows
 from corral.evaluation.tasks import Task
-from corral.messages import Conversation
+from corral.messages import INPUT_HEADING, Conversation
 from corral.progress import Progress
 from corral.recipe import Answer
+from corral.storage import write_json
 from corral.template import Template
 
-LOSSES, ANSWERS, SECONDS = "losses.jsonl", "completions.jsonl", "seconds.jsonl"
+LOSSES, ANSWERS, SECONDS, FACTS = "losses.jsonl", "completions.jsonl", "seconds.jsonl", "rows.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,7 @@ class Measurements:
     """The rows of all variants, in the files of one folder.
 
     Files: `losses.jsonl`, `completions.jsonl`, `tasks/NAME.jsonl` (answers), `tasks/NAME.options.jsonl` (log-probabilities of
-    the options), and `seconds.jsonl` (time spent on answers).
+    the options), `seconds.jsonl` (time spent on answers), and `rows.json` (what is known of rows without a model).
 
     Attributes:
         embed: embeds texts for similar examples and for votes by meaning; shared by all variants.
@@ -113,6 +117,12 @@ class Measurements:
                 reusable[SECONDS][rows.producer] = (rows.file,)
         for name, ids_by_producer in reusable.items():
             self.row_file(name).reuse_rows(old / name, ids_by_producer)
+
+    def write_facts(self, data: EvaluationData) -> None:
+        """Write the size of each reference answer, and which rows share a passage. Raises: StorageError."""
+        conversations = {item.id: item.conversation for item in (*data.loss_items, *data.answer_items)}
+        conversations |= {question.id: question.example for task in data.tasks for question in task.questions}
+        write_json(self.folder / FACTS, {id_: _facts(conversation) for id_, conversation in conversations.items()})
 
     def is_complete(self, variant: VariantSpec, data: EvaluationData) -> bool:
         """Whether a variant has all its rows."""
@@ -167,7 +177,8 @@ class Measurements:
         if missing is None:
             return
         # What is loaded and computed once is not part of the time of an answer.
-        await answerer.encode_prompt(missing.conversation.split_answer()[0])
+        with contextlib.suppress(TemplateError):
+            await answerer.encode_prompt(missing.conversation.split_answer()[0])
         if answerer.consensus is not None and answerer.consensus.method == "cosine":
             await asyncio.to_thread(self.embed, [""])
         started = time.perf_counter()
@@ -182,19 +193,26 @@ class Measurements:
 
     def variant_rows(self, variant: str) -> VariantRows:
         """All rows of a variant, with the costs of its answers. Empty for a variant that was never measured here."""
+        facts_file = self.folder / FACTS
+        facts: dict[str, dict[str, Any]] = json.loads(facts_file.read_text("utf-8")) if facts_file.exists() else {}
         task_names = sorted({path.name.partition(".")[0] for path in (self.folder / "tasks").glob("*.jsonl")})
         info = self._answer_costs(ANSWERS, variant)
         task_rows: dict[str, list[Row]] = {}
         for task in task_names:
             files = (self.row_file(name) for name in (_answers_file(task), _options_file(task)))
-            task_rows[task] = tasks.join_rows(*(file.rows_of_variant(variant) for file in files))
+            joined = tasks.join_rows(*(file.rows_of_variant(variant) for file in files))
+            task_rows[task] = [replace(row, **facts.get(row.id, {})) for row in joined]
             costs = self._answer_costs(_answers_file(task), variant)
             info |= {f"{task}/{name}": value for name, value in costs.items()}
         losses, answers = (self.row_file(name).rows_of_variant(variant) for name in (LOSSES, ANSWERS))
         rows: list[Row] = []
         for id_ in sorted(losses.keys() | answers.keys()):
             loss, answer = losses.get(id_, {}), answers.get(id_, {})
-            rows.append(Row(id_, loss.get("nll"), loss.get("tokens"), answer.get("reference"), answer.get("answer")))
+            skipped = {
+                source: row["skipped"] for source, row in (("loss", loss), ("answers", answer)) if "skipped" in row
+            }
+            text = answer.get("reference"), answer.get("answer")
+            rows.append(Row(id_, loss.get("nll"), loss.get("tokens"), *text, skipped=skipped, **facts.get(id_, {})))
         return VariantRows(rows, info, task_rows)
 
     def _answer_costs(self, name: str, variant: str) -> dict[str, float]:
@@ -203,7 +221,7 @@ class Measurements:
 
         Where the time of some answers is missing, or covers more answers than these, it is scaled to their number.
         """
-        rows = self.row_file(name).rows_of_variant(variant).values()
+        rows = [row for row in self.row_file(name).rows_of_variant(variant).values() if "skipped" not in row]
         if not rows:
             return {}
         timed = self.row_file(SECONDS).rows_of_variant(variant).get(name)
@@ -260,6 +278,15 @@ def _task_rows(variant: VariantSpec, task: Task) -> list[_RowSet]:
         _RowSet(file, _row_producer(variant, part, settings, pool_identity), _ids(task.questions))
         for file, part in parts.items()
     ]
+
+
+def _facts(conversation: Conversation) -> dict[str, Any]:
+    """`bytes` of the answers that count in a loss, and `passage`: the hash of the material that the first request is about."""
+    answers = [m.content for m in conversation.messages if m.role == "assistant" and m.trained]
+    requests = [m.content for m in conversation.messages if m.role == "user"]
+    material = requests[0].partition(INPUT_HEADING)[2] if requests else ""
+    passage = {"passage": hashlib.sha256(material.encode()).hexdigest()[:16]} if material else {}
+    return {"bytes": sum(len(answer.encode()) for answer in answers), **passage}
 
 
 def _ids(rows: Sequence[Item] | Sequence[Question]) -> frozenset[str]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Literal, TypeAlias
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from corral.errors import InputError
-from corral.evaluation import statistics
+from corral.evaluation import cautions, statistics
+from corral.evaluation.distributions import binomial_interval
 from corral.evaluation.scoring import (
+    Column,
     Direction,
     MetricColumns,
     VariantRows,
@@ -18,10 +20,12 @@ from corral.evaluation.scoring import (
     describe_metric,
     score_variant,
 )
-from corral.metrics.bleu import bleu_signature
-from corral.metrics.rouge import Rouge, rouge_signature
+from corral.metrics.rouge import Rouge
 
 SIGNIFICANT = 0.05
+PRIMARY = "loss"
+"""The primary metric where none is named."""
+IN_BYTES = "bits_per_byte"
 Outcome: TypeAlias = Literal["better", "worse", "undecided"]
 
 
@@ -30,7 +34,8 @@ class _Frozen(BaseModel):
 
 
 class MetricValue(_Frozen):
-    """A variant's mean on one metric, with standard error and 95 % interval (None if there is one row only), over n rows."""
+    """A variant's mean on one metric, with standard error and 95 % interval (None where the data show no spread), over n rows,
+    or n passages that rows share."""
 
     mean: float
     se: float | None
@@ -40,10 +45,12 @@ class MetricValue(_Frozen):
 
 
 class Comparison(_Frozen):
-    """Two variants on one metric and the same n rows; `difference` = a − b, with its 95 % interval.
+    """Two variants on one metric and the same n rows; `difference` = a − b.
 
-    `p` is for this metric alone; `p_holm` is adjusted for all metrics of this pair (Holm). `mde` is the smallest true
-    difference that n such rows show with 80 % power after the adjustment; None if it is unknown, as where no row differs.
+    `p` is for this metric alone. The primary metric is judged by it; of the others, `p_holm` is adjusted for their number
+    (Holm). `low` and `high` are the interval at `level`: 0.95, or as much wider as the adjustment asks, so that 0 is outside
+    if and only if p_holm is below 0.05. `mde` is the smallest true difference that n such rows show with 80 % power after the
+    adjustment; None if it is unknown, as where no row differs.
     """
 
     a: str
@@ -57,16 +64,18 @@ class Comparison(_Frozen):
     p_holm: float
     mde: float | None
     better: Direction
+    level: float = statistics.LEVEL
+    primary: bool = False
 
     @property
     def is_identical(self) -> bool:
         """Whether no row differs."""
-        return self.difference == 0 and not self.mde and self.low == 0 == self.high
+        return self.difference == 0 and not self.mde
 
     @property
     def differing_at_most(self) -> float:
         """If no row differs: the share of differing rows, in [0, 1], that n rows rule out at the 95 % level."""
-        return 1 - (1 - statistics.LEVEL) ** (1 / self.n)
+        return binomial_interval(0, self.n, statistics.ALPHA)[1]
 
     @property
     def outcome(self) -> Outcome:
@@ -91,10 +100,11 @@ class Unpaired(_Frozen):
 
 
 class Variant(_Frozen):
-    """One variant's metrics by name, and figures about its answers as a whole (tokens, seconds)."""
+    """One variant's metrics by name, figures about its answers as a whole (tokens, seconds), and what both depend on."""
 
     metrics: dict[str, MetricValue]
     info: dict[str, float] = Field(default_factory=dict)
+    conditions: dict[str, Any] = Field(default_factory=dict)
 
 
 class Scorecard(_Frozen):
@@ -104,9 +114,11 @@ class Scorecard(_Frozen):
         variants: by name.
         comparisons: every other variant against its counterpart, metric by metric.
         baseline: the name of the variant that has no counterpart.
-        seed: for resampling and randomisation.
-        signatures: how the text metrics were computed.
+        seed: for resampling.
+        signatures: how the text metrics were computed, by metric.
         unpaired: metrics that could not be compared, for each pair.
+        primary: the metric that decides between two variants.
+        cautions: sentences to know before the figures are read.
     """
 
     variants: dict[str, Variant]
@@ -115,6 +127,8 @@ class Scorecard(_Frozen):
     seed: int
     signatures: dict[str, str]
     unpaired: list[Unpaired] = Field(default_factory=list[Unpaired])
+    primary: str = PRIMARY
+    cautions: list[str] = Field(default_factory=list[str])
 
     def to_json(self) -> str:
         """Indented JSON that ends with a newline."""
@@ -137,30 +151,48 @@ class Scorecard(_Frozen):
             ) from error
 
 
-def compare_variants(a: MetricColumns, b: MetricColumns, *, names: tuple[str, str], seed: int) -> list[Comparison]:
-    """Compare a with b on every metric that both have.
+def compare_variants(
+    a: MetricColumns, b: MetricColumns, *, names: tuple[str, str], seed: int, primary: str = PRIMARY
+) -> list[Comparison]:
+    """Compare a with b on every metric that both have; rows that either could not be measured on are left out.
 
     Raises:
         InputError: their rows, or the references of their answers, are not the same.
     """
-    metrics = [name for name in a if name in b]
-    for name in metrics:
-        _check_paired(name, a, b, names)
-    results = [
-        statistics.compare(a[name].measure, b[name].measure, seed=seed, metric_count=len(metrics)) for name in metrics
-    ]
-    adjusted = statistics.holm([result.p for result in results])
-    return [
-        Comparison(
-            a=names[0],
-            b=names[1],
-            metric=name,
-            p_holm=p_holm,
-            better=describe_metric(name).better or "higher",
-            **asdict(result),
+    results: dict[str, statistics.PairedDifference] = {}
+    for name in a:
+        if name in b:
+            one, other = _pair_rows(name, a[name], b[name], names)
+            if one.ids:
+                results[name] = statistics.compare(one.clustered, other.clustered, seed=seed)
+    others = [name for name in results if name != primary]
+    p_values = [results[name].p for name in others]
+    adjusted = {primary: results[primary].p if primary in results else 1.0} | dict(
+        zip(others, statistics.holm(p_values), strict=True)
+    )
+    alphas = {primary: SIGNIFICANT} | dict(zip(others, statistics.holm_levels(p_values, SIGNIFICANT), strict=True))
+    comparisons: list[Comparison] = []
+    for name, result in results.items():
+        low, high = result.interval(alphas[name]) or (None, None)
+        comparisons.append(
+            Comparison(
+                a=names[0],
+                b=names[1],
+                metric=name,
+                difference=result.difference,
+                low=low,
+                high=high,
+                p=result.p,
+                n=result.n,
+                p_holm=adjusted[name],
+                # The smallest p of the others counts below 5 % divided by their number (Bonferroni).
+                mde=result.detectable(SIGNIFICANT if name == primary else SIGNIFICANT / len(others)),
+                better=describe_metric(name).better or "higher",
+                level=1 - alphas[name],
+                primary=name == primary,
+            )
         )
-        for name, result, p_holm in zip(metrics, results, adjusted, strict=True)
-    ]
+    return comparisons
 
 
 def build_scorecard(
@@ -169,13 +201,15 @@ def build_scorecard(
     baseline: str,
     compared_with: Mapping[str, str] | None = None,
     seed: int = 0,
+    primary: str = PRIMARY,
 ) -> Scorecard:
     """Score all variants and compare each with its counterpart (difference = variant − counterpart).
 
-    Losses per token are comparable only between variants with the same tokenizer; this is not checked here.
+    Losses are compared per token, or in bits per byte between two variants whose tokenizers are known to differ.
 
     Args:
         compared_with: the counterpart of a variant, if it is not the baseline.
+        primary: the metric that decides; it is not adjusted for the number of the others.
 
     Raises:
         InputError: the baseline or a counterpart is not among the variants; or as `score_rows` and `compare_variants`.
@@ -186,48 +220,81 @@ def build_scorecard(
             raise InputError(
                 f"no variant is called {name!r}", where="baseline", hint=f"choose one of {abbreviate(variants)}"
             )
-    rouge = Rouge()
+    rouge = Rouge(unicode=None)
     scores = {name: score_variant(name, rows, rouge) for name, rows in variants.items()}
+    signatures = _signatures(scores.values())
+    said = [*cautions.word_cautions(signatures)]
+    for name, columns in scores.items():
+        said += cautions.row_cautions(name, columns)
+    comparisons: list[Comparison] = []
+    unpaired: list[Unpaired] = []
+    by_bytes = False
+    for name, other in pairs.items():
+        conditions = variants[name].conditions, variants[other].conditions
+        said += cautions.pair_cautions((name, other), conditions)
+        hidden, decides = IN_BYTES, primary
+        if cautions.tokenizers_differ(*conditions):
+            has_bytes = by_bytes = all(IN_BYTES in scores[side] for side in (name, other))
+            said.append(cautions.tokenizer_caution((name, other), has_bytes=has_bytes))
+            hidden, decides = "loss", IN_BYTES if primary == "loss" else primary
+        one, two = ({k: v for k, v in scores[side].items() if k != hidden} for side in (name, other))
+        comparisons += compare_variants(one, two, names=(name, other), seed=seed, primary=decides)
+        only_a, only_b = ([k for k in x if k not in y] for x, y in ((one, two), (two, one)))
+        if only_a or only_b:
+            unpaired.append(Unpaired(a=name, b=other, only_a=only_a, only_b=only_b))
     return Scorecard(
         variants={
-            name: Variant(metrics=_metric_values(scores[name], seed), info=dict(variant.info))
+            name: Variant(
+                metrics=_metric_values(scores[name], seed, by_bytes=by_bytes),
+                info=dict(variant.info),
+                conditions=dict(variant.conditions),
+            )
             for name, variant in variants.items()
         },
-        comparisons=[
-            comparison
-            for name, other in pairs.items()
-            for comparison in compare_variants(scores[name], scores[other], names=(name, other), seed=seed)
-        ],
+        comparisons=comparisons,
         baseline=baseline,
         seed=seed,
-        signatures={"rouge": rouge_signature(), "bleu": bleu_signature()},
-        unpaired=[pair for name, other in pairs.items() if (pair := _find_unpaired(name, other, scores))],
+        signatures=signatures,
+        unpaired=unpaired,
+        primary=primary,
+        cautions=list(dict.fromkeys(said)),
     )
 
 
-def _find_unpaired(a: str, b: str, scores: Mapping[str, MetricColumns]) -> Unpaired | None:
-    only_a, only_b = ([name for name in scores[one] if name not in scores[other]] for one, other in ((a, b), (b, a)))
-    return Unpaired(a=a, b=b, only_a=only_a, only_b=only_b) if only_a or only_b else None
+def _signatures(scores: Iterable[MetricColumns]) -> dict[str, str]:
+    """How each text metric was computed: `rouge` and `bleu`, and `TASK/rouge` and `TASK/bleu`."""
+    signatures: dict[str, str] = {}
+    for columns in scores:
+        for name, column in columns.items():
+            if column.signature:
+                signatures.setdefault(name[:-1] if name[-1] in "12L" else name, column.signature)
+    return signatures
 
 
-def _metric_values(scores: MetricColumns, seed: int) -> dict[str, MetricValue]:
+def _metric_values(scores: MetricColumns, seed: int, *, by_bytes: bool) -> dict[str, MetricValue]:
     return {
-        name: MetricValue(**asdict(statistics.estimate(column.measure, seed=seed))) for name, column in scores.items()
+        name: MetricValue(**asdict(statistics.estimate(column.clustered, seed=seed)))
+        for name, column in scores.items()
+        if by_bytes or name != IN_BYTES
     }
 
 
-def _check_paired(metric: str, a: MetricColumns, b: MetricColumns, names: tuple[str, str]) -> None:
-    one, other = a[metric], b[metric]
+def _pair_rows(metric: str, one: Column, other: Column, names: tuple[str, str]) -> tuple[Column, Column]:
+    """The rows that both variants were measured on. Raises InputError if one lacks rows without saying why."""
     where = f"{names[0]} against {names[1]}"
     of = f" of {task}" if (task := metric.rpartition("/")[0]) else ""
-    if one.ids != other.ids:
-        sides = (sorted(set(one.ids) - set(other.ids)), sorted(set(other.ids) - set(one.ids)))
-        faults = [f"only in {name}: {abbreviate(ids)}" for name, ids in zip(names, sides, strict=True) if ids]
+    in_one, in_other = frozenset(one.ids), frozenset(other.ids)
+    lacking = in_one - in_other - other.skipped.keys(), in_other - in_one - one.skipped.keys()
+    faults = [f"only in {name}: {abbreviate(sorted(ids))}" for name, ids in zip(names, lacking, strict=True) if ids]
+    if faults:
         raise InputError(
             f"the rows{of} with {one.source} are not the same: {'; '.join(faults)}",
             where=where,
             hint="evaluate both variants on the same rows",
         )
+    one, other = one.select(in_other), other.select(in_one)
+    passages = one.passages or other.passages
+    one, other = replace(one, passages=passages), replace(other, passages=passages)
     if one.references != other.references:
         pairs = zip(one.ids, one.references, other.references, strict=True)
         differing = [name for name, first, second in pairs if first != second]
@@ -236,3 +303,4 @@ def _check_paired(metric: str, a: MetricColumns, b: MetricColumns, names: tuple[
             where=where,
             hint="compare variants that were evaluated on the same data",
         )
+    return one, other

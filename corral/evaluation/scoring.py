@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from corral.errors import InputError
 from corral.evaluation.statistics import Measure
-from corral.metrics.bleu import bleu, bleu_statistics
-from corral.metrics.rouge import Rouge, RougeScores
+from corral.metrics.bleu import bleu, bleu_signature, bleu_statistics, bleu_tokenizer
+from corral.metrics.rouge import Rouge, RougeScores, has_hidden_words, rouge_signature, unicode_words
 
 Direction = Literal["lower", "higher"]
 
@@ -35,6 +35,7 @@ class Metric:
 
 METRICS: Mapping[str, Metric] = {
     "loss": Metric("Held-out loss", "nats per token", "lower"),
+    "bits_per_byte": Metric("Held-out loss in bits per byte", "bits per byte of the answers", "lower"),
     "rouge1": Metric("ROUGE-1", "F, 0–1", "higher"),
     "rouge2": Metric("ROUGE-2", "F, 0–1", "higher"),
     "rougeL": Metric("ROUGE-L", "F, 0–1", "higher"),
@@ -80,6 +81,9 @@ class Row:
         answer: the generated text; None if none was generated.
         other_references: more texts that are as good. ROUGE is then the best over all references, and there is no BLEU.
         correct: `accuracy`, `logprob`, `logprob_byte`: those that were measured.
+        bytes: of the reference answer in UTF-8.
+        passage: hash of the passage that it is about; rows about one passage are not independent.
+        skipped: `loss`, `answers` or `options` → why the variant could not be measured on this row.
     """
 
     id: str
@@ -89,6 +93,9 @@ class Row:
     answer: str | None = None
     other_references: tuple[str, ...] = ()
     correct: Mapping[str, bool] = field(default_factory=dict[str, bool])
+    bytes: int | None = None
+    passage: str | None = None
+    skipped: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +106,13 @@ class VariantRows:
         rows: of the run's own test data.
         info: figures about all answers (tokens, seconds, answers_per_second); those of a task are `TASK/NAME`.
         tasks: rows of each task, by its name.
+        conditions: what they depend on besides the rows, as `answering.identity.variant_conditions`; empty if not known.
     """
 
     rows: Sequence[Row]
     info: Mapping[str, float] = field(default_factory=dict[str, float])
     tasks: Mapping[str, Sequence[Row]] = field(default_factory=dict[str, Sequence[Row]])
+    conditions: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +123,36 @@ class Column:
         ids: of the rows; the measure's rows are in the same order.
         source: `loss`, `answers` or `options`, for messages.
         references: the references of each row's answer; empty for a metric without references.
+        passages: what each row is about; rows about the same are one unit of `clustered`. Empty: each is about its own.
+        skipped: rows without a score by id, and why.
+        signature: how it was computed, where there are several ways.
     """
 
     ids: tuple[str, ...]
     source: str
     measure: Measure
     references: tuple[tuple[str, ...], ...] = ()
+    passages: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict[str, str])
+    signature: str = ""
+
+    @property
+    def clustered(self) -> Measure:
+        """The measure with the rows about one passage as one unit."""
+        return self.measure.clustered(self.passages) if self.passages else self.measure
+
+    def select(self, ids: Collection[str]) -> Column:
+        """The rows with these ids."""
+        places = [place for place, id_ in enumerate(self.ids) if id_ in ids]
+        if len(places) == len(self.ids):
+            return self
+        return replace(
+            self,
+            ids=tuple(self.ids[place] for place in places),
+            measure=self.measure.select(places),
+            references=tuple(self.references[place] for place in places) if self.references else (),
+            passages=tuple(self.passages[place] for place in places) if self.passages else (),
+        )
 
 
 MetricColumns: TypeAlias = Mapping[str, Column]
@@ -128,6 +161,7 @@ MetricColumns: TypeAlias = Mapping[str, Column]
 
 def score_variant(variant: str, rows: VariantRows, rouge: Rouge | None = None) -> MetricColumns:
     """Score all rows of a variant. Raises: as `score_rows`."""
+    rouge = rouge or Rouge(unicode=None)
     columns = dict(score_rows(variant, rows.rows, rouge))
     for task, task_rows in rows.tasks.items():
         scored = score_rows(f"{variant}, task {task}", task_rows, rouge)
@@ -141,7 +175,7 @@ def score_rows(variant: str, rows: Sequence[Row], rouge: Rouge | None = None) ->
     Args:
         variant: its name, for messages.
         rows: in any order.
-        rouge: `Rouge()` by default; pass one to reuse its vocabulary.
+        rouge: `Rouge(unicode=None)` by default; pass one to reuse its vocabulary.
 
     Raises:
         InputError: a repeated id, an nll without its tokens or the reverse, or a loss that is not a finite number.
@@ -151,44 +185,68 @@ def score_rows(variant: str, rows: Sequence[Row], rouge: Rouge | None = None) ->
     if repeated:
         raise InputError(f"row ids appear more than once: {abbreviate(repeated)}", where=where, hint="one row per id")
     rows = sorted(rows, key=lambda row: row.id)
-    columns = {"loss": _loss_column(rows, where), **_text_columns(rows, rouge or Rouge()), **_correctness_columns(rows)}
+    columns = {
+        **_loss_columns(rows, where),
+        **_text_columns(rows, rouge or Rouge(unicode=None)),
+        **_correctness_columns(rows),
+    }
     return {name: column for name, column in columns.items() if column.ids}
 
 
-def _loss_column(rows: Sequence[Row], where: str) -> Column:
-    losses = [(row.id, *_checked_loss(row, where)) for row in rows if row.nll is not None or row.tokens is not None]
-    sums = np.array([(nll, tokens) for _, nll, tokens in losses], dtype=np.float64).reshape(-1, 2)
-    return Column(tuple(id_ for id_, _, _ in losses), "loss", Measure.ratio(sums[:, 0], sums[:, 1]))
+def _column(all_rows: Sequence[Row], rows: Sequence[Row], source: str, measure: Measure) -> Column:
+    """A column over some of the rows, with the reasons why others are skipped."""
+    skipped = {row.id: row.skipped[source] for row in all_rows if source in row.skipped}
+    passages = tuple(row.passage or row.id for row in rows) if any(row.passage for row in rows) else ()
+    return Column(tuple(row.id for row in rows), source, measure, passages=passages, skipped=skipped)
+
+
+def _loss_columns(rows: Sequence[Row], where: str) -> dict[str, Column]:
+    known = [row for row in rows if row.nll is not None or row.tokens is not None]
+    sums = np.array([_checked_loss(row, where) for row in known], dtype=np.float64).reshape(-1, 2)
+    columns = {"loss": _column(rows, known, "loss", Measure.ratio(sums[:, 0], sums[:, 1]))}
+    if all(row.bytes for row in known):
+        sizes = np.array([row.bytes for row in known], dtype=np.float64)
+        columns["bits_per_byte"] = _column(rows, known, "loss", Measure.ratio(sums[:, 0] / math.log(2), sizes))
+    return columns
 
 
 def _text_columns(rows: Sequence[Row], rouge: Rouge) -> dict[str, Column]:
-    texts = [(row, row.reference, row.answer) for row in rows if row.reference is not None and row.answer is not None]
+    texts = [row for row in rows if row.reference is not None and row.answer is not None]
     if not texts:
         return {}
-    ids, answers = tuple(row.id for row, _, _ in texts), [answer for _, _, answer in texts]
-    references = tuple((reference, *row.other_references) for row, reference, _ in texts)
-    scores = np.array(
-        [
-            rouge.score_pairs(row_references, [answer] * len(row_references)).max(axis=0)
-            for row_references, answer in zip(references, answers, strict=True)
-        ]
-    )
-    columns = {
-        name: Column(ids, "answers", Measure.mean(scores[:, index]), references)
-        for index, name in enumerate(RougeScores._fields)
-    }
-    if all(len(row_references) == 1 for row_references in references):
-        counts = bleu_statistics([first for first, *_ in references], answers)
-        columns["bleu"] = Column(ids, "answers", Measure.corpus(counts, bleu), references)
+    references = {row.id: (row.reference or "", *row.other_references) for row in texts}
+    answers = [row.answer or "" for row in texts]
+    # Where a reference has no words, in any script, every answer would score 0.
+    in_words = [row for row in texts if any(map(unicode_words, references[row.id]))]
+    scores = [
+        rouge.score_pairs(references[row.id], [row.answer or ""] * len(references[row.id])).max(axis=0)
+        for row in in_words
+    ]
+    table = np.array(scores, dtype=np.float64).reshape(-1, len(RougeScores._fields))
+    hidden = sum(any(map(has_hidden_words, references[row.id])) for row in in_words)
+    wordless = {row.id: "the reference has no words" for row in texts if row not in in_words}
+    columns: dict[str, Column] = {}
+    for index, name in enumerate(RougeScores._fields):
+        column = _column(rows, in_words, "answers", Measure.mean(table[:, index]))
+        columns[name] = replace(
+            column,
+            references=tuple(references[id_] for id_ in column.ids),
+            skipped={**column.skipped, **wordless},
+            signature=rouge_signature(hidden, len(in_words)),
+        )
+    if all(len(of_row) == 1 for of_row in references.values()):
+        firsts = [first for first, *_ in references.values()]
+        tokenizer = bleu_tokenizer(firsts)
+        column = _column(rows, texts, "answers", Measure.corpus(bleu_statistics(firsts, answers, tokenizer), bleu))
+        columns["bleu"] = replace(column, references=tuple(references.values()), signature=bleu_signature(tokenizer))
     return columns
 
 
 def _correctness_columns(rows: Sequence[Row]) -> dict[str, Column]:
     columns: dict[str, Column] = {}
     for name, source in (("accuracy", "answers"), ("logprob", "options"), ("logprob_byte", "options")):
-        graded = [(row.id, row.correct[name]) for row in rows if name in row.correct]
-        values = np.array([correct for _, correct in graded], dtype=np.float64)
-        columns[name] = Column(tuple(id_ for id_, _ in graded), source, Measure.mean(values))
+        graded = [row for row in rows if name in row.correct]
+        columns[name] = _column(rows, graded, source, Measure.rate([row.correct[name] for row in graded]))
     return columns
 
 

@@ -29,7 +29,7 @@ def table_rows(card: Scorecard) -> list[tuple[str, ...]]:
     comparisons = {(c.a, c.metric): c for c in card.comparisons}
     counterparts = {c.b for c in card.comparisons} or {card.baseline}
     difference = f"− {next(iter(counterparts))}" if len(counterparts) == 1 else "difference"
-    rows: list[tuple[str, ...]] = [("metric", "variant", "mean ± se", "rows", difference, f"{LEVEL:.0%} interval", "p")]
+    rows: list[tuple[str, ...]] = [("metric", "variant", "mean ± se", "rows", difference, "interval", "p")]
     for name in sort_metrics(metric for variant in card.variants.values() for metric in variant.metrics):
         metric = describe_metric(name)
         label = f"{metric.label} {ARROWS.get(metric.better or '', '')}".rstrip()
@@ -69,12 +69,16 @@ def cost_rows(variants: Mapping[str, Variant]) -> list[tuple[str, ...]]:
 
 def render_scores(card: Scorecard) -> Table:
     """`table_rows` as a table for a terminal; it fits 80 columns if names have a usual length."""
-    caption = [f"p: Holm over metrics; better ✓ or worse ✗ at {SIGNIFICANT}"]
+    caption = [
+        f"better ✓ or worse ✗: p below {SIGNIFICANT}, and an interval without 0",
+        f"primary: {describe_metric(card.primary).label}, {LEVEL:.0%} interval; others: adjusted (Holm)",
+    ]
     for pair in card.unpaired:
         for name, metrics in ((pair.a, pair.only_a), (pair.b, pair.only_b)):
             if metrics:
                 labels = ", ".join(describe_metric(metric).label for metric in metrics)
                 caption.append(f"{pair.a} and {pair.b}, not compared: only {name} has {labels}")
+    caption += [f"! {caution}" for caution in card.cautions]
     return _render(table_rows(card), "\n".join(caption))
 
 
@@ -97,8 +101,13 @@ def _render(rows: Sequence[tuple[str, ...]], caption: str) -> Table:
 
 
 def _mean_and_error(value: MetricValue, metric: Metric) -> str:
-    mean = f"{value.mean:.{metric.digits}f}"
-    return mean if value.se is None else f"{mean} ± {value.se:.{metric.digits}f}"
+    mean, digits = f"{value.mean:.{metric.digits}f}", metric.digits
+    if value.se is not None:
+        return f"{mean} ± {value.se:.{digits}f}"
+    # No row differs: a rate has an interval all the same.
+    if value.low is None or value.high is None:
+        return mean
+    return f"{mean} (≤ {value.high:.{digits}f})" if value.mean == value.low else f"{mean} (≥ {value.low:.{digits}f})"
 
 
 def _comparison_cells(comparison: Comparison | None, metric: Metric, *, name_counterpart: bool) -> tuple[str, str, str]:

@@ -97,7 +97,9 @@ def join_rows(answers: Mapping[str, Mapping[str, Any]], options: Mapping[str, Ma
     """A variant's rows of a task: answers and log-probabilities of options, joined by id."""
     rows: list[Row] = []
     for id_ in sorted(answers.keys() | options.keys()):
-        row = row_from_answer(answers[id_]) if id_ in answers else Row(id_)
-        correct = dict(row.correct) | (dict(row_from_options(options[id_]).correct) if id_ in options else {})
-        rows.append(replace(row, correct=correct))
+        parts = (("answers", answers.get(id_)), ("options", options.get(id_)))
+        skipped = {source: str(row["skipped"]) for source, row in parts if row and "skipped" in row}
+        row = row_from_answer(answers[id_]) if id_ in answers and "answers" not in skipped else Row(id_)
+        by_option = row_from_options(options[id_]).correct if id_ in options and "options" not in skipped else {}
+        rows.append(replace(row, correct={**row.correct, **by_option}, skipped=skipped))
     return rows

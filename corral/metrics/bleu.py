@@ -11,19 +11,31 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from corral.metrics.rouge import unspaced_scripts
+
 Floats: TypeAlias = NDArray[np.float64]
 BLEU_ORDERS = 4
 
 
-def bleu_statistics(references: Sequence[str], candidates: Sequence[str]) -> Floats:
+def bleu_tokenizer(references: Sequence[str]) -> str:
+    """The name of sacrebleu's tokenizer for these texts: `13a`, as usual, splits at spaces.
+
+    Where a script has none, a sentence would be one token: so it is `zh` for Chinese characters, and `char` if there are
+    Japanese, Thai, Lao, Khmer or Burmese ones.
+    """
+    unspaced = {script for text in references for script in unspaced_scripts(text)}
+    return "13a" if not unspaced else "zh" if unspaced == {"Han"} else "char"
+
+
+def bleu_statistics(references: Sequence[str], candidates: Sequence[str], tokenizer: str = "13a") -> Floats:
     """[n, 10] counts, a row per text: tokens of candidate and reference, matched 1- to 4-grams, all 1- to 4-grams.
 
-    Counted by sacrebleu (tokenizer 13a, one reference each). `bleu` of the column sums is the corpus score.
+    Counted by sacrebleu (one reference each). `bleu` of the column sums is the corpus score.
     """
     from sacrebleu.metrics.bleu import BLEU
 
     # Effective order changes only the sentence score, which is not used, and silences sacrebleu's warning about it.
-    metric = BLEU(effective_order=True)
+    metric = BLEU(effective_order=True, tokenize=tokenizer)
     rows = np.zeros((len(candidates), 2 + 2 * BLEU_ORDERS))
     for row, reference, candidate in zip(rows, references, candidates, strict=True):
         counted = metric.sentence_score(candidate, [reference])
@@ -48,10 +60,10 @@ def bleu(sums: Floats) -> Floats:
     return np.where(~unmatched.all(axis=-1) & (total > 0).all(axis=-1), score, 0.0)
 
 
-def bleu_signature() -> str:
+def bleu_signature(tokenizer: str = "13a") -> str:
     """sacrebleu's signature of this BLEU, for comparison with other people's scores."""
     from sacrebleu.metrics.bleu import BLEU
 
-    metric = BLEU()
+    metric = BLEU(tokenize=tokenizer)
     metric.corpus_score(["a"], [["a"]])  # the signature contains the number of references, which is known after scoring
     return str(metric.get_signature())

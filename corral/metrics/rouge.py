@@ -27,7 +27,8 @@ VOCABULARY_LIMIT = 1 << 18
 
 _ASCII_WORDS = bytes(b if chr(b) in "abcdefghijklmnopqrstuvwxyz0123456789" else ord(" ") for b in range(256))
 # Scripts written without spaces: each character with its marks is a token.
-_UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+_UNSPACED_SCRIPTS = ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar")
+_UNSPACED = "[" + "".join(rf"\p{{{script}}}" for script in _UNSPACED_SCRIPTS) + "]"
 
 
 class RougeScores(NamedTuple):
@@ -43,10 +44,27 @@ def ascii_words(text: str) -> list[str]:
     return text.lower().encode("ascii", "replace").translate(_ASCII_WORDS).decode("ascii").split()
 
 
+def has_hidden_words(text: str) -> bool:
+    """Whether a text has words without any of `a-z0-9`, which rouge-score does not see: a perfect answer may score 0."""
+    return any(not ascii_words(word) for word in unicode_words(text))
+
+
 def unicode_words(text: str) -> list[str]:
     """Words of any script: NFKC, case-folded runs of letters, digits and marks; one per character where a script has
     no spaces (Chinese, Japanese, Thai, …). On ASCII text it equals `ascii_words`."""
     return _unicode_pattern().findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+def unspaced_scripts(text: str) -> set[str]:
+    """The scripts without spaces between words that a text has characters of."""
+    return {script for script in _UNSPACED_SCRIPTS if _script_pattern(script).search(text)}
+
+
+@lru_cache
+def _script_pattern(script: str) -> regex.Pattern[str]:
+    import regex
+
+    return regex.compile(rf"\p{{{script}}}")
 
 
 @lru_cache(maxsize=1)
@@ -90,20 +108,23 @@ class Rouge:
     Args:
         stemmer: compare Porter stems of words longer than three letters (nltk's PorterStemmer, as rouge-score does).
         unicode: take words of any script (`unicode_words`). Without it the scores are rouge-score's, and a text
-            without Latin letters or digits scores 0.
+            without Latin letters or digits scores 0. None: where the reference has words that rouge-score does not see.
     """
 
-    def __init__(self, *, stemmer: bool = True, unicode: bool = False) -> None:
+    def __init__(self, *, stemmer: bool = True, unicode: bool | None = False) -> None:
         self._stemmer = stemmer
-        self._words = unicode_words if unicode else ascii_words
+        self._unicode = unicode
         self._vocabulary = _Vocabulary(stemmer)
 
     def encode(self, texts: Sequence[str]) -> list[array[int]]:
-        """Each text as the integers of its words; equal integers mean equal (stemmed) words *within one call*."""
+        """Each text as the integers of its words; equal integers mean equal (stemmed) words *within one call*. The first text
+        is the reference."""
+        unicode = self._unicode if self._unicode is not None else bool(texts) and has_hidden_words(texts[0])
+        words = unicode_words if unicode else ascii_words
         if len(self._vocabulary) > VOCABULARY_LIMIT:
             self._vocabulary = _Vocabulary(self._stemmer)
         number = self._vocabulary.__getitem__
-        return [array("I", map(number, self._words(text))) for text in texts]
+        return [array("I", map(number, words(text))) for text in texts]
 
     def score(self, reference: str, candidate: str) -> RougeScores:
         """The three F-measures of a candidate against its reference; all 0 when either has no words."""
@@ -166,6 +187,14 @@ def _f_measure(common: int, reference_size: int, candidate_size: int) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def rouge_signature(*, stemmer: bool = True, unicode: bool = False) -> str:
-    """The signature of `Rouge` with these settings; `words:ascii` equals rouge-score 0.1.2."""
-    return f"value:f|stem:{'porter' if stemmer else 'no'}|words:{'unicode' if unicode else 'ascii'}"
+def rouge_signature(unicode_rows: int, rows: int) -> str:
+    """How `Rouge` was computed for rows of which some were split into words of any script; `words:ascii` equals rouge-score
+    0.1.2."""
+    words = (
+        "ascii"
+        if not unicode_rows
+        else "unicode"
+        if unicode_rows == rows
+        else f"ascii, unicode in {unicode_rows} of {rows} rows"
+    )
+    return f"value:f|stem:porter|words:{words}"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corral.answering.answerer import Answerer
 from corral.answering.examples import training_examples
-from corral.answering.identity import source_examples_digest, variant_digest
+from corral.answering.identity import source_examples_digest, variant_conditions, variant_digest
 from corral.answering.sync import SyncAnswerer
 from corral.engines.registry import default_engine, load_engine
 from corral.errors import InputError
@@ -65,11 +65,17 @@ def evaluate(context: RunContext, stage: Stage) -> None:
         missing = [variant for variant in variants if not measurements.is_complete(variant, data)]
         if missing:
             _measure(context, model, missing, measurements, data)
+    measurements.write_facts(data)
+    specs = {variant.name: (model, variant) for model, variants in variants_by_model.items() for variant in variants}
     card = scorecard.build_scorecard(
-        {name: measurements.variant_rows(name) for name in (*BUILT_IN_VARIANTS, *(v.name for v in config.variants))},
+        {
+            name: replace(measurements.variant_rows(name), conditions=_conditions(context, *specs[name], data))
+            for name in (*BUILT_IN_VARIANTS, *(v.name for v in config.variants))
+        },
         baseline=BASELINE,
         compared_with={variant.name: variant.compared_with for variant in config.variants},
         seed=context.recipe.seed,
+        primary=config.primary,
     )
     write_atomic(stage.path / SCORECARD, card.to_json())
 
@@ -103,6 +109,22 @@ def _model_digest(context: RunContext, model: _Model) -> str:
     """Hash of the weights, the template, the engine and its device and dtype."""
     weights = context.base.identity if model.name == "base" else f"{_fingerprint(context, 'merge')} {model.form or ''}"
     return variant_digest(weights, context.template, model.engine, context.placement.device, context.placement.dtype)
+
+
+def _conditions(context: RunContext, model: _Model, variant: VariantSpec, data: EvaluationData) -> dict[str, Any]:
+    """What the rows of a variant depend on."""
+    placement = context.placement
+    conditions = variant_conditions(
+        variant.model_identity,
+        context.template,
+        model.engine,
+        (placement.device, placement.dtype),
+        variant.settings,
+        variant.seed,
+        variant.examples_identity or data.examples_identity,
+    )
+    limits = {task.name: {"max_tokens": task.max_tokens} for task in data.tasks if task.max_tokens is not None}
+    return conditions | ({"tasks": limits} if limits else {})
 
 
 def _fingerprint(context: RunContext, stage: str) -> str:
@@ -168,7 +190,13 @@ def read_variant_rows(folder: Path, name: str) -> VariantRows:
         raise InputError(
             f"this run has no variant {name!r}", where=str(folder.parent), hint=f"it has {', '.join(known)}"
         )
-    return Measurements(folder).variant_rows(name)
+    return replace(Measurements(folder).variant_rows(name), conditions=known[name].conditions)
+
+
+def read_primary(folders: Sequence[Path]) -> str:
+    """The primary metric of the recipe of these evaluate stages, or the default where they differ."""
+    named = {Scorecard.from_json((folder / SCORECARD).read_text("utf-8")).primary for folder in folders}
+    return named.pop() if len(named) == 1 else scorecard.PRIMARY
 
 
 def parse_variant(spec: str) -> tuple[Path, str]:

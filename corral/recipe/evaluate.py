@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
@@ -15,6 +16,17 @@ BUILT_IN_VARIANTS = ("base", "tuned")
 
 EngineName = Literal["transformers", "openvino", "vllm"]
 TaskName = Literal["arithmetic", "commonsense_qa", "mmlu", "truthfulqa", "xsum", "boolq"]
+
+OWN_METRICS = ("loss", "rouge1", "rouge2", "rougeL", "bleu")
+"""Metrics of the run's own test rows."""
+_CHOICE_METRICS = ("accuracy", "logprob", "logprob_byte")
+TASK_METRICS: Mapping[str, tuple[str, ...]] = {
+    "arithmetic": ("accuracy",),
+    **dict.fromkeys(("commonsense_qa", "mmlu", "boolq"), _CHOICE_METRICS),
+    "truthfulqa": ("rouge1", "rouge2", "rougeL"),
+    "xsum": ("rouge1", "rouge2", "rougeL", "bleu"),
+}
+"""Metrics of each task."""
 
 _FORMS = {f"{to}-{kind}": ExportForm(to, kind) for to, kinds in EXPORT_TYPES.items() for kind in kinds}
 
@@ -98,6 +110,10 @@ class Evaluate(Section):
     """Most test rows for the held-out loss."""
     answer_rows: PositiveInt = 50
     """Most test rows for which answers are generated and scored (ROUGE, BLEU)."""
+    primary: str = "loss"
+    """The metric that decides whether one variant is better than another: `loss`, `rouge1`, `rouge2`, `rougeL`, `bleu`, or
+    `TASK/METRIC` of a task below, such as `arithmetic/accuracy`. Name it before you see the scores. The others are secondary:
+    their p-values and intervals are adjusted for their number."""
     variants: tuple[Variant, ...] = ()
     """Variants besides base and tuned: one `[[evaluate.variants]]` table each."""
     tasks: tuple[Task, ...] = ()
@@ -118,12 +134,37 @@ class Evaluate(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _check_primary(self) -> Self:
+        known = [*OWN_METRICS, *(f"{task.name}/{metric}" for task in self.tasks for metric in TASK_METRICS[task.name])]
+        if self.primary not in known:
+            task = self.primary.partition("/")[0]
+            advice = (
+                f"add the task {task!r}, or "
+                if task in TASK_METRICS and task not in (t.name for t in self.tasks)
+                else ""
+            )
+            raise ValueError(f"`primary` = {self.primary!r} is not measured: {advice}give one of {', '.join(known)}")
+        return self
+
     def check_variants(self, answer: Answer) -> None:
-        """Raises ValueError if a variant's changes are not valid together with `[answer]`."""
+        """Raises ValueError if a variant's changes are not valid together with `[answer]`, or if it selects its answers by the
+        primary metric."""
+        methods: dict[str, str] = dict.fromkeys(BUILT_IN_VARIANTS, answer.consensus.method)
         for i, variant in enumerate(self.variants):
             try:
-                variant.answer_settings(answer)
+                methods[variant.name] = variant.answer_settings(answer).consensus.method
             except ValidationError as error:
                 first = error.errors()[0]
                 reason = first.get("ctx", {}).get("error", first["msg"])
                 raise ValueError(f"`evaluate.variants.{i}.answer` with `[answer]`: {reason}") from None
+        if not self.primary.rpartition("/")[2].startswith("rouge"):
+            return
+        for variant in self.variants:
+            sides = [methods[name].startswith("rouge-l") for name in (variant.name, variant.compared_with)]
+            if sides[0] != sides[1]:
+                chosen = variant.name if sides[0] else variant.compared_with
+                raise ValueError(
+                    f"variant {chosen!r} chooses its answers by ROUGE-L, and would be judged by `evaluate.primary` = "
+                    f"{self.primary!r}: name another primary metric, or choose by another `consensus.method`"
+                )

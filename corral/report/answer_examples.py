@@ -37,7 +37,7 @@ def choose_examples(completions: Sequence[JsonObject], baseline: str = "base") -
     for line in completions:
         by_id.setdefault(str(line.get("id")), {})[str(line.get("variant"))] = line
     order = _variant_order(completions, baseline)
-    rouge = Rouge()
+    rouge = Rouge(unicode=None)
     examples = [_build_example(answers, order, rouge) for answers in by_id.values()]
     if len(order) > 1:
         before, after = order[0], order[-1]

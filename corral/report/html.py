@@ -87,6 +87,7 @@ def render_page(record: RunRecord, scores: Sequence[MetricScores], pictures: Map
         pairs=list(pairs),
         costs=cost_rows(card.variants if card else {}),
         signatures=card.signatures if card else {},
+        cautions=card.cautions if card else [],
         pictures=pictures,
         facts=_facts(record),
         ledger=_ledger_view(record.ledger),

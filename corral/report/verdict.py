@@ -45,8 +45,9 @@ def give_verdict(record: RunRecord, scores: Sequence[MetricScores]) -> Verdict:
 
 
 def _compared(compared: Sequence[MetricScores]) -> Verdict:
-    first, *others = compared
-    # Of several variants, the tuned model is what a run is about.
+    # The primary metric decides; of several variants, the tuned model is what a run is about.
+    first = next((score for score in compared if any(c.primary for c in score.comparisons)), compared[0])
+    others = [score for score in compared if score is not first]
     main = next((c for c in first.comparisons if c.a == "tuned"), first.comparisons[-1])
     digits = first.metric.digits
     name = _lower_first(first.metric.label)
@@ -60,7 +61,9 @@ def _compared(compared: Sequence[MetricScores]) -> Verdict:
         headline = f"The {main.a} model’s {name} {verb}{means}"
     facts = [f"difference {signed(main.difference, digits)}"]
     if main.low is not None and main.high is not None:
-        facts.append(f"95{JOIN}% interval {signed(main.low, digits)} to {signed(main.high, digits)}")
+        facts.append(
+            f"{100 * main.level:.3g}{JOIN}% interval {signed(main.low, digits)} to {signed(main.high, digits)}"
+        )
     facts.append(unbroken(format_p_equation(main.p_holm)))
     figures = f"({', '.join(facts)}) on {count(main.n)} row{'s' * (main.n != 1)}."
     return Verdict(headline, main.outcome, figures, [*_sensitivity(main, digits), *_other_metrics(others, main)])
@@ -77,7 +80,7 @@ def _sensitivity(main: Comparison, digits: int) -> list[str]:
 
 
 def _other_metrics(others: Sequence[MetricScores], main: Comparison) -> list[str]:
-    """One sentence on the other metrics of the same pair."""
+    """One sentence on the other metrics of the same pair, adjusted for their number."""
     parts: list[str] = []
     for outcome, word in OUTCOME_WORDS.items():
         labels = [
@@ -88,7 +91,7 @@ def _other_metrics(others: Sequence[MetricScores], main: Comparison) -> list[str
         ]
         if labels:
             parts.append(f"{word} {'by' if outcome == 'undecided' else 'on'} {listing(labels)}")
-    return [f"Other metrics: {'; '.join(parts)}."] if parts else []
+    return [f"{'Secondary' if main.primary else 'Other'} metrics: {'; '.join(parts)}."] if parts else []
 
 
 def _lower_first(label: str) -> str:

@@ -68,6 +68,7 @@ def test_an_added_variant_and_task_leave_earlier_rows_as_they_are(
     assert cli.main(["compare", *both, "--json"]) == 0
     compared = json.loads(capsys.readouterr().out)
     assert compared["baseline"] == str(run)
+    assert any("answer.shots.count = 1, not 0" in caution for caution in compared["cautions"])
     expected = {c["metric"]: c["difference"] for c in card["comparisons"] if c["a"] == "shots"}
     assert {c["metric"]: c["difference"] for c in compared["comparisons"]} == expected
     assert cli.main(["compare", f"{run}:nobody", str(run)]) == 2
@@ -85,6 +86,9 @@ def test_a_changed_variant_is_evaluated_again_and_other_settings_are_refused(
     assert len(answers) == 12
     assert all(row["tokens"] <= 3 for row in answers)
     assert read_lines(run / "evaluate" / "losses.jsonl") == read_lines(finished_run / "evaluate" / "losses.jsonl")
+    assert cli.main(["compare", str(run), str(finished_run), "--json"]) == 0
+    (caution,) = json.loads(capsys.readouterr().out)["cautions"]
+    assert "differ in more than the model: answer.max_tokens = 3, not" in caution
     assert cli.main(["evaluate", str(run), "--set", "model.base=x"]) == 2
     assert "neither [evaluate] nor [answer]" in capsys.readouterr().err
 

@@ -123,7 +123,7 @@ def test_compare_shows_two_runs_side_by_side(finished_run: Path, run_copy: Path)
     for comparison in json.loads(done.stdout)["comparisons"]:
         assert comparison["difference"] == 0
         assert comparison["p"] == 1
-    assert corral("compare", run_copy, finished_run).stdout.count("Held-out loss") == 1
+    assert corral("compare", run_copy, finished_run).stdout.count("Held-out loss ↓") == 1
 
 
 def test_the_report_is_the_same_when_it_is_written_again(run_copy: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 from corral.answering.answerer import Answerer
 from corral.engines.base import Sampling
 from corral.engines.scripted import ScriptedEngine
-from corral.evaluation.inference import Item, compute_option_logprobs, generate_answers, option_logprob
+from corral.errors import RequestError
+from corral.evaluation.inference import Item, compute_losses, compute_option_logprobs, generate_answers, option_logprob
 from corral.evaluation.question_sets import Question
 from corral.evaluation.row_file import RowFile, RowProducer
 from corral.messages import Conversation
@@ -85,3 +87,40 @@ def test_an_options_log_probability_equals_a_direct_computation(
             logprobs = model(torch.tensor([[*ids, *answer]])).logits[0].log_softmax(-1)
         direct = sum(float(logprobs[len(ids) + i - 1, id_]) for i, id_ in enumerate(answer))
         assert logprob == pytest.approx(direct, abs=1e-4)
+
+
+LONG = Conversation.from_turns(("user", "word " * 300), ("assistant", "x"))
+SHORT = Conversation.from_turns(("user", "now"), ("assistant", "x"))
+
+
+@pytest.mark.parametrize("what", ["losses", "answers", "options"])
+def test_an_overlong_row_is_finished_with_a_reason_and_the_others_are_measured(
+    template: Template, tmp_path: Path, what: str
+) -> None:
+    engine = ScriptedEngine([65])
+    engine.features = replace(engine.features, max_length=200)
+    answerer, file = Answerer(engine, template, Sampling(8)), RowFile(tmp_path / "rows.jsonl")
+    done: list[int] = []
+
+    async def measure(*conversations: Conversation) -> None:
+        items = [Item(f"{i}", conversation) for i, conversation in enumerate(conversations)]
+        if what == "losses":
+            await compute_losses(answerer, ME, items, file, done.append)
+        elif what == "answers":
+            await generate_answers(answerer, ME, items, file, done.append)
+        else:
+            texts = [c.messages[0].content for c in conversations]
+            questions = [Question(text, "B. on land", ("on land",), ("at sea", "on land"), text) for text in texts]
+            await compute_option_logprobs(answerer, ME, questions, file, done.append)
+
+    with pytest.raises(RequestError, match="exceed"):
+        asyncio.run(measure(LONG, LONG))
+    assert file.rows_of(ME) == {}, "if every row is refused, the fault is not in the rows"
+    asyncio.run(measure(LONG, SHORT))
+    reasons = [row.get("skipped") for row in file.rows_of(ME).values()]
+    assert [reason is not None and "exceed" in reason for reason in reasons].count(True) == 1
+    assert reasons.count(None) == 1
+    assert done[-1] == 2
+    before = file.path.read_bytes()
+    asyncio.run(measure(LONG, SHORT))
+    assert file.path.read_bytes() == before, "a skipped row is not asked again"

@@ -20,8 +20,10 @@ from corral.errors import EngineError
 from corral.evaluation.inference import Item
 from corral.evaluation.measurements import EvaluationData, Measurements, VariantSpec
 from corral.evaluation.question_sets import Question
+from corral.evaluation.scorecard import build_scorecard
+from corral.evaluation.scoring import score_rows
 from corral.evaluation.tasks import sample_task
-from corral.messages import Conversation
+from corral.messages import Conversation, with_input
 from corral.progress import Progress
 from corral.recipe import Answer
 from corral.template import Template
@@ -263,3 +265,26 @@ def test_a_vote_records_how_many_candidates_it_did_not_need(template: Template, 
     assert (info["candidates"], info["cancelled"]) == (25, finishes.count("cancelled"))
     assert info["mmlu/candidates"] == 20
     assert "candidates" not in Measurements(tmp_path).variant_rows("plain").info
+
+
+def test_an_overlong_row_is_counted_as_measured_and_kept_out_of_scores_and_costs(
+    template: Template, tmp_path: Path
+) -> None:
+    long = Item("long", Conversation.from_turns(("user", with_input("why?", "word " * 9000)), ("assistant", "so")))
+    shared = [
+        Item(f"q{i}", Conversation.from_turns(("user", with_input(f"{i}?", "x")), ("assistant", "é"))) for i in (1, 2)
+    ]
+    data = replace(dataset(), loss_items=[*ROWS, long, *shared], answer_items=[*ROWS, long, *shared])
+    measure(tmp_path, template, spec(), data=data)
+    measurements = Measurements(tmp_path)
+    measurements.write_facts(data)
+    rows = {row.id: row for row in measurements.variant_rows("tuned").rows}
+    assert rows["long"].skipped.keys() == {"loss", "answers"}
+    assert (rows["long"].nll, rows["long"].answer) == (None, None)
+    assert measurements.variant_rows("tuned").info["answers"] == 7
+    assert (rows["q1"].bytes, rows["row-0"].passage) == (2, None)
+    assert rows["q1"].passage == rows["q2"].passage != rows["long"].passage
+    columns = score_rows("tuned", list(rows.values()))
+    assert (len(columns["loss"].ids), len(columns["loss"].clustered)) == (7, 6)
+    card = build_scorecard({"tuned": measurements.variant_rows("tuned")}, baseline="tuned")
+    assert sum("1 of 8 rows of the test rows have no score" in caution for caution in card.cautions) == 2

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from corral.errors import InputError
-from corral.evaluation.statistics import Measure, compare, estimate, holm
+from corral.evaluation.statistics import ALPHA, Measure, compare, estimate, holm, holm_levels
 from corral.metrics.bleu import bleu
 
 Floats = NDArray[np.float64]
@@ -19,17 +18,20 @@ Floats = NDArray[np.float64]
 def measure(kind: str, rows: int, seed: int, shift: float = 0.0) -> Measure:
     """A measure of each kind on random rows; a higher shift scores higher."""
     rng = np.random.default_rng(seed)
+    if kind == "rate":
+        return Measure.rate((rng.random(rows) < 0.4 + shift).tolist())
     if kind == "mean":
         return Measure.mean(rng.normal(shift, 1, rows))
-    tokens = rng.integers(5, 60, rows).astype(np.float64)
+    tokens: Floats = rng.integers(5, 60, rows).astype(np.float64)
     if kind == "ratio":
         return Measure.ratio(tokens * rng.gamma(4, (1 + shift) / 4, rows), tokens)
     totals = np.stack([tokens - k for k in range(4)], axis=1)
     matched = rng.binomial(totals.astype(int), np.clip(np.array([0.7, 0.5, 0.3, 0.2]) + shift, 0, 1))
-    return Measure.corpus(np.column_stack([tokens, tokens, matched, totals]), bleu)
+    return Measure.corpus(np.column_stack([tokens, tokens, matched, totals]).astype(np.float64), bleu)
 
 
-KINDS = pytest.mark.parametrize("kind", ["mean", "ratio", "corpus"])
+KINDS = pytest.mark.parametrize("kind", ["rate", "mean", "ratio", "corpus"])
+RESAMPLED = pytest.mark.parametrize("kind", ["mean", "ratio", "corpus"])
 
 
 def test_a_mean_has_the_textbook_standard_error_and_interval() -> None:
@@ -38,7 +40,7 @@ def test_a_mean_has_the_textbook_standard_error_and_interval() -> None:
     se = values.std(ddof=1) / math.sqrt(5)
     assert result.mean == pytest.approx(0.5)
     assert result.se == pytest.approx(se)
-    assert (result.low, result.high) == pytest.approx((0.5 - 1.959964 * se, 0.5 + 1.959964 * se), rel=1e-6)
+    assert (result.low, result.high) == pytest.approx((0.5 - 2.776445 * se, 0.5 + 2.776445 * se), rel=1e-6)
     assert result.n == 5
 
 
@@ -71,14 +73,17 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say(kind: str, compare
     hits = 0
     for seed in range(rounds):
         a, b = measure(kind, 60, seed=1000 + seed, shift=shift), measure(kind, 60, seed=9000 + seed)
-        result = compare(a, b, seed=seed, trials=500) if compared else estimate(a, seed=seed, trials=500)
-        assert result.low is not None
-        assert result.high is not None
-        hits += result.low <= truth <= result.high
-    assert (0.89 if compared else 0.90) <= hits / rounds <= 0.98
+        if compared:
+            low, high = compare(a, b, seed=seed, trials=500).interval(ALPHA) or (math.nan, math.nan)
+        else:
+            result = estimate(a, seed=seed, trials=500)
+            low, high = result.low or 0.0, result.high or 0.0
+        hits += low <= truth <= high
+    # Exact intervals of rates cover at least as often as they say. Three standard errors either way.
+    assert 0.912 <= hits / rounds <= (0.995 if kind == "rate" else 0.985)
 
 
-@KINDS
+@RESAMPLED
 def test_p_is_uniform_when_there_is_no_difference(kind: str) -> None:
     rounds = 300
     results = [
@@ -90,25 +95,122 @@ def test_p_is_uniform_when_there_is_no_difference(kind: str) -> None:
     assert distance < 1.63 / math.sqrt(rounds)
 
 
-@pytest.mark.parametrize(("kind", "metrics"), [("mean", 1), ("ratio", 1), ("mean", 5)])
+@pytest.mark.parametrize(("kind", "metrics"), [("rate", 1), ("mean", 1), ("ratio", 1), ("mean", 5)])
 def test_the_minimum_detectable_effect_is_found_four_times_in_five(kind: str, metrics: int) -> None:
-    rounds = 250
-    seen = 0
+    rounds, alpha = 250, ALPHA / metrics
+    effects: list[float] = []
     for seed in range(rounds):
         a, b = measure(kind, 80, seed=1000 + seed), measure(kind, 80, seed=9000 + seed)
-        mde = compare(a, b, seed=seed, trials=2, metric_count=metrics).mde
-        assert mde is not None
-        shifted = Measure.ratio(a.statistics[:, 0] + mde * a.statistics[:, 1], a.statistics[:, 1])
+        effects.append(compare(a, b, seed=seed, trials=2).detectable(alpha) or 0.0)
+    seen = 0
+    for seed, effect in enumerate(effects):
+        a, b = measure(kind, 80, seed=1000 + seed), measure(kind, 80, seed=9000 + seed)
+        if kind == "rate":
+            a = measure(kind, 80, seed=1000 + seed, shift=effect)
+        else:
+            a = Measure.ratio(a.statistics[:, 0] + effect * a.statistics[:, 1], a.statistics[:, 1])
         # The smallest p of several that are looked at together counts below 5 % divided by their number.
-        seen += compare(shifted, b, seed=seed, trials=400 * metrics).p < 0.05 / metrics
+        seen += compare(a, b, seed=seed, trials=400 * metrics).p < alpha
     assert 0.72 <= seen / rounds <= 0.88
 
 
-def test_p_of_few_rows_is_the_share_of_all_sign_flips_that_reach_the_difference() -> None:
-    a, b = np.array([3.0, 1.0, 4.0, 1.0, 5.0]), np.array([2.0, 1.5, 1.0, 0.5, 3.0])
-    flips = np.array(list(itertools.product([1, -1], repeat=5)))
-    exact = (np.abs(flips @ (a - b)) >= abs((a - b).sum()) - 1e-12).mean()
-    assert compare(Measure.mean(a), Measure.mean(b), seed=0).p == pytest.approx(exact, abs=0.02)
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(["rate", "mean", "ratio", "corpus"]),
+    rows=st.integers(2, 60),
+    shift=st.sampled_from([0.0, 0.1, 0.2, 0.4]),
+    seed=st.integers(0, 10**6),
+    alpha=st.sampled_from([0.05, 0.025, 0.01]),
+)
+def test_an_interval_leaves_out_zero_exactly_if_p_is_below_its_level(
+    kind: str, rows: int, shift: float, seed: int, alpha: float
+) -> None:
+    result = compare(measure(kind, rows, seed, shift), measure(kind, rows, seed + 1), seed=seed, trials=2000)
+    interval = result.interval(alpha)
+    if interval is None:
+        assert result.p >= alpha or not result.se
+    else:
+        assert interval[0] <= result.difference + 1e-12
+        assert interval[1] >= result.difference - 1e-12
+        assert (result.p < alpha) == (interval[0] > 0 or interval[1] < 0)
+
+
+def test_the_p_of_a_rate_is_that_of_the_exact_test_of_discordant_rows() -> None:
+    a, b = Measure.rate([True] * 8 + [False] * 12), Measure.rate([True] * 2 + [False] * 17 + [True])
+    # Six rows for a, one for b.
+    assert compare(a, b, seed=0).p == pytest.approx(2 * (1 + 7) / 2**7)
+
+
+@pytest.mark.parametrize("rows", [10, 40])
+@pytest.mark.parametrize(("won", "lost"), [(0.0, 0.3), (0.02, 0.05), (0.2, 0.2), (0.5, 0.3), (0.7, 0.3)])
+def test_the_interval_of_two_rates_covers_at_least_as_often_as_it_says(rows: int, won: float, lost: float) -> None:
+    covered = 0.0
+    for a in range(rows + 1):
+        for b in range(rows + 1 - a):
+            chance = (
+                math.comb(rows, a)
+                * math.comb(rows - a, b)
+                * won**a
+                * lost**b
+                * max(0.0, 1 - won - lost) ** (rows - a - b)
+            )
+            if chance > 1e-9:
+                sides = [True] * a + [False] * (rows - a), [False] * a + [True] * b + [False] * (rows - a - b)
+                low, high = compare(*map(Measure.rate, sides), seed=0).interval(ALPHA) or (0.0, 0.0)
+                covered += chance * (low - 1e-9 <= won - lost <= high + 1e-9)
+    assert covered >= 0.95
+
+
+def test_no_hit_in_fifty_rows_leaves_room_for_a_rate_of_seven_percent() -> None:
+    none = Measure.rate([False] * 50)
+    result = estimate(none, seed=0)
+    assert (result.mean, result.se, result.low) == (0.0, None, 0.0)
+    assert result.high == pytest.approx(1 - 0.025 ** (1 / 50))
+    pair = compare(none, none, seed=0)
+    assert (pair.p, pair.detectable(ALPHA)) == (1.0, None)
+    assert pair.interval(ALPHA) == pytest.approx((-0.0711, 0.0711), abs=1e-4)
+
+
+@RESAMPLED
+def test_rows_that_are_all_alike_have_no_interval_rather_than_one_without_width(kind: str) -> None:
+    one = measure(kind, 1, seed=1)
+    alike = one.select([0] * 30)
+    result = estimate(alike, seed=0, trials=200)
+    assert (result.se, result.low, result.high) == (None, None, None)
+    assert compare(alike, alike, seed=0, trials=200).interval(ALPHA) is None
+
+
+def test_few_rows_are_not_significant_because_all_resamples_agree() -> None:
+    better = Measure.mean(np.array([0.3, 0.2, 0.4])), Measure.mean(np.array([0.1, 0.1, 0.1]))
+    result = compare(*better, seed=0)
+    assert result.p > 0.05
+    assert result.interval(ALPHA) is None
+
+
+def test_p_agrees_with_sign_flips_where_both_are_valid() -> None:
+    rng = np.random.default_rng(3)
+    for shift in (0.1, 0.2, 0.3):
+        differences = rng.normal(shift, 1, 80)
+        flipped = (rng.integers(2, size=(20_000, 80)) * 2 - 1) @ differences
+        exchangeable = (np.abs(flipped) >= abs(differences.sum())).mean()
+        assert compare(Measure.mean(differences), Measure.mean(np.zeros(80)), seed=0).p == pytest.approx(
+            exchangeable, rel=0.25, abs=0.01
+        )
+
+
+def test_rows_of_one_cluster_are_one_unit() -> None:
+    rng = np.random.default_rng(0)
+    passages = rng.normal(0, 1, 20)
+    values, keys = np.repeat(passages, 5), [f"p{i // 5}" for i in range(100)]
+    clustered = estimate(Measure.mean(values).clustered(keys), seed=0)
+    assert (clustered.mean, clustered.n) == (pytest.approx(passages.mean()), 20)
+    assert clustered.se == pytest.approx(passages.std(ddof=1) / math.sqrt(20))
+    assert (clustered.se or 0) > 2 * (estimate(Measure.mean(values), seed=0).se or 0)
+    hits = Measure.rate((values > 0).tolist())
+    assert hits.clustered(keys).kind == "ratio"
+    assert hits.clustered([str(i) for i in range(100)]) is hits
+    pair = compare(hits.clustered(keys), Measure.rate([False] * 100).clustered(keys), seed=0, trials=500)
+    assert (pair.n, pair.difference) == (20, pytest.approx((values > 0).mean()))
 
 
 def test_pairing_sees_a_small_difference_between_rows_that_vary_much() -> None:
@@ -117,8 +219,7 @@ def test_pairing_sees_a_small_difference_between_rows_that_vary_much() -> None:
     better = base + 0.1 + rng.normal(0, 0.2, 100)
     result = compare(Measure.mean(better), Measure.mean(base), seed=0)
     assert result.p < 0.001
-    assert result.low is not None
-    assert result.low > 0
+    assert (result.interval(ALPHA) or (0, 0))[0] > 0
     assert result.se == pytest.approx((better - base).std(ddof=1) / 10)
 
 
@@ -126,46 +227,47 @@ def test_pairing_sees_a_small_difference_between_rows_that_vary_much() -> None:
 def test_a_variant_against_itself_differs_by_nothing(kind: str) -> None:
     one = measure(kind, 30, seed=1)
     result = compare(one, one, seed=0)
-    assert (result.difference, result.low, result.high, result.p) == (0.0, 0.0, 0.0, 1.0)
-    assert result.se == 0.0
-    assert result.mde is None, "rows that do not differ say nothing of what would have shown"
+    assert (result.difference, result.p, result.se) == (0.0, 1.0, 0.0)
+    assert result.detectable(ALPHA) is None, "rows that do not differ say nothing of what would have shown"
 
 
 def test_rows_that_all_differ_by_the_same_amount_give_no_detectable_difference() -> None:
     one = np.random.default_rng(0).normal(1, 1, 50)
-    assert compare(Measure.mean(one + 0.1), Measure.mean(one), seed=0).mde is None
+    result = compare(Measure.mean(one + 0.1), Measure.mean(one), seed=0)
+    assert (result.detectable(ALPHA), result.interval(ALPHA)) == (None, None)
 
 
 @settings(max_examples=25, deadline=None)
 @given(
-    kind=st.sampled_from(["mean", "ratio", "corpus"]),
-    rows=st.integers(2, 40),
+    kind=st.sampled_from(["rate", "mean", "ratio", "corpus"]),
+    rows=st.integers(4, 40),
     seeds=st.tuples(*[st.integers(0, 99)] * 3),
 )
 def test_swapping_the_variants_only_changes_the_signs(kind: str, rows: int, seeds: tuple[int, int, int]) -> None:
     a, b = measure(kind, rows, seeds[0]), measure(kind, rows, seeds[1] + 100)
     there, back = compare(a, b, seed=seeds[2], trials=300), compare(b, a, seed=seeds[2], trials=300)
     assert back.difference == -there.difference
-    assert (back.low, back.high) == pytest.approx((-(there.high or 0), -(there.low or 0)), abs=1e-9)
+    low, high = there.interval(0.2) or (0, 0)
+    assert back.interval(0.2) == pytest.approx((-high, -low), abs=1e-9) or back.interval(0.2) is None
     assert back.p == there.p
     assert back.se == pytest.approx(there.se)
 
 
-@KINDS
+@RESAMPLED
 def test_the_same_seed_gives_the_same_figures_and_another_does_not(kind: str) -> None:
     a, b = measure(kind, 25, seed=1), measure(kind, 25, seed=2)
-    assert compare(a, b, seed=5) == compare(a, b, seed=5)
-    assert compare(a, b, seed=5).low != compare(a, b, seed=6).low
+    intervals = [compare(a, b, seed=seed).interval(ALPHA) for seed in (5, 5, 6)]
+    assert intervals[0] == intervals[1] != intervals[2]
 
 
-@KINDS
+@RESAMPLED
 def test_one_row_has_a_value_and_no_uncertainty(kind: str) -> None:
     a, b = measure(kind, 1, seed=1), measure(kind, 1, seed=2)
     single = estimate(a, seed=0)
     assert (single.mean, single.se, single.low, single.high, single.n) == (a.value, None, None, None, 1)
     pair = compare(a, b, seed=0)
     assert pair.difference == a.value - b.value
-    assert (pair.low, pair.high, pair.se, pair.mde, pair.p) == (None, None, None, None, 1.0)
+    assert (pair.interval(ALPHA), pair.se, pair.detectable(ALPHA), pair.p) == (None, None, None, 1.0)
 
 
 @KINDS
@@ -188,7 +290,7 @@ def test_resampling_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("corral.evaluation.statistics._MAX_CELLS", 50 * 7)
     pieces = compare(a, b, seed=0, trials=1000)
     assert pieces.p == whole.p
-    assert (pieces.low, pieces.high) == pytest.approx((whole.low, whole.high), rel=1e-12)
+    assert pieces.interval(ALPHA) == pytest.approx(whole.interval(ALPHA), rel=1e-12)
 
 
 def test_holm_multiplies_the_smallest_p_most_and_keeps_the_order() -> None:
@@ -201,3 +303,15 @@ def test_holm_multiplies_the_smallest_p_most_and_keeps_the_order() -> None:
 def test_holm_never_lowers_a_p_nor_exceeds_bonferroni(values: list[float]) -> None:
     for raw, adjusted in zip(values, holm(values), strict=True):
         assert raw <= adjusted <= min(1.0, raw * len(values)) + 1e-12
+
+
+@given(st.lists(st.floats(0, 1), max_size=8))
+def test_a_p_is_below_its_level_exactly_if_the_adjusted_p_is_below_five_percent(values: list[float]) -> None:
+    for raw, adjusted, level in zip(values, holm(values), holm_levels(values, 0.05), strict=True):
+        assert (raw < level) == (adjusted < 0.05)
+
+
+def test_after_the_first_p_that_fails_all_others_are_tested_at_its_level() -> None:
+    assert holm_levels([0.001, 0.03, 0.02], 0.05) == pytest.approx([0.05 / 3, 0.05, 0.025])
+    # At its own step, 0.04 would pass; Holm stopped before.
+    assert holm_levels([0.03, 0.001, 0.04], 0.05) == pytest.approx([0.025, 0.05 / 3, 0.025])

@@ -5,7 +5,7 @@ import io
 from rich.console import Console
 
 from corral.evaluation.scorecard import Scorecard, Variant, build_scorecard
-from corral.evaluation.scoring import VariantRows
+from corral.evaluation.scoring import Row, VariantRows
 from corral.evaluation.tables import cost_rows, render_scores, table_rows
 from tests.evaluation.conftest import make_rows
 
@@ -66,3 +66,26 @@ def test_costs_of_a_vote_include_the_share_it_saved(task_card: Scorecard) -> Non
     assert header[-1] == "saved"
     assert {len(line) for line in lines} == {len(header)}
     assert [line[-1] for line in lines] == ["", "", "", "", "", "", "25%", ""]
+
+
+def test_a_rate_without_a_spread_shows_what_the_true_one_may_be() -> None:
+    graded = {
+        name: [Row(f"{i}", correct={"accuracy": right}) for i in range(50)]
+        for name, right in (("a", False), ("b", True))
+    }
+    variants = {name: VariantRows([], {}, {"mmlu": rows}) for name, rows in graded.items()}
+    lines = table_rows(build_scorecard(variants, baseline="a", primary="mmlu/accuracy"))[1:]
+    assert [line[2] for line in lines] == ["0.000 (≤ 0.071)", "1.000 (≥ 0.929)"]
+    alike = [Row(f"{i}", reference="a b", answer="c d") for i in range(9)]
+    lines = table_rows(build_scorecard({"a": VariantRows(alike)}, baseline="a"))[1:]
+    assert {line[2] for line in lines} == {"0.000", "0.00"}
+
+
+def test_the_primary_metric_and_all_cautions_are_below_the_table() -> None:
+    variants = {
+        name: VariantRows(make_rows(0.5, seed=i), conditions={"answer": {"max_tokens": 64 * (i + 1)}})
+        for i, name in enumerate(("base", "tuned"))
+    }
+    words = " ".join(printed(build_scorecard(variants, baseline="base", primary="bleu")).split())
+    assert "primary: BLEU, 95% interval" in words
+    assert "! tuned and base differ in more than the model: answer.max_tokens = 128, not 64" in words

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corral.metrics import rouge
-from corral.metrics.rouge import Rouge, ascii_words, rouge_signature, unicode_words
+from corral.metrics.rouge import Rouge, ascii_words, has_hidden_words, rouge_signature, unicode_words
 
 
 def test_rouge_counts_repeated_words_as_often_as_both_texts_have_them() -> None:
@@ -114,6 +114,27 @@ def test_pairwise_rouge_l_is_symmetric_and_one_with_itself() -> None:
     assert Rouge().pairwise_rouge_l([]).shape == (0, 0)
 
 
-def test_the_signature_tells_the_settings_apart() -> None:
-    signatures = {rouge_signature(stemmer=s, unicode=u) for s in (True, False) for u in (True, False)}
-    assert len(signatures) == 4
+def test_the_signature_says_how_many_rows_were_split_otherwise_than_by_rouge_score() -> None:
+    assert rouge_signature(0, 40).endswith("words:ascii")
+    assert rouge_signature(40, 40).endswith("words:unicode")
+    assert rouge_signature(3, 40).endswith("words:ascii, unicode in 3 of 40 rows")
+
+
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        ("plain words, 2 of them", False),
+        ("a café for the naïve", False),
+        ("", False),
+        ("🙂 !?", False),
+        ("я ем", True),
+        ("東京 2020", True),
+        ("the angle α", True),
+    ],
+)
+def test_words_without_a_latin_letter_or_digit_are_those_that_rouge_score_does_not_see(text: str, hidden: bool) -> None:
+    assert has_hidden_words(text) == hidden
+    # Words of any script are taken where some would be hidden, and only there: elsewhere the scores are rouge-score's.
+    either, usual = Rouge(unicode=None), Rouge(unicode=hidden)
+    for candidate in (text, "a cafe", "東京", "naïve"):
+        assert either.score(text, candidate) == usual.score(text, candidate)

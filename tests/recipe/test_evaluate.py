@@ -6,6 +6,7 @@ import pytest
 
 from corral.errors import RecipeError
 from corral.recipe import Recipe, parse
+from corral.recipe.evaluate import OWN_METRICS, TASK_METRICS
 
 PLAIN = """
 name = "x"
@@ -99,3 +100,36 @@ def test_a_task_can_be_given_only_once() -> None:
     assert recipe(more=task).evaluate.tasks[0].rows == 200
     with pytest.raises(RecipeError, match="two tasks are called 'mmlu'"):
         recipe(more=task * 2)
+
+
+def test_the_primary_metric_is_one_that_is_measured() -> None:
+    task = '[[evaluate.tasks]]\nname = "arithmetic"\n'
+    assert recipe().evaluate.primary == "loss"
+    assert recipe(more='[evaluate]\nprimary = "arithmetic/accuracy"\n' + task).evaluate.primary == "arithmetic/accuracy"
+    with pytest.raises(
+        RecipeError, match=r"'arithmetic/accuracy' is not measured: add the task 'arithmetic', or give one of"
+    ):
+        recipe(more='[evaluate]\nprimary = "arithmetic/accuracy"\n')
+    with pytest.raises(RecipeError, match=r"'rouge' is not measured: give one of loss, rouge1"):
+        recipe(more='[evaluate]\nprimary = "rouge"\n')
+
+
+def test_every_metric_that_is_measured_can_be_primary() -> None:
+    from corral.evaluation.question_sets import QUESTION_SETS
+    from corral.evaluation.scoring import METRICS
+
+    assert TASK_METRICS.keys() == QUESTION_SETS.keys()
+    named = {*OWN_METRICS, *(metric for metrics in TASK_METRICS.values() for metric in metrics)}
+    assert named == METRICS.keys() - {"bits_per_byte"}
+    for name, metrics in TASK_METRICS.items():
+        assert ("logprob" in metrics) == (QUESTION_SETS[name].kind == "choice")
+        assert ("rouge1" in metrics) == (QUESTION_SETS[name].kind == "text")
+
+
+def test_a_variant_that_votes_by_rouge_is_not_judged_by_rouge() -> None:
+    vote = 'name = "vote"\nanswer = { consensus = { method = "rouge-l" } }'
+    with pytest.raises(RecipeError, match="variant 'vote' chooses its answers by ROUGE-L, and would be judged by"):
+        recipe(vote, more='[evaluate]\nprimary = "rougeL"\n')
+    assert recipe(vote, more='[evaluate]\nprimary = "bleu"\n')
+    # Both sides of each comparison vote in the same way.
+    assert recipe(more='[answer.consensus]\nmethod = "rouge-l"\n[evaluate]\nprimary = "rougeL"\n')

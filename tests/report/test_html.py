@@ -81,7 +81,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
 # Keys that give the files their shape, and texts that have a fixed set of values.
 SHAPE = """
     variants metrics info mean low high se n comparisons a b metric difference p p_holm mde better seed baseline signatures
-    unpaired only_a only_b sources rows fates sides reasons count examples stages name outputs fingerprint started finished
+    unpaired only_a only_b level primary cautions conditions
+    sources rows fates sides reasons count examples stages name outputs fingerprint started finished
     status model packages checks passed seconds id variant prompt role content reference answer cores memory_bytes cpu corral
 """
 

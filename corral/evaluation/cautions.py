@@ -1,0 +1,81 @@
+"""What to know before the figures of variants are read: what differs between them besides the model, which rows have no score,
+and which metric a vote was made for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from corral.evaluation.scoring import MetricColumns
+
+ROUGE_VOTES = ("rouge-l", "rouge-l+math")
+"""Votes that choose answers by ROUGE-L."""
+_WITHOUT_DIGITS = str.maketrans("", "", "0123456789")
+_HASHED = ("template", "tokenizer", "examples")
+
+
+def row_cautions(name: str, columns: MetricColumns) -> Iterator[str]:
+    """Sentences about the rows of a variant that have no score."""
+    said: set[tuple[str, str]] = set()
+    for metric, column in columns.items():
+        rows = metric.rpartition("/")[0] or "the test rows"
+        for id_, reason in column.skipped.items():
+            kind = reason.translate(_WITHOUT_DIGITS)
+            if (f"{rows} {column.source}", kind) in said:
+                continue
+            said.add((f"{rows} {column.source}", kind))
+            count = sum(other.translate(_WITHOUT_DIGITS) == kind for other in column.skipped.values())
+            total = len(column.ids) + len(column.skipped)
+            yield f"{name}: {count} of {total} rows of {rows} have no score ({column.source}): {reason} (row {id_})"
+
+
+def word_cautions(signatures: Mapping[str, str]) -> Iterator[str]:
+    """Sentences about text metrics that are not over the usual words."""
+    for name, signature in signatures.items():
+        if (
+            "words:unicode" in signature
+            or ", unicode in" in signature
+            or "tok:zh" in signature
+            or "tok:char" in signature
+        ):
+            yield f"{name} is over words of any script, so other programs' figures may differ: {signature}"
+
+
+def pair_cautions(names: tuple[str, str], conditions: tuple[Mapping[str, Any], Mapping[str, Any]]) -> Iterator[str]:
+    """Sentences about what answers and losses of two variants depend on, besides the weights, where it is not the same."""
+    a, b = names
+    one, other = conditions
+    if bool(one) != bool(other):
+        yield f"{b if one else a} does not say what its rows depend on, so {a} and {b} may differ in more than the model"
+        return
+    if differences := list(_differences(one, other)):
+        yield f"{a} and {b} differ in more than the model: {'; '.join(differences)}"
+    votes = [side.get("answer", {}).get("consensus", {}).get("method") in ROUGE_VOTES for side in conditions]
+    if votes[0] != votes[1]:
+        yield f"{a if votes[0] else b} chose its answers by ROUGE-L, so its ROUGE is flattered: go by another metric"
+
+
+def tokenizers_differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether losses per token cannot be compared, as far as it is known."""
+    return bool(one) and bool(other) and one.get("tokenizer") != other.get("tokenizer")
+
+
+def tokenizer_caution(names: tuple[str, str], *, has_bytes: bool) -> str:
+    """Why losses are not compared per token."""
+    a, b = names
+    instead = "compared in bits per byte" if has_bytes else "not compared: evaluate both again to get bits per byte"
+    return f"{a} and {b} have different tokenizers, so their losses are {instead}"
+
+
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[str]:
+    first, second = _flatten(one), _flatten(other)
+    for key in dict.fromkeys((*first, *second)):
+        if key != "model" and first.get(key) != second.get(key):
+            yield f"another {key}" if key in _HASHED else f"{key} = {first.get(key)}, not {second.get(key)}"
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flatten(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
+    return flat
