@@ -135,14 +135,20 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
     from corral.data import preview
     from corral.data.lost_rows_budget import check_loss_budget
     from corral.data.prepare import prepare
-    from corral.model.loading import load_template, resolve_model
+    from corral.model.loading import resolve_model
+    from corral.model.naming import ModelFiles, find_adapter_to_train
     from corral.storage import write_atomic
 
     recipe = _recipe(args, stages_required=False)
     progress = TerminalProgress()
     progress.start("Preparing rows", None)
     folder = resolve_model(recipe.model.base, progress=progress.say).folder
-    template = load_template(folder, recipe.model.template, recipe.model.template_variables)
+    model, adapter = recipe.model, None
+    if model.adapter is not None:
+        adapter = find_adapter_to_train(
+            model.adapter, folder, recipe.train[0].quantization if recipe.train else "none"
+        ).folder
+    template = ModelFiles(folder, adapter, model.template, model.template_variables).load_template()
     with tempfile.TemporaryDirectory() as rows:
         try:
             # A recipe that loses too many rows is one that the user wants to inspect.

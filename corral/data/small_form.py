@@ -58,7 +58,7 @@ def shrink_recipe(recipe: Recipe, folder: Path) -> Recipe:
     tasks = tuple(task.model_copy(update={"rows": _HELD_OUT}) for task in evaluate.tasks)
     return recipe.model_copy(
         update={
-            "model": recipe.model.model_copy(update={"base": STARTER_MODEL}),
+            "model": recipe.model.model_copy(update={"base": STARTER_MODEL, "adapter": None}),
             "data": data.model_copy(update={"sources": sources, "split": split}),
             "train": tuple(_small_train(stage) for stage in recipe.train),
             "answer": recipe.answer.model_copy(update={"max_tokens": _TOKENS}),

@@ -16,6 +16,7 @@ from corral.errors import ModelError
 from corral.model.folder import ADAPTER_CONFIG, read_json, tensor_shapes, weight_files
 from corral.model.hub import HUB_ID
 from corral.model.loading import load_template, load_tokenizer, resolve_model
+from corral.recipe import Lora
 from corral.run.directory import is_run
 
 if TYPE_CHECKING:
@@ -112,6 +113,27 @@ class AdapterFiles:
                 hint="save it again with the program that made it",
             )
         return sizes.pop() if sizes else None
+
+    @property
+    def lora(self) -> Lora:
+        """Its rank, layers and kind, as far as `[train.lora]` can say them; the rank is the largest of its layers."""
+        config = self.config
+        ranks = [
+            (module.rpartition(".")[2], s[0]) for (module, part), s in self.shapes.items() if part == "lora_A.weight"
+        ]
+        return Lora(
+            rank=max((rank for _, rank in ranks), default=1),
+            alpha=config.get("lora_alpha") or 8,
+            dropout=config.get("lora_dropout") or 0.0,
+            targets=tuple(sorted({layer for layer, _ in ranks})) or Lora().targets,
+            rslora=bool(config.get("use_rslora")),
+            dora=bool(config.get("use_dora")),
+        )
+
+    @property
+    def trains_embedding(self) -> bool:
+        """Whether it changes the input embedding."""
+        return any(module == EMBEDDINGS[0] for module, _ in self.shapes)
 
     @property
     def shares_base(self) -> bool:

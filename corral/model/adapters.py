@@ -131,9 +131,21 @@ def _unloadable(folder: Path, reason: str) -> ModelError:
 
 
 def resume(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """The model with the adapter of a folder, to train that adapter further. Raises: ModelError, as `load`."""
+    """The model with the adapter of a folder, to train that adapter further.
+
+    Raises:
+        ModelError: as `load`, or a part of the adapter cannot be trained.
+    """
     from corral.model.compute.fused_forwards import fuse
 
     adapted = load(model, folder, trainable=True)
+    frozen = next((name for name, p in adapted.named_parameters() if ".lora_" in name and not p.requires_grad), None)
+    if frozen:
+        raise ModelError(
+            f"the adapter cannot be trained further: its {frozen} is meant to stay as it was (init_lora_weights = "
+            f"{adapted.peft_config['default'].init_lora_weights!r})",  # pyright: ignore[reportAttributeAccessIssue]
+            where=str(folder),
+            hint="merge it, and train a fresh adapter on the merged model",
+        )
     fuse(adapted)
     return adapted

@@ -8,7 +8,7 @@ from pathlib import Path
 from corral.errors import ModelError
 from corral.export_forms import CONTRACT_FILE, OPENVINO_MODEL
 from corral.model.adapter_files import AdapterFiles, find_base_model
-from corral.model.folder import ADAPTER_CONFIG, licence_texts
+from corral.model.folder import ADAPTER_CONFIG, licence_texts, read_json
 from corral.model.hub import download
 from corral.model.loading import load_template, quiet, resolve_model
 from corral.recipe import Model
@@ -110,16 +110,58 @@ def _find_adapter_folder(spec: str) -> Path | None:
     return None
 
 
+def find_adapter_to_train(spec: str, base: Path, quantization: str) -> AdapterFiles:
+    """The adapter that a recipe's first stage trains further.
+
+    Args:
+        spec: as `model.adapter` of the recipe.
+        base: folder of the base model.
+        quantization: of the base's weights under the adapter, as the stage has it.
+
+    Raises:
+        ModelError: it cannot be used, does not fit the model, has another vocabulary, or was trained on weights that were
+            quantised otherwise.
+    """
+    folder = _find_adapter_folder(spec)
+    if folder is None:
+        hint = "name the folder with its adapter_config.json"
+        raise ModelError(f"{spec!r} is no adapter", where="model.adapter", hint=hint)
+    adapter = AdapterFiles.read(folder)
+    adapter.check_fit(base)
+    rows = read_json(base / "config.json").get("vocab_size")
+    if adapter.vocabulary_size not in (None, rows):
+        raise ModelError(
+            f"the adapter was trained on a vocabulary of {adapter.vocabulary_size}, and its base has {rows}",
+            where="model.adapter",
+            hint=f"merge it (corral merge {folder} --out FOLDER) and name that folder as model.base",
+        )
+    trained_on = _trained_quantization(folder)
+    if trained_on not in (None, quantization):
+        raise ModelError(
+            f"the adapter was trained on weights with quantization = {trained_on!r}, and on others it is another model",
+            where="train.0.quantization",
+            hint=f'set it to "{trained_on}"',
+        )
+    return adapter
+
+
 def _model_of_run(adapter: Path) -> Model:
     """`[model]` of the recipe of an adapter's run. Raises: ModelError (its base was quantised), RecipeError."""
     stage = adapter.absolute().parent
-    recipe = Run(stage.parent).recipe
-    number = stage.name.split("-")[1:2]
-    train = recipe.train[int(number[0]) - 1] if number and number[0].isdecimal() else None
-    if train is not None and train.quantization != "none":
+    quantization = _trained_quantization(adapter)
+    if quantization not in (None, "none"):
         raise ModelError(
-            f"the adapter was trained on weights quantised to {train.quantization}, and on full weights it is another model",
+            f"the adapter was trained on weights quantised to {quantization}, and on full weights it is another model",
             where=str(adapter),
             hint=f"name the model it was merged into: {stage / 'merged'}",
         )
-    return recipe.model
+    return Run(stage.parent).recipe.model
+
+
+def _trained_quantization(adapter: Path) -> str | None:
+    """`quantization` of the stage that trained an adapter; None if it is in no run."""
+    stage = adapter.absolute().parent
+    if not is_run(stage.parent):
+        return None
+    number, train = stage.name.split("-")[1:2], Run(stage.parent).recipe.train
+    return train[int(number[0]) - 1].quantization if number and number[0].isdecimal() else None

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 from corral.data.prepare import Prepared
 from corral.interrupts import Interrupts
 from corral.model.device import Placement, choose_device
-from corral.model.loading import load_template, resolve_model
+from corral.model.loading import resolve_model
+from corral.model.naming import ModelFiles, find_adapter_to_train
 from corral.progress import Progress
 from corral.recipe import Recipe
 from corral.run.directory import Run
 from corral.training.distributed import World
 
 if TYPE_CHECKING:
+    from corral.model.adapter_files import AdapterFiles
     from corral.model.loading import ModelSource
     from corral.template import Template
 
@@ -45,10 +47,16 @@ class RunContext:
             self.progress.stop()
 
     @cached_property
+    def adapter(self) -> AdapterFiles | None:
+        """The adapter that the first training stage trains further. Raises: ModelError, as `find_adapter_to_train`."""
+        spec, train = self.recipe.model.adapter, self.recipe.train
+        return None if spec is None else find_adapter_to_train(spec, self.base.folder, train[0].quantization)
+
+    @cached_property
     def template(self) -> Template:
-        """The recipe's chat template, with the tokenizer of the base model."""
-        model = self.recipe.model
-        return load_template(self.base.folder, model.template, model.template_variables)
+        """The recipe's chat template, with the tokenizer of the adapter or of the base model."""
+        model, adapter = self.recipe.model, self.adapter and self.adapter.folder
+        return ModelFiles(self.base.folder, adapter, model.template, model.template_variables).load_template()
 
     @cached_property
     def placement(self) -> Placement:

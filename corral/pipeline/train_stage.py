@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from corral.export import contract
 from corral.model.device import pack_length
+from corral.model.folder import model_identity
 from corral.pipeline.context import RunContext, training_stage_name
 from corral.progress import Progress
 from corral.run.stage_record import Stage
@@ -33,6 +34,7 @@ def inputs(context: RunContext, number: int, done: Mapping[str, str]) -> dict[st
         "seed": recipe.seed,
         "prepare": done["prepare"],
         "before": done[before],
+        **({"adapter": model_identity(context.adapter.folder)} if context.adapter and number == 1 else {}),
     }
 
 
@@ -60,10 +62,12 @@ def training_setup(context: RunContext, number: int) -> TrainingSetup:
     """The model, settings, device and dtype that training stage `number` starts from."""
     from corral.training.trained_model import TrainingSetup
 
-    placement = context.placement
-    return TrainingSetup(
-        context.stage_base(number), context.recipe.train[number - 1], placement.device, placement.dtype
-    )
+    placement, config = context.placement, context.recipe.train[number - 1]
+    adapter = context.adapter if number == 1 else None
+    if adapter is not None:
+        config = config.model_copy(update={"lora": adapter.lora})
+    folder = adapter and adapter.folder
+    return TrainingSetup(context.stage_base(number), config, placement.device, placement.dtype, folder)
 
 
 def validation_set(context: RunContext, setup: TrainingSetup) -> ValidationSet:
@@ -96,6 +100,8 @@ def _fine_tune(context: RunContext, stage: Stage, setup: TrainingSetup) -> None:
             with new_directory(stage.path / name) as folder:
                 base = context.recipe.model.base if setup.folder == context.base.folder else str(setup.folder)
                 adapters.save(trained, folder, base=base, weights=values)
+                if context.adapter is not None:  # its tokenizer may be its own
+                    context.template.save(folder)
         elif not lora and name == trained_model.ADAPTER_FOLDER:  # a checkpoint holds the last weights
             scores = training.score([p.ids for p in probe_set], [p.start for p in probe_set])
             if context.world.is_main:
@@ -117,6 +123,8 @@ def _fine_tune(context: RunContext, stage: Stage, setup: TrainingSetup) -> None:
         device=setup.device,
     )
     what = f"LoRA r {config.lora.rank}" if lora else "all weights"
+    if setup.adapter is not None:
+        context.progress.say(f"the adapter {setup.adapter} is trained further; its base stays frozen")
     context.progress.start(f"Training ({config.objective}, {what})", training.total_steps)
     if warning := optimizers.unsupported(config.optimizer, setup.device):
         context.progress.say(warning)

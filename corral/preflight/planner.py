@@ -23,7 +23,8 @@ from corral.data.prepare import prepare
 from corral.errors import CorralError, InputError, StorageError, TrainingError
 from corral.formatting import format_bytes
 from corral.model.device import choose_device
-from corral.model.loading import load_template, resolve_model
+from corral.model.loading import resolve_model
+from corral.model.naming import ModelFiles, find_adapter_to_train
 from corral.preflight import machine, memory_estimate, trial
 from corral.preflight.machine import MemoryLimit
 from corral.preflight.memory_estimate import DEVICES, Device, MemoryParts, ModelShape
@@ -36,6 +37,7 @@ from corral.training.trained_model import TrainingSetup
 
 if TYPE_CHECKING:
     from corral.data.prepare import Prepared
+    from corral.model.adapter_files import AdapterFiles
     from corral.model.loading import DType
     from corral.recipe import Recipe, Train
 
@@ -104,9 +106,15 @@ class _Planner:
         return resolve_model(spec, progress=self.progress.say).folder
 
     @cached_property
+    def adapter(self) -> AdapterFiles | None:
+        """The adapter that the first stage trains further."""
+        spec, train = self.recipe.model.adapter, self.recipe.train
+        return None if spec is None else find_adapter_to_train(spec, self.folder, train[0].quantization)
+
+    @cached_property
     def prepared(self) -> Prepared:
-        model = self.recipe.model
-        template = load_template(self.folder, model.template, model.template_variables)
+        model, adapter = self.recipe.model, self.adapter and self.adapter.folder
+        template = ModelFiles(self.folder, adapter, model.template, model.template_variables).load_template()
         self.progress.start("Preparing rows", None)
         folder = self.scratch / "prepare"
         folder.mkdir()
@@ -162,6 +170,8 @@ class _Planner:
         trials: dict[str, TrialResult] = {}
         stages: list[StagePlan] = []
         for number, train in enumerate(self.recipe.train, 1):
+            if number == 1 and self.adapter is not None:
+                train = train.model_copy(update={"lora": self.adapter.lora})
             key = train.model_dump_json(exclude={"steps", "epochs", "checkpoint_every", "evaluate_every"})
             stage = self._plan_stage(shape, train, number, dtype, trials.get(key))
             if stage.tried is not None:
@@ -312,9 +322,11 @@ class _StageTrial:
         self._planner, self._work, self._number = planner, work, number
         folder = planner.scratch / f"train-{number}"
         folder.mkdir()
-        recipe, (device, dtype) = planner.recipe, planner.placement
+        recipe, (device, dtype), adapter = planner.recipe, planner.placement, planner.adapter
         self._job = trial.TrialJob(
-            start=TrainingSetup(planner.folder, train, device, dtype),
+            start=TrainingSetup(
+                planner.folder, train, device, dtype, adapter.folder if adapter and number == 1 else None
+            ),
             base=recipe.model.base,
             template=recipe.model.template,
             template_variables=recipe.model.template_variables,

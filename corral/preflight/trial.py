@@ -26,7 +26,7 @@ from corral.errors import CorralError
 from corral.export import contract
 from corral.formatting import format_bytes
 from corral.model import adapters
-from corral.model.loading import load_template
+from corral.model.naming import ModelFiles
 from corral.preflight import measured_memory
 from corral.storage import new_directory
 from corral.template import Variables
@@ -144,7 +144,8 @@ class _Trial:
     def _build(self) -> Trainer:
         job, start = self._job, self._job.start
         rows = Prepared.open(job.prepared)
-        template = load_template(start.folder, job.template, job.template_variables)
+        files = ModelFiles(start.folder, start.adapter, job.template, job.template_variables)
+        template = files.load_template()
         probes = contract.make_probes(template)
         trained: Any = trained_model.load_trainable(start, template, seed=job.seed)
         config = start.config.model_copy(update={"checkpoint_every": 1, "evaluate_every": 10**9})

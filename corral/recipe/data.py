@@ -16,6 +16,11 @@ class Model(Section):
     base: PathText
     """`asset:NAME` (a model in a Python package), `hub:OWNER/NAME[@REVISION]`, a folder, or a `.gguf` file. A folder may also
     hold Llama 2 or 3 as Meta publishes it (`params.json`, `consolidated.*.pth`, `tokenizer.model`); it is converted once."""
+    adapter: PathText | None = None
+    """A LoRA adapter of `base` (a folder that PEFT or corral wrote) that the first `[[train]]` trains further, in place of a
+    fresh one. It is not merged into `base`, which stays frozen; its rank, its layers and its kind stay as they are, so that
+    stage has no `[train.lora]`. Its own tokenizer and template, if its folder holds them, come before those of `base`. The
+    optimizer starts anew. In evaluation, `base` is the model without it."""
     template: PathText = "tokenizer"
     """Chat template: `tokenizer` (the model's own), `tokenizer:NAME` (one of several that it has), one that ships with corral
     (`alpaca`, `chatml`, `hermes`, `instruction`, `llama-2`, `llama-3`, `llama-3.1`, `llama-4`, `question`, `smollm2`, `tulu`,

@@ -129,6 +129,7 @@ def _resolve_paths(recipe: Recipe, base: Path) -> Recipe:
                     "base": resolve(
                         model.base, is_file(model.base) and (base / Path(model.base).expanduser()).exists()
                     ),
+                    "adapter": model.adapter and resolve(model.adapter, is_file(model.adapter)),
                     "template": resolve(model.template, is_file(model.template) and model.template.endswith(".jinja")),
                 }
             ),

@@ -11,7 +11,7 @@ from corral.recipe.answer import Answer
 from corral.recipe.data import Data, Model
 from corral.recipe.evaluate import Evaluate
 from corral.recipe.section import Section
-from corral.recipe.train import Train
+from corral.recipe.train import Lora, Train
 
 
 class Export(Section):
@@ -70,6 +70,18 @@ class Recipe(Section):
                     f"`train.{i}.pack_length` = {stage.pack_length} is less than `data.max_length` = "
                     f"{self.data.max_length}: an example would not fit in a pack"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_adapter(self) -> Self:
+        if self.model.adapter is not None and self.train:
+            first = self.train[0]
+            if first.method != "lora":
+                raise ValueError(
+                    f'`model.adapter` is trained further, and `train.0.method` is "{first.method}": remove one'
+                )
+            if first.lora != Lora():
+                raise ValueError("`model.adapter` has a rank and layers of its own: remove `train.0.lora`")
         return self
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel
 from pydantic.fields import FieldInfo
 
 from corral.recipe import Recipe, section_type
@@ -75,7 +75,7 @@ def _type_name(annotation: Any, metadata: list[Any]) -> str:
             return f"table of {_type_name(args[1], metadata)}"
         # Bounds inside a union belong to one of its types.
         inner = [m for a in args if isinstance(a, FieldInfo) for m in a.metadata] or metadata
-        shown = [a for a in args if a not in (type(None), Ellipsis) and not isinstance(a, FieldInfo)]
+        shown = [a for a in args if a not in (type(None), Ellipsis) and not isinstance(a, FieldInfo | AfterValidator)]
         names = [_type_name(a, inner) for a in shown]
         if getattr(annotation, "__origin__", None) is tuple:
             return f"list of {names[0]}"

@@ -21,6 +21,7 @@ import torch
 from corral.data.packing import pack_sequences
 from corral.errors import ModelError, TemplateError
 from corral.model import adapters, full_finetuning, loading, merging, quantisation
+from corral.model.adapter_files import AdapterFiles
 from corral.model.loading import untrained_special_tokens
 from corral.model.packed_forward import target_logprobs
 from corral.model.quantisation import Quantization
@@ -55,12 +56,14 @@ class TrainingSetup:
         config: the stage's settings.
         device: where to compute.
         dtype: in which to compute and to write the result.
+        adapter: the folder of an adapter to train further; None: the stage begins with a fresh one.
     """
 
     folder: Path
     config: Train
     device: str
     dtype: DType
+    adapter: Path | None = None
 
     @property
     def quantization(self) -> Quantization | None:
@@ -113,13 +116,15 @@ def _load(setup: TrainingSetup, quantization: Quantization | None) -> PreTrained
 
 
 def make_trainable(model: PreTrainedModel, setup: TrainingSetup, *, seed: int) -> PeftModel | PreTrainedModel:
-    """Attach the stage's adapter to the loaded model, or make all its weights trainable.
+    """Attach the stage's adapter to the loaded model, fresh or as it was trained before, or make all weights trainable.
 
     Raises:
-        ModelError: the model has no layer of a name that the adapter targets.
+        ModelError: the model has no layer of a name that the adapter targets, or the adapter cannot be trained further.
     """
     if setup.config.method == "full":
         return full_finetuning.train_all_weights(model, getattr(torch, setup.dtype))
+    if setup.adapter is not None:
+        return adapters.resume(model, setup.adapter)
     return adapters.attach(model, setup.config.lora, seed=seed)
 
 
@@ -138,7 +143,8 @@ def check_special_tokens(model: PreTrainedModel, template: Template) -> None:
 def load_trainable(setup: TrainingSetup, template: Template, *, seed: int) -> PeftModel | PreTrainedModel:
     """The model that the stage trains. Raises: MissingExtraError, ModelError, TemplateError (as `check_special_tokens`)."""
     model = load_base(setup)
-    if setup.config.method == "lora":
+    learns_embedding = setup.adapter is not None and AdapterFiles.read(setup.adapter).trains_embedding
+    if setup.config.method == "lora" and not learns_embedding:
         check_special_tokens(model, template)
     return make_trainable(model, setup, seed=seed)
 

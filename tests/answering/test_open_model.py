@@ -15,9 +15,10 @@ from corral.engines.base import Engine, Sampling
 from corral.engines.registry import LocalEngine
 from corral.errors import InputError, ModelError
 from corral.messages import Conversation
-from corral.model.loading import load_tokenizer
-from corral.model.naming import find_model_files
+from corral.model.loading import load_model, load_tokenizer
+from corral.model.naming import find_adapter_to_train, find_model_files
 from tests.engines.tiny import write_adapter
+from tests.model.tiny import write_by_peft
 
 ASKED = Conversation.from_turns(("user", "Hello"))
 RECIPE = """
@@ -116,7 +117,6 @@ def test_a_missing_model_is_an_error() -> None:
 def test_an_adapter_is_opened_on_its_base_and_answers_as_the_merged_model(adapter: Path, tiny_folder: Path) -> None:
     from corral.engines.transformers import TransformersEngine
     from corral.model import adapters, merging
-    from corral.model.loading import load_model
 
     model = open_model(str(adapter))
     assert model.name == adapter.name
@@ -183,6 +183,23 @@ def test_an_adapter_trained_on_quantised_weights_is_refused(adapter: Path, tiny_
     with pytest.raises(ModelError, match="nf4") as caught:
         find_model_files(str(moved))
     assert str(moved.parent / "merged") in (caught.value.hint or "")
+
+
+def test_an_adapter_is_trained_further_only_as_it_was_and_on_its_own_vocabulary(
+    adapter: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    of_nf4 = str(run_with(adapter, tiny_folder, tmp_path / "run", quantization="nf4"))
+    assert find_adapter_to_train(of_nf4, tiny_folder, "nf4").lora.rank == 16
+    with pytest.raises(ModelError, match="nf4") as caught:
+        find_adapter_to_train(of_nf4, tiny_folder, "none")
+    assert (caught.value.where, caught.value.hint) == ("train.0.quantization", 'set it to "nf4"')
+    resized = tmp_path / "resized"
+    write_by_peft(resized, tiny_folder, load_model(tiny_folder), ids=[5, 6], resize=403)
+    with pytest.raises(ModelError, match="vocabulary of 403, and its base has 400") as caught:
+        find_adapter_to_train(str(resized), tiny_folder, "none")
+    assert "corral merge" in (caught.value.hint or "")
+    with pytest.raises(ModelError, match="is no adapter"):
+        find_adapter_to_train(str(tiny_folder), tiny_folder, "none")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from corral.answering.open_model import open_model
 from corral.engines.base import Sampling
 from corral.messages import Conversation
-from tests.conftest import corral
+from tests.conftest import corral, write_workspace
 from tests.e2e.test_serve import address, serving
 
 QUESTIONS = [f"What is {i} plus {i}?" for i in range(4)]
@@ -82,3 +82,27 @@ def test_merging_the_adapter_gives_the_runs_own_model(adapter: Path, finished_ru
     again = corral("merge", adapter, "--out", tmp_path / "out")
     assert again.returncode == 2
     assert "not empty" in again.stderr
+
+
+def test_a_recipe_that_names_an_adapter_trains_it_further(
+    adapter: Path, finished_run: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    write_workspace(tmp_path, tiny_folder)
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(recipe.read_text().replace("[data]", f'adapter = "{adapter}"\n[data]', 1))
+    refused = corral("run", recipe, "--out", tmp_path / "run")
+    assert refused.returncode == 2
+    assert "remove `train.0.lora`" in refused.stderr
+    recipe.write_text(recipe.read_text().replace("[train.lora]\nrank = 4\n", ""))
+    small = ("--set", "train.0.optimizer.lr=1e-30", "--set", "train.0.steps=2", "--set", "name=further")
+    done = corral("run", recipe, "--out", tmp_path / "run", *small)
+    assert done.returncode == 0, done.stderr
+    assert "is trained further; its base stays frozen" in done.stderr
+    own, further = (run / "train-1-sft" for run in (finished_run, tmp_path / "run"))
+    best = json.loads((own / "outcome.json").read_text())["best_loss"]
+    first = json.loads((further / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["eval_loss"] == pytest.approx(best, rel=1e-6), "it begins where the other run ended"
+    for file in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
+        assert (further / file).read_bytes() == (own / file).read_bytes(), "no step is that small"
+    answers = [answer_and_score(model) for model in (further / "adapter", tmp_path / "run")]
+    assert [a[0] for a in answers[0]] == [a[0] for a in answers[1]]

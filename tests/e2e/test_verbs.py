@@ -16,7 +16,7 @@ from tests.conftest import change_json, corral
 from tests.e2e.conftest import fail, succeed
 
 ROOT = Path(__file__).parent.parent.parent
-VERB_NAMES = "init run plan inspect evaluate compare report export verify chat batch serve keys assets cache"
+VERB_NAMES = "init run plan inspect evaluate compare report merge export verify chat batch serve keys assets cache"
 VERBS = VERB_NAMES.split()
 
 

@@ -77,6 +77,18 @@ def test_each_fault_names_its_key_and_what_to_do(change: tuple[str, str], expect
     assert "r.toml" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [('method = "full"', '`train.0.method` is "full"'), ("[train.lora]\nrank = 4", "remove `train.0.lora`")],
+)
+def test_an_adapter_is_trained_further_as_it_is(stage: str, expected: str, tmp_path: Path) -> None:
+    text = GOOD.replace("[[data", 'adapter = "mine"\n[[data')
+    assert load_text(tmp_path, text).model.adapter == str(tmp_path / "mine")
+    with pytest.raises(RecipeError) as caught:
+        load_text(tmp_path, f"{text}{stage}\n")
+    assert expected in str(caught.value)
+
+
 def test_all_faults_are_listed_at_once() -> None:
     text = GOOD.replace("steps = 3", 'steps = "x"\nbatch_size = -1\nfoo = 1')
     with pytest.raises(RecipeError) as caught:
