@@ -33,7 +33,7 @@ $(TRANSFORMERS_4)/.installed: constraints-transformers4.txt $(INSTALLED_DEV)
 # vLLM pins other versions than the rest, so its tests run in an environment of their own, with its CPU build. It is installed
 # without its requirements (--no-deps): constraints-vllm.txt lists what text generation needs, without torchvision and others.
 test-vllm: $(VLLM)/.installed
-	$(VLLM)/bin/python -m pytest tests/engines/test_vllm.py
+	$(VLLM)/bin/python -m pytest tests/engines/test_vllm.py tests/consumers/test_vllm.py
 
 $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM)

@@ -69,16 +69,22 @@ class Case:
         return [self.template.prompt(chat) for chat in CHATS]
 
 
-def build(folder: Path, tokenizer: Any, rope: str, *, tied: bool) -> Case:
+def build(folder: Path, tokenizer: Any, rope: str, *, tied: bool, **shape: int) -> Case:
     """A random model that transformers 4 wrote with that rotary embedding, merged by corral.
 
     Its generation config names a token that the first answer soon reaches, which neither template nor tokenizer knows as an
     end.
+
+    Args:
+        tokenizer: the tiny one.
+        rope: one of `ROPES`.
+        tied: whether the head is the embedding.
+        shape: other sizes than those of the tiny model.
     """
     base, merged = folder / "base", folder / "merged"
     parameters = {"rope_type": rope, "rope_theta": 50000.0, **ROPES[rope]}
     plain = make_tiny_model(
-        len(tokenizer), rope_parameters=parameters, max_position_embeddings=LONGEST, tie_word_embeddings=tied
+        len(tokenizer), rope_parameters=parameters, max_position_embeddings=LONGEST, tie_word_embeddings=tied, **shape
     )
     plain.save_pretrained(base)
     scaling = {"type" if rope == "linear" else "rope_type": rope, **ROPES[rope]}

@@ -99,6 +99,15 @@ async def test_greedy_ids_and_their_logprobs_are_those_of_transformers_the_secon
         assert completion.logprobs == pytest.approx(scores(model(), [*prompt, *expected])[length - 1 :], abs=1e-3)
 
 
+async def test_a_head_that_config_json_denies_is_computed_with(folder: Path, tmp_path: Path) -> None:
+    denied = Path(shutil.copytree(folder, tmp_path / "denied"))
+    config = json.loads((denied / "config.json").read_text())
+    (denied / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    async with VllmEngine(denied, dtype="float32", device=DEVICE) as engine:
+        ids = random_ids(20)
+        assert await engine.score(ids) == pytest.approx(scores(model(), ids), abs=1e-3)
+
+
 async def test_scores_are_those_of_transformers_up_to_the_whole_context_and_beside_draws(shared: VllmEngine) -> None:
     texts = [random_ids(length) for length in (2, 3, 300, CONTEXT)]
     drawing = [shared.submit(text[:2], replace(DRAWN, n=3, logprobs=True, max_tokens=60)) for text in texts]
