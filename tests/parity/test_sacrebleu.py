@@ -42,6 +42,18 @@ def test_bleu_of_the_summed_statistics_is_sacrebleus_corpus_bleu(rows: int, kept
     assert float(bleu(sums)) == pytest.approx(expected.score, rel=1e-12)
 
 
+@pytest.mark.parametrize("tokenizer", ["zh", "char"])
+def test_bleu_with_a_tokenizer_for_scripts_without_spaces_is_sacrebleus(tokenizer: str) -> None:
+    references, candidates = (
+        ["我喜欢吃饭。今天 3 点", "他在東京にいる"],
+        ["我喜欢吃面。今天 4 点", "他在東京都にいます"],
+    )
+    counted = bleu_statistics(references, candidates, tokenizer).sum(axis=0)
+    expected = sacrebleu.corpus_bleu(candidates, [references], tokenize=tokenizer).score
+    assert float(bleu(counted)) == pytest.approx(expected, rel=1e-12)
+    assert f"tok:{tokenizer}" in bleu_signature(tokenizer)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(*[st.lists(st.sampled_from(WORDS), max_size=8).map(" ".join)] * 2), min_size=1, max_size=4))
 def test_bleu_equals_sacrebleu_on_short_empty_and_unmatched_texts(pairs: list[tuple[str, str]]) -> None:
