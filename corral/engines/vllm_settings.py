@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from corral.errors import ModelError
 from corral.model.adapter_files import EMBEDDINGS, AdapterFiles
-from corral.model.config import read_config
 
 if TYPE_CHECKING:
     from corral.model.loading import DType
@@ -28,8 +27,6 @@ def model_settings(folder: Path, dtype: DType, device: str) -> dict[str, Any]:
         )
     settings: dict[str, Any] = {
         "model": str(folder),
-        # vLLM believes config.json, whatever the weights hold.
-        "hf_overrides": {"tie_word_embeddings": read_config(folder).tie_word_embeddings},
         "skip_tokenizer_init": True,
         "load_format": "safetensors",
         "generation_config": "vllm",  # not the sampling defaults of the model's folder
