@@ -100,7 +100,7 @@ def test_an_adapter_is_trained_further_from_where_it_was_and_keeps_its_kind(
         setup = TrainingSetup(base, config, "cpu", "float32", adapter)
         out = tmp_path / f"after-{lr}"
         out.mkdir()
-        model = trained_model.make_trainable(trained_model.load_base(setup), setup, seed=3)
+        model: Any = trained_model.make_trainable(trained_model.load_base(setup), setup, seed=3)
         trainer = make_trainer(model, encoded_rows, config, tmp_path / f"stage-{lr}", pack_length=128)
         trainer.run()
         adapters.save(model, out, base=str(base), weights=trainer.weights())
