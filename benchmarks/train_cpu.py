@@ -62,7 +62,6 @@ def prepare_rows(folder: Path, rows: int) -> Any:
 
 def side_corral(steps: int, *, nf4: bool = False) -> dict[str, Any]:
     from corral.model import adapters, loading
-    from corral.model.device import pack_length
     from corral.model.quantisation import Quantization
     from corral.recipe import Lora, Optimizer, Train
     from corral.training.loop import Trainer
@@ -86,7 +85,7 @@ def side_corral(steps: int, *, nf4: bool = False) -> dict[str, Any]:
             [],
             OBJECTIVES["sft"],
             config,
-            pack_length=pack_length(None, 512, "cpu"),
+            pack_length=512,
             seed=0,
             folder=folder,
             save_best=lambda: None,

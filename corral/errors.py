@@ -14,6 +14,7 @@
     ├── MissingExtraError          3   an optional dependency is not installed
     ├── GateError                  4   a stage ran, and its output must not be promoted
     │   └── ContractError              two models or engines that must agree do not
+    ├── OutOfMemoryError           1   the machine or the GPU has no memory left
     ├── TrainingError              1   training cannot go on (loss is not a number …)
     │   └── PeerError                  another process of the same run has ended
     └── EngineError                1   an engine failed
@@ -28,7 +29,11 @@ these three and no traceback.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
+
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 
 
 class CorralError(Exception):
@@ -119,6 +124,10 @@ class ContractError(GateError):
     """Two models or engines that must agree do not."""
 
 
+class OutOfMemoryError(CorralError):
+    """The machine or the GPU has no memory left."""
+
+
 class TrainingError(CorralError):
     """Training cannot go on."""
 
@@ -168,6 +177,32 @@ def first_error(errors: BaseExceptionGroup[CorralError]) -> CorralError:
     """The first error of a group, for tasks that all fail in the same way: a user needs to read only one."""
     error = errors.exceptions[0]
     return first_error(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+def out_of_memory_reason(error: BaseException) -> str | None:
+    """What Python, torch or CUDA said if they had no memory left; None for any other error."""
+    reason = str(error).strip().partition("\n")[0]
+    if isinstance(error, MemoryError):
+        return reason or "no memory is left"
+    if not isinstance(error, RuntimeError | OSError):
+        return None
+    return reason if any(words in str(error).lower() for words in _OUT_OF_MEMORY) else None
+
+
+@contextmanager
+def out_of_memory_errors(doing: str, *, where: str, hint: str) -> Generator[None]:
+    """Turn the many ways to run out of memory into an OutOfMemoryError with a hint about what would need less.
+
+    Args:
+        doing: what needed the memory, as in "while training".
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        reason = out_of_memory_reason(error)
+        if reason is None:
+            raise
+        raise OutOfMemoryError(f"out of memory {doing}: {reason}", where=where, hint=hint) from error
 
 
 def require(module: str, extra: str) -> Any:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from corral.errors import MissingExtraError, require
+from corral.errors import MissingExtraError, OutOfMemoryError, out_of_memory_errors, require
 
 
 def test_what_is_installed_is_imported() -> None:
@@ -34,3 +34,13 @@ def test_a_package_that_is_broken_is_not_called_missing(tmp_path: Path, monkeypa
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ZeroDivisionError):
         require("broken_one", "moon")
+
+
+def test_only_a_lack_of_memory_is_called_that() -> None:
+    for error in (MemoryError(), RuntimeError("CUDA error: out of memory"), OSError(12, "Cannot allocate memory")):
+        with pytest.raises(OutOfMemoryError) as caught, out_of_memory_errors("while x", where="here", hint="less"):
+            raise error
+        assert (caught.value.where, caught.value.hint) == ("here", "less")
+    for other in (RuntimeError("shapes differ"), ValueError("out of memory"), OSError(28, "No space left on device")):
+        with pytest.raises(type(other)), out_of_memory_errors("while x", where="here", hint="less"):
+            raise other

@@ -21,7 +21,7 @@ from typing import Any
 import corral
 from corral.cli import cache_commands, model_commands, run_commands, serve_commands
 from corral.engines.base import CHAT_SAMPLING
-from corral.errors import CorralError, MissingExtraError
+from corral.errors import CorralError, MissingExtraError, OutOfMemoryError, out_of_memory_reason
 
 Command = Callable[[argparse.Namespace], dict[str, Any] | None]
 
@@ -221,6 +221,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        if reason := out_of_memory_reason(error):
+            hint = "end other programs, or use a smaller or a quantised model; `corral plan RECIPE` says what training needs"
+            where = f"corral {args.verb}"
+            return _fail(OutOfMemoryError(f"out of memory: {reason}", where=where, hint=hint), args)
         if args.debug:
             raise
         where = traceback.extract_tb(error.__traceback__)[-1]

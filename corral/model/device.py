@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from corral.errors import ModelError
+from corral.system import MemoryLimit, cpu_memory
 
 if TYPE_CHECKING:
     from corral.model.loading import DType
 
-# A GPU needs long passes to be busy; a CPU is as fast with short ones, which need less memory.
-_PACK_LENGTHS = {"cuda": 8192, "cpu": 512}
 _DRIVER = Path("/proc/driver/nvidia/version")
 _NO_GPU = ("no nvidia driver", "not compiled with cuda")
 
@@ -31,17 +30,6 @@ class Placement:
     device: str
     dtype: DType
     notes: tuple[str, ...] = ()
-
-
-def pack_length(configured: int | None, longest: int, device: str) -> int:
-    """The most tokens of one forward pass in training.
-
-    Args:
-        configured: the recipe's value, if it has one.
-        longest: tokens of the longest example.
-        device: as torch names it.
-    """
-    return configured or max(_PACK_LENGTHS[device.partition(":")[0]], longest)
 
 
 def choose_device(
@@ -74,6 +62,16 @@ def choose_device(
     elif dtype == "bfloat16" and not has_bfloat16:
         notes.append('this GPU only emulates bfloat16, slowly: model.dtype = "auto" or "float16" is faster')
     return Placement(device, dtype, tuple(notes))
+
+
+def memory_limit(device: str) -> MemoryLimit | None:
+    """Memory of a device that is still free; None if the system does not say."""
+    if not device.startswith("cuda"):
+        return cpu_memory()
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    return MemoryLimit(free, total, torch.cuda.get_device_name(device))
 
 
 def _cuda_fault() -> str | None:

@@ -8,15 +8,20 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from corral.errors import out_of_memory_errors
 from corral.export import contract
-from corral.model.device import pack_length
+from corral.formatting import format_bytes
+from corral.model.device import memory_limit
 from corral.model.folder import model_identity
 from corral.pipeline.context import RunContext, training_stage_name
 from corral.progress import Progress
 from corral.run.stage_record import Stage
 from corral.storage import new_directory, write_json
+from corral.training.memory_estimate import ModelShape
+from corral.training.passes import Passes, choose_passes, savings
 
 if TYPE_CHECKING:
+    from corral.recipe import Train
     from corral.training.step_metrics import StepMetrics
     from corral.training.trained_model import TrainingSetup, ValidationSet
 
@@ -25,12 +30,12 @@ def inputs(context: RunContext, number: int, done: Mapping[str, str]) -> dict[st
     """What training stage `number` (from 1) depends on, from the fingerprints of the stages before it."""
     recipe = context.recipe
     before = "prepare" if number == 1 else training_stage_name(recipe, number - 1)
+    # These change no result: a run may go on with another number of processes, or on a device with less memory.
+    elsewhere = {"sharding", "pack_length", "gradient_checkpointing"}
     return {
-        # Sharding changes no result: a run may go on with another number of processes.
-        "train": recipe.train[number - 1].model_dump(mode="json", exclude={"sharding"}),
+        "train": recipe.train[number - 1].model_dump(mode="json", exclude=elsewhere),
         "base": context.base.identity,
-        "dtype": context.placement.dtype,
-        "device": context.placement.device,
+        "dtype": recipe.model.dtype,
         "seed": recipe.seed,
         "prepare": done["prepare"],
         "before": done[before],
@@ -39,9 +44,16 @@ def inputs(context: RunContext, number: int, done: Mapping[str, str]) -> dict[st
 
 
 def train(context: RunContext, stage: Stage, number: int) -> None:
-    """Run training stage `number` (from 1)."""
-    setup = training_setup(context, number)
-    _fine_tune(context, stage, setup)
+    """Run training stage `number` (from 1). Raises: OutOfMemoryError (with the settings that would need less)."""
+    passes = context.world.broadcast(_choose_passes(context, stage, number) if context.world.is_main else None)
+    setup = training_setup(context, number, passes)
+    longest = _longest(context)
+    hints = [f"--set {setting}" for setting, _ in savings(setup.config, number, longest)]
+    hint = (
+        f"needs less memory, cheapest first: {', '.join(hints)}; " if hints else ""
+    ) + "`corral plan` estimates each"
+    with out_of_memory_errors(f"while training on {setup.device}", where=stage.name, hint=hint):
+        _fine_tune(context, stage, setup, passes)
     gc.collect()
     if setup.config.method == "lora" and context.world.is_main:
         from corral.training import trained_model
@@ -58,16 +70,61 @@ def train(context: RunContext, stage: Stage, number: int) -> None:
         )
 
 
-def training_setup(context: RunContext, number: int) -> TrainingSetup:
-    """The model, settings, device and dtype that training stage `number` starts from."""
+def training_setup(context: RunContext, number: int, passes: Passes | None = None) -> TrainingSetup:
+    """The model, settings, device and dtype that training stage `number` starts from; by default those that it began with."""
     from corral.training.trained_model import TrainingSetup
 
-    placement, config = context.placement, context.recipe.train[number - 1]
+    passes = passes or Passes.read(context.run.path / training_stage_name(context.recipe, number))
+    config = _config(context, number)
     adapter = context.adapter if number == 1 else None
-    if adapter is not None:
-        config = config.model_copy(update={"lora": adapter.lora})
-    folder = adapter and adapter.folder
-    return TrainingSetup(context.stage_base(number), config, placement.device, placement.dtype, folder)
+    return TrainingSetup(
+        context.stage_base(number),
+        passes.apply(config) if passes else config,
+        context.placement.device,
+        passes.dtype if passes else context.placement.dtype,
+        adapter and adapter.folder,
+    )
+
+
+def _config(context: RunContext, number: int) -> Train:
+    """The stage's settings; those of the adapter, if it goes on training one."""
+    config, adapter = context.recipe.train[number - 1], context.adapter if number == 1 else None
+    return config if adapter is None else config.model_copy(update={"lora": adapter.lora})
+
+
+def _choose_passes(context: RunContext, stage: Stage, number: int) -> Passes:
+    """The passes of a stage: those that it began with, or such as this device has memory for; settings that are given win."""
+    config, placement, prepared = _config(context, number), context.placement, context.prepared
+    limit = memory_limit(placement.device)
+    kind = "cuda" if placement.device.startswith("cuda") else "cpu"
+    before = Passes.read(stage.path)
+    if before is not None:
+        if before.dtype != placement.dtype:
+            context.progress.say(f"this stage began in {before.dtype}, and goes on in it")
+        automatic = {"pack_length": before.pack_length, "gradient_checkpointing": before.gradient_checkpointing}
+        given = config.model_dump(include=set(automatic))
+        config = config.model_copy(update={k: v for k, v in automatic.items() if given[k] == "auto"})
+    passes = choose_passes(
+        ModelShape.from_folder(context.stage_base(number)),
+        config,
+        [*prepared.train.lengths.tolist(), *prepared.validation.lengths.tolist()],
+        kind,
+        before.dtype if before else placement.dtype,
+        # The estimate is for a model that each process holds whole.
+        limit.free if limit and config.sharding == "none" else None,
+    )
+    if not passes.fits and limit is not None:
+        context.progress.say(
+            f"training may run out of memory: it needs about {format_bytes(passes.estimate)}, and {limit.reason} has "
+            f"{format_bytes(limit.free)} free; `corral plan` measures it"
+        )
+    return passes
+
+
+def _longest(context: RunContext) -> int:
+    """Tokens of the longest row."""
+    prepared = context.prepared
+    return max((int(rows.lengths.max()) for rows in (prepared.train, prepared.validation) if len(rows)), default=1)
 
 
 def validation_set(context: RunContext, setup: TrainingSetup) -> ValidationSet:
@@ -76,11 +133,12 @@ def validation_set(context: RunContext, setup: TrainingSetup) -> ValidationSet:
 
     validation, config = context.prepared.validation, setup.config
     rows = [validation[i] for i in range(min(len(validation), config.evaluate_rows))]
-    return ValidationSet(rows, pack_length(config.pack_length, context.recipe.data.max_length, setup.device))
+    length = _longest(context) if config.pack_length == "auto" else config.pack_length
+    return ValidationSet(rows, length)
 
 
-def _fine_tune(context: RunContext, stage: Stage, setup: TrainingSetup) -> None:
-    from corral.model import adapters
+def _fine_tune(context: RunContext, stage: Stage, setup: TrainingSetup, passes: Passes) -> None:
+    from corral.model import adapters, packed_forward
     from corral.training import optimizers, trained_model
     from corral.training.loop import Trainer
     from corral.training.objectives import OBJECTIVES
@@ -92,6 +150,8 @@ def _fine_tune(context: RunContext, stage: Stage, setup: TrainingSetup) -> None:
     trained: Any = trained_model.load_trainable(
         replace(setup, device="cpu") if sharded else setup, context.template, seed=context.recipe.seed
     )
+    if context.world.is_main:
+        replace(passes, fallbacks=tuple(packed_forward.fallbacks(trained))).write(stage.path)
     probe_set = contract.make_probes(context.template)
 
     def save(name: str) -> None:
@@ -125,7 +185,8 @@ def _fine_tune(context: RunContext, stage: Stage, setup: TrainingSetup) -> None:
     what = f"LoRA r {config.lora.rank}" if lora else "all weights"
     if setup.adapter is not None:
         context.progress.say(f"the adapter {setup.adapter} is trained further; its base stays frozen")
-    context.progress.start(f"Training ({config.objective}, {what})", training.total_steps)
+    cut = f"packs of {passes.pack_length:,} tokens" + (", checkpointed" if passes.gradient_checkpointing else "")
+    context.progress.start(f"Training ({config.objective}, {what}, {cut})", training.total_steps)
     if warning := optimizers.unsupported(config.optimizer, setup.device):
         context.progress.say(warning)
     with context.interrupts.deferred() as should_stop, _step_listeners(context, stage, setup) as on_step:

@@ -2,7 +2,7 @@
 
 Each stage is tried in a process of its own (`trial`): the real model and rows, a step with the longest packs of the stage,
 an evaluation, a checkpoint, a `kill -9`, and the same step again from the checkpoint. Running out of memory is a result.
-Estimates are those of `memory_estimate`; every measured stage says how far they were off.
+The estimate is that of `training.memory_estimate`, which also chooses the passes of a run.
 
 A trial is one process, and training alone: merging, evaluation of answers and exports need less memory than training, and
 their time is not counted.
@@ -11,6 +11,7 @@ their time is not counted.
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 import signal
 import tempfile
 from collections.abc import Sequence
@@ -22,36 +23,29 @@ from typing import TYPE_CHECKING, Any, cast
 from corral.data.prepare import prepare
 from corral.errors import CorralError, InputError, StorageError, TrainingError
 from corral.formatting import format_bytes
-from corral.model.device import choose_device
+from corral.model.device import choose_device, memory_limit
 from corral.model.loading import resolve_model
 from corral.model.naming import ModelFiles, find_adapter_to_train
-from corral.preflight import machine, memory_estimate, trial
-from corral.preflight.machine import MemoryLimit
-from corral.preflight.memory_estimate import DEVICES, Device, MemoryParts, ModelShape
-from corral.preflight.plan import Figures, Plan, StagePlan, TrialResult, Verdict
-from corral.preflight.remedies import Remedy, find_remedies
+from corral.preflight import trial
+from corral.preflight.devices import GPUS, Gpu
+from corral.preflight.plan import Measured, Plan, StagePlan, Verdict
 from corral.preflight.workload import Workload
 from corral.progress import Progress
 from corral.storage import tree_size
+from corral.system import MemoryLimit
+from corral.training import memory_estimate
+from corral.training.memory_estimate import BYTES, MOMENT_BYTES, ModelShape
+from corral.training.passes import MARGIN, choose_passes, savings
 from corral.training.trained_model import TrainingSetup
 
 if TYPE_CHECKING:
     from corral.data.prepare import Prepared
     from corral.model.adapter_files import AdapterFiles
-    from corral.model.loading import DType
+    from corral.model.device import Placement
     from corral.recipe import Recipe, Train
 
 _MEASURED_SPREAD = 0.05  # how much the peak varies from one run to the next
-_ESTIMATE_SPREAD = 0.2
-_CPU_MFU = 0.6  # share of a measured matrix product's rate
-_CPU_BANDWIDTH = 10e9
-_CPU_PROCESS = int(0.4e9)
-_CPU_OVERHEAD = int(0.11e9)
-_CPU_ALLOCATOR_WASTE = 0.35  # what the C library's allocator does not give back, measured
-_GPU_MFU = 0.5  # share of a measured matrix product's rate
 _DISK_RATE = 300e6  # bytes/s, where no checkpoint was written
-_LONGEST_TRIAL = 180.0  # seconds that a trial to check an estimate may take on this machine
-_TRIAL_PACKS = 12  # about how many packs a trial computes
 _EXPORT_BYTES: dict[str, float] = {"f32": 4, "f16": 2, "q8_0": 1.07, "q4_0": 0.63, "int8": 1.02, "int4": 0.65}
 _SMALL_FILES = 50_000_000
 
@@ -62,16 +56,17 @@ def plan(recipe: Recipe, out: Path, progress: Progress, *, device: str | None = 
     Args:
         recipe: as `recipe.load` gives it.
         out: the future run directory; nothing is written there, but a hidden folder beside it is used.
-        device: one of `memory_estimate.DEVICES`, for an estimate; else this machine is measured.
+        device: one of `devices.GPUS`, for an estimate; else this machine is measured.
 
     Raises:
         DataError, TemplateError, ModelError …: what a run would raise too.
         InputError: no such device.
         StorageError: nothing can be written beside `out`.
+        CorralError: the system does not say how much memory there is.
     """
-    if device is not None and device not in DEVICES:
-        raise InputError(f"there is no figure for the device {device!r}", where="--device", hint=", ".join(DEVICES))
-    parent = machine.free_disk(out.parent)[1]
+    if device is not None and device not in GPUS:
+        raise InputError(f"there is no figure for the device {device!r}", where="--device", hint=", ".join(GPUS))
+    parent = _free_disk(out.parent)[1]
     try:
         scratch = tempfile.TemporaryDirectory(prefix=".corral-plan-", dir=parent, ignore_cleanup_errors=True)
     except OSError as error:
@@ -79,28 +74,31 @@ def plan(recipe: Recipe, out: Path, progress: Progress, *, device: str | None = 
             f"the run could not be written here: {error.strerror}", where=str(parent), hint="give another folder: --out"
         ) from None
     with scratch as folder:
-        return _Planner(recipe, out, progress, Path(folder), device).plan()
+        return _Planner(recipe, out, progress, Path(folder), None if device is None else GPUS[device]).plan()
+
+
+def _free_disk(path: Path) -> tuple[int, Path]:
+    """Free bytes where a path is or will be, and the nearest folder that exists."""
+    folder = next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
+    return shutil.disk_usage(folder).free, folder
 
 
 class _Planner:
-    def __init__(self, recipe: Recipe, out: Path, progress: Progress, scratch: Path, device: str | None) -> None:
-        self.recipe, self.out, self.progress, self.scratch = recipe, out, progress, scratch
-        self.target_device = None if device is None else DEVICES[device]
+    def __init__(self, recipe: Recipe, out: Path, progress: Progress, scratch: Path, gpu: Gpu | None) -> None:
+        self.recipe, self.out, self.progress, self.scratch, self.gpu = recipe, out, progress, scratch, gpu
         self.notes: list[str] = []
 
     @cached_property
-    def placement(self) -> tuple[str, DType]:
-        """Device and dtype of this machine; for another machine a trial here only checks the estimate."""
-        model = self.recipe.model
-        chosen = choose_device() if self.target_device else choose_device(model.device, model.dtype)
-        self.notes += chosen.notes
-        return chosen.device, chosen.dtype
+    def placement(self) -> Placement:
+        placement = choose_device(self.recipe.model.device, self.recipe.model.dtype)
+        self.notes += placement.notes
+        return placement
 
     @cached_property
     def folder(self) -> Path:
         """The base model's folder; an estimate needs no weights in it."""
         spec = self.recipe.model.base
-        if self.target_device and (Path(spec) / "config.json").is_file():
+        if self.gpu and (Path(spec) / "config.json").is_file():
             return Path(spec)
         self.progress.start(f"Fetching {spec}", None)
         return resolve_model(spec, progress=self.progress.say).folder
@@ -121,41 +119,54 @@ class _Planner:
         return prepare(self.recipe.data, template, folder, self.recipe.seed, self.progress)
 
     @cached_property
-    def local_memory(self) -> MemoryLimit:
-        return machine.gpu_memory() if self.placement[0] == "cuda" else machine.cpu_memory()
-
-    @property
-    def memory(self) -> int:
-        """Bytes that training can use on the device that is planned for."""
-        return self.target_device.memory if self.target_device else self.local_memory.free
+    def limit(self) -> MemoryLimit:
+        """The memory of the device that is planned for."""
+        if self.gpu:
+            return MemoryLimit(self.gpu.memory, self.gpu.memory, self.gpu.name)
+        limit = memory_limit(self.placement.device)
+        if limit is None:
+            raise CorralError(
+                "this operating system does not say how much memory it has",
+                hint="plan on Linux or macOS, or give --device",
+            )
+        return limit
 
     def plan(self) -> Plan:
-        recipe, target, shape = self.recipe, self.target_device, ModelShape.from_folder(self.folder)
-        dtype = target.dtype(recipe.model.dtype) if target else self.placement[1]
-        stages = self._plan_stages(shape, dtype)
+        recipe, gpu, shape = self.recipe, self.gpu, ModelShape.from_folder(self.folder)
+        dtype = gpu.dtype(recipe.model.dtype) if gpu else self.placement.dtype
+        if gpu and dtype == "bfloat16" and gpu.half != dtype:
+            self.notes.append(
+                f'a {gpu.name} only emulates bfloat16, slowly: model.dtype = "auto" or "float16" is faster'
+            )
+        stages: list[StagePlan] = []
+        for number in range(1, len(recipe.train) + 1):
+            stages.append(self._plan_stage(shape, number, dtype, stages))
         self.progress.stop()
         disk = self._disk_needed(shape, stages, dtype)
-        disk_free, disk_folder = machine.free_disk(self.out)
+        disk_free, disk_folder = _free_disk(self.out)
         reasons = [f"stage {s.number}: {s.reason}" for s in stages]
         verdicts: list[Verdict] = [s.verdict for s in stages]
-        if target is None and sum(disk.values()) > disk_free:
+        if gpu is None and sum(disk.values()) > disk_free:
             verdicts.append("does not fit")
             text = f"the disk has {format_bytes(disk_free)} free and the run needs {format_bytes(sum(disk.values()))}"
             reasons.append(f"{text}: free some space, or give another folder with --out")
-        for stage in stages:
-            if stage.tried is not None and stage.tried.resumed is False and self.placement[0] == "cpu":
-                verdicts.append("undecided")
-                reasons.append("a step after kill -9 and resuming gave other numbers than before: please report this")
+        if (
+            gpu is None
+            and self.placement.device == "cpu"
+            and any(s.measured and s.measured.resumed is False for s in stages)
+        ):
+            verdicts.append("undecided")
+            reasons.append("a step after kill -9 and resuming gave other numbers than before: please report this")
         return Plan(
             recipe=recipe.name,
             base=recipe.model.base,
             weights=shape.weights,
-            device=target.name if target else self.placement[0],
+            device=gpu.name if gpu else self.placement.device,
             dtype=dtype,
-            estimated=target is not None,
-            source=target.source if target else "",
-            memory=self.memory,
-            memory_why=target.name if target else self.local_memory.reason,
+            estimated=gpu is not None,
+            source=gpu.source if gpu else "",
+            memory=self.limit.free,
+            memory_why=self.limit.reason,
             stages=stages,
             disk=disk,
             disk_free=disk_free,
@@ -165,130 +176,71 @@ class _Planner:
             notes=self.notes,
         )
 
-    def _plan_stages(self, shape: ModelShape, dtype: DType) -> list[StagePlan]:
-        """A plan of each stage; stages that differ only in length share one trial."""
-        trials: dict[str, TrialResult] = {}
-        stages: list[StagePlan] = []
-        for number, train in enumerate(self.recipe.train, 1):
-            if number == 1 and self.adapter is not None:
-                train = train.model_copy(update={"lora": self.adapter.lora})
-            key = train.model_dump_json(exclude={"steps", "epochs", "checkpoint_every", "evaluate_every"})
-            stage = self._plan_stage(shape, train, number, dtype, trials.get(key))
-            if stage.tried is not None:
-                trials[key] = stage.tried
-            stages.append(stage)
-        return stages
-
-    def _plan_stage(
-        self, shape: ModelShape, train: Train, number: int, dtype: DType, earlier: TrialResult | None
-    ) -> StagePlan:
-        local_kind, local_dtype = self.placement
-        max_length, seed, target = self.recipe.data.max_length, self.recipe.seed, self.target_device
-        local_work = Workload.from_stage(train, self.prepared, max_length, seed, local_kind)
-        work = Workload.from_stage(train, self.prepared, max_length, seed, "cuda") if target else local_work
+    def _plan_stage(self, shape: ModelShape, number: int, dtype: Any, earlier: Sequence[StagePlan]) -> StagePlan:
+        kind = "cuda" if self.gpu or self.placement.device.startswith("cuda") else "cpu"
+        lengths = [*self.prepared.train.lengths.tolist(), *self.prepared.validation.lengths.tolist()]
+        train = self.recipe.train[number - 1]
+        if number == 1 and self.adapter is not None:
+            train = train.model_copy(update={"lora": self.adapter.lora})
+        train = choose_passes(shape, train, lengths, kind, dtype, self.limit.free).apply(train)
+        work = Workload.from_stage(train, self.prepared, self.recipe.seed)
         if train.batch_size > work.rows:
             self.notes.append(f"a step of {train.batch_size} examples goes through the {work.rows} rows more than once")
-        trial_result = earlier or self._run_trial(shape, train, number, local_work)
-        local_device = self._local_device(trial_result)
-        local_estimate = (
-            None if trial_result is None else _estimate_figures(shape, train, local_work, local_device, local_dtype)
-        )
-        estimated = None if target is None else _estimate_figures(shape, train, work, target, dtype)
-        verdict, reason = self._verdict(estimated, trial_result, local_estimate)
-        remedies: list[Remedy] = []
-        if verdict != "fits":
-            correction = 0
-            if estimated is None and local_estimate and trial_result and trial_result.figures:
-                correction = trial_result.figures.peak - local_estimate.peak
-            spread = _MEASURED_SPREAD if correction else _ESTIMATE_SPREAD
-            remedies = find_remedies(
-                shape,
-                train,
-                number,
-                work,
-                self.prepared.train.lengths.tolist(),
-                max_length,
-                target or local_device,
-                dtype,
-                int(self.memory * (1 - spread)),
-                correction,
-            )
-        trained = shape.trained_weights(train)
-        return StagePlan(
-            number, train, trained, work, estimated, trial_result, local_estimate, verdict, reason, remedies
-        )
-
-    def _local_device(self, trial_result: TrialResult | None) -> Device:
-        """This machine, with the rate of matrix products and the process's memory as a trial measured them."""
-        kind, dtype = self.placement
-        measured: dict[str, Any] = trial_result.raw[0] if trial_result is not None and trial_result.raw else {}
-        cuda = kind == "cuda"
-        flops = float(measured.get("gemm", 1e14 if cuda else 1e11))
-        return Device(
-            name="this machine",
-            kind="cuda" if cuda else "cpu",
-            memory=self.local_memory.free,
-            flops=flops,
-            flops32=flops,
-            bandwidth=1e12 if cuda else _CPU_BANDWIDTH,
-            mfu=_GPU_MFU if cuda else _CPU_MFU,
-            process=int(measured.get("process", 0.6e9 if cuda else _CPU_PROCESS)),
-            overhead=int(0.2e9) if cuda else _CPU_OVERHEAD,
-            allocator_waste=0.08 if cuda else _CPU_ALLOCATOR_WASTE,
-            half_dtype="bfloat16" if dtype == "float32" else dtype,
-            source="",
-        )
-
-    def _run_trial(self, shape: ModelShape, train: Train, number: int, work: Workload) -> TrialResult | None:
-        """A trial on this machine; for an estimate, only if it fits here and is short."""
-        if self.target_device is not None:
-            expected = _estimate_figures(shape, train, work, self._local_device(None), self.placement[1])
-            seconds = _TRIAL_PACKS * work.longest.tokens / expected.tokens_per_second
-            obstacle = ""
-            if not any(self.folder.glob("*.safetensors")):
-                obstacle = "its weights are not here"
-            elif expected.peak > 0.8 * self.local_memory.free:
-                obstacle = f"it would need about {format_bytes(expected.peak)} here"
-            elif seconds > _LONGEST_TRIAL:
-                obstacle = f"that would take about {seconds / 60:.0f} minutes"
-            if obstacle:
-                self.notes.append(f"the estimate was not checked on this machine: {obstacle}")
-                return None
-        return _StageTrial(self, train, number, work).result()
-
-    def _verdict(
-        self, estimated: Figures | None, trial_result: TrialResult | None, local_estimate: Figures | None
-    ) -> tuple[Verdict, str]:
-        free = self.memory
-        if estimated is not None:
-            spread, peak, method = _ESTIMATE_SPREAD, estimated.peak, "estimated"
-        elif trial_result is None or trial_result.figures is None:
-            assert trial_result is not None
-            assert local_estimate is not None
-            if trial_result.out_of_memory is None:
-                return "undecided", trial_result.failure
-            text = f"{format_bytes(local_estimate.peak)} estimated, {format_bytes(free)} available"
-            return "does not fit", f"{trial_result.failure}; {text}"
+        memory = memory_estimate.memory(shape, train, *work.longest, kind, dtype)
+        trained, measured = shape.trained_weights(train), None
+        if self.gpu:
+            rate = self.gpu.tokens_per_second(shape, train, work.trained_share, dtype)
+            moments = MOMENT_BYTES[train.optimizer.kind]
+            optimizer = trained * (12 + 2 * moments) / self.gpu.bandwidth
+            seconds = work.seconds(rate, optimizer, rate * 2, 0.0, trained * (4 + moments) / _DISK_RATE)
         else:
-            spread, peak, method = _MEASURED_SPREAD, trial_result.figures.peak, "measured"
-        text = f"{format_bytes(peak)} {method}, {format_bytes(free)} available"
-        # Of an estimate only the memory that is held between steps is certain.
-        certain, tolerance = (estimated.parts.held, spread) if estimated is not None else (peak, 0.0)
-        if certain > free or peak > free * (1 + tolerance):
+            # Stages that differ only in length share one trial.
+            same = [s.measured for s in earlier if _trial_settings(s.train) == _trial_settings(train)]
+            measured = same[0] if same and same[0] else _StageTrial(self, train, number, work).result()
+            rate = measured.tokens_per_second or None
+            seconds = measured.seconds or None
+        verdict, reason = self._verdict(memory, measured)
+        saved: list[tuple[str, int]] = []
+        if verdict != "fits":
+            for setting, changed in savings(train, number, max(lengths)):
+                tokens = min(work.longest[0], int(changed.pack_length))
+                share = work.longest[1] / work.longest[0]
+                needed = memory_estimate.memory(shape, changed, tokens, int(tokens * share), kind, dtype).peak
+                saved.append((setting, needed))
+                if needed <= self.limit.free * (1 - MARGIN):
+                    break
+        return StagePlan(number, train, trained, work, memory.peak, measured, rate, seconds, verdict, reason, saved)
+
+    def _verdict(self, estimate: memory_estimate.Memory, measured: Measured | None) -> tuple[Verdict, str]:
+        free = self.limit.free
+        available = f"{format_bytes(free)} available"
+        if measured is None:
+            text = f"{format_bytes(estimate.peak)} estimated, {available}"
+            # Only the memory that is held between steps is certain.
+            if estimate.held > free or estimate.peak > free * (1 + MARGIN):
+                return "does not fit", text
+            return (
+                ("undecided", f"{text}: too close to tell") if estimate.peak > free * (1 - MARGIN) else ("fits", text)
+            )
+        if measured.peak is None:
+            if measured.out_of_memory is None:
+                return "undecided", measured.failure
+            return "does not fit", f"{measured.failure}; {format_bytes(estimate.peak)} estimated, {available}"
+        text = f"{format_bytes(measured.peak)} measured, {available}"
+        if measured.peak > free:
             return "does not fit", text
-        if peak > free * (1 - spread):
-            return "undecided", f"{text}: too close to tell"
-        return "fits", text
+        close = measured.peak > free * (1 - _MEASURED_SPREAD)
+        return ("undecided", f"{text}: too close to tell") if close else ("fits", text)
 
     def _disk_needed(self, shape: ModelShape, stages: Sequence[StagePlan], dtype: str) -> dict[str, int]:
         """Bytes that a run of the recipe takes at most, by purpose."""
-        model = shape.weights * {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
+        model = shape.weights * BYTES[dtype]
         needed: dict[str, int] = {}
         for stage in stages:
-            name, figures = f"train-{stage.number}", stage.best_figures
-            full = stage.train.method == "full"
+            name, full = f"train-{stage.number}", stage.train.method == "full"
+            estimated = int(stage.trained * (4 + MOMENT_BYTES[stage.train.optimizer.kind]))
             # Two are kept while the third is written.
-            needed[f"{name}: checkpoints"] = 3 * (figures.checkpoint if figures else 0)
+            needed[f"{name}: checkpoints"] = 3 * ((stage.measured and stage.measured.checkpoint) or estimated)
             if not full:
                 needed[f"{name}: adapters"] = 3 * 4 * stage.trained
             needed[f"{name}: merged model"] = model * (2 if full or stage.train.merge == "best" else 1)
@@ -298,21 +250,8 @@ class _Planner:
         return needed
 
 
-def _estimate_figures(shape: ModelShape, train: Train, work: Workload, device: Device, dtype: DType) -> Figures:
-    parts = memory_estimate.memory(shape, train, work.longest, device, dtype)
-    rate = memory_estimate.tokens_per_second(shape, train, work.common, device, dtype)
-    per_step = memory_estimate.optimizer_seconds(shape, train, device)
-    checkpoint = int(shape.trained_weights(train) * (4 + memory_estimate.MOMENT_BYTES[train.optimizer.kind]))
-    seconds = _stage_seconds(work, rate, per_step, rate * 2, 0.0, checkpoint / _DISK_RATE)
-    return Figures(parts, parts.total, rate, seconds, checkpoint)
-
-
-def _stage_seconds(
-    work: Workload, rate: float, optimizer: float, evaluation_rate: float, save: float, checkpoint: float
-) -> float:
-    """Seconds of a stage; rates are tokens per second, the rest seconds each. Every evaluation is assumed to save."""
-    evaluations = work.evaluations * (work.evaluated / evaluation_rate + save)
-    return work.tokens / rate + work.steps * optimizer + evaluations + work.checkpoints * checkpoint
+def _trial_settings(train: Train) -> str:
+    return train.model_dump_json(exclude={"steps", "epochs", "checkpoint_every", "evaluate_every"})
 
 
 class _StageTrial:
@@ -322,10 +261,14 @@ class _StageTrial:
         self._planner, self._work, self._number = planner, work, number
         folder = planner.scratch / f"train-{number}"
         folder.mkdir()
-        recipe, (device, dtype), adapter = planner.recipe, planner.placement, planner.adapter
+        recipe, placement, adapter = planner.recipe, planner.placement, planner.adapter
         self._job = trial.TrialJob(
             start=TrainingSetup(
-                planner.folder, train, device, dtype, adapter.folder if adapter and number == 1 else None
+                planner.folder,
+                train,
+                placement.device,
+                placement.dtype,
+                adapter.folder if adapter and number == 1 else None,
             ),
             base=recipe.model.base,
             template=recipe.model.template,
@@ -334,26 +277,23 @@ class _StageTrial:
             heavy=work.heavy,
             typical=work.typical,
             held_out=work.held_out,
-            pack_length=work.pack_length,
             seed=recipe.seed,
             folder=folder,
-            limit=planner.local_memory.free if device == "cpu" else None,
+            limit=planner.limit.free if placement.device == "cpu" else None,
         )
 
-    def result(self) -> TrialResult:
+    def result(self) -> Measured:
         """Raises CorralError where a run would raise it too, and TrainingError if a child ended without giving a reason."""
         first = self._run_child(resume=False)
-        if isinstance(first, TrialResult):
+        if isinstance(first, Measured):
             return first
         second = self._run_child(resume=True)
-        if isinstance(second, TrialResult):
+        if isinstance(second, Measured):
             return replace(second, raw=(first,))
-        return TrialResult(
-            self._figures(first, second), resumed=first["digest"] == second["digest"], raw=(first, second)
-        )
+        return self._figures(first, second)
 
-    def _run_child(self, *, resume: bool) -> dict[str, Any] | TrialResult:
-        """What a child measured, or a failed TrialResult."""
+    def _run_child(self, *, resume: bool) -> dict[str, Any] | Measured:
+        """What a child measured, or why it failed."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["corral.preflight.preload"])
         receiver, sender = context.Pipe(duplex=False)
@@ -382,10 +322,11 @@ class _StageTrial:
 
     def _read_outcome(
         self, phase: str, outcome: tuple[str, Any] | None, exit_code: int | None, resume: bool
-    ) -> dict[str, Any] | TrialResult:
+    ) -> dict[str, Any] | Measured:
         if outcome is None and exit_code == -signal.SIGKILL:
             # Nothing says who killed it; the kernel does so when memory runs out.
-            return TrialResult(None, f"it was killed while {phase}: most likely the machine ran out of memory", None)
+            failure = f"it was killed while {phase}: most likely the machine ran out of memory"
+            return Measured(None, failure=failure)
         if outcome is None:
             lines = (self._job.folder / "output.txt").read_text(errors="replace").strip().splitlines()
             raise TrainingError(
@@ -395,34 +336,28 @@ class _StageTrial:
             )
         kind, value = outcome
         if kind == "memory":
-            return TrialResult(None, f"it ran out of memory while {phase}: {value}", True)
+            return Measured(None, failure=f"it ran out of memory while {phase}: {value}", out_of_memory=True)
         if kind == "error":
             raise cast("CorralError", value)
         assert resume or exit_code == -signal.SIGKILL, exit_code
         return cast("dict[str, Any]", value)
 
-    def _figures(self, first: dict[str, Any], second: dict[str, Any]) -> Figures:
+    def _figures(self, first: dict[str, Any], second: dict[str, Any]) -> Measured:
         work, lengths = self._work, self._planner.prepared.train.lengths
         tokens = int(lengths[list(work.typical)].sum())
-        seconds = sum(tokens / each["typical_rate"] - each["optimizer_seconds"] for each in (first, second)) / 2
-        rate = tokens / seconds
+        rate = 2 * tokens / sum(tokens / each["typical_rate"] - each["optimizer_seconds"] for each in (first, second))
         slower, faster = sorted(each["typical_rate"] for each in (first, second))
         if faster > 1.3 * slower:
             self._planner.notes.append(
                 f"one of two equal steps took {faster / slower:.1f} times as long as the other: is this machine busy?"
             )
-        peak = max(first["peak"], second["peak"])
-        measured = {
-            "process": first["process"],
-            "weights": first["weights"],
-            "optimizer": first["gradients"] + first["moments"],
-            "activations": first["activations"],
-            "head": first["head"],
-        }
-        parts = MemoryParts(**measured, rest=max(0, peak - sum(measured.values())))
         evaluation_rate = work.held_out_tokens / first["evaluate_seconds"] if work.held_out else rate
-        save = first.get("save_seconds", 0.0)
-        stage = _stage_seconds(
-            work, rate, first["optimizer_seconds"], evaluation_rate, save, first["checkpoint_seconds"]
+        optimizer, save = first["optimizer_seconds"], first.get("save_seconds", 0.0)
+        return Measured(
+            peak=max(first["peak"], second["peak"]),
+            tokens_per_second=rate,
+            seconds=work.seconds(rate, optimizer, evaluation_rate, save, first["checkpoint_seconds"]),
+            checkpoint=first["checkpoint_bytes"],
+            resumed=first["digest"] == second["digest"],
+            raw=(first, second),
         )
-        return Figures(parts, peak, rate, stage, first["checkpoint_bytes"])

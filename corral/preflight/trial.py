@@ -20,19 +20,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from corral.data.packing import pack_sequences
 from corral.data.prepare import Prepared
-from corral.errors import CorralError
+from corral.errors import CorralError, out_of_memory_reason
 from corral.export import contract
 from corral.formatting import format_bytes
 from corral.model import adapters
 from corral.model.naming import ModelFiles
-from corral.preflight import measured_memory
 from corral.storage import new_directory
+from corral.system import peak_memory
 from corral.template import Variables
 from corral.training import trained_model
 from corral.training.loop import Trainer
-from corral.training.objectives import OBJECTIVES, trained_positions
+from corral.training.objectives import OBJECTIVES
 from corral.training.sampler import BatchSampler
 
 if TYPE_CHECKING:
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
 HEAVY_STEP, TYPICAL_STEP = 1, 2
 """The steps of a trial: the longest packs, then typical ones. A checkpoint is written between them."""
 _WATCH_INTERVAL = 0.02  # seconds
-_OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +57,6 @@ class TrialJob:
         heavy: rows of the first step, which make the longest packs.
         typical: rows of the second step.
         held_out: validation rows for the evaluation before the first step.
-        pack_length: most tokens in a forward pass.
         seed: the recipe's.
         folder: where the trial writes.
         limit: bytes of memory at which it exits; None for a GPU, which refuses by itself.
@@ -73,7 +70,6 @@ class TrialJob:
     heavy: tuple[int, ...]
     typical: tuple[int, ...]
     held_out: tuple[int, ...]
-    pack_length: int
     seed: int
     folder: Path
     limit: int | None
@@ -95,37 +91,70 @@ def run_trial(job: TrialJob, pipe: Connection, resume: bool) -> None:
         with lock:
             pipe.send((kind, value))
 
-    if job.limit is not None:
-        threading.Thread(target=_exit_above, args=(job.limit, send), daemon=True).start()
+    memory = _MemoryWatch(job.start.device, job.limit, send)
     try:
-        _Trial(job, send, resume).run()
+        _Trial(job, send, memory, resume).run()
     except CorralError as error:
         send("error", error)
     except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        if not isinstance(error, MemoryError) and not any(words in text.lower() for words in _OUT_OF_MEMORY_MESSAGES):
+        reason = out_of_memory_reason(error)
+        if reason is None:
             raise
-        send("memory", text.splitlines()[0] if text else "no memory was left")
+        send("memory", reason)
 
 
-def _exit_above(limit: int, send: Callable[[str, Any], None]) -> None:
-    while (used := measured_memory.resident_bytes()) < limit:
-        time.sleep(_WATCH_INTERVAL)
-    send("memory", f"it had grown to {format_bytes(used)}")
-    os._exit(1)
+class _MemoryWatch:
+    """The most memory that a trial has used since `reset`. On a CPU, exits above a limit: the machine must not run out.
+
+    Memory of files that are mapped is left out, as the system takes it back when memory is wanted.
+    """
+
+    def __init__(self, device: str, limit: int | None, send: Callable[[str, Any], None]) -> None:
+        self._cuda, self._limit, self._send, self._peak, self._context = device == "cuda", limit, send, 0, 0
+        if self._cuda:
+            free = torch.cuda.mem_get_info()[0]
+            torch.zeros(1, device="cuda")
+            self._context = max(0, free - torch.cuda.mem_get_info()[0])
+        else:
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def reset(self) -> None:
+        """Start a new peak."""
+        self._peak = 0
+        if self._cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> int:
+        """Bytes."""
+        return torch.cuda.max_memory_reserved() + self._context if self._cuda else max(self._peak, _resident_bytes())
+
+    def _watch(self) -> None:
+        while self._limit is None or (used := _resident_bytes()) < self._limit:
+            self._peak = max(self._peak, _resident_bytes())
+            time.sleep(_WATCH_INTERVAL)
+        self._send("memory", f"it had grown to {format_bytes(used)}")
+        os._exit(1)
+
+
+def _resident_bytes() -> int:
+    """Memory that this process holds now, mapped files left out; where not on Linux, the most it ever held."""
+    try:
+        pages, shared = Path("/proc/self/statm").read_text().split()[1:3]
+    except OSError:
+        return peak_memory() or 0
+    return (int(pages) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
 
 
 class _Trial:
-    def __init__(self, job: TrialJob, send: Callable[[str, Any], None], resume: bool) -> None:
-        self._job, self._send, self._resume = job, send, resume
+    def __init__(self, job: TrialJob, send: Callable[[str, Any], None], memory: _MemoryWatch, resume: bool) -> None:
+        self._job, self._send, self._memory, self._resume = job, send, memory, resume
         self._figures: dict[str, Any] = {}
         self._phase_start = self._optimizer_start = 0.0
 
     def run(self) -> None:
         """Runs the trial and ends this process."""
         self._phase("Loading the model again, after kill -9" if self._resume else "Loading the model")
-        self._memory = measured_memory.MemoryMeter(self._job.start.device)
-        self._figures["process"] = self._memory.baseline
         self._training = self._build()
         self._memory.reset()
         optimizer = self._training.optimizer
@@ -149,6 +178,7 @@ class _Trial:
         probes = contract.make_probes(template)
         trained: Any = trained_model.load_trainable(start, template, seed=job.seed)
         config = start.config.model_copy(update={"checkpoint_every": 1, "evaluate_every": 10**9})
+        assert isinstance(config.pack_length, int)
 
         class TrialSampler(BatchSampler):
             """The stage's batches, except for its first two steps."""
@@ -172,7 +202,7 @@ class _Trial:
             [rows.validation[i] for i in job.held_out],
             OBJECTIVES[config.objective],
             config,
-            pack_length=job.pack_length,
+            pack_length=config.pack_length,
             seed=job.seed,
             folder=job.folder,
             save_best=save,
@@ -181,34 +211,16 @@ class _Trial:
         training.total_steps = max(TYPICAL_STEP + 1, training.total_steps)  # the stage's last step would evaluate
         return training
 
-    def _measure_longest_pack(self) -> None:
-        """Measure the memory of each part on the longest pack, and the rate of matrix products."""
-        self._phase("Measuring the longest pack")
-        training, start = self._training, self._job.start
-        examples = [training.examples[i] for i in self._job.heavy]
-        lengths = [sum(len(s.ids) for s in e.sequences) for e in examples]
-        longest = max(pack_sequences(lengths, self._job.pack_length), key=lambda pack: sum(lengths[i] for i in pack))
-        model: Any = training.model
-        training.optimizer.zero_grad(set_to_none=True)
-        sequences = [s for i in longest for s in examples[i].sequences]
-        positions = [trained_positions(s) for s in sequences]
-        dtype = torch.float32 if start.config.method == "full" else getattr(torch, start.dtype)
-        self._figures |= {
-            "weights": measured_memory.weights_bytes(model),
-            "gemm": measured_memory.matmul_rate(start.device, dtype),
-            **measured_memory.measure_pass(model, [s.ids for s in sequences], positions),
-        }
-
     def _before_optimizer(self, *_: Any) -> None:
-        gradients = [p.grad for p in self._training.parameters.values() if p.grad is not None]
-        self._figures["gradients"] = sum(g.nbytes for g in gradients)
-        measured_memory.synchronize(self._job.start.device)
-        self._optimizer_start = time.perf_counter()
+        self._optimizer_start = self._now()
 
     def _after_optimizer(self, *_: Any) -> None:
-        measured_memory.synchronize(self._job.start.device)
-        self._figures["optimizer_seconds"] = time.perf_counter() - self._optimizer_start
-        self._figures["moments"] = measured_memory.tensor_bytes(self._training.optimizer.state.values())
+        self._figures["optimizer_seconds"] = self._now() - self._optimizer_start
+
+    def _now(self) -> float:
+        if self._job.start.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def _on_step(self, metrics: StepMetrics) -> None:
         now, figures = time.perf_counter(), self._figures
@@ -221,18 +233,15 @@ class _Trial:
         else:
             training = self._training
             step = metrics.seconds - figures.get("heavy_seconds", metrics.seconds)
-            surplus = measured_memory.unused_mapped_bytes(training.model) if self._job.start.device == "cpu" else 0
             checkpoint = self._job.folder / "checkpoints" / f"step-{HEAVY_STEP:06d}"
             figures |= {
                 "typical_rate": metrics.tokens_per_second,
                 "checkpoint_seconds": now - self._phase_start - step,
-                "peak": self._memory.peak() - surplus,
+                "peak": self._memory.peak(),
                 "loss": metrics.loss,
                 "digest": _state_hash(training),
                 "checkpoint_bytes": sum(f.stat().st_size for f in checkpoint.iterdir()),
             }
-            if not self._resume:  # last, as it leaves memory behind that a run does not use
-                self._measure_longest_pack()
             self._send("result", figures)
             if not self._resume:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -65,7 +65,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_pack_length(self) -> Self:
         for i, stage in enumerate(self.train):
-            if stage.pack_length is not None and stage.pack_length < self.data.max_length:
+            if stage.pack_length != "auto" and stage.pack_length < self.data.max_length:
                 raise ValueError(
                     f"`train.{i}.pack_length` = {stage.pack_length} is less than `data.max_length` = "
                     f"{self.data.max_length}: an example would not fit in a pack"

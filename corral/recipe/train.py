@@ -83,18 +83,19 @@ class Train(Section):
     """Number of optimizer steps; instead of `epochs`."""
     batch_size: PositiveInt = 8
     """Examples per optimizer step, over all devices. Every trained token has the same weight."""
-    pack_length: PositiveInt | None = None
-    """Most tokens in one forward pass; examples are packed into it, isolated from each other. By default the larger of
-    `data.max_length` and 8192 on a GPU or 512 on a CPU. It changes memory and speed, not the result (except with `int8`,
-    where an outlier affects its whole pass)."""
+    pack_length: PositiveInt | Literal["auto"] = "auto"
+    """Most tokens in one forward pass; examples are packed into it, isolated from each other. `auto`: at least the longest
+    example, and on a GPU up to 8192 as its memory allows, on a CPU 512. It changes memory and speed, not the result (except
+    with `int8`, where an outlier affects its whole pass), and so never makes a stage train again."""
     group_by_length: bool = False
     """Put examples of similar length into the same step."""
     sharding: Literal["none", "full"] = "none"
     """With several processes (`torchrun`): what each process holds. `none`: the whole model. `full`: its part of every weight,
     gradient and moment, and whole layers only while they compute (FSDP2); for models that do not fit on one device. It
     changes memory and speed, never the result."""
-    gradient_checkpointing: bool = False
-    """Keep only each layer's input and compute the rest again for the gradient: less memory, about a third slower."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Keep only each layer's input and compute the rest again for the gradient: less memory, about a third slower. `auto`: if
+    the device's memory does not suffice without. It changes memory and speed, not the result."""
     evaluate_every: PositiveInt = 20
     """Steps between evaluations on the validation rows. The weights with the lowest held-out loss become the result."""
     evaluate_rows: PositiveInt = 64

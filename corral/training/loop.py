@@ -103,7 +103,7 @@ class Trainer:
         self.sampler = BatchSampler(config, lengths, seed)
         self.total_steps = self.sampler.steps
         self._uses_float16 = any(p.dtype == torch.float16 for p in model.parameters())
-        if config.gradient_checkpointing:
+        if config.gradient_checkpointing is True:
             with quiet():
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._sharded_model: sharding.ShardedModel | None = None

@@ -25,33 +25,19 @@ def prepared(encoded_rows: list[Any], tmp_path_factory: pytest.TempPathFactory) 
 
 def test_steps_tokens_and_the_longest_pack_are_those_of_the_order(prepared: Any) -> None:
     train = Train(steps=11, batch_size=3, evaluate_every=4, checkpoint_every=5, pack_length=128)
-    work = Workload.from_stage(train, prepared, 128, 9, "cpu")
+    work = Workload.from_stage(train, prepared, 9)
     lengths = prepared.train.lengths
     order = BatchSampler(train, lengths.tolist(), 9)
     batches = [order.batch(step) for step in range(1, 12)]
     assert work.steps == 11
     assert work.tokens == sum(int(lengths[b].sum()) for b in batches)
     every_pack = [[b[i] for i in pack] for b in batches for pack in pack_sequences([int(lengths[i]) for i in b], 128)]
-    assert work.longest.tokens == max(int(lengths[p].sum()) for p in every_pack)
+    assert work.longest[0] == max(int(lengths[p].sum()) for p in every_pack)
     assert set(work.heavy) <= set(range(len(lengths)))
     again = pack_sequences([int(lengths[i]) for i in work.heavy], 128)
-    assert max(sum(int(lengths[work.heavy[i]]) for i in pack) for pack in again) == work.longest.tokens
+    assert max(sum(int(lengths[work.heavy[i]]) for i in pack) for pack in again) == work.longest[0]
     assert (work.evaluations, work.checkpoints) == (
         1 + 3,
         3,
     )  # before the first step, after 4, 8 and the last; 5, 10, 11
     assert work.evaluated == int(prepared.validation.lengths.sum())
-
-
-def test_shorter_packs_have_at_most_the_given_length(prepared: Any) -> None:
-    work = Workload.from_stage(Train(steps=2, batch_size=8), prepared, 128, 1, "cpu")
-    assert work.longest_within(10**6) == work.longest
-    assert work.longest_within(50).tokens == 50
-    assert work.longest_within(50).trained <= 50
-
-
-def test_a_gpu_gets_longer_packs_by_default(prepared: Any) -> None:
-    train = Train(steps=1, batch_size=16)
-    assert Workload.from_stage(train, prepared, 128, 1, "cuda").pack_length == 8192
-    assert Workload.from_stage(train, prepared, 128, 1, "cpu").pack_length == 512
-    assert Workload.from_stage(train, prepared, 1024, 1, "cpu").pack_length == 1024

@@ -33,7 +33,9 @@ def fuse(model: nn.Module) -> None:
             fuse_lora(module)
         elif isinstance(module, LlamaMLP) and is_silu(module.act_fn):
             replace_forward(module, _mlp_forward)
-        elif isinstance(module, LlamaRMSNorm) and (module.weight.is_cuda or module.weight.dtype == torch.float32):
+        elif isinstance(module, LlamaRMSNorm) and (
+            module.weight.device.type != "cpu" or module.weight.dtype == torch.float32
+        ):
             replace_forward(module, _norm_forward)
 
 

@@ -111,7 +111,7 @@ class _Branched(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: LoraLinear, a: Tensor, b: Tensor) -> Tensor:
         inner = F.linear(x, a.to(x.dtype))
-        result = F.linear(x, linear.layer.weight)
+        result = linear.layer(x)
         result.flatten(0, -2).addmm_(inner.flatten(0, -2), b.to(x.dtype).T, alpha=linear.scale)
         ctx.linear = linear
         ctx.save_for_backward(x, inner, a, b)
@@ -124,7 +124,7 @@ class _Branched(torch.autograd.Function):
         gradient = gradients[0].flatten(0, -2)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = gradient @ linear.layer.weight
+            grad_x = gradient @ LoraLinear(linear.layer).weight()
             grad_x = grad_x.addmm_(gradient @ b.to(x.dtype), a.to(x.dtype), alpha=linear.scale).view_as(x)
         return grad_x, None, *linear.adapter_gradients(x.flatten(0, -2), gradient, inner.flatten(0, -2))
 
@@ -199,11 +199,10 @@ def _lora_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     linear = None if args or kwargs else read_lora_linear(layer)
     if linear is not None and linear.adapter:
         same_dtype = linear.adapter[0].dtype == linear.dtype
-        if is_nf4(linear.layer):  # on a GPU, bitsandbytes' own kernels multiply
-            if same_dtype and x.device.type == "cpu" and x.numel() and x.dtype == linear.dtype:
-                return linear.merged(x)
-        elif same_dtype:
+        on_cpu, fits = x.device.type == "cpu", bool(x.numel()) and x.dtype == linear.dtype
+        if same_dtype and (not is_nf4(linear.layer) or (on_cpu and fits)):
             return linear.merged(x)
-        elif x.is_cuda and x.dtype == linear.dtype and x.dtype in (torch.bfloat16, torch.float16):
+        # PEFT's own forward keeps a float32 copy of the input for each of the layers that share it.
+        if not on_cpu and fits and x.dtype in (torch.bfloat16, torch.float16):
             return linear.branched(x)
     return type(layer).forward(layer, x, *args, **kwargs)

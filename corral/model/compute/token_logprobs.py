@@ -21,7 +21,7 @@ from corral.model.compute import gpu_compile
 from corral.model.compute.cpu_matmul import padding_rows, times_transposed
 
 _CPU_LOGITS = 2**21  # at once: 8 MiB in float32
-_GPU_LOGITS = 2**27  # at once: 256 MiB in bfloat16; products of fewer would not fill a GPU
+_GPU_LOGITS = 2**26  # at once: 128 MiB in bfloat16, 523 rows of Llama 3's vocabulary; products of far fewer fill no GPU
 _MODULE_ROWS = 128
 
 
@@ -35,7 +35,7 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
     Returns: [n].
     """
-    return by_rows(hidden, weight, targets) if hidden.is_cuda else by_columns(hidden, weight, targets)
+    return by_rows(hidden, weight, targets) if hidden.device.type != "cpu" else by_columns(hidden, weight, targets)
 
 
 def by_columns(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -175,9 +175,9 @@ def _softmax_function(device: torch.device) -> Callable[[Tensor, Tensor], tuple[
 
 def _log_softmax_at(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """(log softmax(logits)[target] in float32 [n], softmax in the dtype of the logits [n, vocabulary])."""
-    wide = logits.float()
-    shifted = wide - wide.amax(-1, keepdim=True)
-    exponentials = shifted.exp()
-    total = exponentials.sum(-1, keepdim=True)
-    picked = shifted.gather(1, targets[:, None]) - total.log()
-    return picked.squeeze(1), (exponentials / total).to(logits.dtype)
+    # In place: uncompiled, each step would otherwise be a tensor as large as all logits.
+    wide = logits.to(torch.float32, copy=True)
+    wide.sub_(wide.amax(-1, keepdim=True))
+    picked = wide.gather(1, targets[:, None])
+    total = wide.exp_().sum(-1, keepdim=True)
+    return (picked - total.log()).squeeze(1), wide.div_(total).to(logits.dtype)
