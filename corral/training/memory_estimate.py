@@ -35,7 +35,7 @@ _PROCESS: Mapping[str, int] = {"cuda": int(0.8 * GB), "cpu": int(0.36 * GB)}
 # What the allocator does not give back, as a share of what comes and goes: of a GPU's an assumption, of the C library's
 # measured, and worse where PEFT's own forward passes make many tensors of many sizes.
 _GPU_WASTE = 0.05
-_CPU_WASTE, _CPU_WASTE_FULL, _CPU_WASTE_PEFT = 0.4, 0.75, 1.35
+_CPU_WASTE, _CPU_WASTE_FULL, _CPU_WASTE_PEFT, _CPU_WASTE_INT8 = 0.4, 0.75, 1.5, 2.4
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +181,8 @@ def memory(shape: ModelShape, train: Train, tokens: int, trained: int, device: D
 def _waste(train: Train, device: DeviceKind) -> float:
     if device == "cuda":
         return _GPU_WASTE
+    if train.quantization == "int8":
+        return _CPU_WASTE_INT8
     return _CPU_WASTE_FULL if train.method == "full" else _CPU_WASTE if _is_plain(train) else _CPU_WASTE_PEFT
 
 
