@@ -18,10 +18,13 @@ input's gradient, none for its own; N counts all parameters; attention's own pro
 First a tiny model's losses and gradients on the GPU are compared with plain transformers on the CPU in float32: float32 to
 rounding, and bfloat16 next to the error of plain transformers + PEFT in bfloat16.
 
-Needs torch ≥ 2.11, transformers ≥ 5.17, peft, numpy and pydantic; corral itself need not be installed. Without a GPU
-everything runs on tiny models on the CPU, and the claims are written as "not run".
+Then it compares packs with their sequences alone, the peak of memory with corral's estimate of it, and generation by corral's
+transformers engine with transformers' own. The slower ways that this GPU is given, with their reasons, are in the results.
 
-    python benchmarks/gpu.py [--json FILE] [--quick]
+Needs torch ≥ 2.11, transformers ≥ 5.17, peft, numpy and pydantic; corral itself need not be installed. Without a CUDA device
+it says so and exits with 2; `--rehearse` runs everything on tiny models on the CPU, to test this script, and claims nothing.
+
+    python benchmarks/gpu.py [--json FILE] [--quick] [--rehearse]
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import claims
+from gpu_checks import estimate_ratio, generation, packed_gap
 from gpu_rows import Row, documents, mix
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -92,6 +96,10 @@ GOALS: dict[str, tuple[str, float, str]] = {
     "mix_speed_vs_plain_3b": ("×", 2, ">="),
     "peak_memory_gb_8b": ("GB", 100, "<="),
     "mix_peak_memory_vs_plain_3b": ("×", 0.8, "<="),
+    "estimate_error_8b": ("of the measured peak", 0.1, "<="),
+    "packed_gap_float32": ("nats", 1e-3, "<="),
+    "packed_gap_bfloat16": ("nats", 0.1, "<="),
+    "generate_speed_vs_plain_3b": ("×", 1.0, ">="),
     "first_loss_gap": ("nats", 0.02, "<="),
     "float32_gradient_gap": ("relative", 1e-3, "<="),
     "bfloat16_gradient_gap_vs_plain": ("×", 1.25, "<="),
@@ -113,10 +121,8 @@ class Sizes:
     steps: int
 
 
-def sizes(*, quick: bool) -> Sizes:
-    import torch
-
-    if torch.cuda.is_available():
+def sizes(*, quick: bool, rehearse: bool) -> Sizes:
+    if not rehearse:
         return Sizes("cuda", "bfloat16", SHAPES, 4096, 8, 32, PACK, 3, 4 if quick else 12)
     return Sizes("cpu", "float32", {"3b": TINY, "8b": TINY}, 64, 2, 4, 512, 1, 1)
 
@@ -392,6 +398,12 @@ def make_claims(raw: dict[str, Any]) -> Iterator[claims.Claim]:
         "mix_speed_vs_plain_3b": mixed["corral"]["rows_per_second"] / mixed["plain"]["rows_per_second"],
         "peak_memory_gb_8b": eight["corral"]["peak_memory_gb"],
         "mix_peak_memory_vs_plain_3b": mixed["corral"]["peak_memory_gb"] / mixed["plain"]["peak_memory_gb"],
+        "estimate_error_8b": abs(raw["estimate_ratio_8b"] - 1),
+        "packed_gap_float32": raw["packed_gap"]["float32"],
+        "packed_gap_bfloat16": raw["packed_gap"]["bfloat16"],
+        "generate_speed_vs_plain_3b": (
+            raw["generation_3b"]["corral_tokens_per_second"] / raw["generation_3b"]["plain_tokens_per_second"]
+        ),
         "first_loss_gap": max(raw[kind]["first_loss_gap"] for kind in ("3b long", "3b mix", "8b long")),
         "float32_gradient_gap": raw["correctness"]["float32"],
         "bfloat16_gradient_gap_vs_plain": raw["correctness"]["bfloat16"] / raw["correctness"]["bfloat16_plain"],
@@ -401,30 +413,57 @@ def make_claims(raw: dict[str, Any]) -> Iterator[claims.Claim]:
 
 
 def not_run(json_file: Path | None) -> int:
-    print("\nthere is no GPU: tiny models were run on the CPU, and nothing is claimed")
+    print("\nno CUDA device: tiny models were run on the CPU, and nothing is claimed")
     if json_file:
         stated = [
             {"name": name, "value": None, "unit": unit, "goal": goal, "direction": direction, "met": "not run"}
             for name, (unit, goal, direction) in GOALS.items()
         ]
-        content = {"claims": stated, "raw": "not run: there was no GPU", "machine": claims.machine()}
+        content = {"claims": stated, "raw": "not run: no CUDA device", "machine": claims.machine()}
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0
 
 
+def checks(size: Sizes) -> dict[str, Any]:
+    """Packs against their sequences, generation, and why anything is computed in a slower way."""
+    import torch
+
+    from corral.model import packed_forward
+
+    gaps = {
+        dtype: packed_gap(base_model(TINY, "cpu", "float32").to(size.device, getattr(torch, dtype)), TINY["vocab_size"])
+        for dtype in ("float32", "bfloat16")
+    }
+    model = base_model(size.shapes["3b"], size.device, size.dtype)
+    how = {"prompts": 64, "length": 128, "new": 128} if size.device == "cuda" else {"prompts": 3, "length": 8, "new": 4}
+    figures = generation(model, size.shapes["3b"]["vocab_size"], **how)
+    found = {"packed_gap": gaps, "generation_3b": figures, "fallbacks": packed_forward.fallbacks(model)}
+    del model
+    gc.collect()
+    if size.device == "cuda":
+        torch.cuda.empty_cache()
+    print(json.dumps(found), flush=True)
+    return found
+
+
 def main() -> int:
     parser = claims.parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer steps")
+    parser.add_argument("--rehearse", action="store_true", help="run on tiny models on the CPU, to test this script")
     args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parent.parent))  # corral need not be installed
     import torch
 
-    size = sizes(quick=args.quick)
+    if not (torch.cuda.is_available() or args.rehearse):
+        print("no CUDA device: nothing was run (--rehearse runs tiny models on the CPU)", file=sys.stderr)
+        return 2
+    size = sizes(quick=args.quick, rehearse=args.rehearse)
     raw: dict[str, Any] = {"correctness": correctness(size.device), "product_rate": product_rate(size)}
     print(json.dumps(raw), flush=True)
     if raw["correctness"]["float32"] > GOALS["float32_gradient_gap"][1]:
         raise SystemExit("the gradients are wrong: speed means nothing")
+    raw |= checks(size)
     for name, kind in (("3b", "long"), ("3b", "mix"), ("8b", "long")):
         if name == "8b":
             torch.compiler.reset()  # other shapes: torch keeps few programs of one function
@@ -435,6 +474,9 @@ def main() -> int:
         if size.device == "cpu" and gap > 1e-3:
             raise SystemExit(f"{name} {kind}: the first losses are {gap:.3g} apart")
         raw[f"{name} {kind}"] = figures
+    peak = raw["8b long"]["corral"]["peak_memory_gb"] or math.nan
+    tokens = min(size.pack, size.documents * size.document)
+    raw["estimate_ratio_8b"] = estimate_ratio(size.shapes["8b"], settings(size.documents, 1), tokens, peak)
     if size.device != "cuda":
         return not_run(args.json)
     raw["gpu"] = torch.cuda.get_device_name()

@@ -31,7 +31,7 @@ MOMENT_BYTES: Mapping[str, float] = {
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, the 8-bit scale of a block of 64, the float32 scale of 256 scales
 _LOGITS: Mapping[str, int] = {"cuda": 2**26, "cpu": 2**21}  # that `token_logprobs` computes at once
 # Python with its packages, or a GPU's context and the kernels that are loaded with it.
-_PROCESS: Mapping[str, int] = {"cuda": int(0.8 * GB), "cpu": int(0.36 * GB)}
+PROCESS: Mapping[str, int] = {"cuda": int(0.8 * GB), "cpu": int(0.36 * GB)}
 # What the allocator does not give back, as a share of what comes and goes: of a GPU's an assumption, of the C library's
 # measured, and worse where PEFT's own forward passes make many tensors of many sizes.
 _GPU_WASTE = 0.05
@@ -152,7 +152,7 @@ def memory(shape: ModelShape, train: Train, tokens: int, trained: int, device: D
     count = shape.trained_weights(train)
     per_weight = {"none": float(stored), "nf4": _NF4_BYTES, "int8": 1.0}[train.quantization]
     weights = shape.layer_weights * per_weight + shape.other_weights * stored + (0 if full else 4 * count)
-    held = _PROCESS[device] + weights + count * (4 + MOMENT_BYTES[train.optimizer.kind])
+    held = PROCESS[device] + weights + count * (4 + MOMENT_BYTES[train.optimizer.kind])
     if device == "cpu" and train.quantization != "none":  # what reading the full weights leaves in the allocator
         held += shape.layer_weights * stored / 2
     # The residual stream's dtype: float32 with full fine-tuning, whose norms are.

@@ -1,4 +1,4 @@
-"""Without a GPU the GPU benchmark runs on tiny models and claims nothing."""
+"""Without a GPU the GPU benchmark says so; rehearsed on tiny models it claims nothing."""
 
 from __future__ import annotations
 
@@ -22,12 +22,26 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("gpu")
 
 
-def test_without_a_gpu_both_sides_run_and_no_claim_is_made(tmp_path: Path) -> None:
-    out = tmp_path / "gpu.json"
+def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--quick", "--json", str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=folder)
+
+
+def test_without_a_gpu_it_says_so_and_runs_nothing(tmp_path: Path) -> None:
+    done = run(tmp_path, "--json", str(tmp_path / "gpu.json"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("no CUDA device")
+    assert not list(tmp_path.iterdir())
+
+
+def test_in_a_rehearsal_both_sides_run_and_no_claim_is_made(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    done = run(tmp_path, "--rehearse", "--quick", "--json", str(out))
     assert done.returncode == 0, done.stderr
+    found = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"packed_gap"'))
+    assert found["packed_gap"]["float32"] < 1e-3
+    assert found["generation_3b"]["equal_share"] == 1
     for name in ("3b long", "3b mix", "8b long"):
         assert {f"{name} {side}:" in done.stdout for side in ("corral", "plain")} == {True}
     claims = json.loads(out.read_text("utf-8"))["claims"]
