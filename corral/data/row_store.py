@@ -28,7 +28,7 @@ Batch: TypeAlias = Any
 CHUNK_ROWS = 500
 """Rows that are read, and usually saved, at once."""
 _POSITION = "position"
-_OPEN_FILES = 24  # a file of tokens is about 1 MB
+_OPEN_FILES = 8  # a file of tokens is about 1 MB
 
 
 class RowStore:

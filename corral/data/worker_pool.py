@@ -126,6 +126,9 @@ def map_in_processes(function: Callable[[Item], Result], items: Iterable[Item], 
     # The tokenizers library warns about a fork after it used threads, unless it is told not to use them.
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # A collection writes to every object it looks at: the workers would no longer share this process's memory.
+    gc.collect()
+    gc.freeze()
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(function,))
     try:
         running: set[Future[Any]] = {executor.submit(_run_item, item) for item in islice(remaining, 2 * workers)}
@@ -142,6 +145,7 @@ def map_in_processes(function: Callable[[Item], Result], items: Iterable[Item], 
         ) from None
     finally:
         executor.shutdown(cancel_futures=True)
+        gc.unfreeze()
         if before is None:
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:
