@@ -45,6 +45,8 @@ EXAMPLES_PER_REASON = 5
 """Row numbers that are recorded for each kind of reason."""
 LEDGER_FILE = "ledger.parquet"
 OTHER_REASONS = "other reasons"
+MAX_REASONS = 10_000
+"""Different reasons that are kept of a source: one may quote its row, and junk make as many as there are rows."""
 # Formats have fewer kinds of reasons; the limit bounds the ledger whatever rows hold.
 _MAX_KINDS = 100
 _QUOTED_VALUE = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\b\d[\d,.]*")
@@ -215,7 +217,7 @@ class RowFates:
     file: NDArray[np.int64]
     files: Sequence[str]
     fate: NDArray[np.int8]
-    reason: NDArray[np.int16]
+    reason: NDArray[np.int32]
     side: NDArray[np.int8]
     key: Sequence[str | None]
     tokens: NDArray[np.int64]

@@ -155,7 +155,8 @@ def _write_rows(plans: Sequence[SourcePlan], folder: Path, data: Data, seed: int
     done = 0
     writers = [ExampleWriter(folder / side, seed) for side in SIDES]
     for plan in plans:
-        for positions, rows in plan.rows.store.read(np.flatnonzero(plan.side >= 0)):
+        for positions in plan.rows.split(np.flatnonzero(plan.side >= 0)):
+            ((_, rows),) = plan.rows.store.read(positions)
             examples, row_of_example = _examples_of_rows(plan, positions, rows)
             sides = plan.side[positions][row_of_example]
             for code, writer in enumerate(writers):
@@ -184,12 +185,19 @@ def _examples_of_rows(plan: SourcePlan, positions: Ints, rows: Batch) -> tuple[d
     is_window = parts[:, 1] > 0
     example_bounds = np.flatnonzero(np.append(is_window, False) | is_first)
     row_of_example = np.searchsorted(bounds, example_bounds[:-1], side="right") - 1
-    records: list[bytes] = [rows["record"][int(row)].as_py() for row in row_of_example]
-    keys = [bytes(key).hex() for key in plan.rows.keys(positions)[row_of_example]]
-    for i in np.flatnonzero(is_window[example_bounds[:-1]]):
-        start, end = parts[example_bounds[i]].tolist()
-        cut = cut_record(record_from_json(json.loads(records[i])), start, end)
-        keys[i], records[i] = record_key(cut), json_line(record_to_json(cut)).encode()[:-1]
+    records: list[bytes] = []
+    keys: list[str] = []
+    lines, row_keys = (value.as_py() for value in rows["record"]), map(bytes, plan.rows.keys(positions))
+    for line, key, start, end in zip(lines, row_keys, bounds, bounds[1:], strict=False):
+        if not is_window[start:end].any():
+            keys.append(key.hex())
+            records.append(line)
+            continue
+        whole = record_from_json(json.loads(line))
+        for first, last in parts[start:end].tolist():
+            cut = cut_record(whole, first, last)
+            keys.append(record_key(cut))
+            records.append(json_line(record_to_json(cut)).encode()[:-1])
     columns: dict[str, Column] = {
         "key": pa.array(keys, pa.string()),
         "source": pa.array([plan.source.label] * len(keys), pa.string()),

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from corral.errors import DataError
 from corral.storage import write_atomic
 
 Ints: TypeAlias = NDArray[np.int64]
@@ -87,11 +88,14 @@ class RowStore:
         write_atomic(self.folder / f"{name}-{zlib.crc32(content):08x}.arrow", content, flush=False)
 
     def read(self, positions: Ints) -> Iterator[tuple[Ints, Batch]]:
-        """(up to `CHUNK_ROWS` of the positions, their rows in the same order), until all are read."""
+        """(up to `CHUNK_ROWS` of the positions, their rows in the same order), until all are read.
+
+        Raises DataError if a row is not stored.
+        """
         import pyarrow as pa
 
         for part in split_positions(positions):
-            index = np.searchsorted(self.positions, part)
+            index = self._find(part)
             files, offsets = self._file[index], self._offset[index]
             batches: list[Any] = []
             order: list[NDArray[Any]] = []
@@ -113,8 +117,16 @@ class RowStore:
 
     def locate(self, position: int) -> tuple[Batch, int]:
         """(the rows of the file that holds this position, its offset among them)."""
-        i = int(np.searchsorted(self.positions, position))
+        (i,) = self._find(np.array([position]))
         return self._file_rows(int(self._file[i])), int(self._offset[i])
+
+    def _find(self, positions: Ints) -> Ints:
+        """Where these positions are among all. Raises DataError if a row is not stored."""
+        index = np.searchsorted(self.positions, positions)
+        if len(positions) and not (len(self) and (self.positions.take(index, mode="clip") == positions).all()):
+            hint = "run again: what is missing is made again"
+            raise DataError("stored rows are missing or damaged", where=str(self.folder), hint=hint)
+        return index
 
     def _file_rows(self, number: int) -> Batch:
         batch = self._open.pop(number, None)
@@ -160,7 +172,11 @@ def _checksum_in_name(path: Path) -> int:
 def _read_file(path: Path) -> Batch:
     import pyarrow as pa
 
-    reader: Any = pa.ipc.open_file(pa.memory_map(str(path)))
+    try:
+        reader: Any = pa.ipc.open_file(pa.memory_map(str(path)))
+    except OSError as error:
+        hint = "if its folder was removed meanwhile, run again"
+        raise DataError(f"stored rows cannot be read: {error}", where=str(path), hint=hint) from None
     return reader.get_batch(0)
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 import corral.template
 from corral.data import contamination, encoding, mixture, near_duplicates, plain_text, word_hashes
 from corral.data.cache import cache_name, hash_code
-from corral.data.ledger import FATES, USED_FATES, Fate
+from corral.data.ledger import FATES, MAX_REASONS, OTHER_REASONS, USED_FATES, Fate
 from corral.data.mixture import SIDES
 from corral.data.row_store import RowStore, split_list_column
 from corral.data.source_rows import SourceRows
@@ -67,7 +67,8 @@ class SourcePlan:
         n = len(self.rows)
         self.reasons = list(self.rows.reasons)
         self.fate = np.full(n, UNSET, np.int8)
-        self.reason = self.rows.reason.copy()
+        self._reason_numbers = {reason: number for number, reason in enumerate(self.reasons)}
+        self.reason = self.rows.reason.astype(np.int32)
         self.fate[self.reason != UNSET] = fate_code("dropped")
         self.side = np.full(n, UNSET, np.int8)
         self.tokens = np.full(n, UNSET, np.int64)
@@ -106,13 +107,35 @@ class SourcePlan:
         """Give rows their fate."""
         self.fate[positions] = fate_code(fate)
         if reason is not None:
-            if reason not in self.reasons:
-                self.reasons.append(reason)
-            self.reason[positions] = self.reasons.index(reason)
+            self.reason[positions] = self._number_reason(reason)
+
+    def _number_reason(self, reason: str) -> int:
+        """The reason's index in `reasons`, where it is added; the number of different ones is bounded."""
+        if reason not in self._reason_numbers and len(self.reasons) >= MAX_REASONS:
+            reason = OTHER_REASONS
+        if reason not in self._reason_numbers:
+            self._reason_numbers[reason] = len(self.reasons)
+            self.reasons.append(reason)
+        return self._reason_numbers[reason]
+
+    def set_encoding_fates(self, positions: Ints) -> None:
+        """Give rows that were encoded their fate, and what their encoding tells of them."""
+        for name in ("tokens", "trained_tokens", "lost_end"):
+            getattr(self, name)[positions] = self.encoded.column(name, positions)
+        fit, reason = (self.encoded.column(name, positions) for name in ("fit", "reason"))
+        self.fate[positions] = np.array([fate_code(fate) for fate in encoding.FITS], np.int8)[fit]
+        texts, codes = np.unique(reason, return_inverse=True)
+        numbers = [self._number_reason(text) if text else UNSET for text in texts.tolist()]
+        self.reason[positions] = np.array(numbers, np.int32)[codes]
+        refused = positions[(reason != "") & (self.tokens[positions] == 0)]
+        self.tokens[refused] = self.trained_tokens[refused] = UNSET
+        mended = positions[self.rows.store.column("mended", positions)]
+        self.set_fate(mended[np.isin(self.fate[mended], [fate_code("kept"), fate_code("split")])], "trimmed")
 
     def word_blocks(self, positions: Ints) -> Iterator[word_hashes.Block]:
         """The words of rows, some hundreds of rows at a time."""
-        for _, batch in self.words.read(positions):
+        for piece in self.rows.split(positions):
+            ((_, batch),) = self.words.read(piece)
             words, bounds = split_list_column(batch["words"])
             yield words.to_numpy(), bounds, batch["prompt_words"].to_numpy()
 
@@ -165,21 +188,9 @@ def encode_selected(plans: Sequence[SourcePlan], data: Data, template: Template,
     """Encode the undecided rows and set their fates, as `encoding.FITS`."""
     work = [(plan, plan.encoded, plan.rows_with()) for plan in plans]
     pool.compute_missing("Encoding rows", work, lambda records: encoding.encode_rows(records, template, data))
-    for plan, encoded, positions in work:
-        for name in ("tokens", "trained_tokens", "lost_end"):
-            getattr(plan, name)[positions] = encoded.column(name, positions)
+    for plan, _, positions in work:
         if len(positions):
-            _set_encoding_fates(plan, positions)
-
-
-def _set_encoding_fates(plan: SourcePlan, positions: Ints) -> None:
-    fit, reason = (plan.encoded.column(name, positions) for name in ("fit", "reason"))
-    for code, text in dict.fromkeys(zip(fit.tolist(), reason.tolist(), strict=True)):
-        plan.set_fate(positions[(fit == code) & (reason == text)], encoding.FITS[code], text or None)
-    refused = positions[(reason != "") & (plan.tokens[positions] == 0)]
-    plan.tokens[refused] = plan.trained_tokens[refused] = UNSET
-    mended = positions[plan.rows.store.column("mended", positions).astype(bool)]
-    plan.set_fate(mended[np.isin(plan.fate[mended], [fate_code("kept"), fate_code("split")])], "trimmed")
+            plan.set_encoding_fates(positions)
 
 
 def assign_sides(plans: Sequence[SourcePlan], data: Data, seed: int) -> None:

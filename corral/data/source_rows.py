@@ -21,7 +21,7 @@ from corral.data import formats, sources
 from corral.data.cache import cache_name, hash_code
 from corral.data.formats import ContradictionError, Format, FormatError
 from corral.data.formats.turns import TurnOrderError, mend_turns
-from corral.data.ledger import EXAMPLES_PER_REASON, OTHER_REASONS, reason_kind
+from corral.data.ledger import EXAMPLES_PER_REASON, MAX_REASONS, OTHER_REASONS, reason_kind
 from corral.data.row_store import CHUNK_ROWS, RowStore
 from corral.data.sources import RawRow
 from corral.errors import DataError
@@ -37,11 +37,9 @@ TurnSetting: TypeAlias = Literal["mend", "strict"]
 VERSION = 3
 EXCERPT_CHARACTERS = 2000
 """How much of an unusable row is kept to be shown."""
-# A reason may quote a row's value: junk could make as many reasons as rows.
-_MAX_REASONS = 10_000
 _ROWS_TO_RECOGNISE = 50  # rows by which the format is recognised
 _PROGRESS_EVERY = 100
-_MAX_UNSAVED_BYTES = 8 * 2**20  # of records: a row may be a book
+_PIECE_BYTES = 4 * 2**20  # of records that are held at once; their tokens and words take many times as much memory
 _META = "meta.json"
 
 
@@ -100,13 +98,14 @@ class SourceRows:
         """The records at these positions."""
         return (record_from_json(json.loads(line)) for line in self.record_lines(positions))
 
-    def record_sizes(self, positions: Ints) -> Ints:
-        """Bytes of the JSON form of the records at these positions. [positions]"""
+    def split(self, positions: Ints) -> Iterator[Ints]:
+        """The positions of usable rows in pieces of `CHUNK_ROWS`, or of a few megabytes where rows are as long as books."""
         from pyarrow import compute
 
         binary_length: Any = compute.binary_length  # type: ignore[reportUnknownMemberType]
-        sizes = [binary_length(batch["record"]).to_numpy() for _, batch in self.store.read(positions)]
-        return np.concatenate([np.zeros(0, np.int64), *sizes])
+        for part, batch in self.store.read(positions):
+            pieces = np.cumsum(binary_length(batch["record"]).to_numpy()) // _PIECE_BYTES
+            yield from np.split(part, np.flatnonzero(np.diff(pieces)) + 1)
 
 
 def load_source_rows(source: Source, cache: Path, progress: Progress, *, turns: TurnSetting = "mend") -> SourceRows:
@@ -125,7 +124,7 @@ def load_source_rows(source: Source, cache: Path, progress: Progress, *, turns: 
             return SourceRows(folder)
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             progress.say(f"the cached rows of {source.label} are damaged ({error}): they are read again")
         with new_directory(folder) as new:
             _read_into(source, new, progress, turns)
@@ -167,7 +166,7 @@ class _RowWriter:
         self._add(row, line, bytes.fromhex(key), bytes.fromhex(group_key), is_mended, -1)
 
     def add_unusable(self, row: RawRow, reason: str) -> None:
-        if reason not in self.code_of_reason and len(self.code_of_reason) >= _MAX_REASONS:
+        if reason not in self.code_of_reason and len(self.code_of_reason) >= MAX_REASONS:
             reason = OTHER_REASONS
         kind = reason_kind(reason)
         if self.example_counts[kind] < EXAMPLES_PER_REASON:
@@ -183,7 +182,7 @@ class _RowWriter:
         self._unsaved.append((len(self.files) - 1, row.index, record, *values))
         self.rows += 1
         self._unsaved_bytes += len(record or b"")
-        if len(self._unsaved) == CHUNK_ROWS or self._unsaved_bytes > _MAX_UNSAVED_BYTES:
+        if len(self._unsaved) == CHUNK_ROWS or self._unsaved_bytes > _PIECE_BYTES:
             self.save()
 
     def save(self) -> None:
@@ -233,7 +232,9 @@ def _read_into(source: Source, folder: Path, progress: Progress, turns: TurnSett
     first = list(islice(rows, _ROWS_TO_RECOGNISE))
     if first and all(row.value is None for row in first) and source.format == "auto" and source.mapping is None:
         raise DataError(
-            f"none of the first {len(first)} rows can be read: {first[0].fault}",
+            f"the first row cannot be read: {first[0].fault}"
+            if len(first) == 1
+            else f"none of the first {len(first)} rows can be read: {first[0].fault}",
             where=source.label,
             hint="fix the file; broken rows among good ones are left out and counted",
         )

@@ -20,9 +20,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
-import numpy as np
-
-from corral.data.row_store import Column, Ints, RowStore, split_positions
+from corral.data.row_store import Column, Ints, RowStore
 from corral.errors import CorralError
 from corral.messages import Record
 from corral.progress import Progress
@@ -36,7 +34,6 @@ ComputeColumns: TypeAlias = "Callable[[Iterable[Record]], dict[str, Column]]"
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_PIECE_BYTES = 4 * 2**20  # of records that are encoded at once; their tokens take many times as much memory
 _ROWS_PER_WORKER = 2000  # rows that are worth the start of a process
 
 
@@ -69,11 +66,7 @@ class WorkerPool:
         pieces = [
             (n, piece)
             for n, (plan, store, positions) in enumerate(work)
-            for part in split_positions(store.select_missing(positions))
-            # Books are not read by hundreds: a piece ends where another few megabytes begin.
-            for piece in np.split(
-                part, np.flatnonzero(np.diff(np.cumsum(plan.rows.record_sizes(part)) // _PIECE_BYTES)) + 1
-            )
+            for piece in plan.rows.split(store.select_missing(positions))
         ]
         total = sum(len(part) for _, part in pieces)
         if not total:

@@ -47,7 +47,7 @@ class Mapping(Section):
     """How to read rows with other columns. A value is a text with column names in braces: `"{title}\\n{body}"`. The keys given
     decide what a row becomes: `prompt` and `completion` make a conversation; `prompt`, `chosen` and `rejected` a preference;
     `prompt`, `completion` and `score` feedback; `messages` a conversation from a list of messages. A null counts as empty
-    text; a row whose text is blank is not used."""
+    text; a row is not used if one of its texts is blank, or all that a text takes from the row is."""
 
     system: str | None = None
     """A system message."""

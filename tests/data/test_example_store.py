@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from corral.data.example_store import Example, ExampleStore
 from corral.data.ledger import FATES
 from corral.data.row_store import RowStore
+from corral.errors import DataError
 from corral.messages import Conversation, Feedback, Preference, Record, Text, record_from_json, record_to_json
 from corral.template import Encoded
 from tests.data.conftest import write_examples
@@ -67,6 +69,13 @@ def test_a_damaged_file_is_refused(tmp_path: Path, part: str, damage: Callable[[
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match="is damaged"):
         ExampleStore(tmp_path / "side")
+
+
+def test_rows_whose_folder_is_removed_while_they_are_read_are_a_clear_error(tmp_path: Path) -> None:
+    rows = write_examples(tmp_path / "side", [example(0, Encoded((0, 7), (False, True)))])
+    shutil.rmtree(tmp_path / "side")
+    with pytest.raises(DataError, match="stored rows cannot be read"):
+        rows[0]
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

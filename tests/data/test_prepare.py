@@ -4,6 +4,7 @@ import copy
 import json
 import random
 import re
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from corral.data.ledger import FATES, FATES_WITH_REASON, USED_FATES
 from corral.data.mixture import SIDES
 from corral.data.prepare import Prepared, prepare
 from corral.errors import DataError, ModelError
-from corral.messages import Conversation, record_key
+from corral.messages import Conversation, Text, record_key
 from corral.progress import Progress
 from corral.recipe import Data, Source, Split
 from corral.storage import tree_hashes
@@ -378,6 +379,21 @@ def test_memory_stays_flat_while_a_large_file_is_read(tiny_folder: Path, tmp_pat
     )
     output, errors = start_script(code, tiny_folder, tmp_path).communicate()
     assert int(output) < 30e6, errors
+
+
+def test_a_long_document_is_not_held_once_for_each_of_its_windows(prepared: Prepare, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("".join(f"{i} words of a book\n" for i in range(8000)))
+    tracemalloc.start()
+    try:
+        book = prepared(source(tmp_path / "book.txt"), max_length=64, split=NONE_HELD_OUT, workers=1)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(book.train) > 1000, "many windows, so that a copy for each would be seen"
+    assert peak < 300 * (tmp_path / "book.txt").stat().st_size
+    assert sum(len(e.record.content) for e in book.train if isinstance(e.record, Text)) == len(
+        (tmp_path / "book.txt").read_text()
+    )
 
 
 def sharegpt_log(count: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corral.data.row_store import RowStore, list_column, split_list_column, split_positions
+from corral.errors import DataError
 
 
 def squares(positions: Iterable[int]) -> dict[str, Any]:
@@ -91,3 +92,16 @@ def test_chunks_cover_all_positions_in_order() -> None:
     assert [len(p) for p in pieces] == [500, 500, 500]
     assert np.concatenate(pieces).tolist() == positions.tolist()
     assert split_positions(positions[:0]) == []
+
+
+def test_a_row_that_is_not_stored_is_an_error_and_never_another_row(tmp_path: Path) -> None:
+    store = RowStore(tmp_path)
+    for position in (0, 3, 9):
+        with pytest.raises(DataError, match="missing or damaged"):
+            store.column("square", np.array([position]))
+        if not len(store):
+            store.save(np.array([0, 1, 2, 5]), squares([0, 1, 2, 5]))
+            store.reload()
+    with pytest.raises(DataError, match="missing or damaged"):
+        store.locate(3)
+    assert store.column("square", np.array([0])).tolist() == [0]

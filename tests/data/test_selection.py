@@ -127,6 +127,22 @@ def test_each_untrainable_row_has_its_fate_reason_and_token_counts(judged: Calla
     assert (dropped.tokens[1:3] > 60).all()
 
 
+def test_reasons_of_a_template_are_as_many_as_are_kept(
+    planned: Planned, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "MAX_REASONS", 5)
+    refuse = "{% if 'plus' in messages[0].content %}{{ raise_exception(messages[0].content) }}{% endif %}"
+    answers = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
+    answers += "{% endgeneration %}{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
+    template = Template(tiny_tokenizer, refuse + answers, "refusing")
+    (plan,) = plans = planned(source(write_rows(tmp_path / "a.jsonl", chats(20))))
+    selection.encode_selected(plans, data_of(plans), template, WorkerPool(Progress(), 1))
+    assert fates(plan) == ["dropped"] * 20
+    counts = {reason: reasons(plan).count(reason) for reason in plan.reasons}
+    assert sorted(counts.values()) == [1, 1, 1, 1, 1, 15]
+    assert counts["other reasons"] == 15
+
+
 def test_a_pair_is_truncated_if_an_answer_is_cut_and_fully_masked_if_the_prompt_fills_it(
     judged: Callable[..., SourcePlan],
 ) -> None:

@@ -33,7 +33,6 @@ def test_usable_rows_are_kept_as_records_and_the_others_with_their_reasons(tmp_p
     assert set(why) == {61, 67, 68}
     some = np.array([65, 3, 4, 0])
     assert list(found.records(some)) == [records[i] for i in (64, 3, 4, 0)]
-    assert found.record_sizes(some).tolist() == [len(line) for line in found.record_lines(some)]
 
 
 def test_a_second_load_reads_the_cache_and_not_the_source(tmp_path: Path) -> None:
@@ -73,3 +72,11 @@ def test_the_parts_of_a_long_document_are_of_one_group(tmp_path: Path, monkeypat
     assert len(groups) > 6
     assert len(set(groups)) == 2
     assert found.files == ["a.txt", "b.txt"]
+
+
+def test_rows_as_long_as_books_are_taken_few_at_a_time(tmp_path: Path) -> None:
+    rows = [chat("Why?", "x" * length) for length in (10, 3_000_000, 3_000_000, 3_000_000, 10, 10)]
+    found = rows_of(write_rows(tmp_path / "a.jsonl", rows))
+    pieces = [piece.tolist() for piece in found.split(found.usable)]
+    assert [row for piece in pieces for row in piece] == [*range(6)]
+    assert max(sum(1 <= row <= 3 for row in piece) for piece in pieces) <= 2

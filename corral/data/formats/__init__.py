@@ -16,8 +16,6 @@ from corral.data.formats.column_mapping import compile_mapping, has_only_score_r
 from corral.data.formats.fields import ContradictionError, Format, FormatError
 from corral.data.formats.multiple_choice import infer_numbering, multiple_choice
 from corral.data.formats.preferences import (
-    CONVERSATION_SCORE_COLUMNS,
-    SCORE_COLUMNS,
     feedback,
     infer_feedback_scale,
     preference,
@@ -32,7 +30,7 @@ from corral.data.formats.prompt_response import (
 )
 from corral.data.formats.public_datasets import PUBLIC_DATASETS, find_by_hub_path
 from corral.data.formats.recognition import RecognisedFormat, recognise, respell_columns
-from corral.data.formats.scores import is_judgement
+from corral.data.formats.scores import CONVERSATION_SCORE_COLUMNS, SCORE_COLUMNS, is_judgement
 from corral.errors import DataError
 from corral.messages import Record
 from corral.recipe import Source

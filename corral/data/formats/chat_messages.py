@@ -128,7 +128,7 @@ def sharegpt(row: Mapping[str, Any]) -> Conversation:
 def _conversation(row: Mapping[str, Any], dialect: ChatDialect) -> Conversation:
     value, name = _message_list(row, dialect)
     turns = add_system_column(read_messages(value, name, dialect), row)
-    refuse_columns(row, ("context",), name)
+    refuse_columns(row, (column for column in ("context", "history") if column != name), name)
     if turns[-1].role == "user":
         # The answer to the last question, which mending would leave out.
         refuse_columns(row, ANSWER_TEXT_COLUMNS, name)
@@ -164,7 +164,20 @@ def read_messages(value: Any, name: str, dialect: ChatDialect = SHAREGPT) -> lis
     items = cast("list[Any]", value)
     if not items:
         raise FormatError(f"{name} is an empty list")
-    return [_message(item, name, i, dialect) for i, item in enumerate(items)]
+    start = int(len(items) > 1 and _is_blank_system(items[0], dialect))
+    return [_message(item, name, i, dialect) for i, item in enumerate(items[start:], start)]
+
+
+def _is_blank_system(item: Any, dialect: ChatDialect) -> bool:
+    """Whether a message is the empty system message that many public chats begin with."""
+    if not isinstance(item, dict):
+        return False
+    fields = cast("dict[str, Any]", item)
+    author, content = (
+        next((fields[key] for key in keys if key in fields), None)
+        for keys in (dialect.author_keys, dialect.content_keys)
+    )
+    return dialect.role(author) == "system" and (content is None or (isinstance(content, str) and not content.strip()))
 
 
 def parse_json_list(value: Any) -> Any:
@@ -212,11 +225,12 @@ def _message(item: Any, name: str, i: int, dialect: ChatDialect) -> Message:
     return Message(role, refuse_rendered(content, f"{name}.{i}.{content_key}"), _is_trained(fields, role))
 
 
-_TRAINING_KEYS = ("weight", "train", "loss")
+_TRAINING_KEYS = ("weight", "train", "loss", "trained")
 
 
 def _is_trained(fields: Mapping[str, Any], role: Role) -> bool:
-    """What a message says of its own training: OpenAI's `weight` (0 or 1), Axolotl's `train`, ms-swift's `loss`.
+    """What a message says of its own training: OpenAI's `weight` (0 or 1), Axolotl's `train`, ms-swift's `loss`,
+    corral's own `trained`.
 
     Raises FormatError if it says something else, or a message that is no answer is to be trained.
     """

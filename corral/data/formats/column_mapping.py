@@ -81,9 +81,14 @@ class TextPattern:
         return tuple(part for part in self.parts if isinstance(part, tuple))
 
     def fill(self, row: Mapping[str, Any]) -> str:
-        """The text filled with a row's values. Raises FormatError if a value is missing or not a text, or all is blank."""
-        filled = "".join(part if isinstance(part, str) else _value_as_text(row, part) for part in self.parts)
-        if not filled.strip():
+        """The text filled with a row's values.
+
+        Raises FormatError if a value is missing or not a text, all is blank or, but for a system message, all values are.
+        """
+        values = [part if isinstance(part, str) else _value_as_text(row, part) for part in self.parts]
+        from_row = [value for value, part in zip(values, self.parts, strict=True) if not isinstance(part, str)]
+        filled = "".join(values)
+        if not filled.strip() or (from_row and self.name != "system" and not "".join(from_row).strip()):
             raise FormatError(f"{self.name} is empty")
         return valid_text(filled, self.name)
 

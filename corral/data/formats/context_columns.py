@@ -30,8 +30,11 @@ def check_context_columns(read: Callable[P, R]) -> Callable[P, R]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         row = cast("Mapping[str, Any]", args[0])
         for name in (*MEDIA_COLUMNS, *TOOL_COLUMNS, *REASONING_COLUMNS):
-            if name in row and not _is_empty(row[name]):
+            if name in row and not is_empty(row[name]):
                 raise FormatError(f"the row has `{name}`, which would be left out: {_advice(name)}")
+        for name in ("train", "loss"):
+            if str(row.get(name)).strip().lower() == "false":
+                raise FormatError(f"the row's own `{name}` is false")
         if "weight" in row:
             _check_row_weight(row["weight"])
         return read(*args, **kwargs)
@@ -43,7 +46,7 @@ def refuse_columns(row: Mapping[str, Any], names: Iterable[str], read_from: str)
     """Raises FormatError if one of these columns holds something: it belongs to the conversation, which is read from another
     column."""
     for name in names:
-        if not _is_empty(row.get(name)):
+        if not is_empty(row.get(name)):
             raise FormatError(f"`{name}` beside `{read_from}` would be left out: say in a mapping what becomes of it")
 
 
@@ -55,7 +58,8 @@ def _advice(name: str) -> str:
     return "a mapping can put it into the answer"
 
 
-def _is_empty(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
+    """Whether a value is null, or a blank text or list in its place."""
     if isinstance(value, float):
         return math.isnan(value)
     if isinstance(value, str):
@@ -79,7 +83,7 @@ def _check_row_weight(value: Any) -> None:
 def earlier_turns(row: Mapping[str, Any]) -> list[Message]:
     """The turns in `history`: pairs of a question and its answer, as LLaMA-Factory writes them. Raises FormatError."""
     value = row.get("history")
-    if _is_empty(value):
+    if is_empty(value):
         return []
     if not isinstance(value, list):
         raise FormatError(f"history is {describe_type(value)}: expected pairs of a question and its answer")

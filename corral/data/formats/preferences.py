@@ -15,10 +15,10 @@ from corral.data.formats.chat_messages import (
     read_messages,
     sharegpt,
 )
-from corral.data.formats.context_columns import check_context_columns, refuse_columns
+from corral.data.formats.context_columns import check_context_columns, is_empty, refuse_columns
 from corral.data.formats.fields import FormatError, describe_type, find_column, nonblank_text
 from corral.data.formats.prompt_response import COMPLETION_COLUMNS, read_answer, read_prompt
-from corral.data.formats.scores import Scale, infer_scale
+from corral.data.formats.scores import SCORE_COLUMNS, Scale, infer_scale
 from corral.data.formats.turns import TurnOrderError, check_turn_order
 from corral.messages import Conversation, Feedback, Message, Preference
 
@@ -26,9 +26,6 @@ PREFERENCE_PROMPT_COLUMNS = ("prompt", "question", "instruction", "query", "inpu
 FEEDBACK_PROMPT_COLUMNS = ("prompt", "query", "question", "instruction")
 CHOSEN_COLUMNS = ("chosen", "chosen_response")
 REJECTED_COLUMNS = ("rejected", "rejected_response")
-SCORE_COLUMNS = ("label", "score", "kto_tag")
-CONVERSATION_SCORE_COLUMNS = ("kto_tag", "label")
-"""Columns that judge the last answer of a list of messages, if they hold true or false."""
 
 
 @check_context_columns
@@ -52,9 +49,11 @@ def preference(row: Mapping[str, Any]) -> Preference:
             f"{chosen_name} is {describe_type(chosen)}, {rejected_name} is {describe_type(rejected)}: expected one form"
         )
     if isinstance(chosen, list) and len(cast("list[Any]", chosen)) > 1:
-        return _split_last_answer(read_messages(chosen, chosen_name), read_messages(rejected, rejected_name), row)
+        better, worse = read_messages(chosen, chosen_name), read_messages(rejected, rejected_name)
+        return _split_last_answer(better, worse, row, chosen_name)
     if is_hh(chosen) and is_hh(rejected):
-        return _split_last_answer(read_hh_dialogue(chosen, "chosen"), read_hh_dialogue(rejected, "rejected"), row)
+        better, worse = read_hh_dialogue(chosen, chosen_name), read_hh_dialogue(rejected, rejected_name)
+        return _split_last_answer(better, worse, row, chosen_name)
     prompt_name = next((name for name in PREFERENCE_PROMPT_COLUMNS if row.get(name) is not None), None)
     if prompt_name is None:
         refuse_columns(row, ("context", "history"), chosen_name)
@@ -82,10 +81,21 @@ def _split_shared_words(chosen: str, rejected: str, row: Mapping[str, Any]) -> P
     )
 
 
-def _split_last_answer(chosen: list[Message], rejected: list[Message], row: Mapping[str, Any]) -> Preference:
+def _split_last_answer(
+    chosen: list[Message], rejected: list[Message], row: Mapping[str, Any], chosen_name: str
+) -> Preference:
     """The pair of two conversations that differ in their last message only."""
     check_turn_order(chosen)
     check_turn_order(rejected)
+    refuse_columns(row, ("context", "history"), chosen_name)
+    contents = {turn.content.strip() for turn in chosen[:-1]}
+    for name in PREFERENCE_PROMPT_COLUMNS:
+        if not is_empty(value := row.get(name)):
+            asked = read_prompt(name, value, {}).messages
+            if not contents.issuperset(turn.content.strip() for turn in asked):
+                refuse_columns(row, (name,), chosen_name)
+    if not (chosen[-1].trained and rejected[-1].trained):
+        raise FormatError("an answer is not to be trained on, as it says itself")
     if chosen[:-1] != rejected[:-1]:
         raise FormatError("chosen and rejected differ before the last turn: they answer different prompts")
     prompt = Conversation(tuple(add_system_column(chosen[:-1], row)))

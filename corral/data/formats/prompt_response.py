@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -22,7 +22,8 @@ from corral.data.formats.fields import (
     nonblank_text,
     optional_column_text,
 )
-from corral.data.formats.rendered_text import parse_rendered, refuse_rendered
+from corral.data.formats.rendered_text import parse_rendered, refuse_end_token, refuse_rendered
+from corral.data.formats.scores import CONVERSATION_SCORE_COLUMNS
 from corral.data.formats.turns import check_turn_order, ordered_conversation
 from corral.messages import Conversation, Message, Text, with_input
 
@@ -72,20 +73,25 @@ def plain_text(row: Mapping[str, Any]) -> Text | Conversation:
     """
     name, value = find_column(row, TEXT_COLUMNS)
     text = nonblank_text(value, name)
-    if any(isinstance(row.get(key), str) for key in ("role", "from", "speaker")):
+    if any(isinstance(row.get(key), str) for key in ("role", "from", "speaker", "sender", "user")):
         raise FormatError(
             "the row is one turn of a chat: write the turns of a conversation into one row, as `messages`"
         )
     turns = parse_rendered(text, name)
-    return Text(text) if turns is None else ordered_conversation(add_system_column(turns, row))
+    if turns is None:
+        return Text(refuse_end_token(text, name))
+    refuse_columns(row, ("context", "history"), name)
+    if judgement := next((column for column in CONVERSATION_SCORE_COLUMNS if isinstance(row.get(column), bool)), None):
+        raise FormatError(f"`{judgement}` judges the rendered conversation: give its turns as messages")
+    return ordered_conversation(add_system_column(turns, row))
 
 
 @check_context_columns
 def prompt_completion(row: Mapping[str, Any]) -> Conversation:
     """`prompt` and `completion` (or `query` and `response`, or `input` and `output` …): texts, or lists of messages.
 
-    Both together may be a conversation that a template has rendered. Of a prompt that is a list or a dialogue, earlier answers
-    are context: the completion alone is trained.
+    Both together may be a conversation that a template has rendered. Earlier answers in the prompt are context: the completion
+    alone is trained.
 
     Raises FormatError if the row has another form; the order of messages is that of `openai_messages`.
     """
@@ -96,12 +102,17 @@ def prompt_completion(row: Mapping[str, Any]) -> Conversation:
     if isinstance(prompt, str) and isinstance(completion, str):
         rendered = parse_rendered(prompt, prompt_name, may_lack_end=True)
         if rendered is not None:
+            refuse_columns(row, ("context", "history"), prompt_name)
             turns = parse_rendered(prompt + completion, prompt_name, may_lack_end=True) or []
-            return ordered_conversation(add_system_column(turns, row))
+            return ordered_conversation(add_system_column([*_as_context(turns[:-1]), *turns[-1:]], row))
     asked = read_prompt(prompt_name, prompt, row)
     if not earlier_turns(row):
-        asked = Conversation(tuple(replace(message, trained=message.role != "assistant") for message in asked.messages))
+        asked = Conversation(tuple(_as_context(asked.messages)))
     return asked.add("assistant", read_answer(completion_name, completion))
+
+
+def _as_context(turns: Iterable[Message]) -> list[Message]:
+    return [replace(turn, trained=turn.role != "assistant") for turn in turns]
 
 
 def read_prompt(name: str, value: Any, row: Mapping[str, Any]) -> Conversation:

@@ -28,11 +28,9 @@ from corral.data.formats.fields import Format, FormatError, column_names, descri
 from corral.data.formats.multiple_choice import ANSWER_COLUMNS, CHOICES_COLUMNS, FIRST_OPTION_COLUMNS, multiple_choice
 from corral.data.formats.preferences import (
     CHOSEN_COLUMNS,
-    CONVERSATION_SCORE_COLUMNS,
     FEEDBACK_PROMPT_COLUMNS,
     PREFERENCE_PROMPT_COLUMNS,
     REJECTED_COLUMNS,
-    SCORE_COLUMNS,
     feedback,
     preference,
 )
@@ -45,7 +43,7 @@ from corral.data.formats.prompt_response import (
     question_answer,
 )
 from corral.data.formats.public_datasets import PUBLIC_DATASETS, PublicDataset
-from corral.data.formats.scores import is_judgement
+from corral.data.formats.scores import CONVERSATION_SCORE_COLUMNS, SCORE_COLUMNS, is_judgement
 from corral.errors import DataError
 
 ValueTest: TypeAlias = Callable[[Any], bool]

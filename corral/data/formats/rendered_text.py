@@ -12,7 +12,16 @@ from collections.abc import Callable
 from corral.data.formats.fields import FormatError
 from corral.messages import Message, Role
 
-END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "</s>")
+END_TOKENS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eot|>",
+    "<|end_of_text|>",
+    "<|endoftext|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "</s>",
+)
 """Strings of tokens that end an answer in the templates of Llama's family and its peers."""
 _BEGIN_TOKENS = ("<|begin_of_text|>", "<s>", "<|startoftext|>", "<bos>")
 _ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -60,9 +69,15 @@ def refuse_rendered(text: str, name: str) -> str:
             raise FormatError(
                 f"{name} is a whole conversation that a template has rendered: give its turns as messages"
             )
-        token = next((token for token in END_TOKENS if text.rstrip().endswith(token)), None)
-        if token is not None:
-            raise FormatError(f"{name} ends in {token}, which the template writes: remove it from the text")
+        refuse_end_token(text, name)
+    return text
+
+
+def refuse_end_token(text: str, name: str) -> str:
+    """The text. Raises FormatError if it ends in the letters of an end token, which would be trained as letters."""
+    token = next((token for token in END_TOKENS if text.rstrip().endswith(token)), None)
+    if token is not None:
+        raise FormatError(f"{name} ends in {token}, which the template writes: remove it from the text")
     return text
 
 

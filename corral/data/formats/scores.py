@@ -13,6 +13,10 @@ from typing import Any
 from corral.data.formats.fields import ContradictionError, FormatError, describe_type, short_repr
 from corral.errors import DataError
 
+SCORE_COLUMNS = ("label", "score", "kto_tag")
+"""Columns that judge an answer."""
+CONVERSATION_SCORE_COLUMNS = ("kto_tag", "label")
+"""Columns that judge the last answer of a list of messages, if they hold true or false."""
 _GOOD = ("true", "yes", "good", "thumbs up", "thumbsup", "up", "like", "positive", "desirable", "\U0001f44d")
 _BAD = ("false", "no", "bad", "thumbs down", "thumbsdown", "down", "dislike", "negative", "undesirable", "\U0001f44e")
 JUDGEMENT_WORDS = dict.fromkeys(_GOOD, True) | dict.fromkeys(_BAD, False)

@@ -54,7 +54,8 @@ def read_csv(file: SourceFile, say: Say) -> Iterator[RawRow]:
     # Python's default limit is 128 KiB; longer documents are valid.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW))
     lines, delimiter = _find_delimiter(_split_lines(file), file, say)
-    records = (record for record in _read_records(lines, delimiter) if record.cells or record.fault)
+    # Spreadsheets write empty rows as delimiters alone; in a table of one column an empty cell is a row.
+    records = (r for r in _read_records(lines, delimiter) if r.fault or any(r.cells) or len(r.cells) == 1)
     header = next(records, None)
     if header is None:
         return

@@ -38,7 +38,7 @@ def select_row_files(names: list[str], where: str, say: Say, read: Callable[[str
     """
     if "dataset_dict.json" in names or ("state.json" in names and any(name.endswith(".arrow") for name in names)):
         return _saved_to_disk(names, where, say, read)
-    visible = sorted(name for name in names if not any(part.startswith((".", "_")) for part in name.split("/")))
+    visible = sorted(name for name in names if not _is_hidden(name))
     kinds = {name: kind[0] for name in visible if _may_hold_rows(name) and (kind := parse_kind(name))}
     if others := [name for name in visible if name not in kinds]:
         if not kinds:
@@ -58,6 +58,17 @@ def select_row_files(names: list[str], where: str, say: Say, read: Callable[[str
             hint=f"choose some with a glob: {where.rstrip('/')}/*{distinct[0]}",
         )
     return chosen
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a name, or a folder's above it, begins with a dot; a folder, or a file that holds no rows, with `_` as programs
+    mark their own."""
+    *folders, base = name.split("/")
+    return (
+        base.startswith(".")
+        or any(f.startswith((".", "_")) for f in folders)
+        or (base[0] == "_" and not parse_kind(base))
+    )
 
 
 def _may_hold_rows(name: str) -> bool:

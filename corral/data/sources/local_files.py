@@ -36,6 +36,8 @@ def find_local_files(spec: str, say: Say) -> list[SourceFile]:
             matches = _match_glob(path)
         else:
             raise DataError(f"there is no file {path.name!r}", where=spec, hint=_suggest_name(path))
+        for name, _ in matches:
+            _check_name(name, spec)
         files = [make_local_file(name, file, *require_kind(file.name, str(file))) for name, file in matches]
         sizes = [match.stat().st_size for _, match in matches]
     if not any(sizes):
@@ -80,7 +82,7 @@ def hash_local_files(paths: Sequence[Path]) -> dict[str, str]:
 def _match_glob(path: Path) -> list[tuple[str, Path]]:
     """(name below the part without wildcards, file) of each match of a glob. Raises DataError if nothing matches."""
     folder = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
-    matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+    matches = sorted({Path(match) for match in glob.glob(str(path), recursive=True)})
     files = [match for match in matches if match.is_file()]
     if not files:
         inside = _list_names(folder) if folder.is_dir() else f"; there is no folder {str(folder)!r}"
@@ -97,6 +99,14 @@ def _read_errors(path: Path) -> Generator[None]:
         where = error.filename if isinstance(error.filename, str) else str(path)
         what, hint = f"the file cannot be read: {error.strerror or error}", "check the path and its permissions"
         raise DataError(what, where=where, hint=hint) from None
+
+
+def _check_name(name: str, where: str) -> None:
+    """Raises DataError if a file's name is not UTF-8, as names from archives of other systems may be."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"a file's name is not UTF-8 text: {name!a}", where=where, hint="rename it") from None
 
 
 def _suggest_name(path: Path) -> str:

@@ -10,7 +10,7 @@ import codecs
 import io
 import re
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeAlias
 
 from corral.data.sources.files import SPREADSHEET_HINT, Say, SourceFile
@@ -89,6 +89,11 @@ class TextReader:
             if self._not_cp1252:
                 return "neither UTF-8 nor Windows-1252 text: set the `encoding` of the source", error.start
             return 'not UTF-8 text; if it is Windows-1252, set `encoding = "cp1252"`', error.start
+        if self._encoding.startswith(("cp125", "iso8859")) and not text.isascii():
+            with suppress(UnicodeError):
+                text.encode(self._encoding).decode("utf-8")
+                first = next(at for at, character in enumerate(text) if character > "\x7f")
+                return "the file is UTF-8 text: remove the `encoding` of the source", first
         if self._encoding == "iso8859-1" and (control := _C1.search(text)):
             return 'a control character: the file is probably Windows-1252, set `encoding = "cp1252"`', control.start()
         return (NUL, at) if (at := text.find("\0")) >= 0 else None

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from corral.data.formats.chat_messages import hh_chosen, openai_messages, sharegpt
-from corral.messages import Conversation
+from corral.messages import Conversation, Message
 from tests.data.formats.rows import reason
 
 USER = {"role": "user", "content": "Hello?"}
 ASSISTANT = {"role": "assistant", "content": "Hello."}
+SAID = (Message("user", "Hello?"), Message("assistant", "Hello."))
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 
@@ -182,7 +183,7 @@ def test_the_list_may_be_json_text_and_its_column_is_the_one_that_holds_one() ->
     turns = [USER, ASSISTANT]
     for function in (openai_messages, sharegpt):
         assert function({"messages": json.dumps(turns)}) == expected
-        assert function({"conversation": "c-17", "turns": 2, "chat": turns, "history": [[1]]}) == expected
+        assert function({"conversation": "c-17", "turns": 2, "chat": turns}) == expected
     assert (
         reason(openai_messages, {"messages": "[{'role': 'user'}]"})
         == "messages is text that is no JSON list of messages"
@@ -193,3 +194,26 @@ def test_the_list_may_be_json_text_and_its_column_is_the_one_that_holds_one() ->
 def test_a_word_that_begins_like_a_models_name_is_no_author() -> None:
     turns = [{"from": "human", "value": "Hi"}, {"from": "philosopher", "value": "Hm."}]
     assert "is 'philosopher'" in reason(sharegpt, {"conversations": turns})
+
+
+def test_earlier_turns_in_a_column_beside_the_messages_are_not_left_out_unseen() -> None:
+    value = {"history": [["a", "b"]], "messages": [USER, ASSISTANT]}
+    assert reason(openai_messages, value).startswith("`history` beside `messages` would be left out")
+    assert openai_messages({"history": [USER, ASSISTANT]}).messages[1].content == "Hello."
+
+
+def test_corrals_own_mark_of_an_answer_that_is_not_trained_is_read() -> None:
+    record = Conversation((Message("user", "Hello?"), Message("assistant", "Hm.", trained=False), *SAID))
+    assert openai_messages(record.to_json()) == record
+
+
+def test_an_empty_system_message_is_none() -> None:
+    value = {
+        "conversations": [
+            {"from": "system", "value": " "},
+            {"from": "human", "value": "a"},
+            {"from": "gpt", "value": "b"},
+        ]
+    }
+    assert sharegpt(value) == Conversation.from_turns(("user", "a"), ("assistant", "b"))
+    assert reason(sharegpt, {"conversations": value["conversations"][:1]}).startswith("empty content")

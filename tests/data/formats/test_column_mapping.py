@@ -52,8 +52,9 @@ def fill(source: str, row: dict[str, Any] = ROW) -> str:
         ("{{title}}", "{title}"),
         ("{{{title}}}", "{Hats}"),
         ("{ title }", "Hats"),
-        ("x{empty}", "x"),
-        ("x{none}", "x"),
+        ("x{empty}{n}", "x3"),
+        ("x{none}{n}", "x3"),
+        ("x", "x"),
     ],
 )
 def test_placeholders_are_filled_from_the_row(source: str, filled: str) -> None:
@@ -289,3 +290,10 @@ def test_the_scale_of_scores_is_stated_or_inferred_or_refused() -> None:
     assert "score_range = [1, 5]" in str(caught.value.hint)
     with pytest.raises(ContradictionError):
         compiled(judged, rows(1, 1))(rows(2)[0])
+
+
+@pytest.mark.parametrize("column", ["empty", "none"])
+def test_words_of_the_mapping_alone_are_no_text_but_for_a_system_message(column: str) -> None:
+    with pytest.raises(FormatError, match="completion is empty"):
+        TextPattern.parse("completion", f"A: {{{column}}}").fill(ROW)
+    assert TextPattern.parse("system", f"Be kind. {{{column}}}").fill(ROW) == "Be kind. "

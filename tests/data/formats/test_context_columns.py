@@ -30,6 +30,8 @@ def read(row: dict[str, Any]) -> Any:
         ("thinking", "Hm."),
         ("weight", 0),
         ("weight", "0.5"),
+        ("train", False),
+        ("loss", "False"),
     ],
 )
 @pytest.mark.parametrize("name", [name for name in SHAPES if name != "text"])

@@ -146,3 +146,21 @@ def test_lists_of_messages_may_be_json_text_as_in_a_table() -> None:
     row = {"prompt": json.dumps([USER]), "completion": json.dumps([GOOD]), "label": "yes"}
     assert feedback(row) == Feedback(PROMPT, "Hello.", 1.0)
     assert feedback(row | {"completion": "[1, 2]"}).completion == "[1, 2]"
+
+
+@pytest.mark.parametrize("pair", [([USER, GOOD], [USER, BAD]), (HH, HH_WORSE)])
+@pytest.mark.parametrize("column", ["prompt", "context", "history"])
+def test_what_stands_beside_two_conversations_is_a_turn_of_theirs_or_refused(
+    pair: tuple[Any, Any], column: str
+) -> None:
+    row = {"chosen": pair[0], "rejected": pair[1]}
+    value = [["q", "a"]] if column == "history" else "Another question?"
+    assert f"`{column}` beside `chosen` would be left out" in reason(preference, row | {column: value})
+    prompt = preference(row).prompt
+    for same in (prompt.messages[-1].content, prompt.to_json()["messages"], None, ""):
+        assert preference(row | {"prompt": same}).prompt == prompt
+
+
+def test_an_answer_of_a_pair_that_is_not_to_be_trained_on_is_refused() -> None:
+    row = {"chosen": [USER, GOOD | {"weight": 0}], "rejected": [USER, BAD]}
+    assert "not to be trained on" in reason(preference, row)

@@ -47,6 +47,8 @@ def test_prompt_and_completion_may_be_messages() -> None:
     [
         [{"role": r, "content": c} for r, c in (("user", "Hi?"), ("assistant", "Hi."), ("user", "More?"))],
         "\n\nHuman: Hi?\n\nAssistant: Hi.\n\nHuman: More?\n\nAssistant:",
+        "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\nHi.<|im_end|>\n<|im_start|>user\nMore?<|im_end|>\n"
+        "<|im_start|>assistant\n",
     ],
 )
 def test_earlier_answers_in_a_prompt_are_context_and_the_completion_is_trained(prompt: Any) -> None:
@@ -57,6 +59,8 @@ def test_earlier_answers_in_a_prompt_are_context_and_the_completion_is_trained(p
         ("More?", True),
         ("Yes.", True),
     ]
+    for column in ("context", "history"):
+        assert column in reason(prompt_completion, {"prompt": prompt, "completion": "Yes.", column: [["q", "a"]]})
 
 
 @pytest.mark.parametrize(
@@ -95,3 +99,17 @@ def test_a_dialogue_of_hh_is_a_prompt_with_or_without_its_first_line_breaks() ->
     for start in ("\n\n", ""):
         assert prompt_completion({"prompt": f"{start}Human: Hi?\n\nAssistant:", "completion": "Yes."}) == expected
     assert prompt_completion({"prompt": "Human: who?", "completion": "A."}).messages[0].content == "Human: who?"
+
+
+def test_what_stands_beside_a_rendered_text_is_not_left_out_unseen() -> None:
+    row = {"text": "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"}
+    assert plain_text(row) == Conversation.from_turns(("user", "Hi?"), ("assistant", "Yes."))
+    assert "`history`" in reason(plain_text, row | {"history": [["q", "a"]]})
+    assert "`label` judges" in reason(plain_text, row | {"label": False})
+    assert plain_text({"text": "A film.", "label": False}) == Text("A film.")
+
+
+@pytest.mark.parametrize("end", ["</s>", "<|endoftext|>\n", "<|end|>"])
+def test_a_document_does_not_end_in_the_letters_of_an_end_token(end: str) -> None:
+    assert reason(plain_text, {"text": f"Once{end}"}).startswith("text ends in <")
+    assert plain_text({"text": f"{end} is an end token."}) == Text(f"{end} is an end token.")

@@ -166,7 +166,7 @@ ROWS = [
     *(row for row, _, _ in SHAPES.values()),
     CHOICE,
     {"chosen": "The sky is green.", "rejected": "The sky is grey."},
-    {"prompt": "p", "chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": "No."}]},
+    {"prompt": TURNS[0]["content"], "chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": "No."}]},
     {"prompt": "p", "response": "r", "completion": None},
     {"conversation": "c-1", "messages": TURNS},
     {"items": TURNS},
@@ -180,7 +180,7 @@ def test_the_columns_reported_as_used_are_those_that_change_the_record(
     row: dict[str, Any], extra: dict[str, Any]
 ) -> None:
     row = row | {name: value for name, value in extra.items() if name not in row}
-    if row.keys() & {"items"} or isinstance(row.get("prompt"), list):
+    if any(isinstance(value, list) and isinstance(value[0], dict) for value in row.values()):  # refused beside turns
         row = {name: row[name] for name in row if name != "history"}
     found = recognise([row] * 3)
     _, _, unused = found.why.partition("; not used: ")

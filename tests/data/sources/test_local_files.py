@@ -96,6 +96,27 @@ def test_the_files_of_a_folder_are_read_by_name_with_numbers_and_locations(tmp_p
     assert rows[3].fault == "b.jsonl, line 4: NaN is not a JSON number"
 
 
+def test_a_file_that_a_glob_matches_in_two_ways_is_read_once(tmp_path: Path) -> None:
+    written(tmp_path / "a" / "b" / "c.jsonl", "{}\n{}")
+    assert len(values_of(tmp_path / "**" / "**" / "*.jsonl")) == 2
+
+
+def test_a_name_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    for name in (b"fragen-\xfc.jsonl", b"b.jsonl"):
+        (Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))).write_text("{}")
+    error = refusal(tmp_path)
+    assert "not UTF-8 text: 'fragen-" in error.what
+    assert error.hint == "rename it"
+
+
+def test_a_file_of_rows_may_begin_with_an_underscore_and_a_folder_that_does_is_some_programs_own(
+    tmp_path: Path,
+) -> None:
+    written(tmp_path / "_faq.jsonl", '{"a": 1}')
+    written(tmp_path / "_delta_log" / "0.json", '{"a": 2}')
+    assert values_of(tmp_path) == [{"a": 1}]
+
+
 def test_a_glob_selects_matching_files_and_a_file_with_a_globs_name_is_itself(tmp_path: Path) -> None:
     for name in ("a-1.jsonl", "a-2.jsonl", "b-1.jsonl", "sub/a-3.jsonl"):
         written(tmp_path / name, f'{{"n": "{name}"}}')

@@ -186,3 +186,13 @@ def test_windows_quotes_read_as_latin_1_are_a_fault_that_names_the_encoding(tmp_
     good, bad = read_rows(Source(path=str(tmp_path / "a.jsonl"), encoding="latin-1"))
     assert good.value == {"text": "caf\xe9"}
     assert 'set `encoding = "cp1252"`' in str(bad.reason)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1"])
+def test_an_encoding_that_is_stated_of_utf_8_text_is_a_fault(tmp_path: Path, encoding: str) -> None:
+    path = written(tmp_path / "a.jsonl", '{"a": "für"}\n{"a": "fur"}\n'.encode())
+    first, second = read_rows(Source(path=str(path), encoding=encoding))
+    assert first.fault == "line 1, column 9: the file is UTF-8 text: remove the `encoding` of the source"
+    assert second.value == {"a": "fur"}
+    path.write_bytes('{"a": "für"}\n'.encode(encoding))
+    assert [row.value for row in read_rows(Source(path=str(path), encoding=encoding))] == [{"a": "für"}]
