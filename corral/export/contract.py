@@ -219,7 +219,7 @@ def write(
         logprobs: of the probes, in this form as it is served.
         form: how the weights are stored: a dtype, or the name of an exported form.
         files: the form's files (weights, config, tokenizer, template), in the folder of `record`.
-        source: the weights that this form was made from, `{file: sha256}`.
+        source: the `model_files` that this form was made from, `{file: sha256}`.
     """
     value = {
         "version": VERSION,
@@ -227,7 +227,7 @@ def write(
         "form": form,
         "files": cached_file_hashes(record.parent, files),
         "source": dict(source or {}),
-        "template": {"sha256": template.digest, "stop_ids": list(template.stop_ids)},
+        "template": record_template(template),
         "checks": [{key: _finite(value) for key, value in asdict(c).items()} for c in checks],
         "probes": [
             {"ids": list(p.ids), "start": p.start, "logprobs": [v if math.isfinite(v) else None for v in values]}
@@ -235,6 +235,11 @@ def write(
         ],
     }
     write_json(record, value)
+
+
+def record_template(template: Template) -> dict[str, Any]:
+    """What a contract holds of the template that a model was written with."""
+    return {"sha256": template.digest, "stop_ids": list(template.stop_ids)}
 
 
 def certify_merged(

@@ -27,7 +27,7 @@ from corral.export.contract import Check
 from corral.export.ollama_modelfile import modelfile
 from corral.export_forms import ExportForm, GgufType, OpenVinoType
 from corral.model import gguf_reader
-from corral.model.folder import check_folder, licence_texts, read_json, weight_files
+from corral.model.folder import check_folder, licence_texts, read_json
 from corral.model.loading import load_model, load_template, quiet
 from corral.progress import Progress
 from corral.storage import new_directory, remove_tree, sha256_file, storage_errors, write_json
@@ -39,7 +39,7 @@ nat and one of billions a twentieth. The contract only shows that nothing broke;
 
 
 def export_form(folder: Path, out: Path, form: ExportForm, progress: Progress) -> Path:
-    """Export a model folder into `out`, unless `out` holds that form of the same weights and template already.
+    """Export a model folder into `out`, unless `out` holds that form of the same files and template already.
 
     Args:
         folder: a Hugging Face folder, as `corral run` merges it.
@@ -53,7 +53,7 @@ def export_form(folder: Path, out: Path, form: ExportForm, progress: Progress) -
     """
     check_folder(folder)
     template = load_template(folder)
-    source = {path.name: sha256_file(path) for path in weight_files(folder)}
+    source = {path.name: sha256_file(path) for path in contract.model_files(folder)}
     if _is_current(form.contract_path(out), source, template):
         progress.say(f"{form.path(out)}: already done")
         return form.path(out)
@@ -88,7 +88,7 @@ def _is_current(contract_path: Path, source: dict[str, str], template: Template)
     except ModelError:
         return False
     complete = all((contract_path.parent / name).is_file() for name in recorded["files"])
-    same = recorded["source"] == source and recorded["template"]["sha256"] == template.digest
+    same = recorded["source"] == source and recorded["template"] == contract.record_template(template)
     return complete and same and recorded["passed"]
 
 

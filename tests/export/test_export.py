@@ -17,6 +17,7 @@ from corral.export import contract, export, gguf_writer
 from corral.export_forms import EXPORT_TYPES, ExportForm
 from corral.model import openvino_graph
 from corral.progress import Progress
+from corral.storage import sha256_file
 from corral.template import Template
 from tests.conftest import change_json, make_tiny_model
 
@@ -55,7 +56,7 @@ def test_each_form_passes_its_checks_and_carries_its_contract(source: Path, tmp_
     record = contract.read(form.contract_path(tmp_path))
     assert record["passed"]
     assert record["form"] == str(form)
-    assert set(record["source"]) == {"model.safetensors"}
+    assert record["source"].keys() >= {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"}
     assert record["template"]["stop_ids"] == [0, 2]
     assert {check["name"] for check in record["checks"]} == {
         "token ids", "stop ids", "weights", "greedy answers", "as served",
@@ -183,6 +184,34 @@ def test_a_current_export_is_kept_and_a_stale_one_is_made_again(source: Path, tm
     assert changed.stat().st_mtime_ns != before
     changed.with_suffix(".bin").unlink()
     assert export_again().with_suffix(".bin").is_file()
+
+
+def end_at_another_token(folder: Path) -> None:
+    change_json(folder / "generation_config.json", eos_token_id=[0, 7])
+
+
+def rotate_otherwise(folder: Path) -> None:
+    change_json(folder / "config.json", rope_parameters=LLAMA31 | {"rope_theta": 777.0})
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [(end_at_another_token, [0, 2, 7]), (rotate_otherwise, [0, 2])],
+)
+def test_an_export_is_made_again_after_a_change_beside_the_weights(
+    source: Path, tmp_path: Path, change: Callable[[Path], None], expected: list[int]
+) -> None:
+    form = ExportForm("gguf", "f16")
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    export.export_form(folder, tmp_path, form, Progress())
+    before = sha256_file(form.path(tmp_path))
+    change(folder)
+    export.export_form(folder, tmp_path, form, Progress())
+    assert contract.read(form.contract_path(tmp_path))["template"]["stop_ids"] == expected
+    assert sha256_file(form.path(tmp_path)) != before
+    output = Recorder()
+    export.export_form(folder, tmp_path, form, output)
+    assert "already done" in output.lines[0]
 
 
 def test_forms_are_copied_from_an_older_export(source: Path, tmp_path: Path) -> None:
