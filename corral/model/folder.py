@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,8 +71,7 @@ def check_folder(folder: Path) -> None:
             where=str(config_path),
             hint="choose a Llama-family model, such as asset:smollm2-135m-instruct",
         )
-    if "quantization_config" in config:
-        method = config["quantization_config"]
+    if (method := config.get("quantization_config")) is not None:
         name = cast("dict[str, Any]", method).get("quant_method") if isinstance(method, dict) else method
         raise ModelError(
             f"the weights are stored quantised ({name}); corral starts from full weights and quantises itself",
@@ -90,7 +90,8 @@ def _check_rope(config: dict[str, Any], path: Path) -> None:
         return ModelError(reason, where=str(path), hint=hint)
 
     # Each setting may stand in several places, and programs differ in which of them they read.
-    stated: dict[str, Any] = {name: config[name] for name in ("rope_theta", "partial_rotary_factor") if name in config}
+    names = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    stated: dict[str, Any] = {name: config[name] for name in names if config.get(name) is not None}
     for key in ("rope_parameters", "rope_scaling"):
         rope: Any = {} if config.get(key) is None else config[key]
         if not isinstance(rope, dict):
@@ -98,13 +99,20 @@ def _check_rope(config: dict[str, Any], path: Path) -> None:
         settings = cast("dict[str, Any]", rope)
         named = [(("rope_type" if name == "type" else name), value) for name, value in settings.items()]
         for name, value in named:
+            if value is None and name != "rope_type":  # as if it were not there
+                continue
             if stated.setdefault(name, value) != value:
                 raise refuse(f"config.json states {name} twice, as {stated[name]!r} and as {value!r}")
         kind = dict(named).get("rope_type")
         if kind is None and settings.keys() - {"rope_theta", "partial_rotary_factor"}:
             raise refuse(f"{key} names no rope_type: {json.dumps(settings)}")
-        if kind is not None and kind not in ROPE_TYPES:
+        if kind is not None and kind not in sorted(ROPE_TYPES):  # not in the set: a list has no hash
             raise refuse(f"the rope_type is {kind!r}; known are {', '.join(sorted(ROPE_TYPES))}")
+    # transformers 5 reads one of the two objects, and what it lacks from the top.
+    read: Any = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    theta = read.get("rope_theta", config.get("rope_theta", 1e4))
+    if not isinstance(theta, int | float) or not 0 < theta < math.inf:
+        raise refuse(f"rope_theta is {theta!r}, where a positive number is expected")
     if stated.get("partial_rotary_factor") not in (None, 1):
         raise refuse(f"partial_rotary_factor is {stated['partial_rotary_factor']!r}; a Llama rotates whole heads")
 

@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 from corral.errors import ModelError
 from corral.model import config as model_config
 from corral.model.config import read_config, state_for_transformers_4
+from corral.model.folder import check_folder
 from corral.model.loading import load_model, load_template
 from corral.model.merging import save_model
 from tests.conftest import change_json, make_tiny_model
@@ -83,6 +84,17 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     ),
     "yarn": (YARN, {"rope_scaling": YARN}),
+    "longrope with a null": (
+        LONGROPE | {"original_max_position_embeddings": 64, "factor": 4.0, "attention_factor": None},
+        {
+            "rope_scaling": LONGROPE
+            | {
+                "original_max_position_embeddings": 64,
+                "factor": 4.0,
+                "attention_factor": pytest.approx((4 / 3) ** 0.5),
+            }
+        },
+    ),
     "longrope": (
         LONGROPE | {"original_max_position_embeddings": 64},
         {
@@ -98,13 +110,15 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", FORMS)
 def test_the_rotary_embedding_is_stated_as_each_version_of_transformers_reads_it(name: str, tmp_path: Path) -> None:
     rope, older = FORMS[name]
-    config = make_tiny_model(400, rope_parameters={"rope_theta": 5e4, **rope}, max_position_embeddings=256).config
-    config.save_pretrained(tmp_path)
-    state_for_transformers_4(tmp_path, config)
+    model = make_tiny_model(400, rope_parameters={"rope_theta": 5e4, **rope}, max_position_embeddings=256)
+    model.save_pretrained(tmp_path)
+    state_for_transformers_4(tmp_path, model.config)
     written = json.loads((tmp_path / "config.json").read_text("utf-8"))
     assert written["rope_theta"] == 5e4
     assert written["rope_parameters"].items() >= {"rope_theta": 5e4, **rope}.items()
     assert {key: written[key] for key in older} == older
+    check_folder(tmp_path)
     again = LlamaConfig.from_pretrained(tmp_path)
     assert again.rope_parameters is not None
-    assert again.rope_parameters.items() >= {"rope_theta": 5e4, **rope}.items()
+    stated = {key: value for key, value in rope.items() if value is not None}
+    assert again.rope_parameters.items() >= {"rope_theta": 5e4, **stated}.items()

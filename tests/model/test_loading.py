@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from corral.assets import fetch
 from corral.errors import AssetError, ModelError
+from corral.model.config import read_config
 from corral.model.folder import model_identity
 from corral.model.loading import (
     load_model,
@@ -25,6 +26,7 @@ from corral.model.loading import (
     resolve_model,
     untrained_special_tokens,
 )
+from corral.model.merging import save_model
 from corral.storage import hashes
 from tests.conftest import Request, change_json, make_tiny_model, run_python, web_server
 
@@ -180,6 +182,7 @@ def state_rope(**values: Any) -> Callable[[Path], None]:
 
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 CODE = {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}
 GPTQ = {"quantization_config": {"quant_method": "gptq"}}
 REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
@@ -223,6 +226,25 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         state_rope(rope_parameters=LINEAR, rope_scaling=LINEAR | {"factor": 4.0}),
         ["states factor twice, as 2.0 and as 4.0"],
     ),
+    "two original lengths": (
+        state_rope(rope_scaling=YARN, original_max_position_embeddings=128),
+        ["states original_max_position_embeddings twice, as 128 and as 64"],
+    ),
+    "a list of types": (state_rope(rope_scaling=LINEAR | {"rope_type": ["linear"]}), ["the rope_type is ['linear']"]),
+    "a type that older programs read as null": (
+        state_rope(rope_scaling=LINEAR | {"type": None}),
+        ["states rope_type twice, as 'linear' and as None"],
+    ),
+    "a base of the frequencies in words": (
+        state_rope(rope_theta="1e4"),
+        ["rope_theta is '1e4'", "compare config.json"],
+    ),
+    "no base of the frequencies": (state_rope(rope_theta=None), ["rope_theta is None, where a positive number"]),
+    "a base of the frequencies of null where transformers reads it": (
+        state_rope(rope_theta=1e4, rope_parameters={"rope_type": "default", "rope_theta": None}),
+        ["rope_theta is None"],
+    ),
+    "a negative base of the frequencies": (state_rope(rope_theta=-1e4), ["rope_theta is -10000.0"]),
     "heads that are rotated in part": (state_rope(partial_rotary_factor=0.5), ["a Llama rotates whole heads"]),
     "a broken config": (lambda f: (f / "config.json").write_text("{"), ["config.json cannot be read"]),
     "a config of another shape": (lambda f: (f / "config.json").write_text("[]"), ["no JSON object"]),
@@ -236,6 +258,16 @@ def test_a_folder_is_refused_for(fault: str, folder: Path) -> None:
     change(folder)
     error = str(refusal(folder))
     assert all(part in error for part in words)
+
+
+def test_a_setting_of_null_is_one_that_is_not_there(folder: Path, tmp_path: Path) -> None:
+    expected = read_config(folder).rope_parameters
+    change_json(folder / "config.json", quantization_config=None, rope_theta=None, rope_scaling=None)
+    model, template = load_model(folder), load_template(folder)
+    assert model.config.rope_parameters == expected
+    (tmp_path / "written").mkdir()
+    save_model(model, template, tmp_path / "written", licences=())
+    assert read_config(resolve_model(str(tmp_path / "written")).folder).rope_parameters == expected
 
 
 def test_a_weight_file_cut_anywhere_is_refused_before_it_is_loaded(folder: Path) -> None:
