@@ -6,6 +6,7 @@ import json
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
@@ -150,7 +151,7 @@ class ExampleWriter:
     def finish(self) -> None:
         """Write what is not written yet, and the order."""
         self._save()
-        order = np.asarray(self._stored, np.int64)[np.argsort(np.asarray(self._ranks), kind="stable")]
+        order = np.asarray(self._stored, np.int64)[self._shuffle()]
         columns = {
             "example": order,
             "length": np.asarray(self._lengths, np.int64)[order],
@@ -158,6 +159,17 @@ class ExampleWriter:
             "fate": np.asarray(self._fates, np.int8)[order],
         }
         self._order.save(np.arange(len(order)), columns)
+
+    def _shuffle(self) -> Ints:
+        """The order by rank. Of rows of equal content, which have one rank, all but the first get another."""
+        ranks = np.array(self._ranks)
+        order = np.argsort(ranks, kind="stable")
+        copy = 0
+        for before, i in pairwise(order.tolist()):
+            copy = copy + 1 if self._ranks[i] == self._ranks[before] else 0
+            if copy:
+                ranks[i] = rank(f"{self._ranks[i]!r}/{copy}", self._seed, "order")
+        return np.argsort(ranks, kind="stable")
 
 
 def _count_tokens(trained: Any) -> tuple[Ints, Ints]:

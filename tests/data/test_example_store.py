@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -110,6 +112,13 @@ def test_a_repeated_example_occurs_several_times_in_the_order_and_once_on_disk(t
     assert all(indices.count(i) == 3 for i in range(20))
     assert len(set(indices[:20])) > 8, "the copies of one lie apart"
     assert len(RowStore(tmp_path / "side" / "examples")) == 20
+
+
+def test_rows_of_equal_content_lie_apart(tmp_path: Path) -> None:
+    same = [replace(example(i, Encoded((i, 7), (False, True))), key=f"{i % 4:064x}") for i in range(80)]
+    keys = [e.key for e in write_examples(tmp_path / "side", same)]
+    assert sum(a == b for a, b in pairwise(keys)) < 35
+    assert sorted(keys) == sorted(e.key for e in same)
 
 
 def test_every_kind_of_record_round_trips_through_json() -> None:
