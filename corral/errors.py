@@ -33,7 +33,13 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
-_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "alloc_failed",
+)
 
 
 class CorralError(Exception):

@@ -19,6 +19,7 @@ from corral.engines.base import Engine, Features, Generation, Sampling, closed_e
 from corral.engines.continuous_batching import Cancel, Request, Score, Worker
 from corral.engines.kv_cache import bytes_per_token
 from corral.model import packed_forward
+from corral.model.device import memory_limit
 
 _CPU_CACHE_BYTES = 2**31
 
@@ -101,4 +102,5 @@ class TransformersEngine(Engine):
 
 def default_cache_bytes(device: torch.device) -> int:
     """Memory for keys and values by default."""
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _CPU_CACHE_BYTES
+    limit = memory_limit(str(device)) if device.type == "cuda" else None
+    return limit.free // 2 if limit else _CPU_CACHE_BYTES

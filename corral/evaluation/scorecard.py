@@ -234,7 +234,8 @@ def build_scorecard(
         said += cautions.pair_cautions((name, other), conditions)
         hidden, decides = IN_BYTES, primary
         if cautions.tokenizers_differ(*conditions):
-            has_bytes = by_bytes = all(IN_BYTES in scores[side] for side in (name, other))
+            has_bytes = all(IN_BYTES in scores[side] for side in (name, other))
+            by_bytes |= has_bytes
             said.append(cautions.tokenizer_caution((name, other), has_bytes=has_bytes))
             hidden, decides = "loss", IN_BYTES if primary == "loss" else primary
         one, two = ({k: v for k, v in scores[side].items() if k != hidden} for side in (name, other))

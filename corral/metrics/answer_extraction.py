@@ -19,7 +19,10 @@ RESULT_MARKER = "Answer:"
 """Models are asked to write this before their result."""
 
 # Markers of results: RESULT_MARKER, and those of GSM8K, MetaMathQA and MATH. The last one counts.
-_MARKERS = re.compile(r"####|\b(?:final\s+)?answer\s*(?:is\b(?!\s+not\b)|:|=)(?:\s*:)?|\\boxed\s*(?=\{)", re.IGNORECASE)
+_MARKERS = re.compile(
+    r"####|\b(?:final\s+)?answer\s*(?:is\b(?!\s+not\b)|:|=)(?:\s*:)?|\b(?:option|choice)\s+is\b(?!\s+not\b)|\\boxed\s*(?=\{)",
+    re.IGNORECASE,
+)
 # Letters of scripts with spaces between words: a digit right after one belongs to its word, as in "B12". In Chinese and
 # Japanese, numbers follow letters directly.
 _SPACED = r"A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u052f"
@@ -40,7 +43,7 @@ _NOT_NUMERIC = re.compile(r"[\s,$€£+]")
 _SPACES = re.compile(r"\s+")
 
 _LAST_LETTER = "H"  # where the options are not known: "X: so 12" names none
-_BEFORE_LETTER = r"[\s*_`\"'(\[]*+"
+_BEFORE_LETTER = r"[\s*_`\"'(\[]*+(?:(?:[Tt]he\s+)?(?:[Oo]ption|[Cc]hoice)\b[\s*_`\"'(\[:]*+)?+"
 _AND_ANOTHER = r"\s*(?:(?:and|or)\s+)?[A-Z]\b"
 # "B)", "B.", "**B**", "B" alone, "B because …", "B – text"; not "A.M.", "A*2" or "A - 3 = 5".
 _LETTER = re.compile(

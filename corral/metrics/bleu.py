@@ -20,11 +20,18 @@ BLEU_ORDERS = 4
 def bleu_tokenizer(references: Sequence[str]) -> str:
     """The name of sacrebleu's tokenizer for these texts: `13a`, as usual, splits at spaces.
 
-    Where a script has none, a sentence would be one token: so it is `zh` for Chinese characters, and `char` if there are
-    Japanese, Thai, Lao, Khmer or Burmese ones.
+    Where a script has none, a sentence would be one token: so it is, if half of the texts have such a script, `zh` for Chinese
+    characters, and `char` if there are Japanese, Thai, Lao, Khmer or Burmese ones.
     """
-    unspaced = {script for text in references for script in unspaced_scripts(text)}
-    return "13a" if not unspaced else "zh" if unspaced == {"Han"} else "char"
+    scripts = [unspaced_scripts(text) for text in references]
+    unspaced = {script for of_text in scripts for script in of_text}
+    return (
+        "13a"
+        if 2 * sum(map(bool, scripts)) < len(references) or not unspaced
+        else "zh"
+        if unspaced == {"Han"}
+        else "char"
+    )
 
 
 def bleu_statistics(references: Sequence[str], candidates: Sequence[str], tokenizer: str = "13a") -> Floats:

@@ -65,12 +65,14 @@ def choose_device(
 
 
 def memory_limit(device: str) -> MemoryLimit | None:
-    """Memory of a device that is still free; None if the system does not say."""
+    """Memory of a device that this process can still have; None if the system does not say."""
     if not device.startswith("cuda"):
         return cpu_memory()
     import torch
 
     free, total = torch.cuda.mem_get_info(device)
+    # torch keeps what an earlier stage has freed; the system counts it as used.
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return MemoryLimit(free, total, torch.cuda.get_device_name(device))
 
 

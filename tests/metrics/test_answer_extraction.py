@@ -171,3 +171,23 @@ def test_any_text_has_a_result_or_none(text: str) -> None:
         extract_result(text),
     ):
         assert result is None or result.strip()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The answer is option B.",
+        "Answer: option B",
+        "The answer is: Option (B)",
+        "The correct choice is B",
+        "The correct option is B.",
+        "The option is not A. The choice is B",
+    ],
+)
+def test_a_letter_may_be_called_an_option_or_a_choice(text: str) -> None:
+    assert extract_choice(text, ["red", "blue", "green"]) == "B"
+    assert extract_result(text) == "B"
+
+
+def test_the_word_option_within_a_sentence_names_no_letter() -> None:
+    assert extract_choice("Option B was bad, so blue.", ["red", "pink", "blue"]) == "C"

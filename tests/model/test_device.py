@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from corral.engines.transformers import default_cache_bytes
 from corral.errors import ModelError
 from corral.model import device
-from corral.model.device import Placement, choose_device
+from corral.model.device import Placement, choose_device, memory_limit
+from corral.system import MemoryLimit
 from tests.model.compute.gpu_stubs import show_gpu
 
 
@@ -95,3 +97,12 @@ def test_this_machine_has_no_gpu_or_one_that_works() -> None:
     placement = choose_device()
     assert placement.notes == ()
     assert (placement.device == "cuda") == torch.cuda.is_available()
+
+
+def test_memory_that_torch_holds_for_later_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (20, 139))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 110)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 10)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    assert memory_limit("cuda") == MemoryLimit(120, 139, "a GPU")
+    assert default_cache_bytes(torch.device("cuda")) == 60

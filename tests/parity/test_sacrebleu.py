@@ -14,7 +14,7 @@ from sacrebleu.significance import PairedTest
 
 from corral.evaluation import statistics
 from corral.evaluation.statistics import Measure
-from corral.metrics.bleu import bleu, bleu_signature, bleu_statistics
+from corral.metrics.bleu import bleu, bleu_signature, bleu_statistics, bleu_tokenizer
 
 SAMPLE = "mix the flour, sugar and 2.5 eggs; bake (at 180 °C) for half an hour until it's golden. Süß 東京"
 WORDS = SAMPLE.split()
@@ -101,3 +101,10 @@ def test_the_interval_of_bleu_agrees_with_sacrebleus_bootstrap() -> None:
     assert result.high is not None
     assert result.mean == pytest.approx(score.score, rel=1e-12)
     assert (result.high - result.low) / 2 == pytest.approx(score._ci, rel=0.1)
+
+
+def test_a_few_references_in_a_script_without_spaces_do_not_change_the_tokens_of_the_others() -> None:
+    english = ["a red hat", "a blue hat", "a hat"]
+    assert bleu_tokenizer([*english, "红帽子"]) == "13a"
+    assert bleu_tokenizer([*english, *["红帽子"] * 3]) == "zh"
+    assert bleu_tokenizer(["赤い帽子"]) == "char"
