@@ -133,7 +133,9 @@ def _openvino_candidate(
         shutil.copyfile(folder / "config.json", new / "config.json")
         generation = folder / "generation_config.json"
         stated = read_json(generation) if generation.is_file() else {}
-        write_json(new / generation.name, stated | {"eos_token_id": list(template.stop_ids)})
+        # OpenVINO GenAI generates with what stands there, and corral does not: ids only, no penalties or limits.
+        ids = {name: stated[name] for name in ("bos_token_id", "pad_token_id") if name in stated}
+        write_json(new / generation.name, ids | {"eos_token_id": list(template.stop_ids)})
         template.save(new)
         differing_text = openvino_graph.write_tokenizer(template, new)
     if differing_text:

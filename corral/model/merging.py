@@ -88,22 +88,24 @@ def save_model(
     """Write a model into an existing folder.
 
     The folder then holds safetensors weights, config, tokenizer, `chat_template.jinja` as other programs render it,
-    `generation_config.json` with every id that ends an answer, and the base model's licence texts. transformers 4 and 5 and
-    vLLM load it as it is.
+    `generation_config.json` with every id that ends an answer and no other setting of the base model's, and its licence texts.
+    transformers 4 and 5 and vLLM load it as it is.
 
     Args:
         weights: the parameters by name, if the model itself holds only this process's part of them.
         dtype: to round `weights` to; by default they are written as they are.
     """
+    from transformers import GenerationConfig
+
     written: Any = model
-    generation = written.generation_config
-    generation._from_model_config = False  # or transformers would rebuild it
-    generation.eos_token_id = written.config.eos_token_id = list(template.stop_ids)
-    generation.bos_token_id = template.tokenizer.bos_token_id
+    written.config.eos_token_id = list(template.stop_ids)
     pad: Any = template.tokenizer.pad_token_id
-    generation.pad_token_id = template.stop_ids[0] if pad is None else pad
-    # The base model's sampling settings are not meant for the trained model.
-    generation.do_sample, generation.temperature, generation.top_p, generation.top_k = False, None, None, None
+    # The base model's settings are not meant for the trained model, and corral did not evaluate it with them.
+    written.generation_config = GenerationConfig(
+        eos_token_id=list(template.stop_ids),
+        bos_token_id=template.tokenizer.bos_token_id,
+        pad_token_id=template.stop_ids[0] if pad is None else pad,
+    )
     settings: dict[str, Any] = {}
     if weights is not None:
         settings["state_dict"] = {n: w.detach().to("cpu", dtype or w.dtype).contiguous() for n, w in weights.items()}

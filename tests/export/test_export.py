@@ -16,6 +16,7 @@ from corral.errors import ContractError, InputError
 from corral.export import contract, export, gguf_writer
 from corral.export_forms import EXPORT_TYPES, ExportForm
 from corral.model import openvino_graph
+from corral.model.folder import read_json
 from corral.progress import Progress
 from corral.storage import sha256_file
 from corral.template import Template
@@ -74,6 +75,15 @@ def test_a_head_that_config_json_denies_is_exported(source: Path, tmp_path: Path
     change_json(folder / "config.json", tie_word_embeddings=True)
     export.export_form(folder, tmp_path, form, Progress())
     assert contract.read(form.contract_path(tmp_path))["passed"]
+
+
+def test_openvino_genai_is_given_the_ids_and_no_other_setting_of_generation(source: Path, tmp_path: Path) -> None:
+    form = ExportForm("openvino", "int8")
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    change_json(folder / "generation_config.json", repetition_penalty=1.3, max_new_tokens=5, pad_token_id=1)
+    export.export_form(folder, tmp_path, form, Progress())
+    written = read_json(form.path(tmp_path) / "generation_config.json")
+    assert written == {"bos_token_id": 1, "pad_token_id": 1, "eos_token_id": [0, 2]}
 
 
 def leave_out_rope_scaling(patch: pytest.MonkeyPatch) -> None:

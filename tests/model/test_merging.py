@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +14,11 @@ from safetensors.torch import load_file
 from corral.errors import ModelError
 from corral.export.contract import TOLERANCES, compare_logprobs
 from corral.model import adapters, merging, packed_forward, quantisation
-from corral.model.loading import load_model, load_tokenizer
+from corral.model.loading import load_model, load_template, load_tokenizer
 from corral.model.quantisation import Quantization
 from corral.recipe import Lora
 from corral.template import Template
-from tests.conftest import make_tiny_model
+from tests.conftest import change_json, make_tiny_model
 from tests.model.tiny import fill_lora_b
 
 SEQUENCES = [list(range(5 * i, 5 * i + 40)) for i in range(6)]
@@ -110,3 +111,17 @@ def test_a_whole_model_is_written_in_another_dtype_and_read_back(tiny_folder: Pa
     assert model.dtype == torch.float32
     stop = json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"]
     assert stop == [0, 2, 7]
+
+
+def test_the_base_models_settings_of_generation_are_left_out(tiny_folder: Path, tmp_path: Path) -> None:
+    base, merged = tmp_path / "base", tmp_path / "merged"
+    shutil.copytree(tiny_folder, base)
+    settings = {"do_sample": True, "temperature": 0.6, "min_p": 0.2, "typical_p": 0.5, "repetition_penalty": 1.3}
+    settings |= {"num_beams": 4, "suppress_tokens": [5], "max_new_tokens": 5, "forced_eos_token_id": 2}
+    change_json(base / "generation_config.json", **settings)
+    merged.mkdir()
+    template = load_template(base)
+    merging.save_model(load_model(base), template, merged, licences=())
+    written = json.loads((merged / "generation_config.json").read_text())
+    assert written["eos_token_id"] == list(template.stop_ids)
+    assert written.keys() <= {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"}
