@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corral.errors import ModelError
-from corral.model.adapter_files import AdapterFiles
+from corral.model.adapter_files import WEIGHTS_FILE, AdapterFiles
 from corral.model.loading import quiet
 
 if TYPE_CHECKING:
@@ -118,10 +118,28 @@ def load(model: PreTrainedModel, *folders: Path, trainable: bool = False) -> Pef
                 raise
             missing = isinstance(error, KeyError)
             raise _unloadable(folder, f"its weights lack {error}" if missing else str(error).strip()) from error
-        lost = [*result.missing_keys, *(key for key in result.unexpected_keys if "lora_" in key)]
+        lost = [*result.missing_keys, *_lost(folder, result.unexpected_keys)]
         if lost:
             raise _unloadable(folder, f"{lost[0]} is in its weights or in its config, and not in both")
     return adapted.eval()
+
+
+def _lost(folder: Path, unexpected: Sequence[str]) -> list[str]:
+    """Those of the keys that PEFT did not load whose tensor is not in the file a second time, under a key that it did.
+
+    PEFT writes what it trained of a resized embedding, and of an output layer that is tied to it, twice.
+    """
+    from safetensors.torch import load_file
+
+    if not unexpected:
+        return []
+    weights = load_file(folder / WEIGHTS_FILE)
+    loaded = [weight for key, weight in weights.items() if key not in unexpected]
+    return [
+        key
+        for key in unexpected
+        if key not in weights or not any(w.shape == weights[key].shape and w.equal(weights[key]) for w in loaded)
+    ]
 
 
 def _unloadable(folder: Path, reason: str) -> ModelError:

@@ -149,3 +149,24 @@ def test_an_adapter_whose_config_and_weights_differ_is_refused(change: str, tmp_
     )
     with pytest.raises(ModelError, match=r"cannot be loaded: .*_proj\.lora_A"):
         adapters.load(load_model(base), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lost"),
+    [
+        ("tokens", {"trainable_token_indices": None}),
+        ("resized tokens", {"trainable_token_indices": None}),
+        ("tokens of both", {"trainable_token_indices": {"embed_tokens": [3]}}),
+        ("resized whole modules", {"modules_to_save": None}),
+    ],
+)
+def test_tokens_and_modules_that_the_config_does_not_name_are_not_left_out_in_silence(
+    kind: str, lost: dict[str, Any], tmp_path: Path
+) -> None:
+    of_model, settings = ADAPTER_KINDS[kind]
+    base = tmp_path / "base"
+    make_tiny_model(300, **of_model).save_pretrained(base)
+    write_by_peft(tmp_path, base, load_model(base), ids=TEXT, **settings)
+    change_json(tmp_path / "adapter_config.json", **lost)
+    with pytest.raises(ModelError, match="is in its weights or in its config"):
+        adapters.load(load_model(base), tmp_path)
