@@ -152,13 +152,15 @@ class AdapterFiles:
         """Check that the modules it changes are in a model, with the sizes that it has for them.
 
         Without this, PEFT skips layers that the model lacks, and vLLM writes a small matrix into the corner of a large one.
-        The embedding and the output layer may have another number of rows: then the vocabulary was resized.
+        The embedding and the output layer may have another number of rows: then the vocabulary was resized, and new rows must
+        be in the adapter.
 
         Raises:
             ModelError: it names the tensor.
         """
         weights = {name: shape for path in weight_files(folder) for name, shape in tensor_shapes(path).items()}
-        if read_json(folder / "config.json").get("tie_word_embeddings") and "model.embed_tokens.weight" in weights:
+        tied = bool(read_json(folder / "config.json").get("tie_word_embeddings"))
+        if tied and "model.embed_tokens.weight" in weights:
             weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
         rows = self.vocabulary_size
         for (module, part), shape in self.shapes.items():
@@ -177,6 +179,24 @@ class AdapterFiles:
                 f"the adapter does not fit the model: {problem}",
                 where=str(self.folder),
                 hint="name the model that it was trained on as base_model_name_or_path in its adapter_config.json",
+            )
+        self._check_new_rows(weights, tied)
+
+    def _check_new_rows(self, weights: Mapping[str, list[int]], tied: bool) -> None:
+        """Raises ModelError if it was trained on more rows than the model has, and a part of the new ones is lost.
+
+        They were drawn at random where it was trained. One weight brings those of an embedding that is also the output layer.
+        """
+        after = self.vocabulary_size or 0
+        before = weights.get("model.embed_tokens.weight", [after])[0]
+        whole = {module for module, part in self.shapes if part.endswith("weight") and "lora_" not in part}
+        missing = [module for module in EMBEDDINGS if module not in whole]
+        if after > before and missing and not (tied and len(missing) == 1):
+            raise ModelError(
+                f"the adapter was trained on a vocabulary resized from {before} to {after} rows, and the new rows of "
+                f"{' and '.join(missing)} are not in its folder",
+                where=str(self.folder),
+                hint="merge it where it was trained, and name the merged model",
             )
 
     def check_trained(self) -> None:

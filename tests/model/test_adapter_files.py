@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from corral.errors import ModelError
 from corral.messages import Conversation
+from corral.model import adapters, packed_forward
 from corral.model.adapter_files import AdapterFiles, find_base_model
 from corral.model.loading import load_model, load_tokenizer
 from corral.model.naming import find_model_files
-from tests.conftest import change_json
+from tests.conftest import change_json, make_tiny_model
 from tests.model.tiny import write_by_peft
 
 ASKED = Conversation.from_turns(("user", "What is 2 + 2?"))
@@ -85,6 +86,36 @@ def test_a_tensor_that_the_model_has_no_place_for_is_named(
     save_file(weights | {f"base_model.model.{name}": value}, adapter / "adapter_model.safetensors")
     with pytest.raises(ModelError, match=message):
         AdapterFiles.read(adapter).check_fit(tiny_folder)
+
+
+RESIZED: dict[str, tuple[bool, list[str], bool, str | None]] = {
+    # name: whether the base is tied, what the adapter changes, whether its weights are saved whole, rows that are lost
+    "a tied head alone": (True, ["lm_head"], False, "model.embed_tokens and lm_head"),
+    "a tied head with its weight": (True, ["lm_head"], True, None),
+    "a tied embedding with its weight": (True, ["embed_tokens"], True, None),
+    "a head with its weight": (False, ["lm_head"], True, "model.embed_tokens"),
+    "both with their weights": (False, ["embed_tokens", "lm_head"], True, None),
+    "both alone": (False, ["embed_tokens", "lm_head"], False, "model.embed_tokens and lm_head"),
+}
+
+
+@pytest.mark.parametrize("name", RESIZED)
+def test_an_adapter_whose_new_rows_of_the_vocabulary_are_lost_is_refused(name: str, tmp_path: Path) -> None:
+    tied, targets, whole, lost = RESIZED[name]
+    base, adapter, ids = tmp_path / "base", tmp_path / "adapter", [5, 6, 302]
+    make_tiny_model(300, tie_word_embeddings=tied).save_pretrained(base)
+    expected = write_by_peft(adapter, base, load_model(base), ids=ids, resize=303, target_modules=targets)
+    if not whole:
+        path = adapter / "adapter_model.safetensors"
+        save_file({key: value for key, value in load_file(path).items() if "lora_" in key}, path)
+    if lost is None:
+        AdapterFiles.read(adapter).check_fit(base)
+        adapted = adapters.load(load_model(base), adapter)
+        assert packed_forward.score(adapted, [ids], [1])[0] == pytest.approx(expected, abs=1e-4)
+        return
+    with pytest.raises(ModelError, match=f"from 300 to 303 rows, and the new rows of {lost} are not") as caught:
+        AdapterFiles.read(adapter).check_fit(base)
+    assert "merge it where it was trained" in (caught.value.hint or "")
 
 
 def test_different_numbers_of_rows_are_refused(adapter: Path) -> None:
