@@ -91,7 +91,9 @@ def test_peak_and_time_are_measured_and_the_estimate_is_near(measured: tuple[Pla
     assert stage.tokens_per_second > 0
     assert stage.seconds > stage.work.tokens / stage.tokens_per_second
     assert stage.estimate_error is not None
-    assert abs(stage.estimate_error) < 0.1
+    # So small a model's peak is mostly the interpreter and its libraries, which differ between machines; the 10 % of real
+    # models are held by tests/training/test_memory_estimate.py.
+    assert abs(stage.estimate_error) < 0.2
     assert f"({stage.estimate_error:+.0%})" in rendered(plan)
     assert plan.verdict == "fits"
 
