@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +122,7 @@ def prepare(
     """
     progress = progress or Progress()
     cache = cache or caches.default_folder()
-    _prepare(data, template, folder, seed, cache, WorkerPool(progress, workers))
-    return Prepared.open(folder)
-
-
-def _prepare(data: Data, template: Template, folder: Path, seed: int, cache: Path, pool: WorkerPool) -> None:
-    progress = pool.progress
+    pool = WorkerPool(progress, workers)
     with caches.hold_cache(cache) as used:
         progress.start("Reading rows", None)
         plans = [
@@ -147,6 +143,7 @@ def _prepare(data: Data, template: Template, folder: Path, seed: int, cache: Pat
             check_not_empty(plans, data, ledger)
             check_loss_budget(data, ledger, where=folder / LEDGER_FILE)
             write_json(rows / _META, {"version": _VERSION, "examples": counts})
+    return Prepared.open(folder)
 
 
 def _write_rows(plans: Sequence[SourcePlan], folder: Path, data: Data, seed: int, progress: Progress) -> dict[str, int]:
@@ -188,7 +185,7 @@ def _examples_of_rows(plan: SourcePlan, positions: Ints, rows: Batch) -> tuple[d
     records: list[bytes] = []
     keys: list[str] = []
     lines, row_keys = (value.as_py() for value in rows["record"]), map(bytes, plan.rows.keys(positions))
-    for line, key, start, end in zip(lines, row_keys, bounds, bounds[1:], strict=False):
+    for line, key, (start, end) in zip(lines, row_keys, pairwise(bounds), strict=True):
         if not is_window[start:end].any():
             keys.append(key.hex())
             records.append(line)
