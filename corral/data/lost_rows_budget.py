@@ -80,7 +80,10 @@ def check_not_empty(plans: Sequence[SourcePlan], data: Data, ledger: Mapping[str
             where=where,
             hint="lower data.split.validation and data.split.test, or add rows",
         )
-    shares: dict[Literal["validation", "test"], float] = {"validation": data.split.validation, "test": data.split.test}
+    shares: dict[Literal["validation", "test"], float] = {
+        "validation": data.held_out("validation"),
+        "test": data.held_out("test"),
+    }
     for side, share in shares.items():
         if 0 < share < 1 and not counts[side]:
             least = smallest_share(usable)

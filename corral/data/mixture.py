@@ -15,8 +15,6 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from corral.recipe import Split
-
 Side: TypeAlias = Literal["train", "validation", "test"]
 SIDES: tuple[Side, ...] = ("train", "validation", "test")
 Ints: TypeAlias = NDArray[np.int64]
@@ -111,7 +109,7 @@ def weighted_row_counts(rows: Sequence[int], weights: Sequence[float], repeats: 
     return [floor(size * weight / repeat + half) for weight, repeat in zip(exact, repeats, strict=True)]
 
 
-def split_sides(sources: Sequence[Keys], seed: int, split: Split) -> list[NDArray[np.int8]]:
+def split_sides(sources: Sequence[Keys], seed: int, *, validation: float, test: float) -> list[NDArray[np.int8]]:
     """The side of each row of each source, as an index into `SIDES`.
 
     A held-out side is a share of all rows, rounded, or a number of them, divided over the sources in proportion to their
@@ -120,11 +118,11 @@ def split_sides(sources: Sequence[Keys], seed: int, split: Split) -> list[NDArra
     train, even if that side then has too many.
     """
     counts = [len(keys) for keys in sources]
-    test = divide_proportionally(row_count(split.test, sum(counts)), counts)
-    remaining = [count - taken for count, taken in zip(counts, test, strict=True)]
-    validation = divide_proportionally(row_count(split.validation, sum(counts)), counts, remaining)
+    test_rows = divide_proportionally(row_count(test, sum(counts)), counts)
+    remaining = [count - taken for count, taken in zip(counts, test_rows, strict=True)]
+    validation_rows = divide_proportionally(row_count(validation, sum(counts)), counts, remaining)
     sides = [np.full(count, _TRAIN, np.int8) for count in counts]
-    for keys, side, lowest, highest in zip(sources, sides, test, validation, strict=True):
+    for keys, side, lowest, highest in zip(sources, sides, test_rows, validation_rows, strict=True):
         ascending = np.argsort(ranks(keys, seed, "split"), kind="stable")
         side[ascending[:lowest]] = _TEST
         side[ascending[len(ascending) - highest :]] = _VALIDATION

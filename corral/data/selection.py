@@ -197,7 +197,8 @@ def assign_sides(plans: Sequence[SourcePlan], data: Data, seed: int) -> None:
     """Put the rows that are used on a side: train, validation or test."""
     positions = [plan.rows_with(*USED_FATES) for plan in plans]
     keys = [plan.rows.keys(part, "group_key") for plan, part in zip(plans, positions, strict=True)]
-    for plan, part, sides in zip(plans, positions, mixture.split_sides(keys, seed, data.split), strict=True):
+    split = mixture.split_sides(keys, seed, validation=data.held_out("validation"), test=data.held_out("test"))
+    for plan, part, sides in zip(plans, positions, split, strict=True):
         plan.side[part] = sides
 
 

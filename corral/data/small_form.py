@@ -54,7 +54,7 @@ def shrink_recipe(recipe: Recipe, folder: Path) -> Recipe:
     folder.mkdir(parents=True, exist_ok=True)
     data, evaluate = recipe.data, recipe.evaluate
     sources = tuple(_small_source(source, folder / f"{i}.jsonl") for i, source in enumerate(data.sources, 1))
-    split = Split(validation=_HELD_OUT if data.split.validation else 0, test=_HELD_OUT)
+    split = Split(validation=_HELD_OUT if data.has_side("validation") else 0, test=_HELD_OUT)
     tasks = tuple(task.model_copy(update={"rows": _HELD_OUT}) for task in evaluate.tasks)
     return recipe.model_copy(
         update={

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from corral.recipe.data import Source
-from corral.recipe.section import PositiveInt, Section
+from corral.recipe.section import PositiveInt, Section, Seed
 
 METHODS_WITHOUT_VOTES = ("rouge-l", "cosine")
 """Consensus methods that compare answers instead of counting votes; `stop = "adaptive"` does not apply to them."""
@@ -58,6 +58,8 @@ class Answer(Section):
     reasoning: bool = False
     """Ask for reasoning steps before the result (chain of thought: Wei et al. 2022, arXiv 2201.11903). The result is the text
     after the last `Answer:`."""
+    seed: Seed | None = None
+    """Seed of sampled answers and of the choice of examples; by default the recipe's."""
     shots: Shots = Shots()
     consensus: Consensus = Consensus()
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from corral.recipe.section import Fraction, PathText, PositiveInt, Section
+from corral.recipe.section import Fraction, PathText, PositiveInt, Section, Seed
 from corral.template.rendering import RESERVED_VARIABLES
 
 
@@ -104,7 +104,10 @@ class Source(Section):
     """Name of the rows' format; `auto` recognises it from the columns and reports which one it is."""
     mapping: Mapping | None = None
     name: str | None = None
-    """Name of the source in the ledger; by default its path."""
+    """Name of the source in the ledger and in `train.sources`; by default its path."""
+    side: Literal["train", "validation", "test"] | None = None
+    """The side that all rows of this source are on, as they are: a test file of your own. Copies within it stay; rows of other
+    sources that equal one of its held-out rows are left out. By default rows are split by `[data.split]`."""
     rows: PositiveInt | None = None
     """Use at most this many rows; by default all. They are chosen by a seeded hash of their content, so a smaller number
     selects a subset of a larger one."""
@@ -168,15 +171,20 @@ class Split(Section):
     rows at the borders may change sides: compare runs on the same data and seed. Rows of equal content are always on the same
     side, even if that makes it too large."""
 
-    validation: Fraction | PositiveInt = 0.05
-    """Share (below 1) or number of rows for evaluation during training."""
-    test: Fraction | PositiveInt = 0.05
-    """Share (below 1) or number of rows for `[evaluate]`; never used in training."""
+    validation: Fraction | PositiveInt | None = None
+    """Share (below 1) or number of rows for evaluation during training; by default 0.05, or 0 if a source has
+    `side = "validation"`."""
+    test: Fraction | PositiveInt | None = None
+    """Share (below 1) or number of rows for `[evaluate]`, never used in training; by default 0.05, or 0 if a source has
+    `side = "test"`."""
+    seed: Seed | None = None
+    """Seed of the split; by default the recipe's."""
 
     @model_validator(mode="after")
     def _check_rows_left(self) -> Self:
-        if self.validation < 1 and self.test < 1 and self.validation + self.test >= 1:
-            raise ValueError(f"validation + test is {self.validation + self.test:g}: nothing is left to train on")
+        validation, test = self.validation or 0, self.test or 0
+        if validation < 1 and test < 1 and validation + test >= 1:
+            raise ValueError(f"validation + test is {validation + test:g}: nothing is left to train on")
         return self
 
 
@@ -206,7 +214,41 @@ class Data(Section):
     """What to do with training rows that share long passages with held-out rows."""
     max_loss: Annotated[float, Field(ge=0, le=1)] | None = None
     """Stop before training if more than this share of the requested rows is lost (dropped, cut, masked): 0.02 or "2%"."""
+    system: Annotated[str, Field(min_length=1)] | None = None
+    """System message of conversations that have none: in training, evaluation, chat, batch and the server, and in the template
+    that is saved with the model and its exported forms."""
+    system_override: Annotated[str, Field(min_length=1)] | None = None
+    """The same, and it also replaces the system messages of all rows; instead of `system`."""
+    seed: Seed | None = None
+    """Seed of the choice of rows and questions (`rows`, `weight`, `evaluate.tasks`); by default the recipe's."""
     split: Split = Split()
+
+    @model_validator(mode="after")
+    def _check_one_system(self) -> Self:
+        if self.system is not None and self.system_override is not None:
+            raise ValueError("`system` and `system_override` cannot both be given: remove one")
+        return self
+
+    @model_validator(mode="after")
+    def _check_sides(self) -> Self:
+        if all(source.side not in (None, "train") for source in self.sources):
+            raise ValueError("every source is held out by its `side`: nothing is left to train on")
+        return self
+
+    @property
+    def system_prompt(self) -> str | None:
+        """The system message of conversations that have none."""
+        return self.system or self.system_override
+
+    def held_out(self, side: Literal["validation", "test"]) -> float:
+        """Share (below 1) or number of the rows of sources without a side that are put on this one."""
+        given = self.split.validation if side == "validation" else self.split.test
+        default = 0.0 if any(source.side == side for source in self.sources) else 0.05
+        return default if given is None else given
+
+    def has_side(self, side: Literal["validation", "test"]) -> bool:
+        """Whether any row is to be on this side."""
+        return self.held_out(side) > 0 or any(source.side == side for source in self.sources)
 
     @field_validator("max_loss", mode="before")
     @classmethod

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
+from pydantic import ValidationError, field_serializer, field_validator, model_validator
 
 from corral.export_forms import EXPORT_TYPES, ExportForm
 from corral.recipe.answer import Answer
-from corral.recipe.section import PositiveInt, Section
+from corral.recipe.data import Source
+from corral.recipe.section import Name, PositiveInt, Section
 
 BUILT_IN_VARIANTS = ("base", "tuned")
 """The variants that every run has: both models with the settings of `[answer]`."""
@@ -28,17 +29,20 @@ TASK_METRICS: Mapping[str, tuple[str, ...]] = {
 }
 """Metrics of each task."""
 
-_FORMS = {f"{to}-{kind}": ExportForm(to, kind) for to, kinds in EXPORT_TYPES.items() for kind in kinds}
+MODEL_FORMS = {f"{to}-{kind}": ExportForm(to, kind) for to, kinds in EXPORT_TYPES.items() for kind in kinds}
+"""The exported forms of the tuned model, by the name that a variant gives them."""
+"""The exported forms of the tuned model, by the name that a variant gives them."""
 
 
 class Variant(Section):
     """A variant to compare: another model, precision or engine, or other answer settings."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Name
     """Name of the variant in the scorecard."""
     model: str = "tuned"
-    """`base`, `tuned`, or an exported form of the tuned model, such as `openvino-int8` or `gguf-q8_0`. The form is exported
-    first, also if `[export]` does not name it. A GGUF file is evaluated with its rounded weights."""
+    """`base`, `tuned`, a training stage by its name or folder, or an exported form of the tuned model, such as `openvino-int8`
+    or `gguf-q8_0`. The form is exported first, also if `[export]` does not name it. A GGUF file is evaluated with its rounded
+    weights."""
     engine: EngineName | None = None
     """Engine that computes it; by default `evaluate.engine`, or openvino for an OpenVINO form."""
     against: str | None = None
@@ -52,13 +56,6 @@ class Variant(Section):
         if name in BUILT_IN_VARIANTS:
             raise ValueError(f"every run has a variant {name!r}: give this one another name")
         return name
-
-    @field_validator("model")
-    @classmethod
-    def _check_model(cls, model: str) -> str:
-        if model not in BUILT_IN_VARIANTS and model not in _FORMS:
-            raise ValueError(f"there is no model {model!r}: known are {', '.join((*BUILT_IN_VARIANTS, *_FORMS))}")
-        return model
 
     @model_validator(mode="after")
     def _check_engine(self) -> Self:
@@ -74,7 +71,7 @@ class Variant(Section):
     @property
     def form(self) -> ExportForm | None:
         """The exported form that it evaluates, if any."""
-        return _FORMS.get(self.model)
+        return MODEL_FORMS.get(self.model)
 
     @property
     def compared_with(self) -> str:
@@ -106,6 +103,9 @@ class Evaluate(Section):
     engine: Literal["auto"] | EngineName = "auto"
     """Engine that computes answers and log-probabilities. `auto`: openvino on a CPU if it is installed (the extra `openvino`;
     several times faster), vllm on a GPU if it is installed, else transformers."""
+    test: Source | None = None
+    """Rows to evaluate on in place of the test rows of `[data]`, as they are; `corral evaluate RUN --test FILE` sets its
+    `path`."""
     loss_rows: PositiveInt = 200
     """Most test rows for the held-out loss."""
     answer_rows: PositiveInt = 50

@@ -120,6 +120,7 @@ def _resolve_paths(recipe: Recipe, base: Path) -> Recipe:
 
     model = recipe.model
     sources = tuple(resolve_source(source) for source in recipe.data.sources)
+    test = recipe.evaluate.test and resolve_source(recipe.evaluate.test)
     variants = tuple(v.model_copy(update={"answer": resolve_shots(v.answer)}) for v in recipe.evaluate.variants)
     return recipe.model_copy(
         update={
@@ -135,7 +136,7 @@ def _resolve_paths(recipe: Recipe, base: Path) -> Recipe:
             ),
             "data": recipe.data.model_copy(update={"sources": sources}),
             "answer": resolve_shots(recipe.answer),
-            "evaluate": recipe.evaluate.model_copy(update={"variants": variants}),
+            "evaluate": recipe.evaluate.model_copy(update={"variants": variants, "test": test}),
         }
     )
 
@@ -214,4 +215,4 @@ def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
     for part in loc:
         if isinstance(part, str) and section is not None:
             section = section_type(section.model_fields[part].annotation) if part in section.model_fields else None
-    return list(section.model_fields) if section is not None else []
+    return [field.alias or name for name, field in section.model_fields.items()] if section is not None else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -9,8 +10,8 @@ from pydantic import Field, field_validator, model_validator
 from corral.export_forms import GgufType, OpenVinoType, Target
 from corral.recipe.answer import Answer
 from corral.recipe.data import Data, Model
-from corral.recipe.evaluate import Evaluate
-from corral.recipe.section import Section
+from corral.recipe.evaluate import BUILT_IN_VARIANTS, MODEL_FORMS, Evaluate
+from corral.recipe.section import Name, Section, Seed
 from corral.recipe.train import Lora, Train
 
 
@@ -31,10 +32,11 @@ class Export(Section):
 class Recipe(Section):
     """A whole recipe."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Name
     """Name of the run: its directory is `runs/NAME` unless `--out` gives another."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Random seed of the split, the order of rows, the adapter's initial weights and all sampling."""
+    seed: Seed = 0
+    """Random seed of the split, the choice and order of rows, the adapter's initial weights and all sampling, where none of
+    their own is given."""
     model: Model
     data: Data
     train: Annotated[tuple[Train, ...], Field(min_length=1)]
@@ -48,7 +50,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_test_rows(self) -> Self:
-        if self.data.split.test == 0:
+        if not self.data.has_side("test") and self.evaluate.test is None:
             raise ValueError(
                 "`data.split.test` is 0: without test rows the base and the tuned model cannot be compared"
             )
@@ -58,7 +60,7 @@ class Recipe(Section):
     def _check_validation_rows(self) -> Self:
         for i, stage in enumerate(self.train):
             key = "early_stopping" if stage.early_stopping else 'merge = "best"' if stage.merge == "best" else None
-            if key and self.data.split.validation == 0:
+            if key and not self.data.has_side("validation"):
                 raise ValueError(f"`train.{i}.{key}` needs validation rows, and `data.split.validation` is 0")
         return self
 
@@ -85,9 +87,80 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_stages(self) -> Self:
+        labels = [source.label for source in self.data.sources]
+        for i, stage in enumerate(self.train):
+            for name in stage.sources or ():
+                if name not in labels:
+                    raise ValueError(f"`train.{i}.sources` names {name!r}: the sources are {', '.join(labels)}")
+            names = [each.name for each in self.train if each.name is not None]
+            if stage.name in (*BUILT_IN_VARIANTS, *MODEL_FORMS) or names.count(stage.name or "") > 1:
+                raise ValueError(f"`train.{i}.name` = {stage.name!r} names another model too: give another name")
+            self.start_of(i + 1)
+        return self
+
+    @model_validator(mode="after")
     def _check_variants(self) -> Self:
+        for variant in self.evaluate.variants:
+            if variant.form is None and variant.model not in BUILT_IN_VARIANTS:
+                self.stage_number(
+                    variant.model, f"`evaluate.variants.{variant.name}.model`", (*BUILT_IN_VARIANTS, *MODEL_FORMS)
+                )
         self.evaluate.check_variants(self.answer)
         return self
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """The names and folders of the training stages, in order."""
+        return tuple(f"train-{number}-{stage.name or stage.objective}" for number, stage in enumerate(self.train, 1))
+
+    def stage_number(self, name: str, where: str, others: Sequence[str] = (), before: int | None = None) -> int:
+        """The number (from 1) of the training stage with this name or folder.
+
+        Args:
+            where: the setting that names it.
+            others: what it may name besides.
+            before: only stages before this number count.
+
+        Raises: ValueError (there is no such stage, or there are several).
+        """
+        stages = list(zip(self.stage_names, self.train, strict=True))[: before and before - 1]
+        numbers = [n for n, (folder, stage) in enumerate(stages, 1) if name in (folder, stage.name or stage.objective)]
+        if len(numbers) != 1:
+            known = [*others, *(folder for folder, _ in stages)]
+            fault = "is the name of several stages" if numbers else "is no earlier stage" if before else "is no model"
+            raise ValueError(f"{where} = {name!r} {fault}: give one of {', '.join(known)}")
+        return numbers[0]
+
+    def start_of(self, number: int) -> int:
+        """The number of the stage whose model training stage `number` (from 1) starts from; 0 for the base model.
+
+        Raises: ValueError (`from` names no earlier stage).
+        """
+        start = self.train[number - 1].start
+        if start is None:
+            return number - 1
+        return 0 if start == "base" else self.stage_number(start, f"`train.{number - 1}.from`", ("base",), number)
+
+    @property
+    def split_seed(self) -> int:
+        """Seed of the split."""
+        return self.seed if self.data.split.seed is None else self.data.split.seed
+
+    @property
+    def rows_seed(self) -> int:
+        """Seed of the choice of rows and questions."""
+        return self.seed if self.data.seed is None else self.data.seed
+
+    @property
+    def answers_seed(self) -> int:
+        """Seed of sampled answers and of the choice of examples."""
+        return self.seed if self.answer.seed is None else self.answer.seed
+
+    def training_seed(self, number: int) -> int:
+        """Seed of training stage `number` (from 1)."""
+        seed = self.train[number - 1].seed
+        return self.seed if seed is None else seed
 
     def with_exports(self, others: Export) -> Recipe:
         """This recipe with further forms to export."""

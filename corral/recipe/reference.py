@@ -42,7 +42,7 @@ def reference() -> str:
             kind = _type_name(field.annotation, field.metadata).replace("|", "\\|")
             default = "required" if field.is_required() else _toml(field.default)
             meaning = " ".join((field.description or "").split()).replace("|", "\\|")
-            lines.append(f"| `{name}` | {kind} | {default} | {meaning} |")
+            lines.append(f"| `{field.alias or name}` | {kind} | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 

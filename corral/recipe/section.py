@@ -20,12 +20,17 @@ def _refuse_control_characters(path: str) -> str:
 PathText = Annotated[str, AfterValidator(_refuse_control_characters)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""A name that is also a file's."""
 
 
 class Section(BaseModel):
     """A table of a recipe: frozen, and unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, serialize_by_alias=True
+    )
 
 
 def section_type(annotation: Any) -> type[BaseModel] | None:

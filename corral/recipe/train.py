@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from corral.recipe.section import Fraction, PositiveInt, Section
+from corral.recipe.section import Fraction, Name, PositiveInt, Section, Seed
 
 
 class Lora(Section):
@@ -62,8 +62,19 @@ class Optimizer(Section):
 
 
 class Train(Section):
-    """A training stage. Stages run in order; each starts from the merged model of the one before."""
+    """A training stage. Stages run in order; each starts from the merged model of the one before, unless `from` names another.
+    The model of the last stage becomes the run's."""
 
+    name: Name | None = None
+    """Name of the stage; by default its objective. Its folder is `train-N-NAME`, where N counts the stages from 1."""
+    start: Annotated[Name | None, Field(alias="from")] = None
+    """The model to start from: `base`, or an earlier stage by its name or folder. By default the stage before; of the first,
+    the base model. So one run can hold models that were trained side by side."""
+    sources: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Names of the sources whose rows it trains and is evaluated on; by default all rows of the kind that its objective takes
+    (`sft`: conversations and texts)."""
+    seed: Seed | None = None
+    """Seed of the adapter's initial weights, dropout and the order of rows; by default the recipe's."""
     objective: Literal["sft"] = "sft"
     """The loss to minimise. `sft` (supervised fine-tuning): negative log-likelihood of the answers."""
     method: Literal["lora", "full"] = "lora"

@@ -46,7 +46,10 @@ def chosen_of(numbers: list[int], seed: int, cap: int | None) -> tuple[set[int],
 
 
 def side_names(keys: list[Keys], split: Split, seed: int = 0) -> list[list[str]]:
-    return [[SIDES[s] for s in found] for found in split_sides(keys, seed, split)]
+    return [
+        [SIDES[s] for s in found]
+        for found in split_sides(keys, seed, validation=split.validation or 0, test=split.test or 0)
+    ]
 
 
 def test_ranks_are_uniform_and_independent_between_purposes_and_seeds() -> None:

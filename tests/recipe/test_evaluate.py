@@ -65,7 +65,7 @@ def test_a_variant_is_compared_with_the_built_in_one_of_its_model_unless_it_name
         (['name = "a"', 'name = "a"'], "two variants are called 'a'"),
         (['name = "a"\nagainst = "b"'], "give one of base, tuned"),
         (['name = "a"\nagainst = "a"'], "give one of base, tuned"),
-        (['name = "a"\nmodel = "gguf-int3"'], "there is no model 'gguf-int3'"),
+        (['name = "a"\nmodel = "gguf-int3"'], "= 'gguf-int3' is no model"),
         (['name = "a"\nmodel = "openvino-int8"\nengine = "transformers"'], 'does not read `model` = "openvino-int8"'),
         (
             ['name = "a"\nanswer = { shots = { cuont = 1 } }'],
