@@ -33,6 +33,7 @@ from corral.answering.answerer import Answerer
 from corral.answering.build import build_answerer
 from corral.answering.consensus import Candidate, Consensus, Method
 from corral.answering.examples import training_examples
+from corral.answering.identity import identify_model, training_examples_digest
 from corral.cli.terminal import TerminalProgress
 from corral.engines.base import Engine, Sampling
 from corral.engines.embedding import Embedder
@@ -92,8 +93,12 @@ class Bench:
         """A task with this run's number of rows, or a share of it."""
         return tasks.load_task(name, max(2, round(self.rows * share)), seed=SEED, max_tokens=max_tokens)
 
-    def subject(self, name: str, settings: Mapping[str, Any], model: str, *, loss: bool = False) -> VariantSpec:
-        return VariantSpec(name, f"{model} openvino", Answer.model_validate(settings), SEED, loss)
+    def subject(
+        self, name: str, settings: Mapping[str, Any], weights: str, *, loss: bool = False, examples: str = ""
+    ) -> VariantSpec:
+        """A variant of the model with these weights; `examples` is the hash of the rows that examples are taken from."""
+        model = identify_model(weights, self.template, "openvino", dtype="float32", device="cpu")
+        return VariantSpec(name, model.asked(Answer.model_validate(settings), SEED, examples), loss)
 
 
 def main() -> None:
@@ -361,14 +366,16 @@ def compare_run(bench: Bench, path: Path) -> Scorecard:
     test = Prepared.open(run.path / "prepare").test
     records = [test[i] for i in range(min(len(test), max(2, bench.rows // 5)))]
     items = [Item(e.key, e.record) for e in records if isinstance(e.record, Conversation)]
-    fingerprint = json.loads((run.path / "prepare" / "stage.json").read_text("utf-8"))["fingerprint"]
-    material = EvaluationData(items, items, (), lambda: training_examples(run, SEED), fingerprint)
+    examples = training_examples_digest(run)
+    material = EvaluationData(items, items, (), lambda: training_examples(run, SEED))
     folders = {"base": resolve_model(run.recipe.model.base).folder, "tuned": run.merged_model}
     promptings: dict[str, dict[str, Any]] = {"": {}, " + static shots": {"shots": {"count": 2}}}
     promptings[" + similar shots"] = {"shots": {"count": 2, "choose": "similar"}}
     subjects = {
         model: [
-            bench.subject(f"{model}{name}", {"max_tokens": 128, **way}, model_identity(folder), loss=not name)
+            bench.subject(
+                f"{model}{name}", {"max_tokens": 128, **way}, model_identity(folder), loss=not name, examples=examples
+            )
             for name, way in promptings.items()
         ]
         for model, folder in folders.items()

@@ -1,121 +1,153 @@
-"""What an answer depends on, as hashes and JSON values, for evaluation, batch and serving.
+"""What an answer depends on, in one value: evaluation, batch and serving recognise finished rows and batches by it.
 
-Finished evaluations and batches are recognised by these values: what is hashed, and how, must stay the same between versions.
+It has two parts. The weights, template, engine, dtype, settings, seed and examples decide the answer: their hash is `digest`.
+The version of corral and the device are circumstances: recorded, and reported by a comparison, but no reason to answer again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import corral
 from corral.data.sources import hash_source
 from corral.errors import DataError
 from corral.model.folder import model_identity
+from corral.recipe.answer import Answer
 from corral.run.stage_record import read_fingerprint
 
 if TYPE_CHECKING:
     from corral.model.naming import ModelFiles
-    from corral.recipe.answer import Answer, Shots
+    from corral.recipe.answer import Shots
     from corral.run.directory import Run
     from corral.template import Template
 
-
-def model_digest(files: ModelFiles, template: Template, *settings: str) -> str:
-    """sha256 (hex) of a model's weights, its adapter's, the chat template, and settings such as the engine's name."""
-    weights = [model_identity(folder) for folder in (files.folder, files.adapter) if folder is not None]
-    return _sha256(" ".join([*weights, template.digest, *settings]))
-
-
-def variant_digest(weights: str, template: Template, engine: str, device: str, dtype: str) -> str:
-    """sha256 (hex) of a model that a run evaluates, where `weights` identifies the base or what the run made of it."""
-    return _sha256(json.dumps([weights, template.fingerprint, engine, device, dtype]))
+CIRCUMSTANCES = ("corral", "device")
+"""Keys of `AnswerIdentity.conditions` that do not decide the answer."""
+HASHED = ("model", "template", "tokenizer", "examples")
+"""Keys of `AnswerIdentity.conditions` whose values are hashes."""
+_VERSION = 1  # raised when corral answers differently with the same settings: finished rows are measured again
 
 
-def variant_conditions(
-    weights: str, template: Template, engine: str, placement: tuple[str, str], answer: Answer, seed: int, examples: str
-) -> dict[str, Any]:
-    """What the rows of a variant depend on, as JSON values that can be compared one by one; settings without effect are left
-    out.
+@dataclass(frozen=True, slots=True)
+class AnswerIdentity:
+    """Everything that an answer, or a log-probability, depends on besides the prompt. Made by `identify_model` and `asked`.
+
+    Attributes:
+        weights: identifies the weights: a hash of them, or the fingerprint of the stage that trained them.
+        template: sha256 of the saved chat template, which holds the default system prompt.
+        tokenizer: sha256 of the tokenizer.
+        encoding: sha256 of all that token ids and mask depend on.
+        engine: its name.
+        dtype: None where endpoints compute.
+        device: a circumstance.
+        endpoints: where the answers come from, if other endpoints may hold other weights.
+        answer: how the model is asked; None for the likelihood of given text.
+        seed: of sampling and of the choice of examples; None samples anew each time.
+        examples: hash of the rows that examples are taken from.
+        version: of corral; a circumstance.
+    """
+
+    weights: str
+    template: str
+    tokenizer: str
+    encoding: str
+    engine: str
+    dtype: str | None
+    device: str | None = None
+    endpoints: tuple[str, ...] = ()
+    answer: Answer | None = None
+    seed: int | None = None
+    examples: str = ""
+    version: str = field(default_factory=lambda: corral.__version__)
+
+    def asked(self, answer: Answer, seed: int | None, examples: str) -> AnswerIdentity:
+        """The identity of this model's answers with these settings.
+
+        Args:
+            seed: the one that is used, whatever `answer.seed` is.
+            examples: from `examples_digest`.
+        """
+        return replace(self, answer=answer, seed=seed, examples=examples)
+
+    def scoring(self) -> AnswerIdentity:
+        """The identity of the likelihood of given text without anything shown before it."""
+        return replace(self, answer=None, seed=None, examples="")
+
+    @property
+    def digest(self) -> str:
+        """A short hash of all that decides the answer."""
+        decisive = {name: value for name, value in self.conditions().items() if name not in CIRCUMSTANCES}
+        return _sha256(json.dumps([_VERSION, self.encoding, decisive], sort_keys=True))[:16]
+
+    def conditions(self) -> dict[str, Any]:
+        """All of it as JSON values that can be compared one by one; what has no effect is left out."""
+        conditions: dict[str, Any] = {
+            "corral": self.version,
+            "model": _sha256(self.weights)[:12],
+            "template": self.template[:12],
+            "tokenizer": self.tokenizer[:12],
+            "engine": self.engine,
+        }
+        optional = {"device": self.device, "dtype": self.dtype, "endpoints": list(self.endpoints)}
+        conditions |= {name: value for name, value in optional.items() if value}
+        if self.answer is not None:
+            conditions["answer"] = _effective_settings(self.answer)
+            if self.answer.is_sampled or self.answer.shots.count:
+                conditions["seed"] = self.seed
+            if self.answer.shots.count:
+                conditions["examples"] = self.examples[:12]
+        return conditions
+
+
+def identify_model(
+    weights: str,
+    template: Template,
+    engine: str,
+    *,
+    dtype: str | None,
+    device: str | None = None,
+    endpoints: Sequence[str] = (),
+) -> AnswerIdentity:
+    """The identity of the likelihoods of a model in an engine; `AnswerIdentity.asked` adds how it is asked."""
+    tokenizer = _sha256(template.tokenizer.backend_tokenizer.to_str())
+    return AnswerIdentity(
+        weights, template.digest, tokenizer, template.fingerprint, engine, dtype, device, tuple(endpoints)
+    )
+
+
+def weights_identity(files: ModelFiles) -> str:
+    """Identifies the weights of a model and of its adapter by their content."""
+    return " ".join(model_identity(folder) for folder in (files.folder, files.adapter) if folder is not None)
+
+
+def differing_conditions(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(name, value of one, value of the other) of each condition that is not the same; `answer.max_tokens` names one within a
+    table, and a value that is not there is None."""
+    first, second = _flatten(one), _flatten(other)
+    for name in dict.fromkeys((*first, *second)):
+        if first.get(name) != second.get(name):
+            yield name, first.get(name), second.get(name)
+
+
+def examples_digest(shots: Shots, training: Callable[[], str]) -> str:
+    """sha256 of the rows that few-shot examples are taken from; empty if none are shown.
 
     Args:
-        placement: device and dtype.
-        examples: hash of the examples that are shown.
-    """
-    conditions: dict[str, Any] = {
-        "corral": corral.__version__,
-        "model": _sha256(weights)[:12],
-        "template": template.digest[:12],
-        "tokenizer": _sha256(template.tokenizer.backend_tokenizer.to_str())[:12],
-        "engine": engine,
-        "device": placement[0],
-        "dtype": placement[1],
-        "answer": answer.model_dump(mode="json", exclude_none=True),
-    }
-    if answer.consensus.method == "none":
-        conditions["answer"]["consensus"] = {"method": "none"}
-    if not answer.shots.count:
-        conditions["answer"]["shots"] = {"count": 0}
-    if answer.is_sampled or answer.shots.count:
-        conditions["seed"] = seed
-    return conditions | ({"examples": examples[:12]} if answer.shots.count else {})
-
-
-def row_digest(
-    model: str, measurement: str, settings: Answer | None = None, seed: int = 0, *, own: str = "", source: str = ""
-) -> str:
-    """A short hash of all that a row of an evaluation depends on besides its own content.
-
-    Args:
-        model: from `variant_digest`.
-        measurement: what is measured, such as `loss` or `answers`.
-        settings: how the model is asked; None where that has no effect, as on a loss.
-        own: hash of the examples that are shown where the settings name no source of them.
-        source: hash of the examples of that source.
-    """
-    depends: list[Any] = [corral.__version__, model, measurement]
-    if settings is not None:
-        depends += [settings.model_dump(mode="json"), seed]
-        if settings.is_sampled:
-            depends.append("a seed for each row")
-        if settings.shots.count:
-            depends.append(own if settings.shots.source is None else source)
-    return _sha256(json.dumps(depends, sort_keys=True))[:16]
-
-
-def batch_identity(
-    model: str, engine: str, dtype: str | None, examples: str, answer: Answer, seed: int | None
-) -> dict[str, Any]:
-    """What the answers of a batch depend on besides the prompts, as JSON values that can be compared one by one."""
-    return {
-        "corral": corral.__version__,
-        "model": model,
-        "engine": engine,
-        **({"dtype": dtype} if dtype else {}),
-        **({"examples": examples} if examples else {}),
-        "answer": answer.model_dump(mode="json"),
-        "seed": seed,
-    }
-
-
-def fingerprint_with_settings(fingerprint: str, answer: Answer) -> str:
-    """The fingerprint of a served model that is asked with examples, instructions or a vote."""
-    return _sha256(f"{fingerprint} {answer.model_dump_json()}")[:12]
-
-
-def source_examples_digest(shots: Shots) -> str:
-    """sha256 of the rows that few-shot examples are taken from; empty if none are shown, or they are the run's own.
+        training: returns the hash of the rows that are taken where the settings name no source.
 
     Raises: DataError, AssetError.
     """
-    if not shots.count or shots.source is None:
+    if not shots.count:
         return ""
-    return hash_source(shots.source)
+    return training() if shots.source is None else hash_source(shots.source)
 
 
 def training_examples_digest(run: Run) -> str:
-    """The same for few-shot examples from the training rows of a run. Raises: DataError (it has not prepared its rows)."""
+    """Hash of a run's training rows, for `examples_digest`. Raises: DataError (it has not prepared its rows)."""
     fingerprint = read_fingerprint(run.path, "prepare")
     if fingerprint is None:
         raise DataError(
@@ -124,6 +156,30 @@ def training_examples_digest(run: Run) -> str:
             hint="finish the run, or name rows with [answer.shots.source]",
         )
     return fingerprint
+
+
+def _effective_settings(answer: Answer) -> dict[str, Any]:
+    """`[answer]` as JSON values. Settings without effect have their defaults or are left out; so is where the examples lie, as
+    their content counts."""
+    settings = answer.model_dump(mode="json", exclude_none=True, exclude={"seed"})
+    if answer.consensus.method == "none":
+        settings["consensus"] = {"method": "none"}
+    if answer.consensus.method != "none" or not answer.is_sampled:
+        settings |= {"temperature": 0.0, "top_p": 1.0}  # a vote has its own
+    if not answer.shots.count:
+        settings["shots"] = {"count": 0}
+    elif answer.shots.source is not None:
+        for name in ("path", "name", "side", "repeat", "weight"):
+            settings["shots"]["source"].pop(name, None)
+    return settings
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` → `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flatten(item, f"{prefix}{key}.") if isinstance(item, dict) and item else {f"{prefix}{key}": item}
+    return flat
 
 
 def _sha256(text: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from corral.answering.answerer import Answerer
-from corral.answering.identity import model_digest
+from corral.answering.identity import AnswerIdentity, identify_model, weights_identity
 from corral.engines.base import Engine
 from corral.engines.registry import EngineName, LocalEngine, default_engine, load_engines
 from corral.errors import InputError, ModelError
@@ -31,9 +31,8 @@ class OpenedModel:
 
     name: str
     """A short name: of the run, the folder, the asset, or OWNER/NAME on the hub."""
-    fingerprint: str
-    """Short hash of weights, configuration, tokenizer, template and engine; with the remote engine also of its URLs, as the
-    weights there cannot be seen."""
+    identity: AnswerIdentity
+    """What its likelihoods depend on; with the remote engine also its URLs, as the weights there cannot be seen."""
     answerer: Answerer
 
 
@@ -88,15 +87,17 @@ def open_models(specs: Sequence[str], engine: LocalEngine | None = None) -> list
         adapters = bases.setdefault(files.folder.resolve(), [])
         if files.adapter not in adapters:
             adapters.append(files.adapter)
-    engines: dict[tuple[Path, Path | None], Engine] = {}
+    opened: dict[tuple[Path, Path | None], tuple[Engine, str, DType]] = {}
     for folder, adapters in bases.items():
         name, device, dtype = choose_engine(folder, engine, adapter=any(adapters))
         loaded = load_engines(name, folder, dtype=dtype, device=device, adapters=adapters)
-        engines |= {(folder, adapter): each for adapter, each in zip(adapters, loaded, strict=True)}
-    return [
-        _opened_model(spec, *each, engines[each[0].folder.resolve(), each[0].adapter])
-        for spec, each in zip(specs, checked, strict=True)
-    ]
+        opened |= {(folder, adapter): (each, device, dtype) for adapter, each in zip(adapters, loaded, strict=True)}
+    models: list[OpenedModel] = []
+    for spec, (files, template) in zip(specs, checked, strict=True):
+        loaded, device, dtype = opened[files.folder.resolve(), files.adapter]
+        identity = identify_model(weights_identity(files), template, loaded.name, dtype=dtype, device=device)
+        models.append(OpenedModel(model_name(spec), identity, Answerer(loaded, template)))
+    return models
 
 
 def choose_engine(
@@ -152,7 +153,8 @@ def connect_model(
         retries=retries,
         check_seconds=check_seconds,
     )
-    return _opened_model(spec, files, template, engine, urls)
+    identity = identify_model(weights_identity(files), template, engine.name, dtype=None, endpoints=urls)
+    return OpenedModel(model_name(spec), identity, Answerer(engine, template))
 
 
 def _find_checked(spec: str) -> tuple[ModelFiles, Template]:
@@ -165,14 +167,3 @@ def _find_checked(spec: str) -> tuple[ModelFiles, Template]:
         checks = contract.check_unchanged(record, load_template(files.folder))
         contract.raise_if_failed(checks, where=record, hint="restore the files, or merge or export the model again")
     return files, files.load_template()
-
-
-def _opened_model(
-    spec: str,
-    files: ModelFiles,
-    template: Template,
-    engine: Engine,
-    urls: Sequence[str] = (),
-) -> OpenedModel:
-    fingerprint = model_digest(files, template, engine.name, *urls)[:12]
-    return OpenedModel(model_name(spec), fingerprint, Answerer(engine, template))

@@ -9,9 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from corral.answering import identity
 from corral.answering.build import build_answerer
 from corral.answering.examples import training_examples
+from corral.answering.identity import (
+    AnswerIdentity,
+    examples_digest,
+    identify_model,
+    training_examples_digest,
+    weights_identity,
+)
 from corral.answering.open_model import check_engine, choose_engine, open_model
 from corral.errors import RecipeError
 from corral.model.folder import ADAPTER_CONFIG
@@ -50,8 +56,8 @@ class AnswererSettings:
         consensus = self.answer.consensus
         return 1 if consensus.method == "none" else consensus.n
 
-    def identity(self) -> dict[str, Any]:
-        """The settings as JSON values, with hashes of the model and of the examples that are shown.
+    def identity(self) -> AnswerIdentity:
+        """What the answers of this model depend on, without loading it.
 
         Raises: as `open_model` and `build_answerer`.
         """
@@ -59,16 +65,18 @@ class AnswererSettings:
         template = files.load_template()
         local = check_engine(self.engine, self.urls)
         # Another machine or server may go on with a batch; another kind of engine or precision may not.
-        engine, dtype = "remote", None
+        engine, device, dtype = "remote", None, None
         if not self.urls:
-            engine, _, dtype = choose_engine(files.folder, local, adapter=files.adapter is not None)
-        shots = self.answer.shots
-        if shots.count and shots.source is None:
-            examples = identity.training_examples_digest(self._run)
-        else:
-            examples = identity.source_examples_digest(shots)
-        model = identity.model_digest(files, template)
-        return identity.batch_identity(model, engine, dtype, examples, self.answer, self.seed)
+            engine, device, dtype = choose_engine(files.folder, local, adapter=files.adapter is not None)
+        return self.identity_on(identify_model(weights_identity(files), template, engine, dtype=dtype, device=device))
+
+    def identity_on(self, model: AnswerIdentity) -> AnswerIdentity:
+        """What the answers of a loaded model depend on with these settings.
+
+        Raises: DataError, AssetError (the examples cannot be read).
+        """
+        examples = examples_digest(self.answer.shots, lambda: training_examples_digest(self._run))
+        return model.asked(self.answer, self.seed, examples)
 
     def open_answerer(self) -> Answerer:
         """Load the model, or connect to it. The caller closes the engine. Raises: as `open_model` and `build_answerer`."""
@@ -107,7 +115,7 @@ def load_answer_settings(model: str, overrides: Mapping[str, Any]) -> tuple[Answ
         RecipeError: a value is not allowed, or `n` is given without a vote.
     """
     run = find_run(model)
-    answer, seed = (run.recipe.answer, run.recipe.seed) if run else (Answer(), 0)
+    answer, seed = (run.recipe.answer, run.recipe.answers_seed) if run else (Answer(), 0)
     votes = overrides.get("consensus", answer.consensus.method) != "none"
     if "n" in overrides and not votes:
         raise RecipeError(

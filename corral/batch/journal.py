@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from corral.answering.identity import CIRCUMSTANCES, HASHED, differing_conditions
 from corral.errors import InputError
 from corral.storage import storage_errors, write_json
 
@@ -25,6 +26,7 @@ _LINE_BREAKS = {
     0x2029: "\\u2029",
 }  # valid in JSON, but some readers split lines at them
 _MAX_FAULTS = 5
+_HASHED = (*HASHED, "prompts")
 _ERRNO = {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
     sqlite3.SQLITE_READONLY: errno.EROFS,
@@ -131,7 +133,7 @@ def open_journal(out: Path, identity: Mapping[str, Any]) -> Generator[Journal | 
 
     Args:
         out: the file of answers.
-        identity: everything that the rows depend on, as JSON values.
+        identity: everything that the rows depend on, as JSON values; of them `CIRCUMSTANCES` may differ.
 
     Raises:
         InputError: another process is writing it; it depends on something else; or it is a folder.
@@ -270,26 +272,15 @@ def _finished_totals(out: Path, identity: Mapping[str, Any]) -> Totals | None:
 
 def _refuse_other(stored: Mapping[str, Any], requested: Mapping[str, Any], where: Path, instead: str) -> None:
     """Raises InputError, naming what differs, unless both identities are the same."""
-    if stored == requested:
+    differences = [
+        f"other {name}" if name in _HASHED else f"{name} = {json.dumps(there)} there, {json.dumps(here)} here"
+        for name, there, here in differing_conditions(stored, requested)
+        if name not in CIRCUMSTANCES
+    ]
+    if not differences:
         return
-    stored, requested = _flatten(stored), _flatten(requested)
-    names = [name for name in dict.fromkeys((*stored, *requested)) if stored.get(name) != requested.get(name)]
     raise InputError(
-        f"this holds the answers of another batch: {'; '.join(_difference(name, stored, requested) for name in names)}",
+        f"this holds the answers of another batch: {'; '.join(differences)}",
         where=str(where),
         hint=f"give another file with --out, or {instead}",
     )
-
-
-def _difference(name: str, stored: Mapping[str, Any], requested: Mapping[str, Any]) -> str:
-    if isinstance(stored.get(name), str) and len(stored[name]) == 64:
-        return f"other {name}"
-    return f"{name} = {json.dumps(stored.get(name))} there, {json.dumps(requested.get(name))} here"
-
-
-def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` → `{"a.b": 1}`."""
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= _flatten(item, f"{prefix}{key}.") if isinstance(item, dict) and item else {f"{prefix}{key}": item}
-    return flat

@@ -183,7 +183,9 @@ def batch(args: argparse.Namespace) -> dict[str, Any]:
         from corral.batch.local_worker import answer_locally
 
         answer_prompts = partial(answer_locally, settings.open_answerer, settings.choices_per_prompt, seed)
-    result = answer_file(args.prompts, Path(args.out), settings.identity(), answer_prompts, TerminalProgress())
+    result = answer_file(
+        args.prompts, Path(args.out), settings.identity().conditions(), answer_prompts, TerminalProgress()
+    )
     _print_result(result)
     return asdict(result) | {"out": str(result.out)}
 

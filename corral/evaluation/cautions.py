@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from corral.answering.identity import HASHED, differing_conditions
 from corral.evaluation.scoring import MetricColumns
 
 ROUGE_VOTES = ("rouge-l", "rouge-l+math")
 """Votes that choose answers by ROUGE-L."""
 _WITHOUT_DIGITS = str.maketrans("", "", "0123456789")
-_HASHED = ("template", "tokenizer", "examples")
 
 
 def row_cautions(name: str, columns: MetricColumns) -> Iterator[str]:
@@ -48,7 +48,12 @@ def pair_cautions(names: tuple[str, str], conditions: tuple[Mapping[str, Any], M
     if bool(one) != bool(other):
         yield f"{b if one else a} does not say what its rows depend on, so {a} and {b} may differ in more than the model"
         return
-    if differences := list(_differences(one, other)):
+    differences = [
+        f"another {name}" if name in HASHED else f"{name} = {first}, not {second}"
+        for name, first, second in differing_conditions(one, other)
+        if name != "model"
+    ]
+    if differences:
         yield f"{a} and {b} differ in more than the model: {'; '.join(differences)}"
     votes = [side.get("answer", {}).get("consensus", {}).get("method") in ROUGE_VOTES for side in conditions]
     if votes[0] != votes[1]:
@@ -65,17 +70,3 @@ def tokenizer_caution(names: tuple[str, str], *, has_bytes: bool) -> str:
     a, b = names
     instead = "compared in bits per byte" if has_bytes else "not compared: evaluate both again to get bits per byte"
     return f"{a} and {b} have different tokenizers, so their losses are {instead}"
-
-
-def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[str]:
-    first, second = _flatten(one), _flatten(other)
-    for key in dict.fromkeys((*first, *second)):
-        if key != "model" and first.get(key) != second.get(key):
-            yield f"another {key}" if key in _HASHED else f"{key} = {first.get(key)}, not {second.get(key)}"
-
-
-def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flatten(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
-    return flat

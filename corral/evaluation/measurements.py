@@ -19,7 +19,7 @@ from typing import Any
 
 from corral.answering.answerer import Answerer
 from corral.answering.build import build_answerer
-from corral.answering.identity import row_digest
+from corral.answering.identity import AnswerIdentity
 from corral.engines.base import Engine
 from corral.engines.embedding import Embedder
 from corral.errors import TemplateError
@@ -44,19 +44,24 @@ class VariantSpec:
 
     Attributes:
         name: its name in the scorecard.
-        model_identity: hash of the weights, the template, the engine and its precision.
-        settings: how answers are prompted, sampled and chosen.
-        seed: for sampling and for the choice of examples.
+        identity: what its answers to the run's own rows depend on; its settings and seed are those that are used.
         with_loss: whether to measure its held-out loss; variants of one model differ in settings only and share one loss.
-        examples_identity: hash of the rows of `settings.shots.source`, if the examples come from there.
     """
 
     name: str
-    model_identity: str
-    settings: Answer
-    seed: int
+    identity: AnswerIdentity
     with_loss: bool = True
-    examples_identity: str = ""
+
+    @property
+    def settings(self) -> Answer:
+        """How answers are prompted, sampled and chosen."""
+        assert self.identity.answer is not None, "a variant answers"
+        return self.identity.answer
+
+    def conditions(self, tasks: Sequence[Task]) -> dict[str, Any]:
+        """What its rows depend on besides their content, as `AnswerIdentity.conditions`, with the limits of tasks."""
+        limits = {task.name: {"max_tokens": task.max_tokens} for task in tasks if task.max_tokens is not None}
+        return self.identity.conditions() | ({"tasks": limits} if limits else {})
 
 
 @dataclass(frozen=True)
@@ -68,14 +73,12 @@ class EvaluationData:
         answer_items: rows to answer.
         tasks: public questions.
         load_examples: reads answered conversations for few-shot prompting on `answer_items`; called when a variant needs them.
-        examples_identity: hash of the source of those examples.
     """
 
     loss_items: Sequence[Item] = ()
     answer_items: Sequence[Item] = ()
     tasks: Sequence[Task] = ()
     load_examples: Callable[[], Sequence[Conversation]] = tuple
-    examples_identity: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,16 +113,14 @@ class Measurements:
 
     def reuse_rows(self, old: Path, variants: Sequence[VariantSpec], data: EvaluationData) -> None:
         """Copy from another folder the rows that these variants have there with the same settings."""
-        reusable: dict[str, dict[RowProducer, Collection[str]]] = {SECONDS: {}}
-        for variant in variants:
-            for rows in _row_sets(variant, data):
-                reusable.setdefault(rows.file, {})[rows.producer] = rows.ids
-                reusable[SECONDS][rows.producer] = (rows.file,)
-        for name, ids_by_producer in reusable.items():
+        for name, ids_by_producer in _ids_by_file(variants, data).items():
             self.row_file(name).reuse_rows(old / name, ids_by_producer)
 
-    def write_facts(self, data: EvaluationData) -> None:
-        """Write the size of each reference answer, and which rows share a passage. Raises: StorageError."""
+    def finish(self, variants: Sequence[VariantSpec], data: EvaluationData) -> None:
+        """Remove rows that were measured otherwise, as with another engine, before the evaluation was stopped; and write the
+        size of each reference answer, and which rows share a passage. Raises: StorageError."""
+        for name, ids_by_producer in _ids_by_file(variants, data).items():
+            self.row_file(name).keep_rows(ids_by_producer)
         conversations = {item.id: item.conversation for item in (*data.loss_items, *data.answer_items)}
         conversations |= {question.id: question.example for task in data.tasks for question in task.questions}
         write_json(self.folder / FACTS, {id_: _facts(conversation) for id_, conversation in conversations.items()})
@@ -140,7 +141,9 @@ class Measurements:
         """
 
         def answerer(settings: Answer, examples: Callable[[], Sequence[Conversation]]) -> Answerer:
-            return build_answerer(engine, template, settings, examples=examples, seed=variant.seed, embed=self.embed)
+            return build_answerer(
+                engine, template, settings, examples=examples, seed=variant.identity.seed, embed=self.embed
+            )
 
         def start(what: str, count: int) -> None:
             progress.start(f"Evaluating {variant.name}: {what}", count)
@@ -256,28 +259,39 @@ def _row_sets(variant: VariantSpec, data: EvaluationData) -> list[_RowSet]:
     return [_loss_rows(variant, data), _answer_rows(variant, data), *task_rows]
 
 
+def _ids_by_file(
+    variants: Sequence[VariantSpec], data: EvaluationData
+) -> Mapping[str, Mapping[RowProducer, Collection[str]]]:
+    """The ids of all rows of these variants in each file; in `seconds.jsonl` they are names of files."""
+    ids: dict[str, dict[RowProducer, Collection[str]]] = {SECONDS: {}}
+    for variant in variants:
+        for rows in _row_sets(variant, data):
+            ids.setdefault(rows.file, {})[rows.producer] = rows.ids
+            ids[SECONDS][rows.producer] = (*ids[SECONDS].get(rows.producer, ()), rows.file)
+    return ids
+
+
 def _loss_rows(variant: VariantSpec, data: EvaluationData) -> _RowSet:
-    return _RowSet(LOSSES, _row_producer(variant, "loss"), _ids(data.loss_items if variant.with_loss else ()))
+    producer = RowProducer(variant.name, variant.identity.scoring().digest)
+    return _RowSet(LOSSES, producer, _ids(data.loss_items if variant.with_loss else ()))
 
 
 def _answer_rows(variant: VariantSpec, data: EvaluationData) -> _RowSet:
-    producer = _row_producer(variant, "answers", variant.settings, data.examples_identity)
-    return _RowSet(ANSWERS, producer, _ids(data.answer_items))
+    return _RowSet(ANSWERS, RowProducer(variant.name, variant.identity.digest), _ids(data.answer_items))
 
 
 def _task_rows(variant: VariantSpec, task: Task) -> list[_RowSet]:
     """Answers, and log-probabilities of the options where the settings allow them."""
     settings = _task_settings(variant.settings, task)
     # The examples are drawn from the questions that are not asked, so they depend on how many are asked.
-    pool = [question.id for question in task.example_pool] if settings.shots.count else []
-    pool_identity = hashlib.sha256("".join(pool).encode()).hexdigest()
-    parts = {_answers_file(task.name): task.name}
+    pool = "".join(question.id for question in task.example_pool) if settings.shots.count else ""
+    identity = replace(variant.identity, answer=settings, examples=hashlib.sha256(pool.encode()).hexdigest())
+    identities = {_answers_file(task.name): identity}
     if task.kind == "choice" and not settings.reasoning and settings.consensus.method == "none":
-        parts[_options_file(task.name)] = f"{task.name} options"
-    return [
-        _RowSet(file, _row_producer(variant, part, settings, pool_identity), _ids(task.questions))
-        for file, part in parts.items()
-    ]
+        # The options are given, so that of all settings only the examples before them have an effect.
+        identities[_options_file(task.name)] = replace(identity, answer=Answer(shots=settings.shots))
+    ids = _ids(task.questions)
+    return [_RowSet(file, RowProducer(variant.name, each.digest), ids) for file, each in identities.items()]
 
 
 def _facts(conversation: Conversation) -> dict[str, Any]:
@@ -307,12 +321,3 @@ def _task_settings(settings: Answer, task: Task) -> Answer:
     if settings.shots.source is not None:
         changes["shots"] = settings.shots.model_copy(update={"source": None})
     return settings.model_copy(update=changes)
-
-
-def _row_producer(
-    variant: VariantSpec, measurement: str, settings: Answer | None = None, examples: str = ""
-) -> RowProducer:
-    digest = row_digest(
-        variant.model_identity, measurement, settings, variant.seed, own=examples, source=variant.examples_identity
-    )
-    return RowProducer(variant.name, digest)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from corral.storage import storage_errors
+from corral.storage import storage_errors, write_atomic
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class RowFile:
     def add(self, producer: RowProducer, id_: str, **fields: Any) -> None:
         """Append a finished row. Raises: StorageError."""
         row = {"variant": producer.variant, "id": id_, **fields, "made": producer.identity}
-        self._append((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        self._append(_line(row))
         self._remember(row)
 
     def rows_of(self, producer: RowProducer) -> Mapping[str, dict[str, Any]]:
@@ -49,7 +49,7 @@ class RowFile:
         return self._rows.get(producer, {})
 
     def rows_of_variant(self, variant: str) -> Mapping[str, dict[str, Any]]:
-        """Finished rows of a variant, by id, whatever its settings were; the last one of an id counts."""
+        """Finished rows of a variant, by id, whatever produced them. After `keep_rows` there is one producer of each."""
         return {
             id_: row
             for producer, rows in self._rows.items()
@@ -71,6 +71,17 @@ class RowFile:
         if lines:
             self._append(b"".join(lines))
 
+    def keep_rows(self, ids_by_producer: Mapping[RowProducer, Collection[str]]) -> None:
+        """Remove all rows but those with these producers and ids. Raises: StorageError."""
+        kept = {
+            producer: {id_: row for id_, row in rows.items() if id_ in ids_by_producer.get(producer, ())}
+            for producer, rows in self._rows.items()
+        }
+        if kept != self._rows:
+            self._rows = {producer: rows for producer, rows in kept.items() if rows}
+            write_atomic(self.path, b"".join(_line(row) for rows in kept.values() for row in rows.values()))
+            self._valid_bytes = None
+
     def _remember(self, row: dict[str, Any]) -> None:
         self._rows.setdefault(_producer(row), {})[row["id"]] = row
 
@@ -82,6 +93,10 @@ class RowFile:
                 self._valid_bytes = None
             with self.path.open("ab") as file:
                 file.write(data)
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
 
 
 def _complete_lines(data: bytes) -> bytes:

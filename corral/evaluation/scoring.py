@@ -106,7 +106,7 @@ class VariantRows:
         rows: of the run's own test data.
         info: figures about all answers (tokens, seconds, answers_per_second); those of a task are `TASK/NAME`.
         tasks: rows of each task, by its name.
-        conditions: what they depend on besides the rows, as `answering.identity.variant_conditions`; empty if not known.
+        conditions: what they depend on besides the rows, as `AnswerIdentity.conditions`; empty if not known.
     """
 
     rows: Sequence[Row]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from corral.answering.answerer import Answerer
 from corral.answering.examples import training_examples
-from corral.answering.identity import source_examples_digest, variant_conditions, variant_digest
+from corral.answering.identity import AnswerIdentity, examples_digest, identify_model
 from corral.answering.sync import SyncAnswerer
 from corral.engines.registry import default_engine, load_engine
 from corral.errors import InputError
@@ -61,15 +61,15 @@ def evaluate(context: RunContext, stage: Stage) -> None:
     for old in sorted((context.run.path / "superseded").glob("evaluate-*")):
         if old.name != "evaluate-damaged":
             measurements.reuse_rows(old, all_variants, data)
-    for model, variants in variants_by_model.items():
-        missing = [variant for variant in variants if not measurements.is_complete(variant, data)]
+    for model, same_model in variants_by_model.items():
+        missing = [variant for variant in same_model if not measurements.is_complete(variant, data)]
         if missing:
             _measure(context, model, missing, measurements, data)
-    measurements.write_facts(data)
-    specs = {variant.name: (model, variant) for model, variants in variants_by_model.items() for variant in variants}
+    measurements.finish(all_variants, data)
+    variants = {variant.name: variant for variant in all_variants}
     card = scorecard.build_scorecard(
         {
-            name: replace(measurements.variant_rows(name), conditions=_conditions(context, *specs[name], data))
+            name: replace(measurements.variant_rows(name), conditions=variants[name].conditions(data.tasks))
             for name in (*BUILT_IN_VARIANTS, *(v.name for v in config.variants))
         },
         baseline=BASELINE,
@@ -91,40 +91,17 @@ def _variants_by_model(context: RunContext) -> dict[_Model, list[VariantSpec]]:
     by_model: dict[_Model, list[VariantSpec]] = {}
     for name, model, settings in specs:
         variants = by_model.setdefault(model, [])
-        examples = source_examples_digest(settings.shots)
-        variants.append(
-            VariantSpec(
-                name,
-                _model_digest(context, model),
-                settings,
-                recipe.seed,
-                with_loss=not variants,
-                examples_identity=examples,
-            )
-        )
+        seed = recipe.seed if settings.seed is None else settings.seed
+        examples = examples_digest(settings.shots, lambda: _fingerprint(context, "prepare"))
+        identity = _model_identity(context, model).asked(settings, seed, examples)
+        variants.append(VariantSpec(name, identity, with_loss=not variants))
     return by_model
 
 
-def _model_digest(context: RunContext, model: _Model) -> str:
-    """Hash of the weights, the template, the engine and its device and dtype."""
+def _model_identity(context: RunContext, model: _Model) -> AnswerIdentity:
     weights = context.base.identity if model.name == "base" else f"{_fingerprint(context, 'merge')} {model.form or ''}"
-    return variant_digest(weights, context.template, model.engine, context.placement.device, context.placement.dtype)
-
-
-def _conditions(context: RunContext, model: _Model, variant: VariantSpec, data: EvaluationData) -> dict[str, Any]:
-    """What the rows of a variant depend on."""
     placement = context.placement
-    conditions = variant_conditions(
-        variant.model_identity,
-        context.template,
-        model.engine,
-        (placement.device, placement.dtype),
-        variant.settings,
-        variant.seed,
-        variant.examples_identity or data.examples_identity,
-    )
-    limits = {task.name: {"max_tokens": task.max_tokens} for task in data.tasks if task.max_tokens is not None}
-    return conditions | ({"tasks": limits} if limits else {})
+    return identify_model(weights, context.template, model.engine, dtype=placement.dtype, device=placement.device)
 
 
 def _fingerprint(context: RunContext, stage: str) -> str:
@@ -144,8 +121,7 @@ def _evaluation_data(context: RunContext) -> EvaluationData:
         items[: config.loss_rows],
         items[: config.answer_rows],
         [tasks.load_task(t.name, t.rows, seed=context.recipe.seed, max_tokens=t.max_tokens) for t in config.tasks],
-        lambda: training_examples(context.run, context.recipe.seed),
-        _fingerprint(context, "prepare"),
+        lambda: training_examples(context.run, context.recipe.answers_seed),
     )
 
 
@@ -211,7 +187,7 @@ def inputs(context: RunContext, done: Mapping[str, str]) -> dict[str, Any]:
     """What the stage depends on, from the fingerprints of the stages before it."""
     recipe = context.recipe
     answer_settings = [recipe.answer, *(variant.answer_settings(recipe.answer) for variant in recipe.evaluate.variants)]
-    examples = [source_examples_digest(settings.shots) for settings in answer_settings]
+    examples = [examples_digest(settings.shots, lambda: "") for settings in answer_settings]
     return {
         "merge": done["merge"],
         "evaluate": recipe.evaluate.model_dump(mode="json") | {"engine": evaluation_engine(context)},

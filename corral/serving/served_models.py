@@ -17,7 +17,6 @@ from typing import Any
 
 from corral.answering.answerer import Answerer
 from corral.answering.consensus import Embed
-from corral.answering.identity import fingerprint_with_settings
 from corral.answering.open_model import OpenedModel, check_engine, connect_model, open_models
 from corral.answering.settings import AnswererSettings, find_run, load_answer_settings
 from corral.engines.base import CHAT_SAMPLING
@@ -201,11 +200,9 @@ def _connect_remote(named: Sequence[tuple[str, str]], urls: Sequence[str], at_on
 
 def _build_served_model(name: str, spec: str, opened: OpenedModel, embed: Embedder) -> ServedModel:
     answer, seed = load_answer_settings(spec, {} if find_run(spec) else CHAT_SAMPLING)
-    answerer = AnswererSettings(spec, answer, seed).build_on(opened.answerer, embed)
-    fingerprint = opened.fingerprint
-    if answerer.prompting or answerer.consensus:
-        fingerprint = fingerprint_with_settings(fingerprint, answer)
-    return ServedModel(answerer, name, fingerprint=f"fp_{fingerprint}")
+    settings = AnswererSettings(spec, answer, seed)
+    answerer = settings.build_on(opened.answerer, embed)
+    return ServedModel(answerer, name, fingerprint=f"fp_{settings.identity_on(opened.identity).digest}")
 
 
 def _needs_embeddings(served: ServedModel) -> bool:

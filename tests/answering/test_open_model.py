@@ -1,4 +1,4 @@
-"""Models that a user names are opened as Answerers with a name and a fingerprint."""
+"""Models that a user names are opened as Answerers with a name and an identity."""
 
 from __future__ import annotations
 
@@ -96,17 +96,17 @@ async def test_an_answer_ends_at_each_token_that_the_generation_config_names(
     assert short.ids == whole.ids[: whole.ids.index(end)]
 
 
-def test_the_fingerprint_follows_weights_and_template_and_nothing_else(tiny_folder: Path, tmp_path: Path) -> None:
+def test_the_identity_follows_weights_and_template_and_nothing_else(tiny_folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
-    assert opened(copy).fingerprint == opened(tiny_folder).fingerprint
+    assert opened(copy).identity == opened(tiny_folder).identity
     template = copy / "chat_template.jinja"
     template.write_text("{# another #}" + template.read_text())
-    assert opened(copy).fingerprint != opened(tiny_folder).fingerprint
+    assert opened(copy).identity.digest != opened(tiny_folder).identity.digest
     other = Path(shutil.copytree(tiny_folder, tmp_path / "other"))
     data = bytearray((other / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (other / "model.safetensors").write_bytes(data)
-    assert opened(other).fingerprint != opened(tiny_folder).fingerprint
+    assert opened(other).identity.digest != opened(tiny_folder).identity.digest
 
 
 def test_a_missing_model_is_an_error() -> None:
@@ -130,7 +130,7 @@ def test_an_adapter_is_opened_on_its_base_and_answers_as_the_merged_model(adapte
     assert asyncio.run(answered(TransformersEngine(load_model(tiny_folder)), ids))[0] != expected[0]
 
 
-def test_the_fingerprint_of_an_adapter_follows_its_weights_and_settings(
+def test_the_identity_of_an_adapter_follows_its_weights_and_settings(
     adapter: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
     data = bytearray((adapter / "adapter_model.safetensors").read_bytes())
@@ -138,8 +138,8 @@ def test_the_fingerprint_of_an_adapter_follows_its_weights_and_settings(
     other = changed(adapter, tmp_path / "other")
     (other / "adapter_model.safetensors").write_bytes(data)
     folders = (tiny_folder, adapter, other, changed(adapter, tmp_path / "stronger", lora_alpha=64))
-    assert len({opened(folder).fingerprint for folder in folders}) == len(folders)
-    assert opened(Path(shutil.copytree(adapter, tmp_path / "copy"))).fingerprint == opened(adapter).fingerprint
+    assert len({opened(folder).identity.digest for folder in folders}) == len(folders)
+    assert opened(Path(shutil.copytree(adapter, tmp_path / "copy"))).identity.digest == opened(adapter).identity.digest
 
 
 def test_an_adapter_in_a_run_that_was_moved_finds_the_runs_model_and_template(
@@ -248,4 +248,4 @@ async def test_an_endpoint_computes_for_a_local_template_and_vocabulary(tiny_fol
             expected = await local.answerer.answer(ASKED, Sampling(max_tokens=8))
             assert (await remote.answerer.answer(ASKED, Sampling(max_tokens=8))).completions == expected.completions
         await local.answerer.engine.close()
-    assert remote.fingerprint != local.fingerprint
+    assert remote.identity.digest != local.identity.digest

@@ -7,10 +7,12 @@ from typing import Any, get_args
 
 import pytest
 
+from corral.answering.identity import AnswerIdentity
 from corral.answering.settings import AnswererSettings, find_run, load_answer_settings
 from corral.cli import parser
 from corral.errors import RecipeError, RunError
 from corral.model.device import Placement
+from corral.model.loading import DType
 from corral.recipe.answer import Answer, Consensus, Shots
 
 RECIPE = """
@@ -102,36 +104,39 @@ def test_the_identity_follows_model_settings_and_engine_but_not_the_address_of_a
     remote = AnswererSettings(str(tiny_folder), Answer(), 0, None, ("http://127.0.0.1:1/v1",))
     others = [
         AnswererSettings(str(tiny_folder), Answer(max_tokens=9), 0),
-        AnswererSettings(str(tiny_folder), Answer(), 1),
+        AnswererSettings(str(tiny_folder), Answer(temperature=0.5), 0),
         AnswererSettings(str(tiny_folder), Answer(), 0, "transformers"),
         remote,
     ]
     assert all(other.identity() != identity for other in others)
     elsewhere = AnswererSettings(str(tiny_folder), Answer(), 0, None, ("http://127.0.0.1:2/v1",))
     assert elsewhere.identity() == remote.identity(), "a server may move"
+    assert AnswererSettings(str(tiny_folder), Answer(), 1).identity().digest == identity.digest, "nothing is sampled"
 
 
-def test_the_identity_names_the_engine_its_dtype_and_the_version_of_corral(
+def test_another_engine_or_dtype_is_another_identity_and_another_device_or_version_of_corral_is_recorded(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = AnswererSettings(str(tiny_folder), Answer(), 0)
 
-    def identity(engine: str, device: str = "cpu") -> dict[str, Any]:
+    def identity(engine: str, device: str = "cpu", dtype: DType = "float32") -> AnswerIdentity:
         def default(_: str, *, adapter: bool = False) -> str:
             return engine
 
         monkeypatch.setattr("corral.answering.open_model.default_engine", default)
-        dtype = "float32" if device == "cpu" else "bfloat16"
         monkeypatch.setattr("corral.model.device.choose_device", lambda *_: Placement(device, dtype))
         return settings.identity()
 
     before = identity("transformers")
-    assert (before["engine"], before["dtype"]) == ("transformers", "float32")
-    assert identity("openvino") != before, "OpenVINO was installed on the way"
-    assert identity("transformers", "cuda") != before, "it goes on where there is a GPU"
+    assert (before.engine, before.device, before.dtype) == ("transformers", "cpu", "float32")
+    assert identity("openvino").digest != before.digest, "OpenVINO was installed on the way"
+    assert identity("transformers", "cuda", "bfloat16").digest != before.digest
     assert identity("transformers") == before
+    on_a_gpu = identity("transformers", "cuda")
     monkeypatch.setattr("corral.__version__", "0.0.0")
-    assert identity("transformers") != before
+    upgraded = identity("transformers")
+    assert on_a_gpu.digest == upgraded.digest == before.digest
+    assert (on_a_gpu.conditions()["device"], upgraded.conditions()["corral"]) == ("cuda", "0.0.0")
 
 
 def test_the_identity_follows_the_rows_of_a_source_of_examples(tiny_folder: Path, tmp_path: Path) -> None:

@@ -75,6 +75,17 @@ def test_a_journal_that_is_opened_again_has_its_rows_but_for_one_that_was_half_w
         assert opened.count == 1
 
 
+def test_another_device_or_version_of_corral_goes_on_with_a_journal_and_keeps_its_output(tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    with journal(out, corral="1.0", device="cpu") as opened:
+        opened.add(row(0))
+    with journal(out, corral="2.0", device="cuda") as opened:
+        assert opened.count == 1
+        opened.finish(1)
+    with open_journal(out, IDENTITY | {"corral": "3.0"}) as totals:
+        assert isinstance(totals, Totals)
+
+
 def test_an_empty_journal_is_begun_again(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.partial").touch()
     with journal(tmp_path / "a.jsonl") as opened:

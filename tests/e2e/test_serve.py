@@ -20,6 +20,7 @@ import openai
 import pytest
 
 from corral.answering.open_model import open_model
+from corral.answering.settings import AnswererSettings, load_answer_settings
 from corral.cli import parser
 from corral.engines.base import Sampling
 from corral.messages import Conversation
@@ -119,7 +120,9 @@ def test_the_server_answers_as_the_answerer_does_with_the_same_seed(quickstart: 
             answers = [
                 await opened.answerer.answer(Conversation.from_turns(("user", text)), sampling) for text in questions
             ]
-        assert {answer.system_fingerprint for answer in served} == {f"fp_{opened.fingerprint}"}
+        settings = AnswererSettings(str(finished_run), *load_answer_settings(str(finished_run), {}))
+        identity = settings.identity_on(opened.identity)
+        assert {answer.system_fingerprint for answer in served} == {f"fp_{identity.digest}"}
         return [answer.texts for answer in answers]
 
     assert [tuple(c.message.content for c in answer.choices) for answer in served] == asyncio.run(work())

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from corral.answering.identity import AnswerIdentity
 from corral.engines.base import Sampling
 from corral.engines.embedding import Embedder
 from corral.engines.scripted import ScriptedEngine
@@ -45,13 +45,15 @@ SHOTS = Answer.model_validate({"max_tokens": 6, "shots": {"count": 2}})
 
 
 def dataset(rows: int = 5, questions: int = 4) -> EvaluationData:
-    return EvaluationData(
-        ROWS[:rows], ROWS[:rows], [sample_task("mmlu", SET, questions, seed=0)], lambda: EXAMPLES, "examples"
-    )
+    return EvaluationData(ROWS[:rows], ROWS[:rows], [sample_task("mmlu", SET, questions, seed=0)], lambda: EXAMPLES)
 
 
-def spec(name: str = "tuned", settings: Answer = PLAIN, **changes: Any) -> VariantSpec:
-    return replace(VariantSpec(name, "model", settings, seed=0), **changes)
+MODEL = AnswerIdentity("model", "template", "tokenizer", "encoding", "scripted", "float32", "cpu")
+
+
+def spec(name: str = "tuned", settings: Answer = PLAIN, *, with_loss: bool = True, **changes: Any) -> VariantSpec:
+    identity = MODEL.asked(settings, 0, "examples" if settings.shots.count else "")
+    return VariantSpec(name, replace(identity, **changes), with_loss)
 
 
 class CountingEngine(ScriptedEngine):
@@ -161,9 +163,13 @@ def test_a_new_variant_keeps_the_rows_of_the_others_byte_for_byte(template: Temp
 @pytest.mark.parametrize(
     ("change", "measured"),
     [
-        ({"settings": Answer(max_tokens=7)}, (9, 8)),
-        ({"seed": 1}, (9, 8)),
-        ({"model_identity": "another model"}, (9, 13)),
+        ({"settings": Answer(max_tokens=7)}, (9, 0)),
+        ({"settings": SHOTS}, (9, 8)),
+        ({"settings": Answer(max_tokens=6, top_p=0.5), "seed": 1}, (0, 0)),
+        ({"weights": "another model"}, (9, 13)),
+        ({"engine": "vllm"}, (9, 13)),
+        ({"dtype": "bfloat16"}, (9, 13)),
+        ({"device": "cuda", "version": "0.0.0"}, (0, 0)),
         ({"settings": Answer.model_validate({"max_tokens": 6, "reasoning": True})}, (9, 0)),
         ({"with_loss": False}, (0, 0)),
     ],
@@ -193,23 +199,44 @@ def test_examples_come_from_the_run_and_from_questions_that_are_not_asked(templa
         assert plain.keys() == shots.keys()
         assert all(shots[id_] > plain[id_] + 10 for id_ in plain)
     # Other examples change only the answers that are asked with examples of the run.
-    other = replace(dataset(), examples_identity=hashlib.sha256(b"other").hexdigest())
-    assert measure(tmp_path / "new", template, *variants, data=other, reuse=old) == (5, 0)
+    changed = (spec("plain"), spec("shots", SHOTS, examples="other"))
+    assert measure(tmp_path / "new", template, *changed, reuse=old) == (5, 0)
 
 
 def test_examples_of_a_source_change_the_answers_and_not_those_of_a_task(template: Template, tmp_path: Path) -> None:
     old, source = tmp_path / "old", tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps({"prompt": f"{n}? " * 40, "completion": str(n)}) + "\n" for n in range(9)))
     named = Answer.model_validate({"max_tokens": 6, "shots": {"count": 2, "source": {"path": str(source)}}})
-    measure(old, template, spec("own", SHOTS), spec("named", named, examples_identity="before"))
+    measure(old, template, spec("own", SHOTS), spec("named", named, examples="before"))
     answers, task = (
         {variant: next(iter(prompt_tokens(old, name, variant).values())) for variant in ("own", "named")}
         for name in ("completions.jsonl", "tasks/mmlu.jsonl")
     )
     assert answers["named"] > 2 * answers["own"]
     assert task["named"] == task["own"]
-    changed = [spec("own", SHOTS), spec("named", named, examples_identity="after")]
+    changed = [spec("own", SHOTS), spec("named", named, examples="after")]
     assert measure(tmp_path / "new", template, *changed, reuse=old) == (5, 0)
+
+
+def test_an_evaluation_that_was_stopped_and_went_on_with_other_engines_has_rows_of_the_last_one_only(
+    template: Template, tmp_path: Path
+) -> None:
+    with pytest.raises(EngineError, match="stopped on purpose"):
+        measure(tmp_path, template, spec(), fails_after=3)
+    measure(tmp_path, template, spec(engine="vllm"))
+    measure(tmp_path, template, spec())
+    measurements = Measurements(tmp_path)
+    measurements.finish([spec()], dataset())
+    for folder in (measurements, Measurements(tmp_path)):
+        assert len(folder.variant_rows("tuned").rows) == 5
+    for name in contents(tmp_path):
+        rows = json_rows(tmp_path, name)
+        producers = [(row["made"], row["id"]) for row in rows]
+        assert len(producers) == len(set(producers)) == (2 if name == "seconds.jsonl" else 4 if "mmlu" in name else 5)
+        assert {row["made"] for row in rows} <= {row["made"] for row in json_rows(tmp_path, "seconds.jsonl")} | {
+            spec().identity.scoring().digest,
+            *(row["made"] for row in json_rows(tmp_path, "tasks/mmlu.options.jsonl")),
+        }
 
 
 class LoggingEmbedder(Embedder):
@@ -277,7 +304,7 @@ def test_an_overlong_row_is_counted_as_measured_and_kept_out_of_scores_and_costs
     data = replace(dataset(), loss_items=[*ROWS, long, *shared], answer_items=[*ROWS, long, *shared])
     measure(tmp_path, template, spec(), data=data)
     measurements = Measurements(tmp_path)
-    measurements.write_facts(data)
+    measurements.finish([spec()], data)
     rows = {row.id: row for row in measurements.variant_rows("tuned").rows}
     assert rows["long"].skipped.keys() == {"loss", "answers"}
     assert (rows["long"].nll, rows["long"].answer) == (None, None)
