@@ -199,18 +199,13 @@ def run_python(*args: object, **kwargs: Any) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
 
 
-def corral(*args: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user does."""
-    return run_python("-m", "corral", *args, **kwargs)
-
-
 @pytest.fixture(scope="session")
 def finished_run(tiny_folder: Path, shared_folder: Path) -> Path:
     """The tiny recipe's run directory, made once by `corral run`; its parent has `r.toml` and `rows.jsonl`. Read only."""
 
     def build(folder: Path) -> None:
         write_workspace(folder, tiny_folder)
-        done = corral("run", folder / "r.toml", "--out", folder / "run")
+        done = run_python("-m", "corral", "run", folder / "r.toml", "--out", folder / "run")
         assert done.returncode == 0, done.stderr
 
     return build_once(shared_folder / "finished", build) / "run"

@@ -6,7 +6,6 @@ An answer depends on the prompt, the seed and the choice, so that equal outputs 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -32,6 +31,7 @@ from corral.interrupts import Stopped
 from corral.model.loading import load_tokenizer
 from corral.progress import Progress
 from corral.template import Template
+from tests import forked
 
 IDENTITY: dict[str, Any] = {"model": "scripted"}
 
@@ -152,11 +152,7 @@ def _run(batch: Batch, instant: str | None) -> None:
 
 def start_process(batch: Batch, instant: str | None = None) -> Any:
     """A process that runs the batch, and kills itself at the instant."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.invariants.preload"])
-    started = context.Process(target=_run, args=(batch, instant))
-    started.start()
-    return started
+    return forked.start(_run, batch, instant)
 
 
 def finished_rows(out: Path) -> set[int]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import corral, write_workspace
+from tests.conftest import write_workspace
+from tests.forked import corral
 
 
 def succeed(*args: object, **settings: Any) -> subprocess.CompletedProcess[str]:

@@ -13,8 +13,9 @@ import pytest
 from corral.answering.open_model import open_model
 from corral.engines.base import Sampling
 from corral.messages import Conversation
-from tests.conftest import corral, write_workspace
+from tests.conftest import write_workspace
 from tests.e2e.test_serve import address, serving
+from tests.forked import corral
 
 QUESTIONS = [f"What is {i} plus {i}?" for i in range(4)]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import corral
 from tests.e2e.conftest import fail, succeed
+from tests.forked import corral
 
 
 def test_a_form_is_added_to_run_recipe_and_report_and_damage_is_noticed(run_copy: Path) -> None:

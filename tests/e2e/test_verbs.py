@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from corral.cli import main, parser
-from tests.conftest import change_json, corral
+from tests.conftest import change_json
 from tests.e2e.conftest import fail, succeed
+from tests.forked import corral
 
 ROOT = Path(__file__).parent.parent.parent
 VERB_NAMES = "init run plan inspect evaluate compare report merge export verify chat batch serve keys assets cache"

@@ -1,19 +1,18 @@
 """Trainings and runs in processes that are stopped or killed at a given call, and a comparison of what they leave.
 
 A process kills itself (`kill -9`) just before a named call, so that no test depends on timing; until then nothing is
-changed. Processes are forked from a server process that has imported everything and done nothing else.
+changed.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import os
 import pickle
 import resource
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ from corral.recipe import Train
 from corral.storage import new_directory
 from corral.training import checkpoint, step_metrics
 from corral.training.loop import Trainer, TrainingResult
+from tests import forked
 from tests.training.tiny import load_trainable, make_trainer, newest_checkpoint, read_metrics, tiny_config
 
 
@@ -168,17 +168,9 @@ def _corral(arguments: list[str], instant: Instant | None, largest: int | None) 
     os._exit(code)
 
 
-def _start(target: Callable[..., None], *arguments: Any) -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.invariants.preload"])
-    process = context.Process(target=target, args=arguments)
-    process.start()
-    return process
-
-
 def train(job: Job, folder: Path, instant: Instant | None = None) -> Any:
     """Start a process that trains and is killed at the instant."""
-    return _start(_train, job, folder, instant)
+    return forked.start(_train, job, folder, instant)
 
 
 def corral(*arguments: object, instant: Instant | None = None, largest: int | None = None) -> Any:
@@ -187,7 +179,7 @@ def corral(*arguments: object, instant: Instant | None = None, largest: int | No
     Args:
         largest: bytes it may write to one file.
     """
-    return _start(_corral, [str(a) for a in arguments], instant, largest)
+    return forked.start(_corral, [str(a) for a in arguments], instant, largest)
 
 
 def killed(process: Any) -> bool:

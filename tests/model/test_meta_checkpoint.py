@@ -15,7 +15,8 @@ from corral.errors import ModelError
 from corral.model import meta_checkpoint
 from corral.model.loading import load_model, load_tokenizer, resolve_model
 from corral.model.meta_checkpoint import convert, is_meta_checkpoint
-from tests.conftest import corral, run_python, write_rows
+from tests.conftest import run_python, write_rows
+from tests.forked import corral
 from tests.model.meta import (
     LLAMA_2,
     LLAMA_3,
