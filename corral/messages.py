@@ -104,6 +104,8 @@ class Text:
 
 
 Record: TypeAlias = Conversation | Preference | Feedback | Text
+RECORD_TYPES: tuple[type[Record], ...] = (Conversation, Preference, Feedback, Text)
+"""In the order in which stored rows number them."""
 
 
 def with_input(request: str, material: str) -> str:
@@ -131,14 +133,24 @@ def record_to_json(record: Record) -> dict[str, Any]:
 
 def record_from_json(row: Mapping[str, Any]) -> Record:
     """The inverse of `record_to_json`; other keys are ignored."""
-    if "text" in row:
+    kind = record_type(row)
+    if kind is Text:
         return Text(row["text"])
-    if "messages" in row:
+    if kind is Conversation:
         return Conversation.from_json(dict(row))
     prompt = Conversation.from_json({"messages": row["prompt"]})
-    if "chosen" in row:
+    if kind is Preference:
         return Preference(prompt, row["chosen"], row["rejected"])
     return Feedback(prompt, row["completion"], row["score"])
+
+
+def record_type(row: Mapping[str, Any]) -> type[Record]:
+    """The type of the record with this JSON form."""
+    if "text" in row:
+        return Text
+    if "messages" in row:
+        return Conversation
+    return Preference if "chosen" in row else Feedback
 
 
 def record_key(record: Record) -> str:

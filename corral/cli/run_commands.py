@@ -153,7 +153,15 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
         try:
             # A recipe that loses too many rows is one that the user wants to inspect.
             data = recipe.data.model_copy(update={"max_loss": None})
-            prepared = prepare(data, template, Path(rows), recipe.seed, progress)
+            prepared = prepare(
+                data,
+                template,
+                Path(rows),
+                recipe.rows_seed,
+                progress,
+                split_seed=recipe.split_seed,
+                mixtures=recipe.mixtures,
+            )
         finally:
             progress.stop()
         if args.html:

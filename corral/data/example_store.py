@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias, overload
@@ -14,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corral.data.mixture import rank
-from corral.data.row_store import Column, RowStore, split_list_column
-from corral.messages import Record, record_from_json
+from corral.data.row_store import Column, RowStore, split_list_column, split_positions, to_arrow
+from corral.messages import RECORD_TYPES, Record, record_from_json, record_type
 from corral.template import Encoded
 
 Ints: TypeAlias = NDArray[np.int64]
@@ -69,6 +72,61 @@ class ExampleStore(Sequence[Example]):
             raise ValueError(f"{folder.name}: {damaged[0].name} is damaged")
         if len(np.unique(self._stored)) != self.distinct_count:
             raise ValueError(f"{folder.name}: {self.distinct_count} examples, {len(self._stored)} in their order")
+
+    def select(
+        self, sources: Collection[str] | None = None, types: Collection[type[Record]] | None = None
+    ) -> ExampleStore:
+        """The examples of some sources and record types alone, in the same order; nothing is copied.
+
+        Args:
+            sources: labels of sources; by default all.
+            types: of their records; by default all.
+        """
+        chosen = np.ones(len(self._examples), bool)
+        if sources is not None:
+            chosen &= self._is_of_source(sources)
+        if types is not None:
+            chosen &= np.isin(self._contents["type"], [RECORD_TYPES.index(each) for each in types])
+        kept = chosen[self._stored]
+        view = copy.copy(self)
+        view.__dict__.pop("digest", None)
+        view._stored, view.lengths, view.fates = self._stored[kept], self.lengths[kept], self.fates[kept]
+        view.trained_tokens = self.trained_tokens[kept]
+        view.distinct_count = len(np.unique(view._stored))
+        return view
+
+    def _is_of_source(self, labels: Collection[str]) -> NDArray[np.bool_]:
+        """Whether each stored example is of one of these sources. [stored examples]"""
+        import pyarrow as pa
+        from pyarrow import compute
+
+        is_in: Any = compute.is_in  # type: ignore[reportUnknownMemberType]
+        values: Any = pa.array(list(labels), pa.string())
+        batches = self._examples.read(self._examples.positions)
+        parts = [is_in(batch["source"], value_set=values).to_numpy(zero_copy_only=False) for _, batch in batches]
+        return np.concatenate([np.zeros(0, bool), *parts])
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 (hex) of all that training or evaluation reads: keys, records, ids and masks, in order, repeats included.
+
+        The names of sources and files, and the numbers of rows in them, are no part of it.
+        """
+        digests, digest = self._contents["digest"], hashlib.sha256()
+        for positions in split_positions(self._stored):
+            digest.update(digests[positions].tobytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def _contents(self) -> Mapping[str, NDArray[Any]]:
+        """The columns of `_content_columns`, also of rows that were stored without them. [stored examples]"""
+        positions = self._examples.positions
+        if not len(positions):
+            return {"type": np.zeros(0, np.int8), "digest": np.zeros((0, 32), np.uint8)}
+        if "digest" in self._examples.locate(0)[0].schema.names:
+            return {name: self._examples.column(name, positions) for name in ("type", "digest")}
+        parts = [_content_columns(batch) for _, batch in self._examples.read(positions)]
+        return {name: np.concatenate([part[name] for part in parts]) for name in ("type", "digest")}
 
     def __len__(self) -> int:
         return len(self._stored)
@@ -129,10 +187,11 @@ class ExampleWriter:
         self._trained.extend(trained.tolist())
         self._fates.extend(fates.tolist())
         for number, key in enumerate(columns["key"].to_pylist(), start=first):
-            for copy in range(repeat):
-                self._ranks.append(rank(f"{key}/{copy}" if copy else key, self._seed, "order"))
+            for number_of_copy in range(repeat):
+                self._ranks.append(rank(f"{key}/{number_of_copy}" if number_of_copy else key, self._seed, "order"))
                 self._stored.append(number)
-        self._unsaved.append(pa.table(dict(columns)))
+        contents = {name: to_arrow(column) for name, column in _content_columns(columns).items()}
+        self._unsaved.append(pa.table({**columns, **contents}))
         self._unsaved_rows += len(lengths)
         self._unsaved_tokens += int(lengths.sum())
         if self._unsaved_rows >= _ROWS_PER_FILE or self._unsaved_tokens >= _TOKENS_PER_FILE:
@@ -170,6 +229,32 @@ class ExampleWriter:
             if copy:
                 ranks[i] = rank(f"{self._ranks[i]!r}/{copy}", self._seed, "order")
         return np.argsort(ranks, kind="stable")
+
+
+def _content_columns(columns: Mapping[str, Column]) -> dict[str, NDArray[Any]]:
+    """What is known of examples by their content alone.
+
+    Args:
+        columns: as in `ExampleWriter.add`.
+
+    Returns: `type`: of the record, as index into `RECORD_TYPES`; `digest`: sha256 of key, record, ids and masks.
+    """
+    sequences, bounds = split_list_column(columns["ids"])
+    ids, starts = split_list_column(sequences)
+    flags = split_list_column(split_list_column(columns["trained"])[0])[0]
+    ids, trained = ids.to_numpy().astype("<u4", copy=False), flags.to_numpy(zero_copy_only=False)
+    keys, records = columns["key"].to_pylist(), columns["record"].to_pylist()
+    types, digests = np.empty(len(keys), np.int8), np.empty((len(keys), 32), np.uint8)
+    for i, (key, record, (first, last)) in enumerate(zip(keys, records, pairwise(bounds), strict=True)):
+        types[i] = RECORD_TYPES.index(record_type(json.loads(record)))
+        part = slice(int(starts[first]), int(starts[last]))
+        lengths = np.diff(starts[first : last + 1]).astype("<i8")
+        pieces = (lengths.tobytes(), ids[part].tobytes(), trained[part].tobytes(), record)
+        digest = hashlib.sha256(f"{key} {len(lengths)}\n".encode())
+        for piece in pieces:
+            digest.update(piece)
+        digests[i] = np.frombuffer(digest.digest(), np.uint8)
+    return {"type": types, "digest": digests}
 
 
 def _count_tokens(trained: Any) -> tuple[Ints, Ints]:

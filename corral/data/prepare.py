@@ -12,7 +12,7 @@ all, another template makes new tokens only, and an interrupted run continues fr
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -41,7 +41,8 @@ from corral.template import Template
 
 __all__ = ["Prepared", "encode_record", "prepare"]
 
-_VERSION = 5
+_VERSION = 6
+_READABLE = (5, 6)  # rows of version 5 lack columns that can be computed from the others
 _ROW_GROUP = 50_000  # rows of a row group of the ledger
 _ROWS = "rows"
 _META = "prepared.json"
@@ -64,8 +65,8 @@ class Prepared:
         rows = folder / _ROWS
         try:
             meta: dict[str, Any] = json.loads((rows / _META).read_text("utf-8"))
-            if meta["version"] != _VERSION:
-                raise ValueError(f"they have version {meta['version']}, this corral reads {_VERSION}")
+            if meta["version"] not in _READABLE:
+                raise ValueError(f"they have version {meta['version']}, this corral reads {_READABLE}")
             sides = {side: ExampleStore(rows / side) for side in SIDES}
             for side, examples in sides.items():
                 if len(examples) != meta["examples"][side]:
@@ -81,6 +82,16 @@ class Prepared:
     def side(self, name: Side) -> ExampleStore:
         """A side by its name."""
         return {"train": self.train, "validation": self.validation, "test": self.test}[name]
+
+    def digest(self, side: Side, sources: Collection[str] | None = None) -> str:
+        """What training or evaluation on a side depends on, as `ExampleStore.digest`.
+
+        Args:
+            side: its name.
+            sources: labels of sources whose rows alone count; by default all.
+        """
+        rows = self.side(side)
+        return (rows if sources is None else rows.select(sources)).digest
 
     @property
     def ledger(self) -> dict[str, Any]:
@@ -100,6 +111,8 @@ def prepare(
     seed: int,
     progress: Progress | None = None,
     *,
+    split_seed: int | None = None,
+    mixtures: Sequence[Collection[str]] | None = None,
     cache: Path | None = None,
     workers: int | None = None,
 ) -> Prepared:
@@ -109,8 +122,10 @@ def prepare(
         data: the recipe's section.
         template: makes ids and masks.
         folder: an existing directory; rows that are in it already are replaced as a whole.
-        seed: with a row's content decides its side, its position, and whether a cap or a weight keeps it.
+        seed: with a row's content decides its position, and whether a cap or a weight keeps it.
         progress: receives how far it is.
+        split_seed: with a row's content decides its side; by default `seed`.
+        mixtures: labels of the sources that are trained on together, which `weight` mixes; by default all are.
         cache: where costly results are kept; by default corral's own cache.
         workers: processes that compute; by default at most as many as there are cores.
 
@@ -134,9 +149,9 @@ def prepare(
         used.update(folder for plan in plans for folder in plan.cache_folders)
         selection.deduplicate_and_cap(plans, data, seed, pool)
         selection.encode_selected(plans, data, template, pool)
-        selection.assign_sides(plans, data, seed)
+        selection.assign_sides(plans, data, seed if split_seed is None else split_seed)
         selection.mark_contaminated(plans, data, pool)
-        selection.apply_weights(plans, seed)
+        selection.apply_weights(plans, mixtures, seed)
         with new_directory(folder / _ROWS) as rows:
             counts = _write_rows(plans, rows, data, seed, progress)
             ledger = _write_ledger(plans, folder)

@@ -78,7 +78,7 @@ class RowStore:
         """Store rows in a new file; `reload` makes them available. Raises StorageError."""
         import pyarrow as pa
 
-        values: list[Any] = [_to_arrow(column) for column in (positions, *columns.values())]
+        values: list[Any] = [to_arrow(column) for column in (positions, *columns.values())]
         batch: Any = pa.RecordBatch.from_arrays(values, [_POSITION, *columns])
         sink: Any = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, batch.schema) as writer:
@@ -145,7 +145,7 @@ def list_column(values: Any, bounds: NDArray[Any]) -> Any:
     """An Arrow array of lists, each from one of the bounds in `values` to the next. [len(bounds) - 1]"""
     import pyarrow as pa
 
-    return pa.LargeListArray.from_arrays(pa.array(bounds, pa.int64()), _to_arrow(values))
+    return pa.LargeListArray.from_arrays(pa.array(bounds, pa.int64()), to_arrow(values))
 
 
 def split_list_column(column: Any) -> tuple[Any, Ints]:
@@ -188,7 +188,8 @@ def _take(batch: Batch, offsets: NDArray[Any]) -> Batch:
     return batch.take(pa.array(offsets))
 
 
-def _to_arrow(values: Any) -> Any:
+def to_arrow(values: Column) -> Any:
+    """A column as an Arrow array."""
     import pyarrow as pa
 
     if not isinstance(values, np.ndarray):

@@ -6,7 +6,7 @@ is costly is computed by several processes and kept in the cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -225,11 +225,23 @@ def mark_contaminated(plans: Sequence[SourcePlan], data: Data, pool: WorkerPool)
             plan.side[part[part_flags]] = UNSET
 
 
-def apply_weights(plans: Sequence[SourcePlan], seed: int) -> None:
-    """Take out the training rows that exceed their source's share of the mixture, if sources have weights."""
+def apply_weights(plans: Sequence[SourcePlan], mixtures: Sequence[Collection[str]] | None, seed: int) -> None:
+    """Take out the training rows that exceed their source's share of its mixture, if sources have weights.
+
+    Args:
+        plans: of all sources.
+        mixtures: labels of the sources of each mixture; by default all are one.
+        seed: decides which rows stay.
+    """
+    for labels in mixtures or [{plan.source.label for plan in plans}]:
+        _apply_weights([plan for plan in plans if plan.source.label in labels], seed)
+
+
+def _apply_weights(plans: Sequence[SourcePlan], seed: int) -> None:
     weights = [plan.source.weight for plan in plans if plan.source.weight is not None]
     if not weights:
         return
+    plans = [plan for plan in plans if plan.source.weight is not None]
     train = [np.flatnonzero(plan.side == _TRAIN) for plan in plans]
     examples = [plan.encoded.column("examples", rows) for plan, rows in zip(plans, train, strict=True)]
     counts = mixture.weighted_row_counts([int(n.sum()) for n in examples], weights, [p.source.repeat for p in plans])

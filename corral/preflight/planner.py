@@ -36,6 +36,7 @@ from corral.system import MemoryLimit
 from corral.training import memory_estimate
 from corral.training.memory_estimate import BYTES, MOMENT_BYTES, ModelShape
 from corral.training.passes import MARGIN, choose_passes, savings
+from corral.training.stage_rows import StageRows, check_rows_taken
 from corral.training.trained_model import TrainingSetup
 
 if TYPE_CHECKING:
@@ -116,7 +117,18 @@ class _Planner:
         self.progress.start("Preparing rows", None)
         folder = self.scratch / "prepare"
         folder.mkdir()
-        return prepare(self.recipe.data, template, folder, self.recipe.seed, self.progress)
+        recipe = self.recipe
+        prepared = prepare(
+            recipe.data,
+            template,
+            folder,
+            recipe.rows_seed,
+            self.progress,
+            split_seed=recipe.split_seed,
+            mixtures=recipe.mixtures,
+        )
+        check_rows_taken(prepared, recipe.train)
+        return prepared
 
     @cached_property
     def limit(self) -> MemoryLimit:
@@ -178,12 +190,12 @@ class _Planner:
 
     def _plan_stage(self, shape: ModelShape, number: int, dtype: Any, earlier: Sequence[StagePlan]) -> StagePlan:
         kind = "cuda" if self.gpu or self.placement.device.startswith("cuda") else "cpu"
-        lengths = [*self.prepared.train.lengths.tolist(), *self.prepared.validation.lengths.tolist()]
         train = self.recipe.train[number - 1]
+        rows = StageRows.select(self.prepared, train, number)
         if number == 1 and self.adapter is not None:
             train = train.model_copy(update={"lora": self.adapter.lora})
-        train = choose_passes(shape, train, lengths, kind, dtype, self.limit.free).apply(train)
-        work = Workload.from_stage(train, self.prepared, self.recipe.seed)
+        train = choose_passes(shape, train, rows.lengths, kind, dtype, self.limit.free).apply(train)
+        work = Workload.from_stage(train, rows, self.recipe.training_seed(number))
         if train.batch_size > work.rows:
             self.notes.append(f"a step of {train.batch_size} examples goes through the {work.rows} rows more than once")
         memory = memory_estimate.memory(shape, train, *work.longest, kind, dtype)
@@ -196,13 +208,13 @@ class _Planner:
         else:
             # Stages that differ only in length share one trial.
             same = [s.measured for s in earlier if _trial_settings(s.train) == _trial_settings(train)]
-            measured = same[0] if same and same[0] else _StageTrial(self, train, number, work).result()
+            measured = same[0] if same and same[0] else _StageTrial(self, train, number, work, rows).result()
             rate = measured.tokens_per_second or None
             seconds = measured.seconds or None
         verdict, reason = self._verdict(memory, measured)
         saved: list[tuple[str, int]] = []
         if verdict != "fits":
-            for setting, changed in savings(train, number, max(lengths)):
+            for setting, changed in savings(train, number, max(rows.lengths)):
                 tokens = min(work.longest[0], int(changed.pack_length))
                 share = work.longest[1] / work.longest[0]
                 needed = memory_estimate.memory(shape, changed, tokens, int(tokens * share), kind, dtype).peak
@@ -251,14 +263,14 @@ class _Planner:
 
 
 def _trial_settings(train: Train) -> str:
-    return train.model_dump_json(exclude={"steps", "epochs", "checkpoint_every", "evaluate_every"})
+    return train.model_dump_json(exclude={"name", "start", "steps", "epochs", "checkpoint_every", "evaluate_every"})
 
 
 class _StageTrial:
     """A trial of one stage: a child process that kills itself, and one that goes on from its checkpoint."""
 
-    def __init__(self, planner: _Planner, train: Train, number: int, work: Workload) -> None:
-        self._planner, self._work, self._number = planner, work, number
+    def __init__(self, planner: _Planner, train: Train, number: int, work: Workload, rows: StageRows) -> None:
+        self._planner, self._work, self._number, self._rows = planner, work, number, rows
         folder = planner.scratch / f"train-{number}"
         folder.mkdir()
         recipe, placement, adapter = planner.recipe, planner.placement, planner.adapter
@@ -277,7 +289,8 @@ class _StageTrial:
             heavy=work.heavy,
             typical=work.typical,
             held_out=work.held_out,
-            seed=recipe.seed,
+            number=number,
+            seed=recipe.training_seed(number),
             folder=folder,
             limit=planner.limit.free if placement.device == "cpu" else None,
         )
@@ -343,7 +356,7 @@ class _StageTrial:
         return cast("dict[str, Any]", value)
 
     def _figures(self, first: dict[str, Any], second: dict[str, Any]) -> Measured:
-        work, lengths = self._work, self._planner.prepared.train.lengths
+        work, lengths = self._work, self._rows.train.lengths
         tokens = int(lengths[list(work.typical)].sum())
         rate = 2 * tokens / sum(tokens / each["typical_rate"] - each["optimizer_seconds"] for each in (first, second))
         slower, faster = sorted(each["typical_rate"] for each in (first, second))

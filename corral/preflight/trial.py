@@ -33,6 +33,7 @@ from corral.training import trained_model
 from corral.training.loop import Trainer
 from corral.training.objectives import OBJECTIVES
 from corral.training.sampler import BatchSampler
+from corral.training.stage_rows import StageRows
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -57,7 +58,8 @@ class TrialJob:
         heavy: rows of the first step, which make the longest packs.
         typical: rows of the second step.
         held_out: validation rows for the evaluation before the first step.
-        seed: the recipe's.
+        number: of the stage, from 1.
+        seed: the stage's.
         folder: where the trial writes.
         limit: bytes of memory at which it exits; None for a GPU, which refuses by itself.
     """
@@ -70,6 +72,7 @@ class TrialJob:
     heavy: tuple[int, ...]
     typical: tuple[int, ...]
     held_out: tuple[int, ...]
+    number: int
     seed: int
     folder: Path
     limit: int | None
@@ -172,7 +175,7 @@ class _Trial:
 
     def _build(self) -> Trainer:
         job, start = self._job, self._job.start
-        rows = Prepared.open(job.prepared)
+        rows = StageRows.select(Prepared.open(job.prepared), start.config, job.number)
         files = ModelFiles(start.folder, start.adapter, job.template, job.template_variables)
         template = files.load_template()
         probes = contract.make_probes(template)

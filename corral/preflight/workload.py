@@ -15,8 +15,8 @@ from corral.training.sampler import BatchSampler
 
 if TYPE_CHECKING:
     from corral.data.example_store import ExampleStore
-    from corral.data.prepare import Prepared
     from corral.recipe import Train
+    from corral.training.stage_rows import StageRows
 
 _MOST_STEPS = 20_000  # steps whose packs are computed
 _HEAVY_PACKS = 2  # the second pass of a step has the first one's gradients beside it
@@ -56,17 +56,17 @@ class Workload:
     checkpoints: int
 
     @classmethod
-    def from_stage(cls, train: Train, prepared: Prepared, seed: int) -> Workload:
-        """The workload of a stage, whose `pack_length` is a number, over prepared rows."""
+    def from_stage(cls, train: Train, stage_rows: StageRows, seed: int) -> Workload:
+        """The workload of a stage, whose `pack_length` is a number, over its rows."""
         assert isinstance(train.pack_length, int)
-        rows, limit = prepared.train, train.pack_length
+        rows, limit = stage_rows.train, train.pack_length
         sampler = BatchSampler(train, rows.lengths.tolist(), seed)
         interval = math.ceil(sampler.steps / _MOST_STEPS)
         batches = [sampler.batch(step) for step in range(1, sampler.steps + 1, interval)]
         sizes = [int(rows.lengths[batch].sum()) for batch in batches]
         heavy = _heaviest(batches, sizes, rows, limit)
         typical = batches[sorted(range(len(sizes)), key=sizes.__getitem__)[len(sizes) // 2]]
-        held_out = prepared.validation.lengths[: train.evaluate_rows].tolist()
+        held_out = stage_rows.validation.lengths[: train.evaluate_rows].tolist()
         sample = [i for pack in _evenly_spaced(pack_sequences(held_out, limit), _EVALUATED_PACKS) for i in pack]
         return cls(
             steps=sampler.steps,

@@ -126,6 +126,15 @@ class Source(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_training_settings(self) -> Self:
+        for name, given in (("repeat", self.repeat != 1), ("weight", self.weight is not None)):
+            if given and self.is_held_out:
+                raise ValueError(
+                    f'`{name}` is for rows to train on, and `side` = "{self.side}" holds them out: remove one'
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_hub_settings(self) -> Self:
         if self.path.startswith("hub:"):
             return self
@@ -162,6 +171,11 @@ class Source(Section):
     def label(self) -> str:
         """The source's name in the ledger."""
         return self.name or self.path
+
+    @property
+    def is_held_out(self) -> bool:
+        """Whether its `side` keeps it out of training."""
+        return self.side in ("validation", "test")
 
 
 class Split(Section):
@@ -231,9 +245,14 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _check_sides(self) -> Self:
-        if all(source.side not in (None, "train") for source in self.sources):
+        if not self.training_sources:
             raise ValueError("every source is held out by its `side`: nothing is left to train on")
         return self
+
+    @property
+    def training_sources(self) -> tuple[Source, ...]:
+        """The sources that are not held out."""
+        return tuple(source for source in self.sources if not source.is_held_out)
 
     @property
     def system_prompt(self) -> str | None:
@@ -272,7 +291,8 @@ class Data(Section):
     @field_validator("sources")
     @classmethod
     def _check_weights(cls, sources: tuple[Source, ...]) -> tuple[Source, ...]:
-        weighted, unweighted = ([s.label for s in sources if (s.weight is None) is none] for none in (False, True))
+        mixed = [s for s in sources if not s.is_held_out]
+        weighted, unweighted = ([s.label for s in mixed if (s.weight is None) is none] for none in (False, True))
         if weighted and unweighted:
             raise ValueError(
                 f"{weighted[0]!r} has a `weight` and {unweighted[0]!r} has none: give every source one, or remove it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -97,6 +98,25 @@ class Recipe(Section):
             if stage.name in (*BUILT_IN_VARIANTS, *MODEL_FORMS) or names.count(stage.name or "") > 1:
                 raise ValueError(f"`train.{i}.name` = {stage.name!r} names another model too: give another name")
             self.start_of(i + 1)
+        named = {label for mixture in self.mixtures for label in mixture}
+        for source in self.data.training_sources:
+            if source.label not in named:
+                raise ValueError(
+                    f"no training stage uses the source {source.label!r}: name it in `train.sources`, or remove it"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_mixtures(self) -> Self:
+        weights = {source.label: source.weight for source in self.data.training_sources}
+        for one, other in combinations(self.mixtures, 2):
+            shared = [label for label in one if label in other]
+            if shared and any(weights[label] is not None for label in (*one, *other)):
+                raise ValueError(
+                    f"two training stages mix {shared[0]!r} with different sources, and a `weight` is a share of one "
+                    "mixture: let stages with weighted sources name the same sources or entirely different ones, or remove "
+                    "the weights"
+                )
         return self
 
     @model_validator(mode="after")
@@ -141,6 +161,13 @@ class Recipe(Section):
         if start is None:
             return number - 1
         return 0 if start == "base" else self.stage_number(start, f"`train.{number - 1}.from`", ("base",), number)
+
+    @property
+    def mixtures(self) -> tuple[tuple[str, ...], ...]:
+        """The different sets of sources that training stages train on together, by label, in the order of the sources."""
+        labels = [source.label for source in self.data.training_sources]
+        used = [labels if stage.sources is None else stage.sources for stage in self.train]
+        return tuple(dict.fromkeys(tuple(label for label in labels if label in some) for some in used))
 
     @property
     def split_seed(self) -> int:

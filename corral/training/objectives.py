@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-import torch
+from corral.messages import Conversation, Record, Text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,9 +20,15 @@ if TYPE_CHECKING:
 
 
 class Objective(Protocol):
-    """A loss over examples."""
+    """A loss over examples.
+
+    Attributes:
+        name: as a recipe's `objective` names it.
+        takes: types of the records that it trains.
+    """
 
     name: str
+    takes: tuple[type[Record], ...]
 
     def units(self, example: Example) -> int:
         """The example's weight in the mean of a step."""
@@ -44,6 +50,7 @@ class Sft:
     """Supervised fine-tuning: the negative log-likelihood of the trained tokens."""
 
     name = "sft"
+    takes: tuple[type[Record], ...] = (Conversation, Text)
 
     def units(self, example: Example) -> int:
         """Trained tokens."""
@@ -51,6 +58,8 @@ class Sft:
 
     def loss(self, examples: Sequence[Example], logprobs: Sequence[Sequence[Tensor]]) -> Tensor:
         """−Σ log π(token | preceding tokens)."""
+        import torch
+
         return -torch.cat([t for sequences in logprobs for t in sequences]).sum()
 
 

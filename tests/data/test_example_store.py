@@ -16,7 +16,16 @@ from corral.data.example_store import Example, ExampleStore
 from corral.data.ledger import FATES
 from corral.data.row_store import RowStore
 from corral.errors import DataError
-from corral.messages import Conversation, Feedback, Preference, Record, Text, record_from_json, record_to_json
+from corral.messages import (
+    RECORD_TYPES,
+    Conversation,
+    Feedback,
+    Preference,
+    Record,
+    Text,
+    record_from_json,
+    record_to_json,
+)
 from corral.template import Encoded
 from tests.data.conftest import write_examples
 
@@ -131,3 +140,74 @@ def test_every_kind_of_record_round_trips_through_json() -> None:
     ]
     for record in records:
         assert record_from_json({"key": "k", "source": "s", "index": 3} | record_to_json(record)) == record
+
+
+def mixed_examples(random: Random, count: int) -> list[Example]:
+    """Examples of two sources and all record types."""
+    asked = Conversation.from_turns(("user", "q"))
+    records: list[Record] = [
+        asked.add("assistant", "a"),
+        Preference(asked, "b", "w"),
+        Feedback(asked, "a", 1),
+        Text("t"),
+    ]
+    return [
+        Example(
+            f"{i:064x}",
+            random.choice("ab"),
+            i,
+            (Encoded((i, 7, 8), (False, True, i % 2 == 0)),),
+            random.choice(records),
+        )
+        for i in range(count)
+    ]
+
+
+@given(st.randoms(), st.integers(0, 40), st.sets(st.sampled_from("abc")), st.sets(st.sampled_from(RECORD_TYPES)))
+def test_a_selection_has_the_examples_of_its_sources_and_types_in_the_order_of_all(
+    tmp_path_factory: pytest.TempPathFactory,
+    random: Random,
+    count: int,
+    sources: set[str],
+    types: set[type[Record]],
+) -> None:
+    rows = write_examples(tmp_path_factory.mktemp("rows") / "side", mixed_examples(random, count), {0, 1}, repeat=2)
+    some = rows.select(sources, types)
+    chosen = [i for i, e in enumerate(rows) if e.source in sources and type(e.record) in types]
+    assert list(some) == [rows[i] for i in chosen]
+    for name in ("lengths", "trained_tokens", "fates"):
+        assert getattr(some, name).tolist() == getattr(rows, name)[chosen].tolist()
+    assert some.distinct_count == len(chosen) // 2
+    assert list(rows.select(sources).select(types=types)) == list(some)
+    assert list(rows.select()) == list(rows)
+
+
+def test_the_digest_is_that_of_content_and_order_and_not_of_names(tmp_path: Path) -> None:
+    examples = [example(i, Encoded((i, 7), (False, True))) for i in range(9)]
+    digest = write_examples(tmp_path / "side", examples).digest
+    moved = [replace(e, source="other", index=e.index + 70) for e in reversed(examples)]
+    assert write_examples(tmp_path / "moved", moved).digest == digest
+    changed = {
+        "key": replace(examples[3], key=f"{99:064x}"),
+        "record": replace(examples[3], record=Text("another")),
+        "ids": replace(examples[3], sequences=(Encoded((3, 8), (False, True)),)),
+        "mask": replace(examples[3], sequences=(Encoded((3, 7), (True, True)),)),
+        "sequences": replace(examples[3], sequences=(Encoded((3,), (False,)), Encoded((7,), (True,)))),
+    }
+    others = {
+        name: write_examples(tmp_path / name, [*examples[:3], one, *examples[4:]]).digest
+        for name, one in changed.items()
+    }
+    others |= {
+        "order": write_examples(tmp_path / "order", examples, seed=1).digest,
+        "repeats": write_examples(tmp_path / "repeats", examples, repeat=2).digest,
+        "fewer": write_examples(tmp_path / "fewer", examples[:8]).digest,
+    }
+    assert len({digest, *others.values()}) == 1 + len(others)
+
+
+def test_a_selection_has_the_digest_of_the_same_examples_stored_alone(tmp_path: Path) -> None:
+    examples = mixed_examples(Random(3), 40)
+    rows = write_examples(tmp_path / "all", examples, repeat=2)
+    alone = write_examples(tmp_path / "alone", [e for e in examples if e.source == "b"], repeat=2)
+    assert rows.select(["b"]).digest == alone.digest != rows.digest

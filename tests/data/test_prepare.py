@@ -4,6 +4,7 @@ import copy
 import json
 import random
 import re
+import shutil
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
@@ -19,11 +20,12 @@ from pyarrow import parquet
 from corral.data.ledger import FATES, FATES_WITH_REASON, USED_FATES
 from corral.data.mixture import SIDES
 from corral.data.prepare import Prepared, prepare
+from corral.data.row_store import RowStore
 from corral.errors import DataError, ModelError
 from corral.messages import Conversation, Text, record_key
 from corral.progress import Progress
 from corral.recipe import Data, Source, Split
-from corral.storage import tree_hashes
+from corral.storage import tree_hashes, write_json
 from corral.template import Template
 from tests.data.conftest import NONE_HELD_OUT, Listener, chat, chats, dialogue, source, start_script, write_rows
 
@@ -253,6 +255,59 @@ def test_a_missing_or_damaged_folder_is_refused_with_advice(prepared: Prepare, t
         with pytest.raises(DataError, match="is damaged") as caught:
             Prepared.open(stage)
     assert "run again" in str(caught.value.hint)
+
+
+def test_a_digest_depends_neither_on_names_and_places_nor_on_other_sources(prepared: Prepare, tmp_path: Path) -> None:
+    a, b = (write_rows(tmp_path / f"{name}.jsonl", chats(40, at)) for name, at in (("a", 0), ("b", 100)))
+    rows = prepared(source(a), source(b))
+    moved = tmp_path / "elsewhere" / "c.jsonl"
+    moved.parent.mkdir()
+    write_rows(moved, reversed(chats(40)))
+    renamed = prepared(source(b), source(moved, name="third"), cache=tmp_path / "other-cache", workers=1)
+    for side in SIDES:
+        assert renamed.digest(side) == rows.digest(side)
+        assert renamed.digest(side, ["third"]) == rows.digest(side, ["a"]) != rows.digest(side, ["b"])
+        assert rows.digest(side, ["a", "b"]) == rows.digest(side)
+    write_rows(b, chats(40, 200))
+    changed = prepared(source(a), source(b))
+    assert changed.digest("train") != rows.digest("train")
+    assert changed.digest("train", ["a"]) == rows.digest("train", ["a"])
+
+
+def test_the_split_has_a_seed_of_its_own(prepared: Prepare, template: Template, tmp_path: Path) -> None:
+    a = source(write_rows(tmp_path / "a.jsonl", chats(60)), rows=40)
+    rows, data = prepared(a, seed=3), Data(sources=(a,), split=Split(validation=0.2, test=0.2))
+
+    def prepare_with(seed: int, split_seed: int) -> dict[str, str]:
+        folder = tmp_path / f"{seed}-{split_seed}"
+        folder.mkdir()
+        return sides_of(prepare(data, template, folder, seed, split_seed=split_seed, cache=tmp_path / "cache"))
+
+    same, resplit, rechosen = prepare_with(3, 3), prepare_with(3, 4), prepare_with(4, 3)
+    assert same == sides_of(rows)
+    assert resplit.keys() == same.keys()
+    assert resplit != same
+    assert rechosen.keys() != same.keys()
+
+
+def test_rows_that_were_stored_without_digests_have_the_same_ones(prepared: Prepare, tmp_path: Path) -> None:
+    rows = prepared(
+        source(write_rows(tmp_path / "a.jsonl", chats(40))),
+        source(write_rows(tmp_path / "b.jsonl", [{"text": "so it was"}])),
+    )
+    rows_folder = rows.folder / "rows"
+    digests = [rows.digest(side, sources) for side in SIDES for sources in (None, ["b"])]
+    for store in (RowStore(rows_folder / side / "examples") for side in SIDES):
+        parts = list(store.read(store.positions))
+        shutil.rmtree(store.folder)
+        for positions, batch in parts:
+            kept = [name for name in batch.schema.names if name not in ("position", "type", "digest")]
+            store.save(positions, {name: batch[name] for name in kept})
+    meta = json.loads((rows_folder / "prepared.json").read_text())
+    write_json(rows_folder / "prepared.json", meta | {"version": 5})
+    old = Prepared.open(rows.folder)
+    assert [old.digest(side, sources) for side in SIDES for sources in (None, ["b"])] == digests
+    assert list(old.train.select(["a"], [Conversation])) == list(rows.train.select(["a"]))
 
 
 @pytest.mark.parametrize("where", ["cache", "stage"])

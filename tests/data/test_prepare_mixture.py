@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from pyarrow import parquet
 
-from corral.data.prepare import Prepared
+from corral.data.prepare import Prepared, prepare
 from corral.errors import DataError, GateError
 from corral.messages import Conversation
-from corral.recipe import Split
+from corral.recipe import Data, Split
 from corral.template import Template
 from tests.data.conftest import NONE_HELD_OUT, chat, chats, prose, source, write_rows
 
@@ -234,3 +234,13 @@ def test_the_ledger_names_the_format_and_why_it_was_taken(prepared: Prepare, tmp
     assert entry["format"] == "messages"
     assert "messages" in entry["why"]
     assert entry["trained_tokens"] > 0
+
+
+def test_each_mixture_has_its_own_proportions(template: Template, tmp_path: Path) -> None:
+    sources = [
+        source(write_rows(tmp_path / f"{name}.jsonl", chats(20, 100 * i)), weight=weight)
+        for i, (name, weight) in enumerate({"a": 2, "b": 1, "c": 8, "d": 1}.items())
+    ]
+    data = Data(sources=tuple(sources), split=NONE_HELD_OUT)
+    rows = prepare(data, template, tmp_path, 0, mixtures=[("a", "b"), ("c", "d")], cache=tmp_path / "cache").train
+    assert {name: len(rows.select([name])) for name in "abcd"} == {"a": 20, "b": 10, "c": 20, "d": 3}

@@ -48,3 +48,50 @@ def test_a_source_with_a_side_takes_the_place_of_the_share_of_the_others() -> No
 def test_a_stage_names_only_sources_that_there_are() -> None:
     with pytest.raises(RecipeError, match=r"names 'b.jsonl': the sources are a.jsonl, t.jsonl"):
         parse(f'{STAGES}sources = ["b.jsonl"]', where="test")
+
+
+def with_stages(*stages: list[str] | None, weights: tuple[float | None, ...] = (None,) * 3) -> str:
+    sources = "".join(
+        f'[[data.sources]]\npath = "{name}"\n' + (f"weight = {weight}\n" if weight else "")
+        for name, weight in zip("abc", weights, strict=True)
+    )
+    tables = "".join("[[train]]\n" + (f"sources = {names}\n" if names else "") for names in stages)
+    return f'name = "mixed"\n[model]\nbase = "m"\n{sources}{tables}'
+
+
+def test_sources_that_are_trained_on_together_are_one_mixture() -> None:
+    def mixtures(*stages: list[str] | None) -> tuple[tuple[str, ...], ...]:
+        return parse(with_stages(*stages), where="test").mixtures
+
+    assert mixtures(None) == mixtures(None, ["c", "a", "b"]) == (("a", "b", "c"),)
+    assert mixtures(["b"], ["c", "a"]) == (("b",), ("a", "c"))
+
+
+def test_a_source_that_no_stage_uses_is_refused_unless_it_is_held_out() -> None:
+    with pytest.raises(RecipeError, match=r"no training stage uses the source 'b': name it in `train.sources`"):
+        parse(with_stages(["a"], ["c"]), where="test")
+    (held_out, _) = parse(
+        f'{STAGES}sources = ["a.jsonl"]'.replace("seed = 3", 'sources = ["a.jsonl"]'), where="t"
+    ).train
+    assert held_out.sources == ("a.jsonl",)
+
+
+def test_stages_that_share_weighted_sources_train_on_the_same_ones() -> None:
+    for stages in ([["a", "b"], ["b", "a"], ["c"]], [["a"], ["b"], ["c"]], [None, None]):
+        parse(with_stages(*stages, weights=(1, 2, 3)), where="test")
+    parse(with_stages(["a", "b"], None), where="test")
+    with pytest.raises(RecipeError, match="two training stages mix 'a' with different sources"):
+        parse(with_stages(["a", "b"], None, weights=(1, 2, 3)), where="test")
+
+
+@pytest.mark.parametrize("setting", ["weight = 2.0", "repeat = 2"])
+def test_held_out_rows_have_neither_weight_nor_repeat(setting: str) -> None:
+    with pytest.raises(RecipeError, match=r"is for rows to train on, and `side` = \"test\" holds them out: remove one"):
+        parse(STAGES.replace('side = "test"', f'side = "test"\n{setting}'), where="test")
+
+
+def test_weights_are_given_to_all_sources_that_are_trained_on_or_to_none() -> None:
+    weighted = STAGES.replace('path = "a.jsonl"', 'path = "a.jsonl"\nweight = 2.0')
+    assert parse(weighted, where="test").data.sources[0].weight == 2
+    with pytest.raises(RecipeError, match=r"'a.jsonl' has a `weight` and 'c' has none"):
+        parse(weighted.replace("[[train]]", '[[data.sources]]\npath = "c"\n[[train]]', 1), where="test")

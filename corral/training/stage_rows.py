@@ -1,0 +1,85 @@
+"""The rows of one training stage: of the sources that it names, and of the record types that its objective takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from corral.errors import DataError
+from corral.messages import RECORD_TYPES, Conversation, Feedback, Preference, Record, Text
+from corral.training.objectives import OBJECTIVES
+
+if TYPE_CHECKING:
+    from corral.data.example_store import ExampleStore
+    from corral.data.prepare import Prepared
+    from corral.recipe import Train
+
+_CONTENT: dict[type[Record], str] = {
+    Conversation: "a conversation",
+    Preference: "a better and a worse answer",
+    Feedback: "an answer with a score",
+    Text: "a document",
+}
+
+
+@dataclass(frozen=True)
+class StageRows:
+    """The rows that a stage trains on, and those that it is evaluated on."""
+
+    train: ExampleStore
+    validation: ExampleStore
+
+    @classmethod
+    def select(cls, prepared: Prepared, stage: Train, number: int) -> StageRows:
+        """The rows of training stage `number` (from 1). Raises DataError if there are none to train on."""
+        takes = OBJECTIVES[stage.objective].takes
+        train, validation = (side.select(stage.sources, takes) for side in (prepared.train, prepared.validation))
+        if not len(train):
+            place = "" if stage.sources is None else f" in {', '.join(stage.sources)}"
+            raise DataError(
+                f"training stage {number} has no row to train on: `{stage.objective}` takes {_contents(takes)}, and there is "
+                f"none on the training side{place}",
+                where=f"train.{number - 1}",
+                hint="name other sources in its `sources`, or give them a `format` that makes such rows; the ledger says "
+                "what became of every row",
+            )
+        return cls(train, validation)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row, those for validation included."""
+        return [*self.train.lengths.tolist(), *self.validation.lengths.tolist()]
+
+    @property
+    def digest(self) -> str:
+        """What training on these rows depends on: both sides' content, in order."""
+        return f"{self.train.digest} {self.validation.digest}"
+
+
+def check_rows_taken(prepared: Prepared, stages: Sequence[Train]) -> None:
+    """Raises DataError if no stage takes some row on the training side, or a stage has none to train on."""
+    for kind in RECORD_TYPES:
+        takers = [stage for stage in stages if kind in OBJECTIVES[stage.objective].takes]
+        if any(stage.sources is None for stage in takers):
+            continue
+        named = {label for stage in takers for label in stage.sources or ()}
+        rows = prepared.train.select(types=[kind])
+        if len(rows) > len(rows.select(named)):
+            row = next(row for row in rows if row.source not in named)
+            taken = "; ".join(f"`{name}` takes {_contents(OBJECTIVES[name].takes)}" for name in _objectives(stages))
+            raise DataError(
+                f"row {row.index} holds {_CONTENT[kind]}, and no training stage takes it: {taken}",
+                where=row.source,
+                hint='give the source a format that makes conversations of its rows (for HH data, format = "hh-rlhf")',
+            )
+    for number, stage in enumerate(stages, 1):
+        StageRows.select(prepared, stage, number)
+
+
+def _objectives(stages: Sequence[Train]) -> list[str]:
+    return list(dict.fromkeys(stage.objective for stage in stages))
+
+
+def _contents(types: Sequence[type[Record]]) -> str:
+    return " or ".join(_CONTENT[each] for each in types)
