@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,32 +25,71 @@ def start(target: Callable[..., None], *arguments: Any) -> Any:
     return process
 
 
-def corral(
-    *args: object,
-    cwd: Path | None = None,
-    env: Mapping[str, str] | None = None,
-    input: str = "",  # noqa: A002
-) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a forked process, with streams, folder and environment of its own."""
-    words = [str(arg) for arg in args]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "stdin").write_text(input, "utf-8")
-        process = start(_main, words, folder, cwd or Path.cwd(), dict(env or os.environ))
-        process.join()
-        output, errors = ((folder / stream).read_text("utf-8") for stream in ("stdout", "stderr"))
-    return subprocess.CompletedProcess(["corral", *words], process.exitcode, output, errors)
+class Forked:
+    """A forked process with streams, folder and environment of its own, which calls a function of a module."""
+
+    def __init__(
+        self,
+        target: Callable[..., Any],
+        *arguments: Any,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        input: str = "",  # noqa: A002
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        streams = Path(self._folder.name)
+        (streams / "stdin").write_text(input, "utf-8")
+        self._errors = streams / "stderr"
+        self._output = streams / "stdout"
+        self._process = start(
+            _call, target, arguments, streams, cwd or Path.cwd(), dict(os.environ if env is None else env)
+        )
+
+    @property
+    def errors(self) -> str:
+        """What it wrote to standard error so far."""
+        return self._errors.read_text("utf-8") if self._errors.exists() else ""
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.exitcode is None
+
+    def send_signal(self, number: signal.Signals) -> None:
+        os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        """End it by `kill -9`, unless it has ended."""
+        self._process.kill()
+
+    def finish(self) -> subprocess.CompletedProcess[str]:
+        """Wait for its end. The exit code of one that a signal ended is minus the signal's number."""
+        self._process.join()
+        return subprocess.CompletedProcess([], self._process.exitcode, self._output.read_text("utf-8"), self.errors)
 
 
-def _main(words: list[str], streams: Path, cwd: Path, env: Mapping[str, str]) -> None:
+def start_corral(*args: object, **settings: Any) -> Forked:
+    """Start the command line; for the settings see `Forked`."""
+    return Forked(_main, [str(arg) for arg in args], **settings)
+
+
+def corral(*args: object, **settings: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end; for the settings see `Forked`."""
+    return start_corral(*args, **settings).finish()
+
+
+def _call(target: Callable[..., Any], arguments: Any, streams: Path, cwd: Path, env: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
     sys.stdin = (streams / "stdin").open(encoding="utf-8")
-    for stream, name in ((sys.stdout, "stdout"), (sys.stderr, "stderr")):
-        with (streams / name).open("wb") as file:
+    for stream in (sys.stdout, sys.stderr):
+        with (streams / ("stdout" if stream is sys.stdout else "stderr")).open("wb") as file:
             os.dup2(file.fileno(), stream.fileno())
+    sys.exit(target(*arguments))
+
+
+def _main(words: list[str]) -> int:
     from corral.cli import main
 
     sys.argv = ["corral", *words]
-    sys.exit(main())
+    return main()

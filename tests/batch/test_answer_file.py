@@ -191,6 +191,7 @@ print(most - before)
 """
 
 
+@pytest.mark.full
 def test_ten_thousand_long_rows_take_no_more_memory_than_a_few(make_batch: Callable[..., Batch]) -> None:
     filler = "word " * 1000  # 5 kB a row, 50 MB in all
     # Questions over again: a template remembers new words up to a bound of its own, which is not what is measured here.

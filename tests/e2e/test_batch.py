@@ -7,8 +7,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import pytest
 from corral.cli import main, parser
 from tests.batch.work import finished_rows, question, read_rows, write_prompts
 from tests.e2e.conftest import fail, succeed
+from tests.forked import start_corral
 
 DOCS = (Path(__file__).parent.parent.parent / "docs/batch.md").read_text("utf-8")
 ENGINE = ("--engine", "transformers")
@@ -48,23 +47,23 @@ def test_killed_and_repeated_it_writes_the_answers_of_an_uninterrupted_run(tiny_
     # Sampled at random, one row in hundreds differs by rounding when it is batched with other rows; greedily none here.
     common = (*ENGINE, "--max-tokens", 24, "--temperature", 0)
     succeed("batch", tiny_folder, path, "--out", tmp_path / "whole.jsonl", *common)
-    command = [sys.executable, "-m", "corral", "batch", tiny_folder, path, "--out", tmp_path / "a.jsonl", *common]
     out = tmp_path / "a.jsonl"
+    command = ("batch", tiny_folder, path, "--out", out, *common)
     for number in (signal.SIGKILL, signal.SIGTERM):
-        running = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
+        running = start_corral(*command)
         before = finished_rows(out)
         while finished_rows(out) <= before:
-            assert running.poll() is None
+            assert running.is_running, running.errors
             time.sleep(0.01)
         running.send_signal(number)
-        _, error = running.communicate()
-        assert running.returncode in (-number, 128 + number), error
+        done = running.finish()
+        assert done.returncode in (-number, 128 + number), done.stderr
         if number == signal.SIGTERM:
-            assert "the same command goes on" in error
-    assert "rows are done already" in succeed(*command[3:]).stderr
-    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert "already done" in succeed(*command[3:]).stdout
-    fail(2, ["seed = 0 there, 5 here"], *command[3:], "--seed", 5)
+            assert "the same command goes on" in done.stderr
+    assert "rows are done already" in succeed(*command).stderr
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert "already done" in succeed(*command).stdout
+    fail(2, ["max_tokens = 24 there, 5 here"], *command, "--max-tokens", 5)
 
 
 CASES: dict[str, tuple[str, tuple[object, ...], list[str]]] = {

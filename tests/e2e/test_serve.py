@@ -9,8 +9,7 @@ import re
 import shlex
 import signal
 import socket
-import subprocess
-import sys
+import time
 import urllib.request
 from collections.abc import Generator
 from pathlib import Path
@@ -26,6 +25,7 @@ from corral.engines.base import Sampling
 from corral.messages import Conversation
 from tests.conftest import run_python
 from tests.e2e.conftest import fail
+from tests.forked import Forked, start_corral
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = (ROOT / "docs/serving.md").read_text("utf-8")
@@ -33,21 +33,17 @@ README = (ROOT / "README.md").read_text("utf-8")
 
 
 @contextlib.contextmanager
-def serving(*args: object) -> Generator[tuple[str, subprocess.Popen[str]]]:
+def serving(*args: object) -> Generator[tuple[str, Forked]]:
     """Start a server on a free port; yields its output up to its address, and the process."""
-    command = [sys.executable, "-m", "corral", "serve", *map(str, args), "--port", "0", "--engine", "transformers"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = start_corral("serve", *args, "--port", "0", "--engine", "transformers")
     try:
-        assert process.stderr
-        output = ""
-        while "try: curl" not in output:
-            line = process.stderr.readline()
-            assert line, f"it ended before it served: {output}"
-            output += line
-        yield output, process
+        while not re.search("try: curl .*\n", process.errors):
+            assert process.is_running, f"it ended before it served: {process.errors}"
+            time.sleep(0.02)
+        yield process.errors, process
     finally:
         process.kill()
-        process.communicate()
+        process.finish()
 
 
 def address(output: str) -> str:
@@ -144,10 +140,10 @@ def test_a_signal_lets_answers_finish_and_sets_the_exit_code(
         process.send_signal(number)
         chunks += list(stream)
         assert chunks[-1].choices[0].finish_reason
-        stdout, error = process.communicate(timeout=60)
-        assert process.returncode == code, error
-        assert "Traceback" not in error
-        assert stdout == ""
+        done = process.finish()
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+        assert done.stdout == ""
         client.close()
 
 

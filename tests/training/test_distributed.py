@@ -10,8 +10,6 @@ import pickle
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +22,9 @@ from corral.errors import TrainingError
 from corral.training import sharding
 from corral.training.distributed import World, world_from_environment
 from corral.training.loop import Trainer
+from tests.forked import Forked
 from tests.training.tiny import make_tiny_trainer, read_metrics, run_until
 
-ROOT = Path(__file__).parent.parent.parent
 # With packs of 110 tokens the two shares of a step make unequal numbers of passes.
 SETTINGS: dict[str, Any] = {"steps": 8, "pack_length": 110}
 SHARDED: dict[str, Any] = {**SETTINGS, "sharding": "full"}
@@ -133,20 +131,9 @@ def launch(rows_file: Path, folder: Path) -> list[tuple[int, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = "from pathlib import Path; from tests.training.test_distributed import work; "
-    code += f"work(Path({str(rows_file)!r}), Path({str(folder)!r}))"
-    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            env={**environment, "RANK": str(rank), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    return [(process.returncode, error) for process in started for error in [process.communicate()[1]]]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    started = [Forked(work, rows_file, folder, env={**os.environ, **world, "RANK": str(rank)}) for rank in range(2)]
+    return [(done.returncode, done.stderr) for done in [process.finish() for process in started]]
 
 
 @pytest.fixture(scope="module")
