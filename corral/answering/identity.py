@@ -40,7 +40,6 @@ class AnswerIdentity:
         weights: identifies the weights: a hash of them, or the fingerprint of the stage that trained them.
         template: sha256 of the saved chat template, which holds the default system prompt.
         tokenizer: sha256 of the tokenizer.
-        encoding: sha256 of all that token ids and mask depend on.
         engine: its name.
         dtype: None where endpoints compute.
         device: a circumstance.
@@ -54,7 +53,6 @@ class AnswerIdentity:
     weights: str
     template: str
     tokenizer: str
-    encoding: str
     engine: str
     dtype: str | None
     device: str | None = None
@@ -81,7 +79,7 @@ class AnswerIdentity:
     def digest(self) -> str:
         """A short hash of all that decides the answer."""
         decisive = {name: value for name, value in self.conditions().items() if name not in CIRCUMSTANCES}
-        return _sha256(json.dumps([_VERSION, self.encoding, decisive], sort_keys=True))[:16]
+        return _sha256(json.dumps([_VERSION, decisive], sort_keys=True))[:16]
 
     def conditions(self) -> dict[str, Any]:
         """All of it as JSON values that can be compared one by one; what has no effect is left out."""
@@ -114,9 +112,7 @@ def identify_model(
 ) -> AnswerIdentity:
     """The identity of the likelihoods of a model in an engine; `AnswerIdentity.asked` adds how it is asked."""
     tokenizer = _sha256(template.tokenizer.backend_tokenizer.to_str())
-    return AnswerIdentity(
-        weights, template.digest, tokenizer, template.fingerprint, engine, dtype, device, tuple(endpoints)
-    )
+    return AnswerIdentity(weights, template.digest, tokenizer, engine, dtype, device, tuple(endpoints))
 
 
 def weights_identity(files: ModelFiles) -> str:

@@ -117,6 +117,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=local_path, help="the run directory (default: runs/NAME, or runs/NAME-small)")
     small = "try the recipe in minutes: with the starter model, a few made-up rows for each source and a few steps"
     sub.add_argument("--small", action="store_true", help=small)
+    redo = "run this stage again in any case, and what depends on it; can be repeated"
+    sub.add_argument("--redo", action="append", default=[], metavar="STAGE", help=redo)
     profile = "profile some training steps: prints a table and writes a trace to the stage's folder"
     sub.add_argument("--profile", action="store_true", help=profile)
     sub = verb("plan", run_commands.plan, "corral plan recipes/quickstart.toml --device t4", settings=True)
@@ -139,6 +141,8 @@ def parser() -> argparse.ArgumentParser:
         "evaluate", run_commands.evaluate, "corral evaluate runs/quickstart --set evaluate.loss_rows=500", settings=True
     )
     sub.add_argument("run", help="a run directory")
+    test = "rows to evaluate on as they are, in place of the run's test rows: sets evaluate.test.path"
+    sub.add_argument("--test", metavar="FILE", help=test)
     sub = verb("compare", run_commands.compare, "corral compare runs/short runs/quickstart")
     sub.add_argument("a", help="a run directory, or RUN:VARIANT (default: the tuned model)")
     sub.add_argument("b", help="the other one; differences are a − b")

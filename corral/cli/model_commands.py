@@ -60,9 +60,7 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
         if form is not None:
             recipe = recipe.with_export(form.target, form.type)
         execute_recipe(recipe, path, args, allowed=("export", "report"))
-        from corral.pipeline.export_stage import requested_forms
-
-        paths = [str(each.path(path / "export")) for each in requested_forms(recipe)]
+        paths = [str(each.path(path / "export")) for each in recipe.export_forms]
         if not paths:
             raise InputError("the recipe of this run names no format", where=args.model, hint="add --to gguf")
     else:

@@ -88,9 +88,9 @@ def _run(args: argparse.Namespace, world: World) -> dict[str, Any]:
         recipe = shrink_recipe(recipe, out / ".corral-small-rows")
     if is_run(out):
         recipe = recipe.with_exports(Run(out).recipe.export)  # what `corral export` added stays
-    result = execute_recipe(recipe, out, args, world=world, profile=args.profile)
+    result = execute_recipe(recipe, out, args, world=world, profile=args.profile, redo=args.redo)
     _print_scorecard(out)
-    print(f"model   {out / 'merge' / 'model'}")
+    print(f"model   {Run(out).model}")
     print(f"report  {out / 'report' / 'index.html'}")
     for exported in sorted((out / "export").glob("*.gguf")) + sorted((out / "export").glob("openvino-*")):
         print(f"export  {exported}")
@@ -193,7 +193,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
                 where="--set",
                 hint="use `corral run RECIPE --set …` instead",
             )
-    recipe = parse(text, where=str(out / "recipe.toml"), overrides=args.set)
+    test = [] if args.test is None else [f"evaluate.test.path={args.test}"]
+    recipe = parse(text, where=str(out / "recipe.toml"), base=Path(), overrides=[*test, *args.set])
     execute_recipe(recipe, out, args, allowed=("export", "evaluate", "report"))
     _print_scorecard(out)
     return json.loads((out / "evaluate" / "scorecard.json").read_text("utf-8"))

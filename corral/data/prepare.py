@@ -94,6 +94,11 @@ class Prepared:
         return (rows if sources is None else rows.select(sources)).digest
 
     @property
+    def labels(self) -> list[str]:
+        """The labels of the sources, in the order of the recipe that the rows were prepared for."""
+        return list(self.ledger["sources"])
+
+    @property
     def ledger(self) -> dict[str, Any]:
         """The ledger's JSON form."""
         return json.loads((self.folder / "ledger.json").read_text("utf-8"))

@@ -97,7 +97,7 @@ def write_gguf(
         StorageError: if the disk is full or `path` cannot be written.
     """
     check_folder(folder)
-    config = _config(folder)
+    config = check_config(folder)
     with ExitStack() as stack:
         weights = _weights(folder, config, stack)
         embedding = next(w for w in weights if w.name == "token_embd.weight")
@@ -146,7 +146,8 @@ def permute_rotary_rows(rows: NDArray[np.float32], head_dim: int) -> NDArray[np.
     return rows.reshape(heads, 2, head_dim // 2, -1).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _config(folder: Path) -> Any:
+def check_config(folder: Path) -> Any:
+    """The config of a model folder. Raises: ModelError (it says what a GGUF file of the llama architecture cannot)."""
     config: Any = read_config(folder)
     rope: dict[str, Any] = config.rope_parameters
     checks = (

@@ -65,7 +65,7 @@ def find_model_folder(spec: str) -> Path:
     """The model folder of a run directory, or of any model spec. Raises: RunError, ModelError, AssetError."""
     path = Path(spec)
     if is_run(path):
-        return Run(path).merged_model
+        return Run(path).model
     return path if (path / OPENVINO_MODEL).is_file() else resolve_model(spec).folder
 
 

@@ -187,13 +187,7 @@ class _Graph:
     def __init__(
         self, folder: Path, precision: Precision, read: Callable[[str], Any], progress: Callable[[int, int], None]
     ) -> None:
-        self.config: Any = read_config(folder)
-        if self.config.hidden_act not in ("silu", "swish"):
-            raise ModelError(
-                f"the activation is {self.config.hidden_act!r}; OpenVINO's form is written for Llama's own, 'silu'",
-                where=str(folder / "config.json"),
-                hint='evaluate and serve this model with engine = "transformers"',
-            )
+        self.config = check_config(folder)
         self.folder = folder
         self.precision: Precision = precision
         self._read = read
@@ -202,7 +196,9 @@ class _Graph:
         self.head_size: int = getattr(self.config, "head_dim", None) or (
             self.config.hidden_size // self.config.num_attention_heads
         )
-        self.frequencies, self.amplitude = _rope(self.config, folder)
+        rope = LlamaRotaryEmbedding(self.config)
+        # Inverse frequencies [head size / 2] and the factor on cosine and sine, as transformers computes them.
+        self.frequencies, self.amplitude = rope.inv_freq.float().numpy(), float(rope.attention_scaling)
         self.sinks: list[Any] = []
 
     def model(self) -> Any:
@@ -362,13 +358,15 @@ def _const(value: Any, kind: str = "i64") -> Any:
     return op.constant(np.asarray(value), dtype=getattr(ov.Type, kind))
 
 
-def _rope(config: Any, folder: Path) -> tuple[Any, float]:
-    """Inverse frequencies [head size / 2] and the factor on cosine and sine, as transformers computes them."""
-    rule = LlamaRotaryEmbedding(config)
-    if rule.rope_type not in _STATIC_ROPE:
-        raise ModelError(
-            f"the rotary embedding is of type {rule.rope_type!r}, whose frequencies change with the length of the text",
-            where=str(folder / "config.json"),
-            hint='evaluate and serve this model with engine = "transformers"',
-        )
-    return rule.inv_freq.float().numpy(), float(rule.attention_scaling)
+def check_config(folder: Path) -> Any:
+    """The config of a model folder. Raises: ModelError (it says what OpenVINO's form cannot)."""
+    config: Any = read_config(folder)
+    fault = None
+    if config.hidden_act not in ("silu", "swish"):
+        fault = f"the activation is {config.hidden_act!r}; OpenVINO's form is written for Llama's own, 'silu'"
+    if (kind := config.rope_parameters.get("rope_type", "default")) not in _STATIC_ROPE:
+        fault = f"the rotary embedding is of type {kind!r}, whose frequencies change with the length of the text"
+    if fault is not None:
+        hint = 'evaluate and serve this model with engine = "transformers"'
+        raise ModelError(fault, where=str(folder / "config.json"), hint=hint)
+    return config

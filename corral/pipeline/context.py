@@ -1,26 +1,60 @@
-"""What the stages of one run share: the run, its recipe, progress, and the base model, loaded when first needed."""
+"""The face of a stage, and what the stages of one run share: the run, its recipe, progress, and the base model."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from corral.data.prepare import Prepared
+from corral.errors import CorralError, RunError
 from corral.interrupts import Interrupts
 from corral.model.device import Placement, choose_device
-from corral.model.loading import resolve_model
+from corral.model.loading import load_template, resolve_model
 from corral.model.naming import ModelFiles, find_adapter_to_train
 from corral.progress import Progress
 from corral.recipe import Recipe
 from corral.run.directory import Run
+from corral.run.promotion import MERGED_FOLDER
+from corral.run.stage_record import StageFolder
 from corral.training.distributed import World
 
 if TYPE_CHECKING:
     from corral.model.adapter_files import AdapterFiles
     from corral.model.loading import ModelSource
     from corral.template import Template
+
+
+class Stage(Protocol):
+    """A stage of a recipe's pipeline. The pipeline asks each for these, in the order of the stages."""
+
+    @property
+    def name(self) -> str:
+        """Its name, and that of its folder in the run."""
+        ...
+
+    def needs(self) -> int:
+        """Check what must be there before anything long begins. Returns: bytes that the stage will write, about.
+
+        Raises: CorralError (something is missing, or the stage cannot do what the recipe asks).
+        """
+        ...
+
+    def inputs(self, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+        """Everything that its content depends on, as JSON values and `Settings`.
+
+        Args:
+            fingerprints: of the stages before it. Those that it depends on are the input `stages`.
+        """
+        ...
+
+    def run(self, folder: StageFolder) -> None:
+        """Do its work in its folder, or what is missing of it. Raises: CorralError, KeyboardInterrupt."""
+        ...
 
 
 @dataclass
@@ -47,6 +81,23 @@ class RunContext:
             self.progress.stop()
 
     @cached_property
+    def base_identity(self) -> str:
+        """Hash of the base model: as the run recorded it, if the recipe names the same one (a folder by its last part, as it
+        may lie elsewhere) and there is no folder here to look at; a finished run needs no base model."""
+        spec, recorded = self.recipe.model.base, self.recorded_model
+        if recorded and not Path(spec).exists() and Path(spec).name == Path(recorded["spec"]).name:
+            return recorded["identity"]
+        return self.base.identity
+
+    @cached_property
+    def recorded_model(self) -> Mapping[str, str]:
+        """`spec`, `identity` and `template` of the base model as the lineage of the run has them; empty if it has none yet."""
+        try:
+            return json.loads((self.run.path / "lineage.json").read_text("utf-8"))["model"]
+        except (OSError, ValueError, KeyError):
+            return {}
+
+    @cached_property
     def adapter(self) -> AdapterFiles | None:
         """The adapter that the first training stage trains further. Raises: ModelError, as `find_adapter_to_train`."""
         spec, train = self.recipe.model.adapter, self.recipe.train
@@ -54,9 +105,19 @@ class RunContext:
 
     @cached_property
     def template(self) -> Template:
-        """The recipe's chat template, with the tokenizer of the adapter or of the base model."""
-        model, adapter = self.recipe.model, self.adapter and self.adapter.folder
-        return ModelFiles(self.base.folder, adapter, model.template, model.template_variables).load_template()
+        """The recipe's chat template, with the tokenizer of the adapter or of the base model; where the base model cannot be
+        had, as a finished run saved it with its own model."""
+        model = self.recipe.model
+        try:
+            adapter = self.adapter and self.adapter.folder
+            return ModelFiles(self.base.folder, adapter, model.template, model.template_variables).load_template()
+        except CorralError as error:
+            try:
+                template = load_template(self.run.model)
+            except CorralError:
+                raise error from None
+            self.progress.say(f"the base model is not here: the template is that of the run's model ({error.what})")
+            return template
 
     @cached_property
     def placement(self) -> Placement:
@@ -71,13 +132,16 @@ class RunContext:
         """The prepared rows."""
         return Prepared.open(self.run.path / "prepare")
 
-    def stage_base(self, number: int) -> Path:
-        """The folder of the model that training stage `number` (from 1) starts from."""
-        return (
-            self.base.folder if number == 1 else self.run.path / training_stage_name(self.recipe, number - 1) / "merged"
-        )
+    @property
+    def config_folder(self) -> Path:
+        """A folder with the `config.json` that all models of the run share: of the run's model if it has one of this base."""
+        with contextlib.suppress(RunError):
+            if self.recorded_model.get("identity") == self.base_identity:
+                return self.run.model
+        return self.base.folder
 
-
-def training_stage_name(recipe: Recipe, number: int) -> str:
-    """The name and directory of training stage `number`, from 1."""
-    return f"train-{number}-{recipe.train[number - 1].objective}"
+    def model_of_stage(self, number: int) -> Path:
+        """The folder of the model that training stage `number` leaves; 0: the base model."""
+        if number == 0:
+            return self.base.folder
+        return self.run.path / self.recipe.stage_names[number - 1] / MERGED_FOLDER

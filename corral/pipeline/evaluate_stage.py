@@ -12,8 +12,9 @@ from corral.answering.answerer import Answerer
 from corral.answering.examples import training_examples
 from corral.answering.identity import AnswerIdentity, examples_digest, identify_model
 from corral.answering.sync import SyncAnswerer
+from corral.data.sources import hash_source
 from corral.engines.registry import default_engine, load_engine
-from corral.errors import InputError
+from corral.errors import InputError, require
 from corral.evaluation import scorecard, tasks
 from corral.evaluation.inference import Item
 from corral.evaluation.measurements import EvaluationData, Measurements, VariantSpec
@@ -23,11 +24,12 @@ from corral.model.device import choose_device
 from corral.model.loading import load_template
 from corral.model.naming import find_model_folder
 from corral.pipeline.context import RunContext
-from corral.recipe import Recipe
+from corral.recipe import Answer
 from corral.recipe.evaluate import BUILT_IN_VARIANTS
 from corral.run.directory import Run
-from corral.run.stage_record import Stage, read_fingerprint, read_record
+from corral.run.stage_record import Settings, StageFolder, read_fingerprint
 from corral.storage import write_atomic
+from corral.training.disk_estimate import OTHER_FILES, check_context
 
 if TYPE_CHECKING:
     from corral.engines.registry import LocalEngine
@@ -40,115 +42,167 @@ BASELINE = "base"
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """A model in an engine; variants that differ only in how it is asked share it."""
+    """A model in an engine; variants that differ only in how it is asked share it.
+
+    Args:
+        number: of the training stage that made it; 0: the base model.
+        form: its exported form, if that is evaluated.
+    """
 
     name: str
-    """`base`, `tuned`, or a form of the tuned model."""
+    number: int
     form: ExportForm | None
     engine: LocalEngine
 
 
-def evaluate(context: RunContext, stage: Stage) -> None:
-    """Measure all variants on test rows and public questions, and write the scorecard.
+@dataclass(frozen=True)
+class EvaluateStage:
+    """Measures the base model, the tuned one and their variants, and compares them."""
 
-    Raises:
-        CorralError: a variant cannot be loaded or asked; what was measured before is kept.
-    """
-    config, data = context.recipe.evaluate, _evaluation_data(context)
-    variants_by_model = _variants_by_model(context)
-    all_variants = [variant for variants in variants_by_model.values() for variant in variants]
-    measurements = Measurements(stage.path)
-    for old in sorted((context.run.path / "superseded").glob("evaluate-*")):
-        if old.name != "evaluate-damaged":
-            measurements.reuse_rows(old, all_variants, data)
-    for model, same_model in variants_by_model.items():
-        missing = [variant for variant in same_model if not measurements.is_complete(variant, data)]
-        if missing:
-            _measure(context, model, missing, measurements, data)
-    measurements.finish(all_variants, data)
-    variants = {variant.name: variant for variant in all_variants}
-    card = scorecard.build_scorecard(
-        {
-            name: replace(measurements.variant_rows(name), conditions=variants[name].conditions(data.tasks))
-            for name in (*BUILT_IN_VARIANTS, *(v.name for v in config.variants))
-        },
-        baseline=BASELINE,
-        compared_with={variant.name: variant.compared_with for variant in config.variants},
-        seed=context.recipe.seed,
-        primary=config.primary,
-    )
-    write_atomic(stage.path / SCORECARD, card.to_json())
+    context: RunContext
+    name = "evaluate"
 
+    @property
+    def engine(self) -> LocalEngine:
+        """The engine that evaluates; `auto` is resolved for this machine."""
+        requested = self.context.recipe.evaluate.engine
+        return default_engine(self.context.placement.device) if requested == "auto" else requested
 
-def _variants_by_model(context: RunContext) -> dict[_Model, list[VariantSpec]]:
-    """The variants by their model, so that each model is loaded once."""
-    recipe, default = context.recipe, evaluation_engine(context)
-    specs = [(name, _Model(name, None, default), recipe.answer) for name in BUILT_IN_VARIANTS]
-    for variant in recipe.evaluate.variants:
-        own = "openvino" if variant.form is not None and variant.form.target == "openvino" else default
-        model = _Model(variant.model, variant.form, variant.engine or own)
-        specs.append((variant.name, model, variant.answer_settings(recipe.answer)))
-    by_model: dict[_Model, list[VariantSpec]] = {}
-    for name, model, settings in specs:
-        variants = by_model.setdefault(model, [])
-        seed = recipe.seed if settings.seed is None else settings.seed
-        examples = examples_digest(settings.shots, lambda: _fingerprint(context, "prepare"))
-        identity = _model_identity(context, model).asked(settings, seed, examples)
-        variants.append(VariantSpec(name, identity, with_loss=not variants))
-    return by_model
+    def needs(self) -> int:
+        """The packages of its engines, and room for an answer. Raises: MissingExtraError, InputError."""
+        recipe = self.context.recipe
+        engines = {model.engine for model, _ in self._settings_by_model()}
+        if "openvino" in engines:
+            require("openvino_genai", "openvino")
+            require("openvino_tokenizers", "openvino")
+        if "vllm" in engines:
+            require("vllm", "vllm")
+        check_context(self.context.config_folder, recipe.answer.max_tokens, "answer.max_tokens")
+        return OTHER_FILES
 
+    def inputs(self, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+        """The models, the rows and questions, and how the models are asked. The engine of this machine is recorded with each
+        row, and no reason to evaluate again."""
+        context, recipe = self.context, self.context.recipe
+        shown = [self._examples_digest(settings) for _, settings in self._settings_by_model()]
+        test = recipe.evaluate.test
+        stages = sorted({model.number for model, _ in self._settings_by_model() if model.number} | {len(recipe.train)})
+        return {
+            "evaluate": Settings.of(recipe.evaluate, {"test": {"path", "name"}}),
+            "answer": Settings.of(recipe.answer, {"seed"}),
+            "stages": {recipe.stage_names[n - 1]: fingerprints[recipe.stage_names[n - 1]] for n in stages},
+            "base": context.base_identity,
+            "rows": context.prepared.digest("test") if test is None else hash_source(test, context.progress),
+            "examples": shown,
+            "seeds": [recipe.answers_seed, recipe.rows_seed],
+        }
 
-def _model_identity(context: RunContext, model: _Model) -> AnswerIdentity:
-    weights = context.base.identity if model.name == "base" else f"{_fingerprint(context, 'merge')} {model.form or ''}"
-    placement = context.placement
-    return identify_model(weights, context.template, model.engine, dtype=placement.dtype, device=placement.device)
+    def run(self, folder: StageFolder) -> None:
+        """Measure all variants on test rows and public questions, and write the scorecard.
 
+        Raises:
+            CorralError: a variant cannot be loaded or asked; what was measured before is kept.
+        """
+        config, data = self.context.recipe.evaluate, self._data(folder)
+        variants_by_model = self._variants_by_model()
+        all_variants = [variant for variants in variants_by_model.values() for variant in variants]
+        measurements = Measurements(folder.path)
+        for old in sorted((self.context.run.path / "superseded").glob("evaluate-*")):
+            if old.name != "evaluate-damaged":
+                measurements.reuse_rows(old, all_variants, data)
+        for model, same_model in variants_by_model.items():
+            missing = [variant for variant in same_model if not measurements.is_complete(variant, data)]
+            if missing:
+                self._measure(model, missing, measurements, data)
+        measurements.finish(all_variants, data)
+        variants = {variant.name: variant for variant in all_variants}
+        card = scorecard.build_scorecard(
+            {
+                name: replace(measurements.variant_rows(name), conditions=variants[name].conditions(data.tasks))
+                for name in (*BUILT_IN_VARIANTS, *(v.name for v in config.variants))
+            },
+            baseline=BASELINE,
+            compared_with={variant.name: variant.compared_with for variant in config.variants},
+            seed=self.context.recipe.seed,
+            primary=config.primary,
+        )
+        write_atomic(folder.path / SCORECARD, card.to_json())
 
-def _fingerprint(context: RunContext, stage: str) -> str:
-    fingerprint = read_fingerprint(context.run.path, stage)
-    assert fingerprint is not None, "the stages before this one are finished"
-    return fingerprint
+    def _settings_by_model(self) -> list[tuple[_Model, Answer]]:
+        """The model of each variant, and how it is asked: first base and tuned, then those of the recipe."""
+        recipe, default = self.context.recipe, self.engine
+        last = len(recipe.train)
+        models = [
+            (_Model("base", 0, None, default), recipe.answer),
+            (_Model("tuned", last, None, default), recipe.answer),
+        ]
+        for variant in recipe.evaluate.variants:
+            own = "openvino" if variant.form is not None and variant.form.target == "openvino" else default
+            number = {"base": 0, "tuned": last}.get(variant.model)
+            if number is None:
+                number = last if variant.form else recipe.stage_number(variant.model, "evaluate.variants")
+            name = "tuned" if number == last and variant.form is None else variant.model
+            model = _Model(name, number, variant.form, variant.engine or own)
+            models.append((model, variant.answer_settings(recipe.answer)))
+        return models
 
+    def _variants_by_model(self) -> dict[_Model, list[VariantSpec]]:
+        """The variants by their model, so that each model is loaded once."""
+        names = (*BUILT_IN_VARIANTS, *(variant.name for variant in self.context.recipe.evaluate.variants))
+        by_model: dict[_Model, list[VariantSpec]] = {}
+        for name, (model, settings) in zip(names, self._settings_by_model(), strict=True):
+            variants = by_model.setdefault(model, [])
+            seed = self.context.recipe.answers_seed if settings.seed is None else settings.seed
+            identity = self._identify(model).asked(settings, seed, self._examples_digest(settings))
+            variants.append(VariantSpec(name, identity, with_loss=not variants))
+        return by_model
 
-def _evaluation_data(context: RunContext) -> EvaluationData:
-    """The rows and questions that all variants are measured on."""
-    config, test = context.recipe.evaluate, context.prepared.test
-    examples = [test[i] for i in range(min(len(test), max(config.loss_rows, config.answer_rows)))]
-    items = [Item(e.key, e.record) for e in examples if isinstance(e.record, Conversation)]
-    if config.tasks:
-        context.progress.start("Reading questions", None)
-    return EvaluationData(
-        items[: config.loss_rows],
-        items[: config.answer_rows],
-        [tasks.load_task(t.name, t.rows, seed=context.recipe.seed, max_tokens=t.max_tokens) for t in config.tasks],
-        lambda: training_examples(context.run, context.recipe.answers_seed),
-    )
+    def _identify(self, model: _Model) -> AnswerIdentity:
+        context, placement = self.context, self.context.placement
+        weights = context.base_identity
+        if model.number:
+            fingerprint = read_fingerprint(context.run.path, context.recipe.stage_names[model.number - 1])
+            weights = f"{fingerprint} {model.form or ''}"
+        return identify_model(weights, context.template, model.engine, dtype=placement.dtype, device=placement.device)
 
+    def _examples_digest(self, settings: Answer) -> str:
+        return examples_digest(settings.shots, lambda: self.context.prepared.digest("train"))
 
-def _measure(
-    context: RunContext,
-    model: _Model,
-    variants: Sequence[VariantSpec],
-    measurements: Measurements,
-    data: EvaluationData,
-) -> None:
-    """Load a model and measure what is missing of its variants."""
-    context.progress.start(f"Evaluating {model.name}: loading", None)
-    if model.form is not None:
-        folder = find_model_folder(str(model.form.path(context.run.path / "export")))
-    else:
-        folder = context.base.folder if model.name == "base" else context.run.merged_model
-    # The tuned model is asked with the template in its own folder, as its users will ask it.
-    template = context.template if model.name == "base" else load_template(folder)
-    placement = context.placement
-    if model.engine == "openvino" and context.recipe.model.device == "auto":
-        placement = choose_device("cpu", context.recipe.model.dtype)
-    engine = load_engine(model.engine, folder, dtype=placement.dtype, device=placement.device)
-    with SyncAnswerer(Answerer(engine, template)) as sync:
-        for variant in variants:
-            sync.run(measurements.measure(variant, engine, template, data, context.progress))
-    del engine, sync
-    gc.collect()  # two models may not fit into memory together
+    def _data(self, folder: StageFolder) -> EvaluationData:
+        """The rows and questions that all variants are measured on."""
+        context, recipe = self.context, self.context.recipe
+        config, test = recipe.evaluate, context.prepared.test
+        examples = [test[i] for i in range(min(len(test), max(config.loss_rows, config.answer_rows)))]
+        items = [Item(e.key, e.record) for e in examples if isinstance(e.record, Conversation)]
+        if config.tasks:
+            context.progress.start("Reading questions", None)
+        return EvaluationData(
+            items[: config.loss_rows],
+            items[: config.answer_rows],
+            [tasks.load_task(t.name, t.rows, seed=recipe.rows_seed, max_tokens=t.max_tokens) for t in config.tasks],
+            lambda: training_examples(context.run, recipe.answers_seed),
+        )
+
+    def _measure(
+        self, model: _Model, variants: Sequence[VariantSpec], measurements: Measurements, data: EvaluationData
+    ) -> None:
+        """Load a model and measure what is missing of its variants."""
+        context, placement = self.context, self.context.placement
+        context.progress.start(f"Evaluating {model.name}: loading", None)
+        if model.form is not None:
+            folder = find_model_folder(str(model.form.path(context.run.path / "export")))
+        else:
+            folder = context.model_of_stage(model.number)
+        # A tuned model is asked with the template in its own folder, as its users will ask it.
+        template = load_template(folder) if model.number else context.template
+        if model.engine == "openvino" and context.recipe.model.device == "auto":
+            placement = choose_device("cpu", context.recipe.model.dtype)
+        engine = load_engine(model.engine, folder, dtype=placement.dtype, device=placement.device)
+        with SyncAnswerer(Answerer(engine, template)) as sync:
+            for variant in variants:
+                sync.run(measurements.measure(variant, engine, template, data, context.progress))
+        del engine, sync
+        gc.collect()  # two models may not fit into memory together
 
 
 def read_variant_rows(folder: Path, name: str) -> VariantRows:
@@ -181,38 +235,3 @@ def parse_variant(spec: str) -> tuple[Path, str]:
     if not path or Path(spec).is_dir():
         path, name = spec, "tuned"
     return Run(Path(path)).path / "evaluate", name
-
-
-def inputs(context: RunContext, done: Mapping[str, str]) -> dict[str, Any]:
-    """What the stage depends on, from the fingerprints of the stages before it."""
-    recipe = context.recipe
-    answer_settings = [recipe.answer, *(variant.answer_settings(recipe.answer) for variant in recipe.evaluate.variants)]
-    examples = [examples_digest(settings.shots, lambda: "") for settings in answer_settings]
-    return {
-        "merge": done["merge"],
-        "evaluate": recipe.evaluate.model_dump(mode="json") | {"engine": evaluation_engine(context)},
-        "answer": recipe.answer.model_dump(mode="json"),
-        "seed": recipe.seed,
-        **({"examples": examples} if any(examples) else {}),
-        **({"sampled": "a seed for each row"} if any(settings.is_sampled for settings in answer_settings) else {}),
-    }
-
-
-def evaluates_exports(recipe: Recipe) -> bool:
-    """True if a variant is an exported form, so that the export stage must come first."""
-    return any(variant.form is not None for variant in recipe.evaluate.variants)
-
-
-def evaluation_engine(context: RunContext) -> LocalEngine:
-    """The engine that evaluates; `auto` is resolved for this machine."""
-    requested = context.recipe.evaluate.engine
-    device = context.placement.device
-    if requested != "auto":
-        return requested
-    # The engine that evaluated the run before is kept, so that a machine with other packages does not evaluate it again.
-    record = read_record(context.run.path / "evaluate")
-    if record is not None and record["status"] == "done":
-        before: LocalEngine = record["inputs"]["evaluate"]["engine"]
-        if before != "openvino" or device == "cpu":
-            return before
-    return default_engine(device)

@@ -1,66 +1,56 @@
 """Runs the stages of a recipe in order: finished ones are skipped, interrupted ones resumed, changed ones redone.
 
-`run.stage_record` decides what is skipped. Of several processes the first runs all stages; the others join it in those that
-train.
+`run.stage_record` decides what is skipped. The model of the last training stage is promoted when that stage has ended well.
+Of several processes the first runs all stages; the others join it in those that train.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from corral.errors import RunError, StorageError, require
+import corral
+from corral.errors import InputError, RunError, StorageError
+from corral.formatting import format_bytes
 from corral.interrupts import Interrupts
-from corral.pipeline import evaluate_stage, export_stage, merge_stage, prepare_stage, report_stage, train_stage
-from corral.pipeline.context import RunContext, training_stage_name
+from corral.pipeline.context import RunContext, Stage
+from corral.pipeline.evaluate_stage import EvaluateStage
+from corral.pipeline.export_stage import ExportStage
+from corral.pipeline.prepare_stage import PrepareStage
+from corral.pipeline.report_stage import ReportStage
+from corral.pipeline.train_stage import TrainStage
 from corral.progress import Progress
 from corral.recipe import Recipe
 from corral.run.directory import Run, environment
-from corral.run.stage_record import Stage, claim_stage, find_stage, finish_stage, record_interruption
+from corral.run.promotion import promote
+from corral.run.stage_record import (
+    StageFolder,
+    claim_stage,
+    find_stage,
+    finish_stage,
+    is_finished,
+    read_fingerprint,
+    record_interruption,
+)
 from corral.storage import write_atomic, write_json
 from corral.training.distributed import World
 
 
-@dataclass(frozen=True, slots=True)
-class StageDefinition:
-    """A stage of a recipe's pipeline: its name, what it depends on, and its body."""
-
-    name: str
-    inputs: Callable[[Mapping[str, str]], dict[str, Any]]
-    """Fingerprints of the stages before it → everything that it depends on."""
-    body: Callable[[RunContext, Stage], None]
-    training: int = 0
-    """Number of the training stage, from 1, which all processes take part in; 0 for other stages."""
-
-
-def stages(context: RunContext) -> list[StageDefinition]:
+def stages(context: RunContext) -> list[Stage]:
     """The stages of a recipe, in order."""
     recipe = context.recipe
-    training = [
-        StageDefinition(
-            training_stage_name(recipe, number),
-            partial(train_stage.inputs, context, number),
-            partial(train_stage.train, number=number),
-            number,
-        )
-        for number in range(1, len(recipe.train) + 1)
-    ]
-    after_merge = [StageDefinition("evaluate", partial(evaluate_stage.inputs, context), evaluate_stage.evaluate)]
-    if export_stage.requested_forms(recipe):
-        export = StageDefinition("export", partial(export_stage.inputs, context), export_stage.export)
-        after_merge.insert(0 if evaluate_stage.evaluates_exports(recipe) else 1, export)
-    return [
-        StageDefinition("prepare", partial(prepare_stage.inputs, context), prepare_stage.prepare),
-        *training,
-        StageDefinition("merge", partial(merge_stage.inputs, context), merge_stage.merge),
-        *after_merge,
-        StageDefinition("report", partial(report_stage.inputs, context), report_stage.report),
-    ]
+    after: list[Stage] = [EvaluateStage(context)]
+    if recipe.export_forms:
+        # A variant that is an exported form needs it before.
+        first = any(variant.form is not None for variant in recipe.evaluate.variants)
+        after.insert(0 if first else 1, ExportStage(context))
+    training = [TrainStage(context, number) for number in range(1, len(recipe.train) + 1)]
+    return [PrepareStage(context), *training, *after, ReportStage(context)]
 
 
 def execute(
@@ -69,6 +59,7 @@ def execute(
     progress: Progress,
     *,
     allowed: Collection[str] | None = None,
+    redo: Collection[str] = (),
     world: World | None = None,
     profile: bool = False,
 ) -> dict[str, str]:
@@ -76,6 +67,7 @@ def execute(
 
     Args:
         allowed: stages that may run now, by default all; if another stage is not finished, that is an error.
+        redo: stages to run again in any case, and those that depend on them.
         world: the processes that train together; this is the first one, and the others call `follow`.
         profile: record where the time of some training steps goes.
 
@@ -91,7 +83,8 @@ def execute(
     before = path.read_text("utf-8") if allowed is not None and path.is_file() else None
     with Run.open(out, recipe) as run, interrupts:
         try:
-            return _run_stages(RunContext(run, recipe, progress, interrupts, world or World(), profile), allowed)
+            context = RunContext(run, recipe, progress, interrupts, world or World(), profile)
+            return _Pipeline(context, allowed, redo).run()
         except BaseException:
             if before is not None:  # the changed settings took no effect
                 write_atomic(path, before)
@@ -114,75 +107,116 @@ def follow(world: World) -> None:
         while "end" not in (message := world.receive_from_main()):
             run = Run(Path(message["run"]))
             context = RunContext(run, run.recipe, Progress(), interrupts, world)
-            stage = Stage(message["stage"], run.path / message["stage"], message["fingerprint"], done=False)
+            stage = TrainStage(context, message["number"])
             with world.peer_errors():
-                train_stage.train(context, stage, message["number"])
+                stage.run(StageFolder(stage.name, run.path / stage.name, message["fingerprint"], done=False))
     if message["end"]:
         raise SystemExit(message["end"])
 
 
-def _run_stages(context: RunContext, allowed: Collection[str] | None) -> dict[str, str]:
-    run = context.run
-    outcome: dict[str, str] = {}
-    done: dict[str, str] = {}
-    for definition in stages(context):
-        name = definition.name
-        is_allowed = allowed is None or name in allowed
-        stage = (claim_stage if is_allowed else find_stage)(run.path, name, definition.inputs(done))
-        done[name] = stage.fingerprint
-        outcome[name] = "skipped" if stage.done else "done"
-        if stage.done:
-            continue
-        if not is_allowed:
-            raise RunError(
-                f"the stage {name!r} of this run is not finished with these settings on this machine",
-                where=str(run.path),
-                hint="`corral run RECIPE` runs the missing stages",
+class _Pipeline:
+    """The stages of one run, taken in order."""
+
+    def __init__(self, context: RunContext, allowed: Collection[str] | None, redo: Collection[str]) -> None:
+        self.context, self.allowed, self.redo = context, allowed, set(redo)
+        self.stages = stages(context)
+        self.fingerprints: dict[str, str] = {}
+        self.outcome: dict[str, str] = {}
+        self.asked: set[str] = set()
+        self.inputs: dict[str, Any] = {}
+        names = [stage.name for stage in self.stages]
+        for name in redo:
+            if name not in names:
+                raise InputError(f"the recipe has no stage {name!r}", where="--redo", hint=f"it has {', '.join(names)}")
+
+    def run(self) -> dict[str, str]:
+        """Run what is missing. Returns: for each stage `done` or `skipped`."""
+        for stage in self.stages:
+            folder = self._find(stage)
+            if not folder.done:
+                self._check_needs(stage)
+                folder = claim_stage(self.context.run.path, stage.name, self.inputs, redo=stage.name in self.redo)
+            self.fingerprints[stage.name] = folder.fingerprint
+            self.outcome[stage.name] = "skipped" if folder.done else "done"
+            if not folder.done:
+                self._run_stage(stage, folder)
+            if stage.name == self.context.recipe.stage_names[-1]:
+                promote(self.context.run.path, folder, "the last training stage; its contract holds")
+        self._write_lineage()
+        return self.outcome
+
+    def _find(self, stage: Stage) -> StageFolder:
+        """The stage's folder as it is, and what is to be said about it. Raises: RunError (it is not done, and may not run)."""
+        run, name, say = self.context.run.path, stage.name, self.context.progress.say
+        if self.allowed is not None and name not in self.allowed:
+            # What it was made from may be on another machine; it only has to be there.
+            if not is_finished(run / name):
+                raise RunError(
+                    f"the stage {name!r} of this run is not finished",
+                    where=str(run),
+                    hint="`corral run RECIPE` runs the missing stages",
+                )
+            return StageFolder(name, run / name, read_fingerprint(run, name) or "", done=True)
+        self.inputs = stage.inputs(self.fingerprints)
+        if any(before in self.redo for before in self.inputs.get("stages", ())):
+            self.redo.add(name)
+        folder = find_stage(run, name, self.inputs)
+        if name in self.redo:
+            return replace(folder, done=False)
+        if folder.changed:
+            changed = f"{', '.join(folder.changed[:3])}{' …' if len(folder.changed) > 3 else ''}"
+            say(f"{name} is made again, as {changed} changed; what it was is kept in {run / 'superseded'}")
+        elif folder.done and folder.made_by != corral.__version__:
+            say(f"{name} was made by corral {folder.made_by} and stays as it is; --redo {name} makes it again")
+        return folder
+
+    def _check_needs(self, next_stage: Stage) -> None:
+        """Ask the stage that is to run, and all later ones that are not finished, for what they need: each once, before any
+        of them begins."""
+        run, disk = self.context.run.path, 0
+        for stage in self.stages[self.stages.index(next_stage) :]:
+            may_run = self.allowed is None or stage.name in self.allowed
+            finished = is_finished(run / stage.name) and stage is not next_stage
+            if may_run and not finished and stage.name not in self.asked:
+                self.asked.add(stage.name)
+                disk += stage.needs()
+        free = shutil.disk_usage(run).free
+        if disk > free:
+            raise StorageError(
+                f"the disk has {format_bytes(free)} free, and this run needs about {format_bytes(disk)}",
+                where=str(run),
+                hint="free some space, or give another directory with --out; `corral plan` lists what needs it",
             )
-        _require_extras(context)
-        machine = asdict(context.placement) | {"engine": evaluate_stage.evaluation_engine(context)}
-        write_json(run.path / "environment.json", environment() | machine)
-        _run_stage(definition, context, stage)
-        base = context.base
-        model = {"spec": context.recipe.model.base, "identity": base.identity, "template": context.template.digest}
-        # Later stages may still be those of older settings: the lineage names them once they are done again.
-        run.write_lineage(list(done), {"recipe": context.recipe.name, "seed": context.recipe.seed, "model": model})
-    return outcome
 
-
-def _require_extras(context: RunContext) -> None:
-    """Check now for packages that would be missing after hours of training. Raises: MissingExtraError."""
-    engines = {
-        evaluate_stage.evaluation_engine(context),
-        *(variant.engine for variant in context.recipe.evaluate.variants),
-    }
-    if "openvino" in engines or any(form.target == "openvino" for form in export_stage.requested_forms(context.recipe)):
-        require("openvino_genai", "openvino")
-        require("openvino_tokenizers", "openvino")
-    for name in context.recipe.trackers:
-        require(name, "trackers")
-    if any(stage.optimizer.kind != "adamw" for stage in context.recipe.train):
-        require("bitsandbytes", "quant")
-    if any(stage.quantization != "none" for stage in context.recipe.train):
-        from corral.model.quantisation import import_bitsandbytes
-
-        import_bitsandbytes()
-
-
-def _run_stage(definition: StageDefinition, context: RunContext, stage: Stage) -> None:
-    began = time.perf_counter()
-    if definition.training:
-        run = str(context.run.path.resolve())
-        context.world.send_to_others(
-            {"stage": stage.name, "number": definition.training, "fingerprint": stage.fingerprint, "run": run}
-        )
-    try:
-        with context.world.peer_errors():
-            definition.body(context, stage)
-    except BaseException:
+    def _run_stage(self, stage: Stage, folder: StageFolder) -> None:
+        context, run, began = self.context, self.context.run, time.perf_counter()
+        made_with = environment() | asdict(context.placement)
+        write_json(run.path / "environment.json", made_with)
+        if isinstance(stage, TrainStage):
+            message = {"run": str(run.path.resolve()), "number": stage.number, "fingerprint": folder.fingerprint}
+            context.world.send_to_others(message)
+        try:
+            with context.world.peer_errors():
+                stage.run(folder)
+        except BaseException:
+            context.progress.stop()
+            with suppress(StorageError):  # on a full disk the first error is the one to report
+                record_interruption(folder, time.perf_counter() - began)
+            raise
         context.progress.stop()
-        with suppress(StorageError):  # on a full disk the first error is the one to report
-            record_interruption(stage, time.perf_counter() - began)
-        raise
-    context.progress.stop()
-    finish_stage(stage, time.perf_counter() - began)
+        finish_stage(folder, time.perf_counter() - began, made_with)
+        self._write_lineage()
+
+    def _write_lineage(self) -> None:
+        """Write which stages make up the run as it is now. Later ones may still be those of other settings: they are named
+        once it is known that they are not."""
+        context, recipe = self.context, self.context.recipe
+        known = context.recorded_model.get("identity") == context.base_identity and context.recorded_model.get(
+            "template"
+        )
+        model = {
+            "spec": recipe.model.base,
+            "identity": context.base_identity,
+            "template": known or context.template.digest,
+        }
+        context.run.write_lineage(list(self.fingerprints), {"recipe": recipe.name, "seed": recipe.seed, "model": model})

@@ -1,34 +1,52 @@
-"""The export stage: writes the merged model in the other forms that the recipe names, each with a contract."""
+"""The export stage: writes the run's model in the other forms that the recipe names, each with a contract."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from corral.export_forms import ExportForm
+from corral.errors import require
 from corral.pipeline.context import RunContext
-from corral.recipe import Recipe
-from corral.run.stage_record import Stage
+from corral.run.stage_record import StageFolder
+from corral.training.disk_estimate import export_bytes
+from corral.training.memory_estimate import ModelShape
 
 
-def inputs(context: RunContext, done: Mapping[str, str]) -> dict[str, Any]:
-    """What the stage depends on, from the fingerprints of the stages before it."""
-    return {"merge": done["merge"], "export": [str(form) for form in requested_forms(context.recipe)]}
+@dataclass(frozen=True)
+class ExportStage:
+    """Exports the promoted model of a run."""
 
+    context: RunContext
+    name = "export"
 
-def export(context: RunContext, stage: Stage) -> None:
-    """Write each requested form of the merged model; forms that older settings made are reused."""
-    from corral.export.export import export_form
+    def needs(self) -> int:
+        """The forms must be able to say what the model is. Raises: ModelError, MissingExtraError."""
+        from corral.export.gguf_writer import check_config
 
-    for form in requested_forms(context.recipe):
-        for old in sorted((context.run.path / "superseded").glob("export-*")):
-            form.copy_missing_from(old, stage.path)
-        export_form(context.run.merged_model, stage.path, form, context.progress)
+        forms, base = self.context.recipe.export_forms, self.context.config_folder
+        if any(form.target == "openvino" for form in forms):
+            require("openvino_genai", "openvino")
+            require("openvino_tokenizers", "openvino")
+            from corral.model.openvino_graph import check_config as check_openvino
 
+            check_openvino(base)
+        if any(form.target == "gguf" for form in forms):
+            check_config(base)
+        return sum(export_bytes(ModelShape.from_folder(base), form) for form in forms)
 
-def requested_forms(recipe: Recipe) -> list[ExportForm]:
-    """The forms that the recipe's `[export]` and its evaluated variants name."""
-    exported = [ExportForm("gguf", type_) for type_ in recipe.export.gguf]
-    exported += [ExportForm("openvino", type_) for type_ in recipe.export.openvino]
-    evaluated = [variant.form for variant in recipe.evaluate.variants if variant.form is not None]
-    return list(dict.fromkeys([*exported, *evaluated]))
+    def inputs(self, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+        """The last training stage, whose model is promoted, and the forms."""
+        last = self.context.recipe.stage_names[-1]
+        forms = [str(form) for form in self.context.recipe.export_forms]
+        return {"stages": {last: fingerprints[last]}, "forms": forms}
+
+    def run(self, folder: StageFolder) -> None:
+        """Write each requested form of the promoted model; forms that older settings made are reused."""
+        from corral.export.export import export_form
+
+        run = self.context.run
+        for form in self.context.recipe.export_forms:
+            for old in sorted((run.path / "superseded").glob("export-*")):
+                form.copy_missing_from(old, folder.path)
+            export_form(run.model, folder.path, form, self.context.progress)

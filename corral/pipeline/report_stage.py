@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from corral.pipeline.context import RunContext
-from corral.run.stage_record import Stage
+from corral.run.stage_record import StageFolder
 
 
-def inputs(context: RunContext, done: Mapping[str, str]) -> dict[str, Any]:
-    """What the stage depends on: all stages before it."""
-    return {**done, "name": context.recipe.name}
+@dataclass(frozen=True)
+class ReportStage:
+    """Writes the report of a run."""
 
+    context: RunContext
+    name = "report"
 
-def report(context: RunContext, stage: Stage) -> None:
-    """Write the page."""
-    from corral.report.write import write_report
+    def needs(self) -> int:
+        """Nothing."""
+        return 10**6
 
-    context.progress.start("Writing the report", None)
-    write_report(context.run.path)
+    def inputs(self, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+        """All stages before it."""
+        return {"stages": dict(fingerprints), "recipe": self.context.recipe.name}
+
+    def run(self, folder: StageFolder) -> None:
+        """Write the page."""
+        from corral.report.write import write_report
+
+        self.context.progress.start("Writing the report", None)
+        write_report(self.context.run.path)

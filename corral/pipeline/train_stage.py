@@ -5,210 +5,269 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corral.errors import out_of_memory_errors
+from corral.errors import out_of_memory_errors, require
 from corral.export import contract
 from corral.formatting import format_bytes
 from corral.model.device import memory_limit
 from corral.model.folder import model_identity
-from corral.pipeline.context import RunContext, training_stage_name
+from corral.pipeline.context import RunContext
 from corral.progress import Progress
-from corral.run.stage_record import Stage
+from corral.run.promotion import MERGED_FOLDER
+from corral.run.stage_record import Settings, StageFolder
 from corral.storage import new_directory, write_json
+from corral.training.disk_estimate import check_context, stage_bytes
 from corral.training.memory_estimate import ModelShape
 from corral.training.passes import Passes, choose_passes, savings
 
 if TYPE_CHECKING:
+    from corral.model.adapter_files import AdapterFiles
     from corral.recipe import Train
+    from corral.training.stage_rows import StageRows
     from corral.training.step_metrics import StepMetrics
     from corral.training.trained_model import TrainingSetup, ValidationSet
 
 
-def inputs(context: RunContext, number: int, done: Mapping[str, str]) -> dict[str, Any]:
-    """What training stage `number` (from 1) depends on, from the fingerprints of the stages before it."""
-    recipe = context.recipe
-    before = "prepare" if number == 1 else training_stage_name(recipe, number - 1)
-    # These change no result: a run may go on with another number of processes, or on a device with less memory.
-    elsewhere = {"sharding", "pack_length", "gradient_checkpointing"}
-    return {
-        "train": recipe.train[number - 1].model_dump(mode="json", exclude=elsewhere),
-        "base": context.base.identity,
-        "dtype": recipe.model.dtype,
-        "seed": recipe.seed,
-        "prepare": done["prepare"],
-        "before": done[before],
-        **({"adapter": model_identity(context.adapter.folder)} if context.adapter and number == 1 else {}),
-    }
+@dataclass(frozen=True)
+class TrainStage:
+    """Training stage `number`, from 1."""
 
+    context: RunContext
+    number: int
 
-def train(context: RunContext, stage: Stage, number: int) -> None:
-    """Run training stage `number` (from 1). Raises: OutOfMemoryError (with the settings that would need less)."""
-    passes = context.world.broadcast(_choose_passes(context, stage, number) if context.world.is_main else None)
-    setup = training_setup(context, number, passes)
-    longest = _longest(context)
-    hints = [f"--set {setting}" for setting, _ in savings(setup.config, number, longest)]
-    hint = (
-        f"needs less memory, cheapest first: {', '.join(hints)}; " if hints else ""
-    ) + "`corral plan` estimates each"
-    with out_of_memory_errors(f"while training on {setup.device}", where=stage.name, hint=hint):
-        _fine_tune(context, stage, setup, passes)
-    gc.collect()
-    if setup.config.method == "lora" and context.world.is_main:
+    @property
+    def name(self) -> str:
+        """`train-N-NAME`."""
+        return self.context.recipe.stage_names[self.number - 1]
+
+    @property
+    def start(self) -> int:
+        """The number of the stage whose model it starts from; 0: the base model."""
+        return self.context.recipe.start_of(self.number)
+
+    @property
+    def adapter(self) -> AdapterFiles | None:
+        """The adapter that it trains further, if any."""
+        return self.context.adapter if self.number == 1 else None
+
+    @property
+    def config(self) -> Train:
+        """Its settings; with those of the adapter, if it goes on training one."""
+        config = self.context.recipe.train[self.number - 1]
+        return config if self.adapter is None else config.model_copy(update={"lora": self.adapter.lora})
+
+    def needs(self) -> int:
+        """Packages, and a model that can read rows of this length. Raises: MissingExtraError, ModelError, InputError."""
+        context, config = self.context, self.context.recipe.train[self.number - 1]
+        for tracker in context.recipe.trackers:
+            require(tracker, "trackers")
+        if config.optimizer.kind != "adamw":
+            require("bitsandbytes", "quant")
+        if config.quantization != "none":
+            from corral.model.quantisation import import_bitsandbytes
+
+            import_bitsandbytes()
+        check_context(context.base.folder, context.recipe.data.max_length, "data.max_length")
+        shape = ModelShape.from_folder(context.base.folder)
+        return sum(stage_bytes(shape, self.config, context.placement.dtype).values())
+
+    def inputs(self, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+        """Its settings, its rows, and the model that it starts from."""
+        context, recipe = self.context, self.context.recipe
+        # These change no result (a run may go on with another number of processes, or on a device with less memory), or are
+        # given below by what they stand for.
+        elsewhere = {"sharding", "pack_length", "gradient_checkpointing", "name", "start", "sources", "seed"}
+        before = (
+            {recipe.stage_names[self.start - 1]: fingerprints[recipe.stage_names[self.start - 1]]} if self.start else {}
+        )
+        return {
+            "train": Settings.of(recipe.train[self.number - 1], elsewhere),
+            "stages": before,
+            "base": None if self.start else context.base_identity,
+            "adapter": None if self.adapter is None else model_identity(self.adapter.folder),
+            "dtype": recipe.model.dtype,
+            "seed": recipe.training_seed(self.number),
+            "rows": self.rows.digest,
+        }
+
+    @cached_property
+    def rows(self) -> StageRows:
+        """The rows that it trains and is evaluated on. Raises: DataError (there are none to train on)."""
+        from corral.training.stage_rows import StageRows
+
+        prepared, config = self.context.prepared, self.config
+        if config.sources is not None:  # a source may have another name by now
+            names = [source.label for source in self.context.recipe.data.sources]
+            labels = tuple(prepared.labels[names.index(name)] for name in config.sources)
+            config = config.model_copy(update={"sources": labels})
+        return StageRows.select(prepared, config, self.number)
+
+    def run(self, folder: StageFolder) -> None:
+        """Train, merge, and certify the merged model.
+
+        Raises:
+            OutOfMemoryError: with the settings that would need less.
+            ContractError: the merged model is not the one that was trained; it stays in the folder, with its contract.
+        """
+        context = self.context
+        passes = context.world.broadcast(self._choose_passes(folder.path) if context.world.is_main else None)
+        setup = self._setup(passes)
+        hints = [f"--set {setting}" for setting, _ in savings(setup.config, self.number, max(self.rows.lengths))]
+        hint = (
+            f"needs less memory, cheapest first: {', '.join(hints)}; " if hints else ""
+        ) + "`corral plan` estimates each"
+        with out_of_memory_errors(f"while training on {setup.device}", where=self.name, hint=hint):
+            self._fine_tune(folder.path, setup, passes)
+        gc.collect()
+        if context.world.is_main:
+            self._merge(folder.path, setup)
+
+    def _setup(self, passes: Passes) -> TrainingSetup:
+        """The model, settings, device and dtype that it starts from."""
+        from corral.training.trained_model import TrainingSetup
+
+        folder = self.context.model_of_stage(self.start)
+        adapter = self.adapter and self.adapter.folder
+        return TrainingSetup(folder, passes.apply(self.config), self.context.placement.device, passes.dtype, adapter)
+
+    def _choose_passes(self, folder: Path) -> Passes:
+        """The passes that it began with, or such as this device has memory for; settings that are given win."""
+        context, config, placement = self.context, self.config, self.context.placement
+        limit = memory_limit(placement.device)
+        kind = "cuda" if placement.device.startswith("cuda") else "cpu"
+        before = Passes.read(folder)
+        if before is not None:
+            if before.dtype != placement.dtype:
+                context.progress.say(f"this stage began in {before.dtype}, and goes on in it")
+            automatic = {"pack_length": before.pack_length, "gradient_checkpointing": before.gradient_checkpointing}
+            given = config.model_dump(include=set(automatic))
+            config = config.model_copy(update={k: v for k, v in automatic.items() if given[k] == "auto"})
+        passes = choose_passes(
+            ModelShape.from_folder(context.model_of_stage(self.start)),
+            config,
+            self.rows.lengths,
+            kind,
+            before.dtype if before else placement.dtype,
+            # The estimate is for a model that each process holds whole.
+            limit.free if limit and config.sharding == "none" else None,
+        )
+        if not passes.fits and limit is not None:
+            context.progress.say(
+                f"training may run out of memory: it needs about {format_bytes(passes.estimate)}, and {limit.reason} has "
+                f"{format_bytes(limit.free)} free; `corral plan` measures it"
+            )
+        return passes
+
+    def _validation_set(self, setup: TrainingSetup) -> ValidationSet:
+        """The held-out rows that it is evaluated on, and the length of their packs."""
+        from corral.training.trained_model import ValidationSet
+
+        validation, config = self.rows.validation, setup.config
+        rows = [validation[i] for i in range(min(len(validation), config.evaluate_rows))]
+        return ValidationSet(rows, max(self.rows.lengths) if config.pack_length == "auto" else config.pack_length)
+
+    def _merge(self, folder: Path, setup: TrainingSetup) -> None:
+        """Merge its adapter, if it trained one, and compare the merged model with the one that was trained."""
         from corral.training import trained_model
+        from corral.training.merge_check import check_merged_model
 
-        context.progress.start("Merging the adapter", None)
-        licences = context.base.licence_files
-        trained_model.save_merged_model(
-            setup,
-            stage.path,
+        context, merged = self.context, folder / MERGED_FOLDER
+        validation = self._validation_set(setup)
+        if setup.config.method == "lora":
+            context.progress.start("Merging the adapter", None)
+            trained_model.save_merged_model(
+                setup,
+                folder,
+                context.template,
+                validation,
+                licences=context.base.licence_files,
+                report=context.progress.say,
+            )
+        probe_set = contract.make_probes(context.template)
+        context.progress.start("Measuring the contract", None)
+        measured, checks = check_merged_model(setup, folder, merged, probe_set, validation)
+        for check in contract.certify_merged(merged, context.template, probe_set, measured, checks, form=setup.dtype):
+            context.progress.say(f"contract, {check.name}: {check.detail}")
+
+    def _fine_tune(self, folder: Path, setup: TrainingSetup, passes: Passes) -> None:
+        from corral.model import adapters, packed_forward
+        from corral.training import optimizers, trained_model
+        from corral.training.loop import Trainer
+        from corral.training.objectives import OBJECTIVES
+
+        context, config, validation = self.context, setup.config, self._validation_set(setup)
+        lora = config.method == "lora"
+        # A sharded model may not fit on one device as a whole: it is loaded on the CPU and moved shard by shard.
+        sharded = config.sharding == "full" and context.world.size > 1
+        seed = context.recipe.training_seed(self.number)
+        trained: Any = trained_model.load_trainable(
+            replace(setup, device="cpu") if sharded else setup,
             context.template,
-            validation_set(context, setup),
-            licences=licences,
-            report=context.progress.say,
+            seed=context.recipe.training_seed(self.number),
         )
+        if context.world.is_main:
+            replace(passes, fallbacks=tuple(packed_forward.fallbacks(trained))).write(folder)
+        probe_set = contract.make_probes(context.template)
 
+        def save(name: str) -> None:
+            values = training.weights()  # gathers the shards of all processes; the first one writes
+            if lora and context.world.is_main:
+                with new_directory(folder / name) as adapter_folder:
+                    base = context.recipe.model.base if setup.folder == context.base.folder else str(setup.folder)
+                    adapters.save(trained, adapter_folder, base=base, weights=values)
+                    if self.adapter is not None:  # its tokenizer may be its own
+                        context.template.save(adapter_folder)
+            elif not lora and name == trained_model.ADAPTER_FOLDER:  # a checkpoint holds the last weights
+                scores = training.score([p.ids for p in probe_set], [p.start for p in probe_set])
+                if context.world.is_main:
+                    trained_model.save_full_model(
+                        trained, values, scores, setup, folder, context.template, context.base.licence_files
+                    )
 
-def training_setup(context: RunContext, number: int, passes: Passes | None = None) -> TrainingSetup:
-    """The model, settings, device and dtype that training stage `number` starts from; by default those that it began with."""
-    from corral.training.trained_model import TrainingSetup
-
-    passes = passes or Passes.read(context.run.path / training_stage_name(context.recipe, number))
-    config = _config(context, number)
-    adapter = context.adapter if number == 1 else None
-    return TrainingSetup(
-        context.stage_base(number),
-        passes.apply(config) if passes else config,
-        context.placement.device,
-        passes.dtype if passes else context.placement.dtype,
-        adapter and adapter.folder,
-    )
-
-
-def _config(context: RunContext, number: int) -> Train:
-    """The stage's settings; those of the adapter, if it goes on training one."""
-    config, adapter = context.recipe.train[number - 1], context.adapter if number == 1 else None
-    return config if adapter is None else config.model_copy(update={"lora": adapter.lora})
-
-
-def _choose_passes(context: RunContext, stage: Stage, number: int) -> Passes:
-    """The passes of a stage: those that it began with, or such as this device has memory for; settings that are given win."""
-    config, placement, prepared = _config(context, number), context.placement, context.prepared
-    limit = memory_limit(placement.device)
-    kind = "cuda" if placement.device.startswith("cuda") else "cpu"
-    before = Passes.read(stage.path)
-    if before is not None:
-        if before.dtype != placement.dtype:
-            context.progress.say(f"this stage began in {before.dtype}, and goes on in it")
-        automatic = {"pack_length": before.pack_length, "gradient_checkpointing": before.gradient_checkpointing}
-        given = config.model_dump(include=set(automatic))
-        config = config.model_copy(update={k: v for k, v in automatic.items() if given[k] == "auto"})
-    passes = choose_passes(
-        ModelShape.from_folder(context.stage_base(number)),
-        config,
-        [*prepared.train.lengths.tolist(), *prepared.validation.lengths.tolist()],
-        kind,
-        before.dtype if before else placement.dtype,
-        # The estimate is for a model that each process holds whole.
-        limit.free if limit and config.sharding == "none" else None,
-    )
-    if not passes.fits and limit is not None:
+        training = Trainer(
+            trained,
+            self.rows.train,
+            validation.rows,
+            OBJECTIVES[config.objective],
+            config,
+            pack_length=validation.pack_length,
+            seed=seed,
+            folder=folder,
+            save_best=lambda: save(trained_model.ADAPTER_FOLDER),
+            world=context.world,
+            device=setup.device,
+        )
+        what = f"LoRA r {config.lora.rank}" if lora else "all weights"
+        if setup.adapter is not None:
+            context.progress.say(f"the adapter {setup.adapter} is trained further; its base stays frozen")
+        cut = f"packs of {passes.pack_length:,} tokens" + (", checkpointed" if passes.gradient_checkpointing else "")
+        context.progress.start(f"Training ({config.objective}, {what}, {cut})", training.total_steps)
+        if warning := optimizers.unsupported(config.optimizer, setup.device):
+            context.progress.say(warning)
+        with context.interrupts.deferred() as should_stop, _step_listeners(context, folder, setup) as on_step:
+            outcome = training.run(on_step=on_step, should_stop=should_stop, warn=context.progress.say)
+            if context.world.any_process(should_stop()):  # stopped in the last step
+                raise KeyboardInterrupt
+        save("last")
+        if outcome.best_loss is None:
+            save(trained_model.ADAPTER_FOLDER)
+        if not context.world.is_main:
+            return
+        write_json(folder / "outcome.json", {field: getattr(outcome, field) for field in outcome.__slots__})
+        held_out = "" if outcome.best_loss is None else f"; best held-out loss {outcome.best_loss:.4f}"
         context.progress.say(
-            f"training may run out of memory: it needs about {format_bytes(passes.estimate)}, and {limit.reason} has "
-            f"{format_bytes(limit.free)} free; `corral plan` measures it"
+            f"{outcome.steps} steps, {outcome.tokens:,} tokens at {outcome.tokens / outcome.seconds:.0f} tokens/s{held_out}"
+            + (f" at step {outcome.best_step}" if held_out else "")
         )
-    return passes
-
-
-def _longest(context: RunContext) -> int:
-    """Tokens of the longest row."""
-    prepared = context.prepared
-    return max((int(rows.lengths.max()) for rows in (prepared.train, prepared.validation) if len(rows)), default=1)
-
-
-def validation_set(context: RunContext, setup: TrainingSetup) -> ValidationSet:
-    """The held-out rows that a training stage is evaluated on, and the length of its packs."""
-    from corral.training.trained_model import ValidationSet
-
-    validation, config = context.prepared.validation, setup.config
-    rows = [validation[i] for i in range(min(len(validation), config.evaluate_rows))]
-    length = _longest(context) if config.pack_length == "auto" else config.pack_length
-    return ValidationSet(rows, length)
-
-
-def _fine_tune(context: RunContext, stage: Stage, setup: TrainingSetup, passes: Passes) -> None:
-    from corral.model import adapters, packed_forward
-    from corral.training import optimizers, trained_model
-    from corral.training.loop import Trainer
-    from corral.training.objectives import OBJECTIVES
-
-    config, validation = setup.config, validation_set(context, setup)
-    lora = config.method == "lora"
-    # A sharded model may not fit on one device as a whole: it is loaded on the CPU and moved shard by shard.
-    sharded = config.sharding == "full" and context.world.size > 1
-    trained: Any = trained_model.load_trainable(
-        replace(setup, device="cpu") if sharded else setup, context.template, seed=context.recipe.seed
-    )
-    if context.world.is_main:
-        replace(passes, fallbacks=tuple(packed_forward.fallbacks(trained))).write(stage.path)
-    probe_set = contract.make_probes(context.template)
-
-    def save(name: str) -> None:
-        values = training.weights()  # gathers the shards of all processes; the first one writes
-        if lora and context.world.is_main:
-            with new_directory(stage.path / name) as folder:
-                base = context.recipe.model.base if setup.folder == context.base.folder else str(setup.folder)
-                adapters.save(trained, folder, base=base, weights=values)
-                if context.adapter is not None:  # its tokenizer may be its own
-                    context.template.save(folder)
-        elif not lora and name == trained_model.ADAPTER_FOLDER:  # a checkpoint holds the last weights
-            scores = training.score([p.ids for p in probe_set], [p.start for p in probe_set])
-            if context.world.is_main:
-                trained_model.save_full_model(
-                    trained, values, scores, setup, stage.path, context.template, context.base.licence_files
-                )
-
-    training = Trainer(
-        trained,
-        context.prepared.train,
-        validation.rows,
-        OBJECTIVES[config.objective],
-        config,
-        pack_length=validation.pack_length,
-        seed=context.recipe.seed,
-        folder=stage.path,
-        save_best=lambda: save(trained_model.ADAPTER_FOLDER),
-        world=context.world,
-        device=setup.device,
-    )
-    what = f"LoRA r {config.lora.rank}" if lora else "all weights"
-    if setup.adapter is not None:
-        context.progress.say(f"the adapter {setup.adapter} is trained further; its base stays frozen")
-    cut = f"packs of {passes.pack_length:,} tokens" + (", checkpointed" if passes.gradient_checkpointing else "")
-    context.progress.start(f"Training ({config.objective}, {what}, {cut})", training.total_steps)
-    if warning := optimizers.unsupported(config.optimizer, setup.device):
-        context.progress.say(warning)
-    with context.interrupts.deferred() as should_stop, _step_listeners(context, stage, setup) as on_step:
-        outcome = training.run(on_step=on_step, should_stop=should_stop, warn=context.progress.say)
-        if context.world.any_process(should_stop()):  # stopped in the last step
-            raise KeyboardInterrupt
-    save("last")
-    if outcome.best_loss is None:
-        save(trained_model.ADAPTER_FOLDER)
-    if not context.world.is_main:
-        return
-    write_json(stage.path / "outcome.json", {field: getattr(outcome, field) for field in outcome.__slots__})
-    held_out = "" if outcome.best_loss is None else f"; best held-out loss {outcome.best_loss:.4f}"
-    context.progress.say(
-        f"{outcome.steps} steps, {outcome.tokens:,} tokens at {outcome.tokens / outcome.seconds:.0f} tokens/s{held_out}"
-        + (f" at step {outcome.best_step}" if held_out else "")
-    )
 
 
 @contextlib.contextmanager
 def _step_listeners(
-    context: RunContext, stage: Stage, setup: TrainingSetup
+    context: RunContext, folder: Path, setup: TrainingSetup
 ) -> Generator[Callable[[StepMetrics], None]]:
     """Passes the metrics of each step to the progress display, the recipe's trackers and the profiler, if any."""
     from corral.training.profiler import StepProfiler
@@ -216,7 +275,7 @@ def _step_listeners(
 
     trackers = Trackers(
         context.recipe.trackers if context.world.is_main else (),
-        stage.path,
+        folder,
         context.recipe.name,
         setup.config.model_dump(mode="json"),
         context.progress.say,
@@ -226,7 +285,7 @@ def _step_listeners(
         profile = None
         if context.profile and context.world.is_main:
             profile = stack.enter_context(
-                StepProfiler(stage.path / "profile", context.progress.say, cuda=setup.device.startswith("cuda"))
+                StepProfiler(folder / "profile", context.progress.say, cuda=setup.device.startswith("cuda"))
             )
 
         def on_step(metrics: StepMetrics) -> None:

@@ -33,8 +33,8 @@ from corral.preflight.workload import Workload
 from corral.progress import Progress
 from corral.storage import tree_size
 from corral.system import MemoryLimit
-from corral.training import memory_estimate
-from corral.training.memory_estimate import BYTES, MOMENT_BYTES, ModelShape
+from corral.training import disk_estimate, memory_estimate
+from corral.training.memory_estimate import MOMENT_BYTES, ModelShape
 from corral.training.passes import MARGIN, choose_passes, savings
 from corral.training.stage_rows import StageRows, check_rows_taken
 from corral.training.trained_model import TrainingSetup
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
 
 _MEASURED_SPREAD = 0.05  # how much the peak varies from one run to the next
 _DISK_RATE = 300e6  # bytes/s, where no checkpoint was written
-_EXPORT_BYTES: dict[str, float] = {"f32": 4, "f16": 2, "q8_0": 1.07, "q4_0": 0.63, "int8": 1.02, "int4": 0.65}
-_SMALL_FILES = 50_000_000
 
 
 def plan(recipe: Recipe, out: Path, progress: Progress, *, device: str | None = None) -> Plan:
@@ -246,19 +244,16 @@ class _Planner:
 
     def _disk_needed(self, shape: ModelShape, stages: Sequence[StagePlan], dtype: str) -> dict[str, int]:
         """Bytes that a run of the recipe takes at most, by purpose."""
-        model = shape.weights * BYTES[dtype]
-        needed: dict[str, int] = {}
-        for stage in stages:
-            name, full = f"train-{stage.number}", stage.train.method == "full"
-            estimated = int(stage.trained * (4 + MOMENT_BYTES[stage.train.optimizer.kind]))
-            # Two are kept while the third is written.
-            needed[f"{name}: checkpoints"] = 3 * ((stage.measured and stage.measured.checkpoint) or estimated)
-            if not full:
-                needed[f"{name}: adapters"] = 3 * 4 * stage.trained
-            needed[f"{name}: merged model"] = model * (2 if full or stage.train.merge == "best" else 1)
-        for kind in (*self.recipe.export.gguf, *self.recipe.export.openvino):
-            needed[f"export: {kind}"] = int(shape.weights * _EXPORT_BYTES[kind])
-        needed["rows, answers, report"] = tree_size(self.scratch / "prepare") + _SMALL_FILES
+        needed = {
+            f"{self.recipe.stage_names[stage.number - 1]}: {purpose}": size
+            for stage in stages
+            for purpose, size in disk_estimate.stage_bytes(
+                shape, stage.train, dtype, stage.measured and stage.measured.checkpoint
+            ).items()
+        }
+        for form in self.recipe.export_forms:
+            needed[f"export: {form}"] = disk_estimate.export_bytes(shape, form)
+        needed["rows, answers, report"] = tree_size(self.scratch / "prepare") + disk_estimate.OTHER_FILES
         return needed
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from corral.export_forms import GgufType, OpenVinoType, Target
+from corral.export_forms import ExportForm, GgufType, OpenVinoType, Target
 from corral.recipe.answer import Answer
 from corral.recipe.data import Data, Model
 from corral.recipe.evaluate import BUILT_IN_VARIANTS, MODEL_FORMS, Evaluate
@@ -188,6 +188,14 @@ class Recipe(Section):
         """Seed of training stage `number` (from 1)."""
         seed = self.train[number - 1].seed
         return self.seed if seed is None else seed
+
+    @property
+    def export_forms(self) -> list[ExportForm]:
+        """The forms that `[export]` and the evaluated variants name."""
+        exported = [ExportForm("gguf", type_) for type_ in self.export.gguf]
+        exported += [ExportForm("openvino", type_) for type_ in self.export.openvino]
+        evaluated = [variant.form for variant in self.evaluate.variants if variant.form is not None]
+        return list(dict.fromkeys([*exported, *evaluated]))
 
     def with_exports(self, others: Export) -> Recipe:
         """This recipe with further forms to export."""

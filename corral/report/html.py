@@ -114,11 +114,14 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
     facts = [
         ("Model", str(as_object(recipe.get("model")).get("base", ""))),
         ("Data", _data_fact(record)),
-        *((training.name if several else "Training", _training_fact(training)) for training in record.trainings),
+        *(
+            (training.name if several else "Training", _training_fact(training, several))
+            for training in record.trainings
+        ),
         ("Speed and memory", "; ".join(text for training in record.trainings if (text := _speed_fact(training)))),
         ("Answers", _answers_fact(record)),
         ("Time", _time_fact(record.lineage)),
-        ("Machine", _machine_fact(record.environment)),
+        ("Machine", _machines_fact(record)),
         ("Seed", str(recipe.get("seed", ""))),
     ]
     return [(label, text) for label, text in facts if text]
@@ -131,9 +134,10 @@ def _data_fact(record: RunRecord) -> str:
     return f"{count(rows)} rows to train on, from {names}" if rows and names else names
 
 
-def _training_fact(training: Training) -> str:
+def _training_fact(training: Training, several: bool) -> str:
     settings = training.settings
-    parts = [str(settings["objective"])] if "objective" in settings else []
+    parts = [f"from {training.start or 'the base model'}"] if several else []
+    parts += [str(settings["objective"])] if "objective" in settings else []
     lora = as_object(settings.get("lora"))
     if "rank" in lora:
         parts.append(f"LoRA of rank {lora['rank']}")
@@ -163,7 +167,8 @@ def _answers_fact(record: RunRecord) -> str:
         tokens, seconds = variant.info.get("answer_tokens"), variant.info.get("seconds")
         if tokens and seconds:
             parts.append(f"{name}: {count(tokens)} tokens in {_duration(seconds)}, {count(tokens / seconds)} tokens/s")
-    engine = record.environment.get("engine")
+    variants = record.scorecard.variants.values() if record.scorecard else ()
+    engine = listing(sorted({str(v.conditions["engine"]) for v in variants if "engine" in v.conditions}))
     return "; ".join(parts) + (f" ({engine} engine)" if parts and engine else "")
 
 
@@ -179,6 +184,17 @@ def _machine_fact(environment: JsonObject) -> str:
     parts += [f"{count(cores)} cores"] if cores else []
     parts += [f"{unbroken(format_bytes(memory))} of memory"] if memory else []
     return ", ".join(parts)
+
+
+def _machines_fact(record: RunRecord) -> str:
+    """The machine; if stages were run on several, each with its stages."""
+    stages_by_machine: dict[str, list[str]] = {}
+    for stage in as_objects(record.lineage.get("stages")):
+        if machine := _machine_fact(as_object(stage.get("made_with"))):
+            stages_by_machine.setdefault(machine, []).append(str(stage.get("name")))
+    if len(stages_by_machine) < 2:
+        return next(iter(stages_by_machine), None) or _machine_fact(record.environment)
+    return "; ".join(f"{listing(names)}: {machine}" for machine, names in stages_by_machine.items())
 
 
 def _duration(seconds: float) -> str:

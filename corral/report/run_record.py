@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,10 @@ from typing import Any, TypeAlias, cast
 from corral.errors import InputError, RunError
 from corral.evaluation.scorecard import Scorecard
 from corral.evaluation.scoring import abbreviate
+from corral.export_forms import CONTRACT_FILE
+from corral.run.freshness import stale_stages, training_stages
+from corral.run.promotion import MERGED_FOLDER, model_folder, superseded_model_note
+from corral.run.stage_record import read_record
 
 JsonObject: TypeAlias = Mapping[str, Any]
 
@@ -26,11 +29,19 @@ SCORECARD = "evaluate/scorecard.json"
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """One training stage: the name of its directory, the lines of its metrics.jsonl by step, and its table in the recipe."""
+    """One training stage.
+
+    Args:
+        name: of its folder.
+        metrics: the lines of its metrics.jsonl by step.
+        settings: its table in the recipe.
+        start: the stage whose model it started from; empty for the base model.
+    """
 
     name: str
     metrics: Sequence[JsonObject]
     settings: JsonObject = field(default_factory=dict[str, Any])
+    start: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +53,7 @@ class RunRecord:
         recipe_text, recipe: recipe.toml as text and as a table.
         completions: lines of evaluate/completions.jsonl.
         exports: contracts of the forms in export/, in the order of their file names.
-        promoted: whether merge/model exists.
+        promoted: whether the run stands for a model.
         notes: one sentence for each file that could not be read.
     """
 
@@ -110,7 +121,15 @@ def read_run(run: Path) -> RunRecord:
             f"the run's recipe is damaged: {error}", where=str(path), hint="`corral run RECIPE` writes it again"
         ) from None
     notes: list[str] = []
-    promoted = (run / "merge" / "model").is_dir()
+    stale = stale_stages(run)
+    notes += [f"{name} is not shown: {reason}" for name, reason in stale.items()]
+    tables = as_objects(recipe.get("train"))
+    shown = [_training(run, name, tables, notes) for name in training_stages(run) if name not in stale]
+    trainings = [training for training in shown if training.metrics]
+    promoted = _promoted_model(run, notes)
+    # Of a run that promoted nothing: the contract that failed, if there is one.
+    certified = promoted or next((run / training.name / MERGED_FOLDER for training in reversed(trainings)), run)
+    is_evaluated = "evaluate" not in stale
     return RunRecord(
         path=run,
         recipe_text=text,
@@ -118,27 +137,35 @@ def read_run(run: Path) -> RunRecord:
         environment=_json(run, "environment.json", notes),
         lineage=_json(run, "lineage.json", notes),
         ledger=_json(run, "prepare/ledger.json", notes),
-        trainings=_trainings(run, recipe, notes),
-        contract=_json(run, f"merge/{'model' if promoted else 'candidate'}/contract.json", notes),
-        exports=_exports(run, notes),
-        scorecard=_scorecard(run, notes),
-        completions=_json_lines(run, "evaluate/completions.jsonl", notes),
-        promoted=promoted,
+        trainings=trainings,
+        contract=_json(run, str((certified / CONTRACT_FILE).relative_to(run)), notes),
+        exports=[] if "export" in stale else _exports(run, notes),
+        scorecard=_scorecard(run, notes) if is_evaluated else None,
+        completions=_json_lines(run, "evaluate/completions.jsonl", notes) if is_evaluated else [],
+        promoted=promoted is not None,
         notes=notes,
     )
 
 
-def _trainings(run: Path, recipe: JsonObject, notes: list[str]) -> list[Training]:
-    numbered = [(int(m[1]), path.name) for path in run.glob("train-*") if (m := re.match(r"train-(\d+)\b", path.name))]
-    settings = as_objects(recipe.get("train"))
-    trainings: list[Training] = []
-    for number, name in sorted(numbered):
-        # A resumed stage may have written a step twice; the later line counts.
-        lines = _json_lines(run, f"{name}/metrics.jsonl", notes)
-        by_step = {step: line for line in lines if (step := as_number(line.get("step"))) is not None}
-        metrics = [by_step[step] for step in sorted(by_step)]
-        trainings.append(Training(name, metrics, settings[number - 1] if 0 < number <= len(settings) else {}))
-    return [training for training in trainings if training.metrics]
+def _promoted_model(run: Path, notes: list[str]) -> Path | None:
+    """The folder of the promoted model, if it is of the run's present state."""
+    if (note := superseded_model_note(run)) is not None:
+        notes.append(f"`corral chat` and `corral serve` still answer with the earlier model: {note}")
+        return None
+    try:
+        return model_folder(run)
+    except RunError:
+        return None
+
+
+def _training(run: Path, name: str, tables: Sequence[JsonObject], notes: list[str]) -> Training:
+    # A resumed stage may have written a step twice; the later line counts.
+    lines = _json_lines(run, f"{name}/metrics.jsonl", notes)
+    by_step = {step: line for line in lines if (step := as_number(line.get("step"))) is not None}
+    number = int(name.split("-")[1])
+    before = as_object(as_object((read_record(run / name) or {}).get("inputs")).get("stages"))
+    settings = tables[number - 1] if 0 < number <= len(tables) else {}
+    return Training(name, [by_step[step] for step in sorted(by_step)], settings, next(iter(before), ""))
 
 
 def _exports(run: Path, notes: list[str]) -> list[JsonObject]:

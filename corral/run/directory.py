@@ -17,6 +17,7 @@ import corral
 from corral import system
 from corral.errors import RunError
 from corral.recipe import Recipe, parse
+from corral.run.promotion import model_folder
 from corral.run.stage_record import read_record
 from corral.storage import file_lock, write_atomic, write_json
 
@@ -51,12 +52,9 @@ class Run:
         return parse(path.read_text("utf-8"), where=str(path))
 
     @property
-    def merged_model(self) -> Path:
-        """The promoted model's folder. Raises RunError if this run has none yet."""
-        folder = self.path / "merge" / "model"
-        if not (folder / "config.json").is_file():
-            raise RunError("this run has no merged model yet", where=str(folder), hint="finish it: `corral run RECIPE`")
-        return folder
+    def model(self) -> Path:
+        """The promoted model's folder. Raises RunError if this run has none."""
+        return model_folder(self.path)
 
     @classmethod
     @contextlib.contextmanager

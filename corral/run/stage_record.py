@@ -1,92 +1,216 @@
-"""Whether each stage of a run is done, decided by the `stage.json` in its directory.
+"""Whether each stage of a run is done, decided by the `stage.json` in its folder.
 
-The record holds the stage's fingerprint (a hash of everything it depends on), its status, and the sha256 and size of its
-outputs. A stage is done if its fingerprint is the same and its outputs are complete. If the fingerprint differs, its
-directory is moved to `superseded/`, and moved back when the recipe changes back.
+The record holds the stage's inputs (everything that its content depends on), its fingerprint (a hash of them), what it was
+made with (version, device, machine: recorded, never a reason to redo it), its status, and the sha256 and size of its outputs.
+A stage is done if its inputs are the same and its outputs are complete. If the inputs differ, its folder is moved to
+`superseded/`, and moved back when the recipe changes back.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from pydantic import BaseModel
 
 import corral
 from corral.storage import remove_temporary_files, remove_tree, storage_errors, tree_hashes, write_json
 
+FORMAT = 2
+"""Of the records that are written. Records without one, of older versions, name their inputs otherwise."""
 _DAMAGED = "damaged"
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
-    """A stage's directory, the fingerprint of what belongs in it, and whether it is done."""
+class Settings:
+    """A table of the recipe, as an input of a stage.
+
+    Args:
+        values: all settings.
+        given: those that differ from their defaults. A setting that an older record does not have had its default then.
+    """
+
+    values: Mapping[str, Any]
+    given: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, section: BaseModel, exclude: Any = None) -> Settings:
+        """The settings of a section, without those that do not count."""
+        return cls(
+            section.model_dump(mode="json", exclude=exclude),
+            section.model_dump(mode="json", exclude=exclude, exclude_defaults=True),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StageFolder:
+    """A stage's folder, and what is known of it.
+
+    Args:
+        fingerprint: of what belongs in it.
+        done: whether that is in it.
+        changed: names of the inputs that differ from those it was made from.
+        made_by: the version of corral that made it.
+    """
 
     name: str
     path: Path
     fingerprint: str
     done: bool
+    changed: tuple[str, ...] = ()
+    made_by: str = ""
 
 
-def find_stage(run: Path, name: str, inputs: Mapping[str, Any]) -> Stage:
+def find_stage(run: Path, name: str, inputs: Mapping[str, Any]) -> StageFolder:
     """Whether a stage is done for these inputs; changes nothing.
 
     Args:
         run: the run directory.
-        inputs: everything the stage depends on, as JSON values; earlier stages by their fingerprints.
+        inputs: everything the stage depends on, as JSON values and `Settings`; earlier stages by their fingerprints.
     """
-    path, fingerprint = run / name, _fingerprint(name, inputs)
+    path = run / name
     record = read_record(path)
-    done = record is not None and record.get("fingerprint") == fingerprint and _is_done(path, record)
-    return Stage(name, path, fingerprint, done)
+    if record is None or record["status"] == _DAMAGED:
+        return StageFolder(name, path, _fingerprint(name, inputs), done=False)
+    changed = tuple(_changes(record, inputs))
+    if changed:
+        return StageFolder(name, path, _fingerprint(name, inputs), done=False, changed=changed)
+    return StageFolder(name, path, record["fingerprint"], _is_done(path, record), made_by=str(record.get("corral")))
 
 
-def claim_stage(run: Path, name: str, inputs: Mapping[str, Any]) -> Stage:
-    """Prepare a stage's directory for these inputs: done, half done, or empty. Other content is superseded.
+def claim_stage(run: Path, name: str, inputs: Mapping[str, Any], *, redo: bool = False) -> StageFolder:
+    """Prepare a stage's folder for these inputs: done, half done, or empty. Other content is superseded.
 
     Args:
         run, inputs: as for `find_stage`.
+        redo: supersede it in any case.
     """
-    path, fingerprint = run / name, _fingerprint(name, inputs)
+    path = run / name
     record = read_record(path)
-    if record is not None and _is_damaged(path, record):
-        _supersede(run, name, "damaged")
+    attempt = 1
+    if record is not None and (redo or _changes(record, inputs) or _is_damaged(path, record)):
+        if redo:
+            attempt = record.get("attempt", 1) + 1
+        _supersede(run, name, record)
         record = None
-    elif record is not None and record.get("fingerprint") != fingerprint:
-        _supersede(run, name, str(record.get("fingerprint", "unknown")))
-        record = None
-    superseded = _superseded_path(run, name, fingerprint)
-    if record is None and superseded.exists():
+    if record is None and not redo and (earlier := _find_superseded(run, name, inputs)) is not None:
         remove_tree(path)
-        superseded.rename(path)
+        earlier.rename(path)
         record = read_record(path)
-    if record is None or _is_damaged(path, record):
+    if record is None:
         remove_tree(path)
         with storage_errors(path):
             path.mkdir(parents=True)
-        record = {"name": name, "fingerprint": fingerprint, "status": "running", "inputs": dict(inputs)}
-        write_json(path / "stage.json", {**record, "started": _now()})
+        values = {key: value.values if isinstance(value, Settings) else value for key, value in inputs.items()}
+        fingerprint = _fingerprint(name, inputs, attempt)
+        record = {
+            "name": name,
+            "format": FORMAT,
+            "fingerprint": fingerprint,
+            "attempt": attempt,
+            "status": "running",
+            "inputs": values,
+            "corral": corral.__version__,
+            "started": _now(),
+        }
+        write_json(path / "stage.json", record)
     elif not _is_done(path, record):
         remove_temporary_files(path)
-    return Stage(name, path, fingerprint, _is_done(path, record))
+    return StageFolder(name, path, str(record["fingerprint"]), _is_done(path, record))
 
 
-def finish_stage(stage: Stage, seconds: float) -> None:
-    """Record a stage as done, with the sha256 and size of every output file."""
+def finish_stage(stage: StageFolder, seconds: float, made_with: Mapping[str, Any]) -> None:
+    """Record a stage as done, with the sha256 and size of every output file.
+
+    Args:
+        made_with: machine, device and the like, for people.
+    """
     outputs = {name: digest for name, digest in tree_hashes(stage.path).items() if name != "stage.json"}
     sizes = {name: (stage.path / name).stat().st_size for name in outputs}
-    _update_record(stage, seconds, status="done", finished=_now(), outputs=outputs, sizes=sizes)
+    finished = {"status": "done", "finished": _now(), "made_with": made_with, "outputs": outputs, "sizes": sizes}
+    _update_record(stage, seconds, **finished)
 
 
-def record_interruption(stage: Stage, seconds: float) -> None:
+def record_interruption(stage: StageFolder, seconds: float) -> None:
     """Add the time of an attempt that did not finish."""
     _update_record(stage, seconds)
 
 
-def _update_record(stage: Stage, seconds: float, **values: Any) -> None:
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The content of the `stage.json` in a stage's folder; None if there is none; of a damaged one the status alone."""
+    try:
+        return json.loads((path / "stage.json").read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        # The machine crashed while it was written: the other files cannot be trusted to belong to any inputs.
+        return {"status": _DAMAGED, "fingerprint": _DAMAGED}
+
+
+def read_fingerprint(run: Path, name: str) -> str | None:
+    """The fingerprint in a stage's record; None if there is no record, or a damaged one."""
+    record = read_record(run / name)
+    return None if record is None or record.get("status") == _DAMAGED else record["fingerprint"]
+
+
+def is_finished(path: Path) -> bool:
+    """Whether a stage's folder holds a finished stage with all its outputs, whatever it was made from."""
+    record = read_record(path)
+    return record is not None and _is_done(path, record)
+
+
+def find_made(run: Path, name: str, fingerprint: str) -> Path | None:
+    """The folder of the stage with this fingerprint, which may be superseded by now; None if it is gone."""
+    places = (run / name, _superseded_path(run, name, fingerprint))
+    return next((path for path in places if (read_record(path) or {}).get("fingerprint") == fingerprint), None)
+
+
+def _changes(record: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[str]:
+    """Names of the inputs that differ from those in a record. Of a record of an older version nothing is known."""
+    if record["status"] == _DAMAGED:
+        return ["a damaged record"]
+    if record.get("format") != FORMAT:
+        return []
+    recorded: Mapping[str, Any] = record["inputs"]
+    changes: list[str] = []
+    for name, value in inputs.items():
+        if isinstance(value, Settings):
+            changes += _differences(recorded.get(name, {}), value.values, value.given, name)
+        else:
+            changes += _differences(recorded.get(name), value, value, name)
+    return changes
+
+
+def _differences(recorded: Any, current: Any, given: Any, path: str) -> Iterator[str]:
+    """Dotted names of what differs.
+
+    Args:
+        given: the part of `current` that is not default. What else is missing in `recorded` is no difference, nor is a setting
+            that only an older version knew.
+    """
+    if isinstance(recorded, dict) and isinstance(current, dict):
+        before, now = cast("dict[str, Any]", recorded), cast("dict[str, Any]", current)
+        explicit = cast("dict[str, Any]", given) if isinstance(given, dict) else {}
+        for key, value in now.items():
+            if key in before:
+                yield from _differences(before[key], value, explicit.get(key, {}), f"{path}.{key}")
+            elif key in explicit:
+                yield f"{path}.{key}"
+    elif isinstance(recorded, list) and isinstance(current, list) and len(recorded) == len(current):  # pyright: ignore[reportUnknownArgumentType]
+        items = cast("list[Any]", given) if isinstance(given, list) else [{}] * len(current)  # pyright: ignore[reportUnknownArgumentType]
+        columns = cast("list[Any]", recorded), cast("list[Any]", current), items
+        for i, (old, new, explicit) in enumerate(zip(*columns, strict=True)):
+            yield from _differences(old, new, explicit, f"{path}.{i}")
+    elif recorded != current:
+        yield path
+
+
+def _update_record(stage: StageFolder, seconds: float, **values: Any) -> None:
     path = stage.path / "stage.json"
     record: dict[str, Any] = json.loads(path.read_text("utf-8"))
     write_json(path, record | values | {"seconds": record.get("seconds", 0.0) + seconds})
@@ -96,7 +220,20 @@ def _superseded_path(run: Path, name: str, fingerprint: str) -> Path:
     return run / "superseded" / f"{name}-{fingerprint[:12]}"
 
 
-def _supersede(run: Path, name: str, fingerprint: str) -> None:
+def _find_superseded(run: Path, name: str, inputs: Mapping[str, Any]) -> Path | None:
+    """The latest superseded folder of the stage that was made from these inputs."""
+    found: list[tuple[int, str, Path]] = []
+    for path in (run / "superseded").glob(f"{name}-*"):
+        record = read_record(path)
+        if record is None or record.get("format") != FORMAT or record["name"] != name:
+            continue
+        if not _changes(record, inputs) and not _is_damaged(path, record):
+            found.append((record["attempt"], record["started"], path))
+    return max(found)[2] if found else None
+
+
+def _supersede(run: Path, name: str, record: Mapping[str, Any]) -> None:
+    fingerprint = _DAMAGED if _is_damaged(run / name, record) else str(record["fingerprint"])
     target = _superseded_path(run, name, fingerprint)
     with storage_errors(target):
         target.parent.mkdir(exist_ok=True)
@@ -105,26 +242,10 @@ def _supersede(run: Path, name: str, fingerprint: str) -> None:
         (run / name).rename(target)
 
 
-def _fingerprint(name: str, inputs: Mapping[str, Any]) -> str:
-    text = json.dumps({"corral": corral.__version__, "stage": name, **inputs}, sort_keys=True)
+def _fingerprint(name: str, inputs: Mapping[str, Any], attempt: int = 1) -> str:
+    given = {key: value.given if isinstance(value, Settings) else value for key, value in inputs.items()}
+    text = json.dumps({"stage": name, **given} | ({"attempt": attempt} if attempt > 1 else {}), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def read_record(path: Path) -> dict[str, Any] | None:
-    """The content of the `stage.json` in a stage's directory; None if there is none."""
-    try:
-        return json.loads((path / "stage.json").read_text("utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        # The machine crashed while it was written: the other files cannot be trusted to belong to any fingerprint.
-        return {"fingerprint": _DAMAGED, "status": "running"}
-
-
-def read_fingerprint(run: Path, name: str) -> str | None:
-    """The fingerprint in a stage's record; None if there is no record, or a damaged one."""
-    fingerprint = (read_record(run / name) or {}).get("fingerprint")
-    return None if fingerprint == _DAMAGED else fingerprint
 
 
 def _is_done(path: Path, record: Mapping[str, Any]) -> bool:
@@ -132,7 +253,7 @@ def _is_done(path: Path, record: Mapping[str, Any]) -> bool:
 
 
 def _is_damaged(path: Path, record: Mapping[str, Any]) -> bool:
-    return record["status"] == "done" and not _outputs_complete(path, record)
+    return record["status"] == _DAMAGED or (record["status"] == "done" and not _outputs_complete(path, record))
 
 
 def _outputs_complete(path: Path, record: Mapping[str, Any]) -> bool:

@@ -25,6 +25,7 @@ from corral.model.adapter_files import AdapterFiles
 from corral.model.loading import untrained_special_tokens
 from corral.model.packed_forward import target_logprobs
 from corral.model.quantisation import Quantization
+from corral.run.promotion import MERGED_FOLDER
 from corral.storage import new_directory, write_atomic, write_json
 from corral.training.objectives import trained_positions
 
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from corral.template import Template
 
 ADAPTER_FOLDER = "adapter"
-MERGED_FOLDER = "merged"
 MERGING_FILE = "merging.json"
 TRAINED_FILE = "trained.json"
 

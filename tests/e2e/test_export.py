@@ -38,12 +38,12 @@ def test_a_form_is_added_to_run_recipe_and_report_and_damage_is_noticed(run_copy
     for verb in ("serve", "chat"):
         fail(4, ["openvino_model.bin"], verb, openvino)
     succeed("verify", run, "--engine", "openvino")
-    (run / "merge" / "model" / "generation_config.json").write_text("{}")
+    (run / "train-1-sft" / "merged" / "generation_config.json").write_text("{}")
     fail(4, [], "verify", run)
 
 
 def test_a_model_outside_a_run_is_exported_to_the_given_folder(finished_run: Path, tmp_path: Path) -> None:
-    model = finished_run / "merge" / "model"
+    model = finished_run / "train-1-sft" / "merged"
     done = succeed("export", model, "--to", "gguf", "--type", "q8_0", "--out", tmp_path / "out")
     assert done.stdout.strip() == f"export  {tmp_path / 'out' / 'model-q8_0.gguf'}"
 

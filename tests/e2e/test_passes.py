@@ -15,14 +15,12 @@ from corral.interrupts import Interrupts
 from corral.model.device import Placement
 from corral.pipeline import execution, train_stage
 from corral.pipeline.context import RunContext
+from corral.pipeline.train_stage import TrainStage
 from corral.progress import Progress
 from corral.run.directory import Run
-from corral.run.stage_record import find_stage
 from corral.system import MemoryLimit
 from corral.training.passes import Passes
 from tests.conftest import write_workspace
-
-DONE = {"prepare": "p"}
 
 
 def context_of(run: Path, *settings: str) -> RunContext:
@@ -35,7 +33,7 @@ def inputs(run: Path, *settings: str, placement: Placement | None = None) -> dic
     context = context_of(run, *settings)
     if placement is not None:
         context.placement = placement
-    return train_stage.inputs(context, 1, DONE)
+    return TrainStage(context, 1).inputs({})
 
 
 def test_a_stage_records_its_passes(finished_run: Path) -> None:
@@ -59,18 +57,18 @@ def test_neither_the_device_nor_the_passes_make_a_stage_train_again(finished_run
 def test_a_resumed_stage_keeps_the_passes_that_it_began_with_unless_the_recipe_says_otherwise(
     run_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = find_stage(run_copy, "train-1-sft", {})
-    Passes(2048, True, "float32", 1, 2).write(stage.path)
+    folder = run_copy / "train-1-sft"
+    Passes(2048, True, "float32", 1, 2).write(folder)
 
     def chosen(*settings: str) -> Passes:
-        return train_stage._choose_passes(context_of(run_copy, *settings), stage, 1)  # pyright: ignore[reportPrivateUsage]
+        return TrainStage(context_of(run_copy, *settings), 1)._choose_passes(folder)  # pyright: ignore[reportPrivateUsage]
 
     kept = chosen()
     assert (kept.pack_length, kept.gradient_checkpointing) == (2048, True)
     given = chosen("train.0.pack_length=256", "train.0.gradient_checkpointing=false")
     assert (given.pack_length, given.gradient_checkpointing) == (256, False)
     monkeypatch.setattr(train_stage, "memory_limit", lambda _: MemoryLimit(10**6, 10**6, "a limit"))
-    (stage.path / "passes.json").unlink()
+    (folder / "passes.json").unlink()
     tight = chosen()
     assert tight.gradient_checkpointing
     assert not tight.fits

@@ -26,8 +26,8 @@ STABLE_NAMES = (
     "prepare/ledger.json",
     "train-1-sft/metrics.jsonl",
     "train-1-sft/adapter/adapter_model.safetensors",
-    "merge/model/model.safetensors",
-    "merge/model/contract.json",
+    "train-1-sft/merged/model.safetensors",
+    "train-1-sft/merged/contract.json",
     "evaluate/scorecard.json",
     "evaluate/completions.jsonl",
     "report/index.html",
@@ -74,10 +74,10 @@ def test_the_ledger_adds_up_and_test_rows_were_not_trained_on(finished_run: Path
 
 def test_lineage_has_every_stage_with_the_hashes_of_its_outputs(finished_run: Path) -> None:
     lineage = read_json(finished_run / "lineage.json")
-    assert [s["name"] for s in lineage["stages"]] == ["prepare", "train-1-sft", "merge", "evaluate", "report"]
-    merge = next(s for s in lineage["stages"] if s["name"] == "merge")
-    weights = finished_run / "merge/model/model.safetensors"
-    assert merge["outputs"]["model/model.safetensors"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert [s["name"] for s in lineage["stages"]] == ["prepare", "train-1-sft", "evaluate", "report"]
+    train = next(s for s in lineage["stages"] if s["name"] == "train-1-sft")
+    weights = finished_run / "train-1-sft/merged/model.safetensors"
+    assert train["outputs"]["merged/model.safetensors"] == hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
 def test_a_second_run_skips_finished_stages_and_a_change_repeats_what_depends_on_it(run_copy: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_second_run_skips_finished_stages_and_a_change_repeats_what_depends_on
 
     assert set(run(workspace).values()) == {"skipped"}, "a run may be moved with its data"
     assert repeated("evaluate.loss_rows=5") == ["evaluate", "report"]
-    assert repeated("train.0.optimizer.lr=1e-3") == ["train-1-sft", "merge", "evaluate", "report"]
+    assert repeated("train.0.optimizer.lr=1e-3") == ["train-1-sft", "evaluate", "report"]
     assert set(run(workspace).values()) == {"skipped"}, "superseded outputs come back with the old settings"
 
 
@@ -104,7 +104,7 @@ def test_after_ctrl_c_the_same_command_ends_with_the_weights_of_an_uninterrupted
     assert process.returncode == 130, errors
     assert "the same command goes on from here" in errors
     assert "Traceback" not in errors
-    assert not (workspace / "run/merge").exists()
+    assert not (workspace / "run/model").exists()
     assert run(workspace)["train-1-sft"] == "done"
     weights, expected = (
         load_file(r / "train-1-sft/last/adapter_model.safetensors") for r in (workspace / "run", finished_run)
@@ -123,7 +123,7 @@ def test_transformers_loads_the_merged_model_and_answers_as_corral_does(finished
     from corral.model.loading import load_tokenizer
     from corral.template import Template
 
-    folder = finished_run / "merge/model"
+    folder = finished_run / "train-1-sft/merged"
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     question = Conversation.from_turns(("user", "What is 7 plus 7?"))
@@ -149,12 +149,12 @@ def test_the_merged_model_equals_the_adapter_on_held_out_rows(finished_run: Path
     rows = Prepared.open(finished_run / "prepare").test
     ids = [rows[i].sequences[0].ids for i in range(6)]
     adapted = adapters.load(load_model(tiny_folder), finished_run / "train-1-sft/adapter")
-    merged = load_model(finished_run / "merge/model")
+    merged = load_model(finished_run / "train-1-sft/merged")
     for a, b in zip(score(adapted, ids, [1] * 6), score(merged, ids, [1] * 6), strict=True):
         assert a == pytest.approx(b, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["train-1-sft/adapter/adapter_model.safetensors", "merge/model/config.json"])
+@pytest.mark.parametrize("name", ["train-1-sft/adapter/adapter_model.safetensors", "train-1-sft/merged/config.json"])
 def test_a_finished_stage_that_lost_a_file_runs_again(name: str, run_copy: Path) -> None:
     (run_copy / name).unlink()
     assert run(run_copy.parent)[name.split("/")[0]] == "done"
@@ -189,7 +189,7 @@ def test_a_broken_contract_stops_the_run_with_4_and_promotes_nothing(
 
     monkeypatch.setattr(merging, "merge_adapter", faulty)
     assert cli.main(["run", str(workspace / "r.toml"), "--out", str(workspace / "run")]) == 4
-    assert not (workspace / "run/merge/model").exists()
-    record = read_json(workspace / "run/merge/candidate/contract.json")
+    assert not (workspace / "run/model").exists(), "nothing is promoted"
+    record = read_json(workspace / "run/train-1-sft/merged/contract.json")
     assert not record["passed"]
     assert [c["name"] for c in record["checks"] if not c["passed"]] == ["adapter and merged model"]

@@ -43,13 +43,13 @@ def test_a_recipe_gives_a_model_with_a_contract(name: str, workspace: Path, caps
     settings, dtype, last_checks = WEIGHTS[name]
     assert run_edited(workspace, (LORA, settings), ("[model]", f'[model]\ndtype = "{dtype}"')) == 0, capsys.readouterr()
     run = workspace / "run"
-    record = read_json(run / "merge/model/contract.json")
+    record = read_json(run / "train-1-sft/merged/contract.json")
     first = "trained and saved weights" if name.startswith("full") else "adapter and merged model"
     assert record["passed"]
     assert [c["name"] for c in record["checks"]][2:] == [first, *last_checks]
     printed = " ".join(capsys.readouterr().err.split())
     assert all(check["detail"] in printed for check in record["checks"])
-    config = read_json(run / "merge/model/config.json")
+    config = read_json(run / "train-1-sft/merged/config.json")
     assert "quantization_config" not in config
     assert config["dtype"] == dtype
     loss = {
@@ -65,7 +65,7 @@ def test_a_second_stage_quantises_the_model_that_the_first_one_left(workspace: P
     run = workspace / "run"
     adapter = read_json(run / "train-2-sft/adapter/adapter_config.json")
     assert adapter["base_model_name_or_path"] == str(run / "train-1-sft/merged")
-    assert read_json(run / "merge/model/contract.json")["passed"]
+    assert read_json(run / "train-1-sft/merged/contract.json")["passed"]
 
 
 def test_without_bitsandbytes_a_quantised_run_stops_before_it_prepares(

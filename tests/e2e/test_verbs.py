@@ -63,6 +63,7 @@ def test_every_make_command_in_the_readme_is_a_target() -> None:
 def test_init_writes_a_recipe_that_runs_on_the_users_rows(workspace: Path, tiny_folder: Path) -> None:
     succeed("init", "mine.toml", cwd=workspace)
     settings = (f"model.base={tiny_folder}", "train.0.epochs=0.1", "data.split.test=0.2", "data.split.validation=0.2")
+    settings = (*settings, "data.max_length=256")
     sets = [part for s in settings for part in ("--set", s)]
     succeed("run", "mine.toml", *sets, cwd=workspace)
     assert (workspace / "runs/mine/report/index.html").is_file()
@@ -104,9 +105,9 @@ def test_evaluate_repeats_with_other_settings_of_evaluation_only(run_copy: Path)
     done = succeed("evaluate", run_copy, "--set", "evaluate.loss_rows=4", "--json")
     assert json.loads(done.stdout)["variants"]["tuned"]["metrics"]["loss"]["n"] == 4
     fail(2, [], "evaluate", run_copy, "--set", "train.0.steps=1")
-    fail(2, ["9000"], "evaluate", run_copy, "--set", "answer.max_tokens=9000")
-    (run_copy / "merge/model/config.json").unlink()
-    fail(2, ["'merge'"], "evaluate", run_copy)
+    fail(2, ["9,000"], "evaluate", run_copy, "--set", "answer.max_tokens=9000")
+    (run_copy / "train-1-sft/merged/config.json").unlink()
+    fail(2, ["'train-1-sft' of this run is not finished"], "evaluate", run_copy)
 
 
 def test_a_package_that_is_not_installed_is_named_with_exit_code_3(

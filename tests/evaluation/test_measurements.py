@@ -48,7 +48,7 @@ def dataset(rows: int = 5, questions: int = 4) -> EvaluationData:
     return EvaluationData(ROWS[:rows], ROWS[:rows], [sample_task("mmlu", SET, questions, seed=0)], lambda: EXAMPLES)
 
 
-MODEL = AnswerIdentity("model", "template", "tokenizer", "encoding", "scripted", "float32", "cpu")
+MODEL = AnswerIdentity("model", "template", "tokenizer", "scripted", "float32", "cpu")
 
 
 def spec(name: str = "tuned", settings: Answer = PLAIN, *, with_loss: bool = True, **changes: Any) -> VariantSpec:

@@ -17,8 +17,8 @@ SAME_BYTES = (
     "train-1-sft/adapter/adapter_model.safetensors",
     "train-1-sft/last/adapter_model.safetensors",
     "train-1-sft/checkpoints/step-000008/optimizer.safetensors",
-    "merge/model/model.safetensors",
-    "merge/model/contract.json",
+    "train-1-sft/merged/model.safetensors",
+    "train-1-sft/merged/contract.json",
 )
 """Files that a run writes without times."""
 
@@ -46,7 +46,7 @@ INSTANTS = {
     "while a checkpoint is written": Instant("save_file", "step-000004"),
     "between the old adapter and the new": Instant("rename", ".corral-tmp-adapter", nth=1),
     "before training is recorded": Instant("replace", "train-1-sft/stage.json"),
-    "between promoting the model and recording it": Instant("replace", "merge/stage.json"),
+    "between finishing the stage and promoting its model": Instant("replace", "run/model"),
     "while it evaluates": Instant("add", "tuned", nth=3),
 }
 
@@ -73,25 +73,25 @@ def test_killed_at_any_write_of_a_file(run_recipe: Callable[..., Any], finished_
             rounds += 1
 
 
-STOPS = {
-    "prepare": Instant("replace", "prepare/.corral-tmp-ledger.json", signal=signal.SIGTERM),
-    "train-1-sft": Instant("backward", nth=3, signal=signal.SIGHUP),
-    "merge": Instant("replace", "contract.json", signal=signal.SIGINT),
-    "evaluate": Instant("add", "base", nth=3, signal=signal.SIGTERM),
-    "report": Instant("replace", "loss.png", signal=signal.SIGTERM),
-}
+STOPS = (
+    ("prepare", Instant("replace", "prepare/.corral-tmp-ledger.json", signal=signal.SIGTERM)),
+    ("train-1-sft", Instant("backward", nth=3, signal=signal.SIGHUP)),
+    ("train-1-sft", Instant("replace", "contract.json", signal=signal.SIGINT)),
+    ("evaluate", Instant("add", "base", nth=3, signal=signal.SIGTERM)),
+    ("report", Instant("replace", "loss.png", signal=signal.SIGTERM)),
+)
 
 
 def test_stopped_by_a_signal_in_one_stage_after_another(
     run_recipe: Callable[..., Any], finished_run: Path, tmp_path: Path
 ) -> None:
-    for stage, instant in STOPS.items():
+    for stage, instant in STOPS:
         process = run_recipe(tmp_path / "run", instant=instant)
         process.join()
         assert process.exitcode == 128 + instant.signal, stage
         record = json.loads((tmp_path / "run" / stage / "stage.json").read_text())
         assert record["status"] == "running", stage
-        if stage.startswith("train"):
+        if instant.call == "backward":
             assert sorted(p.name for p in (tmp_path / "run" / stage / "checkpoints").iterdir()) == [
                 "step-000002",
                 "step-000003",
@@ -108,6 +108,6 @@ def test_a_disk_that_refuses_stops_with_2_and_afterwards_it_goes_on(
         process.join()
         assert process.exitcode == 2
         assert (tmp_path / "run" / reached).is_dir()
-        assert not (tmp_path / "run" / "merge").exists()
+        assert not (tmp_path / "run" / "model").exists()
     assert not killed(run_recipe(tmp_path / "run"))
     assert_same_run(tmp_path / "run", finished_run)

@@ -22,6 +22,7 @@ from tests.report.conftest import (
     ledger,
     lineage,
     metrics,
+    promote_model,
     write,
     write_lines,
 )
@@ -125,13 +126,14 @@ def test_nothing_that_came_from_the_run_becomes_markup(make_run: MakeRun) -> Non
         "environment.json": ENVIRONMENT,
         "lineage.json": lineage(),
         "prepare/ledger.json": ledger(),
-        "merge/model/contract.json": contract(),
         "evaluate/scorecard.json": json.loads(card().to_json()),
     }
     for file, value in files.items():
         write(run / file, poisoned(value))
     write_lines(run / "evaluate" / "completions.jsonl", [poisoned(line) for line in completions()])
     write_lines(run / "train-1-<b>" / "metrics.jsonl", [{"step": 1, "loss": 2.0}])
+    write(run / "merge" / "model" / "contract.json", poisoned(contract()))  # as runs of older versions have it
+    write(run / "merge" / "model" / "config.json", {})
     write(run / "train-2-x" / "metrics.jsonl", "{}\nnot json <img src=x onerror=alert(5)>\n")
 
     page = page_of(run)
@@ -227,14 +229,14 @@ def test_the_training_is_described(page: Page) -> None:
 def test_hashes_of_every_output_are_shown_in_full(page: Page) -> None:
     stages = [stage for stage in lineage()["stages"] if stage["name"] != "report"]
     digests = [digest for stage in stages for digest in stage["outputs"].values()]
-    assert len(digests) == 4
+    assert len(digests) == 3
     assert all(digest in page.text for digest in [*digests, lineage()["model"]["identity"]])
 
 
 def test_checks_with_unknown_keys_are_shown(make_run: MakeRun) -> None:
     run = make_run("nothing else")
     checks = [{"name": "speed", "passed": True, "gain": 1.25, "limits": {"low": 1.0, "by": ["x", 2]}, "why": None}]
-    write(run / "merge" / "model" / "contract.json", {"checks": checks})
+    promote_model(run, {"checks": checks})
     page = page_of(run)
     assert "low 1, by x, 2" in page.words
     assert 1.25 in {value for value, _ in page.data}

@@ -9,7 +9,7 @@ from corral.formatting import JOIN
 from corral.report.run_record import read_run
 from corral.report.scores import scores_by_metric
 from corral.report.verdict import Verdict, give_verdict
-from tests.report.conftest import MakeRun, card, contract, tiny_card, write
+from tests.report.conftest import MakeRun, card, contract, promote_model, tiny_card
 
 
 def verdict_on(make_run: MakeRun, value: Scorecard) -> Verdict:
@@ -87,7 +87,7 @@ def test_scores_that_were_not_compared_are_given_as_they_are(make_run: MakeRun) 
 
 def test_a_broken_contract_comes_before_any_score(make_run: MakeRun) -> None:
     run = make_run()
-    write(run / "merge" / "model" / "contract.json", contract(passed=False))
+    promote_model(run, contract(passed=False))
     record = read_run(run)
     verdict = give_verdict(record, scores_by_metric(record.scorecard))
     assert "its contract failed (adapter and merged model)" in verdict.headline

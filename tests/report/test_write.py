@@ -81,7 +81,7 @@ def test_a_damaged_file_is_named_on_the_page_and_not_taken_for_a_missing_one(mak
 def test_files_of_an_unexpected_shape_do_not_stop_the_report(make_run: MakeRun) -> None:
     run = make_run("nothing else")
     value = {"stages": {"a": 1}, "sources": [1], "variants": [], "comparisons": 7, "checks": "x", "packages": None}
-    for name in ("environment", "lineage", "prepare/ledger", "evaluate/scorecard", "merge/model/contract"):
+    for name in ("environment", "lineage", "prepare/ledger", "evaluate/scorecard", "train-1-sft/merged/contract"):
         write(run / f"{name}.json", value)
     write_lines(
         run / "evaluate" / "completions.jsonl", [{"id": None}, {"prompt": "text", "answer": 5, "tokens": "many"}]
@@ -96,7 +96,7 @@ def test_several_training_stages_are_shown_each(make_run: MakeRun) -> None:
     write_lines(run / "train-2-dpo" / "metrics.jsonl", metrics(12))
     page = write_report(run).read_text("utf-8")
     assert "<dt>train-1-sft</dt>" in page
-    assert "<dt>train-2-dpo</dt><dd>12 steps" in page
+    assert "<dt>train-2-dpo</dt><dd>from the base model, 12 steps" in page
 
 
 def test_a_relative_path_of_the_run_is_shown_as_given(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from corral.run.stage_record import claim_stage, finish_stage
 def finish(run: Path, inputs: dict[str, int], content: str = "x") -> None:
     stage = claim_stage(run, "one", inputs)
     (stage.path / "out.txt").write_text(content)
-    finish_stage(stage, 1.0)
+    finish_stage(stage, 1.0, {"device": "cpu"})
 
 
 def test_a_stage_is_done_for_the_same_inputs_and_not_for_others(tmp_path: Path) -> None:
