@@ -206,10 +206,14 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     from corral.evaluation import tables
     from corral.evaluation.scorecard import build_scorecard
     from corral.pipeline.evaluate_stage import parse_variant, read_primary, read_variant_rows
+    from corral.run.freshness import stale_stages
 
     sides = {spec: parse_variant(spec) for spec in (args.a, args.b)}
     if len(set(sides.values())) == 1:
         raise InputError(f"both are {args.a!r}", hint="name two different ones, each as RUN or RUN:VARIANT")
+    for spec, (folder, _) in sides.items():
+        if (reason := stale_stages(folder.parent).get("evaluate")) is not None:
+            print(f"note    the scores of {spec} are not of its run's present state: {reason}")
     rows = {spec: read_variant_rows(*side) for spec, side in sides.items()}
     primary = read_primary([folder for folder, _ in sides.values()])
     card = build_scorecard(rows, baseline=args.b, seed=0, primary=primary)

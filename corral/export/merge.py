@@ -1,4 +1,4 @@
-"""Merges an adapter that a user names into its base: a model folder with a contract, as a run's merge stage writes it."""
+"""Merges an adapter that a user names into its base: a model folder with a contract, as a training stage writes it."""
 
 from __future__ import annotations
 

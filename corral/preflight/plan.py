@@ -46,6 +46,8 @@ class StagePlan:
 
     Args:
         number: from 1.
+        name: of its folder.
+        start: the name of the stage whose model it starts from; empty for the base model.
         train: its settings, with numbers in place of `auto`.
         trained: number of weights that are trained.
         work: its workload.
@@ -57,6 +59,8 @@ class StagePlan:
     """
 
     number: int
+    name: str
+    start: str
     train: Train
     trained: int
     work: Workload
@@ -138,7 +142,8 @@ def _stage_lines(stage: StagePlan) -> list[str]:
     what = "all weights" if train.method == "full" else f"LoRA r {train.lora.rank}{quantised}"
     again = ", gradient checkpointing" if train.gradient_checkpointing else ""
     lines = [
-        f"stage {stage.number}: {train.objective}, {what}, {_format_count(stage.trained)} weights trained",
+        f"stage {stage.number}, {stage.name}, from {stage.start or 'the base model'}: {train.objective}, {what}, "
+        f"{_format_count(stage.trained)} weights trained",
         f"{work.steps:,} steps of {train.batch_size} rows, {work.tokens:,} tokens, in packs of at most "
         f"{train.pack_length:,} tokens{again}",
     ]

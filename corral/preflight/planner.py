@@ -219,7 +219,9 @@ class _Planner:
                 saved.append((setting, needed))
                 if needed <= self.limit.free * (1 - MARGIN):
                     break
-        return StagePlan(number, train, trained, work, memory.peak, measured, rate, seconds, verdict, reason, saved)
+        names, start = self.recipe.stage_names, self.recipe.start_of(number)
+        place = number, names[number - 1], names[start - 1] if start else ""
+        return StagePlan(*place, train, trained, work, memory.peak, measured, rate, seconds, verdict, reason, saved)
 
     def _verdict(self, estimate: memory_estimate.Memory, measured: Measured | None) -> tuple[Verdict, str]:
         free = self.limit.free

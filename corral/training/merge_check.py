@@ -48,14 +48,14 @@ the probes). Rounding shifts it either way, by -0.012 to +0.005 in four trials o
 def check_merged_model(
     setup: TrainingSetup, stage: Path, candidate: Path, probes: Sequence[Probe], validation: ValidationSet
 ) -> tuple[list[list[float]], list[Check]]:
-    """Compare a copy of the stage's merged model with what was trained.
+    """Compare a merged model with what the stage trained.
 
     Args:
         stage: the stage's directory.
-        candidate: the copy.
+        candidate: the model's folder.
         validation: if it has no rows, the probes are used instead.
 
-    Returns: the copy's log-probabilities of the probes, and the checks.
+    Returns: its log-probabilities of the probes, and the checks.
     """
     model = loading.load_model(candidate, dtype=setup.dtype, device=setup.device)
     merged = _probe_logprobs(model, probes)

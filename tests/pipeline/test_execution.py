@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from corral import recipe as recipes
+from corral.cli import main
 from corral.errors import InputError, MissingExtraError, ModelError, RunError, StorageError
 from corral.model.folder import model_identity
 from corral.pipeline import execution
 from corral.progress import Progress
+from corral.report.write import write_report
 from corral.run.directory import Run
 from corral.run.promotion import read_promotion
 from tests.conftest import change_json, write_rows, write_workspace
@@ -122,7 +124,7 @@ def test_redo_runs_a_stage_and_what_depends_on_it_and_nothing_else(run_copy: Pat
 
 
 def test_the_run_stands_for_the_old_model_until_the_new_one_is_finished(
-    run_copy: Path, monkeypatch: pytest.MonkeyPatch
+    run_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old = model_identity(Run(run_copy).model)
 
@@ -135,6 +137,12 @@ def test_the_run_stands_for_the_old_model_until_the_new_one_is_finished(
             execute(run_copy, "train.0.optimizer.lr=1e-3")
     assert Run(run_copy).model.parent.parent == run_copy / "superseded"
     assert model_identity(Run(run_copy).model) == old
+    page = write_report(run_copy).read_text("utf-8")
+    assert "evaluate is not shown: it was made from an earlier train-1-sft" in page
+    assert "still answer with the earlier model" in page
+    assert "Held-out loss" not in page
+    assert main(["compare", str(run_copy), f"{run_copy}:base"]) == 0
+    assert "are not of its run's present state" in capsys.readouterr().out.replace("’", "'")
     execute(run_copy, "train.0.optimizer.lr=1e-3")
     assert Run(run_copy).model == run_copy / "train-1-sft" / "merged"
     assert model_identity(Run(run_copy).model) != old

@@ -173,6 +173,15 @@ def test_an_estimate_needs_no_weights(tiny_folder: Path, tmp_path: Path) -> None
         planner.plan(make_recipe(tmp_path, bare), tmp_path / "run", Listener())
 
 
+def test_a_plan_shows_which_model_each_stage_starts_from(tiny_folder: Path, tmp_path: Path) -> None:
+    stages = 'train=[{steps=2}, {steps=2, name="wide", from="base"}, {steps=2, from="wide"}]'
+    plan = planner.plan(make_recipe(tmp_path, tiny_folder, stages), tmp_path / "run", Listener(), device="t4")
+    assert [stage.start for stage in plan.stages] == ["", "", "train-2-wide"]
+    text = rendered(plan)
+    assert "stage 2, train-2-wide, from the base model" in text
+    assert "stage 3, train-3-sft, from train-2-wide" in text
+
+
 def test_an_impossible_recipe_is_one_error(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no figure for the device 'abacus'"):
         planner.plan(make_recipe(tmp_path, tiny_folder), tmp_path / "run", Listener(), device="abacus")
