@@ -39,8 +39,9 @@ from corral.engines.base import Engine, Sampling
 from corral.engines.embedding import Embedder
 from corral.engines.registry import load_engine
 from corral.evaluation import scorecard, tasks
+from corral.evaluation.evaluation_data import EvaluationData
 from corral.evaluation.inference import Item
-from corral.evaluation.measurements import EvaluationData, Measurements, VariantSpec, task_items
+from corral.evaluation.measurements import Measurements, VariantSpec, task_items
 from corral.evaluation.row_file import RowFile, RowProducer
 from corral.evaluation.scorecard import Scorecard
 from corral.evaluation.scoring import Row, VariantRows

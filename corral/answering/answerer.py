@@ -234,11 +234,19 @@ class Answerer:
         examples, encoded = await self._encode_with_examples(
             conversation, encode, lambda encoded: len(encoded.ids) <= self.engine.features.max_length
         )
-        start = max(1, encoded.trained.index(True))
+        start = 0
         if examples:  # their answers are trained tokens as well, but are not scored
             roles = [message.role for message in conversation.messages]
             head = Conversation(conversation.messages[: roles.index("assistant")])
             start = len(self.template.prompt(insert_examples(examples, head)))
+        return await self.score_encoded(encoded, start)
+
+    async def score_encoded(self, encoded: Encoded, start: int = 0) -> Score:
+        """The likelihood of the trained tokens of a sequence from `start` on; the first of a sequence has none.
+
+        Raises: EngineError (the engine cannot score, or the sequence is too long).
+        """
+        start = max(1, start, encoded.trained.index(True))
         logprobs = await self.engine.score(encoded.ids, start)
         trained = encoded.trained[start:]
         return Score(-sum(p for p, t in zip(logprobs, trained, strict=True) if t), sum(trained))

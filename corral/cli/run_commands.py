@@ -48,7 +48,7 @@ def _print_scorecard(out: Path) -> None:
     card = Scorecard.from_json((out / "evaluate" / "scorecard.json").read_text("utf-8"))
     show(tables.render_scores(card))
     if set(card.variants) > {"base", "tuned"} or any("/" in name for v in card.variants.values() for name in v.metrics):
-        show(tables.render_costs(card))
+        show(*tables.render_costs(card))
 
 
 def init(args: argparse.Namespace) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Compare variants of runs, by default their tuned models, on the rows on which both were evaluated."""
 
     from corral.evaluation import tables
-    from corral.evaluation.scorecard import build_scorecard
+    from corral.evaluation.scorecard import build_scorecard, choose_primary
     from corral.pipeline.evaluate_stage import parse_variant, read_primary, read_variant_rows
     from corral.run.freshness import stale_stages
 
@@ -215,9 +215,9 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         if (reason := stale_stages(folder.parent).get("evaluate")) is not None:
             print(f"note    the scores of {spec} are not of its run's present state: {reason}")
     rows = {spec: read_variant_rows(*side) for spec, side in sides.items()}
-    primary = read_primary([folder for folder, _ in sides.values()])
-    card = build_scorecard(rows, baseline=args.b, seed=0, primary=primary)
-    show(tables.render_scores(card), tables.render_costs(card))
+    primary, notes = choose_primary({spec: read_primary(folder) for spec, (folder, _) in sides.items()})
+    card = build_scorecard(rows, baseline=args.b, seed=0, primary=primary, notes=notes)
+    show(tables.render_scores(card), *tables.render_costs(card))
     return json.loads(card.to_json())
 
 

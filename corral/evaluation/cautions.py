@@ -7,26 +7,41 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from corral.answering.identity import HASHED, differing_conditions
-from corral.evaluation.scoring import MetricColumns
+from corral.evaluation.scoring import MetricColumns, VariantRows
 
 ROUGE_VOTES = ("rouge-l", "rouge-l+math")
 """Votes that choose answers by ROUGE-L."""
 _WITHOUT_DIGITS = str.maketrans("", "", "0123456789")
 
 
-def row_cautions(name: str, columns: MetricColumns) -> Iterator[str]:
+def row_cautions(name: str, rows: VariantRows, columns: MetricColumns) -> Iterator[str]:
     """Sentences about the rows of a variant that have no score."""
-    said: set[tuple[str, str]] = set()
-    for metric, column in columns.items():
-        rows = metric.rpartition("/")[0] or "the test rows"
-        for id_, reason in column.skipped.items():
+    skipped = [
+        (metric.rpartition("/")[0], column.source, column.skipped, len(column.ids))
+        for metric, column in columns.items()
+    ]
+    scored = {(task, source) for task, source, _, _ in skipped}
+    # Sets of which every row was skipped have no column.
+    for task, task_rows in {"": rows.rows, **rows.tasks}.items():
+        for source in dict.fromkeys(source for row in task_rows for source in row.skipped):
+            if (task, source) not in scored:
+                skipped.append(
+                    (task, source, {row.id: row.skipped[source] for row in task_rows if source in row.skipped}, 0)
+                )
+    if not columns and not skipped:
+        yield f"{name} has no scores: there are no rows to measure it on"
+    said: set[tuple[str, str, str]] = set()
+    for task, source, reasons, scores in skipped:
+        for id_, reason in reasons.items():
             kind = reason.translate(_WITHOUT_DIGITS)
-            if (f"{rows} {column.source}", kind) in said:
+            if (task, source, kind) in said:
                 continue
-            said.add((f"{rows} {column.source}", kind))
-            count = sum(other.translate(_WITHOUT_DIGITS) == kind for other in column.skipped.values())
-            total = len(column.ids) + len(column.skipped)
-            yield f"{name}: {count} of {total} rows of {rows} have no score ({column.source}): {reason} (row {id_})"
+            said.add((task, source, kind))
+            count = sum(other.translate(_WITHOUT_DIGITS) == kind for other in reasons.values())
+            yield (
+                f"{name}: {count} of {scores + len(reasons)} rows of {task or 'the test rows'} have no score ({source}): "
+                f"{reason} (row {id_})"
+            )
 
 
 def word_cautions(signatures: Mapping[str, str]) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Asks an Answerer for the losses, answers and option log-probabilities of rows, and adds each finished row to a file.
 
-A row that the engine or the template refuses, such as one that is too long, is finished too: its field `skipped` says why.
+A row that the engine or the template refuses, such as one that is too long, is finished too: its field `skipped` says why. If
+all rows of a file are refused, the fault may not be in the rows: then they are returned, and the caller decides.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from corral.answering.answerer import Answerer
 from corral.errors import CorralError, RequestError, TemplateError, first_error
 from corral.evaluation.question_sets import Question
 from corral.evaluation.row_file import RowFile, RowProducer
 from corral.messages import Conversation
+from corral.template import Encoded
 
 MAX_CONCURRENT_ROWS = 64  # rows handed to the engine together; the engine batches them
 
@@ -35,27 +37,49 @@ class Item:
     grade: Callable[[str], Mapping[str, Any]] | None = None
 
 
-_RowType = TypeVar("_RowType", Item, Question)
+@dataclass(frozen=True, slots=True)
+class TextItem:
+    """A document, or a window of one, whose loss is measured.
+
+    Attributes:
+        id: hash of its content.
+        content: the text.
+        encoded: its ids, and which of them are trained.
+        document: identifies the document, which several windows may share.
+    """
+
+    id: str
+    content: str
+    encoded: Encoded
+    document: str
+
+
+Refusals: TypeAlias = Mapping[str, RequestError | TemplateError]
+"""Why rows could not be measured, by id."""
+_RowType = TypeVar("_RowType", Item, Item | TextItem, Question)
 Progressed = Callable[[int], None]
 """Called after each row with how many rows the file has."""
 
 
 async def compute_losses(
-    answerer: Answerer, producer: RowProducer, items: Sequence[Item], file: RowFile, on_done: Progressed
-) -> None:
-    """Add `nll` and `tokens` for each item that is not yet in the file."""
+    answerer: Answerer, producer: RowProducer, items: Sequence[Item | TextItem], file: RowFile, on_done: Progressed
+) -> Refusals:
+    """Add `nll` and `tokens` for each item that is not yet in the file. Returns the refusals, if all rows were refused."""
 
-    async def add_loss(item: Item) -> None:
-        score = await answerer.score(item.conversation)
+    async def add_loss(item: Item | TextItem) -> None:
+        if isinstance(item, TextItem):
+            score = await answerer.score_encoded(item.encoded)
+        else:
+            score = await answerer.score(item.conversation)
         file.add(producer, item.id, nll=score.nll, tokens=score.tokens)
 
-    await _for_missing(items, producer, file, add_loss, on_done)
+    return await _for_missing(items, producer, file, add_loss, on_done)
 
 
 async def generate_answers(
     answerer: Answerer, producer: RowProducer, items: Sequence[Item], file: RowFile, on_done: Progressed
-) -> None:
-    """Add an answer for each item that is not yet in the file.
+) -> Refusals:
+    """Add an answer for each item that is not yet in the file. Returns the refusals, if all rows were refused.
 
     Fields: `prompt`, `reference`, `answer`, `finish`, `tokens` (of all candidates), `prompt_tokens` (with examples),
     `seconds`, those of `Answer.vote_fields`, and what `Item.grade` returns.
@@ -79,13 +103,14 @@ async def generate_answers(
             **(item.grade(answer.text) if item.grade else {}),
         )
 
-    await _for_missing(items, producer, file, add_answer, on_done)
+    return await _for_missing(items, producer, file, add_answer, on_done)
 
 
 async def compute_option_logprobs(
     answerer: Answerer, producer: RowProducer, questions: Sequence[Question], file: RowFile, on_done: Progressed
-) -> None:
-    """Add the log-probabilities of the options of each question that is not yet in the file.
+) -> Refusals:
+    """Add the log-probabilities of the options of each question that is not yet in the file. Returns the refusals, if all rows
+    were refused.
 
     Fields: `logprobs`, natural, of each option's text as the answer to the question's stem, without the end token;
     `bytes`, the length of each option's text; `gold`, the index of the correct option.
@@ -98,7 +123,7 @@ async def compute_option_logprobs(
         lengths = [len(option.encode()) for option in question.options]
         file.add(producer, question.id, logprobs=logprobs, bytes=lengths, gold=question.correct_option)
 
-    await _for_missing(questions, producer, file, add_logprobs, on_done)
+    return await _for_missing(questions, producer, file, add_logprobs, on_done)
 
 
 async def option_logprob(answerer: Answerer, prompt: Sequence[int], stem: Conversation, option: str) -> float:
@@ -127,11 +152,10 @@ async def _for_missing(
     file: RowFile,
     process: Callable[[_RowType], Awaitable[None]],
     on_done: Progressed,
-) -> None:
+) -> Refusals:
     """Process the rows that are not yet in the file, several at a time; raises the first error of several.
 
-    Rows that are refused are added last, and only if some row was processed: if all are refused, the fault is not in the rows,
-    and the first refusal is raised.
+    Rows that are refused are added last if some row was processed, else returned.
     """
     limit = asyncio.Semaphore(MAX_CONCURRENT_ROWS)
     refusals: dict[str, RequestError | TemplateError] = {}
@@ -152,7 +176,13 @@ async def _for_missing(
                 group.create_task(process_limited(row))
     except* CorralError as errors:
         raise first_error(errors) from None
-    if refusals and not file.rows_of(producer):
-        raise next(iter(refusals.values()))
+    if not file.rows_of(producer):
+        return refusals
+    add_refusals(producer, refusals, file)
+    return {}
+
+
+def add_refusals(producer: RowProducer, refusals: Refusals, file: RowFile) -> None:
+    """Add rows that could not be measured. Raises: StorageError."""
     for id_, refusal in refusals.items():
         file.add(producer, id_, skipped=refusal.what)

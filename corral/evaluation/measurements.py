@@ -24,7 +24,16 @@ from corral.engines.base import Engine
 from corral.engines.embedding import Embedder
 from corral.errors import TemplateError
 from corral.evaluation import tasks
-from corral.evaluation.inference import Item, compute_losses, compute_option_logprobs, generate_answers
+from corral.evaluation.evaluation_data import EvaluationData
+from corral.evaluation.inference import (
+    Item,
+    Refusals,
+    TextItem,
+    add_refusals,
+    compute_losses,
+    compute_option_logprobs,
+    generate_answers,
+)
 from corral.evaluation.question_sets import Question
 from corral.evaluation.row_file import RowFile, RowProducer
 from corral.evaluation.scoring import Row, VariantRows
@@ -64,27 +73,11 @@ class VariantSpec:
         return self.identity.conditions() | ({"tasks": limits} if limits else {})
 
 
-@dataclass(frozen=True)
-class EvaluationData:
-    """What variants are measured on.
-
-    Attributes:
-        loss_items: rows for the held-out loss.
-        answer_items: rows to answer.
-        tasks: public questions.
-        load_examples: reads answered conversations for few-shot prompting on `answer_items`; called when a variant needs them.
-    """
-
-    loss_items: Sequence[Item] = ()
-    answer_items: Sequence[Item] = ()
-    tasks: Sequence[Task] = ()
-    load_examples: Callable[[], Sequence[Conversation]] = tuple
-
-
 @dataclass(frozen=True, slots=True)
 class _RowSet:
-    """The rows of one variant in one file."""
+    """The rows of one variant in one file; `name` says which they are."""
 
+    name: str
     file: str
     producer: RowProducer
     ids: frozenset[str]
@@ -121,9 +114,11 @@ class Measurements:
         size of each reference answer, and which rows share a passage. Raises: StorageError."""
         for name, ids_by_producer in _ids_by_file(variants, data).items():
             self.row_file(name).keep_rows(ids_by_producer)
-        conversations = {item.id: item.conversation for item in (*data.loss_items, *data.answer_items)}
-        conversations |= {question.id: question.example for task in data.tasks for question in task.questions}
-        write_json(self.folder / FACTS, {id_: _facts(conversation) for id_, conversation in conversations.items()})
+        facts = {item.id: _facts(item) for item in (*data.loss_items, *data.answer_items)}
+        facts |= {
+            question.id: _conversation_facts(question.example) for task in data.tasks for question in task.questions
+        }
+        write_json(self.folder / FACTS, facts)
 
     def is_complete(self, variant: VariantSpec, data: EvaluationData) -> bool:
         """Whether a variant has all its rows."""
@@ -134,8 +129,10 @@ class Measurements:
     ) -> None:
         """Measure the rows that a variant lacks.
 
+        Rows that are refused, such as one that is too long, are finished with a reason.
+
         Raises:
-            EngineError, TemplateError: the model cannot answer or score.
+            EngineError, TemplateError: the model cannot answer or score, or every row is refused.
             DataError, AssetError: the examples cannot be read.
             StorageError: a file cannot be written.
         """
@@ -145,40 +142,54 @@ class Measurements:
                 engine, template, settings, examples=examples, seed=variant.identity.seed, embed=self.embed
             )
 
-        def start(what: str, count: int) -> None:
-            progress.start(f"Evaluating {variant.name}: {what}", count)
+        async def measure_losses(rows: _RowSet, file: RowFile) -> Refusals:
+            return await compute_losses(
+                Answerer(engine, template), rows.producer, data.loss_items, file, progress.update
+            )
 
-        if variant.with_loss and data.loss_items:
-            start("held-out loss", len(data.loss_items))
-            rows = _loss_rows(variant, data)
-            file = self.row_file(rows.file)
-            await compute_losses(Answerer(engine, template), rows.producer, data.loss_items, file, progress.update)
-        if data.answer_items:
-            start("answers", len(data.answer_items))
-            rows = _answer_rows(variant, data)
-            await self._answer_timed(answerer(variant.settings, data.load_examples), rows, data.answer_items, progress)
-        for task in data.tasks:
+        async def answer_rows(rows: _RowSet, file: RowFile) -> Refusals:
+            asked = answerer(variant.settings, data.load_examples)
+            return await self._answer_timed(asked, rows, data.answer_items, progress)
+
+        async def answer_task(task: Task, rows: _RowSet, file: RowFile) -> Refusals:
             settings = _task_settings(variant.settings, task)
-            for rows in _task_rows(variant, task):
-                start(task.name, len(rows.ids))
-                if rows.file == _answers_file(task.name):
-                    task_answerer = answerer(settings, partial(task.examples, reasoning=settings.reasoning))
-                    await self._answer_timed(task_answerer, rows, task_items(task), progress)
-                else:
-                    task_answerer = answerer(settings, task.option_examples)
-                    file = self.row_file(rows.file)
-                    await compute_option_logprobs(task_answerer, rows.producer, task.questions, file, progress.update)
+            if rows.file == _answers_file(task.name):
+                asked = answerer(settings, partial(task.examples, reasoning=settings.reasoning))
+                return await self._answer_timed(asked, rows, task_items(task), progress)
+            asked = answerer(settings, task.option_examples)
+            return await compute_option_logprobs(asked, rows.producer, task.questions, file, progress.update)
+
+        parts = [(_loss_rows(variant, data), measure_losses), (_answer_rows(variant, data), answer_rows)]
+        parts += [(rows, partial(answer_task, task)) for task in data.tasks for rows in _task_rows(variant, task)]
+        refused: list[tuple[_RowSet, Refusals]] = []
+        for rows, measure in parts:
+            if rows.ids:
+                progress.start(f"Evaluating {variant.name}: {rows.name}", len(rows.ids))
+                refused.append((rows, await measure(rows, self.row_file(rows.file))))
+        self._settle_refusals(variant, [(rows, refusals) for rows, refusals in refused if refusals], len(refused))
+
+    def _settle_refusals(self, variant: VariantSpec, refused: Sequence[tuple[_RowSet, Refusals]], sets: int) -> None:
+        """Add the rows of sets of which every row was refused; raises the first refusal if these are all sets."""
+        if refused and len(refused) == sets:
+            rows, refusals = refused[0]
+            error = next(iter(refusals.values()))
+            place = f"variant {variant.name}, {rows.name}, all {len(refusals)} rows"
+            raise type(error)(error.what, where=f"{place}: {error.where}" if error.where else place, hint=error.hint)
+        for rows, refusals in refused:
+            add_refusals(rows.producer, refusals, self.row_file(rows.file))
 
     def _finished(self, rows: _RowSet) -> Mapping[str, dict[str, Any]]:
         return self.row_file(rows.file).rows_of(rows.producer)
 
-    async def _answer_timed(self, answerer: Answerer, rows: _RowSet, items: Sequence[Item], progress: Progress) -> None:
-        """Generate the missing answers, and add the time they took to `seconds.jsonl`."""
+    async def _answer_timed(
+        self, answerer: Answerer, rows: _RowSet, items: Sequence[Item], progress: Progress
+    ) -> Refusals:
+        """`generate_answers`; adds the time that the missing answers took to `seconds.jsonl`."""
         finished = self._finished(rows)
         finished_before = len(finished)
         missing = next((item for item in items if item.id not in finished), None)
         if missing is None:
-            return
+            return {}
         # What is loaded and computed once is not part of the time of an answer.
         with contextlib.suppress(TemplateError):
             await answerer.encode_prompt(missing.conversation.split_answer()[0])
@@ -186,7 +197,7 @@ class Measurements:
             await asyncio.to_thread(self.embed, [""])
         started = time.perf_counter()
         try:
-            await generate_answers(answerer, rows.producer, items, self.row_file(rows.file), progress.update)
+            return await generate_answers(answerer, rows.producer, items, self.row_file(rows.file), progress.update)
         finally:
             if added := len(self._finished(rows)) - finished_before:
                 seconds = self.row_file(SECONDS)
@@ -273,11 +284,11 @@ def _ids_by_file(
 
 def _loss_rows(variant: VariantSpec, data: EvaluationData) -> _RowSet:
     producer = RowProducer(variant.name, variant.identity.scoring().digest)
-    return _RowSet(LOSSES, producer, _ids(data.loss_items if variant.with_loss else ()))
+    return _RowSet("held-out loss", LOSSES, producer, _ids(data.loss_items if variant.with_loss else ()))
 
 
 def _answer_rows(variant: VariantSpec, data: EvaluationData) -> _RowSet:
-    return _RowSet(ANSWERS, RowProducer(variant.name, variant.identity.digest), _ids(data.answer_items))
+    return _RowSet("answers", ANSWERS, RowProducer(variant.name, variant.identity.digest), _ids(data.answer_items))
 
 
 def _task_rows(variant: VariantSpec, task: Task) -> list[_RowSet]:
@@ -286,16 +297,24 @@ def _task_rows(variant: VariantSpec, task: Task) -> list[_RowSet]:
     # The examples are drawn from the questions that are not asked, so they depend on how many are asked.
     pool = "".join(question.id for question in task.example_pool) if settings.shots.count else ""
     identity = replace(variant.identity, answer=settings, examples=hashlib.sha256(pool.encode()).hexdigest())
-    identities = {_answers_file(task.name): identity}
+    sets = [(task.name, _answers_file(task.name), identity)]
     if task.kind == "choice" and not settings.reasoning and settings.consensus.method == "none":
         # The options are given, so that of all settings only the examples before them have an effect.
-        identities[_options_file(task.name)] = replace(identity, answer=Answer(shots=settings.shots))
+        options = replace(identity, answer=Answer(shots=settings.shots))
+        sets.append((f"{task.name}, options", _options_file(task.name), options))
     ids = _ids(task.questions)
-    return [_RowSet(file, RowProducer(variant.name, each.digest), ids) for file, each in identities.items()]
+    return [_RowSet(name, file, RowProducer(variant.name, each.digest), ids) for name, file, each in sets]
 
 
-def _facts(conversation: Conversation) -> dict[str, Any]:
-    """`bytes` of the answers that count in a loss, and `passage`: the hash of the material that the first request is about."""
+def _facts(item: Item | TextItem) -> dict[str, Any]:
+    """`bytes` of the text that counts in the loss, `passage`, which rows about the same share, and of documents the `kind`."""
+    if isinstance(item, TextItem):
+        return {"bytes": len(item.content.encode()), "passage": item.document, "kind": "text"}
+    return _conversation_facts(item.conversation)
+
+
+def _conversation_facts(conversation: Conversation) -> dict[str, Any]:
+    """`bytes` of the trained answers, and `passage`: the hash of the material that the first request is about."""
     answers = [m.content for m in conversation.messages if m.role == "assistant" and m.trained]
     requests = [m.content for m in conversation.messages if m.role == "user"]
     material = requests[0].partition(INPUT_HEADING)[2] if requests else ""
@@ -303,7 +322,7 @@ def _facts(conversation: Conversation) -> dict[str, Any]:
     return {"bytes": sum(len(answer.encode()) for answer in answers), **passage}
 
 
-def _ids(rows: Sequence[Item] | Sequence[Question]) -> frozenset[str]:
+def _ids(rows: Sequence[Item | TextItem] | Sequence[Question]) -> frozenset[str]:
     return frozenset(row.id for row in rows)
 
 

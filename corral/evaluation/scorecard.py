@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal, TypeAlias
 
@@ -195,6 +195,20 @@ def compare_variants(
     return comparisons
 
 
+def choose_primary(named: Mapping[str, str]) -> tuple[str, list[str]]:
+    """The primary metric of a comparison, and sentences about the choice.
+
+    Args:
+        named: by variant, the metric that the recipe of its run names.
+    """
+    if len(set(named.values())) == 1:
+        return next(iter(named.values())), []
+    each = ", ".join(f"{name} names {describe_metric(metric).label} ({metric})" for name, metric in named.items())
+    return PRIMARY, [
+        f"the recipes have different primary metrics ({each}): {describe_metric(PRIMARY).label} decides here"
+    ]
+
+
 def build_scorecard(
     variants: Mapping[str, VariantRows],
     *,
@@ -202,14 +216,17 @@ def build_scorecard(
     compared_with: Mapping[str, str] | None = None,
     seed: int = 0,
     primary: str = PRIMARY,
+    notes: Sequence[str] = (),
 ) -> Scorecard:
     """Score all variants and compare each with its counterpart (difference = variant − counterpart).
 
-    Losses are compared per token, or in bits per byte between two variants whose tokenizers are known to differ.
+    Losses are compared per token, or in bits per byte between two variants whose tokenizers are known to differ; those of
+    documents in both.
 
     Args:
         compared_with: the counterpart of a variant, if it is not the baseline.
         primary: the metric that decides; it is not adjusted for the number of the others.
+        notes: sentences to know before the figures are read, besides those that are found here.
 
     Raises:
         InputError: the baseline or a counterpart is not among the variants; or as `score_rows` and `compare_variants`.
@@ -223,16 +240,16 @@ def build_scorecard(
     rouge = Rouge(unicode=None)
     scores = {name: score_variant(name, rows, rouge) for name, rows in variants.items()}
     signatures = _signatures(scores.values())
-    said = [*cautions.word_cautions(signatures)]
+    said = [*notes, *cautions.word_cautions(signatures)]
     for name, columns in scores.items():
-        said += cautions.row_cautions(name, columns)
+        said += cautions.row_cautions(name, variants[name], columns)
     comparisons: list[Comparison] = []
     unpaired: list[Unpaired] = []
-    by_bytes = False
+    of_texts = by_bytes = any(rows.has_texts for rows in variants.values())
     for name, other in pairs.items():
         conditions = variants[name].conditions, variants[other].conditions
         said += cautions.pair_cautions((name, other), conditions)
-        hidden, decides = IN_BYTES, primary
+        hidden, decides = None if of_texts else IN_BYTES, primary
         if cautions.tokenizers_differ(*conditions):
             has_bytes = all(IN_BYTES in scores[side] for side in (name, other))
             by_bytes |= has_bytes

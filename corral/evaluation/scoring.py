@@ -35,7 +35,7 @@ class Metric:
 
 METRICS: Mapping[str, Metric] = {
     "loss": Metric("Held-out loss", "nats per token", "lower"),
-    "bits_per_byte": Metric("Held-out loss in bits per byte", "bits per byte of the answers", "lower"),
+    "bits_per_byte": Metric("Held-out loss in bits per byte", "bits per byte of UTF-8", "lower"),
     "rouge1": Metric("ROUGE-1", "F, 0–1", "higher"),
     "rouge2": Metric("ROUGE-2", "F, 0–1", "higher"),
     "rougeL": Metric("ROUGE-L", "F, 0–1", "higher"),
@@ -75,15 +75,16 @@ class Row:
 
     Attributes:
         id: names the row; the same in every variant.
-        nll: sum of −log p over the reference answer's tokens, in nats.
+        nll: sum of −log p over the tokens of the reference answer or document, in nats.
         tokens: number of tokens in that sum.
         reference: the text an answer is compared with.
         answer: the generated text; None if none was generated.
         other_references: more texts that are as good. ROUGE is then the best over all references, and there is no BLEU.
         correct: `accuracy`, `logprob`, `logprob_byte`: those that were measured.
-        bytes: of the reference answer in UTF-8.
+        bytes: of the reference answer or document in UTF-8.
         passage: hash of the passage that it is about; rows about one passage are not independent.
         skipped: `loss`, `answers` or `options` → why the variant could not be measured on this row.
+        kind: `text` for a document, of which only the loss is measured.
     """
 
     id: str
@@ -96,6 +97,7 @@ class Row:
     bytes: int | None = None
     passage: str | None = None
     skipped: Mapping[str, str] = field(default_factory=dict[str, str])
+    kind: Literal["conversation", "text"] = "conversation"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,11 @@ class VariantRows:
     info: Mapping[str, float] = field(default_factory=dict[str, float])
     tasks: Mapping[str, Sequence[Row]] = field(default_factory=dict[str, Sequence[Row]])
     conditions: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether documents are among the rows."""
+        return any(row.kind == "text" for row in self.rows)
 
 
 @dataclass(frozen=True, slots=True)

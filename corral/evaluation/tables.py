@@ -82,12 +82,13 @@ def render_scores(card: Scorecard) -> Table:
     return _render(table_rows(card), "\n".join(caption))
 
 
-def render_costs(card: Scorecard) -> Table:
-    """`cost_rows` as a table for a terminal."""
-    return _render(
-        cost_rows(card.variants),
-        "tokens: mean of an answer, examples and all candidates counted; saved: candidates that a vote did not need",
+def render_costs(card: Scorecard) -> list[Table]:
+    """`cost_rows` as a table for a terminal; none if nothing was answered."""
+    rows = cost_rows(card.variants)
+    caption = (
+        "tokens: mean of an answer, examples and all candidates counted; saved: candidates that a vote did not need"
     )
+    return [_render(rows, caption)] if len(rows) > 1 else []
 
 
 def _render(rows: Sequence[tuple[str, ...]], caption: str) -> Table:

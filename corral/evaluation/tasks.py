@@ -12,6 +12,7 @@ from corral.evaluation.question_sets import LETTERS, AnswerKind, Question
 from corral.evaluation.scoring import Row
 from corral.messages import Conversation
 from corral.metrics import answer_extraction
+from corral.recipe.evaluate import Task as TaskSettings
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class Task:
 def load_task(name: str, rows: int, *, seed: int, max_tokens: int | None = None) -> Task:
     """A task of `rows` questions of the set with this name. Raises: AssetError, DataError."""
     return sample_task(name, question_sets.load_questions(name), rows, seed=seed, max_tokens=max_tokens)
+
+
+def load_tasks(settings: Sequence[TaskSettings], *, seed: int) -> list[Task]:
+    """The tasks of `[evaluate]`. Raises: as `load_task`."""
+    return [load_task(task.name, task.rows, seed=seed, max_tokens=task.max_tokens) for task in settings]
 
 
 def sample_task(

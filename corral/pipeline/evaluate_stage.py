@@ -15,12 +15,12 @@ from corral.answering.sync import SyncAnswerer
 from corral.data.sources import hash_source
 from corral.engines.registry import default_engine, load_engine
 from corral.errors import InputError, require
-from corral.evaluation import scorecard, tasks
-from corral.evaluation.inference import Item
-from corral.evaluation.measurements import EvaluationData, Measurements, VariantSpec
+from corral.evaluation import scorecard
+from corral.evaluation.evaluation_data import EvaluationData, select_evaluation_data
+from corral.evaluation.measurements import Measurements, VariantSpec
 from corral.evaluation.scorecard import Scorecard
-from corral.messages import Conversation
-from corral.model.device import choose_device
+from corral.evaluation.tasks import load_tasks
+from corral.model.device import Placement, choose_device
 from corral.model.loading import load_template
 from corral.model.naming import find_model_folder
 from corral.pipeline.context import RunContext
@@ -158,12 +158,19 @@ class EvaluateStage:
         return by_model
 
     def _identify(self, model: _Model) -> AnswerIdentity:
-        context, placement = self.context, self.context.placement
+        context, placement = self.context, self._placement(model)
         weights = context.base_identity
         if model.number:
             fingerprint = read_fingerprint(context.run.path, context.recipe.stage_names[model.number - 1])
             weights = f"{fingerprint} {model.form or ''}"
         return identify_model(weights, context.template, model.engine, dtype=placement.dtype, device=placement.device)
+
+    def _placement(self, model: _Model) -> Placement:
+        """Device and dtype of a model in its engine: those of training, unless the engine computes on the CPU."""
+        settings = self.context.recipe.model
+        if model.engine == "openvino" and settings.device == "auto":
+            return choose_device("cpu", settings.dtype)
+        return self.context.placement
 
     def _examples_digest(self, settings: Answer) -> str:
         return examples_digest(settings.shots, lambda: self.context.prepared.digest("train"))
@@ -171,15 +178,12 @@ class EvaluateStage:
     def _data(self, folder: StageFolder) -> EvaluationData:
         """The rows and questions that all variants are measured on."""
         context, recipe = self.context, self.context.recipe
-        config, test = recipe.evaluate, context.prepared.test
-        examples = [test[i] for i in range(min(len(test), max(config.loss_rows, config.answer_rows)))]
-        items = [Item(e.key, e.record) for e in examples if isinstance(e.record, Conversation)]
-        if config.tasks:
+        if recipe.evaluate.tasks:
             context.progress.start("Reading questions", None)
-        return EvaluationData(
-            items[: config.loss_rows],
-            items[: config.answer_rows],
-            [tasks.load_task(t.name, t.rows, seed=recipe.rows_seed, max_tokens=t.max_tokens) for t in config.tasks],
+        return select_evaluation_data(
+            context.prepared.test,
+            recipe.evaluate,
+            load_tasks(recipe.evaluate.tasks, seed=recipe.rows_seed),
             lambda: training_examples(context.run, recipe.answers_seed),
         )
 
@@ -187,7 +191,7 @@ class EvaluateStage:
         self, model: _Model, variants: Sequence[VariantSpec], measurements: Measurements, data: EvaluationData
     ) -> None:
         """Load a model and measure what is missing of its variants."""
-        context, placement = self.context, self.context.placement
+        context, placement = self.context, self._placement(model)
         context.progress.start(f"Evaluating {model.name}: loading", None)
         if model.form is not None:
             folder = find_model_folder(str(model.form.path(context.run.path / "export")))
@@ -195,8 +199,6 @@ class EvaluateStage:
             folder = context.model_of_stage(model.number)
         # A tuned model is asked with the template in its own folder, as its users will ask it.
         template = load_template(folder) if model.number else context.template
-        if model.engine == "openvino" and context.recipe.model.device == "auto":
-            placement = choose_device("cpu", context.recipe.model.dtype)
         engine = load_engine(model.engine, folder, dtype=placement.dtype, device=placement.device)
         with SyncAnswerer(Answerer(engine, template)) as sync:
             for variant in variants:
@@ -223,10 +225,9 @@ def read_variant_rows(folder: Path, name: str) -> VariantRows:
     return replace(Measurements(folder).variant_rows(name), conditions=known[name].conditions)
 
 
-def read_primary(folders: Sequence[Path]) -> str:
-    """The primary metric of the recipe of these evaluate stages, or the default where they differ."""
-    named = {Scorecard.from_json((folder / SCORECARD).read_text("utf-8")).primary for folder in folders}
-    return named.pop() if len(named) == 1 else scorecard.PRIMARY
+def read_primary(folder: Path) -> str:
+    """The primary metric that the recipe of a finished evaluate stage names."""
+    return Scorecard.from_json((folder / SCORECARD).read_text("utf-8")).primary
 
 
 def parse_variant(spec: str) -> tuple[Path, str]:

@@ -18,7 +18,9 @@ BUILT_IN_VARIANTS = ("base", "tuned")
 EngineName = Literal["transformers", "openvino", "vllm"]
 TaskName = Literal["arithmetic", "commonsense_qa", "mmlu", "truthfulqa", "xsum", "boolq"]
 
-OWN_METRICS = ("loss", "rouge1", "rouge2", "rougeL", "bleu")
+ANSWER_METRICS = ("rouge1", "rouge2", "rougeL", "bleu")
+"""Metrics of answers to the run's own test rows."""
+OWN_METRICS = ("loss", *ANSWER_METRICS)
 """Metrics of the run's own test rows."""
 _CHOICE_METRICS = ("accuracy", "logprob", "logprob_byte")
 TASK_METRICS: Mapping[str, tuple[str, ...]] = {

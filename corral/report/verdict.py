@@ -84,7 +84,7 @@ def _other_metrics(others: Sequence[MetricScores], main: Comparison) -> list[str
     parts: list[str] = []
     for outcome, word in OUTCOME_WORDS.items():
         labels = [
-            score.metric.label
+            _lower_first(score.metric.label)
             for score in others
             for c in score.comparisons
             if (c.a, c.b, c.outcome) == (main.a, main.b, outcome)

@@ -11,7 +11,15 @@ from corral.answering.answerer import Answerer
 from corral.engines.base import Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.errors import RequestError
-from corral.evaluation.inference import Item, compute_losses, compute_option_logprobs, generate_answers, option_logprob
+from corral.evaluation.inference import (
+    Item,
+    Refusals,
+    TextItem,
+    compute_losses,
+    compute_option_logprobs,
+    generate_answers,
+    option_logprob,
+)
 from corral.evaluation.question_sets import Question
 from corral.evaluation.row_file import RowFile, RowProducer
 from corral.messages import Conversation
@@ -102,20 +110,19 @@ def test_an_overlong_row_is_finished_with_a_reason_and_the_others_are_measured(
     answerer, file = Answerer(engine, template, Sampling(8)), RowFile(tmp_path / "rows.jsonl")
     done: list[int] = []
 
-    async def measure(*conversations: Conversation) -> None:
+    async def measure(*conversations: Conversation) -> Refusals:
         items = [Item(f"{i}", conversation) for i, conversation in enumerate(conversations)]
         if what == "losses":
-            await compute_losses(answerer, ME, items, file, done.append)
-        elif what == "answers":
-            await generate_answers(answerer, ME, items, file, done.append)
-        else:
-            texts = [c.messages[0].content for c in conversations]
-            questions = [Question(text, "B. on land", ("on land",), ("at sea", "on land"), text) for text in texts]
-            await compute_option_logprobs(answerer, ME, questions, file, done.append)
+            return await compute_losses(answerer, ME, items, file, done.append)
+        if what == "answers":
+            return await generate_answers(answerer, ME, items, file, done.append)
+        texts = [c.messages[0].content for c in conversations]
+        questions = [Question(text, "B. on land", ("on land",), ("at sea", "on land"), text) for text in texts]
+        return await compute_option_logprobs(answerer, ME, questions, file, done.append)
 
-    with pytest.raises(RequestError, match="exceed"):
-        asyncio.run(measure(LONG, LONG))
-    assert file.rows_of(ME) == {}, "if every row is refused, the fault is not in the rows"
+    refusals = asyncio.run(measure(LONG, LONG))
+    assert {type(refusal) for refusal in refusals.values()} == {RequestError}
+    assert file.rows_of(ME) == {}, "if every row is refused, the fault may not be in the rows"
     asyncio.run(measure(LONG, SHORT))
     reasons = [row.get("skipped") for row in file.rows_of(ME).values()]
     assert [reason is not None and "exceed" in reason for reason in reasons].count(True) == 1
@@ -124,3 +131,36 @@ def test_an_overlong_row_is_finished_with_a_reason_and_the_others_are_measured(
     before = file.path.read_bytes()
     asyncio.run(measure(LONG, SHORT))
     assert file.path.read_bytes() == before, "a skipped row is not asked again"
+
+
+@pytest.mark.parametrize("limit", [512, 24])
+def test_the_loss_of_a_documents_windows_adds_up_to_that_of_its_text(
+    tiny_folder: Path, template: Template, tmp_path: Path, limit: int
+) -> None:
+    import torch
+
+    from corral.data.plain_text import PlainTextEncoder, split_windows
+    from corral.engines.transformers import TransformersEngine
+    from corral.model.loading import load_model
+
+    model: Any = load_model(tiny_folder, dtype="float32", device="cpu")
+    text = "The ship sailed on the wide sea, and we had bread and wine. " * 2
+    whole = PlainTextEncoder(template).encode(text)
+    windows = split_windows(whole, limit)
+    items = [TextItem(f"{i}", text, window, "document") for i, window in enumerate(windows)]
+    file = RowFile(tmp_path / "losses.jsonl")
+
+    async def measure() -> None:
+        async with TransformersEngine(model) as engine:
+            await compute_losses(Answerer(engine, template), ME, items, file, lambda done: None)
+
+    asyncio.run(measure())
+    rows = file.rows_of(ME)
+    assert sum(row["tokens"] for row in rows.values()) == sum(whole.trained[1:])
+    direct = 0.0
+    for window in windows:
+        with torch.inference_mode():
+            logprobs = model(torch.tensor([window.ids])).logits[0].log_softmax(-1)
+        pairs = enumerate(zip(window.ids[1:], window.trained[1:], strict=True))
+        direct -= sum(float(logprobs[at, id_]) for at, (id_, trained) in pairs if trained)
+    assert sum(row["nll"] for row in rows.values()) == pytest.approx(direct, abs=1e-3)

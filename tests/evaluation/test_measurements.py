@@ -13,12 +13,14 @@ import pytest
 from numpy.typing import NDArray
 
 from corral.answering.identity import AnswerIdentity
+from corral.data.plain_text import PlainTextEncoder
 from corral.engines.base import Sampling
 from corral.engines.embedding import Embedder
 from corral.engines.scripted import ScriptedEngine
-from corral.errors import EngineError
-from corral.evaluation.inference import Item
-from corral.evaluation.measurements import EvaluationData, Measurements, VariantSpec
+from corral.errors import EngineError, RequestError
+from corral.evaluation.evaluation_data import EvaluationData
+from corral.evaluation.inference import Item, TextItem
+from corral.evaluation.measurements import Measurements, VariantSpec
 from corral.evaluation.question_sets import Question
 from corral.evaluation.scorecard import build_scorecard
 from corral.evaluation.scoring import score_rows
@@ -237,6 +239,49 @@ def test_an_evaluation_that_was_stopped_and_went_on_with_other_engines_has_rows_
             spec().identity.scoring().digest,
             *(row["made"] for row in json_rows(tmp_path, "tasks/mmlu.options.jsonl")),
         }
+
+
+LONG = Conversation.from_turns(("user", "word " * 9000), ("assistant", "so"))
+
+
+def test_a_set_of_which_every_row_is_refused_is_recorded_if_another_can_be_measured(
+    template: Template, tmp_path: Path
+) -> None:
+    data = replace(dataset(), answer_items=[Item("a", LONG), Item("b", LONG)])
+    assert measure(tmp_path, template, spec(), data=data) == (4, 5 + 2 * 4)
+    rows = {row.id: row.skipped for row in Measurements(tmp_path).variant_rows("tuned").rows if row.skipped}
+    assert rows.keys() == {"a", "b"}
+    assert "exceed" in rows["a"]["answers"]
+    assert measure(tmp_path, template, spec(), data=data) == (0, 0), "skipped rows are not asked again"
+
+
+def test_if_every_row_of_every_set_is_refused_the_error_names_variant_set_and_reason(
+    template: Template, tmp_path: Path
+) -> None:
+    data = EvaluationData(loss_items=[Item("a", LONG)], answer_items=[Item("a", LONG), Item("b", LONG)])
+    with pytest.raises(RequestError, match="exceed") as refused:
+        measure(tmp_path, template, spec(), data=data)
+    assert "variant tuned, held-out loss, all 1 rows" in (refused.value.where or "")
+    assert not contents(tmp_path), "after a correction they are asked again"
+
+
+def test_documents_are_measured_by_loss_and_their_windows_are_one_passage(template: Template, tmp_path: Path) -> None:
+    whole = PlainTextEncoder(template).encode("Größe ist relativ. ")
+    items = [TextItem(f"{i}", "Größe", whole, "one" if i < 2 else "another") for i in range(3)]
+    data = EvaluationData(loss_items=items)
+    variants = [spec(), spec("shots", SHOTS, with_loss=False)]
+    assert measure(tmp_path, template, *variants, data=data) == (0, 3)
+    measurements = Measurements(tmp_path)
+    measurements.finish(variants, data)
+    rows = measurements.variant_rows("tuned")
+    assert rows.has_texts
+    assert [(row.kind, row.bytes, row.passage) for row in rows.rows] == [
+        ("text", 7, "one"),
+        ("text", 7, "one"),
+        ("text", 7, "another"),
+    ]
+    card = build_scorecard({"tuned": rows, "shots": measurements.variant_rows("shots")}, baseline="tuned")
+    assert {name: value.n for name, value in card.variants["tuned"].metrics.items()} == {"loss": 2, "bits_per_byte": 2}
 
 
 class LoggingEmbedder(Embedder):

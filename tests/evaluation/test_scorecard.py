@@ -10,7 +10,7 @@ import pytest
 
 from corral.errors import InputError
 from corral.evaluation import statistics
-from corral.evaluation.scorecard import Scorecard, build_scorecard, compare_variants
+from corral.evaluation.scorecard import Scorecard, build_scorecard, choose_primary, compare_variants
 from corral.evaluation.scoring import Row, VariantRows, score_rows
 from corral.evaluation.statistics import holm, holm_levels
 from tests.evaluation.conftest import TEXT_METRICS, make_graded_rows, make_rows
@@ -257,6 +257,51 @@ def test_rows_that_one_variant_could_not_be_measured_on_are_left_out_of_both_and
         "tuned: 1 of 20 rows of the test rows have no score (loss): 9000 ids exceed 8192 (row row-03)",
         "tuned: 2 of 20 rows of the test rows have no score (answers): 9100 prompt + 64 new tokens exceed 8192 (row row-03)",
     ]
+
+
+def test_a_set_of_which_every_row_was_skipped_is_named_with_the_reason() -> None:
+    reason = "9100 prompt + 64 new tokens exceed 8192"
+    skipped = [Row(f"q-{i}", skipped={"answers": reason}) for i in range(3)]
+    variants = {
+        name: VariantRows(make_rows(0.4, seed=1, count=20), tasks={"mmlu": rows})
+        for name, rows in (("base", make_graded_rows(0.5, seed=1, count=3)), ("tuned", skipped))
+    }
+    card = build_scorecard(variants, baseline="base")
+    assert card.cautions == [f"tuned: 3 of 3 rows of mmlu have no score (answers): {reason} (row q-0)"]
+    assert all(name.startswith("mmlu/") for name in card.unpaired[0].only_b)
+
+
+def test_a_variant_that_nothing_was_measured_of_is_named() -> None:
+    card = build_scorecard({"base": VariantRows(make_rows(0.4, seed=1)), "shots": VariantRows([])}, baseline="base")
+    assert card.cautions == ["shots has no scores: there are no rows to measure it on"]
+
+
+def test_documents_have_a_loss_per_token_and_in_bits_per_byte_and_both_are_compared() -> None:
+    def documents(seed: int) -> VariantRows:
+        rows = make_rows(0.5, seed=seed)
+        return VariantRows(
+            [replace(row, reference=None, answer=None, bytes=100, kind="text") for row in rows], conditions=conditions()
+        )
+
+    card = build_scorecard({"base": documents(1), "tuned": documents(2)}, baseline="base")
+    assert [(c.metric, c.primary) for c in card.comparisons] == [("loss", True), ("bits_per_byte", False)]
+    bits = sum(row.nll or 0 for row in documents(1).rows) / (40 * 100) / math.log(2)
+    assert card.variants["base"].metrics["bits_per_byte"].mean == pytest.approx(bits)
+    assert card.cautions == []
+
+
+def test_two_recipes_that_name_different_primary_metrics_are_decided_by_the_loss_and_it_is_said() -> None:
+    assert choose_primary({"a": "bleu", "b": "bleu"}) == ("bleu", [])
+    primary, notes = choose_primary({"a": "bleu", "b": "mmlu/accuracy"})
+    assert primary == "loss"
+    assert notes == [
+        "the recipes have different primary metrics (a names BLEU (bleu), b names mmlu: accuracy (mmlu/accuracy)): "
+        "Held-out loss decides here"
+    ]
+    variants = {"a": VariantRows(make_rows(0.4, seed=1)), "b": VariantRows(make_rows(0.8, seed=2))}
+    card = build_scorecard(variants, baseline="a", primary=primary, notes=notes)
+    assert card.cautions == notes
+    assert [c.metric for c in card.comparisons if c.primary] == ["loss"]
 
 
 CONDITIONS = {

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from corral.evaluation.scorecard import Scorecard, Variant, build_scorecard
 from corral.evaluation.scoring import Row, VariantRows
-from corral.evaluation.tables import cost_rows, render_scores, table_rows
+from corral.evaluation.tables import cost_rows, render_costs, render_scores, table_rows
 from tests.evaluation.conftest import make_rows
 
 
@@ -66,6 +66,11 @@ def test_costs_of_a_vote_include_the_share_it_saved(task_card: Scorecard) -> Non
     assert header[-1] == "saved"
     assert {len(line) for line in lines} == {len(header)}
     assert [line[-1] for line in lines] == ["", "", "", "", "", "", "25%", ""]
+
+
+def test_there_is_no_table_of_costs_where_nothing_was_answered(task_card: Scorecard) -> None:
+    assert len(render_costs(task_card)) == 1
+    assert render_costs(build_scorecard({"base": VariantRows(make_rows(0.4, seed=1))}, baseline="base")) == []
 
 
 def test_a_rate_without_a_spread_shows_what_the_true_one_may_be() -> None:

@@ -76,7 +76,7 @@ def test_the_headline_is_about_the_primary_metric_wherever_it_stands(make_run: M
     comparisons = [c.model_copy(update={"primary": c.metric == "bleu"}) for c in card().comparisons]
     verdict = verdict_on(make_run, card().model_copy(update={"comparisons": comparisons, "primary": "bleu"}))
     assert verdict.headline.startswith("The tuned model’s BLEU rose from")
-    assert verdict.details == ["Secondary metrics: better on Held-out loss, ROUGE-1, ROUGE-2 and ROUGE-L."]
+    assert verdict.details == ["Secondary metrics: better on held-out loss, ROUGE-1, ROUGE-2 and ROUGE-L."]
 
 
 def test_scores_that_were_not_compared_are_given_as_they_are(make_run: MakeRun) -> None:

@@ -1,0 +1,79 @@
+"""What variants are measured on: test rows for the loss, conversations to answer, and public questions."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from corral.data.example_store import Example
+from corral.errors import RecipeError
+from corral.evaluation.inference import Item, TextItem
+from corral.evaluation.tasks import Task
+from corral.messages import Conversation, Text
+from corral.recipe.evaluate import ANSWER_METRICS, Evaluate
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """What variants are measured on.
+
+    Attributes:
+        loss_items: rows for the held-out loss.
+        answer_items: rows to answer.
+        tasks: public questions.
+        load_examples: reads answered conversations for few-shot prompting on `answer_items`; called when a variant needs them.
+    """
+
+    loss_items: Sequence[Item | TextItem] = ()
+    answer_items: Sequence[Item] = ()
+    tasks: Sequence[Task] = ()
+    load_examples: Callable[[], Sequence[Conversation]] = tuple
+
+
+def select_evaluation_data(
+    test: Sequence[Example],
+    evaluate: Evaluate,
+    tasks: Sequence[Task] = (),
+    load_examples: Callable[[], Sequence[Conversation]] = tuple,
+) -> EvaluationData:
+    """The first test rows, as many as the recipe wants: conversations and documents for the loss, conversations to answer.
+
+    Of copies the first one is measured.
+
+    Args:
+        test: prepared rows; a document that was cut is one row for each window.
+        tasks, load_examples: as in `EvaluationData`.
+
+    Raises: RecipeError (`evaluate.primary` is a metric of answers, and there is nothing to answer).
+    """
+    losses: dict[str, Item | TextItem] = {}
+    answers: dict[str, Item] = {}
+    for example in test:
+        item = _item(example)
+        if item is not None and len(losses) < evaluate.loss_rows:
+            losses.setdefault(item.id, item)
+        if isinstance(item, Item) and len(answers) < evaluate.answer_rows:
+            answers.setdefault(item.id, item)
+        if len(losses) == evaluate.loss_rows and len(answers) == evaluate.answer_rows:
+            break
+    if not answers and evaluate.primary in ANSWER_METRICS:
+        raise RecipeError(
+            f'`evaluate.primary` = "{evaluate.primary}" is a metric of answers, and no test row is a conversation to answer',
+            where="[evaluate]",
+            hint='choose `primary = "loss"`, or a metric of a task',
+        )
+    return EvaluationData(list(losses.values()), list(answers.values()), tasks, load_examples)
+
+
+def _item(example: Example) -> Item | TextItem | None:
+    """The row to evaluate, if it is a conversation or a document."""
+    match example.record:
+        case Conversation():
+            return Item(example.key, example.record)
+        case Text(content) if content:  # the last window of a document may hold nothing but the end token
+            # Windows of one document come from the same place.
+            place = hashlib.sha256(f"{example.source}\n{example.index}".encode()).hexdigest()
+            return TextItem(example.key, content, example.sequences[0], place[:16])
+        case _:
+            return None
