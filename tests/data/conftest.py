@@ -123,10 +123,10 @@ def write_examples(
 def start_script(code: str, tiny_folder: Path, cwd: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     """Another Python that runs `code` in `cwd`; it has `template`, `prepare`, Data, Source and Path."""
     setup = (
-        "import sys; from pathlib import Path; from transformers import AutoTokenizer\n"
+        "import sys; from pathlib import Path; from transformers import PreTrainedTokenizerFast\n"
         "from corral.data.prepare import prepare; from corral.errors import StorageError\n"
         "from corral.recipe import Data, Source; from corral.template import Template\n"
-        "template = Template.load(AutoTokenizer.from_pretrained(sys.argv[1]))\n"
+        "template = Template.load(PreTrainedTokenizerFast.from_pretrained(sys.argv[1]))\n"
     )
     command = [sys.executable, "-c", setup + code, str(tiny_folder), *arguments]
     env = os.environ | environment
