@@ -32,8 +32,8 @@ from findings_page import Findings, write_page
 from corral.answering.answerer import Answerer
 from corral.answering.build import build_answerer
 from corral.answering.consensus import Candidate, Consensus, Method
-from corral.answering.examples import training_examples
-from corral.answering.identity import identify_model, training_examples_digest
+from corral.answering.examples import training_examples, training_examples_digest
+from corral.answering.identity import identify_model
 from corral.cli.terminal import TerminalProgress
 from corral.engines.base import Engine, Sampling
 from corral.engines.embedding import Embedder
@@ -369,7 +369,7 @@ def compare_run(bench: Bench, path: Path) -> Scorecard:
     items = [Item(e.key, e.record) for e in records if isinstance(e.record, Conversation)]
     examples = training_examples_digest(run)
     material = EvaluationData(items, items, (), lambda: training_examples(run, SEED))
-    folders = {"base": resolve_model(run.recipe.model.base).folder, "tuned": run.merged_model}
+    folders = {"base": resolve_model(run.recipe.model.base).folder, "tuned": run.model}
     promptings: dict[str, dict[str, Any]] = {"": {}, " + static shots": {"shots": {"count": 2}}}
     promptings[" + similar shots"] = {"shots": {"count": 2, "choose": "similar"}}
     subjects = {

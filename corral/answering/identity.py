@@ -14,15 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import corral
 from corral.data.sources import hash_source
-from corral.errors import DataError
 from corral.model.folder import model_identity
 from corral.recipe.answer import Answer
-from corral.run.stage_record import read_fingerprint
 
 if TYPE_CHECKING:
     from corral.model.naming import ModelFiles
     from corral.recipe.answer import Shots
-    from corral.run.directory import Run
     from corral.template import Template
 
 CIRCUMSTANCES = ("corral", "device")
@@ -140,18 +137,6 @@ def examples_digest(shots: Shots, training: Callable[[], str]) -> str:
     if not shots.count:
         return ""
     return training() if shots.source is None else hash_source(shots.source)
-
-
-def training_examples_digest(run: Run) -> str:
-    """Hash of a run's training rows, for `examples_digest`. Raises: DataError (it has not prepared its rows)."""
-    fingerprint = read_fingerprint(run.path, "prepare")
-    if fingerprint is None:
-        raise DataError(
-            "the run has no prepared rows to show as examples",
-            where=str(run.path / "prepare"),
-            hint="finish the run, or name rows with [answer.shots.source]",
-        )
-    return fingerprint
 
 
 def _effective_settings(answer: Answer) -> dict[str, Any]:

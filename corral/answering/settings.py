@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from corral.answering.build import build_answerer
-from corral.answering.examples import training_examples
+from corral.answering.examples import training_examples, training_examples_digest
 from corral.answering.identity import (
     AnswerIdentity,
     examples_digest,
     identify_model,
-    training_examples_digest,
     weights_identity,
 )
 from corral.answering.open_model import check_engine, choose_engine, open_model

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from corral.data.example_store import Example
+from corral.data.example_store import Example, ExampleStore
 from corral.errors import RecipeError
 from corral.evaluation.inference import Item, TextItem
 from corral.evaluation.tasks import Task
-from corral.messages import Conversation, Text
+from corral.messages import Conversation, Record, Text
 from corral.recipe.evaluate import ANSWER_METRICS, Evaluate
 
 
@@ -32,7 +32,7 @@ class EvaluationData:
 
 
 def select_evaluation_data(
-    test: Sequence[Example],
+    test: ExampleStore,
     evaluate: Evaluate,
     tasks: Sequence[Task] = (),
     load_examples: Callable[[], Sequence[Conversation]] = tuple,
@@ -47,23 +47,28 @@ def select_evaluation_data(
 
     Raises: RecipeError (`evaluate.primary` is a metric of answers, and there is nothing to answer).
     """
-    losses: dict[str, Item | TextItem] = {}
-    answers: dict[str, Item] = {}
-    for example in test:
-        item = _item(example)
-        if item is not None and len(losses) < evaluate.loss_rows:
-            losses.setdefault(item.id, item)
-        if isinstance(item, Item) and len(answers) < evaluate.answer_rows:
-            answers.setdefault(item.id, item)
-        if len(losses) == evaluate.loss_rows and len(answers) == evaluate.answer_rows:
-            break
+    losses = _first_items(test, (Conversation, Text), evaluate.loss_rows)
+    answers = [
+        item for item in _first_items(test, (Conversation,), evaluate.answer_rows) if not isinstance(item, TextItem)
+    ]
     if not answers and evaluate.primary in ANSWER_METRICS:
         raise RecipeError(
             f'`evaluate.primary` = "{evaluate.primary}" is a metric of answers, and no test row is a conversation to answer',
             where="[evaluate]",
             hint='choose `primary = "loss"`, or a metric of a task',
         )
-    return EvaluationData(list(losses.values()), list(answers.values()), tasks, load_examples)
+    return EvaluationData(losses, answers, tasks, load_examples)
+
+
+def _first_items(test: ExampleStore, types: Collection[type[Record]], count: int) -> list[Item | TextItem]:
+    """The first rows of these types, without copies."""
+    items: dict[str, Item | TextItem] = {}
+    for example in test.select(types=types):
+        if len(items) == count:
+            break
+        if (item := _item(example)) is not None:
+            items.setdefault(item.id, item)
+    return list(items.values())
 
 
 def _item(example: Example) -> Item | TextItem | None:

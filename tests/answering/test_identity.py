@@ -13,14 +13,11 @@ from corral.answering.identity import (
     differing_conditions,
     examples_digest,
     identify_model,
-    training_examples_digest,
     weights_identity,
 )
-from corral.errors import DataError
 from corral.model.naming import ModelFiles
 from corral.recipe import Answer
 from corral.recipe.answer import Shots
-from corral.run.directory import Run
 from corral.template import Template
 
 MODEL = AnswerIdentity("w", "t" * 64, "k" * 64, "openvino", "float32", "cpu", version="1.2.3")
@@ -130,13 +127,3 @@ def test_the_digest_of_examples_follows_the_rows_they_come_from(tmp_path: Path) 
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "c"}\n')
     assert digest() != before
     assert (digest(source=None), digest(count=0)) == ("the run's", "")
-
-
-def test_the_digest_of_a_runs_own_examples_is_known_once_its_rows_are_prepared(tmp_path: Path) -> None:
-    (tmp_path / "recipe.toml").write_text("")
-    run = Run(tmp_path)
-    with pytest.raises(DataError, match="no prepared rows"):
-        training_examples_digest(run)
-    (tmp_path / "prepare").mkdir()
-    (tmp_path / "prepare" / "stage.json").write_text('{"fingerprint": "abc"}')
-    assert training_examples_digest(run) == "abc"

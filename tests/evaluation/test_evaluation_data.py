@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
-from corral.data.example_store import Example
+from corral.data.example_store import Example, ExampleStore
 from corral.errors import RecipeError
 from corral.evaluation.evaluation_data import select_evaluation_data
 from corral.evaluation.inference import Item, TextItem
 from corral.messages import Conversation, Preference, Record, Text
 from corral.recipe.evaluate import Evaluate
 from corral.template import Encoded
+from tests.data.conftest import write_examples
 
 SEQUENCE = Encoded((1, 2, 3), (False, True, True))
 
@@ -21,50 +23,49 @@ def conversation(number: int) -> Conversation:
     return Conversation.from_turns(("user", f"say {number}"), ("assistant", f"{number}"))
 
 
-def examples(*records: Record, index: int | None = None) -> list[Example]:
-    return [
-        Example(f"{record!r}", "docs", i if index is None else index, (SEQUENCE,), record)
-        for i, record in enumerate(records)
-    ]
+def store(folder: Path, *records: Record, places: Sequence[int] = ()) -> ExampleStore:
+    """Rows of one source, at these places there."""
+    rows = zip(places or range(len(records)), records, strict=True)
+    return write_examples(folder / "test", [Example(f"{r!r}", "docs", place, (SEQUENCE,), r) for place, r in rows])
 
 
 def ids(items: Sequence[Item | TextItem]) -> list[str]:
     return [item.id for item in items]
 
 
-def test_the_first_rows_are_measured_and_conversations_alone_are_answered() -> None:
-    texts, questions = [Text(f"text {i}") for i in range(4)], [conversation(i) for i in range(4)]
-    mixed = [record for pair in zip(texts, questions, strict=True) for record in pair]
-    data = select_evaluation_data(examples(*mixed), Evaluate(loss_rows=3, answer_rows=3))
-    assert ids(data.loss_items) == [f"{record!r}" for record in mixed[:3]]
-    assert ids(data.answer_items) == [f"{record!r}" for record in questions[:3]]
-    assert [type(item) for item in data.loss_items] == [TextItem, Item, TextItem]
+def test_the_first_rows_are_measured_and_the_first_conversations_are_answered(tmp_path: Path) -> None:
+    test = store(tmp_path, *(Text(f"text {i}") for i in range(20)), *(conversation(i) for i in range(4)))
+    data = select_evaluation_data(test, Evaluate(loss_rows=9, answer_rows=3))
+    assert ids(data.loss_items) == [example.key for example in test[:9]]
+    assert ids(data.answer_items) == [e.key for e in test if isinstance(e.record, Conversation)][:3]
+    kinds = {Text: TextItem, Conversation: Item}
+    assert [type(item) for item in data.loss_items] == [kinds[type(e.record)] for e in test[:9]]  # type: ignore[index]
 
 
-def test_a_document_keeps_the_ids_that_training_uses_and_shares_its_name_with_its_other_windows() -> None:
-    windows = examples(Text("the first part"), Text("the second"), Text(""), index=7)
-    data = select_evaluation_data([*windows, *examples(Text("another"))], Evaluate())
-    first, second, other = data.loss_items
-    assert isinstance(first, TextItem)
-    assert isinstance(second, TextItem)
-    assert isinstance(other, TextItem)
-    assert (first.content, first.encoded) == ("the first part", SEQUENCE)
-    assert first.document == second.document != other.document
+def test_a_document_keeps_the_ids_that_training_uses_and_shares_its_name_with_its_other_windows(tmp_path: Path) -> None:
+    records = [Text("the first part"), Text("the second"), Text(""), Text("another")]
+    data = select_evaluation_data(store(tmp_path, *records, places=[7, 7, 7, 8]), Evaluate())
+    items = {item.content: item for item in data.loss_items if isinstance(item, TextItem)}
+    assert items.keys() == {"the first part", "the second", "another"}, "an empty window has no bytes"
+    assert all(item.encoded == SEQUENCE for item in items.values())
+    assert items["the first part"].document == items["the second"].document != items["another"].document
     assert data.answer_items == []
 
 
-def test_copies_are_measured_once_and_preferences_are_left_out() -> None:
-    prompt = Conversation.from_turns(("user", "why?"))
-    rows = examples(conversation(1), conversation(1), Preference(prompt, "so", "no"), conversation(2))
-    data = select_evaluation_data(rows, Evaluate(loss_rows=2, answer_rows=2))
-    expected = [f"{conversation(i)!r}" for i in (1, 2)]
-    assert (ids(data.loss_items), ids(data.answer_items)) == (expected, expected)
+def test_copies_are_measured_once_and_preferences_are_left_out(tmp_path: Path) -> None:
+    preference = Preference(Conversation.from_turns(("user", "why?")), "so", "no")
+    test = store(tmp_path, conversation(1), conversation(1), preference, conversation(2))
+    data = select_evaluation_data(test, Evaluate(loss_rows=2, answer_rows=2))
+    assert set(ids(data.loss_items)) == {f"{conversation(i)!r}" for i in (1, 2)}
+    assert ids(data.answer_items) == ids(data.loss_items)
 
 
-def test_a_primary_metric_of_answers_is_refused_where_there_is_nothing_to_answer() -> None:
-    rows, rouge = examples(Text("a document")), Evaluate(primary="rougeL")
+def test_a_primary_metric_of_answers_is_refused_where_there_is_nothing_to_answer(tmp_path: Path) -> None:
+    rouge = Evaluate(primary="rougeL")
+    documents = store(tmp_path, Text("a document"))
     with pytest.raises(RecipeError, match="no test row is a conversation") as refused:
-        select_evaluation_data(rows, rouge)
+        select_evaluation_data(documents, rouge)
     assert "rougeL" in refused.value.what
-    select_evaluation_data([*rows, *examples(conversation(1))], rouge)
-    select_evaluation_data(rows, Evaluate.model_validate({"primary": "xsum/rougeL", "tasks": [{"name": "xsum"}]}))
+    select_evaluation_data(documents, Evaluate.model_validate({"primary": "xsum/rougeL", "tasks": [{"name": "xsum"}]}))
+    (tmp_path / "mixed").mkdir()
+    select_evaluation_data(store(tmp_path / "mixed", Text("a document"), conversation(1)), rouge)
