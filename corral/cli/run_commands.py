@@ -148,7 +148,7 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
         adapter = find_adapter_to_train(
             model.adapter, folder, recipe.train[0].quantization if recipe.train else "none"
         ).folder
-    template = ModelFiles(folder, adapter, model.template, model.template_variables).load_template()
+    template = ModelFiles(folder, adapter, recipe).load_template()
     with tempfile.TemporaryDirectory() as rows:
         try:
             # A recipe that loses too many rows is one that the user wants to inspect.

@@ -16,7 +16,7 @@ import numpy as np
 
 from corral.data.plain_text import PlainTextEncoder, split_windows
 from corral.data.row_store import Column, list_column
-from corral.errors import TemplateError
+from corral.errors import DataError, TemplateError
 from corral.messages import Conversation, Feedback, Preference, Record, Text
 from corral.recipe import Data
 from corral.template import Encoded, Template
@@ -121,15 +121,27 @@ class RowEncoder:
     Args:
         template: makes ids and masks.
         data: `max_length`, `overlong` and `train_on` are used.
+
+    Raises DataError for conversations for which the template's system message leaves no room.
     """
 
     def __init__(self, template: Template, data: Data) -> None:
         self.template = template
         self.limit, self.overlong, self.train_on = data.max_length, data.overlong, data.train_on
+        self._least_prompt = 0
+        if template.system is not None:
+            self._least_prompt = len(template.prompt(Conversation.from_turns(("user", "?"))))
 
     def encode_all(self, records: Iterable[Record]) -> Iterator[EncodedRow]:
         """Each record's sequences. Conversations are encoded in one batch, which is faster."""
         records = [self._select_answers(record) for record in records]
+        if self._least_prompt >= self.limit and not all(isinstance(record, Text) for record in records):
+            raise DataError(
+                f"with the system message the shortest prompt has {self._least_prompt} tokens, and an example with its "
+                f"answer may have {self.limit}",
+                where="data.max_length, data.system",
+                hint="raise `max_length` or shorten the system message",
+            )
         conversations = [record for record in records if isinstance(record, Conversation)]
         encoded = iter(self.template.encode_batch(conversations))
         for record in records:
@@ -261,7 +273,7 @@ def encode_rows(records: Iterable[Record], template: Template, data: Data) -> di
         lost_end: whether the end of a trained answer was cut off.
         reason: why the row is left out, or empty.
 
-    Raises ModelError if a row has a token that the model's embedding does not have.
+    Raises ModelError if a row has a token that the model's embedding does not have, and DataError as `RowEncoder`.
     """
     import pyarrow as pa
 

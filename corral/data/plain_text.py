@@ -23,13 +23,13 @@ class PlainTextEncoder:
     """Encodes documents with a template's tokenizer.
 
     Args:
-        template: its tokenizer encodes; its source shows which tokens control a model.
+        template: its tokenizer encodes; its source, without the system message, shows which tokens control a model.
     """
 
     def __init__(self, template: Template) -> None:
         tokenizer = template.tokenizer
         backend: Tokenizer = tokenizer.backend_tokenizer
-        self._backend = _without_control_tokens(backend, template.source)
+        self._backend = _without_control_tokens(backend, template.bare_source)
         bos: Any = tokenizer.bos_token_id
         # Not every model begins a document with its BOS token. It does if the tokenizer adds the token, or if the template
         # writes it once, at the start; a template that writes it for each turn uses it for something else.

@@ -29,7 +29,7 @@ from corral.data.lost_rows_budget import check_loss_budget, check_not_empty, cou
 from corral.data.mixture import SIDES, Side
 from corral.data.row_store import Batch, Column, Ints, list_column, split_list_column, text_column
 from corral.data.selection import UNSET, SourcePlan
-from corral.data.source_rows import EXCERPT_CHARACTERS, load_source_rows
+from corral.data.source_rows import EXCERPT_CHARACTERS, RowSettings, load_source_rows
 from corral.data.worker_pool import WorkerPool
 from corral.errors import DataError
 from corral.formatting import json_line
@@ -145,9 +145,10 @@ def prepare(
     pool = WorkerPool(progress, workers)
     with caches.hold_cache(cache) as used:
         progress.start("Reading rows", None)
+        row_settings = RowSettings.from_recipe(data)
         plans = [
             SourcePlan.from_source(
-                source, load_source_rows(source, cache, progress, turns=data.turns), template, data, cache
+                source, load_source_rows(source, cache, progress, row_settings), template, data, cache
             )
             for source in data.sources
         ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -28,11 +28,10 @@ from corral.errors import DataError
 from corral.formatting import json_line
 from corral.messages import Conversation, Feedback, Preference, Record, record_from_json, record_key, record_to_json
 from corral.progress import Progress
-from corral.recipe import Source
+from corral.recipe import Data, Source
 from corral.storage import file_lock, new_directory
 
 Ints: TypeAlias = NDArray[np.int64]
-TurnSetting: TypeAlias = Literal["mend", "strict"]
 
 VERSION = 3
 EXCERPT_CHARACTERS = 2000
@@ -108,8 +107,25 @@ class SourceRows:
             yield from np.split(part, np.flatnonzero(np.diff(pieces)) + 1)
 
 
-def load_source_rows(source: Source, cache: Path, progress: Progress, *, turns: TurnSetting = "mend") -> SourceRows:
-    """A source's rows, from the cache if they are there, else read now; `turns` as in the recipe.
+@dataclass(frozen=True, slots=True)
+class RowSettings:
+    """What becomes of the messages of every row."""
+
+    turns: Literal["mend", "strict"] = "mend"
+    """As `data.turns`."""
+    keep_system: bool = True
+    """Whether rows keep their own system messages."""
+
+    @classmethod
+    def from_recipe(cls, data: Data) -> RowSettings:
+        """The settings of `[data]`."""
+        return cls(data.turns, data.system_override is None)
+
+
+def load_source_rows(
+    source: Source, cache: Path, progress: Progress, settings: RowSettings = RowSettings()
+) -> SourceRows:
+    """A source's rows, from the cache if they are there, else read now.
 
     Raises:
         DataError: the source cannot be read, its format is not recognised, or it changes while it is read.
@@ -117,8 +133,8 @@ def load_source_rows(source: Source, cache: Path, progress: Progress, *, turns: 
         StorageError: the cache cannot be written.
     """
     source_hash = sources.hash_source(source)
-    settings = source.model_dump(mode="json", include={*Source.READ_BY, "format", "mapping"})
-    folder = cache / cache_name("rows", VERSION, source_hash, settings, turns, _hash_reading_code())
+    read_by = source.model_dump(mode="json", include={*Source.READ_BY, "format", "mapping"})
+    folder = cache / cache_name("rows", VERSION, source_hash, read_by, asdict(settings), _hash_reading_code())
     with file_lock(cache / f".{folder.name}.lock"):
         try:
             return SourceRows(folder)
@@ -127,7 +143,7 @@ def load_source_rows(source: Source, cache: Path, progress: Progress, *, turns: 
         except (OSError, ValueError, KeyError, TypeError) as error:
             progress.say(f"the cached rows of {source.label} are damaged ({error}): they are read again")
         with new_directory(folder) as new:
-            _read_into(source, new, progress, turns)
+            _read_into(source, new, progress, settings)
             if sources.hash_source(source) != source_hash:
                 raise DataError(
                     "the source changed while it was read",
@@ -206,16 +222,17 @@ class _RowWriter:
         self._unsaved_bytes = 0
 
 
-def _read_record(read: Format, row: Mapping[str, Any], turns: TurnSetting) -> tuple[Record, bool]:
+def _read_record(read: Format, row: Mapping[str, Any], settings: RowSettings) -> tuple[Record, bool]:
     """(the record of a row, whether its turns were mended). Raises FormatError."""
     is_mended = False
     try:
         record = read(row)
     except TurnOrderError as error:
-        if turns == "strict":
+        if settings.turns == "strict":
             raise
         record, is_mended = mend_turns(error), True
-    return _end_with_trained(record), is_mended
+    record = _end_with_trained(record)
+    return record if settings.keep_system else _without_system(record), is_mended
 
 
 def _end_with_trained(record: Record) -> Record:
@@ -227,7 +244,17 @@ def _end_with_trained(record: Record) -> Record:
     return Conversation(record.messages[: answers[-1] + 1]) if answers else record
 
 
-def _read_into(source: Source, folder: Path, progress: Progress, turns: TurnSetting) -> None:
+def _without_system(record: Record) -> Record:
+    if isinstance(record, Preference | Feedback):
+        prompt = _without_system(record.prompt)
+        assert isinstance(prompt, Conversation)
+        return replace(record, prompt=prompt)
+    if isinstance(record, Conversation) and record.messages[0].role == "system":
+        return Conversation(record.messages[1:])
+    return record
+
+
+def _read_into(source: Source, folder: Path, progress: Progress, settings: RowSettings) -> None:
     rows = sources.read_rows(source, progress)
     first = list(islice(rows, _ROWS_TO_RECOGNISE))
     if first and all(row.value is None for row in first) and source.format == "auto" and source.mapping is None:
@@ -245,7 +272,7 @@ def _read_into(source: Source, folder: Path, progress: Progress, turns: TurnSett
             writer.add_unusable(row, row.reason or "unreadable")
         else:
             try:
-                writer.add(row, *_read_record(chosen.to_record, row.value, turns))
+                writer.add(row, *_read_record(chosen.to_record, row.value, settings))
             except ContradictionError as error:
                 # The rows before it were read on an assumption that is now known to be wrong.
                 raise DataError(f"{row.location}: {error.reason}", where=source.label, hint=error.hint) from None

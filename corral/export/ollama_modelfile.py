@@ -1,9 +1,12 @@
-"""Writes an Ollama Modelfile for an exported GGUF file: template, stop tokens, licence.
+"""Writes an Ollama Modelfile for an exported GGUF file: template, system message, stop tokens, licence.
 
 Ollama renders chats with a Go template and does not run the Jinja template in a GGUF file. Without a TEMPLATE line it picks
 the most similar of its built-in templates. This module therefore renders sample conversations with the chat template,
 extracts the six texts that it puts around messages, and builds a Go template from them. It then renders other conversations
 both ways, and writes the Go template only if all of them are equal.
+
+A system message that the chat template brings becomes a SYSTEM line, which Ollama puts before conversations without one. What
+such a line cannot hold is written into the Go template.
 
 The Go side of the comparison is computed by `_Form.render`; Ollama itself is never run. Ollama joins consecutive messages
 of one role, which no template can prevent.
@@ -12,7 +15,7 @@ of one role, which no template can prevent.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from corral.messages import Conversation, Role
 from corral.model.folder import licence_texts
 from corral.model.loading import load_tokenizer, quiet
 from corral.template.decoding import TokenBytes
+from corral.template.rendering import split_system
 
 _TURNS: tuple[tuple[Role, str], ...] = (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
 _UNLEARNT = (
@@ -88,7 +92,7 @@ def modelfile(folder: Path, gguf: str, stop_ids: Sequence[int]) -> str:
     tokenizer: Any = load_tokenizer(folder)
     words = read_vocabulary(folder, _rows(folder, tokenizer), stop_ids)
     lines = [f"FROM ./{gguf}", ""]
-    lines += _template_lines(tokenizer, words.chat_template, add_bos=words.add_bos)
+    lines += _chat_lines(tokenizer, words.chat_template, add_bos=words.add_bos)
     lines += [f"PARAMETER stop {_quoted(_stop_text(tokenizer, id_, folder), folder)}" for id_ in words.end_ids]
     for path in licence_texts(folder):
         lines += ["", f"LICENSE {_quoted(path.read_text('utf-8', errors='replace').strip(), path)}"]
@@ -119,6 +123,15 @@ def _quoted(text: str, where: Path) -> str:
     return f'"""{text}"""'
 
 
+def _is_value(text: str) -> bool:
+    return '"""' not in text and _is_kept(text)
+
+
+def _go_string(text: str) -> str:
+    """The text as a string in a Go template, in characters that a Modelfile keeps."""
+    return "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text)
+
+
 def _rows(folder: Path, tokenizer: Any) -> int:
     from transformers import AutoConfig
 
@@ -126,10 +139,12 @@ def _rows(folder: Path, tokenizer: Any) -> int:
     return max(int(config.vocab_size), len(tokenizer))
 
 
-def _template_lines(tokenizer: Any, source: str | None, *, add_bos: bool) -> list[str]:
+def _chat_lines(tokenizer: Any, source: str | None, *, add_bos: bool) -> list[str]:
+    """The lines of the template and of the system message that it brings."""
     none = "Ollama takes the nearest template it knows, or none: check its prompts (OLLAMA_DEBUG=1)."
     if source is None:
         return ["# No TEMPLATE: the model has no chat template.", f"# {none}", ""]
+    system, source = split_system(source)
     bos = tokenizer.bos_token if add_bos else ""
 
     def render(conversation: Conversation) -> str:
@@ -140,17 +155,30 @@ def _template_lines(tokenizer: Any, source: str | None, *, add_bos: bool) -> lis
         return text.removeprefix(bos or "")
 
     learnt = _learn(render)
-    if learnt is None:
+    if learnt is None or (system is not None and learnt[0].system is None):
         return [
             "# No TEMPLATE: none in Ollama's language was proved to render what the model's own does.",
             f"# {none}",
             "",
+            *_system_lines(system),
         ]
     form, strips = learnt
     lines = ["# Proved to render what the model's own chat template does."]
     if strips:
         lines += ["# One difference: the model's own strips white space around a message, which Ollama cannot."]
-    return [*lines, f'TEMPLATE """{_go(form)}"""', ""]
+        system = system and system.strip()
+    if system is not None and not _is_value(system):
+        form = replace(form, opens=f'{form.system}{{{{ "{_go_string(system)}" }}}}{form.after_system}')
+        system = None
+    return [*lines, f'TEMPLATE """{_go(form)}"""', "", *_system_lines(system)]
+
+
+def _system_lines(system: str | None) -> list[str]:
+    if system is None:
+        return []
+    if not _is_value(system):
+        return ["# No SYSTEM: the model has a system message that a Modelfile cannot hold.", ""]
+    return [f'SYSTEM """{system}"""', ""]
 
 
 def _learn(render: Any) -> tuple[_Form, bool] | None:

@@ -214,7 +214,9 @@ class AdapterFiles:
             hint=f"name its base model instead: {self.config.get('base_model_name_or_path')}",
         )
 
-    def load_template(self, base: Path, spec: str = "tokenizer", variables: Variables | None = None) -> Template:
+    def load_template(
+        self, base: Path, spec: str = "tokenizer", variables: Variables | None = None, *, system: str | None = None
+    ) -> Template:
         """A chat template on the adapter's tokenizer, or that of its base model if it has none.
 
         Args:
@@ -222,6 +224,7 @@ class AdapterFiles:
             spec: as `model.template` of a recipe. `tokenizer` is the adapter's own template (`chat_template.jinja`, or in
                 `tokenizer_config.json`), or that of its base model if it has none.
             variables: as `model.template_variables`.
+            system: as `data.system_prompt`.
 
         Raises: ModelError, TemplateError, as `loading.load_template`.
         """
@@ -231,7 +234,9 @@ class AdapterFiles:
             tokenizer.chat_template = template
         elif own and tokenizer.chat_template is None:
             tokenizer.chat_template = load_tokenizer(base).chat_template
-        return load_template(base, spec, variables, tokenizer=tokenizer, embedding_rows=self.vocabulary_size)
+        return load_template(
+            base, spec, variables, system=system, tokenizer=tokenizer, embedding_rows=self.vocabulary_size
+        )
 
     def _template_alone(self) -> Any:
         """The template in a folder without a tokenizer: a text, or texts by name."""

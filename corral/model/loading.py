@@ -196,6 +196,7 @@ def load_template(
     spec: str = "tokenizer",
     variables: Variables | None = None,
     *,
+    system: str | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
     embedding_rows: int | None = None,
 ) -> Template:
@@ -207,6 +208,7 @@ def load_template(
         folder: of the model.
         spec: as `model.template` of a recipe.
         variables: as `model.template_variables`.
+        system: as `data.system_prompt`.
         tokenizer, embedding_rows: in place of the folder's, for a model with an adapter.
 
     Raises:
@@ -220,7 +222,9 @@ def load_template(
     tokenizer = tokenizer or load_tokenizer(folder)
     known = min(len(tokenizer), embedding_rows or len(tokenizer))
     end_ids = [id_ for id_ in _declared_end_ids(folder) if id_ < known]
-    return Template.load(tokenizer, spec, variables=variables, end_ids=end_ids, embedding_rows=embedding_rows)
+    return Template.load(
+        tokenizer, spec, variables=variables, system=system, end_ids=end_ids, embedding_rows=embedding_rows
+    )
 
 
 def _declared_end_ids(folder: Path) -> list[int]:

@@ -11,9 +11,9 @@ from corral.model.adapter_files import AdapterFiles, find_base_model
 from corral.model.folder import ADAPTER_CONFIG, licence_texts, read_json
 from corral.model.hub import download
 from corral.model.loading import load_template, quiet, resolve_model
-from corral.recipe import Model
+from corral.recipe import Recipe
 from corral.run.directory import Run, is_run
-from corral.template import Template, Variables
+from corral.template import Template
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,18 +23,18 @@ class ModelFiles:
     folder: Path
     """Of the model; of the base model, if an adapter is named."""
     adapter: Path | None
-    template: str = "tokenizer"
-    """The chat template, as `model.template` of a recipe."""
-    template_variables: Variables | None = None
-    """As `model.template_variables`."""
+    recipe: Recipe | None = None
+    """Its `[model]` and `[data]` say which chat template it is used with; without one, its own."""
     licences: tuple[Path, ...] = ()
     """Of an adapter's base: texts that must travel with what is made from it."""
 
     def load_template(self) -> Template:
         """The chat template, on the tokenizer of the adapter or of the model. Raises: ModelError, TemplateError."""
-        if self.adapter is None:
-            return load_template(self.folder, self.template, self.template_variables)
-        return AdapterFiles.read(self.adapter).load_template(self.folder, self.template, self.template_variables)
+        load = load_template if self.adapter is None else AdapterFiles.read(self.adapter).load_template
+        if self.recipe is None:
+            return load(self.folder)
+        model = self.recipe.model
+        return load(self.folder, model.template, model.template_variables, system=self.recipe.data.system_prompt)
 
 
 def find_model_files(spec: str, *, base: str | None = None) -> ModelFiles:
@@ -54,11 +54,8 @@ def find_model_files(spec: str, *, base: str | None = None) -> ModelFiles:
         return ModelFiles(find_model_folder(spec), None)
     files = AdapterFiles.read(adapter)
     source = find_base_model(files) if base is None else resolve_model(base)
-    template, variables = "tokenizer", None
-    if is_run(adapter.absolute().parent.parent):
-        model = _model_of_run(adapter)
-        template, variables = model.template, model.template_variables
-    return ModelFiles(source.folder, adapter, template, variables, (*source.licence_files, *licence_texts(adapter)))
+    recipe = _recipe_of_run(adapter) if is_run(adapter.absolute().parent.parent) else None
+    return ModelFiles(source.folder, adapter, recipe, (*source.licence_files, *licence_texts(adapter)))
 
 
 def find_model_folder(spec: str) -> Path:
@@ -145,8 +142,8 @@ def find_adapter_to_train(spec: str, base: Path, quantization: str) -> AdapterFi
     return adapter
 
 
-def _model_of_run(adapter: Path) -> Model:
-    """`[model]` of the recipe of an adapter's run. Raises: ModelError (its base was quantised), RecipeError."""
+def _recipe_of_run(adapter: Path) -> Recipe:
+    """The recipe of an adapter's run. Raises: ModelError (its base was quantised), RecipeError."""
     stage = adapter.absolute().parent
     quantization = _trained_quantization(adapter)
     if quantization not in (None, "none"):
@@ -155,7 +152,7 @@ def _model_of_run(adapter: Path) -> Model:
             where=str(adapter),
             hint=f"name the model it was merged into: {stage / 'merged'}",
         )
-    return Run(stage.parent).recipe.model
+    return Run(stage.parent).recipe
 
 
 def _trained_quantization(adapter: Path) -> str | None:

@@ -107,13 +107,11 @@ class RunContext:
     def template(self) -> Template:
         """The recipe's chat template, with the tokenizer of the adapter or of the base model; where the base model cannot be
         had, as a finished run saved it with its own model."""
-        model = self.recipe.model
         try:
-            adapter = self.adapter and self.adapter.folder
-            return ModelFiles(self.base.folder, adapter, model.template, model.template_variables).load_template()
+            return ModelFiles(self.base.folder, self.adapter and self.adapter.folder, self.recipe).load_template()
         except CorralError as error:
             try:
-                template = load_template(self.run.model)
+                template = load_template(self.run.model, system=self.recipe.data.system_prompt)
             except CorralError:
                 raise error from None
             self.progress.say(f"the base model is not here: the template is that of the run's model ({error.what})")

@@ -219,8 +219,7 @@ class TrainStage:
                 with new_directory(folder / name) as adapter_folder:
                     base = context.recipe.model.base if setup.folder == context.base.folder else str(setup.folder)
                     adapters.save(trained, adapter_folder, base=base, weights=values)
-                    if self.adapter is not None:  # its tokenizer may be its own
-                        context.template.save(adapter_folder)
+                    context.template.save(adapter_folder)
             elif not lora and name == trained_model.ADAPTER_FOLDER:  # a checkpoint holds the last weights
                 scores = training.score([p.ids for p in probe_set], [p.start for p in probe_set])
                 if context.world.is_main:

@@ -110,8 +110,7 @@ class _Planner:
 
     @cached_property
     def prepared(self) -> Prepared:
-        model, adapter = self.recipe.model, self.adapter and self.adapter.folder
-        template = ModelFiles(self.folder, adapter, model.template, model.template_variables).load_template()
+        template = ModelFiles(self.folder, self.adapter and self.adapter.folder, self.recipe).load_template()
         self.progress.start("Preparing rows", None)
         folder = self.scratch / "prepare"
         folder.mkdir()
@@ -279,9 +278,7 @@ class _StageTrial:
                 placement.dtype,
                 adapter.folder if adapter and number == 1 else None,
             ),
-            base=recipe.model.base,
-            template=recipe.model.template,
-            template_variables=recipe.model.template_variables,
+            recipe=recipe,
             prepared=planner.scratch / "prepare",
             heavy=work.heavy,
             typical=work.typical,

@@ -26,9 +26,9 @@ from corral.export import contract
 from corral.formatting import format_bytes
 from corral.model import adapters
 from corral.model.naming import ModelFiles
+from corral.recipe import Recipe
 from corral.storage import new_directory
 from corral.system import peak_memory
-from corral.template import Variables
 from corral.training import trained_model
 from corral.training.loop import Trainer
 from corral.training.objectives import OBJECTIVES
@@ -52,8 +52,7 @@ class TrialJob:
 
     Args:
         start: the model and the stage's settings.
-        base: the model's name, for the adapter's record.
-        template, template_variables: the recipe's.
+        recipe: its template and the name of its base are used.
         prepared: the folder of prepared rows.
         heavy: rows of the first step, which make the longest packs.
         typical: rows of the second step.
@@ -65,9 +64,7 @@ class TrialJob:
     """
 
     start: TrainingSetup
-    base: str
-    template: str
-    template_variables: Variables | None
+    recipe: Recipe
     prepared: Path
     heavy: tuple[int, ...]
     typical: tuple[int, ...]
@@ -176,8 +173,7 @@ class _Trial:
     def _build(self) -> Trainer:
         job, start = self._job, self._job.start
         rows = StageRows.select(Prepared.open(job.prepared), start.config, job.number)
-        files = ModelFiles(start.folder, start.adapter, job.template, job.template_variables)
-        template = files.load_template()
+        template = ModelFiles(start.folder, start.adapter, job.recipe).load_template()
         probes = contract.make_probes(template)
         trained: Any = trained_model.load_trainable(start, template, seed=job.seed)
         config = start.config.model_copy(update={"checkpoint_every": 1, "evaluate_every": 10**9})
@@ -196,7 +192,8 @@ class _Trial:
                 trained_model.save_full_model(trained, training.weights(), scores, start, job.folder, template, [])
             else:
                 with new_directory(job.folder / trained_model.ADAPTER_FOLDER) as folder:
-                    adapters.save(trained, folder, base=job.base)
+                    adapters.save(trained, folder, base=job.recipe.model.base)
+                    template.save(folder)
             self._figures["save_seconds"] = time.perf_counter() - began
 
         training = Trainer(

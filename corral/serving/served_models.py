@@ -73,7 +73,7 @@ class PlainTextTokenizer:
 
     @cached_property
     def _tokens(self) -> PieceTokenizer:
-        return PieceTokenizer(self._template.tokenizer, self._template.source)
+        return PieceTokenizer(self._template.tokenizer, self._template.bare_source)
 
     @cached_property
     def _prefix(self) -> list[int]:

@@ -55,6 +55,14 @@ _DATE_MACRO = (
     + "".join(f" | replace('%{directive}', '{value}')" for directive, value in _DIRECTIVES.items())
     + " }}{% endmacro %}"
 )
+# How a template with a system message of its own begins. The text is a Jinja2 string, with no more escapes than every program
+# that renders templates reads.
+_SYSTEM_START = (
+    "{% if not messages or messages[0]['role'] != 'system' %}{% set messages = [{'role': 'system', 'content': \""
+)
+_SYSTEM_END = '"}] + messages %}{% endif %}'
+_SYSTEM = re.compile(re.escape(_SYSTEM_START) + r'((?:[^"\\]|\\.)*)' + re.escape(_SYSTEM_END) + r"(?:\n(?=\s))?")
+_ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _MARKER = re.compile(r"\{%(?P<before>-?)\s*(?:end)?generation\s*(?P<after>-?)%\}")
 _STRFTIME = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>(?:(?!(?P=quote)).)*)(?P=quote)\s*\)")
 _STRFTIME_TEST = re.compile(r"strftime_now\s+is\s+(not\s+)?defined")
@@ -69,12 +77,12 @@ class JinjaTemplate:
         name: its name in errors.
 
     Attributes:
-        source: the Jinja2 text, with every date fixed.
+        source: the Jinja2 text.
         marked: whether it has generation markers.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, Any], name: str) -> None:
-        self.source = _fix_dates(source)
+        self.source = source
         self.marked = _MARKER.search(self.source) is not None
         self.name = name
         self._variables = {"tools": None, "documents": None, **special_tokens}
@@ -137,7 +145,24 @@ def with_defaults(source: str, values: Variables, name: str) -> str:
     return _put_before("".join(defaults), source)
 
 
-def _fix_dates(source: str) -> str:
+def with_system(source: str, text: str | None) -> str:
+    """A template that renders conversations without a system message with this one; the same template if it is None."""
+    if text is None:
+        return source
+    return _put_before(_SYSTEM_START + "".join(_ESCAPES.get(c, c) for c in text) + _SYSTEM_END, source)
+
+
+def split_system(source: str) -> tuple[str | None, str]:
+    """The inverse of `with_system`: (the system message that a template brings, if any; the template without it)."""
+    match = _SYSTEM.match(source)
+    if match is None:
+        return None, source
+    characters = {escape: character for character, escape in _ESCAPES.items()}
+    text = re.sub(r"\\.", lambda escape: characters.get(escape[0], escape[0]), match[1])
+    return text, source[match.end() :]
+
+
+def fix_dates(source: str) -> str:
     """The template with the fixed date in place of today's; one whose dates are fixed stays as it is."""
     source = _STRFTIME.sub(lambda m: json.dumps(_FIXED_DATE.strftime(m["format"])), source)
     if _DATE_MACRO in source or "strftime_now" not in _STRFTIME_TEST.sub("", source):

@@ -3,6 +3,7 @@
 Training, evaluation and serving all use a Template, so a model is prompted as it was trained:
 
 - A prompt's ids are always a prefix of the ids of prompt and answer, because answers are tokenised separately.
+- A conversation without a system message has the template's, if it has one: here, and wherever its saved form is rendered.
 - Text in a message is text: a special-token string typed by a user becomes ordinary tokens, in training as in serving.
 - The mask comes from the template, never from searching the text: from `{% generation %}` markers where the template has
   them; else from a shipped template that renders exactly the same text; else from the verified difference between
@@ -23,10 +24,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corral.errors import ModelError, TemplateError
-from corral.messages import Conversation
+from corral.messages import Conversation, Message
 from corral.storage import write_json
 from corral.template.decoding import StreamDecoder, TokenBytes
-from corral.template.rendering import JinjaTemplate, Messages, Pieces, Variables, with_defaults
+from corral.template.rendering import (
+    JinjaTemplate,
+    Messages,
+    Pieces,
+    Variables,
+    fix_dates,
+    split_system,
+    with_defaults,
+    with_system,
+)
 from corral.template.tokenization import Encoded, PieceTokenizer
 from corral.template.tokenizer_files import save_tokenizer
 
@@ -61,12 +71,13 @@ class Template:
         source: Jinja2 text, with or without `{% generation %}` markers.
         name: its name in errors and reports.
         variables: values of further variables that it reads, here and wherever its saved form is rendered.
+        system: system message of conversations without one, in place of the one that `source` brings, if it does.
         end_ids: further ids that end the model's answers, as its generation config names them.
         embedding_rows: how many tokens the model's embedding has, from id 0; None if it is not known.
 
     Raises:
         ModelError: it writes a token that the embedding does not have.
-        TemplateError: it cannot be rendered or masked, or writes no end token after an answer.
+        TemplateError: it cannot be rendered or masked, writes no end token after an answer, or leaves out the system message.
     """
 
     def __init__(
@@ -76,6 +87,7 @@ class Template:
         name: str,
         *,
         variables: Variables | None = None,
+        system: str | None = None,
         end_ids: Iterable[int] = (),
         embedding_rows: int | None = None,
     ) -> None:
@@ -83,14 +95,19 @@ class Template:
         self.name = name
         self._embedding_rows = embedding_rows
         self._backend: Tokenizer = tokenizer.backend_tokenizer
+        own_system, source = split_system(source)
+        self.system = own_system if system is None else system
+        """System message of conversations without one."""
         self._rendering = JinjaTemplate(
-            with_defaults(source, variables or {}, name), tokenizer.special_tokens_map, name
+            fix_dates(with_defaults(source, variables or {}, name)), tokenizer.special_tokens_map, name
         )
         self._marked_source = self._rendering.source
-        self._stripped = self._rendering.stripped()
-        self.source = self._stripped.source
-        """The saved form, which other programs render: without markers, with a fixed date."""
+        self.bare_source = self._rendering.stripped().source
+        """The saved form without the system message."""
+        self.source = with_system(self.bare_source, self.system)
+        """The saved form, which other programs render: without markers, with a fixed date and the system message."""
         self._piece_tokenizer = PieceTokenizer(tokenizer, self._marked_source)
+        self._check_system()
         self._equivalent = None if self._rendering.marked else self._find_equivalent()
         self._own_stop_ids = self._verify()
         self.stop_ids = tuple(sorted({*self._own_stop_ids, *end_ids}))
@@ -104,6 +121,7 @@ class Template:
         spec: str = "tokenizer",
         *,
         variables: Variables | None = None,
+        system: str | None = None,
         end_ids: Iterable[int] = (),
         embedding_rows: int | None = None,
     ) -> Template:
@@ -112,7 +130,9 @@ class Template:
         Raises: as the class.
         """
         source, name = _read_source(tokenizer, spec)
-        return cls(tokenizer, source, name, variables=variables, end_ids=end_ids, embedding_rows=embedding_rows)
+        return cls(
+            tokenizer, source, name, variables=variables, system=system, end_ids=end_ids, embedding_rows=embedding_rows
+        )
 
     @property
     def masked_by(self) -> str:
@@ -209,9 +229,32 @@ class Template:
         config.pop("chat_template", None)
         write_json(config_path, config)
 
+    def _check_system(self) -> None:
+        """Raises TemplateError if the template does not render its system message as the text that it is."""
+        if self.system is None:
+            return
+        question = _PROBES[0].split_answer()[0]
+        special = next((token for token in self._piece_tokenizer.control if token in self.system), None)
+        problem = f"it contains {special!r}, which other programs read as that token" if special else None
+        if not special:
+            try:
+                text = self._rendering.text(self._messages(question), generation_prompt=True)
+            except TemplateError as error:
+                problem = error.what
+            else:
+                problem = None if self.system.strip() in text else "the template does not render it"
+        if problem:
+            raise TemplateError(
+                f"the system message cannot be used: {problem}",
+                where=f"data.system, {self.name}",
+                hint="use a template that renders system messages (model.template), or change or remove `system` "
+                "(`system_override`)",
+            )
+
     def _verify(self) -> set[int]:
         """Check the module's guarantees on probe conversations; returns the stop ids of template and tokenizer."""
         stop_ids: set[int] = set()
+        saved = JinjaTemplate(self.source, self.tokenizer.special_tokens_map, self.name)
         for probe in _PROBES:
             try:
                 encoded = self.encode(probe)
@@ -237,8 +280,7 @@ class Template:
             if len(encoded.ids) > 1 and encoded.ids[0] == encoded.ids[1] == self.tokenizer.bos_token_id:
                 raise TemplateError("the template writes the BOS token twice at the start", where=self.name)
             self.check_embedded(encoded.ids, self.name)
-            messages = self._messages(probe)
-            if self._stripped.text(messages) != self._rendering.text(messages):
+            if saved.text(probe.to_json()["messages"]) != self._rendering.text(self._messages(probe)):
                 raise TemplateError(
                     "the template renders other text without its generation markers",
                     where=self.name,
@@ -250,8 +292,10 @@ class Template:
         return stop_ids
 
     def _messages(self, conversation: Conversation) -> Messages:
-        escape = self._piece_tokenizer.escape
-        return [{"role": message.role, "content": escape(message.content)} for message in conversation.messages]
+        escape, messages = self._piece_tokenizer.escape, conversation.messages
+        if self.system is not None and (not messages or messages[0].role != "system"):
+            messages = (Message("system", self.system), *messages)
+        return [{"role": message.role, "content": escape(message.content)} for message in messages]
 
     def _checked_pieces(self, conversation: Conversation) -> Pieces:
         """The pieces of a whole conversation. Raises TemplateError if an answer does not end in a special token."""

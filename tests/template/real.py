@@ -165,9 +165,9 @@ def _stock_source(spec: str, tokenizer_name: str) -> str:
 
 
 @cache
-def template(name: str) -> Template:
+def template(name: str, system: str | None = None) -> Template:
     if name in SHIPPED:
         kind, spec = SHIPPED[name]
-        return Template.load(tokenizer(kind), spec)
+        return Template.load(tokenizer(kind), spec, system=system)
     kind, spec, _ = STOCK[name]
-    return Template(tokenizer(kind), _stock_source(spec, kind), name)
+    return Template(tokenizer(kind), _stock_source(spec, kind), name, system=system)
