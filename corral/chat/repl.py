@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from corral.answering.settings import AnswererSettings
 
 EXIT_WORDS = frozenset({"exit", "quit"})
-HELP = """/system TEXT  set the system message from here on; without TEXT, remove it
+HELP = """/system TEXT  set the system message from here on; without TEXT, the model's own, if it has one
 /retry        ask the last question again
 /save FILE    write the conversation to a .jsonl file, as one row
 /help         show this list

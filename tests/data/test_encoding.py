@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corral.data.encoding import FITS, EncodedRow, RowEncoder, cut_record, encode_record, encode_rows
-from corral.errors import ModelError, TemplateError
+from corral.errors import DataError, ModelError, TemplateError
 from corral.messages import Conversation, Feedback, Preference, Record, Text
 from corral.recipe import Data, Source
 from corral.template import Template
@@ -205,3 +205,28 @@ def test_the_windows_of_a_text_are_named_by_characters_that_join_to_it(template:
     assert all(len(s.ids) <= 20 for s in row.sequences)
     pieces = [cut_record(Text(text), start, end) for start, end in row.parts]
     assert "".join(piece.content for piece in pieces if isinstance(piece, Text)) == text
+
+
+def test_the_templates_system_message_is_in_every_window_and_counts(tiny_tokenizer: Any) -> None:
+    bearing = Template.load(tiny_tokenizer, "chatml", system="Be kind.")
+    plain = Template.load(tiny_tokenizer, "chatml")
+    talk = Conversation.from_json(dialogue(5, 3))
+    stated = Conversation((*Conversation.from_turns(("system", "Be kind.")).messages, *talk.messages))
+    for limit in (60, 90, 400):
+        row = encode(bearing, talk, limit)
+        assert row.sequences == encode(plain, stated, limit).sequences
+        assert row.parts == encode(plain, stated, limit).parts
+    windows = encode(bearing, talk, 90).sequences
+    assert len(windows) > 1
+    led = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n"
+    assert all(tiny_tokenizer.decode(list(window.ids)).startswith(led) for window in windows)
+
+
+@pytest.mark.parametrize("overlong", ["split", "truncate", "drop"])
+def test_a_system_message_that_leaves_no_room_is_an_error(overlong: str, tiny_tokenizer: Any) -> None:
+    bearing = Template.load(tiny_tokenizer, "chatml", system="Be kind. " * 20)
+    talk = Conversation.from_turns(("user", "a"), ("assistant", "b"))
+    with pytest.raises(DataError, match=r"the shortest prompt has \d{2,3} tokens, and .* may have 40") as caught:
+        encode(bearing, talk, 40, overlong=overlong)
+    assert caught.value.where == "data.max_length, data.system"
+    assert encode(bearing, Text("a"), 40).fit == "kept"

@@ -100,6 +100,11 @@ def test_another_template_or_length_makes_new_tokens_only(
     source_text += "{% endgeneration %}{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
     prepared(source(path), cache=cache, template=Template(tiny_tokenizer, source_text, "plain"))
     assert kinds(cache) == {"rows": 1, "tokens": 3, "words": 1}
+    led = Template.load(tiny_tokenizer, "chatml", system="Be kind.")
+    prepared(source(path), cache=cache, template=led, system="Be kind.")
+    assert kinds(cache) == {"rows": 1, "tokens": 4, "words": 1}
+    prepared(source(path), cache=cache, template=led, system_override="Be kind.")
+    assert kinds(cache) == {"rows": 2, "tokens": 5, "words": 2}
     assert before < files(cache)
 
 

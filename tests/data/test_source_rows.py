@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from corral.data.ledger import EXAMPLES_PER_REASON
-from corral.data.source_rows import SourceRows, load_source_rows
+from corral.data.source_rows import RowSettings, SourceRows, load_source_rows
 from corral.data.sources import text_files
 from corral.errors import DataError
-from corral.messages import Conversation, record_key
+from corral.messages import Conversation, Feedback, Preference, Record, Text, record_key
 from corral.progress import Progress
 from corral.recipe import Source
 from tests.data.conftest import Listener, chat, chats, source, write_rows
@@ -80,3 +80,38 @@ def test_rows_as_long_as_books_are_taken_few_at_a_time(tmp_path: Path) -> None:
     pieces = [piece.tolist() for piece in found.split(found.usable)]
     assert [row for piece in pieces for row in piece] == [*range(6)]
     assert max(sum(1 <= row <= 3 for row in piece) for piece in pieces) <= 2
+
+
+def test_rows_lose_their_own_system_messages_where_one_replaces_them(tmp_path: Path) -> None:
+    system, question = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}
+    path = write_rows(
+        tmp_path / "a.jsonl",
+        [
+            {"messages": [system, question, {"role": "assistant", "content": "So."}]},
+            {"messages": [question, {"role": "assistant", "content": "So."}]},
+            {
+                "messages": [
+                    system,
+                    {"role": "assistant", "content": "Hi."},
+                    question,
+                    {"role": "assistant", "content": "So."},
+                ]
+            },
+        ],
+    )
+    preferences = write_rows(tmp_path / "b.jsonl", [{"prompt": [system, question], "chosen": "So.", "rejected": "No."}])
+    feedback = write_rows(tmp_path / "c.jsonl", [{"prompt": [system, question], "completion": "So.", "label": True}])
+    texts = write_rows(tmp_path / "d.jsonl", [{"text": "system"}])
+    asked = Conversation.from_turns(("user", "Why?"))
+    led = Conversation.from_turns(("system", "Be kind."), ("user", "Why?"))
+
+    def read(file: Path, *, keep_system: bool) -> list[Record]:
+        found = load_source_rows(source(file), tmp_path / "cache", Progress(), RowSettings(keep_system=keep_system))
+        return list(found.records(found.usable))
+
+    for keep_system, prompt in ((True, led), (False, asked)):
+        answered = prompt.add("assistant", "So.")
+        assert read(path, keep_system=keep_system) == [answered, asked.add("assistant", "So."), answered]
+        assert read(preferences, keep_system=keep_system) == [Preference(prompt, "So.", "No.")]
+        assert read(feedback, keep_system=keep_system) == [Feedback(prompt, "So.", 1.0)]
+        assert read(texts, keep_system=keep_system) == [Text("system")]

@@ -12,6 +12,7 @@ from corral.export.ollama_modelfile import modelfile
 from corral.messages import Conversation
 from corral.model.loading import load_tokenizer
 from corral.template import Template
+from corral.template.rendering import with_system
 from tests.conftest import make_tiny_model
 from tests.export.modelfile import read_modelfile
 
@@ -116,6 +117,36 @@ def test_the_go_template_renders_what_the_models_own_does(name: str, tiny_tokeni
         )
         assert render_go(go_template(text), messages) == theirs
     assert ("strips white space" in text) == (source == LLAMA3)
+
+
+@pytest.mark.parametrize("system", ["Be brief.", ' You are "Ada".\n\nSay "hi"', '"', '""\nx'])
+def test_a_system_message_of_the_template_is_a_line_of_its_own(
+    system: str, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    led = Template.load(tiny_tokenizer, "chatml", system=system).source
+    text = modelfile(save_model(tmp_path / "led", tiny_tokenizer, led), "m.gguf", (2,))
+    assert values(text, "system") == [system]
+    plain = Template.load(tiny_tokenizer, "chatml").source
+    without = modelfile(save_model(tmp_path / "plain", tiny_tokenizer, plain), "m.gguf", (2,))
+    assert go_template(text) == go_template(without)
+    assert values(without, "system") == []
+    stripping = modelfile(save_model(tmp_path / "strips", tiny_tokenizer, with_system(LLAMA3, system)), "m.gguf", (2,))
+    assert values(stripping, "system") == [system.strip()]
+
+
+@pytest.mark.parametrize("system", ['Write """ around it.', "👨\u200d👩\u200d👧 \\ {{ x }}\xa0!\n"])
+def test_what_such_a_line_cannot_hold_is_in_the_go_template(system: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    led = Template.load(tiny_tokenizer, "chatml", system=system).source
+    text = modelfile(save_model(tmp_path / "led", tiny_tokenizer, led), "m.gguf", (2,))
+    assert values(text, "system") == []
+    (string,) = re.findall(r'{{ "(.*?)" }}', go_template(text))
+    escapes = re.compile(r"\\U([0-9a-f]{8})")  # as Go reads a string
+    assert escapes.sub(lambda escape: chr(int(escape[1], 16)), string) == system
+    assert f'{{{{ if eq $i 0 }}}}<|im_start|>system\n{{{{ "{string}" }}}}<|im_end|>\n' in go_template(text)
+    another = save_model(tmp_path / "other", tiny_tokenizer, with_system("{{ messages | length }}" + LLAMA3, system))
+    text = modelfile(another, "m.gguf", (2,))
+    assert (values(text, "template"), values(text, "system")) == ([], [])
+    assert "# No SYSTEM: the model has a system message that a Modelfile cannot hold." in text
 
 
 def test_a_bos_token_that_ollama_writes_itself_is_left_out(tiny_tokenizer: Any, tmp_path: Path) -> None:

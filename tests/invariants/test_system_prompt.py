@@ -21,9 +21,11 @@ from corral.messages import Conversation
 from corral.model.naming import ModelFiles, find_model_files
 from corral.progress import Progress
 from corral.recipe import parse
+from corral.run.directory import Run
 from corral.serving.served_models import ServedModel
-from tests.conftest import RECIPE, build_once, corral
+from tests.conftest import RECIPE, build_once
 from tests.export.modelfile import read_modelfile
+from tests.forked import corral
 from tests.serving.conftest import CHAT, call, serve_in_thread
 
 SYSTEM = 'You are "Ada".\nAnswer {{ briefly }} — 東京 🙂'
@@ -143,7 +145,7 @@ def test_an_adapter_carries_it(moved: bool, run: Path, trained: list[Any], tmp_p
 def test_plain_transformers_asks_as_was_trained(run: Path, trained: list[Any], tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    for folder in (run / "merge" / "model", run / "train-1-sft" / "adapter"):
+    for folder in (Run(run).model, run / "train-1-sft" / "adapter"):
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         for prompt, ids in trained:
             messages = prompt.to_json()["messages"]
@@ -153,7 +155,7 @@ def test_plain_transformers_asks_as_was_trained(run: Path, trained: list[Any], t
 def test_llama_cpp_and_ollama_ask_as_was_trained(
     run: Path, trained: list[Any], tmp_path: Path, llama: Callable[..., Any]
 ) -> None:
-    path = export_form(run / "merge" / "model", tmp_path, ExportForm("gguf", "f16"), Progress())
+    path = export_form(Run(run).model, tmp_path, ExportForm("gguf", "f16"), Progress())
     program = llama(path)
     assert [program.chat_ids(prompt) for prompt, _ in trained] == [ids for _, ids in trained]
     commands = read_modelfile((tmp_path / "Modelfile-f16").read_text("utf-8"))
@@ -164,7 +166,7 @@ def test_llama_cpp_and_ollama_ask_as_was_trained(
 
 def test_openvino_asks_as_was_trained(run: Path, trained: list[Any], tmp_path: Path) -> None:
     genai: Any = pytest.importorskip("openvino_genai")
-    folder = export_form(run / "merge" / "model", tmp_path, ExportForm("openvino", "f32"), Progress())
+    folder = export_form(Run(run).model, tmp_path, ExportForm("openvino", "f32"), Progress())
     tokenizer = genai.Tokenizer(folder)
     for prompt, ids in trained:
         text = tokenizer.apply_chat_template(prompt.to_json()["messages"], add_generation_prompt=True)
@@ -173,8 +175,8 @@ def test_openvino_asks_as_was_trained(run: Path, trained: list[Any], tmp_path: P
 
 @pytest.mark.parametrize("given", [None, "Another."])
 def test_a_recipe_on_the_model_keeps_its_system_message_or_replaces_it(given: str | None, run: Path) -> None:
-    text = RECIPE.format(model=run / "merge" / "model")
+    text = RECIPE.format(model=Run(run).model)
     recipe = parse(text.replace("[data]", f"[data]\nsystem = {json.dumps(given)}") if given else text, where="r.toml")
-    template = ModelFiles(run / "merge" / "model", None, recipe).load_template()
+    template = ModelFiles(Run(run).model, None, recipe).load_template()
     text = template.tokenizer.decode(template.prompt(Conversation.from_turns(("user", "a"))))
     assert text.startswith(f"<|im_start|>system\n{given or SYSTEM}<|im_end|>\n<|im_start|>user\na")
