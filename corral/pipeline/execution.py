@@ -161,12 +161,18 @@ class _Pipeline:
         if any(before in self.redo for before in self.inputs.get("stages", ())):
             self.redo.add(name)
         folder = find_stage(run, name, self.inputs)
+        if folder.done and not folder.made_by:
+            # What it was made from is not known: only what is costly stays as it is.
+            if isinstance(stage, PrepareStage | TrainStage):
+                say(f"{name} was made by an older version and stays as it is; --redo {name} makes it again")
+            else:
+                self.redo.add(name)
         if name in self.redo:
             return replace(folder, done=False)
-        if folder.changed:
-            changed = f"{', '.join(folder.changed[:3])}{' …' if len(folder.changed) > 3 else ''}"
+        if own := [change for change in folder.changed if not change.startswith("stages.")]:
+            changed = f"{', '.join(own[:3])}{' …' if len(own) > 3 else ''}"
             say(f"{name} is made again, as {changed} changed; what it was is kept in {run / 'superseded'}")
-        elif folder.done and folder.made_by != corral.__version__:
+        elif folder.done and folder.made_by not in ("", corral.__version__):
             say(f"{name} was made by corral {folder.made_by} and stays as it is; --redo {name} makes it again")
         return folder
 

@@ -11,6 +11,7 @@ from corral.data.ledger import source_notes
 from corral.data.prepare import prepare as prepare_rows
 from corral.data.sources import hash_source
 from corral.errors import CorralError
+from corral.evaluation.evaluation_data import select_evaluation_data
 from corral.formatting import count_of
 from corral.model.folder import model_identity
 from corral.pipeline.context import RunContext
@@ -94,6 +95,8 @@ class PrepareStage:
             for note in source_notes(source):
                 context.progress.say(f"{label}: {note}")
         check_rows_taken(rows, recipe.train)
+        if recipe.evaluate.test is None:  # what cannot be evaluated is known before anything trains
+            select_evaluation_data(rows.test, recipe.evaluate)
         distinct = rows.train.distinct_count
         repeated = f" ({distinct} of them different)" if distinct < len(rows.train) else ""
         held_out = f"{len(rows.validation)} for validation, {len(rows.test)} for testing"

@@ -55,7 +55,7 @@ class StageFolder:
         fingerprint: of what belongs in it.
         done: whether that is in it.
         changed: names of the inputs that differ from those it was made from.
-        made_by: the version of corral that made it.
+        made_by: the version of corral that made it; empty if that did not record its inputs as this one does.
     """
 
     name: str
@@ -80,7 +80,8 @@ def find_stage(run: Path, name: str, inputs: Mapping[str, Any]) -> StageFolder:
     changed = tuple(_changes(record, inputs))
     if changed:
         return StageFolder(name, path, _fingerprint(name, inputs), done=False, changed=changed)
-    return StageFolder(name, path, record["fingerprint"], _is_done(path, record), made_by=str(record.get("corral")))
+    made_by = record["corral"] if record.get("format") == FORMAT else ""
+    return StageFolder(name, path, record["fingerprint"], _is_done(path, record), made_by=made_by)
 
 
 def claim_stage(run: Path, name: str, inputs: Mapping[str, Any], *, redo: bool = False) -> StageFolder:

@@ -98,14 +98,16 @@ def test_a_setting_that_is_new_in_this_version_changes_nothing_until_it_is_given
     assert "train-1-sft" in execute(run_copy, "train.0.early_stopping=2")
 
 
-def test_a_run_of_an_older_format_stays_as_it_is_with_its_model(run_copy: Path) -> None:
+def test_a_run_of_an_older_format_keeps_its_training_and_its_model_and_is_evaluated_again(run_copy: Path) -> None:
     for stage in ("prepare", "train-1-sft", "evaluate", "report"):
         change_json(run_copy / stage / "stage.json", lambda record: record.pop("format"))
     (run_copy / "merge").mkdir()
     (run_copy / "train-1-sft" / "merged").rename(run_copy / "merge" / "model")
     (run_copy / "model").unlink()
     change_json(run_copy / "train-1-sft" / "stage.json", sizes={})
-    assert execute(run_copy, "seed=9") == []
+    assert execute(run_copy, "seed=9", "evaluate.loss_rows=5") == ["evaluate", "report"]
+    card = json.loads((run_copy / "evaluate" / "scorecard.json").read_text())
+    assert card["variants"]["tuned"]["metrics"]["loss"]["n"] == 5
     assert Run(run_copy).model == run_copy / "merge" / "model"
 
 
