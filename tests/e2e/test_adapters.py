@@ -77,7 +77,7 @@ def test_merging_the_adapter_gives_the_runs_own_model(adapter: Path, finished_ru
     done = corral("merge", adapter, "--out", tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["merged"] == str(tmp_path / "out")
-    own, merged = finished_run / "merge" / "model", tmp_path / "out"
+    own, merged = finished_run / "train-1-sft" / "merged", tmp_path / "out"
     for name in ("model.safetensors", "chat_template.jinja", "tokenizer.json", "generation_config.json"):
         assert (merged / name).read_bytes() == (own / name).read_bytes(), name
     again = corral("merge", adapter, "--out", tmp_path / "out")

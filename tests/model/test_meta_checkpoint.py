@@ -242,7 +242,7 @@ def test_a_recipe_with_such_a_base_runs_to_the_end(tmp_path: Path) -> None:
     done = corral("run", tmp_path / "r.toml", "--out", tmp_path / "run", "--json")
     assert done.returncode == 0, done.stderr
     assert set(json.loads(done.stdout)["stages"].values()) == {"done"}
-    merged = read_config(tmp_path / "run/merge/model")
+    merged = read_config(tmp_path / "run/train-1-sft/merged")
     assert merged["tie_word_embeddings"]
     assert merged["rope_parameters"]["factor"] == 32.0
 
