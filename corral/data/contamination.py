@@ -6,6 +6,8 @@ A passage is a whole prompt, or 13 words in a row (Brown et al. 2020, arXiv 2005
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,27 +21,32 @@ FREQUENT = 10
 appendix C, and does not count. A whole prompt always does."""
 
 
-def find_contaminated(held_out: Iterable[Block], training: Iterable[Block]) -> NDArray[np.bool_]:
-    """For each training row whether it shares a passage with a held-out row. [training rows]
+Flags: TypeAlias = NDArray[np.bool_]
+
+
+def find_contaminated(held_out: Iterable[Block], training: Iterable[Block]) -> tuple[Flags, Flags]:
+    """(for each training row whether it shares a passage with a held-out row, for each held-out row whether it shares one with
+    a training row). [training rows], [held-out rows]
 
     A passage is a whole prompt, or 13 words in a row that are not boilerplate (`FREQUENT`).
     """
-    prompts, ngrams = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
+    prompts, ngrams = _Passages(), _Passages()
+    held_out_rows = 0
     for block in held_out:
-        prompts.append(_prompt_hashes(block)[0])
-        hashes, rows = _ngram_hashes(block)
-        distinct = np.unique(np.stack([hashes, rows.astype(np.uint64)], axis=1), axis=0)
-        ngrams.append(distinct[:, 0])
-    known_ngrams, held_out_counts = np.unique(np.concatenate(ngrams), return_counts=True)
-    prompt_set, ngram_set = _HashSet(np.unique(np.concatenate(prompts))), _HashSet(known_ngrams)
-    training_counts = np.zeros(len(known_ngrams), np.int64)
+        prompts.add(*_prompt_hashes(block), held_out_rows)
+        ngrams.add(*_ngram_hashes(block), held_out_rows)
+        held_out_rows += len(block[2])
+    prompt_set, ngram_set = _HashSet(prompts.known), _HashSet(ngrams.known)
+    training_counts, shared_prompts = np.zeros(len(ngrams.known), np.int64), np.zeros(len(prompts.known), bool)
     flags = [np.zeros(0, bool)]
     shared_rows, shared_ngrams = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     total = 0
     for block in training:
         hashes, rows = _prompt_hashes(block)
         block_flags = np.zeros(len(block[2]), bool)
-        block_flags[rows[prompt_set.find(hashes)[1]]] = True
+        numbers, positions = prompt_set.find(hashes)
+        shared_prompts[numbers] = True
+        block_flags[rows[positions]] = True
         flags.append(block_flags)
         hashes, rows = _ngram_hashes(block)
         numbers, positions = ngram_set.find(hashes)
@@ -49,9 +56,46 @@ def find_contaminated(held_out: Iterable[Block], training: Iterable[Block]) -> N
         shared_ngrams.append(distinct[:, 1])
         total += len(block_flags)
     contaminated = np.concatenate(flags)
-    boilerplate = (training_counts > FREQUENT) & (held_out_counts > 1)
+    boilerplate = (training_counts > FREQUENT) & (ngrams.row_counts > 1)
     contaminated[np.concatenate(shared_rows)[~boilerplate[np.concatenate(shared_ngrams)]]] = True
-    return contaminated
+    is_shared = np.zeros(held_out_rows, bool)
+    is_shared[prompts.rows_with(shared_prompts)] = True
+    is_shared[ngrams.rows_with((training_counts > 0) & ~boilerplate)] = True
+    return contaminated, is_shared
+
+
+class _Passages:
+    """Hashes of the passages of held-out rows, and the rows that each stands in."""
+
+    def __init__(self) -> None:
+        self._pairs = [np.zeros((0, 2), np.uint64)]
+
+    def add(self, hashes: Hashes, rows: Ints, first: int) -> None:
+        """Passages of rows, which are numbered from `first` on."""
+        pairs = np.stack([hashes, (rows + first).astype(np.uint64)], axis=1)
+        self._pairs.append(np.unique(pairs, axis=0))
+
+    @cached_property
+    def _by_passage(self) -> tuple[Hashes, Ints, Ints]:
+        """(the different hashes, of each pair the number of its hash, of each pair its row)"""
+        pairs = np.concatenate(self._pairs)
+        known, numbers = np.unique(pairs[:, 0], return_inverse=True)
+        return known, numbers, pairs[:, 1].astype(np.int64)
+
+    @property
+    def known(self) -> Hashes:
+        """The different hashes, ascending."""
+        return self._by_passage[0]
+
+    @property
+    def row_counts(self) -> Ints:
+        """In how many rows each known passage stands."""
+        return np.bincount(self._by_passage[1], minlength=len(self.known))
+
+    def rows_with(self, passages: Flags) -> Ints:
+        """The rows with any of the known passages that are flagged."""
+        _, numbers, rows = self._by_passage
+        return rows[passages[numbers]]
 
 
 def _prompt_hashes(block: Block) -> tuple[Hashes, Ints]:

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -105,6 +105,17 @@ class ExampleStore(Sequence[Example]):
         batches = self._examples.read(self._examples.positions)
         parts = [is_in(batch["source"], value_set=values).to_numpy(zero_copy_only=False) for _, batch in batches]
         return np.concatenate([np.zeros(0, bool), *parts])
+
+    def records(self) -> Iterator[Record]:
+        """The record of each example, its repeats left out, in the order in which they are stored."""
+        for _, batch in self._examples.read(np.unique(self._stored)):
+            yield from (record_from_json(json.loads(line.as_py())) for line in batch["record"])
+
+    def keys_among(self, keys: Collection[str]) -> set[str]:
+        """Those of the keys that an example has."""
+        wanted = set(keys)
+        batches = (batch for _, batch in self._examples.read(np.unique(self._stored)))
+        return {key for batch in batches for key in batch["key"].to_pylist() if key in wanted}
 
     @cached_property
     def digest(self) -> str:

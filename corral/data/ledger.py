@@ -172,10 +172,14 @@ def source_notes(source: Mapping[str, Any]) -> list[str]:
         notes.append(f"{source['training_share']:.1%} of the training examples ({source['training_examples']:,})")
     if ends := source.get("lost_ends"):
         notes.append(f"{count_of(ends, 'answer')} lost the end token")
-    if shared := source.get("contaminated"):
-        examples = ", ".join(map(str, source["contaminated_rows"])) + (" …" if shared > EXAMPLES_PER_REASON else "")
-        share = f"row{'s share' if shared > 1 else ' shares'} passages"
-        notes.append(f"{shared:,} training {share} with held-out rows (row{'s' if shared > 1 else ''} {examples})")
+    for name, one, other in (
+        ("contaminated", "training", "held-out rows"),
+        ("trained_on", "test", "rows that were trained on"),
+    ):
+        if shared := source.get(name):
+            examples = ", ".join(map(str, source[f"{name}_rows"])) + (" …" if shared > EXAMPLES_PER_REASON else "")
+            share = f"row{'s share' if shared > 1 else ' shares'} passages"
+            notes.append(f"{shared:,} {one} {share} with {other} (row{'s' if shared > 1 else ''} {examples})")
     if lost := source.get("lost"):
         notes.append(
             f"lost: {lost:,.0f} of {count_of(round(source['asked']), 'row')} asked for ({lost / source['asked']:.2%})"

@@ -70,7 +70,7 @@ def check_not_empty(plans: Sequence[SourcePlan], data: Data, ledger: Mapping[str
     _check_weighted_sources(plans, where)
     if not usable:
         raise _nothing_left_error(data, ledger, where)
-    _check_lost_sources(ledger, where)
+    check_sources_used(plans, ledger, where)
     if not counts["train"]:
         taken = sum(source["contaminated"] for source in ledger["sources"].values())
         everything = "the only usable row is" if usable == 1 else f"all {usable} usable rows are"
@@ -84,21 +84,36 @@ def check_not_empty(plans: Sequence[SourcePlan], data: Data, ledger: Mapping[str
         "validation": data.held_out("validation"),
         "test": data.held_out("test"),
     }
+    divided = sum(int((plan.side >= 0).sum()) for plan in plans if plan.source.side is None)
     for side, share in shares.items():
         if 0 < share < 1 and not counts[side]:
-            least = smallest_share(usable)
+            least = smallest_share(divided) if divided else 1.0
             other = sum(s for s in shares.values() if s < 1) - share
             enough = f"set data.split.{side} to {least:g} or more, " if least + other < 1 else ""
             raise DataError(
-                f"the {side} side is empty: none of the {count_of(usable, 'usable row')} falls into its share of {share:g}",
+                f"the {side} side is empty: none of the {count_of(divided, 'usable row')} falls into its share of {share:g}",
                 where=where,
                 hint=f"{enough}set data.split.{side} to 0, or add rows",
             )
         if share >= 1 and not counts[side]:
             raise DataError(
-                f"the {side} side is empty: the other side takes all {count_of(usable, 'usable row')}",
+                f"the {side} side is empty: the other side takes all {count_of(divided, 'usable row')}",
                 where=where,
                 hint=f"lower the numbers in data.split, set data.split.{side} to 0, or add rows",
+            )
+
+
+def check_sources_used(plans: Sequence[SourcePlan], ledger: Mapping[str, Any], where: str) -> None:
+    """Raises DataError if every row of a source is lost, or a source that is held out has no row to evaluate on."""
+    _check_lost_sources(ledger, where)
+    for plan in plans:
+        if plan.source.is_held_out and not (plan.side >= 0).any():
+            raise DataError(
+                f"the source {plan.source.label!r} is for the {plan.source.side} side, and none of its {len(plan.rows):,} "
+                "rows can be used",
+                where=plan.source.path,
+                hint="give it a `format` or `mapping` that fits its rows, or raise data.max_length; the ledger says what "
+                "became of them",
             )
 
 

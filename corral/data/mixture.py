@@ -109,14 +109,18 @@ def weighted_row_counts(rows: Sequence[int], weights: Sequence[float], repeats: 
     return [floor(size * weight / repeat + half) for weight, repeat in zip(exact, repeats, strict=True)]
 
 
-def split_sides(sources: Sequence[Keys], seed: int, *, validation: float, test: float) -> list[NDArray[np.int8]]:
+def split_sides(
+    sources: Sequence[Keys], seed: int, *, validation: float, test: float, trained: Sequence[Keys] = ()
+) -> list[NDArray[np.int8]]:
     """The side of each row of each source, as an index into `SIDES`.
 
     A held-out side is a share of all rows, rounded, or a number of them, divided over the sources in proportion to their
     rows (largest remainders). From each source the test side takes the rows of lowest rank and the validation side those of
     highest, so that neither moves the other's rows. Rows of equal content all go to one side, test before validation before
-    train, even if that side then has too many.
+    train, even if that side then has too many; but to the training side if they equal a row of `trained`, which is on it.
     """
+    if not sources:
+        return []
     counts = [len(keys) for keys in sources]
     test_rows = divide_proportionally(row_count(test, sum(counts)), counts)
     remaining = [count - taken for count, taken in zip(counts, test_rows, strict=True)]
@@ -126,7 +130,7 @@ def split_sides(sources: Sequence[Keys], seed: int, *, validation: float, test: 
         ascending = np.argsort(ranks(keys, seed, "split"), kind="stable")
         side[ascending[:lowest]] = _TEST
         side[ascending[len(ascending) - highest :]] = _VALIDATION
-    _put_copies_together(sources, sides)
+    _put_copies_together(sources, sides, trained)
     return sides
 
 
@@ -135,13 +139,14 @@ def row_count(part: float, whole: int) -> int:
     return int(part) if part >= 1 else floor(Fraction(str(part)) * whole + Fraction(1, 2))
 
 
-def _put_copies_together(sources: Sequence[Keys], sides: Sequence[NDArray[np.int8]]) -> None:
-    """Move rows of equal content to the side of theirs that is furthest from training. Changes `sides` in place."""
-    all_sides = np.concatenate(sides)
-    groups = equal_groups(np.concatenate(sources))
-    furthest = np.zeros(len(all_sides), np.int8)
-    np.maximum.at(furthest, groups, all_sides)
-    start = 0
+def _put_copies_together(sources: Sequence[Keys], sides: Sequence[NDArray[np.int8]], trained: Sequence[Keys]) -> None:
+    """Move rows of equal content to the side of theirs that is furthest from training, or to training if they equal a row
+    of `trained`. Changes `sides` in place."""
+    start = sum(map(len, trained))
+    groups = equal_groups(np.concatenate([*trained, *sources]))
+    furthest = np.zeros(len(groups), np.int8)
+    np.maximum.at(furthest, groups[start:], np.concatenate(sides))
+    furthest[:start] = _TRAIN
     for side in sides:
         side[:] = furthest[groups[start : start + len(side)]]
         start += len(side)

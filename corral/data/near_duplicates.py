@@ -81,7 +81,7 @@ def band_hashes(words: Words, ends: Ints) -> Hashes:
     return bands
 
 
-def group_near_duplicates(bands: Hashes, groups: Ints, words_of_row: Callable[[int], Words]) -> Ints:
+def group_near_duplicates(bands: Hashes, groups: Ints, words_of_row: Callable[[int], Words], first: int = 0) -> Ints:
     """Assign each row to a kept row that it resembles, the first of those with most bands in common.
 
     Only rows that are themselves kept count, so every row that is left out resembles one that stays. A row is compared with
@@ -91,6 +91,7 @@ def group_near_duplicates(bands: Hashes, groups: Ints, words_of_row: Callable[[i
         bands: `band_hashes` of each row. [rows, BANDS]
         groups: for each row the first row that equals it exactly. [rows]
         words_of_row: a row's words, by its number.
+        first: so many rows are kept in any case, even if they resemble each other.
 
     Returns: for each row the kept row that stands for it: itself, or one that it resembles. [rows]
     """
@@ -108,7 +109,8 @@ def group_near_duplicates(bands: Hashes, groups: Ints, words_of_row: Callable[[i
         shared_bands = Counter(other for bucket in row_buckets for other in kept.get(bucket, ()))
         candidates = sorted(shared_bands, key=lambda other: (-shared_bands[other], other))[:_MAX_COMPARED]
         own = shingles(words_of_row(row))
-        match = next((other for other in candidates if _jaccard(shingles_of(other), own) >= RESEMBLANCE), None)
+        alike = (other for other in candidates if _jaccard(shingles_of(other), own) >= RESEMBLANCE)
+        match = next(alike, None) if row >= first else None
         if match is not None:
             parents[row] = match
             continue

@@ -11,8 +11,9 @@ all, another template makes new tokens only, and an interrupted run continues fr
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +26,7 @@ from corral.data import selection
 from corral.data.encoding import cut_record, encode_record
 from corral.data.example_store import ExampleStore, ExampleWriter
 from corral.data.ledger import EXAMPLES_PER_REASON, FATES, LEDGER_FILE, USED_FATES, Fate, Ledger, LedgerWriter, RowFates
-from corral.data.lost_rows_budget import check_loss_budget, check_not_empty, count_losses
+from corral.data.lost_rows_budget import check_loss_budget, check_not_empty, check_sources_used, count_losses
 from corral.data.mixture import SIDES, Side
 from corral.data.row_store import Batch, Column, Ints, list_column, split_list_column, text_column
 from corral.data.selection import UNSET, SourcePlan
@@ -35,11 +36,11 @@ from corral.errors import DataError
 from corral.formatting import json_line
 from corral.messages import record_from_json, record_key, record_to_json
 from corral.progress import Progress
-from corral.recipe import Data
+from corral.recipe import Data, Source
 from corral.storage import new_directory, write_atomic, write_json
 from corral.template import Template
 
-__all__ = ["Prepared", "encode_record", "prepare"]
+__all__ = ["Prepared", "encode_record", "prepare", "prepare_test_rows"]
 
 _VERSION = 6
 _READABLE = (5, 6)  # rows of version 5 lack columns that can be computed from the others
@@ -141,8 +142,68 @@ def prepare(
         StorageError: the folder or the cache cannot be written.
     """
     progress = progress or Progress()
-    cache = cache or caches.default_folder()
     pool = WorkerPool(progress, workers)
+    with _planned(data, template, cache, progress) as plans:
+        selection.deduplicate_and_cap(plans, data, seed, pool)
+        selection.encode_selected(plans, data, template, pool)
+        selection.assign_sides(plans, data, seed if split_seed is None else split_seed)
+        selection.mark_contaminated(plans, data, pool)
+        selection.apply_weights(plans, seed, mixtures)
+        with _written(plans, folder, seed, progress) as ledger:
+            check_not_empty(plans, data, ledger)
+            check_loss_budget(data, ledger, where=folder / LEDGER_FILE)
+    return Prepared.open(folder)
+
+
+def prepare_test_rows(
+    source: Source,
+    data: Data,
+    template: Template,
+    folder: Path,
+    seed: int,
+    trained: ExampleStore,
+    progress: Progress | None = None,
+    *,
+    cache: Path | None = None,
+    workers: int | None = None,
+) -> Prepared:
+    """Read, check and encode the rows of one source for an evaluation alone, and write them into `folder`.
+
+    All its usable rows are on the test side as they are.
+
+    The ledger counts as `trained_on` the rows that equal training rows or, unless `data.contamination` is "ignore", share
+    passages with them; `contaminated` marks them in its table.
+
+    Args:
+        source: its rows are on the test side, whatever its `side` is.
+        data: the recipe's section, for how rows are read and fitted.
+        template: makes ids and masks.
+        folder: an existing directory; rows that are in it already are replaced as a whole.
+        seed: with a row's content decides its position, and whether a cap keeps it.
+        trained: the rows that the model was trained on.
+        progress: receives how far it is.
+        cache: where costly results are kept; by default corral's own cache.
+        workers: processes that compute; by default at most as many as there are cores.
+
+    Raises: DataError (it cannot be read, or none of its rows can be used), AssetError, StorageError.
+    """
+    progress = progress or Progress()
+    pool = WorkerPool(progress, workers)
+    data = data.model_copy(update={"sources": (source.model_copy(update={"side": "test"}),), "duplicates": "keep"})
+    with _planned(data, template, cache, progress) as plans:
+        selection.deduplicate_and_cap(plans, data, seed, pool)
+        selection.encode_selected(plans, data, template, pool)
+        selection.assign_sides(plans, data, seed)
+        selection.mark_trained_on(plans[0], trained, data, pool)
+        with _written(plans, folder, seed, progress) as ledger:
+            check_sources_used(plans, ledger, source.path)
+    return Prepared.open(folder)
+
+
+@contextlib.contextmanager
+def _planned(data: Data, template: Template, cache: Path | None, progress: Progress) -> Generator[list[SourcePlan]]:
+    """The plans of all sources, whose files in the cache are held meanwhile."""
+    cache = cache or caches.default_folder()
     with caches.hold_cache(cache) as used:
         progress.start("Reading rows", None)
         row_settings = RowSettings.from_recipe(data)
@@ -153,21 +214,19 @@ def prepare(
             for source in data.sources
         ]
         used.update(folder for plan in plans for folder in plan.cache_folders)
-        selection.deduplicate_and_cap(plans, data, seed, pool)
-        selection.encode_selected(plans, data, template, pool)
-        selection.assign_sides(plans, data, seed if split_seed is None else split_seed)
-        selection.mark_contaminated(plans, data, pool)
-        selection.apply_weights(plans, mixtures, seed)
-        with new_directory(folder / _ROWS) as rows:
-            counts = _write_rows(plans, rows, data, seed, progress)
-            ledger = _write_ledger(plans, folder)
-            check_not_empty(plans, data, ledger)
-            check_loss_budget(data, ledger, where=folder / LEDGER_FILE)
-            write_json(rows / _META, {"version": _VERSION, "examples": counts})
-    return Prepared.open(folder)
+        yield plans
 
 
-def _write_rows(plans: Sequence[SourcePlan], folder: Path, data: Data, seed: int, progress: Progress) -> dict[str, int]:
+@contextlib.contextmanager
+def _written(plans: Sequence[SourcePlan], folder: Path, seed: int, progress: Progress) -> Generator[dict[str, Any]]:
+    """Write rows and ledger; gives the ledger's summary. If the body raises, the ledger stays and the rows do not."""
+    with new_directory(folder / _ROWS) as rows:
+        counts = _write_rows(plans, rows, seed, progress)
+        yield _write_ledger(plans, folder)
+        write_json(rows / _META, {"version": _VERSION, "examples": counts})
+
+
+def _write_rows(plans: Sequence[SourcePlan], folder: Path, seed: int, progress: Progress) -> dict[str, int]:
     """Write each side's examples; returns how many each has, repeats included."""
     progress.start("Writing rows", sum(int((plan.side >= 0).sum()) for plan in plans))
     done = 0
@@ -331,14 +390,18 @@ def _source_figures(plan: SourcePlan) -> dict[str, Any]:
     """What the summary says about a source besides its counts."""
     asked, lost = count_losses(plan)
     used = plan.rows_with(*USED_FATES)
+    trained_on = np.flatnonzero(plan.contaminated & (plan.side == SIDES.index("test")))
+    contaminated = np.setdiff1d(np.flatnonzero(plan.contaminated), trained_on)
     return {
         "format": plan.rows.format,
         "why": plan.rows.why,
         "tokens": int(plan.tokens[used].sum()),
         "trained_tokens": int(plan.trained_tokens[used].sum()),
         "lost_ends": int(plan.lost_end[used].sum()),
-        "contaminated": int(plan.contaminated.sum()),
-        "contaminated_rows": plan.rows.name_rows(np.flatnonzero(plan.contaminated)[:EXAMPLES_PER_REASON]),
+        "contaminated": len(contaminated),
+        "contaminated_rows": plan.rows.name_rows(contaminated[:EXAMPLES_PER_REASON]),
+        "trained_on": len(trained_on),
+        "trained_on_rows": plan.rows.name_rows(trained_on[:EXAMPLES_PER_REASON]),
         "asked": asked,
         "lost": lost,
     }

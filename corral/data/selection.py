@@ -6,7 +6,7 @@ is costly is computed by several processes and kept in the cache.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -18,12 +18,15 @@ from numpy.typing import NDArray
 import corral.template
 from corral.data import contamination, encoding, mixture, near_duplicates, plain_text, word_hashes
 from corral.data.cache import cache_name, hash_code
+from corral.data.example_store import ExampleStore
 from corral.data.ledger import FATES, MAX_REASONS, OTHER_REASONS, USED_FATES, Fate
 from corral.data.mixture import SIDES
 from corral.data.row_store import RowStore, split_list_column
 from corral.data.source_rows import SourceRows
 from corral.data.worker_pool import WorkerPool
 from corral.formatting import count_of
+from corral.messages import Record
+from corral.progress import Progress
 from corral.recipe import Data, Source
 from corral.template import Template
 
@@ -32,6 +35,7 @@ Bools: TypeAlias = NDArray[np.bool_]
 
 UNSET = -1
 _TRAIN = SIDES.index("train")
+_PROGRESS_EVERY = 500  # rows
 
 
 def fate_code(fate: Fate) -> int:
@@ -50,7 +54,8 @@ class SourcePlan:
         tokens: of all sequences, before truncation; -1 if the row was not encoded.
         trained_tokens: tokens that count in the loss, after truncation; -1 if the row was not encoded.
         lost_end: whether the end of an answer was cut off.
-        contaminated: whether it is a training row that shares a passage with a held-out row.
+        contaminated: whether it is a training row that shares a passage with a held-out row; in rows for an evaluation alone,
+            whether it is a row that shares one with a training row.
         original_source, original: of a copy, the index of the source of the row that it copies, and that row's position
             there; else -1.
         beyond_weight: whether it could be trained on but exceeds its source's weight.
@@ -141,38 +146,65 @@ class SourcePlan:
 
 
 def deduplicate_and_cap(plans: Sequence[SourcePlan], data: Data, seed: int, pool: WorkerPool) -> None:
-    """Set the fates of duplicates, near duplicates and rows beyond a source's cap; the others stay undecided."""
-    usable = [plan.rows.usable for plan in plans]
+    """Set the fates of duplicates, near duplicates and rows beyond a source's cap; the others stay undecided.
+
+    The rows of held-out sources stay as they are, copies included; rows of other sources that equal one of them are copies
+    whatever `duplicates` says.
+    """
+    # The rows of held-out sources come first, so that the copy among the others is the one that is left out.
+    numbers = sorted(range(len(plans)), key=lambda n: not plans[n].source.is_held_out)
+    ordered = [plans[n] for n in numbers]
+    candidates = [_cap_held_out(plan, seed) if plan.source.is_held_out else plan.rows.usable for plan in ordered]
     if data.duplicates == "near":
-        bands = [(plan, plan.bands, positions) for plan, positions in zip(plans, usable, strict=True)]
-        words = [(plan, plan.words, positions) for plan, positions in zip(plans, usable, strict=True)]
+        bands = [(plan, plan.bands, positions) for plan, positions in zip(ordered, candidates, strict=True)]
+        words = [(plan, plan.words, positions) for plan, positions in zip(ordered, candidates, strict=True)]
         pool.compute_missing("Comparing rows", bands, near_duplicates.band_columns)
         pool.compute_missing("Reading words", words, word_hashes.word_columns)
-    keys = [plan.rows.keys(positions) for plan, positions in zip(plans, usable, strict=True)]
+    keys = [plan.rows.keys(positions) for plan, positions in zip(ordered, candidates, strict=True)]
     starts = np.cumsum([0, *map(len, keys)])
-    all_positions = np.concatenate(usable)
+    held_out = int(starts[sum(plan.source.is_held_out for plan in plans)])
+    all_positions = np.concatenate(candidates)
     equal = mixture.equal_groups(np.concatenate(keys))
     groups = equal
     if data.duplicates == "keep":
-        groups = np.arange(len(equal))
+        groups = np.where(equal < held_out, equal, np.arange(len(equal)))
     elif data.duplicates == "near":
-        groups = _group_near_duplicates(plans, all_positions, starts, equal)
-    taken = np.zeros(len(groups), bool)
-    for number, (plan, positions) in enumerate(zip(plans, usable, strict=True)):
+        groups = _group_near_duplicates(ordered, all_positions, starts, equal, held_out)
+    taken = np.arange(len(groups)) < held_out
+    for number, (plan, positions) in enumerate(zip(ordered, candidates, strict=True)):
+        if plan.source.is_held_out:
+            continue
         part = slice(int(starts[number]), int(starts[number + 1]))
         chosen, copies = mixture.choose_distinct(keys[number], groups[part], taken, seed, plan.source.rows)
-        reason = f"beyond the cap of {count_of(plan.source.rows or 0, 'row')}"
-        plan.set_fate(positions[~chosen & ~copies], "not sampled", reason)
+        plan.set_fate(positions[~chosen & ~copies], "not sampled", _beyond_cap(plan))
         # A copy that equals no row before it can only be a near one.
         exact = equal[part] != np.arange(part.start, part.stop)
         plan.set_fate(positions[copies & exact], "duplicate")
         plan.set_fate(positions[copies & ~exact], "near duplicate")
         originals = groups[part][copies]
-        plan.original_source[positions[copies]] = np.searchsorted(starts, originals, side="right") - 1
+        sources = np.searchsorted(starts, originals, side="right") - 1
+        plan.original_source[positions[copies]] = np.array(numbers, np.int16)[sources]
         plan.original[positions[copies]] = all_positions[originals]
 
 
-def _group_near_duplicates(plans: Sequence[SourcePlan], positions: Ints, starts: NDArray[Any], equal: Ints) -> Ints:
+def _cap_held_out(plan: SourcePlan, seed: int) -> Ints:
+    """Positions of the rows of a held-out source that are used, ascending; sets the fate of those beyond its cap."""
+    usable, cap = plan.rows.usable, plan.source.rows
+    if cap is None:
+        return usable
+    chosen = mixture.sample(plan.rows.keys(usable), cap, seed)
+    plan.set_fate(usable[~chosen], "not sampled", _beyond_cap(plan))
+    return usable[chosen]
+
+
+def _beyond_cap(plan: SourcePlan) -> str:
+    return f"beyond the cap of {count_of(plan.source.rows or 0, 'row')}"
+
+
+def _group_near_duplicates(
+    plans: Sequence[SourcePlan], positions: Ints, starts: NDArray[Any], equal: Ints, kept: int
+) -> Ints:
+    """The group of each row, as `near_duplicates.group_near_duplicates`, of which the first `kept` are all kept."""
     parts = zip(plans, np.split(positions, starts[1:-1]), strict=True)
     bands = [plan.bands.column("bands", part).reshape(-1, near_duplicates.BANDS) for plan, part in parts]
 
@@ -181,7 +213,7 @@ def _group_near_duplicates(plans: Sequence[SourcePlan], positions: Ints, starts:
         batch, i = plans[number].words.locate(int(positions[row]))
         return batch["words"][i].values.to_numpy()
 
-    return near_duplicates.group_near_duplicates(np.concatenate(bands).astype(np.uint64), equal, words_of_row)
+    return near_duplicates.group_near_duplicates(np.concatenate(bands).astype(np.uint64), equal, words_of_row, kept)
 
 
 def encode_selected(plans: Sequence[SourcePlan], data: Data, template: Template, pool: WorkerPool) -> None:
@@ -194,12 +226,21 @@ def encode_selected(plans: Sequence[SourcePlan], data: Data, template: Template,
 
 
 def assign_sides(plans: Sequence[SourcePlan], data: Data, seed: int) -> None:
-    """Put the rows that are used on a side: train, validation or test."""
+    """Put the rows that are used on a side: train, validation or test; those of a source that has a `side` on that one."""
     positions = [plan.rows_with(*USED_FATES) for plan in plans]
+    for plan, part in zip(plans, positions, strict=True):
+        if plan.source.side is not None:
+            plan.side[part] = SIDES.index(plan.source.side)
     keys = [plan.rows.keys(part, "group_key") for plan, part in zip(plans, positions, strict=True)]
-    split = mixture.split_sides(keys, seed, validation=data.held_out("validation"), test=data.held_out("test"))
-    for plan, part, sides in zip(plans, positions, split, strict=True):
-        plan.side[part] = sides
+    free, trained = ([k for k, p in zip(keys, plans, strict=True) if p.source.side == side] for side in (None, "train"))
+    split = iter(
+        mixture.split_sides(
+            free, seed, validation=data.held_out("validation"), test=data.held_out("test"), trained=trained
+        )
+    )
+    for plan, part in zip(plans, positions, strict=True):
+        if plan.source.side is None:
+            plan.side[part] = next(split)
 
 
 def mark_contaminated(plans: Sequence[SourcePlan], data: Data, pool: WorkerPool) -> None:
@@ -216,7 +257,7 @@ def mark_contaminated(plans: Sequence[SourcePlan], data: Data, pool: WorkerPool)
         for plan, part in zip(plans, positions, strict=True):
             yield from plan.word_blocks(part)
 
-    flags = contamination.find_contaminated(blocks(held_out), blocks(train))
+    flags, _ = contamination.find_contaminated(blocks(held_out), blocks(train))
     ends = np.cumsum([len(part) for part in train])[:-1]
     for plan, part, part_flags in zip(plans, train, np.split(flags, ends), strict=True):
         plan.contaminated[part[part_flags]] = True
@@ -225,13 +266,33 @@ def mark_contaminated(plans: Sequence[SourcePlan], data: Data, pool: WorkerPool)
             plan.side[part[part_flags]] = UNSET
 
 
-def apply_weights(plans: Sequence[SourcePlan], mixtures: Sequence[Collection[str]] | None, seed: int) -> None:
+def mark_trained_on(plan: SourcePlan, trained: ExampleStore, data: Data, pool: WorkerPool) -> None:
+    """Mark the held-out rows of a source that equal a row of a training side, or share passages with one."""
+    positions = plan.rows_with(*USED_FATES)
+    keys = [bytes(key).hex() for key in plan.rows.keys(positions)]
+    plan.contaminated[positions] = np.isin(keys, list(trained.keys_among(keys)))
+    if data.contamination == "ignore":
+        return
+    pool.compute_missing("Reading words", [(plan, plan.words, positions)], word_hashes.word_columns)
+    pool.progress.start("Comparing with training rows", len(trained))
+    training = word_hashes.word_blocks(_report(trained.records(), pool.progress))
+    plan.contaminated[positions] |= contamination.find_contaminated(plan.word_blocks(positions), training)[1]
+
+
+def _report(records: Iterable[Record], progress: Progress) -> Iterator[Record]:
+    for done, record in enumerate(records, start=1):
+        yield record
+        if done % _PROGRESS_EVERY == 0:
+            progress.update(done)
+
+
+def apply_weights(plans: Sequence[SourcePlan], seed: int, mixtures: Sequence[Collection[str]] | None = None) -> None:
     """Take out the training rows that exceed their source's share of its mixture, if sources have weights.
 
     Args:
         plans: of all sources.
-        mixtures: labels of the sources of each mixture; by default all are one.
         seed: decides which rows stay.
+        mixtures: labels of the sources of each mixture; by default all are one.
     """
     for labels in mixtures or [{plan.source.label for plan in plans}]:
         _apply_weights([plan for plan in plans if plan.source.label in labels], seed)

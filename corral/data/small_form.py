@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from corral.data.formats.public_datasets import find_by_hub_path
+from corral.data.mixture import Side
 from corral.errors import RecipeError
 from corral.formatting import json_line
 from corral.recipe import Recipe, Source, Split, Train
@@ -18,7 +19,7 @@ from corral.storage import write_atomic
 
 STARTER_MODEL = "asset:smollm2-135m-instruct"
 ROWS_PER_SOURCE = 12
-"""Rows written for each source."""
+"""Rows written for each source that is trained on or divided."""
 
 _TOKENS = 8  # of an answer
 _HELD_OUT = 2
@@ -39,7 +40,17 @@ _THINGS = (
     "compass",
     "tent",
     "clock",
+    "ladder",
+    "basket",
+    "drum",
+    "kite",
 )
+_SAMPLES: dict[Side, range] = {
+    "train": range(ROWS_PER_SOURCE),
+    "validation": range(ROWS_PER_SOURCE, ROWS_PER_SOURCE + _HELD_OUT),
+    "test": range(ROWS_PER_SOURCE + _HELD_OUT, ROWS_PER_SOURCE + 2 * _HELD_OUT),
+}
+"""Numbers of the sample rows of a source: a held-out one has others than those that are trained on."""
 
 
 def shrink_recipe(recipe: Recipe, folder: Path) -> Recipe:
@@ -54,7 +65,10 @@ def shrink_recipe(recipe: Recipe, folder: Path) -> Recipe:
     folder.mkdir(parents=True, exist_ok=True)
     data, evaluate = recipe.data, recipe.evaluate
     sources = tuple(_small_source(source, folder / f"{i}.jsonl") for i, source in enumerate(data.sources, 1))
-    split = Split(validation=_HELD_OUT if data.has_side("validation") else 0, test=_HELD_OUT)
+    test = evaluate.test and _small_source(evaluate.test, folder / "test.jsonl", "test")
+    split = Split(
+        validation=_HELD_OUT if data.held_out("validation") else 0, test=_HELD_OUT if data.held_out("test") else 0
+    )
     tasks = tuple(task.model_copy(update={"rows": _HELD_OUT}) for task in evaluate.tasks)
     return recipe.model_copy(
         update={
@@ -62,17 +76,20 @@ def shrink_recipe(recipe: Recipe, folder: Path) -> Recipe:
             "data": data.model_copy(update={"sources": sources, "split": split}),
             "train": tuple(_small_train(stage) for stage in recipe.train),
             "answer": recipe.answer.model_copy(update={"max_tokens": _TOKENS}),
-            "evaluate": evaluate.model_copy(update={"loss_rows": _HELD_OUT, "answer_rows": _HELD_OUT, "tasks": tasks}),
+            "evaluate": evaluate.model_copy(
+                update={"loss_rows": _HELD_OUT, "answer_rows": _HELD_OUT, "tasks": tasks, "test": test}
+            ),
         }
     )
 
 
-def _small_source(source: Source, file: Path) -> Source:
+def _small_source(source: Source, file: Path, side: Side | None = None) -> Source:
+    side = side or source.side or "train"
     form = source.format
     if form == "auto" and source.mapping is None:
         form = find_by_hub_path(source.path) or form
     if source.mapping is None and form in SAMPLE_ROWS:
-        write_atomic(file, "".join(json_line(SAMPLE_ROWS[form](i)) for i in range(ROWS_PER_SOURCE)))
+        write_atomic(file, "".join(json_line(SAMPLE_ROWS[form](i)) for i in _SAMPLES[side]))
         update: dict[str, Any] = {"path": str(file), "format": form, "name": source.label}
         return source.model_copy(update=update | {name: Source.model_fields[name].default for name in Source.READ_BY})
     if source.path.startswith(("hub:", "s3://")):
@@ -81,7 +98,8 @@ def _small_source(source: Source, file: Path) -> Source:
             where="data.sources",
             hint=f"give its `format`, one of {', '.join(SAMPLE_ROWS)}, or try the recipe with a file of a few rows",
         )
-    return source.model_copy(update={"rows": min(source.rows or ROWS_PER_SOURCE, ROWS_PER_SOURCE)})
+    rows = len(_SAMPLES[side])
+    return source.model_copy(update={"rows": min(source.rows or rows, rows)})
 
 
 def _small_train(stage: Train) -> Train:
@@ -255,4 +273,4 @@ SAMPLE_ROWS: dict[str, Callable[[int], _Row]] = {
     "question-answer": _question_answer,
     "messages": _messages,
 }
-"""For each format a function from i < ROWS_PER_SOURCE to a row with the columns of the real data set."""
+"""For each format a function from a number of `_SAMPLES` to a row with the columns of the real data set."""

@@ -11,12 +11,13 @@ import unicodedata
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from corral.data.row_store import Column, list_column
+from corral.data.row_store import CHUNK_ROWS, Column, list_column, split_list_column
 from corral.messages import Conversation, Feedback, Preference, Record, Text
 
 Ints: TypeAlias = NDArray[np.int64]
@@ -89,6 +90,15 @@ def word_columns(records: Iterable[Record]) -> dict[str, Column]:
         "words": list_column(np.asarray(words, np.uint32), np.asarray(bounds)),
         "prompt_words": np.asarray(prompts, np.int64),
     }
+
+
+def word_blocks(records: Iterable[Record]) -> Iterator[Block]:
+    """The words of records, some hundreds of them at a time."""
+    remaining = iter(records)
+    while some := list(islice(remaining, CHUNK_ROWS)):
+        columns = word_columns(some)
+        words, bounds = split_list_column(columns["words"])
+        yield words.to_numpy(), bounds, columns["prompt_words"]
 
 
 def hash_ngrams(words: Words, n: int) -> Hashes:

@@ -136,6 +136,16 @@ class Evaluate(Section):
                 )
         return self
 
+    @field_validator("test")
+    @classmethod
+    def _check_test(cls, test: Source | None) -> Source | None:
+        for name in ("side", "repeat", "weight"):
+            if test is not None and getattr(test, name) != Source.model_fields[name].default:
+                raise ValueError(
+                    f"`{name}` is for a source of `[data]`, and these rows are evaluated on as they are: remove it"
+                )
+        return test
+
     @model_validator(mode="after")
     def _check_primary(self) -> Self:
         known = [*OWN_METRICS, *(f"{task.name}/{metric}" for task in self.tasks for metric in TASK_METRICS[task.name])]

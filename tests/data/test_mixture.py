@@ -62,6 +62,14 @@ def test_ranks_are_uniform_and_independent_between_purposes_and_seeds() -> None:
     assert ranks(KEYS[:5], 1, "split").tolist() == [rank(bytes(k).hex(), 1, "split") for k in KEYS[:5]]
 
 
+@given(NUMBERS, NUMBERS, st.integers(0, 3))
+def test_rows_that_equal_one_to_train_on_are_trained_on(numbers: list[int], trained: list[int], seed: int) -> None:
+    keys, fixed = keys_of(numbers), keys_of(trained)
+    (free,) = split_sides([keys], seed, validation=0.3, test=0.3)
+    (sides,) = split_sides([keys], seed, validation=0.3, test=0.3, trained=[fixed])
+    assert sides.tolist() == [0 if n in trained else side for n, side in zip(numbers, free.tolist(), strict=True)]
+
+
 @given(NUMBERS)
 def test_equal_keys_have_the_index_of_the_first_of_them(numbers: list[int]) -> None:
     assert equal_groups(keys_of(numbers)).tolist() == [numbers.index(n) for n in numbers]

@@ -56,9 +56,9 @@ def test_every_public_data_set_has_sample_rows_with_its_columns() -> None:
 
 @pytest.mark.parametrize("name", SAMPLE_ROWS)
 def test_sample_rows_are_read_by_their_format_and_all_differ(name: str, tiny_tokenizer: Any) -> None:
-    rows = [json.loads(json.dumps(SAMPLE_ROWS[name](i))) for i in range(ROWS_PER_SOURCE)]
+    rows = [json.loads(json.dumps(SAMPLE_ROWS[name](i))) for i in range(ROWS_PER_SOURCE + 4)]
     records = [FORMATS[name](row) for row in rows]
-    assert len({record_key(record) for record in records}) == ROWS_PER_SOURCE
+    assert len({record_key(record) for record in records}) == ROWS_PER_SOURCE + 4
     template = Template.load(tiny_tokenizer, "chatml")
     for record in records:
         talk = record if isinstance(record, Conversation) else None
@@ -111,3 +111,17 @@ def test_an_unknown_remote_source_is_refused_with_advice(tmp_path: Path) -> None
     with pytest.raises(RecipeError, match="no small form") as caught:
         shrink_recipe(recipe("hub:owner/unheard-of"), tmp_path)
     assert "format" in (caught.value.hint or "")
+
+
+def test_a_held_out_source_keeps_its_side_and_has_other_rows_than_those_to_train_on(tmp_path: Path) -> None:
+    held_out = "".join(
+        f'[[data.sources]]\npath = "hub:tatsu-lab/alpaca"\nname = "{side}"\nside = "{side}"\n'
+        for side in ("validation", "test")
+    )
+    form = shrink_recipe(recipe("hub:tatsu-lab/alpaca", held_out), tmp_path / "rows")
+    sources = form.data.sources
+    assert [source.side for source in sources] == [None, "validation", "test"]
+    assert (form.data.held_out("validation"), form.data.held_out("test")) == (0, 0)
+    lines = [Path(source.path).read_text("utf-8").splitlines() for source in sources]
+    assert [len(some) for some in lines] == [ROWS_PER_SOURCE, 2, 2]
+    assert len({line for some in lines for line in some}) == ROWS_PER_SOURCE + 4

@@ -95,3 +95,11 @@ def test_weights_are_given_to_all_sources_that_are_trained_on_or_to_none() -> No
     assert parse(weighted, where="test").data.sources[0].weight == 2
     with pytest.raises(RecipeError, match=r"'a.jsonl' has a `weight` and 'c' has none"):
         parse(weighted.replace("[[train]]", '[[data.sources]]\npath = "c"\n[[train]]', 1), where="test")
+
+
+@pytest.mark.parametrize("setting", ['side = "test"', "weight = 2.0", "repeat = 2"])
+def test_rows_to_evaluate_on_are_used_as_they_are(setting: str) -> None:
+    test = '[evaluate.test]\npath = "t.jsonl"\n'
+    assert parse(STAGES + test, where="test").evaluate.test is not None
+    with pytest.raises(RecipeError, match="these rows are evaluated on as they are: remove it"):
+        parse(STAGES + test + setting, where="test")

@@ -1,0 +1,130 @@
+"""Sources that are for one side: a test file of the user's own stays as it is, and nothing of it is trained on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import parquet
+
+from corral.data.ledger import source_notes
+from corral.data.near_duplicates import RESEMBLANCE, resemblance
+from corral.data.prepare import Prepared, prepare_test_rows
+from corral.errors import DataError
+from corral.messages import Conversation, record_key
+from corral.progress import Progress
+from corral.recipe import Data, Split
+from corral.template import Template
+from tests.data.conftest import chat, chats, prose, prose_words, source, word_hashes, write_rows
+
+Prepare = Callable[..., Prepared]
+DUPLICATES = ["exact", "near", "keep"]
+
+
+def sources_on(rows: Prepared) -> dict[str, dict[str, int]]:
+    return {side: dict(Counter(e.source for e in rows.side(side))) for side in ("train", "validation", "test")}
+
+
+@pytest.mark.parametrize("duplicates", DUPLICATES)
+def test_a_test_file_is_used_as_it_is_and_no_copy_of_its_rows_is_trained_on(
+    prepared: Prepare, tmp_path: Path, duplicates: str
+) -> None:
+    own = [*chats(12), chats(1)[0]]
+    mine = source(write_rows(tmp_path / "mine.jsonl", own), side="test")
+    more = source(write_rows(tmp_path / "more.jsonl", [*chats(30, 5), *chats(30, 5)]))
+    rows = prepared(more, mine, duplicates=duplicates, split=Split())
+    assert sources_on(rows)["test"] == {"mine": 13}
+    held_out = Counter(e.key for e in rows.test)
+    assert sorted(held_out.values()) == [1] * 11 + [2]
+    assert not held_out.keys() & {e.key for side in ("train", "validation") for e in rows.side(side)}
+    kept = 46 if duplicates == "keep" else 23
+    assert len(rows.train) + len(rows.validation) == kept
+    table = parquet.read_table(rows.folder / "ledger.parquet").to_pylist()
+    copies = [row for row in table if row["fate"] == "duplicate" and row["original"].startswith("mine row")]
+    assert sorted(row["row"] for row in copies) == [*range(1, 8), *range(31, 38)]
+    assert {row["original"] for row in copies} == {f"mine row {n}" for n in range(6, 13)}
+
+
+def test_a_near_copy_of_any_held_out_row_is_left_out_and_near_copies_among_them_stay(
+    prepared: Prepare, tmp_path: Path
+) -> None:
+    words = prose_words(1, 70)
+    texts = [
+        " ".join(w if i not in changed else "changed" for i, w in enumerate(words)) for changed in ((), (20,), (20, 50))
+    ]
+    assert [resemblance(word_hashes(texts[n]), word_hashes(texts[2])) > RESEMBLANCE for n in (0, 1)] == [False, True]
+    mine = source(write_rows(tmp_path / "mine.jsonl", [{"text": text} for text in texts[:2]]), side="test")
+    more = source(write_rows(tmp_path / "more.jsonl", [{"text": texts[2]}, {"text": prose(2)}]))
+    rows = prepared(more, mine, duplicates="near", split=Split(validation=0))
+    assert sources_on(rows) == {"train": {"more": 1}, "validation": {}, "test": {"mine": 2}}
+    assert rows.ledger["sources"]["more"]["fates"]["near duplicate"] == 1
+
+
+def test_a_side_takes_all_rows_or_as_many_as_are_asked_for(prepared: Prepare, tmp_path: Path) -> None:
+    files = [write_rows(tmp_path / f"{name}.jsonl", chats(20, 100 * i)) for i, name in enumerate("abcd")]
+    a, b = source(files[0], side="train"), source(files[1], side="validation")
+    c, d = source(files[2], side="test", rows=5), source(files[3])
+    rows = prepared(a, b, c, d, split=Split(test=0.5))
+    assert sources_on(rows) == {"train": {"a": 20, "d": 10}, "validation": {"b": 20}, "test": {"c": 5, "d": 10}}
+    assert sources_on(prepared(a, b, c)) == {"train": {"a": 20}, "validation": {"b": 20}, "test": {"c": 5}}
+
+
+def test_what_a_row_equals_in_a_file_to_train_on_is_not_held_out(prepared: Prepare, tmp_path: Path) -> None:
+    both = [source(write_rows(tmp_path / f"{name}.jsonl", chats(20))) for name in "ab"]
+    both[0] = both[0].model_copy(update={"side": "train"})
+    rows = prepared(*both, source(write_rows(tmp_path / "c.jsonl", chats(20, 50))), duplicates="keep")
+    assert sources_on(rows)["train"]["a"] == sources_on(rows)["train"]["b"] == 20
+    assert len(rows.test) + len(rows.validation) > 0
+
+
+def test_the_rest_of_a_capped_test_file_may_be_trained_on(prepared: Prepare, tmp_path: Path) -> None:
+    mine = source(write_rows(tmp_path / "mine.jsonl", chats(10)), side="test", rows=4)
+    rows = prepared(mine, source(write_rows(tmp_path / "more.jsonl", chats(10))), split=Split(validation=0))
+    assert (len(rows.test), len(rows.train)) == (4, 6)
+
+
+def test_a_training_row_that_shares_a_passage_with_a_test_file_is_found(prepared: Prepare, tmp_path: Path) -> None:
+    mine = source(write_rows(tmp_path / "mine.jsonl", [chat("Which?", prose(1))]), side="test")
+    leaked = [*chats(20), chat("Another?", f"So: {prose(1)} Good.")]
+    more = source(write_rows(tmp_path / "more.jsonl", leaked))
+    assert prepared(more, mine, split=Split()).ledger["sources"]["more"]["contaminated_rows"] == [21]
+
+
+def test_a_test_file_without_usable_rows_is_refused(prepared: Prepare, tmp_path: Path) -> None:
+    more, copy = (source(write_rows(tmp_path / f"{name}.jsonl", chats(20))) for name in ("more", "copy"))
+    long = write_rows(tmp_path / "mine.jsonl", [chat("Q", "so " * 500)])
+    with pytest.raises(DataError, match=r"the only row of the source 'mine' is lost|none of its 1 rows can be used"):
+        prepared(more, source(long, side="test"), max_length=100)
+    with pytest.raises(DataError, match="no row is left to train on"):
+        prepared(more, copy.model_copy(update={"side": "test"}), split=Split())
+
+
+def test_a_file_to_evaluate_on_is_prepared_as_it_is_and_says_what_was_trained_on(
+    prepared: Prepare, template: Template, tmp_path: Path
+) -> None:
+    trained = prepared(source(write_rows(tmp_path / "a.jsonl", [*chats(30), chat("Which?", prose(1))])), split=Split())
+    leaked = chat("Another?", f"So: {prose(1)} Good.")
+    keys = {e.key for e in trained.train}
+    equal = next(row for row in chats(30) if record_key(Conversation.from_json(row)) in keys)
+    lines: list[Any] = [*chats(5, 100), leaked, equal, equal, {"messages": "none"}]
+    mine = source(write_rows(tmp_path / "mine.jsonl", lines))
+    data = Data(sources=(source(tmp_path / "a.jsonl"),))
+    expected = {"report": [6, 7, 8], "ignore": [7, 8]}
+    for contamination, marked in expected.items():
+        folder = tmp_path / contamination
+        folder.mkdir()
+        settings = data.model_copy(update={"contamination": contamination})
+        rows = prepare_test_rows(
+            mine, settings, template, folder, 0, trained.train, Progress(), cache=tmp_path / "cache"
+        )
+        assert sources_on(rows) == {"train": {}, "validation": {}, "test": {"mine": 8}}
+        entry = rows.ledger["sources"]["mine"]
+        assert entry["trained_on_rows"] == marked
+        assert entry["fates"]["dropped"] == 1
+        assert f"{len(marked)} test rows share passages with rows that were trained on" in str(source_notes(entry))
+    none = source(write_rows(tmp_path / "none.jsonl", [chat("Q", "so " * 2000)] * 2))
+    with pytest.raises(DataError, match="all 2 rows of the source 'none' are lost"):
+        prepare_test_rows(none, data, template, tmp_path, 0, trained.train, cache=tmp_path / "cache")
