@@ -168,7 +168,7 @@ def format_summary(ledger: Mapping[str, Any]) -> str:
 def source_notes(source: Mapping[str, Any]) -> list[str]:
     """What a source's entry in the JSON summary says besides its counts, as sentences."""
     notes: list[str] = [source["why"]] if "why" in source else []
-    if source.get("training_share", 1) < 1:
+    if 0 < source.get("training_share", 1) < 1:
         notes.append(f"{source['training_share']:.1%} of the training examples ({source['training_examples']:,})")
     if ends := source.get("lost_ends"):
         notes.append(f"{count_of(ends, 'answer')} lost the end token")

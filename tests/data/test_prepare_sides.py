@@ -37,6 +37,7 @@ def test_a_test_file_is_used_as_it_is_and_no_copy_of_its_rows_is_trained_on(
     more = source(write_rows(tmp_path / "more.jsonl", [*chats(30, 5), *chats(30, 5)]))
     rows = prepared(more, mine, duplicates=duplicates, split=Split())
     assert sources_on(rows)["test"] == {"mine": 13}
+    assert not any("of the training examples" in note for note in source_notes(rows.ledger["sources"]["mine"]))
     held_out = Counter(e.key for e in rows.test)
     assert sorted(held_out.values()) == [1] * 11 + [2]
     assert not held_out.keys() & {e.key for side in ("train", "validation") for e in rows.side(side)}
