@@ -107,7 +107,7 @@ class EvaluateStage:
         variants_by_model = self._variants_by_model()
         all_variants = [variant for variants in variants_by_model.values() for variant in variants]
         measurements = Measurements(folder.path)
-        for old in sorted((self.context.run.path / "superseded").glob("evaluate-*")):
+        for old in sorted((self.context.run.path / "superseded").glob("evaluate-*")) if folder.attempt == 1 else ():
             if old.name != "evaluate-damaged":
                 measurements.reuse_rows(old, all_variants, data)
         for model, same_model in variants_by_model.items():

@@ -47,6 +47,6 @@ class ExportStage:
 
         run = self.context.run
         for form in self.context.recipe.export_forms:
-            for old in sorted((run.path / "superseded").glob("export-*")):
+            for old in sorted((run.path / "superseded").glob("export-*")) if folder.attempt == 1 else ():
                 form.copy_missing_from(old, folder.path)
             export_form(run.model, folder.path, form, self.context.progress)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,13 @@ class PrepareStage:
 
     context: RunContext
     name = "prepare"
+    unreadable: list[Exception] = field(default_factory=list[Exception])
+    """Why something that it reads is not here, as far as its inputs have been asked for."""
 
     def needs(self) -> int:
-        """A template that the base model has. Raises: TemplateError, ModelError, AssetError."""
+        """All that it reads, and a template that the base model has. Raises: DataError, TemplateError, ModelError …"""
+        if self.unreadable:
+            raise self.unreadable[0]
         assert self.context.template
         return 50 * _MEGABYTE
 
@@ -74,6 +78,7 @@ class PrepareStage:
                     recorded = recorded[int(key) if key.isdecimal() else key]
             except (KeyError, IndexError, TypeError):
                 raise error from None
+            self.unreadable.append(error)
             reason = error.what if isinstance(error, CorralError) else error
             self.context.progress.say(f"{what} cannot be read here ({reason}): the rows stay as they were prepared")
             return str(recorded)

@@ -55,6 +55,7 @@ class StageFolder:
         fingerprint: of what belongs in it.
         done: whether that is in it.
         changed: names of the inputs that differ from those it was made from.
+        attempt: which time it is made from the same inputs, from 1: later ones take nothing over from earlier ones.
         made_by: the version of corral that made it; empty if that did not record its inputs as this one does.
     """
 
@@ -63,6 +64,7 @@ class StageFolder:
     fingerprint: str
     done: bool
     changed: tuple[str, ...] = ()
+    attempt: int = 1
     made_by: str = ""
 
 
@@ -109,20 +111,25 @@ def claim_stage(run: Path, name: str, inputs: Mapping[str, Any], *, redo: bool =
             path.mkdir(parents=True)
         values = {key: value.values if isinstance(value, Settings) else value for key, value in inputs.items()}
         fingerprint = _fingerprint(name, inputs, attempt)
-        record = {
-            "name": name,
-            "format": FORMAT,
-            "fingerprint": fingerprint,
-            "attempt": attempt,
-            "status": "running",
-            "inputs": values,
-            "corral": corral.__version__,
-            "started": _now(),
-        }
+        record = cast(
+            "dict[str, Any]",
+            {
+                "name": name,
+                "format": FORMAT,
+                "fingerprint": fingerprint,
+                "attempt": attempt,
+                "status": "running",
+                "inputs": values,
+                "corral": corral.__version__,
+                "started": _now(),
+            },
+        )
         write_json(path / "stage.json", record)
     elif not _is_done(path, record):
         remove_temporary_files(path)
-    return StageFolder(name, path, str(record["fingerprint"]), _is_done(path, record))
+    return StageFolder(
+        name, path, str(record["fingerprint"]), _is_done(path, record), attempt=int(record.get("attempt", 1))
+    )
 
 
 def finish_stage(stage: StageFolder, seconds: float, made_with: Mapping[str, Any]) -> None:

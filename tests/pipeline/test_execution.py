@@ -12,7 +12,7 @@ import pytest
 
 from corral import recipe as recipes
 from corral.cli import main
-from corral.errors import InputError, MissingExtraError, ModelError, RunError, StorageError
+from corral.errors import DataError, InputError, MissingExtraError, ModelError, RunError, StorageError
 from corral.model.folder import model_identity
 from corral.pipeline import execution
 from corral.progress import Progress
@@ -62,6 +62,9 @@ def test_a_run_without_its_raw_rows_and_base_is_evaluated_exported_and_not_train
     assert any("rows.jsonl cannot be read here" in line for line in said.lines)
     shutil.rmtree(model)
     assert execute(run_copy, *gone) == [], "the base is known by what the run recorded"
+    with pytest.raises(DataError, match="there is no file"):
+        execute(run_copy, *gone, redo=["prepare"])
+    assert execute(run_copy, *gone) == [], "what cannot be made again is left as it is"
     recipe = Run(run_copy).recipe.with_export("gguf", "f16")
     execution.execute(recipe, run_copy, Progress(), allowed=("export", "report"))
     assert (run_copy / "export" / "model-f16.gguf").is_file()
@@ -102,7 +105,8 @@ def test_a_run_of_an_older_format_keeps_its_training_and_its_model_and_is_evalua
     for stage in ("prepare", "train-1-sft", "evaluate", "report"):
         change_json(run_copy / stage / "stage.json", lambda record: record.pop("format"))
     (run_copy / "merge").mkdir()
-    (run_copy / "train-1-sft" / "merged").rename(run_copy / "merge" / "model")
+    shutil.copytree(run_copy / "train-1-sft" / "merged", run_copy / "merge" / "model")
+    (run_copy / "train-1-sft" / "merged" / "contract.json").unlink()
     (run_copy / "model").unlink()
     change_json(run_copy / "train-1-sft" / "stage.json", sizes={})
     assert execute(run_copy, "seed=9", "evaluate.loss_rows=5") == ["evaluate", "report"]
@@ -121,6 +125,9 @@ def test_redo_runs_a_stage_and_what_depends_on_it_and_nothing_else(run_copy: Pat
         "its rows are not taken for the new ones"
     )
     assert execute(run_copy) == []
+    measured = (run_copy / "evaluate" / "seconds.jsonl").read_text()
+    assert execute(run_copy, redo=["evaluate"]) == ["evaluate", "report"]
+    assert (run_copy / "evaluate" / "seconds.jsonl").read_text() != measured, "nothing is taken over"
     with pytest.raises(InputError, match="the recipe has no stage 'merge'"):
         execute(run_copy, redo=["merge"])
 
