@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,8 +178,8 @@ def _tokens(state: dict[str, Any], rows: int, where: Path) -> tuple[list[str], l
         )
     filled = [by_id.get(i, (f"[PAD{i}]", UNUSED)) for i in range(rows)]
     texts = [text for text, _ in filled]
-    if len(set(texts)) != len(texts):
-        twice = next(text for text in texts if texts.count(text) > 1)
+    ((twice, count),) = Counter(texts).most_common(1)
+    if count > 1:
         raise _OtherIdsError(f"{twice!r} is there under two ids")
     return texts, [kind for _, kind in filled]
 

@@ -209,6 +209,12 @@ def test_tied_embeddings_are_written_once_and_rows_that_do_not_fit_blocks_stay_f
     assert (types["blk.0.ffn_down.weight"], types["blk.0.ffn_up.weight"]) == ("F16", "Q4_0")
 
 
+# Reading a large vocabulary back takes ten seconds; tests/model/test_gguf_reader.py reads one of each kind.
+@pytest.mark.parametrize(
+    "any_template",
+    ["chatml", "llama-3", *(pytest.param(name, marks=pytest.mark.full) for name in ("smollm2", "llama-2"))],
+    indirect=True,
+)
 def test_a_read_back_tokenizer_gives_the_same_ids_and_template(any_template: Template, tmp_path: Path) -> None:
     words = any_template.tokenizer
     folder = save_model(tmp_path / "model", words, any_template.name, hidden_size=32, num_hidden_layers=1)
