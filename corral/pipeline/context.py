@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from corral.progress import Progress
 from corral.recipe import Recipe
 from corral.run.directory import Run
 from corral.run.promotion import MERGED_FOLDER
-from corral.run.stage_record import StageFolder
+from corral.run.stage_record import StageFolder, is_finished, read_record
 from corral.training.distributed import World
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ class RunContext:
     """The processes that train together; the first of them does all other work alone."""
     profile: bool = False
     """Record where the time of some training steps goes."""
+    _unreadable: dict[str, Exception] = field(default_factory=dict[str, Exception])
 
     @cached_property
     def base(self) -> ModelSource:
@@ -137,6 +138,33 @@ class RunContext:
             if self.recorded_model.get("identity") == self.base_identity:
                 return self.run.model
         return self.base.folder
+
+    def hash_or_recorded(self, stage: Stage, name: str, what: str, read: Callable[[], str]) -> str:
+        """A hash of what a stage reads; if that is not here, the one that the finished stage has as its input `name`.
+
+        Args:
+            name: of the input; `rows.0` is the first of a list.
+            what: its name for people.
+        """
+        try:
+            return read()
+        except (CorralError, OSError) as error:
+            folder = self.run.path / stage.name
+            recorded: Any = (read_record(folder) or {}).get("inputs") if is_finished(folder) else None
+            try:
+                for key in name.split("."):
+                    recorded = recorded[int(key) if key.isdecimal() else key]
+            except (KeyError, IndexError, TypeError):
+                raise error from None
+            self._unreadable.setdefault(stage.name, error)
+            reason = error.what if isinstance(error, CorralError) else error
+            self.progress.say(f"{what} cannot be read here ({reason}): what was made from it stays as it is")
+            return str(recorded)
+
+    def check_readable(self, stage: Stage) -> None:
+        """Raises the error of `hash_or_recorded` if something that the stage reads is not here."""
+        if stage.name in self._unreadable:
+            raise self._unreadable[stage.name]
 
     def model_of_stage(self, number: int) -> Path:
         """The folder of the model that training stage `number` leaves; 0: the base model."""

@@ -12,9 +12,11 @@ from corral.answering.answerer import Answerer
 from corral.answering.examples import training_examples
 from corral.answering.identity import AnswerIdentity, examples_digest, identify_model
 from corral.answering.sync import SyncAnswerer
+from corral.data.ledger import source_notes
+from corral.data.prepare import Prepared, prepare_test_rows
 from corral.data.sources import hash_source
 from corral.engines.registry import default_engine, load_engine
-from corral.errors import InputError, require
+from corral.errors import DataError, InputError, require
 from corral.evaluation import scorecard
 from corral.evaluation.evaluation_data import EvaluationData, select_evaluation_data
 from corral.evaluation.measurements import Measurements, VariantSpec
@@ -24,11 +26,11 @@ from corral.model.device import Placement, choose_device
 from corral.model.loading import load_template
 from corral.model.naming import find_model_folder
 from corral.pipeline.context import RunContext
-from corral.recipe import Answer
+from corral.recipe import Answer, Source
 from corral.recipe.evaluate import BUILT_IN_VARIANTS
 from corral.run.directory import Run
 from corral.run.stage_record import Settings, StageFolder, read_fingerprint
-from corral.storage import write_atomic
+from corral.storage import new_directory, write_atomic
 from corral.training.disk_estimate import OTHER_FILES, check_context
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from corral.export_forms import ExportForm
 
 SCORECARD = "scorecard.json"
+TEST_ROWS = "test"
+"""The folder, in that of the stage, of the rows of `evaluate.test`."""
 BASELINE = "base"
 
 
@@ -77,6 +81,7 @@ class EvaluateStage:
             require("openvino_tokenizers", "openvino")
         if "vllm" in engines:
             require("vllm", "vllm")
+        self.context.check_readable(self)
         check_context(self.context.config_folder, recipe.answer.max_tokens, "answer.max_tokens")
         return OTHER_FILES
 
@@ -92,7 +97,9 @@ class EvaluateStage:
             "answer": Settings.of(recipe.answer, {"seed"}),
             "stages": {recipe.stage_names[n - 1]: fingerprints[recipe.stage_names[n - 1]] for n in stages},
             "base": context.base_identity,
-            "rows": context.prepared.digest("test") if test is None else hash_source(test, context.progress),
+            "rows": context.prepared.digest("test")
+            if test is None
+            else context.hash_or_recorded(self, "rows", test.label, lambda: hash_source(test, context.progress)),
             "examples": shown,
             "seeds": [recipe.answers_seed, recipe.rows_seed],
         }
@@ -125,6 +132,7 @@ class EvaluateStage:
             compared_with={variant.name: variant.compared_with for variant in config.variants},
             seed=self.context.recipe.seed,
             primary=config.primary,
+            notes=self._trained_on_notes(folder.path),
         )
         write_atomic(folder.path / SCORECARD, card.to_json())
 
@@ -178,14 +186,40 @@ class EvaluateStage:
     def _data(self, folder: StageFolder) -> EvaluationData:
         """The rows and questions that all variants are measured on."""
         context, recipe = self.context, self.context.recipe
+        rows = context.prepared if recipe.evaluate.test is None else self._test_rows(folder.path, recipe.evaluate.test)
         if recipe.evaluate.tasks:
             context.progress.start("Reading questions", None)
         return select_evaluation_data(
-            context.prepared.test,
+            rows.test,
             recipe.evaluate,
             load_tasks(recipe.evaluate.tasks, seed=recipe.rows_seed),
             lambda: training_examples(context.run, recipe.answers_seed),
         )
+
+    def _test_rows(self, folder: Path, source: Source) -> Prepared:
+        """The rows of `evaluate.test`, prepared in the stage's folder."""
+        context, target = self.context, folder / TEST_ROWS
+        try:
+            return Prepared.open(target)
+        except DataError:
+            recipe, trained = context.recipe, context.prepared.train
+            with new_directory(target) as new:
+                prepare_test_rows(
+                    source, recipe.data, context.template, new, recipe.rows_seed, trained, context.progress
+                )
+        for entry in Prepared.open(target).ledger["sources"].values():
+            for note in source_notes(entry):
+                context.progress.say(f"{source.label}: {note}")
+        return Prepared.open(target)
+
+    def _trained_on_notes(self, folder: Path) -> list[str]:
+        """What is to be known of the rows of `evaluate.test` that are rows of the training."""
+        if self.context.recipe.evaluate.test is None:
+            return []
+        sources = Prepared.open(folder / TEST_ROWS).ledger["sources"].items()
+        known = ("trained_on", "trained_on_rows")
+        notes = [(label, source_notes({key: entry[key] for key in known if key in entry})) for label, entry in sources]
+        return [f"{label}: {sentence}" for label, sentences in notes for sentence in sentences]
 
     def _measure(
         self, model: _Model, variants: Sequence[VariantSpec], measurements: Measurements, data: EvaluationData

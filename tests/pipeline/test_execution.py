@@ -12,7 +12,9 @@ import pytest
 
 from corral import recipe as recipes
 from corral.cli import main
+from corral.data.prepare import Prepared
 from corral.errors import DataError, InputError, MissingExtraError, ModelError, RunError, StorageError
+from corral.messages import Conversation
 from corral.model.folder import model_identity
 from corral.pipeline import execution
 from corral.progress import Progress
@@ -178,6 +180,27 @@ def test_stages_start_side_by_side_from_the_base_and_each_can_be_a_variant(run_c
     pairs = {(c["a"], c["b"]) for c in card["comparisons"] if c["metric"] == "loss"}
     assert {("tuned", "base"), ("first", "tuned"), ("second", "first")} <= pairs
     assert execute(run_copy, "train.1.seed=6") == ["train-2-low", "train-3-again", "evaluate", "report"]
+
+
+def test_a_run_is_evaluated_on_a_file_of_the_users_own_as_it_is(
+    run_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = run_copy.parent / "mine.csv"
+    trained = Prepared.open(run_copy / "prepare").train[0].record
+    assert isinstance(trained, Conversation)
+    question, answer = (message.content for message in trained.messages)
+    rows.write_text(
+        f"question,answer\nWhat is the sum of 1 and 1?,2\nWhat is the sum of 1 and 1?,2\n{question},{answer}\n"
+    )
+    assert main(["evaluate", str(run_copy), "--test", str(rows)]) == 0
+    assert "1 test row shares passages with rows that were trained on" in capsys.readouterr().err
+    card = json.loads((run_copy / "evaluate" / "scorecard.json").read_text())
+    assert card["variants"]["tuned"]["metrics"]["loss"]["n"] == 2, "copies are measured once"
+    assert any("that were trained on" in caution for caution in card["cautions"])
+    rows.unlink()
+    assert main(["evaluate", str(run_copy)]) == 0, "what was measured stays without the file"
+    assert main(["evaluate", str(run_copy), "--set", "evaluate.loss_rows=1"]) == 2
+    assert "there is no file" in capsys.readouterr().err
 
 
 def needs_of(run: Path, *settings: str) -> None:
