@@ -31,7 +31,7 @@ from corral.recipe.evaluate import BUILT_IN_VARIANTS
 from corral.run.directory import Run
 from corral.run.stage_record import Settings, StageFolder, read_fingerprint
 from corral.storage import new_directory, write_atomic
-from corral.training.disk_estimate import OTHER_FILES, check_context
+from corral.training.stage_needs import OTHER_FILES, check_context
 
 if TYPE_CHECKING:
     from corral.engines.registry import LocalEngine
@@ -82,7 +82,12 @@ class EvaluateStage:
         if "vllm" in engines:
             require("vllm", "vllm")
         self.context.check_readable(self)
-        check_context(self.context.config_folder, recipe.answer.max_tokens, "answer.max_tokens")
+        context_length = check_context(self.context.config_folder, recipe.answer.max_tokens, "answer.max_tokens")
+        if context_length and recipe.data.max_length + recipe.answer.max_tokens > context_length:
+            self.context.progress.say(
+                f"questions of more than {context_length - recipe.answer.max_tokens:,} tokens will not be answered: the model "
+                f"reads {context_length:,}, and answer.max_tokens = {recipe.answer.max_tokens} of these are for the answer"
+            )
         return OTHER_FILES
 
     def inputs(self, fingerprints: Mapping[str, str]) -> dict[str, Any]:

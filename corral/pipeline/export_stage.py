@@ -9,8 +9,8 @@ from typing import Any
 from corral.errors import require
 from corral.pipeline.context import RunContext
 from corral.run.stage_record import StageFolder
-from corral.training.disk_estimate import export_bytes
 from corral.training.memory_estimate import ModelShape
+from corral.training.stage_needs import export_bytes
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from corral.progress import Progress
 from corral.run.promotion import MERGED_FOLDER
 from corral.run.stage_record import Settings, StageFolder
 from corral.storage import new_directory, write_json
-from corral.training.disk_estimate import check_context, stage_bytes
 from corral.training.memory_estimate import ModelShape
 from corral.training.passes import Passes, choose_passes, savings
+from corral.training.stage_needs import check_context, stage_bytes
 
 if TYPE_CHECKING:
     from corral.model.adapter_files import AdapterFiles

@@ -33,7 +33,7 @@ from corral.preflight.workload import Workload
 from corral.progress import Progress
 from corral.storage import tree_size
 from corral.system import MemoryLimit
-from corral.training import disk_estimate, memory_estimate
+from corral.training import memory_estimate, stage_needs
 from corral.training.memory_estimate import MOMENT_BYTES, ModelShape
 from corral.training.passes import MARGIN, choose_passes, savings
 from corral.training.stage_rows import StageRows, check_rows_taken
@@ -248,13 +248,13 @@ class _Planner:
         needed = {
             f"{self.recipe.stage_names[stage.number - 1]}: {purpose}": size
             for stage in stages
-            for purpose, size in disk_estimate.stage_bytes(
+            for purpose, size in stage_needs.stage_bytes(
                 shape, stage.train, dtype, stage.measured and stage.measured.checkpoint
             ).items()
         }
         for form in self.recipe.export_forms:
-            needed[f"export: {form}"] = disk_estimate.export_bytes(shape, form)
-        needed["rows, answers, report"] = tree_size(self.scratch / "prepare") + disk_estimate.OTHER_FILES
+            needed[f"export: {form}"] = stage_needs.export_bytes(shape, form)
+        needed["rows, answers, report"] = tree_size(self.scratch / "prepare") + stage_needs.OTHER_FILES
         return needed
 
 

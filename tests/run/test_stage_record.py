@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
-from corral.run.stage_record import claim_stage, finish_stage
+from corral.run.stage_record import Settings, claim_stage, find_stage, finish_stage
 
 
-def finish(run: Path, inputs: dict[str, int], content: str = "x") -> None:
+def finish(run: Path, inputs: dict[str, Any], content: str = "x") -> None:
     stage = claim_stage(run, "one", inputs)
     (stage.path / "out.txt").write_text(content)
     finish_stage(stage, 1.0, {"device": "cpu"})
@@ -56,3 +58,29 @@ def test_a_half_written_stage_record_is_not_trusted(tmp_path: Path) -> None:
     (tmp_path / "one" / "stage.json").write_text('{"name": "one", "finger')
     assert not claim_stage(tmp_path, "one", {"a": 1}).done
     assert list((tmp_path / "superseded").iterdir())
+
+
+class Section(BaseModel):
+    """A table of a recipe."""
+
+    steps: int = 4
+    names: tuple[str, ...] = ()
+
+
+def test_a_setting_that_the_record_does_not_know_counts_as_its_default(tmp_path: Path) -> None:
+    finish(tmp_path, {"train": Settings({"names": []}, {})})
+    assert find_stage(tmp_path, "one", {"train": Settings.of(Section())}).done
+    assert find_stage(tmp_path, "one", {"train": Settings.of(Section(steps=5))}).changed == ("train.steps",)
+    assert find_stage(tmp_path, "one", {"train": Settings.of(Section(names=("a",)))}).changed == ("train.names",)
+
+
+def test_made_again_on_request_it_has_another_fingerprint_and_the_old_one_does_not_come_back(tmp_path: Path) -> None:
+    finish(tmp_path, {"a": 1}, "first")
+    again = claim_stage(tmp_path, "one", {"a": 1}, redo=True)
+    assert not again.done
+    assert again.attempt == 2
+    (again.path / "out.txt").write_text("second")
+    finish_stage(again, 1.0, {})
+    assert (claim_stage(tmp_path, "one", {"a": 1}).path / "out.txt").read_text() == "second"
+    claim_stage(tmp_path, "one", {"a": 2})
+    assert (claim_stage(tmp_path, "one", {"a": 1}).path / "out.txt").read_text() == "second", "the later of the two"

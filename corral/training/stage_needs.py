@@ -1,4 +1,4 @@
-"""Bytes on the disk that the stages of a run take at most, computed from a model's sizes; no torch is needed."""
+"""What the stages of a run need, computed from a model's `config.json`: bytes on the disk, room in its context."""
 
 from __future__ import annotations
 
@@ -48,12 +48,18 @@ def export_bytes(shape: ModelShape, form: ExportForm) -> int:
     return int(shape.weights * _EXPORT_BYTES[form.type])
 
 
-def check_context(folder: Path, tokens: int, setting: str) -> None:
-    """Raises InputError if so many tokens, which a setting asks for, are more than the model in a folder can read."""
+def check_context(folder: Path, tokens: int, setting: str) -> int | None:
+    """Raises InputError if so many tokens, which a setting asks for, are more than the model in a folder can read.
+
+    Returns: how many it can read; None if its config does not say.
+    """
     context = read_json(folder / "config.json").get("max_position_embeddings")
-    if isinstance(context, int) and tokens > context:
+    if not isinstance(context, int):
+        return None
+    if tokens > context:
         raise InputError(
             f"{tokens:,} tokens do not fit into the model's context of {context:,}",
             where=setting,
             hint=f"set it to {context} or less, or start from a model with a longer context",
         )
+    return context
