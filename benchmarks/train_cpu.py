@@ -65,7 +65,7 @@ def side_corral(steps: int, *, nf4: bool = False) -> dict[str, Any]:
     from corral.model.quantisation import Quantization
     from corral.recipe import Lora, Optimizer, Train
     from corral.training.loop import Trainer
-    from corral.training.objectives import OBJECTIVES
+    from corral.training.objectives import build_objective
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -83,7 +83,7 @@ def side_corral(steps: int, *, nf4: bool = False) -> dict[str, Any]:
             model,
             train,
             [],
-            OBJECTIVES["sft"],
+            build_objective(config),
             config,
             pack_length=512,
             seed=0,

@@ -197,7 +197,7 @@ class TrainStage:
         from corral.model import adapters, packed_forward
         from corral.training import optimizers, trained_model
         from corral.training.loop import Trainer
-        from corral.training.objectives import OBJECTIVES
+        from corral.training.objectives import build_objective
 
         context, config, validation = self.context, setup.config, self._validation_set(setup)
         lora = config.method == "lora"
@@ -231,7 +231,7 @@ class TrainStage:
             trained,
             self.rows.train,
             validation.rows,
-            OBJECTIVES[config.objective],
+            build_objective(config),
             config,
             pack_length=validation.pack_length,
             seed=seed,

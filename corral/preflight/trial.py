@@ -31,7 +31,7 @@ from corral.storage import new_directory
 from corral.system import peak_memory
 from corral.training import trained_model
 from corral.training.loop import Trainer
-from corral.training.objectives import OBJECTIVES
+from corral.training.objectives import build_objective
 from corral.training.sampler import BatchSampler
 from corral.training.stage_rows import StageRows
 
@@ -200,7 +200,7 @@ class _Trial:
             trained,
             rows.train,
             [rows.validation[i] for i in job.held_out],
-            OBJECTIVES[config.objective],
+            build_objective(config),
             config,
             pack_length=config.pack_length,
             seed=job.seed,

@@ -14,7 +14,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -52,21 +52,21 @@ class World:
         """Whether this is rank 0, which writes files and reports progress."""
         return self.rank == 0
 
-    def all_reduce_sum(self, value: float) -> float:
-        """The sum over processes, added in order of rank, so that it is bit-equal on all of them."""
+    def all_reduce_sums(self, values: Sequence[float]) -> list[float]:
+        """The sums over processes, added in order of rank, so that they are bit-equal on all of them."""
         if self.size == 1:
-            return value
+            return list(values)
         import torch
         import torch.distributed as dist
 
-        own = torch.tensor([value], dtype=torch.float64)
-        values = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(values, own)
-        return sum(v.item() for v in values)
+        own = torch.tensor(values, dtype=torch.float64)
+        received = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(received, own)
+        return [sum(of_ranks) for of_ranks in zip(*(each.tolist() for each in received), strict=True)]
 
     def any_process(self, flag: bool) -> bool:
         """Whether the flag is true on any process."""
-        return self.all_reduce_sum(float(flag)) > 0
+        return self.all_reduce_sums([float(flag)])[0] > 0
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on all processes. Objects are pickled, between processes of one run only."""

@@ -1,9 +1,10 @@
 """The training loop, the same for every objective.
 
-A step takes `batch_size` examples, in which every unit (trained token, pair …) has the same weight. They are packed into as
-few forward passes as `pack_length` allows; packing changes memory and speed, never the gradient (to rounding). The order of
-examples and all random numbers follow from (seed, step), so a resumed run repeats an uninterrupted one. Several processes
-divide each step's examples between them and compute what one process does, to rounding.
+A step takes `batch_size` examples, in which every unit (trained token, pair …) has the same weight: each term of the loss is
+summed over the step and divided by its units there (see `objectives`). The examples are packed into as few forward passes as
+`pack_length` allows; packing changes memory and speed, never the gradient (to rounding). The order of examples and all random
+numbers follow from (seed, step), so a resumed run repeats an uninterrupted one. Several processes divide each step's examples
+between them and compute what one process does, to rounding.
 
 The loss of a float16 model is multiplied by a scale, so that its gradients do not vanish (Micikevicius et al. 2018, arXiv
 1710.03740). The scale is halved and the step skipped when gradients overflow, and doubled after 2,000 steps without overflow.
@@ -17,9 +18,9 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from corral.model.packed_forward import target_logprobs
 from corral.training import divergence, optimizers, sharding, step_metrics
 from corral.training.checkpoint import TrainingState
 from corral.training.distributed import World
-from corral.training.objectives import Objective, trained_positions
+from corral.training.objectives import Objective, Scored, Sums, trained_positions
 from corral.training.sampler import BatchSampler
 from corral.training.step_metrics import StepMetrics
 
@@ -58,6 +59,19 @@ class TrainingResult:
     """Held-out loss of the best weights; None if nothing was held out."""
     tokens: int
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The objective over some examples.
+
+    Args:
+        loss: Σ over its terms of weight × sum / units.
+        metrics: means of its metrics, of those that any example has.
+    """
+
+    loss: float
+    metrics: dict[str, float] = field(default_factory=dict[str, float])
 
 
 class Trainer:
@@ -93,8 +107,8 @@ class Trainer:
         world: World | None = None,
         device: str | None = None,
     ) -> None:
-        self.model, self.examples, self.held_out = model, examples, held_out
-        self.world = world or World()
+        self.model, self.world = model, world or World()
+        self.examples, self.held_out = objective.arrange(examples), objective.arrange(held_out)
         self.objective, self.config = objective, config
         self.pack_length, self.seed, self.folder, self.save_best = pack_length, seed, folder, save_best
         lengths = (
@@ -140,15 +154,13 @@ class Trainer:
         if self.world.is_main:
             step_metrics.truncate_after(self.folder, state.step)
         if resumed is None and self.held_out:
-            loss = self.evaluate()
-            self._record(StepMetrics(0, None, loss, 0.0, None, 0, 0.0, _peak_memory(self.model), 0.0), on_step)
-            state = self._keep_best(state, loss)
+            metrics = StepMetrics(0, None, None, 0.0, None, 0, 0.0, _peak_memory(self.model), 0.0)
+            state, metrics = self._evaluate_step(state, metrics)
+            self._record(metrics, on_step)
         while not self._is_finished(state):
             state, metrics = self._step(state)
             if self.held_out and (state.step == self.total_steps or state.step % self.config.evaluate_every == 0):
-                loss = self.evaluate()
-                metrics = replace(metrics, eval_loss=loss)
-                state = self._keep_best(state, loss)
+                state, metrics = self._evaluate_step(state, metrics)
             self._record(metrics, on_step)
             finished = self._is_finished(state)
             stop = not finished and self.world.any_process(should_stop())
@@ -168,13 +180,16 @@ class Trainer:
         with self._evaluating():
             return [values.tolist() for values in self._logprobs(sequences, positions)]
 
-    def evaluate(self) -> float:
-        """Loss per unit on the held-out examples. Raises: TrainingError (it is not finite)."""
+    def evaluate(self) -> Evaluation:
+        """The objective on the held-out examples. Raises: TrainingError (its loss is not finite)."""
+        rows = list(self.held_out)
+        statistic = self._statistic(rows)
         with self._evaluating():
-            losses = list(self._pass_losses(list(self.held_out)))
-        total = self.world.all_reduce_sum(sum(torch.stack(losses).tolist()) if losses else 0.0)
-        divergence.check_held_out(total, self.held_out, self._measure_one)
-        return total / sum(self.objective.units(e) for e in self.held_out)
+            passes = [self._pass_sums(scored, statistic, own) for scored, own in self._passes(rows, self._loss_part)]
+        values = torch.stack([self._values(sums) for sums in passes]).tolist() if passes else []
+        result = self._evaluation(rows, values, passes)
+        divergence.check_held_out(result.loss, rows, self._measure_one)
+        return result
 
     @contextmanager
     def _evaluating(self) -> Generator[None]:
@@ -201,7 +216,8 @@ class Trainer:
         lr = optimizers.learning_rate(self.config.optimizer, step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss, norm = self._compute_gradients(batch, state.scale)
+        result, norm = self._compute_gradients(batch, state.scale)
+        loss = result.loss
         overflow = state.scale > 1 and math.isfinite(loss) and not math.isfinite(norm)
         monitor = state.watch.updated(loss, norm)
         if not overflow:
@@ -212,26 +228,87 @@ class Trainer:
         state = replace(state, step=step, tokens=state.tokens + tokens, seconds=state.seconds + seconds, watch=monitor)
         if self._uses_float16:
             state = _update_loss_scale(state, overflow)
-        memory = _peak_memory(self.model)
         return state, StepMetrics(
-            step, loss, None, lr, None if overflow else norm, state.tokens, tokens / seconds, memory, state.seconds
+            step,
+            loss,
+            None,
+            lr,
+            None if overflow else norm,
+            state.tokens,
+            tokens / seconds,
+            _peak_memory(self.model),
+            state.seconds,
+            result.metrics,
         )
 
-    def _compute_gradients(self, batch: list[Example], scale: float) -> tuple[float, float]:
+    def _evaluate_step(self, state: TrainingState, metrics: StepMetrics) -> tuple[TrainingState, StepMetrics]:
+        """Evaluate after a step, and keep its weights if they are the best so far."""
+        result = self.evaluate()
+        held_out = {f"eval_{name}": value for name, value in result.metrics.items()}
+        metrics = replace(metrics, eval_loss=result.loss, objective={**metrics.objective, **held_out})
+        return self._keep_best(state, result.loss), metrics
+
+    def _compute_gradients(self, batch: list[Example], scale: float) -> tuple[Evaluation, float]:
         """Leave the batch's clipped gradients in the parameters.
 
-        Returns: loss per unit, gradient norm before clipping.
+        Returns: the objective on the batch, gradient norm before clipping.
         """
-        units = sum(self.objective.units(e) for e in batch)
+        counts, weights = self._counts(batch), self.objective.weights
+        statistic = self._statistic(batch)
         self.model.train()
-        losses: list[Tensor] = []
-        for loss in self._pass_losses(batch):
-            (loss / (units / scale)).backward()
-            losses.append(loss.detach())
+        passes: list[Sums] = []
+        for scored, own in self._passes(batch, self._loss_part):
+            sums = self._pass_sums(scored, statistic, own)
+            passes.append(sums)
+            parts = zip(sums.terms, counts, weights, strict=True)
+            loss: Any = sum(term / (count / (scale * weight)) for term, count, weight in parts if count and weight)
+            loss.backward()
         sharding.sum_gradients(self.parameters.values(), self.world)
         norm = sharding.clip_gradients(self.parameters.values(), self.config.optimizer.clip, scale=scale)
-        *loss_sums, norm_value = torch.stack([*losses, norm.float()]).tolist()
-        return self.world.all_reduce_sum(sum(loss_sums)) / units, norm_value
+        *values, norm_value = torch.cat([*(self._values(sums) for sums in passes), norm.float().reshape(1)]).tolist()
+        width = len(values) // len(passes) if passes else 0
+        by_pass = [values[i * width : (i + 1) * width] for i in range(len(passes))]
+        return self._evaluation(batch, by_pass, passes), norm_value
+
+    def _evaluation(self, batch: Sequence[Example], values: list[list[float]], passes: list[Sums]) -> Evaluation:
+        """The objective on a batch.
+
+        Args:
+            values: of each of this process's passes the sums of terms, then of metrics.
+            passes: the same passes.
+        """
+        terms, names = len(self.objective.weights), self.objective.metrics
+        sums = [sum(column) for column in zip(*values, strict=True)] or [0.0] * (terms + len(names))
+        sizes = [float(sum(each.metrics[name][1] for each in passes)) for name in names]
+        sums = self.world.all_reduce_sums([*sums, *sizes])
+        parts = zip(sums[:terms], self._counts(batch), self.objective.weights, strict=True)
+        # Not 0 × … of a term without units.
+        loss = sum(total / count * weight for total, count, weight in parts if count)
+        means = zip(names, sums[terms:], sums[terms + len(names) :], strict=True)
+        return Evaluation(loss, {name: total / size for name, total, size in means if size})
+
+    def _values(self, sums: Sums) -> Tensor:
+        """[terms + metrics], without gradients."""
+        return torch.stack([*sums.terms, *(sums.metrics[name][0] for name in self.objective.metrics)]).detach()
+
+    def _counts(self, batch: Sequence[Example]) -> list[int]:
+        """Units of each term over the batch."""
+        return [sum(column) for column in zip(*(self.objective.counts(e) for e in batch), strict=True)]
+
+    @property
+    def _loss_part(self) -> slice:
+        """The sequences of an example that the loss reads."""
+        return slice(-self.objective.statistic_sequences or None)
+
+    def _statistic(self, batch: list[Example]) -> float:
+        """The objective's statistic, its mean over the batch."""
+        if not self.objective.statistic_sequences:
+            return 0.0
+        part = slice(-self.objective.statistic_sequences, None)
+        with self._evaluating():
+            sums = [self.objective.statistic(scored) * float(own) for scored, own in self._passes(batch, part)]
+        own_sum = sum(torch.stack(sums).tolist()) if sums else 0.0
+        return self.world.all_reduce_sums([own_sum])[0] / len(batch)
 
     def _step_seed(self, step: int) -> int:
         """Random seed of a step; rank 0's is that of a run with one process."""
@@ -239,24 +316,38 @@ class Trainer:
             return (self.seed << 32) + step
         return int(np.random.SeedSequence([self.seed, step, self.world.rank]).generate_state(1, np.uint64)[0])
 
-    def _pass_losses(self, batch: list[Example]) -> Iterator[Tensor]:
-        """For each forward pass of this process's share of the batch, the loss summed over units."""
-        lengths = [_token_count(e) for e in batch]
+    def _passes(self, batch: list[Example], part: slice) -> Iterator[tuple[list[Scored], bool]]:
+        """Each forward pass of this process's share of the batch: its examples, scored, and whether they are its own.
+
+        Args:
+            part: the sequences of each example to compute.
+        """
+        lengths = [_token_count(e, part) for e in batch]
         passes = [
             [[batch[share[i]] for i in pack] for pack in pack_sequences([lengths[i] for i in share], self.pack_length)]
             for share in sharding.balance_by_tokens(lengths, self.world.size)
         ]
         own = passes[self.world.rank]
         for examples in own:
-            yield self._pass_loss(examples)
+            yield self._score(examples, part), True
         if self._sharded_model is not None:  # all processes must make equally many passes
             for _ in range(max(map(len, passes)) - len(own)):
-                yield self._pass_loss([min(batch, key=_token_count)]) * 0.0
+                yield self._score([min(batch, key=_token_count)], part), False
 
-    def _pass_loss(self, examples: list[Example]) -> Tensor:
-        sequences = [s for e in examples for s in e.sequences]
+    def _score(self, examples: list[Example], part: slice) -> list[Scored]:
+        """The examples' sequences of a part, in one forward pass."""
+        sequences = [s for e in examples for s in e.sequences[part]]
         logprobs = iter(self._logprobs([s.ids for s in sequences], [trained_positions(s) for s in sequences]))
-        return self.objective.loss(examples, [[next(logprobs) for _ in e.sequences] for e in examples])
+        return [Scored(e, tuple(next(logprobs) for _ in e.sequences[part])) for e in examples]
+
+    def _pass_sums(self, scored: list[Scored], statistic: float, own: bool) -> Sums:
+        """The objective's sums over one pass; zeros for a pass that only keeps other processes company."""
+        sums = self.objective.sums(scored, statistic)
+        if own:
+            return sums
+        return Sums(
+            tuple(term * 0.0 for term in sums.terms), {name: (v * 0.0, 0) for name, (v, _) in sums.metrics.items()}
+        )
 
     def _logprobs(self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> Sequence[Tensor]:
         if self._sharded_model is None:
@@ -271,9 +362,10 @@ class Trainer:
         return replace(state, best_step=state.step, best_loss=loss, worse=0)
 
     def _measure_one(self, example: Example) -> tuple[float, float]:
-        """(loss per unit, gradient norm) of one example alone, to find the row at fault."""
+        """(loss, gradient norm) of one example alone, to find the row at fault."""
         self.optimizer.zero_grad(set_to_none=True)
-        return self._compute_gradients([example], 1.0)
+        result, norm = self._compute_gradients([example], 1.0)
+        return result.loss, norm
 
 
 def _update_loss_scale(state: TrainingState, overflow: bool) -> TrainingState:
@@ -284,8 +376,8 @@ def _update_loss_scale(state: TrainingState, overflow: bool) -> TrainingState:
     return replace(state, steps_at_scale=state.steps_at_scale + 1)
 
 
-def _token_count(example: Example) -> int:
-    return sum(len(sequence.ids) for sequence in example.sequences)
+def _token_count(example: Example, part: slice = slice(None)) -> int:
+    return sum(len(sequence.ids) for sequence in example.sequences[part])
 
 
 def _peak_memory(model: torch.nn.Module) -> int:

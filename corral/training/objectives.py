@@ -1,14 +1,16 @@
-"""Losses that training minimises, as short maths on log-probabilities.
+"""The interface between the training loop and what it minimises, and supervised fine-tuning.
 
-An objective gets the log-probabilities of the trained tokens of each example's sequences and returns a sum over units
-(trained tokens, pairs …). The loop divides by the units of the whole step, so that the result does not depend on how a
-step is split into forward passes or over devices.
+An objective gets log-probabilities of the trained tokens of examples and returns sums: of the terms of its loss, and of its
+metrics. The loop adds them up over the whole step and over all processes, and only then divides each term by its own number
+of units (trained tokens, pairs …). So the result does not depend on how a step is split into forward passes or over devices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from corral.messages import Conversation, Record, Text
 
@@ -16,51 +18,95 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from corral.data.example_store import Example
+    from corral.recipe import Train
     from corral.template import Encoded
 
 
-class Objective(Protocol):
-    """A loss over examples.
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """An example and its log-probabilities.
 
-    Attributes:
-        name: as a recipe's `objective` names it.
-        takes: types of the records that it trains.
+    Args:
+        example: k sequences, or those of them that the objective asks for.
+        policy: for each sequence a float32 tensor, [its trained tokens], under the model in training.
+        reference: for each sequence the sum over its trained tokens under the reference; empty if the objective needs none.
     """
 
-    name: str
-    takes: tuple[type[Record], ...]
+    example: Example
+    policy: tuple[Tensor, ...]
+    reference: tuple[float, ...] = ()
 
-    def units(self, example: Example) -> int:
-        """The example's weight in the mean of a step."""
-        ...
 
-    def loss(self, examples: Sequence[Example], logprobs: Sequence[Sequence[Tensor]]) -> Tensor:
-        """The loss summed over units.
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Sums over examples.
+
+    Args:
+        terms: of each term of the loss, a scalar.
+        metrics: of each metric, a scalar and the number of values in it.
+    """
+
+    terms: tuple[Tensor, ...]
+    metrics: Mapping[str, tuple[Tensor, int]] = field(default_factory=dict[str, "tuple[Tensor, int]"])
+
+
+class Objective(ABC):
+    """A loss over examples: Σ over its terms of weight × sum / count, both taken over a step.
+
+    Attributes:
+        takes: types of the records that it trains.
+        needs_reference: whether it compares the model with the one that the stage starts from.
+        statistic_sequences: how many of an example's last sequences only the statistic reads, not the loss.
+        weights: of its terms.
+        metrics: names of its metrics.
+    """
+
+    takes: ClassVar[tuple[type[Record], ...]]
+    needs_reference: ClassVar[bool] = False
+    statistic_sequences: ClassVar[int] = 0
+    weights: tuple[float, ...] = (1.0,)
+    metrics: tuple[str, ...] = ()
+
+    def arrange(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """The examples with the sequences that the objective computes, in the same order."""
+        return examples
+
+    @abstractmethod
+    def counts(self, example: Example) -> tuple[int, ...]:
+        """The units of each term that the example has."""
+
+    def statistic(self, batch: Sequence[Scored]) -> Tensor:
+        """The sum over the batch of a value whose mean over a step is known before any gradient is computed.
 
         Args:
-            examples: k examples.
-            logprobs: for each example and each of its sequences a float32 tensor, [its trained tokens].
-
-        Returns: a scalar.
+            batch: scored without gradients; its log-probabilities are those of the last `statistic_sequences` only.
         """
-        ...
+        raise NotImplementedError
+
+    @abstractmethod
+    def sums(self, batch: Sequence[Scored], statistic: float) -> Sums:
+        """The terms and metrics summed over a batch.
+
+        Args:
+            batch: at least one example, without the sequences that only the statistic reads.
+            statistic: its mean over the step; 0 for an objective that has none.
+        """
 
 
-class Sft:
+class Sft(Objective):
     """Supervised fine-tuning: the negative log-likelihood of the trained tokens."""
 
-    name = "sft"
-    takes: tuple[type[Record], ...] = (Conversation, Text)
+    takes = (Conversation, Text)
 
-    def units(self, example: Example) -> int:
+    def counts(self, example: Example) -> tuple[int, ...]:
         """Trained tokens."""
-        return sum(len(trained_positions(sequence)) for sequence in example.sequences)
+        return (sum(len(trained_positions(sequence)) for sequence in example.sequences),)
 
-    def loss(self, examples: Sequence[Example], logprobs: Sequence[Sequence[Tensor]]) -> Tensor:
+    def sums(self, batch: Sequence[Scored], statistic: float) -> Sums:
         """−Σ log π(token | preceding tokens)."""
         import torch
 
-        return -torch.cat([t for sequences in logprobs for t in sequences]).sum()
+        return Sums((-torch.cat([t for scored in batch for t in scored.policy]).sum(),))
 
 
 def trained_positions(sequence: Encoded) -> list[int]:
@@ -68,4 +114,10 @@ def trained_positions(sequence: Encoded) -> list[int]:
     return [i for i, trained in enumerate(sequence.trained) if trained and i]
 
 
-OBJECTIVES: dict[str, Objective] = {"sft": Sft()}
+OBJECTIVES: Mapping[str, type[Any]] = {"sft": Sft}
+"""By the names that a recipe's `objective` gives them."""
+
+
+def build_objective(config: Train) -> Objective:
+    """The objective of a training stage."""
+    return OBJECTIVES[config.objective]()

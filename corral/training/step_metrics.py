@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ FILE = "metrics.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """One line of metrics.jsonl; the fields' names are its keys."""
+    """One line of metrics.jsonl; the fields' names are its keys, and so are the names of the objective's metrics."""
 
     step: int
     loss: float | None
-    """Mean over the step's units; null at step 0, which only evaluates."""
+    """The objective over the step; null at step 0, which only evaluates."""
     eval_loss: float | None
-    """Held-out loss after this step, where it was evaluated."""
+    """The objective over the held-out rows after this step, where it was evaluated."""
     lr: float
     grad_norm: float | None
     """Before clipping."""
@@ -32,13 +33,20 @@ class StepMetrics:
     peak_memory_bytes: int
     seconds: float
     """Spent in steps so far."""
+    objective: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Means of the objective's own metrics over the step, and with `eval_` before their names over the held-out rows."""
+
+    def to_json(self) -> dict[str, float | None]:
+        """Every key and value of the line."""
+        values = asdict(self)
+        return values | values.pop("objective")
 
 
 def append(folder: Path, metrics: StepMetrics) -> None:
     """Add a line to the folder's metrics, synced to disk. Raises: StorageError."""
     path = folder / FILE
     with storage_errors(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(metrics)) + "\n")
+        file.write(json.dumps(metrics.to_json()) + "\n")
         file.flush()
         os.fsync(file.fileno())
 

@@ -6,7 +6,6 @@ A tracker that fails during a stage is dropped with a warning; training continue
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +39,10 @@ class Trackers:
         if self._active is None:
             self._active = {name: self._start(name, metrics.step) for name in self._names}
         values = {
-            f"train/{k}": v for k, v in asdict(metrics).items() if k not in ("step", "eval_loss") and v is not None
+            f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}": value
+            for key, value in metrics.to_json().items()
+            if key != "step" and value is not None
         }
-        if metrics.eval_loss is not None:
-            values["eval/loss"] = metrics.eval_loss
         for name, tracker in list(self._active.items()):
             try:
                 tracker.log(values, step=metrics.step)

@@ -42,8 +42,8 @@ def train_to_the_end(**settings: Any) -> Scenario:
 def train(trainer: Trainer, folder: Path) -> tuple[int, list[int]]:
     """Train and save the weights. Returns: steps, examples in each forward pass."""
     passes: list[int] = []
-    pass_loss = trainer._pass_loss
-    trainer._pass_loss = lambda examples: passes.append(len(examples)) or pass_loss(examples)
+    score = trainer._score
+    trainer._score = lambda examples, part: passes.append(len(examples)) or score(examples, part)
     outcome = trainer.run()
     weights = trainer.weights()
     if weights:

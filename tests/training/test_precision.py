@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,12 +44,12 @@ def test_the_loss_scale_changes_no_gradient_and_keeps_small_ones_from_vanishing(
 ) -> None:
     trainer = tiny_trainer(tmp_path, dtype="float16", held_out=0)
     batch = [trainer.examples[i] for i in range(4)]
-    units = trainer.objective.units
+    count = trainer.objective.counts
 
     def gradient(scale: float, shrink: float = 1.0) -> torch.Tensor:
         """The gradient with each unit of the loss weighted by `shrink`."""
         trainer.optimizer.zero_grad()
-        trainer.objective = SimpleNamespace(loss=trainer.objective.loss, units=lambda e: units(e) / shrink)
+        trainer.objective.counts = lambda e: (count(e)[0] / shrink,)
         trainer._compute_gradients(batch, scale)
         return torch.cat([p.grad.flatten() for p in trainer.parameters.values()])
 
@@ -140,9 +139,9 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_bit(
         saved = SavedBytes(trainer.model)
         with saved.hooks:
             torch.manual_seed(1)
-            trainer._pass_loss(batch)
+            trainer._score(batch, slice(None))
         torch.manual_seed(1)
-        loss, _ = trainer._compute_gradients(batch, 1.0)
+        loss = trainer._compute_gradients(batch, 1.0)[0].loss
         results[checkpointing] = saved.bytes, loss, {n: p.grad for n, p in trainer.parameters.items()}
     assert results[True][0] < 0.4 * results[False][0]
     assert results[True][1] == results[False][1]

@@ -46,7 +46,7 @@ def test_the_best_merge_is_the_one_with_the_lower_held_out_loss(
 
 def test_the_validation_loss_is_that_of_the_trainer(make_stage: Callable[..., Stage], encoded_rows: list[Any]) -> None:
     trainer = make_stage(CONFIGS["plain"]).trainer(encoded_rows, seed=5)
-    assert ValidationSet(trainer.held_out, 128).loss(trainer.model) == pytest.approx(trainer.evaluate(), rel=1e-6)
+    assert ValidationSet(trainer.held_out, 128).loss(trainer.model) == pytest.approx(trainer.evaluate().loss, rel=1e-6)
 
 
 def test_a_full_model_is_trained_resumed_and_saved_exactly(

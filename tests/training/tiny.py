@@ -19,7 +19,7 @@ from corral.model.quantisation import Quantization
 from corral.recipe import Lora, Optimizer, Train
 from corral.training.distributed import World
 from corral.training.loop import Trainer
-from corral.training.objectives import OBJECTIVES
+from corral.training.objectives import build_objective
 
 
 def make_examples(encoded: list[Any]) -> list[Example]:
@@ -48,7 +48,7 @@ def make_trainer(
         model,
         examples[held_out:],
         examples[:held_out],
-        OBJECTIVES[config.objective],
+        build_objective(config),
         config,
         pack_length=pack_length,
         seed=seed,

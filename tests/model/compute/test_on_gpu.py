@@ -148,7 +148,7 @@ def test_training_gives_the_losses_of_the_cpu(tmp_path: Path) -> None:
     from corral.recipe import Lora, Train
     from corral.template import Encoded
     from corral.training.loop import Trainer
-    from corral.training.objectives import OBJECTIVES
+    from corral.training.objectives import build_objective
 
     record = Conversation.from_turns(("user", "?"), ("assistant", "!"))
     sequences = [
@@ -157,6 +157,7 @@ def test_training_gives_the_losses_of_the_cpu(tmp_path: Path) -> None:
     ]
     examples = [Example(str(i), "random", i, (s,), record) for i, s in enumerate(sequences)]
     losses: dict[str, list[float]] = {}
+    config = Train(steps=4, batch_size=4)
     for device in ("cpu", "cuda"):
         model = adapters.attach(make_tiny_model(300).to(device), Lora(), seed=0)
         folder = tmp_path / device
@@ -165,8 +166,8 @@ def test_training_gives_the_losses_of_the_cpu(tmp_path: Path) -> None:
             model,
             examples,
             [],
-            OBJECTIVES["sft"],
-            Train(steps=4, batch_size=4),
+            build_objective(config),
+            config,
             pack_length=256,
             seed=0,
             folder=folder,
