@@ -70,7 +70,7 @@ def check_not_empty(plans: Sequence[SourcePlan], data: Data, ledger: Mapping[str
     _check_weighted_sources(plans, where)
     if not usable:
         raise _nothing_left_error(data, ledger, where)
-    check_sources_used(plans, ledger, where)
+    check_sources_used(plans, data, ledger, where)
     if not counts["train"]:
         taken = sum(source["contaminated"] for source in ledger["sources"].values())
         everything = "the only usable row is" if usable == 1 else f"all {usable} usable rows are"
@@ -103,9 +103,9 @@ def check_not_empty(plans: Sequence[SourcePlan], data: Data, ledger: Mapping[str
             )
 
 
-def check_sources_used(plans: Sequence[SourcePlan], ledger: Mapping[str, Any], where: str) -> None:
+def check_sources_used(plans: Sequence[SourcePlan], data: Data, ledger: Mapping[str, Any], where: str) -> None:
     """Raises DataError if every row of a source is lost, or a source that is held out has no row to evaluate on."""
-    _check_lost_sources(ledger, where)
+    _check_lost_sources(data, ledger, where)
     for plan in plans:
         if plan.source.is_held_out and not (plan.side >= 0).any():
             raise DataError(
@@ -130,7 +130,7 @@ def _check_weighted_sources(plans: Sequence[SourcePlan], where: str) -> None:
             )
 
 
-def _check_lost_sources(ledger: Mapping[str, Any], where: str) -> None:
+def _check_lost_sources(data: Data, ledger: Mapping[str, Any], where: str) -> None:
     """Raises DataError if every row of a source is lost, which would hardly be noticed among larger sources."""
     for label, source in ledger["sources"].items():
         lost = sum(source["fates"][fate] for fate in LOST_FATES.difference(USED_FATES))
@@ -140,7 +140,8 @@ def _check_lost_sources(ledger: Mapping[str, Any], where: str) -> None:
             raise DataError(
                 "\n".join([f"{everything} of the source {label!r} {'is' if lost == 1 else 'are'} lost", *lines]),
                 where=where,
-                hint="give this source the `format` or `mapping` that fits its rows, or remove it",
+                hint=_fit_hint(source["reasons"].items(), data)
+                or "give this source the `format` or `mapping` that fits its rows, or remove it",
             )
 
 
@@ -149,12 +150,17 @@ def _nothing_left_error(data: Data, ledger: Mapping[str, Any], where: str) -> Da
     all_reasons = (item for source in ledger["sources"].values() for item in source["reasons"].items())
     reasons = [(reason, entry) for reason, entry in all_reasons if entry["fate"] in LOST_FATES]
     lines = [f"no row is left to train on: {count_of(ledger['rows'], 'row')} read, {counts}", *_reason_lines(reasons)]
-    worst = max(reasons, key=lambda item: item[1]["count"], default=("", None))[0]
     hint = "fix the rows, or set the `format` of data.sources that says what they look like"
-    if worst.startswith(("longer than", "fully masked: none of the first")):
-        hint = f"raise data.max_length (it is {data.max_length})"
-        hint += ', or set data.overlong = "truncate"' if data.overlong != "truncate" else ""
-    return DataError("\n".join(lines), where=where, hint=hint)
+    return DataError("\n".join(lines), where=where, hint=_fit_hint(reasons, data) or hint)
+
+
+def _fit_hint(reasons: Iterable[tuple[str, Mapping[str, Any]]], data: Data) -> str:
+    """What to change if most of the lost rows are too long, else nothing."""
+    worst = max(reasons, key=lambda item: item[1]["count"], default=("", None))[0]
+    if not worst.startswith(("longer than", "fully masked: none of the first")):
+        return ""
+    hint = f"raise data.max_length (it is {data.max_length})"
+    return hint + (', or set data.overlong = "truncate"' if data.overlong != "truncate" else "")
 
 
 def _reason_lines(reasons: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:

@@ -196,7 +196,7 @@ def prepare_test_rows(
         selection.assign_sides(plans, data, seed)
         selection.mark_trained_on(plans[0], trained, data, pool)
         with _written(plans, folder, seed, progress) as ledger:
-            check_sources_used(plans, ledger, source.path)
+            check_sources_used(plans, data, ledger, source.path)
     return Prepared.open(folder)
 
 

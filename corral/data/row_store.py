@@ -110,9 +110,14 @@ class RowStore:
                 yield part, table.take(pa.array(np.argsort(np.concatenate(order), kind="stable")))
 
     def column(self, name: str, positions: Ints | None = None) -> NDArray[Any]:
-        """One value, or a list of fixed width, for each of the positions, by default of all rows. [positions(, width)]"""
+        """One value, or a list of fixed width, for each of the positions, by default of all rows. [positions(, width)]
+
+        Of no positions it has the column's type and width, too, unless the store has no files.
+        """
         positions = self.positions if positions is None else positions
         parts = [_to_numpy(batch[name]) for _, batch in self.read(positions)]
+        if not parts and self._files:
+            parts = [_to_numpy(self._file_rows(0)[name].slice(0, 0))]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
     def locate(self, position: int) -> tuple[Batch, int]:

@@ -206,14 +206,16 @@ def _group_near_duplicates(
 ) -> Ints:
     """The group of each row, as `near_duplicates.group_near_duplicates`, of which the first `kept` are all kept."""
     parts = zip(plans, np.split(positions, starts[1:-1]), strict=True)
-    bands = [plan.bands.column("bands", part).reshape(-1, near_duplicates.BANDS) for plan, part in parts]
+    # A source of which nothing is chosen has no bands, not even the type of bands.
+    bands = [plan.bands.column("bands", part) for plan, part in parts if len(part)]
 
     def words_of_row(row: int) -> NDArray[np.uint32]:
         number = int(np.searchsorted(starts, row, side="right")) - 1
         batch, i = plans[number].words.locate(int(positions[row]))
         return batch["words"][i].values.to_numpy()
 
-    return near_duplicates.group_near_duplicates(np.concatenate(bands).astype(np.uint64), equal, words_of_row, kept)
+    all_bands = np.concatenate([np.zeros((0, near_duplicates.BANDS), np.uint64), *bands])
+    return near_duplicates.group_near_duplicates(all_bands, equal, words_of_row, kept)
 
 
 def encode_selected(plans: Sequence[SourcePlan], data: Data, template: Template, pool: WorkerPool) -> None:

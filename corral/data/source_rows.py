@@ -82,7 +82,7 @@ class SourceRows:
 
     def keys(self, positions: Ints, name: Literal["key", "group_key"] = "key") -> NDArray[np.uint8]:
         """sha256 of the content of each row, or of what its group shares. [positions, 32]"""
-        return self.store.column(name, positions).reshape(-1, 32)
+        return self.store.column(name, positions)
 
     def name_rows(self, positions: Ints) -> list[int | str]:
         """Rows as the user finds them: the number in the file, or `FILE:NUMBER` where there are several files."""

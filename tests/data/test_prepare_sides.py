@@ -94,6 +94,38 @@ def test_a_training_row_that_shares_a_passage_with_a_test_file_is_found(prepared
     assert prepared(more, mine, split=Split()).ledger["sources"]["more"]["contaminated_rows"] == [21]
 
 
+@pytest.mark.parametrize("duplicates", DUPLICATES)
+def test_a_source_may_consist_of_copies_alone(prepared: Prepare, tmp_path: Path, duplicates: str) -> None:
+    one, same, other = (
+        source(write_rows(tmp_path / f"{name}.jsonl", chats(20, start)))
+        for name, start in (("one", 0), ("same", 0), ("other", 50))
+    )
+    mine = same.model_copy(update={"side": "test"})
+    rows = prepared(one, mine, other, duplicates=duplicates, split=Split(validation=0))
+    assert sources_on(rows) == {"train": {"other": 20}, "validation": {}, "test": {"same": 20}}
+    if duplicates != "keep":
+        for copies in (same, same.model_copy(update={"side": "train"})):
+            rows = prepared(one, copies, duplicates=duplicates, split=Split(test=0.5))
+            assert sources_on(rows)["test"] == {"one": 10}
+            assert rows.ledger["sources"]["same"]["fates"]["duplicate"] == 20
+
+
+@pytest.mark.parametrize("duplicates", DUPLICATES)
+@pytest.mark.parametrize("side", [None, "test"])
+def test_a_source_of_which_no_row_can_be_used_is_named(
+    prepared: Prepare, tmp_path: Path, duplicates: str, side: str | None
+) -> None:
+    more = source(write_rows(tmp_path / "more.jsonl", chats(20)))
+    broken = source(write_rows(tmp_path / "broken.jsonl", [{"foo": 1}] * 3), side=side, format="messages")
+    with pytest.raises(DataError, match="all 3 rows of the source 'broken' are lost") as caught:
+        prepared(more, broken, duplicates=duplicates)
+    assert "`format`" in str(caught.value.hint)
+    long = source(write_rows(tmp_path / "long.jsonl", [chat(f"Q {n}", "so " * 500) for n in range(3)]), side=side)
+    with pytest.raises(DataError, match="all 3 rows of the source 'long' are lost") as caught:
+        prepared(more, long, duplicates=duplicates, max_length=100)
+    assert "raise data.max_length (it is 100)" in str(caught.value.hint)
+
+
 def test_a_test_file_without_usable_rows_is_refused(prepared: Prepare, tmp_path: Path) -> None:
     more, copy = (source(write_rows(tmp_path / f"{name}.jsonl", chats(20))) for name in ("more", "copy"))
     long = write_rows(tmp_path / "mine.jsonl", [chat("Q", "so " * 500)])

@@ -57,6 +57,17 @@ def test_lists_come_apart_as_they_were_put_together_also_from_a_slice(
     assert [flat.to_pylist()[a:b] for a, b in pairwise(bounds)] == rows[start:]
 
 
+def test_a_column_of_no_rows_has_the_type_and_width_of_one_with_rows(tmp_path: Path) -> None:
+    store = RowStore(tmp_path)
+    keys = np.zeros((3, 32), np.uint8)
+    store.save(np.arange(3), {"key": keys, "fate": np.zeros(3, np.int8)})
+    store.reload()
+    none = np.zeros(0, np.int64)
+    for name in ("key", "fate"):
+        some, empty = store.column(name), store.column(name, none)
+        assert (empty.dtype, empty.shape) == (some.dtype, (0, *some.shape[1:]))
+
+
 def test_more_files_than_are_kept_open_are_all_found(tmp_path: Path) -> None:
     store = RowStore(tmp_path)
     for position in range(60):
