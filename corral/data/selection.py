@@ -148,11 +148,11 @@ class SourcePlan:
 def deduplicate_and_cap(plans: Sequence[SourcePlan], data: Data, seed: int, pool: WorkerPool) -> None:
     """Set the fates of duplicates, near duplicates and rows beyond a source's cap; the others stay undecided.
 
-    The rows of held-out sources stay as they are, copies included; rows of other sources that equal one of them are copies
-    whatever `duplicates` says.
+    The rows of held-out sources stay as they are, copies included; rows of other sources that equal one of them, or are
+    about its prompt, are copies whatever `duplicates` says.
     """
-    # The rows of held-out sources come first, so that the copy among the others is the one that is left out.
-    numbers = sorted(range(len(plans)), key=lambda n: not plans[n].source.is_held_out)
+    # The copy that is left out is never one of a held-out source, and one of a source to train on only for such a row.
+    numbers = sorted(range(len(plans)), key=lambda n: (not plans[n].source.is_held_out, plans[n].source.side is None))
     ordered = [plans[n] for n in numbers]
     candidates = [_cap_held_out(plan, seed) if plan.source.is_held_out else plan.rows.usable for plan in ordered]
     if data.duplicates == "near":
@@ -170,6 +170,10 @@ def deduplicate_and_cap(plans: Sequence[SourcePlan], data: Data, seed: int, pool
         groups = np.where(equal < held_out, equal, np.arange(len(equal)))
     elif data.duplicates == "near":
         groups = _group_near_duplicates(ordered, all_positions, starts, equal, held_out)
+    group_keys = [plan.rows.keys(positions, "group_key") for plan, positions in zip(ordered, candidates, strict=True)]
+    first_of_group = mixture.equal_groups(np.concatenate(group_keys))
+    shares_prompt = (first_of_group < held_out) & (equal >= held_out)
+    groups = np.where(shares_prompt, first_of_group, groups)
     taken = np.arange(len(groups)) < held_out
     for number, (plan, positions) in enumerate(zip(ordered, candidates, strict=True)):
         if plan.source.is_held_out:
@@ -177,8 +181,8 @@ def deduplicate_and_cap(plans: Sequence[SourcePlan], data: Data, seed: int, pool
         part = slice(int(starts[number]), int(starts[number + 1]))
         chosen, copies = mixture.choose_distinct(keys[number], groups[part], taken, seed, plan.source.rows)
         plan.set_fate(positions[~chosen & ~copies], "not sampled", _beyond_cap(plan))
-        # A copy that equals no row before it can only be a near one.
-        exact = equal[part] != np.arange(part.start, part.stop)
+        # A copy that neither equals a row before it nor shares a held-out prompt can only be a near one.
+        exact = (equal[part] != np.arange(part.start, part.stop)) | shares_prompt[part]
         plan.set_fate(positions[copies & exact], "duplicate")
         plan.set_fate(positions[copies & ~exact], "near duplicate")
         originals = groups[part][copies]

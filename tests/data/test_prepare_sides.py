@@ -81,6 +81,31 @@ def test_what_a_row_equals_in_a_file_to_train_on_is_not_held_out(prepared: Prepa
     assert len(rows.test) + len(rows.validation) > 0
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_all_rows_of_a_source_to_train_on_are_trained_on_wherever_it_stands(
+    prepared: Prepare, tmp_path: Path, order: tuple[int, int]
+) -> None:
+    free = source(write_rows(tmp_path / "free.jsonl", chats(40)))
+    mine = source(write_rows(tmp_path / "mine.jsonl", chats(10, 10)), side="train")
+    rows = prepared(*((free, mine)[n] for n in order), split=Split(validation=0.2, test=0.5))
+    assert sources_on(rows)["train"]["mine"] == 10
+    assert len(rows.train) + len(rows.validation) + len(rows.test) == 40
+
+
+@pytest.mark.parametrize("duplicates", DUPLICATES)
+def test_no_row_about_a_held_out_prompt_is_trained_on(prepared: Prepare, tmp_path: Path, duplicates: str) -> None:
+    def pairs(count: int, answer: str) -> list[Any]:
+        return [{"prompt": f"Which {n}?", "chosen": f"{answer} {n}", "rejected": f"no {n}"} for n in range(count)]
+
+    mine = source(write_rows(tmp_path / "mine.jsonl", pairs(5, "this")), side="test")
+    more = source(write_rows(tmp_path / "more.jsonl", pairs(20, "that")))
+    rows = prepared(more, mine, duplicates=duplicates, split=Split(validation=0), contamination="ignore")
+    assert sources_on(rows) == {"train": {"more": 15}, "validation": {}, "test": {"mine": 5}}
+    assert rows.ledger["sources"]["more"]["fates"]["duplicate"] == 5
+    table = parquet.read_table(rows.folder / "ledger.parquet").to_pylist()
+    assert [row["original"] for row in table if row["fate"] == "duplicate"] == [f"mine row {n}" for n in range(1, 6)]
+
+
 def test_the_rest_of_a_capped_test_file_may_be_trained_on(prepared: Prepare, tmp_path: Path) -> None:
     mine = source(write_rows(tmp_path / "mine.jsonl", chats(10)), side="test", rows=4)
     rows = prepared(mine, source(write_rows(tmp_path / "more.jsonl", chats(10))), split=Split(validation=0))
@@ -104,10 +129,9 @@ def test_a_source_may_consist_of_copies_alone(prepared: Prepare, tmp_path: Path,
     rows = prepared(one, mine, other, duplicates=duplicates, split=Split(validation=0))
     assert sources_on(rows) == {"train": {"other": 20}, "validation": {}, "test": {"same": 20}}
     if duplicates != "keep":
-        for copies in (same, same.model_copy(update={"side": "train"})):
-            rows = prepared(one, copies, duplicates=duplicates, split=Split(test=0.5))
-            assert sources_on(rows)["test"] == {"one": 10}
-            assert rows.ledger["sources"]["same"]["fates"]["duplicate"] == 20
+        rows = prepared(one, same, duplicates=duplicates, split=Split(test=0.5))
+        assert sources_on(rows)["test"] == {"one": 10}
+        assert rows.ledger["sources"]["same"]["fates"]["duplicate"] == 20
 
 
 @pytest.mark.parametrize("duplicates", DUPLICATES)
