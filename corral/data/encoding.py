@@ -61,6 +61,15 @@ def _encode_answer(prompt: Conversation, answer: str, template: Template) -> Enc
     return Encoded(whole.ids, (False,) * context + whole.trained[context:])
 
 
+def count_scored_bytes(text: str, sequence: Encoded, template: Template) -> int:
+    """UTF-8 bytes of a document, or of a window of one, that its loss is of.
+
+    These are all bytes unless the sequence begins with a token of the text itself, which is predicted from nothing.
+    """
+    start = _plain_text_encoder(template).character_ends(text, [0])[0] if text and sequence.trained[0] else 0
+    return len(text[start:].encode())
+
+
 @lru_cache(maxsize=2)
 def _plain_text_encoder(template: Template) -> PlainTextEncoder:
     return PlainTextEncoder(template)

@@ -45,12 +45,14 @@ class TextItem:
         id: hash of its content.
         content: the text.
         encoded: its ids, and which of them are trained.
+        scored_bytes: of its content in UTF-8, those that the loss is of.
         document: identifies the document, which several windows may share.
     """
 
     id: str
     content: str
     encoded: Encoded
+    scored_bytes: int
     document: str
 
 

@@ -307,9 +307,9 @@ def _task_rows(variant: VariantSpec, task: Task) -> list[_RowSet]:
 
 
 def _facts(item: Item | TextItem) -> dict[str, Any]:
-    """`bytes` of the text that counts in the loss, `passage`, which rows about the same share, and of documents the `kind`."""
+    """`bytes` of the text that the loss is of, `passage`, which rows about the same share, and of documents the `kind`."""
     if isinstance(item, TextItem):
-        return {"bytes": len(item.content.encode()), "passage": item.document, "kind": "text"}
+        return {"bytes": item.scored_bytes, "passage": item.document, "kind": "text"}
     return _conversation_facts(item.conversation)
 
 

@@ -81,7 +81,7 @@ class Row:
         answer: the generated text; None if none was generated.
         other_references: more texts that are as good. ROUGE is then the best over all references, and there is no BLEU.
         correct: `accuracy`, `logprob`, `logprob_byte`: those that were measured.
-        bytes: of the reference answer or document in UTF-8.
+        bytes: of the reference answer, or of the part of a document that `nll` is of, in UTF-8.
         passage: hash of the passage that it is about; rows about one passage are not independent.
         skipped: `loss`, `answers` or `options` → why the variant could not be measured on this row.
         kind: `text` for a document, of which only the loss is measured.

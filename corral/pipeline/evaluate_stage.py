@@ -197,6 +197,7 @@ class EvaluateStage:
         return select_evaluation_data(
             rows.test,
             recipe.evaluate,
+            context.template,
             load_tasks(recipe.evaluate.tasks, seed=recipe.rows_seed),
             lambda: training_examples(context.run, recipe.answers_seed),
         )

@@ -82,7 +82,7 @@ class PrepareStage:
                 context.progress.say(f"{label}: {note}")
         check_rows_taken(rows, recipe.train)
         if recipe.evaluate.test is None:  # what cannot be evaluated is known before anything trains
-            select_evaluation_data(rows.test, recipe.evaluate)
+            select_evaluation_data(rows.test, recipe.evaluate, context.template)
         distinct = rows.train.distinct_count
         repeated = f" ({distinct} of them different)" if distinct < len(rows.train) else ""
         held_out = f"{len(rows.validation)} for validation, {len(rows.test)} for testing"

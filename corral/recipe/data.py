@@ -107,7 +107,8 @@ class Source(Section):
     """Name of the source in the ledger and in `train.sources`; by default its path."""
     side: Literal["train", "validation", "test"] | None = None
     """The side that all rows of this source are on, as they are: a test file of your own. Copies within it stay; rows of other
-    sources that equal one of its held-out rows, or are about its prompt, are left out. By default rows are split by `[data.split]`."""
+    sources that equal one of its held-out rows, or are about the prompt of one, are left out. By default rows are split by
+    `[data.split]`."""
     rows: PositiveInt | None = None
     """Use at most this many rows; by default all. They are chosen by a seeded hash of their content, so a smaller number
     selects a subset of a larger one."""

@@ -147,7 +147,7 @@ def test_the_loss_of_a_documents_windows_adds_up_to_that_of_its_text(
     text = "The ship sailed on the wide sea, and we had bread and wine. " * 2
     whole = PlainTextEncoder(template).encode(text)
     windows = split_windows(whole, limit)
-    items = [TextItem(f"{i}", text, window, "document") for i, window in enumerate(windows)]
+    items = [TextItem(f"{i}", text, window, len(text), "document") for i, window in enumerate(windows)]
     file = RowFile(tmp_path / "losses.jsonl")
 
     async def measure() -> None:

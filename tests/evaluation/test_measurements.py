@@ -267,7 +267,7 @@ def test_if_every_row_of_every_set_is_refused_the_error_names_variant_set_and_re
 
 def test_documents_are_measured_by_loss_and_their_windows_are_one_passage(template: Template, tmp_path: Path) -> None:
     whole = PlainTextEncoder(template).encode("Größe ist relativ. ")
-    items = [TextItem(f"{i}", "Größe", whole, "one" if i < 2 else "another") for i in range(3)]
+    items = [TextItem(f"{i}", "Größe", whole, 7, "one" if i < 2 else "another") for i in range(3)]
     data = EvaluationData(loss_items=items)
     variants = [spec(), spec("shots", SHOTS, with_loss=False)]
     assert measure(tmp_path, template, *variants, data=data) == (0, 3)
