@@ -111,6 +111,26 @@ class ExampleStore(Sequence[Example]):
         for _, batch in self._examples.read(np.unique(self._stored)):
             yield from (record_from_json(json.loads(line.as_py())) for line in batch["record"])
 
+    def is_of(self, kind: type[Record]) -> NDArray[np.bool_]:
+        """Whether the record of each example is of this type. [examples]"""
+        return self._contents["type"][self._stored] == RECORD_TYPES.index(kind)
+
+    def keys(self) -> list[tuple[str, str]]:
+        """(the key of its row, its own key) of each example; they differ for a window of a row. [examples]
+
+        In place of a row's key, rows that were stored without it have a name that its windows share.
+        """
+        positions = np.unique(self._stored)
+        keys: list[tuple[str, str]] = []
+        for _, batch in self._examples.read(positions):
+            if "row_key" in batch.schema.names:
+                rows = batch["row_key"].to_pylist()
+            else:
+                places = zip(*(batch[name].to_pylist() for name in ("source", "file", "row")), strict=True)
+                rows = [hashlib.sha256(repr(place).encode()).hexdigest() for place in places]
+            keys += zip(rows, batch["key"].to_pylist(), strict=True)
+        return [keys[i] for i in np.searchsorted(positions, self._stored)]
+
     def keys_among(self, keys: Collection[str]) -> set[str]:
         """Those of the keys that an example has."""
         wanted = set(keys)
@@ -185,8 +205,9 @@ class ExampleWriter:
         """Write examples.
 
         Args:
-            columns: Arrow arrays: `key` (hex), `source`, `file` (null where the source has one), `row`, `record` (JSON), and
-                `ids` and `trained`: of each example the lists of its sequences. [examples]
+            columns: Arrow arrays: `key` and `row_key` (hex; of the example and of its row), `source`, `file` (null where the
+                source has one), `row`, `record` (JSON), and `ids` and `trained`: of each example the lists of its sequences.
+                [examples]
             fates: of their rows, as index into `FATES`. [examples]
             repeat: how often each occurs in the shuffled order.
         """

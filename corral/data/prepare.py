@@ -42,8 +42,8 @@ from corral.template import Template
 
 __all__ = ["Prepared", "encode_record", "prepare", "prepare_test_rows"]
 
-_VERSION = 6
-_READABLE = (5, 6)  # rows of version 5 lack columns that can be computed from the others
+_VERSION = 7
+_READABLE = (5, 6, 7)  # rows of earlier versions lack columns that can be computed from the others
 _ROW_GROUP = 50_000  # rows of a row group of the ledger
 _ROWS = "rows"
 _META = "prepared.json"
@@ -264,10 +264,10 @@ def _examples_of_rows(plan: SourcePlan, positions: Ints, rows: Batch) -> tuple[d
     row_of_example = np.searchsorted(bounds, example_bounds[:-1], side="right") - 1
     records: list[bytes] = []
     keys: list[str] = []
-    lines, row_keys = (value.as_py() for value in rows["record"]), map(bytes, plan.rows.keys(positions))
+    lines, row_keys = (value.as_py() for value in rows["record"]), [bytes(k).hex() for k in plan.rows.keys(positions)]
     for line, key, (start, end) in zip(lines, row_keys, pairwise(bounds), strict=True):
         if not is_window[start:end].any():
-            keys.append(key.hex())
+            keys.append(key)
             records.append(line)
             continue
         whole = record_from_json(json.loads(line))
@@ -277,6 +277,7 @@ def _examples_of_rows(plan: SourcePlan, positions: Ints, rows: Batch) -> tuple[d
             records.append(json_line(record_to_json(cut)).encode()[:-1])
     columns: dict[str, Column] = {
         "key": pa.array(keys, pa.string()),
+        "row_key": pa.array([row_keys[i] for i in row_of_example], pa.string()),
         "source": pa.array([plan.source.label] * len(keys), pa.string()),
         "file": text_column(rows["file"].to_numpy()[row_of_example], plan.rows.files).cast(pa.string()),
         "row": rows["row"].take(row_of_example),

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice, product
 
 from corral.data.encoding import count_scored_bytes
-from corral.data.example_store import Example, ExampleStore
+from corral.data.example_store import ExampleStore
 from corral.errors import RecipeError
 from corral.evaluation.inference import Item, TextItem
 from corral.evaluation.tasks import Task
-from corral.messages import Conversation, Record, Text
+from corral.messages import Conversation, Text
 from corral.recipe.evaluate import ANSWER_METRICS, Evaluate
 from corral.template import Template
+
+_DOCUMENTS = 20
+"""Of a document at most one part in so many of the rows is measured, as long as there are windows of others."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +45,9 @@ def select_evaluation_data(
     tasks: Sequence[Task] = (),
     load_examples: Callable[[], Sequence[Conversation]] = tuple,
 ) -> EvaluationData:
-    """The first test rows, as many as the recipe wants: conversations and documents for the loss, conversations to answer.
+    """As many test rows as the recipe wants: conversations and documents for the loss, conversations to answer.
 
-    Of copies the first one is measured.
+    They are the first conversations, and windows of documents as `_windows` orders them. Copies are measured once.
 
     Args:
         test: prepared rows; a document that was cut is one row for each window.
@@ -51,43 +56,71 @@ def select_evaluation_data(
 
     Raises: RecipeError (`evaluate.primary` is a metric of answers, and there is nothing to answer).
     """
-    losses = _first_items(test, (Conversation, Text), evaluate.loss_rows, template)
-    chats = _first_items(test, (Conversation,), evaluate.answer_rows, template)
-    answers = [item for item in chats if not isinstance(item, TextItem)]
+    losses = list(islice(_loss_items(test, evaluate.loss_rows, template), evaluate.loss_rows))
+    answers = list(islice(_conversations(test), evaluate.answer_rows))
     if not answers and evaluate.primary in ANSWER_METRICS:
         raise RecipeError(
             f'`evaluate.primary` = "{evaluate.primary}" is a metric of answers, and no test row is a conversation to answer',
             where="[evaluate]",
             hint='choose `primary = "loss"`, or a metric of a task',
         )
-    return EvaluationData(losses, answers, tasks, load_examples)
+    return EvaluationData(_name_parts(losses, test), answers, tasks, load_examples)
 
 
-def _first_items(
-    test: ExampleStore, types: Collection[type[Record]], count: int, template: Template
-) -> list[Item | TextItem]:
-    """The first rows of these types, without copies."""
-    items: dict[str, Item | TextItem] = {}
-    for example in test.select(types=types):
-        if len(items) == count:
-            break
-        if (item := _item(example, template)) is not None:
-            items.setdefault(item.id, item)
-    return list(items.values())
+def _conversations(test: ExampleStore) -> Iterator[Item]:
+    """The conversations in their order, without copies."""
+    seen: set[str] = set()
+    for example in test.select(types=(Conversation,)):
+        if example.key not in seen and isinstance(example.record, Conversation):
+            seen.add(example.key)
+            yield Item(example.key, example.record)
 
 
-def _item(example: Example, template: Template) -> Item | TextItem | None:
-    """The row to evaluate, if it is a conversation or a document."""
-    match example.record:
-        case Conversation():
-            return Item(example.key, example.record)
-        case Text(content):
-            sequence = example.sequences[0]
-            # The last window of a document may hold nothing but the end token.
-            if not (scored_bytes := count_scored_bytes(content, sequence, template)):
-                return None
-            # Windows of one document come from the same place.
-            place = hashlib.sha256(f"{example.source}\n{example.index}".encode()).hexdigest()
-            return TextItem(example.key, content, sequence, scored_bytes, place[:16])
-        case _:
-            return None
+def _loss_items(test: ExampleStore, count: int, template: Template) -> Iterator[Item | TextItem]:
+    """Conversations in their order, and as many windows of documents among them as the rows have."""
+    conversations, windows = _conversations(test), _windows(test, count, template)
+    for is_text in test.is_of(Text).tolist():
+        item = next(windows if is_text else conversations, None)
+        if item is not None:
+            yield item
+
+
+def _windows(test: ExampleStore, count: int, template: Template) -> Iterator[TextItem]:
+    """Windows of documents, without copies, in an order that prefers many documents, and whole ones.
+
+    Documents are in the order of their keys, so that runs with other tokenizers or windows measure the same ones. Of a long
+    document a part comes first, and the others when all documents have had their turn.
+    """
+    texts = test.select(types=(Text,))
+    by_document: dict[str, dict[str, int]] = {}
+    for number, (document, key) in enumerate(texts.keys()):
+        by_document.setdefault(document, {}).setdefault(key, number)
+    longest = max(map(len, by_document.values()), default=0)
+    part = -(-count // _DOCUMENTS)
+    for start, document in product(range(0, longest, part), sorted(by_document)):
+        windows = by_document[document]
+        for key, number in islice(windows.items(), start, start + part):
+            example = texts[number]
+            assert isinstance(example.record, Text)
+            content, sequence = example.record.content, example.sequences[0]
+            # Windows of different documents may have the same text.
+            id_ = key if len(windows) == 1 else _hash(document, key)
+            yield TextItem(id_, content, sequence, count_scored_bytes(content, sequence, template), document)
+
+
+def _name_parts(items: Sequence[Item | TextItem], test: ExampleStore) -> list[Item | TextItem]:
+    """The items; a document of which not all windows are among them is named after those that are."""
+    windows = Counter(document for document, _ in set(test.select(types=(Text,)).keys()))
+    measured: dict[str, list[str]] = {}
+    for item in items:
+        if isinstance(item, TextItem):
+            measured.setdefault(item.document, []).append(item.id)
+    names = {key: _hash(key, *sorted(ids)) for key, ids in measured.items() if len(ids) < windows[key]}
+    return [
+        replace(item, document=names[item.document]) if isinstance(item, TextItem) and item.document in names else item
+        for item in items
+    ]
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

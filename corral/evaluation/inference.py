@@ -42,11 +42,11 @@ class TextItem:
     """A document, or a window of one, whose loss is measured.
 
     Attributes:
-        id: hash of its content.
+        id: names the window; the same in every variant.
         content: the text.
         encoded: its ids, and which of them are trained.
         scored_bytes: of its content in UTF-8, those that the loss is of.
-        document: identifies the document, which several windows may share.
+        document: the key of the document, if all of its windows are measured, else a name for those that are.
     """
 
     id: str

@@ -24,6 +24,7 @@ from corral.engines.base import Engine
 from corral.engines.embedding import Embedder
 from corral.errors import TemplateError
 from corral.evaluation import tasks
+from corral.evaluation.documents import join_windows
 from corral.evaluation.evaluation_data import EvaluationData
 from corral.evaluation.inference import (
     Item,
@@ -206,7 +207,8 @@ class Measurements:
                 seconds.add(rows.producer, rows.file, seconds=spent, answers=known["answers"] + added)
 
     def variant_rows(self, variant: str) -> VariantRows:
-        """All rows of a variant, with the costs of its answers. Empty for a variant that was never measured here."""
+        """All rows of a variant, with the costs of its answers; the windows of a document are one row. Empty for a variant
+        that was never measured here."""
         facts_file = self.folder / FACTS
         facts: dict[str, dict[str, Any]] = json.loads(facts_file.read_text("utf-8")) if facts_file.exists() else {}
         task_names = sorted({path.name.partition(".")[0] for path in (self.folder / "tasks").glob("*.jsonl")})
@@ -226,8 +228,10 @@ class Measurements:
                 source: row["skipped"] for source, row in (("loss", loss), ("answers", answer)) if "skipped" in row
             }
             text = answer.get("reference"), answer.get("answer")
-            rows.append(Row(id_, loss.get("nll"), loss.get("tokens"), *text, skipped=skipped, **facts.get(id_, {})))
-        return VariantRows(rows, info, task_rows)
+            known = {name: value for name, value in facts.get(id_, {}).items() if name != "document"}
+            rows.append(Row(id_, loss.get("nll"), loss.get("tokens"), *text, skipped=skipped, **known))
+        documents = {id_: fact["document"] for id_, fact in facts.items() if "document" in fact}
+        return VariantRows(join_windows(rows, documents), info, task_rows)
 
     def _answer_costs(self, name: str, variant: str) -> dict[str, float]:
         """Tokens and seconds of the answers in a file. Tokens include those of examples and of all candidates; votes add the
@@ -307,9 +311,10 @@ def _task_rows(variant: VariantSpec, task: Task) -> list[_RowSet]:
 
 
 def _facts(item: Item | TextItem) -> dict[str, Any]:
-    """`bytes` of the text that the loss is of, `passage`, which rows about the same share, and of documents the `kind`."""
+    """`bytes` of the text that the loss is of; of a conversation its `passage`, which rows about the same share; of a window
+    of a document its `document` and `kind`."""
     if isinstance(item, TextItem):
-        return {"bytes": item.scored_bytes, "passage": item.document, "kind": "text"}
+        return {"bytes": item.scored_bytes, "document": item.document, "kind": "text"}
     return _conversation_facts(item.conversation)
 
 

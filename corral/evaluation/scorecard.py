@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from corral.errors import InputError
 from corral.evaluation import cautions, statistics
 from corral.evaluation.distributions import binomial_interval
+from corral.evaluation.documents import keep_common_documents
 from corral.evaluation.scoring import (
     Column,
     Direction,
@@ -237,10 +238,11 @@ def build_scorecard(
             raise InputError(
                 f"no variant is called {name!r}", where="baseline", hint=f"choose one of {abbreviate(variants)}"
             )
+    variants, on_documents = keep_common_documents(variants)
     rouge = Rouge(unicode=None)
     scores = {name: score_variant(name, rows, rouge) for name, rows in variants.items()}
     signatures = _signatures(scores.values())
-    said = [*notes, *cautions.word_cautions(signatures)]
+    said = [*notes, *on_documents, *cautions.word_cautions(signatures)]
     for name, columns in scores.items():
         said += cautions.row_cautions(name, variants[name], columns)
     comparisons: list[Comparison] = []

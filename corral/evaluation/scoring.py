@@ -211,9 +211,11 @@ def _loss_columns(rows: Sequence[Row], where: str) -> dict[str, Column]:
     known = [row for row in rows if row.nll is not None or row.tokens is not None]
     sums = np.array([_checked_loss(row, where) for row in known], dtype=np.float64).reshape(-1, 2)
     columns = {"loss": _column(rows, known, "loss", Measure.ratio(sums[:, 0], sums[:, 1]))}
-    if all(row.bytes for row in known):
+    if all(row.bytes is not None for row in known):
         sizes = np.array([row.bytes for row in known], dtype=np.float64)
-        columns["bits_per_byte"] = _column(rows, known, "loss", Measure.ratio(sums[:, 0] / math.log(2), sizes))
+        sized = sizes > 0  # a document of one token that is predicted from nothing, or an empty answer, has no bytes
+        bits = Measure.ratio(sums[sized, 0] / math.log(2), sizes[sized])
+        columns["bits_per_byte"] = _column(rows, [row for row in known if row.bytes], "loss", bits)
     return columns
 
 

@@ -109,7 +109,7 @@ class Evaluate(Section):
     """Rows to evaluate on in place of the test rows of `[data]`, as they are; `corral evaluate RUN --test FILE` sets its
     `path`."""
     loss_rows: PositiveInt = 200
-    """Most test rows for the held-out loss."""
+    """Most test rows for the held-out loss; each window of a document is one."""
     answer_rows: PositiveInt = 50
     """Most test rows for which answers are generated and scored (ROUGE, BLEU)."""
     primary: str = "loss"

@@ -9,13 +9,15 @@ import pytest
 
 from corral.data.encoding import encode_record
 from corral.data.example_store import Example, ExampleStore
+from corral.data.prepare import prepare
 from corral.errors import RecipeError
 from corral.evaluation.evaluation_data import select_evaluation_data
 from corral.evaluation.inference import Item, TextItem
 from corral.messages import Conversation, Preference, Record, Text
+from corral.recipe import Data, Split
 from corral.recipe.evaluate import Evaluate
 from corral.template import Encoded, Template
-from tests.data.conftest import write_examples
+from tests.data.conftest import chats, prose, source, write_examples, write_rows
 
 SEQUENCE = Encoded((1, 2, 3), (False, True, True))
 
@@ -34,27 +36,61 @@ def ids(items: Sequence[Item | TextItem]) -> list[str]:
     return [item.id for item in items]
 
 
-def test_the_first_rows_are_measured_and_the_first_conversations_are_answered(
+def test_conversations_and_documents_are_measured_in_the_proportion_of_the_rows(
     template: Template, tmp_path: Path
 ) -> None:
     test = store(tmp_path, *(Text(f"text {i}") for i in range(20)), *(conversation(i) for i in range(4)))
     data = select_evaluation_data(test, Evaluate(loss_rows=9, answer_rows=3), template)
-    assert ids(data.loss_items) == [example.key for example in test[:9]]
-    assert ids(data.answer_items) == [e.key for e in test if isinstance(e.record, Conversation)][:3]
+    conversations = [e.key for e in test if isinstance(e.record, Conversation)]
+    assert ids(data.answer_items) == conversations[:3]
     kinds = {Text: TextItem, Conversation: Item}
     assert [type(item) for item in data.loss_items] == [kinds[type(e.record)] for e in test[:9]]  # type: ignore[index]
+    chats = ids([item for item in data.loss_items if isinstance(item, Item)])
+    assert chats == conversations[: len(chats)]
 
 
 def test_a_document_keeps_the_ids_that_training_uses_and_shares_its_name_with_its_other_windows(
     template: Template, tmp_path: Path
 ) -> None:
     records = [Text("the first part"), Text("the second"), Text(""), Text("another")]
-    data = select_evaluation_data(store(tmp_path, *records, places=[7, 7, 7, 8]), Evaluate(), template)
-    items = {item.content: item for item in data.loss_items if isinstance(item, TextItem)}
-    assert items.keys() == {"the first part", "the second", "another"}, "an empty window has no bytes"
+    test = store(tmp_path, *records, places=[7, 7, 7, 8])
+    items = {
+        i.content: i for i in select_evaluation_data(test, Evaluate(), template).loss_items if isinstance(i, TextItem)
+    }
+    assert items.keys() == {"the first part", "the second", "", "another"}
     assert all(item.encoded == SEQUENCE for item in items.values())
-    assert items["the first part"].document == items["the second"].document != items["another"].document
-    assert data.answer_items == []
+    document = items["the first part"].document
+    assert items["the second"].document == items[""].document == document != items["another"].document
+    assert items[""].scored_bytes == 0
+    some = [
+        i for i in select_evaluation_data(test, Evaluate(loss_rows=3), template).loss_items if isinstance(i, TextItem)
+    ]
+    assert document not in {item.document for item in some}, "a part of a document is not called by its name"
+
+
+def test_the_same_documents_are_measured_whatever_their_windows(template: Template, tmp_path: Path) -> None:
+    measured: list[dict[str, tuple[int, int]]] = []
+    for name, limit in (("a", 96), ("b", 60)):
+        (tmp_path / name).mkdir()
+        rows = write_rows(tmp_path / f"{name}.jsonl", [{"text": prose(n, 4 if n % 2 else 40)} for n in range(30)])
+        data = Data(
+            sources=(source(rows, side="test"), source(write_rows(tmp_path / "c.jsonl", chats(3)))), max_length=limit
+        )
+        data = data.model_copy(update={"split": Split(validation=0)})
+        test = prepare(data, template, tmp_path / name, 0, cache=tmp_path / "cache", workers=1).test
+        assert len(test) > 30
+        items = select_evaluation_data(test, Evaluate(loss_rows=10_000), template).loss_items
+        assert len(items) == len(test)
+        sums: dict[str, tuple[int, int]] = {}
+        for item in items:
+            assert isinstance(item, TextItem)
+            tokens, size = sums.get(item.document, (0, 0))
+            sums[item.document] = tokens + sum(item.encoded.trained[1:]), size + item.scored_bytes
+        measured.append(sums)
+        few = select_evaluation_data(test, Evaluate(loss_rows=40), template).loss_items
+        assert len({item.document for item in few if isinstance(item, TextItem)}) > 15, "many, rather than whole ones"
+    assert len(measured[0]) == 30
+    assert measured[0] == measured[1], "the tokens and bytes of each document are the same"
 
 
 def test_copies_are_measured_once_and_preferences_are_left_out(template: Template, tmp_path: Path) -> None:
@@ -96,5 +132,9 @@ def test_the_bytes_of_a_documents_loss_are_those_of_the_tokens_that_are_predicte
     ]
     one_token = Example("one", "docs", 2, (Encoded((whole.ids[0], whole.ids[-1]), (True, True)),), Text(text[:first]))
     data = select_evaluation_data(write_examples(tmp_path / "test", [*examples, one_token]), Evaluate(), template)
-    sizes = {item.id: item.scored_bytes for item in data.loss_items if isinstance(item, TextItem)}
-    assert sizes == {start: len(start.encode()) - first, windows[1][0]: len(windows[1][0].encode())}
+    sizes = {item.content: item.scored_bytes for item in data.loss_items if isinstance(item, TextItem)}
+    assert sizes == {
+        start: len(start.encode()) - first,
+        windows[1][0]: len(windows[1][0].encode()),
+        text[:first]: 0,
+    }
