@@ -115,23 +115,30 @@ def split_sides(
     """The side of each row of each source, as an index into `SIDES`.
 
     A held-out side is a share of all rows, rounded, or a number of them, divided over the sources in proportion to their
-    rows (largest remainders). From each source the test side takes the rows of lowest rank and the validation side those of
-    highest, so that neither moves the other's rows. Rows of equal content all go to one side, test before validation before
-    train, even if that side then has too many; but to the training side if they equal a row of `trained`, which is on it.
+    rows (largest remainders; the sources' content decides between equal ones, not their order). From each source the test
+    side takes the rows of lowest rank and the validation side those of highest, so that neither moves the other's rows. Rows
+    of equal content all go to one side, test before validation before train, even if that side then has too many; but to the
+    training side if they equal a row of `trained`, which is on it.
     """
     if not sources:
         return []
-    counts = [len(keys) for keys in sources]
+    by_content = sorted(range(len(sources)), key=lambda n: _hash_keys(sources[n]))
+    counts = [len(sources[n]) for n in by_content]
     test_rows = divide_proportionally(row_count(test, sum(counts)), counts)
     remaining = [count - taken for count, taken in zip(counts, test_rows, strict=True)]
     validation_rows = divide_proportionally(row_count(validation, sum(counts)), counts, remaining)
-    sides = [np.full(count, _TRAIN, np.int8) for count in counts]
-    for keys, side, lowest, highest in zip(sources, sides, test_rows, validation_rows, strict=True):
-        ascending = np.argsort(ranks(keys, seed, "split"), kind="stable")
+    sides = [np.full(len(keys), _TRAIN, np.int8) for keys in sources]
+    for number, lowest, highest in zip(by_content, test_rows, validation_rows, strict=True):
+        side, ascending = sides[number], np.argsort(ranks(sources[number], seed, "split"), kind="stable")
         side[ascending[:lowest]] = _TEST
         side[ascending[len(ascending) - highest :]] = _VALIDATION
     _put_copies_together(sources, sides, trained)
     return sides
+
+
+def _hash_keys(keys: Keys) -> bytes:
+    """sha256 of the keys, whatever their order."""
+    return hashlib.sha256(b"".join(sorted(map(bytes, keys)))).digest()
 
 
 def row_count(part: float, whole: int) -> int:

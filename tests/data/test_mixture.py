@@ -202,6 +202,21 @@ def test_rows_of_equal_content_are_never_on_two_sides(first: list[int], second: 
             assert side.setdefault(number, name) == name
 
 
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=5),
+    test=st.integers(0, 20),
+    random=st.randoms(use_true_random=False),
+)
+def test_the_order_of_the_sources_moves_no_row(sizes: list[int], test: int, random: object) -> None:
+    ends = np.cumsum(sizes)
+    sources = [KEYS[end - size : end] for end, size in zip(ends.tolist(), sizes, strict=True)]
+    order = list(range(len(sources)))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    split = Split(validation=0.1, test=test)
+    moved = side_names([sources[n] for n in order], split)
+    assert moved == [side_names(sources, split)[n] for n in order]
+
+
 @given(st.integers(0, 200), st.lists(st.integers(0, 50), max_size=6))
 def test_proportional_parts_add_up_and_never_exceed_the_counts(number: int, counts: list[int]) -> None:
     parts = divide_proportionally(number, counts)
