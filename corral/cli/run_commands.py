@@ -193,7 +193,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
                 where="--set",
                 hint="use `corral run RECIPE --set …` instead",
             )
-    test = [] if args.test is None else [f"evaluate.test.path={args.test}"]
+    test = [] if args.test is None else [f"evaluate.test={{path={json.dumps(args.test)}}}"]
     recipe = parse(text, where=str(out / "recipe.toml"), base=Path(), overrides=[*test, *args.set])
     execute_recipe(recipe, out, args, allowed=("export", "evaluate", "report"))
     _print_scorecard(out)

@@ -196,9 +196,7 @@ class _Graph:
         self.head_size: int = getattr(self.config, "head_dim", None) or (
             self.config.hidden_size // self.config.num_attention_heads
         )
-        rope = LlamaRotaryEmbedding(self.config)
-        # Inverse frequencies [head size / 2] and the factor on cosine and sine, as transformers computes them.
-        self.frequencies, self.amplitude = rope.inv_freq.float().numpy(), float(rope.attention_scaling)
+        self.frequencies, self.amplitude = _rope(self.config)
         self.sinks: list[Any] = []
 
     def model(self) -> Any:
@@ -356,6 +354,12 @@ def _parameter(name: str, shape: list[int], kind: str) -> Any:
 
 def _const(value: Any, kind: str = "i64") -> Any:
     return op.constant(np.asarray(value), dtype=getattr(ov.Type, kind))
+
+
+def _rope(config: Any) -> tuple[Any, float]:
+    """Inverse frequencies [head size / 2] and the factor on cosine and sine, as transformers computes them."""
+    rope = LlamaRotaryEmbedding(config)
+    return rope.inv_freq.float().numpy(), float(rope.attention_scaling)
 
 
 def check_config(folder: Path) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +27,10 @@ from corral.model.device import Placement, choose_device
 from corral.model.loading import load_template
 from corral.model.naming import find_model_folder
 from corral.pipeline.context import RunContext
-from corral.recipe import Answer, Source
+from corral.recipe import Answer, Data, Source
 from corral.recipe.evaluate import BUILT_IN_VARIANTS
 from corral.run.directory import Run
-from corral.run.stage_record import Settings, StageFolder, read_fingerprint
+from corral.run.stage_record import Settings, StageFolder, read_fingerprint, superseded_folders
 from corral.storage import new_directory, write_atomic
 from corral.training.stage_needs import OTHER_FILES, check_context
 
@@ -65,12 +66,13 @@ class EvaluateStage:
 
     context: RunContext
     name = "evaluate"
+    disposable = ()
 
     @property
     def engine(self) -> LocalEngine:
         """The engine that evaluates; `auto` is resolved for this machine."""
         requested = self.context.recipe.evaluate.engine
-        return default_engine(self.context.placement.device) if requested == "auto" else requested
+        return default_engine(self.context.placement_here.device) if requested == "auto" else requested
 
     def needs(self) -> int:
         """The packages of its engines, and room for an answer. Raises: MissingExtraError, InputError."""
@@ -81,8 +83,17 @@ class EvaluateStage:
             require("openvino_tokenizers", "openvino")
         if "vllm" in engines:
             require("vllm", "vllm")
+        self._examples_input()
+        if recipe.evaluate.test is not None:
+            self._rows_input()
+        elif self.context.rows_are_known:
+            select_evaluation_data(self.context.prepared.test, recipe.evaluate, self.context.template)
         self.context.check_readable(self)
-        context_length = check_context(self.context.config_folder, recipe.answer.max_tokens, "answer.max_tokens")
+        if recipe.evaluate.tasks:
+            self.context.progress.start("Reading questions", None)
+            load_tasks(recipe.evaluate.tasks, seed=recipe.rows_seed)
+        longest = max(settings.max_tokens for _, settings in self._settings_by_model())
+        context_length = check_context(self.context.config_folder, longest, "answer.max_tokens")
         if context_length and recipe.data.max_length + recipe.answer.max_tokens > context_length:
             self.context.progress.say(
                 f"questions of more than {context_length - recipe.answer.max_tokens:,} tokens will not be answered: the model "
@@ -94,20 +105,43 @@ class EvaluateStage:
         """The models, the rows and questions, and how the models are asked. The engine of this machine is recorded with each
         row, and no reason to evaluate again."""
         context, recipe = self.context, self.context.recipe
-        shown = [self._examples_digest(settings) for _, settings in self._settings_by_model()]
-        test = recipe.evaluate.test
         stages = sorted({model.number for model, _ in self._settings_by_model() if model.number} | {len(recipe.train)})
         return {
             "evaluate": Settings.of(recipe.evaluate, {"test": {"path", "name"}}),
             "answer": Settings.of(recipe.answer, {"seed"}),
             "stages": {recipe.stage_names[n - 1]: fingerprints[recipe.stage_names[n - 1]] for n in stages},
             "base": context.base_identity,
-            "rows": context.prepared.digest("test")
-            if test is None
-            else context.hash_or_recorded(self, "rows", test.label, lambda: hash_source(test, context.progress)),
-            "examples": shown,
+            "shown": context.prepared.digest("train")
+            if any(s.shots.count for _, s in self._settings_by_model())
+            else "",
+            **self._rows_input(),
+            "examples": self._examples_input(),
             "seeds": [recipe.answers_seed, recipe.rows_seed],
         }
+
+    def _rows_input(self) -> dict[str, Any]:
+        """The test rows; of a file of the user's own its content, and what decides how it is read."""
+        context, test = self.context, self.context.recipe.evaluate.test
+        if test is None:
+            return {"rows": context.prepared.digest("test")}
+        read = {"max_length", "overlong", "turns", "train_on", "system_override", "contamination"}
+        return {
+            "rows": context.hash_or_recorded(self, "rows", test.path, lambda: hash_source(test, context.progress)),
+            "data": Settings.of(context.recipe.data, {name for name in Data.model_fields if name not in read}),
+            "template": context.template_source(self),
+        }
+
+    def _examples_input(self) -> list[str]:
+        """The rows that few-shot examples of each variant come from, where they are not the run's own."""
+        hashes: list[str] = []
+        for i, (_, settings) in enumerate(self._settings_by_model()):
+            source = settings.shots.source if settings.shots.count else None
+            if source is None:
+                hashes.append("")
+            else:
+                read = partial(hash_source, source)
+                hashes.append(self.context.hash_or_recorded(self, f"examples.{i}", source.path, read))
+        return hashes
 
     def run(self, folder: StageFolder) -> None:
         """Measure all variants on test rows and public questions, and write the scorecard.
@@ -119,9 +153,8 @@ class EvaluateStage:
         variants_by_model = self._variants_by_model()
         all_variants = [variant for variants in variants_by_model.values() for variant in variants]
         measurements = Measurements(folder.path)
-        for old in sorted((self.context.run.path / "superseded").glob("evaluate-*")) if folder.attempt == 1 else ():
-            if old.name != "evaluate-damaged":
-                measurements.reuse_rows(old, all_variants, data)
+        for old in superseded_folders(self.context.run.path, folder):
+            measurements.reuse_rows(old, all_variants, data)
         for model, same_model in variants_by_model.items():
             missing = [variant for variant in same_model if not measurements.is_complete(variant, data)]
             if missing:
@@ -183,7 +216,7 @@ class EvaluateStage:
         settings = self.context.recipe.model
         if model.engine == "openvino" and settings.device == "auto":
             return choose_device("cpu", settings.dtype)
-        return self.context.placement
+        return self.context.placement_here
 
     def _examples_digest(self, settings: Answer) -> str:
         return examples_digest(settings.shots, lambda: self.context.prepared.digest("train"))

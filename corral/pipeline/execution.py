@@ -34,10 +34,12 @@ from corral.run.stage_record import (
     find_stage,
     finish_stage,
     is_finished,
+    is_superseded,
+    missing_output,
     read_fingerprint,
     record_interruption,
 )
-from corral.storage import write_atomic, write_json
+from corral.storage import tree_size, write_atomic, write_json
 from corral.training.distributed import World
 
 
@@ -80,14 +82,14 @@ def execute(
     """
     interrupts = Interrupts(lambda: progress.say("stopping after this step; interrupt once more to stop at once"))
     path = out / "recipe.toml"
-    before = path.read_text("utf-8") if allowed is not None and path.is_file() else None
+    before = path.read_text("utf-8") if path.is_file() else None
     with Run.open(out, recipe) as run, interrupts:
         try:
             context = RunContext(run, recipe, progress, interrupts, world or World(), profile)
             return _Pipeline(context, allowed, redo).run()
         except BaseException:
-            if before is not None:  # the changed settings took no effect
-                write_atomic(path, before)
+            if allowed is not None and before is not None:
+                write_atomic(path, before)  # the changed settings took no effect
             raise
         finally:
             progress.stop()
@@ -124,6 +126,7 @@ class _Pipeline:
         self.outcome: dict[str, str] = {}
         self.asked: set[str] = set()
         self.inputs: dict[str, Any] = {}
+        self.started = False
         names = [stage.name for stage in self.stages]
         for name in redo:
             if name not in names:
@@ -131,26 +134,37 @@ class _Pipeline:
 
     def run(self) -> dict[str, str]:
         """Run what is missing. Returns: for each stage `done` or `skipped`."""
+        run = self.context.run.path
         for stage in self.stages:
             folder = self._find(stage)
+            if folder is None:
+                continue
             if not folder.done:
-                self._check_needs(stage)
-                folder = claim_stage(self.context.run.path, stage.name, self.inputs, redo=stage.name in self.redo)
+                self._check_needs(stage, folder)
+                self.started = True
+                self.context.run.write_recipe(self.context.recipe)  # before the first change, and not if there is none
+                folder = claim_stage(run, stage.name, self.inputs, redo=stage.name in self.redo)
             self.fingerprints[stage.name] = folder.fingerprint
             self.outcome[stage.name] = "skipped" if folder.done else "done"
             if not folder.done:
                 self._run_stage(stage, folder)
             if stage.name == self.context.recipe.stage_names[-1]:
-                promote(self.context.run.path, folder, "the last training stage; its contract holds")
+                promote(run, folder, "the last training stage; its contract holds")
+        self.context.run.write_recipe(self.context.recipe)
         self._write_lineage()
         return self.outcome
 
-    def _find(self, stage: Stage) -> StageFolder:
-        """The stage's folder as it is, and what is to be said about it. Raises: RunError (it is not done, and may not run)."""
+    def _find(self, stage: Stage) -> StageFolder | None:
+        """The stage's folder as it is, and what is to be said about it; None for one that may not run and that no other needs.
+
+        Raises: RunError (it is not done and may not run, or has lost a file).
+        """
         run, name, say = self.context.run.path, stage.name, self.context.progress.say
-        if self.allowed is not None and name not in self.allowed:
+        if not self._may_run(stage):
             # What it was made from may be on another machine; it only has to be there.
             if not is_finished(run / name):
+                if not isinstance(stage, PrepareStage | TrainStage):
+                    return None
                 raise RunError(
                     f"the stage {name!r} of this run is not finished",
                     where=str(run),
@@ -161,31 +175,51 @@ class _Pipeline:
         if any(before in self.redo for before in self.inputs.get("stages", ())):
             self.redo.add(name)
         folder = find_stage(run, name, self.inputs)
-        if folder.done and not folder.made_by:
-            # What it was made from is not known: only what is costly stays as it is.
-            if isinstance(stage, PrepareStage | TrainStage):
-                say(f"{name} was made by an older version and stays as it is; --redo {name} makes it again")
-            else:
-                self.redo.add(name)
+        is_costly = isinstance(stage, PrepareStage | TrainStage)
+        if folder.done and not folder.made_by and not is_costly:
+            self.redo.add(name)  # what it was made from is not known
         if name in self.redo:
             return replace(folder, done=False)
+        if not folder.done and is_superseded(run, name, self.inputs):
+            say(f"{name} is brought back from {run / 'superseded'}")
+            return claim_stage(run, name, self.inputs)
         if own := [change for change in folder.changed if not change.startswith("stages.")]:
             changed = f"{', '.join(own[:3])}{' …' if len(own) > 3 else ''}"
             say(f"{name} is made again, as {changed} changed; what it was is kept in {run / 'superseded'}")
-        elif folder.done and folder.made_by not in ("", corral.__version__):
-            say(f"{name} was made by corral {folder.made_by} and stays as it is; --redo {name} makes it again")
+        elif folder.done and folder.made_by != corral.__version__:
+            version = f"corral {folder.made_by}" if folder.made_by else "an older version"
+            say(f"{name} was made by {version} and stays as it is; --redo {name} makes it again")
+        elif isinstance(stage, TrainStage) and (lost := missing_output(run / name)) is not None and not folder.changed:
+            raise RunError(
+                f"the finished stage {name} has lost {lost}, or it has another size",
+                where=str(run / name / lost),
+                hint=f"copy it again; or train again: --redo {name}",
+            )
         return folder
 
-    def _check_needs(self, next_stage: Stage) -> None:
-        """Ask the stage that is to run, and all later ones that are not finished, for what they need: each once, before any
-        of them begins."""
+    def _may_run(self, stage: Stage) -> bool:
+        return self.allowed is None or stage.name in self.allowed
+
+    def _check_needs(self, next_stage: Stage, folder: StageFolder) -> None:
+        """Ask the stage that is to run, and all later ones that will have to, for what they need, before any begins."""
         run, disk = self.context.run.path, 0
+        fingerprints = self.fingerprints | {next_stage.name: folder.fingerprint}
         for stage in self.stages[self.stages.index(next_stage) :]:
-            may_run = self.allowed is None or stage.name in self.allowed
-            finished = is_finished(run / stage.name) and stage is not next_stage
-            if may_run and not finished and stage.name not in self.asked:
+            done = False
+            if stage is not next_stage and not self._may_run(stage):
+                done = True
+            elif stage is not next_stage and isinstance(next_stage, PrepareStage):
+                done = is_finished(run / stage.name)  # it depends on the rows whether it stays so
+            elif stage is not next_stage:
+                inputs = stage.inputs(fingerprints)
+                found = find_stage(run, stage.name, inputs)
+                fingerprints[stage.name] = found.fingerprint
+                done = (found.done or is_superseded(run, stage.name, inputs)) and stage.name not in self.redo
+            if not done and stage.name not in self.asked:
                 self.asked.add(stage.name)
                 disk += stage.needs()
+                if stage is next_stage and not folder.changed and stage.name not in self.redo:
+                    disk -= tree_size(folder.path)  # of an interrupted attempt
         free = shutil.disk_usage(run).free
         if disk > free:
             raise StorageError(
@@ -196,7 +230,8 @@ class _Pipeline:
 
     def _run_stage(self, stage: Stage, folder: StageFolder) -> None:
         context, run, began = self.context, self.context.run, time.perf_counter()
-        made_with = environment() | asdict(context.placement)
+        placement = context.placement if isinstance(stage, TrainStage) else context.placement_here
+        made_with = environment() | asdict(placement)
         write_json(run.path / "environment.json", made_with)
         if isinstance(stage, TrainStage):
             message = {"run": str(run.path.resolve()), "number": stage.number, "fingerprint": folder.fingerprint}
@@ -210,19 +245,18 @@ class _Pipeline:
                 record_interruption(folder, time.perf_counter() - began)
             raise
         context.progress.stop()
-        finish_stage(folder, time.perf_counter() - began, made_with)
+        finish_stage(folder, time.perf_counter() - began, made_with, stage.disposable)
         self._write_lineage()
 
     def _write_lineage(self) -> None:
         """Write which stages make up the run as it is now. Later ones may still be those of other settings: they are named
         once it is known that they are not."""
         context, recipe = self.context, self.context.recipe
-        known = context.recorded_model.get("identity") == context.base_identity and context.recorded_model.get(
-            "template"
-        )
+        known = None if self.started else context.recorded_model.get("template")
         model = {
             "spec": recipe.model.base,
             "identity": context.base_identity,
             "template": known or context.template.digest,
         }
-        context.run.write_lineage(list(self.fingerprints), {"recipe": recipe.name, "seed": recipe.seed, "model": model})
+        facts = {"recipe": recipe.name, "seed": recipe.seed, "model": model, "read_from": context.read_from}
+        context.run.write_lineage(list(self.fingerprints), facts)

@@ -8,7 +8,7 @@ from typing import Any
 
 from corral.errors import require
 from corral.pipeline.context import RunContext
-from corral.run.stage_record import StageFolder
+from corral.run.stage_record import StageFolder, superseded_folders
 from corral.training.memory_estimate import ModelShape
 from corral.training.stage_needs import export_bytes
 
@@ -19,6 +19,7 @@ class ExportStage:
 
     context: RunContext
     name = "export"
+    disposable = ()
 
     def needs(self) -> int:
         """The forms must be able to say what the model is. Raises: ModelError, MissingExtraError."""
@@ -47,6 +48,6 @@ class ExportStage:
 
         run = self.context.run
         for form in self.context.recipe.export_forms:
-            for old in sorted((run.path / "superseded").glob("export-*")) if folder.attempt == 1 else ():
+            for old in superseded_folders(run.path, folder):
                 form.copy_missing_from(old, folder.path)
             export_form(run.model, folder.path, form, self.context.progress)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from corral.data.ledger import source_notes
@@ -12,10 +11,8 @@ from corral.data.prepare import prepare as prepare_rows
 from corral.data.sources import hash_source
 from corral.evaluation.evaluation_data import select_evaluation_data
 from corral.formatting import count_of
-from corral.model.folder import model_identity
 from corral.pipeline.context import RunContext
 from corral.run.stage_record import Settings, StageFolder
-from corral.storage import sha256_file
 from corral.training.stage_rows import check_rows_taken
 
 _MEGABYTE = 10**6
@@ -27,6 +24,7 @@ class PrepareStage:
 
     context: RunContext
     name = "prepare"
+    disposable = ()
 
     def needs(self) -> int:
         """All that it reads, and a template that the base model has. Raises: DataError, TemplateError, ModelError …"""
@@ -39,27 +37,21 @@ class PrepareStage:
 
         What cannot be read here any more counts as it was recorded: a finished run needs no raw rows.
         """
-        recipe, model = self.context.recipe, self.context.recipe.model
+        recipe = self.context.recipe
         elsewhere = {"sources": {"__all__": {"path", "name"}}, "seed": True, "split": {"seed"}}
-        template, adapter = model.template, self.context.adapter
         sources, labels = recipe.data.sources, [source.label for source in recipe.data.sources]
         hashed = [
             self.context.hash_or_recorded(
-                self, f"rows.{i}", source.label, lambda source=source: hash_source(source, self.context.progress)
+                self, f"rows.{i}", source.path, lambda source=source: hash_source(source, self.context.progress)
             )
             for i, source in enumerate(sources)
         ]
-        if template.endswith(".jinja"):
-            template = self.context.hash_or_recorded(
-                self, "template", template, lambda: sha256_file(Path(model.template))
-            )
         return {
             "data": Settings.of(recipe.data, elsewhere),
             "rows": hashed,
             "base": self.context.base_identity,
-            "adapter": None if adapter is None else model_identity(adapter.folder),
-            "template": template,
-            "template_variables": model.template_variables,
+            "adapter": self.context.adapter_identity(self),
+            "template": self.context.template_source(self),
             "seeds": [recipe.split_seed, recipe.rows_seed],
             "mixtures": [[labels.index(label) for label in mixture] for mixture in recipe.mixtures],
         }

@@ -16,6 +16,7 @@ class ReportStage:
 
     context: RunContext
     name = "report"
+    disposable = ()
 
     def needs(self) -> int:
         """Nothing."""

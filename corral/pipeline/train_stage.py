@@ -14,7 +14,6 @@ from corral.errors import out_of_memory_errors, require
 from corral.export import contract
 from corral.formatting import format_bytes
 from corral.model.device import memory_limit
-from corral.model.folder import model_identity
 from corral.pipeline.context import RunContext
 from corral.progress import Progress
 from corral.run.promotion import MERGED_FOLDER
@@ -38,6 +37,7 @@ class TrainStage:
 
     context: RunContext
     number: int
+    disposable = ("checkpoints/", "last/", "profile/", "metrics.jsonl", "events.out")
 
     @property
     def name(self) -> str:
@@ -63,6 +63,7 @@ class TrainStage:
     def needs(self) -> int:
         """Packages, and a model that can read rows of this length. Raises: MissingExtraError, ModelError, InputError."""
         context, config = self.context, self.context.recipe.train[self.number - 1]
+        context.check_readable(self)
         for tracker in context.recipe.trackers:
             require(tracker, "trackers")
         if config.optimizer.kind != "adamw":
@@ -88,7 +89,8 @@ class TrainStage:
             "train": Settings.of(recipe.train[self.number - 1], elsewhere),
             "stages": before,
             "base": None if self.start else context.base_identity,
-            "adapter": None if self.adapter is None else model_identity(self.adapter.folder),
+            "adapter": context.adapter_identity(self) if self.number == 1 else None,
+            "template": context.template_source(self),
             "dtype": recipe.model.dtype,
             "seed": recipe.training_seed(self.number),
             "rows": self.rows.digest,
@@ -99,7 +101,7 @@ class TrainStage:
         """The rows that it trains and is evaluated on. Raises: DataError (there are none to train on)."""
         from corral.training.stage_rows import StageRows
 
-        prepared, config = self.context.prepared, self.config
+        prepared, config = self.context.prepared, self.context.recipe.train[self.number - 1]
         if config.sources is not None:  # a source may have another name by now
             names = [source.label for source in self.context.recipe.data.sources]
             labels = tuple(prepared.labels[names.index(name)] for name in config.sources)

@@ -59,7 +59,7 @@ class Run:
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: Path, recipe: Recipe) -> Generator[Run]:
-        """Create a run or open an existing one for writing; it is locked until the context ends.
+        """Create a run or open an existing one, whose recipe stays, for writing; it is locked until the context ends.
 
         Raises:
             RunError: another process is writing it, or the directory holds other files or another recipe's run.
@@ -80,8 +80,13 @@ class Run:
                 hint="give another directory with --out",
             )
         with _locked(path):
-            write_atomic(recipe_path, recipe.to_toml())
+            if not recipe_path.exists():
+                write_atomic(recipe_path, recipe.to_toml())
             yield cls(path)
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Replace the recipe of the run."""
+        write_atomic(self.path / "recipe.toml", recipe.to_toml())
 
     def write_lineage(self, stages: list[str], extra: Mapping[str, Any]) -> None:
         """Write lineage.json: each stage's inputs, outputs and their hashes."""

@@ -6,6 +6,7 @@ stage may be superseded since: until another one is promoted, the run still stan
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -52,7 +53,9 @@ def promote(run: Path, stage: StageFolder, reason: str) -> None:
         return
     files = {name: digest for name, digest in record["outputs"].items() if name.startswith(f"{MERGED_FOLDER}/")}
     sha256 = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-    current = read_promotion(run)
+    current = None
+    with contextlib.suppress(RunError):  # a damaged pointer is written again
+        current = read_promotion(run)
     if current is None or (current.fingerprint, current.sha256) != (stage.fingerprint, sha256):
         now = datetime.now(UTC).isoformat(timespec="seconds")
         write_json(run / _POINTER, asdict(Promotion(stage.name, stage.fingerprint, sha256, reason, now)))

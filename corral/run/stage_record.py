@@ -91,17 +91,20 @@ def claim_stage(run: Path, name: str, inputs: Mapping[str, Any], *, redo: bool =
 
     Args:
         run, inputs: as for `find_stage`.
-        redo: supersede it in any case.
+        redo: supersede it also if it is done.
     """
     path = run / name
     record = read_record(path)
     attempt = 1
-    if record is not None and (redo or _changes(record, inputs) or _is_damaged(path, record)):
-        if redo:
-            attempt = record.get("attempt", 1) + 1
+    if record is not None and _is_done(path, record) and redo:
+        earlier_records = (read_record(folder) or {} for folder in (run / "superseded").glob(f"{name}-*"))
+        attempt = 1 + max(each.get("attempt", 1) for each in (record, *earlier_records))
         _supersede(run, name, record)
         record = None
-    if record is None and not redo and (earlier := _find_superseded(run, name, inputs)) is not None:
+    elif record is not None and (_changes(record, inputs) or _is_damaged(path, record)):
+        _supersede(run, name, record)
+        record = None
+    if record is None and attempt == 1 and (earlier := _find_superseded(run, name, inputs)) is not None:
         remove_tree(path)
         earlier.rename(path)
         record = read_record(path)
@@ -109,37 +112,44 @@ def claim_stage(run: Path, name: str, inputs: Mapping[str, Any], *, redo: bool =
         remove_tree(path)
         with storage_errors(path):
             path.mkdir(parents=True)
-        values = {key: value.values if isinstance(value, Settings) else value for key, value in inputs.items()}
-        fingerprint = _fingerprint(name, inputs, attempt)
-        record = cast(
-            "dict[str, Any]",
-            {
-                "name": name,
-                "format": FORMAT,
-                "fingerprint": fingerprint,
-                "attempt": attempt,
-                "status": "running",
-                "inputs": values,
-                "corral": corral.__version__,
-                "started": _now(),
-            },
-        )
+        record = _new_record(name, inputs, attempt)
         write_json(path / "stage.json", record)
     elif not _is_done(path, record):
         remove_temporary_files(path)
-    return StageFolder(
-        name, path, str(record["fingerprint"]), _is_done(path, record), attempt=int(record.get("attempt", 1))
-    )
+    return StageFolder(name, path, record["fingerprint"], _is_done(path, record), attempt=record.get("attempt", 1))
 
 
-def finish_stage(stage: StageFolder, seconds: float, made_with: Mapping[str, Any]) -> None:
-    """Record a stage as done, with the sha256 and size of every output file.
+def _new_record(name: str, inputs: Mapping[str, Any], attempt: int) -> dict[str, Any]:
+    return {
+        "name": name,
+        "format": FORMAT,
+        "fingerprint": _fingerprint(name, inputs, attempt),
+        "attempt": attempt,
+        "status": "running",
+        "inputs": _json_values(inputs),
+        "given": {key: value.given for key, value in inputs.items() if isinstance(value, Settings)},
+        "corral": corral.__version__,
+        "started": _now(),
+    }
+
+
+def is_superseded(run: Path, name: str, inputs: Mapping[str, Any]) -> bool:
+    """Whether a finished stage of these inputs has been superseded, so that `claim_stage` brings it back."""
+    earlier = _find_superseded(run, name, inputs)
+    return earlier is not None and is_finished(earlier)
+
+
+def finish_stage(
+    stage: StageFolder, seconds: float, made_with: Mapping[str, Any], disposable: tuple[str, ...] = ()
+) -> None:
+    """Record a stage as done, with the sha256 of every output file, and the size of those that it needs to be done.
 
     Args:
         made_with: machine, device and the like, for people.
+        disposable: beginnings of the names of files that may be missing later.
     """
     outputs = {name: digest for name, digest in tree_hashes(stage.path).items() if name != "stage.json"}
-    sizes = {name: (stage.path / name).stat().st_size for name in outputs}
+    sizes = {name: (stage.path / name).stat().st_size for name in outputs if not name.startswith(disposable)}
     finished = {"status": "done", "finished": _now(), "made_with": made_with, "outputs": outputs, "sizes": sizes}
     _update_record(stage, seconds, **finished)
 
@@ -166,10 +176,25 @@ def read_fingerprint(run: Path, name: str) -> str | None:
     return None if record is None or record.get("status") == _DAMAGED else record["fingerprint"]
 
 
+def missing_output(path: Path) -> str | None:
+    """The first file that a stage which was finished has lost or that has another size; None if it has all."""
+    sizes: Mapping[str, int] = (read_record(path) or {}).get("sizes", {})
+    return next((name for name, size in sizes.items() if not _has_size(path / name, size)), None)
+
+
 def is_finished(path: Path) -> bool:
     """Whether a stage's folder holds a finished stage with all its outputs, whatever it was made from."""
     record = read_record(path)
     return record is not None and _is_done(path, record)
+
+
+def superseded_folders(run: Path, stage: StageFolder) -> list[Path]:
+    """Folders of earlier settings that a stage may take results over from: those that are not damaged, and none if it is to be
+    made from the start."""
+    if stage.attempt > 1:
+        return []
+    folders = sorted((run / "superseded").glob(f"{stage.name}-*"))
+    return [path for path in folders if path.name != f"{stage.name}-{_DAMAGED}"]
 
 
 def find_made(run: Path, name: str, fingerprint: str) -> Path | None:
@@ -183,38 +208,39 @@ def _changes(record: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[str]:
     if record["status"] == _DAMAGED:
         return ["a damaged record"]
     if record.get("format") != FORMAT:
-        return []
-    recorded: Mapping[str, Any] = record["inputs"]
-    changes: list[str] = []
-    for name, value in inputs.items():
-        if isinstance(value, Settings):
-            changes += _differences(recorded.get(name, {}), value.values, value.given, name)
-        else:
-            changes += _differences(recorded.get(name), value, value, name)
-    return changes
+        return [] if record["status"] == "done" else ["an unfinished stage of an older version"]
+    before: Mapping[str, Any] = record["inputs"]
+    counted_before = {name: record["given"].get(name, value) for name, value in before.items()}
+    counted_now = {name: value.given if isinstance(value, Settings) else value for name, value in inputs.items()}
+    return list(_differences(before, _json_values(inputs), (counted_before, counted_now)))
 
 
-def _differences(recorded: Any, current: Any, given: Any, path: str) -> Iterator[str]:
+def _json_values(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value.values if isinstance(value, Settings) else value for key, value in inputs.items()}
+
+
+def _differences(before: Any, now: Any, given: tuple[Any, Any], path: str = "") -> Iterator[str]:
     """Dotted names of what differs.
 
     Args:
-        given: the part of `current` that is not default. What else is missing in `recorded` is no difference, nor is a setting
-            that only an older version knew.
+        given: the parts of both sides that count where the other side has no such key. So a setting that only one version of
+            corral knows is a difference only if it is not default.
     """
-    if isinstance(recorded, dict) and isinstance(current, dict):
-        before, now = cast("dict[str, Any]", recorded), cast("dict[str, Any]", current)
-        explicit = cast("dict[str, Any]", given) if isinstance(given, dict) else {}
-        for key, value in now.items():
-            if key in before:
-                yield from _differences(before[key], value, explicit.get(key, {}), f"{path}.{key}")
-            elif key in explicit:
-                yield f"{path}.{key}"
-    elif isinstance(recorded, list) and isinstance(current, list) and len(recorded) == len(current):  # pyright: ignore[reportUnknownArgumentType]
-        items = cast("list[Any]", given) if isinstance(given, list) else [{}] * len(current)  # pyright: ignore[reportUnknownArgumentType]
-        columns = cast("list[Any]", recorded), cast("list[Any]", current), items
-        for i, (old, new, explicit) in enumerate(zip(*columns, strict=True)):
-            yield from _differences(old, new, explicit, f"{path}.{i}")
-    elif recorded != current:
+    if isinstance(before, dict) and isinstance(now, dict):
+        sides = cast("tuple[dict[str, Any], dict[str, Any]]", (before, now))
+        counts = [cast("dict[str, Any]", part) if isinstance(part, dict) else {} for part in given]
+        for key in dict.fromkeys((*sides[0], *sides[1])):
+            name = f"{path}.{key}" if path else key
+            if all(key in side for side in sides):
+                yield from _differences(sides[0][key], sides[1][key], (counts[0].get(key), counts[1].get(key)), name)
+            elif any(key in count for count in counts):
+                yield name
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):  # pyright: ignore[reportUnknownArgumentType]
+        pairs = zip(cast("list[Any]", before), cast("list[Any]", now), strict=True)
+        counted = [cast("list[Any]", part) if isinstance(part, list) else [None] * len(now) for part in given]  # pyright: ignore[reportUnknownArgumentType]
+        for i, (old, new) in enumerate(pairs):
+            yield from _differences(old, new, (counted[0][i], counted[1][i]), f"{path}.{i}")
+    elif before != now:
         yield path
 
 
@@ -251,8 +277,9 @@ def _supersede(run: Path, name: str, record: Mapping[str, Any]) -> None:
 
 
 def _fingerprint(name: str, inputs: Mapping[str, Any], attempt: int = 1) -> str:
-    given = {key: value.given if isinstance(value, Settings) else value for key, value in inputs.items()}
-    text = json.dumps({"stage": name, **given} | ({"attempt": attempt} if attempt > 1 else {}), sort_keys=True)
+    text = json.dumps(
+        {"stage": name, **_json_values(inputs)} | ({"attempt": attempt} if attempt > 1 else {}), sort_keys=True
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -266,7 +293,11 @@ def _is_damaged(path: Path, record: Mapping[str, Any]) -> bool:
 
 def _outputs_complete(path: Path, record: Mapping[str, Any]) -> bool:
     sizes: dict[str, int] = record.get("sizes", {})
-    return all((path / name).is_file() and (path / name).stat().st_size == size for name, size in sizes.items())
+    return all(_has_size(path / name, size) for name, size in sizes.items())
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def _now() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 from corral.data.prepare import Prepared
 from tests.batch.work import read_rows
-from tests.e2e.conftest import succeed
+from tests.e2e.conftest import fail, succeed
 
 STABLE_NAMES = (
     "recipe.toml",
@@ -34,9 +35,10 @@ STABLE_NAMES = (
 )
 
 
-def run(workspace: Path, *settings: str) -> dict[str, str]:
+def run(workspace: Path, *settings: str, redo: str | None = None) -> dict[str, str]:
     """Run the recipe into `run`. Returns what happened to each stage."""
     options = [part for setting in settings for part in ("--set", setting)]
+    options += ["--redo", redo] if redo else []
     done = succeed("run", workspace / "r.toml", "--out", workspace / "run", "--json", *options)
     return json.loads(done.stdout)["stages"]
 
@@ -154,12 +156,20 @@ def test_the_merged_model_equals_the_adapter_on_held_out_rows(finished_run: Path
         assert a == pytest.approx(b, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["train-1-sft/adapter/adapter_model.safetensors", "train-1-sft/merged/config.json"])
-def test_a_finished_stage_that_lost_a_file_runs_again(name: str, run_copy: Path) -> None:
-    (run_copy / name).unlink()
-    assert run(run_copy.parent)[name.split("/")[0]] == "done"
-    assert (run_copy / name).is_file()
-    assert set(run(run_copy.parent).values()) == {"skipped"}
+def test_a_finished_stage_that_lost_a_file_is_not_trained_again_unasked(run_copy: Path) -> None:
+    shutil.rmtree(run_copy / "train-1-sft" / "checkpoints")
+    (run_copy / "train-1-sft" / "metrics.jsonl").unlink()
+    (run_copy / "evaluate" / "scorecard.json").unlink()
+    assert run(run_copy.parent) == {
+        "prepare": "skipped",
+        "train-1-sft": "skipped",
+        "evaluate": "done",
+        "report": "skipped",
+    }
+    (run_copy / "train-1-sft" / "merged" / "config.json").unlink()
+    words = ["train-1-sft has lost merged/config.json", "--redo train-1-sft"]
+    fail(2, words, "run", run_copy.parent / "r.toml", "--out", run_copy)
+    assert run(run_copy.parent, redo="train-1-sft")["train-1-sft"] == "done"
 
 
 def test_the_quickstart_runs_on_the_real_model(tmp_path: Path) -> None:

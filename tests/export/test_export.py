@@ -89,9 +89,9 @@ def test_openvino_genai_is_given_the_ids_and_no_other_setting_of_generation(sour
 def leave_out_rope_scaling(patch: pytest.MonkeyPatch) -> None:
     real = openvino_graph._rope  # pyright: ignore[reportPrivateUsage]
 
-    def plain(config: Any, folder: Path) -> Any:
+    def plain(config: Any) -> Any:
         config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4}
-        return real(config, folder)
+        return real(config)
 
     patch.setattr(openvino_graph, "_rope", plain)
     patch.setattr(gguf_writer, "llama3_divisors", lambda config: np.ones(config.head_dim // 2, np.float32))

@@ -290,7 +290,7 @@ def test_a_rope_without_its_scaling_shows_in_the_scores(
     folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = 5e5 ** -(np.arange(0, 16, 2, dtype=np.float32) / 16)
-    monkeypatch.setattr(writer, "_rope", lambda config, folder: (plain, 1.0))
+    monkeypatch.setattr(writer, "_rope", lambda config: (plain, 1.0))
     scored, _ = score_and_complete(write(folders("Llama 3.1"), tmp_path / "form", "f32"), TEXT)
     assert gap(scored, scores(reference("Llama 3.1", "f32"), TEXT)) > PLAIN
     unscaled = reference("Llama 3.1", "f32", rope_parameters=FAMILIES["Llama 3.1"].unscaled)

@@ -13,10 +13,11 @@ import pytest
 from corral import recipe as recipes
 from corral.cli import main
 from corral.data.prepare import Prepared
-from corral.errors import DataError, InputError, MissingExtraError, ModelError, RunError, StorageError
+from corral.errors import CorralError, DataError, InputError, MissingExtraError, ModelError, RunError, StorageError
 from corral.messages import Conversation
 from corral.model.folder import model_identity
 from corral.pipeline import execution
+from corral.pipeline.train_stage import TrainStage
 from corral.progress import Progress
 from corral.report.write import write_report
 from corral.run.directory import Run
@@ -85,6 +86,18 @@ def test_rows_that_are_prepared_again_and_come_out_the_same_train_nothing_again(
     trained = (run_copy / "train-1-sft" / "stage.json").read_bytes()
     assert execute(run_copy, "data.max_loss=0.9") == ["prepare", "report"], "the same rows came out"
     assert (run_copy / "train-1-sft" / "stage.json").read_bytes() == trained
+
+
+def test_another_system_prompt_or_template_file_trains_again_also_if_no_row_shows_it(run_copy: Path) -> None:
+    rows = [json.loads(line) for line in (run_copy.parent / "rows.jsonl").read_text().splitlines()]
+    own = {"role": "system", "content": "Mine."}
+    lines = [json.dumps({"messages": [own, *row["messages"]]}) + "\n" for row in rows]
+    (run_copy.parent / "rows.jsonl").write_text("".join(lines))
+    execute(run_copy, "data.system=One")
+    before = Prepared.open(run_copy / "prepare").digest("train")
+    assert "train-1-sft" in execute(run_copy, "data.system=Two")
+    assert Prepared.open(run_copy / "prepare").digest("train") == before
+    assert "Two" in (Run(run_copy).model / "chat_template.jinja").read_text()
 
 
 def test_another_version_trains_nothing_again_and_says_how_to(run_copy: Path, said: Said) -> None:
@@ -236,6 +249,79 @@ def test_a_disk_that_is_too_small_is_said_before_anything_begins(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 10**6))  # pyright: ignore
     with pytest.raises(StorageError, match=r"the disk has 1.00 MB free, and this run needs about"):
         needs_of(tmp_path / "run")
+
+
+def test_a_removed_stage_and_a_removed_setting_are_changes(run_copy: Path) -> None:
+    add_to_recipe(run_copy, SHORT.format(name="more", settings=""))
+    variants = 'evaluate.variants=[{name="first", model="train-1-sft", answer={max_tokens=3}}]'
+    execute(run_copy, variants)
+    assert execute(run_copy, variants.replace("answer={max_tokens=3}", "answer={}")) == ["evaluate", "report"]
+
+    def loss(variant: str) -> float:
+        card = json.loads((run_copy / "evaluate" / "scorecard.json").read_text())
+        return card["variants"][variant]["metrics"]["loss"]["mean"]
+
+    first = loss("first")
+    assert loss("tuned") != first
+    write_workspace(run_copy.parent, Path(Run(run_copy).recipe.model.base))
+    assert "evaluate" in execute(run_copy, variants)
+    assert loss("tuned") == first, "the first stage is the last one now"
+
+
+def test_another_file_or_base_that_is_not_there_is_an_error_and_changes_nothing(run_copy: Path) -> None:
+    before = (run_copy / "recipe.toml").read_text()
+    with pytest.raises(DataError, match=r"typo.jsonl"):
+        execute(run_copy, 'data.sources=[{path="typo.jsonl"}]')
+    with pytest.raises(ModelError, match="other"):
+        execute(run_copy, 'model.base="/nowhere/other"')
+    assert (run_copy / "recipe.toml").read_text() == before
+    with pytest.raises(DataError, match=r"missing.jsonl"):
+        execute(run_copy, 'evaluate.test={path="missing.jsonl"}', "train.0.optimizer.lr=1e-4")
+    with pytest.raises(MissingExtraError, match="vllm"):
+        execute(run_copy, "train.0.optimizer.lr=1e-4", 'evaluate.engine="vllm"')
+    assert (run_copy / "recipe.toml").read_text() == before
+    assert execute(run_copy) == []
+
+
+def test_a_broken_template_is_an_error_and_not_taken_for_a_missing_base(run_copy: Path) -> None:
+    with pytest.raises(CorralError, match="chatmll"):
+        execute(run_copy, 'model.template="chatmll"')
+    assert execute(run_copy) == []
+
+
+def test_superseded_stages_come_back_without_being_asked_for_what_they_need(
+    run_copy: Path, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute(run_copy, "train.0.optimizer.lr=1e-3")
+    monkeypatch.setattr(TrainStage, "needs", lambda _: pytest.fail("it is finished"))
+    assert execute(run_copy, said=said) == []
+    assert any("train-1-sft is brought back" in line for line in said.lines)
+
+
+def test_exports_need_no_evaluation(run_copy: Path) -> None:
+    shutil.rmtree(run_copy / "evaluate")
+    recipe = Run(run_copy).recipe.with_export("gguf", "f16")
+    outcome = execution.execute(recipe, run_copy, Progress(), allowed=("export", "report"))
+    assert outcome == {"prepare": "skipped", "train-1-sft": "skipped", "export": "done", "report": "done"}
+
+
+def test_a_stage_made_again_twice_has_three_fingerprints(run_copy: Path) -> None:
+    def fingerprint() -> str:
+        return json.loads((run_copy / "evaluate" / "stage.json").read_text())["fingerprint"]
+
+    seen = [fingerprint()]
+    execute(run_copy, redo=["evaluate"])
+    seen.append(fingerprint())
+    execute(run_copy, "evaluate.loss_rows=5")
+    execute(run_copy, redo=["evaluate"])
+    seen.append(fingerprint())
+    assert len(set(seen)) == 3
+
+
+def test_a_damaged_pointer_is_written_again(run_copy: Path) -> None:
+    (run_copy / "model").write_text("{")
+    assert execute(run_copy) == []
+    assert Run(run_copy).model == run_copy / "train-1-sft" / "merged"
 
 
 def test_a_stage_that_may_not_run_now_must_be_finished(run_copy: Path) -> None:

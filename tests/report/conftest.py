@@ -72,7 +72,11 @@ def make_run(tmp_path: Path) -> MakeRun:
 
 def fill(run: Path, parts: tuple[str, ...], stages: tuple[str, ...] = ("train-1-sft",)) -> Path:
     run.mkdir(parents=True)
-    (run / "recipe.toml").write_text(parse(RECIPE, where="test").to_toml(), "utf-8")
+    names = {int(stage.split("-")[1]): stage.split("-", 2)[2] for stage in stages}
+    tables = (f'name = "{names[n]}"' if names.get(n, "sft") != "sft" else "" for n in range(2, max(names) + 1))
+    others = "".join(f"[[train]]\n{table}\n" for table in tables)
+    recipe = RECIPE.replace("[evaluate]", f"{others}[evaluate]")
+    (run / "recipe.toml").write_text(parse(recipe, where="test").to_toml(), "utf-8")
     for part, write_part in PARTS.items():
         if part in parts:
             write_part(run)

@@ -96,7 +96,7 @@ def test_several_training_stages_are_shown_each(make_run: MakeRun) -> None:
     write_lines(run / "train-2-dpo" / "metrics.jsonl", metrics(12))
     page = write_report(run).read_text("utf-8")
     assert "<dt>train-1-sft</dt>" in page
-    assert "<dt>train-2-dpo</dt><dd>from the base model, 12 steps" in page
+    assert "<dt>train-2-dpo</dt><dd>from the base model, sft, LoRA of rank 16, 12 steps" in page
 
 
 def test_a_relative_path_of_the_run_is_shown_as_given(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:

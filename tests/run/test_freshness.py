@@ -45,3 +45,25 @@ def test_a_stage_that_the_lineage_does_not_know_is_stale(tmp_path: Path) -> None
     run = whole_run(tmp_path)
     write_json(run / "lineage.json", {"stages": [{"name": "prepare", "fingerprint": "p1"}]})
     assert stale_stages(run)["train-1-sft"] == "it was made for other settings or rows"
+
+
+RECIPE = """
+name = "two"
+model.base = "m"
+data.sources = [{ path = "a.jsonl" }]
+train = [{}, {}]
+"""
+
+
+def test_scores_from_before_there_was_a_last_stage_are_stale_and_a_stage_that_the_recipe_lost_too(
+    tmp_path: Path,
+) -> None:
+    run = whole_run(tmp_path)
+    (run / "recipe.toml").write_text(RECIPE)
+    write_json(
+        run / "evaluate" / "stage.json",
+        {"fingerprint": "e1", "status": "done", "format": 2, "inputs": {"stages": {"train-1-sft": "a1"}}},
+    )
+    assert stale_stages(run) == {"evaluate": "it was made before there was a train-2-sft"}
+    (run / "recipe.toml").write_text(RECIPE.replace("{}, {}", "{}"))
+    assert stale_stages(run) == {"train-2-sft": "the recipe has no such stage"}
