@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, product
 
 from corral.data.encoding import count_scored_bytes
 from corral.data.example_store import ExampleStore
-from corral.errors import RecipeError
+from corral.errors import DataError, RecipeError
 from corral.evaluation.inference import Item, TextItem
 from corral.evaluation.tasks import Task
-from corral.messages import Conversation, Text
+from corral.messages import Conversation, Preference, Text
 from corral.recipe.evaluate import ANSWER_METRICS, Evaluate
 from corral.template import Template
 
@@ -54,8 +54,12 @@ def select_evaluation_data(
         template: encoded them.
         tasks, load_examples: as in `EvaluationData`.
 
-    Raises: RecipeError (`evaluate.primary` is a metric of answers, and there is nothing to answer).
+    Raises:
+        RecipeError: `evaluate.primary` is a metric of answers, and there is nothing to answer.
+        DataError: `evaluate.test` has no row that can be measured.
     """
+    if evaluate.test is not None:
+        check_test_sources(test, [evaluate.test.label])
     losses = list(islice(_loss_items(test, evaluate.loss_rows, template), evaluate.loss_rows))
     answers = list(islice(_conversations(test), evaluate.answer_rows))
     if not answers and evaluate.primary in ANSWER_METRICS:
@@ -65,6 +69,20 @@ def select_evaluation_data(
             hint='choose `primary = "loss"`, or a metric of a task',
         )
     return EvaluationData(_name_parts(losses, test), answers, tasks, load_examples)
+
+
+def check_test_sources(test: ExampleStore, labels: Iterable[str]) -> None:
+    """Raises DataError if a source that is for the test side has test rows, and none of them can be measured."""
+    for label in labels:
+        rows = test.select([label])
+        if len(rows) and not (rows.is_of(Conversation) | rows.is_of(Text)).any():
+            kind = "preferences" if rows.is_of(Preference).all() else "judged answers"
+            raise DataError(
+                f"no row of the source {label!r} can be evaluated on: they are {kind}",
+                where=label,
+                hint="evaluate on conversations or documents; preferences and judged answers can be trained on, or be the "
+                "validation side of a stage that trains on such rows",
+            )
 
 
 def _conversations(test: ExampleStore) -> Iterator[Item]:

@@ -9,7 +9,7 @@ from typing import Any
 from corral.data.ledger import source_notes
 from corral.data.prepare import prepare as prepare_rows
 from corral.data.sources import hash_source
-from corral.evaluation.evaluation_data import select_evaluation_data
+from corral.evaluation.evaluation_data import check_test_sources, select_evaluation_data
 from corral.formatting import count_of
 from corral.pipeline.context import RunContext
 from corral.run.stage_record import Settings, StageFolder
@@ -73,6 +73,7 @@ class PrepareStage:
             for note in source_notes(source):
                 context.progress.say(f"{label}: {note}")
         check_rows_taken(rows, recipe.train)
+        check_test_sources(rows.test, [source.label for source in recipe.data.sources if source.side == "test"])
         if recipe.evaluate.test is None:  # what cannot be evaluated is known before anything trains
             select_evaluation_data(rows.test, recipe.evaluate, context.template)
         distinct = rows.train.distinct_count

@@ -39,3 +39,13 @@ def test_a_corpus_is_trained_on_and_evaluated_by_its_loss_per_token_and_per_byte
     fail(2, words_of_error, "evaluate", run, "--set", "evaluate.primary=rougeL")
     succeed("evaluate", run, "--set", "evaluate.primary=loss")
     assert (run / "evaluate" / "losses.jsonl").read_bytes() == before
+
+
+def test_a_test_file_that_cannot_be_evaluated_on_is_known_before_training(workspace: Path) -> None:
+    rows = [{"prompt": f"Which {n}?", "chosen": "this", "rejected": "that"} for n in range(5)]
+    (workspace / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = (workspace / "r.toml").read_text()
+    mine = '[[data.sources]]\npath = "mine.jsonl"\nside = "test"\n'
+    (workspace / "r.toml").write_text(recipe.replace("[[data.sources]]", f"{mine}[[data.sources]]", 1))
+    done = fail(2, ["mine.jsonl", "preferences"], "run", "r.toml", "--out", "out", cwd=workspace)
+    assert "Training" not in done.stdout + done.stderr

@@ -10,11 +10,11 @@ import pytest
 from corral.data.encoding import encode_record
 from corral.data.example_store import Example, ExampleStore
 from corral.data.prepare import prepare
-from corral.errors import RecipeError
+from corral.errors import DataError, RecipeError
 from corral.evaluation.evaluation_data import select_evaluation_data
 from corral.evaluation.inference import Item, TextItem
 from corral.messages import Conversation, Preference, Record, Text
-from corral.recipe import Data, Split
+from corral.recipe import Data, Source, Split
 from corral.recipe.evaluate import Evaluate
 from corral.template import Encoded, Template
 from tests.data.conftest import chats, prose, source, write_examples, write_rows
@@ -138,3 +138,15 @@ def test_the_bytes_of_a_documents_loss_are_those_of_the_tokens_that_are_predicte
         windows[1][0]: len(windows[1][0].encode()),
         text[:first]: 0,
     }
+
+
+def test_a_test_file_of_preferences_alone_is_refused(template: Template, tmp_path: Path) -> None:
+    preference = Preference(Conversation.from_turns(("user", "why?")), "so", "no")
+    mine = Evaluate(test=Source(path="docs"))
+    test = store(tmp_path, preference, preference)
+    select_evaluation_data(test, Evaluate(), template)
+    with pytest.raises(DataError, match="no row of the source 'docs' can be evaluated on: they are preferences"):
+        select_evaluation_data(test, mine, template)
+    (tmp_path / "mixed").mkdir()
+    mixed = store(tmp_path / "mixed", preference, conversation(1))
+    assert len(select_evaluation_data(mixed, mine, template).loss_items) == 1
