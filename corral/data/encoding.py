@@ -120,6 +120,15 @@ def cut_record(record: Record, start: int, end: int) -> Record:
             raise AssertionError(f"a {type(record).__name__} has no parts")
 
 
+def _has_no_system(record: Record) -> bool:
+    """Whether the template's system message leads the record."""
+    match record:
+        case Conversation(messages) | Preference(Conversation(messages)) | Feedback(Conversation(messages)):
+            return messages[0].role != "system"
+        case Text():
+            return False
+
+
 def _count_trained(sequence: Encoded) -> int:
     return sum(sequence.trained[1:])
 
@@ -144,7 +153,7 @@ class RowEncoder:
     def encode_all(self, records: Iterable[Record]) -> Iterator[EncodedRow]:
         """Each record's sequences. Conversations are encoded in one batch, which is faster."""
         records = [self._select_answers(record) for record in records]
-        if self._least_prompt >= self.limit and not all(isinstance(record, Text) for record in records):
+        if self._least_prompt >= self.limit and any(map(_has_no_system, records)):
             raise DataError(
                 f"with the system message the shortest prompt has {self._least_prompt} tokens, and an example with its "
                 f"answer may have {self.limit}",

@@ -229,14 +229,21 @@ class Data(Section):
     """What to do with training rows that share long passages with held-out rows."""
     max_loss: Annotated[float, Field(ge=0, le=1)] | None = None
     """Stop before training if more than this share of the requested rows is lost (dropped, cut, masked): 0.02 or "2%"."""
-    system: Annotated[str, Field(min_length=1)] | None = None
+    system: str | None = None
     """System message of conversations that have none: in training, evaluation, chat, batch and the server, and in the template
     that is saved with the model and its exported forms."""
-    system_override: Annotated[str, Field(min_length=1)] | None = None
+    system_override: str | None = None
     """The same, and it also replaces the system messages of all rows; instead of `system`."""
     seed: Seed | None = None
     """Seed of the choice of rows and questions (`rows`, `weight`, `evaluate.tasks`); by default the recipe's."""
     split: Split = Split()
+
+    @field_validator("system", "system_override")
+    @classmethod
+    def _check_text(cls, system: str | None) -> str | None:
+        if system is not None and not system.strip():
+            raise ValueError("the system message is blank: write one, or remove the setting")
+        return system
 
     @model_validator(mode="after")
     def _check_one_system(self) -> Self:

@@ -50,6 +50,7 @@ _PROBES = (
         ("user", "Hello"), ("assistant", "Hi!"), ("user", "And again?"), ("assistant", "Ünïcode — 東京 🙂")
     ),
 )
+_MARK = "System message that no template brings."
 # Two templates that render these equally may still differ elsewhere: every text that is encoded is compared again.
 _EQUIVALENCE_PROBES = (
     *_PROBES,
@@ -236,13 +237,17 @@ class Template:
         question = _PROBES[0].split_answer()[0]
         special = next((token for token in self._piece_tokenizer.control if token in self.system), None)
         problem = f"it contains {special!r}, which other programs read as that token" if special else None
-        if not special:
+        if "\0" in self.system:
+            problem = "it contains a NUL, at which llama.cpp ends a template"
+        if not problem:
             try:
                 text = self._rendering.text(self._messages(question), generation_prompt=True)
+                marked = Conversation((Message("system", _MARK), *question.messages))
+                renders = _MARK in self._rendering.text(self._messages(marked), generation_prompt=True)
             except TemplateError as error:
                 problem = error.what
             else:
-                problem = None if self.system.strip() in text else "the template does not render it"
+                problem = None if renders and self.system.strip() in text else "the template does not render it"
         if problem:
             raise TemplateError(
                 f"the system message cannot be used: {problem}",

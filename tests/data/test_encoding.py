@@ -230,3 +230,5 @@ def test_a_system_message_that_leaves_no_room_is_an_error(overlong: str, tiny_to
         encode(bearing, talk, 40, overlong=overlong)
     assert caught.value.where == "data.max_length, data.system"
     assert encode(bearing, Text("a"), 40).fit == "kept"
+    stated = Conversation((*Conversation.from_turns(("system", "Be kind.")).messages, *talk.messages))
+    assert encode(bearing, stated, 60, overlong=overlong).fit == "kept", "a row with its own needs no other"

@@ -57,6 +57,7 @@ def test_a_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
         ),
         (('path = "rows.jsonl"', 'path = "rows.jsonl"\nweight = 0'), "data.sources.0.weight (line 7)"),
         (("steps = 3", "steps = nan"), "train.0.steps"),
+        (("[[data", '[data]\nsystem = " "\n[[data'), "the system message is blank: write one, or remove the setting"),
         (
             ("steps = 3", 'steps = 3\n[train.lora]\ntargets = "q_proj"'),
             'train.0.lora.targets (line 10): a list is needed here, in brackets: ["q_proj"]; or ',

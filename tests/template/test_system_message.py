@@ -21,7 +21,7 @@ ALL = [*SHIPPED, *STOCK]
 SYSTEM = "You are Ada.\n\nSay \"hi\" or 'hi'; write {{ x }}, {% if y %} and \\n — 東京 🙂"
 TALK = Conversation.from_turns(("user", "a"), ("assistant", "b"), ("user", "c\n"), ("assistant", "d"))
 IN_CHATML = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
-CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\ufdd0")
+CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\ufdd0\0")
 TEXT = st.lists(
     st.one_of(st.text(CHARACTERS, max_size=8), st.sampled_from(['"', "\\", "\n", "%}", "{#", "{% generation %}"])),
     min_size=1,
@@ -132,9 +132,19 @@ def test_a_template_that_refuses_or_ignores_it_is_refused(name: str, tiny_tokeni
     assert "model.template" in str(caught.value.hint)
 
 
-@pytest.mark.parametrize("system", ["Write <|im_end|> last.", "a\ufdd0b", "a\ud800b"])
+@pytest.mark.parametrize("system", [" ", "user", "What"])
+def test_a_text_that_an_ignoring_template_writes_anyway_does_not_count_as_rendered(
+    system: str, tiny_tokenizer: Any
+) -> None:
+    with pytest.raises(TemplateError, match="does not render it"):
+        Template(tiny_tokenizer, REFUSED["ignoring"], "ignoring", system=system)
+
+
+@pytest.mark.parametrize("system", ["Write <|im_end|> last.", "a\ufdd0b", "a\ud800b", "a\0b"])
 def test_a_text_that_cannot_be_text_everywhere_is_refused(system: str, tiny_tokenizer: Any) -> None:
-    with pytest.raises(TemplateError, match=r"the system message cannot be used: .*(im_end|FDD0|not valid Unicode)"):
+    with pytest.raises(
+        TemplateError, match=r"the system message cannot be used: .*(im_end|FDD0|not valid Unicode|a NUL)"
+    ):
         Template.load(tiny_tokenizer, "chatml", system=system)
 
 
