@@ -41,7 +41,6 @@ def execute_recipe(recipe: Any, out: Path, args: argparse.Namespace, **options: 
 
 
 def _print_scorecard(out: Path) -> None:
-
     from corral.evaluation import tables
     from corral.evaluation.scorecard import Scorecard
 
@@ -101,7 +100,6 @@ def _run(args: argparse.Namespace, world: World) -> dict[str, Any]:
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
     """Measure what training a recipe needs on this machine, or estimate it for another device."""
-
     from corral.interrupts import Interrupts
     from corral.preflight.plan import render
     from corral.preflight.planner import plan as find_out
@@ -131,7 +129,6 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
 
 def inspect(args: argparse.Namespace) -> dict[str, Any]:
     """Show the rows that a recipe trains on, coloured by token, and what became of all others."""
-
     from corral.data import preview
     from corral.data.lost_rows_budget import check_loss_budget
     from corral.data.prepare import prepare
@@ -202,7 +199,6 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Compare variants of runs, by default their tuned models, on the rows on which both were evaluated."""
-
     from corral.evaluation import tables
     from corral.evaluation.scorecard import build_scorecard, choose_primary
     from corral.pipeline.evaluate_stage import parse_variant, read_primary, read_variant_rows

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from corral.data.prepare import Prepared
-from corral.errors import CorralError, RunError
+from corral.errors import CorralError, ModelError, RunError
 from corral.interrupts import Interrupts
 from corral.model.device import Placement, choose_device
 from corral.model.folder import model_identity
@@ -106,9 +106,10 @@ class RunContext:
     @cached_property
     def _lineage(self) -> Mapping[str, Any]:
         try:
-            return json.loads((self.run.path / "lineage.json").read_text("utf-8"))
+            lineage: Any = json.loads((self.run.path / "lineage.json").read_text("utf-8"))
         except (OSError, ValueError):
-            return {}
+            lineage = None
+        return cast("dict[str, Any]", lineage) if isinstance(lineage, dict) else {}
 
     @cached_property
     def adapter(self) -> AdapterFiles | None:
@@ -222,8 +223,17 @@ class RunContext:
             raise self._unreadable[stage.name]
 
     def model_of_stage(self, number: int) -> Path:
-        """The folder of the model that training stage `number` leaves; 0: the base model."""
+        """The folder of the model that training stage `number` leaves; 0: the base model.
+
+        Raises: ModelError (the base model is another one than this run began with).
+        """
         if number == 0:
+            if self.base.identity != self.base_identity:
+                raise ModelError(
+                    "the base model is another one than this run began with",
+                    where=self.recipe.model.base,
+                    hint="name the revision of a hub's model (hub:OWNER/NAME@REVISION), or make a new run with --out",
+                )
             return self.base.folder
         return self.run.path / self.recipe.stage_names[number - 1] / MERGED_FOLDER
 

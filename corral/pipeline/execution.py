@@ -125,7 +125,6 @@ class _Pipeline:
         self.fingerprints: dict[str, str] = {}
         self.outcome: dict[str, str] = {}
         self.asked: set[str] = set()
-        self.inputs: dict[str, Any] = {}
         self.started = False
         names = [stage.name for stage in self.stages]
         for name in redo:
@@ -136,14 +135,15 @@ class _Pipeline:
         """Run what is missing. Returns: for each stage `done` or `skipped`."""
         run = self.context.run.path
         for stage in self.stages:
-            folder = self._find(stage)
-            if folder is None:
+            found = self._find(stage)
+            if found is None:
                 continue
+            folder, inputs = found
             if not folder.done:
                 self._check_needs(stage, folder)
                 self.started = True
                 self.context.run.write_recipe(self.context.recipe)  # before the first change, and not if there is none
-                folder = claim_stage(run, stage.name, self.inputs, redo=stage.name in self.redo)
+                folder = claim_stage(run, stage.name, inputs, redo=stage.name in self.redo)
             self.fingerprints[stage.name] = folder.fingerprint
             self.outcome[stage.name] = "skipped" if folder.done else "done"
             if not folder.done:
@@ -154,8 +154,8 @@ class _Pipeline:
         self._write_lineage()
         return self.outcome
 
-    def _find(self, stage: Stage) -> StageFolder | None:
-        """The stage's folder as it is, and what is to be said about it; None for one that may not run and that no other needs.
+    def _find(self, stage: Stage) -> tuple[StageFolder, dict[str, Any]] | None:
+        """The stage's folder as it is, and its inputs; None for a stage that may not run and that no other needs.
 
         Raises: RunError (it is not done and may not run, or has lost a file).
         """
@@ -170,19 +170,19 @@ class _Pipeline:
                     where=str(run),
                     hint="`corral run RECIPE` runs the missing stages",
                 )
-            return StageFolder(name, run / name, read_fingerprint(run, name) or "", done=True)
-        self.inputs = stage.inputs(self.fingerprints)
-        if any(before in self.redo for before in self.inputs.get("stages", ())):
+            return StageFolder(name, run / name, read_fingerprint(run, name) or "", done=True), {}
+        inputs = stage.inputs(self.fingerprints)
+        if any(before in self.redo for before in inputs.get("stages", ())):
             self.redo.add(name)
-        folder = find_stage(run, name, self.inputs)
+        folder = find_stage(run, name, inputs)
         is_costly = isinstance(stage, PrepareStage | TrainStage)
         if folder.done and not folder.made_by and not is_costly:
             self.redo.add(name)  # what it was made from is not known
         if name in self.redo:
-            return replace(folder, done=False)
-        if not folder.done and is_superseded(run, name, self.inputs):
+            return replace(folder, done=False), inputs
+        if not folder.done and is_superseded(run, name, inputs):
             say(f"{name} is brought back from {run / 'superseded'}")
-            return claim_stage(run, name, self.inputs)
+            return claim_stage(run, name, inputs), inputs
         if own := [change for change in folder.changed if not change.startswith("stages.")]:
             changed = f"{', '.join(own[:3])}{' …' if len(own) > 3 else ''}"
             say(f"{name} is made again, as {changed} changed; what it was is kept in {run / 'superseded'}")
@@ -195,7 +195,7 @@ class _Pipeline:
                 where=str(run / name / lost),
                 hint=f"copy it again; or train again: --redo {name}",
             )
-        return folder
+        return folder, inputs
 
     def _may_run(self, stage: Stage) -> bool:
         return self.allowed is None or stage.name in self.allowed

@@ -33,7 +33,6 @@ TASK_METRICS: Mapping[str, tuple[str, ...]] = {
 
 MODEL_FORMS = {f"{to}-{kind}": ExportForm(to, kind) for to, kinds in EXPORT_TYPES.items() for kind in kinds}
 """The exported forms of the tuned model, by the name that a variant gives them."""
-"""The exported forms of the tuned model, by the name that a variant gives them."""
 
 
 class Variant(Section):

@@ -162,18 +162,21 @@ def record_interruption(stage: StageFolder, seconds: float) -> None:
 def read_record(path: Path) -> dict[str, Any] | None:
     """The content of the `stage.json` in a stage's folder; None if there is none; of a damaged one the status alone."""
     try:
-        return json.loads((path / "stage.json").read_text("utf-8"))
+        record: Any = json.loads((path / "stage.json").read_text("utf-8"))
     except FileNotFoundError:
         return None
     except ValueError:
-        # The machine crashed while it was written: the other files cannot be trusted to belong to any inputs.
-        return {"status": _DAMAGED, "fingerprint": _DAMAGED}
+        record = None
+    if isinstance(record, dict) and {"status", "fingerprint"} <= record.keys():
+        return cast("dict[str, Any]", record)
+    # The machine crashed while it was written: the other files cannot be trusted to belong to any inputs.
+    return {"status": _DAMAGED, "fingerprint": _DAMAGED}
 
 
 def read_fingerprint(run: Path, name: str) -> str | None:
     """The fingerprint in a stage's record; None if there is no record, or a damaged one."""
     record = read_record(run / name)
-    return None if record is None or record.get("status") == _DAMAGED else record["fingerprint"]
+    return None if record is None or record["status"] == _DAMAGED else record["fingerprint"]
 
 
 def missing_output(path: Path) -> str | None:
@@ -198,9 +201,12 @@ def superseded_folders(run: Path, stage: StageFolder) -> list[Path]:
 
 
 def find_made(run: Path, name: str, fingerprint: str) -> Path | None:
-    """The folder of the stage with this fingerprint, which may be superseded by now; None if it is gone."""
-    places = (run / name, _superseded_path(run, name, fingerprint))
-    return next((path for path in places if (read_record(path) or {}).get("fingerprint") == fingerprint), None)
+    """The folder of the finished stage with this fingerprint, which may be superseded by now; None if it is gone."""
+    for path in (run / name, _superseded_path(run, name, fingerprint)):
+        record = read_record(path)
+        if record is not None and (record["status"], record["fingerprint"]) == ("done", fingerprint):
+            return path
+    return None
 
 
 def _changes(record: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[str]:

@@ -53,9 +53,10 @@ def test_a_stage_whose_output_is_missing_or_cut_is_not_done(damage, tmp_path: Pa
     assert not claim_stage(tmp_path, "one", {"a": 1}).done
 
 
-def test_a_half_written_stage_record_is_not_trusted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ['{"name": "one", "finger', "{}", "[]", "3"])
+def test_a_damaged_stage_record_is_not_trusted(text: str, tmp_path: Path) -> None:
     finish(tmp_path, {"a": 1})
-    (tmp_path / "one" / "stage.json").write_text('{"name": "one", "finger')
+    (tmp_path / "one" / "stage.json").write_text(text)
     assert not claim_stage(tmp_path, "one", {"a": 1}).done
     assert list((tmp_path / "superseded").iterdir())
 
