@@ -132,10 +132,11 @@ class ExampleStore(Sequence[Example]):
         return [keys[i] for i in np.searchsorted(positions, self._stored)]
 
     def keys_among(self, keys: Collection[str]) -> set[str]:
-        """Those of the keys that an example has."""
+        """Those of the keys that an example has, or the row of which it is a window."""
         wanted = set(keys)
         batches = (batch for _, batch in self._examples.read(np.unique(self._stored)))
-        return {key for batch in batches for key in batch["key"].to_pylist() if key in wanted}
+        columns = (batch[name] for batch in batches for name in ("key", "row_key") if name in batch.schema.names)
+        return {key for column in columns for key in column.to_pylist() if key in wanted}
 
     @cached_property
     def digest(self) -> str:

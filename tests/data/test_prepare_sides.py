@@ -18,7 +18,7 @@ from corral.messages import Conversation, record_key
 from corral.progress import Progress
 from corral.recipe import Data, Split
 from corral.template import Template
-from tests.data.conftest import chat, chats, prose, prose_words, source, word_hashes, write_rows
+from tests.data.conftest import chat, chats, dialogue, prose, prose_words, source, word_hashes, write_rows
 
 Prepare = Callable[..., Prepared]
 DUPLICATES = ["exact", "near", "keep"]
@@ -185,3 +185,17 @@ def test_a_file_to_evaluate_on_is_prepared_as_it_is_and_says_what_was_trained_on
     none = source(write_rows(tmp_path / "none.jsonl", [chat("Q", "so " * 2000)] * 2))
     with pytest.raises(DataError, match="all 2 rows of the source 'none' are lost"):
         prepare_test_rows(none, data, template, tmp_path, 0, trained.train, cache=tmp_path / "cache")
+
+
+def test_a_row_of_which_windows_were_trained_on_is_one_that_was_trained_on(
+    prepared: Prepare, template: Template, tmp_path: Path
+) -> None:
+    long = dialogue(4, 20)
+    more = source(write_rows(tmp_path / "more.jsonl", [long]))
+    trained = prepared(more, split=Split(validation=0, test=0), max_length=150).train
+    assert len(trained) > 1
+    mine = source(write_rows(tmp_path / "mine.jsonl", [long, *chats(3)]))
+    data = Data(sources=(more,), max_length=1000, contamination="ignore")
+    (tmp_path / "own").mkdir()
+    rows = prepare_test_rows(mine, data, template, tmp_path / "own", 0, trained, cache=tmp_path / "cache")
+    assert rows.ledger["sources"]["mine"]["trained_on_rows"] == [1]
