@@ -155,7 +155,7 @@ def side_corral(base: Any, batches: Sequence[Sequence[Row]], size: Sizes) -> dic
     from corral.recipe import Lora
     from corral.template import Encoded
     from corral.training.loop import Trainer
-    from corral.training.objectives import build_objective
+    from corral.training.objective_table import build_objective
 
     record = Conversation.from_turns(("user", "?"), ("assistant", "!"))
     rows = [row for batch in batches for row in batch]

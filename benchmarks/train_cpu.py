@@ -65,7 +65,7 @@ def side_corral(steps: int, *, nf4: bool = False) -> dict[str, Any]:
     from corral.model.quantisation import Quantization
     from corral.recipe import Lora, Optimizer, Train
     from corral.training.loop import Trainer
-    from corral.training.objectives import build_objective
+    from corral.training.objective_table import build_objective
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -14,6 +14,7 @@ from corral.errors import out_of_memory_errors, require
 from corral.export import contract
 from corral.formatting import format_bytes
 from corral.model.device import memory_limit
+from corral.model.folder import model_identity
 from corral.pipeline.context import RunContext
 from corral.progress import Progress
 from corral.run.promotion import MERGED_FOLDER
@@ -199,7 +200,7 @@ class TrainStage:
         from corral.model import adapters, packed_forward
         from corral.training import optimizers, trained_model
         from corral.training.loop import Trainer
-        from corral.training.objectives import build_objective
+        from corral.training.objective_table import build_objective
 
         context, config, validation = self.context, setup.config, self._validation_set(setup)
         lora = config.method == "lora"
@@ -239,6 +240,7 @@ class TrainStage:
             seed=seed,
             folder=folder,
             save_best=lambda: save(trained_model.ADAPTER_FOLDER),
+            start=self._start_identity(setup) if context.world.is_main else "",
             world=context.world,
             device=setup.device,
         )
@@ -246,9 +248,13 @@ class TrainStage:
         if setup.adapter is not None:
             context.progress.say(f"the adapter {setup.adapter} is trained further; its base stays frozen")
         cut = f"packs of {passes.pack_length:,} tokens" + (", checkpointed" if passes.gradient_checkpointing else "")
-        context.progress.start(f"Training ({config.objective}, {what}, {cut})", training.total_steps)
         if warning := optimizers.unsupported(config.optimizer, setup.device):
             context.progress.say(warning)
+        if training.reference_rows:
+            context.progress.start("Computing log-probabilities of the reference", training.reference_rows)
+            with context.interrupts.deferred() as should_stop:
+                training.prepare_reference(on_rows=lambda n: context.progress.update(n, ""), should_stop=should_stop)
+        context.progress.start(f"Training ({config.objective}, {what}, {cut})", training.total_steps)
         with context.interrupts.deferred() as should_stop, _step_listeners(context, folder, setup) as on_step:
             outcome = training.run(on_step=on_step, should_stop=should_stop, warn=context.progress.say)
             if context.world.any_process(should_stop()):  # stopped in the last step
@@ -264,6 +270,12 @@ class TrainStage:
             f"{outcome.steps} steps, {outcome.tokens:,} tokens at {outcome.tokens / outcome.seconds:.0f} tokens/s{held_out}"
             + (f" at step {outcome.best_step}" if held_out else "")
         )
+
+    @staticmethod
+    def _start_identity(setup: TrainingSetup) -> str:
+        """Identifies the model that it starts from, as it is loaded: under it the reference's log-probabilities are kept."""
+        folders = [setup.folder, *([setup.adapter] if setup.adapter else [])]
+        return " ".join([*map(model_identity, folders), setup.dtype, str(setup.quantization)])
 
 
 @contextlib.contextmanager
@@ -300,7 +312,16 @@ def _step_listeners(
 
 def _show_metrics(progress: Progress, metrics: StepMetrics) -> None:
     parts = [] if metrics.loss is None else [f"loss {metrics.loss:.3f}", f"{metrics.tokens_per_second:.0f} tokens/s"]
+    parts += _preference_figures(metrics, "")
     if metrics.eval_loss is not None:
-        parts.append(f"held-out loss {metrics.eval_loss:.4f}")
-        progress.say(f"step {metrics.step}: held-out loss {metrics.eval_loss:.4f}")
+        held_out = [f"held-out loss {metrics.eval_loss:.4f}", *_preference_figures(metrics, "eval_")]
+        parts.append(held_out[0])
+        progress.say(f"step {metrics.step}: {', '.join(held_out)}")
     progress.update(metrics.step, ", ".join(parts))
+
+
+def _preference_figures(metrics: StepMetrics, prefix: str) -> list[str]:
+    """How the rewards of chosen and rejected answers differ, if the stage's objective has rewards."""
+    names = {"reward_accuracy": "accuracy {:.0%}", "reward_margin": "margin {:.3f}"}
+    values = {text: metrics.objective.get(prefix + name) for name, text in names.items()}
+    return [text.format(value) for text, value in values.items() if value is not None]

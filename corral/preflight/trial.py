@@ -31,7 +31,7 @@ from corral.storage import new_directory
 from corral.system import peak_memory
 from corral.training import trained_model
 from corral.training.loop import Trainer
-from corral.training.objectives import build_objective
+from corral.training.objective_table import build_objective
 from corral.training.sampler import BatchSampler
 from corral.training.stage_rows import StageRows
 
@@ -179,11 +179,14 @@ class _Trial:
         config = start.config.model_copy(update={"checkpoint_every": 1, "evaluate_every": 10**9})
         assert isinstance(config.pack_length, int)
 
+        # Only these, since an objective may need log-probabilities of all that it is given.
+        chosen = list(dict.fromkeys((*job.heavy, *job.typical)))
+
         class TrialSampler(BatchSampler):
-            """The stage's batches, except for its first two steps."""
+            """The chosen rows of the first two steps."""
 
             def batch(self, step: int) -> list[int]:
-                return list(job.heavy if step == HEAVY_STEP else job.typical)
+                return [chosen.index(row) for row in (job.heavy if step == HEAVY_STEP else job.typical)]
 
         def save() -> None:
             began = time.perf_counter()
@@ -198,7 +201,7 @@ class _Trial:
 
         training = Trainer(
             trained,
-            rows.train,
+            [rows.train[i] for i in chosen],
             [rows.validation[i] for i in job.held_out],
             build_objective(config),
             config,

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
+from corral.recipe.objectives import Dpo, Ipo, Kto, Orpo, Simpo, Ulma
 from corral.recipe.section import Fraction, Name, PositiveInt, Section, Seed
+
+_SECTIONS = ("dpo", "ipo", "kto", "orpo", "simpo", "ulma")
+"""Objectives that align a model with preferences; each has a section of its name."""
+_ALIGNMENT_LR, _ALIGNMENT_WARMUP = 5e-6, 0.1
 
 
 class Lora(Section):
@@ -39,11 +45,12 @@ class Optimizer(Section):
     move moments to main memory when GPU memory runs short; without a GPU nothing is paged. All but `adamw` need the extra
     `quant`."""
     lr: Annotated[float, Field(gt=0)] = 2e-4
-    """Peak learning rate."""
+    """Peak learning rate. With any `objective` but `sft` the default is 5e-6: a rate of fine-tuning's size breaks a model."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate's fall from `lr` to 0 after warm-up; `constant` does not fall."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Share of all steps in which the learning rate rises from 0; 0.03 if `warmup_steps` is not given either."""
+    """Share of all steps in which the learning rate rises from 0; 0.03 if `warmup_steps` is not given either, or 0.1
+    with any `objective` but `sft`."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     """Number of steps in which the learning rate rises from 0; instead of `warmup_ratio`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -72,11 +79,12 @@ class Train(Section):
     the base model. So one run can hold models that were trained side by side."""
     sources: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Names of the sources whose rows it trains and is evaluated on; by default all rows of the kind that its objective takes
-    (`sft`: conversations and texts)."""
+    (`sft`: conversations and texts; `kto`, `ulma`: answers with a score; the others: pairs of a better and a worse answer)."""
     seed: Seed | None = None
     """Seed of the adapter's initial weights, dropout and the order of rows; by default the recipe's."""
-    objective: Literal["sft"] = "sft"
-    """The loss to minimise. `sft` (supervised fine-tuning): negative log-likelihood of the answers."""
+    objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "ulma"] = "sft"
+    """The loss to minimise. `sft` (supervised fine-tuning): negative log-likelihood of the answers. The others align a model
+    with preferences, usually after a stage of `sft`; each has a section of its name for its settings."""
     method: Literal["lora", "full"] = "lora"
     """What is trained: `lora`: an adapter on the frozen model; `full`: all weights of the model."""
     quantization: Literal["none", "nf4", "int8"] = "none"
@@ -108,7 +116,8 @@ class Train(Section):
     """Keep only each layer's input and compute the rest again for the gradient: less memory, about a third slower. `auto`: if
     the device's memory does not suffice without. It changes memory and speed, not the result."""
     evaluate_every: PositiveInt = 20
-    """Steps between evaluations on the validation rows. The weights with the lowest held-out loss become the result."""
+    """Steps between evaluations on the validation rows. The weights with the lowest held-out loss become the result; the loss
+    is the objective's, all its terms together."""
     evaluate_rows: PositiveInt = 64
     """Most validation rows per evaluation."""
     early_stopping: PositiveInt | None = None
@@ -117,6 +126,35 @@ class Train(Section):
     """Steps between checkpoints; an interrupted run writes one more."""
     lora: Lora = Lora()
     optimizer: Optimizer = Optimizer()
+    dpo: Dpo | None = None
+    ipo: Ipo | None = None
+    kto: Kto | None = None
+    orpo: Orpo | None = None
+    simpo: Simpo | None = None
+    ulma: Ulma | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_for_objective(cls, value: Any) -> Any:
+        """The section of the objective, and the defaults of the optimizer that depend on it."""
+        if not isinstance(value, Mapping):
+            return value
+        given = dict(cast("Mapping[str, Any]", value))
+        objective = given.get("objective", "sft")
+        for name in _SECTIONS:
+            if name != objective and given.get(name) is not None:
+                raise ValueError(f'`{name}` is for `objective` = "{name}", and that is "{objective}": remove one')
+        if objective in _SECTIONS:
+            given.setdefault(objective, {})
+            optimizer = given.get("optimizer", {})
+            if isinstance(optimizer, Optimizer):
+                optimizer = optimizer.model_dump(exclude_unset=True)
+            if isinstance(optimizer, dict):
+                defaults: dict[str, Any] = {"lr": _ALIGNMENT_LR}
+                if "warmup_steps" not in optimizer:
+                    defaults["warmup_ratio"] = _ALIGNMENT_WARMUP
+                given["optimizer"] = {**defaults, **optimizer}
+        return given
 
     @model_validator(mode="after")
     def _check_one_length(self) -> Self:
@@ -141,6 +179,11 @@ class Train(Section):
             raise ValueError(
                 f'`sharding` = "full" splits moments, and `optimizer.kind` = "{self.optimizer.kind}" packs them: '
                 'use "adamw"'
+            )
+        if self.objective != "sft" and self.merge == "best":
+            raise ValueError(
+                f'`merge` = "best" chooses by the likelihood of the validation rows, and `objective` = "{self.objective}" '
+                "makes some of them unlikely: remove it"
             )
         if self.quantization == "none" and self.merge != "dequantised":
             raise ValueError(f'`merge` = "{self.merge}" chooses between quantised and full weights: set `quantization`')

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,14 +26,14 @@ import torch
 
 from corral import system
 from corral.data.example_store import Example, ExampleStore
-from corral.data.packing import pack_sequences
 from corral.model.loading import quiet
-from corral.model.packed_forward import target_logprobs
 from corral.training import divergence, optimizers, sharding, step_metrics
 from corral.training.checkpoint import TrainingState
 from corral.training.distributed import World
-from corral.training.objectives import Objective, Scored, Sums, trained_positions
+from corral.training.objectives import Objective, Scored, Sums
+from corral.training.reference import ReferencedRows, rows_digest, stored_logprobs
 from corral.training.sampler import BatchSampler
+from corral.training.scorer import Scorer, token_count
 from corral.training.step_metrics import StepMetrics
 
 if TYPE_CHECKING:
@@ -85,9 +84,11 @@ class Trainer:
         objective: the loss to minimise.
         config: the stage's settings.
         pack_length: maximum tokens of one forward pass.
-        folder: gets `metrics.jsonl` and `checkpoints/`; an interrupted stage resumes from what is there.
+        folder: gets `metrics.jsonl`, `checkpoints/` and, if the objective needs it, `reference/`; an interrupted stage resumes
+            from what is there.
         save_best: called when the held-out loss is the lowest so far, on every process: it may call
             `weights`, and only rank 0 should write.
+        start: identifies the model as it is now; its log-probabilities are kept under it as those of the reference.
         world: the processes that train together.
         device: where a sharded model computes; its parts are moved there one by one. Default: where the model is.
     """
@@ -104,15 +105,16 @@ class Trainer:
         seed: int,
         folder: Path,
         save_best: Callable[[], None],
+        start: str = "",
         world: World | None = None,
         device: str | None = None,
     ) -> None:
         self.model, self.world = model, world or World()
         self.examples, self.held_out = objective.arrange(examples), objective.arrange(held_out)
         self.objective, self.config = objective, config
-        self.pack_length, self.seed, self.folder, self.save_best = pack_length, seed, folder, save_best
+        self.start, self.seed, self.folder, self.save_best = start, seed, folder, save_best
         lengths = (
-            examples.lengths.tolist() if isinstance(examples, ExampleStore) else [_token_count(e) for e in examples]
+            examples.lengths.tolist() if isinstance(examples, ExampleStore) else [token_count(e) for e in examples]
         )
         self.sampler = BatchSampler(config, lengths, seed)
         self.total_steps = self.sampler.steps
@@ -120,9 +122,10 @@ class Trainer:
         if config.gradient_checkpointing is True:
             with quiet():
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self._sharded_model: sharding.ShardedModel | None = None
+        sharded: sharding.ShardedModel | None = None
         if config.sharding == "full" and self.world.size > 1:
-            self._sharded_model = sharding.ShardedModel(model, device or model.device.type, self.world.size)
+            sharded = sharding.ShardedModel(model, device or model.device.type, self.world.size)
+        self.scorer = Scorer(model, sharded, pack_length, self.world)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = optimizers.build_optimizer(self.parameters.values(), config.optimizer)
 
@@ -144,8 +147,9 @@ class Trainer:
         Raises:
             TrainingError: the loss or gradient is not finite, or the loss has exploded; the rows are named.
             KeyboardInterrupt: stopped on request; the next run resumes from there.
-            CheckpointError, StorageError: see `checkpoint`.
+            CheckpointError, StorageError: see `checkpoint` and `reference`.
         """
+        self.prepare_reference()
         checkpoints = self.folder / "checkpoints"
         resumed = sharding.restore(checkpoints, self.parameters, self.optimizer, self.world, warn=warn)
         scale = _INITIAL_SCALE if self._uses_float16 else 1.0
@@ -177,27 +181,59 @@ class Trainer:
     def score(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[float]]:
         """Log-probabilities of sequence[start:] for each sequence with the current weights; all processes must call it."""
         positions = [range(start, len(s)) for s, start in zip(sequences, starts, strict=True)]
-        with self._evaluating():
-            return [values.tolist() for values in self._logprobs(sequences, positions)]
+        with self.scorer.evaluating():
+            return [values.tolist() for values in self.scorer.logprobs(sequences, positions)]
 
     def evaluate(self) -> Evaluation:
         """The objective on the held-out examples. Raises: TrainingError (its loss is not finite)."""
         rows = list(self.held_out)
         statistic = self._statistic(rows)
-        with self._evaluating():
-            passes = [self._pass_sums(scored, statistic, own) for scored, own in self._passes(rows, self._loss_part)]
+        with self.scorer.evaluating():
+            passes = [
+                self._pass_sums(scored, statistic, own) for scored, own in self.scorer.passes(rows, self._loss_part)
+            ]
         values = torch.stack([self._values(sums) for sums in passes]).tolist() if passes else []
         result = self._evaluation(rows, values, passes)
         divergence.check_held_out(result.loss, rows, self._measure_one)
         return result
 
-    @contextmanager
-    def _evaluating(self) -> Generator[None]:
-        self.model.eval()
-        with torch.no_grad():
-            yield
-        if self._sharded_model is not None:
-            self._sharded_model.free_whole_weights()
+    @property
+    def reference_rows(self) -> int:
+        """Rows of which the objective needs log-probabilities of the reference."""
+        return len(self.examples) + len(self.held_out) if self.objective.needs_reference else 0
+
+    def prepare_reference(
+        self,
+        *,
+        on_rows: Callable[[int], None] = lambda _: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Give the rows their log-probabilities under the reference, if the objective needs them: the model as it is now, or
+        what is stored of it. `run` calls it first, before any checkpoint is read.
+
+        Args:
+            on_rows: called with the number of rows that have them.
+            should_stop: called between rows; if it returns true on any process, KeyboardInterrupt is raised.
+
+        Raises: as `stored_logprobs`.
+        """
+        if not self.reference_rows or isinstance(self.examples, ReferencedRows):
+            return
+
+        def compare(name: str, rows: Sequence[Example], done: int) -> Sequence[Example]:
+            logprobs = stored_logprobs(
+                self.folder / "reference" / f"{name}.jsonl",
+                f"{self.start} {self.config.objective} {rows_digest(rows)}",
+                rows,
+                self.scorer.sums,
+                world=self.world,
+                on_rows=lambda count: on_rows(done + count),
+                should_stop=should_stop,
+            )
+            return ReferencedRows(rows, logprobs)
+
+        self.held_out = compare("validation", self.held_out, 0)
+        self.examples = compare("train", self.examples, len(self.held_out))
 
     def _record(self, metrics: StepMetrics, on_step: Callable[[StepMetrics], None]) -> None:
         if self.world.is_main:
@@ -224,7 +260,7 @@ class Trainer:
             divergence.check_step(step, loss, norm, monitor, batch, self._measure_one)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        tokens, seconds = sum(_token_count(e) for e in batch), time.perf_counter() - began
+        tokens, seconds = sum(token_count(e) for e in batch), time.perf_counter() - began
         state = replace(state, step=step, tokens=state.tokens + tokens, seconds=state.seconds + seconds, watch=monitor)
         if self._uses_float16:
             state = _update_loss_scale(state, overflow)
@@ -257,7 +293,7 @@ class Trainer:
         statistic = self._statistic(batch)
         self.model.train()
         passes: list[Sums] = []
-        for scored, own in self._passes(batch, self._loss_part):
+        for scored, own in self.scorer.passes(batch, self._loss_part):
             sums = self._pass_sums(scored, statistic, own)
             passes.append(sums)
             parts = zip(sums.terms, counts, weights, strict=True)
@@ -284,8 +320,9 @@ class Trainer:
         parts = zip(sums[:terms], self._counts(batch), self.objective.weights, strict=True)
         # Not 0 × … of a term without units.
         loss = sum(total / count * weight for total, count, weight in parts if count)
-        means = zip(names, sums[terms:], sums[terms + len(names) :], strict=True)
-        return Evaluation(loss, {name: total / size for name, total, size in means if size})
+        columns = zip(names, sums[terms : terms + len(names)], sums[terms + len(names) :], strict=True)
+        means = {name: total / size for name, total, size in columns if size}
+        return Evaluation(loss, self.objective.summarise(means))
 
     def _values(self, sums: Sums) -> Tensor:
         """[terms + metrics], without gradients."""
@@ -305,8 +342,8 @@ class Trainer:
         if not self.objective.statistic_sequences:
             return 0.0
         part = slice(-self.objective.statistic_sequences, None)
-        with self._evaluating():
-            sums = [self.objective.statistic(scored) * float(own) for scored, own in self._passes(batch, part)]
+        with self.scorer.evaluating():
+            sums = [self.objective.statistic(scored) * float(own) for scored, own in self.scorer.passes(batch, part)]
         own_sum = sum(torch.stack(sums).tolist()) if sums else 0.0
         return self.world.all_reduce_sums([own_sum])[0] / len(batch)
 
@@ -316,30 +353,6 @@ class Trainer:
             return (self.seed << 32) + step
         return int(np.random.SeedSequence([self.seed, step, self.world.rank]).generate_state(1, np.uint64)[0])
 
-    def _passes(self, batch: list[Example], part: slice) -> Iterator[tuple[list[Scored], bool]]:
-        """Each forward pass of this process's share of the batch: its examples, scored, and whether they are its own.
-
-        Args:
-            part: the sequences of each example to compute.
-        """
-        lengths = [_token_count(e, part) for e in batch]
-        passes = [
-            [[batch[share[i]] for i in pack] for pack in pack_sequences([lengths[i] for i in share], self.pack_length)]
-            for share in sharding.balance_by_tokens(lengths, self.world.size)
-        ]
-        own = passes[self.world.rank]
-        for examples in own:
-            yield self._score(examples, part), True
-        if self._sharded_model is not None:  # all processes must make equally many passes
-            for _ in range(max(map(len, passes)) - len(own)):
-                yield self._score([min(batch, key=_token_count)], part), False
-
-    def _score(self, examples: list[Example], part: slice) -> list[Scored]:
-        """The examples' sequences of a part, in one forward pass."""
-        sequences = [s for e in examples for s in e.sequences[part]]
-        logprobs = iter(self._logprobs([s.ids for s in sequences], [trained_positions(s) for s in sequences]))
-        return [Scored(e, tuple(next(logprobs) for _ in e.sequences[part])) for e in examples]
-
     def _pass_sums(self, scored: list[Scored], statistic: float, own: bool) -> Sums:
         """The objective's sums over one pass; zeros for a pass that only keeps other processes company."""
         sums = self.objective.sums(scored, statistic)
@@ -348,12 +361,6 @@ class Trainer:
         return Sums(
             tuple(term * 0.0 for term in sums.terms), {name: (v * 0.0, 0) for name, (v, _) in sums.metrics.items()}
         )
-
-    def _logprobs(self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> Sequence[Tensor]:
-        if self._sharded_model is None:
-            return target_logprobs(self.model, sequences, positions)
-        flat: Tensor = self._sharded_model(lambda: torch.cat(target_logprobs(self.model, sequences, positions)))
-        return flat.split([len(p) for p in positions])
 
     def _keep_best(self, state: TrainingState, loss: float) -> TrainingState:
         if state.best_loss is not None and loss >= state.best_loss:
@@ -374,10 +381,6 @@ def _update_loss_scale(state: TrainingState, overflow: bool) -> TrainingState:
     if state.steps_at_scale + 1 == _SCALE_GROWTH_STEPS:
         return replace(state, scale=state.scale * 2, steps_at_scale=0)
     return replace(state, steps_at_scale=state.steps_at_scale + 1)
-
-
-def _token_count(example: Example, part: slice = slice(None)) -> int:
-    return sum(len(sequence.ids) for sequence in example.sequences[part])
 
 
 def _peak_memory(model: torch.nn.Module) -> int:

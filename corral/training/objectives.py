@@ -1,4 +1,4 @@
-"""The interface between the training loop and what it minimises, and supervised fine-tuning.
+"""The interface between the training loop and what it minimises, and supervised fine-tuning; `preferences` has the others.
 
 An objective gets log-probabilities of the trained tokens of examples and returns sums: of the terms of its loss, and of its
 metrics. The loop adds them up over the whole step and over all processes, and only then divides each term by its own number
@@ -10,15 +10,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
-
-from corral.messages import Conversation, Record, Text
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from corral.data.example_store import Example
-    from corral.recipe import Train
     from corral.template import Encoded
 
 
@@ -54,14 +51,12 @@ class Objective(ABC):
     """A loss over examples: Σ over its terms of weight × sum / count, both taken over a step.
 
     Attributes:
-        takes: types of the records that it trains.
         needs_reference: whether it compares the model with the one that the stage starts from.
         statistic_sequences: how many of an example's last sequences only the statistic reads, not the loss.
         weights: of its terms.
         metrics: names of its metrics.
     """
 
-    takes: ClassVar[tuple[type[Record], ...]]
     needs_reference: ClassVar[bool] = False
     statistic_sequences: ClassVar[int] = 0
     weights: tuple[float, ...] = (1.0,)
@@ -92,11 +87,13 @@ class Objective(ABC):
             statistic: its mean over the step; 0 for an objective that has none.
         """
 
+    def summarise(self, means: dict[str, float]) -> dict[str, float]:
+        """The means of the metrics with what follows from them; of a metric without values there is none."""
+        return means
+
 
 class Sft(Objective):
     """Supervised fine-tuning: the negative log-likelihood of the trained tokens."""
-
-    takes = (Conversation, Text)
 
     def counts(self, example: Example) -> tuple[int, ...]:
         """Trained tokens."""
@@ -112,12 +109,3 @@ class Sft(Objective):
 def trained_positions(sequence: Encoded) -> list[int]:
     """Positions whose tokens are trained; the first token of a sequence has no prediction and never counts."""
     return [i for i, trained in enumerate(sequence.trained) if trained and i]
-
-
-OBJECTIVES: Mapping[str, type[Any]] = {"sft": Sft}
-"""By the names that a recipe's `objective` gives them."""
-
-
-def build_objective(config: Train) -> Objective:
-    """The objective of a training stage."""
-    return OBJECTIVES[config.objective]()

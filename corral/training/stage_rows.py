@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from corral.errors import DataError
 from corral.messages import RECORD_TYPES, Conversation, Feedback, Preference, Record, Text
-from corral.training.objectives import OBJECTIVES
+from corral.training.objective_table import TAKES
 
 if TYPE_CHECKING:
     from corral.data.example_store import ExampleStore
@@ -33,7 +33,7 @@ class StageRows:
     @classmethod
     def select(cls, prepared: Prepared, stage: Train, number: int) -> StageRows:
         """The rows of training stage `number` (from 1). Raises DataError if there are none to train on."""
-        takes = OBJECTIVES[stage.objective].takes
+        takes = TAKES[stage.objective]
         train, validation = (side.select(stage.sources, takes) for side in (prepared.train, prepared.validation))
         if not len(train):
             place = "" if stage.sources is None else f" in {', '.join(stage.sources)}"
@@ -60,14 +60,14 @@ class StageRows:
 def check_rows_taken(prepared: Prepared, stages: Sequence[Train]) -> None:
     """Raises DataError if no stage takes some row on the training side, or a stage has none to train on."""
     for kind in RECORD_TYPES:
-        takers = [stage for stage in stages if kind in OBJECTIVES[stage.objective].takes]
+        takers = [stage for stage in stages if kind in TAKES[stage.objective]]
         if any(stage.sources is None for stage in takers):
             continue
         named = {label for stage in takers for label in stage.sources or ()}
         rows = prepared.train.select(types=[kind])
         if len(rows) > len(rows.select(named)):
             row = next(row for row in rows if row.source not in named)
-            taken = "; ".join(f"`{name}` takes {_contents(OBJECTIVES[name].takes)}" for name in _objectives(stages))
+            taken = "; ".join(f"`{name}` takes {_contents(TAKES[name])}" for name in _objectives(stages))
             raise DataError(
                 f"row {row.index} holds {_CONTENT[kind]}, and no training stage takes it: {taken}",
                 where=row.source,

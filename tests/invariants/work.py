@@ -75,7 +75,7 @@ def read_result(folder: Path) -> dict[str, Any]:
     del state["seconds"]
     with safetensors.safe_open(last / "optimizer.safetensors", "pt") as file:
         numbers = file.metadata()
-    keys = ("step", "loss", "eval_loss", "lr", "grad_norm", "tokens")
+    circumstances = ("tokens_per_second", "peak_memory_bytes", "seconds")
     return {
         "step": last.name,
         "state": state,
@@ -83,7 +83,7 @@ def read_result(folder: Path) -> dict[str, Any]:
         "weights": load_file(last / "adapter.safetensors"),
         "moments": load_file(last / "optimizer.safetensors"),
         "best": load_file(folder / "best" / "weights.safetensors"),
-        "metrics": [[line[key] for key in keys] for line in read_metrics(folder)],
+        "metrics": [{k: v for k, v in line.items() if k not in circumstances} for line in read_metrics(folder)],
     }
 
 

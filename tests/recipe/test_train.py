@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from corral.errors import RecipeError
-from corral.recipe import parse
+from corral.recipe import Optimizer, parse
 
 STAGES = """
 name = "two"
@@ -103,3 +103,42 @@ def test_rows_to_evaluate_on_are_used_as_they_are(setting: str) -> None:
     assert parse(STAGES + test, where="test").evaluate.test is not None
     with pytest.raises(RecipeError, match="these rows are evaluated on as they are: remove it"):
         parse(STAGES + test + setting, where="test")
+
+
+def aligned(stage: str, objective: str = "dpo") -> str:
+    return f'{STAGES}objective = "{objective}"\n{stage}'
+
+
+def test_an_objective_has_its_section_and_no_other_has() -> None:
+    plain, dpo = parse(aligned(""), where="test").train
+    assert (plain.dpo, plain.kto, dpo.kto) == (None, None, None)
+    assert dpo.dpo is not None
+    assert (dpo.dpo.beta, dpo.dpo.sft_weight) == (0.1, 0.2)
+    kto = parse(aligned("[train.kto]\nbeta = 0.3", "kto"), where="test").train[1].kto
+    assert kto is not None
+    assert kto.beta == 0.3
+    with pytest.raises(RecipeError, match=r'`kto` is for `objective` = "kto", and that is "dpo": remove one'):
+        parse(aligned("[train.kto]\nbeta = 0.3"), where="test")
+    with pytest.raises(RecipeError, match=r"train.1.dpo.gamma.*unknown key; the keys here are beta"):
+        parse(aligned("[train.dpo]\ngamma = 1"), where="test")
+
+
+def test_the_learning_rate_and_warm_up_of_alignment_have_defaults_of_their_own_which_the_reference_states() -> None:
+    sft, dpo = parse(aligned(""), where="test").train
+    assert (sft.optimizer.lr, sft.optimizer.warmup_ratio) == (2e-4, None)
+    assert (dpo.optimizer.lr, dpo.optimizer.warmup_ratio) == (5e-6, 0.1)
+    given = parse(aligned("[train.optimizer]\nlr = 1e-4\nwarmup_steps = 3"), where="test").train[1].optimizer
+    assert (given.lr, given.warmup_ratio, given.warmup_steps) == (1e-4, None, 3)
+    rate, warmup = (Optimizer.model_fields[name].description or "" for name in ("lr", "warmup_ratio"))
+    assert f"{dpo.optimizer.lr:g}".replace("e-0", "e-") in rate
+    assert f"{dpo.optimizer.warmup_ratio:g}" in warmup
+
+
+def test_a_resolved_recipe_with_alignment_reads_back_as_itself() -> None:
+    recipe = parse(aligned("[train.dpo]\nbeta = 0.01"), where="test")
+    assert parse(recipe.to_toml(), where="test") == recipe
+
+
+def test_a_merge_by_likelihood_is_refused_where_some_rows_should_become_unlikely() -> None:
+    with pytest.raises(RecipeError, match=r'`merge` = "best" chooses by the likelihood'):
+        parse(aligned('quantization = "nf4"\nmerge = "best"'), where="test")

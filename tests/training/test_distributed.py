@@ -5,6 +5,7 @@ One launch of two processes goes through `SCENARIOS` in order; the tests look at
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import shutil
@@ -22,6 +23,7 @@ from corral.errors import TrainingError
 from corral.training import sharding
 from corral.training.distributed import World, world_from_environment
 from corral.training.loop import Trainer
+from corral.training.step_metrics import StepMetrics
 from tests.forked import Forked
 from tests.training.tiny import make_tiny_trainer, read_metrics, run_until
 
@@ -42,8 +44,8 @@ def train_to_the_end(**settings: Any) -> Scenario:
 def train(trainer: Trainer, folder: Path) -> tuple[int, list[int]]:
     """Train and save the weights. Returns: steps, examples in each forward pass."""
     passes: list[int] = []
-    score = trainer._score
-    trainer._score = lambda examples, part: passes.append(len(examples)) or score(examples, part)
+    score = trainer.scorer.score
+    trainer.scorer.score = lambda examples, part: passes.append(len(examples)) or score(examples, part)
     outcome = trainer.run()
     weights = trainer.weights()
     if weights:
@@ -84,6 +86,9 @@ COMPARED: dict[str, dict[str, Any]] = {
     "all weights": FULL,
     "one row a step": {**SETTINGS, "batch_size": 1},
     "nf4": {**SETTINGS, "quantization": "nf4", "optimizer": "adamw_8bit"},
+    "dpo": {**SETTINGS, "objective": "dpo"},
+    "kto": {**SETTINGS, "objective": "kto"},
+    "ulma, one row a step": {**SETTINGS, "objective": "ulma", "batch_size": 1},
     "early stopping": {**SETTINGS, "steps": 12, "lr": 2.0, "evaluate_every": 1, "early_stopping": 2},
 }
 SCENARIOS: dict[str, Scenario] = {
@@ -92,6 +97,8 @@ SCENARIOS: dict[str, Scenario] = {
     "adapter, sharded, gradient checkpointing": train_to_the_end(**SHARDED, gradient_checkpointing=True),
     "all weights, sharded": train_to_the_end(**FULL, sharding="full"),
     "one row a step, sharded": train_to_the_end(**SHARDED, batch_size=1),
+    "dpo, sharded": train_to_the_end(**SHARDED, objective="dpo"),
+    "kto, sharded": train_to_the_end(**SHARDED, objective="kto"),
     "dropout": train_to_the_end(**DROPOUT),
     "dropout, stopped": stop_and_resume(DROPOUT, **DROPOUT),
     "stopped, then sharded": stop_and_resume(SHARDED, **SETTINGS),
@@ -169,6 +176,11 @@ def results(folder: Path, name: str) -> list[Any]:
     return [pickle.loads((folder / f"rank-{rank}").read_bytes())[name] for rank in range(2)]
 
 
+def step_keys() -> set[str]:
+    """Keys that every line of metrics.jsonl has; the others are the objective's own."""
+    return {field.name for field in dataclasses.fields(StepMetrics)}
+
+
 def assert_alike(folder: Path, expected: Path, weights: dict[str, Any] | None = None) -> None:
     """Assert that losses, norms and weights are equal to rounding."""
     ours, theirs = read_metrics(folder), read_metrics(expected)
@@ -178,6 +190,9 @@ def assert_alike(folder: Path, expected: Path, weights: dict[str, Any] | None = 
             value = other[key] if other[key] is None else pytest.approx(other[key], rel=1e-4)
             assert line[key] == value, (line["step"], key)
         assert line["tokens"] == other["tokens"]
+        assert line.keys() == other.keys()
+        for key in line.keys() - step_keys():
+            assert line[key] == pytest.approx(other[key], rel=1e-3, abs=1e-4), (line["step"], key)
     weights = weights or torch.load(folder / "weights.pt")
     expected_weights = torch.load(expected / "weights.pt")
     assert weights.keys() == expected_weights.keys()
@@ -196,6 +211,11 @@ def assert_alike(folder: Path, expected: Path, weights: dict[str, Any] | None = 
         ("one row a step", "one row a step"),
         ("one row a step, sharded", "one row a step"),
         ("nf4", "nf4"),
+        ("dpo", "dpo"),
+        ("dpo, sharded", "dpo"),
+        ("kto", "kto"),
+        ("kto, sharded", "kto"),
+        ("ulma, one row a step", "ulma, one row a step"),
         ("stopped, then sharded", "adapter"),
         ("sharded, stopped, then not", "adapter"),
         ("stopped with one process", "adapter"),

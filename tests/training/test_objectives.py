@@ -25,7 +25,7 @@ def train_plainly(trainer: Trainer) -> list[float]:
         sequences = [trainer.examples[i].sequences[0] for i in trainer.sampler.batch(step)]
         positions = [[i for i, t in enumerate(s.trained) if t and i] for s in sequences]
         tokens, total = sum(map(len, positions)), 0.0
-        for pack in pack_sequences([len(s.ids) for s in sequences], trainer.pack_length):
+        for pack in pack_sequences([len(s.ids) for s in sequences], trainer.scorer.pack_length):
             logprobs = target_logprobs(trainer.model, [sequences[i].ids for i in pack], [positions[i] for i in pack])
             loss = -torch.cat(list(logprobs)).sum()
             (loss / tokens).backward()

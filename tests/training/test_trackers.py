@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,13 @@ def test_tensorboard_shows_training_and_held_out_loss(tmp_path: Path) -> None:
     assert scalars(tmp_path, "train/loss") == [(1, 2.0), (2, 1.5)]
     assert scalars(tmp_path, "eval/loss") == [(0, 2.5), (2, 1.75)]
     assert [step for step, rate in scalars(tmp_path, "train/lr") if math.isclose(rate, 1e-4, rel_tol=1e-6)] == [0, 1, 2]
+
+
+def test_tensorboard_shows_the_metrics_of_the_objective(tmp_path: Path) -> None:
+    line = replace(metrics(1, 0.7, 0.6), objective={"reward_margin": 0.5, "eval_reward_margin": 0.25})
+    assert send(tmp_path, line) == []
+    assert scalars(tmp_path, "train/reward_margin") == [(1, 0.5)]
+    assert scalars(tmp_path, "eval/reward_margin") == [(1, 0.25)]
 
 
 def test_a_resumed_stage_replaces_the_steps_that_it_repeats(tmp_path: Path) -> None:

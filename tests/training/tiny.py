@@ -11,22 +11,34 @@ import pytest
 import torch
 
 from corral.data.example_store import Example
-from corral.messages import Conversation
+from corral.messages import Conversation, Feedback, Preference, Record
 from corral.model import adapters
 from corral.model.full_finetuning import train_all_weights
 from corral.model.loading import DType, load_model
 from corral.model.quantisation import Quantization
 from corral.recipe import Lora, Optimizer, Train
+from corral.template import Encoded
 from corral.training.distributed import World
 from corral.training.loop import Trainer
-from corral.training.objectives import build_objective
+from corral.training.objective_table import TAKES, build_objective
 
 
-def make_examples(encoded: list[Any]) -> list[Example]:
-    return [
-        Example(key=f"{i:064x}", source="made", index=i, sequences=(e,), record=Conversation(()))
-        for i, e in enumerate(encoded)
-    ]
+def make_examples(encoded: list[Any], objective: str = "sft") -> list[Example]:
+    """The rows as examples for an objective: in a pair the rejected answer is that of another row, and of answers with a
+    score every third is bad."""
+    examples: list[Example] = []
+    for i, row in enumerate(encoded):
+        prompt, sequences = Conversation(()), (row,)
+        record: Record = prompt
+        if Preference in TAKES[objective]:
+            other = encoded[i - 5]
+            start, end = other.trained.index(True), row.trained.index(True)
+            rejected = Encoded(row.ids[:end] + other.ids[start:], row.trained[:end] + other.trained[start:])
+            sequences, record = (row, rejected), Preference(prompt, "", "")
+        elif Feedback in TAKES[objective]:
+            record = Feedback(prompt, "", 0.2 if i % 3 == 1 else 0.9)
+        examples.append(Example(key=f"{i:064x}", source="made", index=i, sequences=sequences, record=record))
+    return examples
 
 
 def make_trainer(
@@ -42,7 +54,7 @@ def make_trainer(
     world: World | None = None,
 ) -> Trainer:
     """A trainer on the rows, of which the first ones are held out."""
-    examples = make_examples(encoded)
+    examples = make_examples(encoded, config.objective)
     folder.mkdir(parents=True, exist_ok=True)
     return Trainer(
         model,

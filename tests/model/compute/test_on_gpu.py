@@ -148,7 +148,7 @@ def test_training_gives_the_losses_of_the_cpu(tmp_path: Path) -> None:
     from corral.recipe import Lora, Train
     from corral.template import Encoded
     from corral.training.loop import Trainer
-    from corral.training.objectives import build_objective
+    from corral.training.objective_table import build_objective
 
     record = Conversation.from_turns(("user", "?"), ("assistant", "!"))
     sequences = [

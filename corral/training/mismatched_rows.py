@@ -1,0 +1,43 @@
+"""Answers under the prompts of other rows, as KTO's estimate of the KL divergence needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import overload
+
+from corral.data.example_store import Example
+from corral.template import Encoded
+
+
+class MismatchedRows(Sequence[Example]):
+    """The rows of answers to prompts, each with a second sequence: its prompt and the answer of the row before it; of the
+    first row, of the last. The pairs are the same in every step, so that a reference can be computed ahead.
+
+    A second sequence is cut to the longer of the two rows that it is made of.
+    """
+
+    def __init__(self, rows: Sequence[Example]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row, before = self._rows[index], self._rows[(index or len(self)) - 1]
+        (own,), (other,) = row.sequences, before.sequences
+        return replace(row, sequences=(own, _join(own, other)))
+
+
+def _join(prompt: Encoded, answer: Encoded) -> Encoded:
+    """The prompt of one sequence with the answer of another."""
+    end, start = prompt.trained.index(True), answer.trained.index(True)
+    longest = max(len(prompt.ids), len(answer.ids))
+    ids, trained = prompt.ids[:end] + answer.ids[start:], prompt.trained[:end] + answer.trained[start:]
+    return Encoded(ids[:longest], trained[:longest])

@@ -1,0 +1,41 @@
+"""The objectives by their recipe names: what rows they take, and how they are built. Nothing here needs torch until then."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from corral.messages import Conversation, Feedback, Preference, Record, Text
+
+if TYPE_CHECKING:
+    from corral.recipe import Train
+    from corral.training.objectives import Objective
+
+TAKES: Mapping[str, tuple[type[Record], ...]] = {
+    "sft": (Conversation, Text),
+    "dpo": (Preference,),
+    "ipo": (Preference,),
+    "orpo": (Preference,),
+    "simpo": (Preference,),
+    "kto": (Feedback,),
+    "ulma": (Feedback,),
+}
+"""Types of the records that each objective trains."""
+
+
+def build_objective(config: Train) -> Objective:
+    """The objective of a training stage, with its settings."""
+    from corral.training import preferences
+    from corral.training.objectives import Sft
+
+    if config.objective == "sft":
+        return Sft()
+    kinds: Mapping[str, type[Any]] = {
+        "dpo": preferences.Dpo,
+        "ipo": preferences.Ipo,
+        "kto": preferences.Kto,
+        "orpo": preferences.Orpo,
+        "simpo": preferences.Simpo,
+        "ulma": preferences.Ulma,
+    }
+    return kinds[config.objective](getattr(config, config.objective))

@@ -1,0 +1,104 @@
+"""Log-probabilities of examples by the model in training, in packed forward passes over the processes of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from corral.data.packing import pack_sequences
+from corral.model.packed_forward import target_logprobs
+from corral.training import sharding
+from corral.training.distributed import World
+from corral.training.objectives import Scored, trained_positions
+from corral.training.reference import Logprobs, ReferencedExample
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from corral.data.example_store import Example
+
+ALL = slice(None)
+"""All sequences of an example."""
+
+
+class Scorer:
+    """Scores examples with a model's current weights.
+
+    Args:
+        model: a causal language model, or a PEFT model around one.
+        sharded: the same model in shards, if it is; then all processes must make the same calls.
+        pack_length: maximum tokens of one forward pass.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, sharded: sharding.ShardedModel | None, pack_length: int, world: World
+    ) -> None:
+        self.model, self.pack_length, self._sharded, self._world = model, pack_length, sharded, world
+
+    @contextmanager
+    def evaluating(self) -> Generator[None]:
+        """Without gradients and dropout."""
+        self.model.eval()
+        with torch.no_grad():
+            yield
+        if self._sharded is not None:
+            self._sharded.free_whole_weights()
+
+    def passes(self, batch: Sequence[Example], part: slice) -> Iterator[tuple[list[Scored], bool]]:
+        """Each forward pass of this process's share of the batch: its examples, scored, and whether they are its own.
+
+        Args:
+            part: the sequences of each example to compute.
+        """
+        lengths = [token_count(e, part) for e in batch]
+        passes = [
+            [[batch[share[i]] for i in pack] for pack in pack_sequences([lengths[i] for i in share], self.pack_length)]
+            for share in sharding.balance_by_tokens(lengths, self._world.size)
+        ]
+        own = passes[self._world.rank]
+        for examples in own:
+            yield self.score(examples, part), True
+        if self._sharded is not None:  # all processes must make equally many passes
+            for _ in range(max(map(len, passes)) - len(own)):
+                yield self.score([min(batch, key=token_count)], part), False
+
+    def score(self, examples: Sequence[Example], part: slice = ALL) -> list[Scored]:
+        """The examples' sequences of a part, in one forward pass."""
+        sequences = [s for e in examples for s in e.sequences[part]]
+        logprobs = iter(self.logprobs([s.ids for s in sequences], [trained_positions(s) for s in sequences]))
+        return [
+            Scored(
+                example,
+                tuple(next(logprobs) for _ in example.sequences[part]),
+                example.reference[part] if isinstance(example, ReferencedExample) else (),
+            )
+            for example in examples
+        ]
+
+    def sums(self, batch: Sequence[Example]) -> list[Logprobs]:
+        """For each sequence of each example the sum over its trained tokens, on every process."""
+        sums: dict[int, list[float]] = {}
+        with self.evaluating():
+            for scored, own in self.passes(batch, ALL):
+                if own:
+                    values = iter(torch.stack([t.sum() for each in scored for t in each.policy]).tolist())
+                    sums |= {id(each.example): [next(values) for _ in each.policy] for each in scored}
+        of_others = [0.0]
+        flat = [value for e in batch for value in sums.get(id(e), of_others * len(e.sequences))]
+        total = iter(self._world.all_reduce_sums(flat))
+        return [tuple(next(total) for _ in e.sequences) for e in batch]
+
+    def logprobs(self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> Sequence[Tensor]:
+        """As `target_logprobs`."""
+        if self._sharded is None:
+            return target_logprobs(self.model, sequences, positions)
+        flat: Tensor = self._sharded(lambda: torch.cat(target_logprobs(self.model, sequences, positions)))
+        return flat.split([len(p) for p in positions])
+
+
+def token_count(example: Example, part: slice = ALL) -> int:
+    """Tokens of an example's sequences."""
+    return sum(len(sequence.ids) for sequence in example.sequences[part])
