@@ -69,7 +69,7 @@ def render_page(record: RunRecord, scores: Sequence[MetricScores], pictures: Map
     Args:
         record: the run.
         scores: the scores of its scorecard.
-        pictures: `loss`, `learning-rate`, `throughput` and `scorecard`, as far as there are any.
+        pictures: `loss`, `preferences`, `learning-rate`, `throughput` and `scorecard`, as far as there are any.
     """
     environment = _environment()
     style = _style()
@@ -151,6 +151,9 @@ def _training_fact(training: Training, several: bool) -> str:
     if held_out:
         best = held_out.index(min(held_out))
         parts.append(f"lowest validation loss {number(held_out[best])} at step {int(held_out_steps[best])}")
+        accuracies = dict(zip(*series(training.metrics, "eval_reward_accuracy"), strict=True))
+        if (accuracy := accuracies.get(held_out_steps[best])) is not None:
+            parts.append(f"held-out preference accuracy {accuracy:.0%} there")
     return ", ".join(parts)
 
 

@@ -87,6 +87,39 @@ def _annotate(axes: Axes, index: int, steps: Sequence[float], values: Sequence[f
     )
 
 
+def draw_preferences(trainings: Sequence[Training]) -> bytes:
+    """Share of rows whose rewards are in the right order, and mean rewards of chosen and rejected answers, in training and on
+    held-out rows; for stages that have rewards."""
+
+    def draw(figure: Figure) -> None:
+        grid = figure.subplots(2 * len(trainings), 1, squeeze=False)[:, 0]
+        for number, training in enumerate(trainings):
+            accuracy, rewards = grid[2 * number], grid[2 * number + 1]
+            accuracy.sharex(rewards)
+            _draw_both_sides(accuracy, training, "reward_accuracy", _BLUE, "rewards in the right order")
+            accuracy.set_ylim(-0.03, 1.03)
+            accuracy.set_ylabel("share of rows")
+            _draw_both_sides(rewards, training, "reward_chosen", _GREEN, "chosen")
+            _draw_both_sides(rewards, training, "reward_rejected", _VERMILION, "rejected")
+            rewards.set_ylabel("mean reward")
+            rewards.margins(x=0.02)
+            _label_steps(rewards)
+            for axes in (accuracy, rewards):
+                axes.legend(loc="best")
+            accuracy.tick_params(labelbottom=False)
+            if len(trainings) > 1:
+                _set_title(accuracy, shorten(training.name, 40))
+        figure.align_ylabels()
+
+    return _picture(draw, height=3.6 * len(trainings))
+
+
+def _draw_both_sides(axes: Axes, training: Training, key: str, colour: str, label: str) -> None:
+    """A column of the steps as a line, and that of the held-out rows as points."""
+    axes.plot(*series(training.metrics, key), color=colour, linewidth=1.6, label=label)
+    axes.plot(*series(training.metrics, f"eval_{key}"), "o--", color=colour, markersize=4.5, linewidth=1.0)
+
+
 def draw_learning_rate(trainings: Sequence[Training]) -> bytes:
     """The learning rate at each step."""
 

@@ -12,7 +12,7 @@ from corral.report.run_record import Training, read_run, series
 from corral.report.scores import MetricScores, scores_by_metric
 from corral.storage import remove_tree, write_atomic
 
-PICTURES = ("loss", "learning-rate", "throughput", "scorecard")
+PICTURES = ("loss", "preferences", "learning-rate", "throughput", "scorecard")
 
 
 def write_report(run_dir: Path) -> Path:
@@ -21,8 +21,8 @@ def write_report(run_dir: Path) -> Path:
     The same run gives the same bytes, since all times are the run's own. A running stage may write its files while they are
     read, so its report is a snapshot.
 
-    Returns: the page, `report/index.html`. Beside it are `loss.png`, `learning-rate.png`, `throughput.png` and
-    `scorecard.png`, as far as the run has their data; pictures of an earlier report whose data is gone are removed.
+    Returns: the page, `report/index.html`. Beside it are `loss.png`, `preferences.png`, `learning-rate.png`, `throughput.png`
+    and `scorecard.png`, as far as the run has their data; pictures of an earlier report whose data is gone are removed.
 
     Raises:
         RunError: recipe.toml is missing or damaged.
@@ -46,6 +46,8 @@ def _draw_pictures(trainings: Sequence[Training], scores: Sequence[MetricScores]
     pictures: dict[str, Picture] = {}
     if trainings:
         pictures["loss"] = Picture(plots.draw_loss(trainings), _describe_losses(trainings))
+        if aligned := [training for training in trainings if series(training.metrics, "reward_accuracy")[1]]:
+            pictures["preferences"] = Picture(plots.draw_preferences(aligned), _describe_rewards(aligned))
         text = "The learning rate at each optimizer step."
         pictures["learning-rate"] = Picture(plots.draw_learning_rate(trainings), text)
         text = "Tokens per second and peak memory at each step."
@@ -56,6 +58,18 @@ def _draw_pictures(trainings: Sequence[Training], scores: Sequence[MetricScores]
         )
         pictures["scorecard"] = Picture(plots.draw_scores(scores), text)
     return pictures
+
+
+def _describe_rewards(trainings: Sequence[Training]) -> str:
+    parts: list[str] = []
+    for training in trainings:
+        changes = [
+            f"{name} from {number(values[0])} to {number(values[-1])}"
+            for name, key in (("chosen", "reward_chosen"), ("rejected", "reward_rejected"))
+            if (values := series(training.metrics, key)[1])
+        ]
+        parts.append(f"{training.name}: mean rewards {listing(changes)}")
+    return "; ".join(parts) + "."
 
 
 def _describe_losses(trainings: Sequence[Training]) -> str:

@@ -122,6 +122,19 @@ def metrics(steps: int = 60) -> list[dict[str, Any]]:
     return lines
 
 
+def aligned_metrics(steps: int = 20) -> list[dict[str, Any]]:
+    """Of a stage that trains on pairs."""
+    lines = metrics(steps)
+    for line in lines:
+        share = line["step"] / steps
+        rewards = {"reward_chosen": 0.2 * share, "reward_rejected": -share, "reward_accuracy": 0.5 + 0.4 * share}
+        if line["step"]:
+            line |= rewards
+        if line["eval_loss"] is not None:
+            line |= {f"eval_{name}": 0.9 * value for name, value in rewards.items()}
+    return lines
+
+
 def completions(rows: int = 24) -> list[dict[str, Any]]:
     """Answers to the same prompts: the base model's are chatty, the tuned model's resemble the reference."""
     rng = random.Random(2)

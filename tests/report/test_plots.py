@@ -9,7 +9,7 @@ from PIL import Image
 from corral.report import plots
 from corral.report.run_record import Training
 from corral.report.scores import scores_by_metric
-from tests.report.conftest import card, metrics
+from tests.report.conftest import aligned_metrics, card, metrics
 
 TRAINING_PICTURES = (plots.draw_loss, plots.draw_learning_rate, plots.draw_throughput)
 
@@ -44,6 +44,15 @@ def test_each_training_stage_has_a_row_of_its_own() -> None:
     one = opened(plots.draw_loss([Training("a", metrics())]))
     two = opened(plots.draw_loss([Training("a", metrics()), Training("b", metrics(7))]))
     assert two.height == 2 * one.height
+
+
+def test_rewards_of_training_and_of_held_out_rows_are_drawn() -> None:
+    lines = aligned_metrics()
+    first = plots.draw_preferences([Training("a", lines)])
+    for key in ("reward_accuracy", "reward_chosen", "eval_reward_rejected"):
+        changed = [{**line, key: line[key] - 0.4} if key in line else line for line in lines]
+        assert plots.draw_preferences([Training("a", changed)]) != first, key
+    assert opened(plots.draw_preferences([Training("a", lines)] * 2)).height == 2 * opened(first).height
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])

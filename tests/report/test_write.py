@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from corral.report.write import write_report
-from tests.report.conftest import PARTS, MakeRun, lineage, metrics, write, write_lines
+from tests.report.conftest import PARTS, MakeRun, aligned_metrics, lineage, metrics, write, write_lines
 
 PICTURES = {"loss.png", "learning-rate.png", "throughput.png", "scorecard.png"}
 
@@ -40,6 +40,16 @@ def test_a_page_is_written_and_a_picture_for_each_part_that_there_is(make_run: M
     index = write_report(run)
     assert index == run / "report" / "index.html"
     assert {path.name for path in index.parent.iterdir()} == {"index.html"} | PICTURES - LACKING[missing]
+
+
+def test_a_stage_with_rewards_has_a_picture_of_them_and_its_accuracy(make_run: MakeRun) -> None:
+    run = make_run()
+    write_lines(run / "train-1-sft" / "metrics.jsonl", aligned_metrics())
+    index = write_report(run)
+    assert (index.parent / "preferences.png").is_file()
+    page = index.read_text("utf-8")
+    assert "mean rewards chosen from 0.010 to 0.200 and rejected from −0.050 to −1.000" in page
+    assert "held-out preference accuracy 81% there" in page
 
 
 @pytest.mark.parametrize("only", ["nothing", *PARTS])

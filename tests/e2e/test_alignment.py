@@ -1,0 +1,99 @@
+"""`corral run` with a stage of preferences after fine-tuning: its rows, reference, metrics, evaluation and report."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from corral.training.reference import ROWS_PER_LINE
+from tests.conftest import RECIPE, write_rows
+from tests.e2e.conftest import fail, succeed
+from tests.training.tiny import read_metrics
+
+ALIGNMENT = """
+[[train]]
+name = "aligned"
+from = "train-1-sft"
+objective = "{objective}"
+sources = ["{source}"]
+steps = 6
+batch_size = 4
+evaluate_every = 3
+checkpoint_every = 2
+[train.lora]
+rank = 4
+[train.optimizer]
+lr = 2e-3
+"""
+
+
+def write_preferences(folder: Path) -> None:
+    """`pairs.jsonl` and, of the same answers, `scored.jsonl`."""
+    pairs = [{"prompt": f"What is {i} plus 1?", "chosen": f"{i + 1}.", "rejected": f"It is {i}!"} for i in range(60)]
+    scored = [
+        {"prompt": pair["prompt"], "completion": pair[kind], "score": score}
+        for pair in pairs
+        for kind, score in (("chosen", 1.0), ("rejected", 0.0))
+    ]
+    for name, rows in (("pairs", pairs), ("scored", scored)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_recipe(folder: Path, model: Path, objective: str, source: str) -> None:
+    sources = f'[[data.sources]]\npath = "rows.jsonl"\n[[data.sources]]\npath = "{source}"\n'
+    text = RECIPE.format(model=model).replace('[[data.sources]]\npath = "rows.jsonl"\n', sources)
+    sft, evaluate = text.split("[evaluate]")
+    sft = sft.replace("[[train]]", '[[train]]\nsources = ["rows.jsonl"]')
+    stage = ALIGNMENT.format(objective=objective, source=source)
+    (folder / "r.toml").write_text(f"{sft}{stage}[evaluate]{evaluate}")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_rows(tmp_path / "rows.jsonl")
+    write_preferences(tmp_path)
+    return tmp_path
+
+
+def run(folder: Path) -> dict[str, Any]:
+    return json.loads(succeed("run", folder / "r.toml", "--out", folder / "run", "--json").stdout)
+
+
+def test_dpo_after_sft_is_trained_evaluated_and_reported(folder: Path, tiny_folder: Path) -> None:
+    write_recipe(folder, tiny_folder, "dpo", "pairs.jsonl")
+    stages = run(folder)["stages"]
+    assert list(stages) == ["prepare", "train-1-sft", "train-2-aligned", "evaluate", "report"]
+    stage = folder / "run" / "train-2-aligned"
+    lines = read_metrics(stage)
+    assert lines[0]["eval_preference_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert lines[-1]["eval_reward_margin"] > 0
+    assert {"reward_margin", "reward_accuracy", "logprob_chosen", "logprob_rejected"} <= lines[1].keys()
+    header, *stored = (stage / "reference" / "train.jsonl").read_text().splitlines()
+    rows = json.loads(header)["rows"]
+    assert len(stored) == math.ceil(rows / ROWS_PER_LINE)
+    assert all(len(pair) == 2 for line in stored for pair in json.loads(line))
+    assert (stage / "merged" / "contract.json").is_file()
+    card = json.loads((folder / "run" / "evaluate" / "scorecard.json").read_text())
+    assert card["variants"]["tuned"]["metrics"]["loss"]["n"] > 0
+    page = (folder / "run" / "report" / "index.html").read_text("utf-8")
+    assert "held-out preference accuracy" in page
+    assert (folder / "run" / "report" / "preferences.png").is_file()
+    assert set(run(folder)["stages"].values()) == {"skipped"}
+
+
+def test_kto_trains_on_scored_answers_from_the_same_command(folder: Path, tiny_folder: Path) -> None:
+    write_recipe(folder, tiny_folder, "kto", "scored.jsonl")
+    run(folder)
+    line = read_metrics(folder / "run" / "train-2-aligned")[-1]
+    assert line["kl"] >= 0
+    assert line["eval_reward_margin"] > 0
+
+
+def test_rows_of_the_wrong_kind_are_refused_with_what_the_objective_takes(folder: Path, tiny_folder: Path) -> None:
+    write_recipe(folder, tiny_folder, "dpo", "scored.jsonl")
+    words = ["`dpo` takes a better and a worse answer", "scored.jsonl"]
+    fail(2, words, "run", folder / "r.toml", "--out", folder / "run")
