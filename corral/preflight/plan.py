@@ -151,6 +151,7 @@ def _stage_lines(stage: StagePlan) -> list[str]:
         lines.append(
             f"time: {format_duration(stage.seconds)} for the stage, at {stage.tokens_per_second:,.0f} tokens/s, with "
             f"{work.evaluations} evaluations and {work.checkpoints} checkpoints"
+            + (f"; the reference first reads {work.reference:,} tokens" if work.reference else "")
         )
     if stage.measured is not None and stage.measured.resumed is not None:
         same = "the same bits as before" if stage.measured.resumed else "other bits than before"

@@ -156,6 +156,7 @@ class _Trial:
         """Runs the trial and ends this process."""
         self._phase("Loading the model again, after kill -9" if self._resume else "Loading the model")
         self._training = self._build()
+        self._training.prepare_reference()
         self._memory.reset()
         optimizer = self._training.optimizer
         optimizer.register_step_pre_hook(self._before_optimizer)

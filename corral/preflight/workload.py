@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from corral.data.packing import pack_sequences
+from corral.training.objective_table import build_objective
 from corral.training.sampler import BatchSampler
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Workload:
         evaluated: tokens of one evaluation.
         held_out: some of its rows, for a trial; `held_out_tokens` of them.
         checkpoints: number of checkpoints written.
+        reference: tokens whose log-probabilities under the reference are computed before the first step.
     """
 
     steps: int
@@ -54,6 +56,7 @@ class Workload:
     held_out: tuple[int, ...]
     held_out_tokens: int
     checkpoints: int
+    reference: int = 0
 
     @classmethod
     def from_stage(cls, train: Train, stage_rows: StageRows, seed: int) -> Workload:
@@ -81,11 +84,12 @@ class Workload:
             held_out=tuple(sample),
             held_out_tokens=sum(held_out[i] for i in sample),
             checkpoints=math.ceil(sampler.steps / train.checkpoint_every),
+            reference=int(rows.lengths.sum()) + sum(held_out) if build_objective(train).needs_reference else 0,
         )
 
     def seconds(self, rate: float, optimizer: float, evaluation_rate: float, save: float, checkpoint: float) -> float:
         """Of the whole stage. Rates are tokens per second, the rest seconds each. Every evaluation is assumed to save."""
-        evaluations = self.evaluations * (self.evaluated / evaluation_rate + save)
+        evaluations = self.evaluations * (self.evaluated / evaluation_rate + save) + self.reference / evaluation_rate
         return self.tokens / rate + self.steps * optimizer + evaluations + self.checkpoints * checkpoint
 
 

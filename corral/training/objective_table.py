@@ -25,11 +25,12 @@ TAKES: Mapping[str, tuple[type[Record], ...]] = {
 
 def build_objective(config: Train) -> Objective:
     """The objective of a training stage, with its settings."""
-    from corral.training import preferences
     from corral.training.objectives import Sft
 
     if config.objective == "sft":
         return Sft()
+    from corral.training import preferences
+
     kinds: Mapping[str, type[Any]] = {
         "dpo": preferences.Dpo,
         "ipo": preferences.Ipo,

@@ -41,3 +41,11 @@ def test_steps_tokens_and_the_longest_pack_are_those_of_the_order(prepared: Any)
         3,
     )  # before the first step, after 4, 8 and the last; 5, 10, 11
     assert work.evaluated == int(prepared.validation.lengths.sum())
+
+
+def test_an_objective_with_a_reference_has_all_rows_read_once_more(prepared: Any) -> None:
+    settings: dict[str, Any] = {"steps": 2, "pack_length": 128, "evaluate_rows": 3}
+    dpo, simpo = (Workload.from_stage(Train(objective=name, **settings), prepared, 9) for name in ("dpo", "simpo"))
+    lengths = [*prepared.train.lengths.tolist(), *prepared.validation.lengths[:3].tolist()]
+    assert (dpo.reference, simpo.reference) == (sum(lengths), 0)
+    assert dpo.seconds(10, 0, 20, 0, 0) - simpo.seconds(10, 0, 20, 0, 0) == pytest.approx(sum(lengths) / 20)
