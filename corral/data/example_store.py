@@ -115,7 +115,7 @@ class ExampleStore(Sequence[Example]):
         """Whether the record of each example is of this type. [examples]"""
         return self._contents["type"][self._stored] == RECORD_TYPES.index(kind)
 
-    def keys(self) -> list[tuple[str, str]]:
+    def key_pairs(self) -> list[tuple[str, str]]:
         """(the key of its row, its own key) of each example; they differ for a window of a row. [examples]
 
         In place of a row's key, rows that were stored without it have a name that its windows share.

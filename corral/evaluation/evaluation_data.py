@@ -71,6 +71,21 @@ def select_evaluation_data(
     return EvaluationData(_name_parts(losses, test), answers, tasks, load_examples)
 
 
+def describe_left_out(test: ExampleStore, data: EvaluationData) -> str | None:
+    """Which share of the rows that could be measured is, in a sentence; None if all are."""
+    chats = len({key for _, key in test.select(types=(Conversation,)).key_pairs()})
+    texts = len(set(test.select(types=(Text,)).key_pairs()))
+    parts = [
+        f"{len(items):,} of {count:,} {rows} (`evaluate.{setting}`)"
+        for items, count, rows, setting in (
+            (data.loss_items, chats + texts, "different test rows have a loss", "loss_rows"),
+            (data.answer_items, chats, "are answered", "answer_rows"),
+        )
+        if len(items) < count
+    ]
+    return ", ".join(parts) or None
+
+
 def check_test_sources(test: ExampleStore, labels: Iterable[str]) -> None:
     """Raises DataError if a source that is for the test side has test rows, and none of them can be measured."""
     for label in labels:
@@ -111,7 +126,7 @@ def _windows(test: ExampleStore, count: int, template: Template) -> Iterator[Tex
     """
     texts = test.select(types=(Text,))
     by_document: dict[str, dict[str, int]] = {}
-    for number, (document, key) in enumerate(texts.keys()):
+    for number, (document, key) in enumerate(texts.key_pairs()):
         by_document.setdefault(document, {}).setdefault(key, number)
     longest = max(map(len, by_document.values()), default=0)
     part = -(-count // _DOCUMENTS)
@@ -128,7 +143,7 @@ def _windows(test: ExampleStore, count: int, template: Template) -> Iterator[Tex
 
 def _name_parts(items: Sequence[Item | TextItem], test: ExampleStore) -> list[Item | TextItem]:
     """The items; a document of which not all windows are among them is named after those that are."""
-    windows = Counter(document for document, _ in set(test.select(types=(Text,)).keys()))
+    windows = Counter(document for document, _ in set(test.select(types=(Text,)).key_pairs()))
     measured: dict[str, list[str]] = {}
     for item in items:
         if isinstance(item, TextItem):

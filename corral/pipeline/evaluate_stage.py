@@ -19,7 +19,7 @@ from corral.data.sources import hash_source
 from corral.engines.registry import default_engine, load_engine
 from corral.errors import DataError, InputError, require
 from corral.evaluation import scorecard
-from corral.evaluation.evaluation_data import EvaluationData, select_evaluation_data
+from corral.evaluation.evaluation_data import EvaluationData, describe_left_out, select_evaluation_data
 from corral.evaluation.measurements import Measurements, VariantSpec
 from corral.evaluation.scorecard import Scorecard
 from corral.evaluation.tasks import load_tasks
@@ -227,13 +227,16 @@ class EvaluateStage:
         rows = context.prepared if recipe.evaluate.test is None else self._test_rows(folder.path, recipe.evaluate.test)
         if recipe.evaluate.tasks:
             context.progress.start("Reading questions", None)
-        return select_evaluation_data(
+        data = select_evaluation_data(
             rows.test,
             recipe.evaluate,
             context.template,
             load_tasks(recipe.evaluate.tasks, seed=recipe.rows_seed),
             lambda: training_examples(context.run, recipe.answers_seed),
         )
+        if (left_out := describe_left_out(rows.test, data)) is not None:
+            context.progress.say(left_out)
+        return data
 
     def _test_rows(self, folder: Path, source: Source) -> Prepared:
         """The rows of `evaluate.test`, prepared in the stage's folder."""

@@ -11,7 +11,7 @@ from corral.data.encoding import encode_record
 from corral.data.example_store import Example, ExampleStore
 from corral.data.prepare import prepare
 from corral.errors import DataError, RecipeError
-from corral.evaluation.evaluation_data import select_evaluation_data
+from corral.evaluation.evaluation_data import describe_left_out, select_evaluation_data
 from corral.evaluation.inference import Item, TextItem
 from corral.messages import Conversation, Preference, Record, Text
 from corral.recipe import Data, Source, Split
@@ -99,6 +99,15 @@ def test_copies_are_measured_once_and_preferences_are_left_out(template: Templat
     data = select_evaluation_data(test, Evaluate(loss_rows=2, answer_rows=2), template)
     assert set(ids(data.loss_items)) == {f"{conversation(i)!r}" for i in (1, 2)}
     assert ids(data.answer_items) == ids(data.loss_items)
+
+
+def test_rows_that_are_not_measured_are_counted(template: Template, tmp_path: Path) -> None:
+    test = store(tmp_path, Text("a document"), *(conversation(i) for i in (1, 1, 2, 3)))
+    some = select_evaluation_data(test, Evaluate(loss_rows=2, answer_rows=1), template)
+    assert describe_left_out(test, some) == (
+        "2 of 4 different test rows have a loss (`evaluate.loss_rows`), 1 of 3 are answered (`evaluate.answer_rows`)"
+    )
+    assert describe_left_out(test, select_evaluation_data(test, Evaluate(), template)) is None
 
 
 def test_a_primary_metric_of_answers_is_refused_where_there_is_nothing_to_answer(
