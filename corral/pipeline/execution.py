@@ -141,6 +141,11 @@ class _Pipeline:
             folder, inputs = found
             if not folder.done:
                 self._check_needs(stage, folder)
+                if own := [change for change in folder.changed if not change.startswith("stages.")]:
+                    changed = f"{', '.join(own[:3])}{' …' if len(own) > 3 else ''}"
+                    self.context.progress.say(
+                        f"{stage.name} is made again, as {changed} changed; what it was is kept in {run / 'superseded'}"
+                    )
                 self.started = True
                 self.context.run.write_recipe(self.context.recipe)  # before the first change, and not if there is none
                 folder = claim_stage(run, stage.name, inputs, redo=stage.name in self.redo)
@@ -183,10 +188,7 @@ class _Pipeline:
         if not folder.done and is_superseded(run, name, inputs):
             say(f"{name} is brought back from {run / 'superseded'}")
             return claim_stage(run, name, inputs), inputs
-        if own := [change for change in folder.changed if not change.startswith("stages.")]:
-            changed = f"{', '.join(own[:3])}{' …' if len(own) > 3 else ''}"
-            say(f"{name} is made again, as {changed} changed; what it was is kept in {run / 'superseded'}")
-        elif folder.done and folder.made_by != corral.__version__:
+        if folder.done and folder.made_by != corral.__version__:
             version = f"corral {folder.made_by}" if folder.made_by else "an older version"
             say(f"{name} was made by {version} and stays as it is; --redo {name} makes it again")
         elif isinstance(stage, TrainStage) and (lost := missing_output(run / name)) is not None and not folder.changed:

@@ -216,7 +216,7 @@ def _changes(record: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[str]:
     if record.get("format") != FORMAT:
         return [] if record["status"] == "done" else ["an unfinished stage of an older version"]
     before: Mapping[str, Any] = record["inputs"]
-    counted_before = {name: record["given"].get(name, value) for name, value in before.items()}
+    counted_before = {name: record.get("given", {}).get(name, value) for name, value in before.items()}
     counted_now = {name: value.given if isinstance(value, Settings) else value for name, value in inputs.items()}
     return list(_differences(before, _json_values(inputs), (counted_before, counted_now)))
 
