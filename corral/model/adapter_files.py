@@ -214,6 +214,11 @@ class AdapterFiles:
             hint=f"name its base model instead: {self.config.get('base_model_name_or_path')}",
         )
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the folder holds a tokenizer."""
+        return any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
     def load_template(
         self, base: Path, spec: str = "tokenizer", variables: Variables | None = None, *, system: str | None = None
     ) -> Template:
@@ -228,7 +233,7 @@ class AdapterFiles:
 
         Raises: ModelError, TemplateError, as `loading.load_template`.
         """
-        own = any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+        own = self.has_tokenizer
         tokenizer = load_tokenizer(self.folder if own else base)
         if not own and (template := self._template_alone()) is not None:
             tokenizer.chat_template = template

@@ -55,6 +55,8 @@ def find_model_files(spec: str, *, base: str | None = None) -> ModelFiles:
     files = AdapterFiles.read(adapter)
     source = find_base_model(files) if base is None else resolve_model(base)
     recipe = _recipe_of_run(adapter) if is_run(adapter.absolute().parent.parent) else None
+    if files.has_tokenizer:  # with its template, as it was trained; adapters of older runs have none
+        recipe = None
     return ModelFiles(source.folder, adapter, recipe, (*source.licence_files, *licence_texts(adapter)))
 
 

@@ -98,9 +98,9 @@ class Recipe(Section):
             if stage.name in (*BUILT_IN_VARIANTS, *MODEL_FORMS) or names.count(stage.name or "") > 1:
                 raise ValueError(f"`train.{i}.name` = {stage.name!r} names another model too: give another name")
             self.start_of(i + 1)
-        named = {label for mixture in self.mixtures for label in mixture}
-        for source in self.data.training_sources:
-            if source.label not in named:
+        named = {label for stage in self.train for label in (labels if stage.sources is None else stage.sources)}
+        for source in self.data.sources:
+            if source.side != "test" and source.label not in named:
                 raise ValueError(
                     f"no training stage uses the source {source.label!r}: name it in `train.sources`, or remove it"
                 )

@@ -44,6 +44,13 @@ class StageRows:
                 hint="name other sources in its `sources`, or give them a `format` that makes such rows; the ledger says "
                 "what became of every row",
             )
+        needed_for = "early_stopping" if stage.early_stopping else 'merge = "best"' if stage.merge == "best" else None
+        if needed_for and not len(validation):
+            raise DataError(
+                f"training stage {number} has no validation row, and its `{needed_for}` needs some",
+                where=f"train.{number - 1}",
+                hint='name a source with `side = "validation"` in its `sources`, or raise data.split.validation',
+            )
         return cls(train, validation)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 import urllib.request
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from corral.answering.open_model import open_model
 from corral.engines.base import Sampling
 from corral.messages import Conversation
+from corral.model.naming import find_model_files
 from tests.conftest import write_workspace
 from tests.e2e.test_serve import address, serving
 from tests.forked import corral
@@ -107,3 +109,13 @@ def test_a_recipe_that_names_an_adapter_trains_it_further(
         assert (further / file).read_bytes() == (own / file).read_bytes(), "no step is that small"
     answers = [answer_and_score(model) for model in (further / "adapter", tmp_path / "run")]
     assert [a[0] for a in answers[0]] == [a[0] for a in answers[1]]
+
+
+def test_an_adapter_in_a_run_is_used_with_its_own_template_whatever_the_recipe_names(
+    adapter: Path, finished_run: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    recipe = run / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace('template = "tokenizer"', 'template = "gone.jinja"'))
+    here, there = (find_model_files(str(path)).load_template() for path in (adapter, run / "train-1-sft" / "adapter"))
+    assert there.digest == here.digest

@@ -142,3 +142,11 @@ def test_a_resolved_recipe_with_alignment_reads_back_as_itself() -> None:
 def test_a_merge_by_likelihood_is_refused_where_some_rows_should_become_unlikely() -> None:
     with pytest.raises(RecipeError, match=r'`merge` = "best" chooses by the likelihood'):
         parse(aligned('quantization = "nf4"\nmerge = "best"'), where="test")
+
+
+def test_a_validation_file_that_no_stage_names_is_refused() -> None:
+    text = STAGES.replace('side = "test"', 'side = "validation"')
+    text = text.replace('name = "wide"', 'name = "wide"\nsources = ["a.jsonl"]')
+    with pytest.raises(RecipeError, match=r"no training stage uses the source 't.jsonl'"):
+        parse(f'{text}sources = ["a.jsonl"]', where="test")
+    assert parse(f'{text}sources = ["a.jsonl", "t.jsonl"]', where="test").mixtures == (("a.jsonl",),)

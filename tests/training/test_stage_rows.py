@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,11 @@ def test_rows_that_no_stage_takes_are_refused(tmp_path: Path) -> None:
         ) as e:
             check_rows_taken(prepared_rows(tmp_path / name, *sources), [Train()])
         assert e.value.where == "pairs"
+
+
+def test_a_stage_that_stops_early_needs_validation_rows_of_its_own(tmp_path: Path) -> None:
+    prepared = prepared_rows(tmp_path, ("chats", ANSWERED), ("more", ANSWERED))
+    bare = dataclasses.replace(prepared, validation=prepared.validation.select(["more"]))
+    with pytest.raises(DataError, match="training stage 1 has no validation row, and its `early_stopping` needs some"):
+        StageRows.select(bare, Train(sources=("chats",), early_stopping=2), 1)
+    assert len(StageRows.select(bare, Train(sources=("chats", "more"), early_stopping=2), 1).validation)
