@@ -102,7 +102,8 @@ class Train(Section):
     steps: PositiveInt | None = None
     """Number of optimizer steps; instead of `epochs`."""
     batch_size: PositiveInt = 8
-    """Examples per optimizer step, over all devices. Every trained token has the same weight."""
+    """Examples per optimizer step, over all devices. Every trained token has the same weight; with an objective of pairs or
+    single answers every pair or answer has."""
     pack_length: PositiveInt | Literal["auto"] = "auto"
     """Most tokens in one forward pass; examples are packed into it, isolated from each other. `auto`: at least the longest
     example, and on a GPU up to 8192 as its memory allows, on a CPU 512. It changes memory and speed, not the result (except

@@ -193,7 +193,7 @@ class Trainer:
                 self._pass_sums(scored, statistic, own) for scored, own in self.scorer.passes(rows, self._loss_part)
             ]
         values = torch.stack([self._values(sums) for sums in passes]).tolist() if passes else []
-        result = self._evaluation(rows, values, passes)
+        result = self._evaluation(self._counts(rows), values, passes)
         divergence.check_held_out(result.loss, rows, self._measure_one)
         return result
 
@@ -295,7 +295,7 @@ class Trainer:
         passes: list[Sums] = []
         for scored, own in self.scorer.passes(batch, self._loss_part):
             sums = self._pass_sums(scored, statistic, own)
-            passes.append(sums)
+            passes.append(sums.detach())
             parts = zip(sums.terms, counts, weights, strict=True)
             loss: Any = sum(term / (count / (scale * weight)) for term, count, weight in parts if count and weight)
             loss.backward()
@@ -304,12 +304,13 @@ class Trainer:
         *values, norm_value = torch.cat([*(self._values(sums) for sums in passes), norm.float().reshape(1)]).tolist()
         width = len(values) // len(passes) if passes else 0
         by_pass = [values[i * width : (i + 1) * width] for i in range(len(passes))]
-        return self._evaluation(batch, by_pass, passes), norm_value
+        return self._evaluation(counts, by_pass, passes), norm_value
 
-    def _evaluation(self, batch: Sequence[Example], values: list[list[float]], passes: list[Sums]) -> Evaluation:
+    def _evaluation(self, counts: Sequence[int], values: list[list[float]], passes: list[Sums]) -> Evaluation:
         """The objective on a batch.
 
         Args:
+            counts: units of each term.
             values: of each of this process's passes the sums of terms, then of metrics.
             passes: the same passes.
         """
@@ -317,7 +318,7 @@ class Trainer:
         sums = [sum(column) for column in zip(*values, strict=True)] or [0.0] * (terms + len(names))
         sizes = [float(sum(each.metrics[name][1] for each in passes)) for name in names]
         sums = self.world.all_reduce_sums([*sums, *sizes])
-        parts = zip(sums[:terms], self._counts(batch), self.objective.weights, strict=True)
+        parts = zip(sums[:terms], counts, self.objective.weights, strict=True)
         # Not 0 × … of a term without units.
         loss = sum(total / count * weight for total, count, weight in parts if count)
         columns = zip(names, sums[terms : terms + len(names)], sums[terms + len(names) :], strict=True)
@@ -325,8 +326,8 @@ class Trainer:
         return Evaluation(loss, self.objective.summarise(means))
 
     def _values(self, sums: Sums) -> Tensor:
-        """[terms + metrics], without gradients."""
-        return torch.stack([*sums.terms, *(sums.metrics[name][0] for name in self.objective.metrics)]).detach()
+        """[terms + metrics]."""
+        return torch.stack([*sums.terms, *(sums.metrics[name][0] for name in self.objective.metrics)])
 
     def _counts(self, batch: Sequence[Example]) -> list[int]:
         """Units of each term over the batch."""

@@ -46,6 +46,11 @@ class Sums:
     terms: tuple[Tensor, ...]
     metrics: Mapping[str, tuple[Tensor, int]] = field(default_factory=dict[str, "tuple[Tensor, int]"])
 
+    def detach(self) -> Sums:
+        """The same values, which keep nothing of the pass that computed them."""
+        metrics = {name: (value.detach(), count) for name, (value, count) in self.metrics.items()}
+        return Sums(tuple(term.detach() for term in self.terms), metrics)
+
 
 class Objective(ABC):
     """A loss over examples: Σ over its terms of weight × sum / count, both taken over a step.

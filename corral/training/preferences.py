@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from corral.messages import Feedback
+from corral.model.compute.gpu_attention import copy_to
 from corral.training.mismatched_rows import MismatchedRows
 from corral.training.objectives import Objective, Scored, Sums, trained_positions
 
@@ -89,10 +90,9 @@ class Answers:
     def of(cls, batch: Sequence[Scored]) -> Answers:
         """Those of a batch."""
         policy = torch.stack([torch.stack([logprobs.sum() for logprobs in scored.policy]) for scored in batch])
-        lengths = policy.new_tensor([[len(logprobs) for logprobs in scored.policy] for scored in batch])
-        if not batch[0].reference:
-            return cls(policy, torch.zeros_like(lengths), lengths)
-        return cls(policy, policy.new_tensor([scored.reference for scored in batch]), lengths)
+        lengths = [[float(len(logprobs)) for logprobs in scored.policy] for scored in batch]
+        reference = [scored.reference or (0.0,) * len(scored.policy) for scored in batch]
+        return cls(policy, *(copy_to(torch.tensor(values), policy.device) for values in (reference, lengths)))
 
     def ratios(self, *, per_token: bool) -> Tensor:
         """r; without a reference log π."""
@@ -211,6 +211,10 @@ class FeedbackObjective(Objective):
         """Whether the answer's score reaches the threshold."""
         return _score(example) >= self.threshold
 
+    def good(self, batch: Sequence[Scored], like: Tensor) -> Tensor:
+        """Whether each answer is good, where another tensor is. [batch]"""
+        return copy_to(torch.tensor([self.is_good(scored.example) for scored in batch]), like.device)
+
     def measure(
         self, batch: Sequence[Scored], logprobs: Tensor, rewards: Tensor, baseline: float = 0.0
     ) -> dict[str, tuple[Tensor, int]]:
@@ -220,16 +224,14 @@ class FeedbackObjective(Objective):
             logprobs, rewards: of the answers. [batch] each
             baseline: the reward of a good answer should be above it, that of a bad one below.
         """
-        good = [self.is_good(scored.example) for scored in batch]
-        mask = torch.tensor(good, device=rewards.device)
-        count, n = sum(good), len(good)
-        right = _share_above(torch.where(mask, rewards - baseline, baseline - rewards))
+        good, count, n = self.good(batch, rewards), sum(self.is_good(scored.example) for scored in batch), len(batch)
+        right = _share_above(torch.where(good, rewards - baseline, baseline - rewards))
         return {
-            "reward_chosen": (torch.where(mask, rewards, 0.0).sum(), count),
-            "reward_rejected": (torch.where(mask, 0.0, rewards).sum(), n - count),
+            "reward_chosen": (torch.where(good, rewards, 0.0).sum(), count),
+            "reward_rejected": (torch.where(good, 0.0, rewards).sum(), n - count),
             "reward_accuracy": (right.sum(), n),
-            "logprob_chosen": (torch.where(mask, logprobs, 0.0).sum(), count),
-            "logprob_rejected": (torch.where(mask, 0.0, logprobs).sum(), n - count),
+            "logprob_chosen": (torch.where(good, logprobs, 0.0).sum(), count),
+            "logprob_rejected": (torch.where(good, 0.0, logprobs).sum(), n - count),
         }
 
     def summarise(self, means: dict[str, float]) -> dict[str, float]:
@@ -269,10 +271,10 @@ class Kto(FeedbackObjective):
         config, kl = self.config, max(0.0, statistic)
         answers = Answers.of(batch)
         ratios = answers.ratios(per_token=False)[:, 0]
-        good = torch.tensor([self.is_good(scored.example) for scored in batch], device=ratios.device)
+        good = self.good(batch, ratios)
         weights = torch.where(good, config.desirable_weight, config.undesirable_weight)
         metrics = self.measure(batch, answers.policy[:, 0], config.beta * ratios, config.beta * kl)
-        metrics["kl"] = (ratios.new_tensor(kl * len(batch)), len(batch))
+        metrics["kl"] = (torch.full_like(ratios, kl).sum(), len(batch))
         return Sums(((weights * kto_loss(ratios, good, kl, config.beta)).sum(),), metrics)
 
 
@@ -294,9 +296,9 @@ class Ulma(FeedbackObjective):
         config = self.config
         answers = Answers.of(batch)
         ratios = answers.ratios(per_token=config.normalise)[:, 0]
-        good = torch.tensor([self.is_good(scored.example) for scored in batch], device=ratios.device)
+        good = self.good(batch, ratios)
         if config.continuous:
-            scores = ratios.new_tensor([_score(scored.example) for scored in batch])
+            scores = copy_to(torch.tensor([_score(scored.example) for scored in batch]), ratios.device)
             bad_losses = ulma_continuous_loss(ratios, scores, config.beta, config.c)
         else:
             bad_losses = ulma_loss(ratios, config.beta, config.c)

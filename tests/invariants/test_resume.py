@@ -108,6 +108,19 @@ INSTANTS = {
 }
 
 
+@pytest.mark.parametrize("write", [1, 3, 5])
+def test_killed_while_the_reference_is_computed(write: int, uninterrupted: Uninterrupted, tmp_path: Path) -> None:
+    """Each write is synced: of a file's first line, and of the rows."""
+    job, expected = uninterrupted(CASES["dpo, dropout"])
+    assert killed(train(job, tmp_path, Instant("fsync", nth=write)))
+    assert (tmp_path / "reference").exists()
+    assert not (tmp_path / "metrics.jsonl").exists()
+    job.run(tmp_path)
+    assert_same(tmp_path, expected)
+    for name in ("train.jsonl", "validation.jsonl"):
+        assert (tmp_path / "reference" / name).read_bytes() == (expected / "reference" / name).read_bytes()
+
+
 @pytest.mark.parametrize("name", INSTANTS)
 def test_killed_and_resumed(name: str, uninterrupted: Uninterrupted, tmp_path: Path) -> None:
     job, expected = uninterrupted(CASES["nf4, dropout, 8-bit moments"])
