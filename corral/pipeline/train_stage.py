@@ -38,7 +38,7 @@ class TrainStage:
 
     context: RunContext
     number: int
-    disposable = ("checkpoints/", "last/", "profile/", "metrics.jsonl", "events.out")
+    disposable = ("checkpoints/", "last/", "profile/", "reference/", "metrics.jsonl", "events.out")
 
     @property
     def name(self) -> str:

@@ -144,7 +144,7 @@ class Train(Section):
         given = dict(cast("Mapping[str, Any]", value))
         objective = given.get("objective", "sft")
         for name in _SECTIONS:
-            if name != objective and given.get(name) is not None:
+            if name != objective and objective in ("sft", *_SECTIONS) and given.get(name) is not None:
                 raise ValueError(f'`{name}` is for `objective` = "{name}", and that is "{objective}": remove one')
         if objective in _SECTIONS:
             given.setdefault(objective, {})

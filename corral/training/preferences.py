@@ -64,7 +64,9 @@ def ulma_continuous_loss(ratio: Tensor, score: Tensor, beta: float, c: float) ->
 
 
 def log_odds(logprob: Tensor) -> Tensor:
-    """log(p / (1 − p)) of log p < 0, exact for p near 0 and near 1."""
+    """log(p / (1 − p)) of log p < 0, exact for p near 0 and near 1; of an answer that is certain in float32, as of one with
+    log p = −1e-6."""
+    logprob = logprob.clamp(max=-1e-6)
     near_one = logprob > -math.log(2)
     # Each branch gets only values that it can differentiate.
     small = torch.log1p(-torch.exp(torch.where(near_one, -1.0, logprob)))

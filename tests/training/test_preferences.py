@@ -186,3 +186,12 @@ def test_a_reference_of_a_score_is_that_of_its_own_sequences(
         (2.0,),
         (1.0, 2.0),
     ]
+
+
+def test_the_odds_of_a_certain_answer_are_finite_and_so_is_their_slope() -> None:
+    certain = torch.zeros(2, requires_grad=True)
+    odds = log_odds(certain)
+    odds.sum().backward()  # pyright: ignore[reportUnknownMemberType]
+    assert odds.isfinite().all()
+    assert certain.grad is not None
+    assert certain.grad.isfinite().all()
