@@ -89,7 +89,7 @@ def test_out_of_memory_names_the_settings_that_need_less(
         raise failure
 
     write_workspace(tmp_path, tiny_folder)
-    monkeypatch.setattr("corral.training.loop.target_logprobs", fail)
+    monkeypatch.setattr("corral.training.scorer.target_logprobs", fail)
     recipe = recipes.load(tmp_path / "r.toml", ["train.0.pack_length=4096"])
     with pytest.raises(OutOfMemoryError) as caught:
         execution.execute(recipe, tmp_path / "run", Progress())
@@ -110,6 +110,6 @@ def test_a_real_allocation_that_fails_is_out_of_memory(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_workspace(tmp_path, tiny_folder)
-    monkeypatch.setattr("corral.training.loop.target_logprobs", lambda *_: torch.empty(2**60))
+    monkeypatch.setattr("corral.training.scorer.target_logprobs", lambda *_: torch.empty(2**60))
     with pytest.raises(OutOfMemoryError):
         execution.execute(recipes.load(tmp_path / "r.toml", ()), tmp_path / "run", Progress())
