@@ -13,6 +13,7 @@ from corral.evaluation.evaluation_data import check_test_sources, select_evaluat
 from corral.formatting import count_of
 from corral.pipeline.context import RunContext
 from corral.run.stage_record import Settings, StageFolder
+from corral.training.stage_needs import check_context
 from corral.training.stage_rows import check_rows_taken
 
 _MEGABYTE = 10**6
@@ -27,9 +28,13 @@ class PrepareStage:
     disposable = ()
 
     def needs(self) -> int:
-        """All that it reads, and a template that the base model has. Raises: DataError, TemplateError, ModelError …"""
+        """All that it reads, a template that the base model has, and a model that can read rows of this length.
+
+        Raises: DataError, TemplateError, ModelError, InputError.
+        """
         self.context.check_readable(self)
         assert self.context.template
+        check_context(self.context.base.folder, self.context.recipe.data.max_length, "data.max_length")
         return 50 * _MEGABYTE
 
     def inputs(self, fingerprints: Mapping[str, str]) -> dict[str, Any]:

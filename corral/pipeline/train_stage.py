@@ -22,7 +22,7 @@ from corral.run.stage_record import Settings, StageFolder
 from corral.storage import new_directory, write_json
 from corral.training.memory_estimate import ModelShape
 from corral.training.passes import Passes, choose_passes, savings
-from corral.training.stage_needs import check_context, stage_bytes
+from corral.training.stage_needs import stage_bytes
 
 if TYPE_CHECKING:
     from corral.model.adapter_files import AdapterFiles
@@ -62,7 +62,7 @@ class TrainStage:
         return config if self.adapter is None else config.model_copy(update={"lora": self.adapter.lora})
 
     def needs(self) -> int:
-        """Packages, and a model that can read rows of this length. Raises: MissingExtraError, ModelError, InputError."""
+        """Its packages. Raises: MissingExtraError, ModelError."""
         context, config = self.context, self.context.recipe.train[self.number - 1]
         context.check_readable(self)
         for tracker in context.recipe.trackers:
@@ -73,7 +73,6 @@ class TrainStage:
             from corral.model.quantisation import import_bitsandbytes
 
             import_bitsandbytes()
-        check_context(context.base.folder, context.recipe.data.max_length, "data.max_length")
         shape = ModelShape.from_folder(context.base.folder)
         return sum(stage_bytes(shape, self.config, context.placement.dtype).values())
 

@@ -279,6 +279,8 @@ def test_another_file_or_base_that_is_not_there_is_an_error_and_changes_nothing(
         execute(run_copy, 'evaluate.test={path="missing.jsonl"}', "train.0.optimizer.lr=1e-4")
     with pytest.raises(MissingExtraError, match="vllm"):
         execute(run_copy, "train.0.optimizer.lr=1e-4", 'evaluate.engine="vllm"')
+    with pytest.raises(InputError, match="tokens do not fit"):
+        execute(run_copy, "data.max_length=4096")
     assert (run_copy / "recipe.toml").read_text() == before
     assert execute(run_copy) == []
 
