@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
-from corral.recipe.objectives import Dpo, Ipo, Kto, Orpo, Simpo, Ulma
+from corral.recipe.alignment import Dpo, Ipo, Kto, Orpo, Simpo, Ulma
 from corral.recipe.section import Fraction, Name, PositiveInt, Section, Seed
 
 _SECTIONS = ("dpo", "ipo", "kto", "orpo", "simpo", "ulma")

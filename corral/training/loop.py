@@ -31,7 +31,7 @@ from corral.training import divergence, optimizers, sharding, step_metrics
 from corral.training.checkpoint import TrainingState
 from corral.training.distributed import World
 from corral.training.objectives import Objective, Scored, Sums
-from corral.training.reference import ReferencedRows, rows_digest, stored_logprobs
+from corral.training.reference_logprobs import ReferencedRows, rows_digest, stored_logprobs
 from corral.training.sampler import BatchSampler
 from corral.training.scorer import Scorer, token_count
 from corral.training.step_metrics import StepMetrics

@@ -29,14 +29,14 @@ def build_objective(config: Train) -> Objective:
 
     if config.objective == "sft":
         return Sft()
-    from corral.training import preferences
+    from corral.training import alignment_losses
 
     kinds: Mapping[str, type[Any]] = {
-        "dpo": preferences.Dpo,
-        "ipo": preferences.Ipo,
-        "kto": preferences.Kto,
-        "orpo": preferences.Orpo,
-        "simpo": preferences.Simpo,
-        "ulma": preferences.Ulma,
+        "dpo": alignment_losses.Dpo,
+        "ipo": alignment_losses.Ipo,
+        "kto": alignment_losses.Kto,
+        "orpo": alignment_losses.Orpo,
+        "simpo": alignment_losses.Simpo,
+        "ulma": alignment_losses.Ulma,
     }
     return kinds[config.objective](getattr(config, config.objective))

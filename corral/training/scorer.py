@@ -13,7 +13,7 @@ from corral.model.packed_forward import target_logprobs
 from corral.training import sharding
 from corral.training.distributed import World
 from corral.training.objectives import Scored, trained_positions
-from corral.training.reference import Logprobs, ReferencedExample
+from corral.training.reference_logprobs import Logprobs, ReferencedExample
 
 if TYPE_CHECKING:
     from torch import Tensor

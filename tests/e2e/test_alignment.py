@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from corral.training.reference import ROWS_PER_LINE
+from corral.training.reference_logprobs import ROWS_PER_LINE
 from tests.conftest import RECIPE, write_rows
 from tests.e2e.conftest import fail, succeed
 from tests.training.tiny import read_metrics

@@ -1,7 +1,7 @@
 """Objectives that align a model with preferences, as short maths on log-probabilities.
 
 π is the model in training, and r = log π(answer | prompt) − log π_reference(answer | prompt), summed over the answer's tokens
-unless it says per token. The settings of each are in `corral.recipe.objectives`.
+unless it says per token. The settings of each are in `corral.recipe.alignment`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from corral.training.objectives import Objective, Scored, Sums, trained_position
 
 if TYPE_CHECKING:
     from corral.data.example_store import Example
-    from corral.recipe import objectives as settings
+    from corral.recipe import alignment as settings
 
 _METRICS = ("reward_chosen", "reward_rejected", "reward_accuracy", "logprob_chosen", "logprob_rejected")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from corral.errors import CheckpointError, TrainingError
-from corral.training import reference
+from corral.training import reference_logprobs as reference
 from corral.training.loop import Trainer
 from corral.training.objectives import trained_positions
 from tests.model.tiny import fill_lora_b, plain_logprobs

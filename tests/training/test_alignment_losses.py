@@ -14,8 +14,8 @@ from torch import Tensor
 
 from corral.messages import Feedback
 from corral.model.packed_forward import target_logprobs
+from corral.training.alignment_losses import log_odds
 from corral.training.loop import Evaluation, Trainer
-from corral.training.preferences import log_odds
 from corral.training.scorer import ALL
 from tests.model.tiny import fill_lora_b, plain_logprobs
 
