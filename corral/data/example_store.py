@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from abc import abstractmethod
 from array import array
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import Any, TypeAlias, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +47,27 @@ class Example:
     record: Record
 
 
-class ExampleStore(Sequence[Example]):
+ExampleType = TypeVar("ExampleType", bound=Example, covariant=True)
+
+
+class ExampleSequence(Sequence[ExampleType]):
+    """Examples that are made when they are asked for, by number."""
+
+    @abstractmethod
+    def example(self, index: int) -> ExampleType:
+        """One example."""
+
+    @overload
+    def __getitem__(self, index: int) -> ExampleType: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ExampleType]: ...
+    def __getitem__(self, index: int | slice) -> ExampleType | list[ExampleType]:
+        if isinstance(index, slice):
+            return [self.example(i) for i in range(*index.indices(len(self)))]
+        return self.example(index)
+
+
+class ExampleStore(ExampleSequence[Example]):
     """The examples of one side, read from disk on access.
 
     The shuffled order depends on content and seed alone, so the first n are a fair sample. An example of a repeated source
@@ -163,13 +184,8 @@ class ExampleStore(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._stored)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def example(self, index: int) -> Example:
+        """The example at a place in the order."""
         rows, offset = self._examples.locate(int(self._stored[index]))
         row: dict[str, Any] = rows.slice(offset, 1).select(["key", "source", "file", "row", "record"]).to_pylist()[0]
         sequences = tuple(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import overload
 
-from corral.data.example_store import Example
+from corral.data.example_store import Example, ExampleSequence
 from corral.template import Encoded
 
 
-class MismatchedRows(Sequence[Example]):
+class MismatchedRows(ExampleSequence[Example]):
     """The rows of answers to prompts, each with a second sequence: its prompt and the answer of the row before it; of the
     first row, of the last. The pairs are the same in every step, so that a reference can be computed ahead.
 
@@ -23,13 +22,8 @@ class MismatchedRows(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def example(self, index: int) -> Example:
+        """The row with its second sequence."""
         row, before = self._rows[index], self._rows[(index or len(self)) - 1]
         (own,), (other,) = row.sequences, before.sequences
         return replace(row, sequences=(own, _join(own, other)))

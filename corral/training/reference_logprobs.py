@@ -14,9 +14,9 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import Any, TypeAlias
 
-from corral.data.example_store import Example, ExampleStore
+from corral.data.example_store import Example, ExampleSequence, ExampleStore
 from corral.errors import CheckpointError, TrainingError
 from corral.storage import storage_errors, write_atomic
 from corral.training.distributed import World
@@ -34,7 +34,7 @@ class ReferencedExample(Example):
     reference: Logprobs
 
 
-class ReferencedRows(Sequence[ReferencedExample]):
+class ReferencedRows(ExampleSequence[ReferencedExample]):
     """Rows with their log-probabilities under the reference, in the same order."""
 
     def __init__(self, rows: Sequence[Example], logprobs: Sequence[Logprobs]) -> None:
@@ -43,13 +43,8 @@ class ReferencedRows(Sequence[ReferencedExample]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> ReferencedExample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[ReferencedExample]: ...
-    def __getitem__(self, index: int | slice) -> ReferencedExample | list[ReferencedExample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def example(self, index: int) -> ReferencedExample:
+        """The row with its log-probabilities."""
         row = self._rows[index]
         return ReferencedExample(row.key, row.source, row.index, row.sequences, row.record, self._logprobs[index])
 
