@@ -81,7 +81,7 @@ class TrainStage:
         context, recipe = self.context, self.context.recipe
         # These change no result (a run may go on with another number of processes, or on a device with less memory), or are
         # given below by what they stand for.
-        elsewhere = {"sharding", "pack_length", "gradient_checkpointing", "name", "start", "sources", "seed"}
+        elsewhere = {"sharding", "pack_length", "gradient_checkpointing", "name", "start", "sources", "seed", "guards"}
         before = (
             {recipe.stage_names[self.start - 1]: fingerprints[recipe.stage_names[self.start - 1]]} if self.start else {}
         )

@@ -1,4 +1,5 @@
-"""Settings of the objectives that align a model with preferences: `[train.dpo]` and the like, one section for each."""
+"""Settings of the objectives that align a model with preferences, one section for each (`[train.dpo]` and the like), and of
+what guards such a stage (`[train.guards]`)."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from corral.recipe.section import Section
+from corral.recipe.section import Fraction, PathText, PositiveInt, Section
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -84,3 +85,25 @@ class Ulma(Section):
     """For bad answers take (score − β r − c)² instead, which tells scores between 0 and 1 apart."""
     threshold: Score = 0.5
     """Answers with at least this score are good, the others bad."""
+
+
+class Guards(Section):
+    """When a stage that aligns a model is stopped, or its model not promoted. They are checked at every evaluation of the
+    stage, and after it. A change of them trains nothing again."""
+
+    chosen_fall: Fraction = 0.2
+    """Largest fall of the mean log-probability of chosen (or good) answers, as a share of what it was before the first
+    step."""
+    prompts: PathText | None = None
+    """Basic prompts, which a useful model must be able to answer: a text file with one in each line. By default 20 that ship
+    with corral."""
+    failing_prompts: Fraction = 0.1
+    """Largest share of the basic prompts answered well by the model that the stage starts from which may be answered badly: by
+    nothing, without an end, in a loop, or with the same answer as all others."""
+    max_tokens: PositiveInt = 128
+    """Most tokens of an answer to a basic prompt."""
+    loss_rise: Annotated[float, Field(ge=0)] = 0.1
+    """Largest rise, in nats per token, of the loss on held-out conversations (or on the chosen answers of held-out pairs, if
+    the run has no conversations) over the model that the stage starts from."""
+    quantisation_gap: Annotated[float, Field(ge=0)] = 0.1
+    """With `quantization`: the same for the quantised form of the model that the stage starts from, before the first step."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
-from corral.recipe.alignment import Dpo, Ipo, Kto, Orpo, Simpo, Ulma
+from corral.recipe.alignment import Dpo, Guards, Ipo, Kto, Orpo, Simpo, Ulma
 from corral.recipe.section import Fraction, Name, PositiveInt, Section, Seed
 
 _SECTIONS = ("dpo", "ipo", "kto", "orpo", "simpo", "ulma")
@@ -134,6 +134,8 @@ class Train(Section):
     orpo: Orpo | None = None
     simpo: Simpo | None = None
     ulma: Ulma | None = None
+    guards: Guards | None = None
+    """With any `objective` but `sft`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -146,8 +148,11 @@ class Train(Section):
         for name in _SECTIONS:
             if name != objective and objective in ("sft", *_SECTIONS) and given.get(name) is not None:
                 raise ValueError(f'`{name}` is for `objective` = "{name}", and that is "{objective}": remove one')
+        if objective == "sft" and given.get("guards") is not None:
+            raise ValueError('`guards` are for stages that align a model, and `objective` = "sft" does not: remove one')
         if objective in _SECTIONS:
             given.setdefault(objective, {})
+            given.setdefault("guards", {})
             optimizer = given.get("optimizer", {})
             if isinstance(optimizer, Optimizer):
                 optimizer = optimizer.model_dump(exclude_unset=True)
