@@ -79,7 +79,7 @@ def check_rows_taken(prepared: Prepared, stages: Sequence[Train]) -> None:
                 f"row {row.index} holds {_CONTENT[kind]}, and no training stage takes it: {taken}",
                 where=row.source,
                 hint="add a stage whose `objective` takes such rows, or give the source a format that makes conversations of "
-                'them (for HH data, format = "hh-rlhf")',
+                'them (of pairs: format = "chosen-answer")',
             )
     for number, stage in enumerate(stages, 1):
         StageRows.select(prepared, stage, number)

@@ -16,6 +16,7 @@ from corral.data.formats.column_mapping import compile_mapping, has_only_score_r
 from corral.data.formats.fields import ContradictionError, Format, FormatError
 from corral.data.formats.multiple_choice import infer_numbering, multiple_choice
 from corral.data.formats.preferences import (
+    chosen_answer,
     feedback,
     infer_feedback_scale,
     preference,
@@ -54,6 +55,7 @@ _GENERIC_FORMATS: dict[str, Format] = {
     "question-answer": question_answer,
     "text": plain_text,
     "preference": preference,
+    "chosen-answer": chosen_answer,
     "feedback": feedback,
     "multiple-choice": multiple_choice,
 }

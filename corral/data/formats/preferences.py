@@ -66,6 +66,12 @@ def preference(row: Mapping[str, Any]) -> Preference:
     return Preference(prompt, *_require_different(better, worse))
 
 
+def chosen_answer(row: Mapping[str, Any]) -> Conversation:
+    """The prompt and the better answer of a pair, as a conversation to fine-tune on. Raises as `preference`."""
+    pair = preference(row)
+    return pair.prompt.add("assistant", pair.chosen)
+
+
 def _split_shared_words(chosen: str, rejected: str, row: Mapping[str, Any]) -> Preference:
     """The pair of two texts that both begin with the prompt."""
     _require_different(chosen, rejected)

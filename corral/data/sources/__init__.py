@@ -7,13 +7,15 @@ does not depend on the size of a source. What a row means is decided in `formats
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeAlias
 
 from corral import assets
 from corral.data.sources.csv_files import read_csv
 from corral.data.sources.files import BrokenFileError, Say, SourceFile
+from corral.data.sources.harm_ratings import read_rated_answers, read_rated_pairs
 from corral.data.sources.hub_datasets import find_hub_files
 from corral.data.sources.json_files import read_json, read_json_values, read_jsonl
 from corral.data.sources.local_files import find_local_files, hash_local_files, make_local_file
@@ -39,7 +41,12 @@ _READERS: dict[str, _Reader] = {
     ".arrow": read_parquet_or_arrow,
     ".txt": read_txt,
 }
-_ASSET_ROWS: dict[str, _Reader] = {"wikibooks-recipes": read_json_values}
+_READ_ASSET: dict[str, Callable[[Sequence[Path]], Iterator[RawRow]]] = {
+    "wikibooks-recipes": lambda files: _read_cookbook(files[0]),
+    "harm-rated-answers": read_rated_answers,
+    "harm-rated-pairs": read_rated_pairs,
+}
+"""For each asset with rows the function that reads them from its files."""
 
 
 def read_rows(source: Source, progress: Progress | None = None) -> Iterator[RawRow]:
@@ -65,10 +72,11 @@ def hash_source(source: Source, progress: Progress | None = None) -> str:
     """sha256 of what the rows of a source depend on: the names of its files below the source, and their content.
 
     For content it takes the bytes of local files, the commit of a data set on the hub, the ETag of objects in S3, and the
-    hash of an asset's wheel. A data set on the hub is downloaded. Raises as `read_rows` does.
+    name of an asset and the hash of its wheel. A data set on the hub is downloaded. Raises as `read_rows` does.
     """
     if source.path.startswith("asset:"):
-        return assets.find_asset(source.path.removeprefix("asset:")).wheel_sha256
+        asset = assets.find_asset(source.path.removeprefix("asset:"))
+        return hashlib.sha256(f"{asset.name} {asset.wheel_sha256}".encode()).hexdigest()
     files = _find_files(source, progress or Progress())
     is_single = len(files) == 1
     hashes = hash_local_files([file.path for file in files if file.path and not file.digest])
@@ -125,13 +133,16 @@ def _read_file(file: SourceFile, reader: _Reader, progress: Progress) -> Iterato
 
 def _read_asset(name: str, progress: Progress) -> Iterator[RawRow]:
     asset = assets.find_asset(name)
-    if asset.kind != "data" or name not in _ASSET_ROWS:
+    if name not in _READ_ASSET:
         problem = "no data set" if asset.kind != "data" else "data that is not read as rows"
         raise DataError(
-            f"asset {name!r} is {problem}", where="data.sources", hint=f"assets with rows: {', '.join(_ASSET_ROWS)}"
+            f"asset {name!r} is {problem}", where="data.sources", hint=f"assets with rows: {', '.join(_READ_ASSET)}"
         )
     fetched = assets.fetch(name, progress=progress.say)
     if fetched.fetched:
         progress.say(fetched.licence_text)
-    path = fetched.files[0]
-    return _read_file(make_local_file(path.name, path, ".json"), _ASSET_ROWS[name], progress)
+    return _READ_ASSET[name](fetched.files)
+
+
+def _read_cookbook(path: Path) -> Iterator[RawRow]:
+    return read_json_values(make_local_file(path.name, path, ".json"), lambda _: None)

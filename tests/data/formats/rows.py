@@ -51,6 +51,11 @@ SHAPES: dict[str, tuple[dict[str, Any], tuple[str | int, ...], Record]] = {
     ),
 }
 NAMED: dict[str, tuple[dict[str, Any], tuple[str | int, ...], Record]] = {
+    "chosen-answer": (
+        {"prompt": "Which is larger?", "chosen": "The sun.", "rejected": "The moon."},
+        ("chosen",),
+        ASKED,
+    ),
     # Schema: the TensorFlow Datasets catalogue, "databricks_dolly".
     "dolly": (
         {"instruction": "Who came?", "context": "Ada came.", "response": "Ada", "category": "closed_qa"},
