@@ -100,7 +100,7 @@ def everything_under(folder: Path) -> list[str]:
 
 def test_every_entry_of_the_catalogue_is_pinned_and_complete() -> None:
     assert list_assets() == CATALOGUE
-    assert len(CATALOGUE) == len({asset.name for asset in CATALOGUE}) == 7
+    assert len(CATALOGUE) == len({asset.name for asset in CATALOGUE}) == 9
     for asset in CATALOGUE:
         assert re.fullmatch(r"[0-9a-f]{64}", asset.wheel_sha256), asset.name
         assert asset.files, asset.name

@@ -112,7 +112,7 @@ ORDERS: dict[str, tuple[list[Any], str]] = {
 }
 CONVERSATIONS = {"messages": "messages", "sharegpt": "conversations"}
 CONVERSATIONS |= dict.fromkeys(("finetome-100k", "the-tome"), "conversations")
-PAIRS = ("preference", "ultrafeedback-binarized", "hh-golden")
+PAIRS = ("preference", "chosen-answer", "ultrafeedback-binarized", "hh-golden")
 PROMPTS = ("prompt-completion", "feedback")
 # In a pair one message alone is an answer; a prompt must not end with one.
 IN_PAIRS = {"only a system message": "is from the system", "no question": "rejected has several messages"}
