@@ -44,16 +44,16 @@ def encode_record(record: Record, template: Template) -> Sequences:
             return (template.encode(record),)
         case Preference():
             return (
-                _encode_answer(record.prompt, record.chosen, template),
-                _encode_answer(record.prompt, record.rejected, template),
+                encode_answer(record.prompt, record.chosen, template),
+                encode_answer(record.prompt, record.rejected, template),
             )
         case Feedback():
-            return (_encode_answer(record.prompt, record.completion, template),)
+            return (encode_answer(record.prompt, record.completion, template),)
         case Text():
             return (_plain_text_encoder(template).encode(record.content),)
 
 
-def _encode_answer(prompt: Conversation, answer: str, template: Template) -> Encoded:
+def encode_answer(prompt: Conversation, answer: str, template: Template) -> Encoded:
     """Prompt and answer as one sequence; only this answer is trained, not those within the prompt."""
     whole = template.encode(prompt.add("assistant", answer))
     # A prompt's ids are always a prefix of the ids of prompt and answer.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 from corral.answering.answerer import Answerer
+from corral.data.encoding import encode_answer
 from corral.errors import CorralError, RequestError, TemplateError, first_error
 from corral.evaluation.question_sets import Question
 from corral.evaluation.row_file import RowFile, RowProducer
@@ -30,11 +31,13 @@ class Item:
         id: hash of its content.
         conversation: ends with the reference answer.
         grade: the answer's text → more fields of the finished row.
+        group: names what it shares with rows that are not independent of it, as the prompt; empty if there are none.
     """
 
     id: str
     conversation: Conversation
     grade: Callable[[str], Mapping[str, Any]] | None = None
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +59,25 @@ class TextItem:
     document: str
 
 
+@dataclass(frozen=True, slots=True)
+class RankedAnswers:
+    """Answers to one prompt, some of which are better than others.
+
+    Attributes:
+        id: hash of its content.
+        answers: all different.
+        pairs: (better, worse), as indices of answers.
+    """
+
+    id: str
+    prompt: Conversation
+    answers: tuple[str, ...]
+    pairs: tuple[tuple[int, int], ...]
+
+
 Refusals: TypeAlias = Mapping[str, RequestError | TemplateError]
 """Why rows could not be measured, by id."""
-_RowType = TypeVar("_RowType", Item, Item | TextItem, Question)
+_RowType = TypeVar("_RowType", Item, Item | TextItem, RankedAnswers, Question)
 Progressed = Callable[[int], None]
 """Called after each row with how many rows the file has."""
 
@@ -76,6 +95,30 @@ async def compute_losses(
         file.add(producer, item.id, nll=score.nll, tokens=score.tokens)
 
     return await _for_missing(items, producer, file, add_loss, on_done)
+
+
+async def compute_answer_logprobs(
+    answerer: Answerer, producer: RowProducer, items: Sequence[RankedAnswers], file: RowFile, on_done: Progressed
+) -> Refusals:
+    """Add the log-probabilities of the answers of each item that is not yet in the file. Returns the refusals, if all rows
+    were refused.
+
+    Fields: `logprobs`, natural, summed over the trained tokens of each of `RankedAnswers.answers`; `tokens`, how many these
+    are; `pairs`.
+    """
+
+    async def add_logprobs(item: RankedAnswers) -> None:
+        encoded = [encode_answer(item.prompt, answer, answerer.template) for answer in item.answers]
+        scores = [await answerer.score_encoded(each) for each in encoded]
+        file.add(
+            producer,
+            item.id,
+            logprobs=[-score.nll for score in scores],
+            tokens=[score.tokens for score in scores],
+            pairs=item.pairs,
+        )
+
+    return await _for_missing(items, producer, file, add_logprobs, on_done)
 
 
 async def generate_answers(

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,16 +28,18 @@ from corral.evaluation.documents import join_windows
 from corral.evaluation.evaluation_data import EvaluationData
 from corral.evaluation.inference import (
     Item,
+    RankedAnswers,
     Refusals,
     TextItem,
     add_refusals,
+    compute_answer_logprobs,
     compute_losses,
     compute_option_logprobs,
     generate_answers,
 )
 from corral.evaluation.question_sets import Question
 from corral.evaluation.row_file import RowFile, RowProducer
-from corral.evaluation.scoring import Row, VariantRows
+from corral.evaluation.scoring import PairSums, Row, VariantRows
 from corral.evaluation.tasks import Task
 from corral.messages import INPUT_HEADING, Conversation
 from corral.progress import Progress
@@ -45,7 +47,8 @@ from corral.recipe import Answer
 from corral.storage import write_json
 from corral.template import Template
 
-LOSSES, ANSWERS, SECONDS, FACTS = "losses.jsonl", "completions.jsonl", "seconds.jsonl", "rows.json"
+LOSSES, PREFERENCES, ANSWERS = "losses.jsonl", "preferences.jsonl", "completions.jsonl"
+SECONDS, FACTS = "seconds.jsonl", "rows.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,8 @@ class VariantSpec:
     Attributes:
         name: its name in the scorecard.
         identity: what its answers to the run's own rows depend on; its settings and seed are those that are used.
-        with_loss: whether to measure its held-out loss; variants of one model differ in settings only and share one loss.
+        with_loss: whether to measure its held-out loss, and the log-probabilities of ranked answers; variants of one model
+            differ in settings only and share these.
     """
 
     name: str
@@ -88,8 +92,9 @@ class _RowSet:
 class Measurements:
     """The rows of all variants, in the files of one folder.
 
-    Files: `losses.jsonl`, `completions.jsonl`, `tasks/NAME.jsonl` (answers), `tasks/NAME.options.jsonl` (log-probabilities of
-    the options), `seconds.jsonl` (time spent on answers), and `rows.json` (what is known of rows without a model).
+    Files: `losses.jsonl`, `preferences.jsonl` (log-probabilities of ranked answers), `completions.jsonl`, `tasks/NAME.jsonl`
+    (answers), `tasks/NAME.options.jsonl` (log-probabilities of the options), `seconds.jsonl` (time spent on answers), and
+    `rows.json` (what is known of rows without a model).
 
     Attributes:
         embed: embeds texts for similar examples and for votes by meaning; shared by all variants.
@@ -148,6 +153,11 @@ class Measurements:
                 Answerer(engine, template), rows.producer, data.loss_items, file, progress.update
             )
 
+        async def rank_answers(rows: _RowSet, file: RowFile) -> Refusals:
+            return await compute_answer_logprobs(
+                Answerer(engine, template), rows.producer, data.ranked_answers, file, progress.update
+            )
+
         async def answer_rows(rows: _RowSet, file: RowFile) -> Refusals:
             asked = answerer(variant.settings, data.load_examples)
             return await self._answer_timed(asked, rows, data.answer_items, progress)
@@ -160,7 +170,8 @@ class Measurements:
             asked = answerer(settings, task.option_examples)
             return await compute_option_logprobs(asked, rows.producer, task.questions, file, progress.update)
 
-        parts = [(_loss_rows(variant, data), measure_losses), (_answer_rows(variant, data), answer_rows)]
+        own = zip(_own_row_sets(variant, data), (measure_losses, rank_answers, answer_rows), strict=True)
+        parts: list[tuple[_RowSet, Callable[[_RowSet, RowFile], Awaitable[Refusals]]]] = list(own)
         parts += [(rows, partial(answer_task, task)) for task in data.tasks for rows in _task_rows(variant, task)]
         refused: list[tuple[_RowSet, Refusals]] = []
         for rows, measure in parts:
@@ -220,16 +231,18 @@ class Measurements:
             task_rows[task] = [replace(row, **facts.get(row.id, {})) for row in joined]
             costs = self._answer_costs(_answers_file(task), variant)
             info |= {f"{task}/{name}": value for name, value in costs.items()}
-        losses, answers = (self.row_file(name).rows_of_variant(variant) for name in (LOSSES, ANSWERS))
+        losses, preferences, answers = (
+            self.row_file(name).rows_of_variant(variant) for name in (LOSSES, PREFERENCES, ANSWERS)
+        )
         rows: list[Row] = []
-        for id_ in sorted(losses.keys() | answers.keys()):
-            loss, answer = losses.get(id_, {}), answers.get(id_, {})
-            skipped = {
-                source: row["skipped"] for source, row in (("loss", loss), ("answers", answer)) if "skipped" in row
-            }
+        for id_ in sorted(losses.keys() | preferences.keys() | answers.keys()):
+            loss, ranks, answer = losses.get(id_, {}), preferences.get(id_, {}), answers.get(id_, {})
+            sources = (("loss", loss), ("preferences", ranks), ("answers", answer))
+            skipped = {source: row["skipped"] for source, row in sources if "skipped" in row}
+            ranked = PairSums.of(ranks["logprobs"], ranks["tokens"], ranks["pairs"]) if "pairs" in ranks else None
             text = answer.get("reference"), answer.get("answer")
             known = {name: value for name, value in facts.get(id_, {}).items() if name != "document"}
-            rows.append(Row(id_, loss.get("nll"), loss.get("tokens"), *text, skipped=skipped, **known))
+            rows.append(Row(id_, loss.get("nll"), loss.get("tokens"), *text, ranked=ranked, skipped=skipped, **known))
         documents = {id_: fact["document"] for id_, fact in facts.items() if "document" in fact}
         return VariantRows(join_windows(rows, documents), info, task_rows)
 
@@ -271,7 +284,7 @@ def task_items(task: Task) -> list[Item]:
 def _row_sets(variant: VariantSpec, data: EvaluationData) -> list[_RowSet]:
     """All rows of a variant; those of the held-out loss or of the answers may be none."""
     task_rows = [rows for task in data.tasks for rows in _task_rows(variant, task)]
-    return [_loss_rows(variant, data), _answer_rows(variant, data), *task_rows]
+    return [*_own_row_sets(variant, data), *task_rows]
 
 
 def _ids_by_file(
@@ -286,13 +299,17 @@ def _ids_by_file(
     return ids
 
 
-def _loss_rows(variant: VariantSpec, data: EvaluationData) -> _RowSet:
-    producer = RowProducer(variant.name, variant.identity.scoring().digest)
-    return _RowSet("held-out loss", LOSSES, producer, _ids(data.loss_items if variant.with_loss else ()))
-
-
-def _answer_rows(variant: VariantSpec, data: EvaluationData) -> _RowSet:
-    return _RowSet("answers", ANSWERS, RowProducer(variant.name, variant.identity.digest), _ids(data.answer_items))
+def _own_row_sets(variant: VariantSpec, data: EvaluationData) -> tuple[_RowSet, _RowSet, _RowSet]:
+    """The run's own rows: for the held-out loss, with ranked answers, and to answer."""
+    scored, answered = (
+        RowProducer(variant.name, identity.digest) for identity in (variant.identity.scoring(), variant.identity)
+    )
+    losses, ranked = (data.loss_items, data.ranked_answers) if variant.with_loss else ((), ())
+    return (
+        _RowSet("held-out loss", LOSSES, scored, _ids(losses)),
+        _RowSet("preferences", PREFERENCES, scored, _ids(ranked)),
+        _RowSet("answers", ANSWERS, answered, _ids(data.answer_items)),
+    )
 
 
 def _task_rows(variant: VariantSpec, task: Task) -> list[_RowSet]:
@@ -311,11 +328,12 @@ def _task_rows(variant: VariantSpec, task: Task) -> list[_RowSet]:
 
 
 def _facts(item: Item | TextItem) -> dict[str, Any]:
-    """`bytes` of the text that the loss is of; of a conversation its `passage`, which rows about the same share; of a window
-    of a document its `document` and `kind`."""
+    """`bytes` of the text that the loss is of; of a conversation its `passage`, which rows about the same passage or
+    with the same prompt share; of a window of a document its `document` and `kind`."""
     if isinstance(item, TextItem):
         return {"bytes": item.scored_bytes, "document": item.document, "kind": "text"}
-    return _conversation_facts(item.conversation)
+    facts = _conversation_facts(item.conversation)
+    return facts | {"passage": item.group} if item.group else facts
 
 
 def _conversation_facts(conversation: Conversation) -> dict[str, Any]:
@@ -327,7 +345,7 @@ def _conversation_facts(conversation: Conversation) -> dict[str, Any]:
     return {"bytes": sum(len(answer.encode()) for answer in answers), **passage}
 
 
-def _ids(rows: Sequence[Item | TextItem] | Sequence[Question]) -> frozenset[str]:
+def _ids(rows: Sequence[Item | TextItem] | Sequence[RankedAnswers] | Sequence[Question]) -> frozenset[str]:
     return frozenset(row.id for row in rows)
 
 

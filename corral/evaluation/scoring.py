@@ -36,6 +36,8 @@ class Metric:
 METRICS: Mapping[str, Metric] = {
     "loss": Metric("Held-out loss", "nats per token", "lower"),
     "bits_per_byte": Metric("Held-out loss in bits per byte", "bits per byte of UTF-8", "lower"),
+    "preference_accuracy": Metric("preference accuracy", "share of pairs, 0–1", "higher"),
+    "preference_margin": Metric("preference margin", "nats", "higher", 2),
     "rouge1": Metric("ROUGE-1", "F, 0–1", "higher"),
     "rouge2": Metric("ROUGE-2", "F, 0–1", "higher"),
     "rougeL": Metric("ROUGE-L", "F, 0–1", "higher"),
@@ -46,7 +48,12 @@ METRICS: Mapping[str, Metric] = {
 }
 """By the name for a run's own rows; the name for a task's rows is `TASK/NAME`. `accuracy`: whether the answer is right.
 `logprob`: whether the correct option has the highest log-probability; `logprob_byte`: the same after division by the bytes of
-the option's text (lm-eval's acc_norm)."""
+the option's text (lm-eval's acc_norm).
+
+`preference_accuracy`: of the pairs of answers to one prompt, the share in which the better one has the higher log-probability
+per token (½ for equal ones). `preference_margin`: the mean over the pairs of log π(better) − log π(worse). The difference of
+two variants is then the mean of r of the better answer − r of the worse one, where r = log π − log π_reference as in DPO,
+and the reference is the other variant."""
 
 
 def describe_metric(name: str) -> Metric:
@@ -70,6 +77,28 @@ def sort_metrics(names: Iterable[str]) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
+class PairSums:
+    """Sums over the pairs of better and worse answers to one prompt.
+
+    Attributes:
+        pairs: their number.
+        right: in how many the better answer has the higher log-probability per token; ½ for equal ones.
+        margin: log π(better) − log π(worse), in nats.
+    """
+
+    pairs: int
+    right: float
+    margin: float
+
+    @classmethod
+    def of(cls, logprobs: Sequence[float], tokens: Sequence[int], pairs: Sequence[tuple[int, int]]) -> PairSums:
+        """From the log-probability and tokens of each answer, and (better, worse) of each pair as their indices."""
+        means = [logprob / count for logprob, count in zip(logprobs, tokens, strict=True)]
+        right = sum((means[b] > means[w]) + (means[b] == means[w]) / 2 for b, w in pairs)
+        return cls(len(pairs), right, sum(logprobs[b] - logprobs[w] for b, w in pairs))
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """What was measured for one row and one variant.
 
@@ -83,7 +112,8 @@ class Row:
         correct: `accuracy`, `logprob`, `logprob_byte`: those that were measured.
         bytes: of the reference answer, or of the part of a document that `nll` is of, in UTF-8.
         passage: hash of the passage that it is about; rows about one passage are not independent.
-        skipped: `loss`, `answers` or `options` → why the variant could not be measured on this row.
+        ranked: what `preferences` says of answers to one prompt.
+        skipped: `loss`, `answers`, `preferences` or `options` → why the variant could not be measured on this row.
         kind: `text` for a document, of which only the loss is measured.
     """
 
@@ -96,6 +126,7 @@ class Row:
     correct: Mapping[str, bool] = field(default_factory=dict[str, bool])
     bytes: int | None = None
     passage: str | None = None
+    ranked: PairSums | None = None
     skipped: Mapping[str, str] = field(default_factory=dict[str, str])
     kind: Literal["conversation", "text"] = "conversation"
 
@@ -128,7 +159,7 @@ class Column:
 
     Attributes:
         ids: of the rows; the measure's rows are in the same order.
-        source: `loss`, `answers` or `options`, for messages.
+        source: `loss`, `answers`, `preferences` or `options`, for messages.
         references: the references of each row's answer; empty for a metric without references.
         passages: what each row is about; rows about the same are one unit of `clustered`. Empty: each is about its own.
         skipped: rows without a score by id, and why.
@@ -194,6 +225,7 @@ def score_rows(variant: str, rows: Sequence[Row], rouge: Rouge | None = None) ->
     rows = sorted(rows, key=lambda row: row.id)
     columns = {
         **_loss_columns(rows, where),
+        **_preference_columns(rows),
         **_text_columns(rows, rouge or Rouge(unicode=None)),
         **_correctness_columns(rows),
     }
@@ -217,6 +249,20 @@ def _loss_columns(rows: Sequence[Row], where: str) -> dict[str, Column]:
         bits = Measure.ratio(sums[sized, 0] / math.log(2), sizes[sized])
         columns["bits_per_byte"] = _column(rows, [row for row in known if row.bytes], "loss", bits)
     return columns
+
+
+def _preference_columns(rows: Sequence[Row]) -> dict[str, Column]:
+    """One unit for each prompt, with all its pairs; their share is a rate where every prompt has one pair, and no two answers
+    are equally likely."""
+    known = [(row, row.ranked) for row in rows if row.ranked is not None]
+    sums = np.array([(pairs.right, pairs.margin, pairs.pairs) for _, pairs in known], dtype=np.float64).reshape(-1, 3)
+    right, margin, pairs = sums.T
+    if (pairs == 1).all() and np.isin(right, (0, 1)).all():
+        accuracy = Measure.rate(right.astype(bool).tolist())
+    else:
+        accuracy = Measure.ratio(right, pairs)
+    measures = {"preference_accuracy": accuracy, "preference_margin": Measure.ratio(margin, pairs)}
+    return {name: _column(rows, [row for row, _ in known], "preferences", value) for name, value in measures.items()}
 
 
 def _text_columns(rows: Sequence[Row], rouge: Rouge) -> dict[str, Column]:

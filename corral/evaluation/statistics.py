@@ -181,7 +181,7 @@ def compare(a: Measure, b: Measure, *, seed: int, trials: int = TRIALS) -> Paire
     difference = a.value - b.value
     scale = max(abs(a.value), abs(b.value))
     linear_se = None if n == 1 or a.kind == "corpus" else _standard_error(_influence(a) - _influence(b))
-    if a.kind == "rate":
+    if a.kind == "rate" == b.kind:
         won = int(np.count_nonzero(a.statistics[:, 0] > b.statistics[:, 0]))
         lost = int(np.count_nonzero(a.statistics[:, 0] < b.statistics[:, 0]))
         p = sign_test_p(won, lost)

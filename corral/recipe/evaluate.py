@@ -20,7 +20,9 @@ TaskName = Literal["arithmetic", "commonsense_qa", "mmlu", "truthfulqa", "xsum",
 
 ANSWER_METRICS = ("rouge1", "rouge2", "rougeL", "bleu")
 """Metrics of answers to the run's own test rows."""
-OWN_METRICS = ("loss", *ANSWER_METRICS)
+PREFERENCE_METRICS = ("preference_accuracy", "preference_margin")
+"""Metrics of the run's own test rows that rank answers."""
+OWN_METRICS = ("loss", *PREFERENCE_METRICS, *ANSWER_METRICS)
 """Metrics of the run's own test rows."""
 _CHOICE_METRICS = ("accuracy", "logprob", "logprob_byte")
 TASK_METRICS: Mapping[str, tuple[str, ...]] = {
@@ -108,13 +110,14 @@ class Evaluate(Section):
     """Rows to evaluate on in place of the test rows of `[data]`, as they are; `corral evaluate RUN --test FILE` sets its
     `path`."""
     loss_rows: PositiveInt = 200
-    """Most test rows for the held-out loss; each window of a document is one."""
+    """Most test rows for the held-out loss; each window of a document is one. As many preferences or answers with scores are
+    measured besides."""
     answer_rows: PositiveInt = 50
     """Most test rows for which answers are generated and scored (ROUGE, BLEU)."""
     primary: str = "loss"
-    """The metric that decides whether one variant is better than another: `loss`, `rouge1`, `rouge2`, `rougeL`, `bleu`, or
-    `TASK/METRIC` of a task below, such as `arithmetic/accuracy`. Name it before you see the scores. The others are secondary:
-    their p-values and intervals are adjusted for their number."""
+    """The metric that decides whether one variant is better than another: `loss`, `preference_accuracy`, `preference_margin`,
+    `rouge1`, `rouge2`, `rougeL`, `bleu`, or `TASK/METRIC` of a task below, such as `arithmetic/accuracy`. Name it before you
+    see the scores. The others are secondary: their p-values and intervals are adjusted for their number."""
     variants: tuple[Variant, ...] = ()
     """Variants besides base and tuned: one `[[evaluate.variants]]` table each."""
     tasks: tuple[Task, ...] = ()

@@ -79,6 +79,9 @@ def test_dpo_after_sft_is_trained_evaluated_and_reported(folder: Path, tiny_fold
     assert (stage / "merged" / "contract.json").is_file()
     card = json.loads((folder / "run" / "evaluate" / "scorecard.json").read_text())
     assert card["variants"]["tuned"]["metrics"]["loss"]["n"] > 0
+    better = {c["metric"]: c["difference"] for c in card["comparisons"] if c["a"] == "tuned"}
+    assert better["preference_margin"] > 0
+    assert better["preference_accuracy"] >= 0
     page = (folder / "run" / "report" / "index.html").read_text("utf-8")
     assert "held-out preference accuracy" in page
     assert (folder / "run" / "report" / "preferences.png").is_file()

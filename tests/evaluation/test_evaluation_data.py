@@ -13,7 +13,7 @@ from corral.data.prepare import prepare
 from corral.errors import DataError, RecipeError
 from corral.evaluation.evaluation_data import describe_left_out, select_evaluation_data
 from corral.evaluation.inference import Item, TextItem
-from corral.messages import Conversation, Preference, Record, Text
+from corral.messages import Conversation, Feedback, Preference, Record, Text
 from corral.recipe import Data, Source, Split
 from corral.recipe.evaluate import Evaluate
 from corral.template import Encoded, Template
@@ -93,12 +93,33 @@ def test_the_same_documents_are_measured_whatever_their_windows(template: Templa
     assert measured[0] == measured[1], "the tokens and bytes of each document are the same"
 
 
-def test_copies_are_measured_once_and_preferences_are_left_out(template: Template, tmp_path: Path) -> None:
-    preference = Preference(Conversation.from_turns(("user", "why?")), "so", "no")
-    test = store(tmp_path, conversation(1), conversation(1), preference, conversation(2))
+WHY = Conversation.from_turns(("user", "why?"))
+
+
+def test_copies_are_measured_once_and_preferences_beside_conversations_are_ranked_only(
+    template: Template, tmp_path: Path
+) -> None:
+    test = store(tmp_path, conversation(1), conversation(1), Preference(WHY, "so", "no"), conversation(2))
     data = select_evaluation_data(test, Evaluate(loss_rows=2, answer_rows=2), template)
     assert set(ids(data.loss_items)) == {f"{conversation(i)!r}" for i in (1, 2)}
     assert ids(data.answer_items) == ids(data.loss_items)
+    assert [(ranked.prompt, len(ranked.pairs)) for ranked in data.ranked_answers] == [(WHY, 1)]
+
+
+def test_of_preferences_alone_the_chosen_answers_have_a_loss_and_each_prompt_is_answered_once(
+    template: Template, tmp_path: Path
+) -> None:
+    test = store(tmp_path, Preference(WHY, "so", "no"), Preference(WHY, "thus", "no"), Preference(WHY, "so", "never"))
+    data = select_evaluation_data(test, Evaluate(test=Source(path="docs"), primary="preference_accuracy"), template)
+    chosen = [item.conversation for item in data.loss_items if isinstance(item, Item)]
+    assert {conversation.messages for conversation in chosen} == {
+        WHY.add("assistant", answer).messages for answer in ("so", "thus")
+    }
+    assert ids(data.answer_items) == ids(data.loss_items)[:1]
+    assert {item.group for item in data.loss_items if isinstance(item, Item)} == {data.answer_items[0].group}
+    assert describe_left_out(test, data) is None
+    few = select_evaluation_data(test, Evaluate(loss_rows=1, answer_rows=1), template)
+    assert describe_left_out(test, few) == "1 of 2 different test rows have a loss (`evaluate.loss_rows`)"
 
 
 def test_rows_that_are_not_measured_are_counted(template: Template, tmp_path: Path) -> None:
@@ -149,13 +170,17 @@ def test_the_bytes_of_a_documents_loss_are_those_of_the_tokens_that_are_predicte
     }
 
 
-def test_a_test_file_of_preferences_alone_is_refused(template: Template, tmp_path: Path) -> None:
-    preference = Preference(Conversation.from_turns(("user", "why?")), "so", "no")
+def test_a_test_file_of_bad_answers_alone_is_refused(template: Template, tmp_path: Path) -> None:
+    bad, worse = Feedback(WHY, "no", 0.2), Feedback(WHY, "never", 0.1)
     mine = Evaluate(test=Source(path="docs"))
-    test = store(tmp_path, preference, preference)
-    select_evaluation_data(test, Evaluate(), template)
-    with pytest.raises(DataError, match="no row of the source 'docs' can be evaluated on: they are preferences"):
-        select_evaluation_data(test, mine, template)
-    (tmp_path / "mixed").mkdir()
-    mixed = store(tmp_path / "mixed", preference, conversation(1))
-    assert len(select_evaluation_data(mixed, mine, template).loss_items) == 1
+    (tmp_path / "bad").mkdir()
+    alone = store(tmp_path / "bad", bad, bad)
+    select_evaluation_data(alone, Evaluate(), template)
+    with pytest.raises(DataError, match="no row of the source 'docs' can be evaluated on: no answer has a score"):
+        select_evaluation_data(alone, mine, template)
+    assert len(select_evaluation_data(store(tmp_path, bad, worse), mine, template).ranked_answers) == 1
+
+
+def test_preferences_are_primary_only_where_there_are_some(template: Template, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"\"preference_margin\" is a metric of preferences, and no test rows rank"):
+        select_evaluation_data(store(tmp_path, conversation(1)), Evaluate(primary="preference_margin"), template)

@@ -19,7 +19,7 @@ from corral.engines.embedding import Embedder
 from corral.engines.scripted import ScriptedEngine
 from corral.errors import EngineError, RequestError
 from corral.evaluation.evaluation_data import EvaluationData
-from corral.evaluation.inference import Item, TextItem
+from corral.evaluation.inference import Item, RankedAnswers, TextItem
 from corral.evaluation.measurements import Measurements, VariantSpec
 from corral.evaluation.question_sets import Question
 from corral.evaluation.scorecard import build_scorecard
@@ -47,7 +47,7 @@ SHOTS = Answer.model_validate({"max_tokens": 6, "shots": {"count": 2}})
 
 
 def dataset(rows: int = 5, questions: int = 4) -> EvaluationData:
-    return EvaluationData(ROWS[:rows], ROWS[:rows], [sample_task("mmlu", SET, questions, seed=0)], lambda: EXAMPLES)
+    return EvaluationData(ROWS[:rows], (), ROWS[:rows], [sample_task("mmlu", SET, questions, seed=0)], lambda: EXAMPLES)
 
 
 MODEL = AnswerIdentity("model", "template", "tokenizer", "scripted", "float32", "cpu")
@@ -130,6 +130,25 @@ def test_a_variant_is_measured_on_everything_and_its_rows_say_so(template: Templ
     assert correct == {question.id: question.correct_option == 0 for question in questions}
     assert (rows.info["answers"], rows.info["mmlu/answers"]) == (5, 4)
     assert rows.info["answers_per_second"] == pytest.approx(5 / rows.info["seconds"])
+
+
+def test_ranked_answers_are_scored_once_each_and_belong_to_the_model(template: Template, tmp_path: Path) -> None:
+    prompt = Conversation.from_turns(("user", "say 1"))
+    ranked = RankedAnswers("ranked", prompt, ("A", "it is one", "one"), ((0, 1), (0, 2), (2, 1)))
+    data = EvaluationData(ranked_answers=[ranked])
+    assert measure(tmp_path, template, spec(), spec("shots", SHOTS, with_loss=False), data=data) == (0, 3)
+    (row,) = json_rows(tmp_path, "preferences.jsonl")
+    assert row["tokens"][1] > row["tokens"][0], "all tokens of the answer count, and nothing of the prompt"
+    (measured,) = Measurements(tmp_path).variant_rows("tuned").rows
+    assert measured.ranked is not None
+    expected = sum(row["logprobs"][b] - row["logprobs"][w] for b, w in ranked.pairs)
+    assert (measured.ranked.pairs, measured.ranked.margin) == (3, pytest.approx(expected))
+    assert measure(tmp_path, template, spec(), data=data) == (0, 0)
+    long = replace(ranked, id="long", answers=("A", "one", "word " * 9000))
+    measure(tmp_path, template, spec(), data=EvaluationData(ranked_answers=[ranked, long]))
+    skipped = {row.id: row.skipped for row in Measurements(tmp_path).variant_rows("tuned").rows}
+    assert "exceed" in skipped["long"]["preferences"]
+    assert not skipped["ranked"]
 
 
 def test_measuring_again_asks_nothing_and_changes_nothing(template: Template, tmp_path: Path) -> None:

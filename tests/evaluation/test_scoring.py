@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from corral.errors import InputError
-from corral.evaluation.scoring import Row, VariantRows, describe_metric, score_rows, score_variant
+from corral.evaluation.scoring import PairSums, Row, VariantRows, describe_metric, score_rows, score_variant
+from corral.evaluation.statistics import estimate
 from corral.metrics.bleu import bleu, bleu_statistics
 from corral.metrics.rouge import Rouge
 from tests.evaluation.conftest import TEXT_METRICS, make_graded_rows, make_rows
@@ -66,3 +67,28 @@ def test_an_unknown_metric_is_labelled_with_its_name_and_has_no_direction() -> N
     unknown = describe_metric("mmlu/accuracy of dates")
     assert (unknown.label, unknown.better) == ("mmlu/accuracy of dates", None)
     assert describe_metric("mmlu/accuracy").label == "mmlu: accuracy"
+
+
+def ranked(name: str, logprobs: list[float], tokens: list[int], *pairs: tuple[int, int]) -> Row:
+    return Row(name, ranked=PairSums.of(logprobs, tokens, pairs))
+
+
+def test_the_better_answer_is_the_likelier_one_per_token_and_the_margin_is_a_sum() -> None:
+    rows = [
+        ranked("a", [-30.0, -8.0], [10, 2], (0, 1)),  # less likely as a whole, and likelier per token
+        ranked("b", [-2.0, -3.0, -4.0], [1, 1, 2], (0, 1), (0, 2), (2, 1)),  # right, a tie, right
+    ]
+    columns = score_rows("v", rows)
+    assert list(columns) == ["preference_accuracy", "preference_margin"]
+    assert columns["preference_accuracy"].measure.value == pytest.approx((1 + 1 + 0.5 + 1) / 4)
+    assert columns["preference_margin"].measure.value == pytest.approx((-22 + 1 + 2 - 1) / 4)
+    assert columns["preference_accuracy"].ids == ("a", "b"), "a prompt is one unit, whatever its pairs"
+
+
+def test_preferences_of_one_pair_to_a_prompt_are_a_rate_with_an_exact_interval() -> None:
+    right, wrong, tie = (
+        ranked(name, [-1.0, other], [1, 1], (0, 1)) for name, other in (("a", -2), ("b", 0), ("c", -1))
+    )
+    assert score_rows("v", [right, wrong])["preference_accuracy"].measure.kind == "rate"
+    assert score_rows("v", [right, wrong, tie])["preference_accuracy"].measure.kind == "ratio"
+    assert estimate(score_rows("v", [right] * 1)["preference_accuracy"].clustered, seed=0).high == 1

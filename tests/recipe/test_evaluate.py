@@ -110,7 +110,7 @@ def test_the_primary_metric_is_one_that_is_measured() -> None:
         RecipeError, match=r"'arithmetic/accuracy' is not measured: add the task 'arithmetic', or give one of"
     ):
         recipe(more='[evaluate]\nprimary = "arithmetic/accuracy"\n')
-    with pytest.raises(RecipeError, match=r"'rouge' is not measured: give one of loss, rouge1"):
+    with pytest.raises(RecipeError, match=r"'rouge' is not measured: give one of loss, preference_accuracy"):
         recipe(more='[evaluate]\nprimary = "rouge"\n')
 
 
