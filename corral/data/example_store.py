@@ -67,15 +67,59 @@ class ExampleSequence(Sequence[ExampleType]):
         return self.example(index)
 
 
-class ExampleStore(ExampleSequence[Example]):
+class SizedExamples(ExampleSequence[Example]):
+    """Examples whose sizes are known without making them.
+
+    Attributes:
+        lengths: tokens of each example, all its sequences together. [examples]
+        trained_tokens: tokens of each that count in the loss: trained, and not the first of a sequence. [examples]
+    """
+
+    lengths: Ints
+    trained_tokens: Ints
+
+    @cached_property
+    @abstractmethod
+    def digest(self) -> str:
+        """sha256 (hex) of all that training or evaluation reads of them, in order."""
+
+    @property
+    def loss_lengths(self) -> Ints:
+        """Tokens of the sequences that the loss reads: all but those read for a statistic alone. [examples]"""
+        return self.lengths
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceFigures:
+    """Of the sequences of some examples, in order. [sequences] each
+
+    Args:
+        example: the number of its example.
+        place: its number among the sequences of its example.
+        stored: what repeats of an example share, and no two others.
+        length: tokens.
+        start: tokens before the first trained one.
+        trained: tokens that count in the loss.
+        content, prompt: sha256 of its ids, and of those before the first trained one. [sequences, 32]
+    """
+
+    example: Ints
+    place: Ints
+    stored: Ints
+    length: Ints
+    start: Ints
+    trained: Ints
+    content: NDArray[np.uint8]
+    prompt: NDArray[np.uint8]
+
+
+class ExampleStore(SizedExamples):
     """The examples of one side, read from disk on access.
 
     The shuffled order depends on content and seed alone, so the first n are a fair sample. An example of a repeated source
     occurs several times.
 
     Attributes:
-        lengths: tokens of each example, all its sequences together. [examples]
-        trained_tokens: tokens of each that count in the loss: trained, and not the first of a sequence. [examples]
         fates: what became of its row, as index into `FATES`. [examples]
         distinct_count: examples without their repeats.
 
@@ -85,8 +129,8 @@ class ExampleStore(ExampleSequence[Example]):
     def __init__(self, folder: Path) -> None:
         self._examples, order = RowStore(folder / "examples"), RowStore(folder / "order")
         self._stored: Ints = order.column("example")
-        self.lengths: Ints = order.column("length")
-        self.trained_tokens: Ints = order.column("trained_tokens")
+        self.lengths = order.column("length")
+        self.trained_tokens = order.column("trained_tokens")
         self.fates: NDArray[np.int8] = order.column("fate")
         self.distinct_count = len(self._examples)
         if damaged := (*self._examples.damaged, *order.damaged):
@@ -135,6 +179,21 @@ class ExampleStore(ExampleSequence[Example]):
     def is_of(self, kind: type[Record]) -> NDArray[np.bool_]:
         """Whether the record of each example is of this type. [examples]"""
         return self._contents["type"][self._stored] == RECORD_TYPES.index(kind)
+
+    def sequence_figures(self) -> SequenceFigures:
+        """The figures of all sequences, those of repeats included."""
+        positions = np.unique(self._stored)
+        parts = [_sequence_columns(batch) for _, batch in self._examples.read(positions)]
+        if not parts:
+            none, no_keys = np.zeros(0, np.int64), np.zeros((0, 32), np.uint8)
+            return SequenceFigures(none, none, none, none, none, none, no_keys, no_keys)
+        counts, *columns = (np.concatenate(column) for column in zip(*parts, strict=True))
+        number = np.searchsorted(positions, self._stored)
+        example = np.repeat(np.arange(len(self)), counts[number])
+        place = np.arange(len(example)) - np.repeat(np.cumsum(counts[number]) - counts[number], counts[number])
+        at = (np.cumsum(counts) - counts)[number][example] + place
+        length, start, trained, content, prompt = (column[at] for column in columns)
+        return SequenceFigures(example, place, self._stored[example], length, start, trained, content, prompt)
 
     def key_pairs(self) -> list[tuple[str, str]]:
         """(the key of its row, its own key) of each example; they differ for a window of a row. [examples]
@@ -304,6 +363,29 @@ def _content_columns(columns: Mapping[str, Column]) -> dict[str, NDArray[Any]]:
             digest.update(piece)
         digests[i] = np.frombuffer(digest.digest(), np.uint8)
     return {"type": types, "digest": digests}
+
+
+def _sequence_columns(rows: Mapping[str, Column]) -> tuple[NDArray[Any], ...]:
+    """(sequences of each example; of each sequence its length, start, trained tokens, content and prompt as in
+    `SequenceFigures`)."""
+    sequences, example_bounds = split_list_column(rows["ids"])
+    ids, bounds = split_list_column(sequences)
+    ids = ids.to_numpy().astype("<u4", copy=False)
+    flags = split_list_column(split_list_column(rows["trained"])[0])[0].to_numpy(zero_copy_only=False)
+    trained = np.append(np.flatnonzero(flags), len(flags))
+    first = np.minimum(trained[np.searchsorted(trained, bounds[:-1])], bounds[1:])
+    flags[bounds[:-1]] = False
+    counts = np.diff(np.concatenate([[0], np.cumsum(flags)])[bounds])
+    contents, prompts = (
+        np.frombuffer(
+            b"".join(
+                hashlib.sha256(ids[start:end].tobytes()).digest() for start, end in zip(bounds[:-1], ends, strict=True)
+            ),
+            np.uint8,
+        ).reshape(-1, 32)
+        for ends in (bounds[1:], first)
+    )
+    return np.diff(example_bounds), np.diff(bounds), first - bounds[:-1], counts, contents, prompts
 
 
 def _count_tokens(trained: Any) -> tuple[Ints, Ints]:

@@ -15,7 +15,7 @@ from corral.training.objective_table import build_objective
 from corral.training.sampler import BatchSampler
 
 if TYPE_CHECKING:
-    from corral.data.example_store import ExampleStore
+    from corral.data.example_store import SizedExamples
     from corral.recipe import Train
     from corral.training.stage_rows import StageRows
 
@@ -31,7 +31,7 @@ class Workload:
 
     Args:
         steps: optimizer steps.
-        tokens: of all steps, prompts included.
+        tokens: of all steps, prompts and what is read for a statistic included.
         trained_share: share of the tokens that is trained.
         rows: rows to train on, repetitions included.
         heavy: rows that make the longest packs of any step.
@@ -66,14 +66,15 @@ class Workload:
         sampler = BatchSampler(train, rows.lengths.tolist(), seed)
         interval = math.ceil(sampler.steps / _MOST_STEPS)
         batches = [sampler.batch(step) for step in range(1, sampler.steps + 1, interval)]
-        sizes = [int(rows.lengths[batch].sum()) for batch in batches]
+        tokens = [int(rows.lengths[batch].sum()) for batch in batches]
+        sizes = [int(rows.loss_lengths[batch].sum()) for batch in batches]
         heavy = _heaviest(batches, sizes, rows, limit)
         typical = batches[sorted(range(len(sizes)), key=sizes.__getitem__)[len(sizes) // 2]]
         held_out = stage_rows.validation.lengths[: train.evaluate_rows].tolist()
         sample = [i for pack in _evenly_spaced(pack_sequences(held_out, limit), _EVALUATED_PACKS) for i in pack]
         return cls(
             steps=sampler.steps,
-            tokens=sum(sizes) if interval == 1 else round(sum(sizes) / len(sizes) * sampler.steps),
+            tokens=sum(tokens) if interval == 1 else round(sum(tokens) / len(tokens) * sampler.steps),
             trained_share=float(rows.trained_tokens.sum() / rows.lengths.sum()),
             rows=len(rows),
             heavy=tuple(i for pack in heavy for i in pack),
@@ -93,15 +94,15 @@ class Workload:
         return self.tokens / rate + self.steps * optimizer + evaluations + self.checkpoints * checkpoint
 
 
-def _packs(rows: ExampleStore, batch: Sequence[int], limit: int) -> list[list[int]]:
-    return [[batch[i] for i in pack] for pack in pack_sequences([int(rows.lengths[i]) for i in batch], limit)]
+def _packs(rows: SizedExamples, batch: Sequence[int], limit: int) -> list[list[int]]:
+    return [[batch[i] for i in pack] for pack in pack_sequences([int(rows.loss_lengths[i]) for i in batch], limit)]
 
 
-def _size(rows: ExampleStore, pack: Sequence[int]) -> tuple[int, int]:
-    return int(rows.lengths[pack].sum()), int(rows.trained_tokens[pack].sum())
+def _size(rows: SizedExamples, pack: Sequence[int]) -> tuple[int, int]:
+    return int(rows.loss_lengths[pack].sum()), int(rows.trained_tokens[pack].sum())
 
 
-def _heaviest(batches: Sequence[list[int]], sizes: Sequence[int], rows: ExampleStore, limit: int) -> list[list[int]]:
+def _heaviest(batches: Sequence[list[int]], sizes: Sequence[int], rows: SizedExamples, limit: int) -> list[list[int]]:
     """The longest pack of all steps, and the next longest of the same step."""
     best: list[list[int]] = []
     longest = (0, 0)

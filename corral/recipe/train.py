@@ -79,8 +79,8 @@ class Train(Section):
     the base model. So one run can hold models that were trained side by side."""
     sources: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Names of the sources whose rows it trains and is evaluated on, those with `side = "validation"` too. By default all
-    rows of the kind that its objective takes (`sft`: conversations and texts; `kto`, `ulma`: answers with a score; the
-    others: pairs of a better and a worse answer)."""
+    rows of the kind that its objective takes (`sft`: conversations and texts; `kto`, `ulma`: answers with a score, and both
+    answers of each pair; the others: pairs of a better and a worse answer)."""
     seed: Seed | None = None
     """Seed of the adapter's initial weights, dropout and the order of rows; by default the recipe's."""
     objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "ulma"] = "sft"

@@ -18,7 +18,6 @@ from torch.nn.functional import logsigmoid
 
 from corral.messages import Feedback
 from corral.model.compute.gpu_attention import copy_to
-from corral.training.mismatched_rows import MismatchedRows
 from corral.training.objectives import Objective, Scored, Sums, trained_positions
 
 if TYPE_CHECKING:
@@ -246,7 +245,7 @@ class FeedbackObjective(Objective):
 class Kto(FeedbackObjective):
     """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv 2402.01306).
 
-    An example has a second sequence, its prompt with the answer of the row before it, for the KL.
+    An example has a second sequence, its prompt with the answer of another row, for the KL (see `mismatched_rows`).
     """
 
     statistic_sequences = 1
@@ -255,10 +254,6 @@ class Kto(FeedbackObjective):
     def __init__(self, config: settings.Kto) -> None:
         super().__init__(config.threshold)
         self.config = config
-
-    def arrange(self, examples: Sequence[Example]) -> Sequence[Example]:
-        """With the second sequence."""
-        return MismatchedRows(examples)
 
     def counts(self, example: Example) -> tuple[int, ...]:
         """One answer."""

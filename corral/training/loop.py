@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from corral import system
-from corral.data.example_store import Example, ExampleStore
+from corral.data.example_store import Example, SizedExamples
 from corral.model.loading import quiet
 from corral.training import divergence, optimizers, sharding, step_metrics
 from corral.training.checkpoint import TrainingState
@@ -110,11 +110,11 @@ class Trainer:
         device: str | None = None,
     ) -> None:
         self.model, self.world = model, world or World()
-        self.examples, self.held_out = objective.arrange(examples), objective.arrange(held_out)
+        self.examples, self.held_out = examples, held_out
         self.objective, self.config = objective, config
         self.start, self.seed, self.folder, self.save_best = start, seed, folder, save_best
         lengths = (
-            examples.lengths.tolist() if isinstance(examples, ExampleStore) else [token_count(e) for e in examples]
+            examples.lengths.tolist() if isinstance(examples, SizedExamples) else [token_count(e) for e in examples]
         )
         self.sampler = BatchSampler(config, lengths, seed)
         self.total_steps = self.sampler.steps

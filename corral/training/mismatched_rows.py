@@ -2,29 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
-from corral.data.example_store import Example, ExampleSequence
+import numpy as np
+
+from corral.data.example_store import Example, Ints, SizedExamples
 from corral.template import Encoded
+from corral.training.single_answers import SingleAnswers
 
 
-class MismatchedRows(ExampleSequence[Example]):
-    """The rows of answers to prompts, each with a second sequence: its prompt and the answer of the row before it; of the
-    first row, of the last. The pairs are the same in every step, so that a reference can be computed ahead.
+class MismatchedRows(SizedExamples):
+    """Answers to prompts, each with a second sequence: its prompt and the answer of the nearest row before it that has another
+    prompt; before the first row comes the last. They are the same in every step, so that a reference can be computed ahead.
 
     A second sequence is cut to the longer of the two rows that it is made of.
+
+    Args:
+        rows: of at least two different prompts.
     """
 
-    def __init__(self, rows: Sequence[Example]) -> None:
-        self._rows = rows
+    def __init__(self, rows: SingleAnswers) -> None:
+        self._rows, prompts = rows, rows.prompts
+        begins = np.flatnonzero(prompts != np.roll(prompts, 1))  # where the prompt differs from that of the row before
+        assert len(begins), "all rows have one prompt"
+        # A begin of -1 stands for the last one: rows before the first begin continue the last rows.
+        run = np.searchsorted(begins, np.arange(len(prompts)), side="right") - 1
+        self._before = (begins[run] - 1) % len(prompts)
+        own, other = rows.lengths, rows.lengths[self._before]
+        joined = rows.starts + other - rows.starts[self._before]
+        self.lengths = own + np.minimum(joined, np.maximum(own, other))
+        self.trained_tokens = rows.trained_tokens
+
+    @property
+    def loss_lengths(self) -> Ints:
+        """Those of the rows."""
+        return self._rows.lengths
+
+    @cached_property
+    def digest(self) -> str:
+        """That of the rows."""
+        return self._rows.digest
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def example(self, index: int) -> Example:
         """The row with its second sequence."""
-        row, before = self._rows[index], self._rows[(index or len(self)) - 1]
+        row, before = self._rows[index], self._rows[int(self._before[index])]
         (own,), (other,) = row.sequences, before.sequences
         return replace(row, sequences=(own, _join(own, other)))
 

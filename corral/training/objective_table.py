@@ -17,10 +17,10 @@ TAKES: Mapping[str, tuple[type[Record], ...]] = {
     "ipo": (Preference,),
     "orpo": (Preference,),
     "simpo": (Preference,),
-    "kto": (Feedback,),
-    "ulma": (Feedback,),
+    "kto": (Feedback, Preference),
+    "ulma": (Feedback, Preference),
 }
-"""Types of the records that each objective trains."""
+"""Types of the records that each objective trains. One of single answers takes both answers of a pair."""
 
 
 def build_objective(config: Train) -> Objective:

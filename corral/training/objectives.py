@@ -67,10 +67,6 @@ class Objective(ABC):
     weights: tuple[float, ...] = (1.0,)
     metrics: tuple[str, ...] = ()
 
-    def arrange(self, examples: Sequence[Example]) -> Sequence[Example]:
-        """The examples with the sequences that the objective computes, in the same order."""
-        return examples
-
     @abstractmethod
     def counts(self, example: Example) -> tuple[int, ...]:
         """The units of each term that the example has."""

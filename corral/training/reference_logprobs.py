@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from corral.data.example_store import Example, ExampleSequence, ExampleStore
+from corral.data.example_store import Example, ExampleSequence, SizedExamples
 from corral.errors import CheckpointError, TrainingError
 from corral.storage import storage_errors, write_atomic
 from corral.training.distributed import World
@@ -51,7 +51,7 @@ class ReferencedRows(ExampleSequence[ReferencedExample]):
 
 def rows_digest(rows: Sequence[Example]) -> str:
     """sha256 (hex) of what the log-probabilities depend on in the rows: ids and masks, in order."""
-    if isinstance(rows, ExampleStore):
+    if isinstance(rows, SizedExamples):
         return rows.digest
     digest = hashlib.sha256()
     for row in rows:

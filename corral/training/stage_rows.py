@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from corral.errors import DataError
 from corral.messages import RECORD_TYPES, Conversation, Feedback, Preference, Record, Text
+from corral.training.mismatched_rows import MismatchedRows
 from corral.training.objective_table import TAKES
+from corral.training.single_answers import SingleAnswers
 
 if TYPE_CHECKING:
-    from corral.data.example_store import ExampleStore
+    from corral.data.example_store import ExampleStore, SizedExamples
     from corral.data.prepare import Prepared
     from corral.recipe import Train
 
@@ -25,10 +27,10 @@ _CONTENT: dict[type[Record], str] = {
 
 @dataclass(frozen=True)
 class StageRows:
-    """The rows that a stage trains on, and those that it is evaluated on."""
+    """The rows that a stage trains on, and those that it is evaluated on, with the sequences that its objective reads."""
 
-    train: ExampleStore
-    validation: ExampleStore
+    train: SizedExamples
+    validation: SizedExamples
 
     @classmethod
     def select(cls, prepared: Prepared, stage: Train, number: int) -> StageRows:
@@ -51,17 +53,40 @@ class StageRows:
                 where=f"train.{number - 1}",
                 hint='name a source with `side = "validation"` in its `sources`, or raise data.split.validation',
             )
-        return cls(train, validation)
+        return cls(_arrange(train, stage, number, "training"), _arrange(validation, stage, number, "validation"))
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each row, those for validation included."""
-        return [*self.train.lengths.tolist(), *self.validation.lengths.tolist()]
+        """Tokens of each row that a pass with gradients reads, those for validation included."""
+        return [*self.train.loss_lengths.tolist(), *self.validation.loss_lengths.tolist()]
 
     @property
     def digest(self) -> str:
         """What training on these rows depends on: both sides' content, in order."""
         return f"{self.train.digest} {self.validation.digest}"
+
+
+def _arrange(rows: ExampleStore, stage: Train, number: int, side: str) -> SizedExamples:
+    """The rows as the stage's objective takes them. Raises DataError."""
+    if Feedback not in TAKES[stage.objective] or not len(rows):
+        return rows
+    answers = SingleAnswers(rows, rows.sequence_figures())
+    if not len(answers):
+        raise DataError(
+            f"training stage {number} has no {side} row: each of the {answers.contradictory} answers is chosen in one pair "
+            "and rejected in another",
+            where=f"train.{number - 1}",
+            hint="correct the pairs, give the answers scores, or use an objective of pairs, such as `dpo`",
+        )
+    if stage.objective != "kto":
+        return answers
+    if len(set(answers.prompts.tolist())) == 1:
+        raise DataError(
+            f"all {side} rows of training stage {number} have one prompt, and KTO's KL needs answers to other prompts",
+            where=f"train.{number - 1}",
+            hint='add rows (`data.split` says how many are held out), or use `objective = "ulma"`',
+        )
+    return MismatchedRows(answers)
 
 
 def check_rows_taken(prepared: Prepared, stages: Sequence[Train]) -> None:

@@ -51,6 +51,30 @@ def test_examples_with_one_or_more_sequences_round_trip(
         assert rows.lengths[i] == sum(len(s.ids) for s in e.sequences)
         assert rows.trained_tokens[i] == sum(sum(s.trained[1:]) for s in e.sequences)
         assert FATES[rows.fates[i]] == ("truncated" if e.index in (0, 3) else "kept")
+    figures, all_sequences = (
+        rows.sequence_figures(),
+        [(i, k, s) for i, e in enumerate(rows) for k, s in enumerate(e.sequences)],
+    )
+    assert list(zip(figures.example, figures.place, strict=True)) == [(i, k) for i, k, _ in all_sequences]
+    for n, (_, _, s) in enumerate(all_sequences):
+        start = s.trained.index(True) if any(s.trained) else len(s.ids)
+        assert (figures.length[n], figures.start[n], figures.trained[n]) == (len(s.ids), start, sum(s.trained[1:]))
+        for m, (_, _, other) in enumerate(all_sequences):
+            assert (bytes(figures.content[n]) == bytes(figures.content[m])) == (s.ids == other.ids)
+            assert bytes(figures.prompt[n]) != bytes(figures.content[m]) or s.ids[:start] == other.ids
+
+
+def test_the_figures_of_a_selection_are_those_of_its_examples_and_name_repeats(tmp_path: Path) -> None:
+    pairs = [example(i, Encoded((i, 7), (False, True)), Encoded((i, 8, 9), (False, True, True))) for i in range(4)]
+    rows = write_examples(tmp_path / "side", pairs, repeat=2)
+    figures = rows.sequence_figures()
+    assert len(figures.example) == 16
+    for n, (number, place) in enumerate(zip(figures.example, figures.place, strict=True)):
+        assert figures.length[n] == len(rows[int(number)].sequences[place].ids)
+        same = [rows[int(other)].index for other in figures.example[figures.stored == figures.stored[n]]]
+        assert same == [rows[int(number)].index] * 4
+    none = rows.select(["another"]).sequence_figures()
+    assert (len(none.example), none.content.shape) == (0, (0, 32))
 
 
 def test_rows_are_a_sequence(tmp_path: Path) -> None:

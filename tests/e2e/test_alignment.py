@@ -88,8 +88,8 @@ def test_dpo_after_sft_is_trained_evaluated_and_reported(folder: Path, tiny_fold
     assert set(run(folder)["stages"].values()) == {"skipped"}
 
 
-def test_kto_trains_on_scored_answers_from_the_same_command(folder: Path, tiny_folder: Path) -> None:
-    write_recipe(folder, tiny_folder, "kto", "scored.jsonl")
+def test_kto_trains_on_the_answers_of_pairs_from_the_same_command(folder: Path, tiny_folder: Path) -> None:
+    write_recipe(folder, tiny_folder, "kto", "pairs.jsonl")
     run(folder)
     line = read_metrics(folder / "run" / "train-2-aligned")[-1]
     assert line["kl"] >= 0

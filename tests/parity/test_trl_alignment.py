@@ -26,12 +26,12 @@ TokenIds = list[list[int]]
 
 
 def make_rows() -> list[Encoded]:
-    """Answers of 5 to 40 tokens to prompts of one token."""
+    """Answers of 5 to 40 tokens to different prompts of one token."""
     generator = torch.Generator().manual_seed(2)
     rows: list[Encoded] = []
-    for length in (12, 40, 7, 23, 5, 31, 18, 9):
+    for prompt, length in enumerate((12, 40, 7, 23, 5, 31, 18, 9), start=3):
         ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
-        rows.append(Encoded((1, *ids), (False, *[True] * length)))
+        rows.append(Encoded((prompt, *ids), (False, *[True] * length)))
     return rows
 
 
@@ -176,7 +176,7 @@ def reference_free_loss(
         batch[f"{name}_input_ids"] = pad([list(s.ids) for s in sequences], 0)
         batch[f"{name}_attention_mask"] = pad([[1] * len(s.ids) for s in sequences], 0)
         batch[f"{name}_labels"] = pad([[-100, *s.ids[1:]] for s in sequences], -100)
-    prompts = torch.tensor([[1]] * len(examples))
+    prompts = torch.tensor([[example.sequences[0].ids[0]] for example in examples])
     batch |= {"prompt_input_ids": prompts, "prompt_attention_mask": torch.ones_like(prompts)}
     return lambda model: trainer.get_batch_loss_metrics(model.train(), batch)[0], trainer.model
 

@@ -10,7 +10,9 @@ import pytest
 from corral.data.packing import pack_sequences
 from corral.preflight.workload import Workload
 from corral.recipe import Train
+from corral.training.mismatched_rows import MismatchedRows
 from corral.training.sampler import BatchSampler
+from corral.training.single_answers import SingleAnswers
 from tests.data.conftest import write_examples
 from tests.training.tiny import make_examples
 
@@ -49,3 +51,20 @@ def test_an_objective_with_a_reference_has_all_rows_read_once_more(prepared: Any
     lengths = [*prepared.train.lengths.tolist(), *prepared.validation.lengths[:3].tolist()]
     assert (dpo.reference, simpo.reference) == (sum(lengths), 0)
     assert dpo.seconds(10, 0, 20, 0, 0) - simpo.seconds(10, 0, 20, 0, 0) == pytest.approx(sum(lengths) / 20)
+
+
+def test_what_kto_reads_for_its_kl_takes_time_and_no_memory(prepared: Any) -> None:
+    settings: dict[str, Any] = {"epochs": 1, "batch_size": 3, "pack_length": 128}
+    sides = {
+        name: MismatchedRows(SingleAnswers(rows, rows.sequence_figures()))
+        for name, rows in (("train", prepared.train), ("validation", prepared.validation))
+    }
+    arranged: Any = SimpleNamespace(**sides)
+    kto, plain = (
+        Workload.from_stage(Train(objective=name, **settings), rows, 9)
+        for name, rows in (("kto", arranged), ("ulma", prepared))
+    )
+    assert kto.longest == plain.longest
+    assert kto.tokens == sum(len(s.ids) for row in arranged.train for s in row.sequences) > 1.5 * plain.tokens
+    assert kto.evaluated == sum(len(s.ids) for row in arranged.validation for s in row.sequences)
+    assert kto.reference == kto.tokens + kto.evaluated

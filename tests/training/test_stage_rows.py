@@ -10,7 +10,7 @@ import pytest
 from corral.data.example_store import Example
 from corral.data.prepare import Prepared
 from corral.errors import DataError
-from corral.messages import Conversation, Preference, Record, Text
+from corral.messages import Conversation, Feedback, Preference, Record, Text
 from corral.recipe import Train
 from corral.template import Encoded
 from corral.training.stage_rows import StageRows, check_rows_taken
@@ -69,3 +69,51 @@ def test_a_stage_that_stops_early_needs_validation_rows_of_its_own(tmp_path: Pat
     with pytest.raises(DataError, match="training stage 1 has no validation row, and its `early_stopping` needs some"):
         StageRows.select(bare, Train(sources=("chats",), early_stopping=2), 1)
     assert len(StageRows.select(bare, Train(sources=("chats", "more"), early_stopping=2), 1).validation)
+
+
+def test_an_objective_of_single_answers_takes_both_answers_of_pairs_and_scored_answers(tmp_path: Path) -> None:
+    def rows(count: int, first: int) -> list[Example]:
+        pairs = [
+            Example(f"1{n:063x}", "pairs", n, tuple(Encoded((n, 70 + k), (False, True)) for k in range(2)), PAIR)
+            for n in range(first, first + count)
+        ]
+        scored = Example(
+            f"2{first:063x}", "scored", first, (Encoded((first, 80), (False, True)),), Feedback(ASKED, "a", 0.5)
+        )
+        return [*pairs, scored]
+
+    sides = {"train": rows(4, 10), "validation": rows(2, 20), "test": []}
+    prepared = Prepared(tmp_path, **{side: write_examples(tmp_path / side, some) for side, some in sides.items()})
+    ulma, kto, dpo = (StageRows.select(prepared, Train(objective=name), 1) for name in ("ulma", "kto", "dpo"))
+    assert [len(side) for stage in (ulma, kto, dpo) for side in (stage.train, stage.validation)] == [9, 5, 9, 5, 4, 2]
+    assert all(isinstance(e.record, Feedback) for e in (*ulma.train, *kto.validation))
+    assert (sum(ulma.train.lengths), sum(kto.train.lengths), sum(kto.train.loss_lengths)) == (18, 36, 18)
+    assert ulma.lengths == kto.lengths == 14 * [2]
+    only = StageRows.select(prepared, Train(objective="ulma", sources=("scored",)), 1)
+    assert ({e.source for e in only.train}, len(only.train)) == ({"scored"}, 1)
+    check_rows_taken(prepared, [Train(objective="kto")])
+
+
+def test_kto_is_refused_if_a_side_has_rows_of_one_prompt_only(tmp_path: Path) -> None:
+    prompts = {"train": range(4), "validation": range(1), "test": range(0)}
+    sides = {
+        side: [
+            Example(f"{n:064x}", "pairs", n, (Encoded((n, 7), (False, True)), Encoded((n, 8), (False, True))), PAIR)
+            for n in numbers
+        ]
+        for side, numbers in prompts.items()
+    }
+    prepared = Prepared(tmp_path, **{side: write_examples(tmp_path / side, rows) for side, rows in sides.items()})
+    with pytest.raises(DataError, match="all validation rows of training stage 3 have one prompt"):
+        StageRows.select(prepared, Train(objective="kto"), 3)
+    assert len(StageRows.select(prepared, Train(objective="ulma"), 3).validation) == 2
+
+
+def test_pairs_that_contradict_each_other_leave_an_objective_of_single_answers_no_row(tmp_path: Path) -> None:
+    a, b = (Encoded((1, token), (False, True)) for token in (7, 8))
+    pairs = [Example(f"{n:064x}", "pairs", n, answers, PAIR) for n, answers in enumerate(((a, b), (b, a)))]
+    sides = {"train": pairs, "validation": [], "test": []}
+    prepared = Prepared(tmp_path, **{side: write_examples(tmp_path / side, rows) for side, rows in sides.items()})
+    with pytest.raises(DataError, match="each of the 2 answers is chosen in one pair and rejected in another"):
+        StageRows.select(prepared, Train(objective="ulma"), 1)
+    assert len(StageRows.select(prepared, Train(objective="dpo"), 1).train) == 2

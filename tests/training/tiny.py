@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from corral.data.example_store import Example
+from corral.data.example_store import Example, SequenceFigures
 from corral.messages import Conversation, Feedback, Preference, Record
 from corral.model import adapters
 from corral.model.full_finetuning import train_all_weights
@@ -20,7 +22,9 @@ from corral.recipe import Lora, Optimizer, Train
 from corral.template import Encoded
 from corral.training.distributed import World
 from corral.training.loop import Trainer
+from corral.training.mismatched_rows import MismatchedRows
 from corral.training.objective_table import TAKES, build_objective
+from corral.training.single_answers import SingleAnswers
 
 
 def make_examples(encoded: list[Any], objective: str = "sft") -> list[Example]:
@@ -30,15 +34,35 @@ def make_examples(encoded: list[Any], objective: str = "sft") -> list[Example]:
     for i, row in enumerate(encoded):
         prompt, sequences = Conversation(()), (row,)
         record: Record = prompt
-        if Preference in TAKES[objective]:
+        if Feedback in TAKES[objective]:
+            record = Feedback(prompt, "", 0.2 if i % 3 == 1 else 0.9)
+        elif Preference in TAKES[objective]:
             other = encoded[i - 5]
             start, end = other.trained.index(True), row.trained.index(True)
             rejected = Encoded(row.ids[:end] + other.ids[start:], row.trained[:end] + other.trained[start:])
             sequences, record = (row, rejected), Preference(prompt, "", "")
-        elif Feedback in TAKES[objective]:
-            record = Feedback(prompt, "", 0.2 if i % 3 == 1 else 0.9)
         examples.append(Example(key=f"{i:064x}", source="made", index=i, sequences=sequences, record=record))
     return examples
+
+
+def figures_of(examples: Sequence[Example]) -> SequenceFigures:
+    """The figures of the sequences of examples, none of which is a repeat of another."""
+    places = [(i, k, sequence) for i, example in enumerate(examples) for k, sequence in enumerate(example.sequences)]
+    numbers = [(i, k, i, len(s.ids), s.trained.index(True), sum(s.trained[1:])) for i, k, s in places]
+    keys = [
+        np.frombuffer(b"".join(hashlib.sha256(repr(part).encode()).digest() for part in parts), np.uint8).reshape(
+            -1, 32
+        )
+        for parts in ([s.ids for *_, s in places], [s.ids[: s.trained.index(True)] for *_, s in places])
+    ]
+    return SequenceFigures(*np.array(numbers, np.int64).reshape(-1, 6).T, *keys)
+
+
+def arrange(examples: Sequence[Example], objective: str) -> Sequence[Example]:
+    """The examples with the sequences that an objective reads."""
+    if objective != "kto" or not examples:
+        return examples
+    return MismatchedRows(SingleAnswers(examples, figures_of(examples)))
 
 
 def make_trainer(
@@ -55,11 +79,12 @@ def make_trainer(
 ) -> Trainer:
     """A trainer on the rows, of which the first ones are held out."""
     examples = make_examples(encoded, config.objective)
+    train, validation = (arrange(part, config.objective) for part in (examples[held_out:], examples[:held_out]))
     folder.mkdir(parents=True, exist_ok=True)
     return Trainer(
         model,
-        examples[held_out:],
-        examples[:held_out],
+        train,
+        validation,
         build_objective(config),
         config,
         pack_length=pack_length,
