@@ -22,7 +22,7 @@ from corral.data.example_store import ExampleStore
 from corral.data.ledger import FATES, MAX_REASONS, OTHER_REASONS, USED_FATES, Fate
 from corral.data.mixture import SIDES
 from corral.data.row_store import RowStore, split_list_column
-from corral.data.source_rows import SourceRows
+from corral.data.source_rows import SourceRows, split_key
 from corral.data.worker_pool import WorkerPool
 from corral.formatting import count_of
 from corral.messages import Record
@@ -170,7 +170,8 @@ def deduplicate_and_cap(plans: Sequence[SourcePlan], data: Data, seed: int, pool
         groups = np.where(equal < held_out, equal, np.arange(len(equal)))
     elif data.duplicates == "near":
         groups = _group_near_duplicates(ordered, all_positions, starts, equal, held_out)
-    group_keys = [plan.rows.keys(positions, "group_key") for plan, positions in zip(ordered, candidates, strict=True)]
+    name = split_key(plan.rows for plan in plans)
+    group_keys = [plan.rows.keys(positions, name) for plan, positions in zip(ordered, candidates, strict=True)]
     first_of_group = mixture.equal_groups(np.concatenate(group_keys))
     shares_prompt = (first_of_group < held_out) & (equal >= held_out)
     groups = np.where(shares_prompt, first_of_group, groups)
@@ -237,7 +238,8 @@ def assign_sides(plans: Sequence[SourcePlan], data: Data, seed: int) -> None:
     for plan, part in zip(plans, positions, strict=True):
         if plan.source.side is not None:
             plan.side[part] = SIDES.index(plan.source.side)
-    keys = [plan.rows.keys(part, "group_key") for plan, part in zip(plans, positions, strict=True)]
+    name = split_key(plan.rows for plan in plans)
+    keys = [plan.rows.keys(part, name) for plan, part in zip(plans, positions, strict=True)]
     free, trained = ([k for k, p in zip(keys, plans, strict=True) if p.source.side == side] for side in (None, "train"))
     split = iter(
         mixture.split_sides(

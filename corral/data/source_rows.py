@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -33,7 +33,9 @@ from corral.storage import file_lock, new_directory
 
 Ints: TypeAlias = NDArray[np.int64]
 
-VERSION = 3
+KeyName: TypeAlias = Literal["key", "group_key", "prompt_key"]
+
+VERSION = 4
 EXCERPT_CHARACTERS = 2000
 """How much of an unusable row is kept to be shown."""
 _ROWS_TO_RECOGNISE = 50  # rows by which the format is recognised
@@ -46,7 +48,8 @@ class SourceRows:
     """The rows of one source. A row's position is its number among all that were read, from 0.
 
     The store holds for each row `key` (sha256 of its content), `group_key` (what rows share that must be on one side: a judged
-    answer's prompt, a document in parts, else the row's key), `mended` (whether turns were left out or merged), `file` (index
+    answer's prompt, a document in parts, else the row's key), `prompt_key` (the same, but of a conversation what comes before
+    its last answer: see `split_key`), `mended` (whether turns were left out or merged), `file` (index
     into `files`), `row` (its number in the file), `record` (its JSON form, or null if it cannot be used), and `reason` (index
     into `reasons`, or -1).
 
@@ -54,6 +57,7 @@ class SourceRows:
         identity: stands for the content, in the names of what is computed from it.
         format: the name of the format that was used; `why` says how it was chosen.
         files: of a source of several files, each one's name.
+        is_judged: whether answers are compared or scored in some row.
         reasons: why rows cannot be used.
         examples: some unusable rows: `{"position", "reason", "text"}`.
         reason: of each row, index into `reasons`, or -1 if it can be used. [rows]
@@ -65,6 +69,7 @@ class SourceRows:
         self.format: str = meta["format"]
         self.why: str = meta["why"]
         self.files: list[str] = meta["files"]
+        self.is_judged: bool = meta["judged"]
         self.reasons: list[str] = meta["reasons"]
         self.examples: list[dict[str, Any]] = meta["examples"]
         self.store = RowStore(folder)
@@ -80,7 +85,7 @@ class SourceRows:
         """Positions of the rows that can be used, ascending."""
         return np.flatnonzero(self.reason < 0)
 
-    def keys(self, positions: Ints, name: Literal["key", "group_key"] = "key") -> NDArray[np.uint8]:
+    def keys(self, positions: Ints, name: KeyName = "key") -> NDArray[np.uint8]:
         """sha256 of the content of each row, or of what its group shares. [positions, 32]"""
         return self.store.column(name, positions)
 
@@ -105,6 +110,15 @@ class SourceRows:
         for part, batch in self.store.read(positions):
             pieces = np.cumsum(binary_length(batch["record"]).to_numpy()) // _PIECE_BYTES
             yield from np.split(part, np.flatnonzero(np.diff(pieces)) + 1)
+
+
+def split_key(sources: Iterable[SourceRows]) -> KeyName:
+    """The name of the key that rows share which must be on one side, in all sources of a recipe.
+
+    Where answers are judged, conversations are grouped by their prompts too: a model must not be fine-tuned on the better
+    answer of a pair that it is tested on.
+    """
+    return "prompt_key" if any(rows.is_judged for rows in sources) else "group_key"
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,20 +180,25 @@ class _RowWriter:
     store: RowStore
     files: list[str] = field(default_factory=list[str])
     rows: int = 0
+    is_judged: bool = False
     code_of_reason: dict[str, int] = field(default_factory=dict[str, int])
     example_counts: Counter[str] = field(default_factory=Counter[str])
     examples: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     _unsaved: list[tuple[Any, ...]] = field(default_factory=list[tuple[Any, ...]])
     _unsaved_bytes: int = 0
-    _group_key: str = ""
+    _group_keys: tuple[str, str] = ("", "")
 
     def add(self, row: RawRow, record: Record, is_mended: bool) -> None:
         """A row that can be used."""
         key = record_key(record)
-        group_key = record_key(record.prompt) if isinstance(record, Preference | Feedback) else key
-        self._group_key = group_key = self._group_key if row.continues else group_key
+        prompt = _prompt_of(record)
+        judged = isinstance(record, Preference | Feedback)
+        self.is_judged |= judged
+        if not row.continues:
+            prompt_key = key if prompt is None else record_key(prompt)
+            self._group_keys = prompt_key if judged else key, prompt_key
         line = json_line(record_to_json(record)).encode()[:-1]
-        self._add(row, line, bytes.fromhex(key), bytes.fromhex(group_key), is_mended, -1)
+        self._add(row, line, *map(bytes.fromhex, (key, *self._group_keys)), is_mended, -1)
 
     def add_unusable(self, row: RawRow, reason: str) -> None:
         if reason not in self.code_of_reason and len(self.code_of_reason) >= MAX_REASONS:
@@ -190,7 +209,7 @@ class _RowWriter:
             text = row.fault if row.value is None else json.dumps(row.value, ensure_ascii=False, default=str)
             self.examples.append({"position": self.rows, "reason": reason, "text": (text or "")[:EXCERPT_CHARACTERS]})
         code = self.code_of_reason.setdefault(reason, len(self.code_of_reason))
-        self._add(row, None, bytes(32), bytes(32), False, code)
+        self._add(row, None, bytes(32), bytes(32), bytes(32), False, code)
 
     def _add(self, row: RawRow, record: bytes | None, *values: Any) -> None:
         if row.file and (not self.files or self.files[-1] != row.file):
@@ -207,19 +226,28 @@ class _RowWriter:
 
         if not self._unsaved:
             return
-        files, rows, records, keys, group_keys, mended, reasons = zip(*self._unsaved, strict=True)
+        files, rows, records, *all_keys, mended, reasons = zip(*self._unsaved, strict=True)
+        keys = (np.frombuffer(b"".join(each), np.uint8).reshape(-1, 32) for each in all_keys)
         columns = {
             "file": np.array(files, np.int32),
             "row": np.array(rows, np.int64),
             "record": pa.array(records, pa.large_binary()),
-            "key": np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32),
-            "group_key": np.frombuffer(b"".join(group_keys), np.uint8).reshape(-1, 32),
+            **dict(zip(("key", "group_key", "prompt_key"), keys, strict=True)),
             "mended": np.array(mended, np.bool_),
             "reason": np.array(reasons, np.int16),
         }
         self.store.save(np.arange(self.rows - len(files), self.rows), columns)
         self._unsaved.clear()
         self._unsaved_bytes = 0
+
+
+def _prompt_of(record: Record) -> Conversation | None:
+    """What comes before the answer, or before the last one; None for a document."""
+    if isinstance(record, Preference | Feedback):
+        return record.prompt
+    if isinstance(record, Conversation):
+        return record.split_answer()[0] if record.answered else record
+    return None
 
 
 def _read_record(read: Format, row: Mapping[str, Any], settings: RowSettings) -> tuple[Record, bool]:
@@ -286,6 +314,7 @@ def _read_into(source: Source, folder: Path, progress: Progress, settings: RowSe
         "why": chosen.why,
         "rows": writer.rows,
         "files": writer.files,
+        "judged": writer.is_judged,
         "reasons": list(writer.code_of_reason),
         "examples": writer.examples,
     }

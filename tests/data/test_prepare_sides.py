@@ -11,10 +11,11 @@ import pytest
 from pyarrow import parquet
 
 from corral.data.ledger import source_notes
+from corral.data.mixture import SIDES, Side
 from corral.data.near_duplicates import RESEMBLANCE, resemblance
 from corral.data.prepare import Prepared, prepare_test_rows
 from corral.errors import DataError
-from corral.messages import Conversation, record_key
+from corral.messages import Conversation, Preference, record_key
 from corral.progress import Progress
 from corral.recipe import Data, Split
 from corral.template import Template
@@ -104,6 +105,48 @@ def test_no_row_about_a_held_out_prompt_is_trained_on(prepared: Prepare, tmp_pat
     assert rows.ledger["sources"]["more"]["fates"]["duplicate"] == 5
     table = parquet.read_table(rows.folder / "ledger.parquet").to_pylist()
     assert [row["original"] for row in table if row["fate"] == "duplicate"] == [f"mine row {n}" for n in range(1, 6)]
+
+
+def about(count: int) -> tuple[list[Any], list[Any]]:
+    """Pairs, and conversations that end with their better answers; every other one begins with a turn before the question."""
+    pairs, answered = [], []
+    for n in range(count):
+        turns = [{"role": "user", "content": f"Which {n}?"}]
+        if n % 2:
+            turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": f"Hello {n}."}, *turns]
+        pairs.append({"prompt": turns, "chosen": f"this {n}", "rejected": f"no {n}"})
+        answered.append({"messages": [*turns, {"role": "assistant", "content": f"this {n}"}]})
+    return pairs, answered
+
+
+def test_conversations_are_on_the_side_of_the_pairs_about_their_prompt(prepared: Prepare, tmp_path: Path) -> None:
+    pairs, answered = about(40)
+    both = [source(write_rows(tmp_path / f"{name}.jsonl", rows)) for name, rows in (("a", pairs), ("b", answered))]
+    rows = prepared(*both, split=Split(validation=0.2, test=0.2), contamination="ignore")
+
+    def prompts(side: Side, name: str) -> set[str]:
+        found: set[str] = set()
+        for e in rows.side(side).select([name]):
+            prompt = e.record.prompt if isinstance(e.record, Preference) else e.record
+            assert isinstance(prompt, Conversation)
+            found.add(record_key(prompt if name == "a" else prompt.split_answer()[0]))
+        return found
+
+    assert all(prompts(side, "a") == prompts(side, "b") for side in SIDES)
+    assert all(len(rows.side(side)) for side in SIDES)
+    alone = prepared(both[1], split=Split(validation=0.2, test=0.2), contamination="ignore")
+    assert sources_on(alone) == {"train": {"b": 24}, "validation": {"b": 8}, "test": {"b": 8}}
+
+
+def test_a_conversation_about_the_prompt_of_a_pair_in_a_test_file_is_left_out(
+    prepared: Prepare, tmp_path: Path
+) -> None:
+    pairs, answered = about(20)
+    mine = source(write_rows(tmp_path / "mine.jsonl", pairs[:5]), side="test")
+    more = source(write_rows(tmp_path / "more.jsonl", answered))
+    rows = prepared(more, mine, split=Split(validation=0), contamination="ignore")
+    assert sources_on(rows) == {"train": {"more": 15}, "validation": {}, "test": {"mine": 5}}
+    assert rows.ledger["sources"]["more"]["fates"]["duplicate"] == 5
 
 
 def test_the_rest_of_a_capped_test_file_may_be_trained_on(prepared: Prepare, tmp_path: Path) -> None:
