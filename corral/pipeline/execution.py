@@ -1,6 +1,7 @@
 """Runs the stages of a recipe in order: finished ones are skipped, interrupted ones resumed, changed ones redone.
 
-`run.stage_record` decides what is skipped. The model of the last training stage is promoted when that stage has ended well.
+`run.stage_record` decides what is skipped. The model of the last training stage is promoted when that stage has ended well. A
+finished stage whose model fails its gate ends the run there; what may run without it (`corral evaluate`) takes it as it is.
 Of several processes the first runs all stages; the others join it in those that train.
 """
 
@@ -153,7 +154,10 @@ class _Pipeline:
             self.outcome[stage.name] = "skipped" if folder.done else "done"
             if not folder.done:
                 self._run_stage(stage, folder)
-            if stage.name == self.context.recipe.stage_names[-1]:
+            blocked = stage.gate_error(folder) if isinstance(stage, TrainStage) else None
+            if blocked is not None and self._may_run(stage):
+                raise blocked
+            if stage.name == self.context.recipe.stage_names[-1] and blocked is None:
                 promote(run, folder, "the last training stage; its contract holds")
         self.context.run.write_recipe(self.context.recipe)
         self._write_lineage()

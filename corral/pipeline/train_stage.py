@@ -10,17 +10,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corral.errors import out_of_memory_errors, require
+from corral.errors import GateError, out_of_memory_errors, require
+from corral.evaluation.alignment_gate import check_aligned_model
 from corral.export import contract
 from corral.formatting import format_bytes
 from corral.model.device import memory_limit
 from corral.model.folder import model_identity
 from corral.pipeline.context import RunContext
+from corral.pipeline.start_comparison import StartComparison
 from corral.progress import Progress
+from corral.recipe.alignment import Guards
 from corral.run.promotion import MERGED_FOLDER
 from corral.run.stage_record import Settings, StageFolder
 from corral.storage import new_directory, write_json
 from corral.training.memory_estimate import ModelShape
+from corral.training.objective_table import TAKES
 from corral.training.passes import Passes, choose_passes, savings
 from corral.training.stage_needs import stage_bytes
 
@@ -101,12 +105,17 @@ class TrainStage:
         """The rows that it trains and is evaluated on. Raises: DataError (there are none to train on)."""
         from corral.training.stage_rows import StageRows
 
-        prepared, config = self.context.prepared, self.context.recipe.train[self.number - 1]
-        if config.sources is not None:  # a source may have another name by now
-            names = [source.label for source in self.context.recipe.data.sources]
-            labels = tuple(prepared.labels[names.index(name)] for name in config.sources)
-            config = config.model_copy(update={"sources": labels})
-        return StageRows.select(prepared, config, self.number)
+        return StageRows.select(self.context.prepared, self._config_with_labels, self.number)
+
+    @property
+    def _config_with_labels(self) -> Train:
+        """Its settings in the recipe, with its sources as the prepared rows name them; they may have other names by now."""
+        config = self.context.recipe.train[self.number - 1]
+        if config.sources is None:
+            return config
+        names = [source.label for source in self.context.recipe.data.sources]
+        labels = tuple(self.context.prepared.labels[names.index(name)] for name in config.sources)
+        return config.model_copy(update={"sources": labels})
 
     def run(self, folder: StageFolder) -> None:
         """Train, merge, and certify the merged model.
@@ -122,11 +131,50 @@ class TrainStage:
         hint = (
             f"needs less memory, cheapest first: {', '.join(hints)}; " if hints else ""
         ) + "`corral plan` estimates each"
+        comparison = self._start_comparison(folder.path, setup)
+        if comparison is not None and setup.config.guards is not None:
+            comparison.check_quantisation(setup.config.guards.quantisation_gap, f"train.{self.number - 1}")
         with out_of_memory_errors(f"while training on {setup.device}", where=self.name, hint=hint):
             self._fine_tune(folder.path, setup, passes)
         gc.collect()
         if context.world.is_main:
             self._merge(folder.path, setup)
+        if comparison is not None:
+            comparison.measure()
+            result = check_aligned_model(folder.path, self.guards)
+            context.progress.say(f"the model of {self.name} is {result}")
+
+    @property
+    def guards(self) -> Guards:
+        """Its limits, as the recipe has them now."""
+        return self.config.guards or Guards()
+
+    def gate_error(self, folder: StageFolder) -> GateError | None:
+        """Why the model in its finished folder must not be promoted, nor trained further; None if it may be."""
+        if self.config.objective == "sft":
+            return None
+        result, place = check_aligned_model(folder.path, self.guards), f"train.{self.number - 1}"
+        if not result.faults:
+            return None
+        hint = f"look at its rows, or lower its rate: --set {place}.optimizer.lr={self.config.optimizer.lr / 3:.1g}"
+        settings = [fault.setting for fault in result.faults]
+        if None not in settings:
+            accept = " ".join(f"--set {place}.guards.{setting}" for setting in settings)
+            hint += f"; or accept it, without training again: {accept}"
+        faults = "; ".join(fault.what for fault in result.faults)
+        return GateError(
+            f"the model of {self.name} is kept and not promoted: {faults} ({'; '.join(result.figures)})",
+            where=str(folder.path),
+            hint=hint,
+        )
+
+    def _start_comparison(self, folder: Path, setup: TrainingSetup) -> StartComparison | None:
+        """For a stage that aligns, in the first process; else None."""
+        config = self._config_with_labels
+        if config.objective == "sft" or not self.context.world.is_main:
+            return None
+        validation = self.context.prepared.validation
+        return StartComparison(self.context, folder, setup, validation.select(config.sources, TAKES[config.objective]))
 
     def _setup(self, passes: Passes) -> TrainingSetup:
         """The model, settings, device and dtype that it starts from."""

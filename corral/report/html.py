@@ -37,7 +37,7 @@ from corral.formatting import (
 from corral.report.answer_examples import choose_examples
 from corral.report.plots import DOTS_PER_INCH
 from corral.report.run_record import JsonObject, RunRecord, Training, as_number, as_object, as_objects, series
-from corral.report.scores import OUTCOME_WORDS, MetricScores
+from corral.report.scores import OUTCOME_WORDS, MetricScores, scores_by_metric
 from corral.report.verdict import give_verdict
 
 _SIDES = {"train": "to train on", "validation": "for validation", "test": "for testing"}
@@ -85,6 +85,7 @@ def render_page(record: RunRecord, scores: Sequence[MetricScores], pictures: Map
         arrows=ARROWS,
         outcomes={key: f"{OUTCOME_MARKS[key]} {word}".strip() for key, word in OUTCOME_WORDS.items()},
         pairs=list(pairs),
+        comparisons=[(each, scores_by_metric(each.comparison)) for each in record.trainings if each.gate],
         costs=cost_rows(card.variants if card else {}),
         signatures=card.signatures if card else {},
         cautions=card.cautions if card else [],

@@ -88,30 +88,45 @@ def _annotate(axes: Axes, index: int, steps: Sequence[float], values: Sequence[f
 
 
 def draw_preferences(trainings: Sequence[Training]) -> bytes:
-    """Share of rows whose rewards are in the right order, and mean rewards of chosen and rejected answers, in training and on
-    held-out rows; for stages that have rewards."""
+    """Share of rows whose rewards are in the right order, mean rewards of chosen and rejected answers, and their mean
+    log-probabilities, in training and on held-out rows; and basic prompts answered well; for stages that have rewards."""
+    asked = [bool(series(training.metrics, "basic_prompts_passed")[1]) for training in trainings]
+    rows = [3 + more for more in asked]
 
     def draw(figure: Figure) -> None:
-        grid = figure.subplots(2 * len(trainings), 1, squeeze=False)[:, 0]
-        for number, training in enumerate(trainings):
-            accuracy, rewards = grid[2 * number], grid[2 * number + 1]
-            accuracy.sharex(rewards)
-            _draw_both_sides(accuracy, training, "reward_accuracy", _BLUE, "rewards in the right order")
-            accuracy.set_ylim(-0.03, 1.03)
-            accuracy.set_ylabel("share of rows")
-            _draw_both_sides(rewards, training, "reward_chosen", _GREEN, "chosen")
-            _draw_both_sides(rewards, training, "reward_rejected", _VERMILION, "rejected")
-            rewards.set_ylabel("mean reward")
-            rewards.margins(x=0.02)
-            _label_steps(rewards)
-            for axes in (accuracy, rewards):
-                axes.legend(loc="best")
-            accuracy.tick_params(labelbottom=False)
+        grid = list(figure.subplots(sum(rows), 1, squeeze=False)[:, 0])
+        for training, count in zip(trainings, rows, strict=True):
+            parts, grid = grid[:count], grid[count:]
+            _draw_preferences(parts, training)
+            for axes in parts[:-1]:
+                axes.sharex(parts[-1])
+                axes.tick_params(labelbottom=False)
             if len(trainings) > 1:
-                _set_title(accuracy, shorten(training.name, 40))
+                _set_title(parts[0], shorten(training.name, 40))
         figure.align_ylabels()
 
-    return _picture(draw, height=3.6 * len(trainings))
+    return _picture(draw, height=1.8 * sum(rows))
+
+
+def _draw_preferences(parts: Sequence[Axes], training: Training) -> None:
+    """Fill the three or four parts of one stage's picture."""
+    accuracy, rewards, logprobs, *prompts = parts
+    _draw_both_sides(accuracy, training, "reward_accuracy", _BLUE, "rewards in the right order")
+    accuracy.set_ylim(-0.03, 1.03)
+    accuracy.set_ylabel("share of rows")
+    for axes, key, label in ((rewards, "reward", "mean reward"), (logprobs, "logprob", "mean log-prob")):
+        _draw_both_sides(axes, training, f"{key}_chosen", _GREEN, "chosen")
+        _draw_both_sides(axes, training, f"{key}_rejected", _VERMILION, "rejected")
+        axes.set_ylabel(label)
+    for axes in prompts:
+        axes.plot(*series(training.metrics, "basic_prompts_passed"), "o--", color=_BLUE, markersize=4.5, linewidth=1.0)
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("basic prompts")
+    for axes in parts:
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="best")
+    parts[-1].margins(x=0.02)
+    _label_steps(parts[-1])
 
 
 def _draw_both_sides(axes: Axes, training: Training, key: str, colour: str, label: str) -> None:

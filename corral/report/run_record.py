@@ -10,14 +10,19 @@ import json
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
+from pydantic import ValidationError
+
 from corral.errors import InputError, RunError
+from corral.evaluation.alignment_gate import AFTER, COMPARISON_FOLDER, GateResult, check_aligned_model
+from corral.evaluation.alignment_gate import SCORECARD as COMPARISON_CARD
 from corral.evaluation.scorecard import Scorecard
 from corral.evaluation.scoring import abbreviate
 from corral.export_forms import CONTRACT_FILE
+from corral.recipe.alignment import Guards
 from corral.run.freshness import stale_stages, training_stages
 from corral.run.promotion import MERGED_FOLDER, model_folder, superseded_model_note
 from corral.run.stage_record import read_record
@@ -36,12 +41,16 @@ class Training:
         metrics: the lines of its metrics.jsonl by step.
         settings: its table in the recipe.
         start: the stage whose model it started from; empty for the base model.
+        comparison: of a stage that aligns: its model against the one that it started from, on validation rows.
+        gate: what that says of its model.
     """
 
     name: str
     metrics: Sequence[JsonObject]
     settings: JsonObject = field(default_factory=dict[str, Any])
     start: str = ""
+    comparison: Scorecard | None = None
+    gate: GateResult | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +149,7 @@ def read_run(run: Path) -> RunRecord:
         trainings=trainings,
         contract=_json(run, str((certified / CONTRACT_FILE).relative_to(run)), notes),
         exports=[] if "export" in stale else _exports(run, notes),
-        scorecard=_scorecard(run, notes) if is_evaluated else None,
+        scorecard=_scorecard(run, SCORECARD, notes) if is_evaluated else None,
         completions=_json_lines(run, "evaluate/completions.jsonl", notes) if is_evaluated else [],
         promoted=promoted is not None,
         notes=notes,
@@ -165,7 +174,16 @@ def _training(run: Path, name: str, tables: Sequence[JsonObject], notes: list[st
     number = int(name.split("-")[1])
     before = as_object(as_object((read_record(run / name) or {}).get("inputs")).get("stages"))
     settings = tables[number - 1] if 0 < number <= len(tables) else {}
-    return Training(name, [by_step[step] for step in sorted(by_step)], settings, next(iter(before), ""))
+    metrics = [by_step[step] for step in sorted(by_step)]
+    training = Training(name, metrics, settings, next(iter(before), ""))
+    comparison = _scorecard(run, f"{name}/{COMPARISON_FOLDER}/{COMPARISON_CARD}", notes)
+    if comparison is None or AFTER not in comparison.variants:  # only what quantisation costs is known yet
+        return training
+    try:
+        guards = Guards.model_validate(as_object(settings.get("guards")))
+    except ValidationError:
+        guards = Guards()
+    return replace(training, comparison=comparison, gate=check_aligned_model(run / name, guards))
 
 
 def _exports(run: Path, notes: list[str]) -> list[JsonObject]:
@@ -174,12 +192,12 @@ def _exports(run: Path, notes: list[str]) -> list[JsonObject]:
     return [contract for contract in contracts if contract]
 
 
-def _scorecard(run: Path, notes: list[str]) -> Scorecard | None:
-    data = _read(run, SCORECARD, notes)
+def _scorecard(run: Path, name: str, notes: list[str]) -> Scorecard | None:
+    data = _read(run, name, notes)
     try:
         return None if data is None else Scorecard.from_json(data.decode("utf-8"))
     except (UnicodeDecodeError, InputError) as error:
-        notes.append(f"{SCORECARD} cannot be read: {error.what if isinstance(error, InputError) else error}")
+        notes.append(f"{name} cannot be read: {error.what if isinstance(error, InputError) else error}")
         return None
 
 

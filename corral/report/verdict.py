@@ -35,6 +35,13 @@ def give_verdict(record: RunRecord, scores: Sequence[MetricScores]) -> Verdict:
             "worse",
             details=["It was kept, not promoted. The figures of the contract are below."],
         )
+    if (faulty := next((each for each in record.trainings if each.gate and each.gate.faults), None)) and faulty.gate:
+        faults = listing([fault.what for fault in faulty.gate.faults])
+        return Verdict(
+            f"The model of {faulty.name} is {faulty.gate.headline}: {faults}.",
+            "worse",
+            details=["It was kept, not promoted. Both models’ figures are below."],
+        )
     if compared := [score for score in scores if score.comparisons]:
         return _compared(compared)
     if scores:

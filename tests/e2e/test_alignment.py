@@ -84,8 +84,31 @@ def test_dpo_after_sft_is_trained_evaluated_and_reported(folder: Path, tiny_fold
     assert better["preference_accuracy"] >= 0
     page = (folder / "run" / "report" / "index.html").read_text("utf-8")
     assert "held-out preference accuracy" in page
+    assert "train-2-aligned: not worse than the model that it started from" in page
     assert (folder / "run" / "report" / "preferences.png").is_file()
     assert set(run(folder)["stages"].values()) == {"skipped"}
+    _check_that_a_worse_model_is_kept_and_not_promoted(folder)
+
+
+def _check_that_a_worse_model_is_kept_and_not_promoted(folder: Path) -> None:
+    out = folder / "run"
+    # Preferences are learnt at the cost of everything else; what watches the training itself is told to let it be.
+    changes = ("optimizer.lr=2e-2", "dpo.sft_weight=0", "guards.chosen_fall=0.99", "guards.failing_prompts=0.99")
+    command = ["run", folder / "r.toml", "--out", out, *(f"--set=train.1.{change}" for change in changes)]
+    before = (out / "model").read_text()
+    words = ["the model of train-2-aligned is kept and not promoted", "held-out loss 4.", "guards.loss_rise="]
+    blocked = fail(4, words, *command, "--set=train.1.guards.loss_rise=0")
+    assert "Merging the adapter" in blocked.stderr
+    assert (out / "train-2-aligned" / "merged" / "contract.json").is_file()
+    assert (out / "model").read_text() == before
+    again = fail(4, words, *command, "--set=train.1.guards.loss_rise=0")
+    assert "Training (dpo" not in again.stderr
+    succeed("report", out)
+    page = (out / "report" / "index.html").read_text("utf-8")
+    assert "The model of train-2-aligned is worse than the model that it started from: its held-out loss is" in page
+    accepted = succeed(*command, "--set=train.1.guards.loss_rise=9")
+    assert "Training (dpo" not in accepted.stderr
+    assert (out / "model").read_text() != before
 
 
 def test_kto_trains_on_the_answers_of_pairs_from_the_same_command(folder: Path, tiny_folder: Path) -> None:

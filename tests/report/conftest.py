@@ -128,10 +128,12 @@ def aligned_metrics(steps: int = 20) -> list[dict[str, Any]]:
     for line in lines:
         share = line["step"] / steps
         rewards = {"reward_chosen": 0.2 * share, "reward_rejected": -share, "reward_accuracy": 0.5 + 0.4 * share}
+        rewards |= {"logprob_chosen": 2 * share - 60, "logprob_rejected": -70 - 10 * share}
         if line["step"]:
             line |= rewards
         if line["eval_loss"] is not None:
             line |= {f"eval_{name}": 0.9 * value for name, value in rewards.items()}
+            line["basic_prompts_passed"] = 20 - 4 * (line["step"] > 10)
     return lines
 
 

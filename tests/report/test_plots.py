@@ -49,7 +49,10 @@ def test_each_training_stage_has_a_row_of_its_own() -> None:
 def test_rewards_of_training_and_of_held_out_rows_are_drawn() -> None:
     lines = aligned_metrics()
     first = plots.draw_preferences([Training("a", lines)])
-    for key in ("reward_accuracy", "reward_chosen", "eval_reward_rejected"):
+    for key in (
+        *("reward_accuracy", "reward_chosen", "eval_reward_rejected"),
+        *("logprob_chosen", "eval_logprob_rejected", "basic_prompts_passed"),
+    ):
         changed = [{**line, key: line[key] - 0.4} if key in line else line for line in lines]
         assert plots.draw_preferences([Training("a", changed)]) != first, key
     assert opened(plots.draw_preferences([Training("a", lines)] * 2)).height == 2 * opened(first).height

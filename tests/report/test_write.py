@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import random
 import shutil
 from pathlib import Path
 
 import pytest
 
+from corral.evaluation.scorecard import build_scorecard
+from corral.evaluation.scoring import PairSums, Row, VariantRows
 from corral.report.write import write_report
 from tests.report.conftest import PARTS, MakeRun, aligned_metrics, lineage, metrics, write, write_lines
 
@@ -114,3 +117,21 @@ def test_a_relative_path_of_the_run_is_shown_as_given(make_run: MakeRun, monkeyp
     monkeypatch.chdir(run.parent.parent)
     page = write_report(Path("runs") / run.name).read_text("utf-8")
     assert "<pre>corral chat runs/quickstart</pre>" in page
+
+
+def test_a_stage_that_aligns_is_shown_against_the_model_that_it_started_from(make_run: MakeRun) -> None:
+    run = make_run("metrics", stages=("train-1-sft", "train-2-dpo"))
+    write_lines(run / "train-2-dpo" / "metrics.jsonl", aligned_metrics())
+    rng = random.Random(0)
+    variants = {
+        name: VariantRows(
+            [Row(f"{n}", ranked=PairSums(2, sum(rng.random() < right for _ in "12"), n)) for n in range(40)]
+        )
+        for name, right in (("before", 0.9), ("after", 0.2))
+    }
+    comparison = build_scorecard(variants, baseline="before", primary="preference_accuracy")
+    write(run / "train-2-dpo" / "comparison" / "scorecard.json", comparison.to_json())
+    page = write_report(run).read_text("utf-8")
+    assert "The model of train-2-dpo is worse than the model that it started from: it puts fewer pairs" in page
+    assert "It puts fewer pairs into the right order: it is kept, and not promoted." in page
+    assert '<td class="outcome worse">✗ worse' in page

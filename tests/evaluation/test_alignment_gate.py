@@ -1,0 +1,104 @@
+"""What decides whether an aligned model is promoted."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from corral.evaluation.alignment_gate import (
+    AFTER,
+    BEFORE,
+    COMPARISON_FOLDER,
+    PRIMARY,
+    QUANTISED,
+    SCORECARD,
+    check_aligned_model,
+    quantisation_gap,
+    read_comparison,
+)
+from corral.evaluation.scorecard import build_scorecard
+from corral.evaluation.scoring import PairSums, Row, VariantRows
+from corral.recipe.alignment import Guards
+
+
+def rows(seed: int, *, right: float, loss: float, prompts: int = 60) -> list[Row]:
+    """Prompts of three pairs each, of which this share is in the right order, and answers with this loss."""
+    rng = random.Random(seed)
+    ranked = [PairSums(3, sum(rng.random() < right for _ in range(3)), rng.gauss(0, 1)) for _ in range(prompts)]
+    pairs = [Row(f"prompt-{n}", ranked=sums) for n, sums in enumerate(ranked)]
+    return [*pairs, *(Row(f"row-{n}", 20 * (loss + rng.gauss(0, 0.01)), 20) for n in range(20))]
+
+
+def stage(folder: Path, after: list[Row], before: list[Row] | None = None, **guards: int) -> Path:
+    variants = {BEFORE: VariantRows(before or rows(1, right=0.6, loss=2)), AFTER: VariantRows(after)}
+    card = build_scorecard(variants, baseline=BEFORE, primary=PRIMARY)
+    (folder / COMPARISON_FOLDER).mkdir(parents=True)
+    (folder / COMPARISON_FOLDER / SCORECARD).write_text(card.to_json())
+    (folder / "outcome.json").write_text(json.dumps({"steps": 9, "guards": guards}))
+    return folder
+
+
+def test_a_model_with_more_pairs_in_the_right_order_is_better(tmp_path: Path) -> None:
+    result = check_aligned_model(stage(tmp_path, rows(2, right=0.9, loss=2.05)), Guards())
+    assert (result.outcome, result.faults) == ("better", ())
+    assert str(result).startswith("better than the model that it started from; preference accuracy ")
+    assert "60 prompts" in str(result)
+    assert "held-out loss 2.0" in str(result)
+
+
+def test_a_model_that_cannot_be_told_apart_is_not_said_to_be_better(tmp_path: Path) -> None:
+    result = check_aligned_model(stage(tmp_path, rows(2, right=0.6, loss=2)), Guards())
+    assert (result.outcome, result.faults) == ("equal", ())
+    assert "as far as the validation rows tell" in str(result)
+
+
+def test_fewer_pairs_in_the_right_order_are_a_fault_that_no_limit_accepts(tmp_path: Path) -> None:
+    result = check_aligned_model(stage(tmp_path, rows(2, right=0.2, loss=2)), Guards(loss_rise=9))
+    assert result.outcome == "worse"
+    assert [(fault.what, fault.setting) for fault in result.faults] == [
+        ("it puts fewer pairs into the right order", None)
+    ]
+
+
+@pytest.mark.parametrize(("limit", "outcome"), [(0.1, "worse"), (0.5, "better")])
+def test_a_loss_that_rises_too_far_is_a_fault_under_the_present_limit(
+    limit: float, outcome: str, tmp_path: Path
+) -> None:
+    folder = stage(tmp_path, rows(2, right=0.9, loss=2.3))
+    result = check_aligned_model(folder, Guards(loss_rise=limit))
+    assert result.outcome == outcome
+    for fault in result.faults:
+        assert fault.what == "its held-out loss is 0.300 higher, and guards.loss_rise = 0.1"
+        name, value = (fault.setting or "").split("=")
+        accepted = Guards.model_validate({name: float(value)})
+        assert not check_aligned_model(folder, accepted).faults, "the setting that is proposed accepts it"
+
+
+def test_basic_prompts_of_the_kept_weights_count_against_those_of_the_start_model(tmp_path: Path) -> None:
+    folder = stage(tmp_path, rows(2, right=0.9, loss=2), basic_prompts=18, basic_prompts_passed=15)
+    assert "basic prompts answered well 18 → 15" in str(check_aligned_model(folder, Guards(failing_prompts=0.2)))
+    (fault,) = check_aligned_model(folder, Guards()).faults
+    assert "3 of 18 basic prompts" in fault.what
+    assert fault.setting == "failing_prompts=0.17"
+
+
+def test_a_stage_without_validation_rows_says_that_nothing_was_compared(tmp_path: Path) -> None:
+    result = check_aligned_model(tmp_path, Guards())
+    assert (result.outcome, result.figures, result.faults) == ("unknown", (), ())
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "outcome.json").write_text(json.dumps({"guards": {"basic_prompts": 9}}))
+    assert check_aligned_model(tmp_path / "prompts", Guards()).outcome == "worse", "basic prompts need no rows"
+
+
+def test_the_gap_of_quantised_weights_is_the_rise_of_the_loss(tmp_path: Path) -> None:
+    start = rows(1, right=0.6, loss=2)
+    card = build_scorecard(
+        {BEFORE: VariantRows(start), QUANTISED: VariantRows(rows(1, right=0.6, loss=2.25))}, baseline=BEFORE
+    )
+    assert quantisation_gap(card) == pytest.approx(0.25)
+    other = read_comparison(stage(tmp_path, start))
+    assert other is not None
+    assert quantisation_gap(other) is None
