@@ -148,9 +148,9 @@ def _table(card: Scorecard) -> list[str]:
         comparison = mde.get(key)
         digits = describe_metric(key[1]).digits
         cells.append((*row, "" if comparison is None or not comparison.mde else f"{comparison.mde:.{digits}f}"))
-    lines = _markdown((*header, MDE), cells)
+    lines = markdown_table((*header, MDE), cells)
     head, *costs = cost_rows(card.variants)
-    return [*lines, "", *_markdown(head, costs)] if costs else lines
+    return [*lines, "", *markdown_table(head, costs)] if costs else lines
 
 
 def _in_order(card: Scorecard, names: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -160,7 +160,8 @@ def _in_order(card: Scorecard, names: Sequence[tuple[str, str]]) -> list[tuple[s
     return sorted(names, key=lambda key: (order[key[1]], variants.index(key[0])))
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
     return [
         f"| {' | '.join(header)} |",
         f"|{'|'.join('---' for _ in header)}|",
@@ -182,7 +183,7 @@ def _batching(figures: Mapping[str, Any]) -> list[str]:
         (name, f"{min(values):.1f} to {max(values):.1f}", f"{tokens[name] / middle[name]:.0f}")
         for name, values in seconds.items()
     ]
-    return [said, "", *_markdown(("way", "seconds", "tokens/s"), rows)]
+    return [said, "", *markdown_table(("way", "seconds", "tokens/s"), rows)]
 
 
 def _memory(memory: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -200,4 +201,4 @@ def _memory(memory: Mapping[str, Mapping[str, Any]]) -> list[str]:
         (name, f"{sizes['weights_bytes'] / 1e6:.0f}", f"{sizes['peak_bytes'] / 1e6:.0f}")
         for name, sizes in memory.items()
     ]
-    return [said, "", *_markdown(("precision", "weights, MB", "process at its largest, MB"), rows)]
+    return [said, "", *markdown_table(("precision", "weights, MB", "process at its largest, MB"), rows)]

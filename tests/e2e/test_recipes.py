@@ -18,8 +18,10 @@ FILES = sorted(FOLDER.glob("*.toml"))
 
 
 def test_there_are_the_recipes_that_the_systems_need() -> None:
-    assert {file.stem for file in FILES} >= {"chat", "harmless", "llma-o", "policy-qa", "quickstart", "recipe-bot"}
-    assert len(FILES) == 6, "a new recipe is tested here too: count it"
+    assert {file.stem for file in FILES} >= {
+        *("chat", "harmless", "llma-o", "policy-qa", "quickstart", "quickstart-align", "recipe-bot")
+    }
+    assert len(FILES) == 7, "a new recipe is tested here too: count it"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

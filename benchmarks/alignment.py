@@ -1,0 +1,248 @@
+"""Aligns the starter model by every objective, from one fine-tuned model and on the same pairs, and writes docs/alignment.md.
+
+The rows, the fine-tuning and the settings are those of recipes/quickstart-align.toml; of its last stage only the objective and
+the learning rate differ. Each objective tries some rates, and the one with the best preference accuracy on validation prompts
+is judged on test prompts. Then the mistakes that broke a reference system's model are made on purpose. Every sentence of the
+page is made from the figures (`alignment_page`). Training and measured rows are kept under `--work`: a stopped run resumes.
+
+    python benchmarks/alignment.py [--steps N] [--work FOLDER] [--out PAGE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from alignment_page import Candidate, Page, choose, write_page
+from claims import machine
+
+from corral.answering.identity import identify_model
+from corral.cli.terminal import TerminalProgress
+from corral.data.example_store import ExampleStore
+from corral.data.prepare import Prepared
+from corral.engines.base import run_engine
+from corral.engines.registry import load_engine
+from corral.errors import CorralError
+from corral.evaluation.evaluation_data import select_evaluation_data
+from corral.evaluation.measurements import Measurements, VariantSpec
+from corral.evaluation.scorecard import Scorecard, build_scorecard
+from corral.messages import Preference
+from corral.model.folder import model_identity
+from corral.model.loading import load_template, resolve_model
+from corral.pipeline.execution import execute
+from corral.progress import Progress
+from corral.recipe import Recipe, load
+from corral.run.promotion import MERGED_FOLDER
+from corral.storage import write_atomic, write_json
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart-align.toml"
+STEPS = 16
+RATES: Mapping[str, Sequence[float]] = {
+    "dpo": (1e-4, 3e-4),
+    "ipo": (1e-4, 3e-4),
+    "kto": (1e-4, 3e-4),
+    "orpo": (1e-4, 3e-4),
+    "simpo": (3e-5, 1e-4),
+    "ulma": (1e-4, 3e-4),
+}
+"""The rates that each objective tries."""
+SINGLE_ANSWERS = ("kto", "ulma")
+"""Objectives of single answers: a step takes twice as many of them as of pairs."""
+TOO_HIGH = [2e-4 * 2**n for n in range(1, 7)]
+"""Rates to break the model with, in order, until a guard stops one."""
+PACKAGES = ("torch", "transformers", "peft")
+
+
+def recipe_of(objective: str, rate: float, steps: int, *, start: str | None = None, **settings: Any) -> Recipe:
+    """The recipe with another objective, with these settings, and another rate in its last stage."""
+    recipe = load(RECIPE)
+    raw = recipe.model_dump(mode="json", exclude_unset=True)
+    sft, aligned = raw["train"]
+    aligned.pop(recipe.train[1].objective, None)
+    aligned |= {"objective": objective, "steps": steps, objective: settings}
+    aligned["optimizer"] |= {"lr": rate}
+    if start is not None:
+        aligned["from"] = start
+    if objective in SINGLE_ANSWERS:
+        aligned["batch_size"] = 2 * recipe.train[1].batch_size
+    return Recipe.model_validate(raw | {"train": [sft, aligned]})
+
+
+def train_candidate(work: Path, name: str, recipe: Recipe) -> Candidate:
+    """Train in a process of its own, in a copy of the run that was fine-tuned, unless that was done."""
+    out, outcome = work / name, work / f"{name}.json"
+    if not outcome.exists():
+        write_json(outcome, train_copy(work, name, recipe))
+    figures = json.loads(outcome.read_text("utf-8"))
+    stage = out / recipe.stage_names[-1]
+    return Candidate.read(name, recipe.train[-1], stage, figures["peak_memory_bytes"], figures["stopped"])
+
+
+def train_copy(work: Path, name: str, recipe: Recipe, *options: str) -> dict[str, Any]:
+    """Run the training stages of a recipe in a copy of the run that was fine-tuned; a copy that is there goes on.
+
+    Returns: `peak_memory_bytes` of the process, and `stopped`: what a check said, if one stopped it.
+    """
+    out, file = work / name, work / f"{name}.toml"
+    if not out.exists():
+        copy_run(work / "sft", out)
+    write_atomic(file, recipe.to_toml())
+    command = [sys.executable, __file__, "--train", str(file), "--work", str(out), *options]
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(answer.splitlines()[-1])
+
+
+def copy_run(run: Path, out: Path) -> None:
+    """A run of the same files, which are never changed in place."""
+    for path in sorted(run.rglob("*")):
+        target = out / path.relative_to(run)
+        if path.is_dir():
+            target.mkdir(parents=True)
+        elif path.name != ".lock":
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.link(path, target)
+
+
+class UntilTraining(TerminalProgress):
+    """Interrupts a stage that aligns when its reference has been computed."""
+
+    def start(self, task: str, total: int | None) -> None:
+        if task.startswith("Training ("):
+            raise KeyboardInterrupt
+        super().start(task, total)
+
+
+def train_here(file: Path, out: Path, progress: Progress) -> dict[str, Any]:
+    """Run the training stages of a recipe; see `train_copy`."""
+    recipe, stopped = load(file), None
+    try:
+        train(recipe, out, progress)
+    except CorralError as error:
+        stopped = f"{error.what}; {error.hint}"
+    except KeyboardInterrupt:
+        stopped = "before its first step"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"peak_memory_bytes": peak, "stopped": stopped}
+
+
+def train(recipe: Recipe, out: Path, progress: Progress) -> None:
+    """Prepare the rows and run the training stages. Raises: CorralError, KeyboardInterrupt."""
+    execute(recipe, out, progress, allowed=["prepare", *recipe.stage_names])
+
+
+def judge(models: Mapping[str, Path], work: Path, recipe: Recipe, progress: Progress) -> Scorecard:
+    """Measure models on the test rows, and compare each with the fine-tuned one."""
+    template = load_template(models["sft"])
+    test = Prepared.open(work / "sft" / "prepare").test
+    data = select_evaluation_data(test, recipe.evaluate, template)
+    measurements = Measurements(work / "test")
+    variants: dict[str, VariantSpec] = {}
+    for name, folder in models.items():
+        identity = identify_model(model_identity(folder), template, "transformers", dtype="float32", device="cpu")
+        variant = variants[name] = VariantSpec(name, identity.asked(recipe.answer, recipe.answers_seed, ""))
+        if not measurements.is_complete(variant, data):
+            progress.start(f"Evaluating {name}: loading", None)
+            measure = partial(measurements.measure, variant, template=template, data=data, progress=progress)
+            run_engine(load_engine("transformers", folder, dtype="float32", device="cpu"), measure)
+            gc.collect()
+    measurements.finish(list(variants.values()), data)
+    rows = {
+        name: replace(measurements.variant_rows(name), conditions=variant.conditions(()))
+        for name, variant in variants.items()
+    }
+    return build_scorecard(rows, baseline="sft", seed=recipe.seed, primary="preference_accuracy")
+
+
+def break_it(work: Path, steps: int) -> list[Candidate]:
+    """DPO with rates that are doubled until a guard stops it."""
+    tried: list[Candidate] = []
+    for rate in TOO_HIGH:
+        tried.append(train_candidate(work, f"dpo-{rate:g}", recipe_of("dpo", rate, steps)))
+        if tried[-1].stopped:
+            break
+    return tried
+
+
+def use_wrong_reference(work: Path, rate: float, steps: int) -> Candidate:
+    """DPO against the raw base model: its log-probabilities are put in place of those of the fine-tuned one, by hand, as no
+    setting does it."""
+    name, recipe = "wrong-reference", recipe_of("dpo", rate, steps)
+    if not (work / f"{name}.json").exists():
+        of_base = recipe_of("dpo", rate, steps, start="base")
+        for copy, its_recipe in ((name, recipe), ("reference-of-base", of_base)):
+            train_copy(work, copy, its_recipe, "--until-training")
+        for path in (work / "reference-of-base" / of_base.stage_names[-1] / "reference").glob("*.jsonl"):
+            mine = work / name / recipe.stage_names[-1] / "reference" / path.name
+            identity = mine.read_text("utf-8").splitlines(keepends=True)[0]
+            mine.write_text(identity + "".join(path.read_text("utf-8").splitlines(keepends=True)[1:]), "utf-8")
+    return train_candidate(work, name, recipe)
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    work: Path = options.work
+    if options.train:
+        progress = UntilTraining() if options.until_training else TerminalProgress()
+        print(json.dumps(train_here(options.train, work, progress)))
+        return
+    progress, steps = TerminalProgress(), options.steps
+    recipe = load(RECIPE)
+    train(recipe.model_copy(update={"train": recipe.train[:1]}), work / "sft", progress)
+    candidates = {
+        objective: [train_candidate(work, f"{objective}-{rate:g}", recipe_of(objective, rate, steps)) for rate in rates]
+        for objective, rates in RATES.items()
+    }
+    best = {objective: chosen for objective, tried in candidates.items() if (chosen := choose(tried)) is not None}
+    rate = best["dpo"].rate if "dpo" in best else RATES["dpo"][0]
+    bare = train_candidate(work, f"dpo-without-sft-{rate:g}", recipe_of("dpo", rate, steps, sft_weight=0.0))
+    models = {"base": resolve_model(recipe.model.base).folder, "sft": work / "sft" / "train-1-sft" / MERGED_FOLDER}
+    for objective, candidate in best.items():
+        models[objective] = work / candidate.name / f"train-2-{objective}" / MERGED_FOLDER
+    prepared = Prepared.open(work / "sft" / "prepare")
+    page = Page(
+        model=recipe.model.base.partition(":")[2],
+        machine=machine(),
+        versions={name: version(name) for name in PACKAGES},
+        rows={side: _count_pairs(getattr(prepared, side)) for side in ("train", "validation", "test")},
+        steps=steps,
+        candidates=candidates,
+        best=best,
+        test=judge(models, work, recipe, progress),
+        too_high=break_it(work, steps),
+        wrong_reference=use_wrong_reference(work, rate, steps),
+        without_sft_term=(next(c for c in candidates["dpo"] if c.rate == rate), bare),
+    )
+    progress.stop()
+    write_atomic(options.out, write_page(page))
+    print(f"wrote {options.out}")
+
+
+def _count_pairs(rows: ExampleStore) -> tuple[int, int]:
+    """(prompts, pairs)."""
+    pairs = [row.record for row in rows.select(types=(Preference,))]
+    return len({pair.prompt for pair in pairs if isinstance(pair, Preference)}), len(pairs)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of each objective (default: {STEPS})")
+    parser.add_argument("--work", type=Path, default=Path("build/alignment"), help="where runs and rows are kept")
+    parser.add_argument("--out", type=Path, default=Path("docs/alignment.md"))
+    parser.add_argument("--train", type=Path, metavar="RECIPE", help="only train this recipe, in the run --work")
+    parser.add_argument("--until-training", action="store_true", help="with --train: stop before the first step")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
