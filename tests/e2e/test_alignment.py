@@ -111,12 +111,24 @@ def _check_that_a_worse_model_is_kept_and_not_promoted(folder: Path) -> None:
     assert (out / "model").read_text() != before
 
 
-def test_kto_trains_on_the_answers_of_pairs_from_the_same_command(folder: Path, tiny_folder: Path) -> None:
+def test_kto_trains_on_the_answers_of_pairs_over_a_start_model_that_may_be_quantised(
+    folder: Path, tiny_folder: Path
+) -> None:
     write_recipe(folder, tiny_folder, "kto", "pairs.jsonl")
-    run(folder)
-    line = read_metrics(folder / "run" / "train-2-aligned")[-1]
+    stage = folder / "run" / "train-2-aligned"
+    command = ["run", folder / "r.toml", "--out", folder / "run", "--set=train.1.quantization=nf4"]
+    words = ["in nf4: 0.", "guards.quantisation_gap = 0.1", "where: train.1", '`quantization` to "none" or "int8"']
+    fail(4, words, *command)
+    assert not (stage / "metrics.jsonl").exists(), "nothing was trained"
+    limits = ("quantisation_gap=2", "loss_rise=2")  # the merged model has quantised weights too
+    accepted = succeed(*command, *(f"--set=train.1.guards.{limit}" for limit in limits))
+    assert "loading that of quantised" not in accepted.stderr, "it was measured before"
+    line = read_metrics(stage)[-1]
     assert line["kl"] >= 0
     assert line["eval_reward_margin"] > 0
+    card = json.loads((stage / "comparison" / "scorecard.json").read_text())
+    assert {(c["a"], c["b"]) for c in card["comparisons"]} == {("quantised", "before"), ("after", "before")}
+    assert {"loss", "preference_accuracy"} <= {c["metric"] for c in card["comparisons"] if c["a"] == "after"}
 
 
 def test_rows_of_the_wrong_kind_are_refused_with_what_the_objective_takes(folder: Path, tiny_folder: Path) -> None:
