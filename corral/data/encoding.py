@@ -209,8 +209,19 @@ class RowEncoder:
         """Of a preference or feedback: each answer with its prompt."""
         tokens = sum(len(sequence.ids) for sequence in sequences)
         if all(len(sequence.ids) <= self.limit for sequence in sequences):
-            return EncodedRow("kept", sequences, ((0, 0),) * len(sequences), tokens)
-        return self._truncate(sequences, tokens) if self.overlong == "truncate" else self._too_long(tokens)
+            row = EncodedRow("kept", sequences, ((0, 0),) * len(sequences), tokens)
+        elif self.overlong == "truncate":
+            row = self._truncate(sequences, tokens)
+        else:
+            return self._too_long(tokens)
+        if (
+            len(sequences) == 2
+            and row.sequences[0].ids == row.sequences[1].ids
+            and all(map(_count_trained, row.sequences))
+        ):
+            cut = f"the first {self.limit} tokens of" if row.fit == "truncated" else "the tokens of"
+            return EncodedRow("dropped", tokens=tokens, reason=f"{cut} chosen and rejected are the same")
+        return row
 
     def _truncate(self, sequences: Sequences, tokens: int) -> EncodedRow:
         cut = tuple(Encoded(s.ids[: self.limit], s.trained[: self.limit]) for s in sequences)

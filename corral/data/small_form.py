@@ -231,6 +231,18 @@ def _ultrafeedback(i: int) -> _Row:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
+def _ultrafeedback_texts(i: int) -> _Row:
+    return {
+        "source": "made up",
+        "instruction": f"Give me a use for an old {_THINGS[i]}.",
+        "chosen_response": f"Put the {_THINGS[i]} into the garden and grow beans in it.",
+        "rejected_response": f"There is none for a {_THINGS[i]}.",
+        "chosen_avg_rating": 4.5,
+        "rejected_avg_rating": 2.0 + i % 3,
+        "chosen_model": "made up",
+    }
+
+
 def _question_answer(i: int) -> _Row:
     row = {"question": f"How many days of leave come with grade {i}?", "answer": f"{20 + i} days."}
     return row | {"context": f"Grade {i}: {20 + i} days of leave."} if i % 2 else row
@@ -267,6 +279,7 @@ SAMPLE_ROWS: dict[str, Callable[[int], _Row]] = {
     "wizardlm-evol-instruct-70k": _wizardlm,
     "the-tome": _the_tome,
     "ultrafeedback-binarized": _ultrafeedback,
+    "ultrafeedback-preferences": _ultrafeedback_texts,
     "hh-golden": lambda i: _pair(
         i, f"If the {_THINGS[i]} is not yours, please ask whose it is.", f"Take the {_THINGS[i]} and run."
     ),

@@ -23,6 +23,7 @@ from corral.recipe.alignment import Guards
 from corral.run.promotion import MERGED_FOLDER
 from corral.run.stage_record import Settings, StageFolder
 from corral.storage import new_directory, write_json
+from corral.training.alignment_warnings import WARNINGS_FILE, row_warnings, settings_warnings
 from corral.training.memory_estimate import ModelShape
 from corral.training.objective_table import TAKES
 from corral.training.passes import Passes, choose_passes, savings
@@ -77,6 +78,8 @@ class TrainStage:
             from corral.model.quantisation import import_bitsandbytes
 
             import_bitsandbytes()
+        for warning in self._settings_warnings:
+            context.progress.say(f"{self.name}: {warning}")
         shape = ModelShape.from_folder(context.base.folder)
         return sum(stage_bytes(shape, self.config, context.placement.dtype).values())
 
@@ -127,6 +130,8 @@ class TrainStage:
         context = self.context
         passes = context.world.broadcast(self._choose_passes(folder.path) if context.world.is_main else None)
         setup = self._setup(passes)
+        if context.world.is_main:
+            self._warn(folder.path)
         hints = [f"--set {setting}" for setting, _ in savings(setup.config, self.number, max(self.rows.lengths))]
         hint = (
             f"needs less memory, cheapest first: {', '.join(hints)}; " if hints else ""
@@ -175,6 +180,20 @@ class TrainStage:
             return None
         validation = self.context.prepared.validation
         return StartComparison(self.context, folder, setup, validation.select(config.sources, TAKES[config.objective]))
+
+    @cached_property
+    def _settings_warnings(self) -> list[str]:
+        starts_from_base = self.start == 0 and self.adapter is None
+        return settings_warnings(self.config, self.context.base.folder if starts_from_base else None)
+
+    def _warn(self, folder: Path) -> None:
+        """Say what may spoil a stage that aligns a model, once, and keep it for the report."""
+        if self.config.objective == "sft" or (folder / WARNINGS_FILE).exists():
+            return
+        warnings = row_warnings(self.context.prepared, self._config_with_labels, self.rows)
+        for warning in warnings:
+            self.context.progress.say(f"{self.name}: {warning}")
+        write_json(folder / WARNINGS_FILE, [*self._settings_warnings, *warnings])
 
     def _setup(self, passes: Passes) -> TrainingSetup:
         """The model, settings, device and dtype that it starts from."""

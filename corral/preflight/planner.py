@@ -34,6 +34,7 @@ from corral.progress import Progress
 from corral.storage import tree_size
 from corral.system import MemoryLimit
 from corral.training import memory_estimate, stage_needs
+from corral.training.alignment_warnings import row_warnings, settings_warnings
 from corral.training.memory_estimate import MOMENT_BYTES, ModelShape
 from corral.training.passes import MARGIN, choose_passes, savings
 from corral.training.stage_rows import StageRows, check_rows_taken
@@ -193,6 +194,11 @@ class _Planner:
             train = train.model_copy(update={"lora": self.adapter.lora})
         train = choose_passes(shape, train, rows.lengths, kind, dtype, self.limit.free).apply(train)
         work = Workload.from_stage(train, rows, self.recipe.training_seed(number))
+        from_base = self.recipe.start_of(number) == 0 and (number > 1 or self.adapter is None)
+        warnings = settings_warnings(train, self.folder if from_base else None) + row_warnings(
+            self.prepared, train, rows
+        )
+        self.notes += [f"stage {number}: {warning}" for warning in warnings]
         if train.batch_size > work.rows:
             self.notes.append(f"a step of {train.batch_size} examples goes through the {work.rows} rows more than once")
         memory = memory_estimate.memory(shape, train, *work.longest, kind, dtype)

@@ -137,6 +137,12 @@ class Train(Section):
     guards: Guards | None = None
     """With any `objective` but `sft`."""
 
+    @property
+    def threshold(self) -> float:
+        """The lowest score of a good answer, of an objective of single answers; else 1, as a chosen answer has."""
+        section = self.kto or self.ulma
+        return section.threshold if section else 1.0
+
     @model_validator(mode="before")
     @classmethod
     def _fill_for_objective(cls, value: Any) -> Any:

@@ -26,6 +26,7 @@ from corral.recipe.alignment import Guards
 from corral.run.freshness import stale_stages, training_stages
 from corral.run.promotion import MERGED_FOLDER, model_folder, superseded_model_note
 from corral.run.stage_record import read_record
+from corral.training.alignment_warnings import WARNINGS_FILE
 
 JsonObject: TypeAlias = Mapping[str, Any]
 
@@ -43,6 +44,7 @@ class Training:
         start: the stage whose model it started from; empty for the base model.
         comparison: of a stage that aligns: its model against the one that it started from, on validation rows.
         gate: what that says of its model.
+        warnings: what was said of its settings and rows before it trained.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Training:
     start: str = ""
     comparison: Scorecard | None = None
     gate: GateResult | None = None
+    warnings: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +178,8 @@ def _training(run: Path, name: str, tables: Sequence[JsonObject], notes: list[st
     before = as_object(as_object((read_record(run / name) or {}).get("inputs")).get("stages"))
     settings = tables[number - 1] if 0 < number <= len(tables) else {}
     metrics = [by_step[step] for step in sorted(by_step)]
-    training = Training(name, metrics, settings, next(iter(before), ""))
+    warnings = _json_texts(run, f"{name}/{WARNINGS_FILE}", notes)
+    training = Training(name, metrics, settings, next(iter(before), ""), warnings=warnings)
     comparison = _scorecard(run, f"{name}/{COMPARISON_FOLDER}/{COMPARISON_CARD}", notes)
     if comparison is None or AFTER not in comparison.variants:  # only what quantisation costs is known yet
         return training
@@ -211,6 +215,19 @@ def _json(run: Path, name: str, notes: list[str]) -> JsonObject:
     if not isinstance(value, dict):
         notes.append(f"{name} is not a JSON object")
     return as_object(value)
+
+
+def _json_texts(run: Path, name: str, notes: list[str]) -> list[str]:
+    """A JSON list of texts."""
+    data = _read(run, name, notes)
+    try:
+        value: Any = json.loads(data) if data is not None else []
+        if not isinstance(value, list):
+            raise ValueError("it is not a list")
+    except ValueError as error:
+        notes.append(f"{name} cannot be read: {error}")
+        return []
+    return [str(text) for text in cast("list[Any]", value)]
 
 
 def _json_lines(run: Path, name: str, notes: list[str]) -> list[JsonObject]:

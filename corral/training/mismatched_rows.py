@@ -18,12 +18,15 @@ class MismatchedRows(SizedExamples):
 
     A second sequence is cut to the longer of the two rows that it is made of.
 
+    Attributes:
+        answers: the rows without their second sequences.
+
     Args:
         rows: of at least two different prompts.
     """
 
     def __init__(self, rows: SingleAnswers) -> None:
-        self._rows, prompts = rows, rows.prompts
+        self.answers, prompts = rows, rows.prompts
         begins = np.flatnonzero(prompts != np.roll(prompts, 1))  # where the prompt differs from that of the row before
         assert len(begins), "all rows have one prompt"
         # A begin of -1 stands for the last one: rows before the first begin continue the last rows.
@@ -37,19 +40,19 @@ class MismatchedRows(SizedExamples):
     @property
     def loss_lengths(self) -> Ints:
         """Those of the rows."""
-        return self._rows.lengths
+        return self.answers.lengths
 
     @cached_property
     def digest(self) -> str:
         """That of the rows."""
-        return self._rows.digest
+        return self.answers.digest
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.answers)
 
     def example(self, index: int) -> Example:
         """The row with its second sequence."""
-        row, before = self._rows[index], self._rows[int(self._before[index])]
+        row, before = self.answers[index], self.answers[int(self._before[index])]
         (own,), (other,) = row.sequences, before.sequences
         return replace(row, sequences=(own, _join(own, other)))
 

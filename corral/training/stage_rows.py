@@ -78,6 +78,8 @@ def _arrange(rows: ExampleStore, stage: Train, number: int, side: str) -> SizedE
             where=f"train.{number - 1}",
             hint="correct the pairs, give the answers scores, or use an objective of pairs, such as `dpo`",
         )
+    if side == "training":
+        _check_classes(answers, stage, number)
     if stage.objective != "kto":
         return answers
     if len(set(answers.prompts.tolist())) == 1:
@@ -87,6 +89,20 @@ def _arrange(rows: ExampleStore, stage: Train, number: int, side: str) -> SizedE
             hint='add rows (`data.split` says how many are held out), or use `objective = "ulma"`',
         )
     return MismatchedRows(answers)
+
+
+def _check_classes(answers: SingleAnswers, stage: Train, number: int) -> None:
+    """Raises DataError if all answers are good, or all are bad."""
+    judgements = (isinstance(e.record, Feedback) and e.record.score >= stage.threshold for e in answers)
+    first = next(judgements)
+    if all(judgement == first for judgement in judgements):
+        raise DataError(
+            f"all {len(answers):,} answers of training stage {number} are {'good' if first else 'bad'}: their scores are "
+            f"{'at least' if first else 'below'} {stage.threshold:g}, and `{stage.objective}` learns from good and bad ones",
+            where=f"train.{number - 1}.{stage.objective}.threshold",
+            hint="set the `threshold` between the scores, add rows of the other kind, or train on good answers alone as "
+            'conversations, with `objective` = "sft"',
+        )
 
 
 def check_rows_taken(prepared: Prepared, stages: Sequence[Train]) -> None:
@@ -103,8 +119,8 @@ def check_rows_taken(prepared: Prepared, stages: Sequence[Train]) -> None:
             raise DataError(
                 f"row {row.index} holds {_CONTENT[kind]}, and no training stage takes it: {taken}",
                 where=row.source,
-                hint="add a stage whose `objective` takes such rows, or give the source a format that makes conversations of "
-                'them (of pairs: format = "chosen-answer")',
+                hint=f"add a stage whose `objective` takes such rows ({_takers(kind)}), or give the source a format that "
+                'makes conversations of them (of pairs: format = "chosen-answer")',
             )
     for number, stage in enumerate(stages, 1):
         StageRows.select(prepared, stage, number)
@@ -112,6 +128,11 @@ def check_rows_taken(prepared: Prepared, stages: Sequence[Train]) -> None:
 
 def _objectives(stages: Sequence[Train]) -> list[str]:
     return list(dict.fromkeys(stage.objective for stage in stages))
+
+
+def _takers(kind: type[Record]) -> str:
+    """The objectives that take rows of this type."""
+    return ", ".join(name for name, types in TAKES.items() if kind in types)
 
 
 def _contents(types: Sequence[type[Record]]) -> str:

@@ -258,6 +258,38 @@ def test_judgements_in_words_make_feedback_not_conversations(tmp_path: Path, goo
     assert [record.score for record in found] == [0.0, 1.0] * 20
 
 
+SCALE = Mapping(prompt="{prompt}", completion="{completion}", score="score", score_range=(1, 5))
+PAIR_FAULTS: list[tuple[Row, str]] = [
+    ({"prompt": "p", "chosen": "good", "rejected": "bad"}, ""),
+    ({"prompt": "p", "chosen": "same", "rejected": "same"}, "chosen and rejected are the same"),
+    ({"prompt": "p", "chosen": "", "rejected": "bad"}, "chosen is empty"),
+    ({"prompt": "p", "chosen": "good", "rejected": " "}, "rejected is empty"),
+    ({"prompt": "p", "chosen": "good", "rejected": None}, "rejected is"),
+    ({"prompt": "", "chosen": "good", "rejected": "bad"}, "prompt is"),
+]
+SCORE_FAULTS: list[tuple[Row, str]] = [
+    ({"prompt": "p", "completion": "c", "score": 5}, ""),
+    ({"prompt": "p", "completion": "c", "score": 7}, "score is outside 1 to 5, the `score_range` of its mapping"),
+    ({"prompt": "p", "completion": "c", "score": "high"}, "score is text: expected a number"),
+    ({"prompt": "p", "completion": "c", "score": "nan"}, "score is"),
+    ({"prompt": "p", "completion": "", "score": 1}, "completion is empty"),
+]
+
+
+@pytest.mark.parametrize("kind", [".csv", ".jsonl"])
+@pytest.mark.parametrize("name", ["pairs", "scores"])
+def test_each_faulty_judgement_is_a_dropped_row_with_its_reason(tmp_path: Path, kind: str, name: str) -> None:
+    faults = PAIR_FAULTS if name == "pairs" else SCORE_FAULTS
+    path = tmp_path / f"a{kind}"
+    path.write_bytes(KINDS[kind]([row for row, _ in faults]))
+    how = {"format": "preference"} if name == "pairs" else {"mapping": SCALE}
+    found = read(path, **how)
+    assert [code >= 0 for code in found.reason.tolist()] == [bool(reason) for _, reason in faults]
+    for code, (row, reason) in zip(found.reason.tolist(), faults, strict=True):
+        if reason:
+            assert found.reasons[code].startswith(reason), row
+
+
 def test_unknown_judgements_in_words_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "kto.csv"
     path.write_text("prompt,completion,label\n" + "p,c,so so\n" * 40)

@@ -27,7 +27,7 @@ CELLS = sorted(GOOD)
 
 def test_every_format_has_a_row_in_this_table() -> None:
     assert set(FORMATS) == set(GOOD)
-    assert len(FORMATS) == 25
+    assert len(FORMATS) == 26
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -112,7 +112,7 @@ ORDERS: dict[str, tuple[list[Any], str]] = {
 }
 CONVERSATIONS = {"messages": "messages", "sharegpt": "conversations"}
 CONVERSATIONS |= dict.fromkeys(("finetome-100k", "the-tome"), "conversations")
-PAIRS = ("preference", "chosen-answer", "ultrafeedback-binarized", "hh-golden")
+PAIRS = ("preference", "chosen-answer", "ultrafeedback-binarized", "ultrafeedback-preferences", "hh-golden")
 PROMPTS = ("prompt-completion", "feedback")
 # In a pair one message alone is an answer; a prompt must not end with one.
 IN_PAIRS = {"only a system message": "is from the system", "no question": "rejected has several messages"}

@@ -158,6 +158,17 @@ def test_a_pair_is_truncated_if_an_answer_is_cut_and_fully_masked_if_the_prompt_
     assert fates(plan) == ["kept", "truncated", "fully masked"]
 
 
+def test_a_pair_whose_answers_have_the_same_tokens_is_dropped(judged: Callable[..., SourcePlan]) -> None:
+    def pair(chosen: str, rejected: str) -> dict[str, Any]:
+        return {"prompt": "Hi?", "chosen": chosen, "rejected": rejected}
+
+    rows = [pair("Yes.", "No."), pair("no " * 60 + "yes", "no " * 60 + "maybe"), pair("yes" + " no" * 60, "no " * 60)]
+    plan = judged(rows, max_length=60, overlong="truncate")
+    assert fates(plan) == ["kept", "dropped", "truncated"]
+    assert reasons(plan)[1] == "the first 60 tokens of chosen and rejected are the same"
+    assert plan.tokens[1] > 60
+
+
 def test_rows_that_were_not_chosen_are_not_encoded(planned: Planned, template: Template, tmp_path: Path) -> None:
     plans = planned(source(write_rows(tmp_path / "a.jsonl", chats(20) * 2), rows=5))
     listener = Listener()

@@ -48,7 +48,7 @@ def recipe(path: str, more: str = "") -> Recipe:
 
 def test_every_public_data_set_has_sample_rows_with_its_columns() -> None:
     hub = {name: entry for name, entry in PUBLIC_DATASETS.items() if entry.hub_ids}
-    assert len(hub) == 15
+    assert len(hub) == 16
     for name, entry in hub.items():
         for i in range(ROWS_PER_SOURCE):
             assert set(SAMPLE_ROWS[name](i)) == set(entry.columns), name

@@ -82,9 +82,12 @@ def test_dpo_after_sft_is_trained_evaluated_and_reported(folder: Path, tiny_fold
     better = {c["metric"]: c["difference"] for c in card["comparisons"] if c["a"] == "tuned"}
     assert better["preference_margin"] > 0
     assert better["preference_accuracy"] >= 0
+    warnings = json.loads((stage / "warnings.json").read_text())
+    assert any("is a rate for fine-tuning" in warning for warning in warnings)
     page = (folder / "run" / "report" / "index.html").read_text("utf-8")
     assert "held-out preference accuracy" in page
     assert "train-2-aligned: not worse than the model that it started from" in page
+    assert "is a rate for fine-tuning" in page
     assert (folder / "run" / "report" / "preferences.png").is_file()
     assert set(run(folder)["stages"].values()) == {"skipped"}
     _check_that_a_worse_model_is_kept_and_not_promoted(folder)

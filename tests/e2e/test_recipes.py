@@ -9,8 +9,10 @@ import pytest
 
 from corral.data.prepare import prepare
 from corral.data.small_form import STARTER_MODEL, shrink_recipe
+from corral.messages import Conversation, Preference, record_key
 from corral.recipe import Recipe, load
 from corral.template import Template
+from corral.training.stage_rows import check_rows_taken
 from tests.template.real import tokenizer
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -32,13 +34,43 @@ def test_a_recipe_validates_and_says_what_it_is(file: Path) -> None:
     assert Recipe.model_validate(recipe.model_dump(mode="json", exclude_none=True)) == recipe
 
 
-def test_the_general_assistant_has_its_ten_sources_and_settings() -> None:
+def test_the_general_assistant_has_its_ten_sources_its_pairs_and_settings() -> None:
     recipe = load(FOLDER / "llma-o.toml")
-    assert len(recipe.data.sources) == 10
+    assert [source.label for source in recipe.data.sources][10:] == ["hub:argilla/ultrafeedback-binarized-preferences"]
     assert all(source.rows == 10000 for source in recipe.data.sources)
     train = recipe.train[0]
     assert (recipe.data.max_length, train.batch_size, train.epochs) == (512, 32, 1)
     assert (train.optimizer.lr, train.optimizer.schedule) == (2e-4, "cosine")
+
+
+def test_the_alignment_stages_have_the_settings_that_were_published() -> None:
+    dpo, ulma = (load(FOLDER / f"{name}.toml").train[1] for name in ("llma-o", "harmless"))
+    assert dpo.dpo is not None
+    assert (dpo.objective, dpo.dpo.beta, dpo.lora.rank, dpo.lora.targets) == ("dpo", 0.01, 16, "all-linear")
+    assert (dpo.optimizer.lr, dpo.optimizer.warmup_ratio, dpo.optimizer.schedule, dpo.epochs) == (
+        5e-6,
+        0.1,
+        "cosine",
+        1,
+    )
+    assert ulma.ulma is not None
+    assert (ulma.objective, ulma.ulma.beta, ulma.ulma.c, ulma.epochs, ulma.batch_size) == ("ulma", 0.1, 0.0, 3, 64)
+    assert (ulma.lora.rank, ulma.lora.alpha, ulma.lora.dropout, ulma.optimizer.lr) == (8, 32, 0.1, 1e-5)
+
+
+def test_no_stage_of_the_harmless_assistant_is_trained_on_an_answer_to_a_prompt_that_is_tested_on(
+    tmp_path: Path,
+) -> None:
+    recipe = shrink_recipe(load(FOLDER / "harmless.toml"), tmp_path / "rows")
+    template = Template.load(tokenizer("smollm2"), recipe.model.template)
+    (tmp_path / "prepare").mkdir()
+    rows = prepare(recipe.data, template, tmp_path / "prepare", recipe.seed, cache=tmp_path / "cache", workers=1)
+    check_rows_taken(rows, recipe.train)
+    tested = {record_key(r.prompt) for r in rows.test.records() if isinstance(r, Preference)}
+    trained = {record_key(r.split_answer()[0]) for r in rows.train.records() if isinstance(r, Conversation)}
+    assert tested
+    assert trained
+    assert not tested & trained
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

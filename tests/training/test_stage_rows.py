@@ -18,6 +18,7 @@ from tests.data.conftest import write_examples
 
 ASKED = Conversation.from_turns(("user", "q"))
 ANSWERED, PAIR = ASKED.add("assistant", "a"), Preference(ASKED, "better", "worse")
+SCORED = Feedback(ASKED, "a", 0.5)
 
 
 def prepared_rows(folder: Path, *sources: tuple[str, Record]) -> Prepared:
@@ -77,9 +78,7 @@ def test_an_objective_of_single_answers_takes_both_answers_of_pairs_and_scored_a
             Example(f"1{n:063x}", "pairs", n, tuple(Encoded((n, 70 + k), (False, True)) for k in range(2)), PAIR)
             for n in range(first, first + count)
         ]
-        scored = Example(
-            f"2{first:063x}", "scored", first, (Encoded((first, 80), (False, True)),), Feedback(ASKED, "a", 0.5)
-        )
+        scored = Example(f"2{first:063x}", "scored", first, (Encoded((first, 80), (False, True)),), SCORED)
         return [*pairs, scored]
 
     sides = {"train": rows(4, 10), "validation": rows(2, 20), "test": []}
@@ -89,8 +88,8 @@ def test_an_objective_of_single_answers_takes_both_answers_of_pairs_and_scored_a
     assert all(isinstance(e.record, Feedback) for e in (*ulma.train, *kto.validation))
     assert (sum(ulma.train.lengths), sum(kto.train.lengths), sum(kto.train.loss_lengths)) == (18, 36, 18)
     assert ulma.lengths == kto.lengths == 14 * [2]
-    only = StageRows.select(prepared, Train(objective="ulma", sources=("scored",)), 1)
-    assert ({e.source for e in only.train}, len(only.train)) == ({"scored"}, 1)
+    only = StageRows.select(prepared, Train(objective="ulma", sources=("pairs",)), 1)
+    assert ({e.source for e in only.train}, len(only.train)) == ({"pairs"}, 8)
     check_rows_taken(prepared, [Train(objective="kto")])
 
 
@@ -117,3 +116,36 @@ def test_pairs_that_contradict_each_other_leave_an_objective_of_single_answers_n
     with pytest.raises(DataError, match="each of the 2 answers is chosen in one pair and rejected in another"):
         StageRows.select(prepared, Train(objective="ulma"), 1)
     assert len(StageRows.select(prepared, Train(objective="dpo"), 1).train) == 2
+
+
+def scored_rows(folder: Path, *scores: float) -> Prepared:
+    rows = [
+        Example(f"{n:064x}", "scored", n, (Encoded((n, 7), (False, True)),), Feedback(ASKED, "a", score))
+        for n, score in enumerate(scores)
+    ]
+    sides = {"train": rows, "validation": [], "test": []}
+    folder.mkdir(exist_ok=True)
+    return Prepared(folder, **{side: write_examples(folder / side, some) for side, some in sides.items()})
+
+
+@pytest.mark.parametrize("objective", ["kto", "ulma"])
+def test_answers_of_one_class_are_refused_with_the_threshold(objective: str, tmp_path: Path) -> None:
+    rows = scored_rows(tmp_path, 0.5, 0.7, 1.0)
+    with pytest.raises(
+        DataError, match=r"all 3 answers of training stage 1 are good: their scores are at least 0\.5"
+    ) as e:
+        check_rows_taken(rows, [Train(objective=objective)])
+    assert e.value.where == f"train.0.{objective}.threshold"
+    between = Train.model_validate({"objective": objective, objective: {"threshold": 0.6}})
+    assert len(StageRows.select(rows, between, 1).train) == 3
+    above = Train.model_validate({"objective": objective, objective: {"threshold": 1.0}})
+    with pytest.raises(DataError, match="all 2 answers of training stage 1 are bad: their scores are below 1"):
+        StageRows.select(scored_rows(tmp_path / "bad", 0.0, 0.7), above, 1)
+
+
+def test_rows_that_no_stage_takes_are_refused_with_the_objectives_that_would(tmp_path: Path) -> None:
+    for name, record, takers in (("pairs", PAIR, "dpo, ipo, orpo, simpo, kto, ulma"), ("scored", SCORED, "kto, ulma")):
+        rows = prepared_rows(tmp_path / name, ("chats", ANSWERED), (name, record))
+        with pytest.raises(DataError) as e:
+            check_rows_taken(rows, [Train()])
+        assert f"({takers})" in str(e.value.hint)

@@ -150,11 +150,23 @@ PUBLIC_DATASETS: dict[str, PublicDataset] = {
     "the-tome": PublicDataset(("arcee-ai/The-Tome",), ("conversations",), sharegpt),
     "ultrafeedback-binarized": PublicDataset(
         (
-            "argilla/ultrafeedback-binarized-preferences",
             "argilla/ultrafeedback-binarized-preferences-cleaned",
             "HuggingFaceH4/ultrafeedback_binarized",
         ),
         ("prompt", "chosen", "rejected"),
+        preference,
+    ),
+    "ultrafeedback-preferences": PublicDataset(
+        ("argilla/ultrafeedback-binarized-preferences",),
+        (
+            "source",
+            "instruction",
+            "chosen_response",
+            "rejected_response",
+            "chosen_avg_rating",
+            "rejected_avg_rating",
+            "chosen_model",
+        ),
         preference,
     ),
     "hh-golden": PublicDataset(

@@ -182,6 +182,20 @@ NAMED: dict[str, tuple[dict[str, Any], tuple[str | int, ...], Record]] = {
         ("chosen", 1, "content"),
         Preference(PROMPT, "The sun.", "The moon."),
     ),
+    # Schema: public code that reads it; the card was not found.
+    "ultrafeedback-preferences": (
+        {
+            "source": "evol_instruct",
+            "instruction": "Which is larger?",
+            "chosen_response": "The sun.",
+            "rejected_response": "The moon.",
+            "chosen_avg_rating": 5.0,
+            "rejected_avg_rating": 3.0,
+            "chosen_model": "a",
+        },
+        ("chosen_response",),
+        Preference(PROMPT, "The sun.", "The moon."),
+    ),
     # Schema: the data set's card, which calls it an extension of HH; the columns are those of HH.
     "hh-golden": (
         {"chosen": HH, "rejected": HH_WORSE},

@@ -45,15 +45,16 @@ def test_no_two_entries_share_a_hub_id() -> None:
             "score_chosen": 8.5,
             "score_rejected": 7.0,
         },
-        # argilla/ultrafeedback-binarized-preferences: public code that reads it; the card was not found.
+        # argilla/ultrafeedback-binarized-preferences-cleaned: its data viewer.
         {
             "source": "evol_instruct",
-            "instruction": "Which is larger?",
-            "chosen_response": "The sun.",
-            "rejected_response": "The moon.",
-            "chosen_avg_rating": 5.0,
-            "rejected_avg_rating": 3.0,
-            "chosen_model": "a",
+            "prompt": "Which is larger?",
+            "chosen": TURNS,
+            "chosen-rating": 5.0,
+            "chosen-model": "a",
+            "rejected": WORSE,
+            "rejected-rating": 3.0,
+            "rejected-model": "b",
         },
     ],
 )
