@@ -1,14 +1,13 @@
 """Several sequences in one forward pass, isolated from each other: hidden states, and log-probabilities of target tokens.
 
 A pack is sequences laid end to end in one row. Attention runs within each sequence and positions start anew in each, so a
-sequence gets what it would get alone (to rounding), without padding and without a [tokens, tokens] mask. The head runs for the
-wanted positions only.
+sequence gets what it would get alone (to rounding), without padding and without a [tokens, tokens] mask. What sequences begin
+with in common may be computed once (`shared_prefixes`). The head runs for the wanted positions only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,8 +18,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from corral.model.compute import cpu_attention, gpu_attention, gpu_compile
+from corral.model.compute.cpu_attention import Span
 from corral.model.compute.cpu_matmul import padding_rows
 from corral.model.compute.token_logprobs import module_logprobs, token_logprobs
+from corral.model.shared_prefixes import PackedTokens, pack_tokens
 
 ATTENTION_NAME = "corral_packed"
 """Under which transformers knows this module's attention."""
@@ -34,47 +35,53 @@ def _packed_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    lengths: Sequence[int] | None = None,
+    sequences: Sequence[Span] | None = None,
     ends: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within each of `lengths`, or transformers' own without them. Shapes as transformers has them."""
-    if lengths is None:
+    """Attention within each of `sequences`, or transformers' own without them. Shapes as transformers has them."""
+    if sequences is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if ends is not None and not dropout:
         q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
-        return gpu_attention.attend(q, k, v, scale, lengths, ends)[None], None
+        return gpu_attention.attend(q, k, v, scale, [span.length for span in sequences], ends)[None], None
     if query.device.type == "cpu" and query.dtype == torch.float32 and not dropout:
-        return cpu_attention.packed_attention(query, key, value, scale, lengths), None
+        return cpu_attention.packed_attention(query, key, value, scale, sequences), None
     parts = [
-        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=True)
-        for q, k, v in zip(*(t.split(list(lengths), dim=2) for t in (query, key, value)), strict=True)
+        _attend_plainly(query[:, :, span.own], key, value, span, dropout_p=dropout, scale=scale) for span in sequences
     ]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _attend_plainly(query: Tensor, key: Tensor, value: Tensor, span: Span, **settings: Any) -> Tensor:
+    """torch's own attention of a sequence's queries to the keys and values of a pack."""
+    own_key, own_value = key[:, :, span.own], value[:, :, span.own]
+    if span.prefix is None:
+        return F.scaled_dot_product_attention(query, own_key, own_value, is_causal=True, enable_gqa=True, **settings)
+    keys, values = (
+        torch.cat((t.index_select(2, span.prefix), own), dim=2) for t, own in ((key, own_key), (value, own_value))
+    )
+    seen = torch.ones(span.length, keys.shape[2], dtype=torch.bool, device=query.device).tril_(span.shared)
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=seen, enable_gqa=True, **settings)
 
 
 AttentionInterface.register(ATTENTION_NAME, _packed_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
-def hidden_states(model: nn.Module, sequences: Sequence[Sequence[int]]) -> Tensor:
-    """Last hidden states of the sequences, end to end: [total tokens, hidden size].
-
-    Args:
-        model: a causal language model, or a PEFT model around one.
-        sequences: token ids; none may be empty.
-    """
+def hidden_states(model: nn.Module, pack: PackedTokens) -> Tensor:
+    """Last hidden states of the tokens of a pack, [tokens, hidden size], of a causal language model, or of a PEFT model around
+    one."""
     causal = _causal_model(model)
     if causal.config._attn_implementation != ATTENTION_NAME:  # pyright: ignore[reportPrivateUsage]
         causal.set_attn_implementation(ATTENTION_NAME)
-    lengths = [len(s) for s in sequences]
-    total = sum(lengths)
-    device = causal.device
+    total, device = len(pack.ids), causal.device
     padding = padding_rows(total, 64) if device.type == "cpu" else 0
-    lengths[-1] += padding  # after every token, so that no token attends to it
-    ids = gpu_attention.copy_to(torch.tensor([i for s in sequences for i in s] + [0] * padding), device)
-    positions = gpu_attention.copy_to(torch.cat([torch.arange(n) for n in lengths]), device)
+    lengths = [*pack.lengths[:-1], pack.lengths[-1] + padding]  # after every token, so that no token attends to it
+    ids = gpu_attention.copy_to(torch.tensor(pack.ids + [0] * padding), device)
+    positions = gpu_attention.copy_to(torch.tensor(pack.positions + [0] * padding), device)
+    prefixes = [torch.tensor(prefix, device=device) if prefix else None for prefix in pack.prefixes]
     backbone: Any = causal.base_model
     # Not read: a 4-d mask keeps transformers from building a [tokens, tokens] one.
     unused_mask = torch.zeros(1, 1, 1, 1, device=device)
@@ -83,7 +90,7 @@ def hidden_states(model: nn.Module, sequences: Sequence[Sequence[int]]) -> Tenso
         attention_mask=unused_mask,
         position_ids=positions.unsqueeze(0),
         use_cache=False,
-        lengths=tuple(lengths),
+        sequences=cpu_attention.spans(lengths, prefixes),
         ends=gpu_attention.sequence_ends(lengths, device),
     )
     return output.last_hidden_state[0, :total]
@@ -122,7 +129,10 @@ def head_logprobs(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 def target_logprobs(
-    model: nn.Module, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
+    model: nn.Module,
+    sequences: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
+    share_prefixes: bool = False,
 ) -> tuple[Tensor, ...]:
     """Log-probabilities of the tokens at `positions` of each sequence, given all tokens before them.
 
@@ -130,18 +140,23 @@ def target_logprobs(
         model: a causal language model, or a PEFT model around one.
         sequences: token ids; computed as one pack.
         positions: for each sequence, ascending positions from 1 up.
+        share_prefixes: compute what sequences begin with in common once, which `can_share_prefixes` must allow.
 
     Returns: for each sequence a float32 tensor as long as its positions; differentiable where gradients are on.
     """
-    hidden = hidden_states(model, sequences)
-    starts = [0]
-    for sequence in sequences:
-        starts.append(starts[-1] + len(sequence))
-    flat = torch.tensor([start + p - 1 for (start, _), ps in zip(pairwise(starts), positions, strict=True) for p in ps])
+    pack = pack_tokens(sequences, share=share_prefixes)
+    hidden = hidden_states(model, pack)
+    flat = torch.tensor([rows[p - 1] for rows, ps in zip(pack.rows, positions, strict=True) for p in ps])
     targets = torch.tensor([s[p] for s, ps in zip(sequences, positions, strict=True) for p in ps])
     picked = hidden.index_select(0, gpu_attention.copy_to(flat, hidden.device))
     logprobs = head_logprobs(model, picked, gpu_attention.copy_to(targets, hidden.device))
     return logprobs.split([len(ps) for ps in positions])
+
+
+def can_share_prefixes(model: nn.Module) -> bool:
+    """Whether packs of that model may compute a common prefix once: on a CPU. A GPU's variable-length kernel has no
+    attention of two sequences to one prefix."""
+    return _causal_model(model).device.type == "cpu"
 
 
 def score(model: nn.Module, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[float]]:

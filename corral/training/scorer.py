@@ -1,4 +1,7 @@
-"""Log-probabilities of examples by the model in training, in packed forward passes over the processes of a run."""
+"""Log-probabilities of examples by the model in training, in packed forward passes over the processes of a run.
+
+Where examples have several sequences, such as the two answers of a pair, a pass computes their common prompt once.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from corral.data.packing import pack_sequences
-from corral.model.packed_forward import target_logprobs
+from corral.model.packed_forward import can_share_prefixes, target_logprobs
 from corral.training import sharding
 from corral.training.distributed import World
 from corral.training.objectives import Scored, trained_positions
@@ -68,7 +71,9 @@ class Scorer:
     def score(self, examples: Sequence[Example], part: slice = ALL) -> list[Scored]:
         """The examples' sequences of a part, in one forward pass."""
         sequences = [s for e in examples for s in e.sequences[part]]
-        logprobs = iter(self.logprobs([s.ids for s in sequences], [trained_positions(s) for s in sequences]))
+        positions = [trained_positions(s) for s in sequences]
+        share = len(sequences) > len(examples) and can_share_prefixes(self.model)
+        logprobs = iter(self.logprobs([s.ids for s in sequences], positions, share))
         return [
             Scored(
                 example,
@@ -91,11 +96,15 @@ class Scorer:
         total = iter(self._world.all_reduce_sums(flat))
         return [tuple(next(total) for _ in e.sequences) for e in batch]
 
-    def logprobs(self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> Sequence[Tensor]:
+    def logprobs(
+        self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], share_prefixes: bool = False
+    ) -> Sequence[Tensor]:
         """As `target_logprobs`."""
         if self._sharded is None:
-            return target_logprobs(self.model, sequences, positions)
-        flat: Tensor = self._sharded(lambda: torch.cat(target_logprobs(self.model, sequences, positions)))
+            return target_logprobs(self.model, sequences, positions, share_prefixes)
+        flat: Tensor = self._sharded(
+            lambda: torch.cat(target_logprobs(self.model, sequences, positions, share_prefixes))
+        )
         return flat.split([len(p) for p in positions])
 
 

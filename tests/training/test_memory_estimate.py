@@ -12,6 +12,7 @@ from corral.errors import ModelError
 from corral.model import adapters, loading, packed_forward
 from corral.model.full_finetuning import train_all_weights
 from corral.model.quantisation import Quantization
+from corral.model.shared_prefixes import pack_tokens
 from corral.recipe import Train
 from corral.training import memory_estimate
 from corral.training.memory_estimate import GB, Memory, ModelShape
@@ -59,7 +60,7 @@ def kept_bytes(model: Any) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        packed_forward.hidden_states(model.train(), IDS)
+        packed_forward.hidden_states(model.train(), pack_tokens(IDS, share=False))
     return sum(storage.nbytes() for storage in saved.values())
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from corral.model.compute.cpu_attention import attend, attend_backward, by_head, by_token
+from corral.model.compute.cpu_attention import Span, attend, attend_backward, by_head, by_token
 from corral.model.compute.cpu_matmul import times_transposed
 from corral.model.compute.decoder_layer import DecoderLayer, RmsNorm, read_decoder_layer
 
@@ -36,18 +36,18 @@ def read_float32_layer(layer: Any) -> DecoderLayer | None:
     return parts if frozen and dtypes == {torch.float32} else None
 
 
-def forward(layer: DecoderLayer, x: Tensor, rotation: tuple[Tensor, Tensor], lengths: tuple[int, ...]) -> Tensor:
+def forward(layer: DecoderLayer, x: Tensor, rotation: tuple[Tensor, Tensor], sequences: tuple[Span, ...]) -> Tensor:
     """The layer's result, differentiable in x and the adapters.
 
     Args:
         x: [1, tokens, hidden size], float32, on a CPU.
         rotation: cosines and sines as transformers gives them, [1, tokens, head size], both halves alike.
-        lengths: of the sequences that lie end to end in x.
+        sequences: see `attend`.
 
     Returns: [1, tokens, hidden size].
     """
     adapters = [t for linear in (layer.q, layer.k, layer.v, layer.o) for t in linear.adapter]
-    rows: Any = _AttentionHalf.apply(x.flatten(0, 1), layer, rotation, lengths, *adapters)
+    rows: Any = _AttentionHalf.apply(x.flatten(0, 1), layer, rotation, sequences, *adapters)
     adapters = [t for linear in (layer.gate, layer.up, layer.down) for t in linear.adapter]
     rows = _MlpHalf.apply(rows, layer, *adapters)
     return rows.view_as(x)
@@ -62,7 +62,7 @@ class _AttentionHalf(torch.autograd.Function):
         x: Tensor,
         layer: DecoderLayer,
         rotation: tuple[Tensor, Tensor],
-        lengths: tuple[int, ...],
+        sequences: tuple[Span, ...],
         *adapters: Tensor,
     ) -> Tensor:
         inverse = _inverse_rms(layer.attention_norm, x)
@@ -74,10 +74,10 @@ class _AttentionHalf(torch.autograd.Function):
         _rotate(q, rotation, layer.scale, rotated_q.transpose(0, 1))
         _rotate(k, rotation, 1.0, rotated_k.transpose(0, 1))
         v = v.transpose(0, 1).contiguous()
-        attended = by_token(attend(rotated_q, rotated_k, v, lengths)).flatten(1)
+        attended = by_token(attend(rotated_q, rotated_k, v, sequences)).flatten(1)
         result = times_transposed(attended, layer.o.weight(), x)
         ctx.save_for_backward(x, inverse, rotated_q, rotated_k, v, attended if layer.o.adapter else None, *adapters)
-        ctx.layer, ctx.rotation, ctx.lengths = layer, rotation, lengths
+        ctx.layer, ctx.rotation, ctx.sequences = layer, rotation, sequences
         return result
 
     @staticmethod
@@ -87,7 +87,7 @@ class _AttentionHalf(torch.autograd.Function):
         gradient = gradients[0].contiguous()
         grad_attended = times_transposed(gradient, layer.o.weight().T)
         grad_o = layer.o.adapter_gradients(attended, gradient)
-        grad_q, grad_k, grad_v = attend_backward(by_head(grad_attended, q), q, k, v, ctx.lengths)
+        grad_q, grad_k, grad_v = attend_backward(by_head(grad_attended, q), q, k, v, ctx.sequences)
         grad_projected = torch.empty(len(x), q.shape[0] * (q.shape[2] + 2), layer.head_size)
         to_q, to_k, to_v = _split_qkv(grad_projected, layer)
         _rotate(grad_q.transpose(0, 1), ctx.rotation, layer.scale, to_q, back=True)

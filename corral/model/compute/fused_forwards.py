@@ -40,19 +40,21 @@ def fuse(model: nn.Module) -> None:
 
 
 def _layer_forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    # The names are those that transformers passes on; `lengths` is there when a pack is computed.
-    lengths, rotation, ends = (kwargs.get(name) for name in ("lengths", "position_embeddings", "ends"))
-    if lengths is None or rotation is None:
+    # The names are those that transformers passes on; `sequences` is there when a pack is computed.
+    sequences, rotation, ends = (kwargs.get(name) for name in ("sequences", "position_embeddings", "ends"))
+    if sequences is None or rotation is None:
         return type(layer).forward(layer, hidden_states, *args, **kwargs)
     forward: Any = None
     if ends is not None:
         parts = gpu_decoder_layer.read_layer(layer, hidden_states.device)
-        forward = parts and partial(gpu_decoder_layer.forward, parts, rotation=rotation, lengths=lengths, ends=ends)
+        forward = parts and partial(
+            gpu_decoder_layer.forward, parts, rotation=rotation, lengths=[s.length for s in sequences], ends=ends
+        )
     float32_on_cpu = hidden_states.device.type == "cpu" and hidden_states.dtype == torch.float32
     one_pack = len(hidden_states) == 1 and not args and kwargs.get("past_key_values") is None
     if forward is None and float32_on_cpu and one_pack:
         parts = cpu_decoder_layer.read_float32_layer(layer)
-        forward = parts and partial(cpu_decoder_layer.forward, parts, rotation=rotation, lengths=lengths)
+        forward = parts and partial(cpu_decoder_layer.forward, parts, rotation=rotation, sequences=sequences)
     if forward is None:
         return type(layer).forward(layer, hidden_states, *args, **kwargs)
     if layer.gradient_checkpointing and layer.training:

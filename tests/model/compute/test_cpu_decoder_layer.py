@@ -12,6 +12,7 @@ from torch import Tensor
 
 from corral.model.adapters import attach
 from corral.model.compute import cpu_decoder_layer
+from corral.model.compute.cpu_attention import Span
 from corral.model.loading import load_model
 from corral.model.packed_forward import target_logprobs
 from corral.model.quantisation import Quantization
@@ -56,9 +57,9 @@ def entered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     calls: list[tuple[int, ...]] = []
     real = cpu_decoder_layer.forward
 
-    def counting(layer: Any, x: Tensor, rotation: Any, lengths: tuple[int, ...]) -> Tensor:
-        calls.append(lengths)
-        return real(layer, x, rotation, lengths)
+    def counting(layer: Any, x: Tensor, rotation: Any, sequences: tuple[Span, ...]) -> Tensor:
+        calls.append(tuple(span.length for span in sequences))
+        return real(layer, x, rotation, sequences)
 
     monkeypatch.setattr(cpu_decoder_layer, "forward", counting)
     return calls
