@@ -125,3 +125,15 @@ def test_a_held_out_source_keeps_its_side_and_has_other_rows_than_those_to_train
     lines = [Path(source.path).read_text("utf-8").splitlines() for source in sources]
     assert [len(some) for some in lines] == [ROWS_PER_SOURCE, 2, 2]
     assert len({line for some in lines for line in some}) == ROWS_PER_SOURCE + 4
+
+
+def test_a_small_model_is_not_held_to_the_losses_of_the_recipes_own(tmp_path: Path) -> None:
+    toml = TOML.replace(
+        "[export]", '[[train]]\nobjective = "dpo"\nquantization = "nf4"\nguards.chosen_fall = 0.3\n[export]'
+    )
+    stages = shrink_recipe(parse(toml.format(path="hub:tatsu-lab/alpaca", more=""), where="test"), tmp_path).train
+    assert stages[0].guards is None
+    assert stages[1].guards is not None
+    assert (stages[1].guards.chosen_fall, stages[1].guards.quantisation_gap > 1, stages[1].guards.loss_rise > 1) == (
+        *(0.3, True, True),
+    )
