@@ -21,11 +21,11 @@ from corral.pipeline.start_comparison import StartComparison
 from corral.progress import Progress
 from corral.recipe.alignment import Guards
 from corral.run.promotion import MERGED_FOLDER
-from corral.run.stage_record import Settings, StageFolder
+from corral.run.stage_record import Settings, StageFolder, earlier_folders
 from corral.storage import new_directory, write_json
 from corral.training.alignment_warnings import WARNINGS_FILE, row_warnings, settings_warnings
 from corral.training.memory_estimate import ModelShape
-from corral.training.objective_table import TAKES
+from corral.training.objective_table import TAKES, build_objective
 from corral.training.passes import Passes, choose_passes, savings
 from corral.training.stage_needs import stage_bytes
 
@@ -266,7 +266,6 @@ class TrainStage:
         from corral.model import adapters, packed_forward
         from corral.training import optimizers, trained_model
         from corral.training.loop import Trainer
-        from corral.training.objective_table import build_objective
 
         context, config, validation = self.context, setup.config, self._validation_set(setup)
         lora = config.method == "lora"
@@ -319,7 +318,11 @@ class TrainStage:
         if training.reference_rows:
             context.progress.start("Computing log-probabilities of the reference", training.reference_rows)
             with context.interrupts.deferred() as should_stop:
-                training.prepare_reference(on_rows=lambda n: context.progress.update(n, ""), should_stop=should_stop)
+                training.prepare_reference(
+                    on_rows=lambda n: context.progress.update(n, ""),
+                    should_stop=should_stop,
+                    earlier=earlier_folders(folder),
+                )
         context.progress.start(f"Training ({config.objective}, {what}, {cut})", training.total_steps)
         with context.interrupts.deferred() as should_stop, _step_listeners(context, folder, setup) as on_step:
             outcome = training.run(on_step=on_step, should_stop=should_stop, warn=context.progress.say)
@@ -339,7 +342,10 @@ class TrainStage:
 
     @staticmethod
     def _start_identity(setup: TrainingSetup) -> str:
-        """Identifies the model that it starts from, as it is loaded: under it the reference's log-probabilities are kept."""
+        """Identifies the model that it starts from, as it is loaded: under it the reference's log-probabilities are kept.
+        Empty for an objective without a reference: no files are hashed for it."""
+        if not build_objective(setup.config).needs_reference:
+            return ""
         folders = [setup.folder, *([setup.adapter] if setup.adapter else [])]
         return " ".join([*map(model_identity, folders), setup.dtype, str(setup.quantization)])
 

@@ -119,6 +119,14 @@ def claim_stage(run: Path, name: str, inputs: Mapping[str, Any], *, redo: bool =
     return StageFolder(name, path, record["fingerprint"], _is_done(path, record), attempt=record.get("attempt", 1))
 
 
+def earlier_folders(path: Path) -> list[Path]:
+    """Superseded folders of the stage in a folder, from which it may take what does not depend on the inputs that changed;
+    none if it is made again from the start."""
+    if (read_record(path) or {}).get("attempt", 1) > 1:
+        return []
+    return sorted((path.parent / "superseded").glob(f"{path.name}-*"))
+
+
 def _new_record(name: str, inputs: Mapping[str, Any], attempt: int) -> dict[str, Any]:
     return {
         "name": name,

@@ -207,6 +207,7 @@ class Trainer:
         *,
         on_rows: Callable[[int], None] = lambda _: None,
         should_stop: Callable[[], bool] = lambda: False,
+        earlier: Sequence[Path] = (),
     ) -> None:
         """Give the rows their log-probabilities under the reference, if the objective needs them: the model as it is now, or
         what is stored of it. `run` calls it first, before any checkpoint is read.
@@ -214,6 +215,7 @@ class Trainer:
         Args:
             on_rows: called with the number of rows that have them.
             should_stop: called between rows; if it returns true on any process, KeyboardInterrupt is raised.
+            earlier: folders of this stage with other settings; what they hold of the same model and rows is used.
 
         Raises: as `stored_logprobs`.
         """
@@ -229,6 +231,7 @@ class Trainer:
                 world=self.world,
                 on_rows=lambda count: on_rows(done + count),
                 should_stop=should_stop,
+                earlier=[folder / "reference" / f"{name}.jsonl" for folder in earlier],
             )
             return ReferencedRows(rows, logprobs)
 

@@ -68,6 +68,7 @@ def stored_logprobs(
     world: World,
     on_rows: Callable[[int], None],
     should_stop: Callable[[], bool],
+    earlier: Sequence[Path] = (),
 ) -> list[Logprobs]:
     """The log-probabilities of the rows: what the file has of them, and the others computed and added to it.
 
@@ -78,13 +79,15 @@ def stored_logprobs(
         compute: log-probabilities of some rows; all processes call it with the same rows and get the same values.
         on_rows: called with the number of rows that are done, after each line.
         should_stop: called after each line; if it is true on any process, KeyboardInterrupt is raised.
+        earlier: files of the same kind that may exist; without a file of its own it begins with the first that has the same
+            identity.
 
     Raises:
         CheckpointError: the file belongs to another model or other rows.
         TrainingError: the reference gives a row no finite log-probability.
         StorageError: the disk is full, or the file cannot be written.
     """
-    done: list[Logprobs] = world.broadcast(_read(path, identity, len(rows)) if world.is_main else None)
+    done: list[Logprobs] = world.broadcast(_read(path, identity, len(rows), earlier) if world.is_main else None)
     while len(done) < len(rows):
         if world.any_process(should_stop()):
             raise KeyboardInterrupt
@@ -108,10 +111,10 @@ def stored_logprobs(
     return done
 
 
-def _read(path: Path, identity: str, count: int) -> list[Logprobs]:
+def _read(path: Path, identity: str, count: int, earlier: Sequence[Path]) -> list[Logprobs]:
     """What the file has; it is begun if there is none, and a half-written last line is removed."""
     first = json.dumps({"identity": identity, "rows": count}) + "\n"
-    lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+    lines = _lines(path) or next((lines for lines in map(_lines, earlier) if lines[:1] == [first]), [])
     if lines and lines[0] != first:
         raise CheckpointError(
             "the log-probabilities of the reference that are stored here are of another model or of other rows",
@@ -127,6 +130,11 @@ def _read(path: Path, identity: str, count: int) -> list[Logprobs]:
         except (ValueError, TypeError):
             break
         whole += 1
-    if not lines or whole < len(lines):
+    if whole < len(lines) or not path.exists():
         write_atomic(path, "".join([first, *lines[1:whole]]))
     return done[:count]
+
+
+def _lines(path: Path) -> list[str]:
+    """Its lines, with their ends; none if there is no such file."""
+    return path.read_text("utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from corral.run.stage_record import Settings, claim_stage, find_stage, finish_stage
+from corral.run.stage_record import Settings, claim_stage, earlier_folders, find_stage, finish_stage
 
 
 def finish(run: Path, inputs: dict[str, Any], content: str = "x") -> None:
@@ -33,6 +33,18 @@ def test_a_superseded_stage_is_kept_and_comes_back_with_its_inputs(tmp_path: Pat
     forth = claim_stage(tmp_path, "one", {"a": 2})
     assert forth.done
     assert (forth.path / "out.txt").read_text() == "second"
+
+
+def test_a_stage_may_take_over_from_its_superseded_folders_unless_it_is_made_again_from_the_start(
+    tmp_path: Path,
+) -> None:
+    finish(tmp_path, {"a": 1}, "first")
+    changed = claim_stage(tmp_path, "one", {"a": 2})
+    (earlier,) = earlier_folders(changed.path)
+    assert (earlier / "out.txt").read_text() == "first"
+    finish(tmp_path, {"a": 2})
+    again = claim_stage(tmp_path, "one", {"a": 2}, redo=True)
+    assert earlier_folders(again.path) == []
 
 
 def test_an_unfinished_stage_keeps_its_files_without_temporary_ones(tmp_path: Path) -> None:

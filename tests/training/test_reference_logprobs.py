@@ -79,6 +79,30 @@ def test_an_interrupted_pass_goes_on_where_it_was_and_ends_with_the_same_numbers
     assert path.read_bytes() == (tmp_path / "whole" / "reference" / "train.jsonl").read_bytes()
 
 
+def test_a_stage_with_another_beta_takes_over_what_was_computed(tiny_trainer: MakeTrainer, tmp_path: Path) -> None:
+    first = logprobs(tiny_trainer(tmp_path / "first", objective="dpo"))
+    computed: list[int] = []
+
+    def trainer(folder: str, start: str = "") -> Trainer:
+        made = tiny_trainer(tmp_path / folder, objective="dpo", dpo={"beta": 0.5})
+        sums, made.start = made.scorer.sums, start
+        made.scorer.sums = lambda batch: computed.append(len(batch)) or sums(batch)
+        return made
+
+    second = trainer("second")
+    second.prepare_reference(earlier=[tmp_path / "none", tmp_path / "first"])
+    assert (logprobs(second), computed) == (first, [])
+    names = ("train.jsonl", "validation.jsonl")
+    assert all(
+        (tmp_path / "second" / "reference" / name).read_bytes()
+        == (tmp_path / "first" / "reference" / name).read_bytes()
+        for name in names
+    )
+    third = trainer("third", start="another model")
+    third.prepare_reference(earlier=[tmp_path / "first"])
+    assert sum(computed) == len(third.examples) + len(third.held_out)
+
+
 def test_a_resumed_stage_keeps_the_reference_of_its_start(tiny_trainer: MakeTrainer, tmp_path: Path) -> None:
     first = tiny_trainer(tmp_path, objective="dpo")
     run_until(first, 5)
