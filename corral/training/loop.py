@@ -9,7 +9,7 @@ between them and compute what one process does, to rounding.
 The loss of a float16 model is multiplied by a scale, so that its gradients do not vanish (Micikevicius et al. 2018, arXiv
 1710.03740). The scale is halved and the step skipped when gradients overflow, and doubled after 2,000 steps without overflow.
 
-A step waits for the GPU once, to transfer its loss and gradient norm.
+A step waits for the GPU once, to transfer its loss and gradient norm; an objective with a statistic makes it wait once more.
 """
 
 from __future__ import annotations
