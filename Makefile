@@ -53,6 +53,7 @@ bench: $(INSTALLED_DEV)
 	$(BIN)/python benchmarks/rouge.py --json benchmarks/results/rouge.json
 	$(BIN)/python benchmarks/vote.py --json benchmarks/results/vote.json
 	$(BIN)/python benchmarks/train_cpu.py --json benchmarks/results/train_cpu.json
+	$(BIN)/python benchmarks/align_cpu.py --json benchmarks/results/align_cpu.json
 	$(BIN)/python benchmarks/generate_cpu.py --json benchmarks/results/generate_cpu.json
 	$(BIN)/python benchmarks/prepare.py --json benchmarks/results/prepare.json
 	$(BIN)/python benchmarks/batch.py --json benchmarks/results/batch.json

@@ -21,17 +21,14 @@ the end of the last; memory is the peak resident size of the process.
 
 from __future__ import annotations
 
-import json
-import resource
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import claims
+import sides
 
 ROWS_PER_STEP = 8
 PACK = 1024  # of TRL's packed form
@@ -219,7 +216,7 @@ def side_trl(steps: int, *, packed: bool, nf4: bool = False) -> dict[str, Any]:
     return {"tokens_per_second": tokens / (times[-1] - times[0]), "tokens": tokens, "losses": losses}
 
 
-SIDES: dict[str, Callable[[int], dict[str, Any]]] = {
+SIDES: dict[str, sides.Side] = {
     "trl": lambda steps: side_trl(steps, packed=False),
     "trl-packed": lambda steps: side_trl(steps, packed=True),
     "gemm": side_gemm,
@@ -233,47 +230,21 @@ SIDES: dict[str, Callable[[int], dict[str, Any]]] = {
 }
 
 
-def measure(side: str, steps: int) -> dict[str, Any]:
-    """Run one side in a process of its own. Returns its figures."""
-    command = [sys.executable, __file__, "--side", side, "--steps", str(steps)]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    result = json.loads(output.splitlines()[-1])
-    memory = result["peak_memory_bytes"] / 1e9
-    if "losses" in result:
-        print(
-            f"{side:<15} {result['tokens_per_second']:7.1f} tokens/s  {memory:5.2f} GB  losses {result['losses'][:4]}"
-        )
-    else:
-        print(f"{side:<15} {result['flops_per_second'] / 1e9:7.1f} GFLOP/s")
-    sys.stdout.flush()
-    return result
-
-
 def main() -> int:
-    parser = claims.parser(__doc__)
-    parser.add_argument(
-        "--steps", type=int, default=9, help="steps of the longest TRL side, from which the others follow"
-    )
-    parser.add_argument("--side", choices=SIDES, help="measure one side in this process and print JSON")
-    args = parser.parse_args()
-    if args.side:
-        result = SIDES[args.side](args.steps)
-        result["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps(result))
-        return 0
-    sides = {side: measure(side, args.steps) for side in SIDES}
+    args = sides.options(__doc__, SIDES, 9, "steps of the longest TRL side, from which the others follow")
+    measured = {side: sides.measure(__file__, side, args.steps) for side in SIDES}
     packages = ["torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes"]
-    return claims.report(make_claims(sides), sides, packages, args.json)
+    return claims.report(make_claims(measured), measured, packages, args.json)
 
 
-def make_claims(sides: dict[str, dict[str, Any]]) -> list[claims.Claim]:
+def make_claims(measured: dict[str, dict[str, Any]]) -> list[claims.Claim]:
     """The claims from the figures of all sides."""
-    speeds = {side: result["tokens_per_second"] for side, result in sides.items() if "tokens_per_second" in result}
-    theirs = (sides["trl"], sides["trl-packed"])
-    ours = sides["corral"]
+    speeds = {side: result["tokens_per_second"] for side, result in measured.items() if "tokens_per_second" in result}
+    theirs = (measured["trl"], measured["trl-packed"])
+    ours = measured["corral"]
     memory = ours["peak_memory_bytes"] / min(s["peak_memory_bytes"] for s in theirs)
-    gap = max(abs(a - b) for a, b in zip(ours["losses"], sides["trl"]["losses"], strict=True))
-    rate = (sides["gemm"]["flops_per_second"] + sides["gemm-again"]["flops_per_second"]) / 2
+    gap = max(abs(a - b) for a, b in zip(ours["losses"], measured["trl"]["losses"], strict=True))
+    rate = (measured["gemm"]["flops_per_second"] + measured["gemm-again"]["flops_per_second"]) / 2
     share = ours["needed_flops"] / rate / ours["seconds"]
     once = (speeds["corral-1x"] + speeds["corral-1x-again"]) / 2
     return [
