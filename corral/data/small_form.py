@@ -113,7 +113,9 @@ def _small_train(stage: Train) -> Train:
             "evaluate_rows": _HELD_OUT,
             "checkpoint_every": 1,
             "guards": stage.guards
-            and stage.guards.model_copy(update={"loss_rise": _LOSS_LIMIT, "quantisation_gap": _LOSS_LIMIT}),
+            and stage.guards.model_copy(
+                update={"loss_rise": _LOSS_LIMIT, "quantisation_gap": _LOSS_LIMIT, "max_tokens": 2 * _TOKENS}
+            ),
         }
     )
 
