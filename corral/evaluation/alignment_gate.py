@@ -27,7 +27,7 @@ Outcome: TypeAlias = Literal["better", "worse", "equal", "unknown"]
 _HEADLINES: Mapping[Outcome, str] = {
     "better": "better than the model that it started from",
     "worse": "worse than the model that it started from",
-    "equal": "not worse than the model that it started from, as far as the validation rows tell",
+    "equal": "not worse than the model that it started from by more than its guards allow, nor seen to be better",
     "unknown": "not compared with the model that it started from, as there are no validation rows for it",
 }
 
