@@ -24,6 +24,7 @@ from corral.run.promotion import MERGED_FOLDER
 from corral.run.stage_record import Settings, StageFolder, earlier_folders
 from corral.storage import new_directory, write_json
 from corral.training.alignment_warnings import WARNINGS_FILE, row_warnings, settings_warnings
+from corral.training.basic_prompts import read_basic_prompts
 from corral.training.memory_estimate import ModelShape
 from corral.training.objective_table import TAKES, build_objective
 from corral.training.passes import Passes, choose_passes, savings
@@ -32,6 +33,7 @@ from corral.training.stage_needs import stage_bytes
 if TYPE_CHECKING:
     from corral.model.adapter_files import AdapterFiles
     from corral.recipe import Train
+    from corral.training.guards import StageGuards
     from corral.training.stage_rows import StageRows
     from corral.training.step_metrics import StepMetrics
     from corral.training.trained_model import TrainingSetup, ValidationSet
@@ -43,7 +45,16 @@ class TrainStage:
 
     context: RunContext
     number: int
-    disposable = ("checkpoints/", "last/", "profile/", "reference/", "metrics.jsonl", "events.out")
+    disposable = (
+        "checkpoints/",
+        "last/",
+        "profile/",
+        "reference/",
+        "guards.json",
+        "basic_prompts.jsonl",
+        "metrics.jsonl",
+        "events.out",
+    )
 
     @property
     def name(self) -> str:
@@ -80,6 +91,8 @@ class TrainStage:
             import_bitsandbytes()
         for warning in self._settings_warnings:
             context.progress.say(f"{self.name}: {warning}")
+        if config.guards is not None:
+            read_basic_prompts(config.guards.prompts, f"train.{self.number - 1}.guards.prompts")
         shape = ModelShape.from_folder(context.base.folder)
         return sum(stage_bytes(shape, self.config, context.placement.dtype).values())
 
@@ -308,6 +321,7 @@ class TrainStage:
             start=self._start_identity(setup) if context.world.is_main else "",
             world=context.world,
             device=setup.device,
+            guards=self._build_guards(folder, setup, trained.config.max_position_embeddings),
         )
         what = f"LoRA r {config.lora.rank}" if lora else "all weights"
         if setup.adapter is not None:
@@ -333,11 +347,40 @@ class TrainStage:
             save(trained_model.ADAPTER_FOLDER)
         if not context.world.is_main:
             return
-        write_json(folder / "outcome.json", {field: getattr(outcome, field) for field in outcome.__slots__})
+        result: dict[str, Any] = {field: getattr(outcome, field) for field in outcome.__slots__}
+        if training.guards is not None:
+            kept = outcome.steps if outcome.best_loss is None else outcome.best_step
+            result["guards"] = training.guards.figures(kept)
+        write_json(folder / "outcome.json", result)
         held_out = "" if outcome.best_loss is None else f"; best held-out loss {outcome.best_loss:.4f}"
         context.progress.say(
             f"{outcome.steps} steps, {outcome.tokens:,} tokens at {outcome.tokens / outcome.seconds:.0f} tokens/s{held_out}"
             + (f" at step {outcome.best_step}" if held_out else "")
+        )
+
+    def _build_guards(self, folder: Path, setup: TrainingSetup, longest: int) -> StageGuards | None:
+        """What stops it before it breaks the model, if it aligns one.
+
+        Raises: TemplateError (the model that it starts from knows other prompts), DataError.
+        """
+        from corral.training.guards import StageGuards
+        from corral.training.start_checks import check_prompts, reference_tolerance
+
+        context, config = self.context, setup.config
+        if config.guards is None:
+            return None
+        before = context.recipe.stage_names[self.start - 1] if self.start else None
+        if warning := check_prompts(context.template, self.rows.train, setup.folder, stage=before):
+            context.progress.say(warning)
+        return StageGuards(
+            config,
+            self.number,
+            context.template,
+            longest=longest,
+            tolerance=reference_tolerance(setup.dtype, config.quantization),
+            folder=folder,
+            world=context.world,
+            say=context.progress.say,
         )
 
     @staticmethod
@@ -388,7 +431,7 @@ def _show_metrics(progress: Progress, metrics: StepMetrics) -> None:
     if metrics.eval_loss is not None:
         held_out = [f"held-out loss {metrics.eval_loss:.4f}", *_preference_figures(metrics, "eval_")]
         parts.append(held_out[0])
-        progress.say(f"step {metrics.step}: {', '.join(held_out)}")
+        progress.say(f"step {metrics.step}: {', '.join([*held_out, *_guard_figures(metrics)])}")
     progress.update(metrics.step, ", ".join(parts))
 
 
@@ -397,3 +440,10 @@ def _preference_figures(metrics: StepMetrics, prefix: str) -> list[str]:
     names = {"reward_accuracy": "accuracy {:.0%}", "reward_margin": "margin {:.3f}"}
     values = {text: metrics.objective.get(prefix + name) for name, text in names.items()}
     return [text.format(value) for text, value in values.items() if value is not None]
+
+
+def _guard_figures(metrics: StepMetrics) -> list[str]:
+    """What the guards measured after a step, if the stage has any."""
+    fall, passed = (metrics.objective.get(name) for name in ("chosen_fall", "basic_prompts_passed"))
+    figures = [] if fall is None else [f"log-probability of chosen answers {-fall:+.1%}"]
+    return figures if passed is None else [*figures, f"{passed:.0f} basic prompts answered well"]

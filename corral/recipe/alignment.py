@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from corral.recipe.section import Fraction, PathText, PositiveInt, Section
+from corral.recipe.section import Fraction, PathText, Section
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -92,16 +92,17 @@ class Guards(Section):
     stage, and after it. A change of them trains nothing again."""
 
     chosen_fall: Fraction = 0.2
-    """Largest fall of the mean log-probability of chosen (or good) answers, as a share of what it was before the first
-    step."""
+    """Largest fall of the mean log-probability of chosen (or good) answers on the validation rows, as a share of its size
+    before the first step; without validation rows, on up to `evaluate_rows` of the rows that are trained on."""
     prompts: PathText | None = None
     """Basic prompts, which a useful model must be able to answer: a text file with one in each line. By default 20 that ship
     with corral."""
     failing_prompts: Fraction = 0.1
     """Largest share of the basic prompts answered well by the model that the stage starts from which may be answered badly: by
-    nothing, without an end, in a loop, or with the same answer as all others."""
-    max_tokens: PositiveInt = 128
-    """Most tokens of an answer to a basic prompt."""
+    nothing, without an end, in a loop, or with the same answer as most others."""
+    max_tokens: Annotated[int, Field(ge=2)] = 96
+    """Most tokens of an answer to a basic prompt. The model that the stage starts from must have ended it within half of
+    them, or the prompt does not count."""
     loss_rise: Annotated[float, Field(ge=0)] = 0.1
     """Largest rise, in nats per token, of the loss on held-out conversations (or on the chosen answers of held-out pairs, if
     the run has no conversations) over the model that the stage starts from."""

@@ -17,6 +17,7 @@ from corral.recipe.answer import Answer
 from corral.recipe.data import Source
 from corral.recipe.recipe import Recipe
 from corral.recipe.section import section_type
+from corral.recipe.train import Train
 
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _ERROR_LINE = re.compile(r"at line (\d+)")
@@ -118,6 +119,12 @@ def _resolve_paths(recipe: Recipe, base: Path) -> Recipe:
         shots = answer.shots.model_copy(update={"source": resolve_source(answer.shots.source)})
         return answer.model_copy(update={"shots": shots})
 
+    def resolve_guards(stage: Train) -> Train:
+        if stage.guards is None or stage.guards.prompts is None:
+            return stage
+        guards = stage.guards.model_copy(update={"prompts": resolve(stage.guards.prompts, is_path=True)})
+        return stage.model_copy(update={"guards": guards})
+
     model = recipe.model
     sources = tuple(resolve_source(source) for source in recipe.data.sources)
     test = recipe.evaluate.test and resolve_source(recipe.evaluate.test)
@@ -135,6 +142,7 @@ def _resolve_paths(recipe: Recipe, base: Path) -> Recipe:
                 }
             ),
             "data": recipe.data.model_copy(update={"sources": sources}),
+            "train": tuple(resolve_guards(stage) for stage in recipe.train),
             "answer": resolve_shots(recipe.answer),
             "evaluate": recipe.evaluate.model_copy(update={"variants": variants, "test": test}),
         }

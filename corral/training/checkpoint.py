@@ -55,6 +55,8 @@ class TrainingState:
     scale: float = 1.0
     """Loss scale of a float16 model."""
     steps_at_scale: int = 0
+    evaluated: bool = True
+    """False if the evaluation after this step stopped the stage; it is repeated when the stage goes on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,7 @@ summed over the step and divided by its units there (see `objectives`). The exam
 numbers follow from (seed, step), so a resumed run repeats an uninterrupted one. Several processes divide each step's examples
 between them and compute what one process does, to rounding.
 
-The loss of a float16 model is multiplied by a scale, so that its gradients do not vanish (Micikevicius et al. 2018, arXiv
-1710.03740). The scale is halved and the step skipped when gradients overflow, and doubled after 2,000 steps without overflow.
+The loss of a float16 model is multiplied by a scale (see `loss_scale`), and a step whose gradients overflow is skipped.
 
 A step waits for the GPU once, to transfer its loss and gradient norm; an objective with a statistic makes it wait once more.
 """
@@ -27,7 +26,7 @@ import torch
 from corral import system
 from corral.data.example_store import Example, SizedExamples
 from corral.model.loading import quiet
-from corral.training import divergence, optimizers, sharding, step_metrics
+from corral.training import divergence, loss_scale, optimizers, sharding, step_metrics
 from corral.training.checkpoint import TrainingState
 from corral.training.distributed import World
 from corral.training.objectives import Objective, Scored, Sums
@@ -41,11 +40,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from corral.errors import GateError
     from corral.recipe import Train
-
-
-_INITIAL_SCALE = 2.0**16
-_SCALE_GROWTH_STEPS = 2000
+    from corral.training.guards import StageGuards
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +88,7 @@ class Trainer:
         start: identifies the model as it is now; its log-probabilities are kept under it as those of the reference.
         world: the processes that train together.
         device: where a sharded model computes; its parts are moved there one by one. Default: where the model is.
+        guards: what stops the stage before it breaks the model.
     """
 
     def __init__(
@@ -108,8 +106,9 @@ class Trainer:
         start: str = "",
         world: World | None = None,
         device: str | None = None,
+        guards: StageGuards | None = None,
     ) -> None:
-        self.model, self.world = model, world or World()
+        self.model, self.world, self.guards = model, world or World(), guards
         self.examples, self.held_out = examples, held_out
         self.objective, self.config = objective, config
         self.start, self.seed, self.folder, self.save_best = start, seed, folder, save_best
@@ -146,32 +145,40 @@ class Trainer:
 
         Raises:
             TrainingError: the loss or gradient is not finite, or the loss has exploded; the rows are named.
+            GateError: the guards stop the stage; if the same limits hold when it is called again, they do so at once.
             KeyboardInterrupt: stopped on request; the next run resumes from there.
             CheckpointError, StorageError: see `checkpoint` and `reference`.
         """
         self.prepare_reference()
         checkpoints = self.folder / "checkpoints"
         resumed = sharding.restore(checkpoints, self.parameters, self.optimizer, self.world, warn=warn)
-        scale = _INITIAL_SCALE if self._uses_float16 else 1.0
+        scale = loss_scale.INITIAL if self._uses_float16 else 1.0
         initial = TrainingState(step=0, tokens=0, seconds=0.0, best_step=0, best_loss=None, worse=0, scale=scale)
         state = resumed or initial
         if self.world.is_main:
-            step_metrics.truncate_after(self.folder, state.step)
-        if resumed is None and self.held_out:
-            metrics = StepMetrics(0, None, None, 0.0, None, 0, 0.0, _peak_memory(self.model), 0.0)
-            state, metrics = self._evaluate_step(state, metrics)
+            step_metrics.truncate_from(self.folder / step_metrics.FILE, 0 if resumed is None else state.step + 1)
+        metrics, stopped = StepMetrics(0, None, None, 0.0, None, 0, 0.0, _peak_memory(self.model), 0.0), None
+        if resumed is None and self._evaluation_rows:
+            if self.guards is not None:
+                sides = {"validation": self.held_out, "train": self.examples}
+                self.guards.begin(self.objective, sides, self.scorer)
+            state, metrics, stopped = self._evaluate_step(state, metrics)
             self._record(metrics, on_step)
-        while not self._is_finished(state):
+        elif not state.evaluated:
+            state, _, stopped = self._evaluate_step(state, metrics)
+        while stopped is None and not self._is_finished(state):
             state, metrics = self._step(state)
-            if self.held_out and (state.step == self.total_steps or state.step % self.config.evaluate_every == 0):
-                state, metrics = self._evaluate_step(state, metrics)
+            if self._evaluation_is_due(state.step):
+                state, metrics, stopped = self._evaluate_step(state, metrics)
             self._record(metrics, on_step)
-            finished = self._is_finished(state)
+            finished = stopped is not None or self._is_finished(state)
             stop = not finished and self.world.any_process(should_stop())
             if finished or stop or state.step % self.config.checkpoint_every == 0:
                 sharding.save(checkpoints, self.parameters, self.optimizer, state, self.world)
             if stop:
                 raise KeyboardInterrupt
+        if stopped is not None:
+            raise stopped
         return TrainingResult(state.step, state.best_step, state.best_loss, state.tokens, state.seconds)
 
     def weights(self) -> dict[str, Tensor]:
@@ -185,8 +192,11 @@ class Trainer:
             return [values.tolist() for values in self.scorer.logprobs(sequences, positions)]
 
     def evaluate(self) -> Evaluation:
-        """The objective on the held-out examples. Raises: TrainingError (its loss is not finite)."""
-        rows = list(self.held_out)
+        """The objective on the held-out examples; without any, on those that the guards watch.
+
+        Raises: TrainingError (its loss is not finite).
+        """
+        rows = self._evaluation_rows
         statistic = self._statistic(rows)
         with self.scorer.evaluating():
             passes = [
@@ -266,7 +276,7 @@ class Trainer:
         tokens, seconds = sum(token_count(e) for e in batch), time.perf_counter() - began
         state = replace(state, step=step, tokens=state.tokens + tokens, seconds=state.seconds + seconds, watch=monitor)
         if self._uses_float16:
-            state = _update_loss_scale(state, overflow)
+            state = loss_scale.updated(state, overflow)
         return state, StepMetrics(
             step,
             loss,
@@ -280,12 +290,35 @@ class Trainer:
             result.metrics,
         )
 
-    def _evaluate_step(self, state: TrainingState, metrics: StepMetrics) -> tuple[TrainingState, StepMetrics]:
-        """Evaluate after a step, and keep its weights if they are the best so far."""
-        result = self.evaluate()
-        held_out = {f"eval_{name}": value for name, value in result.metrics.items()}
-        metrics = replace(metrics, eval_loss=result.loss, objective={**metrics.objective, **held_out})
-        return self._keep_best(state, result.loss), metrics
+    @property
+    def _evaluation_rows(self) -> list[Example]:
+        """The held-out examples; without any, those to train on that the guards watch, if there are guards."""
+        rows = self.held_out or (() if self.guards is None else self.examples[: self.config.evaluate_rows])
+        return list(rows)
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        watched = bool(self.held_out) or self.guards is not None
+        return watched and (step == self.total_steps or step % self.config.evaluate_every == 0)
+
+    def _evaluate_step(
+        self, state: TrainingState, metrics: StepMetrics
+    ) -> tuple[TrainingState, StepMetrics, GateError | None]:
+        """Evaluate after a step, and keep its weights if they are the best so far, or if none are held out; not if the guards
+        stop the stage, whose error is returned."""
+        result, stopped = self.evaluate(), None
+        if self.held_out:
+            held_out = {f"eval_{name}": value for name, value in result.metrics.items()}
+            metrics = replace(metrics, eval_loss=result.loss, objective={**metrics.objective, **held_out})
+        if self.guards is not None:
+            rows = self._evaluation_rows
+            figures, stopped = self.guards.check(state.step, self.objective, rows, result.metrics, self.scorer)
+            metrics = replace(metrics, objective={**metrics.objective, **figures})
+        state = replace(state, evaluated=stopped is None)
+        if stopped is None and self.held_out:
+            state = self._keep_best(state, result.loss)
+        elif stopped is None:
+            self.save_best()
+        return state, metrics, stopped
 
     def _compute_gradients(self, batch: list[Example], scale: float) -> tuple[Evaluation, float]:
         """Leave the batch's clipped gradients in the parameters.
@@ -377,14 +410,6 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         result, norm = self._compute_gradients([example], 1.0)
         return result.loss, norm
-
-
-def _update_loss_scale(state: TrainingState, overflow: bool) -> TrainingState:
-    if overflow:
-        return replace(state, scale=state.scale / 2, steps_at_scale=0)
-    if state.steps_at_scale + 1 == _SCALE_GROWTH_STEPS:
-        return replace(state, scale=state.scale * 2, steps_at_scale=0)
-    return replace(state, steps_at_scale=state.steps_at_scale + 1)
 
 
 def _peak_memory(model: torch.nn.Module) -> int:

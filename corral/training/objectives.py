@@ -67,6 +67,10 @@ class Objective(ABC):
     weights: tuple[float, ...] = (1.0,)
     metrics: tuple[str, ...] = ()
 
+    def is_good(self, example: Example) -> bool:
+        """Whether its first answer should become more likely."""
+        return True
+
     @abstractmethod
     def counts(self, example: Example) -> tuple[int, ...]:
         """The units of each term that the example has."""

@@ -5,13 +5,14 @@ Where examples have several sequences, such as the two answers of a pair, a pass
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
 from corral.data.packing import pack_sequences
+from corral.model.greedy import GreedyAnswer, answer_greedily
 from corral.model.packed_forward import can_share_prefixes, target_logprobs
 from corral.training import sharding
 from corral.training.distributed import World
@@ -95,6 +96,17 @@ class Scorer:
         flat = [value for e in batch for value in sums.get(id(e), of_others * len(e.sequences))]
         total = iter(self._world.all_reduce_sums(flat))
         return [tuple(next(total) for _ in e.sequences) for e in batch]
+
+    def answer(
+        self, prompts: Sequence[Sequence[int]], stop_ids: Collection[int], max_tokens: int
+    ) -> list[GreedyAnswer]:
+        """Greedy answers to the prompts, on every process: computed by rank 0 alone, or by all with a sharded model."""
+        with self.evaluating():
+            if self._sharded is None:
+                own = answer_greedily(self.model, prompts, stop_ids, max_tokens) if self._world.is_main else None
+                return self._world.broadcast(own)
+            agree = self._world.broadcast
+            return answer_greedily(self.model, prompts, stop_ids, max_tokens, compute=self._sharded, agree=agree)
 
     def logprobs(
         self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], share_prefixes: bool = False

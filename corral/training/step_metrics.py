@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,17 +51,24 @@ def append(folder: Path, metrics: StepMetrics) -> None:
         os.fsync(file.fileno())
 
 
-def truncate_after(folder: Path, step: int) -> None:
-    """Remove lines of steps after `step`, which will be repeated, and a half-written last line; with step 0 all lines."""
-    path = folder / FILE
+def truncate_from(path: Path, step: int) -> None:
+    """Remove lines of `step` and of later steps, which will be repeated, and a half-written last line."""
     if not path.exists():
         return
-    kept: list[str] = []
+    kept = [line for line in _intact_lines(path) if line["step"] < step]
+    write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def read_step(folder: Path, step: int) -> dict[str, Any]:
+    """The line of a step in the folder's metrics; empty if it has none."""
+    path = folder / FILE
+    lines = _intact_lines(path) if path.exists() else iter(())
+    return next((line for line in lines if line["step"] == step), {})
+
+
+def _intact_lines(path: Path) -> Iterator[dict[str, Any]]:
     for line in path.read_text("utf-8", errors="replace").splitlines():
         try:
-            value: Any = json.loads(line)
+            yield json.loads(line)
         except ValueError:
             break
-        if step and value["step"] <= step:
-            kept.append(line + "\n")
-    write_atomic(path, "".join(kept))

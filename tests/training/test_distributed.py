@@ -19,12 +19,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from corral.errors import TrainingError
+from corral.errors import GateError, TrainingError
 from corral.training import sharding
 from corral.training.distributed import World, world_from_environment
 from corral.training.loop import Trainer
 from corral.training.step_metrics import StepMetrics
 from tests.forked import Forked
+from tests.training.guarded import make_guarded_trainer
 from tests.training.tiny import make_tiny_trainer, read_metrics, run_until
 
 # With packs of 110 tokens the two shares of a step make unequal numbers of passes.
@@ -69,6 +70,15 @@ def stop_and_resume(resume_with: dict[str, Any], **settings: Any) -> Scenario:
     return scenario
 
 
+def stop_by_guards(base: Path, folder: Path, world: World, **settings: Any) -> str:
+    """The message of the guards that stop a training of the taught model."""
+    try:
+        make_guarded_trainer(base, folder, lr=0.2, world=world, **settings).run()
+    except GateError as error:
+        return error.what
+    raise AssertionError("it was not stopped")
+
+
 def nan_on_rank_1(make_trainer: MakeTrainer, folder: Path, world: World) -> Any:
     trainer = make_trainer(folder, **SETTINGS, held_out=0)
 
@@ -108,11 +118,16 @@ SCENARIOS: dict[str, Scenario] = {
 }
 
 
+GUARDED: dict[str, dict[str, Any]] = {"guarded": {}, "guarded, sharded": {"sharding": "full"}}
+
+
 def work(rows_file: Path, folder: Path) -> None:
     """One of the two processes: go through the scenarios and save what each returns."""
-    rows, base = pickle.loads(rows_file.read_bytes())
+    rows, base, taught = pickle.loads(rows_file.read_bytes())
     results: dict[str, Any] = {}
     with world_from_environment() as world:
+        for name, settings in GUARDED.items():
+            results[name] = stop_by_guards(taught, folder / name, world, **settings)
 
         def make_trainer(stage: Path, **settings: Any) -> Trainer:
             return make_tiny_trainer(stage, rows, base, world=world, **settings)
@@ -144,9 +159,11 @@ def launch(rows_file: Path, folder: Path) -> list[tuple[int, str]]:
 
 
 @pytest.fixture(scope="module")
-def rows_file(encoded_rows: list[Any], tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def rows_file(
+    encoded_rows: list[Any], tiny_folder: Path, taught_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     path = tmp_path_factory.mktemp("rows") / "rows"
-    path.write_bytes(pickle.dumps((encoded_rows, tiny_folder)))
+    path.write_bytes(pickle.dumps((encoded_rows, tiny_folder, taught_folder)))
     return path
 
 
@@ -198,6 +215,20 @@ def assert_alike(folder: Path, expected: Path, weights: dict[str, Any] | None = 
     assert weights.keys() == expected_weights.keys()
     for name, value in expected_weights.items():
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", GUARDED)
+def test_guards_stop_both_processes_with_what_they_say_to_one(
+    name: str, two_processes: Path, taught_folder: Path, tmp_path: Path
+) -> None:
+    stop_by_guards(taught_folder, tmp_path, World())
+    first, second = results(two_processes, name)
+    assert first == second
+    assert "chosen answers have become less likely" in first
+    assert "basic prompts are answered badly" in first
+    lines = read_metrics(two_processes / name)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    assert lines[-1]["chosen_fall"] == pytest.approx(read_metrics(tmp_path)[-1]["chosen_fall"], rel=1e-3)
 
 
 @pytest.mark.parametrize(

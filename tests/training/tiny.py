@@ -21,6 +21,7 @@ from corral.model.quantisation import Quantization
 from corral.recipe import Lora, Optimizer, Train
 from corral.template import Encoded
 from corral.training.distributed import World
+from corral.training.guards import StageGuards
 from corral.training.loop import Trainer
 from corral.training.mismatched_rows import MismatchedRows
 from corral.training.objective_table import TAKES, build_objective
@@ -76,6 +77,7 @@ def make_trainer(
     seed: int = 5,
     save_best: Callable[[], None] = lambda: None,
     world: World | None = None,
+    guards: StageGuards | None = None,
 ) -> Trainer:
     """A trainer on the rows, of which the first ones are held out."""
     examples = make_examples(encoded, config.objective)
@@ -92,6 +94,7 @@ def make_trainer(
         folder=folder,
         save_best=save_best,
         world=world,
+        guards=guards,
     )
 
 
