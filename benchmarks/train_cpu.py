@@ -210,9 +210,9 @@ def side_trl(steps: int, *, packed: bool, nf4: bool = False) -> dict[str, Any]:
         )
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    total = sum(len(r["input_ids"]) for r in rows)
-    first = total / len(times) if packed else sum(len(r["input_ids"]) for r in rows[:ROWS_PER_STEP])
-    tokens = total - first
+        in_first = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        first = sum(map(len, trainer.train_dataset[:in_first]["input_ids"]))
+    tokens = sum(len(r["input_ids"]) for r in rows) - first
     return {"tokens_per_second": tokens / (times[-1] - times[0]), "tokens": tokens, "losses": losses}
 
 
