@@ -228,7 +228,8 @@ def test_guards_stop_both_processes_with_what_they_say_to_one(
     assert "basic prompts are answered badly" in first
     lines = read_metrics(two_processes / name)
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
-    assert lines[-1]["chosen_fall"] == pytest.approx(read_metrics(tmp_path)[-1]["chosen_fall"], rel=1e-3)
+    # At a rate that breaks a model, the rounding of the first sums has grown within four steps.
+    assert lines[-1]["chosen_fall"] == pytest.approx(read_metrics(tmp_path)[-1]["chosen_fall"], rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,21 @@ def test_a_rate_that_breaks_the_model_stops_the_stage_with_figures_prompts_and_r
     assert "--set train.1.optimizer.lr=0.05" in str(error.hint)
 
 
+@pytest.mark.full
+def test_a_rate_that_is_doubled_until_it_breaks_the_model_is_stopped(guarded: MakeGuarded, tmp_path: Path) -> None:
+    rates = [2e-4 * 2**i for i in range(12)]
+    stopped: list[float] = []
+    for rate in rates:
+        try:
+            guarded(tmp_path / str(rate), lr=rate).run()
+        except GateError:
+            stopped.append(rate)
+            break
+    assert rates[0] not in stopped
+    assert stopped
+    assert stopped[0] <= 2 * HARD
+
+
 def test_the_weights_from_before_the_first_step_are_kept_if_no_evaluation_passed(
     guarded: MakeGuarded, tmp_path: Path
 ) -> None:
