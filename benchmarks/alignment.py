@@ -80,7 +80,7 @@ def recipe_of(objective: str, rate: float, steps: int, *, start: str | None = No
 
 
 def train_candidate(work: Path, name: str, recipe: Recipe) -> Candidate:
-    """Train in a process of its own, in a copy of the run that was fine-tuned, unless that was done."""
+    """Train in a process of its own, unless that was done."""
     out, outcome = work / name, work / f"{name}.json"
     if not outcome.exists():
         write_json(outcome, train_copy(work, name, recipe))
@@ -89,14 +89,23 @@ def train_candidate(work: Path, name: str, recipe: Recipe) -> Candidate:
     return Candidate.read(name, recipe.train[-1], stage, figures["peak_memory_bytes"], figures["stopped"])
 
 
+def first_name(objective: str) -> str:
+    """The run of the first rate of an objective."""
+    return f"{objective}-{RATES[objective][0]:g}"
+
+
 def train_copy(work: Path, name: str, recipe: Recipe, *options: str) -> dict[str, Any]:
-    """Run the training stages of a recipe in a copy of the run that was fine-tuned; a copy that is there goes on.
+    """Run the training stages of a recipe in a copy of the first run, so that the model is fine-tuned once; of an objective's
+    further rates in a copy of its first one, so that the reference is computed once. A copy that is there goes on.
 
     Returns: `peak_memory_bytes` of the process, and `stopped`: what a check said, if one stopped it.
     """
     out, file = work / name, work / f"{name}.toml"
     if not out.exists():
-        copy_run(work / "sft", out)
+        same_objective = work / first_name(recipe.train[-1].objective)
+        source = same_objective if same_objective.exists() else work / first_name("dpo")
+        if source.exists():
+            copy_run(source, out)
     write_atomic(file, recipe.to_toml())
     command = [sys.executable, __file__, "--train", str(file), "--work", str(out), *options]
     answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -117,17 +126,17 @@ def copy_run(run: Path, out: Path) -> None:
 class UntilTraining(TerminalProgress):
     """Interrupts a stage that aligns when its reference has been computed."""
 
-    def start(self, task: str, total: int | None) -> None:
-        if task.startswith("Training ("):
+    def start(self, title: str, total: int | None) -> None:
+        if title.startswith("Training ("):
             raise KeyboardInterrupt
-        super().start(task, total)
+        super().start(title, total)
 
 
 def train_here(file: Path, out: Path, progress: Progress) -> dict[str, Any]:
     """Run the training stages of a recipe; see `train_copy`."""
     recipe, stopped = load(file), None
     try:
-        train(recipe, out, progress)
+        execute(recipe, out, progress, allowed=["prepare", *recipe.stage_names])
     except CorralError as error:
         stopped = f"{error.what}; {error.hint}"
     except KeyboardInterrupt:
@@ -136,17 +145,14 @@ def train_here(file: Path, out: Path, progress: Progress) -> dict[str, Any]:
     return {"peak_memory_bytes": peak, "stopped": stopped}
 
 
-def train(recipe: Recipe, out: Path, progress: Progress) -> None:
-    """Prepare the rows and run the training stages. Raises: CorralError, KeyboardInterrupt."""
-    execute(recipe, out, progress, allowed=["prepare", *recipe.stage_names])
-
-
-def judge(models: Mapping[str, Path], work: Path, recipe: Recipe, progress: Progress) -> Scorecard:
-    """Measure models on the test rows, and compare each with the fine-tuned one."""
+def judge(
+    models: Mapping[str, Path], test: ExampleStore, folder: Path, recipe: Recipe, progress: Progress
+) -> Scorecard:
+    """Measure models on test rows, and compare each with the fine-tuned one. The rows are kept in `folder`."""
     template = load_template(models["sft"])
-    test = Prepared.open(work / "sft" / "prepare").test
     data = select_evaluation_data(test, recipe.evaluate, template)
-    measurements = Measurements(work / "test")
+    folder.mkdir(exist_ok=True)
+    measurements = Measurements(folder)
     variants: dict[str, VariantSpec] = {}
     for name, folder in models.items():
         identity = identify_model(model_identity(folder), template, "transformers", dtype="float32", device="cpu")
@@ -177,7 +183,7 @@ def break_it(work: Path, steps: int) -> list[Candidate]:
 def use_wrong_reference(work: Path, rate: float, steps: int) -> Candidate:
     """DPO against the raw base model: its log-probabilities are put in place of those of the fine-tuned one, by hand, as no
     setting does it."""
-    name, recipe = "wrong-reference", recipe_of("dpo", rate, steps)
+    name, recipe = "wrong-reference", recipe_of("dpo", rate, steps + 1)  # not a stage that the first run has
     if not (work / f"{name}.json").exists():
         of_base = recipe_of("dpo", rate, steps, start="base")
         for copy, its_recipe in ((name, recipe), ("reference-of-base", of_base)):
@@ -197,8 +203,8 @@ def main() -> None:
         print(json.dumps(train_here(options.train, work, progress)))
         return
     progress, steps = TerminalProgress(), options.steps
-    recipe = load(RECIPE)
-    train(recipe.model_copy(update={"train": recipe.train[:1]}), work / "sft", progress)
+    recipe, first = load(RECIPE), work / first_name("dpo")
+    work.mkdir(parents=True, exist_ok=True)
     candidates = {
         objective: [train_candidate(work, f"{objective}-{rate:g}", recipe_of(objective, rate, steps)) for rate in rates]
         for objective, rates in RATES.items()
@@ -206,10 +212,10 @@ def main() -> None:
     best = {objective: chosen for objective, tried in candidates.items() if (chosen := choose(tried)) is not None}
     rate = best["dpo"].rate if "dpo" in best else RATES["dpo"][0]
     bare = train_candidate(work, f"dpo-without-sft-{rate:g}", recipe_of("dpo", rate, steps, sft_weight=0.0))
-    models = {"base": resolve_model(recipe.model.base).folder, "sft": work / "sft" / "train-1-sft" / MERGED_FOLDER}
+    models = {"base": resolve_model(recipe.model.base).folder, "sft": first / "train-1-sft" / MERGED_FOLDER}
     for objective, candidate in best.items():
         models[objective] = work / candidate.name / f"train-2-{objective}" / MERGED_FOLDER
-    prepared = Prepared.open(work / "sft" / "prepare")
+    prepared = Prepared.open(first / "prepare")
     page = Page(
         model=recipe.model.base.partition(":")[2],
         machine=machine(),
@@ -218,7 +224,7 @@ def main() -> None:
         steps=steps,
         candidates=candidates,
         best=best,
-        test=judge(models, work, recipe, progress),
+        test=judge(models, prepared.test, work / "test", recipe, progress),
         too_high=break_it(work, steps),
         wrong_reference=use_wrong_reference(work, rate, steps),
         without_sft_term=(next(c for c in candidates["dpo"] if c.rate == rate), bare),

@@ -47,7 +47,8 @@ class Candidate:
         lines = stage / "metrics.jsonl"
         steps = [json.loads(line) for line in lines.read_text("utf-8").splitlines()] if lines.exists() else []
         card, outcome = read_comparison(stage), stage / "outcome.json"
-        validation = card and tuple(card.variants[side].metrics[ACCURACY].mean for side in (BEFORE, AFTER))
+        means = {side: variant.metrics[ACCURACY].mean for side, variant in card.variants.items()} if card else {}
+        validation = (means[BEFORE], means[AFTER]) if AFTER in means else None
         guards = json.loads(outcome.read_text("utf-8"))["guards"] if outcome.exists() else None
         prompts = guards and (guards["basic_prompts_passed"], guards["basic_prompts"])
         return cls(name, config.objective, config.optimizer.lr, steps, validation, prompts, memory, stopped)
