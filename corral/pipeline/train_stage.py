@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,27 +14,24 @@ from corral.evaluation.alignment_gate import check_aligned_model
 from corral.export import contract
 from corral.formatting import format_bytes
 from corral.model.device import memory_limit
-from corral.model.folder import model_identity
 from corral.pipeline.context import RunContext
+from corral.pipeline.fine_tuning import FineTuning
 from corral.pipeline.start_comparison import StartComparison
-from corral.progress import Progress
 from corral.recipe.alignment import Guards
 from corral.run.promotion import MERGED_FOLDER
-from corral.run.stage_record import Settings, StageFolder, earlier_folders
-from corral.storage import new_directory, write_json
+from corral.run.stage_record import Settings, StageFolder
+from corral.storage import write_json
 from corral.training.alignment_warnings import WARNINGS_FILE, row_warnings, settings_warnings
 from corral.training.basic_prompts import read_basic_prompts
 from corral.training.memory_estimate import ModelShape
-from corral.training.objective_table import TAKES, build_objective
+from corral.training.objective_table import TAKES
 from corral.training.passes import Passes, choose_passes, savings
 from corral.training.stage_needs import stage_bytes
 
 if TYPE_CHECKING:
     from corral.model.adapter_files import AdapterFiles
     from corral.recipe import Train
-    from corral.training.guards import StageGuards
     from corral.training.stage_rows import StageRows
-    from corral.training.step_metrics import StepMetrics
     from corral.training.trained_model import TrainingSetup, ValidationSet
 
 
@@ -149,11 +145,14 @@ class TrainStage:
         hint = (
             f"needs less memory, cheapest first: {', '.join(hints)}; " if hints else ""
         ) + "`corral plan` estimates each"
+        before = context.recipe.stage_names[self.start - 1] if self.start else None
         comparison = self._start_comparison(folder.path, setup)
         if comparison is not None and setup.config.guards is not None:
             comparison.check_quantisation(setup.config.guards.quantisation_gap, f"train.{self.number - 1}")
         with out_of_memory_errors(f"while training on {setup.device}", where=self.name, hint=hint):
-            self._fine_tune(folder.path, setup, passes)
+            FineTuning(
+                context, self.number, folder.path, setup, passes, self.rows, self._validation_set(setup), before
+            ).run()
         gc.collect()
         if context.world.is_main:
             self._merge(folder.path, setup)
@@ -274,176 +273,3 @@ class TrainStage:
         measured, checks = check_merged_model(setup, folder, merged, probe_set, validation)
         for check in contract.certify_merged(merged, context.template, probe_set, measured, checks, form=setup.dtype):
             context.progress.say(f"contract, {check.name}: {check.detail}")
-
-    def _fine_tune(self, folder: Path, setup: TrainingSetup, passes: Passes) -> None:
-        from corral.model import adapters, packed_forward
-        from corral.training import optimizers, trained_model
-        from corral.training.loop import Trainer
-
-        context, config, validation = self.context, setup.config, self._validation_set(setup)
-        lora = config.method == "lora"
-        # A sharded model may not fit on one device as a whole: it is loaded on the CPU and moved shard by shard.
-        sharded = config.sharding == "full" and context.world.size > 1
-        seed = context.recipe.training_seed(self.number)
-        trained: Any = trained_model.load_trainable(
-            replace(setup, device="cpu") if sharded else setup,
-            context.template,
-            seed=context.recipe.training_seed(self.number),
-        )
-        if context.world.is_main:
-            replace(passes, fallbacks=tuple(packed_forward.fallbacks(trained))).write(folder)
-        probe_set = contract.make_probes(context.template)
-
-        def save(name: str) -> None:
-            values = training.weights()  # gathers the shards of all processes; the first one writes
-            if lora and context.world.is_main:
-                with new_directory(folder / name) as adapter_folder:
-                    base = context.recipe.model.base if setup.folder == context.base.folder else str(setup.folder)
-                    adapters.save(trained, adapter_folder, base=base, weights=values)
-                    context.template.save(adapter_folder)
-            elif not lora and name == trained_model.ADAPTER_FOLDER:  # a checkpoint holds the last weights
-                scores = training.score([p.ids for p in probe_set], [p.start for p in probe_set])
-                if context.world.is_main:
-                    trained_model.save_full_model(
-                        trained, values, scores, setup, folder, context.template, context.base.licence_files
-                    )
-
-        training = Trainer(
-            trained,
-            self.rows.train,
-            validation.rows,
-            build_objective(config),
-            config,
-            pack_length=validation.pack_length,
-            seed=seed,
-            folder=folder,
-            save_best=lambda: save(trained_model.ADAPTER_FOLDER),
-            start=self._start_identity(setup) if context.world.is_main else "",
-            world=context.world,
-            device=setup.device,
-            guards=self._build_guards(folder, setup, trained.config.max_position_embeddings),
-        )
-        what = f"LoRA r {config.lora.rank}" if lora else "all weights"
-        if setup.adapter is not None:
-            context.progress.say(f"the adapter {setup.adapter} is trained further; its base stays frozen")
-        cut = f"packs of {passes.pack_length:,} tokens" + (", checkpointed" if passes.gradient_checkpointing else "")
-        if warning := optimizers.unsupported(config.optimizer, setup.device):
-            context.progress.say(warning)
-        if training.reference_rows:
-            context.progress.start("Computing log-probabilities of the reference", training.reference_rows)
-            with context.interrupts.deferred() as should_stop:
-                training.prepare_reference(
-                    on_rows=lambda n: context.progress.update(n, ""),
-                    should_stop=should_stop,
-                    earlier=earlier_folders(folder),
-                )
-        context.progress.start(f"Training ({config.objective}, {what}, {cut})", training.total_steps)
-        with context.interrupts.deferred() as should_stop, _step_listeners(context, folder, setup) as on_step:
-            outcome = training.run(on_step=on_step, should_stop=should_stop, warn=context.progress.say)
-            if context.world.any_process(should_stop()):  # stopped in the last step
-                raise KeyboardInterrupt
-        save("last")
-        if outcome.best_loss is None:
-            save(trained_model.ADAPTER_FOLDER)
-        if not context.world.is_main:
-            return
-        result: dict[str, Any] = {field: getattr(outcome, field) for field in outcome.__slots__}
-        if training.guards is not None:
-            kept = outcome.steps if outcome.best_loss is None else outcome.best_step
-            result["guards"] = training.guards.figures(kept)
-        write_json(folder / "outcome.json", result)
-        held_out = "" if outcome.best_loss is None else f"; best held-out loss {outcome.best_loss:.4f}"
-        context.progress.say(
-            f"{outcome.steps} steps, {outcome.tokens:,} tokens at {outcome.tokens / outcome.seconds:.0f} tokens/s{held_out}"
-            + (f" at step {outcome.best_step}" if held_out else "")
-        )
-
-    def _build_guards(self, folder: Path, setup: TrainingSetup, longest: int) -> StageGuards | None:
-        """What stops it before it breaks the model, if it aligns one.
-
-        Raises: TemplateError (the model that it starts from knows other prompts), DataError.
-        """
-        from corral.training.guards import StageGuards
-        from corral.training.start_checks import check_prompts, reference_tolerance
-
-        context, config = self.context, setup.config
-        if config.guards is None:
-            return None
-        before = context.recipe.stage_names[self.start - 1] if self.start else None
-        if warning := check_prompts(context.template, self.rows.train, setup.folder, stage=before):
-            context.progress.say(warning)
-        return StageGuards(
-            config,
-            self.number,
-            context.template,
-            longest=longest,
-            tolerance=reference_tolerance(setup.dtype, config.quantization),
-            folder=folder,
-            world=context.world,
-            say=context.progress.say,
-        )
-
-    @staticmethod
-    def _start_identity(setup: TrainingSetup) -> str:
-        """Identifies the model that it starts from, as it is loaded: under it the reference's log-probabilities are kept.
-        Empty for an objective without a reference: no files are hashed for it."""
-        if not build_objective(setup.config).needs_reference:
-            return ""
-        folders = [setup.folder, *([setup.adapter] if setup.adapter else [])]
-        return " ".join([*map(model_identity, folders), setup.dtype, str(setup.quantization)])
-
-
-@contextlib.contextmanager
-def _step_listeners(
-    context: RunContext, folder: Path, setup: TrainingSetup
-) -> Generator[Callable[[StepMetrics], None]]:
-    """Passes the metrics of each step to the progress display, the recipe's trackers and the profiler, if any."""
-    from corral.training.profiler import StepProfiler
-    from corral.training.trackers import Trackers
-
-    trackers = Trackers(
-        context.recipe.trackers if context.world.is_main else (),
-        folder,
-        context.recipe.name,
-        setup.config.model_dump(mode="json"),
-        context.progress.say,
-    )
-    with contextlib.ExitStack() as stack:
-        stack.callback(trackers.finish)
-        profile = None
-        if context.profile and context.world.is_main:
-            profile = stack.enter_context(
-                StepProfiler(folder / "profile", context.progress.say, cuda=setup.device.startswith("cuda"))
-            )
-
-        def on_step(metrics: StepMetrics) -> None:
-            _show_metrics(context.progress, metrics)
-            trackers.log(metrics)
-            if profile is not None and metrics.step:
-                profile.step()
-
-        yield on_step
-
-
-def _show_metrics(progress: Progress, metrics: StepMetrics) -> None:
-    parts = [] if metrics.loss is None else [f"loss {metrics.loss:.3f}", f"{metrics.tokens_per_second:.0f} tokens/s"]
-    parts += _preference_figures(metrics, "")
-    if metrics.eval_loss is not None:
-        held_out = [f"held-out loss {metrics.eval_loss:.4f}", *_preference_figures(metrics, "eval_")]
-        parts.append(held_out[0])
-        progress.say(f"step {metrics.step}: {', '.join([*held_out, *_guard_figures(metrics)])}")
-    progress.update(metrics.step, ", ".join(parts))
-
-
-def _preference_figures(metrics: StepMetrics, prefix: str) -> list[str]:
-    """How the rewards of chosen and rejected answers differ, if the stage's objective has rewards."""
-    names = {"reward_accuracy": "accuracy {:.0%}", "reward_margin": "margin {:.3f}"}
-    values = {text: metrics.objective.get(prefix + name) for name, text in names.items()}
-    return [text.format(value) for text, value in values.items() if value is not None]
-
-
-def _guard_figures(metrics: StepMetrics) -> list[str]:
-    """What the guards measured after a step, if the stage has any."""
-    fall, passed = (metrics.objective.get(name) for name in ("chosen_fall", "basic_prompts_passed"))
-    figures = [] if fall is None else [f"log-probability of chosen answers {-fall:+.1%}"]
-    return figures if passed is None else [*figures, f"{passed:.0f} basic prompts answered well"]
