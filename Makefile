@@ -59,6 +59,7 @@ bench: $(INSTALLED_DEV)
 	$(BIN)/python benchmarks/batch.py --json benchmarks/results/batch.json
 	$(BIN)/python benchmarks/serve.py --json benchmarks/results/serve.json
 	$(BIN)/python benchmarks/findings.py --run runs/quickstart
+	$(BIN)/python benchmarks/alignment.py
 
 # What a user needs: `make demo` installs nothing else.
 $(INSTALLED): pyproject.toml constraints.txt

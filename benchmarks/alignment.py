@@ -14,9 +14,10 @@ import argparse
 import gc
 import json
 import os
-import resource
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -33,7 +34,7 @@ from corral.data.example_store import ExampleStore
 from corral.data.prepare import Prepared
 from corral.engines.base import run_engine
 from corral.engines.registry import load_engine
-from corral.errors import CorralError
+from corral.errors import CheckpointError, GateError
 from corral.evaluation.evaluation_data import select_evaluation_data
 from corral.evaluation.measurements import Measurements, VariantSpec
 from corral.evaluation.scorecard import Scorecard, build_scorecard
@@ -45,6 +46,7 @@ from corral.progress import Progress
 from corral.recipe import Recipe, load
 from corral.run.promotion import MERGED_FOLDER
 from corral.storage import write_atomic, write_json
+from corral.system import proc_bytes
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart-align.toml"
 STEPS = 16
@@ -59,7 +61,7 @@ RATES: Mapping[str, Sequence[float]] = {
 """The rates that each objective tries."""
 SINGLE_ANSWERS = ("kto", "ulma")
 """Objectives of single answers: a step takes twice as many of them as of pairs."""
-TOO_HIGH = [2e-4 * 2**n for n in range(1, 7)]
+TOO_HIGH = [2e-4 * 2**n for n in range(7)]
 """Rates to break the model with, in order, until a guard stops one."""
 PACKAGES = ("torch", "transformers", "peft")
 
@@ -80,13 +82,19 @@ def recipe_of(objective: str, rate: float, steps: int, *, start: str | None = No
 
 
 def train_candidate(work: Path, name: str, recipe: Recipe) -> Candidate:
-    """Train in a process of its own, unless that was done."""
-    out, outcome = work / name, work / f"{name}.json"
-    if not outcome.exists():
-        write_json(outcome, train_copy(work, name, recipe))
-    figures = json.loads(outcome.read_text("utf-8"))
-    stage = out / recipe.stage_names[-1]
-    return Candidate.read(name, recipe.train[-1], stage, figures["peak_memory_bytes"], figures["stopped"])
+    """Train in processes of its own, one up to the first step and one from there, unless that was done."""
+    outcome = work / f"{name}.json"
+    if not is_done(outcome, recipe):
+        before = train_copy(work, name, recipe, "--until-training")
+        trained = train_copy(work, name, recipe) if before["stopped"] is None else before
+        figures = {"reference_seconds": before["reference_seconds"], "recipe": recipe.to_toml()}
+        write_json(outcome, trained | figures)
+    return Candidate.read(name, recipe.train[-1], work / name / recipe.stage_names[-1], outcome)
+
+
+def is_done(outcome: Path, recipe: Recipe) -> bool:
+    """Whether a candidate was trained by this recipe."""
+    return outcome.exists() and json.loads(outcome.read_text("utf-8"))["recipe"] == recipe.to_toml()
 
 
 def first_name(objective: str) -> str:
@@ -98,7 +106,8 @@ def train_copy(work: Path, name: str, recipe: Recipe, *options: str) -> dict[str
     """Run the training stages of a recipe in a copy of the first run, so that the model is fine-tuned once; of an objective's
     further rates in a copy of its first one, so that the reference is computed once. A copy that is there goes on.
 
-    Returns: `peak_memory_bytes` of the process, and `stopped`: what a check said, if one stopped it.
+    Returns: `peak_memory_bytes` of the process, `reference_seconds` that it computed the reference, and `stopped`: what a
+        check said, if one stopped it.
     """
     out, file = work / name, work / f"{name}.toml"
     if not out.exists():
@@ -124,25 +133,36 @@ def copy_run(run: Path, out: Path) -> None:
 
 
 class UntilTraining(TerminalProgress):
-    """Interrupts a stage that aligns when its reference has been computed."""
+    """Interrupts the stage that aligns before its first step, and times its reference."""
+
+    reference_seconds = 0.0
+    _reference_began = 0.0
 
     def start(self, title: str, total: int | None) -> None:
-        if title.startswith("Training ("):
+        if title.startswith("Computing log-probabilities of the reference"):
+            self._reference_began = time.perf_counter()
+        if title.startswith("Training (") and not title.startswith("Training (sft"):
+            if self._reference_began:
+                self.reference_seconds = time.perf_counter() - self._reference_began
             raise KeyboardInterrupt
         super().start(title, total)
 
 
 def train_here(file: Path, out: Path, progress: Progress) -> dict[str, Any]:
-    """Run the training stages of a recipe; see `train_copy`."""
+    """Prepare the rows and run the training stages of a recipe; see `train_copy`."""
     recipe, stopped = load(file), None
     try:
         execute(recipe, out, progress, allowed=["prepare", *recipe.stage_names])
-    except CorralError as error:
-        stopped = f"{error.what}; {error.hint}"
+    except (GateError, CheckpointError) as error:
+        stopped = error.what
     except KeyboardInterrupt:
-        stopped = "before its first step"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"peak_memory_bytes": peak, "stopped": stopped}
+        if not isinstance(progress, UntilTraining):
+            raise
+    seconds = progress.reference_seconds if isinstance(progress, UntilTraining) else 0.0
+    peak = (
+        proc_bytes("self/status", "VmHWM") or 0
+    )  # not `getrusage`: a process inherits that of the one that started it
+    return {"peak_memory_bytes": peak, "reference_seconds": seconds, "stopped": stopped}
 
 
 def judge(
@@ -184,7 +204,7 @@ def use_wrong_reference(work: Path, rate: float, steps: int) -> Candidate:
     """DPO against the raw base model: its log-probabilities are put in place of those of the fine-tuned one, by hand, as no
     setting does it."""
     name, recipe = "wrong-reference", recipe_of("dpo", rate, steps + 1)  # not a stage that the first run has
-    if not (work / f"{name}.json").exists():
+    if not is_done(work / f"{name}.json", recipe):
         of_base = recipe_of("dpo", rate, steps, start="base")
         for copy, its_recipe in ((name, recipe), ("reference-of-base", of_base)):
             train_copy(work, copy, its_recipe, "--until-training")
@@ -220,7 +240,7 @@ def main() -> None:
         model=recipe.model.base.partition(":")[2],
         machine=machine(),
         versions={name: version(name) for name in PACKAGES},
-        rows={side: _count_pairs(getattr(prepared, side)) for side in ("train", "validation", "test")},
+        prompts={side: _pairs_by_prompt(getattr(prepared, side)) for side in ("train", "validation", "test")},
         steps=steps,
         candidates=candidates,
         best=best,
@@ -234,10 +254,10 @@ def main() -> None:
     print(f"wrote {options.out}")
 
 
-def _count_pairs(rows: ExampleStore) -> tuple[int, int]:
-    """(prompts, pairs)."""
-    pairs = [row.record for row in rows.select(types=(Preference,))]
-    return len({pair.prompt for pair in pairs if isinstance(pair, Preference)}), len(pairs)
+def _pairs_by_prompt(rows: ExampleStore) -> Counter[str]:
+    """How many pairs there are about each prompt."""
+    pairs = (row.record for row in rows.select(types=(Preference,)))
+    return Counter(json.dumps(pair.prompt.to_json()) for pair in pairs if isinstance(pair, Preference))
 
 
 def _parser() -> argparse.ArgumentParser:

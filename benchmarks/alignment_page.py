@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from findings_page import markdown_table, sentence
 
 from corral.evaluation.alignment_gate import AFTER, BEFORE, read_comparison
 from corral.evaluation.scorecard import Comparison, Scorecard
+from corral.evaluation.statistics import holm
 from corral.evaluation.tables import cost_rows
 from corral.formatting import signed
 from corral.recipe import Train
@@ -27,8 +29,8 @@ class Candidate:
         steps: the lines of its `metrics.jsonl`.
         validation: preference accuracy on validation prompts before and after; None if it was stopped before.
         prompts: basic prompts that the kept weights answer well, and that the model before did; None if it was stopped.
-        seconds: spent in steps.
-        memory: the process's peak resident size, in bytes.
+        reference_seconds: spent on log-probabilities under the reference; 0 if they were there.
+        memory: the peak resident size of the process that trained, in bytes.
         stopped: what a guard or a check said, if it stopped the stage.
     """
 
@@ -38,12 +40,14 @@ class Candidate:
     steps: Sequence[Mapping[str, Any]]
     validation: tuple[float, float] | None
     prompts: tuple[int, int] | None
+    reference_seconds: float
     memory: int
     stopped: str | None
 
     @classmethod
-    def read(cls, name: str, config: Train, stage: Path, memory: int, stopped: str | None) -> Candidate:
-        """From the folder of the stage, which may be unfinished."""
+    def read(cls, name: str, config: Train, stage: Path, figures: Path) -> Candidate:
+        """From the folder of the stage, which may be unfinished, and what its process printed."""
+        printed = json.loads(figures.read_text("utf-8"))
         lines = stage / "metrics.jsonl"
         steps = [json.loads(line) for line in lines.read_text("utf-8").splitlines()] if lines.exists() else []
         card, outcome = read_comparison(stage), stage / "outcome.json"
@@ -51,7 +55,17 @@ class Candidate:
         validation = (means[BEFORE], means[AFTER]) if AFTER in means else None
         guards = json.loads(outcome.read_text("utf-8"))["guards"] if outcome.exists() else None
         prompts = guards and (guards["basic_prompts_passed"], guards["basic_prompts"])
-        return cls(name, config.objective, config.optimizer.lr, steps, validation, prompts, memory, stopped)
+        return cls(
+            name,
+            config.objective,
+            config.optimizer.lr,
+            steps,
+            validation,
+            prompts,
+            printed["reference_seconds"],
+            printed["peak_memory_bytes"],
+            printed["stopped"],
+        )
 
     @property
     def seconds(self) -> float:
@@ -69,7 +83,7 @@ class Page:
     """Everything on the page.
 
     Args:
-        rows: prompts and pairs of each side.
+        prompts: of each side how many pairs there are about each prompt.
         candidates: of each objective, all rates that it tried.
         best: of each objective the candidate that was judged on test prompts, if any could be.
         test: its models beside the fine-tuned one, by objective.
@@ -81,7 +95,7 @@ class Page:
     model: str
     machine: Mapping[str, Any]
     versions: Mapping[str, str]
-    rows: Mapping[str, tuple[int, int]]
+    prompts: Mapping[str, Mapping[str, int]]
     steps: int
     candidates: Mapping[str, Sequence[Candidate]]
     best: Mapping[str, Candidate]
@@ -99,7 +113,10 @@ def choose(candidates: Sequence[Candidate]) -> Candidate | None:
 
 def write_page(page: Page) -> str:
     """The page, as Markdown."""
-    sides = "; ".join(f"{side} {pairs} pairs about {prompts} prompts" for side, (prompts, pairs) in page.rows.items())
+    sides = "; ".join(
+        f"{side} {sum(pairs.values())} pairs about {len(pairs)} prompts" for side, pairs in page.prompts.items()
+    )
+    shared = sum(count > 1 for count in Counter(prompt for pairs in page.prompts.values() for prompt in pairs).values())
     machine = (
         f"{page.machine['cpu']}, {page.machine['cores']} cores, {page.machine['os']}, Python {page.machine['python']}"
     )
@@ -112,13 +129,14 @@ def write_page(page: Page) -> str:
         "",
         f"The model is {page.model}, fine-tuned on harmless answers and then aligned by each objective with the same pairs, "
         f"for {page.steps} steps, as in [recipes/quickstart-align.toml](../recipes/quickstart-align.toml). "
-        f"{sides.capitalize()}. No prompt stands on two sides. Each objective tried the rates below; the one that put most "
+        f"{sides.capitalize()}; prompts on two sides: {shared}. Each objective tried the rates below; the one that put most "
         "validation pairs into the right order was judged on the test prompts, once. "
         f"Machine: {machine}. {versions}.",
         "",
         "Preference accuracy is the share of pairs whose better answer has the higher log-probability per token; the margin "
-        "is in nats, over whole answers. Differences are paired with the fine-tuned model, and their intervals clustered by "
-        "prompt. A basic prompt is one that the fine-tuned model answered well. One small model, one seed: these are no laws.",
+        "is in nats, over whole answers. Differences are paired with the fine-tuned model, and their intervals (95 %, each by "
+        "itself) clustered by prompt; the p of preference accuracy is adjusted for the number of objectives (Holm). A "
+        "basic prompt is one that the fine-tuned model answered well. One small model, one seed: these are no laws.",
         "",
         "## Every objective, on test prompts",
         "",
@@ -139,7 +157,7 @@ def write_page(page: Page) -> str:
 
 _TEST_HEADER = (
     *("model", "rate", "preference accuracy ↑", "difference (interval)", "margin, difference", "held-out loss ↓"),
-    *("basic prompts", "tokens per answer", "seconds", "memory, GB"),
+    *("basic prompts", "tokens per answer", "reference, s", "steps, s", "memory, GB"),
 )
 
 
@@ -157,6 +175,7 @@ def _test_row(page: Page, name: str) -> tuple[str, ...]:
         f"{metrics[LOSS].mean:.3f}",
         f"{best.prompts[0]} of {best.prompts[1]}" if best and best.prompts else "",
         lengths.get(name, ""),
+        f"{page.candidates[name][0].reference_seconds:.0f}" if best else "",
         f"{best.seconds:.0f}" if best else "",
         f"{best.memory / 1e9:.1f}" if best else "",
     )
@@ -170,10 +189,11 @@ def _difference(comparison: Comparison, digits: int) -> str:
 
 
 def _verdicts(page: Page) -> list[str]:
-    missing = [name for name in page.candidates if name not in page.best]
+    compared = [c for c in page.test.comparisons if c.metric == ACCURACY and c.a in page.best]
+    adjusted = holm([c.p for c in compared])
     return [
-        *(sentence(c) for c in page.test.comparisons if c.metric in (ACCURACY, LOSS) and c.a in page.best),
-        *(f"**{name}** was stopped at every rate." for name in missing),
+        *(sentence(c.model_copy(update={"p_holm": p})) for c, p in zip(compared, adjusted, strict=True)),
+        *(f"**{name}** was stopped at every rate." for name in page.candidates if name not in page.best),
     ]
 
 

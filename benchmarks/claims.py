@@ -72,7 +72,8 @@ def report(claims: Sequence[Claim], raw: Any, packages: Sequence[str], json_file
 def machine() -> dict[str, Any]:
     """The hardware and system that the figures depend on; nothing that identifies the machine or its owner."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": _cpu_field("model name") or platform.processor() or platform.machine(),
+        "full_width_avx512": has_full_width_avx512(),
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "os": _os_name(),
@@ -80,14 +81,20 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _cpu_model() -> str:
+def has_full_width_avx512() -> bool:
+    """Whether the units for AVX-512 have 512 bits: on Intel's processors with it, and from AMD's fifth generation of Zen on,
+    the first that intersects vectors."""
+    flags = _cpu_field("flags").split()
+    return "avx512f" in flags and (_cpu_field("vendor_id") == "GenuineIntel" or "avx512_vp2intersect" in flags)
+
+
+def _cpu_field(name: str) -> str:
+    """A field of Linux's first processor; empty if it is not known."""
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
 
 
 def _os_name() -> str:
