@@ -66,9 +66,10 @@ TOO_HIGH = [2e-4 * 2**n for n in range(7)]
 PACKAGES = ("torch", "transformers", "peft")
 
 
-def recipe_of(objective: str, rate: float, steps: int, *, start: str | None = None, **settings: Any) -> Recipe:
+def recipe_of(
+    recipe: Recipe, objective: str, rate: float, steps: int, *, start: str | None = None, **settings: Any
+) -> Recipe:
     """The recipe with another objective, with these settings, and another rate in its last stage."""
-    recipe = load(RECIPE)
     raw = recipe.model_dump(mode="json", exclude_unset=True)
     sft, aligned = raw["train"]
     aligned.pop(recipe.train[1].objective, None)
@@ -190,22 +191,22 @@ def judge(
     return build_scorecard(rows, baseline="sft", seed=recipe.seed, primary="preference_accuracy")
 
 
-def break_it(work: Path, steps: int) -> list[Candidate]:
+def break_it(work: Path, recipe: Recipe, steps: int) -> list[Candidate]:
     """DPO with rates that are doubled until a guard stops it."""
     tried: list[Candidate] = []
     for rate in TOO_HIGH:
-        tried.append(train_candidate(work, f"dpo-{rate:g}", recipe_of("dpo", rate, steps)))
+        tried.append(train_candidate(work, f"dpo-{rate:g}", recipe_of(recipe, "dpo", rate, steps)))
         if tried[-1].stopped:
             break
     return tried
 
 
-def use_wrong_reference(work: Path, rate: float, steps: int) -> Candidate:
+def use_wrong_reference(work: Path, recipe: Recipe, rate: float, steps: int) -> Candidate:
     """DPO against the raw base model: its log-probabilities are put in place of those of the fine-tuned one, by hand, as no
     setting does it."""
-    name, recipe = "wrong-reference", recipe_of("dpo", rate, steps + 1)  # not a stage that the first run has
+    name, of_base = "wrong-reference", recipe_of(recipe, "dpo", rate, steps, start="base")
+    recipe = recipe_of(recipe, "dpo", rate, steps + 1)  # not a stage that the first run has
     if not is_done(work / f"{name}.json", recipe):
-        of_base = recipe_of("dpo", rate, steps, start="base")
         for copy, its_recipe in ((name, recipe), ("reference-of-base", of_base)):
             train_copy(work, copy, its_recipe, "--until-training")
         for path in (work / "reference-of-base" / of_base.stage_names[-1] / "reference").glob("*.jsonl"):
@@ -223,15 +224,17 @@ def main() -> None:
         print(json.dumps(train_here(options.train, work, progress)))
         return
     progress, steps = TerminalProgress(), options.steps
-    recipe, first = load(RECIPE), work / first_name("dpo")
+    recipe, first = load(options.recipe), work / first_name("dpo")
     work.mkdir(parents=True, exist_ok=True)
     candidates = {
-        objective: [train_candidate(work, f"{objective}-{rate:g}", recipe_of(objective, rate, steps)) for rate in rates]
+        objective: [
+            train_candidate(work, f"{objective}-{rate:g}", recipe_of(recipe, objective, rate, steps)) for rate in rates
+        ]
         for objective, rates in RATES.items()
     }
     best = {objective: chosen for objective, tried in candidates.items() if (chosen := choose(tried)) is not None}
     rate = best["dpo"].rate if "dpo" in best else RATES["dpo"][0]
-    bare = train_candidate(work, f"dpo-without-sft-{rate:g}", recipe_of("dpo", rate, steps, sft_weight=0.0))
+    bare = train_candidate(work, f"dpo-without-sft-{rate:g}", recipe_of(recipe, "dpo", rate, steps, sft_weight=0.0))
     models = {"base": resolve_model(recipe.model.base).folder, "sft": first / "train-1-sft" / MERGED_FOLDER}
     for objective, candidate in best.items():
         models[objective] = work / candidate.name / f"train-2-{objective}" / MERGED_FOLDER
@@ -245,8 +248,8 @@ def main() -> None:
         candidates=candidates,
         best=best,
         test=judge(models, prepared.test, work / "test", recipe, progress),
-        too_high=break_it(work, steps),
-        wrong_reference=use_wrong_reference(work, rate, steps),
+        too_high=break_it(work, recipe, steps),
+        wrong_reference=use_wrong_reference(work, recipe, rate, steps),
         without_sft_term=(next(c for c in candidates["dpo"] if c.rate == rate), bare),
     )
     progress.stop()
@@ -262,6 +265,7 @@ def _pairs_by_prompt(rows: ExampleStore) -> Counter[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help="another recipe of an `sft` and a `dpo` stage")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of each objective (default: {STEPS})")
     parser.add_argument("--work", type=Path, default=Path("build/alignment"), help="where runs and rows are kept")
     parser.add_argument("--out", type=Path, default=Path("docs/alignment.md"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from corral.evaluation.scorecard import Scorecard, build_scorecard
 from corral.evaluation.scoring import PairSums, Row, VariantRows
 from corral.recipe import Train, load
 from tests.benchmarks.test_findings import BENCHMARKS
+from tests.conftest import write_rows
+from tests.e2e.test_alignment import write_preferences, write_recipe
 
 
 @pytest.fixture
@@ -102,3 +105,30 @@ def test_a_candidate_is_read_from_a_stage_that_was_stopped(page: Any, tmp_path: 
     read = page.Candidate.read("dpo", config, tmp_path, tmp_path / "printed.json")
     assert (read.seconds, read.chosen_fall, read.validation, read.prompts) == (2.5, 0.3, None, None)
     assert (read.memory, read.reference_seconds, read.stopped) == (10, 4.0, "a guard")
+
+
+@pytest.mark.full
+def test_the_command_trains_compares_breaks_and_refuses(
+    page: Any, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = importlib.import_module("alignment")
+    write_rows(tmp_path / "rows.jsonl")
+    write_preferences(tmp_path)
+    write_recipe(tmp_path, tiny_folder, "dpo", "pairs.jsonl")
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(recipe.read_text("utf-8").replace('name = "aligned"\n', ""), "utf-8")
+    monkeypatch.setattr(benchmark, "RATES", {"dpo": (1e-3, 2e-3), "orpo": (2e-3,), "ulma": (2e-3,)})
+    monkeypatch.setattr(benchmark, "TOO_HIGH", [4e-3, 40.0])
+    work, out = tmp_path / "work", tmp_path / "alignment.md"
+    arguments = ["alignment.py", "--recipe", recipe, "--steps", 2, "--work", work, "--out", out]
+    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+    benchmark.main()
+    text = out.read_text("utf-8")
+    assert all(f"| {name} | " in text for name in ("base", "sft", "dpo", "orpo", "ulma"))
+    assert "prompts on two sides: 0" in text
+    assert "It was refused: the reference is not the model that this stage starts from" in text
+    assert "At 40 it was stopped: " in text
+    files = {path: path.stat().st_mtime_ns for path in work.glob("*.json")}
+    benchmark.main()
+    assert {path: path.stat().st_mtime_ns for path in work.glob("*.json")} == files
+    assert out.read_text("utf-8") == text
