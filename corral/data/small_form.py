@@ -1,7 +1,8 @@
 """Makes the small form of a recipe: the starter model, made-up rows of each source's schema, a few steps.
 
-Nothing else differs, but for the largest losses of a stage that aligns. So a recipe for a GPU and data sets on the hub can be
-tried on any machine in minutes. A model learns nothing from the rows.
+Nothing else differs, but for the limits of a stage that aligns (its largest losses, and the tokens of a basic prompt's
+answer). So a recipe for a GPU and data sets on the hub can be tried on any machine in minutes. A model learns nothing from the
+rows.
 """
 
 from __future__ import annotations

@@ -48,7 +48,8 @@ def settings_warnings(stage: Train, base: Path | None) -> list[str]:
     if stage.optimizer.lr >= _HIGH_LR[stage.method]:
         warnings.append(
             f"`optimizer.lr` = {stage.optimizer.lr:g} is a rate for fine-tuning: with `{stage.objective}` it easily breaks a "
-            f'model; {_HIGH_LR[stage.method] / 10:g} is usual with `method` = "{stage.method}"'
+            f'large model, for which {_HIGH_LR[stage.method] / 10:g} is usual with `method` = "{stage.method}"; a small one '
+            "may need more: watch what the guards measure"
         )
     if base is not None and stage.objective != "orpo" and load_tokenizer(base).chat_template is None:
         warnings.append(

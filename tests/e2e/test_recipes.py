@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from corral.messages import Conversation, Preference, record_key
 from corral.recipe import Recipe, load
 from corral.template import Template
 from corral.training.stage_rows import check_rows_taken
+from tests.e2e.conftest import succeed
 from tests.template.real import tokenizer
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -71,6 +73,36 @@ def test_no_stage_of_the_harmless_assistant_is_trained_on_an_answer_to_a_prompt_
     assert tested
     assert trained
     assert not tested & trained
+
+
+def test_the_general_assistant_is_aligned_with_the_published_settings() -> None:
+    stage = load(FOLDER / "llma-o.toml").train[1]
+    assert stage.dpo is not None
+    assert (stage.objective, stage.dpo.beta, stage.epochs) == ("dpo", 0.01, 1)
+    assert (stage.lora.rank, stage.lora.alpha, stage.lora.dropout, stage.lora.targets) == (16, 16, 0.05, "all-linear")
+    assert (stage.optimizer.lr, stage.optimizer.schedule, stage.optimizer.warmup_ratio) == (5e-6, "cosine", 0.1)
+
+
+def test_the_harmless_assistant_is_aligned_with_the_settings_of_ulmas_authors() -> None:
+    stage = load(FOLDER / "harmless.toml").train[1]
+    assert stage.ulma is not None
+    assert (stage.ulma.beta, stage.ulma.c, stage.epochs, stage.batch_size) == (0.1, 0, 3, 64)
+    assert (stage.lora.rank, stage.lora.alpha, stage.lora.dropout, stage.lora.targets) == (
+        8,
+        32,
+        0.1,
+        ("q_proj", "v_proj"),
+    )
+    assert (stage.optimizer.lr, stage.optimizer.schedule) == (1e-5, "cosine")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["llma-o", "harmless", "quickstart-align"])
+def test_the_small_form_of_a_recipe_that_aligns_runs_to_its_end(name: str, tmp_path: Path) -> None:
+    done = succeed("run", FOLDER / f"{name}.toml", "--small", "--out", tmp_path / "run", "--json")
+    assert set(json.loads(done.stdout)["stages"].values()) == {"done"}
+    card = json.loads((tmp_path / "run" / "evaluate" / "scorecard.json").read_text("utf-8"))
+    assert set(card["variants"]) == {"base", "tuned", "sft"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
