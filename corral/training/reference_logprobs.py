@@ -2,7 +2,8 @@
 
 They are right for adapters and full fine-tuning alike, and no second model stays in memory. The file begins with what they
 belong to (the model and the rows), so that another model's are refused, and grows by a line for some rows at a time, so that
-an interrupted pass goes on where it was.
+an interrupted pass goes on where it was. Each line has the number of its first row and a hash, so that one that is changed,
+lost or moved is refused as well.
 """
 
 from __future__ import annotations
@@ -83,11 +84,11 @@ def stored_logprobs(
             identity.
 
     Raises:
-        CheckpointError: the file belongs to another model or other rows.
+        CheckpointError: the file belongs to another model or other rows, or is damaged.
         TrainingError: the reference gives a row no finite log-probability.
         StorageError: the disk is full, or the file cannot be written.
     """
-    done: list[Logprobs] = world.broadcast(_read(path, identity, len(rows), earlier) if world.is_main else None)
+    done: list[Logprobs] = world.broadcast(_read(path, identity, rows, earlier) if world.is_main else None)
     while len(done) < len(rows):
         if world.any_process(should_stop()):
             raise KeyboardInterrupt
@@ -103,7 +104,7 @@ def stored_logprobs(
                 )
         if world.is_main:
             with storage_errors(path), path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+                file.write(format_line(identity, len(done), values))
                 file.flush()
                 os.fsync(file.fileno())
         done += values
@@ -111,11 +112,12 @@ def stored_logprobs(
     return done
 
 
-def _read(path: Path, identity: str, count: int, earlier: Sequence[Path]) -> list[Logprobs]:
+def _read(path: Path, identity: str, rows: Sequence[Example], earlier: Sequence[Path]) -> list[Logprobs]:
     """What the file has; it is begun if there is none, and a half-written last line is removed."""
-    first = json.dumps({"identity": identity, "rows": count}) + "\n"
-    lines = _lines(path) or next((lines for lines in map(_lines, earlier) if lines[:1] == [first]), [])
-    if lines and lines[0] != first:
+    first = json.dumps({"identity": identity, "rows": len(rows)}) + "\n"
+    own = _lines(path)
+    lines = own or next((lines for lines in map(_lines, earlier) if lines[:1] == [first]), [first])
+    if lines[0] != first:
         raise CheckpointError(
             "the log-probabilities of the reference that are stored here are of another model or of other rows",
             where=str(path),
@@ -124,15 +126,40 @@ def _read(path: Path, identity: str, count: int, earlier: Sequence[Path]) -> lis
     done: list[Logprobs] = []
     whole = 1
     for line in lines[1:]:
-        try:
-            values: Any = json.loads(line) if line.endswith("\n") else None
-            done += [tuple(map(float, logprobs)) for logprobs in values]
-        except (ValueError, TypeError):
+        values = _parse(line, identity, len(done), rows)
+        if values is None:
             break
+        done += values
         whole += 1
-    if whole < len(lines) or not path.exists():
-        write_atomic(path, "".join([first, *lines[1:whole]]))
-    return done[:count]
+    if own and whole < len(own) and own[whole].endswith("\n"):
+        raise CheckpointError(
+            f"the stored log-probabilities of the reference are damaged: line {whole + 1} is not as it was written",
+            where=str(path),
+            hint="copy that file again, or remove it: the log-probabilities are then computed again, and the stage goes on",
+        )
+    if whole < len(lines) or not own:
+        write_atomic(path, "".join(lines[:whole]))
+    return done
+
+
+def format_line(identity: str, start: int, values: Sequence[Sequence[float]]) -> str:
+    """The line of some rows, of which the first has the number `start`."""
+    digest = hashlib.sha256(f"{identity} {start} {json.dumps(values)}".encode()).hexdigest()
+    return json.dumps({"start": start, "logprobs": values, "sha256": digest}) + "\n"
+
+
+def _parse(line: str, identity: str, start: int, rows: Sequence[Example]) -> list[Logprobs] | None:
+    """The values of a line that begins with row `start`; None if it is not as it was written, or does not fit these rows."""
+    try:
+        values: Any = json.loads(line)["logprobs"]
+        if line != format_line(identity, start, values) or start + len(values) > len(rows):
+            return None
+        parsed = [tuple(map(float, logprobs)) for logprobs in values]
+    except (ValueError, TypeError, KeyError):
+        return None
+    counts = [len(rows[start + i].sequences) for i in range(len(parsed))]
+    fits = counts == list(map(len, parsed)) and all(math.isfinite(value) for logprobs in parsed for value in logprobs)
+    return parsed if fits else None
 
 
 def _lines(path: Path) -> list[str]:

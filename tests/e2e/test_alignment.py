@@ -77,7 +77,7 @@ def test_dpo_after_sft_is_trained_evaluated_and_reported(folder: Path, tiny_fold
     header, *stored = (stage / "reference" / "train.jsonl").read_text().splitlines()
     rows = json.loads(header)["rows"]
     assert len(stored) == math.ceil(rows / ROWS_PER_LINE)
-    assert all(len(pair) == 2 for line in stored for pair in json.loads(line))
+    assert all(len(pair) == 2 for line in stored for pair in json.loads(line)["logprobs"])
     assert (stage / "merged" / "contract.json").is_file()
     card = json.loads((folder / "run" / "evaluate" / "scorecard.json").read_text())
     assert card["variants"]["tuned"]["metrics"]["loss"]["n"] > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def test_an_interrupted_pass_goes_on_where_it_was_and_ends_with_the_same_numbers
         stopped.prepare_reference(on_rows=counts.append, should_stop=lambda: len(counts) == 3)
     path = tmp_path / "stopped" / "reference" / "train.jsonl"
     with path.open("a") as file:
-        file.write("[[-1.0, -2")  # killed while it wrote a line
+        file.write('{"start": 8, "logprobs": [[-1.0, -2')  # killed while it wrote a line
     resumed = tiny_trainer(tmp_path / "stopped", objective="dpo")
     computed: list[int] = []
     sums = resumed.scorer.sums
@@ -122,6 +123,35 @@ def test_the_reference_of_another_model_or_other_rows_is_refused(
     assert "validation.jsonl" in str(caught.value)
     with pytest.raises(CheckpointError, match="of another model or of other rows"):
         tiny_trainer(tmp_path, objective="dpo", held_out=5).run()
+
+
+def test_a_changed_or_damaged_reference_is_refused_and_computed_again_once_it_is_removed(
+    tiny_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "ROWS_PER_LINE", 4)
+    first = logprobs(tiny_trainer(tmp_path, objective="dpo"))
+    path = tmp_path / "reference" / "train.jsonl"
+    header, line, *rest = path.read_text().splitlines(keepends=True)
+    identity, values = json.loads(header)["identity"], json.loads(line)["logprobs"]
+    moved = json.loads(line) | {"logprobs": [[value + 50 for value in row] for row in values]}
+    damaged = {
+        "changed values": json.dumps(moved) + "\n",
+        "one value for each pair": reference.format_line(identity, 0, [row[:1] for row in values]),
+        "no numbers": reference.format_line(identity, 0, [[float("nan")] * 2 for _ in values]),
+        "a lost line": "",
+        "other text": "spoilt\n",
+    }
+    again = tiny_trainer(tmp_path, objective="dpo")
+    for spoilt in damaged.values():
+        path.write_text("".join([header, spoilt, *rest]))
+        with pytest.raises(CheckpointError, match="damaged: line 2 is not as it was written") as caught:
+            again.prepare_reference()
+        assert caught.value.where == str(path)
+    other = tiny_trainer(tmp_path / "other", objective="dpo", dpo={"beta": 0.5})
+    other.prepare_reference(earlier=[tmp_path])
+    assert logprobs(other) == first, "what is damaged is not taken over from an earlier stage"
+    path.unlink()
+    assert logprobs(again) == first
 
 
 def test_a_reference_that_is_no_number_names_the_row(tiny_trainer: MakeTrainer, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from corral.errors import CheckpointError, TemplateError
 from corral.messages import Conversation, Preference
 from corral.template import Template
 from corral.training.loop import Trainer
+from corral.training.reference_logprobs import format_line
 from corral.training.start_checks import check_prompts, check_reference, reference_tolerance
 from tests.model.tiny import fill_lora_b
 
@@ -66,9 +67,14 @@ def test_one_file_of_other_values_is_refused_though_its_header_is_right(
 ) -> None:
     tiny_trainer(tmp_path, objective="dpo").prepare_reference()
     path = tmp_path / "reference" / "train.jsonl"
-    header, *lines = path.read_text("utf-8").splitlines()
-    changed = [json.dumps([[value - 3 for value in row] for row in json.loads(line)]) for line in lines]
-    path.write_text("\n".join([header, *changed]) + "\n", "utf-8")
+    header, *lines = path.read_text("utf-8").splitlines(keepends=True)
+    changed = [
+        format_line(
+            json.loads(header)["identity"], line["start"], [[value - 3 for value in row] for row in line["logprobs"]]
+        )
+        for line in map(json.loads, lines)
+    ]
+    path.write_text("".join([header, *changed]), "utf-8")
     trainer = tiny_trainer(tmp_path, objective="dpo")
     trainer.prepare_reference()
     with pytest.raises(CheckpointError, match="is not the model that this stage starts from") as caught:
