@@ -21,11 +21,11 @@ from corral.recipe.alignment import Guards
 COMPARISON_FOLDER, SCORECARD = "comparison", "scorecard.json"
 BEFORE, AFTER, QUANTISED = "before", "after", "quantised"
 """The variants: the model that the stage starts from, the one that it leaves, and the first with quantised weights."""
-PRIMARY = "preference_accuracy"
+PRIMARY, MARGIN = "preference_accuracy", "preference_margin"
 
 Outcome: TypeAlias = Literal["better", "worse", "equal", "unknown"]
 _HEADLINES: Mapping[Outcome, str] = {
-    "better": "better than the model that it started from",
+    "better": "better than the model that it started from, on the validation rows, which also chose its best weights",
     "worse": "worse than the model that it started from",
     "equal": "not worse than the model that it started from by more than its guards allow, nor seen to be better",
     "unknown": "not compared with the model that it started from, as there are no validation rows for it",
@@ -72,10 +72,11 @@ def check_aligned_model(stage: Path, guards: Guards) -> GateResult:
     card = read_comparison(stage)
     comparisons = {c.metric: c for c in card.comparisons if c.a == AFTER} if card else {}
     accuracy, loss = comparisons.get(PRIMARY), comparisons.get("loss")
+    gap = quantisation_gap(card) if card else None
     prompts = _BasicPrompts.read(stage)
     figures = [_describe(card, c) for c in (accuracy, loss) if card is not None and c is not None]
     figures += [str(prompts)] if prompts.asked else []
-    faults = tuple(_faults(accuracy, loss, prompts, guards))
+    faults = tuple(_faults(comparisons, gap, prompts, guards))
     outcome: Outcome = "unknown"
     if faults:
         outcome = "worse"
@@ -117,18 +118,23 @@ class _BasicPrompts:
 
 
 def _faults(
-    accuracy: Comparison | None, loss: Comparison | None, prompts: _BasicPrompts, guards: Guards
+    comparisons: Mapping[str, Comparison], gap: float | None, prompts: _BasicPrompts, guards: Guards
 ) -> Iterator[Fault]:
-    if accuracy is not None and accuracy.high is not None and accuracy.high < 0:
-        yield Fault("it puts fewer pairs into the right order", None)
-    if loss is not None and (rise := loss.difference) > guards.loss_rise:
-        what = f"its held-out loss is {rise:.3f} higher, and guards.loss_rise = {guards.loss_rise:g}"
+    """Args: gap: what quantised weights add to the loss, which was accepted before the stage trained."""
+    accuracy, margin, loss = (comparisons.get(name) for name in (PRIMARY, MARGIN, "loss"))
+    # The order is by log-probability per token. An objective on sums may raise the margin, which is of sums, at its cost.
+    if accuracy is not None and (accuracy.high or 0) < 0 and (margin is None or margin.difference < 0):
+        yield Fault("it puts fewer pairs into the right order, and by a smaller margin", None)
+    if loss is not None and (rise := loss.difference - (gap or 0)) > guards.loss_rise:
+        higher = "higher" if gap is None else "higher than that of its quantised start model"
+        what = f"its held-out loss is {rise:.3f} {higher}, and guards.loss_rise = {guards.loss_rise:g}"
         yield Fault(what, f"loss_rise={_round_up(rise)}")
     failing = prompts.asked - prompts.passed
     if failing > guards.failing_prompts * prompts.asked:
         share = f"guards.failing_prompts = {guards.failing_prompts:g}"
         what = f"it answers {failing} of {prompts.asked} basic prompts badly, and {share}"
-        yield Fault(what, f"failing_prompts={_round_up(failing / prompts.asked)}" if prompts.passed else None)
+        accepted = _round_up(failing / prompts.asked)
+        yield Fault(what, f"failing_prompts={accepted}" if float(accepted) < 1 else None)
 
 
 def _round_up(value: float) -> str:

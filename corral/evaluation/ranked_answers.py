@@ -27,11 +27,8 @@ def select_ranked_answers(test: ExampleStore, count: int) -> list[RankedAnswers]
         test: prepared rows.
         count: most rows: prompts are taken with all their rows as long as these fit; of the first one, so many rows.
     """
-    by_prompt: dict[Conversation, list[Preference | Feedback]] = {}
-    for record in _records(test):
-        by_prompt.setdefault(record.prompt, []).append(record)
     chosen: list[RankedAnswers] = []
-    for prompt, records in by_prompt.items():
+    for prompt, records in _by_prompt(test).items():
         if chosen and len(records) > count:
             break
         if pairs := _rank(records[:count]):
@@ -42,7 +39,7 @@ def select_ranked_answers(test: ExampleStore, count: int) -> list[RankedAnswers]
 
 def count_ranked_prompts(test: ExampleStore) -> int:
     """How many prompts have rows that rank answers."""
-    return len(select_ranked_answers(test, len(test)))
+    return sum(map(_ranks, _by_prompt(test).values()))
 
 
 def good_answers(test: ExampleStore) -> Iterator[Item]:
@@ -75,6 +72,13 @@ def _records(test: ExampleStore) -> Iterator[Preference | Feedback]:
         yield example.record
 
 
+def _by_prompt(test: ExampleStore) -> dict[Conversation, list[Preference | Feedback]]:
+    by_prompt: dict[Conversation, list[Preference | Feedback]] = {}
+    for record in _records(test):
+        by_prompt.setdefault(record.prompt, []).append(record)
+    return by_prompt
+
+
 def _rank(records: Sequence[Preference | Feedback]) -> set[tuple[str, str]]:
     """(better, worse) of each pair that rows about one prompt tell."""
     pairs = {(record.chosen, record.rejected) for record in records if isinstance(record, Preference)}
@@ -83,6 +87,14 @@ def _rank(records: Sequence[Preference | Feedback]) -> set[tuple[str, str]]:
         if one.score > other.score:
             pairs.add((one.completion, other.completion))
     return {(better, worse) for better, worse in pairs if better != worse}
+
+
+def _ranks(records: Sequence[Preference | Feedback]) -> bool:
+    """Whether rows about one prompt tell a pair, without the pairs, which may be millions."""
+    scored = [record for record in records if isinstance(record, Feedback)]
+    # With two scores and two answers, two rows differ in both.
+    different = (len({record.score for record in scored}), len({record.completion for record in scored}))
+    return min(different) > 1 or any(isinstance(r, Preference) and r.chosen != r.rejected for r in records)
 
 
 def _ranked_answers(prompt: Conversation, pairs: set[tuple[str, str]]) -> RankedAnswers:

@@ -24,16 +24,18 @@ from corral.evaluation.scoring import PairSums, Row, VariantRows
 from corral.recipe.alignment import Guards
 
 
-def rows(seed: int, *, right: float, loss: float, prompts: int = 60) -> list[Row]:
+def rows(seed: int, *, right: float, loss: float, margin: float = 0, prompts: int = 60) -> list[Row]:
     """Prompts of three pairs each, of which this share is in the right order, and answers with this loss."""
     rng = random.Random(seed)
-    ranked = [PairSums(3, sum(rng.random() < right for _ in range(3)), rng.gauss(0, 1)) for _ in range(prompts)]
+    ranked = [PairSums(3, sum(rng.random() < right for _ in range(3)), rng.gauss(margin, 1)) for _ in range(prompts)]
     pairs = [Row(f"prompt-{n}", ranked=sums) for n, sums in enumerate(ranked)]
     return [*pairs, *(Row(f"row-{n}", 20 * (loss + rng.gauss(0, 0.01)), 20) for n in range(20))]
 
 
-def stage(folder: Path, after: list[Row], before: list[Row] | None = None, **guards: int) -> Path:
-    variants = {BEFORE: VariantRows(before or rows(1, right=0.6, loss=2)), AFTER: VariantRows(after)}
+def stage(folder: Path, after: list[Row], quantised: list[Row] | None = None, **guards: int) -> Path:
+    variants = {BEFORE: VariantRows(rows(1, right=0.6, loss=2)), AFTER: VariantRows(after)}
+    if quantised is not None:
+        variants[QUANTISED] = VariantRows(quantised)
     card = build_scorecard(variants, baseline=BEFORE, primary=PRIMARY)
     (folder / COMPARISON_FOLDER).mkdir(parents=True)
     (folder / COMPARISON_FOLDER / SCORECARD).write_text(card.to_json())
@@ -44,7 +46,8 @@ def stage(folder: Path, after: list[Row], before: list[Row] | None = None, **gua
 def test_a_model_with_more_pairs_in_the_right_order_is_better(tmp_path: Path) -> None:
     result = check_aligned_model(stage(tmp_path, rows(2, right=0.9, loss=2.05)), Guards())
     assert (result.outcome, result.faults) == ("better", ())
-    assert str(result).startswith("better than the model that it started from; preference accuracy ")
+    assert str(result).startswith("better than the model that it started from, on the validation rows")
+    assert "which also chose its best weights; preference accuracy " in str(result)
     assert "60 prompts" in str(result)
     assert "held-out loss 2.0" in str(result)
 
@@ -56,11 +59,29 @@ def test_a_model_that_cannot_be_told_apart_is_not_said_to_be_better(tmp_path: Pa
 
 
 def test_fewer_pairs_in_the_right_order_are_a_fault_that_no_limit_accepts(tmp_path: Path) -> None:
-    result = check_aligned_model(stage(tmp_path, rows(2, right=0.2, loss=2)), Guards(loss_rise=9))
+    result = check_aligned_model(stage(tmp_path, rows(2, right=0.2, loss=2, margin=-3)), Guards(loss_rise=9))
     assert result.outcome == "worse"
     assert [(fault.what, fault.setting) for fault in result.faults] == [
-        ("it puts fewer pairs into the right order", None)
+        ("it puts fewer pairs into the right order, and by a smaller margin", None)
     ]
+
+
+def test_fewer_pairs_in_the_right_order_per_token_are_no_fault_if_the_margin_of_whole_answers_has_grown(
+    tmp_path: Path,
+) -> None:
+    result = check_aligned_model(stage(tmp_path, rows(2, right=0.2, loss=2, margin=3)), Guards())
+    assert (result.outcome, result.faults) == ("equal", ())
+
+
+def test_what_quantised_weights_cost_is_no_rise_of_the_loss_by_training(tmp_path: Path) -> None:
+    after = rows(2, right=0.9, loss=2.3)
+    folder = stage(tmp_path, after, quantised=rows(1, right=0.6, loss=2.24))
+    assert check_aligned_model(folder, Guards()).outcome == "better"
+    (fault,) = check_aligned_model(folder, Guards(loss_rise=0.01)).faults
+    assert "higher than that of its quantised start model, and guards.loss_rise = 0.01" in fault.what
+    name, value = (fault.setting or "").split("=")
+    assert not check_aligned_model(folder, Guards.model_validate({name: float(value)})).faults
+    assert check_aligned_model(stage(tmp_path / "plain", after), Guards()).outcome == "worse"
 
 
 @pytest.mark.parametrize(("limit", "outcome"), [(0.1, "worse"), (0.5, "better")])
@@ -83,6 +104,9 @@ def test_basic_prompts_of_the_kept_weights_count_against_those_of_the_start_mode
     (fault,) = check_aligned_model(folder, Guards()).faults
     assert "3 of 18 basic prompts" in fault.what
     assert fault.setting == "failing_prompts=0.17"
+    (tmp_path / "outcome.json").write_text(json.dumps({"guards": {"basic_prompts": 300, "basic_prompts_passed": 1}}))
+    (fault,) = check_aligned_model(folder, Guards()).faults
+    assert fault.setting is None, "a limit of 1 is not a setting that is allowed"
 
 
 def test_a_stage_without_validation_rows_says_that_nothing_was_compared(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from corral.data.example_store import Example, ExampleStore
 from corral.evaluation.inference import RankedAnswers
-from corral.evaluation.ranked_answers import first_of_groups, good_answers, select_ranked_answers
+from corral.evaluation.ranked_answers import count_ranked_prompts, first_of_groups, good_answers, select_ranked_answers
 from corral.messages import Conversation, Feedback, Message, Preference, Record
 from corral.template import Encoded
 from tests.data.conftest import write_examples
@@ -53,6 +55,23 @@ def test_answers_with_different_scores_are_pairs_and_equal_answers_are_none(tmp_
         *(("good", "bad"), ("fair", "bad")),
     }
     assert texts(select_ranked_answers(store(tmp_path, *rows, Preference(prompt("b"), "x", "x")), 100)) == {a: expected}
+
+
+def test_prompts_that_rank_answers_are_counted_without_forming_their_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b, c, d = map(prompt, "abcd")
+    one_score, one_answer = [Feedback(a, "x", 0.5), Feedback(a, "y", 0.5)], [Feedback(b, "x", 0), Feedback(b, "x", 1)]
+    crossed = [Feedback(c, "x", 0), Feedback(c, "x", 1), Feedback(c, "y", 1)]
+    rows = [*one_score, *one_answer, *crossed, Preference(a, "same", "same"), Preference(d, "1", "2")]
+    test = store(tmp_path, *rows)
+    assert len(select_ranked_answers(test, len(test))) == 2
+
+    def form_pairs(*_: object) -> None:
+        raise AssertionError("thousands of answers to one prompt are millions of pairs")
+
+    monkeypatch.setattr("corral.evaluation.ranked_answers.combinations", form_pairs)
+    assert count_ranked_prompts(test) == 2
 
 
 def test_prompts_are_taken_whole_as_long_as_their_rows_fit(tmp_path: Path) -> None:

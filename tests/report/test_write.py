@@ -125,13 +125,16 @@ def test_a_stage_that_aligns_is_shown_against_the_model_that_it_started_from(mak
     rng = random.Random(0)
     variants = {
         name: VariantRows(
-            [Row(f"{n}", ranked=PairSums(2, sum(rng.random() < right for _ in "12"), n)) for n in range(40)]
+            [Row(f"{n}", ranked=PairSums(2, sum(rng.random() < right for _ in "12"), right * n)) for n in range(40)]
         )
         for name, right in (("before", 0.9), ("after", 0.2))
     }
     comparison = build_scorecard(variants, baseline="before", primary="preference_accuracy")
     write(run / "train-2-dpo" / "comparison" / "scorecard.json", comparison.to_json())
     page = write_report(run).read_text("utf-8")
-    assert "The model of train-2-dpo is worse than the model that it started from: it puts fewer pairs" in page
-    assert "It puts fewer pairs into the right order: it is kept, and not promoted." in page
+    assert (
+        "The model of train-2-dpo is worse than the model that it started from: it puts fewer pairs into the right"
+        in page
+    )
+    assert "It puts fewer pairs into the right order, and by a smaller margin: it is kept, and not promoted." in page
     assert '<td class="outcome worse">✗ worse' in page
