@@ -18,7 +18,7 @@ from corral.export import contract
 from corral.export_forms import CONTRACT_FILE, OPENVINO_MODEL
 from corral.model.naming import ModelFiles, find_contract, find_model_files, model_name
 from corral.run.directory import is_run
-from corral.run.promotion import superseded_model_note
+from corral.run.promotion import earlier_model_note
 from corral.template import Template
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def _find_checked(spec: str) -> tuple[ModelFiles, Template]:
     from corral.model.loading import load_template
 
     files = find_model_files(spec)
-    if is_run(Path(spec)) and (note := superseded_model_note(Path(spec))):
+    if is_run(Path(spec)) and (note := earlier_model_note(Path(spec))):
         _log.warning(note)
     record = files.folder / CONTRACT_FILE if files.adapter else find_contract(spec)
     if record.is_file():

@@ -20,8 +20,8 @@ from corral.model.naming import ModelFiles, find_adapter_to_train
 from corral.progress import Progress
 from corral.recipe import Recipe
 from corral.run.directory import Run
-from corral.run.promotion import MERGED_FOLDER
-from corral.run.stage_record import StageFolder, is_finished, read_record
+from corral.run.promotion import MERGED_FOLDER, read_promotion
+from corral.run.stage_record import StageFolder, find_made, is_finished, read_record
 from corral.storage import sha256_file
 from corral.training.distributed import World
 
@@ -236,6 +236,17 @@ class RunContext:
                 )
             return self.base.folder
         return self.run.path / self.recipe.stage_names[number - 1] / MERGED_FOLDER
+
+    def promoted_stage(self, fingerprints: Mapping[str, str]) -> dict[str, str]:
+        """The fingerprint, by name, of the training stage whose model the run stands for; while the last stage is not
+        finished, of that stage, which will be promoted.
+
+        Args:
+            fingerprints: of the stages as they are to be.
+        """
+        last, run = self.recipe.stage_names[-1], self.run.path
+        promotion = read_promotion(run) if find_made(run, last, fingerprints[last]) == run / last else None
+        return {last: fingerprints[last]} if promotion is None else {promotion.stage: promotion.fingerprint}
 
     @property
     def rows_are_known(self) -> bool:

@@ -1,7 +1,8 @@
 """Runs the stages of a recipe in order: finished ones are skipped, interrupted ones resumed, changed ones redone.
 
 `run.stage_record` decides what is skipped. The model of the last training stage is promoted when that stage has ended well. A
-finished stage whose model fails its gate ends the run there; what may run without it (`corral evaluate`) takes it as it is.
+finished stage whose model fails its gate ends the run there, unless no other stage needs it; what may run without it (`corral
+evaluate`) takes it as it is. A run that has no model yet then stands for the one that the stage started from.
 Of several processes the first runs all stages; the others join it in those that train.
 """
 
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import corral
-from corral.errors import InputError, RunError, StorageError
+from corral.errors import GateError, InputError, RunError, StorageError
 from corral.formatting import format_bytes
 from corral.interrupts import Interrupts
 from corral.pipeline.context import RunContext, Stage
@@ -28,7 +29,7 @@ from corral.pipeline.train_stage import TrainStage
 from corral.progress import Progress
 from corral.recipe import Recipe
 from corral.run.directory import Run, environment
-from corral.run.promotion import promote
+from corral.run.promotion import promote, promote_start
 from corral.run.stage_record import (
     StageFolder,
     claim_stage,
@@ -154,14 +155,56 @@ class _Pipeline:
             self.outcome[stage.name] = "skipped" if folder.done else "done"
             if not folder.done:
                 self._run_stage(stage, folder)
-            blocked = stage.gate_error(folder) if isinstance(stage, TrainStage) else None
-            if blocked is not None and self._may_run(stage):
-                raise blocked
-            if stage.name == self.context.recipe.stage_names[-1] and blocked is None:
-                promote(run, folder, "the last training stage; its contract holds")
+            if isinstance(stage, TrainStage):
+                self._promote(stage, folder)
         self.context.run.write_recipe(self.context.recipe)
         self._write_lineage()
         return self.outcome
+
+    def _promote(self, stage: TrainStage, folder: StageFolder) -> None:
+        """Let the run stand for the model of the last training stage.
+
+        Raises: GateError (the model of a stage that is the last, or that another starts from, fails its gate).
+        """
+        recipe = self.context.recipe
+        starts = [recipe.start_of(number) for number in range(1, len(recipe.train) + 1)]
+        is_last = stage.number == len(starts)
+        error = stage.gate_error(folder)
+        if error is None:
+            if is_last:
+                promote(self.context.run.path, folder, "the last training stage; its contract holds")
+        elif not self._may_run(stage):
+            if is_last:
+                self._check_forms(folder, error)
+        elif is_last or stage.number in starts[stage.number :]:
+            self._promote_start(stage)
+            raise error
+        else:  # another stage starts where this one did
+            self.context.progress.say(f"{error.what}; no other stage starts from it")
+
+    def _promote_start(self, stage: TrainStage) -> None:
+        """Give a run without a model that of the stage from which a stage that may not be promoted started."""
+        if stage.start:
+            run, name = self.context.run.path, self.context.recipe.stage_names[stage.start - 1]
+            if promote_start(run, StageFolder(name, run / name, self.fingerprints[name], done=True), stage.name):
+                self.context.progress.say(
+                    f"the run stands for the model of {name}, which {stage.name} started from, until another is promoted"
+                )
+
+    def _check_forms(self, last: StageFolder, error: GateError) -> None:
+        """Exported forms are those of the promoted model, and cannot be evaluated as forms of a last stage that is not.
+
+        Raises: GateError (the recipe evaluates one).
+        """
+        fingerprint = {last.name: last.fingerprint}
+        is_promoted = self.context.promoted_stage(fingerprint) == fingerprint
+        forms = [variant.name for variant in self.context.recipe.evaluate.variants if variant.form is not None]
+        if forms and not is_promoted and "evaluate" in (self.allowed or ()):
+            raise GateError(
+                f"a model that is not promoted is not exported, so {', '.join(forms)} cannot be evaluated: {error.what}",
+                where=str(last.path),
+                hint=f"evaluate without: --set evaluate.variants=[]; or {error.hint}",
+            )
 
     def _find(self, stage: Stage) -> tuple[StageFolder, dict[str, Any]] | None:
         """The stage's folder as it is, and its inputs; None for a stage that may not run and that no other needs.
@@ -245,10 +288,13 @@ class _Pipeline:
         try:
             with context.world.peer_errors():
                 stage.run(folder)
-        except BaseException:
+        except BaseException as error:
             context.progress.stop()
+            reason = error.what if isinstance(error, GateError) else ""
             with suppress(StorageError):  # on a full disk the first error is the one to report
-                record_interruption(folder, time.perf_counter() - began)
+                record_interruption(folder, time.perf_counter() - began, reason)
+            if reason and isinstance(stage, TrainStage):
+                self._promote_start(stage)
             raise
         context.progress.stop()
         finish_stage(folder, time.perf_counter() - began, made_with, stage.disposable)

@@ -8,6 +8,7 @@ from typing import Any
 
 from corral.errors import require
 from corral.pipeline.context import RunContext
+from corral.run.promotion import earlier_model_note
 from corral.run.stage_record import StageFolder, superseded_folders
 from corral.training.memory_estimate import ModelShape
 from corral.training.stage_needs import export_bytes
@@ -37,16 +38,17 @@ class ExportStage:
         return sum(export_bytes(ModelShape.from_folder(base), form) for form in forms)
 
     def inputs(self, fingerprints: Mapping[str, str]) -> dict[str, Any]:
-        """The last training stage, whose model is promoted, and the forms."""
-        last = self.context.recipe.stage_names[-1]
+        """The training stage whose model is promoted, and the forms."""
         forms = [str(form) for form in self.context.recipe.export_forms]
-        return {"stages": {last: fingerprints[last]}, "forms": forms}
+        return {"stages": self.context.promoted_stage(fingerprints), "forms": forms}
 
     def run(self, folder: StageFolder) -> None:
         """Write each requested form of the promoted model; forms that older settings made are reused."""
         from corral.export.export import export_form
 
         run = self.context.run
+        if (note := earlier_model_note(run.path)) is not None:
+            self.context.progress.say(note)
         for form in self.context.recipe.export_forms:
             for old in superseded_folders(run.path, folder):
                 form.copy_missing_from(old, folder.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corral.errors import GateError, out_of_memory_errors, require
+from corral.errors import GateError, RunError, out_of_memory_errors, require
 from corral.evaluation.alignment_gate import check_aligned_model
 from corral.export import contract
 from corral.formatting import format_bytes
@@ -18,7 +19,7 @@ from corral.pipeline.context import RunContext
 from corral.pipeline.fine_tuning import FineTuning
 from corral.pipeline.start_comparison import StartComparison
 from corral.recipe.alignment import Guards
-from corral.run.promotion import MERGED_FOLDER
+from corral.run.promotion import MERGED_FOLDER, read_promotion
 from corral.run.stage_record import Settings, StageFolder
 from corral.storage import write_json
 from corral.training.alignment_warnings import WARNINGS_FILE, row_warnings, settings_warnings
@@ -179,8 +180,14 @@ class TrainStage:
             accept = " ".join(f"--set {place}.guards.{setting}" for setting in settings)
             hint += f"; or accept it, without training again: {accept}"
         faults = "; ".join(fault.what for fault in result.faults)
+        outcome = f"the model of {self.name} is kept and not promoted"
+        with contextlib.suppress(RunError):
+            promotion = read_promotion(self.context.run.path)
+            if promotion is not None and promotion.fingerprint == folder.fingerprint:
+                since = promotion.promoted[:10]
+                outcome = f"the run stands for the model of {self.name} since {since}, which would not be promoted now"
         return GateError(
-            f"the model of {self.name} is kept and not promoted: {faults} ({'; '.join(result.figures)})",
+            f"{outcome}: {faults} ({'; '.join(result.figures)})",
             where=str(folder.path),
             hint=hint,
         )

@@ -24,7 +24,7 @@ from corral.evaluation.scoring import abbreviate
 from corral.export_forms import CONTRACT_FILE
 from corral.recipe.alignment import Guards
 from corral.run.freshness import stale_stages, training_stages
-from corral.run.promotion import MERGED_FOLDER, model_folder, superseded_model_note
+from corral.run.promotion import MERGED_FOLDER, earlier_model_note, model_folder
 from corral.run.stage_record import read_record
 from corral.training.alignment_warnings import WARNINGS_FILE
 
@@ -45,6 +45,8 @@ class Training:
         comparison: of a stage that aligns: its model against the one that it started from, on validation rows.
         gate: what that says of its model.
         warnings: what was said of its settings and rows before it trained.
+        stopped: why a guard stopped it, if it has not gone on since.
+        promoted: whether the run stands for its model.
     """
 
     name: str
@@ -54,6 +56,8 @@ class Training:
     comparison: Scorecard | None = None
     gate: GateResult | None = None
     warnings: Sequence[str] = ()
+    stopped: str = ""
+    promoted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +140,11 @@ def read_run(run: Path) -> RunRecord:
     stale = stale_stages(run)
     notes += [f"{name} is not shown: {reason}" for name, reason in stale.items()]
     tables = as_objects(recipe.get("train"))
-    shown = [_training(run, name, tables, notes) for name in training_stages(run) if name not in stale]
-    trainings = [training for training in shown if training.metrics]
     promoted = _promoted_model(run, notes)
+    shown = [_training(run, name, tables, notes) for name in training_stages(run) if name not in stale]
+    is_promoted = {promoted.parent.name} if promoted else set[str]()
+    trainings = [replace(each, promoted=each.name in is_promoted) for each in shown if each.metrics]
+    notes += [f"{each.name} was {each.stopped}" for each in shown if each.stopped and not each.metrics]
     # Of a run that promoted nothing: the contract that failed, if there is one.
     certified = promoted or next((run / training.name / MERGED_FOLDER for training in reversed(trainings)), run)
     is_evaluated = "evaluate" not in stale
@@ -161,7 +167,7 @@ def read_run(run: Path) -> RunRecord:
 
 def _promoted_model(run: Path, notes: list[str]) -> Path | None:
     """The folder of the promoted model, if it is of the run's present state."""
-    if (note := superseded_model_note(run)) is not None:
+    if (note := earlier_model_note(run)) is not None:
         notes.append(f"`corral chat` and `corral serve` still answer with the earlier model: {note}")
         return None
     try:
@@ -175,11 +181,14 @@ def _training(run: Path, name: str, tables: Sequence[JsonObject], notes: list[st
     lines = _json_lines(run, f"{name}/metrics.jsonl", notes)
     by_step = {step: line for line in lines if (step := as_number(line.get("step"))) is not None}
     number = int(name.split("-")[1])
-    before = as_object(as_object((read_record(run / name) or {}).get("inputs")).get("stages"))
+    record = read_record(run / name) or {}
+    before = as_object(as_object(record.get("inputs")).get("stages"))
     settings = tables[number - 1] if 0 < number <= len(tables) else {}
     metrics = [by_step[step] for step in sorted(by_step)]
     warnings = _json_texts(run, f"{name}/{WARNINGS_FILE}", notes)
-    training = Training(name, metrics, settings, next(iter(before), ""), warnings=warnings)
+    training = Training(
+        name, metrics, settings, next(iter(before), ""), warnings=warnings, stopped=str(record.get("stopped", ""))
+    )
     comparison = _scorecard(run, f"{name}/{COMPARISON_FOLDER}/{COMPARISON_CARD}", notes)
     if comparison is None or AFTER not in comparison.variants:  # only what quantisation costs is known yet
         return training

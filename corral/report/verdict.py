@@ -35,12 +35,20 @@ def give_verdict(record: RunRecord, scores: Sequence[MetricScores]) -> Verdict:
             "worse",
             details=["It was kept, not promoted. The figures of the contract are below."],
         )
-    if (faulty := next((each for each in record.trainings if each.gate and each.gate.faults), None)) and faulty.gate:
-        faults = listing([fault.what for fault in faulty.gate.faults])
+    # The last one that trained: one before it that may not be promoted has held nothing up.
+    if record.trainings and (stopped := record.trainings[-1].stopped):
         return Verdict(
-            f"The model of {faulty.name} is {faulty.gate.headline}: {faults}.",
+            f"{record.trainings[-1].name} did not come to its end: {stopped}.",
             "worse",
-            details=["It was kept, not promoted. Both models’ figures are below."],
+            details=["Its last good weights were kept. The run stands for the model that it had before, if any."],
+        )
+    if record.trainings and (gate := record.trainings[-1].gate) and gate.faults:
+        faults = listing([fault.what for fault in gate.faults])
+        kept = "The run stands for it all the same" if record.trainings[-1].promoted else "It was kept, not promoted"
+        return Verdict(
+            f"The model of {record.trainings[-1].name} is {gate.headline}: {faults}.",
+            "worse",
+            details=[f"{kept}. Both models’ figures are below."],
         )
     if compared := [score for score in scores if score.comparisons]:
         return _compared(compared)

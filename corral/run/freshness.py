@@ -45,7 +45,7 @@ def stale_stages(run: Path) -> dict[str, str]:
             and recipe[-1] not in _stages_before(record)
             and "format" in record
         ):
-            reason = f"it was made before there was a {recipe[-1]}"
+            reason = f"it was made without {recipe[-1]}"
         elif finished and listed and listed.get(name) != record["fingerprint"]:
             reason = "it was made for other settings or rows"
         if reason is not None:

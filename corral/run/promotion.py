@@ -1,7 +1,8 @@
 """Which model a run stands for: a small file, `model` in the run, that chat, server, exports and reports follow.
 
 It names the training stage whose merged model was promoted, by fingerprint, with the hash of its files and the reason. The
-stage may be superseded since: until another one is promoted, the run still stands for that model.
+stage may be superseded since: until another one is promoted, the run still stands for that model. A run that has no other
+model stands for the one that a stage which may not be promoted started from.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from corral.errors import RunError
 from corral.export_forms import CONTRACT_FILE
-from corral.run.stage_record import StageFolder, find_made, read_record
+from corral.run.stage_record import StageFolder, find_made, is_finished, read_record
 from corral.storage import write_json
 
 MERGED_FOLDER = "merged"
@@ -34,6 +35,7 @@ class Promotion:
         sha256: of the names and hashes of the model's files.
         reason: why it was promoted, for people.
         promoted: when, in ISO 8601.
+        instead_of: the stage that may not be promoted, if this is the model that it started from; else empty.
     """
 
     stage: str
@@ -41,9 +43,10 @@ class Promotion:
     sha256: str
     reason: str
     promoted: str
+    instead_of: str = ""
 
 
-def promote(run: Path, stage: StageFolder, reason: str) -> None:
+def promote(run: Path, stage: StageFolder, reason: str, *, instead_of: str = "") -> None:
     """Let a run stand for the model of a finished training stage; nothing is written if it does so already.
 
     In a run of an older version the contract is elsewhere, and so is its promoted model.
@@ -56,9 +59,35 @@ def promote(run: Path, stage: StageFolder, reason: str) -> None:
     current = None
     with contextlib.suppress(RunError):  # a damaged pointer is written again
         current = read_promotion(run)
-    if current is None or (current.fingerprint, current.sha256) != (stage.fingerprint, sha256):
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        write_json(run / _POINTER, asdict(Promotion(stage.name, stage.fingerprint, sha256, reason, now)))
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    new = Promotion(stage.name, stage.fingerprint, sha256, reason, now, instead_of)
+    if current is None or _without_reason(current) != _without_reason(new):
+        write_json(run / _POINTER, asdict(new))
+
+
+def promote_start(run: Path, start: StageFolder, stage: str) -> bool:
+    """Let a run without a model of its own stand for the one that a stage which may not be promoted started from.
+
+    Args:
+        start: the training stage that made it.
+        stage: the one that started from it.
+
+    Returns: whether the run stands for it.
+    """
+    try:
+        has_model = model_folder(run).is_dir()
+        current = read_promotion(run)
+    except RunError:
+        has_model, current = False, None
+    if has_model and (current is None or not (current.instead_of or current.fingerprint == start.fingerprint)):
+        return False
+    promote(run, start, f"{stage} started from it, and may not be promoted", instead_of=stage)
+    current = read_promotion(run)
+    return current is not None and current.instead_of == stage
+
+
+def _without_reason(promotion: Promotion) -> Promotion:
+    return replace(promotion, reason="", promoted="")
 
 
 def read_promotion(run: Path) -> Promotion | None:
@@ -94,12 +123,19 @@ def model_folder(run: Path) -> Path:
     return stage / MERGED_FOLDER
 
 
-def superseded_model_note(run: Path) -> str | None:
-    """What to say where the promoted model is not that of the stage as it stands in the run now; None if it is."""
+def earlier_model_note(run: Path) -> str | None:
+    """What to say where the promoted model is not that of the run's last stage as it stands now; None if it is."""
     promotion = read_promotion(run)
-    if promotion is None or find_made(run, promotion.stage, promotion.fingerprint) == run / promotion.stage:
+    if promotion is None:
         return None
-    return (
-        f"{promotion.stage} is being made again: this is the model promoted on {promotion.promoted[:10]}, of its settings "
-        "before"
-    )
+    if promotion.instead_of:
+        return (
+            f"{promotion.instead_of} left no model that may be promoted (`corral run RECIPE` says why): this is the model of "
+            f"{promotion.stage}, which it started from"
+        )
+    if find_made(run, promotion.stage, promotion.fingerprint) == run / promotion.stage:
+        return None
+    earlier = f"this is the model promoted on {promotion.promoted[:10]}, of its settings before"
+    if is_finished(run / promotion.stage):
+        return f"the model of {promotion.stage} as it is now was not promoted (`corral run RECIPE` says why): {earlier}"
+    return f"{promotion.stage} is being made again: {earlier}"

@@ -116,6 +116,8 @@ def claim_stage(run: Path, name: str, inputs: Mapping[str, Any], *, redo: bool =
         write_json(path / "stage.json", record)
     elif not _is_done(path, record):
         remove_temporary_files(path)
+        if record.pop("stopped", None):  # it goes on
+            write_json(path / "stage.json", record)
     return StageFolder(name, path, record["fingerprint"], _is_done(path, record), attempt=record.get("attempt", 1))
 
 
@@ -162,9 +164,9 @@ def finish_stage(
     _update_record(stage, seconds, **finished)
 
 
-def record_interruption(stage: StageFolder, seconds: float) -> None:
-    """Add the time of an attempt that did not finish."""
-    _update_record(stage, seconds)
+def record_interruption(stage: StageFolder, seconds: float, stopped: str = "") -> None:
+    """Add the time of an attempt that did not finish, and why a guard stopped it, if one did."""
+    _update_record(stage, seconds, **({"stopped": stopped} if stopped else {}))
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -261,6 +263,7 @@ def _differences(before: Any, now: Any, given: tuple[Any, Any], path: str = "") 
 def _update_record(stage: StageFolder, seconds: float, **values: Any) -> None:
     path = stage.path / "stage.json"
     record: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    record.pop("stopped", None)  # of the attempt before
     write_json(path, record | values | {"seconds": record.get("seconds", 0.0) + seconds})
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from corral.run.promotion import read_promotion
 from corral.training.reference_logprobs import ROWS_PER_LINE
 from tests.conftest import RECIPE, write_rows
 from tests.e2e.conftest import fail, succeed
@@ -108,12 +109,36 @@ def _check_that_a_worse_model_is_kept_and_not_promoted(folder: Path) -> None:
     assert (out / "model").read_text() == before
     again = fail(4, words, *command, "--set=train.1.guards.loss_rise=0")
     assert "Training (dpo" not in again.stderr
+    _check_that_the_promoted_model_is_exported(out)
     succeed("report", out)
     page = (out / "report" / "index.html").read_text("utf-8")
     assert "The model of train-2-aligned is worse than the model that it started from: its held-out loss is" in page
     accepted = succeed(*command, "--set=train.1.guards.loss_rise=9")
     assert "Training (dpo" not in accepted.stderr
     assert (out / "model").read_text() != before
+    assert _exported_model(out) == _model_weights(out / "train-2-aligned"), "the form is that of the model promoted now"
+    fail(4, ["the run stands for the model of train-2-aligned since 20"], *command, "--set=train.1.guards.loss_rise=0")
+
+
+def _check_that_the_promoted_model_is_exported(out: Path) -> None:
+    exported = succeed("export", out, "--to", "gguf", "--type", "f16")
+    assert "the model of train-2-aligned as it is now was not promoted" in exported.stderr
+    (promoted,) = (out / "superseded").glob("train-2-aligned-*")
+    assert _exported_model(out) == _model_weights(promoted) != _model_weights(out / "train-2-aligned")
+    assert json.loads((out / "export/stage.json").read_text())["inputs"]["stages"] == {
+        "train-2-aligned": json.loads((promoted / "stage.json").read_text())["fingerprint"]
+    }
+    form = 'evaluate.variants=[{name = "small", model = "gguf-f16"}]'
+    fail(4, ["so small cannot be evaluated", "--set evaluate.variants=[]"], "evaluate", out, "--set", form)
+
+
+def _exported_model(out: Path) -> str:
+    """The hash of the weights that the exported form was made from."""
+    return json.loads((out / "export" / "model-f16.contract.json").read_text())["source"]["model.safetensors"]
+
+
+def _model_weights(stage: Path) -> str:
+    return json.loads((stage / "stage.json").read_text())["outputs"]["merged/model.safetensors"]
 
 
 def test_kto_trains_on_the_answers_of_pairs_over_a_start_model_that_may_be_quantised(
@@ -125,8 +150,14 @@ def test_kto_trains_on_the_answers_of_pairs_over_a_start_model_that_may_be_quant
     words = ["in nf4: 0.", "guards.quantisation_gap = 0.1", "where: train.1", '`quantization` to "none" or "int8"']
     fail(4, words, *command)
     assert not (stage / "metrics.jsonl").exists(), "nothing was trained"
-    limits = ("quantisation_gap=2", "loss_rise=2")  # the merged model has quantised weights too
-    accepted = succeed(*command, *(f"--set=train.1.guards.{limit}" for limit in limits))
+    assert "the model to start from has" in json.loads((stage / "stage.json").read_text())["stopped"]
+    promotion = read_promotion(folder / "run")
+    assert promotion is not None
+    assert (promotion.stage, promotion.instead_of) == ("train-1-sft", "train-2-aligned")
+    verified = succeed("verify", folder / "run")
+    assert "left no model that may be promoted" in verified.stderr
+    assert "this is the model of train-1-sft, which it started from" in verified.stderr
+    accepted = succeed(*command, "--set=train.1.guards.quantisation_gap=2")
     assert "loading that of quantised" not in accepted.stderr, "it was measured before"
     line = read_metrics(stage)[-1]
     assert line["kl"] >= 0

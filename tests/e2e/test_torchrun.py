@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from corral.run.promotion import read_promotion
+from tests.conftest import write_rows
+from tests.e2e.test_alignment import write_preferences, write_recipe
 from tests.training.tiny import read_metrics
 
 
@@ -66,6 +69,28 @@ def test_after_one_of_two_processes_is_killed_the_run_resumes_to_the_result_of_o
         assert (adapters[0][name] - value).norm() < 1e-2 * value.norm(), name
     stages = [json.loads((r / "train-1-sft/stage.json").read_text()) for r in (run, finished_run)]
     assert stages[0]["fingerprint"] == stages[1]["fingerprint"], "the stage counts as finished for one process too"
+
+
+def test_a_model_that_two_processes_aligned_is_compared_once_and_kept_aside_if_it_is_worse(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    write_rows(tmp_path / "rows.jsonl")
+    write_preferences(tmp_path)
+    write_recipe(tmp_path, tiny_folder, "dpo", "pairs.jsonl")
+    changes = ("optimizer.lr=2e-2", "dpo.sft_weight=0", "guards.chosen_fall=0.99", "guards.loss_rise=0")
+    started = torchrun(tmp_path, *(f"--set=train.1.{change}" for change in changes))
+    _, error = started.communicate()
+    assert started.returncode != 0
+    assert error.count("corral: the model of train-2-aligned is kept and not promoted: its held-out loss is") == 1, (
+        error
+    )
+    assert error.count("Evaluating after: preferences") == 1
+    stage = json.loads((tmp_path / "run/train-2-aligned/stage.json").read_text())
+    assert stage["status"] == "done"
+    assert {"comparison/scorecard.json", "merged/contract.json"} <= stage["outputs"].keys()
+    promotion = read_promotion(tmp_path / "run")
+    assert promotion is not None
+    assert (promotion.stage, promotion.instead_of) == ("train-1-sft", "train-2-aligned")
 
 
 def test_an_error_that_all_processes_have_is_printed_once(workspace: Path) -> None:

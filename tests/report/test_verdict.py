@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from corral.evaluation.alignment_gate import Fault, GateResult
 from corral.evaluation.scorecard import Scorecard
 from corral.formatting import JOIN
 from corral.report.run_record import read_run
 from corral.report.scores import scores_by_metric
 from corral.report.verdict import Verdict, give_verdict
+from corral.run.stage_record import FORMAT, StageFolder, claim_stage, record_interruption
 from tests.report.conftest import MakeRun, card, contract, promote_model, tiny_card
 
 
@@ -106,3 +110,30 @@ def test_an_unfinished_run_says_how_far_it_got(make_run: MakeRun, parts: list[st
     verdict = give_verdict(read_run(make_run(*parts)), [])
     assert words in verdict.headline
     assert verdict.tone == "pending"
+
+
+def test_a_stage_that_a_guard_stopped_is_not_one_that_has_just_not_ended(make_run: MakeRun) -> None:
+    run = make_run("ledger", "metrics")
+    inputs, reason = {"rows": "abc"}, "stopped after step 60, as training breaks the model: chosen answers fell by 30%"
+    stage = StageFolder("train-1-sft", run / "train-1-sft", "", done=False)
+    (run / "train-1-sft" / "stage.json").write_text(
+        json.dumps({"name": "train-1-sft", "format": FORMAT, "status": "running", "fingerprint": "f", "inputs": inputs})
+    )
+    record_interruption(stage, 1.0, reason)
+    verdict = give_verdict(read_run(run), [])
+    assert (verdict.headline, verdict.tone) == (f"train-1-sft did not come to its end: {reason}.", "worse")
+    claim_stage(run, "train-1-sft", inputs)  # with a higher limit it goes on
+    assert "has reached step 60" in give_verdict(read_run(run), []).headline
+
+
+def test_of_several_aligned_models_the_last_is_judged_and_a_promoted_one_is_not_said_to_be_kept_aside(
+    make_run: MakeRun,
+) -> None:
+    record = read_run(make_run("ledger", "metrics"))
+    worse = replace(record.trainings[0], gate=GateResult("worse", (), (Fault("its loss rose", None),)))
+    judged = give_verdict(replace(record, trainings=[worse]), [])
+    assert "is worse than the model that it started from: its loss rose." in judged.headline
+    assert judged.details == ["It was kept, not promoted. Both models’ figures are below."]
+    promoted = give_verdict(replace(record, trainings=[replace(worse, promoted=True)]), [])
+    assert promoted.details == ["The run stands for it all the same. Both models’ figures are below."]
+    assert "has reached step" in give_verdict(replace(record, trainings=[worse, record.trainings[0]]), []).headline

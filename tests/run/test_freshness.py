@@ -64,6 +64,6 @@ def test_scores_from_before_there_was_a_last_stage_are_stale_and_a_stage_that_th
         run / "evaluate" / "stage.json",
         {"fingerprint": "e1", "status": "done", "format": 2, "inputs": {"stages": {"train-1-sft": "a1"}}},
     )
-    assert stale_stages(run) == {"evaluate": "it was made before there was a train-2-sft"}
+    assert stale_stages(run) == {"evaluate": "it was made without train-2-sft"}
     (run / "recipe.toml").write_text(RECIPE.replace("{}, {}", "{}"))
     assert stale_stages(run) == {"train-2-sft": "the recipe has no such stage"}

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from corral.errors import RunError
-from corral.run.promotion import MERGED_FOLDER, model_folder, promote, read_promotion, superseded_model_note
+from corral.run.promotion import MERGED_FOLDER, earlier_model_note, model_folder, promote, promote_start, read_promotion
 from corral.run.stage_record import StageFolder, claim_stage, finish_stage
 
 NAME = "train-1-sft"
 
 
-def finish(run: Path, inputs: dict[str, int]) -> StageFolder:
+def finish(run: Path, inputs: dict[str, int], name: str = NAME) -> StageFolder:
     """A finished training stage with a model."""
-    stage = claim_stage(run, NAME, inputs)
+    stage = claim_stage(run, name, inputs)
     (stage.path / MERGED_FOLDER).mkdir()
     for name in ("config.json", "contract.json"):
         (stage.path / MERGED_FOLDER / name).write_text(f'{{"made from": {inputs}}}')
@@ -27,12 +27,32 @@ def test_the_pointer_follows_the_model_into_the_superseded_stages_and_back(tmp_p
     first = finish(tmp_path, {"a": 1})
     promote(tmp_path, first, "it is the last")
     assert model_folder(tmp_path) == tmp_path / NAME / MERGED_FOLDER
-    assert superseded_model_note(tmp_path) is None
+    assert earlier_model_note(tmp_path) is None
     claim_stage(tmp_path, NAME, {"a": 2})
     assert model_folder(tmp_path).parent.parent.name == "superseded"
-    assert "train-1-sft is being made again" in (superseded_model_note(tmp_path) or "")
+    assert "train-1-sft is being made again" in (earlier_model_note(tmp_path) or "")
+    finish(tmp_path, {"a": 2})
+    assert "train-1-sft as it is now was not promoted" in (earlier_model_note(tmp_path) or "")
     claim_stage(tmp_path, NAME, {"a": 1})
     assert model_folder(tmp_path) == tmp_path / NAME / MERGED_FOLDER
+
+
+def test_a_run_without_a_model_stands_for_the_start_of_a_stage_that_may_not_be_promoted_until_another_is(
+    tmp_path: Path,
+) -> None:
+    start, aligned = finish(tmp_path, {"a": 1}), finish(tmp_path, {"b": 1}, "train-2-dpo")
+    assert promote_start(tmp_path, start, aligned.name)
+    assert model_folder(tmp_path) == start.path / MERGED_FOLDER
+    assert "train-2-dpo left no model that may be promoted" in (earlier_model_note(tmp_path) or "")
+    again = finish(tmp_path, {"a": 2})
+    assert promote_start(tmp_path, again, aligned.name), "it stands for the start of the stage as it is now"
+    assert model_folder(tmp_path) == again.path / MERGED_FOLDER
+    promote(tmp_path, again, "it is the last stage of another recipe")
+    assert earlier_model_note(tmp_path) is None
+    promote(tmp_path, aligned, "it is the last")
+    assert not promote_start(tmp_path, again, aligned.name), "a run keeps the model that it has"
+    assert model_folder(tmp_path) == aligned.path / MERGED_FOLDER
+    assert earlier_model_note(tmp_path) is None
 
 
 def test_promoting_the_same_model_again_writes_nothing(tmp_path: Path) -> None:
