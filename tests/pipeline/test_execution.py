@@ -13,7 +13,16 @@ import pytest
 from corral import recipe as recipes
 from corral.cli import main
 from corral.data.prepare import Prepared
-from corral.errors import CorralError, DataError, InputError, MissingExtraError, ModelError, RunError, StorageError
+from corral.errors import (
+    CorralError,
+    DataError,
+    GateError,
+    InputError,
+    MissingExtraError,
+    ModelError,
+    RunError,
+    StorageError,
+)
 from corral.messages import Conversation
 from corral.model.folder import model_identity
 from corral.pipeline import execution
@@ -22,6 +31,7 @@ from corral.progress import Progress
 from corral.report.write import write_report
 from corral.run.directory import Run
 from corral.run.promotion import read_promotion
+from corral.run.stage_record import StageFolder
 from tests.conftest import change_json, write_rows, write_workspace
 
 
@@ -193,6 +203,29 @@ def test_stages_start_side_by_side_from_the_base_and_each_can_be_a_variant(run_c
     pairs = {(c["a"], c["b"]) for c in card["comparisons"] if c["metric"] == "loss"}
     assert {("tuned", "base"), ("first", "tuned"), ("second", "first")} <= pairs
     assert execute(run_copy, "train.1.seed=6") == ["train-2-low", "train-3-again", "evaluate", "report"]
+
+
+def test_a_stage_that_fails_its_gate_holds_up_those_that_start_from_it_and_no_sibling(
+    run_copy: Path, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_second(stage: TrainStage, folder: StageFolder) -> GateError | None:
+        # What makes a gate fail is tested with real preferences in tests/e2e/test_alignment.py.
+        return GateError(f"{folder.name} is blocked") if stage.number == 2 else None
+
+    monkeypatch.setattr(TrainStage, "gate_error", fail_second)
+    add_to_recipe(run_copy, SHORT.format(name="low", settings='from = "train-1-sft"'))
+    with pytest.raises(GateError, match="train-2-low is blocked"):
+        execute(run_copy, said=said)
+    promotion = read_promotion(run_copy)
+    assert promotion is not None
+    assert (promotion.stage, promotion.instead_of) == ("train-1-sft", "train-2-low")
+    assert any("the run stands for the model of train-1-sft, which train-2-low started from" in s for s in said.lines)
+    add_to_recipe(run_copy, SHORT.format(name="next", settings='from = "train-1-sft"'))
+    with pytest.raises(GateError, match="train-2-low is blocked"):
+        execute(run_copy, 'train.2.from="low"')
+    assert execute(run_copy, said=said) == ["train-3-next", "evaluate", "report"]
+    assert "train-2-low is blocked; no other stage starts from it" in said.lines
+    assert Run(run_copy).model == run_copy / "train-3-next" / "merged"
 
 
 def test_a_run_is_evaluated_on_a_file_of_the_users_own_as_it_is(
