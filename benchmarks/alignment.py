@@ -51,8 +51,12 @@ from corral.system import proc_bytes
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart-align.toml"
 STEPS = 16
 RATES: Mapping[str, Sequence[float]] = {
-    **dict.fromkeys(("dpo", "ipo", "kto", "orpo", "ulma"), (1e-4, 2e-4)),
+    "dpo": (1e-4, 3e-4),
+    "ipo": (1e-4, 3e-4),
+    "kto": (1e-4, 3e-4),
+    "orpo": (1e-4, 3e-4),
     "simpo": (3e-5, 1e-4),
+    "ulma": (1e-4, 3e-4),
 }
 """The rates that each objective tries."""
 SINGLE_ANSWERS = ("kto", "ulma")

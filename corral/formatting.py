@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -23,6 +24,11 @@ def signed(value: float, digits: int = 3) -> str:
     """As `number`, with a plus for values above 0."""
     text = number(value, digits)
     return text if text.startswith(MINUS) or not text.strip("0.,") else f"+{text}"
+
+
+def round_up(value: float) -> str:
+    """Two digits after the point at most, for a limit that the value must not exceed."""
+    return f"{math.ceil(100 * value) / 100:g}"
 
 
 def compact(value: float) -> str:

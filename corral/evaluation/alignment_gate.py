@@ -1,21 +1,20 @@
 """Whether the model of a stage that aligns may be promoted: its figures beside those of the model that it started from.
 
 The figures are in the stage's folder: `comparison/` has both models' losses and preferences on validation rows, in the files
-of an evaluation, and `outcome.json` the basic prompts. The result follows from them and from the present settings of
+of an evaluation, and `outcome.json` what the guards measured. The result follows from them and from the present settings of
 `[train.guards]`, so that another limit needs no training.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from corral.evaluation.scorecard import Comparison, Scorecard
-from corral.formatting import signed
+from corral.formatting import round_up, signed
 from corral.recipe.alignment import Guards
 
 COMPARISON_FOLDER, SCORECARD = "comparison", "scorecard.json"
@@ -73,10 +72,10 @@ def check_aligned_model(stage: Path, guards: Guards) -> GateResult:
     comparisons = {c.metric: c for c in card.comparisons if c.a == AFTER} if card else {}
     accuracy, loss = comparisons.get(PRIMARY), comparisons.get("loss")
     gap = quantisation_gap(card) if card else None
-    prompts = _BasicPrompts.read(stage)
+    guarded = _GuardFigures.read(stage)
     figures = [_describe(card, c) for c in (accuracy, loss) if card is not None and c is not None]
-    figures += [str(prompts)] if prompts.asked else []
-    faults = tuple(_faults(comparisons, gap, prompts, guards))
+    figures += [f"basic prompts answered well {guarded.asked} → {guarded.passed}"] if guarded.asked else []
+    faults = tuple(_faults(comparisons, gap, guarded, guards))
     outcome: Outcome = "unknown"
     if faults:
         outcome = "worse"
@@ -97,28 +96,32 @@ def quantisation_gap(card: Scorecard) -> float | None:
 
 
 @dataclass(frozen=True, slots=True)
-class _BasicPrompts:
-    """Basic prompts that the start model answered well, and how many of them the stage's model does."""
+class _GuardFigures:
+    """What the guards measured of the weights that a stage kept.
+
+    Args:
+        asked: basic prompts that the start model answered well.
+        passed: how many of them these weights do.
+        chosen_fall: of the log-probability of chosen answers, as a share of its size.
+    """
 
     asked: int
     passed: int
+    chosen_fall: float
 
     @classmethod
-    def read(cls, stage: Path) -> _BasicPrompts:
-        """Of the weights that the stage kept; none if none were asked."""
+    def read(cls, stage: Path) -> _GuardFigures:
+        """From a stage's `outcome.json`; zeros for what was not measured."""
         try:
             outcome: dict[str, Any] = json.loads((stage / "outcome.json").read_text("utf-8"))
         except (OSError, ValueError):
-            return cls(0, 0)
-        guards: dict[str, Any] = outcome.get("guards") or {}
-        return cls(guards.get("basic_prompts") or 0, guards.get("basic_prompts_passed") or 0)
-
-    def __str__(self) -> str:
-        return f"basic prompts answered well {self.asked} → {self.passed}"
+            return cls(0, 0, 0.0)
+        found: dict[str, Any] = outcome.get("guards") or {}
+        return cls(*(found.get(name) or 0 for name in ("basic_prompts", "basic_prompts_passed", "chosen_fall")))
 
 
 def _faults(
-    comparisons: Mapping[str, Comparison], gap: float | None, prompts: _BasicPrompts, guards: Guards
+    comparisons: Mapping[str, Comparison], gap: float | None, guarded: _GuardFigures, guards: Guards
 ) -> Iterator[Fault]:
     """Args: gap: what quantised weights add to the loss, which was accepted before the stage trained."""
     accuracy, margin, loss = (comparisons.get(name) for name in (PRIMARY, MARGIN, "loss"))
@@ -128,17 +131,17 @@ def _faults(
     if loss is not None and (rise := loss.difference - (gap or 0)) > guards.loss_rise:
         higher = "higher" if gap is None else "higher than that of its quantised start model"
         what = f"its held-out loss is {rise:.3f} {higher}, and guards.loss_rise = {guards.loss_rise:g}"
-        yield Fault(what, f"loss_rise={_round_up(rise)}")
-    failing = prompts.asked - prompts.passed
-    if failing > guards.failing_prompts * prompts.asked:
+        yield Fault(what, f"loss_rise={round_up(rise)}")
+    if (fall := guarded.chosen_fall) > guards.chosen_fall:
+        limit = f"guards.chosen_fall = {guards.chosen_fall:g}"
+        what = f"its log-probability of chosen answers is lower by {fall:.3g} of its size, and {limit}"
+        yield Fault(what, f"chosen_fall={round_up(fall)}")
+    failing = guarded.asked - guarded.passed
+    if not guards.allows_failing(failing, guarded.asked):
         share = f"guards.failing_prompts = {guards.failing_prompts:g}"
-        what = f"it answers {failing} of {prompts.asked} basic prompts badly, and {share}"
-        accepted = _round_up(failing / prompts.asked)
+        what = f"it answers {failing} of {guarded.asked} basic prompts badly, and {share}"
+        accepted = round_up(failing / guarded.asked)
         yield Fault(what, f"failing_prompts={accepted}" if float(accepted) < 1 else None)
-
-
-def _round_up(value: float) -> str:
-    return f"{math.ceil(100 * value) / 100:g}"
 
 
 def _describe(card: Scorecard, comparison: Comparison) -> str:

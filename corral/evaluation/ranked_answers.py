@@ -25,13 +25,12 @@ def select_ranked_answers(test: ExampleStore, count: int) -> list[RankedAnswers]
 
     Args:
         test: prepared rows.
-        count: most rows: prompts are taken with all their rows, and those whose rows do not fit any more are passed over; of
-            the first one, so many rows.
+        count: most rows: prompts are taken with all their rows as long as these fit; of the first one, so many rows.
     """
     chosen: list[RankedAnswers] = []
     for prompt, records in _by_prompt(test).items():
         if chosen and len(records) > count:
-            continue
+            break
         if pairs := _rank(records[:count]):
             chosen.append(_ranked_answers(prompt, pairs))
             count -= len(records)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corral.export import contract
+from corral.formatting import signed
 from corral.model.folder import model_identity
 from corral.pipeline.context import RunContext
 from corral.progress import Progress
@@ -148,7 +149,7 @@ class FineTuning:
             + (f" at step {outcome.best_step}" if held_out else "")
         )
 
-    def _build_guards(self, longest: int) -> StageGuards | None:
+    def _build_guards(self, context_length: int) -> StageGuards | None:
         """What stops it before it breaks the model, if it aligns one.
 
         Raises: TemplateError (the model that it starts from knows other prompts), DataError.
@@ -165,7 +166,7 @@ class FineTuning:
             setup.config,
             self.number,
             context.template,
-            longest=longest,
+            context=context_length,
             tolerance=reference_tolerance(setup.dtype, setup.config.quantization),
             folder=self.folder,
             world=context.world,
@@ -232,5 +233,5 @@ def _preference_figures(metrics: StepMetrics, prefix: str) -> list[str]:
 def _guard_figures(metrics: StepMetrics) -> list[str]:
     """What the guards measured after a step, if the stage has any."""
     fall, passed = (metrics.objective.get(name) for name in ("chosen_fall", "basic_prompts_passed"))
-    figures = [] if fall is None else [f"log-probability of chosen answers {-fall:+.1%}"]
+    figures = [] if fall is None else [f"log-probability of chosen answers {signed(-100 * fall, 1)} %"]
     return figures if passed is None else [*figures, f"{passed:.0f} basic prompts answered well"]

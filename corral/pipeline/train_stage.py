@@ -15,6 +15,7 @@ from corral.evaluation.alignment_gate import check_aligned_model
 from corral.export import contract
 from corral.formatting import format_bytes
 from corral.model.device import memory_limit
+from corral.model.folder import read_json
 from corral.pipeline.context import RunContext
 from corral.pipeline.fine_tuning import FineTuning
 from corral.pipeline.start_comparison import StartComparison
@@ -23,7 +24,7 @@ from corral.run.promotion import MERGED_FOLDER, read_promotion
 from corral.run.stage_record import Settings, StageFolder
 from corral.storage import write_json
 from corral.training.alignment_warnings import WARNINGS_FILE, row_warnings, settings_warnings
-from corral.training.basic_prompts import read_basic_prompts
+from corral.training.basic_prompts import encode_basic_prompts, read_basic_prompts
 from corral.training.memory_estimate import ModelShape
 from corral.training.objective_table import TAKES
 from corral.training.passes import Passes, choose_passes, savings
@@ -75,7 +76,7 @@ class TrainStage:
         return config if self.adapter is None else config.model_copy(update={"lora": self.adapter.lora})
 
     def needs(self) -> int:
-        """Its packages. Raises: MissingExtraError, ModelError."""
+        """Its packages, and basic prompts that it can answer. Raises: MissingExtraError, ModelError, DataError."""
         context, config = self.context, self.context.recipe.train[self.number - 1]
         context.check_readable(self)
         for tracker in context.recipe.trackers:
@@ -89,7 +90,10 @@ class TrainStage:
         for warning in self._settings_warnings:
             context.progress.say(f"{self.name}: {warning}")
         if config.guards is not None:
-            read_basic_prompts(config.guards.prompts, f"train.{self.number - 1}.guards.prompts")
+            where = f"train.{self.number - 1}.guards.prompts"
+            prompts = read_basic_prompts(config.guards.prompts, where)
+            room = read_json(context.base.folder / "config.json").get("max_position_embeddings")
+            encode_basic_prompts(prompts, context.template, room, config.guards.max_tokens, where)
         shape = ModelShape.from_folder(context.base.folder)
         return sum(stage_bytes(shape, self.config, context.placement.dtype).values())
 

@@ -91,7 +91,7 @@ class Guards(Section):
     """When a stage that aligns a model is stopped, or its model not promoted. They are checked at every evaluation of the
     stage, and after it. A change of them trains nothing again."""
 
-    chosen_fall: Fraction = 0.2
+    chosen_fall: NotNegative = 0.2
     """Largest fall of the mean log-probability of chosen (or good) answers on the validation rows, as a share of its size
     before the first step; without validation rows, on up to `evaluate_rows` of the rows that are trained on."""
     prompts: PathText | None = None
@@ -99,8 +99,8 @@ class Guards(Section):
     with corral."""
     failing_prompts: Fraction = 0.1
     """Largest share of the basic prompts answered well by the model that the stage starts from which may be answered badly: by
-    nothing, without an end, in a loop, or with the same answer as most others."""
-    max_tokens: Annotated[int, Field(ge=2)] = 96
+    nothing, without an end, in a loop, or with the same answer as many others. One of them always may be, unless this is 0."""
+    max_tokens: Annotated[int, Field(ge=8)] = 96
     """Most tokens of an answer to a basic prompt. The model that the stage starts from must have ended it within half of
     them, or the prompt does not count."""
     loss_rise: Annotated[float, Field(ge=0)] = 0.1
@@ -108,3 +108,7 @@ class Guards(Section):
     the run has no conversations) over the model that the stage starts from."""
     quantisation_gap: Annotated[float, Field(ge=0)] = 0.1
     """With `quantization`: the same for the quantised form of the model that the stage starts from, before the first step."""
+
+    def allows_failing(self, failing: int, asked: int) -> bool:
+        """Whether so many of the basic prompts that count may be answered badly."""
+        return failing <= (max(1.0, self.failing_prompts * asked) if self.failing_prompts else 0)

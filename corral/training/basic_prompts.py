@@ -26,6 +26,7 @@ _SHIPPED = Path(__file__).with_name("basic_prompts.txt")
 _NGRAM = 4
 _SHORTEST_LOOP = 12  # tokens
 _FEWEST_EQUAL = 3
+_MOST_PROMPTS = 500  # a model of 7 billion weights takes minutes for them on a GPU, at every evaluation
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ def read_basic_prompts(path: str | None, where: str) -> list[str]:
     Args:
         where: the setting that names the file.
 
-    Raises: DataError (there is no such file, it is no text, or holds no prompt).
+    Raises: DataError (there is no such file, it is no text, or holds no prompt or too many).
     """
     file = _SHIPPED if path is None else Path(path)
     hint = "name a text file in UTF-8 with one prompt in each line, or remove the setting to take those that ship with corral"
@@ -63,13 +64,26 @@ def read_basic_prompts(path: str | None, where: str) -> list[str]:
     prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not prompts:
         raise DataError("the file of basic prompts holds none", where=f"{where} = {path}", hint=hint)
+    if len(prompts) > _MOST_PROMPTS:
+        raise DataError(
+            f"the file holds {len(prompts):,} basic prompts, and at most {_MOST_PROMPTS} can be answered at each evaluation",
+            where=f"{where} = {path}",
+            hint="choose some of them: a few dozen show whether a model breaks",
+        )
     return prompts
 
 
 def encode_basic_prompts(
-    prompts: Sequence[str], template: Template, longest: int, where: str
+    prompts: Sequence[str], template: Template, context: int | None, max_tokens: int, where: str
 ) -> dict[str, tuple[int, ...]]:
-    """The ids of each prompt. Raises: DataError (the template refuses one, or it is longer than `longest` tokens)."""
+    """The ids of each prompt.
+
+    Args:
+        context: tokens of prompt and answer that the model has room for, if it is known.
+        max_tokens: of an answer.
+
+    Raises: DataError (the template refuses one, or there is no room for it with an answer).
+    """
     encoded: dict[str, tuple[int, ...]] = {}
     for prompt in prompts:
         problem = None
@@ -78,10 +92,11 @@ def encode_basic_prompts(
         except TemplateError as error:
             problem = f"the template refuses it: {error.what}"
         else:
-            if (length := len(encoded[prompt])) > longest:
-                problem = f"it has {length} tokens, and with an answer the model has room for {longest}"
+            length = len(encoded[prompt])
+            if context is not None and length + max_tokens > context:
+                problem = f"its {length} tokens and {max_tokens} of an answer do not fit into the model's context of {context}"
         if problem:
-            hint = "change or remove this prompt, or lower max_tokens"
+            hint = "lower `max_tokens` of [train.guards], or name other prompts in its `prompts`"
             raise DataError(f"the basic prompt {prompt[:60]!r} cannot be used: {problem}", where=where, hint=hint)
     return encoded
 
@@ -89,8 +104,9 @@ def encode_basic_prompts(
 def find_faults(answers: Sequence[str], ids: Sequence[Sequence[int]], ended: Sequence[bool]) -> list[str | None]:
     """What is wrong with each answer to different prompts.
 
-    An answer is at fault if it is blank, was cut because it did not end, loops (see `is_loop`), or is given to more than half
-    of the prompts (and to at least three), letter for letter.
+    An answer is at fault if it is blank, was cut because it did not end, loops (see `is_loop`), or is given, letter for
+    letter, to at least three prompts, and either to more than half of them or while there are fewer than half as many
+    different answers as prompts.
 
     Args:
         answers: as text.
@@ -107,7 +123,7 @@ def find_faults(answers: Sequence[str], ids: Sequence[Sequence[int]], ended: Seq
             return "in a loop"
         if not has_ended:
             return f"no end after {len(tokens)} tokens"
-        if counts[text] >= _FEWEST_EQUAL and 2 * counts[text] > len(texts):
+        if counts[text] >= _FEWEST_EQUAL and 2 * max(counts[text], len(texts) - len(counts)) > len(texts):
             return f"the same answer as to {counts[text] - 1} other prompts"
         return None
 

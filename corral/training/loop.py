@@ -158,6 +158,8 @@ class Trainer:
         if self.world.is_main:
             step_metrics.truncate_from(self.folder / step_metrics.FILE, 0 if resumed is None else state.step + 1)
         metrics, stopped = StepMetrics(0, None, None, 0.0, None, 0, 0.0, _peak_memory(self.model), 0.0), None
+        if resumed is not None and self.guards is not None:
+            self.guards.resume()
         if resumed is None and self._evaluation_rows:
             if self.guards is not None:
                 sides = {"validation": self.held_out, "train": self.examples}

@@ -1,4 +1,4 @@
-"""The interface between the training loop and what it minimises, and supervised fine-tuning; `preferences` has the others.
+"""The interface between the training loop and what it minimises, and fine-tuning on answers (`alignment_losses` has the rest).
 
 An objective gets log-probabilities of the trained tokens of examples and returns sums: of the terms of its loss, and of its
 metrics. The loop adds them up over the whole step and over all processes, and only then divides each term by its own number

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from corral.data.example_store import Example
 
+_ANSWERED_TOGETHER = 32
 ALL = slice(None)
 """All sequences of an example."""
 
@@ -100,13 +101,19 @@ class Scorer:
     def answer(
         self, prompts: Sequence[Sequence[int]], stop_ids: Collection[int], max_tokens: int
     ) -> list[GreedyAnswer]:
-        """Greedy answers to the prompts, on every process: computed by rank 0 alone, or by all with a sharded model."""
+        """Greedy answers to the prompts, some at a time, on every process: computed by rank 0 alone, or by all with a sharded
+        model."""
+        answers: list[GreedyAnswer] = []
+        some = [prompts[i : i + _ANSWERED_TOGETHER] for i in range(0, len(prompts), _ANSWERED_TOGETHER)]
         with self.evaluating():
-            if self._sharded is None:
-                own = answer_greedily(self.model, prompts, stop_ids, max_tokens) if self._world.is_main else None
-                return self._world.broadcast(own)
-            agree = self._world.broadcast
-            return answer_greedily(self.model, prompts, stop_ids, max_tokens, compute=self._sharded, agree=agree)
+            if self._sharded is not None:
+                how: dict[str, Any] = {"compute": self._sharded, "agree": self._world.broadcast}
+                for each in some:
+                    answers += answer_greedily(self.model, each, stop_ids, max_tokens, **how)
+                return answers
+            for each in some if self._world.is_main else ():
+                answers += answer_greedily(self.model, each, stop_ids, max_tokens)
+        return self._world.broadcast(answers)
 
     def logprobs(
         self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], share_prefixes: bool = False

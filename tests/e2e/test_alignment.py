@@ -30,7 +30,7 @@ rank = 4
 [train.optimizer]
 lr = 2e-3
 [train.guards]  # what a random model says to basic prompts tells nothing
-max_tokens = 2
+max_tokens = 8
 """
 
 

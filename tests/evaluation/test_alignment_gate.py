@@ -32,7 +32,7 @@ def rows(seed: int, *, right: float, loss: float, margin: float = 0, prompts: in
     return [*pairs, *(Row(f"row-{n}", 20 * (loss + rng.gauss(0, 0.01)), 20) for n in range(20))]
 
 
-def stage(folder: Path, after: list[Row], quantised: list[Row] | None = None, **guards: int) -> Path:
+def stage(folder: Path, after: list[Row], quantised: list[Row] | None = None, **guards: float) -> Path:
     variants = {BEFORE: VariantRows(rows(1, right=0.6, loss=2)), AFTER: VariantRows(after)}
     if quantised is not None:
         variants[QUANTISED] = VariantRows(quantised)
@@ -107,6 +107,22 @@ def test_basic_prompts_of_the_kept_weights_count_against_those_of_the_start_mode
     (tmp_path / "outcome.json").write_text(json.dumps({"guards": {"basic_prompts": 300, "basic_prompts_passed": 1}}))
     (fault,) = check_aligned_model(folder, Guards()).faults
     assert fault.setting is None, "a limit of 1 is not a setting that is allowed"
+
+
+def test_one_basic_prompt_may_fail_however_few_count(tmp_path: Path) -> None:
+    folder = stage(tmp_path, rows(2, right=0.9, loss=2), basic_prompts=4, basic_prompts_passed=3)
+    assert not check_aligned_model(folder, Guards()).faults
+    assert check_aligned_model(folder, Guards(failing_prompts=0)).faults, "unless the user wants all of them"
+
+
+def test_a_fall_of_chosen_answers_is_judged_by_the_present_limit(tmp_path: Path) -> None:
+    folder = stage(tmp_path, rows(2, right=0.9, loss=2), chosen_fall=1.234)
+    (fault,) = check_aligned_model(folder, Guards()).faults
+    assert (
+        fault.what == "its log-probability of chosen answers is lower by 1.23 of its size, and guards.chosen_fall = 0.2"
+    )
+    assert fault.setting == "chosen_fall=1.24"
+    assert not check_aligned_model(folder, Guards(chosen_fall=1.24)).faults
 
 
 def test_a_stage_without_validation_rows_says_that_nothing_was_compared(tmp_path: Path) -> None:

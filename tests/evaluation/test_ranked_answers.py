@@ -79,10 +79,6 @@ def test_prompts_are_taken_whole_as_long_as_their_rows_fit(tmp_path: Path) -> No
     test = store(tmp_path, *rows)
     assert [len(row.pairs) for row in select_ranked_answers(test, 8)] == [3, 3]
     assert [len(row.pairs) for row in select_ranked_answers(test, 2)] == [2], "of the first one as many as are wanted"
-    few = [*rows[:3], *(Preference(prompt("many"), f"yes {m}", "no") for m in range(9)), *rows[3:6]]
-    (tmp_path / "few").mkdir()
-    taken = [len(row.pairs) for row in select_ranked_answers(store(tmp_path / "few", *few), 8)]
-    assert taken == [3, 3], "what does not fit is passed over"
 
 
 def test_good_answers_are_chosen_or_well_scored_and_only_they_are_trained(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ def make_guarded_trainer(
     lr: float = 5e-4,
     held_out: int = 4,
     with_guards: bool = True,
+    prompts: Sequence[str] = PROMPTS,
+    say: Callable[[str], None] = lambda _: None,
     limits: dict[str, Any] | None = None,
     world: World | None = None,
     **settings: Any,
@@ -52,17 +55,19 @@ def make_guarded_trainer(
     taught.
 
     Args:
+        prompts: basic prompts of the guards.
+        say: called with what the user should know.
         limits: of the guards.
         settings: of the stage.
     """
     world = world or World()
     folder.mkdir(parents=True, exist_ok=True)
-    prompts = folder / "prompts.txt"
-    prompts.write_text("\n".join(PROMPTS), "utf-8")
-    section = Limits(prompts=str(prompts), max_tokens=16, **(limits or {}))
+    file = folder / "prompts.txt"
+    file.write_text("\n".join(prompts), "utf-8")
+    section = Limits(prompts=str(file), max_tokens=16, **(limits or {}))
     config = tiny_config({"objective": "dpo", "steps": 8, **settings, "guards": section}, {"lr": lr}, {})
     template = load_template(base)
-    guards = StageGuards(config, 2, template, longest=512, tolerance=1e-4, folder=folder, world=world)
+    guards = StageGuards(config, 2, template, context=512, tolerance=1e-4, folder=folder, world=world, say=say)
 
     def save_best() -> None:
         weights = trainer.weights()

@@ -20,7 +20,7 @@ def faults(*answers: str, ended: bool = True) -> list[str | None]:
 def test_twenty_prompts_ship_with_corral(template: Template) -> None:
     prompts = read_basic_prompts(None, "train.1.guards.prompts")
     assert len(prompts) == 20
-    assert len(encode_basic_prompts(prompts, template, 512, "prompts")) == 20
+    assert len(encode_basic_prompts(prompts, template, 512, 96, "prompts")) == 20
 
 
 def test_good_answers_have_no_fault() -> None:
@@ -40,6 +40,11 @@ def test_an_empty_an_endless_a_looping_and_a_repeated_answer_are_at_fault() -> N
 def test_equal_answers_to_two_prompts_or_to_half_of_them_are_no_fault() -> None:
     assert faults("Hello!", "Hello!") == [None] * 2
     assert faults("Hello!", "Hello!", "Hello!", "Four.", "Paris.", "July.") == [None] * 6
+
+
+def test_a_few_answers_to_all_prompts_are_at_fault() -> None:
+    assert faults(*["Yes."] * 6, *["No."] * 6) == ["the same answer as to 5 other prompts"] * 12
+    assert faults(*["Yes."] * 4, *["No."] * 2, "Four.", "Paris.") == [None] * 8, "half as many answers as prompts"
 
 
 def test_a_loop_repeats_most_of_the_answer_wherever_it_lies_and_whatever_its_period() -> None:
@@ -65,6 +70,13 @@ def test_a_file_without_prompts_is_refused_with_the_setting_that_names_it(
     assert "train.1.guards.prompts" in str(caught.value)
 
 
+def test_more_prompts_than_can_be_answered_at_each_evaluation_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(f"What is {i} plus 1?" for i in range(501)), "utf-8")
+    with pytest.raises(DataError, match="holds 501 basic prompts, and at most 500"):
+        read_basic_prompts(str(path), "prompts")
+
+
 def test_each_line_of_a_users_file_is_a_prompt_once(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("Sag Hallo.\n\n  Wer bist du?  \nSag Hallo.\n", "utf-8")
@@ -72,5 +84,7 @@ def test_each_line_of_a_users_file_is_a_prompt_once(tmp_path: Path) -> None:
 
 
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(template: Any) -> None:
-    with pytest.raises(DataError, match="room for 20"):
-        encode_basic_prompts(["What is this? " * 20], template, 20, "prompts")
+    with pytest.raises(DataError, match="and 96 of an answer do not fit into the model's context of 100") as caught:
+        encode_basic_prompts(["What is this?"], template, 100, 96, "prompts")
+    assert "lower `max_tokens`" in str(caught.value.hint)
+    assert encode_basic_prompts(["What is this?"], template, None, 96, "prompts")

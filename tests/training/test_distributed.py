@@ -79,6 +79,15 @@ def stop_by_guards(base: Path, folder: Path, world: World, **settings: Any) -> s
     raise AssertionError("it was not stopped")
 
 
+def finish_twice(base: Path, folder: Path, world: World) -> dict[str, float | None]:
+    """What rank 0 alone reads of the guards when a stage that was trained to the end, but not merged, goes on."""
+    make_guarded_trainer(base, folder, steps=2, world=world).run()
+    trainer = make_guarded_trainer(base, folder, steps=2, world=world)
+    outcome = trainer.run()
+    assert trainer.guards is not None
+    return trainer.guards.figures(outcome.best_step) if world.is_main else {}
+
+
 def nan_on_rank_1(make_trainer: MakeTrainer, folder: Path, world: World) -> Any:
     trainer = make_trainer(folder, **SETTINGS, held_out=0)
 
@@ -128,6 +137,7 @@ def work(rows_file: Path, folder: Path) -> None:
     with world_from_environment() as world:
         for name, settings in GUARDED.items():
             results[name] = stop_by_guards(taught, folder / name, world, **settings)
+        results["finished twice"] = finish_twice(taught, folder / "finished twice", world)
 
         def make_trainer(stage: Path, **settings: Any) -> Trainer:
             return make_tiny_trainer(stage, rows, base, world=world, **settings)
@@ -230,6 +240,14 @@ def test_guards_stop_both_processes_with_what_they_say_to_one(
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     # At a rate that breaks a model, the rounding of the first sums has grown within four steps.
     assert lines[-1]["chosen_fall"] == pytest.approx(read_metrics(tmp_path)[-1]["chosen_fall"], rel=0.05)
+
+
+def test_a_stage_that_was_trained_to_the_end_goes_on_with_what_rank_0_alone_reads_of_its_guards(
+    two_processes: Path,
+) -> None:
+    figures, _ = results(two_processes, "finished twice")
+    assert figures["basic_prompts"] == 12
+    assert figures["logprob_chosen_before"] < 0
 
 
 @pytest.mark.parametrize(

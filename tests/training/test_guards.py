@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from corral.errors import GateError
+from corral.errors import CheckpointError, GateError
 from corral.training.guards import relative_fall
 from corral.training.loop import Trainer
-from tests.training.guarded import make_guarded_trainer
+from tests.training.guarded import PROMPTS, make_guarded_trainer
 from tests.training.tiny import load_trainable, read_metrics, run_until
 
 HARD = 0.2
@@ -77,6 +78,7 @@ def test_a_rate_that_breaks_the_model_stops_the_stage_with_figures_prompts_and_r
     assert faulty[0]["fault"] in str(error.where)
     assert "made row" in str(error.where)
     assert "--set train.1.optimizer.lr=0.05" in str(error.hint)
+    assert "guards." not in str(error.hint), "no limit accepts that all prompts fail"
 
 
 @pytest.mark.full
@@ -129,6 +131,52 @@ def test_with_higher_limits_it_goes_on_as_if_it_had_never_been_stopped(guarded: 
     assert answers(tmp_path / "stopped") == answers(tmp_path / "whole")
 
 
+def test_the_limit_that_is_proposed_accepts_a_fall_beyond_the_size_of_the_log_probability(
+    guarded: MakeGuarded, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"lr": 1.0, "steps": 4, "dpo": {"sft_weight": 0.0}, "prompts": ["Tell me more."]}
+    hint = str(stop(guarded(tmp_path, **settings)).hint)
+    assert read_metrics(tmp_path)[-1]["chosen_fall"] > 1
+    limit = float(hint.partition("or go on from here with --set train.1.guards.chosen_fall=")[2])
+    assert guarded(tmp_path, limits={"chosen_fall": limit}, **settings).run().steps == 4
+
+
+def test_a_stage_goes_on_with_the_basic_prompts_that_it_began_with(guarded: MakeGuarded, tmp_path: Path) -> None:
+    run_until(guarded(tmp_path), 2)
+    said: list[str] = []
+    guarded(tmp_path, prompts=["Tell me more."], say=said.append).run()
+    assert [line for line in said if "names other basic prompts than when this stage began" in line]
+    assert {answer["prompt"] for answer in answers(tmp_path) if answer["step"] == 8} <= set(PROMPTS)
+    assert read_metrics(tmp_path)[-1]["basic_prompts_passed"] >= 11
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"rows": [1]}'])
+def test_a_stage_that_goes_on_without_what_was_measured_before_it_is_refused_with_the_way_out(
+    content: str | None, guarded: MakeGuarded, tmp_path: Path
+) -> None:
+    run_until(guarded(tmp_path, steps=4), 2)
+    path = tmp_path / "guards.json"
+    path.unlink()
+    if content is not None:
+        path.write_text(content, "utf-8")
+    with pytest.raises(CheckpointError, match="missing" if content is None else "damaged") as caught:
+        guarded(tmp_path, steps=4).run()
+    assert caught.value.where == str(path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    guarded(tmp_path, steps=4).run()
+
+
+def test_without_a_good_answer_among_the_rows_it_says_that_nothing_watches_them(
+    guarded: MakeGuarded, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    trainer = guarded(tmp_path, objective="ulma", steps=1, say=said.append)
+    trainer.held_out = trainer.held_out[1:2]  # the second of three is bad
+    trainer.run()
+    assert "basic prompts well, in up to 8 tokens" in said[0]
+    assert "none of the 1 row that this stage is evaluated on has a good answer" in said[1]
+
+
 def test_an_interrupted_stage_is_stopped_where_an_uninterrupted_one_is(guarded: MakeGuarded, tmp_path: Path) -> None:
     whole = stop(guarded(tmp_path / "whole", lr=HARD))
     run_until(guarded(tmp_path / "resumed", lr=HARD), 2)
@@ -158,7 +206,6 @@ def test_without_the_fine_tuning_term_chosen_answers_fall_further(guarded: MakeG
             folder, lr=0.03, dpo={"sft_weight": weight}, limits={"chosen_fall": 0.999, "failing_prompts": 0.999}
         ).run()
         falls.append(read_metrics(folder)[-1]["chosen_fall"])
-    print(falls)
     assert falls[0] > falls[1] + 0.02
 
 
