@@ -144,6 +144,19 @@ def tiny_folder(tiny_tokenizer: Any, shared_folder: Path) -> Path:
     return build_once(shared_folder / "tiny", build)
 
 
+@pytest.fixture(scope="session")
+def taught_folder(tiny_folder: Path, shared_folder: Path) -> Path:
+    """The tiny model, taught to answer a few prompts."""
+
+    def build(folder: Path) -> None:
+        from corral.model.loading import load_template
+        from tests.training.guarded import teach
+
+        teach(tiny_folder, load_template(tiny_folder), folder)
+
+    return build_once(shared_folder / "taught", build) / "model"
+
+
 RECIPE = """
 name = "tiny"
 seed = 3

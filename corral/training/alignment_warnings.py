@@ -14,6 +14,7 @@ import numpy as np
 
 from corral.data.ledger import FATES
 from corral.data.mixture import SIDES
+from corral.formatting import count_of
 from corral.messages import Feedback, Preference
 from corral.model.loading import load_tokenizer
 from corral.training.mismatched_rows import MismatchedRows
@@ -74,6 +75,7 @@ def row_warnings(prepared: Prepared, stage: Train, rows: StageRows) -> list[str]
         *_length_gap(stage, rows.train),
         *_swapped_pairs(train),
         *_contradictions(rows.train),
+        *_two_scores(stage, train),
         *_beyond_limit(prepared, stage, train),
         *_prompts_on_two_sides(prepared, stage, train),
     ]
@@ -124,6 +126,25 @@ def _contradictions(rows: Sequence[Example]) -> list[str]:
     return [
         f"{answers.contradictory:,} {some} chosen in one pair and rejected in another, so neither good nor bad: left out of "
         "this stage (an objective of pairs, such as `dpo`, takes them)"
+    ]
+
+
+def _two_scores(stage: Train, rows: ExampleStore) -> list[str]:
+    scored = rows.select(types=[Feedback])
+    groups: dict[bytes, list[int]] = {}
+    for number, content in enumerate(scored.sequence_figures().content if len(scored) else ()):
+        groups.setdefault(content.tobytes(), []).append(number)
+
+    def is_good(number: int) -> bool:
+        record = scored[number].record
+        return isinstance(record, Feedback) and record.score >= stage.threshold
+
+    both = [group for group in groups.values() if len(group) > 1 and len(set(map(is_good, group))) > 1]
+    if not both:
+        return []
+    return [
+        f"{count_of(len(both), 'answer')} with scores on both sides of the threshold {stage.threshold:g} "
+        f"({_names(scored, both[0])}): trained on as good and as bad ones, so nothing can be learnt from them"
     ]
 
 

@@ -14,9 +14,7 @@ from corral.template import Template
 from corral.training import trained_model
 from corral.training.loop import Trainer
 from corral.training.trained_model import TrainingSetup
-from tests.conftest import build_once
 from tests.model.tiny import fill_lora_b
-from tests.training.guarded import teach
 from tests.training.stage import Stage
 from tests.training.tiny import make_tiny_trainer
 
@@ -29,12 +27,6 @@ def tiny_trainer(encoded_rows: list[Any], tiny_folder: Path) -> Callable[..., Tr
         return make_tiny_trainer(folder, encoded_rows, tiny_folder, **settings)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def taught_folder(tiny_folder: Path, template: Template, shared_folder: Path) -> Path:
-    """The tiny model, taught to answer a few prompts."""
-    return build_once(shared_folder / "taught", lambda folder: teach(tiny_folder, template, folder)) / "model"
 
 
 @pytest.fixture

@@ -107,6 +107,15 @@ def test_pairs_that_contradict_each_other_are_named(prepared: Prepare, tmp_path:
     assert kto.startswith("2 answers are chosen in one pair and rejected in another")
 
 
+def test_an_answer_with_a_good_and_a_bad_score_is_named(prepared: Prepare, tmp_path: Path) -> None:
+    scores = [("1 2", 1.0), ("2 1", 0.0), ("1 2", 0.9), ("2 1", 0.1), ("1 2", 0.2)]
+    scored = [{"prompt": "Is 1 a number?", "completion": answer, "score": score} for answer, score in scores]
+    rows = prepared(source(write_rows(tmp_path / "a.jsonl", scored)))
+    warning = warnings_of(rows, objective="ulma")[-1]
+    assert warning.startswith("1 answer with scores on both sides of the threshold 0.5")
+    assert all(f"a row {number}" in warning for number in (1, 3, 5))
+
+
 @pytest.mark.parametrize("overlong", ["drop", "truncate"])
 def test_rows_over_the_limit_are_counted(prepared: Prepare, tmp_path: Path, overlong: str) -> None:
     long = pair(3, f"Yes, {'it is ' * 60}", f"No, {'it is ' * 60}")
