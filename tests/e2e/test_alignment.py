@@ -29,7 +29,8 @@ checkpoint_every = 2
 rank = 4
 [train.optimizer]
 lr = 2e-3
-[train.guards]  # what a random model says to basic prompts tells nothing
+[train.guards]  # what a random model says to basic prompts tells nothing, and one bad answer stops no stage
+prompts = "prompt.txt"
 max_tokens = 8
 """
 
@@ -52,6 +53,7 @@ def write_recipe(folder: Path, model: Path, objective: str, source: str) -> None
     sft, evaluate = text.split("[evaluate]")
     sft = sft.replace("[[train]]", '[[train]]\nsources = ["rows.jsonl"]')
     stage = ALIGNMENT.format(objective=objective, source=source)
+    (folder / "prompt.txt").write_text("Hello!\n")
     (folder / "r.toml").write_text(f"{sft}{stage}[evaluate]{evaluate}")
 
 

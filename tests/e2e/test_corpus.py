@@ -42,10 +42,10 @@ def test_a_corpus_is_trained_on_and_evaluated_by_its_loss_per_token_and_per_byte
 
 
 def test_a_test_file_that_cannot_be_evaluated_on_is_known_before_training(workspace: Path) -> None:
-    rows = [{"prompt": f"Which {n}?", "chosen": "this", "rejected": "that"} for n in range(5)]
+    rows = [{"prompt": f"Which {n}?", "completion": "that", "label": False} for n in range(5)]
     (workspace / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = (workspace / "r.toml").read_text()
     mine = '[[data.sources]]\npath = "mine.jsonl"\nside = "test"\n'
     (workspace / "r.toml").write_text(recipe.replace("[[data.sources]]", f"{mine}[[data.sources]]", 1))
-    done = fail(2, ["mine.jsonl", "preferences"], "run", "r.toml", "--out", "out", cwd=workspace)
+    done = fail(2, ["mine.jsonl", "no row of the source"], "run", "r.toml", "--out", "out", cwd=workspace)
     assert "Training" not in done.stdout + done.stderr
