@@ -178,7 +178,7 @@ class TrainStage:
         result, place = check_aligned_model(folder.path, self.guards), f"train.{self.number - 1}"
         if not result.faults:
             return None
-        hint = f"look at its rows, or lower its rate: --set {place}.optimizer.lr={self.config.optimizer.lr / 3:.1g}"
+        hint = f"look at its rows, or lower its rate: --set {place}.optimizer.lr={self.config.optimizer.lr / 4:.2g}"
         settings = [fault.setting for fault in result.faults]
         if None not in settings:
             accept = " ".join(f"--set {place}.guards.{setting}" for setting in settings)
