@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from types import TracebackType
@@ -37,6 +37,18 @@ class Sampling:
     """Sample from the smallest set of tokens whose probability reaches this; 1 samples from all."""
     top_k: int = 0
     """Sample from this many most likely tokens; 0 samples from all."""
+    min_p: float = 0.0
+    """Sample from tokens with at least this share of the most likely one's probability; 0 samples from all."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits, and multiplies negative ones, of tokens in the prompt or the answer so far; 1 changes none."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit as often as it stands in the answer so far."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that stand in the answer so far."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(id, what is added to its logit)."""
+    min_tokens: int = 0
+    """No stop id is sampled before the answer has this many tokens."""
     seed: int | None = None
     """The same seed gives the same ids, alone or in a batch, if weights and products are float32. With a lower precision,
     rounding depends on the other rows of the batch, and may change an id. None gives other ids each time."""
@@ -44,6 +56,8 @@ class Sampling:
     """A choice ends when one of these is sampled. The stop id is not part of the completion."""
     logprobs: bool = False
     """Whether Deltas carry the log-probability of each id under the model (before temperature and top-p)."""
+    top_logprobs: int = 0
+    """How many of the most likely ids at each position, with their log-probabilities, Deltas carry too; needs `logprobs`."""
 
     def for_row(self, row: str | int) -> Sampling:
         """With a seed of its own for one of many rows. Rows with one seed draw the same random numbers, so that their answers
@@ -53,6 +67,17 @@ class Sampling:
         digest = hashlib.sha256(f"{self.seed} {row}".encode()).digest()
         return replace(self, seed=int.from_bytes(digest[:4]))
 
+
+OPTIONAL_SAMPLING: Mapping[str, Any] = {
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "logit_bias": (),
+    "min_tokens": 0,
+    "top_logprobs": 0,
+}
+"""Fields of Sampling that not every engine supports → the value that changes nothing."""
 
 CHAT_SAMPLING = {"max_tokens": 512, "temperature": 0.7, "top_p": 0.9}
 """Default sampling for chat, and for clients that give no settings. It belongs to no run."""
@@ -72,6 +97,12 @@ class Features:
     """Whether `score` works."""
     requests: int | None = None
     """How many requests it computes at once, if that depends on servers, which say so."""
+    honours: frozenset[str] = frozenset()
+    """Which of `OPTIONAL_SAMPLING` it supports."""
+
+
+Alternatives: TypeAlias = tuple[tuple[int, float], ...]
+"""The most likely ids at one position with their log-probabilities, the most likely first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +113,8 @@ class Delta:
     ids: tuple[int, ...]
     logprobs: tuple[float, ...] | None = None
     finish: Finish | None = None
+    top_logprobs: tuple[Alternatives, ...] | None = None
+    """Of each id, if `Sampling.top_logprobs` asks for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +124,7 @@ class Completion:
     ids: tuple[int, ...]
     logprobs: tuple[float, ...] | None
     finish: Finish
+    top_logprobs: tuple[Alternatives, ...] | None = None
 
 
 class Generation:
@@ -153,11 +187,13 @@ class Generation:
 def _join(deltas: Sequence[Delta]) -> Completion:
     """All Deltas of one choice as a Completion."""
     logprobs = [delta.logprobs for delta in deltas if delta.logprobs is not None]
+    tops = [delta.top_logprobs for delta in deltas if delta.top_logprobs is not None]
     finishes: list[Finish] = [delta.finish for delta in deltas if delta.finish]
     return Completion(
         tuple(chain.from_iterable(delta.ids for delta in deltas)),
         tuple(chain.from_iterable(logprobs)) if logprobs else None,
         finishes[0] if finishes else "cancelled",
+        tuple(chain.from_iterable(tops)) if tops else None,
     )
 
 
@@ -217,6 +253,9 @@ class Engine(ABC):
         for is_fault, message in faults:
             if is_fault:
                 raise RequestError(message)
+        for name, neutral in OPTIONAL_SAMPLING.items():
+            if getattr(sampling, name) != neutral and name not in self.features.honours:
+                raise RequestError(f"{name}: engine {self.name!r} does not support it")
         self._check_ids(ids)
         if len(ids) + sampling.max_tokens > limit:
             raise RequestError(
