@@ -75,8 +75,8 @@ def serve(options: argparse.Namespace) -> None:
     from corral.serving.app import build_app
     from corral.serving.conversation_store import ConversationStore
     from corral.serving.database import Database
+    from corral.serving.models import ServedModel, ServedModels
     from corral.serving.responses_routes import build_router
-    from corral.serving.served_models import ServedModel, ServedModels
     from corral.serving.server import build_http_server
 
     if options.delay:

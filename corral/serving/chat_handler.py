@@ -22,8 +22,8 @@ from corral.serving.chat_protocol import (
 )
 from corral.serving.event_stream import DONE, Event
 from corral.serving.generation import RunningAnswer, finish_reason, start_answer
+from corral.serving.models import ServedModel
 from corral.serving.protocol import ConsensusResult, Refused, Usage
-from corral.serving.served_models import ServedModel
 
 _FIRST_DELTA = {"role": "assistant", "content": ""}
 

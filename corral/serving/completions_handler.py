@@ -29,9 +29,9 @@ from corral.serving.generation import (
     tokens_left,
     translate_errors,
 )
+from corral.serving.models import ServedModel
 from corral.serving.prompt_logprobs import GreedySteps, TokenLikelihood, max_step_tokens, score_prompt
 from corral.serving.protocol import MAX_STOPS, Refused, Usage
-from corral.serving.served_models import ServedModel
 
 _DEFAULT_TOKENS = 16  # OpenAI's
 _CHARACTERS_PER_TOKEN = 4  # rough cost of formatting one, to decide whether to use a thread

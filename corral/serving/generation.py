@@ -23,6 +23,7 @@ from corral.errors import (
     TemplateError,
 )
 from corral.messages import Conversation
+from corral.serving.models import ServedModel
 from corral.serving.protocol import (
     ConsensusCandidate,
     ConsensusOptions,
@@ -33,7 +34,6 @@ from corral.serving.protocol import (
     Usage,
 )
 from corral.serving.retry_after import engine_unavailable
-from corral.serving.served_models import ServedModel
 
 _MAX_STOPS = 4
 _log = logging.getLogger(__name__)

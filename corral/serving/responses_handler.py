@@ -33,6 +33,7 @@ from corral.serving.generation import (
     tokens_left,
     translate_errors,
 )
+from corral.serving.models import ServedModel
 from corral.serving.protocol import Refused, Usage
 from corral.serving.response_store import PendingResponse, ResponseStore
 from corral.serving.responses_protocol import (
@@ -46,7 +47,6 @@ from corral.serving.responses_protocol import (
     build_conversation,
 )
 from corral.serving.retry_after import database_unavailable
-from corral.serving.served_models import ServedModel
 from corral.serving.tables import Item, new_id
 
 T = TypeVar("T")

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from corral.serving.admission import Admission
 from corral.serving.conversation_store import ConversationStore
 from corral.serving.http_responses import json_response
+from corral.serving.models import ServedModels
 from corral.serving.protocol import Refused
 from corral.serving.responses_handler import call_store, start_response
 from corral.serving.responses_protocol import (
@@ -26,7 +27,6 @@ from corral.serving.responses_protocol import (
     ResponsesRequest,
     UpdateConversation,
 )
-from corral.serving.served_models import ServedModels
 
 
 def build_router(models: ServedModels, conversations: ConversationStore, admission: Admission) -> APIRouter:

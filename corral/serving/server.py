@@ -27,7 +27,7 @@ from corral.serving.app import build_app
 from corral.serving.connections import connection_type
 from corral.serving.conversation_store import ConversationStore
 from corral.serving.database import Database
-from corral.serving.served_models import ServedModels, open_served_models
+from corral.serving.models import ServedModels, open_served_models
 
 _GRACE_SECONDS = 25.0  # for running requests after a signal; less than the 30 that Kubernetes gives
 _CLOSE_SECONDS = 2  # after that, for other requests, and then for usage counts

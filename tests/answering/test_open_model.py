@@ -237,7 +237,7 @@ def test_only_the_remote_engine_takes_urls(tiny_folder: Path, engine: Any, urls:
 
 
 async def test_an_endpoint_computes_for_a_local_template_and_vocabulary(tiny_folder: Path) -> None:
-    from corral.serving.served_models import ServedModel
+    from corral.serving.models import ServedModel
     from tests.serving.conftest import serve_in_thread
 
     local = open_model(str(tiny_folder), "transformers")

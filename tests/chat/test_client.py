@@ -20,7 +20,7 @@ from corral.engines.embedding import Embedder
 from corral.engines.scripted import ScriptedEngine
 from corral.errors import CorralError, EngineError, InputError, ModelError
 from corral.messages import Conversation
-from corral.serving.served_models import ServedModel, ServedModels
+from corral.serving.models import ServedModel, ServedModels
 from corral.template import Template
 from tests.conftest import web_server
 from tests.engines.remote.fake_server import FakeServer, fake_server

@@ -20,7 +20,7 @@ from corral.answering.answerer import Answerer
 from corral.engines.base import Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.model.loading import load_tokenizer
-from corral.serving.served_models import ServedModel
+from corral.serving.models import ServedModel
 from corral.template import Template
 from tests.serving.conftest import serve_in_thread
 

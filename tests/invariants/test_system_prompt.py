@@ -22,7 +22,7 @@ from corral.model.naming import ModelFiles, find_model_files
 from corral.progress import Progress
 from corral.recipe import parse
 from corral.run.directory import Run
-from corral.serving.served_models import ServedModel
+from corral.serving.models import ServedModel
 from tests.conftest import RECIPE, build_once
 from tests.export.modelfile import read_modelfile
 from tests.forked import corral

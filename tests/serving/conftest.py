@@ -29,9 +29,9 @@ from corral.serving.api_keys import KeyStore
 from corral.serving.app import build_app
 from corral.serving.conversation_store import ConversationStore
 from corral.serving.database import Database
+from corral.serving.models import ServedModel, ServedModels
 from corral.serving.protocol import RequestLimits
 from corral.serving.responses_routes import build_router
-from corral.serving.served_models import ServedModel, ServedModels
 from corral.serving.server import Server, build_http_server
 from corral.template import Template
 from tests.serving.postgres import PostgreSQL, postgresql

@@ -25,8 +25,8 @@ from corral.serving.admission import Admission
 from corral.serving.app import build_app
 from corral.serving.conversation_store import ConversationStore
 from corral.serving.database import Database
+from corral.serving.models import ServedModel, ServedModels
 from corral.serving.responses_routes import build_router
-from corral.serving.served_models import ServedModel, ServedModels
 from corral.serving.server import build_http_server
 from corral.template import Template
 

@@ -14,7 +14,7 @@ from corral.answering.answerer import Answerer
 from corral.engines.base import Features, Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.messages import Conversation
-from corral.serving.served_models import ServedModel
+from corral.serving.models import ServedModel
 from tests.serving.conftest import ASKED, Serve
 
 CONVERSATION = Conversation.from_turns(("user", "What is two plus two?"))

@@ -15,8 +15,8 @@ from corral.engines.base import Completion, Features, Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.serving.completions_handler import _ChoiceBuilder, start_completions  # pyright: ignore[reportPrivateUsage]
 from corral.serving.completions_protocol import CompletionRequest
+from corral.serving.models import PlainTextTokenizer, ServedModel
 from corral.serving.protocol import RequestLimits
-from corral.serving.served_models import PlainTextTokenizer, ServedModel
 from corral.template import Template
 from tests.serving.conftest import COMPLETIONS, Serve, call
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from corral.engines.embedding import Embedder
 from corral.serving.admission import Admission
 from corral.serving.embeddings import build_router
-from corral.serving.served_models import ServedModel, ServedModels
+from corral.serving.models import ServedModel, ServedModels
 from tests.serving.conftest import Serve, openai_client, serve_in_thread, wait_for
 
 TEXTS = ["Boil the eggs for six minutes.", "Eggs are cooked in hot water.", "The court refused the appeal."]

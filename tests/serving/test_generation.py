@@ -17,8 +17,8 @@ from corral.engines.scripted import ScriptedEngine
 from corral.messages import Conversation
 from corral.prompting.few_shot import STEP_BY_STEP, Prompting
 from corral.serving.generation import finish_reason
+from corral.serving.models import ServedModel
 from corral.serving.protocol import Refused, RequestLimits
-from corral.serving.served_models import ServedModel
 from corral.template import Template
 from tests.serving.conftest import ASKED, Serve
 

@@ -17,7 +17,7 @@ from corral.serving.api_keys import KeyStore, Quota
 from corral.serving.app import build_app
 from corral.serving.conversation_store import ConversationStore
 from corral.serving.database import Database
-from corral.serving.served_models import ServedModels
+from corral.serving.models import ServedModels
 from tests.serving.conftest import ASKED, CHAT, JSON, Serve, bearer, chat_head, openai_client, wait_for
 
 GOOD = {"model": "m", "messages": ASKED}

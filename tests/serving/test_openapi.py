@@ -24,7 +24,7 @@ from corral.serving.admission import Admission, ServerLimits
 from corral.serving.api_keys import KeyStore
 from corral.serving.conversation_store import ConversationStore
 from corral.serving.database import Database
-from corral.serving.served_models import ServedModels
+from corral.serving.models import ServedModels
 from tests.serving.conftest import RunningServer, Serve, bearer
 
 _MODES = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)

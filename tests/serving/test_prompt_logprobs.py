@@ -17,8 +17,8 @@ from corral.engines.base import Features, Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.errors import EngineError
 from corral.model.loading import load_model
+from corral.serving.models import ServedModel
 from corral.serving.prompt_logprobs import GreedySteps, score_prompt
-from corral.serving.served_models import ServedModel
 from tests.serving.conftest import Serve, openai_client
 from tests.serving.test_completions_handler import TEXT, generate, ids_of, post
 

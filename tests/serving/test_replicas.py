@@ -17,7 +17,7 @@ from corral.engines.base import Sampling
 from corral.errors import InputError
 from corral.serving import server
 from corral.serving.admission import ServerLimits
-from corral.serving.served_models import ServedModel, ServedModels, open_served_models
+from corral.serving.models import ServedModel, ServedModels, open_served_models
 from tests.conftest import web_server
 from tests.engines.conformance import complete, wait_for
 from tests.engines.remote.fake_server import FakeServer, chunk, fake_server, refuses_with
@@ -27,7 +27,7 @@ from tests.serving.conftest import openai_client, serve_in_thread
 def test_dead_replicas_are_skipped_until_they_return_and_with_none_left_requests_fail(
     tiny_served: ServedModel, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("corral.serving.served_models._CHECK_SECONDS", 0.1)
+    monkeypatch.setattr("corral.serving.models._CHECK_SECONDS", 0.1)
     request: Any = {
         "model": "tiny",
         "messages": [{"role": "user", "content": "Hi"}],

@@ -26,7 +26,7 @@ from corral.serving import server as module
 from corral.serving.admission import ServerLimits
 from corral.serving.api_keys import KeyStore, KeyUsage
 from corral.serving.database import Database
-from corral.serving.served_models import ServedModels
+from corral.serving.models import ServedModels
 from corral.serving.server import ListenOptions, ModelOptions, Server, build_admission
 from corral.serving.server import serve as serve_command
 from tests.serving.conftest import ASKED, CHAT, JSON, Endless, RunningServer, Serve, bearer, call, wait_for

@@ -22,7 +22,7 @@ from corral.errors import EngineError
 from corral.messages import Conversation
 from corral.recipe import Answer, Consensus
 from corral.serving.admission import ServerLimits
-from corral.serving.served_models import ServedModel
+from corral.serving.models import ServedModel
 from corral.template import Template
 from tests.conftest import web_server
 from tests.engines.conformance import DRAWN, GREEDY, EngineConformance, Failing, Subject, complete, deltas_of
@@ -175,7 +175,7 @@ from corral.engines.scripted import ScriptedEngine
 from corral.model.loading import load_tokenizer
 from corral.serving.app import build_app
 from corral.serving.admission import Admission
-from corral.serving.served_models import ServedModel, ServedModels
+from corral.serving.models import ServedModel, ServedModels
 from corral.serving.server import build_http_server
 from corral.template import Template
 from tests.engines.test_scripted import babble

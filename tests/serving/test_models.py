@@ -17,7 +17,7 @@ from corral.engines.scripted import ScriptedEngine
 from corral.errors import InputError, ModelError
 from corral.messages import Conversation
 from corral.model import loading
-from corral.serving.served_models import ServedModel, ServedModels, open_served_models
+from corral.serving.models import ServedModel, ServedModels, open_served_models
 from corral.template import Template
 from tests.answering.test_settings import write_run
 from tests.engines.tiny import write_adapter
