@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 from corral.errors import DatabaseError
 from corral.serving.api_keys import Key, KeyStore, KeyUsage, Quota, parse_key_id, today
 from corral.serving.database import run_in_thread
-from corral.serving.http_responses import traceback_without_message
+from corral.serving.logs import traceback_without_message
 from corral.serving.protocol import Refused, Usage
 from corral.serving.retry_after import Busy, database_unavailable
 

@@ -19,12 +19,20 @@ from pydantic import BaseModel
 
 from corral.serving.accounts import Accounts, Caller
 from corral.serving.api_keys import KeyStore
-from corral.serving.event_stream import ClientGone, Event, EventStream, Outcome, while_connected
-from corral.serving.http_responses import INTERNAL_ERROR, json_response, traceback_without_message
-from corral.serving.prometheus import Metrics
+from corral.serving.logs import traceback_without_message
+from corral.serving.metrics import Metrics
 from corral.serving.protocol import Refused, Usage
 from corral.serving.request_queue import RequestQueue, Slot
 from corral.serving.retry_after import Busy, shutting_down
+from corral.serving.streams import (
+    INTERNAL_ERROR,
+    ClientGone,
+    Event,
+    EventStream,
+    Outcome,
+    json_response,
+    while_connected,
+)
 
 _log = logging.getLogger(__name__)
 

@@ -24,12 +24,12 @@ from corral.serving.chat_protocol import ChatRequest
 from corral.serving.completions_handler import start_completions
 from corral.serving.completions_protocol import CompletionRequest
 from corral.serving.generation import translate_errors
-from corral.serving.http_responses import error_response, json_response
+from corral.serving.metrics import CONTENT_TYPE
 from corral.serving.middleware import AccessMiddleware, ResponseMiddleware
 from corral.serving.models import ServedModels
-from corral.serving.prometheus import CONTENT_TYPE
 from corral.serving.protocol import ModelList, Refused, validation_error
 from corral.serving.retry_after import database_unavailable, engine_unavailable, shutting_down
+from corral.serving.streams import error_response, json_response
 
 _HTTP_MESSAGES = {404: "there is no such route", 405: "this route has no such method"}
 _READINESS_SECONDS = 1.0  # the route is open to anybody, so engines are probed at most this often

@@ -20,10 +20,10 @@ from corral.serving.chat_protocol import (
     Message,
     TokenLogprob,
 )
-from corral.serving.event_stream import DONE, Event
 from corral.serving.generation import RunningAnswer, finish_reason, start_answer
 from corral.serving.models import ServedModel
 from corral.serving.protocol import ConsensusResult, Refused, Usage
+from corral.serving.streams import DONE, Event
 
 _FIRST_DELTA = {"role": "assistant", "content": ""}
 

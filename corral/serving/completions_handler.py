@@ -17,7 +17,6 @@ from corral.answering.answerer import StopStringCutter
 from corral.engines.base import Delta, Finish, Generation
 from corral.errors import TemplateError
 from corral.serving.completions_protocol import CompletionRequest, TextChoice, TextCompletion, TextLogprobs
-from corral.serving.event_stream import DONE, Event
 from corral.serving.generation import (
     build_sampling,
     check_characters,
@@ -32,6 +31,7 @@ from corral.serving.generation import (
 from corral.serving.models import ServedModel
 from corral.serving.prompt_logprobs import GreedySteps, TokenLikelihood, max_step_tokens, score_prompt
 from corral.serving.protocol import MAX_STOPS, Refused, Usage
+from corral.serving.streams import DONE, Event
 
 _DEFAULT_TOKENS = 16  # OpenAI's
 _CHARACTERS_PER_TOKEN = 4  # rough cost of formatting one, to decide whether to use a thread

@@ -12,7 +12,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from corral.serving.admission import ServerLimits
-from corral.serving.http_responses import new_request_id
+from corral.serving.logs import new_request_id
 from corral.serving.protocol import Refused
 from corral.system import process_limit
 

@@ -15,10 +15,10 @@ from pydantic import BaseModel, Field
 
 from corral.engines.embedding import ASSET, DIMENSIONS, MAX_TOKENS, Embedder
 from corral.serving.admission import Admission
-from corral.serving.event_stream import Event
 from corral.serving.generation import count_usage
 from corral.serving.models import ServedModels
 from corral.serving.protocol import DEFAULT_LIMITS, Refused, RequestLimits, StrictModel, Usage, unsupported_except
+from corral.serving.streams import Event
 
 T = TypeVar("T")
 

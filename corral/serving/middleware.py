@@ -14,9 +14,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from corral.serving.accounts import Caller
 from corral.serving.admission import Admission
-from corral.serving.http_responses import INTERNAL_ERROR, error_response, new_request_id, traceback_without_message
+from corral.serving.logs import new_request_id, traceback_without_message
 from corral.serving.protocol import Refused
 from corral.serving.retry_after import server_full
+from corral.serving.streams import INTERNAL_ERROR, error_response
 
 _log = logging.getLogger(__name__)
 

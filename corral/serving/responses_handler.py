@@ -21,7 +21,6 @@ from corral.engines.base import Finish
 from corral.errors import DatabaseError, TemplateError
 from corral.messages import Conversation
 from corral.serving.database import run_in_thread
-from corral.serving.event_stream import Event
 from corral.serving.generation import (
     RunningAnswer,
     build_sampling,
@@ -47,6 +46,7 @@ from corral.serving.responses_protocol import (
     build_conversation,
 )
 from corral.serving.retry_after import database_unavailable
+from corral.serving.streams import Event
 from corral.serving.tables import Item, new_id
 
 T = TypeVar("T")

@@ -10,7 +10,6 @@ from pydantic import BaseModel
 
 from corral.serving.admission import Admission
 from corral.serving.conversation_store import ConversationStore
-from corral.serving.http_responses import json_response
 from corral.serving.models import ServedModels
 from corral.serving.protocol import Refused
 from corral.serving.responses_handler import call_store, start_response
@@ -27,6 +26,7 @@ from corral.serving.responses_protocol import (
     ResponsesRequest,
     UpdateConversation,
 )
+from corral.serving.streams import json_response
 
 
 def build_router(models: ServedModels, conversations: ConversationStore, admission: Admission) -> APIRouter:

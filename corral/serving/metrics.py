@@ -9,9 +9,9 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from corral.serving.event_stream import Outcome
 from corral.serving.protocol import Usage
 from corral.serving.request_queue import RequestQueue
+from corral.serving.streams import Outcome
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 

@@ -11,7 +11,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
 from corral.serving.admission import Admission, ServerLimits
-from corral.serving.prometheus import Metrics
+from corral.serving.metrics import Metrics
 from corral.serving.request_queue import RequestQueue
 from tests.serving.conftest import ASKED, CHAT, JSON, Endless, RunningServer, Serve, wait_for
 

@@ -1,18 +1,34 @@
-"""Server-sent events, to clients that read slowly or go away, and work that stops when its client disconnects."""
+"""How responses are sent: JSON, errors in OpenAI's form, and server-sent events, which stop when the client disconnects."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Coroutine
+import json
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 from fastapi import Response
+from pydantic import BaseModel
 from starlette.types import Message, Receive, Scope, Send
 
 from corral.serving.protocol import Refused
 
 T = TypeVar("T")
+
+INTERNAL_ERROR = Refused(500, "this is a fault in the server, not in the request", code="internal_error")
+"""What a client sees of an unexpected exception: no details."""
+
+
+def json_response(body: BaseModel, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON response in ASCII, because an error may quote a lone surrogate from the request."""
+    return Response(json.dumps(body.model_dump()), status, dict(headers or {}), "application/json")
+
+
+def error_response(refused: Refused, headers: Mapping[str, str] | None = None) -> Response:
+    """An error in OpenAI's form, with `Retry-After` if the error says when to try again."""
+    retry = {} if refused.retry_seconds is None else {"retry-after": str(refused.retry_seconds)}
+    return json_response(refused.body(), refused.status, {**retry, **(headers or {})})
 
 
 class Event(NamedTuple):
