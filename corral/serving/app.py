@@ -19,10 +19,8 @@ import corral
 from corral.engines.base import Engine, Sampling
 from corral.errors import DatabaseError
 from corral.serving.admission import Admission
-from corral.serving.chat_handler import start_chat
-from corral.serving.chat_protocol import ChatRequest
-from corral.serving.completions_handler import start_completions
-from corral.serving.completions_protocol import CompletionRequest
+from corral.serving.chat import ChatRequest, start_chat
+from corral.serving.completions import CompletionRequest, start_completions
 from corral.serving.generation import translate_errors
 from corral.serving.metrics import CONTENT_TYPE
 from corral.serving.middleware import AccessMiddleware, ResponseMiddleware

@@ -20,7 +20,7 @@ from corral.model.loading import load_model
 from corral.serving.models import ServedModel
 from corral.serving.prompt_logprobs import GreedySteps, score_prompt
 from tests.serving.conftest import Serve, openai_client
-from tests.serving.test_completions_handler import TEXT, generate, ids_of, post
+from tests.serving.test_completions import TEXT, generate, ids_of, post
 
 IDS = [1, 88, 12, 300, 45, 45, 45, 7, 210, 33, 160, 5, 91]
 

@@ -13,8 +13,8 @@ import openai
 import pytest
 from pydantic import ValidationError
 
-from corral.serving.chat_protocol import ChatRequest
-from corral.serving.completions_protocol import CompletionRequest
+from corral.serving.chat import ChatRequest
+from corral.serving.completions import CompletionRequest
 from corral.serving.embeddings import EmbeddingRequest
 from corral.serving.protocol import Refused, StrictModel, validation_error
 from corral.serving.responses_protocol import CreateConversation, CreateItems, ResponsesRequest

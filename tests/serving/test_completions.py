@@ -13,8 +13,7 @@ import pytest
 
 from corral.engines.base import Completion, Features, Sampling
 from corral.engines.scripted import ScriptedEngine
-from corral.serving.completions_handler import _ChoiceBuilder, start_completions  # pyright: ignore[reportPrivateUsage]
-from corral.serving.completions_protocol import CompletionRequest
+from corral.serving.completions import CompletionRequest, _ChoiceBuilder, start_completions  # pyright: ignore[reportPrivateUsage]
 from corral.serving.models import PlainTextTokenizer, ServedModel
 from corral.serving.protocol import RequestLimits
 from corral.template import Template
