@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,18 @@ def local_path(text: str) -> str:
     return text
 
 
+class _VerbParser(argparse.ArgumentParser):
+    """The parser of one verb. `fill` adds arguments when it is first used, as what declares them may be slow to import."""
+
+    fill: Callable[[argparse.ArgumentParser], None] | None = None
+
+    def parse_known_args(self, *args: Any, **options: Any) -> Any:
+        fill, self.fill = self.fill, None
+        if fill is not None:
+            fill(self)
+        return super().parse_known_args(*args, **options)
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
     from corral.engines.registry import ENGINE_NAMES
@@ -61,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--version", action="version", version=f"corral {corral.__version__}")
     root.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_VerbParser)
 
     def verb(name: str, call: Command, example: str, *, settings: bool = False, as_json: bool = True) -> Any:
         summary = (call.__doc__ or "").strip()
@@ -187,7 +200,7 @@ def parser() -> argparse.ArgumentParser:
     ray = "use the Ray cluster at this address (default: the one this machine belongs to, or a new one here)"
     sub.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help=ray)
     sub = verb("serve", serve_commands.serve, "corral serve runs/quickstart --port 8000", as_json=False)
-    serve_commands.add_serve(sub, models=_MODELS, engines=ENGINE_NAMES, positive=positive_int)
+    sub.fill = partial(serve_commands.add_serve, models=_MODELS)
     sub = verb("keys", serve_commands.keys, "corral keys add alice --tokens-per-day 100000")
     serve_commands.add_keys(sub, positive=positive_int)
     sub = verb("assets", cache_commands.assets, "corral assets --fetch smollm2-135m-instruct")

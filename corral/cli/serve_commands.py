@@ -7,36 +7,42 @@ import contextlib
 import sys
 import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from corral.cli.terminal import show
 from corral.errors import InputError
 
 if TYPE_CHECKING:
+    from corral.recipe.serve import Serve
     from corral.serving.api_keys import Key, KeyUsage
 
 
-def add_serve(sub: Any, *, models: str, engines: tuple[str, ...], positive: Any) -> None:
-    """Add the arguments of `corral serve`."""
+def add_serve(sub: argparse.ArgumentParser, models: str) -> None:
+    """Add the arguments of `corral serve`: the models, and a flag for each setting of `[serve]`."""
+    from corral.recipe.serve import Serve
+
     sub.add_argument("model", nargs="+", help=f"{models}; or NAME=MODEL to choose the name that clients use")
-    sub.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1, this machine)")
-    sub.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes any free port")
-    engine = "the engine that computes answers (default: the best one for this machine)"
-    sub.add_argument("--engine", choices=engines, help=engine)
-    sub.add_argument("--name", help="the name that clients use, for a single model (default: the run's name)")
-    url = "an endpoint that serves the models and computes in place of this machine; can be repeated, for replicas"
-    sub.add_argument("--url", action="append", default=[], help=url)
-    sub.add_argument("--embeddings", action="store_true", help="also serve /v1/embeddings")
-    _add_database(sub, "of keys and conversations", "; `none`: keep neither")
-    sub.add_argument(
-        "--insecure", action="store_true", help="allow an address that other machines can reach although no key exists"
-    )
-    cors = "allow requests from pages of this origin, e.g. https://chat.example.org; can be repeated"
-    sub.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help=cors)
-    sub.add_argument("--at-once", type=positive, metavar="N", help="requests that are processed at once (default: 128)")
-    sub.add_argument("--waiting", type=int, metavar="N", help="requests that may wait in the queue (default: 512)")
-    seconds = "the longest a request may take, including the queue (default: 600)"
-    sub.add_argument("--max-seconds", type=float, metavar="S", help=seconds)
+    for name, field in Serve.model_fields.items():
+        default = "" if field.default in (None, False, ()) else f" (default: {field.default or 'none'})"
+        text = f"{' '.join((field.description or '').split())}{default}".replace("%", "%%")
+        sub.add_argument(_flag(name), dest=name, help=text, **_argument_type(field.annotation))
+
+
+def _flag(setting: str) -> str:
+    return f"--{setting.replace('_', '-')}"
+
+
+def _argument_type(annotation: Any) -> dict[str, Any]:
+    """How argparse reads a setting of this type. What is not given is None, and pydantic checks the rest."""
+    if annotation is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(annotation) is tuple:
+        return {"action": "append", "metavar": "TEXT"}
+    kinds = [kind for kind in get_args(annotation) or (annotation,) if kind is not type(None)]
+    if choices := [choice for kind in kinds for choice in get_args(kind) or (kind,) if isinstance(choice, str)]:
+        return {"choices": choices}
+    kind = next((kind for kind in kinds if kind in (int, float)), str)
+    return {"type": kind, "metavar": {int: "N", float: "SECONDS", str: "TEXT"}[kind]}
 
 
 def add_keys(sub: Any, *, positive: Any) -> None:
@@ -65,18 +71,39 @@ def serve(args: argparse.Namespace) -> None:
     from corral.serving.server import ListenOptions, ModelOptions
     from corral.serving.server import serve as listen
 
-    given = {"at_once": args.at_once, "waiting": args.waiting, "max_seconds": args.max_seconds}
-    for name, value in given.items():
-        if value is not None and (value < 0 or value != value or (value == 0 and name == "max_seconds")):
-            raise InputError(
-                f"{value} is not allowed", where=f"--{name.replace('_', '-')}", hint="give a greater number"
-            )
+    settings = _serve_settings(args)
     listen(
-        ModelOptions(args.model, args.engine, args.url, args.name, args.embeddings),
-        ListenOptions(args.host, args.port, args.insecure, args.cors),
-        ServerLimits(**{name: value for name, value in given.items() if value is not None}),
-        None if args.database == "none" else args.database or default_url(),
+        ModelOptions(args.model, settings.engine, settings.url, settings.name, settings.embeddings),
+        ListenOptions(settings.host, settings.port, settings.insecure, settings.cors),
+        ServerLimits(at_once=settings.at_once, waiting=settings.waiting, max_seconds=settings.max_seconds),
+        None if settings.database == "none" else settings.database or default_url(),
     )
+
+
+def _serve_settings(args: argparse.Namespace) -> Serve:
+    """`[serve]` of the only model's run, if it is a run's, with the flags in its place. Raises: InputError."""
+    from pydantic import ValidationError
+
+    from corral.answering.settings import find_run
+    from corral.recipe.serve import Serve
+    from corral.serving.models import split_name
+
+    given = {name: value for name in Serve.model_fields if (value := getattr(args, name)) is not None}
+    run = find_run(split_name(args.model[0])[1]) if len(args.model) == 1 else None
+    settings = run.recipe.serve if run else Serve()
+    if run and (changes := settings.changes()):
+        kept = [f"{name} = {value!r}" for name, value in changes.items() if name not in given]
+        print(f"[serve] of {run.path}: {', '.join(kept) or 'replaced by flags'}", file=sys.stderr)
+    try:
+        return settings.with_flags(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name, own = str(first["loc"][0]), first.get("ctx", {}).get("error")
+        raise InputError(
+            f"{first['input']!r}: {first['msg']}" if own is None else str(own),
+            where=_flag(name),
+            hint="`corral serve --help` says what it takes",
+        ) from None
 
 
 def keys(args: argparse.Namespace) -> dict[str, Any]:

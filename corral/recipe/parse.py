@@ -125,7 +125,7 @@ def _resolve_paths(recipe: Recipe, base: Path) -> Recipe:
         guards = stage.guards.model_copy(update={"prompts": resolve(stage.guards.prompts, is_path=True)})
         return stage.model_copy(update={"guards": guards})
 
-    model = recipe.model
+    model, serve = recipe.model, recipe.serve
     sources = tuple(resolve_source(source) for source in recipe.data.sources)
     test = recipe.evaluate.test and resolve_source(recipe.evaluate.test)
     variants = tuple(v.model_copy(update={"answer": resolve_shots(v.answer)}) for v in recipe.evaluate.variants)
@@ -144,6 +144,7 @@ def _resolve_paths(recipe: Recipe, base: Path) -> Recipe:
             "data": recipe.data.model_copy(update={"sources": sources}),
             "train": tuple(resolve_guards(stage) for stage in recipe.train),
             "answer": resolve_shots(recipe.answer),
+            "serve": serve.model_copy(update={"adapters": serve.adapters and resolve(serve.adapters, is_path=True)}),
             "evaluate": recipe.evaluate.model_copy(update={"variants": variants, "test": test}),
         }
     )

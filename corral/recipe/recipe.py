@@ -13,6 +13,7 @@ from corral.recipe.answer import Answer
 from corral.recipe.data import Data, Model
 from corral.recipe.evaluate import BUILT_IN_VARIANTS, MODEL_FORMS, Evaluate
 from corral.recipe.section import Name, Section, Seed
+from corral.recipe.serve import Serve
 from corral.recipe.train import Lora, Train
 
 
@@ -48,6 +49,7 @@ class Recipe(Section):
     answer: Answer = Answer()
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
+    serve: Serve = Serve()
 
     @model_validator(mode="after")
     def _check_test_rows(self) -> Self:

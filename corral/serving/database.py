@@ -86,7 +86,9 @@ class Base(DeclarativeBase):
 
 
 def default_url() -> str:
-    """The default database: the file `corral/server.db` in `$XDG_DATA_HOME`, else in `~/.local/share`."""
+    """The default database: `$CORRAL_DATABASE`, else `corral/server.db` in `$XDG_DATA_HOME` or in `~/.local/share`."""
+    if url := os.environ.get("CORRAL_DATABASE"):
+        return url
     xdg = os.environ.get("XDG_DATA_HOME", "")
     # The XDG specification: a relative path is invalid and is ignored.
     base = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".local" / "share"

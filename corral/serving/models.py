@@ -164,7 +164,7 @@ def open_served_models(
         RunError, ModelError, AssetError, TemplateError, MissingExtraError, DataError: see `open_model` and `build_answerer`.
     """
     local = check_engine(engine, urls)
-    named = [_parse_name(text, name) for text in specs]
+    named = [(given or name or model_name(spec), spec) for given, spec in map(split_name, specs)]
     if name is not None and len(named) > 1:
         raise InputError("--name names one model", where=f"--name {name}", hint="write NAME=MODEL for each of several")
     names = [*(each for each, _ in named), *([ASSET] if embeddings else [])]
@@ -182,12 +182,10 @@ def open_served_models(
     return ServedModels(served, embed if embeddings else None)
 
 
-def _parse_name(text: str, name: str | None) -> tuple[str, str]:
-    """Return (name, spec) of NAME=SPEC or of a spec, which may be a folder with an equals sign in its name."""
+def split_name(text: str) -> tuple[str | None, str]:
+    """(name, spec) of NAME=SPEC, or (None, spec): a spec may be a folder with an equals sign in its name."""
     match = _NAME.fullmatch(text)
-    if match is None or Path(text).exists():
-        return name or model_name(text), text
-    return name or match["name"], match["spec"]
+    return (None, text) if match is None or Path(text).exists() else (match["name"], match["spec"])
 
 
 def _connect_remote(named: Sequence[tuple[str, str]], urls: Sequence[str], at_once: int) -> list[OpenedModel]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from corral.serving import server
 from corral.serving.admission import ServerLimits
 from corral.serving.api_keys import KeyStore, KeyUsage, today
 from corral.serving.database import Database
+from tests.answering.test_settings import write_run
 
 
 @pytest.fixture
@@ -78,33 +80,101 @@ def test_a_keys_command_that_makes_no_sense_is_one_clear_error(
     assert not out
 
 
-def test_the_arguments_of_serve_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    received: list[Any] = []
-    monkeypatch.setattr(server, "serve", lambda *args: received.extend(args))
+@pytest.fixture
+def received(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the server is started with."""
+    arguments: list[Any] = []
+    monkeypatch.setattr(server, "serve", lambda *args: arguments.extend(args))
+    return arguments
+
+
+def test_the_arguments_of_serve_reach_the_server(received: list[Any]) -> None:
     command = "serve a b=runs/c --host ::1 --port 1 --engine remote --url http://x/v1 --url http://y/v1 --embeddings"
     command += " --insecure --cors https://a.example --at-once 3 --waiting 0 --max-seconds 1.5 --database none"
     assert main(command.split()) == 0
-    urls = ["http://x/v1", "http://y/v1"]
+    urls = ("http://x/v1", "http://y/v1")
     assert received == [
         server.ModelOptions(["a", "b=runs/c"], "remote", urls, None, True),
-        server.ListenOptions("::1", 1, True, ["https://a.example"]),
+        server.ListenOptions("::1", 1, True, ("https://a.example",)),
         ServerLimits(at_once=3, waiting=0, max_seconds=1.5),
         None,
     ]
 
 
-def test_the_default_database_of_serve_is_a_file_in_the_users_data_folder(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_without_flags_the_server_has_the_defaults_of_its_own_classes(received: list[Any]) -> None:
+    assert main(["serve", "a"]) == 0
+    assert received[:3] == [
+        server.ModelOptions(["a"]),
+        replace(server.ListenOptions(), cors=()),
+        ServerLimits(),
+    ]
+
+
+SERVE = """
+[serve]
+port = 9000
+name = "cook"
+cors = ["https://a.example", "https://b.example"]
+insecure = true
+"""
+
+
+def test_a_run_is_served_as_its_recipe_says_and_a_flag_comes_first(
+    tmp_path: Path, received: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    received: list[Any] = []
+    run = write_run(tmp_path, SERVE)
+    assert main(["serve", run]) == 0
+    models, listen = received[:2]
+    assert (models.name, listen.port, listen.insecure) == ("cook", 9000, True)
+    assert listen.cors == ("https://a.example", "https://b.example")
+    assert "insecure = True" in capsys.readouterr().err, "who serves a run of somebody else sees what it sets"
+    received.clear()
+    assert main(["serve", f"x={run}", "--port", "1", "--no-insecure", "--cors", "https://c.example"]) == 0
+    models, listen = received[:2]
+    assert (models.specs, listen.port, listen.insecure, listen.cors) == ([f"x={run}"], 1, False, ("https://c.example",))
+    received.clear()
+    assert main(["serve", run, "other"]) == 0
+    assert received[1].port == 8000, "two models have no recipe in common"
+
+
+def test_the_default_database_of_serve_is_a_file_in_the_users_data_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, received: list[Any]
+) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    monkeypatch.setattr(server, "serve", lambda *args: received.append(args[3]))
     main(["serve", "a"])
     main(["serve", "a", "--database", "postgresql://u@h/d"])
-    assert received == [f"sqlite:///{tmp_path / 'corral' / 'server.db'}", "postgresql://u@h/d"]
+    monkeypatch.setenv("CORRAL_DATABASE", "postgresql://u:secret@h/e")
+    main(["serve", "a"])
+    expected = [f"sqlite:///{tmp_path / 'corral' / 'server.db'}", "postgresql://u@h/d", "postgresql://u:secret@h/e"]
+    assert received[3::4] == expected
 
 
-@pytest.mark.parametrize("wrong", ["--waiting -1", "--max-seconds 0", "--max-seconds nan", "--max-seconds -2"])
-def test_impossible_limits_are_refused(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", "a", *wrong.split()]) == 2
-    assert wrong.split()[0] in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "--waiting -1",
+        "--at-once 0",
+        "--port 65536",
+        "--max-seconds 0",
+        "--max-seconds nan",
+        "--max-seconds -2",
+        "--cors *",
+        "--database x",
+        "--root-path llm/",
+        "--alias =m",
+    ],
+)
+def test_an_impossible_setting_is_refused_by_name(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flag, value = wrong.split()
+    assert main(["serve", "a", f"{flag}={value}"]) == 2
+    error = capsys.readouterr().err
+    assert f"where: {flag}\n" in error
+    assert value in error
+
+
+def test_a_password_is_refused_and_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+    for url in ("postgresql://u:hush@h/d", "postgresql://h/d?user=u&password=hush"):
+        assert main(["serve", "a", "--database", url]) == 2
+        error = capsys.readouterr().err
+        assert "CORRAL_DATABASE" in error
+        assert "hush" not in error
