@@ -71,10 +71,10 @@ def serve(options: argparse.Namespace) -> None:
     from corral.answering.answerer import Answerer
     from corral.answering.open_model import open_model
     from corral.serving.admission import Admission, ServerLimits
-    from corral.serving.api_keys import KeyStore
     from corral.serving.app import build_app
     from corral.serving.conversation_store import ConversationStore
     from corral.serving.database import Database
+    from corral.serving.keys import KeyStore
     from corral.serving.models import ServedModel, ServedModels
     from corral.serving.responses_routes import build_router
     from corral.serving.server import build_http_server

@@ -14,7 +14,7 @@ from corral.errors import InputError
 
 if TYPE_CHECKING:
     from corral.recipe.serve import Serve
-    from corral.serving.api_keys import Key, KeyUsage
+    from corral.serving.keys import Key, KeyUsage
 
 
 def add_serve(sub: argparse.ArgumentParser, models: str) -> None:
@@ -108,8 +108,8 @@ def _serve_settings(args: argparse.Namespace) -> Serve:
 
 def keys(args: argparse.Namespace) -> dict[str, Any]:
     """Add, list or revoke API keys of a server."""
-    from corral.serving.api_keys import KeyStore, today
     from corral.serving.database import Database, default_url
+    from corral.serving.keys import KeyStore, today
 
     quotas = (args.requests_per_minute, args.tokens_per_day, args.at_once, args.days)
     if args.action != "add" and any(value is not None for value in quotas):
@@ -133,7 +133,7 @@ def keys(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add(held: Any, args: argparse.Namespace) -> dict[str, Any]:
-    from corral.serving.api_keys import Quota
+    from corral.serving.keys import Quota
 
     quota = Quota(args.requests_per_minute, args.tokens_per_day, args.at_once)
     expires = None if args.days is None else int(time.time()) + args.days * 86400
@@ -153,7 +153,7 @@ def _add(held: Any, args: argparse.Namespace) -> dict[str, Any]:
 def _list(api_keys: list[Key], used: dict[str, KeyUsage]) -> dict[str, Any]:
     from rich.table import Table
 
-    from corral.serving.api_keys import KeyUsage
+    from corral.serving.keys import KeyUsage
 
     rows: list[dict[str, Any]] = [
         {

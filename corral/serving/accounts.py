@@ -17,11 +17,11 @@ from datetime import UTC, datetime
 from typing import NamedTuple, Protocol
 
 from corral.errors import DatabaseError
-from corral.serving.api_keys import Key, KeyStore, KeyUsage, Quota, parse_key_id, today
 from corral.serving.database import run_in_thread
+from corral.serving.errors import Refused, database_unavailable
+from corral.serving.keys import Key, KeyStore, KeyUsage, Quota, parse_key_id, today
 from corral.serving.logs import traceback_without_message
-from corral.serving.protocol import Refused, Usage
-from corral.serving.retry_after import Busy, database_unavailable
+from corral.serving.protocol import Usage
 
 _REFRESH_SECONDS = 1.0  # age after which keys are read again
 _WAIT_SECONDS = 1.0  # most that a request waits for such a read while the known keys are recent enough
@@ -113,7 +113,7 @@ class Accounts:
         return Caller(key.id, key.name, key.quota)
 
     def count_request(self, caller: Caller) -> None:
-        """Count a request of any kind towards the key's requests per minute. Raises: Busy (429)."""
+        """Count a request of any kind towards the key's requests per minute. Raises: Refused (429)."""
         most = caller.quota.requests_per_minute
         if most is None:
             return
@@ -121,7 +121,7 @@ class Accounts:
         wait = window.seconds_until(most)
         if wait > 0:
             what = f"this key may send {most} requests a minute"
-            raise Busy(429, what, retry_seconds=wait, code="rate_limit_exceeded")
+            raise Refused(429, what, retry_seconds=wait, code="rate_limit_exceeded")
         window.add()
 
     def uncount_request(self, caller: Caller) -> None:
@@ -138,16 +138,16 @@ class Accounts:
             seconds_per_request: how long recent requests took; for the estimate in `Retry-After`.
 
         Raises:
-            Busy: 429: the quota is used up.
+            Refused: 429: the quota is used up.
         """
         quota = caller.quota
         if quota.at_once is not None and self._open_requests[caller.key_id] >= quota.at_once:
             what = f"this key may have {quota.at_once} requests under way at once"
             wait = seconds_per_request / quota.at_once
-            raise Busy(429, what, retry_seconds=wait, code="rate_limit_exceeded")
+            raise Refused(429, what, retry_seconds=wait, code="rate_limit_exceeded")
         if quota.tokens_per_day is not None and self._tokens_today(caller.key_id) >= quota.tokens_per_day:
             what = f"this key's {quota.tokens_per_day} tokens for today are used up"
-            raise Busy(429, what, retry_seconds=_seconds_until_midnight(), code="insufficient_quota")
+            raise Refused(429, what, retry_seconds=_seconds_until_midnight(), code="insufficient_quota")
         self._open_requests[caller.key_id] += 1
 
     def started(self, caller: Caller, handler: HasUsage) -> None:
@@ -204,7 +204,7 @@ class Accounts:
         """Return the keys, read again if they are older than a second. A slow database delays no request for long.
 
         Raises:
-            Busy: 503: the keys are too old, and could not be read.
+            Refused: 503: the keys are too old, and could not be read.
         """
         now, snapshot = time.monotonic(), self._snapshot
         is_due = self._read_task is not None or now - self._last_read >= _REFRESH_SECONDS

@@ -18,12 +18,12 @@ from fastapi import Request, Response
 from pydantic import BaseModel
 
 from corral.serving.accounts import Accounts, Caller
-from corral.serving.api_keys import KeyStore
+from corral.serving.errors import Refused, shutting_down
+from corral.serving.keys import KeyStore
 from corral.serving.logs import traceback_without_message
 from corral.serving.metrics import Metrics
-from corral.serving.protocol import Refused, Usage
+from corral.serving.protocol import Usage
 from corral.serving.request_queue import RequestQueue, Slot
-from corral.serving.retry_after import Busy, shutting_down
 from corral.serving.streams import (
     INTERNAL_ERROR,
     ClientGone,
@@ -146,7 +146,7 @@ class Admission:
         await self.accounts.close()
 
     def _admit(self, caller: Caller) -> None:
-        """Count a request as under way. Raises: Busy (the quota is used up, or the server is shutting down)."""
+        """Count a request as under way. Raises: Refused (the quota is used up, or the server is shutting down)."""
         if self.is_draining:
             raise shutting_down()
         self.accounts.admit(caller, self.queue.seconds_per_request)
@@ -174,7 +174,7 @@ class _AdmittedRequest:
         admission = self._admission
         try:
             self._slot = await admission.queue.acquire(self._caller.key_id)
-        except Busy:
+        except Refused:
             admission.accounts.uncount_request(self._caller)
             raise
         admission.metrics.observe_queue_time(self._seconds)

@@ -21,12 +21,12 @@ from corral.errors import DatabaseError
 from corral.serving.admission import Admission
 from corral.serving.chat import ChatRequest, start_chat
 from corral.serving.completions import CompletionRequest, start_completions
+from corral.serving.errors import database_unavailable, engine_unavailable, shutting_down
 from corral.serving.generation import translate_errors
 from corral.serving.metrics import CONTENT_TYPE
 from corral.serving.middleware import AccessMiddleware, ResponseMiddleware
 from corral.serving.models import ServedModels
 from corral.serving.protocol import ModelList, Refused, validation_error
-from corral.serving.retry_after import database_unavailable, engine_unavailable, shutting_down
 from corral.serving.streams import error_response, json_response
 
 _HTTP_MESSAGES = {404: "there is no such route", 405: "this route has no such method"}

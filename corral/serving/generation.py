@@ -23,6 +23,7 @@ from corral.errors import (
     TemplateError,
 )
 from corral.messages import Conversation
+from corral.serving.errors import engine_unavailable
 from corral.serving.models import ServedModel
 from corral.serving.protocol import (
     ConsensusCandidate,
@@ -33,7 +34,6 @@ from corral.serving.protocol import (
     Refused,
     Usage,
 )
-from corral.serving.retry_after import engine_unavailable
 
 _MAX_STOPS = 4
 _log = logging.getLogger(__name__)

@@ -14,9 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from corral.serving.accounts import Caller
 from corral.serving.admission import Admission
+from corral.serving.errors import Refused, server_full
 from corral.serving.logs import new_request_id, traceback_without_message
-from corral.serving.protocol import Refused
-from corral.serving.retry_after import server_full
 from corral.serving.streams import INTERNAL_ERROR, error_response
 
 _log = logging.getLogger(__name__)
@@ -92,8 +91,7 @@ class AccessMiddleware:
                 if scope["path"].startswith("/v1/"):
                     self._admission.accounts.count_request(caller)
         except Refused as refused:
-            challenge = {"www-authenticate": "Bearer"} if refused.status == 401 else None
-            await error_response(refused, challenge)(scope, receive, send)
+            await error_response(refused)(scope, receive, send)
             return
         if caller is None:  # requests without a key do not count, so they take no capacity from others
             await self._app(scope, self._limit_body(receive), send)

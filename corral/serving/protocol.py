@@ -1,4 +1,4 @@
-"""Types that OpenAI's protocols share: request limits, errors, common request fields, usage and consensus results.
+"""Types that OpenAI's protocols share: request limits, common request fields, usage and consensus results.
 
 A field that is unknown, or would change the answer and is not supported, is refused by name; fields that change nothing are
 accepted. The types check what can be checked without the model, and stop at the first fault, so that a large malformed
@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 from corral.answering.consensus import Method, StopRule
-from corral.errors import InputError
+from corral.serving.errors import Refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,60 +61,6 @@ MAX_STOPS = 16
 """Stop strings of a `/v1/completions` request: tasks of lm-eval have more than the four that other routes take, as OpenAI."""
 MAX_ID = 2**31
 """Greater than all token ids and counts of tokens: engines use integers of a fixed size."""
-_MAX_QUOTED = 1000
-
-
-class Refused(InputError):
-    """A request that is answered with an error.
-
-    Args:
-        status: the HTTP status.
-        what: the message for people.
-        param: the field of the request.
-        code: the error code for programs.
-        retry_seconds: when the same request may succeed.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        what: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        retry_seconds: int | None = None,
-    ) -> None:
-        super().__init__(what, where=param)
-        self.status = status
-        self.code = code
-        self.retry_seconds = retry_seconds
-
-    def body(self) -> ErrorBody:
-        """The body of the response."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        param = None if self.where is None else _shorten(self.where)
-        return ErrorBody(error=ErrorDetail(message=_shorten(self.what), type=kind, param=param, code=self.code))
-
-
-def _shorten(text: str) -> str:
-    """Leave out the middle of a long text, which may quote what a client sent."""
-    half = _MAX_QUOTED // 2
-    return text if len(text) <= _MAX_QUOTED else f"{text[:half]} … {text[-half:]}"
-
-
-class ErrorDetail(BaseModel):
-    """What went wrong."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(BaseModel):
-    """The body of an error response, and the last event of a stream that failed."""
-
-    error: ErrorDetail
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import time
 from collections import Counter, OrderedDict, deque
 from typing import NamedTuple
 
-from corral.serving.retry_after import server_full
+from corral.serving.errors import server_full
 
 _MAX_WAIT_SECONDS = 3600
 _MEAN_WEIGHT = 0.1  # of the newest request in the running mean of request durations
@@ -57,7 +57,7 @@ class RequestQueue:
         """Wait for a slot, which the caller must `release`.
 
         Raises:
-            Busy: 503: the queue is full, or this request was evicted for a key with fewer requests.
+            Refused: 503: the queue is full, or this request was evicted for a key with fewer requests.
         """
         # No queued request could start now (`release` would have started it), so this one overtakes nobody.
         if self._can_start(key):
@@ -122,7 +122,7 @@ class RequestQueue:
             waiter.set_result(self._start(key))
 
     def _evict_newest(self, key: str) -> None:
-        """Refuse the newest request of the longest queue. Raises: Busy (no queue is longer than the key's own would be)."""
+        """Refuse the newest request of the longest queue. Raises: Refused (no queue is longer than the key's own would be)."""
         own = len(self._queues.get(key, ()))
         longest = max(self._queues, key=lambda each: len(self._queues[each]), default=key)
         count = f"{self.running} requests are running and {self.waiting} are waiting"

@@ -21,6 +21,7 @@ from corral.engines.base import Finish
 from corral.errors import DatabaseError, TemplateError
 from corral.messages import Conversation
 from corral.serving.database import run_in_thread
+from corral.serving.errors import database_unavailable
 from corral.serving.generation import (
     RunningAnswer,
     build_sampling,
@@ -45,7 +46,6 @@ from corral.serving.responses_protocol import (
     ResponseUsage,
     build_conversation,
 )
-from corral.serving.retry_after import database_unavailable
 from corral.serving.streams import Event
 from corral.serving.tables import Item, new_id
 

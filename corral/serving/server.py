@@ -22,11 +22,11 @@ from corral.errors import InputError
 from corral.interrupts import Interrupts, Stopped
 from corral.serving import embeddings, responses_routes
 from corral.serving.admission import Admission, ServerLimits
-from corral.serving.api_keys import KeyStore
 from corral.serving.app import build_app
 from corral.serving.connections import connection_type
 from corral.serving.conversation_store import ConversationStore
 from corral.serving.database import Database
+from corral.serving.keys import KeyStore
 from corral.serving.models import ServedModels, open_served_models
 
 _GRACE_SECONDS = 25.0  # for running requests after a signal; less than the 30 that Kubernetes gives

@@ -12,7 +12,7 @@ from fastapi import Response
 from pydantic import BaseModel
 from starlette.types import Message, Receive, Scope, Send
 
-from corral.serving.protocol import Refused
+from corral.serving.errors import Refused
 
 T = TypeVar("T")
 
@@ -26,9 +26,8 @@ def json_response(body: BaseModel, status: int = 200, headers: Mapping[str, str]
 
 
 def error_response(refused: Refused, headers: Mapping[str, str] | None = None) -> Response:
-    """An error in OpenAI's form, with `Retry-After` if the error says when to try again."""
-    retry = {} if refused.retry_seconds is None else {"retry-after": str(refused.retry_seconds)}
-    return json_response(refused.body(), refused.status, {**retry, **(headers or {})})
+    """An error in OpenAI's form."""
+    return json_response(refused.body(), refused.status, {**refused.headers, **(headers or {})})
 
 
 class Event(NamedTuple):

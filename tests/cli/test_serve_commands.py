@@ -13,8 +13,8 @@ import pytest
 from corral.cli import main
 from corral.serving import server
 from corral.serving.admission import ServerLimits
-from corral.serving.api_keys import KeyStore, KeyUsage, today
 from corral.serving.database import Database
+from corral.serving.keys import KeyStore, KeyUsage, today
 from tests.answering.test_settings import write_run
 
 

@@ -25,10 +25,10 @@ from corral.engines.transformers import TransformersEngine
 from corral.model.loading import load_model, load_tokenizer
 from corral.serving import accounts
 from corral.serving.admission import Admission
-from corral.serving.api_keys import KeyStore
 from corral.serving.app import build_app
 from corral.serving.conversation_store import ConversationStore
 from corral.serving.database import Database
+from corral.serving.keys import KeyStore
 from corral.serving.models import ServedModel, ServedModels
 from corral.serving.protocol import RequestLimits
 from corral.serving.responses_routes import build_router

@@ -10,10 +10,9 @@ from collections.abc import Callable
 import pytest
 
 from corral.serving.accounts import ANONYMOUS, Accounts, Caller, RateWindow
-from corral.serving.api_keys import Key, KeyStore, KeyUsage, Quota, today
+from corral.serving.errors import Refused
 from corral.serving.generation import count_usage
-from corral.serving.protocol import Refused
-from corral.serving.retry_after import Busy
+from corral.serving.keys import Key, KeyStore, KeyUsage, Quota, today
 
 
 class RunningRequest:
@@ -120,7 +119,7 @@ async def test_daily_tokens_include_running_requests_and_all_servers(
     one.started(caller, request)
     one.admit(caller)
     request.usage = count_usage(10, 90)
-    with pytest.raises(Busy) as caught:
+    with pytest.raises(Refused) as caught:
         one.admit(caller)
     assert (caught.value.status, caught.value.code) == (429, "insufficient_quota")
     assert 0 < (caught.value.retry_seconds or 0) <= 86400
@@ -131,7 +130,7 @@ async def test_daily_tokens_include_running_requests_and_all_servers(
     await one.close()
     assert one.usage_today(caller.key_id) == KeyUsage(1, 10, 95), "written, and counted once"
     assert keys.usage_on(today()) == {caller.key_id: KeyUsage(1, 10, 95)}
-    with pytest.raises(Busy):
+    with pytest.raises(Refused):
         other.admit(await authenticate(other, secret))
 
 
@@ -156,7 +155,7 @@ def test_request_quotas_are_enforced_and_rejected_requests_do_not_count(
         try:
             callers.count_request(caller)
             callers.admit(caller, seconds_each)
-        except Busy as busy:
+        except Refused as busy:
             return busy.retry_seconds if (busy.status, busy.code) == (429, "rate_limit_exceeded") else None
         return None
 

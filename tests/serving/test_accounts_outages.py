@@ -14,8 +14,8 @@ from sqlalchemy import make_url, text
 
 from corral.errors import DatabaseError
 from corral.serving.accounts import Accounts
-from corral.serving.api_keys import Key, KeyStore, KeyUsage, today
 from corral.serving.database import Database
+from corral.serving.keys import Key, KeyStore, KeyUsage, today
 from corral.serving.protocol import Refused
 from tests.serving.postgres import PostgreSQL, Proxy
 from tests.serving.test_accounts import RunningRequest, authenticate, refusal, sign_in

@@ -14,7 +14,7 @@ import pytest
 from corral.engines.base import Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.serving.admission import Admission, ServerLimits
-from corral.serving.api_keys import KeyStore, Quota, today
+from corral.serving.keys import KeyStore, Quota, today
 from tests.serving.conftest import ASKED, CHAT, Endless, RunningServer, Serve, bearer, openai_client, wait_for
 
 BODY = {"model": "m", "messages": ASKED, "max_tokens": 4000}

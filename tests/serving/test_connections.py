@@ -11,9 +11,9 @@ import pytest
 
 from corral.serving import connections
 from corral.serving.admission import Admission, ServerLimits
-from corral.serving.api_keys import KeyStore
 from corral.serving.connections import Connection, connection_type
 from corral.serving.database import Database
+from corral.serving.keys import KeyStore
 from tests.serving.conftest import ASKED, Endless, Serve, chat_head, wait_for
 
 HEALTH = "GET /health HTTP/1.1\r\nhost: x\r\n\r\n"

@@ -20,14 +20,14 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import create_engine, inspect, make_url, text
 
 from corral.errors import DatabaseError, MissingExtraError
-from corral.serving import api_keys, tables
 from corral.serving import database as module
+from corral.serving import keys, tables
 from corral.serving.database import VERSION_TABLE, Base, Database, alembic_config, default_url, run_in_thread
 from corral.serving.tables import ROW_BYTES, ConversationRow
 from tests.conftest import unprivileged
 from tests.serving.postgres import PostgreSQL
 
-TABLES = {tables.ConversationRow.__tablename__, api_keys.KeyRow.__tablename__}
+TABLES = {tables.ConversationRow.__tablename__, keys.KeyRow.__tablename__}
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from starlette.routing import Route
 
 from corral.serving import responses_routes
 from corral.serving.admission import Admission, ServerLimits
-from corral.serving.api_keys import KeyStore, Quota
 from corral.serving.app import build_app
 from corral.serving.conversation_store import ConversationStore
 from corral.serving.database import Database
+from corral.serving.keys import KeyStore, Quota
 from corral.serving.models import ServedModels
 from tests.serving.conftest import ASKED, CHAT, JSON, Serve, bearer, chat_head, openai_client, wait_for
 

@@ -21,9 +21,9 @@ from corral.engines.embedding import ASSET, DIMENSIONS, Embedder
 from corral.engines.scripted import ScriptedEngine
 from corral.serving import embeddings, responses_routes
 from corral.serving.admission import Admission, ServerLimits
-from corral.serving.api_keys import KeyStore
 from corral.serving.conversation_store import ConversationStore
 from corral.serving.database import Database
+from corral.serving.keys import KeyStore
 from corral.serving.models import ServedModels
 from tests.serving.conftest import RunningServer, Serve, bearer
 

@@ -7,8 +7,8 @@ import random
 
 import pytest
 
+from corral.serving.errors import Refused
 from corral.serving.request_queue import RequestQueue, Slot
-from corral.serving.retry_after import Busy
 
 
 class Crowd:
@@ -17,7 +17,7 @@ class Crowd:
     def __init__(self, queue: RequestQueue) -> None:
         self.queue = queue
         self.entered: list[str] = []
-        self.refused: list[tuple[str, Busy]] = []
+        self.refused: list[tuple[str, Refused]] = []
         self.inside: list[Slot] = []
 
     async def come(self, *keys: str) -> list[asyncio.Task[None]]:
@@ -42,7 +42,7 @@ class Crowd:
     async def one(self, key: str) -> None:
         try:
             slot = await self.queue.acquire(key)
-        except Busy as busy:
+        except Refused as busy:
             self.refused.append((key, busy))
             return
         self.entered.append(key)

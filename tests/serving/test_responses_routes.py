@@ -11,8 +11,8 @@ import openai
 import pytest
 
 from corral.serving.admission import Admission
-from corral.serving.api_keys import KeyStore
 from corral.serving.database import Database
+from corral.serving.keys import KeyStore
 from tests.serving.conftest import Serve, openai_client
 from tests.serving.postgres import PostgreSQL
 from tests.serving.stateful import ASK, echo_engine, echoed, list_items, serve_in_process

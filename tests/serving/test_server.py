@@ -24,8 +24,8 @@ from corral.errors import InputError
 from corral.interrupts import Stopped
 from corral.serving import server as module
 from corral.serving.admission import ServerLimits
-from corral.serving.api_keys import KeyStore, KeyUsage
 from corral.serving.database import Database
+from corral.serving.keys import KeyStore, KeyUsage
 from corral.serving.models import ServedModels
 from corral.serving.server import ListenOptions, ModelOptions, Server, build_admission
 from corral.serving.server import serve as serve_command

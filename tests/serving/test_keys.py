@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from corral.errors import InputError
-from corral.serving.api_keys import KeyStore, KeyUsage, Quota, hash_key, parse_key_id
 from corral.serving.database import Database
+from corral.serving.keys import KeyStore, KeyUsage, Quota, hash_key, parse_key_id
 
 
 @pytest.fixture
