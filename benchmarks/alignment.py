@@ -3,7 +3,8 @@
 The rows, the fine-tuning and the settings are those of recipes/quickstart-align.toml; of its last stage only the objective and
 the learning rate differ. Each objective tries some rates, and the one with the best preference accuracy on validation prompts
 is judged on test prompts. Then the mistakes that broke a reference system's model are made on purpose. Every sentence of the
-page is made from the figures (`alignment_page`). Training and measured rows are kept under `--work`: a stopped run resumes.
+page is made from the figures (`alignment_page`). Costs are processor seconds, which other work on the machine hardly changes.
+Models and measured rows are kept under `--work`: a stopped run resumes.
 
     python benchmarks/alignment.py [--steps N] [--work FOLDER] [--out PAGE]
 """
@@ -14,6 +15,7 @@ import argparse
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -35,6 +37,7 @@ from corral.data.prepare import Prepared
 from corral.engines.base import run_engine
 from corral.engines.registry import load_engine
 from corral.errors import CheckpointError, GateError
+from corral.evaluation.alignment_gate import COMPARISON_FOLDER
 from corral.evaluation.evaluation_data import select_evaluation_data
 from corral.evaluation.measurements import Measurements, VariantSpec
 from corral.evaluation.scorecard import Scorecard, build_scorecard
@@ -51,7 +54,7 @@ from corral.system import proc_bytes
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart-align.toml"
 STEPS = 16
 RATES: Mapping[str, Sequence[float]] = {
-    "dpo": (1e-4, 3e-4),
+    "dpo": (1e-4, 2e-4),
     "ipo": (1e-4, 3e-4),
     "kto": (1e-4, 3e-4),
     "orpo": (1e-4, 3e-4),
@@ -87,6 +90,10 @@ def train_candidate(work: Path, name: str, recipe: Recipe) -> Candidate:
     outcome = work / f"{name}.json"
     if not is_done(outcome, recipe):
         before = train_copy(work, name, recipe, "--until-training")
+        of_start = work / first_name("dpo") / "train-2-dpo" / COMPARISON_FOLDER
+        comparison = work / name / recipe.stage_names[-1] / COMPARISON_FOLDER
+        if of_start.exists() and not comparison.exists():  # the model to start from is measured once
+            shutil.copytree(of_start, comparison)
         trained = train_copy(work, name, recipe) if before["stopped"] is None else before
         figures = {"reference_seconds": before["reference_seconds"], "recipe": recipe.to_toml()}
         write_json(outcome, trained | figures)
@@ -105,12 +112,15 @@ def first_name(objective: str) -> str:
 
 def train_copy(work: Path, name: str, recipe: Recipe, *options: str) -> dict[str, Any]:
     """Run the training stages of a recipe in a copy of the first run, so that the model is fine-tuned once; of an objective's
-    further rates in a copy of its first one, so that the reference is computed once. A copy that is there goes on.
+    further rates in a copy of its first one, so that the reference is computed once. A copy that is there goes on, but not
+    from a step that a process before took, whose cost is lost.
 
-    Returns: `peak_memory_bytes` of the process, `reference_seconds` that it computed the reference, and `stopped`: what a
-        check said, if one stopped it.
+    Returns: `peak_memory_bytes` of the process, the processor seconds that it computed the reference (`reference_seconds`) and
+        trained (`training_seconds`), and `stopped`: what a check said, if one stopped it.
     """
     out, file = work / name, work / f"{name}.toml"
+    if (out / recipe.stage_names[-1] / "metrics.jsonl").exists():
+        shutil.rmtree(out)
     if not out.exists():
         same_objective = work / first_name(recipe.train[-1].objective)
         source = same_objective if same_objective.exists() else work / first_name("dpo")
@@ -133,37 +143,51 @@ def copy_run(run: Path, out: Path) -> None:
             os.link(path, target)
 
 
-class UntilTraining(TerminalProgress):
-    """Interrupts the stage that aligns before its first step, and times its reference."""
+class StageCosts(TerminalProgress):
+    """Measures processor seconds of the stage that aligns; with `until_training` it interrupts it before its first step."""
 
-    reference_seconds = 0.0
-    _reference_began = 0.0
+    def __init__(self, *, until_training: bool) -> None:
+        super().__init__()
+        self.seconds = {"reference_seconds": 0.0, "training_seconds": 0.0}
+        self._until_training = until_training
+        self._measured, self._since = "", 0.0
 
     def start(self, title: str, total: int | None) -> None:
-        if title.startswith("Computing log-probabilities of the reference"):
-            self._reference_began = time.perf_counter()
-        if title.startswith("Training (") and not title.startswith("Training (sft"):
-            if self._reference_began:
-                self.reference_seconds = time.perf_counter() - self._reference_began
+        is_training = title.startswith("Training (") and not title.startswith("Training (sft")
+        if is_training and self._until_training:
             raise KeyboardInterrupt
-        super().start(title, total)
+        super().start(title, total)  # ends the task before
+        if title.startswith("Computing log-probabilities of the reference"):
+            self._measured = "reference_seconds"
+        elif is_training:
+            self._measured = "training_seconds"
+
+    def stop(self) -> None:
+        self._end_task()
+        super().stop()
+
+    def _end_task(self) -> None:
+        now = time.process_time()
+        if self._measured:
+            self.seconds[self._measured] += now - self._since
+        self._measured, self._since = "", now
 
 
-def train_here(file: Path, out: Path, progress: Progress) -> dict[str, Any]:
+def train_here(file: Path, out: Path, *, until_training: bool) -> dict[str, Any]:
     """Prepare the rows and run the training stages of a recipe; see `train_copy`."""
-    recipe, stopped = load(file), None
+    recipe, progress, stopped = load(file), StageCosts(until_training=until_training), None
     try:
         execute(recipe, out, progress, allowed=["prepare", *recipe.stage_names])
     except (GateError, CheckpointError) as error:
         stopped = error.what
     except KeyboardInterrupt:
-        if not isinstance(progress, UntilTraining):
+        if not until_training:
             raise
-    seconds = progress.reference_seconds if isinstance(progress, UntilTraining) else 0.0
+    progress.stop()
     peak = (
         proc_bytes("self/status", "VmHWM") or 0
     )  # not `getrusage`: a process inherits that of the one that started it
-    return {"peak_memory_bytes": peak, "reference_seconds": seconds, "stopped": stopped}
+    return {"peak_memory_bytes": peak, **progress.seconds, "stopped": stopped}
 
 
 def judge(
@@ -220,18 +244,16 @@ def main() -> None:
     options = _parser().parse_args()
     work: Path = options.work
     if options.train:
-        progress = UntilTraining() if options.until_training else TerminalProgress()
-        print(json.dumps(train_here(options.train, work, progress)))
+        print(json.dumps(train_here(options.train, work, until_training=options.until_training)))
         return
     progress, steps = TerminalProgress(), options.steps
     recipe, first = load(options.recipe), work / first_name("dpo")
     work.mkdir(parents=True, exist_ok=True)
-    candidates = {
-        objective: [
-            train_candidate(work, f"{objective}-{rate:g}", recipe_of(recipe, objective, rate, steps)) for rate in rates
-        ]
-        for objective, rates in RATES.items()
-    }
+    candidates: dict[str, list[Candidate]] = {objective: [] for objective in RATES}
+    tried = [(turn, objective, rate) for objective, rates in RATES.items() for turn, rate in enumerate(rates)]
+    for _, objective, rate in sorted(tried, key=lambda each: each[0]):  # each objective once before the second rates
+        aligned = recipe_of(recipe, objective, rate, steps)
+        candidates[objective].append(train_candidate(work, f"{objective}-{rate:g}", aligned))
     best = {objective: chosen for objective, tried in candidates.items() if (chosen := choose(tried)) is not None}
     rate = best["dpo"].rate if "dpo" in best else RATES["dpo"][0]
     bare = train_candidate(work, f"dpo-without-sft-{rate:g}", recipe_of(recipe, "dpo", rate, steps, sft_weight=0.0))

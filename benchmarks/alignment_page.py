@@ -29,7 +29,8 @@ class Candidate:
         steps: the lines of its `metrics.jsonl`.
         validation: preference accuracy on validation prompts before and after; None if it was stopped before.
         prompts: basic prompts that the kept weights answer well, and that the model before did; None if it was stopped.
-        reference_seconds: spent on log-probabilities under the reference; 0 if they were there.
+        reference_seconds: processor seconds of log-probabilities under the reference; 0 if they were there.
+        training_seconds: processor seconds of the steps and the checks between them.
         memory: the peak resident size of the process that trained, in bytes.
         stopped: what a guard or a check said, if it stopped the stage.
     """
@@ -41,6 +42,7 @@ class Candidate:
     validation: tuple[float, float] | None
     prompts: tuple[int, int] | None
     reference_seconds: float
+    training_seconds: float
     memory: int
     stopped: str | None
 
@@ -63,14 +65,10 @@ class Candidate:
             validation,
             prompts,
             printed["reference_seconds"],
+            printed["training_seconds"],
             printed["peak_memory_bytes"],
             printed["stopped"],
         )
-
-    @property
-    def seconds(self) -> float:
-        """Spent in steps."""
-        return self.steps[-1]["seconds"] if self.steps else 0.0
 
     @property
     def chosen_fall(self) -> float | None:
@@ -131,7 +129,7 @@ def write_page(page: Page) -> str:
         f"for {page.steps} steps, as in [recipes/quickstart-align.toml](../recipes/quickstart-align.toml). "
         f"{sides.capitalize()}; prompts on two sides: {shared}. Each objective tried the rates below; the one that put most "
         "validation pairs into the right order was judged on the test prompts, once. "
-        f"Machine: {machine}. {versions}.",
+        f"Seconds are those of a processor core. Machine: {machine}. {versions}.",
         "",
         "Preference accuracy is the share of pairs whose better answer has the higher log-probability per token; the margin "
         "is in nats, over whole answers. Differences are paired with the fine-tuned model, and their intervals (95 %, each by "
@@ -157,7 +155,7 @@ def write_page(page: Page) -> str:
 
 _TEST_HEADER = (
     *("model", "rate", "preference accuracy ↑", "difference (interval)", "margin, difference", "held-out loss ↓"),
-    *("basic prompts", "tokens per answer", "reference, s", "steps, s", "memory, GB"),
+    *("basic prompts", "tokens per answer", "reference, s", "training, s", "memory, GB"),
 )
 
 
@@ -176,7 +174,7 @@ def _test_row(page: Page, name: str) -> tuple[str, ...]:
         f"{best.prompts[0]} of {best.prompts[1]}" if best and best.prompts else "",
         lengths.get(name, ""),
         f"{page.candidates[name][0].reference_seconds:.0f}" if best else "",
-        f"{best.seconds:.0f}" if best else "",
+        f"{best.training_seconds:.0f}" if best else "",
         f"{best.memory / 1e9:.1f}" if best else "",
     )
 
@@ -208,7 +206,7 @@ def _rate_row(candidate: Candidate) -> tuple[str, ...]:
         accuracy or "",
         "" if candidate.chosen_fall is None else f"{max(0.0, candidate.chosen_fall):.1%}",
         f"{candidate.prompts[0]} of {candidate.prompts[1]}" if candidate.prompts else "",
-        f"{candidate.seconds:.0f}",
+        f"{candidate.training_seconds:.0f}",
         _cell(candidate.stopped),
     )
 

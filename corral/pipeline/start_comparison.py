@@ -34,6 +34,7 @@ from corral.model.folder import model_identity
 from corral.pipeline.context import RunContext
 from corral.recipe.evaluate import Evaluate
 from corral.run.promotion import MERGED_FOLDER
+from corral.run.stage_record import earlier_folders
 from corral.storage import write_atomic
 
 if TYPE_CHECKING:
@@ -108,6 +109,8 @@ class StartComparison:
         """Measure what is missing of each model, and write the scorecard of them."""
         context, data, measurements = self.context, self.data, Measurements(self.stage / COMPARISON_FOLDER)
         variants = {name: self._variant(name) for name in names}
+        for old in earlier_folders(self.stage):  # of other settings: the model to start from may be the same
+            measurements.reuse_rows(old / COMPARISON_FOLDER, list(variants.values()), data)
         for name, variant in variants.items():
             if not measurements.is_complete(variant, data):
                 context.progress.start(f"Comparing models: loading that of {name}", None)

@@ -55,6 +55,7 @@ def candidate(page: Any, objective: str, rate: float, after: float | None, **cha
         "validation": None if after is None else (0.5, after),
         "prompts": (11, 12),
         "reference_seconds": 7.0,
+        "training_seconds": 20.0,
         "memory": 2_000_000_000,
         "stopped": None,
     }
@@ -100,10 +101,10 @@ def test_a_candidate_is_read_from_a_stage_that_was_stopped(page: Any, tmp_path: 
     config: Train = load(BENCHMARKS.parent / "recipes" / "quickstart-align.toml").train[1]
     lines = [{"step": 0, "seconds": 0.0}, {"step": 1, "seconds": 2.5, "chosen_fall": 0.3}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
-    printed = {"peak_memory_bytes": 10, "reference_seconds": 4.0, "stopped": "a guard"}
+    printed = {"peak_memory_bytes": 10, "reference_seconds": 4.0, "training_seconds": 2.5, "stopped": "a guard"}
     (tmp_path / "printed.json").write_text(json.dumps(printed), "utf-8")
     read = page.Candidate.read("dpo", config, tmp_path, tmp_path / "printed.json")
-    assert (read.seconds, read.chosen_fall, read.validation, read.prompts) == (2.5, 0.3, None, None)
+    assert (read.training_seconds, read.chosen_fall, read.validation, read.prompts) == (2.5, 0.3, None, None)
     assert (read.memory, read.reference_seconds, read.stopped) == (10, 4.0, "a guard")
 
 

@@ -107,6 +107,8 @@ def _check_that_a_worse_model_is_kept_and_not_promoted(folder: Path) -> None:
     words = ["the model of train-2-aligned is kept and not promoted", "held-out loss 4.", "guards.loss_rise="]
     blocked = fail(4, words, *command, "--set=train.1.guards.loss_rise=0")
     assert "Merging the adapter" in blocked.stderr
+    assert "loading that of after" in blocked.stderr
+    assert "loading that of before" not in blocked.stderr, "another rate starts from the model that was measured"
     assert (out / "train-2-aligned" / "merged" / "contract.json").is_file()
     assert (out / "model").read_text() == before
     again = fail(4, words, *command, "--set=train.1.guards.loss_rise=0")
