@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from itertools import chain
 from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias, TypeVar
 
-from corral.errors import EngineClosedError, EngineError, RequestError
+from corral.errors import EngineClosedError, EngineError, InputError, RequestError
 
 T = TypeVar("T")
 Finish: TypeAlias = Literal["stop", "length", "cancelled"]
@@ -197,6 +198,15 @@ def _join(deltas: Sequence[Delta]) -> Completion:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class ReplicaHealth:
+    """The state of one of the servers behind a remote engine."""
+
+    url: str
+    fault: str | None
+    """Why it is left alone, as in "unreachable" or "HTTP 500"; None while it may be asked."""
+
+
 class Engine(ABC):
     """A loaded model that completes and scores token ids. Safe to share between tasks; close it when done."""
 
@@ -204,9 +214,25 @@ class Engine(ABC):
     features: Features
 
     @property
+    def fault(self) -> str | None:
+        """Why it cannot compute now, as far as it knows without trying; None if it can. It names no prompt, path or address,
+        so anybody may see it."""
+        return None
+
+    @property
     def ready(self) -> bool:
-        """Whether it can compute now, as far as it knows without trying."""
-        return True
+        """Whether it can compute now: it has no fault."""
+        return self.fault is None
+
+    @property
+    def restarts(self) -> int:
+        """How often its process was started again."""
+        return 0
+
+    @property
+    def replicas(self) -> Sequence[ReplicaHealth]:
+        """The servers that compute for it; empty if it computes itself."""
+        return ()
 
     @abstractmethod
     def submit(self, ids: Sequence[int], sampling: Sampling) -> Generation:
@@ -289,6 +315,29 @@ def run_engine(engine: Engine, use: Callable[[Engine], Coroutine[Any, Any, T]]) 
             return await use(engine)
 
     return asyncio.run(run())
+
+
+STEP_VARIABLE = "CORRAL_STEP_SECONDS"
+"""Environment variable: seconds after which a step of an engine counts as hung, in place of `longest_step`."""
+
+
+def longest_step(tokens: int, parameters: int) -> float:
+    """Seconds after which an engine's step counts as hung.
+
+    30, and what a step of so many tokens takes a model of so many parameters at 20 billion operations a second, which is a
+    fifth of what two cores of a laptop do. Raises: InputError (the environment variable is no such number).
+    """
+    text = os.environ.get(STEP_VARIABLE)
+    if text is None:
+        return 30 + 2 * tokens * parameters / 20e9
+    with contextlib.suppress(ValueError):
+        if 0 < (seconds := float(text)) < float("inf"):
+            return seconds
+    raise InputError(f"{text!r} is not a number of seconds over 0", where=STEP_VARIABLE, hint="unset it, or set 60")
+
+
+CLOSED = "it was closed"
+"""The fault of an engine after `close`."""
 
 
 def closed_error(engine: Engine) -> EngineClosedError:

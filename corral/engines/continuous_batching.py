@@ -15,6 +15,7 @@ import queue
 import random
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -31,7 +32,8 @@ from corral.engines.token_sampling import sample
 from corral.errors import EngineClosedError, EngineError
 from corral.model import packed_forward
 
-_FORWARD_TOKENS = 4096  # prompt or scored tokens in one forward pass, which cancelling may have to wait for
+FORWARD_TOKENS = 4096
+"""Prompt or scored tokens in one forward pass, which cancelling may have to wait for."""
 
 _log = logging.getLogger(__name__)
 
@@ -132,6 +134,19 @@ class Worker:
         self._scores: deque[Score] = deque()
         self._rows: list[_Row] = []
         self._cache = RowCache(self._model.config.num_hidden_layers)
+        self._step_began: float | None = None
+        """On the monotonic clock; None while it waits for work."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it takes no more work."""
+        return self._closed
+
+    @property
+    def step_seconds(self) -> float:
+        """How long it has been computing the present step; 0 between steps."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
 
     def enqueue(self, command: Command) -> bool:
         """Hand over work, which is always answered. Returns: false if the worker has ended."""
@@ -152,11 +167,13 @@ class Worker:
         try:
             with torch.inference_mode():
                 while self._receive():
+                    self._step_began = time.monotonic()
                     self._drop_finished()
                     with self._turn():
                         self._admit()
                         self._step()
                         self._score()
+                    self._step_began = None
         finally:
             self.stop()
             self._fail_everything()
@@ -305,7 +322,7 @@ class Worker:
         """Compute waiting scores, as many as fit in one forward pass."""
         jobs: list[Score] = []
         tokens = 0
-        while self._scores and (not jobs or tokens + len(self._scores[0].ids) <= _FORWARD_TOKENS):
+        while self._scores and (not jobs or tokens + len(self._scores[0].ids) <= FORWARD_TOKENS):
             job = self._scores.popleft()
             if job.result.set_running_or_notify_cancel():
                 jobs.append(job)
@@ -355,4 +372,4 @@ class Worker:
 def _fit_one_forward(lengths: Sequence[int]) -> bool:
     """Whether prompts of these lengths are computed in one forward pass: they fit, and little is padding."""
     longest = max(lengths)
-    return longest * len(lengths) <= _FORWARD_TOKENS and longest <= 2 * min(lengths) + 64
+    return longest * len(lengths) <= FORWARD_TOKENS and longest <= 2 * min(lengths) + 64

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TypeAlias
 
-from corral.engines.base import Delta, Engine, Features, Finish, Generation, Sampling, closed_error
+from corral.engines.base import CLOSED, Delta, Engine, Features, Finish, Generation, Sampling, closed_error
 from corral.errors import EngineError
 
 Reply: TypeAlias = Callable[[Sequence[int], Sampling, int], Iterable[int]]
@@ -56,6 +56,10 @@ class ScriptedEngine(Engine):
         self._delay = delay_seconds
         self._closed = False
         self._requests: set[_Request] = set()
+
+    @property
+    def fault(self) -> str | None:  # noqa: D102 (see Engine)
+        return CLOSED if self._closed else None
 
     def submit(self, ids: Sequence[int], sampling: Sampling) -> Generation:  # noqa: D102 (see Engine)
         self.check_submit(ids, sampling)

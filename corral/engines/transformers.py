@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from corral.engines.base import Engine, Features, Generation, Sampling, closed_error
-from corral.engines.continuous_batching import Cancel, Request, Score, Worker
+from corral.engines.base import CLOSED, Engine, Features, Generation, Sampling, closed_error, longest_step
+from corral.engines.continuous_batching import FORWARD_TOKENS, Cancel, Request, Score, Worker
 from corral.engines.kv_cache import bytes_per_token
+from corral.errors import EngineUnavailableError
 from corral.model import packed_forward
 from corral.model.device import memory_limit
 
@@ -63,6 +64,7 @@ class TransformersEngine(Engine):
             score=True,
         )
         tokens = max(1, (cache_bytes or default_cache_bytes(causal.device)) // bytes_per_token(causal))
+        self._longest_step = longest_step(FORWARD_TOKENS, sum(each.numel() for each in causal.parameters()))
         self._worker = Worker(causal, self.name, max_batch, tokens, turn)
         # A program that does not close its engine must still end: a daemon thread, as the interpreter does not wait for
         # one, which `atexit` stops, as the interpreter would crash if it computed during shutdown.
@@ -70,8 +72,19 @@ class TransformersEngine(Engine):
         self._thread.start()
         atexit.register(self._end)
 
+    @property
+    def fault(self) -> str | None:
+        """A step that does not end, besides having been closed. It cannot be ended from within the process."""
+        if self._worker.has_ended:
+            return CLOSED
+        seconds = self._worker.step_seconds
+        if seconds <= self._longest_step:
+            return None
+        return f"it computes one step for {seconds:.0f} s, and only a restart of this program can end that"
+
     def submit(self, ids: Sequence[int], sampling: Sampling) -> Generation:  # noqa: D102 (see Engine)
         self.check_submit(ids, sampling)
+        self._raise_if_hung()
         request: Request
 
         def cancel(choice: int | None) -> None:
@@ -84,6 +97,7 @@ class TransformersEngine(Engine):
 
     async def score(self, ids: Sequence[int], start: int = 1) -> list[float]:  # noqa: D102
         self.check_score(ids, start)
+        self._raise_if_hung()
         if start == len(ids):
             return []
         job = Score(tuple(ids), start)
@@ -94,6 +108,10 @@ class TransformersEngine(Engine):
     async def close(self) -> None:  # noqa: D102
         await asyncio.to_thread(self._end)
         atexit.unregister(self._end)
+
+    def _raise_if_hung(self) -> None:
+        if not self._worker.has_ended and (fault := self.fault):
+            raise EngineUnavailableError(f"engine {self.name!r}: {fault}")
 
     def _end(self) -> None:
         self._worker.stop()

@@ -6,7 +6,7 @@ vLLM's own n does the same, but its choice 1 of seed 7 is choice 0 of seed 8, an
 
 Limits of vLLM: temperatures over 0 and under 0.01 are refused (it would silently take 0.01), so are DoRA adapters, and scores
 with adapters on a CPU (in a batch with another request its CPU kernels end its processes). It does not start again after its
-processes died (`ready` is then false), and does not notice logits that are not finite. No tokenizer is loaded.
+processes died (`fault` then says so), and does not notice logits that are not finite. No tokenizer is loaded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from corral.engines.base import Delta, Engine, Features, Generation, Sampling, closed_error
+from corral.engines.base import CLOSED, Delta, Engine, Features, Generation, Sampling, closed_error
 from corral.engines.vllm_settings import lora_settings, model_settings, sampling_params
 from corral.errors import EngineError, ModelError, RequestError, require
 from corral.model.folder import check_folder
@@ -106,9 +106,10 @@ class VllmEngine(Engine):
         atexit.register(self._end)
 
     @property
-    def ready(self) -> bool:
-        """False once vLLM's processes have died."""
-        return not self._closed and self._alive()
+    def fault(self) -> str | None:  # noqa: D102 (see Engine)
+        if self._closed:
+            return CLOSED
+        return None if self._alive() else "vLLM's processes have ended, and are not started again: restart this program"
 
     def with_adapter(self, adapter: Path | None) -> Engine:
         """This engine with another of its adapters, or with none. Closing one closes all."""
@@ -285,8 +286,8 @@ class _WithAdapter(Engine):
         self._adapter = adapter
 
     @property
-    def ready(self) -> bool:
-        return self._engine.ready
+    def fault(self) -> str | None:
+        return self._engine.fault
 
     def submit(self, ids: Sequence[int], sampling: Sampling) -> Generation:
         return self._engine.submit_with(self._adapter, ids, sampling)

@@ -6,8 +6,8 @@ to `Admission.handle`, which decides when to start it and when to stop it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Sequence
+from typing import Literal
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -16,13 +16,11 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 import corral
-from corral.engines.base import Engine, Sampling
 from corral.errors import DatabaseError
 from corral.serving.admission import Admission
 from corral.serving.chat import ChatRequest, start_chat
 from corral.serving.completions import CompletionRequest, start_completions
 from corral.serving.errors import database_unavailable, engine_unavailable, shutting_down
-from corral.serving.generation import translate_errors
 from corral.serving.metrics import CONTENT_TYPE
 from corral.serving.middleware import AccessMiddleware, ResponseMiddleware
 from corral.serving.models import ServedModels
@@ -30,7 +28,6 @@ from corral.serving.protocol import ModelList, Refused, validation_error
 from corral.serving.streams import error_response, json_response
 
 _HTTP_MESSAGES = {404: "there is no such route", 405: "this route has no such method"}
-_READINESS_SECONDS = 1.0  # the route is open to anybody, so engines are probed at most this often
 
 
 def build_app(
@@ -111,63 +108,62 @@ def _model_routes(models: ServedModels, admission: Admission) -> APIRouter:
 
 
 class Health(BaseModel):
-    """The response of `/health` and `/health/ready`, which need no key."""
+    """The response of `/health`, which needs no key."""
 
-    status: str
+    status: Literal["ok"] = "ok"
+
+
+class EngineHealth(BaseModel):
+    """The state of one engine."""
+
+    engine: str
+    ready: bool
+    reason: str | None
+    """Why it is not ready."""
+    restarts: int
+    """How often its process was started again."""
+
+
+class Readiness(BaseModel):
+    """The response of `/health/ready`, which needs no key, and so names no model, path or address."""
+
+    status: Literal["ready", "not ready"]
+    engines: list[EngineHealth]
+
+
+def _readiness(models: ServedModels) -> Readiness:
+    """Whether each engine can compute, in the order of `/v1/models`; models may share an engine."""
+    engines = {id(each.answerer.engine): each.answerer.engine for each in models.all()}.values()
+    states = [
+        EngineHealth(engine=each.name, ready=fault is None, reason=fault, restarts=each.restarts)
+        for each in engines
+        for fault in [each.fault]
+    ]
+    return Readiness(status="ready" if all(state.ready for state in states) else "not ready", engines=states)
 
 
 def _status_routes(models: ServedModels, admission: Admission) -> APIRouter:
     """Health and metrics."""
     router = APIRouter()
-    readiness = _Readiness(models)
 
     @router.get("/health")
     async def alive() -> Response:  # pyright: ignore[reportUnusedFunction]
-        return json_response(Health(status="ok"))
+        return json_response(Health())
 
     @router.get("/health/ready")
     async def ready() -> Response:  # pyright: ignore[reportUnusedFunction]
         if admission.is_draining:
             raise shutting_down()
-        readiness.check()
-        return json_response(Health(status="ready"))
+        readiness = _readiness(models)
+        if readiness.status == "ready":
+            return json_response(readiness)
+        return json_response(readiness, status=503, headers=engine_unavailable("").headers)
 
     @router.get("/metrics")
     async def metrics() -> Response:  # pyright: ignore[reportUnusedFunction]
         return Response(admission.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
     return router
-
-
-class _Readiness:
-    """Whether the engines take work, probed at most once a second."""
-
-    def __init__(self, models: ServedModels) -> None:
-        self._models = models
-        self._last_check = float("-inf")
-        self._error: Refused | None = None
-
-    def check(self) -> None:
-        """Raises: Refused (503)."""
-        now = time.monotonic()
-        if now - self._last_check > _READINESS_SECONDS:
-            self._last_check = now
-            try:
-                self._probe()
-                self._error = None
-            except Refused as fault:
-                self._error = fault
-        if self._error is not None:
-            raise self._error
-
-    def _probe(self) -> None:
-        engines: dict[int, Engine] = {id(each.answerer.engine): each.answerer.engine for each in self._models.all()}
-        for engine in engines.values():
-            with translate_errors():
-                # Only submitting work shows whether an engine takes it.
-                engine.submit([0], Sampling(max_tokens=1)).cancel()
-        if not self._models.ready:
-            raise engine_unavailable("an engine of this server cannot compute")
 
 
 def _handle_errors(app: FastAPI) -> None:

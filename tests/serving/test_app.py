@@ -9,6 +9,7 @@ import logging
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,6 +20,7 @@ from corral.engines.base import Generation, Sampling
 from corral.engines.scripted import ScriptedEngine
 from corral.errors import EngineClosedError, EngineUnavailableError
 from corral.serving.admission import Admission, ServerLimits
+from corral.serving.models import ServedModels
 from corral.serving.protocol import RequestLimits
 from tests.serving.conftest import (
     ASKED,
@@ -27,7 +29,6 @@ from tests.serving.conftest import (
     JSON,
     RunningServer,
     Serve,
-    wait_for,
 )
 
 
@@ -174,32 +175,33 @@ def test_an_exception_that_quotes_the_prompt_is_logged_without_its_message(
     assert "diary" not in caplog.text + json.dumps(answer)
 
 
-def test_liveness_reports_the_process_and_readiness_the_engine(serve: Serve) -> None:
-    engine = ScriptedEngine([40])
-    server = serve(engine)
+def test_liveness_reports_the_process_and_readiness_each_engine(serve: Serve) -> None:
+    engine, other = ScriptedEngine([40]), Lost([40])
+    server = serve(ServedModels([serve.model(engine), replace(serve.model(engine), name="n")]))
+    state: Any = {"engine": "scripted", "ready": True, "reason": None, "restarts": 0}
     assert server.call("GET", "/health")[:2] == (200, {"status": "ok"})
-    assert server.call("GET", "/health/ready")[:2] == (200, {"status": "ready"})
+    assert server.call("GET", "/health/ready")[:2] == (200, {"status": "ready", "engines": [state]})
     asyncio.run(engine.close())
-    assert wait_for(lambda: server.call("GET", "/health/ready")[0] == 503), "it is looked at once a second"
+    status, body, headers = server.call("GET", "/health/ready")
+    closed = state | {"ready": False, "reason": "it was closed"}
+    assert (status, body) == (503, {"status": "not ready", "engines": [closed]})
+    assert int(headers["retry-after"]) >= 1
     assert server.call("GET", "/health")[0] == 200
     assert server.call("GET", "/v1/models")[0] == 200
-    for status, answer, headers in (server.call("GET", "/health/ready"), server.chat()):
-        assert (status, answer["error"]["code"]) == (503, "engine_unavailable")
-        assert int(headers["retry-after"]) >= 1
-
-
-class Broken(ScriptedEngine):
-    """An engine that takes work, and lost what it computes with."""
-
-    @property
-    def ready(self) -> bool:
-        return False
-
-
-def test_readiness_is_503_while_an_engine_cannot_compute(serve: Serve) -> None:
-    status, answer, headers = serve(Broken([40])).call("GET", "/health/ready")
+    status, answer, headers = server.chat()
     assert (status, answer["error"]["code"]) == (503, "engine_unavailable")
     assert int(headers["retry-after"]) >= 1
+    both = serve(ServedModels([serve.model(ScriptedEngine([40])), replace(serve.model(other), name="n")]))
+    status, body, _ = both.call("GET", "/health/ready")
+    lost = {"engine": "scripted", "ready": False, "reason": "its process ended", "restarts": 3}
+    assert (status, body) == (503, {"status": "not ready", "engines": [state, lost]})
+
+
+class Lost(ScriptedEngine):
+    """An engine that takes work, and lost what it computes with."""
+
+    fault = "its process ended"
+    restarts = 3
 
 
 def test_every_response_has_a_unique_request_id(server: RunningServer) -> None:

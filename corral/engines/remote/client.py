@@ -48,25 +48,36 @@ _HEADERS = {
 }
 
 
+UNREACHABLE = "unreachable"
+"""The kind of a TransientError for want of a connection."""
+SILENT = "silent"
+"""The kind of a TransientError for want of an answer in time."""
+
+
 class TransientError(Exception):
     """One try failed for a reason that may pass.
 
     Args:
         reason: what the endpoint did, as in "closed the connection".
+        kind: the same in a word or two that quote nothing, for health and metrics; with a status, "HTTP" and the status.
         retry_after: after how many seconds the endpoint wants to be asked again.
         status: of its response, if there was one.
-        unreachable: there is no connection to the endpoint.
     """
 
     def __init__(
-        self, reason: str, *, retry_after: float | None = None, status: int | None = None, unreachable: bool = False
+        self,
+        reason: str,
+        *,
+        kind: str = "broke off",
+        retry_after: float | None = None,
+        status: int | None = None,
     ) -> None:
         super().__init__(reason)
         self.reason = reason
+        self.kind = kind if status is None else f"HTTP {status}"
         self.retry_after = retry_after
         self.status = status
         self.busy = status in _BUSY
-        self.unreachable = unreachable
 
 
 class ListedModel(BaseModel):
@@ -209,12 +220,12 @@ class EndpointClient:
 
     def _connection_error(self, error: BaseException) -> TransientError:
         if isinstance(error, httpx2.ConnectTimeout):
-            return TransientError(f"does not answer within {CONNECT_SECONDS:.0f} s", unreachable=True)
+            return TransientError(f"does not answer within {CONNECT_SECONDS:.0f} s", kind=UNREACHABLE)
         if isinstance(error, httpx2.TimeoutException):
-            return TransientError("fell silent")
+            return TransientError("fell silent", kind=SILENT)
         reason = one_line(str(error) or type(error).__name__, self._key)
         if isinstance(error, httpx2.ConnectError):
-            return TransientError(f"cannot be reached ({reason})", unreachable=True)
+            return TransientError(f"cannot be reached ({reason})", kind=UNREACHABLE)
         return TransientError(f"closed the connection ({reason})")
 
     def _status_error(self, path: str, response: httpx2.Response) -> Exception:

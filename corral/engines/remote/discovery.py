@@ -12,6 +12,10 @@ from corral.engines.remote.failover import FailoverClient
 from corral.engines.remote.protocol import one_line
 from corral.errors import EngineError, EngineUnavailableError, InputError, ModelError, RequestError
 
+DEFAULT_REQUESTS = 64
+"""Requests that an endpoint is sent at once if it does not list how many it runs."""
+_MOST_REQUESTS = 1024  # whatever an endpoint lists
+
 RETURN_IDS: dict[str, Any] = {"return_token_ids": True, "ignore_eos": True, "stop_token_ids": []}
 """Fields of a request that make a server return token ids, and end at stop ids only."""
 
@@ -70,3 +74,9 @@ def shortest_context(models: Sequence[ListedModel], known: int | None) -> int:
     if len(lengths) != len(models):
         raise InputError("an endpoint does not tell the model's context", hint="give max_length, in tokens")
     return min(lengths if known is None else [*lengths, known])
+
+
+def requests_at_once(models: Sequence[ListedModel], endpoints: int) -> int:
+    """How many requests so many endpoints run at once, of which some answered with their entry of the model."""
+    listed = [min(max(1, model.max_requests or DEFAULT_REQUESTS), _MOST_REQUESTS) for model in models]
+    return sum(listed) + DEFAULT_REQUESTS * (endpoints - len(listed))

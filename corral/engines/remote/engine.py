@@ -17,7 +17,17 @@ from typing import Any, TypeAlias, TypeVar
 
 import httpx2
 
-from corral.engines.base import Delta, Engine, Features, Finish, Generation, Sampling, closed_error
+from corral.engines.base import (
+    CLOSED,
+    Delta,
+    Engine,
+    Features,
+    Finish,
+    Generation,
+    ReplicaHealth,
+    Sampling,
+    closed_error,
+)
 from corral.engines.remote import discovery
 from corral.engines.remote.client import Choice, Chunk, TransientError, chunks
 from corral.engines.remote.discovery import RETURN_IDS
@@ -90,7 +100,6 @@ class RemoteEngine(Engine):
         self._endpoints = FailoverClient(
             urls,
             key=key or os.environ.get(KEY_VARIABLE) or None,
-            concurrency=concurrency,
             timeout_seconds=timeout_seconds,
             retries=retries,
             backoff_seconds=backoff_seconds,
@@ -123,25 +132,34 @@ class RemoteEngine(Engine):
                     "%s gives no token ids: its text is tokenised here, and there are no log-probabilities",
                     listed[0][0],
                 )
-            capacities = {
-                url: each.max_requests for (url, _), each in zip(listed, models, strict=True) if each.max_requests
-            }
-            self._run(self._endpoints.monitor(self.model, capacities)).result()
+            concurrency = concurrency or discovery.requests_at_once(models, len(self.replicas))
+            self._run(self._endpoints.monitor(self.model, concurrency)).result()
         except BaseException:
             self._end()
             raise
         self._encode = encode
-        self.features = Features(length, vocabulary, gives_logprobs, scores, self._endpoints.concurrency)
+        self.features = Features(length, vocabulary, gives_logprobs, scores, concurrency)
 
     @property
-    def ready(self) -> bool:
-        """Whether an endpoint may be asked: not those that failed, until they list the model again."""
-        return bool(self._endpoints.available)
+    def fault(self) -> str | None:
+        """Closed, or no endpoint may be asked: not those that failed, until they list the model again."""
+        if self._is_closed:
+            return CLOSED
+        replicas = self.replicas
+        if any(each.fault is None for each in replicas):
+            return None
+        return (
+            f"none of {len(replicas)} servers can be asked: {', '.join(sorted({str(each.fault) for each in replicas}))}"
+        )
+
+    @property
+    def replicas(self) -> Sequence[ReplicaHealth]:  # noqa: D102 (see Engine)
+        return self._endpoints.health
 
     def submit(self, ids: Sequence[int], sampling: Sampling) -> Generation:  # noqa: D102 (see Engine)
         self.check_submit(ids, sampling)
-        if self._refuses_while_resting and not self.ready:
-            raise EngineUnavailableError(f"no endpoint of engine {self.name!r} answers", hint="ask again later")
+        if self._refuses_while_resting and not self._is_closed and (fault := self.fault):
+            raise EngineUnavailableError(f"engine {self.name!r}: {fault}", hint="ask again later")
         request = _Request(tuple(map(int, ids)), sampling, self._encode)
 
         def cancel(choice: int | None) -> None:

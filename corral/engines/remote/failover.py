@@ -1,9 +1,11 @@
 """Requests to several endpoints that serve the same model: which one to ask, when to ask again, which ones to leave alone.
 
-- A request goes to the endpoint with the fewest requests under way, for as many as it runs at once.
+- Requests take turns at the endpoints. For more (the least loaded, the one that has the prompt in its cache), give the one URL
+  of a load balancer: nginx, vLLM's router.
 - An endpoint that is busy (429, 503, 504) is not asked again by this request until its Retry-After has passed.
 - An endpoint that cannot be reached, or that fails three times in a row, rests: for a while, longer each time, and until it
   lists its model again.
+- Requests under way at an endpoint that fails three checks in a row are taken from it, and asked elsewhere.
 - An endpoint that answers with an error counts as failed only if another one answers the same request.
 """
 
@@ -15,31 +17,33 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import httpx2
 
-from corral.engines.remote.client import EndpointClient, ListedModel, TransientError
+from corral.engines.base import ReplicaHealth
+from corral.engines.remote.client import SILENT, UNREACHABLE, EndpointClient, ListedModel, TransientError
 from corral.engines.remote.protocol import api_url, auth_header, one_line
 from corral.errors import EngineError, EngineUnavailableError, InputError, ModelError, RequestError
 
 T = TypeVar("T")
 
-DEFAULT_REQUESTS = 64
-"""Requests under way at once at an endpoint that does not list how many it runs."""
-_MOST_REQUESTS = 1024  # whatever an endpoint lists
+_SETUP_REQUESTS = 64  # at once, before `monitor`
 _PROBE_SECONDS = 10.0  # a list of models is no work
 _LONGEST_REST = 300.0  # a request waits for no endpoint that asks for more
-_MAX_FAILURES = 3  # in a row, after which an endpoint rests that can still be reached
+_MAX_FAILURES = (
+    3  # in a row: of requests, after which an endpoint rests; of checks, after which it gives no answer any more
+)
 
 
 @dataclass(slots=True)
 class _Endpoint:
     client: EndpointClient
-    capacity: int = DEFAULT_REQUESTS
-    """How many requests it runs at once."""
-    under_way: int = 0
+    requests: set[asyncio.Timeout] = field(default_factory=set[asyncio.Timeout])
+    """One for each request under way, which ends it if rescheduled."""
+    failed_checks: int = 0
+    """In a row."""
     failures: int = 0
     """Requests in a row that failed, not counting those that it was too busy for."""
     rests: int = 0
@@ -48,6 +52,8 @@ class _Endpoint:
     """On the monotonic clock."""
     failure: str = ""
     """The last one."""
+    kind: str = ""
+    """Of the last failure; see TransientError."""
     status: int | None = None
     """Of the response to the last request that failed, if there was one."""
     recovery: asyncio.Task[None] | None = None
@@ -69,7 +75,6 @@ class FailoverClient:
         urls: Sequence[str],
         *,
         key: str | None,
-        concurrency: int | None,
         timeout_seconds: float,
         retries: int,
         backoff_seconds: float,
@@ -80,6 +85,7 @@ class FailoverClient:
         api_urls = list(dict.fromkeys(map(api_url, urls)))
         auth_header(key, *api_urls)
         self._endpoints = [_Endpoint(EndpointClient(url, key, timeout_seconds)) for url in api_urls]
+        self._turn = 0
         self._key = key
         self._retries = retries
         self._backoff = backoff_seconds
@@ -87,29 +93,21 @@ class FailoverClient:
         self._model: str | None = None
         self._any_available = asyncio.Event()
         self._checks: asyncio.Task[None] | None = None
-        self._concurrency = concurrency
-        self._slots = asyncio.Semaphore(self.concurrency)
+        self._slots = asyncio.Semaphore(_SETUP_REQUESTS)
 
     @property
-    def available(self) -> list[str]:
-        """URLs of the endpoints that may be asked now."""
-        return [endpoint.url for endpoint in self._endpoints if endpoint.recovery is None]
+    def health(self) -> list[ReplicaHealth]:
+        """The state of each endpoint, in the given order."""
+        return [ReplicaHealth(each.url, None if each.recovery is None else each.kind) for each in self._endpoints]
 
-    @property
-    def concurrency(self) -> int:
-        """Most requests under way at once, over all endpoints."""
-        return self._concurrency or sum(endpoint.capacity for endpoint in self._endpoints)
-
-    async def monitor(self, model: str, capacities: Mapping[str, int]) -> None:
+    async def monitor(self, model: str, concurrency: int) -> None:
         """From now on a resting endpoint must list that model to be asked again; starts the regular checks.
 
         Args:
-            capacities: how many requests an endpoint runs at once, by URL.
+            concurrency: most requests under way at once, over all endpoints.
         """
         self._model = model
-        for endpoint in self._endpoints:
-            endpoint.capacity = max(1, min(capacities.get(endpoint.url, DEFAULT_REQUESTS), _MOST_REQUESTS))
-        self._slots = asyncio.Semaphore(self.concurrency)
+        self._slots = asyncio.Semaphore(concurrency)
         if self._check_seconds is not None:
             self._checks = asyncio.create_task(self._check_regularly(self._check_seconds))
 
@@ -163,7 +161,7 @@ class FailoverClient:
             excluded: dict[str, float] = {}  # URL → from when on this request may ask it again
             errors: list[tuple[_Endpoint, EngineError]] = []
             while True:
-                endpoint = self._least_busy(excluded)
+                endpoint = self._next(excluded)
                 if endpoint is None:
                     if errors:
                         raise errors[0][1]
@@ -171,9 +169,8 @@ class FailoverClient:
                     waits += 1
                     excluded = {url: moment for url, moment in excluded.items() if moment > time.monotonic()}
                     continue
-                endpoint.under_way += 1
                 try:
-                    result = await endpoint.client.request(path, body, read)
+                    result = await _request(endpoint, path, body, read)
                 except TransientError as failure:
                     self._count_failure(endpoint, failure)
                     if not may_repeat():
@@ -193,11 +190,11 @@ class FailoverClient:
                     errors.append((endpoint, error))
                     excluded[endpoint.url] = math.inf
                     continue
-                finally:
-                    endpoint.under_way -= 1
                 endpoint.failures = endpoint.rests = 0
                 for other, error in errors:
-                    self._count_failure(other, TransientError(error.what, status=error.status))
+                    self._count_failure(
+                        other, TransientError(error.what, kind="answers with an error", status=error.status)
+                    )
                 return result
 
     async def close(self) -> None:
@@ -205,17 +202,30 @@ class FailoverClient:
         for endpoint in self._endpoints:
             await endpoint.client.close()
 
-    def _least_busy(self, excluded: Collection[str]) -> _Endpoint | None:
-        candidates = [each for each in self._endpoints if each.recovery is None and each.url not in excluded]
-        return min(candidates, key=lambda endpoint: endpoint.under_way / endpoint.capacity, default=None)
+    def _next(self, excluded: Collection[str]) -> _Endpoint | None:
+        """The endpoint whose turn it is, of those that may be asked."""
+        for _ in self._endpoints:
+            endpoint = self._endpoints[self._turn]
+            self._turn = (self._turn + 1) % len(self._endpoints)
+            if endpoint.recovery is None and endpoint.url not in excluded:
+                return endpoint
+        return None
+
+    @property
+    def _is_any_available(self) -> bool:
+        return any(each.recovery is None for each in self._endpoints)
+
+    def _note(self, endpoint: _Endpoint, failure: TransientError) -> None:
+        endpoint.failure = one_line(failure.reason, self._key)
+        endpoint.kind, endpoint.status = failure.kind, failure.status
 
     def _count_failure(self, endpoint: _Endpoint, failure: TransientError) -> None:
         """Note a failed request. One failure may be due to the request itself, so the endpoint need not rest yet."""
-        endpoint.failure, endpoint.status = one_line(failure.reason, self._key), failure.status
+        self._note(endpoint, failure)
         if failure.busy:
             return
         endpoint.failures += 1
-        if failure.unreachable or endpoint.failures >= _MAX_FAILURES:
+        if failure.kind == UNREACHABLE or endpoint.failures >= _MAX_FAILURES:
             self._rest(endpoint, failure)
 
     def _rest(self, endpoint: _Endpoint, failure: TransientError, *, still: bool = False) -> None:
@@ -229,10 +239,10 @@ class FailoverClient:
             seconds = min(seconds, self._backoff) if still else 0.0
         endpoint.rests_until = max(endpoint.rests_until, time.monotonic() + seconds)
         endpoint.rests += counts
-        endpoint.failure, endpoint.status = one_line(failure.reason, self._key), failure.status
+        self._note(endpoint, failure)
         if endpoint.recovery is None:
             endpoint.recovery = asyncio.create_task(self._recover(endpoint))
-        if not self.available:
+        if not self._is_any_available:
             self._any_available.clear()
 
     async def _recover(self, endpoint: _Endpoint) -> None:
@@ -247,14 +257,19 @@ class FailoverClient:
             async with asyncio.timeout(_PROBE_SECONDS):
                 listed = await endpoint.client.models()
             if self._model is None or any(model.id == self._model for model in listed):
+                endpoint.failed_checks = 0
                 return True
-            failure = TransientError(f"has no model {self._model!r}")
+            failure = TransientError(f"has no model {self._model!r}", kind="lacks the model")
         except TransientError as error:
             failure = error
         except TimeoutError:
-            failure = TransientError(f"does not list its models within {_PROBE_SECONDS:.0f} s")
+            failure = TransientError(f"does not list its models within {_PROBE_SECONDS:.0f} s", kind=SILENT)
         except EngineError as error:
-            failure = TransientError(error.what)
+            failure = TransientError(error.what, kind="answers with an error", status=error.status)
+        endpoint.failed_checks += 1
+        if endpoint.failed_checks >= _MAX_FAILURES:
+            while endpoint.requests:
+                endpoint.requests.pop().reschedule(0.0)
         self._rest(endpoint, failure, still=endpoint.recovery is not None)
         return False
 
@@ -270,7 +285,7 @@ class FailoverClient:
         if waits == self._retries or left > _LONGEST_REST:
             raise self._unavailable(left)
         pause = self._backoff * 2**waits
-        if self.available:
+        if self._is_any_available:
             await asyncio.sleep(left + pause)
         else:
             with suppress(TimeoutError):
@@ -290,3 +305,18 @@ class FailoverClient:
             status=next((endpoint.status for endpoint in failed if endpoint.status), None),
             retry_seconds=left or None,
         )
+
+
+async def _request(
+    endpoint: _Endpoint, path: str, body: dict[str, Any], read: Callable[[httpx2.Response], Awaitable[T]]
+) -> T:
+    """`EndpointClient.request`, until the endpoint has failed too many checks."""
+    try:
+        async with asyncio.timeout(None) as patience:
+            endpoint.requests.add(patience)
+            try:
+                return await endpoint.client.request(path, body, read)
+            finally:
+                endpoint.requests.discard(patience)
+    except TimeoutError:
+        raise TransientError("fell silent", kind=SILENT) from None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import signal
+import subprocess
+import sys
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import pytest
 
@@ -23,45 +26,28 @@ from tests.engines.remote.fake_server import (
 )
 
 
-def counting(counts: list[int]) -> Callable[[FakeServer], None]:
-    """An answer that notes how many are under way."""
-    lock = threading.Lock()
-    now = 0
+async def test_requests_take_turns_at_the_endpoints_and_no_more_than_concurrency_are_under_way() -> None:
+    inside: list[int] = []
+    may_end = threading.Event()
 
-    def answer(self: FakeServer) -> None:
-        nonlocal now
-        with lock:
-            now += 1
-            counts.append(now)
-        time.sleep(0.05)
-        with lock:
-            now -= 1
+    def slow(self: FakeServer) -> None:
+        inside.append(1)
+        assert may_end.wait(60)
         answers_well(self)
 
-    return answer
-
-
-async def test_requests_go_to_the_endpoint_with_the_fewest_and_no_more_than_concurrency_are_under_way() -> None:
-    counts: list[list[int]] = [[], []]
-    with web_server(fake_server(counting(counts[0]))) as first, web_server(fake_server(counting(counts[1]))) as second:
-        async with remote(first, second, concurrency=6) as engine:
-            await asyncio.gather(*(complete(engine, [1], DRAWN) for _ in range(24)))
-    assert len(counts[0]) + len(counts[1]) == 24
-    assert max(counts[0] + counts[1]) == 3
-
-
-async def test_each_endpoint_gets_as_many_requests_as_it_lists_that_it_runs_at_once() -> None:
-    counts: list[list[int]] = [[], []]
-    listed = [[{"id": "m", "max_model_len": 8192, "max_requests": most}] for most in (2, 6)]
-    servers = [fake_server(counting(each), models=models) for each, models in zip(counts, listed, strict=True)]
+    servers = [fake_server(slow), fake_server(slow)]
     with web_server(servers[0]) as first, web_server(servers[1]) as second:
-        async with remote(first, second) as engine:
-            assert engine.features.requests == 8
-            await asyncio.gather(*(complete(engine, [1], DRAWN) for _ in range(40)))
-    assert [max(each) for each in counts] == [2, 6]
+        async with remote(first, second, concurrency=6) as engine:
+            tasks = [asyncio.create_task(complete(engine, [1], DRAWN)) for _ in range(24)]
+            await asyncio.to_thread(wait_for, lambda: len(inside) >= 6)
+            await asyncio.sleep(0.3)
+            assert len(inside) == 6
+            may_end.set()
+            await asyncio.gather(*tasks)
+    assert [len(each.requests) for each in servers] == [12, 12]
 
 
-@pytest.mark.parametrize(("most", "taken"), [(None, 64), (-3, 1), (10**12, 1024)])
+@pytest.mark.parametrize(("most", "taken"), [(None, 64), (8, 8), (-3, 1), (10**12, 1024)])
 async def test_what_an_endpoint_lists_is_believed_within_bounds(most: int | None, taken: int) -> None:
     models = [{"id": "m", "max_model_len": 8192} | ({} if most is None else {"max_requests": most})]
     with web_server(fake_server(answers_well, models=models)) as url:
@@ -106,7 +92,7 @@ async def test_a_request_that_one_endpoint_is_too_busy_for_goes_to_another_and_t
         async with remote(url, other, retries=retries, backoff_seconds=60) as engine:
             for _ in range(5):
                 assert (await complete(engine, [1], DRAWN))[0].ids == (7, 8, 9)
-    assert len(busy.requests) == 5
+    assert len(busy.requests) == 3, "it has its turn: the first, which it refuses, the second and the fourth"
 
 
 @pytest.mark.parametrize("fault", ["busy", "reset"])
@@ -201,3 +187,68 @@ async def test_without_retries_each_endpoint_is_tried_once_and_a_request_is_refu
     async with engine:
         with pytest.raises(EngineUnavailableError):
             engine.submit([1], DRAWN)
+
+
+REPLICA = """
+import http.server, json, time
+
+class Replica(http.server.BaseHTTPRequestHandler):
+    def send(self, data):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        self.send(json.dumps({"data": [{"id": "m", "max_model_len": 8192}]}).encode())
+
+    def do_POST(self):
+        event = {"choices": [{"index": 0, "text": "x", "token_ids": [7, 8], "finish_reason": None}]}
+        self.send(b"data: " + json.dumps(event).encode() + b"\\n\\n")
+        time.sleep(3600)
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Replica)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+"""A server in a process of its own, which begins an answer and does not end it."""
+
+
+@contextlib.contextmanager
+def replica_process() -> Generator[tuple[subprocess.Popen[str], str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", REPLICA], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        assert process.stdout is not None
+        yield process, f"http://127.0.0.1:{int(process.stdout.readline())}"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+async def test_a_request_is_taken_from_a_replica_that_hangs_and_the_replica_is_back_when_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("corral.engines.remote.failover._PROBE_SECONDS", 2.0)
+    with replica_process() as (process, url), web_server(fake_server(answers_well)) as other:
+        async with remote(url, other, retries=50, check_seconds=0.1) as engine:
+            stream = aiter(engine.submit([1], DRAWN))
+            assert (await anext(stream)).ids == (7, 8)
+            await asyncio.sleep(0.5)
+            process.send_signal(signal.SIGSTOP)
+            assert [id_ async for delta in stream for id_ in delta.ids] == [9], "the other gives the rest"
+            await asyncio.to_thread(wait_for, lambda: engine.replicas[0].fault == "silent")
+            assert engine.replicas[1].fault is None
+            assert [each.url for each in engine.replicas] == [f"{url}/v1", f"{other}/v1"]
+            assert engine.ready
+            process.send_signal(signal.SIGCONT)
+            await asyncio.to_thread(wait_for, lambda: engine.replicas[0].fault is None)
+
+
+async def test_an_engine_without_a_server_says_what_became_of_each_and_quotes_none() -> None:
+    with web_server(fake_server(refuses_with(500, "my diary"), protocol_version="HTTP/1.0")) as url:
+        engine = remote(url, url.replace("127.0.0.1", "localhost"), retries=0, check_seconds=0.05)
+    async with engine:
+        await asyncio.to_thread(wait_for, lambda: not engine.ready)
+        assert engine.fault == "none of 2 servers can be asked: unreachable"
+    assert engine.fault == "it was closed"
