@@ -72,11 +72,10 @@ def serve(options: argparse.Namespace) -> None:
     from corral.answering.open_model import open_model
     from corral.serving.admission import Admission, ServerLimits
     from corral.serving.app import build_app
-    from corral.serving.conversation_store import ConversationStore
     from corral.serving.database import Database
     from corral.serving.keys import KeyStore
     from corral.serving.models import ServedModel, ServedModels
-    from corral.serving.responses_routes import build_router
+    from corral.serving.responses import build_router
     from corral.serving.server import build_http_server
 
     if options.delay:
@@ -87,7 +86,7 @@ def serve(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(Database(f"sqlite:///{folder}/db")) as database:
         _, secret = KeyStore(database).add("bench")
         admission = Admission(ServerLimits(at_once=options.places, waiting=options.waiting), KeyStore(database))
-        app = build_app(models, admission, routers=[build_router(models, ConversationStore(database), admission)])
+        app = build_app(models, admission, routers=[build_router(models, database, admission)])
         server = build_http_server(app, admission)
         listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         print(listener.getsockname()[1], secret, flush=True)

@@ -105,7 +105,7 @@ class Database:
         url: `sqlite:///relative.db`, `sqlite:////absolute.db` or `postgresql://user:password@host:port/name`.
 
     Raises:
-        DatabaseError: it cannot be reached or used, or a newer corral wrote it. The message contains no password.
+        DatabaseError: it cannot be reached or used, or another version of corral wrote it. The message contains no password.
         MissingExtraError: the driver for PostgreSQL is not installed.
     """
 
@@ -193,18 +193,20 @@ class Database:
         with engine.begin() as connection:
             if not self._path:
                 connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": _MIGRATION_LOCK})
-            self._refuse_newer(connection)
+            self._refuse_unknown(connection)
             command.upgrade(alembic_config(connection), "head")
 
-    def _refuse_newer(self, connection: Connection) -> None:
+    def _refuse_unknown(self, connection: Connection) -> None:
+        """Raises: DatabaseError (a newer corral wrote the database, or one from before the first release)."""
         known = {script.revision for script in ScriptDirectory(str(MIGRATIONS)).walk_revisions()}
         context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
-        newer = set(context.get_current_heads()) - known
-        if newer:
+        unknown = set(context.get_current_heads()) - known
+        if unknown:
             raise DatabaseError(
-                f"a newer version of corral wrote this database: it has migration {max(newer)}, this one knows {max(known)}",
+                f"another version of corral wrote this database, a newer one or one from before the first release: it has "
+                f"migration {max(unknown)!r}, and this version knows {', '.join(map(repr, sorted(known)))}",
                 where=self.address,
-                hint="use that version, or another database",
+                hint="use the version that wrote it, or give another database",
             )
 
     @contextlib.contextmanager

@@ -9,18 +9,23 @@ Calls block. If several machines share a database, their clocks must agree withi
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Select, and_, delete, func, literal, or_, select, update
+from sqlalchemy import ColumnElement, and_, delete, func, literal, or_, select, update
 from sqlalchemy.orm import Session, aliased
 
-from corral.serving.database import Database
-from corral.serving.protocol import Refused
-from corral.serving.tables import (
+from corral.errors import DatabaseError
+from corral.serving.database import Database, run_in_thread
+from corral.serving.errors import Refused, database_unavailable
+from corral.serving.store import (
     ROW_BYTES,
     ConversationRow,
     Item,
@@ -28,15 +33,27 @@ from corral.serving.tables import (
     Page,
     ResponseRow,
     StorageLimits,
+    add_item,
+    check_conversation_size,
+    check_total_size,
+    check_unlocked,
+    delete_responses,
+    get_conversation_row,
     is_valid_id,
+    locked,
     not_found,
     read_page,
     read_rows,
     storage_bytes,
 )
 
+T = TypeVar("T")
+
+_HEARTBEATS_PER_LEASE = 4
+_STORE_SECONDS = 30  # timeout of a call of the store; the database's own timeouts are shorter
 _SWEEP_SECONDS = 3600
 _DAY = 86400
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +92,12 @@ class ResponseStore:
         lease_seconds: time after which a pending response without a heartbeat counts as lost.
     """
 
-    def __init__(self, database: Database, limits: StorageLimits, *, lease_seconds: float) -> None:
+    def __init__(self, database: Database, limits: StorageLimits | None = None, *, lease_seconds: float = 20) -> None:
         self.lease_seconds = lease_seconds
         self._database = database
         # Heartbeats must not wait for connections that other calls hold.
         self._heartbeat_database = database.with_own_connections()
-        self._limits = limits
+        self._limits = limits or StorageLimits()
         self._last_sweep = 0.0
 
     def begin(self, pending: PendingResponse, body: dict[str, Any]) -> list[Item]:
@@ -108,7 +125,7 @@ class ResponseStore:
                 check_unlocked(conversation)
                 check_conversation_size(conversation.items, conversation.bytes, pending.inputs, self._limits)
                 check_total_size(session, pending.owner, pending.inputs, self._limits)
-                conversation.turn, conversation.turn_until = pending.id, self._lease_end
+                conversation.lease_owner, conversation.lease_until = pending.id, self._lease_end
             history = self._history(session, pending)
             if pending.stored:
                 size = _response_bytes(body, () if conversation else pending.inputs)
@@ -119,7 +136,7 @@ class ResponseStore:
                     conversation=conversation.number if conversation else None,
                     previous=pending.previous,
                     created_at=int(time.time()),
-                    until=self._lease_end,
+                    lease_until=self._lease_end,
                     body=body,
                     bytes=size,
                 )
@@ -128,18 +145,20 @@ class ResponseStore:
 
     def renew_lease(self, pending: PendingResponse) -> None:
         """Extend the lease of a pending response."""
-        conversations = update(ConversationRow).where(ConversationRow.turn == pending.id)
-        responses = update(ResponseRow).where(ResponseRow.id == pending.id, ResponseRow.until.is_not(None))
+        conversations = update(ConversationRow).where(ConversationRow.lease_owner == pending.id)
+        responses = update(ResponseRow).where(ResponseRow.id == pending.id, ResponseRow.lease_until.is_not(None))
         with self._heartbeat_database.write_session() as session:
-            session.execute(conversations.values(turn_until=self._lease_end))
-            session.execute(responses.values(until=self._lease_end))
+            session.execute(conversations.values(lease_until=self._lease_end))
+            session.execute(responses.values(lease_until=self._lease_end))
 
     def discard(self, pending: PendingResponse) -> None:
         """Delete a pending response and unlock its conversation."""
         with self._database.write_session() as session:
             session.execute(delete(ResponseRow).where(ResponseRow.id == pending.id))
             session.execute(
-                update(ConversationRow).where(ConversationRow.turn == pending.id).values(turn=None, turn_until=None)
+                update(ConversationRow)
+                .where(ConversationRow.lease_owner == pending.id)
+                .values(lease_owner=None, lease_until=None)
             )
 
     def finish(self, pending: PendingResponse, body: dict[str, Any], output: Item | None, *, is_kept: bool) -> None:
@@ -160,21 +179,21 @@ class ResponseStore:
                 conversation = get_conversation_row(
                     session, pending.owner, pending.conversation, to_write=True, param="conversation"
                 )
-                if conversation.turn != pending.id:
-                    raise _locked(conversation)
-                conversation.turn = conversation.turn_until = None
+                if conversation.lease_owner != pending.id:
+                    raise locked(conversation)
+                conversation.lease_owner = conversation.lease_until = None
             row = session.scalar(select(ResponseRow).where(ResponseRow.id == pending.id))
             holder = conversation if is_kept else None
             items = [(item, False) for item in pending.inputs]
             if output is not None:
                 items.append((output, True))
             if row is not None:
-                row.body, row.until = body, None
+                row.body, row.lease_until = body, None
                 row.bytes = _response_bytes(body, () if holder else [item for item, _ in items])
             elif holder is None:
                 return
             for item, is_output in items:
-                _add_item(session, item, holder, response=row.number if row else None, is_output=is_output)
+                add_item(session, item, holder, response=row.number if row else None, is_output=is_output)
 
     def get(self, owner: str, id_: str) -> StoredResponse:
         """One response. Raises: Refused (404)."""
@@ -182,7 +201,9 @@ class ResponseStore:
             row = _get_response_row(session, owner, id_)
             outputs = select(ItemRow).where(ItemRow.response == row.number, ItemRow.is_output)
             items = [Item.from_row(item) for item in session.scalars(outputs.order_by(ItemRow.number))]
-            return StoredResponse(row.body, items, is_lost=row.until is not None and row.until < time.time())
+            return StoredResponse(
+                row.body, items, is_lost=row.lease_until is not None and row.lease_until < time.time()
+            )
 
     def list_inputs(self, owner: str, id_: str, page: Page) -> tuple[list[Item], bool]:
         """Return (the response's inputs, whether there are more). Raises: Refused (404, or an id that is not in the list)."""
@@ -224,7 +245,7 @@ class ResponseStore:
         row = _get_response_row(session, owner, previous, param="previous_response_id")
         has_answer = select(ItemRow.number).where(ItemRow.response == row.number, ItemRow.is_output).limit(1)
         if session.scalar(has_answer) is None:
-            is_pending = row.until is not None and row.until > time.time()
+            is_pending = row.lease_until is not None and row.lease_until > time.time()
             what = "is still being generated" if is_pending else "has no answer to continue"
             raise Refused(409 if is_pending else 400, f"the response {previous!r} {what}", param="previous_response_id")
         columns = (ResponseRow.number, ResponseRow.previous, ResponseRow.conversation)
@@ -268,75 +289,9 @@ class ResponseStore:
             delete_responses(session, oldest)
 
 
-def get_conversation_row(
-    session: Session, owner: str, id_: str, *, to_write: bool = False, param: str | None = None
-) -> ConversationRow:
-    """The row of an owner's conversation; `to_write` locks it until the transaction ends. Raises: Refused (404)."""
-    query = select(ConversationRow).where(ConversationRow.id == id_, ConversationRow.owner == owner)
-    row = session.scalar(query.with_for_update() if to_write else query) if is_valid_id(id_) else None
-    if row is None:
-        raise not_found("conversation", id_, param)
-    return row
-
-
-def check_unlocked(row: ConversationRow) -> None:
-    """Raises: Refused (409: a response is pending in the conversation)."""
-    if row.turn is not None and (row.turn_until or 0) > time.time():
-        raise _locked(row)
-
-
-def check_conversation_size(items: int, size: int, new: Sequence[Item], limits: StorageLimits) -> None:
-    """Raises: Refused (with the new items, a conversation would have too many items or bytes)."""
-    if items + len(new) > limits.max_items or size + sum(item.bytes for item in new) > limits.max_bytes:
-        what = (
-            f"a conversation holds at most {limits.max_items} items and {limits.max_bytes} bytes of text: start another"
-        )
-        raise Refused(400, what, code="conversation_full")
-
-
-def check_total_size(session: Session, owner: str, new: Sequence[Item], limits: StorageLimits) -> None:
-    """Raises: Refused (with the new items, all conversations of the owner would be too large)."""
-    sums = select(func.count(), func.sum(ConversationRow.items), func.sum(ConversationRow.bytes))
-    count, items, size = session.execute(sums.where(ConversationRow.owner == owner)).one()
-    if (size or 0) + (count + (items or 0)) * ROW_BYTES + storage_bytes(new) > limits.max_total_bytes:
-        what = f"conversations hold at most {limits.max_total_bytes} bytes together: delete some"
-        raise Refused(400, what, code="storage_full")
-
-
-def add_items(session: Session, row: ConversationRow, items: Sequence[Item], limits: StorageLimits) -> None:
-    """Add items to a conversation. Raises: Refused (a storage limit)."""
-    check_conversation_size(row.items, row.bytes, items, limits)
-    check_total_size(session, row.owner, items, limits)
-    for item in items:
-        _add_item(session, item, row, response=None, is_output=False)
-
-
 def _response_bytes(body: dict[str, Any], items: Sequence[Item]) -> int:
     """Bytes that a response takes of its owner's share."""
     return len(json.dumps(body)) + ROW_BYTES + storage_bytes(items)
-
-
-def delete_responses(session: Session, responses: Select[int]) -> None:
-    """Delete responses by their numbers; their items stay in their conversations."""
-    session.execute(delete(ItemRow).where(ItemRow.response.in_(responses), ItemRow.conversation.is_(None)))
-    session.execute(delete(ResponseRow).where(ResponseRow.number.in_(responses)))
-
-
-def _add_item(
-    session: Session, item: Item, conversation: ConversationRow | None, *, response: int | None, is_output: bool
-) -> None:
-    number = None
-    if conversation is not None:
-        number = conversation.number
-        conversation.items += 1
-        conversation.bytes += item.bytes
-    session.add(item.to_row(conversation=number, response=response, is_output=is_output))
-    session.flush()  # one by one, because their numbers are their order
-
-
-def _locked(row: ConversationRow) -> Refused:
-    what = f"an answer is being generated in the conversation {row.id!r}: wait for it, or cancel it"
-    return Refused(409, what, param="conversation", code="conversation_locked")
 
 
 def _get_response_row(session: Session, owner: str, id_: str, param: str | None = None) -> ResponseRow:
@@ -345,3 +300,65 @@ def _get_response_row(session: Session, owner: str, id_: str, param: str | None 
     if row is None:
         raise not_found("response", id_, param)
     return row
+
+
+class Lease:
+    """Holds a pending response and its conversation while it is answered, by coroutines that may be cancelled anywhere."""
+
+    def __init__(self, store: ResponseStore, pending: PendingResponse) -> None:
+        self.is_closed = False
+        self._store = store
+        self._pending = pending
+        self._heartbeat: asyncio.Task[None] | None = None
+
+    async def acquire(self, body: dict[str, Any]) -> list[Item]:
+        """Begin the pending response. Returns: the items before it. Raises: Refused."""
+        begin_task = asyncio.create_task(call_store(self._store.begin, self._pending, body))
+        try:
+            history = await asyncio.shield(begin_task)
+        except asyncio.CancelledError:
+            with contextlib.suppress(Refused):
+                await begin_task
+                await self.discard()
+            raise
+        if self._pending.is_written:
+            self._heartbeat = asyncio.create_task(self._send_heartbeats())
+        return history
+
+    async def discard(self) -> None:
+        """Delete the pending response, unless the lease is closed."""
+        if self._close():
+            with contextlib.suppress(Refused):  # then the lease expires
+                await call_store(self._store.discard, self._pending)
+
+    async def finish(self, body: dict[str, Any], output: Item | None, *, is_kept: bool) -> None:
+        """Store the finished response, unless the lease is closed. Raises: Refused."""
+        if self._close():
+            await call_store(partial(self._store.finish, self._pending, body, output, is_kept=is_kept))
+
+    def _close(self) -> bool:
+        """Returns: whether there is something to write: the lease was open, and the response is stored."""
+        was_closed, self.is_closed = self.is_closed, True
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+        return not was_closed and self._pending.is_written
+
+    async def _send_heartbeats(self) -> None:
+        while True:
+            await asyncio.sleep(self._store.lease_seconds / _HEARTBEATS_PER_LEASE)
+            with contextlib.suppress(Refused):
+                await call_store(self._store.renew_lease, self._pending)
+
+
+async def call_store(call: Callable[..., T], *arguments: Any) -> T:
+    """Run a call of the store in a thread and return its result; the call is completed even if this is cancelled.
+
+    Raises:
+        Refused: from the call; or 503: the database cannot be used, or does not answer.
+    """
+    try:
+        async with asyncio.timeout(_STORE_SECONDS):
+            return await asyncio.shield(asyncio.create_task(run_in_thread(call, *arguments)))
+    except (DatabaseError, TimeoutError) as error:
+        _log.error("%s", error.what if isinstance(error, DatabaseError) else "the database does not answer")
+        raise database_unavailable() from None

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from corral.engines.base import Sampling
 from corral.messages import Conversation
 from corral.messages import Role as PlainRole
-from corral.serving.conversation_store import StoredConversation
+from corral.serving.errors import Refused
 from corral.serving.protocol import (
     DEFAULT_LIMITS,
     ConsensusResult,
@@ -23,13 +23,12 @@ from corral.serving.protocol import (
     MustBeEmpty,
     MustBeNull,
     MustBeZero,
-    Refused,
     StrictModel,
     Usage,
     unsupported_except,
 )
 from corral.serving.response_store import StoredResponse
-from corral.serving.tables import Item, Page, Role
+from corral.serving.store import Item, Page, Role, StoredConversation
 
 _MAX_PAIRS = 16
 

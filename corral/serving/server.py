@@ -20,11 +20,10 @@ from fastapi import APIRouter, FastAPI
 from corral.engines.registry import EngineName
 from corral.errors import InputError
 from corral.interrupts import Interrupts, Stopped
-from corral.serving import embeddings, responses_routes
+from corral.serving import embeddings, responses
 from corral.serving.admission import Admission, ServerLimits
 from corral.serving.app import build_app
 from corral.serving.connections import connection_type
-from corral.serving.conversation_store import ConversationStore
 from corral.serving.database import Database
 from corral.serving.keys import KeyStore
 from corral.serving.models import ServedModels, open_served_models
@@ -139,7 +138,7 @@ def _routers(models: ServedModels, admission: Admission, database: Database | No
     """The optional routes."""
     routers: list[APIRouter] = []
     if database is not None:
-        routers.append(responses_routes.build_router(models, ConversationStore(database), admission))
+        routers.append(responses.build_router(models, database, admission))
     if models.embed is not None:
         routers.append(embeddings.build_router(models, admission))
     return routers

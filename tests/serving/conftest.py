@@ -26,12 +26,11 @@ from corral.model.loading import load_model, load_tokenizer
 from corral.serving import accounts
 from corral.serving.admission import Admission
 from corral.serving.app import build_app
-from corral.serving.conversation_store import ConversationStore
 from corral.serving.database import Database
 from corral.serving.keys import KeyStore
 from corral.serving.models import ServedModel, ServedModels
 from corral.serving.protocol import RequestLimits
-from corral.serving.responses_routes import build_router
+from corral.serving.responses import build_router
 from corral.serving.server import Server, build_http_server
 from corral.template import Template
 from tests.serving.postgres import PostgreSQL, postgresql
@@ -208,8 +207,8 @@ class Serve:
             database = self._stack.enter_context(contextlib.closing(Database(database)))
         served = answers if isinstance(answers, ServedModel) else self.model(answers)
         models, admission = ServedModels([served]), admission or Admission()
-        conversations = ConversationStore(database, lease_seconds=lease_seconds)
-        return self(models, admission, routers=[build_router(models, conversations, admission)])
+        router = build_router(models, database, admission, lease_seconds=lease_seconds)
+        return self(models, admission, routers=[router])
 
 
 @pytest.fixture

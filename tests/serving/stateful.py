@@ -23,10 +23,9 @@ from corral.engines.scripted import ScriptedEngine
 from corral.model.loading import load_tokenizer
 from corral.serving.admission import Admission
 from corral.serving.app import build_app
-from corral.serving.conversation_store import ConversationStore
 from corral.serving.database import Database
 from corral.serving.models import ServedModel, ServedModels
-from corral.serving.responses_routes import build_router
+from corral.serving.responses import build_router
 from corral.serving.server import build_http_server
 from corral.template import Template
 
@@ -77,7 +76,7 @@ def main(folder: str, url: str, delay: str, lease: str) -> None:
     template = Template.load(load_tokenizer(Path(folder)))
     engine = echo_engine(template, delay_seconds=float(delay))
     models, admission = ServedModels([ServedModel(Answerer(engine, template), "m")]), Admission()
-    router = build_router(models, ConversationStore(Database(url), lease_seconds=float(lease)), admission)
+    router = build_router(models, Database(url), admission, lease_seconds=float(lease))
     server = build_http_server(build_app(models, admission, routers=[router]), admission)
     listener = socket.create_server(("127.0.0.1", 0))
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)

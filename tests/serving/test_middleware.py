@@ -11,10 +11,9 @@ from urllib.parse import urlsplit
 from fastapi.routing import APIRoute
 from starlette.routing import Route
 
-from corral.serving import responses_routes
+from corral.serving import responses
 from corral.serving.admission import Admission, ServerLimits
 from corral.serving.app import build_app
-from corral.serving.conversation_store import ConversationStore
 from corral.serving.database import Database
 from corral.serving.keys import KeyStore, Quota
 from corral.serving.models import ServedModels
@@ -44,7 +43,7 @@ def test_every_route_but_health_needs_a_key_even_unknown_ones(serve: Serve, data
     keys = KeyStore(database)
     _, secret = keys.add("alice")
     models, admission = ServedModels([serve.model("Hello")]), Admission(keys=keys)
-    routers = [responses_routes.build_router(models, ConversationStore(database), admission)]
+    routers = [responses.build_router(models, database, admission)]
     routes = routes_of(build_app(models, admission, routers=routers))
     assert len(routes) > 15
     assert {"/metrics", "/openapi.json", CHAT, "/v1/responses", "/v1/conversations"} <= {path for _, path in routes}
@@ -118,8 +117,7 @@ def test_every_request_counts_once_towards_the_quota_per_minute(serve: Serve, da
         ("GET", "/v1/nowhere", None, 404),
     ]
     secrets = [keys.add(f"key-{i}", Quota(requests_per_minute=3))[1] for i in range(len(kinds))]
-    store = ConversationStore(database)
-    server = serve(models, admission, routers=[responses_routes.build_router(models, store, admission)])
+    server = serve(models, admission, routers=[responses.build_router(models, database, admission)])
     for secret, (method, path, body, expected) in zip(secrets, kinds, strict=True):
         headers = {**JSON, **bearer(secret)}
         for _ in range(3):

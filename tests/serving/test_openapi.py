@@ -19,9 +19,8 @@ from schemathesis import GenerationMode
 
 from corral.engines.embedding import ASSET, DIMENSIONS, Embedder
 from corral.engines.scripted import ScriptedEngine
-from corral.serving import embeddings, responses_routes
+from corral.serving import embeddings, responses
 from corral.serving.admission import Admission, ServerLimits
-from corral.serving.conversation_store import ConversationStore
 from corral.serving.database import Database
 from corral.serving.keys import KeyStore
 from corral.serving.models import ServedModels
@@ -48,7 +47,7 @@ def server(serve: Serve, sqlite: Database) -> tuple[RunningServer, dict[str, str
     _, secret = KeyStore(sqlite).add("alice")
     admission = Admission(ServerLimits(max_seconds=20), KeyStore(sqlite))
     routers = [
-        responses_routes.build_router(models, ConversationStore(sqlite), admission),
+        responses.build_router(models, sqlite, admission),
         embeddings.build_router(models, admission),
     ]
     return serve(models, admission, routers=routers), bearer(secret)

@@ -1,9 +1,9 @@
-"""Create the tables of conversations, responses and items."""
+"""Create all tables: conversations, responses, items, API keys and their usage per day."""
 
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0001"
+revision = "0001_initial"
 down_revision = None
 
 _NUMBER = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
@@ -11,6 +11,11 @@ _NUMBER = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 def upgrade() -> None:
     """Create the tables."""
+    _create_conversations()
+    _create_keys()
+
+
+def _create_conversations() -> None:
     op.create_table(
         "conversations",
         sa.Column("number", _NUMBER, nullable=False),
@@ -20,12 +25,13 @@ def upgrade() -> None:
         sa.Column("metadata", sa.JSON(), nullable=False),
         sa.Column("items", sa.Integer(), nullable=False),
         sa.Column("bytes", sa.BigInteger(), nullable=False),
-        sa.Column("turn", sa.String(64), nullable=True),
-        sa.Column("turn_until", sa.Double(), nullable=True),
+        sa.Column("lease_owner", sa.String(64), nullable=True),
+        sa.Column("lease_until", sa.Double(), nullable=True),
         sa.PrimaryKeyConstraint("number", name="pk_conversations"),
         sa.UniqueConstraint("id", name="uq_conversations_id"),
     )
     op.create_index("ix_conversations_owner_number", "conversations", ["owner", "number"])
+    op.create_index("ix_conversations_owner_items_bytes", "conversations", ["owner", "items", "bytes"])
     op.create_table(
         "responses",
         sa.Column("number", _NUMBER, nullable=False),
@@ -34,8 +40,9 @@ def upgrade() -> None:
         sa.Column("conversation", _NUMBER, nullable=True),
         sa.Column("previous", sa.String(64), nullable=True),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
-        sa.Column("until", sa.Double(), nullable=True),
+        sa.Column("lease_until", sa.Double(), nullable=True),
         sa.Column("body", sa.JSON(), nullable=False),
+        sa.Column("bytes", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("number", name="pk_responses"),
         sa.UniqueConstraint("id", name="uq_responses_id"),
         sa.ForeignKeyConstraint(
@@ -47,6 +54,7 @@ def upgrade() -> None:
     )
     op.create_index("ix_responses_conversation", "responses", ["conversation"])
     op.create_index("ix_responses_created_at", "responses", ["created_at"])
+    op.create_index("ix_responses_owner_number_bytes", "responses", ["owner", "number", "bytes"])
     op.create_table(
         "items",
         sa.Column("number", _NUMBER, nullable=False),
@@ -69,3 +77,31 @@ def upgrade() -> None:
     )
     op.create_index("ix_items_conversation", "items", ["conversation"])
     op.create_index("ix_items_response", "items", ["response"])
+
+
+def _create_keys() -> None:
+    op.create_table(
+        "keys",
+        sa.Column("id", sa.String(12), nullable=False),
+        sa.Column("name", sa.String(64), nullable=False),
+        sa.Column("digest", sa.String(64), nullable=False),
+        sa.Column("created", sa.BigInteger(), nullable=False),
+        sa.Column("expires", sa.BigInteger(), nullable=True),
+        sa.Column("revoked", sa.BigInteger(), nullable=True),
+        sa.Column("requests_per_minute", sa.BigInteger(), nullable=True),
+        sa.Column("tokens_per_day", sa.BigInteger(), nullable=True),
+        sa.Column("at_once", sa.BigInteger(), nullable=True),
+        sa.PrimaryKeyConstraint("id", name="pk_keys"),
+    )
+    working = sa.text("revoked IS NULL")
+    op.create_index("ux_keys_name", "keys", ["name"], unique=True, sqlite_where=working, postgresql_where=working)
+    op.create_table(
+        "key_usage",
+        sa.Column("key", sa.String(12), nullable=False),
+        sa.Column("day", sa.String(10), nullable=False),
+        sa.Column("requests", sa.BigInteger(), nullable=False),
+        sa.Column("prompt_tokens", sa.BigInteger(), nullable=False),
+        sa.Column("completion_tokens", sa.BigInteger(), nullable=False),
+        sa.ForeignKeyConstraint(["key"], ["keys.id"], name="fk_key_usage_key_keys"),
+        sa.PrimaryKeyConstraint("key", "day", name="pk_key_usage"),
+    )

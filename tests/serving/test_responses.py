@@ -19,17 +19,18 @@ from sqlalchemy import text
 
 from corral.engines.scripted import ScriptedEngine
 from corral.serving import database as database_module
-from corral.serving import responses_handler as module
-from corral.serving.conversation_store import ConversationStore
+from corral.serving import response_store as module
 from corral.serving.database import Database
-from corral.serving.protocol import Refused, RequestLimits
-from corral.serving.response_store import PendingResponse
-from corral.serving.responses_handler import call_store, start_response
+from corral.serving.errors import Refused
+from corral.serving.protocol import RequestLimits
+from corral.serving.response_store import PendingResponse, call_store
+from corral.serving.responses import start_response
 from corral.serving.responses_protocol import ResponsesRequest
-from corral.serving.tables import Page
 from tests.serving.conftest import Endless, Serve, openai_client, wait_for
 from tests.serving.stateful import ASK, echo_engine, echoed, list_items
 from tests.serving.test_app import breaking
+from tests.serving.test_response_store import Stores
+from tests.serving.test_store import items_of
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def locked(url: str) -> Generator[None]:
 async def test_a_turn_cancelled_while_it_starts_releases_its_conversation(
     database_url: str, database: Database, serve: Serve
 ) -> None:
-    store = ConversationStore(database)
+    store = Stores(database)
     conversation = store.create("a", {})
     request = ResponsesRequest(model="m", input="Hi", conversation=conversation.id)
     served = serve.model(echo_engine(serve.template))
@@ -63,7 +64,7 @@ async def test_a_turn_cancelled_while_it_starts_releases_its_conversation(
         await asking
     answer = await (await start_response(served, store.responses, "a", request)).result()
     assert answer.status == "completed"
-    assert len(store.list_items("a", conversation.id, Page())[0]) == 2
+    assert len(items_of(store, conversation.id)) == 2
 
 
 def test_a_locked_database_gives_503_with_retry_after_and_can_be_read(
@@ -100,7 +101,7 @@ async def test_a_store_that_does_not_respond_times_out(monkeypatch: pytest.Monke
 def test_heartbeats_are_written_when_all_connections_are_in_use(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = ConversationStore(database, lease_seconds=1000)
+    store = Stores(database, lease_seconds=1000)
     conversation = store.create("a", {})
     turn = PendingResponse("resp_1", "a", (), stored=False, conversation=conversation.id)
     store.responses.begin(turn, {})
@@ -115,7 +116,7 @@ def test_heartbeats_are_written_when_all_connections_are_in_use(
 
 
 async def test_a_cancelled_response_releases_its_conversation(database: Database, serve: Serve) -> None:
-    store = ConversationStore(database)
+    store = Stores(database)
     conversation = store.create("a", {})
     request = ResponsesRequest(model="m", input="Hi", conversation=conversation.id)
     served = serve.model(echo_engine(serve.template))
@@ -126,7 +127,7 @@ async def test_a_cancelled_response_releases_its_conversation(database: Database
         await asyncio.wait([task], timeout=5)
     answer = await (await start_response(served, store.responses, "a", request)).result()
     assert answer.status == "completed"
-    assert len(store.list_items("a", conversation.id, Page())[0]) == 2
+    assert len(items_of(store, conversation.id)) == 2
 
 
 def test_a_stream_has_openais_events_in_order_and_ends_with_the_stored_response(client: openai.OpenAI) -> None:
@@ -246,7 +247,7 @@ async def test_too_many_messages_are_refused_before_any_is_stored(database: Data
     request = ResponsesRequest.model_validate({"model": "m", "input": [{"role": "user", "content": ""}] * 21})
     served = serve.model(echo_engine(serve.template), RequestLimits(messages=20))
     with pytest.raises(Refused, match="20 messages"):
-        await start_response(served, ConversationStore(database).responses, "a", request)
+        await start_response(served, Stores(database).responses, "a", request)
     with database.read_session() as session:
         assert session.scalar(text("SELECT count(*) FROM responses")) == 0
 

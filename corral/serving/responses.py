@@ -1,4 +1,4 @@
-"""Answers a ResponsesRequest with a response or its events, and stores it.
+"""The Responses API: answers a ResponsesRequest with a response or its events, and stores it; the routes of what is stored.
 
 A response is stored before the client is told that it is complete. If a stream is cancelled, the text that was sent is kept,
 marked incomplete; without a stream nothing is kept, so that the client can ask again.
@@ -9,19 +9,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import time
 from collections.abc import AsyncGenerator, Callable
-from functools import partial
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
+from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import BaseModel
 
 from corral.engines.base import Finish
-from corral.errors import DatabaseError, TemplateError
+from corral.errors import TemplateError
 from corral.messages import Conversation
-from corral.serving.database import run_in_thread
-from corral.serving.errors import database_unavailable
+from corral.serving.admission import Admission
+from corral.serving.database import Database
+from corral.serving.errors import Refused
 from corral.serving.generation import (
     RunningAnswer,
     build_sampling,
@@ -33,27 +33,29 @@ from corral.serving.generation import (
     tokens_left,
     translate_errors,
 )
-from corral.serving.models import ServedModel
-from corral.serving.protocol import Refused, Usage
-from corral.serving.response_store import PendingResponse, ResponseStore
+from corral.serving.models import ServedModel, ServedModels
+from corral.serving.protocol import Usage
+from corral.serving.response_store import Lease, PendingResponse, ResponseStore, call_store
 from corral.serving.responses_protocol import (
+    ConversationObject,
+    CreateConversation,
+    CreateItems,
+    DeletedObject,
+    ExportObject,
     IncompleteDetails,
     ItemObject,
+    ListObject,
     OutputTextPart,
+    PageQuery,
     ResponseError,
     ResponseObject,
     ResponsesRequest,
     ResponseUsage,
+    UpdateConversation,
     build_conversation,
 )
-from corral.serving.streams import Event
-from corral.serving.tables import Item, new_id
-
-T = TypeVar("T")
-
-_HEARTBEATS_PER_LEASE = 4
-_STORE_SECONDS = 30  # timeout of a call of the store; the database's own timeouts are shorter
-_log = logging.getLogger(__name__)
+from corral.serving.store import ConversationStore, Item, new_id
+from corral.serving.streams import Event, json_response
 
 
 async def start_response(
@@ -76,7 +78,7 @@ async def start_response(
     sampling = build_sampling(request, 0, sampling_defaults(served, request))
     response = ResponseObject.from_request(pending.id, int(time.time()), served.name, request, sampling)
     lease = Lease(store, pending)
-    history = await lease.acquire(response)
+    history = await lease.acquire(response.stored_body)
     try:
         conversation = build_conversation(request.instructions, [*history, *pending.inputs])
         if request.truncation == "auto":
@@ -160,7 +162,7 @@ class ResponsesHandler:
             completed_at=None if is_cut else int(time.time()),
             consensus=self._answer.consensus_result,
         )
-        await self._lease.finish(self._response, item, is_kept=True)
+        await self._lease.finish(self._response.stored_body, item, is_kept=True)
         return self._response.model_copy(update={"output": [ItemObject.from_item(item)]})
 
     async def _fail(self, refused: Refused) -> ResponseObject:
@@ -168,7 +170,7 @@ class ResponsesHandler:
         self._update(status="failed", error=ResponseError(message=refused.what), incomplete_details=None)
         item = self._partial_item()
         with contextlib.suppress(Refused):  # the store may be what failed
-            await self._lease.finish(self._response, item, is_kept=False)
+            await self._lease.finish(self._response.stored_body, item, is_kept=False)
         return self._response.model_copy(update={"output": [ItemObject.from_item(item)] if item else []})
 
     async def _cancel_unfinished(self) -> None:
@@ -178,7 +180,7 @@ class ResponsesHandler:
         self._update(status="cancelled")
         item = self._partial_item()
         with contextlib.suppress(Refused):
-            await self._lease.finish(self._response, item, is_kept=item is not None)
+            await self._lease.finish(self._response.stored_body, item, is_kept=item is not None)
 
     def _update(self, **changes: Any) -> None:
         usage = ResponseUsage.from_usage(self.usage)
@@ -193,68 +195,6 @@ class ResponsesHandler:
             data[name] = value.model_dump() if isinstance(value, BaseModel) else value
         self._events_sent += 1
         return Event(json.dumps(data), type_)
-
-
-class Lease:
-    """Holds a pending response and its conversation while it is answered, by coroutines that may be cancelled anywhere."""
-
-    def __init__(self, store: ResponseStore, pending: PendingResponse) -> None:
-        self.is_closed = False
-        self._store = store
-        self._pending = pending
-        self._heartbeat: asyncio.Task[None] | None = None
-
-    async def acquire(self, shown: ResponseObject) -> list[Item]:
-        """Begin the pending response. Returns: the items before it. Raises: Refused."""
-        begin_task = asyncio.create_task(call_store(self._store.begin, self._pending, shown.stored_body))
-        try:
-            history = await asyncio.shield(begin_task)
-        except asyncio.CancelledError:
-            with contextlib.suppress(Refused):
-                await begin_task
-                await self.discard()
-            raise
-        if self._pending.is_written:
-            self._heartbeat = asyncio.create_task(self._send_heartbeats())
-        return history
-
-    async def discard(self) -> None:
-        """Delete the pending response, unless the lease is closed."""
-        if self._close():
-            with contextlib.suppress(Refused):  # then the lease expires
-                await call_store(self._store.discard, self._pending)
-
-    async def finish(self, shown: ResponseObject, output: Item | None, *, is_kept: bool) -> None:
-        """Store the finished response, unless the lease is closed. Raises: Refused."""
-        if self._close():
-            await call_store(partial(self._store.finish, self._pending, shown.stored_body, output, is_kept=is_kept))
-
-    def _close(self) -> bool:
-        """Returns: whether there is something to write: the lease was open, and the response is stored."""
-        was_closed, self.is_closed = self.is_closed, True
-        if self._heartbeat is not None:
-            self._heartbeat.cancel()
-        return not was_closed and self._pending.is_written
-
-    async def _send_heartbeats(self) -> None:
-        while True:
-            await asyncio.sleep(self._store.lease_seconds / _HEARTBEATS_PER_LEASE)
-            with contextlib.suppress(Refused):
-                await call_store(self._store.renew_lease, self._pending)
-
-
-async def call_store(call: Callable[..., T], *arguments: Any) -> T:
-    """Run a call of the store in a thread and return its result; the call is completed even if this is cancelled.
-
-    Raises:
-        Refused: from the call; or 503: the database cannot be used, or does not answer.
-    """
-    try:
-        async with asyncio.timeout(_STORE_SECONDS):
-            return await asyncio.shield(asyncio.create_task(run_in_thread(call, *arguments)))
-    except (DatabaseError, TimeoutError) as error:
-        _log.error("%s", error.what if isinstance(error, DatabaseError) else "the database does not answer")
-        raise database_unavailable() from None
 
 
 async def _truncate_to_fit(served: ServedModel, conversation: Conversation, max_tokens: int | None) -> Conversation:
@@ -292,3 +232,128 @@ async def _fits(served: ServedModel, conversation: Conversation, max_tokens: int
     except Refused:
         return False
     return True
+
+
+def build_router(
+    models: ServedModels, database: Database, admission: Admission, *, lease_seconds: float = 20
+) -> APIRouter:
+    """`/v1/responses` and `/v1/conversations`, with all routes below them. They act for the caller alone.
+
+    Args:
+        lease_seconds: how long a conversation stays locked after a server died while it answered.
+    """
+    router = APIRouter(prefix="/v1")
+    conversations = ConversationStore(database)
+    _add_responses(router, models, ResponseStore(database, lease_seconds=lease_seconds), admission)
+    _add_conversations(router, conversations)
+    _add_items(router, conversations)
+    return router
+
+
+async def _owner(request: Request) -> str:
+    """The id of the caller's key."""
+    return request.state.caller.key_id
+
+
+async def _refuse_query(request: Request) -> None:
+    """Refuse any query parameter."""
+    for name in request.query_params:
+        raise Refused(400, f"{name!r} is not a parameter of this route", param=name, code="unknown_parameter")
+
+
+Owner = Annotated[str, Depends(_owner)]
+Paged = Annotated[PageQuery, Query()]
+NO_QUERY = [Depends(_refuse_query)]
+
+
+async def _read_store(call: Callable[[], BaseModel]) -> Response:
+    """Respond with the result of a call of the store, which may be long so it is serialised there. Raises: Refused."""
+    return await call_store(lambda: json_response(call()))
+
+
+def _add_responses(router: APIRouter, models: ServedModels, responses: ResponseStore, admission: Admission) -> None:
+    @router.post("/responses", dependencies=NO_QUERY)
+    async def respond(body: ResponsesRequest, owner: Owner, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        served = models.get(body.model)
+        return await admission.handle(
+            request,
+            lambda: start_response(served, responses, owner, body),
+            stream=bool(body.stream),
+            model=served.name,
+        )
+
+    @router.get("/responses/{response_id}", dependencies=NO_QUERY)
+    async def response(response_id: str, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
+        return await _read_store(lambda: ResponseObject.from_stored(responses.get(owner, response_id)))
+
+    @router.delete("/responses/{response_id}", dependencies=NO_QUERY)
+    async def delete(response_id: str, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
+        await call_store(responses.delete, owner, response_id)
+        return json_response(DeletedObject(id=response_id, object="response.deleted"))
+
+    @router.get("/responses/{response_id}/input_items")
+    async def inputs(response_id: str, page: Paged, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
+        return await _read_store(lambda: ListObject.from_items(*responses.list_inputs(owner, response_id, page.page)))
+
+
+def _add_conversations(router: APIRouter, conversations: ConversationStore) -> None:
+    @router.post("/conversations", dependencies=NO_QUERY)
+    async def create(body: CreateConversation, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
+        items = [message.item for message in body.items or ()]
+        created = await call_store(conversations.create, owner, body.metadata or {}, items)
+        return json_response(ConversationObject.from_stored(created))
+
+    @router.get("/conversations")
+    async def all_(page: Paged, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
+        stored, has_more = await call_store(conversations.list_page, owner, page.page)
+        objects = [ConversationObject.from_stored(each) for each in stored]
+        return json_response(ListObject.from_objects(objects, has_more=has_more))
+
+    @router.get("/conversations/{conversation_id}", dependencies=NO_QUERY)
+    async def one(conversation_id: str, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
+        stored = await call_store(conversations.get, owner, conversation_id)
+        return json_response(ConversationObject.from_stored(stored))
+
+    @router.post("/conversations/{conversation_id}", dependencies=NO_QUERY)
+    async def update(conversation_id: str, body: UpdateConversation, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
+        updated = await call_store(conversations.update, owner, conversation_id, body.metadata or {})
+        return json_response(ConversationObject.from_stored(updated))
+
+    @router.delete("/conversations/{conversation_id}", dependencies=NO_QUERY)
+    async def delete(conversation_id: str, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
+        await call_store(conversations.delete, owner, conversation_id)
+        return json_response(DeletedObject(id=conversation_id, object="conversation.deleted"))
+
+    @router.get("/conversations/{conversation_id}/export", dependencies=NO_QUERY)
+    async def export(conversation_id: str, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
+        exported = await _read_store(lambda: ExportObject.from_stored(*conversations.export(owner, conversation_id)))
+        exported.headers["content-disposition"] = f'attachment; filename="{conversation_id}.json"'
+        return exported
+
+
+def _add_items(router: APIRouter, conversations: ConversationStore) -> None:
+    path = "/conversations/{conversation_id}/items"
+
+    @router.post(path, dependencies=NO_QUERY)
+    async def add(conversation_id: str, body: CreateItems, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
+        def add_items() -> ListObject:
+            items = [message.item for message in body.items]
+            conversations.add_items(owner, conversation_id, items)
+            return ListObject.from_items(items)
+
+        return await _read_store(add_items)
+
+    @router.get(path)
+    async def all_(conversation_id: str, page: Paged, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
+        return await _read_store(
+            lambda: ListObject.from_items(*conversations.list_items(owner, conversation_id, page.page))
+        )
+
+    @router.get(path + "/{item_id}", dependencies=NO_QUERY)
+    async def one(conversation_id: str, item_id: str, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
+        return await _read_store(lambda: ItemObject.from_item(conversations.get_item(owner, conversation_id, item_id)))
+
+    @router.delete(path + "/{item_id}", dependencies=NO_QUERY)
+    async def delete(conversation_id: str, item_id: str, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
+        stored = await call_store(conversations.delete_item, owner, conversation_id, item_id)
+        return json_response(ConversationObject.from_stored(stored))

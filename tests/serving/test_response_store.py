@@ -1,102 +1,61 @@
-"""The store behind conversations: whose something is, in what order, how much, and what becomes of a turn."""
+"""Stored responses: their chains, their lease on a conversation, what becomes of them, and how much of them is kept."""
 
 from __future__ import annotations
 
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from sqlalchemy import text
 
-from corral.serving.conversation_store import ConversationStore
 from corral.serving.database import Database
-from corral.serving.protocol import Refused
-from corral.serving.response_store import PendingResponse
-from corral.serving.tables import Item, ItemRow, Page, ResponseRow, StorageLimits, new_id
+from corral.serving.errors import Refused
+from corral.serving.response_store import PendingResponse, ResponseStore
+from corral.serving.store import ConversationStore, Item, ItemRow, Page, ResponseRow, StorageLimits, new_id
+from tests.serving.test_store import items_of, items_saying, status_of, texts
+
+
+class Stores(ConversationStore):
+    """The conversations of a database and its responses, with the same limits."""
+
+    def __init__(self, database: Database, limits: StorageLimits | None = None, **lease: float) -> None:
+        super().__init__(database, limits)
+        self.responses = ResponseStore(database, limits, **lease)
 
 
 @pytest.fixture
-def store(database: Database) -> ConversationStore:
-    return ConversationStore(database)
-
-
-def items_saying(*texts: str) -> list[Item]:
-    """A user's and an assistant's items, by turns."""
-    return [Item.new("assistant" if i % 2 else "user", [text]) for i, text in enumerate(texts)]
-
-
-def texts(items: Sequence[Item]) -> list[str]:
-    return [item.text for item in items]
+def store(database: Database) -> Stores:
+    return Stores(database)
 
 
 def turn(text: str, *, owner: str = "a", stored: bool = True, **place: Any) -> PendingResponse:
     return PendingResponse(new_id("resp"), owner, (Item.new("user", [text]),), stored, **place)
 
 
-def run_turn(store: ConversationStore, question: PendingResponse, text: str = "Yes.") -> list[str]:
+def run_turn(store: Stores, question: PendingResponse, text: str = "Yes.") -> list[str]:
     """Go through a whole turn. Returns: what was said before."""
     before = store.responses.begin(question, {"status": "in_progress"})
     store.responses.finish(question, {"status": "completed"}, Item.new("assistant", [text]), is_kept=True)
     return texts(before)
 
 
-def texts_of(store: ConversationStore, id_: str, owner: str = "a") -> list[str]:
-    return texts(store.export(owner, id_)[1])
+def texts_of(store: Stores, id_: str, owner: str = "a") -> list[str]:
+    return texts(items_of(store, id_, owner))
 
 
-def status_of(call: Callable[[], object]) -> int:
-    with pytest.raises(Refused) as caught:
-        call()
-    return caught.value.status
+def rows(database: Database) -> list[int]:
+    """How many conversations, responses and items there are."""
+    with database.read_session() as session:
+        tables = ("conversations", "responses", "items")
+        return [session.execute(text(f"SELECT COUNT(*) FROM {table}")).scalar() or 0 for table in tables]
 
 
-def test_stored_conversations_survive_reopening_the_database(database_url: str) -> None:
-    odd = "a zero byte \0, a 漢, and half a character \ud800"
-    first = Database(database_url)
-    conversation = ConversationStore(first).create("a", {"title": "Böse"}, [Item.new("user", ["one", odd])])
-    first.close()
-    second = Database(database_url)
-    stored, items = ConversationStore(second).export("a", conversation.id)
-    second.close()
-    assert (stored, items[0].texts) == (conversation, ("one", odd))
-    assert items[0].text == "one" + odd
-
-
-def test_paging_visits_every_item_once_in_both_directions(store: ConversationStore) -> None:
-    conversation = store.create("a", {}, items_saying(*map(str, range(7))))
-    for ascending in (False, True):
-        order = [str(i) for i in range(7)][:: 1 if ascending else -1]
-        seen: list[Item] = []
-        mores: list[bool] = []
-        while not mores or mores[-1]:
-            after = seen[-1].id if seen else None
-            items, has_more = store.list_items("a", conversation.id, Page(after, None, 3, ascending))
-            seen += items
-            mores.append(has_more)
-        assert texts(seen) == order
-        assert mores == [True, True, False]
-        back, has_more = store.list_items("a", conversation.id, Page(None, seen[5].id, 3, ascending))
-        assert (texts(back), has_more) == (order[2:5], True)
-        back, has_more = store.list_items("a", conversation.id, Page(None, seen[2].id, 3, ascending))
-        assert (texts(back), has_more) == (order[:2], False)
-        between, _ = store.list_items("a", conversation.id, Page(seen[0].id, seen[3].id, 3, ascending))
-        assert texts(between) == order[1:3]
-
-
-def test_a_page_cursor_that_is_not_in_the_list_gives_400(store: ConversationStore) -> None:
-    conversation, other = (store.create("a", {}, items_saying("Hi")) for _ in range(2))
-    foreign = store.export("a", other.id)[1][0].id
-    for id_ in (foreign, "msg_" + "0" * 32, "", "\0", "'; DROP TABLE items"):
-        assert status_of(lambda id_=id_: store.list_items("a", conversation.id, Page(after=id_))) == 400
-        assert status_of(lambda id_=id_: store.list_page("a", Page(before=id_))) == 400
-
-
-def test_other_owners_cannot_find_read_change_or_continue_a_conversation(store: ConversationStore) -> None:
+def test_other_owners_cannot_find_read_change_or_continue_a_conversation(store: Stores) -> None:
     conversation = store.create("a", {"title": "mine"}, items_saying("secret"))
-    item = store.export("a", conversation.id)[1][0].id
+    item = items_of(store, conversation.id)[0].id
     mine = turn("more", conversation=conversation.id)
     run_turn(store, mine)
     before = store.export("a", conversation.id)
@@ -125,20 +84,12 @@ def test_other_owners_cannot_find_read_change_or_continue_a_conversation(store: 
     assert store.export("a", conversation.id) == before
 
 
-def test_an_item_of_one_conversation_is_not_found_in_another(store: ConversationStore) -> None:
-    conversation, other = (store.create("a", {}, items_saying("Hi")) for _ in range(2))
-    item = store.export("a", conversation.id)[1][0]
-    assert store.get_item("a", conversation.id, item.id) == item
-    assert status_of(lambda: store.get_item("a", other.id, item.id)) == 404
-    assert status_of(lambda: store.delete_item("a", other.id, item.id)) == 404
-
-
 def test_storage_limits_are_enforced_and_deleting_frees_space(database: Database) -> None:
-    store = ConversationStore(database, StorageLimits(max_items=3, max_bytes=20, max_conversations=2))
+    store = Stores(database, StorageLimits(max_items=3, max_bytes=20, max_conversations=2))
     conversation = store.create("a", {}, items_saying("1", "2", "3"))
     assert status_of(lambda: store.add_items("a", conversation.id, items_saying("4"))) == 400
     assert status_of(lambda: store.responses.begin(turn("4", conversation=conversation.id), {})) == 400
-    store.delete_item("a", conversation.id, store.export("a", conversation.id)[1][0].id)
+    store.delete_item("a", conversation.id, items_of(store, conversation.id)[0].id)
     store.add_items("a", conversation.id, items_saying("4"))
     assert texts_of(store, conversation.id) == ["2", "3", "4"]
     big = store.create("a", {}, items_saying("ä" * 10))
@@ -151,15 +102,8 @@ def test_storage_limits_are_enforced_and_deleting_frees_space(database: Database
     assert len(store.list_page("b", Page())[0]) == 1, "what is refused leaves nothing behind"
 
 
-def rows(database: Database) -> list[int]:
-    """How many conversations, responses and items there are."""
-    with database.read_session() as session:
-        tables = ("conversations", "responses", "items")
-        return [session.execute(text(f"SELECT COUNT(*) FROM {table}")).scalar() or 0 for table in tables]
-
-
 def test_the_oldest_responses_of_an_owner_are_deleted_for_new_ones(database: Database) -> None:
-    store = ConversationStore(database, StorageLimits(max_responses=5))
+    store = Stores(database, StorageLimits(max_responses=5))
     theirs = turn("theirs", owner="b")
     run_turn(store, theirs)
     mine = [turn(str(i)) for i in range(12)]
@@ -178,7 +122,7 @@ def test_the_oldest_responses_of_an_owner_are_deleted_for_new_ones(database: Dat
 
 @pytest.mark.parametrize("place", ["alone", "in a conversation"])
 def test_stored_response_bytes_are_bounded_including_instructions_and_metadata(place: str, database: Database) -> None:
-    store = ConversationStore(database, StorageLimits(max_responses_bytes=50_000))
+    store = Stores(database, StorageLimits(max_responses_bytes=50_000))
     where: dict[str, Any] = {} if place == "alone" else {"conversation": store.create("a", {}).id}
     body = {"instructions": "é" * 1000, "metadata": {"a": "b" * 500}}
     last = ""
@@ -201,7 +145,7 @@ def test_stored_response_bytes_are_bounded_including_instructions_and_metadata(p
 
 
 def test_a_response_without_a_conversation_is_bounded_too(database: Database) -> None:
-    store = ConversationStore(database, StorageLimits(max_items=2, max_bytes=20))
+    store = Stores(database, StorageLimits(max_items=2, max_bytes=20))
     for inputs in (items_saying("1", "2", "3"), items_saying("x" * 21)):
         question = PendingResponse(new_id("resp"), "a", tuple(inputs), stored=True)
         assert status_of(lambda question=question: store.responses.begin(question, {})) == 400
@@ -209,7 +153,7 @@ def test_a_response_without_a_conversation_is_bounded_too(database: Database) ->
 
 
 def test_total_bytes_of_an_owner_are_bounded_and_empty_messages_count(database: Database) -> None:
-    store = ConversationStore(database, StorageLimits(max_total_bytes=10_000))
+    store = Stores(database, StorageLimits(max_total_bytes=10_000))
     first = store.create("a", {}, items_saying(*["x" * 1000] * 3))
     second = store.create("a", {}, items_saying(*[""] * 15))
     assert status_of(lambda: store.create("a", {}, items_saying("x" * 2000))) == 400
@@ -222,7 +166,7 @@ def test_total_bytes_of_an_owner_are_bounded_and_empty_messages_count(database: 
 
 
 def test_storage_limits_apply_to_response_chains(database: Database) -> None:
-    store = ConversationStore(database, StorageLimits(max_items=4))
+    store = Stores(database, StorageLimits(max_items=4))
     first = turn("1")
     run_turn(store, first, "2")
     second = turn("3", previous=first.id)
@@ -230,7 +174,7 @@ def test_storage_limits_apply_to_response_chains(database: Database) -> None:
     assert status_of(lambda: store.responses.begin(turn("5", previous=second.id), {})) == 400
 
 
-def test_deleting_a_conversation_deletes_its_items_and_responses(store: ConversationStore, database: Database) -> None:
+def test_deleting_a_conversation_deletes_its_items_and_responses(store: Stores, database: Database) -> None:
     conversation = store.create("a", {}, items_saying("Hi", "Hello"))
     mine = turn("more", conversation=conversation.id)
     run_turn(store, mine)
@@ -243,7 +187,7 @@ def test_deleting_a_conversation_deletes_its_items_and_responses(store: Conversa
     assert rows(database) == [0, 0, 0]
 
 
-def test_deleting_a_response_deletes_its_text_unless_a_conversation_holds_it(store: ConversationStore) -> None:
+def test_deleting_a_response_deletes_its_text_unless_a_conversation_holds_it(store: Stores) -> None:
     conversation = store.create("a", {})
     inside, alone = turn("in", conversation=conversation.id), turn("alone")
     for each in (inside, alone):
@@ -254,7 +198,7 @@ def test_deleting_a_response_deletes_its_text_unless_a_conversation_holds_it(sto
     assert status_of(lambda: store.responses.begin(turn("x", previous=alone.id), {})) == 404
 
 
-def test_a_chain_may_start_from_an_earlier_state_of_a_conversation(store: ConversationStore) -> None:
+def test_a_chain_may_start_from_an_earlier_state_of_a_conversation(store: Stores) -> None:
     conversation = store.create("a", {}, items_saying("0", "zero"))
     first = turn("1", conversation=conversation.id)
     run_turn(store, first, "one")
@@ -265,7 +209,7 @@ def test_a_chain_may_start_from_an_earlier_state_of_a_conversation(store: Conver
     assert texts_of(store, conversation.id) == ["0", "zero", "1", "one", "2", "two"]
 
 
-def test_a_chain_with_a_missing_response_is_refused(store: ConversationStore) -> None:
+def test_a_chain_with_a_missing_response_is_refused(store: Stores) -> None:
     first = turn("1")
     run_turn(store, first)
     second = turn("2", previous=first.id)
@@ -274,9 +218,9 @@ def test_a_chain_with_a_missing_response_is_refused(store: ConversationStore) ->
     assert status_of(lambda: store.responses.begin(turn("3", previous=second.id), {})) == 404
 
 
-def test_a_conversation_is_locked_during_an_answer_and_unlocked_after_it(store: ConversationStore) -> None:
+def test_a_conversation_is_locked_during_an_answer_and_unlocked_after_it(store: Stores) -> None:
     conversation = store.create("a", {}, items_saying("Hi", "Hello"))
-    item = store.export("a", conversation.id)[1][0].id
+    item = items_of(store, conversation.id)[0].id
     first = turn("first", conversation=conversation.id)
     store.responses.begin(first, {"status": "in_progress"})
     assert status_of(lambda: store.responses.begin(turn("second", conversation=conversation.id), {})) == 409
@@ -289,7 +233,7 @@ def test_a_conversation_is_locked_during_an_answer_and_unlocked_after_it(store: 
     assert run_turn(store, turn("second", conversation=conversation.id)) == ["Hi", "Hello", "first", "done"]
 
 
-def test_only_one_of_several_simultaneous_turns_is_accepted(store: ConversationStore) -> None:
+def test_only_one_of_several_simultaneous_turns_is_accepted(store: Stores) -> None:
     conversation = store.create("a", {})
     outcomes: list[int] = []
     barrier = threading.Barrier(6)
@@ -310,7 +254,7 @@ def test_only_one_of_several_simultaneous_turns_is_accepted(store: ConversationS
     assert sorted(outcomes) == [200, *[409] * 5]
 
 
-def test_a_discarded_turn_leaves_nothing_behind(store: ConversationStore) -> None:
+def test_a_discarded_turn_leaves_nothing_behind(store: Stores) -> None:
     conversation = store.create("a", {})
     dropped = turn("no", conversation=conversation.id)
     store.responses.begin(dropped, {})
@@ -320,7 +264,7 @@ def test_a_discarded_turn_leaves_nothing_behind(store: ConversationStore) -> Non
 
 
 def test_an_expired_lease_frees_the_conversation_and_marks_the_response_lost(database: Database) -> None:
-    store = ConversationStore(database, lease_seconds=1)
+    store = Stores(database, lease_seconds=1)
     conversation = store.create("a", {})
     dead = turn("dead", conversation=conversation.id)
     store.responses.begin(dead, {"status": "in_progress"})
@@ -341,7 +285,7 @@ def test_an_expired_lease_frees_the_conversation_and_marks_the_response_lost(dat
 
 
 def test_responses_without_a_conversation_are_deleted_after_response_days(database: Database) -> None:
-    store = ConversationStore(database, StorageLimits(response_days=30))
+    store = Stores(database, StorageLimits(response_days=30))
     conversation = store.create("a", {})
     old, in_conversation, new = turn("old"), turn("kept", conversation=conversation.id), turn("new")
     for each in (old, in_conversation, new):
@@ -349,7 +293,7 @@ def test_responses_without_a_conversation_are_deleted_after_response_days(databa
     with database.write_session() as session:
         for row in session.query(ResponseRow).where(ResponseRow.id.in_([old.id, in_conversation.id])):
             row.created_at -= 31 * 86400
-    run_turn(ConversationStore(database, StorageLimits(response_days=30)), turn("today"))
+    run_turn(Stores(database, StorageLimits(response_days=30)), turn("today"))
     assert status_of(lambda: store.responses.get("a", old.id)) == 404
     assert texts(store.responses.get("a", in_conversation.id).outputs) == ["Yes."]
     assert texts(store.responses.get("a", new.id).outputs) == ["Yes."]
