@@ -16,6 +16,7 @@ from corral.engines.registry import EngineName, LocalEngine, default_engine, loa
 from corral.errors import InputError, ModelError
 from corral.export import contract
 from corral.export_forms import CONTRACT_FILE, OPENVINO_MODEL
+from corral.model.adapter_files import AdapterFiles
 from corral.model.naming import ModelFiles, find_contract, find_model_files, model_name
 from corral.run.directory import is_run
 from corral.run.promotion import earlier_model_note
@@ -36,6 +37,8 @@ class OpenedModel:
     identity: AnswerIdentity
     """What its likelihoods depend on; with the remote engine also its URLs, as the weights there cannot be seen."""
     answerer: Answerer
+    files: ModelFiles
+    """Of an adapter: with the folder of its base."""
 
 
 def open_model(spec: str, engine: EngineName | None = None, *, urls: Sequence[str] = ()) -> OpenedModel:
@@ -78,8 +81,18 @@ def check_engine(engine: EngineName | None, urls: Sequence[str]) -> LocalEngine 
     return engine
 
 
-def open_models(specs: Sequence[str], engine: LocalEngine | None = None) -> list[OpenedModel]:
+def open_models(
+    specs: Sequence[str],
+    engine: LocalEngine | None = None,
+    *,
+    later_adapters: int = 0,
+    memory_share: float = 1,
+) -> list[OpenedModel]:
     """`open_model` for several models on this machine. A base model and its adapters share the weights of the base.
+
+    Args:
+        later_adapters: how many `open_adapter` is to load beside each base.
+        memory_share: the most of a GPU's memory that the vllm engine takes for a base.
 
     Raises: as `open_model`.
     """
@@ -92,14 +105,48 @@ def open_models(specs: Sequence[str], engine: LocalEngine | None = None) -> list
     opened: dict[tuple[Path, Path | None], tuple[Engine, str, DType]] = {}
     for folder, adapters in bases.items():
         name, device, dtype = choose_engine(folder, engine, adapter=any(adapters))
-        loaded = load_engines(name, folder, dtype=dtype, device=device, adapters=adapters)
+        loaded = load_engines(
+            name,
+            folder,
+            dtype=dtype,
+            device=device,
+            adapters=adapters,
+            later_adapters=later_adapters,
+            memory_share=memory_share,
+        )
         opened |= {(folder, adapter): (each, device, dtype) for adapter, each in zip(adapters, loaded, strict=True)}
     models: list[OpenedModel] = []
     for spec, (files, template) in zip(specs, checked, strict=True):
         loaded, device, dtype = opened[files.folder.resolve(), files.adapter]
         identity = identify_model(weights_identity(files), template, loaded.name, dtype=dtype, device=device)
-        models.append(OpenedModel(model_name(spec), identity, Answerer(loaded, template)))
+        models.append(OpenedModel(model_name(spec), identity, Answerer(loaded, template), files))
     return models
+
+
+def open_adapter(folder: Path, opened: Sequence[OpenedModel]) -> OpenedModel:
+    """Load an adapter on the weights of a model that is loaded and has the same base. The caller closes its engine.
+
+    Raises:
+        ModelError: none of them has its base, or it is no adapter that can be loaded.
+        ContractError, TemplateError: as `open_model`.
+        RequestError: their engine loads no adapters while it serves, or not this kind.
+    """
+    files, template = _find_checked(str(folder))
+    base = next((each for each in opened if each.files.folder.resolve() == files.folder.resolve()), None)
+    if files.adapter is None or base is None:
+        raise ModelError(
+            "this folder holds no adapter" if files.adapter is None else "no model that is loaded is its base",
+            where=str(folder),
+            hint=f"name an adapter of {', '.join(dict.fromkeys(str(each.files.folder) for each in opened))}",
+        )
+    adapter = AdapterFiles.read(files.adapter)
+    adapter.check_fit(files.folder)
+    adapter.check_trained()
+    engine = base.answerer.engine.with_adapter(files.adapter)
+    identity = identify_model(
+        weights_identity(files), template, engine.name, dtype=base.identity.dtype, device=base.identity.device
+    )
+    return OpenedModel(model_name(str(folder)), identity, Answerer(engine, template), files)
 
 
 def choose_engine(
@@ -156,7 +203,7 @@ def connect_model(
         check_seconds=check_seconds,
     )
     identity = identify_model(weights_identity(files), template, engine.name, dtype=None, endpoints=urls)
-    return OpenedModel(model_name(spec), identity, Answerer(engine, template))
+    return OpenedModel(model_name(spec), identity, Answerer(engine, template), files)
 
 
 def _find_checked(spec: str) -> tuple[ModelFiles, Template]:

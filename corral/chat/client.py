@@ -90,8 +90,9 @@ class ServerBackend:
                 listed = _parse_object(response.read())
         except EngineError as error:
             raise ModelError(error.what, where=self.url, hint=error.hint) from None
-        # corral's own server also lists its embedding model, with another task.
-        entries = [each for each in _objects_in(listed.get("data")) if each.get("task", "chat") == "chat"]
+        # corral's own server also lists its embedding model, with another task, and aliases.
+        listed_models = _objects_in(listed.get("data"))
+        entries = [m for m in listed_models if m.get("task", "chat") == "chat" and not m.get("alias_of")]
         names = [str(each["id"]) for each in entries if "id" in each]
         if len(names) != 1:
             what = f"the server has {len(names)} models" + (

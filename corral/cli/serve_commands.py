@@ -7,6 +7,7 @@ import contextlib
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from corral.cli.terminal import show
@@ -68,12 +69,22 @@ def serve(args: argparse.Namespace) -> None:
     """Serve models over HTTP with the OpenAI protocol."""
     from corral.serving.admission import ServerLimits
     from corral.serving.database import default_url
-    from corral.serving.server import ListenOptions, ModelOptions
+    from corral.serving.model_loading import ModelOptions
+    from corral.serving.server import ListenOptions
     from corral.serving.server import serve as listen
 
     settings = _serve_settings(args)
     listen(
-        ModelOptions(args.model, settings.engine, settings.url, settings.name, settings.embeddings),
+        ModelOptions(
+            args.model,
+            settings.engine,
+            settings.url,
+            settings.name,
+            settings.alias,
+            embeddings=settings.embeddings,
+            follow=settings.follow,
+            adapters=Path(settings.adapters) if settings.adapters is not None else None,
+        ),
         ListenOptions(settings.host, settings.port, settings.insecure, settings.cors),
         ServerLimits(at_once=settings.at_once, waiting=settings.waiting, max_seconds=settings.max_seconds),
         None if settings.database == "none" else settings.database or default_url(),
@@ -86,7 +97,7 @@ def _serve_settings(args: argparse.Namespace) -> Serve:
 
     from corral.answering.settings import find_run
     from corral.recipe.serve import Serve
-    from corral.serving.models import split_name
+    from corral.serving.model_loading import split_name
 
     given = {name: value for name in Serve.model_fields if (value := getattr(args, name)) is not None}
     run = find_run(split_name(args.model[0])[1]) if len(args.model) == 1 else None

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias, TypeVar
 
@@ -256,6 +257,19 @@ class Engine(ABC):
     @abstractmethod
     async def close(self) -> None:
         """Stop; requests under way fail with EngineClosedError. Closing twice is allowed."""
+
+    def with_adapter(self, folder: Path) -> Engine:
+        """Another engine on the same weights, with the LoRA adapter of a folder in place of this one's, if it has one.
+
+        Blocks until the adapter is loaded. Closing that engine unloads the adapter, and this one goes on.
+
+        Raises:
+            RequestError: this engine loads no adapters while it serves, or not this kind.
+            ModelError: the adapter does not fit the model.
+        """
+        raise RequestError(
+            f"engine {self.name!r} loads no adapters while it serves", hint="merge it, or use the transformers engine"
+        )
 
     async def __aenter__(self) -> Self:
         return self

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -45,12 +44,20 @@ def load_engine(name: LocalEngine, folder: Path, *, dtype: DType, device: str, a
 
 
 def load_engines(
-    name: LocalEngine, folder: Path, *, dtype: DType, device: str, adapters: Sequence[Path | None]
+    name: LocalEngine,
+    folder: Path,
+    *,
+    dtype: DType,
+    device: str,
+    adapters: Sequence[Path | None],
+    later_adapters: int = 0,
+    memory_share: float = 1,
 ) -> list[Engine]:
     """Load a model folder once and make an engine for each of several adapters of it; see `load_engine`.
 
     Args:
         adapters: all different; None is the model without an adapter.
+        later_adapters, memory_share: as in `VllmEngine`; other engines need no such plans.
     """
     if name == "openvino":
         return [_load_openvino(folder, dtype, device, adapters)]
@@ -63,8 +70,15 @@ def load_engines(
     if name == "vllm":
         from corral.engines.vllm import VllmEngine
 
-        engine = VllmEngine(folder, dtype=dtype, device=device, adapters=[each.folder for each in files])
-        return [engine.with_adapter(adapter) for adapter in adapters]
+        engine = VllmEngine(
+            folder,
+            dtype=dtype,
+            device=device,
+            adapters=[each.folder for each in files],
+            later_adapters=later_adapters,
+            memory_share=memory_share,
+        )
+        return [engine.view(adapter) for adapter in adapters]
     return _load_transformers(folder, dtype, device, adapters, [each.folder for each in files if not each.shares_base])
 
 
@@ -72,7 +86,7 @@ def _load_transformers(
     folder: Path, dtype: DType, device: str, adapters: Sequence[Path | None], alone: Sequence[Path]
 ) -> list[Engine]:
     """One copy of the model for each adapter of `alone`, which changes it, and one that the others share."""
-    from corral.engines.shared_model import SharedModel
+    from corral.engines.shared_model import SharedEngine, SharedModel
     from corral.engines.transformers import TransformersEngine, default_cache_bytes
     from corral.model.adapters import load
     from corral.model.loading import load_model
@@ -81,22 +95,23 @@ def _load_transformers(
         model = load_model(folder, dtype=dtype, device=device)
         return load(model, *folders) if folders else model
 
-    models: dict[Path | None, Any] = {adapter: loaded([adapter]) for adapter in alone}
-    settings: dict[Path | None, dict[str, Any]] = {adapter: {} for adapter in adapters}
-    if sharing := [adapter for adapter in adapters if adapter not in models]:
-        folders = [adapter for adapter in sharing if adapter is not None]
-        model = loaded(folders)
-        models |= dict.fromkeys(sharing, model)
-        if len(sharing) > 1:
-            shared = SharedModel(model)
-            names = dict(zip(folders, model.peft_config, strict=True))
-            for adapter in sharing:
-                settings[adapter]["turn"] = partial(shared.use, adapter and names[adapter])
+    changed = {adapter: loaded([adapter]) for adapter in alone}
+    sharing = [adapter for adapter in adapters if adapter not in changed]
+    folders = [adapter for adapter in sharing if adapter is not None]
+    shared = SharedModel(loaded(folders)) if sharing else None
+    cache_bytes = None
     if len(adapters) > 1:
-        share = default_cache_bytes(models[adapters[0]].device) // len(adapters)
-        for adapter in adapters:
-            settings[adapter]["cache_bytes"] = share
-    return [TransformersEngine(models[adapter], **settings[adapter]) for adapter in adapters]
+        any_model = shared.model if shared is not None else changed[alone[0]]
+        cache_bytes = default_cache_bytes(any_model.device) // len(adapters)
+    if shared is None:
+        return [TransformersEngine(changed[adapter], cache_bytes=cache_bytes) for adapter in alone]
+    names: dict[Path | None, str] = dict(zip(folders, getattr(shared.model, "peft_config", ()), strict=True))
+    return [
+        TransformersEngine(changed[adapter], cache_bytes=cache_bytes)
+        if adapter in changed
+        else SharedEngine(shared, names.get(adapter), cache_bytes)
+        for adapter in adapters
+    ]
 
 
 def _load_openvino(folder: Path, dtype: DType, device: str, adapters: Sequence[Path | None]) -> Engine:

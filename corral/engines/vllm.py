@@ -27,7 +27,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from corral.engines.base import CLOSED, Delta, Engine, Features, Generation, Sampling, closed_error
-from corral.engines.vllm_settings import lora_settings, model_settings, sampling_params
+from corral.engines.vllm_settings import (
+    check_later_adapter,
+    lora_settings,
+    model_settings,
+    sampling_params,
+)
 from corral.errors import EngineError, ModelError, RequestError, require
 from corral.model.folder import check_folder
 
@@ -45,7 +50,7 @@ _ENVIRONMENT = {
 
 
 class VllmEngine(Engine):
-    """Computes a Llama folder in vLLM, with the first of its adapters if there are any; for the others see `with_adapter`.
+    """Computes a Llama folder in vLLM, with the first of its adapters if there are any; for the others see `view`.
 
     `features.max_length` is less than the model's context if its keys and values do not fit in memory.
 
@@ -54,6 +59,8 @@ class VllmEngine(Engine):
         dtype: of the computation, and of keys and values.
         device: `cuda`, or `cpu` with a build of vLLM for CPUs.
         adapters: folders of PEFT LoRA adapters of that model, which are not merged into its weights.
+        later_adapters: room for so many that `with_adapter` loads later; 0: it loads none.
+        memory_share: the most of the GPU's memory that it takes.
 
     Raises:
         MissingExtraError: vLLM is not installed.
@@ -70,6 +77,8 @@ class VllmEngine(Engine):
         dtype: DType = "bfloat16",
         device: str = "cuda",
         adapters: Sequence[Path] = (),
+        later_adapters: int = 0,
+        memory_share: float = 1,
     ) -> None:
         for variable, value in _ENVIRONMENT.items():
             os.environ.setdefault(variable, value)
@@ -81,8 +90,12 @@ class VllmEngine(Engine):
         self._numbers = itertools.count()
         self._llm: Any = None
         self._loras: dict[Path, Any] = {}
+        self._adapter_numbers = itertools.count(1)
         self._adapter = adapters[0] if adapters else None
-        settings = model_settings(folder, dtype, device) | (lora_settings(adapters) if adapters else {})
+        self._is_open = True
+        self._views = 1  # this engine and those of `view` and `with_adapter`; after the last, vLLM ends
+        settings = model_settings(folder, dtype, device, memory_share) | lora_settings(adapters, later_adapters)
+        self._max_rank: int = settings.get("max_lora_rank", 0) if later_adapters else 0
         started: Future[None] = Future()
         self._thread = threading.Thread(
             target=lambda: asyncio.run(self._serve(settings, adapters, started)), name="corral-vllm", daemon=True
@@ -101,7 +114,7 @@ class VllmEngine(Engine):
             max_length=config.max_model_len,
             vocabulary=config.get_vocab_size(),
             logprobs=True,
-            score=not adapters or device != "cpu",
+            score=not (adapters or later_adapters) or device != "cpu",
         )
         atexit.register(self._end)
 
@@ -111,9 +124,36 @@ class VllmEngine(Engine):
             return CLOSED
         return None if self._alive() else "vLLM's processes have ended, and are not started again: restart this program"
 
-    def with_adapter(self, adapter: Path | None) -> Engine:
-        """This engine with another of its adapters, or with none. Closing one closes all."""
-        return self if adapter == self._adapter else _WithAdapter(self, adapter)
+    def view(self, adapter: Path | None) -> Engine:
+        """This engine with another of the adapters that it was made with, or with none."""
+        return self if adapter == self._adapter else self._view(adapter)
+
+    def with_adapter(self, folder: Path) -> Engine:  # noqa: D102 (see Engine)
+        if not self._max_rank:
+            return super().with_adapter(folder)
+        check_later_adapter(folder, self._max_rank)
+        with self._lock:
+            self._raise_if_closed()
+            loading = asyncio.run_coroutine_threadsafe(self._add_adapter(folder), self._loop)
+        loading.result()
+        return self._view(folder)
+
+    def _view(self, adapter: Path | None) -> Engine:
+        with self._lock:
+            self._raise_if_closed()
+            self._views += 1
+        return _WithAdapter(self, adapter)
+
+    def release(self, adapter: Path | None = None) -> None:
+        """One view of this engine is closed, and its adapter is needed no longer."""
+        with self._lock:
+            self._views -= 1
+            is_last = self._views == 0
+        if is_last:
+            self._end()
+            atexit.unregister(self._end)
+        elif adapter is not None and not self._closed:
+            asyncio.run_coroutine_threadsafe(self._remove_adapter(adapter), self._loop).result()
 
     def submit(self, ids: Sequence[int], sampling: Sampling) -> Generation:  # noqa: D102 (see Engine)
         return self.submit_with(self._adapter, ids, sampling)
@@ -150,8 +190,9 @@ class VllmEngine(Engine):
         return (await asyncio.wrap_future(scores))[start - 1 :]
 
     async def close(self) -> None:  # noqa: D102
-        await asyncio.to_thread(self._end)
-        atexit.unregister(self._end)
+        was_open, self._is_open = self._is_open, False
+        if was_open:
+            await asyncio.to_thread(self.release)
 
     def _end(self) -> None:
         with self._lock:
@@ -171,12 +212,8 @@ class VllmEngine(Engine):
         self._stop = asyncio.Event()
         try:
             self._llm = _start_vllm(settings)
-            for number, adapter in enumerate(adapters, start=1):
-                from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
-
-                # The number makes the names of adapters in folders of the same name differ.
-                self._loras[adapter] = LoRARequest(f"{number}-{adapter.name}", number, str(adapter.absolute()))
-                await self._llm.add_lora(self._loras[adapter])
+            for adapter in adapters:
+                await self._add_adapter(adapter)
         except BaseException as error:
             self._shut_down()
             started.set_exception(error)
@@ -187,6 +224,20 @@ class VllmEngine(Engine):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._shut_down()
+
+    async def _add_adapter(self, adapter: Path) -> None:
+        from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+
+        if adapter in self._loras:
+            raise RequestError(f"the adapter in {adapter.name!r} is loaded already", hint="use the name that it has")
+        # The number makes the names of adapters in folders of the same name differ.
+        number = next(self._adapter_numbers)
+        lora = LoRARequest(f"{number}-{adapter.name}", number, str(adapter.absolute()))
+        await self._llm.add_lora(lora)
+        self._loras[adapter] = lora
+
+    async def _remove_adapter(self, adapter: Path) -> None:
+        await self._llm.remove_lora(self._loras.pop(adapter).lora_int_id)
 
     def _shut_down(self) -> None:
         llm, self._llm = self._llm, None  # it needs parts of the interpreter to shut down, so it must not outlive them
@@ -277,13 +328,14 @@ class VllmEngine(Engine):
 
 
 class _WithAdapter(Engine):
-    """A VllmEngine with another adapter than its first."""
+    """A VllmEngine with another adapter than its first. The adapter is unloaded when this is closed."""
 
     def __init__(self, engine: VllmEngine, adapter: Path | None) -> None:
         self.name = engine.name
         self.features = engine.features
         self._engine = engine
         self._adapter = adapter
+        self._is_open = True
 
     @property
     def fault(self) -> str | None:
@@ -295,8 +347,13 @@ class _WithAdapter(Engine):
     async def score(self, ids: Sequence[int], start: int = 1) -> list[float]:
         return await self._engine.score_with(self._adapter, ids, start)
 
+    def with_adapter(self, folder: Path) -> Engine:
+        return self._engine.with_adapter(folder)
+
     async def close(self) -> None:
-        await self._engine.close()
+        was_open, self._is_open = self._is_open, False
+        if was_open:
+            await asyncio.to_thread(self._engine.release, self._adapter)
 
 
 @dataclass(slots=True, eq=False)

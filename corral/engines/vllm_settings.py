@@ -14,10 +14,15 @@ if TYPE_CHECKING:
     from corral.model.loading import DType
 
 _CPU_CACHE_BYTES = 2 * 2**30
+_LATER_RANK = 64  # room is made for adapters of this rank when vLLM starts
 
 
-def model_settings(folder: Path, dtype: DType, device: str) -> dict[str, Any]:
-    """Engine arguments for a model folder. Raises: ModelError (this build of vLLM is for another device)."""
+def model_settings(folder: Path, dtype: DType, device: str, memory_share: float = 1) -> dict[str, Any]:
+    """Engine arguments for a model folder. Raises: ModelError (this build of vLLM is for another device).
+
+    Args:
+        memory_share: the most of the GPU's memory that it takes; nine tenths of what is free in any case.
+    """
     from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
     if current_platform.device_type != device.partition(":")[0]:
@@ -43,7 +48,7 @@ def model_settings(folder: Path, dtype: DType, device: str) -> dict[str, Any]:
         torch.cuda.empty_cache()  # a model may have been trained in this process before
         free, total = torch.cuda.mem_get_info()
         # A share of the total memory; vLLM refuses more than is free.
-        settings["gpu_memory_utilization"] = 0.9 * free / total
+        settings["gpu_memory_utilization"] = min(0.9 * free / total, memory_share)
     if current_platform.device_type == "cpu":
         import psutil
 
@@ -52,8 +57,13 @@ def model_settings(folder: Path, dtype: DType, device: str) -> dict[str, Any]:
     return settings
 
 
-def lora_settings(adapters: Sequence[Path]) -> dict[str, Any]:
-    """Engine arguments for adapters. Raises: ModelError (vLLM cannot compute one of them, or would leave a part of it out)."""
+def lora_settings(adapters: Sequence[Path], later: int = 0) -> dict[str, Any]:
+    """Engine arguments for adapters, and for so many that are loaded later.
+
+    Raises: ModelError (vLLM cannot compute one of them, or would leave a part of it out).
+    """
+    if not adapters and not later:
+        return {}
     files = [AdapterFiles.read(adapter) for adapter in adapters]
     for each in files:
         _check_computed(each)
@@ -61,7 +71,20 @@ def lora_settings(adapters: Sequence[Path]) -> dict[str, Any]:
 
     # Its CPU kernels use the last slot for a request without an adapter in a batch with others, so one slot must stay empty.
     spare = 1 if current_platform.device_type == "cpu" else 0
-    return {"enable_lora": True, "max_loras": len(adapters) + spare, "max_lora_rank": max(map(_rank, files))}
+    rank = max([*map(_rank, files), *([_LATER_RANK] if later else [])])
+    return {"enable_lora": True, "max_loras": len(adapters) + later + spare, "max_lora_rank": rank}
+
+
+def check_later_adapter(folder: Path, max_rank: int) -> None:
+    """Raises: ModelError (vLLM, which was started for adapters up to this rank, cannot compute this one)."""
+    adapter = AdapterFiles.read(folder)
+    _check_computed(adapter)
+    if _rank(adapter) > max_rank:
+        raise ModelError(
+            f"this server loads adapters up to rank {max_rank}",
+            where=str(folder),
+            hint="start the server with it",
+        )
 
 
 def _check_computed(adapter: AdapterFiles) -> None:

@@ -95,33 +95,43 @@ def load(model: PreTrainedModel, *folders: Path, trainable: bool = False) -> Pef
     Raises:
         ModelError: a folder holds no adapter that corral loads, or it does not fit the model.
     """
-    with quiet():
-        from peft import LoraConfig, PeftModelForCausalLM
-
-    embedding: Any = model.get_input_embeddings()
-    adapted: Any = None
+    adapted: Any = model
     for number, folder in enumerate(folders, start=1):
-        name = "default" if number == 1 else f"adapter-{number}"
-        rows = AdapterFiles.read(folder).vocabulary_size
-        try:
-            with quiet(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what PEFT warns of is checked here
-                if adapted is None:
-                    if rows not in (None, embedding.num_embeddings):
-                        model.resize_token_embeddings(rows, mean_resizing=False)
-                    config = LoraConfig.from_pretrained(str(folder))
-                    config.inference_mode = not trainable
-                    adapted = PeftModelForCausalLM(model, config, name)
-                result = adapted.load_adapter(str(folder), name, is_trainable=trainable, torch_device=str(model.device))
-        except (KeyError, ValueError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
-                raise
-            missing = isinstance(error, KeyError)
-            raise _unloadable(folder, f"its weights lack {error}" if missing else str(error).strip()) from error
-        lost = [*result.missing_keys, *_lost(folder, result.unexpected_keys)]
-        if lost:
-            raise _unloadable(folder, f"{lost[0]} is in its weights or in its config, and not in both")
+        adapted = add(adapted, folder, "default" if number == 1 else f"adapter-{number}", trainable=trainable)
     return adapted.eval()
+
+
+def add(model: PreTrainedModel | PeftModel, folder: Path, name: str, *, trainable: bool = False) -> PeftModel:
+    """A model with one more adapter, under a name that it has not yet.
+
+    Raises:
+        ModelError: the folder holds no adapter that corral loads, or it does not fit the model.
+    """
+    with quiet():
+        from peft import LoraConfig, PeftModel, PeftModelForCausalLM
+
+    adapted: Any = model
+    rows = AdapterFiles.read(folder).vocabulary_size
+    try:
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what PEFT warns of is checked here
+            if not isinstance(model, PeftModel):
+                embedding: Any = model.get_input_embeddings()
+                if rows not in (None, embedding.num_embeddings):
+                    model.resize_token_embeddings(rows, mean_resizing=False)
+                config = LoraConfig.from_pretrained(str(folder))
+                config.inference_mode = not trainable
+                adapted = PeftModelForCausalLM(model, config, name)
+            result = adapted.load_adapter(str(folder), name, is_trainable=trainable, torch_device=str(model.device))
+    except (KeyError, ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
+            raise
+        missing = isinstance(error, KeyError)
+        raise _unloadable(folder, f"its weights lack {error}" if missing else str(error).strip()) from error
+    lost = [*result.missing_keys, *_lost(folder, result.unexpected_keys)]
+    if lost:
+        raise _unloadable(folder, f"{lost[0]} is in its weights or in its config, and not in both")
+    return adapted
 
 
 def _lost(folder: Path, unexpected: Sequence[str]) -> list[str]:

@@ -39,9 +39,11 @@ class Caller:
     name: str
     """For people."""
     quota: Quota = field(default_factory=Quota)
+    is_admin: bool = False
+    """Whether it may read metrics and change what is served."""
 
 
-ANONYMOUS = Caller("", "anybody")
+ANONYMOUS = Caller("", "anybody", is_admin=True)
 
 
 class HasUsage(Protocol):

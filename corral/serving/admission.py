@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -62,6 +63,9 @@ class ServerLimits:
         return self.at_once + self.waiting + 64
 
 
+_NOTHING: AbstractContextManager[object] = nullcontext()
+
+
 class RequestHandler(Protocol):
     """A request that an engine is working on."""
 
@@ -101,20 +105,27 @@ class Admission:
         """Whether new work is refused because the server is shutting down."""
 
     async def handle(
-        self, request: Request, start: Callable[[], Awaitable[RequestHandler]], *, stream: bool, model: str
+        self,
+        request: Request,
+        start: Callable[[], Awaitable[RequestHandler]],
+        *,
+        stream: bool,
+        model: str,
+        hold: AbstractContextManager[object] = _NOTHING,
     ) -> Response:
         """Answer a request whose body was read, as one response or as a stream.
 
         Args:
             start: starts the work; awaited once a slot is free. It may raise Refused, and may be cancelled.
             model: the name of a served model, for the metrics: never text from a client.
+            hold: entered now, and left when the request has ended, also a stream (`ServedModels.use`).
 
         Raises:
             Refused: 429: the key's quota is used up; 503: the queue is full, or the server is shutting down; 504: the
                 deadline passed; anything that `start` or the handler raises.
         """
         self._admit(request.state.caller)
-        admitted = _AdmittedRequest(self, request.state.caller, model)
+        admitted = _AdmittedRequest(self, request.state.caller, model, hold)
         timeout = asyncio.timeout_at(admitted.deadline)
         outcome: Outcome = "failed"
         response: Response | None = None
@@ -159,7 +170,9 @@ def _deadline_error() -> Refused:
 class _AdmittedRequest:
     """One request within its quota, from the queue to its end."""
 
-    def __init__(self, admission: Admission, caller: Caller, model: str) -> None:
+    def __init__(self, admission: Admission, caller: Caller, model: str, hold: AbstractContextManager[object]) -> None:
+        self._held = contextlib.ExitStack()
+        self._held.enter_context(hold)
         self.deadline = asyncio.get_running_loop().time() + admission.limits.max_seconds
         self._admission = admission
         self._caller = caller
@@ -207,6 +220,7 @@ class _AdmittedRequest:
         admission.accounts.finished(self._caller, self._handler)
         if self._slot is not None:
             admission.queue.release(self._slot)
+        self._held.close()
 
     @property
     def _seconds(self) -> float:

@@ -83,14 +83,22 @@ def _model_routes(models: ServedModels, admission: Admission) -> APIRouter:
     async def chat(body: ChatRequest, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         served = models.get(body.model)
         return await admission.handle(
-            request, lambda: start_chat(served, body), stream=bool(body.stream), model=served.name
+            request,
+            lambda: start_chat(served, body),
+            stream=bool(body.stream),
+            model=served.name,
+            hold=models.use(served),
         )
 
     @router.post("/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         served = models.get(body.model)
         return await admission.handle(
-            request, lambda: start_completions(served, body), stream=bool(body.stream), model=served.name
+            request,
+            lambda: start_completions(served, body),
+            stream=bool(body.stream),
+            model=served.name,
+            hold=models.use(served),
         )
 
     @router.get("/models")

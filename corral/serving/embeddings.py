@@ -74,7 +74,7 @@ def build_router(models: ServedModels, admission: Admission) -> APIRouter:
 
     @router.post("/v1/embeddings")
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
-        if body.model != ASSET:
+        if not models.is_embedding_model(body.model):
             what = f"the model {body.model!r} gives no embeddings: here {ASSET!r} does"
             raise Refused(404, what, param="model", code="model_not_found")
         return await admission.handle(

@@ -1,35 +1,25 @@
-"""The models of a server by name, and how they are loaded.
-
-A run is served with the settings of its recipe's `[answer]`. Adapters of one base share its weights. With URLs, other servers
-compute the answers, and are checked regularly.
-"""
+"""The models of a server by name. They may come and go while requests run; `model_loading` opens them."""
 
 from __future__ import annotations
 
 import asyncio
-import re
+import contextlib
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 from corral.answering.answerer import Answerer
 from corral.answering.consensus import Embed
-from corral.answering.open_model import OpenedModel, check_engine, connect_model, open_models
-from corral.answering.settings import AnswererSettings, find_run, load_answer_settings
-from corral.engines.base import CHAT_SAMPLING
+from corral.answering.open_model import OpenedModel
+from corral.engines.base import Engine
 from corral.engines.embedding import ASSET, MAX_TOKENS, Embedder
-from corral.engines.registry import EngineName
 from corral.errors import InputError
-from corral.model.naming import model_name
+from corral.run.promotion import Promotion
 from corral.serving.protocol import Model, Refused, RequestLimits
 from corral.template import Template
 from corral.template.tokenization import PieceTokenizer
-
-_CHECK_SECONDS = 5.0  # how often replicas are checked while there are no requests
-_NAME = re.compile(r"(?P<name>[^=/\\:]+)=(?P<spec>.+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -42,9 +32,13 @@ class ServedModel:
     fingerprint: str | None = None
     """Changes when the same request and seed may give another answer."""
     created: int = field(default_factory=lambda: int(time.time()))
-    """When the server started, in seconds since 1970."""
+    """When it was loaded, in seconds since 1970."""
     embed: Embed | None = None
     """For cosine consensus, which is refused without it."""
+    opened: OpenedModel | None = None
+    """What it was made from; adapters may be loaded beside it."""
+    promotion: Promotion | None = None
+    """Of a run: which of its models this is."""
 
     @property
     def context(self) -> int:
@@ -84,128 +78,111 @@ class PlainTextTokenizer:
 class ServedModels:
     """Models by name.
 
+    A request keeps its model loaded with `use`. The engine of a model that was removed or replaced is closed when no request
+    and no other model uses it any more. All methods belong to the event loop of the server.
+
     Args:
         served: at least one; `close` closes their engines.
         embed: for `/v1/embeddings`; None: there is no such route.
+        aliases: other name → name of a model, or of the embedding model.
+
+    Raises:
+        InputError: an alias is the name of a model, or names none.
     """
 
-    def __init__(self, served: Sequence[ServedModel], embed: Embedder | None = None) -> None:
+    def __init__(
+        self, served: Sequence[ServedModel], embed: Embedder | None = None, aliases: Mapping[str, str] | None = None
+    ) -> None:
         self.embed = embed
         self._served = {each.name: each for each in served}
+        self._aliases = dict(aliases or {})
+        self._requests: Counter[Engine] = Counter()
+        """How many requests use each engine."""
+        self._closing: set[asyncio.Task[None]] = set()
+        names = [*self._served, *([ASSET] if embed is not None else [])]
+        for alias, name in self._aliases.items():
+            if alias in names or name not in names:
+                raise InputError(
+                    f"the alias {alias!r} is the name of a model" if alias in names else f"there is no model {name!r}",
+                    where=f"--alias {alias}={name}",
+                    hint=f"the models are {', '.join(names)}",
+                )
 
     def get(self, name: str) -> ServedModel:
-        """The model of that name. Raises: Refused (404, `model_not_found`)."""
-        served = self._served.get(name)
+        """The model of that name or alias. Raises: Refused (404, `model_not_found`)."""
+        served = self._served.get(self._aliases.get(name, name))
         if served is None:
             names = ", ".join(map(repr, self._served))
             what = f"the model {name!r} does not exist: this server has {names}"
             raise Refused(404, what, param="model", code="model_not_found")
         return served
 
+    def is_embedding_model(self, name: str) -> bool:
+        """Whether this is the name or an alias of the model of `/v1/embeddings`."""
+        return self._aliases.get(name, name) == ASSET
+
     def all(self) -> Sequence[ServedModel]:
-        """All models, in the given order."""
+        """All models, in the given order, and those that came later."""
         return [*self._served.values()]
 
+    @contextlib.contextmanager
+    def use(self, served: ServedModel) -> Generator[None]:
+        """Keep a model loaded until a request ends."""
+        engine = served.answerer.engine
+        self._requests[engine] += 1
+        try:
+            yield
+        finally:
+            self._requests[engine] -= 1
+            self._close_unused(engine)
+
+    def add(self, served: ServedModel) -> None:
+        """Serve one more model, or another one under a name that is served: new requests get it, running ones keep theirs."""
+        before = self._served.get(served.name)
+        self._served[served.name] = served
+        if before is not None:
+            self._close_unused(before.answerer.engine)
+
+    def remove(self, name: str) -> None:
+        """Serve a model no longer; its running requests end as usual."""
+        self._close_unused(self._served.pop(name).answerer.engine)
+
+    def has_name(self, name: str) -> bool:
+        """Whether a model or an alias has this name."""
+        return name in self._served or name in self._aliases or (self.embed is not None and name == ASSET)
+
     def list_entries(self, max_requests: int) -> list[Model]:
-        """The entries of `/v1/models`; the embedding model, if there is one, comes last.
+        """The entries of `/v1/models`; the embedding model, if there is one, and aliases come last.
 
         Args:
             max_requests: how many requests the server runs at once.
         """
-        entries = [
-            Model(id=each.name, created=each.created, max_model_len=each.context, max_requests=max_requests)
+        entries = {
+            each.name: Model(id=each.name, created=each.created, max_model_len=each.context, max_requests=max_requests)
             for each in self.all()
-        ]
+        }
         if self.embed is not None:
-            entries.append(
-                Model(
-                    id=ASSET,
-                    created=entries[0].created,
-                    max_model_len=MAX_TOKENS,
-                    max_requests=max_requests,
-                    task="embeddings",
-                )
+            created = next(iter(entries.values())).created
+            entries[ASSET] = Model(
+                id=ASSET, created=created, max_model_len=MAX_TOKENS, max_requests=max_requests, task="embeddings"
             )
-        return entries
-
-    @property
-    def ready(self) -> bool:
-        """Whether the engines of all models can compute."""
-        return all(served.answerer.engine.ready for served in self._served.values())
+        aliases = [
+            entries[name].model_copy(update={"id": alias, "alias_of": name})
+            for alias, name in self._aliases.items()
+            if name in entries
+        ]
+        return [*entries.values(), *aliases]
 
     async def close(self) -> None:
         """Close all engines."""
-        engines = {id(served.answerer.engine): served.answerer.engine for served in self._served.values()}
-        await asyncio.gather(*(engine.close() for engine in engines.values()))
+        engines = {*(served.answerer.engine for served in self._served.values()), *self._requests}
+        await asyncio.gather(*(engine.close() for engine in engines), *self._closing)
 
-
-def open_served_models(
-    specs: Sequence[str],
-    *,
-    engine: EngineName | None = None,
-    urls: Sequence[str] = (),
-    name: str | None = None,
-    embeddings: bool = False,
-    at_once: int = 128,
-) -> ServedModels:
-    """Load the models of a server.
-
-    Args:
-        specs: each a run directory or any model spec, or NAME=SPEC. Without a name it is the run's, folder's, asset's or
-            hub's.
-        engine: the engine's name; None: the default of this device, or `remote` with URLs.
-        urls: replicas, which all serve these models; if there are several models, under the same names as here.
-        name: the name of the model, if there is only one.
-        embeddings: offer `/v1/embeddings`.
-        at_once: requests that this server runs at a time; each URL is sent up to as many.
-
-    Raises:
-        InputError: two models have the same name, `name` is given for several, or URLs without the remote engine.
-        RunError, ModelError, AssetError, TemplateError, MissingExtraError, DataError: see `open_model` and `build_answerer`.
-    """
-    local = check_engine(engine, urls)
-    named = [(given or name or model_name(spec), spec) for given, spec in map(split_name, specs)]
-    if name is not None and len(named) > 1:
-        raise InputError("--name names one model", where=f"--name {name}", hint="write NAME=MODEL for each of several")
-    names = [*(each for each, _ in named), *([ASSET] if embeddings else [])]
-    for each in names:
-        if names.count(each) > 1:
-            raise InputError(
-                f"two models are called {each!r}", where=", ".join(specs), hint="write NAME=MODEL for each"
-            )
-    opened = _connect_remote(named, urls, at_once) if urls else open_models([spec for _, spec in named], local)
-    embed = Embedder()
-    served = [_build_served_model(name, spec, each, embed) for (name, spec), each in zip(named, opened, strict=True)]
-    if embeddings or any(map(_needs_embeddings, served)):
-        embed(["No request should wait for this model to be fetched and loaded."])
-        served = [replace(each, embed=embed) for each in served]
-    return ServedModels(served, embed if embeddings else None)
-
-
-def split_name(text: str) -> tuple[str | None, str]:
-    """(name, spec) of NAME=SPEC, or (None, spec): a spec may be a folder with an equals sign in its name."""
-    match = _NAME.fullmatch(text)
-    return (None, text) if match is None or Path(text).exists() else (match["name"], match["spec"])
-
-
-def _connect_remote(named: Sequence[tuple[str, str]], urls: Sequence[str], at_once: int) -> list[OpenedModel]:
-    # No retries: a client whose request no replica takes decides itself whether to wait. No second queue in the engine, which
-    # would not be fair to keys as `RequestQueue` is.
-    settings: Any = {"retries": 0, "check_seconds": _CHECK_SECONDS, "concurrency": at_once * len(urls)}
-    several = len(named) > 1
-    return [connect_model(spec, urls, model=name if several else None, **settings) for name, spec in named]
-
-
-def _build_served_model(name: str, spec: str, opened: OpenedModel, embed: Embedder) -> ServedModel:
-    answer, seed = load_answer_settings(spec, {} if find_run(spec) else CHAT_SAMPLING)
-    settings = AnswererSettings(spec, answer, seed)
-    answerer = settings.build_on(opened.answerer, embed)
-    return ServedModel(answerer, name, fingerprint=f"fp_{settings.identity_on(opened.identity).digest}")
-
-
-def _needs_embeddings(served: ServedModel) -> bool:
-    """Whether a model's recipe needs embeddings to answer."""
-    prompting, consensus = served.answerer.prompting, served.answerer.consensus
-    return (prompting is not None and prompting.choose == "similar" and prompting.count > 0) or (
-        consensus is not None and consensus.method == "cosine"
-    )
+    def _close_unused(self, engine: Engine) -> None:
+        """Close an engine that no model and no request uses any more."""
+        if self._requests[engine] or any(each.answerer.engine is engine for each in self._served.values()):
+            return
+        del self._requests[engine]
+        task = asyncio.get_running_loop().create_task(engine.close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)

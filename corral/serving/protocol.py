@@ -242,7 +242,7 @@ class ConsensusResult(BaseModel):
 
 class Model(BaseModel):
     """An entry of `/v1/models`. Extensions: `max_model_len` (most tokens of prompt and answer together), `max_requests` (most
-    requests that run at once, of all models together) and `task`."""
+    requests that run at once, of all models together), `task` and `alias_of` (another name of that model)."""
 
     id: str
     object: Literal["model"] = "model"
@@ -251,6 +251,7 @@ class Model(BaseModel):
     max_model_len: int
     max_requests: int
     task: Literal["chat", "embeddings"] = "chat"
+    alias_of: str | None = None
 
 
 class ModelList(BaseModel):

@@ -280,6 +280,7 @@ def _add_responses(router: APIRouter, models: ServedModels, responses: ResponseS
             lambda: start_response(served, responses, owner, body),
             stream=bool(body.stream),
             model=served.name,
+            hold=models.use(served),
         )
 
     @router.get("/responses/{response_id}", dependencies=NO_QUERY)

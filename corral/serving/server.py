@@ -17,16 +17,16 @@ from dataclasses import dataclass
 import uvicorn
 from fastapi import APIRouter, FastAPI
 
-from corral.engines.registry import EngineName
 from corral.errors import InputError
 from corral.interrupts import Interrupts, Stopped
-from corral.serving import embeddings, responses
+from corral.serving import adapters, embeddings, responses
 from corral.serving.admission import Admission, ServerLimits
 from corral.serving.app import build_app
 from corral.serving.connections import connection_type
 from corral.serving.database import Database
 from corral.serving.keys import KeyStore
-from corral.serving.models import ServedModels, open_served_models
+from corral.serving.model_loading import ModelOptions, follow_runs, open_served_models
+from corral.serving.models import ServedModels
 
 _GRACE_SECONDS = 25.0  # for running requests after a signal; less than the 30 that Kubernetes gives
 _CLOSE_SECONDS = 2  # after that, for other requests, and then for usage counts
@@ -45,17 +45,6 @@ class ListenOptions:
     """Allow addresses that other machines can reach without keys, and any `Host` header."""
     cors: Sequence[str] = ()
     """Origins whose pages may send requests."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelOptions:
-    """The models of a server; see `open_served_models`."""
-
-    specs: Sequence[str]
-    engine: EngineName | None = None
-    urls: Sequence[str] = ()
-    name: str | None = None
-    embeddings: bool = False
 
 
 def serve(options: ModelOptions, listen: ListenOptions, limits: ServerLimits, database: str | None) -> None:
@@ -77,16 +66,10 @@ def serve(options: ModelOptions, listen: ListenOptions, limits: ServerLimits, da
             with contextlib.closing(_bind(listen)) as listener, _open_database(database) as opened:
                 has_keys = opened is not None and any(key.is_active for key in KeyStore(opened).all())
                 _check_exposure(listen, listener, has_keys)
+                _check_adapters(options, listener, has_keys)
                 print("loading …", file=sys.stderr)
-                models = open_served_models(
-                    options.specs,
-                    engine=options.engine,
-                    urls=options.urls,
-                    name=options.name,
-                    embeddings=options.embeddings,
-                    at_once=limits.at_once,
-                )
-                number = asyncio.run(_run(models, listen, listener, limits, opened, has_keys=has_keys))
+                models = open_served_models(options, limits.at_once)
+                number = asyncio.run(_run(models, options, listen, listener, limits, opened, has_keys=has_keys))
         except KeyboardInterrupt:
             raise Stopped(interrupts.signal) from None
     raise Stopped(number)
@@ -94,6 +77,7 @@ def serve(options: ModelOptions, listen: ListenOptions, limits: ServerLimits, da
 
 async def _run(
     models: ServedModels,
+    options: ModelOptions,
     listen: ListenOptions,
     listener: socket.socket,
     limits: ServerLimits,
@@ -106,16 +90,23 @@ async def _run(
     admission = build_admission(str(address), listen, limits, database, has_keys=has_keys)
     # Without keys, a page in a browser must not reach the server through a name of its own (DNS rebinding).
     hosts = ("localhost", "127.0.0.1", "::1", str(address)) if _is_local(str(address)) and not listen.insecure else ()
-    app = build_app(models, admission, routers=_routers(models, admission, database), hosts=hosts, cors=listen.cors)
+    routers = _routers(models, admission, database)
+    if options.adapters is not None:
+        routers.append(adapters.build_router(models, options.adapters))
+    app = build_app(models, admission, routers=routers, hosts=hosts, cors=listen.cors)
     server = build_http_server(app, admission)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.stop, number)
     listener.listen(1024)  # from here on clients can connect
     _print_address(models, f"http://{f'[{address}]' if ':' in address else address}:{port}", has_keys=has_keys)
+    following = loop.create_task(follow_runs(options, models)) if options.follow else None
     try:
         await server.serve(sockets=[listener])
     finally:
+        if following is not None:
+            following.cancel()
+            await asyncio.wait([following])
         await models.close()
         await server.close()
     return server.stopped_by
@@ -258,6 +249,16 @@ def _check_exposure(listen: ListenOptions, listener: socket.socket, has_keys: bo
             f"{listen.host} can be reached from other machines, and there are no keys",
             where=f"--host {listen.host} --port {listen.port}",
             hint="create a key with `corral keys add NAME`, or allow requests from anybody with --insecure",
+        )
+
+
+def _check_adapters(options: ModelOptions, listener: socket.socket, has_keys: bool) -> None:
+    """Raises: InputError (anybody on the network could load adapters)."""
+    if options.adapters is not None and not (has_keys or _is_local(str(listener.getsockname()[0]))):
+        raise InputError(
+            "without keys, anybody who reaches this server could load adapters",
+            where=f"--adapters {options.adapters}",
+            hint="create a key with `corral keys add NAME --admin`, or leave out --host",
         )
 
 

@@ -15,6 +15,7 @@ from corral.serving import server
 from corral.serving.admission import ServerLimits
 from corral.serving.database import Database
 from corral.serving.keys import KeyStore, KeyUsage, today
+from corral.serving.model_loading import ModelOptions
 from tests.answering.test_settings import write_run
 
 
@@ -94,7 +95,7 @@ def test_the_arguments_of_serve_reach_the_server(received: list[Any]) -> None:
     assert main(command.split()) == 0
     urls = ("http://x/v1", "http://y/v1")
     assert received == [
-        server.ModelOptions(["a", "b=runs/c"], "remote", urls, None, True),
+        ModelOptions(["a", "b=runs/c"], "remote", urls, embeddings=True),
         server.ListenOptions("::1", 1, True, ("https://a.example",)),
         ServerLimits(at_once=3, waiting=0, max_seconds=1.5),
         None,
@@ -104,7 +105,7 @@ def test_the_arguments_of_serve_reach_the_server(received: list[Any]) -> None:
 def test_without_flags_the_server_has_the_defaults_of_its_own_classes(received: list[Any]) -> None:
     assert main(["serve", "a"]) == 0
     assert received[:3] == [
-        server.ModelOptions(["a"]),
+        ModelOptions(["a"]),
         replace(server.ListenOptions(), cors=()),
         ServerLimits(),
     ]

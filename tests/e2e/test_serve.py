@@ -7,6 +7,7 @@ import contextlib
 import json
 import re
 import shlex
+import shutil
 import signal
 import socket
 import time
@@ -18,14 +19,16 @@ from typing import Any
 import openai
 import pytest
 
+from corral import recipe
 from corral.answering.open_model import open_model
 from corral.answering.settings import AnswererSettings, load_answer_settings
 from corral.cli import parser
 from corral.engines.base import Sampling
 from corral.messages import Conversation
 from tests.conftest import run_python
-from tests.e2e.conftest import fail
+from tests.e2e.conftest import fail, succeed
 from tests.forked import Forked, start_corral
+from tests.recipe.test_recipe import GOOD
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = (ROOT / "docs/serving.md").read_text("utf-8")
@@ -53,13 +56,14 @@ def address(output: str) -> str:
 
 
 def curl(command: str, url: str) -> Any:
-    """Send the request of a `curl` command; returns the JSON of the response."""
+    """Send the request of a `curl` command; returns the JSON or the text of the response."""
     words = shlex.split(command.replace("http://127.0.0.1:8000", url))
     options = list(zip(words[2::2], words[3::2], strict=True))
     headers = dict(value.split(": ") for name, value in options if name == "-H")
     data = next((value.encode() for name, value in options if name == "-d"), None)
     with urllib.request.urlopen(urllib.request.Request(words[1], data, headers)) as response:
-        return json.load(response)
+        text = response.read().decode()
+        return text if response.headers["content-type"].startswith("text/") else json.loads(text)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +75,7 @@ def quickstart(finished_run: Path) -> Generator[str]:
 
 def test_every_request_in_the_documentation_works(quickstart: str) -> None:
     docs_commands, readme_commands = (re.findall(r"^curl .*$", page, re.M) for page in (DOCS, README))
+    docs_commands = [command for command in docs_commands if "lora_adapter" not in command]  # see the test of adapters
     assert (len(docs_commands), len(readme_commands)) == (4, 1)
     for command in [*docs_commands, *readme_commands]:
         answer = curl(command, quickstart)
@@ -92,11 +97,30 @@ def test_the_python_in_the_documentation_works(quickstart: str) -> None:
     assert re.fullmatch(r"2 384 \d+\n", embeddings)
 
 
-def test_every_serve_command_in_the_documentation_parses() -> None:
-    commands = re.findall(r"^corral serve .*$", DOCS, re.M)
-    assert commands
+def test_every_serve_and_keys_command_in_the_documentation_parses() -> None:
+    commands = re.findall(r"^(?:ExecStart=/\S+/)?(corral (?:serve|keys) .*)$", DOCS, re.M)
+    assert len(commands) > 10
     for command in commands:
-        assert parser().parse_args(shlex.split(command)[1:]).verb == "serve"
+        assert parser().parse_args(shlex.split(command)[1:]).verb in ("serve", "keys")
+
+
+def test_the_settings_in_the_documentation_are_settings_of_a_recipe() -> None:
+    (section,) = re.findall(r"```toml\n(\[serve\].*?)```", DOCS, re.S)
+    assert len(recipe.parse(f"{GOOD}\n{section}", where="docs").serve.changes()) == 4
+
+
+def test_the_adapter_requests_in_the_documentation_work(finished_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run / "train-1-sft" / "adapter", tmp_path / "cook-v2")
+    base = json.loads((tmp_path / "cook-v2" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    load, unload = re.findall(r"^curl .*lora_adapter.*$", DOCS, re.M)
+    with serving(base, "--adapters", tmp_path) as (output, _):
+        url = address(output)
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            assert "added" in curl(load, url)
+            assert "cook" in [model.id for model in client.models.list()]
+            assert client.completions.create(model="cook", prompt="Hello", max_tokens=4).choices
+            assert "removed" in curl(unload, url)
+            assert "cook" not in [model.id for model in client.models.list()]
 
 
 def test_the_server_answers_as_the_answerer_does_with_the_same_seed(quickstart: str, finished_run: Path) -> None:
@@ -150,3 +174,22 @@ def test_a_signal_lets_answers_finish_and_sets_the_exit_code(
 def test_a_port_in_use_is_one_clear_error(tiny_folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         fail(2, ["in use", "next:"], "serve", tiny_folder, "--port", taken.getsockname()[1])
+
+
+@pytest.mark.full
+def test_a_followed_run_that_is_made_again_is_served_anew_without_ending_a_stream(run_copy: Path) -> None:
+    with serving(run_copy, "--follow") as (output, process):
+        client = openai.OpenAI(base_url=f"{address(output)}/v1", api_key="none", max_retries=0)
+        (model,) = [each.id for each in client.models.list()]
+        asked: Any = {"model": model, "messages": [{"role": "user", "content": "Hi"}], "temperature": 1.5}
+        stream = client.chat.completions.create(**asked, seed=1, max_tokens=400, stream=True)
+        chunks = [next(iter(stream))]
+        succeed("run", run_copy.parent / "r.toml", "--out", run_copy, "--set", "train.0.seed=77")
+        fingerprint = chunks[0].system_fingerprint
+        while client.chat.completions.create(**asked, max_tokens=1).system_fingerprint == fingerprint:
+            assert process.is_running, process.errors
+            time.sleep(0.1)
+        chunks += list(stream)
+        assert chunks[-1].choices[0].finish_reason in ("stop", "length")
+        assert {chunk.system_fingerprint for chunk in chunks} == {fingerprint}
+        client.close()

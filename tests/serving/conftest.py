@@ -102,7 +102,7 @@ JSON = {"content-type": "application/json"}
 
 
 def call(url: str, method: str, path: str, body: Any = None, headers: Any = JSON) -> tuple[int, Any, Any]:
-    """(status, JSON body, headers) of one plain request; of a stream, the data of its events in place of the body.
+    """(status, JSON or text body, headers) of one plain request; of a stream, the data of its events in place of the body.
 
     A dict is sent as JSON, and anything else as it is.
     """
@@ -110,8 +110,9 @@ def call(url: str, method: str, path: str, body: Any = None, headers: Any = JSON
         connection.request(method, path, json.dumps(body) if isinstance(body, dict) else body, headers)
         response = connection.getresponse()
         text = response.read().decode()
-    if not str(response.headers["content-type"]).startswith("text/event-stream"):
-        return response.status, json.loads(text or "null"), response.headers
+    kind = str(response.headers["content-type"])
+    if not kind.startswith("text/event-stream"):
+        return response.status, text if kind.startswith("text/") else json.loads(text or "null"), response.headers
     assert text.endswith("\n\n")
     events = [event.partition("data: ")[2] for event in text.removesuffix("\n\n").split("\n\n")]
     return response.status, [event if event == "[DONE]" else json.loads(event) for event in events], response.headers

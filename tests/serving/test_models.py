@@ -1,203 +1,136 @@
-"""What `corral serve` is given becomes models by name: runs as their recipes say, adapters on one base, replicas."""
+"""The models of a running server: names and aliases, and when a model that went is closed."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import APIRouter
 
 from corral.answering.answerer import Answerer
-from corral.answering.consensus import Consensus
-from corral.engines.base import Sampling
+from corral.engines.embedding import ASSET, Embedder
 from corral.engines.scripted import ScriptedEngine
-from corral.errors import InputError, ModelError
-from corral.messages import Conversation
-from corral.model import loading
-from corral.serving.models import ServedModel, ServedModels, open_served_models
+from corral.errors import InputError
+from corral.serving.models import ServedModel, ServedModels
+from corral.serving.protocol import Refused
 from corral.template import Template
-from tests.answering.test_settings import write_run
-from tests.engines.tiny import write_adapter
-from tests.serving.conftest import Serve
+from tests.serving.conftest import Endless, Serve
 
-ASKED = Conversation.from_turns(("user", "What is two plus two?"))
-ANSWER = """
-temperature = 0.2
-reasoning = true
-[answer.shots]
-count = 2
-[answer.shots.source]
-path = "{rows}"
-[answer.consensus]
-method = "majority"
-n = 4
-"""
+ASKED: Any = [{"role": "user", "content": "Hello"}]
 
 
-@pytest.fixture(scope="module")
-def two(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two adapters of the tiny model."""
-    folder = tmp_path_factory.mktemp("adapters")
-    return write_adapter(tiny_folder, folder / "cook", 1), write_adapter(tiny_folder, folder / "poet", 2)
+class Watched(ScriptedEngine):
+    """An engine that says whether it was closed, and how often."""
+
+    closings = 0
+
+    async def close(self) -> None:
+        self.closings += 1
+        await super().close()
 
 
-def opened(*specs: object, **options: Any) -> ServedModels:
-    given: Any = {"engine": "transformers"} | options
-    return open_served_models([str(spec) for spec in specs], **given)
-
-
-def closed(models: ServedModels) -> list[str]:
-    """Their names; they are not needed any longer."""
-    asyncio.run(models.close())
-    return [served.name for served in models.all()]
+@pytest.fixture
+def model(tiny_template: Template) -> Any:
+    """`model(name, engine)` is a served model."""
+    return lambda name, engine: ServedModel(Answerer(engine, tiny_template), name)
 
 
 # Names
 
 
-def test_a_model_has_its_own_name_unless_it_is_given_one(tiny_folder: Path) -> None:
-    assert closed(opened(tiny_folder)) == [tiny_folder.name]
-    assert closed(opened(tiny_folder, name="mine")) == ["mine"]
-    assert closed(opened(f"a={tiny_folder}", f"b c={tiny_folder}")) == ["a", "b c"]
-
-
-def test_a_folder_with_an_equals_sign_in_its_name_is_a_folder(tiny_folder: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(tiny_folder, tmp_path / "rate=1e-4")
-    assert closed(opened(folder)) == ["rate=1e-4"]
-
-
-def test_ambiguous_model_names_are_refused_before_loading(tiny_folder: Path) -> None:
-    for specs, options, part in (
-        (["a=nowhere", "a=elsewhere"], {}, "'a'"),
-        (["nowhere", "elsewhere"], {"name": "m"}, "--name"),
-        (["all-minilm-l6-v2=nowhere"], {"embeddings": True}, "all-minilm-l6-v2"),
-    ):
-        with pytest.raises(InputError, match=part) as caught:
-            opened(*specs, **options)
-        assert "NAME=MODEL" in str(caught.value.hint)
-
-
-# Runs
-
-
-def test_a_run_is_served_with_the_settings_of_its_recipe(tiny_folder: Path, tmp_path: Path) -> None:
-    rows = [
-        {"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"{i}."}]}
-        for i in range(9)
+def test_an_alias_is_another_name_of_a_model_over_http(serve: Serve) -> None:
+    models = ServedModels([serve.model("Hello")], Embedder(), {"gpt-4o-mini": "m", "text-embedding-3-small": ASSET})
+    running = serve(models)
+    answer = running.client.chat.completions.create(model="gpt-4o-mini", messages=ASKED)
+    assert (answer.choices[0].message.content, answer.model) == ("Hello", "m")
+    assert running.client.completions.create(model="gpt-4o-mini", prompt="Hello").choices[0].text == "Hello"
+    listed = {model.id: model for model in running.client.models.list()}
+    assert [*listed] == ["m", ASSET, "gpt-4o-mini", "text-embedding-3-small"]
+    assert [(each.to_dict()["alias_of"], each.to_dict()["task"]) for each in listed.values()] == [
+        (None, "chat"),
+        (None, "embeddings"),
+        ("m", "chat"),
+        (ASSET, "embeddings"),
     ]
-    (tmp_path / "shown.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = tmp_path / "run"
-    shutil.copytree(tiny_folder, run / "merge" / "model")
-    write_run(run, ANSWER.format(rows=tmp_path / "shown.jsonl"), base=tiny_folder)
-    models = opened(run, f"plain={tiny_folder}")
-    mine, plain = models.all()
-    assert (mine.name, plain.name) == ("mine", "plain")
-    answerer = mine.answerer
-    assert answerer.prompting
-    assert (answerer.prompting.count, answerer.prompting.reasoning) == (2, True)
-    prompt = answerer.template.tokenizer.decode(asyncio.run(answerer.encode_prompt(ASKED)))
-    assert prompt.count("<|im_start|>assistant") == 3, "two examples, and the answer to give"
-    assert isinstance(answerer.consensus, Consensus)
-    assert (answerer.consensus.method, answerer.consensus.n, answerer.sampling.max_tokens) == ("majority", 4, 33)
-    assert (plain.answerer.prompting, plain.answerer.consensus) == (None, None)
-    drawn = [(each.answerer.sampling.temperature, each.answerer.sampling.top_p) for each in (mine, plain)]
-    assert drawn == [(0.2, 1.0), (0.7, 0.9)], "where there is no recipe, as in a conversation at the terminal"
-    assert mine.fingerprint != plain.fingerprint, "other examples, another answer"
-    closed(models)
+    assert running.client.models.retrieve("gpt-4o-mini").id == "gpt-4o-mini"
+    assert models.is_embedding_model("text-embedding-3-small")
+    assert not models.is_embedding_model("gpt-4o-mini")
 
 
-# Adapters of one base
+@pytest.mark.parametrize(("alias", "name", "part"), [("m", "m", "name of a model"), ("x", "other", "no model 'other'")])
+def test_an_alias_that_cannot_be_used_is_one_clear_error(alias: str, name: str, part: str, serve: Serve) -> None:
+    with pytest.raises(InputError, match=part) as caught:
+        ServedModels([serve.model("Hello")], aliases={alias: name})
+    assert f"--alias {alias}={name}" in str(caught.value)
 
 
-async def test_concurrent_adapters_answer_as_each_does_alone(
-    two: tuple[Path, Path], tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    specs = {"base": tiny_folder, "cook": two[0], "poet": two[1]}
-    work = [(f"What is {i} plus {i}?", Sampling(24, 2, 0.8, seed=i, logprobs=True)) for i in range(6)]
+# Models that go
 
-    async def answers(models: ServedModels, name: str) -> list[Any]:
-        answerer = models.get(name).answerer
-        given = [await answerer.answer(Conversation.from_turns(("user", text)), sampling) for text, sampling in work]
-        scores = await answerer.engine.score(answerer.template.prompt(ASKED))
-        return [*((answer.texts, answer.completions) for answer in given), scores]
 
-    alone: list[list[Any]] = []
-    for name, spec in specs.items():
-        models = opened(f"{name}={spec}")
-        alone.append(await answers(models, name))
+async def test_a_removed_model_is_closed_when_its_last_request_ends(model: Any) -> None:
+    engine, stays = Watched([1]), Watched([2])
+    models = ServedModels([model("goes", engine), model("stays", stays)])
+    goes = models.get("goes")
+    with models.use(goes):
+        with models.use(goes):
+            models.remove("goes")
+            with pytest.raises(Refused, match="'stays'"):
+                models.get("goes")
+        await asyncio.sleep(0)
+        assert not engine.closings, "another request uses it"
+    await asyncio.sleep(0)
+    assert engine.closings == 1
+    assert [each.name for each in models.all()] == ["stays"]
+    await models.close()
+    assert (engine.closings, stays.closings) == (1, 1)
+
+
+async def test_a_replaced_model_without_requests_is_closed_at_once_and_new_requests_get_the_other(model: Any) -> None:
+    before, after = Watched([1]), Watched([2])
+    models = ServedModels([model("m", before)])
+    models.add(model("m", after))
+    await asyncio.sleep(0)
+    assert (before.closings, after.closings) == (1, 0)
+    assert models.get("m").answerer.engine is after
+    await models.close()
+
+
+async def test_an_engine_that_another_name_still_uses_stays_open(model: Any) -> None:
+    engine = Watched([1])
+    models = ServedModels([model("a", engine), model("b", engine)])
+    models.remove("a")
+    await asyncio.sleep(0)
+    assert not engine.closings
+    await models.close()
+    assert engine.closings == 1
+
+
+async def test_closing_all_closes_also_what_a_running_request_still_uses(model: Any) -> None:
+    engine, other = Watched([1]), Watched([2])
+    models = ServedModels([model("m", engine)])
+    with models.use(models.get("m")):
+        models.add(model("m", other))
         await models.close()
-    loaded: list[Path] = []
-    load = loading.load_model
-
-    def counted(folder: Path, **options: Any) -> Any:
-        loaded.append(folder)
-        return load(folder, **options)
-
-    monkeypatch.setattr(loading, "load_model", counted)
-    models = opened(*(f"{name}={spec}" for name, spec in specs.items()))
-    together = await asyncio.gather(*(answers(models, name) for name in (*specs, *reversed(specs))))
-    await models.close()
-    assert len(loaded) == 1, "the weights are loaded once"
-    for (*own, own_scores), (*expected, expected_scores) in zip(together, [*alone, *reversed(alone)], strict=True):
-        for (texts, completions), (expected_texts, expected_completions) in zip(own, expected, strict=True):
-            assert texts == expected_texts
-            for one, other in zip(completions, expected_completions, strict=True):
-                assert (one.ids, one.finish) == (other.ids, other.finish)
-                assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
-        assert own_scores == pytest.approx(expected_scores, abs=1e-4)
-    assert len({given[0][0] for given in alone}) == 3, "they are different models"
+        assert (engine.closings, other.closings) == (1, 1)
 
 
-async def test_a_busy_adapter_does_not_delay_another(two: tuple[Path, Path]) -> None:
-    models = opened(f"cook={two[0]}", f"poet={two[1]}")
-    busy, other = (models.get(name).answerer.engine for name in ("cook", "poet"))
-    endless = [busy.submit([5], Sampling(400, 4, 1.0)) for _ in range(2)]
-    waiting = [asyncio.create_task(generation.completions()) for generation in endless]
-    await asyncio.sleep(0.05)
-    await other.submit([5], Sampling(8)).completions()
-    assert not any(task.done() for task in waiting)
-    for task in waiting:
-        task.cancel()
-    await asyncio.gather(*waiting, return_exceptions=True)
-    await models.close()
+def test_a_stream_goes_on_with_its_model_when_that_is_replaced(serve: Serve) -> None:
+    endless = Endless()
+    models = ServedModels([serve.model(endless.engine)])
+    router = APIRouter()
 
+    @router.post("/replace")
+    async def replace() -> None:  # pyright: ignore[reportUnusedFunction]
+        models.add(serve.model("Another"))
 
-def test_adapters_are_selected_by_name_over_http_and_each_is_listed(two: tuple[Path, Path], serve: Serve) -> None:
-    models = opened(f"cook={two[0]}", f"poet={two[1]}")
-    client = serve(models).client
-    assert [model.id for model in client.models.list()] == ["cook", "poet"]
-    request: Any = {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0, "max_tokens": 16}
-    cook, poet = (client.chat.completions.create(model=name, **request) for name in ("cook", "poet"))
-    assert (cook.model, poet.model) == ("cook", "poet")
-    assert cook.choices[0].message.content != poet.choices[0].message.content
-    assert cook.system_fingerprint != poet.system_fingerprint
-    closed(models)
-
-
-def test_adapters_are_refused_by_an_engine_without_adapter_support(two: tuple[Path, Path]) -> None:
-    with pytest.raises(ModelError, match="openvino"):
-        opened(*two, engine="openvino")
-
-
-def test_a_shared_engine_is_closed_once_and_readiness_needs_all_engines(tiny_template: Template) -> None:
-    closings: list[str] = []
-
-    class Counted(ScriptedEngine):
-        @property
-        def ready(self) -> bool:
-            return self.name != "away"
-
-        async def close(self) -> None:
-            closings.append(self.name)
-            await super().close()
-
-    one, away = Counted([1], name="one"), Counted([1], name="away")
-    shared = [ServedModel(Answerer(one, tiny_template), name) for name in ("a", "b")]
-    assert ServedModels(shared).ready
-    models = ServedModels([*shared, ServedModel(Answerer(away, tiny_template), "c")])
-    assert not models.ready
-    closed(models)
-    assert sorted(closings) == ["away", "one"]
+    running = serve(models, routers=[router])
+    with running.client.chat.completions.create(model="m", messages=ASKED, stream=True) as stream:
+        chunks = iter(stream)
+        next(chunks)
+        assert running.call("POST", "/replace", {})[0] == 200
+        assert running.chat()[1]["choices"][0]["message"]["content"] == "Another"
+        drawn = endless.drawn
+        while endless.drawn < drawn + 3:
+            next(chunks)
+    assert endless.has_stopped()

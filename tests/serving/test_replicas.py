@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from corral.engines.base import Sampling
 from corral.errors import InputError
 from corral.serving import server
 from corral.serving.admission import ServerLimits
-from corral.serving.models import ServedModel, ServedModels, open_served_models
+from corral.serving.model_loading import ModelOptions, open_served_models
+from corral.serving.models import ServedModel, ServedModels
 from tests.conftest import web_server
 from tests.engines.conformance import complete, wait_for
 from tests.engines.remote.fake_server import FakeServer, chunk, fake_server, refuses_with
@@ -27,7 +28,7 @@ from tests.serving.conftest import openai_client, serve_in_thread
 def test_dead_replicas_are_skipped_until_they_return_and_with_none_left_requests_fail(
     tiny_served: ServedModel, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("corral.serving.models._CHECK_SECONDS", 0.1)
+    monkeypatch.setattr("corral.serving.model_loading._CHECK_SECONDS", 0.1)
     request: Any = {
         "model": "tiny",
         "messages": [{"role": "user", "content": "Hi"}],
@@ -43,11 +44,11 @@ def test_dead_replicas_are_skipped_until_they_return_and_with_none_left_requests
     with serve_in_thread(tiny_served) as first, openai_client(first) as direct:
         expected = ask(direct)
         with serve_in_thread(tiny_served) as second:
-            models = open_served_models([f"tiny={tiny_folder}"], urls=[f"{first}/v1", f"{second}/v1"])
+            models = open_served_models(ModelOptions([f"tiny={tiny_folder}"], urls=[f"{first}/v1", f"{second}/v1"]))
         # The second is gone by now.
         with serve_in_thread(models) as front, openai_client(front) as client:
             assert [ask(client) for _ in range(4)] == [expected] * 4, "nobody is sent to the one that died"
-            assert models.ready
+            assert models.get("tiny").answerer.engine.ready
             port = int(second.rpartition(":")[2])
             with serve_in_thread(tiny_served, port=port) as again:
                 assert again == second
@@ -55,14 +56,14 @@ def test_dead_replicas_are_skipped_until_they_return_and_with_none_left_requests
             wait_for(lambda: alive(models) == 1)
             assert ask(client) == expected
     with serve_in_thread(models) as front, openai_client(front) as client:
-        wait_for(lambda: not models.ready)
+        wait_for(lambda: not models.get("tiny").answerer.engine.ready)
         for stream in (False, True):
             with pytest.raises(openai.InternalServerError) as caught:
                 client.chat.completions.create(**request, stream=stream)
             assert caught.value.status_code == 503
             assert caught.value.response.headers["retry-after"]
         with serve_in_thread(tiny_served, port=int(first.rpartition(":")[2])):
-            wait_for(lambda: models.ready)
+            wait_for(lambda: models.get("tiny").answerer.engine.ready)
             assert ask(client) == expected
     asyncio.run(models.close())
 
@@ -97,7 +98,7 @@ def streamed(server: type[FakeServer]) -> list[Any]:
 async def test_each_model_is_requested_from_the_replica_by_its_own_name(tiny_folder: Path) -> None:
     two = replica(one_token, "cook", "poet")
     with web_server(two) as url:
-        models = open_served_models([f"cook={tiny_folder}", f"poet={tiny_folder}"], urls=[url])
+        models = open_served_models(ModelOptions([f"cook={tiny_folder}", f"poet={tiny_folder}"], urls=[url]))
         for name in ("poet", "cook"):
             await complete(models.get(name).answerer.engine, [5], Sampling(4))
         await models.close()
@@ -112,7 +113,7 @@ def test_an_error_of_the_only_replica_affects_one_request_only(fault: str, tiny_
     fails = FakeServer.finish if fault == "reset" else refuses_with(503, "full", **{"retry-after": "20"})
     once = replica(lambda self: (fails if len(streamed(type(self))) == 1 else one_token)(self))
     with web_server(once) as url:
-        models = open_served_models([f"m={tiny_folder}"], urls=[url])
+        models = open_served_models(ModelOptions([f"m={tiny_folder}"], urls=[url]))
         with serve_in_thread(models) as front, openai_client(front) as client:
             with pytest.raises(openai.InternalServerError) as caught:
                 client.chat.completions.create(**DIARY)
@@ -134,7 +135,7 @@ async def test_replicas_get_no_more_requests_at_once_than_the_server_admits(tiny
         one_token(self)
 
     with web_server(replica(slow)) as one, web_server(replica(slow)) as other:
-        models = open_served_models([f"m={tiny_folder}"], urls=[one, other], at_once=2)
+        models = open_served_models(ModelOptions([f"m={tiny_folder}"], urls=[one, other]), at_once=2)
         tasks = [asyncio.create_task(complete(models.get("m").answerer.engine, [5], Sampling(4))) for _ in range(5)]
         await asyncio.to_thread(wait_for, lambda: len(inside) >= 4)
         await asyncio.sleep(0.3)
@@ -145,12 +146,12 @@ async def test_replicas_get_no_more_requests_at_once_than_the_server_admits(tiny
 
 
 def test_the_server_reports_how_many_requests_it_admits(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(specs: Sequence[str], **options: Any) -> ServedModels:
-        raise InputError(f"{options['at_once']} at once")
+    def refuse(options: ModelOptions, at_once: int) -> ServedModels:
+        raise InputError(f"{at_once} at once")
 
     monkeypatch.setattr(server, "open_served_models", refuse)
     with pytest.raises(InputError, match="7 at once"):
-        server.serve(server.ModelOptions(["m"]), server.ListenOptions(port=0), ServerLimits(at_once=7), None)
+        server.serve(ModelOptions(["m"]), server.ListenOptions(port=0), ServerLimits(at_once=7), None)
 
 
 QUOTES: dict[str, Callable[[FakeServer], None]] = {
@@ -167,7 +168,7 @@ def test_replica_errors_that_quote_a_prompt_are_not_logged(
     quote: str, tiny_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with web_server(replica(QUOTES[quote])) as url:
-        models = open_served_models([f"m={tiny_folder}"], urls=[url])
+        models = open_served_models(ModelOptions([f"m={tiny_folder}"], urls=[url]))
         with serve_in_thread(models) as front, openai_client(front) as client, caplog.at_level(1):
             for stream in (False, True):
                 with pytest.raises(openai.APIError):

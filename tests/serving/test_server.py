@@ -26,8 +26,9 @@ from corral.serving import server as module
 from corral.serving.admission import ServerLimits
 from corral.serving.database import Database
 from corral.serving.keys import KeyStore, KeyUsage
+from corral.serving.model_loading import ModelOptions
 from corral.serving.models import ServedModels
-from corral.serving.server import ListenOptions, ModelOptions, Server, build_admission
+from corral.serving.server import ListenOptions, Server, build_admission
 from corral.serving.server import serve as serve_command
 from tests.serving.conftest import ASKED, CHAT, JSON, Endless, RunningServer, Serve, bearer, call, wait_for
 

@@ -81,13 +81,14 @@ class TransientError(Exception):
 
 
 class ListedModel(BaseModel):
-    """An entry of `/v1/models`. Servers of the vLLM kind give the context length, corral's own server also the task and how
-    many requests it runs at once."""
+    """An entry of `/v1/models`. Servers of the vLLM kind give the context length, corral's own server also the task, how
+    many requests it runs at once, and which entries are other names of a model."""
 
     id: str
     max_model_len: int | None = None
     max_requests: int | None = None
     task: str = "chat"
+    alias_of: str | None = None
 
 
 class _ModelList(BaseModel):

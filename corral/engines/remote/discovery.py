@@ -58,10 +58,11 @@ def find_model(listed: Sequence[tuple[str, Sequence[ListedModel]]], name: str | 
     entries: list[ListedModel] = []
     for url, all_models in listed:
         models = {model.id: model for model in reversed(all_models) if model.task == "chat"}
-        names = one_line(", ".join(reversed(models))) or "none"
-        if name is None and len(models) != 1:
+        own = [name for name, model in reversed(models.items()) if model.alias_of is None]
+        names = one_line(", ".join(own)) or "none"
+        if name is None and len(own) != 1:
             raise ModelError(f"the endpoint has several models, or none: {names}", where=url, hint="name one of them")
-        name = name or next(iter(models))  # the other endpoints must have it too
+        name = name or own[0]  # the other endpoints must have it too
         if name not in models:
             raise ModelError(f"the endpoint has no model {name!r}; it has: {names}", where=url, hint="name one of them")
         entries.append(models[name])
