@@ -1,7 +1,7 @@
 """Stores responses: from pending, with a lease on their conversation, to finished, discarded or lost.
 
 A response is begun and finished, each in one transaction. In between it locks its conversation, and a second response for that
-conversation is refused. Its server renews the lease every few seconds. If the server is killed, the lease ends, the
+conversation is refused. Its server renews its leases every few seconds. If the server is killed, the lease ends, the
 conversation is unlocked, and the response counts as lost.
 
 Calls block. If several machines share a database, their clocks must agree within a few seconds.
@@ -14,7 +14,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -49,9 +49,12 @@ from corral.serving.store import (
 
 T = TypeVar("T")
 
-_HEARTBEATS_PER_LEASE = 4
+LEASE_SECONDS = 10
+"""How long a pending response counts as alive without a heartbeat, which may wait five seconds for a locked database."""
+_HEARTBEATS_PER_LEASE = 5
 _STORE_SECONDS = 30  # timeout of a call of the store; the database's own timeouts are shorter
-_SWEEP_SECONDS = 3600
+_SWEEP_SECONDS = 600
+_SWEEP_ROWS = 1000  # at most, so that no request waits long for the deletion of old responses
 _DAY = 86400
 _log = logging.getLogger(__name__)
 
@@ -92,12 +95,16 @@ class ResponseStore:
         lease_seconds: time after which a pending response without a heartbeat counts as lost.
     """
 
-    def __init__(self, database: Database, limits: StorageLimits | None = None, *, lease_seconds: float = 20) -> None:
+    def __init__(
+        self, database: Database, limits: StorageLimits | None = None, *, lease_seconds: float = LEASE_SECONDS
+    ) -> None:
         self.lease_seconds = lease_seconds
         self._database = database
         # Heartbeats must not wait for connections that other calls hold.
         self._heartbeat_database = database.with_own_connections()
         self._limits = limits or StorageLimits()
+        self._held: set[str] = set()
+        self._heartbeats: asyncio.Task[None] | None = None
         self._last_sweep = 0.0
 
     def begin(self, pending: PendingResponse, body: dict[str, Any]) -> list[Item]:
@@ -143,13 +150,32 @@ class ResponseStore:
                 session.add(row)
             return history
 
-    def renew_lease(self, pending: PendingResponse) -> None:
-        """Extend the lease of a pending response."""
-        conversations = update(ConversationRow).where(ConversationRow.lease_owner == pending.id)
-        responses = update(ResponseRow).where(ResponseRow.id == pending.id, ResponseRow.lease_until.is_not(None))
+    def renew_leases(self, responses: Collection[str]) -> None:
+        """Extend the leases of pending responses, by their ids."""
+        conversations = update(ConversationRow).where(ConversationRow.lease_owner.in_(responses))
+        pending = update(ResponseRow).where(ResponseRow.id.in_(responses), ResponseRow.lease_until.is_not(None))
         with self._heartbeat_database.write_session() as session:
             session.execute(conversations.values(lease_until=self._lease_end))
-            session.execute(responses.values(lease_until=self._lease_end))
+            session.execute(pending.values(lease_until=self._lease_end))
+
+    def keep_lease(self, response: str) -> None:
+        """Renew the lease of a response until `drop_lease`. Called in the event loop, which renews all leases at once."""
+        self._held.add(response)
+        if self._heartbeats is None:
+            self._heartbeats = asyncio.create_task(self._send_heartbeats())
+
+    def drop_lease(self, response: str) -> None:
+        """Renew it no longer."""
+        self._held.discard(response)
+        if not self._held and self._heartbeats is not None:
+            self._heartbeats.cancel()
+            self._heartbeats = None
+
+    async def _send_heartbeats(self) -> None:
+        while True:
+            await asyncio.sleep(self.lease_seconds / _HEARTBEATS_PER_LEASE)
+            with contextlib.suppress(Refused):
+                await call_store(self.renew_leases, [*self._held])
 
     def discard(self, pending: PendingResponse) -> None:
         """Delete a pending response and unlock its conversation."""
@@ -245,9 +271,12 @@ class ResponseStore:
         row = _get_response_row(session, owner, previous, param="previous_response_id")
         has_answer = select(ItemRow.number).where(ItemRow.response == row.number, ItemRow.is_output).limit(1)
         if session.scalar(has_answer) is None:
-            is_pending = row.lease_until is not None and row.lease_until > time.time()
-            what = "is still being generated" if is_pending else "has no answer to continue"
-            raise Refused(409 if is_pending else 400, f"the response {previous!r} {what}", param="previous_response_id")
+            seconds = (row.lease_until or 0) - time.time()
+            if seconds > 0:
+                what = f"the response {previous!r} is still being generated: wait for it, or cancel it"
+                raise Refused(409, what, param="previous_response_id", code="response_pending", retry_seconds=seconds)
+            what = f"the response {previous!r} has no answer to continue"
+            raise Refused(400, what, param="previous_response_id")
         columns = (ResponseRow.number, ResponseRow.previous, ResponseRow.conversation)
         chain = select(*columns, literal(0).label("depth")).where(ResponseRow.number == row.number).cte(recursive=True)
         older = aliased(ResponseRow)
@@ -271,7 +300,8 @@ class ResponseStore:
             return
         self._last_sweep = time.monotonic()
         is_old = ResponseRow.created_at < time.time() - self._limits.response_days * _DAY
-        delete_responses(session, select(ResponseRow.number).where(ResponseRow.conversation.is_(None), is_old))
+        expired = select(ResponseRow.number).where(ResponseRow.conversation.is_(None), is_old)
+        delete_responses(session, expired.order_by(ResponseRow.number).limit(_SWEEP_ROWS))
 
     def _evict_oldest(self, session: Session, owner: str, size: int) -> None:
         """Delete the oldest responses of an owner until a new one fits. Raises: Refused (it alone is too large)."""
@@ -309,7 +339,6 @@ class Lease:
         self.is_closed = False
         self._store = store
         self._pending = pending
-        self._heartbeat: asyncio.Task[None] | None = None
 
     async def acquire(self, body: dict[str, Any]) -> list[Item]:
         """Begin the pending response. Returns: the items before it. Raises: Refused."""
@@ -322,7 +351,7 @@ class Lease:
                 await self.discard()
             raise
         if self._pending.is_written:
-            self._heartbeat = asyncio.create_task(self._send_heartbeats())
+            self._store.keep_lease(self._pending.id)
         return history
 
     async def discard(self) -> None:
@@ -339,15 +368,8 @@ class Lease:
     def _close(self) -> bool:
         """Returns: whether there is something to write: the lease was open, and the response is stored."""
         was_closed, self.is_closed = self.is_closed, True
-        if self._heartbeat is not None:
-            self._heartbeat.cancel()
+        self._store.drop_lease(self._pending.id)
         return not was_closed and self._pending.is_written
-
-    async def _send_heartbeats(self) -> None:
-        while True:
-            await asyncio.sleep(self._store.lease_seconds / _HEARTBEATS_PER_LEASE)
-            with contextlib.suppress(Refused):
-                await call_store(self._store.renew_lease, self._pending)
 
 
 async def call_store(call: Callable[..., T], *arguments: Any) -> T:

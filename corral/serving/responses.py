@@ -1,4 +1,4 @@
-"""The Responses API: answers a ResponsesRequest with a response or its events, and stores it; the routes of what is stored.
+"""The Responses API: answers a ResponsesRequest with a response or its events, and stores it.
 
 A response is stored before the client is told that it is complete. If a stream is cancelled, the text that was sent is kept,
 marked incomplete; without a stream nothing is kept, so that the client can ask again.
@@ -10,16 +10,18 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncGenerator, Callable
-from typing import Annotated, Any
+from collections.abc import AsyncGenerator
+from typing import Any
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from corral.engines.base import Finish
 from corral.errors import TemplateError
 from corral.messages import Conversation
+from corral.serving import conversations
 from corral.serving.admission import Admission
+from corral.serving.conversations import NO_QUERY, Owner, Paged, read_store
 from corral.serving.database import Database
 from corral.serving.errors import Refused
 from corral.serving.generation import (
@@ -35,23 +37,17 @@ from corral.serving.generation import (
 )
 from corral.serving.models import ServedModel, ServedModels
 from corral.serving.protocol import Usage
-from corral.serving.response_store import Lease, PendingResponse, ResponseStore, call_store
+from corral.serving.response_store import LEASE_SECONDS, Lease, PendingResponse, ResponseStore, call_store
 from corral.serving.responses_protocol import (
-    ConversationObject,
-    CreateConversation,
-    CreateItems,
     DeletedObject,
-    ExportObject,
     IncompleteDetails,
     ItemObject,
     ListObject,
     OutputTextPart,
-    PageQuery,
     ResponseError,
     ResponseObject,
     ResponsesRequest,
     ResponseUsage,
-    UpdateConversation,
     build_conversation,
 )
 from corral.serving.store import ConversationStore, Item, new_id
@@ -235,7 +231,7 @@ async def _fits(served: ServedModel, conversation: Conversation, max_tokens: int
 
 
 def build_router(
-    models: ServedModels, database: Database, admission: Admission, *, lease_seconds: float = 20
+    models: ServedModels, database: Database, admission: Admission, *, lease_seconds: float = LEASE_SECONDS
 ) -> APIRouter:
     """`/v1/responses` and `/v1/conversations`, with all routes below them. They act for the caller alone.
 
@@ -243,32 +239,9 @@ def build_router(
         lease_seconds: how long a conversation stays locked after a server died while it answered.
     """
     router = APIRouter(prefix="/v1")
-    conversations = ConversationStore(database)
     _add_responses(router, models, ResponseStore(database, lease_seconds=lease_seconds), admission)
-    _add_conversations(router, conversations)
-    _add_items(router, conversations)
+    conversations.add_routes(router, ConversationStore(database))
     return router
-
-
-async def _owner(request: Request) -> str:
-    """The id of the caller's key."""
-    return request.state.caller.key_id
-
-
-async def _refuse_query(request: Request) -> None:
-    """Refuse any query parameter."""
-    for name in request.query_params:
-        raise Refused(400, f"{name!r} is not a parameter of this route", param=name, code="unknown_parameter")
-
-
-Owner = Annotated[str, Depends(_owner)]
-Paged = Annotated[PageQuery, Query()]
-NO_QUERY = [Depends(_refuse_query)]
-
-
-async def _read_store(call: Callable[[], BaseModel]) -> Response:
-    """Respond with the result of a call of the store, which may be long so it is serialised there. Raises: Refused."""
-    return await call_store(lambda: json_response(call()))
 
 
 def _add_responses(router: APIRouter, models: ServedModels, responses: ResponseStore, admission: Admission) -> None:
@@ -285,7 +258,7 @@ def _add_responses(router: APIRouter, models: ServedModels, responses: ResponseS
 
     @router.get("/responses/{response_id}", dependencies=NO_QUERY)
     async def response(response_id: str, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
-        return await _read_store(lambda: ResponseObject.from_stored(responses.get(owner, response_id)))
+        return await read_store(lambda: ResponseObject.from_stored(responses.get(owner, response_id)))
 
     @router.delete("/responses/{response_id}", dependencies=NO_QUERY)
     async def delete(response_id: str, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
@@ -294,67 +267,4 @@ def _add_responses(router: APIRouter, models: ServedModels, responses: ResponseS
 
     @router.get("/responses/{response_id}/input_items")
     async def inputs(response_id: str, page: Paged, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
-        return await _read_store(lambda: ListObject.from_items(*responses.list_inputs(owner, response_id, page.page)))
-
-
-def _add_conversations(router: APIRouter, conversations: ConversationStore) -> None:
-    @router.post("/conversations", dependencies=NO_QUERY)
-    async def create(body: CreateConversation, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
-        items = [message.item for message in body.items or ()]
-        created = await call_store(conversations.create, owner, body.metadata or {}, items)
-        return json_response(ConversationObject.from_stored(created))
-
-    @router.get("/conversations")
-    async def all_(page: Paged, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
-        stored, has_more = await call_store(conversations.list_page, owner, page.page)
-        objects = [ConversationObject.from_stored(each) for each in stored]
-        return json_response(ListObject.from_objects(objects, has_more=has_more))
-
-    @router.get("/conversations/{conversation_id}", dependencies=NO_QUERY)
-    async def one(conversation_id: str, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
-        stored = await call_store(conversations.get, owner, conversation_id)
-        return json_response(ConversationObject.from_stored(stored))
-
-    @router.post("/conversations/{conversation_id}", dependencies=NO_QUERY)
-    async def update(conversation_id: str, body: UpdateConversation, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
-        updated = await call_store(conversations.update, owner, conversation_id, body.metadata or {})
-        return json_response(ConversationObject.from_stored(updated))
-
-    @router.delete("/conversations/{conversation_id}", dependencies=NO_QUERY)
-    async def delete(conversation_id: str, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
-        await call_store(conversations.delete, owner, conversation_id)
-        return json_response(DeletedObject(id=conversation_id, object="conversation.deleted"))
-
-    @router.get("/conversations/{conversation_id}/export", dependencies=NO_QUERY)
-    async def export(conversation_id: str, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
-        exported = await _read_store(lambda: ExportObject.from_stored(*conversations.export(owner, conversation_id)))
-        exported.headers["content-disposition"] = f'attachment; filename="{conversation_id}.json"'
-        return exported
-
-
-def _add_items(router: APIRouter, conversations: ConversationStore) -> None:
-    path = "/conversations/{conversation_id}/items"
-
-    @router.post(path, dependencies=NO_QUERY)
-    async def add(conversation_id: str, body: CreateItems, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
-        def add_items() -> ListObject:
-            items = [message.item for message in body.items]
-            conversations.add_items(owner, conversation_id, items)
-            return ListObject.from_items(items)
-
-        return await _read_store(add_items)
-
-    @router.get(path)
-    async def all_(conversation_id: str, page: Paged, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
-        return await _read_store(
-            lambda: ListObject.from_items(*conversations.list_items(owner, conversation_id, page.page))
-        )
-
-    @router.get(path + "/{item_id}", dependencies=NO_QUERY)
-    async def one(conversation_id: str, item_id: str, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
-        return await _read_store(lambda: ItemObject.from_item(conversations.get_item(owner, conversation_id, item_id)))
-
-    @router.delete(path + "/{item_id}", dependencies=NO_QUERY)
-    async def delete(conversation_id: str, item_id: str, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
-        stored = await call_store(conversations.delete_item, owner, conversation_id, item_id)
-        return json_response(ConversationObject.from_stored(stored))
+        return await read_store(lambda: ListObject.from_items(*responses.list_inputs(owner, response_id, page.page)))

@@ -156,19 +156,18 @@ class CreateItems(StrictModel):
 
 
 class PageQuery(StrictModel):
-    """Query parameters of a list; `before` is an extension."""
+    """Query parameters of a list."""
 
     model_config = ConfigDict(strict=False)  # query parameters are strings
 
     after: str | None = None
-    before: str | None = None
     limit: int = Field(20, ge=1, le=100)
     order: Literal["asc", "desc"] = "desc"
 
     @property
     def page(self) -> Page:
         """The page to read from the store."""
-        return Page(self.after, self.before, self.limit, self.order == "asc")
+        return Page(self.after, self.limit, self.order == "asc")
 
 
 class InputTextPart(BaseModel):
@@ -233,6 +232,11 @@ class ListObject(BaseModel):
         return cls(data=data, first_id=first, last_id=last, has_more=has_more)
 
     @classmethod
+    def from_conversations(cls, stored: Sequence[StoredConversation], has_more: bool) -> ListObject:
+        """Build a page of conversations."""
+        return cls.from_objects([ConversationObject.from_stored(each) for each in stored], has_more=has_more)
+
+    @classmethod
     def from_items(cls, items: Sequence[Item], has_more: bool = False) -> ListObject:
         """Build a page of items."""
         return cls.from_objects([ItemObject.from_item(item) for item in items], has_more=has_more)
@@ -244,28 +248,6 @@ class DeletedObject(BaseModel):
     id: str
     object: Literal["conversation.deleted", "response.deleted"]
     deleted: Literal[True] = True
-
-
-class ExportObject(BaseModel):
-    """A complete conversation; an extension. `messages` has the form of training data."""
-
-    id: str
-    object: Literal["conversation.export"] = "conversation.export"
-    created_at: int
-    metadata: dict[str, str]
-    items: list[ItemObject]
-    messages: list[dict[str, str]]
-
-    @classmethod
-    def from_stored(cls, stored: StoredConversation, items: Sequence[Item]) -> ExportObject:
-        """Convert a stored conversation with its items."""
-        return cls(
-            id=stored.id,
-            created_at=stored.created_at,
-            metadata=stored.metadata,
-            items=[ItemObject.from_item(item) for item in items],
-            messages=[{"role": _plain_role(item.role), "content": item.text} for item in items],
-        )
 
 
 class InputDetails(BaseModel):
@@ -397,6 +379,11 @@ def build_conversation(instructions: str | None, items: Sequence[Item]) -> Conve
     if not turns or turns[-1][0] != "user":
         raise Refused(400, "'input': the last message must be the user's", param="input")
     return Conversation.from_turns(*turns)
+
+
+def plain_message(item: Item) -> dict[str, str]:
+    """An item as a message of training data."""
+    return {"role": _plain_role(item.role), "content": item.text}
 
 
 def _plain_role(role: Role) -> PlainRole:

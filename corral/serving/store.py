@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -39,7 +39,8 @@ ROW_BYTES = 256
 """Counted for each row in addition to its text, so that empty texts take space too."""
 PART_BYTES = 64
 """Counted for each part of a message after the first."""
-_PAGE_BYTES = 2**20
+_PAGE_BYTES = 2**18
+"""Bytes of text after which a page ends early."""
 _FETCH_ROWS = 10
 
 
@@ -59,7 +60,7 @@ class ConversationRow(Base):
     labels: Mapped[dict[str, str]] = mapped_column("metadata", JSON)  # SQLAlchemy reserves the name `metadata`
     items: Mapped[int] = mapped_column(Integer, default=0)
     bytes: Mapped[int] = mapped_column(BigInteger, default=0)
-    lease_owner: Mapped[str | None] = mapped_column(String(64))
+    lease_owner: Mapped[str | None] = mapped_column(String(64), index=True)
     """The id of the pending response, which locks the conversation until it is finished, or until `lease_until`."""
     lease_until: Mapped[float | None] = mapped_column(Double)
 
@@ -179,10 +180,9 @@ def storage_bytes(items: Sequence[Item]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Which part of a list to read: after or before an id, newest first unless `ascending`."""
+    """Which part of a list to read: after an id, newest first unless `ascending`."""
 
     after: str | None = None
-    before: str | None = None
     limit: int = 20
     ascending: bool = False
 
@@ -191,33 +191,23 @@ Row = TypeVar("Row", ConversationRow, ItemRow)
 
 
 def read_page(session: Session, query: Select[Row], kind: type[Row], page: Page) -> tuple[list[Row], bool]:
-    """Return (rows, whether there are more in that direction). A page of long rows has fewer than `limit`.
+    """Return (rows, whether there are more). A page of long rows has fewer than `limit`.
 
     Raises: Refused (an id that is not in the list).
     """
-    for param, id_ in (("after", page.after), ("before", page.before)):
-        if id_ is None:
-            continue
-        number = (
-            session.scalar(query.where(kind.id == id_).with_only_columns(kind.number)) if is_valid_id(id_) else None
-        )
+    if page.after is not None:
+        find = query.where(kind.id == page.after).with_only_columns(kind.number)
+        number = session.scalar(find) if is_valid_id(page.after) else None
         if number is None:
-            raise Refused(400, f"{param!r}: nothing in this list has the id {id_!r}", param=param)
-        is_later = page.ascending == (param == "after")
-        query = query.where(kind.number > number if is_later else kind.number < number)
-    is_backwards = page.before is not None and page.after is None
-    order = kind.number.asc() if page.ascending != is_backwards else kind.number.desc()
+            raise Refused(400, f"'after': nothing in this list has the id {page.after!r}", param="after")
+        query = query.where(kind.number > number if page.ascending else kind.number < number)
+    order = kind.number.asc() if page.ascending else kind.number.desc()
     rows, has_more = read_rows(session, query.order_by(order).limit(page.limit + 1), _PAGE_BYTES)
-    if len(rows) > page.limit:
-        rows, has_more = rows[: page.limit], True
-    return rows[::-1] if is_backwards else rows, has_more
+    return rows[: page.limit], has_more or len(rows) > page.limit
 
 
 def read_rows(session: Session, query: Select[Row], most_bytes: int) -> tuple[list[Row], bool]:
-    """Return (the first rows of a query, until they exceed `most_bytes`, whether there are more).
-
-    Sizes are computed from the rows that were read, as stored sizes may be wrong in old databases; further rows are not read.
-    """
+    """Return (the first rows of a query, until they exceed `most_bytes`, whether there are more). No others are read."""
     selected: list[Row] = []
     size = 0
     rows = session.scalars(query.execution_options(yield_per=_FETCH_ROWS))
@@ -226,7 +216,7 @@ def read_rows(session: Session, query: Select[Row], most_bytes: int) -> tuple[li
             rows.close()
             return selected, True
         selected.append(row)
-        size += Item.from_row(row).bytes if isinstance(row, ItemRow) else ROW_BYTES
+        size += ROW_BYTES + (row.bytes if isinstance(row, ItemRow) else 0)
     return selected, False
 
 
@@ -260,6 +250,13 @@ def check_unlocked(row: ConversationRow) -> None:
     """Raises: Refused (409: a response is pending in the conversation)."""
     if row.lease_owner is not None and (row.lease_until or 0) > time.time():
         raise locked(row)
+
+
+def locked(row: ConversationRow) -> Refused:
+    """A 409 for a conversation that another response holds, with `Retry-After`: its lease ends by then if its server died."""
+    what = f"an answer is being generated in the conversation {row.id!r}: wait for it, or cancel it"
+    seconds = (row.lease_until or 0) - time.time()
+    return Refused(409, what, param="conversation", code="conversation_locked", retry_seconds=seconds)
 
 
 def check_conversation_size(items: int, size: int, new: Sequence[Item], limits: StorageLimits) -> None:
@@ -305,12 +302,6 @@ def add_item(
         conversation.bytes += item.bytes
     session.add(item.to_row(conversation=number, response=response, is_output=is_output))
     session.flush()  # one by one, because their numbers are their order
-
-
-def locked(row: ConversationRow) -> Refused:
-    """A 409 for a conversation that another response holds."""
-    what = f"an answer is being generated in the conversation {row.id!r}: wait for it, or cancel it"
-    return Refused(409, what, param="conversation", code="conversation_locked")
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,16 +366,23 @@ class ConversationStore:
             delete_responses(session, select(ResponseRow.number).where(ResponseRow.conversation == row.number))
             session.delete(row)
 
-    def export(self, owner: str, id_: str) -> tuple[StoredConversation, list[Item]]:
-        """Return (a conversation, all its items in order). Raises: Refused (404; 400: far over the storage limit)."""
+    def iterate_items(self, owner: str, id_: str) -> Iterator[list[Item]]:
+        """All items of a conversation in order, page by page; those added meanwhile are left out.
+
+        Between pages nothing is held, so the reader may take its time. Raises: Refused (404, also if it is deleted meanwhile).
+        """
         with self._database.read_session() as session:
-            row = get_conversation_row(session, owner, id_)
-            # Twice the limit, because an answer that exceeds it is still stored.
-            items, has_more = read_rows(session, _items_query(row).order_by(ItemRow.number), 2 * self.limits.max_bytes)
-            if has_more:
-                what = "this conversation is too large for one response: read its items page by page"
-                raise Refused(400, what, code="conversation_too_large")
-            return StoredConversation.from_row(row), [Item.from_row(item) for item in items]
+            query = _items_query(get_conversation_row(session, owner, id_)).with_only_columns(func.max(ItemRow.number))
+            last = session.scalar(query) or 0
+        number, has_more = 0, True
+        while has_more:
+            with self._database.read_session() as session:
+                query = _items_query(get_conversation_row(session, owner, id_))
+                query = query.where(ItemRow.number > number, ItemRow.number <= last).order_by(ItemRow.number)
+                rows, has_more = read_rows(session, query, _PAGE_BYTES)
+                number = rows[-1].number if rows else last
+                items = [Item.from_row(row) for row in rows]
+            yield items
 
     def add_items(self, owner: str, id_: str, items: Sequence[Item]) -> None:
         """Append items. Raises: Refused (404; 409: a response is pending; 400: a storage limit)."""

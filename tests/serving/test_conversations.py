@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from corral.serving.admission import Admission
 from corral.serving.database import Database
 from corral.serving.keys import KeyStore
-from tests.serving.conftest import Serve, openai_client
+from tests.serving.conftest import Serve, bearer, openai_client, wait_for
 from tests.serving.postgres import PostgreSQL
 from tests.serving.stateful import ASK, echo_engine, echoed, list_items, serve_in_process
 
@@ -196,6 +197,41 @@ def test_conversations_are_created_renamed_listed_exported_and_deleted(client: o
     assert (deleted.deleted, deleted.object) == (True, "conversation.deleted")
     with pytest.raises(openai.NotFoundError):
         client.conversations.retrieve(conversation.id)
+
+
+def test_a_long_conversation_is_exported_whole_page_by_page(client: openai.OpenAI) -> None:
+    texts = ["é\0漢" * 5_000 + str(i) for i in range(12)]
+    conversation = client.conversations.create(items=[{"role": "user", "content": text} for text in texts[:6]])
+    client.conversations.items.create(
+        conversation.id, items=[{"role": "developer", "content": text} for text in texts[6:]]
+    )
+    export: Any = client.get(f"/conversations/{conversation.id}/export", cast_to=object)
+    assert [item["content"][0]["text"] for item in export["items"]] == texts
+    assert [message["content"] for message in export["messages"]] == texts
+    assert [message["role"] for message in export["messages"]] == ["user"] * 6 + ["system"] * 6
+    empty = client.conversations.create(metadata={"title": "none"})
+    export = client.get(f"/conversations/{empty.id}/export", cast_to=object)
+    assert (export["items"], export["messages"], export["metadata"]) == ([], [], {"title": "none"})
+
+
+def test_few_exports_of_one_key_run_at_once_and_others_are_told_to_try_again(database: Database, serve: Serve) -> None:
+    keys = KeyStore(database)
+    secret, other = (keys.add(name)[1] for name in ("ann", "bob"))
+    server = serve.with_store(echo_engine(serve.template), database, Admission(keys=keys))
+    with openai_client(server.url, api_key=secret) as client:
+        conversation = client.conversations.create()
+        for _ in range(4):
+            client.conversations.items.create(conversation.id, items=[{"role": "user", "content": "x" * 1_000_000}])
+    path = f"/v1/conversations/{conversation.id}/export"
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            head = f"GET {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {secret}\r\n\r\n"
+            slow = stack.enter_context(server.connect(head, receive_buffer=4096))
+            assert slow.recv(12) == b"HTTP/1.1 200"
+        status, body, headers = server.call("GET", path, headers=bearer(secret))
+        assert (status, body["error"]["code"], headers["retry-after"]) == (503, "server_full", "1")
+        assert server.call("GET", path, headers=bearer(other))[0] == 404, "who reads slowly stops nobody else"
+    assert wait_for(lambda: server.call("GET", path, headers=bearer(secret))[0] == 200)
 
 
 def test_items_are_added_paged_read_and_deleted(client: openai.OpenAI) -> None:

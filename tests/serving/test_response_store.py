@@ -58,7 +58,7 @@ def test_other_owners_cannot_find_read_change_or_continue_a_conversation(store: 
     item = items_of(store, conversation.id)[0].id
     mine = turn("more", conversation=conversation.id)
     run_turn(store, mine)
-    before = store.export("a", conversation.id)
+    before = store.get("a", conversation.id), texts_of(store, conversation.id)
     turns = store.responses
     for who, id_, response in (
         ("b", conversation.id, mine.id),
@@ -69,7 +69,7 @@ def test_other_owners_cannot_find_read_change_or_continue_a_conversation(store: 
             lambda who=who, id_=id_: store.get(who, id_),
             lambda who=who, id_=id_: store.update(who, id_, {}),
             lambda who=who, id_=id_: store.delete(who, id_),
-            lambda who=who, id_=id_: store.export(who, id_),
+            lambda who=who, id_=id_: list(store.iterate_items(who, id_)),
             lambda who=who, id_=id_: store.add_items(who, id_, items_saying("x")),
             lambda who=who, id_=id_: store.list_items(who, id_, Page()),
             lambda who=who, id_=id_: store.get_item(who, id_, item),
@@ -81,7 +81,7 @@ def test_other_owners_cannot_find_read_change_or_continue_a_conversation(store: 
             lambda who=who, id_=response: turns.delete(who, id_),
         ]
         assert [status_of(call) for call in calls] == [404] * len(calls)
-    assert store.export("a", conversation.id) == before
+    assert (store.get("a", conversation.id), texts_of(store, conversation.id)) == before
 
 
 def test_storage_limits_are_enforced_and_deleting_frees_space(database: Database) -> None:
@@ -233,6 +233,22 @@ def test_a_conversation_is_locked_during_an_answer_and_unlocked_after_it(store: 
     assert run_turn(store, turn("second", conversation=conversation.id)) == ["Hi", "Hello", "first", "done"]
 
 
+def test_a_refusal_of_a_locked_conversation_says_when_its_lease_ends(database: Database) -> None:
+    store = Stores(database, lease_seconds=7)
+    conversation = store.create("a", {})
+    first = turn("first", conversation=conversation.id)
+    store.responses.begin(first, {})
+    for call, code in (
+        (lambda: store.responses.begin(turn("second", conversation=conversation.id), {}), "conversation_locked"),
+        (lambda: store.add_items("a", conversation.id, items_saying("x")), "conversation_locked"),
+        (lambda: store.responses.begin(turn("x", previous=first.id), {}), "response_pending"),
+    ):
+        with pytest.raises(Refused) as caught:
+            call()
+        assert (caught.value.status, caught.value.code) == (409, code)
+        assert 1 <= int(caught.value.headers["retry-after"]) <= 7
+
+
 def test_only_one_of_several_simultaneous_turns_is_accepted(store: Stores) -> None:
     conversation = store.create("a", {})
     outcomes: list[int] = []
@@ -270,7 +286,7 @@ def test_an_expired_lease_frees_the_conversation_and_marks_the_response_lost(dat
     store.responses.begin(dead, {"status": "in_progress"})
     for _ in range(3):
         time.sleep(0.4)
-        store.responses.renew_lease(dead)
+        store.responses.renew_leases([dead.id])
     assert status_of(lambda: store.responses.begin(turn("early", conversation=conversation.id), {})) == 409
     assert not store.responses.get("a", dead.id).is_lost
     time.sleep(1.1)

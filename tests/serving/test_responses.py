@@ -109,7 +109,7 @@ def test_heartbeats_are_written_when_all_connections_are_in_use(
     with contextlib.ExitStack() as taken:
         for _ in range(15):
             taken.enter_context(database.read_session()).execute(text("SELECT 1"))
-        store.responses.renew_lease(turn)
+        store.responses.renew_leases([turn.id])
     monkeypatch.setattr(time, "time", lambda now=time.time: now() + 900)
     with pytest.raises(Refused, match="being generated"):
         store.responses.begin(replace(turn, id="resp_2"), {})

@@ -30,6 +30,7 @@ def _create_conversations() -> None:
         sa.PrimaryKeyConstraint("number", name="pk_conversations"),
         sa.UniqueConstraint("id", name="uq_conversations_id"),
     )
+    op.create_index("ix_conversations_lease_owner", "conversations", ["lease_owner"])
     op.create_index("ix_conversations_owner_number", "conversations", ["owner", "number"])
     op.create_index("ix_conversations_owner_items_bytes", "conversations", ["owner", "items", "bytes"])
     op.create_table(
