@@ -9,7 +9,7 @@ without a prefix cache: a cached prompt has no log-probabilities.
 
 Commands: `["submit", id, ids, sampling, seeds]`, `["score", id, ids]`, `["cancel", id, choice]`. Each step writes one line, a
 list of events: `["delta", id, choice, ids, log-probs or null, finish or null]`, `["score", id, log-probs]` or
-`["fail", id, reason]`.
+`["fail", id, reason]`. `["ping"]` is answered between two steps with `["pong"]`, which shows that steps end.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ import threading
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
-Event: TypeAlias = list[Any]
+from corral.engines.child_process import Event
 
 BLOCK_TOKENS = 32
 """Tokens in a block of OpenVINO's key-value cache on a CPU; shorter prompts are not shared."""
+STEP_TOKENS = 512
+"""Most tokens that one step computes, besides scores; a longer prompt takes several."""
 SCORE_TOKENS = 256
 """Tokens per forward pass of scores, whose logits, [tokens, vocabulary], are all in memory."""
 
@@ -75,7 +77,7 @@ class Worker:
 
         self._genai: Any = openvino_genai
         self._settings = settings
-        self._generating: Any = self._pipeline(settings["blocks"], 512, prefixes=True)
+        self._generating: Any = self._pipeline(settings["blocks"], STEP_TOKENS, prefixes=True)
         self._scoring: Any = None
         self._waiting: dict[tuple[int, int], _Choice] = {}
         """Choices that wait, the oldest request first; by (request, choice)."""
@@ -253,7 +255,7 @@ def main() -> None:
                 command = commands.get()
                 if command is None:
                     return
-                write(list(worker.run_command(command)))
+                write([["pong"]] if command == ["ping"] else list(worker.run_command(command)))
             write(list(worker.step()))
 
 

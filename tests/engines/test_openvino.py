@@ -20,7 +20,7 @@ import torch
 from corral.engines import openvino as engines
 from corral.engines.base import Completion, Delta, Engine, Generation
 from corral.engines.openvino import OpenVinoEngine
-from corral.errors import EngineClosedError, EngineError, ModelError
+from corral.errors import EngineClosedError, EngineError, EngineUnavailableError, ModelError
 from corral.export.contract import TOLERANCES, compare_logprobs
 from corral.model.openvino_graph import MODEL_FILE, write_model
 from tests.engines.conformance import (
@@ -65,8 +65,7 @@ class TestConformance(EngineConformance):
 
 
 def child_of(engine: OpenVinoEngine) -> psutil.Process:
-    assert engine._child is not None
-    return psutil.Process(engine._child.process.pid)
+    return psutil.Process(engine._child.pid)
 
 
 def ended(process: psutil.Process) -> bool:
@@ -142,8 +141,8 @@ async def test_scores_are_those_of_transformers_also_of_what_was_just_generated(
 def tight(form: Path) -> Iterator[OpenVinoEngine]:
     """An engine whose cache holds one or two texts of the length it allows, where OpenVINO would take blocks back."""
     with pytest.MonkeyPatch.context() as patched:
-        size = engines._CacheSize(VOCABULARY, 200, blocks=12, score_blocks=8)
-        patched.setattr(engines._CacheSize, "fitting", lambda folder, itemsize: size)
+        size = engines._ModelSize(VOCABULARY, 200, blocks=12, score_blocks=8, parameters=1000)
+        patched.setattr(engines._ModelSize, "fitting", lambda folder, itemsize: size)
         engine = OpenVinoEngine(form)
     yield engine
     asyncio.run(engine.close())
@@ -235,52 +234,69 @@ async def begun(generation: Generation) -> None:
     await anext(stream)
 
 
-async def test_a_killed_child_is_an_error_for_all_it_did_and_the_next_request_starts_another(
-    engine: OpenVinoEngine,
-) -> None:
+async def until_ready(engine: OpenVinoEngine, restarts: int) -> None:
+    await asyncio.to_thread(wait_for, lambda: engine.restarts == restarts and engine.ready)
+
+
+async def test_a_killed_child_is_an_error_for_all_it_did_and_another_is_started(engine: OpenVinoEngine) -> None:
     expected = await complete(engine, PROMPTS[2], replace(DRAWN, n=3))
     scored = await engine.score(PROMPTS[2])
-    for _ in range(2):
+    for restarts in (1, 2):
         child = child_of(engine)
         work: list[Any] = [asyncio.create_task(complete(engine, prompt, long_run(n=2))) for prompt in PROMPTS]
         work += [asyncio.create_task(engine.score(random_ids(2000))) for _ in range(50)]
         await begun(engine.submit(PROMPTS[0], long_run()))
         os.kill(child.pid, signal.SIGKILL)
         for result in await asyncio.gather(*work, return_exceptions=True):
-            assert isinstance(result, EngineError)
+            assert isinstance(result, EngineUnavailableError)
             assert "signal 9" in str(result)
             assert "ask again" in (result.hint or "")
+            assert result.retry_seconds
+        await until_ready(engine, restarts)
         assert ended(child)
-        assert await complete(engine, PROMPTS[2], replace(DRAWN, n=3)) == expected
         assert child_of(engine) != child
+        assert await complete(engine, PROMPTS[2], replace(DRAWN, n=3)) == expected
         assert await engine.score(PROMPTS[2]) == pytest.approx(scored, abs=1e-4)
 
 
-async def test_a_child_killed_while_idle_is_replaced_without_an_error(engine: OpenVinoEngine) -> None:
+async def test_a_child_killed_while_idle_is_replaced_without_a_request(engine: OpenVinoEngine) -> None:
     expected = await complete(engine, PROMPTS[2], DRAWN)
     child = child_of(engine)
     child.kill()
-    while engine._child is not None:
-        await asyncio.sleep(0.01)
+    await until_ready(engine, 1)
     assert ended(child)
     assert await complete(engine, PROMPTS[2], DRAWN) == expected
 
 
-async def test_a_child_that_cannot_start_again_is_an_error_each_time(form: Path, tmp_path: Path) -> None:
+async def test_a_stopped_child_is_noticed_and_replaced(engine: OpenVinoEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("corral.engines.child_process._IDLE_SECONDS", 1.0)
+    expected = await complete(engine, PROMPTS[2], DRAWN)
+    child = child_of(engine)
+    work = asyncio.create_task(complete(engine, PROMPTS[1], long_run(n=2)))
+    await begun(engine.submit(PROMPTS[0], long_run()))
+    child.suspend()
+    with pytest.raises(EngineUnavailableError, match="computed nothing"):
+        await work
+    with contextlib.suppress(EngineUnavailableError):  # the next child may be quick
+        await complete(engine, PROMPTS[2], DRAWN)
+    await until_ready(engine, 1)
+    assert ended(child)
+    assert await complete(engine, PROMPTS[2], DRAWN) == expected
+
+
+async def test_a_child_that_cannot_start_again_is_an_error_each_time_until_it_can(form: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(form, tmp_path / "form"))
     async with OpenVinoEngine(folder) as engine:
         shutil.rmtree(folder)
         child_of(engine).kill()
-        while engine._child is not None:
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(wait_for, lambda: engine.restarts == 2)
         for ask in (lambda: complete(engine, PROMPTS[2], DRAWN), lambda: engine.score(PROMPTS[2])):
-            results = await asyncio.gather(*(ask() for _ in range(5)), return_exceptions=True)
-            for result in results:
-                assert isinstance(result, EngineError)
-                assert str(folder) in str(result), "it says what is wrong, not only that it ended"
-        await asyncio.sleep(0.2)
-        assert engine._child is None, "nobody asks, and so nothing is started"
+            with pytest.raises(EngineUnavailableError, match=str(folder)):
+                await ask()
+        assert not engine.ready
+        assert str(folder) not in str(engine.fault), "anybody may see it"
         shutil.copytree(form, folder)
+        await asyncio.to_thread(wait_for, lambda: engine.ready)
         assert len(await engine.score(PROMPTS[2])) == len(PROMPTS[2]) - 1
 
 
@@ -304,8 +320,9 @@ async def test_a_model_that_breaks_openvino_is_an_error_which_says_how(tmp_path:
     write_model(tmp_path / "model", tmp_path / "form", "f32")
     shutil.copyfile(tmp_path / "model" / "config.json", tmp_path / "form" / "config.json")
     async with OpenVinoEngine(tmp_path / "form") as engine:
-        for _ in range(2):
-            with pytest.raises(EngineError, match=r"exit code 1, saying: .*error.*logprobs"):
+        for restarts in range(2):
+            await until_ready(engine, restarts)
+            with pytest.raises(EngineUnavailableError, match=r"exit code 1, saying: .*error.*logprobs"):
                 await engine.score(PROMPTS[2])
 
 
@@ -350,7 +367,7 @@ async def test_closing_ends_the_child_at_once_whatever_it_computes(form: Path) -
     for result in await asyncio.gather(*work, return_exceptions=True):
         assert isinstance(result, EngineClosedError)
     await asyncio.sleep(0.1)
-    assert engine._child is None, "what is cancelled by then starts no other"
+    assert engine.restarts == 0, "what is cancelled by then starts no other"
 
 
 def test_nothing_is_left_of_engines_that_were_closed_or_never_opened(form: Path, tmp_path: Path) -> None:
@@ -365,9 +382,9 @@ def test_nothing_is_left_of_engines_that_were_closed_or_never_opened(form: Path,
         engine = OpenVinoEngine(form)
         await engine.score(PROMPTS[1])
         child_of(engine).kill()
-        await asyncio.sleep(0.2)
-        with contextlib.suppress(EngineError):
-            await engine.score(PROMPTS[1])
+        await until_ready(engine, 1)
+        await engine.score(PROMPTS[1])
+        child_of(engine).kill()
         await engine.close()
         with pytest.raises(ModelError):
             OpenVinoEngine(broken)
@@ -389,7 +406,7 @@ async def main():
     async for delta in engine.submit([1], Sampling(max_tokens=2000)):
         break
     engine.submit([1], Sampling(max_tokens=2000, n=100))
-    print(engine._child.process.pid, flush=True)
+    print(engine._child.pid, flush=True)
     await then(engine)
 
 """
@@ -433,7 +450,7 @@ def test_the_child_of_a_killed_program_ends_by_itself(form: Path) -> None:
 
 def test_an_interrupt_of_the_whole_group_is_the_programs_to_handle(form: Path) -> None:
     then = "signal.signal(signal.SIGINT, lambda *a: print('interrupted', flush=True)); print(1, flush=True); "
-    then += "await asyncio.to_thread(sys.stdin.readline); print(len(await engine.score([1, 2, 3])), engine._child.process.pid)"
+    then += "await asyncio.to_thread(sys.stdin.readline); print(len(await engine.score([1, 2, 3])), engine._child.pid)"
     parent = program(form, then)
     child = first_number(parent)
     assert first_number(parent) == 1
