@@ -6,6 +6,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 VLLM := .venv-vllm
 TRANSFORMERS_4 := .transformers4
+CLIENTS := .venv-clients
 # A machine without a GPU is better served by a CPU build of torch; TORCH_INDEX names a package index to take it from.
 TORCH_INDEX ?=
 
@@ -20,7 +21,7 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 test: $(INSTALLED_DEV)
 	$(TESTS) -m "not full"
 
-test-full: $(INSTALLED_DEV) $(TRANSFORMERS_4)/.installed
+test-full: $(INSTALLED_DEV) $(TRANSFORMERS_4)/.installed $(CLIENTS)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[full]"
 	$(TESTS)
 
@@ -28,6 +29,14 @@ test-full: $(INSTALLED_DEV) $(TRANSFORMERS_4)/.installed
 $(TRANSFORMERS_4)/.installed: constraints-transformers4.txt $(INSTALLED_DEV)
 	rm -rf $(TRANSFORMERS_4)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(TRANSFORMERS_4) --requirement constraints-transformers4.txt
+	touch $@
+
+# Clients that people use with the server, for tests/clients, and to record what they send (`python -m tests.clients.record`). They
+# are as a user installs them: without corral, and in the versions that their own requirements allow.
+$(CLIENTS)/.installed: constraints-clients.txt
+	rm -rf $(CLIENTS)
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --no-deps --requirement constraints-clients.txt
 	touch $@
 
 # vLLM pins other versions than the rest, so its tests run in an environment of their own, with its CPU build. It is installed
@@ -75,4 +84,4 @@ $(INSTALLED_DEV): $(INSTALLED)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(TRANSFORMERS_4) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM) $(TRANSFORMERS_4) $(CLIENTS) build dist *.egg-info
