@@ -15,7 +15,8 @@ from corral.errors import InputError
 
 if TYPE_CHECKING:
     from corral.recipe.serve import Serve
-    from corral.serving.keys import Key, KeyUsage
+    from corral.serving.database import Database
+    from corral.serving.keys import Key, KeyStore, KeyUsage
 
 
 def add_serve(sub: argparse.ArgumentParser, models: str) -> None:
@@ -27,6 +28,8 @@ def add_serve(sub: argparse.ArgumentParser, models: str) -> None:
         default = "" if field.default in (None, False, ()) else f" (default: {field.default or 'none'})"
         text = f"{' '.join((field.description or '').split())}{default}".replace("%", "%%")
         sub.add_argument(_flag(name), dest=name, help=text, **_argument_type(field.annotation))
+    file = "a file of further keys, a line NAME=SECRET each, read again when it changes; also in CORRAL_API_KEYS"
+    sub.add_argument("--keys-file", type=Path, metavar="FILE", help=file)
 
 
 def _flag(setting: str) -> str:
@@ -48,8 +51,12 @@ def _argument_type(annotation: Any) -> dict[str, Any]:
 
 def add_keys(sub: Any, *, positive: Any) -> None:
     """Add the arguments of `corral keys`."""
-    sub.add_argument("action", choices=("add", "list", "revoke"), nargs="?", default="list", help="default: list")
-    sub.add_argument("name", nargs="?", help="the name of the key to add; the name or id of the key to revoke")
+    sub.add_argument(
+        "action", choices=("add", "list", "revoke", "delete"), nargs="?", default="list", help="default: list"
+    )
+    sub.add_argument(
+        "name", nargs="?", help="the name of the key to add; the name or id of the key to revoke or delete"
+    )
     sub.add_argument(
         "--requests-per-minute", type=positive, metavar="N", help="the most requests per minute (default: no limit)"
     )
@@ -57,6 +64,7 @@ def add_keys(sub: Any, *, positive: Any) -> None:
     sub.add_argument("--tokens-per-day", type=positive, metavar="N", help=day)
     sub.add_argument("--at-once", type=positive, metavar="N", help="the most requests at once (default: no limit)")
     sub.add_argument("--days", type=positive, metavar="N", help="days until it expires (default: never)")
+    sub.add_argument("--admin", action="store_true", default=None, help="it may read metrics and load adapters")
     _add_database(sub, "of the server", "")
 
 
@@ -85,7 +93,7 @@ def serve(args: argparse.Namespace) -> None:
             follow=settings.follow,
             adapters=Path(settings.adapters) if settings.adapters is not None else None,
         ),
-        ListenOptions(settings.host, settings.port, settings.insecure, settings.cors),
+        ListenOptions(settings.host, settings.port, settings.insecure, settings.cors, keys_file=args.keys_file),
         ServerLimits(at_once=settings.at_once, waiting=settings.waiting, max_seconds=settings.max_seconds),
         None if settings.database == "none" else settings.database or default_url(),
     )
@@ -118,18 +126,18 @@ def _serve_settings(args: argparse.Namespace) -> Serve:
 
 
 def keys(args: argparse.Namespace) -> dict[str, Any]:
-    """Add, list or revoke API keys of a server."""
+    """Add, list, revoke or delete API keys of a server."""
     from corral.serving.database import Database, default_url
     from corral.serving.keys import KeyStore, today
 
-    quotas = (args.requests_per_minute, args.tokens_per_day, args.at_once, args.days)
+    quotas = (args.requests_per_minute, args.tokens_per_day, args.at_once, args.days, args.admin)
     if args.action != "add" and any(value is not None for value in quotas):
         raise InputError(
             "the limits of a key are given when it is added", where=f"keys {args.action}", hint="corral keys add NAME …"
         )
     if (args.action == "list") == bool(args.name):
         what = f"{args.name!r} is given, and `list` takes no name" if args.name else "no key is named"
-        raise InputError(what, where=f"keys {args.action}", hint="corral keys add NAME, or corral keys revoke NAME")
+        raise InputError(what, where=f"keys {args.action}", hint="corral keys add NAME, or revoke NAME, or delete NAME")
     with contextlib.closing(Database(args.database or default_url())) as database:
         held = KeyStore(database)
         match args.action:
@@ -139,16 +147,18 @@ def keys(args: argparse.Namespace) -> dict[str, Any]:
                 key = held.revoke(args.name)
                 print(f"revoked {key.name} ({key.id}); running servers refuse it within seconds")
                 return {"revoked": key.id, "name": key.name}
+            case "delete":
+                return _delete(held, database, args.name)
             case _:
                 return _list(held.all(), held.usage_on(today()))
 
 
-def _add(held: Any, args: argparse.Namespace) -> dict[str, Any]:
+def _add(held: KeyStore, args: argparse.Namespace) -> dict[str, Any]:
     from corral.serving.keys import Quota
 
     quota = Quota(args.requests_per_minute, args.tokens_per_day, args.at_once)
     expires = None if args.days is None else int(time.time()) + args.days * 86400
-    key, secret = held.add(args.name, quota, expires=expires)
+    key, secret = held.add(args.name, quota, expires=expires, is_admin=bool(args.admin))
     if not args.json:
         print(
             f"{key.name} ({key.id}): this is shown only once and not stored; send it as `Authorization: Bearer KEY`",
@@ -159,6 +169,18 @@ def _add(held: Any, args: argparse.Namespace) -> dict[str, Any]:
             what = "from now on a server with this database refuses requests without a key; conversations and responses"
             print(f"{what} begun without a key belong to no key and cannot be read any more", file=sys.stderr)
     return {"name": key.name, "id": key.id, "key": secret}
+
+
+def _delete(held: KeyStore, database: Database, name: str) -> dict[str, Any]:
+    from corral.serving.store import ConversationStore
+
+    key = held.find_inactive(name)
+    conversations, responses = ConversationStore(database).delete_all(key.id)
+    held.delete(key)  # last, so that a deletion that was interrupted can be repeated
+    print(f"deleted {key.name} ({key.id}), its usage, {conversations} conversations and {responses} other responses")
+    if not held.all():
+        print("no key is left, so a server that starts with this database needs none", file=sys.stderr)
+    return {"deleted": key.id, "name": key.name, "conversations": conversations, "responses": responses}
 
 
 def _list(api_keys: list[Key], used: dict[str, KeyUsage]) -> dict[str, Any]:
@@ -174,6 +196,7 @@ def _list(api_keys: list[Key], used: dict[str, KeyUsage]) -> dict[str, Any]:
             "expires": key.expires,
             "revoked": key.revoked,
             "works": key.is_active,
+            "admin": key.is_admin,
             **asdict(key.quota),
             "tokens_today": used.get(key.id, KeyUsage()).tokens,
         }
@@ -181,7 +204,7 @@ def _list(api_keys: list[Key], used: dict[str, KeyUsage]) -> dict[str, Any]:
     ]
     table = Table("name", "id", "state", "a minute", "tokens a day", "at once", "tokens today", box=None)
     for row in rows:
-        state = "works" if row["works"] else "revoked" if row["revoked"] else "expired"
+        state = "revoked" if row["revoked"] else "expired" if not row["works"] else "admin" if row["admin"] else "works"
         limits = (row["requests_per_minute"], row["tokens_per_day"], row["at_once"])
         figures = ("–" if limit is None else f"{limit:,}" for limit in limits)
         table.add_row(row["name"], row["id"], state, *figures, f"{row['tokens_today']:,}")

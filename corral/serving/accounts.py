@@ -1,7 +1,11 @@
 """The callers of a server: authenticates them by API key, enforces their quotas and requests per minute, counts usage.
 
-Keys are read from the database about once a second. Usage is counted in memory and added to the database about once a second,
-so no request waits for a write; a server that is killed loses up to a second of counts.
+Keys are read about once a second while there are requests. Usage is counted in memory and added to the database about once a
+second, so no request waits for a write; a server that is killed loses up to a second of counts.
+
+A request reserves the most tokens that it may use before it runs, so that requests which run at the same time cannot use more
+than the day's quota together; what it did use is settled at its end. Each server reserves for itself, and knows what others
+settled a second or two later: n servers on one database may together use up to n times what was left of a quota, once.
 """
 
 from __future__ import annotations
@@ -9,17 +13,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
-from collections import Counter, defaultdict, deque
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
-from corral.errors import DatabaseError
+from limits import RateLimitItemPerMinute
+from limits.storage import MemoryStorage
+from limits.strategies import MovingWindowRateLimiter
+
+from corral.errors import CorralError
 from corral.serving.database import run_in_thread
 from corral.serving.errors import Refused, database_unavailable
-from corral.serving.keys import Key, KeyStore, KeyUsage, Quota, parse_key_id, today
+from corral.serving.keys import NO_LIMITS, Key, KeySource, KeyUsage, Quota, hash_key, today
 from corral.serving.logs import traceback_without_message
 from corral.serving.protocol import Usage
 
@@ -30,6 +40,12 @@ _MAX_AGE_SECONDS = 30.0  # if the keys could not be read for this long, nobody i
 _log = logging.getLogger(__name__)
 
 
+RATE_LIMIT_HEADERS = tuple(
+    f"x-ratelimit-{part}-{unit}" for unit in ("requests", "tokens") for part in ("limit", "remaining", "reset")
+)
+"""The names of `Accounts.rate_limit_headers`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
     """Who sent a request: the owner of a key, or anybody on a server without keys."""
@@ -38,7 +54,7 @@ class Caller:
     """Conversations belong to this id. Empty for `ANONYMOUS`."""
     name: str
     """For people."""
-    quota: Quota = field(default_factory=Quota)
+    quota: Quota = NO_LIMITS
     is_admin: bool = False
     """Whether it may read metrics and change what is served."""
 
@@ -46,22 +62,95 @@ class Caller:
 ANONYMOUS = Caller("", "anybody", is_admin=True)
 
 
-class HasUsage(Protocol):
-    """A request in progress, whose token count grows."""
+class Reserve(Protocol):
+    """How a request that is about to run says what it may use; see `OpenRequest.reserve`."""
 
-    @property
-    def usage(self) -> Usage:
-        """Tokens so far."""
+    def __call__(self, prompt_tokens: int, max_tokens: int, choices: int = 1, *, may_shorten: bool = False) -> int:
+        """Returns: `max_tokens` of each choice, or less. Raises: Refused (429)."""
         ...
 
 
-class _KeySnapshot(NamedTuple):
-    """The keys as last read from the database."""
+def reserve_any(prompt_tokens: int, max_tokens: int, choices: int = 1, *, may_shorten: bool = False) -> int:
+    """A `Reserve` without a quota."""
+    return max_tokens
 
-    keys: Mapping[str, Key]
-    """By id."""
+
+class OpenRequest:
+    """A request for model work, from `Accounts.admit` until it is closed.
+
+    Args:
+        end: ends the request with an error; called when its key was revoked or has expired.
+    """
+
+    def __init__(self, accounts: Accounts, caller: Caller, end: Callable[[Refused], None]) -> None:
+        self.caller = caller
+        self.end = end
+        self.reserved = 0
+        """The most tokens that it may use."""
+        self._accounts = accounts
+
+    def reserve(
+        self,
+        prompt_tokens: int,
+        max_tokens: int,
+        choices: int = 1,
+        *,
+        may_shorten: bool = False,
+        retry_seconds: float = 0.0,
+    ) -> int:
+        """Set aside what the request may use of the day's tokens.
+
+        Args:
+            prompt_tokens: of all prompts.
+            max_tokens: of each choice.
+            choices: of all prompts.
+            may_shorten: reduce `max_tokens` to what is left, if that is at least 1.
+            retry_seconds: when a running request of the key may end; for `Retry-After`.
+
+        Returns: `max_tokens`, shortened if necessary.
+
+        Raises:
+            Refused: 429: the request may use more than is left.
+        """
+        most = self.caller.quota.tokens_per_day
+        if most is None:
+            return max_tokens
+        self.reserved = 0
+        left = self._accounts.tokens_left(self.caller)
+        if may_shorten:
+            max_tokens = min(max_tokens, max(1, (left - prompt_tokens) // choices))
+        tokens = prompt_tokens + choices * max_tokens
+        if tokens > left:
+            unused = most - self._accounts.usage_today(self.caller.key_id).tokens
+            need = f"this request may use {tokens} tokens with its prompt"
+            if tokens <= unused:
+                what = f"{need}, and this key's running requests hold all but {max(0, left)} of its {most} for today"
+                raise Refused(429, what, retry_seconds=retry_seconds, code="rate_limit_exceeded")
+            wait = _seconds_until_midnight() if tokens <= most else None
+            what = (
+                f"{need}, and this key has {max(0, unused)} of its {most} for today left: send less, or ask for fewer"
+            )
+            raise Refused(429, what, retry_seconds=wait, code="insufficient_quota")
+        self.reserved = tokens
+        return max_tokens
+
+    def close(self, usage: Usage | None) -> None:
+        """Settle the request, which used so much; None if it never ran."""
+        self._accounts.close_request(self, usage)
+
+
+class _KeySnapshot(NamedTuple):
+    """The keys as last read."""
+
+    by_id: Mapping[str, Key]
+    by_digest: Mapping[str, Key]
     read_at: float
     """On the monotonic clock."""
+
+    @classmethod
+    def of(cls, keys: Sequence[Key], read_at: float) -> _KeySnapshot:
+        """Index the keys."""
+        return cls({key.id: key for key in keys}, {key.digest: key for key in keys}, read_at)
 
 
 class Accounts:
@@ -71,7 +160,7 @@ class Accounts:
         keys: the API keys; None: no key is needed.
     """
 
-    def __init__(self, keys: KeyStore | None = None) -> None:
+    def __init__(self, keys: KeySource | None = None) -> None:
         self._keys = keys
         self._snapshot: _KeySnapshot | None = None
         self._last_read = float("-inf")
@@ -86,11 +175,10 @@ class Accounts:
         """Day → key id → usage that is not in the database yet."""
         self._stored_usage: tuple[str, Mapping[str, KeyUsage]] = ("", {})
         """(day, key id → usage of that day as last read from the database)"""
-        self._open_requests: Counter[str] = Counter()
-        """Running and waiting requests of each key."""
-        self._running: defaultdict[str, dict[int, HasUsage]] = defaultdict(dict)
-        """Key id → its running requests, by their `id()`."""
-        self._windows: dict[str, RateWindow] = {}
+        self._open: defaultdict[str, set[OpenRequest]] = defaultdict(set)
+        """Key id → its running and waiting requests."""
+        self._watch_task: asyncio.Task[None] | None = None
+        self._rates = MovingWindowRateLimiter(MemoryStorage())
 
     async def authenticate(self, authorization: str | None) -> Caller:
         """Return the caller who sent this `Authorization` header.
@@ -101,73 +189,80 @@ class Accounts:
         if self._keys is None:
             return ANONYMOUS
         snapshot = await self._current_keys()
-        if not snapshot.keys and not self.requires_key:
+        if not snapshot.by_id and not self.requires_key:
             return ANONYMOUS
         scheme, _, secret = (authorization or "").partition(" ")
         if scheme.lower() != "bearer":
             raise _invalid_key("a key is needed, as the header 'Authorization: Bearer KEY'")
-        secret = secret.strip()
-        key = snapshot.keys.get(parse_key_id(secret) or "")
-        if key is None or not key.matches(secret):
-            raise _invalid_key("this key is not known here")
-        if not key.is_active:
-            raise _invalid_key(f"this key {'has expired' if key.revoked is None else 'was revoked'}")
-        return Caller(key.id, key.name, key.quota)
+        # Found by its hash, so how long this takes says nothing about the keys that are not known.
+        key = snapshot.by_digest.get(hash_key(secret.strip()))
+        _check_active(key)
+        assert key is not None
+        return Caller(key.id, key.name, key.quota, key.is_admin)
 
     def count_request(self, caller: Caller) -> None:
         """Count a request of any kind towards the key's requests per minute. Raises: Refused (429)."""
         most = caller.quota.requests_per_minute
-        if most is None:
+        if most is None or self._rates.hit(_rate(most), caller.key_id):
             return
-        window = self._windows.setdefault(caller.key_id, RateWindow())
-        wait = window.seconds_until(most)
-        if wait > 0:
-            what = f"this key may send {most} requests a minute"
-            raise Refused(429, what, retry_seconds=wait, code="rate_limit_exceeded")
-        window.add()
+        wait = self._rates.get_window_stats(_rate(most), caller.key_id).reset_time - time.time()
+        what = f"this key may send {most} requests a minute"
+        raise Refused(429, what, retry_seconds=wait, code="rate_limit_exceeded")
 
-    def uncount_request(self, caller: Caller) -> None:
-        """Take back `count_request` for an admitted request that the full queue refused."""
-        if caller.key_id in self._windows:
-            self._windows[caller.key_id].remove_last()
+    def rate_limit_headers(self, caller: Caller) -> dict[str, str]:
+        """What is left of a key's quotas, and the seconds until more is, as OpenAI's headers; empty without quotas."""
+        values: list[tuple[str, int, int, float]] = []
+        if (most := caller.quota.requests_per_minute) is not None:
+            stats = self._rates.get_window_stats(_rate(most), caller.key_id)
+            values.append(("requests", most, stats.remaining, stats.reset_time - time.time()))
+        if (most := caller.quota.tokens_per_day) is not None:
+            values.append(("tokens", most, self.tokens_left(caller), _seconds_until_midnight()))
+        headers: dict[str, str] = {}
+        for unit, most, left, seconds in values:
+            headers[f"x-ratelimit-limit-{unit}"] = str(most)
+            headers[f"x-ratelimit-remaining-{unit}"] = str(max(0, left))
+            headers[f"x-ratelimit-reset-{unit}"] = f"{max(0, math.ceil(seconds))}s"
+        return headers
 
-    def admit(self, caller: Caller, seconds_per_request: float = 0.0) -> None:
-        """Check a request for model work against the key's quota; each admitted request must be `finished`.
-
-        Running requests are not stopped when the day's tokens run out, so these may be overdrawn.
+    def admit(self, caller: Caller, end: Callable[[Refused], None], seconds_per_request: float = 0.0) -> OpenRequest:
+        """Check a request for model work against the key's quota; each admitted request must be closed.
 
         Args:
+            end: see `OpenRequest`.
             seconds_per_request: how long recent requests took; for the estimate in `Retry-After`.
 
         Raises:
             Refused: 429: the quota is used up.
         """
-        quota = caller.quota
-        if quota.at_once is not None and self._open_requests[caller.key_id] >= quota.at_once:
+        quota, opened = caller.quota, len(self._open.get(caller.key_id, ()))
+        if quota.at_once is not None and opened >= quota.at_once:
             what = f"this key may have {quota.at_once} requests under way at once"
             wait = seconds_per_request / quota.at_once
             raise Refused(429, what, retry_seconds=wait, code="rate_limit_exceeded")
-        if quota.tokens_per_day is not None and self._tokens_today(caller.key_id) >= quota.tokens_per_day:
+        used = self.usage_today(caller.key_id).tokens
+        if quota.tokens_per_day is not None and used >= quota.tokens_per_day:
             what = f"this key's {quota.tokens_per_day} tokens for today are used up"
             raise Refused(429, what, retry_seconds=_seconds_until_midnight(), code="insufficient_quota")
-        self._open_requests[caller.key_id] += 1
+        request = OpenRequest(self, caller, end)
+        self._open[caller.key_id].add(request)
+        if caller.key_id and self._watch_task is None:
+            self._watch_task = asyncio.get_running_loop().create_task(self._end_revoked())
+        return request
 
-    def started(self, caller: Caller, handler: HasUsage) -> None:
-        """An admitted request has a slot, and its tokens count from now on."""
-        self._running[caller.key_id][id(handler)] = handler
+    def close_request(self, request: OpenRequest, usage: Usage | None) -> None:
+        """See `OpenRequest.close`."""
+        key_id = request.caller.key_id
+        self._open[key_id].remove(request)
+        if not self._open[key_id]:
+            del self._open[key_id]
+        if key_id and usage is not None:
+            self._record_usage(key_id, usage)
 
-    def finished(self, caller: Caller, handler: HasUsage | None) -> None:
-        """An admitted request is over; `handler` is the one given to `started`, or None if it never started."""
-        self._open_requests[caller.key_id] -= 1
-        if not self._open_requests[caller.key_id]:
-            del self._open_requests[caller.key_id]
-        if handler is None:
-            return
-        del self._running[caller.key_id][id(handler)]
-        if not self._running[caller.key_id]:
-            del self._running[caller.key_id]
-        if caller.key_id:
-            self._record_usage(caller.key_id, handler.usage)
+    def tokens_left(self, caller: Caller) -> int:
+        """Tokens of the day's quota, which there must be, that are neither used nor reserved; negative if overdrawn."""
+        assert caller.quota.tokens_per_day is not None
+        reserved = sum(request.reserved for request in self._open.get(caller.key_id, ()))
+        return caller.quota.tokens_per_day - self.usage_today(caller.key_id).tokens - reserved
 
     def usage_today(self, key_id: str) -> KeyUsage:
         """What a key used today, as far as this server knows; without running requests."""
@@ -178,8 +273,9 @@ class Accounts:
 
     async def close(self) -> None:
         """Write usage counts to the database; log those that could not be written, also if this is cancelled."""
-        if self._flush_timer is not None:
-            self._flush_timer.cancel()
+        for task in (self._flush_timer, self._watch_task):
+            if task is not None:
+                task.cancel()
         try:
             for _ in range(2):  # a flush that is already running may have started before the last request finished
                 if self._keys is not None and self._unwritten:
@@ -190,10 +286,24 @@ class Accounts:
                     what = "not written: on %s key %s used %d requests, %d tokens of prompts and %d of answers"
                     _log.error(what, day, key_id, *usage)
 
-    def _tokens_today(self, key_id: str) -> int:
-        """Tokens used today, with those of running requests."""
-        running = self._running.get(key_id, {}).values()
-        return self.usage_today(key_id).tokens + sum(handler.usage.total_tokens for handler in running)
+    async def _end_revoked(self) -> None:
+        """End requests whose key was revoked, deleted or has expired, as long as there are requests with a key."""
+        try:
+            while True:
+                await asyncio.sleep(_REFRESH_SECONDS)
+                if not any(self._open):
+                    return
+                await asyncio.wait([self._start_read()])
+                if self._snapshot is None:
+                    continue
+                for key_id in filter(None, list(self._open)):
+                    try:
+                        _check_active(self._snapshot.by_id.get(key_id))
+                    except Refused as refused:
+                        for request in list(self._open[key_id]):
+                            request.end(refused)
+        finally:
+            self._watch_task = None
 
     def _record_usage(self, key_id: str, usage: Usage) -> None:
         usage_by_key = self._unwritten.setdefault(today(), {})
@@ -250,7 +360,7 @@ class Accounts:
         try:
             with _log_failures():
                 keys = await asyncio.wait_for(run_in_thread(self._keys.all), _READ_SECONDS)
-                self._snapshot = _KeySnapshot({key.id: key for key in keys}, started)
+                self._snapshot = _KeySnapshot.of(keys, started)
                 self.requires_key = self.requires_key or bool(keys)
         finally:
             self._read_task = None
@@ -290,39 +400,29 @@ def _log_failures() -> Generator[None]:
     """Log errors of the database and go on with what is known."""
     try:
         yield
-    except DatabaseError as error:
-        _log.error("%s", error.what)
+    except CorralError as error:
+        _log.error("%s%s", error.what, f" ({error.where})" if error.where else "")
     except TimeoutError:
         _log.error("the database does not answer")
     except Exception as error:
         _log.error("the database failed: %s", traceback_without_message(error))
 
 
-class RateWindow:
-    """Counts events of the last 60 seconds."""
-
-    def __init__(self) -> None:
-        self._times: deque[float] = deque()
-
-    def seconds_until(self, most: int) -> float:
-        """How long until there are fewer than `most` events; 0 if there are now."""
-        now = time.monotonic()
-        while self._times and self._times[0] <= now - 60:
-            self._times.popleft()
-        return 0.0 if len(self._times) < most else self._times[len(self._times) - most] + 60 - now
-
-    def add(self) -> None:
-        """Count an event that happens now."""
-        self._times.append(time.monotonic())
-
-    def remove_last(self) -> None:
-        """Forget the newest event, if there is one."""
-        if self._times:
-            self._times.pop()
+@lru_cache(maxsize=1024)
+def _rate(requests: int) -> RateLimitItemPerMinute:
+    return RateLimitItemPerMinute(requests)
 
 
 def _invalid_key(what: str) -> Refused:
     return Refused(401, what, code="invalid_api_key")
+
+
+def _check_active(key: Key | None) -> None:
+    """Raises: Refused (401: it is not known, was revoked or has expired)."""
+    if key is None:
+        raise _invalid_key("this key is not known here")
+    if not key.is_active:
+        raise _invalid_key(f"this key {'has expired' if key.revoked is None else 'was revoked'}")
 
 
 def _seconds_until_midnight() -> float:

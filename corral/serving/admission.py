@@ -18,9 +18,9 @@ from typing import Any, Protocol
 from fastapi import Request, Response
 from pydantic import BaseModel
 
-from corral.serving.accounts import Accounts, Caller
+from corral.serving.accounts import Accounts, Caller, Reserve
 from corral.serving.errors import Refused, shutting_down
-from corral.serving.keys import KeyStore
+from corral.serving.keys import KeySource
 from corral.serving.logs import traceback_without_message
 from corral.serving.metrics import Metrics
 from corral.serving.protocol import Usage
@@ -94,12 +94,10 @@ class Admission:
         keys: the API keys; None: no key is needed.
     """
 
-    def __init__(self, limits: ServerLimits | None = None, keys: KeyStore | None = None) -> None:
+    def __init__(self, limits: ServerLimits | None = None, keys: KeySource | None = None) -> None:
         self.limits = limits or ServerLimits()
         self.accounts = Accounts(keys)
-        # Without keys all callers are one, so slots reserved for others would stay empty.
-        reserved = 0 if keys is None or self.limits.at_once == 1 else max(1, self.limits.at_once // 8)
-        self.queue = RequestQueue(self.limits.at_once, self.limits.waiting, reserved)
+        self.queue = RequestQueue(self.limits.at_once, self.limits.waiting)
         self.metrics = Metrics(self.queue)
         self.is_draining = False
         """Whether new work is refused because the server is shutting down."""
@@ -107,7 +105,7 @@ class Admission:
     async def handle(
         self,
         request: Request,
-        start: Callable[[], Awaitable[RequestHandler]],
+        start: Callable[[Reserve], Awaitable[RequestHandler]],
         *,
         stream: bool,
         model: str,
@@ -116,7 +114,8 @@ class Admission:
         """Answer a request whose body was read, as one response or as a stream.
 
         Args:
-            start: starts the work; awaited once a slot is free. It may raise Refused, and may be cancelled.
+            start: starts the work; awaited once a slot is free. Before it submits anything to an engine, it calls its
+                argument with what the request may use. It may raise Refused, and may be cancelled.
             model: the name of a served model, for the metrics: never text from a client.
             hold: entered now, and left when the request has ended, also a stream (`ServedModels.use`).
 
@@ -124,9 +123,10 @@ class Admission:
             Refused: 429: the key's quota is used up; 503: the queue is full, or the server is shutting down; 504: the
                 deadline passed; anything that `start` or the handler raises.
         """
-        self._admit(request.state.caller)
+        if self.is_draining:
+            raise shutting_down()
         admitted = _AdmittedRequest(self, request.state.caller, model, hold)
-        timeout = asyncio.timeout_at(admitted.deadline)
+        timeout = admitted.timeout = asyncio.timeout_at(admitted.deadline)
         outcome: Outcome = "failed"
         response: Response | None = None
         try:
@@ -147,7 +147,7 @@ class Admission:
             if not timeout.expired():
                 raise
             outcome = "late"
-            raise _deadline_error() from None
+            raise admitted.late_error from None
         finally:
             if response is None:
                 admitted.finish(outcome)
@@ -156,43 +156,35 @@ class Admission:
         """Write usage counts to the database."""
         await self.accounts.close()
 
-    def _admit(self, caller: Caller) -> None:
-        """Count a request as under way. Raises: Refused (the quota is used up, or the server is shutting down)."""
-        if self.is_draining:
-            raise shutting_down()
-        self.accounts.admit(caller, self.queue.seconds_per_request)
-
 
 def _deadline_error() -> Refused:
     return Refused(504, "the request took longer than this server allows", code="deadline_exceeded")
 
 
 class _AdmittedRequest:
-    """One request within its quota, from the queue to its end."""
+    """One request within its quota, from the queue to its end. Raises: Refused (429: the quota is used up)."""
 
     def __init__(self, admission: Admission, caller: Caller, model: str, hold: AbstractContextManager[object]) -> None:
-        self._held = contextlib.ExitStack()
-        self._held.enter_context(hold)
         self.deadline = asyncio.get_running_loop().time() + admission.limits.max_seconds
+        self.timeout: asyncio.Timeout | None = None
+        self.late_error = _deadline_error()
         self._admission = admission
         self._caller = caller
         self._model = model
         self._arrived = time.perf_counter()
+        self._open = admission.accounts.admit(caller, self._end_now, admission.queue.seconds_per_request)
+        self._held = contextlib.ExitStack()
+        self._held.enter_context(hold)
         self._slot: Slot | None = None
         self._handler: RequestHandler | None = None
         self._has_failed = False
 
-    async def start(self, start: Callable[[], Awaitable[RequestHandler]]) -> RequestHandler:
+    async def start(self, start: Callable[[Reserve], Awaitable[RequestHandler]]) -> RequestHandler:
         """Wait for a slot and start the work. Raises: Refused."""
         admission = self._admission
-        try:
-            self._slot = await admission.queue.acquire(self._caller.key_id)
-        except Refused:
-            admission.accounts.uncount_request(self._caller)
-            raise
+        self._slot = await admission.queue.acquire(self._caller.key_id)
         admission.metrics.observe_queue_time(self._seconds)
-        self._handler = handler = await start()
-        admission.accounts.started(self._caller, handler)
+        self._handler = handler = await start(self._reserve)
         return handler
 
     async def events(self, handler: RequestHandler) -> AsyncGenerator[Event, None]:
@@ -217,10 +209,26 @@ class _AdmittedRequest:
             self._handler.cancel()
             outcome = "failed" if self._has_failed else outcome
             admission.metrics.count_request(self._model, outcome, self._seconds, self._handler.usage)
-        admission.accounts.finished(self._caller, self._handler)
+        usage = None if self._handler is None else self._handler.usage
+        self._open.close(usage)
         if self._slot is not None:
-            admission.queue.release(self._slot)
+            admission.queue.release(self._slot, usage.total_tokens if usage else 0)
         self._held.close()
+
+    def _reserve(self, prompt_tokens: int, max_tokens: int, choices: int = 1, *, may_shorten: bool = False) -> int:
+        """See `Reserve`."""
+        queue = self._admission.queue
+        assert self._slot is not None
+        queue.set_weight(self._slot, choices)
+        wait = queue.seconds_per_request
+        return self._open.reserve(prompt_tokens, max_tokens, choices, may_shorten=may_shorten, retry_seconds=wait)
+
+    def _end_now(self, error: Refused) -> None:
+        """End the request with this error."""
+        self.late_error = error
+        if self.timeout is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended
+                self.timeout.reschedule(0)
 
     @property
     def _seconds(self) -> float:

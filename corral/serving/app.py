@@ -84,7 +84,7 @@ def _model_routes(models: ServedModels, admission: Admission) -> APIRouter:
         served = models.get(body.model)
         return await admission.handle(
             request,
-            lambda: start_chat(served, body),
+            lambda reserve: start_chat(served, body, reserve),
             stream=bool(body.stream),
             model=served.name,
             hold=models.use(served),
@@ -95,7 +95,7 @@ def _model_routes(models: ServedModels, admission: Admission) -> APIRouter:
         served = models.get(body.model)
         return await admission.handle(
             request,
-            lambda: start_completions(served, body),
+            lambda reserve: start_completions(served, body, reserve),
             stream=bool(body.stream),
             model=served.name,
             hold=models.use(served),

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 
 from corral.answering.answerer import Answer, TextDelta, Token
 from corral.messages import Conversation, Role
+from corral.serving.accounts import Reserve, reserve_any
 from corral.serving.generation import RunningAnswer, finish_reason, start_answer
 from corral.serving.models import ServedModel
 from corral.serving.protocol import (
@@ -172,14 +173,14 @@ class Chunk(BaseModel):
     """In the chunk that ends an answer that was chosen from several; an extension."""
 
 
-async def start_chat(served: ServedModel, request: ChatRequest) -> ChatHandler:
+async def start_chat(served: ServedModel, request: ChatRequest, reserve: Reserve = reserve_any) -> ChatHandler:
     """Start to answer a request. Raises: Refused."""
     if None not in (request.max_tokens, request.max_completion_tokens):
         what = "'max_tokens': set either it or 'max_completion_tokens'"
         raise Refused(400, what, param="max_tokens")
     conversation = _conversation(request.messages)
     max_tokens = request.max_completion_tokens or request.max_tokens
-    answer = await start_answer(served, conversation, request, max_tokens=max_tokens, param="messages")
+    answer = await start_answer(served, conversation, request, reserve, max_tokens=max_tokens, param="messages")
     return ChatHandler(served, request, answer)
 
 

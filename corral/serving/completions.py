@@ -20,6 +20,7 @@ from pydantic_core import PydanticCustomError
 from corral.answering.answerer import StopStringCutter
 from corral.engines.base import Delta, Finish, Generation
 from corral.errors import TemplateError
+from corral.serving.accounts import Reserve, reserve_any
 from corral.serving.generation import (
     build_sampling,
     check_characters,
@@ -139,14 +140,15 @@ class TextCompletion(BaseModel):
     usage: Usage | None = None
 
 
-async def start_completions(served: ServedModel, request: CompletionRequest) -> CompletionsHandler:
+async def start_completions(
+    served: ServedModel, request: CompletionRequest, reserve: Reserve = reserve_any
+) -> CompletionsHandler:
     """Start to answer a request. Raises: Refused."""
     _check_request(served, request)
     lengths = [len(prompt) for prompt in request.prompt if isinstance(prompt, str)]
     check_characters(served, max(lengths, default=0), param="prompt")
-    return CompletionsHandler(
-        served, request, await served.answerer.run_in_thread_if_long(sum(lengths), _tokenize_all, served, request)
-    )
+    prompts = await served.answerer.run_in_thread_if_long(sum(lengths), _tokenize_all, served, request)
+    return CompletionsHandler(served, request, prompts, reserve)
 
 
 class CompletionsHandler:
@@ -157,12 +159,15 @@ class CompletionsHandler:
     Args:
         request: checked against the model and the limits, except for its number of tokens.
         prompts: its prompts as ids.
+        reserve: sets aside what the answers may use of the caller's quota.
 
     Raises:
         Refused: too many tokens, or the engine takes no work.
     """
 
-    def __init__(self, served: ServedModel, request: CompletionRequest, prompts: Sequence[list[int]]) -> None:
+    def __init__(
+        self, served: ServedModel, request: CompletionRequest, prompts: Sequence[list[int]], reserve: Reserve
+    ) -> None:
         self._served = served
         self._request = request
         self._id = f"cmpl-{secrets.token_hex(12)}"
@@ -175,7 +180,7 @@ class CompletionsHandler:
         self._shown_stop_ids = stop_ids if request.wants_logprobs and request.max_tokens == 1 else ()
         self._generations: list[Generation] = []
         with translate_errors():
-            self._submit(() if self._shown_stop_ids else stop_ids)
+            self._submit(() if self._shown_stop_ids else stop_ids, reserve)
         n = request.n or 1
         stops = list(dict.fromkeys(request.stops))
         self._choices = [
@@ -222,7 +227,7 @@ class CompletionsHandler:
         for generation in self._generations:
             generation.cancel()
 
-    def _submit(self, stop_ids: tuple[int, ...]) -> None:
+    def _submit(self, stop_ids: tuple[int, ...], reserve: Reserve) -> None:
         request, engine = self._request, self._served.answerer.engine
         lengths: list[int] = []
         for ids in self._prompts:
@@ -232,11 +237,17 @@ class CompletionsHandler:
             if request.echo and request.wants_logprobs:
                 engine.check_score(ids, 1)
         self._check_tokens(sum(lengths))
+        most = reserve(
+            sum(map(len, self._prompts)),
+            max(lengths),
+            (request.n or 1) * len(lengths),
+            may_shorten=request.max_tokens is None,
+        )
         if request.max_tokens == 0:
             return
         try:
             for ids, length in zip(self._prompts, lengths, strict=True):
-                sampling = replace(build_sampling(request, length), stop_ids=stop_ids)
+                sampling = replace(build_sampling(request, min(length, most)), stop_ids=stop_ids)
                 self._generations.append(engine.submit(ids, sampling))
         except BaseException:
             self.cancel()

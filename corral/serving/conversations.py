@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
+from corral.serving.clients import Client
 from corral.serving.errors import Refused, server_full
 from corral.serving.response_store import call_store
 from corral.serving.responses_protocol import (
@@ -42,6 +43,10 @@ async def _owner(request: Request) -> str:
     return request.state.caller.key_id
 
 
+async def _client(request: Request) -> Client:
+    return Client.of(request)
+
+
 async def _refuse_query(request: Request) -> None:
     """Refuse any query parameter."""
     for name in request.query_params:
@@ -49,6 +54,7 @@ async def _refuse_query(request: Request) -> None:
 
 
 Owner = Annotated[str, Depends(_owner)]
+Sender = Annotated[Client, Depends(_client)]
 Paged = Annotated[PageQuery, Query()]
 NO_QUERY = [Depends(_refuse_query)]
 
@@ -60,14 +66,18 @@ async def read_store(call: Callable[[], BaseModel]) -> Response:
 
 def _add_conversations(router: APIRouter, conversations: ConversationStore) -> None:
     @router.post("/conversations", dependencies=NO_QUERY)
-    async def create(body: CreateConversation, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
+    async def create(body: CreateConversation, owner: Owner, client: Sender) -> Response:  # pyright: ignore[reportUnusedFunction]
         items = [message.item for message in body.items or ()]
-        created = await call_store(conversations.create, owner, body.metadata or {}, items)
-        return json_response(ConversationObject.from_stored(created))
+        created = await call_store(conversations.create, owner, body.metadata or {}, items, client.id)
+        return client.introduce(json_response(ConversationObject.from_stored(created)))
 
     @router.get("/conversations")
-    async def all_(page: Paged, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]
-        return await read_store(lambda: ListObject.from_conversations(*conversations.list_page(owner, page.page)))
+    async def all_(page: Paged, owner: Owner, client: Sender) -> Response:  # pyright: ignore[reportUnusedFunction]
+        return client.introduce(
+            await read_store(
+                lambda: ListObject.from_conversations(*conversations.list_page(owner, page.page, client.id))
+            )
+        )
 
     @router.get("/conversations/{conversation_id}", dependencies=NO_QUERY)
     async def one(conversation_id: str, owner: Owner) -> Response:  # pyright: ignore[reportUnusedFunction]

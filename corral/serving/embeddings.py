@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from corral.engines.embedding import ASSET, DIMENSIONS, MAX_TOKENS, Embedder
+from corral.serving.accounts import Reserve
 from corral.serving.admission import Admission
 from corral.serving.generation import count_usage
 from corral.serving.models import ServedModels
@@ -78,7 +79,7 @@ def build_router(models: ServedModels, admission: Admission) -> APIRouter:
             what = f"the model {body.model!r} gives no embeddings: here {ASSET!r} does"
             raise Refused(404, what, param="model", code="model_not_found")
         return await admission.handle(
-            request, lambda: _start_embeddings(embed, thread, body, limits), stream=False, model=ASSET
+            request, lambda reserve: _start_embeddings(embed, thread, body, limits, reserve), stream=False, model=ASSET
         )
 
     return router
@@ -89,7 +90,7 @@ async def _run(thread: ThreadPoolExecutor, compute: Callable[[Sequence[str]], T]
 
 
 async def _start_embeddings(
-    embed: Embedder, thread: ThreadPoolExecutor, body: EmbeddingRequest, limits: RequestLimits
+    embed: Embedder, thread: ThreadPoolExecutor, body: EmbeddingRequest, limits: RequestLimits, reserve: Reserve
 ) -> EmbeddingsHandler:
     """Raises: Refused (there is nothing to embed, or too much)."""
     texts = [body.input] if isinstance(body.input, str) else body.input
@@ -103,6 +104,7 @@ async def _start_embeddings(
         if count > MAX_TOKENS:
             what = f"{param!r}: this model reads {MAX_TOKENS} tokens, and the text has {count}"
             raise Refused(400, what, param=param, code="context_length_exceeded")
+    reserve(sum(counts), 0)
     return EmbeddingsHandler(embed, thread, texts, sum(counts), body.encoding_format or "float")
 
 

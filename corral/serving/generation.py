@@ -23,6 +23,7 @@ from corral.errors import (
     TemplateError,
 )
 from corral.messages import Conversation
+from corral.serving.accounts import Reserve
 from corral.serving.errors import engine_unavailable
 from corral.serving.models import ServedModel
 from corral.serving.protocol import (
@@ -84,13 +85,20 @@ class RunningAnswer:
 
 
 async def start_answer(
-    served: ServedModel, conversation: Conversation, request: ConversationRequest, *, max_tokens: int | None, param: str
+    served: ServedModel,
+    conversation: Conversation,
+    request: ConversationRequest,
+    reserve: Reserve,
+    *,
+    max_tokens: int | None,
+    param: str,
 ) -> RunningAnswer:
     """Start to answer a conversation, with the model's prompting and, unless the request says otherwise, its consensus.
 
     Args:
         conversation: its last message is the user's.
-        max_tokens: of each choice; None: as many as the context and the limits leave.
+        reserve: sets aside what the answer may use of the caller's quota.
+        max_tokens: of each choice; None: as many as the context, the limits and the quota leave.
         param: the field of the request that holds the conversation.
 
     Raises:
@@ -110,6 +118,8 @@ async def start_answer(
             raise Refused(400, error.what, param=param) from error
         left = tokens_left(served, len(ids), max_tokens, param=param)
         length = max_tokens or min(left, served.limits.default_tokens, served.limits.max_tokens)
+        choices = (request.n or 1) if consensus is None else consensus.n
+        length = reserve(len(ids), length, choices, may_shorten=max_tokens is None)
         sampling = build_sampling(request, length, sampling_defaults(served, request))
         if consensus is not None:
             # Log-probabilities break ties.

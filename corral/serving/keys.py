@@ -1,35 +1,40 @@
-"""API keys in the database: created and shown once, stored as a hash, with a name, a quota and usage per day.
+"""API keys: created and shown once, stored as a hash, with a name, a quota and usage per day; or read from a file.
 
-A key is `corral_ID_SECRET`. The id is public: lists, conversations and usage refer to it. The secret is 256 random bits, and
-its SHA-256 is stored. Salt and slow hashes protect passwords that can be guessed; 256 random bits cannot, and a slow hash
-would delay every request.
+A stored key is `corral_ID_SECRET`. The id is public: lists, conversations and usage refer to it. The secret is 256 random
+bits, and its SHA-256 is stored. Salt and slow hashes protect passwords that can be guessed; 256 random bits cannot, and a slow
+hash would delay every request.
 """
 
 from __future__ import annotations
 
 import hashlib
-import hmac
+import os
 import re
 import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
-from sqlalchemy import BigInteger, ForeignKey, Index, String, select, text, update
+from sqlalchemy import BigInteger, Boolean, ForeignKey, Index, String, delete, false, select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from corral.errors import InputError
 from corral.serving.database import Base, Database
 
-_KEY_FORMAT = re.compile(r"corral_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
+ENVIRONMENT = "CORRAL_API_KEYS"
+"""The environment variable that holds keys of a server, as a file of `SecretKeys` does."""
 _NAME_FORMAT = re.compile(r"(?![0-9a-f]{12}\Z)[^\W_][\w.@+-]{0,63}")  # not 12 hex digits, as an id is
+_LINE_FORMAT = re.compile(r"(?P<name>[^=\s]+)=(?P<secret>[!-~]{20,512})(?P<admin>\s+admin)?")
+_FILE_BYTES = 2**20
+_SECRET_PREFIX = "secret-"  # of ids of `SecretKeys`: no stored key has such an id, so none shares its conversations
 
 
 class KeyRow(Base):
-    """A key. Revoked ones stay, because conversations and usage refer to them."""
+    """A key. Revoked ones stay until they are deleted, because conversations and usage refer to them."""
 
     __tablename__ = "keys"
 
@@ -39,6 +44,7 @@ class KeyRow(Base):
     created: Mapped[int] = mapped_column(BigInteger)
     expires: Mapped[int | None] = mapped_column(BigInteger)
     revoked: Mapped[int | None] = mapped_column(BigInteger)
+    is_admin: Mapped[bool] = mapped_column(Boolean, server_default=false())
     requests_per_minute: Mapped[int | None] = mapped_column(BigInteger)
     tokens_per_day: Mapped[int | None] = mapped_column(BigInteger)
     at_once: Mapped[int | None] = mapped_column(BigInteger)
@@ -79,6 +85,9 @@ class Quota:
     """Running and waiting requests; counted by each server process for itself."""
 
 
+NO_LIMITS = Quota()
+
+
 class KeyUsage(NamedTuple):
     """What a key used on one day."""
 
@@ -98,25 +107,44 @@ class KeyUsage(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A stored key. Times are in seconds since 1970."""
+    """A key as servers know it. Times are in seconds since 1970."""
 
     id: str
     name: str
     digest: str
-    """SHA-256 of the whole key, in hexadecimal."""
-    created: int
-    expires: int | None
-    revoked: int | None
-    quota: Quota
+    """`hash_key` of what its owner sends."""
+    created: int = 0
+    expires: int | None = None
+    revoked: int | None = None
+    quota: Quota = NO_LIMITS
+    is_admin: bool = False
+    """Whether it may read metrics and change what is served."""
 
     @property
     def is_active(self) -> bool:
         """Whether the key is neither revoked nor expired."""
-        return self.revoked is None and (self.expires is None or time.time() < self.expires)
+        return self.revoked is None and not self.is_expired
 
-    def matches(self, secret: str) -> bool:
-        """Whether `secret` is this key; compared in constant time."""
-        return hmac.compare_digest(self.digest, hash_key(secret))
+    @property
+    def is_expired(self) -> bool:
+        """Whether its time is over."""
+        return self.expires is not None and time.time() >= self.expires
+
+
+class KeySource(Protocol):
+    """Where a server reads its keys. The methods block, and may be called from any thread."""
+
+    def all(self) -> list[Key]:
+        """All keys, including revoked and expired ones. Raises: CorralError (they cannot be read)."""
+        ...
+
+    def usage_on(self, day: str) -> Mapping[str, KeyUsage]:
+        """The usage of a day, by key id, where it is stored. Raises: DatabaseError."""
+        ...
+
+    def add_usage(self, day: str, usage: Mapping[str, KeyUsage]) -> None:
+        """Add to the usage of a day, by key id. Raises: DatabaseError."""
+        ...
 
 
 class KeyStore:
@@ -125,7 +153,9 @@ class KeyStore:
     def __init__(self, database: Database) -> None:
         self._database = database.with_own_connections()
 
-    def add(self, name: str, quota: Quota | None = None, *, expires: int | None = None) -> tuple[Key, str]:
+    def add(
+        self, name: str, quota: Quota | None = None, *, expires: int | None = None, is_admin: bool = False
+    ) -> tuple[Key, str]:
         """Create a key.
 
         Args:
@@ -138,12 +168,8 @@ class KeyStore:
             InputError: the name is in use or invalid.
             DatabaseError: see `Database.write_session`.
         """
-        if not _NAME_FORMAT.fullmatch(name):
-            raise InputError(
-                f"{name!r} cannot be the name of a key",
-                hint="use up to 64 letters, digits and . _ - @ +, beginning with a letter or digit; not 12 hex digits",
-            )
-        quota = quota or Quota()
+        _check_name(name)
+        quota = quota or NO_LIMITS
         id_ = secrets.token_hex(6)
         secret = f"corral_{id_}_{secrets.token_urlsafe(32)}"
         row = KeyRow(
@@ -152,6 +178,7 @@ class KeyStore:
             digest=hash_key(secret),
             created=int(time.time()),
             expires=expires,
+            is_admin=is_admin,
             requests_per_minute=quota.requests_per_minute,
             tokens_per_day=quota.tokens_per_day,
             at_once=quota.at_once,
@@ -193,6 +220,30 @@ class KeyStore:
             session.flush()
             return _from_row(row)
 
+    def find_inactive(self, name: str) -> Key:
+        """The revoked or expired key of this name or id.
+
+        Raises:
+            InputError: there is none, there are several of this name, or the key still works.
+            DatabaseError: see `Database.read_session`.
+        """
+        matches = [key for key in self.all() if name in (key.name, key.id)]
+        inactive = [key for key in matches if not key.is_active]
+        if len(inactive) == 1:
+            return inactive[0]
+        if inactive:
+            hint = f"name one by its id: {', '.join(key.id for key in inactive)}"
+            raise InputError(f"{len(inactive)} revoked keys are named {name!r}", hint=hint)
+        if matches:
+            raise InputError(f"the key {name!r} still works", hint=f"first: corral keys revoke {name}")
+        raise InputError(f"there is no key named {name!r}", hint="corral keys list shows all")
+
+    def delete(self, key: Key) -> None:
+        """Delete a key and its usage, but not its conversations. Raises: DatabaseError."""
+        with self._database.write_session() as session:
+            session.execute(delete(UsageRow).where(UsageRow.key == key.id))
+            session.execute(delete(KeyRow).where(KeyRow.id == key.id))
+
     def usage_on(self, day: str) -> dict[str, KeyUsage]:
         """The usage of a day, by key id. Raises: DatabaseError."""
         with self._database.read_session() as session:
@@ -200,7 +251,7 @@ class KeyStore:
             return {row.key: KeyUsage(row.requests, row.prompt_tokens, row.completion_tokens) for row in rows}
 
     def add_usage(self, day: str, usage: Mapping[str, KeyUsage]) -> None:
-        """Add to the usage of a day, by key id. Raises: DatabaseError."""
+        """Add to the usage of a day, by key id; that of deleted keys is dropped. Raises: DatabaseError."""
         with self._database.write_session() as session:
             # Sorted, so that two processes lock rows in the same order and cannot deadlock.
             for key in sorted(usage):
@@ -224,18 +275,98 @@ def _add_usage(session: Session, key: str, day: str, usage: KeyUsage) -> None:
     try:
         with session.begin_nested():
             session.add(UsageRow(key=key, day=day, **usage._asdict()))
-    except IntegrityError:  # another process inserted the row first
+    except IntegrityError:  # another process inserted the row first, or the key was deleted
         session.execute(statement, execution_options=options)
 
 
-def parse_key_id(secret: str) -> str | None:
-    """The id in a string of the form of a key, else None."""
-    match = _KEY_FORMAT.fullmatch(secret)
-    return match and match[1]
+class SecretKeys:
+    """Keys that an operator keeps elsewhere, for example in a Kubernetes secret, beside those of a database if there is one.
+
+    Each line is `NAME=SECRET`, or `NAME=SECRET admin`; empty lines and those that begin with `#` are skipped. The file is read
+    again about once a second, so that a changed secret holds within seconds. A key's conversations belong to its name, so it
+    keeps them when its secret changes. These keys have no quota, and their usage is not stored.
+
+    Args:
+        file: with the lines.
+        lines: in place of a file.
+        store: the keys of a database.
+    """
+
+    def __init__(self, file: Path | None = None, lines: str = "", store: KeyStore | None = None) -> None:
+        self._file = file
+        self._lines = lines
+        self._store = store
+
+    def all(self) -> list[Key]:
+        """All keys. Raises: InputError (the file cannot be read, or has a bad line), DatabaseError."""
+        keys = _parse_secrets(self._lines, f"environment variable {ENVIRONMENT}")
+        if self._file is not None:
+            keys += _parse_secrets(_read_file(self._file), str(self._file))
+        return [*keys, *(self._store.all() if self._store else ())]
+
+    def usage_on(self, day: str) -> Mapping[str, KeyUsage]:
+        """The usage of a day of the stored keys. Raises: DatabaseError."""
+        return self._store.usage_on(day) if self._store else {}
+
+    def add_usage(self, day: str, usage: Mapping[str, KeyUsage]) -> None:
+        """Add to the usage of a day of the stored keys. Raises: DatabaseError."""
+        stored = {key: each for key, each in usage.items() if not key.startswith(_SECRET_PREFIX)}
+        if self._store and stored:
+            self._store.add_usage(day, stored)
+
+
+def open_keys(database: Database | None, file: Path | None = None) -> KeySource | None:
+    """The keys of a server, with those of the environment and of a file. Returns: None if there is no source of any."""
+    store = None if database is None else KeyStore(database)
+    lines = os.environ.get(ENVIRONMENT, "")
+    return SecretKeys(file, lines, store) if file or lines.strip() else store
+
+
+def _parse_secrets(lines: str, where: str) -> list[Key]:
+    """Raises: InputError, which names the line and never quotes it."""
+    keys: dict[str, Key] = {}
+    for number, line in enumerate(lines.splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        place, match = f"{where}, line {number}", _LINE_FORMAT.fullmatch(line.strip())
+        if match is None:
+            hint = "write NAME=SECRET, or NAME=SECRET admin; the secret has 20 to 512 printable characters and no space"
+            raise InputError("this line holds no key", where=place, hint=hint)
+        name = match["name"]
+        _check_name(name, place)
+        if name in keys:
+            raise InputError(f"{name!r} has two keys", where=place, hint="remove one, or rename it")
+        id_ = _SECRET_PREFIX + hashlib.sha256(name.encode()).hexdigest()[:24]
+        keys[name] = Key(id_, name, hash_key(match["secret"]), is_admin=match["admin"] is not None)
+    return list(keys.values())
+
+
+def _read_file(path: Path) -> str:
+    """Raises: InputError."""
+    hint = "it has lines NAME=SECRET; check that this user may read it"
+    try:
+        with path.open("rb") as file:
+            data = file.read(_FILE_BYTES + 1)
+        if len(data) > _FILE_BYTES:
+            raise InputError(f"a file of keys has at most {_FILE_BYTES} bytes", where=str(path), hint=hint)
+        return data.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        what = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise InputError(f"the keys cannot be read: {what}", where=str(path), hint=hint) from None
+
+
+def _check_name(name: str, where: str | None = None) -> None:
+    """Raises: InputError."""
+    if not _NAME_FORMAT.fullmatch(name):
+        raise InputError(
+            f"{name!r} cannot be the name of a key",
+            where=where,
+            hint="use up to 64 letters, digits and . _ - @ +, beginning with a letter or digit; not 12 hex digits",
+        )
 
 
 def hash_key(secret: str) -> str:
-    """The hash that is stored of a key, in hexadecimal."""
+    """The hash by which a key is known, in hexadecimal."""
     return hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()
 
 
@@ -246,4 +377,4 @@ def today() -> str:
 
 def _from_row(row: KeyRow) -> Key:
     quota = Quota(row.requests_per_minute, row.tokens_per_day, row.at_once)
-    return Key(row.id, row.name, row.digest, row.created, row.expires, row.revoked, quota)
+    return Key(row.id, row.name, row.digest, row.created, row.expires, row.revoked, quota, row.is_admin)

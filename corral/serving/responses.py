@@ -20,6 +20,7 @@ from corral.engines.base import Finish
 from corral.errors import TemplateError
 from corral.messages import Conversation
 from corral.serving import conversations
+from corral.serving.accounts import Reserve, reserve_any
 from corral.serving.admission import Admission
 from corral.serving.conversations import NO_QUERY, Owner, Paged, read_store
 from corral.serving.database import Database
@@ -55,7 +56,11 @@ from corral.serving.streams import Event, json_response
 
 
 async def start_response(
-    served: ServedModel, store: ResponseStore, owner: str, request: ResponsesRequest
+    served: ServedModel,
+    store: ResponseStore,
+    owner: str,
+    request: ResponsesRequest,
+    reserve: Reserve = reserve_any,
 ) -> ResponsesHandler:
     """Start to answer a request, with the history of its conversation or previous response.
 
@@ -79,7 +84,9 @@ async def start_response(
         conversation = build_conversation(request.instructions, [*history, *pending.inputs])
         if request.truncation == "auto":
             conversation = await _truncate_to_fit(served, conversation, request.max_output_tokens)
-        answer = await start_answer(served, conversation, request, max_tokens=request.max_output_tokens, param="input")
+        answer = await start_answer(
+            served, conversation, request, reserve, max_tokens=request.max_output_tokens, param="input"
+        )
     except BaseException:
         await lease.discard()
         raise
@@ -250,7 +257,7 @@ def _add_responses(router: APIRouter, models: ServedModels, responses: ResponseS
         served = models.get(body.model)
         return await admission.handle(
             request,
-            lambda: start_response(served, responses, owner, body),
+            lambda reserve: start_response(served, responses, owner, body, reserve),
             stream=bool(body.stream),
             model=served.name,
             hold=models.use(served),

@@ -13,6 +13,7 @@ import socket
 import sys
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import uvicorn
 from fastapi import APIRouter, FastAPI
@@ -24,7 +25,7 @@ from corral.serving.admission import Admission, ServerLimits
 from corral.serving.app import build_app
 from corral.serving.connections import connection_type
 from corral.serving.database import Database
-from corral.serving.keys import KeyStore
+from corral.serving.keys import KeySource, SecretKeys, open_keys
 from corral.serving.model_loading import ModelOptions, follow_runs, open_served_models
 from corral.serving.models import ServedModels
 
@@ -45,6 +46,8 @@ class ListenOptions:
     """Allow addresses that other machines can reach without keys, and any `Host` header."""
     cors: Sequence[str] = ()
     """Origins whose pages may send requests."""
+    keys_file: Path | None = None
+    """Further keys; see `SecretKeys`."""
 
 
 def serve(options: ModelOptions, listen: ListenOptions, limits: ServerLimits, database: str | None) -> None:
@@ -64,12 +67,13 @@ def serve(options: ModelOptions, listen: ListenOptions, limits: ServerLimits, da
         try:
             # The address first, so that an error about it does not wait for a model to load.
             with contextlib.closing(_bind(listen)) as listener, _open_database(database) as opened:
-                has_keys = opened is not None and any(key.is_active for key in KeyStore(opened).all())
+                keys = open_keys(opened, listen.keys_file)
+                has_keys = keys is not None and any(key.is_active for key in keys.all())
                 _check_exposure(listen, listener, has_keys)
                 _check_adapters(options, listener, has_keys)
                 print("loading …", file=sys.stderr)
                 models = open_served_models(options, limits.at_once)
-                number = asyncio.run(_run(models, options, listen, listener, limits, opened, has_keys=has_keys))
+                number = asyncio.run(_run(models, options, listen, listener, limits, opened, keys, has_keys=has_keys))
         except KeyboardInterrupt:
             raise Stopped(interrupts.signal) from None
     raise Stopped(number)
@@ -82,12 +86,13 @@ async def _run(
     listener: socket.socket,
     limits: ServerLimits,
     database: Database | None,
+    keys: KeySource | None,
     *,
     has_keys: bool,
 ) -> int | None:
     """Serve until a signal arrives. Returns: the signal."""
     address, port = listener.getsockname()[:2]
-    admission = build_admission(str(address), listen, limits, database, has_keys=has_keys)
+    admission = build_admission(str(address), listen, limits, keys, has_keys=has_keys)
     # Without keys, a page in a browser must not reach the server through a name of its own (DNS rebinding).
     hosts = ("localhost", "127.0.0.1", "::1", str(address)) if _is_local(str(address)) and not listen.insecure else ()
     routers = _routers(models, admission, database)
@@ -113,15 +118,16 @@ async def _run(
 
 
 def build_admission(
-    address: str, listen: ListenOptions, limits: ServerLimits, database: Database | None, *, has_keys: bool
+    address: str, listen: ListenOptions, limits: ServerLimits, keys: KeySource | None, *, has_keys: bool
 ) -> Admission:
     """Create the admission of a server at this address.
 
     A server that may use the address only because there are keys lets nobody in when the keys are gone, for example because
     the database was emptied or restored.
     """
-    admission = Admission(limits, None if database is None else KeyStore(database))
-    admission.accounts.requires_key = has_keys or not (listen.insecure or _is_local(address))
+    admission = Admission(limits, keys)
+    is_open = listen.insecure or _is_local(address)
+    admission.accounts.requires_key = has_keys or isinstance(keys, SecretKeys) or not is_open
     return admission
 
 

@@ -42,6 +42,7 @@ PART_BYTES = 64
 _PAGE_BYTES = 2**18
 """Bytes of text after which a page ends early."""
 _FETCH_ROWS = 10
+_DELETE_ROWS = 50
 
 
 class ConversationRow(Base):
@@ -49,13 +50,15 @@ class ConversationRow(Base):
 
     __tablename__ = "conversations"
     __table_args__ = (
-        Index(None, "owner", "number"),
+        Index(None, "owner", "client", "number"),
         Index(None, "owner", "items", "bytes"),  # covers the sums over an owner's conversations
     )
 
     number: Mapped[int] = mapped_column(AutoNumber, primary_key=True)
     id: Mapped[str] = mapped_column(String(64), unique=True)
     owner: Mapped[str] = mapped_column(String(64))
+    client: Mapped[str] = mapped_column(String(64), default="")
+    """Which of the owner's clients created it, and sees it in its list; see `corral.serving.clients`."""
     created_at: Mapped[int] = mapped_column(BigInteger)
     labels: Mapped[dict[str, str]] = mapped_column("metadata", JSON)  # SQLAlchemy reserves the name `metadata`
     items: Mapped[int] = mapped_column(Integer, default=0)
@@ -326,14 +329,17 @@ class ConversationStore:
         self.limits = limits or StorageLimits()
         self._database = database
 
-    def create(self, owner: str, metadata: dict[str, str], items: Sequence[Item] = ()) -> StoredConversation:
+    def create(
+        self, owner: str, metadata: dict[str, str], items: Sequence[Item] = (), client: str = ""
+    ) -> StoredConversation:
         """Create a conversation. Raises: Refused (a storage limit)."""
         with self._database.write_session() as session:
             mine = select(func.count()).select_from(ConversationRow).where(ConversationRow.owner == owner)
             if (session.scalar(mine) or 0) >= self.limits.max_conversations:
                 what = f"at most {self.limits.max_conversations} conversations are kept: delete some"
                 raise Refused(400, what, code="too_many_conversations")
-            row = ConversationRow(id=new_id("conv"), owner=owner, created_at=int(time.time()), labels=metadata)
+            now = int(time.time())
+            row = ConversationRow(id=new_id("conv"), owner=owner, client=client, created_at=now, labels=metadata)
             session.add(row)
             session.flush()
             add_items(session, row, items, self.limits)
@@ -344,9 +350,9 @@ class ConversationStore:
         with self._database.read_session() as session:
             return StoredConversation.from_row(get_conversation_row(session, owner, id_))
 
-    def list_page(self, owner: str, page: Page) -> tuple[list[StoredConversation], bool]:
-        """Return (conversations, whether there are more). Raises: Refused (an id that is not in the list)."""
-        query = select(ConversationRow).where(ConversationRow.owner == owner)
+    def list_page(self, owner: str, page: Page, client: str = "") -> tuple[list[StoredConversation], bool]:
+        """Return (a client's conversations, whether there are more). Raises: Refused (an id that is not in the list)."""
+        query = select(ConversationRow).where(ConversationRow.owner == owner, ConversationRow.client == client)
         with self._database.read_session() as session:
             rows, has_more = read_page(session, query, ConversationRow, page)
             return [StoredConversation.from_row(row) for row in rows], has_more
@@ -365,6 +371,28 @@ class ConversationStore:
             # The responses first: items that only they hold would be left behind.
             delete_responses(session, select(ResponseRow.number).where(ResponseRow.conversation == row.number))
             session.delete(row)
+
+    def delete_all(self, owner: str) -> tuple[int, int]:
+        """Delete all that an owner has, in short transactions, so that a running server waits for none.
+
+        Returns: (conversations, responses outside of them).
+        """
+        counts = [0, 0]
+        for index, (kind, number) in enumerate(
+            ((ConversationRow, ConversationRow.number), (ResponseRow, ResponseRow.number))
+        ):
+            while True:
+                with self._database.write_session() as session:
+                    some = session.scalars(select(number).where(kind.owner == owner).limit(_DELETE_ROWS)).all()
+                    if index == 0:
+                        delete_responses(session, select(ResponseRow.number).where(ResponseRow.conversation.in_(some)))
+                        session.execute(delete(ConversationRow).where(number.in_(some)))
+                    else:
+                        delete_responses(session, select(number).where(number.in_(some)))
+                counts[index] += len(some)
+                if len(some) < _DELETE_ROWS:
+                    break
+        return counts[0], counts[1]
 
     def iterate_items(self, owner: str, id_: str) -> Iterator[list[Item]]:
         """All items of a conversation in order, page by page; those added meanwhile are left out.

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import func, select
 
 from corral.cli import main
 from corral.serving import server
 from corral.serving.admission import ServerLimits
 from corral.serving.database import Database
-from corral.serving.keys import KeyStore, KeyUsage, today
+from corral.serving.keys import KeyStore, KeyUsage, hash_key, today
 from corral.serving.model_loading import ModelOptions
+from corral.serving.store import ConversationStore, Item, ItemRow, Page
 from tests.answering.test_settings import write_run
 
 
@@ -33,7 +35,7 @@ def test_a_key_is_added_shown_once_listed_and_revoked(url: str, capsys: pytest.C
     assert "shown only once" in message
     with contextlib.closing(Database(url)) as opened:
         (key,) = KeyStore(opened).all()
-        assert key.matches(secret)
+        assert key.digest == hash_key(secret)
         assert (key.quota.tokens_per_day, key.quota.at_once) == (1000, 2)
         assert key.expires == key.created + 7 * 86400
         KeyStore(opened).add_usage(today(), {key.id: KeyUsage(1, 700, 34)})
@@ -50,6 +52,37 @@ def test_a_key_is_added_shown_once_listed_and_revoked(url: str, capsys: pytest.C
     assert row["revoked"]
 
 
+def test_a_revoked_key_is_deleted_with_its_usage_and_conversations(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    database = ["--database", url]
+    for name in ("alice", "bob"):
+        assert main(["keys", "add", name, "--admin", *database]) == 0
+    with contextlib.closing(Database(url)) as opened:
+        alice, bob = sorted(KeyStore(opened).all(), key=lambda key: key.name)
+        assert alice.is_admin
+        store = ConversationStore(opened)
+        for number in range(120):
+            store.create(alice.id, {}, [Item.new("user", ["Hello"])] * (number == 7))
+        store.create(bob.id, {})
+        KeyStore(opened).add_usage(today(), {alice.id: KeyUsage(1, 700, 34)})
+        assert main(["keys", "delete", "alice", *database]) == 2
+        assert "still works" in capsys.readouterr().err
+        assert main(["keys", "revoke", "alice", *database]) == 0
+        capsys.readouterr()
+        assert main(["keys", "delete", "alice", *database]) == 0
+        assert "120 conversations and 0 other responses" in capsys.readouterr().out
+        assert [key.name for key in KeyStore(opened).all()] == ["bob"]
+        assert KeyStore(opened).usage_on(today()) == {}
+        assert store.list_page(alice.id, Page()) == ([], False)
+        assert len(store.list_page(bob.id, Page())[0]) == 1
+        with opened.read_session() as session:
+            assert session.scalar(select(func.count()).select_from(ItemRow)) == 0
+        assert main(["keys", "revoke", "bob", *database]) == 0
+        assert main(["keys", "delete", "bob", *database]) == 0
+    assert "needs none" in capsys.readouterr().err
+
+
 def test_adding_the_first_key_warns_that_requests_without_a_key_end(
     url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,6 +97,9 @@ def test_adding_the_first_key_warns_that_requests_without_a_key_end(
     ("args", "part"),
     [
         (["add"], "no key is named"),
+        (["delete"], "no key is named"),
+        (["delete", "bob"], "there is no key named 'bob'"),
+        (["revoke", "bob", "--admin"], "when it is added"),
         (["revoke"], "no key is named"),
         (["revoke", "bob"], "there is no key named 'bob'"),
         (["list", "bob"], "takes no name"),
@@ -91,12 +127,14 @@ def received(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_the_arguments_of_serve_reach_the_server(received: list[Any]) -> None:
     command = "serve a b=runs/c --host ::1 --port 1 --engine remote --url http://x/v1 --url http://y/v1 --embeddings"
-    command += " --insecure --cors https://a.example --at-once 3 --waiting 0 --max-seconds 1.5 --database none"
+    command += (
+        " --keys-file k --insecure --cors https://a.example --at-once 3 --waiting 0 --max-seconds 1.5 --database none"
+    )
     assert main(command.split()) == 0
     urls = ("http://x/v1", "http://y/v1")
     assert received == [
         ModelOptions(["a", "b=runs/c"], "remote", urls, embeddings=True),
-        server.ListenOptions("::1", 1, True, ("https://a.example",)),
+        server.ListenOptions("::1", 1, True, ("https://a.example",), keys_file=Path("k")),
         ServerLimits(at_once=3, waiting=0, max_seconds=1.5),
         None,
     ]

@@ -18,7 +18,7 @@ from corral.serving.database import Database
 from corral.serving.keys import Key, KeyStore, KeyUsage, today
 from corral.serving.protocol import Refused
 from tests.serving.postgres import PostgreSQL, Proxy
-from tests.serving.test_accounts import RunningRequest, authenticate, refusal, sign_in
+from tests.serving.test_accounts import authenticate, refusal, run, sign_in
 
 
 class FlakyKeyStore(KeyStore):
@@ -67,7 +67,7 @@ async def test_known_keys_work_for_a_while_without_the_database_and_then_get_503
     callers, secret, caller = await sign_in(keys)
     keys.is_away = True
     assert await authenticate(callers, secret) == caller
-    RunningRequest(1, 2).run(callers, caller)
+    run(callers, caller)
     set_seconds(max_age=0.0)
     refused = await refusal(callers, f"Bearer {secret}")
     assert (refused.status, refused.code, refused.retry_seconds) == (503, "database_unavailable", 1)
@@ -86,7 +86,7 @@ async def test_while_writes_fail_keys_are_read_and_no_usage_is_lost(
     set_seconds(refresh=0.0)
     keys.write_error, keys.blocks_writes = fault, fault is None
     callers, secret, caller = await sign_in(keys)
-    RunningRequest(1, 2).run(callers, caller)
+    run(callers, caller)
     while not keys.writes:
         assert await authenticate(callers, secret) == caller
     # Far longer than a reading takes on a machine that does much else.
@@ -111,7 +111,7 @@ async def test_an_idle_server_waits_for_reading_keys_but_not_for_writing_usage(
     keys.blocks_writes = True
     callers, secret, caller = await sign_in(keys)
     set_seconds(refresh=60.0)
-    RunningRequest(1, 2).run(callers, caller)
+    run(callers, caller)
     set_seconds(refresh=0.0, max_age=5.0)
     await asyncio.sleep(5.1)
     async with asyncio.timeout(20):  # else it would wait for what is never written

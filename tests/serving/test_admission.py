@@ -104,7 +104,7 @@ async def test_one_key_with_many_requests_does_not_starve_another(serve: Serve, 
     engine = Gated()
     flood, calm = keys.add("flood")[1], keys.add("calm")[1]
     admission = Admission(ServerLimits(at_once=1, waiting=200), keys)
-    long = [{"role": "user", "content": "Hello Hello Hello " * 3}]
+    long = [{"role": "user", "content": "What is two plus two? Hello"}]  # to tell them apart, not to cost more
     async with open_client(serve(engine, admission)) as client:
         tasks = [post(client, bearer(flood)) for _ in range(50)]
         await until(lambda: admission.queue.waiting == 49)
@@ -119,23 +119,61 @@ async def test_one_key_with_many_requests_does_not_starve_another(serve: Serve, 
 
 def test_exceeding_a_quota_gives_429_with_retry_after(serve: Serve, keys: KeyStore) -> None:
     minute = keys.add("minute", Quota(requests_per_minute=3))[1]
-    day = keys.add("day", Quota(tokens_per_day=30))[1]
+    day = keys.add("day", Quota(tokens_per_day=60))[1]
     free = keys.add("free")[1]
     server = serve(ScriptedEngine([40] * 5), Admission(keys=keys))
     for secret, code, most_seconds in ((minute, "rate_limit_exceeded", 60), (day, "insufficient_quota", 86400)):
-        answers = [server.chat(bearer(secret)) for _ in range(6)]
+        answers = [server.chat(bearer(secret), max_tokens=10) for _ in range(6)]
         statuses = [status for status, _, _ in answers]
         assert statuses[0] == 200
         assert statuses[-1] == 429
         assert statuses == sorted(statuses), "once used up it stays so"
         assert answers[-1][1]["error"]["code"] == code
+        assert answers[-1][1]["error"]["type"] == ("rate_limit_error" if secret == minute else "insufficient_quota")
         assert 1 <= int(answers[-1][2]["retry-after"]) <= most_seconds
     assert server.chat(bearer(free))[0] == 200
     by_name = {key.name: key.id for key in keys.all()}
     assert wait_for(lambda: by_name["free"] in keys.usage_on(today())), "the last request is written"
     used = keys.usage_on(today())
     assert used[by_name["minute"]].requests == 3, "those refused are not counted"
-    assert used[by_name["day"]].tokens >= 30
+    assert 30 <= used[by_name["day"]].tokens <= 60
+
+
+@pytest.mark.parametrize("changes", [{"max_tokens": 40}, {"max_tokens": 10, "n": 4}, {}])
+async def test_requests_at_the_same_time_do_not_use_more_than_the_quota(
+    changes: dict[str, Any], serve: Serve, keys: KeyStore
+) -> None:
+    """They reserve the most that they may use, and the next ones find it gone until they are settled."""
+    key, secret = keys.add("alice", Quota(tokens_per_day=500))
+    admission = Admission(keys=keys)
+    body = {"model": "m", "messages": ASKED, "temperature": 1, **changes}
+    async with open_client(serve(ScriptedEngine([40] * 200, delay_seconds=0.001), admission)) as client:
+        tasks = [client.post(CHAT, json=body, headers=bearer(secret)) for _ in range(60)]
+        answers = await asyncio.gather(*tasks)
+    codes = Counter(answer.json()["error"]["code"] if answer.status_code == 429 else "" for answer in answers)
+    assert codes[""] >= 1
+    assert codes[""] + codes["rate_limit_exceeded"] + codes["insufficient_quota"] == 60
+    used = admission.accounts.usage_today(key.id).tokens
+    assert 0 < used <= 500
+    assert used == sum(answer.json()["usage"]["total_tokens"] for answer in answers if answer.status_code == 200)
+
+
+async def test_a_running_and_a_waiting_request_end_when_their_key_is_revoked(
+    serve: Serve, keys: KeyStore, set_seconds: Callable[..., None]
+) -> None:
+    set_seconds(refresh=0.1)
+    endless, secret = Endless(), keys.add("alice")[1]
+    admission = Admission(ServerLimits(at_once=1), keys)
+    async with open_client(serve(endless.engine, admission)) as client:
+        tasks = [post(client, bearer(secret)) for _ in range(2)]
+        await until(lambda: (admission.queue.running, admission.queue.waiting) == (1, 1))
+        keys.revoke("alice")
+        for task in tasks:
+            answer = await task
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+            assert answer.json()["error"]["type"] == "authentication_error"
+        await until(lambda: (admission.queue.running, admission.queue.waiting) == (0, 0))
+    assert endless.has_stopped()
 
 
 async def test_concurrent_requests_of_a_key_are_bounded(serve: Serve, keys: KeyStore) -> None:
@@ -155,8 +193,9 @@ def test_a_request_over_its_time_limit_gets_504_and_its_work_stops(waits: bool, 
     if waits:
         holder.start()
         assert wait_for(lambda: admission.queue.running == 1)
-    status, answer, _ = server.chat()
+    status, answer, headers = server.chat()
     assert (status, answer["error"]["code"]) == (504, "deadline_exceeded")
+    assert headers["x-should-retry"] == "false", "OpenAI's client would ask three times"
     if waits:
         holder.join()
     assert wait_for(lambda: (admission.queue.running, admission.queue.waiting) == (0, 0))

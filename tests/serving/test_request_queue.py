@@ -66,26 +66,80 @@ async def test_waiting_keys_take_turns() -> None:
     assert "".join(crowd.entered) == "a" + "abc" + "abc" + "ac" + "aa"
 
 
-async def test_a_key_with_none_running_does_not_wait_for_another_keys_long_requests() -> None:
-    crowd = Crowd(RequestQueue(4, 100, reserved=1))
-    await crowd.come(*"aaaaaa")
-    assert (crowd.entered, crowd.queue.waiting) == (["a"] * 3, 3)
-    await crowd.come(*"bb")
-    assert (crowd.entered[3:], crowd.queue.waiting) == (["b"], 4), "its first enters at once, its second waits"
-    await crowd.come("c")
-    await crowd.leave()
-    assert crowd.entered[4:] == ["c"], "and takes no turn from those who have none inside"
+@pytest.mark.parametrize("at_once", [1, 2, 7, 8, 128])
+async def test_a_key_alone_has_all_slots(at_once: int) -> None:
+    crowd = Crowd(RequestQueue(at_once, 10))
+    await crowd.come(*"a" * (at_once + 5))
+    assert (len(crowd.entered), crowd.queue.waiting) == (at_once, 5)
     await crowd.leave_all()
-    assert (len(crowd.entered), crowd.queue.running, crowd.queue.waiting) == (9, 0, 0)
+    assert len(crowd.entered) == at_once + 5
 
 
-async def test_the_key_with_the_fewest_running_requests_is_next() -> None:
+async def test_while_several_keys_have_requests_a_new_one_does_not_wait_for_their_long_ones() -> None:
+    crowd = Crowd(RequestQueue(16, 100))
+    await crowd.come(*"b" * 2)
+    await crowd.come(*"a" * 20)
+    assert (crowd.entered.count("a"), crowd.queue.running) == (12, 14), "two slots are for keys with no running request"
+    await crowd.come("c")
+    assert (crowd.entered[-1], crowd.queue.waiting) == ("c", 8), "it enters at once"
+    while "b" in (slot.key for slot in crowd.inside) or "c" in (slot.key for slot in crowd.inside):
+        crowd.queue.release(crowd.inside.pop(next(i for i, slot in enumerate(crowd.inside) if slot.key != "a")))
+        await crowd.settle()
+    assert crowd.queue.running == 16, "alone again, it has all"
+    await crowd.leave_all()
+    assert (crowd.queue.running, crowd.queue.waiting) == (0, 0)
+
+
+async def test_the_last_waiting_request_of_another_key_frees_its_slots_when_it_is_cancelled() -> None:
+    crowd = Crowd(RequestQueue(8, 10))
+    await crowd.come(*"aaaaaaaa")
+    (waiting,) = await crowd.come("b")
+    await crowd.come("a")
+    await crowd.leave()
+    assert crowd.entered[-1] == "b"
+    await crowd.leave()
+    assert crowd.queue.running == 7, "b is inside, so the last slot is for others"
+    (other,) = await crowd.come("a")
+    crowd.queue.release(crowd.inside.pop(next(i for i, slot in enumerate(crowd.inside) if slot.key == "b")))
+    await crowd.settle()
+    assert crowd.queue.running == 8
+    assert waiting.done()
+    assert other.done()
+
+
+async def test_the_key_with_the_fewest_running_choices_is_next() -> None:
     crowd = Crowd(RequestQueue(4, 100))
     await crowd.come(*"aaab")
     await crowd.come(*"aabb")
     await crowd.leave()
     await crowd.leave()
     assert crowd.entered[4:] == ["b", "a"], "1 of b's beside 2 of a's, and then 2 beside 1"
+    crowd = Crowd(RequestQueue(4, 100))
+    await crowd.come(*"aaab")
+    crowd.queue.set_weight(crowd.inside[3], 16)
+    await crowd.come(*"bbaa")
+    await crowd.leave()
+    await crowd.leave()
+    assert crowd.entered[4:] == ["a", "a"], "one request of b's has sixteen choices"
+    await crowd.leave_all()
+    assert (crowd.queue.running, crowd.queue.waiting) == (0, 0)
+
+
+async def test_of_equal_keys_the_one_that_used_fewer_tokens_lately_is_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("corral.serving.request_queue.time.monotonic", lambda: clock[0])
+    crowd = Crowd(RequestQueue(1, 100))
+    await crowd.come("a", *"aaab" * 10)
+    for _ in range(12):
+        key = crowd.inside[0].key
+        crowd.queue.release(crowd.inside.pop(), 4000 if key == "a" else 1000)
+        await crowd.settle()
+    assert (crowd.entered[1:].count("b"), crowd.entered[1:].count("a")) == (10, 2), "four of b's for one of a's"
+    clock[0] += 3600
+    await crowd.come(*"cb")
+    for _ in range(3):
+        await crowd.leave()
+    assert crowd.entered[-3:] == ["a", "c", "b"], "what was used an hour ago counts no more, so they take turns"
 
 
 async def test_one_key_with_a_thousand_requests_does_not_block_others() -> None:
@@ -132,11 +186,11 @@ async def test_a_slot_granted_to_a_request_being_cancelled_goes_to_the_next() ->
     assert (crowd.queue.running, crowd.queue.waiting) == (0, 0)
 
 
-@pytest.mark.parametrize("reserved", [0, 1])
+@pytest.mark.parametrize("at_once", [3, 8])
 @pytest.mark.parametrize("seed", range(5))
-async def test_the_queue_counts_stay_consistent(seed: int, reserved: int) -> None:
+async def test_the_queue_counts_stay_consistent(seed: int, at_once: int) -> None:
     draw = random.Random(seed)
-    crowd = Crowd(RequestQueue(3, 5, reserved))
+    crowd = Crowd(RequestQueue(at_once, 5))
     tasks: list[asyncio.Task[None]] = []
     for _ in range(300):
         match draw.randrange(4):
@@ -147,12 +201,14 @@ async def test_the_queue_counts_stay_consistent(seed: int, reserved: int) -> Non
                     draw.choice(tasks).cancel()
             case _:
                 if crowd.inside:
-                    crowd.queue.release(crowd.inside.pop(draw.randrange(len(crowd.inside))))
+                    slot = crowd.inside.pop(draw.randrange(len(crowd.inside)))
+                    crowd.queue.set_weight(slot, draw.randrange(1, 5))
+                    crowd.queue.release(slot, draw.randrange(100))
         if draw.random() < 0.5:
             await crowd.settle()
-            assert crowd.queue.running == len(crowd.inside) <= 3
+            assert crowd.queue.running == len(crowd.inside) <= at_once
             assert crowd.queue.waiting <= 5
-            assert crowd.queue.waiting == 0 or crowd.queue.running >= 3 - reserved
+            assert crowd.queue.waiting == 0 or crowd.queue.running >= at_once - at_once // 8
     await crowd.settle()
     await crowd.leave_all()
     assert (crowd.queue.running, crowd.queue.waiting) == (0, 0)

@@ -104,7 +104,7 @@ def test_a_server_started_with_keys_refuses_requests_when_they_are_gone(
 ) -> None:
     """The keys were gone before the first request came; the listener of the test is a local one all the same."""
     listen = ListenOptions(address, insecure=insecure)
-    admission = build_admission(address, listen, ServerLimits(), sqlite, has_keys=has_keys)
+    admission = build_admission(address, listen, ServerLimits(), KeyStore(sqlite), has_keys=has_keys)
     assert serve("Hello", admission).call("GET", "/v1/models")[0] == status
 
 

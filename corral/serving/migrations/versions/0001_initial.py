@@ -21,6 +21,7 @@ def _create_conversations() -> None:
         sa.Column("number", _NUMBER, nullable=False),
         sa.Column("id", sa.String(64), nullable=False),
         sa.Column("owner", sa.String(64), nullable=False),
+        sa.Column("client", sa.String(64), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.Column("metadata", sa.JSON(), nullable=False),
         sa.Column("items", sa.Integer(), nullable=False),
@@ -31,7 +32,7 @@ def _create_conversations() -> None:
         sa.UniqueConstraint("id", name="uq_conversations_id"),
     )
     op.create_index("ix_conversations_lease_owner", "conversations", ["lease_owner"])
-    op.create_index("ix_conversations_owner_number", "conversations", ["owner", "number"])
+    op.create_index("ix_conversations_owner_client_number", "conversations", ["owner", "client", "number"])
     op.create_index("ix_conversations_owner_items_bytes", "conversations", ["owner", "items", "bytes"])
     op.create_table(
         "responses",
@@ -89,6 +90,7 @@ def _create_keys() -> None:
         sa.Column("created", sa.BigInteger(), nullable=False),
         sa.Column("expires", sa.BigInteger(), nullable=True),
         sa.Column("revoked", sa.BigInteger(), nullable=True),
+        sa.Column("is_admin", sa.Boolean(), server_default=sa.false(), nullable=False),
         sa.Column("requests_per_minute", sa.BigInteger(), nullable=True),
         sa.Column("tokens_per_day", sa.BigInteger(), nullable=True),
         sa.Column("at_once", sa.BigInteger(), nullable=True),
