@@ -66,9 +66,7 @@ _POSTGRES_OPTIONS = {
     "keepalives_count": "3",
     "tcp_user_timeout": "10000",
 }
-_MIGRATION_LOCK = (
-    0x636F7272616C  # "corral": advisory locks of PostgreSQL are numbers, shared by all programs of a database
-)
+_MIGRATION_LOCK = 0x636F7272616C  # "corral": advisory locks of PostgreSQL are numbers that all programs share
 _URL_FORMS = "sqlite:////path/of/a.db, or postgresql://user:password@host/name"
 
 
@@ -181,10 +179,12 @@ class Database:
                 event.listen(engine, "connect", _set_timeouts)
             return engine
         seconds = _OPEN_SECONDS if is_for_migration else _LOCK_SECONDS
-        engine = create_engine(self._url, connect_args={"timeout": seconds}, **options)
+        # No isolation level, else the driver starts transactions itself, for some statements only.
+        engine = create_engine(self._url, connect_args={"timeout": seconds, "isolation_level": None}, **options)
         # No foreign keys during migrations: SQLite alters a table by recreating it, and dropping the old one would delete
         # the rows that refer to it.
-        event.listen(engine, "connect", _disable_foreign_keys if is_for_migration else _enable_foreign_keys)
+        if not is_for_migration:
+            event.listen(engine, "connect", _enable_foreign_keys)
         event.listen(engine, "begin", _begin_transaction)
         return engine
 
@@ -194,7 +194,10 @@ class Database:
             if not self._path:
                 connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": _MIGRATION_LOCK})
             self._refuse_unknown(connection)
-            command.upgrade(alembic_config(connection), "head")
+            config = Config()
+            config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
 
     def _refuse_unknown(self, connection: Connection) -> None:
         """Raises: DatabaseError (a newer corral wrote the database, or one from before the first release)."""
@@ -251,14 +254,6 @@ async def run_in_thread(call: Callable[..., T], *arguments: Any) -> T:
     return await asyncio.wrap_future(done)
 
 
-def alembic_config(connection: Connection) -> Config:
-    """Alembic's configuration to run corral's migrations on this connection, in its transaction."""
-    config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
-    config.attributes["connection"] = connection
-    return config
-
-
 def _parse_url(url: str) -> URL:
     """Raises: DatabaseError (not a URL of a supported database), MissingExtraError."""
     try:
@@ -306,13 +301,7 @@ def _set_timeouts(connection: Any, record: object) -> None:
     connection.commit()
 
 
-def _disable_foreign_keys(connection: Any, record: object) -> None:
-    connection.isolation_level = None  # else the driver starts transactions itself, for some statements only
-    connection.execute("PRAGMA foreign_keys = OFF")
-
-
 def _enable_foreign_keys(connection: Any, record: object) -> None:
-    connection.isolation_level = None
     connection.execute("PRAGMA foreign_keys = ON")
 
 
