@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from corral.answering.consensus import Candidate, Consensus, Vote
-from corral.engines.base import Completion, Delta, Engine, Finish, Generation, Sampling
+from corral.engines.base import Alternatives, Completion, Delta, Engine, Finish, Generation, Sampling
 from corral.errors import RequestError
 from corral.messages import Conversation
 from corral.metrics import answer_extraction
@@ -39,6 +39,8 @@ class Token:
     """The bytes it adds to the text, perhaps part of a character; empty for a special token."""
     logprob: float
     """Natural log of its probability under the model."""
+    top: Alternatives = ()
+    """With `Sampling.top_logprobs`: the most likely ids at its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,11 +368,13 @@ class _ChoiceDecoder:
         """The text that new ids complete."""
         text = ""
         logprobs = delta.logprobs or ()
+        tops = delta.top_logprobs or ((),) * len(delta.ids)
         for position, id_ in enumerate(delta.ids):
             self.ids.append(id_)
             if self.logprobs is not None:
                 self.logprobs.append(logprobs[position])
-                self._pending.append((self._decoded, Token(id_, self._bytes[id_], logprobs[position])))
+                token = Token(id_, self._bytes[id_], logprobs[position], tops[position])
+                self._pending.append((self._decoded, token))
             text += self._cut(self._decoder.push((id_,)))
             if self._cutter.stopped:
                 break

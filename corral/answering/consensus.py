@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corral.metrics import answer_extraction
-from corral.metrics.rouge import Rouge
+from corral.metrics.rouge import Rouge, unicode_words
 
 Method: TypeAlias = Literal["rouge-l", "cosine", "majority", "rouge-l+math"]
 StopRule: TypeAlias = Literal["never", "lossless", "adaptive"]
@@ -29,6 +29,10 @@ Embed: TypeAlias = Callable[[Sequence[str]], Floats]
 
 LEAD_CERTAINTY = 0.95
 """An adaptive vote ends when the first result leads the second with this probability."""
+
+
+COMPARED_WORDS = 8192
+"""Of each answer, by ROUGE-L: 64 answers of this length take a minute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +103,18 @@ class Ballot:
         self._n = n
         self._candidates: dict[int, Candidate] = {}
         self._results: dict[int, str | None] = {}
+        self._words: dict[int, str] = {}
+        """What an answer says: answers that say the same have the same words."""
 
     def add(self, index: int, candidate: Candidate) -> bool:
         """Add an answer that has ended. Returns: `is_decided`."""
         self._candidates[index] = candidate
         self._results[index] = self._result(candidate.text)
+        if self._consensus.method != "majority":
+            is_exact = self._consensus.method == "cosine"
+            self._words[index] = candidate.text.strip() and (
+                candidate.text if is_exact else " ".join(unicode_words(candidate.text))
+            )
         return self.is_decided
 
     @property
@@ -186,12 +197,7 @@ class Ballot:
 
     def _agreement_decided(self, against: float) -> bool:
         """True if the answers that say the same outweigh `against` times all others."""
-        texts = [c.text for c in self._candidates.values() if c.text.strip()]
-        if self._consensus.method == "cosine":
-            groups = Counter(text.encode() for text in texts)
-        else:
-            groups = Counter(words.tobytes() for words in self._consensus.rouge.encode(texts) if words)
-        same = max(groups.values(), default=0)
+        same = max(Counter(filter(None, self._words.values())).values(), default=0)
         others = self._n - same - 1
         return same >= 2 and (others <= 0 or same - 1 >= against * others)
 
@@ -206,7 +212,7 @@ class Ballot:
             not_empty = np.array([bool(text.strip()) for text in texts])
             matrix = vectors @ vectors.T * np.outer(not_empty, not_empty)
         else:
-            matrix = self._consensus.rouge.pairwise_rouge_l(texts)
+            matrix = self._consensus.rouge.pairwise_rouge_l(texts, COMPARED_WORDS)
         np.fill_diagonal(matrix, 0.0)
         return (matrix.sum(axis=1) / (len(indexes) - 1)).tolist()
 

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -101,10 +101,25 @@ class Features:
     """How many requests it computes at once, if that depends on servers, which say so."""
     honours: frozenset[str] = frozenset()
     """Which of `OPTIONAL_SAMPLING` it supports."""
+    score_top: bool = False
+    """Whether `score_top` works."""
 
 
 Alternatives: TypeAlias = tuple[tuple[int, float], ...]
 """The most likely ids at one position with their log-probabilities, the most likely first."""
+
+
+MAX_ALTERNATIVES = 20
+"""The most alternatives that a request may have of each position."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """How likely one given id is after all ids before it, and what would have been more likely."""
+
+    logprob: float
+    """Natural log of its probability."""
+    top: Alternatives
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +186,8 @@ class Generation:
                 if item.finish is not None:
                     self._unfinished.discard(item.choice)
                 yield item
+                if not self._queue.empty():
+                    await asyncio.sleep(0)  # `get` would not let others run, however much has piled up
         finally:
             if self._unfinished:
                 self.cancel()
@@ -254,6 +271,15 @@ class Engine(ABC):
             EngineClosedError: the engine was closed.
         """
 
+    async def score_top(self, ids: Sequence[int], start: int = 1, top: int = 1) -> list[TokenScore]:
+        """`score`, with the `top` most likely ids at each position; len(ids) − start values.
+
+        Raises:
+            RequestError: as `score`, or `features.score_top` is false, or `top` is not from 1 to MAX_ALTERNATIVES.
+            EngineClosedError: the engine was closed.
+        """
+        raise RequestError(f"engine {self.name!r} gives no alternatives of given ids")
+
     @abstractmethod
     async def close(self) -> None:
         """Stop; requests under way fail with EngineClosedError. Closing twice is allowed."""
@@ -290,7 +316,7 @@ class Engine(ABC):
             (sampling.top_k < 0, f"top_k = {sampling.top_k}: must be 0 (off) or more"),
             (sampling.logprobs and not self.features.logprobs, f"engine {self.name!r} gives no log-probabilities"),
         )
-        for is_fault, message in faults:
+        for is_fault, message in (*faults, *_optional_faults(sampling, self.features.vocabulary)):
             if is_fault:
                 raise RequestError(message)
         for name, neutral in OPTIONAL_SAMPLING.items():
@@ -313,12 +339,45 @@ class Engine(ABC):
         if len(ids) > self.features.max_length:
             raise RequestError(f"{len(ids)} ids exceed the {self.features.max_length} of engine {self.name!r}")
 
+    def check_score_top(self, ids: Sequence[int], start: int, top: int) -> None:
+        """For implementations of `score_top`: raises RequestError if the request cannot be served."""
+        if not self.features.score_top:
+            raise RequestError(f"engine {self.name!r} gives no alternatives of given ids")
+        if not 1 <= top <= MAX_ALTERNATIVES:
+            raise RequestError(f"top = {top}: must be from 1 to {MAX_ALTERNATIVES}")
+        self.check_score(ids, start)
+
     def _check_ids(self, ids: Sequence[int]) -> None:
         if not ids:
             raise RequestError("the prompt has no tokens")
         worst = max(ids) if min(ids) >= 0 else min(ids)
         if not 0 <= worst < self.features.vocabulary:
             raise RequestError(f"token id {worst} is outside the vocabulary of {self.features.vocabulary}")
+
+
+def _optional_faults(sampling: Sampling, vocabulary: int) -> Iterator[tuple[bool, str]]:
+    """(whether it is one, the message) for the fields of OPTIONAL_SAMPLING. The ranges are OpenAI's and vLLM's; within them
+    no logit overflows."""
+    s = sampling
+    yield not 0 <= s.min_p <= 1, f"min_p = {s.min_p}: must be from 0 to 1"
+    yield (
+        not 0.01 <= s.repetition_penalty <= 100,
+        f"repetition_penalty = {s.repetition_penalty}: must be from 0.01 to 100",
+    )
+    yield not -2 <= s.frequency_penalty <= 2, f"frequency_penalty = {s.frequency_penalty}: must be from -2 to 2"
+    yield not -2 <= s.presence_penalty <= 2, f"presence_penalty = {s.presence_penalty}: must be from -2 to 2"
+    for id_, bias in s.logit_bias:
+        yield not 0 <= id_ < vocabulary, f"logit_bias: token id {id_} is outside the vocabulary of {vocabulary}"
+        yield not -100 <= bias <= 100, f"logit_bias of token id {id_} = {bias}: must be from -100 to 100"
+    yield (
+        not 0 <= s.min_tokens <= s.max_tokens,
+        f"min_tokens = {s.min_tokens}: must be from 0 to max_tokens ({s.max_tokens})",
+    )
+    yield (
+        not 0 <= s.top_logprobs <= MAX_ALTERNATIVES,
+        f"top_logprobs = {s.top_logprobs}: must be from 0 to {MAX_ALTERNATIVES}",
+    )
+    yield s.top_logprobs > 0 and not s.logprobs, f"top_logprobs = {s.top_logprobs}: needs logprobs"
 
 
 def run_engine(engine: Engine, use: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:

@@ -26,11 +26,12 @@ from typing import Any, TypeAlias
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from corral.engines.base import Delta, Finish, Generation, Sampling
+from corral.engines.base import Alternatives, Delta, Finish, Generation, Sampling, TokenScore
 from corral.engines.kv_cache import RowCache
-from corral.engines.token_sampling import sample
+from corral.engines.token_sampling import LogitChanges, changed, sample
 from corral.errors import EngineClosedError, EngineError
 from corral.model import packed_forward
+from corral.model.compute.token_logprobs import most_likely
 
 FORWARD_TOKENS = 4096
 """Prompt or scored tokens in one forward pass, which cancelling may have to wait for."""
@@ -73,11 +74,12 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class Score:
-    """A request for the log-probabilities of ids[start:]."""
+    """A request for the log-probabilities of ids[start:], with the `top` most likely ids at each position."""
 
     ids: tuple[int, ...]
     start: int
-    result: Future[list[float]] = field(default_factory=Future[list[float]])
+    top: int = 0
+    result: Future[list[TokenScore]] = field(default_factory=Future[list[TokenScore]])
 
 
 @dataclass(slots=True, eq=False)
@@ -102,12 +104,26 @@ class _Row:
     position: int
     """Of that id, in the sequence and in the cache."""
     random: random.Random
+    changes: LogitChanges | None = None
+    """None if its Sampling changes no logits."""
     sampled: int = 0
     """Ids so far."""
 
     @property
     def live(self) -> bool:
         return self.choice in self.request.unfinished
+
+
+@dataclass(slots=True)
+class _Next:
+    """The next id of a row."""
+
+    id: int
+    logprob: float
+    """Under the model; 0 if not requested."""
+    top: Alternatives
+    is_finite: bool
+    """Whether the logits are finite numbers."""
 
 
 class Worker:
@@ -246,11 +262,7 @@ class Worker:
             padded = [[*request.ids[:-1], *[0] * (width + 1 - len(request.ids))] for request, _ in group]
             ids = torch.tensor(padded, device=self._model.device)
             self._backbone(input_ids=ids, past_key_values=prompts, use_cache=True)
-        rows = [
-            _Row(request, choice, request.ids[-1], len(request.ids) - 1, random.Random(f"{request.seed}:{choice}"))
-            for request, choices in group
-            for choice in choices
-        ]
+        rows = [self._new_row(request, choice) for request, choices in group for choice in choices]
         start = len(self._rows)
         self._cache.reserve(start + len(rows), 1 + max(row.position for row in (*self._rows, *rows)))
         for source, (request, choices) in enumerate(group):
@@ -259,27 +271,34 @@ class Worker:
             start += len(choices)
         self._rows += rows
 
+    def _new_row(self, request: Request, choice: int) -> _Row:
+        sampling, changes = request.sampling, None
+        if LogitChanges.needed(sampling):
+            changes = LogitChanges(sampling, request.ids, self._model.config.vocab_size, self._model.device)
+        numbers = random.Random(f"{request.seed}:{choice}")
+        return _Row(request, choice, request.ids[-1], len(request.ids) - 1, numbers, changes)
+
     def _step(self) -> None:
         """One token for every row."""
         if not self._rows:
             return
         try:
-            ids, logprobs, finite = self._next_ids()
+            sampled = self._next_ids()
         except Exception as error:
             failed, self._rows = {row.request for row in self._rows}, []
             self._cache.clear()
             self._fail(failed, error)
             return
-        for row, id_, logprob, is_finite in zip(self._rows, ids, logprobs, finite, strict=True):
-            if row.live and is_finite:
-                self._push(row, id_, logprob)
+        for row, each in zip(self._rows, sampled, strict=True):
+            if row.live and each.is_finite:
+                self._push(row, each)
             elif row.live:
                 row.request.fail(EngineError(f"engine {self._name!r}: the model's logits are not finite numbers"))
-        if not all(finite):
-            self._cache.zero_rows([i for i, is_finite in enumerate(finite) if not is_finite])
+        if broken := [i for i, each in enumerate(sampled) if not each.is_finite]:
+            self._cache.zero_rows(broken)
 
-    def _next_ids(self) -> tuple[list[int], list[float], list[bool]]:
-        """Compute every row's last token. Returns, for each row: next id, its log-probability, whether logits are finite."""
+    def _next_ids(self) -> list[_Next]:
+        """Compute every row's last token, and sample the next."""
         device = self._model.device
         span = 1 + max(row.position for row in self._rows)
         columns = torch.tensor([row.position for row in self._rows], device=device)
@@ -299,44 +318,60 @@ class Worker:
             logits = logits.where(finite[:, None], 0)
         samplings = [row.request.sampling for row in self._rows]
         # 1 − u: `sample` takes numbers that may be 1 but not 0.
-        ids = sample(logits, samplings, [1 - row.random.random() for row in self._rows])
-        logprobs = torch.zeros(len(ids), device=device)
-        needed = [i for i, sampling in enumerate(samplings) if sampling.logprobs]
-        if needed:
-            logprobs[needed] = logits[needed].log_softmax(-1).gather(1, ids[needed, None]).squeeze(1)
-        return ids.tolist(), logprobs.tolist(), finite.tolist()
+        uniforms = [1 - row.random.random() for row in self._rows]
+        ids = sample(changed(logits, [row.changes for row in self._rows]), samplings, uniforms)
+        sampled = [_Next(id_, 0.0, (), ok) for id_, ok in zip(ids.tolist(), finite.tolist(), strict=True)]
+        if needed := [i for i, sampling in enumerate(samplings) if sampling.logprobs]:
+            logprobs = logits[needed].log_softmax(-1)
+            for i, value in zip(needed, logprobs.gather(1, ids[needed, None]).squeeze(1).tolist(), strict=True):
+                sampled[i].logprob = value
+            if count := max(samplings[i].top_logprobs for i in needed):
+                for i, top in zip(needed, most_likely(logprobs, count), strict=True):
+                    sampled[i].top = tuple(top[: samplings[i].top_logprobs])
+        return sampled
 
-    def _push(self, row: _Row, id_: int, logprob: float) -> None:
+    def _push(self, row: _Row, new: _Next) -> None:
         """Pass a sampled id on, or end the choice."""
         request, sampling = row.request, row.request.sampling
-        if id_ in sampling.stop_ids:
+        if new.id in sampling.stop_ids:
             request.end(row.choice, "stop")
             return
-        row.last, row.position, row.sampled = id_, row.position + 1, row.sampled + 1
+        row.last, row.position, row.sampled = new.id, row.position + 1, row.sampled + 1
+        if row.changes is not None:
+            row.changes.add(new.id)
         finish: Finish | None = "length" if row.sampled == sampling.max_tokens else None
-        request.generation.push(Delta(row.choice, (id_,), (logprob,) if sampling.logprobs else None, finish))
+        logprobs = (new.logprob,) if sampling.logprobs else None
+        tops = (new.top,) if sampling.top_logprobs else None
+        request.generation.push(Delta(row.choice, (new.id,), logprobs, finish, tops))
         if finish:
             request.unfinished.discard(row.choice)
 
     def _score(self) -> None:
-        """Compute waiting scores, as many as fit in one forward pass."""
+        """Compute waiting scores, as many as fit in one forward pass: with alternatives, or without."""
         jobs: list[Score] = []
         tokens = 0
         while self._scores and (not jobs or tokens + len(self._scores[0].ids) <= FORWARD_TOKENS):
+            if jobs and bool(jobs[0].top) != bool(self._scores[0].top):
+                break
             job = self._scores.popleft()
             if job.result.set_running_or_notify_cancel():
                 jobs.append(job)
                 tokens += len(job.ids)
         if not jobs:
             return
+        sequences, starts, top = [job.ids for job in jobs], [job.start for job in jobs], max(job.top for job in jobs)
         try:
-            scores = packed_forward.score(self._model, [job.ids for job in jobs], [job.start for job in jobs])
+            if top:
+                scores = packed_forward.score_top(self._model, sequences, starts, top)
+            else:
+                plain = packed_forward.score(self._model, sequences, starts)
+                scores = [[(value, list[tuple[int, float]]()) for value in each] for each in plain]
         except Exception as error:
             for job in jobs:
                 job.result.set_exception(self._failure(error))
             return
-        for job, logprobs in zip(jobs, scores, strict=True):
-            job.result.set_result(logprobs)
+        for job, each in zip(jobs, scores, strict=True):
+            job.result.set_result([TokenScore(value, tuple(best[: job.top])) for value, best in each])
 
     def _fail(self, requests: Iterable[Request], error: Exception) -> None:
         for request in requests:

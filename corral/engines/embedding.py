@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 ASSET = "all-minilm-l6-v2"
 MAX_TOKENS = 256
 """Tokens of a text that are used; the model was trained on no longer texts."""
+MAX_CHARACTERS = 2**16
+"""Characters of a text that are read: more than any 256 tokens of a language have."""
 DIMENSIONS = 384
 """Length of a vector."""
 _BATCH = 32
@@ -39,7 +41,7 @@ class Embedder:
             for start in range(0, len(order), _BATCH):
                 indices = order[start : start + _BATCH]
                 batch = tokenizer(
-                    [texts[i] for i in indices],
+                    [texts[i][:MAX_CHARACTERS] for i in indices],
                     padding=True,
                     truncation=True,
                     max_length=MAX_TOKENS,

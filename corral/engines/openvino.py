@@ -20,9 +20,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corral.engines.base import CLOSED, Delta, Engine, Features, Generation, Sampling, closed_error, longest_step
+from corral.engines.base import (
+    CLOSED,
+    OPTIONAL_SAMPLING,
+    Alternatives,
+    Delta,
+    Engine,
+    Features,
+    Generation,
+    Sampling,
+    TokenScore,
+    closed_error,
+    longest_step,
+)
 from corral.engines.child_process import ChildProcess, Event
-from corral.engines.openvino_process import BLOCK_TOKENS, SCORE_TOKENS, STEP_TOKENS
+from corral.engines.openvino_process import BLOCK_TOKENS, STEP_TOKENS
 from corral.errors import EngineError, EngineUnavailableError, ModelError, require
 from corral.export_forms import OPENVINO_MODEL, OpenVinoType
 
@@ -40,7 +52,9 @@ class _Pending:
 
     generation: Generation | None = None
     unfinished: set[int] = field(default_factory=set[int])
-    score: Future[list[float]] = field(default_factory=Future[list[float]])
+    score: Future[list[TokenScore]] = field(default_factory=Future[list[TokenScore]])
+    scores: list[TokenScore] = field(default_factory=list[TokenScore])
+    """Those that have come."""
 
     def fail(self, error: EngineError) -> None:
         if self.generation is not None:
@@ -51,6 +65,10 @@ class _Pending:
 
 class OpenVinoEngine(Engine):
     """Computes an OpenVINO folder (`openvino_model.xml`), or any Llama folder, which is converted once into the cache.
+
+    Scores, `top_logprobs`, biases, and frequency and presence penalties take the memory of the weights a second time, from
+    when they are first requested (see `openvino_inference`). `top_logprobs` costs a pass over prompt and answer for each
+    choice, and its answer comes whole; with the others, choices are not computed together (see `openvino_stepping`).
 
     Args:
         folder: of the model.
@@ -94,8 +112,15 @@ class OpenVinoEngine(Engine):
         properties = {"INFERENCE_PRECISION_HINT": precision, "KV_CACHE_PRECISION": cache_type}
         if exact:
             properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
-        self.features = Features(max_length=size.longest, vocabulary=size.vocabulary, logprobs=True, score=True)
-        settings = {"properties": properties, "blocks": size.blocks, "score_blocks": size.score_blocks}
+        self.features = Features(
+            max_length=size.longest,
+            vocabulary=size.vocabulary,
+            logprobs=True,
+            score=True,
+            honours=frozenset(OPTIONAL_SAMPLING),
+            score_top=True,
+        )
+        settings = {"properties": properties, "blocks": size.blocks, "vocabulary": size.vocabulary}
 
         def command() -> list[str]:
             arguments = json.dumps({**settings, "folder": str(self._converted())})
@@ -108,7 +133,7 @@ class OpenVinoEngine(Engine):
             _environment(),
             self._handle_events,
             self._fail_all,
-            longest_step=longest_step(STEP_TOKENS + SCORE_TOKENS, size.parameters),
+            longest_step=longest_step(STEP_TOKENS, size.parameters),
         )
 
     @property
@@ -124,19 +149,30 @@ class OpenVinoEngine(Engine):
         self.check_submit(ids, sampling)
         generation = Generation(len(ids), sampling.n, lambda choice: self._cancel(request, choice))
         pending = _Pending(generation, set(range(sampling.n)))
-        request = self._start_request(pending, "submit", [*map(int, ids)], asdict(sampling), _choice_seeds(sampling))
+        fields = asdict(sampling)
+        if sampling.min_tokens:  # OpenVINO writes to their places, also beyond the vocabulary
+            fields["stop_ids"] = [id_ for id_ in sampling.stop_ids if id_ < self.features.vocabulary]
+        request = self._start_request(pending, "submit", [*map(int, ids)], fields, _choice_seeds(sampling))
         return generation
 
     async def score(self, ids: Sequence[int], start: int = 1) -> list[float]:  # noqa: D102
         self._raise_if_closed()
         self.check_score(ids, start)
+        return [score.logprob for score in await self._score(ids, start, 0)]
+
+    async def score_top(self, ids: Sequence[int], start: int = 1, top: int = 1) -> list[TokenScore]:  # noqa: D102
+        self._raise_if_closed()
+        self.check_score_top(ids, start, top)
+        return await self._score(ids, start, top)
+
+    async def _score(self, ids: Sequence[int], start: int, top: int) -> list[TokenScore]:
         if start == len(ids):
             return []
         pending = _Pending()
         pending.score.set_running_or_notify_cancel()  # from here on a cancelled task cannot cancel it under the reader
-        request = self._start_request(pending, "score", [*map(int, ids)])
+        request = self._start_request(pending, "score", [*map(int, ids)], start, top)
         try:
-            return (await asyncio.wrap_future(pending.score))[start:]
+            return await asyncio.wrap_future(pending.score)
         finally:
             with self._lock:
                 if self._pending.pop(request, None) is not None:
@@ -202,12 +238,17 @@ class OpenVinoEngine(Engine):
                     pending.fail(EngineError(f"engine {self.name!r}: {rest[0]}"))
                     self._cancel_in_child(request)
                 elif kind == "score":
-                    del self._pending[request]
-                    pending.score.set_result(rest[0])
+                    logprobs, tops, is_last = rest
+                    pending.scores += map(TokenScore, logprobs, _alternatives(tops or [()] * len(logprobs)))
+                    if is_last:
+                        del self._pending[request]
+                        pending.score.set_result(pending.scores)
                 elif pending.generation is not None and rest[0] in pending.unfinished:
-                    choice, ids, logprobs, finish = rest
-                    delta = Delta(choice, tuple(ids), None if logprobs is None else tuple(logprobs), finish)
-                    pending.generation.push(delta)
+                    choice, ids, logprobs, finish, tops = rest
+                    values = None if logprobs is None else tuple(logprobs)
+                    pending.generation.push(
+                        Delta(choice, tuple(ids), values, finish, None if tops is None else _alternatives(tops))
+                    )
                     if finish:
                         self._finish_choice(request, pending, choice)
 
@@ -225,7 +266,6 @@ class _ModelSize:
     vocabulary: int
     longest: int
     blocks: int
-    score_blocks: int
     parameters: int
     """About how many."""
 
@@ -252,13 +292,11 @@ class _ModelSize:
         context_blocks = -(-context // BLOCK_TOKENS) + 1  # one to grow into
         blocks = max(2, int(min(4 * 2**30, psutil.virtual_memory().available / 4) // block_bytes))
         longest = min(context, (blocks - 1) * BLOCK_TOKENS)
-        return cls(
-            vocabulary,
-            longest,
-            min(blocks, context_blocks * MAX_SEQUENCES),
-            min(blocks, context_blocks * 4),
-            parameters,
-        )
+        return cls(vocabulary, longest, min(blocks, context_blocks * MAX_SEQUENCES), parameters)
+
+
+def _alternatives(tops: Sequence[Any]) -> tuple[Alternatives, ...]:
+    return tuple(tuple((id_, logprob) for id_, logprob in top) for top in tops)
 
 
 def _choice_seeds(sampling: Sampling) -> list[int]:

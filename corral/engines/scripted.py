@@ -1,7 +1,8 @@
 """An engine without a model, which returns scripted ids: for tests, and to try code that uses an engine.
 
 It keeps the whole engine protocol (choices, streaming, stop ids, cancelling, scores, failures) on the caller's event loop. It
-uses no threads and imports nothing heavy. Every id has the same log-probability.
+uses no threads and imports nothing heavy. Every id has the same log-probability, and its successors are the alternatives.
+Of the optional fields of Sampling it computes `min_tokens` and `top_logprobs`; the others are the reply's to honour.
 """
 
 from __future__ import annotations
@@ -12,13 +13,32 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TypeAlias
 
-from corral.engines.base import CLOSED, Delta, Engine, Features, Finish, Generation, Sampling, closed_error
+from corral.engines.base import (
+    CLOSED,
+    OPTIONAL_SAMPLING,
+    Alternatives,
+    Delta,
+    Engine,
+    Features,
+    Finish,
+    Generation,
+    Sampling,
+    TokenScore,
+    closed_error,
+)
 from corral.errors import EngineError
 
 Reply: TypeAlias = Callable[[Sequence[int], Sampling, int], Iterable[int]]
 """(prompt ids, sampling, choice) → the ids of the completion. An exception fails the request, also half-way."""
 
-_ALL_FEATURES = Features(max_length=8192, vocabulary=2**20, logprobs=True, score=True)
+_ALL_FEATURES = Features(
+    max_length=8192,
+    vocabulary=2**20,
+    logprobs=True,
+    score=True,
+    honours=frozenset(OPTIONAL_SAMPLING),
+    score_top=True,
+)
 
 
 class ScriptedEngine(Engine):
@@ -33,7 +53,8 @@ class ScriptedEngine(Engine):
         reply: the ids of every completion, or a function that returns (or generates) those of one choice.
         name: what errors and records call this engine.
         features: what it says it can do; it refuses the rest.
-        logprob: the log-probability of every id, in completions and in scores.
+        logprob: the log-probability of every id, in completions and in scores. The alternatives to an id are those after it,
+            each less likely by 1.
         chunk: ids per Delta.
         delay_seconds: how long each Delta, and each score, takes.
     """
@@ -65,7 +86,7 @@ class ScriptedEngine(Engine):
         self.check_submit(ids, sampling)
         if self._closed:
             raise closed_error(self)
-        request = _Request(tuple(ids), sampling, self._logprob if sampling.logprobs else None)
+        request = _Request(tuple(ids), sampling, self._logprob, self._alternatives)
         request.task = asyncio.create_task(self._complete(request))
         self._requests.add(request)
         request.task.add_done_callback(lambda _: self._requests.discard(request))
@@ -79,11 +100,20 @@ class ScriptedEngine(Engine):
             raise closed_error(self)
         return [self._logprob] * (len(ids) - start)
 
+    async def score_top(self, ids: Sequence[int], start: int = 1, top: int = 1) -> list[TokenScore]:  # noqa: D102
+        self.check_score_top(ids, start, top)
+        scores = await self.score(ids, start)
+        return [TokenScore(p, self._alternatives(id_, top)) for p, id_ in zip(scores, ids[start:], strict=True)]
+
     async def close(self) -> None:  # noqa: D102
         self._closed = True
         for request in list(self._requests):
             request.generation.fail(closed_error(self))
             request.stop()
+
+    def _alternatives(self, id_: int, count: int) -> Alternatives:
+        vocabulary = self.features.vocabulary
+        return tuple(((id_ + i) % vocabulary, self._logprob - i) for i in range(min(count, vocabulary)))
 
     async def _complete(self, request: _Request) -> None:
         try:
@@ -102,19 +132,28 @@ class ScriptedEngine(Engine):
 class _Request:
     task: asyncio.Task[None]
 
-    def __init__(self, ids: tuple[int, ...], sampling: Sampling, logprob: float | None) -> None:
+    def __init__(
+        self,
+        ids: tuple[int, ...],
+        sampling: Sampling,
+        logprob: float,
+        alternatives: Callable[[int, int], Alternatives],
+    ) -> None:
         self.ids = ids
         self.sampling = sampling
         self.generation = Generation(len(ids), sampling.n, self.cancel)
         self.unfinished = dict.fromkeys(range(sampling.n), sampling.max_tokens)
         """Unfinished choice → how many tokens it may still get."""
         self._logprob = logprob
+        self._alternatives = alternatives
 
     def advance(self, choice: int, reply: Iterator[int], count: int) -> None:
         """Push up to `count` ids of the reply, and finish the choice if it ends there."""
         ids: list[int] = []
         finish: Finish | None = None
-        for id_ in islice(reply, min(count, self.unfinished[choice])):
+        is_early = self.sampling.max_tokens - self.unfinished[choice] < self.sampling.min_tokens
+        allowed = (id_ for id_ in reply if not is_early or id_ not in self.sampling.stop_ids)
+        for id_ in islice(allowed, min(count, self.unfinished[choice])):
             if id_ in self.sampling.stop_ids:
                 finish = "stop"
                 break
@@ -140,5 +179,7 @@ class _Request:
     def _push(self, choice: int, ids: list[int], finish: Finish | None) -> None:
         if finish is not None:
             del self.unfinished[choice]
-        logprobs = None if self._logprob is None else (self._logprob,) * len(ids)
-        self.generation.push(Delta(choice, tuple(ids), logprobs, finish))
+        count = self.sampling.top_logprobs
+        logprobs = (self._logprob,) * len(ids) if self.sampling.logprobs else None
+        tops = tuple(self._alternatives(id_, count) for id_ in ids) if count else None
+        self.generation.push(Delta(choice, tuple(ids), logprobs, finish, tops))

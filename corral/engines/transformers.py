@@ -15,7 +15,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from corral.engines.base import CLOSED, Engine, Features, Generation, Sampling, closed_error, longest_step
+from corral.engines.base import (
+    CLOSED,
+    OPTIONAL_SAMPLING,
+    Engine,
+    Features,
+    Generation,
+    Sampling,
+    TokenScore,
+    closed_error,
+    longest_step,
+)
 from corral.engines.continuous_batching import FORWARD_TOKENS, Cancel, Request, Score, Worker
 from corral.engines.kv_cache import bytes_per_token
 from corral.errors import EngineUnavailableError
@@ -62,6 +72,8 @@ class TransformersEngine(Engine):
             vocabulary=causal.get_input_embeddings().weight.shape[0],
             logprobs=True,
             score=True,
+            honours=frozenset(OPTIONAL_SAMPLING),
+            score_top=True,
         )
         tokens = max(1, (cache_bytes or default_cache_bytes(causal.device)) // bytes_per_token(causal))
         self._longest_step = longest_step(FORWARD_TOKENS, sum(each.numel() for each in causal.parameters()))
@@ -97,10 +109,16 @@ class TransformersEngine(Engine):
 
     async def score(self, ids: Sequence[int], start: int = 1) -> list[float]:  # noqa: D102
         self.check_score(ids, start)
+        return [score.logprob for score in await self._score(Score(tuple(ids), start))]
+
+    async def score_top(self, ids: Sequence[int], start: int = 1, top: int = 1) -> list[TokenScore]:  # noqa: D102
+        self.check_score_top(ids, start, top)
+        return await self._score(Score(tuple(ids), start, top))
+
+    async def _score(self, job: Score) -> list[TokenScore]:
         self._raise_if_hung()
-        if start == len(ids):
+        if job.start == len(job.ids):
             return []
-        job = Score(tuple(ids), start)
         if not self._worker.enqueue(job):
             raise closed_error(self)
         return await asyncio.wrap_future(job.result)

@@ -16,7 +16,6 @@ import atexit
 import contextlib
 import itertools
 import os
-import random
 import signal
 import threading
 from collections.abc import Coroutine, Sequence
@@ -26,11 +25,23 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from corral.engines.base import CLOSED, Delta, Engine, Features, Generation, Sampling, closed_error
+from corral.engines.base import (
+    CLOSED,
+    OPTIONAL_SAMPLING,
+    Delta,
+    Engine,
+    Features,
+    Generation,
+    Sampling,
+    TokenScore,
+    closed_error,
+)
 from corral.engines.vllm_settings import (
     check_later_adapter,
     lora_settings,
     model_settings,
+    most_likely,
+    request_params,
     sampling_params,
 )
 from corral.errors import EngineError, ModelError, RequestError, require
@@ -110,11 +121,14 @@ class VllmEngine(Engine):
                 hint="see its messages above; with VLLM_LOGGING_LEVEL=INFO there are more",
             ) from error
         config = self._llm.model_config
+        scores = not (adapters or later_adapters) or device != "cpu"
         self.features = Features(
             max_length=config.max_model_len,
             vocabulary=config.get_vocab_size(),
             logprobs=True,
-            score=not (adapters or later_adapters) or device != "cpu",
+            score=scores,
+            honours=frozenset(OPTIONAL_SAMPLING),
+            score_top=scores,
         )
         atexit.register(self._end)
 
@@ -181,12 +195,23 @@ class VllmEngine(Engine):
     async def score(self, ids: Sequence[int], start: int = 1) -> list[float]:  # noqa: D102
         return await self.score_with(self._adapter, ids, start)
 
+    async def score_top(self, ids: Sequence[int], start: int = 1, top: int = 1) -> list[TokenScore]:  # noqa: D102
+        return await self.score_top_with(self._adapter, ids, start, top)
+
     async def score_with(self, adapter: Path | None, ids: Sequence[int], start: int) -> list[float]:
         """`score`, computed with that adapter."""
         self.check_score(ids, start)
+        return [score.logprob for score in await self._start_score(adapter, ids, start, 0)]
+
+    async def score_top_with(self, adapter: Path | None, ids: Sequence[int], start: int, top: int) -> list[TokenScore]:
+        """`score_top`, computed with that adapter."""
+        self.check_score_top(ids, start, top)
+        return await self._start_score(adapter, ids, start, top)
+
+    async def _start_score(self, adapter: Path | None, ids: Sequence[int], start: int, top: int) -> list[TokenScore]:
         with self._lock:
             self._raise_if_closed()
-            scores = asyncio.run_coroutine_threadsafe(self._score([*map(int, ids)], adapter), self._loop)
+            scores = asyncio.run_coroutine_threadsafe(self._score([*map(int, ids)], adapter, top), self._loop)
         return (await asyncio.wrap_future(scores))[start - 1 :]
 
     async def close(self) -> None:  # noqa: D102
@@ -263,15 +288,7 @@ class VllmEngine(Engine):
         """Pass the ids of one choice on as they come."""
         sampling = request.sampling
         try:
-            parameters = sampling_params(
-                max_tokens=sampling.max_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                seed=None if sampling.seed is None else random.Random(f"{sampling.seed}:{choice}").getrandbits(63),
-                stop_token_ids=[*sampling.stop_ids],
-                logprobs=0 if sampling.logprobs else None,
-            )
+            parameters = request_params(sampling, choice, self.features.vocabulary)
             async with contextlib.aclosing(self._generate(request.ids, parameters, request.adapter)) as outputs:
                 async for output in outputs:
                     request.push(choice, output.outputs[0])
@@ -282,9 +299,9 @@ class VllmEngine(Engine):
         except Exception as error:
             request.fail(self._failure(error))
 
-    async def _score(self, ids: list[int], adapter: Path | None) -> list[float]:
-        """Log-probabilities of ids[1:]."""
-        work = self._start_task(self._compute_score(ids, adapter))
+    async def _score(self, ids: list[int], adapter: Path | None, top: int) -> list[TokenScore]:
+        """Scores of ids[1:]."""
+        work = self._start_task(self._compute_score(ids, adapter, top))
         try:
             return await work
         except asyncio.CancelledError:
@@ -292,24 +309,39 @@ class VllmEngine(Engine):
             work.cancel()
             raise
 
-    async def _compute_score(self, ids: list[int], adapter: Path | None) -> list[float]:
+    async def _compute_score(self, ids: list[int], adapter: Path | None, top: int) -> list[TokenScore]:
         *prompt, last = ids
         if not prompt:
             return []
         # vLLM needs room for one more id, so the last id is not part of the prompt but a candidate for the next one.
-        parameters = sampling_params(
-            max_tokens=1, temperature=0, prompt_logprobs=0, logprobs=1, logprob_token_ids=[last]
-        )
-        scores: list[float] = []
+        own = {"logprobs": 1, "logprob_token_ids": [last]}
         try:
-            async with contextlib.aclosing(self._generate(prompt, parameters, adapter)) as outputs:
-                async for output in outputs:
-                    logprobs = (output.prompt_logprobs or [])[1:]
-                    scores += [by_id[id_].logprob for id_, by_id in zip(prompt[1:], logprobs, strict=True)]
-                    scores.append(output.outputs[0].logprobs[0][last].logprob)
+            given, after = await self._logprobs(
+                prompt, adapter, prompt_logprobs=top, **({"logprobs": top} if top else own)
+            )
+            alternatives = after if top else {}
+            if last not in after:
+                _, after = await self._logprobs(prompt, adapter, **own)
         except Exception as error:
             raise self._failure(error) from None
-        return scores
+        scores = [
+            TokenScore(by_id[id_].logprob, most_likely(by_id, top))
+            for id_, by_id in zip(prompt[1:], given, strict=True)
+        ]
+        return [*scores, TokenScore(after[last].logprob, most_likely(alternatives, top))]
+
+    async def _logprobs(
+        self, prompt: list[int], adapter: Path | None, **changes: Any
+    ) -> tuple[list[Any], dict[int, Any]]:
+        """vLLM's log-probabilities by id: at each position of prompt[1:] if requested, and after the prompt."""
+        given: list[Any] = []
+        after: dict[int, Any] = {}
+        parameters = sampling_params(max_tokens=1, temperature=0, **changes)
+        async with contextlib.aclosing(self._generate(prompt, parameters, adapter)) as outputs:
+            async for output in outputs:
+                given += (output.prompt_logprobs or [])[1:]
+                after = output.outputs[0].logprobs[0]
+        return given, after
 
     def _generate(self, ids: list[int], params: Any, adapter: Path | None) -> Any:
         from vllm.inputs import tokens_input  # pyright: ignore[reportMissingImports]
@@ -350,6 +382,9 @@ class _WithAdapter(Engine):
     def with_adapter(self, folder: Path) -> Engine:
         return self._engine.with_adapter(folder)
 
+    async def score_top(self, ids: Sequence[int], start: int = 1, top: int = 1) -> list[TokenScore]:
+        return await self._engine.score_top_with(self._adapter, ids, start, top)
+
     async def close(self) -> None:
         was_open, self._is_open = self._is_open, False
         if was_open:
@@ -383,13 +418,15 @@ class _Request:
         ids = [*new.token_ids]
         if new.finish_reason == "stop":
             ids = ids[:-1]  # the stop id
-        logprobs = None
+        logprobs = tops = None
         if self.sampling.logprobs:
             given = (new.logprobs or [])[: len(ids)]
             logprobs = tuple(by_id[id_].logprob for id_, by_id in zip(ids, given, strict=True))
+            if count := self.sampling.top_logprobs:
+                tops = tuple(most_likely(by_id, count) for by_id in given)
         if new.finish_reason:
             del self.tasks[choice]
-        self.generation.push(Delta(choice, tuple(ids), logprobs, new.finish_reason))
+        self.generation.push(Delta(choice, tuple(ids), logprobs, new.finish_reason, tops))
 
 
 def _start_vllm(settings: dict[str, Any]) -> Any:

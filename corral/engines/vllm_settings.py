@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from corral.engines.base import Alternatives, Sampling
 from corral.errors import ModelError
 from corral.model.adapter_files import EMBEDDINGS, AdapterFiles
 
@@ -118,6 +120,32 @@ def _rank(adapter: AdapterFiles) -> int:
             f"vLLM computes no adapters of rank {needed}", where=str(adapter.folder), hint=_way_out(adapter)
         )
     return min(ranks)
+
+
+def request_params(sampling: Sampling, choice: int, vocabulary: int) -> Any:
+    """vLLM's SamplingParams for one choice of a request."""
+    return sampling_params(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=sampling.presence_penalty,
+        logit_bias=dict(sampling.logit_bias) or None,
+        min_tokens=sampling.min_tokens,
+        seed=None if sampling.seed is None else random.Random(f"{sampling.seed}:{choice}").getrandbits(63),
+        # min_tokens masks their logits, and the whole batch fails at one that the model does not have.
+        stop_token_ids=[id_ for id_ in sampling.stop_ids if id_ < vocabulary],
+        logprobs=sampling.top_logprobs if sampling.logprobs else None,
+    )
+
+
+def most_likely(by_id: Mapping[int, Any], count: int) -> Alternatives:
+    """The most likely ids, of vLLM's log-probabilities by id, which hold the sampled or the given id besides."""
+    ranked = sorted(by_id.items(), key=lambda item: item[1].logprob, reverse=True)
+    return tuple((id_, each.logprob) for id_, each in ranked[:count])
 
 
 def sampling_params(**changes: Any) -> Any:

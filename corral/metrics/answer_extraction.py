@@ -1,7 +1,8 @@
 """Extracts the result of an answer from its text by rules: a number, a choice or a short text, in comparable form.
 
 Texts come from models and users, so the work is linear in the text's length: no two parts of a pattern that follow each other
-can match the same characters, or the first is possessive. math-verify knows more mathematics and was not taken: 2,000 open
+can match the same characters, or the first is possessive. Markers and numbers are looked for in the last 16,384 characters:
+Python runs no other thread during a search. math-verify knows more mathematics and was not taken: 2,000 open
 brackets keep it for half a minute, its limits of time are signals (main thread only), and it reads no numbers between Chinese
 characters and no choices.
 """
@@ -14,6 +15,8 @@ from fractions import Fraction
 from string import ascii_uppercase
 
 from corral.metrics.rouge import unicode_words
+
+_READ_CHARACTERS = 2**14  # from the end: a search holds Python's lock, up to a second in a text of a million characters
 
 RESULT_MARKER = "Answer:"
 """Models are asked to write this before their result."""
@@ -72,7 +75,7 @@ def extract_number(text: str) -> str | None:
     """
     marked, boxed = _after_marker(text)
     if marked is None:
-        numbers = list(_NUMBER.finditer(_without_latex(text)))
+        numbers = list(_NUMBER.finditer(_without_latex(text[-_READ_CHARACTERS:])))
         return _canonical(numbers[-1].group()) if numbers else None
     marked = _without_latex(marked)
     # In "3 + 4 = 7" the result is after the last equals sign; in "7 (= 3 + 4)" it is not.
@@ -149,7 +152,7 @@ def _named_option(text: str, options: Sequence[str]) -> str | None:
 
 def _after_marker(text: str) -> tuple[str | None, bool]:
     """(the text after the last marker, whether it is boxed)."""
-    for marker in reversed(list(_MARKERS.finditer(text))):
+    for marker in reversed(list(_MARKERS.finditer(text, max(0, len(text) - _READ_CHARACTERS)))):
         boxed = text.startswith("{", marker.end())
         line = _FIRST_LINE.match(text, marker.end())
         marked = _braced(text, marker.end()) if boxed else line[1] if line else ""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from rapidfuzz import process
 from rapidfuzz.distance import LCSseq
 
 if TYPE_CHECKING:
@@ -143,15 +144,19 @@ class Rouge:
         pairs = zip(references, candidates, strict=True)
         return np.array([self.score(*pair) for pair in pairs], dtype=np.float64).reshape(-1, 3)
 
-    def pairwise_rouge_l(self, texts: Sequence[str]) -> Floats:
-        """[n, n] ROUGE-L F between all pairs of n texts, symmetric. The diagonal is 1, or 0 for a text without words."""
-        encoded = self.encode(texts)
+    def pairwise_rouge_l(self, texts: Sequence[str], max_words: int | None = None) -> Floats:
+        """[n, n] ROUGE-L F between all pairs of n texts, symmetric. The diagonal is 1, or 0 for a text without words.
+
+        `max_words`: of each text only so many are compared: a pair takes as long as the product of their lengths.
+        """
+        encoded = [words[:max_words] for words in self.encode(texts)]
+        # All pairs in one call, which lets other threads run; `LCSseq.similarity` does not.
+        common = process.cdist(encoded, encoded, scorer=LCSseq.similarity, dtype=np.int64).tolist()
         matrix = np.zeros((len(texts), len(texts)))
         for i, a in enumerate(encoded):
             matrix[i, i] = float(len(a) > 0)
             for j in range(i):
-                b = encoded[j]
-                matrix[i, j] = matrix[j, i] = _f_measure(LCSseq.similarity(a, b), len(a), len(b))
+                matrix[i, j] = matrix[j, i] = _f_measure(common[i][j], len(a), len(encoded[j]))
         return matrix
 
 

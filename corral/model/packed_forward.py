@@ -8,6 +8,7 @@ with in common may be computed once (`shared_prefixes`). The head runs for the w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from transformers.masking_utils import sdpa_mask
 from corral.model.compute import cpu_attention, gpu_attention, gpu_compile
 from corral.model.compute.cpu_attention import Span
 from corral.model.compute.cpu_matmul import padding_rows
-from corral.model.compute.token_logprobs import module_logprobs, token_logprobs
+from corral.model.compute.token_logprobs import module_logprobs, most_likely, token_logprobs
 from corral.model.shared_prefixes import PackedTokens, pack_tokens
+
+_LOGITS = 2**23  # at once, where the most likely tokens are looked for: 32 MiB in float32
 
 ATTENTION_NAME = "corral_packed"
 """Under which transformers knows this module's attention."""
@@ -164,3 +167,30 @@ def score(model: nn.Module, sequences: Sequence[Sequence[int]], starts: Sequence
     with torch.inference_mode():
         positions = [range(start, len(s)) for s, start in zip(sequences, starts, strict=True)]
         return [t.tolist() for t in target_logprobs(model, sequences, positions)]
+
+
+def score_top(
+    model: nn.Module, sequences: Sequence[Sequence[int]], starts: Sequence[int], top: int
+) -> list[list[tuple[float, list[tuple[int, float]]]]]:
+    """`score`, with the most likely tokens at each position; some rows of logits after others.
+
+    Returns: for each sequence and each token of sequence[start:] its log-probability and the `top` most likely
+        (id, log-probability), the most likely first.
+    """
+    with torch.inference_mode():
+        pack = pack_tokens(sequences, share=False)
+        lengths = [len(s) - start for s, start in zip(sequences, starts, strict=True)]
+        rows = [row for own, start in zip(pack.rows, starts, strict=True) for row in own[start - 1 : -1]]
+        targets = [id_ for s, start in zip(sequences, starts, strict=True) for id_ in s[start:]]
+        hidden = hidden_states(model, pack)
+        causal: Any = _causal_model(model)
+        head, size = causal.get_output_embeddings(), max(1, _LOGITS // causal.config.vocab_size)
+        scores: list[tuple[float, list[tuple[int, float]]]] = []
+        for i in range(0, len(rows), size):
+            picked = hidden.index_select(0, torch.tensor(rows[i : i + size], device=hidden.device))
+            logprobs = head(picked).float().log_softmax(-1)
+            ids = torch.tensor(targets[i : i + size], device=hidden.device)
+            own = logprobs.gather(1, ids[:, None]).squeeze(1).tolist()
+            scores += zip(own, most_likely(logprobs, top), strict=True)
+        ends = list(accumulate(lengths, initial=0))
+        return [scores[a:b] for a, b in pairwise(ends)]

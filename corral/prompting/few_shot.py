@@ -58,7 +58,7 @@ class Prompting:
         self.reasoning = reasoning
         # One more than shown, as a question is never shown its own answer.
         self._pool = drawn[:POOL_SIZE] if choose == "similar" else drawn[: count + 1]
-        self._questions = [_last_question(example) for example in self._pool]
+        self._questions = [_last_question(example).strip() for example in self._pool]
         self._embed = embed
         self._vectors: NDArray[np.float64] | None = None
         self._lock = threading.Lock()
@@ -72,8 +72,8 @@ class Prompting:
         """The examples for a question, in the order in which they are shown; never the question itself. Thread-safe."""
         if not self.count or not self._pool:
             return []
-        question = _last_question(conversation)
-        others = [i for i, other in enumerate(self._questions) if other.strip() != question.strip()]
+        question = _last_question(conversation).strip()
+        others = [i for i, other in enumerate(self._questions) if other != question]
         if self.choose == "similar":
             assert self._embed is not None
             with self._lock:

@@ -116,6 +116,16 @@ WORDS = st.text(st.sampled_from("ab \né🙂"), max_size=24)
 STOPS = st.lists(st.text(st.sampled_from("ab \né🙂"), min_size=1, max_size=5), max_size=4)
 
 
+def test_tokens_carry_the_most_likely_ids_at_their_places(tiny_tokenizer: Any) -> None:
+    ids = ids_of(tiny_tokenizer, "hello", by_byte=True)
+    for count in (0, 3):
+        sampling = Sampling(logprobs=True, top_logprobs=count)
+        answer, deltas = ask(Answerer(ScriptedEngine(ids), Template.load(tiny_tokenizer, "chatml")), sampling, [])
+        expected = [tuple((id_ + i, -0.5 - i) for i in range(count)) for id_ in ids]
+        assert [token.top for token in answer.tokens[0]] == expected
+        assert [token.top for delta in deltas for token in delta.tokens] == expected
+
+
 @given(text=WORDS, stops=STOPS, chunk=st.integers(1, 7), by_byte=st.booleans(), logprobs=st.booleans())
 @example(text="a🙂b", stops=["🙂b", "a🙂c"], chunk=1, by_byte=True, logprobs=True)
 @example(text="abab", stops=["bab", "abab", "ba\n"], chunk=3, by_byte=False, logprobs=True)

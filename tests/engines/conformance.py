@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import pytest
 
-from corral.engines.base import Completion, Delta, Engine, Finish, Generation, Sampling
+from corral.engines.base import OPTIONAL_SAMPLING, Completion, Delta, Engine, Finish, Generation, Sampling
 from corral.errors import EngineClosedError, EngineError, RequestError
 
 GREEDY = Sampling(max_tokens=12)
@@ -39,6 +40,8 @@ class Subject:
     failing: Failing | None = None
     tolerance: float = 1e-3
     """Between log-probabilities that are the same in theory."""
+    computes_logits: bool = True
+    """Whether a model chooses the ids, so that what changes logits changes them."""
 
 
 def long_run(n: int = 1) -> Sampling:
@@ -69,6 +72,27 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 def differ_in(completions: Sequence[Completion]) -> int:
     return len({completion.ids for completion in completions})
+
+
+def honoured(engine: Engine) -> dict[str, Any]:
+    """Changes of logits that the engine supports."""
+    changes: dict[str, Any] = {
+        "repetition_penalty": 1.5,
+        "presence_penalty": 1.0,
+        "logit_bias": ((3, 2.0),),
+        "min_p": 0.01,
+    }
+    return {name: value for name, value in changes.items() if name in engine.features.honours}
+
+
+def check_tops(ids: Sequence[int], logprobs: Any, tops: Any, tolerance: float) -> None:
+    """That the most likely ids are in order, differ, and agree with the log-probability of the id at their place."""
+    for id_, logprob, top in zip(ids, logprobs, tops, strict=True):
+        values = [value for _, value in top]
+        assert values == sorted(values, reverse=True)
+        assert len(dict(top)) == len(top)
+        assert dict(top).get(id_, logprob) == pytest.approx(logprob, abs=tolerance)
+        assert id_ in dict(top) or logprob <= values[-1] + tolerance
 
 
 class EngineConformance:
@@ -137,9 +161,9 @@ class EngineConformance:
         assert alone == together
 
     async def test_a_seed_gives_the_same_ids_alone_and_among_others(self, subject: Subject) -> None:
-        samplings = [replace(DRAWN, n=2), replace(DRAWN, top_p=0.8), replace(DRAWN, top_k=20, temperature=0.5), GREEDY]
-
         async with subject.make() as engine:
+            changed = replace(DRAWN, top_p=0.8, **honoured(engine))
+            samplings = [replace(DRAWN, n=2), changed, replace(DRAWN, top_k=20, temperature=0.5), GREEDY]
             work = list(zip(subject.prompts, samplings, strict=False))
             alone = [await complete(engine, *each) for each in work]
             together = await asyncio.gather(*(complete(engine, *each) for each in work))
@@ -174,8 +198,8 @@ class EngineConformance:
         async with subject.make() as engine:
             if not (engine.features.logprobs and engine.features.score):
                 pytest.skip("the engine gives log-probabilities in one way at most")
-            for prompt in subject.prompts:
-                for completion in await complete(engine, prompt, replace(sampling, logprobs=True)):
+            for prompt, more in product(subject.prompts, ({}, honoured(engine))):
+                for completion in await complete(engine, prompt, replace(sampling, logprobs=True, **more)):
                     scores = await engine.score([*prompt, *completion.ids], len(prompt))
                     assert scores == pytest.approx(completion.logprobs, abs=subject.tolerance)
 
@@ -192,6 +216,108 @@ class EngineConformance:
             together = await asyncio.gather(*(engine.score(longest, start) for start in range(1, len(longest) + 1)))
             for start, scores in enumerate(together, start=1):
                 assert scores == pytest.approx(whole[start - 1 :], abs=subject.tolerance)
+
+    async def test_the_most_likely_ids_come_with_those_sampled_and_with_those_scored(self, subject: Subject) -> None:
+        async with subject.make() as engine:
+            prompt = subject.prompts[2]
+            if "top_logprobs" not in engine.features.honours:
+                with pytest.raises(RequestError, match=r"top_logprobs|log-probabilities"):
+                    engine.submit(prompt, replace(GREEDY, logprobs=True, top_logprobs=2))
+            else:
+                sampling = replace(DRAWN, n=2, logprobs=True, top_logprobs=5)
+                mixed = [(sampling, 5), (replace(sampling, top_logprobs=2), 2), (replace(sampling, top_logprobs=0), 0)]
+                done = await asyncio.gather(*(complete(engine, prompt, each) for each, _ in mixed))
+                for (_, count), (completion, _) in zip(mixed, done, strict=True):
+                    assert completion.ids == done[0][0].ids
+                    assert [len(top) for top in completion.top_logprobs or ()] == [count] * len(completion.ids) * bool(
+                        count
+                    )
+                for completion in done[0]:
+                    check_tops(completion.ids, completion.logprobs, completion.top_logprobs, subject.tolerance)
+            if not engine.features.score_top:
+                with pytest.raises(RequestError, match="alternatives"):
+                    await engine.score_top(prompt)
+                return
+            longest = max(subject.prompts, key=len)
+            plain = await engine.score(longest)
+            for top in (1, 5, 20):
+                scored = await engine.score_top(longest, top=top)
+                logprobs = [each.logprob for each in scored]
+                assert logprobs == pytest.approx(plain, abs=subject.tolerance)
+                assert {len(each.top) for each in scored} == {top}
+                check_tops(longest[1:], logprobs, [each.top for each in scored], subject.tolerance)
+            tail = await engine.score_top(longest, len(longest) - 2, top=3)
+            assert [each.logprob for each in tail] == pytest.approx(plain[-2:], abs=subject.tolerance)
+            assert await engine.score_top(longest, len(longest), top=3) == []
+            for count in (0, 21):
+                with pytest.raises(RequestError, match=f"top = {count}"):
+                    await engine.score_top(longest, top=count)
+
+    # Fields that not every engine supports
+
+    @pytest.mark.parametrize("name", OPTIONAL_SAMPLING)
+    async def test_a_field_that_an_engine_does_not_support_is_refused_and_its_neutral_value_is_not(
+        self, subject: Subject, name: str
+    ) -> None:
+        values: dict[str, Any] = {"logit_bias": ((1, 1.0),), "min_tokens": 1, "top_logprobs": 1}
+        async with subject.make() as engine:
+            asked = replace(GREEDY, logprobs=engine.features.logprobs, **{name: values.get(name, 0.5)})
+            if name in engine.features.honours:
+                (completion,) = await complete(engine, subject.prompts[0], asked)
+                assert len(completion.ids) == GREEDY.max_tokens
+            else:
+                with pytest.raises(RequestError, match=name):
+                    engine.submit(subject.prompts[0], asked)
+            await complete(engine, subject.prompts[0], replace(asked, **{name: OPTIONAL_SAMPLING[name]}))
+
+    async def test_no_stop_id_ends_an_answer_before_min_tokens(self, subject: Subject) -> None:
+        async with subject.make() as engine:
+            if "min_tokens" not in engine.features.honours:
+                pytest.skip("the engine does not support min_tokens")
+            sampling = replace(DRAWN, n=3, max_tokens=20)
+            free = await complete(engine, subject.prompts[2], sampling)
+            stops = tuple({completion.ids[1] for completion in free})
+            late = await complete(engine, subject.prompts[2], replace(sampling, stop_ids=stops, min_tokens=8))
+        for whole, completion in zip(free, late, strict=True):
+            assert completion.ids[0] == whole.ids[0]
+            assert len(completion.ids) >= 8
+            assert not set(completion.ids[:8]) & set(stops)
+
+    async def test_a_bias_makes_an_id_certain_or_impossible(self, subject: Subject) -> None:
+        async with subject.make() as engine:
+            if "logit_bias" not in engine.features.honours or not subject.computes_logits:
+                pytest.skip("the engine does not support logit_bias")
+            (free,) = await complete(engine, subject.prompts[2], GREEDY)
+            forced, banned = (replace(DRAWN, logit_bias=((free.ids[0], bias),)) for bias in (100.0, -100.0))
+            (always,), (never,), (again,) = await asyncio.gather(
+                *(complete(engine, subject.prompts[2], each) for each in (forced, banned, GREEDY))
+            )
+        assert set(always.ids) == {free.ids[0]}
+        assert free.ids[0] not in never.ids
+        assert again == free
+
+    @pytest.mark.parametrize("name", ["repetition_penalty", "frequency_penalty", "presence_penalty"])
+    async def test_a_penalty_lessens_repetition_and_its_opposite_increases_it(
+        self, subject: Subject, name: str
+    ) -> None:
+        async with subject.make() as engine:
+            if name not in engine.features.honours or not subject.computes_logits:
+                pytest.skip(f"the engine does not support {name}")
+            values = (0.3, 1.0, 3.0) if name == "repetition_penalty" else (-2.0, 0.0, 2.0)
+            usual = Sampling(max_tokens=60, n=8, temperature=2.0, seed=3)
+            changes: list[dict[str, Any]] = [{name: value} for value in values]
+            samplings = [replace(usual, **change) for change in changes]
+            done = await asyncio.gather(*(complete(engine, subject.prompts[1], each) for each in samplings))
+        most, some, least = (sum(len(set(each.ids)) for each in completions) for completions in done)
+        assert most < some < least
+
+    async def test_min_p_of_1_leaves_only_the_most_likely_id(self, subject: Subject) -> None:
+        async with subject.make() as engine:
+            if "min_p" not in engine.features.honours or not subject.computes_logits:
+                pytest.skip("the engine does not support min_p")
+            drawn = await complete(engine, subject.prompts[2], replace(DRAWN, n=4, min_p=1.0))
+            (greedy,) = await complete(engine, subject.prompts[2], GREEDY)
+        assert drawn == [greedy] * 4
 
     # Cancelling
 
@@ -282,6 +408,17 @@ class EngineConformance:
             {"top_p": float("nan")},
             {"top_k": -1},
             {"max_tokens": 10**9},
+            {"min_p": 1.1},
+            {"min_p": float("nan")},
+            {"repetition_penalty": 0.0},
+            {"repetition_penalty": float("inf")},
+            {"frequency_penalty": 2.5},
+            {"presence_penalty": float("nan")},
+            {"logit_bias": ((-1, 1.0),)},
+            {"logit_bias": ((1, 101.0),)},
+            {"min_tokens": 13},
+            {"top_logprobs": 21},
+            {"top_logprobs": 3},
         ],
         ids=str,
     )
@@ -291,8 +428,9 @@ class EngineConformance:
         async with subject.make() as engine:
             with pytest.raises(RequestError) as caught:
                 engine.submit(subject.prompts[0], replace(DRAWN, **change))
-            (value,) = change.values()
-            assert str(value) in str(caught.value)
+            ((name, value),) = change.items()
+            assert name in str(caught.value)
+            assert name == "logit_bias" or str(value) in str(caught.value)
 
     async def test_impossible_ids_are_refused_before_any_work(self, subject: Subject) -> None:
         async with subject.make() as engine:

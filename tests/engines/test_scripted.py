@@ -38,6 +38,7 @@ class TestScriptedEngine(EngineConformance):
             make=lambda: ScriptedEngine(babble, chunk=request.param, delay_seconds=0.001),
             prompts=PROMPTS,
             failing=Failing(lambda: ScriptedEngine(breaking), [13]),
+            computes_logits=False,
         )
 
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from corral.engines.base import Sampling
 from corral.model import adapters
@@ -54,17 +65,35 @@ def scores(model: Any, ids: Sequence[int], start: int = 1) -> list[float]:
     return logprobs.gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1)[start - 1 :].tolist()
 
 
-def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Probabilities of the next id from [vocabulary] logits, by transformers' own logits processors."""
+def distribution(logits: torch.Tensor, sampling: Sampling, ids: Sequence[int] = (), prompt: int = 0) -> torch.Tensor:
+    """Probabilities of the next id from [vocabulary] logits, by transformers' own logits processors.
+
+    Args:
+        ids: the prompt and the answer so far.
+        prompt: how many of them are the prompt's.
+    """
+    before: Any = torch.tensor([ids], dtype=torch.long)
+    processed: Any = logits[None].clone()
+    if sampling.logit_bias:
+        processed = SequenceBiasLogitsProcessor([[[id_], bias] for id_, bias in sampling.logit_bias])(before, processed)
+    if sampling.repetition_penalty != 1 and ids:
+        processed = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(before, processed)
+    for id_, count in Counter(ids[prompt:]).items():  # transformers has none of these two: OpenAI's definition
+        processed[0, id_] -= sampling.frequency_penalty * count + sampling.presence_penalty
+    if sampling.min_tokens:
+        processed = MinNewTokensLengthLogitsProcessor(
+            prompt, sampling.min_tokens, list(sampling.stop_ids), device="cpu"
+        )(before, processed)
     if sampling.temperature == 0:
-        return torch.nn.functional.one_hot(logits.argmax(), len(logits)).float()
-    ids: Any = torch.zeros(1, 1, dtype=torch.long)
-    scaled: Any = TemperatureLogitsWarper(sampling.temperature)(ids, logits[None])  # type: ignore[arg-type]
+        return torch.nn.functional.one_hot(processed[0].argmax(), len(logits)).float()
+    processed = TemperatureLogitsWarper(sampling.temperature)(before, processed)
     if sampling.top_k:
-        scaled = TopKLogitsWarper(sampling.top_k)(ids, scaled)
+        processed = TopKLogitsWarper(sampling.top_k)(before, processed)
     if sampling.top_p < 1:
-        scaled = TopPLogitsWarper(sampling.top_p)(ids, scaled)
-    return scaled.softmax(-1)[0]
+        processed = TopPLogitsWarper(sampling.top_p)(before, processed)
+    if sampling.min_p:
+        processed = MinPLogitsWarper(sampling.min_p)(before, processed)
+    return processed.softmax(-1)[0]
 
 
 def write_adapter(base: Path, folder: Path, seed: int = 1, *, std: float = 0.05, **lora: Any) -> Path:

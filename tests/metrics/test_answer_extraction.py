@@ -191,3 +191,12 @@ def test_a_letter_may_be_called_an_option_or_a_choice(text: str) -> None:
 
 def test_the_word_option_within_a_sentence_names_no_letter() -> None:
     assert extract_choice("Option B was bad, so blue.", ["red", "pink", "blue"]) == "C"
+
+
+def test_the_result_of_a_long_text_is_near_its_end_and_its_letter_at_its_beginning() -> None:
+    filler = "and so on, " * 10_000
+    assert extract_number(f"Answer: 5. {filler}") is None
+    assert extract_number(f"It is 5. {filler}") is None
+    assert extract_number(f"It is 5. {filler} Answer: 7") == "7"
+    assert extract_result(f"It is 5. {filler} 8") == "8"
+    assert extract_result(f"B) {filler}") == "B"

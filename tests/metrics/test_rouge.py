@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -112,6 +113,16 @@ def test_pairwise_rouge_l_is_symmetric_and_one_with_itself() -> None:
     assert np.diag(matrix).tolist() == [1.0, 0.0, 1.0, 1.0]
     assert matrix[0, 2] == pytest.approx(4 / 7)
     assert Rouge().pairwise_rouge_l([]).shape == (0, 0)
+
+
+def test_pairwise_rouge_l_is_that_of_each_pair_also_of_texts_cut_to_their_first_words() -> None:
+    texts = [" ".join(random.Random(seed).choices("abcd", k=40 + seed)) for seed in range(5)] + ["", "a"]
+    rouge = Rouge()
+    for words in (None, 20):
+        matrix = rouge.pairwise_rouge_l(texts, words)
+        cut = [" ".join(text.split()[:words]) for text in texts]
+        for i, j in itertools.combinations(range(len(texts)), 2):
+            assert matrix[i, j] == matrix[j, i] == rouge.score(cut[i], cut[j]).rougeL
 
 
 def test_the_signature_says_how_many_rows_were_split_otherwise_than_by_rouge_score() -> None:

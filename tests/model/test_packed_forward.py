@@ -53,6 +53,22 @@ def test_another_sequence_in_the_pack_changes_nothing() -> None:
     assert first == pytest.approx(second, abs=1e-6)
 
 
+def test_the_most_likely_tokens_are_those_of_each_sequence_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_tiny_model(300)
+    rows, starts = random_sequences(*LENGTHS), [1, 20, 2, 3, 1]
+    monkeypatch.setattr(packed_forward, "_LOGITS", 7 * 300)  # several parts for each sequence
+    scored = packed_forward.score_top(model, rows, starts, 4)
+    plain = packed_forward.score(model, rows, starts)
+    for row, start, scores, values in zip(rows, starts, scored, plain, strict=True):
+        assert [value for value, _ in scores] == pytest.approx(values, abs=2e-5)
+        with torch.no_grad():
+            best = model(torch.tensor([row])).logits[0, start - 1 : -1].log_softmax(-1).topk(4)
+        assert [[id_ for id_, _ in top] for _, top in scores] == best.indices.tolist()
+        assert [value for _, top in scores for _, value in top] == pytest.approx(
+            best.values.flatten().tolist(), abs=2e-5
+        )
+
+
 def test_gradients_of_a_pack_are_those_of_its_sequences_alone() -> None:
     model = make_tiny_model(300)
     rows = random_sequences(*LENGTHS[:-1])

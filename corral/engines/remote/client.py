@@ -17,7 +17,7 @@ import openai
 from pydantic import BaseModel, ValidationError
 
 from corral import __version__
-from corral.engines.base import Finish
+from corral.engines.base import Alternatives, Finish
 from corral.engines.remote.protocol import (
     CONNECT_SECONDS,
     KEY_VARIABLE,
@@ -36,6 +36,7 @@ _MAX_RETRY_AFTER = 1e9  # seconds
 _BUSY = (429, 503, 504)  # the endpoint does not take this request now, and may take the next one
 _TRANSIENT = (*_BUSY, 408, 502)
 _CODES_AMID_STREAM = ("engine_unavailable", "503", "429")  # of errors that another try may not meet
+_TOKEN_ID = "token_id:"
 _HEADERS = {
     "host",
     "accept",
@@ -96,9 +97,24 @@ class _ModelList(BaseModel):
 
 
 class Logprobs(BaseModel):
-    """Log-probabilities of the tokens of a choice; null for a token that nothing precedes."""
+    """Log-probabilities of the tokens of a choice, and of the most likely ones at their places; null for a token that nothing
+    precedes. Tokens are `token_id:` and the id with `return_tokens_as_token_ids`."""
 
     token_logprobs: list[float | None] = []
+    top_logprobs: list[dict[str, float] | None] | None = None
+
+    def alternatives(self, count: int) -> list[Alternatives]:
+        """The most likely ids at each place. Servers give the token at that place besides. Raises: EngineError."""
+        tops: list[Alternatives] = []
+        for by_token in self.top_logprobs or ():
+            ranked = sorted((by_token or {}).items(), key=lambda item: item[1], reverse=True)[:count]
+            if not all(_is_token_id(token) for token, _ in ranked):
+                raise EngineError(
+                    "the endpoint gives the most likely tokens as texts, not as ids",
+                    hint="it must support `return_tokens_as_token_ids`, as corral serve and vLLM do",
+                )
+            tops.append(tuple((int(token.removeprefix(_TOKEN_ID)), logprob) for token, logprob in ranked))
+        return tops
 
 
 class Choice(BaseModel):
@@ -134,9 +150,9 @@ class Chunk(BaseModel):
     error: _StreamError | None = None
 
     @property
-    def logprobs(self) -> list[float | None]:
+    def logprobs(self) -> Logprobs:
         """Of the first choice; empty if there are none."""
-        return self.choices[0].logprobs.token_logprobs if self.choices and self.choices[0].logprobs else []
+        return self.choices[0].logprobs or Logprobs() if self.choices else Logprobs()
 
 
 class EndpointClient:
@@ -280,6 +296,11 @@ async def _cut_error(response: httpx2.Response) -> None:
             break
     await stream.aclose()
     response.stream = httpx2.ByteStream(beginning[:MAX_ERROR_BYTES])
+
+
+def _is_token_id(token: str) -> bool:
+    number = token.removeprefix(_TOKEN_ID)
+    return number != token and number.isascii() and number.isdecimal()
 
 
 def _retry_after(value: str | None) -> float | None:

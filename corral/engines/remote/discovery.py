@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import httpx2
 
+from corral.engines.base import OPTIONAL_SAMPLING
 from corral.engines.remote.client import Chunk, ListedModel
 from corral.engines.remote.failover import FailoverClient
 from corral.engines.remote.protocol import one_line
@@ -16,36 +19,62 @@ DEFAULT_REQUESTS = 64
 """Requests that an endpoint is sent at once if it does not list how many it runs."""
 _MOST_REQUESTS = 1024  # whatever an endpoint lists
 
+RETURN_TOPS: dict[str, Any] = {"return_tokens_as_token_ids": True}
+"""Fields that make a server name the most likely tokens by their ids."""
 RETURN_IDS: dict[str, Any] = {"return_token_ids": True, "ignore_eos": True, "stop_token_ids": []}
 """Fields of a request that make a server return token ids, and end at stop ids only."""
 
 
-async def probe(endpoints: FailoverClient, model: str) -> tuple[bool, bool, bool]:
+@dataclass(frozen=True)
+class Returned:
+    """What a server returns besides text."""
+
+    ids: bool
+    logprobs: bool
+    """Of the ids that it generates."""
+    scores: bool
+    """Log-probabilities of the prompt."""
+    tops: bool
+    """The most likely ids at each place of both."""
+
+    @property
+    def honours(self) -> frozenset[str]:
+        """The optional fields of Sampling that the server is taken to honour: OpenAI's. All if it knows vLLM's extensions: it
+        returns ids."""
+        if not self.ids:
+            return frozenset({"frequency_penalty", "presence_penalty", "logit_bias"})
+        return frozenset(OPTIONAL_SAMPLING) - (frozenset() if self.tops else {"top_logprobs"})
+
+
+async def probe(endpoints: FailoverClient, model: str) -> Returned:
     """Ask for one token, and for less of the rest until the server knows all fields.
 
-    Returns: whether it returns token ids, their log-probabilities, and log-probabilities of the prompt. All of it if the
-        endpoints are too busy to answer: they are taken to be corral's own.
+    Returns: all of it if the endpoints are too busy to answer: they are taken to be corral's own.
 
     Raises:
         ModelError: the server completes no token ids.
     """
 
-    async def read(response: httpx2.Response) -> tuple[bool, bool, bool]:
+    async def read(response: httpx2.Response) -> Returned:
         chunk = Chunk.model_validate_json(await response.aread())
         if not chunk.choices or chunk.choices[0].token_ids is None:
-            return False, False, False
-        return True, bool(chunk.logprobs), len(chunk.logprobs) > 1 and chunk.logprobs[1] is not None
+            return Returned(False, False, False, False)
+        values, tops = chunk.logprobs.token_logprobs, False
+        with suppress(EngineError):
+            tops = any(chunk.logprobs.alternatives(1))
+        return Returned(True, bool(values), len(values) > 1 and values[1] is not None, tops)
 
-    logprobs, echo = {"logprobs": 0}, {"echo": True}
+    tops, logprobs, echo = RETURN_TOPS | {"logprobs": 1}, {"logprobs": 0}, {"echo": True}
     refusal = EngineError("")
-    for fields in (RETURN_IDS | logprobs | echo, RETURN_IDS | logprobs, RETURN_IDS, {}):
+    for more in (tops | echo, logprobs | echo, logprobs, {}, None):
+        fields: dict[str, Any] = {} if more is None else RETURN_IDS | more
         try:
             body = {"model": model, "prompt": [1, 2], "max_tokens": 1} | fields
             return await endpoints.post("/completions", body, read)
         except RequestError as error:
             refusal = error
         except EngineUnavailableError:
-            return True, True, True
+            return Returned(True, True, True, True)
         except EngineError as error:
             refusal = error
             break

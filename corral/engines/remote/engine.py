@@ -19,6 +19,7 @@ import httpx2
 
 from corral.engines.base import (
     CLOSED,
+    Alternatives,
     Delta,
     Engine,
     Features,
@@ -26,11 +27,12 @@ from corral.engines.base import (
     Generation,
     ReplicaHealth,
     Sampling,
+    TokenScore,
     closed_error,
 )
 from corral.engines.remote import discovery
-from corral.engines.remote.client import Choice, Chunk, TransientError, chunks
-from corral.engines.remote.discovery import RETURN_IDS
+from corral.engines.remote.client import Choice, Chunk, Logprobs, TransientError, chunks
+from corral.engines.remote.discovery import RETURN_IDS, RETURN_TOPS, Returned
 from corral.engines.remote.failover import FailoverClient
 from corral.engines.remote.protocol import KEY_VARIABLE
 from corral.errors import EngineError, EngineUnavailableError, ModelError
@@ -119,11 +121,10 @@ class RemoteEngine(Engine):
             self.model = models[0].id
             length = discovery.shortest_context(models, max_length)
             returns_all = encode is None
-            returned = (returns_all, returns_all, returns_all)
+            returned = Returned(returns_all, returns_all, returns_all, returns_all)
             if probe:
                 returned = self._run(discovery.probe(self._endpoints, self.model)).result()
-            returns_ids, gives_logprobs, scores = returned
-            if returns_ids:
+            if returned.ids:
                 encode = None
             elif encode is None:
                 raise ModelError("the endpoint gives back text and no token ids", where=listed[0][0], hint=_NO_IDS)
@@ -138,7 +139,15 @@ class RemoteEngine(Engine):
             self._end()
             raise
         self._encode = encode
-        self.features = Features(length, vocabulary, gives_logprobs, scores, concurrency)
+        self.features = Features(
+            length,
+            vocabulary,
+            returned.logprobs,
+            returned.scores,
+            concurrency,
+            honours=returned.honours,
+            score_top=returned.scores and returned.tops,
+        )
 
     @property
     def fault(self) -> str | None:
@@ -172,7 +181,14 @@ class RemoteEngine(Engine):
 
     async def score(self, ids: Sequence[int], start: int = 1) -> list[float]:  # noqa: D102
         self.check_score(ids, start)
-        return await asyncio.wrap_future(self._run(self._score([*map(int, ids)], start)))
+        return [score.logprob for score in await self._start_score(ids, start, 0)]
+
+    async def score_top(self, ids: Sequence[int], start: int = 1, top: int = 1) -> list[TokenScore]:  # noqa: D102
+        self.check_score_top(ids, start, top)
+        return await self._start_score(ids, start, top)
+
+    async def _start_score(self, ids: Sequence[int], start: int, top: int) -> list[TokenScore]:
+        return await asyncio.wrap_future(self._run(self._score([*map(int, ids)], start, top)))
 
     async def close(self) -> None:  # noqa: D102
         await asyncio.to_thread(self._end)
@@ -230,20 +246,25 @@ class RemoteEngine(Engine):
         finally:
             self._requests.discard(request)
 
-    async def _score(self, ids: list[int], start: int) -> list[float]:
+    async def _score(self, ids: list[int], start: int, top: int) -> list[TokenScore]:
         if start == len(ids):
             return []
-        body: dict[str, Any] = {"model": self.model, "prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 0}
+        body: dict[str, Any] = {"model": self.model, "prompt": ids, "max_tokens": 0, "echo": True, "logprobs": top}
+        if top:
+            body |= RETURN_TOPS
 
-        async def read(response: httpx2.Response) -> list[float]:
-            logprobs = Chunk.model_validate_json(await response.aread()).logprobs
-            values = [value for value in logprobs[start : len(ids)] if value is not None]
-            if len(logprobs) not in (len(ids), len(ids) + 1) or len(values) != len(ids) - start:
+        async def read(response: httpx2.Response) -> list[TokenScore]:
+            given = Chunk.model_validate_json(await response.aread()).logprobs
+            values = [value for value in given.token_logprobs[start : len(ids)] if value is not None]
+            tops = given.alternatives(top)[start : len(ids)] if top else [()] * len(values)
+            if len(given.token_logprobs) not in (len(ids), len(ids) + 1) or not (
+                len(values) == len(tops) == len(ids) - start
+            ):
                 raise EngineError(
-                    f"the endpoint gives {len(logprobs)} log-probabilities of a prompt of {len(ids)} ids",
+                    f"the endpoint gives {len(given.token_logprobs)} log-probabilities of a prompt of {len(ids)} ids",
                     hint="it must support `echo` with `logprobs`, as corral serve and vLLM do",
                 )
-            return values
+            return list(map(TokenScore, values, tops))
 
         return await self._endpoints.post("/completions", body, read)
 
@@ -283,11 +304,18 @@ class _Request:
         if self._encode is None:
             # vLLM takes the last three from the model's generation_config.json unless they are given.
             body |= RETURN_IDS | {"stop_token_ids": list(s.stop_ids)}
-            body |= {"top_k": s.top_k, "min_p": 0.0, "repetition_penalty": 1.0}
+            body |= {"top_k": s.top_k, "min_p": s.min_p, "repetition_penalty": s.repetition_penalty}
         elif s.top_k:
             body["top_k"] = s.top_k
+        for name in ("frequency_penalty", "presence_penalty", "min_tokens"):
+            if getattr(s, name):
+                body[name] = getattr(s, name)
+        if s.logit_bias:
+            body["logit_bias"] = {str(id_): bias for id_, bias in s.logit_bias}
         if s.logprobs:
-            body["logprobs"] = 0
+            body["logprobs"] = s.top_logprobs
+        if s.top_logprobs:
+            body |= RETURN_TOPS
         return body
 
     def may_repeat(self) -> bool:
@@ -298,7 +326,7 @@ class _Request:
     def cancel(self, choice: int | None) -> None:
         """End one choice, or all; once none is left, the connection is closed."""
         for each in [c for c in self.unfinished if choice is None or c == choice]:
-            self._push(each, [], None, "cancelled")
+            self._push(each, [], [], [], "cancelled")
         if not self.unfinished and self.task is not None:
             self.task.cancel()
 
@@ -324,7 +352,8 @@ class _Request:
         if new.index not in self.unfinished:
             return
         finish = new.finish
-        logprobs = None
+        logprobs: list[float] = []
+        tops: list[Alternatives] = []
         if self._encode is not None:
             self._texts[new.index] += new.text
             if finish is None:
@@ -334,11 +363,15 @@ class _Request:
             raise EngineError("the endpoint gives back text and no token ids", hint=_NO_IDS)
         else:
             ids = new.token_ids or []
-            if self._sampling.logprobs:
-                given = new.logprobs.token_logprobs if new.logprobs and ids else []
-                logprobs = [value for value in given if value is not None]
+            if self._sampling.logprobs and ids:
+                given = new.logprobs or Logprobs()
+                logprobs = [value for value in given.token_logprobs if value is not None]
                 if len(logprobs) != len(ids):
                     raise EngineError(f"the endpoint gives {len(logprobs)} log-probabilities of {len(ids)} tokens")
+                if count := self._sampling.top_logprobs:
+                    tops = given.alternatives(count)
+                    if len(tops) != len(ids):
+                        raise EngineError(f"the endpoint gives the most likely ids at {len(tops)} of {len(ids)} places")
         # vLLM's ids end with the stop id, corral's before it.
         stop = next((i for i, id_ in enumerate(ids) if id_ in self._sampling.stop_ids), None)
         if stop is not None:
@@ -346,7 +379,7 @@ class _Request:
         fresh = self._without_passed_on(new.index, ids)
         if fresh or finish is not None:
             known = len(ids) - len(fresh)
-            self._push(new.index, fresh, None if logprobs is None else logprobs[known : len(ids)], finish)
+            self._push(new.index, fresh, logprobs[known : len(ids)], tops[known : len(ids)], finish)
 
     def _without_passed_on(self, choice: int, ids: list[int]) -> list[int]:
         """Those of the ids that no earlier try brought. Raises: EngineError (they differ from that try's, or are too many)."""
@@ -362,9 +395,12 @@ class _Request:
             raise EngineError(f"the endpoint gives more than the {self._sampling.max_tokens} tokens asked for")
         return ids[len(known) :]
 
-    def _push(self, choice: int, ids: list[int], logprobs: list[float] | None, finish: Finish | None) -> None:
+    def _push(
+        self, choice: int, ids: list[int], logprobs: list[float], tops: list[Alternatives], finish: Finish | None
+    ) -> None:
         self._passed_on[choice] += ids
         if finish is not None:
             self.unfinished.discard(choice)
-        values = tuple(logprobs or ()) if self._sampling.logprobs else None
-        self.generation.push(Delta(choice, tuple(ids), values, finish))
+        values = tuple(logprobs) if self._sampling.logprobs else None
+        best = tuple(tops) if self._sampling.top_logprobs else None
+        self.generation.push(Delta(choice, tuple(ids), values, finish, best))

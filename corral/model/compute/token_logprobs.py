@@ -68,6 +68,12 @@ def module_logprobs(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: T
     return torch.cat([checkpoint(logprobs, rows, ids, use_reentrant=False) for rows, ids in parts])
 
 
+def most_likely(logprobs: Tensor, count: int) -> list[list[tuple[int, float]]]:
+    """For each row of [rows, vocabulary] the `count` most likely (id, log-probability), the most likely first."""
+    values, ids = logprobs.topk(min(count, logprobs.shape[1]), dim=-1)
+    return [list(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
+
+
 class _ByColumns(torch.autograd.Function):
     """Sums over the vocabulary are scaled to the highest logit so far (Milakov and Gimelshein 2018, arXiv 1805.02867)."""
 

@@ -112,7 +112,11 @@ def knows_fields(**known: Any) -> Callable[[FakeServer], None]:
             choice["token_ids"] = [98, 99][: body["max_tokens"]]
         if "logprobs" in body:
             prompt = [None, -1.0] if body.get("echo") else []
-            choice["logprobs"] = {"token_logprobs": [*prompt, *[-0.5] * len(choice["token_ids"])]}
+            ids = choice["token_ids"]
+            choice["logprobs"] = {"token_logprobs": [*prompt, *[-0.5] * len(ids)]}
+            if "return_tokens_as_token_ids" in body:
+                tops = [None, {"token_id:2": -1.0}] if prompt else []
+                choice["logprobs"]["top_logprobs"] = [*tops, *({f"token_id:{id_}": -0.5} for id_ in ids)]
         if body.get("stream"):
             self.events({"choices": [choice | {"index": i} for i in range(body["n"])]})
         else:

@@ -69,21 +69,29 @@ def test_the_model_and_its_context_are_those_that_all_endpoints_list(case: str) 
 IDS: dict[str, Any] = dict.fromkeys(
     ("return_token_ids", "ignore_eos", "stop_token_ids", "top_k", "min_p", "repetition_penalty")
 )
-CAPABILITIES: dict[str, tuple[Callable[[FakeServer], None], tuple[bool, bool], int]] = {
-    "all of it": (knows_fields(**IDS, logprobs=0, echo=True), (True, True), 1),
-    "log-probs of what it draws": (knows_fields(**IDS, logprobs=0), (True, False), 2),
-    "ids": (knows_fields(**IDS), (False, False), 3),
-    "text": (knows_fields(), (False, False), 4),
+CAPABILITIES: dict[str, tuple[Callable[[FakeServer], None], tuple[bool, bool, bool], int]] = {
+    "all of it": (
+        knows_fields(**IDS, logprobs=1, echo=True, return_tokens_as_token_ids=True),
+        (True, True, True),
+        1,
+    ),
+    "log-probs of the prompt": (knows_fields(**IDS, logprobs=0, echo=True), (True, True, False), 2),
+    "log-probs of what it draws": (knows_fields(**IDS, logprobs=0), (True, False, False), 3),
+    "ids": (knows_fields(**IDS), (False, False, False), 4),
+    "text": (knows_fields(), (False, False, False), 5),
 }
 
 
 @pytest.mark.parametrize("case", CAPABILITIES)
 def test_a_probe_of_one_token_finds_what_a_server_returns_and_answers_come_in_every_case(case: str) -> None:
-    answer, (logprobs, score), requests = CAPABILITIES[case]
+    answer, expected, requests = CAPABILITIES[case]
     server = fake_server(answer)
     with web_server(server) as url:
         engine = remote(url, probe=True, encode=lambda text: [ord(c) for c in text])
-        assert (engine.features.logprobs, engine.features.score) == (logprobs, score)
+        features = engine.features
+        assert (features.logprobs, features.score, features.score_top) == expected
+        assert ("top_logprobs" in features.honours) == features.score_top
+        assert ("min_p" in features.honours) == (case != "text"), "vLLM's extensions go to servers that know them"
         assert len(server.requests) == requests
         assert {body["max_tokens"] for body in server.requests} == {1}
         (done,) = ask(engine, sampling=Sampling(max_tokens=2, seed=1))

@@ -55,7 +55,7 @@ class TestRemoteScripted(EngineConformance):
     @pytest.fixture
     def subject(self, urls: tuple[str, str]) -> Subject:
         url, breaks = urls
-        return Subject(lambda: remote(url), PROMPTS, Failing(lambda: remote(breaks), [13]))
+        return Subject(lambda: remote(url), PROMPTS, Failing(lambda: remote(breaks), [13]), computes_logits=False)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,13 @@ async def test_it_is_the_engine_behind_the_endpoint_in_ids_log_probs_scores_and_
     async with remote(tiny, vocabulary=VOCABULARY) as engine:
         assert (engine.model, engine.ready) == ("tiny", True)
         assert engine.features == Features(
-            CONTEXT, VOCABULARY, logprobs=True, score=True, requests=ServerLimits().at_once
+            CONTEXT,
+            VOCABULARY,
+            logprobs=True,
+            score=True,
+            requests=ServerLimits().at_once,
+            honours=behind.features.honours,
+            score_top=True,
         )
         for far, near in zip(
             await asyncio.gather(*(complete(engine, *each) for each in work)),
@@ -109,6 +115,33 @@ def test_a_request_says_all_that_decides_the_answer() -> None:
     drawn = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.0, "repetition_penalty": 1.0}
     ends = {"return_token_ids": True, "ignore_eos": True, "stop_token_ids": [2, 5]}
     assert server.requests == [body | drawn | ends]
+
+
+def test_the_optional_fields_are_sent_where_they_change_something_and_alternatives_come_as_ids() -> None:
+    tops = [{"token_id:8": -0.1, "token_id:7": -2.5, "token_id:9": -3.0}]
+    logprobs = {"token_logprobs": [-2.5], "top_logprobs": tops}
+    server = fake_server(lambda self: self.events(chunk(7, logprobs=logprobs, finish="length")))
+    asked = {
+        "min_p": 0.1,
+        "repetition_penalty": 1.5,
+        "frequency_penalty": -1.0,
+        "presence_penalty": 0.5,
+        "min_tokens": 1,
+    }
+    with web_server(server) as url:
+        sampling = Sampling(1, logit_bias=((7, 2.0),), logprobs=True, top_logprobs=2, **asked)
+        (done,) = ask(remote(url), sampling=sampling)
+    assert done.top_logprobs == (((8, -0.1), (7, -2.5)),)
+    fields = asked | {"logit_bias": {"7": 2.0}, "logprobs": 2, "return_tokens_as_token_ids": True}
+    assert {name: server.requests[0].get(name) for name in fields} == fields
+
+
+def test_alternatives_as_texts_are_an_error_which_names_the_field() -> None:
+    logprobs = {"token_logprobs": [-2.5], "top_logprobs": [{" the": -0.1}]}
+    server = fake_server(lambda self: self.events(chunk(7, logprobs=logprobs, finish="length")))
+    with web_server(server) as url, pytest.raises(EngineError, match="as texts") as caught:
+        ask(remote(url), sampling=Sampling(1, logprobs=True, top_logprobs=2))
+    assert "return_tokens_as_token_ids" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "seeded"])
